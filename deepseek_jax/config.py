@@ -1,0 +1,341 @@
+"""Every option once: its name, type, default, unit and effect. And the one validation.
+
+`configs/*.py` start from `base_config()`, an `ml_collections.ConfigDict` with every key below, and change what they
+need. `from_config_dict` turns the (possibly overridden) ConfigDict into the frozen dataclasses that all the code reads.
+`validate` checks everything that can be checked without looking at devices, data or the workdir.
+
+Model options are Hugging Face `config.json` keys with their Hugging Face meaning; `None` and 0 mean "off" as noted.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+
+class UserError(Exception):
+    """A mistake of the user's that one line can explain: the option, both values and the repair.
+
+    The commands print it without a traceback and exit with code 2.
+    """
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Hugging Face `rope_scaling`. YaRN: Peng et al. 2023, arXiv:2309.00071."""
+
+    type: str = "default"  # default | yarn
+    factor: float = 1.0  # context extension: target length / original_max_position_embeddings
+    original_max_position_embeddings: int = 4096  # context length before the extension, in tokens
+    beta_fast: float = 32.0  # rotations above which a frequency is kept as it is
+    beta_slow: float = 1.0  # rotations below which a frequency is divided by `factor`
+    mscale: float = 0.0  # 0: not given. cos and sin are scaled by m(mscale) / m(mscale_all_dim)
+    mscale_all_dim: float = 0.0  # 0: not given. The softmax scale is multiplied by m(mscale_all_dim)^2
+
+
+@dataclass(frozen=True)
+class Model:
+    """The architecture, in the keys of a DeepSeek `config.json`."""
+
+    vocab_size: int = 320  # rows of the embedding; token ids run from 0 to vocab_size - 1
+    hidden_size: int = 256
+    intermediate_size: int = 768  # SwiGLU width of the dense layers
+    moe_intermediate_size: int = 192  # SwiGLU width of one routed expert; the shared experts have n_shared times this
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    q_lora_rank: int | None = None  # rank of the query compression; None projects queries directly (V2-Lite, Moonlight)
+    kv_lora_rank: int = 128  # rank of the joint key-value compression: what a decoding cache holds, with the rope part
+    qk_nope_head_dim: int = 32  # width per head of the part of q and k that carries no position
+    qk_rope_head_dim: int = 16  # width per head of the rotated part; its key is shared by all heads
+    v_head_dim: int = 32
+    first_k_dense_replace: int = 1  # the first k layers are dense
+    n_routed_experts: int = 16
+    n_shared_experts: int = 1  # 0: none
+    num_experts_per_tok: int = 4
+    n_group: int = 1  # expert groups for group-limited routing
+    topk_group: int = 1  # groups a token may choose from
+    topk_method: str = "noaux_tc"  # noaux_tc (V3: selection bias, group score = sum of top two) | greedy | group_limited_greedy (V2: maximum)
+    scoring_func: str = "sigmoid"  # sigmoid (V3) | softmax (V2)
+    norm_topk_prob: bool = True  # make the chosen experts' weights sum to one, before routed_scaling_factor
+    routed_scaling_factor: float = 2.5  # multiplies the routed experts' weights
+    aux_loss_alpha: float = 0.0001  # weight of the balance loss; 0: off
+    seq_aux: bool = True  # balance loss per sequence (V3, and V2's code) or over the whole batch (V2's paper)
+    num_nextn_predict_layers: int = 0  # multi-token prediction depth: extra layers that predict tokens further ahead
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_interleave: bool = True  # rotate neighbouring pairs (DeepSeek) or the two halves
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    max_position_embeddings: int = 4096  # longest sequence the model is meant for, in tokens
+    initializer_range: float = 0.02  # standard deviation of every initial weight (V2 and V3 use 0.006)
+    tie_word_embeddings: bool = False  # the output head is the embedding, transposed
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis, outermost first. One axis may be -1: it takes the devices that are left."""
+
+    data: int = 1  # replicas of everything (hybrid sharding: across nodes)
+    stage: int = 1  # blocks over stages: not in this version, must be 1
+    fsdp: int = -1  # parameters, gradients and optimizer state are sharded over fsdp x expert
+    expert: int = 1  # experts are divided over this axis; must divide n_routed_experts
+    context: int = 1  # sequence sharding: not in this version, must be 1
+    tensor: int = 1  # width sharding: not in this version, must be 1
+
+
+@dataclass(frozen=True)
+class Sharding:
+    strategy: str = "full_shard"  # full_shard=zero3 | shard_grad_op=zero2 | zero1 | hybrid_shard | no_shard=ddp
+
+
+@dataclass(frozen=True)
+class Moe:
+    """How tokens meet experts. None of these changes the mathematics, except the bias update and the z-loss."""
+
+    dispatch: str = "all_to_all"  # all_to_all (the only method of this version)
+    capacity_factor: float = 1.25  # places per round = this x the mean load; overflow costs a round, never a token
+    drop: bool = False  # drop overflow instead of running more rounds: not in this version, must be False
+    bias_update_rate: float = 0.001  # step of the selection bias per optimizer step (noaux_tc); 0: fixed bias
+    bias_update_fraction: float = 1.0  # the bias moves during this fraction of the steps, then is fixed (V3: 14.3/14.8)
+    bias_centre: bool = False  # subtract the bias's mean after each update, so that it cannot drift as a whole
+    router_z_loss_coef: float = 0.0  # weight of mean(logsumexp(router logits)^2), ST-MoE arXiv:2202.08906; 0: off
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str = "stdlib"  # stdlib (Python's own sources) | file, folder or glob; several separated by commas
+    weights: str = ""  # mixture weights of the comma-separated paths, as "0.7,0.3"; empty: by their size in tokens
+    tokenizer: str = "bytes"  # bytes | path of a tokenizer.json
+    document_mask: bool = True  # attention and positions do not cross documents packed into one sequence
+    eval_fraction: float = 0.01  # share of the documents held out for evaluation, chosen by document; 0: no evaluation
+    bin_dtype: str = "uint16"  # dtype of raw .bin token files without a sidecar: uint16 | uint32
+    eos_token_id: int = -1  # document separator in token files without a sidecar; -1: the tokenizer's
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 8  # sequences a step, over the whole mesh
+    sequence_length: int = 512  # tokens a sequence
+    accumulation: int = 1  # micro-batches a step; divides batch_size
+    batch_ramp_start: int = 0  # sequences a step at the start, growing linearly to batch_size; 0: no ramp
+    batch_ramp_steps: int = 0  # steps over which the batch grows, in whole micro-batches
+    dtype: str = "bfloat16"  # compute dtype: bfloat16 | float32; parameters and optimizer state are float32
+    remat: str = "full"  # none | full | exchange (save what came over the expert axis) | save:NAME,NAME...
+    mtp_loss_weight: float = 0.3  # weight of the multi-token prediction loss (V3: 0.3, then 0.1)
+    mtp_loss_weight_final: float = 0.3  # the weight after mtp_switch_fraction of the steps
+    mtp_switch_fraction: float = 1.0  # V3: 10/14.8
+    max_bad_steps: int = 10  # stop after this many updates in a row were skipped for a non-finite loss or gradient
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: str = "adamw"
+    learning_rate: float = 1e-3  # peak
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; norms and the selection bias are never decayed
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    schedule: str = "cosine"  # constant | cosine | wsd (warmup-stable-decay) | deepseek_v2 | deepseek_v3
+    warmup_steps: int = 100  # linear from 0 (V2 and V3: 2000)
+    final_fraction: float = 0.1  # last learning rate / peak, for cosine and wsd
+    decay_fraction: float = 0.2  # share of the steps that wsd decays over, linearly
+
+
+@dataclass(frozen=True)
+class Eval:
+    every_steps: int = 250  # 0: only at the end
+    batches: int = 16  # held-out batches an evaluation reads, at most
+    sample_prompt: str = "def "  # prompt of the sample shown at the end of training; empty: no sample
+    sample_tokens: int = 160  # its length
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = 250  # 0: only at the end
+    keep: int = 3  # newest checkpoints kept; 0: all
+    kind: str = "sharded"  # sharded: every process writes its shards, asynchronously (the only kind of this version)
+
+
+@dataclass(frozen=True)
+class Log:
+    every_steps: int = 10  # metrics row every N steps
+    tensorboard: bool = True  # write TensorBoard events to WORKDIR/tensorboard
+    peak_tflops: float = 0.0  # a device's peak TFLOP/s in the compute dtype, for the utilisation metric; 0: known from the GPU's name
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0  # of the weights and of the data order
+    model: Model = field(default_factory=Model)
+    mesh: Mesh = field(default_factory=Mesh)
+    sharding: Sharding = field(default_factory=Sharding)
+    moe: Moe = field(default_factory=Moe)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    eval: Eval = field(default_factory=Eval)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences in one forward and backward pass, over the whole mesh."""
+        return self.train.batch_size // self.train.accumulation
+
+
+STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
+
+
+def base_config() -> ConfigDict:
+    """A ConfigDict with every option at its default. An optional option is a placeholder: `=None` and `=512` both work."""
+
+    def build(cls: type) -> ConfigDict:
+        out = ConfigDict()
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            kind = hints[f.name]
+            if dataclasses.is_dataclass(kind):
+                out[f.name] = build(kind)
+            elif isinstance(kind, types.UnionType):
+                out[f.name] = config_dict.placeholder(typing.get_args(kind)[0])
+            else:
+                out[f.name] = f.default
+        return out
+
+    return build(Config)
+
+
+def from_config_dict(tree: Any) -> Config:
+    """The dataclasses of a ConfigDict or of nested dicts.
+
+    Raises:
+      UserError: an unknown option or one of the wrong type, by its full name.
+    """
+
+    def build(cls: type, values: Any, where: str) -> Any:
+        hints = typing.get_type_hints(cls)
+        if not hasattr(values, "items"):
+            raise UserError(f"{where} is {values!r}, but it is a section with the options {', '.join(hints)}.")
+        unknown = [k for k in values if k not in hints]
+        if unknown:
+            raise UserError(f"{where}.{unknown[0]} is not an option. {where} has: {', '.join(hints)}.")
+        out = {}
+        for name, value in values.items():
+            kind, full = hints[name], f"{where}.{name}"
+            if dataclasses.is_dataclass(kind):
+                out[name] = build(kind, value, full)
+                continue
+            allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+            if float in allowed and type(value) is int:
+                value = float(value)
+            if type(value) not in allowed:
+                wanted = " or ".join("None" if a is types.NoneType else a.__name__ for a in allowed)
+                raise UserError(f"{full}={value!r} has the type {type(value).__name__}. Give it a value of type {wanted}.")
+            out[name] = value
+        return cls(**out)
+
+    return build(Config, tree, "config")
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name}={value!r} is not known. Set {name} to one of: {', '.join(allowed)}.")
+
+
+def _at_least(section: Any, where: str, low: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not (math.isfinite(value) and value >= low):
+            raise UserError(f"config.{where}.{name}={value} is too small or not finite. Set it to {low:g} or more.")
+
+
+def _divides(small: int, small_name: str, large: int, large_name: str) -> None:
+    if large % small:
+        raise UserError(f"{large_name}={large} is not divisible by {small_name}={small}. Set {small_name} to a divisor of {large}.")
+
+
+def validate(config: Config) -> None:
+    """Checks all that needs no device, file or workdir.
+
+    Raises:
+      UserError: names the first wrong option, its value and the repair.
+    """
+    m, t, o = config.model, config.train, config.optimizer
+    _validate_model(m)
+    _choice("config.sharding.strategy", config.sharding.strategy,
+            ("full_shard", "zero3", "shard_grad_op", "zero2", "zero1", "hybrid_shard", "no_shard", "ddp"))
+    _choice("config.moe.dispatch", config.moe.dispatch, ("all_to_all",))
+    if config.moe.drop:
+        raise UserError("config.moe.drop=True is not in this version, which never drops a token. Set config.moe.drop=False.")
+    if not config.moe.capacity_factor > 0 or math.isinf(config.moe.capacity_factor):
+        raise UserError(f"config.moe.capacity_factor={config.moe.capacity_factor} gives no places. Set it above 0, for instance 1.25.")
+    _at_least(config.moe, "moe", 0, "bias_update_rate", "bias_update_fraction", "router_z_loss_coef")
+    for axis in ("stage", "context", "tensor"):
+        if getattr(config.mesh, axis) != 1:
+            raise UserError(f"config.mesh.{axis}={getattr(config.mesh, axis)} is not in this version. Set config.mesh.{axis}=1.")
+    _at_least(t, "train", 1, "steps", "batch_size", "sequence_length", "accumulation", "max_bad_steps")
+    _at_least(t, "train", 0, "batch_ramp_start", "batch_ramp_steps", "mtp_loss_weight", "mtp_loss_weight_final", "mtp_switch_fraction")
+    _divides(t.accumulation, "config.train.accumulation", t.batch_size, "config.train.batch_size")
+    if t.batch_ramp_start:
+        micro = config.micro_batch
+        if t.batch_ramp_start % micro or t.batch_ramp_start > t.batch_size:
+            raise UserError(f"config.train.batch_ramp_start={t.batch_ramp_start} is not a multiple of the micro-batch ({micro} sequences = "
+                            f"batch_size {t.batch_size} / accumulation {t.accumulation}) up to batch_size. Set it to a multiple of {micro}.")
+    if t.sequence_length > m.max_position_embeddings:
+        raise UserError(f"config.train.sequence_length={t.sequence_length} is above config.model.max_position_embeddings="
+                        f"{m.max_position_embeddings}. Lower the first or raise the second.")
+    if t.sequence_length <= m.num_nextn_predict_layers:
+        raise UserError(f"config.train.sequence_length={t.sequence_length} leaves no target for config.model.num_nextn_predict_layers="
+                        f"{m.num_nextn_predict_layers}. Raise the first.")
+    _choice("config.train.dtype", t.dtype, ("bfloat16", "float32"))
+    if not t.remat.startswith("save:"):
+        _choice("config.train.remat", t.remat, ("none", "full", "exchange", "save:NAME,NAME..."))
+    _choice("config.optimizer.name", o.name, ("adamw",))
+    _choice("config.optimizer.schedule", o.schedule, ("constant", "cosine", "wsd", "deepseek_v2", "deepseek_v3"))
+    if not (math.isfinite(o.learning_rate) and o.learning_rate > 0):
+        raise UserError(f"config.optimizer.learning_rate={o.learning_rate} is not a positive finite number. Set it to, for instance, 1e-3.")
+    _at_least(o, "optimizer", 0, "b1", "b2", "eps", "weight_decay", "grad_clip", "warmup_steps", "final_fraction", "decay_fraction")
+    for name in ("b1", "b2"):
+        if getattr(o, name) >= 1:
+            raise UserError(f"config.optimizer.{name}={getattr(o, name)} must be below 1. Set it to, for instance, 0.9.")
+    _choice("config.checkpoint.kind", config.checkpoint.kind, ("sharded",))
+    _choice("config.data.bin_dtype", config.data.bin_dtype, ("uint16", "uint32"))
+    if not 0 <= config.data.eval_fraction < 1:
+        raise UserError(f"config.data.eval_fraction={config.data.eval_fraction} is not a share. Set it between 0 (no evaluation) and 1.")
+    _at_least(config.eval, "eval", 0, "every_steps", "batches", "sample_tokens")
+    _at_least(config.checkpoint, "checkpoint", 0, "every_steps", "keep")
+    _at_least(config.log, "log", 1, "every_steps")
+    _at_least(config.log, "log", 0, "peak_tflops")
+
+
+def _validate_model(m: Model) -> None:
+    _at_least(m, "model", 1, "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+              "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+              "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "max_position_embeddings")
+    _at_least(m, "model", 0, "first_k_dense_replace", "n_shared_experts", "aux_loss_alpha", "num_nextn_predict_layers",
+              "rms_norm_eps", "initializer_range")
+    _choice("config.model.scoring_func", m.scoring_func, ("sigmoid", "softmax"))
+    _choice("config.model.topk_method", m.topk_method, ("noaux_tc", "greedy", "group_limited_greedy"))
+    _choice("config.model.rope_scaling.type", m.rope_scaling.type, ("default", "yarn"))
+    if m.qk_rope_head_dim % 2:
+        raise UserError(f"config.model.qk_rope_head_dim={m.qk_rope_head_dim} is odd, but rotation works on pairs. Set it to an even number.")
+    if m.first_k_dense_replace > m.num_hidden_layers:
+        raise UserError(f"config.model.first_k_dense_replace={m.first_k_dense_replace} is above config.model.num_hidden_layers="
+                        f"{m.num_hidden_layers}. Set it to {m.num_hidden_layers} or less.")
+    _divides(m.n_group, "config.model.n_group", m.n_routed_experts, "config.model.n_routed_experts")
+    if m.topk_group > m.n_group:
+        raise UserError(f"config.model.topk_group={m.topk_group} is above config.model.n_group={m.n_group}. Set it to {m.n_group} or less.")
+    reachable = m.n_routed_experts if m.topk_method == "greedy" else m.topk_group * (m.n_routed_experts // m.n_group)
+    if m.num_experts_per_tok > reachable:
+        raise UserError(f"config.model.num_experts_per_tok={m.num_experts_per_tok} is above the {reachable} experts a token may choose from "
+                        f"(n_routed_experts={m.n_routed_experts}, topk_group={m.topk_group} of n_group={m.n_group}). Set it to {reachable} or less.")
+    if m.topk_method == "noaux_tc" and m.n_group > 1 and m.n_routed_experts // m.n_group < 2:
+        raise UserError(f"config.model.n_group={m.n_group} leaves one expert a group, but topk_method=noaux_tc sums the top two. "
+                        f"Set n_group to at most {m.n_routed_experts // 2}.")
+    if m.rope_scaling.type == "yarn" and m.rope_scaling.factor < 1:
+        raise UserError(f"config.model.rope_scaling.factor={m.rope_scaling.factor} is below 1. Set it to target length / original length.")
