@@ -124,7 +124,7 @@ class Train:
     batch_ramp_start: int = 0  # sequences a step at the start, growing linearly to batch_size; 0: no ramp
     batch_ramp_steps: int = 0  # steps over which the batch grows, in whole micro-batches
     dtype: str = "bfloat16"  # compute dtype: bfloat16 | float32; parameters and optimizer state are float32
-    remat: str = "full"  # none | full | exchange (save what came over the expert axis) | save:NAME,NAME...
+    remat: str = "full"  # what a layer keeps for backward: none (recompute nothing) | full (recompute all) | exchange | save:NAME,...
     mtp_loss_weight: float = 0.3  # weight of the multi-token prediction loss (V3: 0.3, then 0.1)
     mtp_loss_weight_final: float = 0.3  # the weight after mtp_switch_fraction of the steps
     mtp_switch_fraction: float = 1.0  # V3: 10/14.8
@@ -188,6 +188,7 @@ class Config:
         return self.train.batch_size // self.train.accumulation
 
 
+REMAT_NAMES = ("attention", "mlp_hidden", "exchange", "experts_hidden")  # what remat=save:NAME,NAME may keep
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
 
 
@@ -293,7 +294,10 @@ def validate(config: Config) -> None:
         raise UserError(f"config.train.sequence_length={t.sequence_length} leaves no target for config.model.num_nextn_predict_layers="
                         f"{m.num_nextn_predict_layers}. Raise the first.")
     _choice("config.train.dtype", t.dtype, ("bfloat16", "float32"))
-    if not t.remat.startswith("save:"):
+    if t.remat.startswith("save:"):
+        for name in t.remat.removeprefix("save:").split(","):
+            _choice("config.train.remat=save:", name, REMAT_NAMES)
+    else:
         _choice("config.train.remat", t.remat, ("none", "full", "exchange", "save:NAME,NAME..."))
     _choice("config.optimizer.name", o.name, ("adamw",))
     _choice("config.optimizer.schedule", o.schedule, ("constant", "cosine", "wsd", "deepseek_v2", "deepseek_v3"))

@@ -1,0 +1,76 @@
+"""The small parts: parameters with logical axes, linear maps, RMSNorm, the SwiGLU feed-forward.
+
+Shape letters of this package: B sequences, S positions, T tokens (B*S), D hidden_size, V vocab_size, N heads,
+H width of a query/key head (nope + rope), F feed-forward width, R rank, E routed experts, K experts per token,
+C places per expert and round, L layers.
+
+A `kernel` is [in, out]: the transpose of the Hugging Face `weight` of the same module. Modules have Hugging Face names.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.config import Model
+from deepseek_jax.parallel.sharding import whole
+
+ATTENTION_NORM_EPS = 1e-6  # the norms inside MLA do not follow rms_norm_eps in any released implementation
+
+
+def param(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A float32 parameter declared with its logical axes, one name a dimension."""
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {shape} and logical axes {axes} differ in length")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel, without bias, in the dtype of x."""
+
+    def __init__(self, model: Model, d_in: int, d_out: int, axes: tuple[str | None, str | None], rngs: nnx.Rngs):
+        self.kernel = param(rngs, nnx.initializers.normal(model.initializer_range), (d_in, d_out), axes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ whole(self.kernel, x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight over the last axis; the statistics in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float, rngs: nnx.Rngs):
+        self.eps = eps
+        self.weight = param(rngs, nnx.initializers.ones, (width,), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * whole(self.weight, jnp.float32)).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, model: Model, width: int, rngs: nnx.Rngs):
+        self.gate_proj = Linear(model, model.hidden_size, width, ("embed", "mlp"), rngs)
+        self.up_proj = Linear(model, model.hidden_size, width, ("embed", "mlp"), rngs)
+        self.down_proj = Linear(model, width, model.hidden_size, ("mlp", "embed"), rngs)
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        h_BSF = jax.nn.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD)
+        return self.down_proj(checkpoint_name(h_BSF, "mlp_hidden"))
+
+
+class Embedding(nnx.Module):
+    """Token ids to rows of `weight` [V, D]."""
+
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(model.initializer_range)
+        self.weight = param(rngs, init, (model.vocab_size, model.hidden_size), ("vocab", "embed"))
+
+    def __call__(self, ids_BS: jax.Array, dtype: Any) -> jax.Array:
+        batch = jax.typeof(ids_BS).sharding.spec
+        return whole(self.weight, dtype).at[ids_BS].get(out_sharding=jax.P(*batch, None))

@@ -1,0 +1,63 @@
+"""Rotary position embedding (Su et al. 2021) with YaRN (Peng et al. 2023, arXiv:2309.00071). Shape letters: layers.py."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config import Model
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    """The attention temperature of YaRN: 0.1 * mscale * ln(factor) + 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def inverse_frequencies(model: Model) -> np.ndarray:
+    """float64 [rope/2]: radians a position for every rotated pair, after YaRN's interpolation if it is on."""
+    width, scaling = model.qk_rope_head_dim, model.rope_scaling
+    frequency = model.rope_theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+    if scaling.type == "default":
+        return frequency
+
+    def pair_with(rotations: float) -> float:
+        """The (fractional) pair that makes this many rotations over the original context."""
+        length = scaling.original_max_position_embeddings
+        return width * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+
+    low = max(math.floor(pair_with(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_with(scaling.beta_slow)), width - 1)
+    ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)  # 0: keep, 1: interpolate
+    return frequency * (1 - ramp) + frequency / scaling.factor * ramp
+
+
+def softmax_scale(model: Model) -> float:
+    """1/sqrt(head width), times m(mscale_all_dim)^2 under YaRN, as DeepSeek-V2 and V3 do."""
+    scale = (model.qk_nope_head_dim + model.qk_rope_head_dim) ** -0.5
+    if model.rope_scaling.type == "yarn" and model.rope_scaling.mscale_all_dim:
+        scale *= _mscale(model.rope_scaling.factor, model.rope_scaling.mscale_all_dim) ** 2
+    return scale
+
+
+def rope_tables(model: Model, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, S, rope/2], of int32 positions [B, S]."""
+    angle = positions_BS[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(model), jnp.float32)
+    s, scale = model.rope_scaling, 1.0
+    if s.type == "yarn":
+        both = s.mscale and s.mscale_all_dim
+        scale = _mscale(s.factor, s.mscale) / _mscale(s.factor, s.mscale_all_dim) if both else _mscale(s.factor, 1.0)
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+
+
+def apply_rope(x_BSNR: jax.Array, cos: jax.Array, sin: jax.Array, interleave: bool) -> jax.Array:
+    """Rotates pairs of the last axis: neighbours (2i, 2i+1) if `interleave`, else (i, i + half). Computed in float32."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    x32 = x_BSNR.astype(jnp.float32)
+    if interleave:
+        a, b = x32[..., 0::2], x32[..., 1::2]
+        out = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x_BSNR.shape)
+    else:
+        a, b = jnp.split(x32, 2, axis=-1)
+        out = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return out.astype(x_BSNR.dtype)

@@ -1,0 +1,58 @@
+"""Which experts a token goes to, and with which weights. Shape letters: layers.py.
+
+Sources: DeepSeek-V3 (arXiv:2412.19437) sections 2.1.2 and its inference code; DeepSeek-V2 (arXiv:2405.04434) section 2.2.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import Model
+
+
+class Routing(NamedTuple):
+    """What the router decided for T tokens."""
+
+    expert_TK: jax.Array  # int32: chosen experts
+    weight_TK: jax.Array  # float32: their weights, normalised and scaled as the model asks
+    score_TE: jax.Array  # float32: sigmoid or softmax scores, without the selection bias
+    logit_TE: jax.Array  # float32
+
+
+def route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, model: Model) -> Routing:
+    """Scores, selection and weights, all in float32.
+
+    The bias takes part in choosing only (auxiliary-loss-free balancing): weights come from the unbiased scores. Of equal
+    scores the expert with the lower index is chosen, on every mesh.
+
+    Args:
+      x_TD: tokens, any float dtype.
+      kernel_DE: float32; bias_E: float32 `e_score_correction_bias`, zeros where the method has none.
+    """
+    logit_TE = jnp.matmul(x_TD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST)
+    score_TE = jax.nn.sigmoid(logit_TE) if model.scoring_func == "sigmoid" else jax.nn.softmax(logit_TE, axis=-1)
+    choice_TE = jax.lax.stop_gradient(score_TE) + bias_E
+    if model.topk_method != "greedy" and model.topk_group < model.n_group:
+        choice_TE = _limit_to_groups(choice_TE, model)
+    _, expert_TK = jax.lax.top_k(choice_TE, model.num_experts_per_tok)
+    weight_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
+    if model.norm_topk_prob:
+        weight_TK = weight_TK / (jnp.sum(weight_TK, axis=-1, keepdims=True) + 1e-20)
+    return Routing(expert_TK, weight_TK * model.routed_scaling_factor, score_TE, logit_TE)
+
+
+def _limit_to_groups(choice_TE: jax.Array, model: Model) -> jax.Array:
+    """Puts -inf on experts outside each token's best `topk_group` groups.
+
+    A group's score is the sum of its two best biased scores (V3) or its best score (V2).
+    """
+    tokens, experts = choice_TE.shape
+    choice_TGE = choice_TE.reshape(tokens, model.n_group, experts // model.n_group)
+    if model.topk_method == "noaux_tc":
+        group_TG = jnp.sum(jax.lax.top_k(choice_TGE, 2)[0], axis=-1)
+    else:
+        group_TG = jnp.max(choice_TGE, axis=-1)
+    _, best = jax.lax.top_k(group_TG, model.topk_group)
+    allowed_TG = jnp.any(best[:, :, None] == jnp.arange(model.n_group), axis=1)
+    return jnp.where(allowed_TG[:, :, None], choice_TGE, -jnp.inf).reshape(tokens, experts)

@@ -1,0 +1,164 @@
+"""The DeepSeek decoder: embedding, a short stack of dense layers, a stack of MoE layers, multi-token prediction, head.
+
+Layers of a stack are one module with stacked parameters ([L, ...]); the forward pass is a `lax.scan` over them, so that the
+program (and its compile time) does not grow with depth. Shape letters: layers.py.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.config import Config, Model, Moe
+from deepseek_jax.model.attention import MultiHeadLatentAttention
+from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
+from deepseek_jax.model.moe import MoE, MoEStats
+from deepseek_jax.model.rope import rope_tables
+from deepseek_jax.parallel.sharding import whole
+
+
+class Output(NamedTuple):
+    """What the model returns: hidden states ready for the output head, and statistics."""
+
+    hidden_BSD: jax.Array  # after the final norm
+    mtp_hidden_BSD: tuple[jax.Array, ...]  # one a prediction depth, each after its own norm
+    stats: MoEStats | None  # leaves [L, ...]: the MoE layers, then the MTP layers; None for a dense model
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, model: Model, moe: Moe, is_moe: bool, rngs: nnx.Rngs):
+        self.is_moe = is_moe
+        self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
+        self.self_attn = MultiHeadLatentAttention(model, rngs)
+        self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
+        self.mlp = MoE(model, moe, rngs) if is_moe else MLP(model, model.intermediate_size, rngs)
+
+    def __call__(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> tuple[jax.Array, MoEStats | None]:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, segment_ids_BS)
+        h_BSD = self.post_attention_layernorm(x_BSD)
+        if not self.is_moe:
+            return x_BSD + self.mlp(h_BSD), None
+        y_BSD, stats = self.mlp(h_BSD, segment_ids_BS > 0)
+        return x_BSD + y_BSD, stats
+
+
+class MTPLayer(nnx.Module):
+    """One depth of multi-token prediction (DeepSeek-V3, section 2.2).
+
+    The input joins the embedding of the next token with the hidden state of the depth before, each normed, embedding first
+    as in the released weights. `norm` is `shared_head.norm` there; embedding and output head are the main model's.
+    """
+
+    def __init__(self, model: Model, moe: Moe, rngs: nnx.Rngs):
+        self.enorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
+        self.hnorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
+        self.eh_proj = Linear(model, 2 * model.hidden_size, model.hidden_size, ("embed", "lora"), rngs)
+        self.layer = DecoderLayer(model, moe, True, rngs)
+        self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
+
+    def __call__(self, hidden_BSD, embedded_BSD, rope, segment_ids_BS) -> tuple[jax.Array, MoEStats]:
+        joined = jnp.concatenate([self.enorm(embedded_BSD), self.hnorm(hidden_BSD)], axis=-1)
+        x_BSD, stats = self.layer(self.eh_proj(joined), rope, segment_ids_BS)
+        return x_BSD, stats
+
+
+class Transformer(nnx.Module):
+    """The whole model. Built under `jax.eval_shape` or jit; called under `jax.set_mesh`."""
+
+    def __init__(self, model: Model, moe: Moe, remat: str, dtype: str, rngs: nnx.Rngs):
+        self.model, self.remat, self.dtype = model, remat, jnp.dtype(dtype)
+        dense = model.first_k_dense_replace
+        self.embed_tokens = Embedding(model, rngs)
+        self.dense_layers = _stack(model, moe, False, dense, rngs) if dense else None
+        self.layers = _stack(model, moe, True, model.num_hidden_layers - dense, rngs) if model.num_hidden_layers > dense else None
+        self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
+        if not model.tie_word_embeddings:
+            self.lm_head = Linear(model, model.hidden_size, model.vocab_size, ("embed", "vocab"), rngs)
+        self.mtp = nnx.List([MTPLayer(model, moe, rngs) for _ in range(model.num_nextn_predict_layers)])
+
+    def __call__(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array, positions_BS: jax.Array, next_tokens_BS: jax.Array | None = None) -> Output:
+        """The forward pass.
+
+        Args:
+          tokens_BS: int32 ids. segment_ids_BS: int32, 0 is padding; attention stays within one id.
+          positions_BS: int32 position of each token in its document.
+          next_tokens_BS: int32, the token after each position (any id where there is none): multi-token prediction
+            runs if it is given and the model has such layers.
+        """
+        x_BSD = self.embed_tokens(tokens_BS, self.dtype)
+        rope = rope_tables(self.model, positions_BS)
+        if self.dense_layers is not None:
+            x_BSD, _ = self._scan(self.dense_layers, x_BSD, rope, segment_ids_BS)
+        stats = None
+        if self.layers is not None:
+            x_BSD, stats = self._scan(self.layers, x_BSD, rope, segment_ids_BS)
+        hidden_BSD = self.norm(x_BSD)
+        if next_tokens_BS is None or not self.mtp:
+            return Output(hidden_BSD, (), stats)
+        mtp_hidden, mtp_stats = self._predict_ahead(hidden_BSD, next_tokens_BS, rope, segment_ids_BS)
+        all_stats = mtp_stats if stats is None else [stats, *mtp_stats]
+        return Output(hidden_BSD, mtp_hidden, jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats))
+
+    def head_kernel(self) -> jax.Array:
+        """The output head [D, V] in the compute dtype, whole."""
+        if self.model.tie_word_embeddings:
+            return whole(self.embed_tokens.weight, self.dtype).T
+        return whole(self.lm_head.kernel, self.dtype)
+
+    def logits(self, hidden_BSD: jax.Array) -> jax.Array:
+        """float32 [B, S, V]. Training never calls it: train/losses.py goes through the vocabulary in chunks."""
+        return jnp.einsum("bsd,dv->bsv", hidden_BSD, self.head_kernel(), preferred_element_type=jnp.float32)
+
+    def _scan(self, stack, x_BSD, rope, segment_ids_BS):
+        graphdef, state = nnx.split(stack)
+
+        def body(x_BSD, layer_state):
+            return nnx.merge(graphdef, layer_state)(x_BSD, rope, segment_ids_BS)
+
+        return jax.lax.scan(rematerialise(body, self.remat), x_BSD, state)
+
+    def _predict_ahead(self, hidden_BSD, next_tokens_BS, rope, segment_ids_BS):
+        """Depth d reads the embedding of token i+d at position i and predicts token i+d+1."""
+        outs, all_stats = [], []
+        for mtp in self.mtp:
+            graphdef, state = nnx.split(mtp)
+
+            def run(state, hidden_BSD, tokens_BS, graphdef=graphdef):
+                embedded = self.embed_tokens(tokens_BS, self.dtype)
+                return nnx.merge(graphdef, state)(hidden_BSD, embedded, rope, segment_ids_BS)
+
+            hidden_BSD, stats = rematerialise(run, self.remat)(state, hidden_BSD, next_tokens_BS)
+            outs.append(mtp.norm(hidden_BSD))
+            all_stats.append(jax.tree.map(lambda s: s[None], stats))
+            next_tokens_BS = jnp.roll(next_tokens_BS, -1, axis=1)
+        return tuple(outs), all_stats
+
+
+def _stack(model: Model, moe: Moe, is_moe: bool, count: int, rngs: nnx.Rngs) -> DecoderLayer:
+    """`count` decoder layers as one module with a leading "layers" axis on every variable."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def create(rngs: nnx.Rngs) -> DecoderLayer:
+        return DecoderLayer(model, moe, is_moe, rngs)
+
+    return create(rngs)
+
+
+def rematerialise(f: Callable, remat: str) -> Callable:
+    """`config.train.remat` as a `jax.checkpoint`: what a layer keeps for its backward pass."""
+    if remat == "none":
+        return f
+    if remat == "full":
+        return jax.checkpoint(f)
+    names = ("exchange",) if remat == "exchange" else tuple(remat.removeprefix("save:").split(","))
+    return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*names))
+
+
+def build(config: Config, rngs: nnx.Rngs) -> Transformer:
+    """The model of a run's options."""
+    return Transformer(config.model, config.moe, config.train.remat, config.train.dtype, rngs)

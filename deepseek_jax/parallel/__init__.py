@@ -1,0 +1,1 @@
+"""The mesh, the sharding rules and the token exchange between devices."""

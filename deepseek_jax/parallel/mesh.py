@@ -1,0 +1,73 @@
+"""The only place where a Mesh is made and checked."""
+
+import math
+
+import jax
+from jax.sharding import AxisType
+
+from deepseek_jax.config import Config, UserError
+
+AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # the batch is divided over these
+
+
+def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The device mesh of `config.mesh`, with Explicit axes: a wrong sharding is an error, not a silent copy.
+
+    Args:
+      config: the run's options; an axis of -1 takes the devices that are left.
+      devices: the devices to use, all of this job's by default.
+
+    Raises:
+      UserError: the mesh does not fit the devices, or does not divide the batch, the experts or the weights.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = _resolve(config, len(devices))
+    _check(config, shape)
+    return jax.make_mesh(tuple(shape[a] for a in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def _resolve(config: Config, device_count: int) -> dict[str, int]:
+    shape = {a: getattr(config.mesh, a) for a in AXES}
+    text = " x ".join(f"{a} {n}" for a, n in shape.items() if n != 1) or "1"
+    free = [a for a, n in shape.items() if n == -1]
+    for axis, n in shape.items():
+        if n < 1 and n != -1:
+            raise UserError(f"config.mesh.{axis}={n} is not a number of devices. Set it to 1 or more, or to -1 for the devices that are left.")
+    if len(free) > 1:
+        raise UserError(f"config.mesh.{free[0]}=-1 and config.mesh.{free[1]}=-1: only one axis may take the devices that are left. "
+                        f"Set one of them to a number.")
+    asked = math.prod(n for n in shape.values() if n != -1)
+    if free:
+        if device_count % asked:
+            raise UserError(f"config.mesh ({text}) asks for a multiple of {asked} devices, but there are {device_count}. "
+                            f"Make the product of the axes a divisor of {device_count}.")
+        shape[free[0]] = device_count // asked
+    elif asked != device_count:
+        raise UserError(f"config.mesh ({text}) has {asked} devices, but there are {device_count}. "
+                        f"Set one axis, for instance config.mesh.fsdp, to -1, or make the product {device_count}.")
+    return shape
+
+
+def _check(config: Config, shape: dict[str, int]) -> None:
+    m = config.model
+    if m.n_routed_experts % shape["expert"]:
+        raise UserError(f"n_routed_experts={m.n_routed_experts} is not divisible by the expert mesh axis ({shape['expert']} devices). "
+                        f"Set config.mesh.expert to a divisor of {m.n_routed_experts}.")
+    ways = math.prod(shape[a] for a in BATCH_AXES)
+    if config.micro_batch % ways:
+        raise UserError(f"config.train.batch_size={config.train.batch_size} / accumulation {config.train.accumulation} = {config.micro_batch} "
+                        f"sequences is not divisible by the {ways} devices of data x fsdp x expert. "
+                        f"Set config.train.batch_size to a multiple of {ways * config.train.accumulation}.")
+    # What the rule table of parallel/sharding.py divides, by the option that sets its width.
+    dense, experts = shape["fsdp"] * shape["expert"], shape["fsdp"]
+    widths = [("hidden_size", m.hidden_size, dense, "fsdp x expert"), ("hidden_size", m.hidden_size, experts, "fsdp"),
+              ("num_attention_heads x (qk_nope_head_dim + v_head_dim)",
+               m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim), dense, "fsdp x expert")]
+    if m.q_lora_rank:
+        widths.append(("num_attention_heads x (qk_nope_head_dim + qk_rope_head_dim)",
+                       m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim), dense, "fsdp x expert"))
+    for name, width, parts, axes in widths:
+        if config.sharding.strategy not in ("no_shard", "ddp") and width % parts:
+            raise UserError(f"{name}={width} is not divisible by the {parts} devices of {axes}. "
+                            f"Lower config.mesh.fsdp or config.mesh.expert and put the rest on config.mesh.data.")

@@ -1,0 +1,87 @@
+"""Logical axis names to mesh axes: the one rule table, by strategy.
+
+Every parameter is declared with logical axes (NNX metadata `out_sharding`). A name that the table lacks is an error.
+Parameters live in the layout of `storage_rules` and are used in the layout of `COMPUTE_RULES`: `whole` is the all-gather
+of FULL_SHARD, one layer at a time, and its transpose sends the gradient back to the layout of the parameter.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from deepseek_jax.config import STRATEGY_ALIASES, Config
+
+Rules = dict[str, tuple[str, ...] | str | None]
+
+# Axes of parameters. `embed` is the axis of a dense weight that FULL_SHARD divides; an expert weight has `expert_embed`
+# there, because its experts already lie on the expert axis. `lora_heads` is the output of a low-rank projection, which
+# has no embed axis. The rest is never divided in this version.
+COMPUTE_RULES: Rules = {
+    "layers": None, "embed": None, "lora_heads": None, "experts": "expert", "expert_embed": None, "expert_mlp": None,
+    "vocab": None, "heads": None, "mlp": None, "lora": None, "norm": None, "router": None, "pair": None,
+}
+_DIVIDED: Rules = COMPUTE_RULES | {"embed": ("fsdp", "expert"), "lora_heads": ("fsdp", "expert"), "expert_embed": "fsdp"}
+
+# strategy -> what is divided. ZeRO-1 is the last column alone, ZeRO-2 the last two, ZeRO-3 all three.
+#                    parameters gradients optimizer state
+STRATEGIES = {
+    "full_shard":    (True, True, True),
+    "hybrid_shard":  (True, True, True),
+    "shard_grad_op": (False, True, True),
+    "zero1":         (False, False, True),
+    "no_shard":      (False, False, False),
+}
+
+
+def storage_rules(config: Config) -> tuple[Rules, Rules, Rules]:
+    """The rules of parameters, gradients and optimizer state under `config.sharding.strategy`."""
+    name = STRATEGY_ALIASES.get(config.sharding.strategy, config.sharding.strategy)
+    return tuple(_DIVIDED if divided else COMPUTE_RULES for divided in STRATEGIES[name])
+
+
+def spec(axes: tuple[str | None, ...], rules: Rules) -> P:
+    """The PartitionSpec of logical axes.
+
+    Raises:
+      KeyError: an axis name that the rule table lacks.
+    """
+    for name in axes:
+        if name is not None and name not in rules:
+            raise KeyError(f"logical axis {name!r} is not in the rule table of parallel/sharding.py, which has {sorted(rules)}")
+    return P(*(None if name is None else rules[name] for name in axes))
+
+
+def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    """The logical axes of a variable; those of its last dimensions inside a scan over stacked layers."""
+    axes = variable.get_metadata().get("out_sharding")
+    if axes is None:
+        raise ValueError(f"a {type(variable).__name__} of shape {variable.get_value().shape} was declared without logical axes (out_sharding)")
+    return tuple(axes)[len(axes) - variable.get_value().ndim :]
+
+
+def specs(state: nnx.State, rules: Rules) -> nnx.State:
+    """The PartitionSpec of every variable of a state, as a tree of the state's structure with specs for leaves."""
+    return jax.tree.map(lambda v: v.replace(spec(logical_axes(v), rules)), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def shardings(spec_tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The same tree with NamedShardings for specs."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), spec_tree, is_leaf=lambda s: isinstance(s, P))
+
+
+def reshard(tree: Any, spec_tree: Any) -> Any:
+    """Moves every array of `tree` to its spec. Slicing a whole array is free; making one whole is an all-gather."""
+    return jax.tree.map(jax.sharding.reshard, tree, spec_tree)
+
+
+def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:
+    """The weight as the layer uses it: cast to the compute dtype, then gathered, so that the gather moves few bytes."""
+    return jax.sharding.reshard(variable[...].astype(dtype), spec(logical_axes(variable), COMPUTE_RULES))
+
+
+def bytes_per_device(tree: Any, sharding_tree: Any) -> int:
+    """Bytes of a tree's arrays that one device holds."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(sharding_tree), strict=True)
+    return sum(jax.ShapeDtypeStruct(s.shard_shape(a.shape), a.dtype).size * a.dtype.itemsize for a, s in leaves)

@@ -1,0 +1,1 @@
+"""Losses, optimizer, state, the one jitted step and the loop around it."""
