@@ -1,0 +1,118 @@
+"""From the model's output to one number. Shape letters: model/layers.py.
+
+Every term is a sum over tokens or sequences divided by a total of the whole batch of the step (`Totals`), not of the
+micro-batch: so micro-batches add up, and the gradient under accumulation equals that of the whole batch.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.moe import MoEStats
+from deepseek_jax.model.transformer import Output, Transformer
+
+IGNORE = -100  # target id of a position that predicts nothing, as in Hugging Face
+LOSS_CHUNK = 512  # positions of a sequence whose logits are alive at a time
+
+Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions: int32 [B, S]
+
+
+class Totals(NamedTuple):
+    """Denominators over the whole batch of a step, and what the batch-level balance loss needs of it."""
+
+    targets: jax.Array  # float32: positions that predict something
+    mtp_targets: jax.Array  # float32 [depth]
+    tokens: jax.Array  # float32: positions that are not padding
+    sequences: jax.Array  # float32: sequences that are not all padding
+    expert_counts: jax.Array | None  # int32 [L, E], only for seq_aux=False
+
+
+class Losses(NamedTuple):
+    """The loss and its parts, float32 scalars, as shares of the whole batch."""
+
+    loss: jax.Array  # what is differentiated: all weighted parts
+    lm_loss: jax.Array  # cross-entropy in nats a token
+    mtp_loss: jax.Array  # the same of multi-token prediction, mean over depths
+    balance_loss: jax.Array  # unweighted, mean over layers
+    z_loss: jax.Array  # unweighted, mean over layers
+
+
+def mtp_targets(targets_BS: jax.Array, segment_ids_BS: jax.Array, depth: int) -> jax.Array:
+    """Targets of prediction depth `depth` (1 and up): the token depth+1 ahead, IGNORE past the document's end in this row."""
+    shifted = jnp.roll(targets_BS, -depth, axis=-1)
+    same = jnp.roll(segment_ids_BS, -depth, axis=-1) == segment_ids_BS
+    inside = jnp.arange(targets_BS.shape[-1]) < targets_BS.shape[-1] - depth
+    return jnp.where(same & inside, shifted, IGNORE)
+
+
+def totals(batch: Batch, depths: int, expert_counts: jax.Array | None = None) -> Totals:
+    """The denominators of a whole batch; its arrays may have any leading axes before S."""
+    targets, segment_ids = batch["targets"], batch["segment_ids"]
+    count = lambda mask: jnp.sum(mask, dtype=jnp.float32)
+    ahead = [count(mtp_targets(targets, segment_ids, d + 1) != IGNORE) for d in range(depths)]
+    valid = segment_ids > 0
+    return Totals(count(targets != IGNORE), jnp.stack(ahead) if ahead else jnp.zeros(0), count(valid), count(jnp.any(valid, axis=-1)), expert_counts)
+
+
+def cross_entropy_sum(hidden_BSD: jax.Array, kernel_DV: jax.Array, targets_BS: jax.Array) -> jax.Array:
+    """Sum of -log p(target) over positions with a target, in float32.
+
+    Goes along the sequence in chunks of LOSS_CHUNK positions that are recomputed in the backward pass: the logits of the
+    whole batch never exist.
+    """
+
+    @jax.checkpoint
+    def chunk(hidden, targets):
+        logits = jnp.einsum("bsd,dv->bsv", hidden, kernel_DV, preferred_element_type=jnp.float32)
+        # A sum over a one-hot mask, not a gather: its transpose stays sharded as the logits are.
+        here = targets[..., None] == jnp.arange(logits.shape[-1])
+        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
+        return jnp.sum(jnp.where(targets == IGNORE, 0.0, nll))
+
+    length = hidden_BSD.shape[1]
+    return sum(chunk(hidden_BSD[:, i : i + LOSS_CHUNK], targets_BS[:, i : i + LOSS_CHUNK]) for i in range(0, length, LOSS_CHUNK))
+
+
+def balance_loss(stats: MoEStats, total: Totals, config: Config) -> jax.Array:
+    """Unweighted balance loss, mean over layers: 1 when the load is even.
+
+    Per sequence (`seq_aux`): DeepSeek-V3 equations 17 to 20. Over the batch: DeepSeek-V2's expert-level loss, equations 12
+    to 14 there; f comes from the whole step's counts and has no gradient.
+    """
+    m = config.model
+    if m.seq_aux:
+        return jnp.mean(stats.sequence_balance) / total.sequences
+    f_LE = total.expert_counts.astype(jnp.float32) * m.n_routed_experts / (m.num_experts_per_tok * total.tokens)
+    return jnp.mean(jnp.sum(f_LE * stats.score_sum / total.tokens, axis=-1))
+
+
+def pretraining_loss(model: Transformer, batch: Batch, total: Totals, config: Config, mtp_weight: jax.Array) -> tuple[jax.Array, tuple[Losses, MoEStats | None]]:
+    """The next-token loss with multi-token prediction, balance and z terms, for one micro-batch.
+
+    Args:
+      batch: one micro-batch. total: denominators of the whole batch. mtp_weight: float32 weight of the MTP loss.
+
+    Returns:
+      (loss, (all parts, statistics)).
+    """
+    m = config.model
+    targets, kernel = batch["targets"], model.head_kernel()
+    next_tokens = jnp.maximum(targets, 0) if m.num_nextn_predict_layers else None
+    out: Output = model(batch["tokens"], batch["segment_ids"], batch["positions"], next_tokens)
+    lm = cross_entropy_sum(out.hidden_BSD, kernel, targets) / total.targets
+    loss, mtp, balance, z = lm, jnp.float32(0), jnp.float32(0), jnp.float32(0)
+    for depth, hidden in enumerate(out.mtp_hidden_BSD):
+        ahead = mtp_targets(targets, batch["segment_ids"], depth + 1)
+        mtp += cross_entropy_sum(hidden, kernel, ahead) / jnp.maximum(total.mtp_targets[depth], 1) / len(out.mtp_hidden_BSD)
+    if out.mtp_hidden_BSD:
+        loss += mtp_weight * mtp
+    if out.stats is not None:
+        balance = balance_loss(out.stats, total, config)
+        z = jnp.mean(out.stats.z_sum) / total.tokens
+        # The papers add the balance loss of every layer; the reported value is their mean.
+        layers = out.stats.z_sum.shape[0]
+        loss += layers * (m.aux_loss_alpha * balance + config.moe.router_z_loss_coef * z)
+    return loss, (Losses(loss, lm, mtp, balance, z), out.stats)
+

@@ -1,0 +1,73 @@
+"""AdamW with the published recipes, by optax.
+
+Sources: DeepSeek-V2 (arXiv:2405.04434) section 3.1.2 and DeepSeek-V3 (arXiv:2412.19437) section 4.2 for the schedules and
+the batch-size ramp; MiniCPM (arXiv:2404.06395) for warmup-stable-decay.
+"""
+
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from deepseek_jax.config import Config
+
+V3_TOKENS = 14.8  # trillions; the V3 schedule below is in shares of them
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """Step -> learning rate. All schedules start with a linear warmup from 0.
+
+    cosine: to `final_fraction` of the peak. wsd: constant, then linear to `final_fraction` over the last `decay_fraction`.
+    deepseek_v2: x 0.316 after 60% and again after 90% of the training.
+    deepseek_v3: constant to 10T of 14.8T tokens, cosine to a tenth over 4.3T, constant for 333B, then x 7.3/22 for 167B.
+    """
+    o, steps, peak = config.optimizer, config.train.steps, config.optimizer.learning_rate
+    warm = min(o.warmup_steps, steps)
+    rest = max(steps - warm, 1)
+    end = peak * o.final_fraction
+    at = lambda share: max(round(share * steps) - warm, 1)  # boundaries count from the end of the warmup
+    if o.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif o.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, o.final_fraction)
+    elif o.schedule == "wsd":
+        decay = max(round(steps * o.decay_fraction), 1)
+        stable = max(rest - decay, 0)
+        after = optax.join_schedules([optax.constant_schedule(peak), optax.linear_schedule(peak, end, min(decay, rest))], [stable])
+    elif o.schedule == "deepseek_v2":
+        after = optax.join_schedules([optax.constant_schedule(peak * f) for f in (1, 0.316, 0.316**2)], [at(0.6), at(0.9)])
+    else:
+        a, b, c = (at(t / V3_TOKENS) for t in (10.0, 14.3, 14.633))
+        after = optax.join_schedules(
+            [optax.constant_schedule(peak), optax.cosine_decay_schedule(peak, max(b - a, 1), 0.1),
+             optax.constant_schedule(peak * 0.1), optax.constant_schedule(peak * 0.1 * 7.3 / 22)], [a, b, c])
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warm, 1)), after], [warm])
+
+
+def decay_mask(params: nnx.State) -> Any:
+    """True for matrices; norm weights, whose logical axis is "norm", are not decayed."""
+    is_variable = lambda v: isinstance(v, nnx.Variable)
+    return jax.tree.map(lambda v: v.replace("norm" not in v.get_metadata()["out_sharding"]), params, is_leaf=is_variable)
+
+
+def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransformation:
+    """Clip by global norm, AdamW, decoupled weight decay on matrices. `params` gives structure and logical axes only."""
+    o = config.optimizer
+    clip = optax.clip_by_global_norm(o.grad_clip) if o.grad_clip else optax.identity()
+    return optax.chain(clip, optax.adamw(learning_rate(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decay_mask(params)))
+
+
+def sequences_at(config: Config, step: int) -> int:
+    """Batch size of a step, in sequences: batch_ramp_start growing linearly to batch_size, in whole micro-batches."""
+    t, micro = config.train, config.micro_batch
+    if not t.batch_ramp_start or step >= t.batch_ramp_steps:
+        return t.batch_size
+    size = t.batch_ramp_start + (t.batch_size - t.batch_ramp_start) * step / t.batch_ramp_steps
+    return max(int(size) // micro, 1) * micro
+
+
+def first_sequence(config: Config, step: int) -> int:
+    """How many sequences the steps before `step` have taken: where its data begin, a pure function of the step."""
+    ramp = min(step, config.train.batch_ramp_steps if config.train.batch_ramp_start else 0)
+    return sum(sequences_at(config, s) for s in range(ramp)) + (step - ramp) * config.train.batch_size

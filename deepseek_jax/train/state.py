@@ -1,0 +1,75 @@
+"""The training state: what it holds, how it is laid out over the mesh, how it is created."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from deepseek_jax.config import Config
+from deepseek_jax.model import transformer
+from deepseek_jax.model.moe import SelectionBias
+from deepseek_jax.parallel import sharding
+from deepseek_jax.train.optimizer import make_optimizer
+
+
+class TrainState(NamedTuple):
+    """A pytree of arrays. The selection bias is not a parameter: no gradient, no optimizer, no weight decay."""
+
+    step: jax.Array  # int32: optimizer steps taken, skipped ones included
+    params: nnx.State  # float32
+    bias: nnx.State  # float32 e_score_correction_bias of every MoE layer; empty without one
+    opt_state: Any
+    bad_steps: jax.Array  # int32: updates skipped in a row, for a non-finite loss or gradient
+    skipped_steps: jax.Array  # int32: updates skipped in all
+
+
+class Layout(NamedTuple):
+    """Everything about the state that is known without holding it."""
+
+    graphdef: nnx.GraphDef
+    abstract: TrainState  # shapes and dtypes
+    shardings: TrainState
+    param_specs: nnx.State  # PartitionSpecs: of parameters between steps,
+    grad_specs: nnx.State  # of gradients,
+    opt_specs: nnx.State  # of the parameters while the optimizer works, and so of its state
+    optimizer: optax.GradientTransformation
+
+    def merge(self, params: nnx.State, bias: nnx.State) -> transformer.Transformer:
+        """The model with these parameters."""
+        return nnx.merge(self.graphdef, params, bias)
+
+
+def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graphdef, parameters, selection biases) as shapes, without allocating anything."""
+    return nnx.split(nnx.eval_shape(lambda: transformer.build(config, nnx.Rngs(0))), nnx.Param, SelectionBias)
+
+
+def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
+    """Shapes and shardings of the state of a run on a mesh. Call it under `jax.set_mesh(mesh)`."""
+    graphdef, params, bias = abstract_model(config)
+    rules = sharding.storage_rules(config)
+    param_specs, grad_specs, opt_specs = (sharding.specs(params, r) for r in rules)
+    bias_specs = sharding.specs(bias, sharding.COMPUTE_RULES)
+    optimizer = make_optimizer(config, params)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    # Moments are laid out as the parameters are while the optimizer works; counters are whole.
+    opt_state_specs = optax.tree.map_params(optimizer, lambda _, spec: spec, opt_state, opt_specs, transform_non_params=lambda _: jax.P())
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    abstract = TrainState(scalar, params, bias, opt_state, scalar, scalar)
+    specs = TrainState(jax.P(), param_specs, bias_specs, opt_state_specs, jax.P(), jax.P())
+    return Layout(graphdef, abstract, sharding.shardings(specs, mesh), param_specs, grad_specs, opt_specs, optimizer)
+
+
+def init_state(config: Config, layout: Layout) -> TrainState:
+    """A fresh state, created in its shards: no device or host ever holds the whole model. The same on every mesh."""
+
+    def create() -> TrainState:
+        _, params, bias = nnx.split(transformer.build(config, nnx.Rngs(config.seed)), nnx.Param, SelectionBias)
+        params = sharding.reshard(params, layout.opt_specs)
+        opt_state = layout.optimizer.init(params)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, sharding.reshard(params, layout.param_specs), bias, opt_state, zero, zero)
+
+    return jax.jit(create, out_shardings=layout.shardings)()

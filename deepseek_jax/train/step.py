@@ -1,0 +1,130 @@
+"""The training step: (state, batch) -> (state, metrics), the only jitted training function."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepseek_jax.config import Config
+from deepseek_jax.parallel.sharding import reshard
+from deepseek_jax.train import losses
+from deepseek_jax.train.optimizer import learning_rate
+from deepseek_jax.train.state import Layout, TrainState
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports, for the global batch, the same on every device."""
+
+    losses: losses.Losses
+    lr: jax.Array
+    grad_norm: jax.Array  # before clipping
+    expert_counts: jax.Array  # int32 [L, E]
+    rounds: jax.Array  # int32 [L]: most dispatch rounds of a micro-batch
+    tokens: jax.Array  # float32: tokens that are not padding
+    bad_steps: jax.Array  # int32: updates skipped in a row up to this one
+    skipped_steps: jax.Array  # int32: in all
+
+
+def make_train_step(config: Config, layout: Layout, loss_fn: Callable = losses.pretraining_loss) -> Callable:
+    """The step function, to be jitted with the state donated.
+
+    Its batch has int32 arrays [A, b, S]: A micro-batches, b divided over the batch axes. Gradients are summed over them in
+    float32. A non-finite loss or gradient norm leaves parameters, optimizer state and bias as they were, and is counted.
+    """
+    depths = config.model.num_nextn_predict_layers
+    schedule = learning_rate(config)
+
+    def micro_gradients(params, bias, micro, total, mtp_weight):
+        def loss(params):
+            return loss_fn(layout.merge(params, bias), micro, total, config, mtp_weight)
+
+        grads, (parts, stats) = jax.grad(loss, has_aux=True)(params)
+        counts, rounds = (stats.expert_counts, stats.rounds) if stats else (jnp.zeros((0, 0), jnp.int32), jnp.zeros(0, jnp.int32))
+        return reshard(grads, layout.grad_specs), parts, counts, rounds
+
+    def whole_batch_gradients(params, bias, batch, total, mtp_weight):
+        one = lambda micro: micro_gradients(params, bias, micro, total, mtp_weight)
+        if batch["tokens"].shape[0] == 1:
+            return one(jax.tree.map(lambda a: a[0], batch))
+
+        def more(carry, micro):
+            new = one(micro)
+            return (*jax.tree.map(jnp.add, carry[:3], new[:3]), jnp.maximum(carry[3], new[3])), None
+
+        shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda a: a[0], batch)))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
+        return jax.lax.scan(more, zeros, batch)[0]
+
+    def counts_of(params, bias, batch):
+        """Expert counts of all micro-batches, by a forward pass of its own: the batch-level balance loss needs them first."""
+
+        def one(_, micro):
+            next_tokens = jnp.maximum(micro["targets"], 0) if depths else None
+            return None, layout.merge(params, bias)(micro["tokens"], micro["segment_ids"], micro["positions"], next_tokens).stats.expert_counts
+
+        return jnp.sum(jax.lax.scan(one, None, batch)[1], axis=0)
+
+    def train_step(state: TrainState, batch: losses.Batch) -> tuple[TrainState, StepMetrics]:
+        t, m = config.train, config.model
+        has_moe = m.num_hidden_layers > m.first_k_dense_replace or depths > 0
+        batch_level = not m.seq_aux and m.aux_loss_alpha and has_moe
+        counts = jax.lax.stop_gradient(counts_of(state.params, state.bias, batch)) if batch_level else None
+        total = losses.totals(batch, depths, counts)
+        mtp_weight = jnp.where(state.step < round(t.mtp_switch_fraction * t.steps), t.mtp_loss_weight, t.mtp_loss_weight_final)
+        grads, parts, counts, rounds = whole_batch_gradients(state.params, state.bias, batch, total, mtp_weight)
+
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.global_norm(grads)
+            ok = jnp.isfinite(parts.loss) & jnp.isfinite(grad_norm)
+            # Under ZeRO-1 and 2 this slices whole parameters (free) and gathers them again after the update.
+            params = reshard(state.params, layout.opt_specs)
+            updates, opt_state = layout.optimizer.update(reshard(grads, layout.opt_specs), state.opt_state, params)
+            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+            params = reshard(keep(optax.apply_updates(params, updates), params), layout.param_specs)
+            opt_state = keep(opt_state, state.opt_state)
+            bias = keep(update_bias(state.bias, counts, state.step, config), state.bias)
+        bad = jnp.where(ok, 0, state.bad_steps + 1)
+        skipped = state.skipped_steps + jnp.where(ok, 0, 1)
+        lr = schedule(state.step - state.skipped_steps)  # the optimizer counts the updates it made
+        new_state = TrainState(state.step + 1, params, bias, opt_state, bad, skipped)
+        return new_state, StepMetrics(parts, lr, grad_norm, counts, rounds, total.tokens, bad, skipped)
+
+    return train_step
+
+
+def update_bias(bias, counts_LE: jax.Array, step: jax.Array, config: Config):
+    """Auxiliary-loss-free balancing (arXiv:2408.15664): up where an expert had less than the mean load, down where more.
+
+    Args:
+      bias: the state of `e_score_correction_bias`: [L, E] for the stacked layers, [E] for each MTP layer.
+      counts_LE: int32 counts of the whole step's global batch, MTP layers last.
+    """
+    moving = step < round(config.moe.bias_update_fraction * config.train.steps)
+    rate = jnp.where(moving, config.moe.bias_update_rate, 0.0)
+    counts_LE = counts_LE.astype(jnp.float32)
+
+    def move(b, counts):
+        b = b + rate * jnp.sign(jnp.mean(counts, axis=-1, keepdims=True) - counts)
+        return b - jnp.mean(b, axis=-1, keepdims=True) if config.moe.bias_centre else b
+
+    leaves, tree = jax.tree.flatten(bias)
+    # A state's leaves are ordered by name: "layers" before "mtp", as in the counts.
+    out, row = [], 0
+    for leaf in leaves:
+        n = leaf.shape[0] if leaf.ndim == 2 else 1
+        out.append(move(leaf, counts_LE[row : row + n].reshape(leaf.shape)))
+        row += n
+    return jax.tree.unflatten(tree, out)
+
+
+def make_eval_step(layout: Layout) -> Callable:
+    """(params, bias, batch [b, S]) -> float32 sum of -log p over the batch's targets, main head only."""
+
+    def eval_step(params, bias, batch: losses.Batch) -> jax.Array:
+        model = layout.merge(params, bias)
+        out = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+        return losses.cross_entropy_sum(out.hidden_BSD, model.head_kernel(), batch["targets"])
+
+    return eval_step
