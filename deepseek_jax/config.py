@@ -8,7 +8,9 @@ Model options are Hugging Face `config.json` keys with their Hugging Face meanin
 """
 
 import dataclasses
+import inspect
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -47,7 +49,7 @@ class Model:
     moe_intermediate_size: int = 192  # SwiGLU width of one routed expert; the shared experts have n_shared times this
     num_hidden_layers: int = 6
     num_attention_heads: int = 8
-    q_lora_rank: int | None = None  # rank of the query compression; None projects queries directly (V2-Lite, Moonlight)
+    q_lora_rank: int | None = None  # rank of the query compression; None or 0 projects queries directly (V2-Lite, Moonlight)
     kv_lora_rank: int = 128  # rank of the joint key-value compression: what a decoding cache holds, with the rope part
     qk_nope_head_dim: int = 32  # width per head of the part of q and k that carries no position
     qk_rope_head_dim: int = 16  # width per head of the rotated part; its key is shared by all heads
@@ -182,6 +184,10 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
 
+    def to_json(self) -> dict[str, Any]:
+        """Nested dicts of plain values: `from_config_dict` reads them back."""
+        return dataclasses.asdict(self)
+
     @property
     def micro_batch(self) -> int:
         """Sequences in one forward and backward pass, over the whole mesh."""
@@ -234,6 +240,8 @@ def from_config_dict(tree: Any) -> Config:
             allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
             if float in allowed and type(value) is int:
                 value = float(value)
+            if types.NoneType in allowed and value == 0:
+                value = None  # a flag cannot spell None
             if type(value) not in allowed:
                 wanted = " or ".join("None" if a is types.NoneType else a.__name__ for a in allowed)
                 raise UserError(f"{full}={value!r} has the type {type(value).__name__}. Give it a value of type {wanted}.")
@@ -241,6 +249,26 @@ def from_config_dict(tree: Any) -> Config:
         return cls(**out)
 
     return build(Config, tree, "config")
+
+
+def describe() -> str:
+    """Every option with its default and the comment above: the text of --help."""
+    lines = []
+
+    def add(cls: type, where: str) -> None:
+        comments = dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+        nested = []
+        for f in dataclasses.fields(cls):
+            if f.default is dataclasses.MISSING:
+                nested.append((typing.get_type_hints(cls)[f.name], f"{where}.{f.name}"))
+            else:
+                default = repr(f.default) if isinstance(f.default, str) else f.default
+                lines.append(f"  --{where}.{f.name}={default}\n        {comments.get(f.name, '')}".rstrip())
+        for kind, name in nested:
+            add(kind, name)
+
+    add(Config, "config")
+    return "\n".join(lines)
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -63,7 +63,7 @@ class MTPLayer(nnx.Module):
     def __call__(self, hidden_BSD, embedded_BSD, rope, segment_ids_BS) -> tuple[jax.Array, MoEStats]:
         joined = jnp.concatenate([self.enorm(embedded_BSD), self.hnorm(hidden_BSD)], axis=-1)
         x_BSD, stats = self.layer(self.eh_proj(joined), rope, segment_ids_BS)
-        return x_BSD, stats
+        return self.norm(x_BSD), stats
 
 
 class Transformer(nnx.Module):
@@ -86,8 +86,8 @@ class Transformer(nnx.Module):
         Args:
           tokens_BS: int32 ids. segment_ids_BS: int32, 0 is padding; attention stays within one id.
           positions_BS: int32 position of each token in its document.
-          next_tokens_BS: int32, the token after each position (any id where there is none): multi-token prediction
-            runs if it is given and the model has such layers.
+          next_tokens_BS: int32, the token after each position, negative where there is none in its document: multi-token
+            prediction runs if it is given and the model has such layers. Positions without a token to read are padding there.
         """
         x_BSD = self.embed_tokens(tokens_BS, self.dtype)
         rope = rope_tables(self.model, positions_BS)
@@ -122,20 +122,28 @@ class Transformer(nnx.Module):
         return jax.lax.scan(rematerialise(body, self.remat), x_BSD, state)
 
     def _predict_ahead(self, hidden_BSD, next_tokens_BS, rope, segment_ids_BS):
-        """Depth d reads the embedding of token i+d at position i and predicts token i+d+1."""
+        """Depth d reads the embedding of token i+d at position i and the normed state of the depth before; it predicts token i+d+1."""
         outs, all_stats = [], []
         for mtp in self.mtp:
             graphdef, state = nnx.split(mtp)
 
-            def run(state, hidden_BSD, tokens_BS, graphdef=graphdef):
-                embedded = self.embed_tokens(tokens_BS, self.dtype)
+            def run(state, hidden_BSD, tokens_BS, segment_ids_BS, graphdef=graphdef):
+                embedded = self.embed_tokens(jnp.maximum(tokens_BS, 0), self.dtype)
                 return nnx.merge(graphdef, state)(hidden_BSD, embedded, rope, segment_ids_BS)
 
-            hidden_BSD, stats = rematerialise(run, self.remat)(state, hidden_BSD, next_tokens_BS)
-            outs.append(mtp.norm(hidden_BSD))
+            segments = jnp.where(next_tokens_BS >= 0, segment_ids_BS, 0)
+            hidden_BSD, stats = rematerialise(run, self.remat)(state, hidden_BSD, next_tokens_BS, segments)
+            outs.append(hidden_BSD)
             all_stats.append(jax.tree.map(lambda s: s[None], stats))
-            next_tokens_BS = jnp.roll(next_tokens_BS, -1, axis=1)
+            next_tokens_BS = tokens_ahead(next_tokens_BS, segment_ids_BS, 1, missing=-1)
         return tuple(outs), all_stats
+
+
+def tokens_ahead(ids_BS: jax.Array, segment_ids_BS: jax.Array, distance: int, missing: int) -> jax.Array:
+    """ids_BS[i + distance] at i, `missing` where that lies past the document's end in this row. Leading axes may be any."""
+    same = jnp.roll(segment_ids_BS, -distance, axis=-1) == segment_ids_BS
+    inside = jnp.arange(ids_BS.shape[-1]) < ids_BS.shape[-1] - distance
+    return jnp.where(same & inside, jnp.roll(ids_BS, -distance, axis=-1), missing)
 
 
 def _stack(model: Model, moe: Moe, is_moe: bool, count: int, rngs: nnx.Rngs) -> DecoderLayer:

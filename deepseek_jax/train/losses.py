@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, Model
 from deepseek_jax.model.moe import MoEStats
-from deepseek_jax.model.transformer import Output, Transformer
+from deepseek_jax.model.transformer import Output, Transformer, tokens_ahead
 
 IGNORE = -100  # target id of a position that predicts nothing, as in Hugging Face
 LOSS_CHUNK = 512  # positions of a sequence whose logits are alive at a time
@@ -28,6 +28,11 @@ class Totals(NamedTuple):
     sequences: jax.Array  # float32: sequences that are not all padding
     expert_counts: jax.Array | None  # int32 [L, E], only for seq_aux=False
 
+    def layer_tokens(self, model: Model) -> jax.Array:
+        """float32 [L]: tokens that each MoE layer and then each MTP layer routes; an MTP layer lacks those without a next token."""
+        main = jnp.full(model.num_hidden_layers - model.first_k_dense_replace, self.tokens)
+        return jnp.maximum(jnp.concatenate([main, self.targets[None], self.mtp_targets])[: len(main) + len(self.mtp_targets)], 1)
+
 
 class Losses(NamedTuple):
     """The loss and its parts, float32 scalars, as shares of the whole batch."""
@@ -39,19 +44,11 @@ class Losses(NamedTuple):
     z_loss: jax.Array  # unweighted, mean over layers
 
 
-def mtp_targets(targets_BS: jax.Array, segment_ids_BS: jax.Array, depth: int) -> jax.Array:
-    """Targets of prediction depth `depth` (1 and up): the token depth+1 ahead, IGNORE past the document's end in this row."""
-    shifted = jnp.roll(targets_BS, -depth, axis=-1)
-    same = jnp.roll(segment_ids_BS, -depth, axis=-1) == segment_ids_BS
-    inside = jnp.arange(targets_BS.shape[-1]) < targets_BS.shape[-1] - depth
-    return jnp.where(same & inside, shifted, IGNORE)
-
-
 def totals(batch: Batch, depths: int, expert_counts: jax.Array | None = None) -> Totals:
     """The denominators of a whole batch; its arrays may have any leading axes before S."""
     targets, segment_ids = batch["targets"], batch["segment_ids"]
     count = lambda mask: jnp.sum(mask, dtype=jnp.float32)
-    ahead = [count(mtp_targets(targets, segment_ids, d + 1) != IGNORE) for d in range(depths)]
+    ahead = [count(tokens_ahead(targets, segment_ids, d + 1, IGNORE) != IGNORE) for d in range(depths)]
     valid = segment_ids > 0
     return Totals(count(targets != IGNORE), jnp.stack(ahead) if ahead else jnp.zeros(0), count(valid), count(jnp.any(valid, axis=-1)), expert_counts)
 
@@ -84,8 +81,9 @@ def balance_loss(stats: MoEStats, total: Totals, config: Config) -> jax.Array:
     m = config.model
     if m.seq_aux:
         return jnp.mean(stats.sequence_balance) / total.sequences
-    f_LE = total.expert_counts.astype(jnp.float32) * m.n_routed_experts / (m.num_experts_per_tok * total.tokens)
-    return jnp.mean(jnp.sum(f_LE * stats.score_sum / total.tokens, axis=-1))
+    tokens_L1 = total.layer_tokens(m)[:, None]
+    f_LE = total.expert_counts.astype(jnp.float32) * m.n_routed_experts / (m.num_experts_per_tok * tokens_L1)
+    return jnp.mean(jnp.sum(f_LE * stats.score_sum / tokens_L1, axis=-1))
 
 
 def pretraining_loss(model: Transformer, batch: Batch, total: Totals, config: Config, mtp_weight: jax.Array) -> tuple[jax.Array, tuple[Losses, MoEStats | None]]:
@@ -99,18 +97,17 @@ def pretraining_loss(model: Transformer, batch: Batch, total: Totals, config: Co
     """
     m = config.model
     targets, kernel = batch["targets"], model.head_kernel()
-    next_tokens = jnp.maximum(targets, 0) if m.num_nextn_predict_layers else None
-    out: Output = model(batch["tokens"], batch["segment_ids"], batch["positions"], next_tokens)
+    out: Output = model(batch["tokens"], batch["segment_ids"], batch["positions"], targets)
     lm = cross_entropy_sum(out.hidden_BSD, kernel, targets) / total.targets
     loss, mtp, balance, z = lm, jnp.float32(0), jnp.float32(0), jnp.float32(0)
     for depth, hidden in enumerate(out.mtp_hidden_BSD):
-        ahead = mtp_targets(targets, batch["segment_ids"], depth + 1)
+        ahead = tokens_ahead(targets, batch["segment_ids"], depth + 1, IGNORE)
         mtp += cross_entropy_sum(hidden, kernel, ahead) / jnp.maximum(total.mtp_targets[depth], 1) / len(out.mtp_hidden_BSD)
     if out.mtp_hidden_BSD:
         loss += mtp_weight * mtp
     if out.stats is not None:
         balance = balance_loss(out.stats, total, config)
-        z = jnp.mean(out.stats.z_sum) / total.tokens
+        z = jnp.mean(out.stats.z_sum / total.layer_tokens(m))
         # The papers add the balance loss of every layer; the reported value is their mean.
         layers = out.stats.z_sum.shape[0]
         loss += layers * (m.aux_loss_alpha * balance + config.moe.router_z_loss_coef * z)

@@ -40,6 +40,10 @@ class Layout(NamedTuple):
         """The model with these parameters."""
         return nnx.merge(self.graphdef, params, bias)
 
+    def abstract_sharded(self) -> TrainState:
+        """Shapes with their shardings: what a checkpoint is restored into."""
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.abstract, self.shardings)
+
 
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graphdef, parameters, selection biases) as shapes, without allocating anything."""
@@ -73,3 +77,33 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         return TrainState(zero, sharding.reshard(params, layout.param_specs), bias, opt_state, zero, zero)
 
     return jax.jit(create, out_shardings=layout.shardings)()
+
+
+def _parts(path: tuple) -> list[str]:
+    """Names along a tree path, without the attribute that a Variable keeps its array in."""
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
+
+
+def to_tree(state: Any) -> dict[str, Any]:
+    """The same arrays as nested dicts with string keys: what a checkpoint holds."""
+    out: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        *parents, name = _parts(path)
+        node = out
+        for p in parents:
+            node = node.setdefault(p, {})
+        node[name] = leaf
+    return out
+
+
+def from_tree(tree: dict[str, Any], like: Any) -> Any:
+    """The inverse of `to_tree`: puts a checkpoint's arrays into the structure of `like`."""
+
+    def pick(path, _):
+        node = tree
+        for p in _parts(path):
+            node = node[p]
+        return node
+
+    return jax.tree_util.tree_map_with_path(pick, like)

@@ -5,9 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from deepseek_jax.config import Config
+from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import reshard
 from deepseek_jax.train import losses
 from deepseek_jax.train.optimizer import learning_rate
@@ -25,6 +28,17 @@ class StepMetrics(NamedTuple):
     tokens: jax.Array  # float32: tokens that are not padding
     bad_steps: jax.Array  # int32: updates skipped in a row up to this one
     skipped_steps: jax.Array  # int32: in all
+
+
+def put_batch(rows: dict[str, np.ndarray], micro_batch: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Rows [n, S] of the global batch to int32 arrays [A, b, S] over the mesh; each process hands over its own shards."""
+    sharding = NamedSharding(mesh, P(None, BATCH_AXES, None))
+
+    def put(a: np.ndarray) -> jax.Array:
+        a = a.reshape(-1, micro_batch, a.shape[-1])
+        return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+
+    return {k: put(v) for k, v in rows.items()}
 
 
 def make_train_step(config: Config, layout: Layout, loss_fn: Callable = losses.pretraining_loss) -> Callable:
@@ -61,8 +75,8 @@ def make_train_step(config: Config, layout: Layout, loss_fn: Callable = losses.p
         """Expert counts of all micro-batches, by a forward pass of its own: the batch-level balance loss needs them first."""
 
         def one(_, micro):
-            next_tokens = jnp.maximum(micro["targets"], 0) if depths else None
-            return None, layout.merge(params, bias)(micro["tokens"], micro["segment_ids"], micro["positions"], next_tokens).stats.expert_counts
+            model = layout.merge(params, bias)
+            return None, model(micro["tokens"], micro["segment_ids"], micro["positions"], micro["targets"]).stats.expert_counts
 
         return jnp.sum(jax.lax.scan(one, None, batch)[1], axis=0)
 
@@ -76,7 +90,7 @@ def make_train_step(config: Config, layout: Layout, loss_fn: Callable = losses.p
         grads, parts, counts, rounds = whole_batch_gradients(state.params, state.bias, batch, total, mtp_weight)
 
         with jax.named_scope("optimizer"):
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             ok = jnp.isfinite(parts.loss) & jnp.isfinite(grad_norm)
             # Under ZeRO-1 and 2 this slices whole parameters (free) and gathers them again after the update.
             params = reshard(state.params, layout.opt_specs)

@@ -1,0 +1,57 @@
+# Usage: make help
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?=
+EXTRAS ?=
+CONFIG ?= configs/tiny.py
+WORKDIR ?= runs/tiny
+ARGS ?=
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# One stamp for every set of extras, so that `make test` after `make train` installs what the tests need on top.
+STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
+TEST_STAMP := $(VENV)/.installed-test
+
+.PHONY: help venv train test clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "  Set PYTHON=python3.12 to choose the interpreter, EXTRAS=cuda12 or cuda13 for NVIDIA GPUs,"
+	@echo "  CONFIG=, WORKDIR= and ARGS='--config.train.steps=100' for make train, ARGS='-k mesh' for make test."
+
+venv: $(STAMP) ## create .venv with the package in it
+
+train: $(STAMP) ## train the tiny model (the same command again resumes it)
+	$(VENV)/bin/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
+
+test: $(TEST_STAMP) ## run the tests
+	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@ok='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; \
+	for p in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	  if command -v "$$p" >/dev/null && "$$p" -c "$$ok" 2>/dev/null; then found="$$p"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  version="$$($(or $(PYTHON),python3) -V 2>/dev/null || echo not found)"; \
+	  echo "deepseek_jax needs Python 3.11, 3.12 or 3.13, and $(or $(PYTHON),python3) is not one ($$version)." \
+	    "Install one and run: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; \
+	fi; \
+	"$$found" -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$$found cannot create a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(STAMP): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing deepseek_jax into $(VENV), once: some minutes"
+	@$(PIP) -e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $@
+
+$(TEST_STAMP): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing deepseek_jax and what its tests need into $(VENV), once: some minutes"
+	@$(PIP) -e '.[test]'
+	@touch $@

@@ -1,0 +1,77 @@
+"""The flags of train.py: a config file, overrides of its keys, and one clear line for every mistake in them."""
+
+import re
+
+from absl import flags
+from ml_collections import config_flags
+
+from deepseek_jax.config import Config, UserError, describe, from_config_dict, validate
+
+
+def define_flags() -> flags.FlagValues:
+    """Flags of their own, not the process's, so that several command lines can be read in one process."""
+    f = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:ARG; --config.KEY=VALUE overrides a key.",
+                                    flag_values=f, lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints/, metrics.jsonl, tensorboard/, config.json.", f)
+    flags.DEFINE_bool("print_config", False, "Print the resolved options as JSON and exit.", f)
+    flags.DEFINE_bool("help", False, "Show this help and exit.", f, short_name="h")
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for several processes.", f)
+    flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1, flag_values=f)
+    flags.DEFINE_integer("process_id", None, "This process's number, from 0.", lower_bound=0, flag_values=f)
+    return f
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """The flags of a command line.
+
+    Raises:
+      UserError: an unknown flag or option, a value of the wrong type, a config file that cannot be used.
+    """
+    given = define_flags()
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        argv = [argv[0], "--help"]
+    try:
+        rest = given(argv)[1:]
+    except flags.Error as e:
+        raise UserError(f"{str(e).splitlines()[0]}. See --help.") from e
+    except Exception as e:  # a config file is a program: whatever it raises is the user's to see, in one line
+        raise UserError(_explain(e, argv)) from e
+    if rest:
+        raise UserError(f"{rest[0]!r} is not an option. Options look like --config.train.steps=100. See --help.")
+    return given
+
+
+def read_config(given: flags.FlagValues) -> Config:
+    """The validated options.
+
+    Raises:
+      UserError: the first wrong one.
+    """
+    if given.config is None:
+        raise UserError("--config is missing. Name a config file, for instance --config=configs/tiny.py.")
+    config = from_config_dict(given.config)
+    validate(config)
+    return config
+
+
+def help_text(given: flags.FlagValues) -> str:
+    """All flags, then all options of the config with defaults and comments."""
+    names = sorted({given[n].name for n in given} - {"flagfile", "undefok"})
+    lines = [f"  --{n}\n        {given[n].help}" for n in names]
+    return "\n".join(["Flags:", *lines, "", "Options, with their defaults:", describe()])
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    """One line for what ml_collections raises while it reads a config file or an override."""
+    text = str(error).replace("\\", "")
+    key = re.search(r"'(\w+)'", text)
+    path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
+    if isinstance(error, (AttributeError, KeyError)) and key and (flag := next((a for a in argv if re.match(rf"--?config\.(.*\.)?{key[1]}\b", a)), None)):
+        hint = re.search(r"Did you mean \W*(\w+)", text)
+        repair = f"Did you mean {hint[1]}?" if hint else "See --help for all options."
+        return f"{flag}: {key[1]!r} is not an option. {repair}"
+    if isinstance(error, OSError):
+        return f"--config={path} cannot be read. Name a config file, for instance --config=configs/tiny.py."
+    last = [line for line in text.splitlines() if line.strip()] or [""]
+    return f"--config={path} cannot be used: {type(error).__name__}: {last[-1].strip()}"

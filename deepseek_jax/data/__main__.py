@@ -1,0 +1,172 @@
+"""`python -m deepseek_jax.data`: trains a tokenizer, and writes corpora of any size as memory-mapped token files."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from deepseek_jax.config import UserError
+from deepseek_jax.data.documents import FORMS, File, find_files, read, split_paths
+from deepseek_jax.data.progress import Bar
+from deepseek_jax.data.sources import encoded
+from deepseek_jax.data.tokenfile import DTYPES, TokenWriter, sidecar_paths
+from deepseek_jax.data.tokenizer import load_tokenizer
+
+EOS = "<|endoftext|>"
+PATH_HELP = f"the text: {FORMS}; several separated by commas. Folders are searched recursively for UTF-8 text, .jsonl and .parquet."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, or 2 after one line on stderr about the user's mistake."""
+    args = _parser().parse_args(argv)
+    try:
+        args.command(args)
+    except UserError as e:
+        print(f"Error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. No file was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.data", description="Prepares training data.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    tokenizer = commands.add_parser(
+        "tokenizer", help="train a byte-level BPE tokenizer on text",
+        description=f"Trains a byte-level BPE tokenizer whose end-of-document token is {EOS}. The same text gives the same file.",
+        epilog="example: python -m deepseek_jax.data tokenizer --path=stdlib --vocab-size=4096 --out=tokenizer.json")
+    tokenizer.add_argument("--path", required=True, help=PATH_HELP)
+    tokenizer.add_argument("--vocab-size", type=int, required=True, help="number of tokens, at least 257: the bytes and the end of a document")
+    tokenizer.add_argument("--out", required=True, help="file to write, for config.data.tokenizer")
+    tokenizer.set_defaults(command=train_tokenizer)
+
+    tokenize = commands.add_parser(
+        "tokenize", help="write text as a memory-mapped token file",
+        description="Writes a corpus of any size as token ids, for config.data.path. Beside NAME.npy or NAME.bin it writes NAME.json "
+                    "(what the file holds) and NAME.offsets (where its documents begin); keep the three together.",
+        epilog="example: python -m deepseek_jax.data tokenize --path='text/*.jsonl' --tokenizer=tokenizer.json --out=corpus.npy")
+    tokenize.add_argument("--path", required=True, help=PATH_HELP)
+    tokenize.add_argument("--tokenizer", required=True, help="bytes, or the path of a tokenizer.json")
+    tokenize.add_argument("--out", required=True, help="NAME.npy or NAME.bin")
+    tokenize.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="integer type of the ids (auto: the smallest that holds them)")
+    tokenize.set_defaults(command=tokenize_corpus)
+    return parser
+
+
+def train_tokenizer(args: argparse.Namespace) -> None:
+    """Trains byte-level BPE on `args.path` and writes `args.out`.
+
+    Raises:
+      UserError: about an argument or the text.
+    """
+    if args.vocab_size < 257:
+        raise UserError(f"--vocab-size={args.vocab_size} is too small for the 256 bytes and {EOS}. Set it to 257 or more.")
+    _check_out(args.out)
+    sources = _text_sources(args.path)
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=args.vocab_size, special_tokens=[EOS], show_progress=sys.stderr.isatty(),
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    texts, characters = 0, 0
+
+    def pieces(bar: Bar) -> Iterator[str]:
+        nonlocal texts, characters
+        for spec, files in sources:
+            for file in files:
+                for piece in read(file, spec, "--path"):
+                    bar.advance(piece.read)
+                    texts, characters = texts + bool(piece.text), characters + len(piece.text)
+                    yield piece.text
+
+    with Bar("Reading text", _bytes(sources), show=True) as bar:
+        tokenizer.train_from_iterator(pieces(bar), trainer)
+    if not texts:
+        raise UserError(f"--path={args.path!r} holds no text. Give a source with at least one document that is not empty.")
+    temp = f"{args.out}.tmp{os.getpid()}"
+    try:
+        try:
+            with open(temp, "w", encoding="utf-8") as f:
+                f.write(tokenizer.to_str(pretty=True))
+            os.replace(temp, args.out)
+        finally:
+            if os.path.exists(temp):
+                os.unlink(temp)
+    except OSError as e:
+        raise _not_written(args.out, e) from None
+    size = tokenizer.get_vocab_size()
+    short = f" (fewer than --vocab-size={args.vocab_size}: the text has no more pairs to merge)" if size < args.vocab_size else ""
+    print(f"Wrote {args.out}: {size:,} tokens{short}, from {characters:,} characters.\n"
+          f"Use it with --config.data.tokenizer={args.out} --config.model.vocab_size={size}")
+
+
+def tokenize_corpus(args: argparse.Namespace) -> None:
+    """Streams `args.path` through the tokenizer into the token file `args.out`.
+
+    Raises:
+      UserError: about an argument or the text.
+    """
+    if os.path.splitext(args.out)[1].lower() not in (".npy", ".bin"):
+        raise UserError(f"--out={args.out!r} ends in neither .npy nor .bin. Name it NAME.npy or NAME.bin.")
+    _check_out(args.out)
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
+    dtype = next(d for d, size in DTYPES.items() if tokenizer.vocab_size <= size) if args.dtype == "auto" else args.dtype
+    if tokenizer.vocab_size > DTYPES[dtype]:
+        raise UserError(f"--dtype={dtype} holds ids below {DTYPES[dtype]}, but --tokenizer={args.tokenizer!r} has {tokenizer.vocab_size} tokens. "
+                        f"Set --dtype=auto.")
+    sources = _text_sources(args.path)
+    made = {os.path.realpath(p) for p in (args.out, *sidecar_paths(args.out))}
+    for spec, files in sources:
+        clash = next((f.path for f in files if os.path.realpath(f.path) in made), None)
+        if clash:
+            raise UserError(f"--out={args.out!r} would overwrite {clash}, which --path={spec!r} reads. Choose another name.")
+    try:
+        with TokenWriter(args.out, dtype, tokenizer) as writer:
+            with Bar("Tokenizing", _bytes(sources), show=True) as bar:
+                for spec, files in sources:
+                    for batch in encoded(files, spec, "--path", tokenizer, bar):
+                        for ids, last in batch:
+                            writer.write(ids, last)
+            if not writer.documents:
+                raise UserError(f"--path={args.path!r} holds no text. Give a source with at least one document that is not empty.")
+            writer.finish(args.path)
+    except OSError as e:
+        raise _not_written(args.out, e) from None
+    print(f"Wrote {args.out}: {writer.tokens:,} tokens of {dtype} in {writer.documents:,} documents.\n"
+          f"Use it with --config.data.path={args.out} --config.data.tokenizer={args.tokenizer} --config.model.vocab_size={tokenizer.vocab_size}")
+
+
+def _text_sources(paths: str) -> list[tuple[str, list[File]]]:
+    sources = [(spec, find_files(spec, "--path")) for spec in split_paths(paths, "--path")]
+    for spec, files in sources:
+        tokens = next((f.path for f in files if f.kind == "tokens"), None)
+        if tokens:
+            raise UserError(f"--path={spec!r}: {tokens} holds token ids, not text. Give the text they were made of.")
+    return sources
+
+
+def _bytes(sources: list[tuple[str, list[File]]]) -> int:
+    return sum(f.size for _, files in sources for f in files)
+
+
+def _check_out(out: str) -> None:
+    """Before hours of work: is there a place for the file?"""
+    folder = os.path.dirname(out) or "."
+    if not os.path.isdir(folder):
+        raise UserError(f"--out={out!r} is in a folder that does not exist. Create it with mkdir -p {folder}, or choose another name.")
+    if os.path.isdir(out):
+        raise UserError(f"--out={out!r} is a folder. Give the name of a file in it.")
+
+
+def _not_written(out: str, error: OSError) -> UserError:
+    return UserError(f"--out={out!r} cannot be written ({error.strerror or error}). Make room and the folder writable, or choose another name.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

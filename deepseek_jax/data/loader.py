@@ -1,0 +1,127 @@
+"""The loader: global training rows in an order that is a pure function of (seed, row index), and held-out rows."""
+
+import grain
+import numpy as np
+
+from deepseek_jax.config import Config, UserError
+from deepseek_jax.data.order import derive_seed
+from deepseek_jax.data.packing import PackedRows, Row, padding_row
+from deepseek_jax.data.prefetch import Prefetcher
+from deepseek_jax.data.sources import Corpus, Documents, open_corpora, parse_weights, split
+from deepseek_jax.data.tokenizer import Tokenizer
+
+__all__ = ["Loader", "Prefetcher"]
+
+PACK, SHUFFLE = 1, 2  # purposes of derived seeds
+EVAL_SEED = 0  # held-out rows do not depend on config.seed: losses of runs with different seeds can be compared
+
+
+class Loader:
+    """Opens, checks and splits the corpora of a config.
+
+    Every process makes its own and sees the same rows: nothing here knows of hosts.
+
+    Args:
+      config: reads data, model.vocab_size, train.batch_size, train.sequence_length and seed.
+      tokenizer: of `config.data.tokenizer`.
+      progress: show a bar on stderr if it takes long.
+
+    Attributes:
+      num_train_rows: rows of one pass over every source. num_eval_rows: held-out rows, 0 for eval_fraction=0.
+      train_tokens, eval_tokens: tokens in the documents of each side.
+      description: the data in a few words.
+
+    Raises:
+      UserError: a source is missing, empty, unreadable or not what its name says, or all together are too short.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, progress: bool = False):
+        c, length, mask = config, config.train.sequence_length, config.data.document_mask
+        self.tokenizer = tokenizer
+        self._config = config
+        corpora = open_corpora(config, tokenizer, progress)
+        sides = [split(corpus, c.data.eval_fraction) for corpus in corpora]
+        train = [PackedRows(t, length, derive_seed(c.seed, PACK, i), mask) for i, (t, _) in enumerate(sides)]
+        self._eval = [PackedRows(e, length, derive_seed(EVAL_SEED, PACK, i), mask, pad_last=True) for i, (_, e) in enumerate(sides)]
+        self.train_tokens, self.eval_tokens = (sum(d.size for d in side) for side in zip(*sides))
+        self.num_train_rows, self.num_eval_rows = sum(map(len, train)), sum(map(len, self._eval))
+        weights = parse_weights(config, [t.size for t, _ in sides])
+        self._check_size(corpora, sides, train)
+        self.description = _describe(corpora, sides, weights, tokenizer)
+        self._eval_order = _interleave([len(rows) for rows in self._eval])
+        # Shuffling before repeating: grain reseeds the shuffle every epoch and reads any index without the ones before.
+        shuffled = [grain.MapDataset.source(rows).shuffle(seed=derive_seed(c.seed, SHUFFLE, i)).repeat() for i, rows in enumerate(train)]
+        self._train = grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
+
+    def train_rows(self, start: int, count: int) -> dict[str, np.ndarray]:
+        """Rows start to start + count - 1 of the infinite global training order.
+
+        Returns:
+          tokens, targets, segment_ids, positions: int32 [count, S]; see PackedRows.row.
+
+        Raises:
+          UserError: a token file has ids that the model has not.
+        """
+        return self._stack([self._train[i] for i in range(start, start + count)])
+
+    def eval_rows(self, start: int, count: int) -> dict[str, np.ndarray]:
+        """Held-out rows start to start + count - 1, int32 [count, S] each; beyond the last, rows of padding."""
+        rows = []
+        for i in range(start, start + count):
+            if i < self.num_eval_rows:
+                source, row = self._eval_order[i]
+                rows.append(self._eval[source].row(int(row)))
+            else:
+                rows.append(padding_row(self._config.train.sequence_length))
+        return self._stack(rows)
+
+    def _stack(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        s, size = self._config.train.sequence_length, self._config.model.vocab_size
+        out = {k: np.stack([r[k] for r in rows]) if rows else np.zeros((0, s), np.int32) for k in padding_row(0)}
+        # Start-up trusts the sidecar of a token file; a damaged file must not reach the embedding, which would not complain.
+        if rows and not (0 <= out["tokens"].min() and out["tokens"].max() < size and out["targets"].max() < size):
+            bad = max(out["tokens"].max(), out["targets"].max(), -out["tokens"].min())
+            raise UserError(f"config.data.path={self._config.data.path!r} has the token id {bad}, outside config.model.vocab_size={size}: the token "
+                            f"file is damaged. Tokenize again.")
+        return out
+
+    def _check_size(self, corpora: list[Corpus], sides: list[tuple[Documents, Documents]], train: list[PackedRows]) -> None:
+        c, batch, s = self._config, self._config.train.batch_size, self._config.train.sequence_length
+        held = f"besides the {self.eval_tokens} held out with config.data.eval_fraction={c.data.eval_fraction}"
+        repair = "Give more text, or lower config.train.batch_size or config.train.sequence_length."
+        for corpus, (documents, _), rows in zip(corpora, sides, train):
+            if not len(rows):
+                raise UserError(f"config.data.path={corpus.name!r} has {documents.size} training tokens ({held}), but one sequence of "
+                                f"config.train.sequence_length={s} needs {s + 1}. {repair}")
+        if self.num_train_rows < batch:
+            raise UserError(f"config.data.path={c.data.path!r} has {self.train_tokens} training tokens ({held}), but one batch of config.train.batch_size="
+                            f"{batch} x sequence_length={s} needs {batch * s + 1}. {repair}")
+
+
+def _interleave(counts: list[int]) -> np.ndarray:
+    """int64 [sum(counts), 2]: (source, row) of every row, each source spread evenly, so that a prefix is a fair sample."""
+    source = np.repeat(np.arange(len(counts)), counts)
+    row = np.concatenate([np.arange(n) for n in counts])
+    share = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
+    return np.stack([source, row], axis=1)[np.argsort(share, kind="stable")]
+
+
+def _describe(corpora: list[Corpus], sides: list[tuple[Documents, Documents]], weights: list[float], tokenizer: Tokenizer) -> str:
+    texts = []
+    for corpus, (train, held_out), weight in zip(corpora, sides, weights):
+        total, count = train.size + held_out.size, len(train.starts) + len(held_out.starts)
+        share = f"{weight:.0%} " if len(corpora) > 1 else ""
+        if len(corpus.offsets) == 2:
+            held = f"the last {_short(held_out.size)} held out" if held_out.size else "none held out"
+            texts.append(f"{share}{corpus.name}: 1 document, {_short(total)} tokens ({held})")
+        else:
+            texts.append(f"{share}{corpus.name}: {count:,} documents, {_short(total)} tokens "
+                         f"({len(held_out.starts):,} documents, {_short(held_out.size)} tokens held out)")
+    return "; ".join(texts) + f"; tokenizer {tokenizer.name[:14]}, {tokenizer.vocab_size:,} ids"
+
+
+def _short(n: int) -> str:
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if n >= size:
+            return f"{n / size:.1f}{unit}"
+    return str(n)

@@ -1,0 +1,194 @@
+"""Corpora: the token ids and document boundaries behind `config.data.path`, and which documents are held out."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.config import Config, UserError
+from deepseek_jax.data.documents import File, find_files, read, split_paths
+from deepseek_jax.data.order import mix64
+from deepseek_jax.data.progress import Bar
+from deepseek_jax.data.tokenfile import open_tokens
+from deepseek_jax.data.tokenizer import Tokenizer
+
+BATCH_CHARACTERS = 4 << 20  # text handed to the tokenizer at a time: enough for its threads
+HELD_OUT_SALT = 0x68656C64  # fixed: which documents are held out must never depend on the seed
+
+
+class Joined:
+    """Several 1-D integer arrays seen as one, without copying: a slice is put together when it is read."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts = parts
+        self._starts = np.cumsum([0, *(len(p) for p in parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, s: slice) -> np.ndarray:
+        start, stop, _ = s.indices(len(self))
+        first = int(np.searchsorted(self._starts, start, "right")) - 1
+        out = []
+        while start < stop:
+            base, end = int(self._starts[first]), min(stop, int(self._starts[first + 1]))
+            out.append(self.parts[first][start - base:end - base])
+            start, first = end, first + 1
+        return np.concatenate(out) if len(out) > 1 else out[0] if out else np.zeros(0, np.int32)
+
+
+class Corpus(NamedTuple):
+    """One source. Document d is tokens[offsets[d]:offsets[d + 1]], its last token is eos."""
+
+    tokens: np.ndarray | Joined  # integers [n]; a memory map for token files
+    offsets: np.ndarray  # int64 [documents + 1]
+    name: str  # as in config.data.path
+
+
+class Documents(NamedTuple):
+    """Some documents of a corpus: document d is tokens[starts[d]:starts[d] + lengths[d]], never empty."""
+
+    tokens: np.ndarray | Joined
+    starts: np.ndarray  # int64 [documents]
+    lengths: np.ndarray  # int64 [documents]
+
+    @property
+    def size(self) -> int:
+        """Tokens in all."""
+        return int(self.lengths.sum())
+
+
+def open_corpora(config: Config, tokenizer: Tokenizer, progress: bool = False) -> list[Corpus]:
+    """Opens every source of `config.data.path`: text is tokenised into memory, token files are memory-mapped.
+
+    Args:
+      progress: show a bar on stderr if it takes long.
+
+    Raises:
+      UserError: a source is missing, empty, unreadable or not what its name says, or has ids that the model has not.
+    """
+    size = config.model.vocab_size
+    if tokenizer.vocab_size > size:
+        raise UserError(f"config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than config.model.vocab_size="
+                        f"{size}. Set config.model.vocab_size to {tokenizer.vocab_size} or more.")
+    if not -1 <= config.data.eos_token_id < size:
+        raise UserError(f"config.data.eos_token_id={config.data.eos_token_id} is outside config.model.vocab_size={size}. "
+                        f"Set it to an id below {size}, or to -1 for the tokenizer's.")
+    specs = split_paths(config.data.path, "config.data.path")
+    found = [find_files(s, "config.data.path") for s in specs]
+    with Bar("Reading data", sum(f.size for files in found for f in files), progress) as bar:
+        return [_open(spec, files, config, tokenizer, bar) for spec, files in zip(specs, found)]
+
+
+def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, bar: Bar) -> Corpus:
+    parts, text = [], []
+
+    def flush() -> None:
+        if text:
+            parts.append(_tokenise(text, spec, tokenizer, bar))
+            text.clear()
+
+    for file in files:
+        if file.kind == "tokens":
+            flush()  # documents keep the order of their files
+            parts.append(open_tokens(file.path, f"config.data.path={spec!r}", config, tokenizer, bar.advance))
+        else:
+            text.append(file)
+    flush()
+    parts = [(tokens, offsets) for tokens, offsets in parts if len(tokens)]
+    if not parts:
+        raise UserError(f"config.data.path={spec!r} holds no text. Give a source with at least one document that is not empty.")
+    if len(parts) == 1:
+        return Corpus(*parts[0], spec)
+    bases = np.cumsum([0, *(len(tokens) for tokens, _ in parts)])
+    offsets = np.concatenate([[0], *(o[1:] + base for (_, o), base in zip(parts, bases))])
+    return Corpus(Joined([tokens for tokens, _ in parts]), offsets, spec)
+
+
+def _tokenise(files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar) -> tuple[np.ndarray, np.ndarray]:
+    """-> tokens [n] in the smallest dtype, offsets int64 [documents + 1]."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    eos = np.array([tokenizer.eos_id], dtype)
+    chunks, offsets, count = [], [0], 0
+    for batch in encoded(files, spec, "config.data.path", tokenizer, bar):
+        pieces = []
+        for ids, last in batch:
+            pieces += [ids.astype(dtype), eos] if last else [ids.astype(dtype)]
+            count += len(ids) + last
+            if last:
+                offsets.append(count)
+        chunks.append(np.concatenate(pieces))
+    return np.concatenate(chunks) if chunks else np.zeros(0, dtype), np.array(offsets, np.int64)
+
+
+def encoded(files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer, bar: Bar) -> Iterator[list[tuple[np.ndarray, bool]]]:
+    """Batches of (ids int32 [n] without eos, whether the document ends here), in file order. Empty documents are left out."""
+    texts, lasts, size, inside = [], [], 0, False
+    for file in files:
+        for piece in read(file, spec, option):
+            bar.advance(piece.read)
+            if not piece.text and not inside:
+                continue
+            inside = not piece.last
+            texts.append(piece.text)
+            lasts.append(piece.last)
+            size += len(piece.text)
+            if size >= BATCH_CHARACTERS:
+                yield list(zip(tokenizer.encode_batch(texts), lasts))
+                texts, lasts, size = [], [], 0
+    if texts:
+        yield list(zip(tokenizer.encode_batch(texts), lasts))
+
+
+def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
+    """Divides a corpus by document into training and held-out documents.
+
+    Out of every 1 / fraction neighbouring documents one is held out, which one a fixed hash says: the share is exact, every
+    part of the corpus is in it, and documents appended later leave the others where they are. At least one is on each
+    side. A single document is cut instead: its end is held out.
+
+    Returns:
+      (training, held out); nothing is held out for fraction 0.
+    """
+    lengths = np.diff(corpus.offsets)
+    starts, lengths = corpus.offsets[:-1][lengths > 0], lengths[lengths > 0]
+    if fraction == 0:
+        held_out = np.zeros(len(starts), bool)
+    elif len(starts) == 1:
+        total = int(lengths[0])
+        count = min(max(math.ceil(total * fraction), 2), total - 1)  # two tokens: one to read, one to predict
+        cut = np.array([total - count], np.int64)
+        return Documents(corpus.tokens, starts, cut), Documents(corpus.tokens, starts + cut, lengths - cut)
+    else:
+        n = len(starts)
+        blocks = np.arange(math.ceil(n * fraction) + 1, dtype=np.int64)
+        begins = np.minimum(np.ceil(blocks / fraction), 2.0**53).astype(np.int64)
+        hashes = mix64(blocks[:-1].astype(np.uint64) + mix64(HELD_OUT_SALT))
+        picks = begins[:-1] + (hashes % np.maximum(np.diff(begins), 1).astype(np.uint64)).astype(np.int64)
+        held_out = np.zeros(n, bool)
+        held_out[picks[picks < n]] = True
+        if not held_out.any():
+            held_out[int(hashes[0]) % n] = True
+        if held_out.all():
+            held_out[0] = False
+    return tuple(Documents(corpus.tokens, starts[m], lengths[m]) for m in (~held_out, held_out))
+
+
+def parse_weights(config: Config, sizes: list[int]) -> list[float]:
+    """The mixture weights, adding up to 1: those of `config.data.weights`, or the sources' sizes.
+
+    Raises:
+      UserError: not as many as there are sources, or not positive numbers.
+    """
+    text = config.data.weights
+    try:
+        weights = [float(w) for w in text.split(",")] if text.strip() else [float(s) for s in sizes]
+    except ValueError:
+        raise UserError(f"config.data.weights={text!r} is not a list of numbers. Write it as '0.7,0.3', one number a source.") from None
+    if len(weights) != len(sizes):
+        raise UserError(f"config.data.weights={text!r} has {len(weights)} numbers, but config.data.path={config.data.path!r} has {len(sizes)} "
+                        f"sources. Give one weight a source.")
+    if not all(math.isfinite(w) and w > 0 for w in weights):
+        raise UserError(f"config.data.weights={text!r} has a weight that is not a positive number. Set every weight above 0, or remove that source.")
+    return [w / sum(weights) for w in weights]

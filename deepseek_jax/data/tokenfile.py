@@ -1,0 +1,199 @@
+"""Token files: memory-mapped ids on disk, what our own `tokenize` command writes beside them, and how both are checked.
+
+`NAME.npy` (1-D integers) or `NAME.bin` (raw, little-endian) holds the ids, document after document, each ended by eos.
+`NAME.json` is the sidecar and `NAME.offsets` the documents' starts and the end (raw int64, documents + 1 of them).
+Files of others have neither: their documents are found by looking for eos.
+"""
+
+import json
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from deepseek_jax.config import Config, UserError
+from deepseek_jax.data.tokenizer import Tokenizer
+
+FORMAT = "deepseek_jax tokens 1"
+CHUNK = 1 << 24  # tokens looked at at a time
+DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # name -> number of ids it can hold
+
+
+def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer,
+                advance: Callable[[float], None] = lambda n: None) -> tuple[np.ndarray, np.ndarray]:
+    """Memory-maps a token file and finds its documents.
+
+    Args:
+      path: a .npy or .bin file. where: `option=value`, for messages. advance: told the bytes looked at.
+
+    Returns:
+      tokens: integer [n], a read-only memory map.
+      offsets: int64 [documents + 1], the last is n. Without a sidecar the last document may lack its eos.
+
+    Raises:
+      UserError: not token ids, ids outside config.model.vocab_size, or ids of another tokenizer than `tokenizer`.
+    """
+    side = _read_sidecar(path, where)
+    try:
+        tokens = _map(path, where, side["dtype"] if side else config.data.bin_dtype)
+    except OSError as e:
+        raise UserError(f"{where}: {path} cannot be read ({e.strerror or e}). Make it readable, or give another path.") from None
+    if side:
+        offsets = _check_sidecar(path, where, side, tokens, config, tokenizer)
+        advance(os.path.getsize(path))
+    else:
+        offsets = _scan(path, where, tokens, config, tokenizer, advance)
+    return tokens, offsets
+
+
+def _map(path: str, where: str, dtype: str) -> np.ndarray:
+    if path.lower().endswith(".bin"):
+        width, size = np.dtype(dtype).itemsize, os.path.getsize(path)
+        if size % width:
+            raise UserError(f"{where}: {path} has {size} bytes, not a multiple of the {width} of {dtype}. Set config.data.bin_dtype to what it "
+                            f"was written with, or write it again.")
+        return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as e:
+        reason = "it holds Python objects" if "object" in str(e) else "it is empty or damaged"
+        raise UserError(f"{where}: {path} is not a readable .npy file of token ids ({reason}). Save a 1-D integer array with np.save.") from None
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        got = f"{tokens.ndim}-D {tokens.dtype}" if isinstance(tokens, np.ndarray) else "an archive of arrays"
+        raise UserError(f"{where}: {path} holds {got}, not a 1-D array of integers. Save the token ids as one with np.save.")
+    return tokens
+
+
+def _outside(where: str, path: str, bad: int, config: Config) -> UserError:
+    size = config.model.vocab_size
+    fix = f"Set config.model.vocab_size to {bad + 1} or more, or correct the file's dtype or tokenizer" if bad >= 0 else "Write the file again"
+    return UserError(f"{where}: {path} has the token id {bad}, outside config.model.vocab_size={size} (0 to {size - 1}). {fix}.")
+
+
+def _scan(path: str, where: str, tokens: np.ndarray, config: Config, tokenizer: Tokenizer, advance: Callable[[float], None]) -> np.ndarray:
+    """Offsets of the documents of a file without a sidecar, and the check of every id, in one pass."""
+    eos = config.data.eos_token_id if config.data.eos_token_id >= 0 else tokenizer.eos_id
+    ends = [np.zeros(1, np.int64)]
+    for start in range(0, len(tokens), CHUNK):
+        chunk = np.asarray(tokens[start:start + CHUNK])
+        low, high = int(chunk.min()), int(chunk.max())
+        if low < 0 or high >= config.model.vocab_size:
+            raise _outside(where, path, low if low < 0 else high, config)
+        ends.append(np.flatnonzero(chunk == eos) + (start + 1))
+        advance(chunk.nbytes)
+    offsets = np.concatenate(ends)
+    return offsets if offsets[-1] == len(tokens) else np.append(offsets, len(tokens))
+
+
+def sidecar_paths(path: str) -> tuple[str, str]:
+    """-> (NAME.json, NAME.offsets) of NAME.npy or NAME.bin."""
+    stem = os.path.splitext(path)[0]
+    return stem + ".json", stem + ".offsets"
+
+
+def _read_sidecar(path: str, where: str) -> dict | None:
+    """What `tokenize` wrote beside this file; None if it did not write the file."""
+    side_path = sidecar_paths(path)[0]
+    if not os.path.exists(side_path):
+        return None
+    try:
+        with open(side_path, encoding="utf-8") as f:
+            side = json.load(f)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{where}: {side_path} beside {path} is not readable JSON ({e}). Tokenize again, or remove it.") from None
+    ours = isinstance(side, dict) and side.get("format") == FORMAT and side.get("file") == os.path.basename(path)
+    return side if ours else None
+
+
+def _check_sidecar(path: str, where: str, side: dict, tokens: np.ndarray, config: Config, tokenizer: Tokenizer) -> np.ndarray:
+    side_path, offsets_path = sidecar_paths(path)
+    again = f"Write {path} again with python -m deepseek_jax.data tokenize."
+    if side["tokenizer"] != tokenizer.name or side["eos_id"] != tokenizer.eos_id:
+        raise UserError(f"{where}: {path} was written with the tokenizer {side['tokenizer']}, but config.data.tokenizer={config.data.tokenizer!r} "
+                        f"is {tokenizer.name}. Set config.data.tokenizer to the first, or tokenize again.")
+    if side["tokens"] != len(tokens) or side["dtype"] != tokens.dtype.name:
+        raise UserError(f"{where}: {path} has {len(tokens)} tokens of {tokens.dtype.name}, but {side_path} says {side['tokens']} of {side['dtype']}. {again}")
+    if side["max_id"] >= config.model.vocab_size:
+        raise _outside(where, path, side["max_id"], config)
+    try:
+        offsets = np.fromfile(offsets_path, "<i8").astype(np.int64)
+    except OSError as e:
+        raise UserError(f"{where}: {offsets_path} cannot be read ({e.strerror or e}). {again}") from None
+    if len(offsets) != side["documents"] + 1 or offsets[0] or offsets[-1] != len(tokens) or (np.diff(offsets) < 0).any():
+        raise UserError(f"{where}: {offsets_path} does not fit {path}. {again}")
+    return offsets
+
+
+class TokenWriter:
+    """Writes a token file as it grows, holding none of it. A context manager; without `finish` nothing appears.
+
+    Everything goes to temporary names first. `finish` renames the token file last, and takes an older one away before it
+    touches that one's sidecar: a token file is there only with its own sidecar.
+    """
+
+    def __init__(self, path: str, dtype: str, tokenizer: Tokenizer):
+        self._path, self._dtype, self._tokenizer = path, np.dtype(dtype).newbyteorder("<"), tokenizer
+        self._temp = {p: f"{p}.tmp{os.getpid()}" for p in (*sidecar_paths(path), path)}
+        self._npy = path.lower().endswith(".npy")
+        self.tokens, self.documents, self._max = 0, 0, -1
+        self._out = open(self._temp[path], "wb")
+        try:
+            self._offsets = open(self._temp[sidecar_paths(path)[1]], "wb")
+        except OSError:
+            self._out.close()
+            os.unlink(self._temp[path])
+            raise
+        self._header_size = self._header()
+        np.zeros(1, "<i8").tofile(self._offsets)
+
+    def _header(self) -> int:
+        """Writes the .npy header for the tokens so far; NumPy pads it so that its size does not depend on their number."""
+        if self._npy:
+            spec = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self.tokens,)}
+            np.lib.format.write_array_header_1_0(self._out, spec)
+        return self._out.tell()
+
+    def write(self, ids: np.ndarray, last: bool) -> None:
+        """Appends ids [n]; `last`: and the eos that ends the document."""
+        if last:
+            ids = np.append(ids, self._tokenizer.eos_id)
+        if len(ids):
+            self._max = max(self._max, int(ids.max()))
+        self._out.write(ids.astype(self._dtype).tobytes())
+        self.tokens += len(ids)
+        if last:
+            self.documents += 1
+            self._offsets.write(np.int64(self.tokens).astype("<i8").tobytes())
+
+    def finish(self, source: str) -> None:
+        """Makes the file appear, with a sidecar that says what it was made of."""
+        self._out.seek(0)
+        if self._header() != self._header_size:
+            raise RuntimeError("NumPy's .npy header changed its size with the number of tokens")
+        side_path, offsets_path = sidecar_paths(self._path)
+        side = {"format": FORMAT, "file": os.path.basename(self._path), "source": source, "dtype": self._dtype.name,
+                "vocab_size": self._tokenizer.vocab_size, "eos_id": self._tokenizer.eos_id, "tokenizer": self._tokenizer.name,
+                "documents": self.documents, "tokens": self.tokens, "max_id": self._max}
+        with open(self._temp[side_path], "w", encoding="utf-8") as f:
+            json.dump(side, f, indent=2)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        for f in (self._out, self._offsets):
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+        if os.path.exists(self._path):
+            os.unlink(self._path)
+        for final in (offsets_path, side_path, self._path):
+            os.replace(self._temp[final], final)
+
+    def __enter__(self) -> "TokenWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for f in (self._out, self._offsets):
+            f.close()
+        for temp in self._temp.values():
+            if os.path.exists(temp):
+                os.unlink(temp)

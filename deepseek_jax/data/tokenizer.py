@@ -1,0 +1,175 @@
+"""Text to token ids and back: raw bytes, or a Hugging Face `tokenizer.json`."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import tokenizers
+
+from deepseek_jax.config import UserError
+
+# End-of-document tokens by the names in use; the first one that the tokenizer has is taken.
+EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<EOS>", "<|end|>")
+
+
+class Tokenizer:
+    """What all tokenizers share.
+
+    Attributes:
+      name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file.
+      vocab_size: ids run from 0 to vocab_size - 1.
+      eos_id: the token that ends a document.
+      token_bytes: int32 [vocab_size], bytes of text that each token stands for (eos and special tokens: 0), or None if
+        it cannot be known.
+    """
+
+    name: str
+    vocab_size: int
+    eos_id: int
+    token_bytes: np.ndarray | None
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, int32 [n], without eos. The text of a special token is text, never that token."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text; much faster than one by one for a `tokenizer.json`."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of some ids. Special and out of range ids are left out; broken UTF-8 becomes U+FFFD."""
+        raise NotImplementedError
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
+
+    name, vocab_size, eos_id = "bytes", 257, 256
+
+    def __init__(self):
+        self.token_bytes = np.ones(self.vocab_size, np.int32)
+        self.token_bytes[self.eos_id] = 0
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(_utf8(t).encode(), np.uint8).astype(np.int32) for t in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids, np.int64)
+        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+class FileTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`, read from `data`, the bytes of the file."""
+
+    def __init__(self, data: bytes, path: str, option: str):
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as e:  # the library raises plain Exception
+            raise UserError(f"{option}={path!r} is not a tokenizer.json of the tokenizers library ({_one_line(e)}). "
+                            f"Give the tokenizer.json of the model, or bytes.") from None
+        # Files come with the truncation and padding of whoever saved them: a document must be neither.
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        self._inner.encode_special_tokens = True
+        self.name = "sha256:" + hashlib.sha256(data).hexdigest()
+        added = self._inner.get_added_tokens_decoder()
+        vocab = self._inner.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise UserError(f"{option}={path!r} has an empty vocabulary. Give the tokenizer.json of the model, or bytes.")
+        # Ids may have holes, so the number of tokens is not enough.
+        self.vocab_size = max(vocab.values()) + 1
+        self.eos_id = next((vocab[n] for n in EOS_NAMES if n in vocab), -1)
+        if self.eos_id < 0:
+            raise UserError(f"{option}={path!r} has no token that ends a document. Add one of {' '.join(EOS_NAMES)} to its added_tokens.")
+        special = {i for i, t in added.items() if t.special} | {self.eos_id}
+        self._decodable = np.zeros(self.vocab_size, bool)
+        self._decodable[[i for i in vocab.values() if i not in special]] = True
+        plain = {i: t.content for i, t in added.items()}
+        self.token_bytes = _byte_level_lengths(json.loads(data), vocab, special, plain, self.vocab_size)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._inner.encode_batch([_utf8(t) for t in texts], add_special_tokens=False)
+        return [np.asarray(e.ids, np.int32) for e in encoded]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids, np.int64)
+        ids = ids[(ids >= 0) & (ids < self.vocab_size)]
+        return self._inner.decode(ids[self._decodable[ids]].tolist(), skip_special_tokens=False)
+
+
+def load_tokenizer(spec: str, option: str = "config.data.tokenizer") -> Tokenizer:
+    """The tokenizer that an option asks for.
+
+    Args:
+      spec: `bytes`, or the path of a `tokenizer.json`.
+      option: what error messages call it.
+
+    Raises:
+      UserError: the file is missing, unreadable, not a tokenizer, or has no end-of-document token.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = os.path.expanduser(spec)
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except FileNotFoundError:
+        raise UserError(f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes.") from None
+    except IsADirectoryError:
+        raise UserError(f"{option}={spec!r} is a folder. Give {os.path.join(spec, 'tokenizer.json')}, or bytes.") from None
+    except OSError as e:
+        raise UserError(f"{option}={spec!r} cannot be read ({e.strerror}). Make it readable, or give another tokenizer.json or bytes.") from None
+    return FileTokenizer(data, spec, option)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _utf8(text: str) -> str:
+    """The text with lone surrogates, which JSON can spell but UTF-8 cannot, replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _byte_level_alphabet() -> set[str]:
+    """The 256 characters that stand for one byte each in byte-level BPE (GPT-2's table)."""
+    return set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def _has(part: dict | None, kind: str) -> bool:
+    """Whether a (pre-)tokenizer or decoder of a tokenizer.json is, or contains, one of this type."""
+    if not part:
+        return False
+    inner = part.get("pretokenizers") or part.get("decoders") or []
+    return part.get("type") == kind or any(_has(p, kind) for p in inner)
+
+
+def _byte_level_lengths(tree: dict, vocab: dict[str, int], special: set[int], added: dict[int, str], size: int) -> np.ndarray | None:
+    """Bytes a token stands for, int32 [size]: in byte-level BPE a token is spelt with one character a byte.
+
+    None for any other kind, and where a space is put before the text (the sum would be off by one a document).
+    """
+    pre = tree.get("pre_tokenizer")
+    model = tree["model"]
+    kind = model.get("type", "BPE" if "merges" in model else None)  # old files leave the type out
+    byte_level = kind == "BPE" and _has(pre, "ByteLevel") and _has(tree.get("decoder"), "ByteLevel")
+    if not byte_level or any(p.get("add_prefix_space") for p in [pre, *pre.get("pretokenizers", [])] if p.get("type") == "ByteLevel"):
+        return None
+    alphabet = _byte_level_alphabet()
+    out = np.zeros(size, np.int32)
+    for token, i in vocab.items():
+        if i in special:
+            continue
+        if i in added:
+            out[i] = len(added[i].encode())
+        elif alphabet.issuperset(token):
+            out[i] = len(token)
+        else:
+            return None
+    return out

@@ -1,0 +1,162 @@
+"""The training loop around the jitted step: data in, metrics out, evaluation, checkpoints, signals."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.config import Config
+from deepseek_jax.data.loader import Loader, Prefetcher
+from deepseek_jax.model.count import Count
+from deepseek_jax.train import metrics
+from deepseek_jax.train.optimizer import first_sequence, sequences_at
+from deepseek_jax.train.state import TrainState, to_tree
+from deepseek_jax.train.step import put_batch
+
+
+class BadNumbers(Exception):
+    """Too many updates in a row were skipped for a non-finite loss or gradient."""
+
+
+class Result(NamedTuple):
+    state: TrainState
+    step: int
+    eval: dict[str, Any]
+    stopped_by: int | None  # the signal that ended the run early
+
+
+class Evaluator:
+    """Cross-entropy on held-out text: nats a token, and bits a byte where the tokenizer knows its bytes."""
+
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, loader: Loader, eval_step: Callable):
+        self._loader, self._mesh, self._step, self._micro = loader, mesh, jax.jit(eval_step), config.micro_batch
+        batches = math.ceil(loader.num_eval_rows / self._micro)
+        self._batches = min(batches, config.eval.batches)
+        self._bytes = loader.tokenizer.token_bytes
+
+    def __call__(self, state: TrainState) -> dict[str, Any]:
+        """{} without held-out text."""
+        nll = targets = text_bytes = 0.0
+        for i in range(self._batches):
+            rows = self._loader.eval_rows(i * self._micro, self._micro)
+            batch = jax.tree.map(lambda a: a[0], put_batch(rows, self._micro, self._mesh))
+            nll += float(self._step(state.params, state.bias, batch))
+            scored = rows["targets"][rows["targets"] >= 0]
+            targets += scored.size
+            text_bytes += self._bytes[scored].sum() if self._bytes is not None else 0
+        if not targets:
+            return {}
+        out = {"eval_loss": nll / targets, "eval_tokens": int(targets)}
+        if text_bytes:
+            out["eval_bits_per_byte"] = nll / math.log(2) / text_bytes
+        return out
+
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM, so that the loop can finish its step and save. A second one acts as usual."""
+
+    def __init__(self):
+        self.number: int | None = None
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _handle(self, number, _frame):
+        self.number = number
+        self.restore()
+
+    def restore(self):
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+
+def batches(config: Config, loader: Loader, mesh: jax.sharding.Mesh, first_step: int) -> Iterator[dict[str, jax.Array]]:
+    """The batches of the steps from `first_step` on, read ahead by a thread. A pure function of (seed, step)."""
+    requests = ((first_sequence(config, s), sequences_at(config, s)) for s in range(first_step, config.train.steps))
+    with Prefetcher(loader, requests) as rows:
+        for r in rows:
+            yield put_batch(r, config.micro_batch, mesh)
+
+
+def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState, train_step: Callable, evaluate: Evaluator,
+        loader: Loader, checkpointer: Checkpointer, count: Count) -> Result:
+    """Trains from state.step to config.train.steps.
+
+    Args:
+      train_step: the jitted step. evaluate: state -> held-out figures.
+      checkpointer: of this workdir. count: sizes for the FLOP figures.
+
+    Returns:
+      The last state and why the loop ended. A checkpoint of that state is on disk.
+
+    Raises:
+      BadNumbers: after config.train.max_bad_steps skipped updates in a row.
+    """
+    c, last = config, config.train.steps
+    step = int(state.step)
+    extra = {"seed": c.seed}
+    writer = metrics.MetricsWriter(workdir, config, step)
+    bar = metrics.ProgressBar(last, step)
+    stop = StopSignal()
+    started, started_step = time.perf_counter(), step
+    tokens_before = first_sequence(config, step) * c.train.sequence_length
+    eval_row: dict[str, Any] = {}
+    saved = checkpointer.latest_step()
+    pending = None  # metrics of the step before, read while the device works on the next one
+    tick = time.perf_counter()
+
+    def report(done: int, device_metrics) -> None:
+        nonlocal tick, tokens_before
+        m = jax.device_get(device_metrics)
+        now = time.perf_counter()
+        step_time, tick = now - tick, now
+        tokens_before += int(m.tokens)
+        if done % c.log.every_steps == 0 or done == last or m.bad_steps:
+            values = metrics.row(m, done, step_time, tokens_before, config, count)
+            writer.write(values, m.expert_counts, m.rounds)
+            if m.bad_steps:
+                bar.say(f"step {done}: loss {float(m.losses.loss)}, gradient norm {float(m.grad_norm)}: update skipped ({int(m.bad_steps)} in a row)")
+            bar.update(values, (now - started) / max(done - started_step, 1) * (last - done))
+        bar.advance(done)
+        if m.bad_steps >= c.train.max_bad_steps:
+            good = checkpointer.latest_step()
+            where = f"The last good checkpoint is step {good} in {workdir}/checkpoints." if good is not None else "There is no checkpoint yet."
+            raise BadNumbers(f"{int(m.bad_steps)} updates in a row had a non-finite loss or gradient, up to step {done} "
+                             f"(config.train.max_bad_steps={c.train.max_bad_steps}). {where}")
+
+    try:
+        for batch in batches(config, loader, mesh, step):
+            state, device_metrics = train_step(state, batch)
+            step += 1
+            if pending:
+                report(*pending)
+            pending = (step, device_metrics)
+            at = lambda every: every and step % every == 0
+            pause = step == last or at(c.checkpoint.every_steps) or at(c.eval.every_steps) or stop.number is not None
+            if not pause:
+                continue
+            report(*pending)
+            pending = None
+            if (step == last or at(c.eval.every_steps)) and (figures := evaluate(state)):
+                eval_row = {"step": step, **figures}
+                writer.write(eval_row)
+                bits = f" = {figures['eval_bits_per_byte']:.4f} bits a byte" if "eval_bits_per_byte" in figures else ""
+                bar.say(f"step {step}: held-out loss {figures['eval_loss']:.4f} nats a token{bits}")
+            # A state whose last update was skipped is the state of an earlier step: it is as good as that one.
+            if step == last or at(c.checkpoint.every_steps) or stop.number is not None:
+                checkpointer.save(step, to_tree(state), extra)
+                saved = step
+            if stop.number is not None:
+                break
+            tick = time.perf_counter()
+        if saved != step:
+            checkpointer.save(step, to_tree(state), extra)
+        checkpointer.wait()
+        return Result(state, step, eval_row, stop.number if step < last else None)
+    finally:
+        bar.close()
+        writer.close()
+        stop.restore()

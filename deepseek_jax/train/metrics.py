@@ -1,0 +1,152 @@
+"""Where numbers go: metrics.jsonl, TensorBoard events, the terminal."""
+
+import json
+import math
+import os
+import resource
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.count import Count
+from deepseek_jax.train.step import StepMetrics
+
+# Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets; the first name found in device_kind wins.
+PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
+
+
+def device_peak(config: Config) -> float | None:
+    """Peak TFLOP/s of one device: config.log.peak_tflops, or known from its name, or None."""
+    if config.log.peak_tflops:
+        return config.log.peak_tflops
+    kind = jax.devices()[0].device_kind
+    return next((v for k, v in PEAK_TFLOPS.items() if k in kind), None) if config.train.dtype == "bfloat16" else None
+
+
+def memory_gb() -> float:
+    """Peak GB: of the fullest local device, or of this process where devices do not say (CPU)."""
+    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()]
+    return (max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+
+
+def row(metrics: StepMetrics, step: int, step_time: float, tokens_seen: int, config: Config, count: Count) -> dict[str, Any]:
+    """One row of metrics.jsonl from a step's metrics (on the host). `step` counts finished steps."""
+    short = lambda x: float(str(np.float32(x)))  # the shortest text that is this float32: equal text, equal number
+    counts = np.asarray(metrics.expert_counts, np.float64)
+    out = {"step": step, "loss": short(metrics.losses.loss), "lm_loss": short(metrics.losses.lm_loss), "lr": short(metrics.lr),
+           "grad_norm": short(metrics.grad_norm), "step_time_s": round(step_time, 6), "tokens_per_sec": round(float(metrics.tokens) / step_time, 2),
+           "tokens_seen": tokens_seen, "balance_loss": short(metrics.losses.balance_loss), "z_loss": short(metrics.losses.z_loss),
+           "max_violation": 0.0, "routing_entropy": 0.0, "dropped_tokens": 0, "dispatch_rounds": 0, "skipped_steps": int(metrics.skipped_steps),
+           "memory_gb": round(memory_gb(), 4)}
+    if config.model.num_nextn_predict_layers:
+        out["mtp_loss"] = short(metrics.losses.mtp_loss)
+    if counts.size and counts.sum():
+        share = counts / counts.sum(axis=1, keepdims=True)
+        out["max_violation"] = round(float((share.max(axis=1) * counts.shape[1] - 1).max()), 6)
+        entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1) / math.log(max(counts.shape[1], 2))
+        out["routing_entropy"] = round(float(entropy.mean()), 6)  # 1: every expert of a layer has the same load
+        out["dispatch_rounds"] = int(np.max(metrics.rounds))
+    achieved = count.flops_per_token * float(metrics.tokens) / step_time / 1e12 / jax.device_count()
+    out["model_tflops_per_device"] = round(achieved, 6)
+    if peak := device_peak(config):
+        out["utilisation"] = round(achieved / peak, 4)
+    return out
+
+
+class MetricsWriter:
+    """Appends rows to WORKDIR/metrics.jsonl and TensorBoard events; only process 0 writes. Non-finite values are left out."""
+
+    def __init__(self, workdir: str, config: Config, first_step: int):
+        """`first_step`: finished steps of the restored state. Rows of later steps, which will be made again, are dropped."""
+        self._file, self._board = None, None
+        if jax.process_index() != 0:
+            return
+        path = os.path.join(workdir, "metrics.jsonl")
+        if os.path.exists(path):
+            _drop_rows_after(path, first_step)
+        self._file = open(path, "a", encoding="utf-8")
+        if config.log.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, values: dict[str, Any], expert_counts: np.ndarray | None = None, rounds: np.ndarray | None = None) -> None:
+        """Writes one row; `expert_counts` [L, E] and `rounds` [L] go to TensorBoard by layer."""
+        if self._file is None:
+            return
+        finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._board is None:
+            return
+        step = values["step"]
+        for name, value in finite.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+        for layer, counts in enumerate([] if expert_counts is None else np.asarray(expert_counts, np.float64)):
+            if counts.sum():
+                load = counts / counts.mean()
+                self._board.add_scalar(f"layer_max_violation/{layer:02d}", load.max() - 1, step)
+                self._board.add_scalar(f"layer_rounds/{layer:02d}", rounds[layer], step)
+                self._board.add_histogram(f"layer_expert_load/{layer:02d}", load, step, bins="auto")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _drop_rows_after(path: str, step: int) -> None:
+    kept = []
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # a row cut short by a kill
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)
+
+
+class ProgressBar:
+    """A bar on a terminal, a line every log interval elsewhere; silent on processes other than 0."""
+
+    def __init__(self, total: int, done: int):
+        self._console = Console(file=sys.stdout, quiet=jax.process_index() != 0, highlight=False)
+        self._total = total
+        self._bar = None
+        if self._console.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, refresh_per_second=4)
+            self._task = self._bar.add_task("compiling", total=total, completed=done)
+            self._bar.start()
+
+    def update(self, values: dict[str, Any], seconds_left: float) -> None:
+        """Shows a row of metrics; `seconds_left` for the whole run."""
+        text = (f"loss {values['loss']:.4f}  {values['tokens_per_sec']:,.0f} tokens/s  max violation {values['max_violation']:.2f}"
+                f"  rounds {values['dispatch_rounds']}")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=values["step"], description=text)
+        else:
+            left = f"{seconds_left / 60:.0f} min" if seconds_left >= 120 else f"{seconds_left:.0f} s"
+            self.say(f"step {values['step']:>6}/{self._total}  {text}  {left} left")
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

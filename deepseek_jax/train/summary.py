@@ -1,0 +1,68 @@
+"""What a run says before it starts and after it ends."""
+
+import jax
+from rich.console import Console
+
+from deepseek_jax.config import STRATEGY_ALIASES, Config
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.model.count import Count
+from deepseek_jax.parallel import sharding
+from deepseek_jax.train.loop import Result
+from deepseek_jax.train.optimizer import first_sequence
+from deepseek_jax.train.state import Layout
+
+
+def human(n: float) -> str:
+    """1234567 -> '1.23M'."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.0f}"
+
+
+def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, loader: Loader, workdir: str, resume_step: int | None,
+         changed: list[str]) -> None:
+    """Prints what is about to happen: model, mesh, memory, data."""
+    if jax.process_index() != 0:
+        return
+    t, m = config.train, config.model
+    spec_shardings = lambda specs: sharding.shardings(specs, mesh)
+    params = sharding.bytes_per_device(layout.abstract.params, layout.shardings.params)
+    grads = sharding.bytes_per_device(layout.abstract.params, spec_shardings(layout.grad_specs))
+    opt = sharding.bytes_per_device(layout.abstract.opt_state, layout.shardings.opt_state)
+    tokens = first_sequence(config, t.steps) * t.sequence_length
+    console = Console(highlight=False, soft_wrap=True)
+    line = lambda name, text: console.print(f"{name:<15}{text}", markup=False)
+    mtp = f", and {human(sizes.mtp)} in {m.num_nextn_predict_layers} MTP layers" if sizes.mtp else ""
+    line("model", f"{human(sizes.total)} parameters, {human(sizes.active)} active a token{mtp}")
+    line("", f"{m.num_hidden_layers} layers ({m.first_k_dense_replace} dense), hidden {m.hidden_size}, {m.n_routed_experts} experts, "
+            f"{m.num_experts_per_tok} a token, {m.n_shared_experts} shared")
+    axes = " x ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1) or "1 device"
+    line("mesh", f"{axes} ({mesh.devices.flat[0].device_kind}, {mesh.size} in all)")
+    line("strategy", f"{STRATEGY_ALIASES.get(config.sharding.strategy, config.sharding.strategy)}, dispatch {config.moe.dispatch}, "
+                              f"{t.dtype} compute, remat {t.remat}")
+    line("bytes a device", f"{human(params)} parameters + {human(grads)} gradients + {human(opt)} optimizer = {human(params + grads + opt)}")
+    line("data", loader.description)
+    line("training", f"{t.steps} steps of {t.batch_size} x {t.sequence_length} tokens = {human(tokens)} tokens "
+                              f"({tokens / max(loader.train_tokens, 1):.2f} passes over the data)")
+    line("compute", f"{human(sizes.flops_per_token)} FLOPs a token, {human(sizes.flops_per_token * tokens)} in all")
+    line("workdir", workdir if resume_step is None else f"{workdir}, resuming after step {resume_step}")
+    for text in changed:
+        line("changed", text)
+
+
+def show_end(workdir: str, result: Result, sample: str, seconds: float) -> None:
+    """Prints the sample and where everything is."""
+    if jax.process_index() != 0:
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    if sample:
+        console.rule("sample", align="left")
+        console.print(sample, markup=False)
+        console.rule()
+    if result.eval:
+        bits = f" = {result.eval['eval_bits_per_byte']:.4f} bits a byte" if "eval_bits_per_byte" in result.eval else ""
+        console.print(f"held-out loss  {result.eval['eval_loss']:.4f} nats a token{bits}")
+    console.print(f"took           {seconds / 60:.1f} min\ncheckpoint     {workdir}/checkpoints/{result.step}\n"
+                  f"metrics        {workdir}/metrics.jsonl  (tensorboard --logdir {workdir}/tensorboard)\n"
+                  f"more text      python -m deepseek_jax.generate --workdir={workdir} --prompt='class '", markup=False)

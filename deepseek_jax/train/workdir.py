@@ -1,0 +1,84 @@
+"""The run's folder: is it usable, does it hold another model, what are its options."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+
+from deepseek_jax.config import Config, Model, UserError
+
+# Options that change no array's shape: a run may go on with other values of these.
+_FREE_MODEL_OPTIONS = {"n_group", "topk_group", "num_experts_per_tok", "scoring_func", "norm_topk_prob", "routed_scaling_factor",
+                       "aux_loss_alpha", "seq_aux", "rms_norm_eps", "rope_theta", "rope_interleave", "rope_scaling",
+                       "max_position_embeddings", "initializer_range"}
+
+
+def prepare(workdir: str, config: Config) -> list[str]:
+    """Creates the folder and compares its config.json with this run's options.
+
+    Returns:
+      A line for each option that differs from the run that the folder holds, none of which changes a shape.
+
+    Raises:
+      UserError: the folder cannot be written, or holds a checkpoint of a model with other shapes.
+    """
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        probe = os.path.join(workdir, f".writable.{os.getpid()}")
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} cannot be written ({e.strerror}). Name a folder that you may write to.") from e
+    path = os.path.join(workdir, "config.json")
+    checkpoints = os.path.join(workdir, "checkpoints")
+    if not os.path.exists(path) or not os.path.isdir(checkpoints) or not any(n.isdigit() for n in os.listdir(checkpoints)):
+        return []
+    before, now = _read(path), config.to_json()
+    for name in (f.name for f in dataclasses.fields(Model)):
+        was, is_now = before.get("model", {}).get(name), now["model"][name]
+        if was != is_now and name not in _FREE_MODEL_OPTIONS:
+            raise UserError(f"config.model.{name}={is_now} differs from {was} of the checkpoint in {workdir}. "
+                            f"Set config.model.{name}={was} to go on with it, or name another --workdir.")
+    return _differences(before, now, "config")
+
+
+def write_config(workdir: str, config: Config) -> None:
+    """Writes WORKDIR/config.json, the resolved options, whole or not at all."""
+    if jax.process_index() == 0:
+        path = os.path.join(workdir, "config.json")
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            json.dump(config.to_json(), f, indent=2)
+        os.replace(path + ".tmp", path)
+
+
+def read_config(workdir: str) -> dict[str, Any]:
+    """The options of the run in a folder, as nested dicts.
+
+    Raises:
+      UserError: there is no run, or its config.json is damaged.
+    """
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        raise UserError(f"--workdir={workdir} holds no run: there is no {path}. Name a folder that train.py wrote.")
+    return _read(path)
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as f:
+            out = json.load(f)
+        if not isinstance(out, dict):
+            raise ValueError("not an object")
+        return out
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e}). Restore it, or name another --workdir.") from e
+
+
+def _differences(before: Any, now: Any, where: str) -> list[str]:
+    if isinstance(now, dict):
+        return [line for k, v in now.items() for line in _differences(before.get(k) if isinstance(before, dict) else None, v, f"{where}.{k}")]
+    return [] if before == now else [f"{where}: {before} -> {now}"]
+

@@ -1,0 +1,97 @@
+"""Train a DeepSeek-family mixture-of-experts model.
+
+  python train.py --config=configs/tiny.py --workdir=runs/tiny
+  python train.py --config=configs/v3.py --workdir=DIR --config.mesh.expert=8 --config.optimizer.learning_rate=1e-4
+
+The config is a Python file; any option can be overridden as --config.section.key=value (all options, with their units,
+are in deepseek_jax/config.py; --config=FILE.py --print_config shows them resolved). The same command run again resumes
+from the newest checkpoint in the workdir. On several hosts run the same command on each, with --coordinator_address,
+--num_processes and --process_id where JAX cannot find the cluster by itself.
+
+Exit codes: 0 done; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
+after too many non-finite updates; 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint.
+"""
+
+import json
+import os
+import sys
+import time
+
+import jax
+
+from deepseek_jax import commandline, generate
+from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.config import UserError
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.model.count import count
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.train import loop, summary, workdir
+from deepseek_jax.train.state import from_tree, init_state, make_layout, to_tree
+from deepseek_jax.train.step import make_eval_step, make_train_step
+
+
+def main(argv: list[str]) -> int:
+    started = time.perf_counter()
+    flags = commandline.parse(argv)
+    if flags.help:
+        print(f"{__doc__}\n{commandline.help_text(flags)}")
+        return 0
+    config = commandline.read_config(flags)
+    if flags.print_config:
+        print(json.dumps(config.to_json(), indent=2))
+        return 0
+    if not flags.workdir:
+        raise UserError("--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny.")
+    if flags.coordinator_address or flags.num_processes:
+        jax.distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
+
+    # Everything that can be wrong is found out here, before anything is compiled.
+    mesh = make_mesh(config)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    changed = workdir.prepare(flags.workdir, config)
+    loader = Loader(config, tokenizer, progress=jax.process_index() == 0)
+    checkpointer = Checkpointer(os.path.join(flags.workdir, "checkpoints"), config.checkpoint.keep)
+
+    with jax.set_mesh(mesh):
+        layout = make_layout(config, mesh)
+        sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
+        resume_step = checkpointer.latest_step()
+        summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed)
+
+        if resume_step is None:
+            state = init_state(config, layout)
+        else:
+            tree, _ = checkpointer.restore(to_tree(layout.abstract_sharded()))
+            state = from_tree(tree, layout.abstract)
+        if int(state.step) >= config.train.steps:
+            print(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
+            return 0
+
+        workdir.write_config(flags.workdir, config)
+        train_step = jax.jit(make_train_step(config, layout), donate_argnums=0)
+        evaluate = loop.Evaluator(config, mesh, loader, make_eval_step(layout))
+        result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpointer, sizes)
+
+        if result.stopped_by is not None:
+            print(f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {flags.workdir}/checkpoints/{result.step}. "
+                  f"The same command goes on from there.")
+            return 128 + result.stopped_by
+        sample = ""
+        if config.eval.sample_prompt and config.eval.sample_tokens:
+            sample = generate.sample(layout, result.state.params, result.state.bias, tokenizer, mesh, config.eval.sample_prompt,
+                                     config.eval.sample_tokens, temperature=0.7, top_p=0.95, seed=config.seed)
+        summary.show_end(flags.workdir, result, sample, time.perf_counter() - started)
+    checkpointer.close()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv))
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except loop.BadNumbers as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(3)
