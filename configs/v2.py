@@ -56,5 +56,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.batch_size, c.train.sequence_length, c.train.accumulation = 9216, 4096, 12
     c.train.batch_ramp_start, c.train.batch_ramp_steps, c.train.steps = 2304, 10_219, 218_800
     c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = 2.4e-4, "deepseek_v2", 2000
+    c.optimizer.decay_fraction = 0.4  # the first drop comes after 60% of the training
     c.checkpoint.every_steps, c.eval.every_steps = 500, 1000
     return c

@@ -12,9 +12,8 @@ Source: DeepSeek-V2 (arXiv:2405.04434) appendix B and deepseek-ai/DeepSeek-V2-Li
 Parameters: published 15.7B in all and 2.4B active. Here 15.71B with embedding and output head (0.21B each), and 2.45B active
 without the embedding, which is looked up and not multiplied (2.66B with it). No MTP.
 As published: AdamW 0.9/0.95, weight decay 0.1, clip 1.0, learning rate 4.2e-4, warmup 2000, constant batch of 4,608 sequences
-of 4,096 tokens, 5.7T tokens, balance alpha 0.001 per sequence; by the V2 paper, init 0.006 (config.json has 0.02).
-Not as published: the learning rate falls by 0.316 after 60% and 90% of the training, V2's schedule; V2-Lite's fell after 80%
-and 90%.
+of 4,096 tokens, 5.7T tokens, balance alpha 0.001 per sequence; by the V2 paper, init 0.006 (config.json has 0.02);
+the learning rate falls by 0.316 after 80% and 90% of the training.
 """
 
 from ml_collections import ConfigDict
@@ -53,5 +52,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sharding.strategy = "hybrid_shard"
     c.train.steps, c.train.batch_size, c.train.sequence_length, c.train.accumulation = 302_000, 4608, 4096, 9
     c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = 4.2e-4, "deepseek_v2", 2000
+    c.optimizer.decay_fraction = 0.2  # the first drop comes after 80% of the training, the second after 90%
     c.checkpoint.every_steps, c.eval.every_steps = 1000, 1000
     return c

@@ -23,7 +23,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
-    """The flags of a command line.
+    """The flags of a command line, which must be `sys.argv`: ml_collections looks for overrides there.
 
     Raises:
       UserError: an unknown flag or option, a value of the wrong type, a config file that cannot be used.
@@ -33,8 +33,12 @@ def parse(argv: list[str]) -> flags.FlagValues:
         argv = [argv[0], "--help"]
     try:
         rest = given(argv)[1:]
+        if given.config is not None:
+            given.config.seed  # a file that could not be loaded raises here at the latest
     except flags.Error as e:
         raise UserError(f"{str(e).splitlines()[0]}. See --help.") from e
+    except UserError:
+        raise
     except Exception as e:  # a config file is a program: whatever it raises is the user's to see, in one line
         raise UserError(_explain(e, argv)) from e
     if rest:

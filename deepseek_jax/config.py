@@ -65,7 +65,7 @@ class Model:
     norm_topk_prob: bool = True  # make the chosen experts' weights sum to one, before routed_scaling_factor
     routed_scaling_factor: float = 2.5  # multiplies the routed experts' weights
     aux_loss_alpha: float = 0.0001  # weight of the balance loss; 0: off
-    seq_aux: bool = True  # balance loss per sequence (V3, and V2's code) or over the whole batch (V2's paper)
+    seq_aux: bool = True  # balance loss per sequence (V2 and V3) or over the whole batch of a step (False)
     num_nextn_predict_layers: int = 0  # multi-token prediction depth: extra layers that predict tokens further ahead
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -145,7 +145,7 @@ class Optimizer:
     schedule: str = "cosine"  # constant | cosine | wsd (warmup-stable-decay) | deepseek_v2 | deepseek_v3
     warmup_steps: int = 100  # linear from 0 (V2 and V3: 2000)
     final_fraction: float = 0.1  # last learning rate / peak, for cosine and wsd
-    decay_fraction: float = 0.2  # share of the steps that wsd decays over, linearly
+    decay_fraction: float = 0.2  # share of the steps that wsd decays over, linearly; for deepseek_v2, that follow the first drop
 
 
 @dataclass(frozen=True)
@@ -303,12 +303,12 @@ def validate(config: Config) -> None:
         raise UserError("config.moe.drop=True is not in this version, which never drops a token. Set config.moe.drop=False.")
     if not config.moe.capacity_factor > 0 or math.isinf(config.moe.capacity_factor):
         raise UserError(f"config.moe.capacity_factor={config.moe.capacity_factor} gives no places. Set it above 0, for instance 1.25.")
-    _at_least(config.moe, "moe", 0, "bias_update_rate", "bias_update_fraction", "router_z_loss_coef")
+    _at_least(config.moe, "moe", 0, "bias_update_rate", "router_z_loss_coef")
     for axis in ("stage", "context", "tensor"):
         if getattr(config.mesh, axis) != 1:
             raise UserError(f"config.mesh.{axis}={getattr(config.mesh, axis)} is not in this version. Set config.mesh.{axis}=1.")
     _at_least(t, "train", 1, "steps", "batch_size", "sequence_length", "accumulation", "max_bad_steps")
-    _at_least(t, "train", 0, "batch_ramp_start", "batch_ramp_steps", "mtp_loss_weight", "mtp_loss_weight_final", "mtp_switch_fraction")
+    _at_least(t, "train", 0, "batch_ramp_start", "batch_ramp_steps", "mtp_loss_weight", "mtp_loss_weight_final")
     _divides(t.accumulation, "config.train.accumulation", t.batch_size, "config.train.batch_size")
     if t.batch_ramp_start:
         micro = config.micro_batch
@@ -331,7 +331,11 @@ def validate(config: Config) -> None:
     _choice("config.optimizer.schedule", o.schedule, ("constant", "cosine", "wsd", "deepseek_v2", "deepseek_v3"))
     if not (math.isfinite(o.learning_rate) and o.learning_rate > 0):
         raise UserError(f"config.optimizer.learning_rate={o.learning_rate} is not a positive finite number. Set it to, for instance, 1e-3.")
-    _at_least(o, "optimizer", 0, "b1", "b2", "eps", "weight_decay", "grad_clip", "warmup_steps", "final_fraction", "decay_fraction")
+    for where, section, name in (("optimizer", o, "decay_fraction"), ("optimizer", o, "final_fraction"), ("train", t, "mtp_switch_fraction"),
+                                 ("moe", config.moe, "bias_update_fraction")):
+        if not 0 <= getattr(section, name) <= 1:
+            raise UserError(f"config.{where}.{name}={getattr(section, name)} is not a share. Set it between 0 and 1.")
+    _at_least(o, "optimizer", 0, "b1", "b2", "eps", "weight_decay", "grad_clip", "warmup_steps")
     for name in ("b1", "b2"):
         if getattr(o, name) >= 1:
             raise UserError(f"config.optimizer.{name}={getattr(o, name)} must be below 1. Set it to, for instance, 0.9.")

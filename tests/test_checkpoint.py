@@ -1,6 +1,7 @@
 """Checkpoints: exact on every mesh, whole or absent, and refused with a reason when they do not fit."""
 
 import os
+import tempfile
 import pathlib
 import signal
 import subprocess
@@ -213,9 +214,13 @@ def test_a_folder_that_cannot_be_used_is_said(tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_said(tmp_path):
-    (tmp_path / "closed").mkdir(mode=0o500)
+def test_a_folder_without_permission_is_said(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root, who runs tests in containers, may write everywhere
+    monkeypatch.setattr(os, "makedirs", lambda path, exist_ok: None if path.endswith("closed") else refuse())
     for directory in ("closed", "closed/checkpoints"):
         with pytest.raises(UserError, match="cannot be written"):
             Checkpointer(str(tmp_path / directory), keep=1)

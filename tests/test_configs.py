@@ -6,9 +6,12 @@ import pathlib
 import re
 
 import pytest
+import transformers
 
 from deepseek_jax.config import Config, Model, UserError, from_config_dict, validate
+from deepseek_jax.model.count import count
 from deepseek_jax.train.optimizer import sequences_at
+from deepseek_jax.train.state import abstract_model
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = sorted(p.stem for p in CONFIGS.glob("*.py"))
@@ -83,6 +86,15 @@ def test_size_is_the_published_one(name):
     assert total - (0 if with_vocabulary else 2 * embedding) == pytest.approx(want_total, rel=tolerance)
     if want_active:
         assert active - (2 - tables) * embedding == pytest.approx(want_active, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_has_these_parameters(name):
+    """The arithmetic above against the shapes of the model itself, which nothing allocates."""
+    c = load(name)
+    counted = count(c.model, abstract_model(c)[1], c.train.sequence_length)
+    assert (counted.total, counted.active) == analytic_count(c.model)
+    assert counted.mtp == analytic_mtp(c.model)
 
 
 def test_rounded_sizes():
@@ -174,7 +186,7 @@ def test_ramp_is_the_published_tokens(name, billions):
 
 
 def test_v3_has_the_shape_that_transformers_knows():
-    config = pytest.importorskip("transformers").DeepseekV3Config()
+    config = transformers.DeepseekV3Config()
     model = load("v3").model
     for key in ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
                 "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",

@@ -131,13 +131,13 @@ BAD = [
     ([TINY, "--config.train.steps=0"], "config.train.steps=0 is too small"),
     ([TINY, "--config.optimizer.learning_rate=nan"], "config.optimizer.learning_rate=nan is not a positive finite number"),
     ([TINY, "--config.optimizer.learning_rate=inf"], "config.optimizer.learning_rate=inf is not a positive finite number"),
-    ([TINY, "--config.model.n_routed_experts=9", "--config.mesh.expert=8", "--config.mesh.fsdp=1"],
+    ([TINY, "--config.model.n_routed_experts=9", "--config.mesh.expert=8", "--config.mesh.fsdp=1", "--workdir={tmp}/w"],
      "n_routed_experts=9 is not divisible by the expert mesh axis (8 devices). Set config.mesh.expert to a divisor of 9."),
-    ([TINY, "--config.mesh.fsdp=16"], "has 16 devices, but there are 8"),
-    ([TINY, "--config.mesh.fsdp=2"], "has 2 devices, but there are 8"),
+    ([TINY, "--config.mesh.fsdp=16", "--workdir={tmp}/w"], "has 16 devices, but there are 8"),
+    ([TINY, "--config.mesh.fsdp=2", "--workdir={tmp}/w"], "has 2 devices, but there are 8"),
     ([TINY, "--config.mesh.tensor=2"], "config.mesh.tensor=2 is not in this version"),
     ([TINY, "--config.moe.drop=True"], "config.moe.drop=True is not in this version"),
-    ([TINY, "--config.train.batch_size=12", "--config.mesh.fsdp=8"], "Set config.train.batch_size to a multiple of 8"),
+    ([TINY, "--config.train.batch_size=12", "--config.mesh.fsdp=8", "--workdir={tmp}/w"], "Set config.train.batch_size to a multiple of 8"),
     ([TINY, "--config.train.accumulation=3"], "is not divisible by config.train.accumulation=3"),
     ([TINY, "--config.model.n_group=3"], "is not divisible by config.model.n_group=3"),
     ([TINY, "--config.model.n_group=4", "--config.model.topk_group=5"], "config.model.topk_group=5 is above config.model.n_group=4"),
@@ -172,9 +172,10 @@ def test_bad_input(args, message, tmp_path, monkeypatch):
     (tmp_path / "other" / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model": {"vocab_size": 320, "hidden_size": 8}}))
     monkeypatch.setattr(jax, "jit", lambda *a, **k: pytest.fail("something was compiled before the mistake was found"))
+    monkeypatch.setattr(sys, "argv", ["train.py", *(a.format(tmp=tmp_path) for a in args)])
     started = time.perf_counter()
     with pytest.raises(UserError) as error:
-        train.main(["train.py", *(a.format(tmp=tmp_path) for a in args)])
+        train.main(sys.argv)
     text = str(error.value)
     assert message.format(tmp=tmp_path) in text, text
     assert "\n" not in text and len(text) < 700

@@ -9,14 +9,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from deepseek_jax.config import UserError
-from deepseek_jax.data.documents import FORMS, File, find_files, read, split_paths
+from deepseek_jax.data.documents import TEXT_FORMS, File, find_files, read, split_paths
 from deepseek_jax.data.progress import Bar
 from deepseek_jax.data.sources import encoded
 from deepseek_jax.data.tokenfile import DTYPES, TokenWriter, sidecar_paths
 from deepseek_jax.data.tokenizer import load_tokenizer
 
 EOS = "<|endoftext|>"
-PATH_HELP = f"the text: {FORMS}; several separated by commas. Folders are searched recursively for UTF-8 text, .jsonl and .parquet."
+PATH_HELP = f"the text: {TEXT_FORMS}; several separated by commas. Folders are searched recursively for UTF-8 text, .jsonl and .parquet."
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from deepseek_jax.config import UserError
 BLOCK = 16 << 20  # bytes of a text file read at a time
 KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".npy": "tokens", ".bin": "tokens"}  # the rest is text
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+TEXT_FORMS = "stdlib, a text, .jsonl or .parquet file, a folder or a glob"
 FORMS = "stdlib, a text, .jsonl, .parquet, .npy or .bin file, a folder or a glob"
 
 
@@ -38,7 +39,7 @@ def split_paths(paths: str, option: str) -> list[str]:
     """
     out = [p.strip() for p in paths.split(",")]
     if not all(out):
-        raise UserError(f"{option}={paths!r} has an empty source. Give {FORMS}; several separated by commas.")
+        raise UserError(f"{option}={paths!r} has an empty source. Give {_forms(option)}; several separated by commas.")
     return out
 
 
@@ -65,11 +66,15 @@ def find_files(spec: str, option: str) -> list[File]:
         if not files:
             raise UserError(f"{option}={spec!r} matches no file. Correct the pattern (relative paths start in {os.getcwd()}).")
     else:
-        raise UserError(f"{option}={spec!r} does not exist. Give {FORMS} (relative paths start in {os.getcwd()}).")
+        raise UserError(f"{option}={spec!r} does not exist. Give {_forms(option)} (relative paths start in {os.getcwd()}).")
     files = [f for f in files if f.size]
     if not files:
-        raise UserError(f"{option}={spec!r} holds no text. Give {FORMS}; the token files of a folder are named with a glob, as in 'DIR/*.npy'.")
+        raise UserError(f"{option}={spec!r} holds no text. Give {_forms(option)}; the token files of a folder are named with a glob, as in 'DIR/*.npy'.")
     return files
+
+
+def _forms(option: str) -> str:
+    return FORMS if option.startswith("config.") else TEXT_FORMS  # the commands read text only
 
 
 def read(file: File, spec: str, option: str) -> Iterator[Piece]:
@@ -93,7 +98,7 @@ def _unreadable(spec: str, option: str, path: str, error: OSError) -> UserError:
 
 def _file(path: str, spec: str, option: str, explicit: bool) -> File:
     if not os.path.isfile(path):
-        raise UserError(f"{option}={spec!r} is neither a file nor a folder. Give {FORMS}.")
+        raise UserError(f"{option}={spec!r} is neither a file nor a folder. Give {_forms(option)}.")
     try:
         size = os.stat(path).st_size
     except OSError as e:

@@ -5,6 +5,7 @@
 Files of others have neither: their documents are found by looking for eos.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -193,7 +194,8 @@ class TokenWriter:
 
     def __exit__(self, *_) -> None:
         for f in (self._out, self._offsets):
-            f.close()
+            with contextlib.suppress(OSError):  # on a full disk closing fails too, and the files still have to go
+                f.close()
         for temp in self._temp.values():
             if os.path.exists(temp):
                 os.unlink(temp)

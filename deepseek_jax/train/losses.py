@@ -75,8 +75,9 @@ def cross_entropy_sum(hidden_BSD: jax.Array, kernel_DV: jax.Array, targets_BS: j
 def balance_loss(stats: MoEStats, total: Totals, config: Config) -> jax.Array:
     """Unweighted balance loss, mean over layers: 1 when the load is even.
 
-    Per sequence (`seq_aux`): DeepSeek-V3 equations 17 to 20. Over the batch: DeepSeek-V2's expert-level loss, equations 12
-    to 14 there; f comes from the whole step's counts and has no gradient.
+    Per sequence (`seq_aux`): DeepSeek-V3 equations 17 to 20, and DeepSeek-V2's expert-level loss, which is the same formula
+    with softmax scores. Over the whole batch: as DeepSeek-V2's released code with seq_aux=False; f comes from the whole
+    step's counts and has no gradient.
     """
     m = config.model
     if m.seq_aux:

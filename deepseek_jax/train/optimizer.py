@@ -19,7 +19,7 @@ def learning_rate(config: Config) -> optax.Schedule:
     """Step -> learning rate. All schedules start with a linear warmup from 0.
 
     cosine: to `final_fraction` of the peak. wsd: constant, then linear to `final_fraction` over the last `decay_fraction`.
-    deepseek_v2: x 0.316 after 60% and again after 90% of the training.
+    deepseek_v2: x 0.316 when `decay_fraction` of the training is left (0.4; V2-Lite: 0.2), and again for the last 10%.
     deepseek_v3: constant to 10T of 14.8T tokens, cosine to a tenth over 4.3T, constant for 333B, then x 7.3/22 for 167B.
     """
     o, steps, peak = config.optimizer, config.train.steps, config.optimizer.learning_rate
@@ -36,7 +36,7 @@ def learning_rate(config: Config) -> optax.Schedule:
         stable = max(rest - decay, 0)
         after = optax.join_schedules([optax.constant_schedule(peak), optax.linear_schedule(peak, end, min(decay, rest))], [stable])
     elif o.schedule == "deepseek_v2":
-        after = optax.join_schedules([optax.constant_schedule(peak * f) for f in (1, 0.316, 0.316**2)], [at(0.6), at(0.9)])
+        after = optax.join_schedules([optax.constant_schedule(peak * f) for f in (1, 0.316, 0.316**2)], [at(1 - o.decay_fraction), at(0.9)])
     else:
         a, b, c = (at(t / V3_TOKENS) for t in (10.0, 14.3, 14.633))
         after = optax.join_schedules(
