@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
     if flags.coordinator_address or flags.num_processes:
         jax.distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
 
+    say = print if jax.process_index() == 0 else lambda text: None
+
     # Everything that can be wrong is found out here, before anything is compiled.
     mesh = make_mesh(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> int:
             tree, _ = checkpointer.restore(to_tree(layout.abstract_sharded()))
             state = from_tree(tree, layout.abstract)
         if int(state.step) >= config.train.steps:
-            print(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
+            say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
             return 0
 
         workdir.write_config(flags.workdir, config)
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> int:
         result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpointer, sizes)
 
         if result.stopped_by is not None:
-            print(f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {flags.workdir}/checkpoints/{result.step}. "
+            say(f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {flags.workdir}/checkpoints/{result.step}. "
                   f"The same command goes on from there.")
             return 128 + result.stopped_by
         sample = ""

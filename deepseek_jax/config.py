@@ -90,7 +90,13 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Sharding:
-    strategy: str = "full_shard"  # full_shard=zero3 | shard_grad_op=zero2 | zero1 | hybrid_shard | no_shard=ddp
+    strategy: str = "full_shard"  # full_shard=zero3 | shard_grad_op=zero2 | zero1 | hybrid_shard | no_shard=ddp, in either case
+
+    @property
+    def canonical(self) -> str:
+        """The strategy's FSDP name; zero1 has none and keeps its own."""
+        name = self.strategy.lower()
+        return STRATEGY_ALIASES.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,7 @@ class Config:
 
 
 REMAT_NAMES = ("attention", "mlp_hidden", "exchange", "experts_hidden")  # what remat=save:NAME,NAME may keep
+STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard")
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
 
 
@@ -296,8 +303,7 @@ def validate(config: Config) -> None:
     """
     m, t, o = config.model, config.train, config.optimizer
     _validate_model(m)
-    _choice("config.sharding.strategy", config.sharding.strategy,
-            ("full_shard", "zero3", "shard_grad_op", "zero2", "zero1", "hybrid_shard", "no_shard", "ddp"))
+    _choice("config.sharding.strategy", config.sharding.strategy.lower(), (*STRATEGIES, *STRATEGY_ALIASES))
     _choice("config.moe.dispatch", config.moe.dispatch, ("all_to_all",))
     if config.moe.drop:
         raise UserError("config.moe.drop=True is not in this version, which never drops a token. Set config.moe.drop=False.")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 import threading
 
 import numpy as np
@@ -14,6 +15,7 @@ import tokenizers
 from deepseek_jax.config import Config, Data, Model, Train, UserError
 from deepseek_jax.data import documents, sources, tokenfile
 from deepseek_jax.data.loader import Loader, Prefetcher
+from deepseek_jax.data.order import derive_seed
 from deepseek_jax.data.packing import IGNORE, PackedRows
 from deepseek_jax.data.sources import Corpus, Documents, Joined, open_corpora, split
 from deepseek_jax.data.tokenizer import load_tokenizer
@@ -23,7 +25,8 @@ TEXT = "def f(x):\n    return 'héllo wörld ≠ 漢字'\n\n\nfor i in range(10)
 
 
 def make_config(path="stdlib", batch=1, length=8, seed=0, vocab=320, **data):
-    return Config(seed=seed, model=Model(vocab_size=vocab), data=Data(path=str(path), **data), train=Train(batch_size=batch, sequence_length=length))
+    return Config(seed=seed, model=Model(vocab_size=vocab), data=Data(path=str(path), **data),
+                  train=Train(batch_size=batch, sequence_length=length))
 
 
 def make_loader(config):
@@ -60,8 +63,9 @@ def bpe_path(tmp_path_factory):
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
     t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = tokenizers.decoders.ByteLevel()
-    t.train_from_iterator([TEXT] * 2, tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    t.train_from_iterator([TEXT] * 2 + ["x\n\n\n\n"] * 9, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     t.save(str(path))
     return path
 
@@ -113,7 +117,9 @@ def test_rows_equal_a_loop_over_the_stream(mask, pad_last, length):
             rows.row(outside)
 
 
-@pytest.mark.parametrize("tokens, rows, rows_with_padding", [(10, 2, 3), (9, 2, 2), (8, 1, 2), (5, 1, 1), (4, 0, 1), (2, 0, 1), (1, 0, 0)])
+@pytest.mark.parametrize("tokens, rows, rows_with_padding", [
+    (10, 2, 3), (9, 2, 2), (8, 1, 2), (5, 1, 1), (4, 0, 1), (2, 0, 1), (1, 0, 0)
+])
 def test_row_counts_at_the_edges(tokens, rows, rows_with_padding):
     """4 tokens a row need 5 of the stream; a padded row is there as soon as it predicts one token."""
     docs = Documents(np.arange(tokens), np.array([0]), np.array([tokens]))
@@ -214,13 +220,22 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
     epochs = [loader.train_rows(e * n, n)["tokens"].tolist() for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert epochs[0] != epochs[1] and epochs[1] != epochs[2]
-    assert make_loader(make_config(tmp_path, seed=1)).train_rows(0, n)["tokens"].tolist() != epochs[1]
     # All of the training stream but its last partial row, once.
     corpus = open_corpora(make_config(tmp_path), load_tokenizer("bytes"))[0]
     train = split(corpus, 0.01)[0]
     tokens = np.concatenate([corpus.tokens[a:a + b] for a, b in zip(train.starts, train.lengths)])
     missing = np.bincount(tokens, minlength=257) - np.bincount(np.ravel(epochs[0]), minlength=257)
     assert missing.min() >= 0 and missing.sum() == len(tokens) - 8 * n <= 8
+
+
+def test_seeds_are_unrelated(tmp_path):
+    """Grain shuffles epoch e with seed + e; one document, so that the order of documents cannot hide that."""
+    (tmp_path / "a.txt").write_text("".join(f"{i:04d}" for i in range(200)))
+    first, second = (make_loader(make_config(tmp_path / "a.txt", seed=s)) for s in (0, 1))
+    n = first.num_train_rows
+    assert first.train_rows(n, n)["tokens"].tolist() != second.train_rows(0, n)["tokens"].tolist()
+    seeds = [derive_seed(s, purpose, i) for s in (0, 1, 2, -1) for purpose in (1, 2) for i in (0, 1, 2)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**32 for s in seeds)
 
 
 @pytest.mark.parametrize("weights, share", [("3,1", 0.75), ("0.1,0.9", 0.1), ("", 2 / 3)])
@@ -330,6 +345,12 @@ def test_every_kind_of_text_source(tmp_path):
     assert decoded(make_config(tmp_path)) == texts
     assert decoded(make_config(f"{tmp_path}/b.jsonl,{tmp_path}/a.txt")) == [texts[1], texts[2], texts[0]]
     assert decoded(make_config(f"{tmp_path}/**/*.[mp]*")) == texts[3:]
+    np.save(tmp_path / "a2.npy", np.array([120, EOS]))
+    (tmp_path / "a3.txt").write_text("last")
+    assert decoded(make_config(f"{tmp_path}/a*")) == ["é one\r\n", "x", "last"]
+    (tmp_path / "a2.npy").unlink(), (tmp_path / "a3.txt").unlink()
+    # Of a glob's matches, only what belongs to a token file is left out.
+    assert [f.path[-5:] for f in documents.find_files(f"{tmp_path}/[ah]*", "config.data.path")] == ["a.txt", "h.npy"]
 
 
 def test_stdlib_is_sorted_and_without_tests():
@@ -347,7 +368,7 @@ def test_long_text_in_pieces_is_one_document(tmp_path, monkeypatch, block, bpe_p
     assert decoded(make_config(tmp_path / "a.txt")) == decoded(make_config(tmp_path)) == [text]
     if block >= 16:  # where a piece can end at a line, the pieces' tokens are those of the whole
         bpe = load_tokenizer(str(bpe_path))
-        lines = "".join(f"line {i} = 'x'\n\n  indented\n" for i in range(30))
+        lines = "".join(f"line {i} = 'x'\n\n  indented\n\nnext line\n漢字\n字\n" for i in range(30))
         (tmp_path / "a.txt").write_text(lines)
         monkeypatch.setattr(documents, "BLOCK", 64)
         corpus = open_corpora(make_config(tmp_path / "a.txt", tokenizer=str(bpe_path)), bpe)[0]
@@ -418,7 +439,8 @@ def test_saved_truncation_padding_and_templates_do_not_touch_documents(bpe_path,
     inner = tokenizers.Tokenizer.from_file(str(bpe_path))
     inner.enable_truncation(4)
     inner.enable_padding(length=64)
-    inner.post_processor = tokenizers.processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     inner.add_tokens(["<added>"])
     inner.save(str(tmp_path / "t.json"))
     t, plain = load_tokenizer(str(tmp_path / "t.json")), load_tokenizer(str(bpe_path))
@@ -492,9 +514,9 @@ ERRORS = [  # (changes to data and the rest, what the message has to say)
     (dict(path="{}/matrix.npy"), ["2-D int32"]),
     (dict(path="{}/floats.npy"), ["1-D float64"]),
     (dict(path="{}/objects.npy"), ["Python objects"]),
-    (dict(path="{}/nothing.npy"), ["path"]),
+    (dict(path="{}/nothing.npy"), ["holds no text"]),
     (dict(path="{}/bad.npy"), ["damaged"]),
-    (dict(path="{}/zip.npy"), ["npy"]),
+    (dict(path="{}/zip.npy"), ["archive of arrays"]),
     (dict(path="{}/side.npy"), ["side.json"]),
     (dict(path="{}/odd.bin"), ["3 bytes", "config.data.bin_dtype"]),
     (dict(path="{}/big.bin"), ["999", "config.model.vocab_size=320"]),
@@ -543,6 +565,13 @@ def test_unreadable_files(tmp_path, monkeypatch):
         make_loader(make_config(tmp_path / "a.txt"))
     with pytest.raises(UserError, match=r"config.data.tokenizer=.*cannot be read \(Permission denied\)"):
         make_loader(make_config(tokenizer=str(tmp_path / "t.json")))
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="config.data.path=.*a.parquet needs pyarrow.*pip install"):
+        make_loader(make_config(tmp_path / "a.parquet"))
 
 
 def test_a_file_damaged_after_start_up_is_caught_when_its_rows_are_read(tmp_path):

@@ -105,6 +105,26 @@ def test_bytes_of_each_strategy(strategy, shares):
                 assert np.prod(sharding.shard_shape(leaf.shape)) * share == leaf.size
 
 
+def exchanges(remat: str) -> int:
+    """all_to_all operations in the lowered step of one MoE layer stack: forward and backward, first and later rounds."""
+    config = variant(fsdp=2, expert=4, remat=remat)
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, num_nextn_predict_layers=0))
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        layout = state.make_layout(config, mesh)
+        batch = step.put_batch(rows(0), config.micro_batch, mesh)
+        text = jax.jit(step.make_train_step(config, layout)).lower(layout.abstract_sharded(), batch).as_text()
+    assert text.count('"stablehlo.reduce_scatter"') == 2, "the gradients of gate_up_proj and down_proj are reduce-scattered"
+    return text.count('"stablehlo.all_to_all"')
+
+
+def test_remat_policies_save_what_they_say():
+    """Forward exchanges twice a round. Backward: the output's gradient there, the input's back, one number a row each way, and in
+    later rounds the rows once more: 2 + 2 + 4 + 5. Full remat sends the first round's rows again; `exchange` saves that."""
+    assert {remat: exchanges(remat) for remat in ("none", "exchange", "save:attention,exchange", "full", "save:attention")} == {
+        "none": 13, "exchange": 13, "save:attention,exchange": 13, "full": 14, "save:attention": 14}
+
+
 MESH_ERRORS = [
     (dict(mesh=Mesh(fsdp=3, expert=2)), "config.mesh (fsdp 3 x expert 2) has 6 devices, but there are 8."),
     (dict(mesh=Mesh(fsdp=16)), "config.mesh (fsdp 16) has 16 devices, but there are 8."),

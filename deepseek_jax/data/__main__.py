@@ -16,7 +16,7 @@ from deepseek_jax.data.tokenfile import DTYPES, TokenWriter, sidecar_paths
 from deepseek_jax.data.tokenizer import load_tokenizer
 
 EOS = "<|endoftext|>"
-PATH_HELP = f"the text: {TEXT_FORMS}; several separated by commas. Folders are searched recursively for UTF-8 text, .jsonl and .parquet."
+PATH_HELP = f"the text: {TEXT_FORMS}; several separated by commas. Folders are searched for UTF-8 text, .jsonl and .parquet."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,19 +42,21 @@ def _parser() -> argparse.ArgumentParser:
         description=f"Trains a byte-level BPE tokenizer whose end-of-document token is {EOS}. The same text gives the same file.",
         epilog="example: python -m deepseek_jax.data tokenizer --path=stdlib --vocab-size=4096 --out=tokenizer.json")
     tokenizer.add_argument("--path", required=True, help=PATH_HELP)
-    tokenizer.add_argument("--vocab-size", type=int, required=True, help="number of tokens, at least 257: the bytes and the end of a document")
+    tokenizer.add_argument("--vocab-size", type=int, required=True,
+                           help="number of tokens, at least 257: the bytes and the end of a document")
     tokenizer.add_argument("--out", required=True, help="file to write, for config.data.tokenizer")
     tokenizer.set_defaults(command=train_tokenizer)
 
     tokenize = commands.add_parser(
         "tokenize", help="write text as a memory-mapped token file",
-        description="Writes a corpus of any size as token ids, for config.data.path. Beside NAME.npy or NAME.bin it writes NAME.json "
-                    "(what the file holds) and NAME.offsets (where its documents begin); keep the three together.",
+        description="Writes a corpus of any size as token ids, for config.data.path. Beside NAME.npy or NAME.bin it writes "
+                    "NAME.json (what the file holds) and NAME.offsets (where its documents begin); keep the three together.",
         epilog="example: python -m deepseek_jax.data tokenize --path='text/*.jsonl' --tokenizer=tokenizer.json --out=corpus.npy")
     tokenize.add_argument("--path", required=True, help=PATH_HELP)
     tokenize.add_argument("--tokenizer", required=True, help="bytes, or the path of a tokenizer.json")
     tokenize.add_argument("--out", required=True, help="NAME.npy or NAME.bin")
-    tokenize.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="integer type of the ids (auto: the smallest that holds them)")
+    tokenize.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
+                          help="integer type of the ids (auto: the smallest that holds them)")
     tokenize.set_defaults(command=tokenize_corpus)
     return parser
 
@@ -118,8 +120,8 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
     dtype = next(d for d, size in DTYPES.items() if tokenizer.vocab_size <= size) if args.dtype == "auto" else args.dtype
     if tokenizer.vocab_size > DTYPES[dtype]:
-        raise UserError(f"--dtype={dtype} holds ids below {DTYPES[dtype]}, but --tokenizer={args.tokenizer!r} has {tokenizer.vocab_size} tokens. "
-                        f"Set --dtype=auto.")
+        raise UserError(f"--dtype={dtype} holds ids below {DTYPES[dtype]}, but --tokenizer={args.tokenizer!r} has "
+                        f"{tokenizer.vocab_size} tokens. Set --dtype=auto.")
     sources = _text_sources(args.path)
     made = {os.path.realpath(p) for p in (args.out, *sidecar_paths(args.out))}
     for spec, files in sources:
@@ -134,12 +136,14 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
                         for ids, last in batch:
                             writer.write(ids, last)
             if not writer.documents:
-                raise UserError(f"--path={args.path!r} holds no text. Give a source with at least one document that is not empty.")
+                raise UserError(f"--path={args.path!r} holds no text. Give a source with at least one document that is not "
+                                f"empty.")
             writer.finish(args.path)
     except OSError as e:
         raise _not_written(args.out, e) from None
     print(f"Wrote {args.out}: {writer.tokens:,} tokens of {dtype} in {writer.documents:,} documents.\n"
-          f"Use it with --config.data.path={args.out} --config.data.tokenizer={args.tokenizer} --config.model.vocab_size={tokenizer.vocab_size}")
+          f"Use it with --config.data.path={args.out} --config.data.tokenizer={args.tokenizer} "
+          f"--config.model.vocab_size={tokenizer.vocab_size}")
 
 
 def _text_sources(paths: str) -> list[tuple[str, list[File]]]:
@@ -159,13 +163,15 @@ def _check_out(out: str) -> None:
     """Before hours of work: is there a place for the file?"""
     folder = os.path.dirname(out) or "."
     if not os.path.isdir(folder):
-        raise UserError(f"--out={out!r} is in a folder that does not exist. Create it with mkdir -p {folder}, or choose another name.")
+        raise UserError(f"--out={out!r} is in a folder that does not exist. Create it with mkdir -p {folder}, or choose another "
+                        f"name.")
     if os.path.isdir(out):
         raise UserError(f"--out={out!r} is a folder. Give the name of a file in it.")
 
 
 def _not_written(out: str, error: OSError) -> UserError:
-    return UserError(f"--out={out!r} cannot be written ({error.strerror or error}). Make room and the folder writable, or choose another name.")
+    return UserError(f"--out={out!r} cannot be written ({error.strerror or error}). Make room and the folder writable, or "
+                     f"choose another name.")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 TEXT_FORMS = "stdlib, a text, .jsonl or .parquet file, a folder or a glob"
 FORMS = "stdlib, a text, .jsonl, .parquet, .npy or .bin file, a folder or a glob"
 
+# A newline with no other white space beside it, ASCII or wide. Two newlines would not do: GPT-2's pattern takes them as one
+# piece at the end of a text, as two before a word.
+SAFE_CUT = re.compile(rb"(?<=[!-~\x80-\xff])(?<!\xc2\xa0|\xc2\x85)(?<!\xe3\x80\x80|\xe2\x80.)\n"
+                      rb"(?=[!-~\xc3-\xf4])(?!\xe3\x80\x80|\xe2\x80)")
+
 
 class File(NamedTuple):
     path: str
@@ -52,7 +57,8 @@ def find_files(spec: str, option: str) -> list[File]:
     if spec == "stdlib":
         files = [f for f in _walk(sysconfig.get_paths()["stdlib"], spec, option, STDLIB_SKIP) if f.path.endswith(".py")]
         if not files:
-            raise UserError(f"{option}={spec!r}: this Python comes without the sources of its standard library. Give another path.")
+            raise UserError(f"{option}={spec!r}: this Python comes without the sources of its standard library. Give another "
+                            f"path.")
         return files
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
@@ -62,14 +68,16 @@ def find_files(spec: str, option: str) -> list[File]:
         if not files[0].size:
             raise UserError(f"{option}={spec!r} is empty. Give a file with text or tokens in it.")
     elif glob.has_magic(path):
-        files = [_file(p, spec, option, explicit=True) for p in sorted(glob.glob(path, recursive=True)) if os.path.isfile(p)]
+        matches = [p for p in sorted(glob.glob(path, recursive=True)) if os.path.isfile(p)]
+        files = [_file(p, spec, option, explicit=True) for p in _without_sidecars(matches)]
         if not files:
             raise UserError(f"{option}={spec!r} matches no file. Correct the pattern (relative paths start in {os.getcwd()}).")
     else:
         raise UserError(f"{option}={spec!r} does not exist. Give {_forms(option)} (relative paths start in {os.getcwd()}).")
     files = [f for f in files if f.size]
     if not files:
-        raise UserError(f"{option}={spec!r} holds no text. Give {_forms(option)}; the token files of a folder are named with a glob, as in 'DIR/*.npy'.")
+        raise UserError(f"{option}={spec!r} holds no text. Give {_forms(option)}; the token files of a folder are named with a "
+                        f"glob, as in 'DIR/*.npy'.")
     return files
 
 
@@ -80,8 +88,8 @@ def _forms(option: str) -> str:
 def read(file: File, spec: str, option: str) -> Iterator[Piece]:
     """The documents of a text, .jsonl or .parquet file. A document longer than BLOCK comes in several pieces.
 
-    Pieces end where a line does and the next begins without a space, where byte-level BPE never merges across; only in a
-    file without such a place can a cut change the tokens around it.
+    Pieces end at a single newline between two lines of text, where byte-level BPE never merges across; only in a file without
+    such a place can a cut change the tokens around it.
 
     Raises:
       UserError: the file cannot be read, or is not what its name says; the line or byte where it goes wrong.
@@ -93,7 +101,8 @@ def read(file: File, spec: str, option: str) -> Iterator[Piece]:
 
 
 def _unreadable(spec: str, option: str, path: str, error: OSError) -> UserError:
-    return UserError(f"{option}={spec!r}: {path} cannot be read ({error.strerror or error}). Make it readable, or give another path.")
+    return UserError(f"{option}={spec!r}: {path} cannot be read ({error.strerror or error}). Make it readable, or give another "
+                     f"path.")
 
 
 def _file(path: str, spec: str, option: str, explicit: bool) -> File:
@@ -103,7 +112,17 @@ def _file(path: str, spec: str, option: str, explicit: bool) -> File:
         size = os.stat(path).st_size
     except OSError as e:
         raise _unreadable(spec, option, path, e) from None
-    return File(path, KINDS.get(os.path.splitext(path)[1].lower(), "text"), explicit, size)
+    return File(path, _kind(path), explicit, size)
+
+
+def _kind(path: str) -> str:
+    return KINDS.get(os.path.splitext(path)[1].lower(), "text")
+
+
+def _without_sidecars(paths: list[str]) -> list[str]:
+    """Leaves out the NAME.json and NAME.offsets of a token file that is among the paths."""
+    tokens = {os.path.splitext(p)[0] for p in paths if _kind(p) == "tokens"}
+    return [p for p in paths if not (os.path.splitext(p)[0] in tokens and os.path.splitext(p)[1] in (".json", ".offsets"))]
 
 
 def _walk(folder: str, spec: str, option: str, skip: set[str]) -> Iterator[File]:
@@ -115,12 +134,7 @@ def _walk(folder: str, spec: str, option: str, skip: set[str]) -> Iterator[File]
     found = []
     for here, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [d for d in folders if d not in skip and not d.startswith(".")]
-        tokens = {os.path.splitext(n)[0] for n in names if os.path.splitext(n)[1].lower() in (".npy", ".bin")}
-        for name in names:
-            stem, ext = os.path.splitext(name)
-            beside_tokens = stem in tokens and ext in (".json", ".offsets")
-            if not name.startswith(".") and KINDS.get(ext.lower()) != "tokens" and not beside_tokens:
-                found.append(os.path.join(here, name))
+        found += [os.path.join(here, n) for n in _without_sidecars(names) if not n.startswith(".") and _kind(n) != "tokens"]
     # Compared by component, so that the separator's place among the characters does not matter.
     for path in sorted(found, key=lambda p: os.path.relpath(p, folder).split(os.sep)):
         if os.path.isfile(path):
@@ -163,15 +177,14 @@ def _is_text(path: str) -> bool:
 
 
 def _cut(data: bytes) -> int:
-    """Where to end a piece of text: before the last line that begins without a space, or else before the last character."""
+    """Where to end a piece of text: at the last SAFE_CUT, or else before the last character."""
     near = max(len(data) - (1 << 20), 0)  # looking further back would cost more than it gains
-    ends = [m.end() for m in re.finditer(rb"\n(?=[!-~])", data[near:])]
+    ends = [m.end() for m in SAFE_CUT.finditer(data, near)]
     if ends:
-        return near + ends[-1]
-    cut = len(data) - 1
-    while cut > 1 and data[cut] & 0xC0 == 0x80:  # inside a character of several bytes
-        cut -= 1
-    return cut
+        return ends[-1]
+    last = len(data) - 1
+    # A character has at most 4 bytes, and all but its first look like 10xxxxxx; without a first byte it is no UTF-8 anyway.
+    return next((p for p in range(last, max(last - 4, -1), -1) if data[p] & 0xC0 != 0x80), last)
 
 
 def _read_jsonl(file: File, where: str) -> Iterator[Piece]:
@@ -182,16 +195,21 @@ def _read_jsonl(file: File, where: str) -> Iterator[Piece]:
             try:
                 row = json.loads(line.decode())
             except (ValueError, RecursionError) as e:
-                raise UserError(f"{where}: line {number} of {file.path} is not valid JSON in UTF-8 ({e}). Correct or remove that line.") from None
+                raise UserError(f"{where}: line {number} of {file.path} is not valid JSON in UTF-8 ({e}). Correct or remove "
+                                f"that line.") from None
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise UserError(f"{where}: line {number} of {file.path} has no string 'text'. Write every line as {{\"text\": \"...\"}}.")
+                raise UserError(f"{where}: line {number} of {file.path} has no string 'text'. Write every line as "
+                                f"{{\"text\": \"...\"}}.")
             yield Piece(row["text"], True, len(line))
 
 
 def _read_parquet(file: File, where: str) -> Iterator[Piece]:
-    import pyarrow  # slow to import, and only some corpora need it
-    import pyarrow.parquet
-
+    try:
+        import pyarrow  # slow to import, and only some corpora need it: an optional dependency
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{where}: {file.path} needs pyarrow to be read. Install it with pip install pyarrow, or convert to "
+                        f".jsonl.") from None
     try:
         table = pyarrow.parquet.ParquetFile(file.path)
         if "text" not in table.schema_arrow.names:
@@ -201,7 +219,9 @@ def _read_parquet(file: File, where: str) -> Iterator[Piece]:
         for batch in table.iter_batches(batch_size=256, columns=["text"]):
             for text in batch.column(0).to_pylist():
                 if text is not None and not isinstance(text, str):
-                    raise UserError(f"{where}: the column 'text' of {file.path} holds {type(text).__name__}, not strings. Convert the column.")
+                    raise UserError(f"{where}: the column 'text' of {file.path} holds {type(text).__name__}, not strings. "
+                                    f"Convert the column.")
                 yield Piece(text or "", True, size)
     except pyarrow.ArrowException as e:
-        raise UserError(f"{where}: {file.path} is not a readable parquet file ({' '.join(str(e).split())[:160]}). Write it again.") from None
+        raise UserError(f"{where}: {file.path} is not a readable parquet file ({' '.join(str(e).split())[:160]}). Write it "
+                        f"again.") from None

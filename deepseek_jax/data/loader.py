@@ -39,18 +39,22 @@ class Loader:
         c, length, mask = config, config.train.sequence_length, config.data.document_mask
         self.tokenizer = tokenizer
         self._config = config
+        weights = parse_weights(config)  # before the reading, which may take long
         corpora = open_corpora(config, tokenizer, progress)
         sides = [split(corpus, c.data.eval_fraction) for corpus in corpora]
         train = [PackedRows(t, length, derive_seed(c.seed, PACK, i), mask) for i, (t, _) in enumerate(sides)]
-        self._eval = [PackedRows(e, length, derive_seed(EVAL_SEED, PACK, i), mask, pad_last=True) for i, (_, e) in enumerate(sides)]
+        self._eval = [PackedRows(e, length, derive_seed(EVAL_SEED, PACK, i), mask, pad_last=True)
+                      for i, (_, e) in enumerate(sides)]
         self.train_tokens, self.eval_tokens = (sum(d.size for d in side) for side in zip(*sides))
         self.num_train_rows, self.num_eval_rows = sum(map(len, train)), sum(map(len, self._eval))
-        weights = parse_weights(config, [t.size for t, _ in sides])
         self._check_size(corpora, sides, train)
+        weights = weights or [t.size / self.train_tokens for t, _ in sides]
         self.description = _describe(corpora, sides, weights, tokenizer)
         self._eval_order = _interleave([len(rows) for rows in self._eval])
         # Shuffling before repeating: grain reseeds the shuffle every epoch and reads any index without the ones before.
-        shuffled = [grain.MapDataset.source(rows).shuffle(seed=derive_seed(c.seed, SHUFFLE, i)).repeat() for i, rows in enumerate(train)]
+        shuffled = [grain.MapDataset.source(rows).shuffle(seed=derive_seed(c.seed, SHUFFLE, i)).repeat()
+                    for i, rows in enumerate(train)]
+        # Grain spreads the sources evenly, with weights rounded to within one percent.
         self._train = grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
 
     def train_rows(self, start: int, count: int) -> dict[str, np.ndarray]:
@@ -81,8 +85,8 @@ class Loader:
         # Start-up trusts the sidecar of a token file; a damaged file must not reach the embedding, which would not complain.
         if rows and not (0 <= out["tokens"].min() and out["tokens"].max() < size and out["targets"].max() < size):
             bad = max(out["tokens"].max(), out["targets"].max(), -out["tokens"].min())
-            raise UserError(f"config.data.path={self._config.data.path!r} has the token id {bad}, outside config.model.vocab_size={size}: the token "
-                            f"file is damaged. Tokenize again.")
+            raise UserError(f"config.data.path={self._config.data.path!r} has the token id {bad}, outside "
+                            f"config.model.vocab_size={size}: the token file is damaged. Tokenize again.")
         return out
 
     def _check_size(self, corpora: list[Corpus], sides: list[tuple[Documents, Documents]], train: list[PackedRows]) -> None:
@@ -91,11 +95,11 @@ class Loader:
         repair = "Give more text, or lower config.train.batch_size or config.train.sequence_length."
         for corpus, (documents, _), rows in zip(corpora, sides, train):
             if not len(rows):
-                raise UserError(f"config.data.path={corpus.name!r} has {documents.size} training tokens ({held}), but one sequence of "
-                                f"config.train.sequence_length={s} needs {s + 1}. {repair}")
+                raise UserError(f"config.data.path={corpus.name!r} has {documents.size} training tokens ({held}), but one "
+                                f"sequence of config.train.sequence_length={s} needs {s + 1}. {repair}")
         if self.num_train_rows < batch:
-            raise UserError(f"config.data.path={c.data.path!r} has {self.train_tokens} training tokens ({held}), but one batch of config.train.batch_size="
-                            f"{batch} x sequence_length={s} needs {batch * s + 1}. {repair}")
+            raise UserError(f"config.data.path={c.data.path!r} has {self.train_tokens} training tokens ({held}), but one batch "
+                            f"of config.train.batch_size={batch} x sequence_length={s} needs {batch * s + 1}. {repair}")
 
 
 def _interleave(counts: list[int]) -> np.ndarray:

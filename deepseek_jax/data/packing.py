@@ -70,9 +70,10 @@ class PackedRows:
         for d, begin, end in zip(range(first, last + 1), begins.tolist(), ends.tolist()):
             source = int(self._starts[d]) + (into if d == first else 0)
             window[begin:end] = self._tokens[source:source + end - begin]
-        segments = np.repeat(np.arange(1, len(ends) + 1, dtype=np.int32), ends - begins) if self._mask else np.ones(len(window), np.int32)
         positions = np.arange(len(window), dtype=np.int32)
+        segments = np.ones(len(window), np.int32)
         if self._mask:
+            segments = np.repeat(np.arange(1, len(ends) + 1, dtype=np.int32), ends - begins)
             positions -= np.repeat(begins, ends - begins).astype(np.int32)
         out = padding_row(s)
         n = min(s, len(window))

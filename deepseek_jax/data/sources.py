@@ -70,8 +70,8 @@ def open_corpora(config: Config, tokenizer: Tokenizer, progress: bool = False) -
     """
     size = config.model.vocab_size
     if tokenizer.vocab_size > size:
-        raise UserError(f"config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than config.model.vocab_size="
-                        f"{size}. Set config.model.vocab_size to {tokenizer.vocab_size} or more.")
+        raise UserError(f"config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than "
+                        f"config.model.vocab_size={size}. Set config.model.vocab_size to {tokenizer.vocab_size} or more.")
     if not -1 <= config.data.eos_token_id < size:
         raise UserError(f"config.data.eos_token_id={config.data.eos_token_id} is outside config.model.vocab_size={size}. "
                         f"Set it to an id below {size}, or to -1 for the tokenizer's.")
@@ -122,7 +122,8 @@ def _tokenise(files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar) -> t
     return np.concatenate(chunks) if chunks else np.zeros(0, dtype), np.array(offsets, np.int64)
 
 
-def encoded(files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer, bar: Bar) -> Iterator[list[tuple[np.ndarray, bool]]]:
+def encoded(files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer,
+            bar: Bar) -> Iterator[list[tuple[np.ndarray, bool]]]:
     """Batches of (ids int32 [n] without eos, whether the document ends here), in file order. Empty documents are left out."""
     texts, lasts, size, inside = [], [], 0, False
     for file in files:
@@ -175,20 +176,24 @@ def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
     return tuple(Documents(corpus.tokens, starts[m], lengths[m]) for m in (~held_out, held_out))
 
 
-def parse_weights(config: Config, sizes: list[int]) -> list[float]:
-    """The mixture weights, adding up to 1: those of `config.data.weights`, or the sources' sizes.
+def parse_weights(config: Config) -> list[float] | None:
+    """The mixture weights of `config.data.weights`, adding up to 1; None if there are none.
 
     Raises:
       UserError: not as many as there are sources, or not positive numbers.
     """
-    text = config.data.weights
+    text, count = config.data.weights, len(split_paths(config.data.path, "config.data.path"))
+    if not text.strip():
+        return None
     try:
-        weights = [float(w) for w in text.split(",")] if text.strip() else [float(s) for s in sizes]
+        weights = [float(w) for w in text.split(",")]
     except ValueError:
-        raise UserError(f"config.data.weights={text!r} is not a list of numbers. Write it as '0.7,0.3', one number a source.") from None
-    if len(weights) != len(sizes):
-        raise UserError(f"config.data.weights={text!r} has {len(weights)} numbers, but config.data.path={config.data.path!r} has {len(sizes)} "
-                        f"sources. Give one weight a source.")
+        raise UserError(f"config.data.weights={text!r} is not a list of numbers. Write it as '0.7,0.3', one number a "
+                        f"source.") from None
+    if len(weights) != count:
+        raise UserError(f"config.data.weights={text!r} has {len(weights)} numbers, but config.data.path={config.data.path!r} "
+                        f"has {count} sources. Give one weight a source.")
     if not all(math.isfinite(w) and w > 0 for w in weights):
-        raise UserError(f"config.data.weights={text!r} has a weight that is not a positive number. Set every weight above 0, or remove that source.")
+        raise UserError(f"config.data.weights={text!r} has a weight that is not a positive number. Set every weight above 0, or "
+                        f"remove that source.")
     return [w / sum(weights) for w in weights]

@@ -51,14 +51,14 @@ def _map(path: str, where: str, dtype: str) -> np.ndarray:
     if path.lower().endswith(".bin"):
         width, size = np.dtype(dtype).itemsize, os.path.getsize(path)
         if size % width:
-            raise UserError(f"{where}: {path} has {size} bytes, not a multiple of the {width} of {dtype}. Set config.data.bin_dtype to what it "
-                            f"was written with, or write it again.")
+            raise UserError(f"{where}: {path} has {size} bytes, not a multiple of the {width} of {dtype}. Set "
+                            f"config.data.bin_dtype to what it was written with, or write it again.")
         return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as e:
-        reason = "it holds Python objects" if "object" in str(e) else "it is empty or damaged"
-        raise UserError(f"{where}: {path} is not a readable .npy file of token ids ({reason}). Save a 1-D integer array with np.save.") from None
+    except (ValueError, EOFError):  # NumPy's own words are no help: it takes any other file for a pickle
+        raise UserError(f"{where}: {path} is not a .npy file of token ids: it is empty, damaged or holds Python objects. Save a "
+                        f"1-D integer array with np.save.") from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         got = f"{tokens.ndim}-D {tokens.dtype}" if isinstance(tokens, np.ndarray) else "an archive of arrays"
         raise UserError(f"{where}: {path} holds {got}, not a 1-D array of integers. Save the token ids as one with np.save.")
@@ -67,11 +67,14 @@ def _map(path: str, where: str, dtype: str) -> np.ndarray:
 
 def _outside(where: str, path: str, bad: int, config: Config) -> UserError:
     size = config.model.vocab_size
-    fix = f"Set config.model.vocab_size to {bad + 1} or more, or correct the file's dtype or tokenizer" if bad >= 0 else "Write the file again"
+    fix = "Write the file again"
+    if bad >= 0:
+        fix = f"Set config.model.vocab_size to {bad + 1} or more, or correct the file's dtype or tokenizer"
     return UserError(f"{where}: {path} has the token id {bad}, outside config.model.vocab_size={size} (0 to {size - 1}). {fix}.")
 
 
-def _scan(path: str, where: str, tokens: np.ndarray, config: Config, tokenizer: Tokenizer, advance: Callable[[float], None]) -> np.ndarray:
+def _scan(path: str, where: str, tokens: np.ndarray, config: Config, tokenizer: Tokenizer,
+          advance: Callable[[float], None]) -> np.ndarray:
     """Offsets of the documents of a file without a sidecar, and the check of every id, in one pass."""
     eos = config.data.eos_token_id if config.data.eos_token_id >= 0 else tokenizer.eos_id
     ends = [np.zeros(1, np.int64)]
@@ -110,10 +113,12 @@ def _check_sidecar(path: str, where: str, side: dict, tokens: np.ndarray, config
     side_path, offsets_path = sidecar_paths(path)
     again = f"Write {path} again with python -m deepseek_jax.data tokenize."
     if side["tokenizer"] != tokenizer.name or side["eos_id"] != tokenizer.eos_id:
-        raise UserError(f"{where}: {path} was written with the tokenizer {side['tokenizer']}, but config.data.tokenizer={config.data.tokenizer!r} "
+        raise UserError(f"{where}: {path} was written with the tokenizer {side['tokenizer']}, but "
+                        f"config.data.tokenizer={config.data.tokenizer!r} "
                         f"is {tokenizer.name}. Set config.data.tokenizer to the first, or tokenize again.")
     if side["tokens"] != len(tokens) or side["dtype"] != tokens.dtype.name:
-        raise UserError(f"{where}: {path} has {len(tokens)} tokens of {tokens.dtype.name}, but {side_path} says {side['tokens']} of {side['dtype']}. {again}")
+        raise UserError(f"{where}: {path} has {len(tokens)} tokens of {tokens.dtype.name}, but {side_path} says "
+                        f"{side['tokens']} of {side['dtype']}. {again}")
     if side["max_id"] >= config.model.vocab_size:
         raise _outside(where, path, side["max_id"], config)
     try:

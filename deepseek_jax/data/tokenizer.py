@@ -11,7 +11,8 @@ import tokenizers
 from deepseek_jax.config import UserError
 
 # End-of-document tokens by the names in use; the first one that the tokenizer has is taken.
-EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<EOS>", "<|end|>")
+EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]",
+             "<|im_end|>", "<EOS>", "<|end|>")
 
 
 class Tokenizer:
@@ -82,7 +83,8 @@ class FileTokenizer(Tokenizer):
         self.vocab_size = max(vocab.values()) + 1
         self.eos_id = next((vocab[n] for n in EOS_NAMES if n in vocab), -1)
         if self.eos_id < 0:
-            raise UserError(f"{option}={path!r} has no token that ends a document. Add one of {' '.join(EOS_NAMES)} to its added_tokens.")
+            raise UserError(f"{option}={path!r} has no token that ends a document. Add one of {' '.join(EOS_NAMES)} to its "
+                            f"added_tokens.")
         special = {i for i, t in added.items() if t.special} | {self.eos_id}
         self._decodable = np.zeros(self.vocab_size, bool)
         self._decodable[[i for i in vocab.values() if i not in special]] = True
@@ -120,7 +122,8 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer") -> Tokenize
     except IsADirectoryError:
         raise UserError(f"{option}={spec!r} is a folder. Give {os.path.join(spec, 'tokenizer.json')}, or bytes.") from None
     except OSError as e:
-        raise UserError(f"{option}={spec!r} cannot be read ({e.strerror}). Make it readable, or give another tokenizer.json or bytes.") from None
+        raise UserError(f"{option}={spec!r} cannot be read ({e.strerror}). Make it readable, or give another tokenizer.json or "
+                        f"bytes.") from None
     return FileTokenizer(data, spec, option)
 
 
@@ -150,7 +153,8 @@ def _has(part: dict | None, kind: str) -> bool:
     return part.get("type") == kind or any(_has(p, kind) for p in inner)
 
 
-def _byte_level_lengths(tree: dict, vocab: dict[str, int], special: set[int], added: dict[int, str], size: int) -> np.ndarray | None:
+def _byte_level_lengths(tree: dict, vocab: dict[str, int], special: set[int], added: dict[int, str],
+                        size: int) -> np.ndarray | None:
     """Bytes a token stands for, int32 [size]: in byte-level BPE a token is spelt with one character a byte.
 
     None for any other kind, and where a space is put before the text (the sum would be off by one a document).
@@ -159,7 +163,10 @@ def _byte_level_lengths(tree: dict, vocab: dict[str, int], special: set[int], ad
     model = tree["model"]
     kind = model.get("type", "BPE" if "merges" in model else None)  # old files leave the type out
     byte_level = kind == "BPE" and _has(pre, "ByteLevel") and _has(tree.get("decoder"), "ByteLevel")
-    if not byte_level or any(p.get("add_prefix_space") for p in [pre, *pre.get("pretokenizers", [])] if p.get("type") == "ByteLevel"):
+    if not byte_level:
+        return None
+    steps = [pre, *pre.get("pretokenizers", [])]
+    if any(p.get("type") == "ByteLevel" and p.get("add_prefix_space") for p in steps):
         return None
     alphabet = _byte_level_alphabet()
     out = np.zeros(size, np.int32)

@@ -41,12 +41,16 @@ def _resolve(config: Config, device_count: int) -> dict[str, int]:
     if free:
         if device_count % asked:
             raise UserError(f"config.mesh ({text}) asks for a multiple of {asked} devices, but there are {device_count}. "
-                            f"Make the product of the axes a divisor of {device_count}.")
+                            f"Make the product of the axes a divisor of {device_count}{_more_on_cpu(asked)}.")
         shape[free[0]] = device_count // asked
     elif asked != device_count:
         raise UserError(f"config.mesh ({text}) has {asked} devices, but there are {device_count}. "
-                        f"Set one axis, for instance config.mesh.fsdp, to -1, or make the product {device_count}.")
+                        f"Set one axis, for instance config.mesh.fsdp, to -1, or make the product {device_count}{_more_on_cpu(asked)}.")
     return shape
+
+
+def _more_on_cpu(wanted: int) -> str:
+    return f", or run with JAX_NUM_CPU_DEVICES={wanted}" if jax.default_backend() == "cpu" else ""
 
 
 def _check(config: Config, shape: dict[str, int]) -> None:
@@ -68,6 +72,6 @@ def _check(config: Config, shape: dict[str, int]) -> None:
         widths.append(("num_attention_heads x (qk_nope_head_dim + qk_rope_head_dim)",
                        m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim), dense, "fsdp x expert"))
     for name, width, parts, axes in widths:
-        if config.sharding.strategy not in ("no_shard", "ddp") and width % parts:
+        if config.sharding.canonical != "no_shard" and width % parts:
             raise UserError(f"{name}={width} is not divisible by the {parts} devices of {axes}. "
                             f"Lower config.mesh.fsdp or config.mesh.expert and put the rest on config.mesh.data.")

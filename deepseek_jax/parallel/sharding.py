@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from deepseek_jax.config import STRATEGY_ALIASES, Config
+from deepseek_jax.config import Config
 
 Rules = dict[str, tuple[str, ...] | str | None]
 
@@ -26,7 +26,7 @@ _DIVIDED: Rules = COMPUTE_RULES | {"embed": ("fsdp", "expert"), "lora_heads": ("
 
 # strategy -> what is divided. ZeRO-1 is the last column alone, ZeRO-2 the last two, ZeRO-3 all three.
 #                    parameters gradients optimizer state
-STRATEGIES = {
+DIVIDED_BY = {
     "full_shard":    (True, True, True),
     "hybrid_shard":  (True, True, True),
     "shard_grad_op": (False, True, True),
@@ -37,8 +37,7 @@ STRATEGIES = {
 
 def storage_rules(config: Config) -> tuple[Rules, Rules, Rules]:
     """The rules of parameters, gradients and optimizer state under `config.sharding.strategy`."""
-    name = STRATEGY_ALIASES.get(config.sharding.strategy, config.sharding.strategy)
-    return tuple(_DIVIDED if divided else COMPUTE_RULES for divided in STRATEGIES[name])
+    return tuple(_DIVIDED if divided else COMPUTE_RULES for divided in DIVIDED_BY[config.sharding.canonical])
 
 
 def spec(axes: tuple[str | None, ...], rules: Rules) -> P:

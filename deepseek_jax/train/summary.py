@@ -3,7 +3,7 @@
 import jax
 from rich.console import Console
 
-from deepseek_jax.config import STRATEGY_ALIASES, Config
+from deepseek_jax.config import Config
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model.count import Count
 from deepseek_jax.parallel import sharding
@@ -39,7 +39,7 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
             f"{m.num_experts_per_tok} a token, {m.n_shared_experts} shared")
     axes = " x ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1) or "1 device"
     line("mesh", f"{axes} ({mesh.devices.flat[0].device_kind}, {mesh.size} in all)")
-    line("strategy", f"{STRATEGY_ALIASES.get(config.sharding.strategy, config.sharding.strategy)}, dispatch {config.moe.dispatch}, "
+    line("strategy", f"{config.sharding.canonical}, dispatch {config.moe.dispatch}, "
                               f"{t.dtype} compute, remat {t.remat}")
     line("bytes a device", f"{human(params)} parameters + {human(grads)} gradients + {human(opt)} optimizer = {human(params + grads + opt)}")
     line("data", loader.description)
