@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -187,3 +188,32 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
     shown = run(["--help"])
     assert shown.returncode == 0 and "--config.model.kv_lora_rank" in shown.stdout and "--workdir" in shown.stdout
+
+
+def test_two_processes_train_as_one(corpus, tmp_path):
+    """Over gloo on this machine: the losses of one process with the same mesh; SIGTERM to one process stops both after the same step."""
+    args = ["--config.train.steps=500", "--config.mesh.fsdp=2", "--config.checkpoint.every_steps=0", "--config.eval.every_steps=0"]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    cluster = ["--num_processes=2", f"--coordinator_address={address}"]
+    both = [subprocess.Popen([sys.executable, "train.py", *command(tmp_path / "two", corpus, *args, *cluster, f"--process_id={i}")], cwd=ROOT, env=env,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(2)]
+    try:
+        for line in both[0].stdout:
+            if line.startswith("step      5"):
+                both[1].send_signal(signal.SIGTERM)
+                break
+        outs = [p.communicate(timeout=120)[0] for p in both]
+    finally:
+        for p in both:
+            p.kill()
+    assert [p.returncode for p in both] == [143, 143], outs
+    two = losses(tmp_path / "two")
+    assert os.listdir(tmp_path / "two" / "checkpoints") == [str(max(two))] and max(two) < 500
+    one = run(command(tmp_path / "one", corpus, *args, "--config.train.steps=5"))
+    assert one.returncode == 0, one.stderr
+    single = losses(tmp_path / "one")
+    # The schedule depends on train.steps, but not during the warmup of these steps' first two; float32 sums in another order.
+    np.testing.assert_allclose([two[i] for i in (1, 2, 3)], [single[i] for i in (1, 2, 3)], rtol=1e-5)

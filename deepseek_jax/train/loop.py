@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config
@@ -58,15 +59,25 @@ class Evaluator:
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM, so that the loop can finish its step and save. A second one acts as usual."""
+    """Remembers SIGINT and SIGTERM, so that the loop can finish its step and save. A second one acts as usual.
+
+    With several processes JAX listens for SIGTERM, to any of them, and lets all agree on the step to stop after.
+    """
 
     def __init__(self):
-        self.number: int | None = None
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._number: int | None = None
+        alone = jax.process_count() == 1
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM) if alone}
 
     def _handle(self, number, _frame):
-        self.number = number
+        self._number = number
         self.restore()
+
+    def after(self, step: int) -> int | None:
+        """The signal to stop for after this step, the same in every process, or None."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            return signal.SIGTERM
+        return self._number
 
     def restore(self):
         for s, handler in self._before.items():
@@ -101,25 +112,26 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
     writer = metrics.MetricsWriter(workdir, config, step)
     bar = metrics.ProgressBar(last, step)
     stop = StopSignal()
-    started, started_step = time.perf_counter(), step
+    first: tuple[float, int] | None = None  # when the first step was done: it held the compilation
     tokens_before = first_sequence(config, step) * c.train.sequence_length
     eval_row: dict[str, Any] = {}
-    saved = checkpointer.latest_step()
+    saved, stopped_by = checkpointer.latest_step(), None
     pending = None  # metrics of the step before, read while the device works on the next one
     tick = time.perf_counter()
 
     def report(done: int, device_metrics) -> None:
-        nonlocal tick, tokens_before
+        nonlocal tick, tokens_before, first
         m = jax.device_get(device_metrics)
         now = time.perf_counter()
         step_time, tick = now - tick, now
+        first = first or (now, done)
         tokens_before += int(m.tokens)
         if done % c.log.every_steps == 0 or done == last or m.bad_steps:
             values = metrics.row(m, done, step_time, tokens_before, config, count)
             writer.write(values, m.expert_counts, m.rounds)
             if m.bad_steps:
                 bar.say(f"step {done}: loss {float(m.losses.loss)}, gradient norm {float(m.grad_norm)}: update skipped ({int(m.bad_steps)} in a row)")
-            bar.update(values, (now - started) / max(done - started_step, 1) * (last - done))
+            bar.update(values, (now - first[0]) / max(done - first[1], 1) * (last - done))
         bar.advance(done)
         if m.bad_steps >= c.train.max_bad_steps:
             good = checkpointer.latest_step()
@@ -134,8 +146,9 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
             if pending:
                 report(*pending)
             pending = (step, device_metrics)
+            stopped_by = stop.after(step)
             at = lambda every: every and step % every == 0
-            pause = step == last or at(c.checkpoint.every_steps) or at(c.eval.every_steps) or stop.number is not None
+            pause = step == last or at(c.checkpoint.every_steps) or at(c.eval.every_steps) or stopped_by
             if not pause:
                 continue
             report(*pending)
@@ -146,16 +159,16 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
                 bits = f" = {figures['eval_bits_per_byte']:.4f} bits a byte" if "eval_bits_per_byte" in figures else ""
                 bar.say(f"step {step}: held-out loss {figures['eval_loss']:.4f} nats a token{bits}")
             # A state whose last update was skipped is the state of an earlier step: it is as good as that one.
-            if step == last or at(c.checkpoint.every_steps) or stop.number is not None:
+            if step == last or at(c.checkpoint.every_steps) or stopped_by:
                 checkpointer.save(step, to_tree(state), extra)
                 saved = step
-            if stop.number is not None:
+            if stopped_by:
                 break
             tick = time.perf_counter()
         if saved != step:
             checkpointer.save(step, to_tree(state), extra)
         checkpointer.wait()
-        return Result(state, step, eval_row, stop.number if step < last else None)
+        return Result(state, step, eval_row, stopped_by if step < last else None)
     finally:
         bar.close()
         writer.close()
