@@ -4,7 +4,7 @@ The name table here is the tests' own, so that they do not trust the one that us
 
     params, bias = to_state(weights, model)                  # {Hugging Face name: array} -> states with NumPy leaves
     grads = to_hf(gradient_state, model)                     # the way back, for parameters or their gradients
-    out = run(weights, model, ids, fsdp=2, expert=2)         # logits, hidden states, statistics on a mesh of four devices
+    out = run(weights, model, ids, expert=2)                 # logits, hidden states, statistics; here on two devices
     with on_mesh(config):                                    # one module with given weights
         mlp, params, bias = load(lambda: MLP(model, 8, nnx.Rngs(0)), weights, config, "mlp.")
         y = jit(lambda params, x: mlp(params, bias)(x))(params, put(x))
@@ -25,7 +25,6 @@ from jax.sharding import PartitionSpec as P
 import reference as ref
 from deepseek_jax.config import Config, Mesh, Model, Moe, Train, validate
 from deepseek_jax.model.moe import MoEStats, SelectionBias
-from deepseek_jax.model.transformer import build
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train.state import abstract_model
@@ -33,13 +32,16 @@ from deepseek_jax.train.state import abstract_model
 Weights = dict[str, np.ndarray]  # Hugging Face names, [out, in], one entry an expert
 
 
+@functools.cache
 def _quick_options() -> dict[str, Any]:
     """XLA options, as far as this XLA knows them, that compile 3 to 7 times as fast: compiling is most of what these tests do.
 
     The passes over the program and the partitioning are as ever; LLVM optimises less and fused loops are emitted the older way.
     """
     known = {}
-    for name, value in (("xla_cpu_use_fusion_emitters", False), ("xla_backend_optimization_level", 0), ("xla_llvm_disable_expensive_passes", True)):
+    wanted = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 0,
+              "xla_llvm_disable_expensive_passes": True}
+    for name, value in wanted.items():
         try:
             jax.jit(lambda: jnp.zeros(()), compiler_options={name: value}).lower().compile()
             known[name] = value
@@ -50,10 +52,7 @@ def _quick_options() -> dict[str, Any]:
 
 def jit(f: Callable) -> Callable:
     """jax.jit, compiled quickly."""
-    return jax.jit(f, compiler_options=QUICK())
-
-
-QUICK = functools.cache(_quick_options)
+    return jax.jit(f, compiler_options=_quick_options())
 
 # ------------------------------------------------------------------------------------------------------------------ names
 
@@ -187,7 +186,8 @@ def place(state: nnx.State, config: Config, rules: dict | None = None) -> nnx.St
     return jax.tree.map(jax.device_put, state, specs)
 
 
-def load(create: Callable[[], nnx.Module], weights: Weights, config: Config, prefix: str = "") -> tuple[Callable, nnx.State, nnx.State]:
+def load(create: Callable[[], nnx.Module], weights: Weights, config: Config,
+         prefix: str = "") -> tuple[Callable, nnx.State, nnx.State]:
     """One module with given weights on the current mesh.
 
     Returns:
@@ -221,12 +221,13 @@ class Run(NamedTuple):
 def batch_of(ids: np.ndarray, segment_ids: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """A batch of whole sequences, or of packed ones; the last position of each document has no target."""
     segments = np.ones_like(ids) if segment_ids is None else np.asarray(segment_ids)
-    return dict(tokens=ids, targets=ref.targets_ahead(ids, 1, segment_ids), segment_ids=segments, positions=ref.segment_positions(segments))
+    targets, positions = ref.targets_ahead(ids, 1, segment_ids), ref.segment_positions(segments)
+    return dict(tokens=ids, targets=targets, segment_ids=segments, positions=positions)
 
 
 def model_of(config: Config) -> Callable[[nnx.State, nnx.State], nnx.Module]:
     """(params, bias) -> Transformer."""
-    return functools.partial(nnx.merge, nnx.split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))), nnx.Param, SelectionBias)[0])
+    return functools.partial(nnx.merge, abstract_model(config)[0])
 
 
 class Recorder:
@@ -243,7 +244,8 @@ class Recorder:
         return getattr(self.net, name)
 
 
-def run(weights: Weights, model: Model, ids: np.ndarray, segment_ids: np.ndarray | None = None, moe: Moe = Moe(), **mesh: int) -> Run:
+def run(weights: Weights, model: Model, ids: np.ndarray, segment_ids: np.ndarray | None = None, moe: Moe = Moe(),
+        **mesh: int) -> Run:
     """Our model, jitted, in float32, on one device or on a mesh of data x fsdp x expert."""
     config = config_of(model, moe=moe, **mesh)
     with on_mesh(config):
@@ -276,19 +278,26 @@ def assert_close(actual: Any, expected: Any, rtol: float = 1e-5, what: str = "")
     assert error < rtol, f"{what}: relative error {error:.1e}"
 
 
-def assert_gradients(f: Callable[[Weights], float], weights: Weights, grads: Weights, rtol: float = 1e-5, eps: float = 1e-6) -> None:
+def assert_gradients(f: Callable[[Weights], float], weights: Weights, grads: Weights, rtol: float = 1e-5, eps: float = 1e-6,
+                     group: Callable[[str], str] = str) -> None:
     """Every gradient against central differences of the float64 reference f along a random direction, which sees all elements.
 
-    The error is relative to the norm of the gradient: what a random direction gives typically.
+    The error is relative to the norm of the gradient: what a random direction gives typically. Names that `group` maps to the
+    same string share one direction.
     """
     assert grads and set(grads) <= set(weights)
-    for i, (name, g) in enumerate(sorted(grads.items())):
-        g = np.asarray(g, np.float64)
-        assert g.shape == weights[name].shape, name
-        direction = np.random.default_rng(i).standard_normal(g.shape)
-        expected = ref.directional_derivative(f, weights, {name: direction}, eps)
-        error = abs(float(np.sum(g * direction)) - expected) / max(np.linalg.norm(g), abs(expected), 1e-30)  # 0 / 1e-30 for a weight out of use
-        assert error < rtol, f"gradient of {name}: relative error {error:.1e}"
+    groups = {}
+    for name in sorted(grads):
+        assert grads[name].shape == weights[name].shape, name
+        groups.setdefault(group(name), []).append(name)
+    for i, (label, names) in enumerate(groups.items()):
+        rng = np.random.default_rng(i)
+        direction = {name: rng.standard_normal(grads[name].shape) for name in names}
+        expected = ref.directional_derivative(f, weights, direction, eps)
+        actual = sum(float(np.sum(grads[name].astype(np.float64) * d)) for name, d in direction.items())
+        norm = np.sqrt(sum(np.sum(np.square(grads[name], dtype=np.float64)) for name in names))
+        error = abs(actual - expected) / max(norm, abs(expected), 1e-30)  # 0 / 1e-30 for a weight out of use
+        assert error < rtol, f"gradient of {label}: relative error {error:.1e}"
 
 
 def smaller(model: Model, **changes: Any) -> Model:

@@ -454,12 +454,12 @@ def _balance(scores_TE, chosen_Tk, model):
 def sequence_balance_loss(scores_BSE, chosen_BSk, mask_BS, model):
     """V3's sequence-wise balance loss (report, equations 17-20) of one layer, times aux_loss_alpha.
 
-    The mean over all B sequences of `_balance` of each sequence's tokens with mask True. A sequence without such a token counts
-    as 0 but does count in the mean. The assignments carry no gradient; the scores (without bias) do.
+    The mean, over the sequences that have any, of `_balance` of each sequence's tokens with mask True. The assignments carry no
+    gradient; the scores (without bias) do.
     """
     scores, chosen, mask = np.asarray(scores_BSE, np.float64), np.asarray(chosen_BSk), np.asarray(mask_BS, bool)
-    per_sequence = [_balance(scores[b][mask[b]], chosen[b][mask[b]], model) if mask[b].any() else 0.0 for b in range(len(scores))]
-    return model.aux_loss_alpha * float(np.mean(per_sequence))
+    per_sequence = [_balance(scores[b][mask[b]], chosen[b][mask[b]], model) for b in range(len(scores)) if mask[b].any()]
+    return model.aux_loss_alpha * float(np.mean(per_sequence or [0.0]))
 
 
 def batch_balance_loss(scores_BSE, chosen_BSk, mask_BS, model):

@@ -1,11 +1,12 @@
 """Every part of the model against the float64 reference: results, and gradients of all inputs and weights.
 
 Tolerance: 1e-5 of an array's scale, unless a test says otherwise. float32 rounds to 6e-8 of each number and these sums have up
-to a few hundred terms in two or three layers of matrices: what is measured is 2e-7 to 2e-6. A wrong term shows as 1e-2 or more.
+to a few hundred terms in two or three layers of matrices: what is measured is below 2e-6. A wrong term shows as 1e-3 or more.
 """
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +26,17 @@ from deepseek_jax.model.transformer import DecoderLayer
 from deepseek_jax.parallel import dispatch, sharding
 
 # All widths differ, so that mixing two of them up cannot go unseen.
-MODEL = Model(vocab_size=40, hidden_size=16, intermediate_size=28, moe_intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-              q_lora_rank=14, kv_lora_rank=11, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10, first_k_dense_replace=1,
-              n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=2, n_group=4, topk_group=2)
+MODEL = Model(vocab_size=40, hidden_size=16, intermediate_size=28, moe_intermediate_size=12, num_hidden_layers=2,
+              num_attention_heads=2, q_lora_rank=14, kv_lora_rank=11, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10,
+              first_k_dense_replace=1, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=2, n_group=4, topk_group=2)
 LAYER_DENSE, LAYER_MOE = 0, 1
 SEGMENTS = np.array([[1] * 13, [1] * 4 + [2] * 6 + [0] * 3])  # one document; two documents and padding
 POSITIONS = ref.segment_positions(SEGMENTS)
 
 
 def yarn(mscale=0.0, mscale_all_dim=0.0, factor=4.0):
-    return RopeScaling(type="yarn", factor=factor, original_max_position_embeddings=32, mscale=mscale, mscale_all_dim=mscale_all_dim)
+    return RopeScaling(type="yarn", factor=factor, original_max_position_embeddings=32, mscale=mscale,
+                       mscale_all_dim=mscale_all_dim)
 
 
 def normal(*shape, seed=0):
@@ -50,12 +52,13 @@ def evaluate(create, weights, config, prefix, call, x, cotangent):
             y = call(module(params, bias), x)
             return jnp.sum(y * c), y
 
-        (_, y), (dparams, dx) = bridge.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(params, bridge.put(x), bridge.put(cotangent))
+        f = bridge.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
+        (_, y), (dparams, dx) = f(params, bridge.put(x), bridge.put(cotangent))
         return np.asarray(y), bridge.names_of(dparams, prefix) | {"x": np.asarray(dx)}
 
 
 def check(create, weights, prefix, call, reference, x, mask=None, model=MODEL):
-    """`reference(x, weights)` and our module, forward and backward; `mask` marks rows that count (the rest only has to be finite)."""
+    """Our module against `reference(x, weights)`, forward and backward; rows where `mask` is False only have to be finite."""
     mask = np.ones(x.shape[:-1], bool) if mask is None else mask
     cotangent = normal(*x.shape, seed=99) * mask[..., None]
     y, grads = evaluate(create, weights, bridge.config_of(model), prefix, call, x, cotangent)
@@ -71,7 +74,8 @@ def check(create, weights, prefix, call, reference, x, mask=None, model=MODEL):
 @pytest.mark.parametrize("eps", [1e-6, 0.03])
 def test_rms_norm(eps):
     x, w = normal(2, 5, 16) * 3, {"weight": 0.5 + np.random.default_rng(1).random(16).astype(np.float32)}
-    check(lambda: RMSNorm(16, eps, nnx.Rngs(0)), w, "", lambda norm, x: norm(x), lambda x, w: ref.rms_norm(x, w["weight"], eps), x)
+    create = lambda: RMSNorm(16, eps, nnx.Rngs(0))
+    check(create, w, "", lambda norm, x: norm(x), lambda x, w: ref.rms_norm(x, w["weight"], eps), x)
 
 
 def test_rms_norm_takes_statistics_in_float32():
@@ -87,7 +91,8 @@ def test_rms_norm_takes_statistics_in_float32():
 
 def test_mlp():
     weights = ref.layer_weights(bridge.random_weights(MODEL, 0), LAYER_DENSE)
-    check(lambda: MLP(MODEL, MODEL.intermediate_size, nnx.Rngs(0)), weights, "mlp.", lambda mlp, x: mlp(x), ref.mlp, normal(2, 5, 16))
+    create = lambda: MLP(MODEL, MODEL.intermediate_size, nnx.Rngs(0))
+    check(create, weights, "mlp.", lambda mlp, x: mlp(x), ref.mlp, normal(2, 5, 16))
 
 
 def test_embedding():
@@ -96,8 +101,12 @@ def test_embedding():
     config = bridge.config_of(MODEL)
     with bridge.on_mesh(config):
         embed, params, bias = bridge.load(lambda: Embedding(MODEL, nnx.Rngs(0)), {"weight": table}, config)
-        y, grads = bridge.jit(lambda p, ids, c: (embed(p, bias)(ids, jnp.float32), jax.grad(lambda p: jnp.sum(embed(p, bias)(ids, jnp.float32) * c))(p)))(
-            params, bridge.put(ids), bridge.put(c))
+
+        def f(params, ids, c):
+            y = embed(params, bias)(ids, jnp.float32)
+            return jnp.sum(y * c), y
+
+        (_, y), grads = bridge.jit(jax.value_and_grad(f, has_aux=True))(params, bridge.put(ids), bridge.put(c))
     np.testing.assert_array_equal(y, table[ids])
     expected = np.zeros_like(table, np.float64)
     np.add.at(expected, ids, c)
@@ -106,8 +115,17 @@ def test_embedding():
 
 # ----------------------------------------------------------------------------------------------------------------- rotary
 
-SCALINGS = {"default": RopeScaling(), "yarn": yarn(), "yarn equal": yarn(0.707, 0.707), "yarn both": yarn(1.3, 0.6), "yarn mscale": yarn(1.3),
-            "yarn all_dim": yarn(0.0, 0.8), "yarn 40": yarn(1.0, 1.0, 40.0)}
+SCALINGS = {
+    "default": RopeScaling(),
+    "yarn": yarn(),
+    "yarn equal": yarn(0.707, 0.707),
+    "yarn both": yarn(1.3, 0.6),
+    "yarn mscale": yarn(1.3),
+    "yarn all_dim": yarn(0.0, 0.8),
+    "yarn 40": yarn(1.0, 1.0, 40.0),
+    # The ramp ends beyond the last pair.
+    "yarn long": RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=200_000),
+}
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -159,13 +177,15 @@ def test_attention(name, block, monkeypatch):
     def reference(x, w):
         return np.stack([ref.mla(x[b], w, model, POSITIONS[b], SEGMENTS[b]) for b in range(2)])
 
-    check(lambda: MultiHeadLatentAttention(model, nnx.Rngs(0)), weights, "self_attn.", ours, reference, normal(2, 13, 16), SEGMENTS > 0, model)
+    create = lambda: MultiHeadLatentAttention(model, nnx.Rngs(0))
+    check(create, weights, "self_attn.", ours, reference, normal(2, 13, 16), SEGMENTS > 0, model)
 
 
 # ----------------------------------------------------------------------------------------------------------------- router
 
 V3 = bridge.smaller(MODEL, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2)
-V2 = bridge.smaller(V3, scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False, routed_scaling_factor=16.0)
+V2 = bridge.smaller(V3, scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False,
+                    routed_scaling_factor=16.0)
 ROUTERS = {
     "v3": V3,
     "v3, one group": bridge.smaller(V3, n_group=1, topk_group=1),
@@ -218,7 +238,8 @@ def test_router_takes_the_lower_index_of_equal_scores(name):
     ours = jit_route(model)(jnp.asarray(x), jnp.asarray(gate.T), jnp.zeros(12)).expert_TK
     np.testing.assert_array_equal(ours, [[0, 1, 2]] * 2)
     for seed in range(4):
-        check_route(x, gate, np.random.default_rng(seed).integers(-1, 2, 12).astype(np.float32) / 4 * (model.topk_method == "noaux_tc"), model)
+        bias = np.random.default_rng(seed).integers(-1, 2, 12) / 4 * (model.topk_method == "noaux_tc")
+        check_route(x, gate, bias.astype(np.float32), model)
 
 
 # ------------------------------------------------------------------------------------------------------------------ experts
@@ -256,13 +277,14 @@ def torch_moe(weights, x_BSD, chosen_BSK, valid_BS, model):
 
 
 def expected_moe(weights, x, bias, valid, model, c):
-    """-> (outputs of torch_moe, {name: gradient of the scalar `with_cotangent`}, counts [E], chosen) with choices by the reference."""
+    """-> (outputs of torch_moe, {name: gradient of `with_cotangent`}, counts [E], chosen); the reference chooses the experts."""
     _, chosen, _ = ref.route(x.reshape(-1, x.shape[-1]), weights["mlp.gate.weight"], bias, model)
     chosen = chosen.reshape(*x.shape[:-1], -1)
     leaves = {name: torch.tensor(w, dtype=torch.float64, requires_grad=True) for name, w in (weights | {"x": x}).items()}
     out = torch_moe(leaves, leaves["x"], chosen, valid, model)
     with_cotangent(out, [torch.tensor(a, dtype=torch.float64) for a in c], torch.sum).backward()
-    grads = {name: np.zeros(t.shape) if t.grad is None else t.grad.numpy() for name, t in leaves.items() if not name.endswith("bias")}
+    grads = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items() if not name.endswith("bias")}
+    grads = {name: g.numpy() for name, g in grads.items()}
     return [t.detach().numpy() for t in out], grads, ref.expert_counts(chosen, valid, model.n_routed_experts), chosen
 
 
@@ -298,12 +320,14 @@ def check_moe(model, mesh, capacity_factor, weights, x, bias, valid):
         _, params, biases = bridge.load(lambda: MoE(model, config.moe, nnx.Rngs(0)), weights, config, "mlp.")
         c = bridge.put(c[0]), jnp.asarray(c[1])
         (_, (y, stats)), (dparams, dx) = run(params, bridge.put(x), biases, bridge.put(valid), c)
-    for name, actual, expected in zip(("y", "balance", "score_sum", "z_sum"), (y, stats.sequence_balance, stats.score_sum, stats.z_sum), out):
+    ours = dict(y=y, balance=stats.sequence_balance, score_sum=stats.score_sum, z_sum=stats.z_sum)
+    for (name, actual), expected in zip(ours.items(), out, strict=True):
         bridge.assert_close(actual, expected, what=name)
     np.testing.assert_array_equal(stats.expert_counts, counts)
     # A device holds len(x) / devices whole sequences; it needs a round for every C assignments of its fullest expert.
     devices = math.prod(MESHES[mesh].values())
-    slots = dispatch.slots_per_round(x.shape[0] // devices * x.shape[1], model.num_experts_per_tok, model.n_routed_experts, capacity_factor)
+    tokens = x.shape[0] // devices * x.shape[1]
+    slots = dispatch.slots_per_round(tokens, model.num_experts_per_tok, model.n_routed_experts, capacity_factor)
     parts = zip(np.split(chosen, devices), np.split(valid, devices))
     fullest = max(ref.expert_counts(part, mask, model.n_routed_experts).max() for part, mask in parts)
     assert int(stats.rounds) == math.ceil(fullest / slots)
@@ -319,7 +343,8 @@ def check_moe(model, mesh, capacity_factor, weights, x, bias, valid):
 
 @functools.cache
 def moe_case(model, seed=0):
-    weights = {n: w for n, w in ref.layer_weights(bridge.random_weights(model, seed), LAYER_MOE).items() if n.startswith("mlp.") and not n.endswith("bias")}
+    weights = ref.layer_weights(bridge.random_weights(model, seed), LAYER_MOE)
+    weights = {n: w for n, w in weights.items() if n.startswith("mlp.") and not n.endswith("bias")}
     x, bias = normal(2000, 16, seed=seed + 1), bias_of(model, seed + 2)
     x = x[ref.routing_margin(x, weights["mlp.gate.weight"], bias, model) > 1e-4][: SEQUENCES * LENGTH]
     return weights, x.reshape(SEQUENCES, LENGTH, 16), bias
@@ -346,7 +371,8 @@ EXPERTS = {
     "v2": (bridge.smaller(MODEL, scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False), "1x2x2"),
     "every expert chosen": (bridge.smaller(MODEL, n_routed_experts=4, num_experts_per_tok=4, n_group=1, topk_group=1), "2x1x4"),
     # Normalised, one expert's weight would be the constant 1 and the router's gradient rounding noise around 0.
-    "one expert": (bridge.smaller(MODEL, n_routed_experts=1, num_experts_per_tok=1, n_group=1, topk_group=1, norm_topk_prob=False), "1x1x1"),
+    "one expert": (bridge.smaller(MODEL, n_routed_experts=1, num_experts_per_tok=1, n_group=1, topk_group=1,
+                                  norm_topk_prob=False), "1x1x1"),
     "no shared experts": (bridge.smaller(MODEL, n_shared_experts=0), "1x2x2"),
 }
 
@@ -380,7 +406,8 @@ def test_decoder_layer(layer):
     def reference(x, w):
         return np.stack([ref.decoder_layer(x[b], w, MODEL, dense, POSITIONS[b], SEGMENTS[b])[0] for b in range(2)])
 
-    check(lambda: DecoderLayer(MODEL, Moe(), not dense, nnx.Rngs(0)), weights, "", ours, reference, normal(2, 13, 16), SEGMENTS > 0)
+    create = lambda: DecoderLayer(MODEL, Moe(), not dense, nnx.Rngs(0))
+    check(create, weights, "", ours, reference, normal(2, 13, 16), SEGMENTS > 0)
 
 
 def test_multi_token_prediction():
@@ -403,16 +430,19 @@ def test_multi_token_prediction():
             net = make(params, bias)
             out = net(batch["tokens"], batch["segment_ids"], batch["positions"], batch["targets"])
             hidden = [out.hidden_BSD, *out.mtp_hidden_BSD]
-            return sum(jnp.sum(h * ci) for h, ci in zip(hidden, c, strict=True)), (hidden, [net.logits(h) for h in hidden], out.stats)
+            total = sum(jnp.sum(h * ci) for h, ci in zip(hidden, c, strict=True))
+            return total, (hidden, [net.logits(h) for h in hidden], out.stats)
 
-        (_, (hidden, logits, stats)), grads = bridge.jit(jax.value_and_grad(f, has_aux=True))(params, bias, batch, [bridge.put(a) for a in c])
-    states = [expected.hidden] + [m.hidden for m in expected.mtp]
+        f = bridge.jit(jax.value_and_grad(f, has_aux=True))
+        (_, (hidden, logits, stats)), grads = f(params, bias, batch, [bridge.put(a) for a in c])
+    outputs = [expected, *expected.mtp]
     for depth, mask in enumerate(masks):
         assert np.isfinite(np.asarray(hidden[depth])).all()
-        bridge.assert_close(np.asarray(hidden[depth])[mask], states[depth][mask], what=f"hidden of depth {depth}")
-        bridge.assert_close(np.asarray(logits[depth])[mask], [expected.logits, *(m.logits for m in expected.mtp)][depth][mask], what=f"logits of depth {depth}")
+        bridge.assert_close(np.asarray(hidden[depth])[mask], outputs[depth].hidden[mask], what=f"hidden of depth {depth}")
+        bridge.assert_close(np.asarray(logits[depth])[mask], outputs[depth].logits[mask], what=f"logits of depth {depth}")
     routing = [*expected.routing, *(m.routing for m in expected.mtp)]
-    np.testing.assert_array_equal(stats.expert_counts, [ref.expert_counts(r.chosen, m, 8) for r, m in zip(routing, masks, strict=True)])
+    counts = [ref.expert_counts(r.chosen, mask, model.n_routed_experts) for r, mask in zip(routing, masks, strict=True)]
+    np.testing.assert_array_equal(stats.expert_counts, counts)
 
     def reference(w):
         out = ref.batch(ids, w, model, POSITIONS, SEGMENTS)
@@ -420,4 +450,6 @@ def test_multi_token_prediction():
 
     ours = bridge.to_hf(grads, model)
     del ours["lm_head.weight"]  # the hidden states do not depend on it
-    bridge.assert_gradients(reference, weights, ours)
+    # Experts of one layer together: a third of the time. 2e-5, as these gradients come back through three MoE layers of large
+    # weights (measured: 5e-6).
+    bridge.assert_gradients(reference, weights, ours, 2e-5, group=lambda name: re.sub(r"experts\.\d+", "experts", name))

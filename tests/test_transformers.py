@@ -14,9 +14,10 @@ from deepseek_jax.parallel import sharding
 from deepseek_jax.train import losses
 
 # Relative to the largest logit or to the gradient's norm. Both sides round to float32 (6e-8) in sums of other orders through a
-# few layers: measured at most 1e-6 on logits and 2e-6 on gradients, so 1e-5 leaves room and still sees any wrong term.
+# few layers: measured at most 2e-6 on logits and 3e-6 on gradients, so 1e-5 leaves room and still sees any wrong term.
 RTOL = 1e-5
 MTP_WEIGHT = 0.3
+MESHES = {"deepseek_v2": dict(fsdp=2), "deepseek_v3-noqlora": dict(expert=2)}  # the others on one device
 WITH_GRADIENTS = ("deepseek_v2-lite", "deepseek_v3", "moonlight", "deepseek_v3-tied", "deepseek_v3-mtp")
 
 
@@ -52,7 +53,7 @@ def test_weights_survive_the_bridge():
 def test_logits(variant):
     theirs, model, weights, ids = case(variant)
     (logits, loss, _), counts = their_choices(theirs, ids, lambda: hf.hf_logits_loss_grads(theirs, ids))
-    out = bridge.run(weights, model, ids)
+    out = bridge.run(weights, model, ids, **MESHES.get(variant, {}))
     bridge.assert_close(out.logits, logits, RTOL, "logits")
     assert abs(ref.cross_entropy(out.logits, ref.targets_ahead(ids)) - loss) < RTOL * loss
     np.testing.assert_array_equal(out.stats.expert_counts, counts)
@@ -94,7 +95,6 @@ def test_logits_loss_and_every_gradient(variant):
     assert set(ours) == set(grads)
     errors = {n: np.linalg.norm(ours[n].astype(np.float64) - g) / np.linalg.norm(g) for n, g in grads.items() if np.any(g)}
     worst = max(errors, key=errors.get)
-    print(variant, worst, errors[worst])
     assert errors[worst] < RTOL, f"gradient of {worst}: relative error {errors[worst]:.1e}"
     for name in grads.keys() - errors.keys():
         assert not np.any(ours[name]), f"gradient of {name} is not 0"

@@ -26,7 +26,7 @@ class Totals(NamedTuple):
     mtp_targets: jax.Array  # float32 [depth]
     tokens: jax.Array  # float32: positions that are not padding
     sequences: jax.Array  # float32: sequences that are not all padding
-    expert_counts: jax.Array | None  # int32 [L, E], only for seq_aux=False
+    expert_counts: jax.Array | None  # int32 [L, E], only for seq_aux=False with aux_loss_alpha above 0
 
     def layer_tokens(self, model: Model) -> jax.Array:
         """float32 [L]: tokens that each MoE layer and then each MTP layer routes; an MTP layer lacks those without a next token."""
@@ -81,7 +81,9 @@ def balance_loss(stats: MoEStats, total: Totals, config: Config) -> jax.Array:
     """
     m = config.model
     if m.seq_aux:
-        return jnp.mean(stats.sequence_balance) / total.sequences
+        return jnp.mean(stats.sequence_balance) / jnp.maximum(total.sequences, 1)
+    if total.expert_counts is None:
+        return jnp.float32(0)
     tokens_L1 = total.layer_tokens(m)[:, None]
     f_LE = total.expert_counts.astype(jnp.float32) * m.n_routed_experts / (m.num_experts_per_tok * tokens_L1)
     return jnp.mean(jnp.sum(f_LE * stats.score_sum / tokens_L1, axis=-1))
@@ -99,7 +101,7 @@ def pretraining_loss(model: Transformer, batch: Batch, total: Totals, config: Co
     m = config.model
     targets, kernel = batch["targets"], model.head_kernel()
     out: Output = model(batch["tokens"], batch["segment_ids"], batch["positions"], targets)
-    lm = cross_entropy_sum(out.hidden_BSD, kernel, targets) / total.targets
+    lm = cross_entropy_sum(out.hidden_BSD, kernel, targets) / jnp.maximum(total.targets, 1)
     loss, mtp, balance, z = lm, jnp.float32(0), jnp.float32(0), jnp.float32(0)
     for depth, hidden in enumerate(out.mtp_hidden_BSD):
         ahead = tokens_ahead(targets, batch["segment_ids"], depth + 1, IGNORE)

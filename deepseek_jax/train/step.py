@@ -116,12 +116,14 @@ def update_bias(bias, counts_LE: jax.Array, step: jax.Array, config: Config):
       counts_LE: int32 counts of the whole step's global batch, MTP layers last.
     """
     moving = step < round(config.moe.bias_update_fraction * config.train.steps)
-    rate = jnp.where(moving, config.moe.bias_update_rate, 0.0)
-    counts_LE = counts_LE.astype(jnp.float32)
 
     def move(b, counts):
-        b = b + rate * jnp.sign(jnp.mean(counts, axis=-1, keepdims=True) - counts)
-        return b - jnp.mean(b, axis=-1, keepdims=True) if config.moe.bias_centre else b
+        # In integers: a mean rounded in float32 would move experts that have exactly the mean load.
+        mean, rest = jnp.divmod(jnp.sum(counts, axis=-1, keepdims=True), counts.shape[-1])
+        up = (counts < mean) | ((counts == mean) & (rest > 0))
+        new = b + config.moe.bias_update_rate * (up.astype(jnp.float32) - (counts > mean))
+        new = new - jnp.mean(new, axis=-1, keepdims=True) if config.moe.bias_centre else new
+        return jnp.where(moving, new, b)
 
     leaves, tree = jax.tree.flatten(bias)
     # A state's leaves are ordered by name: "layers" before "mtp", as in the counts.
