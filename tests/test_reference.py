@@ -183,7 +183,7 @@ def test_losses_by_hand():
     rows = [1.25, 4 / 3]
     np.testing.assert_allclose(ref.sequence_balance_loss(scores, chosen, mask, m), 0.5 * np.mean(rows))
     empty = np.array([[True, True], [False, False]])
-    np.testing.assert_allclose(ref.sequence_balance_loss(scores, chosen, empty, m), 0.5 * rows[0] / 2)
+    np.testing.assert_allclose(ref.sequence_balance_loss(scores, chosen, empty, m), 0.5 * rows[0])
     # over the batch: f = 4/(2*3) * (3, 2, 0, 1), P = mean of the three tokens' shares
     p = (2 * np.array([0.375, 0.25, 0.1875, 0.1875]) + np.array([0.5, 1 / 6, 1 / 6, 1 / 6])) / 3
     np.testing.assert_allclose(ref.batch_balance_loss(scores, chosen, mask, m), 0.5 * (2 / 3) * (3 * p[0] + 2 * p[1] + p[3]))
