@@ -5,13 +5,15 @@
 
 The config is a Python file; any option can be overridden as --config.section.key=value (all options, with their units,
 are in deepseek_jax/config.py; --config=FILE.py --print_config shows them resolved). The same command run again resumes
-from the newest checkpoint in the workdir. On several hosts run the same command on each, with --coordinator_address,
---num_processes and --process_id where JAX cannot find the cluster by itself.
+from the newest checkpoint in the workdir. On several hosts run the same command on each, with --num_processes, and with
+--coordinator_address and --process_id where JAX cannot find the cluster by itself (it can under SLURM, Open MPI, Kubernetes).
 
 Exit codes: 0 done; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
-after too many non-finite updates; 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint.
+after too many non-finite updates; 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint (several processes: by SIGTERM
+to any of them).
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -43,29 +45,29 @@ def main(argv: list[str]) -> int:
         return 0
     if not flags.workdir:
         raise UserError("--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny.")
-    if flags.coordinator_address or flags.num_processes:
-        jax.distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
-
+    commandline.join_cluster(flags)
     say = print if jax.process_index() == 0 else lambda text: None
 
     # Everything that can be wrong is found out here, before anything is compiled.
     mesh = make_mesh(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
+    generate.check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)
     changed = workdir.prepare(flags.workdir, config)
     loader = Loader(config, tokenizer, progress=jax.process_index() == 0)
-    checkpointer = Checkpointer(os.path.join(flags.workdir, "checkpoints"), config.checkpoint.keep)
+    commandline.check_agreement(config, loader.description)
 
-    with jax.set_mesh(mesh):
+    checkpoints = Checkpointer(os.path.join(flags.workdir, "checkpoints"), config.checkpoint.keep)
+    with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         layout = make_layout(config, mesh)
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
-        resume_step = checkpointer.latest_step()
+        resume_step = checkpoints.latest_step()
         summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed)
 
         if resume_step is None:
-            state = init_state(config, layout)
+            state, tokens_seen = init_state(config, layout), 0
         else:
-            tree, _ = checkpointer.restore(to_tree(layout.abstract_sharded()))
-            state = from_tree(tree, layout.abstract)
+            tree, extra = checkpoints.restore(to_tree(layout.abstract_sharded()))
+            state, tokens_seen = from_tree(tree, layout.abstract), extra["tokens_seen"]
         if int(state.step) >= config.train.steps:
             say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
             return 0
@@ -73,18 +75,17 @@ def main(argv: list[str]) -> int:
         workdir.write_config(flags.workdir, config)
         train_step = jax.jit(make_train_step(config, layout), donate_argnums=0)
         evaluate = loop.Evaluator(config, mesh, loader, make_eval_step(layout))
-        result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpointer, sizes)
+        result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpoints, sizes, tokens_seen)
 
         if result.stopped_by is not None:
             say(f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {flags.workdir}/checkpoints/{result.step}. "
-                  f"The same command goes on from there.")
+                f"The same command goes on from there.")
             return 128 + result.stopped_by
         sample = ""
         if config.eval.sample_prompt and config.eval.sample_tokens:
             sample = generate.sample(layout, result.state.params, result.state.bias, tokenizer, mesh, config.eval.sample_prompt,
                                      config.eval.sample_tokens, temperature=0.7, top_p=0.95, seed=config.seed)
         summary.show_end(flags.workdir, result, sample, time.perf_counter() - started)
-    checkpointer.close()
     return 0
 
 

@@ -1,11 +1,15 @@
 """The flags of train.py: a config file, overrides of its keys, and one clear line for every mistake in them."""
 
 import re
+import zlib
 
+import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from deepseek_jax.config import Config, UserError, describe, from_config_dict, validate
+from deepseek_jax.config import OPTIONAL, Config, UserError, describe, from_config_dict, validate
 
 
 def define_flags() -> flags.FlagValues:
@@ -31,16 +35,22 @@ def parse(argv: list[str]) -> flags.FlagValues:
     given = define_flags()
     if {"--help", "-help", "-h"} & set(argv[1:]):
         argv = [argv[0], "--help"]
+    # absl reads an int flag with int(); for the optional options 0 means None.
+    argv = [re.sub(r"=None$", "=0", a) if re.match(rf"--?config\.({'|'.join(OPTIONAL)})=", a) else a for a in argv]
     try:
         rest = given(argv)[1:]
         if given.config is not None:
             given.config.seed  # a file that could not be loaded raises here at the latest
     except flags.Error as e:
-        raise UserError(f"{str(e).splitlines()[0]}. See --help.") from e
+        raise UserError(f"{str(e).splitlines()[0].rstrip('.')}. See --help.") from e
     except UserError:
         raise
     except Exception as e:  # a config file is a program: whatever it raises is the user's to see, in one line
         raise UserError(_explain(e, argv)) from e
+    if given.process_id is not None and given.num_processes is None:
+        raise UserError(f"--process_id={given.process_id} needs --num_processes, and --coordinator_address where JAX cannot find the cluster.")
+    if given.process_id is not None and given.process_id >= given.num_processes:
+        raise UserError(f"--process_id={given.process_id} is not below --num_processes={given.num_processes}. Number processes from 0.")
     if rest:
         raise UserError(f"{rest[0]!r} is not an option. Options look like --config.train.steps=100. See --help.")
     return given
@@ -57,6 +67,38 @@ def read_config(given: flags.FlagValues) -> Config:
     config = from_config_dict(given.config)
     validate(config)
     return config
+
+
+def join_cluster(given: flags.FlagValues) -> None:
+    """Starts jax.distributed if the flags ask for several processes.
+
+    Raises:
+      UserError: the cluster is not to be found, or does not answer.
+    """
+    if given.coordinator_address is None and given.num_processes is None:
+        return
+    try:
+        jax.distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"--coordinator_address={given.coordinator_address} --num_processes={given.num_processes} --process_id={given.process_id} do not "
+                        f"make a cluster ({str(e).splitlines()[0]}). Give all three on every process.") from e
+
+
+def check_agreement(config: Config, data: str) -> None:
+    """Compares options and data of all processes: with different ones they would train apart, or wait for each other for ever.
+
+    Raises:
+      UserError: the first section of the options that differs, or the data.
+    """
+    if jax.process_count() == 1:
+        return
+    parts = config.to_json() | {"data read": data}
+    mine = np.array([zlib.crc32(repr(v).encode()) for v in parts.values()], np.uint32)
+    everyone = multihost_utils.process_allgather(mine)
+    for name, column in zip(parts, everyone.T, strict=True):
+        if len(set(column.tolist())) > 1:
+            raise UserError(f"The processes differ in config.{name}. Give every process the same command, files and Python version."
+                            if name != "data read" else f"The processes read different data (here: {data}). Give every process the same files.")
 
 
 def help_text(given: flags.FlagValues) -> str:
@@ -77,5 +119,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{flag}: {key[1]!r} is not an option. {repair}"
     if isinstance(error, OSError):
         return f"--config={path} cannot be read. Name a config file, for instance --config=configs/tiny.py."
+    if "attribute 'get_config'" in text or "attribute 'seed'" in text:
+        return f"--config={path} has no get_config() that returns a ConfigDict. Start from deepseek_jax.config.base_config(), as configs/tiny.py does."
     last = [line for line in text.splitlines() if line.strip()] or [""]
-    return f"--config={path} cannot be used: {type(error).__name__}: {last[-1].strip()}"
+    return f"--config={path} cannot be used: {type(error).__name__}: {last[-1].strip()}. Repair that file."

@@ -149,7 +149,7 @@ class Optimizer:
     weight_decay: float = 0.1  # on matrices; norms and the selection bias are never decayed
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
     schedule: str = "cosine"  # constant | cosine | wsd (warmup-stable-decay) | deepseek_v2 | deepseek_v3
-    warmup_steps: int = 100  # linear from 0 (V2 and V3: 2000)
+    warmup_steps: int = 100  # linear from 0, at most all steps (V2 and V3: 2000)
     final_fraction: float = 0.1  # last learning rate / peak, for cosine and wsd
     decay_fraction: float = 0.2  # share of the steps that wsd decays over, linearly; for deepseek_v2, that follow the first drop
 
@@ -205,8 +205,11 @@ STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard"
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
 
 
+OPTIONAL = ("model.q_lora_rank",)  # options that may be None
+
+
 def base_config() -> ConfigDict:
-    """A ConfigDict with every option at its default. An optional option is a placeholder: `=None` and `=512` both work."""
+    """A ConfigDict with every option at its default. An optional option is a placeholder: None and 512 both fit."""
 
     def build(cls: type) -> ConfigDict:
         out = ConfigDict()
@@ -302,6 +305,8 @@ def validate(config: Config) -> None:
       UserError: names the first wrong option, its value and the repair.
     """
     m, t, o = config.model, config.train, config.optimizer
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed={config.seed} is not a 32-bit number. Set it between 0 and {2**32 - 1}.")
     _validate_model(m)
     _choice("config.sharding.strategy", config.sharding.strategy.lower(), (*STRATEGIES, *STRATEGY_ALIASES))
     _choice("config.moe.dispatch", config.moe.dispatch, ("all_to_all",))
@@ -315,6 +320,14 @@ def validate(config: Config) -> None:
             raise UserError(f"config.mesh.{axis}={getattr(config.mesh, axis)} is not in this version. Set config.mesh.{axis}=1.")
     _at_least(t, "train", 1, "steps", "batch_size", "sequence_length", "accumulation", "max_bad_steps")
     _at_least(t, "train", 0, "batch_ramp_start", "batch_ramp_steps", "mtp_loss_weight", "mtp_loss_weight_final")
+    for section, where, names in ((m, "model", ("vocab_size", "hidden_size", "intermediate_size", "n_routed_experts")),
+                                  (t, "train", ("batch_size", "sequence_length"))):
+        for name in names:
+            if getattr(section, name) >= 2**31:
+                raise UserError(f"config.{where}.{name}={getattr(section, name)} does not fit 32 bits. Set it below {2**31}.")
+    if bool(t.batch_ramp_start) != bool(t.batch_ramp_steps):
+        raise UserError(f"config.train.batch_ramp_start={t.batch_ramp_start} and config.train.batch_ramp_steps={t.batch_ramp_steps} go together. "
+                        f"Set both, or both to 0 for no ramp.")
     _divides(t.accumulation, "config.train.accumulation", t.batch_size, "config.train.batch_size")
     if t.batch_ramp_start:
         micro = config.micro_batch
@@ -379,5 +392,13 @@ def _validate_model(m: Model) -> None:
     if m.topk_method == "noaux_tc" and m.n_group > 1 and m.n_routed_experts // m.n_group < 2:
         raise UserError(f"config.model.n_group={m.n_group} leaves one expert a group, but topk_method=noaux_tc sums the top two. "
                         f"Set n_group to at most {m.n_routed_experts // 2}.")
-    if m.rope_scaling.type == "yarn" and m.rope_scaling.factor < 1:
-        raise UserError(f"config.model.rope_scaling.factor={m.rope_scaling.factor} is below 1. Set it to target length / original length.")
+    if not (math.isfinite(m.rope_theta) and m.rope_theta > 1):
+        raise UserError(f"config.model.rope_theta={m.rope_theta} is not a finite number above 1. Set it to, for instance, 10000.")
+    if not (math.isfinite(m.routed_scaling_factor) and m.routed_scaling_factor > 0):
+        raise UserError(f"config.model.routed_scaling_factor={m.routed_scaling_factor} is not a positive finite number. Set it to, for instance, 1.0.")
+    r = m.rope_scaling
+    _at_least(r, "model.rope_scaling", 1, "factor", "original_max_position_embeddings")
+    _at_least(r, "model.rope_scaling", 0, "mscale", "mscale_all_dim")
+    if not (math.isfinite(r.beta_fast) and 0 < r.beta_slow < r.beta_fast):
+        raise UserError(f"config.model.rope_scaling.beta_fast={r.beta_fast} and beta_slow={r.beta_slow} are not two rotations, the fast above the slow. "
+                        f"Set them to, for instance, 32 and 1.")

@@ -31,7 +31,10 @@ def choose(logits_V: jax.Array, key: jax.Array, temperature: float, top_p: float
     """
     if temperature == 0:
         return jnp.argmax(logits_V)
-    p_V = jax.nn.softmax(logits_V / temperature)
+    logits_V = (logits_V - jnp.max(logits_V)) / temperature  # the maximum first: a tiny temperature must not overflow
+    if top_p == 1:
+        return jax.random.categorical(key, logits_V)
+    p_V = jax.nn.softmax(logits_V)
     sorted_V = jnp.sort(p_V, descending=True)
     before_V = jnp.cumsum(sorted_V) - sorted_V  # probability of all likelier tokens
     threshold = jnp.min(jnp.where(before_V < top_p, sorted_V, jnp.inf))
@@ -84,6 +87,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eos_id]
 
 
+def check_prompt(prompt: str, option: str, tokenizer: Tokenizer, config: Config) -> None:
+    """Raises UserError for a prompt that leaves no place for a token after it."""
+    length, longest = len(encode_prompt(tokenizer, prompt)), config.model.max_position_embeddings
+    if length >= longest:
+        raise UserError(f"{option} has {length} tokens, but the model ends at config.model.max_position_embeddings={longest}. Shorten the prompt.")
+
+
 def load(workdir: str, step: int | None) -> tuple[Config, Layout, jax.sharding.Mesh, TrainState]:
     """The model of a run, whole on one device.
 
@@ -98,9 +108,6 @@ def load(workdir: str, step: int | None) -> tuple[Config, Layout, jax.sharding.M
         layout = make_layout(config, mesh)
         wanted = layout.abstract_sharded()._replace(opt_state=(), step=None, bad_steps=None, skipped_steps=None)
         checkpointer = Checkpointer(os.path.join(workdir, "checkpoints"), keep=0, read_only=True)
-        if not checkpointer.steps() or (step is not None and step not in checkpointer.steps()):
-            raise UserError(f"--step={step} is not in {workdir}/checkpoints, which has {checkpointer.steps() or 'none'}. "
-                            f"Name one of these, or leave --step out for the newest.")
         tree = checkpointer.restore_params(to_tree(wanted), step)
         checkpointer.close()
     return config, layout, mesh, from_tree(tree, wanted)
@@ -117,17 +124,25 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        if not args.temperature >= 0 or not 0 < args.top_p <= 1 or args.max_tokens < 1:
-            raise UserError(f"--temperature={args.temperature} must be 0 or more, --top-p={args.top_p} above 0 and at most 1, "
+        if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1 or args.max_tokens < 1:
+            raise UserError(f"--temperature={args.temperature} must be 0 or more and finite, --top-p={args.top_p} above 0 and at most 1, "
                             f"--max-tokens={args.max_tokens} at least 1.")
         config, layout, mesh, state = load(args.workdir, args.step)
         tokenizer = load_tokenizer(config.data.tokenizer)
-        prompt = encode_prompt(tokenizer, args.prompt)
-        if len(prompt) >= config.model.max_position_embeddings:
-            raise UserError(f"--prompt has {len(prompt)} tokens, but the model ends at {config.model.max_position_embeddings}. Shorten the prompt.")
+        check_prompt(args.prompt, "--prompt", tokenizer, config)
     except UserError as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
+    try:
+        show(layout, mesh, state, tokenizer, args)
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def show(layout: Layout, mesh: jax.sharding.Mesh, state: TrainState, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Prints the prompt and each token as it comes."""
+    prompt = encode_prompt(tokenizer, args.prompt)
     print(args.prompt, end="", flush=True)
     ids: list[int] = []
     shown = 0
@@ -140,7 +155,6 @@ def main() -> int:
                 print(text[shown:], end="", flush=True)
                 shown = len(text)
     print(tokenizer.decode(ids)[shown:])
-    return 0
 
 
 if __name__ == "__main__":

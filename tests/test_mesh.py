@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+import bridge
+
 from deepseek_jax.config import Config, Mesh, Model, Moe, Optimizer, Sharding, Train, UserError, validate
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
@@ -39,7 +41,7 @@ def train(config: Config, devices: int = 8) -> tuple[list[float], list[np.ndarra
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
         s = state.init_state(config, layout)
-        train_step = jax.jit(step.make_train_step(config, layout), donate_argnums=0)
+        train_step = bridge.jit(step.make_train_step(config, layout))
         losses, counts = [], []
         for i in range(STEPS):
             s, m = train_step(s, step.put_batch(rows(i), config.micro_batch, mesh))
@@ -64,6 +66,7 @@ VARIANTS = {
     "2x4": variant(fsdp=2, expert=4, remat="exchange"),
     "1x8": variant(fsdp=1, expert=8, capacity_factor=0.3),
     "2x2x2 hybrid_shard, two micro-batches": variant("hybrid_shard", 2, data=2, fsdp=2, expert=2),
+    "2x2x2 full_shard": variant("full_shard", data=2, fsdp=2, expert=2),
     "4x2 zero2": variant("zero2", fsdp=4, expert=2, remat="save:attention,mlp_hidden"),
     "2x4 zero1": variant("zero1", fsdp=2, expert=4),
     "4x2 no_shard": variant("no_shard", fsdp=4, expert=2),
@@ -134,7 +137,7 @@ MESH_ERRORS = [
     (dict(mesh=Mesh(fsdp=1, expert=8), model=dataclasses.replace(MODEL, n_routed_experts=12)),
      "n_routed_experts=12 is not divisible by the expert mesh axis (8 devices). Set config.mesh.expert to a divisor of 12."),
     (dict(mesh=Mesh(fsdp=8), train=dataclasses.replace(BASE.train, batch_size=12)), "Set config.train.batch_size to a multiple of 8."),
-    (dict(mesh=Mesh(fsdp=8), model=dataclasses.replace(MODEL, hidden_size=60)), "hidden_size=60 is not divisible by the 8 devices of fsdp x expert"),
+    (dict(mesh=Mesh(fsdp=8), model=dataclasses.replace(MODEL, hidden_size=60)), "config.model.hidden_size=60 (a width of 60) is not divisible by the 8 devices of data x fsdp x expert"),
 ]
 
 

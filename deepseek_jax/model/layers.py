@@ -73,4 +73,6 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids_BS: jax.Array, dtype: Any) -> jax.Array:
         batch = jax.typeof(ids_BS).sharding.spec
-        return whole(self.weight, dtype).at[ids_BS].get(out_sharding=jax.P(*batch, None))
+        # Cast after the look-up: its transpose adds up a row for every occurrence of a token, and in bfloat16 such a sum stops
+        # growing after some hundred of them.
+        return whole(self.weight, jnp.float32).at[ids_BS].get(out_sharding=jax.P(*batch, None)).astype(dtype)

@@ -95,16 +95,19 @@ class MoE(nnx.Module):
         expert_TK = jnp.where(valid_BS.reshape(-1, 1), routing.expert_TK, m.n_routed_experts)
         slots = dispatch.slots_per_round(b * s, m.num_experts_per_tok, m.n_routed_experts, self.moe.capacity_factor)
         plan = dispatch.make_plan(expert_TK, m.n_routed_experts, slots)
-        gate_up, down = _gather_fsdp(gate_up.astype(x_TD.dtype), gate_up_spec), _gather_fsdp(down.astype(x_TD.dtype), down_spec)
+        gate_up, down = _gather(gate_up.astype(x_TD.dtype), gate_up_spec), _gather(down.astype(x_TD.dtype), down_spec)
         y_TD = dispatch.exchange_and_compute(x_TD, routing.weight_TK, gate_up, down, plan, slots, lax.axis_size("expert"))
         return y_TD.reshape(b, s, d), _statistics(routing, plan, expert_TK, valid_BS, m)
 
 
-def _gather_fsdp(w: jax.Array, stored: P) -> jax.Array:
-    """This device's experts with the axis that `fsdp` divides made whole, varying over every batch axis."""
-    if "fsdp" in stored:
-        w = lax.all_gather(w, "fsdp", axis=stored.index("fsdp"), tiled=True)
-    missing = tuple(axis for axis in BATCH_AXES if axis not in stored)
+def _gather(w: jax.Array, stored: P) -> jax.Array:
+    """This device's experts with the embed axis whole, varying over every batch axis. Its transpose is a reduce-scatter."""
+    held = {"expert"}
+    for dimension, axes in enumerate(stored):
+        if axes not in (None, "expert"):
+            w = lax.all_gather(w, axes, axis=dimension, tiled=True)
+            held.update((axes,) if isinstance(axes, str) else axes)
+    missing = tuple(axis for axis in BATCH_AXES if axis not in held)
     return lax.pcast(w, missing, to="varying") if missing else w
 
 

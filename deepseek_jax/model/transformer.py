@@ -7,6 +7,7 @@ program (and its compile time) does not grow with depth. Shape letters: layers.p
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -89,6 +90,8 @@ class Transformer(nnx.Module):
           next_tokens_BS: int32, the token after each position, negative where there is none in its document: multi-token
             prediction runs if it is given and the model has such layers. Positions without a token to read are padding there.
         """
+        chex.assert_rank(tokens_BS, 2)
+        chex.assert_equal_shape([tokens_BS, segment_ids_BS, positions_BS])
         x_BSD = self.embed_tokens(tokens_BS, self.dtype)
         rope = rope_tables(self.model, positions_BS)
         if self.dense_layers is not None:

@@ -6,6 +6,7 @@ import jax
 from jax.sharding import AxisType
 
 from deepseek_jax.config import Config, UserError
+from deepseek_jax.parallel.sharding import divided_axes
 
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # the batch is divided over these
@@ -64,14 +65,19 @@ def _check(config: Config, shape: dict[str, int]) -> None:
                         f"sequences is not divisible by the {ways} devices of data x fsdp x expert. "
                         f"Set config.train.batch_size to a multiple of {ways * config.train.accumulation}.")
     # What the rule table of parallel/sharding.py divides, by the option that sets its width.
-    dense, experts = shape["fsdp"] * shape["expert"], shape["fsdp"]
-    widths = [("hidden_size", m.hidden_size, dense, "fsdp x expert"), ("hidden_size", m.hidden_size, experts, "fsdp"),
-              ("num_attention_heads x (qk_nope_head_dim + v_head_dim)",
-               m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim), dense, "fsdp x expert")]
+    axes = divided_axes(config)
+    if not axes:
+        return
+    experts = math.prod(shape[a] for a in axes)
+    dense = experts * shape["expert"]
+    heads = f"num_attention_heads={m.num_attention_heads}"
+    widths = [(f"config.model.hidden_size={m.hidden_size}", m.hidden_size),
+              (f"config.model.{heads} x (qk_nope_head_dim + v_head_dim)", m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim))]
     if m.q_lora_rank:
-        widths.append(("num_attention_heads x (qk_nope_head_dim + qk_rope_head_dim)",
-                       m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim), dense, "fsdp x expert"))
-    for name, width, parts, axes in widths:
-        if config.sharding.canonical != "no_shard" and width % parts:
-            raise UserError(f"{name}={width} is not divisible by the {parts} devices of {axes}. "
-                            f"Lower config.mesh.fsdp or config.mesh.expert and put the rest on config.mesh.data.")
+        widths.append((f"config.model.{heads} x (qk_nope_head_dim + qk_rope_head_dim)",
+                       m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)))
+    for name, width in widths:
+        if width % dense:
+            raise UserError(f"{name} (a width of {width}) is not divisible by the {dense} devices of {' x '.join((*axes, 'expert'))} that "
+                            f"config.sharding.strategy={config.sharding.strategy} divides weights over. Make these axes smaller; "
+                            f"hybrid_shard leaves config.mesh.data out.")

@@ -22,9 +22,9 @@ COMPUTE_RULES: Rules = {
     "layers": None, "embed": None, "lora_heads": None, "experts": "expert", "expert_embed": None, "expert_mlp": None,
     "vocab": None, "heads": None, "mlp": None, "lora": None, "norm": None, "router": None, "pair": None,
 }
-_DIVIDED: Rules = COMPUTE_RULES | {"embed": ("fsdp", "expert"), "lora_heads": ("fsdp", "expert"), "expert_embed": "fsdp"}
 
-# strategy -> what is divided. ZeRO-1 is the last column alone, ZeRO-2 the last two, ZeRO-3 all three.
+# strategy -> what is divided: over data x fsdp x expert, under hybrid_shard over fsdp x expert with replicas along data.
+# ZeRO-1 is the last column alone, ZeRO-2 the last two, ZeRO-3 all three.
 #                    parameters gradients optimizer state
 DIVIDED_BY = {
     "full_shard":    (True, True, True),
@@ -37,7 +37,14 @@ DIVIDED_BY = {
 
 def storage_rules(config: Config) -> tuple[Rules, Rules, Rules]:
     """The rules of parameters, gradients and optimizer state under `config.sharding.strategy`."""
-    return tuple(_DIVIDED if divided else COMPUTE_RULES for divided in DIVIDED_BY[config.sharding.canonical])
+    axes = divided_axes(config)
+    divided = COMPUTE_RULES | {"embed": (*axes, "expert"), "lora_heads": (*axes, "expert"), "expert_embed": axes}
+    return tuple(divided if yes else COMPUTE_RULES for yes in DIVIDED_BY[config.sharding.canonical])
+
+
+def divided_axes(config: Config) -> tuple[str, ...]:
+    """The mesh axes that divide an expert's weights under the strategy; dense weights are divided over `expert` as well."""
+    return {"hybrid_shard": ("fsdp",), "no_shard": ()}.get(config.sharding.canonical, ("data", "fsdp"))
 
 
 def spec(axes: tuple[str | None, ...], rules: Rules) -> P:

@@ -17,7 +17,7 @@ from deepseek_jax.model.count import Count
 from deepseek_jax.train import metrics
 from deepseek_jax.train.optimizer import first_sequence, sequences_at
 from deepseek_jax.train.state import TrainState, to_tree
-from deepseek_jax.train.step import put_batch
+from deepseek_jax.train.step import StepMetrics, put_batch
 
 
 class BadNumbers(Exception):
@@ -36,15 +36,14 @@ class Evaluator:
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh, loader: Loader, eval_step: Callable):
         self._loader, self._mesh, self._step, self._micro = loader, mesh, jax.jit(eval_step), config.micro_batch
-        batches = math.ceil(loader.num_eval_rows / self._micro)
-        self._batches = min(batches, config.eval.batches)
+        self._rows = min(loader.num_eval_rows, config.eval.batches * config.train.batch_size)
         self._bytes = loader.tokenizer.token_bytes
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """{} without held-out text."""
         nll = targets = text_bytes = 0.0
-        for i in range(self._batches):
-            rows = self._loader.eval_rows(i * self._micro, self._micro)
+        for start in range(0, self._rows, self._micro):
+            rows = self._loader.eval_rows(start, self._micro)
             batch = jax.tree.map(lambda a: a[0], put_batch(rows, self._micro, self._mesh))
             nll += float(self._step(state.params, state.bias, batch))
             scored = rows["targets"][rows["targets"] >= 0]
@@ -55,6 +54,42 @@ class Evaluator:
         out = {"eval_loss": nll / targets, "eval_tokens": int(targets)}
         if text_bytes:
             out["eval_bits_per_byte"] = nll / math.log(2) / text_bytes
+        return out
+
+
+class Clock:
+    """Times steps by when their results arrive. Evaluations, checkpoints and the first step, which compiles, do not count."""
+
+    def __init__(self):
+        self._last = time.perf_counter()
+        self._first: tuple[float, float] | None = None  # seconds a step and tokens a second of the first step
+        self._steps = self._all_steps = self._tokens = 0
+        self._seconds = self._all_seconds = 0.0
+
+    def tick(self, tokens: int) -> None:
+        """A step has finished."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        if self._first is None:
+            self._first = (seconds, tokens / seconds)
+            return
+        self._steps, self._tokens, self._seconds = self._steps + 1, self._tokens + tokens, self._seconds + seconds
+        self._all_steps, self._all_seconds = self._all_steps + 1, self._all_seconds + seconds
+
+    def restart(self) -> None:
+        """What came since the last step was not training."""
+        self._last = time.perf_counter()
+
+    def seconds_a_step(self) -> float:
+        """Over the whole run so far."""
+        return self._all_seconds / self._all_steps if self._all_steps else self._first[0]
+
+    def read(self) -> tuple[float, float]:
+        """(seconds a step, tokens a second) since the last call, at least one step ago."""
+        if not self._steps:
+            return self._first
+        out = (self._seconds / self._steps, self._tokens / self._seconds)
+        self._steps, self._tokens, self._seconds = 0, 0, 0.0
         return out
 
 
@@ -93,12 +128,12 @@ def batches(config: Config, loader: Loader, mesh: jax.sharding.Mesh, first_step:
 
 
 def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState, train_step: Callable, evaluate: Evaluator,
-        loader: Loader, checkpointer: Checkpointer, count: Count) -> Result:
+        loader: Loader, checkpointer: Checkpointer, count: Count, tokens_seen: int) -> Result:
     """Trains from state.step to config.train.steps.
 
     Args:
       train_step: the jitted step. evaluate: state -> held-out figures.
-      checkpointer: of this workdir. count: sizes for the FLOP figures.
+      checkpointer: of this workdir. count: sizes for the FLOP figures. tokens_seen: before state.step.
 
     Returns:
       The last state and why the loop ended. A checkpoint of that state is on disk.
@@ -108,36 +143,34 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
     """
     c, last = config, config.train.steps
     step = int(state.step)
-    extra = {"seed": c.seed}
     writer = metrics.MetricsWriter(workdir, config, step)
     bar = metrics.ProgressBar(last, step)
     stop = StopSignal()
-    first: tuple[float, int] | None = None  # when the first step was done: it held the compilation
-    tokens_before = first_sequence(config, step) * c.train.sequence_length
+    clock = Clock()
     eval_row: dict[str, Any] = {}
-    saved, stopped_by = checkpointer.latest_step(), None
+    stopped_by = None
     pending = None  # metrics of the step before, read while the device works on the next one
-    tick = time.perf_counter()
 
-    def report(done: int, device_metrics) -> None:
-        nonlocal tick, tokens_before, first
+    def report(done: int, device_metrics: StepMetrics) -> bool:
+        """Logs a finished step; True if its update was made."""
+        nonlocal tokens_seen
         m = jax.device_get(device_metrics)
-        now = time.perf_counter()
-        step_time, tick = now - tick, now
-        first = first or (now, done)
-        tokens_before += int(m.tokens)
+        tokens_seen += int(m.tokens)
+        clock.tick(int(m.tokens))
         if done % c.log.every_steps == 0 or done == last or m.bad_steps:
-            values = metrics.row(m, done, step_time, tokens_before, config, count)
+            values = metrics.row(m, done, *clock.read(), tokens_seen, config, count)
             writer.write(values, m.expert_counts, m.rounds)
             if m.bad_steps:
                 bar.say(f"step {done}: loss {float(m.losses.loss)}, gradient norm {float(m.grad_norm)}: update skipped ({int(m.bad_steps)} in a row)")
-            bar.update(values, (now - first[0]) / max(done - first[1], 1) * (last - done))
+            bar.update(values, clock.seconds_a_step() * (last - done))
         bar.advance(done)
         if m.bad_steps >= c.train.max_bad_steps:
+            checkpointer.wait()
             good = checkpointer.latest_step()
             where = f"The last good checkpoint is step {good} in {workdir}/checkpoints." if good is not None else "There is no checkpoint yet."
             raise BadNumbers(f"{int(m.bad_steps)} updates in a row had a non-finite loss or gradient, up to step {done} "
-                             f"(config.train.max_bad_steps={c.train.max_bad_steps}). {where}")
+                             f"(config.train.max_bad_steps={c.train.max_bad_steps}). {where} Lower config.optimizer.learning_rate, for instance.")
+        return not m.bad_steps
 
     try:
         for batch in batches(config, loader, mesh, step):
@@ -151,22 +184,19 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
             pause = step == last or at(c.checkpoint.every_steps) or at(c.eval.every_steps) or stopped_by
             if not pause:
                 continue
-            report(*pending)
+            updated = report(*pending)
             pending = None
             if (step == last or at(c.eval.every_steps)) and (figures := evaluate(state)):
                 eval_row = {"step": step, **figures}
                 writer.write(eval_row)
                 bits = f" = {figures['eval_bits_per_byte']:.4f} bits a byte" if "eval_bits_per_byte" in figures else ""
                 bar.say(f"step {step}: held-out loss {figures['eval_loss']:.4f} nats a token{bits}")
-            # A state whose last update was skipped is the state of an earlier step: it is as good as that one.
-            if step == last or at(c.checkpoint.every_steps) or stopped_by:
-                checkpointer.save(step, to_tree(state), extra)
-                saved = step
+            # While updates are being skipped the older checkpoints are worth more than this state: they must not make room for it.
+            if step == last or stopped_by or at(c.checkpoint.every_steps) and updated:
+                checkpointer.save(step, to_tree(state), {"tokens_seen": tokens_seen})
             if stopped_by:
                 break
-            tick = time.perf_counter()
-        if saved != step:
-            checkpointer.save(step, to_tree(state), extra)
+            clock.restart()
         checkpointer.wait()
         return Result(state, step, eval_row, stopped_by if step < last else None)
     finally:

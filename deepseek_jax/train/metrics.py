@@ -34,24 +34,24 @@ def memory_gb() -> float:
     return (max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
 
 
-def row(metrics: StepMetrics, step: int, step_time: float, tokens_seen: int, config: Config, count: Count) -> dict[str, Any]:
-    """One row of metrics.jsonl from a step's metrics (on the host). `step` counts finished steps."""
+def row(metrics: StepMetrics, step: int, step_time: float, tokens_per_sec: float, tokens_seen: int, config: Config, count: Count) -> dict[str, Any]:
+    """One row of metrics.jsonl from a step's metrics (on the host). `step` counts finished steps; `step_time` is in seconds."""
     short = lambda x: float(str(np.float32(x)))  # the shortest text that is this float32: equal text, equal number
     counts = np.asarray(metrics.expert_counts, np.float64)
     out = {"step": step, "loss": short(metrics.losses.loss), "lm_loss": short(metrics.losses.lm_loss), "lr": short(metrics.lr),
-           "grad_norm": short(metrics.grad_norm), "step_time_s": round(step_time, 6), "tokens_per_sec": round(float(metrics.tokens) / step_time, 2),
+           "grad_norm": short(metrics.grad_norm), "step_time_s": round(step_time, 6), "tokens_per_sec": round(tokens_per_sec, 2),
            "tokens_seen": tokens_seen, "balance_loss": short(metrics.losses.balance_loss), "z_loss": short(metrics.losses.z_loss),
            "max_violation": 0.0, "routing_entropy": 0.0, "dropped_tokens": 0, "dispatch_rounds": 0, "skipped_steps": int(metrics.skipped_steps),
            "memory_gb": round(memory_gb(), 4)}
     if config.model.num_nextn_predict_layers:
         out["mtp_loss"] = short(metrics.losses.mtp_loss)
     if counts.size and counts.sum():
-        share = counts / counts.sum(axis=1, keepdims=True)
+        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         out["max_violation"] = round(float((share.max(axis=1) * counts.shape[1] - 1).max()), 6)
         entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1) / math.log(max(counts.shape[1], 2))
         out["routing_entropy"] = round(float(entropy.mean()), 6)  # 1: every expert of a layer has the same load
         out["dispatch_rounds"] = int(np.max(metrics.rounds))
-    achieved = count.flops_per_token * float(metrics.tokens) / step_time / 1e12 / jax.device_count()
+    achieved = count.flops_per_token * tokens_per_sec / 1e12 / jax.device_count()
     out["model_tflops_per_device"] = round(achieved, 6)
     if peak := device_peak(config):
         out["utilisation"] = round(achieved / peak, 4)
@@ -73,7 +73,7 @@ class MetricsWriter:
         if config.log.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1 if first_step else None)
+            self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
 
     def write(self, values: dict[str, Any], expert_counts: np.ndarray | None = None, rounds: np.ndarray | None = None) -> None:
         """Writes one row; `expert_counts` [L, E] and `rounds` [L] go to TensorBoard by layer."""

@@ -4,9 +4,11 @@ Sources: DeepSeek-V2 (arXiv:2405.04434) section 3.1.2 and DeepSeek-V3 (arXiv:241
 the batch-size ramp; MiniCPM (arXiv:2404.06395) for warmup-stable-decay.
 """
 
+import functools
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
@@ -70,4 +72,10 @@ def sequences_at(config: Config, step: int) -> int:
 def first_sequence(config: Config, step: int) -> int:
     """How many sequences the steps before `step` have taken: where its data begin, a pure function of the step."""
     ramp = min(step, config.train.batch_ramp_steps if config.train.batch_ramp_start else 0)
-    return sum(sequences_at(config, s) for s in range(ramp)) + (step - ramp) * config.train.batch_size
+    return int(_ramp_totals(config)[ramp]) + (step - ramp) * config.train.batch_size
+
+
+@functools.cache
+def _ramp_totals(config: Config) -> np.ndarray:
+    """Sequences before each step of the ramp, and before the first one after it."""
+    return np.cumsum([0, *(sequences_at(config, s) for s in range(config.train.batch_ramp_steps))])

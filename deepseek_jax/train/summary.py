@@ -14,9 +14,10 @@ from deepseek_jax.train.state import Layout
 
 def human(n: float) -> str:
     """1234567 -> '1.23M'."""
+    n = float(f"{n:.3g}")
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if n >= size:
-            return f"{n / size:.3g}{unit}"
+            return f"{n / size:.4g}{unit}"
     return f"{n:.0f}"
 
 

@@ -38,7 +38,7 @@ def prepare(workdir: str, config: Config) -> list[str]:
         return []
     before, now = _read(path), config.to_json()
     for name in (f.name for f in dataclasses.fields(Model)):
-        was, is_now = before.get("model", {}).get(name), now["model"][name]
+        was, is_now = before["model"].get(name), now["model"][name]
         if was != is_now and name not in _FREE_MODEL_OPTIONS:
             raise UserError(f"config.model.{name}={is_now} differs from {was} of the checkpoint in {workdir}. "
                             f"Set config.model.{name}={was} to go on with it, or name another --workdir.")
@@ -70,8 +70,8 @@ def _read(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as f:
             out = json.load(f)
-        if not isinstance(out, dict):
-            raise ValueError("not an object")
+        if not isinstance(out, dict) or not isinstance(out.get("model"), dict):
+            raise ValueError("it is not the config of a run")
         return out
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}). Restore it, or name another --workdir.") from e
