@@ -1,13 +1,13 @@
 """The mesh does not change the mathematics: one config, the same numbers on every mesh, strategy and accumulation."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 
 import bridge
-
 from deepseek_jax.config import Config, Mesh, Model, Moe, Optimizer, Sharding, Train, UserError, validate
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
@@ -35,12 +35,21 @@ def rows(i: int) -> dict[str, np.ndarray]:
     return dict(tokens=ids[:, :-1], targets=targets, segment_ids=segments.astype(np.int32), positions=positions.astype(np.int32))
 
 
+@functools.cache
+def initial_state() -> state.TrainState:
+    """Created on one device and held on the host: compiling its creation anew for every mesh would take half of the time."""
+    config = dataclasses.replace(BASE, mesh=Mesh(fsdp=1))
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return jax.device_get(state.init_state(config, state.make_layout(config, mesh)))
+
+
 def train(config: Config, devices: int = 8) -> tuple[list[float], list[np.ndarray], state.TrainState]:
     validate(config)
     mesh = make_mesh(config, jax.devices()[:devices])
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
-        s = state.init_state(config, layout)
+        s = jax.device_put(initial_state(), layout.shardings)
         train_step = bridge.jit(step.make_train_step(config, layout))
         losses, counts = [], []
         for i in range(STEPS):
@@ -84,6 +93,18 @@ def test_same_numbers_on_every_mesh(one_device, name):
         np.testing.assert_array_equal(a, b)
         copies = [np.asarray(s.data) for s in a.addressable_shards]
         assert all(np.array_equal(c, copies[0]) for c in copies), "the bias differs between devices"
+
+
+@pytest.mark.parametrize("name", ["2x4", "2x2x2 full_shard"])
+def test_the_same_initial_state_on_every_mesh(name):
+    config = VARIANTS[name]
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        layout = state.make_layout(config, mesh)
+        s = state.init_state(config, layout)
+    for (path, a), b, sharding in zip(jax.tree_util.tree_leaves_with_path(s), jax.tree.leaves(initial_state()), jax.tree.leaves(layout.shardings), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+        assert a.sharding == sharding
 
 
 def test_counts_are_of_the_global_batch(one_device):
