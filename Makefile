@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: help venv train test clean
+.PHONY: help venv train test prove clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ train: $(STAMP) ## train the tiny model (the same command again resumes it)
 
 test: $(TEST_STAMP) ## run the tests
 	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+prove: $(STAMP) ## train the tiny model whole and check that it reaches the loss its config states
+	$(VENV)/bin/python -m benchmarks.tiny $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache *.egg-info

@@ -1,0 +1,1 @@
+"""Programs that measure and print. None runs in the tests."""
