@@ -9,7 +9,8 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from deepseek_jax.config import OPTIONAL, Config, UserError, describe, from_config_dict, validate
+from deepseek_jax.config import OPTIONAL, Config, UserError, describe, from_config_dict
+from deepseek_jax.validation import validate
 
 
 def define_flags() -> flags.FlagValues:

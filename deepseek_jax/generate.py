@@ -11,14 +11,16 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import Config, Mesh, UserError, from_config_dict, validate
+from deepseek_jax.config import Config, Mesh, UserError, from_config_dict
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, TrainState, from_tree, make_layout, to_tree
+from deepseek_jax.validation import validate
 
 
 def choose(logits_V: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:

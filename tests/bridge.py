@@ -23,7 +23,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import reference as ref
-from deepseek_jax.config import Config, Mesh, Model, Moe, Train, validate
+from deepseek_jax.config import Config, Mesh, Model, Moe, Train
+from deepseek_jax.validation import validate
 from deepseek_jax.model.moe import MoEStats, SelectionBias
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh

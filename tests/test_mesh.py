@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import bridge
-from deepseek_jax.config import Config, Mesh, Model, Moe, Optimizer, Sharding, Train, UserError, validate
+from deepseek_jax.config import Config, Mesh, Model, Moe, Optimizer, Sharding, Train, UserError
+from deepseek_jax.validation import validate
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
 
