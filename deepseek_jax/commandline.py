@@ -81,8 +81,8 @@ def join_cluster(given: flags.FlagValues) -> None:
     try:
         jax.distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
     except (ValueError, RuntimeError) as e:
-        raise UserError(f"--coordinator_address={given.coordinator_address} --num_processes={given.num_processes} --process_id={given.process_id} do not "
-                        f"make a cluster ({str(e).splitlines()[0]}). Give all three on every process.") from e
+        raise UserError(f"--coordinator_address={given.coordinator_address} --num_processes={given.num_processes} "
+                        f"--process_id={given.process_id} do not make a cluster ({str(e).splitlines()[0]}). Give all three on every process.") from e
 
 
 def check_agreement(config: Config, data: str) -> None:
@@ -114,13 +114,15 @@ def _explain(error: Exception, argv: list[str]) -> str:
     text = str(error).replace("\\", "")
     key = re.search(r"'(\w+)'", text)
     path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
-    if isinstance(error, (AttributeError, KeyError)) and key and (flag := next((a for a in argv if re.match(rf"--?config\.(.*\.)?{key[1]}\b", a)), None)):
+    flag = key and next((a for a in argv if re.match(rf"--?config\.(.*\.)?{key[1]}\b", a)), None)
+    if isinstance(error, (AttributeError, KeyError)) and flag:
         hint = re.search(r"Did you mean \W*(\w+)", text)
         repair = f"Did you mean {hint[1]}?" if hint else "See --help for all options."
         return f"{flag}: {key[1]!r} is not an option. {repair}"
     if isinstance(error, OSError):
         return f"--config={path} cannot be read. Name a config file, for instance --config=configs/tiny.py."
     if "attribute 'get_config'" in text or "attribute 'seed'" in text:
-        return f"--config={path} has no get_config() that returns a ConfigDict. Start from deepseek_jax.config.base_config(), as configs/tiny.py does."
+        return (f"--config={path} has no get_config() that returns a ConfigDict. "
+                f"Start from deepseek_jax.config.base_config(), as configs/tiny.py does.")
     last = [line for line in text.splitlines() if line.strip()] or [""]
     return f"--config={path} cannot be used: {type(error).__name__}: {last[-1].strip()}. Repair that file."

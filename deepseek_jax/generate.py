@@ -116,13 +116,15 @@ def load(workdir: str, step: int | None) -> tuple[Config, Layout, jax.sharding.M
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.generate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="folder of a run of train.py")
     parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
     parser.add_argument("--prompt", default="", help="text to go on from")
     parser.add_argument("--max-tokens", "--max_tokens", type=int, default=200, help="tokens to add at most (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default %(default)s)")
-    parser.add_argument("--top-p", "--top_p", type=float, default=0.95, help="sample from the likeliest tokens that make up this probability (default %(default)s)")
+    parser.add_argument("--top-p", "--top_p", type=float, default=0.95,
+                        help="sample from the likeliest tokens that make up this probability (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:

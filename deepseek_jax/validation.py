@@ -103,13 +103,14 @@ def _validate_model(m: Model) -> None:
     if not (math.isfinite(m.rope_theta) and m.rope_theta > 1):
         raise UserError(f"config.model.rope_theta={m.rope_theta} is not a finite number above 1. Set it to, for instance, 10000.")
     if not (math.isfinite(m.routed_scaling_factor) and m.routed_scaling_factor > 0):
-        raise UserError(f"config.model.routed_scaling_factor={m.routed_scaling_factor} is not a positive finite number. Set it to, for instance, 1.0.")
+        raise UserError(f"config.model.routed_scaling_factor={m.routed_scaling_factor} is not a positive finite number. "
+                        f"Set it to, for instance, 1.0.")
     r = m.rope_scaling
     _at_least(r, "model.rope_scaling", 1, "factor", "original_max_position_embeddings")
     _at_least(r, "model.rope_scaling", 0, "mscale", "mscale_all_dim")
     if not (math.isfinite(r.beta_fast) and 0 < r.beta_slow <= r.beta_fast):
-        raise UserError(f"config.model.rope_scaling.beta_fast={r.beta_fast} and beta_slow={r.beta_slow} are not two positive numbers, the first at least the second. "
-                        f"Set them to, for instance, 32 and 1.")
+        raise UserError(f"config.model.rope_scaling.beta_fast={r.beta_fast} and beta_slow={r.beta_slow} are not two positive "
+                        f"numbers, the first at least the second. Set them to, for instance, 32 and 1.")
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -103,7 +103,8 @@ def test_the_same_initial_state_on_every_mesh(name):
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
         s = state.init_state(config, layout)
-    for (path, a), b, sharding in zip(jax.tree_util.tree_leaves_with_path(s), jax.tree.leaves(initial_state()), jax.tree.leaves(layout.shardings), strict=True):
+    expected = zip(jax.tree.leaves(initial_state()), jax.tree.leaves(layout.shardings), strict=True)
+    for (path, a), (b, sharding) in zip(jax.tree_util.tree_leaves_with_path(s), expected, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
         assert a.sharding == sharding
 
@@ -124,8 +125,9 @@ def test_bytes_of_each_strategy(strategy, shares):
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
-    for tree, specs, share in ((layout.abstract.params, layout.shardings.params, shares[0]), (layout.abstract.opt_state, layout.shardings.opt_state, shares[1])):
-        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(specs), strict=True):
+    for part, share in zip(("params", "opt_state"), shares, strict=True):
+        held = getattr(layout.abstract, part), getattr(layout.shardings, part)
+        for leaf, sharding in zip(*map(jax.tree.leaves, held), strict=True):
             if leaf.size > 1000:
                 assert np.prod(sharding.shard_shape(leaf.shape)) * share == leaf.size
 
@@ -159,7 +161,8 @@ MESH_ERRORS = [
     (dict(mesh=Mesh(fsdp=1, expert=8), model=dataclasses.replace(MODEL, n_routed_experts=12)),
      "n_routed_experts=12 is not divisible by the expert mesh axis (8 devices). Set config.mesh.expert to a divisor of 12."),
     (dict(mesh=Mesh(fsdp=8), train=dataclasses.replace(BASE.train, batch_size=12)), "Set config.train.batch_size to a multiple of 8."),
-    (dict(mesh=Mesh(fsdp=8), model=dataclasses.replace(MODEL, hidden_size=60)), "config.model.hidden_size=60 (a width of 60) is not divisible by the 8 devices of data x fsdp x expert"),
+    (dict(mesh=Mesh(fsdp=8), model=dataclasses.replace(MODEL, hidden_size=60)),
+     "config.model.hidden_size=60 (a width of 60) is not divisible by the 8 devices of data x fsdp x expert"),
 ]
 
 

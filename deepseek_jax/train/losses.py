@@ -89,7 +89,8 @@ def balance_loss(stats: MoEStats, total: Totals, config: Config) -> jax.Array:
     return jnp.mean(jnp.sum(f_LE * stats.score_sum / tokens_L1, axis=-1))
 
 
-def pretraining_loss(model: Transformer, batch: Batch, total: Totals, config: Config, mtp_weight: jax.Array) -> tuple[jax.Array, tuple[Losses, MoEStats | None]]:
+def pretraining_loss(model: Transformer, batch: Batch, total: Totals, config: Config,
+                     mtp_weight: jax.Array) -> tuple[jax.Array, tuple[Losses, MoEStats | None]]:
     """The next-token loss with multi-token prediction, balance and z terms, for one micro-batch.
 
     Args:
