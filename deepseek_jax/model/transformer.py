@@ -144,9 +144,11 @@ class Transformer(nnx.Module):
 
 def tokens_ahead(ids_BS: jax.Array, segment_ids_BS: jax.Array, distance: int, missing: int) -> jax.Array:
     """ids_BS[i + distance] at i, `missing` where that lies past the document's end in this row. Leading axes may be any."""
-    same = jnp.roll(segment_ids_BS, -distance, axis=-1) == segment_ids_BS
-    inside = jnp.arange(ids_BS.shape[-1]) < ids_BS.shape[-1] - distance
-    return jnp.where(same & inside, jnp.roll(ids_BS, -distance, axis=-1), missing)
+
+    def ahead(a: jax.Array, past_the_end: int) -> jax.Array:
+        return jax.lax.pad(a, jnp.asarray(past_the_end, a.dtype), [(0, 0, 0)] * (a.ndim - 1) + [(-distance, distance, 0)])
+
+    return jnp.where(ahead(segment_ids_BS, -1) == segment_ids_BS, ahead(ids_BS, missing), missing)
 
 
 def _stack(model: Model, moe: Moe, is_moe: bool, count: int, rngs: nnx.Rngs) -> DecoderLayer:
