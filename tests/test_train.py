@@ -114,6 +114,8 @@ def test_non_finite_updates_stop_the_run(corpus, tmp_path):
     assert done.returncode == 3, done.stdout + done.stderr
     assert "3 updates in a row had a non-finite loss or gradient" in done.stderr and "last good checkpoint is step" in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # No checkpoint of the bad stretch: it would push out those before it.
+    assert max(int(s) for s in os.listdir(tmp_path / "checkpoints")) <= rows[-1]["step"] - 3
     assert rows[-1]["skipped_steps"] == 3 and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 

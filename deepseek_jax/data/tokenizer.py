@@ -1,5 +1,6 @@
 """Text to token ids and back: raw bytes, or a Hugging Face `tokenizer.json`."""
 
+import abc
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", 
              "<|im_end|>", "<EOS>", "<|end|>")
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """What all tokenizers share.
 
     Attributes:
@@ -35,13 +36,13 @@ class Tokenizer:
         """The ids of a text, int32 [n], without eos. The text of a special token is text, never that token."""
         return self.encode_batch([text])[0]
 
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text; much faster than one by one for a `tokenizer.json`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of some ids. Special and out of range ids are left out; broken UTF-8 becomes U+FFFD."""
-        raise NotImplementedError
 
 
 class ByteTokenizer(Tokenizer):

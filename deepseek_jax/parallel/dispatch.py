@@ -92,12 +92,23 @@ def _from_experts(rows_GRD: jax.Array, devices: int) -> jax.Array:
     return rows.reshape(g * devices, r // devices, -1)
 
 
+def _send(x_TD: jax.Array, plan: Plan, r: jax.Array, top_k: int, slots: int, devices: int) -> jax.Array:
+    """The rows of round r's tokens, zeros in empty places, at the experts: [G, X*C, D]."""
+    assignment_EC, filled_EC = _round_tokens(plan, r, plan.count_E.shape[0], slots)
+    return _to_experts(jnp.where(filled_EC[:, :, None], x_TD[assignment_EC // top_k], 0), devices)
+
+
+def _places(plan: Plan, r: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Where each assignment sits in round r: (index into the flat [E * C] places, whether it is in this round), both [T, K]."""
+    place_TK = plan.rank_TK - r * slots
+    here_TK = (place_TK >= 0) & (place_TK < slots) & (plan.expert_TK < plan.count_E.shape[0])
+    return jnp.where(here_TK, plan.expert_TK * slots + place_TK, 0), here_TK
+
+
 def _collect(acc_TD: jax.Array, rows_ECD: jax.Array, plan: Plan, r: jax.Array, slots: int, weight_TK: jax.Array | None) -> jax.Array:
     """Adds each token's rows of this round, times their weights, in float32. One expert choice at a time: never T*K rows."""
     flat = rows_ECD.reshape(-1, rows_ECD.shape[-1])
-    place_TK = plan.rank_TK - r * slots
-    here_TK = (place_TK >= 0) & (place_TK < slots) & (plan.expert_TK < rows_ECD.shape[0])
-    index_TK = jnp.where(here_TK, plan.expert_TK * slots + place_TK, 0)
+    index_TK, here_TK = _places(plan, r, slots)
     for k in range(index_TK.shape[1]):
         factor = here_TK[:, k].astype(jnp.float32) if weight_TK is None else jnp.where(here_TK[:, k], weight_TK[:, k], 0.0)
         acc_TD = acc_TD + flat[index_TK[:, k]].astype(jnp.float32) * factor[:, None]
@@ -112,10 +123,7 @@ def _hidden(rows_GRD: jax.Array, gate_up_GDPF: jax.Array) -> jax.Array:
 
 def _round_forward(x_TD, gate_up, down, plan, r, top_k, slots, devices):
     """One round up to the experts' results: (received rows, gate and up, results [E, C, D] back at their senders)."""
-    experts = plan.count_E.shape[0]
-    assignment_EC, filled_EC = _round_tokens(plan, r, experts, slots)
-    rows_ECD = jnp.where(filled_EC[:, :, None], x_TD[assignment_EC // top_k], 0)
-    rows_GRD = checkpoint_name(_to_experts(rows_ECD, devices), "exchange")
+    rows_GRD = checkpoint_name(_send(x_TD, plan, r, top_k, slots, devices), "exchange")
     hidden = checkpoint_name(_hidden(rows_GRD, gate_up), "experts_hidden")
     act_GRF = jax.nn.silu(hidden[:, :, 0]) * hidden[:, :, 1]
     out_ECD = _from_experts(jnp.einsum("grf,gfd->grd", act_GRF, down), devices)
@@ -163,7 +171,7 @@ def _backward(slots, devices, residuals, dy_TD):
 
     def one_round(r, rows_GRD, hidden_GRPF, dx_TD, dw_TK):
         assignment_EC, filled_EC = _round_tokens(plan, r, experts, slots)
-        dy_GRD = _to_experts(jnp.where(filled_EC[:, :, None], dy_TD[assignment_EC // top_k], 0), devices)
+        dy_GRD = _send(dy_TD, plan, r, top_k, slots, devices)
         w_EC = jnp.where(filled_EC, weight_TK.reshape(-1)[assignment_EC], 0.0)
         w_GR1 = _to_experts(w_EC[:, :, None], devices)
         gate, up = hidden_GRPF[:, :, 0].astype(jnp.float32), hidden_GRPF[:, :, 1].astype(jnp.float32)
@@ -181,9 +189,8 @@ def _backward(slots, devices, residuals, dy_TD):
         dgate_up = jnp.einsum("grd,grf->gdf", rows_GRD, dhidden, preferred_element_type=jnp.float32)
         drows_ECD = _from_experts(jnp.einsum("grf,gdf->grd", dhidden, gate_up.reshape(g, d, 2 * f)), devices)
         dx_TD = _collect(dx_TD, drows_ECD, plan, r, slots, None)
-        place_TK = plan.rank_TK - r * slots
-        here_TK = (place_TK >= 0) & (place_TK < slots) & (plan.expert_TK < experts)
-        dw_TK = dw_TK + jnp.where(here_TK, dw_EC.reshape(-1)[jnp.where(here_TK, plan.expert_TK * slots + place_TK, 0)], 0.0)
+        index_TK, here_TK = _places(plan, r, slots)
+        dw_TK = dw_TK + jnp.where(here_TK, dw_EC.reshape(-1)[index_TK], 0.0)
         return dx_TD, dw_TK, dgate_up, ddown
 
     zeros = jnp.zeros_like(x_TD, jnp.float32), jnp.zeros_like(weight_TK)
@@ -191,8 +198,7 @@ def _backward(slots, devices, residuals, dy_TD):
 
     def more(carry):
         r, (dx, dw, dgate_up, ddown) = carry
-        assignment_EC, filled_EC = _round_tokens(plan, r, experts, slots)
-        rows = _to_experts(jnp.where(filled_EC[:, :, None], x_TD[assignment_EC // top_k], 0), devices)
+        rows = _send(x_TD, plan, r, top_k, slots, devices)
         dx, dw, dgate_up_r, ddown_r = one_round(r, rows, _hidden(rows, gate_up), dx, dw)
         return r + 1, (dx, dw, dgate_up + dgate_up_r, ddown + ddown_r)
 
