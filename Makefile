@@ -7,17 +7,20 @@ EXTRAS ?=
 CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/tiny
 ARGS ?=
+DEVICES ?= 8
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# The GPU compiler has an environment of its own: where it is installed, JAX looks for a GPU.
+AOT := .venv-gpu-aot
 # One stamp for every set of extras, so that `make test` after `make train` installs what the tests need on top.
 STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: help venv train test prove clean
+.PHONY: help venv train test prove mesh-product plan gpu-aot clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  Set PYTHON=python3.12 to choose the interpreter, EXTRAS=cuda12 or cuda13 for NVIDIA GPUs,"
 	@echo "  CONFIG=, WORKDIR= and ARGS='--config.train.steps=100' for make train, ARGS='-k mesh' for make test."
 
@@ -33,6 +36,15 @@ test: $(TEST_STAMP) ## run the tests
 
 prove: $(STAMP) ## train the tiny model whole and check that it reaches the loss its config states
 	$(VENV)/bin/python -m benchmarks.tiny $(ARGS)
+
+mesh-product: $(TEST_STAMP) ## five steps on every mesh x dispatch x strategy x accumulation x remat, against one device
+	$(VENV)/bin/python tests/invariance.py $(ARGS)
+
+plan: $(AOT)/.installed ## say what CONFIG needs and communicates on DEVICES H200s, by compiling it for them; needs no GPU
+	@$(AOT)/bin/python -m deepseek_jax.plan --config=$(CONFIG) --devices=$(DEVICES) $(ARGS)
+
+gpu-aot: $(AOT)/.installed ## compile steps for H200s and check what they communicate; needs no GPU
+	$(AOT)/bin/python -m benchmarks gpu_aot $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache *.egg-info
@@ -59,4 +71,10 @@ $(STAMP): pyproject.toml | $(VENV)/bin/python
 $(TEST_STAMP): pyproject.toml | $(VENV)/bin/python
 	@echo "Installing deepseek_jax and what its tests need into $(VENV), once: some minutes"
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(AOT)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing deepseek_jax and JAX's GPU compiler into $(AOT), once: some minutes"
+	@$(VENV)/bin/python -m venv $(AOT) && echo '*' > $(AOT)/.gitignore
+	@$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[gpu-aot]'
 	@touch $@

@@ -5,12 +5,13 @@
 
 The config is a Python file; any option can be overridden as --config.section.key=value (all options, with their units,
 are in deepseek_jax/config.py; --config=FILE.py --print_config shows them resolved). The same command run again resumes
-from the newest checkpoint in the workdir. On several hosts run the same command on each, with --num_processes, and with
---coordinator_address and --process_id where JAX cannot find the cluster by itself (it can under SLURM, Open MPI, Kubernetes).
+from the newest checkpoint in the workdir. Several processes: python -m deepseek_jax.launch --nproc_per_node=2 train.py ...
+starts them; under SLURM, Open MPI, Kubernetes and torchrun they find each other; elsewhere run the same command on each host
+with --coordinator_address, --num_processes and --process_id.
 
 Exit codes: 0 done; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
-after too many non-finite updates; 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint (several processes: by SIGTERM
-to any of them).
+after too many non-finite updates; 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint (several processes: 143, by
+either signal to any of them).
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import jax
 
 from deepseek_jax import commandline, generate
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.cluster import Cluster, leave_others
 from deepseek_jax.config import UserError
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
@@ -34,6 +36,12 @@ from deepseek_jax.train.step import make_eval_step, make_train_step
 
 
 def main(argv: list[str]) -> int:
+    cluster = commandline.find_cluster(argv)
+    with cluster.mistakes():
+        return train(argv, cluster)
+
+
+def train(argv: list[str], cluster: Cluster) -> int:
     started = time.perf_counter()
     flags = commandline.parse(argv)
     if flags.help:
@@ -45,22 +53,23 @@ def main(argv: list[str]) -> int:
         return 0
     if not flags.workdir:
         raise UserError("--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny.")
-    commandline.join_cluster(flags)
-    say = print if jax.process_index() == 0 else lambda text: None
+    cluster.join(commandline.options(config, flags.workdir))
+    say = print if cluster.index == 0 else lambda text: None
 
     # Everything that can be wrong is found out here, before anything is compiled.
     mesh = make_mesh(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     generate.check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)
     changed = workdir.prepare(flags.workdir, config)
-    loader = Loader(config, tokenizer, progress=jax.process_index() == 0)
-    commandline.check_agreement(config, loader.description)
+    loader = Loader(config, tokenizer, progress=cluster.index == 0)
+    cluster.agree("data files", {"what config.data reads": loader.description})
 
     checkpoints = Checkpointer(os.path.join(flags.workdir, "checkpoints"), config.checkpoint.keep)
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         layout = make_layout(config, mesh)
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
         resume_step = checkpoints.latest_step()
+        cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
         summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed)
 
         if resume_step is None:
@@ -95,6 +104,9 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except loop.BadNumbers as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except loop.BadNumbers as error:  # in every process after the same step
+        if jax.process_index() == 0:
+            print(f"train.py: {error}", file=sys.stderr)
         sys.exit(3)
+    except (Exception, KeyboardInterrupt) as error:
+        leave_others(error)

@@ -1,3 +1,18 @@
-"""deepseek_jax: a JAX/Flax trainer for DeepSeek-family mixture-of-experts language models."""
+"""A trainer for DeepSeek-family mixture-of-experts language models in JAX and Flax."""
+
+import os
 
 __version__ = "0.1.0"
+
+
+def enough_threads(devices: int) -> None:
+    """Sizes the thread pool of XLA's CPU client for so many devices of this process. Call it before JAX makes the client.
+
+    A collective blocks a thread until its partners come, and independent ones run at once. With XLA's one thread a device, programs
+    with several mesh axes run out of threads, and wait for ever for partners that have none. XLA reads the number from NPROC.
+    """
+    os.environ.setdefault("NPROC", str(16 * devices))
+
+
+if (_devices := os.environ.get("JAX_NUM_CPU_DEVICES", "1")).isdigit() and int(_devices) > 1:
+    enough_threads(int(_devices))

@@ -1,15 +1,15 @@
 """The flags of train.py: a config file, overrides of its keys, and one clear line for every mistake in them."""
 
+import os
 import re
-import zlib
+from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
+from deepseek_jax.cluster import Cluster
 from deepseek_jax.config import OPTIONAL, Config, UserError, describe, from_config_dict
+from deepseek_jax.parallel.discovery import find
 from deepseek_jax.validation import validate
 
 
@@ -21,10 +21,16 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints/, metrics.jsonl, tensorboard/, config.json.", f)
     flags.DEFINE_bool("print_config", False, "Print the resolved options as JSON and exit.", f)
     flags.DEFINE_bool("help", False, "Show this help and exit.", f, short_name="h")
-    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for several processes.", f)
-    flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1, flag_values=f)
-    flags.DEFINE_integer("process_id", None, "This process's number, from 0.", lower_bound=0, flag_values=f)
+    _define_cluster_flags(f)
     return f
+
+
+def _define_cluster_flags(f: flags.FlagValues) -> None:
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where no scheduler or launcher names it.", f)
+    flags.DEFINE_integer("num_processes", None, "How many processes train together; 1 means this one only.", lower_bound=1,
+                         flag_values=f)
+    flags.DEFINE_integer("process_id", None, "This process's number, from 0.", lower_bound=0, flag_values=f)
+    flags.DEFINE_integer("cluster_timeout", 300, "Seconds until all processes must have come.", lower_bound=1, flag_values=f)
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -48,10 +54,6 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise
     except Exception as e:  # a config file is a program: whatever it raises is the user's to see, in one line
         raise UserError(_explain(e, argv)) from e
-    if given.process_id is not None and given.num_processes is None:
-        raise UserError(f"--process_id={given.process_id} needs --num_processes, and --coordinator_address where JAX cannot find the cluster.")
-    if given.process_id is not None and given.process_id >= given.num_processes:
-        raise UserError(f"--process_id={given.process_id} is not below --num_processes={given.num_processes}. Number processes from 0.")
     if rest:
         raise UserError(f"{rest[0]!r} is not an option. Options look like --config.train.steps=100. See --help.")
     return given
@@ -70,36 +72,38 @@ def read_config(given: flags.FlagValues) -> Config:
     return config
 
 
-def join_cluster(given: flags.FlagValues) -> None:
-    """Starts jax.distributed if the flags ask for several processes.
+def find_cluster(argv: list[str]) -> Cluster:
+    """The cluster of this process, not joined yet. Its flags are read before the others, whose mistakes can then be said once.
 
     Raises:
-      UserError: the cluster is not to be found, or does not answer.
+      UserError: a wrong flag, an incomplete cluster, or process 0 cannot listen at its address.
     """
-    if given.coordinator_address is None and given.num_processes is None:
-        return
+    f = flags.FlagValues()
+    _define_cluster_flags(f)
+    program = os.path.basename(argv[0])
+    if {"--help", "-help", "-h", "--print_config"} & {a.partition("=")[0] for a in argv[1:]}:
+        return Cluster(None, 0, program)
     try:
-        jax.distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
-    except (ValueError, RuntimeError) as e:
-        raise UserError(f"--coordinator_address={given.coordinator_address} --num_processes={given.num_processes} "
-                        f"--process_id={given.process_id} do not make a cluster ({str(e).splitlines()[0]}). Give all three on every process.") from e
+        f(argv, known_only=True)
+    except flags.Error as e:
+        raise UserError(f"{str(e).splitlines()[0].rstrip('.')}. See --help.") from e
+    place = find(f.coordinator_address, f.num_processes, f.process_id, f.cluster_timeout, os.environ)
+    return Cluster(place, f.cluster_timeout, program)
 
 
-def check_agreement(config: Config, data: str) -> None:
-    """Compares options and data of all processes: with different ones they would train apart, or wait for each other for ever.
+def options(config: Config, workdir: str) -> dict[str, Any]:
+    """What every process must have got from its command, by full name."""
+    out = {"--workdir": os.path.abspath(workdir)}
 
-    Raises:
-      UserError: the first section of the options that differs, or the data.
-    """
-    if jax.process_count() == 1:
-        return
-    parts = config.to_json() | {"data read": data}
-    mine = np.array([zlib.crc32(repr(v).encode()) for v in parts.values()], np.uint32)
-    everyone = multihost_utils.process_allgather(mine)
-    for name, column in zip(parts, everyone.T, strict=True):
-        if len(set(column.tolist())) > 1:
-            raise UserError(f"The processes differ in config.{name}. Give every process the same command, files and Python version."
-                            if name != "data read" else f"The processes read different data (here: {data}). Give every process the same files.")
+    def add(values: dict[str, Any], where: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                add(value, f"{where}.{name}")
+            else:
+                out[f"{where}.{name}"] = value
+
+    add(config.to_json(), "config")
+    return out
 
 
 def help_text(given: flags.FlagValues) -> str:

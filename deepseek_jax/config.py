@@ -80,16 +80,18 @@ class Mesh:
     """Devices along each axis, outermost first. One axis may be -1: it takes the devices that are left."""
 
     data: int = 1  # replicas of everything (hybrid sharding: across nodes)
-    stage: int = 1  # blocks over stages: not in this version, must be 1
+    stage: int = 1  # consecutive blocks on consecutive stages; the micro-batches of train.accumulation go through them as a pipeline
     fsdp: int = -1  # parameters, gradients and optimizer state are sharded over fsdp x expert
     expert: int = 1  # experts are divided over this axis; must divide n_routed_experts
     context: int = 1  # sequence sharding: not in this version, must be 1
-    tensor: int = 1  # width sharding: not in this version, must be 1
+    tensor: int = 1  # attention heads, feed-forward and expert widths and the vocabulary are divided over this axis
 
 
 @dataclass(frozen=True)
 class Sharding:
     strategy: str = "full_shard"  # full_shard=zero3 | shard_grad_op=zero2 | zero1 | hybrid_shard | no_shard=ddp, in either case
+    min_weight_size: int = 2048  # weights with fewer elements (a layer) stay whole; DeepSpeed: stage3_param_persistence_threshold
+    virtual_stages: int = 0  # pieces a stage's blocks are cut in and visited in turn (interleaved pipeline): more, smaller bubbles; 0: chosen
 
     @property
     def canonical(self) -> str:
@@ -100,11 +102,12 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Moe:
-    """How tokens meet experts. None of these changes the mathematics, except the bias update and the z-loss."""
+    """How tokens meet experts. None of these changes the mathematics, except dropping, the bias update and the z-loss."""
 
-    dispatch: str = "all_to_all"  # all_to_all (the only method of this version)
-    capacity_factor: float = 1.25  # places per round = this x the mean load; overflow costs a round, never a token
-    drop: bool = False  # drop overflow instead of running more rounds: not in this version, must be False
+    dispatch: str = "all_to_all"  # all_to_all (send, compute, return) | all_gather (tokens to all devices) | ring (expert pipeline)
+    capacity_factor: float = 1.25  # places per round = this x the mean load; overflow costs a round, never a token unless drop is set
+    drop: bool = False  # drop what overflows the places of one round on its device, instead of running more rounds
+    drop_policy: str = "probability"  # what drop keeps: probability (=probs; the highest router weights) | position (the earliest tokens)
     bias_update_rate: float = 0.001  # step of the selection bias per optimizer step (noaux_tc); 0: fixed bias
     bias_update_fraction: float = 1.0  # the bias moves during this fraction of the steps, then is fixed (V3: 14.3/14.8)
     bias_centre: bool = False  # subtract the bias's mean after each update, so that it cannot drift as a whole
@@ -197,6 +200,15 @@ class Config:
     def micro_batch(self) -> int:
         """Sequences in one forward and backward pass, over the whole mesh."""
         return self.train.batch_size // self.train.accumulation
+
+    @property
+    def pipelined_blocks(self) -> int:
+        """Layers that mesh.stage divides: the MoE layers, or the dense ones where there are no others.
+
+        Dense layers in front of MoE layers belong to the entrance, with the embedding: stages share them by micro-batches.
+        """
+        m = self.model
+        return m.num_hidden_layers - m.first_k_dense_replace or m.num_hidden_layers
 
 
 REMAT_NAMES = ("attention", "mlp_hidden", "exchange", "experts_hidden")  # what remat=save:NAME,NAME may keep

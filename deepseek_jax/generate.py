@@ -50,7 +50,7 @@ def tokens(layout: Layout, params, bias, mesh: jax.sharding.Mesh, prompt: list[i
     Args:
       vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not use).
     """
-    longest = layout.merge(params, bias).model.max_position_embeddings
+    longest = layout.merge_for_inference(params, bias).model.max_position_embeddings
     length = min(len(prompt) + count, longest)
     width = -(-length // 64) * 64  # one compiled program for texts of about this length
     ways = int(np.prod([mesh.shape[a] for a in BATCH_AXES]))  # the batch must be divisible: every device gets the same row
@@ -59,7 +59,7 @@ def tokens(layout: Layout, params, bias, mesh: jax.sharding.Mesh, prompt: list[i
     def step(params, bias, tokens_S, used, key):
         row = lambda a: jax.sharding.reshard(jnp.broadcast_to(a, (ways, width)), P(BATCH_AXES, None))
         place = jnp.arange(width, dtype=jnp.int32)
-        model = layout.merge(params, bias)
+        model = layout.merge_for_inference(params, bias)
         out = model(row(tokens_S), row((place < used).astype(jnp.int32)), row(place))
         last = jax.lax.dynamic_slice_in_dim(out.hidden_BSD, used - 1, 1, axis=1)
         logits_V = jax.sharding.reshard(model.logits(last)[:, 0], P(None, None))[0]

@@ -17,15 +17,14 @@ def validate(config: Config) -> None:
         raise UserError(f"config.seed={config.seed} is not a 32-bit number. Set it between 0 and {2**32 - 1}.")
     _validate_model(m)
     _choice("config.sharding.strategy", config.sharding.strategy.lower(), (*STRATEGIES, *STRATEGY_ALIASES))
-    _choice("config.moe.dispatch", config.moe.dispatch, ("all_to_all",))
-    if config.moe.drop:
-        raise UserError("config.moe.drop=True is not in this version, which never drops a token. Set config.moe.drop=False.")
+    _choice("config.moe.dispatch", config.moe.dispatch, ("all_to_all", "all_gather", "ring"))
+    _choice("config.moe.drop_policy", config.moe.drop_policy, ("probability", "probs", "position"))
     if not config.moe.capacity_factor > 0 or math.isinf(config.moe.capacity_factor):
         raise UserError(f"config.moe.capacity_factor={config.moe.capacity_factor} gives no places. Set it above 0, for instance 1.25.")
     _at_least(config.moe, "moe", 0, "bias_update_rate", "router_z_loss_coef")
-    for axis in ("stage", "context", "tensor"):
-        if getattr(config.mesh, axis) != 1:
-            raise UserError(f"config.mesh.{axis}={getattr(config.mesh, axis)} is not in this version. Set config.mesh.{axis}=1.")
+    _at_least(config.sharding, "sharding", 0, "min_weight_size", "virtual_stages")
+    if config.mesh.context != 1:
+        raise UserError(f"config.mesh.context={config.mesh.context} is not in this version. Set config.mesh.context=1.")
     _at_least(t, "train", 1, "steps", "batch_size", "sequence_length", "accumulation", "max_bad_steps")
     _at_least(t, "train", 0, "batch_ramp_start", "batch_ramp_steps", "mtp_loss_weight", "mtp_loss_weight_final")
     for section, where, names in ((m, "model", ("vocab_size", "hidden_size", "intermediate_size", "n_routed_experts")),

@@ -161,7 +161,7 @@ def config_of(model: Model, data: int = 1, fsdp: int = 1, expert: int = 1, **sec
     """A float32 run of `model` on data x fsdp x expert devices, without rematerialisation unless `train` says so."""
     train = Train(dtype="float32", remat="none", batch_size=8, sequence_length=16)
     # With replicas along `data`, weights are divided over the other axes only: small shapes need not divide by all devices.
-    strategy = Sharding("hybrid_shard" if data > 1 else "full_shard")
+    strategy = Sharding("hybrid_shard" if data > 1 else "full_shard", min_weight_size=0)
     config = Config(model=model, mesh=Mesh(data=data, fsdp=fsdp, expert=expert), **{"train": train, "sharding": strategy, **sections})
     validate(config)
     return config
@@ -185,7 +185,8 @@ def put(a: np.ndarray, axis: int = 0) -> jax.Array:
 
 def place(state: nnx.State, config: Config, rules: dict | None = None) -> nnx.State:
     """A state with NumPy leaves on the current mesh, as the config's strategy stores parameters."""
-    specs = sharding.specs(state, sharding.storage_rules(config)[0] if rules is None else rules)
+    rules = sharding.storage_rules(config)[0] if rules is None else rules
+    specs = sharding.specs(state, rules, config.sharding.min_weight_size)
     return jax.tree.map(jax.device_put, state, specs)
 
 

@@ -323,14 +323,14 @@ def check_moe(model, mesh, capacity_factor, weights, x, bias, valid):
     ours = dict(y=y, balance=stats.sequence_balance, score_sum=stats.score_sum, z_sum=stats.z_sum)
     for (name, actual), expected in zip(ours.items(), out, strict=True):
         bridge.assert_close(actual, expected, what=name)
-    np.testing.assert_array_equal(stats.expert_counts, counts)
+    np.testing.assert_array_equal(stats.load.expert_counts, counts)
     # A device holds len(x) / devices whole sequences; it needs a round for every C assignments of its fullest expert.
     devices = math.prod(MESHES[mesh].values())
     tokens = x.shape[0] // devices * x.shape[1]
     slots = dispatch.slots_per_round(tokens, model.num_experts_per_tok, model.n_routed_experts, capacity_factor)
     parts = zip(np.split(chosen, devices), np.split(valid, devices))
     fullest = max(ref.expert_counts(part, mask, model.n_routed_experts).max() for part, mask in parts)
-    assert int(stats.rounds) == math.ceil(fullest / slots)
+    assert int(stats.load.rounds) == math.ceil(fullest / slots)
     ours = bridge.names_of(dparams, "mlp.") | {"x": np.asarray(dx)}
     assert set(ours) == set(grads)
     for name in grads:  # an expert that got no token has a gradient of exactly 0
@@ -338,7 +338,7 @@ def check_moe(model, mesh, capacity_factor, weights, x, bias, valid):
     jax.tree.map(lambda g, p: np.testing.assert_equal(g.sharding.spec, p.sharding.spec), dparams, params)
     for leaf in jax.tree.leaves(stats):  # the same on every device
         assert all(np.array_equal(s.data, leaf) for s in leaf.addressable_shards)
-    return int(stats.rounds)
+    return int(stats.load.rounds)
 
 
 @functools.cache
@@ -442,7 +442,7 @@ def test_multi_token_prediction():
         bridge.assert_close(np.asarray(logits[depth])[mask], outputs[depth].logits[mask], what=f"logits of depth {depth}")
     routing = [*expected.routing, *(m.routing for m in expected.mtp)]
     counts = [ref.expert_counts(r.chosen, mask, model.n_routed_experts) for r, mask in zip(routing, masks, strict=True)]
-    np.testing.assert_array_equal(stats.expert_counts, counts)
+    np.testing.assert_array_equal(stats.load.expert_counts, counts)
 
     def reference(w):
         out = ref.batch(ids, w, model, POSITIONS, SEGMENTS)

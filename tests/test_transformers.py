@@ -56,7 +56,7 @@ def test_logits(variant):
     out = bridge.run(weights, model, ids, **MESHES.get(variant, {}))
     bridge.assert_close(out.logits, logits, RTOL, "logits")
     assert abs(ref.cross_entropy(out.logits, ref.targets_ahead(ids)) - loss) < RTOL * loss
-    np.testing.assert_array_equal(out.stats.expert_counts, counts)
+    np.testing.assert_array_equal(out.stats.load.expert_counts, counts)
 
 
 @pytest.mark.parametrize("variant", WITH_GRADIENTS)
@@ -86,7 +86,7 @@ def test_logits_loss_and_every_gradient(variant):
     bridge.assert_close(our_logits, logits, RTOL, "logits")
     assert abs(our_loss - loss) < RTOL * loss
     # transformers runs depth d on sequences d shorter: the positions that are padding there in ours.
-    np.testing.assert_array_equal(stats.expert_counts, counts)
+    np.testing.assert_array_equal(stats.load.expert_counts, counts)
     if model.num_nextn_predict_layers:
         for depth, (ours, expected) in enumerate(zip(mtp_logits, hf.hf_mtp_logits(theirs, ids), strict=True), 1):
             # Row i predicts token i + 1 + depth; transformers has no rows for the last `depth` positions.

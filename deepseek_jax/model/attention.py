@@ -84,7 +84,8 @@ class MultiHeadLatentAttention(nnx.Module):
         k_rope = apply_rope(k_rope[:, :, None], *rope, m.rope_interleave)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSR)).reshape(b, s, heads, -1)
         k_nope, v_BSNV = jnp.split(kv, [nope], axis=-1)
-        k_BSNH = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, q_rope.shape)], axis=-1)
+        k_rope = jax.sharding.reshard(jnp.broadcast_to(k_rope, q_rope.shape), jax.typeof(q_rope).sharding.spec)
+        k_BSNH = jnp.concatenate([k_nope, k_rope], axis=-1)
 
         out = causal_attention(q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, softmax_scale(m))
         return self.o_proj(checkpoint_name(out.reshape(b, s, -1), "attention"))

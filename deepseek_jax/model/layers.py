@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Model
+from deepseek_jax.parallel.mesh import per_device
 from deepseek_jax.parallel.sharding import whole
 
 ATTENTION_NORM_EPS = 1e-6  # the norms inside MLA do not follow rms_norm_eps in any released implementation
@@ -35,7 +36,10 @@ class Linear(nnx.Module):
         self.kernel = param(rngs, nnx.initializers.normal(model.initializer_range), (d_in, d_out), axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ whole(self.kernel, x.dtype)
+        kernel = whole(self.kernel, x.dtype)
+        # Where the tensor axis divides the inputs, this sums over it.
+        out = jax.P(*jax.typeof(x).sharding.spec[:-1], jax.typeof(kernel).sharding.spec[1])
+        return jnp.einsum("...i,io->...o", x, kernel, out_sharding=out)
 
 
 class RMSNorm(nnx.Module):
@@ -72,7 +76,16 @@ class Embedding(nnx.Module):
         self.weight = param(rngs, init, (model.vocab_size, model.hidden_size), ("vocab", "embed"))
 
     def __call__(self, ids_BS: jax.Array, dtype: Any) -> jax.Array:
-        batch = jax.typeof(ids_BS).sharding.spec
+        weight, batch = whole(self.weight, jnp.float32), jax.typeof(ids_BS).sharding.spec
+        look_up = per_device(_look_up, in_specs=(jax.typeof(weight).sharding.spec, batch), out_specs=jax.P(*batch, None))
         # Cast after the look-up: its transpose adds up a row for every occurrence of a token, and in bfloat16 such a sum stops
         # growing after some hundred of them.
-        return whole(self.weight, jnp.float32).at[ids_BS].get(out_sharding=jax.P(*batch, None)).astype(dtype)
+        return look_up(weight, ids_BS).astype(dtype)
+
+
+def _look_up(weight_VD: jax.Array, ids_BS: jax.Array) -> jax.Array:
+    """One device's part: rows that it holds, zeros for the others, summed over the tensor axis."""
+    rows = weight_VD.shape[0]
+    local_BS = ids_BS - jax.lax.axis_index("tensor") * rows
+    here_BS1 = ((local_BS >= 0) & (local_BS < rows))[..., None]
+    return jax.lax.psum(jnp.where(here_BS1, weight_VD[jnp.clip(local_BS, 0, rows - 1)], 0.0), "tensor")

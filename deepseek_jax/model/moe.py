@@ -13,12 +13,26 @@ from deepseek_jax.config import Model, Moe
 from deepseek_jax.model.layers import MLP, param
 from deepseek_jax.model.router import Routing, route
 from deepseek_jax.parallel import dispatch
-from deepseek_jax.parallel.mesh import BATCH_AXES
-from deepseek_jax.parallel.sharding import whole
+from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
+from deepseek_jax.parallel.sharding import whole, without_stage
 
 
 class SelectionBias(nnx.Variable):
     """`e_score_correction_bias`: float32, added to the scores for choosing only. Not trained: train/step.py moves it."""
+
+
+class Load(NamedTuple):
+    """Where the assignments of the global batch went: integers, the same on every device, without gradient.
+
+    W: the devices of data x fsdp x expert, row-major. Padding counts nowhere. Stacked over layers, leaves have a leading [L].
+    """
+
+    expert_counts: jax.Array  # int32 [E]: assignments of each expert, as the router chose: dropped ones included
+    rounds: jax.Array  # int32 []: most dispatch rounds that any device ran
+    dropped_counts: jax.Array  # int32 [E]: assignments dropped, by expert
+    received: jax.Array  # int32 [W]: rows that arrived at each device's experts
+    dropped_from: jax.Array  # int32 [W]: assignments dropped, by the device of their token
+    left: jax.Array  # int32 []: assignments, not dropped, whose expert lies on another device than their token
 
 
 class MoEStats(NamedTuple):
@@ -27,11 +41,22 @@ class MoEStats(NamedTuple):
     The sums are differentiable in the router's scores; train/losses.py turns them into losses.
     """
 
-    expert_counts: jax.Array  # int32 [E]: assignments of each expert; padding counts nothing
-    rounds: jax.Array  # int32: dispatch rounds run
+    load: Load
     sequence_balance: jax.Array  # float32: sum over sequences of sum_i f_i P_i (V3, equations 17 to 20)
     score_sum: jax.Array  # float32 [E]: sum over tokens of the normalised scores
     z_sum: jax.Array  # float32: sum over tokens of logsumexp(logits)^2
+
+
+def merge_loads(loads: Load, axis: int = 0) -> Load:
+    """The load of several micro-batches, stacked along `axis`, as one: sums; of the rounds the most."""
+    return jax.tree.map(lambda a: jnp.sum(a, axis=axis), loads)._replace(rounds=jnp.max(loads.rounds, axis=axis))
+
+
+def merge_stats(stats: MoEStats | None, axis: int) -> MoEStats | None:
+    """Statistics of parts of a batch, stacked along an axis, to those of all of it."""
+    if stats is None:
+        return None
+    return jax.tree.map(lambda a: jnp.sum(a, axis), stats)._replace(load=merge_loads(stats.load, axis))
 
 
 class Gate(nnx.Module):
@@ -73,13 +98,12 @@ class MoE(nnx.Module):
         bias_E = self.gate.e_score_correction_bias[...] if self.model.topk_method == "noaux_tc" else jnp.zeros((self.model.n_routed_experts,))
         # Expert weights enter as they are stored; `_routed` gathers what the strategy divided, so that the transpose of that
         # gather is a reduce-scatter.
-        gate_up, down = self.experts.gate_up_proj[...], self.experts.down_proj[...]
+        gate_up, down = (jax.sharding.reshard(w[...], without_stage(w[...])) for w in (self.experts.gate_up_proj, self.experts.down_proj))
         gate_up_spec, down_spec = jax.typeof(gate_up).sharding.spec, jax.typeof(down).sharding.spec
-        routed = jax.shard_map(
+        routed = per_device(
             functools.partial(self._routed, gate_up_spec=gate_up_spec, down_spec=down_spec),
             in_specs=(P(BATCH_AXES), P(BATCH_AXES), P(), P(), gate_up_spec, down_spec),
             out_specs=(P(BATCH_AXES), MoEStats(*[P()] * len(MoEStats._fields))),
-            check_vma=True,
         )
         y_BSD, stats = routed(x_BSD, valid_BS, whole(self.gate.kernel, jnp.float32), bias_E, gate_up, down)
         if self.model.n_shared_experts:
@@ -87,43 +111,72 @@ class MoE(nnx.Module):
         return y_BSD, stats
 
     def _routed(self, x_BSD, valid_BS, kernel_DE, bias_E, gate_up, down, gate_up_spec, down_spec) -> tuple[jax.Array, MoEStats]:
-        """One device's part: route, plan, exchange, compute, combine."""
-        m = self.model
+        """One device's part: route, drop if asked to, dispatch, count."""
+        m, moe = self.model, self.moe
         b, s, d = x_BSD.shape
         x_TD = x_BSD.reshape(b * s, d)
         routing = route(x_TD, kernel_DE, bias_E, m)
-        expert_TK = jnp.where(valid_BS.reshape(-1, 1), routing.expert_TK, m.n_routed_experts)
-        slots = dispatch.slots_per_round(b * s, m.num_experts_per_tok, m.n_routed_experts, self.moe.capacity_factor)
-        plan = dispatch.make_plan(expert_TK, m.n_routed_experts, slots)
+        chosen_TK = jnp.where(valid_BS.reshape(-1, 1), routing.expert_TK, m.n_routed_experts)
+        kept_TK = chosen_TK
+        if moe.drop:
+            places = dispatch.slots_per_round(b * s, m.num_experts_per_tok, m.n_routed_experts, moe.capacity_factor)
+            kept_TK = dispatch.drop(chosen_TK, routing.weight_TK, m.n_routed_experts, places, moe.drop_policy)
         gate_up, down = _gather(gate_up.astype(x_TD.dtype), gate_up_spec), _gather(down.astype(x_TD.dtype), down_spec)
-        y_TD = dispatch.exchange_and_compute(x_TD, routing.weight_TK, gate_up, down, plan, slots, lax.axis_size("expert"))
-        return y_TD.reshape(b, s, d), _statistics(routing, plan, expert_TK, valid_BS, m)
+        # Every device of the tensor axis computes a slice of each expert's width, and so a part of every sum.
+        x_TD, weight_TK = (lax.pcast(a, "tensor", to="varying") for a in (x_TD, routing.weight_TK))
+        y_TD, rounds = dispatch.dispatch(moe.dispatch, x_TD, weight_TK, kept_TK, gate_up, down, moe.capacity_factor)
+        y_TD = lax.psum(y_TD, "tensor")
+        count_BE = _count(chosen_TK.reshape(b, -1), m.n_routed_experts)
+        chosen_E = jnp.sum(count_BE, axis=0)
+        kept_E = _count(kept_TK.reshape(1, -1), m.n_routed_experts)[0] if moe.drop else chosen_E
+        return y_TD.reshape(b, s, d), _statistics(routing, count_BE, valid_BS, load_of(chosen_E, kept_E, rounds), m)
 
 
 def _gather(w: jax.Array, stored: P) -> jax.Array:
     """This device's experts with the embed axis whole, varying over every batch axis. Its transpose is a reduce-scatter."""
     held = {"expert"}
     for dimension, axes in enumerate(stored):
-        if axes not in (None, "expert"):
+        if axes not in (None, "expert", "tensor"):
             w = lax.all_gather(w, axes, axis=dimension, tiled=True)
             held.update((axes,) if isinstance(axes, str) else axes)
     missing = tuple(axis for axis in BATCH_AXES if axis not in held)
     return lax.pcast(w, missing, to="varying") if missing else w
 
 
-def _statistics(routing: Routing, plan: dispatch.Plan, expert_TK: jax.Array, valid_BS: jax.Array, m: Model) -> MoEStats:
+def load_of(chosen_E: jax.Array, kept_E: jax.Array, rounds: jax.Array) -> Load:
+    """The global load, from each device's counts int32 [E] of assignments chosen and not dropped, and from everyone's rounds."""
+    groups, devices = lax.axis_size(("data", "fsdp")), lax.axis_size("expert")
+    group, device = lax.axis_index(("data", "fsdp")), lax.axis_index("expert")
+    sent_X = jnp.sum(kept_E.reshape(devices, -1), axis=1)  # rows to each device of this one's expert group
+    mine_YX = (jnp.arange(groups) == group)[:, None] & (jnp.arange(devices) == device)
+    total = lambda a: lax.psum(a, BATCH_AXES)
+    return Load(
+        expert_counts=total(chosen_E),
+        rounds=rounds,
+        dropped_counts=total(chosen_E - kept_E),
+        received=total(jnp.where((jnp.arange(groups) == group)[:, None], sent_X, 0).reshape(-1)),
+        dropped_from=total(jnp.where(mine_YX, jnp.sum(chosen_E - kept_E), 0).reshape(-1)),
+        left=total(jnp.sum(sent_X) - sent_X[device]),
+    )
+
+
+def _count(expert_BN: jax.Array, experts: int) -> jax.Array:
+    """int32 [B, E]: how often each expert is in each row; an expert out of range is nobody's."""
+    row_BN = jnp.broadcast_to(jnp.arange(expert_BN.shape[0], dtype=jnp.int32)[:, None], expert_BN.shape)
+    zeros_BE = jnp.zeros_like(expert_BN, shape=(expert_BN.shape[0], experts))
+    return zeros_BE.at[row_BN, expert_BN].add(1, mode="drop")
+
+
+def _statistics(routing: Routing, count_BE: jax.Array, valid_BS: jax.Array, load: Load, m: Model) -> MoEStats:
     b, s = valid_BS.shape
     valid_BS1 = valid_BS[:, :, None].astype(jnp.float32)
     score_BSE = (routing.score_TE / (jnp.sum(routing.score_TE, axis=-1, keepdims=True) + 1e-20)).reshape(b, s, -1) * valid_BS1
-    row_BSK = jnp.broadcast_to(jnp.arange(b, dtype=jnp.int32)[:, None, None], (b, s, m.num_experts_per_tok))
-    count_BE = jnp.zeros_like(score_BSE, shape=(b, m.n_routed_experts)).at[row_BSK, expert_TK.reshape(b, s, -1)].add(1.0, mode="drop")
     length_B1 = jnp.maximum(jnp.sum(valid_BS1, axis=1), 1.0)
-    f_BE = lax.stop_gradient(count_BE) * m.n_routed_experts / (m.num_experts_per_tok * length_B1)
+    f_BE = count_BE.astype(jnp.float32) * m.n_routed_experts / (m.num_experts_per_tok * length_B1)
     p_BE = jnp.sum(score_BSE, axis=1) / length_B1
     z_T = jax.nn.logsumexp(routing.logit_TE, axis=-1) ** 2 * valid_BS1.reshape(-1)
     return MoEStats(
-        expert_counts=lax.psum(plan.count_E, BATCH_AXES),
-        rounds=plan.rounds,
+        load=load,
         sequence_balance=lax.psum(jnp.sum(f_BE * p_BE), BATCH_AXES),
         score_sum=lax.psum(jnp.sum(score_BSE, axis=(0, 1)), BATCH_AXES),
         z_sum=lax.psum(jnp.sum(z_T), BATCH_AXES),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Model
 
@@ -36,6 +37,8 @@ def route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, model: Model
     if model.topk_method != "greedy" and model.topk_group < model.n_group:
         choice_TE = _limit_to_groups(choice_TE, model)
     _, expert_TK = jax.lax.top_k(choice_TE, model.num_experts_per_tok)
+    # Saved rows belong to these choices. Scores made again in the backward pass may differ in their last bit, and choose others.
+    expert_TK = checkpoint_name(expert_TK, "exchange")
     weight_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
     if model.norm_topk_prob:
         weight_TK = weight_TK / (jnp.sum(weight_TK, axis=-1, keepdims=True) + 1e-20)

@@ -92,19 +92,31 @@ class Transformer(nnx.Module):
         """
         chex.assert_rank(tokens_BS, 2)
         chex.assert_equal_shape([tokens_BS, segment_ids_BS, positions_BS])
-        x_BSD = self.embed_tokens(tokens_BS, self.dtype)
         rope = rope_tables(self.model, positions_BS)
-        if self.dense_layers is not None:
+        x_BSD = self.enter(tokens_BS, rope, segment_ids_BS)
+        x_BSD, stats = self._scan(getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS)
+        out = self.leave(x_BSD, rope, segment_ids_BS, next_tokens_BS)
+        return out._replace(stats=join_layers(stats, out.stats))
+
+    @property
+    def blocks_name(self) -> str:
+        """The attribute that holds the main stack: what a pipeline divides over its stages."""
+        return "layers" if self.layers is not None else "dense_layers"
+
+    def enter(self, tokens_BS: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> jax.Array:
+        """What comes before the main stack: embedding, and dense layers in front of MoE layers. [B, S, D] in the compute dtype."""
+        x_BSD = self.embed_tokens(tokens_BS, self.dtype)
+        if self.layers is not None and self.dense_layers is not None:
             x_BSD, _ = self._scan(self.dense_layers, x_BSD, rope, segment_ids_BS)
-        stats = None
-        if self.layers is not None:
-            x_BSD, stats = self._scan(self.layers, x_BSD, rope, segment_ids_BS)
+        return x_BSD
+
+    def leave(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array, next_tokens_BS: jax.Array | None) -> Output:
+        """What comes after the main stack: the last norm and multi-token prediction, whose statistics alone are in the output."""
         hidden_BSD = self.norm(x_BSD)
         if next_tokens_BS is None or not self.mtp:
-            return Output(hidden_BSD, (), stats)
-        mtp_hidden, mtp_stats = self._predict_ahead(hidden_BSD, next_tokens_BS, rope, segment_ids_BS)
-        all_stats = mtp_stats if stats is None else [stats, *mtp_stats]
-        return Output(hidden_BSD, mtp_hidden, jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats))
+            return Output(hidden_BSD, (), None)
+        mtp_hidden, stats = self._predict_ahead(hidden_BSD, next_tokens_BS, rope, segment_ids_BS)
+        return Output(hidden_BSD, mtp_hidden, jax.tree.map(lambda *s: jnp.concatenate(s), *stats))
 
     def head_kernel(self) -> jax.Array:
         """The output head [D, V] in the compute dtype, whole."""
@@ -140,6 +152,13 @@ class Transformer(nnx.Module):
             all_stats.append(jax.tree.map(lambda s: s[None], stats))
             next_tokens_BS = tokens_ahead(next_tokens_BS, segment_ids_BS, 1, missing=-1)
         return tuple(outs), all_stats
+
+
+def join_layers(stats: MoEStats | None, more: MoEStats | None) -> MoEStats | None:
+    """Statistics [L, ...] of layers and of those after them; either may be None."""
+    if stats is None or more is None:
+        return more if stats is None else stats
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, more)
 
 
 def tokens_ahead(ids_BS: jax.Array, segment_ids_BS: jax.Array, distance: int, missing: int) -> jax.Array:

@@ -1,211 +1,103 @@
-"""How tokens meet experts on one device: pure functions that run inside the one shard_map of model/moe.py.
+"""How tokens meet experts: pure functions that run on one device, inside the one per_device of model/moe.py.
 
-Dropless in bounded memory, by rounds. Every (device, expert) pair has C static places a round. A round gathers up to C
-tokens an expert into [E, C, D], exchanges them over the expert axis with all_to_all, runs one batched SwiGLU over the
-local experts, exchanges the results back, and each token adds its weighted rows. Round r takes the tokens whose rank within
-their expert is in [rC, rC + C), so the number of rounds is ceil(largest load / C), agreed by pmax: every device runs the
-same program and the same number of collectives, whatever the routing.
+Three methods, the same numbers (`config.moe.dispatch`):
+- all_to_all: each token's rows are sent to the devices of its experts, and the results back, round by round.
+- all_gather: every device gathers the tokens of the whole expert axis and runs its experts on those that chose them; a
+  reduce-scatter adds the weighted outputs and gives each device its own tokens'.
+- ring: tokens travel around the expert axis with the sum of their weighted outputs, to which each device's experts add.
 
-The backward pass runs the same rounds. The first round, nearly always the only one, keeps what it exchanged and computed
-(`checkpoint_name`s "exchange" and "experts_hidden", for the remat policies); later rounds recompute theirs.
-Token rows move by gathers in both directions, so sums have one order and results do not depend on scheduling.
-
-Shape letters: T tokens of this device, K experts per token, M = T*K assignments, E all experts, G experts of this device,
-X devices on the expert axis (E = G*X), C places per expert and round, D hidden_size, F expert width.
+All work by the rounds of parallel/rounds.py, so none ever drops a token or lets memory depend on the routing. Tokens that visit
+other devices bring their choices: the experts of other devices are nowhere there, and the rounds exchange nothing.
+Shape letters: parallel/rounds.py.
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.parallel.mesh import BATCH_AXES
+from deepseek_jax.parallel.rounds import exchange_and_compute, make_plan, slots_per_round, sort_by_expert
 
 
-class Plan(NamedTuple):
-    """This device's assignments, sorted by expert; stable, so that within an expert they are in token order."""
-
-    order_M: jax.Array  # int32: assignment (token * K + choice) at each sorted position
-    rank_TK: jax.Array  # int32: an assignment's place among those of its expert
-    expert_TK: jax.Array  # int32: E for padding tokens, which go nowhere
-    start_E: jax.Array  # int32: first sorted position of each expert
-    count_E: jax.Array  # int32: assignments of each expert
-    rounds: jax.Array  # int32 scalar, the same on all devices
-
-
-def slots_per_round(tokens: int, top_k: int, experts: int, capacity_factor: float) -> int:
-    """C: capacity_factor times the mean load of an expert from one device; at most every token, at least one."""
-    return max(1, min(tokens, math.ceil(capacity_factor * tokens * top_k / experts)))
-
-
-def make_plan(expert_TK: jax.Array, experts: int, slots: int) -> Plan:
-    """Sorts assignments by expert.
+def drop(expert_TK: jax.Array, weight_TK: jax.Array, experts: int, slots: int, policy: str) -> jax.Array:
+    """Sends nowhere what is beyond the first `slots` assignments of each expert on this device.
 
     Args:
-      expert_TK: int32, each in [0, experts]; `experts` itself means nowhere (padding).
-    """
-    tokens, top_k = expert_TK.shape
-    m = tokens * top_k
-    if m * (experts + 1) < 2**31:
-        # One sort of packed keys is several times faster than argsort and scatter.
-        key_M = jnp.sort(expert_TK.reshape(m) * m + jnp.arange(m, dtype=jnp.int32))
-        order_M, sorted_M = key_M % m, key_M // m
-    else:
-        order_M = jnp.argsort(expert_TK.reshape(m), stable=True).astype(jnp.int32)
-        sorted_M = expert_TK.reshape(m)[order_M]
-    bound = jnp.searchsorted(sorted_M, jnp.arange(experts + 1, dtype=jnp.int32)).astype(jnp.int32)
-    start_E, count_E = bound[:-1], jnp.diff(bound)
-    rank_M = jnp.arange(m, dtype=jnp.int32) - bound[sorted_M]
-    rank_TK = jnp.zeros_like(rank_M).at[order_M].set(rank_M, unique_indices=True).reshape(tokens, top_k)
-    rounds = lax.pmax((jnp.max(count_E) + slots - 1) // slots, BATCH_AXES)
-    return Plan(order_M, rank_TK, expert_TK, start_E, count_E, rounds)
-
-
-def _round_tokens(plan: Plan, r: jax.Array, experts: int, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Which assignment sits in each place of round r: (assignment [E, C] int32, filled [E, C] bool)."""
-    rank_C = r * slots + jnp.arange(slots, dtype=jnp.int32)
-    filled_EC = rank_C[None] < plan.count_E[:, None]
-    position_EC = jnp.minimum(plan.start_E[:, None] + rank_C[None], plan.order_M.shape[0] - 1)
-    return plan.order_M[position_EC], filled_EC
-
-
-def _to_experts(rows_ECD: jax.Array, devices: int) -> jax.Array:
-    """[E, C, D] on every device to [G, X*C, D] on the experts' devices: already grouped by expert."""
-    if devices == 1:
-        return rows_ECD
-    e, c = rows_ECD.shape[:2]
-    rows = lax.all_to_all(rows_ECD.reshape(devices, e // devices, c, -1), "expert", split_axis=0, concat_axis=1)
-    return rows.reshape(e // devices, devices * c, -1)
-
-
-def _from_experts(rows_GRD: jax.Array, devices: int) -> jax.Array:
-    """The inverse of `_to_experts`: [G, X*C, D] back to [E, C, D] on the devices that sent them."""
-    if devices == 1:
-        return rows_GRD
-    g, r = rows_GRD.shape[:2]
-    rows = lax.all_to_all(rows_GRD.reshape(g, devices, r // devices, -1), "expert", split_axis=1, concat_axis=0)
-    return rows.reshape(g * devices, r // devices, -1)
-
-
-def _send(x_TD: jax.Array, plan: Plan, r: jax.Array, top_k: int, slots: int, devices: int) -> jax.Array:
-    """The rows of round r's tokens, zeros in empty places, at the experts: [G, X*C, D]."""
-    assignment_EC, filled_EC = _round_tokens(plan, r, plan.count_E.shape[0], slots)
-    return _to_experts(jnp.where(filled_EC[:, :, None], x_TD[assignment_EC // top_k], 0), devices)
-
-
-def _places(plan: Plan, r: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Where each assignment sits in round r: (index into the flat [E * C] places, whether it is in this round), both [T, K]."""
-    place_TK = plan.rank_TK - r * slots
-    here_TK = (place_TK >= 0) & (place_TK < slots) & (plan.expert_TK < plan.count_E.shape[0])
-    return jnp.where(here_TK, plan.expert_TK * slots + place_TK, 0), here_TK
-
-
-def _collect(acc_TD: jax.Array, rows_ECD: jax.Array, plan: Plan, r: jax.Array, slots: int, weight_TK: jax.Array | None) -> jax.Array:
-    """Adds each token's rows of this round, times their weights, in float32. One expert choice at a time: never T*K rows."""
-    flat = rows_ECD.reshape(-1, rows_ECD.shape[-1])
-    index_TK, here_TK = _places(plan, r, slots)
-    for k in range(index_TK.shape[1]):
-        factor = here_TK[:, k].astype(jnp.float32) if weight_TK is None else jnp.where(here_TK[:, k], weight_TK[:, k], 0.0)
-        acc_TD = acc_TD + flat[index_TK[:, k]].astype(jnp.float32) * factor[:, None]
-    return acc_TD
-
-
-def _hidden(rows_GRD: jax.Array, gate_up_GDPF: jax.Array) -> jax.Array:
-    """Gate and up projections in one matmul: [G, R, 2, F]."""
-    g, d, _, f = gate_up_GDPF.shape
-    return jnp.einsum("grd,gdf->grf", rows_GRD, gate_up_GDPF.reshape(g, d, 2 * f)).reshape(g, -1, 2, f)
-
-
-def _round_forward(x_TD, gate_up, down, plan, r, top_k, slots, devices):
-    """One round up to the experts' results: (received rows, gate and up, results [E, C, D] back at their senders)."""
-    rows_GRD = checkpoint_name(_send(x_TD, plan, r, top_k, slots, devices), "exchange")
-    hidden = checkpoint_name(_hidden(rows_GRD, gate_up), "experts_hidden")
-    act_GRF = jax.nn.silu(hidden[:, :, 0]) * hidden[:, :, 1]
-    out_ECD = _from_experts(jnp.einsum("grf,gfd->grd", act_GRF, down), devices)
-    return rows_GRD, hidden, out_ECD
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def exchange_and_compute(x_TD: jax.Array, weight_TK: jax.Array, gate_up_GDPF: jax.Array, down_GFD: jax.Array, plan: Plan,
-                         slots: int, devices: int) -> jax.Array:
-    """The routed experts' output: sum over a token's choices of weight * expert(x), over as many rounds as it takes.
-
-    Args:
-      x_TD: this device's tokens, in the compute dtype.
-      weight_TK: float32 weights of the choices.
-      gate_up_GDPF: [G, D, 2, F], gate first; down_GFD: [G, F, D]: this device's experts, whole, in the compute dtype.
-        They must vary over all batch axes (`lax.pcast`), so that the transposes reduce their gradients.
-      plan: from `make_plan`, with the same slots.
-      slots: C. devices: X, the size of the expert axis.
+      expert_TK: int32, `experts` for padding.
+      policy: "position" keeps the earliest tokens; "probability" (or "probs") the highest weights, of equal ones the earliest.
 
     Returns:
-      [T, D] in the dtype of x_TD.
+      expert_TK with `experts` for the dropped. As it happens before any exchange, all methods drop the same.
     """
-    return _forward(x_TD, weight_TK, gate_up_GDPF, down_GFD, plan, slots, devices)[0]
+    by_weight = None if policy == "position" else lax.stop_gradient(weight_TK)
+    rank_TK = sort_by_expert(expert_TK, experts, by_weight)[2]
+    return jnp.where(rank_TK < slots, expert_TK, experts)
 
 
-def _forward(x_TD, weight_TK, gate_up, down, plan, slots, devices):
-    top_k = weight_TK.shape[1]
-    rows, hidden, out = _round_forward(x_TD, gate_up, down, plan, jnp.int32(0), top_k, slots, devices)
-    y = _collect(jnp.zeros_like(x_TD, jnp.float32), out, plan, jnp.int32(0), slots, weight_TK)
+def dispatch(method: str, x_TD: jax.Array, weight_TK: jax.Array, expert_TK: jax.Array, gate_up_GDPF: jax.Array,
+             down_GFD: jax.Array, capacity_factor: float) -> tuple[jax.Array, jax.Array]:
+    """Sum over each token's choices of weight * expert(x), wherever on the expert axis the experts are.
 
-    def more(carry):
-        r, y = carry
-        _, _, out = _round_forward(x_TD, gate_up, down, plan, r, top_k, slots, devices)
-        return r + 1, _collect(y, out, plan, r, slots, weight_TK)
+    Args:
+      x_TD: tokens in the compute dtype. weight_TK: float32.
+      expert_TK: int32 in [0, E]; E means nowhere and costs nothing.
+      gate_up_GDPF, down_GFD: this device's experts, in the compute dtype. They, x_TD and weight_TK must vary over the same mesh
+        axes; where that includes `tensor`, the result is this device's part of a sum over it.
+      capacity_factor: places of a round, as a multiple of the mean load.
 
-    _, y = lax.while_loop(lambda carry: carry[0] < plan.rounds, more, (jnp.int32(1), y))
-    return y.astype(x_TD.dtype), (x_TD, weight_TK, gate_up, down, plan, rows, hidden)
-
-
-def _backward(slots, devices, residuals, dy_TD):
-    x_TD, weight_TK, gate_up, down, plan, rows, hidden = residuals
-    tokens, top_k = weight_TK.shape
-    experts = plan.count_E.shape[0]
-    g, d, _, f = gate_up.shape
-
-    def one_round(r, rows_GRD, hidden_GRPF, dx_TD, dw_TK):
-        assignment_EC, filled_EC = _round_tokens(plan, r, experts, slots)
-        dy_GRD = _send(dy_TD, plan, r, top_k, slots, devices)
-        w_EC = jnp.where(filled_EC, weight_TK.reshape(-1)[assignment_EC], 0.0)
-        w_GR1 = _to_experts(w_EC[:, :, None], devices)
-        gate, up = hidden_GRPF[:, :, 0].astype(jnp.float32), hidden_GRPF[:, :, 1].astype(jnp.float32)
-        sig = jax.nn.sigmoid(gate)
-        act_GRF = gate * sig * up
-        # The unweighted gradient goes to the experts, so that the weight's gradient <dy, expert(x)> = <dy down^T, act> is
-        # found there and returns as one number a row: the results themselves need no second exchange.
-        dact = jnp.einsum("grd,gfd->grf", dy_GRD, down, preferred_element_type=jnp.float32)
-        dw_EC = _from_experts(jnp.sum(dact * act_GRF, axis=-1, keepdims=True), devices)
-        dact = dact * w_GR1
-        dgate = dact * up * sig * (1 + gate * (1 - sig))
-        dhidden = jnp.concatenate([dgate, dact * gate * sig], axis=-1).astype(x_TD.dtype)
-        weighted_act = (act_GRF * w_GR1).astype(x_TD.dtype)
-        ddown = jnp.einsum("grf,grd->gfd", weighted_act, dy_GRD, preferred_element_type=jnp.float32)
-        dgate_up = jnp.einsum("grd,grf->gdf", rows_GRD, dhidden, preferred_element_type=jnp.float32)
-        drows_ECD = _from_experts(jnp.einsum("grf,gdf->grd", dhidden, gate_up.reshape(g, d, 2 * f)), devices)
-        dx_TD = _collect(dx_TD, drows_ECD, plan, r, slots, None)
-        index_TK, here_TK = _places(plan, r, slots)
-        dw_TK = dw_TK + jnp.where(here_TK, dw_EC.reshape(-1)[index_TK], 0.0)
-        return dx_TD, dw_TK, dgate_up, ddown
-
-    zeros = jnp.zeros_like(x_TD, jnp.float32), jnp.zeros_like(weight_TK)
-    grads = one_round(jnp.int32(0), rows, hidden, *zeros)
-
-    def more(carry):
-        r, (dx, dw, dgate_up, ddown) = carry
-        rows = _send(x_TD, plan, r, top_k, slots, devices)
-        dx, dw, dgate_up_r, ddown_r = one_round(r, rows, _hidden(rows, gate_up), dx, dw)
-        return r + 1, (dx, dw, dgate_up + dgate_up_r, ddown + ddown_r)
-
-    _, (dx, dw, dgate_up, ddown) = lax.while_loop(lambda carry: carry[0] < plan.rounds, more, (jnp.int32(1), grads))
-    dplan = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), plan)  # integers have no gradient
-    return (dx.astype(x_TD.dtype), dw.astype(weight_TK.dtype), dgate_up.reshape(gate_up.shape).astype(gate_up.dtype),
-            ddown.astype(down.dtype), dplan)
+    Returns:
+      (y [T, D] in the dtype of x_TD; int32, the most rounds that any device ran, in the ring for one device's tokens)
+    """
+    devices, local = lax.axis_size("expert"), gate_up_GDPF.shape[0]
+    method = _all_to_all if devices == 1 else {"all_to_all": _all_to_all, "all_gather": _all_gather, "ring": _ring}[method]
+    top_k, experts = expert_TK.shape[1], devices * local
+    places = functools.partial(slots_per_round, top_k=top_k, experts=experts, capacity_factor=capacity_factor)
+    return method(x_TD, weight_TK, expert_TK, gate_up_GDPF, down_GFD, places, devices)
 
 
-exchange_and_compute.defvjp(_forward, _backward)
+def _all_to_all(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
+    slots = places(x_TD.shape[0])
+    plan = make_plan(expert_TK, devices * gate_up.shape[0], slots)
+    rounds = lax.pmax(plan.rounds, BATCH_AXES)
+    if devices > 1:
+        plan = plan._replace(rounds=rounds)  # a round is a collective: every device must run as many as the one that needs most
+    return exchange_and_compute(x_TD, weight_TK, gate_up, down, plan, slots, devices), rounds
+
+
+def _all_gather(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
+    gather = lambda a: checkpoint_name(lax.all_gather(a, "expert", tiled=True), "exchange")
+    y, rounds = _visited(gather(x_TD), gather(weight_TK), gather(expert_TK), gate_up, down, places)
+    return lax.psum_scatter(y, "expert", tiled=True), lax.pmax(rounds, BATCH_AXES)
+
+
+def _ring(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
+    # The scan adds up the weights' gradients over its steps in the dtype it holds them in.
+    held = gate_up.astype(jnp.float32), down.astype(jnp.float32)
+
+    def visit(travelling, _):
+        x, weight, expert, y = travelling
+        more, rounds = _visited(x, weight, expert, *(w.astype(x.dtype) for w in held), places)
+        move = lambda a: checkpoint_name(_to_next(a, devices), "exchange")
+        return (move(x), move(weight), move(expert), _to_next(y + more, devices)), rounds
+
+    (_, _, _, y), rounds = lax.scan(visit, (x_TD, weight_TK, expert_TK, jnp.zeros_like(x_TD)), length=devices)
+    return y, lax.pmax(jnp.max(rounds), BATCH_AXES)
+
+
+def _to_next(a: jax.Array, devices: int) -> jax.Array:
+    """What the device before on the expert axis has."""
+    return lax.ppermute(a, "expert", [(i, (i + 1) % devices) for i in range(devices)])
+
+
+def _visited(x_TD, weight_TK, expert_TK, gate_up, down, places):
+    """What this device's experts add to tokens from anywhere, and the rounds they took: nothing is exchanged in them, so devices
+    need not agree on their number."""
+    local = gate_up.shape[0]
+    here_TK = expert_TK - lax.axis_index("expert") * local
+    here_TK = jnp.where((here_TK >= 0) & (here_TK < local), here_TK, local)
+    slots = places(x_TD.shape[0])
+    plan = make_plan(here_TK, local, slots)
+    return exchange_and_compute(x_TD, weight_TK, gate_up, down, plan, slots, 1), plan.rounds

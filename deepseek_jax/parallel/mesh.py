@@ -1,13 +1,19 @@
-"""The only place where a Mesh is made and checked."""
+"""The only place where a Mesh is made and checked, and where code goes from arrays over the mesh to one device's part of them."""
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType
 
-from deepseek_jax.config import Config, UserError
+from deepseek_jax.config import Config, Model, UserError
 from deepseek_jax.parallel.sharding import divided_axes
 
+# Outermost first: devices of one host are neighbours, so `tensor`, `expert` and `fsdp` stay inside a host where they fit, while
+# `data` and `stage`, which send least, cross hosts.
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # the batch is divided over these
 
@@ -25,7 +31,57 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sh
     devices = jax.devices() if devices is None else devices
     shape = _resolve(config, len(devices))
     _check(config, shape)
-    return jax.make_mesh(tuple(shape[a] for a in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    by_host = sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id))
+    array = np.array(by_host, dtype=object).reshape([shape[a] for a in AXES])
+    return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def axes_across_hosts(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """The axes along which neighbours belong to different processes."""
+    host = np.vectorize(lambda d: d.process_index)(mesh.devices)
+    return tuple(a for i, a in enumerate(mesh.axis_names) if np.any(np.diff(host, axis=i)))
+
+
+def per_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """shard_map of f over all axes of the current mesh, replication checked: f sees one device's part of every array.
+
+    Inside a pipeline stage, where `stage` is mapped already, it maps the others. There the backward pass starts from the arguments
+    and runs f again: jax 0.10.2 cannot carry residuals that vary over the outer axis out of an inner shard_map.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    mapped = functools.partial(jax.shard_map, axis_names=axes, check_vma=True)
+    call = mapped(f, in_specs=in_specs, out_specs=out_specs)
+    if len(axes) == len(mesh.axis_names):
+        return call
+
+    is_float = lambda a: jax.numpy.issubdtype(a.dtype, jax.numpy.floating)
+    is_spec = lambda s: isinstance(s, jax.P)
+
+    def backward(args, cotangents):
+        differentiated = [is_float(a) for a in args]
+        pick = lambda values: tuple(v for v, yes in zip(values, differentiated, strict=True) if yes)
+        cotangent_specs = jax.tree.leaves(jax.tree.broadcast(out_specs, cotangents, is_leaf=is_spec), is_leaf=is_spec)
+        pairs = zip(jax.tree.leaves(cotangents), cotangent_specs, strict=True)
+        pairs = [(c, s) for c, s in pairs if is_float(c)]
+
+        def transposed(args, float_cotangents):
+            def float_results(*floats):
+                given = iter(floats)
+                out = f(*(next(given) if yes else a for a, yes in zip(args, differentiated, strict=True)))
+                return [leaf for leaf in jax.tree.leaves(out) if is_float(leaf)]
+
+            return jax.vjp(float_results, *pick(args))[1](list(float_cotangents))
+
+        specs = (tuple(in_specs), tuple(s for _, s in pairs))
+        gradients = iter(mapped(transposed, in_specs=specs, out_specs=pick(in_specs))(args, tuple(c for c, _ in pairs)))
+        return tuple(next(gradients) if yes else None for yes in differentiated)
+
+    # Under jax.checkpoint a scan around it cannot take it apart, to compute once what does not change between its steps.
+    call = jax.checkpoint(call)
+    again = jax.custom_vjp(lambda *args: call(*args))
+    again.defvjp(lambda *args: (call(*args), args), backward)
+    return again
 
 
 def _resolve(config: Config, device_count: int) -> dict[str, int]:
@@ -64,20 +120,47 @@ def _check(config: Config, shape: dict[str, int]) -> None:
         raise UserError(f"config.train.batch_size={config.train.batch_size} / accumulation {config.train.accumulation} = {config.micro_batch} "
                         f"sequences is not divisible by the {ways} devices of data x fsdp x expert. "
                         f"Set config.train.batch_size to a multiple of {ways * config.train.accumulation}.")
+    for name, width in _tensor_widths(m):
+        if width % shape["tensor"]:
+            raise UserError(f"config.model.{name}={width} is not divisible by the tensor mesh axis ({shape['tensor']} devices). "
+                            f"Set config.mesh.tensor to a divisor of {width}.")
+    remat, virtual = config.train.remat, config.sharding.virtual_stages
+    if shape["stage"] > 1 and {"exchange", "experts_hidden"} & set(remat.removeprefix("save:").split(",")):
+        raise UserError(f"config.train.remat={remat} and config.mesh.stage={shape['stage']}: inside a stage the exchange is always made "
+                        f"again in backward. Set config.train.remat to full, none or save:attention,mlp_hidden.")
+    if virtual > 1 and shape["stage"] == 1:
+        raise UserError(f"config.sharding.virtual_stages={virtual} needs stages, but config.mesh.stage=1. "
+                        f"Set config.mesh.stage, or config.sharding.virtual_stages=0.")
+    blocks = config.pipelined_blocks
+    if shape["stage"] > max(blocks, 1):
+        raise UserError(f"config.mesh.stage={shape['stage']} is above the {blocks} {'MoE ' if m.num_hidden_layers > m.first_k_dense_replace else ''}"
+                        f"layers there are to divide. Set config.mesh.stage to {blocks} or less.")
     # What the rule table of parallel/sharding.py divides, by the option that sets its width.
     axes = divided_axes(config)
-    if not axes:
+    dense_axes = (*axes, *(("expert",) if axes else ()), *(("stage",) if shape["stage"] > 1 else ()))
+    dense = math.prod(shape[a] for a in dense_axes)
+    if dense == 1:
         return
-    experts = math.prod(shape[a] for a in axes)
-    dense = experts * shape["expert"]
     heads = f"num_attention_heads={m.num_attention_heads}"
-    widths = [(f"config.model.hidden_size={m.hidden_size}", m.hidden_size),
-              (f"config.model.{heads} x (qk_nope_head_dim + v_head_dim)", m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim))]
+    widths = [(f"config.model.hidden_size={m.hidden_size}", m.hidden_size, 1),
+              (f"config.model.{heads} x (qk_nope_head_dim + v_head_dim)", m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim),
+               shape["tensor"])]
     if m.q_lora_rank:
         widths.append((f"config.model.{heads} x (qk_nope_head_dim + qk_rope_head_dim)",
-                       m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)))
-    for name, width in widths:
-        if width % dense:
-            raise UserError(f"{name} (a width of {width}) is not divisible by the {dense} devices of {' x '.join((*axes, 'expert'))} that "
+                       m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim), shape["tensor"]))
+    for name, width, tensor in widths:
+        if width % (dense * tensor):
+            raise UserError(f"{name} (a width of {width}) is not divisible by the {dense * tensor} devices of "
+                            f"{' x '.join((*dense_axes, *(('tensor',) if tensor > 1 else ())))} that "
                             f"config.sharding.strategy={config.sharding.strategy} divides weights over. Make these axes smaller; "
                             f"hybrid_shard leaves config.mesh.data out.")
+
+
+def _tensor_widths(m: Model) -> list[tuple[str, int]]:
+    """The options whose width lies on the tensor axis."""
+    widths = [("num_attention_heads", m.num_attention_heads), ("vocab_size", m.vocab_size)]
+    if m.first_k_dense_replace:
+        widths.append(("intermediate_size", m.intermediate_size))
+    if m.num_hidden_layers > m.first_k_dense_replace or m.num_nextn_predict_layers:
+        widths.append(("moe_intermediate_size", m.moe_intermediate_size))
+    return widths

@@ -5,6 +5,7 @@ Parameters live in the layout of `storage_rules` and are used in the layout of `
 of FULL_SHARD, one layer at a time, and its transpose sends the gradient back to the layout of the parameter.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -18,10 +19,10 @@ Rules = dict[str, tuple[str, ...] | str | None]
 
 # Axes of parameters. `embed` is the axis of a dense weight that FULL_SHARD divides; an expert weight has `expert_embed`
 # there, because its experts already lie on the expert axis. `lora_heads` is the output of a low-rank projection, which
-# has no embed axis. The rest is never divided in this version.
+# has no embed axis. Heads, feed-forward widths and the vocabulary lie on the tensor axis, in use as in storage.
 COMPUTE_RULES: Rules = {
-    "layers": None, "embed": None, "lora_heads": None, "experts": "expert", "expert_embed": None, "expert_mlp": None,
-    "vocab": None, "heads": None, "mlp": None, "lora": None, "norm": None, "router": None, "pair": None,
+    "layers": None, "embed": None, "lora_heads": "tensor", "experts": "expert", "expert_embed": None, "expert_mlp": "tensor",
+    "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "lora": None, "norm": None, "router": None, "pair": None,
 }
 
 # strategy -> what is divided: over data x fsdp x expert, under hybrid_shard over fsdp x expert with replicas along data.
@@ -37,10 +38,19 @@ DIVIDED_BY = {
 
 
 def storage_rules(config: Config) -> tuple[Rules, Rules, Rules]:
-    """The rules of parameters, gradients and optimizer state under `config.sharding.strategy`."""
+    """The rules of parameters, gradients and optimizer state under `config.sharding.strategy`.
+
+    A stage stores a slice of every weight, under every strategy, not its own blocks: so blocks need not divide by the stages, and
+    all stages hold the same number of bytes. `parallel/pipeline.py` brings the blocks to their stages once a step.
+    """
     axes = divided_axes(config)
-    divided = COMPUTE_RULES | {"embed": (*axes, "expert"), "lora_heads": (*axes, "expert"), "expert_embed": axes}
-    return tuple(divided if yes else COMPUTE_RULES for yes in DIVIDED_BY[config.sharding.canonical])
+
+    def rules(dense: tuple[str, ...], experts: tuple[str, ...]) -> Rules:
+        # `stage` last, so that what a stage stores is one piece of what it gathers; `tensor` first, so that it stays after the gather.
+        return COMPUTE_RULES | {"embed": (*dense, "stage"), "lora_heads": ("tensor", *dense, "stage"), "expert_embed": (*experts, "stage")}
+
+    divided, undivided = rules((*axes, "expert"), axes), rules((), ())
+    return tuple(divided if yes else undivided for yes in DIVIDED_BY[config.sharding.canonical])
 
 
 def divided_axes(config: Config) -> tuple[str, ...]:
@@ -57,7 +67,7 @@ def spec(axes: tuple[str | None, ...], rules: Rules) -> P:
     for name in axes:
         if name is not None and name not in rules:
             raise KeyError(f"logical axis {name!r} is not in the rule table of parallel/sharding.py, which has {sorted(rules)}")
-    return P(*(None if name is None else rules[name] for name in axes))
+    return P(*(None if name is None or not rules[name] else rules[name] for name in axes))
 
 
 def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
@@ -68,9 +78,19 @@ def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     return tuple(axes)[len(axes) - variable.get_value().ndim :]
 
 
-def specs(state: nnx.State, rules: Rules) -> nnx.State:
-    """The PartitionSpec of every variable of a state, as a tree of the state's structure with specs for leaves."""
-    return jax.tree.map(lambda v: v.replace(spec(logical_axes(v), rules)), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+def specs(state: nnx.State, rules: Rules, min_weight_size: int = 0) -> nnx.State:
+    """The PartitionSpec of every variable of a state, as a tree of the state's structure with specs for leaves.
+
+    Args:
+      min_weight_size: weights with fewer elements, a layer, keep their compute layout: their messages would cost more than their bytes.
+    """
+
+    def of(v: nnx.Variable) -> nnx.Variable:
+        axes, shape = logical_axes(v), v.get_value().shape
+        size = math.prod(shape) // (shape[0] if axes[0] == "layers" else 1)
+        return v.replace(spec(axes, COMPUTE_RULES if size < min_weight_size else rules))
+
+    return jax.tree.map(of, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
 def shardings(spec_tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -86,6 +106,16 @@ def reshard(tree: Any, spec_tree: Any) -> Any:
 def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:
     """The weight as the layer uses it: cast to the compute dtype, then gathered, so that the gather moves few bytes."""
     return jax.sharding.reshard(variable[...].astype(dtype), spec(logical_axes(variable), COMPUTE_RULES))
+
+
+def without_stage(w: jax.Array) -> P:
+    """The spec of an array with the stage axis left out."""
+
+    def rest(axes):
+        left = tuple(a for a in ((axes,) if isinstance(axes, str) else axes or ()) if a != "stage")
+        return left or None
+
+    return P(*map(rest, jax.typeof(w).sharding.spec))
 
 
 def bytes_per_device(tree: Any, sharding_tree: Any) -> int:

@@ -158,7 +158,7 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
         clock.tick(int(m.tokens))
         if done % c.log.every_steps == 0 or done == last or m.bad_steps:
             values = metrics.row(m, done, *clock.read(), tokens_seen, config, count)
-            writer.write(values, m.expert_counts, m.rounds)
+            writer.write(values, m.load)
             if m.bad_steps:
                 bar.say(f"step {done}: loss {float(m.losses.loss)}, gradient norm {float(m.grad_norm)}: update skipped ({int(m.bad_steps)} in a row)")
             bar.update(values, clock.seconds_a_step() * (last - done))

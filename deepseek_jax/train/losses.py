@@ -4,6 +4,7 @@ Every term is a sum over tokens or sequences divided by a total of the whole bat
 micro-batch: so micro-batches add up, and the gradient under accumulation equals that of the whole batch.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config, Model
 from deepseek_jax.model.moe import MoEStats
+from deepseek_jax.model.stages import through_stages
 from deepseek_jax.model.transformer import Output, Transformer, tokens_ahead
+from deepseek_jax.parallel.pipeline import make_schedule
 
 IGNORE = -100  # target id of a position that predicts nothing, as in Hugging Face
 LOSS_CHUNK = 512  # positions of a sequence whose logits are alive at a time
@@ -89,31 +92,57 @@ def balance_loss(stats: MoEStats, total: Totals, config: Config) -> jax.Array:
     return jnp.mean(jnp.sum(f_LE * stats.score_sum / tokens_L1, axis=-1))
 
 
-def pretraining_loss(model: Transformer, batch: Batch, total: Totals, config: Config,
-                     mtp_weight: jax.Array) -> tuple[jax.Array, tuple[Losses, MoEStats | None]]:
-    """The next-token loss with multi-token prediction, balance and z terms, for one micro-batch.
-
-    Args:
-      batch: one micro-batch. total: denominators of the whole batch. mtp_weight: float32 weight of the MTP loss.
+def next_token_loss(model: Transformer, out: Output, batch: Batch, total: Totals, config: Config,
+                    mtp_weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cross-entropy of the next token and, weighted, of multi-token prediction: a micro-batch's share of the batch's.
 
     Returns:
-      (loss, (all parts, statistics)).
+      (loss, its next-token part, its unweighted multi-token part), float32.
     """
-    m = config.model
     targets, kernel = batch["targets"], model.head_kernel()
-    out: Output = model(batch["tokens"], batch["segment_ids"], batch["positions"], targets)
     lm = cross_entropy_sum(out.hidden_BSD, kernel, targets) / jnp.maximum(total.targets, 1)
-    loss, mtp, balance, z = lm, jnp.float32(0), jnp.float32(0), jnp.float32(0)
+    loss, mtp = lm, jnp.float32(0)
     for depth, hidden in enumerate(out.mtp_hidden_BSD):
         ahead = tokens_ahead(targets, batch["segment_ids"], depth + 1, IGNORE)
         mtp += cross_entropy_sum(hidden, kernel, ahead) / jnp.maximum(total.mtp_targets[depth], 1) / len(out.mtp_hidden_BSD)
     if out.mtp_hidden_BSD:
         loss += mtp_weight * mtp
-    if out.stats is not None:
-        balance = balance_loss(out.stats, total, config)
-        z = jnp.mean(out.stats.z_sum / total.layer_tokens(m))
-        # The papers add the balance loss of every layer; the reported value is their mean.
-        layers = out.stats.z_sum.shape[0]
-        loss += layers * (m.aux_loss_alpha * balance + config.moe.router_z_loss_coef * z)
-    return loss, (Losses(loss, lm, mtp, balance, z), out.stats)
+    return loss, lm, mtp
 
+
+def routing_loss(stats: MoEStats | None, total: Totals, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(weighted sum of balance and z-loss, unweighted balance loss, unweighted z-loss), float32."""
+    if stats is None:
+        return jnp.float32(0), jnp.float32(0), jnp.float32(0)
+    balance = balance_loss(stats, total, config)
+    z = jnp.mean(stats.z_sum / total.layer_tokens(config.model))
+    # The papers add the balance loss of every layer; the reported value is their mean.
+    layers = stats.z_sum.shape[0]
+    return layers * (config.model.aux_loss_alpha * balance + config.moe.router_z_loss_coef * z), balance, z
+
+
+def pretraining_loss(model: Transformer, batch: Batch, total: Totals, config: Config, mtp_weight: jax.Array,
+                     token_loss: Callable = next_token_loss) -> tuple[jax.Array, tuple[Losses, MoEStats | None]]:
+    """The loss with all its terms.
+
+    Args:
+      batch: one micro-batch [B, S], or with stages all of a step's [A, B, S], which go through them as a pipeline.
+      total: denominators of the whole batch. mtp_weight: float32 weight of the MTP loss.
+      token_loss: what is made of the model's output, with the signature of `next_token_loss`.
+
+    Returns:
+      (loss, (all parts, statistics)).
+    """
+
+    def head(model, micro, out, given):
+        return token_loss(model, out, micro, given[0], config, given[1])
+
+    if batch["tokens"].ndim == 3:
+        stages = jax.sharding.get_abstract_mesh().shape["stage"]
+        given = (total._replace(expert_counts=None), mtp_weight)
+        (loss, lm, mtp), stats = through_stages(model, make_schedule(config, stages, batch["tokens"].shape[0]), batch, given, head)
+    else:
+        out = model(batch["tokens"], batch["segment_ids"], batch["positions"], batch["targets"])
+        (loss, lm, mtp), stats = head(model, batch, out, (total, mtp_weight)), out.stats
+    extra, balance, z = routing_loss(stats, total, config)
+    return loss + extra, (Losses(loss + extra, lm, mtp, balance, z), stats)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.count import Count
+from deepseek_jax.model.moe import Load
 from deepseek_jax.train.step import StepMetrics
 
 # Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets; the first name found in device_kind wins.
@@ -37,24 +38,45 @@ def memory_gb() -> float:
 def row(metrics: StepMetrics, step: int, step_time: float, tokens_per_sec: float, tokens_seen: int, config: Config, count: Count) -> dict[str, Any]:
     """One row of metrics.jsonl from a step's metrics (on the host). `step` counts finished steps; `step_time` is in seconds."""
     short = lambda x: float(str(np.float32(x)))  # the shortest text that is this float32: equal text, equal number
-    counts = np.asarray(metrics.expert_counts, np.float64)
     out = {"step": step, "loss": short(metrics.losses.loss), "lm_loss": short(metrics.losses.lm_loss), "lr": short(metrics.lr),
            "grad_norm": short(metrics.grad_norm), "step_time_s": round(step_time, 6), "tokens_per_sec": round(tokens_per_sec, 2),
            "tokens_seen": tokens_seen, "balance_loss": short(metrics.losses.balance_loss), "z_loss": short(metrics.losses.z_loss),
-           "max_violation": 0.0, "routing_entropy": 0.0, "dropped_tokens": 0, "dispatch_rounds": 0, "skipped_steps": int(metrics.skipped_steps),
+           **routing(metrics.load, config.moe.drop), "skipped_steps": int(metrics.skipped_steps),
            "memory_gb": round(memory_gb(), 4)}
     if config.model.num_nextn_predict_layers:
         out["mtp_loss"] = short(metrics.losses.mtp_loss)
-    if counts.size and counts.sum():
-        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        out["max_violation"] = round(float((share.max(axis=1) * counts.shape[1] - 1).max()), 6)
-        entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1) / math.log(max(counts.shape[1], 2))
-        out["routing_entropy"] = round(float(entropy.mean()), 6)  # 1: every expert of a layer has the same load
-        out["dispatch_rounds"] = int(np.max(metrics.rounds))
     achieved = count.flops_per_token * tokens_per_sec / 1e12 / jax.device_count()
     out["model_tflops_per_device"] = round(achieved, 6)
     if peak := device_peak(config):
         out["utilisation"] = round(achieved / peak, 4)
+    return out
+
+
+def routing(load: Load, drop: bool) -> dict[str, Any]:
+    """The figures of a row that say where tokens went. `load` has leaves [L, ...], L = 0 without MoE layers.
+
+    max_violation: the fullest expert's load / the mean - 1, in the worst layer.
+    routing_entropy: 1 where every expert of a layer has the same load, 0 where one has all; mean over layers.
+    dispatch_rounds: the most rounds that a device ran in a layer.
+    left_device_share: of the assignments not dropped, those whose expert lies on another device than their token.
+    device_imbalance: the most rows that a device's experts received / the mean - 1, in the worst layer.
+    dropped_tokens: assignments dropped, over all layers; with `drop` also by layer and by the device of the token.
+    """
+    load = jax.tree.map(lambda a: np.asarray(a, np.int64), load)
+    out = {"max_violation": 0.0, "routing_entropy": 0.0, "dispatch_rounds": 0, "left_device_share": 0.0, "device_imbalance": 0.0,
+           "dropped_tokens": int(load.dropped_counts.sum())}
+    if load.expert_counts.any():
+        share = load.expert_counts / np.maximum(load.expert_counts.sum(axis=1, keepdims=True), 1)
+        entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1) / math.log(max(share.shape[1], 2))
+        received = load.received / np.maximum(load.received.mean(axis=1, keepdims=True), 1e-30)
+        out["max_violation"] = round(float((share.max(axis=1) * share.shape[1] - 1).max()), 6)
+        out["routing_entropy"] = round(float(entropy.mean()), 6)
+        out["dispatch_rounds"] = int(load.rounds.max())
+        out["left_device_share"] = round(float(load.left.sum() / max(load.received.sum(), 1)), 6)
+        out["device_imbalance"] = round(float(received.max() - 1), 6)
+    if drop:
+        out["dropped_by_layer"] = load.dropped_counts.sum(axis=1).tolist()
+        out["dropped_by_device"] = load.dropped_from.sum(axis=0).tolist()
     return out
 
 
@@ -75,8 +97,8 @@ class MetricsWriter:
 
             self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
 
-    def write(self, values: dict[str, Any], expert_counts: np.ndarray | None = None, rounds: np.ndarray | None = None) -> None:
-        """Writes one row; `expert_counts` [L, E] and `rounds` [L] go to TensorBoard by layer."""
+    def write(self, values: dict[str, Any], load: Load | None = None) -> None:
+        """Writes one row; `load`, with leaves [L, ...] on the host, goes to TensorBoard by layer."""
         if self._file is None:
             return
         finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
@@ -86,14 +108,17 @@ class MetricsWriter:
             return
         step = values["step"]
         for name, value in finite.items():
-            if name != "step":
+            if name != "step" and not isinstance(value, list):
                 self._board.add_scalar(name, value, step)
-        for layer, counts in enumerate([] if expert_counts is None else np.asarray(expert_counts, np.float64)):
-            if counts.sum():
-                load = counts / counts.mean()
-                self._board.add_scalar(f"layer_max_violation/{layer:02d}", load.max() - 1, step)
-                self._board.add_scalar(f"layer_rounds/{layer:02d}", rounds[layer], step)
-                self._board.add_histogram(f"layer_expert_load/{layer:02d}", load, step, bins="auto")
+        for layer in range(0 if load is None else len(load.rounds)):
+            here = jax.tree.map(lambda a: np.asarray(a[layer], np.float64), load)
+            if here.expert_counts.any():
+                share = here.expert_counts / here.expert_counts.mean()
+                self._board.add_scalar(f"layer_max_violation/{layer:02d}", share.max() - 1, step)
+                self._board.add_scalar(f"layer_rounds/{layer:02d}", here.rounds, step)
+                self._board.add_scalar(f"layer_dropped/{layer:02d}", here.dropped_counts.sum(), step)
+                self._board.add_histogram(f"layer_expert_load/{layer:02d}", share, step, bins="auto")
+                self._board.add_histogram(f"layer_device_rows/{layer:02d}", here.received, step, bins="auto")
 
     def close(self) -> None:
         if self._file is not None:

@@ -1,5 +1,6 @@
 """The training state: what it holds, how it is laid out over the mesh, how it is created."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ class Layout(NamedTuple):
     """Everything about the state that is known without holding it."""
 
     graphdef: nnx.GraphDef
+    inference_graphdef: nnx.GraphDef  # the same model, which never drops a token
     abstract: TrainState  # shapes and dtypes
     shardings: TrainState
     param_specs: nnx.State  # PartitionSpecs: of parameters between steps,
@@ -39,6 +41,10 @@ class Layout(NamedTuple):
     def merge(self, params: nnx.State, bias: nnx.State) -> transformer.Transformer:
         """The model with these parameters."""
         return nnx.merge(self.graphdef, params, bias)
+
+    def merge_for_inference(self, params: nnx.State, bias: nnx.State) -> transformer.Transformer:
+        """The model for evaluation and sampling: `moe.drop` is of training only, as in a batch of few tokens it would drop many."""
+        return nnx.merge(self.inference_graphdef, params, bias)
 
     def abstract_sharded(self) -> TrainState:
         """Shapes with their shardings: what a checkpoint is restored into."""
@@ -54,7 +60,7 @@ def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     """Shapes and shardings of the state of a run on a mesh. Call it under `jax.set_mesh(mesh)`."""
     graphdef, params, bias = abstract_model(config)
     rules = sharding.storage_rules(config)
-    param_specs, grad_specs, opt_specs = (sharding.specs(params, r) for r in rules)
+    param_specs, grad_specs, opt_specs = (sharding.specs(params, r, config.sharding.min_weight_size) for r in rules)
     bias_specs = sharding.specs(bias, sharding.COMPUTE_RULES)
     optimizer = make_optimizer(config, params)
     opt_state = jax.eval_shape(optimizer.init, params)
@@ -63,7 +69,9 @@ def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     abstract = TrainState(scalar, params, bias, opt_state, scalar, scalar)
     specs = TrainState(jax.P(), param_specs, bias_specs, opt_state_specs, jax.P(), jax.P())
-    return Layout(graphdef, abstract, sharding.shardings(specs, mesh), param_specs, grad_specs, opt_specs, optimizer)
+    never_drops = dataclasses.replace(config, moe=dataclasses.replace(config.moe, drop=False))
+    inference = abstract_model(never_drops)[0] if config.moe.drop else graphdef
+    return Layout(graphdef, inference, abstract, sharding.shardings(specs, mesh), param_specs, grad_specs, opt_specs, optimizer)
 
 
 def init_state(config: Config, layout: Layout) -> TrainState:

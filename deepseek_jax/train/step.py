@@ -11,11 +11,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
+from deepseek_jax.model.moe import Load, merge_loads
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import reshard
 from deepseek_jax.train import losses
 from deepseek_jax.train.optimizer import learning_rate
 from deepseek_jax.train.state import Layout, TrainState
+
+
+NO_LOAD = Load(*(np.zeros(shape, np.int32) for shape in ((0, 0), (0,), (0, 0), (0, 0), (0, 0), (0,))))  # of a model without experts
 
 
 class StepMetrics(NamedTuple):
@@ -24,8 +28,7 @@ class StepMetrics(NamedTuple):
     losses: losses.Losses
     lr: jax.Array
     grad_norm: jax.Array  # before clipping
-    expert_counts: jax.Array  # int32 [L, E]
-    rounds: jax.Array  # int32 [L]: most dispatch rounds of a micro-batch
+    load: Load  # where assignments went, leaves [L, ...]; the rounds are the most of a micro-batch
     tokens: jax.Array  # float32: tokens that are not padding
     bad_steps: jax.Array  # int32: updates skipped in a row up to this one
     skipped_steps: jax.Array  # int32: in all
@@ -42,7 +45,39 @@ def put_batch(rows: dict[str, np.ndarray], micro_batch: int, mesh: jax.sharding.
     return {k: put(v) for k, v in rows.items()}
 
 
-def make_train_step(config: Config, layout: Layout, loss_fn: Callable = losses.pretraining_loss) -> Callable:
+def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses.next_token_loss) -> Callable:
+    """(params, bias, batch [A, b, S], totals, MTP weight) -> (gradients, Losses, Load) of the whole batch.
+
+    Gradients are float32, summed over micro-batches, in the layout that the strategy gives them.
+    """
+
+    def gradients(params, bias, batch, total, mtp_weight):
+        def loss(params):
+            return losses.pretraining_loss(layout.merge(params, bias), batch, total, config, mtp_weight, token_loss)
+
+        grads, (parts, stats) = jax.grad(loss, has_aux=True)(params)
+        return reshard(grads, layout.grad_specs), parts, stats.load if stats else NO_LOAD
+
+    def whole_batch_gradients(params, bias, batch, total, mtp_weight):
+        one = lambda batch: gradients(params, bias, batch, total, mtp_weight)
+        if jax.sharding.get_abstract_mesh().shape["stage"] > 1:
+            return one(batch)
+        if batch["tokens"].shape[0] == 1:
+            return one(jax.tree.map(lambda a: a[0], batch))
+
+        def more(carry, micro):
+            new = one(micro)
+            load = merge_loads(jax.tree.map(lambda *a: jnp.stack(a), carry[2], new[2]))
+            return (*jax.tree.map(jnp.add, carry[:2], new[:2]), load), None
+
+        shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda a: a[0], batch)))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
+        return jax.lax.scan(more, zeros, batch)[0]
+
+    return whole_batch_gradients
+
+
+def make_train_step(config: Config, layout: Layout, token_loss: Callable = losses.next_token_loss) -> Callable:
     """The step function, to be jitted with the state donated.
 
     Its batch has int32 arrays [A, b, S]: A micro-batches, b divided over the batch axes. Gradients are summed over them in
@@ -50,34 +85,14 @@ def make_train_step(config: Config, layout: Layout, loss_fn: Callable = losses.p
     """
     depths = config.model.num_nextn_predict_layers
     schedule = learning_rate(config)
-
-    def micro_gradients(params, bias, micro, total, mtp_weight):
-        def loss(params):
-            return loss_fn(layout.merge(params, bias), micro, total, config, mtp_weight)
-
-        grads, (parts, stats) = jax.grad(loss, has_aux=True)(params)
-        counts, rounds = (stats.expert_counts, stats.rounds) if stats else (jnp.zeros((0, 0), jnp.int32), jnp.zeros(0, jnp.int32))
-        return reshard(grads, layout.grad_specs), parts, counts, rounds
-
-    def whole_batch_gradients(params, bias, batch, total, mtp_weight):
-        one = lambda micro: micro_gradients(params, bias, micro, total, mtp_weight)
-        if batch["tokens"].shape[0] == 1:
-            return one(jax.tree.map(lambda a: a[0], batch))
-
-        def more(carry, micro):
-            new = one(micro)
-            return (*jax.tree.map(jnp.add, carry[:3], new[:3]), jnp.maximum(carry[3], new[3])), None
-
-        shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda a: a[0], batch)))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
-        return jax.lax.scan(more, zeros, batch)[0]
+    whole_batch_gradients = make_gradients(config, layout, token_loss)
 
     def counts_of(params, bias, batch):
         """Expert counts of all micro-batches, by a forward pass of its own: the batch-level balance loss needs them first."""
 
         def one(_, micro):
             model = layout.merge(params, bias)
-            return None, model(micro["tokens"], micro["segment_ids"], micro["positions"], micro["targets"]).stats.expert_counts
+            return None, model(micro["tokens"], micro["segment_ids"], micro["positions"], micro["targets"]).stats.load.expert_counts
 
         return jnp.sum(jax.lax.scan(one, None, batch)[1], axis=0)
 
@@ -88,7 +103,7 @@ def make_train_step(config: Config, layout: Layout, loss_fn: Callable = losses.p
         counts = jax.lax.stop_gradient(counts_of(state.params, state.bias, batch)) if batch_level else None
         total = losses.totals(batch, depths, counts)
         mtp_weight = jnp.where(state.step < round(t.mtp_switch_fraction * t.steps), t.mtp_loss_weight, t.mtp_loss_weight_final)
-        grads, parts, counts, rounds = whole_batch_gradients(state.params, state.bias, batch, total, mtp_weight)
+        grads, parts, load = whole_batch_gradients(state.params, state.bias, batch, total, mtp_weight)
 
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
@@ -99,12 +114,12 @@ def make_train_step(config: Config, layout: Layout, loss_fn: Callable = losses.p
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
             params = reshard(keep(optax.apply_updates(params, updates), params), layout.param_specs)
             opt_state = keep(opt_state, state.opt_state)
-            bias = keep(update_bias(state.bias, counts, state.step, config), state.bias)
+            bias = keep(update_bias(state.bias, load.expert_counts, state.step, config), state.bias)
         bad = jnp.where(ok, 0, state.bad_steps + 1)
         skipped = state.skipped_steps + jnp.where(ok, 0, 1)
         lr = schedule(state.step - state.skipped_steps)  # the optimizer counts the updates it made
         new_state = TrainState(state.step + 1, params, bias, opt_state, bad, skipped)
-        return new_state, StepMetrics(parts, lr, grad_norm, counts, rounds, total.tokens, bad, skipped)
+        return new_state, StepMetrics(parts, lr, grad_norm, load, total.tokens, bad, skipped)
 
     return train_step
 
@@ -140,7 +155,7 @@ def make_eval_step(layout: Layout) -> Callable:
     """(params, bias, batch [b, S]) -> float32 sum of -log p over the batch's targets, main head only."""
 
     def eval_step(params, bias, batch: losses.Batch) -> jax.Array:
-        model = layout.merge(params, bias)
+        model = layout.merge_for_inference(params, bias)
         out = model(batch["tokens"], batch["segment_ids"], batch["positions"])
         return losses.cross_entropy_sum(out.hidden_BSD, model.head_kernel(), batch["targets"])
 

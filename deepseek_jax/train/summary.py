@@ -7,6 +7,8 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model.count import Count
 from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel.mesh import axes_across_hosts
+from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.train.loop import Result
 from deepseek_jax.train.optimizer import first_sequence
 from deepseek_jax.train.state import Layout
@@ -39,7 +41,12 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
     line("", f"{m.num_hidden_layers} layers ({m.first_k_dense_replace} dense), hidden {m.hidden_size}, {m.n_routed_experts} experts, "
             f"{m.num_experts_per_tok} a token, {m.n_shared_experts} shared")
     axes = " x ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1) or "1 device"
-    line("mesh", f"{axes} ({mesh.devices.flat[0].device_kind}, {mesh.size} in all)")
+    across = ", ".join(axes_across_hosts(mesh))
+    line("mesh", f"{axes} ({mesh.devices.flat[0].device_kind}, {mesh.size} in all{f'; {across} between processes' if across else ''})")
+    if mesh.shape["stage"] > 1:
+        s = make_schedule(config, mesh.shape["stage"])
+        line("pipeline", f"{s.layers} blocks on {s.stages} stages in {s.repeats} piece{'s' * (s.repeats > 1)} of {s.blocks}, "
+                         f"{s.micro_batches} micro-batches: bubble share {s.bubble_share:.1%}")
     line("strategy", f"{config.sharding.canonical}, dispatch {config.moe.dispatch}, "
                               f"{t.dtype} compute, remat {t.remat}")
     line("bytes a device", f"{human(params)} parameters + {human(grads)} gradients + {human(opt)} optimizer = {human(params + grads + opt)}")

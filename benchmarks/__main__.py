@@ -1,0 +1,35 @@
+"""Programs that measure and print.
+
+  python -m benchmarks NAME [options]      python -m benchmarks NAME --help
+
+  strategies    memory, communication and step time of every sharding strategy
+  collectives   what one layer communicates under every strategy and dispatch method, beside the least it could
+  gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)
+  tiny          trains configs/tiny.py whole and checks its loss (make prove)
+"""
+
+import importlib
+import sys
+
+from deepseek_jax.config import UserError
+
+NAMES = ("strategies", "collectives", "gpu_aot", "tiny")
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("--help", "-h"):
+        print(__doc__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in NAMES:
+        raise UserError(f"{name!r} is not a benchmark. Choose one of: {', '.join(NAMES)}.")
+    sys.argv = [f"benchmarks {name}", *rest]
+    return importlib.import_module(f"benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        sys.exit(2)

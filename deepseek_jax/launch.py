@@ -1,0 +1,257 @@
+"""Start a program in several processes on this host, as torchrun does.
+
+  python -m deepseek_jax.launch --nproc_per_node=2 train.py --config=configs/tiny.py --workdir=runs/two
+  python -m deepseek_jax.launch --nproc_per_node=2 -m some.module ARGUMENTS
+  python -m deepseek_jax.launch --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=host0 train.py ...   (on each host)
+
+One process drives all GPUs of its host, so one a host is the usual number; several are for hosts whose GPUs belong to different
+sockets, and for trying several hosts out on one. Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID, which train.py understands (another program passes them to jax.distributed.initialize), and its own part of the
+visible GPUs. Without GPUs each has JAX_NUM_CPU_DEVICES devices.
+
+The output of process 0 is left alone; lines of the others begin with their number. SIGTERM and SIGINT (Ctrl-C) are passed on to
+all, and train.py stops with a checkpoint; a second one kills. When a process fails, the others get SIGTERM, and SIGKILL
+after --grace seconds. The exit code is that of the first that failed, 128 + N for signal N. If the launcher is killed, so are
+its processes (on Linux).
+"""
+
+import argparse
+import ctypes
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import IO, Any, NoReturn
+
+from deepseek_jax.config import UserError
+from deepseek_jax.parallel.gpus import shares, visible_gpus
+from deepseek_jax.parallel.meeting import listen
+
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See --help.")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options, and the program with its arguments.
+
+    Raises:
+      UserError: a wrong or missing one.
+    """
+    p = _Parser(prog="python -m deepseek_jax.launch", description=__doc__, allow_abbrev=False,
+                formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name: str, default: Any, help: str, kind: type = int) -> None:
+        p.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), default=default, help=help, type=kind)
+
+    add("nproc_per_node", "1", "processes on this host; gpu: one for each visible GPU (default: 1)", str)
+    add("nnodes", 1, "hosts (default: 1)")
+    add("node_rank", 0, "this host's number, from 0 (default: 0)")
+    add("master_addr", None, "name or address of host 0, if there are several", str)
+    add("master_port", None, "free port there (default: 29500; on one host the launcher finds one)")
+    add("devices_per_process", None, "GPUs of each process (default: all, divided), or CPU devices if there are no GPUs")
+    add("grace", 30.0, "seconds from SIGTERM to SIGKILL once one process has ended by failure or signal (default: 30)", float)
+    p.add_argument("-m", "--module", action="store_true", help="the program is a module, as for python -m")
+    p.add_argument("program", help="a Python file, or with -m a module")
+    p.add_argument("arguments", nargs=argparse.REMAINDER, help="its own")
+    a = p.parse_args(argv)
+    if a.nproc_per_node == "gpu":
+        a.nproc_per_node = str(len(visible_gpus()))
+        if a.nproc_per_node == "0":
+            raise UserError("--nproc_per_node=gpu, but no GPU is visible. Give a number.")
+    if not a.nproc_per_node.isdecimal():
+        raise UserError(f"--nproc_per_node={a.nproc_per_node} is not a number. Give one, or gpu.")
+    a.nproc_per_node = int(a.nproc_per_node)
+    ranges = {"nproc_per_node": (1, 4096), "nnodes": (1, 1 << 20), "node_rank": (0, a.nnodes - 1), "master_port": (1, 65535),
+              "devices_per_process": (1, 4096), "grace": (0, 1e6)}
+    for name, (low, high) in ranges.items():
+        value = getattr(a, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name}={value} is not between {low} and {high}. Give a number in that range.")
+    if a.nnodes > 1 and not a.master_addr:
+        raise UserError(f"--nnodes={a.nnodes} needs --master_addr, the name of host 0. Give it on every host.")
+    if not a.module and not os.path.isfile(a.program):
+        raise UserError(f"{a.program} is not a file. Name a Python program, or a module after -m.")
+    return a
+
+
+def environments(a: argparse.Namespace, env: Mapping[str, str]) -> list[dict[str, str]]:
+    """What each process has in its environment besides `env`, the launcher's.
+
+    Raises:
+      UserError: the visible GPUs do not divide.
+    """
+    host, port = a.master_addr or "127.0.0.1", a.master_port
+    if port is None and a.nnodes == 1:
+        with listen("127.0.0.1", 0) as s:
+            port = s.getsockname()[1]
+    address = f"{host}:{port or 29500}"
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(a.nnodes * a.nproc_per_node)}
+    if host == "127.0.0.1":
+        common["JAX_COORDINATOR_BIND_ADDRESS"] = address  # not on all interfaces, as is JAX's default
+    gpus = visible_gpus()
+    named = [name.strip() for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    visible = (named or [str(i) for i in range(len(gpus))])[: len(gpus)]
+    parts = shares(visible, a.nproc_per_node, a.devices_per_process) if gpus else None
+    if a.devices_per_process and not gpus:
+        common["JAX_NUM_CPU_DEVICES"] = str(a.devices_per_process)
+    return [common | {"JAX_PROCESS_ID": str(a.node_rank * a.nproc_per_node + i)}
+            | ({"CUDA_VISIBLE_DEVICES": parts[i]} if parts else {}) for i in range(a.nproc_per_node)]
+
+
+def _die_with(parent: int) -> Callable[[], None] | None:
+    """For a new process to run: the kernel kills it when its parent ends, however that comes."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the line above
+            os._exit(1)
+
+    return prepare
+
+
+class Child:
+    """One process, in a session of its own: Ctrl-C reaches it through the launcher alone, and what it leaves can be found."""
+
+    def __init__(self, command: list[str], env: dict[str, str]):
+        self.number = int(env["JAX_PROCESS_ID"])
+        self.code: int | None = None
+        pipe = subprocess.PIPE if self.number else None
+        self.popen = subprocess.Popen(command, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
+                                      start_new_session=True, preexec_fn=_die_with(os.getpid()))
+
+    def ended(self) -> bool:
+        """True once, when it has; what it started and left in its session is killed then."""
+        if self.code is not None or os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return False
+        self.kill()  # before wait(), which lets another process have its number
+        code = self.popen.wait()
+        self.code = 128 - code if code < 0 else code
+        return True
+
+    def signal(self, number: int) -> None:
+        if self.code is None:
+            self.popen.send_signal(number)
+
+    def kill(self) -> None:
+        if self.code is None:
+            try:
+                os.killpg(self.popen.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):  # nothing is left (macOS says the latter of a zombie)
+                pass
+
+
+class Relay:
+    """Passes lines on with the number of the process that they come from."""
+
+    def __init__(self, prefix: bytes, out: int):
+        self._prefix, self._out, self._rest = prefix, out, b""
+
+    def read(self, stream: IO[bytes]) -> bool:
+        """Passes on what has come; False at the end."""
+        chunk = os.read(stream.fileno(), 1 << 16)
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        if self._rest and (not chunk or len(self._rest) > 1 << 16):
+            lines, self._rest = [*lines, self._rest], b""
+        text = b"".join(self._prefix + line + b"\n" for line in lines)
+        while text:
+            try:
+                text = text[os.write(self._out, text):]
+            except OSError:  # nobody reads any more; the processes go on
+                break
+        return bool(chunk)
+
+
+class Launcher:
+    """Starts, watches and ends the processes, in one thread."""
+
+    def __init__(self, command: list[str], environments: list[dict[str, str]], grace: float):
+        """`environments`: what each process has besides this one's. `grace`: seconds from SIGTERM to SIGKILL."""
+        self._grace, self._stopped = grace, False
+        self._kill_at, self._first_failed = float("inf"), None
+        self._ready = selectors.DefaultSelector()
+        self._signals, self._sender = socket.socketpair()  # a signal wakes select()
+        for end in (self._signals, self._sender):
+            end.setblocking(False)
+        self._ready.register(self._signals, selectors.EVENT_READ)
+        signal.set_wakeup_fd(self._sender.fileno())
+        for number in (*_STOP, signal.SIGCHLD):
+            if number == signal.SIGCHLD or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, lambda *_: None)
+        self._children = [Child(command, env) for env in environments]
+        for child in self._children:
+            for stream, out in ((child.popen.stdout, 1), (child.popen.stderr, 2)):
+                if stream:
+                    self._ready.register(stream, selectors.EVENT_READ, Relay(f"[{child.number}] ".encode(), out))
+
+    def run(self) -> int:
+        """Returns the exit code when all processes have ended."""
+        while any(c.code is None for c in self._children):
+            self._read(min(max(self._kill_at - time.monotonic(), 0), 60))
+            for child in self._children:
+                if child.ended():
+                    self._after(child)
+            if time.monotonic() >= self._kill_at:
+                self._kill_at = float("inf")
+                for child in self._children:
+                    child.kill()
+        while len(self._ready.get_map()) > 1 and self._read(0.2):
+            continue  # what is left in the pipes
+        return self._first_failed.code if self._first_failed else 0
+
+    def _read(self, wait: float) -> bool:
+        """Waits for output, signals and ends of processes; False if none came."""
+        events = self._ready.select(wait)
+        for key, _ in events:
+            if key.data is None:
+                for number in self._signals.recv(1 << 10):
+                    if number in _STOP:
+                        self._stop(number)
+            elif not key.data.read(key.fileobj):
+                self._ready.unregister(key.fileobj)
+                key.fileobj.close()
+        return bool(events)
+
+    def _stop(self, number: int) -> None:
+        for child in self._children:
+            if self._stopped:
+                child.kill()
+            else:
+                child.signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        self._stopped = True
+
+    def _after(self, child: Child) -> None:
+        if child.code and not self._first_failed:
+            self._first_failed = child
+            if not self._stopped:
+                print(f"deepseek_jax.launch: process {child.number} ended with exit code {child.code}; stopping the others.",
+                      file=sys.stderr, flush=True)
+                for other in self._children:
+                    other.signal(signal.SIGTERM)
+        if child.code or self._stopped:
+            self._kill_at = min(self._kill_at, time.monotonic() + self._grace)
+
+
+def main(argv: list[str]) -> int:
+    a = parse(argv)
+    command = [sys.executable, "-u", *(["-m"] if a.module else []), a.program, *a.arguments]
+    return Launcher(command, environments(a, os.environ), a.grace).run()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"deepseek_jax.launch: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,138 @@
+"""Blocks over stages: which block lies where, and the schedule by which micro-batches go through them.
+
+Stage s holds `repeats` pieces of `blocks` consecutive layers: piece c is layers (c * stages + s) * blocks and on. A micro-batch
+goes round the stages `repeats` times; while one stage works on it the others work on its neighbours. That is the interleaved
+schedule of Megatron-LM (Narayanan et al. 2021, arXiv:2104.04473), as one program for all stages: micro-batches come in groups of
+`stages`, and the place of the k-th unit of work of a stage is a formula, the same on every stage but for a delay of s ticks:
+
+    local = tick - s;  group, piece, lane = local // (stages * repeats), local // stages % repeats, local % stages
+
+What leaves the last stage with piece c reaches the first one just when piece c + 1 is due, so nothing is ever stored in between.
+A tick without work, and a place without a layer (61 blocks on 4 stages), run on padding, which routes nowhere: other stages are at
+work then anyway. Skipping them by a `cond` would gain no time, would stop the device for the condition, and would hang where
+a collective concerns devices that take the other branch. The backward pass is the transpose: the same schedule the other way round.
+
+Shape letters: model/layers.py, and G groups of micro-batches, one micro-batch a stage; Q ticks, P pieces, n layers a piece.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import Config
+from deepseek_jax.parallel.mesh import per_device
+from deepseek_jax.parallel.sharding import without_stage
+
+MOST_REPEATS = 4  # that are chosen without being asked for: more move the activations more often and save little
+
+
+class Schedule(NamedTuple):
+    layers: int
+    stages: int
+    repeats: int  # pieces of a stage: config.sharding.virtual_stages
+    blocks: int  # layers of a piece
+    micro_batches: int
+
+    @property
+    def groups(self) -> int:
+        return -(-self.micro_batches // self.stages)
+
+    @property
+    def ticks(self) -> int:
+        """Units of time, each a piece's: all work of a stage, and the delay of the last one."""
+        return self.groups * self.stages * self.repeats + self.stages - 1
+
+    @property
+    def bubble_share(self) -> float:
+        """Share of the stages' time without work: filling and draining, missing micro-batches of the last group, missing layers."""
+        return 1 - self.micro_batches * self.layers / (self.stages * self.ticks * self.blocks)
+
+
+def make_schedule(config: Config, stages: int, micro_batches: int | None = None) -> Schedule:
+    """The schedule of a config on so many stages; with virtual_stages=0 the quickest of up to MOST_REPEATS pieces a stage.
+
+    Args:
+      micro_batches: config.train.accumulation by default; fewer in the steps of a batch ramp.
+    """
+    layers, a_stage = config.pipelined_blocks, -(-config.pipelined_blocks // stages)
+
+    def of(repeats: int) -> Schedule:
+        return Schedule(layers, stages, repeats, -(-layers // (stages * repeats)), micro_batches or config.train.accumulation)
+
+    if config.sharding.virtual_stages:
+        return of(config.sharding.virtual_stages)
+    return min((of(r) for r in range(1, min(MOST_REPEATS, a_stage) + 1)), key=lambda s: s.ticks * s.blocks)
+
+
+def to_stages(w: jax.Array, schedule: Schedule) -> jax.Array:
+    """A stacked weight [L, ...] as stored, every stage a slice of it, to [P, stages, n, ...] with each layer on its stage.
+
+    An all-to-all over the stage axis, once a step; its transpose brings the gradient back.
+    """
+    s, spec = schedule, jax.typeof(w).sharding.spec
+    divided = [i for i, axes in enumerate(spec) if axes and "stage" in axes]
+
+    def place(w):
+        missing = s.repeats * s.stages * s.blocks - s.layers
+        w = jnp.pad(w, [(0, missing)] + [(0, 0)] * (w.ndim - 1)).reshape(s.repeats, s.stages, s.blocks, *w.shape[1:])
+        if divided:
+            return lax.all_to_all(w, "stage", split_axis=1, concat_axis=divided[0] + 2, tiled=True)
+        return lax.dynamic_slice_in_dim(lax.pcast(w, "stage", to="varying"), lax.axis_index("stage"), 1, axis=1)
+
+    return per_device(place, (spec,), jax.P(None, "stage", None, *without_stage(w)[1:]))(w)
+
+
+def run(schedule: Schedule, weights: Any, x_GBSD: jax.Array, side: Callable, block: Callable) -> tuple[jax.Array, Any]:
+    """One stage's part of the pipeline, inside a shard_map over `stage`.
+
+    Args:
+      weights: this stage's, leaves [P, n, ...].
+      x_GBSD: what goes in: micro-batch group * stages + s on stage s.
+      side: micro-batch number -> what its layers need besides x.
+      block: (weights of one layer, x_BSD, side, bool: whether to work) -> (x_BSD, statistics), already rematerialised as the run wants.
+        Without work it takes all tokens for padding.
+
+    Returns:
+      What comes out, [G, B, S, D] as x_GBSD, and statistics with leaves [Q, P, n, ...]: of each tick, zeros where it did nothing.
+    """
+    s, stage = schedule, lax.axis_index("stage")
+    around = s.stages * s.repeats
+    shift = lambda a, by: lax.ppermute(a, "stage", [(i, (i + by) % s.stages) for i in range(s.stages)])
+    at = lambda a, i: lax.dynamic_index_in_dim(a, i, 0, keepdims=False)
+    last_out = around + s.stages - 2  # the tick when the last micro-batch of group 0 leaves; the others are on their way to their stages
+
+    def tick(carry, t):
+        ring_BSD, coming_BSD, leaving_BSD, y_GBSD = carry
+        local = jnp.maximum(t - stage, 0)
+        group, piece, lane = local // around, local // s.stages % s.repeats, local % s.stages
+        micro = group * s.stages + lane
+        working = (t >= stage) & (micro < s.micro_batches)
+        # A group is taken up by all stages at once, and walks to stage 0, one a tick.
+        coming_BSD = jnp.where(t % around == 0, at(x_GBSD, jnp.minimum(t // around, s.groups - 1)), coming_BSD)
+        h_BSD = jnp.where((stage == 0) & (piece == 0), coming_BSD, ring_BSD)
+        given = side(jnp.minimum(micro, s.micro_batches - 1))
+
+        def layer(h_BSD, weights_and_place):
+            weights, place = weights_and_place
+            exists = (piece * s.stages + stage) * s.blocks + place < s.layers
+            out_BSD, stats = block(weights, h_BSD, given, working & exists)
+            return jnp.where(exists, out_BSD, h_BSD), stats
+
+        mine = jax.tree.map(lambda w: w[0] if s.repeats == 1 else at(w, piece), weights)
+        h_BSD, stats = lax.scan(layer, h_BSD, (mine, jnp.arange(s.blocks)))
+        stats = jax.tree.map(lambda a: jnp.where((jnp.arange(s.repeats) == piece).reshape(-1, *[1] * a.ndim), a[None], 0), stats)
+        # What is done leaves at the last stage and walks to the stage that its micro-batch came from.
+        done = (stage == s.stages - 1) & (piece == s.repeats - 1)
+        leaving_BSD = jnp.where(done, h_BSD, shift(leaving_BSD, -1))
+        home = (t >= last_out) & ((t - last_out) % around == 0)
+        slot = jnp.clip((t - last_out) // around, 0, s.groups - 1)
+        y_GBSD = jnp.where(home, lax.dynamic_update_index_in_dim(y_GBSD, leaving_BSD, slot, 0), y_GBSD)
+        return (shift(h_BSD, 1), shift(coming_BSD, -1), leaving_BSD, y_GBSD), stats
+
+    empty = jnp.zeros_like(x_GBSD)
+    (_, _, _, y_GBSD), stats = lax.scan(tick, (empty[0], empty[0], empty[0], empty), jnp.arange(s.ticks))
+    return y_GBSD, stats
+

@@ -1,0 +1,79 @@
+"""What a run will need and communicate, before it is launched. No GPU is used.
+
+  python -m deepseek_jax.plan --config=configs/v3.py --devices=1024
+  python -m deepseek_jax.plan --config=configs/deepseek_7b.py --devices=8 --config.mesh.fsdp=4 --config.mesh.expert=2 --json
+
+Prints the model's size, the mesh and which of its axes stay inside a host, the bytes of a device beside its memory, and the
+bytes that each collective moves in a step: from the train step, compiled for that many GPUs with the XLA flags of BUILD.md.
+That takes half a minute to some minutes and needs JAX's CUDA plugin: `make plan CONFIG=... DEVICES=...` installs it apart, or
+pip install -e '.[gpu-aot]'. Without it: what the layout alone says. --hardware=cpu compiles for as many CPU devices instead, as
+the tests run it: the collectives of another compiler, no plugin.
+
+Any option of train.py can follow. Exit codes: 0, also if it does not fit ("fits" in --json says so); 2 a mistake in the options.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from deepseek_jax import commandline
+from deepseek_jax.config import UserError
+from deepseek_jax.plan import options, report, topology
+
+CPU = topology.Hardware("CPU device", None, "")
+
+
+def main(argv: list[str]) -> int:
+    parser = options.Parser()
+    parser.add_argument("--devices", type=int, help="GPUs in all.")
+    parser.add_argument("--gpus_per_host", type=int, default=8, help="GPUs of one host.")
+    parser.add_argument("--hardware", default="h200", choices=[*topology.HARDWARE, "cpu"], help="What to plan for: h200, or cpu.")
+    if {"--help", "-h"} & set(argv):
+        print(f"{__doc__}\nFlags:\n{parser.describe()}\n{commandline.help_text(commandline.define_flags())}")
+        return 0
+    # What little is computed here, is on the CPU: a planner must not take the memory of a GPU that is at work.
+    jax.config.update("jax_platforms", "cpu")
+    own, config = options.read(parser, argv)
+    if own.devices is None:
+        raise UserError("--devices is missing. Say for how many GPUs to plan, for instance --devices=8.")
+    topology.hosts_of(own.devices, own.gpus_per_host)
+    hardware = CPU if own.hardware == "cpu" else topology.HARDWARE[own.hardware]
+    on_gpus = own.hardware != "cpu" and topology.has_gpu_compiler()
+    devices = topology.gpu_devices(hardware, own.devices, own.gpus_per_host) if on_gpus else topology.cpu_devices(own.devices)
+    mesh, layout = topology.lay_out(config, devices)
+    result = report.of_layout(config, mesh, layout, hardware, own.gpus_per_host)
+    if own.hardware != "cpu" and not on_gpus:
+        result["missing"] = f"for temporaries, collectives and the verdict of the compiled program: {topology.INSTALL}"
+    else:
+        with _waiting(f"compiling the train step for {own.devices} x {hardware.name}", quiet=own.json):
+            step = topology.compile_step(config, mesh, layout, topology.GPU_OPTIONS if on_gpus else None)
+        result["program"] = report.of_program(step, mesh, hardware)
+    print(json.dumps(result, indent=2) if own.json else report.text(result))
+    return 0
+
+
+@contextlib.contextmanager
+def _waiting(text: str, quiet: bool) -> Iterator[Any]:
+    """A spinner on a terminal, one line elsewhere, on stderr."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        yield
+    elif console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(f"{text} ...", markup=False, soft_wrap=True)
+        yield
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"deepseek_jax.plan: {error}", file=sys.stderr)
+        sys.exit(2)

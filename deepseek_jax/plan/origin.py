@@ -1,0 +1,102 @@
+"""Where an instruction of a compiled step comes from: which pass over the model, and which part of it.
+
+The pass is in the operation's name, which JAX builds from the transformations (jvp, transpose, rematted_computation); the part
+is in the Python calls that made it, innermost first. An instruction that the compiler made itself has neither: it takes those
+of the nearest instruction that it reads.
+"""
+
+import re
+from collections import Counter
+
+from deepseek_jax.plan import hlo
+
+# (place in the package, pattern of the function) -> part. The innermost call that matches decides.
+PARTS = (
+    ("parallel/dispatch.py", r"", "dispatch"),  # tokens on their way to experts and back, and the number of rounds
+    ("parallel/rounds.py", r"", "dispatch"),
+    ("parallel/pipeline.py", r"", "pipeline"),
+    ("model/stages.py", r"", "pipeline"),
+    ("model/moe.py", r"\b_gather\b", "experts"),  # weights of the routed experts
+    ("model/moe.py", r"\b_statistics\b|\bload_of\b", "statistics"),
+    ("model/moe.py", r"\bMoE\._routed\b", "dispatch"),  # a custom gradient hides the calls below it
+    ("model/moe.py", r"\bMoE\b", "router"),
+    ("model/router.py", r"", "router"),
+    ("model/attention.py", r"", "attention"),
+    ("model/layers.py", r"\bMLP\b", "mlp"),  # dense layers and shared experts
+    ("model/layers.py", r"\bRMSNorm\b", "norm"),
+    ("model/layers.py", r"\bEmbedding\b", "embed"),
+    ("model/transformer.py", r"\bhead_kernel\b|\blogits\b", "head"),
+    ("model/transformer.py", r"\bMTPLayer\b", "mtp"),
+    ("model/transformer.py", r"", "other"),  # the model as a whole: never the loss that called it
+    ("train/losses.py", r"", "loss"),
+    ("train/optimizer.py", r"", "optimizer"),
+    ("train/step.py", r"\bupdate_bias\b", "optimizer"),
+)
+LAYER_PARTS = ("dispatch", "experts", "statistics", "router", "attention", "mlp", "norm")  # what a decoder layer is made of
+
+
+class Origin:
+    """Finds the origin of a module's instructions."""
+
+    def __init__(self, module: hlo.Module):
+        self.module = module
+
+    def shares(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit,
+               moves_tokens: bool) -> tuple[tuple[str, str, float], ...]:
+        """(phase, part, share of the bytes) of a collective, most first.
+
+        phase is forward, recompute, backward, optimizer or other; part one of PARTS or other. A collective with several operands
+        was combined from several; each belongs where its operand comes from, but for tokens, which come from the layer before.
+
+        Args:
+          moves_tokens: it may be the dispatch's.
+        """
+        here = self.module.computations[computation]
+        operands = [here[name] for name in instruction.operands if name in here]
+        own = self._of(computation, instruction, visit)
+        if len(operands) < 2 or (moves_tokens and own[1] == "dispatch"):
+            return ((*own, 1.0),)
+        total = sum(o.bytes for o in operands) or 1
+        shares: Counter = Counter()
+        for o in operands:
+            phase, part = self._of(computation, o, visit)
+            shares[own if part == "other" else (phase, part)] += o.bytes / total
+        return tuple((*origin, share) for origin, share in shares.most_common())
+
+    def _of(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> tuple[str, str]:
+        source = self._named(computation, instruction)
+        if source is None and visit.caller:
+            source = visit.caller[1]
+        if source is None:
+            return "other", "other"
+        phase = phase_of(source.op_name)
+        part = self._part(source)
+        return phase, phase if part == "other" and phase == "optimizer" else part
+
+    def _named(self, computation: str, instruction: hlo.Instruction, distance: int = 8) -> hlo.Instruction | None:
+        """The instruction, or the nearest that it reads, with an operation's name."""
+        front = [(computation, instruction)]
+        for _ in range(distance):
+            for _, i in front:
+                if i.op_name:
+                    return i
+            front = [p for c, i in front for p in self.module.producers(c, i)][:64]
+        return None
+
+    def _part(self, instruction: hlo.Instruction) -> str:
+        for file, function in self.module.frames(instruction):
+            for place, pattern, part in PARTS:
+                if f"deepseek_jax/{place}" in file and re.search(pattern, function):
+                    return part
+        return "other"
+
+
+def phase_of(op_name: str) -> str:
+    """The pass over the model that an operation belongs to, from its name."""
+    if "/optimizer" in op_name:
+        return "optimizer"
+    if "rematted_computation" in op_name:
+        return "recompute"
+    if "transpose(" in op_name:
+        return "backward"
+    return "forward" if "jvp(" in op_name else "other"

@@ -1,0 +1,210 @@
+"""What `python -m deepseek_jax.plan` says: a dict of plain values for --json, and its text."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.count import count
+from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel.pipeline import make_schedule
+from deepseek_jax.plan import exchange, program, topology
+from deepseek_jax.train.state import Layout
+from deepseek_jax.train.summary import human
+
+JAX_DEFAULT_SHARE = 0.75  # of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+PHASES = ("forward", "recompute", "backward", "optimizer", "other")
+
+
+def layout_bytes(layout: Layout, mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Bytes of the state's parts on one device, as they are stored."""
+    return {
+        "parameters": sharding.bytes_per_device(layout.abstract.params, layout.shardings.params),
+        "gradients": sharding.bytes_per_device(layout.abstract.params, sharding.shardings(layout.grad_specs, mesh)),
+        "optimizer": sharding.bytes_per_device(layout.abstract.opt_state, layout.shardings.opt_state),
+    }
+
+
+def of_layout(config: Config, mesh: jax.sharding.Mesh, layout: Layout, hardware: topology.Hardware,
+              gpus_per_host: int) -> dict[str, Any]:
+    """All that needs no compiler."""
+    m, t = config.model, config.train
+    sizes = count(m, layout.abstract.params, t.sequence_length)
+    stages = mesh.shape["stage"]
+    schedule = make_schedule(config, stages) if stages > 1 else None
+    buffers = exchange.buffers(config, mesh.shape)
+    return {
+        "model": sizes._asdict() | {
+            "layers": m.num_hidden_layers, "dense_layers": m.first_k_dense_replace, "mtp_layers": m.num_nextn_predict_layers,
+            "hidden_size": m.hidden_size, "experts": m.n_routed_experts, "experts_a_token": m.num_experts_per_tok,
+            "shared_experts": m.n_shared_experts},
+        "devices": {"count": mesh.size, "kind": hardware.name, "memory": hardware.memory,
+                    "hosts": topology.hosts_of(mesh.size, gpus_per_host), "a_host": min(mesh.size, gpus_per_host)},
+        "mesh": dict(mesh.shape),
+        "share_a_host": topology.devices_a_host(mesh, gpus_per_host),
+        "strategy": config.sharding.canonical, "dispatch": config.moe.dispatch, "dtype": t.dtype, "remat": t.remat,
+        "batch": {"sequences": t.batch_size, "sequence_length": t.sequence_length, "accumulation": t.accumulation},
+        "layout_bytes": layout_bytes(layout, mesh),
+        "exchange": buffers._asdict() if buffers else None,
+        "pipeline": {"stages": stages, "pieces_a_stage": schedule.repeats,
+                     "bubble_share": schedule.bubble_share} if schedule else None,
+    }
+
+
+def of_program(step: topology.Step, mesh: jax.sharding.Mesh, hardware: topology.Hardware) -> dict[str, Any]:
+    """What the compiled program says."""
+    memory = program.memory(step.compiled)
+    found = program.collectives(step.compiled.as_text(), mesh.shape)
+    once, further = [c for c in found if not c.further], [c for c in found if c.further]
+    total = sum(c.bytes_a_step for c in once)
+    return {
+        "memory": memory._asdict() | {"total": memory.total, "available": hardware.memory, 
+                                      "fits": hardware.memory is None or memory.total <= hardware.memory},
+        "collectives": by_kind(once),
+        "further_round": by_kind(further),
+        "by_origin": [{"phase": p, "part": q, "bytes": n} for (p, q), n in program.by_origin(once).items()],
+        "bytes": total,
+        "overlapped_bytes": sum(c.bytes_a_step for c in once if c.overlapped),
+        "conditional_bytes": sum(c.bytes_a_step for c in once if c.conditional),
+        "compile": {"lower_seconds": step.lower_seconds, "compile_seconds": step.compile_seconds, "peak_bytes": step.peak_bytes},
+    }
+
+
+def by_kind(found: Iterable[program.Collective]) -> list[dict[str, Any]]:
+    """One row for every kind and set of mesh axes: how often it runs a step and the bytes that a device receives, most first."""
+    rows: dict[Any, list[int]] = defaultdict(lambda: [0, 0])
+    for c in found:
+        rows[c.kind, c.axes][0] += c.times
+        rows[c.kind, c.axes][1] += c.bytes_a_step
+    out = [{"kind": kind, "axes": list(axes), "times": n, "bytes": b} for (kind, axes), (n, b) in rows.items()]
+    return sorted(out, key=lambda row: -row["bytes"])
+
+
+def gb(n: float) -> str:
+    """12345678901 -> '12.3 GB'."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= 0.9995 * size:
+            return f"{n / size:.3g} {unit}" if n < 999.5 * size else f"{n / size:,.0f} {unit}"
+    return f"{n:.0f} B"
+
+
+def plural(n: int, word: str) -> str:
+    """1, host -> '1 host'; 2, host -> '2 hosts'."""
+    return f"{n} {word}{'' if n == 1 else 'es' if word.endswith('ch') else 's'}"
+
+
+def table(rows: list[list[str]], indent: str = "") -> str:
+    """Columns wide enough for their cells; the first row is the heading; all but the first column to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = lambda row: [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+    return "\n".join((indent + "  ".join(cells(row))).rstrip() for row in rows)
+
+
+def of_memory(available: int | None) -> str:
+    """' of 141 GB', and nothing if it is not known."""
+    return f" of {gb(available)}" if available else ""
+
+
+def text(r: dict[str, Any]) -> str:
+    """The report for a person."""
+    lines = [*_model(r), *_mesh(r), *_memory_of_layout(r)]
+    if e := r["exchange"]:
+        rows = f"{e['exchanged_rows']} exchanged and {e['expert_rows']} computed rows"
+        lines += [("dispatch", f"{gb(e['bytes'])} a layer for {rows} a round, whatever the routing;"),
+                  ("", f"a ragged exchange must be ready for {e['ragged_rows']} rows = {gb(e['ragged_bytes'])}")]
+    if p := r["pipeline"]:
+        pieces = plural(p["pieces_a_stage"], "piece")
+        lines.append(("pipeline", f"{p['stages']} stages of {pieces}, idle {p['bubble_share']:.1%} of the time"))
+    if "missing" in r:
+        lines.append(("program", r["missing"]))
+    if "program" not in r:
+        return _lines(lines)
+    q = r["program"]
+    c = q["compile"]
+    compiled = f"traced in {c['lower_seconds']:.0f} s, compiled in {c['compile_seconds']:.0f} s, {gb(c['peak_bytes'])} of memory"
+    lines += [*_memory_of_program(q["memory"]), *_communication(q, r["pipeline"])]
+    return "\n".join([_lines(lines), _kinds(q), "", _parts(q), _lines([("compiled", compiled)])])
+
+
+def _lines(pairs: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<15}{said}" for name, said in pairs)
+
+
+def _model(r: dict[str, Any]) -> list[tuple[str, str]]:
+    m, b = r["model"], r["batch"]
+    mtp = f", and {human(m['mtp'])} in {plural(m['mtp_layers'], 'MTP layer')}" if m["mtp"] else ""
+    return [
+        ("model", f"{human(m['total'])} parameters, {human(m['active'])} active a token{mtp}"),
+        ("", f"{m['layers']} layers ({m['dense_layers']} dense), hidden {m['hidden_size']}, {m['experts']} experts, "
+             f"{m['experts_a_token']} a token, {m['shared_experts']} shared"),
+        ("step", f"{b['sequences']} x {b['sequence_length']} tokens in {plural(b['accumulation'], 'micro-batch')}, "
+                 f"{r['strategy']}, dispatch {r['dispatch']}, {r['dtype']}, remat {r['remat']}"),
+    ]
+
+
+def _mesh(r: dict[str, Any]) -> list[tuple[str, str]]:
+    d = r["devices"]
+
+    def place(axis: str, share: int) -> str:
+        size = r["mesh"][axis]
+        some = f"{share} of {size} on a host, the rest between hosts"
+        return f"{axis}: {'inside a host' if share == size else 'between hosts' if share == 1 else some}"
+
+    return [
+        ("devices", f"{d['count']} x {d['kind']}, {plural(d['hosts'], 'host')} of {d['a_host']}"),
+        ("mesh", " x ".join(f"{a} {n}" for a, n in r["mesh"].items() if n > 1) or "1 device"),
+        *(("", place(axis, share)) for axis, share in r["share_a_host"].items()),
+    ]
+
+
+def _memory_of_layout(r: dict[str, Any]) -> list[tuple[str, str]]:
+    stored, available = r["layout_bytes"], r["devices"]["memory"]
+    state = stored["parameters"] + stored["optimizer"]
+    out = [("layout", f"a device stores {gb(stored['parameters'])} of parameters + {gb(stored['optimizer'])} of optimizer state"),
+           ("", f"and sums {gb(stored['gradients'])} of gradients: {gb(state + stored['gradients'])}{of_memory(available)}")]
+    if available and state > available:
+        out.append(("", f"does not fit: the state alone needs {gb(state)}. Divide it over more devices."))
+    return out
+
+
+def _memory_of_program(m: dict[str, Any]) -> list[tuple[str, str]]:
+    available = m["available"]
+    too_much = m["total"] - available if available else 0
+    verdict = f": does not fit, {gb(too_much)} too much" if too_much > 0 else ": fits" if available else ""
+    out = [("memory", f"{gb(m['arguments'])} of arguments + {gb(m['temporaries'])} of temporaries + "
+                      f"{gb(m['results'] + m['code'])} other = {gb(m['total'])}{of_memory(available)}{verdict}")]
+    if available and m["fits"] and m["total"] > JAX_DEFAULT_SHARE * available:
+        out.append(("", f"more than the {JAX_DEFAULT_SHARE:.0%} that JAX takes: export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"))
+    return out
+
+
+def _communication(q: dict[str, Any], pipeline: dict[str, Any] | None) -> list[tuple[str, str]]:
+    beside = q["overlapped_bytes"] / (q["bytes"] or 1)
+    out = [("communication", f"a device receives {gb(q['bytes'])} a step; {beside:.0%} of it is scheduled beside computation")]
+    if pipeline and q["conditional_bytes"]:
+        idle = f"{pipeline['bubble_share']:.1%}"
+        out.append(("", f"({gb(q['conditional_bytes'])} of it as if no tick were idle; {idle} are, and skip it)"))
+    return out
+
+
+def _kinds(q: dict[str, Any]) -> str:
+    """Bytes a step by kind and axes, and of a further dispatch round of every layer."""
+    further = {(row["kind"], *row["axes"]): gb(row["bytes"]) for row in q["further_round"]}
+    rows = [["kind", "axes", "times", "bytes", "a further round"]]
+    for row in q["collectives"]:
+        again = further.pop((row["kind"], *row["axes"]), "")
+        rows.append([row["kind"], " x ".join(row["axes"]), str(row["times"]), gb(row["bytes"]), again])
+    rows += [[kind, " x ".join(axes), "0", "", again] for (kind, *axes), again in further.items()]
+    return table(rows, "  ")
+
+
+def _parts(q: dict[str, Any]) -> str:
+    """Bytes a step by part of the model and pass over it."""
+    parts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(PHASES, 0))
+    for row in q["by_origin"]:
+        parts[row["part"]][row["phase"]] += row["bytes"]
+    order = sorted(parts, key=lambda part: -sum(parts[part].values()))
+    cells = [[part, *(gb(n) if (n := parts[part][phase]) else "" for phase in PHASES)] for part in order]
+    return table([["part", *PHASES], *cells], "  ")

@@ -1,0 +1,161 @@
+"""Machines that are not here: their devices to lay a mesh over, and their compiler.
+
+JAX's CUDA plugin compiles for a GPU from its description alone (h200.txtpb): no GPU is needed, and nothing is executed.
+"""
+
+import contextlib
+import importlib.util
+import os
+import pathlib
+import re
+import resource
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.config import Config, UserError
+from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
+from deepseek_jax.train.state import Layout, make_layout
+from deepseek_jax.train.step import make_train_step
+
+
+class Hardware(NamedTuple):
+    """A kind of device."""
+
+    name: str
+    memory: int | None  # bytes that a program may plan with; None: not known
+    description: str  # file of this package: what XLA's GPU compiler wants to know
+
+
+# An H200 reports 150.8e9 bytes. What is above the 141 GB of its data sheet is left to CUDA, NCCL's buffers and fragmentation.
+HARDWARE = {"h200": Hardware("NVIDIA H200", 141_000_000_000, "h200.txtpb")}
+
+# What a run on GPUs should set in XLA_FLAGS (BUILD.md): what FSDP calls forward and backward prefetch.
+GPU_OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_pipelined_all_gather": True,
+    "xla_gpu_enable_pipelined_reduce_scatter": True,
+    "xla_gpu_enable_pipelined_all_reduce": True,
+}
+INSTALL = "pip install -e '.[gpu-aot]'"  # in a virtual environment of its own: JAX looks for a GPU wherever the plugin is
+
+
+class Step(NamedTuple):
+    """A compiled train step."""
+
+    compiled: Any  # jax.stages.Compiled
+    lower_seconds: float  # tracing and lowering
+    compile_seconds: float
+    peak_bytes: int  # most memory this process has used so far
+
+
+def has_gpu_compiler() -> bool:
+    """Whether a CUDA plugin of JAX is installed."""
+    return any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+
+
+def hosts_of(devices: int, gpus_per_host: int) -> int:
+    """Number of hosts; fewer devices than a host has are one host.
+
+    Raises:
+      UserError: they do not fill whole hosts.
+    """
+    for name, value in (("--devices", devices), ("--gpus_per_host", gpus_per_host)):
+        if value < 1:
+            raise UserError(f"{name}={value} is not a number of devices. Set it to 1 or more.")
+    if devices > gpus_per_host and devices % gpus_per_host:
+        below = devices // gpus_per_host * gpus_per_host
+        raise UserError(f"--devices={devices} is not a multiple of --gpus_per_host={gpus_per_host}. "
+                        f"Set --devices to {below} or {below + gpus_per_host}.")
+    return max(1, devices // gpus_per_host)
+
+
+def gpu_devices(hardware: Hardware, devices: int, gpus_per_host: int) -> list[Any]:
+    """Devices to compile for, host by host. Needs a CUDA plugin (`has_gpu_compiler`).
+
+    Raises:
+      UserError: as `hosts_of`.
+    """
+    hosts = hosts_of(devices, gpus_per_host)
+    # XLA's warnings here are of GPUs that are missing, and of kernels that it can only choose where there is one.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    text = pathlib.Path(__file__).with_name(hardware.description).read_text()
+    shape = f"1x{hosts}x{devices // hosts}"  # slices, hosts of one, GPUs of one
+    return list(topologies.get_topology_desc(platform="cuda", target_config=text, topology=shape).devices)
+
+
+def cpu_devices(devices: int) -> list[jax.Device]:
+    """CPU devices of this process, as many as asked for: to lay out a mesh, or to compile for.
+
+    Raises:
+      UserError: JAX has started with fewer.
+    """
+    with contextlib.suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", devices)
+    found = jax.devices("cpu")
+    if len(found) < devices:
+        raise UserError(f"--devices={devices} is more than the {len(found)} CPU devices of this process. "
+                        f"Set JAX_NUM_CPU_DEVICES={devices}.")
+    return found[:devices]
+
+
+def batch_shapes(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a step as `train.step.put_batch` makes it: int32 [A, b, S]."""
+    t, sharding = config.train, NamedSharding(mesh, P(None, BATCH_AXES, None))
+    shape = jax.ShapeDtypeStruct((t.accumulation, config.micro_batch, t.sequence_length), jnp.int32, sharding=sharding)
+    return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shape)
+
+
+def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layout]:
+    """The mesh over given devices, which may be elsewhere, and the layout of the state on it.
+
+    Raises:
+      UserError: the mesh does not fit.
+    """
+    try:
+        mesh = make_mesh(config, devices)
+    except UserError as e:
+        raise UserError(re.sub(r"run with JAX_NUM_CPU_DEVICES=(\d+)", r"set --devices=\1", str(e))) from e
+    # Not under jax.set_mesh: laying out runs a few operations, which devices that are not here cannot.
+    return mesh, make_layout(config, mesh)
+
+
+def compile_step(config: Config, mesh: jax.sharding.Mesh, layout: Layout, options: dict[str, Any] | None = None) -> Step:
+    """Compiles the train step for the devices of a mesh.
+
+    Args:
+      options: of XLA's compiler, GPU_OPTIONS for GPUs.
+
+    Raises:
+      UserError: XLA refuses the program.
+    """
+    started = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            train_step = jax.jit(make_train_step(config, layout), donate_argnums=0)
+            lowered = train_step.lower(layout.abstract_sharded(), batch_shapes(config, mesh))
+            lowered_at = time.perf_counter()
+            compiled = lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as e:
+        raise UserError(f"XLA cannot compile this config for {mesh.size} devices: {str(e).splitlines()[0]}") from e
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Step(compiled, lowered_at - started, time.perf_counter() - lowered_at, peak)
+
+
+def devices_a_host(mesh: jax.sharding.Mesh, gpus_per_host: int) -> dict[str, int]:
+    """Of every axis longer than 1: how many consecutive devices along it share a host. All of them: it stays inside."""
+    ids = np.vectorize(lambda d: d.id)(mesh.devices)
+    host = np.searchsorted(np.sort(ids, axis=None), ids) // gpus_per_host
+    out = {}
+    for i, (axis, size) in enumerate(mesh.shape.items()):
+        if size > 1:
+            line = np.moveaxis(host, i, 0).reshape(size, -1)[:, 0]
+            out[axis] = int(np.sum(line == line[0]))
+    return out
