@@ -8,6 +8,7 @@ CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/tiny
 ARGS ?=
 DEVICES ?= 8
+JOBS ?= 2
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -22,7 +23,7 @@ TEST_STAMP := $(VENV)/.installed-test
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  Set PYTHON=python3.12 to choose the interpreter, EXTRAS=cuda12 or cuda13 for NVIDIA GPUs,"
-	@echo "  CONFIG=, WORKDIR= and ARGS='--config.train.steps=100' for make train, ARGS='-k mesh' for make test."
+	@echo "  CONFIG=, WORKDIR= and ARGS='--config.train.steps=100' for make train, ARGS='-k mesh' for make test (JOBS=0: in one process)."
 
 venv: $(STAMP) ## create .venv with the package in it
 
@@ -32,7 +33,7 @@ train: $(STAMP) ## train the tiny model (the same command again resumes it)
 	$(VENV)/bin/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 test: $(TEST_STAMP) ## run the tests
-	$(VENV)/bin/python -m pytest -q $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 prove: $(STAMP) ## train the tiny model whole and check that it reaches the loss its config states
 	$(VENV)/bin/python -m benchmarks.tiny $(ARGS)

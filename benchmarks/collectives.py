@@ -16,7 +16,7 @@ The least, with every byte moved once and all devices of a collective sharing th
                         all_gather  2 T (X-1) rows             axis, rows of hidden_size in the compute dtype
                         ring        T (X-1) + T X rows         (tokens need not come home, their sums must)
     tokens, backward    as many; and again those that bring rows to the experts, if remat does not keep them
-    embedding and head  as weights, forward, and gradients     once a step; gradients and the embedding in float32
+    embedding and head  as weights, forward, and gradients     once a step; the embedding in float32
     after the update    sum over all weights of v (1 - 1/u)    v float32 bytes, u devices that only the optimizer divides it over
 
 all_to_all moves capacity_factor times as many rows, because places are fixed; weights of choices and counts come on top of rows.
@@ -129,7 +129,7 @@ def measure(config: Config, devices: list[Any], compiler_options: dict[str, Any]
     return {
         "strategy": config.sharding.canonical, "dispatch": config.moe.dispatch,
         "mesh": {a: n for a, n in mesh.shape.items() if n > 1},
-        **_divisions(mesh, layout), "overlapped": _overlapped(found), "groups": rows,
+        **_divisions(mesh, layout), "overlapped": _overlapped(found), "gathered_ahead": _gathered_ahead(found), "groups": rows,
         "token_exchanges_forward": exchanges / LAYERS, "token_exchanges_further_round": again / LAYERS,
         "exchange": exchange.buffers(config, mesh.shape)._asdict(), "temporaries": program.memory(compiled).temporaries,
     }
@@ -152,11 +152,18 @@ def _overlapped(found: list[program.Collective]) -> dict[str, float]:
     return {kind: beside.get(kind, 0) / n for kind, n in total.items() if n}
 
 
+def _gathered_ahead(found: list[program.Collective]) -> float:
+    """Share of the weights' bytes in forward that is gathered outside the loop over layers: a loop that gathers the next layer's
+    weights during a layer has the first one's before it."""
+    weights = [c for c in found if c.kind == "all-gather" and c.phase == "forward" and c.part in WEIGHTS]
+    return sum(c.bytes_a_step for c in weights if not c.loops) / (sum(c.bytes_a_step for c in weights) or 1)
+
+
 def _group(c: program.Collective, phase: str, part: str, is_rows: bool) -> str | None:
     """Which group a share of a collective belongs to; None for what is not the layer's."""
     if phase == "optimizer":
         return "after the update" if c.kind == "all-gather" else None
-    if part in ("embed", "head") or (part, phase) == ("loss", "backward"):
+    if part in ("embed", "loss"):  # the loss goes through the head's weight
         return "embedding and head"
     if part in WEIGHTS and c.kind in REDUCTIONS:
         return "gradients" if phase == "backward" else "counts and choices"
@@ -185,7 +192,7 @@ def least_bytes(config: Config, mesh: jax.sharding.Mesh, layout: Layout) -> dict
         gather = used_size * (1 - stored / used_size)
         reduce = used_size * (1 - 1 / divided) + 2 * used_size / divided * (1 - divided / parts)
         if name.startswith(("embed_tokens/", "lm_head/")):
-            ends += gather * (4 if name.startswith("embed") else item) + 4 * reduce
+            ends += (gather + reduce) * (4 if name.startswith("embed") else item)
         if name.startswith("layers/"):
             size = (4 if "norm" in name or "gate/" in name else item) / leaf.shape[0]
             forward, gradients = forward + gather * size, gradients + reduce * size

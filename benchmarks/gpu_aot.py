@@ -90,6 +90,9 @@ def check_step(check: Checks, config: Config, devices: list[Any]) -> None:
     for group in ("weights, forward", "weights, backward"):
         gathers = groups[group]["collectives"].get("all-gather", 0)
         check(named(f"{'' if divided else 'no '}all-gather of {group}"), (gathers > 0) == divided, said(group))
+    if divided:
+        check(named("weights are gathered a layer ahead (pipelined all-gather)"), r["gathered_ahead"] > 0,
+              f"{r['gathered_ahead']:.0%} of the bytes before the loop over layers")
     scatters = groups["gradients"]["collectives"].get("reduce-scatter", 0)
     check(named(f"{'' if reduced else 'no '}reduce-scatter of gradients"), (scatters > 0) == reduced, said("gradients"))
     updates = groups["after the update"]["collectives"].get("all-gather", 0)

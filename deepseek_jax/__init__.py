@@ -1,6 +1,7 @@
 """A trainer for DeepSeek-family mixture-of-experts language models in JAX and Flax."""
 
 import os
+import re
 
 __version__ = "0.1.0"
 
@@ -14,5 +15,6 @@ def enough_threads(devices: int) -> None:
     os.environ.setdefault("NPROC", str(16 * devices))
 
 
-if (_devices := os.environ.get("JAX_NUM_CPU_DEVICES", "1")).isdigit() and int(_devices) > 1:
-    enough_threads(int(_devices))
+_asked = os.environ.get("JAX_NUM_CPU_DEVICES", "") + re.sub(r".*--xla_force_host_platform_device_count=(\d+).*|.*", r" \1", os.environ.get("XLA_FLAGS", ""))
+if (_devices := max(map(int, re.findall(r"\d+", _asked)), default=1)) > 1:
+    enough_threads(_devices)

@@ -79,9 +79,9 @@ class Model:
 class Mesh:
     """Devices along each axis, outermost first. One axis may be -1: it takes the devices that are left."""
 
-    data: int = 1  # replicas of everything (hybrid sharding: across nodes)
-    stage: int = 1  # consecutive blocks on consecutive stages; the micro-batches of train.accumulation go through them as a pipeline
-    fsdp: int = -1  # parameters, gradients and optimizer state are sharded over fsdp x expert
+    data: int = 1  # batch only under hybrid_shard, whose replicas lie along it (across nodes); other strategies shard over it as over fsdp
+    stage: int = 1  # layers over stages, in order; the micro-batches of train.accumulation go through them as a pipeline
+    fsdp: int = -1  # what the strategy shards is divided over this axis, over expert and, but for hybrid_shard, over data
     expert: int = 1  # experts are divided over this axis; must divide n_routed_experts
     context: int = 1  # sequence sharding: not in this version, must be 1
     tensor: int = 1  # attention heads, feed-forward and expert widths and the vocabulary are divided over this axis
@@ -91,7 +91,7 @@ class Mesh:
 class Sharding:
     strategy: str = "full_shard"  # full_shard=zero3 | shard_grad_op=zero2 | zero1 | hybrid_shard | no_shard=ddp, in either case
     min_weight_size: int = 2048  # weights with fewer elements (a layer) stay whole; DeepSpeed: stage3_param_persistence_threshold
-    virtual_stages: int = 0  # pieces a stage's blocks are cut in and visited in turn (interleaved pipeline): more, smaller bubbles; 0: chosen
+    virtual_stages: int = 0  # pieces a stage's blocks are cut in and visited in turn (interleaved pipeline) to shrink bubbles; 0: chosen
 
     @property
     def canonical(self) -> str:
@@ -134,7 +134,7 @@ class Train:
     batch_ramp_start: int = 0  # sequences a step at the start, growing linearly to batch_size; 0: no ramp
     batch_ramp_steps: int = 0  # steps over which the batch grows, in whole micro-batches
     dtype: str = "bfloat16"  # compute dtype: bfloat16 | float32; parameters and optimizer state are float32
-    remat: str = "full"  # what a layer keeps for backward: none (recompute nothing) | full (recompute all) | exchange | save:NAME,...
+    remat: str = "full"  # what a layer keeps for backward: none (recompute nothing) | full (recompute all) | exchange (not with stages) | save:NAME,...
     mtp_loss_weight: float = 0.3  # weight of the multi-token prediction loss (V3: 0.3, then 0.1)
     mtp_loss_weight_final: float = 0.3  # the weight after mtp_switch_fraction of the steps
     mtp_switch_fraction: float = 1.0  # V3: 10/14.8

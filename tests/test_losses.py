@@ -5,7 +5,9 @@ Tolerances as in test_layers.py: 1e-5 of an array's scale for float32 sums in an
 
 import dataclasses
 import functools
+import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,10 @@ from flax import nnx
 
 import bridge
 import reference as ref
-from deepseek_jax.config import Config, Model, Moe, Optimizer, Sharding, Train
+from deepseek_jax.config import Config, Mesh, Model, Moe, Optimizer, Sharding, Train
 from deepseek_jax.model.layers import Linear, param
 from deepseek_jax.parallel import sharding
-from deepseek_jax.parallel.mesh import BATCH_AXES
+from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train import losses, state, step
 
 MODEL = Model(vocab_size=40, hidden_size=16, intermediate_size=28, moe_intermediate_size=12, num_hidden_layers=1,
@@ -43,20 +45,34 @@ def batch_rows() -> dict[str, np.ndarray]:
 # ----------------------------------------------------------------------------------------------------------- single losses
 
 
-@pytest.mark.parametrize("chunk", [512, 5])  # 13 positions: one chunk; chunks of 5, 5 and 3
-def test_cross_entropy_in_chunks(chunk, monkeypatch):
+@pytest.mark.parametrize("chunk", [1024, 5])  # 26 tokens, or 13 of each of two devices: one chunk; chunks of 5 and a rest
+@pytest.mark.parametrize("mesh", [{}, dict(fsdp=2), dict(fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_cross_entropy_in_chunks(chunk, mesh, tied, monkeypatch):
     monkeypatch.setattr(losses, "LOSS_CHUNK", chunk)
     rng = np.random.default_rng(0)
     hidden, kernel = rng.standard_normal((2, 13, 16)), rng.standard_normal((16, 40))
     targets = rng.integers(0, 40, (2, 13))
     targets[0, 3:6] = targets[1, 12] = ref.IGNORE
-    f = bridge.jit(jax.value_and_grad(losses.cross_entropy_sum, argnums=(0, 1)))
-    value, (dhidden, dkernel) = f(jnp.float32(hidden), jnp.float32(kernel), jnp.asarray(targets))
+    axes = ("vocab", "embed") if tied else ("embed", "vocab")
+    config = bridge.config_of(MODEL)
+    config = dataclasses.replace(config, mesh=Mesh(**{"fsdp": 1} | mesh))
+    made = make_mesh(config, jax.devices()[: math.prod(mesh.values())])
+
+    def f(hidden, weight, targets):
+        head = nnx.Param(weight, out_sharding=axes, eager_sharding=False)
+        net = types.SimpleNamespace(head=head, model=bridge.smaller(MODEL, tie_word_embeddings=tied))
+        return losses.cross_entropy_sum(hidden, net, targets)
+
+    with jax.set_mesh(made):
+        weight = jax.device_put(jnp.float32(kernel.T if tied else kernel), sharding.spec(axes, sharding.storage_rules(config)[0]))
+        value, (dhidden, dweight) = bridge.jit(jax.value_and_grad(f, argnums=(0, 1)))(bridge.put(hidden), weight, bridge.put(targets))
+        assert spec_of(dweight) == spec_of(weight)
     count = np.sum(targets != ref.IGNORE)
     bridge.assert_close(value, ref.cross_entropy(hidden @ kernel, targets) * count)
     wrong = (ref.softmax(hidden @ kernel) - np.eye(40)[np.maximum(targets, 0)]) * (targets != ref.IGNORE)[..., None]
     bridge.assert_close(dhidden, wrong @ kernel.T)
-    bridge.assert_close(dkernel, np.einsum("bsd,bsv->dv", hidden, wrong))
+    bridge.assert_close(dweight.T if tied else dweight, np.einsum("bsd,bsv->dv", hidden, wrong))
 
 
 def test_targets_and_totals():

@@ -119,7 +119,7 @@ def exchanges(remat: str) -> int:
         layout = state.make_layout(config, mesh)
         batch = step.put_batch(rows(0), config.micro_batch, mesh)
         text = jax.jit(step.make_train_step(config, layout)).lower(layout.abstract_sharded(), batch).as_text()
-    assert text.count('"stablehlo.reduce_scatter"') == 2, "the gradients of gate_up_proj and down_proj are reduce-scattered"
+    assert text.count('"stablehlo.reduce_scatter"') == 3, "the gradients of gate_up_proj, down_proj and lm_head are reduce-scattered"
     return text.count('"stablehlo.all_to_all"')
 
 
@@ -176,15 +176,17 @@ MESH_ERRORS = [
      "n_routed_experts=12 is not divisible by the expert mesh axis (8 devices). Set config.mesh.expert to a divisor of 12."),
     (dict(mesh=Mesh(fsdp=8), train=dataclasses.replace(BASE.train, batch_size=12)), "Set config.train.batch_size to a multiple of 8."),
     (dict(mesh=Mesh(fsdp=8), model=dataclasses.replace(MODEL, hidden_size=60)),
-     "config.model.hidden_size=60 (a width of 60) is not divisible by the 8 devices of data x fsdp x expert"),
+     "config.model.hidden_size=60 (a width of 60) is not divisible by the 8 devices of fsdp that weights are divided over"),
+    (dict(mesh=Mesh(data=4, fsdp=2), model=dataclasses.replace(MODEL, hidden_size=60)), "8 devices of data x fsdp that"),
     (dict(mesh=Mesh(fsdp=4, tensor=2), model=dataclasses.replace(MODEL, num_attention_heads=3)),
      "config.model.num_attention_heads=3 is not divisible by the tensor mesh axis (2 devices). Set config.mesh.tensor to a divisor of 3."),
     (dict(mesh=Mesh(fsdp=2, tensor=4), model=dataclasses.replace(MODEL, vocab_size=129)), "config.model.vocab_size=129 is not divisible by the tensor"),
     (dict(mesh=Mesh(fsdp=2, tensor=4), model=dataclasses.replace(MODEL, moe_intermediate_size=30)), "config.model.moe_intermediate_size=30 is not"),
     (dict(mesh=Mesh(fsdp=2, tensor=4), model=dataclasses.replace(MODEL, intermediate_size=90)), "config.model.intermediate_size=90 is not divisible"),
-    (dict(mesh=Mesh(fsdp=1, stage=8)), "config.mesh.stage=8 is above the 5 MoE layers there are to divide. Set config.mesh.stage to 5 or less."),
+    (dict(mesh=Mesh(fsdp=1, stage=8)), "config.mesh.stage=8 is above the number of MoE layers to divide, 5."),
     (dict(mesh=Mesh(fsdp=1, stage=8), model=dataclasses.replace(MODEL, num_hidden_layers=8, first_k_dense_replace=0, hidden_size=60)),
-     "config.model.hidden_size=60 (a width of 60) is not divisible by the 8 devices of data x fsdp x expert x stage"),
+     "config.model.hidden_size=60 (a width of 60) is not divisible by the 8 devices of stage that"),
+    (dict(mesh=Mesh(fsdp=4, stage=2), sharding=Sharding(virtual_stages=4)), "config.sharding.virtual_stages=4 is above the 3 layers of a stage"),
 ]
 MESH_ERRORS += [
     (dict(mesh=Mesh(fsdp=4, stage=-1), train=dataclasses.replace(BASE.train, remat="exchange")), "config.train.remat=exchange and config.mesh.stage=2"),

@@ -139,7 +139,7 @@ BAD = [
     ([TINY, "--config.mesh.fsdp=2", "--workdir={tmp}/w"], "has 2 devices, but there are 8"),
     ([TINY, "--config.mesh.context=2"], "config.mesh.context=2 is not in this version"),
     ([TINY, "--config.moe.drop_policy=random"], "config.moe.drop_policy='random' is not known"),
-    ([TINY, *OK, "--workdir={tmp}/w", "--config.mesh.fsdp=2", "--config.mesh.stage=4"], "config.mesh.stage=4 is above the 3 MoE layers"),
+    ([TINY, *OK, "--workdir={tmp}/w", "--config.mesh.fsdp=2", "--config.mesh.stage=4"], "config.mesh.stage=4 is above the number of MoE layers to divide, 3"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.mesh.fsdp=1", "--config.mesh.tensor=8"], "config.model.num_attention_heads=4 is not divisible"),
     ([TINY, "--config.train.batch_size=12", "--config.mesh.fsdp=8", "--workdir={tmp}/w"], "Set config.train.batch_size to a multiple of 8"),
     ([TINY, "--config.train.accumulation=3"], "is not divisible by config.train.accumulation=3"),

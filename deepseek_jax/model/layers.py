@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Model
 from deepseek_jax.parallel.mesh import per_device
-from deepseek_jax.parallel.sharding import whole
+from deepseek_jax.parallel.weights import whole
 
 ATTENTION_NORM_EPS = 1e-6  # the norms inside MLA do not follow rms_norm_eps in any released implementation
 

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer. The one place where shard_map is entered. Shape letters: layers.py, dispatch.py."""
+"""The mixture-of-experts layer. Shape letters: layers.py, dispatch.py."""
 
 import functools
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from deepseek_jax.model.layers import MLP, param
 from deepseek_jax.model.router import Routing, route
 from deepseek_jax.parallel import dispatch
 from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
-from deepseek_jax.parallel.sharding import whole, without_stage
+from deepseek_jax.parallel.weights import gathered, stored, whole
 
 
 class SelectionBias(nnx.Variable):
@@ -98,19 +98,19 @@ class MoE(nnx.Module):
         bias_E = self.gate.e_score_correction_bias[...] if self.model.topk_method == "noaux_tc" else jnp.zeros((self.model.n_routed_experts,))
         # Expert weights enter as they are stored; `_routed` gathers what the strategy divided, so that the transpose of that
         # gather is a reduce-scatter.
-        gate_up, down = (jax.sharding.reshard(w[...], without_stage(w[...])) for w in (self.experts.gate_up_proj, self.experts.down_proj))
-        gate_up_spec, down_spec = jax.typeof(gate_up).sharding.spec, jax.typeof(down).sharding.spec
+        weights = [*stored(self.experts.gate_up_proj), *stored(self.experts.down_proj)]
+        specs = [jax.typeof(w).sharding.spec for w in weights]
         routed = per_device(
-            functools.partial(self._routed, gate_up_spec=gate_up_spec, down_spec=down_spec),
-            in_specs=(P(BATCH_AXES), P(BATCH_AXES), P(), P(), gate_up_spec, down_spec),
+            functools.partial(self._routed, specs=specs),
+            in_specs=(P(BATCH_AXES), P(BATCH_AXES), P(), P(), *specs),
             out_specs=(P(BATCH_AXES), MoEStats(*[P()] * len(MoEStats._fields))),
         )
-        y_BSD, stats = routed(x_BSD, valid_BS, whole(self.gate.kernel, jnp.float32), bias_E, gate_up, down)
+        y_BSD, stats = routed(x_BSD, valid_BS, whole(self.gate.kernel, jnp.float32), bias_E, *weights)
         if self.model.n_shared_experts:
             y_BSD = y_BSD + self.shared_experts(x_BSD)
         return y_BSD, stats
 
-    def _routed(self, x_BSD, valid_BS, kernel_DE, bias_E, gate_up, down, gate_up_spec, down_spec) -> tuple[jax.Array, MoEStats]:
+    def _routed(self, x_BSD, valid_BS, kernel_DE, bias_E, *weights, specs) -> tuple[jax.Array, MoEStats]:
         """One device's part: route, drop if asked to, dispatch, count."""
         m, moe = self.model, self.moe
         b, s, d = x_BSD.shape
@@ -121,7 +121,8 @@ class MoE(nnx.Module):
         if moe.drop:
             places = dispatch.slots_per_round(b * s, m.num_experts_per_tok, m.n_routed_experts, moe.capacity_factor)
             kept_TK = dispatch.drop(chosen_TK, routing.weight_TK, m.n_routed_experts, places, moe.drop_policy)
-        gate_up, down = _gather(gate_up.astype(x_TD.dtype), gate_up_spec), _gather(down.astype(x_TD.dtype), down_spec)
+        half = len(weights) // 2
+        gate_up, down = (gathered(weights[part], specs[part], x_TD.dtype) for part in (slice(half), slice(half, None)))
         # Every device of the tensor axis computes a slice of each expert's width, and so a part of every sum.
         x_TD, weight_TK = (lax.pcast(a, "tensor", to="varying") for a in (x_TD, routing.weight_TK))
         y_TD, rounds = dispatch.dispatch(moe.dispatch, x_TD, weight_TK, kept_TK, gate_up, down, moe.capacity_factor)
@@ -130,17 +131,6 @@ class MoE(nnx.Module):
         chosen_E = jnp.sum(count_BE, axis=0)
         kept_E = _count(kept_TK.reshape(1, -1), m.n_routed_experts)[0] if moe.drop else chosen_E
         return y_TD.reshape(b, s, d), _statistics(routing, count_BE, valid_BS, load_of(chosen_E, kept_E, rounds), m)
-
-
-def _gather(w: jax.Array, stored: P) -> jax.Array:
-    """This device's experts with the embed axis whole, varying over every batch axis. Its transpose is a reduce-scatter."""
-    held = {"expert"}
-    for dimension, axes in enumerate(stored):
-        if axes not in (None, "expert", "tensor"):
-            w = lax.all_gather(w, axes, axis=dimension, tiled=True)
-            held.update((axes,) if isinstance(axes, str) else axes)
-    missing = tuple(axis for axis in BATCH_AXES if axis not in held)
-    return lax.pcast(w, missing, to="varying") if missing else w
 
 
 def load_of(chosen_E: jax.Array, kept_E: jax.Array, rounds: jax.Array) -> Load:

@@ -17,7 +17,7 @@ from deepseek_jax.model.attention import MultiHeadLatentAttention
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 from deepseek_jax.model.moe import MoE, MoEStats
 from deepseek_jax.model.rope import rope_tables
-from deepseek_jax.parallel.sharding import whole
+from deepseek_jax.parallel.weights import whole
 
 
 class Output(NamedTuple):
@@ -118,15 +118,16 @@ class Transformer(nnx.Module):
         mtp_hidden, stats = self._predict_ahead(hidden_BSD, next_tokens_BS, rope, segment_ids_BS)
         return Output(hidden_BSD, mtp_hidden, jax.tree.map(lambda *s: jnp.concatenate(s), *stats))
 
-    def head_kernel(self) -> jax.Array:
-        """The output head [D, V] in the compute dtype, whole."""
-        if self.model.tie_word_embeddings:
-            return whole(self.embed_tokens.weight, self.dtype).T
-        return whole(self.lm_head.kernel, self.dtype)
+    @property
+    def head(self) -> nnx.Variable:
+        """The weight of the output head: [D, V], or the embedding [V, D] where they are tied."""
+        return self.embed_tokens.weight if self.model.tie_word_embeddings else self.lm_head.kernel
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
-        """float32 [B, S, V]. Training never calls it: train/losses.py goes through the vocabulary in chunks."""
-        return jnp.einsum("bsd,dv->bsv", hidden_BSD, self.head_kernel(), preferred_element_type=jnp.float32)
+        """float32 [B, S, V]. Training never calls it: train/losses.py goes through the tokens in chunks."""
+        weight = whole(self.head, self.dtype)
+        kernel_DV = weight.T if self.model.tie_word_embeddings else weight
+        return jnp.einsum("bsd,dv->bsv", hidden_BSD, kernel_DV, preferred_element_type=jnp.float32)
 
     def _scan(self, stack, x_BSD, rope, segment_ids_BS):
         graphdef, state = nnx.split(stack)

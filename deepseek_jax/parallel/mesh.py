@@ -43,7 +43,7 @@ def axes_across_hosts(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
 
 
 def per_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """shard_map of f over all axes of the current mesh, replication checked: f sees one device's part of every array.
+    """shard_map of f over all axes of the current mesh, replication checked: f sees one device's part of every argument, an array.
 
     Inside a pipeline stage, where `stage` is mapped already, it maps the others. There the backward pass starts from the arguments
     and runs f again: jax 0.10.2 cannot carry residuals that vary over the outer axis out of an inner shard_map.
@@ -112,7 +112,8 @@ def _more_on_cpu(wanted: int) -> str:
 
 def _check(config: Config, shape: dict[str, int]) -> None:
     m = config.model
-    if m.n_routed_experts % shape["expert"]:
+    has_experts = m.num_hidden_layers > m.first_k_dense_replace or m.num_nextn_predict_layers
+    if has_experts and m.n_routed_experts % shape["expert"]:
         raise UserError(f"n_routed_experts={m.n_routed_experts} is not divisible by the expert mesh axis ({shape['expert']} devices). "
                         f"Set config.mesh.expert to a divisor of {m.n_routed_experts}.")
     ways = math.prod(shape[a] for a in BATCH_AXES)
@@ -124,36 +125,45 @@ def _check(config: Config, shape: dict[str, int]) -> None:
         if width % shape["tensor"]:
             raise UserError(f"config.model.{name}={width} is not divisible by the tensor mesh axis ({shape['tensor']} devices). "
                             f"Set config.mesh.tensor to a divisor of {width}.")
-    remat, virtual = config.train.remat, config.sharding.virtual_stages
-    if shape["stage"] > 1 and {"exchange", "experts_hidden"} & set(remat.removeprefix("save:").split(",")):
-        raise UserError(f"config.train.remat={remat} and config.mesh.stage={shape['stage']}: inside a stage the exchange is always made "
-                        f"again in backward. Set config.train.remat to full, none or save:attention,mlp_hidden.")
-    if virtual > 1 and shape["stage"] == 1:
-        raise UserError(f"config.sharding.virtual_stages={virtual} needs stages, but config.mesh.stage=1. "
-                        f"Set config.mesh.stage, or config.sharding.virtual_stages=0.")
-    blocks = config.pipelined_blocks
-    if shape["stage"] > max(blocks, 1):
-        raise UserError(f"config.mesh.stage={shape['stage']} is above the {blocks} {'MoE ' if m.num_hidden_layers > m.first_k_dense_replace else ''}"
-                        f"layers there are to divide. Set config.mesh.stage to {blocks} or less.")
-    # What the rule table of parallel/sharding.py divides, by the option that sets its width.
-    axes = divided_axes(config)
-    dense_axes = (*axes, *(("expert",) if axes else ()), *(("stage",) if shape["stage"] > 1 else ()))
-    dense = math.prod(shape[a] for a in dense_axes)
-    if dense == 1:
+    _check_stages(config, shape["stage"])
+    _check_divided_widths(config, shape)
+
+
+def _check_stages(config: Config, stages: int) -> None:
+    m, remat, virtual, blocks = config.model, config.train.remat, config.sharding.virtual_stages, config.pipelined_blocks
+    if stages == 1:
+        if virtual > 1:
+            raise UserError(f"config.sharding.virtual_stages={virtual} needs stages, but config.mesh.stage=1. "
+                            f"Set config.mesh.stage, or config.sharding.virtual_stages=0.")
         return
+    if {"exchange", "experts_hidden"} & set(remat.removeprefix("save:").split(",")):
+        raise UserError(f"config.train.remat={remat} and config.mesh.stage={stages}: inside a stage the exchange is always made "
+                        f"again in backward. Set config.train.remat to full, none or save:attention,mlp_hidden.")
+    if stages > blocks:
+        kind = "MoE layers" if m.num_hidden_layers > m.first_k_dense_replace else "layers"
+        raise UserError(f"config.mesh.stage={stages} is above the number of {kind} to divide, {blocks}. Set config.mesh.stage to a number up to {blocks}.")
+    if virtual > -(-blocks // stages):
+        raise UserError(f"config.sharding.virtual_stages={virtual} is above the {-(-blocks // stages)} layers of a stage (config.mesh.stage={stages}). "
+                        f"Set it to a number up to that, or to 0.")
+
+
+def _check_divided_widths(config: Config, shape: dict[str, int]) -> None:
+    """What the rule table of parallel/sharding.py divides, by the option that sets its width."""
+    m, axes = config.model, divided_axes(config)
+    dense_axes = [a for a in (*axes, *(("expert",) if axes else ()), "stage") if shape[a] > 1]
+    dense, tensor = math.prod(shape[a] for a in dense_axes), shape["tensor"]
     heads = f"num_attention_heads={m.num_attention_heads}"
     widths = [(f"config.model.hidden_size={m.hidden_size}", m.hidden_size, 1),
-              (f"config.model.{heads} x (qk_nope_head_dim + v_head_dim)", m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim),
-               shape["tensor"])]
+              (f"config.model.{heads} x (qk_nope_head_dim + v_head_dim)", m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim), tensor)]
     if m.q_lora_rank:
         widths.append((f"config.model.{heads} x (qk_nope_head_dim + qk_rope_head_dim)",
-                       m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim), shape["tensor"]))
+                       m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim), tensor))
     for name, width, tensor in widths:
         if width % (dense * tensor):
-            raise UserError(f"{name} (a width of {width}) is not divisible by the {dense * tensor} devices of "
-                            f"{' x '.join((*dense_axes, *(('tensor',) if tensor > 1 else ())))} that "
-                            f"config.sharding.strategy={config.sharding.strategy} divides weights over. Make these axes smaller; "
-                            f"hybrid_shard leaves config.mesh.data out.")
+            named = " x ".join([*dense_axes, *(["tensor"] if tensor > 1 else [])])
+            hint = "; hybrid_shard leaves config.mesh.data out" if "data" in dense_axes else ""
+            raise UserError(f"{name} (a width of {width}) is not divisible by the {dense * tensor} devices of {named} that weights are divided over "
+                            f"(config.sharding.strategy={config.sharding.strategy}). Make the product of these axes a divisor of it{hint}.")
 
 
 def _tensor_widths(m: Model) -> list[tuple[str, int]]:

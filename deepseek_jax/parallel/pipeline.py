@@ -26,7 +26,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import per_device
 from deepseek_jax.parallel.sharding import without_stage
 
-MOST_REPEATS = 4  # that are chosen without being asked for: more move the activations more often and save little
+MOST_PIECES = 4  # that are chosen without being asked for: more move the activations more often and save little
 
 
 class Schedule(NamedTuple):
@@ -52,7 +52,10 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(config: Config, stages: int, micro_batches: int | None = None) -> Schedule:
-    """The schedule of a config on so many stages; with virtual_stages=0 the quickest of up to MOST_REPEATS pieces a stage.
+    """The schedule of a config on so many stages; with virtual_stages=0 the quickest of up to MOST_PIECES pieces a stage.
+
+    Without rematerialisation it is one piece: gathered weights are kept for backward then, once for a stage's only piece, but
+    for every tick where the piece depends on the tick.
 
     Args:
       micro_batches: config.train.accumulation by default; fewer in the steps of a batch ramp.
@@ -64,7 +67,8 @@ def make_schedule(config: Config, stages: int, micro_batches: int | None = None)
 
     if config.sharding.virtual_stages:
         return of(config.sharding.virtual_stages)
-    return min((of(r) for r in range(1, min(MOST_REPEATS, a_stage) + 1)), key=lambda s: s.ticks * s.blocks)
+    most = 1 if config.train.remat == "none" else min(MOST_PIECES, a_stage)
+    return min((of(r) for r in range(1, most + 1)), key=lambda s: s.ticks * s.blocks)
 
 
 def to_stages(w: jax.Array, schedule: Schedule) -> jax.Array:
@@ -85,15 +89,15 @@ def to_stages(w: jax.Array, schedule: Schedule) -> jax.Array:
     return per_device(place, (spec,), jax.P(None, "stage", None, *without_stage(w)[1:]))(w)
 
 
-def run(schedule: Schedule, weights: Any, x_GBSD: jax.Array, side: Callable, block: Callable) -> tuple[jax.Array, Any]:
+def run(schedule: Schedule, weights: Any, x_GBSD: jax.Array, side: Callable, block: Callable, remat: Callable) -> tuple[jax.Array, Any]:
     """One stage's part of the pipeline, inside a shard_map over `stage`.
 
     Args:
       weights: this stage's, leaves [P, n, ...].
       x_GBSD: what goes in: micro-batch group * stages + s on stage s.
       side: micro-batch number -> what its layers need besides x.
-      block: (weights of one layer, x_BSD, side, bool: whether to work) -> (x_BSD, statistics), already rematerialised as the run wants.
-        Without work it takes all tokens for padding.
+      block: (weights of one layer, x_BSD, side, bool: whether to work) -> (x_BSD, statistics). Without work it takes all tokens for padding.
+      remat: function -> the same, rematerialised as the run wants.
 
     Returns:
       What comes out, [G, B, S, D] as x_GBSD, and statistics with leaves [Q, P, n, ...]: of each tick, zeros where it did nothing.
@@ -103,6 +107,12 @@ def run(schedule: Schedule, weights: Any, x_GBSD: jax.Array, side: Callable, blo
     shift = lambda a, by: lax.ppermute(a, "stage", [(i, (i + by) % s.stages) for i in range(s.stages)])
     at = lambda a, i: lax.dynamic_index_in_dim(a, i, 0, keepdims=False)
     last_out = around + s.stages - 2  # the tick when the last micro-batch of group 0 leaves; the others are on their way to their stages
+
+    # With several pieces a layer's weights are taken out of the stage's inside what is rematerialised: outside, every tick would
+    # keep the copy that it worked with.
+    pick = lambda w, piece, place: lax.squeeze(lax.dynamic_slice(w, (piece, place, *[0] * (w.ndim - 2)), (1, 1, *w.shape[2:])), (0, 1))
+    whole_block = remat(block)
+    picked_block = remat(lambda at, *args: block(jax.tree.map(lambda w: pick(w, *at), weights), *args))
 
     def tick(carry, t):
         ring_BSD, coming_BSD, leaving_BSD, y_GBSD = carry
@@ -115,14 +125,14 @@ def run(schedule: Schedule, weights: Any, x_GBSD: jax.Array, side: Callable, blo
         h_BSD = jnp.where((stage == 0) & (piece == 0), coming_BSD, ring_BSD)
         given = side(jnp.minimum(micro, s.micro_batches - 1))
 
-        def layer(h_BSD, weights_and_place):
-            weights, place = weights_and_place
+        def layer(h_BSD, layer_weights, place):
             exists = (piece * s.stages + stage) * s.blocks + place < s.layers
-            out_BSD, stats = block(weights, h_BSD, given, working & exists)
+            args = h_BSD, given, working & exists
+            out_BSD, stats = whole_block(layer_weights, *args) if s.repeats == 1 else picked_block((piece, place), *args)
             return jnp.where(exists, out_BSD, h_BSD), stats
 
-        mine = jax.tree.map(lambda w: w[0] if s.repeats == 1 else at(w, piece), weights)
-        h_BSD, stats = lax.scan(layer, h_BSD, (mine, jnp.arange(s.blocks)))
+        only_piece = jax.tree.map(lambda w: w[0], weights) if s.repeats == 1 else None
+        h_BSD, stats = lax.scan(lambda h, xs: layer(h, *xs), h_BSD, (only_piece, jnp.arange(s.blocks)))
         stats = jax.tree.map(lambda a: jnp.where((jnp.arange(s.repeats) == piece).reshape(-1, *[1] * a.ndim), a[None], 0), stats)
         # What is done leaves at the last stage and walks to the stage that its micro-batch came from.
         done = (stage == s.stages - 1) & (piece == s.repeats - 1)
@@ -132,7 +142,7 @@ def run(schedule: Schedule, weights: Any, x_GBSD: jax.Array, side: Callable, blo
         y_GBSD = jnp.where(home, lax.dynamic_update_index_in_dim(y_GBSD, leaving_BSD, slot, 0), y_GBSD)
         return (shift(h_BSD, 1), shift(coming_BSD, -1), leaving_BSD, y_GBSD), stats
 
-    empty = jnp.zeros_like(x_GBSD)
+    empty = jnp.ones_like(x_GBSD)  # not zeros: with rms_norm_eps=0 neither their norm nor its gradient is a number
     (_, _, _, y_GBSD), stats = lax.scan(tick, (empty[0], empty[0], empty[0], empty), jnp.arange(s.ticks))
     return y_GBSD, stats
 

@@ -1,8 +1,8 @@
 """Logical axis names to mesh axes: the one rule table, by strategy.
 
 Every parameter is declared with logical axes (NNX metadata `out_sharding`). A name that the table lacks is an error.
-Parameters live in the layout of `storage_rules` and are used in the layout of `COMPUTE_RULES`: `whole` is the all-gather
-of FULL_SHARD, one layer at a time, and its transpose sends the gradient back to the layout of the parameter.
+Parameters live in the layout of `storage_rules` and are used in the layout of `COMPUTE_RULES`: parallel/weights.py goes from one to
+the other.
 """
 
 import math
@@ -101,11 +101,6 @@ def shardings(spec_tree: Any, mesh: jax.sharding.Mesh) -> Any:
 def reshard(tree: Any, spec_tree: Any) -> Any:
     """Moves every array of `tree` to its spec. Slicing a whole array is free; making one whole is an all-gather."""
     return jax.tree.map(jax.sharding.reshard, tree, spec_tree)
-
-
-def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:
-    """The weight as the layer uses it: cast to the compute dtype, then gathered, so that the gather moves few bytes."""
-    return jax.sharding.reshard(variable[...].astype(dtype), spec(logical_axes(variable), COMPUTE_RULES))
 
 
 def without_stage(w: jax.Array) -> P:

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gpus_per_host", type=int, default=8, help="GPUs of one host.")
     parser.add_argument("--hardware", default="h200", choices=[*topology.HARDWARE, "cpu"], help="What to plan for: h200, or cpu.")
     if {"--help", "-h"} & set(argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}\n{commandline.help_text(commandline.define_flags())}")
+        print(f"{__doc__}\nFlags of the plan:\n{parser.describe()}\n{commandline.help_text(commandline.define_flags())}")
         return 0
     # What little is computed here, is on the CPU: a planner must not take the memory of a GPU that is at work.
     jax.config.update("jax_platforms", "cpu")
@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
     mesh, layout = topology.lay_out(config, devices)
     result = report.of_layout(config, mesh, layout, hardware, own.gpus_per_host)
     if own.hardware != "cpu" and not on_gpus:
-        result["missing"] = f"for temporaries, collectives and the verdict of the compiled program: {topology.INSTALL}"
+        result["missing"] = ("for temporaries and collectives, install JAX's GPU compiler: make plan CONFIG=... DEVICES=..., or "
+                             f"{topology.INSTALL}")
     else:
         with _waiting(f"compiling the train step for {own.devices} x {hardware.name}", quiet=own.json):
             step = topology.compile_step(config, mesh, layout, topology.GPU_OPTIONS if on_gpus else None)

@@ -25,7 +25,7 @@ PARTS = (
     ("model/layers.py", r"\bMLP\b", "mlp"),  # dense layers and shared experts
     ("model/layers.py", r"\bRMSNorm\b", "norm"),
     ("model/layers.py", r"\bEmbedding\b", "embed"),
-    ("model/transformer.py", r"\bhead_kernel\b|\blogits\b", "head"),
+    ("model/transformer.py", r"\blogits\b", "head"),
     ("model/transformer.py", r"\bMTPLayer\b", "mtp"),
     ("model/transformer.py", r"", "other"),  # the model as a whole: never the loss that called it
     ("train/losses.py", r"", "loss"),

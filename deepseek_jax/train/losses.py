@@ -14,10 +14,12 @@ from deepseek_jax.config import Config, Model
 from deepseek_jax.model.moe import MoEStats
 from deepseek_jax.model.stages import through_stages
 from deepseek_jax.model.transformer import Output, Transformer, tokens_ahead
+from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
 from deepseek_jax.parallel.pipeline import make_schedule
+from deepseek_jax.parallel.weights import gathered, stored
 
 IGNORE = -100  # target id of a position that predicts nothing, as in Hugging Face
-LOSS_CHUNK = 512  # positions of a sequence whose logits are alive at a time
+LOSS_CHUNK = 1024  # tokens of a device whose logits are alive at a time
 
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions: int32 [B, S]
 
@@ -56,23 +58,82 @@ def totals(batch: Batch, depths: int, expert_counts: jax.Array | None = None) ->
     return Totals(count(targets != IGNORE), jnp.stack(ahead) if ahead else jnp.zeros(0), count(valid), count(jnp.any(valid, axis=-1)), expert_counts)
 
 
-def cross_entropy_sum(hidden_BSD: jax.Array, kernel_DV: jax.Array, targets_BS: jax.Array) -> jax.Array:
-    """Sum of -log p(target) over positions with a target, in float32.
+def cross_entropy_sum(hidden_BSD: jax.Array, model: Transformer, targets_BS: jax.Array) -> jax.Array:
+    """Sum of -log p(target) over positions with a target, in float32; log p by the output head of the model.
 
-    Goes along the sequence in chunks of LOSS_CHUNK positions that are recomputed in the backward pass: the logits of the
-    whole batch never exist.
+    The logits of the whole batch never exist: every device goes through its tokens in chunks, and adds up the gradients of
+    hidden states and head on the way, so that the head's is reduced over the mesh once.
     """
+    arrays = stored(model.head)
+    specs = [jax.typeof(a).sharding.spec for a in arrays]
 
-    @jax.checkpoint
-    def chunk(hidden, targets):
-        logits = jnp.einsum("bsd,dv->bsv", hidden, kernel_DV, preferred_element_type=jnp.float32)
-        # A sum over a one-hot mask, not a gather: its transpose stays sharded as the logits are.
-        here = targets[..., None] == jnp.arange(logits.shape[-1])
-        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
-        return jnp.sum(jnp.where(targets == IGNORE, 0.0, nll))
+    def one_device(hidden_BSD, targets_BS, *arrays):
+        weight = gathered(arrays, specs, hidden_BSD.dtype)
+        kernel_DV = weight.T if model.model.tie_word_embeddings else weight
+        hidden_TD = jax.lax.pcast(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), "tensor", to="varying")
+        return jax.lax.psum(_nll_sum(hidden_TD, kernel_DV, targets_BS.reshape(-1)), BATCH_AXES)
 
-    length = hidden_BSD.shape[1]
-    return sum(chunk(hidden_BSD[:, i : i + LOSS_CHUNK], targets_BS[:, i : i + LOSS_CHUNK]) for i in range(0, length, LOSS_CHUNK))
+    batch = jax.P(BATCH_AXES)
+    return per_device(one_device, (batch, batch, *specs), jax.P())(hidden_BSD, targets_BS, *arrays)
+
+
+@jax.custom_vjp
+def _nll_sum(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> jax.Array:
+    """One device's part of `cross_entropy_sum`; V is its part of the vocabulary, T its tokens, C those of a chunk."""
+    step = lambda total, chunk: (total + _nll(chunk[0], kernel_DV, chunk[1])[0], None)
+    chunks = _chunks(hidden_TD, targets_T)
+    return jax.lax.scan(step, _zero(hidden_TD), chunks)[0]
+
+
+def _nll_sum_forward(hidden_TD, kernel_DV, targets_T):
+    """The sum with its gradients: they need the logits, which would have to be made again later."""
+
+    def step(carry, chunk):
+        (total, dkernel_DV), (hidden_CD, targets_C) = carry, chunk
+        nll, probability_CV, here_CV = _nll(hidden_CD, kernel_DV, targets_C)
+        dlogits_CV = jnp.where((targets_C == IGNORE)[:, None], 0.0, probability_CV - here_CV).astype(hidden_CD.dtype)
+        dhidden_CD = jnp.einsum("cv,dv->cd", dlogits_CV, kernel_DV)
+        dkernel_DV += jnp.einsum("cd,cv->dv", hidden_CD, dlogits_CV, preferred_element_type=jnp.float32)
+        return (total + nll, dkernel_DV), dhidden_CD
+
+    zero = jnp.zeros_like(kernel_DV, jnp.float32)
+    (total, dkernel_DV), dhidden = jax.lax.scan(step, (_zero(hidden_TD), zero), _chunks(hidden_TD, targets_T))
+    dhidden_TD = dhidden.reshape(-1, hidden_TD.shape[-1])[: hidden_TD.shape[0]]
+    return total, (dhidden_TD, dkernel_DV.astype(kernel_DV.dtype))
+
+
+def _nll_sum_backward(gradients, cotangent):
+    return *((g * cotangent).astype(g.dtype) for g in gradients), None
+
+
+_nll_sum.defvjp(_nll_sum_forward, _nll_sum_backward)
+
+
+def _nll(hidden_CD, kernel_DV, targets_C):
+    """(sum of -log p(target), probabilities, which of them is the target's): of a chunk, and of this device's words the last two."""
+    logit_CV = jnp.einsum("cd,dv->cv", hidden_CD, kernel_DV, preferred_element_type=jnp.float32)
+    most_C1 = jax.lax.pmax(jnp.max(logit_CV, axis=-1, keepdims=True), "tensor")
+    exp_CV = jnp.exp(logit_CV - most_C1)
+    total_C1 = jax.lax.psum(jnp.sum(exp_CV, axis=-1, keepdims=True), "tensor")
+    words = kernel_DV.shape[1]
+    here_CV = (targets_C - jax.lax.axis_index("tensor") * words)[:, None] == jnp.arange(words)
+    target_C = jax.lax.psum(jnp.sum(jnp.where(here_CV, logit_CV, 0.0), axis=-1), "tensor")
+    nll_C = jnp.log(total_C1[:, 0]) + most_C1[:, 0] - target_C
+    return jnp.sum(jnp.where(targets_C == IGNORE, 0.0, nll_C)), exp_CV / total_C1, here_CV
+
+
+def _chunks(hidden_TD, targets_T):
+    """Both in chunks of LOSS_CHUNK tokens, the last one filled up with tokens that predict nothing."""
+    size = min(LOSS_CHUNK, len(targets_T))
+    missing = -len(targets_T) % size
+    hidden_TD = jnp.pad(hidden_TD, ((0, missing), (0, 0)))
+    targets_T = jnp.pad(targets_T, (0, missing), constant_values=IGNORE)
+    return hidden_TD.reshape(-1, size, hidden_TD.shape[1]), targets_T.reshape(-1, size)
+
+
+def _zero(hidden_TD):
+    """A float32 0 for the sum, which differs between devices of the batch, not of the tensor axis."""
+    return jax.lax.pmax(jnp.zeros_like(hidden_TD, jnp.float32, shape=()), "tensor")
 
 
 def balance_loss(stats: MoEStats, total: Totals, config: Config) -> jax.Array:
@@ -99,12 +160,12 @@ def next_token_loss(model: Transformer, out: Output, batch: Batch, total: Totals
     Returns:
       (loss, its next-token part, its unweighted multi-token part), float32.
     """
-    targets, kernel = batch["targets"], model.head_kernel()
-    lm = cross_entropy_sum(out.hidden_BSD, kernel, targets) / jnp.maximum(total.targets, 1)
+    targets = batch["targets"]
+    lm = cross_entropy_sum(out.hidden_BSD, model, targets) / jnp.maximum(total.targets, 1)
     loss, mtp = lm, jnp.float32(0)
     for depth, hidden in enumerate(out.mtp_hidden_BSD):
         ahead = tokens_ahead(targets, batch["segment_ids"], depth + 1, IGNORE)
-        mtp += cross_entropy_sum(hidden, kernel, ahead) / jnp.maximum(total.mtp_targets[depth], 1) / len(out.mtp_hidden_BSD)
+        mtp += cross_entropy_sum(hidden, model, ahead) / jnp.maximum(total.mtp_targets[depth], 1) / len(out.mtp_hidden_BSD)
     if out.mtp_hidden_BSD:
         loss += mtp_weight * mtp
     return loss, lm, mtp

@@ -14,6 +14,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model.moe import Load, merge_loads
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import reshard
+from deepseek_jax.parallel.weights import keep_whole
 from deepseek_jax.train import losses
 from deepseek_jax.train.optimizer import learning_rate
 from deepseek_jax.train.state import Layout, TrainState
@@ -52,11 +53,13 @@ def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses
     """
 
     def gradients(params, bias, batch, total, mtp_weight):
-        def loss(params):
-            return losses.pretraining_loss(layout.merge(params, bias), batch, total, config, mtp_weight, token_loss)
+        def loss(parts):
+            model = layout.merge(keep_whole(params, parts), bias)
+            return losses.pretraining_loss(model, batch, total, config, mtp_weight, token_loss)
 
-        grads, (parts, stats) = jax.grad(loss, has_aux=True)(params)
-        return reshard(grads, layout.grad_specs), parts, stats.load if stats else NO_LOAD
+        # Differentiated in the layout of the gradients: slicing parameters that are whole is free.
+        grads, (parts, stats) = jax.grad(loss, has_aux=True)(reshard(params, layout.grad_specs))
+        return grads, parts, stats.load if stats else NO_LOAD
 
     def whole_batch_gradients(params, bias, batch, total, mtp_weight):
         one = lambda batch: gradients(params, bias, batch, total, mtp_weight)
@@ -157,6 +160,6 @@ def make_eval_step(layout: Layout) -> Callable:
     def eval_step(params, bias, batch: losses.Batch) -> jax.Array:
         model = layout.merge_for_inference(params, bias)
         out = model(batch["tokens"], batch["segment_ids"], batch["positions"])
-        return losses.cross_entropy_sum(out.hidden_BSD, model.head_kernel(), batch["targets"])
+        return losses.cross_entropy_sum(out.hidden_BSD, model, batch["targets"])
 
     return eval_step

@@ -1,0 +1,92 @@
+"""How a weight gets from its layout in storage to the layer that uses it, and its gradient back.
+
+Outside of `per_device`, `whole` moves a weight to its compute layout: the all-gather of FULL_SHARD, one layer at a time. Inside,
+`gathered` does so for one device. Either way the gradient goes back by the transpose, a reduce-scatter.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.parallel.mesh import BATCH_AXES
+from deepseek_jax.parallel.sharding import COMPUTE_RULES, logical_axes, spec, without_stage
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A weight that every device keeps whole while its gradient is divided (SHARD_GRAD_OP): the value of a variable in place of an array.
+
+    Using it moves nothing, but its gradient goes to the layout of `part` where it arises, layer by layer. An array cannot say
+    that: its gradient has its own layout, so it would be summed up whole on every device, for all layers, and sliced afterwards.
+    """
+
+    whole: jax.Array  # what is used
+    part: jax.Array  # the same numbers in the layout of the gradient: what is differentiated
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.whole.ndim
+
+
+def keep_whole(params: nnx.State, parts: nnx.State) -> nnx.State:
+    """Parameters as they are used: `Kept` where the layout of `parts`, their gradients', differs from their own; else the part itself."""
+
+    def pair(whole: jax.Array, part: jax.Array) -> Any:
+        same = jax.typeof(whole).sharding.spec == jax.typeof(part).sharding.spec
+        return part if same else Kept(lax.stop_gradient(whole), part)
+
+    return jax.tree.map(pair, params, parts)
+
+
+def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:
+    """The weight as the layer uses it: cast to the compute dtype, then gathered, so that the gather moves few bytes."""
+    target, w = spec(logical_axes(variable), COMPUTE_RULES), variable.get_value()
+    gather = lambda w: jax.sharding.reshard(w.astype(dtype), target)
+    return _used(gather, w.part, gather(w.whole)) if isinstance(w, Kept) else gather(w)
+
+
+def stored(variable: nnx.Variable) -> list[jax.Array]:
+    """The arrays of a variable, one or two, to be handed to `per_device` with the specs of their types, for `gathered`."""
+    w = variable.get_value()
+    return [jax.sharding.reshard(a, without_stage(a)) for a in ([w.part, w.whole] if isinstance(w, Kept) else [w])]
+
+
+def gathered(arrays: list[jax.Array], specs: list[P], dtype: Any) -> jax.Array:
+    """Inside `per_device`, a weight given as `stored`: this device's experts, heads or words, else whole; varying over all batch axes."""
+    gather = lambda w, spec: _all_gather(w.astype(dtype), spec)
+    if len(arrays) == 1:
+        return gather(arrays[0], specs[0])
+    return _used(lambda part: gather(part, specs[0]), arrays[0], gather(arrays[1], specs[1]))
+
+
+def _all_gather(w: jax.Array, spec: P) -> jax.Array:
+    named = [(d, (axes,) if isinstance(axes, str) else tuple(axes)) for d, axes in enumerate(spec) if axes]
+    held = {a for _, axes in named for a in axes}
+    # Before the gathers, so that in backward sums over these axes are of what is left after the reduce-scatter.
+    if missing := tuple(a for a in BATCH_AXES if a not in held):
+        w = lax.pcast(w, missing, to="varying")
+    for dimension, axes in named:
+        if axes not in (("expert",), ("tensor",)):  # these stay divided in use; where `expert` divides dense weights, it is with others
+            w = lax.all_gather(w, axes, axis=dimension, tiled=True)
+    return w
+
+
+def _used(gather: Callable, part: jax.Array, whole: jax.Array) -> jax.Array:
+    """`whole`, whose gradient goes to `part` by the transpose of `gather`."""
+
+    @jax.custom_vjp
+    def use(part, whole):
+        return whole
+
+    use.defvjp(lambda part, whole: (whole, part), lambda part, cotangent: (jax.vjp(gather, part)[1](cotangent)[0], None))
+    return use(part, whole)
