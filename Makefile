@@ -48,7 +48,7 @@ gpu-aot: $(AOT)/.installed ## compile steps for H200s and check what they commun
 	$(AOT)/bin/python -m benchmarks gpu_aot $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache *.egg-info
+	rm -rf $(VENV) $(AOT) .pytest_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

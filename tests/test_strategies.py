@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import bridge
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, Sharding
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import program
@@ -110,6 +110,22 @@ def test_one_layer_is_whole_at_a_time():
     # Under no_shard the gradients of all layers are whole: what the growth would be if layers stayed so.
     (_, few, _), (_, many, _) = compiled(strategy("no_shard", layers=4)), compiled(strategy("no_shard"))
     assert (many.temporaries - few.temporaries) / 8 > 0.9 * whole
+
+
+@pytest.mark.parametrize("virtual_stages", [1, 2])
+def test_a_stage_holds_its_blocks_divided(virtual_stages):
+    """Outside of the loops only the dense layer, embedding and head are gathered over fsdp and expert, never all blocks of a stage at
+    once; the blocks' way to their stages is an all-to-all. More micro-batches need more memory for activations only."""
+    config = dataclasses.replace(strategy("full_shard", stage=2, fsdp=2, expert=2), sharding=Sharding("full_shard", 0, virtual_stages))
+    few, many = (dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=a)) for a in (2, 4))
+    found, memory, layout = compiled(few)
+    stack = 11 * layer_bytes(layout)
+    outside = program.by([c for c in found if not c.loops], lambda c: (c.kind, c.axes))
+    gathered = sum(n for (kind, axes), n in outside.items() if kind == "all-gather" and axes != ("stage",))
+    assert gathered < 0.1 * stack
+    # Two ways of 11 layers and one missing one, there in forward, back in backward; a device receives half of its part.
+    np.testing.assert_allclose(outside["all-to-all", ("stage",)], 2 * stack * 12 / 11 / 8 / 2, rtol=0.01)
+    assert compiled(many)[1].temporaries < 1.1 * memory.temporaries
 
 
 def test_small_weights_stay_whole():

@@ -18,7 +18,10 @@ from deepseek_jax.model.moe import MoEStats, merge_stats
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.model.transformer import Output, Transformer, join_layers, rematerialise
 from deepseek_jax.parallel.pipeline import Schedule, run, to_stages
+from deepseek_jax.parallel.repairs import keep_explicit_axes_through_shard_map
 from deepseek_jax.parallel.sharding import without_stage
+
+keep_explicit_axes_through_shard_map()
 
 
 def through_stages(model: Transformer, schedule: Schedule, batch: dict[str, jax.Array], given: Any,
