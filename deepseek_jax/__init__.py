@@ -15,6 +15,7 @@ def enough_threads(devices: int) -> None:
     os.environ.setdefault("NPROC", str(16 * devices))
 
 
-_asked = os.environ.get("JAX_NUM_CPU_DEVICES", "") + re.sub(r".*--xla_force_host_platform_device_count=(\d+).*|.*", r" \1", os.environ.get("XLA_FLAGS", ""))
-if (_devices := max(map(int, re.findall(r"\d+", _asked)), default=1)) > 1:
+_asked = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+_asked += re.findall(r"^\d+$", os.environ.get("JAX_NUM_CPU_DEVICES", ""))
+if (_devices := max(map(int, _asked), default=1)) > 1:
     enough_threads(_devices)

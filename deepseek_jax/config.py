@@ -91,7 +91,7 @@ class Mesh:
 class Sharding:
     strategy: str = "full_shard"  # full_shard=zero3 | shard_grad_op=zero2 | zero1 | hybrid_shard | no_shard=ddp, in either case
     min_weight_size: int = 2048  # weights with fewer elements (a layer) stay whole; DeepSpeed: stage3_param_persistence_threshold
-    virtual_stages: int = 0  # pieces a stage's blocks are cut in and visited in turn (interleaved pipeline) to shrink bubbles; 0: chosen
+    virtual_stages: int = 0  # pieces a stage's blocks are cut in and visited in turn (interleaved); bubbles shrink; 0: chosen
 
     @property
     def canonical(self) -> str:

@@ -144,7 +144,8 @@ def main() -> int:
     if args.sample:
         cases = random.Random(args.seed).sample(cases, min(args.sample, len(cases)))
     bad = 0
-    print(f"{len(cases)} of {len(product())} combinations\n{'mesh':<40}{'dispatch':<12}{'strategy':<15}{'acc':>4}{'remat':>6}{'loss':>10}{'gradient':>10}  counts")
+    print(f"{len(cases)} of {len(product())} combinations")
+    print(f"{'mesh':<40}{'dispatch':<12}{'strategy':<15}{'acc':>4}{'remat':>6}{'loss':>10}{'gradient':>10}  counts")
     for case in cases:
         start = time.perf_counter()
         loss, gradient, name, counts = differences(train(variant(**case)), one_device())

@@ -41,8 +41,8 @@ def of_layers(found, *phases: str) -> dict[str, int]:
 
 def layer_bytes(layout: state.Layout) -> int:
     """float32 bytes of the divided weights of one MoE layer."""
-    return sum(a.size // 11 * 4 for a, s in zip(jax.tree.leaves(layout.abstract.params["layers"]), jax.tree.leaves(layout.opt_specs["layers"]), strict=True)
-               if any(s))
+    leaves = zip(jax.tree.leaves(layout.abstract.params["layers"]), jax.tree.leaves(layout.opt_specs["layers"]), strict=True)
+    return sum(a.size // 11 * 4 for a, s in leaves if any(s))
 
 
 # strategy -> is a layer's whole weight gathered in forward, and again in backward; are gradients divided
