@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Model
 from deepseek_jax.parallel.mesh import per_device
-from deepseek_jax.parallel.weights import whole
+from deepseek_jax.parallel.weights import gathered, stored, whole
 
 ATTENTION_NORM_EPS = 1e-6  # the norms inside MLA do not follow rms_norm_eps in any released implementation
 
@@ -76,16 +76,19 @@ class Embedding(nnx.Module):
         self.weight = param(rngs, init, (model.vocab_size, model.hidden_size), ("vocab", "embed"))
 
     def __call__(self, ids_BS: jax.Array, dtype: Any) -> jax.Array:
-        weight, batch = whole(self.weight, jnp.float32), jax.typeof(ids_BS).sharding.spec
-        look_up = per_device(_look_up, in_specs=(jax.typeof(weight).sharding.spec, batch), out_specs=jax.P(*batch, None))
+        arrays, batch = stored(self.weight), jax.typeof(ids_BS).sharding.spec
+        specs = [jax.typeof(a).sharding.spec for a in arrays]
+
+        def one_device(ids_BS, *arrays):
+            """Rows that this device holds, zeros for the others, summed over the tensor axis."""
+            weight_VD = gathered(arrays, specs, jnp.float32)
+            rows = weight_VD.shape[0]
+            local_BS = ids_BS - jax.lax.axis_index("tensor") * rows
+            here_BS1 = ((local_BS >= 0) & (local_BS < rows))[..., None]
+            return jax.lax.psum(jnp.where(here_BS1, weight_VD[jnp.clip(local_BS, 0, rows - 1)], 0.0), "tensor")
+
+        look_up = per_device(one_device, in_specs=(batch, *specs), out_specs=jax.P(*batch, None))
         # Cast after the look-up: its transpose adds up a row for every occurrence of a token, and in bfloat16 such a sum stops
         # growing after some hundred of them.
-        return look_up(weight, ids_BS).astype(dtype)
+        return look_up(ids_BS, *arrays).astype(dtype)
 
-
-def _look_up(weight_VD: jax.Array, ids_BS: jax.Array) -> jax.Array:
-    """One device's part: rows that it holds, zeros for the others, summed over the tensor axis."""
-    rows = weight_VD.shape[0]
-    local_BS = ids_BS - jax.lax.axis_index("tensor") * rows
-    here_BS1 = ((local_BS >= 0) & (local_BS < rows))[..., None]
-    return jax.lax.psum(jnp.where(here_BS1, weight_VD[jnp.clip(local_BS, 0, rows - 1)], 0.0), "tensor")
