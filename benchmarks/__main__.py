@@ -11,7 +11,7 @@
 import importlib
 import sys
 
-from deepseek_jax.config import UserError
+from deepseek_jax.config import UserError, exit_code
 
 NAMES = ("strategies", "collectives", "gpu_aot", "tiny")
 
@@ -28,8 +28,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code("benchmarks", lambda: main(sys.argv[1:])))

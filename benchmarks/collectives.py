@@ -234,7 +234,3 @@ def text(r: dict[str, Any]) -> str:
   a ragged exchange must be ready for {e['ragged_rows']} rows = {report.gb(e['ragged_bytes'])}:
   expert axis x tokens x min(experts a token, experts of a device). Temporaries of the step: {report.gb(r['temporaries'])}.
 """
-
-
-if __name__ == "__main__":
-    sys.exit(main())

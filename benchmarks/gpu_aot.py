@@ -12,7 +12,6 @@ minutes on 2 cores and 4 GB of memory.
 Exit code 1 if a check fails; it is named. Nothing is executed: times and NCCL's own memory need GPUs.
 """
 
-import dataclasses
 import pathlib
 import sys
 from typing import Any
@@ -134,11 +133,3 @@ def show_size(file: str, count: int, given: tuple[str, ...]) -> None:
   {gb(m.arguments)} of arguments + {gb(m.temporaries)} of temporaries = {gb(m.total)} of {gb(HARDWARE.memory)}: {verdict}
   receives {gb(sum(c.bytes_a_step for c in found))} a step: {kinds}
   {took}, {gb(step.peak_bytes)} of memory so far""", flush=True)
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"benchmarks.gpu_aot: {error}", file=sys.stderr)
-        sys.exit(2)

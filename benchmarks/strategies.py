@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax import enough_threads
 from deepseek_jax.config import STRATEGIES, Config, Mesh
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options, program, report, topology
@@ -40,7 +39,6 @@ def main() -> int:
         return 0
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, sys.argv[1:], "configs/tiny.py")
-    enough_threads(own.devices)
     devices = topology.cpu_devices(own.devices)
     rows = []
     for variant in variants(config, devices):
@@ -75,7 +73,7 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
     received = program.by(found, lambda c: c.kind)
     return {
         "strategy": config.sharding.strategy, "mesh": {a: n for a, n in mesh.shape.items() if n > 1},
-        **report.layout_bytes(layout, mesh), "temporaries": program.memory(step.compiled).temporaries,
+        **layout.bytes_per_device(mesh), "temporaries": program.memory(step.compiled).temporaries,
         "received": {kind: received.get(kind, 0) for kind in KINDS},
         "step_seconds": _time(config, mesh, layout, step.compiled, steps) if steps else None,
     }
@@ -114,7 +112,3 @@ def text(rows: list[dict[str, Any]]) -> str:
     rows_of_text = [["strategy", "mesh", *memory, *kinds, "received", "a step"], *map(cells, rows)]
     return (f"{report.table(rows_of_text)}\n\nBytes of one device: four columns of memory, then what it receives in a step "
             f"(first dispatch round). Times: CPU devices that share this machine's cores.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

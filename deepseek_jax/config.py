@@ -10,12 +10,17 @@ Model options are Hugging Face `config.json` keys with their Hugging Face meanin
 import dataclasses
 import inspect
 import re
+import sys
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
+
+
+IGNORE = -100  # target id of a position that predicts nothing, as in Hugging Face
 
 
 class UserError(Exception):
@@ -23,6 +28,15 @@ class UserError(Exception):
 
     The commands print it without a traceback and exit with code 2.
     """
+
+
+def exit_code(name: str, main: Callable[[], int]) -> int:
+    """What a command exits with: what `main` returns, or 2 after one line, which begins with the command's name, for a UserError."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,11 @@ class Model:
     max_position_embeddings: int = 4096  # longest sequence the model is meant for, in tokens
     initializer_range: float = 0.02  # standard deviation of every initial weight (V2 and V3 use 0.006)
     tie_word_embeddings: bool = False  # the output head is the embedding, transposed
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is an MoE layer; those of multi-token prediction are."""
+        return self.num_hidden_layers > self.first_k_dense_replace or self.num_nextn_predict_layers > 0
 
 
 @dataclass(frozen=True)

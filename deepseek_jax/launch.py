@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any, NoReturn
 
-from deepseek_jax.config import UserError
+from deepseek_jax.config import UserError, exit_code
 from deepseek_jax.parallel.gpus import shares, visible_gpus
 from deepseek_jax.parallel.meeting import listen
 
@@ -250,8 +250,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"deepseek_jax.launch: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code("deepseek_jax.launch", lambda: main(sys.argv[1:])))

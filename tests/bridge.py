@@ -34,7 +34,7 @@ Weights = dict[str, np.ndarray]  # Hugging Face names, [out, in], one entry an e
 
 
 @functools.cache
-def _quick_options() -> dict[str, Any]:
+def quick_options() -> dict[str, Any]:
     """XLA options, as far as this XLA knows them, that compile 3 to 7 times as fast: compiling is most of what these tests do.
 
     The passes over the program and the partitioning are as ever; LLVM optimises less and fused loops are emitted the older way.
@@ -51,9 +51,10 @@ def _quick_options() -> dict[str, Any]:
     return known
 
 
-def jit(f: Callable) -> Callable:
+def jit(f: Callable, **options: Any) -> Callable:
     """jax.jit, compiled quickly."""
-    return jax.jit(f, compiler_options=_quick_options())
+    return jax.jit(f, compiler_options=quick_options(), **options)
+
 
 # ------------------------------------------------------------------------------------------------------------------ names
 

@@ -546,11 +546,11 @@ def test_figures_of_a_row():
     figures = metrics.routing(load, drop=True)
     first = (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(4)
     assert figures == {"max_violation": 2.0, "routing_entropy": pytest.approx((first + 1) / 2, abs=1e-6), "dispatch_rounds": 3,
-                       "left_device_share": 0.5, "device_imbalance": 1.0, "dropped_tokens": 2, "dropped_by_layer": [2, 0],
-                       "dropped_by_device": [0, 2]}
+                       "left_device_share": 0.5, "device_imbalance": 1.0, "dropped_tokens": 2, "received_by_device": [10, 4],
+                       "dropped_by_device": [[0, 2], [0, 0]]}
     for empty in (jax.tree.map(np.zeros_like, load), NO_LOAD):  # padding only; a model without experts
         nothing = metrics.routing(empty, drop=False)
-        assert set(nothing) == set(figures) - {"dropped_by_layer", "dropped_by_device"} and not any(nothing.values())
+        assert set(nothing) == set(figures) - {"dropped_by_device"} and not any(nothing.pop("received_by_device")) and not any(nothing.values())
 
 
 def test_what_is_written(tmp_path, monkeypatch):
@@ -563,9 +563,9 @@ def test_what_is_written(tmp_path, monkeypatch):
     writer.write({"step": 7} | metrics.routing(load, drop=True), load)
     writer.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert row["dropped_by_layer"] == [2, 0] and row["dropped_by_device"] == [0, 2] and row["dropped_tokens"] == 2
+    assert row["received_by_device"] == [6, 0] and row["dropped_by_device"] == [[0, 2], [0, 0]] and row["dropped_tokens"] == 2
     scalars = {call.args[0]: call.args[1] for call in board.add_scalar.call_args_list}
-    assert set(scalars) == set(row) - {"step", "dropped_by_layer", "dropped_by_device"} | {
+    assert set(scalars) == set(row) - {"step", "received_by_device", "dropped_by_device"} | {
         "layer_max_violation/00", "layer_rounds/00", "layer_dropped/00"}  # the second layer routed nothing
     assert scalars["layer_dropped/00"] == 2 and scalars["layer_rounds/00"] == 3
     rows, = (call.args[1] for call in board.add_histogram.call_args_list if call.args[0] == "layer_device_rows/00")

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-import bridge
 from deepseek_jax.config import Mesh, Sharding, UserError
 from deepseek_jax.parallel.mesh import axes_across_hosts, make_mesh
 from deepseek_jax.parallel.pipeline import Schedule, make_schedule

@@ -20,7 +20,7 @@ from benchmarks import collectives as layer_collectives
 from benchmarks import strategies
 from deepseek_jax.config import Config, Mesh, Model, Sharding, Train, UserError, from_config_dict
 from deepseek_jax.plan import __main__ as plan
-from deepseek_jax.plan import exchange, hlo, options, program, report, topology
+from deepseek_jax.plan import exchange, hlo, options, program, topology
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHAPE = {"data": 1, "fsdp": 4, "expert": 2}
@@ -32,7 +32,7 @@ BYTES = ROWS * 32 * 4
 def compiled_quickly(monkeypatch):
     """Whole steps, compiled as the other tests compile theirs: LLVM optimises less, the collectives are the same."""
     compile_step = topology.compile_step
-    quick = lambda config, mesh, layout, options=None: compile_step(config, mesh, layout, options or bridge._quick_options())
+    quick = lambda config, mesh, layout, options=None: compile_step(config, mesh, layout, options or bridge.quick_options())
     monkeypatch.setattr(topology, "compile_step", quick)
 
 
@@ -265,7 +265,7 @@ def test_plan_of_the_cpu_program(capsys):
     _, config = options.read(options.Parser(), [f"--config={ROOT}/configs/tiny.py", "--config.mesh.expert=2"])
     mesh, layout = topology.lay_out(config, jax.devices())
     assert found["mesh"] == {"data": 1, "stage": 1, "fsdp": 4, "expert": 2, "context": 1, "tensor": 1}
-    assert found["layout_bytes"] == report.layout_bytes(layout, mesh)
+    assert found["layout_bytes"] == layout.bytes_per_device(mesh)
     # Arguments: parameters, optimizer state, bias, a few counters, and 256 tokens of 4 int32 arrays.
     stored = found["layout_bytes"]["parameters"] + found["layout_bytes"]["optimizer"]
     assert 4 * 256 * 4 <= found["program"]["memory"]["arguments"] - stored <= 4 * 256 * 4 + 1000

@@ -6,10 +6,10 @@ reads those ranges only.
 
 import numpy as np
 
+from deepseek_jax.config import IGNORE
 from deepseek_jax.data.order import permutation
 from deepseek_jax.data.sources import Documents
 
-IGNORE = -100  # target of a position that predicts nothing
 Row = dict[str, np.ndarray]
 
 

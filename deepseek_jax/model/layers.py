@@ -76,8 +76,7 @@ class Embedding(nnx.Module):
         self.weight = param(rngs, init, (model.vocab_size, model.hidden_size), ("vocab", "embed"))
 
     def __call__(self, ids_BS: jax.Array, dtype: Any) -> jax.Array:
-        arrays, batch = stored(self.weight), jax.typeof(ids_BS).sharding.spec
-        specs = [jax.typeof(a).sharding.spec for a in arrays]
+        (arrays, specs), batch = stored(self.weight), jax.typeof(ids_BS).sharding.spec
 
         def one_device(ids_BS, *arrays):
             """Rows that this device holds, zeros for the others, summed over the tensor axis."""

@@ -98,8 +98,8 @@ class MoE(nnx.Module):
         bias_E = self.gate.e_score_correction_bias[...] if self.model.topk_method == "noaux_tc" else jnp.zeros((self.model.n_routed_experts,))
         # Expert weights enter as they are stored; `_routed` gathers what the strategy divided, so that the transpose of that
         # gather is a reduce-scatter.
-        weights = [*stored(self.experts.gate_up_proj), *stored(self.experts.down_proj)]
-        specs = [jax.typeof(w).sharding.spec for w in weights]
+        gate_up, down = stored(self.experts.gate_up_proj), stored(self.experts.down_proj)
+        weights, specs = gate_up[0] + down[0], gate_up[1] + down[1]
         routed = per_device(
             functools.partial(self._routed, specs=specs),
             in_specs=(P(BATCH_AXES), P(BATCH_AXES), P(), P(), *specs),

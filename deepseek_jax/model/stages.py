@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.config import IGNORE
 from deepseek_jax.model.moe import MoEStats, merge_stats
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.model.transformer import Output, Transformer, join_layers, rematerialise
@@ -51,7 +52,7 @@ def through_stages(model: Transformer, schedule: Schedule, batch: dict[str, jax.
             """Micro-batch m, all padding where there is none."""
             micro = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, jnp.minimum(m, schedule.micro_batches - 1), 0, keepdims=False), batch)
             missing = m >= schedule.micro_batches
-            return micro | {"segment_ids": jnp.where(missing, 0, micro["segment_ids"]), "targets": jnp.where(missing, -100, micro["targets"])}
+            return micro | {"segment_ids": jnp.where(missing, 0, micro["segment_ids"]), "targets": jnp.where(missing, IGNORE, micro["targets"])}
 
         def side(m):
             micro = micro_batch(m)

@@ -112,8 +112,7 @@ def _more_on_cpu(wanted: int) -> str:
 
 def _check(config: Config, shape: dict[str, int]) -> None:
     m = config.model
-    has_experts = m.num_hidden_layers > m.first_k_dense_replace or m.num_nextn_predict_layers
-    if has_experts and m.n_routed_experts % shape["expert"]:
+    if m.has_experts and m.n_routed_experts % shape["expert"]:
         raise UserError(f"n_routed_experts={m.n_routed_experts} is not divisible by the expert mesh axis ({shape['expert']} devices). "
                         f"Set config.mesh.expert to a divisor of {m.n_routed_experts}.")
     ways = math.prod(shape[a] for a in BATCH_AXES)
@@ -171,6 +170,6 @@ def _tensor_widths(m: Model) -> list[tuple[str, int]]:
     widths = [("num_attention_heads", m.num_attention_heads), ("vocab_size", m.vocab_size)]
     if m.first_k_dense_replace:
         widths.append(("intermediate_size", m.intermediate_size))
-    if m.num_hidden_layers > m.first_k_dense_replace or m.num_nextn_predict_layers:
+    if m.has_experts:
         widths.append(("moe_intermediate_size", m.moe_intermediate_size))
     return widths

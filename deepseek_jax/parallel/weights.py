@@ -55,10 +55,11 @@ def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:
     return _used(gather, w.part, gather(w.whole)) if isinstance(w, Kept) else gather(w)
 
 
-def stored(variable: nnx.Variable) -> list[jax.Array]:
-    """The arrays of a variable, one or two, to be handed to `per_device` with the specs of their types, for `gathered`."""
+def stored(variable: nnx.Variable) -> tuple[list[jax.Array], list[P]]:
+    """The arrays of a variable, one or two, and their specs: to be handed to `per_device`, and there to `gathered`."""
     w = variable.get_value()
-    return [jax.sharding.reshard(a, without_stage(a)) for a in ([w.part, w.whole] if isinstance(w, Kept) else [w])]
+    arrays = [jax.sharding.reshard(a, without_stage(a)) for a in ([w.part, w.whole] if isinstance(w, Kept) else [w])]
+    return arrays, [jax.typeof(a).sharding.spec for a in arrays]
 
 
 def gathered(arrays: list[jax.Array], specs: list[P], dtype: Any) -> jax.Array:

@@ -22,7 +22,7 @@ import jax
 from rich.console import Console
 
 from deepseek_jax import commandline
-from deepseek_jax.config import UserError
+from deepseek_jax.config import UserError, exit_code
 from deepseek_jax.plan import options, report, topology
 
 CPU = topology.Hardware("CPU device", None, "")
@@ -73,8 +73,4 @@ def _waiting(text: str, quiet: bool) -> Iterator[Any]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"deepseek_jax.plan: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code("deepseek_jax.plan", lambda: main(sys.argv[1:])))

@@ -24,7 +24,7 @@ class Buffers(NamedTuple):
 def buffers(config: Config, mesh_shape: dict[str, int]) -> Buffers | None:
     """The dispatch's buffers under a config; None for a model without experts."""
     m = config.model
-    if m.num_hidden_layers <= m.first_k_dense_replace and not m.num_nextn_predict_layers:
+    if not m.has_experts:
         return None
     devices = mesh_shape["expert"]
     tokens = config.micro_batch * config.train.sequence_length // math.prod(mesh_shape[a] for a in BATCH_AXES)

@@ -48,7 +48,7 @@ class Collective:
     axes: tuple[str, ...]  # mesh axes along which they lie; "?" in it: not whole axes
     loops: tuple[int | None, ...]  # trip counts of the loops around it, outermost first; None: a loop of unknown length
     times: int  # a step, if every branch is taken; a loop of unknown length counts as one round
-    conditional: bool  # in a branch: a pipeline's stage takes it only when it has work
+    conditional: bool  # in a branch, which may not be taken
     shares: tuple[tuple[str, str, float], ...]  # (phase, part, share of the bytes), most first; the compiler combines collectives
     asynchronous: bool  # has a start and an end of its own
     overlapped: int  # operations of WORK that the schedule puts between them

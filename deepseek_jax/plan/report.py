@@ -8,7 +8,6 @@ import jax
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.count import count
-from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.plan import exchange, program, topology
 from deepseek_jax.train.state import Layout
@@ -16,15 +15,6 @@ from deepseek_jax.train.summary import human
 
 JAX_DEFAULT_SHARE = 0.75  # of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 PHASES = ("forward", "recompute", "backward", "optimizer", "other")
-
-
-def layout_bytes(layout: Layout, mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """Bytes of the state's parts on one device, as they are stored."""
-    return {
-        "parameters": sharding.bytes_per_device(layout.abstract.params, layout.shardings.params),
-        "gradients": sharding.bytes_per_device(layout.abstract.params, sharding.shardings(layout.grad_specs, mesh)),
-        "optimizer": sharding.bytes_per_device(layout.abstract.opt_state, layout.shardings.opt_state),
-    }
 
 
 def of_layout(config: Config, mesh: jax.sharding.Mesh, layout: Layout, hardware: topology.Hardware,
@@ -46,7 +36,7 @@ def of_layout(config: Config, mesh: jax.sharding.Mesh, layout: Layout, hardware:
         "share_a_host": topology.devices_a_host(mesh, gpus_per_host),
         "strategy": config.sharding.canonical, "dispatch": config.moe.dispatch, "dtype": t.dtype, "remat": t.remat,
         "batch": {"sequences": t.batch_size, "sequence_length": t.sequence_length, "accumulation": t.accumulation},
-        "layout_bytes": layout_bytes(layout, mesh),
+        "layout_bytes": layout.bytes_per_device(mesh),
         "exchange": buffers._asdict() if buffers else None,
         "pipeline": {"stages": stages, "pieces_a_stage": schedule.repeats,
                      "bubble_share": schedule.bubble_share} if schedule else None,
@@ -60,14 +50,13 @@ def of_program(step: topology.Step, mesh: jax.sharding.Mesh, hardware: topology.
     once, further = [c for c in found if not c.further], [c for c in found if c.further]
     total = sum(c.bytes_a_step for c in once)
     return {
-        "memory": memory._asdict() | {"total": memory.total, "available": hardware.memory, 
+        "memory": memory._asdict() | {"total": memory.total, "available": hardware.memory,
                                       "fits": hardware.memory is None or memory.total <= hardware.memory},
         "collectives": by_kind(once),
         "further_round": by_kind(further),
         "by_origin": [{"phase": p, "part": q, "bytes": n} for (p, q), n in program.by_origin(once).items()],
         "bytes": total,
         "overlapped_bytes": sum(c.bytes_a_step for c in once if c.overlapped),
-        "conditional_bytes": sum(c.bytes_a_step for c in once if c.conditional),
         "compile": {"lower_seconds": step.lower_seconds, "compile_seconds": step.compile_seconds, "peak_bytes": step.peak_bytes},
     }
 
@@ -124,7 +113,7 @@ def text(r: dict[str, Any]) -> str:
     q = r["program"]
     c = q["compile"]
     compiled = f"traced in {c['lower_seconds']:.0f} s, compiled in {c['compile_seconds']:.0f} s, {gb(c['peak_bytes'])} of memory"
-    lines += [*_memory_of_program(q["memory"]), *_communication(q, r["pipeline"])]
+    lines += [*_memory_of_program(q["memory"]), *_communication(q)]
     return "\n".join([_lines(lines), _kinds(q), "", _parts(q), _lines([("compiled", compiled)])])
 
 
@@ -180,13 +169,9 @@ def _memory_of_program(m: dict[str, Any]) -> list[tuple[str, str]]:
     return out
 
 
-def _communication(q: dict[str, Any], pipeline: dict[str, Any] | None) -> list[tuple[str, str]]:
+def _communication(q: dict[str, Any]) -> list[tuple[str, str]]:
     beside = q["overlapped_bytes"] / (q["bytes"] or 1)
-    out = [("communication", f"a device receives {gb(q['bytes'])} a step; {beside:.0%} of it is scheduled beside computation")]
-    if pipeline and q["conditional_bytes"]:
-        idle = f"{pipeline['bubble_share']:.1%}"
-        out.append(("", f"({gb(q['conditional_bytes'])} of it as if no tick were idle; {idle} are, and skip it)"))
-    return out
+    return [("communication", f"a device receives {gb(q['bytes'])} a step; {beside:.0%} of it is scheduled beside computation")]
 
 
 def _kinds(q: dict[str, Any]) -> str:

@@ -17,13 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from deepseek_jax import enough_threads
 from deepseek_jax.config import Config, UserError
-from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.state import Layout, make_layout
-from deepseek_jax.train.step import make_train_step
+from deepseek_jax.train.step import batch_sharding, make_train_step
 
 
 class Hardware(NamedTuple):
@@ -97,6 +96,7 @@ def cpu_devices(devices: int) -> list[jax.Device]:
     Raises:
       UserError: JAX has started with fewer.
     """
+    enough_threads(devices)
     with contextlib.suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", devices)
     found = jax.devices("cpu")
@@ -108,8 +108,8 @@ def cpu_devices(devices: int) -> list[jax.Device]:
 
 def batch_shapes(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of a step as `train.step.put_batch` makes it: int32 [A, b, S]."""
-    t, sharding = config.train, NamedSharding(mesh, P(None, BATCH_AXES, None))
-    shape = jax.ShapeDtypeStruct((t.accumulation, config.micro_batch, t.sequence_length), jnp.int32, sharding=sharding)
+    size = (config.train.accumulation, config.micro_batch, config.train.sequence_length)
+    shape = jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(mesh))
     return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shape)
 
 

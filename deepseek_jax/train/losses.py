@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config, Model
+from deepseek_jax.config import IGNORE, Config, Model
 from deepseek_jax.model.moe import MoEStats
 from deepseek_jax.model.stages import through_stages
 from deepseek_jax.model.transformer import Output, Transformer, tokens_ahead
@@ -18,7 +18,6 @@ from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
 from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.parallel.weights import gathered, stored
 
-IGNORE = -100  # target id of a position that predicts nothing, as in Hugging Face
 LOSS_CHUNK = 1024  # tokens of a device whose logits are alive at a time
 
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions: int32 [B, S]
@@ -64,8 +63,7 @@ def cross_entropy_sum(hidden_BSD: jax.Array, model: Transformer, targets_BS: jax
     The logits of the whole batch never exist: every device goes through its tokens in chunks, and adds up the gradients of
     hidden states and head on the way, so that the head's is reduced over the mesh once.
     """
-    arrays = stored(model.head)
-    specs = [jax.typeof(a).sharding.spec for a in arrays]
+    arrays, specs = stored(model.head)
 
     def one_device(hidden_BSD, targets_BS, *arrays):
         weight = gathered(arrays, specs, hidden_BSD.dtype)

@@ -60,11 +60,12 @@ def routing(load: Load, drop: bool) -> dict[str, Any]:
     dispatch_rounds: the most rounds that a device ran in a layer.
     left_device_share: of the assignments not dropped, those whose expert lies on another device than their token.
     device_imbalance: the most rows that a device's experts received / the mean - 1, in the worst layer.
-    dropped_tokens: assignments dropped, over all layers; with `drop` also by layer and by the device of the token.
+    received_by_device: the rows that each device's experts received, over all layers.
+    dropped_tokens: assignments dropped, over all layers; with `drop` also of each layer, by the device of their token.
     """
     load = jax.tree.map(lambda a: np.asarray(a, np.int64), load)
     out = {"max_violation": 0.0, "routing_entropy": 0.0, "dispatch_rounds": 0, "left_device_share": 0.0, "device_imbalance": 0.0,
-           "dropped_tokens": int(load.dropped_counts.sum())}
+           "received_by_device": load.received.sum(axis=0).tolist(), "dropped_tokens": int(load.dropped_counts.sum())}
     if load.expert_counts.any():
         share = load.expert_counts / np.maximum(load.expert_counts.sum(axis=1, keepdims=True), 1)
         entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1) / math.log(max(share.shape[1], 2))
@@ -75,8 +76,7 @@ def routing(load: Load, drop: bool) -> dict[str, Any]:
         out["left_device_share"] = round(float(load.left.sum() / max(load.received.sum(), 1)), 6)
         out["device_imbalance"] = round(float(received.max() - 1), 6)
     if drop:
-        out["dropped_by_layer"] = load.dropped_counts.sum(axis=1).tolist()
-        out["dropped_by_device"] = load.dropped_from.sum(axis=0).tolist()
+        out["dropped_by_device"] = load.dropped_from.tolist()
     return out
 
 

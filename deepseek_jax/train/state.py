@@ -46,6 +46,13 @@ class Layout(NamedTuple):
         """The model for evaluation and sampling: `moe.drop` is of training only, as in a batch of few tokens it would drop many."""
         return nnx.merge(self.inference_graphdef, params, bias)
 
+    def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
+        """Bytes that one device holds of parameters, gradients and optimizer state."""
+        held = {"parameters": (self.abstract.params, self.shardings.params),
+                "gradients": (self.abstract.params, sharding.shardings(self.grad_specs, mesh)),
+                "optimizer": (self.abstract.opt_state, self.shardings.opt_state)}
+        return {name: sharding.bytes_per_device(*arrays) for name, arrays in held.items()}
+
     def abstract_sharded(self) -> TrainState:
         """Shapes with their shardings: what a checkpoint is restored into."""
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.abstract, self.shardings)

@@ -35,9 +35,14 @@ class StepMetrics(NamedTuple):
     skipped_steps: jax.Array  # int32: in all
 
 
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Of a step's batch [A, b, S]: rows over the batch axes."""
+    return NamedSharding(mesh, P(None, BATCH_AXES, None))
+
+
 def put_batch(rows: dict[str, np.ndarray], micro_batch: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Rows [n, S] of the global batch to int32 arrays [A, b, S] over the mesh; each process hands over its own shards."""
-    sharding = NamedSharding(mesh, P(None, BATCH_AXES, None))
+    sharding = batch_sharding(mesh)
 
     def put(a: np.ndarray) -> jax.Array:
         a = a.reshape(-1, micro_batch, a.shape[-1])
@@ -101,8 +106,7 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = losse
 
     def train_step(state: TrainState, batch: losses.Batch) -> tuple[TrainState, StepMetrics]:
         t, m = config.train, config.model
-        has_moe = m.num_hidden_layers > m.first_k_dense_replace or depths > 0
-        batch_level = not m.seq_aux and m.aux_loss_alpha and has_moe
+        batch_level = not m.seq_aux and m.aux_loss_alpha and m.has_experts
         counts = jax.lax.stop_gradient(counts_of(state.params, state.bias, batch)) if batch_level else None
         total = losses.totals(batch, depths, counts)
         mtp_weight = jnp.where(state.step < round(t.mtp_switch_fraction * t.steps), t.mtp_loss_weight, t.mtp_loss_weight_final)

@@ -6,7 +6,6 @@ from rich.console import Console
 from deepseek_jax.config import Config
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model.count import Count
-from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import axes_across_hosts
 from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.train.loop import Result
@@ -29,10 +28,7 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
     if jax.process_index() != 0:
         return
     t, m = config.train, config.model
-    spec_shardings = lambda specs: sharding.shardings(specs, mesh)
-    params = sharding.bytes_per_device(layout.abstract.params, layout.shardings.params)
-    grads = sharding.bytes_per_device(layout.abstract.params, spec_shardings(layout.grad_specs))
-    opt = sharding.bytes_per_device(layout.abstract.opt_state, layout.shardings.opt_state)
+    held = layout.bytes_per_device(mesh)
     tokens = first_sequence(config, t.steps) * t.sequence_length
     console = Console(highlight=False, soft_wrap=True)
     line = lambda name, text: console.print(f"{name:<15}{text}", markup=False)
@@ -49,7 +45,7 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
                          f"{s.micro_batches} micro-batches: bubble share {s.bubble_share:.1%}")
     line("strategy", f"{config.sharding.canonical}, dispatch {config.moe.dispatch}, "
                               f"{t.dtype} compute, remat {t.remat}")
-    line("bytes a device", f"{human(params)} parameters + {human(grads)} gradients + {human(opt)} optimizer = {human(params + grads + opt)}")
+    line("bytes a device", f"{' + '.join(f'{human(n)} {name}' for name, n in held.items())} = {human(sum(held.values()))}")
     line("data", loader.description)
     line("training", f"{t.steps} steps of {t.batch_size} x {t.sequence_length} tokens = {human(tokens)} tokens "
                               f"({tokens / max(loader.train_tokens, 1):.2f} passes over the data)")
