@@ -2,6 +2,7 @@
 
   python -m benchmarks NAME [options]      python -m benchmarks NAME --help
 
+  step          the time of a train step, and its share of this machine's matmul peak; --peer: beside transformers in PyTorch
   strategies    memory, communication and step time of every sharding strategy
   collectives   what one layer communicates under every strategy and dispatch method, beside the least it could
   gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)
@@ -13,7 +14,7 @@ import sys
 
 from deepseek_jax.config import UserError, exit_code
 
-NAMES = ("strategies", "collectives", "gpu_aot", "tiny")
+NAMES = ("step", "strategies", "collectives", "gpu_aot", "tiny")
 
 
 def main(argv: list[str]) -> int:

@@ -57,6 +57,7 @@ class Shape:
     expert: int = 1
     tensor: int = 1
     stage: int = 1
+    blocks: bool = True  # where expert is 1: the experts' rows in blocks, as on CPUs, or in the slots of rounds, as on GPUs
 
     @property
     def devices(self) -> int:
@@ -132,8 +133,9 @@ def count(shape: Shape, chosen_BK, kept_BK) -> Load:
         fullest = kept.reshape(-1, shape.expert, shape.experts).sum(axis=1).max()
     else:
         slots, fullest = shape.slots, kept.max()
+    rounds = int(kept.any()) if shape.expert == 1 and shape.blocks else math.ceil(fullest / slots)
     dropped = chosen - kept
-    return Load(chosen.sum(axis=0), math.ceil(fullest / slots), dropped.sum(axis=0), received, dropped.sum(axis=1), left)
+    return Load(chosen.sum(axis=0), rounds, dropped.sum(axis=0), received, dropped.sum(axis=1), left)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ours
@@ -151,7 +153,8 @@ def of_device(shape: Shape):
         kept = dispatch.drop(chosen, weight, shape.experts, shape.slots, shape.policy) if shape.policy else chosen
         x, weight = (lax.pcast(a, "tensor", to="varying") for a in (x, weight))
         gate_up, down = (lax.pcast(a, ("data", "fsdp"), to="varying") for a in (gate_up, down))
-        y, rounds = dispatch.dispatch(shape.method, x, weight, kept, gate_up, down, shape.capacity)
+        with mock.patch.object(dispatch, "on_cpu", lambda: shape.blocks):
+            y, rounds = dispatch.dispatch(shape.method, x, weight, kept, gate_up, down, shape.capacity)
         counts = (jnp.bincount(a.reshape(-1), length=shape.experts) for a in (chosen, kept))
         return lax.psum(y, "tensor"), load_of(*counts, rounds)
 
@@ -236,7 +239,7 @@ def draw(seed: int) -> tuple[Shape, np.ndarray]:
     shape = Shape(METHODS[seed % 3], tokens=int(rng.integers(1, 9)), experts=groups * a_group,
                   k=int(rng.integers(1, min(usable, 5) + 1)), d=int(rng.integers(1, 7)),
                   f=mesh["tensor"] * int(rng.integers(1, 4)), capacity=pick(0.1, 0.5, 1.0, 1.25, 3.0), dtype=dtype,
-                  policy=policy, **mesh)
+                  policy=policy, blocks=seed % 2 == 0, **mesh)
     chosen = np.empty((shape.tokens * shape.devices, shape.k), int)
     skewed = pick(False, False, True)
     for token in chosen:
@@ -315,18 +318,22 @@ def test_every_expert_chosen(method, changes):
     np.testing.assert_array_equal(load.expert_counts, shape.tokens * shape.devices)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_one_device(method):
-    shape = Shape(method, capacity=0.7)
-    check(shape, spread(shape))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "slots"])
+def test_one_device(blocks, dtype):
+    """All methods are one where all experts are here. 80 tokens: several blocks an expert; and the attacks on both."""
+    for shape in (Shape("all_to_all", capacity=0.7, blocks=blocks, dtype=dtype), Shape("ring", tokens=80, blocks=blocks, dtype=dtype)):
+        check(shape, spread(shape))
+    for chosen in attacks(shape).values():
+        check(shape, chosen)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_one_expert(method):
-    shape = Shape(method, experts=1, k=1, data=2, fsdp=2)
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "slots"])
+def test_one_expert(blocks):
+    shape = Shape("ring", experts=1, k=1, data=2, fsdp=2, blocks=blocks)
     load = check(shape, with_padding(np.zeros((24, 1), int), np.arange(24) % 5 > 0, 1))
     assert int(load.left) == 0 and int(load.rounds) == 1
-    validate(Config(model=Model(n_routed_experts=1, num_experts_per_tok=1), moe=Moe(dispatch=method)))
+    validate(Config(model=Model(n_routed_experts=1, num_experts_per_tok=1)))
 
 
 def test_the_ring_adds_up_weight_gradients_in_float32():

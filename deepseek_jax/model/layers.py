@@ -37,9 +37,30 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = whole(self.kernel, x.dtype)
-        # Where the tensor axis divides the inputs, this sums over it.
-        out = jax.P(*jax.typeof(x).sharding.spec[:-1], jax.typeof(kernel).sharding.spec[1])
-        return jnp.einsum("...i,io->...o", x, kernel, out_sharding=out)
+        return linear(x, kernel)
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., I] times kernel [I, O]. Where the tensor axis divides the inputs, this sums over it.
+
+    JAX's own gradient of the kernel is a transposed product, for which XLA on CPUs writes the output's gradient transposed, an element at a time.
+    """
+    out = jax.P(*jax.typeof(x).sharding.spec[:-1], jax.typeof(kernel).sharding.spec[1])
+    return jnp.einsum("...i,io->...o", x, kernel, out_sharding=out)
+
+
+def _linear_backward(residuals, dy):
+    x, kernel = residuals
+    spec = lambda a: jax.typeof(a).sharding.spec
+    dx = jnp.einsum("...o,io->...i", dy, kernel, out_sharding=spec(x))
+    # Contracting one dimension leaves x as it is; with two, XLA would transpose it first.
+    tokens = lambda a: jax.lax.reshape(a, (-1, a.shape[-1]) if a.ndim == 2 else (a.size // a.shape[-1], a.shape[-1]),
+                                       out_sharding=jax.P(spec(a)[0], spec(a)[-1]))
+    return dx, jnp.einsum("ti,to->io", tokens(x), tokens(dy), out_sharding=spec(kernel))
+
+
+linear.defvjp(lambda x, kernel: (linear(x, kernel), (x, kernel)), _linear_backward)
 
 
 class RMSNorm(nnx.Module):

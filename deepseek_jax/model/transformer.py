@@ -17,7 +17,7 @@ from deepseek_jax.model.attention import MultiHeadLatentAttention
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 from deepseek_jax.model.moe import MoE, MoEStats
 from deepseek_jax.model.rope import rope_tables
-from deepseek_jax.parallel.weights import whole
+from deepseek_jax.parallel.weights import WEIGHTS, whole
 
 
 class Output(NamedTuple):
@@ -185,11 +185,29 @@ def _stack(model: Model, moe: Moe, is_moe: bool, count: int, rngs: nnx.Rngs) -> 
 def rematerialise(f: Callable, remat: str) -> Callable:
     """`config.train.remat` as a `jax.checkpoint`: what a layer keeps for its backward pass."""
     if remat == "none":
-        return f
+        return jax.checkpoint(f, policy=_all_but_weights)
+    if remat == "dots":
+        return jax.checkpoint(f, policy=_dots)
     if remat == "full":
         return jax.checkpoint(f)
     names = ("exchange",) if remat == "exchange" else tuple(remat.removeprefix("save:").split(","))
     return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*names))
+
+
+_MOVES = ("reshard", "all_gather", "pcast", "pvary", "convert_element_type", "reshape", "squeeze", "transpose")
+
+
+def _dots(primitive, *_, **params) -> bool:
+    """A `jax.checkpoint` policy: keeps results of matmuls, and what has a name."""
+    return params["name"] != WEIGHTS if primitive.name == "name" else primitive.name in ("dot_general", "top_k")
+
+
+def _all_but_weights(primitive, *_, **params) -> bool:
+    """A `jax.checkpoint` policy: keeps what was computed, not weights as they are used, nor what leads from the stored ones to them.
+
+    Without it every layer's weights would be kept gathered and cast, copied out of their stack and into another.
+    """
+    return params["name"] != WEIGHTS if primitive.name == "name" else primitive.name not in _MOVES
 
 
 def build(config: Config, rngs: nnx.Rngs) -> Transformer:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.parallel.mesh import BATCH_AXES
+from deepseek_jax.parallel import blocks
+from deepseek_jax.parallel.mesh import BATCH_AXES, on_cpu
 from deepseek_jax.parallel.rounds import exchange_and_compute, make_plan, slots_per_round, sort_by_expert
 
 
@@ -52,10 +53,21 @@ def dispatch(method: str, x_TD: jax.Array, weight_TK: jax.Array, expert_TK: jax.
       (y [T, D] in the dtype of x_TD; int32, the most rounds that any device ran, in the ring for one device's tokens)
     """
     devices, local = lax.axis_size("expert"), gate_up_GDPF.shape[0]
+    if devices == 1 and on_cpu():
+        return _here(x_TD, weight_TK, expert_TK, gate_up_GDPF, down_GFD)
     method = _all_to_all if devices == 1 else {"all_to_all": _all_to_all, "all_gather": _all_gather, "ring": _ring}[method]
     top_k, experts = expert_TK.shape[1], devices * local
     places = functools.partial(slots_per_round, top_k=top_k, experts=experts, capacity_factor=capacity_factor)
     return method(x_TD, weight_TK, expert_TK, gate_up_GDPF, down_GFD, places, devices)
+
+
+def _here(x_TD, weight_TK, expert_TK, gate_up, down):
+    """All experts are here, on a CPU."""
+    experts = gate_up.shape[0]
+    block = blocks.block_rows(*expert_TK.shape, experts)
+    rows = blocks.lay_out(expert_TK, experts, block)
+    rounds = lax.pmax(jnp.any(rows.count_G > 0).astype(jnp.int32), BATCH_AXES)
+    return blocks.compute(x_TD, weight_TK, gate_up, down, rows, block), rounds
 
 
 def _all_to_all(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):

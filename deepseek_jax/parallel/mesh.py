@@ -106,6 +106,12 @@ def _resolve(config: Config, device_count: int) -> dict[str, int]:
     return shape
 
 
+def on_cpu() -> bool:
+    """Whether the mesh of `jax.set_mesh` is of CPU devices; they need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "cpu"
+
+
 def _more_on_cpu(wanted: int) -> str:
     return f", or run with JAX_NUM_CPU_DEVICES={wanted}" if jax.default_backend() == "cpu" else ""
 

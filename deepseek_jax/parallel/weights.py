@@ -11,10 +11,14 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import COMPUTE_RULES, logical_axes, spec, without_stage
+
+
+WEIGHTS = "weights"  # checkpoint_name of weights as they are used: never kept for the backward pass, which gathers them again
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +56,7 @@ def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:
     """The weight as the layer uses it: cast to the compute dtype, then gathered, so that the gather moves few bytes."""
     target, w = spec(logical_axes(variable), COMPUTE_RULES), variable.get_value()
     gather = lambda w: jax.sharding.reshard(w.astype(dtype), target)
-    return _used(gather, w.part, gather(w.whole)) if isinstance(w, Kept) else gather(w)
+    return checkpoint_name(_used(gather, w.part, gather(w.whole)) if isinstance(w, Kept) else gather(w), WEIGHTS)
 
 
 def stored(variable: nnx.Variable) -> tuple[list[jax.Array], list[P]]:
@@ -65,9 +69,8 @@ def stored(variable: nnx.Variable) -> tuple[list[jax.Array], list[P]]:
 def gathered(arrays: list[jax.Array], specs: list[P], dtype: Any) -> jax.Array:
     """Inside `per_device`, a weight given as `stored`: this device's experts, heads or words, else whole; varying over all batch axes."""
     gather = lambda w, spec: _all_gather(w.astype(dtype), spec)
-    if len(arrays) == 1:
-        return gather(arrays[0], specs[0])
-    return _used(lambda part: gather(part, specs[0]), arrays[0], gather(arrays[1], specs[1]))
+    w = gather(arrays[0], specs[0]) if len(arrays) == 1 else _used(lambda part: gather(part, specs[0]), arrays[0], gather(arrays[1], specs[1]))
+    return checkpoint_name(w, WEIGHTS)
 
 
 def _all_gather(w: jax.Array, spec: P) -> jax.Array:
@@ -77,7 +80,8 @@ def _all_gather(w: jax.Array, spec: P) -> jax.Array:
     if missing := tuple(a for a in BATCH_AXES if a not in held):
         w = lax.pcast(w, missing, to="varying")
     for dimension, axes in named:
-        if axes not in (("expert",), ("tensor",)):  # these stay divided in use; where `expert` divides dense weights, it is with others
+        kept = axes in (("expert",), ("tensor",))  # divided in use too; where `expert` divides dense weights, it is with others
+        if not kept and lax.axis_size(axes) > 1:  # of one device, it would only give the weight a layout that others must copy
             w = lax.all_gather(w, axes, axis=dimension, tiled=True)
     return w
 

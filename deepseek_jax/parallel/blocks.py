@@ -1,0 +1,157 @@
+"""Experts at work where nothing is exchanged, on a CPU: each expert's rows in blocks, and only as many blocks as there are rows.
+
+The assignments are sorted by expert into one array of rows in which every expert begins a new block of `block` rows; what is left of
+its last block is zeros, which add nothing anywhere. A matmul then walks over the filled blocks with each one's expert's weights. So work
+follows the routing, however skewed, memory does not depend on it, and there are no rounds. XLA's `ragged_dot` would multiply
+every row by every expert on a CPU; batched matmuls over equal slots (parallel/rounds.py) work on empty places too.
+
+Shape letters: T tokens, K experts per token, M = T*K assignments, G experts here, R = rows, with what blocks leave empty: static,
+M + G*block at most; D hidden_size, F expert width, P gate and up; I inner and O outer width of any matmul.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.parallel.rounds import sort_by_expert
+
+
+class Rows(NamedTuple):
+    """Where the assignments are among the rows."""
+
+    row_TK: jax.Array  # int32: R where it goes nowhere
+    assignment_R: jax.Array  # int32: token * K + choice; M where a row is empty
+    start_G: jax.Array  # int32: first row of each expert
+    count_G: jax.Array  # int32: assignments of each expert
+
+
+def lay_out(expert_TK: jax.Array, experts: int, block: int) -> Rows:
+    """Rows of assignments to experts in [0, experts]; `experts` itself means nowhere. Within an expert in token order."""
+    size = -(-(expert_TK.size + experts * (block - 1)) // block) * block
+    _, bound, rank_TK = sort_by_expert(expert_TK, experts)
+    count_G = jnp.diff(bound)
+    end_G = jnp.cumsum((count_G + block - 1) // block * block)
+    start_G = (end_G - (count_G + block - 1) // block * block).astype(jnp.int32)
+    row_TK = jnp.where(expert_TK < experts, start_G.at[expert_TK].get(mode="clip") + rank_TK, size)
+    assignment = jnp.arange(expert_TK.size, dtype=jnp.int32)
+    empty_R = jnp.full_like(row_TK, expert_TK.size, shape=(size,))
+    return Rows(row_TK, empty_R.at[row_TK.reshape(-1)].set(assignment, mode="drop", unique_indices=True), start_G, count_G)
+
+
+def block_rows(tokens: int, top_k: int, experts: int) -> int:
+    """Rows of a block: an eighth to a quarter of an expert's mean load, so that about a tenth of the work is on empty rows."""
+    mean = tokens * top_k / experts
+    return int(min(max(2 ** int(np.log2(max(mean, 1) / 4)), 8), 256))
+
+
+def matmul(rows_RI: jax.Array, weight_GIO: jax.Array, rows: Rows, block: int, transpose: bool = False) -> jax.Array:
+    """[R, O]: each row times the matrix of its expert, or its transpose (weight [G, O, I]). Rows of no block are zeros."""
+    width = weight_GIO.shape[1 if transpose else 2]
+
+    def expert(out, given):
+        weight, start, count = given
+
+        def one_block(carry):
+            done, out = carry
+            here = lax.dynamic_slice_in_dim(rows_RI, start + done, block) @ (weight.T if transpose else weight)
+            return done + block, lax.dynamic_update_slice_in_dim(out, here, start + done, 0)
+
+        return lax.while_loop(lambda carry: carry[0] < count, one_block, (jnp.zeros_like(count), out))[1], None
+
+    return lax.scan(expert, jnp.zeros_like(rows_RI, shape=(rows_RI.shape[0], width)), (weight_GIO, rows.start_G, rows.count_G))[0]
+
+
+def weight_gradient(rows_RI: jax.Array, rows_RO: jax.Array, rows: Rows, block: int) -> jax.Array:
+    """float32 [G, I, O]: sum over an expert's rows of their outer products."""
+
+    def expert(_, given):
+        start, count = given
+
+        def one_block(carry):
+            done, total = carry
+            left, right = (lax.dynamic_slice_in_dim(a, start + done, block) for a in (rows_RI, rows_RO))
+            return done + block, total + jnp.einsum("ri,ro->io", left, right, preferred_element_type=jnp.float32)
+
+        zero = jnp.zeros_like(rows_RI, jnp.float32, shape=(rows_RI.shape[1], rows_RO.shape[1]))
+        return None, lax.while_loop(lambda carry: carry[0] < count, one_block, (jnp.zeros_like(count), zero))[1]
+
+    return lax.scan(expert, None, (rows.start_G, rows.count_G))[1]
+
+
+def _take(a_TD: jax.Array, rows: Rows, top_k: int) -> jax.Array:
+    """[R, D]: the token of each row, zeros in empty ones."""
+    return a_TD.at[rows.assignment_R // top_k].get(mode="fill", fill_value=0)
+
+
+def _collect(rows_RD: jax.Array, rows: Rows, weight_TK: jax.Array | None) -> jax.Array:
+    """float32 [T, D]: the sum of each token's rows, times their weights."""
+    total = 0.0
+    for k in range(rows.row_TK.shape[1]):
+        here_TD = rows_RD.at[rows.row_TK[:, k]].get(mode="fill", fill_value=0).astype(jnp.float32)
+        total = total + (here_TD if weight_TK is None else here_TD * weight_TK[:, k, None])
+    return total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def compute(x_TD: jax.Array, weight_TK: jax.Array, gate_up_GDPF: jax.Array, down_GFD: jax.Array, rows: Rows, block: int) -> jax.Array:
+    """The routed experts' output: sum over a token's choices of weight * expert(x), all experts being here.
+
+    Args:
+      x_TD: the tokens, in the compute dtype.
+      weight_TK: float32 weights of the choices.
+      gate_up_GDPF: [G, D, 2, F], gate first; down_GFD: [G, F, D]: all experts, in the compute dtype.
+      rows: from `lay_out`, with the same block.
+
+    Returns:
+      [T, D] in the dtype of x_TD.
+    """
+    return _forward(x_TD, weight_TK, gate_up_GDPF, down_GFD, rows, block)[0]
+
+
+def _flat(gate_up_GDPF: jax.Array) -> jax.Array:
+    return gate_up_GDPF.reshape(*gate_up_GDPF.shape[:2], -1)
+
+
+def _forward(x_TD, weight_TK, gate_up, down, rows, block):
+    top_k = weight_TK.shape[1]
+    with jax.named_scope("dispatch"):
+        x_RD = _take(x_TD, rows, top_k)
+    with jax.named_scope("experts"):
+        hidden = checkpoint_name(matmul(x_RD, _flat(gate_up), rows, block), "experts_hidden")
+        gate_RF, up_RF = jnp.split(hidden, 2, axis=1)
+        out_RD = matmul(jax.nn.silu(gate_RF) * up_RF, down, rows, block)
+    with jax.named_scope("combine"):
+        y_TD = _collect(out_RD, rows, weight_TK).astype(x_TD.dtype)
+    return y_TD, (x_TD, weight_TK, gate_up, down, rows, hidden)
+
+
+def _backward(block, residuals, dy_TD):
+    x_TD, weight_TK, gate_up, down, rows, hidden = residuals
+    top_k = weight_TK.shape[1]
+    with jax.named_scope("dispatch"):
+        x_RD, dy_RD = _take(x_TD, rows, top_k), _take(dy_TD, rows, top_k)
+        w_R1 = weight_TK.reshape(-1).at[rows.assignment_R].get(mode="fill", fill_value=0)[:, None]
+    with jax.named_scope("experts"):
+        gate_RF, up_RF = jnp.split(hidden.astype(jnp.float32), 2, axis=1)
+        sig_RF = jax.nn.sigmoid(gate_RF)
+        act_RF = gate_RF * sig_RF * up_RF
+        dact_RF = matmul(dy_RD, down, rows, block, transpose=True).astype(jnp.float32)
+        dw_R = jnp.sum(dact_RF * act_RF, axis=1)
+        dact_RF = dact_RF * w_R1
+        dhidden = jnp.concatenate([dact_RF * up_RF * sig_RF * (1 + gate_RF * (1 - sig_RF)), dact_RF * gate_RF * sig_RF], axis=1).astype(x_TD.dtype)
+        ddown = weight_gradient((act_RF * w_R1).astype(x_TD.dtype), dy_RD, rows, block)
+        dgate_up = weight_gradient(x_RD, dhidden, rows, block).reshape(gate_up.shape)
+        dx_RD = matmul(dhidden, _flat(gate_up), rows, block, transpose=True)
+    with jax.named_scope("combine"):
+        dx_TD = _collect(dx_RD, rows, None).astype(x_TD.dtype)
+        dw_TK = dw_R.at[rows.row_TK].get(mode="fill", fill_value=0).astype(weight_TK.dtype)
+    drows = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), rows)  # integers have no gradient
+    return dx_TD, dw_TK, dgate_up.astype(gate_up.dtype), ddown.astype(down.dtype), drows
+
+
+compute.defvjp(_forward, _backward)
