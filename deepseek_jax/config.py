@@ -124,7 +124,7 @@ class Moe:
     """How tokens meet experts. None of these changes the mathematics, except dropping, the bias update and the z-loss."""
 
     dispatch: str = "all_to_all"  # all_to_all (send, compute, return) | all_gather (tokens to all devices) | ring (expert pipeline)
-    capacity_factor: float = 1.25  # places per round = this x the mean load; overflow costs a round, never a token unless drop is set
+    capacity_factor: float = 1.25  # places per round = this x the mean load; overflow costs a round (none on a CPU with all experts), no token
     drop: bool = False  # drop what overflows the places of one round on its device, instead of running more rounds
     drop_policy: str = "probability"  # what drop keeps: probability (=probs; the highest router weights) | position (the earliest tokens)
     bias_update_rate: float = 0.001  # step of the selection bias per optimizer step (noaux_tc); 0: fixed bias
@@ -153,7 +153,7 @@ class Train:
     batch_ramp_start: int = 0  # sequences a step at the start, growing linearly to batch_size; 0: no ramp
     batch_ramp_steps: int = 0  # steps over which the batch grows, in whole micro-batches
     dtype: str = "bfloat16"  # compute dtype: bfloat16 | float32; parameters and optimizer state are float32
-    remat: str = "full"  # what a layer keeps for backward: none (recompute nothing) | full (recompute all) | exchange (not with stages) | save:NAME,...
+    remat: str = "full"  # what a layer keeps for backward: none (all but weights) | dots (matmul results) | full (nothing) | exchange (not with stages) | save:NAME,...
     mtp_loss_weight: float = 0.3  # weight of the multi-token prediction loss (V3: 0.3, then 0.1)
     mtp_loss_weight_final: float = 0.3  # the weight after mtp_switch_fraction of the steps
     mtp_switch_fraction: float = 1.0  # V3: 10/14.8

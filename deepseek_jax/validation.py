@@ -52,7 +52,7 @@ def validate(config: Config) -> None:
         for name in t.remat.removeprefix("save:").split(","):
             _choice("config.train.remat=save:", name, REMAT_NAMES)
     else:
-        _choice("config.train.remat", t.remat, ("none", "full", "exchange", "save:NAME,NAME..."))
+        _choice("config.train.remat", t.remat, ("none", "dots", "full", "exchange", "save:NAME,NAME..."))
     _choice("config.optimizer.name", o.name, ("adamw",))
     _choice("config.optimizer.schedule", o.schedule, ("constant", "cosine", "wsd", "deepseek_v2", "deepseek_v3"))
     if not (math.isfinite(o.learning_rate) and o.learning_rate > 0):

@@ -1,4 +1,5 @@
 """Experts at work in bounded memory, on one device: the rounds that every method of parallel/dispatch.py is made of.
+(On a CPU that has all experts itself there is nothing to exchange, and parallel/blocks.py does without rounds.)
 
 Every expert has C static places for each device's tokens and round. A round gathers up to C tokens an expert into [E, C, D],
 brings them to the experts, runs one batched SwiGLU over the local experts, brings the results back, and each token adds its
