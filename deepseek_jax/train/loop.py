@@ -14,6 +14,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.loader import Loader, Prefetcher
 from deepseek_jax.model.count import Count
 from deepseek_jax.train import metrics
+from deepseek_jax.train.profile import Profiler
 from deepseek_jax.train.optimizer import first_sequence, sequences_at
 from deepseek_jax.train.state import TrainState, to_tree
 from deepseek_jax.train.step import StepMetrics, put_batch
@@ -127,12 +128,14 @@ def batches(config: Config, loader: Loader, mesh: jax.sharding.Mesh, first_step:
 
 
 def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState, train_step: Callable, evaluate: Evaluator,
-        loader: Loader, checkpointer: Checkpointer, count: Count, tokens_seen: int) -> Result:
+        loader: Loader, checkpointer: Checkpointer, count: Count, tokens_seen: int, profiler: Profiler | None = None,
+        first_step: Callable[[], str] | None = None) -> Result:
     """Trains from state.step to config.train.steps.
 
     Args:
       train_step: the jitted step. evaluate: state -> held-out figures.
       checkpointer: of this workdir. count: sizes for the FLOP figures. tokens_seen: before state.step.
+      first_step: makes the line that is said after the first step.
 
     Returns:
       The last state and why the loop ended. A checkpoint of that state is on disk.
@@ -152,10 +155,13 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
 
     def report(done: int, device_metrics: StepMetrics) -> bool:
         """Logs a finished step; True if its update was made."""
-        nonlocal tokens_seen
+        nonlocal tokens_seen, first_step
         m = jax.device_get(device_metrics)
         tokens_seen += int(m.tokens)
         clock.tick(int(m.tokens))
+        if first_step:
+            bar.say(first_step())
+            first_step = None
         if done % c.log.every_steps == 0 or done == last or m.bad_steps:
             values = metrics.row(m, done, *clock.read(), tokens_seen, config, count)
             writer.write(values, m.load)
@@ -173,8 +179,11 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
 
     try:
         for batch in batches(config, loader, mesh, step):
+            traced = profiler is not None and profiler.before(step + 1, state)
             state, device_metrics = train_step(state, batch)
             step += 1
+            if traced and profiler.after(step, state):
+                clock.restart()
             if pending:
                 report(*pending)
             pending = (step, device_metrics)
