@@ -91,7 +91,7 @@ def train(argv: list[str], cluster: Cluster) -> int:
 
         workdir.write_config(flags.workdir, config, options)
         evaluate = loop.Evaluator(config, mesh, loader, make_eval_step(layout))
-        profiler = Profiler(config.profile, flags.workdir, train_step, say)
+        profiler = Profiler(config, flags.workdir, train_step) if config.profile.start else None
         result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpoints, sizes, tokens_seen, profiler,
                           lambda: summary.first_step(train_step, time.perf_counter() - started))
 

@@ -14,8 +14,8 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.loader import Loader, Prefetcher
 from deepseek_jax.model.count import Count
 from deepseek_jax.train import metrics
-from deepseek_jax.train.profile import Profiler
 from deepseek_jax.train.optimizer import first_sequence, sequences_at
+from deepseek_jax.train.profile import Profiler
 from deepseek_jax.train.state import TrainState, to_tree
 from deepseek_jax.train.step import StepMetrics, put_batch
 
@@ -177,23 +177,28 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
                              f"(config.train.max_bad_steps={c.train.max_bad_steps}). {where} Lower config.optimizer.learning_rate, for instance.")
         return not m.bad_steps
 
+    def profile(done: int) -> None:
+        if text := profiler.turn(done, state):
+            bar.say(text)
+
     try:
+        if profiler and profiler.due(step):
+            profile(step)
         for batch in batches(config, loader, mesh, step):
-            traced = profiler is not None and profiler.before(step + 1, state)
             state, device_metrics = train_step(state, batch)
             step += 1
-            if traced and profiler.after(step, state):
-                clock.restart()
             if pending:
                 report(*pending)
             pending = (step, device_metrics)
             stopped_by = stop.after(step)
             at = lambda every: every and step % every == 0
-            pause = step == last or at(c.checkpoint.every_steps) or at(c.eval.every_steps) or stopped_by
+            pause = step == last or at(c.checkpoint.every_steps) or at(c.eval.every_steps) or stopped_by or profiler and profiler.due(step)
             if not pause:
                 continue
             updated = report(*pending)
             pending = None
+            if profiler and profiler.due(step):
+                profile(step)
             if (step == last or at(c.eval.every_steps)) and (figures := evaluate(state)):
                 eval_row = {"step": step, **figures}
                 writer.write(eval_row)
@@ -208,6 +213,8 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
         checkpointer.wait()
         return Result(state, step, eval_row, stopped_by if step < last else None)
     finally:
+        if profiler:
+            profiler.close()
         bar.close()
         writer.close()
         stop.restore()
