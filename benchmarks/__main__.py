@@ -4,6 +4,7 @@
 
   strategies    memory, communication and step time of every sharding strategy
   collectives   what one layer communicates under every strategy and dispatch method, beside the least it could
+  overhead      what the training loop costs beside the compiled step
   gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)
   tiny          trains configs/tiny.py whole and checks its loss (make prove)
 """
@@ -13,7 +14,7 @@ import sys
 
 from deepseek_jax.config import UserError, exit_code
 
-NAMES = ("strategies", "collectives", "gpu_aot", "tiny")
+NAMES = ("strategies", "collectives", "overhead", "gpu_aot", "tiny")
 
 
 def main(argv: list[str]) -> int:
