@@ -1,11 +1,11 @@
 """What the training loop costs beside the device program: data, batches to the device, metrics, logging, the start of a checkpoint.
 
-  python -m benchmarks overhead [--config=configs/tiny.py] [--rounds=5] [--steps=8] [--json] [--config.KEY=...]
+  python -m benchmarks overhead [--config=configs/tiny.py] [--rounds=12] [--steps=4] [--json] [--config.KEY=...]
 
 Runs the loop of train.py (train.loop.run) with the real step, a metrics row every step and a checkpoint in the middle, and the bare
 compiled step with a batch that is on the device already, called back to back; in turns, `rounds` times `steps` steps each, after one
 of each. Printed: the median over rounds of the seconds a step of both, and of their ratio in a round. Without a --config: configs/tiny.py
-with 32 sequences a step, about a second on 2 cores.
+with 32 sequences a step, about a second on 2 cores. On a machine with other work rounds differ by more than the overhead: take more.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ from deepseek_jax.train.step import make_train_step, put_batch
 
 def main() -> int:
     parser = options.Parser()
-    parser.add_argument("--rounds", type=int, default=5, help="How often each of the two is timed, after a first time.")
-    parser.add_argument("--steps", type=int, default=8, help="Steps of each, a round; a checkpoint starts in the middle.")
+    parser.add_argument("--rounds", type=int, default=12, help="How often each of the two is timed, after a first time.")
+    parser.add_argument("--steps", type=int, default=4, help="Steps of each, a round; a checkpoint starts in the middle.")
     if {"--help", "-h"} & set(sys.argv):
         print(f"{__doc__}\nFlags:\n{parser.describe()}\n")
         return 0
