@@ -22,17 +22,19 @@ import time
 
 import jax
 
-from deepseek_jax import commandline, generate
+from deepseek_jax import commandline, compilation, generate
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.cluster import Cluster, leave_others
 from deepseek_jax.config import UserError
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
+from deepseek_jax.parallel import prefetch
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import loop, summary, workdir
+from deepseek_jax.train.profile import Profiler
 from deepseek_jax.train.state import from_tree, init_state, make_layout, to_tree
-from deepseek_jax.train.step import make_eval_step, make_train_step
+from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
 
 
 def main(argv: list[str]) -> int:
@@ -65,13 +67,19 @@ def train(argv: list[str], cluster: Cluster) -> int:
     cluster.agree("data files", {"what config.data reads": loader.description})
 
     checkpoints = Checkpointer(os.path.join(flags.workdir, "checkpoints"), config.checkpoint.keep)
+    compilation.use_cache(config.compile.cache_dir, warn=say)
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         layout = make_layout(config, mesh)
+        platform = mesh.devices.flat[0].platform
+        options = prefetch.xla_options(config, platform, prefetch.bytes_of_a_layer(config, layout.abstract.params, mesh))
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
         resume_step = checkpoints.latest_step()
         cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
-        summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed)
+        summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options)
 
+        train_step = compilation.CompiledStep(make_train_step(config, layout), mesh, options)
+        if (resume_step or 0) < config.train.steps:
+            train_step.compile_ahead(layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0))
         if resume_step is None:
             state, tokens_seen = init_state(config, layout), 0
         else:
@@ -81,10 +89,11 @@ def train(argv: list[str], cluster: Cluster) -> int:
             say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
             return 0
 
-        workdir.write_config(flags.workdir, config)
-        train_step = jax.jit(make_train_step(config, layout), donate_argnums=0)
+        workdir.write_config(flags.workdir, config, options)
         evaluate = loop.Evaluator(config, mesh, loader, make_eval_step(layout))
-        result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpoints, sizes, tokens_seen)
+        profiler = Profiler(config, flags.workdir, train_step) if config.profile.start else None
+        result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpoints, sizes, tokens_seen, profiler,
+                          lambda: summary.first_step(train_step, time.perf_counter() - started))
 
         if result.stopped_by is not None:
             say(f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {flags.workdir}/checkpoints/{result.step}. "

@@ -5,6 +5,7 @@
   step          the time of a train step, and its share of this machine's matmul peak; --peer: beside transformers in PyTorch
   strategies    memory, communication and step time of every sharding strategy
   collectives   what one layer communicates under every strategy and dispatch method, beside the least it could
+  overhead      what the training loop costs beside the compiled step
   gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)
   tiny          trains configs/tiny.py whole and checks its loss (make prove)
 """
@@ -14,7 +15,11 @@ import sys
 
 from deepseek_jax.config import UserError, exit_code
 
+<<<<<<< HEAD
 NAMES = ("step", "strategies", "collectives", "gpu_aot", "tiny")
+=======
+NAMES = ("strategies", "collectives", "overhead", "gpu_aot", "tiny")
+>>>>>>> start
 
 
 def main(argv: list[str]) -> int:

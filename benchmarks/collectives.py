@@ -67,7 +67,7 @@ def main() -> int:
     results = []
     for variant in [*variants(config, devices), *other_methods(config)]:
         print(f"{variant.sharding.canonical}, {variant.moe.dispatch} ...", file=sys.stderr)
-        results.append(measure(variant, devices, topology.GPU_OPTIONS if own.hardware != "cpu" else None))
+        results.append(measure(variant, devices))
         if not own.json:
             print(text(results[-1]))
     if own.json:

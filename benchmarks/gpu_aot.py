@@ -3,7 +3,7 @@
   make gpu-aot                                  or, with the extra gpu-aot installed:
   python -m benchmarks gpu_aot [--strategies-only]
 
-First four bfloat16 layers of 64 experts for 8 H200s, under every strategy and dispatch method, with the XLA flags of BUILD.md.
+First four bfloat16 layers of 64 experts for 8 H200s, under every strategy and dispatch method, with the XLA options of train.py.
 Checked in each scheduled program: which weights are gathered, how gradients are reduced, that no more bytes move than the
 strategy needs, that tokens are exchanged twice a round in forward, and that gathers and scatters have computation between start
 and end. Then configs/v3.py for 256 and 2,048 H200s and configs/deepseek_7b.py for 8: bytes a device beside 141 GB. Takes 15
@@ -75,7 +75,7 @@ def main() -> int:
 
 def check_step(check: Checks, config: Config, devices: list[Any]) -> None:
     """Compiles one step and checks its collectives."""
-    r = collectives.measure(config, devices, topology.GPU_OPTIONS)
+    r = collectives.measure(config, devices)
     strategy, method = r["strategy"], r["dispatch"]
     divided, reduced = r["parameters_divided"], r["gradients_divided"]
     named = lambda text: f"{strategy}, {method}: {text}"
@@ -121,7 +121,7 @@ def show_size(file: str, count: int, given: tuple[str, ...]) -> None:
     """Compiles a config for so many H200s and prints its memory."""
     _, config = options.read(options.Parser(), [f"--config={CONFIGS / file}", *given])
     mesh, layout = topology.lay_out(config, topology.gpu_devices(HARDWARE, count, 8))
-    step = topology.compile_step(config, mesh, layout, topology.GPU_OPTIONS)
+    step = topology.compile_step(config, mesh, layout)
     m = program.memory(step.compiled)
     over = m.total - HARDWARE.memory
     found = [c for c in program.collectives(step.compiled.as_text(), mesh.shape) if not c.further]

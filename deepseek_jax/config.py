@@ -110,6 +110,9 @@ class Mesh:
 class Sharding:
     strategy: str = "full_shard"  # full_shard=zero3 | shard_grad_op=zero2 | zero1 | hybrid_shard | no_shard=ddp, in either case
     min_weight_size: int = 2048  # weights with fewer elements (a layer) stay whole; DeepSpeed: stage3_param_persistence_threshold
+    forward_prefetch: bool = True  # GPU: gather the next layer's weights while this one computes (XLA has one switch for both passes)
+    backward_prefetch: str = "pre"  # GPU: pre (gather ahead, reduce behind) | post (reduce gradients while the next layer computes) | none
+    limit_all_gathers: bool = True  # GPU: one collective in flight at a time, gathers combined up to one layer's bytes: bounds memory
     virtual_stages: int = 0  # pieces a stage's blocks are cut in and visited in turn (interleaved); bubbles shrink; 0: chosen
 
     @property
@@ -153,7 +156,7 @@ class Train:
     batch_ramp_start: int = 0  # sequences a step at the start, growing linearly to batch_size; 0: no ramp
     batch_ramp_steps: int = 0  # steps over which the batch grows, in whole micro-batches
     dtype: str = "bfloat16"  # compute dtype: bfloat16 | float32; parameters and optimizer state are float32
-    remat: str = "full"  # what a layer keeps for backward: none (all but weights) | dots (matmul results) | full (nothing) | exchange (not with stages) | save:NAME,...
+    remat: str = "full"  # what a layer keeps for backward: none (all but weights) | dots (matmul results) | full (nothing) | exchange (no stages) | save:NAME,...
     mtp_loss_weight: float = 0.3  # weight of the multi-token prediction loss (V3: 0.3, then 0.1)
     mtp_loss_weight_final: float = 0.3  # the weight after mtp_switch_fraction of the steps
     mtp_switch_fraction: float = 1.0  # V3: 10/14.8
@@ -198,6 +201,17 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Compile:
+    cache_dir: str = ""  # folder of compiled programs, for the next start; "": $XDG_CACHE_HOME/deepseek_jax or ~/.cache/deepseek_jax; off: none
+
+
+@dataclass(frozen=True)
+class Profile:
+    start: int = 0  # first step to trace into WORKDIR/profile, and then to print where its time went; 0: no profile
+    steps: int = 3  # how many to trace, from there on
+
+
+@dataclass(frozen=True)
 class Config:
     seed: int = 0  # of the weights and of the data order
     model: Model = field(default_factory=Model)
@@ -210,6 +224,8 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
+    compile: Compile = field(default_factory=Compile)
+    profile: Profile = field(default_factory=Profile)
 
     def to_json(self) -> dict[str, Any]:
         """Nested dicts of plain values: `from_config_dict` reads them back."""

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax import compilation
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, Mesh, Sharding, UserError, from_config_dict
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -138,6 +139,7 @@ def main() -> int:
     except UserError as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
+    compilation.use_cache(config.compile.cache_dir, warn=lambda line: print(line, file=sys.stderr))
     try:
         show(layout, mesh, state, tokenizer, args)
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough

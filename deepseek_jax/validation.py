@@ -17,6 +17,7 @@ def validate(config: Config) -> None:
         raise UserError(f"config.seed={config.seed} is not a 32-bit number. Set it between 0 and {2**32 - 1}.")
     _validate_model(m)
     _choice("config.sharding.strategy", config.sharding.strategy.lower(), (*STRATEGIES, *STRATEGY_ALIASES))
+    _choice("config.sharding.backward_prefetch", config.sharding.backward_prefetch, ("pre", "post", "none"))
     _choice("config.moe.dispatch", config.moe.dispatch, ("all_to_all", "all_gather", "ring"))
     _choice("config.moe.drop_policy", config.moe.drop_policy, ("probability", "probs", "position"))
     if not config.moe.capacity_factor > 0 or math.isinf(config.moe.capacity_factor):
@@ -71,6 +72,10 @@ def validate(config: Config) -> None:
         raise UserError(f"config.data.eval_fraction={config.data.eval_fraction} is not a share. Set it between 0 (no evaluation) and 1.")
     _at_least(config.eval, "eval", 0, "every_steps", "batches", "sample_tokens")
     _at_least(config.checkpoint, "checkpoint", 0, "every_steps", "keep")
+    _at_least(config.profile, "profile", 0, "start")
+    _at_least(config.profile, "profile", 1, "steps")
+    if config.profile.start > t.steps:
+        raise UserError(f"config.profile.start={config.profile.start} is after the last step, config.train.steps={t.steps}. Lower it.")
     _at_least(config.log, "log", 1, "every_steps")
     _at_least(config.log, "log", 0, "peak_tflops")
 

@@ -70,6 +70,7 @@ class MultiHeadLatentAttention(nnx.Module):
         self.kv_b_proj = Linear(m, m.kv_lora_rank, heads * (m.qk_nope_head_dim + m.v_head_dim), ("lora", "lora_heads"), rngs)
         self.o_proj = Linear(m, heads * m.v_head_dim, m.hidden_size, ("heads", "embed"), rngs)
 
+    @jax.named_scope("attention")
     def __call__(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> jax.Array:
         m, (b, s, _) = self.model, x_BSD.shape
         heads, nope = m.num_attention_heads, m.qk_nope_head_dim

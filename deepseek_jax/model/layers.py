@@ -84,6 +84,7 @@ class MLP(nnx.Module):
         self.up_proj = Linear(model, model.hidden_size, width, ("embed", "mlp"), rngs)
         self.down_proj = Linear(model, width, model.hidden_size, ("mlp", "embed"), rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         h_BSF = jax.nn.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD)
         return self.down_proj(checkpoint_name(h_BSF, "mlp_hidden"))
@@ -96,6 +97,7 @@ class Embedding(nnx.Module):
         init = nnx.initializers.normal(model.initializer_range)
         self.weight = param(rngs, init, (model.vocab_size, model.hidden_size), ("vocab", "embed"))
 
+    @jax.named_scope("embed")
     def __call__(self, ids_BS: jax.Array, dtype: Any) -> jax.Array:
         (arrays, specs), batch = stored(self.weight), jax.typeof(ids_BS).sharding.spec
 

@@ -157,6 +157,7 @@ def _count(expert_BN: jax.Array, experts: int) -> jax.Array:
     return zeros_BE.at[row_BN, expert_BN].add(1, mode="drop")
 
 
+@jax.named_scope("route")
 def _statistics(routing: Routing, count_BE: jax.Array, valid_BS: jax.Array, load: Load, m: Model) -> MoEStats:
     b, s = valid_BS.shape
     valid_BS1 = valid_BS[:, :, None].astype(jnp.float32)

@@ -21,6 +21,7 @@ class Routing(NamedTuple):
     logit_TE: jax.Array  # float32
 
 
+@jax.named_scope("route")
 def route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, model: Model) -> Routing:
     """Scores, selection and weights, all in float32.
 

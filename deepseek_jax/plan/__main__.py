@@ -4,7 +4,7 @@
   python -m deepseek_jax.plan --config=configs/deepseek_7b.py --devices=8 --config.mesh.fsdp=4 --config.mesh.expert=2 --json
 
 Prints the model's size, the mesh and which of its axes stay inside a host, the bytes of a device beside its memory, and the
-bytes that each collective moves in a step: from the train step, compiled for that many GPUs with the XLA flags of BUILD.md.
+bytes that each collective moves in a step: from the train step, compiled for that many GPUs with the XLA options of train.py.
 That takes half a minute to some minutes and needs JAX's CUDA plugin: `make plan CONFIG=... DEVICES=...` installs it apart, or
 pip install -e '.[gpu-aot]'. Without it: what the layout alone says. --hardware=cpu compiles for as many CPU devices instead, as
 the tests run it: the collectives of another compiler, no plugin.
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
                              f"{topology.INSTALL}")
     else:
         with _waiting(f"compiling the train step for {own.devices} x {hardware.name}", quiet=own.json):
-            step = topology.compile_step(config, mesh, layout, topology.GPU_OPTIONS if on_gpus else None)
+            step = topology.compile_step(config, mesh, layout)
         result["program"] = report.of_program(step, mesh, hardware)
     print(json.dumps(result, indent=2) if own.json else report.text(result))
     return 0

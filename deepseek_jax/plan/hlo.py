@@ -68,6 +68,7 @@ class Module:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.roots: dict[str, Instruction] = {}  # computation -> its result
         self.entry = ""
+        self.name = found[1] if (found := re.match(r"HloModule ([\w.\-]+)", text)) else ""
         self.scheduled = "is_scheduled=true" in text[:10_000]  # the lines of a computation are in the order they run
         self._tables: dict[str, dict[int, str]] = {}
         here, name = None, ""

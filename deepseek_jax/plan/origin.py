@@ -32,6 +32,10 @@ PARTS = (
     ("train/optimizer.py", r"", "optimizer"),
     ("train/step.py", r"\bupdate_bias\b", "optimizer"),
 )
+# The names that the model gives its parts with jax.named_scope, and those of PARTS that have another name there: for the time of parts,
+# where a part is all that it computes. Bytes go by PARTS alone, which know a gather of weights from the layer that asked for it.
+SCOPES = ("embed", "attention", "route", "dispatch", "experts", "combine", "mlp", "norm", "loss", "optimizer")
+_SCOPE_OF = {"router": "route", "statistics": "route", "head": "loss"}
 LAYER_PARTS = ("dispatch", "experts", "statistics", "router", "attention", "mlp", "norm")  # what a decoder layer is made of
 
 
@@ -63,10 +67,21 @@ class Origin:
             shares[own if part == "other" else (phase, part)] += o.bytes / total
         return tuple((*origin, share) for origin, share in shares.most_common())
 
-    def _of(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> tuple[str, str]:
+    def scope(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> tuple[str, str]:
+        """(scope, phase) of any instruction: one of SCOPES or another part, by the innermost scope in its name, or by its calls."""
+        source = self._source(computation, instruction, visit)
+        if source is None:
+            return "other", "other"
+        phase, part = phase_of(source.op_name), scope_of(source.op_name) or self._part(source)
+        return _SCOPE_OF.get(part, part), phase
+
+    def _source(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> hlo.Instruction | None:
+        """The instruction that says where this one comes from."""
         source = self._named(computation, instruction)
-        if source is None and visit.caller:
-            source = visit.caller[1]
+        return visit.caller[1] if source is None and visit.caller else source
+
+    def _of(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> tuple[str, str]:
+        source = self._source(computation, instruction, visit)
         if source is None:
             return "other", "other"
         phase = phase_of(source.op_name)
@@ -89,6 +104,12 @@ class Origin:
                 if f"deepseek_jax/{place}" in file and re.search(pattern, function):
                     return part
         return "other"
+
+
+def scope_of(op_name: str) -> str:
+    """The innermost of SCOPES in an operation's name, or "": 'jit(train_step)/transpose(jvp(attention))/dot_general' is of attention."""
+    names = [name for name in re.split(r"[/()]", op_name) if name in SCOPES]
+    return names[-1] if names else ""
 
 
 def phase_of(op_name: str) -> str:

@@ -14,15 +14,15 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
 from deepseek_jax import enough_threads
 from deepseek_jax.config import Config, UserError
+from deepseek_jax.parallel import prefetch
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.state import Layout, make_layout
-from deepseek_jax.train.step import batch_sharding, make_train_step
+from deepseek_jax.train.step import abstract_batch, make_train_step
 
 
 class Hardware(NamedTuple):
@@ -36,13 +36,6 @@ class Hardware(NamedTuple):
 # An H200 reports 150.8e9 bytes. What is above the 141 GB of its data sheet is left to CUDA, NCCL's buffers and fragmentation.
 HARDWARE = {"h200": Hardware("NVIDIA H200", 141_000_000_000, "h200.txtpb")}
 
-# What a run on GPUs should set in XLA_FLAGS (BUILD.md): what FSDP calls forward and backward prefetch.
-GPU_OPTIONS = {
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_enable_pipelined_all_gather": True,
-    "xla_gpu_enable_pipelined_reduce_scatter": True,
-    "xla_gpu_enable_pipelined_all_reduce": True,
-}
 INSTALL = "pip install -e '.[gpu-aot]'"  # in a virtual environment of its own: JAX looks for a GPU wherever the plugin is
 
 
@@ -106,13 +99,6 @@ def cpu_devices(devices: int) -> list[jax.Device]:
     return found[:devices]
 
 
-def batch_shapes(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch of a step as `train.step.put_batch` makes it: int32 [A, b, S]."""
-    size = (config.train.accumulation, config.micro_batch, config.train.sequence_length)
-    shape = jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(mesh))
-    return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shape)
-
-
 def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layout]:
     """The mesh over given devices, which may be elsewhere, and the layout of the state on it.
 
@@ -131,16 +117,19 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh, layout: Layout, option
     """Compiles the train step for the devices of a mesh.
 
     Args:
-      options: of XLA's compiler, GPU_OPTIONS for GPUs.
+      options: of XLA's compiler; None: those that train.py gives it for this config and these devices.
 
     Raises:
       UserError: XLA refuses the program.
     """
+    if options is None:
+        layer_bytes = prefetch.bytes_of_a_layer(config, layout.abstract.params, mesh)
+        options = prefetch.xla_options(config, mesh.devices.flat[0].platform, layer_bytes)
     started = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
             train_step = jax.jit(make_train_step(config, layout), donate_argnums=0)
-            lowered = train_step.lower(layout.abstract_sharded(), batch_shapes(config, mesh))
+            lowered = train_step.lower(layout.abstract_sharded(), abstract_batch(config, mesh, config.train.batch_ramp_steps))
             lowered_at = time.perf_counter()
             compiled = lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as e:

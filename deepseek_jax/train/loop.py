@@ -15,6 +15,7 @@ from deepseek_jax.data.loader import Loader, Prefetcher
 from deepseek_jax.model.count import Count
 from deepseek_jax.train import metrics
 from deepseek_jax.train.optimizer import first_sequence, sequences_at
+from deepseek_jax.train.profile import Profiler
 from deepseek_jax.train.state import TrainState, to_tree
 from deepseek_jax.train.step import StepMetrics, put_batch
 
@@ -127,12 +128,14 @@ def batches(config: Config, loader: Loader, mesh: jax.sharding.Mesh, first_step:
 
 
 def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState, train_step: Callable, evaluate: Evaluator,
-        loader: Loader, checkpointer: Checkpointer, count: Count, tokens_seen: int) -> Result:
+        loader: Loader, checkpointer: Checkpointer, count: Count, tokens_seen: int, profiler: Profiler | None = None,
+        first_step: Callable[[], str] | None = None) -> Result:
     """Trains from state.step to config.train.steps.
 
     Args:
       train_step: the jitted step. evaluate: state -> held-out figures.
       checkpointer: of this workdir. count: sizes for the FLOP figures. tokens_seen: before state.step.
+      first_step: makes the line that is said after the first step.
 
     Returns:
       The last state and why the loop ended. A checkpoint of that state is on disk.
@@ -152,10 +155,13 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
 
     def report(done: int, device_metrics: StepMetrics) -> bool:
         """Logs a finished step; True if its update was made."""
-        nonlocal tokens_seen
+        nonlocal tokens_seen, first_step
         m = jax.device_get(device_metrics)
         tokens_seen += int(m.tokens)
         clock.tick(int(m.tokens))
+        if first_step:
+            bar.say(first_step())
+            first_step = None
         if done % c.log.every_steps == 0 or done == last or m.bad_steps:
             values = metrics.row(m, done, *clock.read(), tokens_seen, config, count)
             writer.write(values, m.load)
@@ -171,7 +177,13 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
                              f"(config.train.max_bad_steps={c.train.max_bad_steps}). {where} Lower config.optimizer.learning_rate, for instance.")
         return not m.bad_steps
 
+    def profile(done: int) -> None:
+        if text := profiler.turn(done, state):
+            bar.say(text)
+
     try:
+        if profiler and profiler.due(step):
+            profile(step)
         for batch in batches(config, loader, mesh, step):
             state, device_metrics = train_step(state, batch)
             step += 1
@@ -180,11 +192,13 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
             pending = (step, device_metrics)
             stopped_by = stop.after(step)
             at = lambda every: every and step % every == 0
-            pause = step == last or at(c.checkpoint.every_steps) or at(c.eval.every_steps) or stopped_by
+            pause = step == last or at(c.checkpoint.every_steps) or at(c.eval.every_steps) or stopped_by or profiler and profiler.due(step)
             if not pause:
                 continue
             updated = report(*pending)
             pending = None
+            if profiler and profiler.due(step):
+                profile(step)
             if (step == last or at(c.eval.every_steps)) and (figures := evaluate(state)):
                 eval_row = {"step": step, **figures}
                 writer.write(eval_row)
@@ -199,6 +213,8 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
         checkpointer.wait()
         return Result(state, step, eval_row, stopped_by if step < last else None)
     finally:
+        if profiler:
+            profiler.close()
         bar.close()
         writer.close()
         stop.restore()

@@ -151,6 +151,7 @@ def balance_loss(stats: MoEStats, total: Totals, config: Config) -> jax.Array:
     return jnp.mean(jnp.sum(f_LE * stats.score_sum / tokens_L1, axis=-1))
 
 
+@jax.named_scope("loss")
 def next_token_loss(model: Transformer, out: Output, batch: Batch, total: Totals, config: Config,
                     mtp_weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cross-entropy of the next token and, weighted, of multi-token prediction: a micro-batch's share of the batch's.
@@ -169,6 +170,7 @@ def next_token_loss(model: Transformer, out: Output, batch: Batch, total: Totals
     return loss, lm, mtp
 
 
+@jax.named_scope("loss")
 def routing_loss(stats: MoEStats | None, total: Totals, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(weighted sum of balance and z-loss, unweighted balance loss, unweighted z-loss), float32."""
     if stats is None:

@@ -16,7 +16,7 @@ from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import reshard
 from deepseek_jax.parallel.weights import keep_whole
 from deepseek_jax.train import losses
-from deepseek_jax.train.optimizer import learning_rate
+from deepseek_jax.train.optimizer import learning_rate, sequences_at
 from deepseek_jax.train.state import Layout, TrainState
 
 
@@ -49,6 +49,13 @@ def put_batch(rows: dict[str, np.ndarray], micro_batch: int, mesh: jax.sharding.
         return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
     return {k: put(v) for k, v in rows.items()}
+
+
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `put_batch` makes of the rows of the step after `step` finished ones: int32 [A, b, S]."""
+    shape = (sequences_at(config, step) // config.micro_batch, config.micro_batch, config.train.sequence_length)
+    array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array)
 
 
 def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses.next_token_loss) -> Callable:

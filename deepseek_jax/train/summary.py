@@ -1,11 +1,15 @@
 """What a run says before it starts and after it ends."""
 
+from typing import Any
+
 import jax
 from rich.console import Console
 
+from deepseek_jax.compilation import CompiledStep
 from deepseek_jax.config import Config
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model.count import Count
+from deepseek_jax.parallel import prefetch
 from deepseek_jax.parallel.mesh import axes_across_hosts
 from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.train.loop import Result
@@ -23,7 +27,7 @@ def human(n: float) -> str:
 
 
 def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, loader: Loader, workdir: str, resume_step: int | None,
-         changed: list[str]) -> None:
+         changed: list[str], xla_options: dict[str, Any]) -> None:
     """Prints what is about to happen: model, mesh, memory, data."""
     if jax.process_index() != 0:
         return
@@ -45,6 +49,10 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
                          f"{s.micro_batches} micro-batches: bubble share {s.bubble_share:.1%}")
     line("strategy", f"{config.sharding.canonical}, dispatch {config.moe.dispatch}, "
                               f"{t.dtype} compute, remat {t.remat}")
+    if xla_options:
+        line("XLA options", " ".join(f"{name.removeprefix('xla_')}={str(value).lower()}" for name, value in xla_options.items()))
+    for text in prefetch.notes(config, mesh.devices.flat[0].platform):
+        line("prefetch", text)
     line("bytes a device", f"{' + '.join(f'{human(n)} {name}' for name, n in held.items())} = {human(sum(held.values()))}")
     line("data", loader.description)
     line("training", f"{t.steps} steps of {t.batch_size} x {t.sequence_length} tokens = {human(tokens)} tokens "
@@ -53,6 +61,12 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
     line("workdir", workdir if resume_step is None else f"{workdir}, resuming after step {resume_step}")
     for text in changed:
         line("changed", text)
+
+
+def first_step(train_step: CompiledStep, seconds: float) -> str:
+    """The line after the first step, `seconds` after the start."""
+    program = train_step.last
+    return f"first step after {seconds:.1f} s ({'read from the cache' if program.cached else 'compiled'} in {program.seconds:.1f} s)"
 
 
 def show_end(workdir: str, result: Result, sample: str, seconds: float) -> None:

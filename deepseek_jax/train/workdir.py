@@ -15,6 +15,9 @@ _FREE_MODEL_OPTIONS = {"n_group", "topk_group", "num_experts_per_tok", "scoring_
                        "max_position_embeddings", "initializer_range"}
 
 
+_NOT_AN_OPTION = "xla_options"  # in config.json: what followed from the options
+
+
 def prepare(workdir: str, config: Config) -> list[str]:
     """Creates the folder and compares its config.json with this run's options.
 
@@ -36,7 +39,7 @@ def prepare(workdir: str, config: Config) -> list[str]:
     checkpoints = os.path.join(workdir, "checkpoints")
     if not os.path.exists(path) or not os.path.isdir(checkpoints) or not any(n.isdigit() for n in os.listdir(checkpoints)):
         return []
-    before, now = _read(path), config.to_json()
+    before, now = _with_defaults(_read(path), Config().to_json()), config.to_json()
     for name in (f.name for f in dataclasses.fields(Model)):
         was, is_now = before["model"].get(name), now["model"][name]
         if was != is_now and name not in _FREE_MODEL_OPTIONS:
@@ -45,12 +48,12 @@ def prepare(workdir: str, config: Config) -> list[str]:
     return _differences(before, now, "config")
 
 
-def write_config(workdir: str, config: Config) -> None:
-    """Writes WORKDIR/config.json, the resolved options, whole or not at all."""
+def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | None = None) -> None:
+    """Writes WORKDIR/config.json, the resolved options and what was asked of XLA's compiler, whole or not at all."""
     if jax.process_index() == 0:
         path = os.path.join(workdir, "config.json")
         with open(path + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(config.to_json(), f, indent=2)
+            json.dump(config.to_json() | {_NOT_AN_OPTION: xla_options or {}}, f, indent=2)
         os.replace(path + ".tmp", path)
 
 
@@ -72,9 +75,17 @@ def _read(path: str) -> dict[str, Any]:
             out = json.load(f)
         if not isinstance(out, dict) or not isinstance(out.get("model"), dict):
             raise ValueError("it is not the config of a run")
+        out.pop(_NOT_AN_OPTION, None)
         return out
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}). Restore it, or name another --workdir.") from e
+
+
+def _with_defaults(before: Any, defaults: Any) -> Any:
+    """A run of an earlier version had the options that it did not know at their defaults."""
+    if not isinstance(defaults, dict) or not isinstance(before, dict):
+        return before
+    return before | {k: _with_defaults(before.get(k, v), v) for k, v in defaults.items()}
 
 
 def _differences(before: Any, now: Any, where: str) -> list[str]:

@@ -1,0 +1,140 @@
+"""What is compiled, and kept: JAX's persistent compilation cache, and the train step."""
+
+import concurrent.futures
+import hashlib
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+OFF = "off"
+# Programs that compile faster are not kept: reading them back takes as long.
+MIN_SECONDS = 0.2
+
+_this_thread = threading.local()
+
+
+def _count_hits(event: str, **_) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _this_thread.hits = getattr(_this_thread, "hits", 0) + 1
+
+
+jax.monitoring.register_event_listener(_count_hits)
+
+
+def use_cache(cache_dir: str, warn: Callable[[str], None]) -> str:
+    """Lets JAX keep compiled programs in a folder, and take them from there. Call it before anything is compiled.
+
+    An unusable folder costs a warning and the time to compile, never the run. Entries are named by a hash of program, compiler
+    options, XLA flags, JAX version and devices; process 0 writes them. A program for CPUs may use every instruction of the CPU it was
+    compiled on, and XLA, which only logs a difference, would run it on another until that stops it: such programs have a folder for
+    each kind of CPU.
+
+    Args:
+      cache_dir: `config.compile.cache_dir`. "" leaves a folder alone that is set already (JAX_COMPILATION_CACHE_DIR).
+      warn: what to do with the line that says why there is no cache.
+
+    Returns:
+      The folder, or "" without a cache.
+    """
+    if cache_dir == OFF:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return ""
+    set_outside = jax.config.jax_compilation_cache_dir if not cache_dir else None
+    folder = set_outside or cache_dir or default_folder()
+    if jax.default_backend() == "cpu" and not set_outside:
+        folder = os.path.join(folder, f"cpu-{cpu_kind()}")
+    try:
+        if "://" not in folder:
+            folder = os.path.abspath(os.path.expanduser(folder))
+            os.makedirs(folder, exist_ok=True)
+            probe = os.path.join(folder, f".writable.{os.getpid()}")
+            with open(probe, "w"):
+                pass
+            os.remove(probe)
+    except OSError as e:
+        warn(f"No compilation cache: {folder} cannot be written ({e.strerror}). Set config.compile.cache_dir to a folder, or to {OFF}.")
+        jax.config.update("jax_enable_compilation_cache", False)
+        return ""
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    for name, given, value in (("jax_persistent_cache_min_compile_time_secs", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", MIN_SECONDS),
+                               ("jax_persistent_cache_min_entry_size_bytes", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", -1)):
+        if given not in os.environ:
+            jax.config.update(name, value)
+    return folder
+
+
+def default_folder() -> str:
+    """$XDG_CACHE_HOME/deepseek_jax, or ~/.cache/deepseek_jax."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "deepseek_jax")
+
+
+def cpu_kind() -> str:
+    """8 hexadecimal digits: of the CPU's model and features where the system tells them (Linux), of what Python knows elsewhere."""
+    text = f"{platform.machine()} {platform.system()} {platform.processor()}"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
+            first = f.read().split("\n\n")[0].splitlines()
+        text += "\n".join(line for line in first if line.split(":")[0].strip().lower() in ("model name", "flags", "features", "cpu part"))
+    except OSError:
+        pass
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+class Program(NamedTuple):
+    """One compiled step."""
+
+    compiled: Any  # jax.stages.Compiled
+    seconds: float  # to trace, lower and compile it, or to read it from the cache
+    cached: bool  # it came from the persistent cache
+
+
+class CompiledStep:
+    """A train step, compiled for each shape of batch that it is called with. It donates its first argument, the state.
+
+    Args:
+      step: (state, batch) -> (state, metrics).
+      mesh: to compile and run on.
+      options: of XLA's compiler (parallel/prefetch.py); they win over XLA_FLAGS.
+    """
+
+    def __init__(self, step: Callable[..., Any], mesh: jax.sharding.Mesh, options: dict[str, Any] | None = None):
+        self._jitted = jax.jit(step, donate_argnums=0)
+        self._mesh, self._options = mesh, options or None
+        self._programs: dict[Any, Program] = {}
+        self._ahead: dict[Any, concurrent.futures.Future] = {}
+        self.last: Program | None = None  # the one that ran last
+
+    def compile_ahead(self, state: Any, batch: Any) -> None:
+        """Starts to compile for arguments of these shapes, dtypes and shardings, in a thread: XLA compiles a program on one core."""
+        executor = concurrent.futures.ThreadPoolExecutor(1, "compile")
+        self._ahead[_key(batch)] = executor.submit(self._compile, state, batch)
+        executor.shutdown(wait=False)
+
+    def _compile(self, state: Any, batch: Any) -> Program:
+        started, hits = time.perf_counter(), getattr(_this_thread, "hits", 0)
+        with jax.set_mesh(self._mesh):  # of this thread
+            compiled = self._jitted.lower(state, batch).compile(compiler_options=self._options)
+        return Program(compiled, time.perf_counter() - started, getattr(_this_thread, "hits", 0) > hits)
+
+    def program(self, state: Any, batch: Any) -> Program:
+        """The program for these arguments, or arguments like them; compiled if there is none yet."""
+        key = _key(batch)
+        if key not in self._programs:
+            ahead = self._ahead.pop(key, None)
+            self._programs[key] = ahead.result() if ahead else self._compile(state, batch)
+        return self._programs[key]
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        self.last = self.program(state, batch)
+        return self.last.compiled(state, batch)
+
+
+def _key(batch: Any) -> Any:
+    leaves, tree = jax.tree.flatten(batch)
+    return tree, tuple((a.shape, a.dtype) for a in leaves)

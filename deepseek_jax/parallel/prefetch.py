@@ -1,0 +1,90 @@
+"""FSDP's prefetch options as options of XLA's GPU compiler.
+
+PyTorch's FSDP issues collectives from hooks around each layer; XLA moves them in the compiled program. The counterparts:
+
+    forward_prefetch       the collective pipeliner takes a gather of weights out of the loop over layers: iteration i gathers for i + 1
+    backward_prefetch      pre: the same for the gathers of backward, and gradients are reduced while the next layer computes;
+                           post: the latter only, so that one layer's weights fewer are alive; none: neither
+    limit_all_gathers      one collective in flight at a time, and collectives combined up to the bytes of one layer's weights: more
+                           than a layer in one message would be more than a layer alive
+
+Any of them needs the latency-hiding scheduler, which puts computation between the start and the end of a collective. XLA has one switch
+for the gathers of both passes: where the two options differ, gathers are ahead in both (`notes` says so).
+XLA's debug options are described in xla/debug_options_flags.cc; those used here are known to jaxlib 0.10.2.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from deepseek_jax.config import Config, Sharding
+from deepseek_jax.parallel import sharding
+
+OPTIONS = ("forward_prefetch", "backward_prefetch", "limit_all_gathers")
+# In flight at once without limit_all_gathers. Each needs buffers of its own; more than some share the same links.
+UNLIMITED = 4
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def xla_options(config: Config, platform: str, layer_bytes: int, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The options of XLA's compiler for a train step; none but for GPUs.
+
+    Args:
+      platform: of the mesh's devices, as `jax.Device.platform`: gpu, or cuda and rocm.
+      layer_bytes: of `bytes_of_a_layer`.
+      environment: what XLA_FLAGS in it sets is left out: the user's flags win.
+    """
+    if not is_gpu(platform):
+        return {}
+    s = config.sharding
+    options: dict[str, Any] = {
+        "xla_gpu_enable_latency_hiding_scheduler": overlaps(s),
+        "xla_gpu_enable_pipelined_all_gather": s.forward_prefetch or s.backward_prefetch == "pre",
+        "xla_gpu_enable_pipelined_reduce_scatter": s.backward_prefetch != "none",
+        "xla_gpu_enable_pipelined_all_reduce": s.backward_prefetch != "none",
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 1 if s.limit_all_gathers else UNLIMITED,
+    }
+    if s.limit_all_gathers and layer_bytes:
+        options |= {f"xla_gpu_{kind}_combine_threshold_bytes": layer_bytes for kind in ("all_gather", "reduce_scatter")}
+    given = re.findall(r"--(\w+)", environment.get("XLA_FLAGS", ""))
+    return {name: value for name, value in options.items() if name not in given}
+
+
+def overlaps(s: Sharding) -> bool:
+    """Whether any option asks for communication behind computation."""
+    return s.forward_prefetch or s.backward_prefetch != "none"
+
+
+def is_gpu(platform: str) -> bool:
+    return platform in ("gpu", "cuda", "rocm")
+
+
+def bytes_of_a_layer(config: Config, params: Any, mesh: jax.sharding.Mesh) -> int:
+    """Bytes of one layer's weights on a device while the layer uses them: gathered, in the compute dtype. Of the largest kind of layer.
+
+    Args:
+      params: the model's parameters or their shapes, stacks with a leading "layers" axis.
+    """
+    most = 0
+    for name, layers in (("dense_layers", config.model.first_k_dense_replace),
+                         ("layers", config.model.num_hidden_layers - config.model.first_k_dense_replace)):
+        if layers:
+            used = sharding.shardings(sharding.specs(params[name], sharding.COMPUTE_RULES), mesh)
+            float32 = sharding.bytes_per_device(params[name], used) // layers
+            most = max(most, float32 * ITEM_BYTES[config.train.dtype] // 4)
+    return most
+
+
+def notes(config: Config, platform: str) -> list[str]:
+    """A line for each option that the user set and that does not do what it says: on this platform, or with the others."""
+    s, default = config.sharding, Sharding()
+    if is_gpu(platform):
+        if s.forward_prefetch != (s.backward_prefetch == "pre"):
+            return [f"sharding.forward_prefetch={s.forward_prefetch} with backward_prefetch={s.backward_prefetch}: XLA has one switch for the "
+                    f"gathers of both passes, so weights are gathered ahead in both"]
+        return []
+    changed = [f"sharding.{name}={getattr(s, name)}" for name in OPTIONS if getattr(s, name) != getattr(default, name)]
+    return [f"has no effect on {platform.upper()}: {', '.join(changed)}"] if changed else []

@@ -1,0 +1,75 @@
+"""FSDP's prefetch options: what they ask of XLA's GPU compiler, and what is said where they do nothing."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.config import Config, Model, Sharding, Train, UserError
+from deepseek_jax.parallel import prefetch
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.train.state import make_layout
+from deepseek_jax.validation import validate
+
+AHEAD, SCATTER, REDUCE = (f"xla_gpu_enable_pipelined_{kind}" for kind in ("all_gather", "reduce_scatter", "all_reduce"))
+SCHEDULER = "xla_gpu_enable_latency_hiding_scheduler"
+IN_FLIGHT = "xla_gpu_experimental_parallel_collective_overlap_limit"
+COMBINED = {"xla_gpu_all_gather_combine_threshold_bytes", "xla_gpu_reduce_scatter_combine_threshold_bytes"}
+
+
+def options(layer_bytes: int = 1000, flags: str = "", platform: str = "gpu", **given) -> dict:
+    return prefetch.xla_options(Config(sharding=Sharding(**given)), platform, layer_bytes, {"XLA_FLAGS": flags})
+
+
+@pytest.mark.parametrize("forward, backward, scheduler, ahead, behind", [
+    (True, "pre", True, True, True), (False, "pre", True, True, True), (True, "post", True, True, True),
+    (True, "none", True, True, False), (False, "post", True, False, True), (False, "none", False, False, False)])
+def test_what_each_asks_for(forward, backward, scheduler, ahead, behind):
+    found = options(forward_prefetch=forward, backward_prefetch=backward)
+    assert (found[SCHEDULER], found[AHEAD], found[SCATTER], found[REDUCE]) == (scheduler, ahead, behind, behind)
+
+
+def test_limit_all_gathers():
+    limited, free = options(), options(limit_all_gathers=False)
+    assert limited[IN_FLIGHT] == 1 and {limited[name] for name in COMBINED} == {1000}
+    assert free[IN_FLIGHT] > 1 and not COMBINED & set(free)
+
+
+def test_flags_of_the_user_win():
+    flags = f"--xla_dump_to=/nowhere --{AHEAD}=false --{IN_FLIGHT}=7"
+    assert set(options()) - set(options(flags=flags)) == {AHEAD, IN_FLIGHT}
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cuda", "rocm"])
+def test_only_gpus_get_options(platform):
+    assert options(platform=platform) and options(platform="cpu") == options(platform="tpu") == {}
+
+
+def test_what_is_said():
+    said = lambda platform, **given: prefetch.notes(Config(sharding=Sharding(**given)), platform)
+    assert said("cpu") == said("gpu") == []
+    assert said("cpu", backward_prefetch="post", limit_all_gathers=False) == [
+        "has no effect on CPU: sharding.backward_prefetch=post, sharding.limit_all_gathers=False"]
+    assert said("gpu", forward_prefetch=False, backward_prefetch="post") == []
+    assert "one switch" in said("gpu", forward_prefetch=False)[0]
+    with pytest.raises(UserError, match="config.sharding.backward_prefetch='behind' is not known"):
+        validate(Config(sharding=Sharding(backward_prefetch="behind")))
+
+
+@pytest.mark.parametrize("dtype, item", [("bfloat16", 2), ("float32", 4)])
+def test_bytes_of_a_layer(dtype, item):
+    """By hand: all weights of the larger kind of layer, experts divided over their axis of two."""
+    model = Model(vocab_size=64, hidden_size=32, intermediate_size=16, moe_intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+                  kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=4, n_shared_experts=1,
+                  num_experts_per_tok=2)
+    config = Config(model=model, train=dataclasses.replace(Train(), dtype=dtype, batch_size=8))
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=2, expert=2))
+    mesh = make_mesh(config, jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        params = make_layout(config, mesh).abstract.params
+    attention = 32 * 2 * 12 + 32 * (8 + 4) + 8 + 8 * 2 * (8 + 8) + 2 * 8 * 32
+    norms, router, shared, experts = 2 * 32, 32 * 4, 3 * 32 * 24, 4 * 3 * 32 * 24
+    expected = attention + norms + router + shared + experts // 2
+    assert prefetch.bytes_of_a_layer(config, params, mesh) == expected * item
+    assert np.prod([n for n in mesh.shape.values()]) == 4

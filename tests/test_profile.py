@@ -1,0 +1,149 @@
+"""Profile of a run, compilation cache, and the lines about both."""
+
+import glob
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax import compilation
+from deepseek_jax.plan import hlo, origin
+from deepseek_jax.train import profile
+from test_train import ROOT, command, corpus, losses  # noqa: F401
+
+
+def run(args: list[str], cache, devices: int = 1) -> subprocess.CompletedProcess:
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XDG_CACHE_HOME": str(cache)}
+    return subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, corpus):  # noqa: F811
+    """The same run twice, the second with a profile; both share a cache."""
+    cache, out = tmp_path_factory.mktemp("cache"), []
+    for more in ([], ["--config.profile.start=3", "--config.profile.steps=2"]):
+        workdir = tmp_path_factory.mktemp("run")
+        done = run(command(workdir, corpus, "--config.train.steps=6", "--config.model.num_nextn_predict_layers=0",
+                           "--config.eval.sample_prompt=", *more), cache)
+        assert done.returncode == 0, done.stderr
+        out.append((workdir, done))
+    return cache, out
+
+
+def test_the_second_start_reads_the_cache(runs):
+    cache, [(first_dir, first), (second_dir, second)] = runs
+    assert re.search(r"first step after [\d.]+ s \(compiled in [\d.]+ s\)", first.stdout), first.stdout
+    assert re.search(r"first step after [\d.]+ s \(read from the cache in [\d.]+ s\)", second.stdout), second.stdout
+    kept = {os.path.basename(f).split("-")[0] for f in glob.glob(f"{cache}/deepseek_jax/cpu-{compilation.cpu_kind()}/*-cache")}
+    assert {"jit_train_step", "jit_create", "jit_eval_step"} <= kept, kept
+    # A program from the cache is the same machine code: the losses are equal to the last bit, with a profile as without.
+    assert losses(first_dir) == losses(second_dir)
+    assert "First" not in second.stderr and "cache entry" not in second.stderr
+
+
+def test_a_damaged_cache_stops_nothing(tmp_path):
+    """As a kill in the middle of a write leaves it: the program is compiled again."""
+    program = ("import sys, jax, jax.numpy as jnp; from deepseek_jax import compilation; compilation.MIN_SECONDS = 0; "
+               "compilation.use_cache(sys.argv[1], print); print(float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.arange(9.0))))")
+
+    def start() -> str:
+        done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first, files = start(), glob.glob(f"{tmp_path}/cpu-*/jit__lambda*-cache")
+    assert len(files) == 1
+    for path in files:
+        os.truncate(path, os.path.getsize(path) // 2)
+    assert start() == first
+
+
+def test_use_cache(tmp_path, monkeypatch):
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+             "jax_persistent_cache_min_entry_size_bytes")
+    before, warned = {name: getattr(jax.config, name) for name in names}, []
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+        default = compilation.use_cache("", warned.append)
+        assert default == str(tmp_path / "home" / "deepseek_jax" / f"cpu-{compilation.cpu_kind()}") == jax.config.jax_compilation_cache_dir
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == compilation.MIN_SECONDS and os.listdir(default) == []
+        assert compilation.use_cache(str(tmp_path / "own"), warned.append).startswith(str(tmp_path / "own"))
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "outside"))
+        assert compilation.use_cache("", warned.append) == str(tmp_path / "outside")
+        assert compilation.use_cache("off", warned.append) == "" and not jax.config.jax_enable_compilation_cache and not warned
+        (tmp_path / "file").write_text("")  # root may write to any folder, but not below a file
+        assert compilation.use_cache(str(tmp_path / "file"), warned.append) == ""
+        assert len(warned) == 1 and "cannot be written" in warned[0] and "config.compile.cache_dir" in warned[0]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def test_the_trace_and_its_table(runs):
+    _, [_, (workdir, done)] = runs
+    folder = workdir / "profile"
+    [trace] = glob.glob(f"{folder}/plugins/profile/*/*.trace.json.gz")
+    with gzip.open(trace) as f:
+        assert len(json.load(f)["traceEvents"]) > 100
+    lines = done.stdout.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("part "))
+    rows = {line.split()[0]: line.split()[1:] for line in lines[head + 1 : lines.index(next(x for x in lines if x.startswith("profile of")))]}
+    shares = {name: float(cells[1].rstrip("%")) / 100 for name, cells in rows.items()}
+    assert set(profile.PARTS) <= set(shares) and shares.pop("all") == 1
+    assert abs(sum(shares.values()) - 1) < 0.0005 * len(shares)  # each is printed to a tenth of a percent
+    assert all(shares[name] > 0 for name in ("embed", "attention", "route", "loss", "optimizer"))
+    assert shares["experts"] + shares["dispatch"] > 0
+    order = [line.split()[1].split("/")[0] for line in lines if line.startswith("step ") and "loss" in line and "held-out" not in line]
+    assert order == [str(n) for n in range(1, 7)], "a step was lost around the profile"
+    assert f"profile of steps 3 to 4: {folder}" in done.stdout
+
+
+def test_time_is_counted_once(tmp_path):
+    """A loop in a loop: only what runs inside counts, as often as it runs, for the scope it is in."""
+
+    def f(x):
+        def layer(x, w):
+            with jax.named_scope("attention"):
+                x = x @ w
+            with jax.named_scope("experts"):
+                return jax.lax.fori_loop(0, 3, lambda _, y: jax.numpy.tanh(y @ w), x), None
+
+        return jax.lax.scan(layer, x, np.full((4, 256, 256), 1e-3, np.float32))[0]
+
+    compiled = jax.jit(f).lower(np.ones((256, 256), np.float32)).compile()
+    x = np.ones((256, 256), np.float32)
+    jax.block_until_ready(compiled(x))
+    jax.profiler.start_trace(str(tmp_path))
+    for _ in range(2):
+        jax.block_until_ready(compiled(x))
+    jax.profiler.stop_trace()
+    cost = profile.read(str(tmp_path), compiled.as_text(), 2)
+    assert cost.devices == 1 and cost.part("experts") > cost.part("attention") > 0
+    assert abs(sum(cost.shares().values()) - 1) < 1e-9
+    # One core runs one instruction at a time: counting the loops too would give about three times what was busy.
+    assert cost.total < 1.5 * cost.busy / 2
+    with pytest.raises(ValueError, match="no trace"):
+        profile.read(str(tmp_path / "none"), compiled.as_text(), 2)
+
+
+def test_scopes():
+    assert origin.scope_of("jit(train_step)/transpose(jvp(attention))/norm/mul") == "norm"
+    assert origin.scope_of("jit(train_step)/jvp(while)/body/attention/while/body/dot_general") == "attention"
+    assert origin.scope_of("jit(train_step)/jvp(jit(silu))/mul") == ""
+    assert hlo.Module("HloModule jit_f, is_scheduled=true\n\nENTRY %main (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n").name == "jit_f"
+
+
+def test_init_is_the_same_at_any_optimisation_level():
+    """The level that init_state compiles at changes no bit of the numbers; other levels might contract other additions."""
+    draw = lambda key: jax.random.normal(key, (257, 129)) * 0.02
+    key = jax.random.key(7)
+    one, other = (jax.jit(draw, compiler_options={"xla_backend_optimization_level": level})(key) for level in (1, 3))
+    assert (np.asarray(one) == np.asarray(other)).all()
