@@ -110,6 +110,7 @@ class Mesh:
 class Sharding:
     strategy: str = "full_shard"  # full_shard=zero3 | shard_grad_op=zero2 | zero1 | hybrid_shard | no_shard=ddp, in either case
     min_weight_size: int = 2048  # weights with fewer elements (a layer) stay whole; DeepSpeed: stage3_param_persistence_threshold
+    gradient_compression: str = "none"  # sum of gradients over mesh.data, once a step: none (float32 or as computed, each micro-batch) | bfloat16 | int8, with error feedback
     virtual_stages: int = 0  # pieces a stage's blocks are cut in and visited in turn (interleaved); bubbles shrink; 0: chosen
 
     @property
@@ -233,6 +234,8 @@ class Config:
 REMAT_NAMES = ("attention", "mlp_hidden", "exchange", "experts_hidden")  # what remat=save:NAME,NAME may keep
 STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard")
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
+
+GRADIENT_COMPRESSIONS = ("none", "bfloat16", "int8")
 
 
 OPTIONAL = ("model.q_lora_rank",)  # options that may be None
