@@ -30,8 +30,8 @@ from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.train import loop, summary, workdir
-from deepseek_jax.train.state import from_tree, init_state, make_layout, to_tree
+from deepseek_jax.train import loop, resume, summary, workdir
+from deepseek_jax.train.state import init_state, make_layout
 from deepseek_jax.train.step import make_eval_step, make_train_step
 
 
@@ -75,8 +75,8 @@ def train(argv: list[str], cluster: Cluster) -> int:
         if resume_step is None:
             state, tokens_seen = init_state(config, layout), 0
         else:
-            tree, extra = checkpoints.restore(to_tree(layout.abstract_sharded()))
-            state, tokens_seen = from_tree(tree, layout.abstract), extra["tokens_seen"]
+            state, extra = resume.restore(checkpoints, layout)
+            tokens_seen = extra["tokens_seen"]
         if int(state.step) >= config.train.steps:
             say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
             return 0

@@ -5,6 +5,7 @@
   strategies    memory, communication and step time of every sharding strategy
   collectives   what one layer communicates under every strategy and dispatch method, beside the least it could
   gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)
+  compression   loss curve and bytes between replicas of gradients summed in float32, bfloat16 and int8
   tiny          trains configs/tiny.py whole and checks its loss (make prove)
 """
 
@@ -13,7 +14,7 @@ import sys
 
 from deepseek_jax.config import UserError, exit_code
 
-NAMES = ("strategies", "collectives", "gpu_aot", "tiny")
+NAMES = ("strategies", "collectives", "gpu_aot", "compression", "tiny")
 
 
 def main(argv: list[str]) -> int:

@@ -43,7 +43,9 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
         s = make_schedule(config, mesh.shape["stage"])
         line("pipeline", f"{s.layers} blocks on {s.stages} stages in {s.repeats} piece{'s' * (s.repeats > 1)} of {s.blocks}, "
                          f"{s.micro_batches} micro-batches: bubble share {s.bubble_share:.1%}")
-    line("strategy", f"{config.sharding.canonical}, dispatch {config.moe.dispatch}, "
+    method = config.sharding.gradient_compression
+    compressed = f", gradients summed over data in {method}" if method != "none" else ""
+    line("strategy", f"{config.sharding.canonical}{compressed}, dispatch {config.moe.dispatch}, "
                               f"{t.dtype} compute, remat {t.remat}")
     line("bytes a device", f"{' + '.join(f'{human(n)} {name}' for name, n in held.items())} = {human(sum(held.values()))}")
     line("data", loader.description)
