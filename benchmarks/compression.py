@@ -8,6 +8,7 @@ compiled programs: the sum of gradients, and all other collectives that go along
 machine's cores and have no slow link to spare, say nothing of a cluster.
 """
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -67,10 +68,10 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
     gradients = [c for c in along if c.phase == "backward" or c.part == "compression"]
     loader = Loader(config, load_tokenizer(config.data.tokenizer))
     losses, seconds = [], []
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.closing(loop.batches(config, loader, mesh, 0)) as batches:
         state = init_state(config, layout)
         started = time.perf_counter()
-        for _, batch in zip(range(steps), loop.batches(config, loader, mesh, 0)):
+        for _, batch in zip(range(steps), batches):
             state, metrics = compiled(state, batch)
             losses.append(float(metrics.losses.loss))
             seconds.append(time.perf_counter() - started)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +14,17 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import bridge
 import invariance
+from benchmarks import compression as benchmark
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, Mesh, Model, Optimizer, Sharding, Train, UserError
 from deepseek_jax.parallel import compression
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.plan import program
+from deepseek_jax.plan import program, topology
 from deepseek_jax.train import resume, state, step
 from deepseek_jax.train.losses import totals
 from deepseek_jax.validation import validate
 
+ROOT = pathlib.Path(__file__).parents[1]
 METHODS = ("bfloat16", "int8")
 STEPS = 24
 # Two MoE layers. The loss falls by half in STEPS, on few sequences again and again.
@@ -252,6 +257,22 @@ def test_a_checkpoint_of_other_replicas_or_another_method(tmp_path):
         assert all(not np.asarray(e).any() for e in jax.tree.leaves(found.residual))
     checkpoints.close()
     without.close()
+
+
+def test_the_benchmark(capsys, monkeypatch, tmp_path):
+    """One layer, two steps, two methods."""
+    compile_step = topology.compile_step
+    monkeypatch.setattr(topology, "compile_step", lambda config, mesh, layout: compile_step(config, mesh, layout, bridge.quick_options()))
+    monkeypatch.setattr(benchmark, "GRADIENT_COMPRESSIONS", ("none", "int8"))
+    (tmp_path / "text.txt").write_text("a text of no great length\n" * 1000)
+    small = {"model.num_hidden_layers": 1, "model.first_k_dense_replace": 0, "data.path": tmp_path / "text.txt", "data.eval_fraction": 0.0}
+    monkeypatch.setattr(sys, "argv", ["compression", "--steps=2", "--json", *(f"--config.{k}={v}" for k, v in small.items())])
+    monkeypatch.chdir(ROOT)
+    assert benchmark.main() == 0
+    none, int8 = json.loads(capsys.readouterr().out)
+    assert len(none["losses"]) == 2 and none["losses"][0] == int8["losses"][0]
+    assert 0.25 < int8["gradient_bytes_over_data"] / none["gradient_bytes_over_data"] < 0.27
+    assert "hybrid_shard on data 2" in benchmark.text([none, int8]) and "int8 - none" in benchmark.text([none, int8])
 
 
 # ------------------------------------------------------------------------------------------------------ replicas' gradients
