@@ -29,8 +29,8 @@ METHODS = ("bfloat16", "int8")
 STEPS = 24
 # Two MoE layers. The loss falls by half in STEPS, on few sequences again and again.
 MODEL = Model(vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-              first_k_dense_replace=0, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8, num_experts_per_tok=2,
-              aux_loss_alpha=0.01, initializer_range=0.1)
+              first_k_dense_replace=0, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8,
+              num_experts_per_tok=2, aux_loss_alpha=0.01, initializer_range=0.1)
 
 
 def config_of(method: str, strategy: str = "hybrid_shard", accumulation: int = 2, model: Model = MODEL, **mesh: int) -> Config:
@@ -286,8 +286,8 @@ def gradients_of(config: Config):
     mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
-        params, bias = (jax.device_put(a, b) for a, b in ((initial_params(ALL), layout.shardings.params),
-                                                           (jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), layout.abstract.bias), layout.shardings.bias)))
+        no_bias = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), layout.abstract.bias)
+        params, bias = jax.device_put((initial_params(ALL), no_bias), (layout.shardings.params, layout.shardings.bias))
         counts = jnp.asarray(np.random.default_rng(0).integers(50, 200, (2, ALL.n_routed_experts)), jnp.int32)
 
         def gradients(params, bias, batch, counts):
@@ -303,7 +303,8 @@ def exact_gradients():
     return gradients_of(config_of("none", model=ALL, accumulation=1, data=1))
 
 
-@pytest.mark.parametrize("strategy, accumulation, mesh", [("hybrid_shard", 1, dict(data=2, fsdp=2, expert=2)), ("zero1", 2, dict(data=2, expert=2, tensor=2))])
+@pytest.mark.parametrize("strategy, accumulation, mesh", [("hybrid_shard", 1, dict(data=2, fsdp=2, expert=2)),
+                                                          ("zero1", 2, dict(data=2, expert=2, tensor=2))])
 def test_replicas_gradients_add_up(strategy, accumulation, mesh):
     """To one device's, to float32's rounding; and each is another, of its own rows."""
     ours = gradients_of(config_of("int8", strategy, accumulation, ALL, **mesh))

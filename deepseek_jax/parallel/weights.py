@@ -127,7 +127,7 @@ def _arrays(w: Any) -> list[jax.Array]:
 def gathered(arrays: list[jax.Array], specs: list[P], dtype: Any) -> jax.Array:
     """Inside `per_device`, a weight given as `stored`: this device's experts, heads or words, else whole; varying over all batch axes."""
     gather = lambda w, spec: _all_gather(w.astype(dtype), spec)
-    if specs[0][:1] == P(REPLICAS)[:1]:  # no spec of a whole weight begins with this axis alone
+    if specs[0][0] == REPLICAS:  # no spec of a whole weight begins with this axis alone
         return _all_gather(arrays[0][0].astype(dtype), specs[0][1:], held=(REPLICAS,))
     if len(arrays) == 1:
         return gather(arrays[0], specs[0])

@@ -1,12 +1,12 @@
 """From a checkpoint to the state of this run, which may have other options than the run that wrote it."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.parallel.weights import REPLICAS
 from deepseek_jax.train.state import Layout, TrainState, from_tree, to_tree
 
 
@@ -40,7 +40,7 @@ def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict
 
 def _of_replicas(like: jax.ShapeDtypeStruct, replicas: int) -> jax.ShapeDtypeStruct:
     """The residual [R, ...] of another number of replicas, to be read into this mesh."""
-    axis, *rest = like.sharding.spec
-    axis = axis if replicas % math.prod(like.sharding.mesh.shape[a] for a in (axis,)) == 0 else None
-    sharding = jax.NamedSharding(like.sharding.mesh, jax.P(axis, *rest))
+    mesh, spec = like.sharding.mesh, like.sharding.spec
+    divided = replicas % mesh.shape[REPLICAS] == 0
+    sharding = jax.NamedSharding(mesh, jax.P(REPLICAS if divided else None, *spec[1:]))
     return jax.ShapeDtypeStruct((replicas, *like.shape[1:]), like.dtype, sharding=sharding)
