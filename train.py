@@ -31,9 +31,9 @@ from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
 from deepseek_jax.parallel import prefetch
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.train import loop, summary, workdir
+from deepseek_jax.train import loop, resume, summary, workdir
 from deepseek_jax.train.profile import Profiler
-from deepseek_jax.train.state import from_tree, init_state, make_layout, to_tree
+from deepseek_jax.train.state import init_state, make_layout
 from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
 
 
@@ -83,8 +83,8 @@ def train(argv: list[str], cluster: Cluster) -> int:
         if resume_step is None:
             state, tokens_seen = init_state(config, layout), 0
         else:
-            tree, extra = checkpoints.restore(to_tree(layout.abstract_sharded()))
-            state, tokens_seen = from_tree(tree, layout.abstract), extra["tokens_seen"]
+            state, extra = resume.restore(checkpoints, layout)
+            tokens_seen = extra["tokens_seen"]
         if int(state.step) >= config.train.steps:
             say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
             return 0

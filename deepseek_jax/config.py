@@ -114,6 +114,7 @@ class Sharding:
     backward_prefetch: str = "pre"  # GPU: pre (gather ahead, reduce behind) | post (reduce gradients while the next layer computes) | none
     limit_all_gathers: bool = True  # GPU: one collective in flight at a time, gathers combined up to one layer's bytes: bounds memory
     virtual_stages: int = 0  # pieces a stage's blocks are cut in and visited in turn (interleaved); bubbles shrink; 0: chosen
+    gradient_compression: str = "none"  # of their sum over mesh.data's replicas: none | bfloat16 | int8 (once a step, with error feedback)
 
     @property
     def canonical(self) -> str:
@@ -249,6 +250,8 @@ class Config:
 REMAT_NAMES = ("attention", "mlp_hidden", "exchange", "experts_hidden")  # what remat=save:NAME,NAME may keep
 STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard")
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
+
+GRADIENT_COMPRESSIONS = ("none", "bfloat16", "int8")
 
 
 OPTIONAL = ("model.q_lora_rank",)  # options that may be None

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from deepseek_jax.config import REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Model, UserError
+from deepseek_jax.config import GRADIENT_COMPRESSIONS, REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Model, UserError
 
 
 def validate(config: Config) -> None:
@@ -18,6 +18,7 @@ def validate(config: Config) -> None:
     _validate_model(m)
     _choice("config.sharding.strategy", config.sharding.strategy.lower(), (*STRATEGIES, *STRATEGY_ALIASES))
     _choice("config.sharding.backward_prefetch", config.sharding.backward_prefetch, ("pre", "post", "none"))
+    _validate_compression(config)
     _choice("config.moe.dispatch", config.moe.dispatch, ("all_to_all", "all_gather", "ring"))
     _choice("config.moe.drop_policy", config.moe.drop_policy, ("probability", "probs", "position"))
     if not config.moe.capacity_factor > 0 or math.isinf(config.moe.capacity_factor):
@@ -78,6 +79,16 @@ def validate(config: Config) -> None:
         raise UserError(f"config.profile.start={config.profile.start} is after the last step, config.train.steps={t.steps}. Lower it.")
     _at_least(config.log, "log", 1, "every_steps")
     _at_least(config.log, "log", 0, "peak_tflops")
+
+
+def _validate_compression(config: Config) -> None:
+    """What needs no mesh; parallel/mesh.py checks the axes."""
+    s = config.sharding
+    _choice("config.sharding.gradient_compression", s.gradient_compression, GRADIENT_COMPRESSIONS)
+    if s.gradient_compression != "none" and s.canonical in ("full_shard", "shard_grad_op"):
+        raise UserError(f"config.sharding.gradient_compression={s.gradient_compression} is of the sum over replicas, but "
+                        f"config.sharding.strategy={s.strategy} has none: it divides gradients over mesh.data. "
+                        f"Set config.sharding.strategy=hybrid_shard, or gradient_compression=none.")
 
 
 def _validate_model(m: Model) -> None:

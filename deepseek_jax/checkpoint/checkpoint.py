@@ -130,6 +130,18 @@ class Checkpointer:
         self._check(abstract_params, step, partial=True)
         return self._read(step, state=self._state_args(abstract_params, partial=True))["state"]
 
+    def shapes(self, step: int | None = None) -> Tree:
+        """The state's tree of a checkpoint, with leaves that have a shape and a dtype.
+
+        Raises:
+          UserError: there is no such checkpoint, or its files are damaged.
+        """
+        step = self._existing(step)
+        try:
+            return self._manager.item_metadata(step)["state"].tree
+        except Exception as e:
+            raise self._damaged(step, e) from e
+
     def read_extra(self, step: int | None = None) -> dict[str, Any]:
         """The JSON part of a checkpoint.
 
@@ -168,11 +180,7 @@ class Checkpointer:
 
     def _check(self, wanted: Tree, step: int, partial: bool) -> None:
         # Orbax itself would cast another dtype in silence.
-        try:
-            metadata = self._manager.item_metadata(step)["state"]
-            stored = _flatten(metadata.tree)
-        except Exception as e:
-            raise self._damaged(step, e) from e
+        stored = _flatten(self.shapes(step))
         describe = lambda leaf: f"{leaf.dtype}{list(leaf.shape)}"
         flat = _flatten(wanted)
         for path in sorted(flat.keys() | stored.keys()):

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Model
 from deepseek_jax.parallel.mesh import per_device
-from deepseek_jax.parallel.weights import gathered, stored, whole
+from deepseek_jax.parallel.weights import applied, gathered, stored
 
 ATTENTION_NORM_EPS = 1e-6  # the norms inside MLA do not follow rms_norm_eps in any released implementation
 
@@ -36,8 +36,7 @@ class Linear(nnx.Module):
         self.kernel = param(rngs, nnx.initializers.normal(model.initializer_range), (d_in, d_out), axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = whole(self.kernel, x.dtype)
-        return linear(x, kernel)
+        return applied(linear, self.kernel, x.dtype, x)
 
 
 @jax.custom_vjp
@@ -73,7 +72,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * whole(self.weight, jnp.float32)).astype(x.dtype)
+        return applied(jnp.multiply, self.weight, jnp.float32, x32).astype(x.dtype)
 
 
 class MLP(nnx.Module):

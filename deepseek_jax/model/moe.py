@@ -100,21 +100,23 @@ class MoE(nnx.Module):
         # gather is a reduce-scatter.
         gate_up, down = stored(self.experts.gate_up_proj), stored(self.experts.down_proj)
         weights, specs = gate_up[0] + down[0], gate_up[1] + down[1]
+        kernel = whole(self.gate.kernel, jnp.float32)
         routed = per_device(
             functools.partial(self._routed, specs=specs),
-            in_specs=(P(BATCH_AXES), P(BATCH_AXES), P(), P(), *specs),
+            in_specs=(P(BATCH_AXES), P(BATCH_AXES), jax.typeof(kernel).sharding.spec, P(), *specs),
             out_specs=(P(BATCH_AXES), MoEStats(*[P()] * len(MoEStats._fields))),
         )
-        y_BSD, stats = routed(x_BSD, valid_BS, whole(self.gate.kernel, jnp.float32), bias_E, *weights)
+        y_BSD, stats = routed(x_BSD, valid_BS, kernel, bias_E, *weights)
         if self.model.n_shared_experts:
             y_BSD = y_BSD + self.shared_experts(x_BSD)
         return y_BSD, stats
 
-    def _routed(self, x_BSD, valid_BS, kernel_DE, bias_E, *weights, specs) -> tuple[jax.Array, MoEStats]:
+    def _routed(self, x_BSD, valid_BS, kernel, bias_E, *weights, specs) -> tuple[jax.Array, MoEStats]:
         """One device's part: route, drop if asked to, dispatch, count."""
         m, moe = self.model, self.moe
         b, s, d = x_BSD.shape
         x_TD = x_BSD.reshape(b * s, d)
+        kernel_DE = kernel.reshape(kernel.shape[-2:])  # without the axis of replicas, if it has one
         routing = route(x_TD, kernel_DE, bias_E, m)
         chosen_TK = jnp.where(valid_BS.reshape(-1, 1), routing.expert_TK, m.n_routed_experts)
         kept_TK = chosen_TK

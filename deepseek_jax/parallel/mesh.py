@@ -131,6 +131,7 @@ def _check(config: Config, shape: dict[str, int]) -> None:
             raise UserError(f"config.model.{name}={width} is not divisible by the tensor mesh axis ({shape['tensor']} devices). "
                             f"Set config.mesh.tensor to a divisor of {width}.")
     _check_stages(config, shape["stage"])
+    _check_compression(config, shape)
     _check_divided_widths(config, shape)
 
 
@@ -150,6 +151,18 @@ def _check_stages(config: Config, stages: int) -> None:
     if virtual > -(-blocks // stages):
         raise UserError(f"config.sharding.virtual_stages={virtual} is above the {-(-blocks // stages)} layers of a stage (config.mesh.stage={stages}). "
                         f"Set it to a number up to that, or to 0.")
+
+
+def _check_compression(config: Config, shape: dict[str, int]) -> None:
+    method = f"config.sharding.gradient_compression={config.sharding.gradient_compression}"
+    if config.sharding.gradient_compression == "none":
+        return
+    if shape["data"] == 1:
+        raise UserError(f"{method} is of the sum over replicas along data, but config.mesh.data=1. "
+                        f"Set config.mesh.data to 2 or more, or gradient_compression=none.")
+    if shape["stage"] > 1:
+        raise UserError(f"{method} and config.mesh.stage={shape['stage']}: stages sum their gradients over data as they are. "
+                        f"Set config.mesh.stage=1, or gradient_compression=none.")
 
 
 def _check_divided_widths(config: Config, shape: dict[str, int]) -> None:

@@ -1,7 +1,8 @@
 """How a weight gets from its layout in storage to the layer that uses it, and its gradient back.
 
 Outside of `per_device`, `whole` moves a weight to its compute layout: the all-gather of FULL_SHARD, one layer at a time. Inside,
-`gathered` does so for one device. Either way the gradient goes back by the transpose, a reduce-scatter.
+`gathered` does so for one device. Either way the gradient goes back by the transpose, a reduce-scatter. `PerReplica` leaves out of it the
+sum over replicas.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import COMPUTE_RULES, logical_axes, spec, without_stage
 
-
+REPLICAS = "data"  # the axis along which the strategies that do not divide over it have replicas
 WEIGHTS = "weights"  # checkpoint_name of weights as they are used: never kept for the backward pass, which gathers them again
 
 
@@ -42,6 +43,42 @@ class Kept:
         return self.whole.ndim
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerReplica:
+    """A weight of which every replica along `data` has its own copy, and so its own gradient: the value of a variable in place of an array.
+
+    A copy is the replica's own shards of the weight, so it takes no memory and moves nothing. The sum of the gradients over
+    replicas is left to parallel/compression.py.
+    """
+
+    copies: jax.Array  # [R, ...], divided over `data`; [L, R, ...] of stacked layers, until a scan takes one of them
+
+    @property
+    def ndim(self) -> int:
+        return self.copies.ndim - 1
+
+
+def copies(params: nnx.State, replicas: int) -> nnx.State:
+    """Every parameter once for each replica along `data`, [R, ...]: what gradients are taken of."""
+
+    def copy(w: jax.Array) -> jax.Array:
+        out = P(REPLICAS, *jax.typeof(w).sharding.spec)
+        return lax.broadcast_in_dim(w, (replicas, *w.shape), range(1, w.ndim + 1), out_sharding=out)
+
+    return jax.tree.map(copy, params)
+
+
+def each_its_own(copies: nnx.State) -> nnx.State:
+    """Parameters as they are used, from `copies`."""
+
+    def value(v: nnx.Variable) -> nnx.Variable:
+        w = v.get_value()
+        return v.replace(PerReplica(jax.numpy.moveaxis(w, 0, 1) if v.get_metadata()["out_sharding"][0] == "layers" else w))
+
+    return jax.tree.map(value, copies, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
 def keep_whole(params: nnx.State, parts: nnx.State) -> nnx.State:
     """Parameters as they are used: `Kept` where the layout of `parts`, their gradients', differs from their own; else the part itself."""
 
@@ -53,29 +90,58 @@ def keep_whole(params: nnx.State, parts: nnx.State) -> nnx.State:
 
 
 def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:
-    """The weight as the layer uses it: cast to the compute dtype, then gathered, so that the gather moves few bytes."""
+    """The weight as the layer uses it: cast to the compute dtype, then gathered, so that the gather moves few bytes.
+
+    With a leading axis of replicas if it is `PerReplica`.
+    """
     target, w = spec(logical_axes(variable), COMPUTE_RULES), variable.get_value()
+    if isinstance(w, PerReplica):
+        return checkpoint_name(jax.sharding.reshard(w.copies.astype(dtype), P(REPLICAS, *target)), WEIGHTS)
     gather = lambda w: jax.sharding.reshard(w.astype(dtype), target)
     return checkpoint_name(_used(gather, w.part, gather(w.whole)) if isinstance(w, Kept) else gather(w), WEIGHTS)
+
+
+def applied(f: Callable[[jax.Array, jax.Array], jax.Array], variable: nnx.Variable, dtype: Any, x: jax.Array) -> jax.Array:
+    """f(x, the whole weight) for x [B, ...]; if the weight is `PerReplica`, each replica's rows with its own copy."""
+    w = whole(variable, dtype)
+    if not isinstance(variable.get_value(), PerReplica):
+        return f(x, w)
+    replicas, (batch, *rest) = w.shape[0], jax.typeof(x).sharding.spec
+    within = tuple(a for a in batch if a != REPLICAS)  # `data` is the outermost of the batch axes: no row moves
+    by_replica = lax.reshape(x, (replicas, x.shape[0] // replicas, *x.shape[1:]), out_sharding=P(REPLICAS, within, *rest))
+    y = jax.vmap(f)(by_replica, w)
+    return lax.reshape(y, (x.shape[0], *y.shape[2:]), out_sharding=P(batch, *jax.typeof(y).sharding.spec[2:]))
 
 
 def stored(variable: nnx.Variable) -> tuple[list[jax.Array], list[P]]:
     """The arrays of a variable, one or two, and their specs: to be handed to `per_device`, and there to `gathered`."""
     w = variable.get_value()
-    arrays = [jax.sharding.reshard(a, without_stage(a)) for a in ([w.part, w.whole] if isinstance(w, Kept) else [w])]
+    arrays = [jax.sharding.reshard(a, without_stage(a)) for a in _arrays(w)]
     return arrays, [jax.typeof(a).sharding.spec for a in arrays]
+
+
+def _arrays(w: Any) -> list[jax.Array]:
+    if isinstance(w, PerReplica):
+        return [w.copies]
+    return [w.part, w.whole] if isinstance(w, Kept) else [w]
 
 
 def gathered(arrays: list[jax.Array], specs: list[P], dtype: Any) -> jax.Array:
     """Inside `per_device`, a weight given as `stored`: this device's experts, heads or words, else whole; varying over all batch axes."""
     gather = lambda w, spec: _all_gather(w.astype(dtype), spec)
-    w = gather(arrays[0], specs[0]) if len(arrays) == 1 else _used(lambda part: gather(part, specs[0]), arrays[0], gather(arrays[1], specs[1]))
+    if specs[0][0] == REPLICAS:  # no spec of a whole weight begins with this axis alone
+        w = _all_gather(arrays[0][0].astype(dtype), specs[0][1:], held=(REPLICAS,))
+    elif len(arrays) == 1:
+        w = gather(arrays[0], specs[0])
+    else:
+        w = _used(lambda part: gather(part, specs[0]), arrays[0], gather(arrays[1], specs[1]))
     return checkpoint_name(w, WEIGHTS)
 
 
-def _all_gather(w: jax.Array, spec: P) -> jax.Array:
+def _all_gather(w: jax.Array, spec: P, held: tuple[str, ...] = ()) -> jax.Array:
+    """`held`: axes that w varies over already, besides those of its spec."""
     named = [(d, (axes,) if isinstance(axes, str) else tuple(axes)) for d, axes in enumerate(spec) if axes]
-    held = {a for _, axes in named for a in axes}
+    held = {*held, *(a for _, axes in named for a in axes)}
     # Before the gathers, so that in backward sums over these axes are of what is left after the reduce-scatter.
     if missing := tuple(a for a in BATCH_AXES if a not in held):
         w = lax.pcast(w, missing, to="varying")

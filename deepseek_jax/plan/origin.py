@@ -15,6 +15,7 @@ PARTS = (
     ("parallel/dispatch.py", r"", "dispatch"),  # tokens on their way to experts and back, and the number of rounds
     ("parallel/rounds.py", r"", "dispatch"),
     ("parallel/pipeline.py", r"", "pipeline"),
+    ("parallel/compression.py", r"", "compression"),  # the sum of gradients over replicas
     ("model/stages.py", r"", "pipeline"),
     ("model/moe.py", r"\b_gather\b", "experts"),  # weights of the routed experts
     ("model/moe.py", r"\b_statistics\b|\bload_of\b", "statistics"),

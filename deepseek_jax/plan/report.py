@@ -150,8 +150,9 @@ def _mesh(r: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _memory_of_layout(r: dict[str, Any]) -> list[tuple[str, str]]:
     stored, available = r["layout_bytes"], r["devices"]["memory"]
-    state = stored["parameters"] + stored["optimizer"]
-    out = [("layout", f"a device stores {gb(stored['parameters'])} of parameters + {gb(stored['optimizer'])} of optimizer state"),
+    state = sum(stored.values()) - stored["gradients"]
+    residual = f" + {gb(stored['residual'])} of residuals" if "residual" in stored else ""
+    out = [("layout", f"a device stores {gb(stored['parameters'])} of parameters + {gb(stored['optimizer'])} of optimizer state{residual}"),
            ("", f"and sums {gb(stored['gradients'])} of gradients: {gb(state + stored['gradients'])}{of_memory(available)}")]
     if available and state > available:
         out.append(("", f"does not fit: the state alone needs {gb(state)}. Divide it over more devices."))

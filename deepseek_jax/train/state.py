@@ -11,7 +11,7 @@ from flax import nnx
 from deepseek_jax.config import Config
 from deepseek_jax.model import transformer
 from deepseek_jax.model.moe import SelectionBias
-from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel import compression, sharding
 from deepseek_jax.train.optimizer import make_optimizer
 
 
@@ -24,6 +24,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     bad_steps: jax.Array  # int32: updates skipped in a row, for a non-finite loss or gradient
     skipped_steps: jax.Array  # int32: updates skipped in all
+    residual: nnx.State | None = None  # float32: what gradient_compression has not applied yet, of each parameter [R, ...] for R replicas
 
 
 class Layout(NamedTuple):
@@ -47,10 +48,12 @@ class Layout(NamedTuple):
         return nnx.merge(self.inference_graphdef, params, bias)
 
     def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
-        """Bytes that one device holds of parameters, gradients and optimizer state."""
+        """Bytes that one device holds of parameters, gradients and optimizer state, and of the residual of compressed gradients."""
         held = {"parameters": (self.abstract.params, self.shardings.params),
                 "gradients": (self.abstract.params, sharding.shardings(self.grad_specs, mesh)),
                 "optimizer": (self.abstract.opt_state, self.shardings.opt_state)}
+        if self.abstract.residual is not None:
+            held["residual"] = (self.abstract.residual, self.shardings.residual)
         return {name: sharding.bytes_per_device(*arrays) for name, arrays in held.items()}
 
     def abstract_sharded(self) -> TrainState:
@@ -74,8 +77,9 @@ def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     # Moments are laid out as the parameters are while the optimizer works; counters are whole.
     opt_state_specs = optax.tree.map_params(optimizer, lambda _, spec: spec, opt_state, opt_specs, transform_non_params=lambda _: jax.P())
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    abstract = TrainState(scalar, params, bias, opt_state, scalar, scalar)
-    specs = TrainState(jax.P(), param_specs, bias_specs, opt_state_specs, jax.P(), jax.P())
+    residual, residual_specs = compression.residual(config, params, grad_specs, mesh.shape["data"])
+    abstract = TrainState(scalar, params, bias, opt_state, scalar, scalar, residual)
+    specs = TrainState(jax.P(), param_specs, bias_specs, opt_state_specs, jax.P(), jax.P(), residual_specs)
     never_drops = dataclasses.replace(config, moe=dataclasses.replace(config.moe, drop=False))
     inference = abstract_model(never_drops)[0] if config.moe.drop else graphdef
     return Layout(graphdef, inference, abstract, sharding.shardings(specs, mesh), param_specs, grad_specs, opt_specs, optimizer)
@@ -89,7 +93,8 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         params = sharding.reshard(params, layout.opt_specs)
         opt_state = layout.optimizer.init(params)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, sharding.reshard(params, layout.param_specs), bias, opt_state, zero, zero)
+        residual = jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s), layout.abstract.residual, layout.shardings.residual)
+        return TrainState(zero, sharding.reshard(params, layout.param_specs), bias, opt_state, zero, zero, residual)
 
     # Dozens of random weights are much code for a CPU and little work: LLVM's first level compiles it in half the time, to the same numbers.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None

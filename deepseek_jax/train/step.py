@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.moe import Load, merge_loads
+from deepseek_jax.parallel import compression
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import reshard
-from deepseek_jax.parallel.weights import keep_whole
+from deepseek_jax.parallel.weights import REPLICAS, copies, each_its_own, keep_whole
 from deepseek_jax.train import losses
 from deepseek_jax.train.optimizer import learning_rate, sequences_at
 from deepseek_jax.train.state import Layout, TrainState
@@ -61,16 +62,20 @@ def abstract_batch(config: Config, mesh: jax.sharding.Mesh, step: int) -> dict[s
 def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses.next_token_loss) -> Callable:
     """(params, bias, batch [A, b, S], totals, MTP weight) -> (gradients, Losses, Load) of the whole batch.
 
-    Gradients are float32, summed over micro-batches, in the layout that the strategy gives them.
+    Gradients are float32, summed over micro-batches, in the layout that the strategy gives them. With gradient_compression they are
+    each replica's own, [R, ...] for R replicas along `data`, still to be summed.
     """
+    compressed = config.sharding.gradient_compression != "none"
 
     def gradients(params, bias, batch, total, mtp_weight):
         def loss(parts):
-            model = layout.merge(keep_whole(params, parts), bias)
+            model = layout.merge(each_its_own(parts) if compressed else keep_whole(params, parts), bias)
             return losses.pretraining_loss(model, batch, total, config, mtp_weight, token_loss)
 
         # Differentiated in the layout of the gradients: slicing parameters that are whole is free.
-        grads, (parts, stats) = jax.grad(loss, has_aux=True)(reshard(params, layout.grad_specs))
+        given = reshard(params, layout.grad_specs)
+        given = copies(given, jax.sharding.get_abstract_mesh().shape[REPLICAS]) if compressed else given
+        grads, (parts, stats) = jax.grad(loss, has_aux=True)(given)
         return grads, parts, stats.load if stats else NO_LOAD
 
     def whole_batch_gradients(params, bias, batch, total, mtp_weight):
@@ -120,6 +125,9 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = losse
         grads, parts, load = whole_batch_gradients(state.params, state.bias, batch, total, mtp_weight)
 
         with jax.named_scope("optimizer"):
+            residual = state.residual
+            if residual is not None:
+                grads, residual = compression.summed(config.sharding.gradient_compression, grads, residual)
             grad_norm = optax.tree.norm(grads)
             ok = jnp.isfinite(parts.loss) & jnp.isfinite(grad_norm)
             # Under ZeRO-1 and 2 this slices whole parameters (free) and gathers them again after the update.
@@ -127,12 +135,12 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = losse
             updates, opt_state = layout.optimizer.update(reshard(grads, layout.opt_specs), state.opt_state, params)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
             params = reshard(keep(optax.apply_updates(params, updates), params), layout.param_specs)
-            opt_state = keep(opt_state, state.opt_state)
+            opt_state, residual = keep(opt_state, state.opt_state), keep(residual, state.residual)
             bias = keep(update_bias(state.bias, load.expert_counts, state.step, config), state.bias)
         bad = jnp.where(ok, 0, state.bad_steps + 1)
         skipped = state.skipped_steps + jnp.where(ok, 0, 1)
         lr = schedule(state.step - state.skipped_steps)  # the optimizer counts the updates it made
-        new_state = TrainState(state.step + 1, params, bias, opt_state, bad, skipped)
+        new_state = TrainState(state.step + 1, params, bias, opt_state, bad, skipped, residual)
         return new_state, StepMetrics(parts, lr, grad_norm, load, total.tokens, bad, skipped)
 
     return train_step

@@ -47,7 +47,9 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
         s = make_schedule(config, mesh.shape["stage"])
         line("pipeline", f"{s.layers} blocks on {s.stages} stages in {s.repeats} piece{'s' * (s.repeats > 1)} of {s.blocks}, "
                          f"{s.micro_batches} micro-batches: bubble share {s.bubble_share:.1%}")
-    line("strategy", f"{config.sharding.canonical}, dispatch {config.moe.dispatch}, "
+    method = config.sharding.gradient_compression
+    compressed = f", gradients summed over data in {method}" if method != "none" else ""
+    line("strategy", f"{config.sharding.canonical}{compressed}, dispatch {config.moe.dispatch}, "
                               f"{t.dtype} compute, remat {t.remat}")
     if xla_options:
         line("XLA options", " ".join(f"{name.removeprefix('xla_')}={str(value).lower()}" for name, value in xla_options.items()))
