@@ -30,6 +30,8 @@ PARTS = (
     ("model/transformer.py", r"", "other"),  # the model as a whole: never the loss that called it
     ("train/losses.py", r"", "loss"),
     ("train/optimizer.py", r"", "optimizer"),
+    ("train/matrices.py", r"", "optimizer"),
+    ("train/loss_scale.py", r"", "optimizer"),
     ("train/step.py", r"\bupdate_bias\b", "optimizer"),
 )
 LAYER_PARTS = ("dispatch", "experts", "statistics", "router", "attention", "mlp", "norm")  # what a decoder layer is made of
