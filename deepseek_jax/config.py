@@ -156,21 +156,36 @@ class Train:
     accumulation: int = 1  # micro-batches a step; divides batch_size
     batch_ramp_start: int = 0  # sequences a step at the start, growing linearly to batch_size; 0: no ramp
     batch_ramp_steps: int = 0  # steps over which the batch grows, in whole micro-batches
-    dtype: str = "bfloat16"  # compute dtype: bfloat16 | float32; parameters and optimizer state are float32
+    dtype: str = "bfloat16"  # compute dtype: bfloat16 | float32 | float16 (with loss scaling, config.fp16); parameters are float32
+    accumulation_dtype: str = "float32"  # buffer in which gradients of micro-batches are added up: float32 | bfloat16 (2 bytes a parameter, not 4)
     remat: str = "full"  # what a layer keeps for backward: none (all but weights) | dots (matmul results) | full (nothing) | exchange (no stages) | save:NAME,...
     mtp_loss_weight: float = 0.3  # weight of the multi-token prediction loss (V3: 0.3, then 0.1)
     mtp_loss_weight_final: float = 0.3  # the weight after mtp_switch_fraction of the steps
     mtp_switch_fraction: float = 1.0  # V3: 10/14.8
-    max_bad_steps: int = 10  # stop after this many updates in a row were skipped for a non-finite loss or gradient
+    max_bad_steps: int = 10  # stop after this many updates in a row were skipped for a non-finite loss or gradient; a falling loss scale does not count
+
+
+@dataclass(frozen=True)
+class Fp16:
+    """Loss scaling of train.dtype=float16, in the words of DeepSpeed's `fp16` block. Other dtypes need none."""
+
+    loss_scale: float = 0.0  # a fixed factor for the loss; 0: dynamic, found by the options below
+    initial_scale_power: int = 16  # the dynamic scale starts at 2 to this power
+    loss_scale_window: int = 1000  # steps without overflow after which the scale doubles
+    hysteresis: int = 2  # the scale halves at the overflow of this number since it last doubled, and at every one after that
+    min_loss_scale: float = 1.0  # the scale never falls below; overflows there count towards train.max_bad_steps
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: str = "adamw"
+    name: str = "adamw"  # adamw | adafactor (row and column means, no moments) | muon (orthogonalised momentum; norms, embedding and head: adamw)
     learning_rate: float = 1e-3  # peak
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = 0.9  # adamw's
+    b2: float = 0.95  # adamw's
+    eps: float = 1e-8  # adamw's
+    moment_dtype: str = "float32"  # adamw's and muon's moments are stored in: float32 | bfloat16 (V3: half the state; computed in float32)
+    momentum: float = 0.95  # muon's, Nesterov
+    scale_parameter: bool = True  # adafactor: learning_rate is relative to a weight's root mean square (1e-2); False: absolute, as adamw's
     weight_decay: float = 0.1  # on matrices; norms and the selection bias are never decayed
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
     schedule: str = "cosine"  # constant | cosine | wsd (warmup-stable-decay) | deepseek_v2 | deepseek_v3
@@ -221,6 +236,7 @@ class Config:
     moe: Moe = field(default_factory=Moe)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    fp16: Fp16 = field(default_factory=Fp16)
     optimizer: Optimizer = field(default_factory=Optimizer)
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from deepseek_jax.config import GRADIENT_COMPRESSIONS, REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Model, UserError
+from deepseek_jax.config import GRADIENT_COMPRESSIONS, REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Fp16, Model, Optimizer, UserError
 
 
 def validate(config: Config) -> None:
@@ -49,13 +49,15 @@ def validate(config: Config) -> None:
     if t.sequence_length <= m.num_nextn_predict_layers:
         raise UserError(f"config.train.sequence_length={t.sequence_length} leaves no target for config.model.num_nextn_predict_layers="
                         f"{m.num_nextn_predict_layers}. Raise the first.")
-    _choice("config.train.dtype", t.dtype, ("bfloat16", "float32"))
+    _choice("config.train.dtype", t.dtype, ("bfloat16", "float32", "float16"))
+    _validate_loss_scale(config)
+    _validate_accumulation(config)
     if t.remat.startswith("save:"):
         for name in t.remat.removeprefix("save:").split(","):
             _choice("config.train.remat=save:", name, REMAT_NAMES)
     else:
         _choice("config.train.remat", t.remat, ("none", "dots", "full", "exchange", "save:NAME,NAME..."))
-    _choice("config.optimizer.name", o.name, ("adamw",))
+    _validate_optimizer(o)
     _choice("config.optimizer.schedule", o.schedule, ("constant", "cosine", "wsd", "deepseek_v2", "deepseek_v3"))
     if not (math.isfinite(o.learning_rate) and o.learning_rate > 0):
         raise UserError(f"config.optimizer.learning_rate={o.learning_rate} is not a positive finite number. Set it to, for instance, 1e-3.")
@@ -63,8 +65,8 @@ def validate(config: Config) -> None:
                                  ("moe", config.moe, "bias_update_fraction")):
         if not 0 <= getattr(section, name) <= 1:
             raise UserError(f"config.{where}.{name}={getattr(section, name)} is not a share. Set it between 0 and 1.")
-    _at_least(o, "optimizer", 0, "b1", "b2", "eps", "weight_decay", "grad_clip", "warmup_steps")
-    for name in ("b1", "b2"):
+    _at_least(o, "optimizer", 0, "b1", "b2", "momentum", "eps", "weight_decay", "grad_clip", "warmup_steps")
+    for name in ("b1", "b2", "momentum"):
         if getattr(o, name) >= 1:
             raise UserError(f"config.optimizer.{name}={getattr(o, name)} must be below 1. Set it to, for instance, 0.9.")
     _choice("config.checkpoint.kind", config.checkpoint.kind, ("sharded",))
@@ -89,6 +91,54 @@ def _validate_compression(config: Config) -> None:
         raise UserError(f"config.sharding.gradient_compression={s.gradient_compression} is of the sum over replicas, but "
                         f"config.sharding.strategy={s.strategy} has none: it divides gradients over mesh.data. "
                         f"Set config.sharding.strategy=hybrid_shard, or gradient_compression=none.")
+
+
+def _validate_optimizer(o: Optimizer) -> None:
+    _choice("config.optimizer.name", o.name, ("adamw", "adafactor", "muon"))
+    _choice("config.optimizer.moment_dtype", o.moment_dtype, ("float32", "bfloat16"))
+    default = Optimizer()
+    for name, users in (("b1", ("adamw", "muon")), ("b2", ("adamw", "muon")), ("eps", ("adamw", "muon")), ("moment_dtype", ("adamw", "muon")),
+                        ("momentum", ("muon",)), ("scale_parameter", ("adafactor",))):
+        if o.name not in users and getattr(o, name) != getattr(default, name):
+            raise UserError(f"config.optimizer.{name}={getattr(o, name)} has no effect with config.optimizer.name={o.name}. "
+                            f"Set it to {getattr(default, name)}, its default, or config.optimizer.name={users[0]}.")
+    # A moment changes by (1 - b) of itself a step; bfloat16's numbers are up to 2^-7 of themselves apart, and half of that rounds to nothing.
+    for name in ("b1", "b2", *(("momentum",) if o.name == "muon" else ())):
+        if o.moment_dtype == "bfloat16" and 1 - getattr(o, name) <= 2**-8:
+            raise UserError(f"config.optimizer.{name}={getattr(o, name)} and config.optimizer.moment_dtype=bfloat16: a moment would change too little "
+                            f"in a step to be stored in 8 bits, and never fall. Set {name} below {1 - 2**-8:.4f}, or moment_dtype to float32.")
+
+
+def _validate_loss_scale(config: Config) -> None:
+    f, default = config.fp16, Fp16()
+    _at_least(f, "fp16", 0, "loss_scale", "initial_scale_power")
+    _at_least(f, "fp16", 1, "loss_scale_window", "hysteresis", "min_loss_scale")
+    for name in ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"):
+        value, usual = getattr(f, name), getattr(default, name)
+        if value != usual and config.train.dtype != "float16":
+            raise UserError(f"config.fp16.{name}={value} has no effect with config.train.dtype={config.train.dtype}, which needs no loss scale. "
+                            f"Set it to {usual}, its default, or config.train.dtype=float16.")
+        if value != usual and name != "loss_scale" and f.loss_scale:
+            raise UserError(f"config.fp16.{name}={value} has no effect with the fixed config.fp16.loss_scale={f.loss_scale}. "
+                            f"Set it to {usual}, its default, or config.fp16.loss_scale=0 for a dynamic scale.")
+    if f.initial_scale_power > 32:
+        raise UserError(f"config.fp16.initial_scale_power={f.initial_scale_power} is above 32, where the scale of a float32 loss ends. Set it to 32 or less.")
+    if f.min_loss_scale > 2.0**f.initial_scale_power:
+        raise UserError(f"config.fp16.min_loss_scale={f.min_loss_scale} is above the first scale, 2 to the power of config.fp16.initial_scale_power="
+                        f"{f.initial_scale_power}. Set it to {2.0**f.initial_scale_power:g} or less.")
+
+
+def _validate_accumulation(config: Config) -> None:
+    t = config.train
+    _choice("config.train.accumulation_dtype", t.accumulation_dtype, ("float32", "bfloat16"))
+    if t.accumulation_dtype == "float32":
+        return
+    if t.accumulation == 1:
+        raise UserError(f"config.train.accumulation_dtype={t.accumulation_dtype} has no effect with config.train.accumulation=1: one micro-batch needs no "
+                        f"buffer. Set config.train.accumulation_dtype=float32, or more micro-batches.")
+    if config.mesh.stage != 1:
+        raise UserError(f"config.train.accumulation_dtype={t.accumulation_dtype} has no effect with config.mesh.stage={config.mesh.stage}: stages add up the "
+                        f"gradients of micro-batches in their backward pass. Set config.train.accumulation_dtype=float32.")
 
 
 def _validate_model(m: Model) -> None:

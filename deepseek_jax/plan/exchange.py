@@ -7,7 +7,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.rounds import slots_per_round
 
-ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 class Buffers(NamedTuple):

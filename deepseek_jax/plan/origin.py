@@ -31,6 +31,8 @@ PARTS = (
     ("model/transformer.py", r"", "other"),  # the model as a whole: never the loss that called it
     ("train/losses.py", r"", "loss"),
     ("train/optimizer.py", r"", "optimizer"),
+    ("train/matrices.py", r"", "optimizer"),
+    ("train/loss_scale.py", r"", "optimizer"),
     ("train/step.py", r"\bupdate_bias\b", "optimizer"),
 )
 # The names that the model gives its parts with jax.named_scope, and those of PARTS that have another name there: for the time of parts,

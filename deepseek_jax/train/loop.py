@@ -162,6 +162,8 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
         if first_step:
             bar.say(first_step())
             first_step = None
+        if m.loss_scale is not None and not m.bad_steps and not math.isfinite(m.grad_norm):
+            bar.say(f"step {done}: a gradient overflowed at the loss scale {float(m.loss_scale):g}: update skipped")
         if done % c.log.every_steps == 0 or done == last or m.bad_steps:
             values = metrics.row(m, done, *clock.read(), tokens_seen, config, count)
             writer.write(values, m.load)

@@ -89,7 +89,8 @@ def _nll_sum_forward(hidden_TD, kernel_DV, targets_T):
     def step(carry, chunk):
         (total, dkernel_DV), (hidden_CD, targets_C) = carry, chunk
         nll, probability_CV, here_CV = _nll(hidden_CD, kernel_DV, targets_C)
-        dlogits_CV = jnp.where((targets_C == IGNORE)[:, None], 0.0, probability_CV - here_CV).astype(hidden_CD.dtype)
+        dlogits_CV = jnp.where((targets_C == IGNORE)[:, None], 0.0, probability_CV - here_CV)
+        dlogits_CV = (dlogits_CV * _lift(hidden_CD.dtype)).astype(hidden_CD.dtype)
         dhidden_CD = jnp.einsum("cv,dv->cd", dlogits_CV, kernel_DV)
         dkernel_DV += jnp.einsum("cd,cv->dv", hidden_CD, dlogits_CV, preferred_element_type=jnp.float32)
         return (total + nll, dkernel_DV), dhidden_CD
@@ -97,11 +98,18 @@ def _nll_sum_forward(hidden_TD, kernel_DV, targets_T):
     zero = jnp.zeros_like(kernel_DV, jnp.float32)
     (total, dkernel_DV), dhidden = jax.lax.scan(step, (_zero(hidden_TD), zero), _chunks(hidden_TD, targets_T))
     dhidden_TD = dhidden.reshape(-1, hidden_TD.shape[-1])[: hidden_TD.shape[0]]
-    return total, (dhidden_TD, dkernel_DV.astype(kernel_DV.dtype))
+    # Float16 would overflow: this is the sum over all tokens, not yet divided by their number.
+    return total, (dhidden_TD, dkernel_DV if kernel_DV.dtype == jnp.float16 else dkernel_DV.astype(kernel_DV.dtype))
+
+
+def _lift(dtype) -> float:
+    """A power of two that lifts probabilities, 1e-5 for a word of 100,000, out of what float16 keeps few bits of; the sums stay far from its end."""
+    return 1024.0 if dtype == jnp.float16 else 1.0
 
 
 def _nll_sum_backward(gradients, cotangent):
-    return *((g * cotangent).astype(g.dtype) for g in gradients), None
+    dtype = gradients[0].dtype  # of hidden states and head
+    return *((g * (cotangent / _lift(dtype))).astype(dtype) for g in gradients), None
 
 
 _nll_sum.defvjp(_nll_sum_forward, _nll_sum_backward)

@@ -17,7 +17,7 @@ from deepseek_jax.model.count import Count
 from deepseek_jax.model.moe import Load
 from deepseek_jax.train.step import StepMetrics
 
-# Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets; the first name found in device_kind wins.
+# Dense bfloat16 and float16 peak of one device in TFLOP/s, from the vendors' data sheets; the first name found in device_kind wins.
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
 
 
@@ -26,7 +26,7 @@ def device_peak(config: Config) -> float | None:
     if config.log.peak_tflops:
         return config.log.peak_tflops
     kind = jax.devices()[0].device_kind
-    return next((v for k, v in PEAK_TFLOPS.items() if k in kind), None) if config.train.dtype == "bfloat16" else None
+    return next((v for k, v in PEAK_TFLOPS.items() if k in kind), None) if config.train.dtype in ("bfloat16", "float16") else None
 
 
 def memory_gb() -> float:
@@ -46,6 +46,8 @@ def row(metrics: StepMetrics, step: int, step_time: float, tokens_per_sec: float
     if config.model.num_nextn_predict_layers:
         out["mtp_loss"] = short(metrics.losses.mtp_loss)
     achieved = count.flops_per_token * tokens_per_sec / 1e12 / jax.device_count()
+    if metrics.loss_scale is not None:
+        out["loss_scale"] = short(metrics.loss_scale)
     out["model_tflops_per_device"] = round(achieved, 6)
     if peak := device_peak(config):
         out["utilisation"] = round(achieved / peak, 4)

@@ -1,4 +1,4 @@
-"""AdamW with the published recipes, by optax.
+"""AdamW with the published recipes, Muon and Adafactor, by optax.
 
 Sources: DeepSeek-V2 (arXiv:2405.04434) section 3.1.2 and DeepSeek-V3 (arXiv:2412.19437) section 4.2 for the schedules and
 the batch-size ramp; MiniCPM (arXiv:2404.06395) for warmup-stable-decay.
@@ -8,11 +8,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
 from deepseek_jax.config import Config
+from deepseek_jax.train.matrices import scale_by_adafactor, scale_by_muon
 
 V3_TOKENS = 14.8  # trillions; the V3 schedule below is in shares of them
 
@@ -54,10 +56,32 @@ def decay_mask(params: nnx.State) -> Any:
 
 
 def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransformation:
-    """Clip by global norm, AdamW, decoupled weight decay on matrices. `params` gives structure and logical axes only."""
+    """Clip by global norm, the optimizer's update, decoupled weight decay on matrices: lr * (update + weight_decay * weight), all alike.
+
+    `params` gives structure and logical axes only.
+    """
     o = config.optimizer
     clip = optax.clip_by_global_norm(o.grad_clip) if o.grad_clip else optax.identity()
-    return optax.chain(clip, optax.adamw(learning_rate(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decay_mask(params)))
+    if o.name == "adamw":
+        update = optax.adamw(learning_rate(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decay_mask(params))
+    else:
+        scale = (scale_by_adafactor(params, o.scale_parameter) if o.name == "adafactor" else
+                 scale_by_muon(params, o.momentum, optax.scale_by_adam(o.b1, o.b2, o.eps)))
+        update = optax.chain(scale, optax.add_decayed_weights(o.weight_decay, decay_mask(params)), optax.scale_by_learning_rate(learning_rate(config)))
+    return optax.chain(clip, update if o.moment_dtype == "float32" else moments_in(jnp.dtype(o.moment_dtype), update))
+
+
+def moments_in(dtype: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer, whose float arrays are stored in `dtype`; it computes in float32 (DeepSeek-V3, section 3.3.3, in bfloat16)."""
+
+    def cast(state: Any, dtype: Any) -> Any:
+        return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, state)
+
+    def update(updates, state, params=None):
+        updates, state = optimizer.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(optimizer.init(params), dtype), update)
 
 
 def sequences_at(config: Config, step: int) -> int:

@@ -12,6 +12,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model import transformer
 from deepseek_jax.model.moe import SelectionBias
 from deepseek_jax.parallel import compression, sharding
+from deepseek_jax.train.loss_scale import LossScale, init_loss_scale
 from deepseek_jax.train.optimizer import make_optimizer
 
 
@@ -25,6 +26,7 @@ class TrainState(NamedTuple):
     bad_steps: jax.Array  # int32: updates skipped in a row, for a non-finite loss or gradient
     skipped_steps: jax.Array  # int32: updates skipped in all
     residual: nnx.State | None = None  # float32: what gradient_compression has not applied yet, of each parameter [R, ...] for R replicas
+    loss_scale: LossScale | None = None  # only where it is dynamic: other states, and their checkpoints, are without it
 
 
 class Layout(NamedTuple):
@@ -73,16 +75,27 @@ def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     param_specs, grad_specs, opt_specs = (sharding.specs(params, r, config.sharding.min_weight_size) for r in rules)
     bias_specs = sharding.specs(bias, sharding.COMPUTE_RULES)
     optimizer = make_optimizer(config, params)
-    opt_state = jax.eval_shape(optimizer.init, params)
-    # Moments are laid out as the parameters are while the optimizer works; counters are whole.
-    opt_state_specs = optax.tree.map_params(optimizer, lambda _, spec: spec, opt_state, opt_specs, transform_non_params=lambda _: jax.P())
+    opt_state, opt_state_specs = _optimizer_state(optimizer, params, sharding.shardings(opt_specs, mesh))
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     residual, residual_specs = compression.residual(config, params, grad_specs, mesh.shape["data"])
-    abstract = TrainState(scalar, params, bias, opt_state, scalar, scalar, residual)
-    specs = TrainState(jax.P(), param_specs, bias_specs, opt_state_specs, jax.P(), jax.P(), residual_specs)
+    scale = jax.eval_shape(lambda: init_loss_scale(config))
+    abstract = TrainState(scalar, params, bias, opt_state, scalar, scalar, residual, scale)
+    specs = TrainState(jax.P(), param_specs, bias_specs, opt_state_specs, jax.P(), jax.P(), residual_specs, jax.tree.map(lambda _: jax.P(), scale))
     never_drops = dataclasses.replace(config, moe=dataclasses.replace(config.moe, drop=False))
     inference = abstract_model(never_drops)[0] if config.moe.drop else graphdef
     return Layout(graphdef, inference, abstract, sharding.shardings(specs, mesh), param_specs, grad_specs, opt_specs, optimizer)
+
+
+def _optimizer_state(optimizer: optax.GradientTransformation, params: nnx.State, shardings: nnx.State) -> tuple[Any, Any]:
+    """(shapes, PartitionSpecs) of its state, for parameters laid out as they are while it works.
+
+    The specs are read from the types, as mesh axes are Explicit: moments are laid out as their parameters, row and column means over the
+    axes that divide what is left of them, counters are whole.
+    """
+    sharded = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params, shardings)
+    found = jax.eval_shape(optimizer.init, sharded)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), found)
+    return shapes, jax.tree.map(lambda a: jax.P() if a.sharding is None else a.sharding.spec, found)
 
 
 def init_state(config: Config, layout: Layout) -> TrainState:
@@ -94,7 +107,8 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         opt_state = layout.optimizer.init(params)
         zero = jnp.zeros((), jnp.int32)
         residual = jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s), layout.abstract.residual, layout.shardings.residual)
-        return TrainState(zero, sharding.reshard(params, layout.param_specs), bias, opt_state, zero, zero, residual)
+        params = sharding.reshard(params, layout.param_specs)
+        return TrainState(zero, params, bias, opt_state, zero, zero, residual, init_loss_scale(config))
 
     # Dozens of random weights are much code for a CPU and little work: LLVM's first level compiles it in half the time, to the same numbers.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None

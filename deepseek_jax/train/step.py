@@ -16,7 +16,7 @@ from deepseek_jax.parallel import compression
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import reshard
 from deepseek_jax.parallel.weights import REPLICAS, copies, each_its_own, keep_whole
-from deepseek_jax.train import losses
+from deepseek_jax.train import loss_scale, losses
 from deepseek_jax.train.optimizer import learning_rate, sequences_at
 from deepseek_jax.train.state import Layout, TrainState
 
@@ -34,6 +34,7 @@ class StepMetrics(NamedTuple):
     tokens: jax.Array  # float32: tokens that are not padding
     bad_steps: jax.Array  # int32: updates skipped in a row up to this one
     skipped_steps: jax.Array  # int32: in all
+    loss_scale: jax.Array | None  # float32, of this step; None but in float16
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -60,17 +61,19 @@ def abstract_batch(config: Config, mesh: jax.sharding.Mesh, step: int) -> dict[s
 
 
 def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses.next_token_loss) -> Callable:
-    """(params, bias, batch [A, b, S], totals, MTP weight) -> (gradients, Losses, Load) of the whole batch.
+    """(params, bias, batch [A, b, S], totals, MTP weight, loss scale or None) -> (gradients, Losses, Load) of the whole batch.
 
-    Gradients are float32, summed over micro-batches, in the layout that the strategy gives them. With gradient_compression they are
-    each replica's own, [R, ...] for R replicas along `data`, still to be summed.
+    Gradients are of the scaled loss, summed over micro-batches, in the layout that the strategy gives them; float32, or the
+    `train.accumulation_dtype` in which several micro-batches are added up. Losses are not scaled. With gradient_compression gradients
+    are each replica's own, [R, ...] for R replicas along `data`, still to be summed.
     """
     compressed = config.sharding.gradient_compression != "none"
 
-    def gradients(params, bias, batch, total, mtp_weight):
+    def gradients(params, bias, batch, total, mtp_weight, scale):
         def loss(parts):
             model = layout.merge(each_its_own(parts) if compressed else keep_whole(params, parts), bias)
-            return losses.pretraining_loss(model, batch, total, config, mtp_weight, token_loss)
+            value, aux = losses.pretraining_loss(model, batch, total, config, mtp_weight, token_loss)
+            return value if scale is None else value * scale, aux
 
         # Differentiated in the layout of the gradients: slicing parameters that are whole is free.
         given = reshard(params, layout.grad_specs)
@@ -78,8 +81,8 @@ def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses
         grads, (parts, stats) = jax.grad(loss, has_aux=True)(given)
         return grads, parts, stats.load if stats else NO_LOAD
 
-    def whole_batch_gradients(params, bias, batch, total, mtp_weight):
-        one = lambda batch: gradients(params, bias, batch, total, mtp_weight)
+    def whole_batch_gradients(params, bias, batch, total, mtp_weight, scale):
+        one = lambda batch: gradients(params, bias, batch, total, mtp_weight, scale)
         if jax.sharding.get_abstract_mesh().shape["stage"] > 1:
             return one(batch)
         if batch["tokens"].shape[0] == 1:
@@ -88,11 +91,12 @@ def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses
         def more(carry, micro):
             new = one(micro)
             load = merge_loads(jax.tree.map(lambda *a: jnp.stack(a), carry[2], new[2]))
-            return (*jax.tree.map(jnp.add, carry[:2], new[:2]), load), None
+            add = lambda buffer, g: jnp.add(buffer, g).astype(buffer.dtype)
+            return (*jax.tree.map(add, carry[:2], new[:2]), load), None
 
         shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda a: a[0], batch)))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
-        return jax.lax.scan(more, zeros, batch)[0]
+        zeros = lambda tree, dtype=None: jax.tree.map(lambda s: jnp.zeros(s.shape, dtype or s.dtype, out_sharding=s.sharding), tree)
+        return jax.lax.scan(more, (zeros(shapes[0], config.train.accumulation_dtype), *zeros(shapes[1:])), batch)[0]
 
     return whole_batch_gradients
 
@@ -122,10 +126,11 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = losse
         counts = jax.lax.stop_gradient(counts_of(state.params, state.bias, batch)) if batch_level else None
         total = losses.totals(batch, depths, counts)
         mtp_weight = jnp.where(state.step < round(t.mtp_switch_fraction * t.steps), t.mtp_loss_weight, t.mtp_loss_weight_final)
-        grads, parts, load = whole_batch_gradients(state.params, state.bias, batch, total, mtp_weight)
+        scale = loss_scale.scale_of(config, state.loss_scale)
+        grads, parts, load = whole_batch_gradients(state.params, state.bias, batch, total, mtp_weight, scale)
 
         with jax.named_scope("optimizer"):
-            residual = state.residual
+            grads, residual = loss_scale.unscaled(grads, scale), state.residual
             if residual is not None:
                 grads, residual = compression.summed(config.sharding.gradient_compression, grads, residual)
             grad_norm = optax.tree.norm(grads)
@@ -137,11 +142,17 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = losse
             params = reshard(keep(optax.apply_updates(params, updates), params), layout.param_specs)
             opt_state, residual = keep(opt_state, state.opt_state), keep(residual, state.residual)
             bias = keep(update_bias(state.bias, load.expert_counts, state.step, config), state.bias)
-        bad = jnp.where(ok, 0, state.bad_steps + 1)
+        bad, new_scale = jnp.where(ok, 0, state.bad_steps + 1), state.loss_scale
+        if new_scale is not None:
+            # While the scale can fall, an overflow is a step of its search, not a sign of bad numbers.
+            bad_loss = ~jnp.isfinite(parts.loss)
+            searching = ~ok & ~bad_loss & loss_scale.may_fall(config.fp16, state.loss_scale)
+            bad = jnp.where(searching, state.bad_steps, bad)
+            new_scale = loss_scale.adjust(config.fp16, state.loss_scale, ~jnp.isfinite(grad_norm), bad_loss)
         skipped = state.skipped_steps + jnp.where(ok, 0, 1)
         lr = schedule(state.step - state.skipped_steps)  # the optimizer counts the updates it made
-        new_state = TrainState(state.step + 1, params, bias, opt_state, bad, skipped, residual)
-        return new_state, StepMetrics(parts, lr, grad_norm, load, total.tokens, bad, skipped)
+        new_state = TrainState(state.step + 1, params, bias, opt_state, bad, skipped, residual, new_scale)
+        return new_state, StepMetrics(parts, lr, grad_norm, load, total.tokens, bad, skipped, scale)
 
     return train_step
 

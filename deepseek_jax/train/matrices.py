@@ -1,0 +1,157 @@
+"""Optimizers that see matrices: Muon and Adafactor, by optax, one matrix of a stacked weight at a time.
+
+Weights are stacked over layers, experts and the pair of gate and up projections: `[L, in, out]`, `[L, E, D, 2, F]`. An optimizer that
+looks at rows, columns or singular values must see each `[in, out]` alone, whatever the mesh divides.
+
+Sources: Muon: Jordan et al. 2024 (github.com/KellerJordan/Muon), scaled to AdamW's update size as in Moonlight (arXiv:2502.16982);
+Adafactor: Shazeer & Stern 2018 (arXiv:1804.04235).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from optax.contrib import MuonDimensionNumbers
+
+from deepseek_jax.parallel.mesh import per_device
+from deepseek_jax.parallel.sharding import logical_axes
+
+STACKED_AXES = ("layers", "experts", "pair")  # logical axes along which a weight holds matrices, or vectors, of their own
+MUON_RMS = 0.2  # root mean square of Muon's update of a matrix, as AdamW's usually is: both then take the same learning rate and weight decay
+FACTORED_FROM = 128  # Adafactor keeps rows and columns of matrices whose sides are both at least this; optax's default
+CHUNK = 2**24  # elements of the matrices that a device orthogonalises at a time: 64 MiB in each of some four arrays
+
+
+def stacked_dimensions(params: nnx.State) -> Any:
+    """For each variable a `Stacked`: a tree of the state's structure."""
+    return jax.tree.map(lambda v: v.replace(Stacked(logical_axes(v))), params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+class Stacked:
+    """Which dimensions of a weight tell its matrices apart. No pytree, so that it is a leaf of one."""
+
+    def __init__(self, axes: tuple[str | None, ...]):
+        self.dimensions = tuple(d for d, name in enumerate(axes) if name in STACKED_AXES)
+
+    def first(self, a: jax.Array) -> jax.Array:
+        """The array with these dimensions before all others."""
+        return jnp.moveaxis(a, self.dimensions, range(len(self.dimensions)))
+
+    def back(self, a: jax.Array) -> jax.Array:
+        return jnp.moveaxis(a, range(len(self.dimensions)), self.dimensions)
+
+    def each(self, f: Callable) -> Callable:
+        """f of one matrix to f of all, these dimensions first in every argument and result."""
+        for _ in self.dimensions:
+            f = jax.vmap(f)
+        return f
+
+
+def muon_labels(params: nnx.State) -> Any:
+    """ "muon" for the matrices of the layers, router included; "adamw" for norms, embedding and output head (as Moonlight's)."""
+
+    def label(v: nnx.Variable) -> nnx.Variable:
+        axes = [name for name in logical_axes(v) if name not in STACKED_AXES]
+        return v.replace("muon" if len(axes) == 2 and "vocab" not in axes else "adamw")
+
+    return jax.tree.map(label, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def scale_by_muon(params: nnx.State, momentum: float, adamw: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Nesterov momentum, orthogonalised, for what `muon_labels` calls so; `adamw`, without learning rate and decay, for the rest.
+
+    Momentum is `m = g + momentum * m`, and what is orthogonalised `g + momentum * m`: with the gradient's share (1 - momentum) of other
+    implementations both are smaller by a factor, which orthogonalisation takes out.
+    """
+    stacked = stacked_dimensions(params)
+
+    def update(updates, state, params=None):
+        of = lambda s, u: u if isinstance(u, optax.MaskedNode) else orthogonalised(u, s)
+        return jax.tree.map(of, stacked, updates), state
+
+    muon = optax.chain(optax.trace(momentum, nesterov=True), optax.GradientTransformation(lambda _: optax.EmptyState(), update))
+    return optax.partition({"muon": muon, "adamw": adamw}, muon_labels(params))
+
+
+def orthogonalised(update: jax.Array, stacked: Stacked) -> jax.Array:
+    """Every matrix of a stacked update with its singular values brought near 1, and scaled to the root mean square MUON_RMS.
+
+    A matrix must be whole for that. Where the mesh divides its rows or columns, an all-to-all makes each of n devices hold some whole
+    matrices instead of an n-th of each, and a second one brings the results back: as many bytes as the update has on the device, twice,
+    and no device computes what another one does but for filling up the number of matrices to a multiple of n. Over axes that do not
+    divide the weight, all devices compute the same. 5 steps cost 5 (4 m^2 n + 2 m^3) FLOPs for a matrix of m <= n.
+
+    Args:
+      update: float32, in any layout. stacked: its dimensions that are not of a matrix.
+
+    Returns:
+      The same shape and layout.
+    """
+    spec = jax.typeof(update).sharding.spec
+    named = lambda d: () if spec[d] is None else (spec[d],) if isinstance(spec[d], str) else tuple(spec[d])
+    rows, columns = (named(d) for d in range(update.ndim) if d not in stacked.dimensions)
+
+    def one_device(u):
+        u = stacked.first(u)
+        matrices = u.reshape(-1, *u.shape[-2:])
+        count, ways = len(matrices), math.prod(lax.axis_size(a) for a in (*rows, *columns))
+        matrices = jnp.pad(matrices, ((0, -count % ways), (0, 0), (0, 0)))
+        for dimension, axes in ((1, rows), (2, columns)):
+            if axes:
+                matrices = lax.all_to_all(matrices, axes, split_axis=0, concat_axis=dimension, tiled=True)
+        size = matrices.shape[1:]
+        out = lax.map(_orthogonalised, matrices, batch_size=min(len(matrices), max(1, CHUNK // math.prod(size))))
+        out = out * (MUON_RMS * math.sqrt(max(size)))
+        for dimension, axes in ((2, columns), (1, rows)):
+            if axes:
+                out = lax.all_to_all(out, axes, split_axis=dimension, concat_axis=0, tiled=True)
+        return stacked.back(out[:count].reshape(u.shape))
+
+    return per_device(one_device, (spec,), spec)(update)
+
+
+def _orthogonalised(matrix: jax.Array) -> jax.Array:
+    """Newton-Schulz by optax: without momentum its Muon does nothing else."""
+    muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=MuonDimensionNumbers(0, 1))
+    return muon.update(matrix, muon.init(matrix))[0]
+
+
+def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.GradientTransformation:
+    """Adafactor's update, without momentum, learning rate and decay: for each matrix or vector of a stacked weight by itself.
+
+    The state is optax's FactoredState: v_row and v_col have a weight's stacked dimensions first, then the one that is left; v is that of
+    weights too small to be factored. What a weight has no use for is one zero a matrix.
+    """
+    parts = [optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED_FROM), optax.clip_by_block_rms(1.0)]
+    one = optax.chain(*parts, *([optax.scale_by_param_block_rms()] if scale_parameter else []))
+    stacked = jax.tree.leaves(stacked_dimensions(params))
+
+    def state_of(count, statistics, tree):
+        return optax.FactoredState(count, *(jax.tree.unflatten(tree, s) for s in zip(*statistics, strict=True)))
+
+    def init(params):
+        leaves, tree = jax.tree.flatten(params)
+        of_one = lambda p: tuple(one.init(p)[0])[1:]
+        return state_of(jnp.zeros((), jnp.int32), [s.each(of_one)(s.first(p)) for s, p in zip(stacked, leaves, strict=True)], tree)
+
+    def update(updates, state, params):
+        def of_one(g, p, *statistics):
+            others = (optax.EmptyState(),) * (len(parts) - 1 + scale_parameter)
+            new, (factored, *_) = one.update(g, (optax.FactoredState(state.count, *statistics), *others), p)
+            return new, tuple(factored)[1:]
+
+        leaves, tree = jax.tree.flatten(updates)
+        rest = (jax.tree.leaves(t) for t in (params, state.v_row, state.v_col, state.v))
+        out, statistics = [], []
+        for s, g, p, *old in zip(stacked, leaves, *rest, strict=True):
+            new, kept = s.each(of_one)(s.first(g), s.first(p), *old)
+            out.append(s.back(new))
+            statistics.append(kept)
+        return jax.tree.unflatten(tree, out), state_of(optax.safe_increment(state.count), statistics, tree)
+
+    return optax.GradientTransformation(init, update)

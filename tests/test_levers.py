@@ -1,0 +1,446 @@
+"""Memory levers of numbers and optimizers: Muon, Adafactor, bfloat16 moments and accumulation, float16 with loss scaling.
+
+Updates are compared with NumPy in float64, one matrix at a time; runs with those on one device, in float32, or before a checkpoint.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import bridge
+import invariance
+from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.config import Config, Fp16, Mesh, Model, Optimizer, Sharding, Train, UserError
+from deepseek_jax.model.layers import param
+from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
+from deepseek_jax.plan import program
+from deepseek_jax.train import losses, matrices, state, step
+from deepseek_jax.train.loss_scale import LossScale, adjust, may_fall
+from deepseek_jax.train.optimizer import learning_rate, make_optimizer
+from deepseek_jax.validation import validate
+
+TINY = Model(vocab_size=128, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, kv_lora_rank=16,
+             qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, initializer_range=0.1)
+ADAMW = Optimizer(learning_rate=1e-2, warmup_steps=2)
+
+
+def config_of(optimizer: Optimizer = ADAMW, mesh: Mesh = Mesh(fsdp=1), fp16: Fp16 = Fp16(), **train) -> Config:
+    train = {"steps": 40, "batch_size": invariance.SEQUENCES, "sequence_length": invariance.LENGTH, "dtype": "float32", "remat": "none"} | train
+    config = Config(model=TINY, mesh=mesh, train=Train(**train), optimizer=optimizer, sharding=Sharding(min_weight_size=0), fp16=fp16)
+    validate(config)
+    return config
+
+
+class Trainer:
+    """A compiled step of one config, and its state from the weights that all of these tests begin with."""
+
+    def __init__(self, config: Config, token_loss=losses.next_token_loss):
+        self.config, self.mesh = config, make_mesh(config, jax.devices()[: invariance.devices_of(config)])
+        with jax.set_mesh(self.mesh):
+            self.layout = state.make_layout(config, self.mesh)
+            self.compiled = bridge.jit(step.make_train_step(config, self.layout, token_loss)).lower(
+                self.layout.abstract_sharded(), self.batch(0)).compile()
+
+    def batch(self, i: int):
+        return step.put_batch(invariance.rows(i), self.config.micro_batch, self.mesh)
+
+    def start(self) -> state.TrainState:
+        with jax.set_mesh(self.mesh):
+            same = invariance.initial_state(TINY)._replace(opt_state=self.layout.abstract.opt_state)
+            opt_state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), self.layout.abstract.opt_state)  # all three begin with zeros
+            scale = self.layout.abstract.loss_scale and state.init_loss_scale(self.config)
+            return jax.device_put(same._replace(opt_state=opt_state, loss_scale=scale), self.layout.shardings)
+
+    def run(self, s: state.TrainState, steps: int, first: int = 0) -> tuple[state.TrainState, list[step.StepMetrics]]:
+        out = []
+        with jax.set_mesh(self.mesh):
+            for i in range(first, first + steps):
+                s, metrics = self.compiled(s, self.batch(i % 4))  # which refuses a state that is laid out otherwise than it was
+                out.append(metrics)
+        return s, out
+
+
+@functools.cache
+def trainer(config: Config) -> Trainer:
+    return Trainer(config)
+
+
+def losses_of(metrics: list[step.StepMetrics]) -> np.ndarray:
+    return np.asarray([float(m.losses.loss) for m in metrics])
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+# --------------------------------------------------------------------------------------- updates, one matrix at a time
+
+SHAPES = {"q_proj": ((3, 16, 24), ("layers", "embed", "heads")),
+          "gate_up_proj": ((3, 4, 16, 2, 8), ("layers", "experts", "expert_embed", "pair", "expert_mlp")),
+          "down_proj": ((4, 8, 16), ("experts", "expert_mlp", "expert_embed")),
+          "router": ((16, 4), ("embed", "router")),
+          "norm": ((3, 16), ("layers", "norm")),
+          "embed_tokens": ((20, 16), ("vocab", "embed"))}
+STEPS = 4
+
+
+class Weights(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        for name, (shape, axes) in SHAPES.items():
+            setattr(self, name, param(rngs, nnx.initializers.zeros, shape, axes))
+
+
+def numbers(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(np.float32) * 0.3 for name, (shape, _) in SHAPES.items()}
+
+
+def parts_of(name: str) -> list[tuple]:
+    """The indices of a weight's matrices or vectors."""
+    every = slice(None)
+    return {"q_proj": [(i,) for i in range(3)], "gate_up_proj": [(i, e, every, p) for i in range(3) for e in range(4) for p in range(2)],
+            "down_proj": [(e,) for e in range(4)], "norm": [(i,) for i in range(3)]}.get(name, [()])
+
+
+def updated(config: Config) -> tuple[dict[str, np.ndarray], tuple]:
+    """The weights after STEPS updates by the optimizer of a config, on its mesh, and its last state."""
+    abstract = nnx.split(nnx.eval_shape(Weights), nnx.Param)[1]
+    fill = lambda values: jax.tree_util.tree_map_with_path(lambda path, _: values[bridge.path_of(path)], abstract)
+    mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
+    with jax.set_mesh(mesh):
+        params = bridge.place(fill(numbers(0)), config)
+        optimizer = make_optimizer(config, abstract)
+        opt_state = bridge.jit(optimizer.init)(params)
+
+        @bridge.jit
+        def update(params, opt_state, grads):
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        for i in range(1, STEPS + 1):
+            params, opt_state = update(params, opt_state, bridge.place(fill(numbers(i)), config))
+    return {bridge.path_of(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(params)}, opt_state
+
+
+def reference(config: Config, one_update) -> dict[str, np.ndarray]:
+    """The same in float64: `one_update(name, gradient, weight, memory, step)` of one matrix or vector, without rate and decay."""
+    o, rate = config.optimizer, learning_rate(config)
+    weights = {name: a.astype(np.float64) for name, a in numbers(0).items()}
+    memory = {(name, i): {} for name in weights for i in range(len(parts_of(name)))}
+    for t in range(1, STEPS + 1):
+        grads = {name: a.astype(np.float64) for name, a in numbers(t).items()}
+        norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+        for name, g in grads.items():
+            for i, part in enumerate(parts_of(name)):
+                u = one_update(name, g[part] * min(1, o.grad_clip / norm), weights[name][part], memory[name, i], t)
+                decay = 0.0 if name == "norm" else o.weight_decay
+                weights[name][part] -= float(rate(t - 1)) * (u + decay * weights[name][part])
+    return weights
+
+
+def adamw(o: Optimizer, g, memory, t, store=lambda a: a):
+    m, v = o.b1 * memory.get("m", 0) + (1 - o.b1) * g, o.b2 * memory.get("v", 0) + (1 - o.b2) * g**2
+    memory.update(m=store(m), v=store(v))
+    return m / (1 - o.b1**t) / (np.sqrt(v / (1 - o.b2**t)) + o.eps)
+
+
+def muon(o: Optimizer, name, g, w, memory, t):
+    """Jordan et al. 2024; Moonlight's scale."""
+    if name in ("norm", "embed_tokens"):
+        return adamw(o, g, memory, t)
+    memory["m"] = o.momentum * memory.get("m", 0) + (1 - o.momentum) * g
+    x = o.momentum * memory["m"] + (1 - o.momentum) * g
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return 0.2 * np.sqrt(max(x.shape)) * x
+
+
+def adafactor(o: Optimizer, name, g, w, memory, t):
+    """Shazeer & Stern 2018, algorithms 4 and 5, factored from sides of 8 on."""
+    keep, square = 1 - t**-0.8, g**2 + 1e-30
+    mean = lambda key, value: memory.update({key: keep * memory.get(key, 0) + (1 - keep) * value}) or memory[key]
+    if g.ndim == 2 and min(g.shape) >= 8:
+        row, column = mean("row", square.mean(axis=1)), mean("column", square.mean(axis=0))
+        v = np.outer(row, column) / row.mean()
+    else:
+        v = mean("v", square)
+    u = g / np.sqrt(v)
+    u = u / max(1, np.sqrt(np.mean(u**2)))
+    return u * max(1e-3, np.sqrt(np.mean(w**2))) if o.scale_parameter else u
+
+
+@pytest.mark.parametrize("mesh", [Mesh(fsdp=1), Mesh(fsdp=2, expert=2, tensor=2)], ids=["one device", "8 devices"])
+@pytest.mark.parametrize("optimizer", [Optimizer("muon"), Optimizer("adafactor"), Optimizer("adafactor", scale_parameter=False)],
+                         ids=["muon", "adafactor", "adafactor absolute"])
+def test_updates_are_those_of_each_matrix_alone(optimizer, mesh, monkeypatch):
+    """Weights of 0.3, updates of 0.01 a step. Newton-Schulz multiplies float32's rounding of small singular values, 1e-7, by up to 3.44^5."""
+    monkeypatch.setattr(matrices, "FACTORED_FROM", 8)
+    config = config_of(dataclasses.replace(optimizer, learning_rate=0.01, warmup_steps=1, grad_clip=5.0, schedule="constant"), mesh)
+    ours, opt_state = updated(config)
+    of = {"muon": muon, "adafactor": adafactor}[optimizer.name]
+    expected, before = reference(config, functools.partial(of, config.optimizer)), numbers(0)
+    for name, weight in expected.items():
+        moved = weight - before[name]
+        bridge.assert_close(ours[name] - before[name], moved, 2e-4, name)
+        for part in parts_of(name):  # each one by itself moved, and by about as much
+            assert 0.2 < np.linalg.norm(moved[part]) / np.linalg.norm(moved) * len(parts_of(name)) ** 0.5 < 2, name
+
+
+def test_bfloat16_moments_are_rounded_once_a_step():
+    """Against NumPy that rounds where we do. A number on the edge between two bfloat16's may go either way: 2^-8 of the moment, and so of
+    the update, here and there; with float32 moments most updates differ by more than float32's rounding."""
+    config = config_of(dataclasses.replace(ADAMW, moment_dtype="bfloat16"))
+    ours, opt_state = updated(config)
+    dtypes = {a.dtype for a in jax.tree.leaves(opt_state)}
+    assert dtypes == {jnp.dtype("bfloat16"), jnp.dtype("int32")}
+    store = lambda a: a.astype(ml_dtypes.bfloat16).astype(np.float64)
+    expected = reference(config, lambda name, g, w, memory, t: adamw(config.optimizer, g, memory, t, store))
+    exact = reference(config, lambda name, g, w, memory, t: adamw(config.optimizer, g, memory, t))
+    for name, weight in expected.items():
+        scale = np.abs(weight - numbers(0)[name]).max()
+        close = np.abs(ours[name] - weight) / scale
+        assert np.mean(close < 1e-4) > 0.98 and close.max() < 2**-6, (name, np.mean(close < 1e-4), close.max())
+        assert np.mean(np.abs(exact[name] - weight) / scale > 1e-4) > 0.5, name
+
+
+# ------------------------------------------------------------------------------------------------------------ whole steps
+
+
+def on_mesh(optimizer: Optimizer, mesh: Mesh) -> tuple[Trainer, state.TrainState, np.ndarray]:
+    t = trainer(config_of(optimizer, mesh))
+    s, metrics = t.run(t.start(), 5)
+    return t, s, losses_of(metrics)
+
+
+def restored(t: Trainer, s: state.TrainState, folder) -> state.TrainState:
+    """Through a checkpoint on disk."""
+    with jax.set_mesh(t.mesh):
+        checkpointer = Checkpointer(str(folder), keep=1)
+        checkpointer.save(5, state.to_tree(s), {})
+        tree, _ = checkpointer.restore(state.to_tree(t.layout.abstract_sharded()))
+        checkpointer.close()
+        return state.from_tree(tree, t.layout.abstract)
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_a_mesh_changes_nothing_and_a_checkpoint_neither(name, monkeypatch, tmp_path):
+    """1e-5 of the loss, as for AdamW: the same float32 sums in another order."""
+    monkeypatch.setattr(matrices, "FACTORED_FROM", 8)
+    optimizer = dataclasses.replace(ADAMW, name=name, learning_rate=1e-2 if name == "muon" else 1e-1)
+    _, one, expected = on_mesh(optimizer, Mesh(fsdp=1))
+    t, s, ours = on_mesh(optimizer, Mesh(fsdp=2, expert=4))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert expected[-1] < expected[0] - 0.05
+    on, (a,) = t.run(s, 1, 5)
+    again, (b,) = t.run(restored(t, s, tmp_path), 1, 5)
+    assert same(on, again) and same(a, b)
+    # What the mesh divides of a weight it divides of its statistics too.
+    held = t.layout.bytes_per_device(t.mesh)["optimizer"]
+    whole = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(t.layout.abstract.opt_state))
+    assert held < whole / (6 if name == "muon" else 2), (held, whole)
+
+
+def test_bytes_of_the_optimizer_state():
+    """In bytes a parameter: AdamW 8, in bfloat16 4, Muon 4 but for norms, embedding and head, Adafactor some hundredths of large matrices."""
+    model = dataclasses.replace(TINY, hidden_size=256, intermediate_size=512, moe_intermediate_size=256)
+
+    def held(**options):
+        config = dataclasses.replace(config_of(dataclasses.replace(ADAMW, **options)), model=model)
+        mesh = make_mesh(config, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            b = state.make_layout(config, mesh).bytes_per_device(mesh)
+        return b["optimizer"] / (b["parameters"] / 4)
+
+    assert held() == pytest.approx(8, abs=0.01) and held(moment_dtype="bfloat16") == pytest.approx(4, abs=0.01)
+    assert 4 < held(name="muon") < 4.5 and held(name="muon", moment_dtype="bfloat16") == pytest.approx(held(name="muon") / 2, rel=0.01)
+    assert held(name="adafactor") < 0.3
+
+
+def test_the_state_of_other_runs_has_its_old_names():
+    """A checkpoint of a run without these options stays readable."""
+    t = config_of()
+    mesh = make_mesh(t, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        tree = state.to_tree(state.make_layout(t, mesh).abstract)
+    assert set(tree) == {"step", "params", "bias", "opt_state", "bad_steps", "skipped_steps"}
+    assert {k: set(v) for k, v in tree["opt_state"]["1"].items()} == {"0": {"count", "mu", "nu"}, "2": {"count"}}
+
+
+# -------------------------------------------------------------------------------------------------------- accumulation
+
+
+def test_bfloat16_accumulation_halves_the_buffer():
+    """Four micro-batches: three roundings of 2^-9 of a sum, which Adam's update takes over. The compiled step, one device, is smaller by 2 bytes
+    a parameter, of 4 that the buffer had."""
+    runs = {d: trainer(config_of(accumulation=4, accumulation_dtype=d)) for d in ("float32", "bfloat16")}
+    curves, temporaries = {}, {}
+    for dtype, t in runs.items():
+        curves[dtype] = losses_of(t.run(t.start(), 8)[1])
+        temporaries[dtype] = program.memory(t.compiled).temporaries
+    parameters = sum(a.size for a in jax.tree.leaves(runs["float32"].layout.abstract.params))
+    assert np.abs(curves["bfloat16"] - curves["float32"]).max() < 0.01 and not np.array_equal(curves["bfloat16"], curves["float32"])
+    assert curves["float32"][-1] < curves["float32"][0] - 0.3
+    assert temporaries["float32"] - temporaries["bfloat16"] > 1.8 * parameters, (temporaries, parameters)
+
+    def carried(t):
+        """Dtypes of what the loop over micro-batches carries in the shapes of the gradients."""
+        with jax.set_mesh(t.mesh):
+            jaxpr = jax.make_jaxpr(step.make_train_step(t.config, t.layout))(t.layout.abstract_sharded(), t.batch(0))
+        loops = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 4]
+        return [{v.aval.dtype.name for v in e.outvars if v.aval.ndim > 1 and v.aval.dtype != jnp.int32} for e in loops]
+
+    assert carried(runs["bfloat16"]) == [{"bfloat16"}] and carried(runs["float32"]) == [{"float32"}]
+
+
+# -------------------------------------------------------------------------------------------------------------- float16
+
+FLOAT16 = config_of(dataclasses.replace(ADAMW, moment_dtype="bfloat16"), Mesh(fsdp=2, expert=2), dtype="float16")
+
+
+def test_float16_tracks_float32():
+    """20 steps, over which the loss falls by 1. Float16 has 11 bits: 5e-4 of an activation, some of which decide an expert otherwise."""
+    half, full = trainer(FLOAT16), trainer(dataclasses.replace(FLOAT16, train=dataclasses.replace(FLOAT16.train, dtype="float32")))
+    (s, ours), (_, exact) = half.run(half.start(), 20), full.run(full.start(), 20)
+    ours, expected = losses_of(ours), losses_of(exact)
+    assert expected[-1] < expected[0] - 0.8
+    assert np.abs(ours - expected).max() < 0.02 and 0 < np.abs(ours - expected)[0]
+    assert int(s.skipped_steps) == 0 and full.layout.abstract.loss_scale is None and exact[0].loss_scale is None
+    assert float(s.loss_scale.scale) == 2.0**16 and int(s.loss_scale.good_steps) == 20
+
+
+def test_an_overflow_halves_the_scale_and_changes_nothing_else():
+    t = trainer(FLOAT16)
+    first, _ = t.run(t.start(), 3)
+    with jax.set_mesh(t.mesh):
+        high = jax.device_put(LossScale(np.float32(2.0**30), np.int32(7), np.int32(2)), t.layout.shardings.loss_scale)
+    s, scale, skipped = first._replace(loss_scale=high), 2.0**30, 0
+    while True:
+        before = s
+        s, (m,) = t.run(s, 1, 3)
+        assert float(m.loss_scale) == scale and np.isfinite(m.losses.loss) and int(s.bad_steps) == 0
+        if np.isfinite(m.grad_norm):
+            break
+        skipped += 1
+        scale /= 2 if skipped > 1 else 1  # hysteresis: the first overflow is forgiven
+        assert (float(s.loss_scale.scale), int(s.loss_scale.good_steps), int(s.skipped_steps)) == (scale, 0, skipped)
+        assert same((s.params, s.opt_state, s.bias), (before.params, before.opt_state, before.bias))
+    assert skipped > 3 and scale > 2.0**10, (skipped, scale)
+    assert (float(s.loss_scale.scale), int(s.loss_scale.good_steps)) == (scale, 1) and not same(s.params, first.params)
+    # Gradients are those at the usual scale, but for float16's rounding.
+    usual, (m0,) = t.run(first, 1, 3)
+    assert float(m.grad_norm) == pytest.approx(float(m0.grad_norm), rel=1e-2) and float(m.lr) == float(m0.lr)
+    # A loss that is no number is not the scale's fault.
+    broken = jax.tree.map(lambda a: a * jnp.nan, s.params)
+    after, (m,) = t.run(s._replace(params=broken), 1, 4)
+    assert int(after.bad_steps) == 1 and float(after.loss_scale.scale) == scale
+
+
+def test_float16_resumes_exactly(tmp_path):
+    t = trainer(FLOAT16)
+    s, _ = t.run(t.start(), 5)
+    s = s._replace(loss_scale=s.loss_scale._replace(hysteresis=s.loss_scale.hysteresis - 1))
+    on, metrics = t.run(s, 3, 5)
+    again, same_metrics = t.run(restored(t, s, tmp_path), 3, 5)
+    assert same(on, again) and same(metrics, same_metrics) and int(again.loss_scale.good_steps) == 8
+
+
+def test_overflows_at_the_lowest_scale_count_as_bad_steps():
+    def token_loss(model, out, batch, total, config, mtp_weight):
+        w = model.norm.weight[...]
+        value = jnp.sum(w**2) + jnp.sqrt(jnp.sum((w - jax.lax.stop_gradient(w)) ** 2))  # the root's gradient at 0 is no number
+        return value, value, value
+
+    t = Trainer(config_of(dtype="float16", fp16=Fp16(initial_scale_power=2, hysteresis=1)), token_loss)
+    s, metrics = t.run(t.start(), 5)
+    assert [float(m.loss_scale) for m in metrics] == [4, 2, 1, 1, 1]
+    assert [int(m.bad_steps) for m in metrics] == [0, 0, 1, 2, 3] and int(s.skipped_steps) == 5
+
+
+def test_the_scale_moves_as_deepspeeds():
+    """Against its DynamicLossScaler, written anew from its source, on random overflows."""
+    for seed, options in enumerate((Fp16(), Fp16(initial_scale_power=4, loss_scale_window=3, hysteresis=1, min_loss_scale=2.0),
+                                    Fp16(initial_scale_power=8, loss_scale_window=5, hysteresis=3))):
+        ours = LossScale(jnp.float32(2.0**options.initial_scale_power), jnp.int32(0), jnp.int32(options.hysteresis))
+        scale, hysteresis, last = 2.0**options.initial_scale_power, options.hysteresis, -1
+        move = jax.jit(functools.partial(adjust, options))
+        for i, overflow in enumerate(np.random.default_rng(seed).random(80) < 0.25):
+            if overflow:
+                if options.hysteresis == 1 or hysteresis == 1:
+                    scale = max(scale / 2, options.min_loss_scale)
+                else:
+                    hysteresis -= 1
+                last = i
+            elif (i - last) % options.loss_scale_window == 0:
+                hysteresis, scale = options.hysteresis, scale * 2
+            ours = move(ours, jnp.asarray(overflow), jnp.asarray(False))
+            assert (float(ours.scale), int(ours.hysteresis)) == (scale, hysteresis), (seed, i)
+            assert bool(may_fall(options, ours)) == (scale > options.min_loss_scale)
+    grown = move(LossScale(jnp.float32(2.0**32), jnp.int32(4), jnp.int32(1)), jnp.asarray(False), jnp.asarray(False))
+    assert float(grown.scale) == 2.0**32
+
+
+def test_the_heads_gradient_does_not_overflow_before_it_is_divided():
+    """4,096 tokens, most with the same target and like hidden states of 32: their sum is above 65,504, their mean far below. And words of a
+    probability of 1e-4 keep their gradient, which float16 alone would store in a few bits."""
+    rng = np.random.default_rng(0)
+    tokens, width, words, scale = 4096, 16, 8192, 2.0**10
+    hidden = (32 + rng.standard_normal((tokens, width))).astype(np.float16)
+    kernel = (rng.standard_normal((width, words)) * 0.002).astype(np.float32).astype(np.float16).astype(np.float32)
+    target = np.where(rng.random(tokens) < 0.9, 3, rng.integers(0, words, tokens)).astype(np.int32)
+    with bridge.on_mesh(config_of()):
+        head = nnx.Param(jnp.asarray(kernel), out_sharding=("embed", "vocab"), eager_sharding=False)
+        model = types.SimpleNamespace(model=TINY, head=head)
+
+        def loss(hidden, kernel):
+            model.head = head.replace(kernel)
+            return losses.cross_entropy_sum(hidden, model, bridge.put(target.reshape(8, -1))) / tokens * scale
+
+        on_devices = jax.device_put(hidden.reshape(8, -1, width), jax.P(BATCH_AXES)), jax.device_put(kernel, jax.P(None, "tensor"))
+        dhidden, dkernel = bridge.jit(jax.grad(loss, argnums=(0, 1)))(*on_devices)
+    logits = hidden.astype(np.float64) @ kernel
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    dlogits = (p / p.sum(axis=1, keepdims=True) - np.eye(words)[target]) / tokens * scale
+    expected = hidden.astype(np.float64).T @ dlogits
+    assert np.abs(expected * tokens / scale).max() > 65504
+    rare = np.setdiff1d(np.arange(words), target)
+    for name, ours, exact in (("kernel", dkernel, expected), ("rare words", np.asarray(dkernel)[:, rare], expected[:, rare]),
+                              ("hidden", np.asarray(dhidden, np.float64).reshape(tokens, width), dlogits @ kernel.T)):
+        error = np.linalg.norm(np.asarray(ours, np.float64) - exact) / np.linalg.norm(exact)
+        assert error < 2e-3, f"{name}: {error:.1e}"  # float16 rounds by 2^-11
+
+
+# -------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"optimizer": {"name": "adafactor", "b1": 0.8}}, "config.optimizer.b1=0.8 has no effect with config.optimizer.name=adafactor"),
+    ({"optimizer": {"name": "adafactor", "moment_dtype": "bfloat16"}}, "moment_dtype=bfloat16 has no effect with config.optimizer.name=adafactor"),
+    ({"optimizer": {"momentum": 0.9}}, "config.optimizer.momentum=0.9 has no effect with config.optimizer.name=adamw"),
+    ({"optimizer": {"scale_parameter": False}}, "Set it to True, its default, or config.optimizer.name=adafactor"),
+    ({"optimizer": {"moment_dtype": "bfloat16", "b2": 0.999}}, "config.optimizer.b2=0.999 and config.optimizer.moment_dtype=bfloat16"),
+    ({"optimizer": {"name": "muon", "momentum": 1.0}}, "config.optimizer.momentum=1.0 must be below 1"),
+    ({"optimizer": {"name": "lion"}}, "config.optimizer.name='lion' is not known"),
+    ({"optimizer": {"moment_dtype": "float16"}}, "config.optimizer.moment_dtype='float16' is not known"),
+    ({"fp16": {"hysteresis": 3}}, "config.fp16.hysteresis=3 has no effect with config.train.dtype=bfloat16"),
+    ({"train": {"dtype": "float16"}, "fp16": {"loss_scale": 128.0, "loss_scale_window": 7}}, "no effect with the fixed config.fp16.loss_scale=128.0"),
+    ({"train": {"dtype": "float16"}, "fp16": {"initial_scale_power": 40}}, "config.fp16.initial_scale_power=40 is above 32"),
+    ({"train": {"dtype": "float16"}, "fp16": {"initial_scale_power": 2, "min_loss_scale": 8.0}}, "config.fp16.min_loss_scale=8.0 is above the first scale"),
+    ({"train": {"accumulation_dtype": "bfloat16"}}, "has no effect with config.train.accumulation=1"),
+    ({"train": {"accumulation_dtype": "bfloat16", "accumulation": 2}, "mesh": {"stage": 2}}, "has no effect with config.mesh.stage=2"),
+])
+def test_options_without_effect_are_refused(changes, message):
+    kinds = {"optimizer": Optimizer, "train": Train, "fp16": Fp16, "mesh": Mesh}
+    with pytest.raises(UserError) as error:
+        validate(Config(**{section: kinds[section](**values) for section, values in changes.items()}))
+    assert message in str(error.value) and "\n" not in str(error.value)
