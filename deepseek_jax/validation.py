@@ -53,6 +53,7 @@ def validate(config: Config) -> None:
             _choice("config.train.remat=save:", name, REMAT_NAMES)
     else:
         _choice("config.train.remat", t.remat, ("none", "full", "exchange", "save:NAME,NAME..."))
+    _validate_offload(config)
     _choice("config.optimizer.name", o.name, ("adamw",))
     _choice("config.optimizer.schedule", o.schedule, ("constant", "cosine", "wsd", "deepseek_v2", "deepseek_v3"))
     if not (math.isfinite(o.learning_rate) and o.learning_rate > 0):
@@ -73,6 +74,30 @@ def validate(config: Config) -> None:
     _at_least(config.checkpoint, "checkpoint", 0, "every_steps", "keep")
     _at_least(config.log, "log", 1, "every_steps")
     _at_least(config.log, "log", 0, "peak_tflops")
+
+
+def _validate_offload(config: Config) -> None:
+    o, remat, stages, strategy = config.offload, config.train.remat, config.mesh.stage, config.sharding.strategy
+    if o.parameters and config.sharding.canonical in ("shard_grad_op", "zero1"):
+        raise UserError(f"config.offload.parameters=True and config.sharding.strategy={strategy}: that strategy keeps every weight whole on every device. "
+                        f"Set config.sharding.strategy=full_shard, or config.offload.parameters=False.")
+    if o.parameters and stages != 1:
+        raise UserError(f"config.offload.parameters=True and config.mesh.stage={stages}: a pipeline brings all its layers to their stages at once. "
+                        f"Set config.mesh.stage=1, or config.offload.parameters=False.")
+    if o.parameters and remat == "none":
+        raise UserError("config.offload.parameters=True and config.train.remat=none: without recomputation the layers' weights all stay on the device for "
+                        "backward. Set config.train.remat to full or save:..., or config.offload.parameters=False.")
+    if not o.activations:
+        return
+    names = o.activations.split(",")
+    for name in names:
+        _choice("config.offload.activations", name, REMAT_NAMES)
+    if remat in ("none", "exchange"):
+        raise UserError(f"config.offload.activations={o.activations} and config.train.remat={remat}: what is offloaded is named in place of what is "
+                        f"recomputed. Set config.train.remat to full, or to save:... for what stays on the device.")
+    if both := [name for name in names if name in remat.removeprefix("save:").split(",")]:
+        raise UserError(f"config.offload.activations={o.activations} and config.train.remat={remat} both name {both[0]}, which can only be in one place. "
+                        f"Leave it out of one of them.")
 
 
 def _validate_model(m: Model) -> None:

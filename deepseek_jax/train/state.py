@@ -11,7 +11,7 @@ from flax import nnx
 from deepseek_jax.config import Config
 from deepseek_jax.model import transformer
 from deepseek_jax.model.moe import SelectionBias
-from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel import offload, sharding
 from deepseek_jax.train.optimizer import make_optimizer
 
 
@@ -47,11 +47,14 @@ class Layout(NamedTuple):
         return nnx.merge(self.inference_graphdef, params, bias)
 
     def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
-        """Bytes that one device holds of parameters, gradients and optimizer state."""
-        held = {"parameters": (self.abstract.params, self.shardings.params),
-                "gradients": (self.abstract.params, sharding.shardings(self.grad_specs, mesh)),
+        """Bytes that one device holds of parameters, gradients and optimizer state; of what is offloaded the host has as many for it."""
+        # Gradients are where their parameters are.
+        gradients = jax.tree.map(lambda s, p: s.with_memory_kind(p.memory_kind), sharding.shardings(self.grad_specs, mesh), self.shardings.params)
+        held = {"parameters": (self.abstract.params, self.shardings.params), "gradients": (self.abstract.params, gradients),
                 "optimizer": (self.abstract.opt_state, self.shardings.opt_state)}
-        return {name: sharding.bytes_per_device(*arrays) for name, arrays in held.items()}
+        out = {name: sharding.bytes_per_device(*arrays) for name, arrays in held.items()}
+        host = sum(sharding.bytes_per_device(*arrays, memory_kind=offload.HOST) for arrays in held.values())
+        return out | ({"host": host} if host else {})
 
     def abstract_sharded(self) -> TrainState:
         """Shapes with their shardings: what a checkpoint is restored into."""
@@ -78,7 +81,8 @@ def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     specs = TrainState(jax.P(), param_specs, bias_specs, opt_state_specs, jax.P(), jax.P())
     never_drops = dataclasses.replace(config, moe=dataclasses.replace(config.moe, drop=False))
     inference = abstract_model(never_drops)[0] if config.moe.drop else graphdef
-    return Layout(graphdef, inference, abstract, sharding.shardings(specs, mesh), param_specs, grad_specs, opt_specs, optimizer)
+    shardings = offload.placed(config, abstract, sharding.shardings(specs, mesh))
+    return Layout(graphdef, inference, abstract, shardings, param_specs, grad_specs, opt_specs, optimizer)
 
 
 def init_state(config: Config, layout: Layout) -> TrainState:
@@ -89,7 +93,7 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         params = sharding.reshard(params, layout.opt_specs)
         opt_state = layout.optimizer.init(params)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, sharding.reshard(params, layout.param_specs), bias, opt_state, zero, zero)
+        return offload.to(TrainState(zero, sharding.reshard(params, layout.param_specs), bias, opt_state, zero, zero), layout.shardings)
 
     return jax.jit(create, out_shardings=layout.shardings)()
 

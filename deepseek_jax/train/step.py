@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.moe import Load, merge_loads
+from deepseek_jax.parallel import offload
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import reshard
 from deepseek_jax.parallel.weights import keep_whole
-from deepseek_jax.train import losses
+from deepseek_jax.train import losses, streaming
 from deepseek_jax.train.optimizer import learning_rate
 from deepseek_jax.train.state import Layout, TrainState
 
@@ -76,11 +77,11 @@ def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses
         def more(carry, micro):
             new = one(micro)
             load = merge_loads(jax.tree.map(lambda *a: jnp.stack(a), carry[2], new[2]))
-            return (*jax.tree.map(jnp.add, carry[:2], new[:2]), load), None
+            return (offload.tree_map(jnp.add, carry[0], new[0]), jax.tree.map(jnp.add, carry[1], new[1]), load), None
 
         shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda a: a[0], batch)))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
-        return jax.lax.scan(more, zeros, batch)[0]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes[1:])
+        return jax.lax.scan(more, (offload.zeros(shapes[0], layout.shardings.params), *zeros), batch)[0]
 
     return whole_batch_gradients
 
@@ -113,14 +114,18 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = losse
         grads, parts, load = whole_batch_gradients(state.params, state.bias, batch, total, mtp_weight)
 
         with jax.named_scope("optimizer"):
-            grad_norm = optax.tree.norm(grads)
+            grad_norm = offload.norm(grads)
             ok = jnp.isfinite(parts.loss) & jnp.isfinite(grad_norm)
             # Under ZeRO-1 and 2 this slices whole parameters (free) and gathers them again after the update.
             params = reshard(state.params, layout.opt_specs)
-            updates, opt_state = layout.optimizer.update(reshard(grads, layout.opt_specs), state.opt_state, params)
+            grads = reshard(grads, layout.opt_specs)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-            params = reshard(keep(optax.apply_updates(params, updates), params), layout.param_specs)
-            opt_state = keep(opt_state, state.opt_state)
+            if config.offload.optimizer_state or config.offload.parameters:
+                params, opt_state = streaming.update(config, grads, state.opt_state, params, grad_norm, ok)
+            else:
+                updates, opt_state = layout.optimizer.update(grads, state.opt_state, params)
+                params, opt_state = keep((optax.apply_updates(params, updates), opt_state), (params, state.opt_state))
+            params = reshard(params, layout.param_specs)
             bias = keep(update_bias(state.bias, load.expert_counts, state.step, config), state.bias)
         bad = jnp.where(ok, 0, state.bad_steps + 1)
         skipped = state.skipped_steps + jnp.where(ok, 0, 1)
