@@ -3,6 +3,7 @@
   python -m benchmarks NAME [options]      python -m benchmarks NAME --help
 
   strategies    memory, communication and step time of every sharding strategy
+  levers        memory and step time with every memory lever: dtypes, remat, accumulation, offload, optimizers, compression
   collectives   what one layer communicates under every strategy and dispatch method, beside the least it could
   gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)
   tiny          trains configs/tiny.py whole and checks its loss (make prove)
@@ -13,7 +14,7 @@ import sys
 
 from deepseek_jax.config import UserError, exit_code
 
-NAMES = ("strategies", "collectives", "gpu_aot", "tiny")
+NAMES = ("strategies", "levers", "collectives", "gpu_aot", "tiny")
 
 
 def main(argv: list[str]) -> int:

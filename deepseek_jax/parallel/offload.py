@@ -85,7 +85,7 @@ def tree_map(f: Callable, tree: Any, *rest: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     columns = [leaves, *(jax.tree.leaves(t) for t in rest)]
     out = [None if on_host(a) else f(a, *others) for a, *others in zip(*columns, strict=True)]
-    for layers in {a.shape[0] for a in leaves if on_host(a)}:
+    for layers in sorted({a.shape[0] for a in leaves if on_host(a)}):
         chosen = [i for i, a in enumerate(leaves) if on_host(a) and a.shape[0] == layers]
         new = over_layers(lambda *trees: jax.tree.map(f, *trees), *([column[i] for i in chosen] for column in columns))
         for i, a in zip(chosen, new, strict=True):
@@ -113,7 +113,7 @@ def norm(tree: Any) -> jax.Array:
     if not stacks:
         return optax.tree.norm(tree)
     total = optax.tree.norm([a for a in leaves if not on_host(a)], squared=True)
-    for layers in {a.shape[0] for a in stacks}:
+    for layers in sorted({a.shape[0] for a in stacks}):
         same = [a for a in stacks if a.shape[0] == layers]
         of_layer = lambda total, layer: (total + optax.tree.norm(to_device(layer), squared=True), None)
         total = lax.scan(of_layer, total, same)[0]

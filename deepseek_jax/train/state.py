@@ -49,7 +49,8 @@ class Layout(NamedTuple):
     def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
         """Bytes that one device holds of parameters, gradients and optimizer state; of what is offloaded the host has as many for it."""
         # Gradients are where their parameters are.
-        gradients = jax.tree.map(lambda s, p: s.with_memory_kind(p.memory_kind), sharding.shardings(self.grad_specs, mesh), self.shardings.params)
+        as_stored = lambda g, p: jax.NamedSharding(p.mesh, g.spec, memory_kind=p.memory_kind)
+        gradients = jax.tree.map(as_stored, sharding.shardings(self.grad_specs, mesh), self.shardings.params)
         held = {"parameters": (self.abstract.params, self.shardings.params), "gradients": (self.abstract.params, gradients),
                 "optimizer": (self.abstract.opt_state, self.shardings.opt_state)}
         out = {name: sharding.bytes_per_device(*arrays) for name, arrays in held.items()}
