@@ -4,6 +4,7 @@
 
   step          the time of a train step, and its share of this machine's matmul peak; --peer: beside transformers in PyTorch
   strategies    memory, communication and step time of every sharding strategy
+  levers        memory and step time with every memory lever: dtypes, remat, accumulation, offload, optimizers, compression
   collectives   what one layer communicates under every strategy and dispatch method, beside the least it could
   overhead      what the training loop costs beside the compiled step
   gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)

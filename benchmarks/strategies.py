@@ -81,13 +81,9 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
 
 def _time(config: Config, mesh: jax.sharding.Mesh, layout: Layout, compiled: Any, steps: int) -> float:
     """Median seconds of a step on random tokens."""
-    t = config.train
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (t.batch_size, t.sequence_length + 1), np.int32)
-    positions = np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), (t.batch_size, t.sequence_length))
-    rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones_like(positions), "positions": positions}
     with jax.set_mesh(mesh):
         state = init_state(config, layout)
-        batch = put_batch(rows, config.micro_batch, mesh)
+        batch = random_batch(config, mesh)
         seconds = []
         for _ in range(steps + 1):
             started = time.perf_counter()
@@ -96,6 +92,15 @@ def _time(config: Config, mesh: jax.sharding.Mesh, layout: Layout, compiled: Any
     if not np.isfinite(metrics.losses.loss):
         raise FloatingPointError(f"{config.sharding.strategy}: the loss after {steps + 1} steps is {metrics.losses.loss}")
     return statistics.median(seconds[1:])
+
+
+def random_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """A step's batch of random tokens, each sequence one document."""
+    t = config.train
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (t.batch_size, t.sequence_length + 1), np.int32)
+    positions = np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), (t.batch_size, t.sequence_length))
+    rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones_like(positions), "positions": positions}
+    return put_batch(rows, config.micro_batch, mesh)
 
 
 def text(rows: list[dict[str, Any]]) -> str:

@@ -195,6 +195,15 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Offload:
+    """What lies in the host's memory (`pinned_host`) while the device does not work on it. It changes memory and time, not the losses."""
+
+    optimizer_state: bool = False  # the optimizer's moments; the update brings them to the device one layer at a time (DeepSpeed: offload_optimizer)
+    parameters: bool = False  # float32 weights and gradients of the stacked layers: forward, backward and update bring one layer at a time (offload_param)
+    activations: str = ""  # names as in remat=save:NAME,NAME: what a layer keeps for backward in the host's memory; needs remat=full or save:; empty: none
+
+
+@dataclass(frozen=True)
 class Eval:
     every_steps: int = 250  # 0: only at the end
     batches: int = 16  # held-out batches an evaluation reads, at most
@@ -238,6 +247,7 @@ class Config:
     train: Train = field(default_factory=Train)
     fp16: Fp16 = field(default_factory=Fp16)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    offload: Offload = field(default_factory=Offload)
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
@@ -263,7 +273,8 @@ class Config:
         return m.num_hidden_layers - m.first_k_dense_replace or m.num_hidden_layers
 
 
-REMAT_NAMES = ("attention", "mlp_hidden", "exchange", "experts_hidden")  # what remat=save:NAME,NAME may keep
+# What remat=save:NAME,NAME may keep, and offload.activations may send to the host's memory. BUILD.md has their bytes a token.
+REMAT_NAMES = ("layer_input", "mla_latent", "attention", "mlp_hidden", "exchange", "experts_hidden")
 STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard")
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import compilation
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import Config, Mesh, Sharding, UserError, from_config_dict
+from deepseek_jax.config import Config, Mesh, Offload, Sharding, UserError, from_config_dict
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train import workdir as workdirs
@@ -104,7 +104,7 @@ def load(workdir: str, step: int | None) -> tuple[Config, Layout, jax.sharding.M
       UserError: there is no run or checkpoint in the folder.
     """
     saved = workdirs.read_config(workdir)
-    alone = {"mesh": Mesh(fsdp=1).__dict__, "sharding": Sharding().__dict__}
+    alone = {"mesh": Mesh(fsdp=1).__dict__, "sharding": Sharding().__dict__, "offload": Offload().__dict__}
     config = from_config_dict(saved | alone)
     validate(config)
     mesh = make_mesh(config, jax.devices()[:1])

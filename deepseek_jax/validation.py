@@ -57,6 +57,7 @@ def validate(config: Config) -> None:
             _choice("config.train.remat=save:", name, REMAT_NAMES)
     else:
         _choice("config.train.remat", t.remat, ("none", "dots", "full", "exchange", "save:NAME,NAME..."))
+    _validate_offload(config)
     _validate_optimizer(o)
     _choice("config.optimizer.schedule", o.schedule, ("constant", "cosine", "wsd", "deepseek_v2", "deepseek_v3"))
     if not (math.isfinite(o.learning_rate) and o.learning_rate > 0):
@@ -139,6 +140,36 @@ def _validate_accumulation(config: Config) -> None:
     if config.mesh.stage != 1:
         raise UserError(f"config.train.accumulation_dtype={t.accumulation_dtype} has no effect with config.mesh.stage={config.mesh.stage}: stages add up the "
                         f"gradients of micro-batches in their backward pass. Set config.train.accumulation_dtype=float32.")
+
+
+def _validate_offload(config: Config) -> None:
+    o, remat, stages, strategy = config.offload, config.train.remat, config.mesh.stage, config.sharding.strategy
+    if o.parameters and config.sharding.canonical in ("shard_grad_op", "zero1"):
+        raise UserError(f"config.offload.parameters=True and config.sharding.strategy={strategy}: that strategy keeps every weight whole on every device. "
+                        f"Set config.sharding.strategy=full_shard, or config.offload.parameters=False.")
+    if o.parameters and stages != 1:
+        raise UserError(f"config.offload.parameters=True and config.mesh.stage={stages}: a pipeline brings all its layers to their stages at once. "
+                        f"Set config.mesh.stage=1, or config.offload.parameters=False.")
+    if o.parameters and remat == "none":
+        raise UserError("config.offload.parameters=True and config.train.remat=none: without recomputation the layers' weights all stay on the device for "
+                        "backward. Set config.train.remat to full or save:..., or config.offload.parameters=False.")
+    for name, value, wanted in (("train.dtype", config.train.dtype, "bfloat16 or float32"),
+                                ("train.accumulation_dtype", config.train.accumulation_dtype, "float32"),
+                                ("sharding.gradient_compression", config.sharding.gradient_compression, "none")):
+        if o.parameters and value not in wanted.split(" or "):
+            raise UserError(f"config.offload.parameters=True and config.{name}={value}: gradients in the host's memory cannot be converted there. "
+                            f"Set config.{name} to {wanted}, or config.offload.parameters=False.")
+    if not o.activations:
+        return
+    names = o.activations.split(",")
+    for name in names:
+        _choice("config.offload.activations", name, REMAT_NAMES)
+    if remat in ("none", "dots", "exchange"):
+        raise UserError(f"config.offload.activations={o.activations} and config.train.remat={remat}: what is offloaded is named in place of what is "
+                        f"recomputed. Set config.train.remat to full, or to save:... for what stays on the device.")
+    if both := [name for name in names if name in remat.removeprefix("save:").split(",")]:
+        raise UserError(f"config.offload.activations={o.activations} and config.train.remat={remat} both name {both[0]}, which can only be in one place. "
+                        f"Leave it out of one of them.")
 
 
 def _validate_model(m: Model) -> None:

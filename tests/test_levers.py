@@ -281,8 +281,8 @@ def test_the_state_of_other_runs_has_its_old_names():
 
 
 def test_bfloat16_accumulation_halves_the_buffer():
-    """Four micro-batches: three roundings of 2^-9 of a sum, which Adam's update takes over. The compiled step, one device, is smaller by 2 bytes
-    a parameter, of 4 that the buffer had."""
+    """Four micro-batches: three roundings of 2^-9 of a sum, which Adam's update takes over. The compiled step, one device, is smaller: by up
+    to 2 bytes a parameter, of 4 that the buffer had, and by half of that where the peak is when float32 gradients are made of the buffer."""
     runs = {d: trainer(config_of(accumulation=4, accumulation_dtype=d)) for d in ("float32", "bfloat16")}
     curves, temporaries = {}, {}
     for dtype, t in runs.items():
@@ -291,7 +291,7 @@ def test_bfloat16_accumulation_halves_the_buffer():
     parameters = sum(a.size for a in jax.tree.leaves(runs["float32"].layout.abstract.params))
     assert np.abs(curves["bfloat16"] - curves["float32"]).max() < 0.01 and not np.array_equal(curves["bfloat16"], curves["float32"])
     assert curves["float32"][-1] < curves["float32"][0] - 0.3
-    assert temporaries["float32"] - temporaries["bfloat16"] > 1.8 * parameters, (temporaries, parameters)
+    assert temporaries["float32"] - temporaries["bfloat16"] > parameters, (temporaries, parameters)
 
     def carried(t):
         """Dtypes of what the loop over micro-batches carries in the shapes of the gradients."""

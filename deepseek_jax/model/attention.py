@@ -77,11 +77,12 @@ class MultiHeadLatentAttention(nnx.Module):
         if m.q_lora_rank is None:
             q = self.q_proj(x_BSD)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+            q = self.q_b_proj(self.q_a_layernorm(checkpoint_name(self.q_a_proj(x_BSD), "mla_latent")))
         q_nope, q_rope = jnp.split(q.reshape(b, s, heads, -1), [nope], axis=-1)
         q_BSNH = jnp.concatenate([q_nope, apply_rope(q_rope, *rope, m.rope_interleave)], axis=-1)
 
-        latent_BSR, k_rope = jnp.split(self.kv_a_proj_with_mqa(x_BSD), [m.kv_lora_rank], axis=-1)
+        compressed = checkpoint_name(self.kv_a_proj_with_mqa(x_BSD), "mla_latent")
+        latent_BSR, k_rope = jnp.split(compressed, [m.kv_lora_rank], axis=-1)
         k_rope = apply_rope(k_rope[:, :, None], *rope, m.rope_interleave)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSR)).reshape(b, s, heads, -1)
         k_nope, v_BSNV = jnp.split(kv, [nope], axis=-1)

@@ -74,7 +74,7 @@ def through_stages(model: Transformer, schedule: Schedule, batch: dict[str, jax.
         mine = jnp.arange(schedule.groups) * schedule.stages + stage
         # Entrance and exit contain what is rematerialised themselves: dense layers, MTP layers, logits.
         x_GBSD = lax.map(entrance, mine)
-        x_GBSD, stats = run(schedule, weights, x_GBSD, side, block, lambda f: rematerialise(f, model.remat))
+        x_GBSD, stats = run(schedule, weights, x_GBSD, side, block, lambda f: rematerialise(f, model.remat, model.offload))
         sums, mtp_stats = lax.map(lambda a: exit(*a), (mine, x_GBSD))
         sums = jax.tree.map(lambda a: lax.psum(jnp.sum(a, axis=0), "stage"), sums)
         stats, mtp_stats = merge_stats(stats, axis=0), merge_stats(mtp_stats, axis=0)

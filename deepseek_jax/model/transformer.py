@@ -11,12 +11,14 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Config, Model, Moe
 from deepseek_jax.model.attention import MultiHeadLatentAttention
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 from deepseek_jax.model.moe import MoE, MoEStats
 from deepseek_jax.model.rope import rope_tables
+from deepseek_jax.parallel.offload import HOST, to_device
 from deepseek_jax.parallel.weights import WEIGHTS, whole
 
 
@@ -39,6 +41,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MoE(model, moe, rngs) if is_moe else MLP(model, model.intermediate_size, rngs)
 
     def __call__(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> tuple[jax.Array, MoEStats | None]:
+        x_BSD = checkpoint_name(x_BSD, "layer_input")
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, segment_ids_BS)
         h_BSD = self.post_attention_layernorm(x_BSD)
         if not self.is_moe:
@@ -70,8 +73,8 @@ class MTPLayer(nnx.Module):
 class Transformer(nnx.Module):
     """The whole model. Built under `jax.eval_shape` or jit; called under `jax.set_mesh`."""
 
-    def __init__(self, model: Model, moe: Moe, remat: str, dtype: str, rngs: nnx.Rngs):
-        self.model, self.remat, self.dtype = model, remat, jnp.dtype(dtype)
+    def __init__(self, model: Model, moe: Moe, remat: str, dtype: str, rngs: nnx.Rngs, offload: str = ""):
+        self.model, self.remat, self.offload, self.dtype = model, remat, offload, jnp.dtype(dtype)
         dense = model.first_k_dense_replace
         self.embed_tokens = Embedding(model, rngs)
         self.dense_layers = _stack(model, moe, False, dense, rngs) if dense else None
@@ -133,9 +136,10 @@ class Transformer(nnx.Module):
         graphdef, state = nnx.split(stack)
 
         def body(x_BSD, layer_state):
-            return nnx.merge(graphdef, layer_state)(x_BSD, rope, segment_ids_BS)
+            # Weights in the host's memory come one layer at a time, and again in backward: this is inside of what is rematerialised.
+            return nnx.merge(graphdef, to_device(layer_state))(x_BSD, rope, segment_ids_BS)
 
-        return jax.lax.scan(rematerialise(body, self.remat), x_BSD, state)
+        return jax.lax.scan(rematerialise(body, self.remat, self.offload), x_BSD, state)
 
     def _predict_ahead(self, hidden_BSD, next_tokens_BS, rope, segment_ids_BS):
         """Depth d reads the embedding of token i+d at position i and the normed state of the depth before; it predicts token i+d+1."""
@@ -148,7 +152,7 @@ class Transformer(nnx.Module):
                 return nnx.merge(graphdef, state)(hidden_BSD, embedded, rope, segment_ids_BS)
 
             segments = jnp.where(next_tokens_BS >= 0, segment_ids_BS, 0)
-            hidden_BSD, stats = rematerialise(run, self.remat)(state, hidden_BSD, next_tokens_BS, segments)
+            hidden_BSD, stats = rematerialise(run, self.remat, self.offload)(state, hidden_BSD, next_tokens_BS, segments)
             outs.append(hidden_BSD)
             all_stats.append(jax.tree.map(lambda s: s[None], stats))
             next_tokens_BS = tokens_ahead(next_tokens_BS, segment_ids_BS, 1, missing=-1)
@@ -182,16 +186,18 @@ def _stack(model: Model, moe: Moe, is_moe: bool, count: int, rngs: nnx.Rngs) -> 
     return create(rngs)
 
 
-def rematerialise(f: Callable, remat: str) -> Callable:
-    """`config.train.remat` as a `jax.checkpoint`: what a layer keeps for its backward pass."""
+def rematerialise(f: Callable, remat: str, offload: str = "") -> Callable:
+    """`config.train.remat` as a `jax.checkpoint`: what a layer keeps for its backward pass, and by `config.offload.activations` where."""
     if remat == "none":
         return jax.checkpoint(f, policy=_all_but_weights)
     if remat == "dots":
         return jax.checkpoint(f, policy=_dots)
-    if remat == "full":
-        return jax.checkpoint(f)
-    names = ("exchange",) if remat == "exchange" else tuple(remat.removeprefix("save:").split(","))
-    return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*names))
+    names = ("exchange",) if remat == "exchange" else tuple(remat.removeprefix("save:").split(",")) if remat != "full" else ()
+    if offload:
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=names, names_which_can_be_offloaded=offload.split(","), offload_src="device", offload_dst=HOST)
+        return jax.checkpoint(f, policy=policy)
+    return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*names)) if names else jax.checkpoint(f)
 
 
 _MOVES = ("reshard", "all_gather", "pcast", "pvary", "convert_element_type", "reshape", "squeeze", "transpose")
@@ -212,4 +218,4 @@ def _all_but_weights(primitive, *_, **params) -> bool:
 
 def build(config: Config, rngs: nnx.Rngs) -> Transformer:
     """The model of a run's options."""
-    return Transformer(config.model, config.moe, config.train.remat, config.train.dtype, rngs)
+    return Transformer(config.model, config.moe, config.train.remat, config.train.dtype, rngs, config.offload.activations)

@@ -100,7 +100,8 @@ def shardings(spec_tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def reshard(tree: Any, spec_tree: Any) -> Any:
     """Moves every array of `tree` to its spec. Slicing a whole array is free; making one whole is an all-gather."""
-    return jax.tree.map(jax.sharding.reshard, tree, spec_tree)
+    move = lambda a, spec: a if jax.typeof(a).sharding.spec == spec else jax.sharding.reshard(a, spec)
+    return jax.tree.map(move, tree, spec_tree)
 
 
 def without_stage(w: jax.Array) -> P:
@@ -113,7 +114,8 @@ def without_stage(w: jax.Array) -> P:
     return P(*map(rest, jax.typeof(w).sharding.spec))
 
 
-def bytes_per_device(tree: Any, sharding_tree: Any) -> int:
-    """Bytes of a tree's arrays that one device holds."""
+def bytes_per_device(tree: Any, sharding_tree: Any, memory_kind: str = "device") -> int:
+    """Bytes of a tree's arrays that one device holds, or that another memory holds for it."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(sharding_tree), strict=True)
+    leaves = [(a, s) for a, s in leaves if (s.memory_kind or "device") == memory_kind]
     return sum(jax.ShapeDtypeStruct(s.shard_shape(a.shape), a.dtype).size * a.dtype.itemsize for a, s in leaves)

@@ -94,6 +94,12 @@ def memory(compiled: Any) -> Memory:
     return Memory(m.argument_size_in_bytes, results, m.temp_size_in_bytes, m.generated_code_size_in_bytes)
 
 
+def host_memory(compiled: Any) -> int:
+    """Bytes of the host's memory that the program holds for one device: what is offloaded. XLA's CPU compiler counts it as the device's."""
+    m = compiled.memory_analysis()
+    return m.host_argument_size_in_bytes + m.host_output_size_in_bytes - m.host_alias_size_in_bytes + m.host_temp_size_in_bytes
+
+
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """All collectives of a compiled program, but for those of a device with itself.
 

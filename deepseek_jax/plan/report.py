@@ -154,6 +154,8 @@ def _memory_of_layout(r: dict[str, Any]) -> list[tuple[str, str]]:
     residual = f" + {gb(stored['residual'])} of residuals" if "residual" in stored else ""
     out = [("layout", f"a device stores {gb(stored['parameters'])} of parameters + {gb(stored['optimizer'])} of optimizer state{residual}"),
            ("", f"and sums {gb(stored['gradients'])} of gradients: {gb(state + stored['gradients'])}{of_memory(available)}")]
+    if host := stored.get("host"):
+        out.append(("", f"its host holds {gb(host)} of them for it"))
     if available and state > available:
         out.append(("", f"does not fit: the state alone needs {gb(state)}. Divide it over more devices."))
     return out

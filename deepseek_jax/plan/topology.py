@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src import compiler
+from jax._src.interpreters import pxla
 from jax.experimental import topologies
 
 from deepseek_jax import enough_threads
@@ -109,8 +111,17 @@ def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layo
         mesh = make_mesh(config, devices)
     except UserError as e:
         raise UserError(re.sub(r"run with JAX_NUM_CPU_DEVICES=(\d+)", r"set --devices=\1", str(e))) from e
-    # Not under jax.set_mesh: laying out runs a few operations, which devices that are not here cannot.
-    return mesh, make_layout(config, mesh)
+    # Not under jax.set_mesh: laying out runs a few operations, which devices that are not here cannot. A sharding over such devices
+    # forgets its memory kind; over the same mesh without devices it does not.
+    return mesh, make_layout(config, mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh)
+
+
+def _offloads(config: Config) -> bool:
+    return config.offload.optimizer_state or config.offload.parameters or bool(config.offload.activations)
+
+
+def _is_elsewhere(mesh: jax.sharding.Mesh) -> bool:
+    return mesh.devices.flat[0].platform != jax.default_backend()
 
 
 def compile_step(config: Config, mesh: jax.sharding.Mesh, layout: Layout, options: dict[str, Any] | None = None) -> Step:
@@ -127,15 +138,41 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh, layout: Layout, option
         options = prefetch.xla_options(config, mesh.devices.flat[0].platform, layer_bytes)
     started = time.perf_counter()
     try:
-        with jax.set_mesh(mesh):
-            train_step = jax.jit(make_train_step(config, layout), donate_argnums=0)
-            lowered = train_step.lower(layout.abstract_sharded(), abstract_batch(config, mesh, config.train.batch_ramp_steps))
+        train_step = jax.jit(make_train_step(config, layout), donate_argnums=0)
+        if _offloads(config) and _is_elsewhere(mesh):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                traced = train_step.trace(layout.abstract_sharded(), abstract_batch(config, mesh.abstract_mesh, config.train.batch_ramp_steps))
+                lowered = traced.lower(lowering_platforms=("cuda",))
             lowered_at = time.perf_counter()
-            compiled = lowered.compile(compiler_options=options or None)
+            compiled = CompiledElsewhere(lowered, mesh, options or {})
+        else:
+            with jax.set_mesh(mesh):
+                lowered = train_step.lower(layout.abstract_sharded(), abstract_batch(config, mesh, config.train.batch_ramp_steps))
+                lowered_at = time.perf_counter()
+                compiled = lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as e:
         raise UserError(f"XLA cannot compile this config for {mesh.size} devices: {str(e).splitlines()[0]}") from e
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Step(compiled, lowered_at - started, time.perf_counter() - lowered_at, peak)
+
+
+class CompiledElsewhere:
+    """As much of jax.stages.Compiled as the readers of a program need, of one lowered over a mesh without devices.
+
+    JAX compiles such a program for the devices that are here only; what follows is how it compiles for others (jax 0.10.2).
+    """
+
+    def __init__(self, lowered: Any, mesh: jax.sharding.Mesh, options: dict[str, Any]):
+        module, devices = lowered.compiler_ir(), mesh.devices.reshape(-1)
+        client = devices[0].client
+        made = pxla.create_compile_options(module, False, [False], [False], client, devices, dict(options))
+        self._executable = compiler.backend_compile_and_load(client, module, pxla._create_device_list(tuple(devices)), made, [])
+
+    def memory_analysis(self) -> Any:
+        return self._executable.get_compiled_memory_stats()
+
+    def as_text(self) -> str:
+        return self._executable.hlo_modules()[0].to_string()
 
 
 def devices_a_host(mesh: jax.sharding.Mesh, gpus_per_host: int) -> dict[str, int]:

@@ -11,7 +11,7 @@ from flax import nnx
 from deepseek_jax.config import Config
 from deepseek_jax.model import transformer
 from deepseek_jax.model.moe import SelectionBias
-from deepseek_jax.parallel import compression, sharding
+from deepseek_jax.parallel import compression, offload, sharding
 from deepseek_jax.train.loss_scale import LossScale, init_loss_scale
 from deepseek_jax.train.optimizer import make_optimizer
 
@@ -50,13 +50,18 @@ class Layout(NamedTuple):
         return nnx.merge(self.inference_graphdef, params, bias)
 
     def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
-        """Bytes that one device holds of parameters, gradients and optimizer state, and of the residual of compressed gradients."""
-        held = {"parameters": (self.abstract.params, self.shardings.params),
-                "gradients": (self.abstract.params, sharding.shardings(self.grad_specs, mesh)),
+        """Bytes that one device holds of parameters, gradients, optimizer state and the residual of compressed gradients; of what is
+        offloaded the host has as many for it."""
+        # Gradients are where their parameters are.
+        as_stored = lambda g, p: jax.NamedSharding(p.mesh, g.spec, memory_kind=p.memory_kind)
+        gradients = jax.tree.map(as_stored, sharding.shardings(self.grad_specs, mesh), self.shardings.params)
+        held = {"parameters": (self.abstract.params, self.shardings.params), "gradients": (self.abstract.params, gradients),
                 "optimizer": (self.abstract.opt_state, self.shardings.opt_state)}
         if self.abstract.residual is not None:
             held["residual"] = (self.abstract.residual, self.shardings.residual)
-        return {name: sharding.bytes_per_device(*arrays) for name, arrays in held.items()}
+        out = {name: sharding.bytes_per_device(*arrays) for name, arrays in held.items()}
+        host = sum(sharding.bytes_per_device(*arrays, memory_kind=offload.HOST) for arrays in held.values())
+        return out | ({"host": host} if host else {})
 
     def abstract_sharded(self) -> TrainState:
         """Shapes with their shardings: what a checkpoint is restored into."""
@@ -83,7 +88,8 @@ def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     specs = TrainState(jax.P(), param_specs, bias_specs, opt_state_specs, jax.P(), jax.P(), residual_specs, jax.tree.map(lambda _: jax.P(), scale))
     never_drops = dataclasses.replace(config, moe=dataclasses.replace(config.moe, drop=False))
     inference = abstract_model(never_drops)[0] if config.moe.drop else graphdef
-    return Layout(graphdef, inference, abstract, sharding.shardings(specs, mesh), param_specs, grad_specs, opt_specs, optimizer)
+    shardings = offload.placed(config, abstract, sharding.shardings(specs, mesh))
+    return Layout(graphdef, inference, abstract, shardings, param_specs, grad_specs, opt_specs, optimizer)
 
 
 def _optimizer_state(optimizer: optax.GradientTransformation, params: nnx.State, shardings: nnx.State) -> tuple[Any, Any]:
@@ -108,7 +114,8 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         residual = jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s), layout.abstract.residual, layout.shardings.residual)
         params = sharding.reshard(params, layout.param_specs)
-        return TrainState(zero, params, bias, opt_state, zero, zero, residual, init_loss_scale(config))
+        state = TrainState(zero, params, bias, opt_state, zero, zero, residual, init_loss_scale(config))
+        return offload.to(state, layout.shardings)
 
     # Dozens of random weights are much code for a CPU and little work: LLVM's first level compiles it in half the time, to the same numbers.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None

@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.moe import Load, merge_loads
-from deepseek_jax.parallel import compression
+from deepseek_jax.parallel import compression, offload
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import reshard
 from deepseek_jax.parallel.weights import REPLICAS, copies, each_its_own, keep_whole
-from deepseek_jax.train import loss_scale, losses
+from deepseek_jax.train import loss_scale, losses, streaming
 from deepseek_jax.train.optimizer import learning_rate, sequences_at
 from deepseek_jax.train.state import Layout, TrainState
 
@@ -92,11 +92,12 @@ def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses
             new = one(micro)
             load = merge_loads(jax.tree.map(lambda *a: jnp.stack(a), carry[2], new[2]))
             add = lambda buffer, g: jnp.add(buffer, g).astype(buffer.dtype)
-            return (*jax.tree.map(add, carry[:2], new[:2]), load), None
+            return (offload.tree_map(add, carry[0], new[0]), jax.tree.map(jnp.add, carry[1], new[1]), load), None
 
         shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda a: a[0], batch)))
-        zeros = lambda tree, dtype=None: jax.tree.map(lambda s: jnp.zeros(s.shape, dtype or s.dtype, out_sharding=s.sharding), tree)
-        return jax.lax.scan(more, (zeros(shapes[0], config.train.accumulation_dtype), *zeros(shapes[1:])), batch)[0]
+        buffers = jax.tree.map(lambda s: s.update(dtype=config.train.accumulation_dtype), shapes[0])
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes[1:])
+        return jax.lax.scan(more, (offload.zeros(buffers, layout.shardings.params), *zeros), batch)[0]
 
     return whole_batch_gradients
 
@@ -133,14 +134,18 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = losse
             grads, residual = loss_scale.unscaled(grads, scale), state.residual
             if residual is not None:
                 grads, residual = compression.summed(config.sharding.gradient_compression, grads, residual)
-            grad_norm = optax.tree.norm(grads)
+            grad_norm = offload.norm(grads)
             ok = jnp.isfinite(parts.loss) & jnp.isfinite(grad_norm)
             # Under ZeRO-1 and 2 this slices whole parameters (free) and gathers them again after the update.
             params = reshard(state.params, layout.opt_specs)
-            updates, opt_state = layout.optimizer.update(reshard(grads, layout.opt_specs), state.opt_state, params)
+            grads = reshard(grads, layout.opt_specs)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-            params = reshard(keep(optax.apply_updates(params, updates), params), layout.param_specs)
-            opt_state, residual = keep(opt_state, state.opt_state), keep(residual, state.residual)
+            if config.offload.optimizer_state or config.offload.parameters:
+                params, opt_state = streaming.update(config, grads, state.opt_state, params, grad_norm, ok)
+            else:
+                updates, opt_state = layout.optimizer.update(grads, state.opt_state, params)
+                params, opt_state = keep((optax.apply_updates(params, updates), opt_state), (params, state.opt_state))
+            params, residual = reshard(params, layout.param_specs), keep(residual, state.residual)
             bias = keep(update_bias(state.bias, load.expert_counts, state.step, config), state.bias)
         bad, new_scale = jnp.where(ok, 0, state.bad_steps + 1), state.loss_scale
         if new_scale is not None:

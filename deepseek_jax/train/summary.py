@@ -55,7 +55,9 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
         line("XLA options", " ".join(f"{name.removeprefix('xla_')}={str(value).lower()}" for name, value in xla_options.items()))
     for text in prefetch.notes(config, mesh.devices.flat[0].platform):
         line("prefetch", text)
-    line("bytes a device", f"{' + '.join(f'{human(n)} {name}' for name, n in held.items())} = {human(sum(held.values()))}")
+    host = held.pop("host", 0)
+    line("bytes a device", f"{' + '.join(f'{human(n)} {name}' for name, n in held.items())} = {human(sum(held.values()))}"
+                           f"{f', and {human(host)} in the memory of its host' if host else ''}")
     line("data", loader.description)
     line("training", f"{t.steps} steps of {t.batch_size} x {t.sequence_length} tokens = {human(tokens)} tokens "
                               f"({tokens / max(loader.train_tokens, 1):.2f} passes over the data)")

@@ -1,0 +1,120 @@
+"""Arrays in the host's memory: which they are, and work on stacked ones that brings one layer at a time to the device.
+
+Under jit an array's memory is part of its type, next to shape and sharding. Nothing may compute on one in the host's memory: XLA would
+do so there, slowly, or refuse. So what reads or writes such arrays is here, but for the model's scan over layers, which calls
+`to_device`. All of it leaves arrays on the device as they are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from deepseek_jax.config import Config
+
+HOST = "pinned_host"  # memory kind: what a GPU copies from and to without going through other memory
+STACKS = ("layers", "dense_layers")  # first names of parameters with a leading axis of layers
+
+
+def is_stack(path: tuple) -> bool:
+    """Whether a path in a tree of parameters leads to a stack of layers."""
+    return jax.tree_util.keystr(path[:1], simple=True) in STACKS
+
+
+def placed(config: Config, abstract: Any, shardings: Any) -> Any:
+    """The shardings of a state (`params`, `opt_state`) in the memory that `config.offload` gives them.
+
+    Counters stay on the device, and so do embedding, output head, last norm and the layers of multi-token prediction.
+
+    Args:
+      abstract: its shapes.
+    """
+    host = lambda s: s.with_memory_kind(HOST)
+    if config.offload.optimizer_state:
+        shardings = shardings._replace(opt_state=jax.tree.map(lambda a, s: host(s) if a.ndim else s, abstract.opt_state, shardings.opt_state))
+    if config.offload.parameters:
+        stacks = jax.tree_util.tree_map_with_path(lambda path, s: host(s) if is_stack(path) else s, shardings.params)
+        shardings = shardings._replace(params=stacks)
+    return shardings
+
+
+def on_host(a: Any) -> bool:
+    """Whether an array is in the host's memory; under jit, by its type."""
+    return jax.typeof(a).memory_space == jax.memory.Space.Host
+
+
+def put(a: jax.Array, like: Any) -> jax.Array:
+    """An array in the memory of another; under jit."""
+    return a if on_host(a) == on_host(like) else jax.device_put(a, jax.typeof(like).memory_space)
+
+
+def to_device(tree: Any) -> Any:
+    """The tree on the device; under jit. Its cotangents go to where the arrays were."""
+    return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device) if on_host(a) else a, tree)
+
+
+def to(tree: Any, shardings: Any) -> Any:
+    """The tree in the memory of these shardings; under jit."""
+    host = lambda a, s: jax.device_put(a, jax.memory.Space.Host) if s.memory_kind == HOST else a
+    return jax.tree.map(host, tree, shardings)
+
+
+def over_layers(f: Callable, stacks: Any, *read: Any) -> Any:
+    """f of one layer after the other, written over the stacks, so that neither memory ever holds them twice.
+
+    Args:
+      f: (stacks, *read), on the device and of one layer, [1, ...] -> the new stacks.
+      stacks: arrays [L, ...] in either memory, and scalars, which come out as they were. read: likewise.
+    """
+    layers = next(a.shape[0] for a in jax.tree.leaves(stacks) if a.ndim)
+    take = lambda tree, i: to_device(jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i, 1) if a.ndim else a, tree))
+    write = lambda a, n, i: lax.dynamic_update_slice_in_dim(a, put(n, a), i, 0) if a.ndim else a
+
+    def step(stacks, i):
+        new = f(take(stacks, i), *(take(tree, i) for tree in read))
+        return jax.tree.map(lambda a, n: write(a, n, i), stacks, new), None
+
+    return lax.scan(step, stacks, jnp.arange(layers))[0]
+
+
+def tree_map(f: Callable, tree: Any, *rest: Any) -> Any:
+    """jax.tree.map of an elementwise f; what it makes of a stack in the host's memory is written over that stack, with its dtype."""
+    leaves, structure = jax.tree.flatten(tree)
+    columns = [leaves, *(jax.tree.leaves(t) for t in rest)]
+    out = [None if on_host(a) else f(a, *others) for a, *others in zip(*columns, strict=True)]
+    for layers in sorted({a.shape[0] for a in leaves if on_host(a)}):
+        chosen = [i for i, a in enumerate(leaves) if on_host(a) and a.shape[0] == layers]
+        new = over_layers(lambda *trees: jax.tree.map(f, *trees), *([column[i] for i in chosen] for column in columns))
+        for i, a in zip(chosen, new, strict=True):
+            out[i] = a
+    return jax.tree.unflatten(structure, out)
+
+
+def zeros(shapes: Any, shardings: Any) -> Any:
+    """Zeros of these shapes and PartitionSpecs, float32 or as the shapes say, in the memory of `shardings`."""
+
+    def one(shape, sharding):
+        of = lambda dims, spec: jnp.zeros(dims, shape.dtype, out_sharding=spec)
+        if sharding.memory_kind != HOST:
+            return of(shape.shape, shape.sharding.spec)
+        layer = lambda _, __: (None, jax.device_put(of(shape.shape[1:], jax.P(*shape.sharding.spec[1:])), jax.memory.Space.Host))
+        return lax.scan(layer, None, length=shape.shape[0])[1]
+
+    return jax.tree.map(one, shapes, shardings)
+
+
+def norm(tree: Any) -> jax.Array:
+    """optax.tree.norm: the root of the sum of all squares, float32."""
+    leaves = jax.tree.leaves(tree)
+    stacks = [a for a in leaves if on_host(a)]
+    if not stacks:
+        return optax.tree.norm(tree)
+    total = optax.tree.norm([a for a in leaves if not on_host(a)], squared=True)
+    for layers in sorted({a.shape[0] for a in stacks}):
+        same = [a for a in stacks if a.shape[0] == layers]
+        of_layer = lambda total, layer: (total + optax.tree.norm(to_device(layer), squared=True), None)
+        total = lax.scan(of_layer, total, same)[0]
+    return jnp.sqrt(total)
