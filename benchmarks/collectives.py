@@ -129,7 +129,8 @@ def measure(config: Config, devices: list[Any], compiler_options: dict[str, Any]
     return {
         "strategy": config.sharding.canonical, "dispatch": config.moe.dispatch,
         "mesh": {a: n for a, n in mesh.shape.items() if n > 1},
-        **_divisions(mesh, layout), "overlapped": _overlapped(found), "gathered_ahead": _gathered_ahead(found), "groups": rows,
+        **_divisions(mesh, layout), "overlapped": _overlapped(found), "gathered_ahead": _gathered_ahead(found),
+        "reduced_behind": _reduced_behind(found), "in_flight": program.most_in_flight(compiled.as_text()), "groups": rows,
         "token_exchanges_forward": exchanges / LAYERS, "token_exchanges_further_round": again / LAYERS,
         "exchange": exchange.buffers(config, mesh.shape)._asdict(), "temporaries": program.memory(compiled).temporaries,
     }
@@ -157,6 +158,13 @@ def _gathered_ahead(found: list[program.Collective]) -> float:
     weights during a layer has the first one's before it."""
     weights = [c for c in found if c.kind == "all-gather" and c.phase == "forward" and c.part in WEIGHTS]
     return sum(c.bytes_a_step for c in weights if not c.loops) / (sum(c.bytes_a_step for c in weights) or 1)
+
+
+def _reduced_behind(found: list[program.Collective]) -> float:
+    """Share of the gradients' bytes that is reduced outside the loop over layers: a loop that reduces the last layer's gradients during
+    a layer leaves the first one's for after it."""
+    gradients = [c for c in found if c.kind == "reduce-scatter" and c.phase == "backward" and c.part in WEIGHTS]
+    return sum(c.bytes_a_step for c in gradients if not c.loops) / (sum(c.bytes_a_step for c in gradients) or 1)
 
 
 def _group(c: program.Collective, phase: str, part: str, is_rows: bool) -> str | None:

@@ -12,6 +12,7 @@ minutes on 2 cores and 4 GB of memory.
 Exit code 1 if a check fails; it is named. Nothing is executed: times and NCCL's own memory need GPUs.
 """
 
+import dataclasses
 import pathlib
 import sys
 from typing import Any
@@ -66,6 +67,7 @@ def main() -> int:
     for config in [*by_strategy, *collectives.other_methods(base)]:
         print(f"\n{config.sharding.strategy}, {config.moe.dispatch}", flush=True)
         check_step(check, config, devices)
+    check_prefetch(check, base, devices)
     for file, count, given in () if own.strategies_only else FULL_SIZE:
         print(f"\n{file} on {count} x {HARDWARE.name} {' '.join(given)}", flush=True)
         show_size(file, count, given)
@@ -110,6 +112,25 @@ def check_step(check: Checks, config: Config, devices: list[Any]) -> None:
     for kind, share in r["overlapped"].items():
         if kind in ("all-gather", "reduce-scatter"):
             check(named(f"{kind}: computation between start and end"), share >= 0.9, f"of {share:.0%} of the bytes")
+
+
+def check_prefetch(check: Checks, base: Config, devices: list[Any]) -> None:
+    """Compiles full_shard under FSDP's prefetch options and checks that each moves what it says."""
+    compiled = {}
+    for forward, backward, limit in ((False, "none", True), (True, "none", True), (False, "post", True), (True, "pre", True), (True, "pre", False)):
+        name = f"forward_prefetch={forward}, backward_prefetch={backward}, limit_all_gathers={limit}"
+        asked = dataclasses.replace(base.sharding, strategy="full_shard", forward_prefetch=forward, backward_prefetch=backward, limit_all_gathers=limit)
+        r = compiled[forward, backward, limit] = collectives.measure(dataclasses.replace(base, sharding=asked), devices)
+        print(f"\n{name}: {r['gathered_ahead']:.0%} of the weights gathered and {r['reduced_behind']:.0%} of the gradients reduced outside the "
+              f"loop over layers, {r['in_flight']} collectives in flight, temporaries {report.gb(r['temporaries'])}", flush=True)
+    none, forward, post, both, free = compiled.values()
+    check("without prefetch nothing is gathered ahead", none["gathered_ahead"] == 0, f"{none['gathered_ahead']:.0%}")
+    check("forward_prefetch gathers ahead", forward["gathered_ahead"] > 0, f"{forward['gathered_ahead']:.0%}")
+    check("backward_prefetch=post reduces a layer later", post["reduced_behind"] > none["reduced_behind"],
+          f"{post['reduced_behind']:.0%}, without {none['reduced_behind']:.0%}")
+    check("forward_prefetch and backward_prefetch=pre do both", both["gathered_ahead"] > 0 and both["reduced_behind"] > none["reduced_behind"],
+          f"{both['gathered_ahead']:.0%} and {both['reduced_behind']:.0%}")
+    check("limit_all_gathers keeps fewer in flight", both["in_flight"] <= free["in_flight"], f"{both['in_flight']}, without {free['in_flight']}")
 
 
 def hops(r: dict[str, Any]) -> int:

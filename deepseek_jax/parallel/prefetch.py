@@ -2,14 +2,14 @@
 
 PyTorch's FSDP issues collectives from hooks around each layer; XLA moves them in the compiled program. The counterparts:
 
-    forward_prefetch       the collective pipeliner takes a gather of weights out of the loop over layers: iteration i gathers for i + 1
+    forward_prefetch       the collective pipeliner takes the gathers out of the loop over layers: iteration i gathers for i + 1
     backward_prefetch      pre: the same for the gathers of backward, and gradients are reduced while the next layer computes;
                            post: the latter only, so that one layer's weights fewer are alive; none: neither
-    limit_all_gathers      one collective in flight at a time, and collectives combined up to the bytes of one layer's weights: more
-                           than a layer in one message would be more than a layer alive
+    limit_all_gathers      one collective in flight at a time; without it UNLIMITED, each with buffers of its own
 
-Any of them needs the latency-hiding scheduler, which puts computation between the start and the end of a collective. XLA has one switch
-for the gathers of both passes: where the two options differ, gathers are ahead in both (`notes` says so).
+The latency-hiding scheduler puts computation between the start and the end of a collective. What is moved to another layer's time is
+combined to about one message a layer, FSDP's flat parameter; what is not stays in pieces, so that a layer can begin with the first.
+XLA has one switch for the gathers of both passes: where the two options differ, gathers are ahead in both (`notes` says so).
 XLA's debug options are described in xla/debug_options_flags.cc; those used here are known to jaxlib 0.10.2.
 """
 
@@ -24,7 +24,7 @@ from deepseek_jax.config import Config, Sharding
 from deepseek_jax.parallel import sharding
 
 OPTIONS = ("forward_prefetch", "backward_prefetch", "limit_all_gathers")
-# In flight at once without limit_all_gathers. Each needs buffers of its own; more than some share the same links.
+# In flight at once without limit_all_gathers: more would share the same links.
 UNLIMITED = 4
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -40,22 +40,19 @@ def xla_options(config: Config, platform: str, layer_bytes: int, environment: Ma
     if not is_gpu(platform):
         return {}
     s = config.sharding
+    ahead, behind = s.forward_prefetch or s.backward_prefetch == "pre", s.backward_prefetch != "none"
     options: dict[str, Any] = {
-        "xla_gpu_enable_latency_hiding_scheduler": overlaps(s),
-        "xla_gpu_enable_pipelined_all_gather": s.forward_prefetch or s.backward_prefetch == "pre",
-        "xla_gpu_enable_pipelined_reduce_scatter": s.backward_prefetch != "none",
-        "xla_gpu_enable_pipelined_all_reduce": s.backward_prefetch != "none",
+        "xla_gpu_enable_latency_hiding_scheduler": ahead or behind,
+        "xla_gpu_enable_pipelined_all_gather": ahead,
+        "xla_gpu_enable_pipelined_reduce_scatter": behind,
+        "xla_gpu_enable_pipelined_all_reduce": behind,
         "xla_gpu_experimental_parallel_collective_overlap_limit": 1 if s.limit_all_gathers else UNLIMITED,
     }
-    if s.limit_all_gathers and layer_bytes:
-        options |= {f"xla_gpu_{kind}_combine_threshold_bytes": layer_bytes for kind in ("all_gather", "reduce_scatter")}
+    for kind, moved in (("all_gather", ahead), ("reduce_scatter", behind)):
+        if moved and layer_bytes:
+            options[f"xla_gpu_{kind}_combine_threshold_bytes"] = layer_bytes
     given = re.findall(r"--(\w+)", environment.get("XLA_FLAGS", ""))
     return {name: value for name, value in options.items() if name not in given}
-
-
-def overlaps(s: Sharding) -> bool:
-    """Whether any option asks for communication behind computation."""
-    return s.forward_prefetch or s.backward_prefetch != "none"
 
 
 def is_gpu(platform: str) -> bool:

@@ -130,6 +130,21 @@ def by_origin(found: Iterable[Collective]) -> dict[tuple[str, str], int]:
     return {k: round(n) for k, n in total.most_common()}
 
 
+def most_in_flight(text: str) -> int:
+    """The most collectives that the schedule of a compiled program has between start and end at once, in any of its computations."""
+    module, most = hlo.Module(text), 0
+    for body in module.computations.values():
+        in_flight: set[str] = set()
+        for i in body.values():
+            called = [c for names in i.called.values() for c in names] if i.opcode == "async-start" else []
+            if (_kind(i) and i.opcode.endswith("-start")) or any(_kind(j) for c in called for j in module.computations.get(c, {}).values()):
+                in_flight.add(i.name)
+                most = max(most, len(in_flight))
+            elif i.opcode.endswith("-done"):
+                in_flight -= set(i.operands)
+    return most
+
+
 def _kind(instruction: hlo.Instruction) -> str | None:
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in RECEIVED else None
