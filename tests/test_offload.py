@@ -107,7 +107,7 @@ def lowered_for_gpus(config: Config) -> str:
 
 
 def test_the_program_for_gpus():
-    """It takes and gives what is offloaded in the host's memory, and moves one layer at a time: nothing that it moves is a whole stack."""
+    """It takes and gives what is offloaded in the host's memory, and brings one layer of it at a time: no whole stack goes to the device."""
     text = lowered_for_gpus(config_of(EVERYTHING, 2, **MESH))
     _, layout, _ = compiled(config_of(EVERYTHING, 2, **MESH))
     host = sum(s.memory_kind == "pinned_host" for s in jax.tree.leaves(layout.shardings))
@@ -116,7 +116,8 @@ def test_the_program_for_gpus():
     stacks = {"x".join(map(str, a.shape)) for path, a in jax.tree_util.tree_leaves_with_path(layout.abstract.params)
               if bridge.path_of(path).startswith("layers/") and a.shape[0] > 1}
     assert {kind for kind, _ in moved} == {"pinned_host", "device"} and len(moved) > 100
-    assert not stacks & {shape for _, shape in moved}
+    # What goes to the host as a whole is the results, which are there already.
+    assert not stacks & {shape for kind, shape in moved if kind == "device"}
     assert "pinned_host" not in lowered_for_gpus(config_of(Offload()))
 
 
@@ -157,8 +158,8 @@ def test_checkpoints(tmp_path):
         tree, _ = checkpointer.restore(state.to_tree(layout.abstract_sharded()))
         again = state.from_tree(tree, layout.abstract)
         assert kinds(again) == kinds(s)
-        for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(s), strict=True):
-            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(s), strict=True):
+            assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
         a, m = train_step(again, batch)
         assert float(m.losses.loss) == float(n.losses.loss)
         assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
