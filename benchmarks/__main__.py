@@ -4,6 +4,9 @@
 
   strategies    memory, communication and step time of every sharding strategy
   collectives   what one layer communicates under every strategy and dispatch method, beside the least it could
+  attention     attention against plain softmax attention: time and temporary bytes by sequence length
+  moe           routed experts against a dense chain, ragged_dot and a loop over experts
+  gpu_bench     what a GPU reaches: training, grouped expert products, attention (make gpu-bench)
   gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)
   tiny          trains configs/tiny.py whole and checks its loss (make prove)
 """
@@ -13,7 +16,7 @@ import sys
 
 from deepseek_jax.config import UserError, exit_code
 
-NAMES = ("strategies", "collectives", "gpu_aot", "tiny")
+NAMES = ("strategies", "collectives", "attention", "moe", "gpu_bench", "gpu_aot", "tiny")
 
 
 def main(argv: list[str]) -> int:

@@ -154,6 +154,7 @@ class Train:
     batch_ramp_steps: int = 0  # steps over which the batch grows, in whole micro-batches
     dtype: str = "bfloat16"  # compute dtype: bfloat16 | float32; parameters and optimizer state are float32
     remat: str = "full"  # what a layer keeps for backward: none (recompute nothing) | full (recompute all) | exchange (not with stages) | save:NAME,...
+    attention: str = "auto"  # auto (= blocks) | blocks (any device) | cudnn (NVIDIA GPUs from Hopper on, bfloat16; packed rows by blocks)
     mtp_loss_weight: float = 0.3  # weight of the multi-token prediction loss (V3: 0.3, then 0.1)
     mtp_loss_weight_final: float = 0.3  # the weight after mtp_switch_fraction of the steps
     mtp_switch_fraction: float = 1.0  # V3: 10/14.8
