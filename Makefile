@@ -18,7 +18,7 @@ AOT := .venv-gpu-aot
 STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: help venv train test prove mesh-product plan gpu-aot clean
+.PHONY: help venv train test prove mesh-product plan gpu-aot gpu-bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ plan: $(AOT)/.installed ## say what CONFIG needs and communicates on DEVICES H20
 
 gpu-aot: $(AOT)/.installed ## compile steps for H200s and check what they communicate; needs no GPU
 	$(AOT)/bin/python -m benchmarks gpu_aot $(ARGS)
+
+gpu-bench: $(STAMP) ## measure what a GPU reaches, in ten minutes, and write benchmarks/results (EXTRAS=cuda12 or cuda13)
+	$(VENV)/bin/python -m benchmarks gpu_bench $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) $(AOT) .pytest_cache *.egg-info

@@ -7,6 +7,9 @@
   levers        memory and step time with every memory lever: dtypes, remat, accumulation, offload, optimizers, compression
   collectives   what one layer communicates under every strategy and dispatch method, beside the least it could
   overhead      what the training loop costs beside the compiled step
+  attention     attention against plain softmax attention: time and temporary bytes by sequence length
+  moe           routed experts against a dense chain, ragged_dot and a loop over experts
+  gpu_bench     what a GPU reaches: training, grouped expert products, attention (make gpu-bench)
   gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)
   compression   loss curve and bytes between replicas of gradients summed in float32, bfloat16 and int8
   tiny          trains configs/tiny.py whole and checks its loss (make prove)

@@ -52,6 +52,9 @@ def validate(config: Config) -> None:
     _choice("config.train.dtype", t.dtype, ("bfloat16", "float32", "float16"))
     _validate_loss_scale(config)
     _validate_accumulation(config)
+    _choice("config.train.attention", t.attention, ("auto", "blocks", "cudnn"))
+    if t.attention == "cudnn":
+        _validate_cudnn(m, t.dtype)
     if t.remat.startswith("save:"):
         for name in t.remat.removeprefix("save:").split(","):
             _choice("config.train.remat=save:", name, REMAT_NAMES)
@@ -207,6 +210,15 @@ def _validate_model(m: Model) -> None:
     if not (math.isfinite(r.beta_fast) and 0 < r.beta_slow <= r.beta_fast):
         raise UserError(f"config.model.rope_scaling.beta_fast={r.beta_fast} and beta_slow={r.beta_slow} are not two positive "
                         f"numbers, the first at least the second. Set them to, for instance, 32 and 1.")
+
+
+def _validate_cudnn(m: Model, dtype: str) -> None:
+    if dtype != "bfloat16":
+        raise UserError(f"config.train.attention=cudnn computes in bfloat16, and config.train.dtype={dtype}. Set config.train.attention=auto.")
+    for name, width in (("qk_nope_head_dim + qk_rope_head_dim", m.qk_nope_head_dim + m.qk_rope_head_dim), ("v_head_dim", m.v_head_dim)):
+        if width % 8 or width > 256:
+            raise UserError(f"config.train.attention=cudnn takes head widths that are multiples of 8 up to 256, and config.model.{name} is {width}. "
+                            f"Set config.train.attention=auto.")
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,63 +1,109 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1). Shape letters: layers.py.
 
 Keys and values come from one compressed vector of `kv_lora_rank` numbers a token, plus one rotated key shared by all
-heads (decoupled RoPE). Training expands them; causal attention runs in blocks of queries, each against the keys up to its
-end only, recomputed in the backward pass, so that memory is linear in the sequence length.
+heads (decoupled RoPE). Training expands them; causal attention runs in blocks (blockwise.py), so that memory is linear in the
+sequence length.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Model
+from deepseek_jax.model import blockwise, cudnn
 from deepseek_jax.model.layers import ATTENTION_NORM_EPS, Linear, RMSNorm
 from deepseek_jax.model.rope import apply_rope, softmax_scale
+from deepseek_jax.parallel.mesh import per_device
 
-QUERY_BLOCK = 512  # rows of one block; at or below this length attention is one block
-
-
-def _block_attention(q_BQNH: jax.Array, k_BKNH: jax.Array, v_BKNV: jax.Array, seg_BQ: jax.Array, seg_BK: jax.Array, scale: float) -> jax.Array:
-    """Softmax attention of the last Q of K positions to all before them within their own segment; softmax in float32."""
-    q_len, k_len = q_BQNH.shape[1], k_BKNH.shape[1]
-    score_BNQK = jnp.einsum("bqnh,bknh->bnqk", q_BQNH, k_BKNH, preferred_element_type=jnp.float32) * scale
-    causal_QK = jnp.arange(k_len)[None, :] <= jnp.arange(k_len - q_len, k_len)[:, None]
-    mask_BQK = causal_QK & (seg_BQ[:, :, None] == seg_BK[:, None, :])
-    weight_BNQK = jax.nn.softmax(jnp.where(mask_BQK[:, None], score_BNQK, -1e30), axis=-1)
-    return jnp.einsum("bnqk,bknv->bqnv", weight_BNQK.astype(v_BKNV.dtype), v_BKNV)
+QUERY_BLOCK = 128  # queries of a block on CPUs; shorter for short sequences, whose diagonal blocks are most of the work
+CPU_SCORES = 2**19  # scores at once on CPUs: two MiB, which stay in a core's cache
+GPU_SIZES = blockwise.Sizes(512, 2**28)
 
 
-def causal_attention(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids_BS: jax.Array, scale: float) -> jax.Array:
-    """Causal softmax attention within segments.
+def causal_attention(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids_BS: jax.Array, scale: float,
+                     method: str = "auto") -> jax.Array:
+    """Causal softmax attention within segments; softmax in float32.
 
     Args:
-      q_BSNH, k_BSNH: queries and keys; v_BSNV: values, of any width.
+      q_BSNH, k_BSNH: queries and keys, divided over the mesh in B and N alone; v_BSNV: values, of any width.
       segment_ids_BS: int; a position sees earlier positions with its own id only.
       scale: multiplies the scores.
+      method: `config.train.attention`: auto or blocks (blockwise.py); cudnn, on NVIDIA GPUs, where all sequences of a device are one
+        segment each, else blocks: the program holds both.
 
     Returns:
-      [B, S, N, V] in the values' dtype.
+      [B, S, N, V] in the values' dtype. Under `jax.checkpoint` what backward needs of it has the name "attention".
     """
-    length = q_BSNH.shape[1]
-    block = functools.partial(_block_attention, scale=scale)
-    if length <= QUERY_BLOCK:
-        return block(q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, segment_ids_BS)
-    outs = []
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        outs.append(jax.checkpoint(block)(q_BSNH[:, start:end], k_BSNH[:, :end], v_BSNV[:, :end], segment_ids_BS[:, start:end],
-                                          segment_ids_BS[:, :end]))
-    return jnp.concatenate(outs, axis=1)
+    return _attention(q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, scale, method)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, segments, scale, method):
+    return _forward(q, k, v, segments, scale, method)[0]
+
+
+def _forward(q, k, v, segments, scale, method):
+    def run(q, k, v, segments):
+        blocks = functools.partial(blockwise.forward, scale=scale, sizes=_sizes(q.shape[1]))
+        if method != "cudnn":
+            return blocks(q, k, v, segments)
+        return jax.lax.cond(_one_segment_each(segments), lambda *a: cudnn.forward(*a[:3], scale), blocks, q, k, v, segments)
+
+    heads, rows = _specs(q)
+    out, lse = _on_each_device(run, (heads, heads, heads, P(rows[0], None)), (heads, rows))(q, k, v, segments)
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
+    return out, (q, k, v, segments, out, lse)
+
+
+def _backward(scale, method, kept, dout):
+    def run(q, k, v, segments, out, lse, dout):
+        blocks = functools.partial(blockwise.backward, scale=scale, sizes=_sizes(q.shape[1]))
+        if method != "cudnn":
+            return blocks(q, k, v, segments, out, lse, dout)
+        fused = lambda q, k, v, segments, *a: cudnn.backward(q, k, v, *a, scale)
+        return jax.lax.cond(_one_segment_each(segments), fused, blocks, q, k, v, segments, out, lse, dout)
+
+    heads, rows = _specs(kept[0])
+    grads = _on_each_device(run, (heads, heads, heads, P(rows[0], None), heads, rows, heads), (heads, heads, heads))(*kept, dout)
+    return (*grads, None)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _one_segment_each(segment_ids_BS: jax.Array) -> jax.Array:
+    return jnp.all(segment_ids_BS == segment_ids_BS[:, :1])
+
+
+def _specs(q_BSNH: jax.Array) -> tuple[P, P]:
+    """Of arrays [B, S, N, .] and of [B, N, S]."""
+    sequences, _, heads, _ = jax.typeof(q_BSNH).sharding.spec
+    return P(sequences, None, heads, None), P(sequences, heads, None)
+
+
+def _on_each_device(f: Callable, in_specs: tuple[P, ...], out_specs: tuple[P, ...]) -> Callable:
+    return f if jax.sharding.get_abstract_mesh().empty else per_device(f, in_specs, out_specs)
+
+
+def _sizes(length: int) -> blockwise.Sizes:
+    """By the devices of the current mesh, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if (device.platform if device else jax.default_backend()) != "cpu":
+        return GPU_SIZES
+    return blockwise.Sizes(QUERY_BLOCK if length > 2 * QUERY_BLOCK else max(1, QUERY_BLOCK // 2), CPU_SCORES)
 
 
 class MultiHeadLatentAttention(nnx.Module):
     """MLA with Hugging Face names; `q_lora_rank=None` projects queries directly, as V2-Lite and Moonlight do."""
 
-    def __init__(self, model: Model, rngs: nnx.Rngs):
+    def __init__(self, model: Model, rngs: nnx.Rngs, method: str = "auto"):
         m, heads = model, model.num_attention_heads
-        self.model = m
+        self.model, self.method = m, method
         q_width = heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
         if m.q_lora_rank is None:
             self.q_proj = Linear(m, m.hidden_size, q_width, ("embed", "heads"), rngs)
@@ -89,5 +135,5 @@ class MultiHeadLatentAttention(nnx.Module):
         k_rope = jax.sharding.reshard(jnp.broadcast_to(k_rope, q_rope.shape), jax.typeof(q_rope).sharding.spec)
         k_BSNH = jnp.concatenate([k_nope, k_rope], axis=-1)
 
-        out = causal_attention(q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, softmax_scale(m))
-        return self.o_proj(checkpoint_name(out.reshape(b, s, -1), "attention"))
+        out = causal_attention(q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, softmax_scale(m), self.method)
+        return self.o_proj(out.reshape(b, s, -1))

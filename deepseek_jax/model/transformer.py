@@ -33,10 +33,10 @@ class Output(NamedTuple):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, model: Model, moe: Moe, is_moe: bool, rngs: nnx.Rngs):
+    def __init__(self, model: Model, moe: Moe, is_moe: bool, rngs: nnx.Rngs, attention: str = "auto"):
         self.is_moe = is_moe
         self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
-        self.self_attn = MultiHeadLatentAttention(model, rngs)
+        self.self_attn = MultiHeadLatentAttention(model, rngs, attention)
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         self.mlp = MoE(model, moe, rngs) if is_moe else MLP(model, model.intermediate_size, rngs)
 
@@ -57,11 +57,11 @@ class MTPLayer(nnx.Module):
     as in the released weights. `norm` is `shared_head.norm` there; embedding and output head are the main model's.
     """
 
-    def __init__(self, model: Model, moe: Moe, rngs: nnx.Rngs):
+    def __init__(self, model: Model, moe: Moe, rngs: nnx.Rngs, attention: str = "auto"):
         self.enorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         self.hnorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         self.eh_proj = Linear(model, 2 * model.hidden_size, model.hidden_size, ("embed", "lora"), rngs)
-        self.layer = DecoderLayer(model, moe, True, rngs)
+        self.layer = DecoderLayer(model, moe, True, rngs, attention)
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
 
     def __call__(self, hidden_BSD, embedded_BSD, rope, segment_ids_BS) -> tuple[jax.Array, MoEStats]:
@@ -73,16 +73,17 @@ class MTPLayer(nnx.Module):
 class Transformer(nnx.Module):
     """The whole model. Built under `jax.eval_shape` or jit; called under `jax.set_mesh`."""
 
-    def __init__(self, model: Model, moe: Moe, remat: str, dtype: str, rngs: nnx.Rngs, offload: str = ""):
+    def __init__(self, model: Model, moe: Moe, remat: str, dtype: str, rngs: nnx.Rngs, offload: str = "", attention: str = "auto"):
         self.model, self.remat, self.offload, self.dtype = model, remat, offload, jnp.dtype(dtype)
         dense = model.first_k_dense_replace
         self.embed_tokens = Embedding(model, rngs)
-        self.dense_layers = _stack(model, moe, False, dense, rngs) if dense else None
-        self.layers = _stack(model, moe, True, model.num_hidden_layers - dense, rngs) if model.num_hidden_layers > dense else None
+        self.dense_layers = _stack(model, moe, False, dense, rngs, attention) if dense else None
+        routed = model.num_hidden_layers - dense
+        self.layers = _stack(model, moe, True, routed, rngs, attention) if routed else None
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         if not model.tie_word_embeddings:
             self.lm_head = Linear(model, model.hidden_size, model.vocab_size, ("embed", "vocab"), rngs)
-        self.mtp = nnx.List([MTPLayer(model, moe, rngs) for _ in range(model.num_nextn_predict_layers)])
+        self.mtp = nnx.List([MTPLayer(model, moe, rngs, attention) for _ in range(model.num_nextn_predict_layers)])
 
     def __call__(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array, positions_BS: jax.Array, next_tokens_BS: jax.Array | None = None) -> Output:
         """The forward pass.
@@ -175,13 +176,13 @@ def tokens_ahead(ids_BS: jax.Array, segment_ids_BS: jax.Array, distance: int, mi
     return jnp.where(ahead(segment_ids_BS, -1) == segment_ids_BS, ahead(ids_BS, missing), missing)
 
 
-def _stack(model: Model, moe: Moe, is_moe: bool, count: int, rngs: nnx.Rngs) -> DecoderLayer:
+def _stack(model: Model, moe: Moe, is_moe: bool, count: int, rngs: nnx.Rngs, attention: str) -> DecoderLayer:
     """`count` decoder layers as one module with a leading "layers" axis on every variable."""
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
     def create(rngs: nnx.Rngs) -> DecoderLayer:
-        return DecoderLayer(model, moe, is_moe, rngs)
+        return DecoderLayer(model, moe, is_moe, rngs, attention)
 
     return create(rngs)
 
@@ -218,4 +219,4 @@ def _all_but_weights(primitive, *_, **params) -> bool:
 
 def build(config: Config, rngs: nnx.Rngs) -> Transformer:
     """The model of a run's options."""
-    return Transformer(config.model, config.moe, config.train.remat, config.train.dtype, rngs, config.offload.activations)
+    return Transformer(config.model, config.moe, config.train.remat, config.train.dtype, rngs, config.offload.activations, config.train.attention)

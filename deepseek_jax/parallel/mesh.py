@@ -29,6 +29,9 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sh
       UserError: the mesh does not fit the devices, or does not divide the batch, the experts or the weights.
     """
     devices = jax.devices() if devices is None else devices
+    if config.train.attention == "cudnn" and devices[0].platform not in ("gpu", "cuda"):
+        raise UserError(f"config.train.attention=cudnn needs NVIDIA GPUs, and these are {devices[0].platform} devices. "
+                        f"Set config.train.attention=auto.")
     shape = _resolve(config, len(devices))
     _check(config, shape)
     by_host = sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id))
