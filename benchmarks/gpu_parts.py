@@ -40,7 +40,6 @@ TOY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "moe_inter
        "num_attention_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 8,
        "num_experts_per_tok": 2}
 BF16_TFLOPS = 989.0  # H200, dense
-USABLE = 0.95  # of the GPU's memory: gpu_bench gives JAX so much
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -81,7 +80,7 @@ def layers_that_fit(toy: bool, device: Any, limit: float) -> tuple[int, dict[int
             raise UserError(f"Two layers need {needed[2]:,} bytes, and this device has {limit:,.0f}.")
         return max(n for n, b in needed.items() if b <= limit), needed
     a_layer = max(1, (needed[few] - needed[2]) / max(1, few - 2))
-    guess = min(most, few + math.floor((limit - needed[few]) / a_layer))
+    guess = few + int(min(most - few, (limit - needed[few]) / a_layer))
     while not fits(guess):
         guess -= 1
     return guess, needed
@@ -99,7 +98,7 @@ def balanced_route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, mod
 def train(toy: bool) -> dict[str, Any]:
     """Tokens a second of the real step; natural and balanced routing, and on GPUs cuDNN attention; the profile of the first."""
     device = jax.devices()[0]
-    limit = math.inf if toy else USABLE * (device.memory_stats() or {}).get("bytes_limit", 141e9) / USABLE
+    limit = math.inf if toy else (device.memory_stats() or {}).get("bytes_limit", 141e9)
     layers, needed = layers_that_fit(toy, device, limit)
     whole = training_config(toy)
     out = {"device": device.device_kind, "layers": layers, "layers_of_the_model": whole.model.num_hidden_layers,

@@ -122,8 +122,7 @@ def functions(shape: Shape, expert_TK: np.ndarray, capacity_factor: float) -> di
     t, k = expert_TK.shape
 
     def ours(x, weight, expert, gate_up, down):
-        call = lambda *a: dispatch.dispatch("all_to_all", *a, capacity_factor)[0]
-        return per_device(call, in_specs=(jax.P(),) * 5, out_specs=jax.P())(x, weight, expert, gate_up, down)
+        return dispatch.dispatch("all_to_all", x, weight, expert, gate_up, down, capacity_factor)[0]
 
     def ragged(x, weight, expert, gate_up, down):
         order = jnp.argsort(expert.reshape(-1), stable=True)
@@ -167,6 +166,8 @@ def programs(shape: Shape, load: str, methods: list[str], capacity_factor: float
     out = {}
     for name, f in functions(shape, expert_TK, capacity_factor).items():
         if name in methods:
+            f = per_device(f, in_specs=(jax.P(),) * 5, out_specs=jax.P())
+
             def both(x, weight, expert, gate_up, down, dy, f=f):
                 y, back = jax.vjp(lambda x, weight, gate_up, down: f(x, weight, expert, gate_up, down), x, weight, gate_up, down)
                 return y, *back(dy)

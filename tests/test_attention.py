@@ -92,7 +92,7 @@ def test_rematerialised(remat, times):
     """What is saved under the name "attention" is enough: forward does not run again."""
     q, k, v, _ = inputs()
     f = rematerialise(lambda q, k, v: jnp.sum(jnp.sin(attention.causal_attention(q, k, v, jnp.asarray(SEGMENTS), SCALE))), remat)
-    program = jax.jit(jax.grad(f, argnums=(0, 1, 2))).lower(q, k, v).as_text()
+    program = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2))).lower(q, k, v).as_text()
     assert program.count("stablehlo.exponential") == times
 
 
