@@ -102,7 +102,7 @@ def train(toy: bool) -> dict[str, Any]:
     layers, needed = layers_that_fit(toy, device, limit)
     whole = training_config(toy)
     out = {"device": device.device_kind, "layers": layers, "layers_of_the_model": whole.model.num_hidden_layers,
-           "bytes_by_layers": needed, "sequence_length": whole.train.sequence_length, "batch_size": whole.train.batch_size, "runs": []}
+           "bytes_by_layers": {str(n): b for n, b in needed.items()}, "sequence_length": whole.train.sequence_length, "batch_size": whole.train.batch_size, "runs": []}
     variants = [("natural", "auto"), ("balanced", "auto")] + [("balanced", "cudnn")] * (device.platform != "cpu")
     for routing, method in variants:
         run = {"routing": routing, "attention": method}
