@@ -6,7 +6,7 @@
 First four bfloat16 layers of 64 experts for 8 H200s, under every strategy and dispatch method, with the XLA options of train.py.
 Checked in each scheduled program: which weights are gathered, how gradients are reduced, that no more bytes move than the
 strategy needs, that tokens are exchanged twice a round in forward, and that gathers and scatters have computation between start
-and end. Then configs/v3.py for 256 and 2,048 H200s and configs/deepseek_7b.py for 8: bytes a device beside 141 GB. Takes 15
+and end. Then configs/v3.py for 256 and 2,048 H200s and configs/deepseek_7b.py for 8: bytes a device beside 141 GB. Takes 18
 minutes on 2 cores and 4 GB of memory.
 
 Exit code 1 if a check fails; it is named. Nothing is executed: times and NCCL's own memory need GPUs.
@@ -24,7 +24,7 @@ from deepseek_jax.config import Config, UserError, from_config_dict
 from deepseek_jax.plan import options, program, report, topology
 
 HARDWARE = topology.HARDWARE["h200"]
-SLACK = 1.05  # bytes may be this multiple of the least: routers, norms and counts are combined with what they travel with
+SLACK = 1.1  # bytes may be this multiple of the least: what is combined into one collective is shared out by its operands
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 # (config, devices, options of its own). One sequence a GPU in a micro-batch; the batch of 2,048 as configs/v3.py says.
@@ -50,7 +50,7 @@ class Checks:
 
 def main() -> int:
     parser = options.Parser(json=False)
-    parser.add_argument("--strategies-only", action="store_true", help="Leave the full-size configs out: 3 minutes.")
+    parser.add_argument("--strategies-only", action="store_true", help="Leave the full-size configs out: 6 minutes.")
     if {"--help", "-h"} & set(sys.argv):
         print(f"{__doc__}\nFlags:\n{parser.describe()}")
         return 0
