@@ -157,13 +157,13 @@ class Train:
     batch_ramp_start: int = 0  # sequences a step at the start, growing linearly to batch_size; 0: no ramp
     batch_ramp_steps: int = 0  # steps over which the batch grows, in whole micro-batches
     dtype: str = "bfloat16"  # compute dtype: bfloat16 | float32 | float16 (with loss scaling, config.fp16); parameters are float32
-    accumulation_dtype: str = "float32"  # buffer in which gradients of micro-batches are added up: float32 | bfloat16 (2 bytes a parameter, not 4)
-    remat: str = "full"  # what a layer keeps for backward: none (all but weights) | dots (matmul results) | full (nothing) | exchange (no stages) | save:NAME,...
+    accumulation_dtype: str = "float32"  # of the micro-batches' summed gradients: float32 | bfloat16 (2 bytes a parameter, not 4)
+    remat: str = "full"  # what a layer keeps for backward: none (all but weights) | dots (matmul results) | full (nothing) | exchange | save:NAME,...
     attention: str = "auto"  # auto (= blocks) | blocks (any device) | cudnn (NVIDIA GPUs from Hopper on, bfloat16; packed rows by blocks)
     mtp_loss_weight: float = 0.3  # weight of the multi-token prediction loss (V3: 0.3, then 0.1)
     mtp_loss_weight_final: float = 0.3  # the weight after mtp_switch_fraction of the steps
     mtp_switch_fraction: float = 1.0  # V3: 10/14.8
-    max_bad_steps: int = 10  # stop after this many updates in a row were skipped for a non-finite loss or gradient; a falling loss scale does not count
+    max_bad_steps: int = 10  # stop after so many updates in a row were skipped for a non-finite loss or gradient, none while the loss scale falls
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,8 @@ def _validate_optimizer(o: Optimizer) -> None:
     # A moment changes by (1 - b) of itself a step; bfloat16's numbers are up to 2^-7 of themselves apart, and half of that rounds to nothing.
     for name in ("b1", "b2", *(("momentum",) if o.name == "muon" else ())):
         if o.moment_dtype == "bfloat16" and 1 - getattr(o, name) <= 2**-8:
-            raise UserError(f"config.optimizer.{name}={getattr(o, name)} and config.optimizer.moment_dtype=bfloat16: a moment would change too little "
-                            f"in a step to be stored in 8 bits, and never fall. Set {name} below {1 - 2**-8:.4f}, or moment_dtype to float32.")
+            raise UserError(f"config.optimizer.{name}={getattr(o, name)} and config.optimizer.moment_dtype=bfloat16: a moment would change too "
+                            f"little in a step to be stored in 8 bits, and never fall. Set {name} below {1 - 2**-8:.4f}, or moment_dtype to float32.")
 
 
 def _validate_loss_scale(config: Config) -> None:
@@ -126,7 +126,7 @@ def _validate_loss_scale(config: Config) -> None:
             raise UserError(f"config.fp16.{name}={value} has no effect with the fixed config.fp16.loss_scale={f.loss_scale}. "
                             f"Set it to {usual}, its default, or config.fp16.loss_scale=0 for a dynamic scale.")
     if f.initial_scale_power > 32:
-        raise UserError(f"config.fp16.initial_scale_power={f.initial_scale_power} is above 32, where the scale of a float32 loss ends. Set it to 32 or less.")
+        raise UserError(f"config.fp16.initial_scale_power={f.initial_scale_power} is above 32, where the scale ends. Set it to 32 or less.")
     if f.min_loss_scale > 2.0**f.initial_scale_power:
         raise UserError(f"config.fp16.min_loss_scale={f.min_loss_scale} is above the first scale, 2 to the power of config.fp16.initial_scale_power="
                         f"{f.initial_scale_power}. Set it to {2.0**f.initial_scale_power:g} or less.")
@@ -138,11 +138,11 @@ def _validate_accumulation(config: Config) -> None:
     if t.accumulation_dtype == "float32":
         return
     if t.accumulation == 1:
-        raise UserError(f"config.train.accumulation_dtype={t.accumulation_dtype} has no effect with config.train.accumulation=1: one micro-batch needs no "
-                        f"buffer. Set config.train.accumulation_dtype=float32, or more micro-batches.")
+        raise UserError(f"config.train.accumulation_dtype={t.accumulation_dtype} has no effect with config.train.accumulation=1: one micro-batch "
+                        f"needs no buffer. Set config.train.accumulation_dtype=float32, or more micro-batches.")
     if config.mesh.stage != 1:
-        raise UserError(f"config.train.accumulation_dtype={t.accumulation_dtype} has no effect with config.mesh.stage={config.mesh.stage}: stages add up the "
-                        f"gradients of micro-batches in their backward pass. Set config.train.accumulation_dtype=float32.")
+        raise UserError(f"config.train.accumulation_dtype={t.accumulation_dtype} has no effect with config.mesh.stage={config.mesh.stage}: stages "
+                        f"add up the gradients of micro-batches in their backward pass. Set config.train.accumulation_dtype=float32.")
 
 
 def _validate_offload(config: Config) -> None:

@@ -1,11 +1,11 @@
-"""Memory levers of numbers and optimizers: Muon, Adafactor, bfloat16 moments and accumulation, float16 with loss scaling.
+"""Memory levers of optimizers and numbers: Muon, Adafactor, bfloat16 moments and accumulation; options that would not act.
 
 Updates are compared with NumPy in float64, one matrix at a time; runs with those on one device, in float32, or before a checkpoint.
+Float16 has a file of its own.
 """
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -17,69 +17,14 @@ from flax import nnx
 
 import bridge
 import invariance
-from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import Config, Fp16, Mesh, Model, Optimizer, Sharding, Train, UserError
+from deepseek_jax.config import Config, Fp16, Mesh, Optimizer, Train, UserError
 from deepseek_jax.model.layers import param
-from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import program
-from deepseek_jax.train import losses, matrices, state, step
-from deepseek_jax.train.loss_scale import LossScale, adjust, may_fall
+from deepseek_jax.train import matrices, state, step
 from deepseek_jax.train.optimizer import learning_rate, make_optimizer
 from deepseek_jax.validation import validate
-
-TINY = Model(vocab_size=128, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, kv_lora_rank=16,
-             qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, initializer_range=0.1)
-ADAMW = Optimizer(learning_rate=1e-2, warmup_steps=2)
-
-
-def config_of(optimizer: Optimizer = ADAMW, mesh: Mesh = Mesh(fsdp=1), fp16: Fp16 = Fp16(), **train) -> Config:
-    train = {"steps": 40, "batch_size": invariance.SEQUENCES, "sequence_length": invariance.LENGTH, "dtype": "float32", "remat": "none"} | train
-    config = Config(model=TINY, mesh=mesh, train=Train(**train), optimizer=optimizer, sharding=Sharding(min_weight_size=0), fp16=fp16)
-    validate(config)
-    return config
-
-
-class Trainer:
-    """A compiled step of one config, and its state from the weights that all of these tests begin with."""
-
-    def __init__(self, config: Config, token_loss=losses.next_token_loss):
-        self.config, self.mesh = config, make_mesh(config, jax.devices()[: invariance.devices_of(config)])
-        with jax.set_mesh(self.mesh):
-            self.layout = state.make_layout(config, self.mesh)
-            self.compiled = bridge.jit(step.make_train_step(config, self.layout, token_loss)).lower(
-                self.layout.abstract_sharded(), self.batch(0)).compile()
-
-    def batch(self, i: int):
-        return step.put_batch(invariance.rows(i), self.config.micro_batch, self.mesh)
-
-    def start(self) -> state.TrainState:
-        with jax.set_mesh(self.mesh):
-            same = invariance.initial_state(TINY)._replace(opt_state=self.layout.abstract.opt_state)
-            opt_state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), self.layout.abstract.opt_state)  # all three begin with zeros
-            scale = self.layout.abstract.loss_scale and state.init_loss_scale(self.config)
-            return jax.device_put(same._replace(opt_state=opt_state, loss_scale=scale), self.layout.shardings)
-
-    def run(self, s: state.TrainState, steps: int, first: int = 0) -> tuple[state.TrainState, list[step.StepMetrics]]:
-        out = []
-        with jax.set_mesh(self.mesh):
-            for i in range(first, first + steps):
-                s, metrics = self.compiled(s, self.batch(i % 4))  # which refuses a state that is laid out otherwise than it was
-                out.append(metrics)
-        return s, out
-
-
-@functools.cache
-def trainer(config: Config) -> Trainer:
-    return Trainer(config)
-
-
-def losses_of(metrics: list[step.StepMetrics]) -> np.ndarray:
-    return np.asarray([float(m.losses.loss) for m in metrics])
-
-
-def same(a, b) -> bool:
-    return all(np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
+from trainer import ADAMW, TINY, Trainer, config_of, losses_of, restored, same, trainer
 
 # --------------------------------------------------------------------------------------- updates, one matrix at a time
 
@@ -186,6 +131,7 @@ def adafactor(o: Optimizer, name, g, w, memory, t):
 def test_updates_are_those_of_each_matrix_alone(optimizer, mesh, monkeypatch):
     """Weights of 0.3, updates of 0.01 a step. Newton-Schulz multiplies float32's rounding of small singular values, 1e-7, by up to 3.44^5."""
     monkeypatch.setattr(matrices, "FACTORED_FROM", 8)
+    monkeypatch.setattr(matrices, "CHUNK", 256)  # two matrices of gate_up_proj at a time, and some filling up
     config = config_of(dataclasses.replace(optimizer, learning_rate=0.01, warmup_steps=1, grad_clip=5.0, schedule="constant"), mesh)
     ours, opt_state = updated(config)
     of = {"muon": muon, "adafactor": adafactor}[optimizer.name]
@@ -221,16 +167,6 @@ def on_mesh(optimizer: Optimizer, mesh: Mesh) -> tuple[Trainer, state.TrainState
     t = trainer(config_of(optimizer, mesh))
     s, metrics = t.run(t.start(), 5)
     return t, s, losses_of(metrics)
-
-
-def restored(t: Trainer, s: state.TrainState, folder) -> state.TrainState:
-    """Through a checkpoint on disk."""
-    with jax.set_mesh(t.mesh):
-        checkpointer = Checkpointer(str(folder), keep=1)
-        checkpointer.save(5, state.to_tree(s), {})
-        tree, _ = checkpointer.restore(state.to_tree(t.layout.abstract_sharded()))
-        checkpointer.close()
-        return state.from_tree(tree, t.layout.abstract)
 
 
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
@@ -301,123 +237,6 @@ def test_bfloat16_accumulation_halves_the_buffer():
         return [{v.aval.dtype.name for v in e.outvars if v.aval.ndim > 1 and v.aval.dtype != jnp.int32} for e in loops]
 
     assert carried(runs["bfloat16"]) == [{"bfloat16"}] and carried(runs["float32"]) == [{"float32"}]
-
-
-# -------------------------------------------------------------------------------------------------------------- float16
-
-FLOAT16 = config_of(dataclasses.replace(ADAMW, moment_dtype="bfloat16"), Mesh(fsdp=2, expert=2), dtype="float16")
-
-
-def test_float16_tracks_float32():
-    """20 steps, over which the loss falls by 1. Float16 has 11 bits: 5e-4 of an activation, some of which decide an expert otherwise."""
-    half, full = trainer(FLOAT16), trainer(dataclasses.replace(FLOAT16, train=dataclasses.replace(FLOAT16.train, dtype="float32")))
-    (s, ours), (_, exact) = half.run(half.start(), 20), full.run(full.start(), 20)
-    ours, expected = losses_of(ours), losses_of(exact)
-    assert expected[-1] < expected[0] - 0.8
-    assert np.abs(ours - expected).max() < 0.02 and 0 < np.abs(ours - expected)[0]
-    assert int(s.skipped_steps) == 0 and full.layout.abstract.loss_scale is None and exact[0].loss_scale is None
-    assert float(s.loss_scale.scale) == 2.0**16 and int(s.loss_scale.good_steps) == 20
-
-
-def test_an_overflow_halves_the_scale_and_changes_nothing_else():
-    t = trainer(FLOAT16)
-    first, _ = t.run(t.start(), 3)
-    with jax.set_mesh(t.mesh):
-        high = jax.device_put(LossScale(np.float32(2.0**30), np.int32(7), np.int32(2)), t.layout.shardings.loss_scale)
-    s, scale, skipped = first._replace(loss_scale=high), 2.0**30, 0
-    while True:
-        before = s
-        s, (m,) = t.run(s, 1, 3)
-        assert float(m.loss_scale) == scale and np.isfinite(m.losses.loss) and int(s.bad_steps) == 0
-        if np.isfinite(m.grad_norm):
-            break
-        skipped += 1
-        scale /= 2 if skipped > 1 else 1  # hysteresis: the first overflow is forgiven
-        assert (float(s.loss_scale.scale), int(s.loss_scale.good_steps), int(s.skipped_steps)) == (scale, 0, skipped)
-        assert same((s.params, s.opt_state, s.bias), (before.params, before.opt_state, before.bias))
-    assert skipped > 3 and scale > 2.0**10, (skipped, scale)
-    assert (float(s.loss_scale.scale), int(s.loss_scale.good_steps)) == (scale, 1) and not same(s.params, first.params)
-    # Gradients are those at the usual scale, but for float16's rounding.
-    usual, (m0,) = t.run(first, 1, 3)
-    assert float(m.grad_norm) == pytest.approx(float(m0.grad_norm), rel=1e-2) and float(m.lr) == float(m0.lr)
-    # A loss that is no number is not the scale's fault.
-    broken = jax.tree.map(lambda a: a * jnp.nan, s.params)
-    after, (m,) = t.run(s._replace(params=broken), 1, 4)
-    assert int(after.bad_steps) == 1 and float(after.loss_scale.scale) == scale
-
-
-def test_float16_resumes_exactly(tmp_path):
-    t = trainer(FLOAT16)
-    s, _ = t.run(t.start(), 5)
-    s = s._replace(loss_scale=s.loss_scale._replace(hysteresis=s.loss_scale.hysteresis - 1))
-    on, metrics = t.run(s, 3, 5)
-    again, same_metrics = t.run(restored(t, s, tmp_path), 3, 5)
-    assert same(on, again) and same(metrics, same_metrics) and int(again.loss_scale.good_steps) == 8
-
-
-def test_overflows_at_the_lowest_scale_count_as_bad_steps():
-    def token_loss(model, out, batch, total, config, mtp_weight):
-        w = model.norm.weight[...]
-        value = jnp.sum(w**2) + jnp.sqrt(jnp.sum((w - jax.lax.stop_gradient(w)) ** 2))  # the root's gradient at 0 is no number
-        return value, value, value
-
-    t = Trainer(config_of(dtype="float16", fp16=Fp16(initial_scale_power=2, hysteresis=1)), token_loss)
-    s, metrics = t.run(t.start(), 5)
-    assert [float(m.loss_scale) for m in metrics] == [4, 2, 1, 1, 1]
-    assert [int(m.bad_steps) for m in metrics] == [0, 0, 1, 2, 3] and int(s.skipped_steps) == 5
-
-
-def test_the_scale_moves_as_deepspeeds():
-    """Against its DynamicLossScaler, written anew from its source, on random overflows."""
-    for seed, options in enumerate((Fp16(), Fp16(initial_scale_power=4, loss_scale_window=3, hysteresis=1, min_loss_scale=2.0),
-                                    Fp16(initial_scale_power=8, loss_scale_window=5, hysteresis=3))):
-        ours = LossScale(jnp.float32(2.0**options.initial_scale_power), jnp.int32(0), jnp.int32(options.hysteresis))
-        scale, hysteresis, last = 2.0**options.initial_scale_power, options.hysteresis, -1
-        move = jax.jit(functools.partial(adjust, options))
-        for i, overflow in enumerate(np.random.default_rng(seed).random(80) < 0.25):
-            if overflow:
-                if options.hysteresis == 1 or hysteresis == 1:
-                    scale = max(scale / 2, options.min_loss_scale)
-                else:
-                    hysteresis -= 1
-                last = i
-            elif (i - last) % options.loss_scale_window == 0:
-                hysteresis, scale = options.hysteresis, scale * 2
-            ours = move(ours, jnp.asarray(overflow), jnp.asarray(False))
-            assert (float(ours.scale), int(ours.hysteresis)) == (scale, hysteresis), (seed, i)
-            assert bool(may_fall(options, ours)) == (scale > options.min_loss_scale)
-    grown = move(LossScale(jnp.float32(2.0**32), jnp.int32(4), jnp.int32(1)), jnp.asarray(False), jnp.asarray(False))
-    assert float(grown.scale) == 2.0**32
-
-
-def test_the_heads_gradient_does_not_overflow_before_it_is_divided():
-    """4,096 tokens, most with the same target and like hidden states of 32: their sum is above 65,504, their mean far below. And words of a
-    probability of 1e-4 keep their gradient, which float16 alone would store in a few bits."""
-    rng = np.random.default_rng(0)
-    tokens, width, words, scale = 4096, 16, 8192, 2.0**10
-    hidden = (32 + rng.standard_normal((tokens, width))).astype(np.float16)
-    kernel = (rng.standard_normal((width, words)) * 0.002).astype(np.float32).astype(np.float16).astype(np.float32)
-    target = np.where(rng.random(tokens) < 0.9, 3, rng.integers(0, words, tokens)).astype(np.int32)
-    with bridge.on_mesh(config_of()):
-        head = nnx.Param(jnp.asarray(kernel), out_sharding=("embed", "vocab"), eager_sharding=False)
-        model = types.SimpleNamespace(model=TINY, head=head)
-
-        def loss(hidden, kernel):
-            model.head = head.replace(kernel)
-            return losses.cross_entropy_sum(hidden, model, bridge.put(target.reshape(8, -1))) / tokens * scale
-
-        on_devices = jax.device_put(hidden.reshape(8, -1, width), jax.P(BATCH_AXES)), jax.device_put(kernel, jax.P(None, "tensor"))
-        dhidden, dkernel = bridge.jit(jax.grad(loss, argnums=(0, 1)))(*on_devices)
-    logits = hidden.astype(np.float64) @ kernel
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    dlogits = (p / p.sum(axis=1, keepdims=True) - np.eye(words)[target]) / tokens * scale
-    expected = hidden.astype(np.float64).T @ dlogits
-    assert np.abs(expected * tokens / scale).max() > 65504
-    rare = np.setdiff1d(np.arange(words), target)
-    for name, ours, exact in (("kernel", dkernel, expected), ("rare words", np.asarray(dkernel)[:, rare], expected[:, rare]),
-                              ("hidden", np.asarray(dhidden, np.float64).reshape(tokens, width), dlogits @ kernel.T)):
-        error = np.linalg.norm(np.asarray(ours, np.float64) - exact) / np.linalg.norm(exact)
-        assert error < 2e-3, f"{name}: {error:.1e}"  # float16 rounds by 2^-11
 
 
 # -------------------------------------------------------------------------------------------------------------- mistakes

@@ -24,7 +24,7 @@ from deepseek_jax.parallel.sharding import logical_axes
 STACKED_AXES = ("layers", "experts", "pair")  # logical axes along which a weight holds matrices, or vectors, of their own
 MUON_RMS = 0.2  # root mean square of Muon's update of a matrix, as AdamW's usually is: both then take the same learning rate and weight decay
 FACTORED_FROM = 128  # Adafactor keeps rows and columns of matrices whose sides are both at least this; optax's default
-CHUNK = 2**24  # elements of the matrices that a device orthogonalises at a time: 64 MiB in each of some four arrays
+CHUNK = 2**24  # elements of the matrices that a device orthogonalises at a time: 64 MiB in each of some five arrays; a larger matrix alone
 
 
 def stacked_dimensions(params: nnx.State) -> Any:
@@ -83,8 +83,8 @@ def orthogonalised(update: jax.Array, stacked: Stacked) -> jax.Array:
 
     A matrix must be whole for that. Where the mesh divides its rows or columns, an all-to-all makes each of n devices hold some whole
     matrices instead of an n-th of each, and a second one brings the results back: as many bytes as the update has on the device, twice,
-    and no device computes what another one does but for filling up the number of matrices to a multiple of n. Over axes that do not
-    divide the weight, all devices compute the same. 5 steps cost 5 (4 m^2 n + 2 m^3) FLOPs for a matrix of m <= n.
+    and no device computes what another one does but for filling up the number of matrices to a multiple of n. It goes through them CHUNK by
+    CHUNK. Over axes that do not divide the weight, all devices compute the same. 5 steps cost 5 (4 m^2 n + 2 m^3) FLOPs for a matrix of m <= n.
 
     Args:
       update: float32, in any layout. stacked: its dimensions that are not of a matrix.
@@ -94,23 +94,26 @@ def orthogonalised(update: jax.Array, stacked: Stacked) -> jax.Array:
     """
     spec = jax.typeof(update).sharding.spec
     named = lambda d: () if spec[d] is None else (spec[d],) if isinstance(spec[d], str) else tuple(spec[d])
-    rows, columns = (named(d) for d in range(update.ndim) if d not in stacked.dimensions)
+    (m, n), divided = zip(*((update.shape[d], named(d)) for d in range(update.ndim) if d not in stacked.dimensions), strict=True)
+
+    def one_chunk(matrices):
+        for dimension, axes in enumerate(divided, 1):
+            if axes:
+                matrices = lax.all_to_all(matrices, axes, split_axis=0, concat_axis=dimension, tiled=True)
+        matrices = jax.vmap(_orthogonalised)(matrices) * (MUON_RMS * math.sqrt(max(m, n)))
+        for dimension, axes in reversed(list(enumerate(divided, 1))):
+            if axes:
+                matrices = lax.all_to_all(matrices, axes, split_axis=dimension, concat_axis=0, tiled=True)
+        return matrices
 
     def one_device(u):
         u = stacked.first(u)
-        matrices = u.reshape(-1, *u.shape[-2:])
-        count, ways = len(matrices), math.prod(lax.axis_size(a) for a in (*rows, *columns))
-        matrices = jnp.pad(matrices, ((0, -count % ways), (0, 0), (0, 0)))
-        for dimension, axes in ((1, rows), (2, columns)):
-            if axes:
-                matrices = lax.all_to_all(matrices, axes, split_axis=0, concat_axis=dimension, tiled=True)
-        size = matrices.shape[1:]
-        out = lax.map(_orthogonalised, matrices, batch_size=min(len(matrices), max(1, CHUNK // math.prod(size))))
-        out = out * (MUON_RMS * math.sqrt(max(size)))
-        for dimension, axes in ((2, columns), (1, rows)):
-            if axes:
-                out = lax.all_to_all(out, axes, split_axis=dimension, concat_axis=0, tiled=True)
-        return stacked.back(out[:count].reshape(u.shape))
+        matrices, ways = u.reshape(-1, *u.shape[-2:]), math.prod(lax.axis_size(a) for axes in divided for a in axes)
+        count = len(matrices)
+        steps = -(-count // (ways * max(1, CHUNK // (m * n))))
+        size = -(-count // (ways * steps)) * ways
+        matrices = jnp.pad(matrices, ((0, steps * size - count), (0, 0), (0, 0))).reshape(steps, size, *u.shape[-2:])
+        return stacked.back(lax.map(one_chunk, matrices).reshape(-1, *u.shape[-2:])[:count].reshape(u.shape))
 
     return per_device(one_device, (spec,), spec)(update)
 

@@ -67,7 +67,8 @@ def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransform
     else:
         scale = (scale_by_adafactor(params, o.scale_parameter) if o.name == "adafactor" else
                  scale_by_muon(params, o.momentum, optax.scale_by_adam(o.b1, o.b2, o.eps)))
-        update = optax.chain(scale, optax.add_decayed_weights(o.weight_decay, decay_mask(params)), optax.scale_by_learning_rate(learning_rate(config)))
+        decay = optax.add_decayed_weights(o.weight_decay, decay_mask(params))
+        update = optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate(config)))
     return optax.chain(clip, update if o.moment_dtype == "float32" else moments_in(jnp.dtype(o.moment_dtype), update))
 
 
