@@ -37,11 +37,11 @@ LINEAR = 1.1  # temporary bytes may grow by this much more than the length
 def main() -> int:
     parser = options.Parser()
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192", help="Sequence lengths, separated by commas.")
-    for name, default, text in (("tokens", 4096, "Tokens to time, in whole sequences, at least one."), ("heads", 8, "Heads."),
+    for name, default, about in (("tokens", 4096, "Tokens to time, in whole sequences, at least one."), ("heads", 8, "Heads."),
                                 ("qk", 96, "Width of a query and key head."), ("v", 64, "Width of a value head."),
                                 ("documents", 2, "Documents packed into a sequence."), ("turns", 5, "Turns to time."),
                                 ("memory", 4_000_000_000, "Most bytes of temporaries of a program that is run.")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+        parser.add_argument(f"--{name}", type=int, default=default, help=about)
     parser.add_argument("--module", action="store_true", help="The whole attention module instead.")
     if {"--help", "-h"} & set(sys.argv):
         print(f"{__doc__}\nFlags:\n{parser.describe()}")
@@ -67,8 +67,10 @@ def compute_dtype() -> Any:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def plain(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids_BS: jax.Array, scale: float) -> jax.Array:
+def plain(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids_BS: jax.Array, scale: float,
+          method: str = "auto") -> jax.Array:
     """What `causal_attention` computes, as one softmax over whole scores; also the reference of gpu_bench."""
+    del method
     score_BNQK = jnp.einsum("bqnh,bknh->bnqk", q_BSNH, k_BSNH, preferred_element_type=jnp.float32) * scale
     causal_QK = jnp.tril(jnp.ones((q_BSNH.shape[1], k_BSNH.shape[1]), bool))
     mask_BQK = causal_QK & (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])

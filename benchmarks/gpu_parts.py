@@ -61,17 +61,17 @@ def training_config(toy: bool, layers: int | None = None, attention_method: str 
 def compile_on(config: Config, device: Any) -> tuple[Any, Any, topology.Step]:
     """(mesh, layout, compiled step) on one device, which may be elsewhere."""
     mesh, layout = topology.lay_out(config, [device])
-    return mesh, layout, topology.compile_step(config, mesh, layout, topology.GPU_OPTIONS if device.platform != "cpu" else None)
+    return mesh, layout, topology.compile_step(config, mesh, layout)
 
 
-def layers_that_fit(toy: bool, device: Any, limit: float) -> tuple[int, dict[int, int]]:
+def layers_that_fit(device: Any, limit: float) -> tuple[int, dict[int, int]]:
     """The most layers whose compiled step needs up to `limit` bytes, and the bytes of each number compiled to find it."""
-    most = training_config(toy).model.num_hidden_layers
+    most = training_config(False).model.num_hidden_layers
     needed: dict[int, int] = {}
 
     def fits(layers: int) -> bool:
         if layers not in needed:
-            needed[layers] = program.memory(compile_on(training_config(toy, layers), device)[2].compiled).total
+            needed[layers] = program.memory(compile_on(training_config(False, layers), device)[2].compiled).total
         return needed[layers] <= limit
 
     few = min(4, most)
@@ -98,9 +98,9 @@ def balanced_route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, mod
 def train(toy: bool) -> dict[str, Any]:
     """Tokens a second of the real step; natural and balanced routing, and on GPUs cuDNN attention; the profile of the first."""
     device = jax.devices()[0]
-    limit = math.inf if toy else (device.memory_stats() or {}).get("bytes_limit", 141e9)
-    layers, needed = layers_that_fit(toy, device, limit)
     whole = training_config(toy)
+    limit = (device.memory_stats() or {}).get("bytes_limit", 141e9)
+    layers, needed = (whole.model.num_hidden_layers, {}) if toy else layers_that_fit(device, limit)
     out = {"device": device.device_kind, "layers": layers, "layers_of_the_model": whole.model.num_hidden_layers,
            "bytes_by_layers": {str(n): b for n, b in needed.items()}, "sequence_length": whole.train.sequence_length, "batch_size": whole.train.batch_size, "runs": []}
     variants = [("natural", "auto"), ("balanced", "auto")] + [("balanced", "cudnn")] * (device.platform != "cpu")

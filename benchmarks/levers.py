@@ -138,7 +138,7 @@ def measure(config: Config, devices: list[jax.Device], hardware: str, timed: boo
     compiled = here
     if hardware != "here":
         elsewhere = topology.gpu_devices(topology.HARDWARE[hardware], len(devices), 8)
-        compiled = topology.compile_step(config, *topology.lay_out(config, elsewhere), topology.GPU_OPTIONS).compiled
+        compiled = topology.compile_step(config, *topology.lay_out(config, elsewhere)).compiled
     memory = program.memory(compiled)
     row = {k: held[k] for k in ("parameters", "gradients", "optimizer")} | {"temporaries": memory.temporaries, "total": memory.total}
     row["host"] = program.host_memory(compiled) or held.get("host", 0)

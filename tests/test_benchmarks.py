@@ -25,10 +25,10 @@ def test_layers_that_fit(monkeypatch):
     """Found from what compiled steps need: here 100 bytes and 10 a layer."""
     monkeypatch.setattr(gpu_parts, "compile_on", lambda config, device: (None, None, type("Step", (), {"compiled": config.model.num_hidden_layers})))
     monkeypatch.setattr(gpu_parts.program, "memory", lambda layers: type("Memory", (), {"total": 100 + 10 * layers}))
-    assert gpu_parts.layers_that_fit(False, None, 259)[0] == 15
-    assert gpu_parts.layers_that_fit(False, None, 260)[0] == 16
-    assert gpu_parts.layers_that_fit(False, None, 1e6)[0] == 27
-    assert gpu_parts.layers_that_fit(False, None, 130)[0] == 2
+    assert gpu_parts.layers_that_fit(None, 259)[0] == 15
+    assert gpu_parts.layers_that_fit(None, 260)[0] == 16
+    assert gpu_parts.layers_that_fit(None, 1e6)[0] == 27
+    assert gpu_parts.layers_that_fit(None, 130)[0] == 2
 
 
 @pytest.mark.parametrize("load", ["balanced", "zipf"])
