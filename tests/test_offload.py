@@ -87,8 +87,6 @@ def test_the_numbers_stay(offload, mesh, accumulation):
     np.testing.assert_allclose(ours[1], plain[1], rtol=2e-6)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours[2]), jax.tree.leaves(plain[2]), strict=True):
         bridge.assert_close(a, b, 2e-5, bridge.path_of(path))
-    if mesh == ALONE:  # the forward pass is the same program
-        assert ours[0][0] == plain[0][0]
 
 
 @pytest.mark.parametrize("offload", [Offload(optimizer_state=True), EVERYTHING], ids=["optimizer_state", "everything"])

@@ -116,7 +116,7 @@ def test_one_layer_is_whole_at_a_time():
 def test_a_stage_holds_its_blocks_divided(virtual_stages):
     """Outside of the loops only the dense layer, embedding and head are gathered over fsdp and expert, never all blocks of a stage at
     once; the blocks' way to their stages is an all-to-all. More micro-batches need more memory for activations only."""
-    config = dataclasses.replace(strategy("full_shard", stage=2, fsdp=2, expert=2), sharding=Sharding("full_shard", 0, virtual_stages))
+    config = dataclasses.replace(strategy("full_shard", stage=2, fsdp=2, expert=2), sharding=Sharding("full_shard", 0, virtual_stages=virtual_stages))
     few, many = (dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=a)) for a in (2, 4))
     found, memory, layout = compiled(few)
     stack = 11 * layer_bytes(layout)

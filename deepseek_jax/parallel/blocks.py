@@ -10,6 +10,7 @@ M + G*block at most; D hidden_size, F expert width, P gate and up; I inner and O
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.parallel.rounds import sort_by_expert
+
+LARGE = 4  # blocks that are one product where they are all full
 
 
 class Rows(NamedTuple):
@@ -44,9 +47,18 @@ def lay_out(expert_TK: jax.Array, experts: int, block: int) -> Rows:
 
 
 def block_rows(tokens: int, top_k: int, experts: int) -> int:
-    """Rows of a block: an eighth to a quarter of an expert's mean load, so that about a tenth of the work is on empty rows."""
+    """Rows of a block: at most a quarter of an expert's mean load, so that about a tenth of the work is on empty rows."""
     mean = tokens * top_k / experts
-    return int(min(max(2 ** int(np.log2(max(mean, 1) / 4)), 8), 256))
+    return int(min(max(2 ** int(np.log2(max(mean, 1) / 4)), 8), 64))
+
+
+def _over_blocks(count: jax.Array, block: int, f: Callable, carry: jax.Array) -> jax.Array:
+    """f(first row, number of rows, carry) for an expert's `count` rows: LARGE blocks at once as long as they are full, then one at a time."""
+    done = jnp.zeros_like(count)
+    for size, go_on in ((LARGE * block, lambda done: done + LARGE * block <= count), (block, lambda done: done < count)):
+        step = lambda c, size=size: (c[0] + size, f(c[0], size, c[1]))
+        done, carry = lax.while_loop(lambda c, go_on=go_on: go_on(c[0]), step, (done, carry))
+    return carry
 
 
 def matmul(rows_RI: jax.Array, weight_GIO: jax.Array, rows: Rows, block: int, transpose: bool = False) -> jax.Array:
@@ -56,12 +68,11 @@ def matmul(rows_RI: jax.Array, weight_GIO: jax.Array, rows: Rows, block: int, tr
     def expert(out, given):
         weight, start, count = given
 
-        def one_block(carry):
-            done, out = carry
-            here = lax.dynamic_slice_in_dim(rows_RI, start + done, block) @ (weight.T if transpose else weight)
-            return done + block, lax.dynamic_update_slice_in_dim(out, here, start + done, 0)
+        def multiply(done, size, out):
+            here = lax.dynamic_slice_in_dim(rows_RI, start + done, size) @ (weight.T if transpose else weight)
+            return lax.dynamic_update_slice_in_dim(out, here, start + done, 0)
 
-        return lax.while_loop(lambda carry: carry[0] < count, one_block, (jnp.zeros_like(count), out))[1], None
+        return _over_blocks(count, block, multiply, out), None
 
     return lax.scan(expert, jnp.zeros_like(rows_RI, shape=(rows_RI.shape[0], width)), (weight_GIO, rows.start_G, rows.count_G))[0]
 
@@ -72,13 +83,12 @@ def weight_gradient(rows_RI: jax.Array, rows_RO: jax.Array, rows: Rows, block: i
     def expert(_, given):
         start, count = given
 
-        def one_block(carry):
-            done, total = carry
-            left, right = (lax.dynamic_slice_in_dim(a, start + done, block) for a in (rows_RI, rows_RO))
-            return done + block, total + jnp.einsum("ri,ro->io", left, right, preferred_element_type=jnp.float32)
+        def add(done, size, total):
+            left, right = (lax.dynamic_slice_in_dim(a, start + done, size) for a in (rows_RI, rows_RO))
+            return total + jnp.einsum("ri,ro->io", left, right, preferred_element_type=jnp.float32)
 
         zero = jnp.zeros_like(rows_RI, jnp.float32, shape=(rows_RI.shape[1], rows_RO.shape[1]))
-        return None, lax.while_loop(lambda carry: carry[0] < count, one_block, (jnp.zeros_like(count), zero))[1]
+        return None, _over_blocks(count, block, add, zero)
 
     return lax.scan(expert, None, (rows.start_G, rows.count_G))[1]
 

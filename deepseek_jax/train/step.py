@@ -81,7 +81,7 @@ def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses
         grads, (parts, stats) = jax.grad(loss, has_aux=True)(given)
         return grads, parts, stats.load if stats else NO_LOAD
 
-    def whole_batch_gradients(params, bias, batch, total, mtp_weight, scale):
+    def whole_batch_gradients(params, bias, batch, total, mtp_weight, scale=None):
         one = lambda batch: gradients(params, bias, batch, total, mtp_weight, scale)
         if jax.sharding.get_abstract_mesh().shape["stage"] > 1:
             return one(batch)
