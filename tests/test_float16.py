@@ -12,8 +12,9 @@ from flax import nnx
 
 import bridge
 from deepseek_jax.config import Fp16, Mesh
+from deepseek_jax.model.count import Count
 from deepseek_jax.parallel.mesh import BATCH_AXES
-from deepseek_jax.train import losses
+from deepseek_jax.train import losses, metrics
 from deepseek_jax.train.loss_scale import LossScale, adjust, may_fall
 from trainer import ADAMW, TINY, Trainer, config_of, losses_of, restored, same, trainer
 
@@ -24,11 +25,13 @@ def test_float16_tracks_float32():
     """20 steps, over which the loss falls by 1. Float16 has 11 bits: 5e-4 of an activation, some of which decide an expert otherwise."""
     half, full = trainer(FLOAT16), trainer(dataclasses.replace(FLOAT16, train=dataclasses.replace(FLOAT16.train, dtype="float32")))
     (s, ours), (_, exact) = half.run(half.start(), 20), full.run(full.start(), 20)
-    ours, expected = losses_of(ours), losses_of(exact)
+    last, ours, expected = ours[-1], losses_of(ours), losses_of(exact)
     assert expected[-1] < expected[0] - 0.8
     assert np.abs(ours - expected).max() < 0.02 and 0 < np.abs(ours - expected)[0]
     assert int(s.skipped_steps) == 0 and full.layout.abstract.loss_scale is None and exact[0].loss_scale is None
     assert float(s.loss_scale.scale) == 2.0**16 and int(s.loss_scale.good_steps) == 20
+    row = lambda m: metrics.row(jax.device_get(m), 20, 1.0, 1.0, 1, FLOAT16, Count(1, 1, 0, 1.0))
+    assert row(last)["loss_scale"] == 65536 and "loss_scale" not in row(exact[-1])
 
 
 def test_an_overflow_halves_the_scale_and_changes_nothing_else():
