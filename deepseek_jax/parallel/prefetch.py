@@ -4,7 +4,7 @@ PyTorch's FSDP issues collectives from hooks around each layer; XLA moves them i
 
     forward_prefetch       the collective pipeliner takes the gathers out of the loop over layers: iteration i gathers for i + 1
     backward_prefetch      pre: the same for the gathers of backward, and gradients are reduced while the next layer computes;
-                           post: the latter only, so that one layer's weights fewer are alive; none: neither
+                           post: the latter only; none: neither
     limit_all_gathers      one collective in flight at a time; without it UNLIMITED, each with buffers of its own
 
 The latency-hiding scheduler puts computation between the start and the end of a collective. What is moved to another layer's time is
