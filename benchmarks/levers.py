@@ -42,13 +42,13 @@ LEVERS: dict[str, dict[str, Any]] = {
     "train.remat=none": {"train.remat": "none"},
     "train.remat=exchange": {"train.remat": "exchange"},
     "train.remat=save:mla_latent": {"train.remat": "save:mla_latent"},
-    "train.remat=save:attention,mlp_hidden": {"train.remat": "save:attention,mlp_hidden"},
+    "train.remat=save:attention,mlp_gate_up": {"train.remat": "save:attention,mlp_gate_up"},
     "train.remat=save:exchange,experts_hidden": {"train.remat": "save:exchange,experts_hidden"},
     "offload.optimizer_state": {"offload.optimizer_state": True},
     "offload.parameters": {"offload.parameters": True},
     "offload.optimizer_state offload.parameters": {"offload.optimizer_state": True, "offload.parameters": True},
     "offload.activations=layer_input": {"offload.activations": "layer_input"},
-    "offload.activations=layer_input,attention,mlp_hidden": {"offload.activations": "layer_input,attention,mlp_hidden"},
+    "offload.activations=layer_input,attention,mlp_gate_up": {"offload.activations": "layer_input,attention,mlp_gate_up"},
 }
 REPLICAS = "mesh.data=2 hybrid_shard"
 COMPRESSED = {f"{REPLICAS} gradient_compression={kind}": {"sharding.gradient_compression": kind} for kind in ("bfloat16", "int8")}

@@ -274,8 +274,18 @@ class Config:
         return m.num_hidden_layers - m.first_k_dense_replace or m.num_hidden_layers
 
 
-# What remat=save:NAME,NAME may keep, and offload.activations may send to the host's memory. BUILD.md has their bytes a token.
-REMAT_NAMES = ("layer_input", "mla_latent", "attention", "mlp_hidden", "exchange", "experts_hidden")
+# What remat=save:NAME,NAME may keep, and offload.activations may send to the host's memory; bytes a token and layer in items of the compute
+# dtype, and what backward need not do again. D hidden_size, N heads, F width of the dense MLP or of the shared experts together, f that of a
+# routed expert, K experts a token, c capacity_factor, X devices on mesh.expert.
+REMAT_NAMES = (
+    "layer_input",  # D: what every remat keeps for a layer; there is nothing to spare, but its memory to offload
+    "mla_latent",  # kv_lora_rank + qk_rope_head_dim + q_lora_rank: the down-projections
+    "attention",  # N v_head_dim: attention itself, all but its products for backward
+    "mlp_gate_up",  # 2 F: two of the three matmuls of dense MLP and shared experts
+    "mlp_hidden",  # F: their activation function
+    "exchange",  # K c D (all_to_all) or X D (all_gather, ring), where X > 1: the tokens' way to the experts
+    "experts_hidden",  # 2 K c f: two of the three matmuls of the routed experts, in the first round
+)
 STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard")
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
 

@@ -85,7 +85,8 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        h_BSF = jax.nn.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD)
+        gate_BSF, up_BSF = (checkpoint_name(projection(x_BSD), "mlp_gate_up") for projection in (self.gate_proj, self.up_proj))
+        h_BSF = jax.nn.silu(gate_BSF) * up_BSF
         return self.down_proj(checkpoint_name(h_BSF, "mlp_hidden"))
 
 
