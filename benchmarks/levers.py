@@ -40,6 +40,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "train.accumulation=4": {"train.accumulation": 4},
     "train.accumulation=4 accumulation_dtype=bfloat16": {"train.accumulation": 4, "train.accumulation_dtype": "bfloat16"},
     "train.remat=none": {"train.remat": "none"},
+    "train.remat=dots": {"train.remat": "dots"},
     "train.remat=exchange": {"train.remat": "exchange"},
     "train.remat=save:mla_latent": {"train.remat": "save:mla_latent"},
     "train.remat=save:attention,mlp_gate_up": {"train.remat": "save:attention,mlp_gate_up"},

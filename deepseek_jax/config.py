@@ -280,7 +280,7 @@ class Config:
 REMAT_NAMES = (
     "layer_input",  # D: what every remat keeps for a layer; there is nothing to spare, but its memory to offload
     "mla_latent",  # kv_lora_rank + qk_rope_head_dim + q_lora_rank: the down-projections
-    "attention",  # N v_head_dim: attention itself, all but its products for backward
+    "attention",  # N v_head_dim, and N float32: attention itself, all but its products for backward
     "mlp_gate_up",  # 2 F: two of the three matmuls of dense MLP and shared experts
     "mlp_hidden",  # F: their activation function
     "exchange",  # K c D (all_to_all) or X D (all_gather, ring), where X > 1: the tokens' way to the experts

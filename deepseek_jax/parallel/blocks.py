@@ -52,10 +52,15 @@ def block_rows(tokens: int, top_k: int, experts: int) -> int:
     return int(min(max(2 ** int(np.log2(max(mean, 1) / 4)), 8), 64))
 
 
-def _over_blocks(count: jax.Array, block: int, f: Callable, carry: jax.Array) -> jax.Array:
-    """f(first row, number of rows, carry) for an expert's `count` rows: LARGE blocks at once as long as they are full, then one at a time."""
+def _over_blocks(rows: int, count: jax.Array, block: int, f: Callable, carry: jax.Array) -> jax.Array:
+    """f(first row, number of rows, carry) for an expert's `count` rows: LARGE blocks at once as long as they are full, then one at a time.
+
+    `rows`: of the arrays that f slices.
+    """
     done = jnp.zeros_like(count)
     for size, go_on in ((LARGE * block, lambda done: done + LARGE * block <= count), (block, lambda done: done < count)):
+        if size > rows:
+            continue  # a slice of so many rows would be an error, though it is never taken
         step = lambda c, size=size: (c[0] + size, f(c[0], size, c[1]))
         done, carry = lax.while_loop(lambda c, go_on=go_on: go_on(c[0]), step, (done, carry))
     return carry
@@ -72,7 +77,7 @@ def matmul(rows_RI: jax.Array, weight_GIO: jax.Array, rows: Rows, block: int, tr
             here = lax.dynamic_slice_in_dim(rows_RI, start + done, size) @ (weight.T if transpose else weight)
             return lax.dynamic_update_slice_in_dim(out, here, start + done, 0)
 
-        return _over_blocks(count, block, multiply, out), None
+        return _over_blocks(len(rows_RI), count, block, multiply, out), None
 
     return lax.scan(expert, jnp.zeros_like(rows_RI, shape=(rows_RI.shape[0], width)), (weight_GIO, rows.start_G, rows.count_G))[0]
 
@@ -88,7 +93,7 @@ def weight_gradient(rows_RI: jax.Array, rows_RO: jax.Array, rows: Rows, block: i
             return total + jnp.einsum("ri,ro->io", left, right, preferred_element_type=jnp.float32)
 
         zero = jnp.zeros_like(rows_RI, jnp.float32, shape=(rows_RI.shape[1], rows_RO.shape[1]))
-        return None, _over_blocks(count, block, add, zero)
+        return None, _over_blocks(len(rows_RI), count, block, add, zero)
 
     return lax.scan(expert, None, (rows.start_G, rows.count_G))[1]
 
