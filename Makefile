@@ -27,8 +27,6 @@ help: ## this list
 
 venv: $(STAMP) ## create .venv with the package in it
 
-# glibc gives freed memory back to the kernel between steps; huge pages make getting it again a hundred times fewer faults.
-train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 train: $(STAMP) ## train the tiny model (the same command again resumes it)
 	$(VENV)/bin/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 

@@ -14,6 +14,11 @@ after too many non-finite updates; 130 or 143 stopped by SIGINT or SIGTERM after
 either signal to any of them).
 """
 
+if __name__ == "__main__":
+    from deepseek_jax.hugepages import use_huge_pages
+
+    use_huge_pages()  # first of all: it starts the program again
+
 import contextlib
 import json
 import os

@@ -20,6 +20,7 @@ import re
 import sys
 
 from deepseek_jax.config import UserError, exit_code
+from deepseek_jax.hugepages import use_huge_pages
 
 NAMES = re.findall(r"^  (\w+)  ", __doc__, re.MULTILINE)
 
@@ -36,4 +37,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # as train.py does
     sys.exit(exit_code("benchmarks", lambda: main(sys.argv[1:])))

@@ -9,8 +9,8 @@ compiled and not run. The bars, printed below the table: temporary bytes linear 
 length, quicker at the others. --module measures the whole MultiHeadLatentAttention with either, at the widths of the issue's
 "mid" model, and how much of it is not attention itself.
 
-On CPUs set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as `make train` does: without it page faults of fresh memory are a
-large part of what is measured, most of all of plain attention.
+All benchmarks run with huge pages, as train.py does: without them page faults of fresh memory are a large part of what is
+measured, most of all of plain attention.
 """
 
 import json

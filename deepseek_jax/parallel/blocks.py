@@ -1,12 +1,12 @@
 """Experts at work where nothing is exchanged, on a CPU: each expert's rows in blocks, and only as many blocks as there are rows.
 
-The assignments are sorted by expert into one array of rows in which every expert begins a new block of `block` rows; what is left of
-its last block is zeros, which add nothing anywhere. A matmul then walks over the filled blocks with each one's expert's weights. So work
+The assignments are sorted by expert into one array of rows, without gaps. A matmul walks over it expert by expert, in whole blocks: what
+an expert's last block has of the next one's rows, that one writes again; only a sum over rows has to leave them out. So work
 follows the routing, however skewed, memory does not depend on it, and there are no rounds. XLA's `ragged_dot` would multiply
 every row by every expert on a CPU; batched matmuls over equal slots (parallel/rounds.py) work on empty places too.
 
-Shape letters: T tokens, K experts per token, M = T*K assignments, G experts here, R = rows, with what blocks leave empty: static,
-M + G*block at most; D hidden_size, F expert width, P gate and up; I inner and O outer width of any matmul.
+Shape letters: T tokens, K experts per token, M = T*K assignments, G experts here, R = M + block rows, the last of which are
+zeros; D hidden_size, F expert width, P gate and up; I inner and O outer width of any matmul.
 """
 
 import functools
@@ -21,7 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.parallel.rounds import sort_by_expert
 
-LARGE = 4  # blocks that are one product where they are all full
+LARGE = 4  # blocks that are one product where they are all an expert's own
+PIECES = 8  # blocks that one product of a weight gradient takes, at most
 
 
 class Rows(NamedTuple):
@@ -35,15 +36,11 @@ class Rows(NamedTuple):
 
 def lay_out(expert_TK: jax.Array, experts: int, block: int) -> Rows:
     """Rows of assignments to experts in [0, experts]; `experts` itself means nowhere. Within an expert in token order."""
-    size = -(-(expert_TK.size + experts * (block - 1)) // block) * block
-    _, bound, rank_TK = sort_by_expert(expert_TK, experts)
-    count_G = jnp.diff(bound)
-    end_G = jnp.cumsum((count_G + block - 1) // block * block)
-    start_G = (end_G - (count_G + block - 1) // block * block).astype(jnp.int32)
-    row_TK = jnp.where(expert_TK < experts, start_G.at[expert_TK].get(mode="clip") + rank_TK, size)
-    assignment = jnp.arange(expert_TK.size, dtype=jnp.int32)
-    empty_R = jnp.full_like(row_TK, expert_TK.size, shape=(size,))
-    return Rows(row_TK, empty_R.at[row_TK.reshape(-1)].set(assignment, mode="drop", unique_indices=True), start_G, count_G)
+    m, size = expert_TK.size, expert_TK.size + block
+    order_M, bound, rank_TK = sort_by_expert(expert_TK, experts)
+    row_TK = jnp.where(expert_TK < experts, bound.at[expert_TK].get(mode="clip") + rank_TK, size)
+    assignment_R = jnp.where(jnp.arange(size) < bound[-1], jnp.pad(order_M, (0, block)), m)
+    return Rows(row_TK, assignment_R, bound[:-1], jnp.diff(bound))
 
 
 def block_rows(tokens: int, top_k: int, experts: int) -> int:
@@ -52,23 +49,13 @@ def block_rows(tokens: int, top_k: int, experts: int) -> int:
     return int(min(max(2 ** int(np.log2(max(mean, 1) / 4)), 8), 64))
 
 
-def _over_blocks(rows: int, count: jax.Array, block: int, f: Callable, carry: jax.Array) -> jax.Array:
-    """f(first row, number of rows, carry) for an expert's `count` rows: LARGE blocks at once as long as they are full, then one at a time.
+def matmul(rows_RI: jax.Array, weight_GIO: jax.Array, rows: Rows, block: int, transpose: bool = False, into: jax.Array | None = None) -> jax.Array:
+    """[R, O]: each row times the matrix of its expert, or its transpose (weight [G, O, I]). Rows of no expert must be zeros, and stay so.
 
-    `rows`: of the arrays that f slices.
+    `into` [R, O]: an array with zeros in rows of no expert, which is not needed afterwards: its memory is used, and need not be cleared.
     """
-    done = jnp.zeros_like(count)
-    for size, go_on in ((LARGE * block, lambda done: done + LARGE * block <= count), (block, lambda done: done < count)):
-        if size > rows:
-            continue  # a slice of so many rows would be an error, though it is never taken
-        step = lambda c, size=size: (c[0] + size, f(c[0], size, c[1]))
-        done, carry = lax.while_loop(lambda c, go_on=go_on: go_on(c[0]), step, (done, carry))
-    return carry
-
-
-def matmul(rows_RI: jax.Array, weight_GIO: jax.Array, rows: Rows, block: int, transpose: bool = False) -> jax.Array:
-    """[R, O]: each row times the matrix of its expert, or its transpose (weight [G, O, I]). Rows of no block are zeros."""
-    width = weight_GIO.shape[1 if transpose else 2]
+    if into is None:
+        into = jnp.zeros_like(rows_RI, shape=(rows_RI.shape[0], weight_GIO.shape[1 if transpose else 2]))
 
     def expert(out, given):
         weight, start, count = given
@@ -77,23 +64,38 @@ def matmul(rows_RI: jax.Array, weight_GIO: jax.Array, rows: Rows, block: int, tr
             here = lax.dynamic_slice_in_dim(rows_RI, start + done, size) @ (weight.T if transpose else weight)
             return lax.dynamic_update_slice_in_dim(out, here, start + done, 0)
 
-        return _over_blocks(len(rows_RI), count, block, multiply, out), None
+        done = jnp.zeros_like(count)
+        for size, go_on in ((LARGE * block, lambda done: done + LARGE * block <= count), (block, lambda done: done < count)):
+            if size > len(rows_RI):
+                continue  # a slice of so many rows would be an error, though it is never taken
+            step = lambda c, size=size: (c[0] + size, multiply(c[0], size, c[1]))
+            done, out = lax.while_loop(lambda c, go_on=go_on: go_on(c[0]), step, (done, out))
+        return out, None
 
-    return lax.scan(expert, jnp.zeros_like(rows_RI, shape=(rows_RI.shape[0], width)), (weight_GIO, rows.start_G, rows.count_G))[0]
+    return lax.scan(expert, into, (weight_GIO, rows.start_G, rows.count_G))[0]
 
 
 def weight_gradient(rows_RI: jax.Array, rows_RO: jax.Array, rows: Rows, block: int) -> jax.Array:
     """float32 [G, I, O]: sum over an expert's rows of their outer products."""
+    zeros = jnp.zeros_like(rows_RI, jnp.float32, shape=(rows_RI.shape[1], rows_RO.shape[1]))
+    pieces = min(PIECES, len(rows_RI) // block)
+    most = pieces * block
+
+    def products(start, count, size):
+        """Of `size` rows, of which only the first `count` count."""
+        left, right = (lax.dynamic_slice_in_dim(a, start, size) for a in (rows_RI, rows_RO))
+        mine = (jnp.arange(size) < count)[:, None]
+        left, right = (jnp.where(mine, left, 0), right) if left.shape[1] < right.shape[1] else (left, jnp.where(mine, right, 0))
+        return jnp.einsum("ri,ro->io", left, right, preferred_element_type=jnp.float32)
 
     def expert(_, given):
         start, count = given
-
-        def add(done, size, total):
-            left, right = (lax.dynamic_slice_in_dim(a, start + done, size) for a in (rows_RI, rows_RO))
-            return total + jnp.einsum("ri,ro->io", left, right, preferred_element_type=jnp.float32)
-
-        zero = jnp.zeros_like(rows_RI, jnp.float32, shape=(rows_RI.shape[1], rows_RO.shape[1]))
-        return None, _over_blocks(len(rows_RI), count, block, add, zero)
+        whole = count // most * most
+        # What does not fill all the pieces first: a product that nothing needs to be added to, and for most experts the only one.
+        branches = [lambda: zeros, *(functools.partial(products, start + whole, count - whole, n * block) for n in range(1, pieces + 1))]
+        total = lax.switch((count - whole + block - 1) // block, branches)
+        add = lambda c: (c[0] + most, c[1] + products(start + c[0], most, most))
+        return None, lax.while_loop(lambda c: c[0] < whole, add, (jnp.zeros_like(count), total))[1]
 
     return lax.scan(expert, None, (rows.start_G, rows.count_G))[1]
 
@@ -139,7 +141,7 @@ def _forward(x_TD, weight_TK, gate_up, down, rows, block):
     with jax.named_scope("experts"):
         hidden = checkpoint_name(matmul(x_RD, _flat(gate_up), rows, block), "experts_hidden")
         gate_RF, up_RF = jnp.split(hidden, 2, axis=1)
-        out_RD = matmul(jax.nn.silu(gate_RF) * up_RF, down, rows, block)
+        out_RD = matmul(jax.nn.silu(gate_RF) * up_RF, down, rows, block, into=x_RD)
     with jax.named_scope("combine"):
         y_TD = _collect(out_RD, rows, weight_TK).astype(x_TD.dtype)
     return y_TD, (x_TD, weight_TK, gate_up, down, rows, hidden)
@@ -161,7 +163,7 @@ def _backward(block, residuals, dy_TD):
         dhidden = jnp.concatenate([dact_RF * up_RF * sig_RF * (1 + gate_RF * (1 - sig_RF)), dact_RF * gate_RF * sig_RF], axis=1).astype(x_TD.dtype)
         ddown = weight_gradient((act_RF * w_R1).astype(x_TD.dtype), dy_RD, rows, block)
         dgate_up = weight_gradient(x_RD, dhidden, rows, block).reshape(gate_up.shape)
-        dx_RD = matmul(dhidden, _flat(gate_up), rows, block, transpose=True)
+        dx_RD = matmul(dhidden, _flat(gate_up), rows, block, transpose=True, into=dy_RD)
     with jax.named_scope("combine"):
         dx_TD = _collect(dx_RD, rows, None).astype(x_TD.dtype)
         dw_TK = dw_R.at[rows.row_TK].get(mode="fill", fill_value=0).astype(weight_TK.dtype)
