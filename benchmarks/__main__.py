@@ -3,6 +3,7 @@
   python -m benchmarks NAME [options]      python -m benchmarks NAME --help
 
   step          the time of a train step, and its share of this machine's matmul peak; --peer: beside transformers in PyTorch
+  floor         the parts of a step on a CPU, and the least that each could cost
   strategies    memory, communication and step time of every sharding strategy
   levers        memory and step time with every memory lever: dtypes, remat, accumulation, offload, optimizers, compression
   collectives   what one layer communicates under every strategy and dispatch method, beside the least it could

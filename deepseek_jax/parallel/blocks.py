@@ -10,7 +10,6 @@ zeros; D hidden_size, F expert width, P gate and up; I inner and O outer width o
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax

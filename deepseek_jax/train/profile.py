@@ -90,6 +90,17 @@ class Profiler:
             jax.profiler.stop_trace()
 
 
+class Event(NamedTuple):
+    """One time that an instruction ran."""
+
+    name: str
+    part: str
+    phase: str  # of origin.phase_of
+    device: Any
+    start: float  # seconds
+    seconds: float
+
+
 def read(folder: str, text: str, steps: int) -> Cost:
     """What the newest trace in a folder says of a program.
 
@@ -99,23 +110,28 @@ def read(folder: str, text: str, steps: int) -> Cost:
     Raises:
       ValueError: there is no trace, or none of this program.
     """
+    seconds: Counter = Counter()
+    events = instructions(folder, text)
+    for e in events:
+        seconds[e.part, e.phase] += e.seconds
+    return Cost(dict(seconds), _union([(e.start, e.start + e.seconds) for e in events]), len({e.device for e in events}), steps)
+
+
+def instructions(folder: str, text: str) -> list[Event]:
+    """What ran in the newest trace of a folder, of a program; without what only contains other instructions. Arguments and errors: as `read`."""
     found = glob.glob(os.path.join(folder, "plugins", "profile", "*", "*.xplane.pb"))
     if not found:
         raise ValueError(f"{folder} holds no trace")
     module = hlo.Module(text)
     sources = _sources(module)
-    seconds: Counter = Counter()
-    spans, devices = [], set()
+    out = []
     for device, name, start, duration in _events(max(found, key=os.path.getmtime), module.name):
         part, phase, opcode = sources.get(name, ("other", "other", ""))
-        if opcode in CONTAINERS:
-            continue
-        seconds[part, phase] += duration / 1e9
-        spans.append((start, start + duration))
-        devices.add(device)
-    if not spans:
+        if opcode and opcode not in CONTAINERS:
+            out.append(Event(name, part, phase, device, start / 1e9, duration / 1e9))
+    if not out:
         raise ValueError(f"no instruction of {module.name} is in the trace")
-    return Cost(dict(seconds), _union(spans) / 1e9, len(devices), steps)
+    return out
 
 
 def _sources(module: hlo.Module) -> dict[str, tuple[str, str, str]]:
