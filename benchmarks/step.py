@@ -58,8 +58,8 @@ def main() -> int:
     for turn in range(own.turns):
         print(f"turn {turn + 1} of {own.turns} ...", file=sys.stderr)
         again = [f"--{name}={getattr(own, name)}" for name in ("shape", "steps", "dtype", "remat")]
-        ours = _run(["-m", "benchmarks", "step", "--once", *again], GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # as make train
-        theirs = own.peer and _run([own.peer, f"--preset={own.shape}", f"--steps={own.steps + PEER_STEPS_BEFORE}", f"--warmup={PEER_STEPS_BEFORE}",
+        ours = run_json(["-m", "benchmarks", "step", "--once", *again], GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # as make train
+        theirs = own.peer and run_json([own.peer, f"--preset={own.shape}", f"--steps={own.steps + PEER_STEPS_BEFORE}", f"--warmup={PEER_STEPS_BEFORE}",
                                     f"--threads={os.cpu_count()}", f"--dtype={ {'float32': 'fp32', 'bfloat16': 'bf16'}[own.dtype] }"])
         turns.append((ours, theirs))
     result = summary(turns)
@@ -67,7 +67,7 @@ def main() -> int:
     return 0
 
 
-def _run(arguments: list[str], **environment: str) -> dict[str, Any]:
+def run_json(arguments: list[str], **environment: str) -> dict[str, Any]:
     """The JSON object that a Python program prints last."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment | os.environ, capture_output=True, text=True)
     if done.returncode:

@@ -1,5 +1,6 @@
 """Profile of a run, compilation cache, and the lines about both."""
 
+import dataclasses
 import glob
 import gzip
 import json
@@ -12,7 +13,9 @@ import jax
 import numpy as np
 import pytest
 
+import trainer
 from deepseek_jax import compilation
+from deepseek_jax.config import Mesh, Moe
 from deepseek_jax.plan import hlo, origin
 from deepseek_jax.train import profile
 from test_train import ROOT, command, corpus, losses  # noqa: F401
@@ -99,11 +102,34 @@ def test_the_trace_and_its_table(runs):
     shares = {name: float(cells[1].rstrip("%")) / 100 for name, cells in rows.items()}
     assert set(profile.PARTS) <= set(shares) and shares.pop("all") == 1
     assert abs(sum(shares.values()) - 1) < 0.0005 * len(shares)  # each is printed to a tenth of a percent
-    assert all(shares[name] > 0 for name in ("embed", "attention", "route", "loss", "optimizer"))
-    assert shares["experts"] + shares["dispatch"] > 0
+    assert all(shares[name] > 0 for name in profile.PARTS), shares
     order = [line.split()[1].split("/")[0] for line in lines if line.startswith("step ") and "loss" in line and "held-out" not in line]
     assert order == [str(n) for n in range(1, 7)], "a step was lost around the profile"
     assert f"profile of steps 3 to 4: {folder}" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["all_to_all", "all_gather", "ring"])
+def test_parts_where_tokens_are_exchanged(method, tmp_path):
+    """Dispatch, experts and combine apart, in both passes, with collectives where they belong."""
+    config = dataclasses.replace(trainer.config_of(mesh=Mesh(fsdp=1, expert=2)), moe=Moe(dispatch=method))
+    t = trainer.Trainer(config)
+    s, _ = t.run(t.start(), 1)
+    jax.profiler.start_trace(str(tmp_path))
+    jax.block_until_ready(t.run(s, 2))
+    jax.profiler.stop_trace()
+    text = t.compiled.as_text()
+    cost = profile.read(str(tmp_path), text, 2)
+    assert cost.devices == 2
+    for part in ("dispatch", "experts", "combine"):
+        for phase in ("forward", "backward"):
+            assert cost.part(part, phase) > 0, (part, phase, cost.seconds)
+    module = hlo.Module(text)
+    sources = profile._sources(module)
+    found = {(sources[i.name][:2], i.opcode) for instructions in module.computations.values() for i in instructions.values() if i.name in sources}
+    opcode = {"all_to_all": "all-to-all", "all_gather": "all-gather", "ring": "collective-permute"}[method]
+    assert (("dispatch", "forward"), opcode) in found
+    assert any((("combine", "forward"), o) in found for o in (opcode, "reduce-scatter", "all-reduce")), found
+    assert not any(part not in ("experts", "attention", "route", "mlp", "loss") for (part, _), o in found if o == "dot"), found
 
 
 def test_time_is_counted_once(tmp_path):
