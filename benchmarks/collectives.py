@@ -32,6 +32,7 @@ from typing import Any
 import jax
 
 from benchmarks.strategies import variants
+from benchmarks import arrays
 from deepseek_jax.config import Config, UserError, base_config
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES
@@ -132,6 +133,7 @@ def measure(config: Config, devices: list[Any], compiler_options: dict[str, Any]
         **_divisions(mesh, layout), "overlapped": _overlapped(found), "gathered_ahead": _gathered_ahead(found),
         "reduced_behind": _reduced_behind(found), "in_flight": program.most_in_flight(compiled.as_text()), "groups": rows,
         "token_exchanges_forward": exchanges / LAYERS, "token_exchanges_further_round": again / LAYERS,
+        "too_large": arrays.too_large(compiled.as_text(), config, mesh.shape),
         "exchange": exchange.buffers(config, mesh.shape)._asdict(), "temporaries": program.memory(compiled).temporaries,
     }
 

@@ -64,7 +64,8 @@ def config_of(shape: str, layers: int, devices: int) -> Config:
     """A shape with so many layers, on so many devices."""
     config = shapes.config(shape)
     expert = 2 if devices % 2 == 0 else 1
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_hidden_layers=layers), mesh=Mesh(fsdp=devices // expert, expert=expert))
+    model = dataclasses.replace(config.model, num_hidden_layers=layers)
+    return dataclasses.replace(config, model=model, mesh=Mesh(fsdp=devices // expert, expert=expert))
 
 
 def measure(config: Config, devices: int) -> dict[str, float]:

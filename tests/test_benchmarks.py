@@ -10,7 +10,8 @@ from benchmarks import gpu_bench, gpu_parts, moe
 
 def test_gpu_bench(tmp_path):
     """All parts that need no PyTorch; the table that is written."""
-    result = {"toy": True, "bars": {}, "peer": {"not_measured": "a test"}} | {name: gpu_bench.part(name, True) for name in ("train", "experts", "attention")}
+    result = {"toy": True, "bars": {}, "peer": {"not_measured": "a test"}}
+    result |= {name: gpu_bench.part(name, True) for name in ("train", "experts", "attention")}
     runs = result["train"]["runs"]
     assert [(r["routing"], r["attention"]) for r in runs] == [("natural", "auto"), ("balanced", "auto")]
     assert all(r["tokens_per_s"] > 0 and r["tokens_per_s_of_the_whole_model"] > 0 for r in runs), runs

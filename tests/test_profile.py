@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -66,6 +67,55 @@ def test_a_damaged_cache_stops_nothing(tmp_path):
     for path in files:
         os.truncate(path, os.path.getsize(path) // 2)
     assert start() == first
+
+
+def test_all_processes_find_what_process_0_kept(tmp_path):
+    """Two processes with one folder: none reads anything at the first start, both read at the second, with the same result."""
+    program = """
+import sys, numpy as np, jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from deepseek_jax import compilation
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+compilation.MIN_SECONDS = 0
+compilation.use_cache(sys.argv[3], print)
+mesh = jax.make_mesh((4,), ("x",))
+a = np.arange(32, dtype=np.float32).reshape(8, 4)
+a = jax.make_array_from_callback(a.shape, NamedSharding(mesh, P("x")), lambda i: a[i])
+with jax.set_mesh(mesh):
+    total = jax.jit(lambda a: jnp.sum(jnp.sin(a) * jnp.arange(4.0)))(a)
+print(float(total), getattr(compilation._this_thread, "hits", 0))
+"""
+
+    def start() -> list[list[str]]:
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        args = lambda i: [sys.executable, "-c", program, str(port), str(i), str(tmp_path)]
+        both = [subprocess.Popen(args(i), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 text=True) for i in range(2)]
+        out = [p.communicate(timeout=200) for p in both]
+        assert all(p.returncode == 0 for p in both), out
+        return [stdout.split() for stdout, _ in out]
+
+    expected = np.sum(np.sin(np.arange(32.0).reshape(8, 4)) * np.arange(4.0))
+    for hits in ("0", "1"):
+        for total, found in start():
+            assert abs(float(total) - expected) < 1e-4 and found == hits, (total, found, hits)
+    assert len(glob.glob(f"{tmp_path}/cpu-*/jit__lambda*-cache")) == 1
+
+
+def test_the_cache_does_not_grow_without_limit(tmp_path):
+    for i, name in enumerate(("new-cache", "old-cache", "older-cache", "other")):
+        (tmp_path / name).write_bytes(b"x" * 100)
+        os.utime(tmp_path / name, (1000 - i, 1000 - i))
+    compilation.forget_oldest(str(tmp_path), 200)
+    assert sorted(os.listdir(tmp_path)) == ["new-cache", "old-cache", "other"]
+    os.utime(tmp_path / "old-cache", (2000, 999))  # read since
+    compilation.forget_oldest(str(tmp_path), 199)
+    assert sorted(os.listdir(tmp_path)) == ["old-cache", "other"]
+    compilation.forget_oldest(str(tmp_path), 0)
+    assert os.listdir(tmp_path) == ["other"]
 
 
 def test_use_cache(tmp_path, monkeypatch):
