@@ -149,9 +149,11 @@ def _divisions(mesh: jax.sharding.Mesh, layout: Layout) -> dict[str, bool]:
 
 
 def _overlapped(found: list[program.Collective]) -> dict[str, float]:
-    """Of every kind, the share of the bytes that is scheduled with computation between start and end."""
-    total = program.by((c for c in found if not c.further), lambda c: c.kind)
-    beside = program.by((c for c in found if not c.further and c.overlapped), lambda c: c.kind)
+    """Of every kind, the share of the bytes that is scheduled with computation between start and end. Without those of embedding and head:
+    XLA gathers them at the start of a step, where nothing can be computed without them."""
+    found = [c for c in found if not c.further and c.part not in ("embed", "loss", "head")]
+    total = program.by(found, lambda c: c.kind)
+    beside = program.by((c for c in found if c.overlapped), lambda c: c.kind)
     return {kind: beside.get(kind, 0) / n for kind, n in total.items() if n}
 
 

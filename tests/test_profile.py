@@ -84,7 +84,7 @@ a = np.arange(32, dtype=np.float32).reshape(8, 4)
 a = jax.make_array_from_callback(a.shape, NamedSharding(mesh, P("x")), lambda i: a[i])
 with jax.set_mesh(mesh):
     total = jax.jit(lambda a: jnp.sum(jnp.sin(a) * jnp.arange(4.0)))(a)
-print(float(total), getattr(compilation._this_thread, "hits", 0))
+print("\\nFOUND", float(total), getattr(compilation._this_thread, "hits", 0))
 """
 
     def start() -> list[list[str]]:
@@ -96,7 +96,7 @@ print(float(total), getattr(compilation._this_thread, "hits", 0))
                                  text=True) for i in range(2)]
         out = [p.communicate(timeout=200) for p in both]
         assert all(p.returncode == 0 for p in both), out
-        return [stdout.split() for stdout, _ in out]
+        return [re.search(r"^FOUND (\S+) (\d+)$", stdout, re.MULTILINE).groups() for stdout, _ in out]  # Gloo prints too
 
     expected = np.sum(np.sin(np.arange(32.0).reshape(8, 4)) * np.arange(4.0))
     for hits in ("0", "1"):
