@@ -10,10 +10,10 @@ import pytest
 import bridge
 from deepseek_jax import generate
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import Mesh, Offload, Optimizer, Sharding
+from deepseek_jax.config import Mesh, Offload, Optimizer, Sharding, UserError
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train import loss_scale, state, workdir
-from trainer import ADAMW, Trainer, config_of, losses_of, same, trainer
+from trainer import ADAMW, config_of, losses_of, same, trainer
 
 REPLICAS = Mesh(data=2, fsdp=1, expert=2)
 FLOAT16 = config_of(ADAMW, REPLICAS, sharding=Sharding("hybrid_shard", min_weight_size=0, gradient_compression="int8"), dtype="float16")
@@ -105,5 +105,5 @@ def test_generate_from_a_float16_run(tmp_path):
 
 
 def test_float16_is_refused_where_the_host_would_convert():
-    with pytest.raises(Exception, match="config.train.dtype=float16"):
-        Trainer(config_of(ADAMW, Mesh(fsdp=2), offload=Offload(parameters=True), dtype="float16", remat="full"))
+    with pytest.raises(UserError, match="config.train.dtype=float16"):
+        config_of(ADAMW, Mesh(fsdp=2), offload=Offload(parameters=True), dtype="float16", remat="full")

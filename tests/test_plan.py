@@ -347,3 +347,37 @@ def test_arrays_that_a_step_must_not_have():
     q = np.ones((2, 64, 4, 24), np.float32)
     scores = lambda q, k: jax.nn.softmax(jnp.einsum("bqnh,bknh->bnqk", q, k)).max(-1)
     assert found(scores, q, q)["whole_scores"] and not found(scores, q[:, :16], q)["whole_scores"]
+
+
+COMBINED = """HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "/x/deepseek_jax/model/layers.py"
+2 "/x/deepseek_jax/model/transformer.py"
+
+FunctionNames
+1 "Embedding.__call__"
+2 "Transformer._scan"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1}
+2 {file_name_id=2 function_name_id=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=0}
+2 {file_location_id=2 parent_frame_id=0}
+
+ENTRY %main (a: f32[2,30], b: f32[2,10]) -> (f32[8,30], f32[8,10]) {
+  %a = f32[2,30]{1,0} parameter(0), metadata={op_name="params"}
+  %b = f32[2,10]{1,0} parameter(1)
+  %slice = f32[2,10]{1,0} bitcast(%b), metadata={op_name="jit(step)/jvp()/while/body/dynamic_slice" stack_frame_id=2}
+  ROOT %g = (f32[8,30]{1,0}, f32[8,10]{1,0}) all-gather(%a, %slice), replica_groups={{0,1,2,3}}, dimensions={0}, \
+metadata={op_name="jit(step)/jvp(embed)/gather" stack_frame_id=1}
+}
+"""
+
+
+def test_first_layer_gathered_with_the_embedding():
+    """XLA's combiner joins them: the bytes of the layer are not the embedding's."""
+    [found] = program.collectives(COMBINED, {"fsdp": 4})
+    assert found.shares == (("forward", "embed", 0.75), ("forward", "layer", 0.25))
