@@ -10,6 +10,8 @@
   overhead      what the training loop costs beside the compiled step
   attention     attention against plain softmax attention: time and temporary bytes by sequence length
   moe           routed experts against a dense chain, ragged_dot and a loop over experts
+  vocabulary    the loss of chunks of tokens against whole logits: time and temporary bytes by tokens and vocabulary
+  compile       compile time of 61 layers against 8
   gpu_bench     what a GPU reaches: training, grouped expert products, attention (make gpu-bench)
   gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)
   compression   loss curve and bytes between replicas of gradients summed in float32, bfloat16 and int8

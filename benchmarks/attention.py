@@ -6,8 +6,8 @@
 Times: median of turns, for as many sequences as make --tokens, at least one; float32 on CPUs, bfloat16 on GPUs. Bytes: temporaries
 of the compiled programs for one sequence, forward and backward together. Programs with more temporaries than --memory are
 compiled and not run. The bars, printed below the table: temporary bytes linear in the length; no slower than plain at the first
-length, quicker at the others. --module measures the whole MultiHeadLatentAttention with either, at the widths of the issue's
-"mid" model, and how much of it is not attention itself.
+length, quicker at the others. --module measures the whole MultiHeadLatentAttention with either, at the widths of the shape
+"mid" (benchmarks/shapes.py), and how much of it is not attention itself.
 
 All benchmarks run with huge pages, as train.py does: without them page faults of fresh memory are a large part of what is
 measured, most of all of plain attention.
@@ -135,7 +135,8 @@ def _row(length: int, sequences: int, built: dict, temporaries: dict[str, int], 
     runs = {(name, part): p for name, parts in built.items() for part, p in parts.items() if parts["both"].temporaries <= own.memory}
     times = turns.seconds(runs, own.turns)
     row = {"length": length, "sequences": sequences, "temporaries_of_one": temporaries}
-    row |= {f"{part}_s": {name: statistics.median(times[name, part]) if (name, part) in times else None for name in built} for part in ("forward", "both")}
+    median = lambda name, part: statistics.median(times[name, part]) if (name, part) in times else None
+    row |= {f"{part}_s": {name: median(name, part) for name in built} for part in ("forward", "both")}
     row["times_of_plain"] = turns.ratio(times, ("ours", "both"), ("plain", "both")) if len(runs) == 4 else None
     return row
 
@@ -155,7 +156,8 @@ def text(r: dict[str, Any]) -> str:
     """The table for a person."""
     ms = lambda t: "not run" if t is None else f"{t * 1e3:,.1f} ms"
     head = ["length", "sequences", "forward", "plain's", "forward + backward", "plain's", "ours / plain", "bytes of one", "plain's"]
-    lines = [head] + [[str(row["length"]), str(row["sequences"]), *(ms(row[part][name]) for part in ("forward_s", "both_s") for name in ("ours", "plain")),
+    times = lambda row: [ms(row[part][name]) for part in ("forward_s", "both_s") for name in ("ours", "plain")]
+    lines = [head] + [[str(row["length"]), str(row["sequences"]), *times(row),
                        "" if row["times_of_plain"] is None else f"{row['times_of_plain']:.2f}",
                        *(report.gb(row["temporaries_of_one"][name]) for name in ("ours", "plain"))] for row in r["rows"]]
     if r["what"] == "module":

@@ -32,6 +32,7 @@ from typing import Any
 import jax
 
 from benchmarks.strategies import variants
+from benchmarks import arrays
 from deepseek_jax.config import Config, UserError, base_config
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES
@@ -132,6 +133,7 @@ def measure(config: Config, devices: list[Any], compiler_options: dict[str, Any]
         **_divisions(mesh, layout), "overlapped": _overlapped(found), "gathered_ahead": _gathered_ahead(found),
         "reduced_behind": _reduced_behind(found), "in_flight": program.most_in_flight(compiled.as_text()), "groups": rows,
         "token_exchanges_forward": exchanges / LAYERS, "token_exchanges_further_round": again / LAYERS,
+        "too_large": arrays.too_large(compiled.as_text(), config, mesh.shape),
         "exchange": exchange.buffers(config, mesh.shape)._asdict(), "temporaries": program.memory(compiled).temporaries,
     }
 
@@ -147,9 +149,11 @@ def _divisions(mesh: jax.sharding.Mesh, layout: Layout) -> dict[str, bool]:
 
 
 def _overlapped(found: list[program.Collective]) -> dict[str, float]:
-    """Of every kind, the share of the bytes that is scheduled with computation between start and end."""
-    total = program.by((c for c in found if not c.further), lambda c: c.kind)
-    beside = program.by((c for c in found if not c.further and c.overlapped), lambda c: c.kind)
+    """Of every kind, the share of the bytes that is scheduled with computation between start and end. Without those of embedding and head:
+    XLA gathers them at the start of a step, where nothing can be computed without them."""
+    found = [c for c in found if not c.further and c.part not in ("embed", "loss", "head")]
+    total = program.by(found, lambda c: c.kind)
+    beside = program.by((c for c in found if c.overlapped), lambda c: c.kind)
     return {kind: beside.get(kind, 0) / n for kind, n in total.items() if n}
 
 

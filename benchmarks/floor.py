@@ -111,7 +111,6 @@ def measure(shape: str, dtype: str, remat: str, steps: int) -> dict[str, Any]:
     rows, peak = parts(hlo.Module(text), events, steps, dtype)
     flops = count(config.model, layout.abstract.params, config.train.sequence_length).flops_per_token
     flops *= config.train.batch_size * config.train.sequence_length
-    total = Row(*map(sum, zip(*rows.values(), strict=True)))
     return {"machine": turns.machine(), "shape": shape, "dtype": dtype, "remat": remat, "matmul_flops": peak, "model_flops": flops,
             "step_s": statistics.median(seconds[2:2 + steps]), "parts": {name: row._asdict() for name, row in rows.items()},
             "share_of_matmul": flops / peak / statistics.median(seconds[2:2 + steps]), "share_at_floor": flops / peak / sum(row.floor for row in rows.values()),

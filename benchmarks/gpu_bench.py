@@ -102,7 +102,8 @@ def _python(arguments: list[str], seconds: float) -> dict[str, Any]:
     """The last line that a Python program prints, as JSON; or why there is none."""
     print(f"{' '.join(arguments)} ...", file=sys.stderr, flush=True)
     try:
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=os.environ | GPU_ENVIRONMENT)
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=seconds, cwd=ROOT,
+                              env=os.environ | GPU_ENVIRONMENT)
         if done.returncode:
             return {"failed": (done.stderr.strip().splitlines() or ["exit code " + str(done.returncode)])[-1][:300]}
         return json.loads(done.stdout.strip().splitlines()[-1])
@@ -125,7 +126,8 @@ def table(r: dict[str, Any]) -> str:
     if "failed" in t:
         lines.append(f"train failed: {t['failed']}")
     else:
-        lines += [f"configs/v2_lite.py, {t['layers']} of {t['layers_of_the_model']} layers, bfloat16, {t['batch_size']} sequences of {t['sequence_length']:,}.", "",
+        lines += [f"configs/v2_lite.py, {t['layers']} of {t['layers_of_the_model']} layers, bfloat16, {t['batch_size']} sequences of "
+                  f"{t['sequence_length']:,}.", "",
                   "| routing | attention | tokens/s | of 989 TFLOP/s | whole model's tokens/s | bytes | rounds |", "|---|---|---|---|---|---|---|"]
         for run in t["runs"]:
             said = [f"failed: {run['failed']}"] + [""] * 4 if "failed" in run else [

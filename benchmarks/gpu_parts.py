@@ -102,7 +102,8 @@ def train(toy: bool) -> dict[str, Any]:
     limit = (device.memory_stats() or {}).get("bytes_limit", 141e9)
     layers, needed = (whole.model.num_hidden_layers, {}) if toy else layers_that_fit(device, limit)
     out = {"device": device.device_kind, "layers": layers, "layers_of_the_model": whole.model.num_hidden_layers,
-           "bytes_by_layers": {str(n): b for n, b in needed.items()}, "sequence_length": whole.train.sequence_length, "batch_size": whole.train.batch_size, "runs": []}
+           "bytes_by_layers": {str(n): b for n, b in needed.items()}, "sequence_length": whole.train.sequence_length,
+           "batch_size": whole.train.batch_size, "runs": []}
     variants = [("natural", "auto"), ("balanced", "auto")] + [("balanced", "cudnn")] * (device.platform != "cpu")
     for routing, method in variants:
         run = {"routing": routing, "attention": method}
@@ -254,10 +255,12 @@ def attentions(toy: bool) -> dict[str, Any]:
             except Exception as e:
                 failed[name] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
         times = turns.medians(built, 3 if toy else 10)
-        row = {"length": length, "failed": failed, "custom_calls": {n: p.compiled.as_text().count("__cudnn$fmha") for (n, part), p in built.items() if part == "both"}}
+        calls = {n: p.compiled.as_text().count("__cudnn$fmha") for (n, part), p in built.items() if part == "both"}
+        row = {"length": length, "failed": failed, "custom_calls": calls}
         row |= {f"{part}_s": {n: t for (n, p), t in times.items() if p == part} for part in ("forward", "both")}
         if ("cudnn", "both") in built:
             pairs = zip(built["cudnn", "both"](), built["blocks", "both"](), strict=True)
-            row["cudnn_is_from_blocks"] = max(float(jnp.max(jnp.abs(a - b).astype(jnp.float32)) / jnp.max(jnp.abs(b)).astype(jnp.float32)) for a, b in pairs)
+            largest = lambda a: jnp.max(jnp.abs(a)).astype(jnp.float32)
+            row["cudnn_is_from_blocks"] = max(float(largest(a - b) / largest(b)) for a, b in pairs)
         out.append(row)
     return {"heads": own.heads, "qk": own.qk, "v": own.v, "rows": out}

@@ -12,7 +12,8 @@ import sys
 import time
 
 TOY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
-       "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 2}
+       "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 16,
+       "n_routed_experts": 8, "num_experts_per_tok": 2}
 V2_LITE = {"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_attention_heads": 16,
            "num_key_value_heads": 16, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "head_dim": 64, "v_head_dim": 128,
            "n_routed_experts": 64, "num_experts_per_tok": 6}
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> dict:
                 if not toy:
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)
-            return out | {"experts": experts, "step_s": statistics.median(seconds[2:]), "tokens_per_s": batch * length / statistics.median(seconds[2:])}
+            median = statistics.median(seconds[2:])
+            return out | {"experts": experts, "step_s": median, "tokens_per_s": batch * length / median}
         except Exception as e:  # a PyTorch without grouped_mm still has a loop
             out[f"{experts}_failed"] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
             model = optimizer = None

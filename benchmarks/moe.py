@@ -244,7 +244,8 @@ def text(r: dict[str, Any]) -> str:
     lines = [["shape", "load", *names, *(f"{n} / dense" for n in names if n != "dense")]]
     for row in r["rows"]:
         ms = [f"{row['median_s'][n] * 1e3:,.1f} ms" for n in names]
-        lines.append([row["shape"], row["load"], *ms, *(f"{row['times_of_dense'][n]:.2f}" if row["times_of_dense"] else "" for n in names if n != "dense")])
+        ratios = (f"{row['times_of_dense'][n]:.2f}" if row["times_of_dense"] else "" for n in names if n != "dense")
+        lines.append([row["shape"], row["load"], *ms, *ratios])
     said = {True: "met", False: "MISSED"}
     return (f"routed experts, forward + backward, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{report.table(lines)}\n\n"
             + "\n".join(f"{said[met]}: {name}" for name, met in r["bars"].items()))

@@ -1,27 +1,41 @@
 """What the training loop costs beside the device program: data, batches to the device, metrics, logging, the start of a checkpoint.
 
-  python -m benchmarks overhead [--config=configs/tiny.py] [--rounds=12] [--steps=4] [--json] [--config.KEY=...]
+  python -m benchmarks overhead [--shape=mid] [--rounds=3] [--steps=8] [--json]
+  python -m benchmarks overhead --config=configs/tiny.py [--config.KEY=...]
 
-Runs the loop of train.py (train.loop.run) with the real step, a metrics row every step and a checkpoint in the middle, and the bare
-compiled step with a batch that is on the device already, called back to back; in turns, `rounds` times `steps` steps each, after one
-of each. Printed: the median over rounds of the seconds a step of both, and of their ratio in a round. Without a --config: configs/tiny.py
-with 32 sequences a step, about a second on 2 cores. On a machine with other work rounds differ by more than the overhead: take more.
+Runs the loop of train.py (train.loop.run) with the real step, a metrics row every step and one checkpoint in the middle, `rounds` times
+`steps` steps. Two things can make it slower than the bare program, and each is measured in the run itself, step by step, rather than as
+a small difference of two large times:
+
+idle        time in which the device has no step to work on: from the end of a step (a thread waits for its result and notes the time, late by
+            what the system takes to wake it) to the return of the call that starts the next one. 0 where the loop is ahead. The steps around
+            the checkpoint count apart: its start, shared out over config.checkpoint.every_steps, and with it the wait for the step before.
+host CPU    CPU time of the threads that are Python's: the loop, the reader of data, writers; not XLA's, which are the device here. (Linux only.)
+            On CPUs the program has that much less of the cores: at most all of it is lost, if the program waits for that core, and at least
+            its share of all cores. On GPUs none of it.
+
+The bar, 2%, is on the larger bound: idle and all host CPU time (on GPUs idle alone), as a share of a step of the loop. For comparison the bare
+compiled step, with one batch that is on the device already, is run in turns: its wall time and the CPU time of the process. These differences
+are noise where other programs run on the machine.
 """
 
 import dataclasses
 import json
 import os
+import queue
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
 import jax
 
+from benchmarks import shapes, turns
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.compilation import CompiledStep, use_cache
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, Mesh
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
@@ -32,40 +46,81 @@ from deepseek_jax.train import loop
 from deepseek_jax.train.state import TrainState, init_state, make_layout
 from deepseek_jax.train.step import make_train_step, put_batch
 
+BAR = 0.02
+
 
 def main() -> int:
     parser = options.Parser()
-    parser.add_argument("--rounds", type=int, default=12, help="How often each of the two is timed, after a first time.")
-    parser.add_argument("--steps", type=int, default=4, help="Steps of each, a round; a checkpoint starts in the middle.")
+    parser.add_argument("--shape", choices=shapes.NAMES, default="mid", help="Of benchmarks/shapes.py, on one device; not with --config.")
+    parser.add_argument("--rounds", type=int, default=3, help="Runs of the loop.")
+    parser.add_argument("--steps", type=int, default=8, help="Steps of a run that count; a checkpoint starts in the middle.")
     if {"--help", "-h"} & set(sys.argv):
         print(f"{__doc__}\nFlags:\n{parser.describe()}\n")
         return 0
-    arguments = sys.argv[1:]
-    if not any(a.startswith("--config=") for a in arguments):
-        arguments = ["--config.train.batch_size=32", *arguments]
-    own, config = options.read(parser, arguments, "configs/tiny.py")
-    result = measure(config, max(own.rounds, 1), max(own.steps, 2))
+    if any(a.startswith("--config") for a in sys.argv[1:]):
+        own, config = options.read(parser, sys.argv[1:], "configs/tiny.py")
+    else:
+        own = parser.parse_args(sys.argv[1:])
+        config = dataclasses.replace(shapes.config(own.shape), mesh=Mesh(fsdp=1))
+    result = measure(config, max(own.rounds, 1), max(own.steps, 4))
     print(json.dumps(result, indent=2) if own.json else text(result))
     return 0
 
 
 class Timed:
-    """A step that notes when it is called, to be handed to the loop."""
+    """A step, to be handed to the loop, that notes when it is called, when the call returns, and when the device is done."""
 
     def __init__(self, step: CompiledStep):
-        self._step, self.calls = step, []
+        self._step = step
+        self.called, self.returned, self.done, self.host_cpu = [], [], [], []
+        self._results: queue.SimpleQueue = queue.SimpleQueue()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
-        self.calls.append(time.perf_counter())
-        return self._step(state, batch)
+        self.host_cpu.append(python_cpu_seconds(without=self._watcher))
+        self.called.append(time.perf_counter())
+        out = self._step(state, batch)
+        self.returned.append(time.perf_counter())
+        self._results.put(out[1].losses.loss)  # metrics are not donated to the next step
+        return out
+
+    def _watch(self) -> None:
+        while (result := self._results.get()) is not None:
+            jax.block_until_ready(result)
+            self.done.append(time.perf_counter())
+
+    def close(self) -> None:
+        """Waits for the last step."""
+        self._results.put(None)
+        self._watcher.join()
+
+    def idle(self, i: int) -> float:
+        """Seconds in which the device waited for call i."""
+        return max(0.0, min(self.returned[i], self.done[i]) - self.done[i - 1])
+
+
+def python_cpu_seconds(without: threading.Thread | None = None) -> float | None:
+    """CPU time so far of the threads that Python knows; None where the system does not tell."""
+    total = 0
+    for thread in threading.enumerate():
+        if thread is without:
+            continue
+        try:
+            with open(f"/proc/self/task/{thread.native_id}/schedstat") as f:
+                total += int(f.read().split()[0])
+        except FileNotFoundError:
+            if not os.path.exists("/proc/self/schedstat"):
+                return None  # else it has just ended
+    return total / 1e9
 
 
 def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
-    """Seconds a step in the loop and without it, by round."""
+    """Medians over the steps of all rounds, in seconds a step."""
     use_cache(config.compile.cache_dir, warn=lambda line: print(line, file=sys.stderr))
-    mesh = make_mesh(config)
+    mesh = make_mesh(config, jax.devices()[:1] if config.mesh.fsdp == 1 else None)
     loader = Loader(config, load_tokenizer(config.data.tokenizer))
-    bare, in_loop = [], []
+    loops, bare = [], []
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as workdir:
         layout = make_layout(config, mesh)
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
@@ -74,50 +129,73 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
         state = init_state(config, layout)
         batch = put_batch(loader.train_rows(0, config.train.batch_size), config.micro_batch, mesh)
         checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"), keep=1)
-        for number in range(rounds + 1):
-            print("compiling and a first round ..." if number == 0 else f"round {number} of {rounds} ...", file=sys.stderr)
-            state, seconds = _bare(step, state, batch, steps)
-            state, seconds_in_loop = _loop(config, workdir, mesh, state, step, loader, checkpoints, sizes, steps)
-            if number:
-                bare.append(seconds)
-                in_loop.append(seconds_in_loop)
+        for number in range(rounds):
+            print(f"{'compiling and ' if number == 0 else ''}round {number + 1} of {rounds} ...", file=sys.stderr)
+            state, taken = _bare(step, state, batch, max(steps // 2, 2))
+            bare.append(taken)
+            state, taken = _loop(config, workdir, mesh, state, step, loader, checkpoints, sizes, steps)
+            loops.append(taken)
         checkpoints.close()
-    return {"step_s": statistics.median(bare), "loop_step_s": statistics.median(in_loop),
-            "overhead": statistics.median(b / a for a, b in zip(bare, in_loop)) - 1,
-            "rounds": [{"step_s": a, "loop_step_s": b} for a, b in zip(bare, in_loop)], "steps": steps,
-            "tokens": config.train.batch_size * config.train.sequence_length, "device": jax.devices()[0].device_kind}
+    median = lambda key, rows: statistics.median(rows) if None not in (rows := [v for r in rows for v in r[key]]) else None
+    out = {key: median(key, loops) for key in ("step_s", "cpu_s", "idle_s", "host_cpu_s", "dispatch_s")}
+    out["idle_s"] = statistics.mean(v for r in loops for v in r["idle_s"])  # rare pauses count too
+    out["checkpoint_s"] = statistics.median(r["checkpoint_s"] for r in loops)
+    every = config.checkpoint.every_steps or config.train.steps
+    idle = out["idle_s"] + out["checkpoint_s"] / every
+    on_cpu = jax.default_backend() == "cpu"
+    overhead = (idle + (out["host_cpu_s"] or 0) * on_cpu) / out["step_s"]
+    return out | {"checkpoint_every_steps": every, "overhead": overhead, "idle_share": idle / out["step_s"], "bar": BAR, "met": overhead <= BAR,
+                  "bare_step_s": statistics.median(s for s, _ in bare), "bare_cpu_s": statistics.median(c for _, c in bare),
+                  "rounds": rounds, "steps": steps, "tokens": config.train.batch_size * config.train.sequence_length, "machine": turns.machine()}
 
 
-def _bare(step: CompiledStep, state: TrainState, batch: Any, steps: int) -> tuple[TrainState, float]:
+def _bare(step: CompiledStep, state: TrainState, batch: Any, steps: int) -> tuple[TrainState, tuple[float, float]]:
+    """Wall and CPU seconds a step, called back to back, after a first one."""
     state, _ = jax.block_until_ready(step(state, batch))
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
         state, metrics = step(state, batch)
     jax.block_until_ready((state, metrics))
-    return state, (time.perf_counter() - started) / steps
+    return state, ((time.perf_counter() - started) / steps, (time.process_time() - cpu) / steps)
 
 
 def _loop(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState, step: CompiledStep, loader: Loader,
-          checkpoints: Checkpointer, sizes: Any, steps: int) -> tuple[TrainState, float]:
-    """`steps` steps of the loop, after a first one; from one call of the step to the next."""
+          checkpoints: Checkpointer, sizes: Any, steps: int) -> tuple[TrainState, dict[str, Any]]:
+    """`steps` steps of the loop, after two first ones and before a last one, each with what it cost."""
     first, timed = int(state.step), Timed(step)
     # The loop is told where to stop; the compiled step has its own copy of the options.
-    until = dataclasses.replace(config.train, steps=first + steps + 2)
-    checkpoint = dataclasses.replace(config.checkpoint, every_steps=first + steps // 2 + 1)
+    until = dataclasses.replace(config.train, steps=first + steps + 3)
+    middle = 2 + steps // 2  # the number of the call that follows the checkpoint
+    checkpoint = dataclasses.replace(config.checkpoint, every_steps=first + middle)
     config = dataclasses.replace(config, train=until, checkpoint=checkpoint, eval=dataclasses.replace(config.eval, every_steps=0),
                                  log=dataclasses.replace(config.log, every_steps=1))
+    cpu = time.process_time()
     with open(os.devnull, "w") as quiet:
         before, sys.stdout = sys.stdout, quiet
         try:
             result = loop.run(config, workdir, mesh, state, timed, lambda state: {}, loader, checkpoints, sizes, 0)
         finally:
             sys.stdout = before
-    # The first call fills the pipeline, and the last step waits for its checkpoint.
-    return result.state, (timed.calls[-1] - timed.calls[1]) / steps
+    timed.close()
+    cpu = time.process_time() - cpu
+    counted = [i for i in range(2, 2 + steps) if i != middle]
+    # The host's work from one call to the next is that of a step; what the last one does, waiting for its checkpoint, is not.
+    host = [None if timed.host_cpu[i] is None else timed.host_cpu[i + 1] - timed.host_cpu[i] for i in counted if i + 1 != middle]
+    return result.state, {
+        "step_s": [timed.done[i] - timed.done[i - 1] for i in counted], "cpu_s": [cpu / len(timed.called)],
+        "idle_s": [timed.idle(i) for i in counted], "host_cpu_s": host,
+        "dispatch_s": [timed.returned[i] - timed.called[i] for i in counted], "checkpoint_s": timed.idle(middle)}
 
 
-def text(result: dict[str, Any]) -> str:
-    rows = [f"  {r['step_s'] * 1e3:9.1f} ms bare   {r['loop_step_s'] * 1e3:9.1f} ms in the loop   {r['loop_step_s'] / r['step_s'] - 1:+.1%}"
-            for r in result["rounds"]]
-    return (f"a step of {result['tokens']} tokens on {result['device']}, {result['steps']} steps a round\n" + "\n".join(rows) +
-            f"\nmedian {result['step_s'] * 1e3:.1f} ms bare, {result['loop_step_s'] * 1e3:.1f} ms in the loop: overhead {result['overhead']:+.1%}")
+def text(r: dict[str, Any]) -> str:
+    ms = lambda s: "not known here" if s is None else f"{s * 1e3:,.2f} ms"
+    share = lambda s: "" if s is None else f", {s / r['step_s']:.3%}"
+    return "\n".join((
+        f"a step of {r['tokens']} tokens on {r['machine']['device']}, {r['machine']['cores']} cores: {r['rounds']} runs of {r['steps']} steps",
+        f"  a step in the loop      {ms(r['step_s'])}, {r['cpu_s']:.2f} CPU seconds (with the checkpoint)",
+        f"  a bare step             {ms(r['bare_step_s'])}, {r['bare_cpu_s']:.2f} CPU seconds",
+        f"  idle device, a step     {ms(r['idle_s'])}{share(r['idle_s'])}; the call that starts a step takes {ms(r['dispatch_s'])}",
+        f"  at a checkpoint         {ms(r['checkpoint_s'])} idle, once in {r['checkpoint_every_steps']} steps"
+        f"{share(r['checkpoint_s'] / r['checkpoint_every_steps'])}",
+        f"  CPU of Python, a step   {ms(r['host_cpu_s'])}{share(r['host_cpu_s'])}",
+        f"overhead at most {r['overhead']:.2%}; bar {r['bar']:.0%}: {'met' if r['met'] else 'MISSED'}"))

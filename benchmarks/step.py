@@ -58,16 +58,17 @@ def main() -> int:
     for turn in range(own.turns):
         print(f"turn {turn + 1} of {own.turns} ...", file=sys.stderr)
         again = [f"--{name}={getattr(own, name)}" for name in ("shape", "steps", "dtype", "remat")]
-        ours = _run(["-m", "benchmarks", "step", "--once", *again])
-        theirs = own.peer and _run([own.peer, f"--preset={own.shape}", f"--steps={own.steps + PEER_STEPS_BEFORE}", f"--warmup={PEER_STEPS_BEFORE}",
-                                    f"--threads={os.cpu_count()}", f"--dtype={ {'float32': 'fp32', 'bfloat16': 'bf16'}[own.dtype] }"])
+        ours = run_json(["-m", "benchmarks", "step", "--once", *again])
+        theirs = own.peer and run_json([own.peer, f"--preset={own.shape}", f"--steps={own.steps + PEER_STEPS_BEFORE}",
+                                        f"--warmup={PEER_STEPS_BEFORE}", f"--threads={os.cpu_count()}",
+                                        f"--dtype={ {'float32': 'fp32', 'bfloat16': 'bf16'}[own.dtype] }"])
         turns.append((ours, theirs))
     result = summary(turns)
     print(json.dumps(result, indent=2) if own.json else text(result))
     return 0
 
 
-def _run(arguments: list[str]) -> dict[str, Any]:
+def run_json(arguments: list[str]) -> dict[str, Any]:
     """The JSON object that a Python program prints last."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -120,7 +121,8 @@ def summary(turns: list[tuple[dict, dict | None]]) -> dict[str, Any]:
     flops = first["flops_per_token"] * tokens / median
     out = {key: first[key] for key in ("shape", "dtype", "remat", "tokens", "flops_per_token", "temporaries", "loss")}
     out |= {"tokens_per_second": tokens / median, "best_tokens_per_second": tokens / min(seconds), "flops": flops, "matmul_flops": peak,
-            "share_of_matmul": flops / peak, "tokens_per_cpu_second": tokens / statistics.median([c for ours, _ in turns for c in ours["cpu_seconds"]]),
+            "share_of_matmul": flops / peak,
+            "tokens_per_cpu_second": tokens / statistics.median([c for ours, _ in turns for c in ours["cpu_seconds"]]),
             "peak_memory": max(ours["peak_memory"] for ours, _ in turns),
             "compile_seconds": statistics.median(ours["compile_seconds"] for ours, _ in turns)}
     if turns[0][1]:
@@ -141,7 +143,8 @@ def text(r: dict[str, Any]) -> str:
              f"  {r['tokens_per_second']:,.0f} tokens/s (best {r['best_tokens_per_second']:,.0f}), {r['tokens_per_cpu_second']:,.0f} a CPU second",
              f"  {r['flops_per_token'] / 1e6:.1f} MFLOP a token: {r['flops'] / 1e9:.0f} GFLOP/s, {r['share_of_matmul']:.0%} of the "
              f"{r['matmul_flops'] / 1e9:.0f} that this machine's best matmul reached",
-             f"  peak memory {r['peak_memory'] / 1e9:.2f} GB, of which temporaries {r['temporaries'] / 1e9:.2f} GB; compiled in {r['compile_seconds']:.1f} s"]
+             f"  peak memory {r['peak_memory'] / 1e9:.2f} GB, of which temporaries {r['temporaries'] / 1e9:.2f} GB; "
+             f"compiled in {r['compile_seconds']:.1f} s"]
     if p := r.get("peer"):
         lines += [f"{p['name']}: {p['tokens_per_second']:,.0f} tokens/s, {p['share_of_matmul']:.0%} of that matmul, {p['peak_memory'] / 1e9:.2f} GB",
                   f"  ours is {p['ratio']:.2f}x as fast, {p['ratio_by_cpu_seconds']:.2f}x by CPU seconds (medians over pairs of turns)"]

@@ -55,5 +55,6 @@ def ratio(times: dict[Any, list[float]], a: Any, b: Any) -> float:
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     device = jax.devices()[0]
-    return {"device": device.device_kind, "devices": jax.device_count(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "jax": jax.__version__, "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"device": device.device_kind, "devices": jax.device_count(), "cores": cores, "jax": jax.__version__,
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}

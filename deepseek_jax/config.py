@@ -200,8 +200,8 @@ class Offload:
     """What lies in the host's memory (`pinned_host`) while the device does not work on it. It changes memory and time, not the losses."""
 
     optimizer_state: bool = False  # the optimizer's moments; the update brings them to the device one layer at a time (DeepSpeed: offload_optimizer)
-    parameters: bool = False  # float32 weights and gradients of the stacked layers: forward, backward and update bring one layer at a time (offload_param)
-    activations: str = ""  # names as in remat=save:NAME,NAME: what a layer keeps for backward in the host's memory; needs remat=full or save:; empty: none
+    parameters: bool = False  # float32 weights and gradients of stacked layers: forward, backward and update bring one at a time (offload_param)
+    activations: str = ""  # names as in remat=save:NAME,NAME: what a layer keeps for backward on the host; needs remat=full or save:; empty: none
 
 
 @dataclass(frozen=True)

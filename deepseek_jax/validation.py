@@ -148,14 +148,14 @@ def _validate_accumulation(config: Config) -> None:
 def _validate_offload(config: Config) -> None:
     o, remat, stages, strategy = config.offload, config.train.remat, config.mesh.stage, config.sharding.strategy
     if o.parameters and config.sharding.canonical in ("shard_grad_op", "zero1"):
-        raise UserError(f"config.offload.parameters=True and config.sharding.strategy={strategy}: that strategy keeps every weight whole on every device. "
-                        f"Set config.sharding.strategy=full_shard, or config.offload.parameters=False.")
+        raise UserError(f"config.offload.parameters=True and config.sharding.strategy={strategy}: that strategy keeps every weight whole on every "
+                        f"device. Set config.sharding.strategy=full_shard, or config.offload.parameters=False.")
     if o.parameters and stages != 1:
         raise UserError(f"config.offload.parameters=True and config.mesh.stage={stages}: a pipeline brings all its layers to their stages at once. "
                         f"Set config.mesh.stage=1, or config.offload.parameters=False.")
     if o.parameters and remat == "none":
-        raise UserError("config.offload.parameters=True and config.train.remat=none: without recomputation the layers' weights all stay on the device for "
-                        "backward. Set config.train.remat to full or save:..., or config.offload.parameters=False.")
+        raise UserError("config.offload.parameters=True and config.train.remat=none: without recomputation the layers' weights all stay on the "
+                        "device for backward. Set config.train.remat to full or save:..., or config.offload.parameters=False.")
     for name, value, wanted in (("train.dtype", config.train.dtype, "bfloat16 or float32"),
                                 ("train.accumulation_dtype", config.train.accumulation_dtype, "float32"),
                                 ("sharding.gradient_compression", config.sharding.gradient_compression, "none")):
@@ -171,8 +171,8 @@ def _validate_offload(config: Config) -> None:
         raise UserError(f"config.offload.activations={o.activations} and config.train.remat={remat}: what is offloaded is named in place of what is "
                         f"recomputed. Set config.train.remat to full, or to save:... for what stays on the device.")
     if both := [name for name in names if name in remat.removeprefix("save:").split(",")]:
-        raise UserError(f"config.offload.activations={o.activations} and config.train.remat={remat} both name {both[0]}, which can only be in one place. "
-                        f"Leave it out of one of them.")
+        raise UserError(f"config.offload.activations={o.activations} and config.train.remat={remat} both name {both[0]}, which can only be in one "
+                        f"place. Leave it out of one of them.")
 
 
 def _validate_model(m: Model) -> None:

@@ -1,16 +1,24 @@
 """The benchmarks run, at toy size, so that they do not rot: their methods agree and their tables hold what they promise."""
 
 import json
+import unittest.mock
 
 import jax
 import pytest
 
-from benchmarks import gpu_bench, gpu_parts, moe
+import bridge
+from benchmarks import compile as compile_time
+from benchmarks import gpu_bench, gpu_parts, moe, overhead, vocabulary
+from deepseek_jax.compilation import CompiledStep
+from deepseek_jax.config import Compile, Config, Eval, Mesh, Model, Train
+
+RESULT = {"machine": {"device": "cpu", "cores": 2}, "dtype": "float32"}
 
 
 def test_gpu_bench(tmp_path):
     """All parts that need no PyTorch; the table that is written."""
-    result = {"toy": True, "bars": {}, "peer": {"not_measured": "a test"}} | {name: gpu_bench.part(name, True) for name in ("train", "experts", "attention")}
+    result = {"toy": True, "bars": {}, "peer": {"not_measured": "a test"}}
+    result |= {name: gpu_bench.part(name, True) for name in ("train", "experts", "attention")}
     runs = result["train"]["runs"]
     assert [(r["routing"], r["attention"]) for r in runs] == [("natural", "auto"), ("balanced", "auto")]
     assert all(r["tokens_per_s"] > 0 and r["tokens_per_s_of_the_whole_model"] > 0 for r in runs), runs
@@ -43,3 +51,39 @@ def test_methods_of_moe_agree(load):
         results["ragged"] = (results["ragged"][0] * 1.001, *results["ragged"][1:])
         with pytest.raises(FloatingPointError, match="y by ragged"):
             moe.compare(results)
+
+
+def test_vocabulary():
+    """Both losses and their gradients agree (`measure` raises where they do not), and only the plain one holds the logits of all tokens."""
+    with jax.set_mesh(moe.one_device()):
+        rows = [vocabulary.measure(tokens, 512, 16, 1) for tokens in (2048, 4096)]
+    assert vocabulary.bars(rows)["temporary bytes independent of tokens x vocabulary"]
+    plain = [r["temporaries"]["plain"] for r in rows]
+    assert plain[1] - plain[0] >= 2048 * 512 * 4
+    assert rows[1]["temporaries"]["ours"] < plain[1] and "4,096" in vocabulary.text({**RESULT, "width": 16, "chunk": 1024, "rows": rows, "bars": {}})
+
+
+def test_overhead():
+    """Times of a loop, and which of its threads are Python's."""
+    model = Model(vocab_size=320, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                  kv_lora_rank=16)
+    config = Config(model=model, mesh=Mesh(fsdp=1), train=Train(batch_size=4, sequence_length=64, dtype="float32"), compile=Compile(cache_dir="off"),
+                    eval=Eval(sample_prompt=""))
+    with unittest.mock.patch.object(overhead, "CompiledStep", lambda step, mesh, options: CompiledStep(step, mesh, bridge.quick_options())):
+        r = overhead.measure(config, 1, 4)
+    assert r["idle_s"] >= 0 and 0 < r["host_cpu_s"] < r["cpu_s"] and r["checkpoint_s"] > 0 and r["step_s"] > 0
+    assert r["overhead"] == pytest.approx((r["idle_s"] + r["checkpoint_s"] / 250 + r["host_cpu_s"]) / r["step_s"])
+    assert f"bar 2%: {'met' if r['met'] else 'MISSED'}" in overhead.text(r)
+    timed = overhead.Timed.__new__(overhead.Timed)
+    timed.done, timed.returned = [1.0, 2.0, 3.0], [0.5, 0.7, 2.5]
+    assert timed.idle(1) == 0 and timed.idle(2) == 0.5
+
+
+def test_compile_time():
+    config = compile_time.config_of("small", 3, 8)
+    assert (config.model.num_hidden_layers, config.mesh.fsdp, config.mesh.expert) == (3, 4, 2)
+    pairs = [[{"lower_s": 1.0, "compile_s": 2.0 + i, "cpu_s": 4.0}, {"lower_s": 1.0, "compile_s": 1.0, "cpu_s": 2.0}] for i in range(3)]
+    row = compile_time.summary(8, pairs)
+    assert row["ratio"] == 2.0 and row["cpu_ratio"] == 2.0 and row["compile_s"] == [3.0, 1.0]
+    text = compile_time.text({**RESULT, "shape": "small", "layers": 61, "against": 8, "rows": [row], "bar": 1.5, "met": False})
+    assert text.endswith("bar 1.5: MISSED")

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import benchmarks.__main__ as benchmarks_main
 import bridge
+from benchmarks import arrays
 from benchmarks import collectives as layer_collectives
 from benchmarks import strategies
 from deepseek_jax.config import Config, Mesh, Model, Sharding, Train, UserError, from_config_dict
@@ -330,3 +331,53 @@ def test_benchmarks_are_listed(capsys):
     assert all(f"  {name} " in text for name in benchmarks_main.NAMES)
     with pytest.raises(UserError, match="'nothing' is not a benchmark"):
         benchmarks_main.main(["nothing"])
+
+
+def test_arrays_that_a_step_must_not_have():
+    """Dense experts and whole attention scores are found in a program that has them; blocks and rounds are not."""
+    model = Model(hidden_size=96, moe_intermediate_size=40, n_routed_experts=8, num_experts_per_tok=2, num_attention_heads=4, vocab_size=500)
+    config = Config(model=model, train=Train(batch_size=2, sequence_length=64))
+    shape = dict.fromkeys(("data", "stage", "fsdp", "expert", "context", "tensor"), 1)
+    x, w = np.ones((128, 96), np.float32), np.ones((8, 96, 40), np.float32)
+    found = lambda f, *given: arrays.too_large(jax.jit(f).lower(*given).compile().as_text(), config, shape)
+    dense = found(lambda x, w: jnp.einsum("td,edf->etf", x, w).max(1), x, w)
+    assert dense["every_expert_on_every_token"] and not dense["whole_scores"]
+    places = found(lambda x, w: jnp.einsum("ecd,edf->ecf", x.reshape(8, 16, 96), w).max(1), x, w)
+    assert not places["every_expert_on_every_token"] and not places["whole_scores"]
+    q = np.ones((2, 64, 4, 24), np.float32)
+    scores = lambda q, k: jax.nn.softmax(jnp.einsum("bqnh,bknh->bnqk", q, k)).max(-1)
+    assert found(scores, q, q)["whole_scores"] and not found(scores, q[:, :16], q)["whole_scores"]
+
+
+COMBINED = """HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "/x/deepseek_jax/model/layers.py"
+2 "/x/deepseek_jax/model/transformer.py"
+
+FunctionNames
+1 "Embedding.__call__"
+2 "Transformer._scan"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1}
+2 {file_name_id=2 function_name_id=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=0}
+2 {file_location_id=2 parent_frame_id=0}
+
+ENTRY %main (a: f32[2,30], b: f32[2,10]) -> (f32[8,30], f32[8,10]) {
+  %a = f32[2,30]{1,0} parameter(0), metadata={op_name="params"}
+  %b = f32[2,10]{1,0} parameter(1)
+  %slice = f32[2,10]{1,0} bitcast(%b), metadata={op_name="jit(step)/jvp()/while/body/dynamic_slice" stack_frame_id=2}
+  ROOT %g = (f32[8,30]{1,0}, f32[8,10]{1,0}) all-gather(%a, %slice), replica_groups={{0,1,2,3}}, dimensions={0}, \
+metadata={op_name="jit(step)/jvp(embed)/gather" stack_frame_id=1}
+}
+"""
+
+
+def test_first_layer_gathered_with_the_embedding():
+    """XLA's combiner joins them: the bytes of the layer are not the embedding's."""
+    [found] = program.collectives(COMBINED, {"fsdp": 4})
+    assert found.shares == (("forward", "embed", 0.75), ("forward", "layer", 0.25))

@@ -1,10 +1,12 @@
 """Profile of a run, compilation cache, and the lines about both."""
 
+import dataclasses
 import glob
 import gzip
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -12,7 +14,9 @@ import jax
 import numpy as np
 import pytest
 
+import trainer
 from deepseek_jax import compilation
+from deepseek_jax.config import Mesh, Moe
 from deepseek_jax.plan import hlo, origin
 from deepseek_jax.train import profile
 from test_train import ROOT, command, corpus, losses  # noqa: F401
@@ -65,6 +69,55 @@ def test_a_damaged_cache_stops_nothing(tmp_path):
     assert start() == first
 
 
+def test_all_processes_find_what_process_0_kept(tmp_path):
+    """Two processes with one folder: none reads anything at the first start, both read at the second, with the same result."""
+    program = """
+import sys, numpy as np, jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from deepseek_jax import compilation
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+compilation.MIN_SECONDS = 0
+compilation.use_cache(sys.argv[3], print)
+mesh = jax.make_mesh((4,), ("x",))
+a = np.arange(32, dtype=np.float32).reshape(8, 4)
+a = jax.make_array_from_callback(a.shape, NamedSharding(mesh, P("x")), lambda i: a[i])
+with jax.set_mesh(mesh):
+    total = jax.jit(lambda a: jnp.sum(jnp.sin(a) * jnp.arange(4.0)))(a)
+print("\\nFOUND", float(total), getattr(compilation._this_thread, "hits", 0))
+"""
+
+    def start() -> list[list[str]]:
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        args = lambda i: [sys.executable, "-c", program, str(port), str(i), str(tmp_path)]
+        both = [subprocess.Popen(args(i), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 text=True) for i in range(2)]
+        out = [p.communicate(timeout=200) for p in both]
+        assert all(p.returncode == 0 for p in both), out
+        return [re.search(r"^FOUND (\S+) (\d+)$", stdout, re.MULTILINE).groups() for stdout, _ in out]  # Gloo prints too
+
+    expected = np.sum(np.sin(np.arange(32.0).reshape(8, 4)) * np.arange(4.0))
+    for hits in ("0", "1"):
+        for total, found in start():
+            assert abs(float(total) - expected) < 1e-4 and found == hits, (total, found, hits)
+    assert len(glob.glob(f"{tmp_path}/cpu-*/jit__lambda*-cache")) == 1
+
+
+def test_the_cache_does_not_grow_without_limit(tmp_path):
+    for i, name in enumerate(("new-cache", "old-cache", "older-cache", "other")):
+        (tmp_path / name).write_bytes(b"x" * 100)
+        os.utime(tmp_path / name, (1000 - i, 1000 - i))
+    compilation.forget_oldest(str(tmp_path), 200)
+    assert sorted(os.listdir(tmp_path)) == ["new-cache", "old-cache", "other"]
+    os.utime(tmp_path / "old-cache", (2000, 999))  # read since
+    compilation.forget_oldest(str(tmp_path), 199)
+    assert sorted(os.listdir(tmp_path)) == ["old-cache", "other"]
+    compilation.forget_oldest(str(tmp_path), 0)
+    assert os.listdir(tmp_path) == ["other"]
+
+
 def test_use_cache(tmp_path, monkeypatch):
     names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
              "jax_persistent_cache_min_entry_size_bytes")
@@ -99,11 +152,34 @@ def test_the_trace_and_its_table(runs):
     shares = {name: float(cells[1].rstrip("%")) / 100 for name, cells in rows.items()}
     assert set(profile.PARTS) <= set(shares) and shares.pop("all") == 1
     assert abs(sum(shares.values()) - 1) < 0.0005 * len(shares)  # each is printed to a tenth of a percent
-    assert all(shares[name] > 0 for name in ("embed", "attention", "route", "loss", "optimizer"))
-    assert shares["experts"] + shares["dispatch"] > 0
+    assert all(shares[name] > 0 for name in profile.PARTS), shares
     order = [line.split()[1].split("/")[0] for line in lines if line.startswith("step ") and "loss" in line and "held-out" not in line]
     assert order == [str(n) for n in range(1, 7)], "a step was lost around the profile"
     assert f"profile of steps 3 to 4: {folder}" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["all_to_all", "all_gather", "ring"])
+def test_parts_where_tokens_are_exchanged(method, tmp_path):
+    """Dispatch, experts and combine apart, in both passes, with collectives where they belong."""
+    config = dataclasses.replace(trainer.config_of(mesh=Mesh(fsdp=1, expert=2)), moe=Moe(dispatch=method))
+    t = trainer.Trainer(config)
+    s, _ = t.run(t.start(), 1)
+    jax.profiler.start_trace(str(tmp_path))
+    jax.block_until_ready(t.run(s, 2))
+    jax.profiler.stop_trace()
+    text = t.compiled.as_text()
+    cost = profile.read(str(tmp_path), text, 2)
+    assert cost.devices == 2
+    for part in ("dispatch", "experts", "combine"):
+        for phase in ("forward", "backward"):
+            assert cost.part(part, phase) > 0, (part, phase, cost.seconds)
+    module = hlo.Module(text)
+    sources = profile._sources(module)
+    found = {(sources[i.name][:2], i.opcode) for instructions in module.computations.values() for i in instructions.values() if i.name in sources}
+    opcode = {"all_to_all": "all-to-all", "all_gather": "all-gather", "ring": "collective-permute"}[method]
+    assert (("dispatch", "forward"), opcode) in found
+    assert any((("combine", "forward"), o) in found for o in (opcode, "reduce-scatter", "all-reduce")), found
+    assert not any(part not in ("experts", "attention", "route", "mlp", "loss") for (part, _), o in found if o == "dot"), found
 
 
 def test_time_is_counted_once(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import bridge
 import invariance
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import Config, Fp16, Mesh, Model, Optimizer, Sharding, Train
+from deepseek_jax.config import Config, Fp16, Mesh, Model, Offload, Optimizer, Sharding, Train
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import losses, state, step
 from deepseek_jax.validation import validate
@@ -23,9 +23,10 @@ TINY = Model(vocab_size=128, hidden_size=32, intermediate_size=48, moe_intermedi
 ADAMW = Optimizer(learning_rate=1e-2, warmup_steps=2)
 
 
-def config_of(optimizer: Optimizer = ADAMW, mesh: Mesh = Mesh(fsdp=1), fp16: Fp16 = Fp16(), **train) -> Config:
+def config_of(optimizer: Optimizer = ADAMW, mesh: Mesh = Mesh(fsdp=1), fp16: Fp16 = Fp16(), sharding: Sharding = Sharding(min_weight_size=0),
+              offload: Offload = Offload(), **train) -> Config:
     train = {"steps": 40, "batch_size": invariance.SEQUENCES, "sequence_length": invariance.LENGTH, "dtype": "float32", "remat": "none"} | train
-    config = Config(model=TINY, mesh=mesh, train=Train(**train), optimizer=optimizer, sharding=Sharding(min_weight_size=0), fp16=fp16)
+    config = Config(model=TINY, mesh=mesh, train=Train(**train), optimizer=optimizer, sharding=sharding, fp16=fp16, offload=offload)
     validate(config)
     return config
 
@@ -46,9 +47,10 @@ class Trainer:
     def start(self) -> state.TrainState:
         with jax.set_mesh(self.mesh):
             same = invariance.initial_state(TINY)._replace(opt_state=self.layout.abstract.opt_state)
-            opt_state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), self.layout.abstract.opt_state)  # all three begin with zeros
+            zeros = lambda tree: jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), tree)
+            opt_state, residual = zeros(self.layout.abstract.opt_state), zeros(self.layout.abstract.residual)  # of all three optimizers
             scale = self.layout.abstract.loss_scale and state.init_loss_scale(self.config)
-            return jax.device_put(same._replace(opt_state=opt_state, loss_scale=scale), self.layout.shardings)
+            return jax.device_put(same._replace(opt_state=opt_state, residual=residual, loss_scale=scale), self.layout.shardings)
 
     def run(self, s: state.TrainState, steps: int, first: int = 0) -> tuple[state.TrainState, list[step.StepMetrics]]:
         out = []

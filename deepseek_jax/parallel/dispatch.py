@@ -80,9 +80,12 @@ def _all_to_all(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
 
 
 def _all_gather(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
-    gather = lambda a: checkpoint_name(lax.all_gather(a, "expert", tiled=True), "exchange")
-    y, rounds = _visited(gather(x_TD), gather(weight_TK), gather(expert_TK), gate_up, down, places)
-    return lax.psum_scatter(y, "expert", tiled=True), lax.pmax(rounds, BATCH_AXES)
+    with jax.named_scope("dispatch"):
+        visiting = [checkpoint_name(lax.all_gather(a, "expert", tiled=True), "exchange") for a in (x_TD, weight_TK, expert_TK)]
+    y, rounds = _visited(*visiting, gate_up, down, places)
+    with jax.named_scope("combine"):
+        y = lax.psum_scatter(y, "expert", tiled=True)
+    return y, lax.pmax(rounds, BATCH_AXES)
 
 
 def _ring(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
@@ -92,8 +95,11 @@ def _ring(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
     def visit(travelling, _):
         x, weight, expert, y = travelling
         more, rounds = _visited(x, weight, expert, *(w.astype(x.dtype) for w in held), places)
-        move = lambda a: checkpoint_name(_to_next(a, devices), "exchange")
-        return (move(x), move(weight), move(expert), _to_next(y + more, devices)), rounds
+        with jax.named_scope("dispatch"):
+            tokens = [checkpoint_name(_to_next(a, devices), "exchange") for a in (x, weight, expert)]
+        with jax.named_scope("combine"):
+            y = _to_next(y + more, devices)
+        return (*tokens, y), rounds
 
     (_, _, _, y), rounds = lax.scan(visit, (x_TD, weight_TK, expert_TK, jnp.zeros_like(x_TD)), length=devices)
     return y, lax.pmax(jnp.max(rounds), BATCH_AXES)

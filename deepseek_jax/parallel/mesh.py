@@ -150,10 +150,11 @@ def _check_stages(config: Config, stages: int) -> None:
                         f"again in backward. Set config.train.remat to full, none or save:attention,mlp_hidden.")
     if stages > blocks:
         kind = "MoE layers" if m.num_hidden_layers > m.first_k_dense_replace else "layers"
-        raise UserError(f"config.mesh.stage={stages} is above the number of {kind} to divide, {blocks}. Set config.mesh.stage to a number up to {blocks}.")
+        raise UserError(f"config.mesh.stage={stages} is above the number of {kind} to divide, {blocks}. "
+                        f"Set config.mesh.stage to a number up to {blocks}.")
     if virtual > -(-blocks // stages):
-        raise UserError(f"config.sharding.virtual_stages={virtual} is above the {-(-blocks // stages)} layers of a stage (config.mesh.stage={stages}). "
-                        f"Set it to a number up to that, or to 0.")
+        raise UserError(f"config.sharding.virtual_stages={virtual} is above the {-(-blocks // stages)} layers of a stage "
+                        f"(config.mesh.stage={stages}). Set it to a number up to that, or to 0.")
 
 
 def _check_compression(config: Config, shape: dict[str, int]) -> None:

@@ -71,6 +71,7 @@ def sort_by_expert(expert_TK: jax.Array, experts: int,
     return order_M, bound, jnp.zeros_like(rank_M).at[order_M].set(rank_M, unique_indices=True).reshape(expert_TK.shape)
 
 
+@jax.named_scope("dispatch")
 def make_plan(expert_TK: jax.Array, experts: int, slots: int) -> Plan:
     """The plan of assignments to experts in [0, experts]; `experts` itself means nowhere."""
     order_M, bound, rank_TK = sort_by_expert(expert_TK, experts)
@@ -86,6 +87,7 @@ def _round_tokens(plan: Plan, r: jax.Array, slots: int) -> tuple[jax.Array, jax.
     return plan.order_M[position_EC], filled_EC
 
 
+@jax.named_scope("dispatch")
 def _to_experts(rows_ECD: jax.Array, devices: int) -> jax.Array:
     """[E, C, D] on every device to [G, X*C, D] on the experts' devices: already grouped by expert."""
     if devices == 1:
@@ -95,6 +97,7 @@ def _to_experts(rows_ECD: jax.Array, devices: int) -> jax.Array:
     return rows.reshape(e // devices, devices * c, -1)
 
 
+@jax.named_scope("combine")
 def _from_experts(rows_GRD: jax.Array, devices: int) -> jax.Array:
     """The inverse of `_to_experts`: [G, X*C, D] back to [E, C, D] on the devices that sent them."""
     if devices == 1:
@@ -104,6 +107,7 @@ def _from_experts(rows_GRD: jax.Array, devices: int) -> jax.Array:
     return rows.reshape(g * devices, r // devices, -1)
 
 
+@jax.named_scope("dispatch")
 def _send(x_TD: jax.Array, plan: Plan, r: jax.Array, top_k: int, slots: int, devices: int) -> jax.Array:
     """The rows of round r's tokens, zeros in empty places, at the experts: [G, X*C, D]."""
     assignment_EC, filled_EC = _round_tokens(plan, r, slots)
@@ -117,6 +121,7 @@ def _places(plan: Plan, r: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]
     return jnp.where(here_TK, plan.expert_TK * slots + place_TK, 0), here_TK
 
 
+@jax.named_scope("combine")
 def _collect(acc_TD: jax.Array, rows_ECD: jax.Array, plan: Plan, r: jax.Array, slots: int,
              weight_TK: jax.Array | None) -> jax.Array:
     """Adds each token's rows of this round, times their weights, in float32. One expert choice at a time: never T*K rows."""
@@ -128,6 +133,7 @@ def _collect(acc_TD: jax.Array, rows_ECD: jax.Array, plan: Plan, r: jax.Array, s
     return acc_TD
 
 
+@jax.named_scope("experts")
 def _hidden(rows_GRD: jax.Array, gate_up_GDPF: jax.Array) -> jax.Array:
     """Gate and up projections in one matmul: [G, R, 2, F]."""
     g, d, _, f = gate_up_GDPF.shape
@@ -140,9 +146,10 @@ def _round_forward(x_TD, gate_up, down, plan, r, top_k, slots, devices):
     if devices > 1:  # rows that did not travel are cheaper to gather again than to keep
         rows_GRD = checkpoint_name(rows_GRD, "exchange")
     hidden = checkpoint_name(_hidden(rows_GRD, gate_up), "experts_hidden")
-    act_GRF = jax.nn.silu(hidden[:, :, 0]) * hidden[:, :, 1]
-    out_ECD = _from_experts(jnp.einsum("grf,gfd->grd", act_GRF, down), devices)
-    return rows_GRD, hidden, out_ECD
+    with jax.named_scope("experts"):
+        act_GRF = jax.nn.silu(hidden[:, :, 0]) * hidden[:, :, 1]
+        out_GRD = jnp.einsum("grf,gfd->grd", act_GRF, down)
+    return rows_GRD, hidden, _from_experts(out_GRD, devices)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -189,27 +196,31 @@ def _backward(slots, devices, residuals, dy_TD):
     g, d, _, f = gate_up.shape
 
     def one_round(r, rows_GRD, hidden_GRPF, dx_TD, dw_TK):
-        assignment_EC, filled_EC = _round_tokens(plan, r, slots)
         dy_GRD = _send(dy_TD, plan, r, top_k, slots, devices)
-        w_EC = jnp.where(filled_EC, weight_TK.reshape(-1)[assignment_EC], 0.0)
+        with jax.named_scope("dispatch"):
+            assignment_EC, filled_EC = _round_tokens(plan, r, slots)
+            w_EC = jnp.where(filled_EC, weight_TK.reshape(-1)[assignment_EC], 0.0)
         w_GR1 = _to_experts(w_EC[:, :, None], devices)
-        gate, up = hidden_GRPF[:, :, 0].astype(jnp.float32), hidden_GRPF[:, :, 1].astype(jnp.float32)
-        sig = jax.nn.sigmoid(gate)
-        act_GRF = gate * sig * up
-        # The unweighted gradient goes to the experts, so that the weight's gradient <dy, expert(x)> = <dy down^T, act> is
-        # found there and returns as one number a row: the results themselves need no second exchange.
-        dact = jnp.einsum("grd,gfd->grf", dy_GRD, down, preferred_element_type=jnp.float32)
-        dw_EC = _from_experts(jnp.sum(dact * act_GRF, axis=-1, keepdims=True), devices)
-        dact = dact * w_GR1
-        dgate = dact * up * sig * (1 + gate * (1 - sig))
-        dhidden = jnp.concatenate([dgate, dact * gate * sig], axis=-1).astype(x_TD.dtype)
-        weighted_act = (act_GRF * w_GR1).astype(x_TD.dtype)
-        ddown = jnp.einsum("grf,grd->gfd", weighted_act, dy_GRD, preferred_element_type=jnp.float32)
-        dgate_up = jnp.einsum("grd,grf->gdf", rows_GRD, dhidden, preferred_element_type=jnp.float32)
-        drows_ECD = _from_experts(jnp.einsum("grf,gdf->grd", dhidden, gate_up.reshape(g, d, 2 * f)), devices)
-        dx_TD = _collect(dx_TD, drows_ECD, plan, r, slots, None)
-        index_TK, here_TK = _places(plan, r, slots)
-        dw_TK = dw_TK + jnp.where(here_TK, dw_EC.reshape(-1)[index_TK], 0.0)
+        with jax.named_scope("experts"):
+            gate, up = hidden_GRPF[:, :, 0].astype(jnp.float32), hidden_GRPF[:, :, 1].astype(jnp.float32)
+            sig = jax.nn.sigmoid(gate)
+            act_GRF = gate * sig * up
+            # The unweighted gradient goes to the experts, so that the weight's gradient <dy, expert(x)> = <dy down^T, act> is
+            # found there and returns as one number a row: the results themselves need no second exchange.
+            dact = jnp.einsum("grd,gfd->grf", dy_GRD, down, preferred_element_type=jnp.float32)
+            dw_GR1 = jnp.sum(dact * act_GRF, axis=-1, keepdims=True)
+            dact = dact * w_GR1
+            dgate = dact * up * sig * (1 + gate * (1 - sig))
+            dhidden = jnp.concatenate([dgate, dact * gate * sig], axis=-1).astype(x_TD.dtype)
+            weighted_act = (act_GRF * w_GR1).astype(x_TD.dtype)
+            ddown = jnp.einsum("grf,grd->gfd", weighted_act, dy_GRD, preferred_element_type=jnp.float32)
+            dgate_up = jnp.einsum("grd,grf->gdf", rows_GRD, dhidden, preferred_element_type=jnp.float32)
+            drows_GRD = jnp.einsum("grf,gdf->grd", dhidden, gate_up.reshape(g, d, 2 * f))
+        dx_TD = _collect(dx_TD, _from_experts(drows_GRD, devices), plan, r, slots, None)
+        dw_EC = _from_experts(dw_GR1, devices)
+        with jax.named_scope("combine"):
+            index_TK, here_TK = _places(plan, r, slots)
+            dw_TK = dw_TK + jnp.where(here_TK, dw_EC.reshape(-1)[index_TK], 0.0)
         return dx_TD, dw_TK, dgate_up, ddown
 
     zeros = jnp.zeros_like(x_TD, jnp.float32), jnp.zeros_like(weight_TK)
@@ -219,7 +230,8 @@ def _backward(slots, devices, residuals, dy_TD):
         r, (dx, dw, dgate_up, ddown) = carry
         rows = _send(x_TD, plan, r, top_k, slots, devices)
         dx, dw, dgate_up_r, ddown_r = one_round(r, rows, _hidden(rows, gate_up), dx, dw)
-        return r + 1, (dx, dw, dgate_up + dgate_up_r, ddown + ddown_r)
+        with jax.named_scope("experts"):
+            return r + 1, (dx, dw, dgate_up + dgate_up_r, ddown + ddown_r)
 
     _, (dx, dw, dgate_up, ddown) = lax.while_loop(lambda carry: carry[0] < plan.rounds, more, (_second(plan), grads))
     dplan = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), plan)  # integers have no gradient

@@ -39,7 +39,8 @@ PARTS = (
 # where a part is all that it computes. Bytes go by PARTS alone, which know a gather of weights from the layer that asked for it.
 SCOPES = ("embed", "attention", "route", "dispatch", "experts", "combine", "mlp", "norm", "loss", "optimizer")
 _SCOPE_OF = {"router": "route", "statistics": "route", "head": "loss"}
-LAYER_PARTS = ("dispatch", "experts", "statistics", "router", "attention", "mlp", "norm")  # what a decoder layer is made of
+# What a decoder layer is made of; "layer": weights gathered ahead of it, of which the program does not say which.
+LAYER_PARTS = ("dispatch", "experts", "statistics", "router", "attention", "mlp", "norm", "layer")
 
 
 class Origin:
@@ -53,7 +54,8 @@ class Origin:
         """(phase, part, share of the bytes) of a collective, most first.
 
         phase is forward, recompute, backward, optimizer or other; part one of PARTS or other. A collective with several operands
-        was combined from several; each belongs where its operand comes from, but for tokens, which come from the layer before.
+        was combined from several; each belongs where its operand comes from, but for tokens, which come from the layer before. The
+        first layer's weights, gathered ahead of the loop over layers, may be combined with the embedding.
 
         Args:
           moves_tokens: it may be the dispatch's.
@@ -67,6 +69,8 @@ class Origin:
         shares: Counter = Counter()
         for o in operands:
             phase, part = self._of(computation, o, visit)
+            if part == "other" and own[1] not in LAYER_PARTS and self._of_a_stack(computation, o, visit):
+                part = "layer"
             shares[own if part == "other" else (phase, part)] += o.bytes / total
         return tuple((*origin, share) for origin, share in shares.most_common())
 
@@ -90,6 +94,12 @@ class Origin:
         phase = phase_of(source.op_name)
         part = self._part(source)
         return phase, phase if part == "other" and phase == "optimizer" else part
+
+    def _of_a_stack(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> bool:
+        """Whether it is one layer's slice of stacked weights: the scan over layers makes it, before any code of the layer."""
+        source = self._source(computation, instruction, visit)
+        return source is not None and any(file.endswith("model/transformer.py") and re.search(r"\b_scan\b", function)
+                                          for file, function in self.module.frames(source)[:1])
 
     def _named(self, computation: str, instruction: hlo.Instruction, distance: int = 8) -> hlo.Instruction | None:
         """The instruction, or the nearest that it reads, with an operation's name."""
