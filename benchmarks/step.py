@@ -68,9 +68,9 @@ def main() -> int:
     return 0
 
 
-def run_json(arguments: list[str]) -> dict[str, Any]:
+def run_json(arguments: list[str], **environment: str) -> dict[str, Any]:
     """The JSON object that a Python program prints last."""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
     return json.loads(done.stdout.strip().splitlines()[-1])
