@@ -43,18 +43,21 @@ def exit_code(name: str, main: Callable[[], int]) -> int:
 class RopeScaling:
     """Hugging Face `rope_scaling`. YaRN: Peng et al. 2023, arXiv:2309.00071."""
 
-    type: str = "default"  # default | yarn
+    type: str = "default"  # default | linear (positions divided by factor) | yarn | llama3 (by wavelength, Llama 3.1)
     factor: float = 1.0  # context extension: target length / original_max_position_embeddings
     original_max_position_embeddings: int = 4096  # context length before the extension, in tokens
     beta_fast: float = 32.0  # rotations above which a frequency is kept as it is
     beta_slow: float = 1.0  # rotations below which a frequency is divided by `factor`
     mscale: float = 0.0  # 0: not given. cos and sin are scaled by m(mscale) / m(mscale_all_dim)
-    mscale_all_dim: float = 0.0  # 0: not given. The softmax scale is multiplied by m(mscale_all_dim)^2
+    mscale_all_dim: float = 0.0  # 0: not given. The softmax scale of MLA is multiplied by m(mscale_all_dim)^2
+    attention_factor: float = 0.0  # yarn: cos and sin are scaled by this; 0: by what mscale and mscale_all_dim give
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_max_position_embeddings / this are divided by `factor`
+    high_freq_factor: float = 4.0  # llama3: wavelengths below original_max_position_embeddings / this stay; between, both are mixed
 
 
 @dataclass(frozen=True)
 class Model:
-    """The architecture, in the keys of a DeepSeek `config.json`."""
+    """The architecture, in the keys of a Hugging Face `config.json`, DeepSeek's where families differ."""
 
     vocab_size: int = 320  # rows of the embedding; token ids run from 0 to vocab_size - 1
     hidden_size: int = 256
@@ -67,6 +70,12 @@ class Model:
     qk_nope_head_dim: int = 32  # width per head of the part of q and k that carries no position
     qk_rope_head_dim: int = 16  # width per head of the rotated part; its key is shared by all heads
     v_head_dim: int = 32
+    num_key_value_heads: int | None = None  # heads of keys and values of grouped-query attention (Llama, Qwen, GLM, Mixtral); None or 0: MLA
+    head_dim: int | None = None  # grouped-query attention: width of a head; None or 0: hidden_size / num_attention_heads
+    attention_bias: bool = False  # grouped-query attention: q, k and v have biases
+    attention_out_bias: bool = False  # grouped-query attention: the output projection has a bias
+    use_qk_norm: bool = False  # grouped-query attention: RMSNorm of every head's q and k, before rotation (Qwen3)
+    partial_rotary_factor: float = 1.0  # grouped-query attention: share of head_dim that is rotated (GLM: 0.5)
     first_k_dense_replace: int = 1  # the first k layers are dense
     n_routed_experts: int = 16
     n_shared_experts: int = 1  # 0: none
@@ -87,6 +96,23 @@ class Model:
     max_position_embeddings: int = 4096  # longest sequence the model is meant for, in tokens
     initializer_range: float = 0.02  # standard deviation of every initial weight (V2 and V3 use 0.006)
     tie_word_embeddings: bool = False  # the output head is the embedding, transposed
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a head's query and key."""
+        if self.num_key_value_heads is None:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_head_dim(self) -> int:
+        """Width of a head's value."""
+        return self.v_head_dim if self.num_key_value_heads is None else self.qk_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How much of a head's query and key is rotated."""
+        return self.qk_rope_head_dim if self.num_key_value_heads is None else int(self.qk_head_dim * self.partial_rotary_factor)
 
     @property
     def has_experts(self) -> bool:
@@ -292,7 +318,7 @@ STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_
 GRADIENT_COMPRESSIONS = ("none", "bfloat16", "int8")
 
 
-OPTIONAL = ("model.q_lora_rank",)  # options that may be None
+OPTIONAL = ("model.q_lora_rank", "model.num_key_value_heads", "model.head_dim")  # options that may be None
 
 
 def base_config() -> ConfigDict:

@@ -183,9 +183,10 @@ def _validate_model(m: Model) -> None:
               "rms_norm_eps", "initializer_range")
     _choice("config.model.scoring_func", m.scoring_func, ("sigmoid", "softmax"))
     _choice("config.model.topk_method", m.topk_method, ("noaux_tc", "greedy", "group_limited_greedy"))
-    _choice("config.model.rope_scaling.type", m.rope_scaling.type, ("default", "yarn"))
+    _choice("config.model.rope_scaling.type", m.rope_scaling.type, ("default", "linear", "yarn", "llama3"))
     if m.qk_rope_head_dim % 2:
         raise UserError(f"config.model.qk_rope_head_dim={m.qk_rope_head_dim} is odd, but rotation works on pairs. Set it to an even number.")
+    _validate_grouped_query(m)
     if m.first_k_dense_replace > m.num_hidden_layers:
         raise UserError(f"config.model.first_k_dense_replace={m.first_k_dense_replace} is above config.model.num_hidden_layers="
                         f"{m.num_hidden_layers}. Set it to {m.num_hidden_layers} or less.")
@@ -206,13 +207,36 @@ def _validate_model(m: Model) -> None:
                         f"Set it to, for instance, 1.0.")
     r = m.rope_scaling
     _at_least(r, "model.rope_scaling", 1, "factor", "original_max_position_embeddings")
-    _at_least(r, "model.rope_scaling", 0, "mscale", "mscale_all_dim")
+    _at_least(r, "model.rope_scaling", 0, "mscale", "mscale_all_dim", "attention_factor")
+    if r.type == "llama3" and not (math.isfinite(r.high_freq_factor) and 0 < r.low_freq_factor < r.high_freq_factor):
+        raise UserError(f"config.model.rope_scaling.low_freq_factor={r.low_freq_factor} and high_freq_factor={r.high_freq_factor} are not two "
+                        f"positive numbers, the first below the second. Set them to, for instance, 1 and 4.")
     if not (math.isfinite(r.beta_fast) and 0 < r.beta_slow <= r.beta_fast):
         raise UserError(f"config.model.rope_scaling.beta_fast={r.beta_fast} and beta_slow={r.beta_slow} are not two positive "
                         f"numbers, the first at least the second. Set them to, for instance, 32 and 1.")
 
 
+def _validate_grouped_query(m: Model) -> None:
+    _at_least(m, "model", 1, "num_key_value_heads", "head_dim")
+    if m.num_key_value_heads is None:
+        default = Model()
+        for name in ("head_dim", "attention_bias", "attention_out_bias", "use_qk_norm", "partial_rotary_factor"):
+            if getattr(m, name) != getattr(default, name):
+                raise UserError(f"config.model.{name}={getattr(m, name)} is of grouped-query attention, and config.model.num_key_value_heads=None "
+                                f"means multi-head latent attention. Set num_key_value_heads, or {name} to {getattr(default, name)}.")
+        return
+    _divides(m.num_key_value_heads, "config.model.num_key_value_heads", m.num_attention_heads, "config.model.num_attention_heads")
+    if m.head_dim is None:
+        _divides(m.num_attention_heads, "config.model.num_attention_heads", m.hidden_size, "config.model.hidden_size")
+    if not 0 < m.partial_rotary_factor <= 1 or m.rotary_dim % 2 or not m.rotary_dim:
+        raise UserError(f"config.model.partial_rotary_factor={m.partial_rotary_factor} rotates {m.rotary_dim} of a head's {m.qk_head_dim} numbers, "
+                        f"which must be an even number above 0. Set it to, for instance, 1.0 or 0.5, or config.model.head_dim.")
+
+
 def _validate_cudnn(m: Model, dtype: str) -> None:
+    if m.num_key_value_heads is not None:
+        raise UserError(f"config.train.attention=cudnn is of multi-head latent attention in this version, and config.model.num_key_value_heads="
+                        f"{m.num_key_value_heads}. Set config.train.attention=auto.")
     if dtype != "bfloat16":
         raise UserError(f"config.train.attention=cudnn computes in bfloat16, and config.train.dtype={dtype}. Set config.train.attention=auto.")
     for name, width in (("qk_nope_head_dim + qk_rope_head_dim", m.qk_nope_head_dim + m.qk_rope_head_dim), ("v_head_dim", m.v_head_dim)):

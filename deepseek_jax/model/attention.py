@@ -1,6 +1,7 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1). Shape letters: layers.py.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) and grouped-query attention (Ainslie et al. 2023,
+arXiv:2305.13245). Shape letters: layers.py.
 
-Keys and values come from one compressed vector of `kv_lora_rank` numbers a token, plus one rotated key shared by all
+In MLA keys and values come from one compressed vector of `kv_lora_rank` numbers a token, plus one rotated key shared by all
 heads (decoupled RoPE). Training expands them; causal attention runs in blocks (blockwise.py), so that memory is linear in the
 sequence length.
 """
@@ -30,7 +31,8 @@ def causal_attention(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, se
     """Causal softmax attention within segments; softmax in float32.
 
     Args:
-      q_BSNH, k_BSNH: queries and keys, divided over the mesh in B and N alone; v_BSNV: values, of any width.
+      q_BSNH, k_BSNH: queries and keys, divided over the mesh in B and N alone; v_BSNV: values, of any width. Keys and values may have
+        fewer heads: query head n meets head n // (query heads / their heads).
       segment_ids_BS: int; a position sees earlier positions with its own id only.
       scale: multiplies the scores.
       method: `config.train.attention`: auto or blocks (blockwise.py); cudnn, on NVIDIA GPUs, where all sequences of a device are one
@@ -137,3 +139,41 @@ class MultiHeadLatentAttention(nnx.Module):
 
         out = causal_attention(q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, softmax_scale(m), self.method)
         return self.o_proj(out.reshape(b, s, -1))
+
+
+class GroupedQueryAttention(nnx.Module):
+    """Attention as in Llama, Qwen, GLM and Mixtral: `num_key_value_heads` heads of keys and values, each for a group of query heads."""
+
+    def __init__(self, model: Model, rngs: nnx.Rngs, method: str = "auto"):
+        m, width = model, model.qk_head_dim
+        self.model, self.method = m, method
+        bias = "heads_bias" if m.attention_bias else None
+        self.q_proj = Linear(m, m.hidden_size, m.num_attention_heads * width, ("embed", "heads"), rngs, bias)
+        self.k_proj = Linear(m, m.hidden_size, m.num_key_value_heads * width, ("embed", "heads"), rngs, bias)
+        self.v_proj = Linear(m, m.hidden_size, m.num_key_value_heads * width, ("embed", "heads"), rngs, bias)
+        if m.use_qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(width, m.rms_norm_eps, rngs), RMSNorm(width, m.rms_norm_eps, rngs)
+        self.o_proj = Linear(m, m.num_attention_heads * width, m.hidden_size, ("heads", "embed"), rngs, "embed_bias" if m.attention_out_bias else None)
+
+    @jax.named_scope("attention")
+    def __call__(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> jax.Array:
+        m, (b, s, _) = self.model, x_BSD.shape
+        q_BSNH, k_BSMH, v_BSMH = (projection(x_BSD).reshape(b, s, -1, m.qk_head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if m.use_qk_norm:
+            q_BSNH, k_BSMH = self.q_norm(q_BSNH), self.k_norm(k_BSMH)
+        q_BSNH, k_BSMH = (_rotated(a, rope, m.rotary_dim) for a in (q_BSNH, k_BSMH))
+        out = causal_attention(q_BSNH, k_BSMH, v_BSMH, segment_ids_BS, softmax_scale(m), self.method)
+        return self.o_proj(out.reshape(b, s, -1))
+
+
+def _rotated(x_BSNH: jax.Array, rope: tuple[jax.Array, jax.Array], width: int) -> jax.Array:
+    """The first `width` numbers of every head rotated, in halves as these families do."""
+    if width == x_BSNH.shape[-1]:
+        return apply_rope(x_BSNH, *rope, interleave=False)
+    rotated, rest = jnp.split(x_BSNH, [width], axis=-1)
+    return jnp.concatenate([apply_rope(rotated, *rope, interleave=False), rest], axis=-1)
+
+
+def make_attention(model: Model, rngs: nnx.Rngs, method: str) -> nnx.Module:
+    """The attention that a model's options ask for."""
+    return (MultiHeadLatentAttention if model.num_key_value_heads is None else GroupedQueryAttention)(model, rngs, method)

@@ -41,11 +41,15 @@ class Level(NamedTuple):
 
 def forward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids_BS: jax.Array, scale: float,
             sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-    """The output [B, S, N, V] in the dtype of v, and the logsumexp of every row of scores, float32 [B, N, S]."""
+    """The output [B, S, N, V] in the dtype of v, and the logsumexp of every row of scores, float32 [B, N, S].
+
+    k and v may have fewer heads than q, each for a group of neighbouring query heads: they are repeated for the heads that are worked on
+    together only.
+    """
 
     def group(q, k, v, segments_bS):
         b = segments_bS.shape[0]
-        q_GSH, k_GSH, v_GSV = (_heads_first(a) for a in (q, k, v))
+        q_GSH, k_GSH, v_GSV = _heads_first(q), *(_repeated(_heads_first(a), q.shape[2] // a.shape[2]) for a in (k, v))
         outs, sums = [], []
         for level in _levels(q_GSH.shape[1], sizes.block):
             k_GKH, v_GKV = k_GSH[:, : level.end], v_GSV[:, : level.end]
@@ -73,7 +77,9 @@ def backward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_id
 
     def group(q, k, v, segments_bS, out, lse, dout):
         b, s = segments_bS.shape
-        q_GSH, k_GSH, v_GSV, out_GSV, dout_GSV = (_heads_first(a) for a in (q, k, v, out, dout))
+        share = q.shape[2] // k.shape[2]
+        q_GSH, out_GSV, dout_GSV = (_heads_first(a) for a in (q, out, dout))
+        k_GSH, v_GSV = (_repeated(_heads_first(a), share) for a in (k, v))
         lse_GS1 = lse.reshape(-1, s, 1)
         delta_GS1 = jnp.sum(dout_GSV.astype(jnp.float32) * out_GSV, axis=-1, keepdims=True)
         dqs, dk_GHS, dv_GVS = [], None, None
@@ -94,7 +100,7 @@ def backward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_id
             dk_GHS = dk if dk_GHS is None else dk_GHS.at[:, :, : level.end].add(dk)
             dv_GVS = dv if dv_GVS is None else dv_GVS.at[:, :, : level.end].add(dv)
         back = lambda grad_GSH, like: _heads_last(grad_GSH.astype(like.dtype), b)
-        turn = lambda a: jnp.swapaxes(a, 1, 2)
+        turn = lambda a: jnp.swapaxes(a if share == 1 else jnp.sum(a.reshape(-1, share, *a.shape[1:]), axis=1), 1, 2)
         return back(jnp.concatenate(dqs[::-1], axis=1) * scale, q), back(turn(dk_GHS) * scale, k), back(turn(dv_GVS), v)
 
     arrays = (q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, out_BSNV, lse_BNS, dout_BSNV)
@@ -165,6 +171,11 @@ def _heads_first(a_bSnH: jax.Array) -> jax.Array:
     return jnp.swapaxes(a_bSnH, 1, 2).reshape(b * n, s, h)
 
 
+def _repeated(a_GSH: jax.Array, times: int) -> jax.Array:
+    """Every head of keys or values for the `times` query heads that it belongs to."""
+    return a_GSH if times == 1 else jnp.repeat(a_GSH, times, axis=0)
+
+
 def _heads_last(a_GSH: jax.Array, b: int) -> jax.Array:
     return jnp.swapaxes(a_GSH.reshape(b, -1, *a_GSH.shape[1:]), 1, 2)
 
@@ -174,11 +185,13 @@ def _by_groups(f: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | No
     """f of all heads of some sequences, or of some heads of one sequence, at a time.
 
     Args:
-      arrays: [B, ...], the first [B, S, N, .]; heads: the axis of the heads in each. out_heads: the same of the results.
+      arrays: [B, ...], the first [B, S, N, .], the second keys with as many heads or fewer; heads: the axis of the heads in each.
+        out_heads: the same of the results.
     """
     sequences, length, heads_in_all = arrays[0].shape[:3]
     fit = max(1, sizes.scores // (min(sizes.block, length) * length))
-    n = _divisor(heads_in_all, fit)
+    share = heads_in_all // arrays[1].shape[2]  # query heads that share their keys stay together
+    n = _divisor(heads_in_all // share, fit // share) * share
     b = _divisor(sequences, fit // n) if n == heads_in_all else 1
     if (b, n) == (sequences, heads_in_all):
         return f(*arrays)
@@ -186,7 +199,8 @@ def _by_groups(f: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | No
     def one(i):
         def cut(a, axis):
             a = lax.dynamic_slice_in_dim(a, i // (heads_in_all // n) * b, b, axis=0)
-            return a if axis is None else lax.dynamic_slice_in_dim(a, i % (heads_in_all // n) * n, n, axis=axis)
+            heads = None if axis is None else a.shape[axis] * n // heads_in_all
+            return a if axis is None else lax.dynamic_slice_in_dim(a, i % (heads_in_all // n) * heads, heads, axis=axis)
 
         return f(*map(cut, arrays, heads))
 
@@ -194,7 +208,7 @@ def _by_groups(f: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | No
         """[groups, b, ...] to [B, ...]."""
         a = a.reshape(sequences // b, heads_in_all // n, *a.shape[1:])
         a = jnp.moveaxis(a, 1, axis + 1)
-        return a.reshape(sequences, *a.shape[2 : axis + 1], heads_in_all, *a.shape[axis + 3 :])
+        return a.reshape(sequences, *a.shape[2 : axis + 1], -1, *a.shape[axis + 3 :])
 
     return tuple(map(joined, lax.map(one, jnp.arange(sequences * heads_in_all // (b * n))), out_heads))
 

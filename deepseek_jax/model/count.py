@@ -36,10 +36,10 @@ def count(model: Model, params: nnx.State, sequence_length: int) -> Count:
         else:
             total += leaf.size
             idle += unused
-        if "norm" in name or "/gate/" in name or (name.startswith("embed_tokens") and not model.tie_word_embeddings):
+        if "norm" in name or "/gate/" in name or name.endswith("_proj/bias") or (name.startswith("embed_tokens") and not model.tie_word_embeddings):
             not_matmul += leaf.size
     depth = model.num_nextn_predict_layers
     matmul = total - idle + mtp_active - not_matmul + depth * model.vocab_size * model.hidden_size
-    width = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+    width = model.qk_head_dim + model.value_head_dim
     attention = (model.num_hidden_layers + depth) * model.num_attention_heads * width * sequence_length
     return Count(total, total - idle, mtp, 6.0 * matmul + 3.0 * attention)

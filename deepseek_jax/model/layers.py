@@ -30,13 +30,15 @@ def param(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[st
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel, without bias, in the dtype of x."""
+    """y = x @ kernel, plus bias if it has a logical axis, in the dtype of x."""
 
-    def __init__(self, model: Model, d_in: int, d_out: int, axes: tuple[str | None, str | None], rngs: nnx.Rngs):
+    def __init__(self, model: Model, d_in: int, d_out: int, axes: tuple[str | None, str | None], rngs: nnx.Rngs, bias: str | None = None):
         self.kernel = param(rngs, nnx.initializers.normal(model.initializer_range), (d_in, d_out), axes)
+        self.bias = param(rngs, nnx.initializers.zeros, (d_out,), (bias,)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return applied(linear, self.kernel, x.dtype, x)
+        y = applied(linear, self.kernel, x.dtype, x)
+        return y if self.bias is None else applied(jnp.add, self.bias, y.dtype, y)
 
 
 @jax.custom_vjp

@@ -1,4 +1,6 @@
-"""Rotary position embedding (Su et al. 2021) with YaRN (Peng et al. 2023, arXiv:2309.00071). Shape letters: layers.py."""
+"""Rotary position embedding (Su et al. 2021) with YaRN (Peng et al. 2023, arXiv:2309.00071), linear interpolation (Chen et al. 2023,
+arXiv:2306.15595) and Llama 3.1's scaling (arXiv:2407.21783). Shape letters: layers.py.
+"""
 
 import math
 
@@ -15,11 +17,17 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def inverse_frequencies(model: Model) -> np.ndarray:
-    """float64 [rope/2]: radians a position for every rotated pair, after YaRN's interpolation if it is on."""
-    width, scaling = model.qk_rope_head_dim, model.rope_scaling
+    """float64 [rope/2]: radians a position for every rotated pair, after the interpolation that is on."""
+    width, scaling = model.rotary_dim, model.rope_scaling
     frequency = model.rope_theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
     if scaling.type == "default":
         return frequency
+    if scaling.type == "linear":
+        return frequency / scaling.factor
+    if scaling.type == "llama3":
+        wavelengths = scaling.original_max_position_embeddings * frequency / (2 * math.pi)  # that fit into the original context
+        keep = np.clip((wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+        return frequency * keep + frequency / scaling.factor * (1 - keep)
 
     def pair_with(rotations: float) -> float:
         """The (fractional) pair that makes this many rotations over the original context."""
@@ -33,9 +41,9 @@ def inverse_frequencies(model: Model) -> np.ndarray:
 
 
 def softmax_scale(model: Model) -> float:
-    """1/sqrt(head width), times m(mscale_all_dim)^2 under YaRN, as DeepSeek-V2 and V3 do."""
-    scale = (model.qk_nope_head_dim + model.qk_rope_head_dim) ** -0.5
-    if model.rope_scaling.type == "yarn" and model.rope_scaling.mscale_all_dim:
+    """1/sqrt(head width), times m(mscale_all_dim)^2 for MLA under YaRN, as DeepSeek-V2 and V3 do."""
+    scale = model.qk_head_dim**-0.5
+    if model.num_key_value_heads is None and model.rope_scaling.type == "yarn" and model.rope_scaling.mscale_all_dim:
         scale *= _mscale(model.rope_scaling.factor, model.rope_scaling.mscale_all_dim) ** 2
     return scale
 
@@ -47,6 +55,7 @@ def rope_tables(model: Model, positions_BS: jax.Array) -> tuple[jax.Array, jax.A
     if s.type == "yarn":
         both = s.mscale and s.mscale_all_dim
         scale = _mscale(s.factor, s.mscale) / _mscale(s.factor, s.mscale_all_dim) if both else _mscale(s.factor, 1.0)
+        scale = s.attention_factor or scale
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 

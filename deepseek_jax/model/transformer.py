@@ -1,4 +1,4 @@
-"""The DeepSeek decoder: embedding, a short stack of dense layers, a stack of MoE layers, multi-token prediction, head.
+"""The decoder of all families: embedding, a short stack of dense layers, a stack of MoE layers, multi-token prediction, head.
 
 Layers of a stack are one module with stacked parameters ([L, ...]); the forward pass is a `lax.scan` over them, so that the
 program (and its compile time) does not grow with depth. Shape letters: layers.py.
@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Config, Model, Moe
-from deepseek_jax.model.attention import MultiHeadLatentAttention
+from deepseek_jax.model.attention import make_attention
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 from deepseek_jax.model.moe import MoE, MoEStats
 from deepseek_jax.model.rope import rope_tables
@@ -36,7 +36,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, model: Model, moe: Moe, is_moe: bool, rngs: nnx.Rngs, attention: str = "auto"):
         self.is_moe = is_moe
         self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
-        self.self_attn = MultiHeadLatentAttention(model, rngs, attention)
+        self.self_attn = make_attention(model, rngs, attention)
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         self.mlp = MoE(model, moe, rngs) if is_moe else MLP(model, model.intermediate_size, rngs)
 

@@ -23,6 +23,7 @@ Rules = dict[str, tuple[str, ...] | str | None]
 COMPUTE_RULES: Rules = {
     "layers": None, "embed": None, "lora_heads": "tensor", "experts": "expert", "expert_embed": None, "expert_mlp": "tensor",
     "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "lora": None, "norm": None, "router": None, "pair": None,
+    "heads_bias": "tensor", "embed_bias": None,
 }
 
 # strategy -> what is divided: over data x fsdp x expert, under hybrid_shard over fsdp x expert with replicas along data.

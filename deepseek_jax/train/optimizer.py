@@ -50,9 +50,10 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def decay_mask(params: nnx.State) -> Any:
-    """True for matrices; norm weights, whose logical axis is "norm", are not decayed."""
+    """True for matrices; norm weights and biases are not decayed."""
     is_variable = lambda v: isinstance(v, nnx.Variable)
-    return jax.tree.map(lambda v: v.replace("norm" not in v.get_metadata()["out_sharding"]), params, is_leaf=is_variable)
+    is_matrix = lambda v: not {"norm", "heads_bias", "embed_bias"} & set(v.get_metadata()["out_sharding"])
+    return jax.tree.map(lambda v: v.replace(is_matrix(v)), params, is_leaf=is_variable)
 
 
 def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransformation:

@@ -12,7 +12,7 @@ from deepseek_jax.config import Config, Model, UserError
 # Options that change no array's shape: a run may go on with other values of these.
 _FREE_MODEL_OPTIONS = {"n_group", "topk_group", "num_experts_per_tok", "scoring_func", "norm_topk_prob", "routed_scaling_factor",
                        "aux_loss_alpha", "seq_aux", "rms_norm_eps", "rope_theta", "rope_interleave", "rope_scaling",
-                       "max_position_embeddings", "initializer_range"}
+                       "partial_rotary_factor", "max_position_embeddings", "initializer_range"}
 
 
 _NOT_AN_OPTION = "xla_options"  # in config.json: what followed from the options

@@ -1,0 +1,14 @@
+"""Hugging Face models: checkpoints in and out, tokenizers and chat templates.
+
+    from deepseek_jax import hf
+    model = hf.load("Qwen3-30B-A3B")   # a folder with config.json and safetensors
+    logits = model([[1, 2, 3]])        # float32 [B, S, V]
+    hf.save(model, "copy")
+
+    python -m deepseek_jax.hf import SRC WORKDIR
+    python -m deepseek_jax.hf export WORKDIR DST
+"""
+
+from deepseek_jax.hf.model import LoadedModel, load
+
+__all__ = ["LoadedModel", "load"]

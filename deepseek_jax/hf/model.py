@@ -1,0 +1,90 @@
+"""A loaded model in Python: `hf.load(path)`, `model(tokens_BS)`, `hf.save(model, path)`."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config import Config, Model, Sharding, Train, UserError
+from deepseek_jax.config import Mesh as MeshOptions
+from deepseek_jax.hf import reading
+from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
+from deepseek_jax.train.state import Layout, make_layout
+from deepseek_jax.validation import validate
+
+
+class LoadedModel:
+    """Weights over a mesh, and the forward pass.
+
+    Attributes:
+      model: its options. family: the `model_type` that it is saved as. source: the folder that it was loaded from.
+    """
+
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, layout: Layout, params: Any, bias: Any, family: str, source: str):
+        self.config, self.mesh, self.layout, self.params, self.bias = config, mesh, layout, params, bias
+        self.model: Model = config.model
+        self.family, self.source = family, source
+        self._forward = jax.jit(self._logits)
+
+    def __call__(self, tokens_BS: Any) -> jax.Array:
+        """float32 logits [B, S, V] of token ids [B, S]: row [b, s] tells of the token after tokens_BS[b, : s + 1].
+
+        Raises:
+          UserError: the ids are not those of the vocabulary, or the sequences are too long.
+        """
+        ids = np.asarray(tokens_BS)
+        m = self.model
+        if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+            raise UserError(f"tokens are {ids.dtype}{list(ids.shape)} and not whole numbers [sequences, positions]. Give a list of equally long lists of ids.")
+        if ids.min() < 0 or ids.max() >= m.vocab_size:
+            raise UserError(f"tokens run from {ids.min()} to {ids.max()}, but the model has the ids 0 to {m.vocab_size - 1}.")
+        if ids.shape[1] > m.max_position_embeddings:
+            raise UserError(f"sequences of {ids.shape[1]} tokens are above the model's max_position_embeddings={m.max_position_embeddings}.")
+        ways = math.prod(self.mesh.shape[a] for a in BATCH_AXES)
+        rows = len(ids)
+        ids = np.concatenate([ids, np.repeat(ids[:1], -rows % ways, axis=0)]).astype(np.int32)
+        with jax.set_mesh(self.mesh):
+            return self._forward(self.params, self.bias, jax.device_put(ids, jax.P(BATCH_AXES)))[:rows]
+
+    def _logits(self, params, bias, tokens_BS):
+        net = self.layout.merge_for_inference(params, bias)
+        place = jax.lax.broadcasted_iota(jnp.int32, tokens_BS.shape, 1, out_sharding=jax.typeof(tokens_BS).sharding)
+        out = net(tokens_BS, jnp.ones_like(tokens_BS), place)
+        return jax.sharding.reshard(net.logits(out.hidden_BSD), jax.P(BATCH_AXES))
+
+
+def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> LoadedModel:
+    """A Hugging Face checkpoint as a model.
+
+    Args:
+      path: a folder with config.json and safetensors files.
+      dtype: float32, bfloat16 or float16: of the weights and of the computation; router, norms and logits are float32.
+      mesh: with the axes of parallel/mesh.py (any missing ones have size 1); all weights are sharded over it. None: the first device.
+
+    Raises:
+      UserError: the checkpoint cannot be read or is not of a model that this version has; dtype or mesh do not fit.
+    """
+    source, model, family = reading.open_source(path)
+    config, mesh = config_for(model, mesh, dtype)
+    with jax.set_mesh(mesh):
+        layout = make_layout(config, mesh)
+        params, bias = reading.state_of(source, config, family, layout, dtype)
+    source.close()
+    return LoadedModel(config, mesh, layout, params, bias, family, source.folder)
+
+
+def config_for(model: Model, mesh: jax.sharding.Mesh | None, dtype: str = "float32") -> tuple[Config, jax.sharding.Mesh]:
+    """Options to run a model with, and the mesh, all of whose axes are named."""
+    shape = {a: 1 for a in AXES} | dict(mesh.shape if mesh is not None else {})
+    if unknown := sorted(shape.keys() - set(AXES)):
+        raise UserError(f"the mesh has an axis {unknown[0]!r}, and not only {', '.join(AXES)}. Name its axes so.")
+    batch = math.prod(shape[a] for a in BATCH_AXES)
+    length = min(model.max_position_embeddings, 512)
+    train = Train(dtype=dtype, remat="full", batch_size=batch, sequence_length=max(length, model.num_nextn_predict_layers + 1))
+    config = Config(model=dataclasses.replace(model), mesh=MeshOptions(**shape), train=train, sharding=Sharding())
+    validate(config)
+    devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
+    return config, make_mesh(config, devices)
