@@ -27,7 +27,7 @@ import time
 
 import jax
 
-from deepseek_jax import commandline, compilation, generate
+from deepseek_jax import commandline, compilation, generate, hf
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.cluster import Cluster, leave_others
 from deepseek_jax.config import UserError
@@ -54,7 +54,7 @@ def train(argv: list[str], cluster: Cluster) -> int:
     if flags.help:
         print(f"{__doc__}\n{commandline.help_text(flags)}")
         return 0
-    config = commandline.read_config(flags)
+    config = commandline.read_config(flags, argv)
     if flags.print_config:
         print(json.dumps(config.to_json(), indent=2))
         return 0
@@ -69,6 +69,7 @@ def train(argv: list[str], cluster: Cluster) -> int:
     generate.check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)
     changed = workdir.prepare(flags.workdir, config)
     loader = Loader(config, tokenizer, progress=cluster.index == 0)
+    source = hf.open_for_training(config, flags.workdir) if config.init_from else None
     cluster.agree("data files", {"what config.data reads": loader.description})
 
     checkpoints = Checkpointer(os.path.join(flags.workdir, "checkpoints"), config.checkpoint.keep)
@@ -86,9 +87,9 @@ def train(argv: list[str], cluster: Cluster) -> int:
         if (resume_step or 0) < config.train.steps:
             train_step.compile_ahead(layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0))
         if resume_step is None:
-            state, tokens_seen = init_state(config, layout), 0
+            state, tokens_seen = hf.initial_state(source, config, layout, flags.workdir) if config.init_from else init_state(config, layout), 0
         else:
-            state, extra = resume.restore(checkpoints, layout)
+            state, extra = resume.begin_or_restore(checkpoints, layout, config)
             tokens_seen = extra["tokens_seen"]
         if int(state.step) >= config.train.steps:
             say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -9,6 +10,7 @@ from ml_collections import config_flags
 
 from deepseek_jax.cluster import Cluster
 from deepseek_jax.config import OPTIONAL, Config, UserError, describe, from_config_dict
+from deepseek_jax.hf import start
 from deepseek_jax.parallel.discovery import find
 from deepseek_jax.validation import validate
 
@@ -59,15 +61,18 @@ def parse(argv: list[str]) -> flags.FlagValues:
     return given
 
 
-def read_config(given: flags.FlagValues) -> Config:
-    """The validated options.
+def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
+    """The validated options, with the model of `config.init_from` or of an imported run.
+
+    Args:
+      argv: the command line, for the model's options that were set there.
 
     Raises:
       UserError: the first wrong one.
     """
     if given.config is None:
         raise UserError("--config is missing. Name a config file, for instance --config=configs/tiny.py.")
-    config = from_config_dict(given.config)
+    config = start.with_model_of_source(from_config_dict(given.config), given.workdir, argv)
     validate(config)
     return config
 

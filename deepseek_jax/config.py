@@ -266,6 +266,7 @@ class Profile:
 @dataclass(frozen=True)
 class Config:
     seed: int = 0  # of the weights and of the data order
+    init_from: str = ""  # folder of a Hugging Face checkpoint to begin with; its config.json sets config.model; "": random weights
     model: Model = field(default_factory=Model)
     mesh: Mesh = field(default_factory=Mesh)
     sharding: Sharding = field(default_factory=Sharding)

@@ -9,6 +9,7 @@
     python -m deepseek_jax.hf export WORKDIR DST
 """
 
-from deepseek_jax.hf.model import LoadedModel, load
+from deepseek_jax.hf.model import LoadedModel, load, save
+from deepseek_jax.hf.start import initial_state, open_for_training
 
-__all__ = ["LoadedModel", "load"]
+__all__ = ["LoadedModel", "initial_state", "load", "open_for_training", "save"]

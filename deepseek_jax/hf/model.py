@@ -10,7 +10,8 @@ import numpy as np
 
 from deepseek_jax.config import Config, Model, Sharding, Train, UserError
 from deepseek_jax.config import Mesh as MeshOptions
-from deepseek_jax.hf import reading
+from deepseek_jax.hf import exporting, names, reading
+from deepseek_jax.hf.start import Notes, notes_of
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.train.state import Layout, make_layout
 from deepseek_jax.validation import validate
@@ -20,13 +21,13 @@ class LoadedModel:
     """Weights over a mesh, and the forward pass.
 
     Attributes:
-      model: its options. family: the `model_type` that it is saved as. source: the folder that it was loaded from.
+      model: its options. family: the `model_type` that it is saved as. notes: how it was stored. source: the folder that it was loaded from.
     """
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, layout: Layout, params: Any, bias: Any, family: str, source: str):
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, layout: Layout, params: Any, bias: Any, notes: Notes, source: str):
         self.config, self.mesh, self.layout, self.params, self.bias = config, mesh, layout, params, bias
         self.model: Model = config.model
-        self.family, self.source = family, source
+        self.notes, self.family, self.source = notes, notes.family, source
         self._forward = jax.jit(self._logits)
 
     def __call__(self, tokens_BS: Any) -> jax.Array:
@@ -73,7 +74,24 @@ def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = Non
         layout = make_layout(config, mesh)
         params, bias = reading.state_of(source, config, family, layout, dtype)
     source.close()
-    return LoadedModel(config, mesh, layout, params, bias, family, source.folder)
+    return LoadedModel(config, mesh, layout, params, bias, notes_of(source, model, family), source.folder)
+
+
+def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
+    """Writes a loaded model as a Hugging Face checkpoint, with the tokenizer files of the one that it was loaded from.
+
+    Args:
+      path: a folder that does not exist yet. dtype: of all tensors but the selection bias; None: each as it was stored (FP8: bfloat16).
+
+    Raises:
+      UserError: the folder cannot be written, or dtype is not float32, bfloat16 or float16.
+    """
+    if dtype is not None and dtype not in exporting.DTYPES:
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(exporting.DTYPES)}.")
+    arrays = {names.path_of(p): a for state in (model.params, model.bias) for p, a in jax.tree_util.tree_leaves_with_path(state)}
+    leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, model.family, model.model)]
+    exporting.export(path, model.model, model.family, leaves, lambda leaf: arrays[leaf.path], {} if dtype else model.notes.dtypes, dtype or "float32",
+                     model.source, model.model)
 
 
 def config_for(model: Model, mesh: jax.sharding.Mesh | None, dtype: str = "float32") -> tuple[Config, jax.sharding.Mesh]:

@@ -34,6 +34,10 @@ class Tensor(NamedTuple):
     dtype: np.dtype
     offset: int  # bytes from the start of the file
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Source:
     """The tensors of a folder with `model.safetensors`, or with several files and an index.

@@ -41,6 +41,6 @@ def read(parser: Parser, argv: list[str], default_config: str | None = None) -> 
     # ml_collections looks for overrides of a config in sys.argv, and so these must be all that is there.
     before, sys.argv = sys.argv, [sys.argv[0], *rest]
     try:
-        return own, commandline.read_config(commandline.parse(sys.argv))
+        return own, commandline.read_config(commandline.parse(sys.argv), sys.argv)
     finally:
         sys.argv = before

@@ -122,6 +122,20 @@ def init_state(config: Config, layout: Layout) -> TrainState:
     return jax.jit(create, out_shardings=layout.shardings, compiler_options=options)()
 
 
+def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.State) -> TrainState:
+    """A state of step 0 with weights from elsewhere, in the shards of the layout. Nothing else of a fresh state depends on them."""
+
+    def create() -> TrainState:
+        zeros = jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s), layout.abstract.params, layout.opt_specs)
+        zero = jnp.zeros((), jnp.int32)
+        residual = jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s), layout.abstract.residual, layout.shardings.residual)
+        state = TrainState(zero, None, None, layout.optimizer.init(zeros), zero, zero, residual, init_loss_scale(config))
+        return offload.to(state, shardings)
+
+    shardings = layout.shardings._replace(params=None, bias=None)
+    return jax.jit(create, out_shardings=shardings)()._replace(params=params, bias=bias)
+
+
 def _parts(path: tuple) -> list[str]:
     """Names along a tree path, without the attribute that a Variable keeps its array in."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]

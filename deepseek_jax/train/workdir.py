@@ -10,7 +10,7 @@ import jax
 from deepseek_jax.config import Config, Model, UserError
 
 # Options that change no array's shape: a run may go on with other values of these.
-_FREE_MODEL_OPTIONS = {"n_group", "topk_group", "num_experts_per_tok", "scoring_func", "norm_topk_prob", "routed_scaling_factor",
+FREE_MODEL_OPTIONS = {"n_group", "topk_group", "num_experts_per_tok", "scoring_func", "norm_topk_prob", "routed_scaling_factor",
                        "aux_loss_alpha", "seq_aux", "rms_norm_eps", "rope_theta", "rope_interleave", "rope_scaling",
                        "partial_rotary_factor", "max_position_embeddings", "initializer_range"}
 
@@ -42,7 +42,7 @@ def prepare(workdir: str, config: Config) -> list[str]:
     before, now = _with_defaults(_read(path), Config().to_json()), config.to_json()
     for name in (f.name for f in dataclasses.fields(Model)):
         was, is_now = before["model"].get(name), now["model"][name]
-        if was != is_now and name not in _FREE_MODEL_OPTIONS:
+        if was != is_now and name not in FREE_MODEL_OPTIONS:
             raise UserError(f"config.model.{name}={is_now} differs from {was} of the checkpoint in {workdir}. "
                             f"Set config.model.{name}={was} to go on with it, or name another --workdir.")
     return _differences(before, now, "config")

@@ -1,0 +1,242 @@
+"""Writes a model as a Hugging Face checkpoint: config.json, safetensors files with an index, tokenizer files.
+
+Files are laid out before anything is written, so that every process writes the regions of its own shards into them, one array after
+another. All of it happens in a temporary folder beside the target, which gets its name at the end.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from deepseek_jax.checkpoint.arrays import Shape
+from deepseek_jax.checkpoint.safetensors_header import write_header
+from deepseek_jax.config import Model, UserError
+from deepseek_jax.hf import configuration, names, start
+from deepseek_jax.hf.names import Leaf
+from deepseek_jax.hf.source import BUFFER, INDEX, SINGLE, dump, finite, read_config
+
+FILE_BYTES = 5_000_000_000  # of one file, at most, as transformers writes them; a larger tensor has one of its own
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes go."""
+
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: Callable[[Leaf], jax.Array], dtypes: dict[str, str],
+           default_dtype: str, files_from: str | None, before: Model | None, tokenizer: str | None = None, file_bytes: int = FILE_BYTES) -> None:
+    """Writes a checkpoint. In a job of several processes all call it, with a target that all see.
+
+    Args:
+      target: a folder that does not exist yet, or is empty.
+      leaves: the arrays, one at a time. get: an array by its leaf.
+      dtypes: as start.Notes. default_dtype: of tensors that it does not name.
+      files_from: folder with config.json, tokenizer and chat templates to be copied. before: the model of that config.json.
+      tokenizer: a tokenizer.json to be copied, where that folder has none. file_bytes: of one file, at most.
+
+    Raises:
+      UserError: the target is in use or cannot be written, or numbers are not finite in the dtype they are written in.
+    """
+    target = os.path.abspath(os.path.expanduser(target))
+    leaves, temporary = list(leaves), f"{target}.tmp"
+    if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
+        raise UserError(f"{target} exists already. Name a new folder.")
+    shapes = tensors_of(leaves, model, dtypes, default_dtype)
+    try:
+        if jax.process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary)
+            _write_side_files(temporary, model, family, files_from, before, shapes)
+            _add_tokenizer(temporary, tokenizer)
+        places = _lay_out(temporary, shapes, file_bytes, jax.process_index() == 0)
+        _wait("laid out")
+        for leaf in leaves:
+            write_leaf(temporary, leaf, get(leaf), places, model)
+        _wait("written")
+        if jax.process_index() == 0:
+            _finish(temporary, target, {p.file for p in places.values()})
+        _wait("renamed")
+    except OSError as e:
+        raise UserError(f"{target} cannot be written ({e.strerror or e}). Name a folder that you may write to, with room for the model.") from e
+    finally:
+        if jax.process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tensors_of(leaves: list[Leaf], model: Model, dtypes: dict[str, str], default_dtype: str) -> dict[str, Shape]:
+    """{name: shape and dtype} of all tensors, layer by layer."""
+    out = {}
+    for leaf in leaves:
+        for name, shape in names.tensors(leaf).items():
+            for n in (name, *copies_of(name, model)):
+                out[n] = Shape(shape, start.dtype_of(n, dtypes, default_dtype))
+    number = lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    first = lambda name: -1 if name.startswith("model.embed") else 1 if not name.startswith("model.layers.") else 0
+    return dict(sorted(out.items(), key=lambda item: (first(item[0]), number(item[0]))))
+
+
+def copies_of(name: str, model: Model) -> list[str]:
+    """The names under which multi-token prediction layers have a copy of it, as in DeepSeek-V3's release."""
+    layers = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
+    original = {"lm_head.weight": "model.embed_tokens.weight"} if model.tie_word_embeddings else {}
+    return [f"model.layers.{i}.{copy}" for i in layers for copy, of in names.MTP_COPIES.items() if original.get(of, of) == name]
+
+
+def _lay_out(folder: str, shapes: dict[str, Shape], file_bytes: int, writer: bool) -> dict[str, Place]:
+    """Assigns every tensor its place, and writes heads and index."""
+    files: list[dict[str, Shape]] = [{}]
+    for name, what in shapes.items():
+        if files[-1] and sum(w.nbytes for w in files[-1].values()) + what.nbytes > file_bytes:
+            files.append({})
+        files[-1][name] = what
+    places: dict[str, Place] = {}
+    for i, held in enumerate(files):
+        file = SINGLE if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        with open(os.path.join(folder, file) if writer else os.devnull, "wb") as f:
+            at = _head(f, held)
+            for name, what in held.items():
+                places[name] = Place(file, at, what.shape, what.dtype)
+                at += what.nbytes
+            if writer:
+                f.truncate(at)
+    if writer and len(files) > 1:
+        index = {"metadata": {"total_size": sum(w.nbytes for w in shapes.values())}, "weight_map": {n: p.file for n, p in places.items()}}
+        with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as f:
+            f.write(dump(index))
+    return places
+
+
+def _head(f: Any, tensors: dict[str, Shape]) -> int:
+    """Writes a file's head; where the bytes after it begin."""
+    count = 0
+
+    class Counting:
+        def write(self, data: bytes) -> None:
+            nonlocal count
+            count += f.write(data)
+
+    write_header(Counting(), tensors, {"format": "pt"})
+    return count
+
+
+def write_leaf(folder: str, leaf: Leaf, array: jax.Array, places: dict[str, Place], model: Model) -> None:
+    """Writes this process's shards of an array, each region once in the whole job."""
+    files: dict[str, int] = {}
+    try:
+        for shard in array.addressable_shards:
+            if shard.replica_id:
+                continue
+            index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(shard.index, leaf.shape, strict=True))
+            for part, i in _parts(shard.data, index, leaf.stacked):
+                for piece in names.pieces(leaf, i):
+                    values = names.view(part, leaf, piece.at)
+                    for name in (piece.name, *copies_of(piece.name, model)):
+                        place = places[name]
+                        if place.file not in files:
+                            files[place.file] = os.open(os.path.join(folder, place.file), os.O_WRONLY | os.O_CLOEXEC)
+                        _write_region(files[place.file], name, place, piece.region, values)
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+
+
+def _parts(data: jax.Array, index: tuple[slice, ...], stacked: bool) -> Iterable[tuple[np.ndarray, tuple[slice, ...]]]:
+    """A shard on the host and its index: whole from a CPU, which need not copy it, else one layer at a time."""
+    if not stacked or next(iter(data.devices())).platform == "cpu":
+        yield np.asarray(data), index
+        return
+    for i in range(data.shape[0]):
+        layer = index[0].start + i
+        yield np.asarray(data[i : i + 1]), (slice(layer, layer + 1), *index[1:])
+
+
+def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice, ...], values: np.ndarray) -> None:
+    """Writes numbers, a vector or [rows, columns], into a region of a tensor."""
+    if len(place.shape) == 1:
+        region, shape, values = (slice(0, 1), *region), (1, *place.shape), values[None]
+    else:
+        shape = place.shape
+    rows, columns = region
+    item = place.dtype.itemsize
+    pitch = shape[1] * item
+    step = max(1, BUFFER // max(1, (columns.stop - columns.start) * item))
+    for row in range(rows.start, rows.stop, step):
+        with np.errstate(over="ignore"):
+            block = np.ascontiguousarray(values[row - rows.start : min(row + step, rows.stop) - rows.start]).astype(place.dtype, copy=False)
+        if not finite(block):
+            raise UserError(f"{name} holds numbers that are not finite, or too large for {place.dtype}. Export an earlier step, or with --dtype=float32.")
+        at = place.offset + row * pitch + columns.start * item
+        if columns.stop - columns.start == shape[1]:
+            _pwrite(descriptor, block, at)
+        else:
+            for i, line in enumerate(block):
+                _pwrite(descriptor, line, at + i * pitch)
+
+
+def _pwrite(descriptor: int, data: np.ndarray, at: int) -> None:
+    left = memoryview(data.reshape(-1).view(np.uint8))
+    while left:
+        n = os.pwrite(descriptor, left, at)
+        left, at = left[n:], at + n
+
+
+def _write_side_files(folder: str, model: Model, family: str, files_from: str | None, before: Model | None, shapes: dict[str, Shape]) -> None:
+    config = configuration.from_model(model, family)
+    if files_from is not None:
+        start.copy_files(files_from, folder)
+        config = merged(read_config(files_from), config, configuration.from_model(before, family) if before else {})
+    most = max(shapes.values(), key=lambda what: what.nbytes).dtype.name
+    config |= {"torch_dtype": most, "dtype": most, "num_nextn_predict_layers": model.num_nextn_predict_layers}
+    if "num_nextn_predict_layers" not in configuration.FAMILIES[family].options:
+        del config["num_nextn_predict_layers"]
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+        f.write(dump(config))
+
+
+def _add_tokenizer(folder: str, tokenizer: str | None) -> None:
+    path = os.path.join(folder, "tokenizer.json")
+    if tokenizer is None or os.path.exists(path):
+        return
+    shutil.copyfile(os.path.expanduser(tokenizer), path)
+    with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+        f.write(dump({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """The config.json that a checkpoint came with, changed where the model's options changed since."""
+    out = {k: v for k, v in original.items() if k not in ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "num_mtp_layers")}
+    changed = {k for k in now.keys() | then.keys() if now.get(k) != then.get(k)}
+    if changed & {"rope_theta", "rope_scaling", "partial_rotary_factor"}:
+        changed |= {"rope_theta", "rope_scaling"} | ({"partial_rotary_factor"} & now.keys())
+        out.pop("rope_parameters", None)
+    for key in changed:
+        out.pop(key, None)
+        if key in now:
+            out[key] = now[key]
+    return out | {"model_type": now["model_type"], "architectures": now["architectures"]}
+
+
+def _finish(temporary: str, target: str, files: set[str]) -> None:
+    for name in sorted(files):
+        with open(os.path.join(temporary, name), "rb") as f:
+            os.fsync(f.fileno())
+    if os.path.isdir(target):
+        os.rmdir(target)
+    os.rename(temporary, target)
+
+
+def _wait(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"deepseek_jax.hf export: {what}")
+

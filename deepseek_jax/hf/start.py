@@ -1,0 +1,166 @@
+"""The beginning of a run from a Hugging Face checkpoint: its model's options, its weights, and what a later export needs of it.
+
+WORKDIR/hf/ holds the checkpoint's config.json, tokenizer and chat template, and `source.json`: the options of its model, its family and
+the dtypes of its tensors.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.checkpoint import bounded_json
+from deepseek_jax.checkpoint.bounded_json import BadFile
+from deepseek_jax.config import Config, Model, RopeScaling, UserError, from_config_dict
+from deepseek_jax.hf import names, reading
+from deepseek_jax.hf.reading import Source
+from deepseek_jax.hf.source import FP8, MAX_CONFIG, dump
+from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
+from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
+
+FOLDER = "hf"  # in WORKDIR
+NOTES = "source.json"
+# What belongs to a model besides its weights. Code (modeling_*.py) is left out: nothing here runs it, and exports need none.
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+         "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.md")
+TEMPLATES = "additional_chat_templates"
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """What is known of the checkpoint that a model came from."""
+
+    family: str
+    model: Model
+    dtypes: dict[str, str]  # by name, with * for numbers: NumPy's names of what its tensors are stored as; FP8 weights: bfloat16
+
+
+def notes_of(source: Source, model: Model, family: str) -> Notes:
+    """What an export needs to know of a checkpoint."""
+    dtypes: dict[str, str] = {}
+    for name in source.tensors:
+        stored = source.stored_dtype(name)
+        dtypes.setdefault(pattern(name), "bfloat16" if stored == FP8 else stored.name)
+    return Notes(family, model, dtypes)
+
+
+def pattern(name: str) -> str:
+    """ "model.layers.*.mlp.experts.*.up_proj.weight"."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def write_notes(source: Source, model: Model, family: str, workdir: str) -> None:
+    """Writes WORKDIR/hf, by one process of a job."""
+    if jax.process_index():
+        return
+    folder = os.path.join(workdir, FOLDER)
+    shutil.rmtree(folder + ".tmp", ignore_errors=True)
+    os.makedirs(folder + ".tmp")
+    copy_files(source.folder, folder + ".tmp")
+    notes = notes_of(source, model, family)
+    with open(os.path.join(folder + ".tmp", NOTES), "w", encoding="utf-8") as f:
+        f.write(dump({"family": notes.family, "model": dataclasses.asdict(notes.model), "dtypes": notes.dtypes}))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(folder + ".tmp", folder)
+
+
+def copy_files(source: str, target: str) -> None:
+    """Copies config.json, tokenizer and chat templates, as far as they are there."""
+    for name in FILES:
+        if os.path.isfile(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+    templates = os.path.join(source, TEMPLATES)
+    if os.path.isdir(templates):
+        os.makedirs(os.path.join(target, TEMPLATES), exist_ok=True)
+        for name in sorted(os.listdir(templates)):
+            if name.endswith(".jinja"):
+                shutil.copyfile(os.path.join(templates, name), os.path.join(target, TEMPLATES, name))
+
+
+def read_notes(workdir: str) -> Notes | None:
+    """Of WORKDIR/hf, or None without one.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    path = os.path.join(workdir, FOLDER, NOTES)
+    if not os.path.exists(path):
+        return None
+    try:
+        value = bounded_json.read(path, NOTES, MAX_CONFIG)
+        model = from_config_dict({"model": value["model"]}).model
+        return Notes(str(value["family"]), model, {str(k): str(v) for k, v in value["dtypes"].items()})
+    except (BadFile, UserError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} cannot be read ({e}). Import the checkpoint again into another folder.") from e
+
+
+def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
+    """The options with the model of `config.init_from`, or of the checkpoint that was imported into the workdir.
+
+    Options of the model on the command line act where they change no shape, and must agree elsewhere. What a config file says of the
+    model does not count.
+
+    Raises:
+      UserError: the checkpoint cannot be read, or an option on the command line differs from it.
+    """
+    notes = read_notes(workdir) if workdir else None
+    if config.init_from and (notes is None or os.path.isdir(os.path.expanduser(config.init_from))):
+        where, model = f"config.init_from={config.init_from}", reading.open_source(config.init_from)[1]
+    elif notes is not None:
+        where, model = f"{workdir}/{FOLDER}", notes.model
+    else:
+        return config
+    given = [m[1] for m in (re.match(r"--?config\.model\.([\w.]+)=", a) for a in argv) if m]
+    for option in given:
+        first, _, second = option.partition(".")
+        ours, theirs = getattr(config.model, first), getattr(model, first)
+        if first not in FREE_MODEL_OPTIONS and ours != theirs:
+            raise UserError(f"config.model.{option}={ours} differs from {theirs} of {where}. Leave it out: that checkpoint sets config.model.")
+        if isinstance(theirs, RopeScaling):
+            ours = dataclasses.replace(theirs, **{second: getattr(ours, second)})
+        model = dataclasses.replace(model, **{first: ours})
+    return dataclasses.replace(config, model=model)
+
+
+def open_for_training(config: Config, workdir: str) -> Source | None:
+    """The checkpoint of `config.init_from` with all names and shapes checked; None where the run has begun and it is gone.
+
+    Raises:
+      UserError: it cannot be read or does not fit.
+    """
+    if not os.path.isdir(os.path.expanduser(config.init_from)) and read_notes(workdir) is not None:
+        return None
+    source, _, family = reading.open_source(config.init_from)
+    _, params, bias = abstract_model(config)
+    reading.check(source, config.model, family, [*names.leaves(params, family, config.model), *names.leaves(bias, family, config.model)])
+    return source
+
+
+def initial_state(source: Source | None, config: Config, layout: Layout, workdir: str) -> TrainState:
+    """A state of step 0 with the weights of what `open_for_training` found; writes WORKDIR/hf.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    if source is None:
+        raise UserError(f"config.init_from={config.init_from} is not there, and {workdir} holds no checkpoint to go on from. Name the folder of the "
+                        f"Hugging Face checkpoint.")
+    _, model, family = reading.open_source(config.init_from)
+    params, bias = reading.state_of(source, config, family, layout)
+    write_notes(source, model, family, workdir)
+    source.close()
+    return state_around(config, layout, params, bias)
+
+
+def dtype_of(name: str, dtypes: dict[str, str], default: str) -> np.dtype:
+    """What a tensor is stored as. The selection bias is float32 in every release."""
+    if name.endswith("e_score_correction_bias"):
+        default = "float32"
+    return np.dtype(dtypes.get(pattern(name), default))
+
+
