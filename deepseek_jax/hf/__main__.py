@@ -55,7 +55,8 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
     Raises:
       UserError: it cannot be read, or the folder holds a run already.
     """
-    if os.path.exists(os.path.join(workdir, "config.json")) or os.path.isdir(os.path.join(workdir, "checkpoints")):
+    checkpoints = os.path.join(workdir, "checkpoints")
+    if os.path.exists(os.path.join(workdir, "config.json")) or os.path.isdir(checkpoints) and any(n.isdigit() for n in os.listdir(checkpoints)):
         raise UserError(f"{workdir} holds a run already. Name a new folder.")
     source, model, family = reading.open_source(source_folder)
     run, mesh = config_for(model, None)
@@ -64,10 +65,10 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
         params, bias = reading.state_of(source, run, family, layout)
     workdirs.prepare(workdir, run)
     start.write_notes(source, model, family, workdir)
-    checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"), keep=0)
-    checkpoints.save(0, to_tree({"params": params, "bias": bias}), {"tokens_seen": 0})
-    checkpoints.wait()
-    checkpoints.close()
+    writer = Checkpointer(checkpoints, keep=0)
+    writer.save(0, to_tree({"params": params, "bias": bias}), {"tokens_seen": 0})
+    writer.wait()
+    writer.close()
     tokenizer = os.path.join(os.path.abspath(workdir), start.FOLDER, "tokenizer.json")
     data = Data(tokenizer=tokenizer) if os.path.exists(tokenizer) else Data()
     workdirs.write_config(workdir, Config(model=model, data=data))

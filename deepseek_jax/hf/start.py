@@ -19,7 +19,7 @@ from deepseek_jax.checkpoint.bounded_json import BadFile
 from deepseek_jax.config import Config, Model, RopeScaling, UserError, from_config_dict
 from deepseek_jax.hf import names, reading
 from deepseek_jax.hf.reading import Source
-from deepseek_jax.hf.source import FP8, MAX_CONFIG, dump
+from deepseek_jax.hf.source import FP8, MAX_CONFIG, SCALE, dump
 from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
 from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
 
@@ -37,15 +37,19 @@ class Notes:
 
     family: str
     model: Model
-    dtypes: dict[str, str]  # by name, with * for numbers: NumPy's names of what its tensors are stored as; FP8 weights: bfloat16
+    dtypes: dict[str, str]  # NumPy's names of what tensors are stored as, by name with * for numbers, or by name; FP8 weights: bfloat16
 
 
 def notes_of(source: Source, model: Model, family: str) -> Notes:
     """What an export needs to know of a checkpoint."""
     dtypes: dict[str, str] = {}
-    for name in source.tensors:
+    for name in sorted(source.tensors):
+        if name.endswith(SCALE):
+            continue
         stored = source.stored_dtype(name)
-        dtypes.setdefault(pattern(name), "bfloat16" if stored == FP8 else stored.name)
+        dtype = "bfloat16" if stored == FP8 else stored.name
+        if dtypes.setdefault(pattern(name), dtype) != dtype:
+            dtypes[name] = dtype
     return Notes(family, model, dtypes)
 
 
@@ -161,6 +165,6 @@ def dtype_of(name: str, dtypes: dict[str, str], default: str) -> np.dtype:
     """What a tensor is stored as. The selection bias is float32 in every release."""
     if name.endswith("e_score_correction_bias"):
         default = "float32"
-    return np.dtype(dtypes.get(pattern(name), default))
+    return np.dtype(dtypes.get(name) or dtypes.get(pattern(name)) or default)
 
 
