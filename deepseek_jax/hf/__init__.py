@@ -9,7 +9,8 @@
     python -m deepseek_jax.hf export WORKDIR DST
 """
 
+from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.model import LoadedModel, load, save
 from deepseek_jax.hf.start import initial_state, open_for_training
 
-__all__ = ["LoadedModel", "initial_state", "load", "open_for_training", "save"]
+__all__ = ["Chat", "LoadedModel", "initial_state", "load", "open_for_training", "save"]

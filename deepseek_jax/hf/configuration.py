@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.config import Model, RopeScaling, UserError
 
-# Keys of every family that change nothing in what a trained model computes. Generation reads the token ids; dropout-free inference and
-# training need none of the others. `router_aux_loss_coef` is a term of transformers' training loss; ours is aux_loss_alpha.
+# Keys of every family that change nothing in what a trained model computes, with those that begin with "_" (transformers' notes to itself) or
+# end with "_token_id" (which generation reads). `router_aux_loss_coef` is a term of transformers' training loss; ours is aux_loss_alpha.
 HARMLESS = {
-    "model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "name_or_path", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "ep_size", "output_router_logits", "router_aux_loss_coef", "max_window_layers", "qk_head_dim",
+    "model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "name_or_path", "use_cache",
+    "temperature", "top_p", "top_k", "do_sample", "max_length", "repetition_penalty", "ep_size", "output_router_logits", "router_aux_loss_coef", "max_window_layers", "qk_head_dim",
     "output_attentions", "output_hidden_states", "return_dict", "tokenizer_class", "id2label", "label2id", "problem_type",
-    "task_specific_params", "unsloth_version", "unsloth_fixed", "chunk_size_feed_forward", "_attn_implementation_autoset",
-    "initial_context_length", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "quantization_config",
-    "num_mtp_layers", "is_llama_config", "rope_interleaved", "transformers.js_config", "_commit_hash", "_attn_implementation",
+    "task_specific_params", "unsloth_version", "unsloth_fixed", "chunk_size_feed_forward", "rope_theta", "rope_scaling",
+    "rope_parameters", "partial_rotary_factor", "quantization_config", "num_mtp_layers", "is_llama_config", "transformers.js_config",
 }
 # Keys that must have one of these values: others would compute something else. None is always fine.
 ONLY = {
     "hidden_act": ("silu",), "attention_dropout": (0, 0.0), "mlp_bias": (False,), "pretraining_tp": (1,), "moe_layer_freq": (1,),
     "router_jitter_noise": (0, 0.0), "use_sliding_window": (False,), "use_mrope": (False,), "is_decoder": (False,), "add_cross_attention": (False,),
-    "is_encoder_decoder": (False,), "cross_attention_hidden_size": (), "pruned_heads": ({},), "tie_encoder_decoder": (False,), "residual_dropout": (0.0,),
+    "is_encoder_decoder": (False,), "cross_attention_hidden_size": (), "pruned_heads": ({},), "tie_encoder_decoder": (False,), "residual_dropout": (0.0,), "rope_interleaved": (False,),
+    "num_nextn_predict_layers": (0,),
 }
 ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
              "mscale", "mscale_all_dim", "attention_factor", "low_freq_factor", "high_freq_factor"}
@@ -125,15 +125,20 @@ def to_model(config: dict[str, Any]) -> Model:
     kind = family_of(config)
     family = FAMILIES[kind]
     given = {k: v for k, v in config.items() if v is not None}
-    only = ONLY | family.only
+    only = {k: v for k, v in (ONLY | family.only).items() if k not in family.options}
     known = HARMLESS | set(family.options) | set(family.renamed) | set(only) | set(family.harmless)
-    if unknown := [k for k in given if k not in known]:
+    if unknown := [k for k in given if k not in known and not k.startswith("_") and not k.endswith("_token_id")]:
         raise UserError(f"config.json: {unknown[0]}={given[unknown[0]]!r} is not a key of {kind} that this version knows, and it may change what the "
                         f"model computes. Remove it if it does not.")
     for key, values in only.items():
         if key in given and given[key] not in values:
             raise UserError(f"config.json: {key}={given[key]!r} is not in this version, which computes {kind} with "
                             f"{key}={', '.join(map(repr, values)) or None} only.")
+    quantised = given.get("quantization_config", {})
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    if quantised and method != "fp8":
+        raise UserError(f"config.json: quantization_config.quant_method={method!r} is not in this version, which reads fp8 with scales of blocks. "
+                        f"Take the checkpoint in bfloat16.")
     _check_window(given, kind)
     options = dict(family.defaults) | dict(family.fixed)
     for key in family.options:
@@ -145,6 +150,8 @@ def to_model(config: dict[str, Any]) -> Model:
     if "num_key_value_heads" in family.options:
         options.setdefault("num_key_value_heads", given.get("num_attention_heads"))
         options["attention_out_bias"] = kind in BIAS_OUT_TOO and options["attention_bias"]
+        if options["head_dim"] is None and given.get("num_attention_heads"):
+            options["head_dim"] = given.get("hidden_size", 0) // given["num_attention_heads"]
     else:
         options["num_key_value_heads"] = None
     _layers(kind, given, options)

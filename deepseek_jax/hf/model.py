@@ -28,7 +28,7 @@ class LoadedModel:
         self.config, self.mesh, self.layout, self.params, self.bias = config, mesh, layout, params, bias
         self.model: Model = config.model
         self.notes, self.family, self.source = notes, notes.family, source
-        self._forward = jax.jit(self._logits)
+        self._forward = jax.jit(self._logits, static_argnames="rows")
 
     def __call__(self, tokens_BS: Any) -> jax.Array:
         """float32 logits [B, S, V] of token ids [B, S]: row [b, s] tells of the token after tokens_BS[b, : s + 1].
@@ -48,13 +48,14 @@ class LoadedModel:
         rows = len(ids)
         ids = np.concatenate([ids, np.repeat(ids[:1], -rows % ways, axis=0)]).astype(np.int32)
         with jax.set_mesh(self.mesh):
-            return self._forward(self.params, self.bias, jax.device_put(ids, jax.P(BATCH_AXES)))[:rows]
+            return self._forward(self.params, self.bias, jax.device_put(ids, jax.P(BATCH_AXES)), rows=rows)
 
-    def _logits(self, params, bias, tokens_BS):
+    def _logits(self, params, bias, tokens_BS, rows):
         net = self.layout.merge_for_inference(params, bias)
         place = jax.lax.broadcasted_iota(jnp.int32, tokens_BS.shape, 1, out_sharding=jax.typeof(tokens_BS).sharding)
         out = net(tokens_BS, jnp.ones_like(tokens_BS), place)
-        return jax.sharding.reshard(net.logits(out.hidden_BSD), jax.P(BATCH_AXES))
+        logits_BSV = net.logits(out.hidden_BSD)
+        return logits_BSV if rows == len(tokens_BS) else jax.sharding.reshard(logits_BSV, jax.P())[:rows]
 
 
 def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> LoadedModel:
