@@ -89,7 +89,7 @@ def train(argv: list[str], cluster: Cluster) -> int:
         if resume_step is None:
             state, tokens_seen = hf.initial_state(source, config, layout, flags.workdir) if config.init_from else init_state(config, layout), 0
         else:
-            state, extra = resume.begin_or_restore(checkpoints, layout, config)
+            state, extra = resume.restore(checkpoints, layout)
             tokens_seen = extra["tokens_seen"]
         if int(state.step) >= config.train.steps:
             say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")

@@ -18,6 +18,7 @@ from deepseek_jax import compilation
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, Mesh, Offload, Sharding, UserError, from_config_dict
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek_jax.hf import reading, start
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, TrainState, from_tree, make_layout, to_tree
@@ -111,6 +112,9 @@ def load(workdir: str, step: int | None) -> tuple[Config, Layout, jax.sharding.M
     with jax.set_mesh(mesh):
         layout = make_layout(config, mesh)
         wanted = layout.abstract_sharded()._replace(opt_state=(), step=None, bad_steps=None, skipped_steps=None, loss_scale=None)
+        if step is None and start.has_weights(workdir) and not os.path.isdir(os.path.join(workdir, "checkpoints")):  # imported, not trained
+            params, bias = reading.read(os.path.join(workdir, start.FOLDER), config, layout)
+            return config, layout, mesh, wanted._replace(params=params, bias=bias)
         checkpointer = Checkpointer(os.path.join(workdir, "checkpoints"), keep=0, read_only=True)
         tree = checkpointer.restore_params(to_tree(wanted), step)
         checkpointer.close()

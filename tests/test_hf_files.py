@@ -12,8 +12,7 @@ import safetensors.numpy
 import hf_families as families
 from deepseek_jax import hf
 from deepseek_jax.config import UserError
-from deepseek_jax.hf import __main__ as commands
-from deepseek_jax.hf import configuration
+from deepseek_jax.hf import configuration, importing
 
 CONFIG = dict(families.SHAPES, model_type="llama", architectures=["LlamaForCausalLM"], num_hidden_layers=1)
 
@@ -50,7 +49,7 @@ def refused(folder):
         hf.load(str(folder))
     workdir = folder.parent / "workdir"
     with pytest.raises(UserError) as again:
-        commands.import_(str(folder), str(workdir))
+        importing.import_(str(folder), str(workdir))
     assert not workdir.exists()
     assert str(again.value) == str(error.value) and "\n" not in str(error.value)
     return str(error.value)

@@ -3,9 +3,14 @@
   python -m deepseek_jax.hf import SRC WORKDIR          a run's folder from a checkpoint, for train.py and generate
   python -m deepseek_jax.hf export WORKDIR DST          a checkpoint from a run, for transformers and what else reads these
 
-Import makes WORKDIR/checkpoints/0 (weights only, float32), WORKDIR/config.json and WORKDIR/hf. `train.py --workdir=WORKDIR` goes on from there
-with that model. Export writes the dtypes that the checkpoint came with, float32 where there was none.
+Import checks the checkpoint and copies it to WORKDIR/hf, without FP8. `train.py --workdir=WORKDIR` begins with it, and generate speaks with it.
+Export writes the dtypes that the checkpoint came with, float32 where there was none.
 """
+
+if __name__ == "__main__":
+    from deepseek_jax.hugepages import use_huge_pages
+
+    use_huge_pages()  # first of all: it starts the program again
 
 import argparse
 import dataclasses
@@ -16,11 +21,11 @@ import time
 import jax
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import Config, Data, UserError, exit_code, from_config_dict
-from deepseek_jax.hf import configuration, exporting, names, reading, start
+from deepseek_jax.config import exit_code, from_config_dict
+from deepseek_jax.hf import configuration, exporting, importing, names, reading, start
 from deepseek_jax.hf.model import config_for
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import abstract_model, make_layout, to_tree
+from deepseek_jax.train.state import abstract_model, make_layout
 
 
 def main() -> int:
@@ -38,42 +43,12 @@ def main() -> int:
     args = parser.parse_args()
     begun = time.perf_counter()
     if args.command == "import":
-        bytes_, model = import_(args.source, args.workdir)
+        bytes_, model = importing.import_(args.source, args.workdir)
     else:
         bytes_, model = export(args.workdir, args.target, args.step, args.dtype, args.max_shard_size)
     seconds = time.perf_counter() - begun
     print(f"{args.command}: {model}, {bytes_ / 1e9:.3g} GB in {seconds:.1f} s")
     return 0
-
-
-def import_(source_folder: str, workdir: str) -> tuple[int, str]:
-    """Makes WORKDIR from a checkpoint, on all devices of this process.
-
-    Returns:
-      The checkpoint's bytes and its family.
-
-    Raises:
-      UserError: it cannot be read, or the folder holds a run already.
-    """
-    checkpoints = os.path.join(workdir, "checkpoints")
-    if os.path.exists(os.path.join(workdir, "config.json")) or os.path.isdir(checkpoints) and any(n.isdigit() for n in os.listdir(checkpoints)):
-        raise UserError(f"{workdir} holds a run already. Name a new folder.")
-    source, model, family = reading.open_source(source_folder)
-    run, mesh = config_for(model, None)
-    with jax.set_mesh(mesh):
-        layout = make_layout(run, mesh)
-        params, bias = reading.state_of(source, run, family, layout)
-    workdirs.prepare(workdir, run)
-    start.write_notes(source, model, family, workdir)
-    writer = Checkpointer(checkpoints, keep=0)
-    writer.save(0, to_tree({"params": params, "bias": bias}), {"tokens_seen": 0})
-    writer.wait()
-    writer.close()
-    tokenizer = os.path.join(os.path.abspath(workdir), start.FOLDER, "tokenizer.json")
-    data = Data(tokenizer=tokenizer) if os.path.exists(tokenizer) else Data()
-    workdirs.write_config(workdir, Config(model=model, data=data))
-    source.close()
-    return sum(t.nbytes for t in source.tensors.values()), family
 
 
 def export(workdir: str, target: str, step: int | None = None, dtype: str | None = None, gigabytes: float = 5.0) -> tuple[int, str]:
@@ -86,10 +61,13 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
       UserError: there is no run or checkpoint, no family has such a model, or the target cannot be written.
     """
     saved = from_config_dict(workdirs.read_config(workdir))
+    folder = os.path.join(workdir, "checkpoints")
+    untrained = start.has_weights(workdir) and not (os.path.isdir(folder) and any(n.isdigit() for n in os.listdir(folder)))
     notes = start.read_notes(workdir)
     family = notes.family if notes else configuration.find_family(saved.model)
     run, mesh = config_for(saved.model, None)
-    checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"), keep=0, read_only=True)
+    source = reading.open_source(os.path.join(workdir, start.FOLDER))[0] if untrained else None
+    checkpoints = None if untrained else Checkpointer(folder, keep=0, read_only=True)
     with jax.set_mesh(mesh):
         layout = make_layout(dataclasses.replace(run, moe=saved.moe), mesh)
         wanted = layout.abstract_sharded()
@@ -98,6 +76,9 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
 
         def get(leaf: names.Leaf) -> jax.Array:
             top, shape = shapes[leaf.path]
+            if source is not None:
+                stored = {source.stored_dtype(name) for name in names.tensors(leaf, source.tensors)}
+                return reading.read_leaf(source, leaf, shape.sharding, stored.pop() if len(stored) == 1 else shape.dtype)
             tree: dict = {}
             node = tree.setdefault(top, {})
             *parents, last = leaf.path.split("/")
@@ -113,7 +94,8 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
         tokenizer = None if saved.data.tokenizer == "bytes" else saved.data.tokenizer
         exporting.export(target, run.model, family, leaves, get, dtypes, dtype or "float32", files, notes and notes.model, tokenizer,
                          int(gigabytes * 1e9))
-    checkpoints.close()
+    for opened in filter(None, (source, checkpoints)):
+        opened.close()
     return sum(os.path.getsize(os.path.join(target, f)) for f in os.listdir(target) if f.endswith(".safetensors")), family
 
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.checkpoint.safetensors_header import write_header
 from deepseek_jax.config import Model, UserError
-from deepseek_jax.hf import configuration, names, start
+from deepseek_jax.hf import configuration, copying, names, start
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import BUFFER, INDEX, SINGLE, dump, finite, read_config
 
@@ -59,7 +59,7 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
             os.makedirs(temporary)
             _write_side_files(temporary, model, family, files_from, before, shapes)
             _add_tokenizer(temporary, tokenizer)
-        places = _lay_out(temporary, shapes, file_bytes, jax.process_index() == 0)
+        places = lay_out(temporary, shapes, file_bytes, jax.process_index() == 0)
         _wait("laid out")
         for leaf in leaves:
             write_leaf(temporary, leaf, get(leaf), places, model)
@@ -81,9 +81,13 @@ def tensors_of(leaves: list[Leaf], model: Model, dtypes: dict[str, str], default
         for name, shape in names.tensors(leaf).items():
             for n in (name, *copies_of(name, model)):
                 out[n] = Shape(shape, start.dtype_of(n, dtypes, default_dtype))
-    number = lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    first = lambda name: -1 if name.startswith("model.embed") else 1 if not name.startswith("model.layers.") else 0
-    return dict(sorted(out.items(), key=lambda item: (first(item[0]), number(item[0]))))
+    return {name: out[name] for name in sorted(out, key=order)}
+
+
+def order(name: str) -> tuple:
+    """The key that sorts names as checkpoints have them: embedding, layers by number, the rest."""
+    first = -1 if name.startswith("model.embed") else 1 if not name.startswith("model.layers.") else 0
+    return first, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def copies_of(name: str, model: Model) -> list[str]:
@@ -93,7 +97,7 @@ def copies_of(name: str, model: Model) -> list[str]:
     return [f"model.layers.{i}.{copy}" for i in layers for copy, of in names.MTP_COPIES.items() if original.get(of, of) == name]
 
 
-def _lay_out(folder: str, shapes: dict[str, Shape], file_bytes: int, writer: bool) -> dict[str, Place]:
+def lay_out(folder: str, shapes: dict[str, Shape], file_bytes: int, writer: bool) -> dict[str, Place]:
     """Assigns every tensor its place, and writes heads and index."""
     files: list[dict[str, Shape]] = [{}]
     for name, what in shapes.items():
@@ -172,19 +176,18 @@ def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice,
     pitch = shape[1] * item
     step = max(1, BUFFER // max(1, (columns.stop - columns.start) * item))
     for row in range(rows.start, rows.stop, step):
-        with np.errstate(over="ignore"):
-            block = np.ascontiguousarray(values[row - rows.start : min(row + step, rows.stop) - rows.start]).astype(place.dtype, copy=False)
+        block = copying.out_of(values[row - rows.start : min(row + step, rows.stop) - rows.start], place.dtype)
         if not finite(block):
             raise UserError(f"{name} holds numbers that are not finite, or too large for {place.dtype}. Export an earlier step, or with --dtype=float32.")
         at = place.offset + row * pitch + columns.start * item
         if columns.stop - columns.start == shape[1]:
-            _pwrite(descriptor, block, at)
+            pwrite(descriptor, block, at)
         else:
             for i, line in enumerate(block):
-                _pwrite(descriptor, line, at + i * pitch)
+                pwrite(descriptor, line, at + i * pitch)
 
 
-def _pwrite(descriptor: int, data: np.ndarray, at: int) -> None:
+def pwrite(descriptor: int, data: np.ndarray, at: int) -> None:
     left = memoryview(data.reshape(-1).view(np.uint8))
     while left:
         n = os.pwrite(descriptor, left, at)

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import Config, Model
-from deepseek_jax.hf import names
+from deepseek_jax.hf import copying, names
 from deepseek_jax.hf.configuration import family_of, to_model
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import Source
 
-_THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 _ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in old Llama files; a function of the config
 
 
@@ -92,13 +92,13 @@ def read_leaf(source: Source, leaf: Leaf, sharding: jax.sharding.Sharding, dtype
 
 def read_part(source: Source, leaf: Leaf, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
     """A part of an array, by several threads."""
-    out = np.empty([s.stop - s.start for s in index], dtype)
+    out = copying.empty(tuple(s.stop - s.start for s in index), dtype)
     jobs = list(names.pieces(leaf, index, source.tensors))
     work = lambda p: source.read(p.name, p.region, names.view(out, leaf, p.at))
     if len(jobs) == 1:
         work(jobs[0])
         return out
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(work, jobs):
             pass
     return out
@@ -112,3 +112,10 @@ def state_of(source: Source, config: Config, family: str, layout: Any, dtype: An
     return params, bias
 
 
+def read(folder: str, config: Config, layout: Any) -> tuple[Any, Any]:
+    """(parameters, selection biases) of a layout from the checkpoint in a folder."""
+    source, _, family = open_source(folder)
+    try:
+        return state_of(source, config, family, layout)
+    finally:
+        source.close()

@@ -16,6 +16,7 @@ import numpy as np
 from deepseek_jax.checkpoint import bounded_json, safetensors_header
 from deepseek_jax.checkpoint.bounded_json import BadFile
 from deepseek_jax.config import UserError
+from deepseek_jax.hf import copying
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -144,7 +145,7 @@ class Source:
                 block *= scales[(rows.start + start + np.arange(len(block))) // self._block[0] - rows.start // self._block[0]]
             if not finite(block):
                 raise UserError(f"{self.folder}: {name} in {t.file} holds numbers that are not finite. Take an undamaged checkpoint.")
-            out[start : start + len(block)] = block
+            copying.into(out[start : start + len(block)], block)
 
     def _scales(self, name: str, rows: slice, columns: slice) -> np.ndarray:
         """float32 [blocks that the rows meet, columns]: the scale of each number of a row in these blocks."""

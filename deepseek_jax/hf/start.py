@@ -1,7 +1,7 @@
 """The beginning of a run from a Hugging Face checkpoint: its model's options, its weights, and what a later export needs of it.
 
 WORKDIR/hf/ holds the checkpoint's config.json, tokenizer and chat template, and `source.json`: the options of its model, its family and
-the dtypes of its tensors.
+the dtypes of its tensors. In a workdir that `import` made it holds the weights too.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from deepseek_jax.checkpoint.bounded_json import BadFile
 from deepseek_jax.config import Config, Model, RopeScaling, UserError, from_config_dict
 from deepseek_jax.hf import names, reading
 from deepseek_jax.hf.reading import Source
-from deepseek_jax.hf.source import FP8, MAX_CONFIG, SCALE, dump
+from deepseek_jax.hf.source import FP8, INDEX, MAX_CONFIG, SCALE, SINGLE, dump
 from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
 from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
 
@@ -58,19 +58,12 @@ def pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def write_notes(source: Source, model: Model, family: str, workdir: str) -> None:
-    """Writes WORKDIR/hf, by one process of a job."""
-    if jax.process_index():
-        return
-    folder = os.path.join(workdir, FOLDER)
-    shutil.rmtree(folder + ".tmp", ignore_errors=True)
-    os.makedirs(folder + ".tmp")
-    copy_files(source.folder, folder + ".tmp")
+def write_notes(source: Source, model: Model, family: str, folder: str) -> None:
+    """Writes what is known of a checkpoint, its tokenizer and chat template into a folder."""
+    copy_files(source.folder, folder)
     notes = notes_of(source, model, family)
-    with open(os.path.join(folder + ".tmp", NOTES), "w", encoding="utf-8") as f:
+    with open(os.path.join(folder, NOTES), "w", encoding="utf-8") as f:
         f.write(dump({"family": notes.family, "model": dataclasses.asdict(notes.model), "dtypes": notes.dtypes}))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(folder + ".tmp", folder)
 
 
 def copy_files(source: str, target: str) -> None:
@@ -103,6 +96,11 @@ def read_notes(workdir: str) -> Notes | None:
         raise UserError(f"{path} cannot be read ({e}). Import the checkpoint again into another folder.") from e
 
 
+def has_weights(workdir: str) -> bool:
+    """Whether `import` made this workdir."""
+    return any(os.path.exists(os.path.join(workdir, FOLDER, name)) for name in (SINGLE, INDEX))
+
+
 def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
     """The options with the model of `config.init_from`, or of the checkpoint that was imported into the workdir.
 
@@ -112,6 +110,8 @@ def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str
     Raises:
       UserError: the checkpoint cannot be read, or an option on the command line differs from it.
     """
+    if workdir and not config.init_from and has_weights(workdir):
+        config = dataclasses.replace(config, init_from=os.path.join(workdir, FOLDER))
     notes = read_notes(workdir) if workdir else None
     if config.init_from and (notes is None or os.path.isdir(os.path.expanduser(config.init_from))):
         where, model = f"config.init_from={config.init_from}", reading.open_source(config.init_from)[1]
@@ -156,7 +156,13 @@ def initial_state(source: Source | None, config: Config, layout: Layout, workdir
                         f"Hugging Face checkpoint.")
     _, model, family = reading.open_source(config.init_from)
     params, bias = reading.state_of(source, config, family, layout)
-    write_notes(source, model, family, workdir)
+    folder = os.path.join(workdir, FOLDER)
+    if jax.process_index() == 0 and not has_weights(workdir):
+        shutil.rmtree(folder + ".tmp", ignore_errors=True)
+        os.makedirs(folder + ".tmp")
+        write_notes(source, model, family, folder + ".tmp")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(folder + ".tmp", folder)
     source.close()
     return state_around(config, layout, params, bias)
 

@@ -6,25 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import Config
 from deepseek_jax.parallel.weights import REPLICAS
-from deepseek_jax.train.state import Layout, TrainState, from_tree, state_around, to_tree
-
-
-def begin_or_restore(checkpoints: Checkpointer, layout: Layout, config: Config) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from and its `extra`: as `restore`, or a fresh state around weights where the checkpoint has nothing else.
-
-    `deepseek_jax.hf import` writes such checkpoints, for whatever optimizer comes.
-
-    Raises:
-      UserError: as `Checkpointer.restore`.
-    """
-    if "opt_state" in checkpoints.shapes():
-        return restore(checkpoints, layout)
-    wanted = layout.abstract_sharded()
-    weights = {"params": wanted.params, "bias": wanted.bias}
-    read = from_tree(checkpoints.restore_params(to_tree(weights)), weights)
-    return state_around(config, layout, read["params"], read["bias"]), checkpoints.read_extra()
+from deepseek_jax.train.state import Layout, TrainState, from_tree, to_tree
 
 
 def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict[str, Any]]:

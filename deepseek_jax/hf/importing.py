@@ -1,0 +1,122 @@
+"""A run's folder from a checkpoint: WORKDIR/hf becomes a copy of it, checked and without FP8, which train.py and generate begin with.
+
+Tensors are copied in blocks of rows, so that memory does not grow with the model. A checkpoint in our own format would be float32, twice or
+four times the bytes; each process reads its shards from this one as quickly.
+"""
+
+import concurrent.futures
+import math
+import os
+import shutil
+
+import numpy as np
+
+from deepseek_jax.checkpoint.arrays import Shape
+from deepseek_jax.config import Config, Data, Model, UserError
+from deepseek_jax.hf import exporting, names, reading, start
+from deepseek_jax.hf.model import config_for
+from deepseek_jax.hf.source import BUFFER, FP8, Source, dump
+from deepseek_jax.train import workdir as workdirs
+from deepseek_jax.train.state import abstract_model
+
+
+def import_(source_folder: str, workdir: str) -> tuple[int, str]:
+    """Makes WORKDIR from a checkpoint.
+
+    Returns:
+      The bytes written and the family.
+
+    Raises:
+      UserError: the checkpoint cannot be read or does not fit its config.json, or the folder holds a run already.
+    """
+    folder, temporary = os.path.join(workdir, start.FOLDER), os.path.join(workdir, start.FOLDER + ".tmp")
+    checkpoints = os.path.join(workdir, "checkpoints")
+    runs = os.path.isdir(checkpoints) and any(n.isdigit() for n in os.listdir(checkpoints))
+    if runs or os.path.exists(folder) or os.path.exists(os.path.join(workdir, "config.json")):
+        raise UserError(f"{workdir} holds a run already. Name a new folder.")
+    source, model, family = reading.open_source(source_folder)
+    wanted = tensors_of(source, model, family)
+    new = not os.path.exists(workdir)
+    run, _ = config_for(model, None)
+    workdirs.prepare(workdir, run)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        start.write_notes(source, model, family, temporary)
+        _write_config(source, model, temporary)
+        copy(source, wanted, temporary)
+        os.rename(temporary, folder)
+        tokenizer = os.path.join(os.path.abspath(folder), "tokenizer.json")
+        workdirs.write_config(workdir, Config(model=model, data=Data(tokenizer=tokenizer) if os.path.exists(tokenizer) else Data()))
+    except OSError as e:
+        raise UserError(f"{workdir} cannot be written ({e.strerror or e}). Name a folder that you may write to, with room for the model.") from e
+    finally:
+        source.close()
+        shutil.rmtree(temporary, ignore_errors=True)
+        if new and not os.listdir(workdir):
+            os.rmdir(workdir)
+    return sum(what.nbytes for what in wanted.values()), family
+
+
+def tensors_of(source: Source, model: Model, family: str) -> dict[str, Shape]:
+    """{name: shape and dtype} of what a model needs, in the order of a checkpoint; FP8 becomes bfloat16.
+
+    Raises:
+      UserError: as reading.check.
+    """
+    run, _ = config_for(model, None)
+    _, params, bias = abstract_model(run)
+    leaves = [*names.leaves(params, family, model), *names.leaves(bias, family, model)]
+    reading.check(source, model, family, leaves)
+    held = {name: shape for leaf in leaves for name, shape in names.tensors(leaf, source.tensors).items()}
+    of = lambda name: np.dtype("bfloat16") if source.stored_dtype(name) == FP8 else source.stored_dtype(name)
+    return {name: Shape(held[name], of(name)) for name in sorted(held, key=exporting.order)}
+
+
+def copy(source: Source, wanted: dict[str, Shape], folder: str) -> None:
+    """Writes tensors of a checkpoint into another.
+
+    Raises:
+      UserError: numbers are not finite, or a file cannot be read. OSError: one cannot be written.
+    """
+    places = exporting.lay_out(folder, wanted, exporting.FILE_BYTES, writer=True)
+    files = {p.file: os.open(os.path.join(folder, p.file), os.O_WRONLY | os.O_CLOEXEC) for p in places.values()}
+
+    def one(name: str) -> None:
+        place = places[name]
+        *experts, rows, columns = place.shape if len(place.shape) > 1 else (1, *place.shape)
+        step = max(1, BUFFER // (columns * place.dtype.itemsize))
+        for matrix in range(math.prod(experts)):
+            for row in range(0, rows, step):
+                part = slice(row, min(row + step, rows))
+                region = (*(slice(matrix, matrix + 1) for _ in experts), part, slice(0, columns)) if len(place.shape) > 1 else (slice(0, columns),)
+                block = np.empty((part.stop - part.start, columns), place.dtype)
+                source.read(name, region, block if len(place.shape) > 1 else block[0])
+                exporting.pwrite(files[place.file], block, place.offset + (matrix * rows + row) * columns * place.dtype.itemsize)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(reading.THREADS) as pool:
+            tasks = [pool.submit(one, name) for name in wanted]
+            try:
+                for task in tasks:
+                    task.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        for descriptor in files.values():
+            os.fsync(descriptor)
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+
+
+def _write_config(source: Source, model: Model, folder: str) -> None:
+    """The config.json of the copy: without quantisation, and without multi-token prediction layers that are not there."""
+    config = dict(source.config)
+    if config.pop("quantization_config", None):
+        config["torch_dtype"] = config["dtype"] = "bfloat16"
+    for key in ("num_nextn_predict_layers", "num_mtp_layers"):
+        if key in config:
+            config[key] = model.num_nextn_predict_layers
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+        f.write(dump(config))
