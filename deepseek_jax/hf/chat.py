@@ -82,7 +82,7 @@ class Chat:
         try:
             return _environment().from_string(self._templates[name]).render(
                 messages=chat, tools=_plain(tools), documents=None, add_generation_prompt=add_generation_prompt, **given)
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError, RecursionError) as e:
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, ArithmeticError, RecursionError) as e:
             raise UserError(f"the chat template of {self.folder} refuses these messages ({' '.join(str(e).split())[:200]}). "
                             f"Give messages in the form that it was made for.") from e
 

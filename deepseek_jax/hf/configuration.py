@@ -134,6 +134,10 @@ def to_model(config: dict[str, Any]) -> Model:
         if key in given and given[key] not in values:
             raise UserError(f"config.json: {key}={given[key]!r} is not in this version, which computes {kind} with "
                             f"{key}={', '.join(map(repr, values)) or None} only.")
+    types = {f.name: f for f in dataclasses.fields(Model)}
+    for key in (*family.options, *family.renamed):
+        if key in given:
+            _typed(types[family.renamed.get(key, key)], given[key])
     quantised = given.get("quantization_config", {})
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     if quantised and method != "fp8":

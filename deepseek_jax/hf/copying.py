@@ -20,7 +20,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def into(target: np.ndarray, block: np.ndarray) -> None:
     """target[...] = block, both [rows, columns]; the target's strides may be any, but one axis of it should be contiguous."""
-    if target.strides[0] < target.strides[1]:
+    if _by_columns(target):
         target, block = target.T, transposed(block)
     if block.dtype == BFLOAT16 and target.dtype == np.float32 and target.strides[1] == 4:
         np.left_shift(block.view(np.uint16), 16, out=target.view(np.uint32), dtype=np.uint32)
@@ -31,9 +31,13 @@ def into(target: np.ndarray, block: np.ndarray) -> None:
 def out_of(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """[rows, columns] of any strides, contiguous and in `dtype`. What is too large for it becomes infinite."""
     with np.errstate(over="ignore"):
-        if values.strides[0] < values.strides[1]:
+        if _by_columns(values):
             return transposed(values.T.astype(dtype, copy=False))
         return np.ascontiguousarray(values.astype(dtype, copy=False))
+
+
+def _by_columns(a: np.ndarray) -> bool:
+    return len(a) > 1 and a.strides[0] < a.strides[1]
 
 
 def transposed(a: np.ndarray) -> np.ndarray:
@@ -41,8 +45,10 @@ def transposed(a: np.ndarray) -> np.ndarray:
     rows, columns = a.shape
     out = np.empty((columns, rows), a.dtype)
     tile = _TILE.get(a.itemsize, 64)
-    as_bits = lambda x: x.view(f"u{a.itemsize}") if x.strides[-1] == a.itemsize else x
-    source, target = as_bits(a), as_bits(out)
+    if a.strides[-1] == a.itemsize:  # NumPy has no quick copies of dtypes that are not its own
+        source, target = a.view(f"u{a.itemsize}"), out.view(f"u{a.itemsize}")
+    else:
+        source, target = a, out
     for i in range(0, rows, tile):
         target[:, i : i + tile] = source[i : i + tile].T
     return out

@@ -12,7 +12,7 @@ import shutil
 import numpy as np
 
 from deepseek_jax.checkpoint.arrays import Shape
-from deepseek_jax.config import Config, Data, Model, UserError
+from deepseek_jax.config import Config, Data, Model, Train, UserError
 from deepseek_jax.hf import exporting, names, reading, start
 from deepseek_jax.hf.model import config_for
 from deepseek_jax.hf.source import BUFFER, FP8, Source, dump
@@ -47,7 +47,8 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
         copy(source, wanted, temporary)
         os.rename(temporary, folder)
         tokenizer = os.path.join(os.path.abspath(folder), "tokenizer.json")
-        workdirs.write_config(workdir, Config(model=model, data=Data(tokenizer=tokenizer) if os.path.exists(tokenizer) else Data()))
+        train = Train(sequence_length=min(Train().sequence_length, model.max_position_embeddings))
+        workdirs.write_config(workdir, Config(model=model, train=train, data=Data(tokenizer=tokenizer) if os.path.exists(tokenizer) else Data()))
     except OSError as e:
         raise UserError(f"{workdir} cannot be written ({e.strerror or e}). Name a folder that you may write to, with room for the model.") from e
     finally:

@@ -1,0 +1,132 @@
+"""Runs that begin with a Hugging Face checkpoint, and their export."""
+
+import dataclasses
+import json
+import os
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import bridge
+import hf_families as families
+import hf_variants as deepseek
+from deepseek_jax import commandline, generate, hf
+from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.config import Config, Mesh, Optimizer, Sharding, Train, UserError
+from deepseek_jax.hf import __main__ as commands
+from deepseek_jax.hf import importing, start
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.train import workdir as workdirs
+from deepseek_jax.train.state import init_state, make_layout, to_tree
+
+TRAIN = Train(dtype="float32", steps=10, batch_size=8, sequence_length=16)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    out = tmp_path_factory.mktemp("source")
+    _, _, weights = deepseek.build("deepseek_v3")
+    safetensors.numpy.save_file(weights, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(deepseek.hub_config("deepseek_v3")))
+    (out / "generation_config.json").write_text("{}")
+    return str(out)
+
+
+def resolved(workdir, *overrides):
+    """The options as train.py reads them, from a config file that has another model."""
+    argv = ["train.py", f"--config={os.path.dirname(os.path.dirname(__file__))}/configs/tiny.py", f"--workdir={workdir}", "--config.train.sequence_length=64",
+            *overrides]
+    before, sys.argv = sys.argv, argv
+    try:
+        return commandline.read_config(commandline.parse(argv), argv)
+    finally:
+        sys.argv = before
+
+
+def same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_init_from_sets_the_model(source, tmp_path):
+    expected = hf.load(source).model
+    assert resolved(tmp_path / "w", f"--config.init_from={source}").model == expected
+    changed = resolved(tmp_path / "w", f"--config.init_from={source}", "--config.model.aux_loss_alpha=0.5", "--config.model.rope_scaling.factor=2.0",
+                       f"--config.model.hidden_size={expected.hidden_size}")
+    assert changed.model == dataclasses.replace(expected, aux_loss_alpha=0.5, rope_scaling=dataclasses.replace(expected.rope_scaling, factor=2.0))
+    with pytest.raises(UserError, match=r"config.model.hidden_size=64 differs from 48 of config.init_from"):
+        resolved(tmp_path / "w", f"--config.init_from={source}", "--config.model.hidden_size=64")
+    with pytest.raises(UserError, match="is not a folder"):
+        resolved(tmp_path / "w", "--config.init_from=/nowhere")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_the_state_that_training_begins_with(optimizer, source, tmp_path):
+    """On a mesh: the checkpoint's weights, and all else as in a fresh state."""
+    model = hf.load(source)
+    config = Config(model=model.model, init_from=source, mesh=Mesh(fsdp=2, expert=2, tensor=2), train=TRAIN, optimizer=Optimizer(optimizer),
+                    sharding=Sharding(min_weight_size=0))
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        layout = make_layout(config, mesh)
+        state = start.initial_state(start.open_for_training(config, str(tmp_path)), config, layout, str(tmp_path))
+        fresh = init_state(config, layout)
+        assert jax.tree.map(lambda a: (a.sharding, a.dtype), state) == jax.tree.map(lambda a: (a.sharding, a.dtype), fresh)
+    same((state.params, state.bias), (model.params, model.bias))
+    same(state._replace(params=None, bias=None), fresh._replace(params=None, bias=None))
+
+
+def test_imported_run(source, tmp_path):
+    """The workdir sets the model, generate reads it, export gives the checkpoint back; then the same of a later step, and after the source is gone."""
+    workdir, model = str(tmp_path / "w"), hf.load(source)
+    importing.import_(source, workdir)
+    with pytest.raises(UserError, match="holds a run already"):
+        importing.import_(source, workdir)
+    config = resolved(workdir)
+    assert config.model == model.model and config.init_from == os.path.join(workdir, "hf")
+    assert start.open_for_training(config, workdir) is not None
+    _, _, _, state = generate.load(workdir, None)
+    same((state.params, state.bias), (model.params, model.bias))
+    commands.export(workdir, str(tmp_path / "out"))
+    given = safetensors.numpy.load_file(f"{source}/model.safetensors")
+    same(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors"), given)
+    assert (tmp_path / "out" / "generation_config.json").exists()
+
+    run = Config(model=model.model, init_from=config.init_from, mesh=Mesh(fsdp=2), train=TRAIN)
+    mesh = make_mesh(run, jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        layout = make_layout(run, mesh)
+        state = start.initial_state(start.open_for_training(run, workdir), run, layout, workdir)
+        doubled = state._replace(params=jax.jit(lambda p: jax.tree.map(lambda a: a * 2, p))(state.params))
+        checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"), keep=1)
+        checkpoints.save(3, to_tree(doubled), {"tokens_seen": 0})
+        checkpoints.close()
+    workdirs.write_config(workdir, run)
+    _, _, _, state = generate.load(workdir, None)
+    same(jax.tree.map(lambda a: a / 2, state.params), model.params)
+    commands.export(workdir, str(tmp_path / "trained"), gigabytes=2e-4)
+    files = [f for f in os.listdir(tmp_path / "trained") if f.endswith(".safetensors")]
+    trained = {n: a for f in files for n, a in safetensors.numpy.load_file(tmp_path / "trained" / f).items()}
+    assert len(files) > 1 and trained.keys() == given.keys()
+    for name, a in given.items():
+        np.testing.assert_array_equal(trained[name], a if name.endswith("e_score_correction_bias") else 2 * a)
+
+
+def test_a_run_that_never_was_a_hugging_face_model(tmp_path):
+    """Its family is found by its options."""
+    model = bridge.smaller(hf.configuration.to_model(families.hub_config("qwen3_moe")), max_position_embeddings=64)
+    run = Config(model=model, mesh=Mesh(fsdp=1), train=TRAIN)
+    mesh = make_mesh(run, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = init_state(run, make_layout(run, mesh))
+        checkpoints = Checkpointer(str(tmp_path / "w" / "checkpoints"), keep=1)
+        checkpoints.save(1, to_tree(state), {})
+        checkpoints.close()
+    workdirs.write_config(str(tmp_path / "w"), run)
+    commands.export(str(tmp_path / "w"), str(tmp_path / "out"), dtype="float32")
+    again = hf.load(str(tmp_path / "out"))
+    assert again.family == "qwen3_moe"
+    same(again.params, state.params)
