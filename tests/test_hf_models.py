@@ -72,15 +72,17 @@ def chosen_experts(monkeypatch):
         yield seen
 
 
+ON_A_MESH = "glm4_moe-qknorm-group"
 WITHOUT_GRADIENTS = ("glm4_moe", "qwen3_moe", "qwen3_moe-nonorm", "qwen3")  # compiling them takes long, and others have all their parts
 
 
 @pytest.mark.parametrize("variant", families.VARIANTS)
 def test_logits_experts_loss_and_every_gradient(variant, folder_of, monkeypatch):
     theirs, folder = folder_of(variant)
-    ids = families.pick_ids(theirs)
+    mesh = jax.make_mesh((2, 2, 2), ("fsdp", "expert", "tensor")) if variant == ON_A_MESH else None
+    ids = families.pick_ids(theirs, batch=4 if mesh else 2)
     choices, logits, loss, grads = families.run(theirs, ids)
-    model = hf.load(folder)
+    model = hf.load(folder, mesh=mesh)
     batch = {k: a.astype(np.int32) for k, a in bridge.batch_of(ids).items()}
     with jax.set_mesh(model.mesh), chosen_experts(monkeypatch) as seen:
 
@@ -102,7 +104,7 @@ def test_logits_experts_loss_and_every_gradient(variant, folder_of, monkeypatch)
     assert np.abs(our_logits - logits).max() < 1e-4
     bridge.assert_close(our_logits, logits, RTOL, "logits")
     assert abs(float(our_loss) - loss) < RTOL * loss
-    for i, layer in enumerate(choices):  # forward, layer by layer, before backward makes them again
+    for i, layer in enumerate(() if mesh else choices):  # forward, layer by layer, before backward makes them again
         np.testing.assert_array_equal(seen[i], choices[layer], err_msg=f"experts of layer {layer}")
     if variant in WITHOUT_GRADIENTS:
         return
@@ -165,19 +167,29 @@ def test_a_model_finds_its_family():
         configuration.find_family(bridge.smaller(configuration.to_model(deepseek.hub_config("deepseek_v3")), scoring_func="softmax"))
 
 
-def test_a_mesh_has_the_same_weights_and_logits(folder_of):
-    _, folder = folder_of("glm4_moe-qknorm-group")
-    theirs, _ = folder_of("glm4_moe-qknorm-group")
-    ids = families.pick_ids(theirs, batch=3)
+def test_a_mesh_has_the_same_weights(folder_of):
+    """test_logits... shows the same of logits and gradients."""
+    _, folder = folder_of(ON_A_MESH)
     mesh = jax.make_mesh((2, 2, 2), ("fsdp", "expert", "tensor"))
-    spread = hf.load(folder, mesh=mesh)
-    alone = hf.load(folder)
+    spread, alone = hf.load(folder, mesh=mesh), hf.load(folder)
     for a, b in zip(jax.tree.leaves((spread.params, spread.bias)), jax.tree.leaves((alone.params, alone.bias)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert spread.params["layers"]["mlp"]["experts"]["down_proj"].get_value().sharding.shard_shape((2, 8, 28, 48)) == (2, 4, 14, 24)
+
+
+def test_calling_a_model(folder_of):
+    """Any number of rows, on any mesh; what is no batch of ids is refused."""
+    theirs, folder = folder_of("llama")
+    ids = families.pick_ids(theirs, batch=3)
     with torch.no_grad():
         expected = theirs(input_ids=torch.as_tensor(ids), use_cache=False).logits.numpy()
-    bridge.assert_close(spread(ids), expected, RTOL, "logits")
+    model = hf.load(folder, mesh=jax.make_mesh((2,), ("fsdp",)))
+    logits = model(ids.tolist())
+    assert logits.dtype == jnp.float32
+    bridge.assert_close(logits, expected, RTOL, "logits")
+    for wrong in ([1, 2], [[0.5]], [[-1]], [[96]], [[0] * 129]):
+        with pytest.raises(UserError):
+            model(wrong)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

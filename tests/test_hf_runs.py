@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import bridge
 import hf_families as families
 import hf_variants as deepseek
 from deepseek_jax import commandline, generate, hf
@@ -20,7 +19,7 @@ from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.hf import importing, start
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import init_state, make_layout, to_tree
+from deepseek_jax.train.state import make_layout, to_tree
 
 TRAIN = Train(dtype="float32", steps=10, batch_size=8, sequence_length=16)
 
@@ -65,7 +64,7 @@ def test_init_from_sets_the_model(source, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 def test_the_state_that_training_begins_with(optimizer, source, tmp_path):
-    """On a mesh: the checkpoint's weights, and all else as in a fresh state."""
+    """On a mesh: the checkpoint's weights; moments and counters are zero."""
     model = hf.load(source)
     config = Config(model=model.model, init_from=source, mesh=Mesh(fsdp=2, expert=2, tensor=2), train=TRAIN, optimizer=Optimizer(optimizer),
                     sharding=Sharding(min_weight_size=0))
@@ -73,10 +72,10 @@ def test_the_state_that_training_begins_with(optimizer, source, tmp_path):
     with jax.set_mesh(mesh):
         layout = make_layout(config, mesh)
         state = start.initial_state(start.open_for_training(config, str(tmp_path)), config, layout, str(tmp_path))
-        fresh = init_state(config, layout)
-        assert jax.tree.map(lambda a: (a.sharding, a.dtype), state) == jax.tree.map(lambda a: (a.sharding, a.dtype), fresh)
+    for a, shape, sharding in zip(*map(jax.tree.leaves, (state, layout.abstract, layout.shardings)), strict=True):
+        assert (a.shape, a.dtype) == (shape.shape, shape.dtype) and a.sharding.is_equivalent_to(sharding, a.ndim)
     same((state.params, state.bias), (model.params, model.bias))
-    same(state._replace(params=None, bias=None), fresh._replace(params=None, bias=None))
+    assert not any(np.any(np.asarray(a)) for a in jax.tree.leaves(state._replace(params=None, bias=None)))  # as all three begin
 
 
 def test_imported_run(source, tmp_path):
@@ -117,16 +116,13 @@ def test_imported_run(source, tmp_path):
 
 def test_a_run_that_never_was_a_hugging_face_model(tmp_path):
     """Its family is found by its options."""
-    model = bridge.smaller(hf.configuration.to_model(families.hub_config("qwen3_moe")), max_position_embeddings=64)
-    run = Config(model=model, mesh=Mesh(fsdp=1), train=TRAIN)
-    mesh = make_mesh(run, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        state = init_state(run, make_layout(run, mesh))
-        checkpoints = Checkpointer(str(tmp_path / "w" / "checkpoints"), keep=1)
-        checkpoints.save(1, to_tree(state), {})
-        checkpoints.close()
-    workdirs.write_config(str(tmp_path / "w"), run)
+    families.build("qwen3_moe").save_pretrained(tmp_path / "weights")
+    before = hf.load(str(tmp_path / "weights"))
+    checkpoints = Checkpointer(str(tmp_path / "w" / "checkpoints"), keep=1)
+    checkpoints.save(1, to_tree({"params": before.params, "bias": before.bias}), {})
+    checkpoints.close()
+    workdirs.write_config(str(tmp_path / "w"), Config(model=before.model, mesh=Mesh(fsdp=1), train=TRAIN))
     commands.export(str(tmp_path / "w"), str(tmp_path / "out"), dtype="float32")
     again = hf.load(str(tmp_path / "out"))
-    assert again.family == "qwen3_moe"
-    same(again.params, state.params)
+    assert again.family == "qwen3_moe" and again.model == dataclasses.replace(before.model, aux_loss_alpha=again.model.aux_loss_alpha)
+    same(again.params, before.params)
