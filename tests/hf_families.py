@@ -20,8 +20,8 @@ import hf_variants
 transformers.utils.logging.disable_progress_bar()
 
 # Heads are 20 wide where head_dim is given and 12 where it follows; ranks and widths all differ.
-SHAPES = dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, hidden_act="silu",
-              max_position_embeddings=128, initializer_range=0.02, rms_norm_eps=1e-6, rope_theta=10000.0, attention_dropout=0.0, use_cache=True,
+SHAPES = dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+              hidden_act="silu", max_position_embeddings=128, initializer_range=0.02, rms_norm_eps=1e-6, rope_theta=10000.0, attention_dropout=0.0, use_cache=True,
               tie_word_embeddings=False, torch_dtype="float32", bos_token_id=0, eos_token_id=1, transformers_version="4.44.0")
 EXPERTS = dict(num_experts_per_tok=3, moe_intermediate_size=28)
 GLM = dict(model_type="glm4_moe", architectures=["Glm4MoeForCausalLM"], head_dim=20, partial_rotary_factor=0.4, use_qk_norm=False,
@@ -41,9 +41,10 @@ VARIANTS = {
     "qwen3_moe-nonorm": dict(QWEN3_MOE, norm_topk_prob=False, rope_scaling=YARN),
     "mixtral": dict(model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.02,
                     output_router_logits=False, sliding_window=None, rope_theta=1e6, intermediate_size=28),
-    "qwen2-tied": dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], use_sliding_window=False, sliding_window=None, tie_word_embeddings=True,
-                       rope_scaling=dict(type="linear", factor=2.0)),
-    "qwen3": dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=20, attention_bias=False, use_sliding_window=False, sliding_window=None),
+    "qwen2-tied": dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], use_sliding_window=False, sliding_window=None,
+                       tie_word_embeddings=True, rope_scaling=dict(type="linear", factor=2.0)),
+    "qwen3": dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=20, attention_bias=False, use_sliding_window=False,
+                  sliding_window=None),
     "llama": dict(model_type="llama", architectures=["LlamaForCausalLM"], attention_bias=True, mlp_bias=False, pretraining_tp=1, rope_scaling=LLAMA3),
 }
 
@@ -85,7 +86,8 @@ def run(model, ids):
     for hook in hooks:
         hook.remove()
     tied = model.config.tie_word_embeddings
-    named = ((n, (torch.zeros_like(p) if p.grad is None else p.grad).numpy()) for n, p in model.named_parameters() if not (tied and n == "lm_head.weight"))
+    named = [(n, (torch.zeros_like(p) if p.grad is None else p.grad).numpy()) for n, p in model.named_parameters()]
+    named = [(n, g) for n, g in named if not (tied and n == "lm_head.weight")]
     return seen, out.logits.detach().numpy(), out.loss.item(), hub_names(model, named)
 
 

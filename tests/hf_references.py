@@ -65,8 +65,9 @@ def check(folder: str) -> tuple[bool, str]:
     worst = max(abs(norms.get(n, np.inf) - w) / max(w, 1e-30) if w else norms.get(n, 0.0) for n, w in wanted.items() if n in norms)
     loss_error = abs(float(loss) - float(golden["loss"])) / float(golden["loss"])
     hub = all(np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(m.params) for m in (model, hf.load(f"{folder}/hub_config"))), strict=True))
-    line = (f"logits {error:.1e} = {error / scale:.1e} of the largest, experts {'equal' if chosen else 'DIFFER'} in {len(layers)} layers, loss {loss_error:.1e}, "
-            f"gradient norms {worst:.1e} ({len(norms)} tensors{'' if same_names else ', NAMES DIFFER'}), hub's keys {'the same' if hub else 'DIFFER'}")
+    line = (f"logits {error:.1e} = {error / scale:.1e} of the largest, experts {'equal' if chosen else 'DIFFER'} in {len(layers)} layers, "
+            f"loss {loss_error:.1e}, gradient norms {worst:.1e} ({len(norms)} tensors{'' if same_names else ', NAMES DIFFER'}), "
+            f"hub's keys {'the same' if hub else 'DIFFER'}")
     good = error < 1e-4 and error < 1e-5 * scale and chosen and loss_error < 1e-5 and worst < 1e-3 and same_names and hub
     if os.path.exists(f"{folder}/golden_fp8.npz"):
         golden = np.load(f"{folder}/golden_fp8.npz")

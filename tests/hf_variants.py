@@ -76,7 +76,8 @@ def hub_config(variant):
     """config.json of the variant as a checkpoint on the hub writes it (model_type and architectures included)."""
     model_type, options = VARIANTS[variant]
     m = Model(**{**SHAPES, **options})
-    skip = ("rope_scaling", "rope_interleave", "head_dim", "attention_out_bias", "use_qk_norm", "partial_rotary_factor")  # the last are not DeepSeek's
+    not_deepseeks = ("head_dim", "attention_out_bias", "use_qk_norm", "partial_rotary_factor")
+    skip = ("rope_scaling", "rope_interleave", *not_deepseeks)
     c = {name: getattr(m, name) for name in m.__dataclass_fields__ if name not in skip}
     c.update(model_type=model_type, architectures=[f"Deepseek{model_type[-2:].upper()}ForCausalLM"],
              num_key_value_heads=m.num_attention_heads, hidden_act="silu", attention_bias=False, attention_dropout=0.0,

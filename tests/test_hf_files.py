@@ -81,7 +81,8 @@ def test_missing_and_extra_tensors(tmp_path):
         del given[name]
     line = refused(write(tmp_path / "a", given))
     assert "2 of 12 tensors are missing" in line and "model.norm.weight" in line and "model.layers.0.mlp.up_proj.weight" in line
-    given = weights() | {"model.layers.0.self_attn.q_proj.bias": np.zeros(48, np.float32), "model.layers.1.mlp.up_proj.weight": np.zeros((80, 48), np.float32)}
+    given = weights() | {"model.layers.0.self_attn.q_proj.bias": np.zeros(48, np.float32),
+                         "model.layers.1.mlp.up_proj.weight": np.zeros((80, 48), np.float32)}
     line = refused(write(tmp_path / "b", given))
     assert "2 tensors are not of a model" in line and "q_proj.bias" in line and "model.layers.1.mlp.up_proj.weight" in line
 

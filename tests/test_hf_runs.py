@@ -36,8 +36,8 @@ def source(tmp_path_factory):
 
 def resolved(workdir, *overrides):
     """The options as train.py reads them, from a config file that has another model."""
-    argv = ["train.py", f"--config={os.path.dirname(os.path.dirname(__file__))}/configs/tiny.py", f"--workdir={workdir}", "--config.train.sequence_length=64",
-            *overrides]
+    argv = ["train.py", f"--config={os.path.dirname(os.path.dirname(__file__))}/configs/tiny.py", f"--workdir={workdir}",
+            "--config.train.sequence_length=64", *overrides]
     before, sys.argv = sys.argv, argv
     try:
         return commandline.read_config(commandline.parse(argv), argv)
@@ -79,7 +79,7 @@ def test_the_state_that_training_begins_with(optimizer, source, tmp_path):
 
 
 def test_imported_run(source, tmp_path):
-    """The workdir sets the model, generate reads it, export gives the checkpoint back; then the same of a later step, and after the source is gone."""
+    """The workdir sets the model, generate reads it, export gives the checkpoint back; then the same of a later step."""
     workdir, model = str(tmp_path / "w"), hf.load(source)
     importing.import_(source, workdir)
     with pytest.raises(UserError, match="holds a run already"):

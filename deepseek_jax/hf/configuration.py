@@ -14,7 +14,8 @@ from deepseek_jax.config import Model, RopeScaling, UserError
 # end with "_token_id" (which generation reads). `router_aux_loss_coef` is a term of transformers' training loss; ours is aux_loss_alpha.
 HARMLESS = {
     "model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "name_or_path", "use_cache",
-    "temperature", "top_p", "top_k", "do_sample", "max_length", "repetition_penalty", "ep_size", "output_router_logits", "router_aux_loss_coef", "max_window_layers", "qk_head_dim",
+    "temperature", "top_p", "top_k", "do_sample", "max_length", "repetition_penalty", "ep_size", "output_router_logits", "router_aux_loss_coef",
+    "max_window_layers", "qk_head_dim",
     "output_attentions", "output_hidden_states", "return_dict", "tokenizer_class", "id2label", "label2id", "problem_type",
     "task_specific_params", "unsloth_version", "unsloth_fixed", "chunk_size_feed_forward", "rope_theta", "rope_scaling",
     "rope_parameters", "partial_rotary_factor", "quantization_config", "num_mtp_layers", "is_llama_config", "transformers.js_config",
@@ -23,7 +24,8 @@ HARMLESS = {
 ONLY = {
     "hidden_act": ("silu",), "attention_dropout": (0, 0.0), "mlp_bias": (False,), "pretraining_tp": (1,), "moe_layer_freq": (1,),
     "router_jitter_noise": (0, 0.0), "use_sliding_window": (False,), "use_mrope": (False,), "is_decoder": (False,), "add_cross_attention": (False,),
-    "is_encoder_decoder": (False,), "cross_attention_hidden_size": (), "pruned_heads": ({},), "tie_encoder_decoder": (False,), "residual_dropout": (0.0,), "rope_interleaved": (False,),
+    "is_encoder_decoder": (False,), "cross_attention_hidden_size": (), "pruned_heads": ({},), "tie_encoder_decoder": (False,),
+    "residual_dropout": (0.0,), "rope_interleaved": (False,),
     "num_nextn_predict_layers": (0,),
 }
 ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
@@ -57,7 +59,9 @@ class Family(NamedTuple):
 FAMILIES = {
     "deepseek_v2": Family(
         "DeepseekV2ForCausalLM", (*EVERY, *OF_MLA, *OF_DEEPSEEK_EXPERTS, "topk_method"),
-        _ALL | dict(q_lora_rank=None, n_group=1, topk_group=1, topk_method="greedy", routed_scaling_factor=1.0, first_k_dense_replace=0, n_shared_experts=2),
+        _ALL | dict(q_lora_rank=None, n_group=1, topk_group=1, topk_method="greedy", routed_scaling_factor=1.0, first_k_dense_replace=0,
+                    n_shared_experts=2),
+        # transformers ignores norm_topk_prob here; DeepSeek's own code would not, and all of its releases have it off.
         dict(scoring_func="softmax", rope_interleave=True, norm_topk_prob=False),
         only=dict(scoring_func=("softmax",), attention_bias=(False,)), harmless=("num_key_value_heads", "head_dim", "num_local_experts")),
     "deepseek_v3": Family(
@@ -168,7 +172,7 @@ def to_model(config: dict[str, Any]) -> Model:
 
 
 def _typed(field: dataclasses.Field, value: Any) -> Any:
-    wanted = {int: (int,), "int": (int,), float: (int, float), bool: (bool,), str: (str,), int | None: (int, type(None)), RopeScaling: (RopeScaling,)}[field.type]
+    wanted = {float: (int, float), int | None: (int, type(None))}.get(field.type, (field.type,))
     if type(value) not in wanted:
         raise UserError(f"config.json: {field.name}={value!r} has the type {type(value).__name__}. Correct it.")
     return float(value) if field.type is float else value
@@ -177,8 +181,8 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
 def _check_window(given: dict[str, Any], kind: str) -> None:
     window, most = given.get("sliding_window"), given.get("max_position_embeddings", 0)
     if window is not None and given.get("use_sliding_window", kind in ("mixtral",)) and window < most:
-        raise UserError(f"config.json: sliding_window={window} is not in this version, and max_position_embeddings={most} is above it. Set sliding_window "
-                        f"to null, if attention to all positions is wanted.")
+        raise UserError(f"config.json: sliding_window={window} is not in this version, and max_position_embeddings={most} is above it. "
+                        f"Set sliding_window to null, if attention to all positions is wanted.")
     if any(t != "full_attention" for t in given.get("layer_types", ())):
         raise UserError(f"config.json: layer_types={given['layer_types']!r} has layers of other than full attention, which are not in this version.")
 
@@ -207,7 +211,7 @@ def _dense_first(sparse: list[bool], what: str, options: dict[str, Any]) -> None
 
 def _rope(given: dict[str, Any], kind: str, longest: int) -> dict[str, Any]:
     """Options of rotation, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    r = dict(given.get("rope_scaling") or {}) | dict(given.get("rope_parameters") or {})
+    r = given.get("rope_scaling") or given.get("rope_parameters") or {}
     r = {k: v for k, v in r.items() if v is not None}
     type_ = r.get("rope_type", r.get("type", "default"))
     if r.pop("truncate", True) is not True:
@@ -215,9 +219,9 @@ def _rope(given: dict[str, Any], kind: str, longest: int) -> dict[str, Any]:
     if type_ not in ("default", "linear", "yarn", "llama3"):
         raise UserError(f"config.json: rope_scaling.rope_type={type_!r} is not in this version, which has default, linear, yarn and llama3.")
     if unknown := sorted(r.keys() - ROPE_KEYS):
-        raise UserError(f"config.json: rope_scaling.{unknown[0]}={r[unknown[0]]!r} is not a key that this version knows, and it may change what the model "
-                        f"computes. Remove it if it does not.")
-    out: dict[str, Any] = {"rope_theta": float(r.get("rope_theta", given.get("rope_theta", 10000.0)))}
+        raise UserError(f"config.json: rope_scaling.{unknown[0]}={r[unknown[0]]!r} is not a key that this version knows, and it may change what "
+                        f"the model computes. Remove it if it does not.")
+    out: dict[str, Any] = {"rope_theta": float(r.get("rope_theta", given.get("rope_theta", 1e6 if kind == "mixtral" else 10000.0)))}
     partial = r.get("partial_rotary_factor", given.get("partial_rotary_factor", 0.5 if kind == "glm4_moe" else 1.0))
     if partial != 1.0 and kind != "glm4_moe":
         raise UserError(f"config.json: partial_rotary_factor={partial} of {kind} is not in this version.")
@@ -229,7 +233,8 @@ def _rope(given: dict[str, Any], kind: str, longest: int) -> dict[str, Any]:
     scaling = dict(type=type_, factor=float(r.get("factor", longest / original)))
     if type_ in ("yarn", "llama3"):
         scaling["original_max_position_embeddings"] = original
-    for key in {"yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"), "llama3": ("low_freq_factor", "high_freq_factor")}.get(type_, ()):
+    keys = {"yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"), "llama3": ("low_freq_factor", "high_freq_factor")}
+    for key in keys.get(type_, ()):
         if key in r:
             scaling[key] = float(r[key])
     return out | {"rope_scaling": RopeScaling(**scaling)}

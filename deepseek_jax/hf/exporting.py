@@ -178,7 +178,8 @@ def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice,
     for row in range(rows.start, rows.stop, step):
         block = copying.out_of(values[row - rows.start : min(row + step, rows.stop) - rows.start], place.dtype)
         if not finite(block):
-            raise UserError(f"{name} holds numbers that are not finite, or too large for {place.dtype}. Export an earlier step, or with --dtype=float32.")
+            raise UserError(f"{name} holds numbers that are not finite, or too large for {place.dtype}. Export an earlier step, "
+                            f"or with --dtype=float32.")
         at = place.offset + row * pitch + columns.start * item
         if columns.stop - columns.start == shape[1]:
             pwrite(descriptor, block, at)
@@ -218,7 +219,8 @@ def _add_tokenizer(folder: str, tokenizer: str | None) -> None:
 
 def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
     """The config.json that a checkpoint came with, changed where the model's options changed since."""
-    out = {k: v for k, v in original.items() if k not in ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "num_mtp_layers")}
+    left_out = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "num_mtp_layers")
+    out = {k: v for k, v in original.items() if k not in left_out}
     changed = {k for k in now.keys() | then.keys() if now.get(k) != then.get(k)}
     if changed & {"rope_theta", "rope_scaling", "partial_rotary_factor"}:
         changed |= {"rope_theta", "rope_scaling"} | ({"partial_rotary_factor"} & now.keys())

@@ -39,7 +39,8 @@ class LoadedModel:
         ids = np.asarray(tokens_BS)
         m = self.model
         if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-            raise UserError(f"tokens are {ids.dtype}{list(ids.shape)} and not whole numbers [sequences, positions]. Give a list of equally long lists of ids.")
+            raise UserError(f"tokens are {ids.dtype}{list(ids.shape)} and not whole numbers [sequences, positions]. "
+                            f"Give a list of equally long lists of ids.")
         if ids.min() < 0 or ids.max() >= m.vocab_size:
             raise UserError(f"tokens run from {ids.min()} to {ids.max()}, but the model has the ids 0 to {m.vocab_size - 1}.")
         if ids.shape[1] > m.max_position_embeddings:

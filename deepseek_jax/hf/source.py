@@ -111,13 +111,14 @@ class Source:
         for name, shape in wanted.items():
             t = self.tensors[name]
             if t.shape != shape:
-                raise UserError(f"{self.folder}: {name} has the shape {list(t.shape)} and not {list(shape)}, as config.json says. Correct one of them.")
+                raise UserError(f"{self.folder}: {name} has the shape {list(t.shape)} and not {list(shape)}, as config.json says. "
+                                f"Correct one of them.")
             if t.dtype == FP8:
                 blocks = tuple(-(-n // b) for n, b in zip(t.shape, self._block, strict=False))
                 scale = self.tensors[name + SCALE]
                 if len(t.shape) != 2 or scale.shape != blocks or scale.dtype not in FLOATS:
-                    raise UserError(f"{self.folder}: {name + SCALE} is {scale.dtype}{list(scale.shape)} and not a float for each of {list(blocks)} blocks "
-                                    f"of {self._block[0]}x{self._block[1]}. Take a checkpoint in DeepSeek-V3's FP8 format, or in bfloat16.")
+                    raise UserError(f"{self.folder}: {name + SCALE} is {scale.dtype}{list(scale.shape)} and not a float for each of "
+                                    f"{list(blocks)} blocks of {self._block[0]}x{self._block[1]}. Take a checkpoint in DeepSeek-V3's FP8 format, or in bfloat16.")
             elif t.dtype not in FLOATS:
                 raise UserError(f"{self.folder}: {name} is of the dtype {t.dtype}. Convert it to float32, bfloat16, float16 or block-quantised FP8.")
 

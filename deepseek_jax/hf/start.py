@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np

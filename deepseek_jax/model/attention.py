@@ -153,7 +153,8 @@ class GroupedQueryAttention(nnx.Module):
         self.v_proj = Linear(m, m.hidden_size, m.num_key_value_heads * width, ("embed", "heads"), rngs, bias)
         if m.use_qk_norm:
             self.q_norm, self.k_norm = RMSNorm(width, m.rms_norm_eps, rngs), RMSNorm(width, m.rms_norm_eps, rngs)
-        self.o_proj = Linear(m, m.num_attention_heads * width, m.hidden_size, ("heads", "embed"), rngs, "embed_bias" if m.attention_out_bias else None)
+        out_bias = "embed_bias" if m.attention_out_bias else None
+        self.o_proj = Linear(m, m.num_attention_heads * width, m.hidden_size, ("heads", "embed"), rngs, out_bias)
 
     @jax.named_scope("attention")
     def __call__(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> jax.Array:

@@ -177,7 +177,8 @@ def _check_divided_widths(config: Config, shape: dict[str, int]) -> None:
     heads = f"num_attention_heads={m.num_attention_heads}"
     widths = [(f"config.model.hidden_size={m.hidden_size}", m.hidden_size, 1)]
     if m.num_key_value_heads is None:
-        widths.append((f"config.model.{heads} x (qk_nope_head_dim + v_head_dim)", m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim), tensor))
+        kv_width = m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
+        widths.append((f"config.model.{heads} x (qk_nope_head_dim + v_head_dim)", kv_width, tensor))
     if m.num_key_value_heads is None and m.q_lora_rank:
         widths.append((f"config.model.{heads} x (qk_nope_head_dim + qk_rope_head_dim)",
                        m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim), tensor))
