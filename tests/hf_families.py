@@ -21,7 +21,8 @@ transformers.utils.logging.disable_progress_bar()
 
 # Heads are 20 wide where head_dim is given and 12 where it follows; ranks and widths all differ.
 SHAPES = dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-              hidden_act="silu", max_position_embeddings=128, initializer_range=0.02, rms_norm_eps=1e-6, rope_theta=10000.0, attention_dropout=0.0, use_cache=True,
+              hidden_act="silu",
+              max_position_embeddings=128, initializer_range=0.02, rms_norm_eps=1e-6, rope_theta=10000.0, attention_dropout=0.0, use_cache=True,
               tie_word_embeddings=False, torch_dtype="float32", bos_token_id=0, eos_token_id=1, transformers_version="4.44.0")
 EXPERTS = dict(num_experts_per_tok=3, moe_intermediate_size=28)
 GLM = dict(model_type="glm4_moe", architectures=["Glm4MoeForCausalLM"], head_dim=20, partial_rotary_factor=0.4, use_qk_norm=False,

@@ -118,7 +118,8 @@ class Source:
                 scale = self.tensors[name + SCALE]
                 if len(t.shape) != 2 or scale.shape != blocks or scale.dtype not in FLOATS:
                     raise UserError(f"{self.folder}: {name + SCALE} is {scale.dtype}{list(scale.shape)} and not a float for each of "
-                                    f"{list(blocks)} blocks of {self._block[0]}x{self._block[1]}. Take a checkpoint in DeepSeek-V3's FP8 format, or in bfloat16.")
+                                    f"{list(blocks)} blocks of {self._block[0]}x{self._block[1]}. "
+                                    f"Take a checkpoint in DeepSeek-V3's FP8 format, or in bfloat16.")
             elif t.dtype not in FLOATS:
                 raise UserError(f"{self.folder}: {name} is of the dtype {t.dtype}. Convert it to float32, bfloat16, float16 or block-quantised FP8.")
 
