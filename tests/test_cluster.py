@@ -308,7 +308,7 @@ def test_the_port_is_taken(monkeypatch):
             cluster.Cluster(place, 1, "program")
     alone = cluster.Cluster(None, 1, "program")
     monkeypatch.setattr(cluster, "jax", types.SimpleNamespace())  # alone, nothing of JAX is touched
-    alone.join({})
+    alone.join({}, 1.0, None)
     alone.agree("command", {})
     with pytest.raises(UserError, match="mine"), alone.mistakes():
         raise UserError("mine")
