@@ -105,6 +105,9 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         workdir.write_config(flags.workdir, config, options)
         evaluate = loop.Evaluator(config, mesh, loader, make_eval_step(layout))
         profiler = Profiler(config, flags.workdir, train_step) if config.profile.start else None
+        # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some processes longer to compile.
+        train_step.program(state, abstract_batch(config, mesh, int(state.step)))
+        cluster.agree("command", {"steps done": int(state.step)})
         watchdog = Watchdog(config.watchdog.step_timeout, cluster.monitor.hung if cluster.monitor else end_alone)
         train_step.compiling = watchdog.paused
         result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpoints, sizes, progress, profiler,

@@ -9,6 +9,7 @@ import platform
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -19,8 +20,8 @@ from deepseek_jax import enough_threads, stopping
 from deepseek_jax.config import UserError
 from deepseek_jax.parallel.discovery import Place
 from deepseek_jax.parallel.gpus import Claim, divide, visible_gpus
-from deepseek_jax.parallel.meeting import Meeting, NoAnswer, Report
-from deepseek_jax.parallel.monitor import Monitor
+from deepseek_jax.parallel.meeting import ENDED, Meeting, NoAnswer, Report
+from deepseek_jax.parallel.monitor import GRACE, Monitor
 from deepseek_jax.stopping import Stopper
 
 
@@ -142,13 +143,21 @@ class Cluster:
         try:
             verdict = self._exchange(report)
         except NoAnswer as e:
+            self._lost()
             late = (f"process 0 does not answer at {self._address} within {self._timeout} s ({e}). Check that it runs there, or "
                     f"raise --cluster_timeout.")
             self._say(f"process {self.index}: {'process 0 ended; its output says why.' if self._meeting.met else late}")
             self._leave(together=False)
         if verdict["stop"]:
+            if verdict["ended"]:
+                self._lost()
             self._leave(verdict["all_came"])
         return verdict
+
+    def _lost(self) -> None:
+        """A process that ended without a word is the monitor's to name, where it watches already: it ends this one, with another exit code."""
+        if self.monitor:
+            time.sleep(GRACE)
 
     def _exchange(self, report: dict[str, Any]) -> dict[str, Any]:
         mine = {"process": self.index, "count": self._place.count, "host": socket.gethostname(), **report}
@@ -172,7 +181,8 @@ class Cluster:
             except UserError as e:
                 lines = [str(e)]
             shared = {"monitor": self._where}
-        return {"stop": wrong or bool(lines), "lines": lines, "gpus": gpus, "all_came": len(reports) == self._place.count} | shared
+        return {"stop": wrong or bool(lines), "lines": lines, "gpus": gpus, "all_came": len(reports) == self._place.count,
+                "ended": any(r.get("error") == ENDED for r in reports)} | shared
 
     def _absence(self, reports: list[Report]) -> str | None:
         came, count = [r["process"] for r in reports], self._place.count
