@@ -15,6 +15,16 @@ class Windows(NamedTuple):
 
     skipped: tuple[Window, ...] = ()
 
+    @classmethod
+    def of(cls, windows: Iterable[Iterable[int]]) -> "Windows":
+        """Of ranges in any order, some of which may touch: as a checkpoint's `extra` and metrics.jsonl have them."""
+        out: list[Window] = []
+        for first, last in sorted((int(first), int(last)) for first, last in windows):
+            if out and first <= out[-1][1]:
+                first, last = out[-1][0], max(out.pop()[1], last)
+            out.append((first, last))
+        return cls(tuple(out))
+
     def row(self, n: int) -> int:
         """The n-th row that is trained on, in the global order."""
         for first, last in self.skipped:
@@ -38,10 +48,7 @@ class Windows(NamedTuple):
 
     def without(self, start: int, count: int) -> "Windows":
         """Skips what would have been rows start to start + count - 1, and all that lies between them."""
-        new = (self.row(start), self.row(start + count - 1) + 1)
-        apart = [w for w in self.skipped if w[1] < new[0] or w[0] > new[1]]
-        joined = [w for w in self.skipped if w not in apart] + [new]
-        return Windows(tuple(sorted([*apart, (min(w[0] for w in joined), max(w[1] for w in joined))])))
+        return Windows.of([*self.skipped, (self.row(start), self.row(start + count - 1) + 1)])
 
 
 class Skipping:
@@ -53,8 +60,3 @@ class Skipping:
     def train_rows(self, start: int, count: int) -> Rows:
         parts = [self._source.train_rows(first, last - first) for first, last in self._windows.rows(start, count)]
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if len(parts) > 1 else parts[0]
-
-
-def read(values: Iterable[Iterable[int]]) -> Windows:
-    """The windows of a checkpoint's `extra`, or of a row of metrics.jsonl."""
-    return Windows(tuple((int(first), int(last)) for first, last in values))

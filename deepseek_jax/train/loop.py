@@ -9,9 +9,8 @@ import jax
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config
-from deepseek_jax.data import windows
 from deepseek_jax.data.loader import Loader, Prefetcher
-from deepseek_jax.data.windows import Skipping, Windows
+from deepseek_jax.data.windows import Skipping, Window, Windows
 from deepseek_jax.model.count import Count
 from deepseek_jax.stopping import Stopper
 from deepseek_jax.train.optimizer import first_sequence, sequences_at
@@ -52,7 +51,7 @@ class Progress(NamedTuple):
 
     @classmethod
     def of_extra(cls, extra: dict[str, Any]) -> "Progress":
-        return cls(extra["tokens_seen"], windows.read(extra.get("skipped_rows", ())), extra.get("rollbacks", 0))
+        return cls(extra["tokens_seen"], Windows.of(extra.get("skipped_rows", ())), extra.get("rollbacks", 0))
 
 
 class Evaluator:
@@ -139,7 +138,7 @@ class Loop:
         self.checkpointer, self.profiler, self.restore, self.stopper, self.watchdog = checkpointer, profiler, restore, stopper, watchdog
         self.progress = Progress()
 
-    def rows(self, step: int) -> list[windows.Window]:
+    def rows(self, step: int) -> list[Window]:
         """Where the data of the step that ends with `step` finished ones are in the global order."""
         return self.progress.skipped.rows(first_sequence(self.config, step - 1), sequences_at(self.config, step - 1))
 

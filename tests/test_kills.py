@@ -1,0 +1,110 @@
+"""Runs that are killed, stopped and started again: the small version of `make storm`, and processes that come and go."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import faults, storm, storm_processes
+from benchmarks.faults import Process
+from benchmarks.storm_processes import Fault, launched
+
+LIMIT = 400.0
+
+
+def test_a_small_storm(tmp_path):
+    """Three kills and four signals; losses of every step are those of the run that nobody disturbed, bit for bit."""
+    said = []
+    found = storm.run(tmp_path, ["kills", "signals"], 3, 0, 1, said.append)
+    assert sum(t.tried for t in found.values()) == 7
+    assert all(t.wrong == 0 and t.survived == t.tried for t in found.values()), (found, said)
+    assert all(t.steps_lost == 0 for name, t in found.items() if name.startswith("signal")), found
+    text = storm.table({name: vars(t) for name, t in found.items()})
+    assert len(text.splitlines()) == 1 + len(found) and "steps lost (max)" in text
+
+
+def test_the_storm_finds_what_is_wrong(tmp_path):
+    """Another loss, a step logged twice, a step that is missing in the undisturbed run."""
+    path = tmp_path / "metrics.jsonl"
+    row = '{{"step": {}, "loss": {}, "grad_norm": 1.0, "tokens_seen": 5}}\n'
+    path.write_text(row.format(1, 2.5) + row.format(2, 2.25) + '{"step": 2, "eval_loss": 1.0}\n' + row.format(3, 2.0)[:20])
+    calm, twice = faults.rows(tmp_path)
+    assert sorted(calm) == [1, 2] and twice == 0 and faults.differing(tmp_path, calm) == 0
+    assert faults.differing(tmp_path, calm | {2: (2.2500002, 1.0, 5)}) == 1
+    assert faults.differing(tmp_path, {1: calm[1]}) == 1
+    path.write_text(row.format(1, 2.5) * 2)
+    assert faults.differing(tmp_path, calm) == 1
+
+
+def test_processes_that_are_lost_and_come_back(tmp_path):
+    """Two processes. Number 0 is killed, then number 1 is stopped: each is named, the other ends, the launcher starts both again. Then number
+    1 is killed once more, and given up: the run goes on in one process, and at SIGUSR1 in two."""
+    text, env = faults.corpus(tmp_path), faults.environment(tmp_path)
+    options = {"mesh__fsdp": -1, "train__steps": 70, "watchdog__heartbeat_timeout": 10.0}
+    with Process(launched(2, faults.train(tmp_path / "calm", text, **options)), env) as calm:
+        assert calm.wait(LIMIT) == 0, calm.lines
+    reference, _ = faults.rows(tmp_path / "calm")
+    workdir = tmp_path / "run"
+    # A life is long enough for the next fault to come in time.
+    command = launched(2, faults.train(workdir, text, **options | {"train__steps": 100_000}), "--max_restarts=3", "--min_processes=1")
+    said = []
+    with Process(command, env) as p:
+        found = storm_processes.disturb(p, 2, (Fault(0, signal.SIGKILL), Fault(1, signal.SIGSTOP), Fault(1, signal.SIGKILL)), workdir, said.append)
+        assert all(t.tried == t.detected == t.survived and not t.wrong for t in found.values()), (found, p.lines)
+        output = "\n".join(p.lines)
+        assert "in process 0" not in output and "stacks of process 0" in output, "of the one that still could"
+        assert re.search(r"process 1 \(.*\) was lost after step \d+: it gave no sign of life for 10 s", output)
+        assert "restart 3 of 3 in 4 s, with 1 process without place 1, which failed twice in a row." in output
+        line = len(p.lines)
+        assert p.wait_for(r"step +\d+/", LIMIT, line)
+        alone = faults.newest_checkpoint(workdir)
+        bits = faults.rows(workdir)[0]
+        p.kill(signal.SIGUSR1)
+        assert p.wait_for("starting again with all 2 processes", LIMIT, line), p.lines[line:]
+        assert p.wait_for("fsdp 2", LIMIT, line) and p.wait_for(r"resuming after step", LIMIT, line)
+        line = len(p.lines)
+        assert p.wait_for(r"step +\d+/", LIMIT, line)
+        p.kill(signal.SIGTERM)
+        assert p.wait(LIMIT) == 143
+    after, twice = faults.rows(workdir)
+    common = sorted(set(after) & set(reference))
+    assert twice == 0 and alone > 0 and len(common) > 20 and sorted(after) == list(range(1, len(after) + 1)) and set(bits) <= set(after)
+    of = lambda rows, i: [rows[s][i] for s in common]
+    np.testing.assert_allclose(of(after, 0), of(reference, 0), rtol=1e-5)
+    assert of(after, 2) == of(reference, 2)
+    first = [s for s in common if s <= int(re.findall(r"resuming after step (\d+)", "\n".join(p.lines))[2])]
+    assert [after[s] for s in first] == [reference[s] for s in first], "in two processes the same bits"
+
+
+def test_processes_that_do_not_fit(tmp_path):
+    """Four processes on a mesh that three do not fit: two go on. A program that fails needs no training to show it."""
+    (tmp_path / "program.py").write_text(
+        "import os, sys, time\n"
+        "count, me = int(os.environ['JAX_NUM_PROCESSES']), int(os.environ['JAX_PROCESS_ID'])\n"
+        "open(f'start.{count}.{me}.{os.getpid()}', 'w')\n"
+        "if count == 4 and me == 3: sys.exit(9)\n"
+        "if count == 3: sys.exit(2)\n"
+        "time.sleep(0 if count == 2 else 60)\n")
+    done = subprocess.run([sys.executable, "-m", "deepseek_jax.launch", "--nproc_per_node=4", "--max_restarts=5", "--min_processes=2", "--grace=5", "program.py"],
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(faults.ROOT), "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "restart" in line or "fit" in line]
+    assert lines == ["deepseek_jax.launch: restart 1 of 5 in 1 s, with 4 processes.",
+                     "deepseek_jax.launch: restart 2 of 5 in 2 s, with 3 processes without place 3, which failed twice in a row.",
+                     "deepseek_jax.launch: 3 processes do not fit; trying 2."]
+    assert len(list(pathlib.Path(tmp_path).glob("start.2.*"))) == 2
+
+
+@pytest.mark.parametrize("code, starts", [(2, 1), (3, 1), (143, 1), (0, 1), (1, 3), (137, 3)])
+def test_what_is_started_again(tmp_path, code, starts):
+    """--max_restarts=2; a mistake, bad numbers and a stop by signal would only come again."""
+    (tmp_path / "program.py").write_text(
+        f"import os, signal, sys\nopen(f'start.{{os.getpid()}}', 'w')\nos.kill(os.getpid(), 9) if {code} == 137 else sys.exit({code})\n")
+    done = subprocess.run([sys.executable, "-m", "deepseek_jax.launch", "--max_restarts=2", "program.py"], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(faults.ROOT), "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=100)
+    assert done.returncode == code and len(list(tmp_path.glob("start.*"))) == starts
