@@ -141,7 +141,7 @@ def test_resumes_exactly_after_a_rollback(trainer, tmp_path):
     """Ended after a rollback and gone on with; and ended between one and the next checkpoint, which loses the record of it."""
     bad = [*range(98, 128), *range(300, 320)]  # two rollbacks: rows 64 to 127 are missing when step 15 comes to row 300
     whole = train(trainer, tmp_path / "whole", Texts(bad))
-    assert [r["skipped_rows"] for r in rows_of(tmp_path / "whole") if "rollback" in r] == [[[64, 128]], [[256, 320]]]
+    assert [r["skipped_rows"] for r in rows_of(tmp_path / "whole") if "rollback" in r] == [[[64, 128]], [[64, 128], [256, 320]]]
     train(trainer, tmp_path / "parts", Texts(bad), steps=10)
     again = train(trainer, tmp_path / "parts", Texts(bad))
     assert same(again.state, whole.state)

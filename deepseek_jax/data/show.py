@@ -14,7 +14,7 @@ from deepseek_jax.train.workdir import read_config
 
 def rows_of(workdir: str, config: Config, step: int) -> list[Window]:
     """The rows of a step in the global order, by the run's rollbacks up to it."""
-    skipped: list[Window] = []
+    skipped = Windows()
     path = os.path.join(workdir, "metrics.jsonl")
     for line in open(path, encoding="utf-8", errors="replace") if os.path.exists(path) else ():
         try:
@@ -22,8 +22,8 @@ def rows_of(workdir: str, config: Config, step: int) -> list[Window]:
         except ValueError:
             continue  # being written, or cut short
         if "rollback" in row and row["step"] <= step:
-            skipped += [(first, last) for first, last in row["skipped_rows"]]
-    return Windows.of(skipped).rows(first_sequence(config, step - 1), sequences_at(config, step - 1))
+            skipped = Windows.of(row["skipped_rows"])
+    return skipped.rows(first_sequence(config, step - 1), sequences_at(config, step - 1))
 
 
 def show(workdir: str, step: int | None, rows: str | None, characters: int) -> None:

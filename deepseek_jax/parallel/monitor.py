@@ -96,7 +96,7 @@ class Monitor:
         """Process 0 listens on a free port of its own. Returns what the others need for `connect`."""
         self._listener = listen(bind_host, 0, self._count)
         self._token = secrets.token_hex(16)
-        return {"port": self._listener.getsockname()[1], "token": self._token}
+        return {"port": self._listener.getsockname()[1], "token": self._token, "host": self._host}
 
     def connect(self, host: str, where: dict[str, Any]) -> None:
         """Starts the thread; in processes other than 0 connects first.
@@ -105,6 +105,7 @@ class Monitor:
           OSError: process 0 cannot be reached at that port.
         """
         delay_abort()
+        self._host_of_0 = where["host"]
         if self._index:
             self._hub = Line(socket.create_connection((host, where["port"]), timeout=30))
             self._hub.send(process=self._index, token=where["token"], host=self._host)
@@ -201,6 +202,7 @@ class Monitor:
     def _end_others(self, info: dict[str, Any]) -> None:
         for peer in self._peers:
             peer.line.send(end=info)
+        time.sleep(0.5 if self._peers else 0)  # closed at once, with beats unread, a connection may take back what was sent last
 
     def _lost(self, peer: Peer, why: str, stacks: bool = False, code: int = LOST) -> None:
         info = {"process": peer.index, "host": peer.host, "why": why, "stacks": stacks, "code": code}
@@ -228,6 +230,9 @@ class Monitor:
 
     # ----------------------------------------------------------------------------------------------------------------- threads
 
+    def _silence(self) -> str:
+        return f"it gave no sign of life for {self._timeout:g} s (config.watchdog.heartbeat_timeout)"
+
     @property
     def _beat(self) -> float:
         return min(max(self._timeout / 10, 0.1), 5.0)
@@ -246,12 +251,11 @@ class Monitor:
                 if events:
                     heard, messages = now, self._hub.read()
                     if messages is None:
-                        return self._end({"process": 0, "host": "the coordinator", "why": "its connection closed", "code": LOST})
+                        return self._end({"process": 0, "host": self._host_of_0, "why": "its connection closed", "code": LOST})
                     for m in messages:
                         self._told(m)
                 elif now - heard > self._timeout:
-                    self._end({"process": 0, "host": "the coordinator", "why": f"it gave no sign of life for {self._timeout:g} s (watchdog."
-                               f"heartbeat_timeout)", "stacks": True, "code": LOST})
+                    self._end({"process": 0, "host": self._host_of_0, "why": self._silence(), "stacks": True, "code": LOST})
                 if now - sent >= self._beat:
                     sent = now
                     self._hub.send(beat=self._step)
@@ -292,7 +296,7 @@ class Monitor:
                 for peer in self._peers:
                     peer.heard += own_delay
                     if not peer.left and now - peer.heard > self._timeout:
-                        self._lost(peer, f"it gave no sign of life for {self._timeout:g} s (config.watchdog.heartbeat_timeout)", stacks=True)
+                        self._lost(peer, self._silence(), stacks=True)
                 if len(self._peers) < self._count - 1 and now - started > self._timeout + 60:
                     known = {p.index for p in self._peers}
                     missing = Peer(socket.socket())

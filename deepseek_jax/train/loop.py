@@ -219,9 +219,9 @@ class Loop:
         first, count = first_sequence(c, int(state.step)), first_sequence(c, bad.step) - first_sequence(c, int(state.step))
         skipped = before.skipped.without(first, count)
         progress = Progress(good.tokens_seen, skipped, before.rollbacks + 1)
-        rows = [list(w) for w in before.skipped.rows(first, count)]
-        row = {"step": int(state.step) + 1, "rollback": progress.rollbacks, "rolled_back_from": bad.step, "skipped_rows": rows}
-        text = ", ".join(f"{a} to {b - 1}" for a, b in rows)
+        # All windows so far: this rollback may drop the row of the one before it.
+        row = {"step": int(state.step) + 1, "rollback": progress.rollbacks, "rolled_back_from": bad.step, "skipped_rows": [list(w) for w in skipped.skipped]}
+        text = ", ".join(f"{a} to {b - 1}" for a, b in before.skipped.rows(first, count))
         self.report.rolled_back(int(state.step), good.tokens_seen, row, f"step {bad.step}: {c.train.max_bad_steps} updates in a row were skipped. Back to step "
                                 f"{int(state.step)}, and on without rows {text} of the data (rollback {progress.rollbacks} of {c.train.max_rollbacks})")
         return state, progress

@@ -93,7 +93,7 @@ class Report:
 
     def __init__(self, config: Config, workdir: str, step: int, tokens_seen: int, count: Count, first_step: Callable[[], str] | None):
         self.tokens_seen, self.clock = tokens_seen, Clock()
-        self._config, self._count, self._first_step = config, count, first_step
+        self._config, self._workdir, self._count, self._first_step = config, workdir, count, first_step
         self._writer = metrics.MetricsWriter(workdir, config, step)
         self._bar = metrics.ProgressBar(config.train.steps, step)
         self._find_spikes()
@@ -124,7 +124,7 @@ class Report:
             median, above = spike
             self._writer.write({"step": done, "spike_loss": float(str(m.losses.loss)), "median_loss": median, "deviations": round(above, 2), **where})
             self.say(f"step {done}: the loss {float(m.losses.loss):.4f} is a spike, {above:.0f} deviations above the median {median:.4f}. "
-                     f"Its text: python -m deepseek_jax.data show --workdir=... --step={done}")
+                     f"Its text: python -m deepseek_jax.data show --workdir={self._workdir} --step={done}")
         return m
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> dict[str, Any]:
