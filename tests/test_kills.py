@@ -108,3 +108,17 @@ def test_what_is_started_again(tmp_path, code, starts):
     done = subprocess.run([sys.executable, "-m", "deepseek_jax.launch", "--max_restarts=2", "program.py"], cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": str(faults.ROOT), "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=100)
     assert done.returncode == code and len(list(tmp_path.glob("start.*"))) == starts
+
+
+@pytest.mark.parametrize("count, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_while_it_compiles(tmp_path, count, number):
+    """Ends all processes at once, with one line: there is nothing to save."""
+    arguments = faults.train(tmp_path / "run", faults.corpus(tmp_path), compile__cache_dir="off", mesh__fsdp=-1, train__steps=100_000,
+                             model__num_hidden_layers=4, model__num_nextn_predict_layers=2)  # a program of some seconds
+    with Process(launched(count, arguments), faults.environment(tmp_path)) as p:
+        assert p.wait_for("^workdir ", LIMIT), p.lines
+        p.kill(number)
+        assert p.wait(LIMIT) == 128 + number
+    (line,) = [line for line in p.lines if "stopped" in line or "Traceback" in line or "lost" in line]
+    assert line == f"train.py: stopped by signal {int(number)} before the first step; there was nothing to save."
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
