@@ -10,7 +10,7 @@ starts them; under SLURM, Open MPI, Kubernetes and torchrun they find each other
 with --coordinator_address, --num_processes and --process_id.
 
 Exit codes: 0 done; 1 an error; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
-after too many non-finite updates; 4 another process was lost; 5 a step did not end (config.watchdog); 130 or 143 stopped by SIGINT or
+after too many non-finite updates; 4 another process was lost; 6 a step did not end (config.watchdog); 130 or 143 stopped by SIGINT or
 SIGTERM after a checkpoint (several processes: by a signal to any of them). A second signal ends at once, with the same code.
 """
 

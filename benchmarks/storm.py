@@ -28,7 +28,7 @@ LIMIT = 600.0  # seconds for what takes some
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks storm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="kills of the one run (default: 50)")
+    parser.add_argument("--kills", type=int, default=50, help="kills of the one run, and up to 4 signals (default: 50)")
     parser.add_argument("--rounds", type=int, default=3, help="of every kind of damage to files (default: 3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(PARTS), help="some of the parts, separated by commas")
@@ -60,7 +60,7 @@ def run(folder: pathlib.Path, parts: list[str], kills: int, rounds: int, seed: i
     """Everything in `folder`. `say` is told of progress."""
     out = faults.tallies()
     if "kills" in parts or "signals" in parts:
-        out |= one_run(folder, kills if "kills" in parts else 0, 4 if "signals" in parts else 0, seed, say)
+        out |= one_run(folder, kills if "kills" in parts else 0, min(kills, 4) if "signals" in parts else 0, seed, say)
     if "processes" in parts:
         out |= storm_processes.run(folder, seed, say)
     if "corruption" in parts:

@@ -223,7 +223,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Watchdog:
-    """What ends a run that does not move any more, with exit code 4 or 5, so that a launcher can start it again."""
+    """What ends a run that does not move any more, with exit code 4 or 6, so that a launcher can start it again."""
 
     heartbeat_timeout: float = 60.0  # several processes: seconds without a sign of life after which one is lost; a killed one is noticed at once
     step_timeout: float = -1.0  # seconds that a step may take (compiling and saving not counted) before it counts as hung; 0: any; -1: 20 medians, at least 600

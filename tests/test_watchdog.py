@@ -103,7 +103,7 @@ def test_the_stacks_of_all_threads_are_printed():
         waits_for_ever()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 5 and done.stdout == ""
+    assert done.returncode == 6 and done.stdout == ""
     assert done.stderr.startswith("train.py: a step does not end: none ended for ") and " after step 41. The stacks follow.\n" in done.stderr
     assert "in reads_for_ever" in done.stderr and "in waits_for_ever" in done.stderr
 

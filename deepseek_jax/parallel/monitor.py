@@ -23,7 +23,7 @@ from typing import Any
 from deepseek_jax.parallel.meeting import listen
 from deepseek_jax.stopping import leave
 
-LOST, HUNG = 4, 5  # exit codes: another process was lost; a step did not end in time
+LOST, HUNG = 4, 6  # exit codes: another process was lost; a step did not end in time
 MAX_LINE = 1 << 16  # bytes of a line: whoever sends more is none of us
 GRACE = 6.0  # seconds that a failed process waits to hear whether another one, lost, is the reason
 
