@@ -17,6 +17,12 @@ from benchmarks.storm_processes import Fault, launched
 LIMIT = 400.0
 
 
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    """Of processes that share their compiled programs."""
+    return faults.environment(tmp_path_factory.mktemp("cache"))
+
+
 def test_a_small_storm(tmp_path):
     """Two kills and two signals; losses of every step are those of the run that nobody disturbed, bit for bit."""
     said = []
@@ -41,10 +47,10 @@ def test_the_storm_finds_what_is_wrong(tmp_path):
     assert faults.differing(tmp_path, calm) == 1
 
 
-def test_processes_that_are_lost_and_come_back(tmp_path):
+def test_processes_that_are_lost_and_come_back(tmp_path, env):
     """Two processes. Number 0 is killed, then number 1 is stopped: each is named, the other ends, the launcher starts both again. Then number
     1 is killed once more, and given up: the run goes on in one process, and at SIGUSR1 in two."""
-    text, env = faults.corpus(tmp_path), faults.environment(tmp_path)
+    text = faults.corpus(tmp_path)
     options = {"mesh__fsdp": -1, "train__steps": 70, "watchdog__heartbeat_timeout": 10.0}
     with Process(launched(2, faults.train(tmp_path / "calm", text, **options)), env) as calm:
         assert calm.wait(LIMIT) == 0, calm.lines
@@ -122,3 +128,29 @@ def test_a_signal_while_it_compiles(tmp_path, count, number):
     (line,) = [line for line in p.lines if "stopped" in line or "Traceback" in line or "lost" in line]
     assert line == f"train.py: stopped by signal {int(number)} before the first step; there was nothing to save."
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+HANGS = """
+import os, runpy, sys, time
+from deepseek_jax.data.loader import Loader
+read = Loader.train_rows
+def hangs_here(self, start, count):
+    if os.environ["JAX_PROCESS_ID"] == "1" and start >= 80:
+        time.sleep(1000)
+    return read(self, start, count)
+Loader.train_rows = hangs_here
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_step_that_hangs(tmp_path, env):
+    """One of two processes gets no data; the other waits in a collective. Both print their stacks and end, with the code that is restarted on."""
+    (tmp_path / "hangs.py").write_text(HANGS)
+    arguments = faults.train(tmp_path / "run", faults.corpus(tmp_path), mesh__fsdp=-1, train__steps=100_000, watchdog__step_timeout=15.0)[1:]
+    with Process(launched(2, [str(tmp_path / "hangs.py"), *arguments]), env) as p:
+        assert p.wait(LIMIT) == 6, p.lines
+    output = "\n".join(p.lines)
+    assert re.search(r"train.py: a step does not end: process \d saw no step end for 1\d s after step \d+", output), output
+    for process in (0, 1):
+        assert f"stacks of process {process} (" in output
+    assert "in hangs_here" in output and max(faults.rows(tmp_path / "run")[0]) >= 8
