@@ -69,10 +69,10 @@ def train(workdir: pathlib.Path, text: pathlib.Path, **options: Any) -> list[str
 class Process:
     """A run, in a process group of its own, whose output is read as it comes."""
 
-    def __init__(self, arguments: list[str], env: dict[str, str]):
+    def __init__(self, arguments: list[str], env: dict[str, str], cwd: pathlib.Path = ROOT):
         self.lines: list[str] = []
         self._changed = threading.Condition()
-        self.popen = subprocess.Popen([sys.executable, "-u", *arguments], cwd=ROOT, env=env, text=True, errors="replace",
+        self.popen = subprocess.Popen([sys.executable, "-u", *arguments], cwd=cwd, env=env | {"PYTHONPATH": str(ROOT)}, text=True, errors="replace",
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         self.began = time.monotonic()
         self._reader = threading.Thread(target=self._read, daemon=True)
