@@ -91,13 +91,13 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         if (resume_step or 0) < config.train.steps:
             train_step.compile_ahead(layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0))
 
-        def restore() -> tuple[TrainState, loop.Progress]:
-            if checkpoints.latest_step() is None:
+        def restored(step: int | None) -> tuple[TrainState, loop.Progress]:
+            if step is None:
                 return init_state(config, layout), loop.Progress()
             state, extra = resume.restore(checkpoints, layout)
             return state, loop.Progress.of_extra(extra)
 
-        state, progress = restore()
+        state, progress = restored(resume_step)
         if int(state.step) >= config.train.steps:
             say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
             return 0
@@ -111,7 +111,8 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         watchdog = Watchdog(config.watchdog.step_timeout, cluster.monitor.hung if cluster.monitor else end_alone)
         train_step.compiling = watchdog.paused
         result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpoints, sizes, progress, profiler,
-                          lambda: summary.first_step(train_step, time.perf_counter() - started), restore, stopper, watchdog)
+                          lambda: summary.first_step(train_step, time.perf_counter() - started), lambda: restored(checkpoints.latest_step()), stopper,
+                          watchdog)
 
         if result.stopped_by is not None:
             say(f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {flags.workdir}/checkpoints/{result.step}. "
