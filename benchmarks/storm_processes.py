@@ -13,7 +13,7 @@ from benchmarks.faults import INTERVAL, Process, Tally
 
 LIMIT = 600.0  # seconds for what takes some
 HEARTBEAT = 10.0  # seconds of silence after which a process is lost
-ENDS_WITHIN = 60.0  # seconds from a fault until all processes have ended
+ENDS_WITHIN = 180.0  # seconds, on a machine with much other work, from a fault until all processes have ended
 
 
 class Fault(NamedTuple):

@@ -210,8 +210,8 @@ s = Stopper("train.py").install()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_first_step(number):
-    """Also while the main thread is in code that calls no handler: here a lock that nobody gives up, taken in C."""
-    done = signalled(STOPPER + "import ctypes; print('ready', flush=True); ctypes.CDLL(None).sleep(60)", number)
+    """Also while the main thread is in C, which calls no handler of Python."""
+    done = signalled(STOPPER + "import ctypes; c = ctypes.CDLL(None); print('ready', flush=True)\nwhile True: c.sleep(60)", number)
     assert done.returncode == 128 + number and done.stdout == ""
     assert done.stderr == f"train.py: stopped by signal {number} before the first step; there was nothing to save.\n"
 
