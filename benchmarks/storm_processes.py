@@ -32,31 +32,33 @@ def launched(count: int, arguments: list[str], *more: str) -> list[str]:
     return ["-m", "deepseek_jax.launch", f"--nproc_per_node={count}", "--grace=20", *more, *arguments]
 
 
-def children(pid: int) -> list[int]:
-    """The processes of a launcher, in order of their numbers: it starts them so."""
-    return sorted(map(int, subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()))
+def child(launcher: int, number: int) -> int:
+    """The pid of a launcher's process with this number. Pids are in no order: they begin anew at some point."""
+    pids = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
+    wanted = f"JAX_PROCESS_ID={number}".encode()
+    return next(int(pid) for pid in pids if wanted in pathlib.Path("/proc", pid, "environ").read_bytes().split(b"\0"))
 
 
 def disturb(p: Process, count: int, plan: tuple[Fault, ...], workdir: pathlib.Path, say: Callable[[str], None] = print) -> faults.Tallies:
     """Waits for some steps of every start, then does the next fault of the plan. The run goes on behind the last one."""
     out = faults.tallies()
-    done, line = 0, 0
+    done = line = 0
     for fault in plan:
         tally = out[fault.name(count)] = out.get(fault.name(count), Tally())
         if not p.wait_for_step(done + INTERVAL + 2, LIMIT):
             raise RuntimeError("the run does not go on:\n" + "\n".join(p.lines[-40:]))
         tally.tried += 1
         began = time.monotonic()
-        os.kill(children(p.popen.pid)[fault.process], fault.number)
+        os.kill(child(p.popen.pid, fault.process), fault.number)
         named = p.wait_for(rf"process {fault.process} \(.*\) was lost", ENDS_WITHIN, line)
         again = p.wait_for(r"deepseek_jax.launch: restart \d+ of", ENDS_WITHIN, line)
         tally.detected += named is not None
         logged = max(faults.rows(workdir)[0], default=0)
-        line = len(p.lines)
+        line = next((i for i in range(line, len(p.lines)) if again and p.lines[i] == again.string), line)
         resumed = again and p.wait_for(r"^workdir +\S+, resuming after step (\d+)", LIMIT, line)
         if not resumed:
             raise RuntimeError(f"{fault.name(count)}: it did not start again:\n" + "\n".join(p.lines[-40:]))
-        done = int(resumed[1])
+        done, line = int(resumed[1]), line + 1
         tally.lost(logged - done)
         tally.wrong += done < logged // INTERVAL * INTERVAL - INTERVAL
         tally.survived += 1
