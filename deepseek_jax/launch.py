@@ -160,7 +160,7 @@ class Child:
 
     def signal(self, number: int) -> None:
         if self.code is None:
-            self.popen.send_signal(number)
+            os.kill(self.popen.pid, number)  # it is not reaped yet; Popen.send_signal would do that, unseen by ended()
 
     def kill(self) -> None:
         """Works on stopped processes too."""
