@@ -7,6 +7,7 @@
   strategies    memory, communication and step time of every sharding strategy
   levers        memory and step time with every memory lever: dtypes, remat, accumulation, offload, optimizers, compression
   collectives   what one layer communicates under every strategy and dispatch method, beside the least it could
+  storm         kills and stops runs by the dozen and counts what was lost (make storm)
   overhead      what the training loop costs beside the compiled step
   attention     attention against plain softmax attention: time and temporary bytes by sequence length
   moe           routed experts against a dense chain, ragged_dot and a loop over experts

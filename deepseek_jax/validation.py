@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from deepseek_jax.config import GRADIENT_COMPRESSIONS, REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Fp16, Model, Optimizer, UserError
+from deepseek_jax.config import GRADIENT_COMPRESSIONS, REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Fp16, Model, Optimizer, Train, UserError
 
 
 def validate(config: Config) -> None:
@@ -28,6 +28,16 @@ def validate(config: Config) -> None:
     if config.mesh.context != 1:
         raise UserError(f"config.mesh.context={config.mesh.context} is not in this version. Set config.mesh.context=1.")
     _at_least(t, "train", 1, "steps", "batch_size", "sequence_length", "accumulation", "max_bad_steps")
+    _choice("config.train.on_bad_steps", t.on_bad_steps, ("stop", "rollback"))
+    _at_least(t, "train", 1, "max_rollbacks")
+    if t.max_rollbacks != Train().max_rollbacks and t.on_bad_steps == "stop":
+        raise UserError(f"config.train.max_rollbacks={t.max_rollbacks} has no effect with config.train.on_bad_steps=stop. "
+                        f"Set config.train.on_bad_steps=rollback, or max_rollbacks={Train().max_rollbacks}.")
+    _at_least(config.watchdog, "watchdog", 1, "heartbeat_timeout")
+    _at_least(config.watchdog, "watchdog", -1, "step_timeout")
+    if -1 < config.watchdog.step_timeout < 0:
+        raise UserError(f"config.watchdog.step_timeout={config.watchdog.step_timeout} is no time. Set it to seconds, to 0 for none, or to -1.")
+    _at_least(config.log, "log", 0, "spike_deviations")
     _at_least(t, "train", 0, "batch_ramp_start", "batch_ramp_steps", "mtp_loss_weight", "mtp_loss_weight_final")
     for section, where, names in ((m, "model", ("vocab_size", "hidden_size", "intermediate_size", "n_routed_experts")),
                                   (t, "train", ("batch_size", "sequence_length"))):
