@@ -10,7 +10,7 @@ starts them; under SLURM, Open MPI, Kubernetes and torchrun they find each other
 with --coordinator_address, --num_processes and --process_id.
 
 Exit codes: 0 done; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
-after too many non-finite updates; 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint (several processes: 143, by
+after too many non-finite updates; 5 the last checkpoint could not be written (those before are whole); 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint (several processes: 143, by
 either signal to any of them).
 """
 
@@ -23,7 +23,7 @@ import time
 import jax
 
 from deepseek_jax import commandline, compilation, generate
-from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.checkpoint.checkpoint import Checkpointer, SaveFailed
 from deepseek_jax.cluster import Cluster, leave_others
 from deepseek_jax.config import UserError
 from deepseek_jax.data.loader import Loader
@@ -66,14 +66,14 @@ def train(argv: list[str], cluster: Cluster) -> int:
     loader = Loader(config, tokenizer, progress=cluster.index == 0)
     cluster.agree("data files", {"what config.data reads": loader.description})
 
-    checkpoints = Checkpointer(os.path.join(flags.workdir, "checkpoints"), config.checkpoint.keep)
+    checkpoints = Checkpointer(workdir.checkpoints(flags.workdir, config), options=config.checkpoint)
     compilation.use_cache(config.compile.cache_dir, warn=say)
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
         layout = make_layout(config, mesh)
         platform = mesh.devices.flat[0].platform
         options = prefetch.xla_options(config, platform, prefetch.bytes_of_a_layer(config, layout.abstract.params, mesh))
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
-        resume_step = checkpoints.latest_step()
+        resume_step = checkpoints.newest_good()
         cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
         summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options)
 
@@ -117,5 +117,9 @@ if __name__ == "__main__":
         if jax.process_index() == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(3)
+    except SaveFailed as error:  # in every process
+        if jax.process_index() == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(5)
     except (Exception, KeyboardInterrupt) as error:
         leave_others(error)

@@ -194,21 +194,23 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
             pending = (step, device_metrics)
             stopped_by = stop.after(step)
             at = lambda every: every and step % every == 0
-            pause = step == last or at(c.checkpoint.every_steps) or at(c.eval.every_steps) or stopped_by or profiler and profiler.due(step)
+            saving = checkpointer.due(step, c.checkpoint.every_steps, c.checkpoint.every_minutes)
+            pause = step == last or saving or at(c.eval.every_steps) or stopped_by or profiler and profiler.due(step)
             if not pause:
                 continue
             updated = report(*pending)
             pending = None
             if profiler and profiler.due(step):
                 profile(step)
-            if (step == last or at(c.eval.every_steps)) and (figures := evaluate(state)):
+            if (step == last or at(c.eval.every_steps) or saving and c.checkpoint.keep_best) and (figures := evaluate(state)):
                 eval_row = {"step": step, **figures}
                 writer.write(eval_row)
                 bits = f" = {figures['eval_bits_per_byte']:.4f} bits a byte" if "eval_bits_per_byte" in figures else ""
                 bar.say(f"step {step}: held-out loss {figures['eval_loss']:.4f} nats a token{bits}")
             # While updates are being skipped the older checkpoints are worth more than this state: they must not make room for it.
-            if step == last or stopped_by or at(c.checkpoint.every_steps) and updated:
-                checkpointer.save(step, to_tree(state), {"tokens_seen": tokens_seen})
+            if step == last or stopped_by or saving and updated:
+                held_out = eval_row.get("eval_loss") if eval_row.get("step") == step else None
+                checkpointer.save(step, to_tree(state), {"tokens_seen": tokens_seen}, held_out, final=step == last or bool(stopped_by))
             if stopped_by:
                 break
             clock.restart()

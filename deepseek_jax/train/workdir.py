@@ -48,6 +48,11 @@ def prepare(workdir: str, config: Config) -> list[str]:
     return _differences(before, now, "config")
 
 
+def checkpoints(workdir: str, config: Config) -> str:
+    """The folder of a run's checkpoints."""
+    return config.checkpoint.dir or os.path.join(workdir, "checkpoints")
+
+
 def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | None = None) -> None:
     """Writes WORKDIR/config.json, the resolved options and what was asked of XLA's compiler, whole or not at all."""
     if jax.process_index() == 0:
