@@ -10,8 +10,9 @@ starts them; under SLURM, Open MPI, Kubernetes and torchrun they find each other
 with --coordinator_address, --num_processes and --process_id.
 
 Exit codes: 0 done; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
-after too many non-finite updates; 5 the last checkpoint could not be written (those before are whole); 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint (several processes: 143, by
-either signal to any of them).
+after too many non-finite updates; 5 the last checkpoint could not be written, in five tries (those before it are whole, and the
+same command goes on from there); 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint (several processes: 143, by either
+signal to any of them).
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from deepseek_jax.parallel import prefetch
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import loop, resume, summary, workdir
 from deepseek_jax.train.profile import Profiler
-from deepseek_jax.train.state import init_state, make_layout
+from deepseek_jax.train.state import init_state, make_layout, to_tree
 from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
 
 
@@ -73,7 +74,7 @@ def train(argv: list[str], cluster: Cluster) -> int:
         platform = mesh.devices.flat[0].platform
         options = prefetch.xla_options(config, platform, prefetch.bytes_of_a_layer(config, layout.abstract.params, mesh))
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
-        resume_step = checkpoints.newest_good()
+        resume_step = checkpoints.newest_good(to_tree(layout.abstract_sharded()))
         cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
         summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options)
 

@@ -1,7 +1,8 @@
 """Trees of arrays as flat dicts, and what is said about them."""
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -19,8 +20,9 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Shape(NamedTuple):
-    """An array without its values."""
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array without its values, a leaf of a tree."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -43,13 +45,21 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> Tree:
-    """The inverse of `flatten`, but for empty dicts."""
+    """The inverse of `flatten`, but for empty dicts.
+
+    Raises:
+      ValueError: a name is an array and a branch at once.
+    """
     out: Tree = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
         node = out
         for p in parents:
             node = node.setdefault(p, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path[:80]!r} is below another array")
+        if name in node:
+            raise ValueError(f"{path[:80]!r} is above another array")
         node[name] = leaf
     return out
 

@@ -5,7 +5,6 @@ checksums of all files, written last. A folder with a plain number for a name is
 checkpoint of kind `local` is one such folder a process, in `checkpoint.local_dir`, and counts where every process has its own.
 """
 
-import json
 import logging
 import os
 import sys
@@ -16,10 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from etils import epath
 
 from deepseek_jax.checkpoint import integrity, kinds, manifest
 from deepseek_jax.checkpoint.arrays import Tree, flatten, shape_of
+from deepseek_jax.checkpoint.finding import Finder, Found
 from deepseek_jax.checkpoint.folder import Folder
 from deepseek_jax.checkpoint.processes import exchange, from_first
 from deepseek_jax.checkpoint.saving import Save
@@ -61,13 +60,12 @@ class Checkpointer:
         warnings.filterwarnings("ignore", module=r"orbax\..*")
         self.options = options or Checkpoint(keep=keep)
         self._warn = warn if jax.process_index() == 0 else lambda text: None
-        self._read_only = read_only
-        self._shared = Folder(directory, read_only)
-        self._cleaned = False
+        self._finder = Finder(Folder(directory, read_only), self.options.local_dir, read_only, self._warn)
+        self._target = self._finder.local.own if self.options.kind == "local" and not read_only else self._finder.shared
+        self._read_only, self._cleaned = read_only, read_only
+        self._wanted: Tree | None = None  # what the arrays are restored into, once that is known
         self._thread: threading.Thread | None = None
         self._last: Save | None = None  # the save that is going on, or was last
-        self._found: tuple[Folder, int] | None = None  # what `newest_good` found, until the next save
-        self._sound: set[str] = set()  # folders that were checked since the last save
         self._saved_at = time.monotonic()
 
     def latest_step(self) -> int | None:
@@ -76,7 +74,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, in order."""
-        return self._shared.steps()
+        return self._finder.steps()
 
     def due(self, step: int, every_steps: int, every_minutes: float = 0.0) -> bool:
         """Is a checkpoint due after this step? The same in every process. Also says what went wrong with the last one."""
@@ -104,18 +102,20 @@ class Checkpointer:
           SaveFailed: a final one failed every time.
         """
         self.wait()
-        if step in self.steps():
-            raise ValueError(f"A checkpoint of step {step} already exists in {self._shared.path}.")
-        self._found, self._sound = None, set()
+        if step in self._target.steps():
+            raise ValueError(f"A checkpoint of step {step} already exists in {self._target.path}.")
+        self._finder.forget()
         if not self._cleaned:
             self._cleaned = True
             if jax.process_index() == 0:
-                self._shared.clean()
+                self._finder.shared.clean()
+            if self._finder.local:
+                self._finder.local.own.clean()
         for attempt in range(FINAL_TRIES if final else 1):
             if attempt:
                 time.sleep(2.0**attempt)
             self._saved_at = time.monotonic()
-            self._last = Save(self._shared, self.options, step, state, extra, eval_loss, {})
+            self._last = Save(self._target, self.options, step, state, extra, eval_loss, {})
             self._last.prepare()
             self._thread = threading.Thread(target=self._last.complete, name="checkpoint")
             self._thread.start()
@@ -127,7 +127,7 @@ class Checkpointer:
         before = max(self.steps(), default=None)
         stays = f"Step {before} is the last that is saved" if before is not None else "Nothing is saved"
         raise SaveFailed(f"The checkpoint of step {step}, the last, could not be written in {FINAL_TRIES} tries ({self._last.error}). {stays}; "
-                         f"make room or repair {self._shared.path}, and the same command goes on from there.")
+                         f"make room or repair {self._target.path}, and the same command goes on from there.")
 
     def wait(self) -> None:
         """Returns when the last save is on disk or has failed, which is said and not raised."""
@@ -140,17 +140,22 @@ class Checkpointer:
         """Waits for the last save."""
         self.wait()
 
-    def newest_good(self) -> int | None:
+    def newest_good(self, wanted: Tree | None = None) -> int | None:
         """The newest checkpoint whose files are what was written, or None if there is none at all. All files of it are read.
 
         Newer ones that are damaged are put aside as STEP.damaged, each with one line that names the file.
+
+        Args:
+          wanted: what will be restored, so that local checkpoints that lack a piece of it do not count.
 
         Raises:
           UserError: there are checkpoints, but all are damaged; or one is of a later version.
         """
         self.wait()
-        self._found, self._sound = None, set()
-        return self._newest_good()
+        self._finder.forget()
+        self._wanted = wanted
+        found = self._finder.newest(wanted)
+        return found and found.step
 
     def restore(self, abstract_state: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
         """Reads a checkpoint straight into shards: every device's part by its own process, on any mesh.
@@ -165,7 +170,8 @@ class Checkpointer:
         Raises:
           UserError: there is no such checkpoint, its arrays are not the wanted ones, or its files are damaged.
         """
-        return self._reading(step, lambda folder: (self._arrays(folder, abstract_state, partial=False), _own_extra(folder)))
+        self._wanted = abstract_state
+        return self._reading(step, lambda found: (self._arrays(found, abstract_state, partial=False), _own_extra(found)))
 
     def restore_params(self, abstract_params: Tree, step: int | None = None) -> Tree:
         """Reads a part of the state only.
@@ -177,7 +183,7 @@ class Checkpointer:
         Raises:
           UserError: as `restore`.
         """
-        return self._reading(step, lambda folder: self._arrays(folder, abstract_params, partial=True))
+        return self._reading(step, lambda found: self._arrays(found, abstract_params, partial=True))
 
     def shapes(self, step: int | None = None) -> Tree:
         """The state's tree of a checkpoint, with leaves that have a shape and a dtype.
@@ -185,7 +191,7 @@ class Checkpointer:
         Raises:
           UserError: there is no such checkpoint, or its files are damaged.
         """
-        return self._reading(step, lambda folder: kinds.shapes(folder / "state"))
+        return self._reading(step, lambda found: kinds.shapes(found.paths))
 
     def read_extra(self, step: int | None = None) -> dict[str, Any]:
         """The JSON part of a checkpoint.
@@ -200,107 +206,45 @@ class Checkpointer:
             text, self._last.report = self._last.report, None
             self._warn(text)
 
-    def _newest_good(self) -> int | None:
-        if self._found is None:
-            steps = json.loads(from_first("steps", json.dumps(self.steps())))
-            for step in reversed(steps):
-                if self._is_sound(self._shared, step):
-                    self._found = (self._shared, step)
-                    break
-            else:
-                if steps or (aside := self._shared.damaged()):
-                    names = ", ".join(map(str, steps if self._read_only else self._shared.damaged()))
-                    raise UserError(f"{self._shared.path} holds damaged checkpoints only ({names[:200]}). Restore one of them from a copy, or "
-                                    f"delete them to begin at step 0.")
-        return self._found and self._found[1]
-
-    def _is_sound(self, folder: Folder, step: int) -> bool:
-        """Checks all files of a checkpoint and puts it aside if one is bad. Says so, and that an old one has no manifest."""
-        path = folder.at(step)
-        if os.fspath(path) in self._sound:
-            return True
-        verdict = integrity.inspect_together(path, shared=folder is self._shared)
-        if verdict.newer:
-            raise UserError(f"The checkpoint {path} {verdict.newer}. Update this program, or name another --workdir.")
-        if verdict.bad:
-            if self._read_only:
-                if path.exists():  # otherwise the run that goes on here has just deleted it
-                    self._warn(f"the checkpoint {path} is damaged ({verdict.line()}): passed over")
-                return False
-            name = f"{step}.damaged"
-            if folder is not self._shared or jax.process_index() == 0:
-                name = folder.put_aside(step)
-            exchange("aside", "")
-            self._warn(f"the checkpoint {path} is damaged ({verdict.line()}): kept aside as {name}")
-            return False
-        if not verdict.protected:
-            self._warn(f"the checkpoint {path} was written by an earlier version, without checksums: damage to its files may go unseen")
-        self._sound.add(os.fspath(path))
-        return True
-
-    def _existing(self, step: int | None) -> tuple[Folder, int]:
-        """Where a checkpoint is that may be read."""
+    def _reading(self, step: int | None, read: Callable[[Found], Any]) -> Any:
+        """What `read` makes of a checkpoint. One without checksums that cannot be read is put aside for the one before."""
         self.wait()
-        if step is None:
-            if self._newest_good() is None:
-                raise UserError(f"{self._shared.path} holds no checkpoint. Name the --workdir of a run that saved one.")
-            return self._found
-        steps = self.steps()
-        if step not in steps:
-            known = f"Name one of these steps: {', '.join(map(str, steps))}." if steps else "Name the --workdir of a run that saved one."
-            raise UserError(f"{self._shared.path} holds no checkpoint of step {step}. {known}")
-        path = self._shared.at(step)
-        if os.fspath(path) not in self._sound:
-            verdict = integrity.inspect_together(path, shared=True)
-            if verdict.newer:
-                raise UserError(f"The checkpoint {path} {verdict.newer}. Update this program, or name another step.")
-            if verdict.bad:
-                raise UserError(f"The checkpoint {path} is damaged ({verdict.line()}). Name another step, or none for the newest that is whole.")
-            self._sound.add(os.fspath(path))
-        return self._shared, step
-
-    def _reading(self, step: int | None, read: Callable[[epath.Path], Any]) -> Any:
-        """What `read` makes of a checkpoint's folder. One without checksums that cannot be read is put aside for the one before."""
         while True:
-            folder, at = self._existing(step)
-            path = folder.at(at)
+            found = self._finder.newest(self._wanted) if step is None else self._finder.at(step, self._wanted)
+            if found is None:
+                raise UserError(f"{self._finder.shared.path} holds no checkpoint. Name the --workdir of a run that saved one.")
             out, error = None, None
             try:
-                out = read(path)
-            except UserError:
+                out = read(found)
+            except UserError:  # in every process
                 raise
             except Exception as e:
                 error = e
             first_line = (str(error).splitlines() or [""])[0][:200]
-            said = exchange("read", f"{type(error).__name__}: {first_line}" if error else "")
-            what = next((text for text in said if text), "")
+            what = next(filter(None, exchange("read", f"{type(error).__name__}: {first_line}" if error else "")), "")
             if not what:
                 return out
-            protected = (path / manifest.NAME).exists()
-            if step is not None or protected or self._read_only:
-                raise UserError(f"The checkpoint {path} cannot be read ({what}).") from error
-            self._found = None
-            self._sound.discard(os.fspath(path))
-            if jax.process_index() == 0:
-                folder.put_aside(at)
-            exchange("aside", "")
-            self._warn(f"the checkpoint {path} cannot be read ({what}): kept aside as {at}.damaged")
+            # What has checksums is what was written: it is not the files that are wrong.
+            if step is not None or self._read_only or (found.path / manifest.NAME).exists():
+                raise UserError(f"The checkpoint {found.path} cannot be read ({what}).") from error
+            name = self._finder.put_aside(found)
+            self._warn(f"the checkpoint {found.path} cannot be read ({what}): kept aside as {name}")
 
-    def _arrays(self, folder: epath.Path, wanted: Tree, partial: bool) -> Tree:
+    def _arrays(self, found: Found, wanted: Tree, partial: bool) -> Tree:
         # Orbax itself would cast another dtype in silence.
-        stored, flat = flatten(kinds.shapes(folder / "state")), flatten(wanted)
+        stored, flat = flatten(kinds.shapes(found.paths)), flatten(wanted)
         describe = lambda leaf: str(shape_of(leaf)) if leaf is not None else "absent"
         for path in sorted(flat.keys() | stored.keys()):
             here, there = flat.get(path), stored.get(path)
             if here is None and partial:
                 continue
             if here is None or there is None or shape_of(here) != shape_of(there):
-                raise UserError(f"The checkpoint {folder} is of another model or optimizer: {path} is {describe(there)} there and "
+                raise UserError(f"The checkpoint {found.path} is of another model or optimizer: {path} is {describe(there)} there and "
                                 f"{describe(here)} here. Set the options that it was written with, or name another --workdir.")
-        return kinds.restore(folder / "state", wanted)
+        return kinds.restore(found.paths, wanted)
 
 
-def _own_extra(folder: epath.Path) -> dict[str, Any]:
-    extra = integrity.read_extra(folder)
+def _own_extra(found: Found) -> dict[str, Any]:
+    extra = integrity.read_extra(found.path)
     extra.pop(integrity.MARK, None)
     return extra

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ class Verdict(NamedTuple):
     manifest: Manifest | None  # None: of an earlier version, without one, or damaged itself
     bad: list[tuple[str, str]]  # (file, what is wrong with it)
     newer: str = ""  # why a later version's checkpoint cannot be read
+    mine: bool = True  # did this process find some of it?
 
     @property
     def protected(self) -> bool:
@@ -58,17 +60,18 @@ def inspect(folder: os.PathLike, share: int = 0, shares: int = 1, contents: bool
     return Verdict(found, manifest.check(folder, found, share, shares, contents))
 
 
-def inspect_together(folder: os.PathLike, shared: bool) -> Verdict:
+def inspect_together(folders: Sequence[os.PathLike], shared: bool) -> Verdict:
     """`inspect` by all processes, with one result. shared: they see the same folder; otherwise each has its own, and any bad one counts."""
     me, count = jax.process_index(), jax.process_count()
-    verdict = inspect(folder, me, count) if shared else inspect(folder)
+    found = [inspect(folder, me, count) if shared else inspect(folder) for folder in folders]
+    owner = "" if shared or count == 1 else f" (process {me})"
+    bad = [(file, what + owner) for verdict in found for file, what in verdict.bad]
+    verdict = Verdict(found[0].manifest, bad, next((v.newer for v in found if v.newer), ""), bool(bad))
     if count == 1:
         return verdict
-    owner = "" if shared else f" (process {me})"
-    mine = {"bad": [[file, what + owner] for file, what in verdict.bad], "newer": verdict.newer}
-    all_of_them = [json.loads(text) for text in exchange("verify", json.dumps(mine))]
-    bad = sorted({(file, what) for found in all_of_them for file, what in found["bad"]})
-    return verdict._replace(bad=bad, newer=next((f["newer"] for f in all_of_them if f["newer"]), ""))
+    everybodys = [json.loads(text) for text in exchange("verify", json.dumps({"bad": bad, "newer": verdict.newer}))]
+    all_bad = sorted({(file, what) for v in everybodys for file, what in v["bad"]})
+    return verdict._replace(bad=all_bad, newer=next((v["newer"] for v in everybodys if v["newer"]), ""))
 
 
 def read_extra(folder: os.PathLike) -> dict[str, Any]:

@@ -6,16 +6,22 @@ their processes wait for each other at barriers, where one that failed is missed
 
 import asyncio
 import os
+import urllib.parse
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
-from deepseek_jax.checkpoint.arrays import Tree
+from deepseek_jax.checkpoint import bounded_json, slices
+from deepseek_jax.checkpoint.arrays import NAMES, Shape, Tree
+from deepseek_jax.checkpoint.bounded_json import BadFile
 
 INDEX = "_METADATA"  # the file by which this kind is known
 EACH = False  # all processes write one checkpoint together
+_LIMIT = 1 << 25  # bytes of that file
 
 
 def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
@@ -55,13 +61,65 @@ def is_own(file: str) -> bool:
     return int(of_process) == jax.process_index() if of_process.isdigit() else jax.process_index() == 0
 
 
-def shapes(folder: os.PathLike) -> Tree:
-    """The tree with leaves that have a shape and a dtype."""
-    handler = _handler()
-    try:
-        return handler.metadata(epath.Path(folder)).tree
-    finally:
-        handler.close()
+class Source:
+    """The arrays of a checkpoint, read by TensorStore: any part of them, on no mesh."""
+
+    def __init__(self, folder: os.PathLike):
+        """Opens every array: what is read is its description.
+
+        Raises:
+          BadFile: a description is missing, or is not what this program writes.
+        """
+        folder = os.fspath(folder)
+        base = (folder if "://" in folder else f"file://{urllib.parse.quote(os.path.abspath(folder))}") + "/"
+        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        opened = {}
+        for name in _names(folder):
+            kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
+            opened[name] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True, context=context)
+        self._arrays = {}
+        for name, future in opened.items():
+            try:
+                self._arrays[name] = future.result()
+            except Exception as e:
+                raise BadFile("state", f"{name[:80]!r} cannot be opened ({' '.join(str(e).split())[:200]})") from e
+        self.shapes = {name: Shape(tuple(a.shape), np.dtype(a.dtype.numpy_dtype)) for name, a in self._arrays.items()}
+        for name, array in self._arrays.items():
+            chunk = array.chunk_layout.read_chunk.shape or ()
+            # A chunk is allocated whole, whatever is asked of it.
+            if any(c > max(n, 1) for c, n in zip(chunk, array.shape, strict=True)) or self.shapes[name].dtype not in NAMES:
+                raise BadFile("state", f"{name[:80]!r}, {self.shapes[name]}, has chunks of {list(chunk)}")
+
+    def read(self, name: str, index: slices.Index) -> np.ndarray:
+        """A part of an array."""
+        return self._arrays[name][index].read().result()
+
+
+def _names(folder: str) -> list[str]:
+    """The paths of the arrays, from Orbax's description of the tree.
+
+    Raises:
+      BadFile: it is of another tree than nested dicts of arrays.
+    """
+    file = f"state/{INDEX}"
+    value = bounded_json.read(epath.Path(folder) / INDEX, file, _LIMIT)
+    found = value.get("tree_metadata") if isinstance(value, dict) else None
+    if not isinstance(found, dict) or value.get("use_zarr3"):
+        raise BadFile(file, "it describes no tree")
+    out = []
+    for name, entry in found.items():
+        keys = entry.get("key_metadata") if isinstance(entry, dict) else None
+        about = entry.get("value_metadata") if isinstance(entry, dict) else None
+        plain = isinstance(keys, list) and keys and all(isinstance(k, dict) and isinstance(k.get("key"), str) for k in keys)
+        if not plain or not isinstance(about, dict):
+            raise BadFile(file, f"{name[:80]!r} is no path of names")
+        parts = [k["key"] for k in keys]
+        if about.get("value_type") != "jax.Array" or any("/" in p or p in ("", ".", "..") or not p.isprintable() for p in parts):
+            raise BadFile(file, f"{name[:80]!r} is no array with a plain name")
+        out.append("/".join(parts))
+    if len(set(out)) != len(out):
+        raise BadFile(file, "it describes an array twice")
+    return out
 
 
 def restore(folder: os.PathLike, abstract: Tree) -> Tree:
