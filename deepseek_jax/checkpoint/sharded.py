@@ -5,6 +5,9 @@ their processes wait for each other at barriers, where one that failed is missed
 """
 
 import asyncio
+import itertools
+import json
+import math
 import os
 import urllib.parse
 from collections.abc import Callable
@@ -70,8 +73,7 @@ class Source:
         Raises:
           BadFile: a description is missing, or is not what this program writes.
         """
-        folder = os.fspath(folder)
-        base = (folder if "://" in folder else f"file://{urllib.parse.quote(os.path.abspath(folder))}") + "/"
+        base = _url(folder)
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         opened = {}
         for name in _names(folder):
@@ -95,7 +97,12 @@ class Source:
         return self._arrays[name][index].read().result()
 
 
-def _names(folder: str) -> list[str]:
+def _url(folder: os.PathLike) -> str:
+    name = os.fspath(folder)
+    return (name if "://" in name else f"file://{urllib.parse.quote(os.path.abspath(name))}") + "/"
+
+
+def _names(folder: os.PathLike) -> list[str]:
     """The paths of the arrays, from Orbax's description of the tree.
 
     Raises:
@@ -120,6 +127,42 @@ def _names(folder: str) -> list[str]:
     if len(set(out)) != len(out):
         raise BadFile(file, "it describes an array twice")
     return out
+
+
+def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str, slices.Index], np.ndarray], shards: int) -> None:
+    """Writes arrays one piece at a time, as Orbax would have for `shards` devices.
+
+    Args:
+      read: a part of an array.
+    """
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = _url(folder)
+    tree = {}
+    for name, what in shapes.items():
+        parts, chunk = name.split("/"), _chunk(what, shards)
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(parts) + "/"},
+                "metadata": {"shape": what.shape, "chunks": chunk, "compressor": None}, "store_data_equal_to_fill_value": True}
+        array = ts.open(spec, create=True, dtype=ts.dtype(what.dtype)).result()
+        for place in itertools.product(*(range(0, n, c) for n, c in zip(what.shape, chunk))):
+            index = tuple(slice(at, min(at + c, n)) for at, c, n in zip(place, chunk, what.shape))
+            array[index].write(read(name, index)).result()
+        tree[str(tuple(parts))] = {"key_metadata": [{"key": p, "key_type": 2} for p in parts],
+                                   "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": chunk}}
+    value = {"tree_metadata": tree, "use_zarr3": False, "store_array_data_equal_to_fill_value": True, "custom_metadata": None}
+    (folder / INDEX).write_bytes(json.dumps(value).encode())
+
+
+def _chunk(what: Shape, shards: int) -> list[int]:
+    """The largest axis in so many pieces, and the first ones in more where a piece would be above 256 MB."""
+    chunk = [max(n, 1) for n in what.shape]
+    if chunk:
+        axis = max(range(len(chunk)), key=lambda i: chunk[i])
+        chunk[axis] = -(-chunk[axis] // shards)
+    for axis in range(len(chunk)):
+        while chunk[axis] > 1 and math.prod(chunk) * what.dtype.itemsize > 1 << 28:
+            chunk[axis] = -(-chunk[axis] // 2)
+    return chunk
 
 
 def restore(folder: os.PathLike, abstract: Tree) -> Tree:
