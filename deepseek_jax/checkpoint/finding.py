@@ -45,17 +45,21 @@ class LocalRun:
             mine = self.own.at(step)
             try:
                 found = manifest.read(mine)
-                same = found is not None and found.about.get("processes") == jax.process_count()
-                if same and (jax.process_count() == 1 or wanted is None or local.covers(mine / "state", wanted)):
+                if found is None:
+                    return (mine,)  # its check will say that the manifest is missing
+                alone = jax.process_count() == 1
+                if found.about.get("processes") == jax.process_count() and (alone or wanted is None or local.covers(mine / "state", wanted)):
                     return (mine,)
             except (BadFile, manifest.NewerFormat):
                 return (mine,)  # its check will say what is wrong
         seen = {p.name: p / str(step) for p in self._processes() if (p / str(step)).is_dir()}
         try:
-            about = [found.about if (found := manifest.read(p)) else {} for p in seen.values()]
+            found = [manifest.read(p) for p in seen.values()]
         except (BadFile, manifest.NewerFormat):
             return tuple(seen.values())
-        count = about[0].get("processes") if about else None
+        if None in found:
+            return tuple(seen.values())
+        count = found[0].about.get("processes") if found else None
         if type(count) is not int or set(seen) != {f"process_{i:05d}" for i in range(min(count, 10**5))}:
             return ()
         return tuple(seen[name] for name in sorted(seen))

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,10 @@ class Save:
         # Of a kind that all processes write together, or of one where each writes a whole checkpoint of its part.
         self._chief = jax.process_index() == 0 or self._kind.EACH
         self._about = about | {"bytes": bytes_of(state), "mesh": [[axis, n] for axis, n in mesh_of(state).items()],
-                               "devices": jax.device_count(), "processes": jax.process_count(), "eval_loss": eval_loss, "jax": jax.__version__,
+                               "devices": jax.device_count(), "processes": jax.process_count(), "jax": jax.__version__,
                                "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+        if eval_loss is not None and math.isfinite(eval_loss):
+            self._about["eval_loss"] = float(eval_loss)
         self._finish: Callable[[], None] | None = None
         self.error: str | None = None
         self.report: str | None = None
@@ -101,7 +104,7 @@ class Save:
         except (manifest.BadFile, manifest.NewerFormat):
             return None
         loss = found.about.get("eval_loss") if found else None
-        return loss if isinstance(loss, float) and loss == loss else None
+        return loss if isinstance(loss, float) else None
 
     def _together(self, part: Callable[[], Any], everybodys: bool = False) -> Any:
         """What this process's part returns, or those of all, when all have done theirs.

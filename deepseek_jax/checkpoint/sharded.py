@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import urllib.parse
 from collections.abc import Callable
 
@@ -33,6 +34,7 @@ def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
     Returns:
       What waits until this process's part is written, and raises what went wrong.
     """
+    _hush()
     handler = _handler()
     futures = asyncio.run(handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(state)))
 
@@ -173,6 +175,19 @@ def restore(folder: os.PathLike, abstract: Tree) -> Tree:
         return handler.restore(epath.Path(folder), args=args)
     finally:
         handler.close()
+
+
+def _hush() -> None:
+    """Where one of its writes fails, Orbax closes an event loop that the others still call, and Python prints a trace for each."""
+    before = sys.unraisablehook
+    if getattr(before, "__module__", "") == __name__:
+        return
+
+    def hook(what) -> None:
+        if not (isinstance(what.exc_value, RuntimeError) and "Event loop is closed" in str(what.exc_value)):
+            before(what)
+
+    sys.unraisablehook = hook
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
