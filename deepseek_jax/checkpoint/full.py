@@ -8,7 +8,6 @@ waits meanwhile.
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from deepseek_jax.checkpoint import safetensors_header, slices
-from deepseek_jax.checkpoint.arrays import Shape, Tree, flatten, like, shape_of
+from deepseek_jax.checkpoint.arrays import Shape, Tree, flatten, shape_of
 from deepseek_jax.checkpoint.bounded_json import BadFile
 
 INDEX = "state.safetensors.index.json"
@@ -149,21 +148,3 @@ class Source:
         file, tensor = self._places[name]
         with (self._folder / file).open("rb") as f:
             return slices.read(f, tensor.offset, tensor.what, index)
-
-
-def into_shards(source: Any, abstract: Tree) -> Tree:
-    """The arrays of `abstract` in their shards, one after another, from anything with `read(name, index)`."""
-    return like(abstract, {name: _array(source, name, leaf) for name, leaf in flatten(abstract).items()})
-
-
-def _array(source: Any, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    last: tuple[slices.Index, np.ndarray] | None = None
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        nonlocal last
-        index = slices.of(index, wanted.shape)
-        if last is None or last[0] != index:  # replicas ask for the same one after another
-            last = (index, source.read(name, index))
-        return last[1]
-
-    return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)

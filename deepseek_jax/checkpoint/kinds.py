@@ -10,6 +10,7 @@ from etils import epath
 from deepseek_jax.checkpoint import full, local, sharded
 from deepseek_jax.checkpoint.arrays import Tree, unflatten
 from deepseek_jax.checkpoint.bounded_json import BadFile
+from deepseek_jax.checkpoint.restoring import into_shards
 
 # Each has: EACH (does each process write a whole checkpoint of its part?), start, merge, is_own, Source.
 KINDS: dict[str, ModuleType] = {"sharded": sharded, "full": full, "local": local}
@@ -43,5 +44,4 @@ def shapes(folders: Sequence[os.PathLike]) -> Tree:
 
 def restore(folders: Sequence[os.PathLike], abstract: Tree) -> Tree:
     """The arrays of `abstract` in their shards: all or some of those that are there."""
-    kind = of(folders[0])
-    return kind.restore(epath.Path(folders[0]) / "state", abstract) if kind is sharded else full.into_shards(source(folders), abstract)
+    return into_shards(source(folders), abstract)

@@ -167,16 +167,6 @@ def _chunk(what: Shape, shards: int) -> list[int]:
     return chunk
 
 
-def restore(folder: os.PathLike, abstract: Tree) -> Tree:
-    """Reads the arrays of `abstract`, all or some of those that are there, straight into their shards."""
-    handler = _handler()
-    try:
-        args = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
-        return handler.restore(epath.Path(folder), args=args)
-    finally:
-        handler.close()
-
-
 def _hush() -> None:
     """Where one of its writes fails, Orbax closes an event loop that the others still call, and Python prints a trace for each."""
     before = sys.unraisablehook
