@@ -32,7 +32,8 @@ from deepseek_jax.train.step import make_train_step, put_batch
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks checkpoint", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=shapes.NAMES, default="mid", help="model of the state (default %(default)s)")
     parser.add_argument("--every", type=int, default=20, help="steps between saves (default %(default)s)")
     parser.add_argument("--turns", type=int, default=3, help="intervals timed with a save and without (default %(default)s; 0: only the rest)")

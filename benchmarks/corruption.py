@@ -71,7 +71,8 @@ def attempt(template: str, kind: str, fault: str, file: str, want: dict[int, dic
         counts["detected"] += aside and any(f"{step} is damaged (" in line for line in said)
         counts["survived"] += found < step
         counts["steps_lost"] += step - found
-        same = all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(want[found]), strict=True))
+        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(want[found]), strict=True)
+        same = all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
         counts["wrong"] += not same or found == step
     finally:
         shutil.rmtree(scratch)
@@ -191,7 +192,8 @@ def text(result: dict[str, dict[str, int]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks corruption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks corruption", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="tries of each fault on each kind of file (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of files and places (default %(default)s)")
     parser.add_argument("--folder", help="where to work (default: a temporary one)")

@@ -97,8 +97,8 @@ def _validate_checkpoint(config: Config) -> None:
             raise UserError(f"config.checkpoint.{name}={getattr(c, name)} has no effect with config.checkpoint.keep=0, which keeps all. "
                             f"Set config.checkpoint.keep to how many of the newest stay, or {name}=0.")
     if c.keep_best and not (config.data.eval_fraction and config.eval.batches):
-        raise UserError(f"config.checkpoint.keep_best={c.keep_best} needs held-out text, but config.data.eval_fraction={config.data.eval_fraction} "
-                        f"and config.eval.batches={config.eval.batches}. Set both above 0, or keep_best=0.")
+        raise UserError(f"config.checkpoint.keep_best={c.keep_best} needs held-out text, but config.data.eval_fraction="
+                        f"{config.data.eval_fraction} and config.eval.batches={config.eval.batches}. Set both above 0, or keep_best=0.")
     if c.kind == "local" and not c.local_dir:
         raise UserError("config.checkpoint.kind=local and config.checkpoint.local_dir='': it needs a folder on each host's own disk. "
                         "Set config.checkpoint.local_dir, or config.checkpoint.kind=sharded.")

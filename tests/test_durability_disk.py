@@ -86,7 +86,7 @@ def test_the_last_checkpoint_is_tried_again(tmp_path, good, monkeypatch):
             c.save(5, put(values(), mesh), {}, final=True)
             assert c.newest_good() == 5 and len(said) == 1
         else:
-            with pytest.raises(SaveFailed, match="step 5, the last, could not be written in 5 tries .No space left on device.. Nothing is saved; ") as e:
+            with pytest.raises(SaveFailed, match="5, the last, could not be written in 5 tries .No space left on device.. Nothing is saved; ") as e:
                 c.save(5, put(values(), mesh), {}, final=True)
             assert len(tries) == 5 and "\n" not in str(e.value)
         c.close()

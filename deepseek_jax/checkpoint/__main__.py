@@ -29,10 +29,11 @@ from deepseek_jax.config import UserError, exit_code
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.checkpoint", description=__doc__, formatter_class=as_written)
     commands_of = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in ("ls", "show", "verify", "export", "reshard", "diff"):
-        p = commands_of.add_parser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        p = commands_of.add_parser(name, description=__doc__, formatter_class=as_written)
         p.add_argument("dir", metavar="DIR")
         p.add_argument("--json", action="store_true", help="print JSON")
         if name != "ls":

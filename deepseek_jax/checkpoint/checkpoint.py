@@ -102,7 +102,7 @@ class Checkpointer:
           SaveFailed: a final one failed every time.
         """
         self.wait()
-        if step in self._target.steps():
+        if self._target is self._finder.shared and step in self._target.steps():
             raise ValueError(f"A checkpoint of step {step} already exists in {self._target.path}.")
         self._finder.forget()
         if not self._cleaned:

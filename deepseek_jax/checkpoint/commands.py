@@ -231,8 +231,9 @@ def _source(place: Place) -> Any:
         source = kinds.source(place.paths)
     except BadFile as e:
         raise UserError(f"The checkpoint {place.paths[0]} cannot be read ({e}).") from e
-    count = next((n for p in place.paths[:1] if (m := manifest.read(p)) and m.kind == "local" and (n := m.about.get("processes")) != len(place.paths)), None)
-    if count is not None:
+    found = manifest.read(place.paths[0])
+    count = found.about.get("processes") if found and found.kind == "local" else len(place.paths)
+    if count != len(place.paths):
         raise UserError(f"{place.paths[0]} holds the pieces of one of {count} processes. Put the folders of all of them beside each other.")
     return source
 

@@ -56,7 +56,8 @@ def _groups(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
 
 
 def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
-    distinct = {tuple((s.start, s.stop) for s in slices.of(i, leaf.shape)) for i in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+    places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    distinct = {tuple((s.start, s.stop) for s in slices.of(place, leaf.shape)) for place in places}
     return len(distinct) * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 

@@ -47,7 +47,7 @@ class Save:
     def prepare(self) -> None:
         """Copies the state to the host, or writes it at once: what the arrays are needed for."""
         try:
-            self._together(lambda: self._folder.begin(self._step) if self._chief else None)
+            self._together(lambda: self._begin() if self._chief else None)
             self._finish = self._together(lambda: self._kind.start(self._folder.draft(self._step) / "state", self._state))
         except Exception as e:
             self._fail(e)
@@ -71,6 +71,13 @@ class Save:
             self._retire()
         except OSError as e:
             self.report = f"old checkpoints in {self._folder.path} cannot be deleted ({e.strerror or e}): they stay for now"
+
+    def _begin(self) -> None:
+        if self._kind.EACH:  # parts of later steps, which other processes lack: this run has begun before them again
+            for step in self._folder.steps():
+                if step >= self._step:
+                    self._folder.delete(step)
+        self._folder.begin(self._step)
 
     def _finish_alone(self, draft) -> None:
         self._kind.merge(draft / "state")
