@@ -115,7 +115,7 @@ class Checkpointer:
             if attempt:
                 time.sleep(2.0**attempt)
             self._saved_at = time.monotonic()
-            self._last = Save(self._target, self.options, step, state, extra, eval_loss, {})
+            self._last = Save(self._target, self.options, step, state, extra, eval_loss)
             self._last.prepare()
             self._thread = threading.Thread(target=self._last.complete, name="checkpoint")
             self._thread.start()

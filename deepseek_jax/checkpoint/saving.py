@@ -28,16 +28,16 @@ class Save:
       report: a line for the user, or None.
     """
 
-    def __init__(self, folder: Folder, options: Checkpoint, step: int, state: Tree, extra: dict[str, Any], eval_loss: float | None,
-                 about: dict[str, Any]):
+    def __init__(self, folder: Folder, options: Checkpoint, step: int, state: Tree, extra: dict[str, Any],
+                 eval_loss: float | None):
         self._folder, self._options, self._step, self._extra = folder, options, step, extra
         self._state: Tree | None = state
         self._kind = kinds.KINDS[options.kind]
         # Of a kind that all processes write together, or of one where each writes a whole checkpoint of its part.
         self._chief = jax.process_index() == 0 or self._kind.EACH
-        self._about = about | {"bytes": bytes_of(state), "mesh": [[axis, n] for axis, n in mesh_of(state).items()],
-                               "devices": jax.device_count(), "processes": jax.process_count(), "jax": jax.__version__,
-                               "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+        self._about = {"bytes": bytes_of(state), "mesh": [[axis, n] for axis, n in mesh_of(state).items()],
+                       "devices": jax.device_count(), "processes": jax.process_count(), "jax": jax.__version__,
+                       "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
         if eval_loss is not None and math.isfinite(eval_loss):
             self._about["eval_loss"] = float(eval_loss)
         self._finish: Callable[[], None] | None = None
@@ -48,7 +48,7 @@ class Save:
         """Copies the state to the host, or writes it at once: what the arrays are needed for."""
         try:
             self._together(lambda: self._begin() if self._chief else None)
-            self._finish = self._together(lambda: self._kind.start(self._folder.draft(self._step) / "state", self._state))
+            self._together(self._start)
         except Exception as e:
             self._fail(e)
         self._state = None
@@ -57,10 +57,10 @@ class Save:
         """Waits for the files, writes the manifest and gives the checkpoint its name."""
         if self.error is not None:
             return
-        manifest.be_nice()
         draft = self._folder.draft(self._step)
         try:
-            self._together(self._finish)
+            finish, self._finish = self._finish, None
+            self._together(finish)
             self._together(lambda: self._finish_alone(draft) if self._chief else None)
             files = self._together(lambda: self._sums(draft), everybodys=True)
             self._together(lambda: self._commit(draft, files) if self._chief else None)
@@ -71,6 +71,9 @@ class Save:
             self._retire()
         except OSError as e:
             self.report = f"old checkpoints in {self._folder.path} cannot be deleted ({e.strerror or e}): they stay for now"
+
+    def _start(self) -> None:
+        self._finish = self._kind.start(self._folder.draft(self._step) / "state", self._state)
 
     def _begin(self) -> None:
         if self._kind.EACH:  # parts of later steps, which other processes lack: this run has begun before them again
@@ -86,7 +89,7 @@ class Save:
     def _sums(self, draft) -> dict[str, tuple[int, str]]:
         is_own = lambda name: self._kind.EACH or (self._kind.is_own(name.removeprefix("state/")) if name.startswith("state/") else self._chief)
         own = [name for name in manifest.files_of(draft) if is_own(name)]
-        sums = manifest.checksums(draft, own, nice=True)
+        sums = manifest.checksums(draft, own)
         manifest.sync(draft, own)
         return sums
 
@@ -136,6 +139,11 @@ class Save:
 
     def _fail(self, error: Exception) -> None:
         self.error = str(error) if isinstance(error, Failed) else _reason(error)
+        try:
+            if self._finish:
+                self._finish()  # this process may still be writing where another failed to begin
+        except Exception:
+            pass  # it is one failure already
         if self._chief:
             try:
                 self._folder.discard(self._step)
