@@ -10,7 +10,8 @@ import textwrap
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 PROGRAM = """
-    import errno, json, os, sys
+    import errno, faulthandler, os, sys
+    faulthandler.dump_traceback_later(100, exit=True)
     sys.path[:0] = [os.path.join(os.getcwd(), "tests")]
     import jax
     jax.config.update("jax_platforms", "cpu")
@@ -22,6 +23,7 @@ PROGRAM = """
     import numpy as np
     from deepseek_jax.checkpoint import manifest
     from deepseek_jax.checkpoint.checkpoint import Checkpointer
+    from deepseek_jax.checkpoint.processes import exchange
     from deepseek_jax.config import Checkpoint
     from test_checkpoint import SPECS, abstract, explicit_mesh, values
     mesh = explicit_mesh(2, 4)
@@ -70,7 +72,9 @@ PROGRAM = """
             c.save(3, put(values(3)), {"at": 3})
             c.wait()
             manifest.checksums = honest
+            exchange("test", "")  # process 0 cleans up
             assert sorted(n for n in os.listdir(own(kind)) if n != "run_id") == ["1", "2"], os.listdir(own(kind))
+            exchange("test", "")
             if me == 0:
                 assert len(said) == 1 and "process 1: No space left" in said[0], said
             c.save(3, put(values(3)), {"at": 3})
@@ -82,7 +86,6 @@ PROGRAM = """
                 top = f"{own(kind)}/3"
                 name = max(manifest.read(top).files)
                 os.truncate(f"{top}/{name}", os.path.getsize(f"{top}/{name}") - 1)
-            from deepseek_jax.checkpoint.processes import exchange
             exchange("test", "")
             assert restore(kind, said) == 2
             if me == 0:
@@ -103,7 +106,7 @@ def start(count: int, folder: pathlib.Path) -> None:
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "no_proxy": "127.0.0.1"}
     processes = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(PROGRAM), str(count), str(i), address, str(folder)], cwd=REPOSITORY,
                                   env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(count)]
-    said = [p.communicate(timeout=500)[0] for p in processes]
+    said = [p.communicate(timeout=280)[0] for p in processes]
     assert all(p.returncode == 0 and "done" in text for p, text in zip(processes, said)), "\n".join(said)[-6000:]
 
 
