@@ -10,8 +10,9 @@ starts them; under SLURM, Open MPI, Kubernetes and torchrun they find each other
 with --coordinator_address, --num_processes and --process_id.
 
 Exit codes: 0 done; 1 an error; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
-after too many non-finite updates; 4 another process was lost; 6 a step did not end (config.watchdog); 130 or 143 stopped by SIGINT or
-SIGTERM after a checkpoint (several processes: by a signal to any of them). A second signal ends at once, with the same code.
+after too many non-finite updates; 4 another process was lost; 5 the last checkpoint could not be written, in five tries (those before
+it are whole, and the same command goes on from there); 6 a step did not end (config.watchdog); 130 or 143 stopped by SIGINT or SIGTERM
+after a checkpoint (several processes: by a signal to any of them). A second signal ends at once, with the same code.
 """
 
 from deepseek_jax.hugepages import use_huge_pages
@@ -31,7 +32,7 @@ import time
 import jax
 
 from deepseek_jax import commandline, compilation, generate
-from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.checkpoint.checkpoint import Checkpointer, SaveFailed
 from deepseek_jax.cluster import Cluster, say_in_one_line
 from deepseek_jax.config import UserError
 from deepseek_jax.data.loader import Loader
@@ -41,14 +42,14 @@ from deepseek_jax.parallel import prefetch
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import loop, resume, summary, workdir
 from deepseek_jax.train.profile import Profiler
-from deepseek_jax.train.state import TrainState, init_state, make_layout
+from deepseek_jax.train.state import TrainState, init_state, make_layout, to_tree
 from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
 from deepseek_jax.train.watchdog import Watchdog, end_alone
 
 
 def main(argv: list[str]) -> int:
     cluster = commandline.find_cluster(argv)
-    with contextlib.ExitStack() as held, cluster.failures(loop.BadNumbers), cluster.mistakes():
+    with contextlib.ExitStack() as held, cluster.failures(loop.BadNumbers, SaveFailed), cluster.mistakes():
         held.callback(cluster.close)
         return train(argv, cluster, held)
 
@@ -78,14 +79,14 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
     loader = Loader(config, tokenizer, progress=cluster.index == 0)
     cluster.agree("data files", {"what config.data reads": loader.description})
 
-    checkpoints = Checkpointer(os.path.join(flags.workdir, "checkpoints"), config.checkpoint.keep)
+    checkpoints = Checkpointer(workdir.checkpoints(flags.workdir, config), options=config.checkpoint)
     compilation.use_cache(config.compile.cache_dir, warn=say)
-    with jax.set_mesh(mesh), contextlib.closing(checkpoints), cluster.failures(loop.BadNumbers):
+    with jax.set_mesh(mesh), contextlib.closing(checkpoints), cluster.failures(loop.BadNumbers, SaveFailed):
         layout = make_layout(config, mesh)
         platform = mesh.devices.flat[0].platform
         options = prefetch.xla_options(config, platform, prefetch.bytes_of_a_layer(config, layout.abstract.params, mesh))
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
-        resume_step = checkpoints.latest_step()
+        resume_step = checkpoints.newest_good(to_tree(layout.abstract_sharded()))
         cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
         summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options)
 
@@ -138,6 +139,10 @@ if __name__ == "__main__":
         if jax.process_index() == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(3)
+    except SaveFailed as error:  # in every process
+        if jax.process_index() == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(5)
     except OSError as error:
         print(f"train.py: {say_in_one_line(error)}", file=sys.stderr)
         sys.exit(1)

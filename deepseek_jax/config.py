@@ -217,8 +217,13 @@ class Eval:
 @dataclass(frozen=True)
 class Checkpoint:
     every_steps: int = 250  # 0: only at the end
+    every_minutes: float = 0.0  # also after this many minutes since the last one; 0: only by steps
     keep: int = 3  # newest checkpoints kept; 0: all
-    kind: str = "sharded"  # sharded: every process writes its shards, asynchronously (the only kind of this version)
+    keep_best: int = 0  # beside them the N of lowest held-out loss, which is then measured at each checkpoint
+    keep_every: int = 0  # and those of every Nth step; 0: none
+    kind: str = "sharded"  # sharded: every process its shards, asynchronously; full: whole tensors in safetensors; local: on each process's disk
+    dir: str = ""  # folder of the checkpoints; "": WORKDIR/checkpoints; gs:// and s3:// are taken as they are
+    local_dir: str = ""  # of kind local: a folder on each host's own disk
 
 
 @dataclass(frozen=True)

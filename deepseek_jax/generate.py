@@ -111,7 +111,7 @@ def load(workdir: str, step: int | None) -> tuple[Config, Layout, jax.sharding.M
     with jax.set_mesh(mesh):
         layout = make_layout(config, mesh)
         wanted = layout.abstract_sharded()._replace(opt_state=(), step=None, bad_steps=None, skipped_steps=None, loss_scale=None)
-        checkpointer = Checkpointer(os.path.join(workdir, "checkpoints"), keep=0, read_only=True)
+        checkpointer = Checkpointer(workdirs.checkpoints(workdir, config), read_only=True)
         tree = checkpointer.restore_params(to_tree(wanted), step)
         checkpointer.close()
     return config, layout, mesh, from_tree(tree, wanted)

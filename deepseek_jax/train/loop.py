@@ -165,19 +165,23 @@ class Loop:
                 pending = (step, device_metrics)
                 stopped_by = self.stopper.after(step)
                 at = lambda every: every and step % every == 0
-                pause = step == last or at(c.checkpoint.every_steps) or at(c.eval.every_steps) or stopped_by or profiler and profiler.due(step)
+                saving = self.checkpointer.due(step, c.checkpoint.every_steps, c.checkpoint.every_minutes)
+                pause = step == last or saving or at(c.eval.every_steps) or stopped_by or profiler and profiler.due(step)
                 if not pause:
                     continue
                 updated = self._finished(*pending)
                 pending = None
                 if profiler and profiler.due(step):
                     profile(step)
-                if (step == last or at(c.eval.every_steps)) and (figures := self.evaluate(state, self.watchdog)):
+                held_out = step == last or at(c.eval.every_steps) or saving and c.checkpoint.keep_best
+                if held_out and (figures := self.evaluate(state, self.watchdog)):
                     eval_row = self.report.evaluation(step, figures)
                 # While updates are being skipped the older checkpoints are worth more than this state: they must not make room for it.
-                if step == last or stopped_by or at(c.checkpoint.every_steps) and updated:
+                if step == last or stopped_by or saving and updated:
+                    extra = self.progress._replace(tokens_seen=self.report.tokens_seen).to_extra()
+                    eval_loss = eval_row.get("eval_loss") if eval_row.get("step") == step else None
                     with self.watchdog.paused():
-                        self.checkpointer.save(step, to_tree(state), self.progress._replace(tokens_seen=self.report.tokens_seen).to_extra())
+                        self.checkpointer.save(step, to_tree(state), extra, eval_loss, final=step == last or bool(stopped_by))
                 if stopped_by:
                     break
                 self.report.clock.restart()

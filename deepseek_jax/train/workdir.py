@@ -98,6 +98,11 @@ def _holder(fd: int) -> str:
     return "".join(c for c in text if c.isprintable()) or "its process is not known"
 
 
+def checkpoints(workdir: str, config: Config) -> str:
+    """The folder of a run's checkpoints."""
+    return config.checkpoint.dir or os.path.join(workdir, "checkpoints")
+
+
 def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | None = None) -> None:
     """Writes WORKDIR/config.json, the resolved options and what was asked of XLA's compiler, whole or not at all.
 
