@@ -67,7 +67,7 @@ def disturb(p: Process, count: int, plan: tuple[Fault, ...], workdir: pathlib.Pa
     return out
 
 
-def run(folder: pathlib.Path, seed: int, say: Callable[[str], None]) -> faults.Tallies:
+def run(folder: pathlib.Path, say: Callable[[str], None]) -> faults.Tallies:
     """Two and four processes; losses are compared with undisturbed runs of as many."""
     out, text = faults.tallies(), faults.corpus(folder)
     for count, plan in PLANS.items():
