@@ -137,7 +137,7 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
             say(f"exit code {code}, not {expected_code}:\n" + "\n".join(p.lines[-8:]))
             out[name].wrong += 1
         logged = max(found, default=0)
-        begun, after_fault = logged // INTERVAL * INTERVAL, name
+        begun, after_fault = faults.newest_save(logged), name
         say(f"{number + 1} of {len(kinds)}: {name}, after step {logged}; checkpoint {newest_or_zero(workdir)}{'; WRONG' if wrong else ''}")
     return out
 

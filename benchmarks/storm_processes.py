@@ -60,7 +60,7 @@ def disturb(p: Process, count: int, plan: tuple[Fault, ...], workdir: pathlib.Pa
             raise RuntimeError(f"{fault.name(count)}: it did not start again:\n" + "\n".join(p.lines[-40:]))
         done, line = int(resumed[1]), line + 1
         tally.lost(logged - done)
-        tally.wrong += done < logged // INTERVAL * INTERVAL - INTERVAL
+        tally.wrong += done < faults.newest_save(logged) - INTERVAL
         tally.survived += 1
         say(f"{fault.name(count)}: {'named, ' if named else 'NOT named, '}ended and started again within {time.monotonic() - began:.0f} s, "
             f"step {logged} -> {done}")
