@@ -58,17 +58,23 @@ def table(result: dict[str, dict[str, int]]) -> str:
 
 def run(folder: pathlib.Path, parts: list[str], kills: int, rounds: int, seed: int, say) -> Tallies:
     """Everything in `folder`. `say` is told of progress."""
-    out = faults.tallies()
-    if "kills" in parts or "signals" in parts:
-        out |= one_run(folder, kills if "kills" in parts else 0, min(kills, 4) if "signals" in parts else 0, seed, say)
-    if "processes" in parts:
-        out |= storm_processes.run(folder, seed, say)
-    if "corruption" in parts:
+    def damaged_files() -> Tallies:
         from benchmarks import corruption
 
         (folder / "corruption").mkdir()
         say("damaged files")
-        out |= {name: faults.Tally(**t) for name, t in corruption.run(str(folder / "corruption"), rounds, seed).items()}
+        return {name: faults.Tally(**t) for name, t in corruption.run(str(folder / "corruption"), rounds, seed).items()}
+
+    out = faults.tallies()
+    signals = min(kills, 4) if "signals" in parts else 0
+    for wanted, part in (({"kills", "signals"}, lambda: one_run(folder, kills if "kills" in parts else 0, signals, seed, say)),
+                         ({"processes"}, lambda: storm_processes.run(folder, say)), ({"corruption"}, damaged_files)):
+        if wanted & set(parts):
+            try:
+                out |= part()
+            except RuntimeError as e:  # a run that does not go on is a result, and the other parts are still to come
+                say(str(e))
+                out[f"{' and '.join(sorted(wanted))}: did not go on"] = faults.Tally(tried=1, wrong=1)
     return out
 
 
@@ -131,7 +137,7 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
             say(f"exit code {code}, not {expected_code}:\n" + "\n".join(p.lines[-8:]))
             out[name].wrong += 1
         logged = max(found, default=0)
-        begun, after_fault = logged // INTERVAL * INTERVAL, name
+        begun, after_fault = faults.newest_save(logged), name
         say(f"{number + 1} of {len(kinds)}: {name}, after step {logged}; checkpoint {newest_or_zero(workdir)}{'; WRONG' if wrong else ''}")
     return out
 

@@ -60,14 +60,14 @@ def disturb(p: Process, count: int, plan: tuple[Fault, ...], workdir: pathlib.Pa
             raise RuntimeError(f"{fault.name(count)}: it did not start again:\n" + "\n".join(p.lines[-40:]))
         done, line = int(resumed[1]), line + 1
         tally.lost(logged - done)
-        tally.wrong += done < logged // INTERVAL * INTERVAL - INTERVAL
+        tally.wrong += done < faults.newest_save(logged) - INTERVAL
         tally.survived += 1
         say(f"{fault.name(count)}: {'named, ' if named else 'NOT named, '}ended and started again within {time.monotonic() - began:.0f} s, "
             f"step {logged} -> {done}")
     return out
 
 
-def run(folder: pathlib.Path, seed: int, say: Callable[[str], None]) -> faults.Tallies:
+def run(folder: pathlib.Path, say: Callable[[str], None]) -> faults.Tallies:
     """Two and four processes; losses are compared with undisturbed runs of as many."""
     out, text = faults.tallies(), faults.corpus(folder)
     for count, plan in PLANS.items():

@@ -6,7 +6,6 @@ Alone, all of this does nothing.
 import contextlib
 import os
 import platform
-import signal
 import socket
 import sys
 import time

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import faulthandler
 import json
-import os
 import secrets
 import selectors
 import signal
