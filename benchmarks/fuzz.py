@@ -3,7 +3,7 @@
   python -m benchmarks fuzz [--seconds=60] [--seed=0]
 
 The parsers of safetensors heads and indexes, manifests, pieces.json, Orbax's tree and `extra` get valid files with bytes changed, cut,
-repeated, exchanged between files, numbers made huge and keys doubled. A parser may take a file or refuse it with BadFile; anything else, and
+repeated, exchanged between files, numbers made huge and keys doubled. A parser may take a file or refuse it as bad or newer; anything else, and
 any call that takes a second or 64 MB, is a failure. Prints executions and failures; exit code 1 if there are any.
 """
 
@@ -47,7 +47,7 @@ def run(seconds: float, seed: int) -> tuple[int, list[str]]:
                 problem = ""
                 try:
                     parse(raw)
-                except BadFile as e:
+                except (BadFile, manifest.NewerFormat) as e:
                     problem = "a line break in the message" if "\n" in str(e) else ""
                 except Exception as e:
                     problem = f"{type(e).__name__}: {e}"

@@ -177,7 +177,7 @@ def test_crafted_checkpoints(tmp_path, kind, number):
 def test_random_mutations():
     """A second of `make fuzz`."""
     executions, failures = fuzz.run(seconds=1.0, seed=0)
-    assert executions > 100 and not failures, failures
+    assert executions > 10 and not failures, failures
 
 
 # Commands.

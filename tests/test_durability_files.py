@@ -4,12 +4,7 @@ import errno
 import json
 import os
 import pathlib
-import re
 import shutil
-import struct
-import subprocess
-import sys
-import textwrap
 
 import jax
 import numpy as np
@@ -18,14 +13,13 @@ import pytest
 import safetensors.numpy
 
 from benchmarks import corruption
-from deepseek_jax.checkpoint import checkpoint, folder, full, integrity, kinds, local, manifest, safetensors_header, saving, slices
+from deepseek_jax.checkpoint import checkpoint, folder, full, manifest, slices
 from deepseek_jax.checkpoint.arrays import Shape
-from deepseek_jax.checkpoint.bounded_json import BadFile
-from deepseek_jax.checkpoint.checkpoint import Checkpointer, SaveFailed
-from deepseek_jax.config import Checkpoint, UserError
+from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.config import Checkpoint, Config, Data, UserError
+from deepseek_jax.validation import validate
 from test_checkpoint import abstract, assert_same_bits, explicit_mesh, put, values
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
 KINDS = ("sharded", "full", "local")
 MESH = (2, 4)
 
@@ -212,3 +206,23 @@ def test_a_newer_format_is_one_line(tmp_path, kind, monkeypatch):
         with pytest.raises(UserError, match="2 has format 2, and this version reads up to 1. Update"):
             opened(tmp_path, kind, read_only=read_only).newest_good()
     assert where(tmp_path, kind).is_dir()
+
+
+@pytest.mark.parametrize("given, words", [
+    (Checkpoint(kind="orbax"), "sharded, full, local"),
+    (Checkpoint(kind="local"), "config.checkpoint.local_dir=''"),
+    (Checkpoint(kind="local", local_dir="gs://bucket/x"), "is remote"),
+    (Checkpoint(keep=0, keep_best=1), "keep=0, which keeps all"),
+    (Checkpoint(keep=0, keep_every=100), "keep=0, which keeps all"),
+    (Checkpoint(every_minutes=-1.0), "every_minutes"),
+    (Checkpoint(every_minutes=float("inf")), "every_minutes"),
+])
+def test_options_that_cannot_act_are_refused(given, words):
+    with pytest.raises(UserError) as refusal:
+        validate(Config(checkpoint=given))
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_the_best_needs_held_out_text():
+    with pytest.raises(UserError, match="keep_best=1 needs held-out text"):
+        validate(Config(checkpoint=Checkpoint(keep_best=1), data=Data(eval_fraction=0.0)))
