@@ -25,7 +25,6 @@ if __name__ == "__main__":  # before all else
 
 import contextlib
 import json
-import os
 import sys
 import time
 

@@ -11,7 +11,7 @@ import pytest
 
 from deepseek_jax.checkpoint import checkpoint, full, integrity, local, manifest, sharded
 from deepseek_jax.checkpoint.checkpoint import SaveFailed
-from test_checkpoint import abstract, assert_same_bits, explicit_mesh, put, values
+from test_checkpoint import assert_same_bits, explicit_mesh, put, values
 from test_durability_files import KINDS, opened, read, where, write
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -39,7 +39,7 @@ def test_a_full_disk_stops_no_training(tmp_path, kind, place, monkeypatch):
                 m.setattr(*{"extra": (integrity, "write_extra"), "manifest": (manifest, "write"), "commit": (os, "rename")}[place], fails)
             c.save(2, put(values(2), mesh), {"at": 2})
             c.wait()
-        assert said == [f"no checkpoint of step 2: No space left on device; that of step 1 stays, training goes on and tries again"]
+        assert said == ["no checkpoint of step 2: No space left on device; that of step 1 stays, training goes on and tries again"]
         assert [p.name for p in where(tmp_path, kind).parent.iterdir() if p.is_dir()] == ["1"]
         assert c.newest_good() == 1
         c.save(2, put(values(2), mesh), {"at": 2})

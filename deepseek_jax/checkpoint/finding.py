@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from etils import epath

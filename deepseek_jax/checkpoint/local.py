@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import numpy as np
 from etils import epath
 
