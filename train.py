@@ -85,7 +85,8 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         platform = mesh.devices.flat[0].platform
         options = prefetch.xla_options(config, platform, prefetch.bytes_of_a_layer(config, layout.abstract.params, mesh))
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
-        resume_step = checkpoints.newest_good(to_tree(layout.abstract_sharded()))
+        wanted = to_tree(layout.abstract_sharded())
+        resume_step = checkpoints.newest_good(wanted)
         cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
         summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options)
 
@@ -113,18 +114,18 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         watchdog = Watchdog(config.watchdog.step_timeout, cluster.monitor.hung if cluster.monitor else end_alone)
         train_step.compiling = watchdog.paused
         result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpoints, sizes, progress, profiler,
-                          lambda: summary.first_step(train_step, time.perf_counter() - started), lambda: restored(checkpoints.latest_step()), stopper,
-                          watchdog)
+                          lambda: summary.first_step(train_step, time.perf_counter() - started),
+                          lambda: restored(checkpoints.newest_good(wanted)), stopper, watchdog)
 
         if result.stopped_by is not None:
-            say(f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {flags.workdir}/checkpoints/{result.step}. "
+            say(f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {checkpoints.path(result.step)}. "
                 f"The same command goes on from there.")
             return 128 + result.stopped_by
         sample = ""
         if config.eval.sample_prompt and config.eval.sample_tokens:
             sample = generate.sample(layout, result.state.params, result.state.bias, tokenizer, mesh, config.eval.sample_prompt,
                                      config.eval.sample_tokens, temperature=0.7, top_p=0.95, seed=config.seed)
-        summary.show_end(flags.workdir, result, sample, time.perf_counter() - started)
+        summary.show_end(flags.workdir, result, checkpoints.path(result.step), sample, time.perf_counter() - started)
     return 0
 
 

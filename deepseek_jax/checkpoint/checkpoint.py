@@ -72,6 +72,10 @@ class Checkpointer:
         """The newest checkpoint's step, or None. Its files are not looked at: `newest_good` does that."""
         return max(self.steps(), default=None)
 
+    def path(self, step: int) -> str:
+        """Where this run saves the checkpoint of a step; of a local one, this process's part."""
+        return str(self._target.at(step))
+
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, in order."""
         return self._finder.steps()
