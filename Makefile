@@ -18,7 +18,7 @@ AOT := .venv-gpu-aot
 STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: help venv train test prove mesh-product plan gpu-aot gpu-bench clean
+.PHONY: help venv train test prove storm mesh-product fuzz plan gpu-aot gpu-bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,8 +36,14 @@ test: $(TEST_STAMP) ## run the tests
 prove: $(STAMP) ## train the tiny model whole and check that it reaches the loss its config states
 	$(VENV)/bin/python -m benchmarks.tiny $(ARGS)
 
+storm: $(STAMP) ## kill, stop and damage runs by the dozen, and count what was lost (20 minutes; ARGS='--kills=10' for fewer)
+	$(VENV)/bin/python -m benchmarks storm $(ARGS)
+
 mesh-product: $(TEST_STAMP) ## five steps on every mesh x dispatch x strategy x accumulation x remat, against one device
 	$(VENV)/bin/python tests/invariance.py $(ARGS)
+
+fuzz: $(STAMP) ## random mutations of files for everything that parses a checkpoint, for a minute
+	$(VENV)/bin/python -m benchmarks fuzz $(ARGS)
 
 plan: $(AOT)/.installed ## say what CONFIG needs and communicates on DEVICES H200s, by compiling it for them; needs no GPU
 	@$(AOT)/bin/python -m deepseek_jax.plan --config=$(CONFIG) --devices=$(DEVICES) $(ARGS)

@@ -9,27 +9,30 @@ from the newest checkpoint in the workdir. Several processes: python -m deepseek
 starts them; under SLURM, Open MPI, Kubernetes and torchrun they find each other; elsewhere run the same command on each host
 with --coordinator_address, --num_processes and --process_id.
 
-Exit codes: 0 done; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
-after too many non-finite updates; 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint (several processes: 143, by
-either signal to any of them).
+Exit codes: 0 done; 1 an error; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
+after too many non-finite updates; 4 another process was lost; 5 the last checkpoint could not be written, in five tries (those before
+it are whole, and the same command goes on from there); 6 a step did not end (config.watchdog); 130 or 143 stopped by SIGINT or SIGTERM
+after a checkpoint (several processes: by a signal to any of them). A second signal ends at once, with the same code.
 """
 
-if __name__ == "__main__":
-    from deepseek_jax.hugepages import use_huge_pages
+from deepseek_jax.hugepages import use_huge_pages
+from deepseek_jax.stopping import Stopper
 
-    use_huge_pages()  # first of all: it starts the program again
+stopper = Stopper("train.py")
+if __name__ == "__main__":  # before all else
+    use_huge_pages()  # it starts the program again
+    stopper.install()  # a signal during the imports below ends in one line too
 
 import contextlib
 import json
-import os
 import sys
 import time
 
 import jax
 
 from deepseek_jax import commandline, compilation, generate, hf
-from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.cluster import Cluster, leave_others
+from deepseek_jax.checkpoint.checkpoint import Checkpointer, SaveFailed
+from deepseek_jax.cluster import Cluster, say_in_one_line
 from deepseek_jax.config import UserError
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
@@ -38,17 +41,19 @@ from deepseek_jax.parallel import prefetch
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import loop, resume, summary, workdir
 from deepseek_jax.train.profile import Profiler
-from deepseek_jax.train.state import init_state, make_layout
+from deepseek_jax.train.state import TrainState, init_state, make_layout, to_tree
 from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
+from deepseek_jax.train.watchdog import Watchdog, end_alone
 
 
 def main(argv: list[str]) -> int:
     cluster = commandline.find_cluster(argv)
-    with cluster.mistakes():
-        return train(argv, cluster)
+    with contextlib.ExitStack() as held, cluster.failures(loop.BadNumbers, SaveFailed), cluster.mistakes():
+        held.callback(cluster.close)
+        return train(argv, cluster, held)
 
 
-def train(argv: list[str], cluster: Cluster) -> int:
+def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
     started = time.perf_counter()
     flags = commandline.parse(argv)
     if flags.help:
@@ -60,7 +65,7 @@ def train(argv: list[str], cluster: Cluster) -> int:
         return 0
     if not flags.workdir:
         raise UserError("--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny.")
-    cluster.join(commandline.options(config, flags.workdir))
+    cluster.join(commandline.options(config, flags.workdir), config.watchdog.heartbeat_timeout, stopper)
     say = print if cluster.index == 0 else lambda text: None
 
     # Everything that can be wrong is found out here, before anything is compiled.
@@ -68,29 +73,36 @@ def train(argv: list[str], cluster: Cluster) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer)
     generate.check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)
     changed = workdir.prepare(flags.workdir, config)
+    if cluster.index == 0:
+        held.enter_context(workdir.locked(flags.workdir))
     loader = Loader(config, tokenizer, progress=cluster.index == 0)
     source = hf.open_for_training(config, flags.workdir) if config.init_from else None
     cluster.agree("data files", {"what config.data reads": loader.description})
 
-    checkpoints = Checkpointer(os.path.join(flags.workdir, "checkpoints"), config.checkpoint.keep)
+    checkpoints = Checkpointer(workdir.checkpoints(flags.workdir, config), options=config.checkpoint)
     compilation.use_cache(config.compile.cache_dir, warn=say)
-    with jax.set_mesh(mesh), contextlib.closing(checkpoints):
+    with jax.set_mesh(mesh), contextlib.closing(checkpoints), cluster.failures(loop.BadNumbers, SaveFailed):
         layout = make_layout(config, mesh)
         platform = mesh.devices.flat[0].platform
         options = prefetch.xla_options(config, platform, prefetch.bytes_of_a_layer(config, layout.abstract.params, mesh))
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
-        resume_step = checkpoints.latest_step()
+        wanted = to_tree(layout.abstract_sharded())
+        resume_step = checkpoints.newest_good(wanted)
         cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
         summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options)
 
         train_step = compilation.CompiledStep(make_train_step(config, layout), mesh, options)
         if (resume_step or 0) < config.train.steps:
             train_step.compile_ahead(layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0))
-        if resume_step is None:
-            state, tokens_seen = hf.initial_state(source, config, layout, flags.workdir) if config.init_from else init_state(config, layout), 0
-        else:
+
+        def restored(step: int | None) -> tuple[TrainState, loop.Progress]:
+            if step is None:
+                fresh = hf.initial_state(source, config, layout, flags.workdir) if config.init_from else init_state(config, layout)
+                return fresh, loop.Progress()
             state, extra = resume.restore(checkpoints, layout)
-            tokens_seen = extra["tokens_seen"]
+            return state, loop.Progress.of_extra(extra)
+
+        state, progress = restored(resume_step)
         if int(state.step) >= config.train.steps:
             say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
             return 0
@@ -98,18 +110,24 @@ def train(argv: list[str], cluster: Cluster) -> int:
         workdir.write_config(flags.workdir, config, options)
         evaluate = loop.Evaluator(config, mesh, loader, make_eval_step(layout))
         profiler = Profiler(config, flags.workdir, train_step) if config.profile.start else None
-        result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpoints, sizes, tokens_seen, profiler,
-                          lambda: summary.first_step(train_step, time.perf_counter() - started))
+        # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some processes longer to compile.
+        train_step.program(state, abstract_batch(config, mesh, int(state.step)))
+        cluster.agree("command", {"steps done": int(state.step)})
+        watchdog = Watchdog(config.watchdog.step_timeout, cluster.monitor.hung if cluster.monitor else end_alone)
+        train_step.compiling = watchdog.paused
+        result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpoints, sizes, progress, profiler,
+                          lambda: summary.first_step(train_step, time.perf_counter() - started),
+                          lambda: restored(checkpoints.newest_good(wanted)), stopper, watchdog)
 
         if result.stopped_by is not None:
-            say(f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {flags.workdir}/checkpoints/{result.step}. "
+            say(f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {checkpoints.path(result.step)}. "
                 f"The same command goes on from there.")
             return 128 + result.stopped_by
         sample = ""
         if config.eval.sample_prompt and config.eval.sample_tokens:
             sample = generate.sample(layout, result.state.params, result.state.bias, tokenizer, mesh, config.eval.sample_prompt,
                                      config.eval.sample_tokens, temperature=0.7, top_p=0.95, seed=config.seed)
-        summary.show_end(flags.workdir, result, sample, time.perf_counter() - started)
+        summary.show_end(flags.workdir, result, checkpoints.path(result.step), sample, time.perf_counter() - started)
     return 0
 
 
@@ -123,5 +141,10 @@ if __name__ == "__main__":
         if jax.process_index() == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(3)
-    except (Exception, KeyboardInterrupt) as error:
-        leave_others(error)
+    except SaveFailed as error:  # in every process
+        if jax.process_index() == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(5)
+    except OSError as error:
+        print(f"train.py: {say_in_one_line(error)}", file=sys.stderr)
+        sys.exit(1)

@@ -7,6 +7,7 @@
   strategies    memory, communication and step time of every sharding strategy
   levers        memory and step time with every memory lever: dtypes, remat, accumulation, offload, optimizers, compression
   collectives   what one layer communicates under every strategy and dispatch method, beside the least it could
+  storm         kills and stops runs by the dozen and counts what was lost (make storm)
   overhead      what the training loop costs beside the compiled step
   attention     attention against plain softmax attention: time and temporary bytes by sequence length
   moe           routed experts against a dense chain, ragged_dot and a loop over experts
@@ -15,6 +16,9 @@
   gpu_bench     what a GPU reaches: training, grouped expert products, attention (make gpu-bench)
   gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)
   compression   loss curve and bytes between replicas of gradients summed in float32, bfloat16 and int8
+  checkpoint    what asynchronous saves cost training, and the time and memory of restoring
+  corruption    damages every kind of file of a checkpoint and counts what restoring makes of it
+  fuzz          random mutations of files for everything that parses a checkpoint (make fuzz)
   tiny          trains configs/tiny.py whole and checks its loss (make prove)
 """
 

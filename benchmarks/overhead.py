@@ -173,7 +173,7 @@ def _loop(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainSta
     with open(os.devnull, "w") as quiet:
         before, sys.stdout = sys.stdout, quiet
         try:
-            result = loop.run(config, workdir, mesh, state, timed, lambda state: {}, loader, checkpoints, sizes, 0)
+            result = loop.run(config, workdir, mesh, state, timed, lambda state, _: {}, loader, checkpoints, sizes)
         finally:
             sys.stdout = before
     timed.close()

@@ -8,7 +8,7 @@ its weights; pretraining at 4,096 tokens used plain rotary embedding.
 
 Hardware: 64 GPUs of 80 GB, 8 a host. Any multiple of 8 that divides the micro-batch works; on 8 GPUs set
 --config.train.accumulation=72, which keeps 64 sequences a micro-batch.
-Compiled for 64 H200s, a step takes 64.1 GB a GPU: 23.6 of state, the rest temporaries (make plan; it has not been run there).
+Compiled for 64 H200s, a step takes 68.8 GB a GPU: 23.6 of state, the rest temporaries (make plan; it has not been run there).
 Source: DeepSeek-V2 (arXiv:2405.04434) appendix B and deepseek-ai/DeepSeek-V2-Lite config.json.
 Parameters: published 15.7B in all and 2.4B active. Here 15.71B with embedding and output head (0.21B each), and 2.45B active
 without the embedding, which is looked up and not multiplied (2.66B with it). No MTP.

@@ -6,20 +6,22 @@ Alone, all of this does nothing.
 import contextlib
 import os
 import platform
-import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
 
-from deepseek_jax import enough_threads
+from deepseek_jax import enough_threads, stopping
 from deepseek_jax.config import UserError
 from deepseek_jax.parallel.discovery import Place
 from deepseek_jax.parallel.gpus import Claim, divide, visible_gpus
-from deepseek_jax.parallel.meeting import Meeting, NoAnswer, Report
+from deepseek_jax.parallel.meeting import ENDED, Meeting, NoAnswer, Report
+from deepseek_jax.parallel.monitor import GRACE, Monitor
+from deepseek_jax.stopping import Stopper
 
 
 class Cluster:
@@ -36,6 +38,7 @@ class Cluster:
         """
         self._place, self._timeout, self._program = place, timeout, program
         self.index = place.index if place else 0
+        self.monitor: Monitor | None = None  # once joined, where there are others
         if not place:
             return
         self._address = f"[{place.host}]:{place.port}" if ":" in place.host else f"{place.host}:{place.port}"
@@ -63,13 +66,37 @@ class Cluster:
                 self._leave(together=False)
             self._leave(verdict["all_came"])
 
-    def join(self, command: dict[str, Any]) -> None:
-        """Compares the processes' options and installation, gives each its GPUs and starts JAX on all; alone does nothing.
+    def close(self) -> None:
+        """This process ends as it should: nobody is to miss it."""
+        if self.monitor:
+            self.monitor.close()
+
+    @contextlib.contextmanager
+    def failures(self, *expected: type[Exception]) -> Iterator[None]:
+        """An error inside, but for mistakes and `expected`, ends this process at once, before anything waits for the others; alone it is raised.
+
+        Where a lost process made it fail, that is said in place of the error.
+        """
+        try:
+            yield
+        except Exception as e:
+            if not self.monitor or isinstance(e, (UserError, *expected)):
+                raise
+            text = say_in_one_line(e)
+            self.monitor.failed(text)
+            self._say(f"process {self.index}: {text}") if isinstance(e, OSError) else traceback.print_exception(e)
+            stopping.leave(1)
+
+    def join(self, command: dict[str, Any], heartbeat_timeout: float, stopper: Stopper) -> None:
+        """Compares the processes' options and installation, gives each its GPUs, starts JAX on all and the watch over them; alone does
+        nothing.
 
         Ends all of them with one line if that fails.
 
         Args:
           command: the options that must be the same everywhere.
+          heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
+          stopper: hears the signals of this process, which then stop all.
         """
         p = self._place
         if not p:
@@ -81,21 +108,30 @@ class Cluster:
         installed = {"Python": python, "JAX": jax.__version__, "whether a GPU is visible": bool(gpus)}
         command = {"--num_processes": p.count} | command
         mine = {"same": {"command": command, "installation": installed}, "gpus": gpus, "may_share": p.may_share and not ids}
+        monitor = Monitor(self._program, p.index, p.count, heartbeat_timeout)
+        self._where = monitor.serve(self._bind[0]) if p.index == 0 else None
         verdict = self._settle(mine)
+        try:
+            monitor.connect(p.host, verdict["monitor"])
+        except OSError as e:
+            raise UserError(f"process {p.index} cannot connect to process 0 at {p.host}:{verdict['monitor']['port']} ({e.strerror or e}). "
+                            f"Open the ports above 1023 between the hosts.") from e
+        self.monitor = monitor
         # Through the proxy of http_proxy JAX would not reach process 0, and end with a stack trace.
         direct = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")
         os.environ["no_grpc_proxy"] = f"{direct},{p.host}" if direct else p.host
         jax.config.update("jax_check_proxy_envs", False)
         bind = f"{self._bind[0]}:{self._bind[1]}" if self._bind[0] else None
         enough_threads(1)  # where JAX_NUM_CPU_DEVICES has not asked for more
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself; the monitor does its work
         try:
+            # The monitor is to be first: JAX's service ends processes with a stack trace.
             jax.distributed.initialize(self._address, p.count, p.index, verdict["gpus"][p.index], "deactivate", self._timeout,
-                                       coordinator_bind_address=bind)
+                                       coordinator_bind_address=bind, heartbeat_timeout_seconds=int(2 * heartbeat_timeout + 60))
         except (RuntimeError, ValueError) as e:
             reason = str(e).splitlines()[0]
             raise UserError(f"JAX cannot start the cluster at {self._address} ({reason}). Try another port.") from e
-        # JAX stops all processes after the same step when one gets SIGTERM. Ctrl-C means the same; a second one acts as usual.
-        signal.signal(signal.SIGINT, _terminate)
+        stopper.join(monitor)
 
     def agree(self, what: str, facts: dict[str, Any]) -> None:
         """Ends all processes with one line if the facts differ between them. `what` the user should make the same."""
@@ -106,13 +142,21 @@ class Cluster:
         try:
             verdict = self._exchange(report)
         except NoAnswer as e:
+            self._lost()
             late = (f"process 0 does not answer at {self._address} within {self._timeout} s ({e}). Check that it runs there, or "
                     f"raise --cluster_timeout.")
             self._say(f"process {self.index}: {'process 0 ended; its output says why.' if self._meeting.met else late}")
             self._leave(together=False)
         if verdict["stop"]:
+            if verdict["ended"]:
+                self._lost()
             self._leave(verdict["all_came"])
         return verdict
+
+    def _lost(self) -> None:
+        """A process that ended without a word is the monitor's to name, where it watches already: it ends this one, with another exit code."""
+        if self.monitor:
+            time.sleep(GRACE)
 
     def _exchange(self, report: dict[str, Any]) -> dict[str, Any]:
         mine = {"process": self.index, "count": self._place.count, "host": socket.gethostname(), **report}
@@ -125,6 +169,7 @@ class Cluster:
     def _judge(self, reports: list[Report]) -> dict[str, Any]:
         """What process 0 tells all: whether to stop, what it prints about that, and everyone's GPUs."""
         lines, gpus, wrong = [], [None] * self._place.count, any(r.get("error") for r in reports)
+        shared: dict[str, Any] = {}
         if wrong:
             lines = other_mistakes(reports)
         elif line := difference(reports) or self._absence(reports):
@@ -134,7 +179,9 @@ class Cluster:
                 gpus = divide([Claim(r["host"], r["gpus"], r["may_share"]) for r in reports])
             except UserError as e:
                 lines = [str(e)]
-        return {"stop": wrong or bool(lines), "lines": lines, "gpus": gpus, "all_came": len(reports) == self._place.count}
+            shared = {"monitor": self._where}
+        return {"stop": wrong or bool(lines), "lines": lines, "gpus": gpus, "all_came": len(reports) == self._place.count,
+                "ended": any(r.get("error") == ENDED for r in reports)} | shared
 
     def _absence(self, reports: list[Report]) -> str | None:
         came, count = [r["process"] for r in reports], self._place.count
@@ -152,20 +199,19 @@ class Cluster:
 
     def _leave(self, together: bool) -> NoReturn:
         """Exit code 2. JAX would wait at the exit for processes that do not come."""
+        if self.monitor:
+            self.monitor.close(**{} if together else {"failed": "it ended because of a mistake", "code": 2})
         if not together and jax.distributed.is_initialized():
             sys.stdout.flush()
             os._exit(2)
         raise SystemExit(2) from None
 
 
-def leave_others(error: BaseException) -> NoReturn:
-    """Ends a process that failed or was interrupted: alone as Python does, with others at once, so that they notice."""
-    if not jax.distributed.is_initialized():
-        raise error
-    traceback.print_exception(error)
-    sys.stdout.flush()
-    # At an ordinary exit JAX would wait for the others, who wait for this process.
-    os._exit(128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1)
+def say_in_one_line(error: Exception) -> str:
+    """An error of the file system or the network, which its own words explain; of others their kind and first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def difference(reports: list[Report]) -> str | None:
@@ -202,7 +248,3 @@ def _bind(place: Place) -> tuple[str, int]:
         return host, int(port)
     return "127.0.0.1" if place.host in ("localhost", "127.0.0.1") else "", place.port
 
-
-def _terminate(_number: int, _frame: Any) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -158,6 +158,7 @@ class CompiledStep:
         self._programs: dict[Any, Program] = {}
         self._ahead: dict[Any, concurrent.futures.Future] = {}
         self.last: Program | None = None  # the one that ran last
+        self.compiling: Callable[[], Any] = contextlib.nullcontext  # a context in which the caller waits for a program
 
     def compile_ahead(self, state: Any, batch: Any) -> None:
         """Starts to compile for arguments of these shapes, dtypes and shardings, in a thread: XLA compiles a program on one core."""
@@ -176,7 +177,8 @@ class CompiledStep:
         key = _key(batch)
         if key not in self._programs:
             ahead = self._ahead.pop(key, None)
-            self._programs[key] = ahead.result() if ahead else self._compile(state, batch)
+            with self.compiling():
+                self._programs[key] = ahead.result() if ahead else self._compile(state, batch)
         return self._programs[key]
 
     def __call__(self, state: Any, batch: Any) -> Any:

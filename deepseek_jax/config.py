@@ -189,7 +189,9 @@ class Train:
     mtp_loss_weight: float = 0.3  # weight of the multi-token prediction loss (V3: 0.3, then 0.1)
     mtp_loss_weight_final: float = 0.3  # the weight after mtp_switch_fraction of the steps
     mtp_switch_fraction: float = 1.0  # V3: 10/14.8
-    max_bad_steps: int = 10  # stop after so many updates in a row were skipped for a non-finite loss or gradient, none while the loss scale falls
+    max_bad_steps: int = 10  # so many updates skipped in a row for a non-finite loss or gradient, none while the loss scale falls, are the limit
+    on_bad_steps: str = "stop"  # at that limit: stop (exit code 3) | rollback (to the last good checkpoint, and on with the data after the bad steps)
+    max_rollbacks: int = 3  # more of them stop the run
 
 
 @dataclass(frozen=True)
@@ -241,13 +243,27 @@ class Eval:
 @dataclass(frozen=True)
 class Checkpoint:
     every_steps: int = 250  # 0: only at the end
+    every_minutes: float = 0.0  # also after this many minutes since the last one; 0: only by steps
     keep: int = 3  # newest checkpoints kept; 0: all
-    kind: str = "sharded"  # sharded: every process writes its shards, asynchronously (the only kind of this version)
+    keep_best: int = 0  # beside them the N of lowest held-out loss, which is then measured at each checkpoint
+    keep_every: int = 0  # and those of every Nth step; 0: none
+    kind: str = "sharded"  # sharded: every process its shards, asynchronously; full: whole tensors in safetensors; local: on each process's disk
+    dir: str = ""  # folder of the checkpoints; "": WORKDIR/checkpoints; gs:// and s3:// are taken as they are
+    local_dir: str = ""  # of kind local: a folder on each host's own disk
+
+
+@dataclass(frozen=True)
+class Watchdog:
+    """What ends a run that does not move any more, with exit code 4 or 6, so that a launcher can start it again."""
+
+    heartbeat_timeout: float = 60.0  # several processes: seconds without a sign of life after which one is lost; a killed one is noticed at once
+    step_timeout: float = -1.0  # seconds that a step may take (compiling and saving not counted) before it counts as hung; 0: any; -1: 20 medians, at least 600
 
 
 @dataclass(frozen=True)
 class Log:
     every_steps: int = 10  # metrics row every N steps
+    spike_deviations: float = 10.0  # a loss so many robust deviations above the median of the last 100 is logged as a spike with its data; 0: none
     tensorboard: bool = True  # write TensorBoard events to WORKDIR/tensorboard
     peak_tflops: float = 0.0  # a device's peak TFLOP/s in the compute dtype, for the utilisation metric; 0: known from the GPU's name
 
@@ -279,6 +295,7 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
+    watchdog: Watchdog = field(default_factory=Watchdog)
     compile: Compile = field(default_factory=Compile)
     profile: Profile = field(default_factory=Profile)
 

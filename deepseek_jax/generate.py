@@ -112,10 +112,11 @@ def load(workdir: str, step: int | None) -> tuple[Config, Layout, jax.sharding.M
     with jax.set_mesh(mesh):
         layout = make_layout(config, mesh)
         wanted = layout.abstract_sharded()._replace(opt_state=(), step=None, bad_steps=None, skipped_steps=None, loss_scale=None)
-        if step is None and start.has_weights(workdir) and not os.path.isdir(os.path.join(workdir, "checkpoints")):  # imported, not trained
+        folder = workdirs.checkpoints(workdir, config)
+        if step is None and start.is_untrained(workdir, folder):
             params, bias = reading.read(os.path.join(workdir, start.FOLDER), config, layout)
             return config, layout, mesh, wanted._replace(params=params, bias=bias)
-        checkpointer = Checkpointer(os.path.join(workdir, "checkpoints"), keep=0, read_only=True)
+        checkpointer = Checkpointer(folder, read_only=True)
         tree = checkpointer.restore_params(to_tree(wanted), step)
         checkpointer.close()
     return config, layout, mesh, from_tree(tree, wanted)

@@ -3,6 +3,7 @@
   python -m deepseek_jax.launch --nproc_per_node=2 train.py --config=configs/tiny.py --workdir=runs/two
   python -m deepseek_jax.launch --nproc_per_node=2 -m some.module ARGUMENTS
   python -m deepseek_jax.launch --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=host0 train.py ...   (on each host)
+  python -m deepseek_jax.launch --nproc_per_node=4 --max_restarts=10 --min_processes=2 train.py ...
 
 One process drives all GPUs of its host, so one a host is the usual number; several are for hosts whose GPUs belong to different
 sockets, and for trying several hosts out on one. Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -13,6 +14,12 @@ The output of process 0 is left alone; lines of the others begin with their numb
 all, and train.py stops with a checkpoint; a second one kills. When a process fails, the others get SIGTERM, and SIGKILL
 after --grace seconds. The exit code is that of the first that failed, 128 + N for signal N. If the launcher is killed, so are
 its processes (on Linux).
+
+--max_restarts starts all of them again, and train.py goes on from the newest checkpoint; not after a mistake (exit code 2), bad numbers (3)
+or a stop by SIGINT or SIGTERM. The delay before it doubles from 1 s to 60 s while starts fail within 10 minutes. With --min_processes a
+process that fails first twice in a row is given up, with its GPUs, and the others go on if their devices fit the mesh (an axis of -1
+takes what is left). SIGUSR1 to the launcher stops them after a checkpoint and starts all again, when the lost place is mended. With several
+hosts every launcher restarts its own processes, all of them, and they meet again at --master_addr.
 """
 
 import argparse
@@ -30,6 +37,8 @@ from typing import IO, Any, NoReturn
 from deepseek_jax.config import UserError, exit_code
 from deepseek_jax.parallel.gpus import shares, visible_gpus
 from deepseek_jax.parallel.meeting import listen
+from deepseek_jax.parallel.monitor import LOST
+from deepseek_jax.restarts import Restarts, first_failed
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -59,6 +68,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("master_port", None, "free port there (default: 29500; on one host the launcher finds one)")
     add("devices_per_process", None, "GPUs of each process (default: all, divided), or CPU devices if there are no GPUs")
     add("grace", 30.0, "seconds from SIGTERM to SIGKILL once one process has ended by failure or signal (default: 30)", float)
+    add("max_restarts", 0, "how often to start all processes again after one failed (default: 0)")
+    add("min_processes", None, "go on with fewer processes, down to this number, without one that keeps failing (default: all are needed)")
     p.add_argument("-m", "--module", action="store_true", help="the program is a module, as for python -m")
     p.add_argument("program", help="a Python file, or with -m a module")
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="its own")
@@ -71,30 +82,36 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--nproc_per_node={a.nproc_per_node} is not a number. Give one, or gpu.")
     a.nproc_per_node = int(a.nproc_per_node)
     ranges = {"nproc_per_node": (1, 4096), "nnodes": (1, 1 << 20), "node_rank": (0, a.nnodes - 1), "master_port": (1, 65535),
-              "devices_per_process": (1, 4096), "grace": (0, 1e6)}
+              "devices_per_process": (1, 4096), "grace": (0, 1e6), "max_restarts": (0, 1 << 20), "min_processes": (1, a.nproc_per_node)}
     for name, (low, high) in ranges.items():
         value = getattr(a, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name}={value} is not between {low} and {high}. Give a number in that range.")
     if a.nnodes > 1 and not a.master_addr:
         raise UserError(f"--nnodes={a.nnodes} needs --master_addr, the name of host 0. Give it on every host.")
+    if a.min_processes is not None and not a.max_restarts:
+        raise UserError(f"--min_processes={a.min_processes} has no effect without restarts. Give --max_restarts as well.")
+    if a.min_processes is not None and a.nnodes > 1:
+        raise UserError(f"--min_processes={a.min_processes} with --nnodes={a.nnodes}: the launchers of several hosts do not agree on fewer processes. "
+                        f"Leave it out, and start all again with another --nnodes when a host is lost.")
     if not a.module and not os.path.isfile(a.program):
         raise UserError(f"{a.program} is not a file. Name a Python program, or a module after -m.")
     return a
 
 
-def environments(a: argparse.Namespace, env: Mapping[str, str]) -> list[dict[str, str]]:
-    """What each process has in its environment besides `env`, the launcher's.
+def environments(a: argparse.Namespace, env: Mapping[str, str], places: list[int] | None = None) -> list[dict[str, str]]:
+    """What each process has in its environment besides `env`, the launcher's. `places`: those in use of --nproc_per_node, each with its GPUs.
 
     Raises:
       UserError: the visible GPUs do not divide.
     """
+    places = list(range(a.nproc_per_node)) if places is None else places
     host, port = a.master_addr or "127.0.0.1", a.master_port
     if port is None and a.nnodes == 1:
         with listen("127.0.0.1", 0) as s:
             port = s.getsockname()[1]
     address = f"{host}:{port or 29500}"
-    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(a.nnodes * a.nproc_per_node)}
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(a.nnodes * len(places))}
     if host == "127.0.0.1":
         common["JAX_COORDINATOR_BIND_ADDRESS"] = address  # not on all interfaces, as is JAX's default
     gpus = visible_gpus()
@@ -104,7 +121,7 @@ def environments(a: argparse.Namespace, env: Mapping[str, str]) -> list[dict[str
     if a.devices_per_process and not gpus:
         common["JAX_NUM_CPU_DEVICES"] = str(a.devices_per_process)
     return [common | {"JAX_PROCESS_ID": str(a.node_rank * a.nproc_per_node + i)}
-            | ({"CUDA_VISIBLE_DEVICES": parts[i]} if parts else {}) for i in range(a.nproc_per_node)]
+            | ({"CUDA_VISIBLE_DEVICES": parts[place]} if parts else {}) for i, place in enumerate(places)]
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:
@@ -124,9 +141,10 @@ def _die_with(parent: int) -> Callable[[], None] | None:
 class Child:
     """One process, in a session of its own: Ctrl-C reaches it through the launcher alone, and what it leaves can be found."""
 
-    def __init__(self, command: list[str], env: dict[str, str]):
-        self.number = int(env["JAX_PROCESS_ID"])
+    def __init__(self, command: list[str], env: dict[str, str], place: int = 0):
+        self.number, self.place = int(env["JAX_PROCESS_ID"]), place
         self.code: int | None = None
+        self.killed = False  # by the launcher
         pipe = subprocess.PIPE if self.number else None
         self.popen = subprocess.Popen(command, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
                                       start_new_session=True, preexec_fn=_die_with(os.getpid()))
@@ -135,21 +153,26 @@ class Child:
         """True once, when it has; what it started and left in its session is killed then."""
         if self.code is not None or os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return False
-        self.kill()  # before wait(), which lets another process have its number
+        self._kill_session()  # before wait(), which lets another process have its number
         code = self.popen.wait()
         self.code = 128 - code if code < 0 else code
         return True
 
     def signal(self, number: int) -> None:
         if self.code is None:
-            self.popen.send_signal(number)
+            os.kill(self.popen.pid, number)  # it is not reaped yet; Popen.send_signal would do that, unseen by ended()
 
     def kill(self) -> None:
+        """Works on stopped processes too."""
         if self.code is None:
-            try:
-                os.killpg(self.popen.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):  # nothing is left (macOS says the latter of a zombie)
-                pass
+            self.killed = True
+            self._kill_session()
+
+    def _kill_session(self) -> None:
+        try:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # nothing is left (macOS says the latter of a zombie)
+            pass
 
 
 class Relay:
@@ -173,34 +196,61 @@ class Relay:
         return bool(chunk)
 
 
-class Launcher:
-    """Starts, watches and ends the processes, in one thread."""
+def _say(text: str) -> None:
+    print(f"deepseek_jax.launch: {text}", file=sys.stderr, flush=True)
 
-    def __init__(self, command: list[str], environments: list[dict[str, str]], grace: float):
-        """`environments`: what each process has besides this one's. `grace`: seconds from SIGTERM to SIGKILL."""
-        self._grace, self._stopped = grace, False
-        self._kill_at, self._first_failed = float("inf"), None
+
+class Launcher:
+    """Starts, watches, ends and restarts the processes, in one thread."""
+
+    def __init__(self, command: list[str], environments: Callable[[list[int]], list[dict[str, str]]], grace: float, restarts: Restarts):
+        """`environments`: of places, what each process has besides this one's. `grace`: seconds from SIGTERM to SIGKILL."""
+        self._command, self._environments, self._grace, self._restarts = command, environments, grace, restarts
+        self._stopped: int | None = None  # the signal that asked for it
+        self._grow = False
         self._ready = selectors.DefaultSelector()
         self._signals, self._sender = socket.socketpair()  # a signal wakes select()
         for end in (self._signals, self._sender):
             end.setblocking(False)
         self._ready.register(self._signals, selectors.EVENT_READ)
         signal.set_wakeup_fd(self._sender.fileno())
-        for number in (*_STOP, signal.SIGCHLD):
+        for number in (*_STOP, signal.SIGUSR1, signal.SIGCHLD):
             if number == signal.SIGCHLD or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, lambda *_: None)
-        self._children = [Child(command, env) for env in environments]
+        self._children: list[Child] = []
+
+    def run(self) -> int:
+        """Returns the exit code when all processes have ended for good."""
+        while True:
+            began = time.monotonic()
+            code, failed = self._attempt()
+            if self._stopped is not None:
+                return code
+            start = self._restarts.grow() if self._grow else self._restarts.after(code, failed, time.monotonic() - began)
+            self._grow = False
+            if start is None:
+                return code
+            _say(start.text)
+            until = time.monotonic() + start.delay
+            while self._stopped is None and (left := until - time.monotonic()) > 0:
+                self._read(left)
+            if self._stopped is not None:
+                return 128 + self._stopped
+
+    def _attempt(self) -> tuple[int, int | None]:
+        """Starts the processes once. Returns their exit code and the place that failed first, when all have ended."""
+        self._kill_at, self._first_failed, ended = float("inf"), None, []
+        places = self._restarts.places
+        self._children = [Child(self._command, env, place) for env, place in zip(self._environments(places), places, strict=True)]
         for child in self._children:
             for stream, out in ((child.popen.stdout, 1), (child.popen.stderr, 2)):
                 if stream:
                     self._ready.register(stream, selectors.EVENT_READ, Relay(f"[{child.number}] ".encode(), out))
-
-    def run(self) -> int:
-        """Returns the exit code when all processes have ended."""
         while any(c.code is None for c in self._children):
             self._read(min(max(self._kill_at - time.monotonic(), 0), 60))
             for child in self._children:
                 if child.ended():
+                    ended.append((child.place, child.code, child.killed))
                     self._after(child)
             if time.monotonic() >= self._kill_at:
                 self._kill_at = float("inf")
@@ -208,7 +258,10 @@ class Launcher:
                     child.kill()
         while len(self._ready.get_map()) > 1 and self._read(0.2):
             continue  # what is left in the pipes
-        return self._first_failed.code if self._first_failed else 0
+        for key in [k for k in self._ready.get_map().values() if k.data is not None]:  # somebody they left behind has them
+            self._ready.unregister(key.fileobj)
+            key.fileobj.close()
+        return first_failed(ended)
 
     def _read(self, wait: float) -> bool:
         """Waits for output, signals and ends of processes; False if none came."""
@@ -218,35 +271,45 @@ class Launcher:
                 for number in self._signals.recv(1 << 10):
                     if number in _STOP:
                         self._stop(number)
+                    elif number == signal.SIGUSR1 and len(self._children) < self._restarts.count and not self._grow:
+                        self._grow = True
+                        self._pass_on(signal.SIGTERM)
             elif not key.data.read(key.fileobj):
                 self._ready.unregister(key.fileobj)
                 key.fileobj.close()
         return bool(events)
 
     def _stop(self, number: int) -> None:
-        for child in self._children:
-            if self._stopped:
+        if self._stopped is None:
+            self._pass_on(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            self._stopped = number
+        else:
+            for child in self._children:
                 child.kill()
-            else:
-                child.signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-        self._stopped = True
+
+    def _pass_on(self, number: int) -> None:
+        for child in self._children:
+            child.signal(number)
 
     def _after(self, child: Child) -> None:
+        asked = self._stopped is not None or self._grow
         if child.code and not self._first_failed:
             self._first_failed = child
-            if not self._stopped:
-                print(f"deepseek_jax.launch: process {child.number} ended with exit code {child.code}; stopping the others.",
-                      file=sys.stderr, flush=True)
-                for other in self._children:
-                    other.signal(signal.SIGTERM)
-        if child.code or self._stopped:
-            self._kill_at = min(self._kill_at, time.monotonic() + self._grace)
+            if not asked:
+                why = " (another was lost)" if child.code == LOST else ""
+                _say(f"process {child.number} ended with exit code {child.code}{why}; stopping the others.")
+                self._pass_on(signal.SIGTERM)
+        if child.code or asked:
+            # Without one of them the others cannot save.
+            self._kill_at = min(self._kill_at, time.monotonic() + (min(self._grace, 5.0) if child.code == LOST else self._grace))
 
 
 def main(argv: list[str]) -> int:
     a = parse(argv)
     command = [sys.executable, "-u", *(["-m"] if a.module else []), a.program, *a.arguments]
-    return Launcher(command, environments(a, os.environ), a.grace).run()
+    environments(a, os.environ)  # mistakes come first
+    restarts = Restarts(a.nproc_per_node, a.min_processes or a.nproc_per_node, a.max_restarts)
+    return Launcher(command, lambda places: environments(a, os.environ, places), a.grace, restarts).run()
 
 
 if __name__ == "__main__":

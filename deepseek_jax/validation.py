@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from deepseek_jax.config import GRADIENT_COMPRESSIONS, REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Fp16, Model, Optimizer, UserError
+from deepseek_jax.config import GRADIENT_COMPRESSIONS, REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Fp16, Model, Optimizer, Train, UserError
 
 
 def validate(config: Config) -> None:
@@ -28,6 +28,16 @@ def validate(config: Config) -> None:
     if config.mesh.context != 1:
         raise UserError(f"config.mesh.context={config.mesh.context} is not in this version. Set config.mesh.context=1.")
     _at_least(t, "train", 1, "steps", "batch_size", "sequence_length", "accumulation", "max_bad_steps")
+    _choice("config.train.on_bad_steps", t.on_bad_steps, ("stop", "rollback"))
+    _at_least(t, "train", 1, "max_rollbacks")
+    if t.max_rollbacks != Train().max_rollbacks and t.on_bad_steps == "stop":
+        raise UserError(f"config.train.max_rollbacks={t.max_rollbacks} has no effect with config.train.on_bad_steps=stop. "
+                        f"Set config.train.on_bad_steps=rollback, or max_rollbacks={Train().max_rollbacks}.")
+    _at_least(config.watchdog, "watchdog", 1, "heartbeat_timeout")
+    _at_least(config.watchdog, "watchdog", -1, "step_timeout")
+    if -1 < config.watchdog.step_timeout < 0:
+        raise UserError(f"config.watchdog.step_timeout={config.watchdog.step_timeout} is no time. Set it to seconds, to 0 for none, or to -1.")
+    _at_least(config.log, "log", 0, "spike_deviations")
     _at_least(t, "train", 0, "batch_ramp_start", "batch_ramp_steps", "mtp_loss_weight", "mtp_loss_weight_final")
     for section, where, names in ((m, "model", ("vocab_size", "hidden_size", "intermediate_size", "n_routed_experts")),
                                   (t, "train", ("batch_size", "sequence_length"))):
@@ -73,18 +83,37 @@ def validate(config: Config) -> None:
     for name in ("b1", "b2", "momentum"):
         if getattr(o, name) >= 1:
             raise UserError(f"config.optimizer.{name}={getattr(o, name)} must be below 1. Set it to, for instance, 0.9.")
-    _choice("config.checkpoint.kind", config.checkpoint.kind, ("sharded",))
+    _validate_checkpoint(config)
     _choice("config.data.bin_dtype", config.data.bin_dtype, ("uint16", "uint32"))
     if not 0 <= config.data.eval_fraction < 1:
         raise UserError(f"config.data.eval_fraction={config.data.eval_fraction} is not a share. Set it between 0 (no evaluation) and 1.")
     _at_least(config.eval, "eval", 0, "every_steps", "batches", "sample_tokens")
-    _at_least(config.checkpoint, "checkpoint", 0, "every_steps", "keep")
     _at_least(config.profile, "profile", 0, "start")
     _at_least(config.profile, "profile", 1, "steps")
     if config.profile.start > t.steps:
         raise UserError(f"config.profile.start={config.profile.start} is after the last step, config.train.steps={t.steps}. Lower it.")
     _at_least(config.log, "log", 1, "every_steps")
     _at_least(config.log, "log", 0, "peak_tflops")
+
+
+def _validate_checkpoint(config: Config) -> None:
+    c = config.checkpoint
+    _choice("config.checkpoint.kind", c.kind, ("sharded", "full", "local"))
+    _at_least(c, "checkpoint", 0, "every_steps", "every_minutes", "keep", "keep_best", "keep_every")
+    if not math.isfinite(c.every_minutes):
+        raise UserError(f"config.checkpoint.every_minutes={c.every_minutes} is no time. Set it to 0 for none, or to a number of minutes.")
+    for name in ("keep_best", "keep_every"):
+        if getattr(c, name) and not c.keep:
+            raise UserError(f"config.checkpoint.{name}={getattr(c, name)} has no effect with config.checkpoint.keep=0, which keeps all. "
+                            f"Set config.checkpoint.keep to how many of the newest stay, or {name}=0.")
+    if c.keep_best and not (config.data.eval_fraction and config.eval.batches):
+        raise UserError(f"config.checkpoint.keep_best={c.keep_best} needs held-out text, but config.data.eval_fraction="
+                        f"{config.data.eval_fraction} and config.eval.batches={config.eval.batches}. Set both above 0, or keep_best=0.")
+    if c.kind == "local" and not c.local_dir:
+        raise UserError("config.checkpoint.kind=local and config.checkpoint.local_dir='': it needs a folder on each host's own disk. "
+                        "Set config.checkpoint.local_dir, or config.checkpoint.kind=sharded.")
+    if "://" in c.local_dir:
+        raise UserError(f"config.checkpoint.local_dir={c.local_dir} is remote. Name a folder on each host's own disk, or set checkpoint.dir instead.")
 
 
 def _validate_compression(config: Config) -> None:

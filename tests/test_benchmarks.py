@@ -8,9 +8,10 @@ import pytest
 
 import bridge
 from benchmarks import compile as compile_time
-from benchmarks import gpu_bench, gpu_parts, moe, overhead, vocabulary
+from benchmarks import floor, gpu_bench, gpu_parts, moe, overhead, vocabulary
 from deepseek_jax.compilation import CompiledStep
 from deepseek_jax.config import Compile, Config, Eval, Mesh, Model, Train
+from deepseek_jax.plan import hlo
 
 RESULT = {"machine": {"device": "cpu", "cores": 2}, "dtype": "float32"}
 
@@ -87,3 +88,51 @@ def test_compile_time():
     assert row["ratio"] == 2.0 and row["cpu_ratio"] == 2.0 and row["compile_s"] == [3.0, 1.0]
     text = compile_time.text({**RESULT, "shape": "small", "layers": 61, "against": 8, "rows": [row], "bar": 1.5, "met": False})
     assert text.endswith("bar 1.5: MISSED")
+
+
+PROGRAM = """HloModule step, is_scheduled=true
+
+%into (p0: f32[1000,256], p1: f32[1,256]) -> f32[1000,256] {
+  %p0 = f32[1000,256]{1,0} parameter(0)
+  %p1 = f32[1,256]{1,0} parameter(1)
+  %five = s32[] constant(5)
+  %zero = s32[] constant(0)
+  ROOT %update = f32[1000,256]{1,0} dynamic-update-slice(%p0, %p1, %five, %zero)
+}
+
+%product (q0: f32[48,64], q1: f32[1000,64,80], at: s32[]) -> f32[48,80] {
+  %q0 = f32[48,64]{1,0} parameter(0)
+  %q1 = f32[1000,64,80]{2,1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %none = s32[] constant(0)
+  %one = f32[1,64,80]{2,1,0} dynamic-slice(%q1, %at, %none, %none), dynamic_slice_sizes={1,64,80}
+  %weight = f32[64,80]{1,0} bitcast(%one)
+  ROOT %dot = f32[48,80]{1,0} dot(%q0, %weight), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: f32[48,64], b: f32[1000,64,80], stack: f32[1000,256], row: f32[1,256], i: s32[]) -> f32[1000,256] {
+  %a = f32[48,64]{1,0} parameter(0)
+  %b = f32[1000,64,80]{2,1,0} parameter(1)
+  %stack = f32[1000,256]{1,0} parameter(2)
+  %row = f32[1,256]{1,0} parameter(3)
+  %i = s32[] parameter(4)
+  %multiplied = f32[48,80]{1,0} fusion(%a, %b, %i), kind=kCustom, calls=%product
+  %sum = f32[1000,256]{1,0} add(%stack, %stack)
+  ROOT %updated = f32[1000,256]{1,0} fusion(%sum, %row), kind=kLoop, calls=%into
+}
+"""
+
+
+def test_the_floor_counts_what_an_instruction_must_do():
+    module = hlo.Module(PROGRAM)
+    least = {name: floor.of(module, "main", i) for name, i in module.computations["main"].items()}
+    assert least["multiplied"].matmuls == (floor.Matmul("f32", (48, 64), (64, 80), (((1,), (0,)), ((), ()))),)
+    assert least["multiplied"].matmuls[0].flops == 2 * 48 * 64 * 80
+    assert least["multiplied"].bytes == 4 * (48 * 64 + 64 * 80 + 1 + 48 * 80)  # one weight of the thousand
+    assert least["sum"] == ((), 4 * 3 * 1000 * 256)
+    assert least["updated"] == ((), 4 * 2 * 256)  # in place: a row is read and written
+
+
+def test_a_batched_matmul_has_its_flops():
+    m = floor.Matmul("f32", (8, 128, 64), (8, 64, 32), (((2,), (1,)), ((0,), (0,))))
+    assert m.flops == 2 * 8 * 128 * 64 * 32

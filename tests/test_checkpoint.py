@@ -162,7 +162,7 @@ def _edit(tree: dict, path: str, value) -> dict:
 ])
 def test_a_state_that_does_not_fit_is_refused_by_name(tmp_path, path, value, parts, monkeypatch):
     state = save_one(tmp_path)
-    monkeypatch.setattr(ocp.CheckpointManager, "restore", lambda *_, **__: pytest.fail("data was read before the check"))
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", lambda *_, **__: pytest.fail("data was read before the check"))
     mesh = explicit_mesh(2, 4)
     wanted = _edit(abstract(state, mesh), path, value)
     with jax.set_mesh(mesh), pytest.raises(UserError) as refusal:
@@ -185,9 +185,8 @@ def test_a_missing_checkpoint_is_said(tmp_path):
             read(Checkpointer(str(tmp_path), keep=0))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax closes its event loop under a failed read
 @pytest.mark.parametrize("damage", ["data", "metadata", "extra"])
-def test_a_damaged_checkpoint_is_said(tmp_path, damage):
+def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, damage):
     state = save_one(tmp_path, 2)
     save_one(tmp_path, 3)
     folder = tmp_path / "3"
@@ -196,13 +195,16 @@ def test_a_damaged_checkpoint_is_said(tmp_path, damage):
     assert files
     for file in files:
         os.truncate(file, file.stat().st_size // 2)
-    mesh = explicit_mesh(2, 4)
+    mesh, said = explicit_mesh(2, 4), []
     with jax.set_mesh(mesh):
-        with pytest.raises(UserError) as refusal:
-            Checkpointer(str(tmp_path), keep=0).restore(abstract(state, mesh))
-        message = str(refusal.value)
-        assert f"{folder} cannot be read" in message and "step 2" in message and "\n" not in message
-        assert_same_bits(Checkpointer(str(tmp_path), keep=0).restore(abstract(state, mesh), 2)[0], state)
+        with pytest.raises(UserError, match="3 is damaged"):
+            Checkpointer(str(tmp_path)).restore(abstract(state, mesh), 3)
+        reader = Checkpointer(str(tmp_path), read_only=True, warn=said.append)
+        assert_same_bits(reader.restore(abstract(state, mesh))[0], state)
+        assert "passed over" in said.pop() and sorted(os.listdir(tmp_path)) == ["2", "3"]
+        assert_same_bits(Checkpointer(str(tmp_path), warn=said.append).restore(abstract(state, mesh))[0], state)
+    assert any(f.relative_to(folder).as_posix() in said[0] for f in files) and "3.damaged" in said[0] and "\n" not in said[0]
+    assert sorted(os.listdir(tmp_path)) == ["2", "3.damaged"]
 
 
 def test_a_folder_that_cannot_be_used_is_said(tmp_path):

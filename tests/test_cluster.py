@@ -288,16 +288,22 @@ def test_a_process_that_does_not_come(tmp_path):
 
 
 def test_a_crash_does_not_wait_for_others(monkeypatch, capsys):
-    """JAX's exit handler would wait for the other processes, who wait in a collective."""
-    with pytest.raises(ZeroDivisionError):
-        cluster.leave_others(ZeroDivisionError("alone"))
-    monkeypatch.setattr(cluster.jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(cluster.os, "_exit", sys.exit)
-    for error, code in ((ZeroDivisionError("among others"), 1), (KeyboardInterrupt(), 130)):
-        with pytest.raises(SystemExit) as end:
-            cluster.leave_others(error)
-        assert end.value.code == code
-    assert "ZeroDivisionError: among others" in capsys.readouterr().err
+    """JAX's exit handler would wait for the other processes, who wait in a collective. A lost process, if there is one, is said in its place."""
+    alone, told = cluster.Cluster(None, 1, "program"), []
+    with pytest.raises(ZeroDivisionError), alone.failures():
+        raise ZeroDivisionError("alone")
+    alone.monitor = types.SimpleNamespace(failed=told.append)
+    monkeypatch.setattr(cluster.stopping, "leave", sys.exit)
+    for error in (ZeroDivisionError("among others"), OSError(5, "Input/output error", "corpus.txt")):
+        with pytest.raises(SystemExit) as end, alone.failures(ValueError):
+            raise error
+        assert end.value.code == 1
+    for error in (UserError("mine"), ValueError("expected, in all of them")):
+        with pytest.raises(type(error)), alone.failures(ValueError):
+            raise error
+    assert told == ["ZeroDivisionError: among others", "corpus.txt: Input/output error"]
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "ZeroDivisionError: among others" in error and error.endswith("program: process 0: corpus.txt: Input/output error\n")
 
 
 def test_the_port_is_taken(monkeypatch):
@@ -308,7 +314,7 @@ def test_the_port_is_taken(monkeypatch):
             cluster.Cluster(place, 1, "program")
     alone = cluster.Cluster(None, 1, "program")
     monkeypatch.setattr(cluster, "jax", types.SimpleNamespace())  # alone, nothing of JAX is touched
-    alone.join({})
+    alone.join({}, 1.0, None)
     alone.agree("command", {})
     with pytest.raises(UserError, match="mine"), alone.mistakes():
         raise UserError("mine")

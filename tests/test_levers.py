@@ -187,6 +187,18 @@ def test_a_mesh_changes_nothing_and_a_checkpoint_neither(name, monkeypatch, tmp_
     assert held < whole / (6 if name == "muon" else 2), (held, whole)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+def test_the_layout_is_the_same_where_no_mesh_is_set(name):
+    """deepseek_jax.plan lays out for devices that are not here. Adafactor does not factor such small weights: what they do not use is constant."""
+    config = config_of(dataclasses.replace(ADAMW, name=name), Mesh(fsdp=2, expert=4))
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        inside = state.make_layout(config, mesh)
+    specs = lambda layout: [(a.shape, s.spec) for a, s in zip(jax.tree.leaves(layout.abstract), jax.tree.leaves(layout.shardings), strict=True)]
+    padded = lambda layout: [(shape, (*spec, *[None] * len(shape))[: len(shape)]) for shape, spec in specs(layout)]
+    assert padded(state.make_layout(config, mesh)) == padded(inside)
+
+
 def test_bytes_of_the_optimizer_state():
     """In bytes a parameter: AdamW 8, in bfloat16 4, Muon 4 but for norms, embedding and head, Adafactor some hundredths of large matrices."""
     model = dataclasses.replace(TINY, hidden_size=256, intermediate_size=512, moe_intermediate_size=256)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,25 @@ def test_resume_is_bit_exact(whole_run, corpus, tmp_path):
     assert losses(tmp_path) == losses(whole_run[0])
     finished = run(first)
     assert finished.returncode == 0 and "is done already" in finished.stdout
+
+
+def test_damage_costs_one_interval(whole_run, corpus, tmp_path):
+    """The newest checkpoint has a bad byte: the run goes on from the one before, in another kind, with the same losses."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole_run[0], workdir)
+    top = workdir / "checkpoints" / "12"
+    file = max((p for p in top.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 3] ^= 16
+    file.write_bytes(raw)
+    again = run(command(workdir, corpus, "--config.train.steps=12", "--config.checkpoint.every_steps=4", "--config.mesh.expert=2",
+                        "--config.checkpoint.kind=full", "--config.checkpoint.keep=1", "--config.checkpoint.keep_best=1"))
+    assert again.returncode == 0 and "resuming after step 8" in again.stdout, again.stderr
+    assert f"{file.relative_to(top)}: its bytes are not those that were written" in again.stderr and "kept aside as 12.damaged" in again.stderr
+    assert losses(workdir) == losses(whole_run[0])
+    left = os.listdir(workdir / "checkpoints")
+    assert {"12", "12.damaged"} <= set(left) and "4" not in left
+    assert (workdir / "checkpoints" / "12" / "state" / "state.safetensors.index.json").exists()
 
 
 def test_generate(whole_run):

@@ -1,109 +1,172 @@
-"""Saves and restores the training state, sharded and asynchronously, by Orbax.
+"""Saves and restores the training state: nothing that counts is torn, nothing torn is restored in silence.
 
-WORKDIR/checkpoints/STEP/ holds `state`, the arrays, and `extra`, a JSON object. A folder with a plain number for a name is
-whole: Orbax writes into a temporary folder beside it and renames that at the end, so a killed save leaves nothing that
-counts.
+WORKDIR/checkpoints/STEP/ holds `state`, the arrays in one of three kinds, `extra`, a JSON object, and `manifest.json`, the names, sizes and
+checksums of all files, written last. A folder with a plain number for a name is whole: it was written under another name (folder.py). A
+checkpoint of kind `local` is one such folder a process, in `checkpoint.local_dir`, and counts where every process has its own.
 """
 
 import logging
 import os
-import shutil
-import tempfile
+import sys
+import threading
+import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
-from deepseek_jax.config import UserError
+from deepseek_jax.checkpoint import integrity, kinds, manifest
+from deepseek_jax.checkpoint.arrays import Tree, flatten, shape_of
+from deepseek_jax.checkpoint.finding import Finder, Found
+from deepseek_jax.checkpoint.folder import Folder
+from deepseek_jax.checkpoint.processes import exchange, from_first
+from deepseek_jax.checkpoint.saving import Save
+from deepseek_jax.config import Checkpoint, UserError
 
-Tree = dict[str, Any]  # nested dicts with string keys; arrays, or ShapeDtypeStructs with shardings, for leaves
+FINAL_TRIES = 5  # of the last save; 2, 4, 8 and 16 s between them
+RETRY_SECONDS = 60.0  # after which a failed save is tried again, if that is before the next interval
+
+
+class SaveFailed(Exception):
+    """The last state of a run could not be written."""
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+    return f"{os.sep}orbax{os.sep}" not in record.pathname  # its errors are raised, too
 
 
-def _flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for name, value in tree.items():
-        path = f"{prefix}/{name}" if prefix else name
-        out |= _flatten(value, path) if isinstance(value, dict) else {path: value}
-    return out
+def _say(text: str) -> None:
+    print(f"checkpoint: {text}", file=sys.stderr, flush=True)
 
 
 class Checkpointer:
-    """The checkpoints of one folder. In a job of several processes every method is called by all of them."""
+    """The checkpoints of one run. In a job of several processes every method is called by all of them, at the same step."""
 
-    def __init__(self, directory: str, keep: int, read_only: bool = False):
+    def __init__(self, directory: str, keep: int = 0, read_only: bool = False, options: Checkpoint | None = None,
+                 warn: Callable[[str], None] = _say):
         """Opens the folder, and creates it unless `read_only`.
 
         Args:
-          directory: WORKDIR/checkpoints.
-          keep: how many of the newest checkpoints stay; 0 keeps all.
-          read_only: neither write nor create anything: for readers of a run that may be going on.
+          directory: WORKDIR/checkpoints, or a remote folder (gs://..., s3://...).
+          keep: how many of the newest checkpoints stay; 0 keeps all. Without effect where `options` are given.
+          read_only: neither write, rename nor create anything: for readers of a run that may be going on.
+          options: config.checkpoint. warn: is told, in process 0, in one line, what went wrong and what follows.
 
         Raises:
           UserError: the folder cannot be created, read or, unless `read_only`, written.
         """
-        # Orbax speaks through absl's logger, at length and from the start.
-        logging.getLogger("absl").addFilter(_quiet)
+        logging.getLogger("absl").addFilter(_quiet)  # Orbax speaks through absl's logger, at length and from the start
         warnings.filterwarnings("ignore", module=r"orbax\..*")
-        self._directory = os.path.abspath(directory)
-        self._open_directory(read_only)
-        self._cleaned = False
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep or None),
-                read_only=read_only, create=False, save_root_metadata=False),
-        )
-
-    def _open_directory(self, read_only: bool) -> None:
-        try:
-            if read_only:
-                os.listdir(self._directory)
-                return
-            os.makedirs(self._directory, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._directory):
-                pass
-        except OSError as e:
-            access, repair = ("read", "holds checkpoints") if read_only else ("written", "you may write to")
-            raise UserError(f"The checkpoint folder {self._directory} cannot be {access} ({e.strerror}). "
-                            f"Name a --workdir that {repair}.") from e
+        self.options = options or Checkpoint(keep=keep)
+        self._warn = warn if jax.process_index() == 0 else lambda text: None
+        self._finder = Finder(Folder(directory, read_only), self.options.local_dir, read_only, self._warn)
+        self._target = self._finder.local.own if self.options.kind == "local" and not read_only else self._finder.shared
+        self._read_only, self._cleaned = read_only, read_only
+        self._wanted: Tree | None = None  # what the arrays are restored into, once that is known
+        self._thread: threading.Thread | None = None
+        self._last: Save | None = None  # the save that is going on, or was last
+        self._saved_at = time.monotonic()
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint's step, or None."""
-        return self._manager.latest_step()
+        """The newest checkpoint's step, or None. Its files are not looked at: `newest_good` does that."""
+        return max(self.steps(), default=None)
+
+    def path(self, step: int) -> str:
+        """Where this run saves the checkpoint of a step; of a local one, this process's part."""
+        return str(self._target.at(step))
 
     def steps(self) -> list[int]:
-        """The steps that have a whole checkpoint, or one that is being written, in order."""
-        return sorted(self._manager.all_steps())
+        """The steps that have a whole checkpoint, in order."""
+        return self._finder.steps()
 
-    def save(self, step: int, state: Tree, extra: dict[str, Any]) -> None:
+    def due(self, step: int, every_steps: int, every_minutes: float = 0.0) -> bool:
+        """Is a checkpoint due after this step? The same in every process. Also says what went wrong with the last one."""
+        self._flush()
+        by_steps = bool(every_steps) and step % every_steps == 0
+        if jax.process_count() > 1 and not every_minutes:
+            return by_steps
+        waited = time.monotonic() - self._saved_at
+        failed = self._last is not None and self._last.error is not None and waited >= RETRY_SECONDS
+        return by_steps or from_first("due", str(bool(every_minutes) and waited >= 60 * every_minutes or failed)) == "True"
+
+    def save(self, step: int, state: Tree, extra: dict[str, Any], eval_loss: float | None = None, final: bool = False) -> None:
         """Copies the state to the host and returns; a thread writes it. The arrays may be donated at once.
 
-        Waits for the save before, if that is still being written; an error of that one is raised here.
+        Waits for the save before. What fails is said in one line, and the checkpoints before stay; the caller goes on.
 
         Args:
           step: the folder's name, above all steps saved before.
           state: sharded jax.Arrays. extra: anything that `json` can write.
+          eval_loss: the held-out loss of this state, for `keep_best`.
+          final: return when it is on disk; try again if it fails.
 
         Raises:
           ValueError: there is a checkpoint of this step already.
+          SaveFailed: a final one failed every time.
         """
+        self.wait()
+        if self._target is self._finder.shared and step in self._target.steps():
+            raise ValueError(f"A checkpoint of step {step} already exists in {self._target.path}.")
+        self._finder.forget()
         if not self._cleaned:
-            self._remove_leftovers()
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra))
-        self._manager.save(step, args=args, force=True)
+            self._cleaned = True
+            if jax.process_index() == 0:
+                self._finder.shared.clean()
+            if self._finder.local:
+                self._finder.local.own.clean()
+        for attempt in range(FINAL_TRIES if final else 1):
+            if attempt:
+                time.sleep(2.0**attempt)
+            self._saved_at = time.monotonic()
+            self._last = Save(self._target, self.options, step, state, extra, eval_loss)
+            self._last.prepare()
+            self._thread = threading.Thread(target=self._last.complete, name="checkpoint")
+            self._thread.start()
+            if not final:
+                return
+            self.wait()
+            if self._last.error is None:
+                return
+        before = max(self.steps(), default=None)
+        stays = f"Step {before} is the last that is saved" if before is not None else "Nothing is saved"
+        raise SaveFailed(f"The checkpoint of step {step}, the last, could not be written in {FINAL_TRIES} tries ({self._last.error}). {stays}; "
+                         f"make room or repair {self._target.path}, and the same command goes on from there.")
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk or has failed, which is said and not raised."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self._flush()
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self.wait()
+
+    def newest_good(self, wanted: Tree | None = None) -> int | None:
+        """The newest checkpoint whose files are what was written, or None if there is none at all. All files of it are read.
+
+        Newer ones that are damaged are put aside as STEP.damaged, each with one line that names the file.
+
+        Args:
+          wanted: what will be restored, so that local checkpoints that lack a piece of it do not count.
+
+        Raises:
+          UserError: there are checkpoints, but all are damaged; or one is of a later version.
+        """
+        self.wait()
+        self._finder.forget()
+        self._wanted = wanted
+        found = self._finder.newest(wanted)
+        return found and found.step
 
     def restore(self, abstract_state: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
         """Reads a checkpoint straight into shards: every device's part by its own process, on any mesh.
 
         Args:
           abstract_state: jax.ShapeDtypeStructs with shardings, the whole state.
-          step: None reads the newest.
+          step: None reads the newest that is not damaged.
 
         Returns:
           The state and the `extra` that was saved with it.
@@ -111,13 +174,11 @@ class Checkpointer:
         Raises:
           UserError: there is no such checkpoint, its arrays are not the wanted ones, or its files are damaged.
         """
-        step = self._existing(step)
-        self._check(abstract_state, step, partial=False)
-        out = self._read(step, state=self._state_args(abstract_state, partial=False), extra=ocp.args.JsonRestore())
-        return out["state"], out["extra"]
+        self._wanted = abstract_state
+        return self._reading(step, lambda found: (self._arrays(found, abstract_state, partial=False), _own_extra(found)))
 
     def restore_params(self, abstract_params: Tree, step: int | None = None) -> Tree:
-        """Reads a part of the state only, and nothing of the rest from disk.
+        """Reads a part of the state only.
 
         Args:
           abstract_params: as in `restore`, with the wanted branches of the state's tree only, for instance
@@ -126,9 +187,7 @@ class Checkpointer:
         Raises:
           UserError: as `restore`.
         """
-        step = self._existing(step)
-        self._check(abstract_params, step, partial=True)
-        return self._read(step, state=self._state_args(abstract_params, partial=True))["state"]
+        return self._reading(step, lambda found: self._arrays(found, abstract_params, partial=True))
 
     def shapes(self, step: int | None = None) -> Tree:
         """The state's tree of a checkpoint, with leaves that have a shape and a dtype.
@@ -136,11 +195,7 @@ class Checkpointer:
         Raises:
           UserError: there is no such checkpoint, or its files are damaged.
         """
-        step = self._existing(step)
-        try:
-            return self._manager.item_metadata(step)["state"].tree
-        except Exception as e:
-            raise self._damaged(step, e) from e
+        return self._reading(step, lambda found: kinds.shapes(found.paths))
 
     def read_extra(self, step: int | None = None) -> dict[str, Any]:
         """The JSON part of a checkpoint.
@@ -148,65 +203,52 @@ class Checkpointer:
         Raises:
           UserError: there is no such checkpoint, or its file is damaged.
         """
-        return self._read(self._existing(step), extra=ocp.args.JsonRestore())["extra"]
+        return self._reading(step, _own_extra)
 
-    def wait(self) -> None:
-        """Returns when the last save is on disk. Raises what went wrong with it, if anything did."""
-        self._manager.wait_until_finished()
+    def _flush(self) -> None:
+        if self._last and self._last.report:
+            text, self._last.report = self._last.report, None
+            self._warn(text)
 
-    def close(self) -> None:
-        """Waits and releases the threads."""
-        self._manager.close()
-
-    def _remove_leftovers(self) -> None:
-        """Deletes temporary folders of killed saves, which would fill the disk. Only a writer may: no other writer exists."""
-        self._cleaned = True
-        if jax.process_index() == 0:
-            for name in os.listdir(self._directory):
-                if ".orbax-checkpoint-tmp" in name:
-                    shutil.rmtree(os.path.join(self._directory, name), ignore_errors=True)
-
-    def _existing(self, step: int | None) -> int:
+    def _reading(self, step: int | None, read: Callable[[Found], Any]) -> Any:
+        """What `read` makes of a checkpoint. One without checksums that cannot be read is put aside for the one before."""
         self.wait()
-        steps = self.steps()
-        if not steps:
-            raise UserError(f"{self._directory} holds no checkpoint. Name the --workdir of a run that saved one.")
-        if step is None:
-            return steps[-1]
-        if step not in steps:
-            raise UserError(f"{self._directory} holds no checkpoint of step {step}. "
-                            f"Name one of these steps: {', '.join(map(str, steps))}.")
-        return step
+        while True:
+            found = self._finder.newest(self._wanted) if step is None else self._finder.at(step, self._wanted)
+            if found is None:
+                raise UserError(f"{self._finder.shared.path} holds no checkpoint. Name the --workdir of a run that saved one.")
+            out, error = None, None
+            try:
+                out = read(found)
+            except UserError:  # in every process
+                raise
+            except Exception as e:
+                error = e
+            first_line = (str(error).splitlines() or [""])[0][:200]
+            what = next(filter(None, exchange("read", f"{type(error).__name__}: {first_line}" if error else "")), "")
+            if not what:
+                return out
+            # What has checksums is what was written: it is not the files that are wrong.
+            if step is not None or self._read_only or (found.path / manifest.NAME).exists():
+                raise UserError(f"The checkpoint {found.path} cannot be read ({what}).") from error
+            name = self._finder.put_aside(found)
+            self._warn(f"the checkpoint {found.path} cannot be read ({what}): kept aside as {name}")
 
-    def _check(self, wanted: Tree, step: int, partial: bool) -> None:
+    def _arrays(self, found: Found, wanted: Tree, partial: bool) -> Tree:
         # Orbax itself would cast another dtype in silence.
-        stored = _flatten(self.shapes(step))
-        describe = lambda leaf: f"{leaf.dtype}{list(leaf.shape)}"
-        flat = _flatten(wanted)
+        stored, flat = flatten(kinds.shapes(found.paths)), flatten(wanted)
+        describe = lambda leaf: str(shape_of(leaf)) if leaf is not None else "absent"
         for path in sorted(flat.keys() | stored.keys()):
             here, there = flat.get(path), stored.get(path)
             if here is None and partial:
                 continue
-            if here is None or there is None or tuple(here.shape) != tuple(there.shape) or here.dtype != there.dtype:
-                raise UserError(f"The checkpoint {self._directory}/{step} is of another model or optimizer: {path} is "
-                                f"{describe(there) if there is not None else 'absent'} there and "
-                                f"{describe(here) if here is not None else 'absent'} here. "
-                                f"Set the options that it was written with, or name another --workdir.")
+            if here is None or there is None or shape_of(here) != shape_of(there):
+                raise UserError(f"The checkpoint {found.path} is of another model or optimizer: {path} is {describe(there)} there and "
+                                f"{describe(here)} here. Set the options that it was written with, or name another --workdir.")
+        return kinds.restore(found.paths, wanted)
 
-    @staticmethod
-    def _state_args(abstract: Tree, partial: bool) -> ocp.args.PyTreeRestore:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        return ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
 
-    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as e:  # names, shapes and dtypes fit: what is left is a file that is missing or cannot be decoded
-            raise self._damaged(step, e) from e
-
-    def _damaged(self, step: int, error: Exception) -> UserError:
-        first_line = (str(error).splitlines() or [""])[0][:200]
-        older = [s for s in self.steps() if s < step]
-        repair = f"Delete that folder to go on from step {older[-1]}." if older else "There is no older one in this folder."
-        what = f"{type(error).__name__}: {first_line}"
-        return UserError(f"The checkpoint {self._directory}/{step} cannot be read ({what}). {repair}")
+def _own_extra(found: Found) -> dict[str, Any]:
+    extra = integrity.read_extra(found.path)
+    extra.pop(integrity.MARK, None)
+    return extra

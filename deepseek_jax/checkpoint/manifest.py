@@ -120,17 +120,14 @@ def _walk(folder: str, prefix: str, out: dict[str, int]) -> None:
                 out[name] = entry.stat(follow_symlinks=False).st_size
 
 
-def checksums(folder: os.PathLike, names: Iterable[str], nice: bool = False) -> dict[str, tuple[int, str]]:
+def checksums(folder: os.PathLike, names: Iterable[str]) -> dict[str, tuple[int, str]]:
     """Bytes and CRC-32 of files, read by some threads.
-
-    Args:
-      nice: let everything else on this machine go first.
 
     Raises:
       OSError: one cannot be read.
     """
     folder, names = epath.Path(folder), list(names)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS, initializer=be_nice if nice else None) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: _checksum(folder / name), names)))
 
 
@@ -220,15 +217,6 @@ def sync_folder(folder: os.PathLike) -> None:
         pass
     finally:
         os.close(fd)
-
-
-def be_nice() -> None:
-    """Gives this thread the lowest priority. Linux has one for every thread; elsewhere this does nothing."""
-    if hasattr(os, "setpriority") and os.uname().sysname == "Linux":
-        try:
-            os.setpriority(os.PRIO_PROCESS, 0, 19)
-        except OSError:
-            pass
 
 
 def _sealed(value: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""`python -m deepseek_jax.data`: trains a tokenizer, and writes corpora of any size as memory-mapped token files."""
+"""`python -m deepseek_jax.data`: trains a tokenizer, writes corpora of any size as memory-mapped token files, shows what a step was trained on."""
 
 import argparse
 import os
@@ -58,7 +58,29 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
                           help="integer type of the ids (auto: the smallest that holds them)")
     tokenize.set_defaults(command=tokenize_corpus)
+
+    show = commands.add_parser(
+        "show", help="print the documents that a step of a run was trained on",
+        description="Prints the documents in the rows of a step, or of the global data order, as metrics.jsonl names them for spikes of the loss, for "
+                    "skipped updates and for rollbacks. Reads config.json and metrics.jsonl of the run, which may be going on, and its data.",
+        epilog="example: python -m deepseek_jax.data show --workdir=runs/tiny --step=310")
+    show.add_argument("--workdir", required=True, help="folder of the run")
+    show.add_argument("--step", type=int, help="the step, from 1")
+    show.add_argument("--rows", help="in place of --step: rows FIRST-LAST of the global order, or one row")
+    show.add_argument("--characters", type=int, default=300, help="of each document's piece to print; 0: all (default: 300)")
+    show.set_defaults(command=show_rows)
     return parser
+
+
+def show_rows(args: argparse.Namespace) -> None:
+    """Prints what was trained on.
+
+    Raises:
+      UserError: about an argument, the run's folder or its data.
+    """
+    from deepseek_jax.data.show import show  # reads a run: what is above this package, only for this command
+
+    show(args.workdir, args.step, args.rows, args.characters)
 
 
 def train_tokenizer(args: argparse.Namespace) -> None:

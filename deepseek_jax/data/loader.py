@@ -1,5 +1,7 @@
 """The loader: global training rows in an order that is a pure function of (seed, row index), and held-out rows."""
 
+from typing import NamedTuple
+
 import grain
 import numpy as np
 
@@ -14,6 +16,29 @@ __all__ = ["Loader", "Prefetcher"]
 
 PACK, SHUFFLE = 1, 2  # purposes of derived seeds
 EVAL_SEED = 0  # held-out rows do not depend on config.seed: losses of runs with different seeds can be compared
+
+
+class Span(NamedTuple):
+    """A piece of a document in a row."""
+
+    source: str  # as in config.data.path
+    document: int  # its number there, from 0, in file order
+    first_token: int  # tokens of the document before this piece
+    tokens: int
+    text: str
+
+
+class _Places:
+    """In place of rows: (source, row)."""
+
+    def __init__(self, source: int, count: int):
+        self._source, self._count = source, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self._source, int(index)
 
 
 class Loader:
@@ -56,6 +81,7 @@ class Loader:
                     for i, rows in enumerate(train)]
         # Grain spreads the sources evenly, with weights rounded to within one percent.
         self._train = grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
+        self._sources, self._rows, self._weights = corpora, train, weights
 
     def train_rows(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Rows start to start + count - 1 of the infinite global training order.
@@ -67,6 +93,19 @@ class Loader:
           UserError: a token file has ids that the model has not.
         """
         return self._stack([self._train[i] for i in range(start, start + count)])
+
+    def origin(self, index: int) -> list[Span]:
+        """Where the inputs of row `index` of the global training order come from, document by document."""
+        c = self._config
+        places = [grain.MapDataset.source(_Places(i, len(rows))).shuffle(seed=derive_seed(c.seed, SHUFFLE, i)).repeat()
+                  for i, rows in enumerate(self._rows)]  # in the same order as the rows themselves
+        source, row = (grain.MapDataset.mix(places, self._weights) if len(places) > 1 else places[0])[index]
+        corpus, out = self._sources[source], []
+        for start, count, into in self._rows[source].spans(row):
+            document = int(np.searchsorted(corpus.offsets, start, "right")) - 1
+            tokens = np.asarray(corpus.tokens[start:start + count])
+            out.append(Span(corpus.name, document, into, count, self.tokenizer.decode(tokens)))
+        return out
 
     def eval_rows(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Held-out rows start to start + count - 1, int32 [count, S] each; beyond the last, rows of padding."""

@@ -46,6 +46,23 @@ class PackedRows:
     def __getitem__(self, index: int) -> Row:
         return self.row(index)
 
+    def spans(self, index: int) -> list[tuple[int, int, int]]:
+        """Where the inputs of a row come from: (first token in the corpus, tokens, tokens of the document before them), by document.
+
+        Raises:
+          IndexError: there is no such row.
+        """
+        if not 0 <= index < self._rows:
+            raise IndexError(f"row {index} of {self._rows}")
+        at, stop, out = int(index) * self._length, min((int(index) + 1) * self._length, self._size), []
+        while at < stop:
+            d = int(np.searchsorted(self._ends, at, "right"))
+            into = at - (int(self._ends[d - 1]) if d else 0)
+            count = min(int(self._ends[d]), stop) - at
+            out.append((int(self._starts[d]) + into, count, into))
+            at += count
+        return out
+
     def row(self, index: int) -> Row:
         """One row.
 

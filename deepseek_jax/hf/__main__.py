@@ -61,8 +61,8 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
       UserError: there is no run or checkpoint, no family has such a model, or the target cannot be written.
     """
     saved = from_config_dict(workdirs.read_config(workdir))
-    folder = os.path.join(workdir, "checkpoints")
-    untrained = start.has_weights(workdir) and not (os.path.isdir(folder) and any(n.isdigit() for n in os.listdir(folder)))
+    folder = workdirs.checkpoints(workdir, saved)
+    untrained = step is None and start.is_untrained(workdir, folder)
     notes = start.read_notes(workdir)
     family = notes.family if notes else configuration.find_family(saved.model)
     run, mesh = config_for(saved.model, None)

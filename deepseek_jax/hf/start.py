@@ -100,6 +100,13 @@ def has_weights(workdir: str) -> bool:
     return any(os.path.exists(os.path.join(workdir, FOLDER, name)) for name in (SINGLE, INDEX))
 
 
+def is_untrained(workdir: str, checkpoints: str) -> bool:
+    """Whether `import` made this workdir and its run has no checkpoint yet in its folder of checkpoints."""
+    if "://" in checkpoints or not has_weights(workdir):
+        return False
+    return not os.path.isdir(checkpoints) or not any(name.isdigit() for name in os.listdir(checkpoints))
+
+
 def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
     """The options with the model of `config.init_from`, or of the checkpoint that was imported into the workdir.
 

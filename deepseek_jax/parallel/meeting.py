@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 PATIENCE = 10.0  # seconds that a process which knows of a mistake waits to hear whether the others have it too
+ENDED = "it ended before training began"
 MAX_LINE = 1 << 22  # bytes of a line: whoever sends more is none of us
 
 # A process's number under "process", how many it was told there are under "count", a mistake that it found under "error".
@@ -46,7 +47,7 @@ class Peer:
 
     def lost(self) -> None:
         """It ended without a report."""
-        self.report = self.report or self._last | {"error": "it ended before training began"}
+        self.report = self.report or self._last | {"error": ENDED}
 
 
 class Meeting:

@@ -1,27 +1,32 @@
-"""The training loop around the jitted step: data in, metrics out, evaluation, checkpoints, signals."""
+"""The training loop around the jitted step: data in, metrics out, evaluation, checkpoints, signals, and what to do about bad numbers."""
 
+import contextlib
 import math
-import signal
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config
 from deepseek_jax.data.loader import Loader, Prefetcher
+from deepseek_jax.data.windows import Skipping, Window, Windows
 from deepseek_jax.model.count import Count
-from deepseek_jax.train import metrics
+from deepseek_jax.stopping import Stopper
 from deepseek_jax.train.optimizer import first_sequence, sequences_at
 from deepseek_jax.train.profile import Profiler
+from deepseek_jax.train.report import Report
 from deepseek_jax.train.state import TrainState, to_tree
-from deepseek_jax.train.step import StepMetrics, put_batch
+from deepseek_jax.train.step import put_batch
+from deepseek_jax.train.watchdog import Watchdog
 
 
 class BadNumbers(Exception):
     """Too many updates in a row were skipped for a non-finite loss or gradient."""
+
+    def __init__(self, text: str, step: int):
+        super().__init__(text)
+        self.step = step  # the last of them
 
 
 class Result(NamedTuple):
@@ -31,6 +36,24 @@ class Result(NamedTuple):
     stopped_by: int | None  # the signal that ended the run early
 
 
+class Progress(NamedTuple):
+    """What a checkpoint holds besides the state: its `extra`."""
+
+    tokens_seen: int = 0  # tokens that were not padding, in all steps so far
+    skipped: Windows = Windows()  # rows of the data that rollbacks have left out
+    rollbacks: int = 0
+
+    def to_extra(self) -> dict[str, Any]:
+        out = {"tokens_seen": self.tokens_seen}
+        if self.rollbacks:
+            out |= {"skipped_rows": [list(w) for w in self.skipped.skipped], "rollbacks": self.rollbacks}
+        return out
+
+    @classmethod
+    def of_extra(cls, extra: dict[str, Any]) -> "Progress":
+        return cls(extra["tokens_seen"], Windows.of(extra.get("skipped_rows", ())), extra.get("rollbacks", 0))
+
+
 class Evaluator:
     """Cross-entropy on held-out text: nats a token, and bits a byte where the tokenizer knows its bytes."""
 
@@ -38,14 +61,19 @@ class Evaluator:
         self._loader, self._mesh, self._step, self._micro = loader, mesh, jax.jit(eval_step), config.micro_batch
         self._rows = min(loader.num_eval_rows, config.eval.batches * config.train.batch_size)
         self._bytes = loader.tokenizer.token_bytes
+        self._compiled = False
 
-    def __call__(self, state: TrainState) -> dict[str, Any]:
-        """{} without held-out text."""
+    def __call__(self, state: TrainState, watchdog: Watchdog | None = None) -> dict[str, Any]:
+        """{} without held-out text. `watchdog` hears of every batch but the first, which compiles."""
         nll = targets = text_bytes = 0.0
         for start in range(0, self._rows, self._micro):
             rows = self._loader.eval_rows(start, self._micro)
             batch = jax.tree.map(lambda a: a[0], put_batch(rows, self._micro, self._mesh))
-            nll += float(self._step(state.params, state.bias, batch))
+            with watchdog.paused() if watchdog and not self._compiled else contextlib.nullcontext():
+                nll += float(self._step(state.params, state.bias, batch))
+            self._compiled = True
+            if watchdog:
+                watchdog.beat(int(state.step))
             scored = rows["targets"][rows["targets"] >= 0]
             targets += scored.size
             text_bytes += self._bytes[scored].sum() if self._bytes is not None else 0
@@ -57,166 +85,147 @@ class Evaluator:
         return out
 
 
-class Clock:
-    """Times steps by when their results arrive. Evaluations, checkpoints and the first step, which compiles, do not count."""
-
-    def __init__(self):
-        self._last = time.perf_counter()
-        self._first: tuple[float, float] | None = None  # seconds a step and tokens a second of the first step
-        self._steps = self._all_steps = self._tokens = 0
-        self._seconds = self._all_seconds = 0.0
-
-    def tick(self, tokens: int) -> None:
-        """A step has finished."""
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        if self._first is None:
-            self._first = (seconds, tokens / seconds)
-            return
-        self._steps, self._tokens, self._seconds = self._steps + 1, self._tokens + tokens, self._seconds + seconds
-        self._all_steps, self._all_seconds = self._all_steps + 1, self._all_seconds + seconds
-
-    def restart(self) -> None:
-        """What came since the last step was not training."""
-        self._last = time.perf_counter()
-
-    def seconds_a_step(self) -> float:
-        """Over the whole run so far."""
-        return self._all_seconds / self._all_steps if self._all_steps else self._first[0]
-
-    def read(self) -> tuple[float, float]:
-        """(seconds a step, tokens a second) since the last call, at least one step ago."""
-        if not self._steps:
-            return self._first
-        out = (self._seconds / self._steps, self._tokens / self._seconds)
-        self._steps, self._tokens, self._seconds = 0, 0, 0.0
-        return out
-
-
-class StopSignal:
-    """Remembers SIGINT and SIGTERM, so that the loop can finish its step and save. A second one acts as usual.
-
-    With several processes JAX listens for SIGTERM, to any of them, and lets all agree on the step to stop after.
-    """
-
-    def __init__(self):
-        self._number: int | None = None
-        alone = jax.process_count() == 1
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM) if alone}
-
-    def _handle(self, number, _frame):
-        self._number = number
-        self.restore()
-
-    def after(self, step: int) -> int | None:
-        """The signal to stop for after this step, the same in every process, or None."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return signal.SIGTERM
-        return self._number
-
-    def restore(self):
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
-
-
-def batches(config: Config, loader: Loader, mesh: jax.sharding.Mesh, first_step: int) -> Iterator[dict[str, jax.Array]]:
-    """The batches of the steps from `first_step` on, read ahead by a thread. A pure function of (seed, step)."""
+def batches(config: Config, loader: Loader, mesh: jax.sharding.Mesh, first_step: int, skipped: Windows = Windows()) -> Iterator[dict[str, jax.Array]]:
+    """The batches of the steps from `first_step` on, read ahead by a thread. A pure function of (seed, step, skipped windows)."""
     requests = ((first_sequence(config, s), sequences_at(config, s)) for s in range(first_step, config.train.steps))
-    with Prefetcher(loader, requests) as rows:
+    with Prefetcher(Skipping(loader, skipped), requests) as rows:
         for r in rows:
             yield put_batch(r, config.micro_batch, mesh)
 
 
 def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState, train_step: Callable, evaluate: Evaluator,
-        loader: Loader, checkpointer: Checkpointer, count: Count, tokens_seen: int, profiler: Profiler | None = None,
-        first_step: Callable[[], str] | None = None) -> Result:
+        loader: Loader, checkpointer: Checkpointer, count: Count, progress: Progress = Progress(), profiler: Profiler | None = None,
+        first_step: Callable[[], str] | None = None, restore: Callable[[], tuple[TrainState, Progress]] | None = None,
+        stopper: Stopper | None = None, watchdog: Watchdog | None = None) -> Result:
     """Trains from state.step to config.train.steps.
 
     Args:
-      train_step: the jitted step. evaluate: state -> held-out figures.
-      checkpointer: of this workdir. count: sizes for the FLOP figures. tokens_seen: before state.step.
+      train_step: the jitted step. evaluate: (state, watchdog) -> held-out figures.
+      checkpointer: of this workdir. count: sizes for the FLOP figures. progress: up to state.step.
       first_step: makes the line that is said after the first step.
+      restore: reads the newest checkpoint, or makes the first state where there is none; only for config.train.on_bad_steps=rollback.
+      stopper: says when a signal asks to stop. watchdog: is told of every step.
 
     Returns:
       The last state and why the loop ended. A checkpoint of that state is on disk.
 
     Raises:
-      BadNumbers: after config.train.max_bad_steps skipped updates in a row.
+      BadNumbers: after config.train.max_bad_steps skipped updates in a row, and config.train.max_rollbacks rollbacks if they are asked for.
     """
-    c, last = config, config.train.steps
-    step = int(state.step)
-    writer = metrics.MetricsWriter(workdir, config, step)
-    bar = metrics.ProgressBar(last, step)
-    stop = StopSignal()
-    clock = Clock()
-    eval_row: dict[str, Any] = {}
-    stopped_by = None
-    pending = None  # metrics of the step before, read while the device works on the next one
-
-    def report(done: int, device_metrics: StepMetrics) -> bool:
-        """Logs a finished step; True if its update was made."""
-        nonlocal tokens_seen, first_step
-        m = jax.device_get(device_metrics)
-        tokens_seen += int(m.tokens)
-        clock.tick(int(m.tokens))
-        if first_step:
-            bar.say(first_step())
-            first_step = None
-        if m.loss_scale is not None and not m.bad_steps and not math.isfinite(m.grad_norm):
-            bar.say(f"step {done}: a gradient overflowed at the loss scale {float(m.loss_scale):g}: update skipped")
-        if done % c.log.every_steps == 0 or done == last or m.bad_steps:
-            values = metrics.row(m, done, *clock.read(), tokens_seen, config, count)
-            writer.write(values, m.load)
-            if m.bad_steps:
-                bar.say(f"step {done}: loss {float(m.losses.loss)}, gradient norm {float(m.grad_norm)}: update skipped ({int(m.bad_steps)} in a row)")
-            bar.update(values, clock.seconds_a_step() * (last - done))
-        bar.advance(done)
-        if m.bad_steps >= c.train.max_bad_steps:
-            checkpointer.wait()
-            good = checkpointer.latest_step()
-            where = f"The last good checkpoint is step {good} in {workdir}/checkpoints." if good is not None else "There is no checkpoint yet."
-            raise BadNumbers(f"{int(m.bad_steps)} updates in a row had a non-finite loss or gradient, up to step {done} "
-                             f"(config.train.max_bad_steps={c.train.max_bad_steps}). {where} Lower config.optimizer.learning_rate, for instance.")
-        return not m.bad_steps
-
-    def profile(done: int) -> None:
-        if text := profiler.turn(done, state):
-            bar.say(text)
-
+    loop = Loop(config, workdir, mesh, train_step, evaluate, loader, checkpointer, profiler, restore, stopper or Stopper(), watchdog or Watchdog(0))
+    loop.report = Report(config, workdir, int(state.step), progress.tokens_seen, count, first_step)
     try:
-        if profiler and profiler.due(step):
-            profile(step)
-        for batch in batches(config, loader, mesh, step):
-            state, device_metrics = train_step(state, batch)
-            step += 1
-            if pending:
-                report(*pending)
-            pending = (step, device_metrics)
-            stopped_by = stop.after(step)
-            at = lambda every: every and step % every == 0
-            pause = step == last or at(c.checkpoint.every_steps) or at(c.eval.every_steps) or stopped_by or profiler and profiler.due(step)
-            if not pause:
-                continue
-            updated = report(*pending)
-            pending = None
-            if profiler and profiler.due(step):
-                profile(step)
-            if (step == last or at(c.eval.every_steps)) and (figures := evaluate(state)):
-                eval_row = {"step": step, **figures}
-                writer.write(eval_row)
-                bits = f" = {figures['eval_bits_per_byte']:.4f} bits a byte" if "eval_bits_per_byte" in figures else ""
-                bar.say(f"step {step}: held-out loss {figures['eval_loss']:.4f} nats a token{bits}")
-            # While updates are being skipped the older checkpoints are worth more than this state: they must not make room for it.
-            if step == last or stopped_by or at(c.checkpoint.every_steps) and updated:
-                checkpointer.save(step, to_tree(state), {"tokens_seen": tokens_seen})
-            if stopped_by:
-                break
-            clock.restart()
-        checkpointer.wait()
-        return Result(state, step, eval_row, stopped_by if step < last else None)
+        while True:
+            try:
+                return loop.train(state, progress)
+            except BadNumbers as bad:
+                state = None  # before another one is read
+                state, progress = loop.roll_back(bad)
     finally:
+        loop.watchdog.close()
         if profiler:
             profiler.close()
-        bar.close()
-        writer.close()
-        stop.restore()
+        loop.report.close()
+
+
+class Loop:
+    """One call of `run`."""
+
+    report: Report
+
+    def __init__(self, config, workdir, mesh, train_step, evaluate, loader, checkpointer, profiler, restore, stopper, watchdog):
+        self.config, self.workdir, self.mesh, self.step, self.evaluate, self.loader = config, workdir, mesh, train_step, evaluate, loader
+        self.checkpointer, self.profiler, self.restore, self.stopper, self.watchdog = checkpointer, profiler, restore, stopper, watchdog
+        self.progress = Progress()
+
+    def rows(self, step: int) -> list[Window]:
+        """Where the data of the step that ends with `step` finished ones are in the global order."""
+        return self.progress.skipped.rows(first_sequence(self.config, step - 1), sequences_at(self.config, step - 1))
+
+    def train(self, state: TrainState, progress: Progress) -> Result:
+        """Until the last step, a signal, or too many skipped updates."""
+        c, last, profiler = self.config, self.config.train.steps, self.profiler
+        self.progress, step = progress, int(state.step)
+        eval_row: dict[str, Any] = {}
+        stopped_by = None
+        pending = None  # metrics of the step before, read while the device works on the next one
+
+        def profile(done: int) -> None:
+            if text := profiler.turn(done, state):
+                self.report.say(text)
+
+        if profiler and profiler.due(step):
+            profile(step)
+        with contextlib.closing(batches(c, self.loader, self.mesh, step, progress.skipped)) as data:
+            for batch in data:
+                state, device_metrics = self.step(state, batch)
+                step += 1
+                if pending:
+                    self._finished(*pending)
+                pending = (step, device_metrics)
+                stopped_by = self.stopper.after(step)
+                at = lambda every: every and step % every == 0
+                saving = self.checkpointer.due(step, c.checkpoint.every_steps, c.checkpoint.every_minutes)
+                pause = step == last or saving or at(c.eval.every_steps) or stopped_by or profiler and profiler.due(step)
+                if not pause:
+                    continue
+                updated = self._finished(*pending)
+                pending = None
+                if profiler and profiler.due(step):
+                    profile(step)
+                held_out = step == last or at(c.eval.every_steps) or saving and c.checkpoint.keep_best
+                if held_out and (figures := self.evaluate(state, self.watchdog)):
+                    eval_row = self.report.evaluation(step, figures)
+                # While updates are being skipped the older checkpoints are worth more than this state: they must not make room for it.
+                if step == last or stopped_by or saving and updated:
+                    extra = self.progress._replace(tokens_seen=self.report.tokens_seen).to_extra()
+                    eval_loss = eval_row.get("eval_loss") if eval_row.get("step") == step else None
+                    with self.watchdog.paused():
+                        self.checkpointer.save(step, to_tree(state), extra, eval_loss, final=step == last or bool(stopped_by))
+                if stopped_by:
+                    break
+                self.report.clock.restart()
+        with self.watchdog.paused():
+            self.checkpointer.wait()
+        self.stopper.end()
+        return Result(state, step, eval_row, stopped_by if step < last else None)
+
+    def _finished(self, done: int, device_metrics: Any) -> bool:
+        """Logs a finished step; True if its update was made."""
+        c = self.config
+        m = self.report.step(done, device_metrics, self.rows(done))
+        self.watchdog.beat(done)
+        if m.bad_steps >= c.train.max_bad_steps:
+            with self.watchdog.paused():
+                self.checkpointer.wait()
+            good = self.checkpointer.latest_step()
+            where = f"The last good checkpoint is step {good} in {self.workdir}/checkpoints." if good is not None else "There is no checkpoint yet."
+            raise BadNumbers(f"{int(m.bad_steps)} updates in a row had a non-finite loss or gradient, up to step {done} "
+                             f"(config.train.max_bad_steps={c.train.max_bad_steps}). {where} Lower config.optimizer.learning_rate, for instance.", done)
+        return not m.bad_steps
+
+    def roll_back(self, bad: BadNumbers) -> tuple[TrainState, Progress]:
+        """The newest checkpoint, to go on from with the data that follow the bad steps'.
+
+        All data since that checkpoint are skipped, not those of the bad steps alone: the weights may have gone wrong before the numbers did
+        (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1, skip the batches before a spike too).
+
+        Raises:
+          BadNumbers: rollbacks are not asked for, or there were too many.
+        """
+        c, before = self.config, self.progress
+        if c.train.on_bad_steps != "rollback" or not self.restore:
+            raise bad
+        if before.rollbacks >= c.train.max_rollbacks:
+            raise BadNumbers(f"{bad} It was rolled back {before.rollbacks} times (config.train.max_rollbacks).", bad.step)
+        with self.watchdog.paused():
+            state, good = self.restore()
+        first, count = first_sequence(c, int(state.step)), first_sequence(c, bad.step) - first_sequence(c, int(state.step))
+        skipped = before.skipped.without(first, count)
+        progress = Progress(good.tokens_seen, skipped, before.rollbacks + 1)
+        # All windows so far: this rollback may drop the row of the one before it.
+        row = {"step": int(state.step) + 1, "rollback": progress.rollbacks, "rolled_back_from": bad.step, "skipped_rows": [list(w) for w in skipped.skipped]}
+        text = ", ".join(f"{a} to {b - 1}" for a, b in before.skipped.rows(first, count))
+        self.report.rolled_back(int(state.step), good.tokens_seen, row, f"step {bad.step}: {c.train.max_bad_steps} updates in a row were skipped. Back to step "
+                                f"{int(state.step)}, and on without rows {text} of the data (rollback {progress.rollbacks} of {c.train.max_rollbacks})")
+        return state, progress

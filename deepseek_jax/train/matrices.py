@@ -7,6 +7,7 @@ Sources: Muon: Jordan et al. 2024 (github.com/KellerJordan/Muon), scaled to Adam
 Adafactor: Shazeer & Stern 2018 (arXiv:1804.04235).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -124,6 +125,16 @@ def _orthogonalised(matrix: jax.Array) -> jax.Array:
     return muon.update(matrix, muon.init(matrix))[0]
 
 
+def _divided_as(stacked: Stacked, weight: jax.Array, statistic: jax.Array) -> jax.Array:
+    """A statistic with its stacked dimensions in the layout of the weight's, which a constant has only where a mesh is set."""
+    count = len(stacked.dimensions)
+    of_weight, own = ((*jax.typeof(a).sharding.spec, *[None] * a.ndim) for a in (weight, statistic))
+    if of_weight[:count] == own[:count]:
+        return statistic
+    wanted = jax.P(*of_weight[:count], *own[count : statistic.ndim])
+    return jax.sharding.reshard(statistic, jax.NamedSharding(jax.typeof(weight).sharding.mesh, wanted))
+
+
 def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.GradientTransformation:
     """Adafactor's update, without momentum, learning rate and decay: for each matrix or vector of a stacked weight by itself.
 
@@ -140,7 +151,8 @@ def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.Gradie
     def init(params):
         leaves, tree = jax.tree.flatten(params)
         of_one = lambda p: tuple(one.init(p)[0])[1:]
-        return state_of(jnp.zeros((), jnp.int32), [s.each(of_one)(s.first(p)) for s, p in zip(stacked, leaves, strict=True)], tree)
+        statistics = [jax.tree.map(functools.partial(_divided_as, s, s.first(p)), s.each(of_one)(s.first(p))) for s, p in zip(stacked, leaves, strict=True)]
+        return state_of(jnp.zeros((), jnp.int32), statistics, tree)
 
     def update(updates, state, params):
         def of_one(g, p, *statistics):

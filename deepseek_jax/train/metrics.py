@@ -1,10 +1,12 @@
 """Where numbers go: metrics.jsonl, TensorBoard events, the terminal."""
 
+import contextlib
 import json
 import math
 import os
 import resource
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -83,60 +85,127 @@ def routing(load: Load, drop: bool) -> dict[str, Any]:
 
 
 class MetricsWriter:
-    """Appends rows to WORKDIR/metrics.jsonl and TensorBoard events; only process 0 writes. Non-finite values are left out."""
+    """Appends rows to WORKDIR/metrics.jsonl and TensorBoard events; only process 0 writes. Non-finite values are left out.
+
+    A disk that is full, or gone, costs rows and one warning, never the run.
+    """
 
     def __init__(self, workdir: str, config: Config, first_step: int):
         """`first_step`: finished steps of the restored state. Rows of later steps, which will be made again, are dropped."""
-        self._file, self._board = None, None
-        if jax.process_index() != 0:
-            return
-        path = os.path.join(workdir, "metrics.jsonl")
-        if os.path.exists(path):
-            _drop_rows_after(path, first_step)
-        self._file = open(path, "a", encoding="utf-8")
-        if config.log.tensorboard:
-            from tensorboardX import SummaryWriter
+        self._path, self._fd, self._board, self._warned = os.path.join(workdir, "metrics.jsonl"), None, None, False
+        self._tensorboard = os.path.join(workdir, "tensorboard") if config.log.tensorboard else ""
+        if jax.process_index() == 0:
+            self._open(first_step)
 
-            self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
+    def _open(self, step: int) -> None:
+        self._first_step = step
+        with self._warning(self._path):
+            self._open_rows()
+        if self._tensorboard:
+            with self._warning(self._tensorboard):
+                self._board = _board(self._tensorboard, step + 1, self._warning)
+
+    def _open_rows(self) -> None:
+        if os.path.exists(self._path):
+            _drop_rows_after(self._path, self._first_step)
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    @contextlib.contextmanager
+    def _warning(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            if not self._warned:
+                self._warned = True
+                with contextlib.suppress(OSError):
+                    print(f"train.py: {what} cannot be written ({e.strerror or e}): metrics are being lost. Training goes on.", file=sys.stderr)
 
     def write(self, values: dict[str, Any], load: Load | None = None) -> None:
         """Writes one row; `load`, with leaves [L, ...] on the host, goes to TensorBoard by layer."""
-        if self._file is None:
+        if jax.process_index() != 0:
             return
         finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        with self._warning(self._path):
+            if self._fd is None:  # there may be room by now
+                self._open_rows()
+            self._append(json.dumps(finite).encode() + b"\n")
         if self._board is None:
             return
         step = values["step"]
-        for name, value in finite.items():
-            if name != "step" and not isinstance(value, list):
-                self._board.add_scalar(name, value, step)
-        for layer in range(0 if load is None else len(load.rounds)):
-            here = jax.tree.map(lambda a: np.asarray(a[layer], np.float64), load)
-            if here.expert_counts.any():
-                share = here.expert_counts / here.expert_counts.mean()
-                self._board.add_scalar(f"layer_max_violation/{layer:02d}", share.max() - 1, step)
-                self._board.add_scalar(f"layer_rounds/{layer:02d}", here.rounds, step)
-                self._board.add_scalar(f"layer_dropped/{layer:02d}", here.dropped_counts.sum(), step)
-                self._board.add_histogram(f"layer_expert_load/{layer:02d}", share, step, bins="auto")
-                self._board.add_histogram(f"layer_device_rows/{layer:02d}", here.received, step, bins="auto")
+        with self._warning(self._tensorboard):
+            for name, value in finite.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+            for layer in range(0 if load is None else len(load.rounds)):
+                here = jax.tree.map(lambda a: np.asarray(a[layer], np.float64), load)
+                if here.expert_counts.any():
+                    share = here.expert_counts / here.expert_counts.mean()
+                    self._board.add_scalar(f"layer_max_violation/{layer:02d}", share.max() - 1, step)
+                    self._board.add_scalar(f"layer_rounds/{layer:02d}", here.rounds, step)
+                    self._board.add_scalar(f"layer_dropped/{layer:02d}", here.dropped_counts.sum(), step)
+                    self._board.add_histogram(f"layer_expert_load/{layer:02d}", share, step, bins="auto")
+                    self._board.add_histogram(f"layer_device_rows/{layer:02d}", here.received, step, bins="auto")
+
+    def _append(self, line: bytes) -> None:
+        """The whole line or nothing: the next row, for which there may be room again, must not join a torn one."""
+        size = os.fstat(self._fd).st_size
+        try:
+            if (written := os.write(self._fd, line)) != len(line):
+                os.write(self._fd, line[written:])  # raises the reason
+        except OSError:
+            os.ftruncate(self._fd, size)
+            raise
+
+    def losses(self, most: int) -> list[float]:
+        """The losses of the last rows, at most so many, oldest first."""
+        try:
+            with open(self._path, encoding="utf-8") as f:
+                return [row["loss"] for row in map(json.loads, f) if "loss" in row][-most:]
+        except (OSError, ValueError):
+            return []
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows after `step` finished steps."""
+        if jax.process_index() == 0:
+            self.close()
+            self._open(step)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._fd is not None:
+            os.close(self._fd)
         if self._board is not None:
-            self._board.close()
+            with self._warning(self._tensorboard):
+                self._board.close()
+        self._fd = self._board = None
+
+
+def _board(folder: str, purge_step: int, warning: Callable[[str], contextlib.AbstractContextManager]) -> Any:
+    """TensorBoard's writer. Its thread would end with the first error of the disk, and its queue, once full, block the run."""
+    from tensorboardX import SummaryWriter
+
+    board = SummaryWriter(folder, purge_step=purge_step)
+    records = board.file_writer.event_writer._ev_writer
+
+    def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+        def guard(*args: Any) -> Any:
+            with warning(folder):
+                return call(*args)
+
+        return guard
+
+    for name in ("write_event", "flush", "close"):
+        setattr(records, name, guarded(getattr(records, name)))
+    return board
 
 
 def _drop_rows_after(path: str, step: int) -> None:
     kept = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             try:
-                if json.loads(line)["step"] <= step:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue  # a row cut short by a kill
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(kept)
@@ -161,7 +230,8 @@ class ProgressBar:
         text = (f"loss {values['loss']:.4f}  {values['tokens_per_sec']:,.0f} tokens/s  max violation {values['max_violation']:.2f}"
                 f"  rounds {values['dispatch_rounds']}")
         if self._bar is not None:
-            self._bar.update(self._task, completed=values["step"], description=text)
+            with contextlib.suppress(OSError):
+                self._bar.update(self._task, completed=values["step"], description=text)
         else:
             left = f"{seconds_left / 60:.0f} min" if seconds_left >= 120 else f"{seconds_left:.0f} s"
             self.say(f"step {values['step']:>6}/{self._total}  {text}  {left} left")
@@ -171,9 +241,11 @@ class ProgressBar:
             self._bar.update(self._task, completed=step)
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        """A line above the bar. Nobody may be reading any more: that is no reason to stop training."""
+        with contextlib.suppress(OSError, SystemExit):  # rich's answer to a closed pipe
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()

@@ -73,7 +73,7 @@ def first_step(train_step: CompiledStep, seconds: float) -> str:
     return f"first step after {seconds:.1f} s ({'read from the cache' if program.cached else 'compiled'} in {program.seconds:.1f} s)"
 
 
-def show_end(workdir: str, result: Result, sample: str, seconds: float) -> None:
+def show_end(workdir: str, result: Result, checkpoint: str, sample: str, seconds: float) -> None:
     """Prints the sample and where everything is."""
     if jax.process_index() != 0:
         return
@@ -85,6 +85,6 @@ def show_end(workdir: str, result: Result, sample: str, seconds: float) -> None:
     if result.eval:
         bits = f" = {result.eval['eval_bits_per_byte']:.4f} bits a byte" if "eval_bits_per_byte" in result.eval else ""
         console.print(f"held-out loss  {result.eval['eval_loss']:.4f} nats a token{bits}")
-    console.print(f"took           {seconds / 60:.1f} min\ncheckpoint     {workdir}/checkpoints/{result.step}\n"
+    console.print(f"took           {seconds / 60:.1f} min\ncheckpoint     {checkpoint}\n"
                   f"metrics        {workdir}/metrics.jsonl  (tensorboard --logdir {workdir}/tensorboard)\n"
                   f"more text      python -m deepseek_jax.generate --workdir={workdir} --prompt='class '", markup=False)

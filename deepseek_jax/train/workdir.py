@@ -1,8 +1,14 @@
 """The run's folder: is it usable, does it hold another model, what are its options."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
+import socket
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -48,13 +54,69 @@ def prepare(workdir: str, config: Config) -> list[str]:
     return _differences(before, now, "config")
 
 
+@contextlib.contextmanager
+def locked(workdir: str, wait: float = 5.0) -> Iterator[None]:
+    """Keeps a second run out of the folder, which must exist; process 0 of a run takes it. Readers need no lock.
+
+    The lock is flock's on WORKDIR/lock, which the kernel gives up when this process ends, however that comes; what the file says is for
+    people. On NFS since Linux 2.6.12 it holds between hosts; on mounts where it is of one host only (Lustre's `localflock`, NFS's
+    `local_lock`), or on other remote file systems, a run on another host is not noticed. Where there is no flock at all nothing is locked.
+
+    Args:
+      wait: seconds in which a killed process may still be on its way out.
+
+    Raises:
+      UserError: another run has it.
+    """
+    path = os.path.join(workdir, "lock")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as e:
+        raise UserError(f"{path} cannot be opened ({e.strerror}). Make it writable, or name another --workdir.") from e
+    try:
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as e:
+                if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    break  # no locks here
+                if time.monotonic() > deadline:
+                    raise UserError(f"--workdir={workdir} is in use by another run ({_holder(fd)}). Wait for it, stop it, or name another --workdir.") from e
+            time.sleep(0.1)
+        with contextlib.suppress(OSError):  # a full disk
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"host {socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _holder(fd: int) -> str:
+    text = os.pread(fd, 200, 0).decode(errors="replace").split("\n")[0]
+    return "".join(c for c in text if c.isprintable()) or "its process is not known"
+
+
+def checkpoints(workdir: str, config: Config) -> str:
+    """The folder of a run's checkpoints."""
+    return config.checkpoint.dir or os.path.join(workdir, "checkpoints")
+
+
 def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | None = None) -> None:
-    """Writes WORKDIR/config.json, the resolved options and what was asked of XLA's compiler, whole or not at all."""
+    """Writes WORKDIR/config.json, the resolved options and what was asked of XLA's compiler, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     if jax.process_index() == 0:
         path = os.path.join(workdir, "config.json")
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(config.to_json() | {_NOT_AN_OPTION: xla_options or {}}, f, indent=2)
-        os.replace(path + ".tmp", path)
+        try:
+            with open(path + ".tmp", "w", encoding="utf-8") as f:
+                json.dump(config.to_json() | {_NOT_AN_OPTION: xla_options or {}}, f, indent=2)
+            os.replace(path + ".tmp", path)
+        except OSError as e:
+            raise UserError(f"{path} cannot be written ({e.strerror}). Make room, or name another --workdir.") from e
 
 
 def read_config(workdir: str) -> dict[str, Any]:

@@ -1,0 +1,159 @@
+"""Kills, stops and damages runs by the dozen, and counts what was lost: make storm.
+
+  python -m benchmarks storm [--kills=50] [--rounds=3] [--seed=0] [--only=kills,signals,processes,corruption] [--json]
+
+kills: ONE run on a CPU, killed at random instants (kill -9): while it starts, between checkpoints, while one is written; started again
+each time. signals: SIGTERM and SIGINT to it. processes: runs of 2 and 4 processes under the launcher, one of which is killed or stopped (SIGSTOP).
+corruption: files of checkpoints cut short, deleted, zeroed, flipped. Losses of every step are compared, bit for bit, with a run
+that nobody disturbed. Exit code 1 if anything is wrong. Random choices come from --seed; instants are the machine's.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import random
+import signal
+import sys
+import tempfile
+import time
+
+from benchmarks import faults, storm_processes
+from benchmarks.faults import INTERVAL, Process, Tallies
+
+PARTS = ("kills", "signals", "processes", "corruption")
+START, STEP, SAVE = "kill -9 while it starts", "kill -9 between checkpoints", "kill -9 while one is written"
+LIMIT = 600.0  # seconds for what takes some
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks storm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="kills of the one run, and up to 4 signals (default: 50)")
+    parser.add_argument("--rounds", type=int, default=3, help="of every kind of damage to files (default: 3)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default=",".join(PARTS), help="some of the parts, separated by commas")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    parts = args.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--only={args.only}: {sorted(unknown)[0]} is not one of {', '.join(PARTS)}")
+    began = time.monotonic()
+    say = lambda text: print(f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="storm.") as name:
+        found = run(pathlib.Path(name), parts, args.kills, args.rounds, args.seed, say)
+    result = {name: dataclasses.asdict(tally) for name, tally in found.items()}
+    bad = sum(t["wrong"] + max(t["tried"] - t["survived"], 0) for t in result.values())
+    print(json.dumps({"seconds": round(time.monotonic() - began), "interval": INTERVAL, "faults": result}, indent=2) if args.json else table(result))
+    if not args.json:
+        print(f"{sum(t['tried'] for t in result.values())} faults in {time.monotonic() - began:.0f} s, a checkpoint every {INTERVAL} steps: "
+              f"{'nothing lost, nothing wrong' if not bad else f'{bad} NOT AS PROMISED'}")
+    return 1 if bad else 0
+
+
+def table(result: dict[str, dict[str, int]]) -> str:
+    columns = ("tried", "detected", "survived", "steps_lost", "wrong")
+    lines = [f"{'fault':<52}" + "".join(f"{c.replace('_', ' ').replace('lost', 'lost (max)'):>18}" for c in columns)]
+    return "\n".join(lines + [f"{name:<52}" + "".join(f"{t[c]:>18}" for c in columns) for name, t in result.items()])
+
+
+def run(folder: pathlib.Path, parts: list[str], kills: int, rounds: int, seed: int, say) -> Tallies:
+    """Everything in `folder`. `say` is told of progress."""
+    def damaged_files() -> Tallies:
+        from benchmarks import corruption
+
+        (folder / "corruption").mkdir()
+        say("damaged files")
+        return {name: faults.Tally(**t) for name, t in corruption.run(str(folder / "corruption"), rounds, seed).items()}
+
+    out = faults.tallies()
+    signals = min(kills, 4) if "signals" in parts else 0
+    for wanted, part in (({"kills", "signals"}, lambda: one_run(folder, kills if "kills" in parts else 0, signals, seed, say)),
+                         ({"processes"}, lambda: storm_processes.run(folder, say)), ({"corruption"}, damaged_files)):
+        if wanted & set(parts):
+            try:
+                out |= part()
+            except RuntimeError as e:  # a run that does not go on is a result, and the other parts are still to come
+                say(str(e))
+                out[f"{' and '.join(sorted(wanted))}: did not go on"] = faults.Tally(tried=1, wrong=1)
+    return out
+
+
+def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> Tallies:
+    """One run in one process, ended so many times, and gone on with."""
+    rng, out, text, env = random.Random(seed), faults.tallies(), faults.corpus(folder), faults.environment(folder)
+    steps = max(8 * (kills + signals), 4 * INTERVAL)
+    say(f"the undisturbed run of {steps} steps")
+    with Process(faults.train(folder / "calm", text, train__steps=steps), env) as calm:
+        if calm.wait(LIMIT) != 0:
+            raise RuntimeError("the undisturbed run failed:\n" + "\n".join(calm.lines[-20:]))
+    reference, _ = faults.rows(folder / "calm")
+    seconds_to_start = None
+
+    workdir, arguments = folder / "storm", faults.train(folder / "storm", text, train__steps=steps)
+    kinds = [rng.choice((START, STEP, STEP, SAVE, SAVE)) for _ in range(kills)] + [rng.choice((signal.SIGTERM, signal.SIGINT)) for _ in range(signals)]
+    rng.shuffle(kinds)
+    after_fault, logged, begun = None, 0, 0
+    for number, kind in enumerate([*kinds, None]):
+        left = steps - newest_or_zero(workdir)
+        target = rng.randint(1, max(min(2 * left // (len(kinds) - number + 1), 3 * INTERVAL), 1))  # steps of this life
+        name = f"signal {kind.name}" if isinstance(kind, signal.Signals) else kind
+        with Process(arguments, env) as p:
+            if kind == START:
+                time.sleep(rng.uniform(0, seconds_to_start or 3))
+                p.kill()
+            elif kind is not None:
+                if not p.wait_for_step(newest_or_zero(workdir) + target, LIMIT) and p.popen.poll() is None:
+                    raise RuntimeError("the run does not go on:\n" + "\n".join(p.lines[-20:]))
+                seconds_to_start = seconds_to_start or time.monotonic() - p.began
+                if kind == SAVE:
+                    wait_for_save(workdir, p)
+                time.sleep(rng.uniform(0, 0.02 if kind == SAVE else 0.2))
+                p.kill(signal.SIGKILL if kind == STEP or kind == SAVE else kind)
+            code = p.wait(LIMIT)
+        # What the life before it lost is known now.
+        from_step = p.resumed_from()
+        if after_fault and from_step is not None:
+            tally = out[after_fault]
+            tally.detected += 1
+            tally.lost(logged - from_step)
+            expected = logged if after_fault.startswith("signal") else begun - INTERVAL
+            passed_over = from_step < expected or from_step > logged + 1
+            tally.wrong += passed_over
+            tally.survived += not passed_over
+            after_fault = None
+        elif after_fault:  # this life was killed before it said so: the next one tells
+            out[after_fault].survived += 1
+            out[after_fault].detected += 1
+        found, _ = faults.rows(workdir)
+        wrong = faults.differing(workdir, reference)
+        if kind is None:
+            if code != 0 or len(found) != steps or wrong:
+                out[after_fault or STEP].wrong += 1 + wrong
+            break
+        out[name].tried += 1
+        out[name].wrong += wrong
+        expected_code = 128 + kind if isinstance(kind, signal.Signals) else -signal.SIGKILL
+        if code != expected_code and code != 0:
+            say(f"exit code {code}, not {expected_code}:\n" + "\n".join(p.lines[-8:]))
+            out[name].wrong += 1
+        logged = max(found, default=0)
+        begun, after_fault = faults.newest_save(logged), name
+        say(f"{number + 1} of {len(kinds)}: {name}, after step {logged}; checkpoint {newest_or_zero(workdir)}{'; WRONG' if wrong else ''}")
+    return out
+
+
+def newest_or_zero(workdir: pathlib.Path) -> int:
+    return faults.newest_checkpoint(workdir)
+
+
+def wait_for_save(workdir: pathlib.Path, p: Process) -> None:
+    """Until the temporary folder of a checkpoint is there, or the run is over."""
+    folder, deadline = workdir / "checkpoints", time.monotonic() + 60
+    while p.popen.poll() is None and time.monotonic() < deadline:
+        if any("tmp" in f.name for f in folder.iterdir()):
+            return
+        time.sleep(0.001)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

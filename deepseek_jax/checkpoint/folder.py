@@ -1,0 +1,129 @@
+"""The folders STEP/ of a run: made under another name, renamed when whole, renamed before they are deleted.
+
+A plain number is a checkpoint that was whole when it got its name; STEP.tmp is being written or deleted, or was when a process was killed;
+STEP.damaged was found damaged later and stays for its owner to look at. In a remote folder (gs://, s3://) nothing is renamed: there a step
+is whole when it has a manifest, which is written last and deleted first.
+"""
+
+import os
+import shutil
+import tempfile
+
+from etils import epath
+
+from deepseek_jax.checkpoint import manifest
+from deepseek_jax.config import UserError
+
+_TMP = ".tmp"
+_OLD_TMP = ".orbax-checkpoint-tmp"  # of earlier versions
+DAMAGED = ".damaged"
+
+
+class Folder:
+    """One folder of checkpoints, on a disk or remote."""
+
+    def __init__(self, path: str, read_only: bool):
+        """Opens the folder, and creates it unless `read_only`.
+
+        Raises:
+          UserError: it cannot be created, read or, unless `read_only`, written.
+        """
+        self.remote = "://" in path
+        self.path = epath.Path(path if self.remote else os.path.abspath(path))
+        try:
+            if self.remote:
+                if not read_only:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                self.steps()
+            elif read_only:
+                os.listdir(self.path)
+            else:
+                os.makedirs(os.fspath(self.path), exist_ok=True)
+                with tempfile.TemporaryFile(dir=os.fspath(self.path)):
+                    pass
+        except (OSError, ImportError) as e:
+            access, repair = ("read", "holds checkpoints") if read_only else ("written", "you may write to")
+            reason = getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0]
+            raise UserError(f"The checkpoint folder {self.path} cannot be {access} ({reason}). Name a --workdir that {repair}.") from e
+
+    def steps(self) -> list[int]:
+        """The steps that have a whole checkpoint, in order."""
+        if self.remote and not self.path.exists():
+            return []
+        names = [p.name for p in self.path.iterdir()] if self.remote else os.listdir(self.path)
+        found = sorted(int(n) for n in names if is_step(n))
+        return [s for s in found if (self.path / str(s) / manifest.NAME).exists()] if self.remote else found
+
+    def at(self, step: int) -> epath.Path:
+        """Where a whole checkpoint of this step is, or would be."""
+        return self.path / str(step)
+
+    def draft(self, step: int) -> epath.Path:
+        """Where a checkpoint of this step is written."""
+        return self.at(step) if self.remote else self.path / f"{step}{_TMP}"
+
+    def begin(self, step: int) -> None:
+        """Makes an empty draft."""
+        self.discard(step)
+        self.draft(step).mkdir(parents=True)
+
+    def commit(self, step: int) -> None:
+        """Gives a draft, which is on the disk with its manifest, its name."""
+        if not self.remote:
+            os.rename(self.draft(step), self.at(step))
+            manifest.sync_folder(self.path)
+
+    def discard(self, step: int) -> None:
+        """Removes a draft."""
+        draft = self.draft(step)
+        if self.remote:
+            if draft.exists():
+                draft.rmtree()
+        else:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint, in an order that never leaves a part of it under its name."""
+        if self.remote:
+            (self.at(step) / manifest.NAME).unlink(missing_ok=True)
+            self.at(step).rmtree()
+            return
+        trash = self.path / f"{step}.old{_TMP}"
+        shutil.rmtree(trash, ignore_errors=True)
+        os.rename(self.at(step), trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def put_aside(self, step: int) -> str:
+        """Renames a damaged checkpoint, so that it no longer counts; returns its new name."""
+        for name in (f"{step}{DAMAGED}{end}" for end in ("", *(f".{i}" for i in range(1, 10000)))):
+            if not (self.path / name).exists():
+                break
+        if self.remote:
+            self.at(step).rename(self.path / name)
+        else:
+            os.rename(self.at(step), self.path / name)
+            manifest.sync_folder(self.path)
+        return name
+
+    def damaged(self) -> list[str]:
+        """Names of the checkpoints that were put aside."""
+        return sorted(p.name for p in self.path.iterdir() if is_step(p.name.partition(DAMAGED)[0]) and DAMAGED in p.name)
+
+    def clean(self) -> None:
+        """Deletes what killed saves and deletions left, which would fill the disk. Only a writer may: no other writer exists."""
+        for name in [] if self.remote else os.listdir(self.path):
+            if (name.endswith(_TMP) or _OLD_TMP in name) and is_step(name.partition(".")[0]):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def is_step(name: str) -> bool:
+    """Is this the name of a whole checkpoint?"""
+    return name.isascii() and name.isdigit() and len(name) < 19
+
+
+def keepers(steps: list[int], losses: dict[int, float], keep: int, keep_best: int, keep_every: int) -> set[int]:
+    """The steps that stay: the newest `keep` (0: all), the `keep_best` with the lowest held-out loss, the multiples of `keep_every`."""
+    if not keep:
+        return set(steps)
+    best = sorted((s for s in steps if s in losses), key=lambda s: (losses[s], -s))[:keep_best]
+    return {*sorted(steps)[-keep:], *best, *(s for s in steps if keep_every and s % keep_every == 0)}

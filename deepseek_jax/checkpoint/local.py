@@ -1,0 +1,160 @@
+"""Checkpoints of kind `local`: each process's shards on its own disk, for a restart on the same hosts.
+
+LOCAL_DIR/RUN/process_00003/STEP/state/ holds pieces.safetensors, the distinct shards of this process, and pieces.json, which array each
+is a piece of and where. One process alone, or one that sees the folders of all, can read them on any mesh.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from etils import epath
+
+from deepseek_jax.checkpoint import bounded_json, safetensors_header, slices
+from deepseek_jax.checkpoint.arrays import DTYPES, NAMES, Shape, Tree, flatten, shape_of
+from deepseek_jax.checkpoint.bounded_json import BadFile
+
+INDEX = "pieces.json"
+EACH = True  # every process writes a checkpoint of its own
+_DATA = "pieces.safetensors"
+
+
+def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
+    """Copies this process's shards to the host.
+
+    Returns:
+      What writes them.
+    """
+    pieces: dict[str, tuple[Shape, list[tuple[slices.Index, np.ndarray]]]] = {}
+    for name, array in flatten(state).items():
+        found: dict[tuple, tuple[slices.Index, np.ndarray]] = {}
+        for shard in array.addressable_shards:
+            place = slices.of(shard.index, array.shape)
+            key = tuple((s.start, s.stop) for s in place)
+            if key not in found:
+                found[key] = (place, np.array(shard.data))  # a copy: the step that comes next writes over it
+        pieces[name] = (shape_of(array), list(found.values()))
+    return lambda: write(folder, pieces)
+
+
+def write(folder: os.PathLike, pieces: dict[str, tuple[Shape, list[tuple[slices.Index, np.ndarray]]]]) -> None:
+    """Writes pieces of arrays."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {f"{name}#{i}": data for name, (_, parts) in pieces.items() for i, (_, data) in enumerate(parts)}
+    with (folder / _DATA).open("wb") as f:
+        safetensors_header.write_header(f, {name: shape_of(data) for name, data in named.items()}, {"format": "pt"})
+        for data in named.values():
+            f.write(memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8)))
+    places = {name: {"dtype": NAMES[what.dtype], "shape": what.shape, "pieces": [[[s.start, s.stop] for s in place] for place, _ in parts]}
+              for name, (what, parts) in pieces.items()}
+    (folder / INDEX).write_bytes(json.dumps(places).encode())
+
+
+def merge(folder: os.PathLike) -> None:
+    """Nothing: each process's checkpoint is its own."""
+
+
+def is_own(file: str) -> bool:
+    """Did this process write that file?"""
+    return True
+
+
+class Source:
+    """The arrays of a checkpoint, from the pieces in one or more processes' folders."""
+
+    def __init__(self, *folders: os.PathLike):
+        """Reads what is where.
+
+        Raises:
+          BadFile: a file is not what it must be, or the folders disagree.
+        """
+        self.shapes: dict[str, Shape] = {}
+        self._pieces: dict[str, list[tuple[slices.Index, epath.Path, safetensors_header.Tensor]]] = {}
+        for folder in map(epath.Path, folders):
+            tensors = safetensors_header.read(folder / _DATA, f"state/{_DATA}")
+            value = bounded_json.read(folder / INDEX, f"state/{INDEX}", safetensors_header.MAX_HEADER)
+            for name, (what, places) in parse(value).items():
+                if self.shapes.setdefault(name, what) != what:
+                    raise BadFile(f"state/{INDEX}", f"{name[:80]!r} is {what} and elsewhere {self.shapes[name]}")
+                for i, place in enumerate(places):
+                    tensor = tensors.get(f"{name}#{i}")
+                    if tensor is None or tensor.what != Shape(slices.size(place), what.dtype):
+                        raise BadFile(f"state/{_DATA}", f"{name[:80]!r} has no piece {i} of {slices.size(place)}")
+                    self._pieces.setdefault(name, []).append((place, folder / _DATA, tensor))
+
+    def read(self, name: str, index: slices.Index) -> np.ndarray:
+        """A part of an array.
+
+        Raises:
+          BadFile: other processes have a piece of it.
+        """
+        parts = list(self._parts(name, index))
+        if not _covers([slices.size(part) for part, *_ in parts], slices.size(index)):
+            raise BadFile("state", f"a piece of {name[:80]!r} is with another process")
+        for part, place, path, tensor in parts:
+            with path.open("rb") as f:
+                data = slices.read(f, tensor.offset, tensor.what, slices.within(part, place))
+            if len(parts) == 1:
+                return data
+            if part is parts[0][0]:
+                out = np.empty(slices.size(index), tensor.what.dtype)
+            out[slices.within(part, index)] = data
+        return out if parts else np.empty(slices.size(index), self.shapes[name].dtype)
+
+    def has(self, name: str, index: slices.Index) -> bool:
+        """Is all of this part here?"""
+        return name in self.shapes and _covers([slices.size(part) for part, *_ in self._parts(name, index)], slices.size(index))
+
+    def _parts(self, name: str, index: slices.Index) -> Iterator[tuple[slices.Index, slices.Index, epath.Path, safetensors_header.Tensor]]:
+        seen = []
+        for place, path, tensor in self._pieces.get(name, []):
+            part = slices.common(place, index)
+            if part is not None and part not in seen:
+                seen.append(part)
+                yield part, place, path, tensor
+
+
+def _covers(parts: Sequence[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:
+    # Shards of one sharding do not overlap, so counting is enough.
+    return sum(int(np.prod(p, dtype=object)) for p in parts) == int(np.prod(wanted, dtype=object))
+
+
+def parse(value: object) -> dict[str, tuple[Shape, list[slices.Index]]]:
+    """The arrays of a pieces.json and where their pieces lie.
+
+    Raises:
+      BadFile: it is not what it must be.
+    """
+    file, out = f"state/{INDEX}", {}
+    if not isinstance(value, dict):
+        raise BadFile(file, "not a JSON object")
+    number = lambda n: type(n) is int and 0 <= n < 2**48
+    for name, entry in value.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "pieces"} or entry["dtype"] not in list(DTYPES):
+            raise BadFile(file, f"{name[:80]!r} has not dtype, shape and pieces")
+        shape, pieces = entry["shape"], entry["pieces"]
+        if not isinstance(shape, list) or len(shape) > safetensors_header.MAX_DIMENSIONS or not all(map(number, shape)):
+            raise BadFile(file, f"{name[:80]!r} has no shape")
+        fits = lambda place: (isinstance(place, list) and len(place) == len(shape) and
+                              all(isinstance(s, list) and len(s) == 2 and all(map(number, s)) and s[0] <= s[1] <= n for s, n in zip(place, shape)))
+        if not isinstance(pieces, list) or not all(map(fits, pieces)):
+            raise BadFile(file, f"{name[:80]!r} has a piece outside its shape {shape}"[:200])
+        places = [tuple(slice(*s) for s in place) for place in pieces]
+        disjoint = len(places) < 2 or len(places) <= 256 and not any(slices.common(a, b) for i, a in enumerate(places) for b in places[:i])
+        if not disjoint:
+            raise BadFile(file, f"{name[:80]!r} has pieces that overlap")
+        out[name] = (Shape(tuple(shape), DTYPES[entry["dtype"]]), places)
+    return out
+
+
+def covers(folder: os.PathLike, wanted: Tree) -> bool:
+    """Has this process's folder all that its devices hold of `wanted`? Arrays of other shapes are not looked at."""
+    source = Source(folder)
+    for name, leaf in flatten(wanted).items():
+        if source.shapes.get(name) == shape_of(leaf):
+            places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+            if not all(source.has(name, slices.of(place, leaf.shape)) for place in places):
+                return False
+    return True

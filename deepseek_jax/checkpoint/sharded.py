@@ -1,0 +1,185 @@
+"""Checkpoints of kind `sharded`, by Orbax: every process writes its shards while training goes on.
+
+Orbax's handler is used without its checkpointers and managers: they rename a folder before anybody could write a manifest into it, and
+their processes wait for each other at barriers, where one that failed is missed for twenty minutes.
+"""
+
+import asyncio
+import itertools
+import json
+import math
+import os
+import sys
+import urllib.parse
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from deepseek_jax.checkpoint import bounded_json, slices
+from deepseek_jax.checkpoint.arrays import NAMES, Shape, Tree
+from deepseek_jax.checkpoint.bounded_json import BadFile
+
+INDEX = "_METADATA"  # the file by which this kind is known
+EACH = False  # all processes write one checkpoint together
+_LIMIT = 1 << 25  # bytes of that file
+
+
+def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
+    """Copies the shards to the host and begins to write them into `folder`, which exists.
+
+    Returns:
+      What waits until this process's part is written, and raises what went wrong.
+    """
+    _hush()
+    handler = _handler()
+    futures = asyncio.run(handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(state)))
+
+    def finish() -> None:
+        errors = []
+        for future in futures or []:  # all of them: one that still writes would put files into a folder that is being removed
+            try:
+                future.result()
+            except Exception as e:
+                errors.append(e)
+        handler.close()
+        if errors:
+            raise errors[0]
+
+    return finish
+
+
+def merge(folder: os.PathLike) -> None:
+    """Makes one checkpoint of the processes' parts. Process 0 does, after all have written."""
+    handler = _handler()
+    handler.finalize(epath.Path(folder))
+    handler.close()
+
+
+def is_own(file: str) -> bool:
+    """Did this process write that file of `folder`? Process 0 writes those of all, too."""
+    head = file.partition("/")[0]
+    of_process = head.removeprefix("ocdbt.process_") if head.startswith("ocdbt.process_") else ""
+    return int(of_process) == jax.process_index() if of_process.isdigit() else jax.process_index() == 0
+
+
+class Source:
+    """The arrays of a checkpoint, read by TensorStore: any part of them, on no mesh."""
+
+    def __init__(self, folder: os.PathLike):
+        """Opens every array: what is read is its description.
+
+        Raises:
+          BadFile: a description is missing, or is not what this program writes.
+        """
+        base = _url(folder)
+        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        opened = {}
+        for name in _names(folder):
+            kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
+            opened[name] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True, context=context)
+        self._arrays = {}
+        for name, future in opened.items():
+            try:
+                self._arrays[name] = future.result()
+            except Exception as e:
+                raise BadFile("state", f"{name[:80]!r} cannot be opened ({' '.join(str(e).split())[:200]})") from e
+        self.shapes = {name: Shape(tuple(a.shape), np.dtype(a.dtype.numpy_dtype)) for name, a in self._arrays.items()}
+        for name, array in self._arrays.items():
+            chunk = array.chunk_layout.read_chunk.shape or ()
+            # A chunk is allocated whole, whatever is asked of it.
+            if any(c > max(n, 1) for c, n in zip(chunk, array.shape, strict=True)) or self.shapes[name].dtype not in NAMES:
+                raise BadFile("state", f"{name[:80]!r}, {self.shapes[name]}, has chunks of {list(chunk)}")
+
+    def read(self, name: str, index: slices.Index) -> np.ndarray:
+        """A part of an array."""
+        return self._arrays[name][index].read().result()
+
+
+def _url(folder: os.PathLike) -> str:
+    name = os.fspath(folder)
+    return (name if "://" in name else f"file://{urllib.parse.quote(os.path.abspath(name))}") + "/"
+
+
+def _names(folder: os.PathLike) -> list[str]:
+    """The paths of the arrays, from Orbax's description of the tree.
+
+    Raises:
+      BadFile: it is of another tree than nested dicts of arrays.
+    """
+    file = f"state/{INDEX}"
+    value = bounded_json.read(epath.Path(folder) / INDEX, file, _LIMIT)
+    found = value.get("tree_metadata") if isinstance(value, dict) else None
+    if not isinstance(found, dict) or value.get("use_zarr3"):
+        raise BadFile(file, "it describes no tree")
+    out = []
+    for name, entry in found.items():
+        keys = entry.get("key_metadata") if isinstance(entry, dict) else None
+        about = entry.get("value_metadata") if isinstance(entry, dict) else None
+        plain = isinstance(keys, list) and keys and all(isinstance(k, dict) and isinstance(k.get("key"), str) for k in keys)
+        if not plain or not isinstance(about, dict):
+            raise BadFile(file, f"{name[:80]!r} is no path of names")
+        parts = [k["key"] for k in keys]
+        if about.get("value_type") != "jax.Array" or any("/" in p or p in ("", ".", "..") or not p.isprintable() for p in parts):
+            raise BadFile(file, f"{name[:80]!r} is no array with a plain name")
+        out.append("/".join(parts))
+    if len(set(out)) != len(out):
+        raise BadFile(file, "it describes an array twice")
+    return out
+
+
+def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str, slices.Index], np.ndarray], shards: int) -> None:
+    """Writes arrays one piece at a time, as Orbax would have for `shards` devices.
+
+    Args:
+      read: a part of an array.
+    """
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = _url(folder)
+    tree = {}
+    for name, what in shapes.items():
+        parts, chunk = name.split("/"), _chunk(what, shards)
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(parts) + "/"},
+                "metadata": {"shape": what.shape, "chunks": chunk, "compressor": None}, "store_data_equal_to_fill_value": True}
+        array = ts.open(spec, create=True, dtype=ts.dtype(what.dtype)).result()
+        for place in itertools.product(*(range(0, n, c) for n, c in zip(what.shape, chunk))):
+            index = tuple(slice(at, min(at + c, n)) for at, c, n in zip(place, chunk, what.shape))
+            array[index].write(read(name, index)).result()
+        tree[str(tuple(parts))] = {"key_metadata": [{"key": p, "key_type": 2} for p in parts],
+                                   "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": chunk}}
+    value = {"tree_metadata": tree, "use_zarr3": False, "store_array_data_equal_to_fill_value": True, "custom_metadata": None}
+    (folder / INDEX).write_bytes(json.dumps(value).encode())
+
+
+def _chunk(what: Shape, shards: int) -> list[int]:
+    """The largest axis in so many pieces, and the first ones in more where a piece would be above 256 MB."""
+    chunk = [max(n, 1) for n in what.shape]
+    if chunk:
+        axis = max(range(len(chunk)), key=lambda i: chunk[i])
+        chunk[axis] = -(-chunk[axis] // shards)
+    for axis in range(len(chunk)):
+        while chunk[axis] > 1 and math.prod(chunk) * what.dtype.itemsize > 1 << 28:
+            chunk[axis] = -(-chunk[axis] // 2)
+    return chunk
+
+
+def _hush() -> None:
+    """Where one of its writes fails, Orbax closes an event loop that the others still call, and Python prints a trace for each."""
+    before = sys.unraisablehook
+    if getattr(before, "__module__", "") == __name__:
+        return
+
+    def hook(what) -> None:
+        if not (isinstance(what.exc_value, RuntimeError) and "Event loop is closed" in str(what.exc_value)):
+            before(what)
+
+    sys.unraisablehook = hook
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # Trained float32 numbers hardly become smaller: zstd takes several times the time of writing them and spares 8% (benchmarks checkpoint).
+    return ocp.PyTreeCheckpointHandler(use_compression=False)

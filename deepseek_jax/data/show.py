@@ -1,0 +1,52 @@
+"""The documents that a step of a run was trained on: python -m deepseek_jax.data show."""
+
+import json
+import os
+import re
+
+from deepseek_jax.config import Config, UserError, from_config_dict
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.data.windows import Window, Windows
+from deepseek_jax.train.optimizer import first_sequence, sequences_at
+from deepseek_jax.train.workdir import read_config
+
+
+def rows_of(workdir: str, config: Config, step: int) -> list[Window]:
+    """The rows of a step in the global order, by the run's rollbacks up to it."""
+    skipped = Windows()
+    path = os.path.join(workdir, "metrics.jsonl")
+    for line in open(path, encoding="utf-8", errors="replace") if os.path.exists(path) else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # being written, or cut short
+        if "rollback" in row and row["step"] <= step:
+            skipped = Windows.of(row["skipped_rows"])
+    return skipped.rows(first_sequence(config, step - 1), sequences_at(config, step - 1))
+
+
+def show(workdir: str, step: int | None, rows: str | None, characters: int) -> None:
+    """Prints the rows of a step, or rows "FIRST-LAST", with at most so many characters of each piece; 0: all.
+
+    Raises:
+      UserError: as the text of each says.
+    """
+    if (step is None) == (rows is None):
+        raise UserError("--step and --rows: give one of them, for instance --step=310.")
+    config = from_config_dict(read_config(workdir))
+    if step is not None:
+        if not 1 <= step <= config.train.steps:
+            raise UserError(f"--step={step} is not a step of this run. Give one from 1 to {config.train.steps}.")
+        ranges = rows_of(workdir, config, step)
+    else:
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", rows)
+        if not found or int(found[2] or found[1]) < int(found[1]):
+            raise UserError(f"--rows={rows} is not FIRST-LAST. Give two row numbers, for instance --rows=800-807.")
+        ranges = [(int(found[1]), int(found[2] or found[1]) + 1)]
+    loader = Loader(config, load_tokenizer(config.data.tokenizer), progress=True)
+    for first, last in ranges:
+        for index in range(first, last):
+            for span in loader.origin(index):
+                text = span.text if not characters or len(span.text) <= characters else span.text[:characters] + " ..."
+                print(f"row {index}: {span.source}, document {span.document}, {span.tokens} tokens from {span.first_token}\n{text}\n")
