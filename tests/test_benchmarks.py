@@ -4,6 +4,7 @@ import json
 import unittest.mock
 
 import jax
+import numpy as np
 import pytest
 
 import bridge
@@ -47,8 +48,12 @@ def test_methods_of_moe_agree(load):
     assert (int(counts.max()) == 16) == (load == "balanced")
     with jax.set_mesh(moe.one_device()):
         built = moe.programs(shape, load, list(moe.METHODS), 1.25)
-        results = {name: program() for name, program in built.items() if name != "dense"}
+        results = {name: program() for name, program in built.items() if name not in ("dense", "products")}
         moe.compare(results)
+        (rows, gate_up, down, _), (y, *_) = built["products"].arguments, built["products"]()
+        expert = np.sort(moe.routing(shape, load).reshape(-1))
+        gate, up = np.einsum("rd,rdpf->prf", rows, gate_up[expert])
+        np.testing.assert_allclose(y, np.einsum("rf,rfd->rd", gate / (1 + np.exp(-gate)) * up, down[expert]), rtol=1e-4, atol=1e-5)
         results["ragged"] = (results["ragged"][0] * 1.001, *results["ragged"][1:])
         with pytest.raises(FloatingPointError, match="y by ragged"):
             moe.compare(results)

@@ -236,7 +236,7 @@ def test_meeting_without_some(monkeypatch):
     assert [r["came"] for r in together(2, miscounted)] == [[0, 1]] * 2
     nobody = together(1, lambda i, port: Meeting("127.0.0.1", port, 2, 1).exchange({"process": 1, "count": 2}, numbers, 1))
     assert isinstance(nobody[0], NoAnswer) and "refused" in str(nobody[0])
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50
 
 
 PROGRAM = """
@@ -254,7 +254,7 @@ print("agreed")
 """
 
 
-def agree(tmp_path, *last: str, started: int | None = None, timeout: int = 20) -> tuple[list[int], list[str], list[str]]:
+def agree(tmp_path, *last: str, started: int | None = None, timeout: int = 100) -> tuple[list[int], list[str], list[str]]:
     """Exit codes, and lines on stdout and stderr, of processes with these last arguments."""
     with listen("127.0.0.1", 0) as s:
         address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -265,11 +265,11 @@ def agree(tmp_path, *last: str, started: int | None = None, timeout: int = 20) -
     ps = [subprocess.Popen([sys.executable, tmp_path / "program.py", *flags, f"--process_id={i}", a], env=env, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i, a in enumerate(last[:started])]
     try:
-        outs = [p.communicate(timeout=60) for p in ps]
+        outs = [p.communicate(timeout=150) for p in ps]
     finally:
         for p in ps:
             p.kill()
-    assert time.monotonic() - began < 30, "the processes waited for each other"
+    assert time.monotonic() - began < 90, "the processes waited for each other"
     return [p.returncode for p in ps], "".join(o for o, _ in outs).splitlines(), "".join(e for _, e in outs).splitlines()
 
 

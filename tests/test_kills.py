@@ -72,7 +72,7 @@ def test_processes_that_are_lost(tmp_path, env):
     after, twice = faults.rows(workdir)
     resumed = [int(step) for step in re.findall(r"resuming after step (\d+)", "\n".join(p.lines))]
     common = sorted(set(after) & set(reference))
-    assert twice == 0 and len(resumed) == 2 and sorted(after) == list(range(1, len(after) + 1)) and len(common) > 15
+    assert twice == 0 and len(resumed) == 2 and sorted(after) == list(range(1, len(after) + 1)) and common[-1] > resumed[1]
     of = lambda rows, i: [rows[s][i] for s in common]
     np.testing.assert_allclose(of(after, 0), of(reference, 0), rtol=1e-5)
     assert of(after, 2) == of(reference, 2)

@@ -121,7 +121,7 @@ def test_one_that_ends_ends_the_rest(worker, action, code):
     assert done.returncode == code and gone(worker)
     assert f"deepseek_jax.launch: process 1 ended with exit code {code}; stopping the others." in done.stderr.splitlines()
     assert (worker / "signal.0").exists() == (action != "stubborn"), "SIGTERM comes first"
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -147,6 +147,35 @@ def test_all_stop_after_the_same_step(together, asked):
     assert stopped[0][0] > 20 and stopped[0][1] in (signal.SIGINT, signal.SIGTERM) and not any(m.info for m in ms)
 
 
+def test_others_answer_before_process_0(together, monkeypatch):
+    """Asked when to stop, every other process has answered before process 0 goes on."""
+
+    def send(self, _send=monitors.Line.send, **m):
+        _send(self, **m)
+        time.sleep(0.3 if "ask" in m else 0.0)
+
+    monkeypatch.setattr(monitors.Line, "send", send)
+    ms = together(3)
+    for m, step in zip(ms, (9, 8, 7)):
+        m.after(step)
+    ms[0].request_stop(signal.SIGTERM)
+    assert ms[0].after(10) == signal.SIGTERM
+    for m, step in zip(ms[1:], (9, 8)):
+        assert [m.after(s) for s in range(step, 11)] == [None] * (10 - step) + [signal.SIGTERM]
+
+
+def test_who_leaves_need_not_answer(together):
+    ms = together(3)
+    ms[2]._told = lambda m: ms[2].close()
+    for m in ms[:2]:
+        m.after(7)
+    ms[1].request_stop(signal.SIGINT)
+    deadline = time.monotonic() + 30
+    while not all(m._asked for m in ms[:2]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [m.after(8) for m in ms[:2]] == [signal.SIGINT] * 2
+
+
 def test_a_stranger_is_no_process(together):
     ms = together(2)
     port = ms[0]._listener.getsockname()[1]

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import numpy as np
@@ -201,11 +202,17 @@ def test_time_is_counted_once(tmp_path):
     for _ in range(2):
         jax.block_until_ready(compiled(x))
     jax.profiler.stop_trace()
-    cost = profile.read(str(tmp_path), compiled.as_text(), 2)
-    assert cost.devices == 1 and cost.part("experts") > cost.part("attention") > 0
-    assert abs(sum(cost.shares().values()) - 1) < 1e-9
-    # One core runs one instruction at a time: counting the loops too would give about three times what was busy.
-    assert cost.total < 1.5 * cost.busy / 2
+    text = compiled.as_text()
+    opcodes = {i.name: i.opcode for instructions in hlo.Module(text).computations.values() for i in instructions.values()}
+    assert "while" in opcodes.values()
+    events = profile.instructions(str(tmp_path), text)
+    assert not {opcodes[e.name] for e in events} & set(profile.CONTAINERS)
+    runs = {part: max(Counter(e.name for e in events if e.part == part).values()) for part in ("attention", "experts")}
+    assert runs == {"attention": 4 * 2, "experts": 4 * 3 * 2}
+    cost = profile.read(str(tmp_path), text, 2)
+    assert cost.devices == 1 and abs(sum(cost.shares().values()) - 1) < 1e-9
+    np.testing.assert_allclose(cost.total * 2, sum(e.seconds for e in events), rtol=1e-9)
+    assert max(e.seconds for e in events) <= cost.busy <= cost.total * 2 * (1 + 1e-9)
     with pytest.raises(ValueError, match="no trace"):
         profile.read(str(tmp_path / "none"), compiled.as_text(), 2)
 

@@ -144,9 +144,10 @@ class Monitor:
             if self._answers is not None or self._closed:
                 return
             self._answers = {}
+        held = self._hold(number)
         for peer in self._peers:
             peer.line.send(ask=number)
-        self._answer(0, *self._hold(number))
+        self._answer(0, *held)
 
     def _hold(self, number: int) -> tuple[int, bool]:
         """From here on `after` waits for the verdict."""
@@ -157,7 +158,14 @@ class Monitor:
     def _answer(self, process: int, step: int, training: bool) -> None:
         with self._changed:
             self._answers[process] = (step, training)
-            if any(p.index not in self._answers for p in self._peers if not p.left) or self._stop_after is not None:
+        self._decide()
+
+    def _decide(self) -> None:
+        """The verdict, once all have answered that have not left."""
+        with self._changed:
+            if self._answers is None or self._stop_after is not None:
+                return
+            if {0, *(p.index for p in self._peers if not p.left)} - self._answers.keys():  # the others may answer before process 0 itself
                 return
             steps = [step for step, training in self._answers.values() if training]
             self._stop_after = max(steps) + 1 if steps else -1
@@ -221,7 +229,7 @@ class Monitor:
                     f"The same command goes on from the newest checkpoint.")
         if say and text:
             print(text, file=sys.stderr, flush=True)
-        if info["stacks"] if "stacks" in info else False:
+        if info.get("stacks"):
             print(f"{self._program}: stacks of process {self._index} ({self._host}):", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):
                 faulthandler.dump_traceback(all_threads=True)
@@ -328,4 +336,5 @@ class Monitor:
             self._lost(peer, m["failed"], code=m["code"])
         elif "bye" in m:
             peer.left = True
+            self._decide()
         return True
