@@ -32,8 +32,8 @@ import jax
 
 from deepseek_jax import commandline, compilation, generate, hf
 from deepseek_jax.checkpoint.checkpoint import Checkpointer, SaveFailed
-from deepseek_jax.cluster import Cluster, say_in_one_line
-from deepseek_jax.config import UserError
+from deepseek_jax.cluster import Cluster
+from deepseek_jax.config import UserError, one_line
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
@@ -146,5 +146,5 @@ if __name__ == "__main__":
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(5)
     except OSError as error:
-        print(f"train.py: {say_in_one_line(error)}", file=sys.stderr)
+        print(f"train.py: {one_line(error)}", file=sys.stderr)
         sys.exit(1)

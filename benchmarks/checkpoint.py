@@ -29,6 +29,7 @@ from deepseek_jax.config import Checkpoint
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.state import init_state, make_layout, to_tree
 from deepseek_jax.train.step import make_train_step, put_batch
+from deepseek_jax.texts import gb
 
 
 def main() -> int:
@@ -140,7 +141,6 @@ def _options(kind: str, folder: str) -> Checkpoint:
 
 
 def text(r: dict[str, Any]) -> str:
-    gb = lambda n: f"{n / 1e9:.2f} GB"
     lines = [f"{r['shape']}, kind {r['kind']}: a state of {gb(r['state_bytes'])} on {r['device']}, {r['cores']} cores"]
     if "overhead" in r:
         lines += [f"  {b * 1e3:9.0f} ms a step without, {a * 1e3:9.0f} with a save every {r['every']}   {a / b - 1:+.1%}" for b, a in r["turns"]]

@@ -172,7 +172,7 @@ def newest_save(logged: int) -> int:
     """The step of the newest checkpoint that had been begun for certain when the last row was of step `logged`.
 
     The row of a step is written before its checkpoint begins, which first waits for the one before. That of this step may be lost with what
-    was not finished of it, so a run goes on at most one interval before it.
+    was not finished of it, so a run with asynchronous checkpoints goes on at most one interval before it.
     """
     return max(logged - 1, 0) // INTERVAL * INTERVAL
 

@@ -227,7 +227,3 @@ def text(r: dict[str, Any]) -> str:
             f"A step takes {ms(r['step_s'])} ms: {r['share_of_matmul']:.0%} of the {r['matmul_flops'] / 1e9:,.0f} GFLOP/s of the best square matmul. "
             f"If every instruction\nran at its floor it would be {r['share_at_floor']:.0%}; if there were matmuls only, each as quick as it is alone, "
             f"{r['share_matmuls_alone']:.0%}.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -35,7 +35,7 @@ import jax
 from benchmarks import shapes, turns
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.compilation import CompiledStep, use_cache
-from deepseek_jax.config import Config, Mesh
+from deepseek_jax.config import Checkpoint, Config, Mesh
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
@@ -128,7 +128,7 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
         step = CompiledStep(make_train_step(config, layout), mesh, xla)
         state = init_state(config, layout)
         batch = put_batch(loader.train_rows(0, config.train.batch_size), config.micro_batch, mesh)
-        checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"), keep=1)
+        checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"), options=Checkpoint(keep=1))
         for number in range(rounds):
             print(f"{'compiling and ' if number == 0 else ''}round {number + 1} of {rounds} ...", file=sys.stderr)
             state, taken = _bare(step, state, batch, max(steps // 2, 2))

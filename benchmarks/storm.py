@@ -1,9 +1,10 @@
 """Kills, stops and damages runs by the dozen, and counts what was lost: make storm.
 
-  python -m benchmarks storm [--kills=50] [--rounds=3] [--seed=0] [--only=kills,signals,processes,corruption] [--json]
+  python -m benchmarks storm [--kills=50] [--rounds=3] [--seed=0] [--only=kills,signals,disk,processes,corruption] [--json]
 
 kills: ONE run on a CPU, killed at random instants (kill -9): while it starts, between checkpoints, while one is written; started again
-each time. signals: SIGTERM and SIGINT to it. processes: runs of 2 and 4 processes under the launcher, one of which is killed or stopped (SIGSTOP).
+each time, by turns with config.checkpoint.async_checkpointing, where a save that is not done is lost too, and without, where one interval is
+all that may be. signals: SIGTERM and SIGINT to it. disk: no room for the last checkpoint. processes: runs of 2 and 4 processes under the launcher, one of which is killed or stopped (SIGSTOP).
 corruption: files of checkpoints cut short, deleted, zeroed, flipped. Losses of every step are compared, bit for bit, with a run
 that nobody disturbed. Exit code 1 if anything is wrong. Random choices come from --seed; instants are the machine's.
 """
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import pathlib
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -20,8 +22,9 @@ import time
 
 from benchmarks import faults, storm_processes
 from benchmarks.faults import INTERVAL, Process, Tallies
+from deepseek_jax import texts
 
-PARTS = ("kills", "signals", "processes", "corruption")
+PARTS = ("kills", "signals", "disk", "processes", "corruption")
 START, STEP, SAVE = "kill -9 while it starts", "kill -9 between checkpoints", "kill -9 while one is written"
 LIMIT = 600.0  # seconds for what takes some
 
@@ -52,8 +55,8 @@ def main() -> int:
 
 def table(result: dict[str, dict[str, int]]) -> str:
     columns = ("tried", "detected", "survived", "steps_lost", "wrong")
-    lines = [f"{'fault':<52}" + "".join(f"{c.replace('_', ' ').replace('lost', 'lost (max)'):>18}" for c in columns)]
-    return "\n".join(lines + [f"{name:<52}" + "".join(f"{t[c]:>18}" for c in columns) for name, t in result.items()])
+    heading = ["fault", *(c.replace("_", " ").replace("lost", "lost (max)") for c in columns)]
+    return texts.table([heading, *([name, *(str(t[c]) for c in columns)] for name, t in result.items())])
 
 
 def run(folder: pathlib.Path, parts: list[str], kills: int, rounds: int, seed: int, say) -> Tallies:
@@ -68,7 +71,7 @@ def run(folder: pathlib.Path, parts: list[str], kills: int, rounds: int, seed: i
     out = faults.tallies()
     signals = min(kills, 4) if "signals" in parts else 0
     for wanted, part in (({"kills", "signals"}, lambda: one_run(folder, kills if "kills" in parts else 0, signals, seed, say)),
-                         ({"processes"}, lambda: storm_processes.run(folder, say)), ({"corruption"}, damaged_files)):
+                         ({"disk"}, lambda: no_room(folder, say)), ({"processes"}, lambda: storm_processes.run(folder, say)), ({"corruption"}, damaged_files)):
         if wanted & set(parts):
             try:
                 out |= part()
@@ -89,15 +92,16 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
     reference, _ = faults.rows(folder / "calm")
     seconds_to_start = None
 
-    workdir, arguments = folder / "storm", faults.train(folder / "storm", text, train__steps=steps)
+    workdir = folder / "storm"
     kinds = [rng.choice((START, STEP, STEP, SAVE, SAVE)) for _ in range(kills)] + [rng.choice((signal.SIGTERM, signal.SIGINT)) for _ in range(signals)]
     rng.shuffle(kinds)
-    after_fault, logged, begun = None, 0, 0
+    after_fault, logged, least = None, 0, 0
     for number, kind in enumerate([*kinds, None]):
         left = steps - newest_or_zero(workdir)
         target = rng.randint(1, max(min(2 * left // (len(kinds) - number + 1), 3 * INTERVAL), 1))  # steps of this life
-        name = f"signal {kind.name}" if isinstance(kind, signal.Signals) else kind
-        with Process(arguments, env) as p:
+        asynchronous = number % 2 == 0
+        name = f"signal {kind.name}" if isinstance(kind, signal.Signals) else f"{kind}{', asynchronously' if asynchronous else ''}"
+        with Process(faults.train(workdir, text, train__steps=steps, checkpoint__async_checkpointing=asynchronous), env) as p:
             if kind == START:
                 time.sleep(rng.uniform(0, seconds_to_start or 3))
                 p.kill()
@@ -116,8 +120,7 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
             tally = out[after_fault]
             tally.detected += 1
             tally.lost(logged - from_step)
-            expected = logged if after_fault.startswith("signal") else begun - INTERVAL
-            passed_over = from_step < expected or from_step > logged + 1
+            passed_over = from_step < least or from_step > logged + 1
             tally.wrong += passed_over
             tally.survived += not passed_over
             after_fault = None
@@ -137,8 +140,38 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
             say(f"exit code {code}, not {expected_code}:\n" + "\n".join(p.lines[-8:]))
             out[name].wrong += 1
         logged = max(found, default=0)
-        begun, after_fault = faults.newest_save(logged), name
+        if isinstance(kind, signal.Signals):
+            least = logged
+        elif any(line.startswith("step ") for line in p.lines):  # a life without a step leaves what the one before it left
+            least = faults.newest_save(logged) - (INTERVAL if asynchronous else 0)
+        after_fault = name
         say(f"{number + 1} of {len(kinds)}: {name}, after step {logged}; checkpoint {newest_or_zero(workdir)}{'; WRONG' if wrong else ''}")
+    return out
+
+
+def no_room(folder: pathlib.Path, say) -> Tallies:
+    """A run that may not write files of any length, as on a full disk, goes on to its last step and says so; then there is room again."""
+    out, text, env = faults.tallies(), faults.corpus(folder), faults.environment(folder)
+    workdir, steps = folder / "room", 6 * INTERVAL
+    say("no room for checkpoints")
+    with Process(faults.train(folder / "with_room", text, train__steps=steps), env) as calm:
+        if calm.wait(LIMIT) != 0:
+            raise RuntimeError("the undisturbed run failed:\n" + "\n".join(calm.lines[-20:]))
+    tally = out["no room for the last checkpoint"]
+    tally.tried = 1
+    with Process(faults.train(workdir, text, train__steps=steps), env) as p:
+        if not p.wait_for_step(INTERVAL + 1, LIMIT):
+            raise RuntimeError("the run does not begin:\n" + "\n".join(p.lines[-20:]))
+        resource.prlimit(p.popen.pid, resource.RLIMIT_FSIZE, (16384, 16384))
+        code = p.wait(LIMIT)
+    tally.detected = int(code == 5 and any("could not be written in" in line for line in p.lines))
+    logged = max(faults.rows(workdir)[0], default=0)
+    with Process(faults.train(workdir, text, train__steps=steps), env) as p:
+        code = p.wait(LIMIT)
+    from_step = p.resumed_from() or 0
+    tally.lost(logged - from_step)
+    tally.wrong = faults.differing(workdir, faults.rows(folder / "with_room")[0])
+    tally.survived = int(code == 0 and from_step >= INTERVAL)
     return out
 
 
@@ -153,7 +186,3 @@ def wait_for_save(workdir: pathlib.Path, p: Process) -> None:
         if any("tmp" in f.name for f in folder.iterdir()):
             return
         time.sleep(0.001)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -45,7 +45,8 @@ def disturb(p: Process, count: int, plan: tuple[Fault, ...], workdir: pathlib.Pa
     done = line = 0
     for fault in plan:
         tally = out[fault.name(count)] = out.get(fault.name(count), Tally())
-        if not p.wait_for_step(done + INTERVAL + 2, LIMIT):
+        # The second save of a life waits for the first: behind it there is a checkpoint to go on from.
+        if not p.wait_for_step(done + 2 * INTERVAL + 2, LIMIT):
             raise RuntimeError("the run does not go on:\n" + "\n".join(p.lines[-40:]))
         tally.tried += 1
         began = time.monotonic()
@@ -55,10 +56,10 @@ def disturb(p: Process, count: int, plan: tuple[Fault, ...], workdir: pathlib.Pa
         tally.detected += named is not None
         logged = max(faults.rows(workdir)[0], default=0)
         line = next((i for i in range(line, len(p.lines)) if again and p.lines[i] == again.string), line)
-        resumed = again and p.wait_for(r"^workdir +\S+, resuming after step (\d+)", LIMIT, line)
-        if not resumed:
+        began_again = again and p.wait_for(r"^workdir +\S+(?:, resuming after step (\d+))?", LIMIT, line)
+        if not began_again:
             raise RuntimeError(f"{fault.name(count)}: it did not start again:\n" + "\n".join(p.lines[-40:]))
-        done, line = int(resumed[1]), line + 1
+        done, line = int(began_again[1] or 0), line + 1
         tally.lost(logged - done)
         tally.wrong += done < faults.newest_save(logged) - INTERVAL
         tally.survived += 1
@@ -71,7 +72,7 @@ def run(folder: pathlib.Path, say: Callable[[str], None]) -> faults.Tallies:
     """Two and four processes; losses are compared with undisturbed runs of as many."""
     out, text = faults.tallies(), faults.corpus(folder)
     for count, plan in PLANS.items():
-        steps = (INTERVAL + 4) * (len(plan) + 2) * 2
+        steps = (2 * INTERVAL + 4) * (len(plan) + 2) * 2
         options = {"mesh__fsdp": -1, "train__steps": steps, "watchdog__heartbeat_timeout": HEARTBEAT}
         env = faults.environment(folder)
         say(f"the undisturbed run of {steps} steps in {count} processes")

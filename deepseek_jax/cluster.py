@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jax
 
 from deepseek_jax import enough_threads, stopping
-from deepseek_jax.config import UserError
+from deepseek_jax.config import UserError, one_line
 from deepseek_jax.parallel.discovery import Place
 from deepseek_jax.parallel.gpus import Claim, divide, visible_gpus
 from deepseek_jax.parallel.meeting import ENDED, Meeting, NoAnswer, Report
@@ -82,7 +82,7 @@ class Cluster:
         except Exception as e:
             if not self.monitor or isinstance(e, (UserError, *expected)):
                 raise
-            text = say_in_one_line(e)
+            text = one_line(e)
             self.monitor.failed(text)
             self._say(f"process {self.index}: {text}") if isinstance(e, OSError) else traceback.print_exception(e)
             stopping.leave(1)
@@ -205,13 +205,6 @@ class Cluster:
             sys.stdout.flush()
             os._exit(2)
         raise SystemExit(2) from None
-
-
-def say_in_one_line(error: Exception) -> str:
-    """An error of the file system or the network, which its own words explain; of others their kind and first line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def difference(reports: list[Report]) -> str | None:

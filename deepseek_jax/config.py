@@ -30,6 +30,13 @@ class UserError(Exception):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """An error of the file system or the network, which its own words explain; of others their kind and how they begin."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def exit_code(name: str, main: Callable[[], int]) -> int:
     """What a command exits with: what `main` returns, or 2 after one line, which begins with the command's name, for a UserError."""
     try:
@@ -248,6 +255,7 @@ class Checkpoint:
     keep_best: int = 0  # beside them the N of lowest held-out loss, which is then measured at each checkpoint
     keep_every: int = 0  # and those of every Nth step; 0: none
     kind: str = "sharded"  # sharded: every process its shards, asynchronously; full: whole tensors in safetensors; local: on each process's disk
+    async_checkpointing: bool = True  # train on while a checkpoint is written; False: wait, so that a kill costs one interval at most, never that and a save
     dir: str = ""  # folder of the checkpoints; "": WORKDIR/checkpoints; gs:// and s3:// are taken as they are
     local_dir: str = ""  # of kind local: a folder on each host's own disk
 
@@ -334,6 +342,7 @@ STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard"
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
 
 GRADIENT_COMPRESSIONS = ("none", "bfloat16", "int8")
+CHECKPOINT_KINDS = ("sharded", "full", "local")
 
 
 OPTIONAL = ("model.q_lora_rank", "model.num_key_value_heads", "model.head_dim")  # options that may be None

@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from deepseek_jax.config import GRADIENT_COMPRESSIONS, REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Fp16, Model, Optimizer, Train, UserError
+from deepseek_jax.config import (CHECKPOINT_KINDS, GRADIENT_COMPRESSIONS, REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Fp16, Model, Optimizer,
+                                 Train, UserError)
 
 
 def validate(config: Config) -> None:
@@ -98,7 +99,7 @@ def validate(config: Config) -> None:
 
 def _validate_checkpoint(config: Config) -> None:
     c = config.checkpoint
-    _choice("config.checkpoint.kind", c.kind, ("sharded", "full", "local"))
+    _choice("config.checkpoint.kind", c.kind, CHECKPOINT_KINDS)
     _at_least(c, "checkpoint", 0, "every_steps", "every_minutes", "keep", "keep_best", "keep_every")
     if not math.isfinite(c.every_minutes):
         raise UserError(f"config.checkpoint.every_minutes={c.every_minutes} is no time. Set it to 0 for none, or to a number of minutes.")

@@ -1,4 +1,11 @@
-"""Every test sees eight CPU devices."""
+"""Every test sees eight CPU devices and a compiler in a hurry."""
+
+import os
+
+# Compiling is most of what the tests do: LLVM optimises less, here and in the processes that tests start. The passes over the program and
+# the partitioning are as ever.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
 

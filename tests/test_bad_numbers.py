@@ -100,7 +100,7 @@ def train(t: Trainer, folder, texts, steps: int | None = None, **options) -> loo
     """The loop of train.py, from the newest checkpoint in the folder if there is one."""
     config = dataclasses.replace(t.config, train=dataclasses.replace(t.config.train, **options))
     folder.mkdir(exist_ok=True)
-    checkpoints = Checkpointer(str(folder / "checkpoints"), keep=0)
+    checkpoints = Checkpointer(str(folder / "checkpoints"))
 
     def restore():
         if checkpoints.latest_step() is None:

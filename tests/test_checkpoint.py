@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import UserError
+from deepseek_jax.config import Checkpoint, UserError
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 SPECS = {
@@ -64,7 +64,7 @@ def assert_same_bits(got: dict, want: dict) -> None:
 def save_one(directory: os.PathLike, step: int = 3) -> dict:
     mesh, state = explicit_mesh(2, 4), values()
     with jax.set_mesh(mesh):
-        checkpointer = Checkpointer(str(directory), keep=0)
+        checkpointer = Checkpointer(str(directory))
         checkpointer.save(step, put(state, mesh), {"seed": 5})
         checkpointer.close()
     return state
@@ -74,17 +74,17 @@ def test_bits_survive_a_change_of_mesh_twice(tmp_path):
     state, extra = values(), {"seed": 1, "names": ["a", "ü"], "nested": {"x": 0.1, "none": None}}
     meshes = [explicit_mesh(8, 1), explicit_mesh(2, 4), explicit_mesh(1, 1)]
     with jax.set_mesh(meshes[0]):
-        first = Checkpointer(str(tmp_path / "0"), keep=2)
+        first = Checkpointer(str(tmp_path / "0"), options=Checkpoint(keep=2))
         first.save(1, put(state, meshes[0]), extra)
         first.close()
     for i, mesh in enumerate(meshes[1:]):
         with jax.set_mesh(mesh):
-            got, got_extra = Checkpointer(str(tmp_path / str(i)), keep=2).restore(abstract(state, mesh))
+            got, got_extra = Checkpointer(str(tmp_path / str(i)), options=Checkpoint(keep=2)).restore(abstract(state, mesh))
             assert_same_bits(got, state)
             assert got_extra == extra
             for leaf, spec in zip(jax.tree.leaves(got), jax.tree.leaves(SPECS, is_leaf=lambda s: isinstance(s, P))):
                 assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
-            again = Checkpointer(str(tmp_path / str(i + 1)), keep=2)
+            again = Checkpointer(str(tmp_path / str(i + 1)), options=Checkpoint(keep=2))
             again.save(1, got, got_extra)
             again.close()
 
@@ -92,7 +92,7 @@ def test_bits_survive_a_change_of_mesh_twice(tmp_path):
 def test_a_saved_state_may_be_donated_at_once(tmp_path):
     mesh, state = explicit_mesh(8, 1), values()
     with jax.set_mesh(mesh):
-        checkpointer = Checkpointer(str(tmp_path), keep=3)
+        checkpointer = Checkpointer(str(tmp_path), options=Checkpoint(keep=3))
         step = jax.jit(lambda t: jax.tree.map(lambda a: a * 0, t), donate_argnums=0)
         live = put(state, mesh)
         for number in range(1, 4):
@@ -109,7 +109,7 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
 def test_keeps_the_newest(tmp_path, keep, left):
     mesh = explicit_mesh(2, 4)
     with jax.set_mesh(mesh):
-        checkpointer = Checkpointer(str(tmp_path), keep)
+        checkpointer = Checkpointer(str(tmp_path), options=Checkpoint(keep=keep))
         assert checkpointer.latest_step() is None and checkpointer.steps() == []
         for step in range(1, 6):
             checkpointer.save(step, put(values(step), mesh), {"at": step})
@@ -119,14 +119,14 @@ def test_keeps_the_newest(tmp_path, keep, left):
         assert int(checkpointer.restore(abstract(values(), mesh))[0]["step"]) == 7 + 5
         assert [checkpointer.read_extra(step)["at"] for step in left] == left
         checkpointer.close()
-    assert Checkpointer(str(tmp_path), keep).steps() == left
+    assert Checkpointer(str(tmp_path), options=Checkpoint(keep=keep)).steps() == left
 
 
 def test_a_step_is_never_written_over(tmp_path):
     save_one(tmp_path, 3)
     mesh = explicit_mesh(2, 4)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="3 already exists"):
-        Checkpointer(str(tmp_path), keep=0).save(3, put(values(), mesh), {})
+        Checkpointer(str(tmp_path)).save(3, put(values(), mesh), {})
 
 
 def test_reads_a_part_only(tmp_path):
@@ -134,7 +134,7 @@ def test_reads_a_part_only(tmp_path):
     mesh = explicit_mesh(1, 1)
     wanted = {"params": abstract(state, mesh)["params"]}
     with jax.set_mesh(mesh):
-        reader = Checkpointer(str(tmp_path), keep=0, read_only=True)
+        reader = Checkpointer(str(tmp_path), read_only=True)
         assert_same_bits(reader.restore_params(wanted), {"params": state["params"]})
         del wanted["params"]["embed"]
         assert_same_bits(reader.restore_params(wanted), {"params": {k: v for k, v in state["params"].items() if k != "embed"}})
@@ -166,23 +166,23 @@ def test_a_state_that_does_not_fit_is_refused_by_name(tmp_path, path, value, par
     mesh = explicit_mesh(2, 4)
     wanted = _edit(abstract(state, mesh), path, value)
     with jax.set_mesh(mesh), pytest.raises(UserError) as refusal:
-        Checkpointer(str(tmp_path), keep=0).restore(wanted)
+        Checkpointer(str(tmp_path)).restore(wanted)
     message = str(refusal.value)
     assert path in message and all(part in message for part in parts) and "\n" not in message
     if value is not None and path.startswith("params"):
         with jax.set_mesh(mesh), pytest.raises(UserError, match=path):
-            Checkpointer(str(tmp_path), keep=0).restore_params({"params": wanted["params"]})
+            Checkpointer(str(tmp_path)).restore_params({"params": wanted["params"]})
 
 
 def test_a_missing_checkpoint_is_said(tmp_path):
     wanted = abstract(values(), explicit_mesh(2, 4))
     with pytest.raises(UserError, match="no checkpoint"):
-        Checkpointer(str(tmp_path), keep=0).restore(wanted)
+        Checkpointer(str(tmp_path)).restore(wanted)
     save_one(tmp_path)
     params = {"params": wanted["params"]}
     for read in (lambda c: c.restore(wanted, 9), lambda c: c.restore_params(params, 9), lambda c: c.read_extra(9)):
         with pytest.raises(UserError, match="no checkpoint of step 9.* 3"):
-            read(Checkpointer(str(tmp_path), keep=0))
+            read(Checkpointer(str(tmp_path)))
 
 
 @pytest.mark.parametrize("damage", ["data", "metadata", "extra"])
@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_used_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     for directory, read_only in [("file", False), ("file/checkpoints", False), ("file", True), ("absent", True)]:
         with pytest.raises(UserError) as refusal:
-            Checkpointer(str(tmp_path / directory), keep=1, read_only=read_only)
+            Checkpointer(str(tmp_path / directory), options=Checkpoint(keep=1), read_only=read_only)
         assert str(tmp_path / directory) in str(refusal.value) and "\n" not in str(refusal.value)
     assert not (tmp_path / "absent").exists()
 
@@ -225,7 +225,7 @@ def test_a_folder_without_permission_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "makedirs", lambda path, exist_ok: None if path.endswith("closed") else refuse())
     for directory in ("closed", "closed/checkpoints"):
         with pytest.raises(UserError, match="cannot be written"):
-            Checkpointer(str(tmp_path / directory), keep=1)
+            Checkpointer(str(tmp_path / directory), options=Checkpoint(keep=1))
 
 
 KILLED_WHILE_SAVING = """
@@ -236,7 +236,7 @@ KILLED_WHILE_SAVING = """
     import jax.numpy as jnp
     from deepseek_jax.checkpoint.checkpoint import Checkpointer
     directory = sys.argv[1]
-    checkpointer = Checkpointer(directory, keep=1)
+    checkpointer = Checkpointer(directory, options=Checkpoint(keep=1))
     checkpointer.save(1, {"a": jnp.zeros((4, 4))}, {})
     checkpointer.wait()
     big = {"a": jax.random.normal(jax.random.key(0), (2**24,))}
@@ -256,16 +256,16 @@ def test_a_killed_save_leaves_the_one_before(tmp_path):
     assert any("tmp" in name for name in os.listdir(tmp_path)), "the save was over before the kill"
     mesh = explicit_mesh(1, 1)
     with jax.set_mesh(mesh):
-        reader = Checkpointer(str(tmp_path), keep=0, read_only=True)
+        reader = Checkpointer(str(tmp_path), read_only=True)
         assert reader.steps() == [1] and any("tmp" in name for name in os.listdir(tmp_path))
-        checkpointer = Checkpointer(str(tmp_path), keep=1)
+        checkpointer = Checkpointer(str(tmp_path), options=Checkpoint(keep=1))
         assert checkpointer.latest_step() == 1
         wanted = {"a": jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=NamedSharding(mesh, P()))}
         assert float(checkpointer.restore(wanted)[0]["a"].sum()) == 0
         checkpointer.save(2, {"a": jnp.ones((4, 4))}, {})
         checkpointer.close()
         assert os.listdir(tmp_path) == ["2"]
-        assert float(Checkpointer(str(tmp_path), keep=1).restore(wanted)[0]["a"].sum()) == 16
+        assert float(Checkpointer(str(tmp_path), options=Checkpoint(keep=1)).restore(wanted)[0]["a"].sum()) == 16
 
 
 def test_orbax_is_quiet_and_other_voices_are_not(tmp_path):

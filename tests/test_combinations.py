@@ -80,7 +80,7 @@ def test_generate_from_a_float16_run(tmp_path):
     config = dataclasses.replace(FLOAT16, model=dataclasses.replace(FLOAT16.model, max_position_embeddings=64))
     workdir.write_config(str(tmp_path), config)
     with jax.set_mesh(t.mesh):
-        checkpointer = Checkpointer(str(tmp_path / "checkpoints"), keep=1)
+        checkpointer = Checkpointer(str(tmp_path / "checkpoints"))
         checkpointer.save(12, state.to_tree(s), {"tokens_seen": 1})
         checkpointer.close()
     read, layout, mesh, found = generate.load(str(tmp_path), None)

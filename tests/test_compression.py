@@ -199,7 +199,7 @@ def test_a_checkpoint_holds_the_residual(tmp_path):
         middle, _ = run.train(run.start(), range(6))
         assert all(np.abs(np.asarray(e)).max() > 0 for e in jax.tree.leaves(middle.residual))
         end, losses = run.train(middle, range(6, 9))
-        checkpoints = Checkpointer(str(tmp_path), keep=1)
+        checkpoints = Checkpointer(str(tmp_path))
         checkpoints.save(6, state.to_tree(middle), {"tokens_seen": 5})
         again, extra = resume.restore(checkpoints, run.layout)
         checkpoints.close()
@@ -234,7 +234,7 @@ def test_a_checkpoint_of_other_replicas_or_another_method(tmp_path):
     mesh, layout = layouts["two"]
     with jax.set_mesh(mesh):
         full = jax.tree.map(lambda a: np.asarray(rng.standard_normal(a.shape), a.dtype), layout.abstract)
-        checkpoints = Checkpointer(str(tmp_path / "two"), keep=1)
+        checkpoints = Checkpointer(str(tmp_path / "two"))
         checkpoints.save(1, state.to_tree(jax.device_put(full, layout.shardings)), {})
         checkpoints.wait()
     for name in ("four", "none"):
@@ -247,7 +247,7 @@ def test_a_checkpoint_of_other_replicas_or_another_method(tmp_path):
                 jax.tree.map(lambda a, b: np.testing.assert_allclose(np.sum(a, 0), np.sum(b, 0), atol=1e-5), found.residual, full.residual)
             else:
                 assert found.residual is None
-                without = Checkpointer(str(tmp_path / "none"), keep=1)
+                without = Checkpointer(str(tmp_path / "none"))
                 without.save(1, state.to_tree(found), {})
                 without.wait()
     mesh, layout = layouts["two"]

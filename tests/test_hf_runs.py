@@ -100,7 +100,7 @@ def test_imported_run(source, tmp_path):
         layout = make_layout(run, mesh)
         state = start.initial_state(start.open_for_training(run, workdir), run, layout, workdir)
         doubled = state._replace(params=jax.jit(lambda p: jax.tree.map(lambda a: a * 2, p))(state.params))
-        checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"), keep=1)
+        checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"))
         checkpoints.save(3, to_tree(doubled), {"tokens_seen": 0})
         checkpoints.close()
     workdirs.write_config(workdir, run)
@@ -118,7 +118,7 @@ def test_a_run_that_never_was_a_hugging_face_model(tmp_path):
     """Its family is found by its options."""
     families.build("qwen3_moe").save_pretrained(tmp_path / "weights")
     before = hf.load(str(tmp_path / "weights"))
-    checkpoints = Checkpointer(str(tmp_path / "w" / "checkpoints"), keep=1)
+    checkpoints = Checkpointer(str(tmp_path / "w" / "checkpoints"))
     checkpoints.save(1, to_tree({"params": before.params, "bias": before.bias}), {})
     checkpoints.close()
     workdirs.write_config(str(tmp_path / "w"), Config(model=before.model, mesh=Mesh(fsdp=1), train=TRAIN))

@@ -162,7 +162,7 @@ def test_checkpoints(tmp_path):
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):
         batch = step.put_batch(rows(7), config.micro_batch, mesh)
-        checkpointer = Checkpointer(str(tmp_path), keep=0)
+        checkpointer = Checkpointer(str(tmp_path))
         s = run(config)[2]
         donated = jax.device_put(jax.tree.map(np.array, jax.device_get(s)), layout.shardings)
         checkpointer.save(STEPS, state.to_tree(donated), {})

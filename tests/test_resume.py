@@ -22,11 +22,11 @@ from deepseek_jax.validation import validate
 from trainer import ADAMW, TINY, Trainer, config_of, losses_of, same, trainer
 
 # Everything that a state or a schedule could forget: two sources, micro-batches, MTP whose weight changes, the bias, which stops to
-# move, WSD, bfloat16 compute and moments.
+# move, WSD, a batch that grows, bfloat16 compute and moments.
 EVERYTHING = Config(
     model=dataclasses.replace(TINY, vocab_size=320, num_nextn_predict_layers=1, aux_loss_alpha=0.01),
     mesh=Mesh(fsdp=2), sharding=Sharding(min_weight_size=0), moe=Moe(bias_update_fraction=0.7),
-    train=Train(steps=12, batch_size=16, sequence_length=16, accumulation=2, dtype="bfloat16", remat="none", mtp_loss_weight=0.3,
+    train=Train(steps=12, batch_size=16, sequence_length=16, accumulation=2, batch_ramp_start=8, batch_ramp_steps=5, dtype="bfloat16", remat="none", mtp_loss_weight=0.3,
                 mtp_loss_weight_final=0.1, mtp_switch_fraction=0.6),
     optimizer=Optimizer(schedule="wsd", warmup_steps=3, learning_rate=1e-2, moment_dtype="bfloat16"),
     eval=Eval(every_steps=0), checkpoint=Checkpoint(every_steps=1, keep=0), log=Log(every_steps=1, tensorboard=False))
@@ -58,7 +58,7 @@ def whole(tmp_path_factory):
         train_step = CompiledStep(step.make_train_step(config, layout), mesh, bridge.quick_options())
 
     def train(workdir) -> state.TrainState:
-        checkpoints = Checkpointer(str(workdir / "checkpoints"), keep=0)
+        checkpoints = Checkpointer(str(workdir / "checkpoints"))
         with jax.set_mesh(mesh):
             if checkpoints.latest_step() is None:
                 s, progress = fresh(layout), loop.Progress()
@@ -109,12 +109,12 @@ def test_any_step_with_muon_and_compressed_gradients(tmp_path):
         s = fresh(t.layout)
         for at in range(1, 6):
             s, _ = t.run(s, 1, at - 1)
-            checkpoints = Checkpointer(str(tmp_path / str(at)), keep=0)
+            checkpoints = Checkpointer(str(tmp_path / str(at)))
             checkpoints.save(at, state.to_tree(s), {})
             checkpoints.wait()
     expected, metrics = t.run(s, 2, 5)
     for at in range(1, 6):
-        again, same_metrics = go_on(t, Checkpointer(str(tmp_path / str(at)), keep=0), 7 - at)
+        again, same_metrics = go_on(t, Checkpointer(str(tmp_path / str(at))), 7 - at)
         assert same(again, expected) and same(same_metrics[-2:], metrics)
 
 
@@ -140,7 +140,7 @@ def first_ten(config: Config, folder) -> tuple[Checkpointer, np.ndarray]:
     t = trainer(config)
     with jax.set_mesh(t.mesh):
         s, before = t.run(t.start(), 10)
-        checkpoints = Checkpointer(str(folder / str(len(list(folder.iterdir())))), keep=0)
+        checkpoints = Checkpointer(str(folder / str(len(list(folder.iterdir())))))
         checkpoints.save(10, state.to_tree(s), {})
         checkpoints.wait()
     _, after = t.run(s, 10, 10)

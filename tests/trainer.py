@@ -77,7 +77,7 @@ def same(a, b) -> bool:
 def restored(t: Trainer, s: state.TrainState, folder) -> state.TrainState:
     """Through a checkpoint on disk."""
     with jax.set_mesh(t.mesh):
-        checkpointer = Checkpointer(str(folder), keep=1)
+        checkpointer = Checkpointer(str(folder))
         checkpointer.save(5, state.to_tree(s), {})
         tree, _ = checkpointer.restore(state.to_tree(t.layout.abstract_sharded()))
         checkpointer.close()

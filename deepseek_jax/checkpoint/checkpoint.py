@@ -22,7 +22,7 @@ from deepseek_jax.checkpoint.finding import Finder, Found
 from deepseek_jax.checkpoint.folder import Folder
 from deepseek_jax.checkpoint.processes import exchange, from_first
 from deepseek_jax.checkpoint.saving import Save
-from deepseek_jax.config import Checkpoint, UserError
+from deepseek_jax.config import Checkpoint, UserError, one_line
 
 FINAL_TRIES = 5  # of the last save; 2, 4, 8 and 16 s between them
 RETRY_SECONDS = 60.0  # after which a failed save is tried again, if that is before the next interval
@@ -43,22 +43,22 @@ def _say(text: str) -> None:
 class Checkpointer:
     """The checkpoints of one run. In a job of several processes every method is called by all of them, at the same step."""
 
-    def __init__(self, directory: str, keep: int = 0, read_only: bool = False, options: Checkpoint | None = None,
+    def __init__(self, directory: str, read_only: bool = False, options: Checkpoint | None = None,
                  warn: Callable[[str], None] = _say):
         """Opens the folder, and creates it unless `read_only`.
 
         Args:
           directory: WORKDIR/checkpoints, or a remote folder (gs://..., s3://...).
-          keep: how many of the newest checkpoints stay; 0 keeps all. Without effect where `options` are given.
           read_only: neither write, rename nor create anything: for readers of a run that may be going on.
-          options: config.checkpoint. warn: is told, in process 0, in one line, what went wrong and what follows.
+          options: config.checkpoint; without, of the default kind, and all stay.
+          warn: is told, in process 0, in one line, what went wrong and what follows.
 
         Raises:
           UserError: the folder cannot be created, read or, unless `read_only`, written.
         """
         logging.getLogger("absl").addFilter(_quiet)  # Orbax speaks through absl's logger, at length and from the start
         warnings.filterwarnings("ignore", module=r"orbax\..*")
-        self.options = options or Checkpoint(keep=keep)
+        self.options = options or Checkpoint(keep=0)
         self._warn = warn if jax.process_index() == 0 else lambda text: None
         self._finder = Finder(Folder(directory, read_only), self.options.local_dir, read_only, self._warn)
         self._target = self._finder.local.own if self.options.kind == "local" and not read_only else self._finder.shared
@@ -91,7 +91,7 @@ class Checkpointer:
         return by_steps or from_first("due", str(bool(every_minutes) and waited >= 60 * every_minutes or failed)) == "True"
 
     def save(self, step: int, state: Tree, extra: dict[str, Any], eval_loss: float | None = None, final: bool = False) -> None:
-        """Copies the state to the host and returns; a thread writes it. The arrays may be donated at once.
+        """Copies the state to the host and returns (`async_checkpointing`); a thread writes it. The arrays may be donated at once.
 
         Waits for the save before. What fails is said in one line, and the checkpoints before stay; the caller goes on.
 
@@ -123,10 +123,10 @@ class Checkpointer:
             self._last.prepare()
             self._thread = threading.Thread(target=self._last.complete, name="checkpoint")
             self._thread.start()
-            if not final:
+            if not final and self.options.async_checkpointing:
                 return
             self.wait()
-            if self._last.error is None:
+            if self._last.error is None or not final:
                 return
         before = max(self.steps(), default=None)
         stays = f"Step {before} is the last that is saved" if before is not None else "Nothing is saved"
@@ -224,8 +224,7 @@ class Checkpointer:
                 raise
             except Exception as e:
                 error = e
-            first_line = (str(error).splitlines() or [""])[0][:200]
-            what = next(filter(None, exchange("read", f"{type(error).__name__}: {first_line}" if error else "")), "")
+            what = next(filter(None, exchange("read", one_line(error) if error else "")), "")
             if not what:
                 return out
             # What has checksums is what was written: it is not the files that are wrong.

@@ -15,6 +15,7 @@ from deepseek_jax.checkpoint.finding import LocalRun
 from deepseek_jax.checkpoint.folder import DAMAGED, Folder, is_step
 from deepseek_jax.checkpoint.manifest import Manifest
 from deepseek_jax.config import UserError
+from deepseek_jax.texts import gb, table
 
 Answer = tuple[int, Any, list[str]]
 
@@ -35,10 +36,10 @@ def ls(args: argparse.Namespace) -> Answer:
             row["problems"] += [f"{path.parent.name}/{file}: {what}" for file, what in integrity.inspect(path, contents=False).bad]
         if row["problems"]:
             row["state"] = "damaged"
-    table = [("step", "kind", "bytes", "files", "mesh", "processes", "held-out loss", "saved", "")]
-    table += [(r["name"], r["kind"], _human(r["bytes"]), str(r["files"]), r["mesh"], str(r["processes"] or ""), _loss(r["eval_loss"]), r["time"],
+    cells = [("step", "kind", "bytes", "files", "mesh", "processes", "held-out loss", "saved", "")]
+    cells += [(r["name"], r["kind"], gb(r["bytes"]), str(r["files"]), r["mesh"], str(r["processes"] or ""), _loss(r["eval_loss"]), r["time"],
                r["state"] + (f": {r['problems'][0]}" if r["problems"] else "")) for r in rows]
-    return int(any(r["problems"] for r in rows)), rows, _columns(table)
+    return int(any(r["problems"] for r in rows)), rows, table(cells, right=False).splitlines()
 
 
 def show(args: argparse.Namespace) -> Answer:
@@ -50,8 +51,8 @@ def show(args: argparse.Namespace) -> Answer:
     row = _about(place, verdict) | {"extra": extra, "arrays": arrays}
     lines = [f"{k:<14}{v}" for k, v in row.items() if k not in ("arrays", "problems") and v not in (None, "")]
     total = sum(a["bytes"] for a in arrays)
-    table = [(a["name"], f"{a['dtype']}{a['shape']}", _human(a["bytes"])) for a in arrays] + [(f"{len(arrays)} arrays", "", _human(total))]
-    return 0, row, lines + _columns(table)
+    cells = [(a["name"], f"{a['dtype']}{a['shape']}", gb(a["bytes"])) for a in arrays] + [(f"{len(arrays)} arrays", "", gb(total))]
+    return 0, row, lines + table(cells, right=False).splitlines()
 
 
 def verify(args: argparse.Namespace) -> Answer:
@@ -86,7 +87,7 @@ def export(args: argparse.Namespace) -> Answer:
     manifest.sync(out, names)
     total = sum(s.nbytes for s in shapes.values())
     result = {"out": str(out), "step": place.step, "arrays": len(shapes), "bytes": total, "files": sorted(names)}
-    return 0, result, [f"{len(shapes)} arrays of step {place.step}, {_human(total)}, in {out}"]
+    return 0, result, [f"{len(shapes)} arrays of step {place.step}, {gb(total)}, in {out}"]
 
 
 def reshard(args: argparse.Namespace) -> Answer:
@@ -262,16 +263,3 @@ def _about(place: Place, verdict: integrity.Verdict) -> dict[str, Any]:
 
 def _loss(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else ""
-
-
-def _human(n: Any) -> str:
-    n = float(n) if isinstance(n, (int, float)) else 0.0
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= size:
-            return f"{n / size:.4g} {unit}"
-    return f"{n:.0f} B"
-
-
-def _columns(table: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(str(row[i])) for row in table) for i in range(len(table[0]))]
-    return ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]

@@ -72,7 +72,7 @@ def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str], I
             for block in read(name):
                 try:
                     if f and not error:
-                        f.write(memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8)))
+                        f.write(slices.raw(block))
                 except OSError as e:
                     error = e
         try:
@@ -115,7 +115,7 @@ def _from_shards(array: jax.Array, index: slices.Index) -> np.ndarray:
     for shard in array.addressable_shards:
         place = slices.of(shard.index, array.shape)
         part = slices.common(place, index)
-        if part is None or (key := tuple((s.start, s.stop) for s in part)) in seen:
+        if part is None or (key := slices.key(part)) in seen:
             continue
         seen.add(key)
         local = slices.within(part, place)

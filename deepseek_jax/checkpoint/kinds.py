@@ -11,9 +11,10 @@ from deepseek_jax.checkpoint import full, local, sharded
 from deepseek_jax.checkpoint.arrays import Tree, unflatten
 from deepseek_jax.checkpoint.bounded_json import BadFile
 from deepseek_jax.checkpoint.restoring import into_shards
+from deepseek_jax.config import CHECKPOINT_KINDS
 
 # Each has: EACH (does each process write a whole checkpoint of its part?), start, merge, is_own, Source.
-KINDS: dict[str, ModuleType] = {"sharded": sharded, "full": full, "local": local}
+KINDS: dict[str, ModuleType] = dict(zip(CHECKPOINT_KINDS, (sharded, full, local), strict=True))
 
 
 def of(folder: os.PathLike) -> ModuleType:

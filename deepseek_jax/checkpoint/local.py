@@ -31,7 +31,7 @@ def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
         found: dict[tuple, tuple[slices.Index, np.ndarray]] = {}
         for shard in array.addressable_shards:
             place = slices.of(shard.index, array.shape)
-            key = tuple((s.start, s.stop) for s in place)
+            key = slices.key(place)
             if key not in found:
                 found[key] = (place, np.array(shard.data))  # a copy: the step that comes next writes over it
         pieces[name] = (shape_of(array), list(found.values()))
@@ -46,8 +46,8 @@ def write(folder: os.PathLike, pieces: dict[str, tuple[Shape, list[tuple[slices.
     with (folder / _DATA).open("wb") as f:
         safetensors_header.write_header(f, {name: shape_of(data) for name, data in named.items()}, {"format": "pt"})
         for data in named.values():
-            f.write(memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8)))
-    places = {name: {"dtype": NAMES[what.dtype], "shape": what.shape, "pieces": [[[s.start, s.stop] for s in place] for place, _ in parts]}
+            f.write(slices.raw(data))
+    places = {name: {"dtype": NAMES[what.dtype], "shape": what.shape, "pieces": [slices.key(place) for place, _ in parts]}
               for name, (what, parts) in pieces.items()}
     (folder / INDEX).write_bytes(json.dumps(places).encode())
 

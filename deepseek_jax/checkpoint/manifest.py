@@ -18,10 +18,10 @@ from etils import epath
 
 from deepseek_jax.checkpoint import bounded_json
 from deepseek_jax.checkpoint.bounded_json import BadFile
+from deepseek_jax.config import CHECKPOINT_KINDS
 
 NAME = "manifest.json"
 FORMAT = 1  # raise it where an older version would misread a checkpoint
-KINDS = ("sharded", "full", "local")
 _LIMIT = 1 << 24  # bytes of a manifest: some hundred thousand files
 _CHUNK = 1 << 22  # bytes read at once
 _THREADS = min(8, os.cpu_count() or 1)
@@ -66,7 +66,7 @@ def read(folder: os.PathLike) -> Manifest | None:
     if version > FORMAT:
         raise NewerFormat(f"has format {version}, and this version reads up to {FORMAT}")
     files, kind, step, about = (value.get(k) for k in ("files", "kind", "step", "about"))
-    if kind not in KINDS or not isinstance(step, int) or not isinstance(files, dict) or not isinstance(about, dict):
+    if kind not in CHECKPOINT_KINDS or not isinstance(step, int) or not isinstance(files, dict) or not isinstance(about, dict):
         raise BadFile(NAME, "not a manifest of this format")
     for name, entry in files.items():
         check_name(name, NAME)

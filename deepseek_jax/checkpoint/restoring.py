@@ -57,7 +57,7 @@ def _groups(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
 
 def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
     places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-    distinct = {tuple((s.start, s.stop) for s in slices.of(place, leaf.shape)) for place in places}
+    distinct = {slices.key(slices.of(place, leaf.shape)) for place in places}
     return len(distinct) * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 

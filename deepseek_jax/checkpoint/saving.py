@@ -13,7 +13,7 @@ from deepseek_jax.checkpoint.arrays import Tree, bytes_of, mesh_of
 from deepseek_jax.checkpoint.folder import Folder, keepers
 from deepseek_jax.checkpoint.manifest import Manifest
 from deepseek_jax.checkpoint.processes import exchange
-from deepseek_jax.config import Checkpoint
+from deepseek_jax.config import Checkpoint, one_line
 
 
 class Failed(Exception):
@@ -142,8 +142,8 @@ class Save:
         try:
             if self._finish:
                 self._finish()  # this process may still be writing where another failed to begin
-        except Exception:
-            pass  # it is one failure already
+        except Exception as e:
+            self.error += f"; then {_reason(e)}"
         if self._chief:
             try:
                 self._folder.discard(self._step)
@@ -160,10 +160,6 @@ class Save:
 
 
 def _reason(error: Exception) -> str:
-    """One line. Orbax and TensorStore tell theirs over several, with the path of every file."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
-    text = " ".join(str(error).split())
-    if "No space left on device" in text:
-        return "No space left on device"
-    return f"{type(error).__name__}: {text[:200]}"
+    """One line. TensorStore's would be long, with the path of every file."""
+    full = "No space left on device"
+    return full if full in str(error) and not isinstance(error, OSError) else one_line(error)

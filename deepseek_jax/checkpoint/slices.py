@@ -39,6 +39,16 @@ def within(part: Index, index: Index) -> Index:
     return tuple(slice(p.start - s.start, p.stop - s.start) for p, s in zip(part, index, strict=True))
 
 
+def key(index: Index) -> tuple[tuple[int, int], ...]:
+    """What tells it from others in a set."""
+    return tuple((s.start, s.stop) for s in index)
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """The bytes of an array in row-major order, copied only if they lie otherwise."""
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
 def blocks(shape: tuple[int, ...], itemsize: int, limit: int = BLOCK) -> Iterator[Index]:
     """Row-major pieces of an array, in order, each of at most `limit` bytes where one row of its last axis is."""
     if 0 in shape:

@@ -1,6 +1,7 @@
 """The loader: global training rows in an order that is a pure function of (seed, row index), and held-out rows."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -76,12 +77,8 @@ class Loader:
         weights = weights or [t.size / self.train_tokens for t, _ in sides]
         self.description = _describe(corpora, sides, weights, tokenizer)
         self._eval_order = _interleave([len(rows) for rows in self._eval])
-        # Shuffling before repeating: grain reseeds the shuffle every epoch and reads any index without the ones before.
-        shuffled = [grain.MapDataset.source(rows).shuffle(seed=derive_seed(c.seed, SHUFFLE, i)).repeat()
-                    for i, rows in enumerate(train)]
-        # Grain spreads the sources evenly, with weights rounded to within one percent.
-        self._train = grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
         self._sources, self._rows, self._weights = corpora, train, weights
+        self._train = self._ordered(train)
 
     def train_rows(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Rows start to start + count - 1 of the infinite global training order.
@@ -96,10 +93,7 @@ class Loader:
 
     def origin(self, index: int) -> list[Span]:
         """Where the inputs of row `index` of the global training order come from, document by document."""
-        c = self._config
-        places = [grain.MapDataset.source(_Places(i, len(rows))).shuffle(seed=derive_seed(c.seed, SHUFFLE, i)).repeat()
-                  for i, rows in enumerate(self._rows)]  # in the same order as the rows themselves
-        source, row = (grain.MapDataset.mix(places, self._weights) if len(places) > 1 else places[0])[index]
+        source, row = self._ordered([_Places(i, len(rows)) for i, rows in enumerate(self._rows)])[index]
         corpus, out = self._sources[source], []
         for start, count, into in self._rows[source].spans(row):
             document = int(np.searchsorted(corpus.offsets, start, "right")) - 1
@@ -117,6 +111,13 @@ class Loader:
             else:
                 rows.append(padding_row(self._config.train.sequence_length))
         return self._stack(rows)
+
+    def _ordered(self, sources: Sequence[Any]) -> grain.MapDataset:
+        """The items of all sources in the global training order."""
+        # Shuffling before repeating: grain reseeds the shuffle every epoch and reads any index without the ones before.
+        shuffled = [grain.MapDataset.source(items).shuffle(seed=derive_seed(self._config.seed, SHUFFLE, i)).repeat() for i, items in enumerate(sources)]
+        # Grain spreads the sources evenly, with weights rounded to within one percent.
+        return grain.MapDataset.mix(shuffled, self._weights) if len(shuffled) > 1 else shuffled[0]
 
     def _stack(self, rows: list[Row]) -> dict[str, np.ndarray]:
         s, size = self._config.train.sequence_length, self._config.model.vocab_size

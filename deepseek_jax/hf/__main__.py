@@ -67,7 +67,7 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
     family = notes.family if notes else configuration.find_family(saved.model)
     run, mesh = config_for(saved.model, None)
     source = reading.open_source(os.path.join(workdir, start.FOLDER))[0] if untrained else None
-    checkpoints = None if untrained else Checkpointer(folder, keep=0, read_only=True)
+    checkpoints = None if untrained else Checkpointer(folder, read_only=True)
     with jax.set_mesh(mesh):
         layout = make_layout(dataclasses.replace(run, moe=saved.moe), mesh)
         wanted = layout.abstract_sharded()

@@ -10,6 +10,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model.count import count
 from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.plan import exchange, program, topology
+from deepseek_jax.texts import gb, plural, table
 from deepseek_jax.train.state import Layout
 from deepseek_jax.train.summary import human
 
@@ -69,26 +70,6 @@ def by_kind(found: Iterable[program.Collective]) -> list[dict[str, Any]]:
         rows[c.kind, c.axes][1] += c.bytes_a_step
     out = [{"kind": kind, "axes": list(axes), "times": n, "bytes": b} for (kind, axes), (n, b) in rows.items()]
     return sorted(out, key=lambda row: -row["bytes"])
-
-
-def gb(n: float) -> str:
-    """12345678901 -> '12.3 GB'."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= 0.9995 * size:
-            return f"{n / size:.3g} {unit}" if n < 999.5 * size else f"{n / size:,.0f} {unit}"
-    return f"{n:.0f} B"
-
-
-def plural(n: int, word: str) -> str:
-    """1, host -> '1 host'; 2, host -> '2 hosts'."""
-    return f"{n} {word}{'' if n == 1 else 'es' if word.endswith('ch') else 's'}"
-
-
-def table(rows: list[list[str]], indent: str = "") -> str:
-    """Columns wide enough for their cells; the first row is the heading; all but the first column to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cells = lambda row: [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-    return "\n".join((indent + "  ".join(cells(row))).rstrip() for row in rows)
 
 
 def of_memory(available: int | None) -> str:

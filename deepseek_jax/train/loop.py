@@ -1,6 +1,7 @@
 """The training loop around the jitted step: data in, metrics out, evaluation, checkpoints, signals, and what to do about bad numbers."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -112,8 +113,9 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
     Raises:
       BadNumbers: after config.train.max_bad_steps skipped updates in a row, and config.train.max_rollbacks rollbacks if they are asked for.
     """
-    loop = Loop(config, workdir, mesh, train_step, evaluate, loader, checkpointer, profiler, restore, stopper or Stopper(), watchdog or Watchdog(0))
-    loop.report = Report(config, workdir, int(state.step), progress.tokens_seen, count, first_step)
+    report = Report(config, workdir, int(state.step), progress.tokens_seen, count, first_step)
+    loop = Loop(config, workdir, mesh, train_step, evaluate, loader, checkpointer, profiler, restore, stopper or Stopper(), watchdog or Watchdog(0),
+                report)
     try:
         while True:
             try:
@@ -128,15 +130,23 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
         loop.report.close()
 
 
+@dataclasses.dataclass
 class Loop:
-    """One call of `run`."""
+    """One call of `run`, whose arguments these are."""
 
+    config: Config
+    workdir: str
+    mesh: jax.sharding.Mesh
+    step: Callable
+    evaluate: Evaluator
+    loader: Loader
+    checkpointer: Checkpointer
+    profiler: Profiler | None
+    restore: Callable[[], tuple[TrainState, Progress]] | None
+    stopper: Stopper
+    watchdog: Watchdog
     report: Report
-
-    def __init__(self, config, workdir, mesh, train_step, evaluate, loader, checkpointer, profiler, restore, stopper, watchdog):
-        self.config, self.workdir, self.mesh, self.step, self.evaluate, self.loader = config, workdir, mesh, train_step, evaluate, loader
-        self.checkpointer, self.profiler, self.restore, self.stopper, self.watchdog = checkpointer, profiler, restore, stopper, watchdog
-        self.progress = Progress()
+    progress: Progress = Progress()
 
     def rows(self, step: int) -> list[Window]:
         """Where the data of the step that ends with `step` finished ones are in the global order."""

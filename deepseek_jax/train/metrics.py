@@ -37,9 +37,13 @@ def memory_gb() -> float:
     return (max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
 
 
+def short(x: Any) -> float:
+    """A float32 as the float of its shortest text: equal text, equal number."""
+    return float(str(np.float32(x)))
+
+
 def row(metrics: StepMetrics, step: int, step_time: float, tokens_per_sec: float, tokens_seen: int, config: Config, count: Count) -> dict[str, Any]:
     """One row of metrics.jsonl from a step's metrics (on the host). `step` counts finished steps; `step_time` is in seconds."""
-    short = lambda x: float(str(np.float32(x)))  # the shortest text that is this float32: equal text, equal number
     out = {"step": step, "loss": short(metrics.losses.loss), "lm_loss": short(metrics.losses.lm_loss), "lr": short(metrics.lr),
            "grad_norm": short(metrics.grad_norm), "step_time_s": round(step_time, 6), "tokens_per_sec": round(tokens_per_sec, 2),
            "tokens_seen": tokens_seen, "balance_loss": short(metrics.losses.balance_loss), "z_loss": short(metrics.losses.z_loss),

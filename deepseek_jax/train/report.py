@@ -122,7 +122,7 @@ class Report:
         self._bar.advance(done)
         if spike := self._spikes.add(float(m.losses.loss)):
             median, above = spike
-            self._writer.write({"step": done, "spike_loss": float(str(m.losses.loss)), "median_loss": median, "deviations": round(above, 2), **where})
+            self._writer.write({"step": done, "spike_loss": metrics.short(m.losses.loss), "median_loss": median, "deviations": round(above, 2), **where})
             self.say(f"step {done}: the loss {float(m.losses.loss):.4f} is a spike, {above:.0f} deviations above the median {median:.4f}. "
                      f"Its text: python -m deepseek_jax.data show --workdir={self._workdir} --step={done}")
         return m

@@ -1,0 +1,23 @@
+"""Numbers and tables for people to read."""
+
+from collections.abc import Sequence
+
+
+def gb(n: float) -> str:
+    """12345678901 -> '12.3 GB'."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= 0.9995 * size:
+            return f"{n / size:.3g} {unit}" if n < 999.5 * size else f"{n / size:,.0f} {unit}"
+    return f"{n:.0f} B"
+
+
+def plural(n: int, word: str) -> str:
+    """1, host -> '1 host'; 2, host -> '2 hosts'."""
+    return f"{n} {word}{'' if n == 1 else 'es' if word.endswith('ch') else 's'}"
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "", right: bool = True) -> str:
+    """Columns wide enough for their cells; the first row is the heading; all but the first column to the right, or to the left too."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = lambda row: [c.rjust(w) if right and i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+    return "\n".join((indent + "  ".join(cells(row))).rstrip() for row in rows)
