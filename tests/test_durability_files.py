@@ -13,8 +13,8 @@ import pytest
 import safetensors.numpy
 
 from benchmarks import corruption
-from deepseek_jax.checkpoint import checkpoint, folder, full, manifest, slices
-from deepseek_jax.checkpoint.arrays import Shape
+from deepseek_jax.checkpoint import checkpoint, folder, full, manifest, sharded, slices
+from deepseek_jax.checkpoint.arrays import Shape, flatten
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Checkpoint, Config, Data, UserError
 from deepseek_jax.validation import validate
@@ -226,3 +226,18 @@ def test_options_that_cannot_act_are_refused(given, words):
 def test_the_best_needs_held_out_text():
     with pytest.raises(UserError, match="keep_best=1 needs held-out text"):
         validate(Config(checkpoint=Checkpoint(keep_best=1), data=Data(eval_fraction=0.0)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_array_in_parts(tmp_path, kind, monkeypatch):
+    """What `parts` names is every number once; no part of a sharded checkpoint makes its reader hold more than the limit."""
+    monkeypatch.setattr(sharded, "CHUNK_BYTES", 256)
+    write(tmp_path, kind, (1,))
+    source = opened(tmp_path, kind, read_only=True).source()
+    for name, wanted in flatten(values(1)).items():
+        found, times = np.zeros_like(wanted), np.zeros(np.shape(wanted), int)
+        for index in source.parts(name):
+            part = source.read(name, index)
+            assert kind != "sharded" or part.nbytes <= 256
+            found[index], times[index] = part, times[index] + 1
+        assert (times == 1).all() and np.asarray(found).tobytes() == np.asarray(wanted).tobytes(), name

@@ -197,6 +197,14 @@ class Checkpointer:
         """
         return self._reading(step, lambda found: kinds.shapes(found.paths))
 
+    def source(self, step: int | None = None) -> Any:
+        """The arrays of a checkpoint, to be read part by part without a mesh: `shapes`, `parts(name)` and `read(name, index)`.
+
+        Raises:
+          UserError: there is no such checkpoint, or its files are damaged.
+        """
+        return self._reading(step, lambda found: kinds.source(found.paths))
+
     def read_extra(self, step: int | None = None) -> dict[str, Any]:
         """The JSON part of a checkpoint.
 

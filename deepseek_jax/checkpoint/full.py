@@ -143,6 +143,11 @@ class Source:
         self._places = {name: (file, heads[file][name]) for name, file in index.items()}
         self.shapes = {name: tensor.what for name, (_, tensor) in self._places.items()}
 
+    def parts(self, name: str) -> Iterator[slices.Index]:
+        """All of an array, in pieces that are read at once."""
+        what = self.shapes[name]
+        return slices.blocks(what.shape, what.dtype.itemsize)
+
     def read(self, name: str, index: slices.Index) -> np.ndarray:
         """A part of an array."""
         file, tensor = self._places[name]

@@ -30,7 +30,7 @@ def of(folder: os.PathLike) -> ModuleType:
 
 
 def source(folders: Sequence[os.PathLike]) -> Any:
-    """The arrays by name and part: `shapes` and `read(name, index)`. Several folders STEP/ are the pieces of one local checkpoint.
+    """The arrays by name and part: `shapes`, `parts(name)`, which are quick to read, and `read(name, index)`. Several folders STEP/ are the pieces of one local checkpoint.
 
     Raises:
       BadFile: a file is not what it must be.

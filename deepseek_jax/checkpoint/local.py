@@ -84,6 +84,15 @@ class Source:
                         raise BadFile(f"state/{_DATA}", f"{name[:80]!r} has no piece {i} of {slices.size(place)}")
                     self._pieces.setdefault(name, []).append((place, folder / _DATA, tensor))
 
+    def parts(self, name: str) -> Iterator[slices.Index]:
+        """All of an array, in pieces that are read at once."""
+        what, seen = self.shapes[name], set()
+        for place, *_ in self._pieces.get(name, ()):
+            if (key := slices.key(place)) not in seen:
+                seen.add(key)
+                for block in slices.blocks(slices.size(place), what.dtype.itemsize):
+                    yield tuple(slice(b.start + p.start, b.stop + p.start) for b, p in zip(block, place, strict=True))
+
     def read(self, name: str, index: slices.Index) -> np.ndarray:
         """A part of an array.
 

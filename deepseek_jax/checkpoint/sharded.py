@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ from deepseek_jax.checkpoint.bounded_json import BadFile
 INDEX = "_METADATA"  # the file by which this kind is known
 EACH = False  # all processes write one checkpoint together
 _LIMIT = 1 << 25  # bytes of that file
+CHUNK_BYTES = 1 << 28  # what a reader of any part of an array holds, at most: one device may have had gigabytes of it
 
 
 def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
@@ -36,7 +37,8 @@ def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
     """
     _hush()
     handler = _handler()
-    futures = asyncio.run(handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(state)))
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
+    futures = asyncio.run(handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(state, save_args=chunks)))
 
     def finish() -> None:
         errors = []
@@ -94,6 +96,11 @@ class Source:
             if any(c > max(n, 1) for c, n in zip(chunk, array.shape, strict=True)) or self.shapes[name].dtype not in NAMES:
                 raise BadFile("state", f"{name[:80]!r}, {self.shapes[name]}, has chunks of {list(chunk)}")
 
+    def parts(self, name: str) -> Iterator[slices.Index]:
+        """All of an array, in its chunks: TensorStore reads a whole chunk for any part of it."""
+        array = self._arrays[name]
+        return _grid(array.shape, array.chunk_layout.read_chunk.shape or ())
+
     def read(self, name: str, index: slices.Index) -> np.ndarray:
         """A part of an array."""
         return self._arrays[name][index].read().result()
@@ -146,8 +153,7 @@ def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str, sl
         spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(parts) + "/"},
                 "metadata": {"shape": what.shape, "chunks": chunk, "compressor": None}, "store_data_equal_to_fill_value": True}
         array = ts.open(spec, create=True, dtype=ts.dtype(what.dtype)).result()
-        for place in itertools.product(*(range(0, n, c) for n, c in zip(what.shape, chunk))):
-            index = tuple(slice(at, min(at + c, n)) for at, c, n in zip(place, chunk, what.shape))
+        for index in _grid(what.shape, chunk):
             array[index].write(read(name, index)).result()
         tree[str(tuple(parts))] = {"key_metadata": [{"key": p, "key_type": 2} for p in parts],
                                    "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": chunk}}
@@ -155,14 +161,19 @@ def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str, sl
     (folder / INDEX).write_bytes(json.dumps(value).encode())
 
 
+def _grid(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[slices.Index]:
+    for place in itertools.product(*(range(0, n, c) for n, c in zip(shape, chunk, strict=True))):
+        yield tuple(slice(at, min(at + c, n)) for at, c, n in zip(place, chunk, shape))
+
+
 def _chunk(what: Shape, shards: int) -> list[int]:
-    """The largest axis in so many pieces, and the first ones in more where a piece would be above 256 MB."""
+    """The largest axis in so many pieces, and the first ones in more where a piece would be above CHUNK_BYTES."""
     chunk = [max(n, 1) for n in what.shape]
     if chunk:
         axis = max(range(len(chunk)), key=lambda i: chunk[i])
         chunk[axis] = -(-chunk[axis] // shards)
     for axis in range(len(chunk)):
-        while chunk[axis] > 1 and math.prod(chunk) * what.dtype.itemsize > 1 << 28:
+        while chunk[axis] > 1 and math.prod(chunk) * what.dtype.itemsize > CHUNK_BYTES:
             chunk[axis] = -(-chunk[axis] // 2)
     return chunk
 

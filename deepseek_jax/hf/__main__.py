@@ -13,19 +13,21 @@ if __name__ == "__main__":
     use_huge_pages()  # first of all: it starts the program again
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 
+from deepseek_jax.checkpoint import slices
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import exit_code, from_config_dict
+from deepseek_jax.config import UserError, exit_code, from_config_dict
 from deepseek_jax.hf import configuration, exporting, importing, names, reading, start
 from deepseek_jax.hf.model import config_for
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import abstract_model, make_layout
+from deepseek_jax.train.state import abstract_model
 
 
 def main() -> int:
@@ -52,7 +54,7 @@ def main() -> int:
 
 
 def export(workdir: str, target: str, step: int | None = None, dtype: str | None = None, gigabytes: float = 5.0) -> tuple[int, str]:
-    """Writes a run's model as a checkpoint, one array of it in memory at a time.
+    """Writes a run's model as a checkpoint. In memory is one part of an array at a time: 64 MB, or what one device had where that is more.
 
     Returns:
       The bytes written and the family.
@@ -68,31 +70,33 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
     run, mesh = config_for(saved.model, None)
     source = reading.open_source(os.path.join(workdir, start.FOLDER))[0] if untrained else None
     checkpoints = None if untrained else Checkpointer(folder, read_only=True)
+    stored = None if untrained else checkpoints.source(step)
+
+    def name_of(leaf: names.Leaf) -> str:
+        return f"{'bias' if leaf.path.endswith('e_score_correction_bias') else 'params'}/{leaf.path}"
+
+    def parts(leaf: names.Leaf) -> Iterator[exporting.Part]:
+        if stored is None:
+            dtypes = {source.stored_dtype(name) for name in names.tensors(leaf, source.tensors)}
+            dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+            for index in slices.blocks(leaf.shape, dtype.itemsize):
+                yield index, reading.read_part(source, leaf, index, dtype)
+            return
+        for index in stored.parts(name_of(leaf)):
+            yield index, stored.read(name_of(leaf), index)
+
     with jax.set_mesh(mesh):
-        layout = make_layout(dataclasses.replace(run, moe=saved.moe), mesh)
-        wanted = layout.abstract_sharded()
-        shapes = {names.path_of(p): (top, s) for top, state in (("params", wanted.params), ("bias", wanted.bias))
-                  for p, s in jax.tree_util.tree_leaves_with_path(state)}
-
-        def get(leaf: names.Leaf) -> jax.Array:
-            top, shape = shapes[leaf.path]
-            if source is not None:
-                stored = {source.stored_dtype(name) for name in names.tensors(leaf, source.tensors)}
-                return reading.read_leaf(source, leaf, shape.sharding, stored.pop() if len(stored) == 1 else shape.dtype)
-            tree: dict = {}
-            node = tree.setdefault(top, {})
-            *parents, last = leaf.path.split("/")
-            for name in parents:
-                node = node.setdefault(name, {})
-            node[last] = shape
-            return jax.tree.leaves(checkpoints.restore_params(tree, step))[0]
-
         _, params, bias = abstract_model(run)
         leaves = [*names.leaves(params, family, run.model), *names.leaves(bias, family, run.model)]
+        for leaf in leaves if stored else ():
+            found = stored.shapes.get(name_of(leaf))
+            if found is None or found.shape != leaf.shape:
+                raise UserError(f"the checkpoint in {folder} is of another model than {workdir}/config.json: {leaf.path} is {found or 'absent'} and not "
+                                f"{list(leaf.shape)}. Name the --step of one that this config.json is of.")
         files = os.path.join(workdir, start.FOLDER) if notes else None
         dtypes = {} if dtype or notes is None else notes.dtypes
         tokenizer = None if saved.data.tokenizer == "bytes" else saved.data.tokenizer
-        exporting.export(target, run.model, family, leaves, get, dtypes, dtype or "float32", files, notes and notes.model, tokenizer,
+        exporting.export(target, run.model, family, leaves, parts, dtypes, dtype or "float32", files, notes and notes.model, tokenizer,
                          int(gigabytes * 1e9))
     for opened in filter(None, (source, checkpoints)):
         opened.close()

@@ -1,19 +1,20 @@
 """Writes a model as a Hugging Face checkpoint: config.json, safetensors files with an index, tokenizer files.
 
-Files are laid out before anything is written, so that every process writes the regions of its own shards into them, one array after
-another. All of it happens in a temporary folder beside the target, which gets its name at the end.
+Files are laid out before anything is written, so that every process writes the regions of its own shards into them, one part of an array
+after another. All of it happens in a temporary folder beside the target, which gets its name at the end.
 """
 
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from deepseek_jax.checkpoint import slices
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.checkpoint.safetensors_header import write_header
 from deepseek_jax.config import Model, UserError
@@ -25,6 +26,9 @@ FILE_BYTES = 5_000_000_000  # of one file, at most, as transformers writes them;
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+Part = tuple[slices.Index, np.ndarray]  # where in its array, and the numbers there
+
+
 class Place(NamedTuple):
     """Where a tensor's bytes go."""
 
@@ -34,13 +38,13 @@ class Place(NamedTuple):
     dtype: np.dtype
 
 
-def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: Callable[[Leaf], jax.Array], dtypes: dict[str, str],
+def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], parts: Callable[[Leaf], Iterable[Part]], dtypes: dict[str, str],
            default_dtype: str, files_from: str | None, before: Model | None, tokenizer: str | None = None, file_bytes: int = FILE_BYTES) -> None:
     """Writes a checkpoint. In a job of several processes all call it, with a target that all see.
 
     Args:
       target: a folder that does not exist yet, or is empty.
-      leaves: the arrays, one at a time. get: an array by its leaf.
+      leaves: the arrays, one at a time. parts: those parts of an array that this process writes, each once in the whole job.
       dtypes: as start.Notes. default_dtype: of tensors that it does not name.
       files_from: folder with config.json, tokenizer and chat templates to be copied. before: the model of that config.json.
       tokenizer: a tokenizer.json to be copied, where that folder has none. file_bytes: of one file, at most.
@@ -62,7 +66,7 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
         places = lay_out(temporary, shapes, file_bytes, jax.process_index() == 0)
         _wait("laid out")
         for leaf in leaves:
-            write_leaf(temporary, leaf, get(leaf), places, model)
+            write_parts(temporary, leaf, parts(leaf), places, model)
         _wait("written")
         if jax.process_index() == 0:
             _finish(temporary, target, {p.file for p in places.values()})
@@ -134,35 +138,35 @@ def _head(f: Any, tensors: dict[str, Shape]) -> int:
     return count
 
 
-def write_leaf(folder: str, leaf: Leaf, array: jax.Array, places: dict[str, Place], model: Model) -> None:
-    """Writes this process's shards of an array, each region once in the whole job."""
+def write_parts(folder: str, leaf: Leaf, parts: Iterable[Part], places: dict[str, Place], model: Model) -> None:
+    """Writes parts of an array into the tensors that it is made of."""
     files: dict[str, int] = {}
     try:
-        for shard in array.addressable_shards:
-            if shard.replica_id:
-                continue
-            index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(shard.index, leaf.shape, strict=True))
-            for part, i in _parts(shard.data, index, leaf.stacked):
-                for piece in names.pieces(leaf, i):
-                    values = names.view(part, leaf, piece.at)
-                    for name in (piece.name, *copies_of(piece.name, model)):
-                        place = places[name]
-                        if place.file not in files:
-                            files[place.file] = os.open(os.path.join(folder, place.file), os.O_WRONLY | os.O_CLOEXEC)
-                        _write_region(files[place.file], name, place, piece.region, values)
+        for index, numbers in parts:
+            for piece in names.pieces(leaf, index):
+                values = names.view(numbers, leaf, piece.at)
+                for name in (piece.name, *copies_of(piece.name, model)):
+                    place = places[name]
+                    if place.file not in files:
+                        files[place.file] = os.open(os.path.join(folder, place.file), os.O_WRONLY | os.O_CLOEXEC)
+                    _write_region(files[place.file], name, place, piece.region, values)
     finally:
         for descriptor in files.values():
             os.close(descriptor)
 
 
-def _parts(data: jax.Array, index: tuple[slice, ...], stacked: bool) -> Iterable[tuple[np.ndarray, tuple[slice, ...]]]:
-    """A shard on the host and its index: whole from a CPU, which need not copy it, else one layer at a time."""
-    if not stacked or next(iter(data.devices())).platform == "cpu":
-        yield np.asarray(data), index
-        return
-    for i in range(data.shape[0]):
-        layer = index[0].start + i
-        yield np.asarray(data[i : i + 1]), (slice(layer, layer + 1), *index[1:])
+def parts_of(array: jax.Array, stacked: bool) -> Iterator[Part]:
+    """This process's shards of an array, each region once in the whole job: whole from a CPU, which need not copy them, else by layers."""
+    for shard in array.addressable_shards:
+        if shard.replica_id:
+            continue
+        index, data = slices.of(shard.index, array.shape), shard.data
+        if not stacked or shard.device.platform == "cpu":
+            yield index, np.asarray(data)
+            continue
+        for i in range(data.shape[0]):
+            layer = index[0].start + i
+            yield (slice(layer, layer + 1), *index[1:]), np.asarray(data[i : i + 1])
 
 
 def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice, ...], values: np.ndarray) -> None:
