@@ -18,7 +18,7 @@ AOT := .venv-gpu-aot
 STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 TEST_STAMP := $(VENV)/.installed-test
 
-.PHONY: help venv train test prove storm mesh-product fuzz plan gpu-aot gpu-bench clean
+.PHONY: help venv train test test-slow prove storm mesh-product fuzz plan gpu-aot gpu-bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,7 +31,10 @@ train: $(STAMP) ## train the tiny model (the same command again resumes it)
 	$(VENV)/bin/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 test: $(TEST_STAMP) ## run the tests
-	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slow: $(TEST_STAMP) ## run the tests that `make test` leaves out: further meshes and combinations (10 minutes)
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 prove: $(STAMP) ## train the tiny model whole and check that it reaches the loss its config states
 	$(VENV)/bin/python -m benchmarks.tiny $(ARGS)

@@ -35,13 +35,12 @@ Weights = dict[str, np.ndarray]  # Hugging Face names, [out, in], one entry an e
 
 @functools.cache
 def quick_options() -> dict[str, Any]:
-    """XLA options, as far as this XLA knows them, that compile 3 to 7 times as fast: compiling is most of what these tests do.
+    """conftest.py's XLA_FLAGS as options, as far as this XLA knows them, for programs that run without conftest.py.
 
-    The passes over the program and the partitioning are as ever; LLVM optimises less and fused loops are emitted the older way.
+    `xla_cpu_use_fusion_emitters=False` would be quicker still, but writes outside of its arrays in bfloat16.
     """
     known = {}
-    wanted = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 0,
-              "xla_llvm_disable_expensive_passes": True}
+    wanted = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     for name, value in wanted.items():
         try:
             jax.jit(lambda: jnp.zeros(()), compiler_options={name: value}).lower().compile()

@@ -14,3 +14,10 @@ from deepseek_jax import enough_threads
 enough_threads(8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Files that take longest, so that no process is left alone with one of them at the end; of the others the order does not matter.
+FIRST = ("test_kills.py", "test_mesh.py", "test_launch.py", "test_profile.py", "test_compression.py", "test_resume.py", "test_strategies.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))

@@ -41,7 +41,7 @@ def test_layers_that_fit(monkeypatch):
     assert gpu_parts.layers_that_fit(None, 130)[0] == 2
 
 
-@pytest.mark.parametrize("load", ["balanced", "zipf"])
+@pytest.mark.parametrize("load", [pytest.param("balanced", marks=pytest.mark.slow), "zipf"])
 def test_methods_of_moe_agree(load):
     shape = moe.Shape(8, 64, 2, 16, 8)
     counts = jax.numpy.bincount(moe.routing(shape, load).reshape(-1), length=8)

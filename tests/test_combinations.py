@@ -19,6 +19,7 @@ REPLICAS = Mesh(data=2, fsdp=1, expert=2)
 FLOAT16 = config_of(ADAMW, REPLICAS, sharding=Sharding("hybrid_shard", min_weight_size=0, gradient_compression="int8"), dtype="float16")
 
 
+@pytest.mark.slow
 def test_float16_with_compressed_gradients():
     """The scaled gradients of each replica are divided by the scale before they are rounded: what is owed does not depend on the scale, so that
     it may change. 20 steps stay as near to float32's, whose loss falls by 1, as int8 and float16 alone do: see their own tests."""
@@ -56,7 +57,7 @@ def test_an_overflow_leaves_what_compression_owes():
 OPTIMIZERS = {"muon": Optimizer("muon", learning_rate=1e-2, warmup_steps=2), "adafactor": Optimizer("adafactor", learning_rate=3e-2, warmup_steps=2)}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [pytest.param("muon", marks=pytest.mark.slow), "adafactor"])
 def test_streamed_updates_of_every_optimizer(name):
     """The update layer by layer, from the host's memory, against that of the whole state. Float32 rounding; muon's Newton-Schulz steps
     enlarge that of small directions."""

@@ -34,7 +34,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# The others, with what is alike in these; tests/invariance.py has the whole product.
+SLOW = ("2x2x2 full_shard ring", "2x4 zero1 all_gather", "4x2 no_shard", "tensor 2, four micro-batches", "2x2 tensor 2",
+        "stage 4 fsdp 2 zero2, without remat", "stage 4 expert 2 ring, one micro-batch", "stage 2 data 2 expert 2 zero1, 3 pieces")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in VARIANTS])
 def test_same_numbers_on_every_mesh(name):
     """Five steps: losses and every gradient to 1e-5 relative, float32 sums in another order; counts are integers: exactly."""
     run = train(VARIANTS[name])
@@ -52,7 +57,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("V2", marks=pytest.mark.slow), "no experts"])
 def test_other_models_on_stages_and_tensor(name):
     """The balance loss over the batch, tied embeddings, deeper prediction; a dense model, whose blocks are the dense layers."""
     changes, config = MODELS[name]
@@ -72,7 +77,7 @@ def test_the_bias_is_the_same_on_all_devices_after_20_steps():
         assert len(copies) == 8 and all(np.array_equal(c, copies[0]) for c in copies)
 
 
-@pytest.mark.parametrize("name", ["2x4", "stage 2 expert 2 tensor 2 all_gather"])
+@pytest.mark.parametrize("name", ["2x4", pytest.param("stage 2 expert 2 tensor 2 all_gather", marks=pytest.mark.slow)])
 def test_the_same_initial_state_on_every_mesh(name):
     config = VARIANTS[name]
     mesh = make_mesh(config)
