@@ -108,15 +108,19 @@ def score_pairs(model: LoadedModel, pairs: Sequence[Pair], rows: int | None = No
 
     Args:
       rows: of a batch, as Scorer. longest: tokens that the model reads at most; None: its max_position_embeddings.
+
+    Raises:
+      UserError: a continuation is longer than that.
     """
     longest = min(longest or model.model.max_position_embeddings, model.model.max_position_embeddings)
     spans, out = [], [Score(i, 0.0, 0, True) for i in range(len(pairs))]
     for i, (context, continuation) in enumerate(pairs):
         if not continuation:
             continue
-        kept = continuation[:longest]
-        ids = np.asarray([*context, *kept][-(longest + 1) :], np.int32)
-        targets = np.where(np.arange(1, len(ids)) >= len(ids) - len(kept), ids[1:], IGNORE)
+        if len(continuation) > longest:
+            raise UserError(f"a text to score has {len(continuation)} tokens, and the model reads {longest} at once. Make it shorter.")
+        ids = np.asarray([*context, *continuation][-(longest + 1) :], np.int32)
+        targets = np.where(np.arange(1, len(ids)) >= len(ids) - len(continuation), ids[1:], IGNORE)
         spans.append(Span(i, ids[:-1], targets.astype(np.int32)))
     if not spans:
         return out
