@@ -1,7 +1,8 @@
 """Log-likelihoods of tokens: spans of text, packed into batches of one compiled shape, through the model and the loss in chunks."""
 
 import math
-from collections.abc import Hashable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from deepseek_jax.config import IGNORE, UserError
 from deepseek_jax.hf.model import LoadedModel
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.train.losses import token_nll
+from deepseek_jax.train.state import Layout
 
 BATCH_TOKENS = 4096  # a device's share of a batch, unless the user says how many rows there are
 
@@ -52,12 +54,8 @@ class Scorer:
         self.width, self.rows = width, -(-(rows or ways * max(1, BATCH_TOKENS // width)) // ways) * ways
         self.vocab_size = model.model.vocab_size
         self._model = model
-        self._program = jax.jit(self._scores)
-
-    def _scores(self, params, bias, batch):
-        tokens_BS, targets_BS, segment_ids_BS, positions_BS = batch
-        net = self._model.layout.merge_for_inference(params, bias)
-        return token_nll(net(tokens_BS, segment_ids_BS, positions_BS).hidden_BSD, net, targets_BS)
+        if model not in _programs:
+            _programs[model] = _program(model.layout)
 
     def __call__(self, spans: Iterable[Span]) -> Iterator[Score]:
         """The score of each span, not in their order. Memory is that of two batches, however many spans there are.
@@ -101,13 +99,25 @@ class Scorer:
             batch[:, row, first : first + n] = span.tokens, span.targets, np.full(n, segments[row]), np.arange(n)
         model = self._model
         with jax.set_mesh(model.mesh):
-            return self._program(model.params, model.bias, tuple(jax.device_put(a, jax.P(BATCH_AXES)) for a in batch))
+            return _programs[model](model.params, model.bias, tuple(jax.device_put(a, jax.P(BATCH_AXES)) for a in batch))
 
     def _read(self, placed: list[tuple[int, int, Span]], results: tuple[jax.Array, jax.Array]) -> Iterator[Score]:
         nll_BS, likeliest_BS = np.asarray(results[0], np.float64), np.asarray(results[1])
         for row, first, span in placed:
             here, counted = slice(first, first + len(span.tokens)), span.targets != IGNORE
             yield Score(span.key, float(nll_BS[row, here].sum()), int(counted.sum()), bool(likeliest_BS[row, here][counted].all()))
+
+
+_programs: "weakref.WeakKeyDictionary[LoadedModel, Callable]" = weakref.WeakKeyDictionary()  # a shape is compiled once a model
+
+
+def _program(layout: Layout) -> Callable:
+    def scores(params, bias, batch):
+        tokens_BS, targets_BS, segment_ids_BS, positions_BS = batch
+        net = layout.merge_for_inference(params, bias)
+        return token_nll(net(tokens_BS, segment_ids_BS, positions_BS).hidden_BSD, net, targets_BS)
+
+    return jax.jit(scores)
 
 
 def windows(key: Hashable, pieces: Iterable[np.ndarray], window: int, stride: int) -> Iterator[Span]:
