@@ -4,6 +4,7 @@ Files are laid out before anything is written, so that every process writes the 
 another. All of it happens in a temporary folder beside the target, which gets its name at the end.
 """
 
+import concurrent.futures
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.checkpoint.safetensors_header import write_header
 from deepseek_jax.config import Model, UserError
-from deepseek_jax.hf import configuration, copying, names, start
+from deepseek_jax.hf import configuration, copying, names, reading, start
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import BUFFER, INDEX, SINGLE, dump, finite, read_config
 
@@ -61,8 +62,9 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
             _add_tokenizer(temporary, tokenizer)
         places = lay_out(temporary, shapes, file_bytes, jax.process_index() == 0)
         _wait("laid out")
-        for leaf in leaves:
-            write_leaf(temporary, leaf, get(leaf), places, model)
+        with Flusher() as flusher:
+            for leaf in leaves:
+                flusher.flush(write_leaf(temporary, leaf, get(leaf), places, model))
         _wait("written")
         if jax.process_index() == 0:
             _finish(temporary, target, {p.file for p in places.values()})
@@ -100,10 +102,13 @@ def copies_of(name: str, model: Model) -> list[str]:
 def lay_out(folder: str, shapes: dict[str, Shape], file_bytes: int, writer: bool) -> dict[str, Place]:
     """Assigns every tensor its place, and writes heads and index."""
     files: list[dict[str, Shape]] = [{}]
+    size = 0  # of the last one
     for name, what in shapes.items():
-        if files[-1] and sum(w.nbytes for w in files[-1].values()) + what.nbytes > file_bytes:
+        if files[-1] and size + what.nbytes > file_bytes:
             files.append({})
+            size = 0
         files[-1][name] = what
+        size += what.nbytes
     places: dict[str, Place] = {}
     for i, held in enumerate(files):
         file = SINGLE if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
@@ -134,25 +139,63 @@ def _head(f: Any, tensors: dict[str, Shape]) -> int:
     return count
 
 
-def write_leaf(folder: str, leaf: Leaf, array: jax.Array, places: dict[str, Place], model: Model) -> None:
-    """Writes this process's shards of an array, each region once in the whole job."""
+def write_leaf(folder: str, leaf: Leaf, array: jax.Array, places: dict[str, Place], model: Model) -> set[str]:
+    """Writes this process's shards of an array, each region once in the whole job, by several threads. The files that it wrote to."""
     files: dict[str, int] = {}
+    pool = concurrent.futures.ThreadPoolExecutor(reading.THREADS)
     try:
         for shard in array.addressable_shards:
             if shard.replica_id:
                 continue
             index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(shard.index, leaf.shape, strict=True))
             for part, i in _parts(shard.data, index, leaf.stacked):
+                tasks = []
                 for piece in names.pieces(leaf, i):
                     values = names.view(part, leaf, piece.at)
                     for name in (piece.name, *copies_of(piece.name, model)):
                         place = places[name]
                         if place.file not in files:
                             files[place.file] = os.open(os.path.join(folder, place.file), os.O_WRONLY | os.O_CLOEXEC)
-                        _write_region(files[place.file], name, place, piece.region, values)
+                        tasks.append(pool.submit(_write_region, files[place.file], name, place, piece.region, values))
+                for task in tasks:
+                    task.result()
     finally:
+        pool.shutdown(cancel_futures=True)
         for descriptor in files.values():
             os.close(descriptor)
+    return {os.path.join(folder, file) for file in files}
+
+
+class Flusher:
+    """Has the disk write while the next array is read: without it all of a checkpoint would wait for the fsync at the end."""
+
+    def __init__(self) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._last: concurrent.futures.Future | None = None
+
+    def flush(self, paths: Iterable[str]) -> None:
+        """Begins to write what these files hold, unless an earlier call is still at it.
+
+        Raises:
+          OSError: the disk refused what an earlier call began. The system says so once, so that a later fsync might not.
+        """
+        if self._last is None or self._last.done():
+            if self._last is not None:
+                self._last.result()
+            self._last = self._pool.submit(lambda: [_fsync(path) for path in sorted(paths)])
+
+    def __enter__(self) -> "Flusher":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self._pool.shutdown()
+        if kind is None and self._last is not None:
+            self._last.result()
+
+
+def _fsync(path: str) -> None:
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
 
 
 def _parts(data: jax.Array, index: tuple[slice, ...], stacked: bool) -> Iterable[tuple[np.ndarray, tuple[slice, ...]]]:
@@ -234,8 +277,7 @@ def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) 
 
 def _finish(temporary: str, target: str, files: set[str]) -> None:
     for name in sorted(files):
-        with open(os.path.join(temporary, name), "rb") as f:
-            os.fsync(f.fileno())
+        _fsync(os.path.join(temporary, name))
     if os.path.isdir(target):
         os.rmdir(target)
     os.rename(temporary, target)
