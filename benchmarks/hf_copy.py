@@ -25,7 +25,7 @@ from benchmarks import turns
 from benchmarks.checkpoint import memory
 from deepseek_jax.config import UserError
 from deepseek_jax.hf import __main__ as commands
-from deepseek_jax.hf import configuration, exporting, importing, names
+from deepseek_jax.hf import configuration, exporting, importing, names, writing
 from deepseek_jax.hf.model import config_for
 from deepseek_jax.hf.source import dump
 from deepseek_jax.train.state import abstract_model
@@ -91,9 +91,9 @@ def make(folder: str, size: float) -> int:
         leaves = [leaf for state in (params, bias) for leaf in names.leaves(state, "qwen3_moe", model)]
         return exporting.tensors_of(leaves, model, {}, "bfloat16")
 
-    bytes_of = lambda layers: sum(s.nbytes for s in shapes_of(layers).values())
-    one = bytes_of(1)
-    layers = max(1, round((size - one) / (bytes_of(2) - one)) + 1)
+    one = shapes_of(1)
+    layer, rest = (sum(s.nbytes for n, s in one.items() if n.startswith("model.layers.") == wanted) for wanted in (True, False))
+    layers = max(1, round((size - rest) / layer))
     shapes = shapes_of(layers)
     os.makedirs(folder)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
@@ -103,7 +103,7 @@ def make(folder: str, size: float) -> int:
     files = {p.file: os.open(os.path.join(folder, p.file), os.O_WRONLY) for p in places.values()}
     for i, (name, shape) in enumerate(shapes.items()):
         numbers = np.resize(np.roll(block, 64 * i) if shape.nbytes > 1 << 20 else block, shape.shape).astype(shape.dtype)
-        exporting.pwrite(files[places[name].file], numbers, places[name].offset)
+        writing.pwrite(files[places[name].file], numbers, places[name].offset)
     for descriptor in files.values():
         os.fsync(descriptor)
         os.close(descriptor)

@@ -93,7 +93,7 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
         dtypes = {} if dtype or notes is None else notes.dtypes
         tokenizer = None if saved.data.tokenizer == "bytes" else saved.data.tokenizer
         exporting.export(target, run.model, family, leaves, get, dtypes, dtype or "float32", files, notes and notes.model, tokenizer,
-                         int(gigabytes * 1e9))
+                         int(gigabytes * 1e9), source)
     for opened in filter(None, (source, checkpoints)):
         opened.close()
     return sum(os.path.getsize(os.path.join(target, f)) for f in os.listdir(target) if f.endswith(".safetensors")), family

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,23 +20,16 @@ from deepseek_jax.checkpoint.safetensors_header import write_header
 from deepseek_jax.config import Model, UserError
 from deepseek_jax.hf import configuration, copying, names, reading, start
 from deepseek_jax.hf.names import Leaf
-from deepseek_jax.hf.source import BUFFER, INDEX, SINGLE, dump, finite, read_config
+from deepseek_jax.hf.source import BUFFER, INDEX, SINGLE, Source, dump, finite, read_config
+from deepseek_jax.hf.writing import Flusher, Place, copy_tensors, fsync, pwrite
 
 FILE_BYTES = 5_000_000_000  # of one file, at most, as transformers writes them; a larger tensor has one of its own
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Place(NamedTuple):
-    """Where a tensor's bytes go."""
-
-    file: str
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
 def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: Callable[[Leaf], jax.Array], dtypes: dict[str, str],
-           default_dtype: str, files_from: str | None, before: Model | None, tokenizer: str | None = None, file_bytes: int = FILE_BYTES) -> None:
+           default_dtype: str, files_from: str | None, before: Model | None, tokenizer: str | None = None, file_bytes: int = FILE_BYTES,
+           source: Source | None = None) -> None:
     """Writes a checkpoint. In a job of several processes all call it, with a target that all see.
 
     Args:
@@ -45,6 +38,7 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
       dtypes: as start.Notes. default_dtype: of tensors that it does not name.
       files_from: folder with config.json, tokenizer and chat templates to be copied. before: the model of that config.json.
       tokenizer: a tokenizer.json to be copied, where that folder has none. file_bytes: of one file, at most.
+      source: a checkpoint with the same numbers: what it holds under the same name and dtype is copied, and its arrays are not asked for.
 
     Raises:
       UserError: the target is in use or cannot be written, or numbers are not finite in the dtype they are written in.
@@ -62,6 +56,11 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
             _add_tokenizer(temporary, tokenizer)
         places = lay_out(temporary, shapes, file_bytes, jax.process_index() == 0)
         _wait("laid out")
+        if source is not None:
+            held = source.tensors
+            same = {n: p for n, p in places.items() if n in held and (held[n].shape, held[n].dtype) == (p.shape, p.dtype)}
+            copy_tensors(source, same if jax.process_index() == 0 else {}, temporary)
+            leaves = [leaf for leaf in leaves if not all({n, *copies_of(n, model)} <= same.keys() for n in names.tensors(leaf))]
         with Flusher() as flusher:
             for leaf in leaves:
                 flusher.flush(write_leaf(temporary, leaf, get(leaf), places, model))
@@ -166,38 +165,6 @@ def write_leaf(folder: str, leaf: Leaf, array: jax.Array, places: dict[str, Plac
     return {os.path.join(folder, file) for file in files}
 
 
-class Flusher:
-    """Has the disk write while the next array is read: without it all of a checkpoint would wait for the fsync at the end."""
-
-    def __init__(self) -> None:
-        self._pool = concurrent.futures.ThreadPoolExecutor(1)
-        self._last: concurrent.futures.Future | None = None
-
-    def flush(self, paths: Iterable[str]) -> None:
-        """Begins to write what these files hold, unless an earlier call is still at it.
-
-        Raises:
-          OSError: the disk refused what an earlier call began. The system says so once, so that a later fsync might not.
-        """
-        if self._last is None or self._last.done():
-            if self._last is not None:
-                self._last.result()
-            self._last = self._pool.submit(lambda: [_fsync(path) for path in sorted(paths)])
-
-    def __enter__(self) -> "Flusher":
-        return self
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        self._pool.shutdown()
-        if kind is None and self._last is not None:
-            self._last.result()
-
-
-def _fsync(path: str) -> None:
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-
-
 def _parts(data: jax.Array, index: tuple[slice, ...], stacked: bool) -> Iterable[tuple[np.ndarray, tuple[slice, ...]]]:
     """A shard on the host and its index: whole from a CPU, which need not copy it, else one layer at a time."""
     if not stacked or next(iter(data.devices())).platform == "cpu":
@@ -229,13 +196,6 @@ def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice,
         else:
             for i, line in enumerate(block):
                 pwrite(descriptor, line, at + i * pitch)
-
-
-def pwrite(descriptor: int, data: np.ndarray, at: int) -> None:
-    left = memoryview(data.reshape(-1).view(np.uint8))
-    while left:
-        n = os.pwrite(descriptor, left, at)
-        left, at = left[n:], at + n
 
 
 def _write_side_files(folder: str, model: Model, family: str, files_from: str | None, before: Model | None, shapes: dict[str, Shape]) -> None:
@@ -277,7 +237,7 @@ def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) 
 
 def _finish(temporary: str, target: str, files: set[str]) -> None:
     for name in sorted(files):
-        _fsync(os.path.join(temporary, name))
+        fsync(os.path.join(temporary, name))
     if os.path.isdir(target):
         os.rmdir(target)
     os.rename(temporary, target)
