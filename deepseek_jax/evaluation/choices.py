@@ -12,7 +12,7 @@ from deepseek_jax.config import IGNORE, UserError
 from deepseek_jax.data.progress import Bar
 from deepseek_jax.evaluation.scoring import Score, Scorer, Span
 from deepseek_jax.hf.model import LoadedModel
-from deepseek_jax.hf.opening import Encoder, Opened
+from deepseek_jax.hf.opening import Opened
 
 WIDTHS = 64  # rows are a multiple of this
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.config import Config, UserError
+from deepseek_jax.config import UserError
 from deepseek_jax.data.documents import find_files, read, split_paths
 from deepseek_jax.data.progress import Bar
 from deepseek_jax.data.sources import BATCH_CHARACTERS, open_corpora, split

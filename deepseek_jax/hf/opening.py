@@ -12,7 +12,7 @@ import numpy as np
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, UserError, from_config_dict
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
-from deepseek_jax.hf import configuration, names, reading, start
+from deepseek_jax.hf import configuration, names, start
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.model import LoadedModel, config_for, load
 from deepseek_jax.hf.source import read_config
