@@ -85,7 +85,8 @@ def test_hf_copy(tmp_path):
     whole = [{n: a for held in files.values() for n, a in held.items()} for files in kept.values()]
     assert sum(a.nbytes for a in whole[0].values()) == r["bytes"] and 4e5 < r["bytes"] < 6e5
     for other in whole[1:]:
-        assert other.keys() == whole[0].keys() and all(np.array_equal(a, whole[0][n]) for n, a in other.items())
+        assert other.keys() == whole[0].keys() and all(np.array_equal(a, whole[0][n].astype(a.dtype)) for n, a in other.items())
+    assert [held["lm_head.weight"].dtype.name for held in whole] == ["bfloat16"] * 3 + ["float16"]
     assert all(r[name]["seconds"] > 0 and r[name]["ratio"] > 0 and r[name]["peak_bytes"] >= 0 for name in kept) and r["copy"]["ratio"] == 1
     assert ("MISSED" in hf_copy.text(r)) != r["met"] and not (tmp_path / "copies" / "export").exists()
 
