@@ -17,6 +17,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Iterable
 
 import jax
 
@@ -52,7 +53,7 @@ def main() -> int:
 
 
 def export(workdir: str, target: str, step: int | None = None, dtype: str | None = None, gigabytes: float = 5.0) -> tuple[int, str]:
-    """Writes a run's model as a checkpoint, one array of it in memory at a time.
+    """Writes a run's model as a checkpoint, one array of it in memory at a time; of an imported one, a layer of an array.
 
     Returns:
       The bytes written and the family.
@@ -74,11 +75,11 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
         shapes = {names.path_of(p): (top, s) for top, state in (("params", wanted.params), ("bias", wanted.bias))
                   for p, s in jax.tree_util.tree_leaves_with_path(state)}
 
-        def get(leaf: names.Leaf) -> jax.Array:
+        def get(leaf: names.Leaf) -> jax.Array | Iterable[reading.Part]:
             top, shape = shapes[leaf.path]
             if source is not None:
                 stored = {source.stored_dtype(name) for name in names.tensors(leaf, source.tensors)}
-                return reading.read_leaf(source, leaf, shape.sharding, stored.pop() if len(stored) == 1 else shape.dtype)
+                return reading.parts_of(source, leaf, stored.pop() if len(stored) == 1 else shape.dtype)
             tree: dict = {}
             node = tree.setdefault(top, {})
             *parents, last = leaf.path.split("/")

@@ -8,7 +8,7 @@ import concurrent.futures
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -21,20 +21,21 @@ from deepseek_jax.config import Model, UserError
 from deepseek_jax.hf import configuration, copying, names, reading, start
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import BUFFER, INDEX, SINGLE, Source, dump, finite, read_config
-from deepseek_jax.hf.writing import Flusher, Place, copy_tensors, fsync, pwrite
+from deepseek_jax.hf.reading import Part
+from deepseek_jax.hf.writing import Flusher, Place, ahead, copy_tensors, fsync, pwrite
 
 FILE_BYTES = 5_000_000_000  # of one file, at most, as transformers writes them; a larger tensor has one of its own
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: Callable[[Leaf], jax.Array], dtypes: dict[str, str],
+def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: Callable[[Leaf], jax.Array | Iterable[Part]], dtypes: dict[str, str],
            default_dtype: str, files_from: str | None, before: Model | None, tokenizer: str | None = None, file_bytes: int = FILE_BYTES,
            source: Source | None = None) -> None:
     """Writes a checkpoint. In a job of several processes all call it, with a target that all see.
 
     Args:
       target: a folder that does not exist yet, or is empty.
-      leaves: the arrays, one at a time. get: an array by its leaf.
+      leaves: the arrays, one at a time. get: an array by its leaf, or in one process parts of it that are made as they are asked for.
       dtypes: as start.Notes. default_dtype: of tensors that it does not name.
       files_from: folder with config.json, tokenizer and chat templates to be copied. before: the model of that config.json.
       tokenizer: a tokenizer.json to be copied, where that folder has none. file_bytes: of one file, at most.
@@ -138,26 +139,23 @@ def _head(f: Any, tensors: dict[str, Shape]) -> int:
     return count
 
 
-def write_leaf(folder: str, leaf: Leaf, array: jax.Array, places: dict[str, Place], model: Model) -> set[str]:
+def write_leaf(folder: str, leaf: Leaf, array: jax.Array | Iterable[Part], places: dict[str, Place], model: Model) -> set[str]:
     """Writes this process's shards of an array, each region once in the whole job, by several threads. The files that it wrote to."""
+    parts = _parts_of(leaf, array) if isinstance(array, jax.Array) else ahead(array)
     files: dict[str, int] = {}
     pool = concurrent.futures.ThreadPoolExecutor(reading.THREADS)
     try:
-        for shard in array.addressable_shards:
-            if shard.replica_id:
-                continue
-            index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(shard.index, leaf.shape, strict=True))
-            for part, i in _parts(shard.data, index, leaf.stacked):
-                tasks = []
-                for piece in names.pieces(leaf, i):
-                    values = names.view(part, leaf, piece.at)
-                    for name in (piece.name, *copies_of(piece.name, model)):
-                        place = places[name]
-                        if place.file not in files:
-                            files[place.file] = os.open(os.path.join(folder, place.file), os.O_WRONLY | os.O_CLOEXEC)
-                        tasks.append(pool.submit(_write_region, files[place.file], name, place, piece.region, values))
-                for task in tasks:
-                    task.result()
+        for part, index in parts:
+            tasks = []
+            for piece in names.pieces(leaf, index):
+                values = names.view(part, leaf, piece.at)
+                for name in (piece.name, *copies_of(piece.name, model)):
+                    place = places[name]
+                    if place.file not in files:
+                        files[place.file] = os.open(os.path.join(folder, place.file), os.O_WRONLY | os.O_CLOEXEC)
+                    tasks.append(pool.submit(_write_region, files[place.file], name, place, piece.region, values))
+            for task in tasks:
+                task.result()
     finally:
         pool.shutdown(cancel_futures=True)
         for descriptor in files.values():
@@ -165,14 +163,18 @@ def write_leaf(folder: str, leaf: Leaf, array: jax.Array, places: dict[str, Plac
     return {os.path.join(folder, file) for file in files}
 
 
-def _parts(data: jax.Array, index: tuple[slice, ...], stacked: bool) -> Iterable[tuple[np.ndarray, tuple[slice, ...]]]:
-    """A shard on the host and its index: whole from a CPU, which need not copy it, else one layer at a time."""
-    if not stacked or next(iter(data.devices())).platform == "cpu":
-        yield np.asarray(data), index
-        return
-    for i in range(data.shape[0]):
-        layer = index[0].start + i
-        yield np.asarray(data[i : i + 1]), (slice(layer, layer + 1), *index[1:])
+def _parts_of(leaf: Leaf, array: jax.Array) -> Iterator[Part]:
+    """This process's shards on the host: whole from a CPU, which need not copy them, else one layer at a time."""
+    for shard in array.addressable_shards:
+        if shard.replica_id:
+            continue
+        data, index = shard.data, tuple(slice(*s.indices(n)[:2]) for s, n in zip(shard.index, leaf.shape, strict=True))
+        if not leaf.stacked or next(iter(data.devices())).platform == "cpu":
+            yield np.asarray(data), index
+            continue
+        for i in range(data.shape[0]):
+            layer = index[0].start + i
+            yield np.asarray(data[i : i + 1]), (slice(layer, layer + 1), *index[1:])
 
 
 def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice, ...], values: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 import concurrent.futures
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +55,16 @@ def copy_tensors(source: Source, places: dict[str, Place], folder: str) -> None:
     finally:
         for descriptor in files.values():
             os.close(descriptor)
+
+
+def ahead(parts: Iterable[Any]) -> Iterator[Any]:
+    """The same, each made while the one before is used: two are in memory."""
+    rest = iter(parts)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, rest, None)
+        while (part := coming.result()) is not None:
+            coming = pool.submit(next, rest, None)
+            yield part
 
 
 class Flusher:
