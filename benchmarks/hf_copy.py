@@ -33,7 +33,8 @@ from deepseek_jax.train.state import abstract_model
 
 NAMES = ("copy", "import", "export", "cast")
 BAR = 3.0  # times the copy
-LAYER = dict(hidden_size=1024, num_attention_heads=16, num_key_value_heads=4, head_dim=64, num_experts=32, moe_intermediate_size=512, vocab_size=32000)
+LAYER = dict(hidden_size=1024, num_attention_heads=16, num_key_value_heads=4, head_dim=64, num_experts=32, moe_intermediate_size=512,
+             vocab_size=32000)
 TOY = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, moe_intermediate_size=32, vocab_size=256)
 
 

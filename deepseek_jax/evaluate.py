@@ -28,11 +28,13 @@ from deepseek_jax.hf.opening import Opened, open_model, parse_mesh
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder with the model")
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
     parser.add_argument("--mesh", help="devices, as fsdp=2,expert=4 (default: one)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights and computation (default %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="of weights and computation (default %(default)s)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--text", metavar="PATH", help="stdlib, text, .jsonl or .parquet files, a folder or a glob; several separated by commas "
                                                      "(default: what a run held out)")

