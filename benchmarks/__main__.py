@@ -17,6 +17,7 @@
   gpu_aot       compiles steps for H200s and checks their collectives (make gpu-aot)
   compression   loss curve and bytes between replicas of gradients summed in float32, bfloat16 and int8
   checkpoint    what asynchronous saves cost training, and the time and memory of restoring
+  hf_copy       import and export of a Hugging Face checkpoint beside a plain copy of its bytes
   corruption    damages every kind of file of a checkpoint and counts what restoring makes of it
   fuzz          random mutations of files for everything that parses a checkpoint (make fuzz)
   tiny          trains configs/tiny.py whole and checks its loss (make prove)

@@ -117,15 +117,15 @@ def restore(shape: str, folder: str, kind: str) -> dict[str, float]:
         started = time.perf_counter()
         checkpoints.newest_good(wanted)
         checked = time.perf_counter() - started
-        before = _memory(reset=True)
+        before = memory(reset=True)
         started = time.perf_counter()
         state, _ = jax.block_until_ready(checkpoints.restore(wanted))
         took = time.perf_counter() - started
-        peak = _memory()
+        peak = memory()
     return {"verify_s": checked, "restore_s": took, "restore_peak_bytes": peak, "restore_memory": (peak - before) / bytes_of(state)}
 
 
-def _memory(reset: bool = False) -> int:
+def memory(reset: bool = False) -> int:
     """Bytes that this process has held at most. Linux counts them anew on request; elsewhere they are those since its start."""
     if not os.path.exists("/proc/self/clear_refs"):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

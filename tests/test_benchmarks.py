@@ -1,15 +1,17 @@
 """The benchmarks run, at toy size, so that they do not rot: their methods agree and their tables hold what they promise."""
 
 import json
+import pathlib
 import unittest.mock
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import bridge
 from benchmarks import compile as compile_time
-from benchmarks import floor, gpu_bench, gpu_parts, moe, overhead, vocabulary
+from benchmarks import floor, gpu_bench, gpu_parts, hf_copy, moe, overhead, vocabulary
 from deepseek_jax.compilation import CompiledStep
 from deepseek_jax.config import Compile, Config, Eval, Mesh, Model, Train
 from deepseek_jax.plan import hlo
@@ -67,6 +69,26 @@ def test_vocabulary():
     plain = [r["temporaries"]["plain"] for r in rows]
     assert plain[1] - plain[0] >= 2048 * 512 * 4
     assert rows[1]["temporaries"]["ours"] < plain[1] and "4,096" in vocabulary.text({**RESULT, "width": 16, "chunk": 1024, "rows": rows, "bars": {}})
+
+
+def test_hf_copy(tmp_path):
+    """What it imports and exports is the checkpoint that it wrote; times, ratios and memory are there."""
+    kept = {}
+
+    def run(name, source, target):
+        out = hf_copy.timed(name, source, target)
+        folder = target + "/hf" * (name == "import")
+        kept[name] = {f.name: safetensors.numpy.load_file(f) for f in pathlib.Path(folder).glob("*.safetensors")}
+        return out
+
+    r = hf_copy.measure(0.0005, 1, str(tmp_path / "copies"), run)
+    whole = [{n: a for held in files.values() for n, a in held.items()} for files in kept.values()]
+    assert sum(a.nbytes for a in whole[0].values()) == r["bytes"] and 4e5 < r["bytes"] < 6e5
+    for other in whole[1:]:
+        assert other.keys() == whole[0].keys() and all(np.array_equal(a, whole[0][n].astype(a.dtype)) for n, a in other.items())
+    assert [held["lm_head.weight"].dtype.name for held in whole] == ["bfloat16"] * 3 + ["float16"]
+    assert all(r[name]["seconds"] > 0 and r[name]["ratio"] > 0 and r[name]["peak_bytes"] >= 0 for name in kept) and r["copy"]["ratio"] == 1
+    assert ("MISSED" in hf_copy.text(r)) != r["met"] and not (tmp_path / "copies" / "export").exists()
 
 
 def test_overhead():

@@ -1,5 +1,6 @@
 """Crafted checkpoints: each mistake is one line that names what is wrong, and nothing is left behind."""
 
+import errno
 import json
 import os
 import struct
@@ -12,7 +13,7 @@ import safetensors.numpy
 import hf_families as families
 from deepseek_jax import hf
 from deepseek_jax.config import UserError
-from deepseek_jax.hf import configuration, importing
+from deepseek_jax.hf import configuration, importing, writing
 
 CONFIG = dict(families.SHAPES, model_type="llama", architectures=["LlamaForCausalLM"], num_hidden_layers=1)
 
@@ -182,3 +183,16 @@ def test_export_leaves_nothing_half_written(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written"):
         hf.save(model, str(tmp_path / "file" / "out"))
+
+
+def test_what_the_disk_refuses_in_the_background_is_an_error(tmp_path, monkeypatch):
+    """The system tells it to one fsync only, which may be the one while arrays are still written."""
+    model = hf.load(str(write(tmp_path / "a", weights())))
+
+    def refuse(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing, "fsync", refuse)
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        hf.save(model, str(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == ["a"]

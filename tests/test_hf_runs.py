@@ -93,6 +93,9 @@ def test_imported_run(source, tmp_path):
     given = safetensors.numpy.load_file(f"{source}/model.safetensors")
     same(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors"), given)
     assert (tmp_path / "out" / "generation_config.json").exists()
+    commands.export(workdir, str(tmp_path / "low"), dtype="bfloat16")  # some are copied as they are, others not
+    kept = lambda name: name.endswith("e_score_correction_bias")
+    same(safetensors.numpy.load_file(tmp_path / "low" / "model.safetensors"), {n: a if kept(n) else a.astype("bfloat16") for n, a in given.items()})
 
     run = Config(model=model.model, init_from=config.init_from, mesh=Mesh(fsdp=2), train=TRAIN)
     mesh = make_mesh(run, jax.devices()[:2])

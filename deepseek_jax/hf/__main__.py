@@ -16,12 +16,11 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
-from deepseek_jax.checkpoint import slices
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import UserError, exit_code, from_config_dict
 from deepseek_jax.hf import configuration, exporting, importing, names, reading, start
@@ -54,7 +53,8 @@ def main() -> int:
 
 
 def export(workdir: str, target: str, step: int | None = None, dtype: str | None = None, gigabytes: float = 5.0) -> tuple[int, str]:
-    """Writes a run's model as a checkpoint. In memory is one part of an array at a time: 64 MB, or what one device had where that is more.
+    """Writes a run's model as a checkpoint. In memory is a part of an array and the one read ahead: a chunk of the run's checkpoint (256 MB at most
+    of sharded ones, 64 MB of others), or a layer of what was imported.
 
     Returns:
       The bytes written and the family.
@@ -75,15 +75,11 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
     def name_of(leaf: names.Leaf) -> str:
         return f"{'bias' if leaf.path.endswith('e_score_correction_bias') else 'params'}/{leaf.path}"
 
-    def parts(leaf: names.Leaf) -> Iterator[exporting.Part]:
+    def get(leaf: names.Leaf) -> Iterable[reading.Part]:
         if stored is None:
             dtypes = {source.stored_dtype(name) for name in names.tensors(leaf, source.tensors)}
-            dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-            for index in slices.blocks(leaf.shape, dtype.itemsize):
-                yield index, reading.read_part(source, leaf, index, dtype)
-            return
-        for index in stored.parts(name_of(leaf)):
-            yield index, stored.read(name_of(leaf), index)
+            return reading.parts_of(source, leaf, dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32))
+        return ((stored.read(name_of(leaf), index), index) for index in stored.parts(name_of(leaf)))
 
     with jax.set_mesh(mesh):
         _, params, bias = abstract_model(run)
@@ -96,8 +92,8 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
         files = os.path.join(workdir, start.FOLDER) if notes else None
         dtypes = {} if dtype or notes is None else notes.dtypes
         tokenizer = None if saved.data.tokenizer == "bytes" else saved.data.tokenizer
-        exporting.export(target, run.model, family, leaves, parts, dtypes, dtype or "float32", files, notes and notes.model, tokenizer,
-                         int(gigabytes * 1e9))
+        exporting.export(target, run.model, family, leaves, get, dtypes, dtype or "float32", files, notes and notes.model, tokenizer,
+                         int(gigabytes * 1e9), source)
     for opened in filter(None, (source, checkpoints)):
         opened.close()
     return sum(os.path.getsize(os.path.join(target, f)) for f in os.listdir(target) if f.endswith(".safetensors")), family

@@ -73,18 +73,27 @@ class Chat:
         Raises:
           UserError: there is no (such) template, or it refuses these messages.
         """
-        name = template or ("tool_use" if tools is not None and "tool_use" in self._templates else "default")
-        if name not in self._templates:
-            there = f"templates {', '.join(self._templates)}" if self._templates else "no chat template"
-            raise UserError(f"{self.folder} has {there}, and not {name!r}. Prompt it with a text, or add chat_template.jinja.")
+        source = self.template(template or ("tool_use" if tools is not None and "tool_use" in self._templates else None))
         chat = [_with_reasoning({k: v for k, v in m.items() if v is not None}) for m in _plain(list(messages))]
         given = _plain({**self.special, **variables})
         try:
-            return _environment().from_string(self._templates[name]).render(
+            return _environment().from_string(source).render(
                 messages=chat, tools=_plain(tools), documents=None, add_generation_prompt=add_generation_prompt, **given)
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, ArithmeticError, RecursionError) as e:
             raise UserError(f"the chat template of {self.folder} refuses these messages ({' '.join(str(e).split())[:200]}). "
                             f"Give messages in the form that it was made for.") from e
+
+    def template(self, name: str | None = None) -> str:
+        """A chat template's text: the default one, or one of several by name.
+
+        Raises:
+          UserError: there is no such template.
+        """
+        name = name or "default"
+        if name not in self._templates:
+            there = f"templates {', '.join(self._templates)}" if self._templates else "no chat template"
+            raise UserError(f"{self.folder} has {there}, and not {name!r}. Prompt it with a text, or add chat_template.jinja.")
+        return self._templates[name]
 
     def _read_templates(self, config: dict[str, Any]) -> dict[str, str]:
         """By name: chat_template.jinja and additional_chat_templates/, else chat_template.json, else tokenizer_config.json."""

@@ -1,53 +1,45 @@
 """Writes a model as a Hugging Face checkpoint: config.json, safetensors files with an index, tokenizer files.
 
-Files are laid out before anything is written, so that every process writes the regions of its own shards into them, one part of an array
-after another. All of it happens in a temporary folder beside the target, which gets its name at the end.
+Files are laid out before anything is written, so that every process writes the regions of its own shards into them, one array after
+another. All of it happens in a temporary folder beside the target, which gets its name at the end.
 """
 
+import concurrent.futures
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deepseek_jax.checkpoint import slices
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.checkpoint.safetensors_header import write_header
 from deepseek_jax.config import Model, UserError
-from deepseek_jax.hf import configuration, copying, names, start
+from deepseek_jax.hf import configuration, copying, names, reading, start
 from deepseek_jax.hf.names import Leaf
-from deepseek_jax.hf.source import BUFFER, INDEX, SINGLE, dump, finite, read_config
+from deepseek_jax.hf.source import BUFFER, INDEX, SINGLE, Source, dump, finite, read_config
+from deepseek_jax.hf.reading import Part
+from deepseek_jax.hf.writing import Flusher, Place, ahead, copy_tensors, fsync, pwrite
 
 FILE_BYTES = 5_000_000_000  # of one file, at most, as transformers writes them; a larger tensor has one of its own
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-Part = tuple[slices.Index, np.ndarray]  # where in its array, and the numbers there
-
-
-class Place(NamedTuple):
-    """Where a tensor's bytes go."""
-
-    file: str
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], parts: Callable[[Leaf], Iterable[Part]], dtypes: dict[str, str],
-           default_dtype: str, files_from: str | None, before: Model | None, tokenizer: str | None = None, file_bytes: int = FILE_BYTES) -> None:
+def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: Callable[[Leaf], jax.Array | Iterable[Part]], dtypes: dict[str, str],
+           default_dtype: str, files_from: str | None, before: Model | None, tokenizer: str | None = None, file_bytes: int = FILE_BYTES,
+           source: Source | None = None) -> None:
     """Writes a checkpoint. In a job of several processes all call it, with a target that all see.
 
     Args:
       target: a folder that does not exist yet, or is empty.
-      leaves: the arrays, one at a time. parts: those parts of an array that this process writes, each once in the whole job.
+      leaves: the arrays, one at a time. get: an array by its leaf, or in one process parts of it that are made as they are asked for.
       dtypes: as start.Notes. default_dtype: of tensors that it does not name.
       files_from: folder with config.json, tokenizer and chat templates to be copied. before: the model of that config.json.
       tokenizer: a tokenizer.json to be copied, where that folder has none. file_bytes: of one file, at most.
+      source: a checkpoint with the same numbers: what it holds under the same name and dtype is copied, and its arrays are not asked for.
 
     Raises:
       UserError: the target is in use or cannot be written, or numbers are not finite in the dtype they are written in.
@@ -65,8 +57,14 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], parts
             _add_tokenizer(temporary, tokenizer)
         places = lay_out(temporary, shapes, file_bytes, jax.process_index() == 0)
         _wait("laid out")
-        for leaf in leaves:
-            write_parts(temporary, leaf, parts(leaf), places, model)
+        if source is not None:
+            held = source.tensors
+            same = {n: p for n, p in places.items() if n in held and (held[n].shape, held[n].dtype) == (p.shape, p.dtype)}
+            copy_tensors(source, same if jax.process_index() == 0 else {}, temporary)
+            leaves = [leaf for leaf in leaves if not all({n, *copies_of(n, model)} <= same.keys() for n in names.tensors(leaf))]
+        with Flusher() as flusher:
+            for leaf in leaves:
+                flusher.flush(write_leaf(temporary, leaf, get(leaf), places, model))
         _wait("written")
         if jax.process_index() == 0:
             _finish(temporary, target, {p.file for p in places.values()})
@@ -104,10 +102,13 @@ def copies_of(name: str, model: Model) -> list[str]:
 def lay_out(folder: str, shapes: dict[str, Shape], file_bytes: int, writer: bool) -> dict[str, Place]:
     """Assigns every tensor its place, and writes heads and index."""
     files: list[dict[str, Shape]] = [{}]
+    size = 0  # of the last one
     for name, what in shapes.items():
-        if files[-1] and sum(w.nbytes for w in files[-1].values()) + what.nbytes > file_bytes:
+        if files[-1] and size + what.nbytes > file_bytes:
             files.append({})
+            size = 0
         files[-1][name] = what
+        size += what.nbytes
     places: dict[str, Place] = {}
     for i, held in enumerate(files):
         file = SINGLE if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
@@ -138,35 +139,42 @@ def _head(f: Any, tensors: dict[str, Shape]) -> int:
     return count
 
 
-def write_parts(folder: str, leaf: Leaf, parts: Iterable[Part], places: dict[str, Place], model: Model) -> None:
-    """Writes parts of an array into the tensors that it is made of."""
+def write_leaf(folder: str, leaf: Leaf, array: jax.Array | Iterable[Part], places: dict[str, Place], model: Model) -> set[str]:
+    """Writes this process's shards of an array, each region once in the whole job, by several threads. The files that it wrote to."""
+    parts = _parts_of(leaf, array) if isinstance(array, jax.Array) else ahead(array)
     files: dict[str, int] = {}
+    pool = concurrent.futures.ThreadPoolExecutor(reading.THREADS)
     try:
-        for index, numbers in parts:
+        for part, index in parts:
+            tasks = []
             for piece in names.pieces(leaf, index):
-                values = names.view(numbers, leaf, piece.at)
+                values = names.view(part, leaf, piece.at)
                 for name in (piece.name, *copies_of(piece.name, model)):
                     place = places[name]
                     if place.file not in files:
                         files[place.file] = os.open(os.path.join(folder, place.file), os.O_WRONLY | os.O_CLOEXEC)
-                    _write_region(files[place.file], name, place, piece.region, values)
+                    tasks.append(pool.submit(_write_region, files[place.file], name, place, piece.region, values))
+            for task in tasks:
+                task.result()
     finally:
+        pool.shutdown(cancel_futures=True)
         for descriptor in files.values():
             os.close(descriptor)
+    return {os.path.join(folder, file) for file in files}
 
 
-def parts_of(array: jax.Array, stacked: bool) -> Iterator[Part]:
-    """This process's shards of an array, each region once in the whole job: whole from a CPU, which need not copy them, else by layers."""
+def _parts_of(leaf: Leaf, array: jax.Array) -> Iterator[Part]:
+    """This process's shards on the host: whole from a CPU, which need not copy them, else one layer at a time."""
     for shard in array.addressable_shards:
         if shard.replica_id:
             continue
-        index, data = slices.of(shard.index, array.shape), shard.data
-        if not stacked or shard.device.platform == "cpu":
-            yield index, np.asarray(data)
+        data, index = shard.data, tuple(slice(*s.indices(n)[:2]) for s, n in zip(shard.index, leaf.shape, strict=True))
+        if not leaf.stacked or next(iter(data.devices())).platform == "cpu":
+            yield np.asarray(data), index
             continue
         for i in range(data.shape[0]):
             layer = index[0].start + i
-            yield (slice(layer, layer + 1), *index[1:]), np.asarray(data[i : i + 1])
+            yield np.asarray(data[i : i + 1]), (slice(layer, layer + 1), *index[1:])
 
 
 def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice, ...], values: np.ndarray) -> None:
@@ -190,13 +198,6 @@ def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice,
         else:
             for i, line in enumerate(block):
                 pwrite(descriptor, line, at + i * pitch)
-
-
-def pwrite(descriptor: int, data: np.ndarray, at: int) -> None:
-    left = memoryview(data.reshape(-1).view(np.uint8))
-    while left:
-        n = os.pwrite(descriptor, left, at)
-        left, at = left[n:], at + n
 
 
 def _write_side_files(folder: str, model: Model, family: str, files_from: str | None, before: Model | None, shapes: dict[str, Shape]) -> None:
@@ -238,8 +239,7 @@ def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) 
 
 def _finish(temporary: str, target: str, files: set[str]) -> None:
     for name in sorted(files):
-        with open(os.path.join(temporary, name), "rb") as f:
-            os.fsync(f.fileno())
+        fsync(os.path.join(temporary, name))
     if os.path.isdir(target):
         os.rmdir(target)
     os.rename(temporary, target)

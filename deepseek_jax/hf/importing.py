@@ -4,8 +4,6 @@ Tensors are copied in blocks of rows, so that memory does not grow with the mode
 four times the bytes; each process reads its shards from this one as quickly.
 """
 
-import concurrent.futures
-import math
 import os
 import shutil
 
@@ -13,9 +11,9 @@ import numpy as np
 
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.config import Config, Data, Model, Train, UserError
-from deepseek_jax.hf import exporting, names, reading, start
+from deepseek_jax.hf import exporting, names, reading, start, writing
 from deepseek_jax.hf.model import config_for
-from deepseek_jax.hf.source import BUFFER, FP8, Source, dump
+from deepseek_jax.hf.source import FP8, Source, dump
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import abstract_model
 
@@ -44,7 +42,7 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
         os.makedirs(temporary)
         start.write_notes(source, model, family, temporary)
         _write_config(source, model, temporary)
-        copy(source, wanted, temporary)
+        writing.copy_tensors(source, exporting.lay_out(temporary, wanted, exporting.FILE_BYTES, writer=True), temporary)
         os.rename(temporary, folder)
         tokenizer = os.path.join(os.path.abspath(folder), "tokenizer.json")
         train = Train(sequence_length=min(Train().sequence_length, model.max_position_embeddings))
@@ -72,43 +70,6 @@ def tensors_of(source: Source, model: Model, family: str) -> dict[str, Shape]:
     held = {name: shape for leaf in leaves for name, shape in names.tensors(leaf, source.tensors).items()}
     of = lambda name: np.dtype("bfloat16") if source.stored_dtype(name) == FP8 else source.stored_dtype(name)
     return {name: Shape(held[name], of(name)) for name in sorted(held, key=exporting.order)}
-
-
-def copy(source: Source, wanted: dict[str, Shape], folder: str) -> None:
-    """Writes tensors of a checkpoint into another.
-
-    Raises:
-      UserError: numbers are not finite, or a file cannot be read. OSError: one cannot be written.
-    """
-    places = exporting.lay_out(folder, wanted, exporting.FILE_BYTES, writer=True)
-    files = {p.file: os.open(os.path.join(folder, p.file), os.O_WRONLY | os.O_CLOEXEC) for p in places.values()}
-
-    def one(name: str) -> None:
-        place = places[name]
-        *experts, rows, columns = place.shape if len(place.shape) > 1 else (1, *place.shape)
-        step = max(1, BUFFER // (columns * place.dtype.itemsize))
-        for matrix in range(math.prod(experts)):
-            for row in range(0, rows, step):
-                part = slice(row, min(row + step, rows))
-                region = (*(slice(matrix, matrix + 1) for _ in experts), part, slice(0, columns)) if len(place.shape) > 1 else (slice(0, columns),)
-                block = np.empty((part.stop - part.start, columns), place.dtype)
-                source.read(name, region, block if len(place.shape) > 1 else block[0])
-                exporting.pwrite(files[place.file], block, place.offset + (matrix * rows + row) * columns * place.dtype.itemsize)
-
-    try:
-        with concurrent.futures.ThreadPoolExecutor(reading.THREADS) as pool:
-            tasks = [pool.submit(one, name) for name in wanted]
-            try:
-                for task in tasks:
-                    task.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        for descriptor in files.values():
-            os.fsync(descriptor)
-    finally:
-        for descriptor in files.values():
-            os.close(descriptor)
 
 
 def _write_config(source: Source, model: Model, folder: str) -> None:

@@ -92,7 +92,7 @@ def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(exporting.DTYPES)}.")
     arrays = {names.path_of(p): a for state in (model.params, model.bias) for p, a in jax.tree_util.tree_leaves_with_path(state)}
     leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, model.family, model.model)]
-    exporting.export(path, model.model, model.family, leaves, lambda leaf: exporting.parts_of(arrays[leaf.path], leaf.stacked), {} if dtype else model.notes.dtypes, dtype or "float32",
+    exporting.export(path, model.model, model.family, leaves, lambda leaf: arrays[leaf.path], {} if dtype else model.notes.dtypes, dtype or "float32",
                      model.source, model.model)
 
 

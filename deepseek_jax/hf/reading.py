@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from deepseek_jax.hf.configuration import family_of, to_model
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import Source
 
+Part = tuple[np.ndarray, tuple[slice, ...]]  # of an array, and where in it
 THREADS = min(8, os.cpu_count() or 1)
 _ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in old Llama files; a function of the config
 
@@ -102,6 +104,13 @@ def read_part(source: Source, leaf: Leaf, index: tuple[slice, ...], dtype: np.dt
         for _ in pool.map(work, jobs):
             pass
     return out
+
+
+def parts_of(source: Source, leaf: Leaf, dtype: np.dtype) -> Iterator[Part]:
+    """An array in parts, a layer at a time where it holds several, each read when it is asked for."""
+    whole = tuple(slice(0, n) for n in leaf.shape)
+    for index in [(slice(i, i + 1), *whole[1:]) for i in range(leaf.shape[0])] if leaf.stacked else [whole]:
+        yield read_part(source, leaf, index, dtype), index
 
 
 def state_of(source: Source, config: Config, family: str, layout: Any, dtype: Any = None) -> tuple[Any, Any]:

@@ -75,10 +75,33 @@ def cross_entropy_sum(hidden_BSD: jax.Array, model: Transformer, targets_BS: jax
     return per_device(one_device, (batch, batch, *specs), jax.P())(hidden_BSD, targets_BS, *arrays)
 
 
+def token_nll(hidden_BSD: jax.Array, model: Transformer, targets_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of every position: float32 -log p(target), 0 without a target, and whether no token is likelier than it. Both [B, S].
+
+    For evaluation: like `cross_entropy_sum` in chunks, without its gradients.
+    """
+    arrays, specs = stored(model.head)
+
+    def one_device(hidden_BSD, targets_BS, *arrays):
+        weight = gathered(arrays, specs, hidden_BSD.dtype)
+        kernel_DV = weight.T if model.model.tie_word_embeddings else weight
+        hidden_TD = jax.lax.pcast(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), "tensor", to="varying")
+
+        def step(carry, chunk):
+            nll_C, _, _, likeliest_C = _nll(chunk[0], kernel_DV, chunk[1])
+            return carry, (nll_C, likeliest_C)
+
+        _, out = jax.lax.scan(step, None, _chunks(hidden_TD, targets_BS.reshape(-1)))
+        return tuple(a.reshape(-1)[: targets_BS.size].reshape(targets_BS.shape) for a in out)
+
+    batch = jax.P(BATCH_AXES)
+    return per_device(one_device, (batch, batch, *specs), (batch, batch))(hidden_BSD, targets_BS, *arrays)
+
+
 @jax.custom_vjp
 def _nll_sum(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> jax.Array:
     """One device's part of `cross_entropy_sum`; V is its part of the vocabulary, T its tokens, C those of a chunk."""
-    step = lambda total, chunk: (total + _nll(chunk[0], kernel_DV, chunk[1])[0], None)
+    step = lambda total, chunk: (total + jnp.sum(_nll(chunk[0], kernel_DV, chunk[1])[0]), None)
     chunks = _chunks(hidden_TD, targets_T)
     return jax.lax.scan(step, _zero(hidden_TD), chunks)[0]
 
@@ -88,12 +111,12 @@ def _nll_sum_forward(hidden_TD, kernel_DV, targets_T):
 
     def step(carry, chunk):
         (total, dkernel_DV), (hidden_CD, targets_C) = carry, chunk
-        nll, probability_CV, here_CV = _nll(hidden_CD, kernel_DV, targets_C)
+        nll_C, probability_CV, here_CV, _ = _nll(hidden_CD, kernel_DV, targets_C)
         dlogits_CV = jnp.where((targets_C == IGNORE)[:, None], 0.0, probability_CV - here_CV)
         dlogits_CV = (dlogits_CV * _lift(hidden_CD.dtype)).astype(hidden_CD.dtype)
         dhidden_CD = jnp.einsum("cv,dv->cd", dlogits_CV, kernel_DV)
         dkernel_DV += jnp.einsum("cd,cv->dv", hidden_CD, dlogits_CV, preferred_element_type=jnp.float32)
-        return (total + nll, dkernel_DV), dhidden_CD
+        return (total + jnp.sum(nll_C), dkernel_DV), dhidden_CD
 
     zero = jnp.zeros_like(kernel_DV, jnp.float32)
     (total, dkernel_DV), dhidden = jax.lax.scan(step, (_zero(hidden_TD), zero), _chunks(hidden_TD, targets_T))
@@ -116,7 +139,7 @@ _nll_sum.defvjp(_nll_sum_forward, _nll_sum_backward)
 
 
 def _nll(hidden_CD, kernel_DV, targets_C):
-    """(sum of -log p(target), probabilities, which of them is the target's): of a chunk, and of this device's words the last two."""
+    """(-log p(target), probabilities, which of them is the target's, whether no word is likelier), probabilities of this device's words only."""
     logit_CV = jnp.einsum("cd,dv->cv", hidden_CD, kernel_DV, preferred_element_type=jnp.float32)
     most_C1 = jax.lax.pmax(jnp.max(logit_CV, axis=-1, keepdims=True), "tensor")
     exp_CV = jnp.exp(logit_CV - most_C1)
@@ -125,7 +148,7 @@ def _nll(hidden_CD, kernel_DV, targets_C):
     here_CV = (targets_C - jax.lax.axis_index("tensor") * words)[:, None] == jnp.arange(words)
     target_C = jax.lax.psum(jnp.sum(jnp.where(here_CV, logit_CV, 0.0), axis=-1), "tensor")
     nll_C = jnp.log(total_C1[:, 0]) + most_C1[:, 0] - target_C
-    return jnp.sum(jnp.where(targets_C == IGNORE, 0.0, nll_C)), exp_CV / total_C1, here_CV
+    return jnp.where(targets_C == IGNORE, 0.0, nll_C), exp_CV / total_C1, here_CV, target_C >= most_C1[:, 0]
 
 
 def _chunks(hidden_TD, targets_T):

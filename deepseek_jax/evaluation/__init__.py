@@ -1,0 +1,1 @@
+"""What a model makes of text: perplexity, multiple choice."""
