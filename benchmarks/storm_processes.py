@@ -56,7 +56,7 @@ def disturb(p: Process, count: int, plan: tuple[Fault, ...], workdir: pathlib.Pa
         tally.detected += named is not None
         logged = max(faults.rows(workdir)[0], default=0)
         line = next((i for i in range(line, len(p.lines)) if again and p.lines[i] == again.string), line)
-        began_again = again and p.wait_for(r"^workdir +\S+(?:, resuming after step (\d+))?", LIMIT, line)
+        began_again = again and p.wait_for(r"^workdir +[^\s,]+(?:, resuming after step (\d+))?", LIMIT, line)
         if not began_again:
             raise RuntimeError(f"{fault.name(count)}: it did not start again:\n" + "\n".join(p.lines[-40:]))
         done, line = int(began_again[1] or 0), line + 1

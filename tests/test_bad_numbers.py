@@ -133,7 +133,7 @@ def test_rolls_back_and_skips_the_data(trainer, tmp_path):
     assert of(tmp_path / "a") == of(tmp_path / "b") and len(of(tmp_path / "a")) == 20
     (rollback,) = [r for r in rows_of(tmp_path / "a") if "rollback" in r]
     assert rollback == {"step": 5, "rollback": 1, "rolled_back_from": 8, "skipped_rows": [[4 * B, 8 * B]]}
-    reader = Checkpointer(str(tmp_path / "a" / "checkpoints"), 0, read_only=True)
+    reader = Checkpointer(str(tmp_path / "a" / "checkpoints"), read_only=True)
     assert [reader.read_extra(step).get("skipped_rows") for step in (4, 8, 12, 20)] == [None] + 3 * [[[4 * B, 8 * B]]]
 
 

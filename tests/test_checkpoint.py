@@ -236,7 +236,7 @@ KILLED_WHILE_SAVING = """
     import jax.numpy as jnp
     from deepseek_jax.checkpoint.checkpoint import Checkpointer
     directory = sys.argv[1]
-    checkpointer = Checkpointer(directory, options=Checkpoint(keep=1))
+    checkpointer = Checkpointer(directory)
     checkpointer.save(1, {"a": jnp.zeros((4, 4))}, {})
     checkpointer.wait()
     big = {"a": jax.random.normal(jax.random.key(0), (2**24,))}
@@ -278,7 +278,7 @@ def test_orbax_is_quiet_and_other_voices_are_not(tmp_path):
         from deepseek_jax.checkpoint.checkpoint import Checkpointer
         logging.set_verbosity(logging.INFO)
         for read_only in (False, True):
-            checkpointer = Checkpointer(sys.argv[1], 1, read_only)
+            checkpointer = Checkpointer(sys.argv[1], read_only)
             if not read_only:
                 checkpointer.save(1, {"a": jnp.ones(3)}, {})
             s = jax.sharding.SingleDeviceSharding(jax.devices()[0])
