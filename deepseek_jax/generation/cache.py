@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Model
-from deepseek_jax.parallel.mesh import BATCH_AXES
+from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
 
 Layer = tuple[jax.Array, ...]  # of one layer: (latents,) or (keys, values)
 
@@ -81,3 +81,9 @@ def write(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
     if cache.shape[0] == 1:
         return lax.dynamic_update_slice(cache, new, (0, *zeros, start_B[0], 0))
     return jax.vmap(lambda c, n, start: lax.dynamic_update_slice(c, n, (*zeros, start, 0)))(cache, new, start_B)
+
+
+def pick(a_BS: jax.Array, at_B: jax.Array) -> jax.Array:
+    """[B, 1, ...]: one place of every row of [B, S, ...]."""
+    at = lambda a, i: jnp.take_along_axis(a, i.reshape(-1, *[1] * (a.ndim - 1)), axis=1)
+    return per_device(at, (P(BATCH_AXES), P(BATCH_AXES)), P(BATCH_AXES))(a_BS, at_B)

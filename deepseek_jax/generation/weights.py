@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import Model
 from deepseek_jax.generation.attention import Absorbed, absorbed
 from deepseek_jax.model.moe import MoE
-from deepseek_jax.model.transformer import DecoderLayer, Transformer
+from deepseek_jax.model.transformer import DecoderLayer, MTPLayer, Transformer
 from deepseek_jax.parallel.listed import Listed
 from deepseek_jax.parallel.mesh import BATCH_AXES
 
@@ -57,7 +57,7 @@ def unstacked(net: Transformer, mesh: jax.sharding.Mesh, give: bool) -> Weights:
     graphdef, state = nnx.split(net)
     leaves, treedef = jax.tree.flatten(state)
     groups = [g for stack in stacks for g in _groups(stack, net.model, mesh, give)]
-    return Weights((graphdef, treedef, leaves), groups, [_group([m], net.model, mesh) for m in mtp])
+    return Weights((graphdef, treedef, leaves), groups, [_group([_listed(m, mesh)], net.model, mesh) for m in mtp])
 
 
 def _groups(stack: DecoderLayer, model: Model, mesh: jax.sharding.Mesh, give: bool) -> list[Group]:
@@ -78,6 +78,14 @@ def _groups(stack: DecoderLayer, model: Model, mesh: jax.sharding.Mesh, give: bo
     layers = [jax.tree.unflatten(treedef, layer) for layer in by_layer if layer]
     size = 1 if listed else -(-len(layers) // -(-len(layers) // GROUP))
     return [_group([nnx.merge(graphdef, s) for s in layers[i : i + size]], model, mesh) for i in range(0, len(layers), size)]
+
+
+def _listed(mtp: MTPLayer, mesh: jax.sharding.Mesh) -> MTPLayer:
+    if not _alone_on_cpu(mesh):
+        return mtp
+    graphdef, state = nnx.split(mtp)
+    split = lambda v: v.replace(_parts(v.get_value()[None], mesh, split=True)[0]) if v.get_metadata()["out_sharding"][0] == "experts" else v
+    return nnx.merge(graphdef, jax.tree.map(split, state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
 
 
 def _group(layers: list[nnx.Module], model: Model, mesh: jax.sharding.Mesh) -> Group:
