@@ -5,7 +5,8 @@
 Both read the same checkpoint, in float32: FOLDER, or a DeepSeek-V3 of 105 million random parameters, 16 experts a layer. They take turns, each
 turn with new prompts, and the likeliest token is chosen. Prefill is the time to the first token; decoding the rest over the tokens after it.
 Figures are medians; a ratio is the median over turns of theirs / ours. "the same" is the share of tokens that are equal up to the first that differs:
-float32 sums in another order may choose otherwise where two tokens are nearly as likely. It needs torch and transformers (the extra `test`).
+float32 sums in another order may choose otherwise where two tokens are nearly as likely. PyTorch has one thread or as many as cores, whichever
+was quicker before the turns. It needs torch and transformers (the extra `test`).
 """
 
 import json
@@ -14,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,16 +75,18 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None  # answers of a given length, from all tokens
     loaded = hf.load(folder)
     notes: list[str] = []
     engine = Engine(loaded.layout, loaded.mesh, loaded.params, loaded.bias, give=True, note=notes.append)
     rng, rows = np.random.default_rng(0), []
+    threads: dict[int, int] = {}
 
     def of_theirs(prompts: list[list[int]], count: int) -> tuple[float, list[list[int]]]:
         started = time.perf_counter()
         with torch.no_grad():
             ids = torch.tensor(prompts)
-            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
         return time.perf_counter() - started, out[:, len(prompts[0]) :].tolist()
 
     def of_ours(prompts: list[list[int]], count: int) -> tuple[float, list[list[int]]]:
@@ -92,6 +96,8 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
 
     for batch in batches:
         print(f"{batch} texts ...", file=sys.stderr)
+        prompts = rng.integers(2, loaded.model.vocab_size, (batch, own.prompt)).tolist()
+        threads[batch] = quickest_threads(lambda: of_theirs(prompts, 1 + own.tokens // 4))
         times: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in ("ours", "theirs")}
         same = []
         for turn in range(own.turns + 1):  # the first is to warm up
@@ -105,7 +111,7 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
                     times[name]["decode"].append((whole - first) / (own.tokens - 1))
             pairs = zip(answers["ours"], answers["theirs"], strict=True)
             same += [next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), own.tokens) / own.tokens for x, y in pairs]
-        row = {"texts": batch, "same": statistics.mean(same)}
+        row = {"texts": batch, "threads": threads[batch], "same": statistics.mean(same)}
         for part, tokens in (("prefill", batch * own.prompt), ("decode", batch)):
             row[part] = {name: tokens / statistics.median(t[part]) for name, t in times.items()}
             row[part]["ratio"] = turns.ratio({name: t[part] for name, t in times.items()}, "theirs", "ours")
@@ -117,13 +123,29 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
             "bars": {f"decodes one text {BAR} times as fast": rows[0]["decode"]["ratio"] >= BAR if rows[0]["texts"] == 1 else None}}
 
 
+def quickest_threads(run: Callable[[], Any]) -> int:
+    """Sets how many threads PyTorch has: all cores or, where other programs disturb them at their barriers, fewer."""
+    import torch
+
+    times = {}
+    for count in sorted({1, turns.machine()["cores"]}):
+        torch.set_num_threads(count)
+        run()
+        started = time.perf_counter()
+        run()
+        times[count] = time.perf_counter() - started
+    best = min(times, key=times.get)
+    torch.set_num_threads(best)
+    return best
+
+
 def text(r: dict[str, Any]) -> str:
     """The table for a person."""
-    head = ["texts", "prefill", "transformers'", "ratio", "decode", "transformers'", "ratio", "the same"]
+    head = ["texts", "prefill", "transformers'", "ratio", "decode", "transformers'", "ratio", "the same", "its threads"]
     lines = [head]
     for row in r["rows"]:
         parts = [f"{row[part][name]:,.1f}" + ("" if name != "ratio" else " x") for part in ("prefill", "decode") for name in ("ours", "theirs", "ratio")]
-        lines.append([str(row["texts"]), *parts, f"{row['same']:.1%}"])
+        lines.append([str(row["texts"]), *parts, f"{row['same']:.1%}", str(row["threads"])])
     m, said = r["machine"], {True: "met", False: "MISSED", None: "not measured"}
     more = [*r["cache"], *([r["drafts"]] if r["drafts"] else []), *(f"{said[met]}: {name}" for name, met in r["bars"].items())]
     return (f"{r['model']}, {r['parameters'] / 1e6:.0f} million parameters, float32, {m['cores']} cores (load {m['load']:.1f}), prompts of "

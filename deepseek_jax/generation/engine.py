@@ -24,6 +24,7 @@ from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.train.state import Layout
 
 ROWS = P(BATCH_AXES)
+jit = jax.jit  # a name for tests, which compile quickly
 
 
 class Token(NamedTuple):
@@ -62,8 +63,9 @@ class Engine:
             self.weights = weights.unstacked(net, mesh, give)
         ends_graphdef, ends_treedef, _ = self.weights.ends
         self.ends = lambda leaves: nnx.merge(ends_graphdef, jax.tree.unflatten(ends_treedef, leaves))
-        self._enter = jax.jit(self._enter_)
-        self._leave = jax.jit(self._leave_, static_argnames=("top_k", "greedy"))
+        self.jit = jit
+        self._enter = jit(self._enter_)
+        self._leave = jit(self._leave_, static_argnames=("top_k", "greedy"))
         self.programs: dict[Any, Any] = {}
         self.drafted = self.accepted = 0  # tokens, of all answers so far
         self._said: set[str] = set()
@@ -83,7 +85,7 @@ class Engine:
         key = ("prefill", group.graphdef, group.treedef)
         if key not in self.programs:
 
-            @functools.partial(jax.jit, static_argnames="slots")
+            @functools.partial(jit, static_argnames="slots")
             def run(leaves, x_BSD, rope, length_B, slots):
                 made = []
                 segments_BS = (jnp.arange(x_BSD.shape[1]) < length_B[:, None]).astype(jnp.int32)
@@ -99,7 +101,7 @@ class Engine:
         key = ("decode", group.graphdef, group.treedef)
         if key not in self.programs:
 
-            @functools.partial(jax.jit, donate_argnums=1)
+            @functools.partial(jit, donate_argnums=1)
             def run(leaves, caches, x_BSD, rope, start_B, active_B):
                 made = []
                 segments_BS = jnp.broadcast_to(active_B[:, None], x_BSD.shape[:2]).astype(jnp.int32)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, Mesh, Train, UserError, from_config_dict
@@ -143,15 +142,3 @@ def cast(params: Any, dtype: str) -> Any:
 
     return jax.tree_util.tree_map_with_path(one, params)
 
-
-def eos_ids(folder: str) -> frozenset[int]:
-    """Tokens that end an answer, by generation_config.json or config.json of a checkpoint."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            with open(os.path.join(folder, name), encoding="utf-8") as f:
-                ids = json.load(f).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            continue
-        if ids is not None:
-            return frozenset(i for i in np.ravel(ids).tolist() if isinstance(i, int))
-    return frozenset()

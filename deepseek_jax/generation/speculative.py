@@ -36,7 +36,7 @@ class Drafter:
         key = ("draft", count)
         if key not in engine.programs:
             static = ("slots", "top_k", "greedy")
-            engine.programs[key] = jax.jit(functools.partial(_draft, engine, count), static_argnames=static, donate_argnames="caches")
+            engine.programs[key] = engine.jit(functools.partial(_draft, engine, count), static_argnames=static, donate_argnames="caches")
         self._program = engine.programs[key]
 
     def begin(self, x_BSD: jax.Array, tokens_BS: np.ndarray, last_B: jax.Array, step: "Step", slots: int) -> jax.Array:

@@ -20,6 +20,7 @@ from deepseek_jax.model.transformer import DecoderLayer, MTPLayer, Transformer
 from deepseek_jax.parallel.listed import Listed
 from deepseek_jax.parallel.mesh import BATCH_AXES
 
+jit = jax.jit  # a name for tests, which compile quickly
 GROUP = 8  # layers of one program at most: the time to compile does not grow with a model's depth, and a step is few calls
 
 
@@ -119,7 +120,7 @@ def _absorbed(kernel: jax.Array, model: Model, mesh: jax.sharding.Mesh) -> Absor
     width = BATCH_AXES if model.kv_lora_rank % ways == 0 else None
     specs = P("tensor", None, width), P("tensor", width, None)
 
-    @jax.jit
+    @jit
     def make(kernel):
         kernel = jax.sharding.reshard(kernel, P(None, "tensor"))
         return tuple(jax.sharding.reshard(a, s) for a, s in zip(absorbed(kernel, model), specs, strict=True))
