@@ -70,11 +70,12 @@ def _latent(attn: MultiHeadLatentAttention, x_BSD, rope, layer, weights, start_B
         latents_BCK = cache.write(latents_BCK, new, start_B)
         q_BSNR = jnp.einsum("bsnh,nhr->bsnr", q_nope, w_uk)
         q_BSNK = jnp.concatenate([q_BSNR, q_rope], axis=-1)
-        score = jnp.einsum("bsnk,bck->bsnc", q_BSNK, latents_BCK, preferred_element_type=jnp.float32) * scale
-        p = _softmax(score, start_B).astype(new.dtype)
+        b, s, n, k = q_BSNK.shape
+        score_BQC = _products(latents_BCK, q_BSNK.reshape(b, s * n, k)) * scale
+        p_BSNC = _softmax(score_BQC.reshape(b, s, n, -1), start_B).astype(new.dtype)
         # Of the whole cache: a slice of it would be a copy.
-        mixed_BSNK = jnp.einsum("bsnc,bck->bsnk", p, latents_BCK)
-        out = jnp.einsum("bsnr,nrv->bsnv", mixed_BSNK[..., : m.kv_lora_rank], w_uv)
+        mixed_BQK = jnp.matmul(p_BSNC.reshape(b, s * n, -1), latents_BCK)
+        out = jnp.einsum("bsnr,nrv->bsnv", mixed_BQK.reshape(b, s, n, k)[..., : m.kv_lora_rank], w_uv)
         return out.reshape(*out.shape[:2], -1), latents_BCK
 
     weights = tuple(jax.sharding.reshard(w.astype(x_BSD.dtype), P("tensor", None, None)) for w in weights)
@@ -91,15 +92,22 @@ def _grouped(attn: GroupedQueryAttention, x_BSD, rope, layer, start_B):
         (b, s, n, h), heads = q_BSNH.shape, keys.shape[1]
         # A head's queries, of all its group and all tokens, as the rows of one product.
         q_BMQH = q_BSNH.reshape(b, s, heads, n // heads, h).transpose(0, 2, 1, 3, 4).reshape(b, heads, -1, h)
-        score = jnp.einsum("bmqh,bmch->bmqc", q_BMQH, keys, preferred_element_type=jnp.float32) * scale
+        score = _products(keys, q_BMQH) * scale
         score = score.reshape(b, heads, s, n // heads, -1).transpose(0, 2, 1, 3, 4).reshape(b, s, n, -1)
         p = _softmax(score, start_B).astype(values.dtype)
         p = p.reshape(b, s, heads, n // heads, -1).transpose(0, 2, 1, 3, 4).reshape(b, heads, s * (n // heads), -1)
-        out = jnp.einsum("bmqc,bmch->bmqh", p, values).reshape(b, heads, s, -1)
+        out = jnp.matmul(p, values).reshape(b, heads, s, -1)
         return out.swapaxes(1, 2).reshape(b, s, -1), keys, values
 
     call = per_device(one_device, (HEADS, HEADS, HEADS, *specs, ROWS), (P(BATCH_AXES, None, "tensor"), *specs))
     return call(*attn.projected(x_BSD, rope), *layer, start_B)
+
+
+def _products(cached: jax.Array, queries: jax.Array) -> jax.Array:
+    """float32 [..., Q, C]: of every query [..., Q, H] and cached key [..., C, H]. In this order XLA on CPUs reads the cache as it lies; in
+    the other it transposes it first."""
+    product = jnp.matmul(cached, queries.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    return product.swapaxes(-1, -2)
 
 
 def _softmax(score_BSNC: jax.Array, start_B: jax.Array) -> jax.Array:

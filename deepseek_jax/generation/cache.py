@@ -78,8 +78,7 @@ def fresh(new: jax.Array, slots: int) -> jax.Array:
 def write(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
     """On one device: puts [B, (M,) S, W] into slots start_B[b] to start_B[b] + S - 1 of row b, which must be there."""
     zeros = (0,) * (cache.ndim - 3)
-    if cache.shape[0] == 1:
-        return lax.dynamic_update_slice(cache, new, (0, *zeros, start_B[0], 0))
+    # As a scatter, of one row too: a dynamic_update_slice XLA on CPUs fuses with every use, and copies the cache for each.
     return jax.vmap(lambda c, n, start: lax.dynamic_update_slice(c, n, (*zeros, start, 0)))(cache, new, start_B)
 
 
