@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,23 @@ def test_what_the_cache_holds(folder_of):
         assert cache.describe(model.model, len(layers), 1, 64, 4) == (
             f"{numbers // len(layers) // 64} numbers a token and layer, {len(layers)} layers, {numbers * 4 / 1e3:.1f} kB for 1 x 64 tokens")
     assert [cache.bucket(n, 64) for n in (1, 64, 65, 129, 193, 257, 400)] == [64, 64, 128, 192, 256, 384, 512]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("variant", ["deepseek_v2-lite", "llama"])
+def test_a_step_copies_no_cache(variant, rows, folder_of):
+    """In the compiled program: the memory of the cache that goes in is that of the one that comes out."""
+    model = hf.load(folder_of(variant)[1])
+    run = Engine(model.layout, model.mesh, model.params, model.bias)
+    with jax.set_mesh(model.mesh):
+        _, caches = run.prefill(np.ones((rows, 16), np.int32), np.full(rows, 9, np.int32), 64)
+        start, active = run.put(np.full(rows, 9, np.int32)), run.put(np.ones(rows, bool))
+        x, rope = run._enter(run.weights.ends[2], run.put(np.ones((rows, 1), np.int32)), start)
+        group = run.weights.groups[-1]
+        program = run._decode(group).lower(group.leaves, caches[-1], x, rope, start, active).compile().as_text()
+    assert " parameter(" in program and "%caches_0__0_" in program
+    assert not re.findall(r"copy\(%caches_\w+\)", program) and not re.findall(r"f32\[[\d,]*64,(?:48|12)\]\S* copy\(", program)
+    assert program.splitlines()[0].count("may-alias") == len(jax.tree.leaves(caches[-1]))
 
 
 @pytest.fixture(scope="module")

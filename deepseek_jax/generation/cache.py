@@ -77,8 +77,15 @@ def fresh(new: jax.Array, slots: int) -> jax.Array:
 
 def write(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
     """On one device: puts [B, (M,) S, W] into slots start_B[b] to start_B[b] + S - 1 of row b, which must be there."""
+    if cache.shape[0] == 1:
+        # As a scatter of two rows at least: a dynamic_update_slice, or a scatter that is one, XLA on CPUs fuses with every use, and copies the
+        # cache for each.
+        slots = start_B[0] + jnp.arange(new.shape[-2], dtype=jnp.int32)
+        if len(slots) == 1:
+            slots, new = jnp.concatenate([slots] * 2), jnp.concatenate([new] * 2, axis=-2)
+        put = lambda c, n: c.at[slots].set(n, mode="promise_in_bounds")
+        return (put if cache.ndim == 3 else jax.vmap(put))(cache[0], new[0])[None]
     zeros = (0,) * (cache.ndim - 3)
-    # As a scatter, of one row too: a dynamic_update_slice XLA on CPUs fuses with every use, and copies the cache for each.
     return jax.vmap(lambda c, n, start: lax.dynamic_update_slice(c, n, (*zeros, start, 0)))(cache, new, start_B)
 
 
