@@ -144,7 +144,8 @@ def text(r: dict[str, Any]) -> str:
     head = ["texts", "prefill", "transformers'", "ratio", "decode", "transformers'", "ratio", "the same", "its threads"]
     lines = [head]
     for row in r["rows"]:
-        parts = [f"{row[part][name]:,.1f}" + ("" if name != "ratio" else " x") for part in ("prefill", "decode") for name in ("ours", "theirs", "ratio")]
+        names = ("ours", "theirs", "ratio")
+        parts = [f"{row[part][name]:,.1f}" + ("" if name != "ratio" else " x") for part in ("prefill", "decode") for name in names]
         lines.append([str(row["texts"]), *parts, f"{row['same']:.1%}", str(row["threads"])])
     m, said = r["machine"], {True: "met", False: "MISSED", None: "not measured"}
     more = [*r["cache"], *([r["drafts"]] if r["drafts"] else []), *(f"{said[met]}: {name}" for name, met in r["bars"].items())]

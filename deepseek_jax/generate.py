@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help="text to go on from")
-    what.add_argument("--prompts", metavar="FILE", help='prompts: lines of text, or with the ending .jsonl objects with "prompt" or "messages"; - is stdin')
+    what.add_argument("--prompts", metavar="FILE",
+                      help='prompts: lines of text, or with the ending .jsonl objects with "prompt" or "messages"; - is stdin')
     what.add_argument("--chat", action="store_true", help="a conversation, by the checkpoint's chat template; lines are read from stdin")
     p.add_argument("--system", help="with --chat: the system message")
     p.add_argument("--output", metavar="FILE", help="with --prompts: where results go (default: stdout)")

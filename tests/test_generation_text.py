@@ -125,7 +125,8 @@ def test_prompts_of_a_file(folder, capsys, tmp_path):
     stop = next(r["text"] for r in rows if len(r["text"]) > 2)[1:3]
     _, out, _ = run(capsys, *common, f"--prompts={lines}", f"--stop={stop}")
     for row, cut in zip(rows, map(json.loads, out.splitlines()), strict=True):
-        assert cut["text"] == row["text"].split(stop)[0] and (cut["finish_reason"] == "stop") == (stop in row["text"] or row["finish_reason"] == "stop")
+        assert cut["text"] == row["text"].split(stop)[0]
+        assert (cut["finish_reason"] == "stop") == (stop in row["text"] or row["finish_reason"] == "stop")
 
 
 def test_chat_through_a_pipe(folder, capsys, monkeypatch):
