@@ -1,172 +1,215 @@
-"""Sample text from a trained model: python -m deepseek_jax.generate --workdir=DIR --prompt=TEXT
+"""Text from a model: a Hugging Face checkpoint, or the folder of a run.
 
-Every token is one forward pass over the whole text so far: simple and right, not fast.
+  python -m deepseek_jax.generate --model=PATH --prompt=TEXT          one text, as it comes
+  python -m deepseek_jax.generate --model=PATH --chat                 a conversation; Ctrl-D ends it
+  python -m deepseek_jax.generate --model=PATH --prompts=FILE         many; JSONL to stdout or --output
+
+PATH is a folder with config.json and safetensors, a WORKDIR of train.py, or one of `python -m deepseek_jax.hf import`.
 """
 
 import argparse
+import itertools
+import json
 import os
 import sys
-from collections.abc import Iterator
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from deepseek_jax import compilation
-from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import Config, Mesh, Offload, Sharding, UserError, from_config_dict
-from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
-from deepseek_jax.hf import reading, start
-from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
-from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import Layout, TrainState, from_tree, make_layout, to_tree
-from deepseek_jax.validation import validate
+from deepseek_jax.config import UserError, exit_code
+from deepseek_jax.generation import loading
+from deepseek_jax.generation.engine import Engine
+from deepseek_jax.generation.loading import load  # what programs read a run's model with
+from deepseek_jax.generation.sample import check_prompt, encode_prompt, sample, tokens
+from deepseek_jax.generation.sampling import Sampling
+from deepseek_jax.generation.text import Codec, Stream
+
+__all__ = ["check_prompt", "encode_prompt", "load", "main", "sample", "tokens"]
 
 
-def choose(logits_V: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
-    """One token id from float32 logits.
-
-    Args:
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_p: samples from the smallest set of likeliest tokens whose probabilities sum to at least this (nucleus sampling,
-        arXiv:1904.09751); 1 samples from all.
-    """
-    if temperature == 0:
-        return jnp.argmax(logits_V)
-    logits_V = (logits_V - jnp.max(logits_V)) / temperature  # the maximum first: a tiny temperature must not overflow
-    if top_p == 1:
-        return jax.random.categorical(key, logits_V)
-    p_V = jax.nn.softmax(logits_V)
-    sorted_V = jnp.sort(p_V, descending=True)
-    before_V = jnp.cumsum(sorted_V) - sorted_V  # probability of all likelier tokens
-    threshold = jnp.min(jnp.where(before_V < top_p, sorted_V, jnp.inf))
-    return jax.random.categorical(key, jnp.where(p_V >= threshold, jnp.log(p_V), -jnp.inf))
-
-
-def tokens(layout: Layout, params, bias, mesh: jax.sharding.Mesh, prompt: list[int], count: int, vocab: int, stop: int | None,
-           temperature: float, top_p: float, seed: int) -> Iterator[int]:
-    """Yields up to `count` token ids after the prompt, one at a time; ends after `stop` or at the model's longest sequence.
-
-    Args:
-      vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not use).
-    """
-    longest = layout.merge_for_inference(params, bias).model.max_position_embeddings
-    length = min(len(prompt) + count, longest)
-    width = -(-length // 64) * 64  # one compiled program for texts of about this length
-    ways = int(np.prod([mesh.shape[a] for a in BATCH_AXES]))  # the batch must be divisible: every device gets the same row
-
-    @jax.jit
-    def step(params, bias, tokens_S, used, key):
-        row = lambda a: jax.sharding.reshard(jnp.broadcast_to(a, (ways, width)), P(BATCH_AXES, None))
-        place = jnp.arange(width, dtype=jnp.int32)
-        model = layout.merge_for_inference(params, bias)
-        out = model(row(tokens_S), row((place < used).astype(jnp.int32)), row(place))
-        last = jax.lax.dynamic_slice_in_dim(out.hidden_BSD, used - 1, 1, axis=1)
-        logits_V = jax.sharding.reshard(model.logits(last)[:, 0], P(None, None))[0]
-        chosen = choose(jnp.where(jnp.arange(logits_V.shape[0]) < vocab, logits_V, -jnp.inf), jax.random.fold_in(key, used), temperature, top_p)
-        return tokens_S.at[used].set(chosen.astype(jnp.int32), mode="drop"), chosen
-
-    whole = NamedSharding(mesh, P())
-    buffer = jax.device_put(np.pad(np.asarray(prompt, np.int32), (0, width - len(prompt))), whole)
-    key = jax.random.key(seed)
-    for used in range(len(prompt), length):
-        buffer, chosen = step(params, bias, buffer, jnp.int32(used), key)
-        if int(chosen) == stop:
-            return
-        yield int(chosen)
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m deepseek_jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", "--workdir", required=True, metavar="PATH", help="checkpoint, or folder of a run")
+    p.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--prompt", default="", help="text to go on from")
+    what.add_argument("--prompts", metavar="FILE",
+                      help='prompts: lines of text, or with the ending .jsonl objects with "prompt" or "messages"; - is stdin')
+    what.add_argument("--chat", action="store_true", help="a conversation, by the checkpoint's chat template; lines are read from stdin")
+    p.add_argument("--system", help="with --chat: the system message")
+    p.add_argument("--output", metavar="FILE", help="with --prompts: where results go (default: stdout)")
+    p.add_argument("--batch-size", "--batch_size", type=int, default=8, help="with --prompts: how many at once (default %(default)s)")
+    p.add_argument("--max-tokens", "--max_tokens", type=int, default=200, help="tokens of an answer at most (default %(default)s)")
+    p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default %(default)s)")
+    p.add_argument("--top-k", "--top_k", type=int, default=0, help="sample from so many of the likeliest tokens; 0: all (default)")
+    p.add_argument("--top-p", "--top_p", type=float, default=0.95,
+                   help="sample from the likeliest tokens that make up this probability (default %(default)s)")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be given several times")
+    p.add_argument("--seed", type=int, default=0, help="an answer depends on it, its prompt and the prompt's number in the file alone")
+    p.add_argument("--draft-tokens", "--draft_tokens", type=int, default=0, metavar="N",
+                   help="multi-token prediction layers draft N tokens a step; the text stays the same (default: 0, off)")
+    p.add_argument("--mesh", default="", help="devices along axes, for instance fsdp=2,expert=4 (default: one device)")
+    p.add_argument("--dtype", choices=loading.DTYPES, help="of weights and computation (default: float32 on CPUs, bfloat16 elsewhere)")
+    return p
 
 
-def sample(layout: Layout, params, bias, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, prompt: str, count: int, temperature: float,
-           top_p: float, seed: int) -> str:
-    """The prompt and up to `count` tokens after it, as text."""
-    start = encode_prompt(tokenizer, prompt)
-    ids = list(tokens(layout, params, bias, mesh, start, count, tokenizer.vocab_size, tokenizer.eos_id, temperature, top_p, seed))
-    return prompt + tokenizer.decode(ids)
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt; an empty one is the end-of-document token, after which a document begins."""
-    return [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eos_id]
-
-
-def check_prompt(prompt: str, option: str, tokenizer: Tokenizer, config: Config) -> None:
-    """Raises UserError for a prompt that leaves no place for a token after it."""
-    length, longest = len(encode_prompt(tokenizer, prompt)), config.model.max_position_embeddings
-    if length >= longest:
-        raise UserError(f"{option} has {length} tokens, but the model ends at config.model.max_position_embeddings={longest}. Shorten the prompt.")
-
-
-def load(workdir: str, step: int | None) -> tuple[Config, Layout, jax.sharding.Mesh, TrainState]:
-    """The model of a run, whole on one device.
-
-    Raises:
-      UserError: there is no run or checkpoint in the folder.
-    """
-    saved = workdirs.read_config(workdir)
-    alone = {"mesh": Mesh(fsdp=1).__dict__, "sharding": Sharding().__dict__, "offload": Offload().__dict__}
-    config = from_config_dict(saved | alone)
-    validate(config)
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        layout = make_layout(config, mesh)
-        wanted = layout.abstract_sharded()._replace(opt_state=(), step=None, bad_steps=None, skipped_steps=None, loss_scale=None)
-        folder = workdirs.checkpoints(workdir, config)
-        if step is None and start.is_untrained(workdir, folder):
-            params, bias = reading.read(os.path.join(workdir, start.FOLDER), config, layout)
-            return config, layout, mesh, wanted._replace(params=params, bias=bias)
-        checkpointer = Checkpointer(folder, read_only=True)
-        tree = checkpointer.restore_params(to_tree(wanted), step)
-        checkpointer.close()
-    return config, layout, mesh, from_tree(tree, wanted)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.generate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="folder of a run of train.py")
-    parser.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
-    parser.add_argument("--prompt", default="", help="text to go on from")
-    parser.add_argument("--max-tokens", "--max_tokens", type=int, default=200, help="tokens to add at most (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default %(default)s)")
-    parser.add_argument("--top-p", "--top_p", type=float, default=0.95,
-                        help="sample from the likeliest tokens that make up this probability (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     try:
-        if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1 or args.max_tokens < 1:
-            raise UserError(f"--temperature={args.temperature} must be 0 or more and finite, --top-p={args.top_p} above 0 and at most 1, "
-                            f"--max-tokens={args.max_tokens} at least 1.")
-        config, layout, mesh, state = load(args.workdir, args.step)
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        check_prompt(args.prompt, "--prompt", tokenizer, config)
-    except UserError as error:
-        print(f"generate: {error}", file=sys.stderr)
-        return 2
-    compilation.use_cache(config.compile.cache_dir, warn=lambda line: print(line, file=sys.stderr))
-    try:
-        show(layout, mesh, state, tokenizer, args)
+        return exit_code("generate", lambda: run(args))
+    except KeyboardInterrupt:
+        print("\ngenerate: stopped by Ctrl-C.", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
+    mesh = loading.mesh_of(args.mesh)
+    prompts = read_prompts(args.prompts) if args.prompts else None
+    source = loading.open_source(args.model, args.step, mesh, args.dtype)
+    longest, depth, codec = source.config.model.max_position_embeddings, source.config.model.num_nextn_predict_layers, source.codec
+    if args.draft_tokens and not depth:
+        raise UserError(f"--draft-tokens={args.draft_tokens} needs multi-token prediction layers, and {args.model} has none "
+                        f"(num_nextn_predict_layers=0). Leave --draft-tokens out.")
+    if prompts is None and not args.chat:
+        prompts = [{"prompt": args.prompt}]
+    messages = [{"role": "system", "content": args.system}] if args.system is not None else []
+    if args.chat:
+        codec.encode_chat([*messages, {"role": "user", "content": ""}])  # a template that is missing is found out before anything is compiled
+    ids = [codec.encode_chat(p["messages"]) if "messages" in p else codec.encode(p["prompt"]) for p in prompts or ()]
+    for number, prompt in enumerate(ids, 1):
+        fits(prompt, f"--prompts={args.prompts}: prompt {number}" if args.prompts else "--prompt", longest)
+    compilation.use_cache(source.config.compile.cache_dir, warn=lambda line: print(line, file=sys.stderr))
+    engine = Engine(source.layout, source.mesh, source.params, source.bias, give=True, vocab=codec.vocab,
+                    note=lambda line: print(line, file=sys.stderr))
+    source = source._replace(params=None, bias=None)
+    if args.chat:
+        chat(engine, codec, messages, args)
+    elif args.prompts:
+        batches(engine, codec, prompts, ids, args)
+    else:
+        print(args.prompt, end="", flush=True)
+        show(engine, codec, ids[0], args, 0)
+    if args.draft_tokens:
+        print(engine.acceptance, file=sys.stderr)
     return 0
 
 
-def show(layout: Layout, mesh: jax.sharding.Mesh, state: TrainState, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Prints the prompt and each token as it comes."""
-    prompt = encode_prompt(tokenizer, args.prompt)
-    print(args.prompt, end="", flush=True)
-    ids: list[int] = []
-    shown = 0
-    with jax.set_mesh(mesh):
-        for token in tokens(layout, state.params, state.bias, mesh, prompt, args.max_tokens, tokenizer.vocab_size, tokenizer.eos_id,
-                            args.temperature, args.top_p, args.seed):
-            ids.append(token)
-            text = tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # a character of several tokens is shown when it is whole
-                print(text[shown:], end="", flush=True)
-                shown = len(text)
-    print(tokenizer.decode(ids)[shown:])
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not fit each other or are out of range."""
+    if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1 or args.max_tokens < 1:
+        raise UserError(f"--temperature={args.temperature} must be 0 or more and finite, --top-p={args.top_p} above 0 and at most 1, "
+                        f"--max-tokens={args.max_tokens} at least 1.")
+    if args.top_k < 0 or args.batch_size < 1 or not 0 <= args.draft_tokens <= 16 or not 0 <= args.seed < 2**32:
+        raise UserError(f"--top-k={args.top_k} must be 0 or more, --batch-size={args.batch_size} at least 1, --draft-tokens={args.draft_tokens} "
+                        f"from 0 to 16, --seed={args.seed} from 0 to {2**32 - 1}.")
+    if "" in args.stop:
+        raise UserError("--stop is empty, and every text ends before that. Give the text to stop before.")
+    for name, needs, given in (("--system", "--chat", args.system is not None and not args.chat),
+                               ("--output", "--prompts", args.output and not args.prompts)):
+        if given:
+            raise UserError(f"{name} has no effect without {needs}. Add {needs}, or leave {name} out.")
+
+
+def fits(prompt: Sequence[int], name: str, longest: int) -> None:
+    """Raises UserError for a prompt that leaves no place for a token after it."""
+    if len(prompt) >= longest:
+        raise UserError(f"{name} has {len(prompt)} tokens, but the model ends at max_position_embeddings={longest}. Shorten it.")
+
+
+def read_prompts(path: str) -> list[dict[str, Any]]:
+    """The prompts of a file, each with "prompt" or "messages". Empty lines are none."""
+    try:
+        with (sys.stdin if path == "-" else open(path, encoding="utf-8")) as f:
+            lines = [(n, line.rstrip("\r\n")) for n, line in enumerate(f, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompts={path} cannot be read ({e}). Give a file of text, a prompt a line, or of JSON objects.") from e
+    if not lines:
+        raise UserError(f"--prompts={path} has no prompt. Put one on each line.")
+    if not path.endswith((".jsonl", ".json")):
+        return [{"prompt": line} for _, line in lines]
+    out = []
+    for number, line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"--prompts={path}: line {number} is not JSON ({e}). Put one object on each line.") from e
+        is_messages = isinstance(value, dict) and isinstance(value.get("messages"), list) and all(isinstance(m, dict) for m in value["messages"])
+        if not is_messages and not (isinstance(value, dict) and isinstance(value.get("prompt"), str)):
+            raise UserError(f'--prompts={path}: line {number} has neither "prompt", a text, nor "messages", a list of objects. Add one.')
+        out.append(value)
+    return out
+
+
+def answers(engine: Engine, codec: Codec, ids: Sequence[Sequence[int]], args: argparse.Namespace, first: int) -> Iterator[tuple[int, str, Stream]]:
+    """(number of the prompt in `ids`, text to show, its Stream) as tokens come; at the end of each answer once more, with `done` set."""
+    streams = [Stream(codec, args.stop) for _ in ids]
+    options = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    stopped: set[int] = set()
+    indexes = range(first, first + len(ids))
+    for token in engine.batch(ids, args.max_tokens, options, codec.stop_ids, indexes, stopped, args.draft_tokens):
+        row = token.index - first
+        stream = streams[row]
+        if stream.stopped:
+            continue
+        yield row, stream.add(token.id), stream
+        if stream.stopped:
+            stopped.add(token.index)
+            if len(stopped) == len(ids):
+                break
+    for row, stream in enumerate(streams):
+        yield row, stream.end(), stream
+
+
+def show(engine: Engine, codec: Codec, ids: Sequence[int], args: argparse.Namespace, index: int) -> str:
+    """Prints an answer as it comes; returns it."""
+    stream = None
+    for _, text, stream in answers(engine, codec, [ids], args, index):
+        print(text, end="", flush=True)
+    print()
+    return stream.text
+
+
+def chat(engine: Engine, codec: Codec, messages: list[dict[str, str]], args: argparse.Namespace) -> None:
+    """Reads a line, prints the answer, until there are no more lines."""
+    messages = list(messages)
+    for turn in itertools.count():
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            if sys.stdin.isatty():
+                print(file=sys.stderr)
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.rstrip("\r\n")})
+        ids = codec.encode_chat(messages)
+        fits(ids, "the conversation", engine.model.max_position_embeddings)
+        messages.append({"role": "assistant", "content": show(engine, codec, ids, args, turn)})
+
+
+def batches(engine: Engine, codec: Codec, prompts: list[dict[str, Any]], ids: list[list[int]], args: argparse.Namespace) -> None:
+    """Writes a line of JSON for each prompt, in their order."""
+    try:
+        out = open(args.output, "w", encoding="utf-8") if args.output else sys.stdout
+    except OSError as e:
+        raise UserError(f"--output={args.output} cannot be written ({e.strerror}). Name a file that you may write to.") from e
+    try:
+        for first in range(0, len(ids), args.batch_size):
+            part = ids[first : first + args.batch_size]
+            streams = {row: stream for row, _, stream in answers(engine, codec, part, args, first)}
+            for row, stream in sorted(streams.items()):
+                ended = stream.stopped or stream.ids[-1] in codec.stop_ids
+                result = {"index": first + row, **prompts[first + row], "text": stream.text, "tokens": len(stream.ids),
+                          "finish_reason": "stop" if ended else "length"}
+                print(json.dumps(result, ensure_ascii=False), file=out, flush=True)
+    finally:
+        if args.output:
+            out.close()
 
 
 if __name__ == "__main__":

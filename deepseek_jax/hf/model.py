@@ -1,7 +1,10 @@
 """A loaded model in Python: `hf.load(path)`, `model(tokens_BS)`, `hf.save(model, path)`."""
 
 import dataclasses
+import json
 import math
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +32,7 @@ class LoadedModel:
         self.model: Model = config.model
         self.notes, self.family, self.source = notes, notes.family, source
         self._forward = jax.jit(self._logits, static_argnames="rows")
+        self._engine: Any = None
 
     def __call__(self, tokens_BS: Any) -> jax.Array:
         """float32 logits [B, S, V] of token ids [B, S]: row [b, s] tells of the token after tokens_BS[b, : s + 1].
@@ -50,6 +54,43 @@ class LoadedModel:
         ids = np.concatenate([ids, np.repeat(ids[:1], -rows % ways, axis=0)]).astype(np.int32)
         with jax.set_mesh(self.mesh):
             return self._forward(self.params, self.bias, jax.device_put(ids, jax.P(BATCH_AXES)), rows=rows)
+
+    def generate(self, tokens: Sequence[int] | Sequence[Sequence[int]], max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
+                 top_p: float = 1.0, seed: int = 0, stop_ids: Iterable[int] | None = None, draft_tokens: int = 0) -> list[int] | list[list[int]]:
+        """The tokens after a prompt, or after each of several of any lengths, without the one that ends them.
+
+        Args:
+          tokens: ids of a prompt, or a list of such. max_tokens: of an answer; it also ends at max_position_embeddings.
+          temperature: divides the logits; 0 takes the likeliest token. top_k: draw from so many of the likeliest tokens, 0: all. top_p: from
+            the smallest set of likeliest tokens with this probability. seed: a draw depends on it, the prompt's place in the list and the
+            token's position alone.
+          stop_ids: tokens that end an answer; None: those of the checkpoint's generation_config.json or config.json.
+          draft_tokens: tokens that multi-token prediction layers draft a step; the answers stay the same.
+
+        Raises:
+          UserError: the ids are not those of the vocabulary, a prompt is empty or too long, or there is no multi-token prediction layer.
+        """
+        from deepseek_jax.generation.engine import Engine  # generation reads checkpoints by this package
+        from deepseek_jax.generation.sampling import Sampling
+
+        m, one = self.model, len(tokens) > 0 and not isinstance(tokens[0], (Sequence, np.ndarray))
+        prompts = [[int(i) for i in p] for p in ([tokens] if one else tokens)]
+        for prompt in prompts:
+            if not 0 < len(prompt) < m.max_position_embeddings:
+                raise UserError(f"a prompt has {len(prompt)} tokens, and not 1 to {m.max_position_embeddings - 1} (max_position_embeddings - 1). "
+                                f"Give prompts of such lengths.")
+            if min(prompt) < 0 or max(prompt) >= m.vocab_size:
+                raise UserError(f"tokens run from {min(prompt)} to {max(prompt)}, but the model has the ids 0 to {m.vocab_size - 1}.")
+        if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1 or max_tokens < 1 or not 0 <= seed < 2**32:
+            raise UserError(f"temperature={temperature} must be 0 or more and finite, top_k={top_k} 0 or more, top_p={top_p} above 0 and at most 1, "
+                            f"max_tokens={max_tokens} at least 1, seed={seed} a 32-bit number.")
+        if draft_tokens and not m.num_nextn_predict_layers:
+            raise UserError(f"draft_tokens={draft_tokens} needs multi-token prediction layers, and this model has none. Set draft_tokens=0.")
+        if self._engine is None:
+            self._engine = Engine(self.layout, self.mesh, self.params, self.bias)
+        stop = stop_ids_of(self.source) if stop_ids is None else stop_ids
+        out = self._engine.generate(prompts, max_tokens, Sampling(temperature, top_k, top_p, seed), stop, draft_tokens) if prompts else []
+        return out[0] if one else out
 
     def _logits(self, params, bias, tokens_BS, rows):
         net = self.layout.merge_for_inference(params, bias)
@@ -108,3 +149,16 @@ def config_for(model: Model, mesh: jax.sharding.Mesh | None, dtype: str = "float
     validate(config)
     devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
     return config, make_mesh(config, devices)
+
+
+def stop_ids_of(folder: str) -> frozenset[int]:
+    """Tokens that end an answer, by generation_config.json or else config.json of a checkpoint."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as f:
+                ids = json.load(f).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if ids is not None:
+            return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+    return frozenset()

@@ -120,21 +120,33 @@ class MultiHeadLatentAttention(nnx.Module):
 
     @jax.named_scope("attention")
     def __call__(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> jax.Array:
+        return self.expanded(self.queries(x_BSD, rope), self.latents(x_BSD, rope), segment_ids_BS)
+
+    def queries(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Queries without and with position: [B, S, N, nope] and, rotated, [B, S, N, rope]."""
         m, (b, s, _) = self.model, x_BSD.shape
-        heads, nope = m.num_attention_heads, m.qk_nope_head_dim
         if m.q_lora_rank is None:
             q = self.q_proj(x_BSD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(checkpoint_name(self.q_a_proj(x_BSD), "mla_latent")))
-        q_nope, q_rope = jnp.split(q.reshape(b, s, heads, -1), [nope], axis=-1)
-        q_BSNH = jnp.concatenate([q_nope, apply_rope(q_rope, *rope, m.rope_interleave)], axis=-1)
+        q_nope, q_rope = jnp.split(q.reshape(b, s, m.num_attention_heads, -1), [m.qk_nope_head_dim], axis=-1)
+        return q_nope, apply_rope(q_rope, *rope, m.rope_interleave)
 
+    def latents(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """What keys and values are made of: the normed latent [B, S, R] and the rotated key of all heads [B, S, rope]."""
         compressed = checkpoint_name(self.kv_a_proj_with_mqa(x_BSD), "mla_latent")
-        latent_BSR, k_rope = jnp.split(compressed, [m.kv_lora_rank], axis=-1)
-        k_rope = apply_rope(k_rope[:, :, None], *rope, m.rope_interleave)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSR)).reshape(b, s, heads, -1)
+        latent_BSR, k_rope = jnp.split(compressed, [self.model.kv_lora_rank], axis=-1)
+        k_rope = apply_rope(k_rope[:, :, None], *rope, self.model.rope_interleave)
+        return self.kv_a_layernorm(latent_BSR), k_rope[:, :, 0]
+
+    def expanded(self, queries: tuple[jax.Array, jax.Array], latents: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> jax.Array:
+        """Causal attention over keys and values of every head: [B, S, D]."""
+        m, (q_nope, q_rope), (latent_BSR, k_rope) = self.model, queries, latents
+        b, s, heads, nope = q_nope.shape
+        q_BSNH = jnp.concatenate([q_nope, q_rope], axis=-1)
+        kv = self.kv_b_proj(latent_BSR).reshape(b, s, heads, -1)
         k_nope, v_BSNV = jnp.split(kv, [nope], axis=-1)
-        k_rope = jax.sharding.reshard(jnp.broadcast_to(k_rope, q_rope.shape), jax.typeof(q_rope).sharding.spec)
+        k_rope = jax.sharding.reshard(jnp.broadcast_to(k_rope[:, :, None], q_rope.shape), jax.typeof(q_rope).sharding.spec)
         k_BSNH = jnp.concatenate([k_nope, k_rope], axis=-1)
 
         out = causal_attention(q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, softmax_scale(m), self.method)
@@ -158,13 +170,21 @@ class GroupedQueryAttention(nnx.Module):
 
     @jax.named_scope("attention")
     def __call__(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> jax.Array:
+        return self.attended(self.projected(x_BSD, rope), segment_ids_BS)
+
+    def projected(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, S, N, H], keys and values [B, S, M, H]; queries and keys are rotated."""
         m, (b, s, _) = self.model, x_BSD.shape
         q_BSNH, k_BSMH, v_BSMH = (projection(x_BSD).reshape(b, s, -1, m.qk_head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if m.use_qk_norm:
             q_BSNH, k_BSMH = self.q_norm(q_BSNH), self.k_norm(k_BSMH)
         q_BSNH, k_BSMH = (_rotated(a, rope, m.rotary_dim) for a in (q_BSNH, k_BSMH))
-        out = causal_attention(q_BSNH, k_BSMH, v_BSMH, segment_ids_BS, softmax_scale(m), self.method)
-        return self.o_proj(out.reshape(b, s, -1))
+        return q_BSNH, k_BSMH, v_BSMH
+
+    def attended(self, projected: tuple[jax.Array, jax.Array, jax.Array], segment_ids_BS: jax.Array) -> jax.Array:
+        """Causal attention: [B, S, D]."""
+        out = causal_attention(*projected, segment_ids_BS, softmax_scale(self.model), self.method)
+        return self.o_proj(out.reshape(*out.shape[:2], -1))
 
 
 def _rotated(x_BSNH: jax.Array, rope: tuple[jax.Array, jax.Array], width: int) -> jax.Array:

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import Model, Moe
 from deepseek_jax.model.layers import MLP, param
 from deepseek_jax.model.router import Routing, route
-from deepseek_jax.parallel import dispatch
+from deepseek_jax.parallel import dispatch, listed
+from deepseek_jax.parallel.listed import Listed
 from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
 from deepseek_jax.parallel.weights import gathered, stored, whole
 
@@ -90,12 +91,14 @@ class MoE(nnx.Module):
         if model.n_shared_experts:
             self.shared_experts = MLP(model, model.n_shared_experts * model.moe_intermediate_size, rngs)
 
-    def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, MoEStats]:
+    def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, MoEStats | None]:
         """Args: x_BSD in the compute dtype; valid_BS bool, False for padding, which is routed nowhere.
 
-        Returns: [B, S, D] and the statistics.
+        Returns: [B, S, D] and the statistics; None where the weights are `Listed`.
         """
         bias_E = self.gate.e_score_correction_bias[...] if self.model.topk_method == "noaux_tc" else jnp.zeros((self.model.n_routed_experts,))
+        if isinstance(self.experts.gate_up_proj.get_value(), Listed):
+            return self._listed(x_BSD, valid_BS, bias_E), None
         # Expert weights enter as they are stored; `_routed` gathers what the strategy divided, so that the transpose of that
         # gather is a reduce-scatter.
         gate_up, down = stored(self.experts.gate_up_proj), stored(self.experts.down_proj)
@@ -110,6 +113,20 @@ class MoE(nnx.Module):
         if self.model.n_shared_experts:
             y_BSD = y_BSD + self.shared_experts(x_BSD)
         return y_BSD, stats
+
+    def _listed(self, x_BSD: jax.Array, valid_BS: jax.Array, bias_E: jax.Array) -> jax.Array:
+        """The same of weights that generation holds one expert at a time, on one CPU."""
+
+        def one_device(x_BSD, valid_BS, kernel_DE, bias_E, gate_up, down):
+            x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+            routing = route(x_TD, kernel_DE, bias_E, self.model)
+            chosen_TK = jnp.where(valid_BS.reshape(-1, 1), routing.expert_TK, self.model.n_routed_experts)
+            return listed.compute(x_TD, routing.weight_TK, chosen_TK, gate_up, down).reshape(x_BSD.shape)
+
+        weights = self.experts.gate_up_proj.get_value(), self.experts.down_proj.get_value()
+        routed = per_device(one_device, (P(BATCH_AXES), P(BATCH_AXES), P(), P(), P(), P()), P(BATCH_AXES))
+        y_BSD = routed(x_BSD, valid_BS, whole(self.gate.kernel, jnp.float32), bias_E, *weights)
+        return y_BSD + self.shared_experts(x_BSD) if self.model.n_shared_experts else y_BSD
 
     def _routed(self, x_BSD, valid_BS, kernel, bias_E, *weights, specs) -> tuple[jax.Array, MoEStats]:
         """One device's part: route, drop if asked to, dispatch, count."""

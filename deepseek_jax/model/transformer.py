@@ -4,6 +4,7 @@ Layers of a stack are one module with stacked parameters ([L, ...]); the forward
 program (and its compile time) does not grow with depth. Shape letters: layers.py.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,9 +41,12 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         self.mlp = MoE(model, moe, rngs) if is_moe else MLP(model, model.intermediate_size, rngs)
 
-    def __call__(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> tuple[jax.Array, MoEStats | None]:
+    def __call__(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array,
+                 attend: Callable[..., jax.Array] | None = None) -> tuple[jax.Array, MoEStats | None]:
+        """`attend` computes attention in place of the module, which is its first argument: generation's, with a cache."""
         x_BSD = checkpoint_name(x_BSD, "layer_input")
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, segment_ids_BS)
+        attention = self.self_attn if attend is None else functools.partial(attend, self.self_attn)
+        x_BSD = x_BSD + attention(self.input_layernorm(x_BSD), rope, segment_ids_BS)
         h_BSD = self.post_attention_layernorm(x_BSD)
         if not self.is_moe:
             return x_BSD + self.mlp(h_BSD), None
@@ -64,9 +68,9 @@ class MTPLayer(nnx.Module):
         self.layer = DecoderLayer(model, moe, True, rngs, attention)
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
 
-    def __call__(self, hidden_BSD, embedded_BSD, rope, segment_ids_BS) -> tuple[jax.Array, MoEStats]:
+    def __call__(self, hidden_BSD, embedded_BSD, rope, segment_ids_BS, attend=None) -> tuple[jax.Array, MoEStats]:
         joined = jnp.concatenate([self.enorm(embedded_BSD), self.hnorm(hidden_BSD)], axis=-1)
-        x_BSD, stats = self.layer(self.eh_proj(joined), rope, segment_ids_BS)
+        x_BSD, stats = self.layer(self.eh_proj(joined), rope, segment_ids_BS, attend)
         return self.norm(x_BSD), stats
 
 

@@ -99,12 +99,12 @@ def weight_gradient(rows_RI: jax.Array, rows_RO: jax.Array, rows: Rows, block: i
     return lax.scan(expert, None, (rows.start_G, rows.count_G))[1]
 
 
-def _take(a_TD: jax.Array, rows: Rows, top_k: int) -> jax.Array:
+def take(a_TD: jax.Array, rows: Rows, top_k: int) -> jax.Array:
     """[R, D]: the token of each row, zeros in empty ones."""
     return a_TD.at[rows.assignment_R // top_k].get(mode="fill", fill_value=0)
 
 
-def _collect(rows_RD: jax.Array, rows: Rows, weight_TK: jax.Array | None) -> jax.Array:
+def collect(rows_RD: jax.Array, rows: Rows, weight_TK: jax.Array | None) -> jax.Array:
     """float32 [T, D]: the sum of each token's rows, times their weights."""
     total = 0.0
     for k in range(rows.row_TK.shape[1]):
@@ -136,13 +136,13 @@ def _flat(gate_up_GDPF: jax.Array) -> jax.Array:
 def _forward(x_TD, weight_TK, gate_up, down, rows, block):
     top_k = weight_TK.shape[1]
     with jax.named_scope("dispatch"):
-        x_RD = _take(x_TD, rows, top_k)
+        x_RD = take(x_TD, rows, top_k)
     with jax.named_scope("experts"):
         hidden = checkpoint_name(matmul(x_RD, _flat(gate_up), rows, block), "experts_hidden")
         gate_RF, up_RF = jnp.split(hidden, 2, axis=1)
         out_RD = matmul(jax.nn.silu(gate_RF) * up_RF, down, rows, block, into=x_RD)
     with jax.named_scope("combine"):
-        y_TD = _collect(out_RD, rows, weight_TK).astype(x_TD.dtype)
+        y_TD = collect(out_RD, rows, weight_TK).astype(x_TD.dtype)
     return y_TD, (x_TD, weight_TK, gate_up, down, rows, hidden)
 
 
@@ -150,7 +150,7 @@ def _backward(block, residuals, dy_TD):
     x_TD, weight_TK, gate_up, down, rows, hidden = residuals
     top_k = weight_TK.shape[1]
     with jax.named_scope("dispatch"):
-        x_RD, dy_RD = _take(x_TD, rows, top_k), _take(dy_TD, rows, top_k)
+        x_RD, dy_RD = take(x_TD, rows, top_k), take(dy_TD, rows, top_k)
         w_R1 = weight_TK.reshape(-1).at[rows.assignment_R].get(mode="fill", fill_value=0)[:, None]
     with jax.named_scope("experts"):
         gate_RF, up_RF = jnp.split(hidden.astype(jnp.float32), 2, axis=1)
@@ -164,7 +164,7 @@ def _backward(block, residuals, dy_TD):
         dgate_up = weight_gradient(x_RD, dhidden, rows, block).reshape(gate_up.shape)
         dx_RD = matmul(dhidden, _flat(gate_up), rows, block, transpose=True, into=dy_RD)
     with jax.named_scope("combine"):
-        dx_TD = _collect(dx_RD, rows, None).astype(x_TD.dtype)
+        dx_TD = collect(dx_RD, rows, None).astype(x_TD.dtype)
         dw_TK = dw_R.at[rows.row_TK].get(mode="fill", fill_value=0).astype(weight_TK.dtype)
     drows = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), rows)  # integers have no gradient
     return dx_TD, dw_TK, dgate_up.astype(gate_up.dtype), ddown.astype(down.dtype), drows

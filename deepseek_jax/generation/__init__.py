@@ -1,0 +1,1 @@
+"""Text from a model: prefill, decoding with a cache, sampling, speculation, streaming. The commands are generate.py's."""
