@@ -8,7 +8,7 @@ CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/tiny
 ARGS ?=
 DEVICES ?= 8
-JOBS ?= 2
+JOBS ?= 3
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check

@@ -172,7 +172,7 @@ def test_loss_and_gradients_match_the_reference(seq_aux):
     bridge.assert_close(metrics.grad_norm, norm)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("seq_aux", [True, False], ids=["per sequence", "per batch"])
 def test_accumulation_changes_nothing(seq_aux, accumulation):
     """Micro-batches of two rows or one, one of them all padding, against the whole batch at once."""

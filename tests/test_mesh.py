@@ -35,7 +35,7 @@ VARIANTS = {
 
 
 # The others, with what is alike in these; tests/invariance.py has the whole product.
-SLOW = ("2x2x2 full_shard ring", "2x4 zero1 all_gather", "4x2 no_shard", "tensor 2, four micro-batches", "2x2 tensor 2",
+SLOW = ("4x2 all_gather", "1x8 ring, small places", "4x2 zero2, two micro-batches", "stage 2 expert 2 tensor 2 all_gather", "2x2x2 full_shard ring", "2x4 zero1 all_gather", "4x2 no_shard", "tensor 2, four micro-batches", "2x2 tensor 2",
         "stage 4 fsdp 2 zero2, without remat", "stage 4 expert 2 ring, one micro-batch", "stage 2 data 2 expert 2 zero1, 3 pieces")
 
 

@@ -112,7 +112,7 @@ def test_one_layer_is_whole_at_a_time():
     assert (many.temporaries - few.temporaries) / 8 > 0.9 * whole
 
 
-@pytest.mark.parametrize("virtual_stages", [1, 2])
+@pytest.mark.parametrize("virtual_stages", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_stage_holds_its_blocks_divided(virtual_stages):
     """Outside of the loops only the dense layer, embedding and head are gathered over fsdp and expert, never all blocks of a stage at
     once; the blocks' way to their stages is an all-to-all. More micro-batches need more memory for activations only."""
