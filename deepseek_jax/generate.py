@@ -15,16 +15,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from deepseek_jax import compilation
-from deepseek_jax.config import UserError, exit_code
-from deepseek_jax.generation import loading
+from deepseek_jax.config import Compile, UserError, exit_code
 from deepseek_jax.generation.engine import Engine
-from deepseek_jax.generation.loading import load  # what programs read a run's model with
 from deepseek_jax.generation.sample import check_prompt, encode_prompt, sample, tokens
 from deepseek_jax.generation.sampling import Sampling
-from deepseek_jax.generation.text import Codec, Stream
+from deepseek_jax.generation.text import Stream
+from deepseek_jax.hf.encoder import Encoder
+from deepseek_jax.hf.opening import open_model, parse_mesh
 
-__all__ = ["check_prompt", "encode_prompt", "load", "main", "sample", "tokens"]
+__all__ = ["check_prompt", "encode_prompt", "main", "sample", "tokens"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--draft-tokens", "--draft_tokens", type=int, default=0, metavar="N",
                    help="multi-token prediction layers draft N tokens a step; the text stays the same (default: 0, off)")
     p.add_argument("--mesh", default="", help="devices along axes, for instance fsdp=2,expert=4 (default: one device)")
-    p.add_argument("--dtype", choices=loading.DTYPES, help="of weights and computation (default: float32 on CPUs, bfloat16 elsewhere)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and computation (default: float32 on CPUs, bfloat16 elsewhere)")
     return p
 
 
@@ -67,10 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     check(args)
-    mesh = loading.mesh_of(args.mesh)
     prompts = read_prompts(args.prompts) if args.prompts else None
-    source = loading.open_source(args.model, args.step, mesh, args.dtype)
-    longest, depth, codec = source.config.model.max_position_embeddings, source.config.model.num_nextn_predict_layers, source.codec
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    opened = open_model(args.model, args.step, dtype, parse_mesh(args.mesh))
+    model, encoder = opened.model, opened.encoder()
+    longest, depth = model.model.max_position_embeddings, model.model.num_nextn_predict_layers
     if args.draft_tokens and not depth:
         raise UserError(f"--draft-tokens={args.draft_tokens} needs multi-token prediction layers, and {args.model} has none "
                         f"(num_nextn_predict_layers=0). Leave --draft-tokens out.")
@@ -78,21 +81,22 @@ def run(args: argparse.Namespace) -> int:
         prompts = [{"prompt": args.prompt}]
     messages = [{"role": "system", "content": args.system}] if args.system is not None else []
     if args.chat:
-        codec.encode_chat([*messages, {"role": "user", "content": ""}])  # a template that is missing is found out before anything is compiled
-    ids = [codec.encode_chat(p["messages"]) if "messages" in p else codec.encode(p["prompt"]) for p in prompts or ()]
+        encoder.chat.encode([*messages, {"role": "user", "content": ""}])  # a template that is missing is found out before anything is compiled
+    ids = [encoder.chat.encode(p["messages"]) if "messages" in p else encoder.encode_prompt(p["prompt"]) for p in prompts or ()]
     for number, prompt in enumerate(ids, 1):
         fits(prompt, f"--prompts={args.prompts}: prompt {number}" if args.prompts else "--prompt", longest)
-    compilation.use_cache(source.config.compile.cache_dir, warn=lambda line: print(line, file=sys.stderr))
-    engine = Engine(source.layout, source.mesh, source.params, source.bias, give=True, vocab=codec.vocab,
+    cache_dir = (opened.run.compile if opened.run else Compile()).cache_dir
+    compilation.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))
+    engine = Engine(model.layout, model.mesh, model.params, model.bias, give=True, vocab=encoder.vocab_size,
                     note=lambda line: print(line, file=sys.stderr))
-    source = source._replace(params=None, bias=None)
+    model.params = model.bias = None  # the engine has its own by now
     if args.chat:
-        chat(engine, codec, messages, args)
+        chat(engine, encoder, messages, args)
     elif args.prompts:
-        batches(engine, codec, prompts, ids, args)
+        batches(engine, encoder, prompts, ids, args)
     else:
         print(args.prompt, end="", flush=True)
-        show(engine, codec, ids[0], args, 0)
+        show(engine, encoder, ids[0], args, 0)
     if args.draft_tokens:
         print(engine.acceptance, file=sys.stderr)
     return 0
@@ -144,13 +148,13 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     return out
 
 
-def answers(engine: Engine, codec: Codec, ids: Sequence[Sequence[int]], args: argparse.Namespace, first: int) -> Iterator[tuple[int, str, Stream]]:
+def answers(engine: Engine, encoder: Encoder, ids: Sequence[Sequence[int]], args: argparse.Namespace, first: int) -> Iterator[tuple[int, str, Stream]]:
     """(number of the prompt in `ids`, text to show, its Stream) as tokens come; at the end of each answer once more, with `done` set."""
-    streams = [Stream(codec, args.stop) for _ in ids]
+    streams = [Stream(encoder, args.stop) for _ in ids]
     options = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     stopped: set[int] = set()
     indexes = range(first, first + len(ids))
-    for token in engine.batch(ids, args.max_tokens, options, codec.stop_ids, indexes, stopped, args.draft_tokens):
+    for token in engine.batch(ids, args.max_tokens, options, encoder.stop_ids, indexes, stopped, args.draft_tokens):
         row = token.index - first
         stream = streams[row]
         if stream.stopped:
@@ -164,16 +168,16 @@ def answers(engine: Engine, codec: Codec, ids: Sequence[Sequence[int]], args: ar
         yield row, stream.end(), stream
 
 
-def show(engine: Engine, codec: Codec, ids: Sequence[int], args: argparse.Namespace, index: int) -> str:
+def show(engine: Engine, encoder: Encoder, ids: Sequence[int], args: argparse.Namespace, index: int) -> str:
     """Prints an answer as it comes; returns it."""
     stream = None
-    for _, text, stream in answers(engine, codec, [ids], args, index):
+    for _, text, stream in answers(engine, encoder, [ids], args, index):
         print(text, end="", flush=True)
     print()
     return stream.text
 
 
-def chat(engine: Engine, codec: Codec, messages: list[dict[str, str]], args: argparse.Namespace) -> None:
+def chat(engine: Engine, encoder: Encoder, messages: list[dict[str, str]], args: argparse.Namespace) -> None:
     """Reads a line, prints the answer, until there are no more lines."""
     messages = list(messages)
     for turn in itertools.count():
@@ -187,12 +191,12 @@ def chat(engine: Engine, codec: Codec, messages: list[dict[str, str]], args: arg
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line.rstrip("\r\n")})
-        ids = codec.encode_chat(messages)
+        ids = encoder.chat.encode(messages)
         fits(ids, "the conversation", engine.model.max_position_embeddings)
-        messages.append({"role": "assistant", "content": show(engine, codec, ids, args, turn)})
+        messages.append({"role": "assistant", "content": show(engine, encoder, ids, args, turn)})
 
 
-def batches(engine: Engine, codec: Codec, prompts: list[dict[str, Any]], ids: list[list[int]], args: argparse.Namespace) -> None:
+def batches(engine: Engine, encoder: Encoder, prompts: list[dict[str, Any]], ids: list[list[int]], args: argparse.Namespace) -> None:
     """Writes a line of JSON for each prompt, in their order."""
     try:
         out = open(args.output, "w", encoding="utf-8") if args.output else sys.stdout
@@ -201,9 +205,9 @@ def batches(engine: Engine, codec: Codec, prompts: list[dict[str, Any]], ids: li
     try:
         for first in range(0, len(ids), args.batch_size):
             part = ids[first : first + args.batch_size]
-            streams = {row: stream for row, _, stream in answers(engine, codec, part, args, first)}
+            streams = {row: stream for row, _, stream in answers(engine, encoder, part, args, first)}
             for row, stream in sorted(streams.items()):
-                ended = stream.stopped or stream.ids[-1] in codec.stop_ids
+                ended = stream.stopped or stream.ids[-1] in encoder.stop_ids
                 result = {"index": first + row, **prompts[first + row], "text": stream.text, "tokens": len(stream.ids),
                           "finish_reason": "stop" if ended else "length"}
                 print(json.dumps(result, ensure_ascii=False), file=out, flush=True)

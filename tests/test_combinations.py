@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import bridge
-from deepseek_jax import generate
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.hf.opening import open_model
 from deepseek_jax.config import Mesh, Offload, Optimizer, Sharding, UserError
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train import loss_scale, state, workdir
@@ -84,22 +84,23 @@ def test_generate_from_a_float16_run(tmp_path):
         checkpointer = Checkpointer(str(tmp_path / "checkpoints"))
         checkpointer.save(12, state.to_tree(s), {"tokens_seen": 1})
         checkpointer.close()
-    read, layout, mesh, found = generate.load(str(tmp_path), None)
-    assert read.train.dtype == "float16" and found.loss_scale is None and found.residual is None
-    assert same(found.params, s.params)
+    model = open_model(str(tmp_path), dtype="float16").model
+    assert model.config.train.dtype == "float16"
+    is_rounded = lambda a, b: np.array_equal(a, np.asarray(b).astype(a.dtype))
+    assert all(is_rounded(np.asarray(a), b) for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(s.params), strict=True))
     prompt = [5, 17, 3]
-    with jax.set_mesh(mesh):
-        ids = list(generate.tokens(layout, found.params, found.bias, mesh, prompt, 8, 128, None, temperature=0, top_p=1, seed=0))
-        exact = state.make_layout(dataclasses.replace(read, train=dataclasses.replace(read.train, dtype="float32")), mesh)
+    ids = model.generate(prompt, max_tokens=8, stop_ids=())
+    with jax.set_mesh(model.mesh):
+        exact = state.make_layout(dataclasses.replace(model.config, train=dataclasses.replace(model.config.train, dtype="float32")), model.mesh)
 
         @bridge.jit
         def logits(params, bias, tokens):
-            model: Transformer = exact.merge_for_inference(params, bias)
+            net: Transformer = exact.merge_for_inference(params, bias)
             place = jnp.arange(tokens.shape[1])[None]
-            return model.logits(model(tokens, jnp.ones_like(tokens), place).hidden_BSD)
+            return net.logits(net(tokens, jnp.ones_like(tokens), place).hidden_BSD)
 
         text = bridge.put(np.asarray([prompt + ids]))
-        found_SV = np.asarray(logits(found.params, found.bias, text))[0, len(prompt) - 1 : -1]
+        found_SV = np.asarray(logits(model.params, model.bias, text))[0, len(prompt) - 1 : -1]
     assert len(ids) == 8
     for chosen, logit_V in zip(ids, found_SV, strict=True):  # float16 has 11 bits: two that are nearer than this may change places
         assert logit_V[chosen] >= logit_V.max() - 4e-3 * np.abs(logit_V).max(), (chosen, logit_V.argmax())

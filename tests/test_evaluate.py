@@ -195,7 +195,7 @@ def test_runs(made, opened, tmp_path, capsys, monkeypatch):
     assert imported["documents"] == 10 and json.loads((tmp_path / "out.json").read_text()) == imported
     tokenizer = transformers.AutoTokenizer.from_pretrained(made[1])
     assert imported["bytes"] == 10 * 23  # all but the first token, a digit
-    assert opening.open_model(work).chat().encode("hello") == tokenizer("hello").input_ids
+    assert opening.open_model(work).encoder().chat.encode("hello") == tokenizer("hello").input_ids
 
     ids = np.arange(20)[None]
     halved = jax.tree.map(lambda a: a / 2, opened.model.params)

@@ -18,6 +18,8 @@ from deepseek_jax import generate
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.generation import engine, sampling, text, weights
 from deepseek_jax.hf import importing
+from deepseek_jax.hf.chat import Chat
+from deepseek_jax.hf.encoder import Encoder
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +57,10 @@ def test_distribution(temperature, top_k, top_p):
 
 def test_stop_strings_and_characters_over_tokens():
     """Byte tokens: a stop string spans as many, and of what may become one nothing is shown; nor half a character."""
-    codec = text.Codec(ByteTokenizer())
+    encoder = Encoder(ByteTokenizer(), "a model of bytes")
 
     def shown(data, stop):
-        stream, out = text.Stream(codec, stop), []
+        stream, out = text.Stream(encoder, stop), []
         for byte in data:
             out.append(stream.add(byte))
             if stream.stopped:
@@ -131,8 +133,8 @@ def test_prompts_of_a_file(folder, capsys, tmp_path):
 
 def test_chat_through_a_pipe(folder, capsys, monkeypatch):
     """History and system message are in the second question's prompt."""
-    seen, encode = [], text.Codec.encode_chat
-    monkeypatch.setattr(text.Codec, "encode_chat", lambda self, messages: seen.append([dict(m) for m in messages]) or encode(self, messages))
+    seen, encode = [], Chat.encode
+    monkeypatch.setattr(Chat, "encode", lambda self, messages: seen.append([dict(m) for m in messages]) or encode(self, messages))
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nMore?\n"))
     code, out, _ = run(capsys, f"--model={folder}", "--chat", "--system=Be kind.", "--max-tokens=5")
     assert code == 0
@@ -164,12 +166,12 @@ def test_interrupted(folder, capsys, monkeypatch):
 @pytest.mark.parametrize("options, message", [
     (["--prompt=" + "long " * 60], "--prompt has 300 tokens, but the model ends at max_position_embeddings=128"),
     (["--prompt=x", "--mesh=fsdp=5"], "hidden_size=48"),
-    (["--prompt=x", "--mesh=stage=2"], "'stage=2' is not one axis of data, fsdp, expert, tensor"),
-    (["--prompt=x", "--mesh=fsdp=16"], "has 16 devices, but there are 8"),
+    (["--prompt=x", "--mesh=stage=2"], "2 devices along stage, and generation uses data, fsdp, expert and tensor"),
+    (["--prompt=x", "--mesh=fsdp=16"], "--mesh=fsdp=16 does not fit 8 devices"),
     (["--prompt=x", "--stop="], "--stop is empty"),
     (["--prompt=x", "--draft-tokens=2"], "needs multi-token prediction layers"),
     (["--prompt=x", "--top-k=-1"], "--top-k=-1 must be 0 or more"),
-    (["--prompt=x", "--step=3"], "--step=3 is of a run's checkpoints"),
+    (["--prompt=x", "--step=3"], "is a checkpoint itself, and not a run that has some"),
     (["--prompt=x", "--system=y"], "--system has no effect without --chat"),
     (["--prompts=/nowhere"], "--prompts=/nowhere cannot be read"),
 ])

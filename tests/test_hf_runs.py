@@ -12,11 +12,12 @@ import safetensors.numpy
 
 import hf_families as families
 import hf_variants as deepseek
-from deepseek_jax import commandline, generate, hf
+from deepseek_jax import commandline, hf
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, Mesh, Optimizer, Sharding, Train, UserError
 from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.hf import importing, start
+from deepseek_jax.hf.opening import open_model
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import make_layout, to_tree
@@ -87,8 +88,8 @@ def test_imported_run(source, tmp_path):
     config = resolved(workdir)
     assert config.model == model.model and config.init_from == os.path.join(workdir, "hf")
     assert start.open_for_training(config, workdir) is not None
-    _, _, _, state = generate.load(workdir, None)
-    same((state.params, state.bias), (model.params, model.bias))
+    again = open_model(workdir).model
+    same((again.params, again.bias), (model.params, model.bias))
     commands.export(workdir, str(tmp_path / "out"))
     given = safetensors.numpy.load_file(f"{source}/model.safetensors")
     same(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors"), given)
@@ -107,8 +108,7 @@ def test_imported_run(source, tmp_path):
         checkpoints.save(3, to_tree(doubled), {"tokens_seen": 0})
         checkpoints.close()
     workdirs.write_config(workdir, run)
-    _, _, _, state = generate.load(workdir, None)
-    same(jax.tree.map(lambda a: a / 2, state.params), model.params)
+    same(jax.tree.map(lambda a: a / 2, open_model(workdir).model.params), model.params)
     commands.export(workdir, str(tmp_path / "trained"), gigabytes=2e-4)
     files = [f for f in os.listdir(tmp_path / "trained") if f.endswith(".safetensors")]
     trained = {n: a for f in files for n, a in safetensors.numpy.load_file(tmp_path / "trained" / f).items()}

@@ -102,6 +102,7 @@ def test_chat(adapter, made):  # noqa: F811
     file = made[1] / "chat_template.jinja"
     file.write_text(template)
     try:
+        lm = module.DeepseekJaxLM(str(made[1]))
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "I say "}]
         assert lm.apply_chat_template(messages[:1]) == "[user] x [/][assistant] "
         assert lm.apply_chat_template(messages, add_generation_prompt=False) == "[user] x [/][assistant] I say"

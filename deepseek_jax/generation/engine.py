@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.config import UserError
 from deepseek_jax.generation import attention, cache, sampling, weights
 from deepseek_jax.generation.sampling import Sampling
 from deepseek_jax.generation.speculative import Drafter
@@ -50,10 +51,16 @@ class Engine:
       give: they are not needed afterwards, and may be freed.
       note: what to do with the line that tells the size of a cache.
       vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not use); None: all may be.
+
+    Raises:
+      UserError: the mesh has an axis that generation does not use.
     """
 
     def __init__(self, layout: Layout, mesh: jax.sharding.Mesh, params: Any, bias: Any, give: bool = False, vocab: int | None = None,
                  note: Callable[[str], None] = lambda line: None):
+        if wrong := [a for a in ("stage", "context") if mesh.shape[a] > 1]:
+            raise UserError(f"the mesh has {mesh.shape[wrong[0]]} devices along {wrong[0]}, and generation uses data, fsdp, expert and tensor. "
+                            f"Set --mesh to, for instance, fsdp=2,expert=4.")
         self.mesh, self._note = mesh, note
         self.ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
         with jax.set_mesh(mesh):

@@ -50,8 +50,8 @@ class DeepseekJaxLM(TemplateLM):
         super().__init__()
         del max_batch_size, device  # the harness's command gives them to every model
         mesh = parse_mesh(",".join(f"{a}={n}" for a, n in axes.items()), "model_args")
-        self._opened = open_model(str(pretrained), step, dtype, mesh)
-        self._model, self._encoder = self._opened.model, self._opened.encoder()
+        opened = open_model(str(pretrained), step, dtype, mesh)
+        self._model, self._encoder = opened.model, opened.encoder()
         longest = self._model.model.max_position_embeddings
         if max_length is not None and not 1 <= int(max_length) <= longest:
             raise UserError(f"max_length={max_length} is not between 1 and the model's max_position_embeddings={longest}. Choose one of these.")
@@ -78,10 +78,10 @@ class DeepseekJaxLM(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's text, which the harness notes in its results."""
-        return self._opened.chat().template(chat_template if isinstance(chat_template, str) else None) if chat_template else None
+        return self._encoder.chat.template(chat_template if isinstance(chat_template, str) else None) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = self._opened.chat().render(chat_history, add_generation_prompt=add_generation_prompt)
+        text = self._encoder.chat.render(chat_history, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()  # the answer has begun and goes on: nothing of the template comes after it

@@ -1,19 +1,20 @@
 """Opens whatever holds a model: a Hugging Face checkpoint, a workdir that `import` made, or the workdir of a run."""
 
 import dataclasses
+import filecmp
 import math
 import os
 import re
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, UserError, from_config_dict
-from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.hf import configuration, names, start
 from deepseek_jax.hf.chat import Chat
+from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.model import LoadedModel, config_for, load
 from deepseek_jax.hf.source import read_config
 from deepseek_jax.hf.start import Notes
@@ -31,77 +32,17 @@ class Opened:
     trained: bool  # whether it is from a checkpoint of a run
     folder: str | None  # with tokenizer.json and chat template; None: the run's config.data.tokenizer is all there is
 
-    def chat(self) -> Chat:
-        """Tokenizer and chat template.
-
-        Raises:
-          UserError: it has none, or a file is damaged.
-        """
-        if self.folder is None:
-            raise UserError(f"{self.model.source} has no chat template: it is a run with config.data.tokenizer={self.run.data.tokenizer}. "
-                            f"Prompt it with a text.")
-        return Chat(self.folder)
-
-    def encoder(self) -> "Encoder":
+    def encoder(self) -> Encoder:
         """Text to token ids.
 
         Raises:
           UserError: there is no tokenizer, or it has ids that the model has not.
         """
-        out = Encoder(Chat(self.folder) if self.folder is not None else load_tokenizer(self.run.data.tokenizer))
+        out = Encoder(Chat(self.folder) if self.folder is not None else load_tokenizer(self.run.data.tokenizer), self.model.source)
         if out.vocab_size > self.model.model.vocab_size:
             raise UserError(f"the tokenizer of {self.model.source} has {out.vocab_size} ids, and the model {self.model.model.vocab_size}. "
                             f"Give it the tokenizer that it was trained with.")
         return out
-
-
-class Encoder:
-    """Text to token ids and back.
-
-    Attributes:
-      prefix: what the tokenizer puts before a text: bos, or nothing.
-      start_id: what can stand before a text that nothing stands before: bos, else eos.
-      stop_ids: tokens that end a text. vocab_size: ids run from 0 to vocab_size - 1.
-    """
-
-    def __init__(self, source: Chat | Tokenizer):
-        self.prefix: list[int] = []
-        if isinstance(source, Chat):
-            self._inner = source.tokenizer
-            encoding = self._inner.encode("a", add_special_tokens=True)
-            special = encoding.special_tokens_mask
-            self.prefix = encoding.ids[: special.index(0) if 0 in special else 0]
-            self.stop_ids = source.stop_ids
-            self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-            bos = self._inner.token_to_id(source.special.get("bos_token", ""))
-            eos = self._inner.token_to_id(source.special.get("eos_token", ""))
-            self.start_id = next((i for i in (*self.prefix, bos, eos, *sorted(self.stop_ids)) if i is not None), None)
-        else:
-            self._inner, self.vocab_size, self.start_id = source, source.vocab_size, source.eos_id
-            self.stop_ids = frozenset([source.eos_id])
-
-    def encode(self, text: str, prefix: bool = True) -> list[int]:
-        """Ids of a text, after the prefix unless it should be left out or the text begins with it."""
-        if isinstance(self._inner, Tokenizer):
-            return self._inner.encode(text).tolist()
-        ids = self._inner.encode(text, add_special_tokens=False).ids
-        return ids if not prefix or ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
-        """(int32 ids without prefix, UTF-8 bytes of the first one) of each text."""
-        if isinstance(self._inner, Tokenizer):
-            known = self._inner.token_bytes
-            size = lambda i: int(known[i]) if known is not None else len(self._inner.decode([i]).encode())
-            return [(ids, size(ids[0]) if len(ids) else 0) for ids in self._inner.encode_batch(texts)]
-        out = []
-        for text, e in zip(texts, self._inner.encode_batch(list(texts), add_special_tokens=False), strict=True):
-            first, last = e.offsets[0] if e.offsets else (0, 0)
-            out.append((np.asarray(e.ids, np.int32), len(text[first:last].encode())))
-        return out
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of some ids, without special tokens."""
-        return self._inner.decode([int(i) for i in ids])
 
 
 def open_model(path: str, step: int | None = None, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Opened:
@@ -164,12 +105,11 @@ def _cast(params, dtype: np.dtype):
 
 
 def _same_tokenizer(config: Config, folder: str) -> bool:
-    """Whether a run was trained with the tokenizer.json in a folder."""
-    try:
-        with open(os.path.join(folder, "tokenizer.json"), "rb") as a, open(os.path.expanduser(config.data.tokenizer), "rb") as b:
-            return a.read() == b.read()
-    except OSError:
+    """Whether a run was trained with the tokenizer.json in a folder, as far as can still be seen."""
+    given, kept = os.path.expanduser(config.data.tokenizer), os.path.join(folder, "tokenizer.json")
+    if config.data.tokenizer == "bytes" or not os.path.exists(kept):
         return False
+    return not os.path.exists(given) or filecmp.cmp(given, kept, shallow=False)
 
 
 def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | None:
