@@ -33,7 +33,8 @@ import jax
 
 from benchmarks.strategies import variants
 from benchmarks import arrays
-from deepseek_jax.config import Config, UserError, base_config
+from deepseek_jax.config import Config, UserError
+from deepseek_jax.configdict import base_config
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.plan import exchange, options, origin, program, report, topology

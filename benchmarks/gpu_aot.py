@@ -20,7 +20,8 @@ from typing import Any
 import jax
 
 from benchmarks import arrays, collectives, strategies
-from deepseek_jax.config import Config, UserError, from_config_dict
+from deepseek_jax.config import Config, UserError
+from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.plan import options, program, report, topology
 
 HARDWARE = topology.HARDWARE["h200"]

@@ -9,7 +9,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from deepseek_jax.cluster import Cluster
-from deepseek_jax.config import OPTIONAL, Config, UserError, describe, from_config_dict
+from deepseek_jax.config import Config, UserError
+from deepseek_jax.configdict import OPTIONAL, describe, from_config_dict
 from deepseek_jax.hf import start
 from deepseek_jax.parallel.discovery import find
 from deepseek_jax.validation import validate
@@ -132,6 +133,6 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"--config={path} cannot be read. Name a config file, for instance --config=configs/tiny.py."
     if "attribute 'get_config'" in text or "attribute 'seed'" in text:
         return (f"--config={path} has no get_config() that returns a ConfigDict. "
-                f"Start from deepseek_jax.config.base_config(), as configs/tiny.py does.")
+                f"Start from deepseek_jax.configdict.base_config(), as configs/tiny.py does.")
     last = [line for line in text.splitlines() if line.strip()] or [""]
     return f"--config={path} cannot be used: {type(error).__name__}: {last[-1].strip()}. Repair that file."

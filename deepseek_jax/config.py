@@ -1,24 +1,16 @@
 """Every option once: its name, type, default, unit and effect.
 
-`configs/*.py` start from `base_config()`, an `ml_collections.ConfigDict` with every key below, and change what they
-need. `from_config_dict` turns the (possibly overridden) ConfigDict into the frozen dataclasses that all the code reads;
-validation.py checks their values.
+These frozen dataclasses are what all the code reads. configdict.py makes the `ml_collections.ConfigDict` of them that `configs/*.py` and flags
+change, and reads it back; validation.py checks their values.
 
 Model options are Hugging Face `config.json` keys with their Hugging Face meaning; `None` and 0 mean "off" as noted.
 """
 
 import dataclasses
-import inspect
-import re
 import sys
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-
-from ml_collections import ConfigDict, config_dict
-
 
 IGNORE = -100  # target id of a position that predicts nothing, as in Hugging Face
 
@@ -343,79 +335,3 @@ STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_
 
 GRADIENT_COMPRESSIONS = ("none", "bfloat16", "int8")
 CHECKPOINT_KINDS = ("sharded", "full", "local")
-
-
-OPTIONAL = ("model.q_lora_rank", "model.num_key_value_heads", "model.head_dim")  # options that may be None
-
-
-def base_config() -> ConfigDict:
-    """A ConfigDict with every option at its default. An optional option is a placeholder: None and 512 both fit."""
-
-    def build(cls: type) -> ConfigDict:
-        out = ConfigDict()
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            kind = hints[f.name]
-            if dataclasses.is_dataclass(kind):
-                out[f.name] = build(kind)
-            elif isinstance(kind, types.UnionType):
-                out[f.name] = config_dict.placeholder(typing.get_args(kind)[0])
-            else:
-                out[f.name] = f.default
-        return out
-
-    return build(Config)
-
-
-def from_config_dict(tree: Any) -> Config:
-    """The dataclasses of a ConfigDict or of nested dicts.
-
-    Raises:
-      UserError: an unknown option or one of the wrong type, by its full name.
-    """
-
-    def build(cls: type, values: Any, where: str) -> Any:
-        hints = typing.get_type_hints(cls)
-        if not hasattr(values, "items"):
-            raise UserError(f"{where} is {values!r}, but it is a section with the options {', '.join(hints)}.")
-        unknown = [k for k in values if k not in hints]
-        if unknown:
-            raise UserError(f"{where}.{unknown[0]} is not an option. {where} has: {', '.join(hints)}.")
-        out = {}
-        for name, value in values.items():
-            kind, full = hints[name], f"{where}.{name}"
-            if dataclasses.is_dataclass(kind):
-                out[name] = build(kind, value, full)
-                continue
-            allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-            if float in allowed and type(value) is int:
-                value = float(value)
-            if types.NoneType in allowed and value == 0:
-                value = None  # a flag cannot spell None
-            if type(value) not in allowed:
-                wanted = " or ".join("None" if a is types.NoneType else a.__name__ for a in allowed)
-                raise UserError(f"{full}={value!r} has the type {type(value).__name__}. Give it a value of type {wanted}.")
-            out[name] = value
-        return cls(**out)
-
-    return build(Config, tree, "config")
-
-
-def describe() -> str:
-    """Every option with its default and the comment above: the text of --help."""
-    lines = []
-
-    def add(cls: type, where: str) -> None:
-        comments = dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
-        nested = []
-        for f in dataclasses.fields(cls):
-            if f.default is dataclasses.MISSING:
-                nested.append((typing.get_type_hints(cls)[f.name], f"{where}.{f.name}"))
-            else:
-                default = repr(f.default) if isinstance(f.default, str) else f.default
-                lines.append(f"  --{where}.{f.name}={default}\n        {comments.get(f.name, '')}".rstrip())
-        for kind, name in nested:
-            add(kind, name)
-
-    add(Config, "config")
-    return "\n".join(lines)

@@ -8,7 +8,8 @@ import re
 import pytest
 import transformers
 
-from deepseek_jax.config import Config, Model, UserError, from_config_dict
+from deepseek_jax.config import Config, Model, UserError
+from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.validation import validate
 from deepseek_jax.model.count import count
 from deepseek_jax.train.optimizer import sequences_at

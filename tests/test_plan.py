@@ -19,7 +19,8 @@ import bridge
 from benchmarks import arrays
 from benchmarks import collectives as layer_collectives
 from benchmarks import strategies
-from deepseek_jax.config import Config, Mesh, Model, Sharding, Train, UserError, from_config_dict
+from deepseek_jax.config import Config, Mesh, Model, Sharding, Train, UserError
+from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.plan import __main__ as plan
 from deepseek_jax.plan import exchange, hlo, options, program, topology
 

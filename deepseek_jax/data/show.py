@@ -4,7 +4,8 @@ import json
 import os
 import re
 
-from deepseek_jax.config import Config, UserError, from_config_dict
+from deepseek_jax.config import Config, UserError
+from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.data.windows import Window, Windows

@@ -76,6 +76,7 @@ def _draft(engine, count, ends, leaves, x_BSD, next_BS, start_B, last_B, active_
     hidden_BSD = net.norm(x_BSD)
     segments_BS = (active_B[:, None] & (jnp.arange(x_BSD.shape[1]) <= last_B[:, None])).astype(jnp.int32)
     made, drafts = [], []
+    state_B1D = token_B = None  # of the depth before
     for n in range(count):
         module, absorbed = depths[min(n, len(leaves) - 1)].layer(leaves[min(n, len(leaves) - 1)])
         if n < len(leaves):

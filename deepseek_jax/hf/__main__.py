@@ -22,7 +22,8 @@ import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import UserError, exit_code, from_config_dict
+from deepseek_jax.config import UserError, exit_code
+from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.hf import configuration, exporting, importing, names, reading, start
 from deepseek_jax.hf.model import config_for
 from deepseek_jax.train import workdir as workdirs

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import Config, UserError, from_config_dict
+from deepseek_jax.config import Config, UserError
+from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.hf import configuration, names, start
 from deepseek_jax.hf.chat import Chat

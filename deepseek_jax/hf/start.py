@@ -15,7 +15,8 @@ import numpy as np
 
 from deepseek_jax.checkpoint import bounded_json
 from deepseek_jax.checkpoint.bounded_json import BadFile
-from deepseek_jax.config import Config, Model, RopeScaling, UserError, from_config_dict
+from deepseek_jax.config import Config, Model, RopeScaling, UserError
+from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.hf import names, reading
 from deepseek_jax.hf.reading import Source
 from deepseek_jax.hf.source import FP8, INDEX, MAX_CONFIG, SCALE, SINGLE, dump
