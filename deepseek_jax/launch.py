@@ -36,7 +36,7 @@ from typing import IO, Any, NoReturn
 
 from deepseek_jax.config import UserError, exit_code
 from deepseek_jax.parallel.gpus import shares, visible_gpus
-from deepseek_jax.parallel.meeting import listen
+from deepseek_jax.parallel.meeting import free_port
 from deepseek_jax.parallel.monitor import LOST
 from deepseek_jax.restarts import Restarts, first_failed
 
@@ -108,8 +108,7 @@ def environments(a: argparse.Namespace, env: Mapping[str, str], places: list[int
     places = list(range(a.nproc_per_node)) if places is None else places
     host, port = a.master_addr or "127.0.0.1", a.master_port
     if port is None and a.nnodes == 1:
-        with listen("127.0.0.1", 0) as s:
-            port = s.getsockname()[1]
+        port = free_port()
     address = f"{host}:{port or 29500}"
     common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(a.nnodes * len(places))}
     if host == "127.0.0.1":

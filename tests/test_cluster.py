@@ -16,7 +16,7 @@ from deepseek_jax.config import UserError
 from deepseek_jax.parallel import discovery, gpus, meeting
 from deepseek_jax.parallel.discovery import Place, find
 from deepseek_jax.parallel.gpus import Claim, divide, shares, visible_gpus
-from deepseek_jax.parallel.meeting import Meeting, NoAnswer, listen
+from deepseek_jax.parallel.meeting import Meeting, NoAnswer, free_port, listen
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 JAX = {"JAX_COORDINATOR_ADDRESS": "host0:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -171,8 +171,7 @@ def test_difference_names_the_option_and_both_values():
 
 def together(count: int, work) -> list:
     """What work(index, port) returns or raises in `count` threads."""
-    with listen("127.0.0.1", 0) as s:
-        port = s.getsockname()[1]
+    port = free_port()
     out = [None] * count
 
     def one(i):
@@ -256,8 +255,7 @@ print("agreed")
 
 def agree(tmp_path, *last: str, started: int | None = None, timeout: int = 100) -> tuple[list[int], list[str], list[str]]:
     """Exit codes, and lines on stdout and stderr, of processes with these last arguments."""
-    with listen("127.0.0.1", 0) as s:
-        address = f"127.0.0.1:{s.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     (tmp_path / "program.py").write_text(PROGRAM)
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT}
     flags = [f"--coordinator_address={address}", f"--num_processes={len(last)}", f"--cluster_timeout={timeout}"]

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+from deepseek_jax.parallel.meeting import free_port
+
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -99,10 +101,7 @@ PROGRAM = """
 
 
 def start(count: int, folder: pathlib.Path) -> None:
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "no_proxy": "127.0.0.1"}
     processes = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(PROGRAM), str(count), str(i), address, str(folder)], cwd=REPOSITORY,
                                   env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(count)]

@@ -15,7 +15,7 @@ import pytest
 
 from deepseek_jax import launch
 from deepseek_jax.config import UserError
-from deepseek_jax.parallel.meeting import listen
+from deepseek_jax.parallel.meeting import free_port
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LAUNCH = [sys.executable, "-m", "deepseek_jax.launch"]
@@ -251,8 +251,7 @@ def test_two_processes_then_one_then_two(corpus, assert_as_one_process, tmp_path
 
     The expert axis is inside each process at first, across both in the end.
     """
-    with listen("127.0.0.1", 0) as s:
-        address = f"127.0.0.1:{s.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     by_hand = [sys.executable, *arguments(tmp_path, corpus, train__steps=100_000, mesh__expert=4),
                f"--coordinator_address={address}", "--num_processes=2"]
     env = ENV | {"JAX_NUM_CPU_DEVICES": "4"}
@@ -296,8 +295,7 @@ def test_processes_that_disagree(corpus, tmp_path):
     flags = ["--num_processes=2", "--cluster_timeout=60"]
 
     def run(folders, *options) -> list[str]:
-        with listen("127.0.0.1", 0) as s:
-            more = [*flags, f"--coordinator_address=127.0.0.1:{s.getsockname()[1]}"]
+        more = [*flags, f"--coordinator_address=127.0.0.1:{free_port()}"]
         shared = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments(tmp_path / "run", "text", mesh__fsdp=2)[1:]]
         with contextlib.ExitStack() as stack:
             ps = [stack.enter_context(started([sys.executable, f"{ROOT}/train.py", *shared, *more, f"--process_id={i}", *option],

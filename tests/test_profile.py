@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ import pytest
 import trainer
 from deepseek_jax import compilation
 from deepseek_jax.config import Mesh, Moe
+from deepseek_jax.parallel.meeting import free_port
 from deepseek_jax.plan import hlo, origin
 from deepseek_jax.train import profile
 from test_train import ROOT, command, corpus, losses  # noqa: F401
@@ -89,9 +89,7 @@ print("\\nFOUND", float(total), getattr(compilation._this_thread, "hits", 0))
 """
 
     def start() -> list[list[str]]:
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         args = lambda i: [sys.executable, "-c", program, str(port), str(i), str(tmp_path)]
         both = [subprocess.Popen(args(i), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                  text=True) for i in range(2)]

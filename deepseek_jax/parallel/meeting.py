@@ -5,6 +5,7 @@ come, or leaves, and cannot say which. It listens at the coordinator's address o
 """
 
 import json
+import random
 import selectors
 import socket
 import time
@@ -168,3 +169,15 @@ def listen(host: str, port: int, backlog: int = 1) -> socket.socket:
     both = host in ("", "::") and socket.has_dualstack_ipv6()
     return socket.create_server((host, port), family=socket.AF_INET6 if both or ":" in host else socket.AF_INET, backlog=backlog,
                                 dualstack_ipv6=both)
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on, and that the system gives to nobody who asks for any: those come from 32768 on."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        try:
+            with listen("127.0.0.1", port):
+                return port
+        except OSError:
+            continue
+    with listen("127.0.0.1", 0) as s:
+        return s.getsockname()[1]
