@@ -34,13 +34,16 @@ Weights = dict[str, np.ndarray]  # Hugging Face names, [out, in], one entry an e
 
 
 @functools.cache
-def quick_options() -> dict[str, Any]:
-    """conftest.py's XLA_FLAGS as options, as far as this XLA knows them, for programs that run without conftest.py.
+def quick_options(float32: bool = False) -> dict[str, Any]:
+    """XLA options, as far as this XLA knows them, that compile quickly: conftest.py's, for programs without it.
 
-    `xla_cpu_use_fusion_emitters=False` would be quicker still, but writes outside of its arrays in bfloat16.
+    Args:
+      float32: the program has no narrower floats. Then fused loops may be emitted the older way, which compiles in half of the time; in one
+        program of bfloat16 that wrote outside of its arrays.
     """
     known = {}
-    wanted = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    wanted = quick | ({"xla_cpu_use_fusion_emitters": False} if float32 else {})
     for name, value in wanted.items():
         try:
             jax.jit(lambda: jnp.zeros(()), compiler_options={name: value}).lower().compile()
@@ -50,9 +53,11 @@ def quick_options() -> dict[str, Any]:
     return known
 
 
-def jit(f: Callable, **options: Any) -> Callable:
-    """jax.jit, compiled quickly."""
-    return jax.jit(f, compiler_options=quick_options(), **options)
+def jit(f: Callable, config: Config | None = None, **options: Any) -> Callable:
+    """jax.jit, compiled quickly; more so where `config`, of the run that `f` is of, has nothing narrower than float32."""
+    c = config
+    dtypes = (c.train.dtype, c.train.accumulation_dtype, c.optimizer.moment_dtype, c.sharding.gradient_compression) if c else ("unknown",)
+    return jax.jit(f, compiler_options=quick_options(set(dtypes) <= {"float32", "none"}), **options)
 
 
 # ------------------------------------------------------------------------------------------------------------------ names

@@ -12,6 +12,7 @@ import itertools
 import random
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -88,19 +89,26 @@ def keeping_gradients(optimizer: optax.GradientTransformation) -> optax.Gradient
     return optax.chain(optax.GradientTransformation(zeros, lambda g, _, params: (g, g)), optimizer)
 
 
-def train(config: Config, steps: int = STEPS) -> Run:
-    """Trains on the first devices there are."""
+@functools.lru_cache(maxsize=4)
+def program(config: Config) -> tuple[jax.sharding.Mesh, state.Layout, Callable]:
+    """(mesh of the first devices there are, layout, jitted step)."""
     validate(config)
     mesh = make_mesh(config, jax.devices()[: devices_of(config)])
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
+        layout = layout._replace(optimizer=keeping_gradients(layout.optimizer))
+        return mesh, layout, bridge.jit(step.make_train_step(config, layout), config)
+
+
+def train(config: Config, steps: int = STEPS) -> Run:
+    """Trains from `initial_state`."""
+    mesh, layout, train_step = program(config)
+    with jax.set_mesh(mesh):
         start = initial_state(config.model)
         s = jax.device_put(start, layout.shardings)
-        layout = layout._replace(optimizer=keeping_gradients(layout.optimizer))
         kept = jax.device_put(jax.tree.map(jnp.zeros_like, start.params), jax.tree.map(
             lambda spec: jax.NamedSharding(mesh, spec), layout.opt_specs, is_leaf=lambda x: isinstance(x, jax.P)))
         s = s._replace(opt_state=(kept, s.opt_state))
-        train_step = bridge.jit(step.make_train_step(config, layout))
         losses, counts, gradients = [], [], []
         for i in range(steps):
             s, m = train_step(s, step.put_batch(rows(i), config.micro_batch, mesh))

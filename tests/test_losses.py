@@ -149,7 +149,7 @@ def one_step(seq_aux: bool, accumulation: int):
         layout, s = start(config, mesh, weights, keep_gradients())
         batch = step.put_batch(batch_rows(), config.micro_batch, mesh)
         assert batch["tokens"].shape == (accumulation, ROWS // accumulation, LENGTH)
-        s, metrics = bridge.jit(step.make_train_step(config, layout))(s, batch)
+        s, metrics = bridge.jit(step.make_train_step(config, layout), config)(s, batch)
     return weights, model, bridge.to_hf(s.opt_state, model), jax.tree.map(np.asarray, metrics), bridge.to_hf(s.bias, model)
 
 
@@ -201,7 +201,7 @@ def test_mtp_weight_switches():
 
     with bridge.on_mesh(config) as mesh:
         layout, s = start(config, mesh, weights)
-        run = bridge.jit(step.make_train_step(config, layout, token_loss))
+        run = bridge.jit(step.make_train_step(config, layout, token_loss), config)
         batch = step.put_batch(batch_rows(), config.micro_batch, mesh)
         for i in (0, 4, 5, 9):
             seen.append(float(run(s._replace(step=jnp.int32(i)), batch)[1].losses.loss))
@@ -228,7 +228,7 @@ def test_a_non_finite_step_changes_nothing():
                               optimizer=Optimizer(warmup_steps=4))
     with bridge.on_mesh(config) as mesh:
         layout, s0 = start(config, mesh, bridge.random_weights(MODEL, 0))
-        run = bridge.jit(step.make_train_step(config, layout, token_loss))
+        run = bridge.jit(step.make_train_step(config, layout, token_loss), config)
 
         def after(s, kind):
             rows = batch_rows()
@@ -378,7 +378,7 @@ def test_bfloat16_gradients_are_near_those_of_float32():
         config = bridge.config_of(model, train=train)
         with bridge.on_mesh(config) as mesh:
             layout, s = start(config, mesh, weights, keep_gradients())
-            s, _ = bridge.jit(step.make_train_step(config, layout))(s, step.put_batch(rows, 16, mesh))
+            s, _ = bridge.jit(step.make_train_step(config, layout), config)(s, step.put_batch(rows, 16, mesh))
         grads[dtype] = bridge.names_of(s.opt_state)
     for name, exact in grads["float32"].items():
         error = np.linalg.norm(np.asarray(grads["bfloat16"][name]) - exact) / np.linalg.norm(exact)

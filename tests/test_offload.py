@@ -39,7 +39,7 @@ def compiled(config: Config):
     mesh = mesh_of(config)
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
-    return mesh, layout, bridge.jit(step.make_train_step(config, layout), donate_argnums=0)
+    return mesh, layout, bridge.jit(step.make_train_step(config, layout), config, donate_argnums=0)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ def compiled(config: Config) -> tuple[list[program.Collective], program.Memory, 
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
         batch = step.put_batch({k: a[:, :8] for k, a in rows(0).items()}, config.micro_batch, mesh)
-        done = bridge.jit(step.make_train_step(config, layout), donate_argnums=0)
+        done = bridge.jit(step.make_train_step(config, layout), config, donate_argnums=0)
         done = done.lower(layout.abstract_sharded(), batch).compile()
         return program.collectives(done.as_text(), mesh.shape), program.memory(done), layout
 
@@ -49,7 +49,7 @@ def layer_bytes(layout: state.Layout) -> int:
 EXPECTED = {"full_shard": (True, True), "shard_grad_op": (False, True), "zero1": (False, False), "no_shard": (False, False)}
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "zero1" else []) for n in EXPECTED])
 def test_what_a_layer_communicates(name):
     """full_shard gathers a layer's weights in forward and once more in backward; the others never. Every gradient is reduced once:
     the experts' by a reduce-scatter where they are divided (XLA's CPU partitioner makes an all-reduce and a slice of the rest)."""
@@ -80,8 +80,9 @@ def held(name: str) -> dict[str, int]:
             "optimizer": sharding.bytes_per_device(layout.abstract.opt_state, layout.shardings.opt_state), "arguments": memory.arguments}
 
 
-@pytest.mark.parametrize("name, eighths", [("full_shard", (1, 1, 1)), ("zero3", (1, 1, 1)), ("shard_grad_op", (8, 1, 1)), ("zero2", (8, 1, 1)),
-                                           ("zero1", (8, 8, 1)), ("no_shard", (8, 8, 8)), ("ddp", (8, 8, 8))])
+@pytest.mark.parametrize("name, eighths", [("full_shard", (1, 1, 1)), ("shard_grad_op", (8, 1, 1)), ("zero1", (8, 8, 1)), ("no_shard", (8, 8, 8)),
+                                           *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+                                               ("zero3", (1, 1, 1)), ("zero2", (8, 1, 1)), ("ddp", (8, 8, 8))))])
 def test_bytes_a_device(name, eighths):
     """Shares of what no_shard holds; norms and the step's counters, 1% here, are whole everywhere."""
     ours, whole = held(name), held("no_shard")

@@ -38,7 +38,7 @@ class Trainer:
         self.config, self.mesh = config, make_mesh(config, jax.devices()[: invariance.devices_of(config)])
         with jax.set_mesh(self.mesh):
             self.layout = state.make_layout(config, self.mesh)
-            self.compiled = bridge.jit(step.make_train_step(config, self.layout, token_loss)).lower(
+            self.compiled = bridge.jit(step.make_train_step(config, self.layout, token_loss), config).lower(
                 self.layout.abstract_sharded(), self.batch(0)).compile()
 
     def batch(self, i: int):
