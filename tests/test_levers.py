@@ -228,6 +228,7 @@ def test_the_state_of_other_runs_has_its_old_names():
 # -------------------------------------------------------------------------------------------------------- accumulation
 
 
+@pytest.mark.slow
 def test_bfloat16_accumulation_halves_the_buffer():
     """Four micro-batches: three roundings of 2^-9 of a sum, which Adam's update takes over. The compiled step, one device, is smaller: by up
     to 2 bytes a parameter, of 4 that the buffer had, and by half of that where the peak is when float32 gradients are made of the buffer."""

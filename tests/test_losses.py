@@ -153,7 +153,7 @@ def one_step(seq_aux: bool, accumulation: int):
     return weights, model, bridge.to_hf(s.opt_state, model), jax.tree.map(np.asarray, metrics), bridge.to_hf(s.bias, model)
 
 
-@pytest.mark.parametrize("seq_aux", [True, False], ids=["per sequence", "per batch"])
+@pytest.mark.parametrize("seq_aux", [pytest.param(True, id="per sequence"), pytest.param(False, id="per batch", marks=pytest.mark.slow)])
 def test_loss_and_gradients_match_the_reference(seq_aux):
     weights, model, grads, metrics, bias = one_step(seq_aux, 1)
     expected = reference_losses(weights, model, MOE)

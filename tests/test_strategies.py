@@ -92,6 +92,7 @@ def test_bytes_a_device(name, eighths):
     np.testing.assert_allclose(ours["arguments"], ours["parameters"] + ours["optimizer"], rtol=0.01)
 
 
+@pytest.mark.slow
 def test_hybrid_shard_repeats_along_data():
     """Divided over fsdp, not over data: twice the bytes on 2x4, and a second sum of gradients, along data."""
     (_, hybrid, _), (_, full, _) = compiled(strategy("hybrid_shard", data=2, fsdp=4)), compiled(strategy("full_shard", data=2, fsdp=4))
