@@ -160,7 +160,7 @@ def no_room(folder: pathlib.Path, say) -> Tallies:
     tally = out["no room for the last checkpoint"]
     tally.tried = 1
     with Process(faults.train(workdir, text, train__steps=steps), env) as p:
-        if not p.wait_for_step(INTERVAL + 1, LIMIT):
+        if not p.wait_for_step(2 * INTERVAL + 1, LIMIT):  # the second save waits for the first, which is on disk by then
             raise RuntimeError("the run does not begin:\n" + "\n".join(p.lines[-20:]))
         resource.prlimit(p.popen.pid, resource.RLIMIT_FSIZE, (16384, 16384))
         code = p.wait(LIMIT)

@@ -7,6 +7,7 @@ their processes wait for each other at barriers, where one that failed is missed
 import asyncio
 import itertools
 import json
+import logging
 import math
 import os
 import sys
@@ -178,8 +179,16 @@ def _chunk(what: Shape, shards: int) -> list[int]:
     return chunk
 
 
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.getMessage()
+
+
 def _hush() -> None:
-    """Where one of its writes fails, Orbax closes an event loop that the others still call, and Python prints a trace for each."""
+    """Where one of its writes fails, Orbax closes an event loop that the others still call, and Python prints a trace for each.
+
+    Of several that fail it asks for the first alone, and asyncio logs the others.
+    """
+    logging.getLogger("asyncio").addFilter(_not_of_orbax)
     before = sys.unraisablehook
     if getattr(before, "__module__", "") == __name__:
         return
