@@ -7,8 +7,8 @@ routing weights and expert weights; float32 on CPUs, bfloat16 on GPUs:
 
   ours     parallel/dispatch.py: never drops a token, one program for every routing
   dense    one SwiGLU of tokens x choices rows: the same useful operations and nothing else, what cannot be beaten
-  products each expert's products alone, on rows that are in place already, for one routing that is known when it is compiled: the least
-           that routed experts cost here, as no token is moved
+  products each expert's products alone, every expert's rows and weights in arrays of their own, for one routing that is known when it is
+           compiled: no token is moved, nothing is cut out or put together
   ragged   jax.lax.ragged_dot on rows sorted by expert
   masked   a scan over the experts, each on all tokens, weighted by 0 where it was not chosen
   gathered a scan over the experts, each on as many rows as the fullest has: known for one routing alone, so not of use in training
@@ -185,13 +185,14 @@ def programs(shape: Shape, load: str, methods: list[str], capacity_factor: float
         parts = [slice(start, stop) for start, stop in zip([0, *end], end)]
 
         def products(rows, gate_up, down, dy):
-            def f(rows, gate_up, down):
-                flat = gate_up.reshape(*gate_up.shape[:2], -1)
-                return jnp.concatenate([_glu(rows[mine] @ flat[e], shape.width) @ down[e] for e, mine in enumerate(parts)])
-            y, back = jax.vjp(f, rows, gate_up, down)
+            y, back = jax.vjp(lambda *of: [_glu(x @ w, shape.width) @ v for x, w, v in zip(*of)], rows, gate_up, down)
             return y, *back(dy)
+
         order = np.argsort(expert_TK.reshape(-1), kind="stable") // shape.choices
-        out["products"] = turns.compiled(products, a["x"][order], a["gate_up"], a["down"], a["dy"][order])
+        # Arrays of their own: nothing is cut out or put together.
+        split = lambda a: [a[order][mine] for mine in parts]
+        flat = a["gate_up"].reshape(shape.experts, shape.hidden, -1)
+        out["products"] = turns.compiled(products, split(a["x"]), list(flat), list(a["down"]), split(a["dy"]))
     return out
 
 

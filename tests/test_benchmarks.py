@@ -52,10 +52,11 @@ def test_methods_of_moe_agree(load):
         built = moe.programs(shape, load, list(moe.METHODS), 1.25)
         results = {name: program() for name, program in built.items() if name not in ("dense", "products")}
         moe.compare(results)
-        (rows, gate_up, down, _), (y, *_) = built["products"].arguments, built["products"]()
-        expert = np.sort(moe.routing(shape, load).reshape(-1))
-        gate, up = np.einsum("rd,rdpf->prf", rows, gate_up[expert])
-        np.testing.assert_allclose(y, np.einsum("rf,rfd->rd", gate / (1 + np.exp(-gate)) * up, down[expert]), rtol=1e-4, atol=1e-5)
+        arguments, (ys, *_) = built["products"].arguments, built["products"]()
+        for x, gate_up, down, y in zip(*arguments[:3], ys, strict=True):
+            gate, up = np.split(np.asarray(x) @ gate_up, 2, axis=1)
+            np.testing.assert_allclose(y, (gate / (1 + np.exp(-gate)) * up) @ down, rtol=1e-4, atol=1e-5)
+        assert [len(x) for x in arguments[0]] == counts.tolist()
         results["ragged"] = (results["ragged"][0] * 1.001, *results["ragged"][1:])
         with pytest.raises(FloatingPointError, match="y by ragged"):
             moe.compare(results)
