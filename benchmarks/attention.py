@@ -25,17 +25,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks import turns
+from deepseek_jax import texts
 from deepseek_jax.config import Config, Mesh, Model, UserError
 from deepseek_jax.model import attention
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.plan import options, report
+from deepseek_jax.plan import options
 
 LINEAR = 1.1  # temporary bytes may grow by this much more than the length
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192", help="Sequence lengths, separated by commas.")
     for name, default, about in (("tokens", 4096, "Tokens to time, in whole sequences, at least one."), ("heads", 8, "Heads."),
                                 ("qk", 96, "Width of a query and key head."), ("v", 64, "Width of a value head."),
@@ -43,12 +44,7 @@ def main() -> int:
                                 ("memory", 4_000_000_000, "Most bytes of temporaries of a program that is run.")):
         parser.add_argument(f"--{name}", type=int, default=default, help=about)
     parser.add_argument("--module", action="store_true", help="The whole attention module instead.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}")
-        return 0
-    own, rest = parser.parse_known_args(sys.argv[1:])
-    if rest:
-        raise UserError(f"{rest[0]!r} is not an option. See --help.")
+    own = parser.parse_args()
     try:
         lengths = [int(s) for s in own.lengths.split(",")]
     except ValueError as e:
@@ -159,9 +155,9 @@ def text(r: dict[str, Any]) -> str:
     times = lambda row: [ms(row[part][name]) for part in ("forward_s", "both_s") for name in ("ours", "plain")]
     lines = [head] + [[str(row["length"]), str(row["sequences"]), *times(row),
                        "" if row["times_of_plain"] is None else f"{row['times_of_plain']:.2f}",
-                       *(report.gb(row["temporaries_of_one"][name]) for name in ("ours", "plain"))] for row in r["rows"]]
+                       *(texts.gb(row["temporaries_of_one"][name]) for name in ("ours", "plain"))] for row in r["rows"]]
     if r["what"] == "module":
         lines = [line + [extra] for line, extra in zip(lines, ["attention alone", *(ms(row["attention_alone_s"]) for row in r["rows"])], strict=True)]
     said = {True: "met", False: "MISSED", None: "not measured"}
-    return (f"{r['what']}, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{report.table(lines)}\n\n"
+    return (f"{r['what']}, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
             + "\n".join(f"{said[met]}: {name}" for name, met in r["bars"].items()))

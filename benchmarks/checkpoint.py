@@ -27,20 +27,19 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
 from deepseek_jax.config import Checkpoint
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.plan import options
+from deepseek_jax.texts import gb
 from deepseek_jax.train.state import init_state, make_layout, to_tree
 from deepseek_jax.train.step import make_train_step, put_batch
-from deepseek_jax.texts import gb
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks checkpoint", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=shapes.NAMES, default="mid", help="model of the state (default %(default)s)")
-    parser.add_argument("--every", type=int, default=20, help="steps between saves (default %(default)s)")
-    parser.add_argument("--turns", type=int, default=3, help="intervals timed with a save and without (default %(default)s; 0: only the rest)")
-    parser.add_argument("--kind", choices=tuple(KINDS), default="sharded", help="of the checkpoints (default %(default)s)")
-    parser.add_argument("--folder", help="where to write (default: a temporary folder)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser = options.Parser(__doc__)
+    parser.add_argument("--shape", choices=shapes.NAMES, default="mid", help="Model of the state.")
+    parser.add_argument("--every", type=int, default=20, help="Steps between saves.")
+    parser.add_argument("--turns", type=int, default=3, help="Intervals timed with a save and without (0: only the rest).")
+    parser.add_argument("--kind", choices=tuple(KINDS), default="sharded", help="Of the checkpoints.")
+    parser.add_argument("--folder", help="Where to write (default: a temporary folder).")
     parser.add_argument("--restore", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.restore:

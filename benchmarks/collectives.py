@@ -31,13 +31,14 @@ from typing import Any
 
 import jax
 
-from benchmarks.strategies import variants
 from benchmarks import arrays
+from benchmarks.strategies import variants
+from deepseek_jax import texts
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.configdict import base_config
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES
-from deepseek_jax.plan import exchange, options, origin, program, report, topology
+from deepseek_jax.plan import exchange, options, origin, program, topology
 from deepseek_jax.train.state import Layout
 
 LAYERS = 4
@@ -50,12 +51,9 @@ OF_MODEL = ("embedding and head", "after the update")  # once a step, not in eve
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--devices", type=int, default=8, help="Devices in all.")
     parser.add_argument("--hardware", default="cpu", choices=["cpu", *topology.HARDWARE], help="cpu, or h200 to compile for.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}\n")
-        return 0
     jax.config.update("jax_platforms", "cpu")
     size = "small" if parser.parse_known_args(sys.argv[1:])[0].hardware == "cpu" else "large"
     own, config = options.read(parser, sys.argv[1:], f"{__file__}:{size}")
@@ -234,16 +232,16 @@ def text(r: dict[str, Any]) -> str:
         if g["collectives"] or g["least"]:
             kinds = ", ".join(f"{n:.3g} {kind}" for kind, n in sorted(g["collectives"].items()))
             ratio = f"{g['bytes'] / g['least']:.2f}" if g["least"] else ""
-            least = report.gb(g["least"]) if g["least"] is not None else ""
-            rows.append([group + (" (of the model)" if group in OF_MODEL else ""), kinds, report.gb(g["bytes"]), least, ratio])
+            least = texts.gb(g["least"]) if g["least"] is not None else ""
+            rows.append([group + (" (of the model)" if group in OF_MODEL else ""), kinds, texts.gb(g["bytes"]), least, ratio])
     e = r["exchange"]
     mesh = " x ".join(f"{a} {n}" for a, n in r["mesh"].items())
     first, further = f"{r['token_exchanges_forward']:g}", f"{r['token_exchanges_further_round']:g}"
     buffer_rows = f"{e['exchanged_rows']} exchanged + {e['expert_rows']} computed rows"
     return f"""{r['strategy']}, {r['dispatch']}, {mesh}: a layer
-{report.table(rows, '  ')}
+{texts.table(rows, '  ')}
   token exchanges forward: {first} in the first round, {further} in each further one
-  dispatch buffers: {buffer_rows} = {report.gb(e['bytes'])}, whatever the routing;
-  a ragged exchange must be ready for {e['ragged_rows']} rows = {report.gb(e['ragged_bytes'])}:
-  expert axis x tokens x min(experts a token, experts of a device). Temporaries of the step: {report.gb(r['temporaries'])}.
+  dispatch buffers: {buffer_rows} = {texts.gb(e['bytes'])}, whatever the routing;
+  a ragged exchange must be ready for {e['ragged_rows']} rows = {texts.gb(e['ragged_bytes'])}:
+  expert axis x tokens x min(experts a token, experts of a device). Temporaries of the step: {texts.gb(r['temporaries'])}.
 """

@@ -26,17 +26,14 @@ BAR = 1.5
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--layers", type=int, default=61, help="Layers of the deep model.")
     parser.add_argument("--against", type=int, default=8, help="Layers of the other.")
     parser.add_argument("--devices", default="1,8", help="Numbers of CPU devices, separated by commas.")
     parser.add_argument("--turns", type=int, default=3, help="Pairs of processes, for each number of devices.")
     parser.add_argument("--shape", choices=shapes.NAMES, default="small", help=f"{', '.join(shapes.NAMES)}.")
     parser.add_argument("--once", action="store_true", help="Measure --layers on --devices in this process.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}")
-        return 0
-    own = parser.parse_args(sys.argv[1:])
+    own = parser.parse_args()
     try:
         counts = [int(n) for n in own.devices.split(",")]
     except ValueError as e:

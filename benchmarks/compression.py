@@ -18,22 +18,20 @@ from typing import Any
 
 import jax
 
+from deepseek_jax import texts
 from deepseek_jax.config import GRADIENT_COMPRESSIONS, Config
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.plan import options, program, report, topology
+from deepseek_jax.plan import options, program, topology
 from deepseek_jax.train import loop
 from deepseek_jax.train.state import init_state
 from deepseek_jax.validation import validate
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--devices", type=int, default=2, help="CPU devices.")
     parser.add_argument("--steps", type=int, default=60, help="Steps of each run.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}\n")
-        return 0
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, sys.argv[1:], "configs/tiny.py")
     devices = topology.cpu_devices(own.devices)
@@ -95,9 +93,9 @@ def text(results: list[dict[str, Any]]) -> str:
     whole = results[0]["gradient_bytes_over_data"]
     costs = [["gradient_compression", "gradients over data", "of none", "other over data", "residual", "a step"]]
     for r in results:
-        costs.append([r["gradient_compression"], report.gb(r["gradient_bytes_over_data"]), f"{r['gradient_bytes_over_data'] / whole:.3f}",
-                      report.gb(r["other_bytes_over_data"]), report.gb(r.get("residual", 0)), f"{r['step_seconds'] * 1e3:,.0f} ms"])
+        costs.append([r["gradient_compression"], texts.gb(r["gradient_bytes_over_data"]), f"{r['gradient_bytes_over_data'] / whole:.3f}",
+                      texts.gb(r["other_bytes_over_data"]), texts.gb(r.get("residual", 0)), f"{r['step_seconds'] * 1e3:,.0f} ms"])
     mesh = " x ".join(f"{a} {n}" for a, n in results[0]["mesh"].items())
     difference = [f"{r['gradient_compression']} {sum(abs(a - b) for a, b in zip(r['losses'], exact)) / steps:.4f}" for r in results[1:]]
-    return (f"{results[0]['strategy']} on {mesh}\n\n{report.table(curve)}\n\nMean difference of the losses from none's: {', '.join(difference)}.\n\n"
-            f"{report.table(costs)}\n\nBytes that a device receives along data in a step; residual: what it stores.")
+    return (f"{results[0]['strategy']} on {mesh}\n\n{texts.table(curve)}\n\nMean difference of the losses from none's: {', '.join(difference)}.\n\n"
+            f"{texts.table(costs)}\n\nBytes that a device receives along data in a step; residual: what it stores.")

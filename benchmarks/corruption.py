@@ -7,7 +7,6 @@ one byte changed or is exchanged with another, at a random place; the newest goo
 what was saved. `rounds` is how often each fault meets each kind of file. Wrong results must be 0.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import numpy as np
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
 from deepseek_jax.config import Checkpoint, UserError
+from deepseek_jax.plan import options
 
 COUNTS = ("tried", "detected", "survived", "steps_lost", "wrong")
 STEPS = (1, 2, 3)
@@ -58,7 +58,7 @@ def attempt(template: str, kind: str, fault: str, file: str, want: dict[int, dic
         if not FAULTS[fault](os.path.join(steps_folder(scratch, kind), str(step)), file, rng):
             return
         counts["tried"] += 1
-        checkpoints = Checkpointer(os.path.join(scratch, "checkpoints"), options=options(scratch, kind), warn=said.append)
+        checkpoints = Checkpointer(os.path.join(scratch, "checkpoints"), options=checkpoint_options(scratch, kind), warn=said.append)
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding(a.shape)), want[step])
         try:
             state, extra = checkpoints.restore(abstract)
@@ -80,7 +80,7 @@ def attempt(template: str, kind: str, fault: str, file: str, want: dict[int, dic
 
 def save(folder: str, kind: str) -> dict[int, dict]:
     """Writes the checkpoints and returns what is in them."""
-    checkpoints = Checkpointer(os.path.join(folder, "checkpoints"), options=options(folder, kind))
+    checkpoints = Checkpointer(os.path.join(folder, "checkpoints"), options=checkpoint_options(folder, kind))
     out = {}
     for step in STEPS:
         out[step] = _state(step)
@@ -89,7 +89,7 @@ def save(folder: str, kind: str) -> dict[int, dict]:
     return out
 
 
-def options(folder: str, kind: str) -> Checkpoint:
+def checkpoint_options(folder: str, kind: str) -> Checkpoint:
     return Checkpoint(kind=kind, keep=0, local_dir=os.path.join(folder, "local") if kind == "local" else "")
 
 
@@ -192,12 +192,10 @@ def text(result: dict[str, dict[str, int]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks corruption", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="tries of each fault on each kind of file (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of files and places (default %(default)s)")
-    parser.add_argument("--folder", help="where to work (default: a temporary one)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser = options.Parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=20, help="Tries of each fault on each kind of file.")
+    parser.add_argument("--seed", type=int, default=0, help="Of files and places.")
+    parser.add_argument("--folder", help="Where to work (default: a temporary one).")
     args = parser.parse_args()
     if args.folder:
         os.makedirs(args.folder, exist_ok=True)

@@ -14,7 +14,6 @@ import json
 import math
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -26,8 +25,9 @@ import numpy as np
 
 from benchmarks import shapes, turns
 from benchmarks.step import matmul_peak
+from deepseek_jax import texts
 from deepseek_jax.model.count import count
-from deepseek_jax.plan import hlo, options, report, topology
+from deepseek_jax.plan import hlo, options, topology
 from deepseek_jax.train import profile
 from deepseek_jax.train.state import init_state
 from deepseek_jax.train.step import put_batch
@@ -76,15 +76,12 @@ class Row(NamedTuple):
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--shape", choices=shapes.NAMES, default="mid", help=f"{', '.join(shapes.NAMES)}.")
     parser.add_argument("--dtype", default="float32", help="Compute dtype.")
     parser.add_argument("--remat", default="dots", help="config.train.remat.")
     parser.add_argument("--steps", type=int, default=3, help="Steps to trace.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}\n")
-        return 0
-    own = parser.parse_args(sys.argv[1:])
+    own = parser.parse_args()
     result = measure(own.shape, own.dtype, own.remat, own.steps)
     print(json.dumps(result, indent=2) if own.json else text(result))
     return 0
@@ -223,7 +220,7 @@ def text(r: dict[str, Any]) -> str:
     for name, row in (*rows.items(), ("all", Row(*map(sum, zip(*rows.values(), strict=True))))):
         lines.append([name, ms(row.measured), ms(row.matmuls), ms(row.at_peak), ms(row.alone), ms(row.other), ms(row.bytes), ms(row.floor),
                       f"{row.floor / row.measured:.0%}" if row.measured else ""])
-    return (f"{r['shape']}, {r['dtype']}, remat {r['remat']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{report.table(lines)}\n\n"
+    return (f"{r['shape']}, {r['dtype']}, remat {r['remat']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
             f"A step takes {ms(r['step_s'])} ms: {r['share_of_matmul']:.0%} of the {r['matmul_flops'] / 1e9:,.0f} GFLOP/s of the best square matmul. "
             f"If every instruction\nran at its floor it would be {r['share_at_floor']:.0%}; if there were matmuls only, each as quick as it is alone, "
             f"{r['share_matmuls_alone']:.0%}.")

@@ -7,7 +7,6 @@ repeated, exchanged between files, numbers made huge and keys doubled. A parser 
 any call that takes a second or 64 MB, is a failure. Prints executions and failures; exit code 1 if there are any.
 """
 
-import argparse
 import json
 import os
 import struct
@@ -22,6 +21,7 @@ from deepseek_jax.checkpoint import bounded_json, integrity, local, manifest, sa
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.checkpoint.bounded_json import BadFile
 from deepseek_jax.checkpoint.manifest import Manifest
+from deepseek_jax.plan import options
 
 SLOW, LARGE = 1.0, 1 << 26  # seconds and bytes of one call
 _WORDS = (b"{", b"}", b"[", b"]", b'"', b",", b":", b"0", b"-1", b"1e999", b"NaN", b"null", b"true", b"..", b"/etc/passwd", b"\\u0000", b"\xff",
@@ -140,9 +140,9 @@ def _mutate(raw: bytes, seeds: list[bytes], rng: np.random.Generator) -> bytes:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the mutations (default %(default)s)")
+    parser = options.Parser(__doc__, json=False)
+    parser.add_argument("--seconds", type=float, default=60.0, help="How long.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the mutations.")
     args = parser.parse_args()
     executions, failures = run(args.seconds, args.seed)
     print("\n".join([*failures, f"{executions} executions, {len(failures)} failures"]))

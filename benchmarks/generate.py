@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import turns
-from deepseek_jax import hf
+from deepseek_jax import hf, texts
 from deepseek_jax.config import UserError
 from deepseek_jax.generation.engine import Engine
-from deepseek_jax.plan import options, report
+from deepseek_jax.plan import options
 
 BAR = 1.5  # times transformers' speed of decoding one text
 SHAPE = dict(vocab_size=16384, hidden_size=512, num_hidden_layers=8, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=8,
@@ -34,18 +34,13 @@ SHAPE = dict(vocab_size=16384, hidden_size=512, num_hidden_layers=8, intermediat
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--model", default="", help="A Hugging Face checkpoint (default: random weights).")
     parser.add_argument("--batches", default="1,4", help="Texts at once, separated by commas.")
     for name, default, about in (("prompt", 128, "Tokens of a prompt."), ("tokens", 64, "Tokens of an answer."), ("turns", 5, "Turns to time."),
                                  ("draft-tokens", 0, "Drafts a step by multi-token prediction; 0: none.")):
         parser.add_argument(f"--{name}", type=int, default=default, help=about)
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}")
-        return 0
-    own, rest = parser.parse_known_args(sys.argv[1:])
-    if rest:
-        raise UserError(f"{rest[0]!r} is not an option. See --help.")
+    own = parser.parse_args()
     try:
         batches = [int(n) for n in own.batches.split(",")]
     except ValueError as e:
@@ -149,4 +144,4 @@ def text(r: dict[str, Any]) -> str:
     m, said = r["machine"], {True: "met", False: "MISSED", None: "not measured"}
     more = [*r["cache"], *([r["drafts"]] if r["drafts"] else []), *(f"{said[met]}: {name}" for name, met in r["bars"].items())]
     return (f"{r['model']}, {r['parameters'] / 1e6:.0f} million parameters, float32, {m['cores']} cores (load {m['load']:.1f}), prompts of "
-            f"{r['prompt']} tokens, answers of {r['tokens']}; tokens a second\n\n{report.table(lines)}\n\n" + "\n".join(more))
+            f"{r['prompt']} tokens, answers of {r['tokens']}; tokens a second\n\n{texts.table(lines)}\n\n" + "\n".join(more))

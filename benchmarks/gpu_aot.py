@@ -14,15 +14,15 @@ Exit code 1 if a check fails; it is named. Nothing is executed: times and NCCL's
 
 import dataclasses
 import pathlib
-import sys
 from typing import Any
 
 import jax
 
 from benchmarks import arrays, collectives, strategies
+from deepseek_jax import texts
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.configdict import from_config_dict
-from deepseek_jax.plan import options, program, report, topology
+from deepseek_jax.plan import options, program, topology
 
 HARDWARE = topology.HARDWARE["h200"]
 SLACK = 1.05  # bytes may be this multiple of the least
@@ -50,15 +50,10 @@ class Checks:
 
 
 def main() -> int:
-    parser = options.Parser(json=False)
+    parser = options.Parser(__doc__, json=False)
     parser.add_argument("--strategies-only", action="store_true", help="Leave the full-size configs out: 6 minutes.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}")
-        return 0
     jax.config.update("jax_platforms", "cpu")
-    own, rest = parser.parse_known_args(sys.argv[1:])
-    if rest:
-        raise UserError(f"{rest[0]!r} is not an option. See --help.")
+    own = parser.parse_args()
     if not topology.has_gpu_compiler():
         raise UserError(f"JAX's CUDA plugin is missing. Run make gpu-aot, or install it: {topology.INSTALL}.")
     check = Checks()
@@ -87,7 +82,7 @@ def check_step(check: Checks, config: Config, devices: list[Any]) -> None:
     def said(group: str) -> str:
         g = groups[group]
         kinds = ", ".join(f"{n:.3g} {k}" for k, n in sorted(g["collectives"].items())) or "none"
-        return f"{kinds}; {report.gb(g['bytes'])}, least {report.gb(g['least'] or 0)}"
+        return f"{kinds}; {texts.gb(g['bytes'])}, least {texts.gb(g['least'] or 0)}"
 
     for group in ("weights, forward", "weights, backward"):
         gathers = groups[group]["collectives"].get("all-gather", 0)
@@ -127,7 +122,7 @@ def check_prefetch(check: Checks, base: Config, devices: list[Any]) -> None:
         asked = dataclasses.replace(base.sharding, strategy="full_shard", **asked)
         r = compiled[forward, backward, limit] = collectives.measure(dataclasses.replace(base, sharding=asked), devices)
         print(f"\n{name}: {r['gathered_ahead']:.0%} of the weights gathered and {r['reduced_behind']:.0%} of the gradients reduced outside the "
-              f"loop over layers, {r['in_flight']} collectives in flight, temporaries {report.gb(r['temporaries'])}", flush=True)
+              f"loop over layers, {r['in_flight']} collectives in flight, temporaries {texts.gb(r['temporaries'])}", flush=True)
     none, forward, post, both, free = compiled.values()
     check("without prefetch nothing is gathered ahead", none["gathered_ahead"] == 0, f"{none['gathered_ahead']:.0%}")
     check("forward_prefetch gathers ahead", forward["gathered_ahead"] > 0, f"{forward['gathered_ahead']:.0%}")
@@ -151,11 +146,10 @@ def show_size(file: str, count: int, given: tuple[str, ...]) -> None:
     m = program.memory(step.compiled)
     over = m.total - HARDWARE.memory
     found = [c for c in program.collectives(step.compiled.as_text(), mesh.shape) if not c.further]
-    kinds = ", ".join(f"{kind} {report.gb(n)}" for kind, n in program.by(found, lambda c: c.kind).items())
-    verdict = "fits" if over <= 0 else f"does not fit, {report.gb(over)} too much"
-    gb = report.gb
+    kinds = ", ".join(f"{kind} {texts.gb(n)}" for kind, n in program.by(found, lambda c: c.kind).items())
+    verdict = "fits" if over <= 0 else f"does not fit, {texts.gb(over)} too much"
     took = f"traced in {step.lower_seconds:.0f} s, compiled in {step.compile_seconds:.0f} s"
     print(f"""  mesh {' x '.join(f'{a} {n}' for a, n in mesh.shape.items() if n > 1)}
-  {gb(m.arguments)} of arguments + {gb(m.temporaries)} of temporaries = {gb(m.total)} of {gb(HARDWARE.memory)}: {verdict}
-  receives {gb(sum(c.bytes_a_step for c in found))} a step: {kinds}
-  {took}, {gb(step.peak_bytes)} of memory so far""", flush=True)
+  {texts.gb(m.arguments)} of arguments + {texts.gb(m.temporaries)} of temporaries = {texts.gb(m.total)} of {texts.gb(HARDWARE.memory)}: {verdict}
+  receives {texts.gb(sum(c.bytes_a_step for c in found))} a step: {kinds}
+  {took}, {texts.gb(step.peak_bytes)} of memory so far""", flush=True)

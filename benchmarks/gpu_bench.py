@@ -22,7 +22,6 @@ import sys
 import time
 from typing import Any
 
-from deepseek_jax.config import UserError
 from deepseek_jax.plan import options
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,16 +33,11 @@ BARS = {"tokens_per_s_of_the_whole_model": 24_000, "times_of_the_peer": 2.0}
 
 
 def main() -> int:
-    parser = options.Parser(json=True)
+    parser = options.Parser(__doc__)
     parser.add_argument("--toy", action="store_true", help="Toy size, in this process.")
     parser.add_argument("--out", help="Where to write NAME.json and NAME.md; benchmarks/results/gpu_bench if it is no toy.")
     parser.add_argument("--part", choices=("train", "experts", "attention"), help="One part, as JSON: what this program calls itself with.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}")
-        return 0
-    own, rest = parser.parse_known_args(sys.argv[1:])
-    if rest:
-        raise UserError(f"{rest[0]!r} is not an option. See --help.")
+    own = parser.parse_args()
     if own.part:
         print(json.dumps(part(own.part, own.toy)))
         return 0

@@ -29,6 +29,7 @@ from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.hf import configuration, exporting, importing, names, writing
 from deepseek_jax.hf.model import config_for
 from deepseek_jax.hf.source import dump
+from deepseek_jax.plan import options
 from deepseek_jax.train.state import abstract_model
 
 NAMES = ("copy", "import", "export", "cast")
@@ -39,11 +40,10 @@ TOY = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_di
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks hf_copy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the checkpoint (default %(default)g)")
-    parser.add_argument("--turns", type=int, default=1, help="how often all are timed (default %(default)s)")
-    parser.add_argument("--folder", help="where to write three times as much (default: a temporary folder)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser = options.Parser(__doc__)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="Of the checkpoint.")
+    parser.add_argument("--turns", type=int, default=1, help="How often all are timed.")
+    parser.add_argument("--folder", help="Where to write three times as much (default: a temporary folder).")
     parser.add_argument("--part", nargs=3, metavar=("NAME", "FROM", "TO"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:

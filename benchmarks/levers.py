@@ -23,9 +23,9 @@ import jax
 import numpy as np
 
 from benchmarks.strategies import random_batch
-from deepseek_jax import enough_threads
+from deepseek_jax import enough_threads, texts
 from deepseek_jax.config import Config, UserError
-from deepseek_jax.plan import options, program, report, topology
+from deepseek_jax.plan import options, program, topology
 from deepseek_jax.train.state import init_state
 from deepseek_jax.validation import validate
 
@@ -57,14 +57,11 @@ MEMORY = ("parameters", "gradients", "optimizer", "temporaries", "host", "total"
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--devices", type=int, default=2, help="Devices of the mesh.")
     parser.add_argument("--hardware", default="here", choices=["here", "h200"], help="Whose program says the memory: here, or h200.")
     parser.add_argument("--steps", type=int, default=7, help="Steps to time of every row, after a first one; 0: compile only.")
     parser.add_argument("--only", default="", help="Rows whose names have one of these words, separated by commas, and the first.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}\n")
-        return 0
     own, config = options.read(parser, sys.argv[1:], "configs/tiny.py")
     devices = _devices(own.devices, own.hardware)
     if own.hardware == "h200" and not topology.has_gpu_compiler():
@@ -168,10 +165,10 @@ def text(rows: list[dict[str, Any]], hardware: str) -> str:
         if "refused" in r:
             return [r["lever"], *[""] * len(MEMORY), "refused", ""]
         timed = r["step_seconds"] is not None
-        return [r["lever"], *(report.gb(r[k]) if r[k] else "" for k in MEMORY), f"{r['step_seconds'] * 1e3:,.0f} ms" if timed else "",
+        return [r["lever"], *(texts.gb(r[k]) if r[k] else "" for k in MEMORY), f"{r['step_seconds'] * 1e3:,.0f} ms" if timed else "",
                 f"{r['step_seconds'] / first['step_seconds']:.2f}" if timed else ""]
 
-    table = report.table([["lever", *MEMORY, "a step", "ratio"], *map(cells, rows)])
+    table = texts.table([["lever", *MEMORY, "a step", "ratio"], *map(cells, rows)])
     refused = "".join(f"\n{r['lever']}: {r['refused']}" for r in rows if "refused" in r)
     where = "compiled for H200s" if hardware == "h200" else "of this machine's devices"
     return f"{table}\n\nBytes of one device; temporaries, host and total from the program {where}. Times: this machine's devices, in turns.{refused}"

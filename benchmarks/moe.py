@@ -31,11 +31,12 @@ from jax import lax
 
 from benchmarks import turns
 from benchmarks.attention import compute_dtype
+from deepseek_jax import texts
 from deepseek_jax.config import Config, Mesh, Model, Moe, UserError
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.parallel import dispatch
 from deepseek_jax.parallel.mesh import make_mesh, per_device
-from deepseek_jax.plan import options, report
+from deepseek_jax.plan import options
 
 METHODS = ("ours", "dense", "products", "ragged", "masked", "gathered")
 BARS = {"balanced": 1.6, "zipf": 2.2}  # most times that ours may take of dense
@@ -59,19 +60,14 @@ class Shape(NamedTuple):
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--shapes", default="16x4096x2x512x256,64x2048x8x256x64", help="Shapes, separated by commas.")
     parser.add_argument("--loads", default="balanced,zipf", help="Loads, separated by commas.")
     parser.add_argument("--methods", default=",".join(METHODS), help="What to time.")
     parser.add_argument("--turns", type=int, default=7, help="Turns to time.")
     parser.add_argument("--capacity-factor", type=float, default=Moe.capacity_factor, help="As config.moe.capacity_factor.")
     parser.add_argument("--module", action="store_true", help="The whole MoE layer too.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}")
-        return 0
-    own, rest = parser.parse_known_args(sys.argv[1:])
-    if rest:
-        raise UserError(f"{rest[0]!r} is not an option. See --help.")
+    own = parser.parse_args()
     methods = chosen("--methods", own.methods, METHODS)
     rows = []
     for shape in map(read_shape, own.shapes.split(",")):
@@ -262,5 +258,5 @@ def text(r: dict[str, Any]) -> str:
         ratios = (f"{row['times_of_dense'][n]:.2f}" if row["times_of_dense"] else "" for n in names if n != "dense")
         lines.append([row["shape"], row["load"], *ms, *ratios])
     said = {True: "met", False: "MISSED"}
-    return (f"routed experts, forward + backward, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{report.table(lines)}\n\n"
+    return (f"routed experts, forward + backward, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
             + "\n".join(f"{said[met]}: {name}" for name, met in r["bars"].items()))

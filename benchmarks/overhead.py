@@ -50,17 +50,14 @@ BAR = 0.02
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--shape", choices=shapes.NAMES, default="mid", help="Of benchmarks/shapes.py, on one device; not with --config.")
     parser.add_argument("--rounds", type=int, default=3, help="Runs of the loop.")
     parser.add_argument("--steps", type=int, default=8, help="Steps of a run that count; a checkpoint starts in the middle.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}\n")
-        return 0
     if any(a.startswith("--config") for a in sys.argv[1:]):
         own, config = options.read(parser, sys.argv[1:], "configs/tiny.py")
     else:
-        own = parser.parse_args(sys.argv[1:])
+        own = parser.parse_args()
         config = dataclasses.replace(shapes.config(own.shape), mesh=Mesh(fsdp=1))
     result = measure(config, max(own.rounds, 1), max(own.steps, 4))
     print(json.dumps(result, indent=2) if own.json else text(result))
@@ -100,19 +97,25 @@ class Timed:
         return max(0.0, min(self.returned[i], self.done[i]) - self.done[i - 1])
 
 
-def python_cpu_seconds(without: threading.Thread | None = None) -> float | None:
-    """CPU time so far of the threads that Python knows; None where the system does not tell."""
-    total = 0
+def python_cpu_seconds(without: threading.Thread | None = None) -> dict[int, float] | None:
+    """CPU time so far of each thread that Python started, by its id; None where the system does not tell."""
+    seconds = {}
     for thread in threading.enumerate():
-        if thread is without:
+        # A worker of XLA's that once called Python is a "dummy" to it: what it computes is the device's.
+        if thread is without or thread.name.startswith("Dummy-"):
             continue
         try:
             with open(f"/proc/self/task/{thread.native_id}/schedstat") as f:
-                total += int(f.read().split()[0])
+                seconds[thread.native_id] = int(f.read().split()[0]) / 1e9
         except FileNotFoundError:
             if not os.path.exists("/proc/self/schedstat"):
                 return None  # else it has just ended
-    return total / 1e9
+    return seconds
+
+
+def _between(before: dict[int, float] | None, after: dict[int, float] | None) -> float | None:
+    """CPU seconds of the threads that are there after."""
+    return None if before is None or after is None else sum(s - before.get(thread, 0.0) for thread, s in after.items())
 
 
 def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
@@ -180,7 +183,7 @@ def _loop(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainSta
     cpu = time.process_time() - cpu
     counted = [i for i in range(2, 2 + steps) if i != middle]
     # The host's work from one call to the next is that of a step; what the last one does, waiting for its checkpoint, is not.
-    host = [None if timed.host_cpu[i] is None else timed.host_cpu[i + 1] - timed.host_cpu[i] for i in counted if i + 1 != middle]
+    host = [_between(*timed.host_cpu[i : i + 2]) for i in counted if i + 1 != middle]
     return result.state, {
         "step_s": [timed.done[i] - timed.done[i - 1] for i in counted], "cpu_s": [cpu / len(timed.called)],
         "idle_s": [timed.idle(i) for i in counted], "host_cpu_s": host,

@@ -37,7 +37,7 @@ PEER_STEPS_BEFORE = 2  # that do not count: its second step is still slow
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--shape", choices=shapes.NAMES, default="mid", help=f"{', '.join(shapes.NAMES)}.")
     parser.add_argument("--steps", type=int, default=6, help="Steps to time, a turn.")
     parser.add_argument("--turns", type=int, default=3, help="Processes, one after the other; with --peer pairs of them.")
@@ -45,10 +45,7 @@ def main() -> int:
     parser.add_argument("--remat", default="dots", help="config.train.remat.")
     parser.add_argument("--peer", nargs="?", const=str(PEER), help="Run this program in turns with ours.")
     parser.add_argument("--once", action="store_true", help="One turn, in this process.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}\n")
-        return 0
-    own = parser.parse_args(sys.argv[1:])
+    own = parser.parse_args()
     if own.once:
         print(json.dumps(measure(own.shape, own.steps, own.dtype, own.remat)))
         return 0

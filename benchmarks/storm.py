@@ -9,7 +9,6 @@ corruption: files of checkpoints cut short, deleted, zeroed, flipped. Losses of 
 that nobody disturbed. Exit code 1 if anything is wrong. Random choices come from --seed; instants are the machine's.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -23,6 +22,8 @@ import time
 from benchmarks import faults, storm_processes
 from benchmarks.faults import INTERVAL, Process, Tallies
 from deepseek_jax import texts
+from deepseek_jax.config import UserError
+from deepseek_jax.plan import options
 
 PARTS = ("kills", "signals", "disk", "processes", "corruption")
 START, STEP, SAVE = "kill -9 while it starts", "kill -9 between checkpoints", "kill -9 while one is written"
@@ -30,16 +31,15 @@ LIMIT = 600.0  # seconds for what takes some
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks storm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="kills of the one run, and up to 4 signals (default: 50)")
-    parser.add_argument("--rounds", type=int, default=3, help="of every kind of damage to files (default: 3)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default=",".join(PARTS), help="some of the parts, separated by commas")
-    parser.add_argument("--json", action="store_true")
+    parser = options.Parser(__doc__)
+    parser.add_argument("--kills", type=int, default=50, help="Kills of the one run, and up to 4 signals.")
+    parser.add_argument("--rounds", type=int, default=3, help="Of every kind of damage to files.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the faults.")
+    parser.add_argument("--only", default=",".join(PARTS), help="Some of the parts, separated by commas.")
     args = parser.parse_args()
     parts = args.only.split(",")
     if unknown := set(parts) - set(PARTS):
-        parser.error(f"--only={args.only}: {sorted(unknown)[0]} is not one of {', '.join(PARTS)}")
+        raise UserError(f"--only={args.only}: {sorted(unknown)[0]} is not one of {', '.join(PARTS)}.")
     began = time.monotonic()
     say = lambda text: print(f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="storm.") as name:

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from deepseek_jax import texts
 from deepseek_jax.config import STRATEGIES, Config, Mesh
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.plan import options, program, report, topology
+from deepseek_jax.plan import options, program, topology
 from deepseek_jax.train.state import Layout, init_state
 from deepseek_jax.train.step import put_batch
 from deepseek_jax.validation import validate
@@ -30,13 +31,10 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--devices", type=int, default=8, help="CPU devices.")
     parser.add_argument("--steps", type=int, default=5, help="Steps to time, after a first one.")
     parser.add_argument("--no-time", action="store_true", help="Compile only, run nothing.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}\n")
-        return 0
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, sys.argv[1:], "configs/tiny.py")
     devices = topology.cpu_devices(own.devices)
@@ -111,9 +109,9 @@ def text(rows: list[dict[str, Any]]) -> str:
     def cells(r: dict[str, Any]) -> list[str]:
         received = r["received"]
         mesh = " x ".join(f"{a} {n}" for a, n in r["mesh"].items()) or "1 device"
-        return [r["strategy"], mesh, *(report.gb(r[k]) for k in memory), *(report.gb(received[k]) for k in kinds),
-                report.gb(sum(received.values())), "" if r["step_seconds"] is None else f"{r['step_seconds'] * 1e3:,.0f} ms"]
+        return [r["strategy"], mesh, *(texts.gb(r[k]) for k in memory), *(texts.gb(received[k]) for k in kinds),
+                texts.gb(sum(received.values())), "" if r["step_seconds"] is None else f"{r['step_seconds'] * 1e3:,.0f} ms"]
 
     rows_of_text = [["strategy", "mesh", *memory, *kinds, "received", "a step"], *map(cells, rows)]
-    return (f"{report.table(rows_of_text)}\n\nBytes of one device: four columns of memory, then what it receives in a step "
+    return (f"{texts.table(rows_of_text)}\n\nBytes of one device: four columns of memory, then what it receives in a step "
             f"(first dispatch round). Times: CPU devices that share this machine's cores.")

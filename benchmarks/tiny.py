@@ -14,6 +14,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def main() -> int:
+    if {"--help", "-h"} & set(sys.argv):
+        print(__doc__)
+        return 0
     text = (ROOT / "configs" / "tiny.py").read_text()
     expected, tolerance = map(float, re.search(r"([\d.]+) nats a token = [\d.]+ bits a byte, within ([\d.]+) nats", text).groups())
     with tempfile.TemporaryDirectory() as workdir:

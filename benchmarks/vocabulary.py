@@ -25,10 +25,11 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import turns
 from benchmarks.attention import compute_dtype
+from deepseek_jax import texts
 from deepseek_jax.config import Config, Mesh, Model, UserError
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
-from deepseek_jax.plan import options, report
+from deepseek_jax.plan import options
 from deepseek_jax.train import losses
 
 BAR = 1.10
@@ -36,15 +37,12 @@ CONFIG = Config(mesh=Mesh(fsdp=1))
 
 
 def main() -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__)
     parser.add_argument("--tokens", default="2048,4096", help="Tokens, separated by commas, the fewest first.")
     parser.add_argument("--vocab", default="8192,32768", help="Words, separated by commas.")
     parser.add_argument("--width", type=int, default=512, help="Hidden size.")
     parser.add_argument("--turns", type=int, default=5, help="Turns to time.")
-    if {"--help", "-h"} & set(sys.argv):
-        print(f"{__doc__}\nFlags:\n{parser.describe()}")
-        return 0
-    own = parser.parse_args(sys.argv[1:])
+    own = parser.parse_args()
     tokens, vocab = _numbers("--tokens", own.tokens), _numbers("--vocab", own.vocab)
     with jax.set_mesh(make_mesh(CONFIG, jax.devices()[:1])):
         rows = [measure(t, v, own.width, own.turns) for v in vocab for t in tokens]
@@ -108,8 +106,8 @@ def text(r: dict[str, Any]) -> str:
     """The table for a person."""
     lines = [["tokens", "vocabulary", "ours", "plain", "ours / plain", "temporaries", "plain's", "plain's logits"]]
     lines += [[f"{row['tokens']:,}", f"{row['vocab']:,}", *(f"{row['seconds'][n] * 1e3:,.0f} ms" for n in ("ours", "plain")),
-               f"{row['times_of_plain']:.2f}", *(report.gb(row["temporaries"][n]) for n in ("ours", "plain")),
-               report.gb(4 * row["tokens"] * row["vocab"])] for row in r["rows"]]
+               f"{row['times_of_plain']:.2f}", *(texts.gb(row["temporaries"][n]) for n in ("ours", "plain")),
+               texts.gb(4 * row["tokens"] * row["vocab"])] for row in r["rows"]]
     said = {True: "met", False: "MISSED", None: "not measured"}
     return (f"vocabulary loss, width {r['width']}, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores; "
-            f"chunks of {r['chunk']} tokens\n\n{report.table(lines)}\n\n" + "\n".join(f"{name}: {said[met]}" for name, met in r["bars"].items()))
+            f"chunks of {r['chunk']} tokens\n\n{texts.table(lines)}\n\n" + "\n".join(f"{name}: {said[met]}" for name, met in r["bars"].items()))

@@ -334,4 +334,5 @@ STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard"
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
 
 GRADIENT_COMPRESSIONS = ("none", "bfloat16", "int8")
+DTYPES = ("float32", "bfloat16", "float16")  # of weights and computation
 CHECKPOINT_KINDS = ("sharded", "full", "local")

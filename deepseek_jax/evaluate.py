@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 from deepseek_jax import compilation
-from deepseek_jax.config import Compile, UserError, exit_code
+from deepseek_jax.config import DTYPES, Compile, UserError, exit_code
 from deepseek_jax.evaluation import choices, perplexity
 from deepseek_jax.evaluation.scoring import Scorer
 from deepseek_jax.hf.opening import Opened, open_model, parse_mesh
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder with the model")
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
     parser.add_argument("--mesh", help="devices, as fsdp=2,expert=4 (default: one)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+    parser.add_argument("--dtype", default="float32", choices=DTYPES,
                         help="of weights and computation (default %(default)s)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--text", metavar="PATH", help="stdlib, text, .jsonl or .parquet files, a folder or a glob; several separated by commas "

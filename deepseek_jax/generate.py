@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from deepseek_jax import compilation
-from deepseek_jax.config import Compile, UserError, exit_code
+from deepseek_jax.config import DTYPES, Compile, UserError, exit_code
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.sample import check_prompt, encode_prompt, sample, tokens
 from deepseek_jax.generation.sampling import Sampling
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--draft-tokens", "--draft_tokens", type=int, default=0, metavar="N",
                    help="multi-token prediction layers draft N tokens a step; the text stays the same (default: 0, off)")
     p.add_argument("--mesh", default="", help="devices along axes, for instance fsdp=2,expert=4 (default: one device)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and computation (default: float32 on CPUs, bfloat16 elsewhere)")
+    p.add_argument("--dtype", choices=DTYPES, help="of weights and computation (default: float32 on CPUs, bfloat16 elsewhere)")
     return p
 
 

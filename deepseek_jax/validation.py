@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from deepseek_jax.config import (CHECKPOINT_KINDS, GRADIENT_COMPRESSIONS, REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Fp16, Model, Optimizer,
+from deepseek_jax.config import (CHECKPOINT_KINDS, DTYPES, GRADIENT_COMPRESSIONS, REMAT_NAMES, STRATEGIES, STRATEGY_ALIASES, Config, Fp16, Model, Optimizer,
                                  Train, UserError)
 
 
@@ -60,7 +60,7 @@ def validate(config: Config) -> None:
     if t.sequence_length <= m.num_nextn_predict_layers:
         raise UserError(f"config.train.sequence_length={t.sequence_length} leaves no target for config.model.num_nextn_predict_layers="
                         f"{m.num_nextn_predict_layers}. Raise the first.")
-    _choice("config.train.dtype", t.dtype, ("bfloat16", "float32", "float16"))
+    _choice("config.train.dtype", t.dtype, DTYPES)
     _validate_loss_scale(config)
     _validate_accumulation(config)
     _choice("config.train.attention", t.attention, ("auto", "blocks", "cudnn"))

@@ -5,6 +5,7 @@
     choices, logits, loss, grads = run(theirs, ids)  # {layer: sorted experts [B*S, K]}, [B, S, V], float, {hub name: gradient}
 """
 
+import json
 import os
 import re
 
@@ -12,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
+import safetensors.numpy
 import torch
 import transformers
 
@@ -53,6 +55,19 @@ VARIANTS = {
 def hub_config(variant):
     """config.json of the variant, as a checkpoint on the hub has it."""
     return SHAPES | VARIANTS[variant]
+
+
+def save(variant, folder):
+    """Writes the checkpoint of a variant of this file or of hf_variants, with config.json as on the hub -> its transformers model."""
+    if variant in VARIANTS:
+        theirs, config = build(variant), hub_config(variant)
+        theirs.save_pretrained(folder)
+    else:
+        theirs, _, tensors = hf_variants.build(variant)
+        config = hf_variants.hub_config(variant)
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return theirs
 
 
 def build(variant, seed=0):

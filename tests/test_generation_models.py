@@ -1,19 +1,16 @@
 """Generation of every kind of model against transformers' own, batches against prompts alone, meshes against one device, drafts against none."""
 
 import functools
-import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 
 import bridge
 import hf_families as families
-import hf_variants as deepseek
 from deepseek_jax import hf
 from deepseek_jax.config import UserError
 from deepseek_jax.generation import cache, engine, weights
@@ -40,15 +37,7 @@ def folder_of(tmp_path_factory):
     @functools.cache
     def make(variant):
         folder = tmp_path_factory.mktemp(variant)
-        if variant in families.VARIANTS:
-            theirs = families.build(variant)
-            theirs.save_pretrained(folder)
-            (folder / "config.json").write_text(json.dumps(families.hub_config(variant)))
-        else:
-            theirs, _, tensors = deepseek.build(variant)
-            safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-            (folder / "config.json").write_text(json.dumps(deepseek.hub_config(variant)))
-        return theirs, str(folder)
+        return families.save(variant, folder), str(folder)
 
     return make
 

@@ -34,15 +34,7 @@ def folder_of(tmp_path_factory):
     @functools.cache
     def make(variant):
         folder = tmp_path_factory.mktemp(variant)
-        if variant in families.VARIANTS:
-            theirs, config = families.build(variant), families.hub_config(variant)
-            theirs.save_pretrained(folder)
-        else:
-            theirs, _, weights = deepseek.build(variant)
-            config = deepseek.hub_config(variant)
-            safetensors.numpy.save_file(weights, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config))
-        return theirs, str(folder)
+        return families.save(variant, folder), str(folder)
 
     return make
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Model
 from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
+from deepseek_jax.texts import gb
 
 Layer = tuple[jax.Array, ...]  # of one layer: (latents,) or (keys, values)
 
@@ -49,8 +50,7 @@ def describe(model: Model, layers: int, rows: int, slots: int, itemsize: int) ->
     """ "576 numbers a token and layer, 27 layers, 12.3 MB for 2 x 512 tokens"."""
     numbers = numbers_a_token(model)
     size = numbers * layers * rows * slots * itemsize
-    text = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-    return f"{numbers} numbers a token and layer, {layers} layers, {text} for {rows} x {slots} tokens"
+    return f"{numbers} numbers a token and layer, {layers} layers, {gb(size)} for {rows} x {slots} tokens"
 
 
 def slots_for(tokens: int, longest: int) -> int:

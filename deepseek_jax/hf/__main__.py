@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import UserError, exit_code
+from deepseek_jax.config import DTYPES, UserError, exit_code
 from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.hf import configuration, exporting, importing, names, reading, start
 from deepseek_jax.hf.model import config_for
@@ -40,7 +40,7 @@ def main() -> int:
     one.add_argument("workdir", metavar="WORKDIR", help="folder of a run of train.py, or of import")
     one.add_argument("target", metavar="DST", help="folder to make")
     one.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
-    one.add_argument("--dtype", choices=exporting.DTYPES, help="of all tensors but the selection bias (default: as they came, else float32)")
+    one.add_argument("--dtype", choices=DTYPES, help="of all tensors but the selection bias (default: as they came, else float32)")
     one.add_argument("--max-shard-size", type=float, default=exporting.FILE_BYTES / 1e9, metavar="GB", help="of one file (default %(default)g)")
     args = parser.parse_args()
     begun = time.perf_counter()

@@ -25,7 +25,6 @@ from deepseek_jax.hf.reading import Part
 from deepseek_jax.hf.writing import Flusher, Place, ahead, copy_tensors, fsync, pwrite
 
 FILE_BYTES = 5_000_000_000  # of one file, at most, as transformers writes them; a larger tensor has one of its own
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: Callable[[Leaf], jax.Array | Iterable[Part]], dtypes: dict[str, str],

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import Config, Model, Sharding, Train, UserError
+from deepseek_jax.config import DTYPES, Config, Model, Sharding, Train, UserError
 from deepseek_jax.config import Mesh as MeshOptions
 from deepseek_jax.hf import exporting, names, reading
 from deepseek_jax.hf.start import Notes, notes_of
@@ -129,8 +129,8 @@ def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
     Raises:
       UserError: the folder cannot be written, or dtype is not float32, bfloat16 or float16.
     """
-    if dtype is not None and dtype not in exporting.DTYPES:
-        raise UserError(f"dtype={dtype!r} is not one of {', '.join(exporting.DTYPES)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
     arrays = {names.path_of(p): a for state in (model.params, model.bias) for p, a in jax.tree_util.tree_leaves_with_path(state)}
     leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, model.family, model.model)]
     exporting.export(path, model.model, model.family, leaves, lambda leaf: arrays[leaf.path], {} if dtype else model.notes.dtypes, dtype or "float32",

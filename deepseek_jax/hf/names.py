@@ -148,6 +148,11 @@ def path_of(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
+def follows_dtype(path: str, dimensions: int) -> bool:
+    """Whether an array, of so many dimensions in a layer, is in the dtype that a model was asked for, and not in its own: matrices but the router's."""
+    return dimensions > 1 and not path.endswith("/gate/kernel")
+
+
 def names_of(leaf: Leaf, prefix: str, present: object = None) -> tuple[str, ...]:
     """The names of one layer's tensors, `{e}` still in them: the alternative that is `present`, else the first."""
     for parts in leaf.names if present is not None else ():

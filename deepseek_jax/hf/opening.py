@@ -100,8 +100,8 @@ def _cast(params, dtype: np.dtype):
     while leaves:
         path, a = leaves.pop(0)
         name = names.path_of(path)
-        matrix = a.ndim - name.startswith(("layers/", "dense_layers/")) > 1 and not name.endswith("/gate/kernel")
-        out.append(jax.block_until_ready(a.astype(dtype)) if matrix and a.dtype != dtype else a)
+        follows = names.follows_dtype(name, a.ndim - name.startswith(("layers/", "dense_layers/")))
+        out.append(jax.block_until_ready(a.astype(dtype)) if follows and a.dtype != dtype else a)
     return jax.tree.unflatten(tree, out)
 
 

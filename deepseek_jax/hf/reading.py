@@ -61,7 +61,7 @@ def read_state(source: Source, model: Model, family: str, state: Any, shardings:
     """A state of Transformer, parameters or selection biases, in its shards.
 
     Args:
-      state: shapes and dtypes. shardings: the same tree. dtype: of arrays of two dimensions and more in place of theirs.
+      state: shapes and dtypes. shardings: the same tree. dtype: of arrays that follow it (names.follows_dtype), in place of theirs.
 
     Raises:
       UserError: a tensor cannot be read or holds numbers that are not finite.
@@ -70,8 +70,8 @@ def read_state(source: Source, model: Model, family: str, state: Any, shardings:
 
     def one(shape: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         leaf = next(leaves)
-        matrix = len(leaf.shape) - leaf.stacked > 1 and not leaf.path.endswith("/gate/kernel")
-        return read_leaf(source, leaf, sharding, np.dtype(dtype if dtype is not None and matrix else shape.dtype))
+        follows = names.follows_dtype(leaf.path, len(leaf.shape) - leaf.stacked)
+        return read_leaf(source, leaf, sharding, np.dtype(dtype if dtype is not None and follows else shape.dtype))
 
     return jax.tree.map(one, state, shardings)
 

@@ -29,13 +29,10 @@ CPU = topology.Hardware("CPU device", None, "")
 
 
 def main(argv: list[str]) -> int:
-    parser = options.Parser()
+    parser = options.Parser(__doc__, further=lambda: commandline.help_text(commandline.define_flags()))
     parser.add_argument("--devices", type=int, help="GPUs in all.")
     parser.add_argument("--gpus_per_host", type=int, default=8, help="GPUs of one host.")
     parser.add_argument("--hardware", default="h200", choices=[*topology.HARDWARE, "cpu"], help="What to plan for: h200, or cpu.")
-    if {"--help", "-h"} & set(argv):
-        print(f"{__doc__}\nFlags of the plan:\n{parser.describe()}\n{commandline.help_text(commandline.define_flags())}")
-        return 0
     # What little is computed here, is on the CPU: a planner must not take the memory of a GPU that is at work.
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, argv)

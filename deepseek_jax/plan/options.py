@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from deepseek_jax import commandline
@@ -9,21 +10,26 @@ from deepseek_jax.config import Config, UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for every mistake, and without abbreviations, which would hide mistakes."""
+    """argparse with the help of train.py, one line for every mistake, and without abbreviations, which would hide mistakes.
 
-    def __init__(self, json: bool = True) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
-        self.add_argument("--help", "-h", action="store_true", help="Show this help and exit.")
+    Args:
+      about: the module's docstring. json: has --json. further: help after the flags.
+    """
+
+    def __init__(self, about: str | None = None, json: bool = True, further: Callable[[], str] | None = None) -> None:
+        super().__init__(description=about, allow_abbrev=False)
+        self._further = further
         if json:
             self.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message[0].upper()}{message[1:]}. See --help.")
 
-    def describe(self) -> str:
-        """The flags, as train.py shows its own."""
-        default = lambda a: "" if a.default in (None, False) else f"={a.default}"
-        return "\n".join(f"  {a.option_strings[0]}{default(a)}\n        {a.help}" for a in self._actions)
+    def format_help(self) -> str:
+        default = lambda a: "" if a.default in (None, False, argparse.SUPPRESS) else f"={a.default}"
+        flags = [f"  {a.option_strings[0]}{default(a)}\n        {a.help}\n" for a in self._actions if a.help != argparse.SUPPRESS]
+        further = f"{self._further()}\n" if self._further else ""
+        return f"{self.description or ''}\nFlags:\n{''.join(flags)}{further}"
 
 
 def read(parser: Parser, argv: list[str], default_config: str | None = None) -> tuple[argparse.Namespace, Config]:
