@@ -19,7 +19,7 @@ from deepseek_jax.config import Model
 from deepseek_jax.model import blockwise, cudnn
 from deepseek_jax.model.layers import ATTENTION_NORM_EPS, Linear, RMSNorm
 from deepseek_jax.model.rope import apply_rope, softmax_scale
-from deepseek_jax.parallel.mesh import per_device
+from deepseek_jax.parallel.mesh import on_cpu, per_device
 
 QUERY_BLOCK = 128  # queries of a block on CPUs; shorter for short sequences, whose diagonal blocks are most of the work
 CPU_SCORES = 2**19  # scores at once on CPUs: two MiB, which stay in a core's cache
@@ -93,9 +93,7 @@ def _on_each_device(f: Callable, in_specs: tuple[P, ...], out_specs: tuple[P, ..
 
 
 def _sizes(length: int) -> blockwise.Sizes:
-    """By the devices of the current mesh, which need not be here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if (device.platform if device else jax.default_backend()) != "cpu":
+    if not on_cpu():
         return GPU_SIZES
     return blockwise.Sizes(QUERY_BLOCK if length > 2 * QUERY_BLOCK else max(1, QUERY_BLOCK // 2), CPU_SCORES)
 

@@ -11,7 +11,7 @@ temporaries exist at once. With 8 levels, scores beyond the diagonal cost at mos
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,6 @@ def forward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids
     """
 
     def group(q, k, v, segments_bS):
-        b = segments_bS.shape[0]
         q_GSH, k_GSH, v_GSV = _heads_first(q), *(_repeated(_heads_first(a), q.shape[2] // a.shape[2]) for a in (k, v))
         outs, sums = [], []
         for level in _levels(q_GSH.shape[1], sizes.block):
@@ -66,9 +65,11 @@ def forward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids
             out, sum_ = _each(block, level.count)
             outs.append(out)
             sums.append(sum_)
-        return _heads_last(jnp.concatenate(outs, axis=1), b), jnp.concatenate(sums, axis=1).reshape(b, -1, q.shape[1])
+        return outs, sums
 
-    return _by_groups(group, (q_BSNH, k_BSNH, v_BSNV, segment_ids_BS), (2, 2, 2, None), (2, 1), sizes)
+    outs, sums = _by_groups(group, (q_BSNH, k_BSNH, v_BSNV, segment_ids_BS), (2, 2, 2, None), sizes)
+    b, s, heads, _ = q_BSNH.shape
+    return _heads_last(jnp.concatenate(outs, axis=1), b), jnp.concatenate(sums, axis=1).reshape(b, heads, s)
 
 
 def backward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids_BS: jax.Array, out_BSNV: jax.Array, lse_BNS: jax.Array,
@@ -76,7 +77,7 @@ def backward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_id
     """The gradients of q, k and v, summed up in float32, in their dtypes."""
 
     def group(q, k, v, segments_bS, out, lse, dout):
-        b, s = segments_bS.shape
+        s = segments_bS.shape[1]
         share = q.shape[2] // k.shape[2]
         q_GSH, out_GSV, dout_GSV = (_heads_first(a) for a in (q, out, dout))
         k_GSH, v_GSV = (_repeated(_heads_first(a), share) for a in (k, v))
@@ -99,12 +100,13 @@ def backward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_id
             dqs.append(dq)
             dk_GHS = dk if dk_GHS is None else dk_GHS.at[:, :, : level.end].add(dk)
             dv_GVS = dv if dv_GVS is None else dv_GVS.at[:, :, : level.end].add(dv)
-        back = lambda grad_GSH, like: _heads_last(grad_GSH.astype(like.dtype), b)
-        turn = lambda a: jnp.swapaxes(a if share == 1 else jnp.sum(a.reshape(-1, share, *a.shape[1:]), axis=1), 1, 2)
-        return back(jnp.concatenate(dqs[::-1], axis=1) * scale, q), back(turn(dk_GHS) * scale, k), back(turn(dv_GVS), v)
+        shared = lambda a: a if share == 1 else jnp.sum(a.reshape(-1, share, *a.shape[1:]), axis=1)
+        return [(dq * scale).astype(q.dtype) for dq in dqs[::-1]], (shared(dk_GHS) * scale).astype(k.dtype), shared(dv_GVS).astype(v.dtype)
 
     arrays = (q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, out_BSNV, lse_BNS, dout_BSNV)
-    return _by_groups(group, arrays, (2, 2, 2, None, 2, 1, 2), (2, 2, 2), sizes)
+    dqs, dk_GHS, dv_GVS = _by_groups(group, arrays, (2, 2, 2, None, 2, 1, 2), sizes)
+    dk_GSH, dv_GSV = (jnp.swapaxes(a, 1, 2) for a in (dk_GHS, dv_GVS))
+    return tuple(_heads_last(grad, len(q_BSNH)) for grad in (jnp.concatenate(dqs, axis=1), dk_GSH, dv_GSV))
 
 
 def _levels(length: int, block: int) -> list[Level]:
@@ -180,13 +182,15 @@ def _heads_last(a_GSH: jax.Array, b: int) -> jax.Array:
     return jnp.swapaxes(a_GSH.reshape(b, -1, *a_GSH.shape[1:]), 1, 2)
 
 
-def _by_groups(f: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | None, ...], out_heads: tuple[int, ...],
-               sizes: Sizes) -> tuple[jax.Array, ...]:
+def _by_groups(f: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | None, ...], sizes: Sizes) -> Any:
     """f of all heads of some sequences, or of some heads of one sequence, at a time.
 
     Args:
       arrays: [B, ...], the first [B, S, N, .], the second keys with as many heads or fewer; heads: the axis of the heads in each.
-        out_heads: the same of the results.
+
+    Returns:
+      What f returns, arrays [G, ...], for all heads of all sequences: [B * N, ...]. Transposing it in f would be slow on a CPU: XLA writes what
+      a loop collects by one thread, and element by element where it does not lie as it did.
     """
     sequences, length, heads_in_all = arrays[0].shape[:3]
     fit = max(1, sizes.scores // (min(sizes.block, length) * length))
@@ -204,13 +208,7 @@ def _by_groups(f: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | No
 
         return f(*map(cut, arrays, heads))
 
-    def joined(a, axis):
-        """[groups, b, ...] to [B, ...]."""
-        a = a.reshape(sequences // b, heads_in_all // n, *a.shape[1:])
-        a = jnp.moveaxis(a, 1, axis + 1)
-        return a.reshape(sequences, *a.shape[2 : axis + 1], -1, *a.shape[axis + 3 :])
-
-    return tuple(map(joined, lax.map(one, jnp.arange(sequences * heads_in_all // (b * n))), out_heads))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), lax.map(one, jnp.arange(sequences * heads_in_all // (b * n))))
 
 
 def _divisor(n: int, most: int) -> int:
