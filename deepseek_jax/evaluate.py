@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Any
 
-from deepseek_jax import compilation
+from deepseek_jax import arguments, compilation
 from deepseek_jax.config import DTYPES, Compile, UserError, exit_code
 from deepseek_jax.evaluation import choices, perplexity
 from deepseek_jax.evaluation.scoring import Scorer
@@ -28,8 +28,7 @@ from deepseek_jax.hf.opening import Opened, open_model, parse_mesh
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(prog="python -m deepseek_jax.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder with the model")
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
     parser.add_argument("--mesh", help="devices, as fsdp=2,expert=4 (default: one)")

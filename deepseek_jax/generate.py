@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from deepseek_jax import compilation
+from deepseek_jax import arguments, compilation
 from deepseek_jax.config import DTYPES, Compile, UserError, exit_code
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.sample import check_prompt, encode_prompt, sample, tokens
@@ -30,7 +30,7 @@ __all__ = ["check_prompt", "encode_prompt", "main", "sample", "tokens"]
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m deepseek_jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = arguments.Parser(prog="python -m deepseek_jax.generate", description=__doc__)
     p.add_argument("--model", "--workdir", required=True, metavar="PATH", help="checkpoint, or folder of a run")
     p.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     what = p.add_mutually_exclusive_group()
@@ -56,9 +56,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
     try:
-        return exit_code("generate", lambda: run(args))
+        return exit_code("generate", lambda: run(parser().parse_args(argv)))
     except KeyboardInterrupt:
         print("\ngenerate: stopped by Ctrl-C.", file=sys.stderr)
         return 130

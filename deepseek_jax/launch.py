@@ -32,8 +32,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
+from deepseek_jax import arguments
 from deepseek_jax.config import UserError, exit_code
 from deepseek_jax.parallel.gpus import shares, visible_gpus
 from deepseek_jax.parallel.meeting import free_port
@@ -44,19 +45,13 @@ _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See --help.")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options, and the program with its arguments.
 
     Raises:
       UserError: a wrong or missing one.
     """
-    p = _Parser(prog="python -m deepseek_jax.launch", description=__doc__, allow_abbrev=False,
-                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = arguments.Parser(prog="python -m deepseek_jax.launch", description=__doc__)
 
     def add(name: str, default: Any, help: str, kind: type = int) -> None:
         p.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), default=default, help=help, type=kind)

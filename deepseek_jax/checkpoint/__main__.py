@@ -17,23 +17,22 @@ newest. Every command but `ls` reads all files once to check them. --json prints
 Exit codes: 0 good, or the same; 1 damaged, or different; 2 a mistake, said in one line.
 """
 
-import argparse
 import json
 import os
 import sys
 
 import jax
 
+from deepseek_jax import arguments
 from deepseek_jax.checkpoint import commands
 from deepseek_jax.config import UserError, exit_code
 
 
 def main() -> int:
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.checkpoint", description=__doc__, formatter_class=as_written)
+    parser = arguments.Parser(prog="python -m deepseek_jax.checkpoint", description=__doc__)
     commands_of = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in ("ls", "show", "verify", "export", "reshard", "diff"):
-        p = commands_of.add_parser(name, description=__doc__, formatter_class=as_written)
+        p = commands_of.add_parser(name, description=__doc__)
         p.add_argument("dir", metavar="DIR")
         p.add_argument("--json", action="store_true", help="print JSON")
         if name != "ls":

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from deepseek_jax import arguments
 from deepseek_jax.config import UserError
 from deepseek_jax.data.documents import TEXT_FORMS, File, find_files, read, split_paths
 from deepseek_jax.data.progress import Bar
@@ -21,8 +22,8 @@ PATH_HELP = f"the text: {TEXT_FORMS}; several separated by commas. Folders are s
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, or 2 after one line on stderr about the user's mistake."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         args.command(args)
     except UserError as e:
         print(f"Error: {e}", file=sys.stderr)
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.data", description="Prepares training data.")
+    parser = arguments.Parser(prog="python -m deepseek_jax.data", description="Prepares training data.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     tokenizer = commands.add_parser(

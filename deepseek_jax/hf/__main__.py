@@ -12,7 +12,6 @@ if __name__ == "__main__":
 
     use_huge_pages()  # first of all: it starts the program again
 
-import argparse
 import os
 import sys
 import time
@@ -21,6 +20,7 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
+from deepseek_jax import arguments
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import DTYPES, UserError, exit_code
 from deepseek_jax.configdict import from_config_dict
@@ -31,7 +31,7 @@ from deepseek_jax.train.state import abstract_model
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(prog="python -m deepseek_jax.hf", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("import", help="a run's folder from a checkpoint")
     one.add_argument("source", metavar="SRC", help="folder with config.json and safetensors files, as on the hub")

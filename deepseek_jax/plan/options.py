@@ -3,27 +3,23 @@
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
-from deepseek_jax import commandline
-from deepseek_jax.config import Config, UserError
+from deepseek_jax import arguments, commandline
+from deepseek_jax.config import Config
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with the help of train.py, one line for every mistake, and without abbreviations, which would hide mistakes.
+class Parser(arguments.Parser):
+    """With help as train.py has it.
 
     Args:
       about: the module's docstring. json: has --json. further: help after the flags.
     """
 
     def __init__(self, about: str | None = None, json: bool = True, further: Callable[[], str] | None = None) -> None:
-        super().__init__(description=about, allow_abbrev=False)
+        super().__init__(description=about)
         self._further = further
         if json:
             self.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[0].upper()}{message[1:]}. See --help.")
 
     def format_help(self) -> str:
         default = lambda a: "" if a.default in (None, False, argparse.SUPPRESS) else f"={a.default}"

@@ -1,0 +1,41 @@
+"""A mistake on the command line of any command is one line on stderr and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import __main__ as benchmarks
+from deepseek_jax import evaluate, generate, launch
+from deepseek_jax.checkpoint import __main__ as checkpoint
+from deepseek_jax.config import exit_code
+from deepseek_jax.data import __main__ as data
+from deepseek_jax.hf import __main__ as hf
+from deepseek_jax.plan import __main__ as plan
+
+
+@pytest.mark.parametrize("main, argv, named", [
+    (lambda _: checkpoint.main(), ["ls"], "DIR"),
+    (lambda _: checkpoint.main(), ["verify", "runs/x", "--stap=3"], "--stap=3"),
+    (lambda _: hf.main(), ["export", "a", "b", "--dtype=int8"], "int8"),
+    (lambda _: evaluate.main(), ["--model=x", "--text=a", "--questions=b"], "--questions"),
+    (generate.main, ["--model=x", "--temperature=hot"], "hot"),
+    (generate.main, ["--model=x", "--max=5"], "--max=5"),  # no abbreviations
+    (data.main, ["tokenize", "--path=x"], "--tokenizer"),
+    (launch.main, ["--nproc_per_node=2"], "program"),
+    (plan.main, ["--devices=many"], "many"),
+    (benchmarks.main, ["floor", "--shape=huge"], "huge"),
+    (benchmarks.main, ["moe", "--turnz=3"], "--turnz=3"),
+    (benchmarks.main, ["storm", "--kills"], "--kills"),
+])
+def test_a_mistake_is_one_line(main, argv, named, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", *argv])
+    assert exit_code("program", lambda: main(argv)) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and named in err and err.endswith("See --help.\n")
+
+
+def test_help_of_a_command_and_of_a_benchmark():
+    for module, flag in (("deepseek_jax.generate", "--draft-tokens"), ("benchmarks storm", "--kills=50\n        Kills of the one run")):
+        shown = subprocess.run([sys.executable, "-m", *module.split(), "--help"], capture_output=True, text=True, timeout=300)
+        assert shown.returncode == 0 and flag in shown.stdout and "python -m" in shown.stdout and not shown.stderr
