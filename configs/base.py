@@ -6,7 +6,7 @@ trains on Python's standard library, read as bytes; for text of your own add
   --config.data.path=FILE_OR_FOLDER --config.data.tokenizer=tokenizer.json
 
 Hardware: 1 GPU of 24 GB. On more GPUs the same command divides parameters and batch over them (up to 8, see batch_size).
-Compiled for 1 H200, a step takes 17.2 GB a GPU: 9.0 of state, the rest temporaries (make plan; it has not been run there).
+Compiled for 1 H200, a step takes 18.0 GB a GPU: 9.0 of state, the rest temporaries (make plan; it has not been run there).
 Source: "DeepSeek FSDP Training Guide" (every block an MoE of 8 experts with top-2 routing, multi-head latent attention) and
 the single-GPU base configuration of the NeMo guide (GPT-2's vocabulary, bf16, 10,000 steps). Neither gives the widths.
 Parameters: 0.75B in all, 0.30B active, embedding and output head (0.05B each) included; nothing is published.

@@ -5,7 +5,7 @@
 
 Hardware: 8 GPUs of 80 GB, or 4: parameters are divided over what the expert axis of 4 leaves. On several hosts run the same
 command on each (train.py --help).
-Compiled for 4 H200s, a step takes 33.9 GB a GPU: 15.1 of state, the rest temporaries (make plan; it has not been run there).
+Compiled for 4 H200s, a step takes 35.4 GB a GPU: 15.1 of state, the rest temporaries (make plan; it has not been run there).
 Source: "DeepSeek V3 NeMo Migration Guide", deepseek_v3_distributed.yaml. Its words and ours: vocab_size 50257,
 emb_dim 1024 = hidden_size, n_layers 24 = num_hidden_layers, num_experts 16 = n_routed_experts, top_k 2 = num_experts_per_tok,
 expert_dim 4096 = moe_intermediate_size, expert_model_parallel_size 4 = mesh.expert, precision bf16 = train.dtype,

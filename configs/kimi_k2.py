@@ -8,7 +8,7 @@ x64 and 262,144), for going on from its weights; pretraining at 4,096 tokens use
 
 Hardware: 1,024 GPUs of 80 GB, 8 a host. 7168 = 7 x 1024, so that at most 1,024 GPUs can share a weight. 2,048 GPUs are two
 replicas on mesh.data, with --config.train.accumulation=8.
-Compiled for 1,024 H200s, a step takes 48.2 GB a GPU: 12.0 of state, the rest temporaries (make plan; it has not been run there).
+Compiled for 1,024 H200s, a step takes 46.8 GB a GPU: 12.0 of state, the rest temporaries (make plan; it has not been run there).
 Source: "Kimi K2: Open Agentic Intelligence" (arXiv:2507.20534) sections 2.3 and 2.5 and moonshotai/Kimi-K2-Base config.json.
 Parameters: published 1.04T in all and 32.6B active. Here 1,026.4B with embedding and output head (1.17B each), 1.3% below the
 published figure, and 32.9B active with both (31.7B without the embedding). No MTP.

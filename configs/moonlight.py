@@ -6,7 +6,7 @@
 on every host.
 
 Hardware: 256 GPUs of 141 GB, 8 a host. mesh.data takes what fsdp x expert = 32 leaves.
-Compiled for 256 H200s, a step takes 61.9 GB a GPU: 6.0 of state, the rest temporaries (make plan; it has not been run there).
+Compiled for 256 H200s, a step takes 48.5 GB a GPU: 6.0 of state, the rest temporaries (make plan; it has not been run there).
 Source: "Muon is Scalable for LLM Training" (arXiv:2502.16982) and moonshotai/Moonlight-16B-A3B config.json.
 Parameters: published as 16B and 3B active; in the paper 15.29B and 2.24B, both without embedding and output head (0.34B each).
 Here 15.96B and 2.91B with both, 15.29B and 2.24B without. No MTP.

@@ -8,7 +8,7 @@ weights; pretraining at 4,096 tokens used plain rotary embedding.
 
 Hardware: 256 GPUs of 80 GB, 8 a host; the 8 experts' groups lie on the 8 GPUs of a host. mesh.data takes further replicas of
 256: then lower --config.train.accumulation.
-Compiled for 256 H200s, a step takes 59.8 GB a GPU: 11.1 of state, the rest temporaries (make plan; it has not been run there).
+Compiled for 256 H200s, a step takes 56.7 GB a GPU: 11.1 of state, the rest temporaries (make plan; it has not been run there).
 Source: DeepSeek-V2 (arXiv:2405.04434) sections 2.2 and 3.1 and deepseek-ai/DeepSeek-V2 config.json.
 Parameters: published 236B in all and 21B active. Here 235.7B with embedding and output head (0.52B each), and 20.9B active
 without the embedding, which is looked up and not multiplied (21.4B with it). No MTP.

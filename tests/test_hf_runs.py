@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 
 import jax
@@ -20,7 +21,7 @@ from deepseek_jax.hf import importing, start
 from deepseek_jax.hf.opening import open_model
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import make_layout, to_tree
+from deepseek_jax.train.state import init_state, make_layout, to_tree
 
 TRAIN = Train(dtype="float32", steps=10, batch_size=8, sequence_length=16)
 
@@ -129,3 +130,37 @@ def test_a_run_that_never_was_a_hugging_face_model(tmp_path):
     again = hf.load(str(tmp_path / "out"))
     assert again.family == "qwen3_moe" and again.model == dataclasses.replace(before.model, aux_loss_alpha=again.model.aux_loss_alpha)
     same(again.params, before.params)
+
+
+@pytest.mark.slow
+def test_init_from_in_two_processes(source, tmp_path):
+    """Each process reads its own shards: losses and exported weights are those of one device, to rounding."""
+    model = dataclasses.replace(hf.load(source).model, vocab_size=257)  # the bytes, and the end of a document
+    config = Config(model=model, mesh=Mesh(fsdp=1), train=TRAIN)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = init_state(config, make_layout(config, mesh))
+        checkpoints = Checkpointer(str(tmp_path / "made" / "checkpoints"))
+        checkpoints.save(1, to_tree(state), {})
+        checkpoints.close()
+    workdirs.write_config(str(tmp_path / "made"), config)
+    commands.export(str(tmp_path / "made"), str(tmp_path / "start"))
+
+    losses, weights = {}, {}
+    for name, start_, experts in (("one", [], 1), ("two", ["-m", "deepseek_jax.launch", "--nproc_per_node=2"], 2)):
+        options = {"init_from": tmp_path / "start", "mesh.fsdp": 1, "mesh.expert": experts, "train.steps": 3, "train.batch_size": 4,
+                   "train.sequence_length": 16, "log.every_steps": 1, "eval.every_steps": 0, "checkpoint.every_steps": 3, "compile.cache_dir": "off"}
+        command = [sys.executable, *start_, "train.py", "--config=configs/tiny.py", f"--workdir={tmp_path / name}",
+                   *(f"--config.{key}={value}" for key, value in options.items())]
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, cwd=os.path.dirname(os.path.dirname(__file__)), env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses[name] = [row["loss"] for row in rows if "loss" in row]
+        commands.export(str(tmp_path / name), str(tmp_path / f"{name}-out"))
+        weights[name] = safetensors.numpy.load_file(tmp_path / f"{name}-out" / "model.safetensors")
+    assert len(losses["one"]) == 3
+    np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-6)
+    assert weights["one"].keys() == safetensors.numpy.load_file(tmp_path / "start" / "model.safetensors").keys()
+    for name, a in weights["one"].items():
+        np.testing.assert_allclose(weights["two"][name], a, rtol=0, atol=2e-5, err_msg=name)  # three updates of Adam: signs of the smallest gradients
