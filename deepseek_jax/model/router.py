@@ -53,10 +53,12 @@ def _limit_to_groups(choice_TE: jax.Array, model: Model) -> jax.Array:
     """
     tokens, experts = choice_TE.shape
     choice_TGE = choice_TE.reshape(tokens, model.n_group, experts // model.n_group)
+    group_TG = jnp.max(choice_TGE, axis=-1)
+    # Maxima and comparisons rather than top_k, which sorts each of these few numbers, on a CPU by one thread.
     if model.topk_method == "noaux_tc":
-        group_TG = jnp.sum(jax.lax.top_k(choice_TGE, 2)[0], axis=-1)
-    else:
-        group_TG = jnp.max(choice_TGE, axis=-1)
-    _, best = jax.lax.top_k(group_TG, model.topk_group)
-    allowed_TG = jnp.any(best[:, :, None] == jnp.arange(model.n_group), axis=1)
+        best_TG1 = jnp.argmax(choice_TGE, axis=-1, keepdims=True)
+        group_TG += jnp.max(jnp.where(jnp.arange(choice_TGE.shape[2]) == best_TG1, -jnp.inf, choice_TGE), axis=-1)
+    mine_TG1, other_T1G, group_G = group_TG[:, :, None], group_TG[:, None], jnp.arange(model.n_group)
+    better_TGG = (other_T1G > mine_TG1) | ((other_T1G == mine_TG1) & (group_G < group_G[:, None]))
+    allowed_TG = jnp.sum(better_TGG, axis=-1) < model.topk_group
     return jnp.where(allowed_TG[:, :, None], choice_TGE, -jnp.inf).reshape(tokens, experts)
