@@ -6,7 +6,7 @@
 Hardware: 8 GPUs of 80 GB, or 4 with --config.train.accumulation=32. The guide's strategies are
   expert-level sharding, experts 0 and 1 on GPU 0 and so on:  this config (mesh.expert=4)
   plain FSDP of every block:                                  --config.mesh.expert=1
-Compiled for 8 H200s, a step takes 32.6 GB a GPU: 10.8 of state, the rest temporaries (make plan; it has not been run there).
+Compiled for 8 H200s, a step takes 32.8 GB a GPU: 10.8 of state, the rest temporaries (make plan; it has not been run there).
 Source: "DeepSeek FSDP Training Guide" and "Tutorial 7: FSDP" (7B on 8 GPUs: FULL_SHARD, bf16, activation checkpointing).
 Parameters: the guide has 4 x ~1.75B = 7B. Here 6.98B in the 61 blocks and 7.19B in all with embedding and output head
 (0.10B each); 2.58B active with them. No MTP.

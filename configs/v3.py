@@ -9,7 +9,7 @@ weights; pretraining at 4,096 tokens used plain rotary embedding.
 Hardware: 1,024 GPUs of 141 GB, 8 a host. 7168 = 7 x 1024, so that at most 1,024 GPUs can share a weight; here fsdp x expert is
 512 and the rest are replicas on mesh.data. The published batch of 15,360 = 15 x 1,024 does not divide by 2,048: there set
 --config.train.batch_size=16384 --config.train.accumulation=8 --config.train.batch_ramp_start=4096.
-Compiled for 1,024 H200s, a step takes 66.7 GB a GPU: 16.0 of state, the rest temporaries (make plan; it has not been run there).
+Compiled for 1,024 H200s, a step takes 66.6 GB a GPU: 16.0 of state, the rest temporaries (make plan; it has not been run there).
 Source: DeepSeek-V3 (arXiv:2412.19437) sections 4.1 and 4.2 and deepseek-ai/DeepSeek-V3 config.json.
 Parameters: published 671B in all and 37B active (README_WEIGHTS.md: 36.6B with the output head, without the embedding), and
 11.5B in the MTP module without the embedding and head it shares. Here 671.03B with embedding and output head (0.93B each),
