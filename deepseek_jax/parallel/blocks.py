@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.parallel.rounds import sort_by_expert
 
-LARGE = 4  # blocks that are one product where they are all an expert's own
+SIZES = (4, 2, 1)  # blocks that are one product, where an expert has rows in all of them
 PIECES = 8  # blocks that one product of a weight gradient takes, at most
 
 
@@ -64,11 +64,10 @@ def matmul(rows_RI: jax.Array, weight_GIO: jax.Array, rows: Rows, block: int, tr
             return lax.dynamic_update_slice_in_dim(out, here, start + done, 0)
 
         done = jnp.zeros_like(count)
-        for size, go_on in ((LARGE * block, lambda done: done + LARGE * block <= count), (block, lambda done: done < count)):
-            if size > len(rows_RI):
-                continue  # a slice of so many rows would be an error, though it is never taken
+        for size in (n * block for n in SIZES if n * block <= len(rows_RI)):  # a larger slice would be an error, though it is never taken
+            go_on = lambda c, size=size: count - c[0] > size - block
             step = lambda c, size=size: (c[0] + size, multiply(c[0], size, c[1]))
-            done, out = lax.while_loop(lambda c, go_on=go_on: go_on(c[0]), step, (done, out))
+            done, out = lax.while_loop(go_on, step, (done, out))
         return out, None
 
     return lax.scan(expert, into, (weight_GIO, rows.start_G, rows.count_G))[0]
