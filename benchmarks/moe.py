@@ -1,6 +1,6 @@
 """The routed experts of one MoE layer, forward and backward, on one device, against other ways to compute the same.
 
-  python -m benchmarks moe [--shapes=16x4096x2x512x256,64x2048x8x256x64] [--loads=balanced,zipf] [--turns=7] [--module] [--json]
+  python -m benchmarks moe [--shapes=16x4096x2x512x256,64x2048x8x256x64] [--loads=balanced,zipf] [--turns=7] [--module] [--floor] [--json]
 
 A shape is experts x tokens x choices a token x hidden size x expert width. Timed in turns, median, with the gradients of tokens,
 routing weights and expert weights; float32 on CPUs, bfloat16 on GPUs:
@@ -14,12 +14,14 @@ routing weights and expert weights; float32 on CPUs, bfloat16 on GPUs:
   gathered a scan over the experts, each on as many rows as the fullest has: known for one routing alone, so not of use in training
 
 balanced: every expert has the same load. zipf: experts are chosen with probabilities in proportion to 1/rank. All are checked to
-agree. --module adds the whole layer of model/moe.py (router and statistics too) on a routing of its own.
+agree. --module adds the whole layer of model/moe.py (router and statistics too) on a routing of its own. --floor adds the least that the
+instructions of ours could take on this CPU, as benchmarks/floor.py counts it: its products, each alone, and the bytes of all else at a copy's speed.
 """
 
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,14 +31,15 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from benchmarks import turns
+from benchmarks import floor, turns
 from benchmarks.attention import compute_dtype
 from deepseek_jax import texts
 from deepseek_jax.config import Config, Mesh, Model, Moe, UserError
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.parallel import dispatch
 from deepseek_jax.parallel.mesh import make_mesh, per_device
-from deepseek_jax.plan import options
+from deepseek_jax.plan import hlo, options
+from deepseek_jax.train import profile
 
 METHODS = ("ours", "dense", "products", "ragged", "masked", "gathered")
 BARS = {"balanced": 1.6, "zipf": 2.2}  # most times that ours may take of dense
@@ -67,6 +70,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=7, help="Turns to time.")
     parser.add_argument("--capacity-factor", type=float, default=Moe.capacity_factor, help="As config.moe.capacity_factor.")
     parser.add_argument("--module", action="store_true", help="The whole MoE layer too.")
+    parser.add_argument("--floor", action="store_true", help="The least that the instructions of ours could take. On CPUs.")
     own = parser.parse_args()
     methods = chosen("--methods", own.methods, METHODS)
     rows = []
@@ -204,11 +208,24 @@ def measure(shape: Shape, load: str, methods: list[str], own: Any) -> dict[str, 
         if own.module:
             built["module"] = module_program(shape, own.capacity_factor)
         times = turns.seconds(built, own.turns)
+        least = least_of(built["ours"]) if own.floor and "ours" in built else None
     row = {"shape": shape.name, "load": load, "median_s": {name: statistics.median(t) for name, t in times.items()},
            "gflops": shape.flops / 1e9, "temporaries": {name: p.temporaries for name, p in built.items()}}
     row["times_of_dense"] = {name: turns.ratio(times, name, "dense") for name in times if name != "dense"} if "dense" in times else {}
+    row["least_s"] = least
     row["ragged_times_of_ours"] = turns.ratio(times, "ragged", "ours") if {"ragged", "ours"} <= set(times) else None
     return row
+
+
+def least_of(program: turns.Program, runs: int = 3) -> dict[str, float]:
+    """Seconds that the products and the other instructions of a program take at least (benchmarks/floor.py)."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(runs):
+                jax.block_until_ready(program())
+        text = program.compiled.as_text()
+        parts, _ = floor.parts(hlo.Module(text), profile.instructions(folder, text), runs, str(compute_dtype()))
+    return {"products": sum(min(p.alone, p.matmuls) for p in parts.values()), "other": sum(p.bytes for p in parts.values())}
 
 
 def compare(results: dict[str, tuple]) -> None:
@@ -258,5 +275,12 @@ def text(r: dict[str, Any]) -> str:
         ratios = (f"{row['times_of_dense'][n]:.2f}" if row["times_of_dense"] else "" for n in names if n != "dense")
         lines.append([row["shape"], row["load"], *ms, *ratios])
     said = {True: "met", False: "MISSED"}
+    floors = ""
+    for row in r["rows"]:
+        if least := row["least_s"]:
+            dense = row["median_s"].get("dense")
+            of_dense = f" = {sum(least.values()) / dense:.2f} x dense" if dense else ""
+            floors += (f"{row['shape']} {row['load']}: ours could take {sum(least.values()) * 1e3:,.1f} ms{of_dense}, "
+                       f"{least['products'] * 1e3:,.1f} of it for its products and {least['other'] * 1e3:,.1f} for moving rows\n")
     return (f"routed experts, forward + backward, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
-            + "\n".join(f"{said[met]}: {name}" for name, met in r["bars"].items()))
+            + floors + "\n".join(f"{said[met]}: {name}" for name, met in r["bars"].items()))

@@ -60,6 +60,7 @@ def test_methods_of_moe_agree(load):
         results["ragged"] = (results["ragged"][0] * 1.001, *results["ragged"][1:])
         with pytest.raises(FloatingPointError, match="y by ragged"):
             moe.compare(results)
+        assert all(seconds > 0 for seconds in moe.least_of(built["ours"], runs=1).values())
 
 
 def test_vocabulary():
