@@ -26,7 +26,8 @@ from flax import nnx
 
 from benchmarks import turns
 from deepseek_jax import texts
-from deepseek_jax.config import Config, Mesh, Model, UserError
+from deepseek_jax.arguments import numbers
+from deepseek_jax.config import Config, Mesh, Model
 from deepseek_jax.model import attention
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.parallel.mesh import make_mesh
@@ -37,7 +38,7 @@ LINEAR = 1.1  # temporary bytes may grow by this much more than the length
 
 def main() -> int:
     parser = options.Parser(__doc__)
-    parser.add_argument("--lengths", default="512,1024,2048,4096,8192", help="Sequence lengths, separated by commas.")
+    parser.add_argument("--lengths", type=numbers, default="512,1024,2048,4096,8192", help="Sequence lengths, separated by commas.")
     for name, default, about in (("tokens", 4096, "Tokens to time, in whole sequences, at least one."), ("heads", 8, "Heads."),
                                 ("qk", 96, "Width of a query and key head."), ("v", 64, "Width of a value head."),
                                 ("documents", 2, "Documents packed into a sequence."), ("turns", 5, "Turns to time."),
@@ -45,12 +46,8 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default, help=about)
     parser.add_argument("--module", action="store_true", help="The whole attention module instead.")
     own = parser.parse_args()
-    try:
-        lengths = [int(s) for s in own.lengths.split(",")]
-    except ValueError as e:
-        raise UserError(f"--lengths={own.lengths} is not a list of numbers. Set it to, for instance, 512,1024.") from e
     rows = []
-    for length in lengths:
+    for length in own.lengths:
         print(f"{length} tokens ...", file=sys.stderr)
         rows.append((of_module if own.module else of_core)(length, own))
     result = {"machine": turns.machine(), "what": "module" if own.module else "attention", "dtype": str(compute_dtype()),

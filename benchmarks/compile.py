@@ -19,6 +19,7 @@ import jax
 
 from benchmarks import shapes, turns
 from benchmarks.step import run_json
+from deepseek_jax.arguments import numbers
 from deepseek_jax.config import Config, Mesh, UserError
 from deepseek_jax.plan import options, topology
 
@@ -29,22 +30,18 @@ def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--layers", type=int, default=61, help="Layers of the deep model.")
     parser.add_argument("--against", type=int, default=8, help="Layers of the other.")
-    parser.add_argument("--devices", default="1,8", help="Numbers of CPU devices, separated by commas.")
+    parser.add_argument("--devices", type=numbers, default="1,8", help="Numbers of CPU devices, separated by commas.")
     parser.add_argument("--turns", type=int, default=3, help="Pairs of processes, for each number of devices.")
     parser.add_argument("--shape", choices=shapes.NAMES, default="small", help=f"{', '.join(shapes.NAMES)}.")
     parser.add_argument("--once", action="store_true", help="Measure --layers on --devices in this process.")
     own = parser.parse_args()
-    try:
-        counts = [int(n) for n in own.devices.split(",")]
-    except ValueError as e:
-        raise UserError(f"--devices={own.devices} is not a list of numbers. Set it to, for instance, 1,8.") from e
     if min(own.layers, own.against) < 2:
         raise UserError(f"--layers={own.layers} and --against={own.against} must both be 2 or more: the first layer is dense.")
     if own.once:
-        print(json.dumps(measure(config_of(own.shape, own.layers, counts[0]), counts[0])))
+        print(json.dumps(measure(config_of(own.shape, own.layers, own.devices[0]), own.devices[0])))
         return 0
     rows = []
-    for devices in counts:
+    for devices in own.devices:
         pairs = []
         for turn in range(max(own.turns, 1)):
             print(f"{devices} device(s), turn {turn + 1} of {own.turns} ...", file=sys.stderr)

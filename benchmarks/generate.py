@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import turns
 from deepseek_jax import hf, texts
-from deepseek_jax.config import UserError
+from deepseek_jax.arguments import numbers
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.plan import options
 
@@ -36,17 +36,13 @@ SHAPE = dict(vocab_size=16384, hidden_size=512, num_hidden_layers=8, intermediat
 def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--model", default="", help="A Hugging Face checkpoint (default: random weights).")
-    parser.add_argument("--batches", default="1,4", help="Texts at once, separated by commas.")
+    parser.add_argument("--batches", type=numbers, default="1,4", help="Texts at once, separated by commas.")
     for name, default, about in (("prompt", 128, "Tokens of a prompt."), ("tokens", 64, "Tokens of an answer."), ("turns", 5, "Turns to time."),
                                  ("draft-tokens", 0, "Drafts a step by multi-token prediction; 0: none.")):
         parser.add_argument(f"--{name}", type=int, default=default, help=about)
     own = parser.parse_args()
-    try:
-        batches = [int(n) for n in own.batches.split(",")]
-    except ValueError as e:
-        raise UserError(f"--batches={own.batches} is not a list of numbers. Set it to, for instance, 1,4.") from e
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(own.model or random_model(folder), batches, own)
+        result = measure(own.model or random_model(folder), own.batches, own)
     print(json.dumps(result, indent=2) if own.json else text(result))
     return 0
 

@@ -34,6 +34,7 @@ from jax import lax
 from benchmarks import floor, turns
 from benchmarks.attention import compute_dtype
 from deepseek_jax import texts
+from deepseek_jax.arguments import some_of
 from deepseek_jax.config import Config, Mesh, Model, Moe, UserError
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.parallel import dispatch
@@ -65,29 +66,23 @@ class Shape(NamedTuple):
 def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--shapes", default="16x4096x2x512x256,64x2048x8x256x64", help="Shapes, separated by commas.")
-    parser.add_argument("--loads", default="balanced,zipf", help="Loads, separated by commas.")
-    parser.add_argument("--methods", default=",".join(METHODS), help="What to time.")
+    parser.add_argument("--loads", type=some_of(*BARS), default="balanced,zipf", help="Loads, separated by commas.")
+    parser.add_argument("--methods", type=some_of(*METHODS), default=",".join(METHODS), help="What to time.")
     parser.add_argument("--turns", type=int, default=7, help="Turns to time.")
     parser.add_argument("--capacity-factor", type=float, default=Moe.capacity_factor, help="As config.moe.capacity_factor.")
     parser.add_argument("--module", action="store_true", help="The whole MoE layer too.")
-    parser.add_argument("--floor", action="store_true", help="The least that the instructions of ours could take. On CPUs.")
+    parser.add_argument("--floor", action="store_true", help="The least that the instructions of ours could take.")
     own = parser.parse_args()
-    methods = chosen("--methods", own.methods, METHODS)
+    if own.floor and ("ours" not in own.methods or jax.default_backend() != "cpu"):
+        raise UserError("--floor is of ours, on a CPU. Have ours among --methods and set JAX_PLATFORMS=cpu, or leave it out.")
     rows = []
     for shape in map(read_shape, own.shapes.split(",")):
-        for load in chosen("--loads", own.loads, tuple(BARS)):
+        for load in own.loads:
             print(f"{shape.name}, {load} ...", file=sys.stderr)
-            rows.append(measure(shape, load, methods, own))
+            rows.append(measure(shape, load, own))
     result = {"machine": turns.machine(), "dtype": str(compute_dtype()), "rows": rows, "bars": bars(rows)}
     print(json.dumps(result, indent=2) if own.json else text(result))
     return 0
-
-
-def chosen(flag: str, given: str, known: tuple[str, ...]) -> list[str]:
-    names = given.split(",")
-    if wrong := [n for n in names if n not in known]:
-        raise UserError(f"{flag}={wrong[0]} is not known. Choose of: {', '.join(known)}.")
-    return names
 
 
 def read_shape(given: str) -> Shape:
@@ -200,15 +195,15 @@ def one_device() -> jax.sharding.Mesh:
     return make_mesh(Config(mesh=Mesh(fsdp=1)), jax.devices()[:1])
 
 
-def measure(shape: Shape, load: str, methods: list[str], own: Any) -> dict[str, Any]:
+def measure(shape: Shape, load: str, own: Any) -> dict[str, Any]:
     """One row. Raises FloatingPointError where methods disagree."""
     with jax.set_mesh(one_device()):
-        built = programs(shape, load, methods, own.capacity_factor)
+        built = programs(shape, load, own.methods, own.capacity_factor)
         compare({name: p() for name, p in built.items() if name not in ("dense", "products")})
         if own.module:
             built["module"] = module_program(shape, own.capacity_factor)
         times = turns.seconds(built, own.turns)
-        least = least_of(built["ours"]) if own.floor and "ours" in built else None
+        least = least_of(built["ours"]) if own.floor else None
     row = {"shape": shape.name, "load": load, "median_s": {name: statistics.median(t) for name, t in times.items()},
            "gflops": shape.flops / 1e9, "temporaries": {name: p.temporaries for name, p in built.items()}}
     row["times_of_dense"] = {name: turns.ratio(times, name, "dense") for name in times if name != "dense"} if "dense" in times else {}
@@ -275,12 +270,13 @@ def text(r: dict[str, Any]) -> str:
         ratios = (f"{row['times_of_dense'][n]:.2f}" if row["times_of_dense"] else "" for n in names if n != "dense")
         lines.append([row["shape"], row["load"], *ms, *ratios])
     said = {True: "met", False: "MISSED"}
-    floors = ""
-    for row in r["rows"]:
-        if least := row["least_s"]:
-            dense = row["median_s"].get("dense")
-            of_dense = f" = {sum(least.values()) / dense:.2f} x dense" if dense else ""
-            floors += (f"{row['shape']} {row['load']}: ours could take {sum(least.values()) * 1e3:,.1f} ms{of_dense}, "
-                       f"{least['products'] * 1e3:,.1f} of it for its products and {least['other'] * 1e3:,.1f} for moving rows\n")
+    floors = "".join(f"{row['shape']} {row['load']}: {_floor(row)}\n" for row in r["rows"] if row["least_s"])
     return (f"routed experts, forward + backward, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
             + floors + "\n".join(f"{said[met]}: {name}" for name, met in r["bars"].items()))
+
+
+def _floor(row: dict[str, Any]) -> str:
+    least, dense = row["least_s"], row["median_s"].get("dense")
+    of_dense = f" = {sum(least.values()) / dense:.2f} x dense" if dense else ""
+    return (f"ours could take {sum(least.values()) * 1e3:,.1f} ms{of_dense}, {least['products'] * 1e3:,.1f} of it for products "
+            f"and {least['other'] * 1e3:,.1f} for the bytes of all else")

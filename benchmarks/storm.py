@@ -22,7 +22,7 @@ import time
 from benchmarks import faults, storm_processes
 from benchmarks.faults import INTERVAL, Process, Tallies
 from deepseek_jax import texts
-from deepseek_jax.config import UserError
+from deepseek_jax.arguments import some_of
 from deepseek_jax.plan import options
 
 PARTS = ("kills", "signals", "disk", "processes", "corruption")
@@ -35,15 +35,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="Kills of the one run, and up to 4 signals.")
     parser.add_argument("--rounds", type=int, default=3, help="Of every kind of damage to files.")
     parser.add_argument("--seed", type=int, default=0, help="Of the faults.")
-    parser.add_argument("--only", default=",".join(PARTS), help="Some of the parts, separated by commas.")
+    parser.add_argument("--only", type=some_of(*PARTS), default=",".join(PARTS), help="Some of the parts, separated by commas.")
     args = parser.parse_args()
-    parts = args.only.split(",")
-    if unknown := set(parts) - set(PARTS):
-        raise UserError(f"--only={args.only}: {sorted(unknown)[0]} is not one of {', '.join(PARTS)}.")
     began = time.monotonic()
     say = lambda text: print(f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="storm.") as name:
-        found = run(pathlib.Path(name), parts, args.kills, args.rounds, args.seed, say)
+        found = run(pathlib.Path(name), args.only, args.kills, args.rounds, args.seed, say)
     result = {name: dataclasses.asdict(tally) for name, tally in found.items()}
     bad = sum(t["wrong"] + max(t["tried"] - t["survived"], 0) for t in result.values())
     print(json.dumps({"seconds": round(time.monotonic() - began), "interval": INTERVAL, "faults": result}, indent=2) if args.json else table(result))

@@ -26,7 +26,8 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import turns
 from benchmarks.attention import compute_dtype
 from deepseek_jax import texts
-from deepseek_jax.config import Config, Mesh, Model, UserError
+from deepseek_jax.arguments import numbers
+from deepseek_jax.config import Config, Mesh, Model
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.plan import options
@@ -38,25 +39,17 @@ CONFIG = Config(mesh=Mesh(fsdp=1))
 
 def main() -> int:
     parser = options.Parser(__doc__)
-    parser.add_argument("--tokens", default="2048,4096", help="Tokens, separated by commas, the fewest first.")
-    parser.add_argument("--vocab", default="8192,32768", help="Words, separated by commas.")
+    parser.add_argument("--tokens", type=numbers, default="2048,4096", help="Tokens, separated by commas, the fewest first.")
+    parser.add_argument("--vocab", type=numbers, default="8192,32768", help="Words, separated by commas.")
     parser.add_argument("--width", type=int, default=512, help="Hidden size.")
     parser.add_argument("--turns", type=int, default=5, help="Turns to time.")
     own = parser.parse_args()
-    tokens, vocab = _numbers("--tokens", own.tokens), _numbers("--vocab", own.vocab)
     with jax.set_mesh(make_mesh(CONFIG, jax.devices()[:1])):
-        rows = [measure(t, v, own.width, own.turns) for v in vocab for t in tokens]
+        rows = [measure(t, v, own.width, own.turns) for v in own.vocab for t in own.tokens]
     result = {"machine": turns.machine(), "dtype": str(compute_dtype()), "width": own.width, "chunk": losses.LOSS_CHUNK, "rows": rows,
               "bars": bars(rows)}
     print(json.dumps(result, indent=2) if own.json else text(result))
     return 0
-
-
-def _numbers(name: str, given: str) -> list[int]:
-    try:
-        return [int(n) for n in given.split(",")]
-    except ValueError as e:
-        raise UserError(f"{name}={given} is not a list of numbers. Set it to, for instance, 2048,4096.") from e
 
 
 def ours(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> jax.Array:

@@ -27,6 +27,8 @@ from deepseek_jax.plan import __main__ as plan
     (benchmarks.main, ["floor", "--shape=huge"], "huge"),
     (benchmarks.main, ["moe", "--turnz=3"], "--turnz=3"),
     (benchmarks.main, ["storm", "--kills"], "--kills"),
+    (benchmarks.main, ["storm", "--only=kills,disc"], "'disc' is not known. Choose of kills,"),
+    (benchmarks.main, ["attention", "--lengths=512,1k"], "'512,1k' is not a list of whole numbers"),
 ])
 def test_a_mistake_is_one_line(main, argv, named, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", *argv])

@@ -185,7 +185,7 @@ def test_command_errors(folder, tmp_path, capsys, line, wanted):
     capsys.readouterr()
     assert main(line.format(f=folder, t=tmp_path).split()) == 2
     out, err = capsys.readouterr()
-    assert not out and err.startswith("Error: ") and err.count("\n") == 1
+    assert not out and err.startswith("data: ") and err.count("\n") == 1
     for text in wanted:
         assert text in err, err
     assert sorted(p.name for p in tmp_path.iterdir()) == before

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from deepseek_jax import arguments
-from deepseek_jax.config import UserError
+from deepseek_jax.config import UserError, exit_code
 from deepseek_jax.data.documents import TEXT_FORMS, File, find_files, read, split_paths
 from deepseek_jax.data.progress import Bar
 from deepseek_jax.data.sources import encoded
@@ -23,14 +23,14 @@ PATH_HELP = f"the text: {TEXT_FORMS}; several separated by commas. Folders are s
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, or 2 after one line on stderr about the user's mistake."""
     try:
-        args = _parser().parse_args(argv)
-        args.command(args)
-    except UserError as e:
-        print(f"Error: {e}", file=sys.stderr)
-        return 2
+        return exit_code("data", lambda: run(_parser().parse_args(argv)))
     except KeyboardInterrupt:
         print("Stopped. No file was written.", file=sys.stderr)
         return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    args.command(args)
     return 0
 
 
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tokenize = commands.add_parser(
         "tokenize", help="write text as a memory-mapped token file",
-        description="Writes a corpus of any size as token ids, for config.data.path. Beside NAME.npy or NAME.bin it writes "
+        description="Writes a corpus of any size as token ids, for config.data.path. Beside NAME.npy or NAME.bin it writes\n"
                     "NAME.json (what the file holds) and NAME.offsets (where its documents begin); keep the three together.",
         epilog="example: python -m deepseek_jax.data tokenize --path='text/*.jsonl' --tokenizer=tokenizer.json --out=corpus.npy")
     tokenize.add_argument("--path", required=True, help=PATH_HELP)
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser(
         "show", help="print the documents that a step of a run was trained on",
-        description="Prints the documents in the rows of a step, or of the global data order, as metrics.jsonl names them for spikes of the loss, for "
+        description="Prints the documents in the rows of a step, or of the global data order, as metrics.jsonl names them for spikes of the loss,\nfor "
                     "skipped updates and for rollbacks. Reads config.json and metrics.jsonl of the run, which may be going on, and its data.",
         epilog="example: python -m deepseek_jax.data show --workdir=runs/tiny --step=310")
     show.add_argument("--workdir", required=True, help="folder of the run")

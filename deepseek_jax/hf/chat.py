@@ -24,6 +24,12 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."} and what else a template reads
 
 
+def end_ids(config: dict[str, Any]) -> frozenset[int]:
+    """`eos_token_id` of a config.json or generation_config.json: one, several or none."""
+    ids = config.get("eos_token_id")
+    return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+
+
 class Chat:
     """The tokenizer of a folder, text and chats.
 
@@ -47,10 +53,8 @@ class Chat:
         config = self._json("tokenizer_config.json")
         self.special = {name: text for name in SPECIAL if (text := _text(config.get(name, self._json("special_tokens_map.json").get(name))))}
         self._templates = self._read_templates(config)
-        ids = self._json("generation_config.json").get("eos_token_id", [])
-        ends = {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
         eos = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
-        self.stop_ids = frozenset(ends | ({eos} if eos is not None else set()))
+        self.stop_ids = end_ids(self._json("generation_config.json")) | ({eos} if eos is not None else set())
 
     def encode(self, chat: str | Sequence[Message], **options: Any) -> list[int]:
         """Token ids: of a text as transformers' tokenizer has them (with bos where it adds one), or of a chat by `render`."""

@@ -14,6 +14,7 @@ import numpy as np
 from deepseek_jax.config import DTYPES, Config, Model, Sharding, Train, UserError
 from deepseek_jax.config import Mesh as MeshOptions
 from deepseek_jax.hf import exporting, names, reading
+from deepseek_jax.hf.chat import end_ids
 from deepseek_jax.hf.start import Notes, notes_of
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.train.state import Layout, make_layout
@@ -156,9 +157,8 @@ def stop_ids_of(folder: str) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         try:
             with open(os.path.join(folder, name), encoding="utf-8") as f:
-                ids = json.load(f).get("eos_token_id")
+                if ids := end_ids(json.load(f)):
+                    return ids
         except (OSError, ValueError, AttributeError):
             continue
-        if ids is not None:
-            return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
     return frozenset()
