@@ -10,15 +10,16 @@ ARGS ?=
 DEVICES ?= 8
 JOBS ?= 3
 
-VENV := .venv
+VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # The GPU compiler has an environment of its own: where it is installed, JAX looks for a GPU.
 AOT := .venv-gpu-aot
 # One stamp for every set of extras, so that `make test` after `make train` installs what the tests need on top.
 STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 TEST_STAMP := $(VENV)/.installed-test
+FAST_STAMP := $(VENV)/.installed-test-fast
 
-.PHONY: help venv train test test-slow prove storm mesh-product fuzz plan gpu-aot gpu-bench clean
+.PHONY: help venv remade train test test-fast test-slow prove storm mesh-product fuzz plan gpu-aot gpu-bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -61,8 +62,8 @@ clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) $(AOT) .pytest_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/bin/python:
-	@ok='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; \
+# Sets $$found to the interpreter for $(VENV), or says what to do and ends.
+FIND_PYTHON = ok='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; \
 	for p in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
 	  if command -v "$$p" >/dev/null && "$$p" -c "$$ok" 2>/dev/null; then found="$$p"; break; fi; \
 	done; \
@@ -70,7 +71,23 @@ $(VENV)/bin/python:
 	  version="$$($(or $(PYTHON),python3) -V 2>/dev/null || echo not found)"; \
 	  echo "deepseek_jax needs Python 3.11, 3.12 or 3.13, and $(or $(PYTHON),python3) is not one ($$version)." \
 	    "Install one and run: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; \
-	fi; \
+	fi
+
+# An environment of another Python than PYTHON, or whose interpreter does not run or is not supported, is made anew.
+MINOR := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+ifneq ($(wildcard $(VENV)/pyvenv.cfg),)
+HAVE := $(shell $(VENV)/bin/python $(MINOR) 2>/dev/null)
+ifeq ($(and $(HAVE),$(filter $(HAVE),$(if $(PYTHON),$(shell $(PYTHON) $(MINOR) 2>/dev/null),3.11 3.12 3.13))),)
+$(VENV)/bin/python $(STAMP) $(TEST_STAMP) $(FAST_STAMP): remade
+endif
+endif
+
+remade:
+	@$(FIND_PYTHON); \
+	echo "$(VENV) $(if $(HAVE),is of Python $(HAVE),has no Python that runs): making it anew with $$("$$found" -V)"; rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(FIND_PYTHON); \
 	"$$found" -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "$$found cannot create a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
@@ -82,6 +99,11 @@ $(STAMP): pyproject.toml | $(VENV)/bin/python
 $(TEST_STAMP): pyproject.toml | $(VENV)/bin/python
 	@echo "Installing deepseek_jax and what its tests need into $(VENV), once: some minutes"
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(FAST_STAMP): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing deepseek_jax into $(VENV), without torch and transformers, once: some minutes"
+	@$(PIP) -e '.[test-fast]'
 	@touch $@
 
 $(AOT)/.installed: pyproject.toml | $(VENV)/bin/python

@@ -1,6 +1,12 @@
 """Every test sees eight CPU devices and a compiler in a hurry."""
 
 import os
+import signal
+
+# A suite that a shell runs in the background, or nohup, inherits ignored signals, and so would the runs that it starts and stops by them.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 # Compiling is most of what the tests do: LLVM optimises less, here and in the processes that tests start. The passes over the program and
 # the partitioning are as ever.
