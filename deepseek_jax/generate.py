@@ -57,13 +57,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        return exit_code("generate", lambda: run(parser().parse_args(argv)))
+        return exit_code("generate", lambda: run(parser().parse_args(argv)), "result")
     except KeyboardInterrupt:
         print("\ngenerate: stopped by Ctrl-C.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def run(args: argparse.Namespace) -> int:
