@@ -347,9 +347,19 @@ REMAT_NAMES = (
     "exchange",  # K c D (all_to_all) or X D (all_gather, ring), where X > 1: the tokens' way to the experts
     "experts_hidden",  # 2 K c f: two of the three matmuls of the routed experts, in the first round
 )
+# Options that name files or folders here, one or several separated by commas; `paths.py` expands `~` in them.
+PATH_OPTIONS = ("init_from", "data.tokenizer", "checkpoint.dir", "checkpoint.local_dir", "compile.cache_dir")
+PATH_LISTS = ("data.path",)
 STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard")
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
 
 GRADIENT_COMPRESSIONS = ("none", "bfloat16", "int8")
 DTYPES = ("float32", "bfloat16", "float16")  # of weights and computation
 CHECKPOINT_KINDS = ("sharded", "full", "local")
+
+
+def replaced(config: Config, name: str, value: Any) -> Config:
+    """The options with another value of one: "train.steps"."""
+    section, _, key = name.rpartition(".")
+    part = dataclasses.replace(getattr(config, section) if section else config, **{key: value})
+    return dataclasses.replace(config, **{section: part}) if section else part

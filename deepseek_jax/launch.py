@@ -67,7 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("max_restarts", 0, "how often to start all processes again after one failed (default: 0)")
     add("min_processes", None, "go on with fewer processes, down to this number, without one that keeps failing (default: all are needed)")
     p.add_argument("-m", "--module", action="store_true", help="the program is a module, as for python -m")
-    p.add_argument("program", help="a Python file, or with -m a module")
+    p.add_argument("program", type=arguments.path, help="a Python file, or with -m a module")
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="its own")
     a = p.parse_args(argv)
     if a.nproc_per_node == "gpu":
