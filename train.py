@@ -95,7 +95,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
         summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options)
 
-        train_step = compilation.CompiledStep(make_train_step(config, layout), mesh, options)
+        train_step = compilation.CompiledStep(make_train_step(config, layout), mesh, options, say)
         if (resume_step or 0) < config.train.steps:
             train_step.compile_ahead(layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0))
 
