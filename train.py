@@ -40,7 +40,7 @@ from deepseek_jax.config import UserError, one_line
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
-from deepseek_jax.parallel import prefetch
+from deepseek_jax.parallel import gpus, prefetch
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import loop, resume, summary, workdir
 from deepseek_jax.train.profile import Profiler
@@ -69,6 +69,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         return 0
     if not flags.workdir:
         raise UserError("--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny.")
+    gpus.take_memory(cluster.together)
     cluster.join(commandline.options(config, flags.workdir), config.watchdog.heartbeat_timeout, stopper)
     say = print if cluster.index == 0 else lambda text: None
 
