@@ -11,16 +11,19 @@ with --coordinator_address, --num_processes and --process_id.
 
 Exit codes: 0 done; 1 an error; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
 after too many non-finite updates; 4 another process was lost; 5 the last checkpoint could not be written, in five tries (those before
-it are whole, and the same command goes on from there); 6 a step did not end (config.watchdog); 130 or 143 stopped by SIGINT or SIGTERM
-after a checkpoint (several processes: by a signal to any of them). A second signal ends at once, with the same code.
+it are whole, and the same command goes on from there); 6 a step did not end (config.watchdog); 128 + N stopped by signal N after a
+checkpoint: 129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 140 SIGUSR2, 143 SIGTERM (several processes: by a signal to any of them; one that is
+ignored, as nohup ignores SIGHUP, stops nothing). A second SIGINT or SIGTERM ends at once, with the same code.
 """
 
+from deepseek_jax import environment, terminal
 from deepseek_jax.hugepages import use_huge_pages
 from deepseek_jax.stopping import Stopper
 
 stopper = Stopper("train.py")
 if __name__ == "__main__":  # before all else
     use_huge_pages()  # it starts the program again
+    terminal.set_up("log")
     stopper.install()  # a signal during the imports below ends in one line too
 
 import contextlib
@@ -37,7 +40,7 @@ from deepseek_jax.config import UserError, one_line
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
-from deepseek_jax.parallel import prefetch
+from deepseek_jax.parallel import gpus, prefetch
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import loop, resume, summary, workdir
 from deepseek_jax.train.profile import Profiler
@@ -47,8 +50,9 @@ from deepseek_jax.train.watchdog import Watchdog, end_alone
 
 
 def main(argv: list[str]) -> int:
+    environment.check()
     cluster = commandline.find_cluster(argv)
-    with contextlib.ExitStack() as held, cluster.failures(loop.BadNumbers, SaveFailed), cluster.mistakes():
+    with contextlib.ExitStack() as held, cluster.failures(loop.BadNumbers, SaveFailed), cluster.mistakes(), environment.mistakes():
         held.callback(cluster.close)
         return train(argv, cluster, held)
 
@@ -65,6 +69,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         return 0
     if not flags.workdir:
         raise UserError("--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny.")
+    gpus.take_memory(cluster.together)
     cluster.join(commandline.options(config, flags.workdir), config.watchdog.heartbeat_timeout, stopper)
     say = print if cluster.index == 0 else lambda text: None
 
@@ -91,7 +96,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
         summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options)
 
-        train_step = compilation.CompiledStep(make_train_step(config, layout), mesh, options)
+        train_step = compilation.CompiledStep(make_train_step(config, layout), mesh, options, say)
         if (resume_step or 0) < config.train.steps:
             train_step.compile_ahead(layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0))
 

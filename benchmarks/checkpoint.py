@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from benchmarks import shapes, turns
+from deepseek_jax import arguments
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.arrays import bytes_of
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
@@ -39,8 +40,8 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=20, help="Steps between saves.")
     parser.add_argument("--turns", type=int, default=3, help="Intervals timed with a save and without (0: only the rest).")
     parser.add_argument("--kind", choices=tuple(KINDS), default="sharded", help="Of the checkpoints.")
-    parser.add_argument("--folder", help="Where to write (default: a temporary folder).")
-    parser.add_argument("--restore", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=arguments.path, help="Where to write (default: a temporary folder).")
+    parser.add_argument("--restore", type=arguments.path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.restore:
         print(json.dumps(restore(args.shape, args.restore, args.kind)))

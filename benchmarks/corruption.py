@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax import arguments
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
 from deepseek_jax.config import Checkpoint, UserError
@@ -195,7 +196,7 @@ def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="Tries of each fault on each kind of file.")
     parser.add_argument("--seed", type=int, default=0, help="Of files and places.")
-    parser.add_argument("--folder", help="Where to work (default: a temporary one).")
+    parser.add_argument("--folder", type=arguments.path, help="Where to work (default: a temporary one).")
     args = parser.parse_args()
     if args.folder:
         os.makedirs(args.folder, exist_ok=True)

@@ -22,6 +22,7 @@ import sys
 import time
 from typing import Any
 
+from deepseek_jax import arguments
 from deepseek_jax.plan import options
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -35,7 +36,7 @@ BARS = {"tokens_per_s_of_the_whole_model": 24_000, "times_of_the_peer": 2.0}
 def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--toy", action="store_true", help="Toy size, in this process.")
-    parser.add_argument("--out", help="Where to write NAME.json and NAME.md; benchmarks/results/gpu_bench if it is no toy.")
+    parser.add_argument("--out", type=arguments.path, help="Where to write NAME.json and NAME.md; benchmarks/results/gpu_bench if it is no toy.")
     parser.add_argument("--part", choices=("train", "experts", "attention"), help="One part, as JSON: what this program calls itself with.")
     own = parser.parse_args()
     if own.part:

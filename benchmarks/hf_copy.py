@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks import turns
 from benchmarks.checkpoint import memory
+from deepseek_jax import arguments
 from deepseek_jax.config import UserError
 from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.hf import configuration, exporting, importing, names, writing
@@ -43,7 +44,7 @@ def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="Of the checkpoint.")
     parser.add_argument("--turns", type=int, default=1, help="How often all are timed.")
-    parser.add_argument("--folder", help="Where to write three times as much (default: a temporary folder).")
+    parser.add_argument("--folder", type=arguments.path, help="Where to write three times as much (default: a temporary folder).")
     parser.add_argument("--part", nargs=3, metavar=("NAME", "FROM", "TO"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:

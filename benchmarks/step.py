@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import shapes
+from deepseek_jax import arguments
 from deepseek_jax.config import UserError
 from deepseek_jax.model.count import count
 from deepseek_jax.plan import options, topology
@@ -43,7 +44,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=3, help="Processes, one after the other; with --peer pairs of them.")
     parser.add_argument("--dtype", default="float32", help="Compute dtype.")
     parser.add_argument("--remat", default="dots", help="config.train.remat.")
-    parser.add_argument("--peer", nargs="?", const=str(PEER), help="Run this program in turns with ours.")
+    parser.add_argument("--peer", type=arguments.path, nargs="?", const=str(PEER), help="Run this program in turns with ours.")
     parser.add_argument("--once", action="store_true", help="One turn, in this process.")
     own = parser.parse_args()
     if own.once:

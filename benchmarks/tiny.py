@@ -17,8 +17,7 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv):
         print(__doc__)
         return 0
-    text = (ROOT / "configs" / "tiny.py").read_text()
-    expected, tolerance = map(float, re.search(r"([\d.]+) nats a token = [\d.]+ bits a byte, within ([\d.]+) nats", text).groups())
+    expected, tolerance = stated((ROOT / "configs" / "tiny.py").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as workdir:
         subprocess.run([sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *sys.argv[1:]], cwd=ROOT, check=True)
         rows = [json.loads(line) for line in pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()]
@@ -26,6 +25,12 @@ def main() -> int:
     good = abs(loss - expected) <= tolerance
     print(f"held-out loss {loss:.4f}, expected {expected} within {tolerance}: {'as stated' if good else 'NOT as stated'}")
     return 0 if good else 1
+
+
+def stated(text: str) -> tuple[float, float]:
+    """The held-out loss that the text states, and its tolerance; lines may be broken and indented anywhere."""
+    found = re.search(r"([\d.]+) nats a token = [\d.]+ bits a byte, within ([\d.]+) nats", " ".join(text.split()))
+    return float(found[1]), float(found[2])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A trainer for DeepSeek-family mixture-of-experts language models in JAX and Flax."""
 
 import os
-import re
+
+from deepseek_jax import environment
 
 __version__ = "0.1.0"
 
@@ -15,7 +16,5 @@ def enough_threads(devices: int) -> None:
     os.environ.setdefault("NPROC", str(16 * devices))
 
 
-_asked = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-_asked += re.findall(r"^\d+$", os.environ.get("JAX_NUM_CPU_DEVICES", ""))
-if (_devices := max(map(int, _asked), default=1)) > 1:
+if (_devices := environment.take_devices()) > 1:
     enough_threads(_devices)

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from deepseek_jax import paths
 from deepseek_jax.config import UserError
 
 
@@ -15,6 +16,23 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help.")
+
+
+def path(text: str) -> str:
+    """The type of an argument that names a file or folder."""
+    return _expanded(paths.expanded, text)
+
+
+def path_list(text: str) -> str:
+    """The type of an argument that names files or folders, separated by commas."""
+    return _expanded(paths.each_expanded, text)
+
+
+def _expanded(expand: Callable[[str, str], str], text: str) -> str:
+    try:
+        return expand(text, "path")
+    except UserError as e:
+        raise argparse.ArgumentTypeError(str(e).rstrip(".")) from None
 
 
 def numbers(text: str) -> list[int]:

@@ -37,7 +37,7 @@ class Cluster:
           UserError: process 0 cannot listen.
         """
         self._place, self._timeout, self._program = place, timeout, program
-        self.index = place.index if place else 0
+        self.index, self.together = place.index if place else 0, place is not None
         self.monitor: Monitor | None = None  # once joined, where there are others
         if not place:
             return

@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from deepseek_jax import paths
 from deepseek_jax.cluster import Cluster
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.configdict import OPTIONAL, describe, from_config_dict
@@ -47,6 +48,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         argv = [argv[0], "--help"]
     # absl reads an int flag with int(); for the optional options 0 means None.
     argv = [re.sub(r"=None$", "=0", a) if re.match(rf"--?config\.({'|'.join(OPTIONAL)})=", a) else a for a in argv]
+    argv = [re.sub(r"^(--?config=)(~.*)$", lambda m: m[1] + paths.expanded(m[2], "--config"), a) for a in argv]
     try:
         rest = given(argv)[1:]
         if given.config is not None:
@@ -59,6 +61,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UserError(_explain(e, argv)) from e
     if rest:
         raise UserError(f"{rest[0]!r} is not an option. Options look like --config.train.steps=100. See --help.")
+    if given.workdir:
+        given.workdir = paths.expanded(given.workdir, "--workdir")
     return given
 
 
@@ -73,7 +77,7 @@ def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
     """
     if given.config is None:
         raise UserError("--config is missing. Name a config file, for instance --config=configs/tiny.py.")
-    config = start.with_model_of_source(from_config_dict(given.config), given.workdir, argv)
+    config = start.with_model_of_source(paths.expand_config(from_config_dict(given.config)), given.workdir, argv)
     validate(config)
     return config
 

@@ -6,13 +6,16 @@ import hashlib
 import inspect
 import os
 import platform
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jax._src import cache_key
+
+from deepseek_jax.parallel import prefetch
 
 OFF = "off"
 # Programs that compile faster are not kept: reading them back takes as long.
@@ -135,6 +138,35 @@ def cpu_kind() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+_REFUSED = re.compile(r"No such compile option: '(\w+)'|While setting option (\w+), ")
+
+
+def with_known_options(build: Callable[[dict[str, Any] | None], Any], options: Mapping[str, Any] | None, say: Callable[[str], None]) -> Any:
+    """What `build` makes with those options that XLA's compiler knows. Options differ between versions of XLA, and none is worth a run.
+
+    Args:
+      build: compiles with the options that it is given; XLA checks them before anything else.
+      options: names and values. One that was renamed is tried under its other name.
+      say: what to do with the line about each that is left out.
+    """
+    left, tried = dict(options or {}), set()
+    while True:
+        try:
+            return build(left or None)
+        except jax.errors.JaxRuntimeError as e:
+            found = _REFUSED.search(str(e))
+            name = found and (found[1] or found[2])
+            if name not in left:
+                raise
+            value = left.pop(name)
+            tried.add(name)
+            other = prefetch.other_name(name, value)
+            if other and other[0] not in tried:
+                left[other[0]] = other[1]
+            else:
+                say(f"XLA of jaxlib {jax.lib.__version__} does not know the option {name}={value}: compiled without it.")
+
+
 class Program(NamedTuple):
     """One compiled step."""
 
@@ -150,11 +182,13 @@ class CompiledStep:
       step: (state, batch) -> (state, metrics).
       mesh: to compile and run on.
       options: of XLA's compiler (parallel/prefetch.py); they win over XLA_FLAGS.
+      say: what to do with the line about an option that the compiler does not know.
     """
 
-    def __init__(self, step: Callable[..., Any], mesh: jax.sharding.Mesh, options: dict[str, Any] | None = None):
+    def __init__(self, step: Callable[..., Any], mesh: jax.sharding.Mesh, options: dict[str, Any] | None = None,
+                 say: Callable[[str], None] = print):
         self._jitted = jax.jit(step, donate_argnums=0)
-        self._mesh, self._options = mesh, options or None
+        self._mesh, self._options, self._say = mesh, options, say
         self._programs: dict[Any, Program] = {}
         self._ahead: dict[Any, concurrent.futures.Future] = {}
         self.last: Program | None = None  # the one that ran last
@@ -169,7 +203,8 @@ class CompiledStep:
     def _compile(self, state: Any, batch: Any) -> Program:
         started, hits = time.perf_counter(), getattr(_this_thread, "hits", 0)
         with jax.set_mesh(self._mesh):  # of this thread
-            compiled = self._jitted.lower(state, batch).compile(compiler_options=self._options)
+            lowered = self._jitted.lower(state, batch)
+            compiled = with_known_options(lambda options: lowered.compile(compiler_options=options), self._options, self._say)
         return Program(compiled, time.perf_counter() - started, getattr(_this_thread, "hits", 0) > hits)
 
     def program(self, state: Any, batch: Any) -> Program:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from deepseek_jax import environment, terminal
+
 IGNORE = -100  # target id of a position that predicts nothing, as in Hugging Face
 
 
@@ -29,13 +31,28 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def exit_code(name: str, main: Callable[[], int]) -> int:
-    """What a command exits with: what `main` returns, or 2 after one line, which begins with the command's name, for a UserError."""
+def exit_code(name: str, main: Callable[[], int], output: str = "report") -> int:
+    """What a command exits with: what `main` returns; or after one line, which begins with the command's name, 2 for a UserError and 1 where
+    stdout cannot be written.
+
+    Args:
+      output: what stdout is to the command, as `terminal.set_up` has it.
+    """
+    terminal.set_up(output)
     try:
-        return main()
+        with environment.mistakes():
+            code = main()
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        code = 2
+    except OSError as error:
+        if not terminal.raised(error):
+            raise
+        code = 0  # the reader, `head` for instance, has seen enough; or it is said below
+    if failed := terminal.finish():
+        print(f"{name}: stdout cannot be written ({failed.strerror}).", file=sys.stderr)
+        return 1
+    return code
 
 
 @dataclass(frozen=True)
@@ -330,9 +347,19 @@ REMAT_NAMES = (
     "exchange",  # K c D (all_to_all) or X D (all_gather, ring), where X > 1: the tokens' way to the experts
     "experts_hidden",  # 2 K c f: two of the three matmuls of the routed experts, in the first round
 )
+# Options that name files or folders here, one or several separated by commas; `paths.py` expands `~` in them.
+PATH_OPTIONS = ("init_from", "data.tokenizer", "checkpoint.dir", "checkpoint.local_dir", "compile.cache_dir")
+PATH_LISTS = ("data.path",)
 STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard")
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
 
 GRADIENT_COMPRESSIONS = ("none", "bfloat16", "int8")
 DTYPES = ("float32", "bfloat16", "float16")  # of weights and computation
 CHECKPOINT_KINDS = ("sharded", "full", "local")
+
+
+def replaced(config: Config, name: str, value: Any) -> Config:
+    """The options with another value of one: "train.steps"."""
+    section, _, key = name.rpartition(".")
+    part = dataclasses.replace(getattr(config, section) if section else config, **{key: value})
+    return dataclasses.replace(config, **{section: part}) if section else part

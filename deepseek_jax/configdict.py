@@ -1,8 +1,11 @@
 """Options as an ml_collections.ConfigDict, which configs and flags change, and back; and as the text of --help."""
 
+import ast
 import dataclasses
 import inspect
-import re
+import io
+import textwrap
+import tokenize
 import types
 import typing
 from typing import Any
@@ -67,12 +70,24 @@ def from_config_dict(tree: Any) -> Config:
     return build(Config, tree, "config")
 
 
+def comments_of(cls: type) -> dict[str, str]:
+    """The comment beside each field of a dataclass, read as Python reads its source, whatever its indentation; none without a source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):  # of a program that was packed without its sources
+        return {}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    by_line = {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    return {f.target.id: by_line[f.end_lineno] for f in fields if f.end_lineno in by_line}
+
+
 def describe() -> str:
     """Every option with its default and the comment above: the text of --help."""
     lines = []
 
     def add(cls: type, where: str) -> None:
-        comments = dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+        comments = comments_of(cls)
         nested = []
         for f in dataclasses.fields(cls):
             if f.default is dataclasses.MISSING:

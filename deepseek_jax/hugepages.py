@@ -3,6 +3,8 @@
 import os
 import sys
 
+from deepseek_jax import environment
+
 TUNABLE = "glibc.malloc.hugetlb"
 
 
@@ -14,7 +16,7 @@ def use_huge_pages() -> None:
     only then. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns it off. Call it before anything else: what was done is lost.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform != "linux" or TUNABLE in given or not sys.executable:
+    if sys.platform != "linux" or TUNABLE in given or not sys.executable or environment.malformed:  # the last is to be said, not lost
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, f"{TUNABLE}=1")))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

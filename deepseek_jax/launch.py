@@ -10,16 +10,17 @@ sockets, and for trying several hosts out on one. Each process gets JAX_COORDINA
 JAX_PROCESS_ID, which train.py understands (another program passes them to jax.distributed.initialize), and its own part of the
 visible GPUs. Without GPUs each has JAX_NUM_CPU_DEVICES devices.
 
-The output of process 0 is left alone; lines of the others begin with their number. SIGTERM and SIGINT (Ctrl-C) are passed on to
-all, and train.py stops with a checkpoint; a second one kills. When a process fails, the others get SIGTERM, and SIGKILL
-after --grace seconds. The exit code is that of the first that failed, 128 + N for signal N. If the launcher is killed, so are
-its processes (on Linux).
+The output of process 0 is left alone; lines of the others begin with their number. SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 and SIGUSR2
+are passed on to all, and train.py stops with a checkpoint; a second SIGTERM or SIGINT kills. When a process fails, the others get SIGTERM,
+and SIGKILL after --grace seconds. The exit code is that of the first that failed, 128 + N for signal N. If the launcher is killed, so
+are its processes (on Linux).
 
 --max_restarts starts all of them again, and train.py goes on from the newest checkpoint; not after a mistake (exit code 2), bad numbers (3)
-or a stop by SIGINT or SIGTERM. The delay before it doubles from 1 s to 60 s while starts fail within 10 minutes. With --min_processes a
+or a stop by one of these signals. The delay before it doubles from 1 s to 60 s while starts fail within 10 minutes. With --min_processes a
 process that fails first twice in a row is given up, with its GPUs, and the others go on if their devices fit the mesh (an axis of -1
-takes what is left). SIGUSR1 to the launcher stops them after a checkpoint and starts all again, when the lost place is mended. With several
-hosts every launcher restarts its own processes, all of them, and they meet again at --master_addr.
+takes what is left). When the lost place is mended, SIGUSR2 to the launcher stops them after a checkpoint and starts all again; with
+--min_processes it does nothing else. With several hosts every launcher restarts its own processes, all of them, and they meet again at
+--master_addr.
 """
 
 import argparse
@@ -40,8 +41,8 @@ from deepseek_jax.parallel.gpus import shares, visible_gpus
 from deepseek_jax.parallel.meeting import free_port
 from deepseek_jax.parallel.monitor import LOST
 from deepseek_jax.restarts import Restarts, first_failed
+from deepseek_jax.stopping import SIGNALS, URGENT
 
-_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -66,7 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("max_restarts", 0, "how often to start all processes again after one failed (default: 0)")
     add("min_processes", None, "go on with fewer processes, down to this number, without one that keeps failing (default: all are needed)")
     p.add_argument("-m", "--module", action="store_true", help="the program is a module, as for python -m")
-    p.add_argument("program", help="a Python file, or with -m a module")
+    p.add_argument("program", type=arguments.path, help="a Python file, or with -m a module")
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="its own")
     a = p.parse_args(argv)
     if a.nproc_per_node == "gpu":
@@ -201,6 +202,7 @@ class Launcher:
         """`environments`: of places, what each process has besides this one's. `grace`: seconds from SIGTERM to SIGKILL."""
         self._command, self._environments, self._grace, self._restarts = command, environments, grace, restarts
         self._stopped: int | None = None  # the signal that asked for it
+        self._urgent = 0  # how many of URGENT have come
         self._grow = False
         self._ready = selectors.DefaultSelector()
         self._signals, self._sender = socket.socketpair()  # a signal wakes select()
@@ -208,7 +210,7 @@ class Launcher:
             end.setblocking(False)
         self._ready.register(self._signals, selectors.EVENT_READ)
         signal.set_wakeup_fd(self._sender.fileno())
-        for number in (*_STOP, signal.SIGUSR1, signal.SIGCHLD):
+        for number in (*SIGNALS, signal.SIGCHLD):
             if number == signal.SIGCHLD or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, lambda *_: None)
         self._children: list[Child] = []
@@ -263,23 +265,27 @@ class Launcher:
         for key, _ in events:
             if key.data is None:
                 for number in self._signals.recv(1 << 10):
-                    if number in _STOP:
+                    if number == signal.SIGUSR2 and self._restarts.may_shrink:
+                        if len(self._children) < self._restarts.count and not self._grow:
+                            self._grow = True
+                            self._pass_on(signal.SIGTERM)
+                    elif number in SIGNALS:
                         self._stop(number)
-                    elif number == signal.SIGUSR1 and len(self._children) < self._restarts.count and not self._grow:
-                        self._grow = True
-                        self._pass_on(signal.SIGTERM)
             elif not key.data.read(key.fileobj):
                 self._ready.unregister(key.fileobj)
                 key.fileobj.close()
         return bool(events)
 
     def _stop(self, number: int) -> None:
-        if self._stopped is None:
-            self._pass_on(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-            self._stopped = number
-        else:
+        """Which signals count as a second one: stopping.py."""
+        self._urgent += number in URGENT
+        if self._urgent > 1 and number in URGENT:
             for child in self._children:
                 child.kill()
+        elif self._stopped is None:
+            self._stopped = number
+            if not self._grow:  # else they are stopping
+                self._pass_on(number)
 
     def _pass_on(self, number: int) -> None:
         for child in self._children:

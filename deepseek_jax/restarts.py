@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 from deepseek_jax.parallel.monitor import LOST
+from deepseek_jax.stopping import SIGNALS
 
-NEVER = (0, 2, 3, 128 + 2, 128 + 15)  # done; a mistake; bad numbers, which would come again; stopped by SIGINT or SIGTERM
+NEVER = (0, 2, 3, *(128 + s for s in SIGNALS))  # done; a mistake; bad numbers, which would come again; stopped by a signal
 STEADY = 600.0  # seconds: processes that lasted so long begin with a clean record
 LONGEST_DELAY = 60.0
 
@@ -32,6 +33,11 @@ class Restarts:
         self.count, self._at_least, self._most = count, at_least, most
         self._made, self._in_row = 0, 0
         self._last_failed: int | None = None
+
+    @property
+    def may_shrink(self) -> bool:
+        """Whether it may go on with fewer than all."""
+        return self._at_least < self.count
 
     def after(self, code: int, failed: int | None, lasted: float) -> Start | None:
         """What comes after the processes ended with this exit code after `lasted` seconds; `failed`: the place that did so first.

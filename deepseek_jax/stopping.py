@@ -1,5 +1,8 @@
-"""SIGINT and SIGTERM: before the first step they end the process in one line, later they stop the run after its step; a second one
-ends it at once.
+"""Signals that stop a run: before the first step they end the process in one line, later they stop the run after its step, with a checkpoint.
+A second SIGINT or SIGTERM ends it at once.
+
+The others only ever ask: a closed terminal sends SIGHUP twice, systemd sends it after SIGTERM, and SLURM's --signal=USR1@120 announces the
+SIGTERM that follows.
 
 Imports nothing heavy, so that train.py can install it before anything else. A thread acts on the signals: the main thread may be
 inside the compiler or wait for a device, where Python calls no handler.
@@ -12,7 +15,8 @@ import sys
 import threading
 from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+URGENT = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (*URGENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def leave(code: int, text: str = "") -> NoReturn:
@@ -31,13 +35,14 @@ class Stopper:
 
     def __init__(self, program: str = "train.py"):
         self._program, self._lock = program, threading.Lock()
-        self._number: int | None = None
+        self._number: int | None = None  # the first
+        self._urgent = 0  # how many of URGENT have come
         self._training, self._saved = False, False
         self._before: dict[int, object] = {}
         self._monitor: Any = None
 
     def install(self) -> "Stopper":
-        """Takes over both signals, unless they are ignored (nohup, a shell's background job). In the main thread only."""
+        """Takes over SIGNALS, but for those that are ignored (nohup, a shell's background job). In the main thread only."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
@@ -58,8 +63,11 @@ class Stopper:
     def _received(self, number: int) -> None:
         with self._lock:
             first, self._number = self._number is None, self._number or number
-        if not first:
+            self._urgent += number in URGENT
+        if self._urgent > 1 and number in URGENT:
             leave(128 + number, f"{self._program}: ended at once by a second signal, {number}.")
+        elif not first:
+            return
         elif self._monitor:
             self._monitor.request_stop(number)
         elif not self._training:

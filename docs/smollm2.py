@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from deepseek_jax import hf
+from deepseek_jax import arguments, hf
 from deepseek_jax.evaluation import perplexity
 from deepseek_jax.evaluation.scoring import Scorer
 from deepseek_jax.hf.__main__ import export
@@ -29,9 +29,9 @@ TEXT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="of the checkpoint")
-    parser.add_argument("--gguf", help="file to make the folder from, first")
-    parser.add_argument("--text", default=TEXT, help="file for the perplexity (default: README.md)")
+    parser.add_argument("folder", type=arguments.path, help="of the checkpoint")
+    parser.add_argument("--gguf", type=arguments.path, help="file to make the folder from, first")
+    parser.add_argument("--text", type=arguments.path_list, default=TEXT, help="file for the perplexity (default: README.md)")
     args = parser.parse_args()
     if args.gguf:
         convert(args.gguf, args.folder)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import bridge
 from deepseek_jax.config import Config, Mesh, Model
-from deepseek_jax.model import attention, blockwise
+from deepseek_jax.model import attention, blockwise, cudnn
 from deepseek_jax.model.transformer import rematerialise
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 
@@ -109,3 +109,40 @@ def test_memory_is_linear_in_the_length():
     short, long = temporaries(4096), temporaries(8192)
     assert long <= 1.1 * 2 * short
     assert long < 8192 * 8192 * 4 / 4  # a quarter of one head's scores
+
+
+def refused(*_):
+    raise RuntimeError("No valid engine configs\nand more")
+
+
+@pytest.mark.parametrize("version, capability, probe, said", [
+    (None, (9, 0), None, "JAX finds no cuDNN"),
+    (90701, (9, 0), None, "it needs cuDNN 9.10 or newer, and this is 9.7"),
+    (91002, (8, 9), None, "compute capability 9.0 or newer, and this one has 8.9"),
+    (91002, (10, 0), refused, "a first call fails (RuntimeError: No valid engine configs)"),
+    (91002, (9, 0), lambda *_: None, None)])
+def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsys):
+    """Version, chip and a first call are asked for on a GPU; where one is wrong, attention is the blocks', after one line."""
+    monkeypatch.setattr(cudnn.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "_version", lambda: version)
+    monkeypatch.setattr(cudnn, "_capability", lambda: capability)
+    monkeypatch.setattr(cudnn, "_probe", probe)
+    cudnn.missing.cache_clear(), cudnn.usable.cache_clear()
+    try:
+        reason = cudnn.missing(H, V)
+        assert said is None and reason is None or said in reason and "\n" not in reason
+        if said:
+            monkeypatch.setattr(cudnn, "forward", None)  # is not asked
+            q, k, v, dout = inputs(jnp.bfloat16)
+            f = lambda method: attention.causal_attention(q, k, v, jnp.ones((B, S), jnp.int32), SCALE, method)
+            assert str(jax.make_jaxpr(f, static_argnums=0)("cudnn")) == str(jax.make_jaxpr(f, static_argnums=0)("blocks")).replace("blocks", "cudnn")
+            f("cudnn"), f("cudnn")
+            err = capsys.readouterr().err
+            assert err.count("\n") == 1 and said in err and "in blocks instead" in err
+    finally:
+        cudnn.missing.cache_clear(), cudnn.usable.cache_clear()
+
+
+def test_cudnn_of_devices_that_are_not_here():
+    """Compiled for elsewhere only JAX's primitives are looked for; this JAX has them."""
+    assert cudnn.missing(H, V) is None and cudnn._capability() == (0, 0)

@@ -122,6 +122,15 @@ def test_visible_gpus(monkeypatch):
     assert visible_gpus() == []
 
 
+def test_memory_of_the_gpus(monkeypatch):
+    """Set where there are GPUs and nobody has said otherwise; less with several, for NCCL."""
+    found = lambda visible, several=False, **env: monkeypatch.setattr(gpus, "visible_gpus", lambda: visible) or gpus.take_memory(several, env) or env
+    assert found([]) == {} and found(["a"]) == {gpus.FRACTION: "0.95"}
+    assert found(["a"], several=True) == found(["a", "b"]) == {gpus.FRACTION: "0.9"}
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        assert found(["a"], **{name: "0.5"}) == {name: "0.5"}
+
+
 def test_divide_gpus():
     four = ["a", "b", "c", "d"]
     assert divide([Claim("x", []), Claim("x", [])]) == [None, None]  # CPUs

@@ -81,7 +81,7 @@ def test_processes_that_are_lost(tmp_path, env):
 
 
 def test_a_lost_place_is_mended(tmp_path):
-    """SIGUSR1 to the launcher stops the processes that are left, and starts all again."""
+    """SIGUSR2 to the launcher stops the processes that are left, and starts all again."""
     (tmp_path / "program.py").write_text(
         "import os, signal, sys, time\n"
         "count, me = int(os.environ['JAX_NUM_PROCESSES']), int(os.environ['JAX_PROCESS_ID'])\n"
@@ -94,9 +94,9 @@ def test_a_lost_place_is_mended(tmp_path):
         assert p.wait_for("^0 of 1$", 60), p.lines
         (tmp_path / "mended").touch()
         line = len(p.lines)
-        p.kill(signal.SIGUSR1)
+        p.kill(signal.SIGUSR2)
         assert p.wait_for("starting again with all 2 processes", 60, line) and p.wait_for("^\\[1\\] 1 of 2$", 60, line), p.lines
-        p.kill(signal.SIGUSR1)  # all are there
+        p.kill(signal.SIGUSR2)  # all are there
         p.kill(signal.SIGTERM)
         assert p.wait(60) == 143 and len([text for text in p.lines if "starting again" in text]) == 1
 
@@ -120,7 +120,7 @@ def test_processes_that_do_not_fit(tmp_path):
     assert len(list(pathlib.Path(tmp_path).glob("start.2.*"))) == 2
 
 
-@pytest.mark.parametrize("code, starts", [(2, 1), (3, 1), (143, 1), (0, 1), (1, 3), (137, 3)])
+@pytest.mark.parametrize("code, starts", [(2, 1), (3, 1), (143, 1), (138, 1), (0, 1), (1, 3), (137, 3)])
 def test_what_is_started_again(tmp_path, code, starts):
     """--max_restarts=2; a mistake, bad numbers and a stop by signal would only come again."""
     (tmp_path / "program.py").write_text(

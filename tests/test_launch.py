@@ -35,6 +35,7 @@ def stop(number, frame):
 action = sys.argv[1]
 signal.signal(signal.SIGTERM, signal.SIG_IGN if action == "stubborn" and me == 0 else stop)
 signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGUSR1, stop)
 note("child", subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)
 note("pid", os.getpid())
 print("hello", me, os.environ["JAX_NUM_PROCESSES"], os.environ.get("JAX_NUM_CPU_DEVICES"), *sys.argv[2:])
@@ -124,7 +125,7 @@ def test_one_that_ends_ends_the_rest(worker, action, code):
     assert time.monotonic() - began < 120
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
 def test_the_launcher_leaves_nothing_behind(worker, number):
     with started([*LAUNCH, "--nproc_per_node=2", "-m", "worker", "wait"], cwd=worker) as p:
         while not all((worker / f"pid.{i}").exists() for i in range(2)):
@@ -272,15 +273,15 @@ def test_two_processes_then_one_then_two(corpus, assert_as_one_process, tmp_path
 
 
 def test_four_processes_stopped_by_the_launcher(corpus, assert_as_one_process, tmp_path):
-    """The expert axis is across pairs of processes."""
+    """By SIGUSR1, as SLURM announces the end of a job. The expert axis is across pairs of processes."""
     command = [*LAUNCH, "--nproc_per_node=4", "--devices_per_process=2",
                *arguments(tmp_path, corpus, train__steps=100_000, mesh__expert=4)]
     with started(command) as p:
         wait_for_step(p, 3)
-        p.send_signal(signal.SIGTERM)
+        p.send_signal(signal.SIGUSR1)
         out, err = p.communicate(timeout=120)
-    assert p.returncode == 143, out + err
-    assert "Stopped by signal 15" in out and "goes on from there" in out
+    assert p.returncode == 128 + signal.SIGUSR1, out + err
+    assert f"Stopped by signal {signal.SIGUSR1.value}" in out and "goes on from there" in out
     assert not [line for line in err.splitlines() if "ended with exit code" in line]
     stopped = max(rows(tmp_path))
     assert os.listdir(tmp_path / "checkpoints") == [str(stopped)]

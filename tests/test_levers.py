@@ -196,7 +196,9 @@ def test_the_layout_is_the_same_where_no_mesh_is_set(name):
         inside = state.make_layout(config, mesh)
     specs = lambda layout: [(a.shape, s.spec) for a, s in zip(jax.tree.leaves(layout.abstract), jax.tree.leaves(layout.shardings), strict=True)]
     padded = lambda layout: [(shape, (*spec, *[None] * len(shape))[: len(shape)]) for shape, spec in specs(layout)]
-    assert padded(state.make_layout(config, mesh)) == padded(inside)
+    outside = state.make_layout(config, mesh)
+    assert padded(outside) == padded(inside)
+    assert outside.abstract_sharded().opt_state == inside.abstract_sharded().opt_state
 
 
 def test_bytes_of_the_optimizer_state():

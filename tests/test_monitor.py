@@ -188,7 +188,7 @@ def test_a_stranger_is_no_process(together):
 
 def test_restarts():
     r = Restarts(4, 2, 10)
-    for code in (0, 2, 3, 130, 143):
+    for code in (0, 2, 3, 130, 143, 128 + signal.SIGHUP, 128 + signal.SIGUSR1):
         assert r.after(code, 0, 1.0) is None
     texts = []
     for failed in (1, 2, 2, 0, 0, 3, 3):
@@ -238,7 +238,7 @@ s = Stopper("train.py").install()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_before_the_first_step(number):
     """Also while the main thread is in C, which calls no handler of Python."""
     done = signalled(STOPPER + "import ctypes; c = ctypes.CDLL(None); print('ready', flush=True)\nwhile True: c.sleep(60)", number)
@@ -252,3 +252,14 @@ def test_a_signal_in_training_and_a_second_one():
     assert (once.returncode, once.stdout, once.stderr) == (0, "15\n", "")
     twice = signalled(program + "time.sleep(60)", signal.SIGINT, signal.SIGINT, wait=0.5)
     assert twice.returncode == 130 and twice.stdout == "2\n" and twice.stderr == "train.py: ended at once by a second signal, 2.\n"
+
+
+def test_only_int_and_term_end_at_once():
+    """A terminal sends SIGHUP twice, systemd after SIGTERM; SLURM sends SIGTERM after SIGUSR1. An ignored SIGHUP (nohup) is none at all."""
+    program = STOPPER + "s.after(1); print('ready', flush=True)\nwhile s.after(2) is None: time.sleep(0.01)\ntime.sleep(1.5); print(s.after(3))\n"
+    asked = (signal.SIGUSR1, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+    done = signalled(program, *asked, wait=0.05)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{signal.SIGUSR1.value}\n", "")
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + program
+    done = signalled(ignored, signal.SIGHUP, signal.SIGUSR2, wait=0.3)
+    assert (done.returncode, done.stdout) == (0, f"{signal.SIGUSR2.value}\n")

@@ -18,7 +18,6 @@ Exit codes: 0 good, or the same; 1 damaged, or different; 2 a mistake, said in o
 """
 
 import json
-import os
 import sys
 
 import jax
@@ -33,31 +32,28 @@ def main() -> int:
     commands_of = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in ("ls", "show", "verify", "export", "reshard", "diff"):
         p = commands_of.add_parser(name, description=__doc__)
-        p.add_argument("dir", metavar="DIR")
+        p.add_argument("dir", type=arguments.path, metavar="DIR")
         p.add_argument("--json", action="store_true", help="print JSON")
         if name != "ls":
             p.add_argument("--step", type=int, help="the checkpoint's step")
         if name in ("export", "reshard"):
-            p.add_argument("out", metavar="OUT")
+            p.add_argument("out", type=arguments.path, metavar="OUT")
         if name == "export":
             p.add_argument("--only", default="", help="the arrays below this name only, for instance params")
         if name == "reshard":
             p.add_argument("--kind", choices=("sharded", "full"), required=True)
             p.add_argument("--shards", type=int, default=1, help="pieces of an array, for as many devices to read at once (of kind sharded)")
         if name == "diff":
-            p.add_argument("dir2", metavar="DIR2")
+            p.add_argument("dir2", type=arguments.path, metavar="DIR2")
             p.add_argument("--step2", type=int, help="the step in DIR2")
             p.add_argument("--most", type=int, default=10, help="how many differing arrays to tell of")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # a GPU that somebody trains on is left alone
     try:
         code, result, lines = getattr(commands, args.command)(args)
-        print(json.dumps(result, indent=2) if args.json else "\n".join(lines), flush=True)
-    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as e:
         raise UserError(f"{e.filename or args.dir}: {e.strerror or e}.") from e
+    print(json.dumps(result, indent=2) if args.json else "\n".join(lines))
     return code
 
 

@@ -42,10 +42,10 @@ def _parser() -> argparse.ArgumentParser:
         "tokenizer", help="train a byte-level BPE tokenizer on text",
         description=f"Trains a byte-level BPE tokenizer whose end-of-document token is {EOS}. The same text gives the same file.",
         epilog="example: python -m deepseek_jax.data tokenizer --path=stdlib --vocab-size=4096 --out=tokenizer.json")
-    tokenizer.add_argument("--path", required=True, help=PATH_HELP)
+    tokenizer.add_argument("--path", type=arguments.path_list, required=True, help=PATH_HELP)
     tokenizer.add_argument("--vocab-size", type=int, required=True,
                            help="number of tokens, at least 257: the bytes and the end of a document")
-    tokenizer.add_argument("--out", required=True, help="file to write, for config.data.tokenizer")
+    tokenizer.add_argument("--out", type=arguments.path, required=True, help="file to write, for config.data.tokenizer")
     tokenizer.set_defaults(command=train_tokenizer)
 
     tokenize = commands.add_parser(
@@ -53,9 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes a corpus of any size as token ids, for config.data.path. Beside NAME.npy or NAME.bin it writes\n"
                     "NAME.json (what the file holds) and NAME.offsets (where its documents begin); keep the three together.",
         epilog="example: python -m deepseek_jax.data tokenize --path='text/*.jsonl' --tokenizer=tokenizer.json --out=corpus.npy")
-    tokenize.add_argument("--path", required=True, help=PATH_HELP)
-    tokenize.add_argument("--tokenizer", required=True, help="bytes, or the path of a tokenizer.json")
-    tokenize.add_argument("--out", required=True, help="NAME.npy or NAME.bin")
+    tokenize.add_argument("--path", type=arguments.path_list, required=True, help=PATH_HELP)
+    tokenize.add_argument("--tokenizer", type=arguments.path, required=True, help="bytes, or the path of a tokenizer.json")
+    tokenize.add_argument("--out", type=arguments.path, required=True, help="NAME.npy or NAME.bin")
     tokenize.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
                           help="integer type of the ids (auto: the smallest that holds them)")
     tokenize.set_defaults(command=tokenize_corpus)
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Prints the documents in the rows of a step, or of the global data order, as metrics.jsonl names them for spikes of the loss,\nfor "
                     "skipped updates and for rollbacks. Reads config.json and metrics.jsonl of the run, which may be going on, and its data.",
         epilog="example: python -m deepseek_jax.data show --workdir=runs/tiny --step=310")
-    show.add_argument("--workdir", required=True, help="folder of the run")
+    show.add_argument("--workdir", type=arguments.path, required=True, help="folder of the run")
     show.add_argument("--step", type=int, help="the step, from 1")
     show.add_argument("--rows", help="in place of --step: rows FIRST-LAST of the global order, or one row")
     show.add_argument("--characters", type=int, default=300, help="of each document's piece to print; 0: all (default: 300)")

@@ -36,7 +36,7 @@ def causal_attention(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, se
       segment_ids_BS: int; a position sees earlier positions with its own id only.
       scale: multiplies the scores.
       method: `config.train.attention`: auto or blocks (blockwise.py); cudnn, on NVIDIA GPUs, where all sequences of a device are one
-        segment each, else blocks: the program holds both.
+        segment each, else blocks: the program holds both. Where cuDNN cannot (cudnn.py), blocks alone, after one printed line.
 
     Returns:
       [B, S, N, V] in the values' dtype. Under `jax.checkpoint` what backward needs of it has the name "attention".
@@ -52,7 +52,7 @@ def _attention(q, k, v, segments, scale, method):
 def _forward(q, k, v, segments, scale, method):
     def run(q, k, v, segments):
         blocks = functools.partial(blockwise.forward, scale=scale, sizes=_sizes(q.shape[1]))
-        if method != "cudnn":
+        if method != "cudnn" or not cudnn.usable(q.shape[-1], v.shape[-1]):
             return blocks(q, k, v, segments)
         return jax.lax.cond(_one_segment_each(segments), lambda *a: cudnn.forward(*a[:3], scale), blocks, q, k, v, segments)
 
@@ -65,7 +65,7 @@ def _forward(q, k, v, segments, scale, method):
 def _backward(scale, method, kept, dout):
     def run(q, k, v, segments, out, lse, dout):
         blocks = functools.partial(blockwise.backward, scale=scale, sizes=_sizes(q.shape[1]))
-        if method != "cudnn":
+        if method != "cudnn" or not cudnn.usable(q.shape[-1], v.shape[-1]):
             return blocks(q, k, v, segments, out, lse, dout)
         fused = lambda q, k, v, segments, *a: cudnn.backward(q, k, v, *a, scale)
         return jax.lax.cond(_one_segment_each(segments), fused, blocks, q, k, v, segments, out, lse, dout)

@@ -1,26 +1,88 @@
 """Causal attention by cuDNN's fused kernels, forward and backward, on one NVIDIA GPU. Shape letters: layers.py.
 
 JAX's public function refuses values of another width than queries and keys, which MLA has; its primitives take them (cuDNN 9.10 or
-newer, Hopper or newer GPUs). They are private: `missing` says whether this JAX has them as they are called here.
+newer, Hopper or newer GPUs). They are private: `missing` says whether they are there and work; where not, attention runs in blocks.
 """
 
+import concurrent.futures
+import functools
 import importlib
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import UserError
+
+OLDEST = 91000  # cuDNN 9.10, the first whose fused attention takes values of another width
+CAPABILITY = (9, 0)  # Hopper
 
 
-def missing() -> str | None:
-    """Why this JAX cannot, or None."""
+@functools.cache
+def missing(qk_width: int = 192, v_width: int = 128) -> str | None:
+    """Why attention of these head widths cannot be computed by cuDNN here, or None.
+
+    On a GPU it asks cuDNN's version and the chip, and compiles one tiny call, forward and backward. Elsewhere, where a program is compiled
+    for GPUs that are not here, it can only tell whether JAX has the primitives.
+    """
     try:
         fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
         fused._dot_product_attention_fwd_p, fused._dot_product_attention_bwd_p, fused.MaskType.CAUSAL, fused.AttentionLayout.BTNH
     except (ImportError, AttributeError) as error:
         return f"jax {jax.__version__} has another cuDNN attention than this version knows ({error})"
+    if jax.default_backend() != "gpu":
+        return None
+    version, capability = _version(), _capability()
+    if version is None:
+        return "JAX finds no cuDNN"
+    if version < OLDEST:
+        return f"it needs cuDNN {_dotted(OLDEST)} or newer, and this is {_dotted(version)}"
+    if capability < CAPABILITY:
+        return f"it needs a GPU of compute capability {_dotted(CAPABILITY)} or newer, and this one has {_dotted(capability)}"
+    # In a thread: it knows nothing of the mesh and the trace in which somebody asks.
+    with concurrent.futures.ThreadPoolExecutor(1, "cudnn") as executor:
+        try:
+            executor.submit(_probe, qk_width, v_width).result()
+        except Exception as error:  # whatever JAX, XLA and cuDNN refuse it with
+            return f"a first call fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
     return None
+
+
+@functools.cache
+def usable(qk_width: int, v_width: int) -> bool:
+    """Whether nothing is `missing`; if it is, says so in one line, once."""
+    reason = missing(qk_width, v_width)
+    if reason and jax.process_index() == 0:
+        print(f"config.train.attention=cudnn: {reason}. Attention runs in blocks instead.", file=sys.stderr)
+    return reason is None
+
+
+def _version() -> int | None:
+    """90100 is 9.1.0."""
+    try:
+        versions = importlib.import_module("jax._src.lib").cuda_versions
+        return None if versions is None else int(versions.cudnn_get_version())
+    except (ImportError, AttributeError, RuntimeError):  # the last: a library that cannot be loaded
+        return None
+
+
+def _capability() -> tuple[int, ...]:
+    return tuple(int(n) for n in str(getattr(jax.local_devices()[0], "compute_capability", "0.0")).split("."))
+
+
+def _dotted(version: int | tuple[int, ...]) -> str:
+    return ".".join(map(str, (version // 10000, version // 100 % 100) if isinstance(version, int) else version))
+
+
+def _probe(qk_width: int, v_width: int) -> None:
+    """Compiles and runs both kernels once, on this process's first device."""
+    q, v = (jnp.ones((1, 128, 1, width), jnp.bfloat16) for width in (qk_width, v_width))
+
+    def both(q, v):
+        out, lse = forward(q, q, v, 1.0)
+        return backward(q, q, v, out, lse, out, 1.0)
+
+    jax.block_until_ready(jax.jit(both)(q, v))
 
 
 def forward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
@@ -38,8 +100,6 @@ def backward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, out_BSNV: 
 
 def _parts(q: jax.Array, scale: float) -> tuple[Any, list[jax.Array], dict[str, Any]]:
     """The module, the arguments for what is not used (bias, lengths, offsets, pages), and the parameters of both primitives."""
-    if reason := missing():
-        raise UserError(f"config.train.attention=cudnn: {reason}. Set config.train.attention=auto.")
     fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     options = {"scale": scale, "seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False), "mask_type": fused.MaskType.CAUSAL,
                "layout": fused.AttentionLayout.BTNH.value, "sliding_window_length": None}

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
+from deepseek_jax import environment
 from deepseek_jax.config import Config, Model, UserError
 from deepseek_jax.parallel.sharding import divided_axes
 
@@ -28,7 +29,8 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sh
     Raises:
       UserError: the mesh does not fit the devices, or does not divide the batch, the experts or the weights.
     """
-    devices = jax.devices() if devices is None else devices
+    with environment.mistakes():
+        devices = jax.devices() if devices is None else devices
     if config.train.attention == "cudnn" and devices[0].platform not in ("gpu", "cuda"):
         raise UserError(f"config.train.attention=cudnn needs NVIDIA GPUs, and these are {devices[0].platform} devices. "
                         f"Set config.train.attention=auto.")

@@ -10,7 +10,8 @@ PyTorch's FSDP issues collectives from hooks around each layer; XLA moves them i
 The latency-hiding scheduler puts computation between the start and the end of a collective. What is moved to another layer's time is
 combined to about one message a layer, FSDP's flat parameter; what is not stays in pieces, so that a layer can begin with the first.
 XLA has one switch for the gathers of both passes: where the two options differ, gathers are ahead in both (`notes` says so).
-XLA's debug options are described in xla/debug_options_flags.cc; those used here are known to jaxlib 0.10.2.
+XLA's debug options are described in xla/debug_options_flags.cc; those used here are known to jaxlib 0.10.2 to 0.12, the pipeliner's under
+two names. What a compiler does not know is dropped when the step is compiled (compilation.py).
 """
 
 import os
@@ -26,6 +27,8 @@ from deepseek_jax.parallel import sharding
 OPTIONS = ("forward_prefetch", "backward_prefetch", "limit_all_gathers")
 # In flight at once without limit_all_gathers: more would share the same links.
 UNLIMITED = 4
+PIPELINED = ("all_gather", "reduce_scatter", "all_reduce")
+RENAMED = jax.__version_info__ >= (0, 11)
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -43,9 +46,7 @@ def xla_options(config: Config, platform: str, layer_bytes: int, environment: Ma
     ahead, behind = s.forward_prefetch or s.backward_prefetch == "pre", s.backward_prefetch != "none"
     options: dict[str, Any] = {
         "xla_gpu_enable_latency_hiding_scheduler": ahead or behind,
-        "xla_gpu_enable_pipelined_all_gather": ahead,
-        "xla_gpu_enable_pipelined_reduce_scatter": behind,
-        "xla_gpu_enable_pipelined_all_reduce": behind,
+        **dict(pipelined(kind, ahead if kind == "all_gather" else behind) for kind in PIPELINED),
         "xla_gpu_experimental_parallel_collective_overlap_limit": 1 if s.limit_all_gathers else UNLIMITED,
     }
     for kind, moved in (("all_gather", ahead), ("reduce_scatter", behind)):
@@ -53,6 +54,27 @@ def xla_options(config: Config, platform: str, layer_bytes: int, environment: Ma
             options[f"xla_gpu_{kind}_combine_threshold_bytes"] = layer_bytes
     given = re.findall(r"--(\w+)", environment.get("XLA_FLAGS", ""))
     return {name: value for name, value in options.items() if name not in given}
+
+
+def pipelined(kind: str, on: bool, renamed: bool = RENAMED) -> tuple[str, Any]:
+    """The option that lets the collective pipeliner move collectives of a kind to another layer's time, and its value.
+
+    Args:
+      renamed: as XLA calls it since jaxlib 0.11.
+    """
+    if renamed:
+        return f"xla_gpu_pipeline_{kind}", f"COLLECTIVE_PIPELINING_MODE_{'ON' if on else 'OFF'}"
+    return f"xla_gpu_enable_pipelined_{kind}", on
+
+
+def other_name(name: str, value: Any) -> tuple[str, Any] | None:
+    """The same option and value as another version of XLA calls them, if there is one."""
+    for kind in PIPELINED:
+        for on in (True, False):
+            for renamed in (True, False):
+                if (name, value) == pipelined(kind, on, renamed):
+                    return pipelined(kind, on, not renamed)
+    return None
 
 
 def is_gpu(platform: str) -> bool:

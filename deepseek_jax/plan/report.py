@@ -1,5 +1,6 @@
 """What `python -m deepseek_jax.plan` says: a dict of plain values for --json, and its text."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -8,13 +9,13 @@ import jax
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.count import count
+from deepseek_jax.parallel.gpus import FRACTION, memory_fraction
 from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.plan import exchange, program, topology
 from deepseek_jax.texts import gb, plural, table
 from deepseek_jax.train.state import Layout
 from deepseek_jax.train.summary import human
 
-JAX_DEFAULT_SHARE = 0.75  # of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 PHASES = ("forward", "recompute", "backward", "optimizer", "other")
 
 
@@ -94,7 +95,7 @@ def text(r: dict[str, Any]) -> str:
     q = r["program"]
     c = q["compile"]
     compiled = f"traced in {c['lower_seconds']:.0f} s, compiled in {c['compile_seconds']:.0f} s, {gb(c['peak_bytes'])} of memory"
-    lines += [*_memory_of_program(q["memory"]), *_communication(q)]
+    lines += [*_memory_of_program(q["memory"], math.prod(r["mesh"].values()) > 1), *_communication(q)]
     return "\n".join([_lines(lines), _kinds(q), "", _parts(q), _lines([("compiled", compiled)])])
 
 
@@ -142,14 +143,15 @@ def _memory_of_layout(r: dict[str, Any]) -> list[tuple[str, str]]:
     return out
 
 
-def _memory_of_program(m: dict[str, Any]) -> list[tuple[str, str]]:
+def _memory_of_program(m: dict[str, Any], several: bool) -> list[tuple[str, str]]:
     available = m["available"]
     too_much = m["total"] - available if available else 0
     verdict = f": does not fit, {gb(too_much)} too much" if too_much > 0 else ": fits" if available else ""
     out = [("memory", f"{gb(m['arguments'])} of arguments + {gb(m['temporaries'])} of temporaries + "
                       f"{gb(m['results'] + m['code'])} other = {gb(m['total'])}{of_memory(available)}{verdict}")]
-    if available and m["fits"] and m["total"] > JAX_DEFAULT_SHARE * available:
-        out.append(("", f"more than the {JAX_DEFAULT_SHARE:.0%} that JAX takes: export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"))
+    share = memory_fraction(several)
+    if available and m["fits"] and m["total"] > share * available:
+        out.append(("", f"more than the {share:.0%} that train.py lets JAX take: export {FRACTION}=0.98"))
     return out
 
 

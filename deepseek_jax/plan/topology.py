@@ -20,6 +20,7 @@ from jax._src.interpreters import pxla
 from jax.experimental import topologies
 
 from deepseek_jax import enough_threads
+from deepseek_jax.compilation import with_known_options
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.parallel import prefetch
 from deepseek_jax.parallel.mesh import make_mesh
@@ -111,8 +112,7 @@ def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layo
         mesh = make_mesh(config, devices)
     except UserError as e:
         raise UserError(re.sub(r"run with JAX_NUM_CPU_DEVICES=(\d+)", r"set --devices=\1", str(e))) from e
-    # Not under jax.set_mesh: laying out runs a few operations, which devices that are not here cannot. A sharding over such devices
-    # forgets its memory kind; over the same mesh without devices it does not.
+    # A sharding over devices that are not here forgets its memory kind; over the same mesh without devices it does not.
     return mesh, make_layout(config, mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh)
 
 
@@ -144,16 +144,20 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh, layout: Layout, option
                 traced = train_step.trace(layout.abstract_sharded(), abstract_batch(config, mesh.abstract_mesh, config.train.batch_ramp_steps))
                 lowered = traced.lower(lowering_platforms=("cuda",))
             lowered_at = time.perf_counter()
-            compiled = CompiledElsewhere(lowered, mesh, options or {})
+            compiled = with_known_options(lambda known: CompiledElsewhere(lowered, mesh, known or {}), options, _say)
         else:
             with jax.set_mesh(mesh):
                 lowered = train_step.lower(layout.abstract_sharded(), abstract_batch(config, mesh, config.train.batch_ramp_steps))
                 lowered_at = time.perf_counter()
-                compiled = lowered.compile(compiler_options=options or None)
+                compiled = with_known_options(lambda known: lowered.compile(compiler_options=known), options, _say)
     except jax.errors.JaxRuntimeError as e:
         raise UserError(f"XLA cannot compile this config for {mesh.size} devices: {str(e).splitlines()[0]}") from e
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Step(compiled, lowered_at - started, time.perf_counter() - lowered_at, peak)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)  # stdout may be JSON
 
 
 class CompiledElsewhere:

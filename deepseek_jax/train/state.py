@@ -74,7 +74,13 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
 
 def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
-    """Shapes and shardings of the state of a run on a mesh. Call it under `jax.set_mesh(mesh)`."""
+    """Shapes and shardings of the state of a run on a mesh, whose devices may be elsewhere."""
+    # Without a mesh in context jax 0.11 forgets the shardings of what eval_shape sees: moments laid out unlike their parameters.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return _make_layout(config, mesh)
+
+
+def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     graphdef, params, bias = abstract_model(config)
     rules = sharding.storage_rules(config)
     param_specs, grad_specs, opt_specs = (sharding.specs(params, r, config.sharding.min_weight_size) for r in rules)
