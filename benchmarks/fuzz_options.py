@@ -12,6 +12,7 @@ each failure with its seed and case, so that --case=N repeats it alone, then wha
 import collections
 import dataclasses
 import itertools
+import os
 import sys
 import time
 import traceback
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from deepseek_jax import enough_threads
 from deepseek_jax.config import (REMAT_NAMES, STRATEGIES, Config, Data, Fp16, Mesh, Model, Moe, Offload, Optimizer, RopeScaling, Sharding, Train,
                                  UserError)
 from deepseek_jax.generation import sample
@@ -31,6 +33,7 @@ from deepseek_jax.train import state, step
 from deepseek_jax.validation import validate
 
 DEVICES = 8
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 AS_DRAWN = 0.3  # share of the sizes that are not made to fit the mesh: validation has to find those that do not
 
 
@@ -228,6 +231,9 @@ def main() -> int:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
+    enough_threads(DEVICES)
+    # Compiling is most of the work: LLVM optimises less. The passes over the program and the partitioning are as ever.
+    os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
     note = lambda line: print(line, file=sys.stderr, flush=True)
     if args.case is not None:
         config = draw(args.seed, args.case)
