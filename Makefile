@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 TEST_STAMP := $(VENV)/.installed-test
 FAST_STAMP := $(VENV)/.installed-test-fast
 
-.PHONY: help venv remade train test test-fast test-slow prove storm mesh-product fuzz plan gpu-aot gpu-bench clean
+.PHONY: help venv remade train test test-fast test-slow prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ mesh-product: $(TEST_STAMP) ## five steps on every mesh x dispatch x strategy x 
 
 fuzz: $(STAMP) ## random mutations of files for everything that parses a checkpoint, for a minute
 	$(VENV)/bin/python -m benchmarks fuzz $(ARGS)
+
+fuzz-options: $(STAMP) ## 150 random sets of options that validation accepts: each must make a train step (ten minutes)
+	$(VENV)/bin/python -m benchmarks fuzz_options $(ARGS)
 
 plan: $(AOT)/.installed ## say what CONFIG needs and communicates on DEVICES H200s, by compiling it for them; needs no GPU
 	@$(AOT)/bin/python -m deepseek_jax.plan --config=$(CONFIG) --devices=$(DEVICES) $(ARGS)

@@ -29,6 +29,7 @@ ABOUT = {  # what each measures; its module has the name
     "hf_copy": "import and export of a Hugging Face checkpoint beside a plain copy of its bytes",
     "corruption": "damages every kind of file of a checkpoint and counts what restoring makes of it",
     "fuzz": "random mutations of files for everything that parses a checkpoint (make fuzz)",
+    "fuzz_options": "random options that validation accepts: each must make a train step (make fuzz-options)",
     "tiny": "trains configs/tiny.py whole and checks its loss (make prove)",
 }
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import Model
 from deepseek_jax.generation import cache
 from deepseek_jax.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
+from deepseek_jax.model.layers import split_heads
 from deepseek_jax.model.rope import softmax_scale
 from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
 
@@ -25,7 +26,7 @@ NOWHERE = -1e30  # score of a slot that is not seen; finite, so that a row that 
 def absorbed(kernel_RO: jax.Array, model: Model) -> Absorbed:
     """W_UK and W_UV of `kv_b_proj`, each laid out as decoding multiplies by it."""
     m = model
-    w_RNO = kernel_RO.reshape(m.kv_lora_rank, m.num_attention_heads, m.qk_nope_head_dim + m.v_head_dim)
+    w_RNO = split_heads(kernel_RO, m.num_attention_heads)
     return w_RNO[:, :, : m.qk_nope_head_dim].transpose(1, 2, 0), w_RNO[:, :, m.qk_nope_head_dim :].transpose(1, 0, 2)
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Model
 from deepseek_jax.model import blockwise, cudnn
-from deepseek_jax.model.layers import ATTENTION_NORM_EPS, Linear, RMSNorm
+from deepseek_jax.model.layers import ATTENTION_NORM_EPS, Linear, RMSNorm, join_heads, split_heads
 from deepseek_jax.model.rope import apply_rope, softmax_scale
 from deepseek_jax.parallel.mesh import on_cpu, per_device
 
@@ -122,12 +122,12 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def queries(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Queries without and with position: [B, S, N, nope] and, rotated, [B, S, N, rope]."""
-        m, (b, s, _) = self.model, x_BSD.shape
+        m = self.model
         if m.q_lora_rank is None:
             q = self.q_proj(x_BSD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(checkpoint_name(self.q_a_proj(x_BSD), "mla_latent")))
-        q_nope, q_rope = jnp.split(q.reshape(b, s, m.num_attention_heads, -1), [m.qk_nope_head_dim], axis=-1)
+        q_nope, q_rope = jnp.split(split_heads(q, m.num_attention_heads), [m.qk_nope_head_dim], axis=-1)
         return q_nope, apply_rope(q_rope, *rope, m.rope_interleave)
 
     def latents(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -140,15 +140,15 @@ class MultiHeadLatentAttention(nnx.Module):
     def expanded(self, queries: tuple[jax.Array, jax.Array], latents: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> jax.Array:
         """Causal attention over keys and values of every head: [B, S, D]."""
         m, (q_nope, q_rope), (latent_BSR, k_rope) = self.model, queries, latents
-        b, s, heads, nope = q_nope.shape
+        heads, nope = q_nope.shape[2:]
         q_BSNH = jnp.concatenate([q_nope, q_rope], axis=-1)
-        kv = self.kv_b_proj(latent_BSR).reshape(b, s, heads, -1)
+        kv = split_heads(self.kv_b_proj(latent_BSR), heads)
         k_nope, v_BSNV = jnp.split(kv, [nope], axis=-1)
         k_rope = jax.sharding.reshard(jnp.broadcast_to(k_rope[:, :, None], q_rope.shape), jax.typeof(q_rope).sharding.spec)
         k_BSNH = jnp.concatenate([k_nope, k_rope], axis=-1)
 
         out = causal_attention(q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, softmax_scale(m), self.method)
-        return self.o_proj(out.reshape(b, s, -1))
+        return self.o_proj(join_heads(out))
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -172,8 +172,9 @@ class GroupedQueryAttention(nnx.Module):
 
     def projected(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, S, N, H], keys and values [B, S, M, H]; queries and keys are rotated."""
-        m, (b, s, _) = self.model, x_BSD.shape
-        q_BSNH, k_BSMH, v_BSMH = (projection(x_BSD).reshape(b, s, -1, m.qk_head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        m = self.model
+        projections = (self.q_proj, m.num_attention_heads), (self.k_proj, m.num_key_value_heads), (self.v_proj, m.num_key_value_heads)
+        q_BSNH, k_BSMH, v_BSMH = (split_heads(projection(x_BSD), heads) for projection, heads in projections)
         if m.use_qk_norm:
             q_BSNH, k_BSMH = self.q_norm(q_BSNH), self.k_norm(k_BSMH)
         q_BSNH, k_BSMH = (_rotated(a, rope, m.rotary_dim) for a in (q_BSNH, k_BSMH))
@@ -182,7 +183,7 @@ class GroupedQueryAttention(nnx.Module):
     def attended(self, projected: tuple[jax.Array, jax.Array, jax.Array], segment_ids_BS: jax.Array) -> jax.Array:
         """Causal attention: [B, S, D]."""
         out = causal_attention(*projected, segment_ids_BS, softmax_scale(self.model), self.method)
-        return self.o_proj(out.reshape(*out.shape[:2], -1))
+        return self.o_proj(join_heads(out))
 
 
 def _rotated(x_BSNH: jax.Array, rope: tuple[jax.Array, jax.Array], width: int) -> jax.Array:

@@ -7,7 +7,7 @@ C places per expert and round, L layers.
 A `kernel` is [in, out]: the transpose of the Hugging Face `weight` of the same module. Modules have Hugging Face names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,29 @@ def param(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[st
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and logical axes {axes} differ in length")
     return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False)
+
+
+def reshaped(x: jax.Array, shape: tuple[int, ...], spec: Sequence[Any]) -> jax.Array:
+    """x in another shape [B, S, ...], laid out as `spec` says, one entry a dimension: nothing moves.
+
+    jnp.reshape finds the layout by itself, but takes a dimension of size one for none: of one sequence, or one head, it gives the mesh axis
+    to a neighbour, or leaves it out.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x.reshape(shape)
+    return jax.lax.reshape(x, shape, out_sharding=jax.P(*spec))
+
+
+def split_heads(x_BSF: jax.Array, heads: int) -> jax.Array:
+    """[B, S, N * H] to [B, S, N, H]: what divides the width divides the heads."""
+    spec = jax.typeof(x_BSF).sharding.spec
+    return reshaped(x_BSF, (*x_BSF.shape[:-1], heads, x_BSF.shape[-1] // heads), (*spec, None))
+
+
+def join_heads(x_BSNH: jax.Array) -> jax.Array:
+    """[B, S, N, H] to [B, S, N * H]: what divides the heads divides the width."""
+    *rest, heads, width = x_BSNH.shape
+    return reshaped(x_BSNH, (*rest, heads * width), jax.typeof(x_BSNH).sharding.spec[:-1])
 
 
 class Linear(nnx.Module):

@@ -102,11 +102,11 @@ class MoE(nnx.Module):
         # Expert weights enter as they are stored; `_routed` gathers what the strategy divided, so that the transpose of that
         # gather is a reduce-scatter.
         gate_up, down = stored(self.experts.gate_up_proj), stored(self.experts.down_proj)
-        weights, specs = gate_up[0] + down[0], gate_up[1] + down[1]
+        weights, specs = gate_up[0] + down[0], (gate_up[1], down[1])
         kernel = whole(self.gate.kernel, jnp.float32)
         routed = per_device(
             functools.partial(self._routed, specs=specs),
-            in_specs=(P(BATCH_AXES), P(BATCH_AXES), jax.typeof(kernel).sharding.spec, P(), *specs),
+            in_specs=(P(BATCH_AXES), P(BATCH_AXES), jax.typeof(kernel).sharding.spec, P(), *gate_up[1], *down[1]),
             out_specs=(P(BATCH_AXES), MoEStats(*[P()] * len(MoEStats._fields))),
         )
         y_BSD, stats = routed(x_BSD, valid_BS, kernel, bias_E, *weights)
@@ -129,7 +129,7 @@ class MoE(nnx.Module):
         return y_BSD + self.shared_experts(x_BSD) if self.model.n_shared_experts else y_BSD
 
     def _routed(self, x_BSD, valid_BS, kernel, bias_E, *weights, specs) -> tuple[jax.Array, MoEStats]:
-        """One device's part: route, drop if asked to, dispatch, count."""
+        """One device's part: route, drop if asked to, dispatch, count. `specs`: of the arrays of gate_up, and of down."""
         m, moe = self.model, self.moe
         b, s, d = x_BSD.shape
         x_TD = x_BSD.reshape(b * s, d)
@@ -140,8 +140,9 @@ class MoE(nnx.Module):
         if moe.drop:
             places = dispatch.slots_per_round(b * s, m.num_experts_per_tok, m.n_routed_experts, moe.capacity_factor)
             kept_TK = dispatch.drop(chosen_TK, routing.weight_TK, m.n_routed_experts, places, moe.drop_policy)
-        half = len(weights) // 2
-        gate_up, down = (gathered(weights[part], specs[part], x_TD.dtype) for part in (slice(half), slice(half, None)))
+        # One array or two of each: `min_weight_size` may lie between their sizes.
+        first = len(specs[0])
+        gate_up, down = gathered(weights[:first], specs[0], x_TD.dtype), gathered(weights[first:], specs[1], x_TD.dtype)
         # Every device of the tensor axis computes a slice of each expert's width, and so a part of every sum.
         x_TD, weight_TK = (lax.pcast(a, "tensor", to="varying") for a in (x_TD, routing.weight_TK))
         y_TD, rounds = dispatch.dispatch(moe.dispatch, x_TD, weight_TK, kept_TK, gate_up, down, moe.capacity_factor)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Model
+from deepseek_jax.model.layers import reshaped
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -65,7 +66,8 @@ def apply_rope(x_BSNR: jax.Array, cos: jax.Array, sin: jax.Array, interleave: bo
     x32 = x_BSNR.astype(jnp.float32)
     if interleave:
         a, b = x32[..., 0::2], x32[..., 1::2]
-        out = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x_BSNR.shape)
+        pairs = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+        out = reshaped(pairs, x_BSNR.shape, jax.typeof(x_BSNR).sharding.spec)
     else:
         a, b = jnp.split(x32, 2, axis=-1)
         out = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
