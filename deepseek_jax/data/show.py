@@ -42,9 +42,6 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
         raise UserError("--step and --rows: give one of them, for instance --step=310.")
     config = from_config_dict(read_config(workdir))
     history, written = read_history(workdir)
-    if not written:
-        print("show: this run is of an earlier version, which did not write down with which options its steps read the data. Taken are those of "
-              "config.json for all of them.", file=sys.stderr)
     if step is not None:
         if not 1 <= step <= config.train.steps:
             raise UserError(f"--step={step} is not a step of this run. Give one from 1 to {config.train.steps}.")
@@ -54,6 +51,9 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
         if not found or int(found[2] or found[1]) < int(found[1]):
             raise UserError(f"--rows={rows} is not FIRST-LAST. Give two row numbers, for instance --rows=800-807.")
         ranges = [(int(found[1]), int(found[2] or found[1]) + 1)]
+    if not written:
+        print("data: this run is of an earlier version, which did not write down with which options its steps read the data. Taken are those of "
+              "config.json for all of them.", file=sys.stderr)
     _, stretch = history.order(config.train.steps if step is None else step - 1)
     then = stretch.options
     config = dataclasses.replace(config, seed=then.seed, data=then.data, train=dataclasses.replace(

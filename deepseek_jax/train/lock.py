@@ -13,23 +13,23 @@ from deepseek_jax.train.workdir import checkpoints
 
 
 @contextlib.contextmanager
-def all_locked(workdir: str, config: Config) -> Iterator[None]:
+def all_locked(workdir: str, config: Config, wait: float = 5.0) -> Iterator[None]:
     """Keeps a second run out of the workdir and out of the folder of its checkpoints, from whichever workdir it comes.
 
-    Remote folders (gs://, s3://) have no locks.
+    Remote folders (gs://, s3://) have no locks. wait: as `locked`.
 
     Raises:
       UserError: another run has one of them, or the folder of the checkpoints cannot be made.
     """
     folder = checkpoints(workdir, config)
-    with locked(workdir), contextlib.ExitStack() as held:
+    with locked(workdir, wait), contextlib.ExitStack() as held:
         if "://" not in folder:
             try:
                 os.makedirs(folder, exist_ok=True)
             except OSError as e:
                 raise UserError(f"config.checkpoint.dir={folder} cannot be written ({e.strerror}). Name a folder that you may write to.") from e
             if (place := _place(folder)) != os.path.realpath(workdir):
-                held.enter_context(locked(place, option="config.checkpoint.dir"))
+                held.enter_context(locked(place, wait, option="config.checkpoint.dir"))
         yield
 
 
