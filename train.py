@@ -78,7 +78,8 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         held.enter_context(lock.all_locked(flags.workdir, config))
     loader = Loader(config, tokenizer, progress=cluster.index == 0)
     source = hf.open_for_training(config, flags.workdir) if config.init_from else None
-    cluster.agree("data files", {"what config.data reads": f"{loader.description}, sha256 {contents.digest(loader.contents)[:12]}"})
+    digest = contents.digest(loader.contents)
+    cluster.agree("data files", {"what config.data reads": f"{loader.description}, sha256 {digest[:12]}"})
 
     checkpoints = Checkpointer(workdir.checkpoints(flags.workdir, config), options=config.checkpoint)
     compilation.use_cache(config.compile.cache_dir, warn=say)
@@ -92,7 +93,8 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
         going_on = resume.GoingOn(checkpoints, flags.workdir, config, loader.contents)
         progress = going_on.progress(resume_step)
-        summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options, progress.history)
+        summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options,
+                     progress.history)
 
         train_step = compilation.CompiledStep(make_train_step(config, layout), mesh, options)
         if (resume_step or 0) < config.train.steps:

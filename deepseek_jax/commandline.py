@@ -63,7 +63,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 
 def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
-    """The validated options, with model and tokenizer of the run in the workdir, of an import or of `config.init_from`.
+    """The validated options, with model and tokenizer of the run in the workdir, of an import or of
+    `config.init_from`.
 
     Args:
       argv: the command line, for the model's options that were set there.

@@ -115,7 +115,8 @@ def _validate_checkpoint(config: Config) -> None:
         raise UserError("config.checkpoint.kind=local and config.checkpoint.local_dir='': it needs a folder on each host's own disk. "
                         "Set config.checkpoint.local_dir, or config.checkpoint.kind=sharded.")
     if c.take_over and not c.dir:
-        raise UserError("config.checkpoint.take_over=True has no effect without config.checkpoint.dir, the folder to take over. Set both, or neither.")
+        raise UserError("config.checkpoint.take_over=True has no effect without config.checkpoint.dir, the "
+                        "folder to take over. Set both, or neither.")
     if "://" in c.local_dir:
         raise UserError(f"config.checkpoint.local_dir={c.local_dir} is remote. Name a folder on each host's own disk, or set checkpoint.dir instead.")
 

@@ -66,34 +66,46 @@ def test_init_from_sets_the_model(source, tmp_path):
 
 
 def test_what_is_known_wins_over_defaults(source, tmp_path):
-    """The tokenizer of an import, of init_from and of a run, and the checkpoint that a run began with, where the command does not name them."""
-    tokenizers = [os.path.join(os.path.dirname(__file__), "data", "resume", f"tokenizer_{x}.json") for x in "ab"]
+    """The tokenizer of an import, of init_from and of a run, and the checkpoint that a run began with, where
+    the command does not name them.
+    """
+    tokenizers = [os.path.join(os.path.dirname(__file__), "data", "resume", f"tokenizer_{x}.json")
+                  for x in "ab"]
     w, given = str(tmp_path / "w"), tmp_path / "given"
     shutil.copytree(source, given)
-    assert resolved(w).data.tokenizer == resolved(w, f"--config.init_from={given}").data.tokenizer == "bytes"  # it came with none
+    # it came with none
+    assert resolved(w).data.tokenizer == resolved(w, f"--config.init_from={given}").data.tokenizer == "bytes"
     (given / "tokenizer.model").write_text("")
-    with pytest.raises(UserError, match="config.data.tokenizer is not set, and .*given has tokenizer.model but no tokenizer.json"):
+    with pytest.raises(UserError, match="config.data.tokenizer is not set, and .*given has tokenizer.model "
+                                        "but no tokenizer.json"):
         resolved(w, f"--config.init_from={given}")
     shutil.copy(tokenizers[0], given / "tokenizer.json")
     assert resolved(w, f"--config.init_from={given}").data.tokenizer == str(given / "tokenizer.json")
-    assert resolved(w, f"--config.init_from={given}", "--config.data.tokenizer=bytes").data.tokenizer == "bytes"  # asked for
+    # asked for
+    assert resolved(w, f"--config.init_from={given}",
+                    "--config.data.tokenizer=bytes").data.tokenizer == "bytes"
 
     importing.import_(str(given), w)
     kept = os.path.join(w, "hf", "tokenizer.json")
     config = resolved(w)
     assert config.data.tokenizer == kept
-    workdirs.write_config(w, dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="bytes")))
-    assert resolved(w).data.tokenizer == kept  # what an earlier version wrote over it, before it saved anything
+    workdirs.write_config(w, dataclasses.replace(config,
+                                                 data=dataclasses.replace(config.data, tokenizer="bytes")))
+    # what an earlier version wrote over it, before it saved anything
+    assert resolved(w).data.tokenizer == kept
 
     os.makedirs(os.path.join(w, "checkpoints", "3"))
     assert resolved(w).data.tokenizer == "bytes"  # and here it trained on bytes
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizers[1]))
     workdirs.write_config(w, other)
     assert resolved(w).data.tokenizer == tokenizers[1]
-    workdirs.write_config(w, dataclasses.replace(other, data=dataclasses.replace(config.data, tokenizer=str(tmp_path / "gone.json"))))
+    workdirs.write_config(w, dataclasses.replace(other,
+                                                 data=dataclasses.replace(config.data,
+                                                                          tokenizer=str(tmp_path / "gone.json"))))
     assert resolved(w).data.tokenizer == kept
 
-    begun = tmp_path / "begun"  # with init_from, and killed before its first checkpoint: not random weights when it goes on
+    # with init_from, and killed before its first checkpoint: not random weights when it goes on
+    begun = tmp_path / "begun"
     os.makedirs(begun / "hf")
     opened, model, family = reading.open_source(str(given))
     start.write_notes(opened, model, family, str(begun / "hf"))

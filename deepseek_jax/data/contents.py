@@ -1,4 +1,5 @@
-"""What data hold, whatever they are called and wherever they lie: a few figures that a checkpoint keeps and a later start compares."""
+"""What data hold, whatever they are called and wherever they lie: a few figures that a checkpoint keeps and a
+later start compares."""
 
 import hashlib
 import json
@@ -10,19 +11,23 @@ import numpy as np
 from deepseek_jax.data.sources import Corpus, Joined
 from deepseek_jax.data.tokenizer import Tokenizer
 
-BLOCKS, BLOCK = 256, 1 << 16  # blocks of a long array that are hashed, and numbers in each: a terabyte on a network disk takes seconds
+# blocks of a long array that are hashed, and numbers in each: a terabyte on a network disk takes seconds
+BLOCKS, BLOCK = 256, 1 << 16
 
-Contents = dict[str, Any]  # tokenizer: its name; sources: [{tokens, documents, sha256}]; weights: floats, adding up to 1
+# tokenizer: its name; sources: [{tokens, documents, sha256}]; weights: floats, adding up to 1
+Contents = dict[str, Any]
 
 
 def of(corpora: Sequence[Corpus], tokenizer: Tokenizer, weights: Sequence[float]) -> Contents:
     """The figures of a run's data. Plain JSON values."""
-    sources = [{"tokens": len(c.tokens), "documents": len(c.offsets) - 1, "sha256": fingerprint(c)} for c in corpora]
+    sources = [{"tokens": len(c.tokens), "documents": len(c.offsets) - 1, "sha256": fingerprint(c)}
+               for c in corpora]
     return {"tokenizer": tokenizer.name, "sources": sources, "weights": [float(w) for w in weights]}
 
 
 def fingerprint(corpus: Corpus) -> str:
-    """SHA-256 of a corpus' token ids and document boundaries: all of them up to 2^24 numbers, evenly spread blocks beyond.
+    """SHA-256 of a corpus' token ids and document boundaries: all of them up to 2^24 numbers, evenly spread
+    blocks beyond.
 
     Text and the token file made of it have the same one; the dtype of the file does not count.
     """
@@ -37,7 +42,8 @@ def _blocks(array: np.ndarray | Joined) -> Iterator[np.ndarray]:
     n = len(array)
     count = min(-(-n // BLOCK), BLOCKS)
     for i in range(count):
-        start = i * BLOCK if count < BLOCKS else i * max(n - BLOCK, 0) // (BLOCKS - 1)  # the first and the last are always among them
+        # the first and the last are always among them
+        start = i * BLOCK if count < BLOCKS else i * max(n - BLOCK, 0) // (BLOCKS - 1)
         yield array[start:start + BLOCK]
 
 
@@ -58,6 +64,11 @@ def difference(before: Contents | None, now: Contents | None, names: Sequence[st
         return f"config.data.path has {len(now['sources'])} sources and not {len(before['sources'])}"
     for i, (was, is_now) in enumerate(zip(before["sources"], now["sources"], strict=True)):
         if was != is_now:
-            text = lambda s: f"{s['tokens']:,} tokens in {s['documents']:,} documents (sha256 {s['sha256'][:12]})"
-            return f"config.data.path={names[i] if i < len(names) else i!r} holds {text(is_now)} and not {text(was)}"
+            name = names[i] if i < len(names) else i
+            return f"config.data.path={name!r} holds {_text(is_now)} and not {_text(was)}"
     return ""
+
+
+def _text(source: dict[str, Any]) -> str:
+    return (f"{source['tokens']:,} tokens in {source['documents']:,} documents "
+            f"(sha256 {source['sha256'][:12]})")

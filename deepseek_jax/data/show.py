@@ -52,17 +52,18 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
             raise UserError(f"--rows={rows} is not FIRST-LAST. Give two row numbers, for instance --rows=800-807.")
         ranges = [(int(found[1]), int(found[2] or found[1]) + 1)]
     if not written:
-        print("data: this run is of an earlier version, which did not write down with which options its steps read the data. Taken are those of "
-              "config.json for all of them.", file=sys.stderr)
+        print("data: this run is of an earlier version, which did not write down with which options its steps "
+              "read the data. Taken are those of config.json for all of them.", file=sys.stderr)
     _, stretch = history.order(config.train.steps if step is None else step - 1)
     then = stretch.options
-    config = dataclasses.replace(config, seed=then.seed, data=then.data, train=dataclasses.replace(
-        config.train, **{f: getattr(then.train, f) for f in ("batch_size", "accumulation", "sequence_length")}))
+    config = dataclasses.replace(config, seed=then.seed, data=then.data, train=then.train)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_tokenizer(stretch.contents, tokenizer.name, config.data.tokenizer)
     loader = Loader(config, tokenizer, progress=True)
-    if what := contents.difference(stretch.contents, loader.contents, split_paths(config.data.path, "config.data.path")):
-        raise UserError(f"{what}, that the run read: what it was trained on is no longer there. Put it back to have it shown.")
+    if what := contents.difference(stretch.contents, loader.contents,
+                                   split_paths(config.data.path, "config.data.path")):
+        raise UserError(f"{what}, that the run read: what it was trained on is no longer there. Put it back "
+                        "to have it shown.")
     for first, last in ranges:
         for index in range(first, last):
             for span in loader.origin(index):

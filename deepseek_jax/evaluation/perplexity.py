@@ -72,8 +72,10 @@ def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None =
         raise UserError("--text is missing, and this run holds no documents out: config.data.eval_fraction=0. Name a text.")
     tokenizer = load_tokenizer(opened.tokenizer or run.data.tokenizer)
     corpora = open_corpora(run, tokenizer, progress)
-    if what := contents.difference(opened.contents, contents.of(corpora, tokenizer, ()), split_paths(run.data.path, "config.data.path")):
-        raise UserError(f"{what}, that the run read: what it held out is no longer known. Put the data back, or name a text with --text.")
+    if what := contents.difference(opened.contents, contents.of(corpora, tokenizer, ()),
+                                   split_paths(run.data.path, "config.data.path")):
+        raise UserError(f"{what}, that the run read: what it held out is no longer known. Put the data back, "
+                        "or name a text with --text.")
     sides = [split(corpus, run.data.eval_fraction)[1] for corpus in corpora]
     size = lambda ids: int(tokenizer.token_bytes[ids].sum()) if tokenizer.token_bytes is not None else len(tokenizer.decode(ids).encode())
 

@@ -44,7 +44,8 @@ class Opened:
         Raises:
           UserError: there is no tokenizer, or it has ids that the model has not.
         """
-        out = Encoder(Chat(self.folder) if self.folder is not None else load_tokenizer(self.tokenizer), self.model.source)
+        out = Encoder(Chat(self.folder) if self.folder is not None else load_tokenizer(self.tokenizer),
+                      self.model.source)
         if out.vocab_size > self.model.model.vocab_size:
             raise UserError(f"the tokenizer of {self.model.source} has {out.vocab_size} ids, and the model {self.model.model.vocab_size}. "
                             f"Give it the tokenizer that it was trained with.")
@@ -97,7 +98,8 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
     except UserError:  # a model of our own: it runs, and only hf.save has to refuse it
         notes = Notes("", saved.model, {})
     model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir)
-    return Opened(model, saved, True, files if tokenizer == os.path.join(files, start.TOKENIZER) else None, tokenizer, trained)
+    return Opened(model, saved, True, files if tokenizer == os.path.join(files, start.TOKENIZER) else None,
+                  tokenizer, trained)
 
 
 def _cast(params, dtype: np.dtype):
@@ -121,7 +123,8 @@ def tokenizer_of(workdir: str, run: Config, trained: Contents | None) -> str:
     """The tokenizer that a run was trained with: `bytes` or a path, WORKDIR/hf/tokenizer.json before others.
 
     Args:
-      trained: of its checkpoint. None: of an earlier version, which did not keep the tokenizer's hash; the option is believed.
+      trained: of its checkpoint. None: of an earlier version, which did not keep the tokenizer's hash; the
+      option is believed.
 
     Raises:
       UserError: neither the file of config.data.tokenizer nor that of WORKDIR/hf is it any more.

@@ -28,7 +28,8 @@ from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
 FOLDER = "hf"  # in WORKDIR
 NOTES = "source.json"
 TOKENIZER = "tokenizer.json"
-OTHER_TOKENIZERS = ("tokenizer.model", "tiktoken.model", "vocab.json")  # what this version does not train with
+# what this version does not train with
+OTHER_TOKENIZERS = ("tokenizer.model", "tiktoken.model", "vocab.json")
 # What belongs to a model besides its weights. Code (modeling_*.py) is left out: nothing here runs it, and exports need none.
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.md")
@@ -113,14 +114,16 @@ def is_untrained(workdir: str, checkpoints: str) -> bool:
 
 
 def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
-    """The options with what a run in the workdir, an import into it or `config.init_from` say of weights, model and tokenizer.
+    """The options with what a run in the workdir, an import into it or `config.init_from` say of weights,
+    model and tokenizer.
 
     Raises:
       UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no tokenizer.json.
     """
     before = workdirs.options(workdir) if workdir else {}
     if workdir and not config.init_from and not has_weights(workdir) and read_notes(workdir) is not None:
-        # The run began with a checkpoint. Without this a start before the first checkpoint of its own would draw random weights.
+        # The run began with a checkpoint. Without this a start before the first checkpoint of its own would
+        # draw random weights.
         config = dataclasses.replace(config, init_from=str(before.get("init_from") or ""))
     config = with_model_of_source(config, workdir, argv)
     if config.data.tokenizer == "auto":
@@ -134,12 +137,15 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
     kept = os.path.join(os.path.abspath(workdir), FOLDER, TOKENIZER) if workdir else ""
     of_run = before.get("data", {}).get("tokenizer", "auto")
     if of_run != "auto" and workdirs.has_checkpoints(workdir, config):
-        return kept if of_run != "bytes" and not os.path.exists(os.path.expanduser(of_run)) and os.path.exists(kept) else of_run
-    for folder in filter(None, (config.init_from and os.path.abspath(os.path.expanduser(config.init_from)), os.path.dirname(kept))):
+        gone = of_run != "bytes" and not os.path.exists(os.path.expanduser(of_run))
+        return kept if gone and os.path.exists(kept) else of_run
+    for folder in filter(None, (config.init_from and os.path.abspath(os.path.expanduser(config.init_from)),
+                                os.path.dirname(kept))):
         if os.path.exists(path := os.path.join(folder, TOKENIZER)):
             return path
         if others := [name for name in OTHER_TOKENIZERS if os.path.exists(os.path.join(folder, name))]:
-            raise UserError(f"config.data.tokenizer is not set, and {folder} has {others[0]} but no {TOKENIZER}. Set it to a {TOKENIZER} of that model.")
+            raise UserError(f"config.data.tokenizer is not set, and {folder} has {others[0]} but no "
+                            f"{TOKENIZER}. Set it to a {TOKENIZER} of that model.")
     return "bytes" if of_run == "auto" else of_run
 
 

@@ -55,13 +55,15 @@ class Progress(NamedTuple):
 
     @classmethod
     def of_extra(cls, extra: dict[str, Any]) -> "Progress":
-        return cls(extra["tokens_seen"], Windows.of(extra.get("skipped_rows", ())), extra.get("rollbacks", 0), History.of_json(extra.get("data", ())),
-                   extra.get("run") or "")
+        return cls(extra["tokens_seen"], Windows.of(extra.get("skipped_rows", ())), extra.get("rollbacks", 0),
+                   History.of_json(extra.get("data", ())), extra.get("run") or "")
 
-    def resumed(self, step: int, config: Config, contents: Contents | None, earlier: History | None = None) -> "Progress":
+    def resumed(self, step: int, config: Config, contents: Contents | None,
+                earlier: History | None = None) -> "Progress":
         """For going on after `step` steps with these options and data; as History.resumed."""
         history = self.history.resumed(step, config, contents, earlier)
-        return self._replace(history=history, skipped=Windows() if history.begins_order(step) else self.skipped)
+        skipped = Windows() if history.begins_order(step) else self.skipped
+        return self._replace(history=history, skipped=skipped)
 
 
 class Evaluator:
@@ -95,9 +97,12 @@ class Evaluator:
         return out
 
 
-def batches(config: Config, loader: Loader, mesh: jax.sharding.Mesh, first_step: int, progress: Progress = Progress()) -> Iterator[dict[str, jax.Array]]:
-    """The batches of the steps from `first_step` on, read ahead by a thread. A pure function of (step, history, skipped windows)."""
-    history = progress.history if progress.history.stretches else progress.history.resumed(first_step, config, None)
+def batches(config: Config, loader: Loader, mesh: jax.sharding.Mesh, first_step: int,
+            progress: Progress = Progress()) -> Iterator[dict[str, jax.Array]]:
+    """The batches of the steps from `first_step` on, read ahead by a thread. A pure function of (step,
+    history, skipped windows).
+    """
+    history = progress.history if progress.history.stretches else History().resumed(first_step, config, None)
     requests = ((history.first_row(s), history.count(s)) for s in range(first_step, config.train.steps))
     with Prefetcher(Skipping(loader, progress.skipped), requests) as rows:
         for r in rows:
@@ -201,7 +206,8 @@ class Loop:
                     eval_row = self.report.evaluation(step, figures)
                 # While updates are being skipped the older checkpoints are worth more than this state: they must not make room for it.
                 if step == last or stopped_by or saving and updated:
-                    extra = self.progress._replace(tokens_seen=self.report.tokens_seen).to_extra() | {"model": dataclasses.asdict(c.model)}
+                    extra = self.progress._replace(tokens_seen=self.report.tokens_seen).to_extra()
+                    extra["model"] = dataclasses.asdict(c.model)
                     eval_loss = eval_row.get("eval_loss") if eval_row.get("step") == step else None
                     with self.watchdog.paused():
                         self.checkpointer.save(step, to_tree(state), extra, eval_loss, final=step == last or bool(stopped_by))

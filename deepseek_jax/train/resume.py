@@ -20,16 +20,21 @@ class GoingOn:
 
     def __init__(self, checkpoints: Checkpointer, workdir: str, config: Config, contents: Contents):
         """Args: contents: of the data that this start reads."""
-        self._checkpoints, self._workdir, self._config, self._contents = checkpoints, workdir, config, contents
-        # Of a checkpoint of an earlier version config.json alone tells; it is read before this start writes its own.
-        self._earlier = workdirs.read_history(workdir)[0] if os.path.exists(os.path.join(workdir, "config.json")) else None
+        self._checkpoints, self._workdir = checkpoints, workdir
+        self._config, self._contents = config, contents
+        # Of a checkpoint of an earlier version config.json alone tells; it is read before this start writes
+        # its own.
+        written = os.path.exists(os.path.join(workdir, "config.json"))
+        self._earlier = workdirs.read_history(workdir)[0] if written else None
         self._run: str | None = None
 
     def progress(self, step: int | None) -> Progress:
-        """What there is besides the state to go on with after a checkpoint; None: from the beginning. Every process calls it.
+        """What there is besides the state to go on with after a checkpoint; None: from the beginning. Every
+        process calls it.
 
         Raises:
-          UserError: the checkpoint is of another run, model or tokenizer, or of other data and config.data.on_change does not allow them.
+          UserError: the checkpoint is of another run, model or tokenizer, or of other data and
+          config.data.on_change does not allow them.
         """
         extra = {} if step is None else self._checkpoints.read_extra(step)
         if step is not None:

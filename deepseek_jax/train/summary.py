@@ -66,10 +66,13 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
     for text in changed:
         line("changed", text)
     if resume_step and history.stretches[-1].first_step == resume_step:
-        line("data go on", f"with row {history.first_row(resume_step)}" if not history.begins_order(resume_step) else
-             "with row 0 of a new pass: they, their order or sequence_length changed (config.data.on_change=new_pass)")
+        line("data go on", f"with row {history.first_row(resume_step)}"
+             if not history.begins_order(resume_step) else
+             "with row 0 of a new pass: they, their order or sequence_length changed "
+             "(config.data.on_change=new_pass)")
     if resume_step and any(s.contents is None for s in history.stretches):
-        line("", "steps before a checkpoint of an earlier version are taken to have read the same data with the options of config.json")
+        line("", "steps before a checkpoint of an earlier version are taken to have read the same data with "
+                 "the options of config.json")
 
 
 def first_step(train_step: CompiledStep, seconds: float) -> str:

@@ -24,7 +24,8 @@ FREE_MODEL_OPTIONS = {"n_group", "topk_group", "num_experts_per_tok", "scoring_f
                        "partial_rotary_factor", "max_position_embeddings", "initializer_range"}
 
 
-_NOT_OPTIONS = ("xla_options", RUN, HISTORY)  # in config.json: what followed from the options, and what is known of the run
+# in config.json: what followed from the options, and what is known of the run
+_NOT_OPTIONS = ("xla_options", RUN, HISTORY)
 
 
 def prepare(workdir: str, config: Config, tokenizer: str | None = None) -> list[str]:
@@ -37,8 +38,8 @@ def prepare(workdir: str, config: Config, tokenizer: str | None = None) -> list[
       A line for each option that differs from the run that the folder holds, none of which changes a shape.
 
     Raises:
-      UserError: the folder cannot be written; it holds a checkpoint of a model with other shapes or of another tokenizer; or the checkpoints
-        are another run's, or elsewhere.
+      UserError: the folder cannot be written; it holds a checkpoint of a model with other shapes or of
+        another tokenizer; or the checkpoints are another run's, or elsewhere.
     """
     try:
         os.makedirs(workdir, exist_ok=True)
@@ -75,7 +76,8 @@ def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
     now = dataclasses.asdict(config.model)
     for name, was in _with_defaults(before.get("model", now), dataclasses.asdict(Model())).items():
         if name in now and was != now[name] and name not in FREE_MODEL_OPTIONS:
-            raise UserError(f"config.model.{name}={now[name]} differs from {was} of the checkpoint in {checkpoints(workdir, config)}. "
+            raise UserError(f"config.model.{name}={now[name]} differs from {was} of the checkpoint in "
+                            f"{checkpoints(workdir, config)}. "
                             f"Set config.model.{name}={was} to go on with it, or name another --workdir.")
 
 
@@ -97,7 +99,9 @@ def _has_local(folder: str, local_dir: str) -> bool:
 
 
 def newest_extra(folder: str) -> dict[str, Any]:
-    """What the newest checkpoint of a folder that can be read says besides the state; nothing is checked. {} without one."""
+    """What the newest checkpoint of a folder that can be read says besides the state; nothing is checked. {}
+    without one.
+    """
     for step in reversed(steps_in(folder)):
         with contextlib.suppress(BadFile, OSError):
             return integrity.read_extra(Folder(folder, read_only=True).at(step))
@@ -118,21 +122,24 @@ def check_owner(workdir: str, config: Config, extra: dict[str, Any]) -> None:
         return
     path = os.path.join(workdir, "config.json")
     before = _read(path, everything=True) if os.path.exists(path) else {}
-    theirs, ours = extra.get(RUN), before.get(RUN)
+    theirs, ours = extra.get(RUN) or None, before.get(RUN)
     if theirs is None and before:  # of an earlier version, which wrote down where its checkpoints are
         same = before.get("checkpoint", {}).get("dir") == config.checkpoint.dir
     else:
         same = theirs is not None and theirs == ours
     if not same:
-        raise UserError(f"config.checkpoint.dir={config.checkpoint.dir} holds checkpoints of another run than --workdir={workdir}. Name the workdir "
-                        f"of that run or an empty folder, or set config.checkpoint.take_over=True to go on from them here.")
+        raise UserError(f"config.checkpoint.dir={config.checkpoint.dir} holds checkpoints of another run "
+                        f"than --workdir={workdir}. Name the workdir "
+                        f"of that run or an empty folder, or set config.checkpoint.take_over=True to go on "
+                        "from them here.")
 
 
 def identity(workdir: str, config: Config, extra: dict[str, Any]) -> str:
-    """The name of the run that goes on in a folder, for its checkpoints and its config.json. All processes call it.
+    """The name of the run that goes on in a folder, for its checkpoints and its config.json. All processes
+    call it.
 
-    It is that of the checkpoint that it goes on from, if that is its own; a run that took over another's gets a new name, so that the other
-    one is refused from then on.
+    It is that of the checkpoint that it goes on from, if that is its own; a run that took over another's gets
+    a new name, so that the other one is refused from then on.
     """
     path = os.path.join(workdir, "config.json")
     ours = _read(path, everything=True).get(RUN) if os.path.exists(path) else None
@@ -147,8 +154,10 @@ def _check_moved(workdir: str, folder: str, before: dict[str, Any] | None) -> No
         return
     there = before["checkpoint"]["dir"] or os.path.join(workdir, "checkpoints")
     if steps := steps_in(there):
-        raise UserError(f"{folder} holds no checkpoint, but the run of --workdir={workdir} has them, up to step {steps[-1]}, in {there}. Set "
-                        f"config.checkpoint.dir={before['checkpoint']['dir']!r} to go on with it, or name another --workdir.")
+        raise UserError(f"{folder} holds no checkpoint, but the run of --workdir={workdir} has them, up to "
+                        f"step {steps[-1]}, in {there}. Set "
+                        f"config.checkpoint.dir={before['checkpoint']['dir']!r} to go on with it, or name "
+                        "another --workdir.")
 
 
 def checkpoints(workdir: str, config: Config) -> str:
@@ -156,8 +165,8 @@ def checkpoints(workdir: str, config: Config) -> str:
     return config.checkpoint.dir or os.path.join(workdir, "checkpoints")
 
 
-def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | None = None, run: str | None = None,
-                 data: list[dict[str, Any]] | None = None) -> None:
+def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | None = None,
+                 run: str | None = None, data: list[dict[str, Any]] | None = None) -> None:
     """Writes WORKDIR/config.json, the resolved options and what was asked of XLA's compiler, whole or not at all.
 
     Args:
@@ -170,7 +179,8 @@ def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | Non
         path = os.path.join(workdir, "config.json")
         try:
             with open(path + ".tmp", "w", encoding="utf-8") as f:
-                json.dump(config.to_json() | {"xla_options": xla_options or {}, RUN: run, HISTORY: data or []}, f, indent=2)
+                more = {"xla_options": xla_options or {}, RUN: run, HISTORY: data or []}
+                json.dump(config.to_json() | more, f, indent=2)
             os.replace(path + ".tmp", path)
         except OSError as e:
             raise UserError(f"{path} cannot be written ({e.strerror}). Make room, or name another --workdir.") from e
@@ -204,7 +214,8 @@ def read_config(workdir: str) -> dict[str, Any]:
 
 
 def read_history(workdir: str) -> tuple[history.History, bool]:
-    """The list that `write_config` wrote, and True; of a run of an earlier version that of its last options, and False.
+    """The list that `write_config` wrote, and True; of a run of an earlier version that of its last options,
+    and False.
 
     Raises:
       UserError: there is no run, or its config.json is damaged.
@@ -215,7 +226,8 @@ def read_history(workdir: str) -> tuple[history.History, bool]:
             return history.History.of_json(written), True
         return history.History.of_options(options), False
     except (KeyError, TypeError) as e:
-        raise UserError(f"{path} cannot be read ({HISTORY} is damaged). Restore it, or name another --workdir.") from e
+        raise UserError(f"{path} cannot be read ({HISTORY} is damaged). Restore it, or name another "
+                        "--workdir.") from e
 
 
 def _read(path: str, everything: bool = False) -> dict[str, Any]:
