@@ -37,12 +37,13 @@ from deepseek_jax import commandline, compilation, generate, hf
 from deepseek_jax.checkpoint.checkpoint import Checkpointer, SaveFailed
 from deepseek_jax.cluster import Cluster
 from deepseek_jax.config import UserError, one_line
+from deepseek_jax.data import contents
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
 from deepseek_jax.parallel import gpus, prefetch
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.train import loop, resume, summary, workdir
+from deepseek_jax.train import lock, loop, resume, summary, workdir
 from deepseek_jax.train.profile import Profiler
 from deepseek_jax.train.state import TrainState, init_state, make_layout, to_tree
 from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
@@ -77,12 +78,13 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
     mesh = make_mesh(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     generate.check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)
-    changed = workdir.prepare(flags.workdir, config)
+    changed = workdir.prepare(flags.workdir, config, tokenizer.name)
     if cluster.index == 0:
-        held.enter_context(workdir.locked(flags.workdir))
+        held.enter_context(lock.all_locked(flags.workdir, config))
     loader = Loader(config, tokenizer, progress=cluster.index == 0)
     source = hf.open_for_training(config, flags.workdir) if config.init_from else None
-    cluster.agree("data files", {"what config.data reads": loader.description})
+    digest = contents.digest(loader.contents)
+    cluster.agree("data files", {"what config.data reads": f"{loader.description}, sha256 {digest[:12]}"})
 
     checkpoints = Checkpointer(workdir.checkpoints(flags.workdir, config), options=config.checkpoint)
     compilation.use_cache(config.compile.cache_dir, warn=say)
@@ -94,7 +96,10 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         wanted = to_tree(layout.abstract_sharded())
         resume_step = checkpoints.newest_good(wanted)
         cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
-        summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options)
+        going_on = resume.GoingOn(checkpoints, flags.workdir, config, loader.contents)
+        progress = going_on.progress(resume_step)
+        summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options,
+                     progress.history)
 
         train_step = compilation.CompiledStep(make_train_step(config, layout), mesh, options, say)
         if (resume_step or 0) < config.train.steps:
@@ -103,16 +108,16 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         def restored(step: int | None) -> tuple[TrainState, loop.Progress]:
             if step is None:
                 fresh = hf.initial_state(source, config, layout, flags.workdir) if config.init_from else init_state(config, layout)
-                return fresh, loop.Progress()
-            state, extra = resume.restore(checkpoints, layout)
-            return state, loop.Progress.of_extra(extra)
+                return fresh, going_on.progress(step)
+            state, _ = resume.restore(checkpoints, layout)
+            return state, going_on.progress(int(state.step))
 
         state, progress = restored(resume_step)
         if int(state.step) >= config.train.steps:
             say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
             return 0
 
-        workdir.write_config(flags.workdir, config, options)
+        workdir.write_config(flags.workdir, config, options, progress.run, progress.history.to_json())
         evaluate = loop.Evaluator(config, mesh, loader, make_eval_step(layout))
         profiler = Profiler(config, flags.workdir, train_step) if config.profile.start else None
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some processes longer to compile.

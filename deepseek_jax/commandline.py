@@ -67,7 +67,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 
 def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
-    """The validated options, with the model of `config.init_from` or of an imported run.
+    """The validated options, with model and tokenizer of the run in the workdir, of an import or of
+    `config.init_from`.
 
     Args:
       argv: the command line, for the model's options that were set there.
@@ -77,7 +78,7 @@ def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
     """
     if given.config is None:
         raise UserError("--config is missing. Name a config file, for instance --config=configs/tiny.py.")
-    config = start.with_model_of_source(paths.expand_config(from_config_dict(given.config)), given.workdir, argv)
+    config = start.with_what_is_known(paths.expand_config(from_config_dict(given.config)), given.workdir, argv)
     validate(config)
     return config
 

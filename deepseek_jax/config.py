@@ -183,11 +183,12 @@ class Moe:
 class Data:
     path: str = "stdlib"  # stdlib (Python's own sources) | file, folder or glob; several separated by commas
     weights: str = ""  # mixture weights of the comma-separated paths, as "0.7,0.3"; empty: by their size in tokens
-    tokenizer: str = "bytes"  # bytes | path of a tokenizer.json
+    tokenizer: str = "auto"  # auto (the run's, else that of init_from or of the import, else bytes) | bytes | path of a tokenizer.json
     document_mask: bool = True  # attention and positions do not cross documents packed into one sequence
     eval_fraction: float = 0.01  # share of the documents held out for evaluation, chosen by document; 0: no evaluation
     bin_dtype: str = "uint16"  # dtype of raw .bin token files without a sidecar: uint16 | uint32
     eos_token_id: int = -1  # document separator in token files without a sidecar; -1: the tokenizer's
+    on_change: str = "refuse"  # resuming with other data, seed, sequence_length, eval_fraction or mixture: refuse | new_pass (begin a pass over them)
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,7 @@ class Checkpoint:
     kind: str = "sharded"  # sharded: every process its shards, asynchronously; full: whole tensors in safetensors; local: on each process's disk
     async_checkpointing: bool = True  # train on while a checkpoint is written; False: wait, so that a kill costs one interval at most, never that and a save
     dir: str = ""  # folder of the checkpoints; "": WORKDIR/checkpoints; gs:// and s3:// are taken as they are
+    take_over: bool = False  # go on from the checkpoints in dir though the run of another workdir wrote them
     local_dir: str = ""  # of kind local: a folder on each host's own disk
 
 

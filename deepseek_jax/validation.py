@@ -86,6 +86,7 @@ def validate(config: Config) -> None:
             raise UserError(f"config.optimizer.{name}={getattr(o, name)} must be below 1. Set it to, for instance, 0.9.")
     _validate_checkpoint(config)
     _choice("config.data.bin_dtype", config.data.bin_dtype, ("uint16", "uint32"))
+    _choice("config.data.on_change", config.data.on_change, ("refuse", "new_pass"))
     if not 0 <= config.data.eval_fraction < 1:
         raise UserError(f"config.data.eval_fraction={config.data.eval_fraction} is not a share. Set it between 0 (no evaluation) and 1.")
     _at_least(config.eval, "eval", 0, "every_steps", "batches", "sample_tokens")
@@ -113,6 +114,9 @@ def _validate_checkpoint(config: Config) -> None:
     if c.kind == "local" and not c.local_dir:
         raise UserError("config.checkpoint.kind=local and config.checkpoint.local_dir='': it needs a folder on each host's own disk. "
                         "Set config.checkpoint.local_dir, or config.checkpoint.kind=sharded.")
+    if c.take_over and not c.dir:
+        raise UserError("config.checkpoint.take_over=True has no effect without config.checkpoint.dir, the "
+                        "folder to take over. Set both, or neither.")
     if "://" in c.local_dir:
         raise UserError(f"config.checkpoint.local_dir={c.local_dir} is remote. Name a folder on each host's own disk, or set checkpoint.dir instead.")
 

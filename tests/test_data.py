@@ -527,7 +527,7 @@ ERRORS = [  # (changes to data and the rest, what the message has to say)
     (dict(path="{0}/ok.txt,{0}/ok.txt", weights="1,0"), ["config.data.weights='1,0'", "above 0"]),
     (dict(path="{0}/ok.txt,{0}/ok.txt", weights="1,nan"), ["config.data.weights='1,nan'"]),
     (dict(path="{}/ok.txt", eos_token_id=320), ["config.data.eos_token_id=320", "320"]),
-    (dict(path="{}/ok.txt", vocab=200), ["config.data.tokenizer='bytes'", "257", "config.model.vocab_size=200"]),
+    (dict(path="{}/ok.txt", tokenizer="bytes", vocab=200), ["config.data.tokenizer='bytes'", "257", "config.model.vocab_size=200"]),
     (dict(path="{}/ok.txt", length=500), ["198 training tokens", "501", "config.train.sequence_length"]),
     (dict(path="{}/ok.txt", batch=100), ["198 training tokens", "801", "config.train.batch_size=100"]),
     (dict(path="{}/ok.txt", tokenizer="{}/nope.json"), ["config.data.tokenizer=", "does not exist", "bytes"]),

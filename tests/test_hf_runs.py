@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from deepseek_jax import commandline, hf
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, Mesh, Optimizer, Sharding, Train, UserError
 from deepseek_jax.hf import __main__ as commands
-from deepseek_jax.hf import importing, start
+from deepseek_jax.hf import importing, reading, start
 from deepseek_jax.hf.opening import open_model
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import workdir as workdirs
@@ -62,6 +63,55 @@ def test_init_from_sets_the_model(source, tmp_path):
         resolved(tmp_path / "w", f"--config.init_from={source}", "--config.model.hidden_size=64")
     with pytest.raises(UserError, match="is not a folder"):
         resolved(tmp_path / "w", "--config.init_from=/nowhere")
+
+
+def test_what_is_known_wins_over_defaults(source, tmp_path):
+    """The tokenizer of an import, of init_from and of a run, and the checkpoint that a run began with, where
+    the command does not name them.
+    """
+    tokenizers = [os.path.join(os.path.dirname(__file__), "data", "resume", f"tokenizer_{x}.json")
+                  for x in "ab"]
+    w, given = str(tmp_path / "w"), tmp_path / "given"
+    shutil.copytree(source, given)
+    # it came with none
+    assert resolved(w).data.tokenizer == resolved(w, f"--config.init_from={given}").data.tokenizer == "bytes"
+    (given / "tokenizer.model").write_text("")
+    with pytest.raises(UserError, match="config.data.tokenizer is not set, and .*given has tokenizer.model "
+                                        "but no tokenizer.json"):
+        resolved(w, f"--config.init_from={given}")
+    shutil.copy(tokenizers[0], given / "tokenizer.json")
+    assert resolved(w, f"--config.init_from={given}").data.tokenizer == str(given / "tokenizer.json")
+    # asked for
+    assert resolved(w, f"--config.init_from={given}",
+                    "--config.data.tokenizer=bytes").data.tokenizer == "bytes"
+
+    importing.import_(str(given), w)
+    kept = os.path.join(w, "hf", "tokenizer.json")
+    config = resolved(w)
+    assert config.data.tokenizer == kept
+    workdirs.write_config(w, dataclasses.replace(config,
+                                                 data=dataclasses.replace(config.data, tokenizer="bytes")))
+    # what an earlier version wrote over it, before it saved anything
+    assert resolved(w).data.tokenizer == kept
+
+    os.makedirs(os.path.join(w, "checkpoints", "3"))
+    assert resolved(w).data.tokenizer == "bytes"  # and here it trained on bytes
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizers[1]))
+    workdirs.write_config(w, other)
+    assert resolved(w).data.tokenizer == tokenizers[1]
+    workdirs.write_config(w, dataclasses.replace(other,
+                                                 data=dataclasses.replace(config.data,
+                                                                          tokenizer=str(tmp_path / "gone.json"))))
+    assert resolved(w).data.tokenizer == kept
+
+    # with init_from, and killed before its first checkpoint: not random weights when it goes on
+    begun = tmp_path / "begun"
+    os.makedirs(begun / "hf")
+    opened, model, family = reading.open_source(str(given))
+    start.write_notes(opened, model, family, str(begun / "hf"))
+    workdirs.write_config(str(begun), resolved(str(begun), f"--config.init_from={given}"))
+    again = resolved(str(begun))
+    assert again.init_from == str(given) and again.model == model and again.data.tokenizer == str(given / "tokenizer.json")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])

@@ -40,6 +40,17 @@ def fresh(layout: state.Layout) -> state.TrainState:
     return jax.device_put(zeros._replace(params=params), layout.shardings)
 
 
+class Reading:
+    """A loader that writes down what is read."""
+
+    def __init__(self, loader: Loader, read: list):
+        self._loader, self._read = loader, read
+
+    def train_rows(self, start: int, count: int):
+        self._read.append((start, count))
+        return self._loader.train_rows(start, count)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A function that goes on with a folder's run to the end, and the folder of a run that was not interrupted."""
@@ -57,15 +68,19 @@ def whole(tmp_path_factory):
         layout = state.make_layout(config, mesh)
         train_step = CompiledStep(step.make_train_step(config, layout), mesh, bridge.quick_options())
 
-    def train(workdir) -> state.TrainState:
+    def train(workdir, read=None, **changed) -> state.TrainState:
+        """read: gets (first row, rows) of every batch. changed: options of train, none of which the step
+        depends on.
+        """
         checkpoints = Checkpointer(str(workdir / "checkpoints"))
+        now = dataclasses.replace(config, train=dataclasses.replace(config.train, **changed))
+        rows = loader if read is None else Reading(loader, read)
         with jax.set_mesh(mesh):
-            if checkpoints.latest_step() is None:
-                s, progress = fresh(layout), loop.Progress()
-            else:
-                s, extra = resume.restore(checkpoints, layout)
-                progress = loop.Progress.of_extra(extra)
-            result = loop.run(config, str(workdir), mesh, s, train_step, lambda *_: {}, loader, checkpoints, Count(1, 1, 0, 1.0), progress)
+            step = checkpoints.latest_step()
+            s = fresh(layout) if step is None else resume.restore(checkpoints, layout)[0]
+            progress = resume.GoingOn(checkpoints, str(workdir), now, loader.contents).progress(step)
+            result = loop.run(now, str(workdir), mesh, s, train_step, lambda *_: {}, rows, checkpoints,
+                              Count(1, 1, 0, 1.0), progress)
             checkpoints.close()
         return result.state
 
@@ -93,6 +108,27 @@ def test_any_step_with_everything(whole, at, tmp_path):
     assert rows == figures(folder)
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, 13))
     assert len({r["lr"] for r in rows}) > 4
+
+
+def test_another_batch_size_goes_on_with_the_next_row(whole, tmp_path):
+    """Twice, the second time from a checkpoint that the first wrote. Micro-batches stay as large, so that
+    nothing is compiled.
+    """
+    train, folder, _ = whole
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(folder / "checkpoints" / "3", tmp_path / "run" / "checkpoints" / "3")
+    ramp = [8, 8, 8]  # 8, 9.6 and 11.2 sequences, in whole micro-batches of 8
+    read = []
+    train(tmp_path / "run", read, batch_size=8, accumulation=1, batch_ramp_start=0, batch_ramp_steps=0,
+          steps=5)
+    assert read == [(sum(ramp), 8), (sum(ramp) + 8, 8)]
+    read = []
+    train(tmp_path / "run", read, steps=8)  # the ramp again: its steps are those of the run
+    assert read == [(40, 16), (56, 16), (72, 16)]
+    extra = Checkpointer(str(tmp_path / "run" / "checkpoints"), read_only=True).read_extra(8)
+    assert [(s["first_step"], s["first_row"], s["options"]["train"]["batch_size"])
+            for s in extra["data"]] == [(0, 0, 16), (3, 24, 8), (5, 40, 16)]
+    assert [r["step"] for r in figures(tmp_path / "run") if "loss" in r] == [4, 5, 6, 7, 8]
 
 
 def go_on(t: Trainer, checkpoints: Checkpointer, steps: int):

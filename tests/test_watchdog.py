@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import Config, UserError
-from deepseek_jax.train import metrics, watchdog, workdir
+from deepseek_jax.train import lock, metrics, watchdog
 from deepseek_jax.train.watchdog import Watchdog
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -110,18 +110,18 @@ def test_the_stacks_of_all_threads_are_printed():
 
 def test_one_run_a_folder(tmp_path):
     """The second one is told who has it; a killed one leaves nothing behind that counts."""
-    held = "import sys, time\nfrom deepseek_jax.train import workdir\nwith workdir.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(600)"
+    held = "import sys, time\nfrom deepseek_jax.train import lock\nwith lock.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(600)"
     p = subprocess.Popen([sys.executable, "-c", held, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert p.stdout.readline() == "held\n"
-        with pytest.raises(UserError) as refusal, workdir.locked(str(tmp_path), wait=0.2):
+        with pytest.raises(UserError) as refusal, lock.locked(str(tmp_path), wait=0.2):
             pytest.fail("two runs in one folder")
         text = str(refusal.value)
         assert f"--workdir={tmp_path} is in use by another run (host {os.uname().nodename}, process {p.pid}, since 20" in text and "\n" not in text
         threading.Timer(0.3, p.send_signal, (signal.SIGKILL,)).start()
-        with workdir.locked(str(tmp_path), wait=30):  # waits until the other is gone
+        with lock.locked(str(tmp_path), wait=30):  # waits until the other is gone
             assert f"process {os.getpid()}," in (tmp_path / "lock").read_text()
-        with workdir.locked(str(tmp_path)):
+        with lock.locked(str(tmp_path)):
             pass
     finally:
         p.kill()
@@ -132,11 +132,11 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(workdir.fcntl, "flock", refuse)
-    with workdir.locked(str(tmp_path)), workdir.locked(str(tmp_path)):
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with lock.locked(str(tmp_path)), lock.locked(str(tmp_path)):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be opened"), workdir.locked(str(tmp_path / "file")):
+    with pytest.raises(UserError, match="cannot be opened"), lock.locked(str(tmp_path / "file")):
         pass
 
 

@@ -16,7 +16,7 @@ from deepseek_jax.checkpoint.folder import DAMAGED, Folder
 from deepseek_jax.checkpoint.processes import exchange, from_first
 from deepseek_jax.config import UserError
 
-_RUN = "run_id"  # file beside the checkpoints of a run that also has local ones
+RUN_ID = "run_id"  # file beside the checkpoints of a run that also has local ones
 
 
 class Found(NamedTuple):
@@ -93,7 +93,7 @@ class Finder:
 
     def _run(self, read_only: bool) -> str:
         """The name of this run among those with the same local_dir: a new run in an old place must not find its predecessor's."""
-        path = self.shared.path / _RUN
+        path = self.shared.path / RUN_ID
         try:
             if jax.process_index() == 0 and not read_only and not path.exists():
                 path.write_text(secrets.token_hex(8))

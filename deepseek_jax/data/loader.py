@@ -7,6 +7,7 @@ import grain
 import numpy as np
 
 from deepseek_jax.config import Config, UserError
+from deepseek_jax.data import contents
 from deepseek_jax.data.order import derive_seed
 from deepseek_jax.data.packing import PackedRows, Row, padding_row
 from deepseek_jax.data.prefetch import Prefetcher
@@ -55,7 +56,7 @@ class Loader:
     Attributes:
       num_train_rows: rows of one pass over every source. num_eval_rows: held-out rows, 0 for eval_fraction=0.
       train_tokens, eval_tokens: tokens in the documents of each side.
-      description: the data in a few words.
+      description: the data in a few words. contents: what a later start compares.
 
     Raises:
       UserError: a source is missing, empty, unreadable or not what its name says, or all together are too short.
@@ -76,6 +77,7 @@ class Loader:
         self._check_size(corpora, sides, train)
         weights = weights or [t.size / self.train_tokens for t, _ in sides]
         self.description = _describe(corpora, sides, weights, tokenizer)
+        self.contents = contents.of(corpora, tokenizer, weights)
         self._eval_order = _interleave([len(rows) for rows in self._eval])
         self._sources, self._rows, self._weights = corpora, train, weights
         self._train = self._ordered(train)

@@ -112,7 +112,8 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer") -> Tokenize
     Raises:
       UserError: the file is missing, unreadable, not a tokenizer, or has no end-of-document token.
     """
-    if spec == "bytes":
+    # no run or model is known here
+    if spec == "bytes" or spec == "auto" and option == "config.data.tokenizer":
         return ByteTokenizer()
     path = os.path.expanduser(spec)
     try:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepseek_jax.config import UserError
+from deepseek_jax.data import contents
 from deepseek_jax.data.documents import find_files, read, split_paths
 from deepseek_jax.data.progress import Bar
 from deepseek_jax.data.sources import BATCH_CHARACTERS, open_corpora, split
@@ -69,8 +70,13 @@ def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None =
     run = opened.run
     if run.data.eval_fraction == 0:
         raise UserError("--text is missing, and this run holds no documents out: config.data.eval_fraction=0. Name a text.")
-    tokenizer = load_tokenizer(run.data.tokenizer)
-    sides = [split(corpus, run.data.eval_fraction)[1] for corpus in open_corpora(run, tokenizer, progress)]
+    tokenizer = load_tokenizer(opened.tokenizer or run.data.tokenizer)
+    corpora = open_corpora(run, tokenizer, progress)
+    if what := contents.difference(opened.contents, contents.of(corpora, tokenizer, ()),
+                                   split_paths(run.data.path, "config.data.path")):
+        raise UserError(f"{what}, that the run read: what it held out is no longer known. Put the data back, "
+                        "or name a text with --text.")
+    sides = [split(corpus, run.data.eval_fraction)[1] for corpus in corpora]
     size = lambda ids: int(tokenizer.token_bytes[ids].sum()) if tokenizer.token_bytes is not None else len(tokenizer.decode(ids).encode())
 
     def pieces() -> Iterator[Piece]:

@@ -26,6 +26,7 @@ from deepseek_jax.config import DTYPES, UserError, exit_code
 from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.hf import configuration, exporting, importing, names, reading, start
 from deepseek_jax.hf.model import config_for
+from deepseek_jax.hf.opening import contents_of, tokenizer_of
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import abstract_model
 
@@ -92,7 +93,9 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
                                 f"{list(leaf.shape)}. Name the --step of one that this config.json is of.")
         files = os.path.join(workdir, start.FOLDER) if notes else None
         dtypes = {} if dtype or notes is None else notes.dtypes
-        tokenizer = None if saved.data.tokenizer == "bytes" else saved.data.tokenizer
+        trained = None if untrained else contents_of(checkpoints.read_extra(step))
+        tokenizer = None if untrained else tokenizer_of(workdir, saved, trained)
+        tokenizer = None if tokenizer in ("bytes", "auto") else tokenizer
         exporting.export(target, run.model, family, leaves, get, dtypes, dtype or "float32", files, notes and notes.model, tokenizer,
                          int(gigabytes * 1e9), source)
     for opened in filter(None, (source, checkpoints)):

@@ -5,6 +5,7 @@ import filecmp
 import math
 import os
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.configdict import from_config_dict
+from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.hf import configuration, names, start
 from deepseek_jax.hf.chat import Chat
@@ -21,6 +23,7 @@ from deepseek_jax.hf.source import read_config
 from deepseek_jax.hf.start import Notes
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.train import workdir as workdirs
+from deepseek_jax.train.history import check_tokenizer
 from deepseek_jax.train.state import from_tree, make_layout, to_tree
 
 
@@ -31,7 +34,9 @@ class Opened:
     model: LoadedModel
     run: Config | None  # the options of the run, where it is one
     trained: bool  # whether it is from a checkpoint of a run
-    folder: str | None  # with tokenizer.json and chat template; None: the run's config.data.tokenizer is all there is
+    folder: str | None  # with tokenizer.json and chat template; None: the run's tokenizer is all there is
+    tokenizer: str = ""  # of a trained run: bytes, or the path of the tokenizer.json that it was trained with
+    contents: Contents | None = None  # of the data that it was trained on, as far as known
 
     def encoder(self) -> Encoder:
         """Text to token ids.
@@ -39,7 +44,8 @@ class Opened:
         Raises:
           UserError: there is no tokenizer, or it has ids that the model has not.
         """
-        out = Encoder(Chat(self.folder) if self.folder is not None else load_tokenizer(self.run.data.tokenizer), self.model.source)
+        out = Encoder(Chat(self.folder) if self.folder is not None else load_tokenizer(self.tokenizer),
+                      self.model.source)
         if out.vocab_size > self.model.model.vocab_size:
             raise UserError(f"the tokenizer of {self.model.source} has {out.vocab_size} ids, and the model {self.model.model.vocab_size}. "
                             f"Give it the tokenizer that it was trained with.")
@@ -82,6 +88,8 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
         nothing = {name: None for name in layout.abstract._fields if name not in ("params", "bias")}
         wanted = layout.abstract_sharded()._replace(**nothing)
         checkpoints = Checkpointer(folder, read_only=True)
+        trained = contents_of(checkpoints.read_extra(step))
+        tokenizer = tokenizer_of(workdir, saved, trained)
         state = from_tree(checkpoints.restore_params(to_tree(wanted), step), wanted)
         checkpoints.close()
         params = _cast(state.params, np.dtype(dtype))
@@ -90,7 +98,8 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
     except UserError:  # a model of our own: it runs, and only hf.save has to refuse it
         notes = Notes("", saved.model, {})
     model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir)
-    return Opened(model, saved, True, files if _same_tokenizer(saved, files) else None)
+    return Opened(model, saved, True, files if tokenizer == os.path.join(files, start.TOKENIZER) else None,
+                  tokenizer, trained)
 
 
 def _cast(params, dtype: np.dtype):
@@ -105,12 +114,33 @@ def _cast(params, dtype: np.dtype):
     return jax.tree.unflatten(tree, out)
 
 
-def _same_tokenizer(config: Config, folder: str) -> bool:
-    """Whether a run was trained with the tokenizer.json in a folder, as far as can still be seen."""
-    given, kept = os.path.expanduser(config.data.tokenizer), os.path.join(folder, "tokenizer.json")
-    if config.data.tokenizer == "bytes" or not os.path.exists(kept):
-        return False
-    return not os.path.exists(given) or filecmp.cmp(given, kept, shallow=False)
+def contents_of(extra: dict[str, Any]) -> Contents | None:
+    """What a checkpoint says of the data that its run read last; None of an earlier version."""
+    return extra["data"][-1]["contents"] if extra.get("data") else None
+
+
+def tokenizer_of(workdir: str, run: Config, trained: Contents | None) -> str:
+    """The tokenizer that a run was trained with: `bytes` or a path, WORKDIR/hf/tokenizer.json before others.
+
+    Args:
+      trained: of its checkpoint. None: of an earlier version, which did not keep the tokenizer's hash; the
+      option is believed.
+
+    Raises:
+      UserError: neither the file of config.data.tokenizer nor that of WORKDIR/hf is it any more.
+    """
+    given, kept = run.data.tokenizer, os.path.join(workdir, start.FOLDER, start.TOKENIZER)
+    if trained is None:
+        if given in ("bytes", "auto") or not os.path.exists(kept):
+            return given
+        path = os.path.expanduser(given)
+        return kept if not os.path.exists(path) or filecmp.cmp(path, kept, shallow=False) else given
+    if trained["tokenizer"] == "bytes":
+        return "bytes"
+    if os.path.exists(kept) and load_tokenizer(kept).name == trained["tokenizer"]:
+        return kept
+    check_tokenizer(trained, load_tokenizer(given).name, given)
+    return given
 
 
 def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,10 +22,14 @@ from deepseek_jax.hf import names, reading
 from deepseek_jax.hf.reading import Source
 from deepseek_jax.hf.source import FP8, INDEX, MAX_CONFIG, SCALE, SINGLE, dump
 from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
+from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
 
 FOLDER = "hf"  # in WORKDIR
 NOTES = "source.json"
+TOKENIZER = "tokenizer.json"
+# what this version does not train with
+OTHER_TOKENIZERS = ("tokenizer.model", "tiktoken.model", "vocab.json")
 # What belongs to a model besides its weights. Code (modeling_*.py) is left out: nothing here runs it, and exports need none.
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.md")
@@ -106,6 +111,42 @@ def is_untrained(workdir: str, checkpoints: str) -> bool:
     if "://" in checkpoints or not has_weights(workdir):
         return False
     return not os.path.isdir(checkpoints) or not any(name.isdigit() for name in os.listdir(checkpoints))
+
+
+def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
+    """The options with what a run in the workdir, an import into it or `config.init_from` say of weights,
+    model and tokenizer.
+
+    Raises:
+      UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no tokenizer.json.
+    """
+    before = workdirs.options(workdir) if workdir else {}
+    if workdir and not config.init_from and not has_weights(workdir) and read_notes(workdir) is not None:
+        # The run began with a checkpoint. Without this a start before the first checkpoint of its own would
+        # draw random weights.
+        config = dataclasses.replace(config, init_from=str(before.get("init_from") or ""))
+    config = with_model_of_source(config, workdir, argv)
+    if config.data.tokenizer == "auto":
+        tokenizer = _known_tokenizer(config, workdir, before)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    return config
+
+
+def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]) -> str:
+    """What config.data.tokenizer=auto stands for: `bytes` or a path."""
+    kept = os.path.join(os.path.abspath(workdir), FOLDER, TOKENIZER) if workdir else ""
+    of_run = before.get("data", {}).get("tokenizer", "auto")
+    if of_run != "auto" and workdirs.has_checkpoints(workdir, config):
+        gone = of_run != "bytes" and not os.path.exists(os.path.expanduser(of_run))
+        return kept if gone and os.path.exists(kept) else of_run
+    for folder in filter(None, (config.init_from and os.path.abspath(os.path.expanduser(config.init_from)),
+                                os.path.dirname(kept))):
+        if os.path.exists(path := os.path.join(folder, TOKENIZER)):
+            return path
+        if others := [name for name in OTHER_TOKENIZERS if os.path.exists(os.path.join(folder, name))]:
+            raise UserError(f"config.data.tokenizer is not set, and {folder} has {others[0]} but no "
+                            f"{TOKENIZER}. Set it to a {TOKENIZER} of that model.")
+    return "bytes" if of_run == "auto" else of_run
 
 
 def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:

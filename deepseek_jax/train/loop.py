@@ -10,11 +10,12 @@ import jax
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config
+from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.loader import Loader, Prefetcher
 from deepseek_jax.data.windows import Skipping, Window, Windows
 from deepseek_jax.model.count import Count
 from deepseek_jax.stopping import Stopper
-from deepseek_jax.train.optimizer import first_sequence, sequences_at
+from deepseek_jax.train.history import History
 from deepseek_jax.train.profile import Profiler
 from deepseek_jax.train.report import Report
 from deepseek_jax.train.state import TrainState, to_tree
@@ -43,16 +44,26 @@ class Progress(NamedTuple):
     tokens_seen: int = 0  # tokens that were not padding, in all steps so far
     skipped: Windows = Windows()  # rows of the data that rollbacks have left out
     rollbacks: int = 0
+    history: History = History()  # which rows every step reads
+    run: str = ""  # workdir.identity
 
     def to_extra(self) -> dict[str, Any]:
-        out = {"tokens_seen": self.tokens_seen}
+        out = {"tokens_seen": self.tokens_seen, "data": self.history.to_json(), "run": self.run}
         if self.rollbacks:
             out |= {"skipped_rows": [list(w) for w in self.skipped.skipped], "rollbacks": self.rollbacks}
         return out
 
     @classmethod
     def of_extra(cls, extra: dict[str, Any]) -> "Progress":
-        return cls(extra["tokens_seen"], Windows.of(extra.get("skipped_rows", ())), extra.get("rollbacks", 0))
+        return cls(extra["tokens_seen"], Windows.of(extra.get("skipped_rows", ())), extra.get("rollbacks", 0),
+                   History.of_json(extra.get("data", ())), extra.get("run") or "")
+
+    def resumed(self, step: int, config: Config, contents: Contents | None,
+                earlier: History | None = None) -> "Progress":
+        """For going on after `step` steps with these options and data; as History.resumed."""
+        history = self.history.resumed(step, config, contents, earlier)
+        skipped = Windows() if history.begins_order(step) else self.skipped
+        return self._replace(history=history, skipped=skipped)
 
 
 class Evaluator:
@@ -86,10 +97,14 @@ class Evaluator:
         return out
 
 
-def batches(config: Config, loader: Loader, mesh: jax.sharding.Mesh, first_step: int, skipped: Windows = Windows()) -> Iterator[dict[str, jax.Array]]:
-    """The batches of the steps from `first_step` on, read ahead by a thread. A pure function of (seed, step, skipped windows)."""
-    requests = ((first_sequence(config, s), sequences_at(config, s)) for s in range(first_step, config.train.steps))
-    with Prefetcher(Skipping(loader, skipped), requests) as rows:
+def batches(config: Config, loader: Loader, mesh: jax.sharding.Mesh, first_step: int,
+            progress: Progress = Progress()) -> Iterator[dict[str, jax.Array]]:
+    """The batches of the steps from `first_step` on, read ahead by a thread. A pure function of (step,
+    history, skipped windows).
+    """
+    history = progress.history if progress.history.stretches else History().resumed(first_step, config, None)
+    requests = ((history.first_row(s), history.count(s)) for s in range(first_step, config.train.steps))
+    with Prefetcher(Skipping(loader, progress.skipped), requests) as rows:
         for r in rows:
             yield put_batch(r, config.micro_batch, mesh)
 
@@ -113,6 +128,8 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
     Raises:
       BadNumbers: after config.train.max_bad_steps skipped updates in a row, and config.train.max_rollbacks rollbacks if they are asked for.
     """
+    if not progress.history.stretches:
+        progress = progress.resumed(int(state.step), config, getattr(loader, "contents", None))
     report = Report(config, workdir, int(state.step), progress.tokens_seen, count, first_step)
     loop = Loop(config, workdir, mesh, train_step, evaluate, loader, checkpointer, profiler, restore, stopper or Stopper(), watchdog or Watchdog(0),
                 report)
@@ -150,7 +167,8 @@ class Loop:
 
     def rows(self, step: int) -> list[Window]:
         """Where the data of the step that ends with `step` finished ones are in the global order."""
-        return self.progress.skipped.rows(first_sequence(self.config, step - 1), sequences_at(self.config, step - 1))
+        history = self.progress.history
+        return self.progress.skipped.rows(history.first_row(step - 1), history.count(step - 1))
 
     def train(self, state: TrainState, progress: Progress) -> Result:
         """Until the last step, a signal, or too many skipped updates."""
@@ -166,7 +184,7 @@ class Loop:
 
         if profiler and profiler.due(step):
             profile(step)
-        with contextlib.closing(batches(c, self.loader, self.mesh, step, progress.skipped)) as data:
+        with contextlib.closing(batches(c, self.loader, self.mesh, step, progress)) as data:
             for batch in data:
                 state, device_metrics = self.step(state, batch)
                 step += 1
@@ -189,6 +207,7 @@ class Loop:
                 # While updates are being skipped the older checkpoints are worth more than this state: they must not make room for it.
                 if step == last or stopped_by or saving and updated:
                     extra = self.progress._replace(tokens_seen=self.report.tokens_seen).to_extra()
+                    extra["model"] = dataclasses.asdict(c.model)
                     eval_loss = eval_row.get("eval_loss") if eval_row.get("step") == step else None
                     with self.watchdog.paused():
                         self.checkpointer.save(step, to_tree(state), extra, eval_loss, final=step == last or bool(stopped_by))
@@ -230,9 +249,12 @@ class Loop:
             raise BadNumbers(f"{bad} It was rolled back {before.rollbacks} times (config.train.max_rollbacks).", bad.step)
         with self.watchdog.paused():
             state, good = self.restore()
-        first, count = first_sequence(c, int(state.step)), first_sequence(c, bad.step) - first_sequence(c, int(state.step))
+        if not good.history.stretches:
+            good = good._replace(history=before.history)
+        first = good.history.first_row(int(state.step))
+        count = before.history.first_row(bad.step) - first
         skipped = before.skipped.without(first, count)
-        progress = Progress(good.tokens_seen, skipped, before.rollbacks + 1)
+        progress = Progress(good.tokens_seen, skipped, before.rollbacks + 1, good.history, before.run)
         # All windows so far: this rollback may drop the row of the one before it.
         row = {"step": int(state.step) + 1, "rollback": progress.rollbacks, "rolled_back_from": bad.step, "skipped_rows": [list(w) for w in skipped.skipped]}
         text = ", ".join(f"{a} to {b - 1}" for a, b in before.skipped.rows(first, count))

@@ -1,13 +1,49 @@
 """From a checkpoint to the state of this run, which may have other options than the run that wrote it."""
 
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.config import Config
+from deepseek_jax.data.contents import Contents
 from deepseek_jax.parallel.weights import REPLICAS
+from deepseek_jax.train import workdir as workdirs
+from deepseek_jax.train.loop import Progress
 from deepseek_jax.train.state import Layout, TrainState, from_tree, to_tree
+
+
+class GoingOn:
+    """What a start of a run knows of those before it."""
+
+    def __init__(self, checkpoints: Checkpointer, workdir: str, config: Config, contents: Contents):
+        """Args: contents: of the data that this start reads."""
+        self._checkpoints, self._workdir = checkpoints, workdir
+        self._config, self._contents = config, contents
+        # Of a checkpoint of an earlier version config.json alone tells; it is read before this start writes
+        # its own.
+        written = os.path.exists(os.path.join(workdir, "config.json"))
+        self._earlier = workdirs.read_history(workdir)[0] if written else None
+        self._run: str | None = None
+
+    def progress(self, step: int | None) -> Progress:
+        """What there is besides the state to go on with after a checkpoint; None: from the beginning. Every
+        process calls it.
+
+        Raises:
+          UserError: the checkpoint is of another run, model or tokenizer, or of other data and
+          config.data.on_change does not allow them.
+        """
+        extra = {} if step is None else self._checkpoints.read_extra(step)
+        if step is not None:
+            workdirs.check_owner(self._workdir, self._config, extra)
+            workdirs.check_model(self._workdir, self._config, extra)
+        if self._run is None:
+            self._run = workdirs.identity(self._workdir, self._config, extra)
+        before = Progress() if step is None else Progress.of_extra(extra)
+        return before._replace(run=self._run).resumed(step or 0, self._config, self._contents, self._earlier)
 
 
 def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict[str, Any]]:

@@ -12,8 +12,8 @@ from deepseek_jax.model.count import Count
 from deepseek_jax.parallel import prefetch
 from deepseek_jax.parallel.mesh import axes_across_hosts
 from deepseek_jax.parallel.pipeline import make_schedule
+from deepseek_jax.train.history import History
 from deepseek_jax.train.loop import Result
-from deepseek_jax.train.optimizer import first_sequence
 from deepseek_jax.train.state import Layout
 
 
@@ -27,13 +27,13 @@ def human(n: float) -> str:
 
 
 def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, loader: Loader, workdir: str, resume_step: int | None,
-         changed: list[str], xla_options: dict[str, Any]) -> None:
+         changed: list[str], xla_options: dict[str, Any], history: History) -> None:
     """Prints what is about to happen: model, mesh, memory, data."""
     if jax.process_index() != 0:
         return
     t, m = config.train, config.model
     held = layout.bytes_per_device(mesh)
-    tokens = first_sequence(config, t.steps) * t.sequence_length
+    tokens = history.tokens(t.steps)
     console = Console(highlight=False, soft_wrap=True)
     line = lambda name, text: console.print(f"{name:<15}{text}", markup=False)
     mtp = f", and {human(sizes.mtp)} in {m.num_nextn_predict_layers} MTP layers" if sizes.mtp else ""
@@ -65,6 +65,14 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
     line("workdir", workdir if resume_step is None else f"{workdir}, resuming after step {resume_step}")
     for text in changed:
         line("changed", text)
+    if resume_step and history.stretches[-1].first_step == resume_step:
+        line("data go on", f"with row {history.first_row(resume_step)}"
+             if not history.begins_order(resume_step) else
+             "with row 0 of a new pass: they, their order or sequence_length changed "
+             "(config.data.on_change=new_pass)")
+    if resume_step and any(s.contents is None for s in history.stretches):
+        line("", "steps before a checkpoint of an earlier version are taken to have read the same data with "
+                 "the options of config.json")
 
 
 def first_step(train_step: CompiledStep, seconds: float) -> str:

@@ -2,36 +2,44 @@
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
-import socket
-import time
-from collections.abc import Iterator
+import secrets
 from typing import Any
 
 import jax
 
+from deepseek_jax.checkpoint import integrity
+from deepseek_jax.checkpoint.bounded_json import BadFile
+from deepseek_jax.checkpoint.finding import RUN_ID, LocalRun
+from deepseek_jax.checkpoint.folder import Folder
+from deepseek_jax.checkpoint.processes import from_first
 from deepseek_jax.config import Config, Model, UserError
+from deepseek_jax.train import history
 
+RUN, HISTORY = "run", "data_history"  # in config.json: the name of the run, and what its steps read
 # Options that change no array's shape: a run may go on with other values of these.
 FREE_MODEL_OPTIONS = {"n_group", "topk_group", "num_experts_per_tok", "scoring_func", "norm_topk_prob", "routed_scaling_factor",
                        "aux_loss_alpha", "seq_aux", "rms_norm_eps", "rope_theta", "rope_interleave", "rope_scaling",
                        "partial_rotary_factor", "max_position_embeddings", "initializer_range"}
 
 
-_NOT_AN_OPTION = "xla_options"  # in config.json: what followed from the options
+# in config.json: what followed from the options, and what is known of the run
+_NOT_OPTIONS = ("xla_options", RUN, HISTORY)
 
 
-def prepare(workdir: str, config: Config) -> list[str]:
-    """Creates the folder and compares its config.json with this run's options.
+def prepare(workdir: str, config: Config, tokenizer: str | None = None) -> list[str]:
+    """Creates the folder and compares the run that it holds with this run's options.
+
+    Args:
+      tokenizer: the name of this run's tokenizer, to be compared before the data are read.
 
     Returns:
       A line for each option that differs from the run that the folder holds, none of which changes a shape.
 
     Raises:
-      UserError: the folder cannot be written, or holds a checkpoint of a model with other shapes.
+      UserError: the folder cannot be written; it holds a checkpoint of a model with other shapes or of
+        another tokenizer; or the checkpoints are another run's, or elsewhere.
     """
     try:
         os.makedirs(workdir, exist_ok=True)
@@ -41,61 +49,115 @@ def prepare(workdir: str, config: Config) -> list[str]:
         os.remove(probe)
     except OSError as e:
         raise UserError(f"--workdir={workdir} cannot be written ({e.strerror}). Name a folder that you may write to.") from e
-    path = os.path.join(workdir, "config.json")
-    checkpoints = os.path.join(workdir, "checkpoints")
-    if not os.path.exists(path) or not os.path.isdir(checkpoints) or not any(n.isdigit() for n in os.listdir(checkpoints)):
+    path, folder = os.path.join(workdir, "config.json"), checkpoints(workdir, config)
+    before = _with_defaults(_read(path), Config().to_json()) if os.path.exists(path) else None
+    if not has_checkpoints(workdir, config):
+        _check_moved(workdir, folder, before)
         return []
-    before, now = _with_defaults(_read(path), Config().to_json()), config.to_json()
-    for name in (f.name for f in dataclasses.fields(Model)):
-        was, is_now = before["model"].get(name), now["model"][name]
-        if was != is_now and name not in FREE_MODEL_OPTIONS:
-            raise UserError(f"config.model.{name}={is_now} differs from {was} of the checkpoint in {workdir}. "
-                            f"Set config.model.{name}={was} to go on with it, or name another --workdir.")
-    return _differences(before, now, "config")
+    extra = newest_extra(folder)
+    if extra:  # of kind local it is read later
+        check_owner(workdir, config, extra)
+    check_model(workdir, config, extra)
+    if extra.get("data"):
+        history.check_tokenizer(extra["data"][-1]["contents"], tokenizer, config.data.tokenizer)
+    if before is None:
+        model = dataclasses.asdict(config.model)
+        return _differences(extra.get("model", model), model, "config.model")
+    check_model(workdir, config, before)
+    return _differences(before, config.to_json(), "config")
 
 
-@contextlib.contextmanager
-def locked(workdir: str, wait: float = 5.0) -> Iterator[None]:
-    """Keeps a second run out of the folder, which must exist; process 0 of a run takes it. Readers need no lock.
-
-    The lock is flock's on WORKDIR/lock, which the kernel gives up when this process ends, however that comes; what the file says is for
-    people. On NFS since Linux 2.6.12 it holds between hosts; on mounts where it is of one host only (Lustre's `localflock`, NFS's
-    `local_lock`), or on other remote file systems, a run on another host is not noticed. Where there is no flock at all nothing is locked.
-
-    Args:
-      wait: seconds in which a killed process may still be on its way out.
+def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
+    """Compares the shapes of the model with what a checkpoint, or config.json, says of its own, if it does.
 
     Raises:
-      UserError: another run has it.
+      UserError: they differ.
     """
-    path = os.path.join(workdir, "lock")
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as e:
-        raise UserError(f"{path} cannot be opened ({e.strerror}). Make it writable, or name another --workdir.") from e
-    try:
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as e:
-                if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    break  # no locks here
-                if time.monotonic() > deadline:
-                    raise UserError(f"--workdir={workdir} is in use by another run ({_holder(fd)}). Wait for it, stop it, or name another --workdir.") from e
-            time.sleep(0.1)
-        with contextlib.suppress(OSError):  # a full disk
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"host {socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(), 0)
-        yield
-    finally:
-        os.close(fd)
+    now = dataclasses.asdict(config.model)
+    for name, was in _with_defaults(before.get("model", now), dataclasses.asdict(Model())).items():
+        if name in now and was != now[name] and name not in FREE_MODEL_OPTIONS:
+            raise UserError(f"config.model.{name}={now[name]} differs from {was} of the checkpoint in "
+                            f"{checkpoints(workdir, config)}. "
+                            f"Set config.model.{name}={was} to go on with it, or name another --workdir.")
 
 
-def _holder(fd: int) -> str:
-    text = os.pread(fd, 200, 0).decode(errors="replace").split("\n")[0]
-    return "".join(c for c in text if c.isprintable()) or "its process is not known"
+def steps_in(folder: str) -> list[int]:
+    """The steps of the checkpoints in a folder, here or remote, that need not exist."""
+    try:
+        return Folder(folder, read_only=True).steps()
+    except UserError:
+        return []
+
+
+def _has_local(folder: str, local_dir: str) -> bool:
+    """Whether this host has checkpoints of kind `local` of the run whose others are in `folder`."""
+    name = os.path.join(folder, RUN_ID)
+    if not local_dir or "://" in folder or not os.path.exists(name):
+        return False
+    with open(name, encoding="utf-8") as f:
+        return bool(LocalRun(local_dir, os.path.basename(f.read().strip()), read_only=True).steps())
+
+
+def newest_extra(folder: str) -> dict[str, Any]:
+    """What the newest checkpoint of a folder that can be read says besides the state; nothing is checked. {}
+    without one.
+    """
+    for step in reversed(steps_in(folder)):
+        with contextlib.suppress(BadFile, OSError):
+            return integrity.read_extra(Folder(folder, read_only=True).at(step))
+    return {}
+
+
+def check_owner(workdir: str, config: Config, extra: dict[str, Any]) -> None:
+    """Refuses checkpoints in config.checkpoint.dir that the run of another workdir wrote.
+
+    Args:
+      extra: of the newest.
+
+    Raises:
+      UserError: they are another run's, and config.checkpoint.take_over does not ask for them.
+    """
+    folder, own = checkpoints(workdir, config), os.path.join(workdir, "checkpoints")
+    if config.checkpoint.take_over or os.path.realpath(folder) == os.path.realpath(own):
+        return
+    path = os.path.join(workdir, "config.json")
+    before = _read(path, everything=True) if os.path.exists(path) else {}
+    theirs, ours = extra.get(RUN) or None, before.get(RUN)
+    if theirs is None and before:  # of an earlier version, which wrote down where its checkpoints are
+        same = before.get("checkpoint", {}).get("dir") == config.checkpoint.dir
+    else:
+        same = theirs is not None and theirs == ours
+    if not same:
+        raise UserError(f"config.checkpoint.dir={config.checkpoint.dir} holds checkpoints of another run "
+                        f"than --workdir={workdir}. Name the workdir "
+                        f"of that run or an empty folder, or set config.checkpoint.take_over=True to go on "
+                        "from them here.")
+
+
+def identity(workdir: str, config: Config, extra: dict[str, Any]) -> str:
+    """The name of the run that goes on in a folder, for its checkpoints and its config.json. All processes
+    call it.
+
+    It is that of the checkpoint that it goes on from, if that is its own; a run that took over another's gets
+    a new name, so that the other one is refused from then on.
+    """
+    path = os.path.join(workdir, "config.json")
+    ours = _read(path, everything=True).get(RUN) if os.path.exists(path) else None
+    theirs = extra.get(RUN)
+    kept = ours if config.checkpoint.take_over and theirs != ours else theirs or ours
+    return from_first("run", kept if isinstance(kept, str) and kept else secrets.token_hex(8))
+
+
+def _check_moved(workdir: str, folder: str, before: dict[str, Any] | None) -> None:
+    """A run whose checkpoints are elsewhere would begin anew."""
+    if before is None:
+        return
+    there = before["checkpoint"]["dir"] or os.path.join(workdir, "checkpoints")
+    if steps := steps_in(there):
+        raise UserError(f"{folder} holds no checkpoint, but the run of --workdir={workdir} has them, up to "
+                        f"step {steps[-1]}, in {there}. Set "
+                        f"config.checkpoint.dir={before['checkpoint']['dir']!r} to go on with it, or name "
+                        "another --workdir.")
 
 
 def checkpoints(workdir: str, config: Config) -> str:
@@ -103,8 +165,12 @@ def checkpoints(workdir: str, config: Config) -> str:
     return config.checkpoint.dir or os.path.join(workdir, "checkpoints")
 
 
-def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | None = None) -> None:
+def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | None = None,
+                 run: str | None = None, data: list[dict[str, Any]] | None = None) -> None:
     """Writes WORKDIR/config.json, the resolved options and what was asked of XLA's compiler, whole or not at all.
+
+    Args:
+      run: as `identity`. data: History.to_json, for readers of the run.
 
     Raises:
       UserError: it cannot be written.
@@ -113,10 +179,26 @@ def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | Non
         path = os.path.join(workdir, "config.json")
         try:
             with open(path + ".tmp", "w", encoding="utf-8") as f:
-                json.dump(config.to_json() | {_NOT_AN_OPTION: xla_options or {}}, f, indent=2)
+                more = {"xla_options": xla_options or {}, RUN: run, HISTORY: data or []}
+                json.dump(config.to_json() | more, f, indent=2)
             os.replace(path + ".tmp", path)
         except OSError as e:
             raise UserError(f"{path} cannot be written ({e.strerror}). Make room, or name another --workdir.") from e
+
+
+def options(workdir: str) -> dict[str, Any]:
+    """Of the run in a folder, as nested dicts; {} where there is none.
+
+    Raises:
+      UserError: its config.json is damaged.
+    """
+    return read_config(workdir) if os.path.exists(os.path.join(workdir, "config.json")) else {}
+
+
+def has_checkpoints(workdir: str, config: Config) -> bool:
+    """Whether the run in a folder has saved one, as far as this host sees."""
+    folder = checkpoints(workdir, config)
+    return bool(steps_in(folder)) or _has_local(folder, config.checkpoint.local_dir)
 
 
 def read_config(workdir: str) -> dict[str, Any]:
@@ -131,14 +213,30 @@ def read_config(workdir: str) -> dict[str, Any]:
     return _read(path)
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_history(workdir: str) -> tuple[history.History, bool]:
+    """The list that `write_config` wrote, and True; of a run of an earlier version that of its last options,
+    and False.
+
+    Raises:
+      UserError: there is no run, or its config.json is damaged.
+    """
+    options, path = read_config(workdir), os.path.join(workdir, "config.json")
+    try:
+        if written := _read(path, everything=True).get(HISTORY):
+            return history.History.of_json(written), True
+        return history.History.of_options(options), False
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{path} cannot be read ({HISTORY} is damaged). Restore it, or name another "
+                        "--workdir.") from e
+
+
+def _read(path: str, everything: bool = False) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as f:
             out = json.load(f)
         if not isinstance(out, dict) or not isinstance(out.get("model"), dict):
             raise ValueError("it is not the config of a run")
-        out.pop(_NOT_AN_OPTION, None)
-        return out
+        return out if everything else {k: v for k, v in out.items() if k not in _NOT_OPTIONS}
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}). Restore it, or name another --workdir.") from e
 

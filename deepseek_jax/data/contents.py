@@ -1,0 +1,74 @@
+"""What data hold, whatever they are called and wherever they lie: a few figures that a checkpoint keeps and a
+later start compares."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.data.sources import Corpus, Joined
+from deepseek_jax.data.tokenizer import Tokenizer
+
+# blocks of a long array that are hashed, and numbers in each: a terabyte on a network disk takes seconds
+BLOCKS, BLOCK = 256, 1 << 16
+
+# tokenizer: its name; sources: [{tokens, documents, sha256}]; weights: floats, adding up to 1
+Contents = dict[str, Any]
+
+
+def of(corpora: Sequence[Corpus], tokenizer: Tokenizer, weights: Sequence[float]) -> Contents:
+    """The figures of a run's data. Plain JSON values."""
+    sources = [{"tokens": len(c.tokens), "documents": len(c.offsets) - 1, "sha256": fingerprint(c)}
+               for c in corpora]
+    return {"tokenizer": tokenizer.name, "sources": sources, "weights": [float(w) for w in weights]}
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """SHA-256 of a corpus' token ids and document boundaries: all of them up to 2^24 numbers, evenly spread
+    blocks beyond.
+
+    Text and the token file made of it have the same one; the dtype of the file does not count.
+    """
+    out = hashlib.sha256()
+    for array, dtype in ((corpus.tokens, "<i4"), (corpus.offsets, "<i8")):
+        for block in _blocks(array):
+            out.update(np.ascontiguousarray(block.astype(dtype)))
+    return out.hexdigest()
+
+
+def _blocks(array: np.ndarray | Joined) -> Iterator[np.ndarray]:
+    n = len(array)
+    count = min(-(-n // BLOCK), BLOCKS)
+    for i in range(count):
+        # the first and the last are always among them
+        start = i * BLOCK if count < BLOCKS else i * max(n - BLOCK, 0) // (BLOCKS - 1)
+        yield array[start:start + BLOCK]
+
+
+def digest(contents: Contents) -> str:
+    """SHA-256 of the figures: two hosts that read the same have the same one."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def difference(before: Contents | None, now: Contents | None, names: Sequence[str] = ()) -> str:
+    """The first source that differs, in words; "" if all are the same, or one side is not known.
+
+    Args:
+      names: of the sources now.
+    """
+    if before is None or now is None:
+        return ""
+    if len(before["sources"]) != len(now["sources"]):
+        return f"config.data.path has {len(now['sources'])} sources and not {len(before['sources'])}"
+    for i, (was, is_now) in enumerate(zip(before["sources"], now["sources"], strict=True)):
+        if was != is_now:
+            name = names[i] if i < len(names) else i
+            return f"config.data.path={name!r} holds {_text(is_now)} and not {_text(was)}"
+    return ""
+
+
+def _text(source: dict[str, Any]) -> str:
+    return (f"{source['tokens']:,} tokens in {source['documents']:,} documents "
+            f"(sha256 {source['sha256'][:12]})")
