@@ -14,6 +14,7 @@ import numpy as np
 
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.paths import temporary
 
 FORMAT = "deepseek_jax tokens 1"
 CHUNK = 1 << 24  # tokens looked at at a time
@@ -95,6 +96,22 @@ def sidecar_paths(path: str) -> tuple[str, str]:
     return stem + ".json", stem + ".offsets"
 
 
+def is_sidecar_of(path: str) -> bool:
+    """Whether the NAME.json beside NAME.npy or NAME.bin, if any, and so the NAME.offsets, is what `tokenize` wrote for this very file.
+
+    Then both go with the file when it is written again.
+    """
+    try:
+        with open(sidecar_paths(path)[0], encoding="utf-8") as f:
+            return _is_ours(json.load(f), path)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _is_ours(side: object, path: str) -> bool:
+    return isinstance(side, dict) and side.get("format") == FORMAT and side.get("file") == os.path.basename(path)
+
+
 def _read_sidecar(path: str, where: str) -> dict | None:
     """What `tokenize` wrote beside this file; None if it did not write the file."""
     side_path = sidecar_paths(path)[0]
@@ -105,8 +122,7 @@ def _read_sidecar(path: str, where: str) -> dict | None:
             side = json.load(f)
     except (OSError, ValueError) as e:
         raise UserError(f"{where}: {side_path} beside {path} is not readable JSON ({e}). Tokenize again, or remove it.") from None
-    ours = isinstance(side, dict) and side.get("format") == FORMAT and side.get("file") == os.path.basename(path)
-    return side if ours else None
+    return side if _is_ours(side, path) else None
 
 
 def _check_sidecar(path: str, where: str, side: dict, tokens: np.ndarray, config: Config, tokenizer: Tokenizer) -> np.ndarray:
@@ -139,12 +155,12 @@ class TokenWriter:
 
     def __init__(self, path: str, dtype: str, tokenizer: Tokenizer):
         self._path, self._dtype, self._tokenizer = path, np.dtype(dtype).newbyteorder("<"), tokenizer
-        self._temp = {p: f"{p}.tmp{os.getpid()}" for p in (*sidecar_paths(path), path)}
+        self._temp = {p: temporary(p) for p in (*sidecar_paths(path), path)}
         self._npy = path.lower().endswith(".npy")
         self.tokens, self.documents, self._max = 0, 0, -1
-        self._out = open(self._temp[path], "wb")
+        self._out = open(self._temp[path], "xb")
         try:
-            self._offsets = open(self._temp[sidecar_paths(path)[1]], "wb")
+            self._offsets = open(self._temp[sidecar_paths(path)[1]], "xb")
         except OSError:
             self._out.close()
             os.unlink(self._temp[path])
@@ -180,7 +196,7 @@ class TokenWriter:
         side = {"format": FORMAT, "file": os.path.basename(self._path), "source": source, "dtype": self._dtype.name,
                 "vocab_size": self._tokenizer.vocab_size, "eos_id": self._tokenizer.eos_id, "tokenizer": self._tokenizer.name,
                 "documents": self.documents, "tokens": self.tokens, "max_id": self._max}
-        with open(self._temp[side_path], "w", encoding="utf-8") as f:
+        with open(self._temp[side_path], "x", encoding="utf-8") as f:
             json.dump(side, f, indent=2)
             f.write("\n")
             f.flush()
@@ -191,7 +207,7 @@ class TokenWriter:
             f.close()
         if os.path.exists(self._path):
             os.unlink(self._path)
-        for final in (offsets_path, side_path, self._path):
+        for final in (side_path, offsets_path, self._path):  # the sidecar first: it tells whose the others are
             os.replace(self._temp[final], final)
 
     def __enter__(self) -> "TokenWriter":
