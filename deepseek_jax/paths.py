@@ -17,6 +17,12 @@ def temporary(path: str) -> str:
     return f"{path}.tmp{os.getpid()}-{secrets.token_hex(4)}"
 
 
+def scratch(folder: str) -> str:
+    """Where a folder is made before it gets its name: the same in every process and after a kill, and nobody else's."""
+    here, name = os.path.split(os.path.abspath(folder))
+    return os.path.join(here, f".{name}.deepseek_jax.tmp")
+
+
 def check_output(option: str, path: str, inputs: Iterable[str] = (), beside: dict[str, Callable[[str], bool]] | None = None) -> None:
     """Checks, before hours of work, that an output has a place and overwrites nothing but an older one of its kind.
 

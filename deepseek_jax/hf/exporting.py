@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from deepseek_jax import paths
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.checkpoint.safetensors_header import write_header
 from deepseek_jax.config import Model, UserError
@@ -44,7 +45,7 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
       UserError: the target is in use or cannot be written, or numbers are not finite in the dtype they are written in.
     """
     target = os.path.abspath(os.path.expanduser(target))
-    leaves, temporary = list(leaves), f"{target}.tmp"
+    leaves, temporary = list(leaves), paths.scratch(target)
     if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
         raise UserError(f"{target} exists already. Name a new folder.")
     shapes = tensors_of(leaves, model, dtypes, default_dtype)

@@ -31,8 +31,9 @@ def prepare(workdir: str, config: Config) -> list[str]:
       A line for each option that differs from the run that the folder holds, none of which changes a shape.
 
     Raises:
-      UserError: the folder cannot be written, or holds a checkpoint of a model with other shapes.
+      UserError: the folder cannot be written, holds a checkpoint of a model with other shapes, or files that are not of a run.
     """
+    _check_ours(workdir)
     try:
         os.makedirs(workdir, exist_ok=True)
         probe = os.path.join(workdir, f".writable.{os.getpid()}")
@@ -52,6 +53,15 @@ def prepare(workdir: str, config: Config) -> list[str]:
             raise UserError(f"config.model.{name}={is_now} differs from {was} of the checkpoint in {workdir}. "
                             f"Set config.model.{name}={was} to go on with it, or name another --workdir.")
     return _differences(before, now, "config")
+
+
+def _check_ours(workdir: str) -> None:
+    """Whether what a run would replace in the folder is of a run: nobody's config.json or metrics.jsonl is overwritten."""
+    config, rows = os.path.join(workdir, "config.json"), os.path.join(workdir, "metrics.jsonl")
+    if os.path.lexists(config):
+        _read(config)
+    elif os.path.lexists(rows):
+        raise UserError(f"--workdir={workdir} holds {rows} and no config.json of a run that wrote it. Name another --workdir, or move that file away.")
 
 
 @contextlib.contextmanager
@@ -86,6 +96,8 @@ def locked(workdir: str, wait: float = 5.0) -> Iterator[None]:
                     raise UserError(f"--workdir={workdir} is in use by another run ({_holder(fd)}). Wait for it, stop it, or name another --workdir.") from e
             time.sleep(0.1)
         with contextlib.suppress(OSError):  # a full disk
+            if (before := os.pread(fd, 5, 0)) and before != b"host ":
+                raise UserError(f"{path} is not the lock of a run. Name another --workdir, or move that file away.")
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"host {socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(), 0)
         yield
@@ -136,11 +148,11 @@ def _read(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as f:
             out = json.load(f)
         if not isinstance(out, dict) or not isinstance(out.get("model"), dict):
-            raise ValueError("it is not the config of a run")
+            raise ValueError("it has no section model")
         out.pop(_NOT_AN_OPTION, None)
         return out
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({e}). Restore it, or name another --workdir.") from e
+        raise UserError(f"{path} cannot be read as the config of a run ({e}). Restore it, or name another --workdir.") from e
 
 
 def _with_defaults(before: Any, defaults: Any) -> Any:
