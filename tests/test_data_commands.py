@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import Config, Data, Model, Train, UserError
-from deepseek_jax.data import documents, tokenfile
+from deepseek_jax.data import formats, tokenfile
 from deepseek_jax.data.__main__ import main
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.sources import open_corpora
@@ -108,7 +108,7 @@ def test_a_long_file_is_written_without_holding_it(tmp_path, monkeypatch):
     """With blocks far below the file's size, the tokenizer never sees more than a few blocks at once."""
     text = "".join(f"line {i}\n" for i in range(5000))
     (tmp_path / "long.txt").write_text(text)
-    monkeypatch.setattr(documents, "BLOCK", 1000)
+    monkeypatch.setattr(formats, "BLOCK", 1000)
     monkeypatch.setattr("deepseek_jax.data.sources.BATCH_CHARACTERS", 2000)
     seen, encode_batch = [], ByteTokenizer.encode_batch
 
@@ -220,6 +220,8 @@ def damage(path, change):
         (path / "c.offsets").unlink()
     elif change == "max_id":
         (path / "c.json").write_text(json.dumps({**side, "max_id": 300}))
+    elif change in ("dtype", "documents"):
+        (path / "c.json").write_text(json.dumps({**side, "dtype": "float16"} if change == "dtype" else {k: v for k, v in side.items() if k != change}))
 
 
 @pytest.mark.parametrize("change, wanted", [
@@ -227,7 +229,9 @@ def damage(path, change):
     ("tokens", ["tokens of uint16", "c.json says"]),
     ("offsets", ["c.offsets does not fit"]),
     ("no offsets", ["c.offsets cannot be read"]),
-    ("max_id", ["token id 300", "config.model.vocab_size=300"]),
+    ("max_id", ["token id 300", "has 300 ids"]),
+    ("dtype", ["c.json", "is damaged", "dtype='float16'"]),
+    ("documents", ["c.json", "is damaged", "documents=None"]),
 ])
 def test_sidecar_errors(folder, tmp_path, change, wanted):
     assert tokenize(folder, tmp_path / "c.bin") == 0

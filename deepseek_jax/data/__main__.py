@@ -11,7 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from deepseek_jax import arguments
 from deepseek_jax.config import UserError, exit_code
-from deepseek_jax.data.documents import TEXT_FORMS, File, find_files, read, split_paths
+from deepseek_jax.data.documents import TEXT_FORMS, File, Notes, find_files, no_text, split_paths
+from deepseek_jax.data.formats import read
 from deepseek_jax.data.progress import Bar
 from deepseek_jax.data.sources import encoded
 from deepseek_jax.data.tokenfile import DTYPES, TokenWriter, is_sidecar_of, sidecar_paths
@@ -19,7 +20,7 @@ from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.paths import check_output, temporary
 
 EOS = "<|endoftext|>"
-PATH_HELP = f"the text: {TEXT_FORMS}; several separated by commas. Folders are searched for UTF-8 text, .jsonl and .parquet."
+PATH_HELP = f"the text: {TEXT_FORMS}; several separated by commas. In folders, what is none of these is skipped."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +95,8 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     """
     if args.vocab_size < 257:
         raise UserError(f"--vocab-size={args.vocab_size} is too small for the 256 bytes and {EOS}. Set it to 257 or more.")
-    sources = _text_sources(args.path)
+    notes = Notes()
+    sources = _text_sources(args.path, notes)
     check_output("--out", args.out, _paths(sources))
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -107,7 +109,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         nonlocal texts, characters
         for spec, files in sources:
             for file in files:
-                for piece in read(file, spec, "--path"):
+                for piece in read(file, spec, "--path", notes):
                     bar.advance(piece.read)
                     texts, characters = texts + bool(piece.text), characters + len(piece.text)
                     yield piece.text
@@ -115,7 +117,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     with Bar("Reading text", _bytes(sources), show=True) as bar:
         tokenizer.train_from_iterator(pieces(bar), trainer)
     if not texts:
-        raise UserError(f"--path={args.path!r} holds no text. Give a source with at least one document that is not empty.")
+        raise no_text(args.path, "--path", notes)
     out = os.path.expanduser(args.out)
     temp = temporary(out)
     try:
@@ -130,7 +132,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         raise _not_written(args.out, e) from None
     size = tokenizer.get_vocab_size()
     short = f" (fewer than --vocab-size={args.vocab_size}: the text has no more pairs to merge)" if size < args.vocab_size else ""
-    print(f"Wrote {args.out}: {size:,} tokens{short}, from {characters:,} characters.\n"
+    print(f"Wrote {args.out}: {size:,} tokens{short}, from {characters:,} characters.\n{_lines(notes)}"
           f"Use it with --config.data.tokenizer={args.out} --config.model.vocab_size={size}")
 
 
@@ -147,7 +149,8 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
     if tokenizer.vocab_size > DTYPES[dtype]:
         raise UserError(f"--dtype={dtype} holds ids below {DTYPES[dtype]}, but --tokenizer={args.tokenizer!r} has "
                         f"{tokenizer.vocab_size} tokens. Set --dtype=auto.")
-    sources = _text_sources(args.path)
+    notes = Notes()
+    sources = _text_sources(args.path, notes)
     out = os.path.expanduser(args.out)
     inputs = itertools.chain(_paths(sources), [] if args.tokenizer == "bytes" else [os.path.expanduser(args.tokenizer)])
     check_output("--out", args.out, inputs, {p: lambda _: is_sidecar_of(out) for p in sidecar_paths(out)})
@@ -155,27 +158,30 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
         with TokenWriter(out, dtype, tokenizer) as writer:
             with Bar("Tokenizing", _bytes(sources), show=True) as bar:
                 for spec, files in sources:
-                    for batch in encoded(files, spec, "--path", tokenizer, bar):
+                    for batch in encoded(files, spec, "--path", tokenizer, bar, notes):
                         for ids, last in batch:
                             writer.write(ids, last)
             if not writer.documents:
-                raise UserError(f"--path={args.path!r} holds no text. Give a source with at least one document that is not "
-                                f"empty.")
+                raise no_text(args.path, "--path", notes)
             writer.finish(args.path)
     except OSError as e:
         raise _not_written(args.out, e) from None
-    print(f"Wrote {args.out}: {writer.tokens:,} tokens of {dtype} in {writer.documents:,} documents.\n"
+    print(f"Wrote {args.out}: {writer.tokens:,} tokens of {dtype} in {writer.documents:,} documents.\n{_lines(notes)}"
           f"Use it with --config.data.path={args.out} --config.data.tokenizer={args.tokenizer} "
           f"--config.model.vocab_size={tokenizer.vocab_size}")
 
 
-def _text_sources(paths: str) -> list[tuple[str, list[File]]]:
-    sources = [(spec, find_files(spec, "--path")) for spec in split_paths(paths, "--path")]
+def _text_sources(paths: str, notes: Notes) -> list[tuple[str, list[File]]]:
+    sources = [(spec, find_files(spec, "--path", notes)) for spec in split_paths(paths, "--path")]
     for spec, files in sources:
         tokens = next((f.path for f in files if f.kind == "tokens"), None)
         if tokens:
             raise UserError(f"--path={spec!r}: {tokens} holds token ids, not text. Give the text they were made of.")
     return sources
+
+
+def _lines(notes: Notes) -> str:
+    return "".join(f"{line}\n" for line in notes.lines())
 
 
 def _paths(sources: list[tuple[str, list[File]]]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.configdict import from_config_dict
@@ -46,6 +47,8 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
             raise UserError(f"--rows={rows} is not FIRST-LAST. Give two row numbers, for instance --rows=800-807.")
         ranges = [(int(found[1]), int(found[2] or found[1]) + 1)]
     loader = Loader(config, load_tokenizer(config.data.tokenizer), progress=True)
+    for line in loader.notes:
+        print(line, file=sys.stderr)
     for first, last in ranges:
         for index in range(first, last):
             for span in loader.origin(index):

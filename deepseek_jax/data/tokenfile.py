@@ -2,7 +2,8 @@
 
 `NAME.npy` (1-D integers) or `NAME.bin` (raw, little-endian) holds the ids, document after document, each ended by eos.
 `NAME.json` is the sidecar and `NAME.offsets` the documents' starts and the end (raw int64, documents + 1 of them).
-Files of others have neither: their documents are found by looking for eos.
+Files of others have neither: their documents are found by looking for eos, or in the index that Megatron-LM writes beside them. All their
+ids are looked at, at every start: at 1 to 2 GB a second from memory, that costs less than a run that ends at its first evaluation.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ from collections.abc import Callable
 import numpy as np
 
 from deepseek_jax.config import Config, UserError
+from deepseek_jax.data.documents import Notes
+from deepseek_jax.data.megatron import read_index
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.paths import temporary
 
@@ -21,31 +24,44 @@ CHUNK = 1 << 24  # tokens looked at at a time
 DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # name -> number of ids it can hold
 
 
-def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer,
-                advance: Callable[[float], None] = lambda n: None) -> tuple[np.ndarray, np.ndarray]:
+def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer, advance: Callable[[float], None] = lambda n: None,
+                notes: Notes | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Memory-maps a token file and finds its documents.
 
     Args:
       path: a .npy or .bin file. where: `option=value`, for messages. advance: told the bytes looked at.
+      notes: told where the documents seem to end with another token than the tokenizer's.
 
     Returns:
       tokens: integer [n], a read-only memory map.
       offsets: int64 [documents + 1], the last is n. Without a sidecar the last document may lack its eos.
 
     Raises:
-      UserError: not token ids, ids outside config.model.vocab_size, or ids of another tokenizer than `tokenizer`.
+      UserError: not token ids, ids that `tokenizer` has not, or ids of another tokenizer.
     """
+    notes = Notes() if notes is None else notes
     side = _read_sidecar(path, where)
     try:
-        tokens = _map(path, where, side["dtype"] if side else config.data.bin_dtype)
+        index = None if side else read_index(path, where)
+        tokens = _map(path, where, side["dtype"] if side else index.dtype.name if index else config.data.bin_dtype)
     except OSError as e:
         raise UserError(f"{where}: {path} cannot be read ({e.strerror or e}). Make it readable, or give another path.") from None
     if side:
         offsets = _check_sidecar(path, where, side, tokens, config, tokenizer)
         advance(os.path.getsize(path))
-    else:
-        offsets = _scan(path, where, tokens, config, tokenizer, advance)
+        return tokens, offsets
+    eos = config.data.eos_token_id if config.data.eos_token_id >= 0 else tokenizer.eos_id
+    ends = _scan(path, where, tokens, config, tokenizer, eos if index is None else None, advance)
+    offsets = index.offsets if index else np.concatenate([[0], ends, [len(tokens)] if not len(ends) or ends[-1] != len(tokens) else []]).astype(np.int64)
+    _note_ends(path, tokens, offsets, eos, notes)
     return tokens, offsets
+
+
+def _note_ends(path: str, tokens: np.ndarray, offsets: np.ndarray, eos: int, notes: Notes) -> None:
+    lasts = offsets[1:][np.diff(offsets) > 0]
+    some = lasts[np.linspace(0, len(lasts) - 1, min(len(lasts), 1000)).astype(np.int64)] if len(lasts) else lasts
+    if len(some) and not any(tokens[int(i) - 1] == eos for i in some):
+        notes.others.append(f"{path}: no document ends with the token {eos}; if another one ends them, set config.data.eos_token_id")
 
 
 def _map(path: str, where: str, dtype: str) -> np.ndarray:
@@ -66,28 +82,27 @@ def _map(path: str, where: str, dtype: str) -> np.ndarray:
     return tokens
 
 
-def _outside(where: str, path: str, bad: int, config: Config) -> UserError:
-    size = config.model.vocab_size
-    fix = "Write the file again"
+def _outside(where: str, path: str, bad: int, config: Config, tokenizer: Tokenizer) -> UserError:
+    fix = "Write the file again, or correct config.data.bin_dtype"
     if bad >= 0:
-        fix = f"Set config.model.vocab_size to {bad + 1} or more, or correct the file's dtype or tokenizer"
-    return UserError(f"{where}: {path} has the token id {bad}, outside config.model.vocab_size={size} (0 to {size - 1}). {fix}.")
+        fix = "Set config.data.tokenizer to the tokenizer.json that the file was made with, or correct config.data.bin_dtype"
+    return UserError(f"{where}: {path} has the token id {bad}, but config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} ids "
+                     f"(0 to {tokenizer.vocab_size - 1}). {fix}.")
 
 
-def _scan(path: str, where: str, tokens: np.ndarray, config: Config, tokenizer: Tokenizer,
+def _scan(path: str, where: str, tokens: np.ndarray, config: Config, tokenizer: Tokenizer, eos: int | None,
           advance: Callable[[float], None]) -> np.ndarray:
-    """Offsets of the documents of a file without a sidecar, and the check of every id, in one pass."""
-    eos = config.data.eos_token_id if config.data.eos_token_id >= 0 else tokenizer.eos_id
-    ends = [np.zeros(1, np.int64)]
+    """Checks every id; returns the places after each `eos`, int64."""
+    ends = [np.zeros(0, np.int64)]
     for start in range(0, len(tokens), CHUNK):
         chunk = np.asarray(tokens[start:start + CHUNK])
-        low, high = int(chunk.min()), int(chunk.max())
-        if low < 0 or high >= config.model.vocab_size:
-            raise _outside(where, path, low if low < 0 else high, config)
-        ends.append(np.flatnonzero(chunk == eos) + (start + 1))
+        low, high = int(chunk.min()) if chunk.dtype.kind == "i" else 0, int(chunk.max())
+        if low < 0 or high >= tokenizer.vocab_size:
+            raise _outside(where, path, low if low < 0 else high, config, tokenizer)
+        if eos is not None:
+            ends.append(np.flatnonzero(chunk == eos) + (start + 1))
         advance(chunk.nbytes)
-    offsets = np.concatenate(ends)
-    return offsets if offsets[-1] == len(tokens) else np.append(offsets, len(tokens))
+    return np.concatenate(ends)
 
 
 def sidecar_paths(path: str) -> tuple[str, str]:
@@ -122,7 +137,12 @@ def _read_sidecar(path: str, where: str) -> dict | None:
             side = json.load(f)
     except (OSError, ValueError) as e:
         raise UserError(f"{where}: {side_path} beside {path} is not readable JSON ({e}). Tokenize again, or remove it.") from None
-    return side if _is_ours(side, path) else None
+    if not _is_ours(side, path):
+        return None
+    wanted = {"tokenizer": str, "dtype": str, "eos_id": int, "tokens": int, "documents": int, "max_id": int}
+    if wrong := [k for k, kind in wanted.items() if type(side.get(k)) is not kind] or ["dtype"] * (side["dtype"] not in DTYPES):
+        raise UserError(f"{where}: {side_path} beside {path} is damaged: {wrong[0]}={side.get(wrong[0])!r}. Tokenize again.")
+    return side
 
 
 def _check_sidecar(path: str, where: str, side: dict, tokens: np.ndarray, config: Config, tokenizer: Tokenizer) -> np.ndarray:
@@ -135,8 +155,8 @@ def _check_sidecar(path: str, where: str, side: dict, tokens: np.ndarray, config
     if side["tokens"] != len(tokens) or side["dtype"] != tokens.dtype.name:
         raise UserError(f"{where}: {path} has {len(tokens)} tokens of {tokens.dtype.name}, but {side_path} says "
                         f"{side['tokens']} of {side['dtype']}. {again}")
-    if side["max_id"] >= config.model.vocab_size:
-        raise _outside(where, path, side["max_id"], config)
+    if side["max_id"] >= tokenizer.vocab_size:
+        raise _outside(where, path, side["max_id"], config, tokenizer)
     try:
         offsets = np.fromfile(offsets_path, "<i8").astype(np.int64)
     except OSError as e:

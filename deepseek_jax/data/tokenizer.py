@@ -10,6 +10,7 @@ import numpy as np
 import tokenizers
 
 from deepseek_jax.config import UserError
+from deepseek_jax.texts import clean_text
 
 # End-of-document tokens by the names in use; the first one that the tokenizer has is taken.
 EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]",
@@ -55,7 +56,7 @@ class ByteTokenizer(Tokenizer):
         self.token_bytes[self.eos_id] = 0
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(_utf8(t).encode(), np.uint8).astype(np.int32) for t in texts]
+        return [np.frombuffer(clean_text(t).encode(), np.uint8).astype(np.int32) for t in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids, np.int64)
@@ -93,7 +94,7 @@ class FileTokenizer(Tokenizer):
         self.token_bytes = _byte_level_lengths(json.loads(data), vocab, special, plain, self.vocab_size)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._inner.encode_batch([_utf8(t) for t in texts], add_special_tokens=False)
+        encoded = self._inner.encode_batch([clean_text(t) for t in texts], add_special_tokens=False)
         return [np.asarray(e.ids, np.int32) for e in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -130,15 +131,6 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer") -> Tokenize
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
-
-
-def _utf8(text: str) -> str:
-    """The text with lone surrogates, which JSON can spell but UTF-8 cannot, replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
 
 
 def _byte_level_alphabet() -> set[str]:

@@ -1,13 +1,15 @@
 """Perplexity and bits per byte of a corpus, document by document, however long."""
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from deepseek_jax.config import UserError
-from deepseek_jax.data.documents import find_files, read, split_paths
+from deepseek_jax.data.documents import Notes, find_files, split_paths
+from deepseek_jax.data.formats import read
 from deepseek_jax.data.progress import Bar
 from deepseek_jax.data.sources import BATCH_CHARACTERS, open_corpora, split
 from deepseek_jax.data.tokenizer import load_tokenizer
@@ -52,12 +54,16 @@ def of_text(opened: Opened, path: str, scorer: Scorer, stride: int, limit: int |
     Raises:
       UserError: the text is missing, unreadable or empty, or a token id is too high for the model.
     """
-    files = [(spec, f) for spec in split_paths(path, "--text") for f in find_files(spec, "--text")]
+    notes = Notes()
+    files = [(spec, f) for spec in split_paths(path, "--text") for f in find_files(spec, "--text", notes)]
     if tokens := next((f for _, f in files if f.kind == "tokens"), None):
         raise UserError(f"--text={path}: {tokens.path} holds tokens and not text. Name text files; tokens can be evaluated as a run's held-out part.")
     encoder = opened.encoder()
     with Bar("Evaluating", sum(f.size for _, f in files), progress) as bar:
-        return _measure(_text_pieces(files, encoder), encoder.prefix, scorer, stride, limit, bar, f"--text={path}")
+        result = _measure(_text_pieces(files, encoder, notes), encoder.prefix, scorer, stride, limit, bar, f"--text={path}")
+    for line in notes.lines():
+        print(line, file=sys.stderr)
+    return result
 
 
 def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None = None, progress: bool = False) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None =
         return _measure(pieces(), [], scorer, stride, limit, bar, "the run's held-out part")
 
 
-def _text_pieces(files: list, encoder: Encoder) -> Iterator[Piece]:
+def _text_pieces(files: list, encoder: Encoder, notes: Notes) -> Iterator[Piece]:
     """The pieces of documents in file order; empty documents are left out."""
     inside = False  # a document that had tokens already goes on
 
@@ -97,8 +103,8 @@ def _text_pieces(files: list, encoder: Encoder) -> Iterator[Piece]:
 
     texts, rest, size = [], [], 0
     for spec, file in files:
-        for piece in read(file, spec, "--text"):
-            texts.append(piece.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))  # JSON can spell lone surrogates
+        for piece in read(file, spec, "--text", notes):
+            texts.append(piece.text)
             rest.append((piece.last, piece.read))
             size += len(piece.text)
             if size >= BATCH_CHARACTERS:
