@@ -1,5 +1,6 @@
 """The flags of train.py: a config file, overrides of its keys, and one clear line for every mistake in them."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -9,10 +10,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from deepseek_jax.cluster import Cluster
-from deepseek_jax.config import Config, UserError
+from deepseek_jax.compilation import OFF
+from deepseek_jax.config import Compile, Config, UserError
 from deepseek_jax.configdict import OPTIONAL, describe, from_config_dict
 from deepseek_jax.hf import start
 from deepseek_jax.parallel.discovery import find
+from deepseek_jax.paths import absolute
 from deepseek_jax.validation import validate
 
 
@@ -75,7 +78,24 @@ def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
         raise UserError("--config is missing. Name a config file, for instance --config=configs/tiny.py.")
     config = start.with_model_of_source(from_config_dict(given.config), given.workdir, argv)
     validate(config)
-    return config
+    return with_absolute_paths(config)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The options with every path as seen from any folder, as WORKDIR/config.json keeps them for later commands; ~ is the home folder.
+
+    Words that stand for no path (stdlib, bytes, off), remote folders and what `init_from` does not find stay.
+    """
+    c = config
+    sources = [s.strip() for s in c.data.path.split(",")]
+    path = ",".join(s if s in ("", "stdlib") else absolute(s) for s in sources)
+    data = dataclasses.replace(c.data, path=path, tokenizer=c.data.tokenizer if c.data.tokenizer == "bytes" else absolute(c.data.tokenizer))
+    if c.init_from and os.path.exists(os.path.expanduser(c.init_from)):
+        c = dataclasses.replace(c, init_from=absolute(c.init_from))
+    folder = lambda name: name and absolute(name)
+    checkpoint = dataclasses.replace(c.checkpoint, dir=folder(c.checkpoint.dir), local_dir=folder(c.checkpoint.local_dir))
+    cache = c.compile.cache_dir
+    return dataclasses.replace(c, data=data, checkpoint=checkpoint, compile=Compile(cache if cache == OFF else folder(cache)))
 
 
 def find_cluster(argv: list[str]) -> Cluster:

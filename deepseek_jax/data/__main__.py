@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--out", required=True, help="NAME.npy or NAME.bin")
     tokenize.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
                           help="integer type of the ids (auto: the smallest that holds them)")
+    tokenize.add_argument("--special-tokens", action="store_true",
+                          help="<|im_start|> and the like in the text are the tokenizer's special tokens, and eos ends a document (default: text)")
     tokenize.set_defaults(command=tokenize_corpus)
 
     show = commands.add_parser(
@@ -144,7 +146,10 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
     """
     if os.path.splitext(args.out)[1].lower() not in (".npy", ".bin"):
         raise UserError(f"--out={args.out!r} ends in neither .npy nor .bin. Name it NAME.npy or NAME.bin.")
-    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
+    if args.special_tokens and args.tokenizer == "bytes":
+        raise UserError("--special-tokens has no effect with --tokenizer=bytes, which has none that text could spell. Leave it out, or give a "
+                        "tokenizer.json.")
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer", args.special_tokens)
     dtype = next(d for d, size in DTYPES.items() if tokenizer.vocab_size <= size) if args.dtype == "auto" else args.dtype
     if tokenizer.vocab_size > DTYPES[dtype]:
         raise UserError(f"--dtype={dtype} holds ids below {DTYPES[dtype]}, but --tokenizer={args.tokenizer!r} has "
@@ -159,8 +164,8 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
             with Bar("Tokenizing", _bytes(sources), show=True) as bar:
                 for spec, files in sources:
                     for batch in encoded(files, spec, "--path", tokenizer, bar, notes):
-                        for ids, last in batch:
-                            writer.write(ids, last)
+                        for ids, ends in batch:
+                            writer.write(ids, ends)
             if not writer.documents:
                 raise no_text(args.path, "--path", notes)
             writer.finish(args.path)
@@ -168,6 +173,7 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
         raise _not_written(args.out, e) from None
     print(f"Wrote {args.out}: {writer.tokens:,} tokens of {dtype} in {writer.documents:,} documents.\n{_lines(notes)}"
           f"Use it with --config.data.path={args.out} --config.data.tokenizer={args.tokenizer} "
+          f"{'--config.data.special_tokens=True ' if args.special_tokens else ''}"
           f"--config.model.vocab_size={tokenizer.vocab_size}")
 
 

@@ -111,23 +111,37 @@ def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, ba
 def _tokenise(files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar, notes: Notes) -> tuple[np.ndarray, np.ndarray]:
     """-> tokens [n] in the smallest dtype, offsets int64 [documents + 1]."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    eos = np.array([tokenizer.eos_id], dtype)
-    chunks, offsets, count = [], [0], 0
+    chunks, offsets, count = [], [np.zeros(1, np.int64)], 0
     for batch in encoded(files, spec, "config.data.path", tokenizer, bar, notes):
-        pieces = []
-        for ids, last in batch:
-            pieces += [ids.astype(dtype), eos] if last else [ids.astype(dtype)]
-            count += len(ids) + last
-            if last:
-                offsets.append(count)
-        chunks.append(np.concatenate(pieces))
-    return np.concatenate(chunks) if chunks else np.zeros(0, dtype), np.array(offsets, np.int64)
+        for ids, ends in batch:
+            chunks.append(ids.astype(dtype))
+            offsets.append(ends + count)
+            count += len(ids)
+    return np.concatenate(chunks) if chunks else np.zeros(0, dtype), np.concatenate(offsets)
 
 
 def encoded(files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer, bar: Bar,
-            notes: Notes) -> Iterator[list[tuple[np.ndarray, bool]]]:
-    """Batches of (ids int32 [n] without eos, whether the document ends here), in file order. Empty documents are left out."""
+            notes: Notes) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Batches of pieces of documents: (ids int32 [n], where documents end in them: int64, from 1 to n), in file order.
+
+    Each document ends with eos, also where special tokens are read in text and it spells eos. Empty documents are left out.
+    """
     texts, lasts, size, inside = [], [], 0, False
+    ended = False  # whether the last token was an eos that the text spelt
+    eos = np.array([tokenizer.eos_id], np.int32)
+
+    def batch() -> list[tuple[np.ndarray, np.ndarray]]:
+        nonlocal ended
+        out = []
+        for ids, last in zip(tokenizer.encode_batch(texts), lasts):
+            spelt = np.flatnonzero(ids == eos[0]) + 1 if tokenizer.special_tokens else np.zeros(0, np.int64)
+            ended = len(ids) in spelt if len(ids) else ended
+            if last and not ended:
+                ids, spelt = np.append(ids, eos), np.append(spelt, len(ids) + 1)
+            ended = ended and not last
+            out.append((ids, spelt))
+        return out
+
     for file in files:
         for piece in read(file, spec, option, notes):
             bar.advance(piece.read)
@@ -138,10 +152,10 @@ def encoded(files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer,
             lasts.append(piece.last)
             size += len(piece.text)
             if size >= BATCH_CHARACTERS:
-                yield list(zip(tokenizer.encode_batch(texts), lasts))
+                yield batch()
                 texts, lasts, size = [], [], 0
     if texts:
-        yield list(zip(tokenizer.encode_batch(texts), lasts))
+        yield batch()
 
 
 def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:

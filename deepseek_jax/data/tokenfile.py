@@ -16,7 +16,7 @@ import numpy as np
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.data.documents import Notes
 from deepseek_jax.data.megatron import read_index
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer import SPECIAL, Tokenizer
 from deepseek_jax.paths import temporary
 
 FORMAT = "deepseek_jax tokens 1"
@@ -149,6 +149,10 @@ def _check_sidecar(path: str, where: str, side: dict, tokens: np.ndarray, config
     side_path, offsets_path = sidecar_paths(path)
     again = f"Write {path} again with python -m deepseek_jax.data tokenize."
     if side["tokenizer"] != tokenizer.name or side["eos_id"] != tokenizer.eos_id:
+        if side["tokenizer"].removesuffix(SPECIAL) == tokenizer.name.removesuffix(SPECIAL):
+            was = side["tokenizer"].endswith(SPECIAL)
+            raise UserError(f"{where}: {path} was written {'with' if was else 'without'} --special-tokens, but config.data.special_tokens={not was}. "
+                            f"Set config.data.special_tokens={was}, or tokenize again.")
         raise UserError(f"{where}: {path} was written with the tokenizer {side['tokenizer']}, but "
                         f"config.data.tokenizer={config.data.tokenizer!r} "
                         f"is {tokenizer.name}. Set config.data.tokenizer to the first, or tokenize again.")
@@ -195,17 +199,14 @@ class TokenWriter:
             np.lib.format.write_array_header_1_0(self._out, spec)
         return self._out.tell()
 
-    def write(self, ids: np.ndarray, last: bool) -> None:
-        """Appends ids [n]; `last`: and the eos that ends the document."""
-        if last:
-            ids = np.append(ids, self._tokenizer.eos_id)
+    def write(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        """Appends ids [n], in which documents end before the places `ends`."""
         if len(ids):
             self._max = max(self._max, int(ids.max()))
         self._out.write(ids.astype(self._dtype).tobytes())
+        self._offsets.write((ends + self.tokens).astype("<i8").tobytes())
         self.tokens += len(ids)
-        if last:
-            self.documents += 1
-            self._offsets.write(np.int64(self.tokens).astype("<i8").tobytes())
+        self.documents += len(ends)
 
     def finish(self, source: str) -> None:
         """Makes the file appear, with a sidecar that says what it was made of."""

@@ -75,9 +75,13 @@ def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None =
     run = opened.run
     if run.data.eval_fraction == 0:
         raise UserError("--text is missing, and this run holds no documents out: config.data.eval_fraction=0. Name a text.")
-    tokenizer = load_tokenizer(run.data.tokenizer)
+    tokenizer = load_tokenizer(run.data.tokenizer, special_tokens=run.data.special_tokens)
     sides = [split(corpus, run.data.eval_fraction)[1] for corpus in open_corpora(run, tokenizer, progress)]
-    size = lambda ids: int(tokenizer.token_bytes[ids].sum()) if tokenizer.token_bytes is not None else len(tokenizer.decode(ids).encode())
+
+    def size(ids: np.ndarray) -> int:
+        if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # a sidecar that does not tell the truth
+            raise UserError(f"the run's held-out part has token ids up to {ids.max()}, and its tokenizer {tokenizer.vocab_size} of them. Tokenize again.")
+        return int(tokenizer.token_bytes[ids].sum()) if tokenizer.token_bytes is not None else len(tokenizer.decode(ids).encode())
 
     def pieces() -> Iterator[Piece]:
         for documents in sides:

@@ -12,7 +12,7 @@ import numpy as np
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.configdict import from_config_dict
-from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.hf import configuration, names, start
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.encoder import Encoder
@@ -39,7 +39,7 @@ class Opened:
         Raises:
           UserError: there is no tokenizer, or it has ids that the model has not.
         """
-        out = Encoder(Chat(self.folder) if self.folder is not None else load_tokenizer(self.run.data.tokenizer), self.model.source)
+        out = Encoder(Chat(self.folder) if self.folder is not None else _tokenizer(self.run), self.model.source)
         if out.vocab_size > self.model.model.vocab_size:
             raise UserError(f"the tokenizer of {self.model.source} has {out.vocab_size} ids, and the model {self.model.model.vocab_size}. "
                             f"Give it the tokenizer that it was trained with.")
@@ -91,6 +91,10 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
         notes = Notes("", saved.model, {})
     model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir)
     return Opened(model, saved, True, files if _same_tokenizer(saved, files) else None)
+
+
+def _tokenizer(run: Config) -> Tokenizer:
+    return load_tokenizer(run.data.tokenizer, special_tokens=run.data.special_tokens)
 
 
 def _cast(params, dtype: np.dtype):
