@@ -76,7 +76,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
 
     # Everything that can be wrong is found out here, before anything is compiled.
     mesh = make_mesh(config)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
     generate.check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)
     changed = workdir.prepare(flags.workdir, config, tokenizer.name)
     if cluster.index == 0:

@@ -64,7 +64,7 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
     compiled = topology.compile_step(config, mesh, layout).compiled
     along = [c for c in program.collectives(compiled.as_text(), mesh.shape) if "data" in c.axes and not c.further]
     gradients = [c for c in along if c.phase == "backward" or c.part == "compression"]
-    loader = Loader(config, load_tokenizer(config.data.tokenizer))
+    loader = Loader(config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens))
     losses, seconds = [], []
     with jax.set_mesh(mesh), contextlib.closing(loop.batches(config, loader, mesh, 0)) as batches:
         state = init_state(config, layout)

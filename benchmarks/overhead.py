@@ -122,7 +122,7 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
     """Medians over the steps of all rounds, in seconds a step."""
     use_cache(config.compile.cache_dir, warn=lambda line: print(line, file=sys.stderr))
     mesh = make_mesh(config, jax.devices()[:1] if config.mesh.fsdp == 1 else None)
-    loader = Loader(config, load_tokenizer(config.data.tokenizer))
+    loader = Loader(config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens))
     loops, bare = [], []
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as workdir:
         layout = make_layout(config, mesh)

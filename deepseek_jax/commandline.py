@@ -78,7 +78,7 @@ def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
     """
     if given.config is None:
         raise UserError("--config is missing. Name a config file, for instance --config=configs/tiny.py.")
-    config = start.with_what_is_known(paths.expand_config(from_config_dict(given.config)), given.workdir, argv)
+    config = start.with_what_is_known(paths.absolute_config(from_config_dict(given.config)), given.workdir, argv)
     validate(config)
     return config
 

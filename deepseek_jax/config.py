@@ -184,6 +184,7 @@ class Data:
     path: str = "stdlib"  # stdlib (Python's own sources) | file, folder or glob; several separated by commas
     weights: str = ""  # mixture weights of the comma-separated paths, as "0.7,0.3"; empty: by their size in tokens
     tokenizer: str = "auto"  # auto (the run's, else that of init_from or of the import, else bytes) | bytes | path of a tokenizer.json
+    special_tokens: bool = False  # True: <|im_start|> and the like in the text are the tokenizer's special tokens, eos ends a document; False: text
     document_mask: bool = True  # attention and positions do not cross documents packed into one sequence
     eval_fraction: float = 0.01  # share of the documents held out for evaluation, chosen by document; 0: no evaluation
     bin_dtype: str = "uint16"  # dtype of raw .bin token files without a sidecar: uint16 | uint32
@@ -349,9 +350,10 @@ REMAT_NAMES = (
     "exchange",  # K c D (all_to_all) or X D (all_gather, ring), where X > 1: the tokens' way to the experts
     "experts_hidden",  # 2 K c f: two of the three matmuls of the routed experts, in the first round
 )
-# Options that name files or folders here, one or several separated by commas; `paths.py` expands `~` in them.
-PATH_OPTIONS = ("init_from", "data.tokenizer", "checkpoint.dir", "checkpoint.local_dir", "compile.cache_dir")
-PATH_LISTS = ("data.path",)
+# Options that name files or folders, with the words among their values that name none; `paths.py` makes them absolute.
+PATH_OPTIONS = {"init_from": (), "data.path": ("stdlib",), "data.tokenizer": ("auto", "bytes"), "checkpoint.dir": (),
+                "checkpoint.local_dir": (), "compile.cache_dir": ("off",)}
+PATH_LISTS = ("data.path",)  # those that name several, separated by commas
 STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard")
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     use_huge_pages()  # first of all: it starts the program again
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -22,9 +23,12 @@ from typing import Any
 
 from deepseek_jax import arguments, compilation
 from deepseek_jax.config import DTYPES, Compile, UserError, exit_code
+from deepseek_jax.data.documents import find_files, split_paths
 from deepseek_jax.evaluation import choices, perplexity
 from deepseek_jax.evaluation.scoring import Scorer
 from deepseek_jax.hf.opening import Opened, open_model, parse_mesh
+from deepseek_jax.hf.start import model_files
+from deepseek_jax.paths import check_output
 
 
 def main() -> int:
@@ -51,10 +55,14 @@ def main() -> int:
         if getattr(args, name) is not None:
             raise UserError(f"--{name}={getattr(args, name)} is for text, and --questions has none. Leave it out.")
     questions = choices.read_questions(args.questions, args.limit) if args.questions else None
-    if args.output and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
-        raise UserError(f"--output={args.output}: there is no folder {os.path.dirname(args.output)}. Make it, or name another file.")
+    if args.output:
+        texts = [f.path for spec in split_paths(args.text, "--text") for f in find_files(spec, "--text")] if args.text else []
+        check_output("--output", args.output, itertools.chain(filter(None, [args.questions]), texts, model_files(args.model)))
     compilation.use_cache(Compile().cache_dir, warn=lambda line: print(line, file=sys.stderr))
     opened = open_model(args.model, args.step, args.dtype, parse_mesh(args.mesh))
+    if args.output and opened.run and not args.text and not args.questions:
+        held_out = (f.path for spec in split_paths(opened.run.data.path, "config.data.path") for f in find_files(spec, "config.data.path"))
+        check_output("--output", args.output, held_out)
     begun = time.perf_counter()
     details = None
     if questions is not None:
@@ -81,7 +89,7 @@ def _perplexity(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
 
 def _write(path: str, rows: list[dict[str, Any]]) -> None:
     try:
-        with open(path, "w", encoding="utf-8") as f:
+        with open(os.path.expanduser(path), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except OSError as e:
         raise UserError(f"--output={path} cannot be written ({e.strerror}). Name another file.") from e

@@ -25,6 +25,8 @@ from deepseek_jax.generation.sampling import Sampling
 from deepseek_jax.generation.text import Stream
 from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.opening import open_model, parse_mesh
+from deepseek_jax.hf.start import model_files
+from deepseek_jax.paths import check_output
 
 __all__ = ["check_prompt", "encode_prompt", "main", "sample", "tokens"]
 
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     check(args)
+    if args.output:
+        check_output("--output", args.output, itertools.chain([args.prompts], model_files(args.model)))
     prompts = read_prompts(args.prompts) if args.prompts else None
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     opened = open_model(args.model, args.step, dtype, parse_mesh(args.mesh))
@@ -195,7 +199,7 @@ def chat(engine: Engine, encoder: Encoder, messages: list[dict[str, str]], args:
 def batches(engine: Engine, encoder: Encoder, prompts: list[dict[str, Any]], ids: list[list[int]], args: argparse.Namespace) -> None:
     """Writes a line of JSON for each prompt, in their order."""
     try:
-        out = open(args.output, "w", encoding="utf-8") if args.output else sys.stdout
+        out = open(os.path.expanduser(args.output), "w", encoding="utf-8") if args.output else sys.stdout
     except OSError as e:
         raise UserError(f"--output={args.output} cannot be written ({e.strerror}). Name a file that you may write to.") from e
     try:

@@ -1,6 +1,18 @@
-"""Numbers and tables for people to read."""
+"""Texts: numbers and tables for people to read, and text from files as Unicode has it."""
 
+import re
 from collections.abc import Sequence
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def clean_text(text: str) -> str:
+    """The text with lone surrogates, which JSON can spell but UTF-8 cannot, replaced by U+FFFD; the same object where there are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATES.sub("\ufffd", text)
+    return text
 
 
 def gb(n: float) -> str:

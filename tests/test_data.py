@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 
 from deepseek_jax.config import Config, Data, Model, Train, UserError
-from deepseek_jax.data import documents, sources, tokenfile
+from deepseek_jax.data import documents, formats, sources, tokenfile
 from deepseek_jax.data.loader import Loader, Prefetcher
 from deepseek_jax.data.order import derive_seed
 from deepseek_jax.data.packing import IGNORE, PackedRows
@@ -364,13 +364,13 @@ def test_stdlib_is_sorted_and_without_tests():
 def test_long_text_in_pieces_is_one_document(tmp_path, monkeypatch, block, bpe_path):
     text = TEXT * 3 + "漢" * 50 + TEXT
     (tmp_path / "a.txt").write_bytes(text.encode())
-    monkeypatch.setattr(documents, "BLOCK", block)
+    monkeypatch.setattr(formats, "BLOCK", block)
     assert decoded(make_config(tmp_path / "a.txt")) == decoded(make_config(tmp_path)) == [text]
     if block >= 16:  # where a piece can end at a line, the pieces' tokens are those of the whole
         bpe = load_tokenizer(str(bpe_path))
         lines = "".join(f"line {i} = 'x'\n\n  indented\n\nnext line\n漢字\n字\n" for i in range(30))
         (tmp_path / "a.txt").write_text(lines)
-        monkeypatch.setattr(documents, "BLOCK", 64)
+        monkeypatch.setattr(formats, "BLOCK", 64)
         corpus = open_corpora(make_config(tmp_path / "a.txt", tokenizer=str(bpe_path)), bpe)[0]
         np.testing.assert_array_equal(corpus.tokens[:-1], bpe.encode(lines))
 
@@ -509,8 +509,8 @@ ERRORS = [  # (changes to data and the rest, what the message has to say)
     (dict(path="{}/nocolumn.parquet"), ["no column 'text'", "body"]),
     (dict(path="{}/ints.parquet"), ["holds int"]),
     (dict(path="{}/bad.parquet"), ["parquet"]),
-    (dict(path="{}/big.npy"), ["400", "config.model.vocab_size=320", "401"]),
-    (dict(path="{}/negative.npy"), ["-2", "config.model.vocab_size=320"]),
+    (dict(path="{}/big.npy"), ["token id 400", "config.data.tokenizer='bytes' has 257 ids"]),
+    (dict(path="{}/negative.npy"), ["token id -2", "config.data.tokenizer='bytes' has 257 ids"]),
     (dict(path="{}/matrix.npy"), ["2-D int32"]),
     (dict(path="{}/floats.npy"), ["1-D float64"]),
     (dict(path="{}/objects.npy"), ["Python objects"]),
@@ -519,14 +519,14 @@ ERRORS = [  # (changes to data and the rest, what the message has to say)
     (dict(path="{}/zip.npy"), ["archive of arrays"]),
     (dict(path="{}/side.npy"), ["side.json"]),
     (dict(path="{}/odd.bin"), ["3 bytes", "config.data.bin_dtype"]),
-    (dict(path="{}/big.bin"), ["999", "config.model.vocab_size=320"]),
+    (dict(path="{}/big.bin"), ["token id 999", "config.data.tokenizer='bytes' has 257 ids"]),
     (dict(path="/dev/null"), ["neither a file nor a folder"]),
     (dict(path="{}/ok.txt", weights="1,2"), ["config.data.weights='1,2'", "2 numbers", "1 sources"]),
     (dict(path="{0}/ok.txt,{0}/ok.txt", weights="1"), ["config.data.weights"]),
     (dict(path="{0}/ok.txt,{0}/ok.txt", weights="1,x"), ["config.data.weights='1,x'", "numbers"]),
     (dict(path="{0}/ok.txt,{0}/ok.txt", weights="1,0"), ["config.data.weights='1,0'", "above 0"]),
     (dict(path="{0}/ok.txt,{0}/ok.txt", weights="1,nan"), ["config.data.weights='1,nan'"]),
-    (dict(path="{}/ok.txt", eos_token_id=320), ["config.data.eos_token_id=320", "320"]),
+    (dict(path="{}/ok.txt", eos_token_id=257), ["config.data.eos_token_id=257", "257 ids", "config.data.tokenizer="]),
     (dict(path="{}/ok.txt", tokenizer="bytes", vocab=200), ["config.data.tokenizer='bytes'", "257", "config.model.vocab_size=200"]),
     (dict(path="{}/ok.txt", length=500), ["198 training tokens", "501", "config.train.sequence_length"]),
     (dict(path="{}/ok.txt", batch=100), ["198 training tokens", "801", "config.train.batch_size=100"]),
@@ -581,7 +581,7 @@ def test_a_file_damaged_after_start_up_is_caught_when_its_rows_are_read(tmp_path
     np.save(tmp_path / "y.npy", np.full(200, 60000, np.uint16))
     with open(tmp_path / "x.npy", "r+b") as f:  # the map sees what is written to the same file
         f.write((tmp_path / "y.npy").read_bytes())
-    with pytest.raises(UserError, match="token id 60000, outside config.model.vocab_size=320"):
+    with pytest.raises(UserError, match="token id 60000, but config.data.tokenizer='bytes' has 257 ids"):
         loader.train_rows(0, 4)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import Config, Data, Model, Train, UserError
-from deepseek_jax.data import documents, tokenfile
+from deepseek_jax.data import formats, tokenfile
 from deepseek_jax.data.__main__ import main
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.sources import open_corpora
@@ -108,7 +108,7 @@ def test_a_long_file_is_written_without_holding_it(tmp_path, monkeypatch):
     """With blocks far below the file's size, the tokenizer never sees more than a few blocks at once."""
     text = "".join(f"line {i}\n" for i in range(5000))
     (tmp_path / "long.txt").write_text(text)
-    monkeypatch.setattr(documents, "BLOCK", 1000)
+    monkeypatch.setattr(formats, "BLOCK", 1000)
     monkeypatch.setattr("deepseek_jax.data.sources.BATCH_CHARACTERS", 2000)
     seen, encode_batch = [], ByteTokenizer.encode_batch
 
@@ -167,7 +167,13 @@ COMMAND_ERRORS = [  # (arguments, what stderr has to say)
     ("tokenize --path={f}/texts.jsonl,{t}/ids.npy --tokenizer=bytes --out={t}/x.npy", ["--path=", "ids.npy", "token ids"]),
     ("tokenize --path={t}/blank.jsonl --tokenizer=bytes --out={t}/x.npy", ["--path=", "holds no text"]),
     ("tokenize --path={t}/bad.jsonl --tokenizer=bytes --out={t}/x.npy", ["--path=", "line 1"]),
-    ("tokenize --path={t}/x.json --tokenizer=bytes --out={t}/x.npy", ["--out=", "overwrite"]),
+    ("tokenize --path={t}/y.json --tokenizer=bytes --out={t}/y.npy", ["--out=", "overwrite", "y.json"]),
+    ("tokenizer --path={t}/y.json --vocab-size=300 --out={t}/y.json", ["--out=", "overwrite", "y.json"]),
+    ("tokenize --path={f}/texts.jsonl --tokenizer={t}/large.json --out={t}/large.npy", ["--out=", "overwrite", "large.json"]),
+    ("tokenize --path={f}/texts.jsonl --tokenizer={t}/large.json --out={t}/link.npy", ["--out=", "overwrite", "large.json"]),
+    ("tokenize --path={f}/texts.jsonl --tokenizer=bytes --out={t}/y.npy", ["--out=", "y.json beside it"]),
+    ("tokenize --path={f}/texts.jsonl --tokenizer=bytes --out={t}/z.npy", ["--out=", "z.offsets beside it"]),
+    ("tokenize --path={f}/texts.jsonl --tokenizer=bytes --out={t}/other.bin", ["--out=", "other.json beside it"]),
     ("tokenize --path={f}/texts.jsonl --tokenizer={t}/large.json --dtype=uint16 --out={t}/x.npy", ["--dtype=uint16", "70000"]),
 ]
 
@@ -176,19 +182,31 @@ COMMAND_ERRORS = [  # (arguments, what stderr has to say)
 def test_command_errors(folder, tmp_path, capsys, line, wanted):
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    (tmp_path / "x.json").write_text("text")
+    (tmp_path / "y.json").write_text('{"text": "text"}')
+    (tmp_path / "z.offsets").write_text("mine")
+    (tmp_path / "other.json").write_text(json.dumps({"format": tokenfile.FORMAT, "file": "other.npy"}))  # of another token file
+    (tmp_path / "link.json").symlink_to("large.json")
     np.save(tmp_path / "ids.npy", np.arange(4))
     large = json.loads((folder / "tokenizer.json").read_text())
     large["model"]["vocab"]["zzz"] = 69999
     (tmp_path / "large.json").write_text(json.dumps(large))
-    before = sorted(p.name for p in tmp_path.iterdir())
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     capsys.readouterr()
     assert main(line.format(f=folder, t=tmp_path).split()) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("data: ") and err.count("\n") == 1
     for text in wanted:
         assert text in err, err
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_relative_path_to_an_input_is_seen(folder, tmp_path, monkeypatch, capsys):
+    text = (folder / "tokenizer.json").read_text()
+    (tmp_path / "tok.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert tokenize(folder, "../" + tmp_path.name + "/tok.npy", "tok.json") == 2
+    assert "would overwrite tok.json" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["tok.json"] and (tmp_path / "tok.json").read_text() == text
 
 
 def damage(path, change):
@@ -202,6 +220,8 @@ def damage(path, change):
         (path / "c.offsets").unlink()
     elif change == "max_id":
         (path / "c.json").write_text(json.dumps({**side, "max_id": 300}))
+    elif change in ("dtype", "documents"):
+        (path / "c.json").write_text(json.dumps({**side, "dtype": "float16"} if change == "dtype" else {k: v for k, v in side.items() if k != change}))
 
 
 @pytest.mark.parametrize("change, wanted", [
@@ -209,7 +229,9 @@ def damage(path, change):
     ("tokens", ["tokens of uint16", "c.json says"]),
     ("offsets", ["c.offsets does not fit"]),
     ("no offsets", ["c.offsets cannot be read"]),
-    ("max_id", ["token id 300", "config.model.vocab_size=300"]),
+    ("max_id", ["token id 300", "has 300 ids"]),
+    ("dtype", ["c.json", "is damaged", "dtype='float16'"]),
+    ("documents", ["c.json", "is damaged", "documents=None"]),
 ])
 def test_sidecar_errors(folder, tmp_path, change, wanted):
     assert tokenize(folder, tmp_path / "c.bin") == 0

@@ -133,6 +133,10 @@ def test_the_state_that_training_begins_with(optimizer, source, tmp_path):
 def test_imported_run(source, tmp_path):
     """The workdir sets the model, generate reads it, export gives the checkpoint back; then the same of a later step."""
     workdir, model = str(tmp_path / "w"), hf.load(source)
+    theirs = [tmp_path / "w" / "hf.tmp" / "mine", tmp_path / "out.tmp" / "mine"]  # names that nobody gave us
+    for path in theirs:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
     importing.import_(source, workdir)
     with pytest.raises(UserError, match="holds a run already"):
         importing.import_(source, workdir)
@@ -145,6 +149,7 @@ def test_imported_run(source, tmp_path):
     given = safetensors.numpy.load_file(f"{source}/model.safetensors")
     same(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors"), given)
     assert (tmp_path / "out" / "generation_config.json").exists()
+    assert all(path.read_text() == "mine" for path in theirs) and not list(tmp_path.glob(".*"))
     commands.export(workdir, str(tmp_path / "low"), dtype="bfloat16")  # some are copied as they are, others not
     kept = lambda name: name.endswith("e_score_correction_bias")
     same(safetensors.numpy.load_file(tmp_path / "low" / "model.safetensors"), {n: a if kept(n) else a.astype("bfloat16") for n, a in given.items()})

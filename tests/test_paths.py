@@ -44,15 +44,15 @@ def test_options_of_a_run(home, monkeypatch):
     assert flags.workdir == f"{home}/run" and read.data.path == f"stdlib,{home}/text" and read.data.tokenizer == f"{home}/tokenizer.json"
     assert read.checkpoint.dir == f"{home}/checkpoints" and read.compile.cache_dir == f"{home}/cache"
     with pytest.raises(UserError, match="config.data.path=~nobody-here/x"):
-        paths.expand_config(Config(data=Data(path="stdlib,~nobody-here/x")))
+        paths.absolute_config(Config(data=Data(path="stdlib,~nobody-here/x")))
 
 
 def test_every_path_option_is_known():
     """The options whose comments speak of a file, folder or path are those that are expanded."""
     described = commandline.describe().split("\n  --config.")[1:]
     named = {d.partition("=")[0] for d in described if any(w in d.partition("\n")[2].lower() for w in ("folder", "path of", "file, folder"))}
-    assert {*configs.PATH_OPTIONS, *configs.PATH_LISTS} >= named >= {"data.path", "checkpoint.dir", "init_from"}
-    for name in (*configs.PATH_OPTIONS, *configs.PATH_LISTS):
+    assert set(configs.PATH_OPTIONS) >= named >= {"data.path", "checkpoint.dir", "init_from"}
+    for name in configs.PATH_OPTIONS:
         assert configs.replaced(Config(), name, "~/x") != Config()
 
 

@@ -189,7 +189,8 @@ BAD = [
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/empty.txt"], "empty.txt"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/latin1.txt"], "UTF-8"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/short.txt"], "short.txt"),
-    ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/ids.npy", "--config.model.vocab_size=300"], "config.model.vocab_size=300"),
+    ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/ids.npy", "--config.model.vocab_size=50304"], "config.data.tokenizer='bytes' has 257 ids"),
+    ([TINY, *OK, "--workdir={tmp}/checkpoint"], "{tmp}/checkpoint/config.json cannot be read as the config of a run"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.model.vocab_size=100"], "config.model.vocab_size=100"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.tokenizer={tmp}/absent.json"], "config.data.tokenizer"),
     ([TINY, *OK, "--workdir={tmp}/short.txt"], "--workdir={tmp}/short.txt cannot be written"),
@@ -208,6 +209,8 @@ def test_bad_input(args, message, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("text " * 100_000)
     np.save(tmp_path / "ids.npy", np.arange(100_000) % 400)
     (tmp_path / "other" / "checkpoints" / "10").mkdir(parents=True)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model": {"vocab_size": 320, "hidden_size": 8}}))
     monkeypatch.setattr(jax, "jit", lambda *a, **k: pytest.fail("something was compiled before the mistake was found"))
     monkeypatch.setattr(sys, "argv", ["train.py", *(a.format(tmp=tmp_path) for a in args)])

@@ -17,6 +17,7 @@ from deepseek_jax.config import UserError
 _TMP = ".tmp"
 _OLD_TMP = ".orbax-checkpoint-tmp"  # of earlier versions
 DAMAGED = ".damaged"
+_PARTS = {"state", "extra", manifest.NAME}  # what a checkpoint, or the beginning of one, consists of
 
 
 class Folder:
@@ -45,6 +46,9 @@ class Folder:
             access, repair = ("read", "holds checkpoints") if read_only else ("written", "you may write to")
             reason = getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0]
             raise UserError(f"The checkpoint folder {self.path} cannot be {access} ({reason}). Name a --workdir that {repair}.") from e
+        # What has the name of a step is renamed when it is damaged and deleted when it is old: it must be a checkpoint.
+        if not read_only and (theirs := next((s for s in self.steps() if self._is_foreign(str(s))), None)) is not None:
+            raise UserError(f"The checkpoint folder {self.path} holds {theirs}, which is no checkpoint. Name an empty folder, or move it away.")
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, in order."""
@@ -109,10 +113,18 @@ class Folder:
         """Names of the checkpoints that were put aside."""
         return sorted(p.name for p in self.path.iterdir() if is_step(p.name.partition(DAMAGED)[0]) and DAMAGED in p.name)
 
+    def _is_foreign(self, name: str) -> bool:
+        """Whether this is surely no checkpoint: a file, or a folder with other things in it."""
+        if self.remote:
+            return False
+        path = os.path.join(os.fspath(self.path), name)
+        inside = os.listdir(path) if os.path.isdir(path) else ["a file"]
+        return bool(inside) and _PARTS.isdisjoint(inside)
+
     def clean(self) -> None:
         """Deletes what killed saves and deletions left, which would fill the disk. Only a writer may: no other writer exists."""
         for name in [] if self.remote else os.listdir(self.path):
-            if (name.endswith(_TMP) or _OLD_TMP in name) and is_step(name.partition(".")[0]):
+            if (name.endswith(_TMP) or _OLD_TMP in name) and is_step(name.partition(".")[0]) and not self._is_foreign(name):
                 shutil.rmtree(self.path / name, ignore_errors=True)
 
 

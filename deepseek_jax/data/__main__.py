@@ -1,6 +1,7 @@
 """`python -m deepseek_jax.data`: trains a tokenizer, writes corpora of any size as memory-mapped token files, shows what a step was trained on."""
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -10,14 +11,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from deepseek_jax import arguments
 from deepseek_jax.config import UserError, exit_code
-from deepseek_jax.data.documents import TEXT_FORMS, File, find_files, read, split_paths
+from deepseek_jax.data.documents import TEXT_FORMS, File, Notes, find_files, no_text, split_paths
+from deepseek_jax.data.formats import read
 from deepseek_jax.data.progress import Bar
 from deepseek_jax.data.sources import encoded
-from deepseek_jax.data.tokenfile import DTYPES, TokenWriter, sidecar_paths
+from deepseek_jax.data.tokenfile import DTYPES, TokenWriter, is_sidecar_of, sidecar_paths
 from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.paths import check_output, temporary
 
 EOS = "<|endoftext|>"
-PATH_HELP = f"the text: {TEXT_FORMS}; several separated by commas. Folders are searched for UTF-8 text, .jsonl and .parquet."
+PATH_HELP = f"the text: {TEXT_FORMS}; several separated by commas. In folders, what is none of these is skipped."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--out", type=arguments.path, required=True, help="NAME.npy or NAME.bin")
     tokenize.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
                           help="integer type of the ids (auto: the smallest that holds them)")
+    tokenize.add_argument("--special-tokens", action="store_true",
+                          help="<|im_start|> and the like in the text are the tokenizer's special tokens, and eos ends a document (default: text)")
     tokenize.set_defaults(command=tokenize_corpus)
 
     show = commands.add_parser(
@@ -92,8 +97,9 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     """
     if args.vocab_size < 257:
         raise UserError(f"--vocab-size={args.vocab_size} is too small for the 256 bytes and {EOS}. Set it to 257 or more.")
-    _check_out(args.out)
-    sources = _text_sources(args.path)
+    notes = Notes()
+    sources = _text_sources(args.path, notes)
+    check_output("--out", args.out, _paths(sources))
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -105,7 +111,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         nonlocal texts, characters
         for spec, files in sources:
             for file in files:
-                for piece in read(file, spec, "--path"):
+                for piece in read(file, spec, "--path", notes):
                     bar.advance(piece.read)
                     texts, characters = texts + bool(piece.text), characters + len(piece.text)
                     yield piece.text
@@ -113,13 +119,14 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     with Bar("Reading text", _bytes(sources), show=True) as bar:
         tokenizer.train_from_iterator(pieces(bar), trainer)
     if not texts:
-        raise UserError(f"--path={args.path!r} holds no text. Give a source with at least one document that is not empty.")
-    temp = f"{args.out}.tmp{os.getpid()}"
+        raise no_text(args.path, "--path", notes)
+    out = os.path.expanduser(args.out)
+    temp = temporary(out)
     try:
         try:
-            with open(temp, "w", encoding="utf-8") as f:
+            with open(temp, "x", encoding="utf-8") as f:
                 f.write(tokenizer.to_str(pretty=True))
-            os.replace(temp, args.out)
+            os.replace(temp, out)
         finally:
             if os.path.exists(temp):
                 os.unlink(temp)
@@ -127,7 +134,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         raise _not_written(args.out, e) from None
     size = tokenizer.get_vocab_size()
     short = f" (fewer than --vocab-size={args.vocab_size}: the text has no more pairs to merge)" if size < args.vocab_size else ""
-    print(f"Wrote {args.out}: {size:,} tokens{short}, from {characters:,} characters.\n"
+    print(f"Wrote {args.out}: {size:,} tokens{short}, from {characters:,} characters.\n{_lines(notes)}"
           f"Use it with --config.data.tokenizer={args.out} --config.model.vocab_size={size}")
 
 
@@ -139,38 +146,39 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
     """
     if os.path.splitext(args.out)[1].lower() not in (".npy", ".bin"):
         raise UserError(f"--out={args.out!r} ends in neither .npy nor .bin. Name it NAME.npy or NAME.bin.")
-    _check_out(args.out)
-    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
+    if args.special_tokens and args.tokenizer == "bytes":
+        raise UserError("--special-tokens has no effect with --tokenizer=bytes, which has none that text could spell. Leave it out, or give a "
+                        "tokenizer.json.")
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer", args.special_tokens)
     dtype = next(d for d, size in DTYPES.items() if tokenizer.vocab_size <= size) if args.dtype == "auto" else args.dtype
     if tokenizer.vocab_size > DTYPES[dtype]:
         raise UserError(f"--dtype={dtype} holds ids below {DTYPES[dtype]}, but --tokenizer={args.tokenizer!r} has "
                         f"{tokenizer.vocab_size} tokens. Set --dtype=auto.")
-    sources = _text_sources(args.path)
-    made = {os.path.realpath(p) for p in (args.out, *sidecar_paths(args.out))}
-    for spec, files in sources:
-        clash = next((f.path for f in files if os.path.realpath(f.path) in made), None)
-        if clash:
-            raise UserError(f"--out={args.out!r} would overwrite {clash}, which --path={spec!r} reads. Choose another name.")
+    notes = Notes()
+    sources = _text_sources(args.path, notes)
+    out = os.path.expanduser(args.out)
+    inputs = itertools.chain(_paths(sources), [] if args.tokenizer == "bytes" else [os.path.expanduser(args.tokenizer)])
+    check_output("--out", args.out, inputs, {p: lambda _: is_sidecar_of(out) for p in sidecar_paths(out)})
     try:
-        with TokenWriter(args.out, dtype, tokenizer) as writer:
+        with TokenWriter(out, dtype, tokenizer) as writer:
             with Bar("Tokenizing", _bytes(sources), show=True) as bar:
                 for spec, files in sources:
-                    for batch in encoded(files, spec, "--path", tokenizer, bar):
-                        for ids, last in batch:
-                            writer.write(ids, last)
+                    for batch in encoded(files, spec, "--path", tokenizer, bar, notes):
+                        for ids, ends in batch:
+                            writer.write(ids, ends)
             if not writer.documents:
-                raise UserError(f"--path={args.path!r} holds no text. Give a source with at least one document that is not "
-                                f"empty.")
+                raise no_text(args.path, "--path", notes)
             writer.finish(args.path)
     except OSError as e:
         raise _not_written(args.out, e) from None
-    print(f"Wrote {args.out}: {writer.tokens:,} tokens of {dtype} in {writer.documents:,} documents.\n"
+    print(f"Wrote {args.out}: {writer.tokens:,} tokens of {dtype} in {writer.documents:,} documents.\n{_lines(notes)}"
           f"Use it with --config.data.path={args.out} --config.data.tokenizer={args.tokenizer} "
+          f"{'--config.data.special_tokens=True ' if args.special_tokens else ''}"
           f"--config.model.vocab_size={tokenizer.vocab_size}")
 
 
-def _text_sources(paths: str) -> list[tuple[str, list[File]]]:
-    sources = [(spec, find_files(spec, "--path")) for spec in split_paths(paths, "--path")]
+def _text_sources(paths: str, notes: Notes) -> list[tuple[str, list[File]]]:
+    sources = [(spec, find_files(spec, "--path", notes)) for spec in split_paths(paths, "--path")]
     for spec, files in sources:
         tokens = next((f.path for f in files if f.kind == "tokens"), None)
         if tokens:
@@ -178,18 +186,16 @@ def _text_sources(paths: str) -> list[tuple[str, list[File]]]:
     return sources
 
 
+def _lines(notes: Notes) -> str:
+    return "".join(f"{line}\n" for line in notes.lines())
+
+
+def _paths(sources: list[tuple[str, list[File]]]) -> Iterator[str]:
+    return (f.path for _, files in sources for f in files)
+
+
 def _bytes(sources: list[tuple[str, list[File]]]) -> int:
     return sum(f.size for _, files in sources for f in files)
-
-
-def _check_out(out: str) -> None:
-    """Before hours of work: is there a place for the file?"""
-    folder = os.path.dirname(out) or "."
-    if not os.path.isdir(folder):
-        raise UserError(f"--out={out!r} is in a folder that does not exist. Create it with mkdir -p {folder}, or choose another "
-                        f"name.")
-    if os.path.isdir(out):
-        raise UserError(f"--out={out!r} is a folder. Give the name of a file in it.")
 
 
 def _not_written(out: str, error: OSError) -> UserError:

@@ -1,39 +1,57 @@
-"""Finds the files behind a data path and reads their text, piece by piece, so that no file need fit in memory."""
+"""Finds the files behind a data path, by their names; formats.py reads them."""
 
-import codecs
 import glob
-import json
 import os
-import re
 import sysconfig
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from deepseek_jax.config import UserError
+from deepseek_jax.texts import gb, plural
 
-BLOCK = 16 << 20  # bytes of a text file read at a time
-KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".npy": "tokens", ".bin": "tokens"}  # the rest is text
+KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet", ".arrow": "arrow",
+         ".npy": "tokens", ".bin": "tokens", ".idx": "index"}  # what is not REFUSED either is text
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text and JSON
+# Names whose files are text to no reader, or text only by accident: rows of a table, not documents.
+REFUSED = {**dict.fromkeys((".csv", ".tsv"), "a table"), **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".lzo"), "an archive"),
+           **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".npz", ".safetensors", ".h5", ".hdf5", ".tfrecord", ".feather", ".avro", ".orc", ".mds"),
+                           "a file of arrays or records that is not read"),
+           **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".xlsx"), "a formatted document")}
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-TEXT_FORMS = "stdlib, a text, .jsonl or .parquet file, a folder or a glob"
-FORMS = "stdlib, a text, .jsonl, .parquet, .npy or .bin file, a folder or a glob"
-
-# A newline with no other white space beside it, ASCII or wide. Two newlines would not do: GPT-2's pattern takes them as one
-# piece at the end of a text, as two before a word.
-SAFE_CUT = re.compile(rb"(?<=[!-~\x80-\xff])(?<!\xc2\xa0|\xc2\x85)(?<!\xe3\x80\x80|\xe2\x80.)\n"
-                      rb"(?=[!-~\xc3-\xf4])(?!\xe3\x80\x80|\xe2\x80)")
+TEXT_FORMS = "stdlib, a text, .jsonl, .json, .parquet or .arrow file, one of text or JSON as .gz, .bz2, .xz or .zst, a folder or a glob"
+FORMS = f"{TEXT_FORMS}, or token files .npy and .bin"
 
 
 class File(NamedTuple):
     path: str
-    kind: str  # text | jsonl | parquet | tokens
+    kind: str  # text | lines | json | parquet | arrow | tokens
     explicit: bool  # named or matched by a glob: it has to be readable as what it is; in folders other files are skipped
     size: int  # bytes
+    compression: str = ""  # "" or one of COMPRESSED
 
 
-class Piece(NamedTuple):
-    text: str
-    last: bool  # the document ends here
-    read: float  # bytes of the file behind this piece, for progress
+class Notes:
+    """What was left out of the data or changed in it, for people to read."""
+
+    def __init__(self) -> None:
+        self._skipped: dict[tuple[str, str, str], list[int]] = {}  # (source, kind of file, why) -> [files, bytes]
+        self.cleaned = 0  # documents in which something is not Unicode text
+        self.others: list[str] = []
+
+    def skip(self, spec: str, path: str, size: int, why: str) -> None:
+        ending = "".join(_endings(path)) or os.path.basename(path)
+        count = self._skipped.setdefault((spec, ending, why), [0, 0])
+        count[0], count[1] = count[0] + 1, count[1] + size
+
+    def skipped(self, spec: str) -> str:
+        """The files of a source that were left out: "2 .png, 31 kB (not UTF-8 text)"; "" if none were."""
+        return ", ".join(f"{n} {ending}, {gb(size)} ({why})" for (s, ending, why), (n, size) in self._skipped.items() if s == spec)
+
+    def lines(self) -> list[str]:
+        out = [f"skipped in {spec}: {self.skipped(spec)}" for spec in dict.fromkeys(s for s, _, _ in self._skipped)]
+        if self.cleaned:
+            out.append(f"{plural(self.cleaned, 'document')} held bytes or characters that are not Unicode text: U+FFFD stands in their place")
+        return out + self.others
 
 
 def split_paths(paths: str, option: str) -> list[str]:
@@ -48,23 +66,24 @@ def split_paths(paths: str, option: str) -> list[str]:
     return out
 
 
-def find_files(spec: str, option: str) -> list[File]:
-    """The files of one source, in an order that only their names decide.
+def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]:
+    """The files of one source, in an order that only their names decide. `notes` is told what a folder holds beside them.
 
     Raises:
-      UserError: the path is missing, not readable or empty, or the glob matches nothing.
+      UserError: the path is missing, not readable, empty or of a kind that is not read, or the glob matches nothing.
     """
+    notes = Notes() if notes is None else notes
     if spec == "stdlib":
-        files = [f for f in _walk(sysconfig.get_paths()["stdlib"], spec, option, STDLIB_SKIP) if f.path.endswith(".py")]
+        files = [f for f in _walk(sysconfig.get_paths()["stdlib"], spec, option, STDLIB_SKIP, Notes()) if f.path.endswith(".py")]
         if not files:
             raise UserError(f"{option}={spec!r}: this Python comes without the sources of its standard library. Give another "
                             f"path.")
         return files
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
-        files = list(_walk(path, spec, option, {"__pycache__"}))
-    elif os.path.exists(path):
-        files = [_file(path, spec, option, explicit=True)]
+        files = list(_walk(path, spec, option, {"__pycache__"}, notes))
+    elif os.path.exists(path) or _is_prefix(path):
+        files = [_file(f"{path}.bin" if _is_prefix(path) else path, spec, option, explicit=True)]
         if not files[0].size:
             raise UserError(f"{option}={spec!r} is empty. Give a file with text or tokens in it.")
     elif glob.has_magic(path):
@@ -76,152 +95,86 @@ def find_files(spec: str, option: str) -> list[File]:
         raise UserError(f"{option}={spec!r} does not exist. Give {_forms(option)} (relative paths start in {os.getcwd()}).")
     files = [f for f in files if f.size]
     if not files:
-        raise UserError(f"{option}={spec!r} holds no text. Give {_forms(option)}; the token files of a folder are named with a "
-                        f"glob, as in 'DIR/*.npy'.")
+        raise no_text(spec, option, notes)
     return files
+
+
+def no_text(spec: str, option: str, notes: Notes) -> UserError:
+    """For a source in which nothing was found."""
+    skipped = f" (skipped: {notes.skipped(spec)})" if notes.skipped(spec) else ""
+    return UserError(f"{option}={spec!r} holds no text{skipped}. Give a source with at least one document that is not empty; the token files of "
+                     f"a folder are named with a glob, as in 'DIR/*.npy'.")
+
+
+def unreadable(spec: str, option: str, path: str, error: OSError) -> UserError:
+    """For a file that the system does not let us read."""
+    return UserError(f"{option}={spec!r}: {path} cannot be read ({error.strerror or error}). Make it readable, or give another "
+                     f"path.")
 
 
 def _forms(option: str) -> str:
     return FORMS if option.startswith("config.") else TEXT_FORMS  # the commands read text only
 
 
-def read(file: File, spec: str, option: str) -> Iterator[Piece]:
-    """The documents of a text, .jsonl or .parquet file. A document longer than BLOCK comes in several pieces.
-
-    Pieces end at a single newline between two lines of text, where byte-level BPE never merges across; only in a file without
-    such a place can a cut change the tokens around it.
-
-    Raises:
-      UserError: the file cannot be read, or is not what its name says; the line or byte where it goes wrong.
-    """
-    try:
-        yield from {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}[file.kind](file, f"{option}={spec!r}")
-    except OSError as e:
-        raise _unreadable(spec, option, file.path, e) from None
+def _endings(path: str) -> tuple[str, str]:
+    """ "x.json.gz" -> (".json", ".gz"); "x.json" -> (".json", "")."""
+    stem, last = os.path.splitext(os.path.basename(path).lower())
+    return (os.path.splitext(stem)[1], last) if last in COMPRESSED else (last, "")
 
 
-def _unreadable(spec: str, option: str, path: str, error: OSError) -> UserError:
-    return UserError(f"{option}={spec!r}: {path} cannot be read ({error.strerror or error}). Make it readable, or give another "
-                     f"path.")
+def _kind(path: str) -> str:
+    ending, compression = _endings(path)
+    kind = "refused" if ending in REFUSED else KINDS.get(ending, "text")
+    return "refused" if compression and kind in ("parquet", "arrow", "tokens", "index") else kind
 
 
 def _file(path: str, spec: str, option: str, explicit: bool) -> File:
     if not os.path.isfile(path):
         raise UserError(f"{option}={spec!r} is neither a file nor a folder. Give {_forms(option)}.")
+    kind, (ending, compression) = _kind(path), _endings(path)
+    if kind == "index":
+        if not os.path.isfile(path[:-4] + ".bin"):
+            raise UserError(f"{option}={spec!r}: {path} is the index of a token file, and {path[:-4]}.bin is not there. Put both beside each other.")
+        path, kind = path[:-4] + ".bin", "tokens"
+    if kind == "refused" and explicit:
+        what = REFUSED.get(ending) or f"a compressed {ending} file"
+        repair = "Unpack it" if compression or what == "an archive" else "Write its text as .jsonl, a line {\"text\": \"...\"} a document"
+        raise UserError(f"{option}={spec!r}: {path} is {what}. {repair}, or give {_forms(option)}.")
     try:
         size = os.stat(path).st_size
     except OSError as e:
-        raise _unreadable(spec, option, path, e) from None
-    return File(path, _kind(path), explicit, size)
+        raise unreadable(spec, option, path, e) from None
+    return File(path, kind, explicit, size, compression)
 
 
-def _kind(path: str) -> str:
-    return KINDS.get(os.path.splitext(path)[1].lower(), "text")
+def _is_prefix(path: str) -> bool:
+    """Megatron names a token file and its index by what both names begin with."""
+    return not os.path.exists(path) and os.path.isfile(f"{path}.bin") and os.path.isfile(f"{path}.idx")
 
 
 def _without_sidecars(paths: list[str]) -> list[str]:
-    """Leaves out the NAME.json and NAME.offsets of a token file that is among the paths."""
+    """Leaves out the NAME.json, NAME.offsets and NAME.idx of a token file that is among the paths."""
     tokens = {os.path.splitext(p)[0] for p in paths if _kind(p) == "tokens"}
-    return [p for p in paths if not (os.path.splitext(p)[0] in tokens and os.path.splitext(p)[1] in (".json", ".offsets"))]
+    return [p for p in paths if not (os.path.splitext(p)[0] in tokens and os.path.splitext(p)[1] in (".json", ".offsets", ".idx"))]
 
 
-def _walk(folder: str, spec: str, option: str, skip: set[str]) -> Iterator[File]:
-    """Text, .jsonl and .parquet files below a folder, sorted by path, without hidden ones and what belongs to token files."""
+def _walk(folder: str, spec: str, option: str, skip: set[str], notes: Notes) -> Iterator[File]:
+    """The files with text below a folder, sorted by path, without hidden ones and what belongs to token files."""
 
     def fail(error: OSError):
-        raise _unreadable(spec, option, error.filename, error)
+        raise unreadable(spec, option, error.filename, error)
 
     found = []
     for here, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [d for d in folders if d not in skip and not d.startswith(".")]
-        found += [os.path.join(here, n) for n in _without_sidecars(names) if not n.startswith(".") and _kind(n) != "tokens"]
+        found += [os.path.join(here, n) for n in _without_sidecars(names) if not n.startswith(".")]
     # Compared by component, so that the separator's place among the characters does not matter.
     for path in sorted(found, key=lambda p: os.path.relpath(p, folder).split(os.sep)):
-        if os.path.isfile(path):
+        if not os.path.isfile(path):
+            continue
+        kind, (ending, _) = _kind(path), _endings(path)
+        if kind in ("tokens", "index", "refused"):
+            why = "token ids: name them with a glob" if kind == "tokens" else "an index without its .bin" if kind == "index" else REFUSED.get(ending, "compressed")
+            notes.skip(spec, path, os.path.getsize(path), why)
+        else:
             yield _file(path, spec, option, explicit=False)
-
-
-def _read_text(file: File, where: str) -> Iterator[Piece]:
-    if not file.explicit and not _is_text(file.path):
-        return
-    rest, offset = b"", 0
-    with open(file.path, "rb") as f:
-        while True:
-            block = f.read(BLOCK)
-            data, last = rest + block, len(block) < BLOCK
-            cut = len(data) if last else _cut(data)
-            try:
-                text = data[:cut].decode()
-            except UnicodeDecodeError as e:
-                raise UserError(f"{where}: {file.path} is not UTF-8 text at byte {offset + e.start}. Convert it, as with "
-                                f"iconv -t UTF-8, or give another file.") from None
-            if text or offset:
-                yield Piece(text, last, cut)
-            if last:
-                return
-            rest, offset = data[cut:], offset + cut
-
-
-def _is_text(path: str) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as f:
-        try:
-            while block := f.read(BLOCK):
-                if b"\0" in block:
-                    return False
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
-    return True
-
-
-def _cut(data: bytes) -> int:
-    """Where to end a piece of text: at the last SAFE_CUT, or else before the last character."""
-    near = max(len(data) - (1 << 20), 0)  # looking further back would cost more than it gains
-    ends = [m.end() for m in SAFE_CUT.finditer(data, near)]
-    if ends:
-        return ends[-1]
-    last = len(data) - 1
-    # A character has at most 4 bytes, and all but its first look like 10xxxxxx; without a first byte it is no UTF-8 anyway.
-    return next((p for p in range(last, max(last - 4, -1), -1) if data[p] & 0xC0 != 0x80), last)
-
-
-def _read_jsonl(file: File, where: str) -> Iterator[Piece]:
-    with open(file.path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode())
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{where}: line {number} of {file.path} is not valid JSON in UTF-8 ({e}). Correct or remove "
-                                f"that line.") from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise UserError(f"{where}: line {number} of {file.path} has no string 'text'. Write every line as "
-                                f"{{\"text\": \"...\"}}.")
-            yield Piece(row["text"], True, len(line))
-
-
-def _read_parquet(file: File, where: str) -> Iterator[Piece]:
-    try:
-        import pyarrow  # slow to import, and only some corpora need it: an optional dependency
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{where}: {file.path} needs pyarrow to be read. Install it with pip install pyarrow, or convert to "
-                        f".jsonl.") from None
-    try:
-        table = pyarrow.parquet.ParquetFile(file.path)
-        if "text" not in table.schema_arrow.names:
-            raise UserError(f"{where}: {file.path} has no column 'text' (it has: {', '.join(table.schema_arrow.names)}). "
-                            f"Rename the column that holds the text.")
-        size = file.size / max(table.metadata.num_rows, 1)
-        for batch in table.iter_batches(batch_size=256, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                if text is not None and not isinstance(text, str):
-                    raise UserError(f"{where}: the column 'text' of {file.path} holds {type(text).__name__}, not strings. "
-                                    f"Convert the column.")
-                yield Piece(text or "", True, size)
-    except pyarrow.ArrowException as e:
-        raise UserError(f"{where}: {file.path} is not a readable parquet file ({' '.join(str(e).split())[:160]}). Write it "
-                        f"again.") from None

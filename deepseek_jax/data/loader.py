@@ -8,6 +8,7 @@ import numpy as np
 
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.data import contents
+from deepseek_jax.data.documents import Notes
 from deepseek_jax.data.order import derive_seed
 from deepseek_jax.data.packing import PackedRows, Row, padding_row
 from deepseek_jax.data.prefetch import Prefetcher
@@ -57,6 +58,7 @@ class Loader:
       num_train_rows: rows of one pass over every source. num_eval_rows: held-out rows, 0 for eval_fraction=0.
       train_tokens, eval_tokens: tokens in the documents of each side.
       description: the data in a few words. contents: what a later start compares.
+      notes: lines about what was left out or changed.
 
     Raises:
       UserError: a source is missing, empty, unreadable or not what its name says, or all together are too short.
@@ -67,7 +69,9 @@ class Loader:
         self.tokenizer = tokenizer
         self._config = config
         weights = parse_weights(config)  # before the reading, which may take long
-        corpora = open_corpora(config, tokenizer, progress)
+        notes = Notes()
+        corpora = open_corpora(config, tokenizer, progress, notes)
+        self.notes = notes.lines()
         sides = [split(corpus, c.data.eval_fraction) for corpus in corpora]
         train = [PackedRows(t, length, derive_seed(c.seed, PACK, i), mask) for i, (t, _) in enumerate(sides)]
         self._eval = [PackedRows(e, length, derive_seed(EVAL_SEED, PACK, i), mask, pad_last=True)
@@ -89,7 +93,7 @@ class Loader:
           tokens, targets, segment_ids, positions: int32 [count, S]; see PackedRows.row.
 
         Raises:
-          UserError: a token file has ids that the model has not.
+          UserError: a token file has ids that the tokenizer has not.
         """
         return self._stack([self._train[i] for i in range(start, start + count)])
 
@@ -122,13 +126,13 @@ class Loader:
         return grain.MapDataset.mix(shuffled, self._weights) if len(shuffled) > 1 else shuffled[0]
 
     def _stack(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        s, size = self._config.train.sequence_length, self._config.model.vocab_size
+        s, size = self._config.train.sequence_length, self.tokenizer.vocab_size
         out = {k: np.stack([r[k] for r in rows]) if rows else np.zeros((0, s), np.int32) for k in padding_row(0)}
-        # Start-up trusts the sidecar of a token file; a damaged file must not reach the embedding, which would not complain.
+        # Start-up trusts the sidecar of a token file; a damaged file must not reach the embedding and tables by id, which would not complain.
         if rows and not (0 <= out["tokens"].min() and out["tokens"].max() < size and out["targets"].max() < size):
             bad = max(out["tokens"].max(), out["targets"].max(), -out["tokens"].min())
-            raise UserError(f"config.data.path={self._config.data.path!r} has the token id {bad}, outside "
-                            f"config.model.vocab_size={size}: the token file is damaged. Tokenize again.")
+            raise UserError(f"config.data.path={self._config.data.path!r} has the token id {bad}, but "
+                            f"config.data.tokenizer={self._config.data.tokenizer!r} has {size} ids: the token file is damaged. Tokenize again.")
         return out
 
     def _check_size(self, corpora: list[Corpus], sides: list[tuple[Documents, Documents]], train: list[PackedRows]) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 
-from deepseek_jax.config import Config, UserError
+from deepseek_jax.config import UserError
 from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.data import contents
 from deepseek_jax.data.loader import Loader
@@ -57,9 +57,11 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
     _, stretch = history.order(config.train.steps if step is None else step - 1)
     then = stretch.options
     config = dataclasses.replace(config, seed=then.seed, data=then.data, train=then.train)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
     check_tokenizer(stretch.contents, tokenizer.name, config.data.tokenizer)
     loader = Loader(config, tokenizer, progress=True)
+    for line in loader.notes:
+        print(line, file=sys.stderr)
     if what := contents.difference(stretch.contents, loader.contents,
                                    split_paths(config.data.path, "config.data.path")):
         raise UserError(f"{what}, that the run read: what it was trained on is no longer there. Put it back "

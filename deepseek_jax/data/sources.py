@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.config import Config, UserError
-from deepseek_jax.data.documents import File, find_files, read, split_paths
+from deepseek_jax.data.documents import File, Notes, find_files, no_text, split_paths
+from deepseek_jax.data.formats import read
 from deepseek_jax.data.order import mix64
 from deepseek_jax.data.progress import Bar
 from deepseek_jax.data.tokenfile import open_tokens
@@ -59,46 +60,47 @@ class Documents(NamedTuple):
         return int(self.lengths.sum())
 
 
-def open_corpora(config: Config, tokenizer: Tokenizer, progress: bool = False) -> list[Corpus]:
+def open_corpora(config: Config, tokenizer: Tokenizer, progress: bool = False, notes: Notes | None = None) -> list[Corpus]:
     """Opens every source of `config.data.path`: text is tokenised into memory, token files are memory-mapped.
 
     Args:
-      progress: show a bar on stderr if it takes long.
+      progress: show a bar on stderr if it takes long. notes: is told what is left out or changed.
 
     Raises:
-      UserError: a source is missing, empty, unreadable or not what its name says, or has ids that the model has not.
+      UserError: a source is missing, empty, unreadable or not what its name says, or has ids that the tokenizer has not.
     """
+    notes = Notes() if notes is None else notes
     size = config.model.vocab_size
     if tokenizer.vocab_size > size:
         raise UserError(f"config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than "
                         f"config.model.vocab_size={size}. Set config.model.vocab_size to {tokenizer.vocab_size} or more.")
-    if not -1 <= config.data.eos_token_id < size:
-        raise UserError(f"config.data.eos_token_id={config.data.eos_token_id} is outside config.model.vocab_size={size}. "
-                        f"Set it to an id below {size}, or to -1 for the tokenizer's.")
+    if not -1 <= config.data.eos_token_id < tokenizer.vocab_size:
+        raise UserError(f"config.data.eos_token_id={config.data.eos_token_id} is none of the {tokenizer.vocab_size} ids of "
+                        f"config.data.tokenizer={config.data.tokenizer!r}. Set it to one below {tokenizer.vocab_size}, or to -1 for the tokenizer's.")
     specs = split_paths(config.data.path, "config.data.path")
-    found = [find_files(s, "config.data.path") for s in specs]
+    found = [find_files(s, "config.data.path", notes) for s in specs]
     with Bar("Reading data", sum(f.size for files in found for f in files), progress) as bar:
-        return [_open(spec, files, config, tokenizer, bar) for spec, files in zip(specs, found)]
+        return [_open(spec, files, config, tokenizer, bar, notes) for spec, files in zip(specs, found)]
 
 
-def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, bar: Bar) -> Corpus:
+def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, bar: Bar, notes: Notes) -> Corpus:
     parts, text = [], []
 
     def flush() -> None:
         if text:
-            parts.append(_tokenise(text, spec, tokenizer, bar))
+            parts.append(_tokenise(text, spec, tokenizer, bar, notes))
             text.clear()
 
     for file in files:
         if file.kind == "tokens":
             flush()  # documents keep the order of their files
-            parts.append(open_tokens(file.path, f"config.data.path={spec!r}", config, tokenizer, bar.advance))
+            parts.append(open_tokens(file.path, f"config.data.path={spec!r}", config, tokenizer, bar.advance, notes))
         else:
             text.append(file)
     flush()
     parts = [(tokens, offsets) for tokens, offsets in parts if len(tokens)]
     if not parts:
-        raise UserError(f"config.data.path={spec!r} holds no text. Give a source with at least one document that is not empty.")
+        raise no_text(spec, "config.data.path", notes)
     if len(parts) == 1:
         return Corpus(*parts[0], spec)
     bases = np.cumsum([0, *(len(tokens) for tokens, _ in parts)])
@@ -106,28 +108,42 @@ def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, ba
     return Corpus(Joined([tokens for tokens, _ in parts]), offsets, spec)
 
 
-def _tokenise(files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar) -> tuple[np.ndarray, np.ndarray]:
+def _tokenise(files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar, notes: Notes) -> tuple[np.ndarray, np.ndarray]:
     """-> tokens [n] in the smallest dtype, offsets int64 [documents + 1]."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    eos = np.array([tokenizer.eos_id], dtype)
-    chunks, offsets, count = [], [0], 0
-    for batch in encoded(files, spec, "config.data.path", tokenizer, bar):
-        pieces = []
-        for ids, last in batch:
-            pieces += [ids.astype(dtype), eos] if last else [ids.astype(dtype)]
-            count += len(ids) + last
-            if last:
-                offsets.append(count)
-        chunks.append(np.concatenate(pieces))
-    return np.concatenate(chunks) if chunks else np.zeros(0, dtype), np.array(offsets, np.int64)
+    chunks, offsets, count = [], [np.zeros(1, np.int64)], 0
+    for batch in encoded(files, spec, "config.data.path", tokenizer, bar, notes):
+        for ids, ends in batch:
+            chunks.append(ids.astype(dtype))
+            offsets.append(ends + count)
+            count += len(ids)
+    return np.concatenate(chunks) if chunks else np.zeros(0, dtype), np.concatenate(offsets)
 
 
-def encoded(files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer,
-            bar: Bar) -> Iterator[list[tuple[np.ndarray, bool]]]:
-    """Batches of (ids int32 [n] without eos, whether the document ends here), in file order. Empty documents are left out."""
+def encoded(files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer, bar: Bar,
+            notes: Notes) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Batches of pieces of documents: (ids int32 [n], where documents end in them: int64, from 1 to n), in file order.
+
+    Each document ends with eos, also where special tokens are read in text and it spells eos. Empty documents are left out.
+    """
     texts, lasts, size, inside = [], [], 0, False
+    ended = False  # whether the last token was an eos that the text spelt
+    eos = np.array([tokenizer.eos_id], np.int32)
+
+    def batch() -> list[tuple[np.ndarray, np.ndarray]]:
+        nonlocal ended
+        out = []
+        for ids, last in zip(tokenizer.encode_batch(texts), lasts):
+            spelt = np.flatnonzero(ids == eos[0]) + 1 if tokenizer.special_tokens else np.zeros(0, np.int64)
+            ended = len(ids) in spelt if len(ids) else ended
+            if last and not ended:
+                ids, spelt = np.append(ids, eos), np.append(spelt, len(ids) + 1)
+            ended = ended and not last
+            out.append((ids, spelt))
+        return out
+
     for file in files:
-        for piece in read(file, spec, option):
+        for piece in read(file, spec, option, notes):
             bar.advance(piece.read)
             if not piece.text and not inside:
                 continue
@@ -136,10 +152,10 @@ def encoded(files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer,
             lasts.append(piece.last)
             size += len(piece.text)
             if size >= BATCH_CHARACTERS:
-                yield list(zip(tokenizer.encode_batch(texts), lasts))
+                yield batch()
                 texts, lasts, size = [], [], 0
     if texts:
-        yield list(zip(tokenizer.encode_batch(texts), lasts))
+        yield batch()
 
 
 def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:

@@ -2,7 +2,8 @@
 
 `NAME.npy` (1-D integers) or `NAME.bin` (raw, little-endian) holds the ids, document after document, each ended by eos.
 `NAME.json` is the sidecar and `NAME.offsets` the documents' starts and the end (raw int64, documents + 1 of them).
-Files of others have neither: their documents are found by looking for eos.
+Files of others have neither: their documents are found by looking for eos, or in the index that Megatron-LM writes beside them. All their
+ids are looked at, at every start: at 1 to 2 GB a second from memory, that costs less than a run that ends at its first evaluation.
 """
 
 import contextlib
@@ -13,38 +14,54 @@ from collections.abc import Callable
 import numpy as np
 
 from deepseek_jax.config import Config, UserError
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.documents import Notes
+from deepseek_jax.data.megatron import read_index
+from deepseek_jax.data.tokenizer import SPECIAL, Tokenizer
+from deepseek_jax.paths import temporary
 
 FORMAT = "deepseek_jax tokens 1"
 CHUNK = 1 << 24  # tokens looked at at a time
 DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # name -> number of ids it can hold
 
 
-def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer,
-                advance: Callable[[float], None] = lambda n: None) -> tuple[np.ndarray, np.ndarray]:
+def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer, advance: Callable[[float], None] = lambda n: None,
+                notes: Notes | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Memory-maps a token file and finds its documents.
 
     Args:
       path: a .npy or .bin file. where: `option=value`, for messages. advance: told the bytes looked at.
+      notes: told where the documents seem to end with another token than the tokenizer's.
 
     Returns:
       tokens: integer [n], a read-only memory map.
       offsets: int64 [documents + 1], the last is n. Without a sidecar the last document may lack its eos.
 
     Raises:
-      UserError: not token ids, ids outside config.model.vocab_size, or ids of another tokenizer than `tokenizer`.
+      UserError: not token ids, ids that `tokenizer` has not, or ids of another tokenizer.
     """
+    notes = Notes() if notes is None else notes
     side = _read_sidecar(path, where)
     try:
-        tokens = _map(path, where, side["dtype"] if side else config.data.bin_dtype)
+        index = None if side else read_index(path, where)
+        tokens = _map(path, where, side["dtype"] if side else index.dtype.name if index else config.data.bin_dtype)
     except OSError as e:
         raise UserError(f"{where}: {path} cannot be read ({e.strerror or e}). Make it readable, or give another path.") from None
     if side:
         offsets = _check_sidecar(path, where, side, tokens, config, tokenizer)
         advance(os.path.getsize(path))
-    else:
-        offsets = _scan(path, where, tokens, config, tokenizer, advance)
+        return tokens, offsets
+    eos = config.data.eos_token_id if config.data.eos_token_id >= 0 else tokenizer.eos_id
+    ends = _scan(path, where, tokens, config, tokenizer, eos if index is None else None, advance)
+    offsets = index.offsets if index else np.concatenate([[0], ends, [len(tokens)] if not len(ends) or ends[-1] != len(tokens) else []]).astype(np.int64)
+    _note_ends(path, tokens, offsets, eos, notes)
     return tokens, offsets
+
+
+def _note_ends(path: str, tokens: np.ndarray, offsets: np.ndarray, eos: int, notes: Notes) -> None:
+    lasts = offsets[1:][np.diff(offsets) > 0]
+    some = lasts[np.linspace(0, len(lasts) - 1, min(len(lasts), 1000)).astype(np.int64)] if len(lasts) else lasts
+    if len(some) and not any(tokens[int(i) - 1] == eos for i in some):
+        notes.others.append(f"{path}: no document ends with the token {eos}; if another one ends them, set config.data.eos_token_id")
 
 
 def _map(path: str, where: str, dtype: str) -> np.ndarray:
@@ -65,34 +82,49 @@ def _map(path: str, where: str, dtype: str) -> np.ndarray:
     return tokens
 
 
-def _outside(where: str, path: str, bad: int, config: Config) -> UserError:
-    size = config.model.vocab_size
-    fix = "Write the file again"
+def _outside(where: str, path: str, bad: int, config: Config, tokenizer: Tokenizer) -> UserError:
+    fix = "Write the file again, or correct config.data.bin_dtype"
     if bad >= 0:
-        fix = f"Set config.model.vocab_size to {bad + 1} or more, or correct the file's dtype or tokenizer"
-    return UserError(f"{where}: {path} has the token id {bad}, outside config.model.vocab_size={size} (0 to {size - 1}). {fix}.")
+        fix = "Set config.data.tokenizer to the tokenizer.json that the file was made with, or correct config.data.bin_dtype"
+    return UserError(f"{where}: {path} has the token id {bad}, but config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} ids "
+                     f"(0 to {tokenizer.vocab_size - 1}). {fix}.")
 
 
-def _scan(path: str, where: str, tokens: np.ndarray, config: Config, tokenizer: Tokenizer,
+def _scan(path: str, where: str, tokens: np.ndarray, config: Config, tokenizer: Tokenizer, eos: int | None,
           advance: Callable[[float], None]) -> np.ndarray:
-    """Offsets of the documents of a file without a sidecar, and the check of every id, in one pass."""
-    eos = config.data.eos_token_id if config.data.eos_token_id >= 0 else tokenizer.eos_id
-    ends = [np.zeros(1, np.int64)]
+    """Checks every id; returns the places after each `eos`, int64."""
+    ends = [np.zeros(0, np.int64)]
     for start in range(0, len(tokens), CHUNK):
         chunk = np.asarray(tokens[start:start + CHUNK])
-        low, high = int(chunk.min()), int(chunk.max())
-        if low < 0 or high >= config.model.vocab_size:
-            raise _outside(where, path, low if low < 0 else high, config)
-        ends.append(np.flatnonzero(chunk == eos) + (start + 1))
+        low, high = int(chunk.min()) if chunk.dtype.kind == "i" else 0, int(chunk.max())
+        if low < 0 or high >= tokenizer.vocab_size:
+            raise _outside(where, path, low if low < 0 else high, config, tokenizer)
+        if eos is not None:
+            ends.append(np.flatnonzero(chunk == eos) + (start + 1))
         advance(chunk.nbytes)
-    offsets = np.concatenate(ends)
-    return offsets if offsets[-1] == len(tokens) else np.append(offsets, len(tokens))
+    return np.concatenate(ends)
 
 
 def sidecar_paths(path: str) -> tuple[str, str]:
     """-> (NAME.json, NAME.offsets) of NAME.npy or NAME.bin."""
     stem = os.path.splitext(path)[0]
     return stem + ".json", stem + ".offsets"
+
+
+def is_sidecar_of(path: str) -> bool:
+    """Whether the NAME.json beside NAME.npy or NAME.bin, if any, and so the NAME.offsets, is what `tokenize` wrote for this very file.
+
+    Then both go with the file when it is written again.
+    """
+    try:
+        with open(sidecar_paths(path)[0], encoding="utf-8") as f:
+            return _is_ours(json.load(f), path)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _is_ours(side: object, path: str) -> bool:
+    return isinstance(side, dict) and side.get("format") == FORMAT and side.get("file") == os.path.basename(path)
 
 
 def _read_sidecar(path: str, where: str) -> dict | None:
@@ -105,22 +137,30 @@ def _read_sidecar(path: str, where: str) -> dict | None:
             side = json.load(f)
     except (OSError, ValueError) as e:
         raise UserError(f"{where}: {side_path} beside {path} is not readable JSON ({e}). Tokenize again, or remove it.") from None
-    ours = isinstance(side, dict) and side.get("format") == FORMAT and side.get("file") == os.path.basename(path)
-    return side if ours else None
+    if not _is_ours(side, path):
+        return None
+    wanted = {"tokenizer": str, "dtype": str, "eos_id": int, "tokens": int, "documents": int, "max_id": int}
+    if wrong := [k for k, kind in wanted.items() if type(side.get(k)) is not kind] or ["dtype"] * (side["dtype"] not in DTYPES):
+        raise UserError(f"{where}: {side_path} beside {path} is damaged: {wrong[0]}={side.get(wrong[0])!r}. Tokenize again.")
+    return side
 
 
 def _check_sidecar(path: str, where: str, side: dict, tokens: np.ndarray, config: Config, tokenizer: Tokenizer) -> np.ndarray:
     side_path, offsets_path = sidecar_paths(path)
     again = f"Write {path} again with python -m deepseek_jax.data tokenize."
     if side["tokenizer"] != tokenizer.name or side["eos_id"] != tokenizer.eos_id:
+        if side["tokenizer"].removesuffix(SPECIAL) == tokenizer.name.removesuffix(SPECIAL):
+            was = side["tokenizer"].endswith(SPECIAL)
+            raise UserError(f"{where}: {path} was written {'with' if was else 'without'} --special-tokens, but config.data.special_tokens={not was}. "
+                            f"Set config.data.special_tokens={was}, or tokenize again.")
         raise UserError(f"{where}: {path} was written with the tokenizer {side['tokenizer']}, but "
                         f"config.data.tokenizer={config.data.tokenizer!r} "
                         f"is {tokenizer.name}. Set config.data.tokenizer to the first, or tokenize again.")
     if side["tokens"] != len(tokens) or side["dtype"] != tokens.dtype.name:
         raise UserError(f"{where}: {path} has {len(tokens)} tokens of {tokens.dtype.name}, but {side_path} says "
                         f"{side['tokens']} of {side['dtype']}. {again}")
-    if side["max_id"] >= config.model.vocab_size:
-        raise _outside(where, path, side["max_id"], config)
+    if side["max_id"] >= tokenizer.vocab_size:
+        raise _outside(where, path, side["max_id"], config, tokenizer)
     try:
         offsets = np.fromfile(offsets_path, "<i8").astype(np.int64)
     except OSError as e:
@@ -139,12 +179,12 @@ class TokenWriter:
 
     def __init__(self, path: str, dtype: str, tokenizer: Tokenizer):
         self._path, self._dtype, self._tokenizer = path, np.dtype(dtype).newbyteorder("<"), tokenizer
-        self._temp = {p: f"{p}.tmp{os.getpid()}" for p in (*sidecar_paths(path), path)}
+        self._temp = {p: temporary(p) for p in (*sidecar_paths(path), path)}
         self._npy = path.lower().endswith(".npy")
         self.tokens, self.documents, self._max = 0, 0, -1
-        self._out = open(self._temp[path], "wb")
+        self._out = open(self._temp[path], "xb")
         try:
-            self._offsets = open(self._temp[sidecar_paths(path)[1]], "wb")
+            self._offsets = open(self._temp[sidecar_paths(path)[1]], "xb")
         except OSError:
             self._out.close()
             os.unlink(self._temp[path])
@@ -159,17 +199,14 @@ class TokenWriter:
             np.lib.format.write_array_header_1_0(self._out, spec)
         return self._out.tell()
 
-    def write(self, ids: np.ndarray, last: bool) -> None:
-        """Appends ids [n]; `last`: and the eos that ends the document."""
-        if last:
-            ids = np.append(ids, self._tokenizer.eos_id)
+    def write(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        """Appends ids [n], in which documents end before the places `ends`."""
         if len(ids):
             self._max = max(self._max, int(ids.max()))
         self._out.write(ids.astype(self._dtype).tobytes())
+        self._offsets.write((ends + self.tokens).astype("<i8").tobytes())
         self.tokens += len(ids)
-        if last:
-            self.documents += 1
-            self._offsets.write(np.int64(self.tokens).astype("<i8").tobytes())
+        self.documents += len(ends)
 
     def finish(self, source: str) -> None:
         """Makes the file appear, with a sidecar that says what it was made of."""
@@ -180,7 +217,7 @@ class TokenWriter:
         side = {"format": FORMAT, "file": os.path.basename(self._path), "source": source, "dtype": self._dtype.name,
                 "vocab_size": self._tokenizer.vocab_size, "eos_id": self._tokenizer.eos_id, "tokenizer": self._tokenizer.name,
                 "documents": self.documents, "tokens": self.tokens, "max_id": self._max}
-        with open(self._temp[side_path], "w", encoding="utf-8") as f:
+        with open(self._temp[side_path], "x", encoding="utf-8") as f:
             json.dump(side, f, indent=2)
             f.write("\n")
             f.flush()
@@ -191,7 +228,7 @@ class TokenWriter:
             f.close()
         if os.path.exists(self._path):
             os.unlink(self._path)
-        for final in (offsets_path, side_path, self._path):
+        for final in (side_path, offsets_path, self._path):  # the sidecar first: it tells whose the others are
             os.replace(self._temp[final], final)
 
     def __enter__(self) -> "TokenWriter":

@@ -10,17 +10,19 @@ import numpy as np
 import tokenizers
 
 from deepseek_jax.config import UserError
+from deepseek_jax.texts import clean_text
 
 # End-of-document tokens by the names in use; the first one that the tokenizer has is taken.
 EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]",
              "<|im_end|>", "<EOS>", "<|end|>")
+SPECIAL = "+special_tokens"  # at the end of a tokenizer's name
 
 
 class Tokenizer(abc.ABC):
     """What all tokenizers share.
 
     Attributes:
-      name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file.
+      name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file, with `+special_tokens` if it reads these.
       vocab_size: ids run from 0 to vocab_size - 1.
       eos_id: the token that ends a document.
       token_bytes: int32 [vocab_size], bytes of text that each token stands for (eos and special tokens: 0), or None if
@@ -31,9 +33,10 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     eos_id: int
     token_bytes: np.ndarray | None
+    special_tokens = False  # whether text can spell special tokens
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32 [n], without eos. The text of a special token is text, never that token."""
+        """The ids of a text, int32 [n], without eos at the end. The text of a special token is text, unless `load_tokenizer` was told otherwise."""
         return self.encode_batch([text])[0]
 
     @abc.abstractmethod
@@ -55,7 +58,7 @@ class ByteTokenizer(Tokenizer):
         self.token_bytes[self.eos_id] = 0
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(_utf8(t).encode(), np.uint8).astype(np.int32) for t in texts]
+        return [np.frombuffer(clean_text(t).encode(), np.uint8).astype(np.int32) for t in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids, np.int64)
@@ -65,7 +68,7 @@ class ByteTokenizer(Tokenizer):
 class FileTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`, read from `data`, the bytes of the file."""
 
-    def __init__(self, data: bytes, path: str, option: str):
+    def __init__(self, data: bytes, path: str, option: str, special_tokens: bool = False):
         try:
             self._inner = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as e:  # the library raises plain Exception
@@ -74,8 +77,9 @@ class FileTokenizer(Tokenizer):
         # Files come with the truncation and padding of whoever saved them: a document must be neither.
         self._inner.no_truncation()
         self._inner.no_padding()
-        self._inner.encode_special_tokens = True
-        self.name = "sha256:" + hashlib.sha256(data).hexdigest()
+        self.special_tokens = special_tokens
+        self._inner.encode_special_tokens = not special_tokens  # the library's word for: as text
+        self.name = f"sha256:{hashlib.sha256(data).hexdigest()}{SPECIAL if special_tokens else ''}"
         added = self._inner.get_added_tokens_decoder()
         vocab = self._inner.get_vocab(with_added_tokens=True)
         if not vocab:
@@ -93,7 +97,7 @@ class FileTokenizer(Tokenizer):
         self.token_bytes = _byte_level_lengths(json.loads(data), vocab, special, plain, self.vocab_size)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._inner.encode_batch([_utf8(t) for t in texts], add_special_tokens=False)
+        encoded = self._inner.encode_batch([clean_text(t) for t in texts], add_special_tokens=False)
         return [np.asarray(e.ids, np.int32) for e in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -102,12 +106,13 @@ class FileTokenizer(Tokenizer):
         return self._inner.decode(ids[self._decodable[ids]].tolist(), skip_special_tokens=False)
 
 
-def load_tokenizer(spec: str, option: str = "config.data.tokenizer") -> Tokenizer:
+def load_tokenizer(spec: str, option: str = "config.data.tokenizer", special_tokens: bool = False) -> Tokenizer:
     """The tokenizer that an option asks for.
 
     Args:
       spec: `bytes`, or the path of a `tokenizer.json`.
       option: what error messages call it.
+      special_tokens: text that spells a special token (<|im_start|>) is that token, as in transformers; else it is text. `bytes` has none.
 
     Raises:
       UserError: the file is missing, unreadable, not a tokenizer, or has no end-of-document token.
@@ -120,26 +125,17 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer") -> Tokenize
         with open(path, "rb") as f:
             data = f.read()
     except FileNotFoundError:
-        raise UserError(f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes.") from None
+        raise UserError(f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes (relative paths start in {os.getcwd()}).") from None
     except IsADirectoryError:
         raise UserError(f"{option}={spec!r} is a folder. Give {os.path.join(spec, 'tokenizer.json')}, or bytes.") from None
     except OSError as e:
         raise UserError(f"{option}={spec!r} cannot be read ({e.strerror}). Make it readable, or give another tokenizer.json or "
                         f"bytes.") from None
-    return FileTokenizer(data, spec, option)
+    return FileTokenizer(data, spec, option, special_tokens)
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
-
-
-def _utf8(text: str) -> str:
-    """The text with lone surrogates, which JSON can spell but UTF-8 cannot, replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
 
 
 def _byte_level_alphabet() -> set[str]:

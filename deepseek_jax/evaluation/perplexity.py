@@ -1,6 +1,7 @@
 """Perplexity and bits per byte of a corpus, document by document, however long."""
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ import numpy as np
 
 from deepseek_jax.config import UserError
 from deepseek_jax.data import contents
-from deepseek_jax.data.documents import find_files, read, split_paths
+from deepseek_jax.data.documents import Notes, find_files, split_paths
+from deepseek_jax.data.formats import read
 from deepseek_jax.data.progress import Bar
 from deepseek_jax.data.sources import BATCH_CHARACTERS, open_corpora, split
 from deepseek_jax.data.tokenizer import load_tokenizer
@@ -53,12 +55,16 @@ def of_text(opened: Opened, path: str, scorer: Scorer, stride: int, limit: int |
     Raises:
       UserError: the text is missing, unreadable or empty, or a token id is too high for the model.
     """
-    files = [(spec, f) for spec in split_paths(path, "--text") for f in find_files(spec, "--text")]
+    notes = Notes()
+    files = [(spec, f) for spec in split_paths(path, "--text") for f in find_files(spec, "--text", notes)]
     if tokens := next((f for _, f in files if f.kind == "tokens"), None):
         raise UserError(f"--text={path}: {tokens.path} holds tokens and not text. Name text files; tokens can be evaluated as a run's held-out part.")
     encoder = opened.encoder()
     with Bar("Evaluating", sum(f.size for _, f in files), progress) as bar:
-        return _measure(_text_pieces(files, encoder), encoder.prefix, scorer, stride, limit, bar, f"--text={path}")
+        result = _measure(_text_pieces(files, encoder, notes), encoder.prefix, scorer, stride, limit, bar, f"--text={path}")
+    for line in notes.lines():
+        print(line, file=sys.stderr)
+    return result
 
 
 def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None = None, progress: bool = False) -> dict[str, Any]:
@@ -70,14 +76,18 @@ def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None =
     run = opened.run
     if run.data.eval_fraction == 0:
         raise UserError("--text is missing, and this run holds no documents out: config.data.eval_fraction=0. Name a text.")
-    tokenizer = load_tokenizer(opened.tokenizer or run.data.tokenizer)
+    tokenizer = load_tokenizer(opened.tokenizer or run.data.tokenizer, special_tokens=run.data.special_tokens)
     corpora = open_corpora(run, tokenizer, progress)
     if what := contents.difference(opened.contents, contents.of(corpora, tokenizer, ()),
                                    split_paths(run.data.path, "config.data.path")):
         raise UserError(f"{what}, that the run read: what it held out is no longer known. Put the data back, "
                         "or name a text with --text.")
     sides = [split(corpus, run.data.eval_fraction)[1] for corpus in corpora]
-    size = lambda ids: int(tokenizer.token_bytes[ids].sum()) if tokenizer.token_bytes is not None else len(tokenizer.decode(ids).encode())
+
+    def size(ids: np.ndarray) -> int:
+        if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # a sidecar that does not tell the truth
+            raise UserError(f"the run's held-out part has token ids up to {ids.max()}, and its tokenizer {tokenizer.vocab_size} of them. Tokenize again.")
+        return int(tokenizer.token_bytes[ids].sum()) if tokenizer.token_bytes is not None else len(tokenizer.decode(ids).encode())
 
     def pieces() -> Iterator[Piece]:
         for documents in sides:
@@ -90,7 +100,7 @@ def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None =
         return _measure(pieces(), [], scorer, stride, limit, bar, "the run's held-out part")
 
 
-def _text_pieces(files: list, encoder: Encoder) -> Iterator[Piece]:
+def _text_pieces(files: list, encoder: Encoder, notes: Notes) -> Iterator[Piece]:
     """The pieces of documents in file order; empty documents are left out."""
     inside = False  # a document that had tokens already goes on
 
@@ -103,8 +113,8 @@ def _text_pieces(files: list, encoder: Encoder) -> Iterator[Piece]:
 
     texts, rest, size = [], [], 0
     for spec, file in files:
-        for piece in read(file, spec, "--text"):
-            texts.append(piece.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))  # JSON can spell lone surrogates
+        for piece in read(file, spec, "--text", notes):
+            texts.append(piece.text)
             rest.append((piece.last, piece.read))
             size += len(piece.text)
             if size >= BATCH_CHARACTERS:

@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 
+from deepseek_jax import paths
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.config import Config, Data, Model, Train, UserError
 from deepseek_jax.hf import exporting, names, reading, start, writing
@@ -27,7 +28,8 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
     Raises:
       UserError: the checkpoint cannot be read or does not fit its config.json, or the folder holds a run already.
     """
-    folder, temporary = os.path.join(workdir, start.FOLDER), os.path.join(workdir, start.FOLDER + ".tmp")
+    folder = os.path.join(workdir, start.FOLDER)
+    temporary = paths.scratch(folder)
     checkpoints = os.path.join(workdir, "checkpoints")
     runs = os.path.isdir(checkpoints) and any(n.isdigit() for n in os.listdir(checkpoints))
     if runs or os.path.exists(folder) or os.path.exists(os.path.join(workdir, "config.json")):

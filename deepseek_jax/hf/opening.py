@@ -14,7 +14,7 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.data.contents import Contents
-from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.hf import configuration, names, start
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.encoder import Encoder
@@ -44,12 +44,14 @@ class Opened:
         Raises:
           UserError: there is no tokenizer, or it has ids that the model has not.
         """
-        out = Encoder(Chat(self.folder) if self.folder is not None else load_tokenizer(self.tokenizer),
-                      self.model.source)
+        out = Encoder(Chat(self.folder) if self.folder is not None else self._tokenizer(), self.model.source)
         if out.vocab_size > self.model.model.vocab_size:
             raise UserError(f"the tokenizer of {self.model.source} has {out.vocab_size} ids, and the model {self.model.model.vocab_size}. "
                             f"Give it the tokenizer that it was trained with.")
         return out
+
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer, special_tokens=self.run.data.special_tokens)
 
 
 def open_model(path: str, step: int | None = None, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Opened:

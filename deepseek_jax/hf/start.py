@@ -8,12 +8,13 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from deepseek_jax import paths
 from deepseek_jax.checkpoint import bounded_json
 from deepseek_jax.checkpoint.bounded_json import BadFile
 from deepseek_jax.config import Config, Model, RopeScaling, UserError
@@ -82,6 +83,17 @@ def copy_files(source: str, target: str) -> None:
         for name in sorted(os.listdir(templates)):
             if name.endswith(".jinja"):
                 shutil.copyfile(os.path.join(templates, name), os.path.join(target, TEMPLATES, name))
+
+
+def model_files(folder: str) -> Iterator[str]:
+    """The files that a checkpoint or a run's folder is made of, which no output may replace; of a run all below its own folders."""
+    folder = os.path.expanduser(folder)
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        path = os.path.join(folder, name)
+        if name in FILES or name in ("metrics.jsonl", "lock") or name.endswith((".safetensors", ".safetensors.index.json")):
+            yield path
+        elif name in ("checkpoints", FOLDER, TEMPLATES, "tensorboard", "profile"):
+            yield from (os.path.join(here, file) for here, _, files in os.walk(path) for file in files)
 
 
 def read_notes(workdir: str) -> Notes | None:
@@ -183,8 +195,11 @@ def open_for_training(config: Config, workdir: str) -> Source | None:
     """The checkpoint of `config.init_from` with all names and shapes checked; None where the run has begun and it is gone.
 
     Raises:
-      UserError: it cannot be read or does not fit.
+      UserError: it cannot be read or does not fit, or its notes would replace a folder that is somebody else's.
     """
+    folder = os.path.join(workdir, FOLDER)
+    if os.path.lexists(folder) and not has_weights(workdir) and read_notes(workdir) is None:
+        raise UserError(f"--workdir={workdir} holds a folder {FOLDER} that is not of a run of train.py. Name another --workdir, or move it away.")
     if not os.path.isdir(os.path.expanduser(config.init_from)) and read_notes(workdir) is not None:
         return None
     source, _, family = reading.open_source(config.init_from)
@@ -206,11 +221,12 @@ def initial_state(source: Source | None, config: Config, layout: Layout, workdir
     params, bias = reading.state_of(source, config, family, layout)
     folder = os.path.join(workdir, FOLDER)
     if jax.process_index() == 0 and not has_weights(workdir):
-        shutil.rmtree(folder + ".tmp", ignore_errors=True)
-        os.makedirs(folder + ".tmp")
-        write_notes(source, model, family, folder + ".tmp")
+        temporary = paths.scratch(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        write_notes(source, model, family, temporary)
         shutil.rmtree(folder, ignore_errors=True)
-        os.rename(folder + ".tmp", folder)
+        os.rename(temporary, folder)
     source.close()
     return state_around(config, layout, params, bias)
 

@@ -80,6 +80,8 @@ def locked(workdir: str, wait: float = 5.0, option: str = "--workdir") -> Iterat
                                     f"{option}.") from e
             time.sleep(0.1)
         with contextlib.suppress(OSError):  # a full disk
+            if (before := os.pread(fd, 5, 0)) and before != b"host ":
+                raise UserError(f"{path} is not the lock of a run. Name another {option}, or move that file away.")
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"host {socket.gethostname()}, process {os.getpid()}, since "
                           f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(), 0)

@@ -59,6 +59,8 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
     line("bytes a device", f"{' + '.join(f'{human(n)} {name}' for name, n in held.items())} = {human(sum(held.values()))}"
                            f"{f', and {human(host)} in the memory of its host' if host else ''}")
     line("data", loader.description)
+    for text in loader.notes:
+        line("", text)
     line("training", f"{t.steps} steps of {t.batch_size} x {t.sequence_length} tokens = {human(tokens)} tokens "
                               f"({tokens / max(loader.train_tokens, 1):.2f} passes over the data)")
     line("compute", f"{human(sizes.flops_per_token)} FLOPs a token, {human(sizes.flops_per_token * tokens)} in all")

@@ -39,8 +39,10 @@ def prepare(workdir: str, config: Config, tokenizer: str | None = None) -> list[
 
     Raises:
       UserError: the folder cannot be written; it holds a checkpoint of a model with other shapes or of
-        another tokenizer; or the checkpoints are another run's, or elsewhere.
+        another tokenizer; or the checkpoints are another run's, or elsewhere;
+        or files in it are not of a run.
     """
+    _check_ours(workdir)
     try:
         os.makedirs(workdir, exist_ok=True)
         probe = os.path.join(workdir, f".writable.{os.getpid()}")
@@ -65,6 +67,15 @@ def prepare(workdir: str, config: Config, tokenizer: str | None = None) -> list[
         return _differences(extra.get("model", model), model, "config.model")
     check_model(workdir, config, before)
     return _differences(before, config.to_json(), "config")
+
+
+def _check_ours(workdir: str) -> None:
+    """Whether what a run would replace in the folder is of a run: nobody's config.json or metrics.jsonl is overwritten."""
+    config, rows = os.path.join(workdir, "config.json"), os.path.join(workdir, "metrics.jsonl")
+    if os.path.lexists(config):
+        _read(config)
+    elif os.path.lexists(rows):
+        raise UserError(f"--workdir={workdir} holds {rows} and no config.json of a run that wrote it. Name another --workdir, or move that file away.")
 
 
 def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
@@ -235,10 +246,10 @@ def _read(path: str, everything: bool = False) -> dict[str, Any]:
         with open(path, encoding="utf-8") as f:
             out = json.load(f)
         if not isinstance(out, dict) or not isinstance(out.get("model"), dict):
-            raise ValueError("it is not the config of a run")
+            raise ValueError("it has no section model")
         return out if everything else {k: v for k, v in out.items() if k not in _NOT_OPTIONS}
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({e}). Restore it, or name another --workdir.") from e
+        raise UserError(f"{path} cannot be read as the config of a run ({e}). Restore it, or name another --workdir.") from e
 
 
 def _with_defaults(before: Any, defaults: Any) -> Any:

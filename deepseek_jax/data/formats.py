@@ -1,0 +1,300 @@
+"""Reads the text of files, piece by piece, so that no file need fit in memory. Whatever the format, what comes out is Unicode text."""
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from deepseek_jax.config import UserError
+from deepseek_jax.data.documents import File, Notes, unreadable
+from deepseek_jax.texts import clean_text
+
+BLOCK = 16 << 20  # bytes of a text file, or characters of a JSON file, read at a time
+
+# A newline with no other white space beside it, ASCII or wide. Two newlines would not do: GPT-2's pattern takes them as one
+# piece at the end of a text, as two before a word.
+SAFE_CUT = re.compile(rb"(?<=[!-~\x80-\xff])(?<!\xc2\xa0|\xc2\x85)(?<!\xe3\x80\x80|\xe2\x80.)\n"
+                      rb"(?=[!-~\xc3-\xf4])(?!\xe3\x80\x80|\xe2\x80)")
+ODD_BYTES = "surrogateescape"  # bytes of a record that are no UTF-8 become lone surrogates, as JSON can spell them, and clean_text cleans both
+_ROW = '{"text": "..."}'
+
+
+class Piece(NamedTuple):
+    text: str
+    last: bool  # the document ends here
+    read: float  # bytes of the file behind this piece, for progress
+
+
+def read(file: File, spec: str, option: str, notes: Notes | None = None) -> Iterator[Piece]:
+    """The documents of a file with text. A document longer than BLOCK comes in several pieces.
+
+    Pieces end at a single newline between two lines of text, where byte-level BPE never merges across; only in a file without
+    such a place can a cut change the tokens around it.
+
+    Args:
+      notes: is told of files in folders that are not what their names say, and of documents in which U+FFFD stands for what is no
+        Unicode text (a byte of Latin-1 in a record, half of a surrogate pair in JSON).
+
+    Raises:
+      UserError: the file cannot be read, or is not what its name says; the line, item or byte where it goes wrong.
+    """
+    notes = Notes() if notes is None else notes
+    where = f"{option}={spec!r}"
+    reader = {"text": _read_text, "lines": _read_lines, "json": _read_json, "parquet": _read_parquet, "arrow": _read_arrow}[file.kind]
+    try:
+        for piece in reader(file, where, lambda why: notes.skip(spec, file.path, file.size, why)):
+            text = clean_text(piece.text)
+            notes.cleaned += text is not piece.text
+            yield Piece(text, piece.last, piece.read)
+    except (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error) as e:
+        raise _damaged(file, where, e) from None
+    except OSError as e:
+        # bz2 and pyarrow have no error of their own for damaged data.
+        raise (_damaged(file, where, e) if file.compression and e.errno is None else unreadable(spec, option, file.path, e)) from None
+
+
+def _damaged(file: File, where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: {file.path} cannot be unpacked ({_short(error)}). Copy or compress it again.")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+@contextlib.contextmanager
+def _opened(file: File, where: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """-> (the file, unpacked; how many of its bytes on the disk were read since this was last asked)."""
+    with contextlib.ExitStack() as held:
+        raw = stream = held.enter_context(open(file.path, "rb"))
+        if file.compression == ".zst":
+            pyarrow = _pyarrow(file, where)
+            stream = held.enter_context(io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"), 1 << 20))
+        elif file.compression:
+            unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[file.compression]
+            stream = held.enter_context(unpack(raw, "rb"))
+        before = 0
+
+        def advanced() -> int:
+            nonlocal before
+            last, before = before, raw.tell()
+            return before - last
+
+        yield stream, advanced
+
+
+def _read_text(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
+    if not file.explicit and not _is_text(file, where):
+        skip("not UTF-8 text")
+        return
+    rest, offset = b"", 0
+    with _opened(file, where) as (f, advanced):
+        while True:
+            block = f.read(BLOCK)
+            data, last = rest + block, len(block) < BLOCK
+            cut = len(data) if last else _cut(data)
+            try:
+                text = data[:cut].decode()
+            except UnicodeDecodeError as e:
+                raise UserError(f"{where}: {file.path} is not UTF-8 text at byte {offset + e.start}. Convert it, as with "
+                                f"iconv -t UTF-8, or give another file.") from None
+            if text or offset:
+                yield Piece(text, last, advanced())
+            if last:
+                return
+            rest, offset = data[cut:], offset + cut
+
+
+def _is_text(file: File, where: str) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with _opened(file, where) as (f, _):
+        try:
+            while block := f.read(BLOCK):
+                if b"\0" in block:
+                    return False
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
+def _cut(data: bytes) -> int:
+    """Where to end a piece of text: at the last SAFE_CUT, or else before the last character."""
+    near = max(len(data) - (1 << 20), 0)  # looking further back would cost more than it gains
+    ends = [m.end() for m in SAFE_CUT.finditer(data, near)]
+    if ends:
+        return ends[-1]
+    last = len(data) - 1
+    # A character has at most 4 bytes, and all but its first look like 10xxxxxx; without a first byte it is no UTF-8 anyway.
+    return next((p for p in range(last, max(last - 4, -1), -1) if data[p] & 0xC0 != 0x80), last)
+
+
+def _read_lines(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
+    """A JSON object a line (.jsonl, .ndjson)."""
+    del skip  # such a file is data: one that is not what its name says is an error, in a folder too
+    with _opened(file, where) as (f, advanced):
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            place = f"line {number} of {file.path}"
+            try:
+                row = json.loads((line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode(errors=ODD_BYTES))
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{where}: {place} is not valid JSON ({_short(e)}). Correct or remove that line.") from None
+            if not _has_text(row):
+                raise UserError(f"{where}: {place} has no string 'text'. Write every line as {_ROW}.")
+            yield Piece(row["text"], True, advanced())
+
+
+def _read_json(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
+    """A JSON array of objects, or objects one after the other, on lines or not (.json)."""
+    with _opened(file, where) as (f, advanced):
+        items = _items(f)
+        for number in range(1, 1 << 62):
+            try:
+                row = next(items, items)
+            except (ValueError, RecursionError) as e:
+                if number == 1 and not file.explicit:
+                    return skip("not JSON")
+                raise UserError(f"{where}: item {number} of {file.path} is not valid JSON ({_short(e)}). Correct that file.") from None
+            if row is items:
+                return
+            if not _has_text(row):
+                if number == 1 and not file.explicit:
+                    return skip("JSON without objects that have a string 'text'")
+                raise UserError(f"{where}: item {number} of {file.path} has no string 'text'. Write an array of objects {_ROW}, or one "
+                                f"on each line.")
+            yield Piece(row["text"], True, advanced())
+
+
+def _has_text(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("text"), str)
+
+
+def _items(f: BinaryIO) -> Iterator[Any]:
+    """The items of an array, or values one after the other.
+
+    Raises:
+      ValueError: it is not JSON.
+    """
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")(ODD_BYTES)
+    space = re.compile(r"[ \t\r\n]*")
+    text, at, ended, array, first = "", 0, False, False, True
+
+    def more() -> None:
+        nonlocal text, at, ended
+        block = f.read(max(BLOCK, len(text) - at))  # doubling what is there: an item that needs n characters costs 2 n
+        ended = not block
+        text, at = text[at:] + utf8.decode(block, final=ended), 0
+
+    def skip_space() -> str:
+        """The next character that is none, or ""."""
+        nonlocal at
+        while True:
+            at = space.match(text, at).end()
+            if at < len(text) or ended:
+                return text[at : at + 1]
+            more()
+
+    if skip_space() == "\ufeff":
+        at += 1
+    if skip_space() == "[":
+        at, array = at + 1, True
+    while character := skip_space():
+        if array and character == "]":
+            at += 1
+            if skip_space():
+                raise ValueError("there is more after the array's end")
+            return
+        if array and not first:
+            if character != ",":
+                raise ValueError(f"',' or ']' expected, and there is {character!r}")
+            at += 1
+            skip_space()
+        while True:
+            try:
+                value, end = decoder.raw_decode(text, at)
+                if end < len(text) or ended:
+                    break
+            except json.JSONDecodeError as e:
+                # An item that the block's end cuts fails at that end, or in a string that has none.
+                if ended or not e.msg.startswith("Unterminated string") and e.pos < len(text) - 16:
+                    raise
+            more()
+        yield value
+        at, first = end, False
+    if array:
+        raise ValueError("the array has no end")
+
+
+def _read_parquet(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
+    del skip
+    pyarrow = _pyarrow(file, where)
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file.path)
+        _check_column(pyarrow, table.schema_arrow, file, where)
+        size = file.size / max(table.metadata.num_rows, 1)
+        for batch in table.iter_batches(batch_size=256, columns=["text"]):
+            yield from (Piece(text, True, size) for text in _values(pyarrow, batch.column(0)))
+    except pyarrow.ArrowException as e:
+        raise UserError(f"{where}: {file.path} is not a readable parquet file ({_short(e)}). Write it again.") from None
+
+
+def _read_arrow(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
+    """Arrow's IPC stream (`datasets` writes it) or file."""
+    del skip
+    pyarrow = _pyarrow(file, where)
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(file.path) as f:
+            is_file = f.read(6) == b"ARROW1"
+            f.seek(0)
+            table = pyarrow.ipc.open_file(f) if is_file else pyarrow.ipc.open_stream(f)
+            _check_column(pyarrow, table.schema, file, where)
+            before = 0
+            for batch in (table.get_batch(i) for i in range(table.num_record_batches)) if is_file else table:
+                size, before = (0 if is_file else f.tell() - before), (0 if is_file else f.tell())
+                values = _values(pyarrow, batch.column("text"))
+                each = file.size / table.num_record_batches if is_file else size
+                yield from (Piece(text, True, each / max(len(values), 1)) for text in values)
+    except pyarrow.ArrowException as e:
+        raise UserError(f"{where}: {file.path} is not a readable Arrow file ({_short(e)}). Write it again.") from None
+
+
+def _pyarrow(file: File, where: str) -> Any:
+    try:
+        import pyarrow  # slow to import, and only some corpora need it: an optional dependency
+    except ImportError:
+        raise UserError(f"{where}: {file.path} needs pyarrow to be read. Install it with pip install pyarrow, or convert to "
+                        f".jsonl.") from None
+    return pyarrow
+
+
+def _check_column(pyarrow: Any, schema: Any, file: File, where: str) -> None:
+    if "text" not in schema.names:
+        raise UserError(f"{where}: {file.path} has no column 'text' (it has: {', '.join(schema.names)}). "
+                        f"Rename the column that holds the text.")
+    kind = schema.field("text").type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind) or pyarrow.types.is_null(kind)):
+        raise UserError(f"{where}: the column 'text' of {file.path} holds {kind}, not strings. Convert the column.")
+
+
+def _values(pyarrow: Any, column: Any) -> list[str]:
+    """The strings of a column. What a file holds as strings need not be UTF-8: whoever writes it checks that or does not."""
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pyarrow.types.is_string_view(column.type):
+        column = column.cast(pyarrow.large_string())
+    wide = pyarrow.types.is_large_string(column.type)
+    return [(text or b"").decode(errors=ODD_BYTES) for text in column.cast(pyarrow.large_binary() if wide else pyarrow.binary()).to_pylist()]
