@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from deepseek_jax import arguments, compilation
+from deepseek_jax import arguments, compilation, rows
 from deepseek_jax.config import DTYPES, Compile, UserError, exit_code
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.sample import check_prompt, encode_prompt, sample, tokens
@@ -25,6 +25,7 @@ from deepseek_jax.generation.sampling import Sampling
 from deepseek_jax.generation.text import Stream
 from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.opening import open_model, parse_mesh
+from deepseek_jax.texts import clean_text
 
 __all__ = ["check_prompt", "encode_prompt", "main", "sample", "tokens"]
 
@@ -36,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help="text to go on from")
     what.add_argument("--prompts", metavar="FILE",
-                      help='prompts: lines of text, or with the ending .jsonl objects with "prompt" or "messages"; - is stdin')
+                        help='prompts: lines of text, or with the ending .jsonl objects with "prompt", or with "messages" and what the chat template '
+                           'reads: tools, documents, chat_template_kwargs, chat_template, add_generation_prompt, continue_final_message; - is stdin')
     what.add_argument("--chat", action="store_true", help="a conversation, by the checkpoint's chat template; lines are read from stdin")
     p.add_argument("--system", help="with --chat: the system message")
     p.add_argument("--output", metavar="FILE", help="with --prompts: where results go (default: stdout)")
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     check(args)
+    args.prompt, args.stop = clean_text(args.prompt), [clean_text(s) for s in args.stop]
     prompts = read_prompts(args.prompts) if args.prompts else None
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     opened = open_model(args.model, args.step, dtype, parse_mesh(args.mesh))
@@ -78,12 +81,12 @@ def run(args: argparse.Namespace) -> int:
                         f"(num_nextn_predict_layers=0). Leave --draft-tokens out.")
     if prompts is None and not args.chat:
         prompts = [{"prompt": args.prompt}]
-    messages = [{"role": "system", "content": args.system}] if args.system is not None else []
+    messages = [{"role": "system", "content": clean_text(args.system)}] if args.system is not None else []
     if args.chat:
         encoder.chat.encode([*messages, {"role": "user", "content": ""}])  # a template that is missing is found out before anything is compiled
-    ids = [encoder.chat.encode(p["messages"]) if "messages" in p else encoder.encode_prompt(p["prompt"]) for p in prompts or ()]
-    for number, prompt in enumerate(ids, 1):
-        fits(prompt, f"--prompts={args.prompts}: prompt {number}" if args.prompts else "--prompt", longest)
+    ids = encode_all(encoder, prompts or (), args.prompts, longest)
+    if encoder.prefix and any("prompt" in p for p in prompts or ()):
+        print(f"begins with    {encoder.prefix_text}, as the model's tokenizer asks for", file=sys.stderr)
     cache_dir = (opened.run.compile if opened.run else Compile()).cache_dir
     compilation.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))
     engine = Engine(model.layout, model.mesh, model.params, model.bias, give=True, vocab=encoder.vocab_size,
@@ -123,33 +126,83 @@ def fits(prompt: Sequence[int], name: str, longest: int) -> None:
         raise UserError(f"{name} has {len(prompt)} tokens, but the model ends at max_position_embeddings={longest}. Shorten it.")
 
 
+FORM = 'Give a prompt a line, or with the ending .jsonl objects with "prompt" or "messages".'
+CHAT_KEYS = {"tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}  # as of Chat.render
+OPTIONS = {key: f"It is the same for all prompts: give --{option}." for key, option in (
+    ("max_tokens", "max-tokens"), ("max_new_tokens", "max-tokens"), ("max_completion_tokens", "max-tokens"), ("temperature", "temperature"),
+    ("top_p", "top-p"), ("top_k", "top-k"), ("stop", "stop"), ("seed", "seed"))} | {
+    key: "Leave it out." for key in ("n", "tool_choice", "response_format", "functions", "function_call", "logit_bias", "logprobs", "min_p", "min_tokens",
+                                     "presence_penalty", "frequency_penalty", "repetition_penalty", "do_sample", "num_beams", "stop_token_ids",
+                                     "skip_special_tokens", "include_stop_str_in_output", "stream", "extra_body")} | {
+    "system": 'Give it as the first of "messages".'}
+RESULTS = {"index", "text", "tokens", "finish_reason"}
+
+
 def read_prompts(path: str) -> list[dict[str, Any]]:
-    """The prompts of a file, each with "prompt" or "messages". Empty lines are none."""
-    try:
-        with (sys.stdin if path == "-" else open(path, encoding="utf-8")) as f:
-            lines = [(n, line.rstrip("\r\n")) for n, line in enumerate(f, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompts={path} cannot be read ({e}). Give a file of text, a prompt a line, or of JSON objects.") from e
-    if not lines:
-        raise UserError(f"--prompts={path} has no prompt. Put one on each line.")
+    """The prompts of a file, each with "prompt" or "messages". Empty lines are none.
+
+    Raises:
+      UserError: the file cannot be read, a line is no prompt, or has a key that looks as if it acted and does not.
+    """
+    lines = rows.read_lines(path, "--prompts", FORM)
     if not path.endswith((".jsonl", ".json")):
         return [{"prompt": line} for _, line in lines]
-    out = []
+    out, unread = [], set()
     for number, line in lines:
+        where = f"--prompts={path}: line {number}"
+        row = rows.read_object(line, where, FORM)
+        if ("prompt" in row) == ("messages" in row):
+            raise UserError(f'{where} has {"both" if "prompt" in row else "neither"} "prompt" and "messages". {FORM}')
+        if "prompt" in row and not isinstance(row["prompt"], str):
+            raise UserError(f'{where} has a "prompt" that is {type(row["prompt"]).__name__} and not a text. {FORM}')
+        chat = CHAT_KEYS | {"chat_template_kwargs"}
+        if "prompt" in row and (given := sorted(row.keys() & chat)):
+            raise UserError(f"{where} has the key {given[0]!r}, which acts on messages, and a prompt. Give messages, or leave it out.")
+        variables = row.get("chat_template_kwargs", {})
+        if not isinstance(variables, dict) or (twice := sorted(variables.keys() & {*CHAT_KEYS, "messages"})):
+            raise UserError(f"{where} has chat_template_kwargs with {twice[0]!r}, a key of the line itself." if isinstance(variables, dict) else
+                            f"{where} has chat_template_kwargs that are {type(variables).__name__} and not an object.")
+        unread |= rows.unread_keys(row, where, {"prompt", "messages", *chat}, OPTIONS, RESULTS)
+        out.append(row)
+    if unread:
+        print(f"--prompts={path}: nothing reads {', '.join(map(repr, sorted(unread)))}; it comes back with the answers.", file=sys.stderr)
+    return out
+
+
+def encode(encoder: Encoder, row: dict[str, Any]) -> list[int]:
+    """Token ids of a prompt of `read_prompts`.
+
+    Raises:
+      UserError: the chat template refuses it, or does not read what it has.
+    """
+    if "messages" not in row:
+        return encoder.encode_prompt(row["prompt"])
+    options = {k: row[k] for k in CHAT_KEYS & row.keys()}
+    ids = encoder.chat.encode(row["messages"], **options, **row.get("chat_template_kwargs", {}))
+    if not ids:
+        raise UserError("the chat template makes no text of these messages.")
+    return ids
+
+
+def encode_all(encoder: Encoder, prompts: Sequence[dict[str, Any]], path: str | None, longest: int) -> list[list[int]]:
+    """Token ids of all prompts, so that what is wrong with the last is known before the first is answered."""
+    out, unread = [], set()
+    for number, row in enumerate(prompts, 1):
+        name = f"--prompts={path}: prompt {number}" if path else "--prompt"
         try:
-            value = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"--prompts={path}: line {number} is not JSON ({e}). Put one object on each line.") from e
-        is_messages = isinstance(value, dict) and isinstance(value.get("messages"), list) and all(isinstance(m, dict) for m in value["messages"])
-        if not is_messages and not (isinstance(value, dict) and isinstance(value.get("prompt"), str)):
-            raise UserError(f'--prompts={path}: line {number} has neither "prompt", a text, nor "messages", a list of objects. Add one.')
-        out.append(value)
+            out.append(encode(encoder, row))
+            unread |= encoder.chat.unread(row["messages"], row.get("chat_template")) if "messages" in row else set()
+        except UserError as e:
+            raise UserError(f"{name}: {e}") from None
+        fits(out[-1], name, longest)
+    if unread:
+        print(f"--prompts={path}: the chat template does not read {', '.join(map(repr, sorted(unread)))} of messages.", file=sys.stderr)
     return out
 
 
 def answers(engine: Engine, encoder: Encoder, ids: Sequence[Sequence[int]], args: argparse.Namespace, first: int) -> Iterator[tuple[int, str, Stream]]:
     """(number of the prompt in `ids`, text to show, its Stream) as tokens come; at the end of each answer once more, with `done` set."""
-    streams = [Stream(encoder, args.stop) for _ in ids]
+    streams = [Stream(encoder, args.stop, prompt) for prompt in ids]
     options = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     stopped: set[int] = set()
     indexes = range(first, first + len(ids))
@@ -182,7 +235,10 @@ def chat(engine: Engine, encoder: Encoder, messages: list[dict[str, str]], args:
     for turn in itertools.count():
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = clean_text(sys.stdin.readline())
+        except UnicodeDecodeError as e:
+            raise UserError(f"a line of stdin is not {e.encoding} ({e.reason} at byte {e.start}). Write it in that encoding.") from None
         if not line:
             if sys.stdin.isatty():
                 print(file=sys.stderr)

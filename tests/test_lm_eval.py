@@ -105,7 +105,7 @@ def test_chat(adapter, made):  # noqa: F811
         lm = module.DeepseekJaxLM(str(made[1]))
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "I say "}]
         assert lm.apply_chat_template(messages[:1]) == "[user] x [/][assistant] "
-        assert lm.apply_chat_template(messages, add_generation_prompt=False) == "[user] x [/][assistant] I say"
+        assert lm.apply_chat_template(messages, add_generation_prompt=False) == "[user] x [/][assistant] I say "  # as transformers
         assert lm.chat_template(True) == template and lm.chat_template(False) is None
     finally:
         file.unlink()

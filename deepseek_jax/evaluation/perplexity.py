@@ -13,6 +13,7 @@ from deepseek_jax.data.sources import BATCH_CHARACTERS, open_corpora, split
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.evaluation.scoring import Scorer, Span, windows
 from deepseek_jax.hf.opening import Encoder, Opened
+from deepseek_jax.texts import clean_text
 
 MAX_WINDOW = 2048  # of the default, where the model would take more
 HELD_OUT_PIECE = 1 << 20  # tokens of a document that are read at a time
@@ -71,14 +72,18 @@ def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None =
         raise UserError("--text is missing, and this run holds no documents out: config.data.eval_fraction=0. Name a text.")
     tokenizer = load_tokenizer(run.data.tokenizer)
     sides = [split(corpus, run.data.eval_fraction)[1] for corpus in open_corpora(run, tokenizer, progress)]
-    size = lambda ids: int(tokenizer.token_bytes[ids].sum()) if tokenizer.token_bytes is not None else len(tokenizer.decode(ids).encode())
+
+    def size(ids: np.ndarray, after: np.ndarray) -> int:
+        known = tokenizer.token_bytes
+        return int(known[ids].sum()) if known is not None else len(tokenizer.decode(ids, after).encode())
 
     def pieces() -> Iterator[Piece]:
         for documents in sides:
             for start, length in zip(documents.starts.tolist(), documents.lengths.tolist(), strict=True):
                 for at in range(0, length, HELD_OUT_PIECE):
                     ids = np.asarray(documents.tokens[start + at : start + min(length, at + HELD_OUT_PIECE)], np.int32)
-                    yield Piece(ids, size(ids[1:] if not at else ids), at + len(ids) == length, len(ids))
+                    read = size(ids, documents.tokens[start + at - 32 : start + at]) if at else size(ids[1:], ids[:1])
+                    yield Piece(ids, read, at + len(ids) == length, len(ids))
 
     with Bar("Evaluating", sum(d.size for d in sides), progress) as bar:
         return _measure(pieces(), [], scorer, stride, limit, bar, "the run's held-out part")
@@ -98,7 +103,7 @@ def _text_pieces(files: list, encoder: Encoder) -> Iterator[Piece]:
     texts, rest, size = [], [], 0
     for spec, file in files:
         for piece in read(file, spec, "--text"):
-            texts.append(piece.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))  # JSON can spell lone surrogates
+            texts.append(clean_text(piece.text))
             rest.append((piece.last, piece.read))
             size += len(piece.text)
             if size >= BATCH_CHARACTERS:

@@ -57,7 +57,7 @@ def sample(layout: Layout, params, bias, tokenizer: Tokenizer, mesh: jax.shardin
     """The prompt and up to `count` tokens after it, as text."""
     start = encode_prompt(tokenizer, prompt)
     ids = list(tokens(layout, params, bias, mesh, start, count, tokenizer.vocab_size, tokenizer.eos_id, temperature, top_p, seed))
-    return prompt + tokenizer.decode(ids)
+    return prompt + tokenizer.decode(ids, after=start)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

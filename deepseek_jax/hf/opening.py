@@ -12,6 +12,7 @@ import numpy as np
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.configdict import from_config_dict
+from deepseek_jax.data import tokenizer_files
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.hf import configuration, names, start
 from deepseek_jax.hf.chat import Chat
@@ -31,7 +32,7 @@ class Opened:
     model: LoadedModel
     run: Config | None  # the options of the run, where it is one
     trained: bool  # whether it is from a checkpoint of a run
-    folder: str | None  # with tokenizer.json and chat template; None: the run's config.data.tokenizer is all there is
+    folder: str | None  # with tokenizer and chat template; None: the run's config.data.tokenizer is all there is
 
     def encoder(self) -> Encoder:
         """Text to token ids.
@@ -39,11 +40,16 @@ class Opened:
         Raises:
           UserError: there is no tokenizer, or it has ids that the model has not.
         """
-        out = Encoder(Chat(self.folder) if self.folder is not None else load_tokenizer(self.run.data.tokenizer), self.model.source)
-        if out.vocab_size > self.model.model.vocab_size:
-            raise UserError(f"the tokenizer of {self.model.source} has {out.vocab_size} ids, and the model {self.model.model.vocab_size}. "
-                            f"Give it the tokenizer that it was trained with.")
-        return out
+        return encoder_of(self.folder, self.run, self.model.model.vocab_size, self.model.source)
+
+
+def encoder_of(folder: str | None, run: Config | None, vocab_size: int, name: str) -> Encoder:
+    """The tokenizer of a folder, or without one a run's, for a model of so many ids. Raises UserError: as Opened.encoder."""
+    out = Encoder(Chat(folder, vocab_size) if folder is not None else load_tokenizer(run.data.tokenizer), name)
+    if out.vocab_size > vocab_size:
+        raise UserError(f"the tokenizer of {name} has {out.vocab_size} ids, the last of them {out.text_of(out.vocab_size - 1)!r}, and the model "
+                        f"{vocab_size}. Give it the tokenizer that it was trained with, or leave tokens that it never had out of tokenizer_config.json.")
+    return out
 
 
 def open_model(path: str, step: int | None = None, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Opened:
@@ -89,8 +95,10 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
         notes = start.read_notes(workdir) or Notes(configuration.find_family(saved.model), saved.model, {})
     except UserError:  # a model of our own: it runs, and only hf.save has to refuse it
         notes = Notes("", saved.model, {})
-    model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir)
-    return Opened(model, saved, True, files if _same_tokenizer(saved, files) else None)
+    tokenizer = files if _same_tokenizer(saved, files) else None
+    model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir,
+                        lambda: encoder_of(tokenizer, saved, config.model.vocab_size, workdir).stop_ids)
+    return Opened(model, saved, True, tokenizer)
 
 
 def _cast(params, dtype: np.dtype):
@@ -106,11 +114,13 @@ def _cast(params, dtype: np.dtype):
 
 
 def _same_tokenizer(config: Config, folder: str) -> bool:
-    """Whether a run was trained with the tokenizer.json in a folder, as far as can still be seen."""
-    given, kept = os.path.expanduser(config.data.tokenizer), os.path.join(folder, "tokenizer.json")
-    if config.data.tokenizer == "bytes" or not os.path.exists(kept):
+    """Whether a run was trained with the tokenizer of a folder, as far as can still be seen."""
+    given, kept = os.path.expanduser(config.data.tokenizer), tokenizer_files.find(folder)
+    if config.data.tokenizer == "bytes" or kept is None:
         return False
-    return not os.path.exists(given) or filecmp.cmp(given, kept, shallow=False)
+    if os.path.isdir(given):
+        given = tokenizer_files.find(given) or given
+    return not os.path.exists(given) or os.path.isfile(given) and filecmp.cmp(given, kept, shallow=False)
 
 
 def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | None:
