@@ -107,6 +107,8 @@ def _stated(folder: str, config: dict[str, Any]) -> dict[int, AddedToken]:
     out: dict[int, AddedToken] = {}
     found = config.get("added_tokens_decoder")
     for key, token in found.items() if isinstance(found, dict) else ():
+        if isinstance(token, dict) and token.get("content") == "":
+            continue
         if not key.isdigit() or not _text(token):
             raise UserError(f"{os.path.join(folder, CONFIG)}: added_tokens_decoder has {key[:40]!r}: {str(token)[:60]}, and not an id and a token. Correct it.")
         out[int(key)] = AddedToken(_text(token), **{f: bool(token.get(f)) for f in FLAGS} if isinstance(token, dict) else {})
