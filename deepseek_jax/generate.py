@@ -23,6 +23,7 @@ from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.sample import check_prompt, encode_prompt, sample, tokens
 from deepseek_jax.generation.sampling import Sampling
 from deepseek_jax.generation.text import Stream
+from deepseek_jax.hf import template
 from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.opening import open_model, parse_mesh
 from deepseek_jax.texts import clean_text
@@ -152,9 +153,12 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
         where = f"--prompts={path}: line {number}"
         row = rows.read_object(line, where, FORM)
         if ("prompt" in row) == ("messages" in row):
-            raise UserError(f'{where} has {"both" if "prompt" in row else "neither"} "prompt" and "messages". {FORM}')
+            both, what = ("both", "and") if "prompt" in row else ("neither", "nor")
+            raise UserError(f'{where} has {both} "prompt" {what} "messages". {FORM}')
         if "prompt" in row and not isinstance(row["prompt"], str):
             raise UserError(f'{where} has a "prompt" that is {type(row["prompt"]).__name__} and not a text. {FORM}')
+        if isinstance(row.get("messages"), str):
+            raise UserError(f'{where} has "messages" that are a text and not a list. Give it as "prompt", or as {template.FORM}')
         chat = CHAT_KEYS | {"chat_template_kwargs"}
         if "prompt" in row and (given := sorted(row.keys() & chat)):
             raise UserError(f"{where} has the key {given[0]!r}, which acts on messages, and a prompt. Give messages, or leave it out.")

@@ -96,8 +96,8 @@ class Chat:
         """Keys of messages that no place of the template names: they have no effect."""
         source = chat_template if chat_template is not None and chat_template not in self._templates else self.template(chat_template)
         known = template.names_read(source, self.folder)[1]
-        aliases = template.REASONING if known & set(template.REASONING) else ()
-        return {str(k) for m in messages for k, v in m.items() if v not in (None, [], {}) and k not in known and k not in aliases}
+        known |= {"role", "content", *(template.REASONING if known & set(template.REASONING) else ())}
+        return {str(k) for m in messages for k, v in m.items() if v not in (None, [], {}) and k not in known}
 
     def template(self, name: str | None = None) -> str:
         """A chat template's text: the default one, or one of several by name.

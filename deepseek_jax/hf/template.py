@@ -103,30 +103,30 @@ def plain(value: Any, name: str) -> Any:
 def _checked(messages: Any) -> list[dict[str, Any]]:
     """Messages as plain data, without keys that are None: many APIs return content=None, which templates would write out."""
     if not isinstance(messages, (list, tuple)):
-        raise UserError(f"messages are a {type(messages).__name__} and not a list. {_FORM}")
+        raise UserError(f"messages are a {type(messages).__name__} and not a list. Give messages as {FORM}")
     if not messages:
-        raise UserError(f"messages are an empty list. {_FORM}")
+        raise UserError(f"messages are an empty list. Give messages as {FORM}")
     out = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise UserError(f"messages[{i}] is a {type(message).__name__} and not an object. {_FORM}")
+            raise UserError(f"messages[{i}] is a {type(message).__name__} and not an object. Give messages as {FORM}")
         m = {k: v for k, v in plain(message, f"messages[{i}]").items() if v is not None}
         if not isinstance(m.get("role"), str):
-            raise UserError(f"messages[{i}] has {'no' if 'role' not in m else 'a'} 'role'{'' if 'role' not in m else ' that is not a text'}. {_FORM}")
+            raise UserError(f"messages[{i}] has {'no' if 'role' not in m else 'a'} 'role'{'' if 'role' not in m else ' that is not a text'}. Give messages as {FORM}")
         content = m.get("content")
         if content is None and not any(m.get(k) for k in ("tool_calls", *REASONING)):
-            raise UserError(f"messages[{i}] has no 'content'. {_FORM}")
+            raise UserError(f"messages[{i}] has no 'content'. Give messages as {FORM}")
         if not isinstance(content, (str, list, type(None))) and m["role"] != "tool":
-            raise UserError(f"messages[{i}] has a 'content' that is {type(content).__name__} and not a text. {_FORM}")
+            raise UserError(f"messages[{i}] has a 'content' that is {type(content).__name__} and not a text. Give messages as {FORM}")
         for n, part in enumerate(content if isinstance(content, list) and m["role"] != "tool" else ()):
             kind = part.get("type", "nothing") if isinstance(part, dict) else type(part).__name__
             if kind != "text" or not isinstance(part.get("text"), str):
-                raise UserError(f"messages[{i}]['content'][{n}] is of the type {kind!r} and no text, which is all that models here read. {_FORM}")
+                raise UserError(f"messages[{i}]['content'][{n}] is of the type {kind!r} and no text, which is all that models here read. Give messages as {FORM}")
         out.append(m)
     return out
 
 
-_FORM = 'Give messages as [{"role": "user", "content": "..."}].'
+FORM = '[{"role": "user", "content": "..."}].'
 
 
 def _objects(value: Any, name: str) -> list[dict[str, Any]] | None:
