@@ -10,9 +10,10 @@ import pytest
 import tokenizers
 
 from deepseek_jax import generate
-from deepseek_jax.config import UserError
+from deepseek_jax.config import Config, Data, Model, UserError
+from deepseek_jax.data.sources import open_corpora, split
 from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
-from deepseek_jax.evaluation import choices
+from deepseek_jax.evaluation import choices, perplexity
 from deepseek_jax.generation import sample
 from deepseek_jax.generation.text import Stream
 from deepseek_jax.hf import opening
@@ -191,6 +192,28 @@ def test_lone_surrogates(command, tmp_path, monkeypatch):
     assert result["acc"] == 1 and json.dumps(details, ensure_ascii=False).encode()
 
 
+def test_bytes_of_held_out_text(tmp_path):
+    """Of a tokenizer whose tokens' bytes are not known, piece by piece: all of the text but the first token's, of which nothing tells."""
+    texts = ["hello world hello", "the world", "2 + 2 the"] * 20  # every character a token at least: pieces end anywhere
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    run = Config(model=Model(vocab_size=400), data=Data(path=str(tmp_path / "t.jsonl"), tokenizer=f"{LLAMA}/tokenizer.json", eval_fraction=0.5))
+
+    class Scorer:
+        width, vocab_size = 16, 400
+
+        def __call__(self, spans):
+            return [choices.Score(s.key, 1.0, int((s.targets >= 0).sum()), False) for s in spans]
+
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(perplexity, "HELD_OUT_PIECE", 3)
+        result = perplexity.of_held_out(types.SimpleNamespace(run=run), Scorer(), 16)
+    documents = split(*open_corpora(run, tokenizer), 0.5)[1]
+    texts = [tokenizer.decode(documents.tokens[a : a + n]) for a, n in zip(documents.starts, documents.lengths)]
+    first = [tokenizer.decode(documents.tokens[a : a + 1]) for a in documents.starts]
+    assert result["documents"] == len(texts) > 5 and result["bytes"] == sum(len(t.encode()) for t in texts) - sum(len(t.encode()) for t in first)
+
+
 def test_keys_of_questions(tmp_path, capsys):
     row = {"prompt": "1 + 1 =", "choices": [" 2", " 3"], "answer": 0}
     path = tmp_path / "q.jsonl"
@@ -224,6 +247,20 @@ def weather(city: str):
 def test_options_of_chats_that_cannot_act(options, named):
     with pytest.raises(UserError, match=named):
         Chat(TOOLS).render([{"role": "user", "content": "x"}], **options)
+
+
+def test_a_turn_that_no_stop_token_ends(command, tmp_path):
+    """A base model's eos ends a document; the template's turns end with another token, and that is said."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes(open(os.path.join(TOOLS, file), "rb").read())
+    assert Chat(str(tmp_path)).turn_end() is None
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
+    assert Chat(str(tmp_path)).turn_end() == "<|im_end|>"
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hello"}]}')
+    assert "--stop='<|im_end|>' makes it one" in command(str(tmp_path), [[280]], f"--prompts={path}")[2]
+    assert "makes it one" not in command(str(tmp_path), [[280]], f"--prompts={path}", "--stop=<|im_end|>")[2]
 
 
 def test_a_text_has_no_chat_options():

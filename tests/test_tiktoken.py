@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 
 from deepseek_jax.config import UserError
-from deepseek_jax.data import tiktoken, tokenizer_files
+from deepseek_jax.data import tiktoken, tokenizer_folder
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.hf import start
+from deepseek_jax.hf import exporting, start
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.encoder import Encoder
 
@@ -100,11 +100,19 @@ def test_special_tokens_chat_and_training(made):
 def test_copies_and_an_identity_of_their_own(made, tmp_path):
     """What import and init_from copy is enough; another tokenizer_config.json is another tokenizer."""
     start.copy_files(made[1], str(tmp_path))
-    assert load_tokenizer(str(tmp_path)).name == load_tokenizer(made[1]).name and tokenizer_files.find(str(tmp_path)).endswith("tiktoken.model")
+    assert load_tokenizer(str(tmp_path)).name == load_tokenizer(made[1]).name and tokenizer_folder.find(str(tmp_path)).endswith("tiktoken.model")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"][str(len(made[0]) + 9)] = {"content": "<|new|>", "special": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert load_tokenizer(str(tmp_path)).name != load_tokenizer(made[1]).name
+
+
+def test_exported_as_one_file_that_everybody_reads(made, tmp_path):
+    ranks, folder = made
+    exporting._add_tokenizer(str(tmp_path), folder)
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in (*CORPUS, "你好<|im_end|>[PAD]"):
+        assert inner.encode(text).ids == Chat(folder).encode(text) == Chat(str(tmp_path)).encode(text)
 
 
 @pytest.mark.parametrize("change, named", [

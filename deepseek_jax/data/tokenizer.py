@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from deepseek_jax.config import UserError
-from deepseek_jax.data import tokenizer_files
+from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.texts import clean_text
 
 # End-of-document tokens by the names in use; the first one that the tokenizer has is taken.
@@ -77,9 +77,9 @@ class FileTokenizer(Tokenizer):
     def __init__(self, path: str, option: str):
         """Raises: OSError: the file cannot be read. UserError: it is no tokenizer."""
         try:
-            files = tokenizer_files.read(path, specials=False)
+            files = tokenizer_folder.read(path, specials=False)
         except ValueError as e:
-            raise UserError(f"{option}={path!r} is not a {tokenizer_files.RANKS if path.endswith('.model') else tokenizer_files.JSON} that can be read "
+            raise UserError(f"{option}={path!r} is not a {tokenizer_folder.RANKS if path.endswith('.model') else tokenizer_folder.JSON} that can be read "
                             f"({e}). Give the tokenizer.json or tiktoken.model of the model, or bytes.") from None
         self._inner, self.name = files.tokenizer, files.identity
         self._inner.encode_special_tokens = True
@@ -106,6 +106,12 @@ class FileTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()) -> str:
         return decode_after(self._decode, ids, after)
+
+    def save(self, path: str) -> None:
+        """Writes it as one tokenizer.json, with the tokens that it has from other files."""
+        self._inner.encode_special_tokens = False  # the file would keep it
+        self._inner.save(path)
+        self._inner.encode_special_tokens = True
 
     def _decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids, np.int64)
@@ -143,7 +149,7 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer") -> Tokenize
     if spec == "bytes":
         return ByteTokenizer()
     path = os.path.expanduser(spec)
-    if os.path.isdir(path) and (path := tokenizer_files.find(path)) is None:
+    if os.path.isdir(path) and (path := tokenizer_folder.find(path)) is None:
         raise UserError(f"{option}={spec!r} is a folder without a tokenizer.json or tiktoken.model. Give the folder or file of a tokenizer, or bytes.")
     try:
         return FileTokenizer(path, option)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.config import UserError
-from deepseek_jax.data import tokenizer_files
+from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.tokenizer import decode_after
 from deepseek_jax.hf import template
 from deepseek_jax.hf.template import Message
@@ -19,7 +19,7 @@ def end_ids(folder: str) -> frozenset[int]:
       UserError: one of them is damaged.
     """
     for file in ("generation_config.json", "config.json"):
-        ids = tokenizer_files.read_json(folder, file).get("eos_token_id")
+        ids = tokenizer_folder.read_json(folder, file).get("eos_token_id")
         if found := frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and not isinstance(i, bool)):
             return found
     return frozenset()
@@ -41,9 +41,9 @@ class Chat:
           UserError: there is no tokenizer, or a file is damaged.
         """
         self.folder = folder
-        path = tokenizer_files.find(folder) or os.path.join(folder, tokenizer_files.JSON)
+        path = tokenizer_folder.find(folder) or os.path.join(folder, tokenizer_folder.JSON)
         try:
-            self.tokenizer, _, self.special, config = tokenizer_files.read(path, vocab_size=vocab_size)
+            self.tokenizer, _, self.special, config = tokenizer_folder.read(path, vocab_size=vocab_size)
         except (OSError, ValueError) as e:
             what = (e.strerror if os.path.exists(path) else "missing") if isinstance(e, OSError) else e
             raise UserError(f"{path} cannot be read ({what}). Copy the tokenizer.json or tiktoken.model of the checkpoint there, and "
@@ -99,6 +99,18 @@ class Chat:
         known |= {"role", "content", *(template.REASONING if known & set(template.REASONING) else ())}
         return {str(k) for m in messages for k, v in m.items() if v not in (None, [], {}) and k not in known}
 
+    def turn_end(self) -> str | None:
+        """The token that the chat template writes after an answer, if it is none of `stop_ids`: a model that learnt it may go on and play the user."""
+        mark = "an answer"
+        try:
+            text = self.render([{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}], add_generation_prompt=False)
+        except UserError:
+            return None  # a template that wants more than this; what it writes then is not known
+        ids = self.tokenizer.encode(text[text.rfind(mark) + len(mark) :] if mark in text else "", add_special_tokens=False).ids
+        added = self.tokenizer.get_added_tokens_decoder()
+        first = next((i for i in ids if i in added), None)
+        return None if first is None or self.stop_ids & set(ids) else added[first].content
+
     def template(self, name: str | None = None) -> str:
         """A chat template's text: the default one, or one of several by name.
 
@@ -114,13 +126,13 @@ class Chat:
     def _read_templates(self, config: dict[str, Any]) -> dict[str, str]:
         """By name: chat_template.jinja and additional_chat_templates/, else chat_template.json, else tokenizer_config.json."""
         out: dict[str, str] = {}
-        if (text := tokenizer_files.read_text(self.folder, "chat_template.jinja")) is not None:
+        if (text := tokenizer_folder.read_text(self.folder, "chat_template.jinja")) is not None:
             out["default"] = text
         more = os.path.join(self.folder, "additional_chat_templates")
         for file in sorted(os.listdir(more)) if os.path.isdir(more) else ():
             if file.endswith(".jinja"):
-                out[file.removesuffix(".jinja")] = tokenizer_files.read_text(self.folder, os.path.join("additional_chat_templates", file)) or ""
-        found = out or tokenizer_files.read_json(self.folder, "chat_template.json").get("chat_template") or config.get("chat_template") or {}
+                out[file.removesuffix(".jinja")] = tokenizer_folder.read_text(self.folder, os.path.join("additional_chat_templates", file)) or ""
+        found = out or tokenizer_folder.read_json(self.folder, "chat_template.json").get("chat_template") or config.get("chat_template") or {}
         if isinstance(found, list):
             found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
         found = {"default": found} if isinstance(found, str) else found

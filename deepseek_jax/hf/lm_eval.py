@@ -61,7 +61,7 @@ class DeepseekJaxLM(TemplateLM):
             raise UserError(f"batch_size={batch_size} is neither auto nor a number of rows.")
         self.batch_size = int(rows) if rows else None
         self.max_length, self.max_gen_toks = int(max_length or longest), int(max_gen_toks)
-        self._name = str(pretrained)
+        self._name, self._template = str(pretrained), None
 
     @property
     def eot_token_id(self) -> int:
@@ -78,12 +78,14 @@ class DeepseekJaxLM(TemplateLM):
         return os.path.abspath(self._name).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's text, which the harness notes in its results."""
-        return self._encoder.chat.template(chat_template if isinstance(chat_template, str) else None) if chat_template else None
+        """The text of the template that chats are rendered by from now on, which the harness notes in its results."""
+        self._template = chat_template if isinstance(chat_template, str) else None
+        return self._encoder.chat.template(self._template) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         # without: the answer has begun and goes on
-        return self._encoder.chat.render(chat_history, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
+        return self._encoder.chat.render(chat_history, add_generation_prompt=add_generation_prompt, chat_template=self._template,
+                                         continue_final_message=not add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         ids = self._encoder.encode(string, prefix=add_special_tokens is None)

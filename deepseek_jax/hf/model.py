@@ -13,7 +13,7 @@ import numpy as np
 from deepseek_jax.config import DTYPES, Config, Model, Sharding, Train, UserError
 from deepseek_jax.config import Mesh as MeshOptions
 from deepseek_jax.hf import exporting, names, reading
-from deepseek_jax.data import tokenizer_files
+from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.hf.chat import Chat, end_ids
 from deepseek_jax.hf.start import Notes, notes_of
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
@@ -165,4 +165,4 @@ def config_for(model: Model, mesh: jax.sharding.Mesh | None, dtype: str = "float
 
 def stop_ids_of(folder: str) -> frozenset[int]:
     """Tokens that end an answer of a checkpoint."""
-    return Chat(folder).stop_ids if tokenizer_files.find(folder) else end_ids(folder)
+    return Chat(folder).stop_ids if tokenizer_folder.find(folder) else end_ids(folder)

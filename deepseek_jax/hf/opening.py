@@ -12,7 +12,7 @@ import numpy as np
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.configdict import from_config_dict
-from deepseek_jax.data import tokenizer_files
+from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.hf import configuration, names, start
 from deepseek_jax.hf.chat import Chat
@@ -115,11 +115,11 @@ def _cast(params, dtype: np.dtype):
 
 def _same_tokenizer(config: Config, folder: str) -> bool:
     """Whether a run was trained with the tokenizer of a folder, as far as can still be seen."""
-    given, kept = os.path.expanduser(config.data.tokenizer), tokenizer_files.find(folder)
+    given, kept = os.path.expanduser(config.data.tokenizer), tokenizer_folder.find(folder)
     if config.data.tokenizer == "bytes" or kept is None:
         return False
     if os.path.isdir(given):
-        given = tokenizer_files.find(given) or given
+        given = tokenizer_folder.find(given) or given
     return not os.path.exists(given) or os.path.isfile(given) and filecmp.cmp(given, kept, shallow=False)
 
 

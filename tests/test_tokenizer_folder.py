@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from deepseek_jax.config import UserError
-from deepseek_jax.data import tokenizer_files
+from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.hf import opening
 from deepseek_jax.hf.chat import Chat
@@ -130,7 +130,7 @@ def test_where_a_tokenizer_is_looked_for(tmp_path):
     assert load_tokenizer(folder).name == load_tokenizer(f"{folder}/tokenizer.json").name
     os.rename(f"{folder}/tokenizer.json", f"{folder}/other.json")
     assert load_tokenizer(f"{folder}/other.json").vocab_size == 280  # a file of its own: what lies beside it is of another
-    assert tokenizer_files.find(folder) is None
+    assert tokenizer_folder.find(folder) is None
     with pytest.raises(UserError, match="is a folder without a tokenizer.json or tiktoken.model"):
         load_tokenizer(folder)
     with pytest.raises(UserError, match="cannot be read .missing"):
