@@ -38,8 +38,10 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help="text to go on from")
     what.add_argument("--prompts", metavar="FILE",
-                        help='prompts: lines of text, or with the ending .jsonl objects with "prompt", or with "messages" and what the chat template '
-                           'reads: tools, documents, chat_template_kwargs, chat_template, add_generation_prompt, continue_final_message; - is stdin')
+                      help='prompts: lines of text, or with the ending .jsonl objects with "prompt", or with '
+                           '"messages" and what the chat template reads: tools, documents, '
+                           'chat_template_kwargs, chat_template, '
+                           'add_generation_prompt, continue_final_message; - is stdin')
     what.add_argument("--chat", action="store_true", help="a conversation, by the checkpoint's chat template; lines are read from stdin")
     p.add_argument("--system", help="with --chat: the system message")
     p.add_argument("--output", metavar="FILE", help="with --prompts: where results go (default: stdout)")
@@ -85,8 +87,10 @@ def run(args: argparse.Namespace) -> int:
     messages = [{"role": "system", "content": clean_text(args.system)}] if args.system is not None else []
     if args.chat:
         encoder.chat.encode([*messages, {"role": "user", "content": ""}])  # a template that is missing is found out before anything is compiled
-    if (args.chat or any("messages" in p for p in prompts)) and (end := encoder.chat.turn_end()) and end not in args.stop:
-        print(f"note           the chat template ends an answer with {end}, which is no stop token by generation_config.json or eos_token. "
+    chats = args.chat or any("messages" in p for p in prompts)
+    if chats and (end := encoder.chat.turn_end()) and end not in args.stop:
+        print(f"note           the chat template ends an answer with {end}, which is no stop token by "
+              f"generation_config.json or eos_token. "
               f"--stop='{end}' makes it one.", file=sys.stderr)
     ids = encode_all(encoder, prompts or (), args.prompts, longest)
     if encoder.prefix and any("prompt" in p for p in prompts or ()):
@@ -162,7 +166,8 @@ def chat(engine: Engine, encoder: Encoder, messages: list[dict[str, str]], args:
         try:
             line = clean_text(sys.stdin.readline())
         except UnicodeDecodeError as e:
-            raise UserError(f"a line of stdin is not {e.encoding} ({e.reason} at byte {e.start}). Write it in that encoding.") from None
+            what = f"{e.encoding} ({e.reason} at byte {e.start})"
+            raise UserError(f"a line of stdin is not {what}. Write it in that encoding.") from None
         if not line:
             if sys.stdin.isatty():
                 print(file=sys.stderr)

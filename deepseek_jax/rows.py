@@ -21,14 +21,23 @@ def read_lines(path: str, option: str, form: str) -> Iterator[tuple[int, str]]:
     """
     number, empty = 0, True
     try:
-        with getattr(sys.stdin, "buffer", sys.stdin) if path == "-" else open(os.path.expanduser(path), "rb") as f:
+        with (
+            getattr(sys.stdin, "buffer", sys.stdin)
+            if path == "-"
+            else open(os.path.expanduser(path), "rb") as f
+        ):
             for number, line in enumerate(f, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
+                text = (
+                    line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
+                )
                 if text.strip():
                     empty = False
                     yield number, clean_text(text.rstrip("\r\n"))
     except UnicodeDecodeError as e:
-        raise UserError(f"{option}={path} cannot be read: line {number} is not UTF-8 at byte {e.start}. Convert it, as with iconv -t UTF-8.") from None
+        raise UserError(
+            f"{option}={path} cannot be read: line {number} is not UTF-8 at byte {e.start}. Convert it, as "
+            f"with iconv -t UTF-8."
+        ) from None
     except OSError as e:
         raise UserError(f"{option}={path} cannot be read ({e.strerror or e}). {form}") from None
     if empty:
@@ -46,11 +55,14 @@ def read_object(text: str, where: str, form: str) -> dict[str, Any]:
     return clean(value)
 
 
-def unread_keys(row: dict[str, Any], where: str, reads: Set[str], options: dict[str, str], results: Set[str]) -> set[str]:
+def unread_keys(
+    row: dict[str, Any], where: str, reads: Set[str], options: dict[str, str], results: Set[str]
+) -> set[str]:
     """The keys of a row that nothing reads: they come back with its result.
 
     Args:
-      reads: keys that act. options: {key: what does the same here} of keys that look as if they acted. results: keys of the result.
+      reads: keys that act. options: {key: what does the same here} of keys that look as if they acted.
+        results: keys of the result.
 
     Raises:
       UserError: a key is of `options` or `results`.

@@ -5,7 +5,8 @@ from typing import Any
 
 
 def clean_text(text: str) -> str:
-    """The text with lone surrogates, which JSON and a command line can spell but UTF-8 cannot, replaced by U+FFFD."""
+    """The text with lone surrogates, which JSON and a command line can spell but UTF-8 cannot, replaced by
+    U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -134,13 +134,17 @@ def test_folders_without(tmp_path, folder):
 
 
 FINAL = [{"role": "user", "content": "x"}, {"role": "assistant", "content": " I say "}]
-PARTS = "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}"
+PARTS = ("{% for m in messages %}[{{ m.role }}]{% for part in m.content %}"
+         "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}")
+PLAIN = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+TWO = [{"type": "text", "text": "I"}, {"type": "text", "text": " say"}]
 
 
-@pytest.mark.parametrize("template", [CHATML, "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", PARTS])
-@pytest.mark.parametrize("chat", [FINAL, [FINAL[0], {"role": "assistant", "content": [{"type": "text", "text": "I"}, {"type": "text", "text": " say"}]}]])
+@pytest.mark.parametrize("template", [CHATML, PLAIN, PARTS])
+@pytest.mark.parametrize("chat", [FINAL, [FINAL[0], {"role": "assistant", "content": TWO}]])
 def test_continue_final_message(template, chat, folder):
-    """As transformers continues it, where the template reads what the message is made of; otherwise parts become one text."""
+    """As transformers continues it, where the template reads what the message is made of; otherwise parts
+    become one text."""
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), hf.Chat(str(folder))
     parts = isinstance(chat[1]["content"], list)
     if (template == PARTS) != parts:
@@ -151,19 +155,22 @@ def test_continue_final_message(template, chat, folder):
         chat = [chat[0], chat[1] | {"content": "I\n say"}]
     if template == PARTS:
         chat = [FINAL[0] | {"content": [{"type": "text", "text": "x"}]}, chat[1]]
-    text = theirs.apply_chat_template(chat, tokenize=False, chat_template=template, continue_final_message=True)
-    given = [chat[0], chat[1] | ({"content": [{"type": "text", "text": "I"}, {"type": "text", "text": " say"}]} if parts else {})]
-    assert ours.render(given, chat_template=template, continue_final_message=True) == text
+    options = dict(chat_template=template, continue_final_message=True)
+    text = theirs.apply_chat_template(chat, tokenize=False, **options)
+    given = [chat[0], chat[1] | ({"content": TWO} if parts else {})]
+    assert ours.render(given, **options) == text
     assert text.endswith("say") or text.endswith("say ")
 
 
 def test_parts_documents_and_templates_by_text(folder):
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), hf.Chat(str(folder))
-    parts = [{"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "text", "text": "world"}]}]
-    assert ours.render(parts, chat_template=PARTS) == theirs.apply_chat_template(parts, tokenize=False, chat_template=PARTS)
-    one = [{"role": "user", "content": "hello\nworld"}]
-    for template in (CHATML, "{{ messages[0].content }}", "{% if messages[0].content is string %}{{ messages[0].content }}{% endif %}"):
-        assert ours.render(parts, chat_template=template) == theirs.apply_chat_template(one, tokenize=False, chat_template=template, add_generation_prompt=True)
-    template, documents = "{% for d in documents %}{{ d.title }}: {{ d.text }}{% endfor %}", [{"title": "a", "text": "b"}]
-    assert ours.render(one, chat_template=template, documents=documents) == "a: b" == theirs.apply_chat_template(
-        one, tokenize=False, chat_template=template, documents=documents)
+    rendered = lambda chat, **options: theirs.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True, **options)
+    parts, one = [{"role": "user", "content": TWO}], [{"role": "user", "content": "I\n say"}]
+    assert ours.render(parts, chat_template=PARTS) == rendered(parts, chat_template=PARTS)
+    silent = "{% if messages[0].content is string %}{{ messages[0].content }}{% endif %}"
+    for template in (CHATML, "{{ messages[0].content }}", silent):
+        assert ours.render(parts, chat_template=template) == rendered(one, chat_template=template)
+    options = {"chat_template": "{% for d in documents %}{{ d.title }}: {{ d.text }}{% endfor %}",
+               "documents": [{"title": "a", "text": "b"}]}
+    assert ours.render(one, **options) == "a: b" == rendered(one, **options)

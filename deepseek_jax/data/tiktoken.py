@@ -1,12 +1,14 @@
 """A `tiktoken.model` as a tokenizer of the tokenizers library. Nothing of the checkpoint's own code runs.
 
-The file is a line `base64(bytes of a token) rank` for each token. tiktoken joins, again and again, the two neighbours whose bytes together
-have the lowest rank. The library joins by a list of pairs, so the one pair that each token is made of is found by doing the same with the
-token's own bytes: wherever a token comes about in a text, its bytes were joined in that order. A piece that is a token as a whole is
-that token at once in both (`ignore_merges`).
+The file is a line `base64(bytes of a token) rank` for each token. tiktoken joins, again and again, the two
+neighbours whose bytes together have the lowest rank. The library joins by a list of pairs, so the one pair
+that each token is made of is found by doing the same with the token's own bytes: wherever a token comes about
+in a text, its bytes were joined in that order. A piece that is a token as a whole is that token at once in
+both (`ignore_merges`).
 
-How text is cut into pieces, and the names of tokens that tokenizer_config.json does not name, stand in the checkpoint's code alone. Known
-are those of Moonshot's models (tokenization_moonshot.py, tokenization_kimi.py: `pat_str`, 256 reserved tokens).
+How text is cut into pieces, and the names of tokens that tokenizer_config.json does not name, stand in the
+checkpoint's code alone. Known are those of Moonshot's models (tokenization_moonshot.py, tokenization_kimi.py:
+`pat_str`, 256 reserved tokens).
 """
 
 import base64
@@ -16,13 +18,17 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-MOONSHOT = ("tokenization_moonshot.TikTokenTokenizer", "tokenization_kimi.TikTokenTokenizer")  # auto_map's names
+# As auto_map names them.
+MOONSHOT = ("tokenization_moonshot.TikTokenTokenizer", "tokenization_kimi.TikTokenTokenizer")
 RESERVED = 256
 MOST = 1 << 16  # added tokens, whatever a file says
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 PATTERN = "|".join([
     r"[\p{Han}]+",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}?",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}?",
     r"\p{N}{1,3}",
     r" ?[^\s\p{L}\p{N}]+[\r\n]*",
     r"\s*[\r\n]+",
@@ -44,23 +50,22 @@ def to_json(data: bytes, config: dict[str, Any]) -> str:
     names = automatic.get("AutoTokenizer") if isinstance(automatic, dict) else None
     named = [str(n).rpartition("--")[2] for n in (names if isinstance(names, list) else [names]) if n]
     if not set(named) & set(MOONSHOT):
-        raise ValueError(f"tokenizer_config.json names {', '.join(named) or 'no tokenizer in auto_map'}, and only the patterns of "
-                         f"{' and '.join(MOONSHOT)} are known")
+        raise ValueError(f"tokenizer_config.json names {', '.join(named) or 'no tokenizer in auto_map'}, and "
+                         f"only the patterns of {' and '.join(MOONSHOT)} are known")
     ranks = read_ranks(data)
     spelt = _spelling()
     spell = lambda token: "".join(spelt[b] for b in token)
-    pairs = [(spell(pair[0]), spell(pair[1])) for token in sorted(ranks, key=ranks.get) if (pair := _pair(token, ranks))]
-    added = _added(config, len(ranks))
-    return json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                  "vocab": {spell(t): r for t, r in ranks.items()}, "merges": pairs}}, ensure_ascii=False)
+    pairs = (_pair(token, ranks) for token in sorted(ranks, key=ranks.get))
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    pieces = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+             "vocab": {spell(token): rank for token, rank in ranks.items()},
+             "merges": [(spell(pair[0]), spell(pair[1])) for pair in pairs if pair]}
+    tree = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [pieces, level]}, "decoder": level,
+            "added_tokens": _added(config, len(ranks)), "model": model}
+    return json.dumps(tree, ensure_ascii=False)
 
 
 def read_ranks(data: bytes) -> dict[bytes, int]:
@@ -87,7 +92,9 @@ def _pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
     """The two parts that are joined last; None for a byte, and for a token that joining never arrives at."""
     never = len(ranks)
     parts = [token[i : i + 1] for i in range(len(token))]
-    found = [ranks.get(token[i : i + 2], never) for i in range(len(token) - 1)]  # rank of parts[i] + parts[i + 1]
+    found = [
+        ranks.get(token[i : i + 2], never) for i in range(len(token) - 1)
+    ]  # rank of parts[i] + parts[i + 1]
     while len(parts) > 2:
         best = min(found)
         if best == never:
@@ -103,19 +110,33 @@ def _pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
 
 
 def _added(config: dict[str, Any], first: int) -> list[dict[str, Any]]:
-    """added_tokens of a tokenizer.json: the ids from `first` on by tokenizer_config.json, and the reserved ones between them."""
+    """added_tokens of a tokenizer.json: the ids from `first` on by tokenizer_config.json, and the reserved
+    ones between them."""
     stated = config.get("added_tokens_decoder")
-    stated = {int(i): t for i, t in (stated.items() if isinstance(stated, dict) else ()) if i.isdigit() and isinstance(t, dict)}
+    stated = {
+        int(i): t
+        for i, t in (stated.items() if isinstance(stated, dict) else ())
+        if i.isdigit() and isinstance(t, dict)
+    }
     out = []
     for i in range(first, max(first + RESERVED, min(max(stated, default=0) + 1, first + MOST))):
         token = stated.get(i, {"content": f"<|reserved_token_{i}|>", "special": True})
-        out.append({"id": i, "content": str(token.get("content")),
-                    **{flag: bool(token.get(flag)) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")}})
+        out.append(
+            {
+                "id": i,
+                "content": str(token.get("content")),
+                **{
+                    flag: bool(token.get(flag))
+                    for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
+                },
+            }
+        )
     return out
 
 
 def _spelling() -> list[str]:
-    """The character that stands for each byte (GPT-2's table): printable bytes are themselves, the rest follow from U+0100 on."""
+    """The character that stands for each byte (GPT-2's table): printable bytes are themselves, the rest
+    follow from U+0100 on."""
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     rest = iter(range(256, 512))
     out = [chr(b) if chr(b) in alphabet and b < 256 else chr(next(rest)) for b in range(256)]

@@ -49,7 +49,8 @@ class Tokenizer(abc.ABC):
         """The text of some ids. Special and out of range ids are left out; broken UTF-8 becomes U+FFFD.
 
         Args:
-          after: ids that stand before them, as far as they are known: some tokenizers leave out the space that begins a text.
+          after: ids that stand before them, as far as they are known: some tokenizers leave out the space
+            that begins a text.
         """
 
 
@@ -72,15 +73,17 @@ class ByteTokenizer(Tokenizer):
 
 
 class FileTokenizer(Tokenizer):
-    """A Hugging Face tokenizer: a `tokenizer.json` or `tiktoken.model` and what the files beside it say of added tokens."""
+    """A Hugging Face tokenizer: a `tokenizer.json` or `tiktoken.model` and what the files beside it say of
+    added tokens."""
 
     def __init__(self, path: str, option: str):
         """Raises: OSError: the file cannot be read. UserError: it is no tokenizer."""
         try:
             files = tokenizer_folder.read(path, specials=False)
         except ValueError as e:
-            raise UserError(f"{option}={path!r} is not a {tokenizer_folder.RANKS if path.endswith('.model') else tokenizer_folder.JSON} that can be read "
-                            f"({e}). Give the tokenizer.json or tiktoken.model of the model, or bytes.") from None
+            file = tokenizer_folder.RANKS if path.endswith(".model") else tokenizer_folder.JSON
+            raise UserError(f"{option}={path!r} is not a {file} that can be read ({e}). Give the "
+                            f"tokenizer.json or tiktoken.model of the model, or bytes.") from None
         self._inner, self.name = files.tokenizer, files.identity
         self._inner.encode_special_tokens = True
         added = self._inner.get_added_tokens_decoder()
@@ -98,7 +101,8 @@ class FileTokenizer(Tokenizer):
         self._decodable = np.zeros(self.vocab_size, bool)
         self._decodable[[i for i in vocab.values() if i not in special]] = True
         plain = {i: t.content for i, t in added.items()}
-        self.token_bytes = _byte_level_lengths(json.loads(self._inner.to_str()), vocab, special, plain, self.vocab_size)
+        tree = json.loads(self._inner.to_str())
+        self.token_bytes = _byte_level_lengths(tree, vocab, special, plain, self.vocab_size)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._inner.encode_batch([clean_text(t) for t in texts], add_special_tokens=False)
@@ -119,15 +123,16 @@ class FileTokenizer(Tokenizer):
         return self._inner.decode(ids[self._decodable[ids]].tolist(), skip_special_tokens=False)
 
 
-def decode_after(decode: Callable[[list[int]], str], ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray) -> str:
+def decode_after(decode: Callable[[list[int]], str], ids: Sequence[int] | np.ndarray,
+                 after: Sequence[int] | np.ndarray) -> str:
     """What `ids` add to the text of `after`."""
     before = tail(decode, after)
     return decode([*before, *map(int, ids)])[len(decode(before)) if before else 0 :]
 
 
 def tail(decode: Callable[[list[int]], str], ids: Sequence[int] | np.ndarray) -> list[int]:
-    """The last of some ids, as many as it takes for a text that does not begin within a character: what follows is then decoded as it
-    would be after all of them."""
+    """The last of some ids, as many as it takes for a text that does not begin within a character: what
+    follows is then decoded as it would be after all of them."""
     longest = min(len(ids), 32)
     for count in range(1, longest + 1):
         text = decode([int(ids[-count])])
@@ -140,7 +145,8 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer") -> Tokenize
     """The tokenizer that an option asks for.
 
     Args:
-      spec: `bytes`, or the path of a `tokenizer.json`, of a `tiktoken.model`, or of a folder with one of them.
+      spec: `bytes`, or the path of a `tokenizer.json`, of a `tiktoken.model`, or of a folder with one of
+        them.
       option: what error messages call it.
 
     Raises:
@@ -150,7 +156,8 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer") -> Tokenize
         return ByteTokenizer()
     path = os.path.expanduser(spec)
     if os.path.isdir(path) and (path := tokenizer_folder.find(path)) is None:
-        raise UserError(f"{option}={spec!r} is a folder without a tokenizer.json or tiktoken.model. Give the folder or file of a tokenizer, or bytes.")
+        raise UserError(f"{option}={spec!r} is a folder without a tokenizer.json or tiktoken.model. Give the "
+                        f"folder or file of a tokenizer, or bytes.")
     try:
         return FileTokenizer(path, option)
     except FileNotFoundError:

@@ -40,10 +40,11 @@ def read_questions(path: str, limit: int | None = None) -> list[Question]:
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit={limit} must be 1 or more.")
-    lines = (_question(line, f"--questions={path}: line {number}") for number, line in rows.read_lines(path, "--questions", f"Write {_FORM} a line."))
-    out = list(itertools.islice(lines, limit))
+    lines = rows.read_lines(path, "--questions", f"Write {_FORM} a line.")
+    out = [_question(line, f"--questions={path}: line {n}") for n, line in itertools.islice(lines, limit)]
     if unread := sorted({key for question in out for key in question.more}):
-        print(f"--questions={path}: nothing reads {', '.join(map(repr, unread))}; --output has it with the results.", file=sys.stderr)
+        print(f"--questions={path}: nothing reads {', '.join(map(repr, unread))}; it comes back with the "
+              f"results of --output.", file=sys.stderr)
     return out
 
 
@@ -148,7 +149,8 @@ def evaluate(opened: Opened, questions: Sequence[Question], rows: int | None = N
         ll = np.array([-s.nll for s in of])
         picks = {"acc": int(np.argmax(ll)), "acc_norm": int(np.argmax(ll / [len(c) for c in q.choices])),
                  "acc_bytes": int(np.argmax(ll / [len(c.encode()) for c in q.choices]))}
-        details.append({**q.more, "prompt": q.prompt, "choices": q.choices, "answer": q.answer, "loglikelihoods": ll.tolist(), "tokens": [s.count for s in of],
+        details.append({**q.more, "prompt": q.prompt, "choices": q.choices, "answer": q.answer,
+                        "loglikelihoods": ll.tolist(), "tokens": [s.count for s in of],
                         **{name: int(pick == q.answer) for name, pick in picks.items()}})
     result: dict[str, Any] = {"questions": len(questions)}
     for name in ("acc", "acc_norm", "acc_bytes"):

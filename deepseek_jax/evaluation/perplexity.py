@@ -82,7 +82,8 @@ def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None =
             for start, length in zip(documents.starts.tolist(), documents.lengths.tolist(), strict=True):
                 for at in range(0, length, HELD_OUT_PIECE):
                     ids = np.asarray(documents.tokens[start + at : start + min(length, at + HELD_OUT_PIECE)], np.int32)
-                    read = size(ids, documents.tokens[start + max(at - 32, 0) : start + at]) if at else size(ids[1:], ids[:1])
+                    before = documents.tokens[start + max(at - 32, 0) : start + at]
+                    read = size(ids, before) if at else size(ids[1:], ids[:1])
                     yield Piece(ids, read, at + len(ids) == length, len(ids))
 
     with Bar("Evaluating", sum(d.size for d in sides), progress) as bar:

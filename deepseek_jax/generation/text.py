@@ -10,21 +10,22 @@ from deepseek_jax.texts import clean_text
 class Stream:
     """The text of one answer, as its tokens come.
 
-    Characters of several tokens are given when they are whole, and no part of a stop string ever. Special tokens are not given; stop strings
-    are looked for in the text with them and in the text without.
+    Characters of several tokens are given when they are whole, and no part of a stop string ever. Special
+    tokens are not given; stop strings are looked for in the text with them and in the text without.
 
     Attributes:
       ids: the tokens. text: all that was given. stopped: a stop string was found; the text ends before it.
     """
 
     def __init__(self, encoder: Encoder, stop: Sequence[str] = (), before: Sequence[int] = ()):
-        """Args: stop: texts. before: ids of the prompt: tokenizers like Llama 2's leave out the space that begins a text."""
+        """Args: stop: texts. before: ids of the prompt: tokenizers like Llama 2's leave out the space that
+        begins a text."""
         self._encoder, self._stop = encoder, tuple(map(clean_text, stop))
         self.ids: list[int] = []
         self._window = encoder.tail(before)  # ids without special ones; those before _read are decoded already
         self._read = len(self._window)
         self._held = ""  # decoded, and perhaps the beginning of a stop string
-        self._shown: list[bool] = []  # of each character held, whether it is given: those of special tokens are not
+        self._shown: list[bool] = []  # of each character held; those of special tokens are not
         self.text, self.stopped = "", False
 
     def add(self, id: int) -> str:
@@ -57,8 +58,10 @@ class Stream:
         places = [i for i, shown in enumerate(self._shown) if shown]
         visible = "".join(self._held[i] for i in places)
         places.append(len(self._held))
-        found = [at for s in self._stop if (at := self._held.find(s)) >= 0] + [places[at] for s in self._stop if (at := visible.find(s)) >= 0]
-        begun = [len(self._held) - _begun(self._held, s) for s in self._stop] + [places[len(visible) - _begun(visible, s)] for s in self._stop]
+        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        found += [places[at] for s in self._stop if (at := visible.find(s)) >= 0]
+        begun = [len(self._held) - _begun(self._held, s) for s in self._stop]
+        begun += [places[len(visible) - _begun(visible, s)] for s in self._stop]
         count = min(found or ([] if last else begun), default=len(self._held))
         out = "".join(c for c, shown in zip(self._held[:count], self._shown) if shown)
         self._held, self._shown = ("", []) if found else (self._held[count:], self._shown[count:])

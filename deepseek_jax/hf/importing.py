@@ -47,7 +47,8 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
         os.rename(temporary, folder)
         tokenizer = tokenizer_folder.find(os.path.abspath(folder))
         train = Train(sequence_length=min(Train().sequence_length, model.max_position_embeddings))
-        workdirs.write_config(workdir, Config(model=model, train=train, data=Data(tokenizer=tokenizer) if tokenizer else Data()))
+        data = Data(tokenizer=tokenizer) if tokenizer else Data()
+        workdirs.write_config(workdir, Config(model=model, train=train, data=data))
     except OSError as e:
         raise UserError(f"{workdir} cannot be written ({e.strerror or e}). Name a folder that you may write to, with room for the model.") from e
     finally:

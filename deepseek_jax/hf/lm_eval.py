@@ -78,13 +78,14 @@ class DeepseekJaxLM(TemplateLM):
         return os.path.abspath(self._name).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The text of the template that chats are rendered by from now on, which the harness notes in its results."""
+        """The text of the template that chats are rendered by from now on, which the harness notes in its
+        results."""
         self._template = chat_template if isinstance(chat_template, str) else None
         return self._encoder.chat.template(self._template) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         # without: the answer has begun and goes on
-        return self._encoder.chat.render(chat_history, add_generation_prompt=add_generation_prompt, chat_template=self._template,
+        return self._encoder.chat.render(chat_history, add_generation_prompt, chat_template=self._template,
                                          continue_final_message=not add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -139,7 +140,8 @@ class DeepseekJaxLM(TemplateLM):
         return [self._until(ids, until) for ids in answers]
 
     def _until(self, ids: list[int], until: list[str]) -> str:
-        """The text of an answer up to the first of some others, special tokens among them; decoded on its own, as the model "hf" does."""
+        """The text of an answer up to the first of some others, special tokens among them; decoded on its
+        own, as the model "hf" does."""
         stream = Stream(self._encoder, until)
         for id in ids:
             stream.add(id)

@@ -28,8 +28,8 @@ class LoadedModel:
       model: its options. family: the `model_type` that it is saved as. notes: how it was stored. source: the folder that it was loaded from.
     """
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, layout: Layout, params: Any, bias: Any, notes: Notes, source: str,
-                 find_stop_ids: Callable[[], frozenset[int]] | None = None):
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, layout: Layout, params: Any, bias: Any,
+                 notes: Notes, source: str, find_stop_ids: Callable[[], frozenset[int]] | None = None):
         """Args: find_stop_ids: where the tokenizer is not beside the weights."""
         self.config, self.mesh, self.layout, self.params, self.bias = config, mesh, layout, params, bias
         self.model: Model = config.model
@@ -97,7 +97,8 @@ class LoadedModel:
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer, the same as of the command: Chat.stop_ids, or without a tokenizer what the checkpoint's configs say.
+        """Tokens that end an answer, the same as of the command: Chat.stop_ids, or without a tokenizer what
+        the checkpoint's configs say.
 
         Raises:
           UserError: a file of the tokenizer is damaged.

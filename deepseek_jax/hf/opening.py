@@ -32,7 +32,7 @@ class Opened:
     model: LoadedModel
     run: Config | None  # the options of the run, where it is one
     trained: bool  # whether it is from a checkpoint of a run
-    folder: str | None  # with tokenizer and chat template; None: the run's config.data.tokenizer is all there is
+    folder: str | None  # with tokenizer and chat template; None: config.data.tokenizer is all there is
 
     def encoder(self) -> Encoder:
         """Text to token ids.
@@ -44,11 +44,15 @@ class Opened:
 
 
 def encoder_of(folder: str | None, run: Config | None, vocab_size: int, name: str) -> Encoder:
-    """The tokenizer of a folder, or without one a run's, for a model of so many ids. Raises UserError: as Opened.encoder."""
-    out = Encoder(Chat(folder, vocab_size) if folder is not None else load_tokenizer(run.data.tokenizer), name)
+    """The tokenizer of a folder, or without one a run's, for a model of so many ids. Raises UserError: as
+    Opened.encoder."""
+    source = Chat(folder, vocab_size) if folder is not None else load_tokenizer(run.data.tokenizer)
+    out = Encoder(source, name)
     if out.vocab_size > vocab_size:
-        raise UserError(f"the tokenizer of {name} has {out.vocab_size} ids, the last of them {out.text_of(out.vocab_size - 1)!r}, and the model "
-                        f"{vocab_size}. Give it the tokenizer that it was trained with, or leave tokens that it never had out of tokenizer_config.json.")
+        last = out.text_of(out.vocab_size - 1)
+        raise UserError(f"the tokenizer of {name} has {out.vocab_size} ids, the last of them {last!r}, and "
+                        f"the model {vocab_size}. Give it the tokenizer that it was trained with, or leave "
+                        f"tokens that it never had out of tokenizer_config.json.")
     return out
 
 
