@@ -22,7 +22,7 @@ class Stream:
         begins a text."""
         self._encoder, self._stop = encoder, tuple(map(clean_text, stop))
         self.ids: list[int] = []
-        self._window = encoder.tail(before)  # ids without special ones; those before _read are decoded already
+        self._window = encoder.tail(before)  # ids but special ones; those before _read are decoded
         self._read = len(self._window)
         self._held = ""  # decoded, and perhaps the beginning of a stop string
         self._shown: list[bool] = []  # of each character held; those of special tokens are not
