@@ -183,7 +183,7 @@ class Moe:
 class Data:
     path: str = "stdlib"  # stdlib (Python's own sources) | file, folder or glob; several separated by commas
     weights: str = ""  # mixture weights of the comma-separated paths, as "0.7,0.3"; empty: by their size in tokens
-    tokenizer: str = "auto"  # auto (the run's, else that of init_from or of the import, else bytes) | bytes | path of a tokenizer.json
+    tokenizer: str = "auto"  # auto (the run's, else that of init_from or of the import, else bytes) | bytes | path of a tokenizer.json or tiktoken.model, or of the folder with it
     special_tokens: bool = False  # True: <|im_start|> and the like in the text are the tokenizer's special tokens, eos ends a document; False: text
     document_mask: bool = True  # attention and positions do not cross documents packed into one sequence
     eval_fraction: float = 0.01  # share of the documents held out for evaluation, chosen by document; 0: no evaluation

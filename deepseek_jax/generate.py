@@ -20,6 +20,7 @@ import jax
 from deepseek_jax import arguments, compilation
 from deepseek_jax.config import DTYPES, Compile, UserError, exit_code
 from deepseek_jax.generation.engine import Engine
+from deepseek_jax.generation.prompts import encode_all, fits, read_prompts
 from deepseek_jax.generation.sample import check_prompt, encode_prompt, sample, tokens
 from deepseek_jax.generation.sampling import Sampling
 from deepseek_jax.generation.text import Stream
@@ -27,6 +28,7 @@ from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.opening import open_model, parse_mesh
 from deepseek_jax.hf.start import model_files
 from deepseek_jax.paths import check_output
+from deepseek_jax.texts import clean_text
 
 __all__ = ["check_prompt", "encode_prompt", "main", "sample", "tokens"]
 
@@ -38,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help="text to go on from")
     what.add_argument("--prompts", type=arguments.path, metavar="FILE",
-                      help='prompts: lines of text, or with the ending .jsonl objects with "prompt" or "messages"; - is stdin')
+                      help='prompts: lines of text, or with the ending .jsonl objects with "prompt", or with '
+                           '"messages" and what the chat template reads: tools, documents, '
+                           'chat_template_kwargs, chat_template, '
+                           'add_generation_prompt, continue_final_message; - is stdin')
     what.add_argument("--chat", action="store_true", help="a conversation, by the checkpoint's chat template; lines are read from stdin")
     p.add_argument("--system", help="with --chat: the system message")
     p.add_argument("--output", type=arguments.path, metavar="FILE", help="with --prompts: where results go (default: stdout)")
@@ -67,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     check(args)
+    args.prompt, args.stop = clean_text(args.prompt), [clean_text(s) for s in args.stop]
     if args.output:
         check_output("--output", args.output, itertools.chain([args.prompts], model_files(args.model)))
     prompts = read_prompts(args.prompts) if args.prompts else None
@@ -79,12 +85,17 @@ def run(args: argparse.Namespace) -> int:
                         f"(num_nextn_predict_layers=0). Leave --draft-tokens out.")
     if prompts is None and not args.chat:
         prompts = [{"prompt": args.prompt}]
-    messages = [{"role": "system", "content": args.system}] if args.system is not None else []
+    messages = [{"role": "system", "content": clean_text(args.system)}] if args.system is not None else []
     if args.chat:
         encoder.chat.encode([*messages, {"role": "user", "content": ""}])  # a template that is missing is found out before anything is compiled
-    ids = [encoder.chat.encode(p["messages"]) if "messages" in p else encoder.encode_prompt(p["prompt"]) for p in prompts or ()]
-    for number, prompt in enumerate(ids, 1):
-        fits(prompt, f"--prompts={args.prompts}: prompt {number}" if args.prompts else "--prompt", longest)
+    chats = args.chat or any("messages" in p for p in prompts)
+    if chats and (end := encoder.chat.turn_end()) and end not in args.stop:
+        print(f"note           the chat template ends an answer with {end}, which is no stop token by "
+              f"generation_config.json or eos_token. "
+              f"--stop='{end}' makes it one.", file=sys.stderr)
+    ids = encode_all(encoder, prompts or (), args.prompts, longest)
+    if encoder.prefix and any("prompt" in p for p in prompts or ()):
+        print(f"begins with    {encoder.prefix_text}, as the model's tokenizer asks for", file=sys.stderr)
     cache_dir = (opened.run.compile if opened.run else Compile()).cache_dir
     compilation.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))
     engine = Engine(model.layout, model.mesh, model.params, model.bias, give=True, vocab=encoder.vocab_size,
@@ -118,39 +129,9 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"{name} has no effect without {needs}. Add {needs}, or leave {name} out.")
 
 
-def fits(prompt: Sequence[int], name: str, longest: int) -> None:
-    """Raises UserError for a prompt that leaves no place for a token after it."""
-    if len(prompt) >= longest:
-        raise UserError(f"{name} has {len(prompt)} tokens, but the model ends at max_position_embeddings={longest}. Shorten it.")
-
-
-def read_prompts(path: str) -> list[dict[str, Any]]:
-    """The prompts of a file, each with "prompt" or "messages". Empty lines are none."""
-    try:
-        with (sys.stdin if path == "-" else open(path, encoding="utf-8")) as f:
-            lines = [(n, line.rstrip("\r\n")) for n, line in enumerate(f, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompts={path} cannot be read ({e}). Give a file of text, a prompt a line, or of JSON objects.") from e
-    if not lines:
-        raise UserError(f"--prompts={path} has no prompt. Put one on each line.")
-    if not path.endswith((".jsonl", ".json")):
-        return [{"prompt": line} for _, line in lines]
-    out = []
-    for number, line in lines:
-        try:
-            value = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"--prompts={path}: line {number} is not JSON ({e}). Put one object on each line.") from e
-        is_messages = isinstance(value, dict) and isinstance(value.get("messages"), list) and all(isinstance(m, dict) for m in value["messages"])
-        if not is_messages and not (isinstance(value, dict) and isinstance(value.get("prompt"), str)):
-            raise UserError(f'--prompts={path}: line {number} has neither "prompt", a text, nor "messages", a list of objects. Add one.')
-        out.append(value)
-    return out
-
-
 def answers(engine: Engine, encoder: Encoder, ids: Sequence[Sequence[int]], args: argparse.Namespace, first: int) -> Iterator[tuple[int, str, Stream]]:
     """(number of the prompt in `ids`, text to show, its Stream) as tokens come; at the end of each answer once more, with `done` set."""
-    streams = [Stream(encoder, args.stop) for _ in ids]
+    streams = [Stream(encoder, args.stop, prompt) for prompt in ids]
     options = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     stopped: set[int] = set()
     indexes = range(first, first + len(ids))
@@ -183,7 +164,11 @@ def chat(engine: Engine, encoder: Encoder, messages: list[dict[str, str]], args:
     for turn in itertools.count():
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = clean_text(sys.stdin.readline())
+        except UnicodeDecodeError as e:
+            what = f"{e.encoding} ({e.reason} at byte {e.start})"
+            raise UserError(f"a line of stdin is not {what}. Write it in that encoding.") from None
         if not line:
             if sys.stdin.isatty():
                 print(file=sys.stderr)

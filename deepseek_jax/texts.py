@@ -1,18 +1,26 @@
-"""Texts: numbers and tables for people to read, and text from files as Unicode has it."""
+"""Texts: numbers and tables for people to read, and text as people gave it."""
 
-import re
-from collections.abc import Sequence
-
-_SURROGATES = re.compile("[\ud800-\udfff]")
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def clean_text(text: str) -> str:
-    """The text with lone surrogates, which JSON can spell but UTF-8 cannot, replaced by U+FFFD; the same object where there are none."""
+    """The text with lone surrogates, which JSON and a command line can spell but UTF-8 cannot, replaced by
+    U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return _SURROGATES.sub("\ufffd", text)
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
+
+
+def clean(value: Any) -> Any:
+    """A value of JSON's types with every text and key in it cleaned."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, Mapping):
+        return {clean(k): clean(v) for k, v in value.items()}
+    return [clean(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def gb(n: float) -> str:

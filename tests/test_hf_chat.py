@@ -131,3 +131,46 @@ def test_folders_without(tmp_path, folder):
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     with pytest.raises(UserError, match="has no chat template"):
         hf.Chat(str(tmp_path)).render([])
+
+
+FINAL = [{"role": "user", "content": "x"}, {"role": "assistant", "content": " I say "}]
+PARTS = ("{% for m in messages %}[{{ m.role }}]{% for part in m.content %}"
+         "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}")
+PLAIN = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+TWO = [{"type": "text", "text": "I"}, {"type": "text", "text": " say"}]
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN, PARTS])
+@pytest.mark.parametrize("chat", [FINAL, [FINAL[0], {"role": "assistant", "content": TWO}]])
+def test_continue_final_message(template, chat, folder):
+    """As transformers continues it, where the template reads what the message is made of; otherwise parts
+    become one text."""
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), hf.Chat(str(folder))
+    parts = isinstance(chat[1]["content"], list)
+    if (template == PARTS) != parts:
+        if not parts:  # a loop over a text's characters writes nothing
+            with pytest.raises(UserError, match="does not write out the last message .assistant."):
+                ours.render(chat, chat_template=template, continue_final_message=True)
+            return
+        chat = [chat[0], chat[1] | {"content": "I\n say"}]
+    if template == PARTS:
+        chat = [FINAL[0] | {"content": [{"type": "text", "text": "x"}]}, chat[1]]
+    options = dict(chat_template=template, continue_final_message=True)
+    text = theirs.apply_chat_template(chat, tokenize=False, **options)
+    given = [chat[0], chat[1] | ({"content": TWO} if parts else {})]
+    assert ours.render(given, **options) == text
+    assert text.endswith("say") or text.endswith("say ")
+
+
+def test_parts_documents_and_templates_by_text(folder):
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), hf.Chat(str(folder))
+    rendered = lambda chat, **options: theirs.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True, **options)
+    parts, one = [{"role": "user", "content": TWO}], [{"role": "user", "content": "I\n say"}]
+    assert ours.render(parts, chat_template=PARTS) == rendered(parts, chat_template=PARTS)
+    silent = "{% if messages[0].content is string %}{{ messages[0].content }}{% endif %}"
+    for template in (CHATML, "{{ messages[0].content }}", silent):
+        assert ours.render(parts, chat_template=template) == rendered(one, chat_template=template)
+    options = {"chat_template": "{% for d in documents %}{{ d.title }}: {{ d.text }}{% endfor %}",
+               "documents": [{"title": "a", "text": "b"}]}
+    assert ours.render(one, **options) == "a: b" == rendered(one, **options)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import sys
 import types
 
@@ -86,6 +87,9 @@ def test_generate(adapter, tokenizer, monkeypatch):
     answers = lm.generate_until(requests)
     first = tokenizer.decode(tokenizer(" sunny, be kind. x", add_special_tokens=False).input_ids[:2])
     assert answers == [" sunny, be kind", " sunny, be ", " sunny, be kind", first]
+    ids = tokenizer(" sunny", add_special_tokens=False).input_ids
+    assert lm._until([*ids, 0, *ids], ["<s>"]) == " sunny"  # special tokens too
+    assert lm._until([*ids, 0, *ids], ["x"]) == " sunny sunny"
     by_limit = {c[1]: c for c in calls}
     assert by_limit[40][0] == [tokenizer(long).input_ids[-8:], tokenizer("hello").input_ids]  # long ones first, cut to leave room
     assert by_limit[40][2] == 0 and by_limit[41][2] == 0.5 and by_limit[40][3] == {1}
@@ -105,9 +109,17 @@ def test_chat(adapter, made):  # noqa: F811
         lm = module.DeepseekJaxLM(str(made[1]))
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "I say "}]
         assert lm.apply_chat_template(messages[:1]) == "[user] x [/][assistant] "
-        assert lm.apply_chat_template(messages, add_generation_prompt=False) == "[user] x [/][assistant] I say"
+        # As transformers continues it, with the space that ends it.
+        continued = lm.apply_chat_template(messages, add_generation_prompt=False)
+        assert continued == "[user] x [/][assistant] I say "
         assert lm.chat_template(True) == template and lm.chat_template(False) is None
+        (made[1] / "additional_chat_templates").mkdir()
+        (made[1] / "additional_chat_templates" / "short.jinja").write_text("{{ messages[0].content }}")
+        lm = module.DeepseekJaxLM(str(made[1]))
+        assert lm.chat_template("short") == "{{ messages[0].content }}"
+        assert lm.apply_chat_template(messages[:1]) == "x"
     finally:
+        shutil.rmtree(made[1] / "additional_chat_templates", ignore_errors=True)
         file.unlink()
 
 

@@ -104,7 +104,8 @@ class Loader:
         for start, count, into in self._rows[source].spans(row):
             document = int(np.searchsorted(corpus.offsets, start, "right")) - 1
             tokens = np.asarray(corpus.tokens[start:start + count])
-            out.append(Span(corpus.name, document, into, count, self.tokenizer.decode(tokens)))
+            before = corpus.tokens[start - min(into, 32):start]
+            out.append(Span(corpus.name, document, into, count, self.tokenizer.decode(tokens, before)))
         return out
 
     def eval_rows(self, start: int, count: int) -> dict[str, np.ndarray]:

@@ -1,21 +1,22 @@
-"""Text to token ids and back: raw bytes, or a Hugging Face `tokenizer.json`."""
+"""Text to token ids and back: raw bytes, or the tokenizer of a Hugging Face checkpoint."""
 
 import abc
-import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tokenizers
 
 from deepseek_jax.config import UserError
+from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.texts import clean_text
 
 # End-of-document tokens by the names in use; the first one that the tokenizer has is taken.
 EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]",
              "<|im_end|>", "<EOS>", "<|end|>")
 SPECIAL = "+special_tokens"  # at the end of a tokenizer's name
+BROKEN = "\ufffd"  # decoded from a part of a character
 
 
 class Tokenizer(abc.ABC):
@@ -25,6 +26,7 @@ class Tokenizer(abc.ABC):
       name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file, with `+special_tokens` if it reads these.
       vocab_size: ids run from 0 to vocab_size - 1.
       eos_id: the token that ends a document.
+      hidden: {id: text} of the tokens that `decode` leaves out.
       token_bytes: int32 [vocab_size], bytes of text that each token stands for (eos and special tokens: 0), or None if
         it cannot be known.
     """
@@ -32,6 +34,7 @@ class Tokenizer(abc.ABC):
     name: str
     vocab_size: int
     eos_id: int
+    hidden: Mapping[int, str]
     token_bytes: np.ndarray | None
     special_tokens = False  # whether text can spell special tokens
 
@@ -44,14 +47,20 @@ class Tokenizer(abc.ABC):
         """`encode` of each text; much faster than one by one for a `tokenizer.json`."""
 
     @abc.abstractmethod
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of some ids. Special and out of range ids are left out; broken UTF-8 becomes U+FFFD."""
+    def decode(self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()) -> str:
+        """The text of some ids. Special and out of range ids are left out; broken UTF-8 becomes U+FFFD.
+
+        Args:
+          after: ids that stand before them, as far as they are known: some tokenizers leave out the space
+            that begins a text.
+        """
 
 
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
 
     name, vocab_size, eos_id = "bytes", 257, 256
+    hidden = {256: ""}
 
     def __init__(self):
         self.token_bytes = np.ones(self.vocab_size, np.int32)
@@ -60,57 +69,87 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(clean_text(t).encode(), np.uint8).astype(np.int32) for t in texts]
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()) -> str:
         ids = np.asarray(ids, np.int64)
         return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode(errors="replace")
 
 
 class FileTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json`, read from `data`, the bytes of the file."""
+    """A Hugging Face tokenizer: a `tokenizer.json` or `tiktoken.model` and what the files beside it say of
+    added tokens."""
 
-    def __init__(self, data: bytes, path: str, option: str, special_tokens: bool = False):
+    def __init__(self, path: str, option: str, special_tokens: bool = False):
+        """Raises: OSError: the file cannot be read. UserError: it is no tokenizer."""
         try:
-            self._inner = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as e:  # the library raises plain Exception
-            raise UserError(f"{option}={path!r} is not a tokenizer.json of the tokenizers library ({_one_line(e)}). "
-                            f"Give the tokenizer.json of the model, or bytes.") from None
-        # Files come with the truncation and padding of whoever saved them: a document must be neither.
-        self._inner.no_truncation()
-        self._inner.no_padding()
-        self.special_tokens = special_tokens
+            files = tokenizer_folder.read(path, specials=False)
+        except ValueError as e:
+            file = tokenizer_folder.RANKS if path.endswith(".model") else tokenizer_folder.JSON
+            raise UserError(f"{option}={path!r} is not a {file} that can be read ({e}). Give the "
+                            f"tokenizer.json or tiktoken.model of the model, or bytes.") from None
+        self._inner, self.special_tokens = files.tokenizer, special_tokens
+        self.name = files.identity + (SPECIAL if special_tokens else "")
         self._inner.encode_special_tokens = not special_tokens  # the library's word for: as text
-        self.name = f"sha256:{hashlib.sha256(data).hexdigest()}{SPECIAL if special_tokens else ''}"
         added = self._inner.get_added_tokens_decoder()
         vocab = self._inner.get_vocab(with_added_tokens=True)
         if not vocab:
             raise UserError(f"{option}={path!r} has an empty vocabulary. Give the tokenizer.json of the model, or bytes.")
         # Ids may have holes, so the number of tokens is not enough.
         self.vocab_size = max(vocab.values()) + 1
-        self.eos_id = next((vocab[n] for n in EOS_NAMES if n in vocab), -1)
+        self.eos_id = next((vocab[n] for n in (*EOS_NAMES, files.special.get("eos_token")) if n in vocab), -1)
         if self.eos_id < 0:
             raise UserError(f"{option}={path!r} has no token that ends a document. Add one of {' '.join(EOS_NAMES)} to its "
                             f"added_tokens.")
         special = {i for i, t in added.items() if t.special} | {self.eos_id}
+        self.hidden = {i: self._inner.id_to_token(i) for i in special}
         self._decodable = np.zeros(self.vocab_size, bool)
         self._decodable[[i for i in vocab.values() if i not in special]] = True
         plain = {i: t.content for i, t in added.items()}
-        self.token_bytes = _byte_level_lengths(json.loads(data), vocab, special, plain, self.vocab_size)
+        tree = json.loads(self._inner.to_str())
+        self.token_bytes = _byte_level_lengths(tree, vocab, special, plain, self.vocab_size)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._inner.encode_batch([clean_text(t) for t in texts], add_special_tokens=False)
         return [np.asarray(e.ids, np.int32) for e in encoded]
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()) -> str:
+        return decode_after(self._decode, ids, after)
+
+    def save(self, path: str) -> None:
+        """Writes it as one tokenizer.json, with the tokens that it has from other files."""
+        self._inner.encode_special_tokens = False  # the file would keep it
+        self._inner.save(path)
+        self._inner.encode_special_tokens = not self.special_tokens
+
+    def _decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids, np.int64)
         ids = ids[(ids >= 0) & (ids < self.vocab_size)]
         return self._inner.decode(ids[self._decodable[ids]].tolist(), skip_special_tokens=False)
+
+
+def decode_after(decode: Callable[[list[int]], str], ids: Sequence[int] | np.ndarray,
+                 after: Sequence[int] | np.ndarray) -> str:
+    """What `ids` add to the text of `after`."""
+    before = tail(decode, after)
+    return decode([*before, *map(int, ids)])[len(decode(before)) if before else 0 :]
+
+
+def tail(decode: Callable[[list[int]], str], ids: Sequence[int] | np.ndarray) -> list[int]:
+    """The last of some ids, as many as it takes for a text that does not begin within a character: what
+    follows is then decoded as it would be after all of them."""
+    longest = min(len(ids), 32)
+    for count in range(1, longest + 1):
+        text = decode([int(ids[-count])])
+        if text and BROKEN not in text:
+            return [int(i) for i in ids[-count:]]
+    return [int(i) for i in ids[len(ids) - longest :]]
 
 
 def load_tokenizer(spec: str, option: str = "config.data.tokenizer", special_tokens: bool = False) -> Tokenizer:
     """The tokenizer that an option asks for.
 
     Args:
-      spec: `bytes`, or the path of a `tokenizer.json`.
+      spec: `bytes`, or the path of a `tokenizer.json`, of a `tiktoken.model`, or of a folder with one of
+        them.
       option: what error messages call it.
       special_tokens: text that spells a special token (<|im_start|>) is that token, as in transformers; else it is text. `bytes` has none.
 
@@ -121,21 +160,16 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer", special_tok
     if spec == "bytes" or spec == "auto" and option == "config.data.tokenizer":
         return ByteTokenizer()
     path = os.path.expanduser(spec)
+    if os.path.isdir(path) and (path := tokenizer_folder.find(path)) is None:
+        raise UserError(f"{option}={spec!r} is a folder without a tokenizer.json or tiktoken.model. Give the "
+                        f"folder or file of a tokenizer, or bytes.")
     try:
-        with open(path, "rb") as f:
-            data = f.read()
+        return FileTokenizer(path, option, special_tokens)
     except FileNotFoundError:
         raise UserError(f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes (relative paths start in {os.getcwd()}).") from None
-    except IsADirectoryError:
-        raise UserError(f"{option}={spec!r} is a folder. Give {os.path.join(spec, 'tokenizer.json')}, or bytes.") from None
     except OSError as e:
         raise UserError(f"{option}={spec!r} cannot be read ({e.strerror}). Make it readable, or give another tokenizer.json or "
                         f"bytes.") from None
-    return FileTokenizer(data, spec, option, special_tokens)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 def _byte_level_alphabet() -> set[str]:

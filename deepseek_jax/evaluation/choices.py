@@ -1,13 +1,14 @@
 """Multiple choice: which of some texts a model finds likeliest after a prompt, scored as EleutherAI's lm-evaluation-harness does."""
 
-import json
+import itertools
 import math
-import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepseek_jax import rows
 from deepseek_jax.config import IGNORE, UserError
 from deepseek_jax.data.progress import Bar
 from deepseek_jax.evaluation.scoring import Score, Scorer, Span
@@ -21,6 +22,7 @@ class Question(NamedTuple):
     prompt: str
     choices: list[str]
     answer: int
+    more: dict[str, Any] = {}  # keys that nothing reads
 
 
 class Pair(NamedTuple):
@@ -38,32 +40,25 @@ def read_questions(path: str, limit: int | None = None) -> list[Question]:
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit={limit} must be 1 or more.")
-    out: list[Question] = []
-    try:
-        with open(os.path.expanduser(path), "rb") as f:
-            for number, line in enumerate(f, 1):
-                if limit is not None and len(out) == limit:
-                    break
-                if line.strip():
-                    out.append(_question(line, f"--questions={path}: line {number}"))
-    except OSError as e:
-        raise UserError(f"--questions={path} cannot be read ({e.strerror or e}). Name a JSONL file of prompt, choices and answer.") from e
-    if not out:
-        raise UserError(f"--questions={path} holds no question. Write each as {_FORM}.")
+    lines = rows.read_lines(path, "--questions", f"Write {_FORM} a line.")
+    out = [_question(line, f"--questions={path}: line {n}") for n, line in itertools.islice(lines, limit)]
+    if unread := sorted({key for question in out for key in question.more}):
+        print(f"--questions={path}: nothing reads {', '.join(map(repr, unread))}; it comes back with the "
+              f"results of --output.", file=sys.stderr)
     return out
 
 
 _FORM = '{"prompt": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}'
+_OPTIONS = {key: "A question is a prompt with its choices: write all of it into the prompt."
+            for key in ("messages", "tools", "system", "chat_template_kwargs", "few_shot", "context")}
+_RESULTS = {"loglikelihoods", "tokens", "acc", "acc_norm", "acc_bytes"}
 
 
-def _question(line: bytes, where: str) -> Question:
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where} is not JSON in UTF-8 ({str(e)[:100]}). Write it as {_FORM}.") from None
+def _question(line: str, where: str) -> Question:
+    row = rows.read_object(line, where, f"Write it as {_FORM}.")
     wrong = lambda what: UserError(f"{where} {what}. Write it as {_FORM}.")
-    if not isinstance(row, dict):
-        raise wrong("is not an object")
+    unread = rows.unread_keys(row, where, {"prompt", "choices", "answer"}, _OPTIONS, _RESULTS)
+    more = {key: value for key, value in row.items() if key in unread}
     if missing := [k for k in ("prompt", "choices", "answer") if k not in row]:
         raise wrong(f"has no {missing[0]!r}")
     prompt, choices, answer = row["prompt"], row["choices"], row["answer"]
@@ -74,10 +69,10 @@ def _question(line: bytes, where: str) -> Question:
     if isinstance(answer, str):
         if choices.count(answer) != 1:
             raise wrong(f"has the 'answer' {answer[:60]!r}, which is {'several' if answer in choices else 'none'} of its choices")
-        return Question(prompt, choices, choices.index(answer))
+        return Question(prompt, choices, choices.index(answer), more)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise wrong(f"has the 'answer' {str(answer)[:60]}, which is neither a choice nor its number from 0 to {len(choices) - 1}")
-    return Question(prompt, choices, answer)
+    return Question(prompt, choices, answer, more)
 
 
 def encode_pair(encode: Callable[[str], list[int]], start_id: int | None, context: str, continuation: str) -> Pair:
@@ -153,8 +148,9 @@ def evaluate(opened: Opened, questions: Sequence[Question], rows: int | None = N
         of = [next(scores) for _ in q.choices]
         ll = np.array([-s.nll for s in of])
         picks = {"acc": int(np.argmax(ll)), "acc_norm": int(np.argmax(ll / [len(c) for c in q.choices])),
-                 "acc_bytes": int(np.argmax(ll / [len(c.encode(errors="replace")) for c in q.choices]))}
-        details.append({"prompt": q.prompt, "choices": q.choices, "answer": q.answer, "loglikelihoods": ll.tolist(), "tokens": [s.count for s in of],
+                 "acc_bytes": int(np.argmax(ll / [len(c.encode()) for c in q.choices]))}
+        details.append({**q.more, "prompt": q.prompt, "choices": q.choices, "answer": q.answer,
+                        "loglikelihoods": ll.tolist(), "tokens": [s.count for s in of],
                         **{name: int(pick == q.answer) for name, pick in picks.items()}})
     result: dict[str, Any] = {"questions": len(questions)}
     for name in ("acc", "acc_norm", "acc_bytes"):

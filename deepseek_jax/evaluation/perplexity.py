@@ -84,17 +84,20 @@ def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None =
                         "or name a text with --text.")
     sides = [split(corpus, run.data.eval_fraction)[1] for corpus in corpora]
 
-    def size(ids: np.ndarray) -> int:
+    def size(ids: np.ndarray, after: np.ndarray) -> int:
         if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # a sidecar that does not tell the truth
             raise UserError(f"the run's held-out part has token ids up to {ids.max()}, and its tokenizer {tokenizer.vocab_size} of them. Tokenize again.")
-        return int(tokenizer.token_bytes[ids].sum()) if tokenizer.token_bytes is not None else len(tokenizer.decode(ids).encode())
+        known = tokenizer.token_bytes
+        return int(known[ids].sum()) if known is not None else len(tokenizer.decode(ids, after).encode())
 
     def pieces() -> Iterator[Piece]:
         for documents in sides:
             for start, length in zip(documents.starts.tolist(), documents.lengths.tolist(), strict=True):
                 for at in range(0, length, HELD_OUT_PIECE):
                     ids = np.asarray(documents.tokens[start + at : start + min(length, at + HELD_OUT_PIECE)], np.int32)
-                    yield Piece(ids, size(ids[1:] if not at else ids), at + len(ids) == length, len(ids))
+                    before = documents.tokens[start + max(at - 32, 0) : start + at]
+                    read = size(ids, before) if at else size(ids[1:], ids[:1])
+                    yield Piece(ids, read, at + len(ids) == length, len(ids))
 
     with Bar("Evaluating", sum(d.size for d in sides), progress) as bar:
         return _measure(pieces(), [], scorer, stride, limit, bar, "the run's held-out part")

@@ -15,6 +15,7 @@ from deepseek_jax.config import Config, UserError
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.generation import sampling
 from deepseek_jax.parallel.mesh import BATCH_AXES
+from deepseek_jax.texts import clean_text
 from deepseek_jax.train.state import Layout
 
 
@@ -57,7 +58,7 @@ def sample(layout: Layout, params, bias, tokenizer: Tokenizer, mesh: jax.shardin
     """The prompt and up to `count` tokens after it, as text."""
     start = encode_prompt(tokenizer, prompt)
     ids = list(tokens(layout, params, bias, mesh, start, count, tokenizer.vocab_size, tokenizer.eos_id, temperature, top_p, seed))
-    return prompt + tokenizer.decode(ids)
+    return clean_text(prompt) + tokenizer.decode(ids, after=start)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -1,91 +1,165 @@
-"""Tokenizer and chat template of a Hugging Face checkpoint: `Chat(folder).encode(messages)`.
+"""Tokenizer and chat template of a Hugging Face checkpoint: `Chat(folder).encode(messages)`."""
 
-Templates are programs of whoever made the checkpoint. They run in jinja2's sandbox, see plain data only, and render as in transformers'
-`apply_chat_template`, whose environment this is: utils/chat_template_utils.py there.
-"""
-
-import datetime
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-import tokenizers
-
 from deepseek_jax.config import UserError
+from deepseek_jax.data import tokenizer_folder
+from deepseek_jax.data.tokenizer import decode_after
+from deepseek_jax.hf import template
+from deepseek_jax.hf.template import Message
+from deepseek_jax.texts import clean_text
 
-MAX_BYTES = 1 << 24  # of a template or a tokenizer_config.json
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; templates read the first, gpt-oss's the second
 
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."} and what else a template reads
+def end_ids(folder: str) -> frozenset[int]:
+    """`eos_token_id` of a generation_config.json, or else of a config.json: one, several or none.
 
-
-def end_ids(config: dict[str, Any]) -> frozenset[int]:
-    """`eos_token_id` of a config.json or generation_config.json: one, several or none."""
-    ids = config.get("eos_token_id")
-    return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+    Raises:
+      UserError: one of them is damaged.
+    """
+    for file in ("generation_config.json", "config.json"):
+        ids = tokenizer_folder.read_json(folder, file).get("eos_token_id")
+        if found := frozenset(
+            i
+            for i in (ids if isinstance(ids, list) else [ids])
+            if isinstance(i, int) and not isinstance(i, bool)
+        ):
+            return found
+    return frozenset()
 
 
 class Chat:
     """The tokenizer of a folder, text and chats.
 
     Attributes:
-      tokenizer: of the `tokenizers` library, without truncation and padding.
+      tokenizer: of the `tokenizers` library, without truncation and padding, with all tokens that the
+        folder's files name.
       special: {"bos_token": "<s>", ...} as far as tokenizer_config.json, special_tokens_map.json say.
-      stop_ids: tokens that end an answer: eos_token and generation_config.json's.
+      stop_ids: tokens that end an answer: generation_config.json's, or else config.json's, and eos_token.
     """
 
-    def __init__(self, folder: str):
-        """Raises: UserError: there is no tokenizer.json, or a file is damaged."""
+    def __init__(self, folder: str, vocab_size: int | None = None):
+        """Args: vocab_size: of the model, where it is known; padding tokens beyond it are left out.
+
+        Raises:
+          UserError: there is no tokenizer, or a file is damaged.
+        """
         self.folder = folder
-        path = os.path.join(folder, "tokenizer.json")
+        path = tokenizer_folder.find(folder) or os.path.join(folder, tokenizer_folder.JSON)
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as e:  # the library raises plain Exception
-            what = "missing" if not os.path.exists(path) else " ".join(str(e).split())[:160]
-            raise UserError(f"{path} cannot be read ({what}). Copy the tokenizer.json of the checkpoint there.") from None
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        config = self._json("tokenizer_config.json")
-        self.special = {name: text for name in SPECIAL if (text := _text(config.get(name, self._json("special_tokens_map.json").get(name))))}
+            self.tokenizer, _, self.special, config = tokenizer_folder.read(path, vocab_size=vocab_size)
+        except (OSError, ValueError) as e:
+            what = (e.strerror if os.path.exists(path) else "missing") if isinstance(e, OSError) else e
+            raise UserError(
+                f"{path} cannot be read ({what}). Copy the tokenizer.json or tiktoken.model of the "
+                f"checkpoint there, and "
+                f"tokenizer_config.json."
+            ) from None
         self._templates = self._read_templates(config)
-        eos = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
-        self.stop_ids = end_ids(self._json("generation_config.json")) | ({eos} if eos is not None else set())
+        self._eos = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
+        self.stop_ids = end_ids(folder) | ({self._eos} if self._eos is not None else set())
 
     def encode(self, chat: str | Sequence[Message], **options: Any) -> list[int]:
         """Token ids: of a text as transformers' tokenizer has them (with bos where it adds one), or of a chat by `render`."""
-        if isinstance(chat, str):
-            return self.tokenizer.encode(chat, add_special_tokens=True).ids
-        return self.tokenizer.encode(self.render(chat, **options), add_special_tokens=False).ids
+        if not isinstance(chat, str):
+            return self.tokenizer.encode(self.render(chat, **options), add_special_tokens=False).ids
+        if options:
+            raise UserError(
+                f"{next(iter(options))} is for a chat template, and a text has none. Give messages, or "
+                f"leave it out."
+            )
+        return self.tokenizer.encode(clean_text(chat), add_special_tokens=True).ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of some ids."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, after: Sequence[int] = ()) -> str:
+        """The text of some ids.
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] | None = None,
-               template: str | None = None, **variables: Any) -> str:
+        Args:
+          after: ids that stand before them. Tokenizers like Llama 2's leave out the space that begins a text:
+            give an answer its prompt here.
+        """
+        return decode_after(
+            lambda some: self.tokenizer.decode(some, skip_special_tokens=skip_special_tokens),
+            list(ids),
+            after,
+        )
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
         """A chat as the text that the model was trained on.
 
         Args:
-          messages: in order, with "role" and "content". add_generation_prompt: end with what begins an answer.
-          tools: JSON schemas of functions. template: the name of one of several. variables: for the template, enable_thinking=False for instance.
+          messages: in order, with "role" and "content", a text or a list of {"type": "text", "text": "..."}.
+          add_generation_prompt: end with what begins an answer; None: unless continue_final_message.
+          tools: JSON schemas of functions. chat_template: the name of one of several, or a template.
+            documents: {"title", "text"}, for templates that read some. continue_final_message: end within the
+              last message, which an answer goes on with.
+          variables: for the template, enable_thinking=False for instance.
 
         Raises:
-          UserError: there is no (such) template, or it refuses these messages.
+          UserError: there is no (such) template, it refuses these messages, or it does not read what is
+            given.
         """
-        source = self.template(template or ("tool_use" if tools is not None and "tool_use" in self._templates else None))
-        chat = [_with_reasoning({k: v for k, v in m.items() if v is not None}) for m in _plain(list(messages))]
-        given = _plain({**self.special, **variables})
+        if chat_template is not None and chat_template not in self._templates and "{" in chat_template:
+            source, where = clean_text(chat_template), "chat_template"
+        else:
+            source, where = (
+                self.template(
+                    chat_template
+                    or ("tool_use" if tools is not None and "tool_use" in self._templates else None)
+                ),
+                self.folder,
+            )
+        if "template" in variables:
+            raise UserError("template= is called chat_template= now.")
+        return template.render(
+            source,
+            where,
+            messages,
+            self.special,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **variables,
+        )
+
+    def unread(self, messages: Sequence[Message], chat_template: str | None = None) -> set[str]:
+        """Keys of messages that no place of the template names: they have no effect."""
+        source = (
+            chat_template
+            if chat_template is not None and chat_template not in self._templates
+            else self.template(chat_template)
+        )
+        known = template.names_read(source, self.folder)[1]
+        known |= {"role", "content", *(template.REASONING if known & set(template.REASONING) else ())}
+        return {str(k) for m in messages for k, v in m.items() if v not in (None, [], {}) and k not in known}
+
+    def turn_end(self) -> str | None:
+        """The token that the chat template writes after an answer, if it is none of `stop_ids`: a model that
+        learnt it may go on and play the user."""
+        mark = "an answer"
         try:
-            return _environment().from_string(source).render(
-                messages=chat, tools=_plain(tools), documents=None, add_generation_prompt=add_generation_prompt, **given)
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, ArithmeticError, RecursionError) as e:
-            raise UserError(f"the chat template of {self.folder} refuses these messages ({' '.join(str(e).split())[:200]}). "
-                            f"Give messages in the form that it was made for.") from e
+            text = self.render(
+                [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}],
+                add_generation_prompt=False,
+            )
+        except UserError:
+            return None  # a template that wants more than this; what it writes then is not known
+        ids = self.tokenizer.encode(
+            text[text.rfind(mark) + len(mark) :] if mark in text else "", add_special_tokens=False
+        ).ids
+        added = self.tokenizer.get_added_tokens_decoder()
+        first = next((i for i in ids if i in added), None)
+        return None if first is None or self.stop_ids & set(ids) else added[first].content
 
     def template(self, name: str | None = None) -> str:
         """A chat template's text: the default one, or one of several by name.
@@ -96,94 +170,36 @@ class Chat:
         name = name or "default"
         if name not in self._templates:
             there = f"templates {', '.join(self._templates)}" if self._templates else "no chat template"
-            raise UserError(f"{self.folder} has {there}, and not {name!r}. Prompt it with a text, or add chat_template.jinja.")
+            raise UserError(
+                f"{self.folder} has {there}, and not {name!r}. Prompt it with a text, or add "
+                f"chat_template.jinja."
+            )
         return self._templates[name]
 
     def _read_templates(self, config: dict[str, Any]) -> dict[str, str]:
         """By name: chat_template.jinja and additional_chat_templates/, else chat_template.json, else tokenizer_config.json."""
         out: dict[str, str] = {}
-        if (text := self._read("chat_template.jinja")) is not None:
+        if (text := tokenizer_folder.read_text(self.folder, "chat_template.jinja")) is not None:
             out["default"] = text
         more = os.path.join(self.folder, "additional_chat_templates")
         for file in sorted(os.listdir(more)) if os.path.isdir(more) else ():
             if file.endswith(".jinja"):
-                out[file.removesuffix(".jinja")] = self._read(os.path.join("additional_chat_templates", file)) or ""
-        found = out or self._json("chat_template.json").get("chat_template") or config.get("chat_template") or {}
+                out[file.removesuffix(".jinja")] = (
+                    tokenizer_folder.read_text(self.folder, os.path.join("additional_chat_templates", file))
+                    or ""
+                )
+        found = (
+            out
+            or tokenizer_folder.read_json(self.folder, "chat_template.json").get("chat_template")
+            or config.get("chat_template")
+            or {}
+        )
         if isinstance(found, list):
             found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
         found = {"default": found} if isinstance(found, str) else found
         if not isinstance(found, dict) or not all(isinstance(t, str) for pair in found.items() for t in pair):
-            raise UserError(f"{self.folder}: chat_template is neither a text nor texts by name. Correct tokenizer_config.json.")
+            raise UserError(
+                f"{self.folder}: chat_template is neither a text nor texts by name. Correct "
+                f"tokenizer_config.json."
+            )
         return found
-
-    def _read(self, file: str) -> str | None:
-        path = os.path.join(self.folder, file)
-        try:
-            with open(path, encoding="utf-8") as f:
-                text = f.read(MAX_BYTES + 1)
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{path} cannot be read ({e}). Copy it again from where the checkpoint came from.") from e
-        if len(text) > MAX_BYTES:
-            raise UserError(f"{path} is longer than {MAX_BYTES} characters, which no such file is. Copy it again.")
-        return text
-
-    def _json(self, file: str) -> dict[str, Any]:
-        try:
-            value = json.loads(self._read(file) or "{}")  # not bounded_json: model_max_length has 31 digits in many
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{self.folder}/{file} is not JSON ({str(e)[:100]}). Copy it again from where the checkpoint came from.") from e
-        return value if isinstance(value, dict) else {}
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return env
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the model said; rendering, it is what stands in it."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_inner"), [], [], body).set_lineno(line)
-
-    def _inner(self, caller):
-        return caller()
-
-
-def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    found = next((message[key] for key in REASONING if message.get(key) is not None), None)
-    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
-
-
-def _plain(value: Any) -> Any:
-    """A copy of JSON's types alone: the sandbox knows nothing of other objects' methods."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, Mapping):
-        return {_plain(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, str):
-        return str.__str__(value)
-    return f"<{type(value).__name__}>"
-
-
-def _text(token: Any) -> str | None:
-    """A special token, as a text or as an object with one."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None

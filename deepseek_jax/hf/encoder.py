@@ -1,12 +1,13 @@
 """Text to token ids and back, by the tokenizer of a Hugging Face checkpoint or of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from deepseek_jax.config import UserError
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer, decode_after, tail
 from deepseek_jax.hf.chat import Chat
+from deepseek_jax.texts import clean_text
 
 
 class Encoder:
@@ -15,7 +16,9 @@ class Encoder:
     Attributes:
       prefix: what the tokenizer puts before a text: bos, or nothing.
       start_id: what can stand before a text that nothing stands before: bos, else eos.
-      stop_ids: tokens that end a text. vocab_size: ids run from 0 to vocab_size - 1.
+      stop_ids: tokens that end a text. hidden: {id: text} of the tokens that `decode` leaves out, these among
+        them.
+      vocab_size: ids run from 0 to vocab_size - 1.
     """
 
     def __init__(self, source: Chat | Tokenizer, name: str):
@@ -28,19 +31,31 @@ class Encoder:
             special = encoding.special_tokens_mask
             self.prefix = encoding.ids[: special.index(0) if 0 in special else 0]
             self.stop_ids = source.stop_ids
+            added = self._inner.get_added_tokens_decoder()
+            self.hidden: Mapping[int, str] = {i: t.content for i, t in added.items() if t.special}
+            self.hidden |= {i: self._inner.id_to_token(i) or "" for i in self.stop_ids}
             self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
             bos = self._inner.token_to_id(source.special.get("bos_token", ""))
             eos = self._inner.token_to_id(source.special.get("eos_token", ""))
             self.start_id = next((i for i in (*self.prefix, bos, eos, *sorted(self.stop_ids)) if i is not None), None)
         else:
             self._inner, self.vocab_size, self.start_id = source, source.vocab_size, source.eos_id
-            self.stop_ids = frozenset([source.eos_id])
+            self.stop_ids, self.hidden = frozenset([source.eos_id]), source.hidden
+
+    @property
+    def prefix_text(self) -> str:
+        """The prefix as the vocabulary spells it."""
+        return "".join(self.text_of(i) or "" for i in self.prefix)
+
+    def text_of(self, id: int) -> str | None:
+        """A token as the vocabulary spells it."""
+        return self._inner.id_to_token(id) if isinstance(self._source, Chat) else self.decode([id])
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of a text, after the prefix unless it should be left out or the text begins with it."""
         if isinstance(self._inner, Tokenizer):
             return self._inner.encode(text).tolist()
-        ids = self._inner.encode(text, add_special_tokens=False).ids
+        ids = self._inner.encode(clean_text(text), add_special_tokens=False).ids
         return ids if not prefix or ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -72,12 +87,19 @@ class Encoder:
             known = self._inner.token_bytes
             size = lambda i: int(known[i]) if known is not None else len(self._inner.decode([i]).encode())
             return [(ids, size(ids[0]) if len(ids) else 0) for ids in self._inner.encode_batch(texts)]
-        out = []
+        texts, out = [clean_text(t) for t in texts], []
         for text, e in zip(texts, self._inner.encode_batch(list(texts), add_special_tokens=False), strict=True):
             first, last = e.offsets[0] if e.offsets else (0, 0)
             out.append((np.asarray(e.ids, np.int32), len(text[first:last].encode())))
         return out
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of some ids, without special tokens."""
-        return self._inner.decode([int(i) for i in ids])
+    def decode(self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()) -> str:
+        """The text of some ids, without special tokens, as it goes on after others."""
+        return decode_after(self._decode, [i for i in map(int, ids) if i not in self.hidden], after)
+
+    def tail(self, ids: Sequence[int]) -> list[int]:
+        """The last of some ids, as far as what follows them depends on them: see data.tokenizer.tail."""
+        return tail(self._decode, ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._inner.decode(ids)

@@ -19,6 +19,8 @@ from deepseek_jax import paths
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.checkpoint.safetensors_header import write_header
 from deepseek_jax.config import Model, UserError
+from deepseek_jax.data import tokenizer_folder
+from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.hf import configuration, copying, names, reading, start
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import BUFFER, INDEX, SINGLE, Source, dump, finite, read_config
@@ -218,10 +220,14 @@ def _write_side_files(folder: str, model: Model, family: str, files_from: str | 
 
 
 def _add_tokenizer(folder: str, tokenizer: str | None) -> None:
-    path = os.path.join(folder, "tokenizer.json")
-    if tokenizer is None or os.path.exists(path):
+    if tokenizer is None or tokenizer_folder.find(folder):
         return
-    shutil.copyfile(os.path.expanduser(tokenizer), path)
+    source = os.path.expanduser(tokenizer)
+    source = (tokenizer_folder.find(source) or source) if os.path.isdir(source) else source
+    if os.path.basename(source) == tokenizer_folder.RANKS:  # few programs read it
+        load_tokenizer(source).save(os.path.join(folder, tokenizer_folder.JSON))
+    else:
+        shutil.copyfile(source, os.path.join(folder, tokenizer_folder.JSON))
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
         f.write(dump({"tokenizer_class": "PreTrainedTokenizerFast"}))
 

@@ -12,6 +12,7 @@ import numpy as np
 from deepseek_jax import paths
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.config import Config, Data, Model, Train, UserError
+from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.hf import exporting, names, reading, start, writing
 from deepseek_jax.hf.model import config_for
 from deepseek_jax.hf.source import FP8, Source, dump
@@ -46,9 +47,10 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
         _write_config(source, model, temporary)
         writing.copy_tensors(source, exporting.lay_out(temporary, wanted, exporting.FILE_BYTES, writer=True), temporary)
         os.rename(temporary, folder)
-        tokenizer = os.path.join(os.path.abspath(folder), "tokenizer.json")
+        tokenizer = tokenizer_folder.find(os.path.abspath(folder))
         train = Train(sequence_length=min(Train().sequence_length, model.max_position_embeddings))
-        workdirs.write_config(workdir, Config(model=model, train=train, data=Data(tokenizer=tokenizer) if os.path.exists(tokenizer) else Data()))
+        data = Data(tokenizer=tokenizer) if tokenizer else Data()
+        workdirs.write_config(workdir, Config(model=model, train=train, data=data))
     except OSError as e:
         raise UserError(f"{workdir} cannot be written ({e.strerror or e}). Name a folder that you may write to, with room for the model.") from e
     finally:

@@ -14,6 +14,7 @@ import tqdm
 
 from deepseek_jax.config import UserError, exit_code
 from deepseek_jax.evaluation.choices import Pair, score_pairs
+from deepseek_jax.generation.text import Stream
 from deepseek_jax.hf.opening import open_model, parse_mesh
 
 try:
@@ -60,7 +61,7 @@ class DeepseekJaxLM(TemplateLM):
             raise UserError(f"batch_size={batch_size} is neither auto nor a number of rows.")
         self.batch_size = int(rows) if rows else None
         self.max_length, self.max_gen_toks = int(max_length or longest), int(max_gen_toks)
-        self._name = str(pretrained)
+        self._name, self._template = str(pretrained), None
 
     @property
     def eot_token_id(self) -> int:
@@ -77,15 +78,15 @@ class DeepseekJaxLM(TemplateLM):
         return os.path.abspath(self._name).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's text, which the harness notes in its results."""
-        return self._encoder.chat.template(chat_template if isinstance(chat_template, str) else None) if chat_template else None
+        """The text of the template that chats are rendered by from now on, which the harness notes in its
+        results."""
+        self._template = chat_template if isinstance(chat_template, str) else None
+        return self._encoder.chat.template(self._template) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = self._encoder.chat.render(chat_history, add_generation_prompt=add_generation_prompt)
-        if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"].strip()  # the answer has begun and goes on: nothing of the template comes after it
-        return text[: text.rindex(last) + len(last)]
+        # without: the answer has begun and goes on
+        return self._encoder.chat.render(chat_history, add_generation_prompt, chat_template=self._template,
+                                         continue_final_message=not add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         ids = self._encoder.encode(string, prefix=add_special_tokens is None)
@@ -136,7 +137,16 @@ class DeepseekJaxLM(TemplateLM):
         room = self.max_length - max_gen_toks
         prompts = [(self.tok_encode(t) or [self.prefix_token_id])[-room:] for t in texts]
         answers = self._model.generate(prompts, max_tokens=max_gen_toks, temperature=temperature, stop_ids=self._encoder.stop_ids, seed=0)
-        return [_cut(self.tok_decode([t for t in ids if t not in self._encoder.stop_ids]), until) for ids in answers]
+        return [self._until(ids, until) for ids in answers]
+
+    def _until(self, ids: list[int], until: list[str]) -> str:
+        """The text of an answer up to the first of some others, special tokens among them; decoded on its
+        own, as the model "hf" does."""
+        stream = Stream(self._encoder, until)
+        for id in ids:
+            stream.add(id)
+        stream.end()
+        return stream.text
 
 
 def _options(given: dict[str, Any], max_gen_toks: int, max_length: int) -> dict[str, Any]:
@@ -154,11 +164,6 @@ def _options(given: dict[str, Any], max_gen_toks: int, max_length: int) -> dict[
     if not 0 < out["max_gen_toks"] < max_length:
         raise UserError(f"max_gen_toks={out['max_gen_toks']} leaves no room for a prompt in the model's {max_length} tokens. Make it smaller.")
     return out
-
-
-def _cut(text: str, until: list[str]) -> str:
-    """A text up to the first of some others."""
-    return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
 
 
 def main() -> int:

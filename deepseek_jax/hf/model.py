@@ -1,10 +1,9 @@
 """A loaded model in Python: `hf.load(path)`, `model(tokens_BS)`, `hf.save(model, path)`."""
 
 import dataclasses
-import json
+import functools
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,8 @@ import numpy as np
 from deepseek_jax.config import DTYPES, Config, Model, Sharding, Train, UserError
 from deepseek_jax.config import Mesh as MeshOptions
 from deepseek_jax.hf import exporting, names, reading
-from deepseek_jax.hf.chat import end_ids
+from deepseek_jax.data import tokenizer_folder
+from deepseek_jax.hf.chat import Chat, end_ids
 from deepseek_jax.hf.start import Notes, notes_of
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.train.state import Layout, make_layout
@@ -28,12 +28,14 @@ class LoadedModel:
       model: its options. family: the `model_type` that it is saved as. notes: how it was stored. source: the folder that it was loaded from.
     """
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, layout: Layout, params: Any, bias: Any, notes: Notes, source: str):
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, layout: Layout, params: Any, bias: Any,
+                 notes: Notes, source: str, find_stop_ids: Callable[[], frozenset[int]] | None = None):
+        """Args: find_stop_ids: where the tokenizer is not beside the weights."""
         self.config, self.mesh, self.layout, self.params, self.bias = config, mesh, layout, params, bias
         self.model: Model = config.model
         self.notes, self.family, self.source = notes, notes.family, source
         self._forward = jax.jit(self._logits, static_argnames="rows")
-        self._engine: Any = None
+        self._find_stop_ids, self._engine = find_stop_ids, None
 
     def __call__(self, tokens_BS: Any) -> jax.Array:
         """float32 logits [B, S, V] of token ids [B, S]: row [b, s] tells of the token after tokens_BS[b, : s + 1].
@@ -65,7 +67,7 @@ class LoadedModel:
           temperature: divides the logits; 0 takes the likeliest token. top_k: draw from so many of the likeliest tokens, 0: all. top_p: from
             the smallest set of likeliest tokens with this probability. seed: a draw depends on it, the prompt's place in the list and the
             token's position alone.
-          stop_ids: tokens that end an answer; None: those of the checkpoint's generation_config.json or config.json.
+          stop_ids: tokens that end an answer; None: `self.stop_ids`.
           draft_tokens: tokens that multi-token prediction layers draft a step; the answers stay the same.
 
         Raises:
@@ -89,9 +91,19 @@ class LoadedModel:
             raise UserError(f"draft_tokens={draft_tokens} needs multi-token prediction layers, and this model has none. Set draft_tokens=0.")
         if self._engine is None:
             self._engine = Engine(self.layout, self.mesh, self.params, self.bias)
-        stop = stop_ids_of(self.source) if stop_ids is None else stop_ids
+        stop = self.stop_ids if stop_ids is None else stop_ids
         out = self._engine.generate(prompts, max_tokens, Sampling(temperature, top_k, top_p, seed), stop, draft_tokens) if prompts else []
         return out[0] if one else out
+
+    @functools.cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer, the same as of the command: Chat.stop_ids, or without a tokenizer what
+        the checkpoint's configs say.
+
+        Raises:
+          UserError: a file of the tokenizer is damaged.
+        """
+        return self._find_stop_ids() if self._find_stop_ids else stop_ids_of(self.source)
 
     def _logits(self, params, bias, tokens_BS, rows):
         net = self.layout.merge_for_inference(params, bias)
@@ -153,12 +165,5 @@ def config_for(model: Model, mesh: jax.sharding.Mesh | None, dtype: str = "float
 
 
 def stop_ids_of(folder: str) -> frozenset[int]:
-    """Tokens that end an answer, by generation_config.json or else config.json of a checkpoint."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            with open(os.path.join(folder, name), encoding="utf-8") as f:
-                if ids := end_ids(json.load(f)):
-                    return ids
-        except (OSError, ValueError, AttributeError):
-            continue
-    return frozenset()
+    """Tokens that end an answer of a checkpoint."""
+    return Chat(folder).stop_ids if tokenizer_folder.find(folder) else end_ids(folder)

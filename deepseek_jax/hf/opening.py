@@ -13,8 +13,9 @@ import numpy as np
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.configdict import from_config_dict
+from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.contents import Contents
-from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.hf import configuration, names, start
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.encoder import Encoder
@@ -34,7 +35,7 @@ class Opened:
     model: LoadedModel
     run: Config | None  # the options of the run, where it is one
     trained: bool  # whether it is from a checkpoint of a run
-    folder: str | None  # with tokenizer.json and chat template; None: the run's tokenizer is all there is
+    folder: str | None  # with tokenizer and chat template; None: the run's tokenizer is all there is
     tokenizer: str = ""  # of a trained run: bytes, or the path of the tokenizer.json that it was trained with
     contents: Contents | None = None  # of the data that it was trained on, as far as known
 
@@ -44,14 +45,26 @@ class Opened:
         Raises:
           UserError: there is no tokenizer, or it has ids that the model has not.
         """
-        out = Encoder(Chat(self.folder) if self.folder is not None else self._tokenizer(), self.model.source)
-        if out.vocab_size > self.model.model.vocab_size:
-            raise UserError(f"the tokenizer of {self.model.source} has {out.vocab_size} ids, and the model {self.model.model.vocab_size}. "
-                            f"Give it the tokenizer that it was trained with.")
-        return out
+        return encoder_of(self.folder, self.tokenizer, self.run, self.model.model.vocab_size, self.model.source)
 
-    def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.tokenizer, special_tokens=self.run.data.special_tokens)
+
+def encoder_of(folder: str | None, tokenizer: str, run: Config | None, vocab_size: int, name: str) -> Encoder:
+    """The tokenizer of a folder, or without one a run's, for a model of so many ids.
+
+    Raises:
+      UserError: as Opened.encoder.
+    """
+    if folder is not None:
+        source = Chat(folder, vocab_size)
+    else:
+        source = load_tokenizer(tokenizer, special_tokens=run.data.special_tokens)
+    out = Encoder(source, name)
+    if out.vocab_size > vocab_size:
+        last = out.text_of(out.vocab_size - 1)
+        raise UserError(f"the tokenizer of {name} has {out.vocab_size} ids, the last of them {last!r}, and "
+                        f"the model {vocab_size}. Give it the tokenizer that it was trained with, or leave "
+                        f"tokens that it never had out of tokenizer_config.json.")
+    return out
 
 
 def open_model(path: str, step: int | None = None, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Opened:
@@ -99,9 +112,10 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
         notes = start.read_notes(workdir) or Notes(configuration.find_family(saved.model), saved.model, {})
     except UserError:  # a model of our own: it runs, and only hf.save has to refuse it
         notes = Notes("", saved.model, {})
-    model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir)
-    return Opened(model, saved, True, files if tokenizer == os.path.join(files, start.TOKENIZER) else None,
-                  tokenizer, trained)
+    folder = files if tokenizer and tokenizer == tokenizer_folder.find(files) else None
+    model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir,
+                        lambda: encoder_of(folder, tokenizer, saved, config.model.vocab_size, workdir).stop_ids)
+    return Opened(model, saved, True, folder, tokenizer, trained)
 
 
 def _cast(params, dtype: np.dtype):
@@ -122,7 +136,7 @@ def contents_of(extra: dict[str, Any]) -> Contents | None:
 
 
 def tokenizer_of(workdir: str, run: Config, trained: Contents | None) -> str:
-    """The tokenizer that a run was trained with: `bytes` or a path, WORKDIR/hf/tokenizer.json before others.
+    """The tokenizer that a run was trained with: `bytes` or a path, that of WORKDIR/hf before others.
 
     Args:
       trained: of its checkpoint. None: of an earlier version, which did not keep the tokenizer's hash; the
@@ -131,17 +145,20 @@ def tokenizer_of(workdir: str, run: Config, trained: Contents | None) -> str:
     Raises:
       UserError: neither the file of config.data.tokenizer nor that of WORKDIR/hf is it any more.
     """
-    given, kept = run.data.tokenizer, os.path.join(workdir, start.FOLDER, start.TOKENIZER)
+    given, kept = run.data.tokenizer, tokenizer_folder.find(os.path.join(workdir, start.FOLDER))
     if trained is None:
-        if given in ("bytes", "auto") or not os.path.exists(kept):
+        if given in ("bytes", "auto") or kept is None:
             return given
         path = os.path.expanduser(given)
-        return kept if not os.path.exists(path) or filecmp.cmp(path, kept, shallow=False) else given
+        path = (tokenizer_folder.find(path) or path) if os.path.isdir(path) else path
+        same = not os.path.exists(path) or os.path.isfile(path) and filecmp.cmp(path, kept, shallow=False)
+        return kept if same else given
     if trained["tokenizer"] == "bytes":
         return "bytes"
-    if os.path.exists(kept) and load_tokenizer(kept).name == trained["tokenizer"]:
+    special = run.data.special_tokens
+    if kept and load_tokenizer(kept, special_tokens=special).name == trained["tokenizer"]:
         return kept
-    check_tokenizer(trained, load_tokenizer(given).name, given)
+    check_tokenizer(trained, load_tokenizer(given, special_tokens=special).name, given)
     return given
 
 

@@ -18,6 +18,7 @@ from deepseek_jax import paths
 from deepseek_jax.checkpoint import bounded_json
 from deepseek_jax.checkpoint.bounded_json import BadFile
 from deepseek_jax.config import Config, Model, RopeScaling, UserError
+from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.hf import names, reading
 from deepseek_jax.hf.reading import Source
@@ -28,9 +29,8 @@ from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
 
 FOLDER = "hf"  # in WORKDIR
 NOTES = "source.json"
-TOKENIZER = "tokenizer.json"
 # what this version does not train with
-OTHER_TOKENIZERS = ("tokenizer.model", "tiktoken.model", "vocab.json")
+OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")
 # What belongs to a model besides its weights. Code (modeling_*.py) is left out: nothing here runs it, and exports need none.
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.md")
@@ -146,18 +146,19 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
 
 def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]) -> str:
     """What config.data.tokenizer=auto stands for: `bytes` or a path."""
-    kept = os.path.join(os.path.abspath(workdir), FOLDER, TOKENIZER) if workdir else ""
+    ours = os.path.join(os.path.abspath(workdir), FOLDER) if workdir else ""
+    kept = tokenizer_folder.find(ours) if ours else None
     of_run = before.get("data", {}).get("tokenizer", "auto")
     if of_run != "auto" and workdirs.has_checkpoints(workdir, config):
         gone = of_run != "bytes" and not os.path.exists(os.path.expanduser(of_run))
-        return kept if gone and os.path.exists(kept) else of_run
+        return kept if gone and kept else of_run
     for folder in filter(None, (config.init_from and os.path.abspath(os.path.expanduser(config.init_from)),
-                                os.path.dirname(kept))):
-        if os.path.exists(path := os.path.join(folder, TOKENIZER)):
+                                ours)):
+        if path := tokenizer_folder.find(folder):
             return path
         if others := [name for name in OTHER_TOKENIZERS if os.path.exists(os.path.join(folder, name))]:
             raise UserError(f"config.data.tokenizer is not set, and {folder} has {others[0]} but no "
-                            f"{TOKENIZER}. Set it to a {TOKENIZER} of that model.")
+                            f"{tokenizer_folder.JSON}. Set it to a {tokenizer_folder.JSON} of that model.")
     return "bytes" if of_run == "auto" else of_run
 
 
