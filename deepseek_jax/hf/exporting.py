@@ -222,18 +222,19 @@ def _add_tokenizer(folder: str, tokenizer: str | None) -> None:
 
 
 def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
-    """The config.json that a checkpoint came with, changed where the model's options changed since."""
-    left_out = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "num_mtp_layers")
-    out = {k: v for k, v in original.items() if k not in left_out}
+    """The config.json that a checkpoint came with, changed where the model's options changed since.
+
+    A key that it has in one of several forms (rope_parameters, num_local_experts, mlp_layer_types of transformers 5; rope_theta, num_experts,
+    first_k_dense_replace before) is written in all: a reader of another age would take its default for a form that is missing.
+    """
+    left_out = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "num_mtp_layers", *configuration.ROPE)
+    family = configuration.FAMILIES[now["model_type"]]
+    left_out += tuple(k for k in family.renamed if k not in now)
+    out = {k: v for k, v in original.items() if k not in left_out and (v is not None or now.get(k) is None)}
     changed = {k for k in now.keys() | then.keys() if now.get(k) != then.get(k)}
-    if changed & {"rope_theta", "rope_scaling", "partial_rotary_factor"}:
-        changed |= {"rope_theta", "rope_scaling"} | ({"partial_rotary_factor"} & now.keys())
-        out.pop("rope_parameters", None)
-    for key in changed:
+    for key in changed | ({"layer_types"} if "num_hidden_layers" in changed else set()):
         out.pop(key, None)
-        if key in now:
-            out[key] = now[key]
-    return out | {"model_type": now["model_type"], "architectures": now["architectures"]}
+    return {k: v for k, v in now.items() if k not in out} | out | {"model_type": now["model_type"], "architectures": now["architectures"]}
 
 
 def _finish(temporary: str, target: str, files: set[str]) -> None:
