@@ -18,26 +18,25 @@ from jax.experimental import multihost_utils
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.checkpoint.safetensors_header import write_header
 from deepseek_jax.config import Model, UserError
-from deepseek_jax.hf import configuration, copying, names, reading, start
+from deepseek_jax.hf import configuration, copying, names, reading, start, tokenizer_files
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import BUFFER, INDEX, SINGLE, Source, dump, finite, read_config
 from deepseek_jax.hf.reading import Part
+from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.hf.writing import Flusher, Place, ahead, copy_tensors, fsync, pwrite
 
 FILE_BYTES = 5_000_000_000  # of one file, at most, as transformers writes them; a larger tensor has one of its own
 
 
 def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: Callable[[Leaf], jax.Array | Iterable[Part]], dtypes: dict[str, str],
-           default_dtype: str, files_from: str | None, before: Model | None, tokenizer: str | None = None, file_bytes: int = FILE_BYTES,
-           source: Source | None = None) -> None:
+           default_dtype: str, companions: Companions, before: Model | None, file_bytes: int = FILE_BYTES, source: Source | None = None) -> None:
     """Writes a checkpoint. In a job of several processes all call it, with a target that all see.
 
     Args:
       target: a folder that does not exist yet, or is empty.
       leaves: the arrays, one at a time. get: an array by its leaf, or in one process parts of it that are made as they are asked for.
       dtypes: as start.Notes. default_dtype: of tensors that it does not name.
-      files_from: folder with config.json, tokenizer and chat templates to be copied. before: the model of that config.json.
-      tokenizer: a tokenizer.json to be copied, where that folder has none. file_bytes: of one file, at most.
+      companions: files that go with it. before: the model of their config.json. file_bytes: of one file, at most.
       source: a checkpoint with the same numbers: what it holds under the same name and dtype is copied, and its arrays are not asked for.
 
     Raises:
@@ -52,8 +51,7 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
         if jax.process_index() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             os.makedirs(temporary)
-            _write_side_files(temporary, model, family, files_from, before, shapes)
-            _add_tokenizer(temporary, tokenizer)
+            _write_side_files(temporary, model, family, companions, before, shapes)
         places = lay_out(temporary, shapes, file_bytes, jax.process_index() == 0)
         _wait("laid out")
         if source is not None:
@@ -199,26 +197,19 @@ def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice,
                 pwrite(descriptor, line, at + i * pitch)
 
 
-def _write_side_files(folder: str, model: Model, family: str, files_from: str | None, before: Model | None, shapes: dict[str, Shape]) -> None:
+def _write_side_files(folder: str, model: Model, family: str, companions: Companions, before: Model | None,
+                      shapes: dict[str, Shape]) -> None:
     config = configuration.from_model(model, family)
-    if files_from is not None:
-        start.copy_files(files_from, folder)
-        config = merged(read_config(files_from), config, configuration.from_model(before, family) if before else {})
+    if companions.files_from is not None:
+        start.copy_files(companions.files_from, folder)
+        config = merged(read_config(companions.files_from), config, configuration.from_model(before, family) if before else {})
     most = max(shapes.values(), key=lambda what: what.nbytes).dtype.name
     config |= {"torch_dtype": most, "dtype": most, "num_nextn_predict_layers": model.num_nextn_predict_layers}
     if "num_nextn_predict_layers" not in configuration.FAMILIES[family].options:
         del config["num_nextn_predict_layers"]
+    config = tokenizer_files.write(folder, config, companions, model.max_position_embeddings)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
         f.write(dump(config))
-
-
-def _add_tokenizer(folder: str, tokenizer: str | None) -> None:
-    path = os.path.join(folder, "tokenizer.json")
-    if tokenizer is None or os.path.exists(path):
-        return
-    shutil.copyfile(os.path.expanduser(tokenizer), path)
-    with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
-        f.write(dump({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,14 @@ import numpy as np
 
 from deepseek_jax.config import DTYPES, Config, Model, Sharding, Train, UserError
 from deepseek_jax.config import Mesh as MeshOptions
-from deepseek_jax.hf import exporting, names, reading
+from deepseek_jax.configdict import from_config_dict
+from deepseek_jax.hf import configuration, exporting, names, reading, tokenizer_files
 from deepseek_jax.hf.chat import end_ids
+from deepseek_jax.hf.source import read_config
 from deepseek_jax.hf.start import Notes, notes_of
+from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
+from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, make_layout
 from deepseek_jax.validation import validate
 
@@ -128,14 +132,18 @@ def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
       path: a folder that does not exist yet. dtype: of all tensors but the selection bias; None: each as it was stored (FP8: bfloat16).
 
     Raises:
-      UserError: the folder cannot be written, or dtype is not float32, bfloat16 or float16.
+      UserError: the folder cannot be written, no family has such a model, or dtype is not float32, bfloat16 or float16.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+    companions = Companions(model.source)
+    if isinstance(read_config(model.source).get("model"), dict):  # the folder of a run
+        companions = tokenizer_files.of_run(from_config_dict(workdirs.read_config(model.source)), model.source)
+    family = model.family or configuration.find_family(model.model)
     arrays = {names.path_of(p): a for state in (model.params, model.bias) for p, a in jax.tree_util.tree_leaves_with_path(state)}
-    leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, model.family, model.model)]
-    exporting.export(path, model.model, model.family, leaves, lambda leaf: arrays[leaf.path], {} if dtype else model.notes.dtypes, dtype or "float32",
-                     model.source, model.model)
+    leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, family, model.model)]
+    exporting.export(path, model.model, family, leaves, lambda leaf: arrays[leaf.path], {} if dtype else model.notes.dtypes,
+                     dtype or "float32", companions, model.notes.model)
 
 
 def config_for(model: Model, mesh: jax.sharding.Mesh | None, dtype: str = "float32") -> tuple[Config, jax.sharding.Mesh]:

@@ -1,7 +1,6 @@
 """Opens whatever holds a model: a Hugging Face checkpoint, a workdir that `import` made, or the workdir of a run."""
 
 import dataclasses
-import filecmp
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.model import LoadedModel, config_for, load
 from deepseek_jax.hf.source import read_config
 from deepseek_jax.hf.start import Notes
+from deepseek_jax.hf.tokenizer_files import same_tokenizer
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import from_tree, make_layout, to_tree
@@ -90,7 +90,7 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
     except UserError:  # a model of our own: it runs, and only hf.save has to refuse it
         notes = Notes("", saved.model, {})
     model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir)
-    return Opened(model, saved, True, files if _same_tokenizer(saved, files) else None)
+    return Opened(model, saved, True, files if same_tokenizer(saved.data.tokenizer, files) else None)
 
 
 def _cast(params, dtype: np.dtype):
@@ -103,14 +103,6 @@ def _cast(params, dtype: np.dtype):
         follows = names.follows_dtype(name, a.ndim - name.startswith(("layers/", "dense_layers/")))
         out.append(jax.block_until_ready(a.astype(dtype)) if follows and a.dtype != dtype else a)
     return jax.tree.unflatten(tree, out)
-
-
-def _same_tokenizer(config: Config, folder: str) -> bool:
-    """Whether a run was trained with the tokenizer.json in a folder, as far as can still be seen."""
-    given, kept = os.path.expanduser(config.data.tokenizer), os.path.join(folder, "tokenizer.json")
-    if config.data.tokenizer == "bytes" or not os.path.exists(kept):
-        return False
-    return not os.path.exists(given) or filecmp.cmp(given, kept, shallow=False)
 
 
 def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | None:
