@@ -73,7 +73,7 @@ def test_truncated_file(tmp_path):
     path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
     assert "does not fit" in refused(folder)
     path.unlink()
-    assert "model.safetensors: missing" in refused(folder)
+    assert "model.safetensors is missing" in refused(folder)
 
 
 def test_missing_and_extra_tensors(tmp_path):

@@ -123,7 +123,7 @@ def test_generate(whole_run):
     assert all(o.returncode == 0 and o.stdout.startswith("token ") for o in outs), outs[0].stderr
     assert outs[0].stdout == outs[1].stdout
     missing = run(["--workdir=/nonexistent"], module=("-m", "deepseek_jax.generate"))
-    assert missing.returncode == 2 and "holds no model" in missing.stderr and "Traceback" not in missing.stderr
+    assert missing.returncode == 2 and "/nonexistent is not a folder" in missing.stderr and "Traceback" not in missing.stderr
 
 
 def test_non_finite_updates_stop_the_run(corpus, tmp_path):

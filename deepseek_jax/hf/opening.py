@@ -12,7 +12,7 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.hf import configuration, names, start
+from deepseek_jax.hf import configuration, locating, names, start
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.model import LoadedModel, config_for, load
@@ -50,16 +50,15 @@ def open_model(path: str, step: int | None = None, dtype: str = "float32", mesh:
     """The model in a folder.
 
     Args:
-      path: a Hugging Face checkpoint, or the folder of a run of train.py or of import. step: checkpoint of the run; None: its newest.
+      path: a Hugging Face checkpoint (or its folder in the hub's cache), or the folder of a run of train.py or of import. step: checkpoint of the run; None: its newest.
       dtype, mesh: as hf.load.
 
     Raises:
       UserError: there is no model, it cannot be read, or dtype or mesh do not fit.
     """
-    path = os.path.expanduser(path)
+    given, path = path, locating.folder_of(path)
     if not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(f"{path} holds no model: there is no {os.path.join(path, 'config.json')}. Name a folder of train.py or of "
-                        f"python -m deepseek_jax.hf import, or a checkpoint with config.json and model.safetensors, as on the hub.")
+        raise UserError(f"{given} holds no model: {locating.no_config(path)}")
     if not isinstance(read_config(path).get("model"), dict):
         if step is not None:
             raise UserError(f"--step={step}: {path} is a checkpoint itself, and not a run that has some. Leave it out.")
