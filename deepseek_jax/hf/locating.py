@@ -1,5 +1,9 @@
-"""Where a checkpoint is: a folder, or the hub's cache of a repository. Where there is none: what lies there instead, and the repair."""
+"""Where a checkpoint is: a folder, or the hub's cache of a repository. Where there is none: what is there,
+and
+the repair.
+"""
 
+import itertools
 import json
 import os
 import re
@@ -10,7 +14,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
-_POINTER = b"version https://git-lfs"
+_POINTER = "version https://git-lfs"
+FINISH = "Finish the download, which hf download does without repeating what is there"
 
 
 def folder_of(path: str) -> str:
@@ -21,7 +26,8 @@ def folder_of(path: str) -> str:
     """
     given, path = path, os.path.abspath(os.path.expanduser(path))
     if os.path.isfile(path):
-        raise UserError(f"{given} is not a folder but a file. Name the folder that it is in, {os.path.dirname(path)}.")
+        raise UserError(f"{given} is not a folder but a file. Name the folder that it is in, "
+                        f"{os.path.dirname(path)}.")
     if not os.path.isdir(path):
         raise UserError(f"{given} is not a folder. {_elsewhere(given)}")
     snapshots = os.path.join(path, "snapshots")
@@ -31,7 +37,9 @@ def folder_of(path: str) -> str:
     main = _text(os.path.join(path, "refs", "main")).strip()
     if len(there) != 1 and main not in there:
         what = f"{len(there)} snapshots: {', '.join(there[:5])}" if there else "no snapshot"
-        repair = f"Name one of them, {os.path.join(given, 'snapshots', there[0])} for instance" if there else "Download the model again"
+        repair = "Download the model again"
+        if there:
+            repair = f"Name one of them, {os.path.join(given, 'snapshots', there[0])} for instance"
         raise UserError(f"{given} is a folder of the hub's cache that holds {what}. {repair}.")
     return os.path.join(snapshots, main if main in there else there[0])
 
@@ -40,33 +48,39 @@ def _elsewhere(given: str) -> str:
     """Where a repository that was named by its id is, or how to get it."""
     if not _HUB_ID.fullmatch(given):
         return f"Name one with config.json and {SINGLE}, as the hub has them."
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface")
-    cached = os.path.join(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"), f"models--{given.replace('/', '--')}")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
+    hub = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    cached = os.path.join(hub, f"models--{given.replace('/', '--')}")
     if os.path.isdir(cached):
         return f"The hub's repository of this name is in its cache: name {cached}."
-    return (f"Nothing is downloaded here. For the hub's repository of this name run hf download {given} --local-dir "
-            f"{given.rpartition('/')[2]}, and name that folder.")
+    return (f"Nothing is downloaded here. For the hub's repository of this name run hf download {given} "
+            f"--local-dir {given.rpartition('/')[2]}, and name that folder.")
 
 
 def no_config(folder: str) -> str:
     """Why there is no config.json in a folder, and the repair."""
     names = _names(folder)
     if caches := [n for n in names if n.startswith("models--")]:
-        return f"it is the hub's cache. Name one of its folders, {os.path.join(folder, caches[0])} for instance."
-    return _instead(folder, names) or (f"there is no config.json. Name a folder with config.json and {SINGLE}, "
-                                       f"as the hub has them, or the folder of a run.")
+        one = os.path.join(folder, caches[0])
+        return f"it is the hub's cache. Name one of its folders, {one} for instance."
+    return _instead(folder, names) or (f"there is no config.json. Name a folder with config.json and "
+                                       f"{SINGLE}, as "
+                                       f"the hub has them, or the folder of a run.")
 
 
 def no_weights(folder: str) -> UserError:
-    """What to say of a folder that has config.json, and neither model.safetensors nor its index, nor all of its parts."""
+    """What to say of a folder with config.json, and neither model.safetensors nor an index nor all parts."""
     names = _names(folder)
     parts = [m for n in names if (m := _SHARD.fullmatch(n))]
     if parts:
-        count = int(parts[0][3])
-        missing = [i for i in range(1, count + 1) if i not in {int(m[2]) for m in parts}]
-        return UserError(f"{folder} holds {len(parts)} of {count} safetensors files, and no {INDEX}; missing are those of the numbers "
-                         f"{some(missing)}. Finish the download, which hf download does without repeating what is there.")
-    return UserError(f"{folder}: {_instead(folder, names) or f'{SINGLE} is missing, and so is {INDEX}. Download the weights too.'}")
+        count, there = int(parts[0][3]), {int(m[2]) for m in parts}
+        missing = list(itertools.islice((i for i in range(1, count + 1) if i not in there), 5))
+        more = " and more" if len(missing) == 5 else ""
+        return UserError(f"{folder} holds {len(parts)} of {count} safetensors files, and no {INDEX}; missing are "
+                         f"those of the numbers {', '.join(map(str, missing))}{more}. {FINISH}.")
+    why = _instead(folder, names) or f"{SINGLE} is missing, and so is {INDEX}. Download the weights too."
+    return UserError(f"{folder}: {why}")
 
 
 def all_shards(folder: str) -> list[str]:
@@ -75,39 +89,50 @@ def all_shards(folder: str) -> list[str]:
     for name in _names(folder):
         if m := _SHARD.fullmatch(name):
             found.setdefault((m[1], m[3]), {})[int(m[2])] = name
-    whole = [files for (_, count), files in found.items() if sorted(files) == list(range(1, int(count) + 1))]
+    whole = [f for (_, count), f in found.items() if (len(f), min(f), max(f)) == (int(count), 1, int(count))]
     return [whole[0][i] for i in sorted(whole[0])] if len(whole) == 1 else []
 
 
 def missing_files(folder: str, missing: list[str], count: int) -> UserError:
     """What to say of an index that names files which are not there."""
-    return UserError(f"{folder}/{INDEX}: it names {len(missing)} of {count} files that are missing: {some(missing)}. Finish the download, which "
-                     f"hf download does without repeating what is there, or copy them.")
+    return UserError(f"{folder}/{INDEX}: it names {len(missing)} of {count} files that are missing: "
+                     f"{some(missing)}. "
+                     f"{FINISH}, or copy them.")
 
 
 def check_downloaded(folder: str, file: str) -> None:
     """Raises UserError for a file of which git has the pointer only."""
     path = os.path.join(folder, file)
-    with open(path, "rb") as f:
-        if f.read(len(_POINTER)) == _POINTER:
-            raise UserError(f"{path} is a pointer of Git LFS and not the file. Run git lfs pull in that folder, or get it with hf download.")
+    if _text(path, len(_POINTER)) == _POINTER:
+        raise UserError(f"{path} is a pointer of Git LFS and not the file. Run git lfs pull in that folder, "
+                        f"or get it "
+                        f"with hf download.")
 
 
 def _instead(folder: str, names: list[str]) -> str:
-    """What a folder holds in place of safetensors files of a model, and the repair; empty if nothing that is known."""
+    """What a folder holds in place of safetensors files, and the repair; empty if nothing that is known."""
     target = f"{os.path.basename(folder.rstrip('/'))}-safetensors"
     if "adapter_config.json" in names:
         base = _json_key(os.path.join(folder, "adapter_config.json"), "base_model_name_or_path")
-        return (f"it holds an adapter{f' of {base}' if base else ''} and not a model. Merge it into its base model: python -c \"from peft import "
-                f"AutoPeftModelForCausalLM as M; M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{target}')\".")
+        return (f"it holds an adapter{f' of {base}' if base else ''} and not a model. Merge it into its base "
+                f"model: "
+                f"python -c \"from peft import AutoPeftModelForCausalLM as M; "
+                f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{target}')\".")
     if any(n.endswith((".bin", ".bin.index.json")) and n.startswith("pytorch_model") for n in names):
-        return (f"its weights are pickles (pytorch_model*.bin), which are not read here, as they can run code. Convert them: python -c \"from "
-                f"transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto').save_pretrained('{target}')\", and copy "
-                f"the tokenizer's files.")
+        return (f"its weights are pickles (pytorch_model*.bin), which are not read here, as they can run "
+                f"code. Convert "
+                f"them: python -c \"from transformers import AutoModelForCausalLM as M; "
+                f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{target}')\", and copy the "
+                f"tokenizer's "
+                f"files.")
     if any(n.endswith(".gguf") for n in names):
-        return "its weights are GGUF, quantised for llama.cpp. Take the repository of the original weights, in safetensors files."
+        return ("its weights are GGUF, quantised for llama.cpp. Take the repository of the original weights, "
+                "in "
+                "safetensors files.")
     if any(n.startswith("consolidated") and n.endswith((".safetensors", ".pth")) for n in names):
-        return "its weights have their authors' own names (consolidated.*). Take the repository in Hugging Face's format (often ...-hf)."
+        return ("its weights have their authors' own names (consolidated.*). Take the repository in Hugging "
+                "Face's "
+                "format (often ...-hf).")
     return ""
 
 
@@ -115,11 +140,12 @@ def _names(folder: str) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def _text(path: str) -> str:
+def _text(path: str, count: int = 1 << 16) -> str:
+    """The first bytes of a file as text; nothing where they cannot be read."""
     try:
-        with open(path, encoding="utf-8") as f:
-            return f.read(1 << 16)
-    except (OSError, UnicodeDecodeError):
+        with open(path, "rb") as f:
+            return f.read(count).decode(errors="replace")
+    except OSError:
         return ""
 
 
@@ -132,5 +158,6 @@ def _json_key(path: str, key: str) -> str:
     return found if isinstance(found, str) else ""
 
 
-def some(values: list) -> str:
+def some(values: list[str]) -> str:
+    """The first of them, and how many more."""
     return ", ".join(map(str, values[:5])) + (f" and {len(values) - 5} more" if len(values) > 5 else "")

@@ -132,17 +132,21 @@ def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
       path: a folder that does not exist yet. dtype: of all tensors but the selection bias; None: each as it was stored (FP8: bfloat16).
 
     Raises:
-      UserError: the folder cannot be written, no family has such a model, or dtype is not float32, bfloat16 or float16.
+      UserError: the folder cannot be written, no family has such a model, or dtype is not float32, bfloat16
+      or float16.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
     companions = Companions(model.source)
     if isinstance(read_config(model.source).get("model"), dict):  # the folder of a run
-        companions = tokenizer_files.of_run(from_config_dict(workdirs.read_config(model.source)), model.source)
+        companions = tokenizer_files.of_run(from_config_dict(workdirs.read_config(model.source)),
+                                            model.source)
     family = model.family or configuration.find_family(model.model)
     arrays = {names.path_of(p): a for state in (model.params, model.bias) for p, a in jax.tree_util.tree_leaves_with_path(state)}
-    leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, family, model.model)]
-    exporting.export(path, model.model, family, leaves, lambda leaf: arrays[leaf.path], {} if dtype else model.notes.dtypes,
+    leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, family,
+                                                                                    model.model)]
+    exporting.export(path, model.model, family, leaves, lambda leaf: arrays[leaf.path], {} if dtype
+                     else model.notes.dtypes,
                      dtype or "float32", companions, model.notes.model)
 
 

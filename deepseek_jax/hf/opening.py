@@ -50,7 +50,8 @@ def open_model(path: str, step: int | None = None, dtype: str = "float32", mesh:
     """The model in a folder.
 
     Args:
-      path: a Hugging Face checkpoint (or its folder in the hub's cache), or the folder of a run of train.py or of import. step: checkpoint of the run; None: its newest.
+      path: a Hugging Face checkpoint (or its folder in the hub's cache), or the folder of a run of train.py
+        or of import. step: checkpoint of the run; None: its newest.
       dtype, mesh: as hf.load.
 
     Raises:

@@ -40,7 +40,8 @@ class Tensor(NamedTuple):
 
 
 class Source:
-    """The tensors of a folder with `model.safetensors`, or with several files, or of a snapshot in the hub's cache.
+    """The tensors of a folder with `model.safetensors`, or with several files, or of a snapshot in the hub's
+    cache.
 
     Attributes:
       folder: its path. config: its config.json. tensors: {name: Tensor}.
@@ -57,7 +58,8 @@ class Source:
         self._block = (128, 128)
         self.config = read_config(self.folder)
         if isinstance(self.config.get("model"), dict) and "model_type" not in self.config:
-            raise UserError(f"{folder} is the folder of a run of train.py and not a checkpoint. Make one of it: python -m deepseek_jax.hf export "
+            raise UserError(f"{folder} is the folder of a run of train.py and not a checkpoint. Make one of "
+                            f"it: python -m deepseek_jax.hf export "
                             f"{folder} DST.")
         try:
             self.tensors = self._read_heads()
@@ -81,7 +83,7 @@ class Source:
                 raise locating.missing_files(self.folder, missing, len(files))
         elif os.path.exists(path(SINGLE)):
             files = [SINGLE]
-        elif not (files := locating.all_shards(self.folder)):  # complete without an index: every file's head says what it holds
+        elif not (files := locating.all_shards(self.folder)):  # their heads say what an index would
             raise locating.no_weights(self.folder)
         for file in files:
             locating.check_downloaded(self.folder, file)
@@ -90,7 +92,8 @@ class Source:
                     raise BadFile(INDEX, f"{name[:80]!r} is in {file}, and the index says {index.get(name)}")
                 out[name] = Tensor(file, tensor.what.shape, tensor.what.dtype, tensor.offset)
         if missing := sorted(set(index or ()) - set(out)):
-            raise BadFile(INDEX, f"{len(missing)} tensors are not in the files that it names: {some(missing)}")
+            what = f"{len(missing)} tensors are not in the files that it names: {some(missing)}"
+            raise BadFile(INDEX, what)
         return out
 
     def check(self, wanted: dict[str, tuple[int, ...]], ignored: set[str]) -> None:
@@ -103,13 +106,16 @@ class Source:
           UserError: what is missing, too much, of another shape or of a dtype that cannot be read.
         """
         if missing := [n for n in wanted if n not in self.tensors]:
-            raise UserError(f"{self.folder}: {len(missing)} of {len(wanted)} tensors are missing: {some(missing)}. Complete the checkpoint, or "
+            raise UserError(f"{self.folder}: {len(missing)} of {len(wanted)} tensors are missing: "
+                            f"{some(missing)}. Complete the checkpoint, or "
                             f"correct its config.json.")
         scales = {n + SCALE for n in wanted if self.tensors[n].dtype == FP8}
         if missing := sorted(scales - self.tensors.keys()):
-            raise UserError(f"{self.folder}: {len(missing)} scales of FP8 weights are missing: {some(missing)}. Complete the checkpoint.")
+            raise UserError(f"{self.folder}: {len(missing)} scales of FP8 weights are missing: "
+                            f"{some(missing)}. Complete the checkpoint.")
         if extra := sorted(self.tensors.keys() - wanted.keys() - scales - ignored):
-            raise UserError(f"{self.folder}: {len(extra)} tensors are not of a model with this config.json: {some(extra)}. Remove them, or correct "
+            raise UserError(f"{self.folder}: {len(extra)} tensors are not of a model with this config.json: "
+                            f"{some(extra)}. Remove them, or correct "
                             f"config.json.")
         for name, shape in wanted.items():
             t = self.tensors[name]

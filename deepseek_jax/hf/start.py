@@ -27,7 +27,8 @@ FOLDER = "hf"  # in WORKDIR
 NOTES = "source.json"
 # What belongs to a model besides its weights. Code (modeling_*.py) is left out: nothing here runs it, and exports need none.
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-         "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.md",
+         "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja",
+         "chat_template.json", "LICENSE", "LICENSE.md",
          "LICENSE.txt", "LICENSE-MODEL", "LICENSE-CODE", "NOTICE", "USE_POLICY.md")
 TEMPLATES = "additional_chat_templates"
 

@@ -1,7 +1,9 @@
 """The tokenizer files of an export, and what it says of the tokens that begin and end a text.
 
-A run knows them by its options: config.data.tokenizer, which may be bytes, and the token that ended its documents. Readers of a checkpoint
-know what tokenizer_config.json, config.json and generation_config.json say, and take a class's defaults, other tokens, where these say nothing.
+A run knows them by its options: config.data.tokenizer, which may be bytes, and the token that ended its
+documents. Readers of a checkpoint know what tokenizer_config.json, config.json and generation_config.json
+say,
+and take the defaults of a class, other tokens, where these say nothing.
 """
 
 import filecmp
@@ -19,8 +21,9 @@ from deepseek_jax.hf.chat import Chat, end_ids
 from deepseek_jax.hf.source import dump
 
 # Of start.FILES those that belong to a tokenizer; the others belong to a model.
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-         "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+         "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja",
+         "chat_template.json")
 END_OF_BYTES = "<|endoftext|>"
 
 
@@ -28,7 +31,7 @@ class Companions(NamedTuple):
     """What goes with the weights of an export."""
 
     files_from: str | None  # folder with config.json, tokenizer and chat templates to be copied
-    tokenizer: str | None = None  # bytes or a tokenizer.json that takes the place of that folder's; None: that folder's
+    tokenizer: str | None = None  # bytes or a tokenizer.json, in place of that folder's; None: that folder's
     ends: tuple[int, ...] = ()  # tokens that ended documents in training
 
 
@@ -51,11 +54,11 @@ def of_run(saved: Config, workdir: str, tokenizer: str | None = None) -> Compani
         return Companions(files, None, stated)  # trained on token files whose tokenizer it does not know
     try:
         eos = load_tokenizer(os.path.join(folder, "tokenizer.json") if same else spec, "--tokenizer").eos_id
-    except UserError as e:
+    except UserError:
         if tokenizer is None and not os.path.exists(os.path.expanduser(spec)):
-            raise UserError(f"config.data.tokenizer={spec!r} of {workdir} is not there any more. Give it with "
-                            f"--tokenizer=PATH.") from None
-        raise UserError(str(e)) from None
+            raise UserError(f"config.data.tokenizer={spec!r} of {workdir} is not there any more. "
+                            f"Give it with --tokenizer=PATH.") from None
+        raise
     return Companions(files, None if same else spec, tuple(dict.fromkeys((*stated, eos))))
 
 
@@ -68,7 +71,7 @@ def same_tokenizer(spec: str, folder: str) -> bool:
 
 
 def write(folder: str, config: dict[str, Any], companions: Companions, max_length: int) -> dict[str, Any]:
-    """Writes a run's tokenizer and generation_config.json into an export that holds the files of `companions.files_from`.
+    """Writes a run's tokenizer and generation_config.json into an export, which holds `files_from`'s already.
 
     Args:
       config: of the export. max_length: max_position_embeddings.
@@ -93,7 +96,8 @@ def write(folder: str, config: dict[str, Any], companions: Companions, max_lengt
         generation |= {k: v for k, v in ids.items() if v is not None}
     else:
         known = generation if end_ids(generation) else config
-        stop = list(known["eos_token_id"]) if isinstance(known.get("eos_token_id"), list) else sorted(end_ids(known))
+        stop = known.get("eos_token_id")
+        stop = list(stop) if isinstance(stop, list) else sorted(end_ids(known))
         if set(ends) <= set(stop):
             return config
         stop += [i for i in ends if i not in stop]
@@ -106,8 +110,9 @@ def write(folder: str, config: dict[str, Any], companions: Companions, max_lengt
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
-    """data.tokenizer=bytes for everybody else: byte-level BPE without merges, ids 0 to 255 the bytes, 256 the end of a document."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # GPT-2's table: these stand for themselves
+    """data.tokenizer=bytes for all: byte-level BPE without merges, ids 0 to 255 the bytes, 256 the end."""
+    # GPT-2's table: printable characters stand for themselves.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     letters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     out = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
@@ -118,7 +123,7 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 
 
 def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> None:
-    """A run's tokenizer in place of the one that is there, with the files that lie beside it if it is called tokenizer.json."""
+    """A run's tokenizer in place of the one there, with what lies beside a file called tokenizer.json."""
     for name in FILES:
         if os.path.exists(os.path.join(folder, name)):
             os.remove(os.path.join(folder, name))
@@ -136,7 +141,8 @@ def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> 
     if not config:
         encoding = inner.encode("a", add_special_tokens=True)
         # The cleaning is transformers 4's default, and takes the space before a full stop away.
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "clean_up_tokenization_spaces": False}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
+                  "clean_up_tokenization_spaces": False}
         if encoding.special_tokens_mask[:1] == [1]:
             config["bos_token"] = encoding.tokens[0]
     if not Chat(folder).special.get("eos_token") and ends and inner.id_to_token(ends[-1]) is not None:
@@ -158,5 +164,5 @@ def _json(folder: str, file: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as e:
-        raise UserError(f"{file} is not JSON ({str(e)[:100]}). Copy it again from where the checkpoint came from.") from e
+        raise UserError(f"{file} is not JSON ({str(e)[:100]}). Copy it again from where it came from.") from e
     return value if isinstance(value, dict) else {}

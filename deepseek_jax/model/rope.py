@@ -52,8 +52,9 @@ def attention_factor(scaling: RopeScaling) -> float:
     """What cos and sin are scaled by: YaRN's attention temperature, 1 without YaRN."""
     if scaling.type != "yarn":
         return 1.0
-    both = scaling.mscale and scaling.mscale_all_dim
-    one = _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim) if both else _mscale(scaling.factor, 1.0)
+    one = _mscale(scaling.factor, 1.0)
+    if scaling.mscale and scaling.mscale_all_dim:
+        one = _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
     return scaling.attention_factor or one
 
 
