@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from deepseek_jax import hf
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import Config, Data, Mesh, Model, UserError
 from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -18,6 +19,7 @@ from deepseek_jax.hf import configuration, importing
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.model import config_for, stop_ids_of
+from deepseek_jax.hf.opening import open_model
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import abstract_model, to_tree
 
@@ -217,3 +219,13 @@ def test_a_trained_import_with_another_tokenizer(tmp_path):
     assert (tmp_path / "out" / "LICENSE").exists()
     with pytest.raises(UserError, match="no chat template"):
         Chat(str(tmp_path / "out")).render([])
+
+
+def test_hf_save_of_a_run_says_the_same(tmp_path):
+    save(tmp_path / "w")
+    by_command = exported(tmp_path)
+    hf.save(open_model(str(tmp_path / "w")).model, str(tmp_path / "saved"))
+    assert sorted(os.listdir(tmp_path / "saved")) == sorted(os.listdir(tmp_path / "out"))
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == by_command[0]
+    again = hf.load(str(tmp_path / "saved")).params
+    assert all(np.all(np.asarray(a) == 0.5) for a in jax.tree.leaves(again))
