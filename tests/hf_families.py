@@ -34,7 +34,22 @@ QWEN3_MOE = dict(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], 
                  decoder_sparse_step=1, mlp_only_layers=[0], router_aux_loss_coef=0.001, output_router_logits=False, use_sliding_window=False,
                  sliding_window=None, attention_bias=False, **EXPERTS)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+DOTS1 = dict(model_type="dots1", architectures=["Dots1ForCausalLM"], n_routed_experts=8, n_shared_experts=1,
+             norm_topk_prob=True,
+             n_group=4, topk_group=2, routed_scaling_factor=1.5, first_k_dense_replace=1, attention_bias=True,
+             sliding_window=None,
+             **EXPERTS)
+SOLAR = dict(model_type="solar_open", architectures=["SolarOpenForCausalLM"], head_dim=20, n_routed_experts=8,
+             n_shared_experts=1,
+             norm_topk_prob=True, n_group=1, topk_group=1, routed_scaling_factor=1.5, attention_bias=True,
+             rope_scaling=YARN, **EXPERTS)
+YOUTU = dict(model_type="youtu", architectures=["YoutuForCausalLM"], num_key_value_heads=4, q_lora_rank=40,
+             kv_lora_rank=32,
+             qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=20, rope_interleave=True,
+             tie_word_embeddings=True,
+             rms_norm_eps=1e-5)
 
 # name -> the keys of config.json beyond SHAPES
 VARIANTS = {
@@ -49,6 +64,12 @@ VARIANTS = {
     "qwen3": dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=20, attention_bias=False, use_sliding_window=False,
                   sliding_window=None),
     "llama": dict(model_type="llama", architectures=["LlamaForCausalLM"], attention_bias=True, mlp_bias=False, pretraining_tp=1, rope_scaling=LLAMA3),
+    "mistral": dict(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None,
+                    head_dim=20),
+    "seed_oss": dict(model_type="seed_oss", architectures=["SeedOssForCausalLM"], head_dim=20,
+                     attention_bias=True,
+                     attention_out_bias=True, residual_dropout=0.1, attention_dropout=0.1, mlp_bias=False),
+    "youtu": YOUTU, "solar_open": SOLAR, "dots1": DOTS1,
 }
 
 

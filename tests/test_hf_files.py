@@ -73,7 +73,7 @@ def test_truncated_file(tmp_path):
     path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
     assert "does not fit" in refused(folder)
     path.unlink()
-    assert "model.safetensors: missing" in refused(folder)
+    assert "model.safetensors is missing" in refused(folder)
 
 
 def test_missing_and_extra_tensors(tmp_path):
@@ -159,13 +159,36 @@ def test_fp8_without_its_scales(tmp_path):
     (dict(hidden_size="48"), "hidden_size='48' has the type str"),
     (dict(vocab_size=None), "vocab_size is missing"),
     (dict(quantization_config={"quant_method": "gptq"}), "quant_method='gptq' is not in this version"),
-    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=16), "sliding_window=16 is not in this version|use_sliding_window=True"),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0),
+     "sliding_window=16 is not in this version"),
+    (dict(model_type="qwen2", use_sliding_window=True, max_window_layers=0, max_position_embeddings=8192),
+     "sliding_window=4096 (what qwen2 has where it is missing)"),
+    (dict(model_type="qwen3_moe", use_sliding_window=True, sliding_window=16, num_experts=4),
+     "sliding_window=16 is not in this version"),
+    (dict(model_type="mistral", max_position_embeddings=8192),
+     "sliding_window=4096 (what mistral has where it is missing)"),
+    (dict(sliding_window=16), "sliding_window=16 is not in this version"),
+    (dict(model_type="mistral", sliding_window="16"), "sliding_window='16' has the type str"),
+    (dict(model_type="dots1", max_window_layers=0, max_position_embeddings=8192),
+     "sliding_window=4096 (what dots1 has where it is missing)"),
     (dict(model_type="qwen3", layer_types=["sliding_attention"]), "layer_types"),
     (dict(model_type="mixtral", num_local_experts=4, sliding_window=16), "sliding_window=16 is not in this version"),
     (dict(model_type="qwen3_moe", mlp_only_layers=[1], num_hidden_layers=3), "dense layers after layers with experts"),
     (dict(model_type="deepseek_v3", scoring_func="softmax"), "scoring_func='softmax' is not in this version"),
     (dict(model_type="deepseek_v3", attention_bias=True), "attention_bias=True is not in this version"),
     (dict(model_type="deepseek_v2", moe_layer_freq=2), "moe_layer_freq=2 is not in this version"),
+    (dict(model_type="deepseek_v2", topk_method="group_limited_greedy", n_group=4),
+     "needs n_group and topk_group"),
+    (dict(model_type="deepseek_v2"), "num_experts_per_tok is missing"),
+    (dict(model_type="deepseek_v3", num_experts_per_tok=None), "num_experts_per_tok=null says nothing"),
+    (dict(model_type="deepseek_v3", n_routed_experts=16, num_local_experts=8),
+     "n_routed_experts=16 and num_local_experts=8 are the same option"),
+    (dict(model_type="qwen3_moe", shared_expert_intermediate_size=64),
+     "shared_expert_intermediate_size=64 is not in this version"),
+    (dict(model_type="qwen3_moe", qkv_bias=True), "qkv_bias=True is not in this version"),
+    (dict(rope_scaling=dict(type="linear")), "rope_scaling.factor of rope_type='linear' is missing"),
+    (dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0)),
+     "rope_scaling.high_freq_factor of rope_type='llama3' is missing"),
 ])
 def test_a_key_that_changes_the_mathematics_is_refused_by_name(change, line, tmp_path):
     with pytest.raises(UserError, match="config.json: ") as error:

@@ -126,7 +126,8 @@ def test_chat(adapter, made):  # noqa: F811
 def test_bad_arguments(adapter, made):  # noqa: F811
     make, folder = adapter[0].DeepseekJaxLM, str(made[1])
     for message, arguments in (("max_length=65", {"max_length": 65}), ("batch_size=none", {"batch_size": "none"}),
-                               ("'experts=2' is not AXIS=SIZE", {"experts": 2}), ("holds no model", {"pretrained": folder + "/nothing"})):
+                               ("'experts=2' is not AXIS=SIZE", {"experts": 2}),
+                               ("is not a folder", {"pretrained": folder + "/nothing"})):
         with pytest.raises(UserError, match=message):
             make(**{"pretrained": folder, **arguments})
 

@@ -114,7 +114,8 @@ def test_damage_costs_one_interval(whole_run, corpus, tmp_path):
     again = run(command(workdir, corpus, "--config.train.steps=12", "--config.checkpoint.every_steps=4", "--config.mesh.expert=2",
                         "--config.checkpoint.kind=full", "--config.checkpoint.keep=1", "--config.checkpoint.keep_best=1"))
     assert again.returncode == 0 and "resuming after step 8" in again.stdout, again.stderr
-    assert f"{file.relative_to(top)}: its bytes are not those that were written" in again.stderr and "kept aside as 12.damaged" in again.stderr
+    assert f"{file.relative_to(top)}: its bytes are not those that were written" in again.stderr
+    assert "kept aside as 12.damaged" in again.stderr
     assert losses(workdir) == losses(whole_run[0])
     left = os.listdir(workdir / "checkpoints")
     assert {"12", "12.damaged"} <= set(left) and "4" not in left
@@ -127,7 +128,8 @@ def test_generate(whole_run):
     assert all(o.returncode == 0 and o.stdout.startswith("token ") for o in outs), outs[0].stderr
     assert outs[0].stdout == outs[1].stdout
     missing = run(["--workdir=/nonexistent"], module=("-m", "deepseek_jax.generate"))
-    assert missing.returncode == 2 and "holds no model" in missing.stderr and "Traceback" not in missing.stderr
+    assert missing.returncode == 2 and "/nonexistent is not a folder" in missing.stderr
+    assert "Traceback" not in missing.stderr
 
 
 def test_non_finite_updates_stop_the_run(corpus, tmp_path):
@@ -135,7 +137,8 @@ def test_non_finite_updates_stop_the_run(corpus, tmp_path):
     done = run(command(tmp_path, corpus, "--config.train.steps=40", "--config.checkpoint.every_steps=1", "--config.optimizer.learning_rate=1e30",
                        "--config.optimizer.grad_clip=0.0", "--config.train.max_bad_steps=3", "--config.mesh.fsdp=2"))
     assert done.returncode == 3, done.stdout + done.stderr
-    assert "3 updates in a row had a non-finite loss or gradient" in done.stderr and "last good checkpoint is step" in done.stderr
+    assert "3 updates in a row had a non-finite loss or gradient" in done.stderr
+    assert "last good checkpoint is step" in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     # No checkpoint of the bad stretch: it would push out those before it.
     assert max(int(s) for s in os.listdir(tmp_path / "checkpoints")) <= rows[-1]["step"] - 3
@@ -227,4 +230,5 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     done = run([TINY, "--config.train.stepz=3"])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
     shown = run(["--help"])
-    assert shown.returncode == 0 and "--config.model.kv_lora_rank" in shown.stdout and "--workdir" in shown.stdout
+    assert shown.returncode == 0 and "--config.model.kv_lora_rank" in shown.stdout
+    assert "--workdir" in shown.stdout

@@ -24,9 +24,9 @@ from deepseek_jax import arguments
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config import DTYPES, UserError, exit_code
 from deepseek_jax.configdict import from_config_dict
-from deepseek_jax.hf import configuration, exporting, importing, names, reading, start
+from deepseek_jax.hf import configuration, exporting, importing, names, reading, start, tokenizer_files
 from deepseek_jax.hf.model import config_for
-from deepseek_jax.hf.opening import contents_of, tokenizer_of
+from deepseek_jax.hf.tokenizer_files import Companions, contents_of, tokenizer_of
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import abstract_model
 
@@ -43,18 +43,23 @@ def main() -> int:
     one.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
     one.add_argument("--dtype", choices=DTYPES, help="of all tensors but the selection bias (default: as they came, else float32)")
     one.add_argument("--max-shard-size", type=float, default=exporting.FILE_BYTES / 1e9, metavar="GB", help="of one file (default %(default)g)")
+    one.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer.json, if it is not where "
+                                                         "config.data.tokenizer says any more")
     args = parser.parse_args()
     begun = time.perf_counter()
     if args.command == "import":
         bytes_, model = importing.import_(args.source, args.workdir)
     else:
-        bytes_, model = export(args.workdir, args.target, args.step, args.dtype, args.max_shard_size)
+        bytes_, model = export(args.workdir, args.target, args.step, args.dtype, args.max_shard_size,
+                               args.tokenizer)
     seconds = time.perf_counter() - begun
     print(f"{args.command}: {model}, {bytes_ / 1e9:.3g} GB in {seconds:.1f} s")
     return 0
 
 
-def export(workdir: str, target: str, step: int | None = None, dtype: str | None = None, gigabytes: float = 5.0) -> tuple[int, str]:
+def export(workdir: str, target: str, step: int | None = None, dtype: str | None = None,
+           gigabytes: float = 5.0,
+           tokenizer: str | None = None) -> tuple[int, str]:
     """Writes a run's model as a checkpoint. In memory is a part of an array and the one read ahead: a chunk of the run's checkpoint (256 MB at most
     of sharded ones, 64 MB of others), or a layer of what was imported.
 
@@ -62,7 +67,8 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
       The bytes written and the family.
 
     Raises:
-      UserError: there is no run or checkpoint, no family has such a model, or the target cannot be written.
+      UserError: there is no run or checkpoint, no family has such a model, its tokenizer.json is gone, or
+      the target cannot be written.
     """
     saved = from_config_dict(workdirs.read_config(workdir))
     folder = workdirs.checkpoints(workdir, saved)
@@ -73,6 +79,11 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
     source = reading.open_source(os.path.join(workdir, start.FOLDER))[0] if untrained else None
     checkpoints = None if untrained else Checkpointer(folder, read_only=True)
     stored = None if untrained else checkpoints.source(step)
+    if untrained:
+        companions = Companions(os.path.join(workdir, start.FOLDER))
+    else:
+        spec = tokenizer_of(workdir, saved, contents_of(checkpoints.read_extra(step)), tokenizer)
+        companions = tokenizer_files.of_run(saved, workdir, spec)
 
     def name_of(leaf: names.Leaf) -> str:
         return f"{'bias' if leaf.path.endswith('e_score_correction_bias') else 'params'}/{leaf.path}"
@@ -91,12 +102,9 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
             if found is None or found.shape != leaf.shape:
                 raise UserError(f"the checkpoint in {folder} is of another model than {workdir}/config.json: {leaf.path} is {found or 'absent'} and not "
                                 f"{list(leaf.shape)}. Name the --step of one that this config.json is of.")
-        files = os.path.join(workdir, start.FOLDER) if notes else None
         dtypes = {} if dtype or notes is None else notes.dtypes
-        trained = None if untrained else contents_of(checkpoints.read_extra(step))
-        tokenizer = None if untrained else tokenizer_of(workdir, saved, trained)
-        tokenizer = None if tokenizer in ("bytes", "auto") else tokenizer
-        exporting.export(target, run.model, family, leaves, get, dtypes, dtype or "float32", files, notes and notes.model, tokenizer,
+        exporting.export(target, run.model, family, leaves, get, dtypes, dtype or "float32", companions,
+                         notes and notes.model,
                          int(gigabytes * 1e9), source)
     for opened in filter(None, (source, checkpoints)):
         opened.close()

@@ -19,19 +19,18 @@ from deepseek_jax import paths
 from deepseek_jax.checkpoint.arrays import Shape
 from deepseek_jax.checkpoint.safetensors_header import write_header
 from deepseek_jax.config import Model, UserError
-from deepseek_jax.data import tokenizer_folder
-from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.hf import configuration, copying, names, reading, start
+from deepseek_jax.hf import configuration, copying, names, reading, start, tokenizer_files
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.source import BUFFER, INDEX, SINGLE, Source, dump, finite, read_config
 from deepseek_jax.hf.reading import Part
+from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.hf.writing import Flusher, Place, ahead, copy_tensors, fsync, pwrite
 
 FILE_BYTES = 5_000_000_000  # of one file, at most, as transformers writes them; a larger tensor has one of its own
 
 
 def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: Callable[[Leaf], jax.Array | Iterable[Part]], dtypes: dict[str, str],
-           default_dtype: str, files_from: str | None, before: Model | None, tokenizer: str | None = None, file_bytes: int = FILE_BYTES,
+           default_dtype: str, companions: Companions, before: Model | None, file_bytes: int = FILE_BYTES,
            source: Source | None = None) -> None:
     """Writes a checkpoint. In a job of several processes all call it, with a target that all see.
 
@@ -39,8 +38,8 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
       target: a folder that does not exist yet, or is empty.
       leaves: the arrays, one at a time. get: an array by its leaf, or in one process parts of it that are made as they are asked for.
       dtypes: as start.Notes. default_dtype: of tensors that it does not name.
-      files_from: folder with config.json, tokenizer and chat templates to be copied. before: the model of that config.json.
-      tokenizer: a tokenizer.json to be copied, where that folder has none. file_bytes: of one file, at most.
+      companions: files that go with it. before: the model of their config.json. file_bytes: of one file, at
+        most.
       source: a checkpoint with the same numbers: what it holds under the same name and dtype is copied, and its arrays are not asked for.
 
     Raises:
@@ -50,17 +49,12 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
     leaves, temporary = list(leaves), paths.scratch(target)
     if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
         raise UserError(f"{target} exists already. Name a new folder.")
-    kept = files_from is not None and os.path.isfile(os.path.join(files_from, "tokenizer.json"))
-    if tokenizer is not None and not kept and not os.path.isfile(os.path.expanduser(tokenizer)):
-        raise UserError(f"config.data.tokenizer={tokenizer!r} of the run is not there (relative paths start in {os.getcwd()}), and an export copies it. "
-                        f"Put the file back, or correct its path in the run's config.json.")
     shapes = tensors_of(leaves, model, dtypes, default_dtype)
     try:
         if jax.process_index() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             os.makedirs(temporary)
-            _write_side_files(temporary, model, family, files_from, before, shapes)
-            _add_tokenizer(temporary, tokenizer)
+            _write_side_files(temporary, model, family, companions, before, shapes)
         places = lay_out(temporary, shapes, file_bytes, jax.process_index() == 0)
         _wait("laid out")
         if source is not None:
@@ -206,45 +200,40 @@ def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice,
                 pwrite(descriptor, line, at + i * pitch)
 
 
-def _write_side_files(folder: str, model: Model, family: str, files_from: str | None, before: Model | None, shapes: dict[str, Shape]) -> None:
+def _write_side_files(folder: str, model: Model, family: str, companions: Companions, before: Model | None,
+                      shapes: dict[str, Shape]) -> None:
     config = configuration.from_model(model, family)
-    if files_from is not None:
-        start.copy_files(files_from, folder)
-        config = merged(read_config(files_from), config, configuration.from_model(before, family) if before else {})
+    if companions.files_from is not None:
+        start.copy_files(companions.files_from, folder)
+        config = merged(read_config(companions.files_from), config, configuration.from_model(before, family)
+                        if before else {})
     most = max(shapes.values(), key=lambda what: what.nbytes).dtype.name
     config |= {"torch_dtype": most, "dtype": most, "num_nextn_predict_layers": model.num_nextn_predict_layers}
     if "num_nextn_predict_layers" not in configuration.FAMILIES[family].options:
         del config["num_nextn_predict_layers"]
+    config = tokenizer_files.write(folder, config, companions, model.max_position_embeddings)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
         f.write(dump(config))
 
 
-def _add_tokenizer(folder: str, tokenizer: str | None) -> None:
-    if tokenizer is None or tokenizer_folder.find(folder):
-        return
-    source = os.path.expanduser(tokenizer)
-    source = (tokenizer_folder.find(source) or source) if os.path.isdir(source) else source
-    if os.path.basename(source) == tokenizer_folder.RANKS:  # few programs read it
-        load_tokenizer(source).save(os.path.join(folder, tokenizer_folder.JSON))
-    else:
-        shutil.copyfile(source, os.path.join(folder, tokenizer_folder.JSON))
-    with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
-        f.write(dump({"tokenizer_class": "PreTrainedTokenizerFast"}))
-
-
 def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
-    """The config.json that a checkpoint came with, changed where the model's options changed since."""
-    left_out = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "num_mtp_layers")
-    out = {k: v for k, v in original.items() if k not in left_out}
+    """The config.json that a checkpoint came with, changed where the model's options changed since.
+
+    A key that it has in one of several forms (rope_parameters, num_local_experts, mlp_layer_types of
+    transformers 5; rope_theta, num_experts,
+    first_k_dense_replace before) is written in all: a reader of another age would take its default for a
+    form that is missing.
+    """
+    left_out = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "num_mtp_layers",
+                *configuration.ROPE)
+    family = configuration.FAMILIES[now["model_type"]]
+    left_out += tuple(k for k in family.renamed if k not in now)
+    out = {k: v for k, v in original.items() if k not in left_out and (v is not None or now.get(k) is None)}
     changed = {k for k in now.keys() | then.keys() if now.get(k) != then.get(k)}
-    if changed & {"rope_theta", "rope_scaling", "partial_rotary_factor"}:
-        changed |= {"rope_theta", "rope_scaling"} | ({"partial_rotary_factor"} & now.keys())
-        out.pop("rope_parameters", None)
-    for key in changed:
+    for key in changed | ({"layer_types"} if "num_hidden_layers" in changed else set()):
         out.pop(key, None)
-        if key in now:
-            out[key] = now[key]
-    return out | {"model_type": now["model_type"], "architectures": now["architectures"]}
+    return {k: v for k, v in now.items() if k not in out} | out | {"model_type": now["model_type"],
+                                                                   "architectures": now["architectures"]}
 
 
 def _finish(temporary: str, target: str, files: set[str]) -> None:

@@ -12,11 +12,14 @@ import numpy as np
 
 from deepseek_jax.config import DTYPES, Config, Model, Sharding, Train, UserError
 from deepseek_jax.config import Mesh as MeshOptions
-from deepseek_jax.hf import exporting, names, reading
+from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.data import tokenizer_folder
+from deepseek_jax.hf import configuration, exporting, names, reading, tokenizer_files
 from deepseek_jax.hf.chat import Chat, end_ids
 from deepseek_jax.hf.start import Notes, notes_of
+from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
+from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, make_layout
 from deepseek_jax.validation import validate
 
@@ -29,11 +32,12 @@ class LoadedModel:
     """
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh, layout: Layout, params: Any, bias: Any,
-                 notes: Notes, source: str, find_stop_ids: Callable[[], frozenset[int]] | None = None):
-        """Args: find_stop_ids: where the tokenizer is not beside the weights."""
+                 notes: Notes, source: str, tokenizer: str = "",
+                 find_stop_ids: Callable[[], frozenset[int]] | None = None):
+        """Args: tokenizer: of a trained run, as tokenizer_files.tokenizer_of. find_stop_ids: by that tokenizer."""
         self.config, self.mesh, self.layout, self.params, self.bias = config, mesh, layout, params, bias
         self.model: Model = config.model
-        self.notes, self.family, self.source = notes, notes.family, source
+        self.notes, self.family, self.source, self.tokenizer = notes, notes.family, source, tokenizer
         self._forward = jax.jit(self._logits, static_argnames="rows")
         self._find_stop_ids, self._engine = find_stop_ids, None
 
@@ -140,14 +144,22 @@ def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
       path: a folder that does not exist yet. dtype: of all tensors but the selection bias; None: each as it was stored (FP8: bfloat16).
 
     Raises:
-      UserError: the folder cannot be written, or dtype is not float32, bfloat16 or float16.
+      UserError: the folder cannot be written, no family has such a model, or dtype is not float32, bfloat16
+      or float16.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+    companions = Companions(model.source)
+    if model.tokenizer:  # of a run
+        saved = from_config_dict(workdirs.read_config(model.source))
+        companions = tokenizer_files.of_run(saved, model.source, model.tokenizer)
+    family = model.family or configuration.find_family(model.model)
     arrays = {names.path_of(p): a for state in (model.params, model.bias) for p, a in jax.tree_util.tree_leaves_with_path(state)}
-    leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, model.family, model.model)]
-    exporting.export(path, model.model, model.family, leaves, lambda leaf: arrays[leaf.path], {} if dtype else model.notes.dtypes, dtype or "float32",
-                     model.source, model.model)
+    leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, family,
+                                                                                    model.model)]
+    exporting.export(path, model.model, family, leaves, lambda leaf: arrays[leaf.path], {} if dtype
+                     else model.notes.dtypes,
+                     dtype or "float32", companions, model.notes.model)
 
 
 def config_for(model: Model, mesh: jax.sharding.Mesh | None, dtype: str = "float32") -> tuple[Config, jax.sharding.Mesh]:

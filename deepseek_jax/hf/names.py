@@ -88,6 +88,11 @@ TABLES: dict[str, dict[str, Alternatives]] = {
     "qwen2": NORMS | GROUPED_QUERY | DENSE,
     "qwen3": NORMS | GROUPED_QUERY | DENSE,
     "llama": NORMS | GROUPED_QUERY | DENSE,
+    "mistral": NORMS | GROUPED_QUERY | DENSE,
+    "seed_oss": NORMS | GROUPED_QUERY | DENSE,
+    "youtu": NORMS | MLA | DENSE,
+    "solar_open": NORMS | GROUPED_QUERY | DEEPSEEK_EXPERTS,
+    "dots1": NORMS | GROUPED_QUERY | DENSE | DEEPSEEK_EXPERTS,
 }
 
 

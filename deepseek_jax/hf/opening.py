@@ -1,11 +1,9 @@
 """Opens whatever holds a model: a Hugging Face checkpoint, a workdir that `import` made, or the workdir of a run."""
 
 import dataclasses
-import filecmp
 import math
 import os
 import re
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,15 +14,15 @@ from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.hf import configuration, names, start
+from deepseek_jax.hf import configuration, locating, names, start
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.model import LoadedModel, config_for, load
 from deepseek_jax.hf.source import read_config
 from deepseek_jax.hf.start import Notes
+from deepseek_jax.hf.tokenizer_files import contents_of, tokenizer_of
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.history import check_tokenizer
 from deepseek_jax.train.state import from_tree, make_layout, to_tree
 
 
@@ -71,16 +69,16 @@ def open_model(path: str, step: int | None = None, dtype: str = "float32", mesh:
     """The model in a folder.
 
     Args:
-      path: a Hugging Face checkpoint, or the folder of a run of train.py or of import. step: checkpoint of the run; None: its newest.
+      path: a Hugging Face checkpoint (or its folder in the hub's cache), or the folder of a run of train.py
+        or of import. step: checkpoint of the run; None: its newest.
       dtype, mesh: as hf.load.
 
     Raises:
       UserError: there is no model, it cannot be read, or dtype or mesh do not fit.
     """
-    path = os.path.expanduser(path)
+    given, path = path, locating.folder_of(path)
     if not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(f"{path} holds no model: there is no {os.path.join(path, 'config.json')}. Name a folder of train.py or of "
-                        f"python -m deepseek_jax.hf import, or a checkpoint with config.json and model.safetensors, as on the hub.")
+        raise UserError(f"{given} holds no model: {locating.no_config(path)}")
     if not isinstance(read_config(path).get("model"), dict):
         if step is not None:
             raise UserError(f"--step={step}: {path} is a checkpoint itself, and not a run that has some. Leave it out.")
@@ -113,7 +111,7 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
     except UserError:  # a model of our own: it runs, and only hf.save has to refuse it
         notes = Notes("", saved.model, {})
     folder = files if tokenizer and tokenizer == tokenizer_folder.find(files) else None
-    model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir,
+    model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir, tokenizer,
                         lambda: encoder_of(folder, tokenizer, saved, config.model.vocab_size, workdir).stop_ids)
     return Opened(model, saved, True, folder, tokenizer, trained)
 
@@ -128,38 +126,6 @@ def _cast(params, dtype: np.dtype):
         follows = names.follows_dtype(name, a.ndim - name.startswith(("layers/", "dense_layers/")))
         out.append(jax.block_until_ready(a.astype(dtype)) if follows and a.dtype != dtype else a)
     return jax.tree.unflatten(tree, out)
-
-
-def contents_of(extra: dict[str, Any]) -> Contents | None:
-    """What a checkpoint says of the data that its run read last; None of an earlier version."""
-    return extra["data"][-1]["contents"] if extra.get("data") else None
-
-
-def tokenizer_of(workdir: str, run: Config, trained: Contents | None) -> str:
-    """The tokenizer that a run was trained with: `bytes` or a path, that of WORKDIR/hf before others.
-
-    Args:
-      trained: of its checkpoint. None: of an earlier version, which did not keep the tokenizer's hash; the
-      option is believed.
-
-    Raises:
-      UserError: neither the file of config.data.tokenizer nor that of WORKDIR/hf is it any more.
-    """
-    given, kept = run.data.tokenizer, tokenizer_folder.find(os.path.join(workdir, start.FOLDER))
-    if trained is None:
-        if given in ("bytes", "auto") or kept is None:
-            return given
-        path = os.path.expanduser(given)
-        path = (tokenizer_folder.find(path) or path) if os.path.isdir(path) else path
-        same = not os.path.exists(path) or os.path.isfile(path) and filecmp.cmp(path, kept, shallow=False)
-        return kept if same else given
-    if trained["tokenizer"] == "bytes":
-        return "bytes"
-    special = run.data.special_tokens
-    if kept and load_tokenizer(kept, special_tokens=special).name == trained["tokenizer"]:
-        return kept
-    check_tokenizer(trained, load_tokenizer(given, special_tokens=special).name, given)
-    return given
 
 
 def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | None:

@@ -16,10 +16,9 @@ import numpy as np
 from deepseek_jax.checkpoint import bounded_json, safetensors_header
 from deepseek_jax.checkpoint.bounded_json import BadFile
 from deepseek_jax.config import UserError
-from deepseek_jax.hf import copying
+from deepseek_jax.hf import copying, locating
+from deepseek_jax.hf.locating import INDEX, SINGLE, some
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 SCALE = "_scale_inv"  # suffix of the scales of a block-quantised weight, DeepSeek-V3's release format
 BUFFER = 1 << 24  # bytes read at once
 MAX_CONFIG = 1 << 22  # bytes of a config.json
@@ -41,7 +40,8 @@ class Tensor(NamedTuple):
 
 
 class Source:
-    """The tensors of a folder with `model.safetensors`, or with several files and an index.
+    """The tensors of a folder with `model.safetensors`, or with several files, or of a snapshot in the hub's
+    cache.
 
     Attributes:
       folder: its path. config: its config.json. tensors: {name: Tensor}.
@@ -53,10 +53,14 @@ class Source:
         Raises:
           UserError: a file is missing or is not what the format wants.
         """
-        self.folder = os.path.abspath(os.path.expanduser(folder))
+        self.folder = locating.folder_of(folder)
         self._files: dict[str, int] = {}
         self._block = (128, 128)
-        self.config = read_config(folder)
+        self.config = read_config(self.folder)
+        if isinstance(self.config.get("model"), dict) and "model_type" not in self.config:
+            raise UserError(f"{folder} is the folder of a run of train.py and not a checkpoint. Make one of "
+                            f"it: python -m deepseek_jax.hf export "
+                            f"{folder} DST.")
         try:
             self.tensors = self._read_heads()
         except BadFile as e:
@@ -76,18 +80,20 @@ class Source:
             index = safetensors_header.read_index(path(INDEX))
             files = sorted(set(index.values()))
             if missing := [f for f in files if not os.path.isfile(path(f))]:
-                raise BadFile(INDEX, f"it names {len(missing)} of {len(files)} files that are missing: {_some(missing)}")
+                raise locating.missing_files(self.folder, missing, len(files))
         elif os.path.exists(path(SINGLE)):
             files = [SINGLE]
-        else:
-            raise BadFile(SINGLE, f"missing, and there is no {INDEX} either")
+        elif not (files := locating.all_shards(self.folder)):  # their heads say what an index would
+            raise locating.no_weights(self.folder)
         for file in files:
+            locating.check_downloaded(self.folder, file)
             for name, tensor in safetensors_header.read(path(file), file).items():
                 if index is not None and index.get(name) != file:
                     raise BadFile(INDEX, f"{name[:80]!r} is in {file}, and the index says {index.get(name)}")
                 out[name] = Tensor(file, tensor.what.shape, tensor.what.dtype, tensor.offset)
         if missing := sorted(set(index or ()) - set(out)):
-            raise BadFile(INDEX, f"{len(missing)} tensors are not in the files that it names: {_some(missing)}")
+            what = f"{len(missing)} tensors are not in the files that it names: {some(missing)}"
+            raise BadFile(INDEX, what)
         return out
 
     def check(self, wanted: dict[str, tuple[int, ...]], ignored: set[str]) -> None:
@@ -100,13 +106,16 @@ class Source:
           UserError: what is missing, too much, of another shape or of a dtype that cannot be read.
         """
         if missing := [n for n in wanted if n not in self.tensors]:
-            raise UserError(f"{self.folder}: {len(missing)} of {len(wanted)} tensors are missing: {_some(missing)}. Complete the checkpoint, or "
+            raise UserError(f"{self.folder}: {len(missing)} of {len(wanted)} tensors are missing: "
+                            f"{some(missing)}. Complete the checkpoint, or "
                             f"correct its config.json.")
         scales = {n + SCALE for n in wanted if self.tensors[n].dtype == FP8}
         if missing := sorted(scales - self.tensors.keys()):
-            raise UserError(f"{self.folder}: {len(missing)} scales of FP8 weights are missing: {_some(missing)}. Complete the checkpoint.")
+            raise UserError(f"{self.folder}: {len(missing)} scales of FP8 weights are missing: "
+                            f"{some(missing)}. Complete the checkpoint.")
         if extra := sorted(self.tensors.keys() - wanted.keys() - scales - ignored):
-            raise UserError(f"{self.folder}: {len(extra)} tensors are not of a model with this config.json: {_some(extra)}. Remove them, or correct "
+            raise UserError(f"{self.folder}: {len(extra)} tensors are not of a model with this config.json: "
+                            f"{some(extra)}. Remove them, or correct "
                             f"config.json.")
         for name, shape in wanted.items():
             t = self.tensors[name]
@@ -214,9 +223,9 @@ def read_config(folder: str) -> dict[str, Any]:
     Raises:
       UserError: there is none, or it is not a JSON object.
     """
-    path = os.path.join(os.path.expanduser(folder), "config.json")
-    if not os.path.isdir(os.path.dirname(path)):
-        raise UserError(f"{folder} is not a folder. Name one with config.json and model.safetensors, as the hub has them.")
+    path = os.path.join(locating.folder_of(folder), "config.json")
+    if not os.path.isfile(path):
+        raise UserError(f"{folder}: {locating.no_config(os.path.dirname(path))}")
     try:
         out = bounded_json.read(path, "config.json", MAX_CONFIG)
     except BadFile as e:
@@ -224,10 +233,6 @@ def read_config(folder: str) -> dict[str, Any]:
     if not isinstance(out, dict):
         raise UserError(f"{path} is not a JSON object. Copy it again from where the checkpoint came from.")
     return out
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def dump(value: Any) -> str:

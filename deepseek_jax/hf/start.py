@@ -33,7 +33,9 @@ NOTES = "source.json"
 OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")
 # What belongs to a model besides its weights. Code (modeling_*.py) is left out: nothing here runs it, and exports need none.
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-         "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.md")
+         "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja",
+         "chat_template.json", "LICENSE", "LICENSE.md",
+         "LICENSE.txt", "LICENSE-MODEL", "LICENSE-CODE", "NOTICE", "USE_POLICY.md")
 TEMPLATES = "additional_chat_templates"
 
 
@@ -72,9 +74,9 @@ def write_notes(source: Source, model: Model, family: str, folder: str) -> None:
         f.write(dump({"family": notes.family, "model": dataclasses.asdict(notes.model), "dtypes": notes.dtypes}))
 
 
-def copy_files(source: str, target: str) -> None:
+def copy_files(source: str, target: str, files: Sequence[str] = FILES) -> None:
     """Copies config.json, tokenizer and chat templates, as far as they are there."""
-    for name in FILES:
+    for name in files:
         if os.path.isfile(os.path.join(source, name)):
             shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
     templates = os.path.join(source, TEMPLATES)

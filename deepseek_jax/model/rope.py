@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import Model
+from deepseek_jax.config import Model, RopeScaling
 from deepseek_jax.model.layers import reshaped
 
 
@@ -49,14 +49,20 @@ def softmax_scale(model: Model) -> float:
     return scale
 
 
+def attention_factor(scaling: RopeScaling) -> float:
+    """What cos and sin are scaled by: YaRN's attention temperature, 1 without YaRN."""
+    if scaling.type != "yarn":
+        return 1.0
+    one = _mscale(scaling.factor, 1.0)
+    if scaling.mscale and scaling.mscale_all_dim:
+        one = _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
+    return scaling.attention_factor or one
+
+
 def rope_tables(model: Model, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, S, rope/2], of int32 positions [B, S]."""
     angle = positions_BS[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(model), jnp.float32)
-    s, scale = model.rope_scaling, 1.0
-    if s.type == "yarn":
-        both = s.mscale and s.mscale_all_dim
-        scale = _mscale(s.factor, s.mscale) / _mscale(s.factor, s.mscale_all_dim) if both else _mscale(s.factor, 1.0)
-        scale = s.attention_factor or scale
+    scale = attention_factor(model.rope_scaling)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 

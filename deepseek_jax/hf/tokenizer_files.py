@@ -1,0 +1,183 @@
+"""The tokenizer files of an export, and what it says of the tokens that begin and end a text.
+
+A run knows them by its options: config.data.tokenizer, which may be bytes, and the token that ended its
+documents. Readers of a checkpoint know what tokenizer_config.json, config.json and generation_config.json
+say, and take the defaults of a class, other tokens, where these say nothing.
+"""
+
+import filecmp
+import os
+import shutil
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from deepseek_jax.config import Config, UserError
+from deepseek_jax.data import tokenizer_folder
+from deepseek_jax.data.contents import Contents
+from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from deepseek_jax.hf import start
+from deepseek_jax.hf.chat import Chat, end_ids
+from deepseek_jax.hf.source import dump
+from deepseek_jax.train.history import check_tokenizer
+
+# Of start.FILES those that belong to a tokenizer; the others belong to a model.
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+         "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja",
+         "chat_template.json")
+END_OF_BYTES = "<|endoftext|>"
+
+
+class Companions(NamedTuple):
+    """What goes with the weights of an export."""
+
+    files_from: str | None  # folder with config.json, tokenizer and chat templates to be copied
+    tokenizer: str | None = None  # bytes or a tokenizer.json, in place of that folder's; None: that folder's
+    ends: tuple[int, ...] = ()  # tokens that ended documents in training
+
+
+def contents_of(extra: dict[str, Any]) -> Contents | None:
+    """What a checkpoint says of the data that its run read last; None of an earlier version."""
+    return extra["data"][-1]["contents"] if extra.get("data") else None
+
+
+def tokenizer_of(workdir: str, run: Config, trained: Contents | None, moved: str | None = None) -> str:
+    """The tokenizer that a run was trained with: `bytes` or a path, that of WORKDIR/hf before others.
+
+    Args:
+      trained: of its checkpoint. None: of an earlier version, which did not keep the tokenizer's hash; the
+        option is believed.
+      moved: where it is now, by the user.
+
+    Raises:
+      UserError: none of the files is it, or it is gone.
+    """
+    special, given = run.data.special_tokens, moved or run.data.tokenizer
+    kept = tokenizer_folder.find(os.path.join(workdir, start.FOLDER))
+    there = given in ("bytes", "auto") or os.path.exists(os.path.expanduser(given))
+    if trained is None:
+        if moved or given in ("bytes", "auto"):
+            return "bytes" if given == "auto" else given
+        path = os.path.expanduser(given)
+        path = (tokenizer_folder.find(path) or path) if os.path.isdir(path) else path
+        if kept and (not there or os.path.isfile(path) and filecmp.cmp(path, kept, shallow=False)):
+            return kept
+    elif trained["tokenizer"] == "bytes":
+        return "bytes"
+    elif not moved and kept and load_tokenizer(kept, special_tokens=special).name == trained["tokenizer"]:
+        return kept
+    if not there and not moved:
+        raise UserError(f"config.data.tokenizer={given!r} of {workdir} is not there any more. Put it back; "
+                        f"hf export takes its new place with --tokenizer=PATH.")
+    option = "--tokenizer" if moved else "config.data.tokenizer"
+    check_tokenizer(trained, load_tokenizer(given, option, special).name, given)
+    return given
+
+
+def of_run(saved: Config, workdir: str, tokenizer: str) -> Companions:
+    """What a trained run knows of its text.
+
+    Args:
+      saved: its options. tokenizer: as `tokenizer_of`.
+
+    Raises:
+      UserError: the tokenizer cannot be read.
+    """
+    folder = os.path.join(workdir, start.FOLDER)
+    files = folder if start.read_notes(workdir) else None
+    stated = (saved.data.eos_token_id,) if saved.data.eos_token_id >= 0 else ()
+    size = ByteTokenizer.vocab_size
+    if tokenizer == "bytes" and (saved.model.vocab_size < size or any(i >= size for i in stated)):
+        return Companions(files, None, stated)  # trained on token files whose tokenizer it does not know
+    eos = load_tokenizer(tokenizer).eos_id
+    same = files is not None and tokenizer == tokenizer_folder.find(files)
+    return Companions(files, None if same else tokenizer, tuple(dict.fromkeys((*stated, eos))))
+
+
+def write(folder: str, config: dict[str, Any], companions: Companions, max_length: int) -> dict[str, Any]:
+    """Writes a run's tokenizer and generation_config.json into an export, which holds `files_from`'s already.
+
+    Args:
+      config: of the export. max_length: max_position_embeddings.
+
+    Returns:
+      config.json with the ids of the tokens that begin and end a text; null where there is none.
+
+    Raises:
+      UserError, OSError: the tokenizer cannot be read.
+    """
+    spec, ends = companions.tokenizer, companions.ends
+    generation = tokenizer_folder.read_json(folder, "generation_config.json")
+    if spec is not None:
+        _replace(folder, spec, ends, max_length)
+    if spec is not None or companions.files_from is None:
+        special = _special_ids(folder) if spec is not None else {}
+        stop = [*ends, *(i for i in (special.get("eos_token"),) if i is not None and i not in ends)]
+        ids = {"bos_token_id": special.get("bos_token"), "eos_token_id": stop[0] if stop else None,
+               "pad_token_id": special.get("pad_token")}
+        config = {k: v for k, v in config.items() if not k.endswith("_token_id")} | ids
+        generation = {k: v for k, v in generation.items() if not k.endswith("_token_id")}
+        generation |= {k: v for k, v in ids.items() if v is not None}
+    else:
+        stop = end_ids(folder)  # of the copied files
+        if set(ends) <= stop:
+            return config
+        stop = [*sorted(stop), *(i for i in ends if i not in stop)]
+        config = {"eos_token_id": stop[0]} | config
+    if stop:
+        generation["eos_token_id"] = stop if len(stop) > 1 else stop[0]
+        with open(os.path.join(folder, "generation_config.json"), "w", encoding="utf-8") as f:
+            f.write(dump(generation))
+    return config
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """data.tokenizer=bytes for all: byte-level BPE without merges, ids 0 to 255 the bytes, 256 the end."""
+    # GPT-2's table: printable characters stand for themselves.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    letters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    out = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+    out.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    out.decoder = tokenizers.decoders.ByteLevel()
+    out.add_special_tokens([tokenizers.AddedToken(END_OF_BYTES, special=True, normalized=False)])
+    return out
+
+
+def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> None:
+    """A run's tokenizer in place of the one there, with what lies beside a file called tokenizer.json."""
+    for name in FILES:
+        if os.path.exists(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
+    shutil.rmtree(os.path.join(folder, start.TEMPLATES), ignore_errors=True)
+    target = os.path.join(folder, "tokenizer.json")
+    if spec == "bytes":
+        byte_tokenizer().save(target)
+    else:
+        path = os.path.expanduser(spec)
+        path = (tokenizer_folder.find(path) or path) if os.path.isdir(path) else path
+        if os.path.basename(path) in (tokenizer_folder.JSON, tokenizer_folder.RANKS):
+            start.copy_files(os.path.dirname(path) or ".", folder, FILES)
+        if os.path.basename(path) == tokenizer_folder.RANKS:  # few programs read it
+            load_tokenizer(path).save(target)
+        else:
+            shutil.copyfile(path, target)
+    inner = tokenizers.Tokenizer.from_file(target)
+    config = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG)
+    if not config:
+        encoding = inner.encode("a", add_special_tokens=True)
+        # The cleaning is transformers 4's default, and takes the space before a full stop away.
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
+                  "clean_up_tokenization_spaces": False}
+        if encoding.special_tokens_mask[:1] == [1]:
+            config["bos_token"] = encoding.tokens[0]
+    if not Chat(folder).special.get("eos_token") and ends and inner.id_to_token(ends[-1]) is not None:
+        config["eos_token"] = inner.id_to_token(ends[-1])
+    with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+        f.write(dump(config))
+
+
+def _special_ids(folder: str) -> dict[str, int]:
+    chat = Chat(folder)
+    ids = {name: chat.tokenizer.token_to_id(text) for name, text in chat.special.items()}
+    return {name: i for name, i in ids.items() if i is not None}
