@@ -509,8 +509,8 @@ ERRORS = [  # (changes to data and the rest, what the message has to say)
     (dict(path="{}/nocolumn.parquet"), ["no column 'text'", "body"]),
     (dict(path="{}/ints.parquet"), ["holds int"]),
     (dict(path="{}/bad.parquet"), ["parquet"]),
-    (dict(path="{}/big.npy"), ["token id 400", "config.data.tokenizer='bytes' has 257 ids"]),
-    (dict(path="{}/negative.npy"), ["token id -2", "config.data.tokenizer='bytes' has 257 ids"]),
+    (dict(path="{}/big.npy"), ["token id 400", "has 257 ids"]),
+    (dict(path="{}/negative.npy"), ["token id -2", "has 257 ids"]),
     (dict(path="{}/matrix.npy"), ["2-D int32"]),
     (dict(path="{}/floats.npy"), ["1-D float64"]),
     (dict(path="{}/objects.npy"), ["Python objects"]),
@@ -519,7 +519,7 @@ ERRORS = [  # (changes to data and the rest, what the message has to say)
     (dict(path="{}/zip.npy"), ["archive of arrays"]),
     (dict(path="{}/side.npy"), ["side.json"]),
     (dict(path="{}/odd.bin"), ["3 bytes", "config.data.bin_dtype"]),
-    (dict(path="{}/big.bin"), ["token id 999", "config.data.tokenizer='bytes' has 257 ids"]),
+    (dict(path="{}/big.bin"), ["token id 999", "has 257 ids"]),
     (dict(path="/dev/null"), ["neither a file nor a folder"]),
     (dict(path="{}/ok.txt", weights="1,2"), ["config.data.weights='1,2'", "2 numbers", "1 sources"]),
     (dict(path="{0}/ok.txt,{0}/ok.txt", weights="1"), ["config.data.weights"]),
@@ -581,7 +581,7 @@ def test_a_file_damaged_after_start_up_is_caught_when_its_rows_are_read(tmp_path
     np.save(tmp_path / "y.npy", np.full(200, 60000, np.uint16))
     with open(tmp_path / "x.npy", "r+b") as f:  # the map sees what is written to the same file
         f.write((tmp_path / "y.npy").read_bytes())
-    with pytest.raises(UserError, match="token id 60000, but config.data.tokenizer='bytes' has 257 ids"):
+    with pytest.raises(UserError, match="token id 60000, but config.data.tokenizer='auto' has 257 ids"):
         loader.train_rows(0, 4)
 
 

@@ -273,7 +273,7 @@ def test_special_tokens_in_text(tmp_path, capsys):
 
 def test_special_tokens_where_there_are_none(capsys):
     with pytest.raises(UserError, match="config.data.special_tokens=True has no effect with config.data.tokenizer=bytes"):
-        validate(Config(data=Data(special_tokens=True)))
+        validate(Config(data=Data(special_tokens=True, tokenizer="bytes")))
     assert main(["tokenize", "--path=x", "--tokenizer=bytes", "--out=x.npy", "--special-tokens"]) == 2
     assert "--special-tokens has no effect with --tokenizer=bytes" in capsys.readouterr().err
 

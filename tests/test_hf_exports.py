@@ -168,7 +168,7 @@ def test_a_tokenizer_that_is_gone(tmp_path):
     path = bpe(tmp_path / "tok" / "mine.json")
     save(tmp_path / "w", Data(tokenizer=path))
     os.rename(path, tmp_path / "moved.json")
-    with pytest.raises(UserError, match="mine.json' of .* is not there any more. Give it with --token"):
+    with pytest.raises(UserError, match="mine.json' of .* is not there any more. Put it back; hf export takes its new place with --tokenizer"):
         exported(tmp_path)
     assert not (tmp_path / "out").exists()
     config, _, tokenizer = exported(tmp_path, tokenizer=str(tmp_path / "moved.json"))

@@ -11,7 +11,7 @@ from deepseek_jax import evaluate, generate, paths
 from deepseek_jax.checkpoint.folder import Folder
 from deepseek_jax.config import Config, UserError, exit_code
 from deepseek_jax.hf import start
-from deepseek_jax.train import workdir
+from deepseek_jax.train import lock, workdir
 
 
 def contents(folder):
@@ -75,7 +75,7 @@ def test_a_workdir_with_files_of_somebody_else(tmp_path):
         (folder / name).write_text(text)
         with pytest.raises(UserError, match=message):
             workdir.prepare(str(folder), Config())
-            with workdir.locked(str(folder)):
+            with lock.locked(str(folder)):
                 pass
         assert contents(folder) == {str(folder / name): text.encode()}
     (tmp_path / "w" / "hf").mkdir(parents=True)
@@ -98,4 +98,3 @@ def test_a_checkpoint_folder_with_numbers_that_are_no_checkpoints(tmp_path):
 
 def test_names_of_folders_that_are_made_first():
     assert paths.scratch("a/out/") == os.path.abspath("a/.out.deepseek_jax.tmp") == paths.scratch(os.path.abspath("a/out"))
-    assert paths.absolute("gs://bucket/x") == "gs://bucket/x" and paths.absolute("~/x") == os.path.expanduser("~/x")

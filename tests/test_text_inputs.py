@@ -289,7 +289,7 @@ def test_bytes_of_held_out_text(tmp_path):
     tokenizer = load_tokenizer(run.data.tokenizer)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(perplexity, "HELD_OUT_PIECE", 3)
-        result = perplexity.of_held_out(types.SimpleNamespace(run=run), Scorer(), 16)
+        result = perplexity.of_held_out(types.SimpleNamespace(run=run, tokenizer="", contents=None), Scorer(), 16)
     documents = split(*open_corpora(run, tokenizer), 0.5)[1]
     texts = [
         tokenizer.decode(documents.tokens[a : a + n]) for a, n in zip(documents.starts, documents.lengths)

@@ -11,9 +11,10 @@ import tokenizers
 from deepseek_jax.config import UserError
 from deepseek_jax.data import tiktoken, tokenizer_folder
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.hf import exporting, start
+from deepseek_jax.hf import start, tokenizer_files
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.encoder import Encoder
+from deepseek_jax.hf.tokenizer_files import Companions
 
 try:
     import regex  # transformers brings it
@@ -183,7 +184,7 @@ def test_copies_and_an_identity_of_their_own(made, tmp_path):
 
 def test_exported_as_one_file_that_everybody_reads(made, tmp_path):
     ranks, folder = made
-    exporting._add_tokenizer(str(tmp_path), folder)
+    tokenizer_files.write(str(tmp_path), {}, Companions(None, folder, ()), 4096)
     inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in (*CORPUS, "你好<|im_end|>[PAD]"):
         assert inner.encode(text).ids == Chat(folder).encode(text) == Chat(str(tmp_path)).encode(text)

@@ -148,7 +148,7 @@ def test_special_tokens_that_no_file_gives_an_id(tmp_path):
         theirs.eos_token_id
     }
     assert load_tokenizer(folder).vocab_size == 282  # training knows only ids that a file gives
-    fits = lambda size: opening.encoder_of(folder, None, size, "M").vocab_size
+    fits = lambda size: opening.encoder_of(folder, "", None, size, "M").vocab_size
     assert fits(285) == 285
     with pytest.raises(
         UserError, match="the tokenizer of M has 284 ids, the last of them '<extra>', and the model 282"
@@ -156,7 +156,7 @@ def test_special_tokens_that_no_file_gives_an_id(tmp_path):
         fits(282)
     padded = copy(tmp_path / "padded", "added-decoder", {"pad_token": "<pad>"})
     assert (
-        opening.encoder_of(padded, None, 282, "M").vocab_size == 282
+        opening.encoder_of(padded, "", None, 282, "M").vocab_size == 282
     )  # no text needs padding that the model never had
 
 

@@ -43,7 +43,7 @@ def main() -> int:
     one.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
     one.add_argument("--dtype", choices=DTYPES, help="of all tensors but the selection bias (default: as they came, else float32)")
     one.add_argument("--max-shard-size", type=float, default=exporting.FILE_BYTES / 1e9, metavar="GB", help="of one file (default %(default)g)")
-    one.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer.json, if it is not where "
+    one.add_argument("--tokenizer", type=arguments.path, metavar="PATH", help="the run's tokenizer.json, if it is not where "
                                                          "config.data.tokenizer says any more")
     args = parser.parse_args()
     begun = time.perf_counter()
