@@ -124,7 +124,7 @@ def refused(*_):
 def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsys):
     """Version, chip and a first call are asked for on a GPU; where one is wrong, attention is the blocks', after one line."""
     monkeypatch.setattr(cudnn.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(cudnn, "_version", lambda: version)
+    monkeypatch.setattr(cudnn, "version", lambda: version)
     monkeypatch.setattr(cudnn, "_capability", lambda: capability)
     monkeypatch.setattr(cudnn, "_probe", probe)
     cudnn.missing.cache_clear(), cudnn.usable.cache_clear()

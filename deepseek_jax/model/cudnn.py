@@ -32,11 +32,11 @@ def missing(qk_width: int = 192, v_width: int = 128) -> str | None:
         return f"jax {jax.__version__} has another cuDNN attention than this version knows ({error})"
     if jax.default_backend() != "gpu":
         return None
-    version, capability = _version(), _capability()
-    if version is None:
+    found, capability = version(), _capability()
+    if found is None:
         return "JAX finds no cuDNN"
-    if version < OLDEST:
-        return f"it needs cuDNN {_dotted(OLDEST)} or newer, and this is {_dotted(version)}"
+    if found < OLDEST:
+        return f"it needs cuDNN {_dotted(OLDEST)} or newer, and this is {_dotted(found)}"
     if capability < CAPABILITY:
         return f"it needs a GPU of compute capability {_dotted(CAPABILITY)} or newer, and this one has {_dotted(capability)}"
     # In a thread: it knows nothing of the mesh and the trace in which somebody asks.
@@ -57,11 +57,11 @@ def usable(qk_width: int, v_width: int) -> bool:
     return reason is None
 
 
-def _version() -> int | None:
-    """90100 is 9.1.0."""
+def version() -> int | None:
+    """cuDNN's, as 90100 for 9.1.0; None where JAX finds none."""
     try:
         versions = importlib.import_module("jax._src.lib").cuda_versions
-        return None if versions is None else int(versions.cudnn_get_version())
+        return None if versions is None else int(versions.cudnn_getversion())
     except (ImportError, AttributeError, RuntimeError):  # the last: a library that cannot be loaded
         return None
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from deepseek_jax import arguments, commandline
+from deepseek_jax import arguments
 from deepseek_jax.config import Config
 
 
@@ -37,6 +37,8 @@ def read(parser: Parser, argv: list[str], default_config: str | None = None) -> 
     Raises:
       UserError: the first mistake.
     """
+    from deepseek_jax import commandline  # with ml_collections, which a benchmark that reads no config does without
+
     own, rest = parser.parse_known_args(argv)
     if default_config and not any(a.startswith(("--config=", "-config=")) or a in ("--config", "-config") for a in rest):
         rest = [f"--config={default_config}", *rest]
