@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+import bridge
 from benchmarks import fuzz_options
 from deepseek_jax.config import Config, Mesh, Model, Sharding, Train, UserError
+from deepseek_jax.generation import engine, sample, weights
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train import state, step
 from deepseek_jax.validation import validate
@@ -52,7 +54,7 @@ ONES = {
     "one expert a device, one sequence a device, one token": (dict(num_nextn_predict_layers=0), dict(expert=4), dict(batch_size=4, sequence_length=1)),
     "everything": (ONE_HEAD | dict(kv_lora_rank=1, q_lora_rank=1, qk_nope_head_dim=1, v_head_dim=1, qk_rope_head_dim=2, vocab_size=1, hidden_size=1,
                                    intermediate_size=1, moe_intermediate_size=1, n_routed_experts=1, num_experts_per_tok=1), {},
-                   dict(batch_size=1, sequence_length=1)),
+                   dict(batch_size=1, sequence_length=2)),
 }
 SLOW = ("one head", "one head of both", "rope width 2", "one expert a device, one sequence a device, one token")
 
@@ -62,6 +64,11 @@ def test_trains_and_evaluates(name):
     """The layouts fit one another: with Explicit axes one that does not is an error in tracing."""
     model, mesh, train = ONES[name]
     traced(config_of(model, mesh, train))
+
+
+def test_one_token_at_a_time_is_refused():
+    with pytest.raises(UserError, match="sequence_length=1 with batch_size 2 / accumulation 2 = 1 sequence trains on one token at a time"):
+        validate(config_of({}, {}, dict(batch_size=2, accumulation=2, sequence_length=1)))
 
 
 @pytest.mark.parametrize("model, mesh, message", [
@@ -106,6 +113,23 @@ def test_min_weight_size_changes_no_number(least):
     some = trainer(trainer_config(mesh=Mesh(fsdp=2, expert=2), sharding=Sharding("shard_grad_op", min_weight_size=least)))
     ours, theirs = (losses_of(t.run(t.start(), 5)[1]) for t in (some, one))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", [
+    dict(ONE_HEAD, qk_rope_head_dim=2, qk_nope_head_dim=1, v_head_dim=1, kv_lora_rank=1),
+    pytest.param(dict(ONE_HEAD, **MQA, head_dim=4, partial_rotary_factor=0.5), marks=pytest.mark.slow)], ids=["latent", "grouped"])
+def test_generates(model, monkeypatch):
+    """One row, one token a step, one head, halves of one number: with the cache what whole forward passes give."""
+    for module in (engine, weights):
+        monkeypatch.setattr(module, "jit", bridge.jit)
+    config = config_of(dict(model, num_hidden_layers=1, initializer_range=0.5), {})
+    mesh = fuzz_options.accepted(config)
+    with jax.set_mesh(mesh):
+        layout = state.make_layout(config, mesh)
+        held = jax.tree.map(lambda a: np.random.default_rng(a.size).normal(size=a.shape).astype(a.dtype), layout.abstract)
+        params, bias = (jax.device_put(a, s) for a, s in ((held.params, layout.shardings.params), (held.bias, layout.shardings.bias)))
+        whole = list(sample.tokens(layout, params, bias, mesh, [3, 5], 5, 16, None, 0.0, 1.0, 0))
+    assert engine.Engine(layout, mesh, params, bias).generate([[3, 5]], 5) == [whole]
 
 
 def test_fuzz_of_options():

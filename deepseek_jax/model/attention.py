@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Model
 from deepseek_jax.model import blockwise, cudnn
-from deepseek_jax.model.layers import ATTENTION_NORM_EPS, Linear, RMSNorm, join_heads, split_heads
+from deepseek_jax.model.layers import ATTENTION_NORM_EPS, Linear, RMSNorm, join_heads, split_heads, split_width
 from deepseek_jax.model.rope import apply_rope, softmax_scale
 from deepseek_jax.parallel.mesh import on_cpu, per_device
 
@@ -127,13 +127,13 @@ class MultiHeadLatentAttention(nnx.Module):
             q = self.q_proj(x_BSD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(checkpoint_name(self.q_a_proj(x_BSD), "mla_latent")))
-        q_nope, q_rope = jnp.split(split_heads(q, m.num_attention_heads), [m.qk_nope_head_dim], axis=-1)
+        q_nope, q_rope = split_width(split_heads(q, m.num_attention_heads), m.qk_nope_head_dim)
         return q_nope, apply_rope(q_rope, *rope, m.rope_interleave)
 
     def latents(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """What keys and values are made of: the normed latent [B, S, R] and the rotated key of all heads [B, S, rope]."""
         compressed = checkpoint_name(self.kv_a_proj_with_mqa(x_BSD), "mla_latent")
-        latent_BSR, k_rope = jnp.split(compressed, [self.model.kv_lora_rank], axis=-1)
+        latent_BSR, k_rope = split_width(compressed, self.model.kv_lora_rank)
         k_rope = apply_rope(k_rope[:, :, None], *rope, self.model.rope_interleave)
         return self.kv_a_layernorm(latent_BSR), k_rope[:, :, 0]
 
@@ -143,7 +143,7 @@ class MultiHeadLatentAttention(nnx.Module):
         heads, nope = q_nope.shape[2:]
         q_BSNH = jnp.concatenate([q_nope, q_rope], axis=-1)
         kv = split_heads(self.kv_b_proj(latent_BSR), heads)
-        k_nope, v_BSNV = jnp.split(kv, [nope], axis=-1)
+        k_nope, v_BSNV = split_width(kv, nope)
         k_rope = jax.sharding.reshard(jnp.broadcast_to(k_rope[:, :, None], q_rope.shape), jax.typeof(q_rope).sharding.spec)
         k_BSNH = jnp.concatenate([k_nope, k_rope], axis=-1)
 
@@ -190,7 +190,7 @@ def _rotated(x_BSNH: jax.Array, rope: tuple[jax.Array, jax.Array], width: int) -
     """The first `width` numbers of every head rotated, in halves as these families do."""
     if width == x_BSNH.shape[-1]:
         return apply_rope(x_BSNH, *rope, interleave=False)
-    rotated, rest = jnp.split(x_BSNH, [width], axis=-1)
+    rotated, rest = split_width(x_BSNH, width)
     return jnp.concatenate([apply_rope(rotated, *rope, interleave=False), rest], axis=-1)
 
 

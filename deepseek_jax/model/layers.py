@@ -40,6 +40,21 @@ def reshaped(x: jax.Array, shape: tuple[int, ...], spec: Sequence[Any]) -> jax.A
     return jax.lax.reshape(x, shape, out_sharding=jax.P(*spec))
 
 
+def laid_out_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x in the layout of an array of as many dimensions, which it came from: nothing moves.
+
+    From jax 0.11 on a slice of one number has lost its layout: of one sequence, token and head, half of a rope width of two.
+    """
+    spec = jax.typeof(like).sharding.spec
+    return x if jax.typeof(x).sharding.spec == spec else jax.sharding.reshard(x, spec)
+
+
+def split_width(x: jax.Array, first: int) -> tuple[jax.Array, jax.Array]:
+    """The first numbers of the last axis, which nothing divides, and the rest of them."""
+    parts = jnp.split(x, [first], axis=-1)
+    return laid_out_as(parts[0], x), laid_out_as(parts[1], x)
+
+
 def split_heads(x_BSF: jax.Array, heads: int) -> jax.Array:
     """[B, S, N * H] to [B, S, N, H]: what divides the width divides the heads."""
     spec = jax.typeof(x_BSF).sharding.spec

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Model, RopeScaling
-from deepseek_jax.model.layers import reshaped
+from deepseek_jax.model.layers import laid_out_as, reshaped, split_width
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -71,10 +71,10 @@ def apply_rope(x_BSNR: jax.Array, cos: jax.Array, sin: jax.Array, interleave: bo
     cos, sin = cos[:, :, None], sin[:, :, None]
     x32 = x_BSNR.astype(jnp.float32)
     if interleave:
-        a, b = x32[..., 0::2], x32[..., 1::2]
+        a, b = (laid_out_as(x32[..., i::2], x_BSNR) for i in (0, 1))
         pairs = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
         out = reshaped(pairs, x_BSNR.shape, jax.typeof(x_BSNR).sharding.spec)
     else:
-        a, b = jnp.split(x32, 2, axis=-1)
+        a, b = split_width(x32, x32.shape[-1] // 2)
         out = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return out.astype(x_BSNR.dtype)
