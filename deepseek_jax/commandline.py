@@ -82,20 +82,23 @@ def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The options with every path as seen from any folder, as WORKDIR/config.json keeps them for later commands; ~ is the home folder.
+    """The options with paths that hold in any folder, as WORKDIR/config.json keeps them. ~ is expanded.
 
     Words that stand for no path (stdlib, bytes, off), remote folders and what `init_from` does not find stay.
     """
     c = config
     sources = [s.strip() for s in c.data.path.split(",")]
     path = ",".join(s if s in ("", "stdlib") else absolute(s) for s in sources)
-    data = dataclasses.replace(c.data, path=path, tokenizer=c.data.tokenizer if c.data.tokenizer == "bytes" else absolute(c.data.tokenizer))
+    tokenizer = c.data.tokenizer if c.data.tokenizer == "bytes" else absolute(c.data.tokenizer)
+    data = dataclasses.replace(c.data, path=path, tokenizer=tokenizer)
     if c.init_from and os.path.exists(os.path.expanduser(c.init_from)):
         c = dataclasses.replace(c, init_from=absolute(c.init_from))
     folder = lambda name: name and absolute(name)
-    checkpoint = dataclasses.replace(c.checkpoint, dir=folder(c.checkpoint.dir), local_dir=folder(c.checkpoint.local_dir))
+    checkpoint = dataclasses.replace(c.checkpoint, dir=folder(c.checkpoint.dir),
+                                     local_dir=folder(c.checkpoint.local_dir))
     cache = c.compile.cache_dir
-    return dataclasses.replace(c, data=data, checkpoint=checkpoint, compile=Compile(cache if cache == OFF else folder(cache)))
+    return dataclasses.replace(c, data=data, checkpoint=checkpoint,
+                               compile=Compile(cache if cache == OFF else folder(cache)))
 
 
 def find_cluster(argv: list[str]) -> Cluster:

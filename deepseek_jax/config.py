@@ -167,7 +167,7 @@ class Data:
     path: str = "stdlib"  # stdlib (Python's own sources) | file, folder or glob; several separated by commas
     weights: str = ""  # mixture weights of the comma-separated paths, as "0.7,0.3"; empty: by their size in tokens
     tokenizer: str = "bytes"  # bytes | path of a tokenizer.json
-    special_tokens: bool = False  # True: <|im_start|> and the like in the text are the tokenizer's special tokens, eos ends a document; False: text
+    special_tokens: bool = False  # <|im_start|> and the like in text are special tokens; False: text
     document_mask: bool = True  # attention and positions do not cross documents packed into one sequence
     eval_fraction: float = 0.01  # share of the documents held out for evaluation, chosen by document; 0: no evaluation
     bin_dtype: str = "uint16"  # dtype of raw .bin token files without a sidecar: uint16 | uint32

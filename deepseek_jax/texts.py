@@ -7,7 +7,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def clean_text(text: str) -> str:
-    """The text with lone surrogates, which JSON can spell but UTF-8 cannot, replaced by U+FFFD; the same object where there are none."""
+    """The text with lone surrogates, which JSON can spell but UTF-8 cannot, replaced by U+FFFD; the same
+    object where there are none."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -46,7 +46,8 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
         if not found or int(found[2] or found[1]) < int(found[1]):
             raise UserError(f"--rows={rows} is not FIRST-LAST. Give two row numbers, for instance --rows=800-807.")
         ranges = [(int(found[1]), int(found[2] or found[1]) + 1)]
-    loader = Loader(config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens), progress=True)
+    loader = Loader(config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens),
+                    progress=True)
     for line in loader.notes:
         print(line, file=sys.stderr)
     for first, last in ranges:

@@ -22,7 +22,8 @@ class Tokenizer(abc.ABC):
     """What all tokenizers share.
 
     Attributes:
-      name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file, with `+special_tokens` if it reads these.
+      name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file, with
+        `+special_tokens` if it reads these.
       vocab_size: ids run from 0 to vocab_size - 1.
       eos_id: the token that ends a document.
       token_bytes: int32 [vocab_size], bytes of text that each token stands for (eos and special tokens: 0), or None if
@@ -36,7 +37,8 @@ class Tokenizer(abc.ABC):
     special_tokens = False  # whether text can spell special tokens
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32 [n], without eos at the end. The text of a special token is text, unless `load_tokenizer` was told otherwise."""
+        """The ids of a text, int32 [n], without eos at the end. The text of a special token is text, unless
+        `load_tokenizer` was told otherwise."""
         return self.encode_batch([text])[0]
 
     @abc.abstractmethod
@@ -106,13 +108,15 @@ class FileTokenizer(Tokenizer):
         return self._inner.decode(ids[self._decodable[ids]].tolist(), skip_special_tokens=False)
 
 
-def load_tokenizer(spec: str, option: str = "config.data.tokenizer", special_tokens: bool = False) -> Tokenizer:
+def load_tokenizer(spec: str, option: str = "config.data.tokenizer",
+                   special_tokens: bool = False) -> Tokenizer:
     """The tokenizer that an option asks for.
 
     Args:
       spec: `bytes`, or the path of a `tokenizer.json`.
       option: what error messages call it.
-      special_tokens: text that spells a special token (<|im_start|>) is that token, as in transformers; else it is text. `bytes` has none.
+      special_tokens: text that spells a special token (<|im_start|>) is that token, as in transformers; else
+        it is text. `bytes` has none.
 
     Raises:
       UserError: the file is missing, unreadable, not a tokenizer, or has no end-of-document token.
@@ -124,7 +128,8 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer", special_tok
         with open(path, "rb") as f:
             data = f.read()
     except FileNotFoundError:
-        raise UserError(f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes (relative paths start in {os.getcwd()}).") from None
+        raise UserError(f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes "
+                        f"(relative paths start in {os.getcwd()}).") from None
     except IsADirectoryError:
         raise UserError(f"{option}={spec!r} is a folder. Give {os.path.join(spec, 'tokenizer.json')}, or bytes.") from None
     except OSError as e:

@@ -60,7 +60,8 @@ def of_text(opened: Opened, path: str, scorer: Scorer, stride: int, limit: int |
         raise UserError(f"--text={path}: {tokens.path} holds tokens and not text. Name text files; tokens can be evaluated as a run's held-out part.")
     encoder = opened.encoder()
     with Bar("Evaluating", sum(f.size for _, f in files), progress) as bar:
-        result = _measure(_text_pieces(files, encoder, notes), encoder.prefix, scorer, stride, limit, bar, f"--text={path}")
+        result = _measure(_text_pieces(files, encoder, notes), encoder.prefix, scorer, stride, limit, bar,
+                          f"--text={path}")
     for line in notes.lines():
         print(line, file=sys.stderr)
     return result
@@ -79,9 +80,12 @@ def of_held_out(opened: Opened, scorer: Scorer, stride: int, limit: int | None =
     sides = [split(corpus, run.data.eval_fraction)[1] for corpus in open_corpora(run, tokenizer, progress)]
 
     def size(ids: np.ndarray) -> int:
-        if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:  # a sidecar that does not tell the truth
-            raise UserError(f"the run's held-out part has token ids up to {ids.max()}, and its tokenizer {tokenizer.vocab_size} of them. Tokenize again.")
-        return int(tokenizer.token_bytes[ids].sum()) if tokenizer.token_bytes is not None else len(tokenizer.decode(ids).encode())
+        # A sidecar, which start-up trusts, need not tell the truth.
+        if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+            raise UserError(f"the run's held-out part has token ids up to {ids.max()}, and its tokenizer "
+                            f"{tokenizer.vocab_size} of them. Tokenize again.")
+        known = tokenizer.token_bytes
+        return int(known[ids].sum()) if known is not None else len(tokenizer.decode(ids).encode())
 
     def pieces() -> Iterator[Piece]:
         for documents in sides:

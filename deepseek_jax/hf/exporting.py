@@ -42,7 +42,8 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
       source: a checkpoint with the same numbers: what it holds under the same name and dtype is copied, and its arrays are not asked for.
 
     Raises:
-      UserError: the target is in use or cannot be written, the tokenizer is missing, or numbers are not finite in the dtype they are written in.
+      UserError: the target is in use or cannot be written, the tokenizer is missing, or numbers are not
+        finite in the dtype they are written in.
     """
     target = os.path.abspath(os.path.expanduser(target))
     leaves, temporary = list(leaves), paths.scratch(target)
@@ -50,7 +51,8 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
         raise UserError(f"{target} exists already. Name a new folder.")
     kept = files_from is not None and os.path.isfile(os.path.join(files_from, "tokenizer.json"))
     if tokenizer is not None and not kept and not os.path.isfile(os.path.expanduser(tokenizer)):
-        raise UserError(f"config.data.tokenizer={tokenizer!r} of the run is not there (relative paths start in {os.getcwd()}), and an export copies it. "
+        raise UserError(f"config.data.tokenizer={tokenizer!r} of the run is not there (relative paths start "
+                        f"in {os.getcwd()}), and an export copies it. "
                         f"Put the file back, or correct its path in the run's config.json.")
     shapes = tensors_of(leaves, model, dtypes, default_dtype)
     try:

@@ -39,7 +39,8 @@ class Opened:
         Raises:
           UserError: there is no tokenizer, or it has ids that the model has not.
         """
-        out = Encoder(Chat(self.folder) if self.folder is not None else _tokenizer(self.run), self.model.source)
+        out = Encoder(Chat(self.folder) if self.folder is not None else _tokenizer(self.run),
+                      self.model.source)
         if out.vocab_size > self.model.model.vocab_size:
             raise UserError(f"the tokenizer of {self.model.source} has {out.vocab_size} ids, and the model {self.model.model.vocab_size}. "
                             f"Give it the tokenizer that it was trained with.")

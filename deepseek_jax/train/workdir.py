@@ -31,7 +31,8 @@ def prepare(workdir: str, config: Config) -> list[str]:
       A line for each option that differs from the run that the folder holds, none of which changes a shape.
 
     Raises:
-      UserError: the folder cannot be written, holds a checkpoint of a model with other shapes, or files that are not of a run.
+      UserError: the folder cannot be written, holds a checkpoint of a model with other shapes, or files that
+        are not of a run.
     """
     _check_ours(workdir)
     try:
@@ -56,12 +57,14 @@ def prepare(workdir: str, config: Config) -> list[str]:
 
 
 def _check_ours(workdir: str) -> None:
-    """Whether what a run would replace in the folder is of a run: nobody's config.json or metrics.jsonl is overwritten."""
+    """Whether what a run would replace in the folder is of a run: nobody's config.json or metrics.jsonl is
+    overwritten."""
     config, rows = os.path.join(workdir, "config.json"), os.path.join(workdir, "metrics.jsonl")
     if os.path.lexists(config):
         _read(config)
     elif os.path.lexists(rows):
-        raise UserError(f"--workdir={workdir} holds {rows} and no config.json of a run that wrote it. Name another --workdir, or move that file away.")
+        raise UserError(f"--workdir={workdir} holds {rows} and no config.json of a run that wrote it. Name "
+                        f"another --workdir, or move that file away.")
 
 
 @contextlib.contextmanager
@@ -97,7 +100,8 @@ def locked(workdir: str, wait: float = 5.0) -> Iterator[None]:
             time.sleep(0.1)
         with contextlib.suppress(OSError):  # a full disk
             if (before := os.pread(fd, 5, 0)) and before != b"host ":
-                raise UserError(f"{path} is not the lock of a run. Name another --workdir, or move that file away.")
+                raise UserError(f"{path} is not the lock of a run. Name another --workdir, or move that file "
+                                f"away.")
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"host {socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(), 0)
         yield
@@ -152,7 +156,8 @@ def _read(path: str) -> dict[str, Any]:
         out.pop(_NOT_AN_OPTION, None)
         return out
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as the config of a run ({e}). Restore it, or name another --workdir.") from e
+        raise UserError(f"{path} cannot be read as the config of a run ({e}). Restore it, or name another "
+                        f"--workdir.") from e
 
 
 def _with_defaults(before: Any, defaults: Any) -> Any:
