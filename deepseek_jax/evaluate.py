@@ -56,12 +56,15 @@ def main() -> int:
             raise UserError(f"--{name}={getattr(args, name)} is for text, and --questions has none. Leave it out.")
     questions = choices.read_questions(args.questions, args.limit) if args.questions else None
     if args.output:
-        texts = [f.path for spec in split_paths(args.text, "--text") for f in find_files(spec, "--text")] if args.text else []
-        check_output("--output", args.output, itertools.chain(filter(None, [args.questions]), texts, model_files(args.model)))
+        texts = [f.path for spec in split_paths(args.text, "--text")
+                 for f in find_files(spec, "--text")] if args.text else []
+        check_output("--output", args.output,
+                     itertools.chain(filter(None, [args.questions]), texts, model_files(args.model)))
     compilation.use_cache(Compile().cache_dir, warn=lambda line: print(line, file=sys.stderr))
     opened = open_model(args.model, args.step, args.dtype, parse_mesh(args.mesh))
     if args.output and opened.run and not args.text and not args.questions:
-        held_out = (f.path for spec in split_paths(opened.run.data.path, "config.data.path") for f in find_files(spec, "config.data.path"))
+        held_out = (f.path for spec in split_paths(opened.run.data.path, "config.data.path")
+                    for f in find_files(spec, "config.data.path"))
         check_output("--output", args.output, held_out)
     begun = time.perf_counter()
     details = None

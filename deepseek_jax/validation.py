@@ -89,7 +89,8 @@ def validate(config: Config) -> None:
             raise UserError(f"config.optimizer.{name}={getattr(o, name)} must be below 1. Set it to, for instance, 0.9.")
     _validate_checkpoint(config)
     if config.data.special_tokens and config.data.tokenizer == "bytes":
-        raise UserError("config.data.special_tokens=True has no effect with config.data.tokenizer=bytes, which has none that text could spell. "
+        raise UserError("config.data.special_tokens=True has no effect with config.data.tokenizer=bytes, "
+                        "which has none that text could spell. "
                         "Set config.data.tokenizer to a tokenizer.json, or special_tokens=False.")
     _choice("config.data.bin_dtype", config.data.bin_dtype, ("uint16", "uint32"))
     _choice("config.data.on_change", config.data.on_change, ("refuse", "new_pass"))

@@ -169,11 +169,14 @@ COMMAND_ERRORS = [  # (arguments, what stderr has to say)
     ("tokenize --path={t}/bad.jsonl --tokenizer=bytes --out={t}/x.npy", ["--path=", "line 1"]),
     ("tokenize --path={t}/y.json --tokenizer=bytes --out={t}/y.npy", ["--out=", "overwrite", "y.json"]),
     ("tokenizer --path={t}/y.json --vocab-size=300 --out={t}/y.json", ["--out=", "overwrite", "y.json"]),
-    ("tokenize --path={f}/texts.jsonl --tokenizer={t}/large.json --out={t}/large.npy", ["--out=", "overwrite", "large.json"]),
-    ("tokenize --path={f}/texts.jsonl --tokenizer={t}/large.json --out={t}/link.npy", ["--out=", "overwrite", "large.json"]),
+    ("tokenize --path={f}/texts.jsonl --tokenizer={t}/large.json --out={t}/large.npy",
+     ["--out=", "overwrite", "large.json"]),
+    ("tokenize --path={f}/texts.jsonl --tokenizer={t}/large.json --out={t}/link.npy",
+     ["--out=", "overwrite", "large.json"]),
     ("tokenize --path={f}/texts.jsonl --tokenizer=bytes --out={t}/y.npy", ["--out=", "y.json beside it"]),
     ("tokenize --path={f}/texts.jsonl --tokenizer=bytes --out={t}/z.npy", ["--out=", "z.offsets beside it"]),
-    ("tokenize --path={f}/texts.jsonl --tokenizer=bytes --out={t}/other.bin", ["--out=", "other.json beside it"]),
+    ("tokenize --path={f}/texts.jsonl --tokenizer=bytes --out={t}/other.bin", ["--out=", "other.json beside "
+                                                                                         "it"]),
     ("tokenize --path={f}/texts.jsonl --tokenizer={t}/large.json --dtype=uint16 --out={t}/x.npy", ["--dtype=uint16", "70000"]),
 ]
 
@@ -184,7 +187,8 @@ def test_command_errors(folder, tmp_path, capsys, line, wanted):
     (tmp_path / "bad.jsonl").write_text("{}\n")
     (tmp_path / "y.json").write_text('{"text": "text"}')
     (tmp_path / "z.offsets").write_text("mine")
-    (tmp_path / "other.json").write_text(json.dumps({"format": tokenfile.FORMAT, "file": "other.npy"}))  # of another token file
+    (tmp_path / "other.json").write_text(json.dumps({"format": tokenfile.FORMAT,
+                                                     "file": "other.npy"}))  # of another token file
     (tmp_path / "link.json").symlink_to("large.json")
     np.save(tmp_path / "ids.npy", np.arange(4))
     large = json.loads((folder / "tokenizer.json").read_text())
@@ -206,7 +210,8 @@ def test_a_relative_path_to_an_input_is_seen(folder, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     assert tokenize(folder, "../" + tmp_path.name + "/tok.npy", "tok.json") == 2
     assert "would overwrite tok.json" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["tok.json"] and (tmp_path / "tok.json").read_text() == text
+    assert [p.name
+            for p in tmp_path.iterdir()] == ["tok.json"] and (tmp_path / "tok.json").read_text() == text
 
 
 def damage(path, change):
@@ -221,7 +226,8 @@ def damage(path, change):
     elif change == "max_id":
         (path / "c.json").write_text(json.dumps({**side, "max_id": 300}))
     elif change in ("dtype", "documents"):
-        (path / "c.json").write_text(json.dumps({**side, "dtype": "float16"} if change == "dtype" else {k: v for k, v in side.items() if k != change}))
+        (path / "c.json").write_text(json.dumps({**side, "dtype": "float16"} if change == "dtype"
+                                                else {k: v for k, v in side.items() if k != change}))
 
 
 @pytest.mark.parametrize("change, wanted", [

@@ -1,4 +1,5 @@
-"""Formats of training data: what each file holds comes out as its documents, what is none is refused by name, what is left out is said."""
+"""Formats of training data: what each file holds comes out as its documents, what is none is refused by name,
+what is left out is said."""
 
 import bz2
 import gzip
@@ -34,14 +35,16 @@ PRESENT = [t for t in TEXTS if t]
 
 
 def config_of(path, tokenizer="bytes", vocab=50304, **data):
-    return Config(model=Model(vocab_size=vocab), data=Data(path=str(path), tokenizer=str(tokenizer), **data), train=Train(batch_size=1, sequence_length=8))
+    return Config(model=Model(vocab_size=vocab), data=Data(path=str(path), tokenizer=str(tokenizer), **data),
+                  train=Train(batch_size=1, sequence_length=8))
 
 
 def documents(path, notes=None):
     """The texts as training reads them, without what holds the place of a token."""
     tokenizer = load_tokenizer("bytes")
     corpora = open_corpora(config_of(path), tokenizer, notes=notes)
-    return [tokenizer.decode(c.tokens[int(a) : int(b)]) for c in corpora for a, b in zip(c.offsets[:-1], c.offsets[1:])]
+    return [tokenizer.decode(c.tokens[int(a) : int(b)]) for c in corpora for a,
+            b in zip(c.offsets[:-1], c.offsets[1:])]
 
 
 def zstd(data):
@@ -52,8 +55,10 @@ def zstd(data):
 
 
 LINES = "\n".join(json.dumps(r) for r in ROWS)
-JSON = {"lines.json": LINES, "lines.ndjson": LINES, "lines.jsonl": LINES + "\n", "array.json": json.dumps(ROWS), "pretty.json": json.dumps(ROWS, indent=2),
-        "objects.json": "\n".join(json.dumps(r, indent=1, ensure_ascii=False) for r in ROWS), "bom.json": "\ufeff " + json.dumps(ROWS),
+JSON = {"lines.json": LINES, "lines.ndjson": LINES, "lines.jsonl": LINES + "\n",
+        "array.json": json.dumps(ROWS), "pretty.json": json.dumps(ROWS, indent=2),
+        "objects.json": "\n".join(json.dumps(r, indent=1, ensure_ascii=False) for r in ROWS),
+        "bom.json": "\ufeff " + json.dumps(ROWS),
         "bom.jsonl": "\ufeff" + LINES, "spaces.json": f"\n [\n{',  '.join(map(json.dumps, ROWS))}\t]\n"}
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 
@@ -69,9 +74,11 @@ def test_json_in_every_form(name, block, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ending", PACK)
 def test_compressed(ending, tmp_path):
-    """Files of several members too, as pigz and pzstd write them; the bytes told for the progress bar are those of the file."""
+    """Files of several members too, as pigz and pzstd write them; the bytes told for the progress bar are
+    those of the file."""
     pack, half = PACK[ending], len(LINES) // 2
-    for name, data in (("a.jsonl", LINES), ("b.json", json.dumps(ROWS)), ("c.txt", PRESENT[2] * 1000), ("d.md", "text")):
+    for name, data in (("a.jsonl", LINES), ("b.json", json.dumps(ROWS)), ("c.txt", PRESENT[2] * 1000),
+                       ("d.md", "text")):
         (tmp_path / (name + ending)).write_bytes(pack(data[:half].encode()) + pack(data[half:].encode()))
     expected = [*PRESENT, *PRESENT, PRESENT[2] * 1000, "text"]
     assert documents(tmp_path) == expected == documents(f"{tmp_path}/*{ending}")
@@ -94,7 +101,8 @@ def test_arrow(kind, tmp_path):
 
 
 def test_text_that_is_not_unicode_is_cleaned_the_same_in_every_format(tmp_path):
-    """A byte of Latin-1, half of a surrogate pair: U+FFFD, and said. Text files as a whole have an encoding: that is to be converted."""
+    """A byte of Latin-1, half of a surrogate pair: U+FFFD, and said. Text files as a whole have an encoding:
+    that is to be converted."""
     assert documents(f"{FILES}/badutf8.parquet")[7] == "caf\ufffd is latin " * 5
     wanted = ["caf\ufffd", "a\ufffdb", "fine"]
     lines = [b'{"text": "caf\xe9"}', b'{"text": "a\\ud800b"}', b'{"text": "fine"}']
@@ -107,7 +115,8 @@ def test_text_that_is_not_unicode_is_cleaned_the_same_in_every_format(tmp_path):
         f.write_table(pa.table({"text": strings}))
     notes = Notes()
     assert documents(tmp_path, notes) == wanted * 4
-    assert notes.lines() == ["8 documents held bytes or characters that are not Unicode text: U+FFFD stands in their place"]
+    assert notes.lines() == ["8 documents held bytes or characters that are not Unicode text: U+FFFD stands "
+                             "in their place"]
     (tmp_path / "e.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="e.txt is not UTF-8 text at byte 3"):
         documents(tmp_path / "e.txt")
@@ -115,14 +124,18 @@ def test_text_that_is_not_unicode_is_cleaned_the_same_in_every_format(tmp_path):
 
 def test_what_a_folder_holds_beside_text_is_said(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("text")
-    for name, data in (("b.png", b"\x89PNG\0"), ("c.csv", b"text\nx\n"), ("d.zip", b"PK"), ("e.txt", b"\xff"), ("f.json", b'{"name": "x"}'), ("g.json", b"{oops"),
-                       ("h.bin", b"\0\0"), ("i.parquet.gz", b"x"), ("j.png", b"\0" * 995), ("tokens.json", b"{}"), ("tokens.npy", b"x")):
+    for name, data in (("b.png", b"\x89PNG\0"), ("c.csv", b"text\nx\n"), ("d.zip", b"PK"), ("e.txt", b"\xff"),
+                       ("f.json", b'{"name": "x"}'), ("g.json", b"{oops"),
+                       ("h.bin", b"\0\0"), ("i.parquet.gz", b"x"), ("j.png", b"\0" * 995),
+                       ("tokens.json", b"{}"), ("tokens.npy", b"x")):
         (tmp_path / name).write_bytes(data)
     notes = Notes()
     assert documents(tmp_path, notes) == ["text"]
     line, = notes.lines()
-    for part in ("2 .png, 1 kB (not UTF-8 text)", "1 .csv, 7 B (a table)", "1 .zip, 2 B (an archive)", "1 .txt, 1 B (not UTF-8 text)",
-                 "1 .json, 13 B (JSON without objects that have a string 'text')", "1 .json, 5 B (not JSON)", "1 .bin, 2 B (token ids", "1 .parquet.gz",
+    for part in ("2 .png, 1 kB (not UTF-8 text)", "1 .csv, 7 B (a table)", "1 .zip, 2 B (an archive)",
+                 "1 .txt, 1 B (not UTF-8 text)",
+                 "1 .json, 13 B (JSON without objects that have a string 'text')", "1 .json, 5 B (not JSON)",
+                 "1 .bin, 2 B (token ids", "1 .parquet.gz",
                  "1 .npy"):
         assert part in line, (part, line)
     (tmp_path / "a.txt").write_text("text " * 9)
@@ -164,22 +177,28 @@ def test_what_is_refused_by_name(name, data, wanted, tmp_path):
 # Token files of others
 
 
-@pytest.mark.parametrize("spec", ["mega_text_document.bin", "mega_text_document.idx", "mega_text_document", "mega*", "*.idx"])
+@pytest.mark.parametrize("spec",
+                         ["mega_text_document.bin", "mega_text_document.idx", "mega_text_document", "mega*",
+                          "*.idx"])
 def test_megatron(spec):
     """By file, index, Megatron's own prefix or a glob; documents are those of the index."""
     corpus, = open_corpora(config_of(f"{FILES}/{spec}"), load_tokenizer("bytes"))
     assert isinstance(corpus.tokens, np.memmap) and corpus.tokens.dtype == np.int32
-    assert documents(f"{FILES}/{spec}") == [f"document {i} says hello to the world, and again. " * 3 for i in range(40)]
+    assert documents(f"{FILES}/{spec}") == [f"document {i} says hello to the world, and again. " * 3
+                                            for i in range(40)]
 
 
-def write_megatron(stem, sequences, firsts, code=8, dtype="<u2", version=1, magic=b"MMIDIDX\0\0", modes=b"", places=None):
+def write_megatron(stem, sequences, firsts, code=8, dtype="<u2", version=1, magic=b"MMIDIDX\0\0", modes=b"",
+                   places=None):
     """As IndexedDatasetBuilder does."""
     lengths = np.array([len(s) for s in sequences], "<i4")
     ids = np.concatenate(sequences).astype(dtype)
     ids.tofile(f"{stem}.bin")
-    places = (np.cumsum([0, *lengths[:-1]]) if places is None else np.array(places)).astype("<i8") * ids.itemsize
+    places = (np.cumsum([0, *lengths[:-1]]) if places is None
+              else np.array(places)).astype("<i8") * ids.itemsize
     with open(f"{stem}.idx", "wb") as f:
-        f.write(magic + version.to_bytes(8, "little") + bytes([code]) + len(lengths).to_bytes(8, "little") + len(firsts).to_bytes(8, "little"))
+        f.write(magic + version.to_bytes(8, "little") + bytes([code]))
+        f.write(len(lengths).to_bytes(8, "little") + len(firsts).to_bytes(8, "little"))
         f.write(lengths.tobytes() + places.tobytes() + np.array(firsts, "<i8").tobytes() + modes)
 
 
@@ -190,15 +209,23 @@ SEQUENCES = [np.arange(5), np.arange(7, 9), np.arange(20, 31), np.array([256])]
 def test_megatron_documents_of_several_sequences(code, dtype, tmp_path):
     write_megatron(tmp_path / "a", SEQUENCES, [0, 2, 2, 4], code, dtype, modes=bytes(4))
     corpus, = open_corpora(config_of(tmp_path / "a.bin", bin_dtype="uint32"), load_tokenizer("bytes"))
-    assert corpus.offsets.tolist() == [0, 7, 7, 19] and corpus.tokens.tolist() == np.concatenate(SEQUENCES).tolist()
+    assert corpus.offsets.tolist() == [0, 7, 7,
+                                       19] and corpus.tokens.tolist() == np.concatenate(SEQUENCES).tolist()
     write_megatron(tmp_path / "b", SEQUENCES, [0], code, dtype)  # a writer that never ended a document
-    assert open_corpora(config_of(tmp_path / "b.bin"), load_tokenizer("bytes"))[0].offsets.tolist() == [0, 5, 7, 18, 19]
+    assert open_corpora(config_of(tmp_path / "b.bin"), load_tokenizer("bytes"))[0].offsets.tolist() == [0, 5,
+                                                                                                        7, 18,
+                                                                                                        19]
 
 
 @pytest.mark.parametrize("changes, wanted", [
-    (dict(magic=b"TNTIDX\0\0\0"), "does not begin with MMIDIDX"), (dict(version=2), "version 2"), (dict(code=6), "dtype code 6"),
-    (dict(code=4), "is of another file: it tells of 19 tokens of int32, which are 76 bytes, and there are 38"), (dict(modes=b"x"), "is damaged: it has"),
-    (dict(places=[0, 5, 8, 18]), "sequences do not follow"), (dict(firsts=[0, 3, 2, 4]), "documents do not follow"), (dict(firsts=[0, 3]), "documents do not"),
+    (dict(magic=b"TNTIDX\0\0\0"), "does not begin with MMIDIDX"), (dict(version=2), "version 2"),
+    (dict(code=6), "dtype code 6"),
+    (dict(code=4), "is of another file: it tells of 19 tokens of int32, which are 76 bytes, and there are "
+                   "38"), (dict(modes=b"x"), "is damaged: it has"),
+    (dict(places=[0, 5, 8, 18]), "sequences do not follow"), (dict(firsts=[0, 3, 2, 4]), "documents do not "
+                                                                                         "follow"),
+                                                                                         (dict(firsts=[0, 3]),
+                                                                                          "documents do not"),
 ])
 def test_megatron_indexes_that_cannot_be_right(changes, wanted, tmp_path):
     given = dict(firsts=[0, 2, 4]) | changes
@@ -210,14 +237,16 @@ def test_megatron_indexes_that_cannot_be_right(changes, wanted, tmp_path):
 
 
 def test_ids_are_checked_against_the_tokenizer_before_training(tmp_path):
-    """Evaluation and documents go by the tokenizer, not by the model, whose vocabulary may be larger: nanoGPT's files, and Megatron's."""
+    """Evaluation and documents go by the tokenizer, not by the model, whose vocabulary may be larger:
+    nanoGPT's files, and Megatron's."""
     ids = np.random.default_rng(0).integers(0, 5000, 10_000).astype("<u2")
     ids[-1] = 4999
     ids.tofile(tmp_path / "train.bin")
     np.save(tmp_path / "train.npy", ids)
     write_megatron(tmp_path / "mega", [ids], [0, 1])
     for name in ("train.bin", "train.npy", "mega.bin"):
-        with pytest.raises(UserError, match=r"has the token id 4999, but config.data.tokenizer='bytes' has 257 ids \(0 to 256\). Set config.data.tokenizer"):
+        with pytest.raises(UserError, match=r"has the token id 4999, but config.data.tokenizer='bytes' has "
+                                            r"257 ids \(0 to 256\). Set config.data.tokenizer"):
             Loader(config_of(tmp_path / name), load_tokenizer("bytes"))
 
 
@@ -228,34 +257,41 @@ def test_documents_that_end_with_another_token_are_said(tmp_path):
     for name in ("a", "mega"):
         path = tmp_path / f"{name}.bin"
         assert Loader(config_of(path), load_tokenizer("bytes")).notes == [
-            f"{path}: no document ends with the token 256; if another one ends them, set config.data.eos_token_id"]
+            f"{path}: no document ends with the token 256; if another one ends them, set "
+            f"config.data.eos_token_id"]
         assert Loader(config_of(path, eos_token_id=29), load_tokenizer("bytes")).notes == []
 
 
 # Special tokens
 
 
-CHATS = ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>", "first<|endoftext|>second", "third<|endoftext|>", "no markup"]
+CHATS = ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>", "first<|endoftext|>second",
+         "third<|endoftext|>", "no markup"]
 
 
 def test_special_tokens_in_text(tmp_path, capsys):
-    """Ids against the `tokenizers` library; documents end at each eos; from text, from a token file, with its sidecar or without."""
+    """Ids against the `tokenizers` library; documents end at each eos; from text, from a token file, with its
+    sidecar or without."""
     reference = tokenizers.Tokenizer.from_file(CHATML)
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in CHATS))
     out = tmp_path / "chats.npy"
-    expected = [[*reference.encode(t).ids, *([] if t.endswith("<|endoftext|>") else [0])] for t in (CHATS[0], "first<|endoftext|>", "second", *CHATS[2:])]
+    expected = [[*reference.encode(t).ids, *([] if t.endswith("<|endoftext|>") else [0])]
+                for t in (CHATS[0], "first<|endoftext|>", "second", *CHATS[2:])]
     assert expected[0].count(1) == expected[0].count(2) == 2
     special = load_tokenizer(CHATML, special_tokens=True)
 
     def held(path, tokenizer=special):
         corpus, = open_corpora(config_of(path, CHATML, special_tokens=tokenizer.special_tokens), tokenizer)
-        return [corpus.tokens[int(a) : int(b)].tolist() for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:])]
+        return [corpus.tokens[int(a) : int(b)].tolist() for a,
+                b in zip(corpus.offsets[:-1], corpus.offsets[1:])]
 
     assert held(tmp_path / "chats.jsonl") == expected
     tokenize = ["tokenize", f"--path={tmp_path}/chats.jsonl", f"--tokenizer={CHATML}", f"--out={out}"]
     assert main([*tokenize, "--special-tokens"]) == 0
     assert "--config.data.special_tokens=True" in capsys.readouterr().out and held(out) == expected
-    with pytest.raises(UserError, match="written with --special-tokens, but config.data.special_tokens=False. Set config.data.special_tokens=True"):
+    with pytest.raises(UserError, match="written with --special-tokens, but "
+                                        "config.data.special_tokens=False. Set "
+                                        "config.data.special_tokens=True"):
         held(out, load_tokenizer(CHATML))
     (tmp_path / "chats.json").unlink()
     assert held(out) == expected
@@ -263,11 +299,13 @@ def test_special_tokens_in_text(tmp_path, capsys):
     # Without the option text is text, as ever.
     plain = load_tokenizer(CHATML)
     texts = held(tmp_path / "chats.jsonl", plain)
-    assert [plain.decode(d) for d in texts] == CHATS and not any(i in d[:-1] for d in texts for i in (0, 1, 2))
+    assert [plain.decode(d) for d in texts] == CHATS and not any(i in d[:-1] for d in texts
+                                                                 for i in (0, 1, 2))
     assert special.name != plain.name
     (tmp_path / "chats.offsets").unlink()
     assert main(tokenize) == 0 and held(out, plain) == texts
-    with pytest.raises(UserError, match="written without --special-tokens, but config.data.special_tokens=True"):
+    with pytest.raises(UserError, match="written without --special-tokens, but "
+                                        "config.data.special_tokens=True"):
         held(out)
 
 
@@ -283,20 +321,26 @@ def test_eos_at_the_end_of_a_piece_ends_a_document_once(cut, tmp_path, monkeypat
     """A long text comes in pieces; wherever these end, no document is a lone eos."""
     monkeypatch.setattr(formats, "BLOCK", cut)
     (tmp_path / "a.txt").write_text("word\nword<|endoftext|>\nmore\nword<|endoftext|>")
-    corpus, = open_corpora(config_of(tmp_path / "a.txt", CHATML, special_tokens=True), load_tokenizer(CHATML, special_tokens=True))
+    corpus, = open_corpora(config_of(tmp_path / "a.txt", CHATML, special_tokens=True),
+                           load_tokenizer(CHATML, special_tokens=True))
     assert np.diff(corpus.offsets).min() > 1 and corpus.offsets[-1] == len(corpus.tokens)
 
 
 # Seen through `data show`, and from another folder
 
 
-@pytest.mark.parametrize("name", ["array.json", "a.jsonl.gz", "mega_text_document.idx", "chats.jsonl", "badutf8.parquet"])
+@pytest.mark.parametrize("name",
+                         ["array.json", "a.jsonl.gz", "mega_text_document.idx", "chats.jsonl",
+                          "badutf8.parquet"])
 def test_show_prints_the_documents_of_every_format(name, tmp_path, monkeypatch, capsys):
-    """What rows of a run's data hold, by a config.json as train.py writes it: with paths that hold in any folder."""
+    """What rows of a run's data hold, by a config.json as train.py writes it: with paths that hold in any
+    folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "array.json").write_text(json.dumps([{"text": f"text {i} of an array"} for i in range(9)]))
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": f"text {i} of a gzip"}) + "\n" for i in range(9)).encode()))
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"text": f"<|im_start|>{i}<|im_end|>"}) + "\n" for i in range(50)))
+    lines = "".join(json.dumps({"text": f"text {i} of a gzip"}) + "\n" for i in range(9))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"text": f"<|im_start|>{i}<|im_end|>"}) + "\n"
+                                                  for i in range(50)))
     for file in ("mega_text_document.idx", "mega_text_document.bin", "badutf8.parquet"):
         shutil.copy(os.path.join(FILES, file), tmp_path / file)
     shutil.copy(CHATML, tmp_path / "tok.json")
@@ -308,17 +352,22 @@ def test_show_prints_the_documents_of_every_format(name, tmp_path, monkeypatch, 
     rows = Loader(config, load_tokenizer(config.data.tokenizer, special_tokens=chats)).num_train_rows
     assert main(["show", f"--workdir={tmp_path}/run", f"--rows=0-{rows - 1}"]) == 0
     out, err = capsys.readouterr()
-    wanted = {"array.json": "of an a", "a.jsonl.gz": "of a gz", "mega_text_document.idx": "hello", "chats.jsonl": "\n1", "badutf8.parquet": "caf\ufffd"}[name]
-    assert wanted in out and f"{tmp_path}/{name}, document " in out and ("U+FFFD" in err) == (name == "badutf8.parquet")
+    wanted = {"array.json": "of an a", "a.jsonl.gz": "of a gz", "mega_text_document.idx": "hello",
+              "chats.jsonl": "\n1", "badutf8.parquet": "caf\ufffd"}[name]
+    assert wanted in out and f"{tmp_path}/{name}, document " in out
+    assert ("U+FFFD" in err) == (name == "badutf8.parquet")
 
 
 def test_paths_are_absolute_in_the_options(tmp_path, monkeypatch):
-    """Every option that is a path; words that are none stay, and so does what `init_from` may mean besides a folder."""
+    """Every option that is a path; words that are none stay, and so does what `init_from` may mean besides a
+    folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tok.json").write_text("{}")
     (tmp_path / "model").mkdir()
     here = os.getcwd()
-    given = Config(init_from="model", data=Data(path="text, ~/more/*.jsonl,stdlib,/abs", tokenizer="tok.json"),
+    data = Data(path="text, ~/more/*.jsonl,stdlib,/abs", tokenizer="tok.json")
+    given = Config(init_from="model", data=data,
+                   
                    checkpoint=Checkpoint(dir="ckpt", local_dir="../nvme"), compile=Compile("cache"))
     c = paths.absolute_config(given)
     assert c.data.path == f"{here}/text,{os.path.expanduser('~')}/more/*.jsonl,stdlib,/abs" and c.data.tokenizer == f"{here}/tok.json"
@@ -333,10 +382,13 @@ def test_a_command_line_with_relative_paths(tmp_path, monkeypatch):
     """train.py's own way to the options."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     monkeypatch.chdir(tmp_path)
-    argv = ["train.py", f"--config={root}/configs/tiny.py", "--config.data.path=text", "--config.data.tokenizer=tok.json", "--config.checkpoint.dir=c"]
+    argv = ["train.py", f"--config={root}/configs/tiny.py", "--config.data.path=text",
+            "--config.data.tokenizer=tok.json", "--config.checkpoint.dir=c"]
     monkeypatch.setattr(sys, "argv", argv)
     config = commandline.read_config(commandline.parse(argv), argv)
     here = os.getcwd()
-    assert (config.data.path, config.data.tokenizer, config.checkpoint.dir) == (f"{here}/text", f"{here}/tok.json", f"{here}/c")
+    assert (config.data.path, config.data.tokenizer, config.checkpoint.dir) == (f"{here}/text",
+                                                                                f"{here}/tok.json",
+                                                                                f"{here}/c")
     with pytest.raises(UserError, match="relative paths start in"):
         load_tokenizer("tok.json")

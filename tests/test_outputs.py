@@ -1,6 +1,8 @@
-"""Nothing of the user's is overwritten or deleted unasked: inputs, files beside an output, folders that a run or a checkpoint is written to.
+"""Nothing of the user's is overwritten or deleted unasked: inputs, files beside an output, folders that a run
+or a checkpoint is written to.
 
-What `python -m deepseek_jax.data` writes is in test_data_commands.py; export and import beside folders of other names in test_hf_runs.py.
+What `python -m deepseek_jax.data` writes is in test_data_commands.py; export and import beside folders of
+other names in test_hf_runs.py.
 """
 
 import os
@@ -15,7 +17,8 @@ from deepseek_jax.train import lock, workdir
 
 
 def contents(folder):
-    return {os.path.join(here, n): open(os.path.join(here, n), "rb").read() for here, _, names in os.walk(folder) for n in names}
+    return {os.path.join(here, n): open(os.path.join(here, n), "rb").read() for here, _,
+            names in os.walk(folder) for n in names}
 
 
 @pytest.fixture
@@ -24,8 +27,10 @@ def files(tmp_path, monkeypatch):
     run = tmp_path / "run"
     (run / "checkpoints" / "3" / "state").mkdir(parents=True)
     (run / "checkpoints" / "3" / "state" / "params").write_text("weights")
-    for name, text in (("run/config.json", '{"model": {}}'), ("run/metrics.jsonl", '{"step": 1}\n'), ("p.jsonl", '{"prompt": "a"}\n'),
-                       ("q.jsonl", '{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n'), ("text/a.txt", "some text")):
+    for name, text in (("run/config.json", '{"model": {}}'), ("run/metrics.jsonl", '{"step": 1}\n'),
+                       ("p.jsonl", '{"prompt": "a"}\n'),
+                       ("q.jsonl", '{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n'),
+                       ("text/a.txt", "some text")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "link").symlink_to("p.jsonl")
@@ -38,7 +43,8 @@ def files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command, line, wanted", [
     (generate, "--prompts={f}/p.jsonl --output={f}/p.jsonl", "p.jsonl, which this command reads"),
     (generate, "--prompts={f}/p.jsonl --output=../link", "p.jsonl, which this command reads"),
-    (generate, "--prompts=../p.jsonl --output={f}/run/config.json", "run/config.json, which this command reads"),
+    (generate, "--prompts=../p.jsonl --output={f}/run/config.json", "run/config.json, which this command "
+                                                                    "reads"),
     (generate, "--prompts=../p.jsonl --output={f}/run/metrics.jsonl", "run/metrics.jsonl, which"),
     (generate, "--prompts=../p.jsonl --output={f}/run/checkpoints/3/state/params", "state/params, which"),
     (generate, "--prompts=../p.jsonl --output={f}/none/out.jsonl", "does not exist"),
@@ -60,16 +66,20 @@ def test_answers_and_results_never_replace_what_is_read(command, line, wanted, f
 def test_outputs_that_may_be_written(files):
     """A file that is named and not read is replaced, in a run's folder too; ~ is the home folder."""
     (files / "run" / "answers.jsonl").write_text("old")
-    paths.check_output("--output", str(files / "run" / "answers.jsonl"), start.model_files(str(files / "run")))
+    paths.check_output("--output", str(files / "run" / "answers.jsonl"),
+                       start.model_files(str(files / "run")))
     paths.check_output("--output", "new.jsonl", ["../p.jsonl", "not there"])
     paths.check_output("--output", "~/new.jsonl")
     assert paths.temporary("a") != paths.temporary("a")
 
 
 def test_a_workdir_with_files_of_somebody_else(tmp_path):
-    """A Hugging Face checkpoint's config.json, a metrics.jsonl, a lock and a folder hf: a run would replace each of them."""
-    for name, text, message in (("config.json", '{"model_type": "qwen3_moe"}', "cannot be read as the config of a run"),
-                                ("metrics.jsonl", '{"mine": 1}\n', "no config.json of a run"), ("lock", "mine", "is not the lock of a run")):
+    """A Hugging Face checkpoint's config.json, a metrics.jsonl, a lock and a folder hf: a run would replace
+    each of them."""
+    for name, text, message in (("config.json", '{"model_type": "qwen3_moe"}', "cannot be read as the config "
+                                                                               "of a run"),
+                                ("metrics.jsonl", '{"mine": 1}\n', "no config.json of a run"),
+                                ("lock", "mine", "is not the lock of a run")):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(text)
@@ -84,7 +94,8 @@ def test_a_workdir_with_files_of_somebody_else(tmp_path):
 
 
 def test_a_checkpoint_folder_with_numbers_that_are_no_checkpoints(tmp_path):
-    """Old checkpoints are deleted by their number: a folder 2024 of photographs must not be one of them. Half-made ones go, photographs stay."""
+    """Old checkpoints are deleted by their number: a folder 2024 of photographs must not be one of them.
+    Half-made ones go, photographs stay."""
     (tmp_path / "2024").mkdir()
     assert Folder(str(tmp_path), read_only=False).steps() == [2024]  # empty: nothing can be lost
     (tmp_path / "2024" / "photo.jpg").write_text("mine")
@@ -94,6 +105,15 @@ def test_a_checkpoint_folder_with_numbers_that_are_no_checkpoints(tmp_path):
     (tmp_path / "3.tmp" / "state").mkdir(parents=True)
     Folder(str(tmp_path), read_only=False).clean()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2024.tmp"]
+
+
+def test_an_export_names_a_tokenizer_that_is_gone(tmp_path):
+    """Not the target, which is in order."""
+    with pytest.raises(UserError, match="config.data.tokenizer='tok.json' of the run is not there .relative "
+                                        "paths start in"):
+        exporting.export(str(tmp_path / "out"), Model(), "deepseek_v3", [], None, {}, "float32", None, None,
+                         "tok.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_of_folders_that_are_made_first():

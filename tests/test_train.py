@@ -192,8 +192,10 @@ BAD = [
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/empty.txt"], "empty.txt"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/latin1.txt"], "UTF-8"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/short.txt"], "short.txt"),
-    ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/ids.npy", "--config.model.vocab_size=50304"], "config.data.tokenizer='bytes' has 257 ids"),
-    ([TINY, *OK, "--workdir={tmp}/checkpoint"], "{tmp}/checkpoint/config.json cannot be read as the config of a run"),
+    ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/ids.npy", "--config.model.vocab_size=50304"],
+     "config.data.tokenizer='bytes' has 257 ids"),
+    ([TINY, *OK, "--workdir={tmp}/checkpoint"], "{tmp}/checkpoint/config.json cannot be read as the config "
+                                                "of a run"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.model.vocab_size=100"], "config.model.vocab_size=100"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.tokenizer={tmp}/absent.json"], "config.data.tokenizer"),
     ([TINY, *OK, "--workdir={tmp}/short.txt"], "--workdir={tmp}/short.txt cannot be written"),

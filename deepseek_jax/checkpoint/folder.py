@@ -46,9 +46,11 @@ class Folder:
             access, repair = ("read", "holds checkpoints") if read_only else ("written", "you may write to")
             reason = getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0]
             raise UserError(f"The checkpoint folder {self.path} cannot be {access} ({reason}). Name a --workdir that {repair}.") from e
-        # What has the name of a step is renamed when it is damaged and deleted when it is old: it must be a checkpoint.
-        if not read_only and (theirs := next((s for s in self.steps() if self._is_foreign(str(s))), None)) is not None:
-            raise UserError(f"The checkpoint folder {self.path} holds {theirs}, which is no checkpoint. Name an empty folder, or move it away.")
+        # A folder with the name of a step is renamed when it is damaged and deleted when it is old.
+        theirs = [] if read_only else [s for s in self.steps() if self._is_foreign(str(s))]
+        if theirs:
+            raise UserError(f"The checkpoint folder {self.path} holds {theirs[0]}, which is no checkpoint. "
+                            f"Name an empty folder, or move it away.")
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, in order."""
@@ -124,7 +126,8 @@ class Folder:
     def clean(self) -> None:
         """Deletes what killed saves and deletions left, which would fill the disk. Only a writer may: no other writer exists."""
         for name in [] if self.remote else os.listdir(self.path):
-            if (name.endswith(_TMP) or _OLD_TMP in name) and is_step(name.partition(".")[0]) and not self._is_foreign(name):
+            ours = (name.endswith(_TMP) or _OLD_TMP in name) and is_step(name.partition(".")[0])
+            if ours and not self._is_foreign(name):
                 shutil.rmtree(self.path / name, ignore_errors=True)
 
 

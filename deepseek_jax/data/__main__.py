@@ -20,7 +20,8 @@ from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.paths import check_output, temporary
 
 EOS = "<|endoftext|>"
-PATH_HELP = f"the text: {TEXT_FORMS}; several separated by commas. In folders, what is none of these is skipped."
+PATH_HELP = (f"the text: {TEXT_FORMS}; several separated by commas. "
+             f"In folders, what is none of these is skipped.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. No file was written.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
                           help="integer type of the ids (auto: the smallest that holds them)")
     tokenize.add_argument("--special-tokens", action="store_true",
-                          help="<|im_start|> and the like in the text are the tokenizer's special tokens, and eos ends a document (default: text)")
+                          help="<|im_start|> and the like in the text are the tokenizer's special tokens, "
+                               "and eos ends a document (default: text)")
     tokenize.set_defaults(command=tokenize_corpus)
 
     show = commands.add_parser(
@@ -147,8 +152,8 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
     if os.path.splitext(args.out)[1].lower() not in (".npy", ".bin"):
         raise UserError(f"--out={args.out!r} ends in neither .npy nor .bin. Name it NAME.npy or NAME.bin.")
     if args.special_tokens and args.tokenizer == "bytes":
-        raise UserError("--special-tokens has no effect with --tokenizer=bytes, which has none that text could spell. Leave it out, or give a "
-                        "tokenizer.json.")
+        raise UserError("--special-tokens has no effect with --tokenizer=bytes, which has none that text "
+                        "could spell. Leave it out, or give a tokenizer.json.")
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer", args.special_tokens)
     dtype = next(d for d, size in DTYPES.items() if tokenizer.vocab_size <= size) if args.dtype == "auto" else args.dtype
     if tokenizer.vocab_size > DTYPES[dtype]:
@@ -157,7 +162,8 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
     notes = Notes()
     sources = _text_sources(args.path, notes)
     out = os.path.expanduser(args.out)
-    inputs = itertools.chain(_paths(sources), [] if args.tokenizer == "bytes" else [os.path.expanduser(args.tokenizer)])
+    inputs = itertools.chain(_paths(sources), [] if args.tokenizer == "bytes"
+                             else [os.path.expanduser(args.tokenizer)])
     check_output("--out", args.out, inputs, {p: lambda _: is_sidecar_of(out) for p in sidecar_paths(out)})
     try:
         with TokenWriter(out, dtype, tokenizer) as writer:
@@ -171,7 +177,8 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
             writer.finish(args.path)
     except OSError as e:
         raise _not_written(args.out, e) from None
-    print(f"Wrote {args.out}: {writer.tokens:,} tokens of {dtype} in {writer.documents:,} documents.\n{_lines(notes)}"
+    print(f"Wrote {args.out}: {writer.tokens:,} tokens of {dtype} in {writer.documents:,} "
+          f"documents.\n{_lines(notes)}"
           f"Use it with --config.data.path={args.out} --config.data.tokenizer={args.tokenizer} "
           f"{'--config.data.special_tokens=True ' if args.special_tokens else ''}"
           f"--config.model.vocab_size={tokenizer.vocab_size}")

@@ -13,12 +13,15 @@ KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "pa
          ".npy": "tokens", ".bin": "tokens", ".idx": "index"}  # what is not REFUSED either is text
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text and JSON
 # Names whose files are text to no reader, or text only by accident: rows of a table, not documents.
-REFUSED = {**dict.fromkeys((".csv", ".tsv"), "a table"), **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".lzo"), "an archive"),
-           **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".npz", ".safetensors", ".h5", ".hdf5", ".tfrecord", ".feather", ".avro", ".orc", ".mds"),
+REFUSED = {**dict.fromkeys((".csv", ".tsv"), "a table"),
+           **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".lzo"), "an archive"),
+           **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".npz", ".safetensors", ".h5", ".hdf5",
+                            ".tfrecord", ".feather", ".avro", ".orc", ".mds"),
                            "a file of arrays or records that is not read"),
            **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".xlsx"), "a formatted document")}
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-TEXT_FORMS = "stdlib, a text, .jsonl, .json, .parquet or .arrow file, one of text or JSON as .gz, .bz2, .xz or .zst, a folder or a glob"
+TEXT_FORMS = ("stdlib, a text, .jsonl, .json, .parquet or .arrow file, one of text or JSON as .gz, .bz2, .xz "
+              "or .zst, a folder or a glob")
 FORMS = f"{TEXT_FORMS}, or token files .npy and .bin"
 
 
@@ -34,7 +37,8 @@ class Notes:
     """What was left out of the data or changed in it, for people to read."""
 
     def __init__(self) -> None:
-        self._skipped: dict[tuple[str, str, str], list[int]] = {}  # (source, kind of file, why) -> [files, bytes]
+        # (source, kind of file, why) -> [files, bytes]
+        self._skipped: dict[tuple[str, str, str], list[int]] = {}
         self.cleaned = 0  # documents in which something is not Unicode text
         self.others: list[str] = []
 
@@ -45,12 +49,15 @@ class Notes:
 
     def skipped(self, spec: str) -> str:
         """The files of a source that were left out: "2 .png, 31 kB (not UTF-8 text)"; "" if none were."""
-        return ", ".join(f"{n} {ending}, {gb(size)} ({why})" for (s, ending, why), (n, size) in self._skipped.items() if s == spec)
+        return ", ".join(f"{n} {ending}, {gb(size)} ({why})"
+                         for (s, ending, why), (n, size) in self._skipped.items() if s == spec)
 
     def lines(self) -> list[str]:
-        out = [f"skipped in {spec}: {self.skipped(spec)}" for spec in dict.fromkeys(s for s, _, _ in self._skipped)]
+        out = [f"skipped in {spec}: {self.skipped(spec)}"
+               for spec in dict.fromkeys(s for s, _, _ in self._skipped)]
         if self.cleaned:
-            out.append(f"{plural(self.cleaned, 'document')} held bytes or characters that are not Unicode text: U+FFFD stands in their place")
+            out.append(f"{plural(self.cleaned, 'document')} held bytes or characters that are not Unicode "
+                       f"text: U+FFFD stands in their place")
         return out + self.others
 
 
@@ -67,14 +74,17 @@ def split_paths(paths: str, option: str) -> list[str]:
 
 
 def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]:
-    """The files of one source, in an order that only their names decide. `notes` is told what a folder holds beside them.
+    """The files of one source, in an order that only their names decide. `notes` is told what a folder holds
+    beside them.
 
     Raises:
-      UserError: the path is missing, not readable, empty or of a kind that is not read, or the glob matches nothing.
+      UserError: the path is missing, not readable, empty or of a kind that is not read, or the glob matches
+        nothing.
     """
     notes = Notes() if notes is None else notes
     if spec == "stdlib":
-        files = [f for f in _walk(sysconfig.get_paths()["stdlib"], spec, option, STDLIB_SKIP, Notes()) if f.path.endswith(".py")]
+        files = [f for f in _walk(sysconfig.get_paths()["stdlib"], spec, option, STDLIB_SKIP, Notes())
+                 if f.path.endswith(".py")]
         if not files:
             raise UserError(f"{option}={spec!r}: this Python comes without the sources of its standard library. Give another "
                             f"path.")
@@ -102,13 +112,15 @@ def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]
 def no_text(spec: str, option: str, notes: Notes) -> UserError:
     """For a source in which nothing was found."""
     skipped = f" (skipped: {notes.skipped(spec)})" if notes.skipped(spec) else ""
-    return UserError(f"{option}={spec!r} holds no text{skipped}. Give a source with at least one document that is not empty; the token files of "
+    return UserError(f"{option}={spec!r} holds no text{skipped}. Give a source with at least one document "
+                     f"that is not empty; the token files of "
                      f"a folder are named with a glob, as in 'DIR/*.npy'.")
 
 
 def unreadable(spec: str, option: str, path: str, error: OSError) -> UserError:
     """For a file that the system does not let us read."""
-    return UserError(f"{option}={spec!r}: {path} cannot be read ({error.strerror or error}). Make it readable, or give another "
+    return UserError(f"{option}={spec!r}: {path} cannot be read ({error.strerror or error}). Make it "
+                     f"readable, or give another "
                      f"path.")
 
 
@@ -134,11 +146,13 @@ def _file(path: str, spec: str, option: str, explicit: bool) -> File:
     kind, (ending, compression) = _kind(path), _endings(path)
     if kind == "index":
         if not os.path.isfile(path[:-4] + ".bin"):
-            raise UserError(f"{option}={spec!r}: {path} is the index of a token file, and {path[:-4]}.bin is not there. Put both beside each other.")
+            raise UserError(f"{option}={spec!r}: {path} is the index of a token file, and {path[:-4]}.bin is "
+                            f"not there. Put both beside each other.")
         path, kind = path[:-4] + ".bin", "tokens"
     if kind == "refused" and explicit:
         what = REFUSED.get(ending) or f"a compressed {ending} file"
-        repair = "Unpack it" if compression or what == "an archive" else "Write its text as .jsonl, a line {\"text\": \"...\"} a document"
+        packed = compression or what == "an archive"
+        repair = "Unpack it" if packed else 'Write its text as .jsonl, a line {"text": "..."} a document'
         raise UserError(f"{option}={spec!r}: {path} is {what}. {repair}, or give {_forms(option)}.")
     try:
         size = os.stat(path).st_size
@@ -155,11 +169,14 @@ def _is_prefix(path: str) -> bool:
 def _without_sidecars(paths: list[str]) -> list[str]:
     """Leaves out the NAME.json, NAME.offsets and NAME.idx of a token file that is among the paths."""
     tokens = {os.path.splitext(p)[0] for p in paths if _kind(p) == "tokens"}
-    return [p for p in paths if not (os.path.splitext(p)[0] in tokens and os.path.splitext(p)[1] in (".json", ".offsets", ".idx"))]
+    return [p for p in paths
+            if not (os.path.splitext(p)[0] in tokens
+                    and os.path.splitext(p)[1] in (".json", ".offsets", ".idx"))]
 
 
 def _walk(folder: str, spec: str, option: str, skip: set[str], notes: Notes) -> Iterator[File]:
-    """The files with text below a folder, sorted by path, without hidden ones and what belongs to token files."""
+    """The files with text below a folder, sorted by path, without hidden ones and what belongs to token
+    files."""
 
     def fail(error: OSError):
         raise unreadable(spec, option, error.filename, error)
@@ -174,7 +191,7 @@ def _walk(folder: str, spec: str, option: str, skip: set[str], notes: Notes) -> 
             continue
         kind, (ending, _) = _kind(path), _endings(path)
         if kind in ("tokens", "index", "refused"):
-            why = "token ids: name them with a glob" if kind == "tokens" else "an index without its .bin" if kind == "index" else REFUSED.get(ending, "compressed")
-            notes.skip(spec, path, os.path.getsize(path), why)
+            why = {"tokens": "token ids: name them with a glob", "index": "an index without its .bin"}
+            notes.skip(spec, path, os.path.getsize(path), why.get(kind) or REFUSED.get(ending, "compressed"))
         else:
             yield _file(path, spec, option, explicit=False)

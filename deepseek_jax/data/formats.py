@@ -1,10 +1,12 @@
-"""Reads the text of files, piece by piece, so that no file need fit in memory. Whatever the format, what comes out is Unicode text."""
+"""Reads the text of files, piece by piece, so that no file need fit in memory. Whatever the format, what
+comes out is Unicode text."""
 
 import bz2
 import codecs
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import lzma
 import re
@@ -18,11 +20,12 @@ from deepseek_jax.texts import clean_text
 
 BLOCK = 16 << 20  # bytes of a text file, or characters of a JSON file, read at a time
 
-# A newline with no other white space beside it, ASCII or wide. Two newlines would not do: GPT-2's pattern takes them as one
-# piece at the end of a text, as two before a word.
+# A newline with no other white space beside it, ASCII or wide. Two newlines would not do: GPT-2's pattern
+# takes them as one piece at the end of a text, as two before a word.
 SAFE_CUT = re.compile(rb"(?<=[!-~\x80-\xff])(?<!\xc2\xa0|\xc2\x85)(?<!\xe3\x80\x80|\xe2\x80.)\n"
                       rb"(?=[!-~\xc3-\xf4])(?!\xe3\x80\x80|\xe2\x80)")
-ODD_BYTES = "surrogateescape"  # bytes of a record that are no UTF-8 become lone surrogates, as JSON can spell them, and clean_text cleans both
+# Bytes of a record that are no UTF-8 become lone surrogates, as JSON can spell them; clean_text cleans both.
+ODD_BYTES = "surrogateescape"
 _ROW = '{"text": "..."}'
 
 
@@ -35,19 +38,21 @@ class Piece(NamedTuple):
 def read(file: File, spec: str, option: str, notes: Notes | None = None) -> Iterator[Piece]:
     """The documents of a file with text. A document longer than BLOCK comes in several pieces.
 
-    Pieces end at a single newline between two lines of text, where byte-level BPE never merges across; only in a file without
-    such a place can a cut change the tokens around it.
+    Pieces end at a single newline between two lines of text, where byte-level BPE never merges across; only
+    in a file without such a place can a cut change the tokens around it.
 
     Args:
-      notes: is told of files in folders that are not what their names say, and of documents in which U+FFFD stands for what is no
-        Unicode text (a byte of Latin-1 in a record, half of a surrogate pair in JSON).
+      notes: is told of files in folders that are not what their names say, and of documents in which U+FFFD
+        stands for what is no Unicode text (a byte of Latin-1 in a record, half of a surrogate pair in JSON).
 
     Raises:
-      UserError: the file cannot be read, or is not what its name says; the line, item or byte where it goes wrong.
+      UserError: the file cannot be read, or is not what its name says; the line, item or byte where it goes
+        wrong.
     """
     notes = Notes() if notes is None else notes
     where = f"{option}={spec!r}"
-    reader = {"text": _read_text, "lines": _read_lines, "json": _read_json, "parquet": _read_parquet, "arrow": _read_arrow}[file.kind]
+    reader = {"text": _read_text, "lines": _read_lines, "json": _read_json, "parquet": _read_parquet,
+              "arrow": _read_arrow}[file.kind]
     try:
         for piece in reader(file, where, lambda why: notes.skip(spec, file.path, file.size, why)):
             text = clean_text(piece.text)
@@ -57,7 +62,8 @@ def read(file: File, spec: str, option: str, notes: Notes | None = None) -> Iter
         raise _damaged(file, where, e) from None
     except OSError as e:
         # bz2 and pyarrow have no error of their own for damaged data.
-        raise (_damaged(file, where, e) if file.compression and e.errno is None else unreadable(spec, option, file.path, e)) from None
+        raise (_damaged(file, where, e) if file.compression and e.errno is None
+               else unreadable(spec, option, file.path, e)) from None
 
 
 def _damaged(file: File, where: str, error: Exception) -> UserError:
@@ -75,7 +81,8 @@ def _opened(file: File, where: str) -> Iterator[tuple[BinaryIO, Callable[[], int
         raw = stream = held.enter_context(open(file.path, "rb"))
         if file.compression == ".zst":
             pyarrow = _pyarrow(file, where)
-            stream = held.enter_context(io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"), 1 << 20))
+            unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+            stream = held.enter_context(io.BufferedReader(unpacked, 1 << 20))
         elif file.compression:
             unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[file.compression]
             stream = held.enter_context(unpack(raw, "rb"))
@@ -102,8 +109,8 @@ def _read_text(file: File, where: str, skip: Callable[[str], None]) -> Iterator[
             try:
                 text = data[:cut].decode()
             except UnicodeDecodeError as e:
-                raise UserError(f"{where}: {file.path} is not UTF-8 text at byte {offset + e.start}. Convert it, as with "
-                                f"iconv -t UTF-8, or give another file.") from None
+                raise UserError(f"{where}: {file.path} is not UTF-8 text at byte {offset + e.start}. Convert "
+                                f"it, as with iconv -t UTF-8, or give another file.") from None
             if text or offset:
                 yield Piece(text, last, advanced())
             if last:
@@ -132,7 +139,8 @@ def _cut(data: bytes) -> int:
     if ends:
         return ends[-1]
     last = len(data) - 1
-    # A character has at most 4 bytes, and all but its first look like 10xxxxxx; without a first byte it is no UTF-8 anyway.
+    # A character has at most 4 bytes, and all but its first look like 10xxxxxx; without a first byte it is no
+    # UTF-8 anyway.
     return next((p for p in range(last, max(last - 4, -1), -1) if data[p] & 0xC0 != 0x80), last)
 
 
@@ -145,9 +153,11 @@ def _read_lines(file: File, where: str, skip: Callable[[str], None]) -> Iterator
                 continue
             place = f"line {number} of {file.path}"
             try:
-                row = json.loads((line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode(errors=ODD_BYTES))
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                row = json.loads(line.decode(errors=ODD_BYTES))
             except (ValueError, RecursionError) as e:
-                raise UserError(f"{where}: {place} is not valid JSON ({_short(e)}). Correct or remove that line.") from None
+                raise UserError(f"{where}: {place} is not valid JSON ({_short(e)}). Correct or remove that "
+                                f"line.") from None
             if not _has_text(row):
                 raise UserError(f"{where}: {place} has no string 'text'. Write every line as {_ROW}.")
             yield Piece(row["text"], True, advanced())
@@ -157,20 +167,21 @@ def _read_json(file: File, where: str, skip: Callable[[str], None]) -> Iterator[
     """A JSON array of objects, or objects one after the other, on lines or not (.json)."""
     with _opened(file, where) as (f, advanced):
         items = _items(f)
-        for number in range(1, 1 << 62):
+        for number in itertools.count(1):
             try:
                 row = next(items, items)
             except (ValueError, RecursionError) as e:
                 if number == 1 and not file.explicit:
                     return skip("not JSON")
-                raise UserError(f"{where}: item {number} of {file.path} is not valid JSON ({_short(e)}). Correct that file.") from None
+                raise UserError(f"{where}: item {number} of {file.path} is not valid JSON ({_short(e)}). "
+                                f"Correct that file.") from None
             if row is items:
                 return
             if not _has_text(row):
                 if number == 1 and not file.explicit:
                     return skip("JSON without objects that have a string 'text'")
-                raise UserError(f"{where}: item {number} of {file.path} has no string 'text'. Write an array of objects {_ROW}, or one "
-                                f"on each line.")
+                raise UserError(f"{where}: item {number} of {file.path} has no string 'text'. Write an array "
+                                f"of objects {_ROW}, or one on each line.")
             yield Piece(row["text"], True, advanced())
 
 
@@ -190,7 +201,7 @@ def _items(f: BinaryIO) -> Iterator[Any]:
 
     def more() -> None:
         nonlocal text, at, ended
-        block = f.read(max(BLOCK, len(text) - at))  # doubling what is there: an item that needs n characters costs 2 n
+        block = f.read(max(BLOCK, len(text) - at))  # doubling: an item of n characters costs 2 n
         ended = not block
         text, at = text[at:] + utf8.decode(block, final=ended), 0
 
@@ -246,7 +257,8 @@ def _read_parquet(file: File, where: str, skip: Callable[[str], None]) -> Iterat
         for batch in table.iter_batches(batch_size=256, columns=["text"]):
             yield from (Piece(text, True, size) for text in _values(pyarrow, batch.column(0)))
     except pyarrow.ArrowException as e:
-        raise UserError(f"{where}: {file.path} is not a readable parquet file ({_short(e)}). Write it again.") from None
+        raise UserError(f"{where}: {file.path} is not a readable parquet file ({_short(e)}). Write it "
+                        f"again.") from None
 
 
 def _read_arrow(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
@@ -268,15 +280,16 @@ def _read_arrow(file: File, where: str, skip: Callable[[str], None]) -> Iterator
                 each = file.size / table.num_record_batches if is_file else size
                 yield from (Piece(text, True, each / max(len(values), 1)) for text in values)
     except pyarrow.ArrowException as e:
-        raise UserError(f"{where}: {file.path} is not a readable Arrow file ({_short(e)}). Write it again.") from None
+        raise UserError(f"{where}: {file.path} is not a readable Arrow file ({_short(e)}). "
+                        f"Write it again.") from None
 
 
 def _pyarrow(file: File, where: str) -> Any:
     try:
         import pyarrow  # slow to import, and only some corpora need it: an optional dependency
     except ImportError:
-        raise UserError(f"{where}: {file.path} needs pyarrow to be read. Install it with pip install pyarrow, or convert to "
-                        f".jsonl.") from None
+        raise UserError(f"{where}: {file.path} needs pyarrow to be read. Install it with pip install "
+                        f"pyarrow, or convert to .jsonl.") from None
     return pyarrow
 
 
@@ -286,15 +299,19 @@ def _check_column(pyarrow: Any, schema: Any, file: File, where: str) -> None:
                         f"Rename the column that holds the text.")
     kind = schema.field("text").type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind) or pyarrow.types.is_null(kind)):
-        raise UserError(f"{where}: the column 'text' of {file.path} holds {kind}, not strings. Convert the column.")
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+            or pyarrow.types.is_string_view(kind) or pyarrow.types.is_null(kind)):
+        raise UserError(f"{where}: the column 'text' of {file.path} holds {kind}, not strings. Convert the "
+                        f"column.")
 
 
 def _values(pyarrow: Any, column: Any) -> list[str]:
-    """The strings of a column. What a file holds as strings need not be UTF-8: whoever writes it checks that or does not."""
+    """The strings of a column. What a file holds as strings need not be UTF-8: whoever writes it checks that
+    or does not."""
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pyarrow.types.is_string_view(column.type):
         column = column.cast(pyarrow.large_string())
     wide = pyarrow.types.is_large_string(column.type)
-    return [(text or b"").decode(errors=ODD_BYTES) for text in column.cast(pyarrow.large_binary() if wide else pyarrow.binary()).to_pylist()]
+    return [(text or b"").decode(errors=ODD_BYTES)
+            for text in column.cast(pyarrow.large_binary() if wide else pyarrow.binary()).to_pylist()]

@@ -129,11 +129,13 @@ class Loader:
     def _stack(self, rows: list[Row]) -> dict[str, np.ndarray]:
         s, size = self._config.train.sequence_length, self.tokenizer.vocab_size
         out = {k: np.stack([r[k] for r in rows]) if rows else np.zeros((0, s), np.int32) for k in padding_row(0)}
-        # Start-up trusts the sidecar of a token file; a damaged file must not reach the embedding and tables by id, which would not complain.
+        # Start-up trusts the sidecar of a token file; a damaged file must not reach the embedding and tables
+        # by id, which would not complain.
         if rows and not (0 <= out["tokens"].min() and out["tokens"].max() < size and out["targets"].max() < size):
             bad = max(out["tokens"].max(), out["targets"].max(), -out["tokens"].min())
             raise UserError(f"config.data.path={self._config.data.path!r} has the token id {bad}, but "
-                            f"config.data.tokenizer={self._config.data.tokenizer!r} has {size} ids: the token file is damaged. Tokenize again.")
+                            f"config.data.tokenizer={self._config.data.tokenizer!r} has {size} ids: the "
+                            f"token file is damaged. Tokenize again.")
         return out
 
     def _check_size(self, corpora: list[Corpus], sides: list[tuple[Documents, Documents]], train: list[PackedRows]) -> None:

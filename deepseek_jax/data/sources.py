@@ -60,14 +60,16 @@ class Documents(NamedTuple):
         return int(self.lengths.sum())
 
 
-def open_corpora(config: Config, tokenizer: Tokenizer, progress: bool = False, notes: Notes | None = None) -> list[Corpus]:
+def open_corpora(config: Config, tokenizer: Tokenizer, progress: bool = False,
+                 notes: Notes | None = None) -> list[Corpus]:
     """Opens every source of `config.data.path`: text is tokenised into memory, token files are memory-mapped.
 
     Args:
       progress: show a bar on stderr if it takes long. notes: is told what is left out or changed.
 
     Raises:
-      UserError: a source is missing, empty, unreadable or not what its name says, or has ids that the tokenizer has not.
+      UserError: a source is missing, empty, unreadable or not what its name says, or has ids that the
+        tokenizer has not.
     """
     notes = Notes() if notes is None else notes
     size = config.model.vocab_size
@@ -75,15 +77,18 @@ def open_corpora(config: Config, tokenizer: Tokenizer, progress: bool = False, n
         raise UserError(f"config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than "
                         f"config.model.vocab_size={size}. Set config.model.vocab_size to {tokenizer.vocab_size} or more.")
     if not -1 <= config.data.eos_token_id < tokenizer.vocab_size:
-        raise UserError(f"config.data.eos_token_id={config.data.eos_token_id} is none of the {tokenizer.vocab_size} ids of "
-                        f"config.data.tokenizer={config.data.tokenizer!r}. Set it to one below {tokenizer.vocab_size}, or to -1 for the tokenizer's.")
+        raise UserError(f"config.data.eos_token_id={config.data.eos_token_id} is none of the "
+                        f"{tokenizer.vocab_size} ids of "
+                        f"config.data.tokenizer={config.data.tokenizer!r}. Set it to one below "
+                        f"{tokenizer.vocab_size}, or to -1 for the tokenizer's.")
     specs = split_paths(config.data.path, "config.data.path")
     found = [find_files(s, "config.data.path", notes) for s in specs]
     with Bar("Reading data", sum(f.size for files in found for f in files), progress) as bar:
         return [_open(spec, files, config, tokenizer, bar, notes) for spec, files in zip(specs, found)]
 
 
-def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, bar: Bar, notes: Notes) -> Corpus:
+def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, bar: Bar,
+          notes: Notes) -> Corpus:
     parts, text = [], []
 
     def flush() -> None:
@@ -94,7 +99,8 @@ def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, ba
     for file in files:
         if file.kind == "tokens":
             flush()  # documents keep the order of their files
-            parts.append(open_tokens(file.path, f"config.data.path={spec!r}", config, tokenizer, bar.advance, notes))
+            parts.append(open_tokens(file.path, f"config.data.path={spec!r}", config, tokenizer, bar.advance,
+                                     notes))
         else:
             text.append(file)
     flush()
@@ -108,7 +114,8 @@ def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, ba
     return Corpus(Joined([tokens for tokens, _ in parts]), offsets, spec)
 
 
-def _tokenise(files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar, notes: Notes) -> tuple[np.ndarray, np.ndarray]:
+def _tokenise(files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar,
+              notes: Notes) -> tuple[np.ndarray, np.ndarray]:
     """-> tokens [n] in the smallest dtype, offsets int64 [documents + 1]."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     chunks, offsets, count = [], [np.zeros(1, np.int64)], 0
@@ -122,9 +129,11 @@ def _tokenise(files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar, note
 
 def encoded(files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer, bar: Bar,
             notes: Notes) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Batches of pieces of documents: (ids int32 [n], where documents end in them: int64, from 1 to n), in file order.
+    """Batches of pieces of documents: (ids int32 [n], where documents end in them: int64, from 1 to n), in
+    file order.
 
-    Each document ends with eos, also where special tokens are read in text and it spells eos. Empty documents are left out.
+    Each document ends with eos, also where special tokens are read in text and it spells eos. Empty documents
+    are left out.
     """
     texts, lasts, size, inside = [], [], 0, False
     ended = False  # whether the last token was an eos that the text spelt

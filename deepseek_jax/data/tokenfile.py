@@ -2,8 +2,9 @@
 
 `NAME.npy` (1-D integers) or `NAME.bin` (raw, little-endian) holds the ids, document after document, each ended by eos.
 `NAME.json` is the sidecar and `NAME.offsets` the documents' starts and the end (raw int64, documents + 1 of them).
-Files of others have neither: their documents are found by looking for eos, or in the index that Megatron-LM writes beside them. All their
-ids are looked at, at every start: at 1 to 2 GB a second from memory, that costs less than a run that ends at its first evaluation.
+Files of others have neither: their documents are found by looking for eos, or in the index that Megatron-LM
+writes beside them. All their ids are looked at, at every start: at 1 to 2 GB a second from memory, that costs
+less than a run that ends at its first evaluation.
 """
 
 import contextlib
@@ -24,7 +25,8 @@ CHUNK = 1 << 24  # tokens looked at at a time
 DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # name -> number of ids it can hold
 
 
-def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer, advance: Callable[[float], None] = lambda n: None,
+def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer,
+                advance: Callable[[float], None] = lambda n: None,
                 notes: Notes | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Memory-maps a token file and finds its documents.
 
@@ -43,7 +45,8 @@ def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer, adv
     side = _read_sidecar(path, where)
     try:
         index = None if side else read_index(path, where)
-        tokens = _map(path, where, side["dtype"] if side else index.dtype.name if index else config.data.bin_dtype)
+        tokens = _map(path, where, side["dtype"] if side else index.dtype.name if index
+                      else config.data.bin_dtype)
     except OSError as e:
         raise UserError(f"{where}: {path} cannot be read ({e.strerror or e}). Make it readable, or give another path.") from None
     if side:
@@ -52,16 +55,20 @@ def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer, adv
         return tokens, offsets
     eos = config.data.eos_token_id if config.data.eos_token_id >= 0 else tokenizer.eos_id
     ends = _scan(path, where, tokens, config, tokenizer, eos if index is None else None, advance)
-    offsets = index.offsets if index else np.concatenate([[0], ends, [len(tokens)] if not len(ends) or ends[-1] != len(tokens) else []]).astype(np.int64)
+    offsets = index.offsets if index else np.concatenate([[0], ends, [len(tokens)] if not len(ends)
+                                                          or ends[-1] != len(tokens)
+                                                          else []]).astype(np.int64)
     _note_ends(path, tokens, offsets, eos, notes)
     return tokens, offsets
 
 
 def _note_ends(path: str, tokens: np.ndarray, offsets: np.ndarray, eos: int, notes: Notes) -> None:
     lasts = offsets[1:][np.diff(offsets) > 0]
-    some = lasts[np.linspace(0, len(lasts) - 1, min(len(lasts), 1000)).astype(np.int64)] if len(lasts) else lasts
+    some = lasts[np.linspace(0, len(lasts) - 1,
+                             min(len(lasts), 1000)).astype(np.int64)] if len(lasts) else lasts
     if len(some) and not any(tokens[int(i) - 1] == eos for i in some):
-        notes.others.append(f"{path}: no document ends with the token {eos}; if another one ends them, set config.data.eos_token_id")
+        notes.others.append(f"{path}: no document ends with the token {eos}; if another one ends them, set "
+                            f"config.data.eos_token_id")
 
 
 def _map(path: str, where: str, dtype: str) -> np.ndarray:
@@ -85,8 +92,10 @@ def _map(path: str, where: str, dtype: str) -> np.ndarray:
 def _outside(where: str, path: str, bad: int, config: Config, tokenizer: Tokenizer) -> UserError:
     fix = "Write the file again, or correct config.data.bin_dtype"
     if bad >= 0:
-        fix = "Set config.data.tokenizer to the tokenizer.json that the file was made with, or correct config.data.bin_dtype"
-    return UserError(f"{where}: {path} has the token id {bad}, but config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} ids "
+        fix = ("Set config.data.tokenizer to the tokenizer.json that the file was made with, "
+               "or correct config.data.bin_dtype")
+    return UserError(f"{where}: {path} has the token id {bad}, but "
+                     f"config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} ids "
                      f"(0 to {tokenizer.vocab_size - 1}). {fix}.")
 
 
@@ -112,7 +121,8 @@ def sidecar_paths(path: str) -> tuple[str, str]:
 
 
 def is_sidecar_of(path: str) -> bool:
-    """Whether the NAME.json beside NAME.npy or NAME.bin, if any, and so the NAME.offsets, is what `tokenize` wrote for this very file.
+    """Whether the NAME.json beside NAME.npy or NAME.bin, if any, and so the NAME.offsets, is what `tokenize`
+    wrote for this very file.
 
     Then both go with the file when it is written again.
     """
@@ -124,7 +134,8 @@ def is_sidecar_of(path: str) -> bool:
 
 
 def _is_ours(side: object, path: str) -> bool:
-    return isinstance(side, dict) and side.get("format") == FORMAT and side.get("file") == os.path.basename(path)
+    return isinstance(side,
+                      dict) and side.get("format") == FORMAT and side.get("file") == os.path.basename(path)
 
 
 def _read_sidecar(path: str, where: str) -> dict | None:
@@ -140,8 +151,10 @@ def _read_sidecar(path: str, where: str) -> dict | None:
     if not _is_ours(side, path):
         return None
     wanted = {"tokenizer": str, "dtype": str, "eos_id": int, "tokens": int, "documents": int, "max_id": int}
-    if wrong := [k for k, kind in wanted.items() if type(side.get(k)) is not kind] or ["dtype"] * (side["dtype"] not in DTYPES):
-        raise UserError(f"{where}: {side_path} beside {path} is damaged: {wrong[0]}={side.get(wrong[0])!r}. Tokenize again.")
+    if wrong := [k for k, kind in wanted.items()
+                 if type(side.get(k)) is not kind] or ["dtype"] * (side["dtype"] not in DTYPES):
+        raise UserError(f"{where}: {side_path} beside {path} is damaged: {wrong[0]}={side.get(wrong[0])!r}. "
+                        f"Tokenize again.")
     return side
 
 
@@ -151,7 +164,8 @@ def _check_sidecar(path: str, where: str, side: dict, tokens: np.ndarray, config
     if side["tokenizer"] != tokenizer.name or side["eos_id"] != tokenizer.eos_id:
         if side["tokenizer"].removesuffix(SPECIAL) == tokenizer.name.removesuffix(SPECIAL):
             was = side["tokenizer"].endswith(SPECIAL)
-            raise UserError(f"{where}: {path} was written {'with' if was else 'without'} --special-tokens, but config.data.special_tokens={not was}. "
+            raise UserError(f"{where}: {path} was written {'with' if was else 'without'} --special-tokens, "
+                            f"but config.data.special_tokens={not was}. "
                             f"Set config.data.special_tokens={was}, or tokenize again.")
         raise UserError(f"{where}: {path} was written with the tokenizer {side['tokenizer']}, but "
                         f"config.data.tokenizer={config.data.tokenizer!r} "
@@ -228,7 +242,8 @@ class TokenWriter:
             f.close()
         if os.path.exists(self._path):
             os.unlink(self._path)
-        for final in (side_path, offsets_path, self._path):  # the sidecar first: it tells whose the others are
+        for final in (side_path, offsets_path,
+                      self._path):  # the sidecar first: it tells whose the others are
             os.replace(self._temp[final], final)
 
     def __enter__(self) -> "TokenWriter":

@@ -23,7 +23,8 @@ class Tokenizer(abc.ABC):
     """What all tokenizers share.
 
     Attributes:
-      name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file, with `+special_tokens` if it reads these.
+      name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file, with
+        `+special_tokens` if it reads these.
       vocab_size: ids run from 0 to vocab_size - 1.
       eos_id: the token that ends a document.
       hidden: {id: text} of the tokens that `decode` leaves out.
@@ -39,7 +40,8 @@ class Tokenizer(abc.ABC):
     special_tokens = False  # whether text can spell special tokens
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32 [n], without eos at the end. The text of a special token is text, unless `load_tokenizer` was told otherwise."""
+        """The ids of a text, int32 [n], without eos at the end. The text of a special token is text, unless
+        `load_tokenizer` was told otherwise."""
         return self.encode_batch([text])[0]
 
     @abc.abstractmethod
@@ -151,7 +153,8 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer", special_tok
       spec: `bytes`, or the path of a `tokenizer.json`, of a `tiktoken.model`, or of a folder with one of
         them.
       option: what error messages call it.
-      special_tokens: text that spells a special token (<|im_start|>) is that token, as in transformers; else it is text. `bytes` has none.
+      special_tokens: text that spells a special token (<|im_start|>) is that token, as in transformers; else
+        it is text. `bytes` has none.
 
     Raises:
       UserError: the file is missing, unreadable, not a tokenizer, or has no end-of-document token.

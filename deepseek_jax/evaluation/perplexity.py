@@ -61,7 +61,8 @@ def of_text(opened: Opened, path: str, scorer: Scorer, stride: int, limit: int |
         raise UserError(f"--text={path}: {tokens.path} holds tokens and not text. Name text files; tokens can be evaluated as a run's held-out part.")
     encoder = opened.encoder()
     with Bar("Evaluating", sum(f.size for _, f in files), progress) as bar:
-        result = _measure(_text_pieces(files, encoder, notes), encoder.prefix, scorer, stride, limit, bar, f"--text={path}")
+        result = _measure(_text_pieces(files, encoder, notes), encoder.prefix, scorer, stride, limit, bar,
+                          f"--text={path}")
     for line in notes.lines():
         print(line, file=sys.stderr)
     return result

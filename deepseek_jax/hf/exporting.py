@@ -43,7 +43,8 @@ def export(target: str, model: Model, family: str, leaves: Iterable[Leaf], get: 
       source: a checkpoint with the same numbers: what it holds under the same name and dtype is copied, and its arrays are not asked for.
 
     Raises:
-      UserError: the target is in use or cannot be written, the tokenizer is missing, or numbers are not finite in the dtype they are written in.
+      UserError: the target is in use or cannot be written, the tokenizer is missing, or numbers are not
+        finite in the dtype they are written in.
     """
     target = os.path.abspath(os.path.expanduser(target))
     leaves, temporary = list(leaves), paths.scratch(target)

@@ -88,11 +88,13 @@ def copy_files(source: str, target: str, files: Sequence[str] = FILES) -> None:
 
 
 def model_files(folder: str) -> Iterator[str]:
-    """The files that a checkpoint or a run's folder is made of, which no output may replace; of a run all below its own folders."""
+    """The files that a checkpoint or a run's folder is made of, which no output may replace; of a run all
+    below its own folders."""
     folder = os.path.expanduser(folder)
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
-        if name in FILES or name in ("metrics.jsonl", "lock") or name.endswith((".safetensors", ".safetensors.index.json")):
+        if name in FILES or name in ("metrics.jsonl",
+                                     "lock") or name.endswith((".safetensors", ".safetensors.index.json")):
             yield path
         elif name in ("checkpoints", FOLDER, TEMPLATES, "tensorboard", "profile"):
             yield from (os.path.join(here, file) for here, _, files in os.walk(path) for file in files)
@@ -198,11 +200,13 @@ def open_for_training(config: Config, workdir: str) -> Source | None:
     """The checkpoint of `config.init_from` with all names and shapes checked; None where the run has begun and it is gone.
 
     Raises:
-      UserError: it cannot be read or does not fit, or its notes would replace a folder that is somebody else's.
+      UserError: it cannot be read or does not fit, or its notes would replace a folder that is somebody
+        else's.
     """
     folder = os.path.join(workdir, FOLDER)
     if os.path.lexists(folder) and not has_weights(workdir) and read_notes(workdir) is None:
-        raise UserError(f"--workdir={workdir} holds a folder {FOLDER} that is not of a run of train.py. Name another --workdir, or move it away.")
+        raise UserError(f"--workdir={workdir} holds a folder {FOLDER} that is not of a run of train.py. Name "
+                        f"another --workdir, or move it away.")
     if not os.path.isdir(os.path.expanduser(config.init_from)) and read_notes(workdir) is not None:
         return None
     source, _, family = reading.open_source(config.init_from)

@@ -70,12 +70,14 @@ def prepare(workdir: str, config: Config, tokenizer: str | None = None) -> list[
 
 
 def _check_ours(workdir: str) -> None:
-    """Whether what a run would replace in the folder is of a run: nobody's config.json or metrics.jsonl is overwritten."""
+    """Whether what a run would replace in the folder is of a run: nobody's config.json or metrics.jsonl is
+    overwritten."""
     config, rows = os.path.join(workdir, "config.json"), os.path.join(workdir, "metrics.jsonl")
     if os.path.lexists(config):
         _read(config)
     elif os.path.lexists(rows):
-        raise UserError(f"--workdir={workdir} holds {rows} and no config.json of a run that wrote it. Name another --workdir, or move that file away.")
+        raise UserError(f"--workdir={workdir} holds {rows} and no config.json of a run that wrote it. Name "
+                        f"another --workdir, or move that file away.")
 
 
 def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
@@ -249,7 +251,8 @@ def _read(path: str, everything: bool = False) -> dict[str, Any]:
             raise ValueError("it has no section model")
         return out if everything else {k: v for k, v in out.items() if k not in _NOT_OPTIONS}
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as the config of a run ({e}). Restore it, or name another --workdir.") from e
+        raise UserError(f"{path} cannot be read as the config of a run ({e}). Restore it, or name another "
+                        f"--workdir.") from e
 
 
 def _with_defaults(before: Any, defaults: Any) -> Any:
