@@ -107,14 +107,5 @@ def test_a_checkpoint_folder_with_numbers_that_are_no_checkpoints(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2024.tmp"]
 
 
-def test_an_export_names_a_tokenizer_that_is_gone(tmp_path):
-    """Not the target, which is in order."""
-    with pytest.raises(UserError, match="config.data.tokenizer='tok.json' of the run is not there .relative "
-                                        "paths start in"):
-        exporting.export(str(tmp_path / "out"), Model(), "deepseek_v3", [], None, {}, "float32", None, None,
-                         "tok.json")
-    assert not list(tmp_path.iterdir())
-
-
 def test_names_of_folders_that_are_made_first():
     assert paths.scratch("a/out/") == os.path.abspath("a/.out.deepseek_jax.tmp") == paths.scratch(os.path.abspath("a/out"))
