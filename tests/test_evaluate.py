@@ -217,7 +217,7 @@ def test_runs(made, opened, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("line,message", [
-    ("{", "line 2 is not JSON"), ("[1]", "is not an object"), ('{"prompt": "a", "choices": ["b", "c"]}', "has no 'answer'"),
+    ("{", "line 2 is not JSON"), ("[1]", "is a list and not an object"), ('{"prompt": "a", "choices": ["b", "c"]}', "has no 'answer'"),
     ('{"prompt": 1, "choices": ["b", "c"], "answer": 0}', "'prompt' that is not a text"),
     ('{"prompt": "a", "choices": ["b"], "answer": 0}', "'choices' that are not two or more"),
     ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "'choices' that are not two or more"),
@@ -225,7 +225,7 @@ def test_runs(made, opened, tmp_path, capsys, monkeypatch):
     ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', "neither a choice nor its number"),
     ('{"prompt": "a", "choices": ["b", "c"], "answer": "d"}', "'d', which is none of its choices"),
     ('{"prompt": "a", "choices": ["b", "b"], "answer": "b"}', "which is several of its choices"),
-    ("\xff", "line 2 is not JSON in UTF-8"),
+    ("\xff", "line 2 is not UTF-8 at byte 0"),
 ])
 def test_bad_questions(line, message, tmp_path):
     path = tmp_path / "q.jsonl"
@@ -242,7 +242,7 @@ def test_bad_inputs(made, opened, tmp_path):
     scorer = Scorer(opened.model, WINDOW, 4)
     folder = str(made[1])
     for message, call in (
-            ("holds no question", lambda: choices.read_questions(os.devnull)),
+            ("has only blank lines. Write", lambda: choices.read_questions(os.devnull)),
             ("nope.jsonl cannot be read", lambda: choices.read_questions(str(tmp_path / "nope.jsonl"))),
             ("--limit=0", lambda: choices.read_questions(str(empty), 0)),
             ("--window=65 is not between 1 and .*=64", lambda: Scorer(opened.model, 65)),
