@@ -149,13 +149,20 @@ def _text(path: str, count: int = 1 << 16) -> str:
         return ""
 
 
-def _json_key(path: str, key: str) -> str:
+def quantised(folder: str) -> str:
+    """How NVIDIA's ModelOpt quantised the weights, which it says beside config.json; empty if it did not."""
+    return _json_key(os.path.join(folder, "hf_quant_config.json"), "quantization", "quant_algo")
+
+
+def _json_key(path: str, *keys: str) -> str:
+    """A text in a JSON file, which other tools wrote; empty if there is none."""
     try:
         value = json.loads(_text(path))
     except (ValueError, RecursionError):
         return ""
-    found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, str) else ""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, str) else ""
 
 
 def some(values: list[str]) -> str:

@@ -17,7 +17,7 @@ import tokenizers
 from deepseek_jax.config import Config, UserError
 from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from deepseek_jax.hf import start
-from deepseek_jax.hf.chat import Chat, end_ids
+from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.source import dump
 
 # Of start.FILES those that belong to a tokenizer; the others belong to a model.
@@ -95,9 +95,8 @@ def write(folder: str, config: dict[str, Any], companions: Companions, max_lengt
         generation = {k: v for k, v in generation.items() if not k.endswith("_token_id")}
         generation |= {k: v for k, v in ids.items() if v is not None}
     else:
-        known = generation if end_ids(generation) else config
-        stop = known.get("eos_token_id")
-        stop = list(stop) if isinstance(stop, list) else sorted(end_ids(known))
+        stop = generation.get("eos_token_id", config.get("eos_token_id"))
+        stop = list(stop) if isinstance(stop, list) else [stop] if isinstance(stop, int) else []
         if set(ends) <= set(stop):
             return config
         stop += [i for i in ends if i not in stop]
