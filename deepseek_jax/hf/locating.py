@@ -77,7 +77,8 @@ def no_weights(folder: str) -> UserError:
         count, there = int(parts[0][3]), {int(m[2]) for m in parts}
         missing = list(itertools.islice((i for i in range(1, count + 1) if i not in there), 5))
         more = " and more" if len(missing) == 5 else ""
-        return UserError(f"{folder} holds {len(parts)} of {count} safetensors files, and no {INDEX}; missing are "
+        return UserError(f"{folder} holds {len(parts)} of {count} safetensors files, and no {INDEX}; missing "
+                         f"are "
                          f"those of the numbers {', '.join(map(str, missing))}{more}. {FINISH}.")
     why = _instead(folder, names) or f"{SINGLE} is missing, and so is {INDEX}. Download the weights too."
     return UserError(f"{folder}: {why}")

@@ -62,7 +62,8 @@ class Source:
                             f"it: python -m deepseek_jax.hf export "
                             f"{folder} DST.")
         if "quantization_config" not in self.config and (method := locating.quantised(self.folder)):
-            raise UserError(f"{folder}/hf_quant_config.json: quant_algo={method!r} is not in this version, which reads fp8 "
+            raise UserError(f"{folder}/hf_quant_config.json: quant_algo={method!r} is not in this version, "
+                            f"which reads fp8 "
                             f"with scales of blocks. Take the checkpoint in bfloat16.")
         try:
             self.tensors = self._read_heads()
