@@ -152,7 +152,8 @@ BOOKKEEPING = dict(
     begin_suppress_tokens=[3], finetuning_task="x", prefix=" ", sep_token_id=1, decoder_start_token_id=1,
     task_specific_params={}, problem_type="regression", num_labels=2, use_flash_attn=True,
     use_flash_attention_2=True, attn_implementation="sdpa", _attn_implementation="eager", _commit_hash="x",
-    pad_token="x", bos_token="x", eos_token="y", model_max_length=4096, gradient_checkpointing=True,
+    pad_token="x", bos_token="x", eos_token="y", model_max_length=4096, max_sequence_length=2048,
+    gradient_checkpointing=True,
     pretraining_tp=8, sliding_window=None,
     use_sliding_window=False, max_window_layers=2, classifier_dropout=0.1, layer_types=["full_attention"] * 4)
 

@@ -155,3 +155,13 @@ def test_a_pointer_of_git_lfs(tmp_path, checkpoint):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid "
                                               "sha256:00\nsize 123\n")
     assert "is a pointer of Git LFS and not the file. Run git lfs pull" in refused(folder, tmp_path)
+
+
+def test_weights_that_only_a_file_beside_config_json_calls_quantised(tmp_path, checkpoint):
+    folder = with_files(tmp_path, checkpoint)
+    shutil.copy(os.path.join(checkpoint, "model.safetensors"), folder)
+    about = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(about))
+    assert "hf_quant_config.json quant_algo='NVFP4' is not in this version" in refused(folder, tmp_path)
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": None}}))
+    assert reading.open_source(str(folder))[1].vocab_size == 320

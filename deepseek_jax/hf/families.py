@@ -26,6 +26,8 @@ HARMLESS = {
     "num_labels", "problem_type", "classifier_dropout", "finetuning_task", "task_specific_params",
     "chunk_size_feed_forward", "cross_attention_hidden_size", "unsloth_version", "unsloth_fixed",
     "model_name", "transformers.js_config", "transformers_weights",
+    "max_sequence_length", "max_seq_len", "max_seq_length", "seq_length", "use_return_dict",
+    "router_z_loss_coef",
     # Which kernels compute it.
     "attn_implementation", "use_flash_attn", "use_flash_attention", "use_flash_attention_2", "flash_attn",
     "use_sdpa", "use_fused_rms_norm", "use_fused_crossentropy",

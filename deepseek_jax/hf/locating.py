@@ -77,7 +77,8 @@ def no_weights(folder: str) -> UserError:
         count, there = int(parts[0][3]), {int(m[2]) for m in parts}
         missing = list(itertools.islice((i for i in range(1, count + 1) if i not in there), 5))
         more = " and more" if len(missing) == 5 else ""
-        return UserError(f"{folder} holds {len(parts)} of {count} safetensors files, and no {INDEX}; missing are "
+        return UserError(f"{folder} holds {len(parts)} of {count} safetensors files, and no {INDEX}; missing "
+                         f"are "
                          f"those of the numbers {', '.join(map(str, missing))}{more}. {FINISH}.")
     why = _instead(folder, names) or f"{SINGLE} is missing, and so is {INDEX}. Download the weights too."
     return UserError(f"{folder}: {why}")
@@ -149,13 +150,20 @@ def _text(path: str, count: int = 1 << 16) -> str:
         return ""
 
 
-def _json_key(path: str, key: str) -> str:
+def quantised(folder: str) -> str:
+    """How NVIDIA's ModelOpt quantised the weights, which it says beside config.json; empty if it did not."""
+    return _json_key(os.path.join(folder, "hf_quant_config.json"), "quantization", "quant_algo")
+
+
+def _json_key(path: str, *keys: str) -> str:
+    """A text in a JSON file, which other tools wrote; empty if there is none."""
     try:
         value = json.loads(_text(path))
     except (ValueError, RecursionError):
         return ""
-    found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, str) else ""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, str) else ""
 
 
 def some(values: list[str]) -> str:

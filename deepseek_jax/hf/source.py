@@ -61,6 +61,10 @@ class Source:
             raise UserError(f"{folder} is the folder of a run of train.py and not a checkpoint. Make one of "
                             f"it: python -m deepseek_jax.hf export "
                             f"{folder} DST.")
+        if "quantization_config" not in self.config and (method := locating.quantised(self.folder)):
+            raise UserError(f"{folder}/hf_quant_config.json: quant_algo={method!r} is not in this version, "
+                            f"which reads fp8 "
+                            f"with scales of blocks. Take the checkpoint in bfloat16.")
         try:
             self.tensors = self._read_heads()
         except BadFile as e:

@@ -17,7 +17,7 @@ from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from deepseek_jax.hf import start
-from deepseek_jax.hf.chat import Chat, end_ids
+from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.source import dump
 from deepseek_jax.train.history import check_tokenizer
 
@@ -119,10 +119,11 @@ def write(folder: str, config: dict[str, Any], companions: Companions, max_lengt
         generation = {k: v for k, v in generation.items() if not k.endswith("_token_id")}
         generation |= {k: v for k, v in ids.items() if v is not None}
     else:
-        stop = end_ids(folder)  # of the copied files
-        if set(ends) <= stop:
+        stop = generation.get("eos_token_id", config.get("eos_token_id"))
+        stop = list(stop) if isinstance(stop, list) else [stop] if isinstance(stop, int) else []
+        if set(ends) <= set(stop):
             return config
-        stop = [*sorted(stop), *(i for i in ends if i not in stop)]
+        stop += [i for i in ends if i not in stop]
         config = {"eos_token_id": stop[0]} | config
     if stop:
         generation["eos_token_id"] = stop if len(stop) > 1 else stop[0]
