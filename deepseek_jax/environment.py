@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator, MutableMapping
 
 DEVICES = "JAX_NUM_CPU_DEVICES"
@@ -57,8 +58,12 @@ def mistakes() -> Iterator[None]:
 
 
 def _from_backends(error: BaseException) -> bool:
-    """Whether JAX raised it while it looked for devices."""
+    """Whether JAX raised it while it looked for devices. Where JAX has cut its own frames from the traceback, words and state tell."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename.replace(os.sep, "/").endswith("jax/_src/xla_bridge.py")
+    if trace and trace.tb_frame.f_code.co_filename.replace(os.sep, "/").endswith("jax/_src/xla_bridge.py"):
+        return True
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    started = getattr(bridge, "backends_are_initialized", lambda: True)()
+    return not started and str(error).startswith(("Unable to initialize backend", "Unknown backend") if str(error) else "")

@@ -98,16 +98,20 @@ def test_devices_that_jax_does_not_find(monkeypatch, capsys):
     assert exit_code("it", lambda: jax.devices("cudaa")) == 2
     said = capsys.readouterr().err
     assert said.startswith("it: JAX_PLATFORMS=cudaa: ") and said.count("\n") == 1 and "JAX_PLATFORMS=cpu" in said
-    with pytest.raises(RuntimeError, match="another"), environment.mistakes():
-        raise RuntimeError("another")
+    jax.devices()
+    for other in (RuntimeError("another"), AssertionError()):
+        with pytest.raises(type(other)), environment.mistakes():
+            raise other
 
 
 @pytest.mark.parametrize("program, env", [
     (["train.py", "--config=configs/tiny.py", "--workdir=/nonexistent"], {"JAX_PLATFORMS": "cuda"}),
+    (["-m", "benchmarks", "attention", "--lengths=64"], {"JAX_PLATFORMS": "cuda"}),  # inside jit: JAX cuts its frames from the traceback
     (["-m", "benchmarks", "step"], {"JAX_NUM_CPU_DEVICES": "two"}),  # with huge pages it starts itself anew
 ], ids=str)
 def test_one_line_and_exit_code_2(program, env):
     env = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "GLIBC_TUNABLES")} | {"CUDA_VISIBLE_DEVICES": ""} | env
     done = subprocess.run([sys.executable, *program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if not line.endswith("...")]  # of progress
     (name, value), = [(k, v) for k, v in env.items() if v in ("cuda", "two")]
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and f"{name}={value}" in done.stderr, done.stderr
+    assert done.returncode == 2 and done.stdout == "" and len(lines) == 1 and f"{name}={value}" in lines[0], done.stderr
