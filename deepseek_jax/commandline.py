@@ -48,7 +48,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         argv = [argv[0], "--help"]
     # absl reads an int flag with int(); for the optional options 0 means None.
     argv = [re.sub(r"=None$", "=0", a) if re.match(rf"--?config\.({'|'.join(OPTIONAL)})=", a) else a for a in argv]
-    argv = [re.sub(r"^(--?config=)(~.*)$", lambda m: m[1] + paths.expanded(m[2], "--config"), a) for a in argv]
+    argv = [re.sub(r"^(--?config=)(~.*)$", lambda m: m[1] + paths.expanded(m[2], "--config"), a)
+            for a in argv]
     try:
         rest = given(argv)[1:]
         if given.config is not None:
@@ -77,7 +78,8 @@ def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
     """
     if given.config is None:
         raise UserError("--config is missing. Name a config file, for instance --config=configs/tiny.py.")
-    config = start.with_model_of_source(paths.expand_config(from_config_dict(given.config)), given.workdir, argv)
+    config = start.with_model_of_source(paths.expand_config(from_config_dict(given.config)), given.workdir,
+                                        argv)
     validate(config)
     return config
 
