@@ -11,9 +11,10 @@ with --coordinator_address, --num_processes and --process_id.
 
 Exit codes: 0 done; 1 an error; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
 after too many non-finite updates; 4 another process was lost; 5 the last checkpoint could not be written, in five tries (those before
-it are whole, and the same command goes on from there); 6 a step did not end (config.watchdog); 128 + N stopped by signal N after a
-checkpoint: 129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 140 SIGUSR2, 143 SIGTERM (several processes: by a signal to any of them; one that is
-ignored, as nohup ignores SIGHUP, stops nothing). A second SIGINT or SIGTERM ends at once, with the same code.
+it are whole, and the same command goes on from there); 6 a step did not end (config.watchdog); 128 + N
+stopped by signal N after a checkpoint: 129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 140 SIGUSR2, 143 SIGTERM (several
+processes: by a signal to any of them; one that is ignored, as nohup ignores SIGHUP, stops nothing). A second
+SIGINT or SIGTERM ends at once, with the same code.
 """
 
 from deepseek_jax import environment, terminal
@@ -53,7 +54,8 @@ from deepseek_jax.train.watchdog import Watchdog, end_alone
 def main(argv: list[str]) -> int:
     environment.check()
     cluster = commandline.find_cluster(argv)
-    with contextlib.ExitStack() as held, cluster.failures(loop.BadNumbers, SaveFailed), cluster.mistakes(), environment.mistakes():
+    with (contextlib.ExitStack() as held, cluster.failures(loop.BadNumbers, SaveFailed), cluster.mistakes(),
+          environment.mistakes()):
         held.callback(cluster.close)
         return train(argv, cluster, held)
 

@@ -35,7 +35,8 @@ SHAPE = dict(vocab_size=16384, hidden_size=512, num_hidden_layers=8, intermediat
 
 def main() -> int:
     parser = options.Parser(__doc__)
-    parser.add_argument("--model", type=arguments.path, default="", help="A Hugging Face checkpoint (default: random weights).")
+    parser.add_argument("--model", type=arguments.path, default="",
+                        help="A Hugging Face checkpoint (default: random weights).")
     parser.add_argument("--batches", type=numbers, default="1,4", help="Texts at once, separated by commas.")
     for name, default, about in (("prompt", 128, "Tokens of a prompt."), ("tokens", 64, "Tokens of an answer."), ("turns", 5, "Turns to time."),
                                  ("draft-tokens", 0, "Drafts a step by multi-token prediction; 0: none.")):

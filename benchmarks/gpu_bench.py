@@ -6,18 +6,22 @@
 versions   of what is installed, the card, its memory, cuDNN and whether its attention works
 tiny       a small model's train step: its losses, and the same on the CPU beside them
 attention  cuDNN against blocks and plain softmax at query width 192, value width 128
-experts    the grouped product in bfloat16 at V2-Lite's and V3's shapes: dense, equal slots, tokamax and Pallas where installed, ragged_dot
-train      DeepSeek-V2-Lite with as many layers as the card's memory is known to hold, bfloat16, 4 sequences of 4,096 Zipf tokens: tokens/s,
-           share of 989 TFLOP/s, tokens/s that the whole model would have at that rate. One document a sequence with cuDNN, which compiles
-           fastest, and its largest costs by the profile; then packed documents; then the same with balanced routing
-peer       transformers' DeepseekV2 in PyTorch, the same layers and tokens on the same card (if torch with CUDA is installed)
+experts    the grouped product in bfloat16 at V2-Lite's and V3's shapes: dense, equal slots, tokamax and
+Pallas where installed, ragged_dot train      DeepSeek-V2-Lite with as many layers as the card's memory is
+known to hold, bfloat16, 4 sequences of 4,096 Zipf tokens: tokens/s,
+           share of 989 TFLOP/s, tokens/s that the whole model would have at that rate. One document a
+           sequence with cuDNN, which compiles fastest, and its largest costs by the profile; then packed
+           documents; then the same with balanced routing
+peer       transformers' DeepseekV2 in PyTorch, the same layers and tokens on the same card (if torch with
+CUDA is installed)
 
-Each result is a line of JSON on stdout at once, and in FOLDER (benchmarks/results/gpu_bench), where results.json, results.jsonl and results.md
-are written anew after each. FOLDER/cache keeps compiled programs and what XLA's autotuner found, for the next time; FOLDER/autotune.txt has
-the latter for compilers without a GPU. Parts run in processes of their own, each with a limit of time.
+Each result is a line of JSON on stdout at once, and in FOLDER (benchmarks/results/gpu_bench), where
+results.json, results.jsonl and results.md are written anew after each. FOLDER/cache keeps compiled programs
+and what XLA's autotuner found, for the next time; FOLDER/autotune.txt has the latter for compilers without a
+GPU. Parts run in processes of their own, each with a limit of time.
 
---toy does all of it at toy size, on a CPU in seconds; it is the default where there is no GPU, and then nothing is written unless --out is
-given. Needs jax, flax and optax, not the trainer's other dependencies.
+--toy does all of it at toy size, on a CPU in seconds; it is the default where there is no GPU, and then
+nothing is written unless --out is given. Needs jax, flax and optax, not the trainer's other dependencies.
 """
 
 import importlib.util
@@ -51,8 +55,10 @@ Row = dict[str, Any]
 def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--toy", action="store_true", help="Toy size, in this process.")
-    parser.add_argument("--out", type=arguments.path, help="Folder for the results; benchmarks/results/gpu_bench if it is no toy.")
-    parser.add_argument("--part", choices=[p for p in SECONDS if p != "peer"], help="One part: what this program calls itself with.")
+    parser.add_argument("--out", type=arguments.path,
+                        help="Folder for the results; benchmarks/results/gpu_bench if it is no toy.")
+    parser.add_argument("--part", choices=[p for p in SECONDS if p != "peer"],
+                        help="One part: what this program calls itself with.")
     own = parser.parse_args()
     if own.part:
         for row in part(own.part, own.toy, own.out and pathlib.Path(own.out)):
@@ -74,7 +80,8 @@ def main() -> int:
 
 def has_gpu() -> bool:
     """Whether JAX has a GPU here. It is not asked itself: one that has asked holds the card's memory."""
-    return any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)) and bool(gpus.visible_gpus())
+    return any(importlib.util.find_spec(f"jax_cuda{n}_plugin")
+               for n in (12, 13)) and bool(gpus.visible_gpus())
 
 
 def part(name: str, toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
@@ -95,7 +102,9 @@ def run(toy: bool, out: pathlib.Path | None, names: tuple[str, ...] = tuple(SECO
             if "layers" not in trained:
                 yield {"part": name, "failed": "no training to compare with"}
                 continue
-            command = ["-m", "benchmarks.gpu_peer", *(str(trained[k]) for k in ("layers", "batch_size", "sequence_length")), *(["--toy"] if toy else [])]
+            command = ["-m", "benchmarks.gpu_peer",
+                       *(str(trained[k]) for k in ("layers", "batch_size", "sequence_length")),
+                       *(["--toy"] if toy else [])]
             yield from ({"part": name, **row} for row in lines_of(name, command, seconds, out))
         elif toy:
             for row in part(name, toy, None):
@@ -109,7 +118,8 @@ def run(toy: bool, out: pathlib.Path | None, names: tuple[str, ...] = tuple(SECO
 
 
 def environment(out: pathlib.Path | None) -> dict[str, str]:
-    """Of a part: most of the card's memory, and a folder for compiled programs, in which JAX keeps the autotuner's findings too."""
+    """Of a part: most of the card's memory, and a folder for compiled programs, in which JAX keeps the
+    autotuner's findings too."""
     mine = dict(os.environ)
     gpus.take_memory(False, mine)
     if out:
@@ -118,14 +128,16 @@ def environment(out: pathlib.Path | None) -> dict[str, str]:
 
 
 def lines_of(name: str, command: list[str], seconds: float, out: pathlib.Path | None = None) -> Iterator[Row]:
-    """The JSON objects that a Python program prints, a line each, as they come; at last why it failed or was ended, if so. What it says
+    """The JSON objects that a Python program prints, a line each, as they come; at last why it failed or was
+    ended, if so. What it says
     on stderr is kept in FOLDER/NAME.log."""
     deadline = time.monotonic() + seconds
     lines: queue.Queue[str | None] = queue.Queue()
     if out:
         out.mkdir(parents=True, exist_ok=True)
     with open(out / f"{name}.log", "w+b") if out else tempfile.TemporaryFile() as errors:
-        p = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=errors, cwd=ROOT, env=environment(out), start_new_session=True)
+        p = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=errors, cwd=ROOT,
+                             env=environment(out), start_new_session=True)
 
         def read() -> None:
             for line in p.stdout:
@@ -139,8 +151,8 @@ def lines_of(name: str, command: list[str], seconds: float, out: pathlib.Path | 
                     yield json.loads(line)
             if p.wait(timeout=max(0.0, deadline - time.monotonic())):
                 errors.seek(0)
-                said = errors.read().decode(errors="replace").strip().splitlines() or [f"exit code {p.returncode}"]
-                yield {"failed": said[-1][:300]}
+                said = errors.read().decode(errors="replace").strip().splitlines()
+                yield {"failed": said[-1][:300] if said else f"exit code {p.returncode}"}
         except (queue.Empty, subprocess.TimeoutExpired):
             yield {"failed": f"took more than {seconds:.0f} s"}
         except json.JSONDecodeError as e:
@@ -166,7 +178,8 @@ def bars(rows: list[Row]) -> Row:
 def write(rows: list[Row], out: pathlib.Path) -> None:
     """All results so far; each file is whole at every moment."""
     out.mkdir(parents=True, exist_ok=True)
-    texts = {"results.jsonl": "".join(json.dumps(r) + "\n" for r in rows), "results.md": gpu_tables.text(rows, bars(rows)),
+    texts = {"results.jsonl": "".join(json.dumps(r) + "\n" for r in rows),
+             "results.md": gpu_tables.text(rows, bars(rows)),
              "results.json": json.dumps({"results": rows, "bars": bars(rows)}, indent=2) + "\n"}
     for name, text in texts.items():
         temporary = out / f".{name}.tmp"

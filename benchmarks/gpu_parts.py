@@ -1,6 +1,8 @@
-"""What gpu_bench measures: each part yields plain values for JSON, the most valuable first, as soon as it has them.
+"""What gpu_bench measures: each part yields plain values for JSON, the most valuable first, as soon as it has
+them.
 
-`toy` shrinks every part so that a CPU does it in seconds. `out`: a folder in which compilers keep what they found, or None.
+`toy` shrinks every part so that a CPU does it in seconds. `out`: a folder in which compilers keep what they
+found, or None.
 """
 
 import argparse
@@ -29,12 +31,16 @@ def versions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
     """What is installed, and the card."""
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit")
-    yield {"device": device.device_kind, "platform": device.platform, "devices": jax.device_count(), "memory_bytes": memory,
-           "compute_capability": str(getattr(device, "compute_capability", "")), "python": platform.python_version(), "jax": jax.__version__,
-           "jaxlib": jax.lib.__version__, "flax": flax.__version__, "cudnn": cudnn.version(), "platform_version": device.client.platform_version}
+    yield {"device": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
+           "memory_bytes": memory,
+           "compute_capability": str(getattr(device, "compute_capability", "")),
+           "python": platform.python_version(), "jax": jax.__version__,
+           "jaxlib": jax.lib.__version__, "flax": flax.__version__, "cudnn": cudnn.version(),
+           "platform_version": device.client.platform_version}
     if device.platform != "cpu":
         reason = cudnn.missing(192, 128)
-        yield {"what": "cuDNN attention at widths 192 and 128", **({"failed": reason} if reason else {"works": True})}
+        yield {"what": "cuDNN attention at widths 192 and 128",
+               **({"failed": reason} if reason else {"works": True})}
 
 
 # -------------------------------------------------------------------------------------------------------------- experts
@@ -46,7 +52,8 @@ PRODUCTS = {  # experts on the device, rows of all, hidden size, expert width
 
 
 def experts(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
-    """[rows, D] x [E, D, F], each row by its expert: forward, and both gradients. Equal loads, rows sorted by expert."""
+    """[rows, D] x [E, D, F], each row by its expert: forward, and both gradients. Equal loads, rows sorted by
+    expert."""
     for shape, (e, rows, d, f) in ({"toy": (4, 64, 16, 8)} if toy else PRODUCTS).items():
         keys = jax.random.split(jax.random.key(0), 3)
         x, w, dy = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, ((rows, d), (e, d, f), (rows, f)), strict=True))
@@ -58,9 +65,12 @@ def experts(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
                 forward = turns.compiled(call, x, w, sizes)
                 row["forward_tflops"] = flops / turns.medians({0: forward}, 3 if toy else 10)[0] / 1e12
                 row["temporaries"] = forward.temporaries
-                both = turns.compiled(lambda x, w, sizes, dy, call=call: jax.vjp(lambda x, w: call(x, w, sizes), x, w)[1](dy), x, w, sizes, dy)
+                both = turns.compiled(lambda x, w, sizes, dy,
+                                      call=call: jax.vjp(lambda x, w: call(x, w, sizes), x, w)[1](dy), x, w,
+                                      sizes, dy)
                 # The gradients alone need no forward product.
-                row |= {"both_tflops": 2 * flops / turns.medians({0: both}, 3 if toy else 10)[0] / 1e12, "both_temporaries": both.temporaries}
+                row |= {"both_tflops": 2 * flops / turns.medians({0: both}, 3 if toy else 10)[0] / 1e12,
+                        "both_temporaries": both.temporaries}
             except Exception as error:  # not installed, or a kernel without a gradient
                 row["failed"] = why(error)
             yield row
@@ -85,7 +95,8 @@ def products(rows: int, e: int) -> dict[str, Callable]:
     def dense(x, w, sizes):
         return x @ w[0]  # the same FLOPs in one product: what cannot be beaten
 
-    return {"dense": dense, "equal slots": equal_slots, "tokamax": tokamax, "tokamax Pallas-Triton": tokamax_triton,
+    return {"dense": dense, "equal slots": equal_slots, "tokamax": tokamax,
+            "tokamax Pallas-Triton": tokamax_triton,
             "jax.experimental Pallas-Mosaic": mosaic, "ragged_dot": jax.lax.ragged_dot}
 
 
@@ -106,9 +117,11 @@ def attentions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
             try:
                 if method == "cudnn" and (reason := cudnn.missing(own.qk, own.v)):
                     raise UserError(reason)
-                built = attention_bench.core_programs(f, max(1, 8192 // length) if not toy else 1, length, own)
+                built = attention_bench.core_programs(f, max(1, 8192 // length) if not toy else 1, length,
+                                                      own)
                 row |= {f"{name}_s": t for name, t in turns.medians(built, 3 if toy else 10).items()}
-                row |= {"custom_calls": built["both"].compiled.as_text().count("__cudnn$fmha"), "temporaries": built["both"].temporaries}
+                row |= {"custom_calls": built["both"].compiled.as_text().count("__cudnn$fmha"),
+                        "temporaries": built["both"].temporaries}
                 gradients[method] = built["both"]()
                 if method == "cudnn" and "blocks" in gradients:
                     largest = lambda a: jnp.max(jnp.abs(a)).astype(jnp.float32)
@@ -130,4 +143,6 @@ def cached(part: Callable[..., Iterator[Row]]) -> Callable[..., Iterator[Row]]:
     return run
 
 
-PARTS = {"versions": versions} | {name: cached(f) for name, f in {"tiny": tiny, "attention": attentions, "experts": experts, "train": train}.items()}
+PARTS = {"versions": versions} | {name: cached(f) for name,
+                                  f in {"tiny": tiny, "attention": attentions, "experts": experts,
+                                        "train": train}.items()}

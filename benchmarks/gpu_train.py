@@ -1,4 +1,5 @@
-"""Training on one GPU, as gpu_bench measures it: a small model's losses, and the real step of DeepSeek-V2-Lite with fewer layers."""
+"""Training on one GPU, as gpu_bench measures it: a small model's losses, and the real step of
+DeepSeek-V2-Lite with fewer layers."""
 
 import collections
 import dataclasses
@@ -29,15 +30,19 @@ from deepseek_jax.train.state import init_state, make_layout
 from deepseek_jax.train.step import put_batch
 from deepseek_jax.validation import validate
 
-TOY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
-       "num_attention_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 8,
+TOY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+       "num_hidden_layers": 2,
+       "num_attention_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+       "v_head_dim": 16, "n_routed_experts": 8,
        "num_experts_per_tok": 2}
 BF16_TFLOPS = 989.0  # H100 and H200, dense
-# Layers of V2-Lite by the bytes that JAX may use: 16 a parameter (weights, gradients, two moments) and 8.5e9 for the rest, as the steps that
-# were compiled for an H200 have it. An H200 holds 8, an H100 6.
+# Layers of V2-Lite by the bytes that JAX may use: 16 a parameter (weights, gradients, two moments) and 8.5e9
+# for the rest, as the steps that were compiled for an H200 have it. An H200 holds 8, an H100 6.
 LAYERS = ((85e9, 8), (66e9, 6), (47e9, 4), (36e9, 3), (28e9, 2))
-# (tokens of a sequence, routing, attention, remat). The first compiles in half the time of the others, so that something is measured soon.
-VARIANTS = (("one document", "natural", "cudnn", "save:attention"), ("packed documents", "natural", "auto", "full"),
+# (tokens of a sequence, routing, attention, remat). The first compiles in half the time of the others, so
+# that something is measured soon.
+VARIANTS = (("one document", "natural", "cudnn", "save:attention"),
+            ("packed documents", "natural", "auto", "full"),
             ("packed documents", "balanced", "auto", "full"))
 
 Row = dict[str, Any]
@@ -48,12 +53,15 @@ def why(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:250]}"
 
 
-def training_config(toy: bool, layers: int | None = None, method: str = "auto", remat: str = "full") -> Config:
+def training_config(toy: bool, layers: int | None = None, method: str = "auto",
+                    remat: str = "full") -> Config:
     """V2-Lite on one device: four sequences of 4,096 tokens a step."""
     model = dataclasses.replace(shapes.V2_LITE, **(TOY if toy else {}))
     model = dataclasses.replace(model, num_hidden_layers=layers or model.num_hidden_layers)
-    train = Train(steps=1000, batch_size=2 if toy else 4, sequence_length=64 if toy else 4096, attention=method, remat=remat)
-    config = Config(model=model, train=train, mesh=Mesh(fsdp=1), sharding=Sharding(strategy="no_shard"), optimizer=Optimizer(learning_rate=4.2e-4))
+    train = Train(steps=1000, batch_size=2 if toy else 4, sequence_length=64 if toy else 4096,
+                  attention=method, remat=remat)
+    config = Config(model=model, train=train, mesh=Mesh(fsdp=1), sharding=Sharding(strategy="no_shard"),
+                    optimizer=Optimizer(learning_rate=4.2e-4))
     validate(config)
     return config
 
@@ -61,7 +69,8 @@ def training_config(toy: bool, layers: int | None = None, method: str = "auto", 
 def tiny_config(toy: bool) -> Config:
     """A small model in float32, whose losses a CPU and a GPU should share."""
     model = Model(**TOY) if toy else Model(num_hidden_layers=3, v_head_dim=32)
-    return Config(model=model, mesh=Mesh(fsdp=1), train=Train(batch_size=8, sequence_length=32 if toy else 128, dtype="float32"),
+    return Config(model=model, mesh=Mesh(fsdp=1),
+                  train=Train(batch_size=8, sequence_length=32 if toy else 128, dtype="float32"),
                   optimizer=Optimizer(learning_rate=3e-3, warmup_steps=1))
 
 
@@ -70,17 +79,21 @@ def layers_for(memory: float) -> int:
     for least, layers in LAYERS:
         if memory >= least:
             return layers
-    raise UserError(f"this card lets JAX use {memory / 1e9:.1f} GB, and two layers of V2-Lite need {LAYERS[-1][0] / 1e9:.0f} GB")
+    raise UserError(f"this card lets JAX use {memory / 1e9:.1f} GB, and two layers of V2-Lite need "
+                    f"{LAYERS[-1][0] / 1e9:.0f} GB")
 
 
-def packed(sequences: int, length: int, vocab: int, documents: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of rows as the loader gives them: tokens drawn by Zipf's law (1 / rank), as words are, so that experts are loaded unevenly.
+def packed(sequences: int, length: int, vocab: int, documents: bool = True,
+           seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch of rows as the loader gives them: tokens drawn by Zipf's law (1 / rank), as words are, so that
+    experts are loaded unevenly.
 
     Args:
       documents: packed documents of random lengths, a fifth of a row on average; else one a row.
 
     Returns:
-      tokens, targets, segment_ids, positions: int32 [sequences, length]. A document's last token predicts nothing.
+      tokens, targets, segment_ids, positions: int32 [sequences, length]. A document's last token predicts
+      nothing.
     """
     rng = np.random.default_rng(seed)
     weight = 1 / np.arange(1, vocab + 1)
@@ -92,7 +105,8 @@ def packed(sequences: int, length: int, vocab: int, documents: bool = True, seed
     ends = np.concatenate([begins[:, 1:], np.ones((sequences, 1), bool)], axis=1)
     targets = np.where(ends, IGNORE, np.roll(tokens, -1, axis=1))
     return {name: a.astype(np.int32) for name, a in
-            {"tokens": tokens, "targets": targets, "segment_ids": np.cumsum(begins, axis=1), "positions": places - first}.items()}
+            {"tokens": tokens, "targets": targets, "segment_ids": np.cumsum(begins, axis=1),
+             "positions": places - first}.items()}
 
 
 def balanced_route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, model: Any) -> Any:
@@ -101,7 +115,8 @@ def balanced_route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, mod
     tokens, choices = routing.expert_TK.shape
     expert_TK = (jnp.arange(tokens)[:, None] * choices + jnp.arange(choices)) % model.n_routed_experts
     expert_TK = expert_TK.astype(jnp.int32) + jnp.zeros_like(routing.expert_TK)  # varies over the mesh as the router's do
-    return routing._replace(expert_TK=expert_TK, weight_TK=jnp.take_along_axis(routing.score_TE, expert_TK, axis=1))
+    return routing._replace(expert_TK=expert_TK,
+                            weight_TK=jnp.take_along_axis(routing.score_TE, expert_TK, axis=1))
 
 
 @dataclasses.dataclass
@@ -117,14 +132,17 @@ class Run:
     def __post_init__(self) -> None:
         config = self.config
         self.mesh, layout = topology.lay_out(config, [self.device])
-        options = prefetch.xla_options(config, self.device.platform, prefetch.bytes_of_a_layer(config, layout.abstract.params, self.mesh))
+        options = prefetch.xla_options(config, self.device.platform,
+                                       prefetch.bytes_of_a_layer(config, layout.abstract.params, self.mesh))
         if prefetch.is_gpu(self.device.platform):
             options |= autotune(self.out)
         with mock.patch.object(moe, "route", balanced_route if self.balanced else route):
             self.step = topology.compile_step(config, self.mesh, layout, options)
-        self.flops_per_token = count(config.model, layout.abstract.params, config.train.sequence_length).flops_per_token
+        self.flops_per_token = count(config.model, layout.abstract.params,
+                                     config.train.sequence_length).flops_per_token
         with jax.set_mesh(self.mesh):
-            self.state, self.batch = init_state(config, layout), put_batch(self.rows, config.micro_batch, self.mesh)
+            self.state = init_state(config, layout)
+            self.batch = put_batch(self.rows, config.micro_batch, self.mesh)
 
     def steps(self, number: int) -> tuple[list[float], list[float], Any]:
         """Seconds and loss of each, and the last one's metrics."""
@@ -141,16 +159,19 @@ class Run:
 
 
 def autotune(out: pathlib.Path | None) -> Row:
-    """Options that write what XLA's autotuner found to FOLDER/autotune.txt, and take it from there where no program is kept any more."""
+    """Options that write what XLA's autotuner found to FOLDER/autotune.txt, and take it from there where no
+    program is kept any more."""
     if out is None:
         return {}
     file, kept = out / "autotune.txt", out / "cache"
     options = {"xla_gpu_dump_autotune_results_to": str(file)}
-    return options | ({"xla_gpu_load_autotune_results_from": str(file)} if file.exists() and not any(kept.glob("*-cache")) else {})
+    return options | ({"xla_gpu_load_autotune_results_from": str(file)} if file.exists()
+                      and not any(kept.glob("*-cache")) else {})
 
 
 def tiny(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
-    """Five steps of a small model, on this device and, where that is none, on the CPU: the losses should agree."""
+    """Five steps of a small model, on this device and, where that is none, on the CPU: the losses should
+    agree."""
     config = tiny_config(toy)
     rows = packed(config.train.batch_size, config.train.sequence_length, config.model.vocab_size)
     here, found = jax.devices()[0], {}
@@ -160,7 +181,8 @@ def tiny(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
             run = Run(config, device, rows, out=out)
             seconds, losses, _ = run.steps(5)
             found[device.platform] = losses
-            row = {"platform": device.platform, "losses": losses, "step_s": statistics.median(seconds[1:]), "compile_s": run.step.compile_seconds}
+            row = {"platform": device.platform, "losses": losses, "step_s": statistics.median(seconds[1:]),
+                   "compile_s": run.step.compile_seconds}
             if len(found) == 2:
                 row["largest_difference"] = max(abs(a - b) for a, b in zip(*found.values(), strict=True))
             yield row
@@ -172,39 +194,48 @@ def train(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
     """Tokens a second of the real step, and where the time of the first goes."""
     device = jax.devices()[0]
     whole = training_config(toy)
-    layers = whole.model.num_hidden_layers if toy else layers_for((device.memory_stats() or {}).get("bytes_limit", 0))
+    layers = whole.model.num_hidden_layers if toy else layers_for((device.memory_stats()
+                                                            or {}).get("bytes_limit", 0))
     mesh = make_mesh(whole, [device])
-    flops = count(whole.model, make_layout(whole, mesh).abstract.params, whole.train.sequence_length).flops_per_token
+    flops = count(whole.model, make_layout(whole, mesh).abstract.params,
+                  whole.train.sequence_length).flops_per_token
     profiled = False
     for tokens, routing, method, remat in VARIANTS:
         if method == "cudnn" and device.platform == "cpu":
             continue
-        row = {"toy": toy, "tokens": tokens, "routing": routing, "attention": method, "remat": remat, "layers": layers,
+        row = {"toy": toy, "tokens": tokens, "routing": routing, "attention": method, "remat": remat,
+               "layers": layers,
                "layers_of_the_model": whole.model.num_hidden_layers}
         try:
             if method == "cudnn" and (reason := cudnn.missing(192, 128)):
                 raise UserError(reason)
             config = training_config(toy, layers, method, remat)
             t = config.train
-            batch = packed(t.batch_size, t.sequence_length, config.model.vocab_size, documents=tokens == "packed documents")
+            batch = packed(t.batch_size, t.sequence_length, config.model.vocab_size,
+                           documents=tokens == "packed documents")
             run = Run(config, device, batch, routing == "balanced", out)
             seconds, losses, metrics = run.steps(4 if toy else 10)
             a_step = statistics.median(seconds[2:])
             rate = t.batch_size * t.sequence_length / a_step
-            yield row | {"batch_size": t.batch_size, "sequence_length": t.sequence_length, "tokens_per_s": rate, "step_s": a_step,
-                         "compile_s": run.step.compile_seconds, "bytes": program.memory(run.step.compiled).total, "loss": losses[-1],
-                         "dispatch_rounds": int(jnp.max(metrics.load.rounds)), "tflops": rate * run.flops_per_token / 1e12,
+            yield row | {"batch_size": t.batch_size, "sequence_length": t.sequence_length,
+                         "tokens_per_s": rate, "step_s": a_step,
+                         "compile_s": run.step.compile_seconds,
+                         "bytes": program.memory(run.step.compiled).total, "loss": losses[-1],
+                         "dispatch_rounds": int(jnp.max(metrics.load.rounds)),
+                         "tflops": rate * run.flops_per_token / 1e12,
                          "share_of_peak": rate * run.flops_per_token / 1e12 / BF16_TFLOPS,
                          "tokens_per_s_of_the_whole_model": rate * run.flops_per_token / flops}
             if not profiled:
                 profiled = True
-                yield {"what": "profile", "largest_costs": costs(lambda: run.steps(1), run.step.compiled.as_text())}
+                yield {"what": "profile",
+                       "largest_costs": costs(lambda: run.steps(1), run.step.compiled.as_text())}
         except Exception as e:  # what this GPU or cuDNN refuses must not hide what the others reach
             yield row | {"failed": why(e)}
 
 
 def costs(run: Callable[[], Any], hlo: str, most: int = 3) -> list[dict[str, Any]]:
-    """The instructions that take most of one run, by JAX's profiler: where they come from and their share of all device time."""
+    """The instructions that take most of one run, by JAX's profiler: where they come from and their share of
+    all device time."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
@@ -212,10 +243,13 @@ def costs(run: Callable[[], Any], hlo: str, most: int = 3) -> list[dict[str, Any
         events = json.loads(gzip.decompress(files[0].read_bytes()))["traceEvents"] if files else []
     total: collections.Counter = collections.Counter()
     streams = set()
-    if not any("hlo_op" in e.get("args", {}) for e in events):  # kernels inside a CUDA graph have names of their own only
-        streams = {(e["pid"], e["tid"]) for e in events if e.get("name") == "thread_name" and e["args"]["name"].startswith("Stream")}
+    if not any("hlo_op" in e.get("args", {})
+               for e in events):  # kernels inside a CUDA graph have names of their own only
+        streams = {(e["pid"], e["tid"]) for e in events if e.get("name") == "thread_name"
+                   and e["args"]["name"].startswith("Stream")}
     for e in events:
-        name = e.get("args", {}).get("hlo_op") or (e["name"] if (e.get("pid"), e.get("tid")) in streams else None)
+        name = e.get("args", {}).get("hlo_op") or (e["name"] if (e.get("pid"), e.get("tid")) in streams
+                                                   else None)
         # A loop's own event holds those of its body.
         if e.get("ph") == "X" and name and not name.startswith(("while", "call", "conditional")):
             total[name] += e["dur"]
@@ -225,4 +259,5 @@ def costs(run: Callable[[], Any], hlo: str, most: int = 3) -> list[dict[str, Any
         if 'op_name="' in rest:
             source[name.lstrip("%")] = rest.partition('op_name="')[2].partition('"')[0]
     whole = sum(total.values())
-    return [{"instruction": name, "from": source.get(name, ""), "ms": us / 1e3, "share": us / whole} for name, us in total.most_common(most)]
+    return [{"instruction": name, "from": source.get(name, ""), "ms": us / 1e3, "share": us / whole} for name,
+            us in total.most_common(most)]

@@ -44,7 +44,8 @@ def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="Of the checkpoint.")
     parser.add_argument("--turns", type=int, default=1, help="How often all are timed.")
-    parser.add_argument("--folder", type=arguments.path, help="Where to write three times as much (default: a temporary folder).")
+    parser.add_argument("--folder", type=arguments.path,
+                        help="Where to write three times as much (default: a temporary folder).")
     parser.add_argument("--part", nargs=3, metavar=("NAME", "FROM", "TO"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:

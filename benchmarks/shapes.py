@@ -21,10 +21,14 @@ _SHAPES = {
                  v_head_dim=32, n_group=8, topk_group=4),
 }
 V2_LITE = Model(  # configs/v2_lite.py, for where there is no ml_collections to read it
-    vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27, first_k_dense_replace=1,
-    num_attention_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=64,
-    n_shared_experts=2, num_experts_per_tok=6, topk_method="greedy", n_group=1, topk_group=1, scoring_func="softmax", norm_topk_prob=False,
-    routed_scaling_factor=1.0, aux_loss_alpha=0.001, seq_aux=True, initializer_range=0.006, max_position_embeddings=4096)
+    vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
+    num_hidden_layers=27, first_k_dense_replace=1,
+    num_attention_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+    v_head_dim=128, n_routed_experts=64,
+    n_shared_experts=2, num_experts_per_tok=6, topk_method="greedy", n_group=1, topk_group=1,
+    scoring_func="softmax", norm_topk_prob=False,
+    routed_scaling_factor=1.0, aux_loss_alpha=0.001, seq_aux=True, initializer_range=0.006,
+    max_position_embeddings=4096)
 _TOKENS = {"small": (8, 256), "mid": (8, 512), "fine": (8, 256)}  # sequences a step, tokens a sequence
 NAMES = tuple(_SHAPES)
 

@@ -44,7 +44,8 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=3, help="Processes, one after the other; with --peer pairs of them.")
     parser.add_argument("--dtype", default="float32", help="Compute dtype.")
     parser.add_argument("--remat", default="dots", help="config.train.remat.")
-    parser.add_argument("--peer", type=arguments.path, nargs="?", const=str(PEER), help="Run this program in turns with ours.")
+    parser.add_argument("--peer", type=arguments.path, nargs="?", const=str(PEER),
+                        help="Run this program in turns with ours.")
     parser.add_argument("--once", action="store_true", help="One turn, in this process.")
     own = parser.parse_args()
     if own.once:

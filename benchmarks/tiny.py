@@ -28,8 +28,10 @@ def main() -> int:
 
 
 def stated(text: str) -> tuple[float, float]:
-    """The held-out loss that the text states, and its tolerance; lines may be broken and indented anywhere."""
-    found = re.search(r"([\d.]+) nats a token = [\d.]+ bits a byte, within ([\d.]+) nats", " ".join(text.split()))
+    """The held-out loss that the text states, and its tolerance; lines may be broken and indented
+    anywhere."""
+    found = re.search(r"([\d.]+) nats a token = [\d.]+ bits a byte, within ([\d.]+) nats",
+                      " ".join(text.split()))
     return float(found[1]), float(found[2])
 
 

@@ -48,7 +48,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         argv = [argv[0], "--help"]
     # absl reads an int flag with int(); for the optional options 0 means None.
     argv = [re.sub(r"=None$", "=0", a) if re.match(rf"--?config\.({'|'.join(OPTIONAL)})=", a) else a for a in argv]
-    argv = [re.sub(r"^(--?config=)(~.*)$", lambda m: m[1] + paths.expanded(m[2], "--config"), a) for a in argv]
+    argv = [re.sub(r"^(--?config=)(~.*)$", lambda m: m[1] + paths.expanded(m[2], "--config"), a)
+            for a in argv]
     try:
         rest = given(argv)[1:]
         if given.config is not None:

@@ -141,8 +141,10 @@ def cpu_kind() -> str:
 _REFUSED = re.compile(r"No such compile option: '(\w+)'|While setting option (\w+), ")
 
 
-def with_known_options(build: Callable[[dict[str, Any] | None], Any], options: Mapping[str, Any] | None, say: Callable[[str], None]) -> Any:
-    """What `build` makes with those options that XLA's compiler knows. Options differ between versions of XLA, and none is worth a run.
+def with_known_options(build: Callable[[dict[str, Any] | None], Any], options: Mapping[str, Any] | None,
+                       say: Callable[[str], None]) -> Any:
+    """What `build` makes with those options that XLA's compiler knows. Options differ between versions of
+    XLA, and none is worth a run.
 
     Args:
       build: compiles with the options that it is given; XLA checks them before anything else.
@@ -164,7 +166,8 @@ def with_known_options(build: Callable[[dict[str, Any] | None], Any], options: M
             if other and other[0] not in tried:
                 left[other[0]] = other[1]
             else:
-                say(f"XLA of jaxlib {jax.lib.__version__} does not know the option {name}={value}: compiled without it.")
+                say(f"XLA of jaxlib {jax.lib.__version__} does not know the option {name}={value}: "
+                    f"compiled without it.")
 
 
 class Program(NamedTuple):
@@ -185,7 +188,8 @@ class CompiledStep:
       say: what to do with the line about an option that the compiler does not know.
     """
 
-    def __init__(self, step: Callable[..., Any], mesh: jax.sharding.Mesh, options: dict[str, Any] | None = None,
+    def __init__(self, step: Callable[..., Any], mesh: jax.sharding.Mesh,
+                 options: dict[str, Any] | None = None,
                  say: Callable[[str], None] = print):
         self._jitted = jax.jit(step, donate_argnums=0)
         self._mesh, self._options, self._say = mesh, options, say
@@ -204,7 +208,8 @@ class CompiledStep:
         started, hits = time.perf_counter(), getattr(_this_thread, "hits", 0)
         with jax.set_mesh(self._mesh):  # of this thread
             lowered = self._jitted.lower(state, batch)
-            compiled = with_known_options(lambda options: lowered.compile(compiler_options=options), self._options, self._say)
+            compiled = with_known_options(lambda options: lowered.compile(compiler_options=options),
+                                          self._options, self._say)
         return Program(compiled, time.perf_counter() - started, getattr(_this_thread, "hits", 0) > hits)
 
     def program(self, state: Any, batch: Any) -> Program:

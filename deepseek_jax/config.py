@@ -32,7 +32,8 @@ def one_line(error: BaseException) -> str:
 
 
 def exit_code(name: str, main: Callable[[], int], output: str = "report") -> int:
-    """What a command exits with: what `main` returns; or after one line, which begins with the command's name, 2 for a UserError and 1 where
+    """What a command exits with: what `main` returns; or after one line, which begins with the command's
+    name, 2 for a UserError and 1 where
     stdout cannot be written.
 
     Args:
@@ -203,7 +204,7 @@ class Train:
     dtype: str = "bfloat16"  # compute dtype: bfloat16 | float32 | float16 (with loss scaling, config.fp16); parameters are float32
     accumulation_dtype: str = "float32"  # of the micro-batches' summed gradients: float32 | bfloat16 (2 bytes a parameter, not 4)
     remat: str = "full"  # what a layer keeps for backward: none (all but weights) | dots (matmul results) | full (nothing) | exchange | save:NAME,...
-    attention: str = "auto"  # auto (= blocks) | blocks (any device) | cudnn (NVIDIA GPUs from Hopper on, bfloat16; packed rows by blocks)
+    attention: str = "auto"  # auto (= blocks) | blocks (any device) | cudnn (NVIDIA GPUs from Hopper on, bfloat16; blocks for packed rows, or if cuDNN is too old)
     mtp_loss_weight: float = 0.3  # weight of the multi-token prediction loss (V3: 0.3, then 0.1)
     mtp_loss_weight_final: float = 0.3  # the weight after mtp_switch_fraction of the steps
     mtp_switch_fraction: float = 1.0  # V3: 10/14.8

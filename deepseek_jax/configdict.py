@@ -71,7 +71,8 @@ def from_config_dict(tree: Any) -> Config:
 
 
 def comments_of(cls: type) -> dict[str, str]:
-    """The comment beside each field of a dataclass, read as Python reads its source, whatever its indentation; none without a source."""
+    """The comment beside each field of a dataclass, read as Python reads its source, whatever its
+    indentation; none without a source."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):  # of a program that was packed without its sources

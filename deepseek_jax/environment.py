@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator, MutableMapping
 
 DEVICES = "JAX_NUM_CPU_DEVICES"
@@ -13,8 +14,8 @@ malformed: list[str] = []
 def take_devices(environment: MutableMapping[str, str] = os.environ) -> int:
     """The CPU devices that the environment asks for, 1 if it does not. Called once, before JAX is imported.
 
-    JAX ends with a traceback while it is imported if it cannot read JAX_NUM_CPU_DEVICES: a malformed one is taken away, and `check`
-    says so. An empty one counts as not set.
+    JAX ends with a traceback while it is imported if it cannot read JAX_NUM_CPU_DEVICES: a malformed one is
+    taken away, and `check` says so. An empty one counts as not set.
     """
     asked = re.findall(r"--xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", ""))
     text = environment.get(DEVICES)
@@ -25,12 +26,14 @@ def take_devices(environment: MutableMapping[str, str] = os.environ) -> int:
         else:
             del environment[DEVICES]
             if number:
-                malformed.append(f"{DEVICES}={text} is not a number of devices. Set it to 1 or more, or unset it.")
+                malformed.append(f"{DEVICES}={text} is not a number of devices. "
+                                 f"Set it to 1 or more, or unset it.")
     return max(map(int, asked), default=1)
 
 
 def check() -> None:
-    """Raises UserError if a variable that was taken away is malformed. Every command begins with it, and every mesh."""
+    """Raises UserError if a variable that was taken away is malformed. Every command begins with it, and
+    every mesh."""
     from deepseek_jax.config import UserError  # which imports this module
 
     if malformed:
@@ -45,20 +48,30 @@ def mistakes() -> Iterator[None]:
     check()
     try:
         yield
-    except (RuntimeError, AssertionError) as e:  # the latter, without a word, for a GPU where JAX has no plugin
+    except (RuntimeError,
+            AssertionError) as e:  # the latter, without a word, for a GPU where JAX has no plugin
         if not _from_backends(e):
             raise
-        reason = (str(e).splitlines() or [""])[0].partition(" (set JAX_PLATFORMS")[0].partition(" (you may need")[0]
+        reason = (str(e).splitlines()
+                  or [""])[0].partition(" (set JAX_PLATFORMS")[0].partition(" (you may need")[0]
         asked = os.environ.get("JAX_PLATFORMS", "")
         if not asked:
-            raise UserError(f"JAX cannot use the devices of this machine ({reason}). Repair that, or set JAX_PLATFORMS=cpu.") from e
+            raise UserError(f"JAX cannot use the devices of this machine ({reason}). "
+                            f"Repair that, or set JAX_PLATFORMS=cpu.") from e
         reason = reason or "this JAX has no plugin for it, or no such device is here"
-        raise UserError(f"JAX_PLATFORMS={asked}: {reason.rstrip('.')}. Install what it needs, set JAX_PLATFORMS=cpu, or unset it.") from e
+        raise UserError(f"JAX_PLATFORMS={asked}: {reason.rstrip('.')}. "
+                        f"Install what it needs, set JAX_PLATFORMS=cpu, or unset it.") from e
 
 
 def _from_backends(error: BaseException) -> bool:
-    """Whether JAX raised it while it looked for devices."""
+    """Whether JAX raised it while it looked for devices. Where JAX has cut its own frames from the traceback,
+    words and state tell."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename.replace(os.sep, "/").endswith("jax/_src/xla_bridge.py")
+    if trace and trace.tb_frame.f_code.co_filename.replace(os.sep, "/").endswith("jax/_src/xla_bridge.py"):
+        return True
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    started = getattr(bridge, "backends_are_initialized", lambda: True)()
+    return not started and str(error).startswith(("Unable to initialize backend", "Unknown backend")
+                                                 if str(error) else "")

@@ -33,7 +33,8 @@ from deepseek_jax.paths import check_output
 
 def main() -> int:
     parser = arguments.Parser(prog="python -m deepseek_jax.evaluate", description=__doc__)
-    parser.add_argument("--model", type=arguments.path, required=True, metavar="DIR", help="folder with the model")
+    parser.add_argument("--model", type=arguments.path, required=True, metavar="DIR",
+                        help="folder with the model")
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
     parser.add_argument("--mesh", help="devices, as fsdp=2,expert=4 (default: one)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES,
@@ -42,14 +43,16 @@ def main() -> int:
     what.add_argument("--text", type=arguments.path_list, metavar="PATH",
                       help="stdlib, text, .jsonl or .parquet files, a folder or a glob; several separated by commas "
                            "(default: what a run held out)")
-    what.add_argument("--questions", type=arguments.path, metavar="FILE", help="JSONL file of multiple choice")
+    what.add_argument("--questions", type=arguments.path, metavar="FILE",
+                      help="JSONL file of multiple choice")
     parser.add_argument("--window", type=int, help="tokens that are read together (default: what a run was trained with, else the model's longest, "
                                                    f"at most {perplexity.MAX_WINDOW})")
     parser.add_argument("--stride", type=int, help="tokens from one window to the next; the rest is context (default: half a window)")
     parser.add_argument("--batch-size", "--batch_size", type=int, help="rows of a batch, over the whole mesh (default: about 4,096 tokens a device)")
     parser.add_argument("--limit", type=int, help="documents or questions at most (default: all)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--output", type=arguments.path, metavar="FILE", help="file for the result as JSON, or for a JSON line about each question")
+    parser.add_argument("--output", type=arguments.path, metavar="FILE",
+                        help="file for the result as JSON, or for a JSON line about each question")
     args = parser.parse_args()
     for name in ("window", "stride") if args.questions else ():
         if getattr(args, name) is not None:

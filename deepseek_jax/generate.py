@@ -35,7 +35,8 @@ __all__ = ["check_prompt", "encode_prompt", "main", "sample", "tokens"]
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(prog="python -m deepseek_jax.generate", description=__doc__)
-    p.add_argument("--model", "--workdir", type=arguments.path, required=True, metavar="PATH", help="checkpoint, or folder of a run")
+    p.add_argument("--model", "--workdir", type=arguments.path, required=True, metavar="PATH",
+                   help="checkpoint, or folder of a run")
     p.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help="text to go on from")
@@ -46,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
                            'add_generation_prompt, continue_final_message; - is stdin')
     what.add_argument("--chat", action="store_true", help="a conversation, by the checkpoint's chat template; lines are read from stdin")
     p.add_argument("--system", help="with --chat: the system message")
-    p.add_argument("--output", type=arguments.path, metavar="FILE", help="with --prompts: where results go (default: stdout)")
+    p.add_argument("--output", type=arguments.path, metavar="FILE",
+                   help="with --prompts: where results go (default: stdout)")
     p.add_argument("--batch-size", "--batch_size", type=int, default=8, help="with --prompts: how many at once (default %(default)s)")
     p.add_argument("--max-tokens", "--max_tokens", type=int, default=200, help="tokens of an answer at most (default %(default)s)")
     p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default %(default)s)")

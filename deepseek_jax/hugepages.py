@@ -16,7 +16,8 @@ def use_huge_pages() -> None:
     only then. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns it off. Call it before anything else: what was done is lost.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform != "linux" or TUNABLE in given or not sys.executable or environment.malformed:  # the last is to be said, not lost
+    # What is malformed is to be said: the program that is started would not know of it.
+    if sys.platform != "linux" or TUNABLE in given or not sys.executable or environment.malformed:
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, f"{TUNABLE}=1")))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -10,17 +10,19 @@ sockets, and for trying several hosts out on one. Each process gets JAX_COORDINA
 JAX_PROCESS_ID, which train.py understands (another program passes them to jax.distributed.initialize), and its own part of the
 visible GPUs. Without GPUs each has JAX_NUM_CPU_DEVICES devices.
 
-The output of process 0 is left alone; lines of the others begin with their number. SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 and SIGUSR2
-are passed on to all, and train.py stops with a checkpoint; a second SIGTERM or SIGINT kills. When a process fails, the others get SIGTERM,
-and SIGKILL after --grace seconds. The exit code is that of the first that failed, 128 + N for signal N. If the launcher is killed, so
-are its processes (on Linux).
+The output of process 0 is left alone; lines of the others begin with their number. SIGTERM, SIGINT (Ctrl-C),
+SIGHUP, SIGUSR1 and SIGUSR2 are passed on to all, and train.py stops with a checkpoint; a second SIGTERM or
+SIGINT kills. When a process fails, the others get SIGTERM, and SIGKILL after --grace seconds. The exit code
+is that of the first that failed, 128 + N for signal N. If the launcher is killed, so are its processes (on
+Linux).
 
 --max_restarts starts all of them again, and train.py goes on from the newest checkpoint; not after a mistake (exit code 2), bad numbers (3)
-or a stop by one of these signals. The delay before it doubles from 1 s to 60 s while starts fail within 10 minutes. With --min_processes a
-process that fails first twice in a row is given up, with its GPUs, and the others go on if their devices fit the mesh (an axis of -1
-takes what is left). When the lost place is mended, SIGUSR2 to the launcher stops them after a checkpoint and starts all again; with
---min_processes it does nothing else. With several hosts every launcher restarts its own processes, all of them, and they meet again at
---master_addr.
+or a stop by one of these signals. The delay before it doubles from 1 s to 60 s while starts fail within 10
+minutes. With --min_processes a process that fails first twice in a row is given up, with its GPUs, and the
+others go on if their devices fit the mesh (an axis of -1 takes what is left). When the lost place is mended,
+SIGUSR2 to the launcher stops them after a checkpoint and starts all again; with --min_processes it does
+nothing else. With several hosts every launcher restarts its own processes, all of them, and they meet again
+at --master_addr.
 """
 
 import argparse

@@ -16,7 +16,9 @@ def expanded(path: str, option: str) -> str:
     out = os.path.expanduser(path)
     if out.startswith("~"):
         first = path.split("/")[0]
-        raise UserError(f"{option}={path}: there is no user {first[1:] or '(HOME is not set)'}. Write ./{path} if a folder here is named {first}.")
+        user = first[1:] or "(HOME is not set)"
+        raise UserError(f"{option}={path}: there is no user {user}. "
+                        f"Write ./{path} if a folder here is named {first}.")
     return out
 
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from deepseek_jax.parallel.monitor import LOST
 from deepseek_jax.stopping import SIGNALS
 
-NEVER = (0, 2, 3, *(128 + s for s in SIGNALS))  # done; a mistake; bad numbers, which would come again; stopped by a signal
+# Done; a mistake; bad numbers, which would come again; stopped by a signal.
+NEVER = (0, 2, 3, *(128 + s for s in SIGNALS))
 STEADY = 600.0  # seconds: processes that lasted so long begin with a clean record
 LONGEST_DELAY = 60.0
 

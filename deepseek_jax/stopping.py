@@ -1,8 +1,9 @@
-"""Signals that stop a run: before the first step they end the process in one line, later they stop the run after its step, with a checkpoint.
+"""Signals that stop a run: before the first step they end the process in one line, later they stop the run
+after its step, with a checkpoint.
 A second SIGINT or SIGTERM ends it at once.
 
-The others only ever ask: a closed terminal sends SIGHUP twice, systemd sends it after SIGTERM, and SLURM's --signal=USR1@120 announces the
-SIGTERM that follows.
+The others only ever ask: a closed terminal sends SIGHUP twice, systemd sends it after SIGTERM, and SLURM's
+--signal=USR1@120 announces the SIGTERM that follows.
 
 Imports nothing heavy, so that train.py can install it before anything else. A thread acts on the signals: the main thread may be
 inside the compiler or wait for a device, where Python calls no handler.
@@ -42,7 +43,8 @@ class Stopper:
         self._monitor: Any = None
 
     def install(self) -> "Stopper":
-        """Takes over SIGNALS, but for those that are ignored (nohup, a shell's background job). In the main thread only."""
+        """Takes over SIGNALS, but for those that are ignored (nohup, a shell's background job). In the main
+        thread only."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)

@@ -1,4 +1,5 @@
-"""stdout and stderr of a command: any encoding takes any text, and a reader that goes away ends no work. Imports nothing heavy."""
+"""stdout and stderr of a command: any encoding takes any text, and a reader that goes away ends no work.
+Imports nothing heavy."""
 
 import codecs
 import errno
@@ -10,7 +11,8 @@ ESCAPE = "deepseek_jax.escape"
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """What the encoding has no byte for, as JSON spells it: a line of JSON stays one, and a reader sees which character it was."""
+    """What the encoding has no byte for, as JSON spells it: a line of JSON stays one, and a reader sees which
+    character it was."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
@@ -21,7 +23,8 @@ codecs.register_error(ESCAPE, _escape)
 
 
 class _Stream(io.FileIO):
-    """A standard stream. What cannot be written any more is dropped, as far as `drop` allows; else it raises OSError."""
+    """A standard stream. What cannot be written any more is dropped, as far as `drop` allows; else it raises
+    OSError."""
 
     def __init__(self, fd: int, drop_closed: bool, drop_all: bool):
         super().__init__(fd, "wb", closefd=False)
@@ -40,7 +43,8 @@ class _Stream(io.FileIO):
                 if not (self.drop_all or closed and self.drop_closed):
                     raise
                 if first and not closed and self.fileno() == 1:
-                    print(f"stdout cannot be written ({e.strerror}). The work goes on; what was said is lost.", file=sys.stderr)
+                    print(f"stdout cannot be written ({e.strerror}). The work goes on; what was said is lost.",
+                          file=sys.stderr)
                 break
         return len(view)
 
@@ -49,19 +53,23 @@ _streams: dict[str, _Stream] = {}
 
 
 def set_up(output: str = "report") -> None:
-    """Lets this process's stdout and stderr take any text in any encoding. Once; replaced streams (a test's) are left alone.
+    """Lets this process's stdout and stderr take any text in any encoding. Once; replaced streams (a test's)
+    are left alone.
 
     Args:
-      output: what stdout is to the command, and so what happens where nobody reads it any more (`| head`) or it cannot be written (a full
-        disk). "log": it is dropped, and the work, whose results are elsewhere, goes on. "report": the same of a closed pipe; another error
-        is raised. "result": both are raised, BrokenPipeError and OSError, as further work would be for nobody.
+      output: what stdout is to the command, and so what happens where nobody reads it any more (`| head`) or
+      it cannot be written (a full
+        disk). "log": it is dropped, and the work, whose results are elsewhere, goes on. "report": the same of
+        a closed pipe; another error is raised. "result": both are raised, BrokenPipeError and OSError, as
+        further work would be for nobody.
     """
     for fd in (0, 1, 2):  # one that was closed (`>&-`) would go to the next file that is opened
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    for name, fd, drops in (("stdout", 1, (output != "result", output == "log")), ("stderr", 2, (True, True))):
+    for name, fd, drops in (("stdout", 1, (output != "result", output == "log")),
+                            ("stderr", 2, (True, True))):
         old = getattr(sys, name)
         if name in _streams:
             _streams[name].drop_closed, _streams[name].drop_all = drops
@@ -73,8 +81,10 @@ def set_up(output: str = "report") -> None:
         old.flush()
         raw = _Stream(fd, *drops)
         unbuffered = old.write_through and isinstance(old.buffer, io.RawIOBase)  # python -u
-        setattr(sys, name, io.TextIOWrapper(raw if unbuffered else io.BufferedWriter(raw), encoding=old.encoding, errors=ESCAPE,
-                                            line_buffering=old.line_buffering, write_through=old.write_through))
+        setattr(sys, name, io.TextIOWrapper(raw if unbuffered else io.BufferedWriter(raw),
+                                            encoding=old.encoding, errors=ESCAPE,
+                                            line_buffering=old.line_buffering,
+                                            write_through=old.write_through))
         _streams[name] = raw
 
 
@@ -84,7 +94,8 @@ def raised(error: OSError) -> bool:
 
 
 def finish() -> OSError | None:
-    """Writes what is left. Returns why stdout could not be written, if a command is to fail for it; nothing more is raised then."""
+    """Writes what is left. Returns why stdout could not be written, if a command is to fail for it; nothing
+    more is raised then."""
     stream = _streams.get("stdout")
     if stream is None:
         return None
@@ -92,6 +103,6 @@ def finish() -> OSError | None:
         sys.stdout.flush()
     except OSError:
         pass
-    failed = None if stream.failed is None or stream.drop_all or stream.failed.errno == errno.EPIPE else stream.failed
+    failed = None if stream.drop_all or getattr(stream.failed, "errno", None) == errno.EPIPE else stream.failed
     stream.drop_closed = stream.drop_all = True
     return failed

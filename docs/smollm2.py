@@ -31,7 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=arguments.path, help="of the checkpoint")
     parser.add_argument("--gguf", type=arguments.path, help="file to make the folder from, first")
-    parser.add_argument("--text", type=arguments.path_list, default=TEXT, help="file for the perplexity (default: README.md)")
+    parser.add_argument("--text", type=arguments.path_list, default=TEXT,
+                        help="file for the perplexity (default: README.md)")
     args = parser.parse_args()
     if args.gguf:
         convert(args.gguf, args.folder)

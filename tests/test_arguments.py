@@ -51,7 +51,8 @@ def test_help_of_a_command_and_of_a_benchmark():
 
 
 def test_comments_of_options(tmp_path):
-    """Help does not depend on how the source is laid out: other indentation, several lines, a # in a default, none at all."""
+    """Help does not depend on how the source is laid out: other indentation, several lines, a # in a default,
+    none at all."""
 
     @dataclasses.dataclass
     class Nested:
@@ -66,7 +67,8 @@ def test_comments_of_options(tmp_path):
         bare: int = 1
         late: dict[str, int] = field(default_factory=lambda: {"a": 1})  # x: int = 1  # nested
 
-    assert configdict.comments_of(Nested) == {"color": 'a colour, as "#fff"', "pair": "two numbers", "late": "x: int = 1  # nested"}
+    assert configdict.comments_of(Nested) == {"color": 'a colour, as "#fff"', "pair": "two numbers",
+                                              "late": "x: int = 1  # nested"}
     assert configdict.comments_of(dataclasses.make_dataclass("Made", [("a", int)])) == {}
 
 
@@ -80,4 +82,5 @@ def test_every_option_is_described():
 def test_texts_that_are_read_do_not_depend_on_indentation():
     """As docstrings are in Python 3.13 (dedented) and before; what is asked of the text is the same."""
     text = (ROOT / "configs" / "tiny.py").read_text(encoding="utf-8")
-    assert tiny.stated(text) == tiny.stated(textwrap.indent(text, "    ")) == tiny.stated("\n".join(text.split())) == (1.29, 0.05)
+    assert tiny.stated(text) == tiny.stated(textwrap.indent(text,
+                                                            "    ")) == tiny.stated("\n".join(text.split())) == (1.29, 0.05)

@@ -122,7 +122,8 @@ def refused(*_):
     (91002, (10, 0), refused, "a first call fails (RuntimeError: No valid engine configs)"),
     (91002, (9, 0), lambda *_: None, None)])
 def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsys):
-    """Version, chip and a first call are asked for on a GPU; where one is wrong, attention is the blocks', after one line."""
+    """Version, chip and a first call are asked for on a GPU; where one is wrong, attention is the blocks',
+    after one line."""
     monkeypatch.setattr(cudnn.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(cudnn, "version", lambda: version)
     monkeypatch.setattr(cudnn, "_capability", lambda: capability)
@@ -135,7 +136,9 @@ def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsy
             monkeypatch.setattr(cudnn, "forward", None)  # is not asked
             q, k, v, dout = inputs(jnp.bfloat16)
             f = lambda method: attention.causal_attention(q, k, v, jnp.ones((B, S), jnp.int32), SCALE, method)
-            assert str(jax.make_jaxpr(f, static_argnums=0)("cudnn")) == str(jax.make_jaxpr(f, static_argnums=0)("blocks")).replace("blocks", "cudnn")
+            assert str(jax.make_jaxpr(f, static_argnums=0)("cudnn")) == str(jax.make_jaxpr(f,
+                                                            static_argnums=0)("blocks")).replace("blocks",
+                                                            "cudnn")
             f("cudnn"), f("cudnn")
             err = capsys.readouterr().err
             assert err.count("\n") == 1 and said in err and "in blocks instead" in err

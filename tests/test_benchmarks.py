@@ -28,28 +28,36 @@ RESULT = {"machine": {"device": "cpu", "cores": 2}, "dtype": "float32"}
 
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gpu_bench(everything, tmp_path, monkeypatch, capsys):
-    """Parts that need no PyTorch, at toy size: lines as they come, and files that are whole after each. `everything`: three programs, not one."""
+    """Parts that need no PyTorch, at toy size: lines as they come, and files that are whole after each.
+    `everything`: three programs, not one."""
     monkeypatch.setattr(sys, "argv", ["gpu_bench", "--toy", f"--out={tmp_path}"])
     monkeypatch.setattr(gpu_bench, "lines_of", lambda *_: iter([{"not_measured": "a test"}]))
     seen = []
-    monkeypatch.setattr(gpu_bench, "write", lambda rows, out, write=gpu_bench.write: (write(rows, out), seen.append((out / "results.jsonl").read_text())))
+    monkeypatch.setattr(gpu_bench, "write", lambda rows, out,
+                        write=gpu_bench.write: (write(rows, out),
+                                                seen.append((out / "results.jsonl").read_text())))
     monkeypatch.setattr(gpu_bench.signal, "signal", lambda *_: None)
     if not everything:
         monkeypatch.setattr(gpu_train, "VARIANTS", gpu_train.VARIANTS[:2])
-        monkeypatch.setitem(gpu_parts.PARTS, "tiny", lambda *_: iter([{"platform": "cpu", "losses": [2.0, 1.0], "compile_s": 0.0}]))
+        monkeypatch.setitem(gpu_parts.PARTS, "tiny",
+                            lambda *_: iter([{"platform": "cpu", "losses": [2.0, 1.0], "compile_s": 0.0}]))
     assert gpu_bench.main() == 0
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     assert seen == ["".join(out.splitlines(keepends=True)[: n + 1]) for n in range(len(rows))]
-    assert list(dict.fromkeys(r["part"] for r in rows)) == ["versions", "tiny", "attention", "experts", "train", "peer"]
+    assert list(dict.fromkeys(r["part"] for r in rows)) == ["versions", "tiny", "attention", "experts",
+                                                            "train", "peer"]
     of = lambda part: [r for r in rows if r["part"] == part]
     assert of("versions")[0]["jax"] == jax.__version__ and of("tiny")[0]["losses"][-1] < of("tiny")[0]["losses"][0] - 0.1
-    trained, (profile,) = ([r for r in of("train") if (r.get("what") == "profile") == wanted] for wanted in (False, True))
+    trained, (profile,) = ([r for r in of("train") if (r.get("what") == "profile") == wanted]
+                           for wanted in (False, True))
     assert [(r["tokens"], r["routing"], r["attention"]) for r in trained] == [
         ("packed documents", r, "auto") for r in ("natural", "balanced")[: 1 + everything]]
-    assert all(r["tokens_per_s"] > 0 and r["tokens_per_s_of_the_whole_model"] > 0 and r["dispatch_rounds"] >= 1 for r in trained), rows
+    assert all(r["tokens_per_s"] > 0 and r["tokens_per_s_of_the_whole_model"] > 0
+               and r["dispatch_rounds"] >= 1 for r in trained), rows
     assert len(profile["largest_costs"]) == 3 and all(0 < c["share"] <= 1 for c in profile["largest_costs"])
-    assert {r["method"] for r in of("experts") if r.get("both_tflops", 0) > 0} >= {"equal slots", "ragged_dot", "dense"}
+    assert {r["method"] for r in of("experts") if r.get("both_tflops", 0) > 0} >= {"equal slots",
+                                                            "ragged_dot", "dense"}
     assert {r["method"] for r in of("attention") if r.get("both_s", 0) > 0} == {"blocks", "plain"}
     assert json.loads((tmp_path / "results.json").read_text())["results"] == rows
     assert "| packed documents | natural | auto |" in (tmp_path / "results.md").read_text() and "| packed documents | natural |" in err
@@ -70,14 +78,17 @@ def test_gpu_bench_is_useful_if_it_is_cut(tmp_path):
 
 
 def test_gpu_bench_needs_few_packages():
-    """What CUDA images do not have is not imported: neither by the parent nor by a part, which a plain PYTHONPATH starts."""
+    """What CUDA images do not have is not imported: neither by the parent nor by a part, which a plain
+    PYTHONPATH starts."""
     block = ("import sys\nclass Block:\n def find_spec(self, name, *_):\n"
              "  if name.split('.')[0] in ('ml_collections', 'grain', 'tensorboardX'): raise ModuleNotFoundError(name)\n"
              "sys.meta_path.insert(0, Block())\n"
              "import benchmarks.__main__, benchmarks.gpu_bench as b\nassert 'jax' not in sys.modules\nimport benchmarks.gpu_parts\n"
              "sys.argv = ['b', '--part=versions', '--toy']\nsys.exit(b.main())")
-    done = subprocess.run([sys.executable, "-c", block], cwd=gpu_bench.ROOT, capture_output=True, text=True, timeout=200,
-                          env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"})
+    done = subprocess.run([sys.executable, "-c", block], cwd=gpu_bench.ROOT, capture_output=True, text=True,
+                          timeout=200,
+                          env={k: v for k, v in os.environ.items()
+                               if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0 and json.loads(done.stdout)["jax"] == jax.__version__, done.stderr
 
 
@@ -92,20 +103,27 @@ def test_layers_by_memory():
         gpu_train.layers_for(20e9)
     for least, layers in gpu_train.LAYERS:
         config = gpu_train.training_config(False, layers)
-        parameters = sum(a.size for a in jax.tree.leaves(make_layout(config, make_mesh(config, jax.devices()[:1])).abstract.params))
+        parameters = sum(a.size
+                         for a in jax.tree.leaves(make_layout(config,
+                                                            make_mesh(config, jax.devices()[:1])).abstract.params))
         assert 0.9 * least < 16 * parameters + 8.5e9 <= least, layers
 
 
 def test_packed_rows():
-    """Zipf tokens in documents: positions begin again, targets stay inside, the likeliest token has its share."""
+    """Zipf tokens in documents: positions begin again, targets stay inside, the likeliest token has its
+    share."""
     rows = gpu_train.packed(8, 512, 1000)
-    tokens, targets, segments, positions = (rows[k] for k in ("tokens", "targets", "segment_ids", "positions"))
+    tokens, targets, segments, positions = (rows[k]
+                                            for k in ("tokens", "targets", "segment_ids", "positions"))
     assert all(a.dtype == np.int32 and a.shape == (8, 512) for a in rows.values())
     same = segments[:, 1:] == segments[:, :-1]
-    assert np.array_equal(targets[:, :-1], np.where(same, tokens[:, 1:], IGNORE)) and (targets[:, -1] == IGNORE).all()
-    assert np.array_equal(positions[:, 1:], np.where(same, positions[:, :-1] + 1, 0)) and (positions[:, 0] == 0).all()
+    assert np.array_equal(targets[:, :-1],
+                          np.where(same, tokens[:, 1:], IGNORE)) and (targets[:, -1] == IGNORE).all()
+    assert np.array_equal(positions[:, 1:],
+                          np.where(same, positions[:, :-1] + 1, 0)) and (positions[:, 0] == 0).all()
     assert 3 < segments[:, -1].mean() < 9  # about six documents a row
-    assert np.bincount(tokens.ravel()).max() / tokens.size == pytest.approx(1 / np.sum(1 / np.arange(1, 1001)), rel=0.15)
+    assert np.bincount(tokens.ravel()).max() / tokens.size == pytest.approx(1 / np.sum(1 / np.arange(1,
+                                                            1001)), rel=0.15)
     assert (gpu_train.packed(2, 64, 100, documents=False)["segment_ids"] == 1).all()
 
 

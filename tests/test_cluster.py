@@ -124,7 +124,9 @@ def test_visible_gpus(monkeypatch):
 
 def test_memory_of_the_gpus(monkeypatch):
     """Set where there are GPUs and nobody has said otherwise; less with several, for NCCL."""
-    found = lambda visible, several=False, **env: monkeypatch.setattr(gpus, "visible_gpus", lambda: visible) or gpus.take_memory(several, env) or env
+    found = lambda visible, several=False, **env: monkeypatch.setattr(gpus, "visible_gpus",
+                                                            lambda: visible) or gpus.take_memory(several,
+                                                            env) or env
     assert found([]) == {} and found(["a"]) == {gpus.FRACTION: "0.95"}
     assert found(["a"], several=True) == found(["a", "b"]) == {gpus.FRACTION: "0.9"}
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):

@@ -255,7 +255,8 @@ def test_a_signal_in_training_and_a_second_one():
 
 
 def test_only_int_and_term_end_at_once():
-    """A terminal sends SIGHUP twice, systemd after SIGTERM; SLURM sends SIGTERM after SIGUSR1. An ignored SIGHUP (nohup) is none at all."""
+    """A terminal sends SIGHUP twice, systemd after SIGTERM; SLURM sends SIGTERM after SIGUSR1. An ignored
+    SIGHUP (nohup) is none at all."""
     program = STOPPER + "s.after(1); print('ready', flush=True)\nwhile s.after(2) is None: time.sleep(0.01)\ntime.sleep(1.5); print(s.after(3))\n"
     asked = (signal.SIGUSR1, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
     done = signalled(program, *asked, wait=0.05)

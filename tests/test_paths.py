@@ -28,15 +28,18 @@ def test_expanded(home):
     assert paths.expanded("~", "--out") == home and paths.expanded("~/a/b", "--out") == f"{home}/a/b"
     assert paths.expanded("~root", "--out") == os.path.expanduser("~root") != "~root"
     assert paths.each_expanded("stdlib, ~/a,~/b.txt,c~", "--path") == f"stdlib,{home}/a,{home}/b.txt,c~"
-    with pytest.raises(UserError, match=r"^--out=~nobody-here/x: there is no user nobody-here. Write ./~nobody-here/x "):
+    with pytest.raises(UserError,
+                       match=r"^--out=~nobody-here/x: there is no user nobody-here. Write ./~nobody-here/x "):
         paths.expanded("~nobody-here/x", "--out")
 
 
 def test_options_of_a_run(home, monkeypatch):
-    """--workdir, the config file and every option that is a path, as train.py, plan and the benchmarks read them."""
+    """--workdir, the config file and every option that is a path, as train.py, plan and the benchmarks read
+    them."""
     config = pathlib.Path(home, "mine.py")
     config.write_text(pathlib.Path(ROOT, "configs/tiny.py").read_text())
-    argv = ["train.py", "--config=~/mine.py", "--workdir=~/run", "--config.data.path=stdlib,~/text", "--config.data.tokenizer=~/tokenizer.json",
+    argv = ["train.py", "--config=~/mine.py", "--workdir=~/run", "--config.data.path=stdlib,~/text",
+            "--config.data.tokenizer=~/tokenizer.json",
             "--config.checkpoint.dir=~/checkpoints", "--config.compile.cache_dir=~/cache"]
     monkeypatch.setattr(sys, "argv", argv)
     flags = commandline.parse(argv)
@@ -64,8 +67,10 @@ def parsers():
     """(command, its argparse parser), of all programs that have one."""
     yield "generate", generate.parser()
     yield "data", data._parser()
-    programs = ["deepseek_jax.evaluate", "deepseek_jax.hf.__main__", "deepseek_jax.checkpoint.__main__", "deepseek_jax.launch",
-                *(f"benchmarks.{p.stem}" for p in sorted((ROOT / "benchmarks").glob("*.py")) if "arse_args(" in p.read_text())]
+    programs = ["deepseek_jax.evaluate", "deepseek_jax.hf.__main__", "deepseek_jax.checkpoint.__main__",
+                "deepseek_jax.launch",
+                *(f"benchmarks.{p.stem}" for p in sorted((ROOT / "benchmarks").glob("*.py"))
+                  if "arse_args(" in p.read_text())]
     for name in programs:
         module = importlib.import_module(name)
         caught = []
@@ -91,7 +96,8 @@ def flags_of(parser):
             yield action
 
 
-NAMES = {"model", "workdir", "out", "output", "path", "questions", "prompts", "source", "target", "dir", "dir2", "folder", "gguf", "tokenizer", "restore",
+NAMES = {"model", "workdir", "out", "output", "path", "questions", "prompts", "source", "target", "dir",
+         "dir2", "folder", "gguf", "tokenizer", "restore",
          "peer", "program"}
 
 
@@ -100,7 +106,8 @@ def test_every_path_flag_of_every_command():
     seen = 0
     for command, parser in parsers():
         for action in flags_of(parser):
-            if action.dest in NAMES or action.metavar in ("DIR", "DIR2", "PATH", "FILE", "SRC", "DST", "WORKDIR", "OUT"):
+            if action.dest in NAMES or action.metavar in ("DIR", "DIR2", "PATH", "FILE", "SRC", "DST",
+                                                          "WORKDIR", "OUT"):
                 seen += 1
                 assert action.type in (arguments.path, arguments.path_list), (command, action.dest)
     assert seen >= 25
@@ -112,4 +119,5 @@ def test_a_workdir_below_home(home, monkeypatch, tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be " * 50)
     assert data.main(["tokenizer", "--path=~/text.txt", "--vocab-size=260", "--out=~/made.json"]) == 0
     assert (tmp_path / "made.json").exists() and not (tmp_path / "~").exists()
-    assert data.main(["tokenizer", "--path=~/text.txt", "--vocab-size=260", "--out=~nobody-here/made.json"]) == 2
+    assert data.main(["tokenizer", "--path=~/text.txt", "--vocab-size=260",
+                      "--out=~nobody-here/made.json"]) == 2

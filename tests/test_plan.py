@@ -330,7 +330,8 @@ def test_benchmarks_are_listed(capsys):
     assert benchmarks_main.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in benchmarks_main.ABOUT)
-    own = [p.stem for p in (ROOT / "benchmarks").glob("*.py") if "\ndef main() -> int:" in p.read_text(encoding="utf-8") and p.stem != "gpu_peer"]
+    own = [p.stem for p in (ROOT / "benchmarks").glob("*.py")
+           if "\ndef main() -> int:" in p.read_text(encoding="utf-8") and p.stem != "gpu_peer"]
     assert set(benchmarks_main.ABOUT) == set(own)
     with pytest.raises(UserError, match="'nothing' is not a benchmark"):
         benchmarks_main.main(["nothing"])

@@ -14,7 +14,8 @@ from deepseek_jax.plan import topology
 from deepseek_jax.train.state import make_layout
 from deepseek_jax.validation import validate
 
-AHEAD, SCATTER, REDUCE = (prefetch.pipelined(kind, True)[0] for kind in ("all_gather", "reduce_scatter", "all_reduce"))
+AHEAD, SCATTER, REDUCE = (prefetch.pipelined(kind, True)[0]
+                          for kind in ("all_gather", "reduce_scatter", "all_reduce"))
 ON = prefetch.pipelined("all_gather", True)[1]
 SCHEDULER = "xla_gpu_enable_latency_hiding_scheduler"
 IN_FLIGHT = "xla_gpu_experimental_parallel_collective_overlap_limit"
@@ -30,7 +31,8 @@ def options(layer_bytes: int = 1000, flags: str = "", platform: str = "gpu", **g
     (True, "none", True, True, False), (False, "post", True, False, True), (False, "none", False, False, False)])
 def test_what_each_asks_for(forward, backward, scheduler, ahead, behind):
     found = options(forward_prefetch=forward, backward_prefetch=backward)
-    assert (found[SCHEDULER], found[AHEAD] == ON, found[SCATTER] == ON, found[REDUCE] == ON) == (scheduler, ahead, behind, behind)
+    assert (found[SCHEDULER], found[AHEAD] == ON, found[SCATTER] == ON, found[REDUCE] == ON) == (scheduler,
+                                                            ahead, behind, behind)
     # What moves to another layer's time goes in one message a layer.
     assert (found.get(GATHERS), found.get(SCATTERS)) == (1000 if ahead else None, 1000 if behind else None)
 
@@ -52,10 +54,12 @@ def test_only_gpus_get_options(platform):
 
 
 def compiled(options) -> tuple[float, list[str]]:
-    """What a program of one number computes with these options, and what was said of them. XLA checks a GPU's options on CPUs too."""
+    """What a program of one number computes with these options, and what was said of them. XLA checks a GPU's
+    options on CPUs too."""
     said = []
     lowered = jax.jit(lambda x: 2 * x).lower(1.0)
-    return float(compilation.with_known_options(lambda known: lowered.compile(compiler_options=known), options, said.append)(3.0)), said
+    return float(compilation.with_known_options(lambda known: lowered.compile(compiler_options=known),
+                                                options, said.append)(3.0)), said
 
 
 def test_this_compiler_knows_them():
@@ -63,14 +67,17 @@ def test_this_compiler_knows_them():
     assert compiled(options()) == (6.0, [])
     for renamed in (True, False):
         for on in (True, False):
-            assert compiled(dict(prefetch.pipelined(kind, on, renamed) for kind in prefetch.PIPELINED)) == (6.0, [])
-    assert prefetch.pipelined("all_gather", False, True) == ("xla_gpu_pipeline_all_gather", "COLLECTIVE_PIPELINING_MODE_OFF")
+            assert compiled(dict(prefetch.pipelined(kind, on, renamed)
+                                 for kind in prefetch.PIPELINED)) == (6.0, [])
+    assert prefetch.pipelined("all_gather", False, True) == ("xla_gpu_pipeline_all_gather",
+                                                            "COLLECTIVE_PIPELINING_MODE_OFF")
     assert prefetch.pipelined("all_gather", False, False) == ("xla_gpu_enable_pipelined_all_gather", False)
 
 
 def test_what_the_compiler_does_not_know_is_dropped():
     """Each with one line; the rest is kept, and other errors are errors."""
-    result, said = compiled({"xla_gpu_no_such_thing": 1, "xla_backend_optimization_level": 1, "xla_gpu_all_gather_combine_threshold_bytes": "many"})
+    result, said = compiled({"xla_gpu_no_such_thing": 1, "xla_backend_optimization_level": 1,
+                             "xla_gpu_all_gather_combine_threshold_bytes": "many"})
     assert result == 6.0 and len(said) == 2 and all("\n" not in line for line in said)
     assert "xla_gpu_no_such_thing=1" in said[0] and "xla_gpu_all_gather_combine_threshold_bytes=many" in said[1]
 
@@ -83,13 +90,16 @@ def test_what_the_compiler_does_not_know_is_dropped():
 
 def test_a_step_and_a_plan_drop_what_is_not_known(capsys, monkeypatch):
     """Both ways in which a train step is compiled; here a trivial one."""
-    monkeypatch.setattr(topology, "make_train_step", lambda config, layout: lambda state, batch: (state, batch["tokens"]))
+    monkeypatch.setattr(topology, "make_train_step", lambda config, layout: lambda state,
+                        batch: (state, batch["tokens"]))
     said = []
     mesh = make_mesh(Config(), jax.devices()[:1])
-    step = compilation.CompiledStep(lambda state, batch: (state + batch, batch), mesh, {"xla_gpu_no_such_thing": 1}, said.append)
+    step = compilation.CompiledStep(lambda state, batch: (state + batch, batch), mesh,
+                                    {"xla_gpu_no_such_thing": 1}, said.append)
     with jax.set_mesh(mesh):
         assert int(step(jax.numpy.int32(1), jax.numpy.int32(2))[0]) == 3 and len(said) == 1
-    model = Model(vocab_size=64, hidden_size=16, num_hidden_layers=1, first_k_dense_replace=1, intermediate_size=16, num_attention_heads=2,
+    model = Model(vocab_size=64, hidden_size=16, num_hidden_layers=1, first_k_dense_replace=1,
+                  intermediate_size=16, num_attention_heads=2,
                   kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
     config = Config(model=model, train=Train(batch_size=1, sequence_length=16))
     topology.compile_step(config, *topology.lay_out(config, jax.devices()[:1]), {"xla_gpu_no_such_thing": 1})

@@ -81,7 +81,8 @@ def test_main_job(whole_run):
 
 
 def test_resume_is_bit_exact(whole_run, corpus, tmp_path):
-    """Stopped after 5 steps by a signal: the same losses as the run that was not stopped. Its stdout is ASCII only, and nobody reads it to the end."""
+    """Stopped after 5 steps by a signal: the same losses as the run that was not stopped. Its stdout is ASCII
+    only, and nobody reads it to the end."""
     first = command(tmp_path, corpus, "--config.train.steps=12", "--config.checkpoint.every_steps=4", "--config.mesh.expert=2")
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONIOENCODING": "ascii"}
     p = subprocess.Popen([sys.executable, "train.py", *first], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)

@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--path", type=arguments.path_list, required=True, help=PATH_HELP)
     tokenizer.add_argument("--vocab-size", type=int, required=True,
                            help="number of tokens, at least 257: the bytes and the end of a document")
-    tokenizer.add_argument("--out", type=arguments.path, required=True, help="file to write, for config.data.tokenizer")
+    tokenizer.add_argument("--out", type=arguments.path, required=True,
+                           help="file to write, for config.data.tokenizer")
     tokenizer.set_defaults(command=train_tokenizer)
 
     tokenize = commands.add_parser(
@@ -61,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
                     "NAME.json (what the file holds) and NAME.offsets (where its documents begin); keep the three together.",
         epilog="example: python -m deepseek_jax.data tokenize --path='text/*.jsonl' --tokenizer=tokenizer.json --out=corpus.npy")
     tokenize.add_argument("--path", type=arguments.path_list, required=True, help=PATH_HELP)
-    tokenize.add_argument("--tokenizer", type=arguments.path, required=True, help="bytes, or the path of a tokenizer.json")
+    tokenize.add_argument("--tokenizer", type=arguments.path, required=True,
+                          help="bytes, or the path of a tokenizer.json")
     tokenize.add_argument("--out", type=arguments.path, required=True, help="NAME.npy or NAME.bin")
     tokenize.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
                           help="integer type of the ids (auto: the smallest that holds them)")

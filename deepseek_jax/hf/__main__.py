@@ -35,10 +35,12 @@ def main() -> int:
     parser = arguments.Parser(prog="python -m deepseek_jax.hf", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("import", help="a run's folder from a checkpoint")
-    one.add_argument("source", type=arguments.path, metavar="SRC", help="folder with config.json and safetensors files, as on the hub")
+    one.add_argument("source", type=arguments.path, metavar="SRC",
+                     help="folder with config.json and safetensors files, as on the hub")
     one.add_argument("workdir", type=arguments.path, metavar="WORKDIR", help="folder to make")
     one = commands.add_parser("export", help="a checkpoint from a run")
-    one.add_argument("workdir", type=arguments.path, metavar="WORKDIR", help="folder of a run of train.py, or of import")
+    one.add_argument("workdir", type=arguments.path, metavar="WORKDIR",
+                     help="folder of a run of train.py, or of import")
     one.add_argument("target", type=arguments.path, metavar="DST", help="folder to make")
     one.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
     one.add_argument("--dtype", choices=DTYPES, help="of all tensors but the selection bias (default: as they came, else float32)")

@@ -36,7 +36,8 @@ def causal_attention(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, se
       segment_ids_BS: int; a position sees earlier positions with its own id only.
       scale: multiplies the scores.
       method: `config.train.attention`: auto or blocks (blockwise.py); cudnn, on NVIDIA GPUs, where all sequences of a device are one
-        segment each, else blocks: the program holds both. Where cuDNN cannot (cudnn.py), blocks alone, after one printed line.
+        segment each, else blocks: the program holds both. Where cuDNN cannot (cudnn.py), blocks alone, after
+        one printed line.
 
     Returns:
       [B, S, N, V] in the values' dtype. Under `jax.checkpoint` what backward needs of it has the name "attention".

@@ -1,7 +1,8 @@
 """Causal attention by cuDNN's fused kernels, forward and backward, on one NVIDIA GPU. Shape letters: layers.py.
 
 JAX's public function refuses values of another width than queries and keys, which MLA has; its primitives take them (cuDNN 9.10 or
-newer, Hopper or newer GPUs). They are private: `missing` says whether they are there and work; where not, attention runs in blocks.
+newer, Hopper or newer GPUs). They are private: `missing` says whether they are there and work; where not,
+attention runs in blocks.
 """
 
 import concurrent.futures
@@ -22,8 +23,9 @@ CAPABILITY = (9, 0)  # Hopper
 def missing(qk_width: int = 192, v_width: int = 128) -> str | None:
     """Why attention of these head widths cannot be computed by cuDNN here, or None.
 
-    On a GPU it asks cuDNN's version and the chip, and compiles one tiny call, forward and backward. Elsewhere, where a program is compiled
-    for GPUs that are not here, it can only tell whether JAX has the primitives.
+    On a GPU it asks cuDNN's version and the chip, and compiles one tiny call, forward and backward.
+    Elsewhere, where a program is compiled for GPUs that are not here, it can only tell whether JAX has the
+    primitives.
     """
     try:
         fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
@@ -38,13 +40,15 @@ def missing(qk_width: int = 192, v_width: int = 128) -> str | None:
     if found < OLDEST:
         return f"it needs cuDNN {_dotted(OLDEST)} or newer, and this is {_dotted(found)}"
     if capability < CAPABILITY:
-        return f"it needs a GPU of compute capability {_dotted(CAPABILITY)} or newer, and this one has {_dotted(capability)}"
+        return (f"it needs a GPU of compute capability {_dotted(CAPABILITY)} or newer, and this one has "
+                f"{_dotted(capability)}")
     # In a thread: it knows nothing of the mesh and the trace in which somebody asks.
     with concurrent.futures.ThreadPoolExecutor(1, "cudnn") as executor:
         try:
             executor.submit(_probe, qk_width, v_width).result()
         except Exception as error:  # whatever JAX, XLA and cuDNN refuse it with
-            return f"a first call fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+            said = (str(error).splitlines() or [""])[0][:200]
+            return f"a first call fails ({type(error).__name__}: {said})"
     return None
 
 
@@ -71,7 +75,8 @@ def _capability() -> tuple[int, ...]:
 
 
 def _dotted(version: int | tuple[int, ...]) -> str:
-    return ".".join(map(str, (version // 10000, version // 100 % 100) if isinstance(version, int) else version))
+    return ".".join(map(str, (version // 10000, version // 100 % 100) if isinstance(version, int)
+                        else version))
 
 
 def _probe(qk_width: int, v_width: int) -> None:

@@ -13,12 +13,14 @@ FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 def memory_fraction(several: bool) -> float:
-    """The share of a GPU's memory that a run lets JAX take, which is 0.75 if nobody asks for more. NCCL needs some beside it."""
+    """The share of a GPU's memory that a run lets JAX take, which is 0.75 if nobody asks for more. NCCL needs
+    some beside it."""
     return 0.9 if several else 0.95
 
 
 def take_memory(several: bool, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Lets JAX take most of the GPUs' memory, if there are GPUs and nobody has said how much. Before JAX asks for its devices.
+    """Lets JAX take most of the GPUs' memory, if there are GPUs and nobody has said how much. Before JAX asks
+    for its devices.
 
     Args:
       several: other processes train with this one. Several GPUs of this one count too.

@@ -10,8 +10,9 @@ PyTorch's FSDP issues collectives from hooks around each layer; XLA moves them i
 The latency-hiding scheduler puts computation between the start and the end of a collective. What is moved to another layer's time is
 combined to about one message a layer, FSDP's flat parameter; what is not stays in pieces, so that a layer can begin with the first.
 XLA has one switch for the gathers of both passes: where the two options differ, gathers are ahead in both (`notes` says so).
-XLA's debug options are described in xla/debug_options_flags.cc; those used here are known to jaxlib 0.10.2 to 0.12, the pipeliner's under
-two names. What a compiler does not know is dropped when the step is compiled (compilation.py).
+XLA's debug options are described in xla/debug_options_flags.cc; those used here are known to jaxlib 0.10.2 to
+0.12, the pipeliner's under two names. What a compiler does not know is dropped when the step is compiled
+(compilation.py).
 """
 
 import os
@@ -57,7 +58,8 @@ def xla_options(config: Config, platform: str, layer_bytes: int, environment: Ma
 
 
 def pipelined(kind: str, on: bool, renamed: bool = RENAMED) -> tuple[str, Any]:
-    """The option that lets the collective pipeliner move collectives of a kind to another layer's time, and its value.
+    """The option that lets the collective pipeliner move collectives of a kind to another layer's time, and
+    its value.
 
     Args:
       renamed: as XLA calls it since jaxlib 0.11.

@@ -37,7 +37,8 @@ def read(parser: Parser, argv: list[str], default_config: str | None = None) -> 
     Raises:
       UserError: the first mistake.
     """
-    from deepseek_jax import commandline  # with ml_collections, which a benchmark that reads no config does without
+    # With ml_collections, which a benchmark that reads no config does without.
+    from deepseek_jax import commandline
 
     own, rest = parser.parse_known_args(argv)
     if default_config and not any(a.startswith(("--config=", "-config=")) or a in ("--config", "-config") for a in rest):

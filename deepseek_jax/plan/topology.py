@@ -112,7 +112,8 @@ def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layo
         mesh = make_mesh(config, devices)
     except UserError as e:
         raise UserError(re.sub(r"run with JAX_NUM_CPU_DEVICES=(\d+)", r"set --devices=\1", str(e))) from e
-    # A sharding over devices that are not here forgets its memory kind; over the same mesh without devices it does not.
+    # A sharding over devices that are not here forgets its memory kind; over the same mesh without devices it
+    # does not.
     return mesh, make_layout(config, mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh)
 
 
@@ -144,12 +145,14 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh, layout: Layout, option
                 traced = train_step.trace(layout.abstract_sharded(), abstract_batch(config, mesh.abstract_mesh, config.train.batch_ramp_steps))
                 lowered = traced.lower(lowering_platforms=("cuda",))
             lowered_at = time.perf_counter()
-            compiled = with_known_options(lambda known: CompiledElsewhere(lowered, mesh, known or {}), options, _say)
+            compiled = with_known_options(lambda known: CompiledElsewhere(lowered, mesh, known or {}),
+                                          options, _say)
         else:
             with jax.set_mesh(mesh):
                 lowered = train_step.lower(layout.abstract_sharded(), abstract_batch(config, mesh, config.train.batch_ramp_steps))
                 lowered_at = time.perf_counter()
-                compiled = with_known_options(lambda known: lowered.compile(compiler_options=known), options, _say)
+                compiled = with_known_options(lambda known: lowered.compile(compiler_options=known), options,
+                                              _say)
     except jax.errors.JaxRuntimeError as e:
         raise UserError(f"XLA cannot compile this config for {mesh.size} devices: {str(e).splitlines()[0]}") from e
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -75,7 +75,8 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
 def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     """Shapes and shardings of the state of a run on a mesh, whose devices may be elsewhere."""
-    # Without a mesh in context jax 0.11 forgets the shardings of what eval_shape sees: moments laid out unlike their parameters.
+    # Without a mesh in context jax 0.11 forgets the shardings of what eval_shape sees: moments laid out
+    # unlike their parameters.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return _make_layout(config, mesh)
 
