@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
               f"generation_config.json or eos_token. "
               f"--stop='{end}' makes it one.", file=sys.stderr)
     ids = encode_all(encoder, prompts or (), args.prompts, longest)
-    if encoder.prefix and any("prompt" in p for p in prompts or ()):
-        print(f"begins with    {encoder.prefix_text}, as the model's tokenizer asks for", file=sys.stderr)
+    if any("prompt" in p for p in prompts or ()):
+        encoder.say_prefix()
     cache_dir = (opened.run.compile if opened.run else Compile()).cache_dir
     compilation.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))
     engine = Engine(model.layout, model.mesh, model.params, model.bias, give=True, vocab=encoder.vocab_size,

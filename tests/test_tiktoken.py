@@ -34,7 +34,7 @@ MIXED = "aeiouthe ABC' 你好世界的\n\r\t  0123456789.,;(){}=😀é\u0301 \u3
 
 
 def pieces_of(text):
-    """By another engine where it is there; without it the library's own pieces, and the test is of their ids alone."""
+    """By another engine if it is there; else the library's own pieces, and the test is of their ids alone."""
     if regex:
         return regex.findall(tiktoken.PATTERN, text, flags=regex.V1)
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(tiktoken.PATTERN), "isolated")

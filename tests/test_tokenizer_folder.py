@@ -160,14 +160,14 @@ def test_special_tokens_that_no_file_gives_an_id(tmp_path):
     )  # no text needs padding that the model never had
 
 
-def test_bos_that_tokenizer_json_does_not_add(tmp_path):
+def test_bos_that_tokenizer_json_does_not_add(tmp_path, capsys):
     """DeepSeek's files. transformers 5 reads `add_bos_token` only as an argument, transformers 4 reads it
     from the file too."""
     folder = copy(tmp_path, "deepseek-bos")
     _, ours = same_ids(folder, chat=False, add_bos_token=True)
     encoder = Encoder(ours, folder)
     assert (
-        encoder.prefix == [0] and encoder.prefix_text == "<｜begin▁of▁sentence｜>" and encoder.start_id == 0
+        encoder.prefix == [0] and encoder.start_id == 0
     )
     assert (
         encoder.encode_prompt("") == [0]
@@ -181,6 +181,8 @@ def test_bos_that_tokenizer_json_does_not_add(tmp_path):
     assert ids[0] != 0 and first == len(ours.decode(ids[:1]).encode())
     chat = ours.tokenizer.encode("<｜begin▁of▁sentence｜>hello", add_special_tokens=False).ids
     assert chat.count(0) == 1
+    encoder.say_prefix()
+    assert "begins with    <｜begin▁of▁sentence｜>, as" in capsys.readouterr().err
     without = copy(tmp_path / "without", "deepseek-bos", {"add_bos_token": False})
     assert Encoder(Chat(without), without).prefix == []
     llama = copy(

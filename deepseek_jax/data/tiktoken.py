@@ -92,9 +92,8 @@ def _pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
     """The two parts that are joined last; None for a byte, and for a token that joining never arrives at."""
     never = len(ranks)
     parts = [token[i : i + 1] for i in range(len(token))]
-    found = [
-        ranks.get(token[i : i + 2], never) for i in range(len(token) - 1)
-    ]  # rank of parts[i] + parts[i + 1]
+    # The rank of parts[i] + parts[i + 1].
+    found = [ranks.get(token[i : i + 2], never) for i in range(len(token) - 1)]
     while len(parts) > 2:
         best = min(found)
         if best == never:

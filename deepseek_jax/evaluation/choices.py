@@ -139,6 +139,7 @@ def evaluate(opened: Opened, questions: Sequence[Question], rows: int | None = N
       UserError: the tokenizer does not fit the model, or a prompt is empty and cannot be.
     """
     encoder = opened.encoder()
+    encoder.say_prefix()
     pairs = [encode_pair(encoder.encode, encoder.start_id, q.prompt, choice) for q in questions for choice in q.choices]
     longest = opened.model.model.max_position_embeddings
     with Bar("Evaluating", sum(len(p.context) + len(p.continuation) for p in pairs), progress) as bar:

@@ -60,6 +60,7 @@ def of_text(opened: Opened, path: str, scorer: Scorer, stride: int, limit: int |
     if tokens := next((f for _, f in files if f.kind == "tokens"), None):
         raise UserError(f"--text={path}: {tokens.path} holds tokens and not text. Name text files; tokens can be evaluated as a run's held-out part.")
     encoder = opened.encoder()
+    encoder.say_prefix()
     with Bar("Evaluating", sum(f.size for _, f in files), progress) as bar:
         result = _measure(_text_pieces(files, encoder, notes), encoder.prefix, scorer, stride, limit, bar,
                           f"--text={path}")

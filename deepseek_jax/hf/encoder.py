@@ -1,5 +1,6 @@
 """Text to token ids and back, by the tokenizer of a Hugging Face checkpoint or of a run."""
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -42,10 +43,11 @@ class Encoder:
             self._inner, self.vocab_size, self.start_id = source, source.vocab_size, source.eos_id
             self.stop_ids, self.hidden = frozenset([source.eos_id]), source.hidden
 
-    @property
-    def prefix_text(self) -> str:
-        """The prefix as the vocabulary spells it."""
-        return "".join(self.text_of(i) or "" for i in self.prefix)
+    def say_prefix(self) -> None:
+        """Prints what stands before every text, if anything."""
+        if self.prefix:
+            spelt = "".join(self.text_of(i) or "" for i in self.prefix)
+            print(f"begins with    {spelt}, as the model's tokenizer asks for", file=sys.stderr)
 
     def text_of(self, id: int) -> str | None:
         """A token as the vocabulary spells it."""
