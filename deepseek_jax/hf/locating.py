@@ -65,8 +65,7 @@ def no_config(folder: str) -> str:
         one = os.path.join(folder, caches[0])
         return f"it is the hub's cache. Name one of its folders, {one} for instance."
     return _instead(folder, names) or (f"there is no config.json. Name a folder with config.json and "
-                                       f"{SINGLE}, as "
-                                       f"the hub has them, or the folder of a run.")
+                                       f"{SINGLE}, as the hub has them, or the folder of a run.")
 
 
 def no_weights(folder: str) -> UserError:
@@ -78,8 +77,7 @@ def no_weights(folder: str) -> UserError:
         missing = list(itertools.islice((i for i in range(1, count + 1) if i not in there), 5))
         more = " and more" if len(missing) == 5 else ""
         return UserError(f"{folder} holds {len(parts)} of {count} safetensors files, and no {INDEX}; missing "
-                         f"are "
-                         f"those of the numbers {', '.join(map(str, missing))}{more}. {FINISH}.")
+                         f"are those of the numbers {', '.join(map(str, missing))}{more}. {FINISH}.")
     why = _instead(folder, names) or f"{SINGLE} is missing, and so is {INDEX}. Download the weights too."
     return UserError(f"{folder}: {why}")
 
@@ -97,8 +95,7 @@ def all_shards(folder: str) -> list[str]:
 def missing_files(folder: str, missing: list[str], count: int) -> UserError:
     """What to say of an index that names files which are not there."""
     return UserError(f"{folder}/{INDEX}: it names {len(missing)} of {count} files that are missing: "
-                     f"{some(missing)}. "
-                     f"{FINISH}, or copy them.")
+                     f"{some(missing)}. {FINISH}, or copy them.")
 
 
 def check_downloaded(folder: str, file: str) -> None:
@@ -106,8 +103,7 @@ def check_downloaded(folder: str, file: str) -> None:
     path = os.path.join(folder, file)
     if _text(path, len(_POINTER)) == _POINTER:
         raise UserError(f"{path} is a pointer of Git LFS and not the file. Run git lfs pull in that folder, "
-                        f"or get it "
-                        f"with hf download.")
+                        f"or get it with hf download.")
 
 
 def _instead(folder: str, names: list[str]) -> str:
@@ -116,16 +112,13 @@ def _instead(folder: str, names: list[str]) -> str:
     if "adapter_config.json" in names:
         base = _json_key(os.path.join(folder, "adapter_config.json"), "base_model_name_or_path")
         return (f"it holds an adapter{f' of {base}' if base else ''} and not a model. Merge it into its base "
-                f"model: "
-                f"python -c \"from peft import AutoPeftModelForCausalLM as M; "
+                f"model: python -c \"from peft import AutoPeftModelForCausalLM as M; "
                 f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{target}')\".")
     if any(n.endswith((".bin", ".bin.index.json")) and n.startswith("pytorch_model") for n in names):
         return (f"its weights are pickles (pytorch_model*.bin), which are not read here, as they can run "
-                f"code. Convert "
-                f"them: python -c \"from transformers import AutoModelForCausalLM as M; "
+                f"code. Convert them: python -c \"from transformers import AutoModelForCausalLM as M; "
                 f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{target}')\", and copy the "
-                f"tokenizer's "
-                f"files.")
+                f"tokenizer's files.")
     if any(n.endswith(".gguf") for n in names):
         return ("its weights are GGUF, quantised for llama.cpp. Take the repository of the original weights, "
                 "in "

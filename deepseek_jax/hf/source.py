@@ -59,12 +59,10 @@ class Source:
         self.config = read_config(self.folder)
         if isinstance(self.config.get("model"), dict) and "model_type" not in self.config:
             raise UserError(f"{folder} is the folder of a run of train.py and not a checkpoint. Make one of "
-                            f"it: python -m deepseek_jax.hf export "
-                            f"{folder} DST.")
+                            f"it: python -m deepseek_jax.hf export {folder} DST.")
         if "quantization_config" not in self.config and (method := locating.quantised(self.folder)):
             raise UserError(f"{folder}/hf_quant_config.json: quant_algo={method!r} is not in this version, "
-                            f"which reads fp8 "
-                            f"with scales of blocks. Take the checkpoint in bfloat16.")
+                            f"which reads fp8 with scales of blocks. Take the checkpoint in bfloat16.")
         try:
             self.tensors = self._read_heads()
         except BadFile as e:
@@ -111,16 +109,14 @@ class Source:
         """
         if missing := [n for n in wanted if n not in self.tensors]:
             raise UserError(f"{self.folder}: {len(missing)} of {len(wanted)} tensors are missing: "
-                            f"{some(missing)}. Complete the checkpoint, or "
-                            f"correct its config.json.")
+                            f"{some(missing)}. Complete the checkpoint, or correct its config.json.")
         scales = {n + SCALE for n in wanted if self.tensors[n].dtype == FP8}
         if missing := sorted(scales - self.tensors.keys()):
             raise UserError(f"{self.folder}: {len(missing)} scales of FP8 weights are missing: "
                             f"{some(missing)}. Complete the checkpoint.")
         if extra := sorted(self.tensors.keys() - wanted.keys() - scales - ignored):
             raise UserError(f"{self.folder}: {len(extra)} tensors are not of a model with this config.json: "
-                            f"{some(extra)}. Remove them, or correct "
-                            f"config.json.")
+                            f"{some(extra)}. Remove them, or correct config.json.")
         for name, shape in wanted.items():
             t = self.tensors[name]
             if t.shape != shape:
