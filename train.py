@@ -73,7 +73,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
     if not flags.workdir:
         raise UserError("--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny.")
     gpus.take_memory(cluster.together)
-    cluster.join(commandline.options(config, flags.workdir), config.watchdog.heartbeat_timeout, stopper)
+    cluster.join(commandline.options(config, flags), config.watchdog.heartbeat_timeout, stopper)
     say = print if cluster.index == 0 else lambda text: None
 
     # Everything that can be wrong is found out here, before anything is compiled.

@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 from deepseek_jax import paths
 from deepseek_jax.cluster import Cluster
-from deepseek_jax.config import Config, UserError
+from deepseek_jax.config import PATH_OPTIONS, Config, UserError, replaced, value_of
 from deepseek_jax.configdict import OPTIONAL, describe, from_config_dict
 from deepseek_jax.hf import start
 from deepseek_jax.parallel.discovery import find
@@ -103,9 +103,14 @@ def find_cluster(argv: list[str]) -> Cluster:
     return Cluster(place, f.cluster_timeout, program)
 
 
-def options(config: Config, workdir: str) -> dict[str, Any]:
-    """What every process must have got from its command, by full name."""
-    out = {"--workdir": os.path.abspath(workdir)}
+def options(config: Config, given: flags.FlagValues) -> dict[str, Any]:
+    """What every process must have got from its command, by full name.
+
+    Paths are as they were given: relative ones may begin in other folders on other hosts, and what they hold is compared later.
+    """
+    out, as_given = {"--workdir": os.path.abspath(given.workdir)}, from_config_dict(given.config)
+    for name in PATH_OPTIONS:
+        config = replaced(config, name, value_of(as_given, name))
 
     def add(values: dict[str, Any], where: str) -> None:
         for name, value in values.items():

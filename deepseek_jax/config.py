@@ -363,6 +363,12 @@ DTYPES = ("float32", "bfloat16", "float16")  # of weights and computation
 CHECKPOINT_KINDS = ("sharded", "full", "local")
 
 
+def value_of(config: Config, name: str) -> Any:
+    """An option by its name: "train.steps"."""
+    section, _, key = name.rpartition(".")
+    return getattr(getattr(config, section) if section else config, key)
+
+
 def replaced(config: Config, name: str, value: Any) -> Config:
     """The options with another value of one: "train.steps"."""
     section, _, key = name.rpartition(".")

@@ -4,7 +4,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable
 
-from deepseek_jax.config import PATH_LISTS, PATH_OPTIONS, Config, UserError, replaced
+from deepseek_jax.config import PATH_LISTS, PATH_OPTIONS, Config, UserError, replaced, value_of
 
 
 def expanded(path: str, option: str) -> str:
@@ -35,8 +35,7 @@ def absolute_config(config: Config) -> Config:
       UserError: as `expanded`.
     """
     for name, words in PATH_OPTIONS.items():
-        section, _, key = name.rpartition(".")
-        value = getattr(getattr(config, section) if section else config, key)
+        value = value_of(config, name)
         paths = [p.strip() for p in value.split(",")] if name in PATH_LISTS else [value]
         stays = lambda path: not path or path in words or "://" in path
         new = ",".join(p if stays(p) else os.path.abspath(expanded(p, f"config.{name}")) for p in paths)
