@@ -152,7 +152,7 @@ class Mesh:
 @dataclass(frozen=True)
 class Sharding:
     strategy: str = "full_shard"  # full_shard=zero3 | shard_grad_op=zero2 | zero1 | hybrid_shard | no_shard=ddp, in either case
-    min_weight_size: int = 2048  # weights with fewer elements (a layer) stay whole; DeepSpeed: stage3_param_persistence_threshold; not FSDP's min_num_params
+    min_weight_size: int = 2048  # weights with fewer elements (a layer) stay whole; DeepSpeed: stage3_param_persistence_threshold
     virtual_stages: int = 0  # pieces a stage's blocks are cut in and visited in turn (interleaved); bubbles shrink; 0: chosen
     forward_prefetch: bool = True  # GPU: gather the next layer's weights while this one computes (XLA has one switch for both passes)
     backward_prefetch: str = "pre"  # GPU: pre (gather ahead, reduce behind) | post (reduce gradients while the next layer computes) | none

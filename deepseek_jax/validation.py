@@ -57,9 +57,11 @@ def validate(config: Config) -> None:
     if t.sequence_length > m.max_position_embeddings:
         raise UserError(f"config.train.sequence_length={t.sequence_length} is above config.model.max_position_embeddings="
                         f"{m.max_position_embeddings}. Lower the first or raise the second.")
-    if config.micro_batch * t.sequence_length == 1:  # jax 0.11 and newer lose the layout of an array of one number, in gradients too
-        raise UserError(f"config.train.sequence_length=1 with batch_size {t.batch_size} / accumulation {t.accumulation} = 1 sequence trains on one "
-                        f"token at a time, which JAX cannot lay out. Set config.train.sequence_length to 2 or more.")
+    # jax 0.11 and newer lose the layout of an array of one number, in gradients too.
+    if config.micro_batch * t.sequence_length == 1:
+        raise UserError(f"config.train.sequence_length=1 with batch_size {t.batch_size} / accumulation "
+                        f"{t.accumulation} = 1 sequence trains on one token at a time, which JAX cannot lay "
+                        f"out. Set config.train.sequence_length to 2 or more.")
     if t.sequence_length <= m.num_nextn_predict_layers:
         raise UserError(f"config.train.sequence_length={t.sequence_length} leaves no target for config.model.num_nextn_predict_layers="
                         f"{m.num_nextn_predict_layers}. Raise the first.")

@@ -174,8 +174,8 @@ class GroupedQueryAttention(nnx.Module):
     def projected(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, S, N, H], keys and values [B, S, M, H]; queries and keys are rotated."""
         m = self.model
-        projections = (self.q_proj, m.num_attention_heads), (self.k_proj, m.num_key_value_heads), (self.v_proj, m.num_key_value_heads)
-        q_BSNH, k_BSMH, v_BSMH = (split_heads(projection(x_BSD), heads) for projection, heads in projections)
+        q_BSNH = split_heads(self.q_proj(x_BSD), m.num_attention_heads)
+        k_BSMH, v_BSMH = (split_heads(p(x_BSD), m.num_key_value_heads) for p in (self.k_proj, self.v_proj))
         if m.use_qk_norm:
             q_BSNH, k_BSMH = self.q_norm(q_BSNH), self.k_norm(k_BSMH)
         q_BSNH, k_BSMH = (_rotated(a, rope, m.rotary_dim) for a in (q_BSNH, k_BSMH))

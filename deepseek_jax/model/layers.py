@@ -32,8 +32,8 @@ def param(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[st
 def reshaped(x: jax.Array, shape: tuple[int, ...], spec: Sequence[Any]) -> jax.Array:
     """x in another shape [B, S, ...], laid out as `spec` says, one entry a dimension: nothing moves.
 
-    jnp.reshape finds the layout by itself, but takes a dimension of size one for none: of one sequence, or one head, it gives the mesh axis
-    to a neighbour, or leaves it out.
+    jnp.reshape finds the layout by itself, but takes a dimension of size one for none: of one sequence, or
+    one head, it gives the mesh axis to a neighbour, or leaves it out.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x.reshape(shape)
@@ -43,7 +43,8 @@ def reshaped(x: jax.Array, shape: tuple[int, ...], spec: Sequence[Any]) -> jax.A
 def laid_out_as(x: jax.Array, like: jax.Array) -> jax.Array:
     """x in the layout of an array of as many dimensions, which it came from: nothing moves.
 
-    From jax 0.11 on a slice of one number has lost its layout: of one sequence, token and head, half of a rope width of two.
+    From jax 0.11 on a slice of one number has lost its layout: of one sequence, token and head, half of a
+    rope width of two.
     """
     spec = jax.typeof(like).sharding.spec
     return x if jax.typeof(x).sharding.spec == spec else jax.sharding.reshard(x, spec)
