@@ -127,7 +127,8 @@ def test_packed_rows():
     assert (gpu_train.packed(2, 64, 100, documents=False)["segment_ids"] == 1).all()
 
 
-@pytest.mark.parametrize("load", [pytest.param("balanced", marks=pytest.mark.slow), "zipf"])
+@pytest.mark.slow
+@pytest.mark.parametrize("load", ["balanced", "zipf"])
 def test_methods_of_moe_agree(load):
     shape = moe.Shape(8, 64, 2, 16, 8)
     counts = jax.numpy.bincount(moe.routing(shape, load).reshape(-1), length=8)
@@ -177,6 +178,7 @@ def test_hf_copy(tmp_path):
     assert ("MISSED" in hf_copy.text(r)) != r["met"] and not (tmp_path / "copies" / "export").exists()
 
 
+@pytest.mark.slow
 def test_overhead():
     """Times of a loop, and which of its threads are Python's."""
     model = Model(vocab_size=320, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,

@@ -41,6 +41,7 @@ def test_float16_with_compressed_gradients():
         assert np.median(np.abs(np.asarray(a) - np.asarray(b))) <= 0.2 * largest + 1e-12
 
 
+@pytest.mark.slow
 def test_an_overflow_leaves_what_compression_owes():
     t = trainer(FLOAT16)
     first, _ = t.run(t.start(), 2)
@@ -57,7 +58,8 @@ def test_an_overflow_leaves_what_compression_owes():
 OPTIMIZERS = {"muon": Optimizer("muon", learning_rate=1e-2, warmup_steps=2), "adafactor": Optimizer("adafactor", learning_rate=3e-2, warmup_steps=2)}
 
 
-@pytest.mark.parametrize("name", [pytest.param("muon", marks=pytest.mark.slow), "adafactor"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
 def test_streamed_updates_of_every_optimizer(name):
     """The update layer by layer, from the host's memory, against that of the whole state. Float32 rounding; muon's Newton-Schulz steps
     enlarge that of small directions."""
@@ -74,6 +76,7 @@ def test_streamed_updates_of_every_optimizer(name):
         bridge.assert_close(a, b, 1e-3 if name == "muon" else 1e-4, bridge.path_of(path))
 
 
+@pytest.mark.slow
 def test_generate_from_a_float16_run(tmp_path):
     """The likeliest tokens after a prompt, in float16 from its checkpoint, are those that the same weights choose in float32."""
     t = trainer(FLOAT16)

@@ -162,7 +162,8 @@ def losses_of(method: str) -> list[float]:
         return run.train(run.start(), range(STEPS))[1]
 
 
-@pytest.mark.parametrize("method", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bfloat16", "int8"])
 def test_the_loss_curve_is_float32s(method):
     """Routing is discrete, and Adam makes whole steps of small differences, so late losses differ by more than the gradients do."""
     exact, ours = np.array(losses_of("none")), np.array(losses_of(method))
@@ -178,7 +179,7 @@ def over_data(found: list[program.Collective]) -> dict[bool, int]:
     return program.by([c for c in found if "data" in c.axes and not c.further], lambda c: c.part == "compression")
 
 
-@pytest.mark.parametrize("method, share", [("bfloat16", 0.5), ("int8", 0.25)])
+@pytest.mark.parametrize("method, share", [pytest.param("bfloat16", 0.5, marks=pytest.mark.slow), ("int8", 0.25)])
 def test_bytes_over_data(method, share):
     """One float32 sum over two replicas receives as many bytes as the gradient has. int8's scales are 1.6% more; blocks are filled up."""
     run = run_of(method)
@@ -304,8 +305,8 @@ def exact_gradients():
     return gradients_of(config_of("none", model=ALL, accumulation=1, data=1))
 
 
-@pytest.mark.parametrize("strategy, accumulation, mesh", [pytest.param("hybrid_shard", 1, dict(data=2, fsdp=2), marks=pytest.mark.slow),
-                                                          ("zero1", 2, dict(data=2, expert=2, tensor=2))])
+@pytest.mark.parametrize("strategy, accumulation, mesh", [
+    ("hybrid_shard", 1, dict(data=2, fsdp=2)), pytest.param("zero1", 2, dict(data=2, expert=2, tensor=2), marks=pytest.mark.slow)])
 def test_replicas_gradients_add_up(strategy, accumulation, mesh):
     """To one device's, to float32's rounding; and each is another, of its own rows."""
     ours = gradients_of(config_of("int8", strategy, accumulation, ALL, **mesh))

@@ -249,7 +249,7 @@ def draw(seed: int) -> tuple[Shape, np.ndarray]:
     return shape, chosen
 
 
-@pytest.mark.parametrize("seed", range(CASES))
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, CASES))])
 def test_random_shapes(seed):
     shape, chosen = draw(seed)
     load = check(shape, chosen, seed)
@@ -365,7 +365,7 @@ def test_what_dropping_keeps(policy, slots, kept):
     np.testing.assert_array_equal(dispatch.drop(jnp.asarray(CHOICES), jnp.asarray(WEIGHTS), 3, slots, policy), kept)
 
 
-@pytest.mark.parametrize("policy", ["probability", "position"])
+@pytest.mark.parametrize("policy", ["probability", pytest.param("position", marks=pytest.mark.slow)])
 def test_all_methods_drop_the_same(policy):
     """Skewed routing on 2 x 4 devices: `check` compares each with the loop; here the counts of all three."""
     loads = []

@@ -21,6 +21,7 @@ from trainer import ADAMW, TINY, Trainer, config_of, losses_of, restored, same, 
 FLOAT16 = config_of(dataclasses.replace(ADAMW, moment_dtype="bfloat16"), Mesh(fsdp=2, expert=2), dtype="float16")
 
 
+@pytest.mark.slow
 def test_float16_tracks_float32():
     """20 steps, over which the loss falls by 1. Float16 has 11 bits: 5e-4 of an activation, some of which decide an expert otherwise."""
     half, full = trainer(FLOAT16), trainer(dataclasses.replace(FLOAT16, train=dataclasses.replace(FLOAT16.train, dtype="float32")))
@@ -70,6 +71,7 @@ def test_float16_resumes_exactly(tmp_path):
     assert same(on, again) and same(metrics, same_metrics) and int(again.loss_scale.good_steps) == 8
 
 
+@pytest.mark.slow
 def test_overflows_at_the_lowest_scale_count_as_bad_steps():
     def token_loss(model, out, batch, total, config, mtp_weight):
         w = model.norm.weight[...]

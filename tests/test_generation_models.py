@@ -111,7 +111,7 @@ def mtp(folder_of):
 SAMPLED = Sampling(0.9, 3, 0.95, seed=3)
 
 
-@pytest.mark.parametrize("options", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("options", [pytest.param(Sampling(), id="greedy"), pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow)])
 def test_drafts_change_nothing(mtp, options):
     """As many drafts as depths, and more; rows end at different steps, by a stop token and by their length."""
     _, run = mtp
@@ -139,6 +139,7 @@ def test_a_draw_depends_on_its_prompt_alone(mtp):
     assert alone(SAMPLED, 0) != together[1] and alone(SAMPLED._replace(seed=4), 1) != together[1]
 
 
+@pytest.mark.slow
 def test_over_a_mesh(mtp):
     """Weights, cache and rows over devices: the same tokens, three rows on four devices."""
     folder, run = mtp

@@ -23,6 +23,7 @@ def env(tmp_path_factory):
     return faults.environment(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.mark.slow
 def test_a_small_storm(tmp_path):
     """Two kills and two signals; losses of every step are those of the run that nobody disturbed, bit for bit."""
     said = []
@@ -157,6 +158,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs(tmp_path, env):
     """One of two processes gets no data; the other waits in a collective. Both print their stacks and end, with the code that is restarted on."""
     (tmp_path / "hangs.py").write_text(HANGS)

@@ -169,7 +169,8 @@ def on_mesh(optimizer: Optimizer, mesh: Mesh) -> tuple[Trainer, state.TrainState
     return t, s, losses_of(metrics)
 
 
-@pytest.mark.parametrize("name", ["muon", pytest.param("adafactor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
 def test_a_mesh_changes_nothing_and_a_checkpoint_neither(name, monkeypatch, tmp_path):
     """1e-5 of the loss, as for AdamW: the same float32 sums in another order."""
     monkeypatch.setattr(matrices, "FACTORED_FROM", 8)

@@ -173,7 +173,7 @@ def test_loss_and_gradients_match_the_reference(seq_aux):
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("seq_aux", [True, False], ids=["per sequence", "per batch"])
+@pytest.mark.parametrize("seq_aux", [pytest.param(True, id="per sequence"), pytest.param(False, id="per batch", marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(seq_aux, accumulation):
     """Micro-batches of two rows or one, one of them all padding, against the whole batch at once."""
     _, _, whole, metrics, bias = one_step(seq_aux, 1)
@@ -188,6 +188,7 @@ def test_accumulation_changes_nothing(seq_aux, accumulation):
         np.testing.assert_array_equal(b, bias[name])
 
 
+@pytest.mark.slow
 def test_mtp_weight_switches():
     """The second weight from the first step after mtp_switch_fraction of the steps; evaluation has the main head only."""
     train = Train(steps=10, dtype="float32", remat="none", batch_size=ROWS, sequence_length=LENGTH, mtp_loss_weight=0.3,

@@ -81,7 +81,8 @@ def run(config: Config) -> tuple[list[float], list[float], state.TrainState]:
 # Float32 rounding: the update of one layer is compiled on its own, which may fuse a multiplication with an addition or not, and the
 # gradient norm adds up its squares layer by layer. Moments hold the gradients: the first one a tenth of their running sum.
 @pytest.mark.parametrize("offload, mesh, accumulation", [
-    pytest.param(Offload(optimizer_state=True), ALONE, 1, marks=pytest.mark.slow), (EVERYTHING, ALONE, 1), (EVERYTHING, MESH, 2)], ids=["optimizer_state", "everything", "everything on a mesh"])
+    pytest.param(Offload(optimizer_state=True), ALONE, 1, marks=pytest.mark.slow), (EVERYTHING, ALONE, 1),
+    pytest.param(EVERYTHING, MESH, 2, marks=pytest.mark.slow)], ids=["optimizer_state", "everything", "everything on a mesh"])
 def test_the_numbers_stay(offload, mesh, accumulation):
     ours, plain = run(config_of(offload, accumulation, **mesh)), run(config_of(Offload(), **ALONE))
     np.testing.assert_allclose(ours[0], plain[0], rtol=2e-6)

@@ -228,6 +228,7 @@ def test_full_shard_gathers_each_weight_twice_and_exchanges_tokens_twice():
     assert tokens["collectives"] == {"all-to-all": 2} and tokens["bytes"] / tokens["least"] == pytest.approx(1.25, rel=0.02)
 
 
+@pytest.mark.slow
 def test_no_shard_gathers_and_scatters_no_weight():
     groups = layer("no_shard")["groups"]
     assert not groups["weights, forward"]["collectives"] and not groups["weights, backward"]["collectives"]
@@ -315,6 +316,7 @@ def test_a_mistake_exits_with_2():
     assert run.stderr.splitlines()[-1].startswith("deepseek_jax.plan: --devices=12")
 
 
+@pytest.mark.slow
 def test_strategies_table(capsys, monkeypatch):
     argv = ["strategies", f"--config={ROOT}/configs/tiny.py", "--no-time", "--json", "--config.mesh.expert=2"]
     monkeypatch.setattr(sys, "argv", argv)

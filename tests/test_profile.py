@@ -157,7 +157,8 @@ def test_the_trace_and_its_table(runs):
     assert f"profile of steps 3 to 4: {folder}" in done.stdout
 
 
-@pytest.mark.parametrize("method", ["all_to_all", pytest.param("all_gather", marks=pytest.mark.slow), pytest.param("ring", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["all_to_all", "all_gather", "ring"])
 def test_parts_where_tokens_are_exchanged(method, tmp_path):
     """Dispatch, experts and combine apart, in both passes, with collectives where they belong."""
     config = dataclasses.replace(trainer.config_of(mesh=Mesh(fsdp=1, expert=2)), moe=Moe(dispatch=method))

@@ -137,6 +137,7 @@ def go_on(t: Trainer, checkpoints: Checkpointer, steps: int):
     return t.run(s, steps, int(s.step))
 
 
+@pytest.mark.slow
 def test_any_step_with_muon_and_compressed_gradients(tmp_path):
     """Restored after every one of five steps; the residual of compressed gradients with it."""
     config = config_of(dataclasses.replace(ADAMW, name="muon"), Mesh(data=2, fsdp=1))
@@ -188,7 +189,10 @@ def shared(tmp_path_factory):
     return tmp_path_factory.mktemp("moves")
 
 
-@pytest.mark.parametrize("move", MOVES)
+SLOW = ("8 devices to 4", "full_shard to hybrid_shard")
+
+
+@pytest.mark.parametrize("move", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MOVES])
 def test_another_mesh(move, shared):
     """20 steps, the second half on another mesh: 1e-5 of the loss, which float32 sums in another order stay well below."""
     there, here = MOVES[move]

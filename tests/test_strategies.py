@@ -49,7 +49,7 @@ def layer_bytes(layout: state.Layout) -> int:
 EXPECTED = {"full_shard": (True, True), "shard_grad_op": (False, True), "zero1": (False, False), "no_shard": (False, False)}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "zero1" else []) for n in EXPECTED])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("zero1", "no_shard") else []) for n in EXPECTED])
 def test_what_a_layer_communicates(name):
     """full_shard gathers a layer's weights in forward and once more in backward; the others never. Every gradient is reduced once:
     the experts' by a reduce-scatter where they are divided (XLA's CPU partitioner makes an all-reduce and a slice of the rest)."""
@@ -114,7 +114,8 @@ def test_one_layer_is_whole_at_a_time():
     assert (many.temporaries - few.temporaries) / 8 > 0.9 * whole
 
 
-@pytest.mark.parametrize("virtual_stages", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("virtual_stages", [1, 2])
 def test_a_stage_holds_its_blocks_divided(virtual_stages):
     """Outside of the loops only the dense layer, embedding and head are gathered over fsdp and expert, never all blocks of a stage at
     once; the blocks' way to their stages is an all-to-all. More micro-batches need more memory for activations only."""

@@ -133,6 +133,7 @@ def test_generate(whole_run):
     assert "Traceback" not in missing.stderr
 
 
+@pytest.mark.slow
 def test_non_finite_updates_stop_the_run(corpus, tmp_path):
     """A learning rate that blows the weights up: updates are skipped, counted, and then the run stops, naming a checkpoint."""
     done = run(command(tmp_path, corpus, "--config.train.steps=40", "--config.checkpoint.every_steps=1", "--config.optimizer.learning_rate=1e30",

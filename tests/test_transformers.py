@@ -59,7 +59,8 @@ def test_logits(variant):
     np.testing.assert_array_equal(out.stats.load.expert_counts, counts)
 
 
-@pytest.mark.parametrize("variant", WITH_GRADIENTS)
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] if v in ("moonlight", "deepseek_v3-tied") else [])
+                                     for v in WITH_GRADIENTS])
 def test_logits_loss_and_every_gradient(variant):
     theirs, model, weights, ids = case(variant)
     weight = MTP_WEIGHT if model.num_nextn_predict_layers else 0.0
