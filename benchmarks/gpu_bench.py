@@ -7,13 +7,13 @@ versions   of what is installed, the card, its memory, cuDNN and whether its att
 tiny       a small model's train step: its losses, and the same on the CPU beside them
 attention  cuDNN against blocks and plain softmax at query width 192, value width 128
 experts    the grouped product in bfloat16 at V2-Lite's and V3's shapes: dense, equal slots, tokamax and
-Pallas where installed, ragged_dot train      DeepSeek-V2-Lite with as many layers as the card's memory is
-known to hold, bfloat16, 4 sequences of 4,096 Zipf tokens: tokens/s,
-           share of 989 TFLOP/s, tokens/s that the whole model would have at that rate. One document a
-           sequence with cuDNN, which compiles fastest, and its largest costs by the profile; then packed
-           documents; then the same with balanced routing
+           Pallas where installed, ragged_dot
+train      DeepSeek-V2-Lite with as many layers as the card's memory is known to hold, bfloat16, 4 sequences
+           of 4,096 Zipf tokens: tokens/s, share of 989 TFLOP/s, tokens/s that the whole model would have at
+           that rate. One document a sequence with cuDNN, which compiles fastest, and its largest costs by the
+           profile; then packed documents; then the same with balanced routing
 peer       transformers' DeepseekV2 in PyTorch, the same layers and tokens on the same card (if torch with
-CUDA is installed)
+           CUDA is installed)
 
 Each result is a line of JSON on stdout at once, and in FOLDER (benchmarks/results/gpu_bench), where
 results.json, results.jsonl and results.md are written anew after each. FOLDER/cache keeps compiled programs
