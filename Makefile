@@ -49,7 +49,7 @@ mesh-product: $(TEST_STAMP) ## five steps on every mesh x dispatch x strategy x 
 fuzz: $(STAMP) ## random mutations of files for everything that parses a checkpoint, for a minute
 	$(VENV)/bin/python -m benchmarks fuzz $(ARGS)
 
-fuzz-options: $(STAMP) ## 150 random sets of options that validation accepts: each must make a train step (ten minutes)
+fuzz-options: $(STAMP) ## 150 random sets of options that validation accepts: each must make a train step (15 minutes)
 	$(VENV)/bin/python -m benchmarks fuzz_options $(ARGS)
 
 plan: $(AOT)/.installed ## say what CONFIG needs and communicates on DEVICES H200s, by compiling it for them; needs no GPU

@@ -1,12 +1,12 @@
 """Random options that validation accepts: every one of them must make a train step (make fuzz-options).
 
-  python -m benchmarks fuzz_options [--count=150] [--seed=0] [--seconds=900] [--compiled=10] [--case=N]
+  python -m benchmarks fuzz_options [--count=150] [--seed=0] [--seconds=1800] [--compiled=10] [--case=N]
 
 Draws the sections model, moe, sharding, train, optimizer, fp16, offload and mesh, on up to eight CPU devices
 (random_options.py). A set that validation or the mesh refuses, by one line, is drawn again. Of every other
 the train step and the step of the evaluation are traced and lowered; of every tenth (--compiled) both are
-compiled and run, with a sample and, where generation serves the mesh, two answers; the loss must be a number. Anything
-that raises is a failure. Prints each failure with its seed and case, so that --case=N repeats it alone, then
+compiled and run, with a sample and, where generation serves the mesh, two answers; the loss must be a number.
+Anything that raises is a failure. Prints each failure with its seed and case, so that --case=N repeats it alone, then
 what was refused how often; exit code 1 if anything failed, or if there was no time for all.
 """
 
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=150, help="Sets that validation accepts.")
     parser.add_argument("--seed", type=int, default=0, help="Of the sets.")
     parser.add_argument(
-        "--seconds", type=float, default=900.0, help="Ends after so long, however many there were."
+        "--seconds", type=float, default=1800.0, help="Ends after so long, however many there were."
     )
     parser.add_argument(
         "--compiled", type=int, default=10, help="Of so many sets one is compiled and run as well; 0: none."
