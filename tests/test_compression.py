@@ -305,8 +305,9 @@ def exact_gradients():
     return gradients_of(config_of("none", model=ALL, accumulation=1, data=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy, accumulation, mesh", [
-    ("hybrid_shard", 1, dict(data=2, fsdp=2)), pytest.param("zero1", 2, dict(data=2, expert=2, tensor=2), marks=pytest.mark.slow)])
+    ("hybrid_shard", 1, dict(data=2, fsdp=2)), ("zero1", 2, dict(data=2, expert=2, tensor=2))])
 def test_replicas_gradients_add_up(strategy, accumulation, mesh):
     """To one device's, to float32's rounding; and each is another, of its own rows."""
     ours = gradients_of(config_of("int8", strategy, accumulation, ALL, **mesh))

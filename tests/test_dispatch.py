@@ -318,7 +318,7 @@ def test_every_expert_chosen(method, changes):
     np.testing.assert_array_equal(load.expert_counts, shape.tokens * shape.devices)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "slots"])
 def test_one_device(blocks, dtype):
     """All methods are one where all experts are here. 80 tokens: several blocks an expert; and the attacks on both."""

@@ -54,7 +54,10 @@ def expected(theirs, prompt, count):
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = ("qwen3", "qwen2-tied", "mixtral")
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] if v in SLOW else []) for v in VARIANTS])
 def test_greedy_tokens_are_those_of_transformers(variant, folder_of):
     """A batch of two lengths, and with it that a row does not depend on the other."""
     theirs, folder = folder_of(variant)

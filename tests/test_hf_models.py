@@ -68,7 +68,7 @@ def chosen_experts(monkeypatch):
 ON_A_MESH = "glm4_moe-qknorm-group"
 WITHOUT_GRADIENTS = ("glm4_moe", "qwen3_moe", "qwen3_moe-nonorm", "qwen3", "youtu",
                      "dots1")  # compiling takes long; others have all their parts
-SLOW = ("mistral", "seed_oss", "solar_open")
+SLOW = ("mistral", "seed_oss", "solar_open", "mixtral", "glm4_moe", "qwen3_moe-nonorm")
 
 
 @pytest.mark.parametrize("variant", [pytest.param(v, marks=pytest.mark.slow) if v in SLOW else v

@@ -273,9 +273,10 @@ def test_two_processes_then_one_then_two(corpus, assert_as_one_process, tmp_path
     assert_as_one_process(tmp_path)
 
 
-def test_four_processes_stopped_by_the_launcher(corpus, assert_as_one_process, tmp_path):
-    """By SIGUSR1, as SLURM announces the end of a job. The expert axis is across pairs of processes."""
-    command = [*LAUNCH, "--nproc_per_node=4", "--devices_per_process=2",
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_stopped_by_the_launcher(processes, corpus, assert_as_one_process, tmp_path):
+    """By SIGUSR1, as SLURM announces the end of a job. Of four, the expert axis is across pairs of processes."""
+    command = [*LAUNCH, f"--nproc_per_node={processes}", f"--devices_per_process={8 // processes}",
                *arguments(tmp_path, corpus, train__steps=100_000, mesh__expert=4)]
     with started(command) as p:
         wait_for_step(p, 3)

@@ -351,7 +351,7 @@ def moe_case(model, seed=0):
     return weights, x.reshape(SEQUENCES, LENGTH, 16), bias
 
 
-@pytest.mark.parametrize("capacity_factor", [0.1, 1.25, 8.0])
+@pytest.mark.parametrize("capacity_factor", [0.1, pytest.param(1.25, marks=pytest.mark.slow), 8.0])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_experts(mesh, capacity_factor):
     """The same results for every mesh and number of places: even and skewed routing, padding, whole sequences of padding."""

@@ -367,6 +367,7 @@ def test_the_step_keeps_the_layout_of_the_state(name):
         assert (a.shape, a.dtype, spec_of(a)) == (b.shape, b.dtype, spec_of(b)), bridge.path_of(path)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_near_those_of_float32():
     """With tokens as unequal as in text: sums over thousands of occurrences must not be kept in bfloat16, where they stop growing."""
     model = bridge.smaller(MODEL, num_nextn_predict_layers=1)

@@ -41,6 +41,7 @@ def runs(tmp_path_factory, corpus):  # noqa: F811
     return cache, out
 
 
+@pytest.mark.slow
 def test_the_second_start_reads_the_cache(runs):
     cache, [(first_dir, first), (second_dir, second)] = runs
     assert re.search(r"first step after [\d.]+ s \(compiled in [\d.]+ s\)", first.stdout), first.stdout
@@ -139,6 +140,7 @@ def test_use_cache(tmp_path, monkeypatch):
             jax.config.update(name, value)
 
 
+@pytest.mark.slow
 def test_the_trace_and_its_table(runs):
     _, [_, (workdir, done)] = runs
     folder = workdir / "profile"

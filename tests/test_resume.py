@@ -189,7 +189,7 @@ def shared(tmp_path_factory):
     return tmp_path_factory.mktemp("moves")
 
 
-SLOW = ("8 devices to 4", "full_shard to hybrid_shard")
+SLOW = ("8 devices to 4", "full_shard to hybrid_shard", "1 device to 8")
 
 
 @pytest.mark.parametrize("move", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MOVES])

@@ -49,7 +49,11 @@ def test_weights_survive_the_bridge():
         np.testing.assert_array_equal(a, weights[name])
 
 
-@pytest.mark.parametrize("variant", [v for v in hf.VARIANTS if v not in WITH_GRADIENTS])
+SLOW = ("deepseek_v3-yarn-mscale", "deepseek_v3-yarn-plain", "deepseek_v3-nonorm", "deepseek_v3-eps", "deepseek_v2-group")
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] if v in SLOW else [])
+                                     for v in hf.VARIANTS if v not in WITH_GRADIENTS])
 def test_logits(variant):
     theirs, model, weights, ids = case(variant)
     (logits, loss, _), counts = their_choices(theirs, ids, lambda: hf.hf_logits_loss_grads(theirs, ids))
