@@ -19,6 +19,13 @@ STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 TEST_STAMP := $(VENV)/.installed-test
 FAST_STAMP := $(VENV)/.installed-test-fast
 
+# A share of the tests that needs no torch or transformers and sees most of what differs between versions of Python and JAX.
+FAST := $(patsubst %,tests/test_%.py,arguments checkpoint cluster data data_commands durability_crafted durability_disk durability_files \
+	formats hf_configs hf_exports hf_locating history levers make monitor offload optimizer outputs paths plan prefetch sizes_of_one terminal \
+	text_inputs tiktoken watchdog) tests/test_dispatch.py::test_never_drops_whatever_the_routing \
+	tests/test_strategies.py::test_what_a_layer_communicates tests/test_train.py::test_main_job \
+	tests/test_train.py::test_resume_is_bit_exact 'tests/test_mesh.py::test_same_numbers_on_every_mesh[2x4]'
+
 .PHONY: help venv remade train test test-fast test-slow prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
 
 help: ## this list
@@ -34,7 +41,10 @@ train: $(STAMP) ## train the tiny model (the same command again resumes it)
 test: $(TEST_STAMP) ## run the tests
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: $(TEST_STAMP) ## run the tests that `make test` leaves out: further meshes and combinations (10 minutes)
+test-fast: $(FAST_STAMP) ## run a share of them in three minutes, without torch and transformers (PYTHON=python3.13 VENV=.venv-3.13)
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(FAST) $(ARGS)
+
+test-slow: $(TEST_STAMP) ## run the tests that `make test` leaves out: whole runs, further meshes and combinations (15 minutes)
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 prove: $(STAMP) ## train the tiny model whole and check that it reaches the loss its config states
@@ -58,7 +68,7 @@ plan: $(AOT)/.installed ## say what CONFIG needs and communicates on DEVICES H20
 gpu-aot: $(AOT)/.installed ## compile steps for H200s and check what they communicate; needs no GPU
 	$(AOT)/bin/python -m benchmarks gpu_aot $(ARGS)
 
-gpu-bench: $(STAMP) ## measure what a GPU reaches, in ten minutes, and write benchmarks/results (EXTRAS=cuda12 or cuda13)
+gpu-bench: $(STAMP) ## measure what a GPU reaches, in eight minutes, and write benchmarks/results (EXTRAS=cuda12 or cuda13)
 	$(VENV)/bin/python -m benchmarks gpu_bench $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
