@@ -122,6 +122,7 @@ def rows_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_rolls_back_and_skips_the_data(trainer, tmp_path):
     """Rows 96 to 99 of the data, in step 7, and 112 to 127, step 8, are bad. Afterwards all is as if rows 64 to 127 had never been there."""
     bad = range(98, 128)
@@ -137,6 +138,7 @@ def test_rolls_back_and_skips_the_data(trainer, tmp_path):
     assert [reader.read_extra(step).get("skipped_rows") for step in (4, 8, 12, 20)] == [None] + 3 * [[[4 * B, 8 * B]]]
 
 
+@pytest.mark.slow
 def test_resumes_exactly_after_a_rollback(trainer, tmp_path):
     """Ended after a rollback and gone on with; and ended between one and the next checkpoint, which loses the record of it."""
     bad = [*range(98, 128), *range(300, 320)]  # two rollbacks: rows 64 to 127 are missing when step 15 comes to row 300

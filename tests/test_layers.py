@@ -412,6 +412,7 @@ def test_decoder_layer(layer):
     check(create, weights, "", ours, reference, normal(2, 13, 16), SEGMENTS > 0)
 
 
+@pytest.mark.slow
 def test_multi_token_prediction():
     """Two depths on packed sequences: hidden states, logits, counts, and gradients of all weights from all outputs at once."""
     model = bridge.smaller(MODEL, num_nextn_predict_layers=2)

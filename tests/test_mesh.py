@@ -131,6 +131,7 @@ def exchanges(remat: str) -> int:
     return text.count('"stablehlo.all_to_all"')
 
 
+@pytest.mark.slow
 def test_remat_policies_save_what_they_say():
     """Forward exchanges twice a round. Backward: the output's gradient there, the input's back, one number a row each way, and in
     later rounds the rows once more: 2 + 2 + 4 + 5. Full remat sends the first round's rows again; `exchange` saves that."""

@@ -217,6 +217,7 @@ def layer(strategy: str) -> dict:
     return layer_collectives.measure(layer_collectives.one_stack(config), jax.devices())
 
 
+@pytest.mark.slow
 def test_full_shard_gathers_each_weight_twice_and_exchanges_tokens_twice():
     r = layer("full_shard")
     for group in ("weights, forward", "weights, backward"):
