@@ -34,7 +34,7 @@ def allowed(logits: jax.Array, temperature: jax.Array | float, top_k: int, top_p
     """float32 logits [..., V] to sample from: -inf where a token cannot be chosen. Tokens as likely as the last of a set are all in it."""
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature  # the maximum first: a tiny temperature must not overflow
     if 0 < top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        least = jnp.min(jax.lax.top_k(logits, top_k)[0], axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     if top_p is None:
         return logits
@@ -48,7 +48,8 @@ def allowed(logits: jax.Array, temperature: jax.Array | float, top_k: int, top_p
         enough = jnp.sum(jnp.where(p >= bits(middle), p, 0), axis=-1, keepdims=True) >= top_p
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    low = jnp.zeros_like(p[..., :1], jnp.int32)
+    # A reduction, as `enough` is: from jax 0.11 on a slice of one number has no layout.
+    low = jnp.zeros_like(jnp.max(p, axis=-1, keepdims=True), jnp.int32)
     above_one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1
     low, _ = jax.lax.fori_loop(0, 30, halve, (low, jnp.full_like(low, above_one)))
     return jnp.where(p >= bits(low), logits, -jnp.inf)
