@@ -81,6 +81,8 @@ def check_output(option: str, path: str, inputs: Iterable[str] = (),
                         f"{folder}, or choose another name.")
     if os.path.isdir(path):
         raise UserError(f"{option}={given!r} is a folder. Give the name of a file in it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        return  # a pipe, /dev/stdout: written to, and nothing is lost
     if not os.access(folder, os.W_OK):
         raise UserError(f"{option}={given!r} cannot be written: {folder} is read-only for you. Choose "
                         f"another name.")

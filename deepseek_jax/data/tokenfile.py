@@ -49,6 +49,8 @@ def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer,
                       else config.data.bin_dtype)
     except OSError as e:
         raise UserError(f"{where}: {path} cannot be read ({e.strerror or e}). Make it readable, or give another path.") from None
+    if not side and index is None and path.lower().endswith(".bin"):
+        _check_width(path, where, tokens)
     if side:
         offsets = _check_sidecar(path, where, side, tokens, config, tokenizer)
         advance(os.path.getsize(path))
@@ -87,6 +89,15 @@ def _map(path: str, where: str, dtype: str) -> np.ndarray:
         got = f"{tokens.ndim}-D {tokens.dtype}" if isinstance(tokens, np.ndarray) else "an archive of arrays"
         raise UserError(f"{where}: {path} holds {got}, not a 1-D array of integers. Save the token ids as one with np.save.")
     return tokens
+
+
+def _check_width(path: str, where: str, tokens: np.ndarray) -> None:
+    """Refuses ids of a wider type: read by halves, every second one is 0, which any tokenizer has."""
+    some = np.asarray(tokens[:4096])
+    if len(some) > 3 and some[::2].any() and not some[1::2].any():
+        raise UserError(f"{where}: every second id of {path} is 0, as of ids that are wider than "
+                        f"{tokens.dtype.name}. Set config.data.bin_dtype to what it was written with; "
+                        f"one that this option does not have can be saved as .npy.")
 
 
 def _outside(where: str, path: str, bad: int, config: Config, tokenizer: Tokenizer) -> UserError:
