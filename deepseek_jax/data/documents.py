@@ -114,15 +114,13 @@ def no_text(spec: str, option: str, notes: Notes) -> UserError:
     """For a source in which nothing was found."""
     skipped = f" (skipped: {notes.skipped(spec)})" if notes.skipped(spec) else ""
     return UserError(f"{option}={spec!r} holds no text{skipped}. Give a source with at least one document "
-                     f"that is not empty; the token files of "
-                     f"a folder are named with a glob, as in 'DIR/*.npy'.")
+                     f"that is not empty; the token files of a folder are named with a glob, as in 'DIR/*.npy'.")
 
 
 def unreadable(spec: str, option: str, path: str, error: OSError) -> UserError:
     """For a file that the system does not let us read."""
     return UserError(f"{option}={spec!r}: {path} cannot be read ({error.strerror or error}). Make it "
-                     f"readable, or give another "
-                     f"path.")
+                     f"readable, or give another path.")
 
 
 def _forms(option: str) -> str:

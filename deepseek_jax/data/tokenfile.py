@@ -57,17 +57,15 @@ def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer,
         return tokens, offsets
     eos = config.data.eos_token_id if config.data.eos_token_id >= 0 else tokenizer.eos_id
     ends = _scan(path, where, tokens, config, tokenizer, eos if index is None else None, advance)
-    offsets = index.offsets if index else np.concatenate([[0], ends, [len(tokens)] if not len(ends)
-                                                          or ends[-1] != len(tokens)
-                                                          else []]).astype(np.int64)
+    last = [] if len(ends) and ends[-1] == len(tokens) else [len(tokens)]
+    offsets = index.offsets if index else np.concatenate([[0], ends, last]).astype(np.int64)
     _note_ends(path, tokens, offsets, eos, notes)
     return tokens, offsets
 
 
 def _note_ends(path: str, tokens: np.ndarray, offsets: np.ndarray, eos: int, notes: Notes) -> None:
     lasts = offsets[1:][np.diff(offsets) > 0]
-    some = lasts[np.linspace(0, len(lasts) - 1,
-                             min(len(lasts), 1000)).astype(np.int64)] if len(lasts) else lasts
+    some = lasts[:: max(len(lasts) // 1000, 1)]
     if len(some) and not any(tokens[int(i) - 1] == eos for i in some):
         notes.others.append(f"{path}: no document ends with the token {eos}; if another one ends them, set "
                             f"config.data.eos_token_id")
@@ -145,8 +143,8 @@ def is_sidecar_of(path: str) -> bool:
 
 
 def _is_ours(side: object, path: str) -> bool:
-    return isinstance(side,
-                      dict) and side.get("format") == FORMAT and side.get("file") == os.path.basename(path)
+    name = os.path.basename(path)
+    return isinstance(side, dict) and side.get("format") == FORMAT and side.get("file") == name
 
 
 def _read_sidecar(path: str, where: str) -> dict | None:
@@ -253,8 +251,8 @@ class TokenWriter:
             f.close()
         if os.path.exists(self._path):
             os.unlink(self._path)
-        for final in (side_path, offsets_path,
-                      self._path):  # the sidecar first: it tells whose the others are
+        # The sidecar first: it tells whose the others are.
+        for final in (side_path, offsets_path, self._path):
             os.replace(self._temp[final], final)
 
     def __enter__(self) -> "TokenWriter":
