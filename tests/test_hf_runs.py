@@ -103,6 +103,10 @@ def test_what_is_known_wins_over_defaults(source, tmp_path):
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizers[1]))
     workdirs.write_config(w, other)
     assert resolved(w).data.tokenizer == tokenizers[1]
+    relative = os.path.relpath(tokenizers[1])  # as earlier versions kept it
+    workdirs.write_config(w, dataclasses.replace(other,
+                                                 data=dataclasses.replace(config.data, tokenizer=relative)))
+    assert resolved(w).data.tokenizer == tokenizers[1]
     workdirs.write_config(w, dataclasses.replace(other,
                                                  data=dataclasses.replace(config.data,
                                                                           tokenizer=str(tmp_path / "gone.json"))))

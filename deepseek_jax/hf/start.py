@@ -145,7 +145,7 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
     if config.data.tokenizer == "auto":
         tokenizer = _known_tokenizer(config, workdir, before)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
-    return config
+    return paths.absolute_config(config)  # runs of earlier versions kept paths as they were given
 
 
 def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]) -> str:
