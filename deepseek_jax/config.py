@@ -33,8 +33,7 @@ def one_line(error: BaseException) -> str:
 
 def exit_code(name: str, main: Callable[[], int], output: str = "report") -> int:
     """What a command exits with: what `main` returns; or after one line, which begins with the command's
-    name, 2 for a UserError and 1 where
-    stdout cannot be written.
+    name, 2 for a UserError and 1 where stdout cannot be written.
 
     Args:
       output: what stdout is to the command, as `terminal.set_up` has it.

@@ -48,12 +48,12 @@ def mistakes() -> Iterator[None]:
     check()
     try:
         yield
-    except (RuntimeError,
-            AssertionError) as e:  # the latter, without a word, for a GPU where JAX has no plugin
+    except (RuntimeError, AssertionError) as e:
+        # The latter, without a word, for a GPU where JAX has no plugin.
         if not _from_backends(e):
             raise
-        reason = (str(e).splitlines()
-                  or [""])[0].partition(" (set JAX_PLATFORMS")[0].partition(" (you may need")[0]
+        reason = next(iter(str(e).splitlines()), "")
+        reason = reason.partition(" (set JAX_PLATFORMS")[0].partition(" (you may need")[0]
         asked = os.environ.get("JAX_PLATFORMS", "")
         if not asked:
             raise UserError(f"JAX cannot use the devices of this machine ({reason}). "

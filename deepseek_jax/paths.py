@@ -62,8 +62,7 @@ def check_output(option: str, path: str, inputs: Iterable[str] = (),
     kind.
 
     A file that the user named is replaced, unless the command reads it. A file that the user did not name is
-    replaced only if
-    it is ours.
+    replaced only if it is ours.
 
     Args:
       option, path: what the user gave, for messages; ~ is expanded.
@@ -81,9 +80,11 @@ def check_output(option: str, path: str, inputs: Iterable[str] = (),
                         f"{folder}, or choose another name.")
     if os.path.isdir(path):
         raise UserError(f"{option}={given!r} is a folder. Give the name of a file in it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        return  # a pipe, /dev/stdout: written to, and nothing is lost
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{option}={given!r} cannot be written: {folder} is read-only for you. Choose "
-                        f"another name.")
+        raise UserError(f"{option}={given!r} cannot be written: {folder} is read-only for you. "
+                        f"Choose another name.")
     there = [target for target in (path, *(beside or {})) if os.path.exists(target)]
     for clash in inputs if there else ():
         if os.path.exists(clash) and any(os.path.samefile(target, clash) for target in there):
@@ -92,6 +93,5 @@ def check_output(option: str, path: str, inputs: Iterable[str] = (),
     for target, is_ours in (beside or {}).items():
         if os.path.lexists(target) and not is_ours(target):
             raise UserError(f"{option}={given!r} needs {target} beside it, and there is a file of that name "
-                            f"which it does not belong to. "
-                            f"Choose another name, or move that file.")
+                            f"which it does not belong to. Choose another name, or move that file.")
 

@@ -1,6 +1,5 @@
 """Signals that stop a run: before the first step they end the process in one line, later they stop the run
-after its step, with a checkpoint.
-A second SIGINT or SIGTERM ends it at once.
+after its step, with a checkpoint. A second SIGINT or SIGTERM ends it at once.
 
 The others only ever ask: a closed terminal sends SIGHUP twice, systemd sends it after SIGTERM, and SLURM's
 --signal=USR1@120 announces the SIGTERM that follows.

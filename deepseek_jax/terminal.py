@@ -58,10 +58,9 @@ def set_up(output: str = "report") -> None:
 
     Args:
       output: what stdout is to the command, and so what happens where nobody reads it any more (`| head`) or
-      it cannot be written (a full
-        disk). "log": it is dropped, and the work, whose results are elsewhere, goes on. "report": the same of
-        a closed pipe; another error is raised. "result": both are raised, BrokenPipeError and OSError, as
-        further work would be for nobody.
+        it cannot be written (a full disk). "log": it is dropped, and the work, whose results are elsewhere,
+        goes on. "report": the same of a closed pipe; another error is raised. "result": both are raised,
+        BrokenPipeError and OSError, as further work would be for nobody.
     """
     for fd in (0, 1, 2):  # one that was closed (`>&-`) would go to the next file that is opened
         try:

@@ -169,6 +169,7 @@ COMMAND_ERRORS = [  # (arguments, what stderr has to say)
     ("tokenize --path={t}/bad.jsonl --tokenizer=bytes --out={t}/x.npy", ["--path=", "line 1"]),
     ("tokenize --path={t}/y.json --tokenizer=bytes --out={t}/y.npy", ["--out=", "overwrite", "y.json"]),
     ("tokenizer --path={t}/y.json --vocab-size=300 --out={t}/y.json", ["--out=", "overwrite", "y.json"]),
+    ("tokenizer --path={f}/texts.jsonl --vocab-size=300 --out=/dev/null", ["'/dev/null' is no file"]),
     ("tokenize --path={f}/texts.jsonl --tokenizer={t}/large.json --out={t}/large.npy",
      ["--out=", "overwrite", "large.json"]),
     ("tokenize --path={f}/texts.jsonl --tokenizer={t}/large.json --out={t}/link.npy",

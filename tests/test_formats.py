@@ -151,6 +151,8 @@ def test_what_a_folder_holds_beside_text_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, data, wanted", [
     ("a.csv", b"text\nx\n", ["is a table", ".jsonl"]),
+    ("a.csv.gz", b"x", ["is a table", "Write its text as .jsonl"]),
+    ("a.jsonl.zstd", b"x", ["is an archive", "Unpack"]),
     ("a.zip", b"PK", ["is an archive", "Unpack"]),
     ("a.tar.gz", b"x", ["is an archive", "Unpack"]),
     ("a.parquet.zst", b"x", ["is a compressed .parquet file", "Unpack"]),
@@ -249,6 +251,17 @@ def test_ids_are_checked_against_the_tokenizer_before_training(tmp_path):
         with pytest.raises(UserError, match=r"has the token id 4999, but config.data.tokenizer='bytes' has "
                                             r"257 ids \(0 to 256\). Set config.data.tokenizer"):
             Loader(config_of(tmp_path / name), load_tokenizer("bytes"))
+
+
+def test_ids_of_a_wider_type_are_not_read_by_halves(tmp_path):
+    path, ids = tmp_path / "a.bin", np.arange(3000) % 250
+    for written, read in (("<u4", "uint16"), ("<i8", "uint16"), ("<i8", "uint32")):
+        ids.astype(written).tofile(path)
+        with pytest.raises(UserError, match=f"every second id of .*a.bin is 0, .* wider than {read}"):
+            Loader(config_of(path, bin_dtype=read), load_tokenizer("bytes"))
+    ids.astype("<u4").tofile(path)
+    loader = Loader(config_of(path, bin_dtype="uint32"), load_tokenizer("bytes"))
+    assert loader.train_tokens + loader.eval_tokens == 3000
 
 
 def test_documents_that_end_with_another_token_are_said(tmp_path):

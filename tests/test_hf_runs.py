@@ -81,6 +81,10 @@ def test_what_is_known_wins_over_defaults(source, tmp_path):
         resolved(w, f"--config.init_from={given}")
     shutil.copy(tokenizers[0], given / "tokenizer.json")
     assert resolved(w, f"--config.init_from={given}").data.tokenizer == str(given / "tokenizer.json")
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / "0123abc"
+    shutil.copytree(given, snapshot)  # as in the hub's cache
+    cached = resolved(w, f"--config.init_from={tmp_path / 'models--org--tiny'}")
+    assert cached.data.tokenizer == str(snapshot / "tokenizer.json")
     # asked for
     assert resolved(w, f"--config.init_from={given}",
                     "--config.data.tokenizer=bytes").data.tokenizer == "bytes"
@@ -98,6 +102,10 @@ def test_what_is_known_wins_over_defaults(source, tmp_path):
     assert resolved(w).data.tokenizer == "bytes"  # and here it trained on bytes
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizers[1]))
     workdirs.write_config(w, other)
+    assert resolved(w).data.tokenizer == tokenizers[1]
+    relative = os.path.relpath(tokenizers[1])  # as earlier versions kept it
+    workdirs.write_config(w, dataclasses.replace(other,
+                                                 data=dataclasses.replace(config.data, tokenizer=relative)))
     assert resolved(w).data.tokenizer == tokenizers[1]
     workdirs.write_config(w, dataclasses.replace(other,
                                                  data=dataclasses.replace(config.data,

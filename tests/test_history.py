@@ -21,7 +21,7 @@ from deepseek_jax.data.windows import Windows
 from deepseek_jax.evaluation import perplexity
 from deepseek_jax.hf.opening import Opened, tokenizer_of
 from deepseek_jax.train import lock, workdir
-from deepseek_jax.train.history import History
+from deepseek_jax.train.history import History, check_tokenizer
 from deepseek_jax.train.loop import Progress
 
 TOKENIZERS = os.path.join(os.path.dirname(__file__), "data", "resume")
@@ -122,6 +122,14 @@ def test_other_rows_are_refused_or_a_new_pass(options, now, text):
     # which no option allows
     with pytest.raises(UserError, match="is sha256:0123, but the run was trained with bytes"):
         before.resumed(3, asked, now | {"tokenizer": "sha256:0123"})
+
+
+@pytest.mark.parametrize("was", [True, False])
+def test_special_tokens_are_said_apart_from_the_tokenizer(was):
+    names = {True: "sha256:0123+special_tokens", False: "sha256:0123"}
+    with pytest.raises(UserError, match=f"special_tokens={not was} differs from {was} of the checkpoint"):
+        check_tokenizer({"tokenizer": names[was]}, names[not was], "t.json")
+    check_tokenizer({"tokenizer": names[was]}, names[was], "t.json")
 
 
 def test_checkpoints_of_an_earlier_version():

@@ -70,6 +70,7 @@ def test_outputs_that_may_be_written(files):
                        start.model_files(str(files / "run")))
     paths.check_output("--output", "new.jsonl", ["../p.jsonl", "not there"])
     paths.check_output("--output", "~/new.jsonl")
+    paths.check_output("--output", "/dev/null")
     assert paths.temporary("a") != paths.temporary("a")
 
 

@@ -107,6 +107,9 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     notes = Notes()
     sources = _text_sources(args.path, notes)
     check_output("--out", args.out, _paths(sources))
+    out = os.path.expanduser(args.out)
+    if os.path.exists(out) and not os.path.isfile(out):  # a rename would put a file in its place
+        raise UserError(f"--out={args.out!r} is no file. Name one.")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -127,7 +130,6 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         tokenizer.train_from_iterator(pieces(bar), trainer)
     if not texts:
         raise no_text(args.path, "--path", notes)
-    out = os.path.expanduser(args.out)
     temp = temporary(out)
     try:
         try:

@@ -14,7 +14,8 @@ KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "pa
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text and JSON
 # Names whose files are text to no reader, or text only by accident: rows of a table, not documents.
 REFUSED = {**dict.fromkeys((".csv", ".tsv"), "a table"),
-           **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".lzo"), "an archive"),
+           **dict.fromkeys((".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".lz4", ".lzo", ".lz",
+                            ".lzma", ".zstd", ".br", ".z"), "an archive"),
            **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".npz", ".safetensors", ".h5", ".hdf5",
                             ".tfrecord", ".feather", ".avro", ".orc", ".mds"),
                            "a file of arrays or records that is not read"),
@@ -113,15 +114,13 @@ def no_text(spec: str, option: str, notes: Notes) -> UserError:
     """For a source in which nothing was found."""
     skipped = f" (skipped: {notes.skipped(spec)})" if notes.skipped(spec) else ""
     return UserError(f"{option}={spec!r} holds no text{skipped}. Give a source with at least one document "
-                     f"that is not empty; the token files of "
-                     f"a folder are named with a glob, as in 'DIR/*.npy'.")
+                     f"that is not empty; the token files of a folder are named with a glob, as in 'DIR/*.npy'.")
 
 
 def unreadable(spec: str, option: str, path: str, error: OSError) -> UserError:
     """For a file that the system does not let us read."""
     return UserError(f"{option}={spec!r}: {path} cannot be read ({error.strerror or error}). Make it "
-                     f"readable, or give another "
-                     f"path.")
+                     f"readable, or give another path.")
 
 
 def _forms(option: str) -> str:
@@ -151,7 +150,7 @@ def _file(path: str, spec: str, option: str, explicit: bool) -> File:
         path, kind = path[:-4] + ".bin", "tokens"
     if kind == "refused" and explicit:
         what = REFUSED.get(ending) or f"a compressed {ending} file"
-        packed = compression or what == "an archive"
+        packed = what.startswith(("an archive", "a compressed"))
         repair = "Unpack it" if packed else 'Write its text as .jsonl, a line {"text": "..."} a document'
         raise UserError(f"{option}={spec!r}: {path} is {what}. {repair}, or give {_forms(option)}.")
     try:

@@ -49,23 +49,23 @@ def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer,
                       else config.data.bin_dtype)
     except OSError as e:
         raise UserError(f"{where}: {path} cannot be read ({e.strerror or e}). Make it readable, or give another path.") from None
+    if not side and index is None and path.lower().endswith(".bin"):
+        _check_width(path, where, tokens)
     if side:
         offsets = _check_sidecar(path, where, side, tokens, config, tokenizer)
         advance(os.path.getsize(path))
         return tokens, offsets
     eos = config.data.eos_token_id if config.data.eos_token_id >= 0 else tokenizer.eos_id
     ends = _scan(path, where, tokens, config, tokenizer, eos if index is None else None, advance)
-    offsets = index.offsets if index else np.concatenate([[0], ends, [len(tokens)] if not len(ends)
-                                                          or ends[-1] != len(tokens)
-                                                          else []]).astype(np.int64)
+    last = [] if len(ends) and ends[-1] == len(tokens) else [len(tokens)]
+    offsets = index.offsets if index else np.concatenate([[0], ends, last]).astype(np.int64)
     _note_ends(path, tokens, offsets, eos, notes)
     return tokens, offsets
 
 
 def _note_ends(path: str, tokens: np.ndarray, offsets: np.ndarray, eos: int, notes: Notes) -> None:
     lasts = offsets[1:][np.diff(offsets) > 0]
-    some = lasts[np.linspace(0, len(lasts) - 1,
-                             min(len(lasts), 1000)).astype(np.int64)] if len(lasts) else lasts
+    some = lasts[:: max(len(lasts) // 1000, 1)]
     if len(some) and not any(tokens[int(i) - 1] == eos for i in some):
         notes.others.append(f"{path}: no document ends with the token {eos}; if another one ends them, set "
                             f"config.data.eos_token_id")
@@ -87,6 +87,15 @@ def _map(path: str, where: str, dtype: str) -> np.ndarray:
         got = f"{tokens.ndim}-D {tokens.dtype}" if isinstance(tokens, np.ndarray) else "an archive of arrays"
         raise UserError(f"{where}: {path} holds {got}, not a 1-D array of integers. Save the token ids as one with np.save.")
     return tokens
+
+
+def _check_width(path: str, where: str, tokens: np.ndarray) -> None:
+    """Refuses ids of a wider type: read by halves, every second one is 0, which any tokenizer has."""
+    some = np.asarray(tokens[:4096])
+    if len(some) > 3 and some[::2].any() and not some[1::2].any():
+        raise UserError(f"{where}: every second id of {path} is 0, as of ids that are wider than "
+                        f"{tokens.dtype.name}. Set config.data.bin_dtype to what it was written with; "
+                        f"one that this option does not have can be saved as .npy.")
 
 
 def _outside(where: str, path: str, bad: int, config: Config, tokenizer: Tokenizer) -> UserError:
@@ -134,8 +143,8 @@ def is_sidecar_of(path: str) -> bool:
 
 
 def _is_ours(side: object, path: str) -> bool:
-    return isinstance(side,
-                      dict) and side.get("format") == FORMAT and side.get("file") == os.path.basename(path)
+    name = os.path.basename(path)
+    return isinstance(side, dict) and side.get("format") == FORMAT and side.get("file") == name
 
 
 def _read_sidecar(path: str, where: str) -> dict | None:
@@ -242,8 +251,8 @@ class TokenWriter:
             f.close()
         if os.path.exists(self._path):
             os.unlink(self._path)
-        for final in (side_path, offsets_path,
-                      self._path):  # the sidecar first: it tells whose the others are
+        # The sidecar first: it tells whose the others are.
+        for final in (side_path, offsets_path, self._path):
             os.replace(self._temp[final], final)
 
     def __enter__(self) -> "TokenWriter":

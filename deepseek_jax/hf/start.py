@@ -20,7 +20,7 @@ from deepseek_jax.checkpoint.bounded_json import BadFile
 from deepseek_jax.config import Config, Model, RopeScaling, UserError
 from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.configdict import from_config_dict
-from deepseek_jax.hf import names, reading
+from deepseek_jax.hf import locating, names, reading
 from deepseek_jax.hf.reading import Source
 from deepseek_jax.hf.source import FP8, INDEX, MAX_CONFIG, SCALE, SINGLE, dump
 from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
@@ -145,7 +145,7 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
     if config.data.tokenizer == "auto":
         tokenizer = _known_tokenizer(config, workdir, before)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
-    return config
+    return paths.absolute_config(config)  # runs of earlier versions kept paths as they were given
 
 
 def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]) -> str:
@@ -156,8 +156,9 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
     if of_run != "auto" and workdirs.has_checkpoints(workdir, config):
         gone = of_run != "bytes" and not os.path.exists(os.path.expanduser(of_run))
         return kept if gone and kept else of_run
-    for folder in filter(None, (config.init_from and os.path.abspath(os.path.expanduser(config.init_from)),
-                                ours)):
+    given = os.path.expanduser(config.init_from)
+    source = locating.folder_of(given) if config.init_from and os.path.isdir(given) else ""
+    for folder in filter(None, (source, ours)):
         if path := tokenizer_folder.find(folder):
             return path
         if others := [name for name in OTHER_TOKENIZERS if os.path.exists(os.path.join(folder, name))]:

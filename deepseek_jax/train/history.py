@@ -13,6 +13,7 @@ from deepseek_jax.configdict import from_config_dict
 from deepseek_jax.data import contents as contents_
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.sources import split_paths
+from deepseek_jax.data.tokenizer import SPECIAL
 from deepseek_jax.train.optimizer import first_sequence, sequences_at
 
 _TRAIN = ("batch_size", "accumulation", "batch_ramp_start", "batch_ramp_steps", "sequence_length")
@@ -144,6 +145,10 @@ def check_tokenizer(trained: Contents | None, name: str | None, spec: str) -> No
       UserError: they differ.
     """
     if trained and name and trained["tokenizer"] != name:
+        if trained["tokenizer"].removesuffix(SPECIAL) == name.removesuffix(SPECIAL):
+            was = trained["tokenizer"].endswith(SPECIAL)
+            raise UserError(f"config.data.special_tokens={not was} differs from {was} of the checkpoint: what "
+                            f"text spells would be other ids. Set config.data.special_tokens={was}.")
         raise UserError(f"config.data.tokenizer={spec!r} is {name[:19]}, but the run was trained with "
                         f"{trained['tokenizer'][:19]}: token ids would mean other text. Put that tokenizer "
                         f"back; for another one begin a new run with config.init_from.")

@@ -39,8 +39,7 @@ def prepare(workdir: str, config: Config, tokenizer: str | None = None) -> list[
 
     Raises:
       UserError: the folder cannot be written; it holds a checkpoint of a model with other shapes or of
-        another tokenizer; or the checkpoints are another run's, or elsewhere;
-        or files in it are not of a run.
+        another tokenizer; the checkpoints are another run's, or elsewhere; or files in it are not of a run.
     """
     _check_ours(workdir)
     try:
@@ -90,8 +89,7 @@ def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
     for name, was in _with_defaults(before.get("model", now), dataclasses.asdict(Model())).items():
         if name in now and was != now[name] and name not in FREE_MODEL_OPTIONS:
             raise UserError(f"config.model.{name}={now[name]} differs from {was} of the checkpoint in "
-                            f"{checkpoints(workdir, config)}. "
-                            f"Set config.model.{name}={was} to go on with it, or name another --workdir.")
+                            f"{checkpoints(workdir, config)}. Set config.model.{name}={was} to go on with it, or name another --workdir.")
 
 
 def steps_in(folder: str) -> list[int]:
@@ -142,9 +140,8 @@ def check_owner(workdir: str, config: Config, extra: dict[str, Any]) -> None:
         same = theirs is not None and theirs == ours
     if not same:
         raise UserError(f"config.checkpoint.dir={config.checkpoint.dir} holds checkpoints of another run "
-                        f"than --workdir={workdir}. Name the workdir "
-                        f"of that run or an empty folder, or set config.checkpoint.take_over=True to go on "
-                        "from them here.")
+                        f"than --workdir={workdir}. Name the workdir of that run or an empty folder, or set "
+                        f"config.checkpoint.take_over=True to go on from them here.")
 
 
 def identity(workdir: str, config: Config, extra: dict[str, Any]) -> str:
