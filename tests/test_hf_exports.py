@@ -19,7 +19,7 @@ from deepseek_jax.hf import configuration, importing
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.model import config_for, stop_ids_of
-from deepseek_jax.hf.opening import open_model
+from deepseek_jax.hf.opening import encoder_of, open_model
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import abstract_model, to_tree
 
@@ -155,6 +155,22 @@ def test_what_lies_beside_the_tokenizer_comes_with_it(tmp_path):
     assert generation == {"bos_token_id": 0, "eos_token_id": [2, 1], "pad_token_id": 2}
     chat = Chat(str(tmp_path / "out"))
     assert chat.stop_ids == {1, 2} and chat.render([{"role": "user", "content": "x"}]) == "<s>x"
+
+
+def test_a_run_and_its_export_stop_at_the_same_tokens(tmp_path):
+    """Documents ended with </s> (2) and by data.eos_token_id with 5, turns end with <|im_end|> (1)."""
+    path = bpe(tmp_path / "tok" / "tokenizer.json")
+    (tmp_path / "tok" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    data = Data(tokenizer=path, eos_token_id=5)
+    save(tmp_path / "w", data)
+    exported(tmp_path)
+    run = Config(model=MODEL, data=data)
+    ours = encoder_of(None, path, run, MODEL.vocab_size, "run")
+    assert ours.stop_ids == stop_ids_of(str(tmp_path / "out")) == {1, 2, 5}
+    assert ours.decode([1, 2, 5]) == "" and ours.hidden[1] == "<|im_end|>"
+    # Of an import the files are a folder's, which knows nothing of the documents.
+    beside = encoder_of(str(tmp_path / "tok"), path, run, MODEL.vocab_size, "run")
+    assert beside.stop_ids == {1, 2, 5} and stop_ids_of(str(tmp_path / "tok")) == {1}
 
 
 def test_a_run_on_token_ids_of_an_unknown_tokenizer(tmp_path):

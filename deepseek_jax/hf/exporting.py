@@ -221,9 +221,8 @@ def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) 
     """The config.json that a checkpoint came with, changed where the model's options changed since.
 
     A key that it has in one of several forms (rope_parameters, num_local_experts, mlp_layer_types of
-    transformers 5; rope_theta, num_experts,
-    first_k_dense_replace before) is written in all: a reader of another age would take its default for a
-    form that is missing.
+    transformers 5; rope_theta, num_experts, first_k_dense_replace before) is written in all: a reader of
+    another age would take its default for a form that is missing.
     """
     left_out = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "num_mtp_layers",
                 *configuration.ROPE)

@@ -1,6 +1,5 @@
 """Where a checkpoint is: a folder, or the hub's cache of a repository. Where there is none: what is there,
-and
-the repair.
+and the repair.
 """
 
 import itertools
@@ -121,12 +120,10 @@ def _instead(folder: str, names: list[str]) -> str:
                 f"tokenizer's files.")
     if any(n.endswith(".gguf") for n in names):
         return ("its weights are GGUF, quantised for llama.cpp. Take the repository of the original weights, "
-                "in "
-                "safetensors files.")
+                "in safetensors files.")
     if any(n.startswith("consolidated") and n.endswith((".safetensors", ".pth")) for n in names):
         return ("its weights have their authors' own names (consolidated.*). Take the repository in Hugging "
-                "Face's "
-                "format (often ...-hf).")
+                "Face's format (often ...-hf).")
     return ""
 
 

@@ -20,7 +20,7 @@ from deepseek_jax.checkpoint.bounded_json import BadFile
 from deepseek_jax.config import Config, Model, RopeScaling, UserError
 from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.configdict import from_config_dict
-from deepseek_jax.hf import names, reading
+from deepseek_jax.hf import locating, names, reading
 from deepseek_jax.hf.reading import Source
 from deepseek_jax.hf.source import FP8, INDEX, MAX_CONFIG, SCALE, SINGLE, dump
 from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
@@ -29,8 +29,7 @@ from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
 
 FOLDER = "hf"  # in WORKDIR
 NOTES = "source.json"
-# what this version does not train with
-OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")
+OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")  # which this version does not train with
 # What belongs to a model besides its weights. Code (modeling_*.py) is left out: nothing here runs it, and exports need none.
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja",
@@ -156,8 +155,10 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
     if of_run != "auto" and workdirs.has_checkpoints(workdir, config):
         gone = of_run != "bytes" and not os.path.exists(os.path.expanduser(of_run))
         return kept if gone and kept else of_run
-    for folder in filter(None, (config.init_from and os.path.abspath(os.path.expanduser(config.init_from)),
-                                ours)):
+    source = config.init_from and os.path.abspath(os.path.expanduser(config.init_from))
+    if source and os.path.isdir(source):
+        source = locating.folder_of(source)
+    for folder in filter(None, (source, ours)):
         if path := tokenizer_folder.find(folder):
             return path
         if others := [name for name in OTHER_TOKENIZERS if os.path.exists(os.path.join(folder, name))]:

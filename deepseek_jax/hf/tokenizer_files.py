@@ -74,6 +74,16 @@ def tokenizer_of(workdir: str, run: Config, trained: Contents | None, moved: str
     return given
 
 
+def ends_of(saved: Config, tokenizer: str) -> tuple[int, ...]:
+    """The tokens that ended a run's documents, by its options and by its tokenizer, as `tokenizer_of`.
+
+    Raises:
+      UserError: the tokenizer cannot be read.
+    """
+    stated = (saved.data.eos_token_id,) if saved.data.eos_token_id >= 0 else ()
+    return tuple(dict.fromkeys((*stated, load_tokenizer(tokenizer).eos_id)))
+
+
 def of_run(saved: Config, workdir: str, tokenizer: str) -> Companions:
     """What a trained run knows of its text.
 
@@ -89,9 +99,8 @@ def of_run(saved: Config, workdir: str, tokenizer: str) -> Companions:
     size = ByteTokenizer.vocab_size
     if tokenizer == "bytes" and (saved.model.vocab_size < size or any(i >= size for i in stated)):
         return Companions(files, None, stated)  # trained on token files whose tokenizer it does not know
-    eos = load_tokenizer(tokenizer).eos_id
     same = files is not None and tokenizer == tokenizer_folder.find(files)
-    return Companions(files, None if same else tokenizer, tuple(dict.fromkeys((*stated, eos))))
+    return Companions(files, None if same else tokenizer, ends_of(saved, tokenizer))
 
 
 def write(folder: str, config: dict[str, Any], companions: Companions, max_length: int) -> dict[str, Any]:
