@@ -19,7 +19,7 @@ from deepseek_jax.hf import configuration, importing
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.model import config_for, stop_ids_of
-from deepseek_jax.hf.opening import open_model
+from deepseek_jax.hf.opening import encoder_of, open_model
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import abstract_model, to_tree
 
@@ -123,20 +123,26 @@ def test_transformers_reads_a_run_on_bytes(tmp_path):
 
 
 def test_a_run_with_a_tokenizer_of_its_own(tmp_path):
-    """A file of any name: eos is what ended its documents, bos what it puts before a text."""
+    """A file of any name: eos is what ended its documents. Bos, which its text had nowhere, is put before no
+    prompt, in any reader."""
     path = bpe(tmp_path / "tok" / "mine.json")
     (tmp_path / "tok" / "tokenizer_config.json").write_text('{"eos_token": "of another file"}')
     save(tmp_path / "w", Data(tokenizer=path))
     config, generation, tokenizer = exported(tmp_path)
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 2, None)
-    assert generation == {"bos_token_id": 0, "eos_token_id": 2}
-    assert (tokenizer["bos_token"], tokenizer["eos_token"],
-            tokenizer["clean_up_tokenization_spaces"]) == ("<s>", "</s>", False)
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == open(path, "rb").read()
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, 2, None)
+    assert generation == {"eos_token_id": 2}
+    assert (tokenizer["eos_token"], tokenizer["clean_up_tokenization_spaces"]) == ("</s>", False)
+    text = "a text of <s> words"
+    trained = load_tokenizer(path, special_tokens=True).encode(text).tolist()
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == trained
+    assert Chat(str(tmp_path / "out")).encode(text) == trained and trained[0] != 0
     save(tmp_path / "w", Data(tokenizer=bpe(tmp_path / "tok" / "bare.json", bos=False)))
     config, generation, tokenizer = exported(tmp_path, "bare")
     assert config["bos_token_id"] is None and generation == {"eos_token_id": 2}
     assert "bos_token" not in tokenizer
+    bare = (tmp_path / "bare" / "tokenizer.json").read_bytes()
+    assert bare == (tmp_path / "tok" / "bare.json").read_bytes()
 
 
 def test_what_lies_beside_the_tokenizer_comes_with_it(tmp_path):
@@ -150,11 +156,28 @@ def test_what_lies_beside_the_tokenizer_comes_with_it(tmp_path):
     (tmp_path / "tok" / "config.json").write_text('{"model_type": "gpt2"}')
     save(tmp_path / "w", Data(tokenizer=path))
     config, generation, tokenizer = exported(tmp_path)
-    assert tokenizer == beside and config["model_type"] == "deepseek_v3"
+    assert tokenizer == beside | {"add_bos_token": False, "add_eos_token": False}
+    assert config["model_type"] == "deepseek_v3"
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 2, 2)
     assert generation == {"bos_token_id": 0, "eos_token_id": [2, 1], "pad_token_id": 2}
     chat = Chat(str(tmp_path / "out"))
     assert chat.stop_ids == {1, 2} and chat.render([{"role": "user", "content": "x"}]) == "<s>x"
+
+
+def test_a_run_and_its_export_stop_at_the_same_tokens(tmp_path):
+    """Documents ended with </s> (2) and by data.eos_token_id with 5, turns end with <|im_end|> (1)."""
+    path = bpe(tmp_path / "tok" / "tokenizer.json")
+    (tmp_path / "tok" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    data = Data(tokenizer=path, eos_token_id=5)
+    save(tmp_path / "w", data)
+    exported(tmp_path)
+    run = Config(model=MODEL, data=data)
+    ours = encoder_of(None, path, run, MODEL.vocab_size, "run")
+    assert ours.stop_ids == stop_ids_of(str(tmp_path / "out")) == {1, 2, 5}
+    assert ours.decode([1, 2, 5]) == "" and ours.hidden[1] == "<|im_end|>"
+    # Of an import the files are a folder's, which knows nothing of the documents.
+    beside = encoder_of(str(tmp_path / "tok"), path, run, MODEL.vocab_size, "run")
+    assert beside.stop_ids == {1, 2, 5} and stop_ids_of(str(tmp_path / "tok")) == {1}
 
 
 def test_a_run_on_token_ids_of_an_unknown_tokenizer(tmp_path):
@@ -203,6 +226,8 @@ def test_a_trained_import_keeps_its_settings_and_stops_where_documents_ended(tmp
     save(tmp_path / "w", Data(tokenizer=str(tmp_path / "w" / "hf" / "tokenizer.json")))
     config, generation, tokenizer = exported(tmp_path)
     assert generation == GENERATION | {"eos_token_id": [1, 2]}
+    read = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert read.encode("some").ids[0] == 0  # the model that it came from was trained with bos
     assert tokenizer == TOKENIZER_CONFIG and config["eos_token_id"] == 1
     assert Chat(str(tmp_path / "out")).stop_ids == {1, 2}
 
@@ -219,6 +244,19 @@ def test_a_trained_import_with_another_tokenizer(tmp_path):
     assert (tmp_path / "out" / "LICENSE").exists()
     with pytest.raises(UserError, match="no chat template"):
         Chat(str(tmp_path / "out")).render([])
+
+
+def test_bos_that_only_add_bos_token_asks_for(tmp_path):
+    """DeepSeek's way. transformers 5 does not read it, and prompted a fine-tuned model without."""
+    transformers = pytest.importorskip("transformers")
+    beside = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    folder = source(tmp_path / "source", (), None, {"tokenizer_config.json": beside})
+    bpe(os.path.join(folder, "tokenizer.json"), bos=False)
+    importing.import_(folder, str(tmp_path / "w"))
+    save(tmp_path / "w", Data(tokenizer=str(tmp_path / "w" / "hf" / "tokenizer.json")))
+    exported(tmp_path)
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("some words").input_ids
+    assert ids[0] == 0 and ids == Chat(str(tmp_path / "out")).encode("some words") == Chat(folder).encode("some words")
 
 
 def test_hf_save_of_a_run_says_the_same(tmp_path):

@@ -81,10 +81,12 @@ def test_what_is_known_wins_over_defaults(source, tmp_path):
         resolved(w, f"--config.init_from={given}")
     shutil.copy(tokenizers[0], given / "tokenizer.json")
     assert resolved(w, f"--config.init_from={given}").data.tokenizer == str(given / "tokenizer.json")
-    snapshot = tmp_path / "models--org--tiny" / "snapshots" / "0123abc"
-    shutil.copytree(given, snapshot)  # as in the hub's cache
-    cached = resolved(w, f"--config.init_from={tmp_path / 'models--org--tiny'}")
-    assert cached.data.tokenizer == str(snapshot / "tokenizer.json")
+    cache = tmp_path / "models--org--name"  # of the hub, with the repository in it
+    os.makedirs(cache / "snapshots")
+    os.symlink(given, cache / "snapshots" / "0123abc")
+    kept = os.path.join(cache, "snapshots", "0123abc", "tokenizer.json")
+    assert resolved(w, f"--config.init_from={cache}").data.tokenizer == kept
+    assert hf.Chat(str(cache)).tokenizer.get_vocab_size() > 100
     # asked for
     assert resolved(w, f"--config.init_from={given}",
                     "--config.data.tokenizer=bytes").data.tokenizer == "bytes"

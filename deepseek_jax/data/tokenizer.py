@@ -26,7 +26,8 @@ class Tokenizer(abc.ABC):
       name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file, with
         `+special_tokens` if it reads these.
       vocab_size: ids run from 0 to vocab_size - 1.
-      eos_id: the token that ends a document.
+      eos_id: the token that ends a document. stop_ids: it and tokenizer_config.json's eos_token: an answer
+        ends with either.
       hidden: {id: text} of the tokens that `decode` leaves out.
       token_bytes: int32 [vocab_size], bytes of text that each token stands for (eos and special tokens: 0), or None if
         it cannot be known.
@@ -35,6 +36,7 @@ class Tokenizer(abc.ABC):
     name: str
     vocab_size: int
     eos_id: int
+    stop_ids: frozenset[int]
     hidden: Mapping[int, str]
     token_bytes: np.ndarray | None
     special_tokens = False  # whether text can spell special tokens
@@ -61,7 +63,7 @@ class Tokenizer(abc.ABC):
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
 
-    name, vocab_size, eos_id = "bytes", 257, 256
+    name, vocab_size, eos_id, stop_ids = "bytes", 257, 256, frozenset([256])
     hidden = {256: ""}
 
     def __init__(self):
@@ -101,7 +103,8 @@ class FileTokenizer(Tokenizer):
         if self.eos_id < 0:
             raise UserError(f"{option}={path!r} has no token that ends a document. Add one of {' '.join(EOS_NAMES)} to its "
                             f"added_tokens.")
-        special = {i for i, t in added.items() if t.special} | {self.eos_id}
+        self.stop_ids = frozenset({self.eos_id, vocab.get(files.special.get("eos_token"), self.eos_id)})
+        special = {i for i, t in added.items() if t.special} | self.stop_ids
         self.hidden = {i: self._inner.id_to_token(i) for i in special}
         self._decodable = np.zeros(self.vocab_size, bool)
         self._decodable[[i for i in vocab.values() if i not in special]] = True

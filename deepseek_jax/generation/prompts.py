@@ -16,7 +16,7 @@ _FLAGS = {"max_tokens": "max-tokens", "max_new_tokens": "max-tokens", "max_compl
           "temperature": "temperature", "top_p": "top-p", "top_k": "top-k", "stop": "stop", "seed": "seed"}
 _REQUESTS = ("n", "tool_choice", "response_format", "functions", "function_call", "logit_bias", "logprobs",
              "min_p", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
-             "do_sample", "num_beams", "stop_token_ids", "skip_special_tokens", "include_stop_str_in_output", 
+             "do_sample", "num_beams", "stop_token_ids", "skip_special_tokens", "include_stop_str_in_output",
              "stream", "extra_body")
 OPTIONS = ({key: f"It is the same for all prompts: give --{flag}." for key, flag in _FLAGS.items()}
            | {key: "Leave it out." for key in _REQUESTS} | {"system": 'Give it as the first of "messages".'})

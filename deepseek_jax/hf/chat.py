@@ -7,7 +7,7 @@ from typing import Any
 from deepseek_jax.config import UserError
 from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.tokenizer import decode_after
-from deepseek_jax.hf import template
+from deepseek_jax.hf import locating, template
 from deepseek_jax.hf.template import Message
 from deepseek_jax.texts import clean_text
 
@@ -40,12 +40,13 @@ class Chat:
     """
 
     def __init__(self, folder: str, vocab_size: int | None = None):
-        """Args: vocab_size: of the model, where it is known; padding tokens beyond it are left out.
+        """Args: folder: as of hf.load. vocab_size: of the model, where it is known; padding tokens beyond it
+        are left out.
 
         Raises:
           UserError: there is no tokenizer, or a file is damaged.
         """
-        self.folder = folder
+        self.folder = folder = locating.folder_of(folder)
         path = tokenizer_folder.find(folder) or os.path.join(folder, tokenizer_folder.JSON)
         try:
             self.tokenizer, _, self.special, config = tokenizer_folder.read(path, vocab_size=vocab_size)

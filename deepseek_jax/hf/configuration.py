@@ -1,8 +1,8 @@
 """config.json of a Hugging Face model to `config.Model` and back.
 
 Every key is one of: an option of the model, a key that must have the value which this version computes, or a key that changes nothing
-that a model computes (families.py). Any other key is refused by name, as it may change the mathematics.
-Where a key is missing the default is that of `transformers` for the family.
+that a model computes (families.py). Any other key is refused by name, as it may change the mathematics. Where
+a key is missing the default is that of `transformers` for the family.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Text to token ids and back, by the tokenizer of a Hugging Face checkpoint or of a run."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -22,8 +22,9 @@ class Encoder:
       vocab_size: ids run from 0 to vocab_size - 1.
     """
 
-    def __init__(self, source: Chat | Tokenizer, name: str):
-        """Args: source: of a checkpoint, or of a run without one. name: of the model, for messages."""
+    def __init__(self, source: Chat | Tokenizer, name: str, ends: Collection[int] = ()):
+        """Args: source: of a checkpoint, or of a run without one. name: of the model, for messages. ends: more
+        tokens that end a text."""
         self.prefix: list[int] = []
         self._source, self._name = source, name
         if isinstance(source, Chat):
@@ -31,7 +32,7 @@ class Encoder:
             encoding = self._inner.encode("a", add_special_tokens=True)
             special = encoding.special_tokens_mask
             self.prefix = encoding.ids[: special.index(0) if 0 in special else 0]
-            self.stop_ids = source.stop_ids
+            self.stop_ids = source.stop_ids.union(ends)
             added = self._inner.get_added_tokens_decoder()
             self.hidden: Mapping[int, str] = {i: t.content for i, t in added.items() if t.special}
             self.hidden |= {i: self._inner.id_to_token(i) or "" for i in self.stop_ids}
@@ -41,7 +42,8 @@ class Encoder:
             self.start_id = next((i for i in (*self.prefix, bos, eos, *sorted(self.stop_ids)) if i is not None), None)
         else:
             self._inner, self.vocab_size, self.start_id = source, source.vocab_size, source.eos_id
-            self.stop_ids, self.hidden = frozenset([source.eos_id]), source.hidden
+            self.stop_ids, self.hidden = source.stop_ids.union(ends), dict(source.hidden)
+            self.hidden |= {i: self.decode([i]) for i in self.stop_ids - self.hidden.keys()}
 
     def say_prefix(self) -> None:
         """Prints what stands before every text, if anything."""

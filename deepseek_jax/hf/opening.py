@@ -20,7 +20,7 @@ from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.model import LoadedModel, config_for, load
 from deepseek_jax.hf.source import read_config
 from deepseek_jax.hf.start import Notes
-from deepseek_jax.hf.tokenizer_files import contents_of, tokenizer_of
+from deepseek_jax.hf.tokenizer_files import contents_of, ends_of, tokenizer_of
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import from_tree, make_layout, to_tree
@@ -47,7 +47,8 @@ class Opened:
 
 
 def encoder_of(folder: str | None, tokenizer: str, run: Config | None, vocab_size: int, name: str) -> Encoder:
-    """The tokenizer of a folder, or without one a run's, for a model of so many ids.
+    """The tokenizer of a folder, or without one a run's, for a model of so many ids. What ended a trained
+    run's documents ends its answers, as it does those of its export.
 
     Raises:
       UserError: as Opened.encoder.
@@ -56,7 +57,7 @@ def encoder_of(folder: str | None, tokenizer: str, run: Config | None, vocab_siz
         source = Chat(folder, vocab_size)
     else:
         source = load_tokenizer(tokenizer, special_tokens=run.data.special_tokens)
-    out = Encoder(source, name)
+    out = Encoder(source, name, ends_of(run, tokenizer) if tokenizer else ())
     if out.vocab_size > vocab_size:
         last = out.text_of(out.vocab_size - 1)
         raise UserError(f"the tokenizer of {name} has {out.vocab_size} ids, the last of them {last!r}, and "

@@ -29,8 +29,7 @@ from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
 
 FOLDER = "hf"  # in WORKDIR
 NOTES = "source.json"
-# what this version does not train with
-OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")
+OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")  # which this version does not train with
 # What belongs to a model besides its weights. Code (modeling_*.py) is left out: nothing here runs it, and exports need none.
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja",
@@ -156,8 +155,9 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
     if of_run != "auto" and workdirs.has_checkpoints(workdir, config):
         gone = of_run != "bytes" and not os.path.exists(os.path.expanduser(of_run))
         return kept if gone and kept else of_run
-    given = os.path.expanduser(config.init_from)
-    source = locating.folder_of(given) if config.init_from and os.path.isdir(given) else ""
+    source = config.init_from and os.path.abspath(os.path.expanduser(config.init_from))
+    if source and os.path.isdir(source):
+        source = locating.folder_of(source)
     for folder in filter(None, (source, ours)):
         if path := tokenizer_folder.find(folder):
             return path

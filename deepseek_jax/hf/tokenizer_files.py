@@ -6,6 +6,7 @@ say, and take the defaults of a class, other tokens, where these say nothing.
 """
 
 import filecmp
+import json
 import os
 import shutil
 from typing import Any, NamedTuple
@@ -74,6 +75,16 @@ def tokenizer_of(workdir: str, run: Config, trained: Contents | None, moved: str
     return given
 
 
+def ends_of(saved: Config, tokenizer: str) -> tuple[int, ...]:
+    """The tokens that ended a run's documents, by its options and by its tokenizer, as `tokenizer_of`.
+
+    Raises:
+      UserError: the tokenizer cannot be read.
+    """
+    stated = (saved.data.eos_token_id,) if saved.data.eos_token_id >= 0 else ()
+    return tuple(dict.fromkeys((*stated, load_tokenizer(tokenizer).eos_id)))
+
+
 def of_run(saved: Config, workdir: str, tokenizer: str) -> Companions:
     """What a trained run knows of its text.
 
@@ -89,9 +100,8 @@ def of_run(saved: Config, workdir: str, tokenizer: str) -> Companions:
     size = ByteTokenizer.vocab_size
     if tokenizer == "bytes" and (saved.model.vocab_size < size or any(i >= size for i in stated)):
         return Companions(files, None, stated)  # trained on token files whose tokenizer it does not know
-    eos = load_tokenizer(tokenizer).eos_id
     same = files is not None and tokenizer == tokenizer_folder.find(files)
-    return Companions(files, None if same else tokenizer, tuple(dict.fromkeys((*stated, eos))))
+    return Companions(files, None if same else tokenizer, ends_of(saved, tokenizer))
 
 
 def write(folder: str, config: dict[str, Any], companions: Companions, max_length: int) -> dict[str, Any]:
@@ -121,9 +131,14 @@ def write(folder: str, config: dict[str, Any], companions: Companions, max_lengt
     else:
         stop = generation.get("eos_token_id", config.get("eos_token_id"))
         stop = list(stop) if isinstance(stop, list) else [stop] if isinstance(stop, int) else []
+        if ends:
+            _state_bos(folder)
+        eos = _special_ids(folder).get("eos_token", config["vocab_size"])
+        if ends and eos < config["vocab_size"]:  # our own generate ends an answer there, too
+            ends += (eos,)
         if set(ends) <= set(stop):
             return config
-        stop += [i for i in ends if i not in stop]
+        stop += [i for i in dict.fromkeys(ends) if i not in stop]
         config = {"eos_token_id": stop[0]} | config
     if stop:
         generation["eos_token_id"] = stop if len(stop) > 1 else stop[0]
@@ -164,18 +179,45 @@ def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> 
         else:
             shutil.copyfile(path, target)
     inner = tokenizers.Tokenizer.from_file(target)
-    config = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG)
-    if not config:
-        encoding = inner.encode("a", add_special_tokens=True)
-        # The cleaning is transformers 4's default, and takes the space before a full stop away.
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
-                  "clean_up_tokenization_spaces": False}
-        if encoding.special_tokens_mask[:1] == [1]:
-            config["bos_token"] = encoding.tokens[0]
+    # The cleaning is transformers 4's default, and takes the space before a full stop away.
+    config = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG) or {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False}
+    if _bare(target, inner) or config.get("add_bos_token") or config.get("add_eos_token"):
+        config |= {"add_bos_token": False, "add_eos_token": False}
     if not Chat(folder).special.get("eos_token") and ends and inner.id_to_token(ends[-1]) is not None:
         config["eos_token"] = inner.id_to_token(ends[-1])
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
         f.write(dump(config))
+
+
+def _bare(path: str, inner: tokenizers.Tokenizer) -> bool:
+    """Takes out of a tokenizer.json what it puts before and after a text; whether there was something.
+
+    Training text has no such tokens (data/tokenizer.py): a model answers badly after a bos it never saw.
+    """
+    if not inner.num_special_tokens_to_add(False):
+        return False
+    post = json.loads(inner.to_str())["post_processor"]
+    kept = [p for p in post.get("processors", [post]) if p["type"] == "ByteLevel"]
+    _set_post_processor(path, kept[0] if kept else None)
+    return True
+
+
+def _state_bos(folder: str) -> None:
+    """Makes tokenizer.json say what `add_bos_token` says, which transformers 5 does not read."""
+    path = os.path.join(folder, tokenizer_folder.JSON)
+    if os.path.exists(path):
+        said, meant = tokenizers.Tokenizer.from_file(path), Chat(folder).tokenizer
+        if said.num_special_tokens_to_add(False) < meant.num_special_tokens_to_add(False):
+            _set_post_processor(path, json.loads(meant.to_str())["post_processor"])
+
+
+def _set_post_processor(path: str, value: Any) -> None:
+    with open(path, encoding="utf-8") as f:
+        tree = json.load(f)
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(dump(tree | {"post_processor": value}))
 
 
 def _special_ids(folder: str) -> dict[str, int]:
