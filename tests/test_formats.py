@@ -255,10 +255,10 @@ def test_ids_are_checked_against_the_tokenizer_before_training(tmp_path):
 
 def test_ids_of_a_wider_type_are_not_read_by_halves(tmp_path):
     path, ids = tmp_path / "a.bin", np.arange(3000) % 250
-    for written, read in (("<u4", "uint16"), ("<i8", "uint16"), ("<i8", "uint32")):
+    for written, given in (("<u4", "uint16"), ("<i8", "uint16"), ("<i8", "uint32")):
         ids.astype(written).tofile(path)
-        with pytest.raises(UserError, match=f"every second id of .*a.bin is 0, .* wider than {read}"):
-            Loader(config_of(path, bin_dtype=read), load_tokenizer("bytes"))
+        with pytest.raises(UserError, match=f"every second id of .*a.bin is 0, .* wider than {given}"):
+            Loader(config_of(path, bin_dtype=given), load_tokenizer("bytes"))
     ids.astype("<u4").tofile(path)
     loader = Loader(config_of(path, bin_dtype="uint32"), load_tokenizer("bytes"))
     assert loader.train_tokens + loader.eval_tokens == 3000
