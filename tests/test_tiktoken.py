@@ -190,6 +190,27 @@ def test_exported_as_one_file_that_everybody_reads(made, tmp_path):
         assert inner.encode(text).ids == Chat(folder).encode(text) == Chat(str(tmp_path)).encode(text)
 
 
+@pytest.mark.parametrize("companions", [lambda folder: Companions(None, folder, ()), Companions])
+def test_an_export_needs_no_code_of_others(companions, made, tmp_path):
+    """Of a run's tokenizer, and of a checkpoint's own files: transformers asks for the code that auto_map
+    names."""
+    folder = made[1]
+    if companions is Companions:
+        start.copy_files(folder, str(tmp_path))
+    tokenizer_files.write(str(tmp_path), {}, companions(folder), 4096)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert "auto_map" not in config and config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert Chat(str(tmp_path)).encode("你好<|im_end|>") == Chat(folder).encode("你好<|im_end|>")
+
+
+@pytest.mark.slow  # importing it takes seconds
+def test_transformers_reads_an_export(made, tmp_path):
+    transformers, folder = pytest.importorskip("transformers"), made[1]
+    tokenizer_files.write(str(tmp_path), {}, Companions(None, folder, ()), 4096)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert theirs("你好<|im_end|> the").input_ids == Chat(folder).encode("你好<|im_end|> the")
+
+
 @pytest.mark.parametrize(
     "change, named",
     [

@@ -120,6 +120,7 @@ def write(folder: str, config: dict[str, Any], companions: Companions, max_lengt
     generation = tokenizer_folder.read_json(folder, "generation_config.json")
     if spec is not None:
         _replace(folder, spec, ends, max_length)
+    _without_code(folder)
     if spec is not None or companions.files_from is None:
         special = _special_ids(folder) if spec is not None else {}
         stop = [*ends, *(i for i in (special.get("eos_token"),) if i is not None and i not in ends)]
@@ -188,6 +189,23 @@ def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> 
     if not Chat(folder).special.get("eos_token") and ends and inner.id_to_token(ends[-1]) is not None:
         config["eos_token"] = inner.id_to_token(ends[-1])
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+        f.write(dump(config))
+
+
+def _without_code(folder: str) -> None:
+    """Drops auto_map, which names code that no export holds: transformers would load the tokenizer with that
+    code or not at all."""
+    config, path = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG), tokenizer_folder.find(folder)
+    if path is None or config.pop("auto_map", None) is None:
+        return
+    target = os.path.join(folder, tokenizer_folder.JSON)
+    if path != target:
+        try:
+            tokenizer_folder.read(path, specials=False).tokenizer.save(target)
+        except ValueError:
+            return  # a tiktoken.model whose pattern only that code knows
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    with open(os.path.join(folder, tokenizer_folder.CONFIG), "w", encoding="utf-8") as f:
         f.write(dump(config))
 
 
