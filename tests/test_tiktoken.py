@@ -190,6 +190,21 @@ def test_exported_as_one_file_that_everybody_reads(made, tmp_path):
         assert inner.encode(text).ids == Chat(folder).encode(text) == Chat(str(tmp_path)).encode(text)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_exported_without_code(trained, made, tmp_path):
+    """auto_map names code that no export has: transformers loaded no tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    ranks, folder = made
+    start.copy_files(folder, str(tmp_path))
+    companions = Companions(folder, None, (len(ranks) + 1,) if trained else ())
+    tokenizer_files.write(str(tmp_path), {"vocab_size": 9999}, companions, 4096)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*CORPUS, "你好<|im_end|>[PAD]"):
+        ids = tokenizer(text).input_ids
+        assert ids == Chat(folder).encode(text) == Chat(str(tmp_path)).encode(text)
+    assert tokenizer.eos_token == "[EOS]" and Chat(str(tmp_path)).stop_ids >= Chat(folder).stop_ids
+
+
 @pytest.mark.parametrize(
     "change, named",
     [

@@ -120,6 +120,7 @@ def write(folder: str, config: dict[str, Any], companions: Companions, max_lengt
     generation = tokenizer_folder.read_json(folder, "generation_config.json")
     if spec is not None:
         _replace(folder, spec, ends, max_length)
+    _without_code(folder)
     if spec is not None or companions.files_from is None:
         special = _special_ids(folder) if spec is not None else {}
         stop = [*ends, *(i for i in (special.get("eos_token"),) if i is not None and i not in ends)]
@@ -189,6 +190,23 @@ def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> 
         config["eos_token"] = inner.id_to_token(ends[-1])
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
         f.write(dump(config))
+
+
+def _without_code(folder: str) -> None:
+    """Makes a tokenizer whose readers run the checkpoint's own code, which no export has, one of the
+    tokenizers library."""
+    config = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG)
+    path = tokenizer_folder.find(folder)
+    if config.pop("auto_map", None) is None or path is None:
+        return
+    if os.path.basename(path) == tokenizer_folder.RANKS:
+        try:
+            inner = tokenizer_folder.read(path, specials=False).tokenizer
+        except ValueError:
+            return  # of a kind that is not known here
+        inner.save(os.path.join(folder, tokenizer_folder.JSON))
+    with open(os.path.join(folder, tokenizer_folder.CONFIG), "w", encoding="utf-8") as f:
+        f.write(dump(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def _bare(path: str, inner: tokenizers.Tokenizer) -> bool:
