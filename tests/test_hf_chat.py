@@ -133,6 +133,17 @@ def test_folders_without(tmp_path, folder):
         hf.Chat(str(tmp_path)).render([])
 
 
+@pytest.mark.parametrize("options, line", [
+    ({"chat_template": ["x"]}, "chat_template is a list"),
+    ({"continue_final_message": "false"}, "continue_final_message is 'false', and neither true nor false"),
+    ({"add_generation_prompt": 1}, "add_generation_prompt is 1, and neither"),
+    ({"chat": 1}, "does not read 'chat'"), ({"self": 1}, "does not read 'self'"),
+])
+def test_options_of_a_wrong_type_or_name_are_one_line(options, line, folder):
+    with pytest.raises(UserError, match=line):
+        hf.Chat(str(folder)).encode([{"role": "user", "content": "x"}], **options)
+
+
 FINAL = [{"role": "user", "content": "x"}, {"role": "assistant", "content": " I say "}]
 PARTS = ("{% for m in messages %}[{{ m.role }}]{% for part in m.content %}"
          "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}")

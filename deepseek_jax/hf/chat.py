@@ -61,7 +61,7 @@ class Chat:
         self._eos = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
         self.stop_ids = end_ids(folder) | ({self._eos} if self._eos is not None else set())
 
-    def encode(self, chat: str | Sequence[Message], **options: Any) -> list[int]:
+    def encode(self, chat: str | Sequence[Message], /, **options: Any) -> list[int]:
         """Token ids: of a text as transformers' tokenizer has them (with bos where it adds one), or of a chat by `render`."""
         if not isinstance(chat, str):
             return self.tokenizer.encode(self.render(chat, **options), add_special_tokens=False).ids
@@ -87,6 +87,7 @@ class Chat:
 
     def render(
         self,
+        /,
         messages: Sequence[Message],
         add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -109,6 +110,10 @@ class Chat:
           UserError: there is no (such) template, it refuses these messages, or it does not read what is
             given.
         """
+        if not isinstance(chat_template, str | None):
+            raise UserError(
+                f"chat_template is a {type(chat_template).__name__}, and neither a template nor the name of one."
+            )
         if chat_template is not None and chat_template not in self._templates and "{" in chat_template:
             source, where = clean_text(chat_template), "chat_template"
         else:

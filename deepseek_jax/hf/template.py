@@ -51,6 +51,10 @@ def render(
     Raises:
       UserError: the messages are none, the template refuses them, or it does not read what is given.
     """
+    flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+    for name, value in flags.items():
+        if not isinstance(value, bool | None):
+            raise UserError(f"{name} is {value!r}, and neither true nor false.")
     if add_generation_prompt and continue_final_message:
         raise UserError(
             "add_generation_prompt begins an answer and continue_final_message goes on with one. Set one of "
