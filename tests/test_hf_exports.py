@@ -156,7 +156,8 @@ def test_what_lies_beside_the_tokenizer_comes_with_it(tmp_path):
     (tmp_path / "tok" / "config.json").write_text('{"model_type": "gpt2"}')
     save(tmp_path / "w", Data(tokenizer=path))
     config, generation, tokenizer = exported(tmp_path)
-    assert tokenizer == beside | {"add_bos_token": False, "add_eos_token": False}
+    assert tokenizer == beside | {"add_bos_token": False, "add_eos_token": False,
+                                  "tokenizer_class": "PreTrainedTokenizerFast"}
     assert config["model_type"] == "deepseek_v3"
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 2, 2)
     assert generation == {"bos_token_id": 0, "eos_token_id": [2, 1], "pad_token_id": 2}

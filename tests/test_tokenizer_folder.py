@@ -14,10 +14,11 @@ import tokenizers
 from deepseek_jax.config import UserError
 from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.hf import opening
+from deepseek_jax.hf import opening, tokenizer_files
 from deepseek_jax.hf.chat import Chat
 from deepseek_jax.hf.encoder import Encoder
 from deepseek_jax.hf.model import stop_ids_of
+from deepseek_jax.hf.tokenizer_files import Companions
 
 transformers = pytest.importorskip("transformers")
 
@@ -206,3 +207,15 @@ def test_where_a_tokenizer_is_looked_for(tmp_path):
         load_tokenizer(folder)
     with pytest.raises(UserError, match="cannot be read .missing"):
         Chat(folder)
+
+
+def test_an_exported_tokenizer_gives_the_ids_of_training(tmp_path):
+    """Llama's class of transformers 5 drops a space at the beginning, which tokenizer.json keeps, and adds bos,
+    which training text has not."""
+    folder = copy(tmp_path, "llama2-style")
+    (tmp_path / "out").mkdir()
+    tokenizer_files.write(str(tmp_path / "out"), {}, Companions(None, str(folder), (2,)), 64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in (" import x", "import x", "  two", "a b"):
+        ids = load_tokenizer(str(folder)).encode(text).tolist()
+        assert ids == theirs(text).input_ids == Chat(str(tmp_path / "out")).encode(text)

@@ -182,8 +182,9 @@ def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> 
     inner = tokenizers.Tokenizer.from_file(target)
     # The cleaning is transformers 4's default, and takes the space before a full stop away.
     config = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG) or {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False}
+        "model_max_length": max_length, "clean_up_tokenization_spaces": False}
+    # Another class may read the file otherwise: Llama's drops the space that begins a text in transformers 5.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if _bare(target, inner) or config.get("add_bos_token") or config.get("add_eos_token"):
         config |= {"add_bos_token": False, "add_eos_token": False}
     if not Chat(folder).special.get("eos_token") and ends and inner.id_to_token(ends[-1]) is not None:
