@@ -90,6 +90,12 @@ def test_compressed(ending, tmp_path):
         documents(tmp_path / f"a.jsonl{ending}")
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone \xef\xbb\xbftwo")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "three"}')
+    assert documents(tmp_path) == ["one \ufefftwo", "three"]
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_arrow(kind, tmp_path):
     """A stream, as `datasets` saves it, and a file of Arrow's; Parquet with the same types."""

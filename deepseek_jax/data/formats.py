@@ -111,6 +111,8 @@ def _read_text(file: File, where: str, skip: Callable[[str], None]) -> Iterator[
             except UnicodeDecodeError as e:
                 raise UserError(f"{where}: {file.path} is not UTF-8 text at byte {offset + e.start}. Convert "
                                 f"it, as with iconv -t UTF-8, or give another file.") from None
+            if not offset:
+                text = text.removeprefix("\ufeff")  # the byte order mark of Windows' editors
             if text or offset:
                 yield Piece(text, last, advanced())
             if last:
