@@ -257,7 +257,8 @@ def test_bos_that_only_add_bos_token_asks_for(tmp_path):
     save(tmp_path / "w", Data(tokenizer=str(tmp_path / "w" / "hf" / "tokenizer.json")))
     exported(tmp_path)
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("some words").input_ids
-    assert ids[0] == 0 and ids == Chat(str(tmp_path / "out")).encode("some words") == Chat(folder).encode("some words")
+    assert ids[0] == 0 and Chat(str(tmp_path / "out")).encode("some words") == ids
+    assert ids == Chat(folder).encode("some words")
 
 
 def test_hf_save_of_a_run_says_the_same(tmp_path):

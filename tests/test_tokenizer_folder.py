@@ -210,8 +210,8 @@ def test_where_a_tokenizer_is_looked_for(tmp_path):
 
 
 def test_an_exported_tokenizer_gives_the_ids_of_training(tmp_path):
-    """Llama's class of transformers 5 drops a space at the beginning, which tokenizer.json keeps, and adds bos,
-    which training text has not."""
+    """Llama's class of transformers 5 drops a space at the beginning, which tokenizer.json keeps, and adds
+    bos, which training text has not."""
     folder = copy(tmp_path, "llama2-style")
     (tmp_path / "out").mkdir()
     tokenizer_files.write(str(tmp_path / "out"), {}, Companions(None, str(folder), (2,)), 64)

@@ -112,7 +112,8 @@ class Chat:
         """
         if not isinstance(chat_template, str | None):
             raise UserError(
-                f"chat_template is a {type(chat_template).__name__}, and neither a template nor the name of one."
+                f"chat_template is a {type(chat_template).__name__}, and neither a template nor the name of "
+                f"one."
             )
         if chat_template is not None and chat_template not in self._templates and "{" in chat_template:
             source, where = clean_text(chat_template), "chat_template"

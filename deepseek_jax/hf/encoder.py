@@ -23,8 +23,8 @@ class Encoder:
     """
 
     def __init__(self, source: Chat | Tokenizer, name: str, ends: Collection[int] = ()):
-        """Args: source: of a checkpoint, or of a run without one. name: of the model, for messages. ends: more
-        tokens that end a text."""
+        """Args: source: of a checkpoint, or of a run without one. name: of the model, for messages.
+        ends: more tokens that end a text."""
         self.prefix: list[int] = []
         self._source, self._name = source, name
         if isinstance(source, Chat):

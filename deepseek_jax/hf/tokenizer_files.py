@@ -134,9 +134,8 @@ def write(folder: str, config: dict[str, Any], companions: Companions, max_lengt
         stop = list(stop) if isinstance(stop, list) else [stop] if isinstance(stop, int) else []
         if ends and tokenizer_folder.find(folder):
             _state_bos(folder)
-            eos = _special_ids(folder).get("eos_token", config["vocab_size"])
-            if eos < config["vocab_size"]:  # our own generate ends an answer there, too
-                ends += (eos,)
+            eos = _special_ids(folder).get("eos_token")  # where our own generate ends an answer, too
+            ends += (eos,) if eos is not None and eos < config["vocab_size"] else ()
         if set(ends) <= set(stop):
             return config
         stop += [i for i in dict.fromkeys(ends) if i not in stop]

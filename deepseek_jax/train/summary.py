@@ -38,8 +38,9 @@ def show(config: Config, mesh: jax.sharding.Mesh, layout: Layout, sizes: Count, 
     line = lambda name, text: console.print(f"{name:<15}{text}", markup=False)
     mtp = f", and {human(sizes.mtp)} in {m.num_nextn_predict_layers} MTP layers" if sizes.mtp else ""
     line("model", f"{human(sizes.total)} parameters, {human(sizes.active)} active a token{mtp}")
-    line("", f"{m.num_hidden_layers} layers ({m.first_k_dense_replace} dense), hidden {m.hidden_size}, {m.n_routed_experts} experts, "
-            f"{m.num_experts_per_tok} a token, {m.n_shared_experts} shared")
+    line("", f"{m.num_hidden_layers} layers ({m.first_k_dense_replace} dense), hidden {m.hidden_size}"
+         + (f", {m.n_routed_experts} experts, {m.num_experts_per_tok} a token, {m.n_shared_experts} shared"
+            if m.has_experts else ""))
     axes = " x ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1) or "1 device"
     across = ", ".join(axes_across_hosts(mesh))
     line("mesh", f"{axes} ({mesh.devices.flat[0].device_kind}, {mesh.size} in all{f'; {across} between processes' if across else ''})")
