@@ -21,7 +21,7 @@ ABOUT = {  # what each measures; its module has the name
     "moe": "routed experts against a dense chain, ragged_dot and a loop over experts",
     "vocabulary": "the loss of chunks of tokens against whole logits: time and temporary bytes by tokens and vocabulary",
     "compile": "compile time of 61 layers against 8",
-    "generate": "generation beside transformers' in PyTorch: tokens a second of prefill and decoding",
+    "generate": "generation beside transformers' in PyTorch: tokens per second of prefill and decoding",
     "gpu_bench": "what a GPU reaches: training, grouped expert products, attention (make gpu-bench)",
     "gpu_aot": "compiles steps for H200s and checks their collectives (make gpu-aot)",
     "compression": "loss curve and bytes between replicas of gradients summed in float32, bfloat16 and int8",

@@ -22,7 +22,7 @@ def text(rows: list[dict[str, Any]], bars: dict[str, Any]) -> str:
                         f"{r['tokens_per_s_of_the_whole_model']:,.0f}", f"{r['bytes'] / 1e9:,.1f} GB",
                         str(r["dispatch_rounds"])])
     for row in of("train"):
-        lines += [f"Cost: {c['share']:.1%}, {c['ms']:.2f} ms a step: {c['instruction']} ({c['from']})\n"
+        lines += [f"Cost: {c['share']:.1%}, {c['ms']:.2f} ms per step: {c['instruction']} ({c['from']})\n"
                   for c in row.get("largest_costs", [])]
     for row in of("peer"):
         why = row.get("not_measured") or row.get("failed")

@@ -55,7 +55,7 @@ def why(error: Exception) -> str:
 
 def training_config(toy: bool, layers: int | None = None, method: str = "auto",
                     remat: str = "full") -> Config:
-    """V2-Lite on one device: four sequences of 4,096 tokens a step."""
+    """V2-Lite on one device: four sequences of 4,096 tokens per step."""
     model = dataclasses.replace(shapes.V2_LITE, **(TOY if toy else {}))
     model = dataclasses.replace(model, num_hidden_layers=layers or model.num_hidden_layers)
     train = Train(steps=1000, batch_size=2 if toy else 4, sequence_length=64 if toy else 4096,

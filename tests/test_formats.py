@@ -239,7 +239,7 @@ def test_megatron_documents_of_several_sequences(code, dtype, tmp_path):
 def test_megatron_indexes_that_cannot_be_right(changes, wanted, tmp_path):
     given = dict(firsts=[0, 2, 4]) | changes
     if changes.get("code") == 4:
-        given["places"] = [0, 10, 14, 36]  # of four bytes a token, in units of two
+        given["places"] = [0, 10, 14, 36]  # of four bytes per token, in units of two
     write_megatron(tmp_path / "a", SEQUENCES, **given)
     with pytest.raises(UserError, match=wanted):
         open_corpora(config_of(tmp_path / "a.bin"), load_tokenizer("bytes"))
