@@ -3,7 +3,7 @@
 `NAME.npy` (1-D integers) or `NAME.bin` (raw, little-endian) holds the ids, document after document, each ended by eos.
 `NAME.json` is the sidecar and `NAME.offsets` the documents' starts and the end (raw int64, documents + 1 of them).
 Files of others have neither: their documents are found by looking for eos, or in the index that Megatron-LM
-writes beside them. All their ids are looked at, at every start: at 1 to 2 GB a second from memory, that costs
+writes beside them. All their ids are looked at, at every start: at 1 to 2 GB per second from memory, that costs
 less than a run that ends at its first evaluation.
 """
 

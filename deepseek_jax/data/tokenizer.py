@@ -165,8 +165,8 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer", special_tok
     # no run or model is known here
     if spec == "bytes" or spec == "auto" and option == "config.data.tokenizer":
         return ByteTokenizer()
-    path = os.path.expanduser(spec)
-    if os.path.isdir(path) and (path := tokenizer_folder.find(path)) is None:
+    path = tokenizer_folder.file_of(spec)
+    if os.path.isdir(path):
         raise UserError(f"{option}={spec!r} is a folder without a tokenizer.json or tiktoken.model. Give the "
                         f"folder or file of a tokenizer, or bytes.")
     try:

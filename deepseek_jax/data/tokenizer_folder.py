@@ -45,6 +45,12 @@ def find(folder: str) -> str | None:
     return next((path for name in (JSON, RANKS) if os.path.isfile(path := os.path.join(folder, name))), None)
 
 
+def file_of(path: str) -> str:
+    """The file of the tokenizer that a user names: by itself, or by its folder; ~ is expanded."""
+    path = os.path.expanduser(path)
+    return (find(path) or path) if os.path.isdir(path) else path
+
+
 def read(path: str, specials: bool = True, vocab_size: int | None = None) -> Files:
     """The tokenizer of a tokenizer.json or tiktoken.model and of what lies beside it.
 

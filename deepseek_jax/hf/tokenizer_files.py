@@ -59,8 +59,7 @@ def tokenizer_of(workdir: str, run: Config, trained: Contents | None, moved: str
     if trained is None:
         if moved or given in ("bytes", "auto"):
             return "bytes" if given == "auto" else given
-        path = os.path.expanduser(given)
-        path = (tokenizer_folder.find(path) or path) if os.path.isdir(path) else path
+        path = tokenizer_folder.file_of(given)
         if kept and (not there or os.path.isfile(path) and filecmp.cmp(path, kept, shallow=False)):
             return kept
     elif trained["tokenizer"] == "bytes":
@@ -170,8 +169,7 @@ def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> 
     if spec == "bytes":
         byte_tokenizer().save(target)
     else:
-        path = os.path.expanduser(spec)
-        path = (tokenizer_folder.find(path) or path) if os.path.isdir(path) else path
+        path = tokenizer_folder.file_of(spec)
         if os.path.basename(path) in (tokenizer_folder.JSON, tokenizer_folder.RANKS):
             start.copy_files(os.path.dirname(path) or ".", folder, FILES)
         if os.path.basename(path) == tokenizer_folder.RANKS:  # few programs read it
