@@ -20,11 +20,19 @@ TEST_STAMP := $(VENV)/.installed-test
 FAST_STAMP := $(VENV)/.installed-test-fast
 
 # A share of the tests that needs no torch or transformers and sees most of what differs between versions of Python and JAX.
-FAST := $(patsubst %,tests/test_%.py,arguments checkpoint cluster data data_commands durability_crafted durability_disk durability_files \
-	formats hf_configs hf_exports hf_locating history levers make monitor offload optimizer outputs paths plan prefetch sizes_of_one terminal \
-	text_inputs tiktoken watchdog) tests/test_dispatch.py::test_never_drops_whatever_the_routing \
-	tests/test_strategies.py::test_what_a_layer_communicates tests/test_train.py::test_main_job \
-	tests/test_train.py::test_resume_is_bit_exact 'tests/test_mesh.py::test_same_numbers_on_every_mesh[2x4]'
+FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_crafted.py \
+	tests/checkpoint/test_durability_disk.py tests/checkpoint/test_durability_files.py \
+	tests/cli/test_arguments.py tests/cli/test_outputs.py tests/cli/test_terminal.py \
+	tests/cluster/test_cluster.py tests/cluster/test_monitor.py tests/config/test_paths.py \
+	tests/data/test_data.py tests/data/test_data_commands.py tests/data/test_formats.py \
+	tests/data/test_hub_cache.py tests/data/test_text_inputs.py tests/data/test_tiktoken.py \
+	tests/hf/test_hf_configs.py tests/hf/test_hf_exports.py tests/parallel/test_levers.py \
+	tests/parallel/test_offload.py tests/parallel/test_sizes_of_one.py \
+	tests/parallel/test_xla_options.py tests/plan/test_plan.py tests/repository/test_make.py \
+	tests/run/test_watchdog.py tests/train/test_history.py tests/train/test_optimizer.py \
+	tests/experts/test_dispatch.py::test_never_drops_whatever_the_routing \
+	tests/parallel/test_strategies.py::test_what_a_layer_communicates tests/run/test_train.py::test_main_job \
+	tests/run/test_train.py::test_resume_is_bit_exact 'tests/parallel/test_mesh.py::test_same_numbers_on_every_mesh[2x4]'
 
 .PHONY: help venv remade train test test-fast test-slow prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
 
@@ -54,7 +62,7 @@ storm: $(STAMP) ## kill, stop and damage runs by the dozen, and count what was l
 	$(VENV)/bin/python -m benchmarks storm $(ARGS)
 
 mesh-product: $(TEST_STAMP) ## five steps on every mesh x dispatch x strategy x accumulation x remat, against one device
-	$(VENV)/bin/python tests/invariance.py $(ARGS)
+	$(VENV)/bin/python -m tests.support.invariance $(ARGS)
 
 fuzz: $(STAMP) ## random mutations of files for everything that parses a checkpoint, for a minute
 	$(VENV)/bin/python -m benchmarks fuzz $(ARGS)

@@ -4,7 +4,7 @@
   python train.py --config=configs/v3.py --workdir=DIR --config.mesh.expert=8 --config.optimizer.learning_rate=1e-4
 
 The config is a Python file; any option can be overridden as --config.section.key=value (all options, with their units,
-are in deepseek_jax/config.py; --config=FILE.py --print_config shows them resolved). The same command run again resumes
+are in deepseek_jax/config/options.py; --config=FILE.py --print_config shows them resolved). The same command run again resumes
 from the newest checkpoint in the workdir. Several processes: python -m deepseek_jax.launch --nproc_per_node=2 train.py ...
 starts them; under SLURM, Open MPI, Kubernetes and torchrun they find each other; elsewhere run the same command on each host
 with --coordinator_address, --num_processes and --process_id.
@@ -17,9 +17,10 @@ processes: by a signal to any of them; one that is ignored, as nohup ignores SIG
 SIGINT or SIGTERM ends at once, with the same code.
 """
 
-from deepseek_jax import environment, terminal
-from deepseek_jax.hugepages import use_huge_pages
-from deepseek_jax.stopping import Stopper
+from deepseek_jax.cli import terminal
+from deepseek_jax.runtime import environment
+from deepseek_jax.runtime.huge_pages import use_huge_pages
+from deepseek_jax.cluster.signals import Stopper
 
 stopper = Stopper("train.py")
 if __name__ == "__main__":  # before all else
@@ -34,21 +35,24 @@ import time
 
 import jax
 
-from deepseek_jax import commandline, compilation, generate, hf
+from deepseek_jax import generate
+from deepseek_jax.run import commandline, init_from, lock, loop, resume, summary
+from deepseek_jax.runtime import compile_cache
 from deepseek_jax.checkpoint.checkpoint import Checkpointer, SaveFailed
-from deepseek_jax.cluster import Cluster
-from deepseek_jax.config import UserError, one_line
+from deepseek_jax.cluster.processes import Cluster
+from deepseek_jax.errors import one_line, UserError
 from deepseek_jax.data import contents
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
-from deepseek_jax.parallel import gpus, prefetch
+from deepseek_jax.cluster import gpus
+from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.train import lock, loop, resume, summary, workdir
-from deepseek_jax.train.profile import Profiler
+from deepseek_jax.train import workdir
+from deepseek_jax.run.profile import Profiler
 from deepseek_jax.train.state import TrainState, init_state, make_layout, to_tree
 from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
-from deepseek_jax.train.watchdog import Watchdog, end_alone
+from deepseek_jax.run.watchdog import end_alone, Watchdog
 
 
 def main(argv: list[str]) -> int:
@@ -84,32 +88,32 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
     if cluster.index == 0:
         held.enter_context(lock.all_locked(flags.workdir, config))
     loader = Loader(config, tokenizer, progress=cluster.index == 0)
-    source = hf.open_for_training(config, flags.workdir) if config.init_from else None
+    source = init_from.open_for_training(config, flags.workdir) if config.init_from else None
     digest = contents.digest(loader.contents)
     cluster.agree("data files", {"what config.data reads": f"{loader.description}, sha256 {digest[:12]}"})
 
     checkpoints = Checkpointer(workdir.checkpoints(flags.workdir, config), options=config.checkpoint)
-    compilation.use_cache(config.compile.cache_dir, warn=say)
+    compile_cache.use_cache(config.compile.cache_dir, warn=say)
     with jax.set_mesh(mesh), contextlib.closing(checkpoints), cluster.failures(loop.BadNumbers, SaveFailed):
         layout = make_layout(config, mesh)
         platform = mesh.devices.flat[0].platform
-        options = prefetch.xla_options(config, platform, prefetch.bytes_of_a_layer(config, layout.abstract.params, mesh))
+        compiler_options = xla_options.xla_options(config, platform, xla_options.bytes_of_a_layer(config, layout.abstract.params, mesh))
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
         wanted = to_tree(layout.abstract_sharded())
         resume_step = checkpoints.newest_good(wanted)
         cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
         going_on = resume.GoingOn(checkpoints, flags.workdir, config, loader.contents)
         progress = going_on.progress(resume_step)
-        summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, options,
+        summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, compiler_options,
                      progress.history)
 
-        train_step = compilation.CompiledStep(make_train_step(config, layout), mesh, options, say)
+        train_step = compile_cache.CompiledStep(make_train_step(config, layout), mesh, compiler_options, say)
         if (resume_step or 0) < config.train.steps:
             train_step.compile_ahead(layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0))
 
         def restored(step: int | None) -> tuple[TrainState, loop.Progress]:
             if step is None:
-                fresh = hf.initial_state(source, config, layout, flags.workdir) if config.init_from else init_state(config, layout)
+                fresh = init_from.initial_state(source, config, layout, flags.workdir) if config.init_from else init_state(config, layout)
                 return fresh, going_on.progress(step)
             state, _ = resume.restore(checkpoints, layout)
             return state, going_on.progress(int(state.step))
@@ -119,7 +123,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
             say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
             return 0
 
-        workdir.write_config(flags.workdir, config, options, progress.run, progress.history.to_json())
+        workdir.write_config(flags.workdir, config, compiler_options, progress.run, progress.history.to_json())
         evaluate = loop.Evaluator(config, mesh, loader, make_eval_step(layout))
         profiler = Profiler(config, flags.workdir, train_step) if config.profile.start else None
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some processes longer to compile.

@@ -6,8 +6,9 @@ python -m benchmarks NAME [options]      python -m benchmarks NAME --help
 import importlib
 import sys
 
-from deepseek_jax.config import UserError, exit_code
-from deepseek_jax.hugepages import use_huge_pages
+from deepseek_jax.cli.command import exit_code
+from deepseek_jax.errors import UserError
+from deepseek_jax.runtime.huge_pages import use_huge_pages
 
 ABOUT = {  # what each measures; its module has the name
     "step": "the time of a train step, and its share of this machine's matmul peak; --peer: beside transformers in PyTorch",

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from deepseek_jax.config import Config
+from deepseek_jax.config.options import Config
 from deepseek_jax.parallel.mesh import BATCH_AXES
-from deepseek_jax.plan import hlo
+from deepseek_jax.xla import hlo
 
 
 def stored(module: hlo.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:

@@ -25,10 +25,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks import turns
-from deepseek_jax import texts
-from deepseek_jax.arguments import numbers
-from deepseek_jax.config import Config, Mesh, Model
-from deepseek_jax.model import attention
+from deepseek_jax.cli import texts
+from deepseek_jax.cli.arguments import numbers
+from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
+from deepseek_jax.model.attention import interface
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options
@@ -85,7 +85,7 @@ def core_programs(f: Callable, sequences: int, length: int, own: Any) -> dict[st
 def of_core(length: int, own: Any) -> dict[str, Any]:
     """One row: times, and temporaries of one sequence."""
     sequences = max(1, own.tokens // length)
-    methods = {"ours": attention.causal_attention, "plain": plain}
+    methods = {"ours": interface.causal_attention, "plain": plain}
     built = {name: core_programs(f, sequences, length, own) for name, f in methods.items()}
     one = {name: built[name] if sequences == 1 else core_programs(f, 1, length, own) for name, f in methods.items()}
     return _row(length, sequences, built, {name: p["both"].temporaries for name, p in one.items()}, own)
@@ -95,24 +95,24 @@ def of_module(length: int, own: Any) -> dict[str, Any]:
     """The same of the module, and the share of it that attention itself has."""
     sequences = max(1, own.tokens // length)
     built, one = {}, {}
-    for name, f in (("ours", attention.causal_attention), ("plain", plain)):
-        with mock.patch.object(attention, "causal_attention", f):
+    for name, f in (("ours", interface.causal_attention), ("plain", plain)):
+        with mock.patch.object(interface, "causal_attention", f):
             built[name] = module_programs(sequences, length, own)
             one[name] = built[name] if sequences == 1 else module_programs(1, length, own)
     row = _row(length, sequences, built, {name: p["both"].temporaries for name, p in one.items()}, own)
-    core = turns.medians({"both": core_programs(attention.causal_attention, sequences, length, own)["both"]}, own.turns)["both"]
+    core = turns.medians({"both": core_programs(interface.causal_attention, sequences, length, own)["both"]}, own.turns)["both"]
     return row | {"attention_alone_s": core}
 
 
 def module_programs(sequences: int, length: int, own: Any) -> dict[str, turns.Program]:
     """Programs of MultiHeadLatentAttention on one device: its gradients of weights and input."""
     rope = own.qk // 3 // 2 * 2
-    model = Model(hidden_size=64 * own.heads, num_attention_heads=own.heads, qk_rope_head_dim=rope, qk_nope_head_dim=own.qk - rope,
+    model = ModelConfig(hidden_size=64 * own.heads, num_attention_heads=own.heads, qk_rope_head_dim=rope, qk_nope_head_dim=own.qk - rope,
                   v_head_dim=own.v, q_lora_rank=24 * own.heads, kv_lora_rank=16 * own.heads)
-    config = Config(model=model, mesh=Mesh(fsdp=1))
+    config = Config(model=model, mesh=MeshConfig(fsdp=1))
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        graphdef, weights = nnx.split(attention.MultiHeadLatentAttention(model, nnx.Rngs(0)))
+        graphdef, weights = nnx.split(interface.MultiHeadLatentAttention(model, nnx.Rngs(0)))
         x = jax.random.normal(jax.random.key(1), (sequences, length, model.hidden_size), compute_dtype())
         segments = jnp.broadcast_to(1 + jnp.arange(length) * own.documents // length, (sequences, length))
 

@@ -21,15 +21,15 @@ from typing import Any
 import jax
 
 from benchmarks import shapes, turns
-from deepseek_jax import arguments
+from deepseek_jax.cli import arguments
 from deepseek_jax.checkpoint import manifest
-from deepseek_jax.checkpoint.arrays import bytes_of
+from deepseek_jax.tensorfile.arrays import bytes_of
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
-from deepseek_jax.config import Checkpoint
+from deepseek_jax.config.options import CheckpointConfig
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options
-from deepseek_jax.texts import gb
+from deepseek_jax.cli.texts import gb
 from deepseek_jax.train.state import init_state, make_layout, to_tree
 from deepseek_jax.train.step import make_train_step, put_batch
 
@@ -136,8 +136,8 @@ def memory(reset: bool = False) -> int:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
 
 
-def _options(kind: str, folder: str) -> Checkpoint:
-    return Checkpoint(kind=kind, keep=1, local_dir=os.path.join(folder, "local") if kind == "local" else "")
+def _options(kind: str, folder: str) -> CheckpointConfig:
+    return CheckpointConfig(kind=kind, keep=1, local_dir=os.path.join(folder, "local") if kind == "local" else "")
 
 
 def text(r: dict[str, Any]) -> str:

@@ -33,12 +33,14 @@ import jax
 
 from benchmarks import arrays
 from benchmarks.strategies import variants
-from deepseek_jax import texts
-from deepseek_jax.config import Config, UserError
-from deepseek_jax.configdict import base_config
+from deepseek_jax.cli import texts
+from deepseek_jax.config.options import Config
+from deepseek_jax.errors import UserError
+from deepseek_jax.config.configdict import base_config
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES
-from deepseek_jax.plan import exchange, options, origin, program, topology
+from deepseek_jax.plan import exchange, options, topology
+from deepseek_jax.xla import origin, program
 from deepseek_jax.train.state import Layout
 
 LAYERS = 4

@@ -19,8 +19,9 @@ import jax
 
 from benchmarks import shapes, turns
 from benchmarks.step import run_json
-from deepseek_jax.arguments import numbers
-from deepseek_jax.config import Config, Mesh, UserError
+from deepseek_jax.cli.arguments import numbers
+from deepseek_jax.config.options import Config, MeshConfig
+from deepseek_jax.errors import UserError
 from deepseek_jax.plan import options, topology
 
 BAR = 1.5
@@ -59,7 +60,7 @@ def config_of(shape: str, layers: int, devices: int) -> Config:
     config = shapes.config(shape)
     expert = 2 if devices % 2 == 0 else 1
     model = dataclasses.replace(config.model, num_hidden_layers=layers)
-    return dataclasses.replace(config, model=model, mesh=Mesh(fsdp=devices // expert, expert=expert))
+    return dataclasses.replace(config, model=model, mesh=MeshConfig(fsdp=devices // expert, expert=expert))
 
 
 def measure(config: Config, devices: int) -> dict[str, float]:

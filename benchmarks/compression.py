@@ -3,7 +3,7 @@
   python -m benchmarks compression [--config=configs/tiny.py] [--devices=2] [--steps=60] [--json] [--config.KEY=...]
 
 Trains the config once with every value of sharding.gradient_compression, on the same data from the same weights, under hybrid_shard on
-mesh.data=2 if the config has no replicas. Bytes are those that a device receives along `data` in a step (plan/program.py), read from the
+mesh.data=2 if the config has no replicas. Bytes are those that a device receives along `data` in a step (xla/program.py), read from the
 compiled programs: the sum of gradients, and all other collectives that go along `data` too. Times of CPU devices, which share this
 machine's cores and have no slow link to spare, say nothing of a cluster.
 """
@@ -18,14 +18,15 @@ from typing import Any
 
 import jax
 
-from deepseek_jax import texts
-from deepseek_jax.config import GRADIENT_COMPRESSIONS, Config
+from deepseek_jax.cli import texts
+from deepseek_jax.config.options import Config, GRADIENT_COMPRESSIONS
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.plan import options, program, topology
-from deepseek_jax.train import loop
+from deepseek_jax.plan import options, topology
+from deepseek_jax.xla import program
+from deepseek_jax.run import loop
 from deepseek_jax.train.state import init_state
-from deepseek_jax.validation import validate
+from deepseek_jax.config.validation import validate
 
 
 def main() -> int:

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax import arguments
+from deepseek_jax.cli import arguments
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
-from deepseek_jax.config import Checkpoint, UserError
+from deepseek_jax.config.options import CheckpointConfig
+from deepseek_jax.errors import UserError
 from deepseek_jax.plan import options
 
 COUNTS = ("tried", "detected", "survived", "steps_lost", "wrong")
@@ -90,8 +91,8 @@ def save(folder: str, kind: str) -> dict[int, dict]:
     return out
 
 
-def checkpoint_options(folder: str, kind: str) -> Checkpoint:
-    return Checkpoint(kind=kind, keep=0, local_dir=os.path.join(folder, "local") if kind == "local" else "")
+def checkpoint_options(folder: str, kind: str) -> CheckpointConfig:
+    return CheckpointConfig(kind=kind, keep=0, local_dir=os.path.join(folder, "local") if kind == "local" else "")
 
 
 def steps_folder(folder: str, kind: str) -> str:

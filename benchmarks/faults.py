@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
+
 INTERVAL = 5  # steps between checkpoints
 # Losses do not depend on how many steps are planned, so that runs of different lengths can be compared.
 OPTIONS = {"model.hidden_size": 32, "model.intermediate_size": 64, "model.moe_intermediate_size": 16, "model.num_hidden_layers": 1, "model.first_k_dense_replace": 0,

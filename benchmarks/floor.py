@@ -25,10 +25,11 @@ import numpy as np
 
 from benchmarks import shapes, turns
 from benchmarks.step import matmul_peak
-from deepseek_jax import texts
+from deepseek_jax.cli import texts
 from deepseek_jax.model.count import count
-from deepseek_jax.plan import hlo, options, topology
-from deepseek_jax.train import profile
+from deepseek_jax.plan import options, topology
+from deepseek_jax.xla import hlo
+from deepseek_jax.run import profile
 from deepseek_jax.train.state import init_state
 from deepseek_jax.train.step import put_batch
 

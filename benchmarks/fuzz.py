@@ -17,9 +17,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from deepseek_jax.checkpoint import bounded_json, integrity, local, manifest, safetensors_header, sharded
-from deepseek_jax.checkpoint.arrays import Shape
-from deepseek_jax.checkpoint.bounded_json import BadFile
+from deepseek_jax.checkpoint import integrity, local, manifest, sharded
+from deepseek_jax.tensorfile import bounded_json, header
+from deepseek_jax.tensorfile.arrays import Shape
+from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.checkpoint.manifest import Manifest
 from deepseek_jax.plan import options
 
@@ -66,7 +67,7 @@ def _targets(folder: str) -> list[tuple[str, Callable[[bytes], object], list[byt
     tensors = {"params/a": Shape((2, 3), np.dtype(np.float32)), "step": Shape((), np.dtype(np.int32)), "empty": Shape((0, 7), np.dtype(np.uint8))}
     path = os.path.join(folder, "file")
     with open(path, "wb") as f:
-        safetensors_header.write_header(f, tensors, {"format": "pt"})
+        header.write_header(f, tensors, {"format": "pt"})
         f.write(bytes(sum(t.nbytes for t in tensors.values())))
     with open(path, "rb") as f:
         good = f.read()
@@ -87,9 +88,9 @@ def _targets(folder: str) -> list[tuple[str, Callable[[bytes], object], list[byt
     for name in (manifest.NAME, sharded.INDEX, integrity.EXTRA):
         os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
     return [
-        ("safetensors file", as_file(safetensors_header.read), [good]),
-        ("safetensors head", lambda raw: safetensors_header.parse(raw, 8 + len(raw) + 28, "head"), [good[8:-28]]),
-        ("safetensors index", as_file(safetensors_header.read_index), [index]),
+        ("safetensors file", as_file(header.read), [good]),
+        ("safetensors head", lambda raw: header.parse(raw, 8 + len(raw) + 28, "head"), [good[8:-28]]),
+        ("safetensors index", as_file(header.read_index), [index]),
         ("manifest", as_file(lambda path: manifest.read(folder), manifest.NAME), [sealed]),
         ("manifest, its checksum made good", lambda raw: as_file(lambda path: manifest.read(folder), manifest.NAME)(_reseal(raw)), [sealed]),
         ("pieces", lambda raw: local.parse(bounded_json.parse(raw, "pieces.json")), [pieces]),

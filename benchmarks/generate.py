@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import turns
-from deepseek_jax import arguments, hf, texts
-from deepseek_jax.arguments import numbers
-from deepseek_jax.generation.engine import Engine
+from deepseek_jax import hf
+from deepseek_jax.cli import arguments, texts
+from deepseek_jax.cli.arguments import numbers
+from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.plan import options
 
 BAR = 1.5  # times transformers' speed of decoding one text

@@ -19,10 +19,12 @@ from typing import Any
 import jax
 
 from benchmarks import arrays, collectives, strategies
-from deepseek_jax import texts
-from deepseek_jax.config import Config, UserError
-from deepseek_jax.configdict import from_config_dict
-from deepseek_jax.plan import options, program, topology
+from deepseek_jax.cli import texts
+from deepseek_jax.config.options import Config
+from deepseek_jax.errors import UserError
+from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.plan import options, topology
+from deepseek_jax.xla import program
 
 HARDWARE = topology.HARDWARE["h200"]
 SLACK = 1.05  # bytes may be this multiple of the least

@@ -39,11 +39,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import gpu_tables
-from deepseek_jax import arguments
-from deepseek_jax.parallel import gpus
+from deepseek_jax.cli import arguments
+from deepseek_jax.cluster import gpus
 from deepseek_jax.plan import options
 
 ROOT = pathlib.Path(__file__).parents[1]
+
 OUT = ROOT / "benchmarks" / "results" / "gpu_bench"
 # Of every part; what one does not need, the next may. Together below eight minutes.
 SECONDS = {"versions": 30, "tiny": 45, "attention": 60, "experts": 55, "train": 220, "peer": 60}

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from benchmarks import attention as attention_bench
 from benchmarks import turns
 from benchmarks.gpu_train import Row, tiny, train, why
-from deepseek_jax import compilation
-from deepseek_jax.config import UserError
-from deepseek_jax.model import attention, cudnn
+from deepseek_jax.runtime import compile_cache
+from deepseek_jax.errors import UserError
+from deepseek_jax.model.attention import cudnn, interface
 
 # ------------------------------------------------------------------------------------------------------------- versions
 
@@ -106,9 +106,9 @@ def products(rows: int, e: int) -> dict[str, Callable]:
 def attentions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
     """Attention of V2-Lite's heads: blocks, cuDNN (on GPUs) and plain softmax; how far cuDNN is from blocks."""
     own = argparse.Namespace(heads=2 if toy else 16, qk=24 if toy else 192, v=16 if toy else 128, documents=1)
-    methods = {"blocks": functools.partial(attention.causal_attention, method="blocks")}
+    methods = {"blocks": functools.partial(interface.causal_attention, method="blocks")}
     if jax.default_backend() != "cpu":
-        methods["cudnn"] = functools.partial(attention.causal_attention, method="cudnn")
+        methods["cudnn"] = functools.partial(interface.causal_attention, method="cudnn")
     methods["plain"] = attention_bench.plain
     for length in (64,) if toy else (4096, 2048, 8192):
         gradients = {}
@@ -137,7 +137,7 @@ def cached(part: Callable[..., Iterator[Row]]) -> Callable[..., Iterator[Row]]:
 
     def run(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
         if out is not None:
-            compilation.use_cache("", warn=lambda line: print(line, file=sys.stderr))
+            compile_cache.use_cache("", warn=lambda line: print(line, file=sys.stderr))
         return part(toy, out)
 
     return run

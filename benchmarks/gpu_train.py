@@ -19,16 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import shapes
-from deepseek_jax.config import IGNORE, Config, Mesh, Model, Optimizer, Sharding, Train, UserError
-from deepseek_jax.model import cudnn, moe
+from deepseek_jax.config.options import (
+    Config,
+    IGNORE,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ShardingConfig,
+    TrainConfig,
+)
+from deepseek_jax.errors import UserError
+from deepseek_jax.model import moe
+from deepseek_jax.model.attention import cudnn
 from deepseek_jax.model.count import count
 from deepseek_jax.model.router import route
-from deepseek_jax.parallel import prefetch
+from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.plan import program, topology
+from deepseek_jax.plan import topology
+from deepseek_jax.xla import program
 from deepseek_jax.train.state import init_state, make_layout
 from deepseek_jax.train.step import put_batch
-from deepseek_jax.validation import validate
+from deepseek_jax.config.validation import validate
 
 TOY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
        "num_hidden_layers": 2,
@@ -58,20 +69,20 @@ def training_config(toy: bool, layers: int | None = None, method: str = "auto",
     """V2-Lite on one device: four sequences of 4,096 tokens per step."""
     model = dataclasses.replace(shapes.V2_LITE, **(TOY if toy else {}))
     model = dataclasses.replace(model, num_hidden_layers=layers or model.num_hidden_layers)
-    train = Train(steps=1000, batch_size=2 if toy else 4, sequence_length=64 if toy else 4096,
+    train = TrainConfig(steps=1000, batch_size=2 if toy else 4, sequence_length=64 if toy else 4096,
                   attention=method, remat=remat)
-    config = Config(model=model, train=train, mesh=Mesh(fsdp=1), sharding=Sharding(strategy="no_shard"),
-                    optimizer=Optimizer(learning_rate=4.2e-4))
+    config = Config(model=model, train=train, mesh=MeshConfig(fsdp=1), sharding=ShardingConfig(strategy="no_shard"),
+                    optimizer=OptimizerConfig(learning_rate=4.2e-4))
     validate(config)
     return config
 
 
 def tiny_config(toy: bool) -> Config:
     """A small model in float32, whose losses a CPU and a GPU should share."""
-    model = Model(**TOY) if toy else Model(num_hidden_layers=3, v_head_dim=32)
-    return Config(model=model, mesh=Mesh(fsdp=1),
-                  train=Train(batch_size=8, sequence_length=32 if toy else 128, dtype="float32"),
-                  optimizer=Optimizer(learning_rate=3e-3, warmup_steps=1))
+    model = ModelConfig(**TOY) if toy else ModelConfig(num_hidden_layers=3, v_head_dim=32)
+    return Config(model=model, mesh=MeshConfig(fsdp=1),
+                  train=TrainConfig(batch_size=8, sequence_length=32 if toy else 128, dtype="float32"),
+                  optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1))
 
 
 def layers_for(memory: float) -> int:
@@ -132,9 +143,9 @@ class Run:
     def __post_init__(self) -> None:
         config = self.config
         self.mesh, layout = topology.lay_out(config, [self.device])
-        options = prefetch.xla_options(config, self.device.platform,
-                                       prefetch.bytes_of_a_layer(config, layout.abstract.params, self.mesh))
-        if prefetch.is_gpu(self.device.platform):
+        options = xla_options.xla_options(config, self.device.platform,
+                                       xla_options.bytes_of_a_layer(config, layout.abstract.params, self.mesh))
+        if xla_options.is_gpu(self.device.platform):
             options |= autotune(self.out)
         with mock.patch.object(moe, "route", balanced_route if self.balanced else route):
             self.step = topology.compile_step(config, self.mesh, layout, options)

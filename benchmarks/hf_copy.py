@@ -24,12 +24,13 @@ import numpy as np
 
 from benchmarks import turns
 from benchmarks.checkpoint import memory
-from deepseek_jax import arguments
-from deepseek_jax.config import UserError
+from deepseek_jax.cli import arguments
+from deepseek_jax.errors import UserError
 from deepseek_jax.hf import __main__ as commands
-from deepseek_jax.hf import configuration, exporting, importing, names, writing
-from deepseek_jax.hf.model import config_for
-from deepseek_jax.hf.source import dump
+from deepseek_jax.hf import configuration, exporter, names, writer
+from deepseek_jax.run import importer
+from deepseek_jax.inference.loaded import config_for
+from deepseek_jax.hf.tensors import dump
 from deepseek_jax.plan import options
 from deepseek_jax.train.state import abstract_model
 
@@ -93,7 +94,7 @@ def make(folder: str, size: float) -> int:
         run, _ = config_for(model, None)
         _, params, bias = abstract_model(run)
         leaves = [leaf for state in (params, bias) for leaf in names.leaves(state, "qwen3_moe", model)]
-        return exporting.tensors_of(leaves, model, {}, "bfloat16")
+        return exporter.tensors_of(leaves, model, {}, "bfloat16")
 
     one = shapes_of(1)
     layer, rest = (sum(s.nbytes for n, s in one.items() if n.startswith("model.layers.") == wanted) for wanted in (True, False))
@@ -102,12 +103,12 @@ def make(folder: str, size: float) -> int:
     os.makedirs(folder)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
         f.write(dump({**config, "num_hidden_layers": layers}))
-    places = exporting.lay_out(folder, shapes, 1_000_000_000, writer=True)
+    places = exporter.lay_out(folder, shapes, 1_000_000_000, writer=True)
     block = (np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02).astype("bfloat16")
     files = {p.file: os.open(os.path.join(folder, p.file), os.O_WRONLY) for p in places.values()}
     for i, (name, shape) in enumerate(shapes.items()):
         numbers = np.resize(np.roll(block, 64 * i) if shape.nbytes > 1 << 20 else block, shape.shape).astype(shape.dtype)
-        writing.pwrite(files[places[name].file], numbers, places[name].offset)
+        writer.pwrite(files[places[name].file], numbers, places[name].offset)
     for descriptor in files.values():
         os.fsync(descriptor)
         os.close(descriptor)
@@ -118,7 +119,7 @@ def timed(name: str, source: str, target: str) -> dict[str, float]:
     """Does one of them in this process."""
     before = memory(reset=True)
     started, used = time.perf_counter(), time.process_time()
-    run = {"copy": _copy, "import": importing.import_, "export": commands.export, "cast": lambda *paths: commands.export(*paths, dtype="float16")}
+    run = {"copy": _copy, "import": importer.import_, "export": commands.export, "cast": lambda *paths: commands.export(*paths, dtype="float16")}
     run[name](source, target)
     return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used, "peak_bytes": memory() - before}
 

@@ -23,11 +23,14 @@ import jax
 import numpy as np
 
 from benchmarks.strategies import random_batch
-from deepseek_jax import enough_threads, texts
-from deepseek_jax.config import Config, UserError
-from deepseek_jax.plan import options, program, topology
+from deepseek_jax import enough_threads
+from deepseek_jax.cli import texts
+from deepseek_jax.config.options import Config
+from deepseek_jax.errors import UserError
+from deepseek_jax.plan import options, topology
+from deepseek_jax.xla import program
 from deepseek_jax.train.state import init_state
-from deepseek_jax.validation import validate
+from deepseek_jax.config.validation import validate
 
 BASE = {"train.dtype": "float32", "train.remat": "full"}
 LEVERS: dict[str, dict[str, Any]] = {

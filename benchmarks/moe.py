@@ -5,7 +5,7 @@
 A shape is experts x tokens x choices a token x hidden size x expert width. Timed in turns, median, with the gradients of tokens,
 routing weights and expert weights; float32 on CPUs, bfloat16 on GPUs:
 
-  ours     parallel/dispatch.py: never drops a token, one program for every routing
+  ours     experts/dispatch.py: never drops a token, one program for every routing
   dense    one SwiGLU of tokens x choices rows: the same useful operations and nothing else, what cannot be beaten
   products each expert's products alone, every expert's rows and weights in arrays of their own, for one routing that is known when it is
            compiled: no token is moved, nothing is cut out or put together
@@ -33,14 +33,16 @@ from jax import lax
 
 from benchmarks import floor, turns
 from benchmarks.attention import compute_dtype
-from deepseek_jax import texts
-from deepseek_jax.arguments import some_of
-from deepseek_jax.config import Config, Mesh, Model, Moe, UserError
+from deepseek_jax.cli import texts
+from deepseek_jax.cli.arguments import some_of
+from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, MoeConfig
+from deepseek_jax.errors import UserError
 from deepseek_jax.model.moe import MoE
-from deepseek_jax.parallel import dispatch
+from deepseek_jax.experts import dispatch
 from deepseek_jax.parallel.mesh import make_mesh, per_device
-from deepseek_jax.plan import hlo, options
-from deepseek_jax.train import profile
+from deepseek_jax.plan import options
+from deepseek_jax.xla import hlo
+from deepseek_jax.run import profile
 
 METHODS = ("ours", "dense", "products", "ragged", "masked", "gathered")
 BARS = {"balanced": 1.6, "zipf": 2.2}  # most times that ours may take of dense
@@ -69,7 +71,7 @@ def main() -> int:
     parser.add_argument("--loads", type=some_of(*BARS), default="balanced,zipf", help="Loads, separated by commas.")
     parser.add_argument("--methods", type=some_of(*METHODS), default=",".join(METHODS), help="What to time.")
     parser.add_argument("--turns", type=int, default=7, help="Turns to time.")
-    parser.add_argument("--capacity-factor", type=float, default=Moe.capacity_factor, help="As config.moe.capacity_factor.")
+    parser.add_argument("--capacity-factor", type=float, default=MoeConfig.capacity_factor, help="As config.moe.capacity_factor.")
     parser.add_argument("--module", action="store_true", help="The whole MoE layer too.")
     parser.add_argument("--floor", action="store_true", help="The least that the instructions of ours could take.")
     own = parser.parse_args()
@@ -192,7 +194,7 @@ def programs(shape: Shape, load: str, methods: list[str], capacity_factor: float
 
 
 def one_device() -> jax.sharding.Mesh:
-    return make_mesh(Config(mesh=Mesh(fsdp=1)), jax.devices()[:1])
+    return make_mesh(Config(mesh=MeshConfig(fsdp=1)), jax.devices()[:1])
 
 
 def measure(shape: Shape, load: str, own: Any) -> dict[str, Any]:
@@ -236,9 +238,9 @@ def compare(results: dict[str, tuple]) -> None:
 
 def module_program(shape: Shape, capacity_factor: float) -> turns.Program:
     """The whole MoE layer without shared experts, one sequence; its routing is that of random weights."""
-    model = Model(hidden_size=shape.hidden, moe_intermediate_size=shape.width, n_routed_experts=shape.experts,
+    model = ModelConfig(hidden_size=shape.hidden, moe_intermediate_size=shape.width, n_routed_experts=shape.experts,
                   num_experts_per_tok=shape.choices, n_shared_experts=0)
-    create = lambda: nnx.split(MoE(model, Moe(capacity_factor=capacity_factor), nnx.Rngs(0)), nnx.Param, ...)
+    create = lambda: nnx.split(MoE(model, MoeConfig(capacity_factor=capacity_factor), nnx.Rngs(0)), nnx.Param, ...)
     graphdef, params, rest = create()
     x = arrays(shape, compute_dtype())["x"][None]
 

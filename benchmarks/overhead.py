@@ -34,15 +34,16 @@ import jax
 
 from benchmarks import shapes, turns
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.compilation import CompiledStep, use_cache
-from deepseek_jax.config import Checkpoint, Config, Mesh
+from deepseek_jax.runtime.compile_cache import use_cache
+from deepseek_jax.train.compiled_step import CompiledStep
+from deepseek_jax.config.options import CheckpointConfig, Config, MeshConfig
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
-from deepseek_jax.parallel import prefetch
+from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options
-from deepseek_jax.train import loop
+from deepseek_jax.run import loop
 from deepseek_jax.train.state import TrainState, init_state, make_layout
 from deepseek_jax.train.step import make_train_step, put_batch
 
@@ -58,7 +59,7 @@ def main() -> int:
         own, config = options.read(parser, sys.argv[1:], "configs/tiny.py")
     else:
         own = parser.parse_args()
-        config = dataclasses.replace(shapes.config(own.shape), mesh=Mesh(fsdp=1))
+        config = dataclasses.replace(shapes.config(own.shape), mesh=MeshConfig(fsdp=1))
     result = measure(config, max(own.rounds, 1), max(own.steps, 4))
     print(json.dumps(result, indent=2) if own.json else text(result))
     return 0
@@ -127,11 +128,11 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as workdir:
         layout = make_layout(config, mesh)
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
-        xla = prefetch.xla_options(config, mesh.devices.flat[0].platform, prefetch.bytes_of_a_layer(config, layout.abstract.params, mesh))
+        xla = xla_options.xla_options(config, mesh.devices.flat[0].platform, xla_options.bytes_of_a_layer(config, layout.abstract.params, mesh))
         step = CompiledStep(make_train_step(config, layout), mesh, xla)
         state = init_state(config, layout)
         batch = put_batch(loader.train_rows(0, config.train.batch_size), config.micro_batch, mesh)
-        checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"), options=Checkpoint(keep=1))
+        checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"), options=CheckpointConfig(keep=1))
         for number in range(rounds):
             print(f"{'compiling and ' if number == 0 else ''}round {number + 1} of {rounds} ...", file=sys.stderr)
             state, taken = _bare(step, state, batch, max(steps // 2, 2))

@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.config import (
-    REMAT_NAMES,
-    STRATEGIES,
+from deepseek_jax.config.options import (
     Config,
-    Data,
-    Fp16,
-    Mesh,
-    Model,
-    Moe,
-    Offload,
-    Optimizer,
+    DataConfig,
+    Fp16Config,
+    MeshConfig,
+    ModelConfig,
+    MoeConfig,
+    OffloadConfig,
+    OptimizerConfig,
+    REMAT_NAMES,
     RopeScaling,
-    Sharding,
-    Train,
+    ShardingConfig,
+    STRATEGIES,
+    TrainConfig,
 )
 from deepseek_jax.parallel.mesh import AXES
 
@@ -58,7 +58,7 @@ def draw(seed: int, case: int) -> Config:
         return pick(*sizes) if chance(AS_DRAWN / 3) else pick(*sizes) * of
 
     devices = int(rng.integers(1, DEVICES + 1)) if chance(AS_DRAWN) else pick(1, 2, 4, 8)
-    mesh = Mesh(
+    mesh = MeshConfig(
         **dict.fromkeys(AXES, 1) | _factors(devices, ("data", "stage", "fsdp", "expert", "tensor"), rng)
     )
     ways = mesh.data * mesh.fsdp * mesh.expert  # of a batch; of a dense weight, times stage and tensor
@@ -72,7 +72,7 @@ def draw(seed: int, case: int) -> Config:
     experts = size(1, 1, 2, 3, 4, of=mesh.expert * group)
     groups, method = pick(1, group), pick("noaux_tc", "greedy", "group_limited_greedy")
     reachable = max(1, experts * groups // group)
-    model = Model(
+    model = ModelConfig(
         vocab_size=size(1, 2, 17, 64, of=mesh.tensor),
         hidden_size=size(1, 2, 8, 24, 32, of=divided),
         intermediate_size=size(1, 2, 24, of=mesh.tensor),
@@ -118,12 +118,12 @@ def draw(seed: int, case: int) -> Config:
     ramp = chance(0.2)
     dtype = pick("float32", "bfloat16", "float16")
     names = ",".join(rng.permutation(REMAT_NAMES)[: int(rng.integers(1, 4))].tolist())
-    offload = Offload(
+    offload = OffloadConfig(
         optimizer_state=chance(0.15),
         parameters=chance(0.1),
         activations=str(pick(*REMAT_NAMES)) if chance(0.1) else "",
     )
-    train = Train(
+    train = TrainConfig(
         steps=pick(1, 40),
         batch_size=batch,
         sequence_length=pick(1, 2, 7, 16, 65, 300) if chance(0.5) else depth + pick(1, 1, 16),
@@ -135,7 +135,7 @@ def draw(seed: int, case: int) -> Config:
         remat=pick("none", "dots", "full", "full", "exchange", f"save:{names}"),
         mtp_switch_fraction=pick(0.0, 1.0),
     )
-    moe = Moe(
+    moe = MoeConfig(
         dispatch=pick("all_to_all", "all_gather", "ring"),
         capacity_factor=pick(0.01, 1.25, 100.0),
         drop=chance(0.2),
@@ -146,13 +146,13 @@ def draw(seed: int, case: int) -> Config:
     )
     strategy = pick(*STRATEGIES)
     compressible = mesh.data > 1 and mesh.stage == 1 and strategy not in ("full_shard", "shard_grad_op")
-    sharding = Sharding(
+    sharding = ShardingConfig(
         strategy=strategy,
         min_weight_size=pick(0, 0, 1, 100, 1000, 2048, 10**8),
         virtual_stages=pick(0, 0, 1, 2) if mesh.stage > 1 else pick(0, 1),
         gradient_compression=pick("none", "bfloat16", "int8") if compressible or chance(0.05) else "none",
     )
-    optimizer = Optimizer(
+    optimizer = OptimizerConfig(
         name=pick("adamw", "adafactor", "muon"),
         grad_clip=pick(0.0, 1.0),
         weight_decay=pick(0.0, 0.1),
@@ -161,14 +161,14 @@ def draw(seed: int, case: int) -> Config:
     )
     if optimizer.name != "adafactor":
         optimizer = dataclasses.replace(optimizer, moment_dtype=pick("float32", "bfloat16"))
-    fp16 = Fp16(loss_scale=pick(0.0, 128.0)) if dtype == "float16" else Fp16()
+    fp16 = Fp16Config(loss_scale=pick(0.0, 128.0)) if dtype == "float16" else Fp16Config()
     return Config(
         seed=case,
         model=model,
         mesh=mesh,
         sharding=sharding,
         moe=moe,
-        data=Data(),
+        data=DataConfig(),
         train=train,
         fp16=fp16,
         optimizer=optimizer,

@@ -7,7 +7,14 @@ fine    many small experts: 64 of which a token takes 8, from 4 groups of 8
 
 import numpy as np
 
-from deepseek_jax.config import Config, Data, Model, Moe, Optimizer, Train
+from deepseek_jax.config.options import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 _SHAPES = {
     "small": dict(vocab_size=2048, hidden_size=256, num_hidden_layers=4, intermediate_size=512, num_attention_heads=4, n_routed_experts=16,
@@ -20,7 +27,7 @@ _SHAPES = {
                  num_experts_per_tok=8, moe_intermediate_size=64, kv_lora_rank=64, q_lora_rank=96, qk_rope_head_dim=32, qk_nope_head_dim=32,
                  v_head_dim=32, n_group=8, topk_group=4),
 }
-V2_LITE = Model(  # configs/v2_lite.py, for where there is no ml_collections to read it
+V2_LITE = ModelConfig(  # configs/v2_lite.py, for where there is no ml_collections to read it
     vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
     num_hidden_layers=27, first_k_dense_replace=1,
     num_attention_heads=16, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
@@ -36,9 +43,9 @@ NAMES = tuple(_SHAPES)
 def config(name: str, dtype: str = "float32", remat: str = "dots") -> Config:
     """The options of a shape: AdamW, no token dropped, natural routing."""
     batch, length = _TOKENS[name]
-    model = Model(**_SHAPES[name], n_shared_experts=1, first_k_dense_replace=1, routed_scaling_factor=2.5, max_position_embeddings=length)
-    return Config(model=model, moe=Moe(), data=Data(), train=Train(batch_size=batch, sequence_length=length, dtype=dtype, remat=remat),
-                  optimizer=Optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0))
+    model = ModelConfig(**_SHAPES[name], n_shared_experts=1, first_k_dense_replace=1, routed_scaling_factor=2.5, max_position_embeddings=length)
+    return Config(model=model, moe=MoeConfig(), data=DataConfig(), train=TrainConfig(batch_size=batch, sequence_length=length, dtype=dtype, remat=remat),
+                  optimizer=OptimizerConfig(learning_rate=3e-4, schedule="constant", warmup_steps=0))
 
 
 def rows(config: Config, steps: int, seed: int = 0) -> list[dict[str, np.ndarray]]:

@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import shapes
-from deepseek_jax import arguments
-from deepseek_jax.config import UserError
+from deepseek_jax.cli import arguments
+from deepseek_jax.errors import UserError
 from deepseek_jax.model.count import count
 from deepseek_jax.plan import options, topology
 from deepseek_jax.train.state import init_state
 from deepseek_jax.train.step import put_batch
 
 ROOT = pathlib.Path(__file__).parents[1]
+
 PEER = ROOT.parent / "shared" / "peers" / "bench_hf_torch.py"
 PEER_STEPS_BEFORE = 2  # that do not count: its second step is still slow
 

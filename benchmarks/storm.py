@@ -21,8 +21,8 @@ import time
 
 from benchmarks import faults, storm_processes
 from benchmarks.faults import INTERVAL, Process, Tallies
-from deepseek_jax import texts
-from deepseek_jax.arguments import some_of
+from deepseek_jax.cli import texts
+from deepseek_jax.cli.arguments import some_of
 from deepseek_jax.plan import options
 
 PARTS = ("kills", "signals", "disk", "processes", "corruption")

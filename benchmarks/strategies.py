@@ -19,13 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax import texts
-from deepseek_jax.config import STRATEGIES, Config, Mesh
+from deepseek_jax.cli import texts
+from deepseek_jax.config.options import Config, MeshConfig, STRATEGIES
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.plan import options, program, topology
+from deepseek_jax.plan import options, topology
+from deepseek_jax.xla import program
 from deepseek_jax.train.state import Layout, init_state
 from deepseek_jax.train.step import put_batch
-from deepseek_jax.validation import validate
+from deepseek_jax.config.validation import validate
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -57,7 +58,7 @@ def variants(config: Config, devices: list[Any]) -> list[Config]:
         variant = dataclasses.replace(config, sharding=dataclasses.replace(config.sharding, strategy=name))
         shape = make_mesh(variant, devices).shape
         if name == "hybrid_shard" and shape["data"] == 1 and shape["fsdp"] % 2 == 0:
-            variant = dataclasses.replace(variant, mesh=Mesh(**{**shape, "data": 2, "fsdp": shape["fsdp"] // 2}))
+            variant = dataclasses.replace(variant, mesh=MeshConfig(**{**shape, "data": 2, "fsdp": shape["fsdp"] // 2}))
         validate(variant)
         out.append(variant)
     return out

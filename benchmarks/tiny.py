@@ -13,6 +13,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+
 def main() -> int:
     if {"--help", "-h"} & set(sys.argv):
         print(__doc__)

@@ -2,7 +2,7 @@
 
   python -m benchmarks vocabulary [--tokens=2048,4096] [--vocab=8192,32768] [--width=512] [--turns=5] [--json]
 
-Ours: train/losses.py `cross_entropy_sum`, as in the train step: value, gradient of the hidden states [T, D] and of the head [D, V]. Plain:
+Ours: objectives/pretrain.py `cross_entropy_sum`, as in the train step: value, gradient of the hidden states [T, D] and of the head [D, V]. Plain:
 optax.softmax_cross_entropy_with_integer_labels of hidden @ head, differentiated by JAX, in the same dtypes: float32 on CPUs, bfloat16
 with float32 logits on GPUs. Their gradients are compared before anything is timed.
 
@@ -25,16 +25,16 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import turns
 from benchmarks.attention import compute_dtype
-from deepseek_jax import texts
-from deepseek_jax.arguments import numbers
-from deepseek_jax.config import Config, Mesh, Model
+from deepseek_jax.cli import texts
+from deepseek_jax.cli.arguments import numbers
+from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.plan import options
-from deepseek_jax.train import losses
+from deepseek_jax.objectives import pretrain
 
 BAR = 1.10
-CONFIG = Config(mesh=Mesh(fsdp=1))
+CONFIG = Config(mesh=MeshConfig(fsdp=1))
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def main() -> int:
     own = parser.parse_args()
     with jax.set_mesh(make_mesh(CONFIG, jax.devices()[:1])):
         rows = [measure(t, v, own.width, own.turns) for v in own.vocab for t in own.tokens]
-    result = {"machine": turns.machine(), "dtype": str(compute_dtype()), "width": own.width, "chunk": losses.LOSS_CHUNK, "rows": rows,
+    result = {"machine": turns.machine(), "dtype": str(compute_dtype()), "width": own.width, "chunk": pretrain.LOSS_CHUNK, "rows": rows,
               "bars": bars(rows)}
     print(json.dumps(result, indent=2) if own.json else text(result))
     return 0
@@ -56,9 +56,9 @@ def ours(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> ja
     """The sum of -log p, as the train step makes it."""
     stored = jax.sharding.reshard(kernel_DV, sharding.spec(("embed", "vocab"), sharding.storage_rules(CONFIG)[0]))
     head = nnx.Param(stored, out_sharding=("embed", "vocab"), eager_sharding=False)
-    net = types.SimpleNamespace(head=head, model=Model(tie_word_embeddings=False))
+    net = types.SimpleNamespace(head=head, model=ModelConfig(tie_word_embeddings=False))
     hidden_BSD, targets_BS = (jax.sharding.reshard(a[None], P(BATCH_AXES)) for a in (hidden_TD, targets_T))
-    return losses.cross_entropy_sum(hidden_BSD, net, targets_BS)
+    return pretrain.cross_entropy_sum(hidden_BSD, net, targets_BS)
 
 
 def plain(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> jax.Array:
@@ -89,7 +89,7 @@ def measure(tokens: int, vocab: int, width: int, count: int) -> dict[str, Any]:
 
 def bars(rows: list[dict[str, Any]]) -> dict[str, bool | None]:
     """What must hold; None where it cannot be said."""
-    steps = [(a, b) for a, b in zip(rows, rows[1:]) if a["vocab"] == b["vocab"] and losses.LOSS_CHUNK <= a["tokens"] < b["tokens"]]
+    steps = [(a, b) for a, b in zip(rows, rows[1:]) if a["vocab"] == b["vocab"] and pretrain.LOSS_CHUNK <= a["tokens"] < b["tokens"]]
     flat = [b["temporaries"]["ours"] - a["temporaries"]["ours"] <= 2 * (b["hidden_bytes"] - a["hidden_bytes"]) for a, b in steps]
     return {"temporary bytes independent of tokens x vocabulary": all(flat) if flat else None,
             f"bar {BAR:.2f} of plain's time": all(r["times_of_plain"] <= BAR for r in rows)}

@@ -17,8 +17,7 @@ Chosen here: widths, depth, batch, cosine schedule, a warmup of 500 steps of 10,
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.config import UserError
-from deepseek_jax.configdict import base_config
+from deepseek_jax.config import UserError, base_config
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -18,8 +18,7 @@ Chosen here: the widths that make 7B (hidden 2048, experts 2048, V2-Lite's atten
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.config import UserError
-from deepseek_jax.configdict import base_config
+from deepseek_jax.config import UserError, base_config
 
 
 def get_config(arg: str = "") -> ConfigDict:

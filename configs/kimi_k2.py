@@ -20,8 +20,7 @@ init 0.006 and bias update rate 0.001 are V3's; the annealing after 15.5T tokens
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.config import UserError
-from deepseek_jax.configdict import base_config
+from deepseek_jax.config import UserError, base_config
 
 
 def get_config(arg: str = "") -> ConfigDict:

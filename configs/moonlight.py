@@ -19,8 +19,7 @@ the last 0.5T tokens, with other data, is left out.
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.config import UserError
-from deepseek_jax.configdict import base_config
+from deepseek_jax.config import UserError, base_config
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -13,8 +13,7 @@ It begins at about 6 nats (ln 320 is 5.8); bytes drawn by their frequency have 3
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.config import UserError
-from deepseek_jax.configdict import base_config
+from deepseek_jax.config import UserError, base_config
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -21,8 +21,7 @@ ramp is linear in steps and the schedule's shares are of steps, not tokens (at m
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.config import UserError
-from deepseek_jax.configdict import base_config
+from deepseek_jax.config import UserError, base_config
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -25,8 +25,7 @@ Not as published: bf16 instead of FP8; no pipeline; the ramp is linear in steps 
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.config import UserError
-from deepseek_jax.configdict import base_config
+from deepseek_jax.config import UserError, base_config
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -1,8 +1,11 @@
 """A trainer for DeepSeek-family mixture-of-experts language models in JAX and Flax."""
 
+import importlib
 import os
+import sys
+import types
 
-from deepseek_jax import environment
+from deepseek_jax.runtime import environment
 
 __version__ = "0.1.0"
 
@@ -18,3 +21,8 @@ def enough_threads(devices: int) -> None:
 
 if (_devices := environment.take_devices()) > 1:
     enough_threads(_devices)
+
+# Users' config files import `base_config` from here; its place is deepseek_jax.config now.
+_configdict = types.ModuleType("deepseek_jax.configdict", "Moved to deepseek_jax.config.")
+_configdict.__getattr__ = lambda name: getattr(importlib.import_module("deepseek_jax.config"), name)
+sys.modules[_configdict.__name__] = _configdict

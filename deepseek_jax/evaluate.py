@@ -9,7 +9,7 @@ they are: " Paris" begins with a space where the prompt ends without one. For th
 """
 
 if __name__ == "__main__":
-    from deepseek_jax.hugepages import use_huge_pages
+    from deepseek_jax.runtime.huge_pages import use_huge_pages
 
     use_huge_pages()  # first of all: it starts the program again
 
@@ -21,14 +21,17 @@ import sys
 import time
 from typing import Any
 
-from deepseek_jax import arguments, compilation
-from deepseek_jax.config import DTYPES, Compile, UserError, exit_code
+from deepseek_jax.cli import arguments
+from deepseek_jax.runtime import compile_cache
+from deepseek_jax.cli.command import exit_code
+from deepseek_jax.config.options import CompileConfig, DTYPES
+from deepseek_jax.errors import UserError
 from deepseek_jax.data.documents import find_files, split_paths
-from deepseek_jax.evaluation import choices, perplexity
-from deepseek_jax.evaluation.scoring import Scorer
-from deepseek_jax.hf.opening import Opened, open_model, parse_mesh
-from deepseek_jax.hf.start import model_files
-from deepseek_jax.paths import check_output
+from deepseek_jax.inference.evaluation import choices, perplexity
+from deepseek_jax.inference.evaluation.scoring import Scorer
+from deepseek_jax.inference.opener import open_model, Opened, parse_mesh
+from deepseek_jax.hf.provenance import model_files
+from deepseek_jax.config.paths import check_output
 
 
 def main() -> int:
@@ -63,7 +66,7 @@ def main() -> int:
                  for f in find_files(spec, "--text")] if args.text else []
         check_output("--output", args.output,
                      itertools.chain(filter(None, [args.questions]), texts, model_files(args.model)))
-    compilation.use_cache(Compile().cache_dir, warn=lambda line: print(line, file=sys.stderr))
+    compile_cache.use_cache(CompileConfig().cache_dir, warn=lambda line: print(line, file=sys.stderr))
     opened = open_model(args.model, args.step, args.dtype, parse_mesh(args.mesh))
     if args.output and opened.run and not args.text and not args.questions:
         held_out = (f.path for spec in split_paths(opened.run.data.path, "config.data.path")

@@ -17,18 +17,21 @@ from typing import Any
 
 import jax
 
-from deepseek_jax import arguments, compilation
-from deepseek_jax.config import DTYPES, Compile, UserError, exit_code
-from deepseek_jax.generation.engine import Engine
-from deepseek_jax.generation.prompts import encode_all, fits, read_prompts
-from deepseek_jax.generation.sample import check_prompt, encode_prompt, sample, tokens
-from deepseek_jax.generation.sampling import Sampling
-from deepseek_jax.generation.text import Stream
-from deepseek_jax.hf.encoder import Encoder
-from deepseek_jax.hf.opening import open_model, parse_mesh
-from deepseek_jax.hf.start import model_files
-from deepseek_jax.paths import check_output
-from deepseek_jax.texts import clean_text
+from deepseek_jax.cli import arguments
+from deepseek_jax.runtime import compile_cache
+from deepseek_jax.cli.command import exit_code
+from deepseek_jax.config.options import CompileConfig, DTYPES
+from deepseek_jax.errors import UserError
+from deepseek_jax.inference.generation.engine import Engine
+from deepseek_jax.inference.generation.prompts import encode_all, fits, read_prompts
+from deepseek_jax.inference.generation.sample import check_prompt, encode_prompt, sample, tokens
+from deepseek_jax.inference.generation.sampling import Sampling
+from deepseek_jax.inference.generation.text import Stream
+from deepseek_jax.data.encoder import Encoder
+from deepseek_jax.inference.opener import open_model, parse_mesh
+from deepseek_jax.hf.provenance import model_files
+from deepseek_jax.config.paths import check_output
+from deepseek_jax.cli.texts import clean_text
 
 __all__ = ["check_prompt", "encode_prompt", "main", "sample", "tokens"]
 
@@ -98,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
     ids = encode_all(encoder, prompts or (), args.prompts, longest)
     if any("prompt" in p for p in prompts or ()):
         encoder.say_prefix()
-    cache_dir = (opened.run.compile if opened.run else Compile()).cache_dir
-    compilation.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))
+    cache_dir = (opened.run.compile if opened.run else CompileConfig()).cache_dir
+    compile_cache.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))
     engine = Engine(model.layout, model.mesh, model.params, model.bias, give=True, vocab=encoder.vocab_size,
                     note=lambda line: print(line, file=sys.stderr))
     model.params = model.bias = None  # the engine has its own by now

@@ -22,9 +22,10 @@ import sys
 
 import jax
 
-from deepseek_jax import arguments
+from deepseek_jax.cli import arguments
 from deepseek_jax.checkpoint import commands
-from deepseek_jax.config import UserError, exit_code
+from deepseek_jax.cli.command import exit_code
+from deepseek_jax.errors import UserError
 
 
 def main() -> int:

@@ -17,12 +17,13 @@ from typing import Any
 import jax
 
 from deepseek_jax.checkpoint import integrity, kinds, manifest
-from deepseek_jax.checkpoint.arrays import Tree, flatten, shape_of
-from deepseek_jax.checkpoint.finding import Finder, Found
+from deepseek_jax.tensorfile.arrays import flatten, shape_of, Tree
+from deepseek_jax.checkpoint.finder import Finder, Found
 from deepseek_jax.checkpoint.folder import Folder
-from deepseek_jax.checkpoint.processes import exchange, from_first
-from deepseek_jax.checkpoint.saving import Save
-from deepseek_jax.config import Checkpoint, UserError, one_line
+from deepseek_jax.cluster.exchange import exchange, from_first
+from deepseek_jax.checkpoint.saver import Save
+from deepseek_jax.config.options import CheckpointConfig
+from deepseek_jax.errors import one_line, UserError
 
 FINAL_TRIES = 5  # of the last save; 2, 4, 8 and 16 s between them
 RETRY_SECONDS = 60.0  # after which a failed save is tried again, if that is before the next interval
@@ -43,7 +44,7 @@ def _say(text: str) -> None:
 class Checkpointer:
     """The checkpoints of one run. In a job of several processes every method is called by all of them, at the same step."""
 
-    def __init__(self, directory: str, read_only: bool = False, options: Checkpoint | None = None,
+    def __init__(self, directory: str, read_only: bool = False, options: CheckpointConfig | None = None,
                  warn: Callable[[str], None] = _say):
         """Opens the folder, and creates it unless `read_only`.
 
@@ -58,7 +59,7 @@ class Checkpointer:
         """
         logging.getLogger("absl").addFilter(_quiet)  # Orbax speaks through absl's logger, at length and from the start
         warnings.filterwarnings("ignore", module=r"orbax\..*")
-        self.options = options or Checkpoint(keep=0)
+        self.options = options or CheckpointConfig(keep=0)
         self._warn = warn if jax.process_index() == 0 else lambda text: None
         self._finder = Finder(Folder(directory, read_only), self.options.local_dir, read_only, self._warn)
         self._target = self._finder.local.own if self.options.kind == "local" and not read_only else self._finder.shared

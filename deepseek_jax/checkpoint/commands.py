@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from deepseek_jax.checkpoint import full, integrity, kinds, manifest, sharded, slices
-from deepseek_jax.checkpoint.arrays import Shape
-from deepseek_jax.checkpoint.bounded_json import BadFile
-from deepseek_jax.checkpoint.finding import LocalRun
+from deepseek_jax.checkpoint import full, integrity, kinds, manifest, sharded
+from deepseek_jax.tensorfile import regions
+from deepseek_jax.tensorfile.arrays import Shape
+from deepseek_jax.tensorfile.bounded_json import BadFile
+from deepseek_jax.checkpoint.finder import LocalRun
 from deepseek_jax.checkpoint.folder import DAMAGED, Folder, is_step
 from deepseek_jax.checkpoint.manifest import Manifest
-from deepseek_jax.config import UserError
-from deepseek_jax.texts import gb, table
+from deepseek_jax.errors import UserError
+from deepseek_jax.cli.texts import gb, table
 
 Answer = tuple[int, Any, list[str]]
 
@@ -147,7 +148,7 @@ def diff(args: argparse.Namespace) -> Answer:
 
 def _difference(first: Any, second: Any, name: str, what: Shape) -> dict[str, Any] | None:
     count, largest, where = 0, 0.0, None
-    for index in slices.blocks(what.shape, what.dtype.itemsize, 1 << 24):
+    for index in regions.blocks(what.shape, what.dtype.itemsize, 1 << 24):
         a, b = first.read(name, index), second.read(name, index)
         bits = lambda x: np.ascontiguousarray(x).reshape(-1).view(np.uint8).reshape(x.size, -1)
         unequal = (bits(a) != bits(b)).any(axis=1)
@@ -166,7 +167,7 @@ def _difference(first: Any, second: Any, name: str, what: Shape) -> dict[str, An
 
 def _blocks(source: Any, name: str) -> Iterator[np.ndarray]:
     what = source.shapes[name]
-    for index in slices.blocks(what.shape, what.dtype.itemsize):
+    for index in regions.blocks(what.shape, what.dtype.itemsize):
         yield source.read(name, index)
 
 

@@ -12,7 +12,7 @@ import tempfile
 from etils import epath
 
 from deepseek_jax.checkpoint import manifest
-from deepseek_jax.config import UserError
+from deepseek_jax.errors import UserError
 
 _TMP = ".tmp"
 _OLD_TMP = ".orbax-checkpoint-tmp"  # of earlier versions

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from deepseek_jax.checkpoint import safetensors_header, slices
-from deepseek_jax.checkpoint.arrays import Shape, Tree, flatten, shape_of
-from deepseek_jax.checkpoint.bounded_json import BadFile
+from deepseek_jax.tensorfile import header, regions
+from deepseek_jax.tensorfile.arrays import flatten, Shape, shape_of, Tree
+from deepseek_jax.tensorfile.bounded_json import BadFile
 
 INDEX = "state.safetensors.index.json"
 EACH = False
@@ -65,14 +65,14 @@ def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str], I
         try:
             if writer and not error:
                 f = (folder / file).open("wb")
-                safetensors_header.write_header(f, tensors, {"format": "pt"})  # without which transformers refuses a file
+                header.write_header(f, tensors, {"format": "pt"})  # without which transformers refuses a file
         except OSError as e:
             error = e
         for name in tensors:
             for block in read(name):
                 try:
                     if f and not error:
-                        f.write(slices.raw(block))
+                        f.write(regions.raw(block))
                 except OSError as e:
                     error = e
         try:
@@ -90,15 +90,15 @@ def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str], I
 def blocks(array: jax.Array) -> Iterator[np.ndarray]:
     """An array's values, in pieces in row-major order."""
     if array.is_fully_addressable:
-        for index in slices.blocks(array.shape, array.dtype.itemsize):
+        for index in regions.blocks(array.shape, array.dtype.itemsize):
             yield _from_shards(array, index)
         return
     # The layers of a stack one by one, where they are not divided: a device would not hold the experts of all.
-    layers = array.ndim > 1 and array.sharding.spec[:1] in ((), (None,)) and array.nbytes > slices.BLOCK
+    layers = array.ndim > 1 and array.sharding.spec[:1] in ((), (None,)) and array.nbytes > regions.BLOCK
     for part in range(array.shape[0]) if layers else (None,):
         # Process 0's device has all of it, and another copy is gone before the next.
         here = np.asarray(_whole(array, part).addressable_data(0))
-        for index in slices.blocks(here.shape, here.dtype.itemsize):
+        for index in regions.blocks(here.shape, here.dtype.itemsize):
             yield here[index]
 
 
@@ -110,18 +110,18 @@ def _whole(array: jax.Array, part: int | None) -> jax.Array:
     return jax.jit(lambda a, i: jax.lax.dynamic_index_in_dim(a, i, keepdims=True), out_shardings=everywhere)(array, jnp.int32(part))
 
 
-def _from_shards(array: jax.Array, index: slices.Index) -> np.ndarray:
-    out, seen = np.empty(slices.size(index), array.dtype), set()
+def _from_shards(array: jax.Array, index: regions.Index) -> np.ndarray:
+    out, seen = np.empty(regions.size(index), array.dtype), set()
     for shard in array.addressable_shards:
-        place = slices.of(shard.index, array.shape)
-        part = slices.common(place, index)
-        if part is None or (key := slices.key(part)) in seen:
+        place = regions.of(shard.index, array.shape)
+        part = regions.common(place, index)
+        if part is None or (key := regions.key(part)) in seen:
             continue
         seen.add(key)
-        local = slices.within(part, place)
+        local = regions.within(part, place)
         # np.asarray of a device's array keeps a copy of all of it with the array: cut first. A CPU's array is memory already.
         on_host = shard.data.sharding.memory_kind not in (None, "device") or shard.device.platform == "cpu"
-        out[slices.within(part, index)] = np.asarray(shard.data)[local] if on_host else np.asarray(shard.data[local])
+        out[regions.within(part, index)] = np.asarray(shard.data)[local] if on_host else np.asarray(shard.data[local])
     return out
 
 
@@ -135,21 +135,21 @@ class Source:
           BadFile: one of them is not what it must be, or they disagree.
         """
         self._folder = epath.Path(folder)
-        index = safetensors_header.read_index(self._folder / INDEX)
-        heads = {file: safetensors_header.read(self._folder / file, f"state/{file}") for file in sorted(set(index.values()))}
+        index = header.read_index(self._folder / INDEX)
+        heads = {file: header.read(self._folder / file, f"state/{file}") for file in sorted(set(index.values()))}
         for file, tensors in heads.items():
             if wrong := tensors.keys() ^ {name for name, at in index.items() if at == file}:
                 raise BadFile(f"state/{file}", f"{INDEX} and the file disagree about {min(wrong)[:80]!r}")
         self._places = {name: (file, heads[file][name]) for name, file in index.items()}
         self.shapes = {name: tensor.what for name, (_, tensor) in self._places.items()}
 
-    def parts(self, name: str) -> Iterator[slices.Index]:
+    def parts(self, name: str) -> Iterator[regions.Index]:
         """All of an array, in pieces that are read at once."""
         what = self.shapes[name]
-        return slices.blocks(what.shape, what.dtype.itemsize)
+        return regions.blocks(what.shape, what.dtype.itemsize)
 
-    def read(self, name: str, index: slices.Index) -> np.ndarray:
+    def read(self, name: str, index: regions.Index) -> np.ndarray:
         """A part of an array."""
         file, tensor = self._places[name]
         with (self._folder / file).open("rb") as f:
-            return slices.read(f, tensor.offset, tensor.what, index)
+            return regions.read(f, tensor.offset, tensor.what, index)

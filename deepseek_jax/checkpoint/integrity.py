@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from deepseek_jax.checkpoint import bounded_json, manifest
-from deepseek_jax.checkpoint.bounded_json import BadFile
+from deepseek_jax.checkpoint import manifest
+from deepseek_jax.tensorfile import bounded_json
+from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.checkpoint.manifest import Manifest, NewerFormat
-from deepseek_jax.checkpoint.processes import exchange
+from deepseek_jax.cluster.exchange import exchange
 
 EXTRA = "extra/metadata"
 MARK = "__manifest__"  # key in `extra` of every checkpoint that was written with a manifest: without it, its manifest is lost

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from etils import epath
 
-from deepseek_jax.checkpoint import bounded_json, safetensors_header, slices
-from deepseek_jax.checkpoint.arrays import DTYPES, NAMES, Shape, Tree, flatten, shape_of
-from deepseek_jax.checkpoint.bounded_json import BadFile
+from deepseek_jax.tensorfile import bounded_json, header, regions
+from deepseek_jax.tensorfile.arrays import DTYPES, flatten, NAMES, Shape, shape_of, Tree
+from deepseek_jax.tensorfile.bounded_json import BadFile
 
 INDEX = "pieces.json"
 EACH = True  # every process writes a checkpoint of its own
@@ -26,28 +26,28 @@ def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
     Returns:
       What writes them.
     """
-    pieces: dict[str, tuple[Shape, list[tuple[slices.Index, np.ndarray]]]] = {}
+    pieces: dict[str, tuple[Shape, list[tuple[regions.Index, np.ndarray]]]] = {}
     for name, array in flatten(state).items():
-        found: dict[tuple, tuple[slices.Index, np.ndarray]] = {}
+        found: dict[tuple, tuple[regions.Index, np.ndarray]] = {}
         for shard in array.addressable_shards:
-            place = slices.of(shard.index, array.shape)
-            key = slices.key(place)
+            place = regions.of(shard.index, array.shape)
+            key = regions.key(place)
             if key not in found:
                 found[key] = (place, np.array(shard.data))  # a copy: the step that comes next writes over it
         pieces[name] = (shape_of(array), list(found.values()))
     return lambda: write(folder, pieces)
 
 
-def write(folder: os.PathLike, pieces: dict[str, tuple[Shape, list[tuple[slices.Index, np.ndarray]]]]) -> None:
+def write(folder: os.PathLike, pieces: dict[str, tuple[Shape, list[tuple[regions.Index, np.ndarray]]]]) -> None:
     """Writes pieces of arrays."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     named = {f"{name}#{i}": data for name, (_, parts) in pieces.items() for i, (_, data) in enumerate(parts)}
     with (folder / _DATA).open("wb") as f:
-        safetensors_header.write_header(f, {name: shape_of(data) for name, data in named.items()}, {"format": "pt"})
+        header.write_header(f, {name: shape_of(data) for name, data in named.items()}, {"format": "pt"})
         for data in named.values():
-            f.write(slices.raw(data))
-    places = {name: {"dtype": NAMES[what.dtype], "shape": what.shape, "pieces": [slices.key(place) for place, _ in parts]}
+            f.write(regions.raw(data))
+    places = {name: {"dtype": NAMES[what.dtype], "shape": what.shape, "pieces": [regions.key(place) for place, _ in parts]}
               for name, (what, parts) in pieces.items()}
     (folder / INDEX).write_bytes(json.dumps(places).encode())
 
@@ -71,55 +71,55 @@ class Source:
           BadFile: a file is not what it must be, or the folders disagree.
         """
         self.shapes: dict[str, Shape] = {}
-        self._pieces: dict[str, list[tuple[slices.Index, epath.Path, safetensors_header.Tensor]]] = {}
+        self._pieces: dict[str, list[tuple[regions.Index, epath.Path, header.Tensor]]] = {}
         for folder in map(epath.Path, folders):
-            tensors = safetensors_header.read(folder / _DATA, f"state/{_DATA}")
-            value = bounded_json.read(folder / INDEX, f"state/{INDEX}", safetensors_header.MAX_HEADER)
+            tensors = header.read(folder / _DATA, f"state/{_DATA}")
+            value = bounded_json.read(folder / INDEX, f"state/{INDEX}", header.MAX_HEADER)
             for name, (what, places) in parse(value).items():
                 if self.shapes.setdefault(name, what) != what:
                     raise BadFile(f"state/{INDEX}", f"{name[:80]!r} is {what} and elsewhere {self.shapes[name]}")
                 for i, place in enumerate(places):
                     tensor = tensors.get(f"{name}#{i}")
-                    if tensor is None or tensor.what != Shape(slices.size(place), what.dtype):
-                        raise BadFile(f"state/{_DATA}", f"{name[:80]!r} has no piece {i} of {slices.size(place)}")
+                    if tensor is None or tensor.what != Shape(regions.size(place), what.dtype):
+                        raise BadFile(f"state/{_DATA}", f"{name[:80]!r} has no piece {i} of {regions.size(place)}")
                     self._pieces.setdefault(name, []).append((place, folder / _DATA, tensor))
 
-    def parts(self, name: str) -> Iterator[slices.Index]:
+    def parts(self, name: str) -> Iterator[regions.Index]:
         """All of an array, in pieces that are read at once."""
         what, seen = self.shapes[name], set()
         for place, *_ in self._pieces.get(name, ()):
-            if (key := slices.key(place)) not in seen:
+            if (key := regions.key(place)) not in seen:
                 seen.add(key)
-                for block in slices.blocks(slices.size(place), what.dtype.itemsize):
+                for block in regions.blocks(regions.size(place), what.dtype.itemsize):
                     yield tuple(slice(b.start + p.start, b.stop + p.start) for b, p in zip(block, place, strict=True))
 
-    def read(self, name: str, index: slices.Index) -> np.ndarray:
+    def read(self, name: str, index: regions.Index) -> np.ndarray:
         """A part of an array.
 
         Raises:
           BadFile: other processes have a piece of it.
         """
         parts = list(self._parts(name, index))
-        if not _covers([slices.size(part) for part, *_ in parts], slices.size(index)):
+        if not _covers([regions.size(part) for part, *_ in parts], regions.size(index)):
             raise BadFile("state", f"a piece of {name[:80]!r} is with another process")
         for part, place, path, tensor in parts:
             with path.open("rb") as f:
-                data = slices.read(f, tensor.offset, tensor.what, slices.within(part, place))
+                data = regions.read(f, tensor.offset, tensor.what, regions.within(part, place))
             if len(parts) == 1:
                 return data
             if part is parts[0][0]:
-                out = np.empty(slices.size(index), tensor.what.dtype)
-            out[slices.within(part, index)] = data
-        return out if parts else np.empty(slices.size(index), self.shapes[name].dtype)
+                out = np.empty(regions.size(index), tensor.what.dtype)
+            out[regions.within(part, index)] = data
+        return out if parts else np.empty(regions.size(index), self.shapes[name].dtype)
 
-    def has(self, name: str, index: slices.Index) -> bool:
+    def has(self, name: str, index: regions.Index) -> bool:
         """Is all of this part here?"""
-        return name in self.shapes and _covers([slices.size(part) for part, *_ in self._parts(name, index)], slices.size(index))
+        return name in self.shapes and _covers([regions.size(part) for part, *_ in self._parts(name, index)], regions.size(index))
 
-    def _parts(self, name: str, index: slices.Index) -> Iterator[tuple[slices.Index, slices.Index, epath.Path, safetensors_header.Tensor]]:
+    def _parts(self, name: str, index: regions.Index) -> Iterator[tuple[regions.Index, regions.Index, epath.Path, header.Tensor]]:
         seen = []
         for place, path, tensor in self._pieces.get(name, []):
-            part = slices.common(place, index)
+            part = regions.common(place, index)
             if part is not None and part not in seen:
                 seen.append(part)
                 yield part, place, path, tensor
@@ -130,7 +130,7 @@ def _covers(parts: Sequence[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:
     return sum(int(np.prod(p, dtype=object)) for p in parts) == int(np.prod(wanted, dtype=object))
 
 
-def parse(value: object) -> dict[str, tuple[Shape, list[slices.Index]]]:
+def parse(value: object) -> dict[str, tuple[Shape, list[regions.Index]]]:
     """The arrays of a pieces.json and where their pieces lie.
 
     Raises:
@@ -144,14 +144,14 @@ def parse(value: object) -> dict[str, tuple[Shape, list[slices.Index]]]:
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "pieces"} or entry["dtype"] not in list(DTYPES):
             raise BadFile(file, f"{name[:80]!r} has not dtype, shape and pieces")
         shape, pieces = entry["shape"], entry["pieces"]
-        if not isinstance(shape, list) or len(shape) > safetensors_header.MAX_DIMENSIONS or not all(map(number, shape)):
+        if not isinstance(shape, list) or len(shape) > header.MAX_DIMENSIONS or not all(map(number, shape)):
             raise BadFile(file, f"{name[:80]!r} has no shape")
         fits = lambda place: (isinstance(place, list) and len(place) == len(shape) and
                               all(isinstance(s, list) and len(s) == 2 and all(map(number, s)) and s[0] <= s[1] <= n for s, n in zip(place, shape)))
         if not isinstance(pieces, list) or not all(map(fits, pieces)):
             raise BadFile(file, f"{name[:80]!r} has a piece outside its shape {shape}"[:200])
         places = [tuple(slice(*s) for s in place) for place in pieces]
-        disjoint = len(places) < 2 or len(places) <= 256 and not any(slices.common(a, b) for i, a in enumerate(places) for b in places[:i])
+        disjoint = len(places) < 2 or len(places) <= 256 and not any(regions.common(a, b) for i, a in enumerate(places) for b in places[:i])
         if not disjoint:
             raise BadFile(file, f"{name[:80]!r} has pieces that overlap")
         out[name] = (Shape(tuple(shape), DTYPES[entry["dtype"]]), places)
@@ -164,6 +164,6 @@ def covers(folder: os.PathLike, wanted: Tree) -> bool:
     for name, leaf in flatten(wanted).items():
         if source.shapes.get(name) == shape_of(leaf):
             places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-            if not all(source.has(name, slices.of(place, leaf.shape)) for place in places):
+            if not all(source.has(name, regions.of(place, leaf.shape)) for place in places):
                 return False
     return True

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from deepseek_jax.checkpoint import bounded_json
-from deepseek_jax.checkpoint.bounded_json import BadFile
-from deepseek_jax.config import CHECKPOINT_KINDS
+from deepseek_jax.tensorfile.bounded_json import check_name
+from deepseek_jax.tensorfile import bounded_json
+from deepseek_jax.tensorfile.bounded_json import BadFile
+from deepseek_jax.config.options import CHECKPOINT_KINDS
 
 NAME = "manifest.json"
 FORMAT = 1  # raise it where an older version would misread a checkpoint
@@ -73,17 +74,6 @@ def read(folder: os.PathLike) -> Manifest | None:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int) and entry[0] >= 0 and isinstance(entry[1], str)):
             raise BadFile(NAME, f"its entry of {name[:80]!r} is not a size and a checksum")
     return Manifest(kind, step, {name: (size, crc) for name, (size, crc) in files.items()}, about)
-
-
-def check_name(name: str, file: str) -> None:
-    """Refuses a name that leads out of the checkpoint's folder, or that is no plain name.
-
-    Raises:
-      BadFile: `file` holds that name.
-    """
-    parts = name.split("/")
-    if not name or len(name) > 1024 or any(p in ("", ".", "..") or len(p) > 255 for p in parts) or not name.isprintable() or {"\\", ":"} & set(name):
-        raise BadFile(file, f"it names {name[:80]!r}, which is not a file inside the checkpoint")
 
 
 def files_of(folder: os.PathLike) -> dict[str, int]:

@@ -20,9 +20,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from deepseek_jax.checkpoint import bounded_json, slices
-from deepseek_jax.checkpoint.arrays import NAMES, Shape, Tree
-from deepseek_jax.checkpoint.bounded_json import BadFile
+from deepseek_jax.tensorfile import bounded_json, regions
+from deepseek_jax.tensorfile.arrays import NAMES, Shape, Tree
+from deepseek_jax.tensorfile.bounded_json import BadFile
 
 INDEX = "_METADATA"  # the file by which this kind is known
 EACH = False  # all processes write one checkpoint together
@@ -97,12 +97,12 @@ class Source:
             if any(c > max(n, 1) for c, n in zip(chunk, array.shape, strict=True)) or self.shapes[name].dtype not in NAMES:
                 raise BadFile("state", f"{name[:80]!r}, {self.shapes[name]}, has chunks of {list(chunk)}")
 
-    def parts(self, name: str) -> Iterator[slices.Index]:
+    def parts(self, name: str) -> Iterator[regions.Index]:
         """All of an array, in its chunks: TensorStore reads a whole chunk for any part of it."""
         array = self._arrays[name]
         return _grid(array.shape, array.chunk_layout.read_chunk.shape or ())
 
-    def read(self, name: str, index: slices.Index) -> np.ndarray:
+    def read(self, name: str, index: regions.Index) -> np.ndarray:
         """A part of an array."""
         return self._arrays[name][index].read().result()
 
@@ -139,7 +139,7 @@ def _names(folder: os.PathLike) -> list[str]:
     return out
 
 
-def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str, slices.Index], np.ndarray], shards: int) -> None:
+def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str, regions.Index], np.ndarray], shards: int) -> None:
     """Writes arrays one piece at a time, as Orbax would have for `shards` devices.
 
     Args:
@@ -162,7 +162,7 @@ def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str, sl
     (folder / INDEX).write_bytes(json.dumps(value).encode())
 
 
-def _grid(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[slices.Index]:
+def _grid(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[regions.Index]:
     for place in itertools.product(*(range(0, n, c) for n, c in zip(shape, chunk, strict=True))):
         yield tuple(slice(at, min(at + c, n)) for at, c, n in zip(place, chunk, shape))
 

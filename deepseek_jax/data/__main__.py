@@ -9,15 +9,16 @@ from collections.abc import Iterator
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from deepseek_jax import arguments
-from deepseek_jax.config import UserError, exit_code
+from deepseek_jax.cli import arguments
+from deepseek_jax.cli.command import exit_code
+from deepseek_jax.errors import UserError
 from deepseek_jax.data.documents import TEXT_FORMS, File, Notes, find_files, no_text, split_paths
 from deepseek_jax.data.formats import read
-from deepseek_jax.data.progress import Bar
+from deepseek_jax.cli.progress import Bar
 from deepseek_jax.data.sources import encoded
 from deepseek_jax.data.tokenfile import DTYPES, TokenWriter, is_sidecar_of, sidecar_paths
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.paths import check_output, temporary
+from deepseek_jax.config.paths import check_output, temporary
 
 EOS = "<|endoftext|>"
 PATH_HELP = (f"the text: {TEXT_FORMS}; several separated by commas. "
@@ -91,7 +92,7 @@ def show_rows(args: argparse.Namespace) -> None:
     Raises:
       UserError: about an argument, the run's folder or its data.
     """
-    from deepseek_jax.data.show import show  # reads a run: what is above this package, only for this command
+    from deepseek_jax.run.data_show import show  # reads a run: what is above this package, only for this command
 
     show(args.workdir, args.step, args.rows, args.characters)
 

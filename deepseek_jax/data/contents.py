@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.errors import UserError
+from deepseek_jax.data.tokenizer import SPECIAL
 from deepseek_jax.data.sources import Corpus, Joined
 from deepseek_jax.data.tokenizer import Tokenizer
 
@@ -72,3 +74,22 @@ def difference(before: Contents | None, now: Contents | None, names: Sequence[st
 def _text(source: dict[str, Any]) -> str:
     return (f"{source['tokens']:,} tokens in {source['documents']:,} documents "
             f"(sha256 {source['sha256'][:12]})")
+
+
+def check_tokenizer(trained: Contents | None, name: str | None, spec: str) -> None:
+    """Compares a tokenizer with that of a run.
+
+    Args:
+      trained: of the run; None if not known. name: as Tokenizer.name. spec: config.data.tokenizer.
+
+    Raises:
+      UserError: they differ.
+    """
+    if trained and name and trained["tokenizer"] != name:
+        if trained["tokenizer"].removesuffix(SPECIAL) == name.removesuffix(SPECIAL):
+            was = trained["tokenizer"].endswith(SPECIAL)
+            raise UserError(f"config.data.special_tokens={not was} differs from {was} of the checkpoint: what "
+                            f"text spells would be other ids. Set config.data.special_tokens={was}.")
+        raise UserError(f"config.data.tokenizer={spec!r} is {name[:19]}, but the run was trained with "
+                        f"{trained['tokenizer'][:19]}: token ids would mean other text. Put that tokenizer "
+                        f"back; for another one begin a new run with config.init_from.")

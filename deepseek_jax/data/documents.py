@@ -6,8 +6,8 @@ import sysconfig
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from deepseek_jax.config import UserError
-from deepseek_jax.texts import gb, plural
+from deepseek_jax.errors import UserError
+from deepseek_jax.cli.texts import gb, plural
 
 KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet", ".arrow": "arrow",
          ".npy": "tokens", ".bin": "tokens", ".idx": "index"}  # what is not REFUSED either is text

@@ -14,9 +14,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from deepseek_jax.config import UserError
+from deepseek_jax.errors import UserError
 from deepseek_jax.data.documents import File, Notes, unreadable
-from deepseek_jax.texts import clean_text
+from deepseek_jax.cli.texts import clean_text
 
 BLOCK = 16 << 20  # bytes of a text file, or characters of a JSON file, read at a time
 

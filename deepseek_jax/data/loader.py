@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from deepseek_jax.config import Config, UserError
+from deepseek_jax.config.options import Config
+from deepseek_jax.errors import UserError
 from deepseek_jax.data import contents
 from deepseek_jax.data.documents import Notes
 from deepseek_jax.data.order import derive_seed

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.config import UserError
+from deepseek_jax.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = 34  # bytes

@@ -6,7 +6,7 @@ reads those ranges only.
 
 import numpy as np
 
-from deepseek_jax.config import IGNORE
+from deepseek_jax.config.options import IGNORE
 from deepseek_jax.data.order import permutation
 from deepseek_jax.data.sources import Documents
 

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.config import Config, UserError
+from deepseek_jax.config.options import Config
+from deepseek_jax.errors import UserError
 from deepseek_jax.data.documents import File, Notes, find_files, no_text, split_paths
 from deepseek_jax.data.formats import read
 from deepseek_jax.data.order import mix64
-from deepseek_jax.data.progress import Bar
+from deepseek_jax.cli.progress import Bar
 from deepseek_jax.data.tokenfile import open_tokens
 from deepseek_jax.data.tokenizer import Tokenizer
 

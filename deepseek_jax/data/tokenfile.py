@@ -14,11 +14,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from deepseek_jax.config import Config, UserError
+from deepseek_jax.config.options import Config
+from deepseek_jax.errors import UserError
 from deepseek_jax.data.documents import Notes
 from deepseek_jax.data.megatron import read_index
 from deepseek_jax.data.tokenizer import SPECIAL, Tokenizer
-from deepseek_jax.paths import temporary
+from deepseek_jax.config.paths import temporary
 
 FORMAT = "deepseek_jax tokens 1"
 CHUNK = 1 << 24  # tokens looked at at a time

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import tokenizers
 
-from deepseek_jax.config import UserError
+from deepseek_jax.errors import UserError
 from deepseek_jax.data import tokenizer_folder
-from deepseek_jax.texts import clean_text
+from deepseek_jax.cli.texts import clean_text
 
 # End-of-document tokens by the names in use; the first one that the tokenizer has is taken.
 EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]",

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, processors
 
-from deepseek_jax.config import UserError
+from deepseek_jax.errors import UserError
 from deepseek_jax.data import tiktoken
-from deepseek_jax.texts import clean
+from deepseek_jax.cli.texts import clean
 
 MAX_BYTES = 1 << 24  # of a template or a tokenizer_config.json
 JSON, RANKS, CONFIG = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"

@@ -9,8 +9,25 @@
     python -m deepseek_jax.hf export WORKDIR DST
 """
 
-from deepseek_jax.hf.chat import Chat
-from deepseek_jax.hf.model import LoadedModel, load, save
-from deepseek_jax.hf.start import initial_state, open_for_training
+import importlib
+from typing import Any
 
-__all__ = ["Chat", "LoadedModel", "initial_state", "load", "open_for_training", "save"]
+# The public face. Its names live above this package (imports point down), so they are looked up when they are
+# asked for; reading a name table loads neither models nor a run.
+_FACE = {
+    "Chat": "deepseek_jax.data.chat",
+    "LoadedModel": "deepseek_jax.inference.loaded",
+    "load": "deepseek_jax.inference.loaded",
+    "save": "deepseek_jax.inference.loaded",
+}
+__all__ = ["Chat", "LoadedModel", "load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FACE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_FACE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FACE})

@@ -8,7 +8,7 @@ Export writes the dtypes that the checkpoint came with, float32 where there was 
 """
 
 if __name__ == "__main__":
-    from deepseek_jax.hugepages import use_huge_pages
+    from deepseek_jax.runtime.huge_pages import use_huge_pages
 
     use_huge_pages()  # first of all: it starts the program again
 
@@ -20,12 +20,16 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from deepseek_jax import arguments
+from deepseek_jax.hf import provenance
+from deepseek_jax.cli import arguments
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config import DTYPES, UserError, exit_code
-from deepseek_jax.configdict import from_config_dict
-from deepseek_jax.hf import configuration, exporting, importing, names, reading, start, tokenizer_files
-from deepseek_jax.hf.model import config_for
+from deepseek_jax.cli.command import exit_code
+from deepseek_jax.config.options import DTYPES
+from deepseek_jax.errors import UserError
+from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.hf import configuration, exporter, names, reader, tokenizer_files
+from deepseek_jax.run import importer
+from deepseek_jax.inference.loaded import config_for
 from deepseek_jax.hf.tokenizer_files import Companions, contents_of, tokenizer_of
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import abstract_model
@@ -44,13 +48,13 @@ def main() -> int:
     one.add_argument("target", type=arguments.path, metavar="DST", help="folder to make")
     one.add_argument("--step", type=int, help="checkpoint to read (default: the newest)")
     one.add_argument("--dtype", choices=DTYPES, help="of all tensors but the selection bias (default: as they came, else float32)")
-    one.add_argument("--max-shard-size", type=float, default=exporting.FILE_BYTES / 1e9, metavar="GB", help="of one file (default %(default)g)")
+    one.add_argument("--max-shard-size", type=float, default=exporter.FILE_BYTES / 1e9, metavar="GB", help="of one file (default %(default)g)")
     one.add_argument("--tokenizer", type=arguments.path, metavar="PATH", help="the run's tokenizer.json, if it is not where "
                                                          "config.data.tokenizer says any more")
     args = parser.parse_args()
     begun = time.perf_counter()
     if args.command == "import":
-        bytes_, model = importing.import_(args.source, args.workdir)
+        bytes_, model = importer.import_(args.source, args.workdir)
     else:
         bytes_, model = export(args.workdir, args.target, args.step, args.dtype, args.max_shard_size,
                                args.tokenizer)
@@ -74,15 +78,15 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
     """
     saved = from_config_dict(workdirs.read_config(workdir))
     folder = workdirs.checkpoints(workdir, saved)
-    untrained = step is None and start.is_untrained(workdir, folder)
-    notes = start.read_notes(workdir)
+    untrained = step is None and provenance.is_untrained(workdir, folder)
+    notes = provenance.read_notes(workdir)
     family = notes.family if notes else configuration.find_family(saved.model)
     run, mesh = config_for(saved.model, None)
-    source = reading.open_source(os.path.join(workdir, start.FOLDER))[0] if untrained else None
+    source = reader.open_source(os.path.join(workdir, provenance.FOLDER))[0] if untrained else None
     checkpoints = None if untrained else Checkpointer(folder, read_only=True)
     stored = None if untrained else checkpoints.source(step)
     if untrained:
-        companions = Companions(os.path.join(workdir, start.FOLDER))
+        companions = Companions(os.path.join(workdir, provenance.FOLDER))
     else:
         spec = tokenizer_of(workdir, saved, contents_of(checkpoints.read_extra(step)), tokenizer)
         companions = tokenizer_files.of_run(saved, workdir, spec)
@@ -90,10 +94,10 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
     def name_of(leaf: names.Leaf) -> str:
         return f"{'bias' if leaf.path.endswith('e_score_correction_bias') else 'params'}/{leaf.path}"
 
-    def get(leaf: names.Leaf) -> Iterable[reading.Part]:
+    def get(leaf: names.Leaf) -> Iterable[reader.Part]:
         if stored is None:
             dtypes = {source.stored_dtype(name) for name in names.tensors(leaf, source.tensors)}
-            return reading.parts_of(source, leaf, dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32))
+            return reader.parts_of(source, leaf, dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32))
         return ((stored.read(name_of(leaf), index), index) for index in stored.parts(name_of(leaf)))
 
     with jax.set_mesh(mesh):
@@ -105,7 +109,7 @@ def export(workdir: str, target: str, step: int | None = None, dtype: str | None
                 raise UserError(f"the checkpoint in {folder} is of another model than {workdir}/config.json: {leaf.path} is {found or 'absent'} and not "
                                 f"{list(leaf.shape)}. Name the --step of one that this config.json is of.")
         dtypes = {} if dtype or notes is None else notes.dtypes
-        exporting.export(target, run.model, family, leaves, get, dtypes, dtype or "float32", companions,
+        exporter.export(target, run.model, family, leaves, get, dtypes, dtype or "float32", companions,
                          notes and notes.model,
                          int(gigabytes * 1e9), source)
     for opened in filter(None, (source, checkpoints)):

@@ -9,7 +9,8 @@ import dataclasses
 import math
 from typing import Any
 
-from deepseek_jax.config import Model, RopeScaling, UserError
+from deepseek_jax.config.options import ModelConfig, RopeScaling
+from deepseek_jax.errors import UserError
 from deepseek_jax.hf.families import (ALIASES, FAMILIES, HARMLESS, NULL, NULL_IS_MISSING, OF_DEEPSEEK_EXPERTS,
                                       OF_MLA, ONLY, REQUIRED,
                                       Family)
@@ -35,7 +36,7 @@ def family_of(config: dict[str, Any]) -> str:
     return kind
 
 
-def to_model(config: dict[str, Any]) -> Model:
+def to_model(config: dict[str, Any]) -> ModelConfig:
     """The options of the model that a config.json describes.
 
     Raises:
@@ -62,7 +63,7 @@ def to_model(config: dict[str, Any]) -> Model:
         raise UserError(f"config.json: {missing[0]} is missing. Copy config.json again from where the "
                         f"checkpoint came from.")
     options |= _rope(given, family, kind, options["max_position_embeddings"])
-    return Model(**{f.name: _typed(f, options[f.name]) for f in dataclasses.fields(Model)
+    return ModelConfig(**{f.name: _typed(f, options[f.name]) for f in dataclasses.fields(ModelConfig)
                     if f.name in options})
 
 
@@ -92,7 +93,7 @@ def _check_quantisation(given: dict[str, Any]) -> None:
 def _given_options(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """Options that a config.json states, under their own names or others that transformers takes for them."""
     family, out = FAMILIES[kind], {}
-    types = {f.name: f for f in dataclasses.fields(Model)}
+    types = {f.name: f for f in dataclasses.fields(ModelConfig)}
     missing = (*NULL_IS_MISSING, *family.renamed, *REQUIRED)  # where they are null
     keys = {key: key for key in family.options if key not in family.fixed} | family.renamed
     for key, option in keys.items():
@@ -210,7 +211,7 @@ def _rope(given: dict[str, Any], family: Family, kind: str, longest: int) -> dic
     return out | {"rope_scaling": RopeScaling(**scaling)}
 
 
-def from_model(model: Model, kind: str) -> dict[str, Any]:
+def from_model(model: ModelConfig, kind: str) -> dict[str, Any]:
     """A config.json of the family, in the keys of the hub, and of transformers 5 where it has others."""
     family, m = FAMILIES[kind], model
     out: dict[str, Any] = {"architectures": [family.architecture], "model_type": kind, "hidden_act": "silu", "attention_dropout": 0.0}
@@ -234,7 +235,7 @@ def from_model(model: Model, kind: str) -> dict[str, Any]:
     return out | rope_keys(m, kind)
 
 
-def rope_keys(m: Model, kind: str) -> dict[str, Any]:
+def rope_keys(m: ModelConfig, kind: str) -> dict[str, Any]:
     """How q and k are rotated: rope_theta and rope_scaling up to transformers 4, rope_parameters for 5."""
     out: dict[str, Any] = {"rope_theta": m.rope_theta}
     if kind == "glm4_moe":
@@ -255,7 +256,7 @@ def rope_keys(m: Model, kind: str) -> dict[str, Any]:
     return out | {"rope_parameters": {k: v for k, v in out.items() if k != "rope_scaling"} | scaling}
 
 
-def find_family(model: Model) -> str:
+def find_family(model: ModelConfig) -> str:
     """The family that has a model with these options.
 
     Raises:
@@ -267,7 +268,7 @@ def find_family(model: Model) -> str:
             there = to_model(from_model(model, kind))
         except UserError:
             continue
-        differ = [f.name for f in dataclasses.fields(Model) if getattr(there, f.name) != getattr(model, f.name) and computes(model, f.name)]
+        differ = [f.name for f in dataclasses.fields(ModelConfig) if getattr(there, f.name) != getattr(model, f.name) and computes(model, f.name)]
         if not differ:
             return kind
         closest = min(closest, (kind, differ), key=lambda c: len(c[1]))
@@ -276,7 +277,7 @@ def find_family(model: Model) -> str:
                     f"Set these as that family has them.")
 
 
-def computes(model: Model, option: str) -> bool:
+def computes(model: ModelConfig, option: str) -> bool:
     """Whether an option has a part in what the model computes, given the others."""
     if option in ("aux_loss_alpha", "seq_aux", "initializer_range", "max_position_embeddings"):
         return False

@@ -1,7 +1,7 @@
 """What each `model_type` means: which keys of config.json are options of ours, what they are where a file
 leaves them out, and which others may stand there.
 
-Defaults are those of transformers' config classes (tests/test_hf_defaults.py compares all of them), which for
+Defaults are those of transformers' config classes (tests/hf/test_hf_defaults.py compares all of them), which for
 DeepSeek-V3 and Kimi-K2 are those of DeepSeek's own class too. A size that every checkpoint states has none:
 it is refused by name where it is missing.
 """

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from deepseek_jax.config import Model
+from deepseek_jax.config.options import ModelConfig
 
 Alternatives = tuple[tuple[str, ...], ...]
 
@@ -121,7 +121,7 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]  # of the whole tensor
 
 
-def leaf_of(path: str, shape: tuple[int, ...], family: str, model: Model) -> Leaf:
+def leaf_of(path: str, shape: tuple[int, ...], family: str, model: ModelConfig) -> Leaf:
     """The tensors of a variable of Transformer.
 
     Raises:
@@ -138,7 +138,7 @@ def leaf_of(path: str, shape: tuple[int, ...], family: str, model: Model) -> Lea
     return Leaf(path, shape, ("",), False, TOP[path])
 
 
-def leaves(state: object, family: str, model: Model) -> list[Leaf]:
+def leaves(state: object, family: str, model: ModelConfig) -> list[Leaf]:
     """Of a state of Transformer, parameters or selection biases, in its order.
 
     Raises:

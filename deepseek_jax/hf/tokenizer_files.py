@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from deepseek_jax.config import Config, UserError
+from deepseek_jax.hf import provenance
+from deepseek_jax.config.options import Config
+from deepseek_jax.errors import UserError
 from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
-from deepseek_jax.hf import start
-from deepseek_jax.hf.chat import Chat
-from deepseek_jax.hf.source import dump
-from deepseek_jax.train.history import check_tokenizer
+from deepseek_jax.data.chat import Chat
+from deepseek_jax.hf.tensors import dump
+from deepseek_jax.data.contents import check_tokenizer
 
 # Of start.FILES those that belong to a tokenizer; the others belong to a model.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -54,7 +55,7 @@ def tokenizer_of(workdir: str, run: Config, trained: Contents | None, moved: str
       UserError: none of the files is it, or it is gone.
     """
     special, given = run.data.special_tokens, moved or run.data.tokenizer
-    kept = tokenizer_folder.find(os.path.join(workdir, start.FOLDER))
+    kept = tokenizer_folder.find(os.path.join(workdir, provenance.FOLDER))
     there = given in ("bytes", "auto") or os.path.exists(os.path.expanduser(given))
     if trained is None:
         if moved or given in ("bytes", "auto"):
@@ -93,8 +94,8 @@ def of_run(saved: Config, workdir: str, tokenizer: str) -> Companions:
     Raises:
       UserError: the tokenizer cannot be read.
     """
-    folder = os.path.join(workdir, start.FOLDER)
-    files = folder if start.read_notes(workdir) else None
+    folder = os.path.join(workdir, provenance.FOLDER)
+    files = folder if provenance.read_notes(workdir) else None
     stated = (saved.data.eos_token_id,) if saved.data.eos_token_id >= 0 else ()
     size = ByteTokenizer.vocab_size
     if tokenizer == "bytes" and (saved.model.vocab_size < size or any(i >= size for i in stated)):
@@ -164,14 +165,14 @@ def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> 
     for name in FILES:
         if os.path.exists(os.path.join(folder, name)):
             os.remove(os.path.join(folder, name))
-    shutil.rmtree(os.path.join(folder, start.TEMPLATES), ignore_errors=True)
+    shutil.rmtree(os.path.join(folder, provenance.TEMPLATES), ignore_errors=True)
     target = os.path.join(folder, "tokenizer.json")
     if spec == "bytes":
         byte_tokenizer().save(target)
     else:
         path = tokenizer_folder.file_of(spec)
         if os.path.basename(path) in (tokenizer_folder.JSON, tokenizer_folder.RANKS):
-            start.copy_files(os.path.dirname(path) or ".", folder, FILES)
+            provenance.copy_files(os.path.dirname(path) or ".", folder, FILES)
         if os.path.basename(path) == tokenizer_folder.RANKS:  # few programs read it
             load_tokenizer(path).save(target)
         else:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from deepseek_jax.config import Model
+from deepseek_jax.config.options import ModelConfig
 
 
 class Count(NamedTuple):
@@ -15,7 +15,7 @@ class Count(NamedTuple):
     flops_per_token: float  # forward and backward, see `count`
 
 
-def count(model: Model, params: nnx.State, sequence_length: int) -> Count:
+def count(model: ModelConfig, params: nnx.State, sequence_length: int) -> Count:
     """Counts a model's parameters and its training FLOPs a token.
 
     FLOPs are 6 per active matmul weight (2 forward, 4 backward; embedding look-up, norms, router and recomputation not

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import Model
+from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.parallel.mesh import per_device
 from deepseek_jax.parallel.weights import applied, gathered, stored
 
@@ -71,7 +71,7 @@ def join_heads(x_BSNH: jax.Array) -> jax.Array:
 class Linear(nnx.Module):
     """y = x @ kernel, plus bias if it has a logical axis, in the dtype of x."""
 
-    def __init__(self, model: Model, d_in: int, d_out: int, axes: tuple[str | None, str | None], rngs: nnx.Rngs, bias: str | None = None):
+    def __init__(self, model: ModelConfig, d_in: int, d_out: int, axes: tuple[str | None, str | None], rngs: nnx.Rngs, bias: str | None = None):
         self.kernel = param(rngs, nnx.initializers.normal(model.initializer_range), (d_in, d_out), axes)
         self.bias = param(rngs, nnx.initializers.zeros, (d_out,), (bias,)) if bias else None
 
@@ -119,7 +119,7 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, model: Model, width: int, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, width: int, rngs: nnx.Rngs):
         self.gate_proj = Linear(model, model.hidden_size, width, ("embed", "mlp"), rngs)
         self.up_proj = Linear(model, model.hidden_size, width, ("embed", "mlp"), rngs)
         self.down_proj = Linear(model, width, model.hidden_size, ("mlp", "embed"), rngs)
@@ -134,7 +134,7 @@ class MLP(nnx.Module):
 class Embedding(nnx.Module):
     """Token ids to rows of `weight` [V, D]."""
 
-    def __init__(self, model: Model, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         init = nnx.initializers.normal(model.initializer_range)
         self.weight = param(rngs, init, (model.vocab_size, model.hidden_size), ("vocab", "embed"))
 

@@ -9,11 +9,11 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import Model, Moe
+from deepseek_jax.config.options import ModelConfig, MoeConfig
 from deepseek_jax.model.layers import MLP, param
 from deepseek_jax.model.router import Routing, route
-from deepseek_jax.parallel import dispatch, listed
-from deepseek_jax.parallel.listed import Listed
+from deepseek_jax.experts import cpu_decode, dispatch
+from deepseek_jax.experts.cpu_decode import Listed
 from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
 from deepseek_jax.parallel.weights import gathered, stored, whole
 
@@ -39,7 +39,7 @@ class Load(NamedTuple):
 class MoEStats(NamedTuple):
     """Routing statistics of the global batch: summed over all devices, the same on each. Stacked over layers by the scan.
 
-    The sums are differentiable in the router's scores; train/losses.py turns them into losses.
+    The sums are differentiable in the router's scores; objectives/pretrain.py turns them into losses.
     """
 
     load: Load
@@ -63,7 +63,7 @@ def merge_stats(stats: MoEStats | None, axis: int) -> MoEStats | None:
 class Gate(nnx.Module):
     """The router's parameters."""
 
-    def __init__(self, model: Model, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         init = nnx.initializers.normal(model.initializer_range)
         self.kernel = param(rngs, init, (model.hidden_size, model.n_routed_experts), ("embed", "router"))
         if model.topk_method == "noaux_tc":
@@ -74,7 +74,7 @@ class Gate(nnx.Module):
 class Experts(nnx.Module):
     """All routed experts' weights: gate and up together as [E, D, 2, F], down as [E, F, D]."""
 
-    def __init__(self, model: Model, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         e, d, f = model.n_routed_experts, model.hidden_size, model.moe_intermediate_size
         init = nnx.initializers.normal(model.initializer_range)
         self.gate_up_proj = param(rngs, init, (e, d, 2, f), ("experts", "expert_embed", "pair", "expert_mlp"))
@@ -84,7 +84,7 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """Routed experts plus shared experts (DeepSeekMoE, arXiv:2401.06066)."""
 
-    def __init__(self, model: Model, moe: Moe, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs):
         self.model, self.moe = model, moe
         self.gate = Gate(model, rngs)
         self.experts = Experts(model, rngs)
@@ -121,7 +121,7 @@ class MoE(nnx.Module):
             x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
             routing = route(x_TD, kernel_DE, bias_E, self.model)
             chosen_TK = jnp.where(valid_BS.reshape(-1, 1), routing.expert_TK, self.model.n_routed_experts)
-            return listed.compute(x_TD, routing.weight_TK, chosen_TK, gate_up, down).reshape(x_BSD.shape)
+            return cpu_decode.compute(x_TD, routing.weight_TK, chosen_TK, gate_up, down).reshape(x_BSD.shape)
 
         weights = self.experts.gate_up_proj.get_value(), self.experts.down_proj.get_value()
         routed = per_device(one_device, (P(BATCH_AXES), P(BATCH_AXES), P(), P(), P(), P()), P(BATCH_AXES))
@@ -178,7 +178,7 @@ def _count(expert_BN: jax.Array, experts: int) -> jax.Array:
 
 
 @jax.named_scope("route")
-def _statistics(routing: Routing, count_BE: jax.Array, valid_BS: jax.Array, load: Load, m: Model) -> MoEStats:
+def _statistics(routing: Routing, count_BE: jax.Array, valid_BS: jax.Array, load: Load, m: ModelConfig) -> MoEStats:
     b, s = valid_BS.shape
     valid_BS1 = valid_BS[:, :, None].astype(jnp.float32)
     score_BSE = (routing.score_TE / (jnp.sum(routing.score_TE, axis=-1, keepdims=True) + 1e-20)).reshape(b, s, -1) * valid_BS1

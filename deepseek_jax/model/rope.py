@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import Model, RopeScaling
+from deepseek_jax.config.options import ModelConfig, RopeScaling
 from deepseek_jax.model.layers import laid_out_as, reshaped, split_width
 
 
@@ -17,7 +17,7 @@ def _mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def inverse_frequencies(model: Model) -> np.ndarray:
+def inverse_frequencies(model: ModelConfig) -> np.ndarray:
     """float64 [rope/2]: radians a position for every rotated pair, after the interpolation that is on."""
     width, scaling = model.rotary_dim, model.rope_scaling
     frequency = model.rope_theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
@@ -41,7 +41,7 @@ def inverse_frequencies(model: Model) -> np.ndarray:
     return frequency * (1 - ramp) + frequency / scaling.factor * ramp
 
 
-def softmax_scale(model: Model) -> float:
+def softmax_scale(model: ModelConfig) -> float:
     """1/sqrt(head width), times m(mscale_all_dim)^2 for MLA under YaRN, as DeepSeek-V2 and V3 do."""
     scale = model.qk_head_dim**-0.5
     if model.num_key_value_heads is None and model.rope_scaling.type == "yarn" and model.rope_scaling.mscale_all_dim:
@@ -59,7 +59,7 @@ def attention_factor(scaling: RopeScaling) -> float:
     return scaling.attention_factor or one
 
 
-def rope_tables(model: Model, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_tables(model: ModelConfig, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, S, rope/2], of int32 positions [B, S]."""
     angle = positions_BS[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(model), jnp.float32)
     scale = attention_factor(model.rope_scaling)

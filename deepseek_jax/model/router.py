@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import Model
+from deepseek_jax.config.options import ModelConfig
 
 
 class Routing(NamedTuple):
@@ -22,7 +22,7 @@ class Routing(NamedTuple):
 
 
 @jax.named_scope("route")
-def route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, model: Model) -> Routing:
+def route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, model: ModelConfig) -> Routing:
     """Scores, selection and weights, all in float32.
 
     The bias takes part in choosing only (auxiliary-loss-free balancing): weights come from the unbiased scores. Of equal
@@ -46,7 +46,7 @@ def route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, model: Model
     return Routing(expert_TK, weight_TK * model.routed_scaling_factor, score_TE, logit_TE)
 
 
-def _limit_to_groups(choice_TE: jax.Array, model: Model) -> jax.Array:
+def _limit_to_groups(choice_TE: jax.Array, model: ModelConfig) -> jax.Array:
     """Puts -inf on experts outside each token's best `topk_group` groups.
 
     A group's score is the sum of its two best biased scores (V3) or its best score (V2).

@@ -14,12 +14,12 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import IGNORE
+from deepseek_jax.config.options import IGNORE
 from deepseek_jax.model.moe import MoEStats, merge_stats
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.model.transformer import Output, Transformer, join_layers, rematerialise
 from deepseek_jax.parallel.pipeline import Schedule, run, to_stages
-from deepseek_jax.parallel.repairs import keep_explicit_axes_through_shard_map
+from deepseek_jax.runtime.jax_private import keep_explicit_axes_through_shard_map
 from deepseek_jax.parallel.sharding import without_stage
 
 keep_explicit_axes_through_shard_map()

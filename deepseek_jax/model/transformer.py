@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import Config, Model, Moe
-from deepseek_jax.model.attention import make_attention
+from deepseek_jax.config.options import Config, ModelConfig, MoeConfig
+from deepseek_jax.model.attention.interface import make_attention
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 from deepseek_jax.model.moe import MoE, MoEStats
 from deepseek_jax.model.rope import rope_tables
@@ -34,7 +34,7 @@ class Output(NamedTuple):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, model: Model, moe: Moe, is_moe: bool, rngs: nnx.Rngs, attention: str = "auto"):
+    def __init__(self, model: ModelConfig, moe: MoeConfig, is_moe: bool, rngs: nnx.Rngs, attention: str = "auto"):
         self.is_moe = is_moe
         self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         self.self_attn = make_attention(model, rngs, attention)
@@ -61,7 +61,7 @@ class MTPLayer(nnx.Module):
     as in the released weights. `norm` is `shared_head.norm` there; embedding and output head are the main model's.
     """
 
-    def __init__(self, model: Model, moe: Moe, rngs: nnx.Rngs, attention: str = "auto"):
+    def __init__(self, model: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs, attention: str = "auto"):
         self.enorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         self.hnorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         self.eh_proj = Linear(model, 2 * model.hidden_size, model.hidden_size, ("embed", "lora"), rngs)
@@ -77,7 +77,7 @@ class MTPLayer(nnx.Module):
 class Transformer(nnx.Module):
     """The whole model. Built under `jax.eval_shape` or jit; called under `jax.set_mesh`."""
 
-    def __init__(self, model: Model, moe: Moe, remat: str, dtype: str, rngs: nnx.Rngs, offload: str = "", attention: str = "auto"):
+    def __init__(self, model: ModelConfig, moe: MoeConfig, remat: str, dtype: str, rngs: nnx.Rngs, offload: str = "", attention: str = "auto"):
         self.model, self.remat, self.offload, self.dtype = model, remat, offload, jnp.dtype(dtype)
         dense = model.first_k_dense_replace
         self.embed_tokens = Embedding(model, rngs)
@@ -132,7 +132,7 @@ class Transformer(nnx.Module):
         return self.embed_tokens.weight if self.model.tie_word_embeddings else self.lm_head.kernel
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
-        """float32 [B, S, V]. Training never calls it: train/losses.py goes through the tokens in chunks."""
+        """float32 [B, S, V]. Training never calls it: objectives/pretrain.py goes through the tokens in chunks."""
         weight = whole(self.head, self.dtype)
         kernel_DV = weight.T if self.model.tie_word_embeddings else weight
         return jnp.einsum("bsd,dv->bsv", hidden_BSD, kernel_DV, preferred_element_type=jnp.float32)
@@ -180,7 +180,7 @@ def tokens_ahead(ids_BS: jax.Array, segment_ids_BS: jax.Array, distance: int, mi
     return jnp.where(ahead(segment_ids_BS, -1) == segment_ids_BS, ahead(ids_BS, missing), missing)
 
 
-def _stack(model: Model, moe: Moe, is_moe: bool, count: int, rngs: nnx.Rngs, attention: str) -> DecoderLayer:
+def _stack(model: ModelConfig, moe: MoeConfig, is_moe: bool, count: int, rngs: nnx.Rngs, attention: str) -> DecoderLayer:
     """`count` decoder layers as one module with a leading "layers" axis on every variable."""
 
     @nnx.split_rngs(splits=count)

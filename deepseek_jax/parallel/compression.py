@@ -21,7 +21,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import Config
+from deepseek_jax.config.options import Config
 from deepseek_jax.parallel.mesh import per_device
 from deepseek_jax.parallel.weights import REPLICAS
 

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
-from deepseek_jax import environment
-from deepseek_jax.config import Config, Model, UserError
+from deepseek_jax.runtime import environment
+from deepseek_jax.config.options import Config, ModelConfig
+from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.sharding import divided_axes
 
 # Outermost first: devices of one host are neighbours, so `tensor`, `expert` and `fsdp` stay inside a host where they fit, while
@@ -192,7 +193,7 @@ def _check_divided_widths(config: Config, shape: dict[str, int]) -> None:
                             f"(config.sharding.strategy={config.sharding.strategy}). Make the product of these axes a divisor of it{hint}.")
 
 
-def _tensor_widths(m: Model) -> list[tuple[str, int]]:
+def _tensor_widths(m: ModelConfig) -> list[tuple[str, int]]:
     """The options whose width lies on the tensor axis."""
     widths = [("num_attention_heads", m.num_attention_heads), ("vocab_size", m.vocab_size)]
     if m.num_key_value_heads is not None:

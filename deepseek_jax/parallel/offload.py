@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from deepseek_jax.config import Config
+from deepseek_jax.config.options import Config
 
 HOST = "pinned_host"  # memory kind: what a GPU copies from and to without going through other memory
 STACKS = ("layers", "dense_layers")  # first names of parameters with a leading axis of layers

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.config import Config
+from deepseek_jax.config.options import Config
 from deepseek_jax.parallel.mesh import per_device
 from deepseek_jax.parallel.sharding import without_stage
 

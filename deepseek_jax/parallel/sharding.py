@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import Config
+from deepseek_jax.config.options import Config
 
 Rules = dict[str, tuple[str, ...] | str | None]
 

@@ -21,8 +21,9 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from deepseek_jax import commandline
-from deepseek_jax.config import UserError, exit_code
+from deepseek_jax.run import commandline
+from deepseek_jax.cli.command import exit_code
+from deepseek_jax.errors import UserError
 from deepseek_jax.plan import options, report, topology
 
 CPU = topology.Hardware("CPU device", None, "")

@@ -3,9 +3,9 @@
 import math
 from typing import NamedTuple
 
-from deepseek_jax.config import Config
+from deepseek_jax.config.options import Config
 from deepseek_jax.parallel.mesh import BATCH_AXES
-from deepseek_jax.parallel.rounds import slots_per_round
+from deepseek_jax.experts.rounds import slots_per_round
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 

@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from deepseek_jax import arguments
-from deepseek_jax.config import Config
+from deepseek_jax.cli import arguments
+from deepseek_jax.config.options import Config
 
 
 class Parser(arguments.Parser):
@@ -38,7 +38,7 @@ def read(parser: Parser, argv: list[str], default_config: str | None = None) -> 
       UserError: the first mistake.
     """
     # With ml_collections, which a benchmark that reads no config does without.
-    from deepseek_jax import commandline
+    from deepseek_jax.run import commandline
 
     own, rest = parser.parse_known_args(argv)
     if default_config and not any(a.startswith(("--config=", "-config=")) or a in ("--config", "-config") for a in rest):

@@ -20,9 +20,10 @@ from jax._src.interpreters import pxla
 from jax.experimental import topologies
 
 from deepseek_jax import enough_threads
-from deepseek_jax.compilation import with_known_options
-from deepseek_jax.config import Config, UserError
-from deepseek_jax.parallel import prefetch
+from deepseek_jax.parallel.xla_options import with_known_options
+from deepseek_jax.config.options import Config
+from deepseek_jax.errors import UserError
+from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.state import Layout, make_layout
 from deepseek_jax.train.step import abstract_batch, make_train_step
@@ -135,8 +136,8 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh, layout: Layout, option
       UserError: XLA refuses the program.
     """
     if options is None:
-        layer_bytes = prefetch.bytes_of_a_layer(config, layout.abstract.params, mesh)
-        options = prefetch.xla_options(config, mesh.devices.flat[0].platform, layer_bytes)
+        layer_bytes = xla_options.bytes_of_a_layer(config, layout.abstract.params, mesh)
+        options = xla_options.xla_options(config, mesh.devices.flat[0].platform, layer_bytes)
     started = time.perf_counter()
     try:
         train_step = jax.jit(make_train_step(config, layout), donate_argnums=0)

@@ -8,12 +8,13 @@ that were read. Checkpoints keep the list (in `extra`), and so does WORKDIR/conf
 import dataclasses
 from typing import Any, NamedTuple
 
-from deepseek_jax.config import Config, Data, Train, UserError
-from deepseek_jax.configdict import from_config_dict
+from deepseek_jax.data.contents import check_tokenizer
+from deepseek_jax.config.options import Config, DataConfig, TrainConfig
+from deepseek_jax.errors import UserError
+from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.data import contents as contents_
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.sources import split_paths
-from deepseek_jax.data.tokenizer import SPECIAL
 from deepseek_jax.train.optimizer import first_sequence, sequences_at
 
 _TRAIN = ("batch_size", "accumulation", "batch_ramp_start", "batch_ramp_steps", "sequence_length")
@@ -58,7 +59,7 @@ class History(NamedTuple):
           UserError: an option has the wrong type.
         """
         pick = lambda section, names: {k: v for k, v in options.get(section, {}).items() if k in names}
-        known = {"data": pick("data", [f.name for f in dataclasses.fields(Data)]),
+        known = {"data": pick("data", [f.name for f in dataclasses.fields(DataConfig)]),
                  "train": pick("train", _TRAIN)}
         return cls.of_config(from_config_dict(known | {"seed": options.get("seed", 0)}))
 
@@ -135,25 +136,6 @@ class History(NamedTuple):
         return self.stretches[-1][:2] == (step, 0)
 
 
-def check_tokenizer(trained: Contents | None, name: str | None, spec: str) -> None:
-    """Compares a tokenizer with that of a run.
-
-    Args:
-      trained: of the run; None if not known. name: as Tokenizer.name. spec: config.data.tokenizer.
-
-    Raises:
-      UserError: they differ.
-    """
-    if trained and name and trained["tokenizer"] != name:
-        if trained["tokenizer"].removesuffix(SPECIAL) == name.removesuffix(SPECIAL):
-            was = trained["tokenizer"].endswith(SPECIAL)
-            raise UserError(f"config.data.special_tokens={not was} differs from {was} of the checkpoint: what "
-                            f"text spells would be other ids. Set config.data.special_tokens={was}.")
-        raise UserError(f"config.data.tokenizer={spec!r} is {name[:19]}, but the run was trained with "
-                        f"{trained['tokenizer'][:19]}: token ids would mean other text. Put that tokenizer "
-                        f"back; for another one begin a new run with config.init_from.")
-
-
 def _difference(last: Stretch, now: Config, contents: Contents | None) -> str:
     before = last.options
     for name, was, is_now in (("seed", before.seed, now.seed),
@@ -172,8 +154,8 @@ def _difference(last: Stretch, now: Config, contents: Contents | None) -> str:
 
 
 def _of_rows(config: Config) -> Config:
-    data = dataclasses.replace(config.data, **{_NOT_OF_ROWS: getattr(Data(), _NOT_OF_ROWS)})
-    train = Train(**{name: getattr(config.train, name) for name in _TRAIN})
+    data = dataclasses.replace(config.data, **{_NOT_OF_ROWS: getattr(DataConfig(), _NOT_OF_ROWS)})
+    train = TrainConfig(**{name: getattr(config.train, name) for name in _TRAIN})
     return Config(seed=config.seed, data=data, train=train)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config, Fp16
+from deepseek_jax.config.options import Config, Fp16Config
 
 MOST = 2.0**32  # a dynamic scale stops here: gradients that are exactly 0 would let it grow to infinity, and 0 * infinity is no number
 
@@ -41,12 +41,12 @@ def unscaled(grads: Any, scale: jax.Array | None) -> Any:
     return jax.tree.map(lambda g: g.astype(jnp.float32) if scale is None else g.astype(jnp.float32) / scale, grads)
 
 
-def may_fall(options: Fp16, state: LossScale) -> jax.Array:
+def may_fall(options: Fp16Config, state: LossScale) -> jax.Array:
     """Whether an overflow can still be the scale's fault: a lower one is left to try."""
     return state.scale > options.min_loss_scale
 
 
-def adjust(options: Fp16, state: LossScale, overflow: jax.Array, bad_loss: jax.Array) -> LossScale:
+def adjust(options: Fp16Config, state: LossScale, overflow: jax.Array, bad_loss: jax.Array) -> LossScale:
     """The scale for the next step, as DeepSpeed's DynamicLossScaler.
 
     Args:

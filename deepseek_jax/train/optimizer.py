@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from deepseek_jax.config import Config
-from deepseek_jax.train.matrices import scale_by_adafactor, scale_by_muon
+from deepseek_jax.config.options import Config
+from deepseek_jax.train.muon_adafactor import scale_by_adafactor, scale_by_muon
 
 V3_TOKENS = 14.8  # trillions; the V3 schedule below is in shares of them
 

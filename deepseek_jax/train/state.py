@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from deepseek_jax.config import Config
+from deepseek_jax.config.options import Config
 from deepseek_jax.model import transformer
 from deepseek_jax.model.moe import SelectionBias
 from deepseek_jax.parallel import compression, offload, sharding

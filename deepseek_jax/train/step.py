@@ -10,13 +10,14 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import Config
+from deepseek_jax.config.options import Config
 from deepseek_jax.model.moe import Load, merge_loads
 from deepseek_jax.parallel import compression, offload
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import reshard
 from deepseek_jax.parallel.weights import REPLICAS, copies, each_its_own, keep_whole
-from deepseek_jax.train import loss_scale, losses, streaming
+from deepseek_jax.objectives import pretrain
+from deepseek_jax.train import loss_scale, offloaded_update
 from deepseek_jax.train.optimizer import learning_rate, sequences_at
 from deepseek_jax.train.state import Layout, TrainState
 
@@ -27,7 +28,7 @@ NO_LOAD = Load(*(np.zeros(shape, np.int32) for shape in ((0, 0), (0,), (0, 0), (
 class StepMetrics(NamedTuple):
     """What a step reports, for the global batch, the same on every device."""
 
-    losses: losses.Losses
+    losses: pretrain.Losses
     lr: jax.Array
     grad_norm: jax.Array  # before clipping
     load: Load  # where assignments went, leaves [L, ...]; the rounds are the most of a micro-batch
@@ -60,7 +61,7 @@ def abstract_batch(config: Config, mesh: jax.sharding.Mesh, step: int) -> dict[s
     return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array)
 
 
-def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses.next_token_loss) -> Callable:
+def make_gradients(config: Config, layout: Layout, token_loss: Callable = pretrain.next_token_loss) -> Callable:
     """(params, bias, batch [A, b, S], totals, MTP weight, loss scale or None) -> (gradients, Losses, Load) of the whole batch.
 
     Gradients are of the scaled loss, summed over micro-batches, in the layout that the strategy gives them; float32, or the
@@ -72,7 +73,7 @@ def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses
     def gradients(params, bias, batch, total, mtp_weight, scale):
         def loss(parts):
             model = layout.merge(each_its_own(parts) if compressed else keep_whole(params, parts), bias)
-            value, aux = losses.pretraining_loss(model, batch, total, config, mtp_weight, token_loss)
+            value, aux = pretrain.pretraining_loss(model, batch, total, config, mtp_weight, token_loss)
             return value if scale is None else value * scale, aux
 
         # Differentiated in the layout of the gradients: slicing parameters that are whole is free.
@@ -102,7 +103,7 @@ def make_gradients(config: Config, layout: Layout, token_loss: Callable = losses
     return whole_batch_gradients
 
 
-def make_train_step(config: Config, layout: Layout, token_loss: Callable = losses.next_token_loss) -> Callable:
+def make_train_step(config: Config, layout: Layout, token_loss: Callable = pretrain.next_token_loss) -> Callable:
     """The step function, to be jitted with the state donated.
 
     Its batch has int32 arrays [A, b, S]: A micro-batches, b divided over the batch axes. Gradients are summed over them in
@@ -121,11 +122,11 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = losse
 
         return jnp.sum(jax.lax.scan(one, None, batch)[1], axis=0)
 
-    def train_step(state: TrainState, batch: losses.Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, batch: pretrain.Batch) -> tuple[TrainState, StepMetrics]:
         t, m = config.train, config.model
         batch_level = not m.seq_aux and m.aux_loss_alpha and m.has_experts
         counts = jax.lax.stop_gradient(counts_of(state.params, state.bias, batch)) if batch_level else None
-        total = losses.totals(batch, depths, counts)
+        total = pretrain.totals(batch, depths, counts)
         mtp_weight = jnp.where(state.step < round(t.mtp_switch_fraction * t.steps), t.mtp_loss_weight, t.mtp_loss_weight_final)
         scale = loss_scale.scale_of(config, state.loss_scale)
         grads, parts, load = whole_batch_gradients(state.params, state.bias, batch, total, mtp_weight, scale)
@@ -141,7 +142,7 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = losse
             grads = reshard(grads, layout.opt_specs)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
             if config.offload.optimizer_state or config.offload.parameters:
-                params, opt_state = streaming.update(config, grads, state.opt_state, params, grad_norm, ok)
+                params, opt_state = offloaded_update.update(config, grads, state.opt_state, params, grad_norm, ok)
             else:
                 updates, opt_state = layout.optimizer.update(grads, state.opt_state, params)
                 params, opt_state = keep((optax.apply_updates(params, updates), opt_state), (params, state.opt_state))
@@ -192,9 +193,9 @@ def update_bias(bias, counts_LE: jax.Array, step: jax.Array, config: Config):
 def make_eval_step(layout: Layout) -> Callable:
     """(params, bias, batch [b, S]) -> float32 sum of -log p over the batch's targets, main head only."""
 
-    def eval_step(params, bias, batch: losses.Batch) -> jax.Array:
+    def eval_step(params, bias, batch: pretrain.Batch) -> jax.Array:
         model = layout.merge_for_inference(params, bias)
         out = model(batch["tokens"], batch["segment_ids"], batch["positions"])
-        return losses.cross_entropy_sum(out.hidden_BSD, model, batch["targets"])
+        return pretrain.cross_entropy_sum(out.hidden_BSD, model, batch["targets"])
 
     return eval_step

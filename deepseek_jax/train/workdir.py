@@ -10,11 +10,12 @@ from typing import Any
 import jax
 
 from deepseek_jax.checkpoint import integrity
-from deepseek_jax.checkpoint.bounded_json import BadFile
-from deepseek_jax.checkpoint.finding import RUN_ID, LocalRun
+from deepseek_jax.tensorfile.bounded_json import BadFile
+from deepseek_jax.checkpoint.finder import LocalRun, RUN_ID
 from deepseek_jax.checkpoint.folder import Folder
-from deepseek_jax.checkpoint.processes import from_first
-from deepseek_jax.config import Config, Model, UserError
+from deepseek_jax.cluster.exchange import from_first
+from deepseek_jax.config.options import Config, ModelConfig
+from deepseek_jax.errors import UserError
 from deepseek_jax.train import history
 
 RUN, HISTORY = "run", "data_history"  # in config.json: the name of the run, and what its steps read
@@ -86,7 +87,7 @@ def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
       UserError: they differ.
     """
     now = dataclasses.asdict(config.model)
-    for name, was in _with_defaults(before.get("model", now), dataclasses.asdict(Model())).items():
+    for name, was in _with_defaults(before.get("model", now), dataclasses.asdict(ModelConfig())).items():
         if name in now and was != now[name] and name not in FREE_MODEL_OPTIONS:
             raise UserError(f"config.model.{name}={now[name]} differs from {was} of the checkpoint in "
                             f"{checkpoints(workdir, config)}. Set config.model.{name}={was} to go on with it, or name another --workdir.")

@@ -1,0 +1,54 @@
+"""What all commands beside train.py read their command line with."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from deepseek_jax.config import paths
+from deepseek_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for every mistake, help as it is written, and without abbreviations, which would hide mistakes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See --help.")
+
+
+def path(text: str) -> str:
+    """The type of an argument that names a file or folder."""
+    return _expanded(paths.expanded, text)
+
+
+def path_list(text: str) -> str:
+    """The type of an argument that names files or folders, separated by commas."""
+    return _expanded(paths.each_expanded, text)
+
+
+def _expanded(expand: Callable[[str, str], str], text: str) -> str:
+    try:
+        return expand(text, "path")
+    except UserError as e:
+        raise argparse.ArgumentTypeError(str(e).rstrip(".")) from None
+
+
+def numbers(text: str) -> list[int]:
+    """The type of an option that takes whole numbers: "512,1024"."""
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers. Write it as 512,1024") from None
+
+
+def some_of(*names: str) -> Callable[[str], list[str]]:
+    """The type of an option that takes some of these names, separated by commas."""
+
+    def read(text: str) -> list[str]:
+        if unknown := [n for n in text.split(",") if n not in names]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known. Choose of {', '.join(names)}")
+        return text.split(",")
+
+    return read

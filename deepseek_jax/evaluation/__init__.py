@@ -1,1 +1,0 @@
-"""What a model makes of text: perplexity, multiple choice."""

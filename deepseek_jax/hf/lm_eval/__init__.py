@@ -1,0 +1,1 @@
+"""`python -m deepseek_jax.hf.lm_eval`: the tasks of lm-evaluation-harness."""

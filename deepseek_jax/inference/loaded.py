@@ -1,0 +1,182 @@
+"""A loaded model in Python: `hf.load(path)`, `model(tokens_BS)`, `hf.save(model, path)`."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config.options import Config, DTYPES, ModelConfig, ShardingConfig, TrainConfig
+from deepseek_jax.errors import UserError
+from deepseek_jax.config.options import MeshConfig as MeshOptions
+from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.data import tokenizer_folder
+from deepseek_jax.hf import configuration, exporter, names, reader, tokenizer_files
+from deepseek_jax.data.chat import Chat, end_ids
+from deepseek_jax.hf.provenance import Notes, notes_of
+from deepseek_jax.hf.tokenizer_files import Companions
+from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
+from deepseek_jax.train import workdir as workdirs
+from deepseek_jax.train.state import Layout, make_layout
+from deepseek_jax.config.validation import validate
+
+
+class LoadedModel:
+    """Weights over a mesh, and the forward pass.
+
+    Attributes:
+      model: its options. family: the `model_type` that it is saved as. notes: how it was stored. source: the folder that it was loaded from.
+    """
+
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, layout: Layout, params: Any, bias: Any,
+                 notes: Notes, source: str, tokenizer: str = "",
+                 find_stop_ids: Callable[[], frozenset[int]] | None = None):
+        """Args: tokenizer: of a trained run, as tokenizer_files.tokenizer_of. find_stop_ids: by that tokenizer."""
+        self.config, self.mesh, self.layout, self.params, self.bias = config, mesh, layout, params, bias
+        self.model: ModelConfig = config.model
+        self.notes, self.family, self.source, self.tokenizer = notes, notes.family, source, tokenizer
+        self._forward = jax.jit(self._logits, static_argnames="rows")
+        self._find_stop_ids, self._engine = find_stop_ids, None
+
+    def __call__(self, tokens_BS: Any) -> jax.Array:
+        """float32 logits [B, S, V] of token ids [B, S]: row [b, s] tells of the token after tokens_BS[b, : s + 1].
+
+        Raises:
+          UserError: the ids are not those of the vocabulary, or the sequences are too long.
+        """
+        ids = np.asarray(tokens_BS)
+        m = self.model
+        if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+            raise UserError(f"tokens are {ids.dtype}{list(ids.shape)} and not whole numbers [sequences, positions]. "
+                            f"Give a list of equally long lists of ids.")
+        if ids.min() < 0 or ids.max() >= m.vocab_size:
+            raise UserError(f"tokens run from {ids.min()} to {ids.max()}, but the model has the ids 0 to {m.vocab_size - 1}.")
+        if ids.shape[1] > m.max_position_embeddings:
+            raise UserError(f"sequences of {ids.shape[1]} tokens are above the model's max_position_embeddings={m.max_position_embeddings}.")
+        ways = math.prod(self.mesh.shape[a] for a in BATCH_AXES)
+        rows = len(ids)
+        ids = np.concatenate([ids, np.repeat(ids[:1], -rows % ways, axis=0)]).astype(np.int32)
+        with jax.set_mesh(self.mesh):
+            return self._forward(self.params, self.bias, jax.device_put(ids, jax.P(BATCH_AXES)), rows=rows)
+
+    def generate(self, tokens: Sequence[int] | Sequence[Sequence[int]], max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
+                 top_p: float = 1.0, seed: int = 0, stop_ids: Iterable[int] | None = None, draft_tokens: int = 0) -> list[int] | list[list[int]]:
+        """The tokens after a prompt, or after each of several of any lengths, without the one that ends them.
+
+        Args:
+          tokens: ids of a prompt, or a list of such. max_tokens: of an answer; it also ends at max_position_embeddings.
+          temperature: divides the logits; 0 takes the likeliest token. top_k: draw from so many of the likeliest tokens, 0: all. top_p: from
+            the smallest set of likeliest tokens with this probability. seed: a draw depends on it, the prompt's place in the list and the
+            token's position alone.
+          stop_ids: tokens that end an answer; None: `self.stop_ids`.
+          draft_tokens: tokens that multi-token prediction layers draft a step; the answers stay the same.
+
+        Raises:
+          UserError: the ids are not those of the vocabulary, a prompt is empty or too long, or there is no multi-token prediction layer.
+        """
+        from deepseek_jax.inference.generation.engine import Engine  # generation reads checkpoints by this package
+        from deepseek_jax.inference.generation.sampling import Sampling
+
+        m, one = self.model, len(tokens) > 0 and not isinstance(tokens[0], (Sequence, np.ndarray))
+        prompts = [[int(i) for i in p] for p in ([tokens] if one else tokens)]
+        for prompt in prompts:
+            if not 0 < len(prompt) < m.max_position_embeddings:
+                raise UserError(f"a prompt has {len(prompt)} tokens, and not 1 to {m.max_position_embeddings - 1} (max_position_embeddings - 1). "
+                                f"Give prompts of such lengths.")
+            if min(prompt) < 0 or max(prompt) >= m.vocab_size:
+                raise UserError(f"tokens run from {min(prompt)} to {max(prompt)}, but the model has the ids 0 to {m.vocab_size - 1}.")
+        if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1 or max_tokens < 1 or not 0 <= seed < 2**32:
+            raise UserError(f"temperature={temperature} must be 0 or more and finite, top_k={top_k} 0 or more, top_p={top_p} above 0 and at most 1, "
+                            f"max_tokens={max_tokens} at least 1, seed={seed} a 32-bit number.")
+        if draft_tokens and not m.num_nextn_predict_layers:
+            raise UserError(f"draft_tokens={draft_tokens} needs multi-token prediction layers, and this model has none. Set draft_tokens=0.")
+        if self._engine is None:
+            self._engine = Engine(self.layout, self.mesh, self.params, self.bias)
+        stop = self.stop_ids if stop_ids is None else stop_ids
+        out = self._engine.generate(prompts, max_tokens, Sampling(temperature, top_k, top_p, seed), stop, draft_tokens) if prompts else []
+        return out[0] if one else out
+
+    @functools.cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer, the same as of the command: Chat.stop_ids, or without a tokenizer what
+        the checkpoint's configs say.
+
+        Raises:
+          UserError: a file of the tokenizer is damaged.
+        """
+        return self._find_stop_ids() if self._find_stop_ids else stop_ids_of(self.source)
+
+    def _logits(self, params, bias, tokens_BS, rows):
+        net = self.layout.merge_for_inference(params, bias)
+        place = jax.lax.broadcasted_iota(jnp.int32, tokens_BS.shape, 1, out_sharding=jax.typeof(tokens_BS).sharding)
+        out = net(tokens_BS, jnp.ones_like(tokens_BS), place)
+        logits_BSV = net.logits(out.hidden_BSD)
+        return logits_BSV if rows == len(tokens_BS) else jax.sharding.reshard(logits_BSV, jax.P())[:rows]
+
+
+def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> LoadedModel:
+    """A Hugging Face checkpoint as a model.
+
+    Args:
+      path: a folder with config.json and safetensors files.
+      dtype: float32, bfloat16 or float16: of the weights and of the computation; router, norms and logits are float32.
+      mesh: with the axes of parallel/mesh.py (any missing ones have size 1); all weights are sharded over it. None: the first device.
+
+    Raises:
+      UserError: the checkpoint cannot be read or is not of a model that this version has; dtype or mesh do not fit.
+    """
+    source, model, family = reader.open_source(path)
+    config, mesh = config_for(model, mesh, dtype)
+    with jax.set_mesh(mesh):
+        layout = make_layout(config, mesh)
+        params, bias = reader.state_of(source, config, family, layout, dtype)
+    source.close()
+    return LoadedModel(config, mesh, layout, params, bias, notes_of(source, model, family), source.folder)
+
+
+def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
+    """Writes a loaded model as a Hugging Face checkpoint, with the tokenizer files of the one that it was loaded from.
+
+    Args:
+      path: a folder that does not exist yet. dtype: of all tensors but the selection bias; None: each as it was stored (FP8: bfloat16).
+
+    Raises:
+      UserError: the folder cannot be written, no family has such a model, or dtype is not float32, bfloat16
+      or float16.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+    companions = Companions(model.source)
+    if model.tokenizer:  # of a run
+        saved = from_config_dict(workdirs.read_config(model.source))
+        companions = tokenizer_files.of_run(saved, model.source, model.tokenizer)
+    family = model.family or configuration.find_family(model.model)
+    arrays = {names.path_of(p): a for state in (model.params, model.bias) for p, a in jax.tree_util.tree_leaves_with_path(state)}
+    leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, family,
+                                                                                    model.model)]
+    exporter.export(path, model.model, family, leaves, lambda leaf: arrays[leaf.path], {} if dtype
+                     else model.notes.dtypes,
+                     dtype or "float32", companions, model.notes.model)
+
+
+def config_for(model: ModelConfig, mesh: jax.sharding.Mesh | None, dtype: str = "float32") -> tuple[Config, jax.sharding.Mesh]:
+    """Options to run a model with, and the mesh, all of whose axes are named."""
+    shape = {a: 1 for a in AXES} | dict(mesh.shape if mesh is not None else {})
+    if unknown := sorted(shape.keys() - set(AXES)):
+        raise UserError(f"the mesh has an axis {unknown[0]!r}, and not only {', '.join(AXES)}. Name its axes so.")
+    batch = math.prod(shape[a] for a in BATCH_AXES)
+    length = min(model.max_position_embeddings, 512)
+    train = TrainConfig(dtype=dtype, remat="full", batch_size=batch, sequence_length=max(length, model.num_nextn_predict_layers + 1))
+    config = Config(model=dataclasses.replace(model), mesh=MeshOptions(**shape), train=train, sharding=ShardingConfig())
+    validate(config)
+    devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
+    return config, make_mesh(config, devices)
+
+
+def stop_ids_of(folder: str) -> frozenset[int]:
+    """Tokens that end an answer of a checkpoint."""
+    return Chat(folder).stop_ids if tokenizer_folder.find(folder) else end_ids(folder)

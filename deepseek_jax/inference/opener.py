@@ -1,0 +1,157 @@
+"""Opens whatever holds a model: a Hugging Face checkpoint, a workdir that `import` made, or the workdir of a run."""
+
+import dataclasses
+import math
+import os
+import re
+
+import jax
+import numpy as np
+
+from deepseek_jax.hf import provenance
+from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.config.options import Config
+from deepseek_jax.errors import UserError
+from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.data import tokenizer_folder
+from deepseek_jax.data.contents import Contents
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.data import hub_cache
+from deepseek_jax.hf import configuration, names
+from deepseek_jax.data.chat import Chat
+from deepseek_jax.data.encoder import Encoder
+from deepseek_jax.inference.loaded import config_for, load, LoadedModel
+from deepseek_jax.hf.tensors import read_config
+from deepseek_jax.hf.provenance import Notes
+from deepseek_jax.hf.tokenizer_files import contents_of, ends_of, tokenizer_of
+from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.train import workdir as workdirs
+from deepseek_jax.train.state import from_tree, make_layout, to_tree
+
+
+@dataclasses.dataclass
+class Opened:
+    """A model and what it came with."""
+
+    model: LoadedModel
+    run: Config | None  # the options of the run, where it is one
+    trained: bool  # whether it is from a checkpoint of a run
+    folder: str | None  # with tokenizer and chat template; None: the run's tokenizer is all there is
+    tokenizer: str = ""  # of a trained run: bytes, or the path of the tokenizer.json that it was trained with
+    contents: Contents | None = None  # of the data that it was trained on, as far as known
+
+    def encoder(self) -> Encoder:
+        """Text to token ids.
+
+        Raises:
+          UserError: there is no tokenizer, or it has ids that the model has not.
+        """
+        return encoder_of(self.folder, self.tokenizer, self.run, self.model.model.vocab_size, self.model.source)
+
+
+def encoder_of(folder: str | None, tokenizer: str, run: Config | None, vocab_size: int, name: str) -> Encoder:
+    """The tokenizer of a folder, or without one a run's, for a model of so many ids. What ended a trained
+    run's documents ends its answers, as it does those of its export.
+
+    Raises:
+      UserError: as Opened.encoder.
+    """
+    if folder is not None:
+        source = Chat(folder, vocab_size)
+    else:
+        source = load_tokenizer(tokenizer, special_tokens=run.data.special_tokens)
+    out = Encoder(source, name, ends_of(run, tokenizer) if tokenizer else ())
+    if out.vocab_size > vocab_size:
+        last = out.text_of(out.vocab_size - 1)
+        raise UserError(f"the tokenizer of {name} has {out.vocab_size} ids, the last of them {last!r}, and "
+                        f"the model {vocab_size}. Give it the tokenizer that it was trained with, or leave "
+                        f"tokens that it never had out of tokenizer_config.json.")
+    return out
+
+
+def open_model(path: str, step: int | None = None, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Opened:
+    """The model in a folder.
+
+    Args:
+      path: a Hugging Face checkpoint (or its folder in the hub's cache), or the folder of a run of train.py
+        or of import. step: checkpoint of the run; None: its newest.
+      dtype, mesh: as hf.load.
+
+    Raises:
+      UserError: there is no model, it cannot be read, or dtype or mesh do not fit.
+    """
+    given, path = path, hub_cache.folder_of(path)
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(f"{given} holds no model: {hub_cache.no_config(path)}")
+    if not isinstance(read_config(path).get("model"), dict):
+        if step is not None:
+            raise UserError(f"--step={step}: {path} is a checkpoint itself, and not a run that has some. Leave it out.")
+        model = load(path, dtype, mesh)
+        return Opened(model, None, False, model.source)
+    return _open_run(path, step, dtype, mesh)
+
+
+def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mesh | None) -> Opened:
+    saved = from_config_dict(workdirs.read_config(workdir))
+    folder, files = workdirs.checkpoints(workdir, saved), os.path.join(workdir, provenance.FOLDER)
+    untrained = step is None and provenance.is_untrained(workdir, folder)
+    if untrained:
+        model = load(files, dtype, mesh)
+        return Opened(model, saved, False, model.source)
+    config, mesh = config_for(saved.model, mesh, dtype)
+    config = dataclasses.replace(config, moe=saved.moe)
+    with jax.set_mesh(mesh):
+        layout = make_layout(config, mesh)
+        nothing = {name: None for name in layout.abstract._fields if name not in ("params", "bias")}
+        wanted = layout.abstract_sharded()._replace(**nothing)
+        checkpoints = Checkpointer(folder, read_only=True)
+        trained = contents_of(checkpoints.read_extra(step))
+        tokenizer = tokenizer_of(workdir, saved, trained)
+        state = from_tree(checkpoints.restore_params(to_tree(wanted), step), wanted)
+        checkpoints.close()
+        params = _cast(state.params, np.dtype(dtype))
+    try:
+        notes = provenance.read_notes(workdir) or Notes(configuration.find_family(saved.model), saved.model, {})
+    except UserError:  # a model of our own: it runs, and only hf.save has to refuse it
+        notes = Notes("", saved.model, {})
+    folder = files if tokenizer and tokenizer == tokenizer_folder.find(files) else None
+    model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir, tokenizer,
+                        lambda: encoder_of(folder, tokenizer, saved, config.model.vocab_size, workdir).stop_ids)
+    return Opened(model, saved, True, folder, tokenizer, trained)
+
+
+def _cast(params, dtype: np.dtype):
+    """Matrices in another dtype, as reading.read_state makes them, one array at a time."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    out = []
+    while leaves:
+        path, a = leaves.pop(0)
+        name = names.path_of(path)
+        follows = names.follows_dtype(name, a.ndim - name.startswith(("layers/", "dense_layers/")))
+        out.append(jax.block_until_ready(a.astype(dtype)) if follows and a.dtype != dtype else a)
+    return jax.tree.unflatten(tree, out)
+
+
+def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | None:
+    """A mesh from "fsdp=2,expert=4", over as many of the devices; one size may be -1: as many as are left. None for None.
+
+    Raises:
+      UserError: an axis is unknown or named twice, a size is no whole number, or there are fewer devices.
+    """
+    if not text:
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d{0,5})\s*", part)
+        if not found or found[1] not in AXES or found[1] in sizes:
+            raise UserError(f"{option}={text}: {part!r} is not AXIS=SIZE. Name each of {', '.join(AXES)} once at most, as in fsdp=2,expert=4.")
+        sizes[found[1]] = int(found[2])
+    devices = jax.devices()
+    known = math.prod(n for n in sizes.values() if n > 0)
+    free = [a for a, n in sizes.items() if n < 0]
+    if free:
+        sizes[free[0]] = len(devices) // known
+    count = math.prod(sizes.values())
+    if len(free) > 1 or not 0 < count <= len(devices):
+        raise UserError(f"{option}={text} does not fit {len(devices)} devices. Make it smaller; JAX_NUM_CPU_DEVICES=8 makes 8 of a CPU.")
+    return jax.sharding.Mesh(np.array(devices[:count]).reshape(list(sizes.values())), tuple(sizes))

@@ -1,0 +1,88 @@
+"""When the launcher starts its processes again, and how many of them. No processes here, only decisions."""
+
+from typing import NamedTuple
+
+from deepseek_jax.cluster.monitor import LOST
+from deepseek_jax.cluster.signals import SIGNALS
+
+# Done; a mistake; bad numbers, which would come again; stopped by a signal.
+NEVER = (0, 2, 3, *(128 + s for s in SIGNALS))
+STEADY = 600.0  # seconds: processes that lasted so long begin with a clean record
+LONGEST_DELAY = 60.0
+
+
+class Start(NamedTuple):
+    """The next start."""
+
+    places: list[int]  # of the processes, out of those that the launcher was given: each has its own GPUs
+    delay: float  # seconds until then
+    text: str  # what to say
+
+
+class Restarts:
+    """Decides after every end of the processes.
+
+    A process that fails first twice in a row is given up, with its GPUs, as long as `at_least` others are left. Where so few do not fit the
+    mesh (exit code 2), the next fewer are tried.
+
+    Args:
+      count: processes to start with. at_least: the fewest to go on with. most: how often to start again.
+    """
+
+    def __init__(self, count: int, at_least: int, most: int):
+        self.places = list(range(count))
+        self.count, self._at_least, self._most = count, at_least, most
+        self._made, self._in_row = 0, 0
+        self._last_failed: int | None = None
+
+    @property
+    def may_shrink(self) -> bool:
+        """Whether it may go on with fewer than all."""
+        return self._at_least < self.count
+
+    def after(self, code: int, failed: int | None, lasted: float) -> Start | None:
+        """What comes after the processes ended with this exit code after `lasted` seconds; `failed`: the place that did so first.
+
+        None: nothing more.
+        """
+        if code == 2 and len(self.places) < self.count and self._last_failed is not None:
+            if len(self.places) <= self._at_least:
+                return None
+            self.places = self.places[:-1]
+            return Start(self.places, 0.0, f"{len(self.places) + 1} processes do not fit; trying {len(self.places)}.")
+        if code in NEVER or self._made >= self._most:
+            return None
+        if lasted > STEADY:
+            self._in_row, self._last_failed = 0, None
+        given_up = ""
+        if failed is not None and failed == self._last_failed and len(self.places) > self._at_least:
+            self.places = [p for p in self.places if p != failed]
+            given_up = f" without place {failed}, which failed twice in a row"
+        self._made, self._in_row, self._last_failed = self._made + 1, self._in_row + 1, failed
+        delay = min(2.0 ** (self._in_row - 1), LONGEST_DELAY)
+        plural = "es" * (len(self.places) > 1)
+        return Start(self.places, delay, f"restart {self._made} of {self._most} in {delay:g} s, with {len(self.places)} process{plural}{given_up}.")
+
+    def grow(self) -> Start | None:
+        """All places again, by request; None if they are in use already."""
+        if len(self.places) == self.count:
+            return None
+        self.places, self._last_failed, self._in_row = list(range(self.count)), None, 0
+        return Start(self.places, 0.0, f"starting again with all {self.count} processes.")
+
+
+def first_failed(ended: list[tuple[int, int, bool]]) -> tuple[int, int | None]:
+    """(exit code of all, place that failed first) of processes in the order of their ends.
+
+    Args:
+      ended: (place, exit code, whether the launcher had to kill it). A process that had to be killed is what the others missed, where they
+        say that one was lost.
+    """
+    own = [(place, code) for place, code, killed in ended if code and code != LOST and not killed]
+    if own:
+        return own[0][1], own[0][0]
+    lost = any(code == LOST for _, code, _ in ended)
+    stuck = [place for place, code, killed in ended if killed]
+    if stuck:
+        return (LOST if lost else 128 + 9), stuck[0]
+    return (LOST if lost else 0), None

@@ -1,0 +1,141 @@
+"""The beginning of a run from a Hugging Face checkpoint: its model's options, its weights, and what a later export needs of it.
+
+WORKDIR/hf/ holds the checkpoint's config.json, tokenizer and chat template, and `source.json`: the options of its model, its family and
+the dtypes of its tensors. In a workdir that `import` made it holds the weights too.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from deepseek_jax.hf.provenance import FOLDER, has_weights, read_notes, write_notes
+from deepseek_jax.config import paths
+from deepseek_jax.config.options import Config, RopeScaling
+from deepseek_jax.errors import UserError
+from deepseek_jax.data import tokenizer_folder
+from deepseek_jax.data import hub_cache
+from deepseek_jax.hf import names, reader
+from deepseek_jax.hf.reader import Source
+from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
+from deepseek_jax.train import workdir as workdirs
+from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
+
+OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")  # which this version does not train with
+
+
+def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
+    """The options with what a run in the workdir, an import into it or `config.init_from` say of weights,
+    model and tokenizer.
+
+    Raises:
+      UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no tokenizer.json.
+    """
+    before = workdirs.options(workdir) if workdir else {}
+    if workdir and not config.init_from and not has_weights(workdir) and read_notes(workdir) is not None:
+        # The run began with a checkpoint. Without this a start before the first checkpoint of its own would
+        # draw random weights.
+        config = dataclasses.replace(config, init_from=str(before.get("init_from") or ""))
+    config = with_model_of_source(config, workdir, argv)
+    if config.data.tokenizer == "auto":
+        tokenizer = _known_tokenizer(config, workdir, before)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    return paths.absolute_config(config)  # runs of earlier versions kept paths as they were given
+
+
+def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]) -> str:
+    """What config.data.tokenizer=auto stands for: `bytes` or a path."""
+    ours = os.path.join(os.path.abspath(workdir), FOLDER) if workdir else ""
+    kept = tokenizer_folder.find(ours) if ours else None
+    of_run = before.get("data", {}).get("tokenizer", "auto")
+    if of_run != "auto" and workdirs.has_checkpoints(workdir, config):
+        gone = of_run != "bytes" and not os.path.exists(os.path.expanduser(of_run))
+        return kept if gone and kept else of_run
+    source = config.init_from and os.path.abspath(os.path.expanduser(config.init_from))
+    if source and os.path.isdir(source):
+        source = hub_cache.folder_of(source)
+    for folder in filter(None, (source, ours)):
+        if path := tokenizer_folder.find(folder):
+            return path
+        if others := [name for name in OTHER_TOKENIZERS if os.path.exists(os.path.join(folder, name))]:
+            raise UserError(f"config.data.tokenizer is not set, and {folder} has {others[0]} but no "
+                            f"{tokenizer_folder.JSON}. Set it to a {tokenizer_folder.JSON} of that model.")
+    return "bytes" if of_run == "auto" else of_run
+
+
+def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
+    """The options with the model of `config.init_from`, or of the checkpoint that was imported into the workdir.
+
+    Options of the model on the command line act where they change no shape, and must agree elsewhere. What a config file says of the
+    model does not count.
+
+    Raises:
+      UserError: the checkpoint cannot be read, or an option on the command line differs from it.
+    """
+    if workdir and not config.init_from and has_weights(workdir):
+        config = dataclasses.replace(config, init_from=os.path.join(workdir, FOLDER))
+    notes = read_notes(workdir) if workdir else None
+    if config.init_from and (notes is None or os.path.isdir(os.path.expanduser(config.init_from))):
+        where, model = f"config.init_from={config.init_from}", reader.open_source(config.init_from)[1]
+    elif notes is not None:
+        where, model = f"{workdir}/{FOLDER}", notes.model
+    else:
+        return config
+    given = [m[1] for m in (re.match(r"--?config\.model\.([\w.]+)=", a) for a in argv) if m]
+    for option in given:
+        first, _, second = option.partition(".")
+        ours, theirs = getattr(config.model, first), getattr(model, first)
+        if first not in FREE_MODEL_OPTIONS and ours != theirs:
+            raise UserError(f"config.model.{option}={ours} differs from {theirs} of {where}. Leave it out: that checkpoint sets config.model.")
+        if isinstance(theirs, RopeScaling):
+            ours = dataclasses.replace(theirs, **{second: getattr(ours, second)})
+        model = dataclasses.replace(model, **{first: ours})
+    return dataclasses.replace(config, model=model)
+
+
+def open_for_training(config: Config, workdir: str) -> Source | None:
+    """The checkpoint of `config.init_from` with all names and shapes checked; None where the run has begun and it is gone.
+
+    Raises:
+      UserError: it cannot be read or does not fit, or its notes would replace a folder that is somebody
+        else's.
+    """
+    folder = os.path.join(workdir, FOLDER)
+    if os.path.lexists(folder) and not has_weights(workdir) and read_notes(workdir) is None:
+        raise UserError(f"--workdir={workdir} holds a folder {FOLDER} that is not of a run of train.py. Name "
+                        f"another --workdir, or move it away.")
+    if not os.path.isdir(os.path.expanduser(config.init_from)) and read_notes(workdir) is not None:
+        return None
+    source, _, family = reader.open_source(config.init_from)
+    _, params, bias = abstract_model(config)
+    reader.check(source, config.model, family, [*names.leaves(params, family, config.model), *names.leaves(bias, family, config.model)])
+    return source
+
+
+def initial_state(source: Source | None, config: Config, layout: Layout, workdir: str) -> TrainState:
+    """A state of step 0 with the weights of what `open_for_training` found; writes WORKDIR/hf.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    if source is None:
+        raise UserError(f"config.init_from={config.init_from} is not there, and {workdir} holds no checkpoint to go on from. Name the folder of the "
+                        f"Hugging Face checkpoint.")
+    _, model, family = reader.open_source(config.init_from)
+    params, bias = reader.state_of(source, config, family, layout)
+    folder = os.path.join(workdir, FOLDER)
+    if jax.process_index() == 0 and not has_weights(workdir):
+        temporary = paths.scratch(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        write_notes(source, model, family, temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+    source.close()
+    return state_around(config, layout, params, bias)
+
+

@@ -1,0 +1,176 @@
+"""A trace of some steps, and where their time went: `config.profile`.
+
+The trace is JAX's own, in WORKDIR/profile: TensorBoard with the profile plugin reads the folder, https://ui.perfetto.dev the *.trace.json.gz
+in it. In a trace the events of a program bear the names of its instructions, on CPU as on GPU; the text of the compiled program says which
+part of the model an instruction was made for.
+"""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from deepseek_jax.train.compiled_step import CompiledStep
+from deepseek_jax.config.options import Config
+from deepseek_jax.xla import hlo, origin
+
+# What the table always shows, in the order of a step; further parts of origin.SCOPES follow where they took time.
+PARTS = ("embed", "attention", "route", "dispatch", "experts", "combine", "loss", "optimizer")
+# Their events contain those of the computations that they run.
+CONTAINERS = ("while", "conditional", "call", "async-start", "async-update", "async-done")
+
+
+class Cost(NamedTuple):
+    """Time on all devices of this process, by what it was spent for."""
+
+    seconds: dict[tuple[str, str], float]  # (part, phase of origin.phase_of) -> seconds of leaf instructions
+    busy: float  # seconds in which at least one instruction ran
+    devices: int
+    steps: int
+
+    def part(self, name: str, *phases: str) -> float:
+        """Seconds a device and step."""
+        total = sum(s for (part, phase), s in self.seconds.items() if part == name and (not phases or phase in phases))
+        return total / self.devices / self.steps
+
+    @property
+    def total(self) -> float:
+        """Seconds a device and step, of all parts."""
+        return sum(self.seconds.values()) / self.devices / self.steps
+
+    def shares(self) -> dict[str, float]:
+        """Of every part: they sum to 1."""
+        names = [*PARTS, *sorted({part for part, _ in self.seconds} - {*PARTS, "other"}), "other"]
+        return {name: self.part(name) / max(self.total, 1e-30) for name in names}
+
+
+class Profiler:
+    """Traces the steps of `config.profile` and says where their time went.
+
+    Args:
+      step: the step that runs.
+    """
+
+    def __init__(self, config: Config, workdir: str, step: CompiledStep):
+        first = config.profile.start
+        self._before, self._last = first - 1, min(first + config.profile.steps - 1, config.train.steps)
+        self._step, self._active = step, False
+        self._folder = os.path.join(workdir, "profile")
+        if jax.process_count() > 1:  # a trace is named after its host, which may have several processes
+            self._folder = os.path.join(self._folder, f"process_{jax.process_index()}")
+
+    def due(self, done: int) -> bool:
+        """Whether the trace begins or ends after `done` steps."""
+        return done == self._last if self._active else done == self._before
+
+    def turn(self, done: int, state: Any) -> str:
+        """Begins or ends the trace where it is due; `state` is what the last step returned. The table and where the trace is, at its end."""
+        jax.block_until_ready(state)
+        if not self._active:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every Python call would be an event
+            jax.profiler.start_trace(self._folder, profiler_options=options)
+            self._active = True
+            return ""
+        self.close()
+        steps = done - self._before
+        where = f"profile of steps {self._before + 1} to {done}: {self._folder} (tensorboard --logdir, or ui.perfetto.dev)"
+        try:
+            return f"{table(read(self._folder, self._step.last.compiled.as_text(), steps))}\n{where}"
+        except (OSError, ValueError) as e:  # no reason to stop training
+            return f"{where}; the time of each part is not known ({e})"
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._active:
+            self._active = False
+            jax.profiler.stop_trace()
+
+
+class Event(NamedTuple):
+    """One time that an instruction ran."""
+
+    name: str
+    part: str
+    phase: str  # of origin.phase_of
+    device: Any
+    start: float  # seconds
+    seconds: float
+
+
+def read(folder: str, text: str, steps: int) -> Cost:
+    """What the newest trace in a folder says of a program.
+
+    Args:
+      text: `compiled.as_text()` of the program. steps: how often it ran in the trace.
+
+    Raises:
+      ValueError: there is no trace, or none of this program.
+    """
+    seconds: Counter = Counter()
+    events = instructions(folder, text)
+    for e in events:
+        seconds[e.part, e.phase] += e.seconds
+    return Cost(dict(seconds), _union([(e.start, e.start + e.seconds) for e in events]), len({e.device for e in events}), steps)
+
+
+def instructions(folder: str, text: str) -> list[Event]:
+    """What ran in the newest trace of a folder, of a program; without what only contains other instructions. Arguments and errors: as `read`."""
+    found = glob.glob(os.path.join(folder, "plugins", "profile", "*", "*.xplane.pb"))
+    if not found:
+        raise ValueError(f"{folder} holds no trace")
+    module = hlo.Module(text)
+    sources = _sources(module)
+    out = []
+    for device, name, start, duration in _events(max(found, key=os.path.getmtime), module.name):
+        part, phase, opcode = sources.get(name, ("other", "other", ""))
+        if opcode and opcode not in CONTAINERS:
+            out.append(Event(name, part, phase, device, start / 1e9, duration / 1e9))
+    if not out:
+        raise ValueError(f"no instruction of {module.name} is in the trace")
+    return out
+
+
+def _sources(module: hlo.Module) -> dict[str, tuple[str, str, str]]:
+    """Name of an instruction -> (part, phase, opcode)."""
+    sources = origin.Origin(module)
+    out = {}
+    for computation, instruction, visit in module.visits(lambda _: True):
+        if instruction.name not in out:
+            out[instruction.name] = (*sources.scope(computation, instruction, visit), instruction.opcode)
+    return out
+
+
+def _events(path: str, module: str) -> Iterator[tuple[Any, str, float, float]]:
+    """(device, instruction, start, duration) in nanoseconds of the events of a program."""
+    for plane in jax.profiler.ProfileData.from_file(path).planes:
+        lines = list(plane.lines)
+        # Where XLA's own line is, the lines of streams hold the same events once more.
+        lines = [line for line in lines if line.name == "XLA Ops"] or lines
+        for line in lines:
+            for event in line.events:
+                stats = dict(event.stats)
+                if "hlo_op" in stats and stats.get("hlo_module", "").split("(")[0] == module:
+                    yield (plane.name, stats.get("device_ordinal")), stats["hlo_op"], event.start_ns, event.duration_ns
+
+
+def _union(spans: list[tuple[float, float]]) -> float:
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def table(cost: Cost) -> str:
+    """Time a device and step, by part and by pass over the model."""
+    columns = (("forward", ("forward",)), ("recompute", ("recompute",)), ("backward", ("backward",)))
+    lines = [f"{'part':<12}{'ms a step':>10}{'share':>8}" + "".join(f"{name:>11}" for name, _ in columns)]
+    for name, share in cost.shares().items():
+        cells = "".join(f"{cost.part(name, *phases) * 1e3:>11.2f}" for _, phases in columns)
+        lines.append(f"{name:<12}{cost.part(name) * 1e3:>10.2f}{share:>8.1%}{cells}")
+    lines.append(f"{'all':<12}{cost.total * 1e3:>10.2f}{1:>8.1%}   (instructions; some ran in {cost.busy / cost.steps * 1e3:.2f} ms of a step)")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""Ends a run whose step does not end: prints the stacks of all threads, and leaves with a code that the launcher restarts on."""
+
+import contextlib
+import faulthandler
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from deepseek_jax.cluster.monitor import HUNG
+from deepseek_jax.cluster.signals import leave
+
+LEAST = 600.0  # seconds, where the time is chosen: what a slow file system, a fallen clock or a new program may take
+FACTOR = 20.0  # and so many times the median of the last steps
+
+
+def end_alone(step: int, seconds: float) -> None:
+    """What a process without others does about a step that does not end."""
+    print(f"train.py: a step does not end: none ended for {seconds:.0f} s after step {step}. The stacks follow.", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(all_threads=True)
+    leave(HUNG)
+
+
+class Watchdog:
+    """A thread that is told of progress by `beat`.
+
+    Seconds in which this process did not run at all (Ctrl-Z, a suspended laptop) do not count.
+
+    Args:
+      timeout: `config.watchdog.step_timeout`: seconds without progress; 0: never; below 0: chosen, 20 times the median step and at least 600.
+      hung: called from the thread with (the last finished step, seconds since then); it should end the process.
+      poll: seconds between looks.
+    """
+
+    def __init__(self, timeout: float, hung: Callable[[int, float], None] = end_alone, poll: float = 1.0):
+        self._timeout, self._hung, self._poll = timeout, hung, min(poll, timeout / 4) if timeout > 0 else poll
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._waited, self._paused, self._step = 0.0, 1, -1  # paused until the first beat: what comes before compiles
+        self._last, self._times = time.monotonic(), deque(maxlen=100)
+        if timeout:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, step: int) -> None:
+        """Something ended: a step, or a batch of an evaluation after `step` steps. The first beat starts the watch."""
+        with self._lock:
+            now = time.monotonic()
+            if self._step < 0:
+                self._paused -= 1
+            elif step > self._step and not self._paused:
+                self._times.append(now - self._last)
+            self._last, self._step, self._waited = now, step, 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is inside may take any time: compilation, waiting for a disk."""
+        with self._lock:
+            self._paused += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._paused, self._waited, self._last = self._paused - 1, 0.0, time.monotonic()
+
+    def limit(self) -> float:
+        """Seconds without progress after which the run counts as hung."""
+        if self._timeout > 0:
+            return self._timeout
+        return max(LEAST, FACTOR * statistics.median(self._times)) if self._times else LEAST
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._closed.wait(self._poll):
+            now = time.monotonic()
+            with self._lock:
+                self._waited = 0.0 if self._paused else self._waited + min(now - before, 2 * self._poll)
+                step, waited, expired = self._step, self._waited, self._waited > self.limit()
+            before = now
+            if expired:
+                self._hung(step, waited)
+                return

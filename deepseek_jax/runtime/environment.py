@@ -1,0 +1,77 @@
+"""What the environment tells JAX: mistakes in it are said in one line. Imports nothing heavy."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, MutableMapping
+
+DEVICES = "JAX_NUM_CPU_DEVICES"
+MOST_DEVICES = 1 << 16
+malformed: list[str] = []
+
+
+def take_devices(environment: MutableMapping[str, str] = os.environ) -> int:
+    """The CPU devices that the environment asks for, 1 if it does not. Called once, before JAX is imported.
+
+    JAX ends with a traceback while it is imported if it cannot read JAX_NUM_CPU_DEVICES: a malformed one is
+    taken away, and `check` says so. An empty one counts as not set.
+    """
+    asked = re.findall(r"--xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", ""))
+    text = environment.get(DEVICES)
+    if text is not None:
+        number = text.strip()
+        if number.isascii() and number.isdecimal() and 1 <= int(number) <= MOST_DEVICES:
+            asked.append(number)
+        else:
+            del environment[DEVICES]
+            if number:
+                malformed.append(f"{DEVICES}={text} is not a number of devices. "
+                                 f"Set it to 1 or more, or unset it.")
+    return max(map(int, asked), default=1)
+
+
+def check() -> None:
+    """Raises UserError if a variable that was taken away is malformed. Every command begins with it, and
+    every mesh."""
+    from deepseek_jax.errors import UserError  # which imports this module
+
+    if malformed:
+        raise UserError(malformed[0])
+
+
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """Raises UserError, in one line, where JAX finds no device of the platform that JAX_PLATFORMS names."""
+    from deepseek_jax.errors import UserError
+
+    check()
+    try:
+        yield
+    except (RuntimeError, AssertionError) as e:
+        # The latter, without a word, for a GPU where JAX has no plugin.
+        if not _from_backends(e):
+            raise
+        reason = next(iter(str(e).splitlines()), "")
+        reason = reason.partition(" (set JAX_PLATFORMS")[0].partition(" (you may need")[0]
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        if not asked:
+            raise UserError(f"JAX cannot use the devices of this machine ({reason}). "
+                            f"Repair that, or set JAX_PLATFORMS=cpu.") from e
+        reason = reason or "this JAX has no plugin for it, or no such device is here"
+        raise UserError(f"JAX_PLATFORMS={asked}: {reason.rstrip('.')}. "
+                        f"Install what it needs, set JAX_PLATFORMS=cpu, or unset it.") from e
+
+
+def _from_backends(error: BaseException) -> bool:
+    """Whether JAX raised it while it looked for devices. Where JAX has cut its own frames from the traceback,
+    words and state tell."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    if trace and trace.tb_frame.f_code.co_filename.replace(os.sep, "/").endswith("jax/_src/xla_bridge.py"):
+        return True
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    started = getattr(bridge, "backends_are_initialized", lambda: True)()
+    return not started and str(error).startswith(("Unable to initialize backend", "Unknown backend")
+                                                 if str(error) else "")

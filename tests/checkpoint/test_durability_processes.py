@@ -1,0 +1,115 @@
+"""Checkpoints that two processes write together: of every kind, damaged at one of them, unwritable at one of them, read by fewer."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+from deepseek_jax.cluster.meeting import free_port
+from tests.support import ROOT
+
+
+REPOSITORY = ROOT
+
+PROGRAM = """
+    import errno, faulthandler, os, sys
+    faulthandler.dump_traceback_later(100, exit=True)
+    sys.path[:0] = [os.path.join(os.getcwd(), "tests")]
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8 // int(sys.argv[1]))
+    count, me, address, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    if count > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, count, me)
+    import numpy as np
+    from deepseek_jax.checkpoint import manifest
+    from deepseek_jax.checkpoint.checkpoint import Checkpointer
+    from deepseek_jax.cluster.exchange import exchange
+    from deepseek_jax.config.options import CheckpointConfig as Checkpoint
+    from tests.checkpoint.test_checkpoint import SPECS, abstract, explicit_mesh, values
+    mesh = explicit_mesh(2, 4)
+
+    def put(tree):
+        place = lambda a, s: jax.make_array_from_callback(np.shape(a), jax.NamedSharding(mesh, s), lambda i: np.asarray(a)[i])
+        return jax.tree.map(place, tree, SPECS)
+
+    def options(kind):
+        return Checkpoint(kind=kind, keep=0, local_dir=f"{folder}/{kind}/local" if kind == "local" else "")
+
+    def opened(kind, said):
+        return Checkpointer(f"{folder}/{kind}/checkpoints", options=options(kind), warn=said.append)
+
+    def check(state, step):
+        for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(values(step)), strict=True):
+            for shard in got.addressable_shards:
+                assert np.asarray(shard.data).tobytes() == np.ascontiguousarray(np.asarray(want)[shard.index]).tobytes()
+
+    def restore(kind, said):
+        state, extra = opened(kind, said).restore(abstract(values(), mesh))
+        check(state, extra["at"])
+        return extra["at"]
+
+    def own(kind):
+        if kind != "local":
+            return f"{folder}/{kind}/checkpoints"
+        return f"{folder}/local/local/{open(f'{folder}/local/checkpoints/run_id').read()}/process_{me:05d}"
+
+    with jax.set_mesh(mesh):
+        for kind in ("sharded", "full", "local"):
+            said = []
+            if count == 1:  # fewer processes read what two wrote
+                assert restore(kind, said) == 3 and not said, said
+                continue
+            c = opened(kind, said)
+            for step in (1, 2):
+                c.save(step, put(values(step)), {"at": step})
+            c.wait()
+            assert not said, said
+            honest = manifest.checksums
+            if me == 1:  # the disk of one process is full
+                def fails(*a, **k):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                manifest.checksums = fails
+            c.save(3, put(values(3)), {"at": 3})
+            c.wait()
+            manifest.checksums = honest
+            exchange("test", "")  # process 0 cleans up
+            assert sorted(n for n in os.listdir(own(kind)) if n != "run_id") == ["1", "2"], os.listdir(own(kind))
+            exchange("test", "")
+            if me == 0:
+                assert len(said) == 1 and "process 1: No space left" in said[0], said
+            c.save(3, put(values(3)), {"at": 3})
+            c.close()
+            said.clear()
+            assert restore(kind, said) == 3 and not said
+            # One process, and only it, damages its newest; of a shared folder, any file.
+            if me == 1:
+                top = f"{own(kind)}/3"
+                name = max(manifest.read(top).files)
+                os.truncate(f"{top}/{name}", os.path.getsize(f"{top}/{name}") - 1)
+            exchange("test", "")
+            assert restore(kind, said) == 2
+            if me == 0:
+                assert len(said) == 1 and "kept aside" in said[0], said
+            c = opened(kind, said)
+            # Of kind local the other process has its part of step 3 still, which nobody can use.
+            c.save(3, put(values(3)), {"at": 3})
+            c.close()
+    print("done", flush=True)
+"""
+
+
+def start(count: int, folder: pathlib.Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "no_proxy": "127.0.0.1"}
+    processes = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(PROGRAM), str(count), str(i), address, str(folder)], cwd=REPOSITORY,
+                                  env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(count)]
+    said = [p.communicate(timeout=280)[0] for p in processes]
+    assert all(p.returncode == 0 and "done" in text for p, text in zip(processes, said)), "\n".join(said)[-6000:]
+
+
+def test_two_processes_and_then_one(tmp_path):
+    start(2, tmp_path)
+    start(1, tmp_path)

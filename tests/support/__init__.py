@@ -1,0 +1,6 @@
+"""What several tests stand on: references, small runs, files."""
+
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = ROOT / "tests" / "files"
