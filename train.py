@@ -18,9 +18,9 @@ SIGINT or SIGTERM ends at once, with the same code.
 """
 
 from deepseek_jax.cli import terminal
+from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.runtime import environment
 from deepseek_jax.runtime.huge_pages import use_huge_pages
-from deepseek_jax.cluster.signals import Stopper
 
 stopper = Stopper("train.py")
 if __name__ == "__main__":  # before all else
@@ -36,30 +36,34 @@ import time
 import jax
 
 from deepseek_jax import generate
-from deepseek_jax.run import commandline, init_from, lock, loop, resume, summary
-from deepseek_jax.runtime import compile_cache
 from deepseek_jax.checkpoint.checkpoint import Checkpointer, SaveFailed
+from deepseek_jax.cluster import gpus
 from deepseek_jax.cluster.processes import Cluster
-from deepseek_jax.errors import one_line, UserError
 from deepseek_jax.data import contents
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.errors import UserError, one_line
 from deepseek_jax.model.count import count
-from deepseek_jax.cluster import gpus
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.train import workdir
+from deepseek_jax.run import commandline, init_from, lock, loop, resume, summary
 from deepseek_jax.run.profile import Profiler
+from deepseek_jax.run.watchdog import Watchdog, end_alone
+from deepseek_jax.runtime import compile_cache
+from deepseek_jax.train import workdir
 from deepseek_jax.train.state import TrainState, init_state, make_layout, to_tree
 from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
-from deepseek_jax.run.watchdog import end_alone, Watchdog
 
 
 def main(argv: list[str]) -> int:
     environment.check()
     cluster = commandline.find_cluster(argv)
-    with (contextlib.ExitStack() as held, cluster.failures(loop.BadNumbers, SaveFailed), cluster.mistakes(),
-          environment.mistakes()):
+    with (
+        contextlib.ExitStack() as held,
+        cluster.failures(loop.BadNumbers, SaveFailed),
+        cluster.mistakes(),
+        environment.mistakes(),
+    ):
         held.callback(cluster.close)
         return train(argv, cluster, held)
 
@@ -75,7 +79,9 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         print(json.dumps(config.to_json(), indent=2))
         return 0
     if not flags.workdir:
-        raise UserError("--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny.")
+        raise UserError(
+            "--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny."
+        )
     gpus.take_memory(cluster.together)
     cluster.join(commandline.options(config, flags), config.watchdog.heartbeat_timeout, stopper)
     say = print if cluster.index == 0 else lambda text: None
@@ -90,60 +96,128 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
     loader = Loader(config, tokenizer, progress=cluster.index == 0)
     source = init_from.open_for_training(config, flags.workdir) if config.init_from else None
     digest = contents.digest(loader.contents)
-    cluster.agree("data files", {"what config.data reads": f"{loader.description}, sha256 {digest[:12]}"})
+    cluster.agree(
+        "data files", {"what config.data reads": f"{loader.description}, sha256 {digest[:12]}"}
+    )
 
-    checkpoints = Checkpointer(workdir.checkpoints(flags.workdir, config), options=config.checkpoint)
+    checkpoints = Checkpointer(
+        workdir.checkpoints(flags.workdir, config), options=config.checkpoint
+    )
     compile_cache.use_cache(config.compile.cache_dir, warn=say)
-    with jax.set_mesh(mesh), contextlib.closing(checkpoints), cluster.failures(loop.BadNumbers, SaveFailed):
+    with (
+        jax.set_mesh(mesh),
+        contextlib.closing(checkpoints),
+        cluster.failures(loop.BadNumbers, SaveFailed),
+    ):
         layout = make_layout(config, mesh)
         platform = mesh.devices.flat[0].platform
-        compiler_options = xla_options.xla_options(config, platform, xla_options.bytes_of_a_layer(config, layout.abstract.params, mesh))
+        compiler_options = xla_options.xla_options(
+            config, platform, xla_options.bytes_of_a_layer(config, layout.abstract.params, mesh)
+        )
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
         wanted = to_tree(layout.abstract_sharded())
         resume_step = checkpoints.newest_good(wanted)
-        cluster.agree("folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step})
+        cluster.agree(
+            "folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step}
+        )
         going_on = resume.GoingOn(checkpoints, flags.workdir, config, loader.contents)
         progress = going_on.progress(resume_step)
-        summary.show(config, mesh, layout, sizes, loader, flags.workdir, resume_step, changed, compiler_options,
-                     progress.history)
+        summary.show(
+            config,
+            mesh,
+            layout,
+            sizes,
+            loader,
+            flags.workdir,
+            resume_step,
+            changed,
+            compiler_options,
+            progress.history,
+        )
 
-        train_step = compile_cache.CompiledStep(make_train_step(config, layout), mesh, compiler_options, say)
+        train_step = compile_cache.CompiledStep(
+            make_train_step(config, layout), mesh, compiler_options, say
+        )
         if (resume_step or 0) < config.train.steps:
-            train_step.compile_ahead(layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0))
+            train_step.compile_ahead(
+                layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0)
+            )
 
         def restored(step: int | None) -> tuple[TrainState, loop.Progress]:
             if step is None:
-                fresh = init_from.initial_state(source, config, layout, flags.workdir) if config.init_from else init_state(config, layout)
+                fresh = (
+                    init_from.initial_state(source, config, layout, flags.workdir)
+                    if config.init_from
+                    else init_state(config, layout)
+                )
                 return fresh, going_on.progress(step)
             state, _ = resume.restore(checkpoints, layout)
             return state, going_on.progress(int(state.step))
 
         state, progress = restored(resume_step)
         if int(state.step) >= config.train.steps:
-            say(f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps.")
+            say(
+                f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps."
+            )
             return 0
 
-        workdir.write_config(flags.workdir, config, compiler_options, progress.run, progress.history.to_json())
+        workdir.write_config(
+            flags.workdir, config, compiler_options, progress.run, progress.history.to_json()
+        )
         evaluate = loop.Evaluator(config, mesh, loader, make_eval_step(layout))
         profiler = Profiler(config, flags.workdir, train_step) if config.profile.start else None
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some processes longer to compile.
         train_step.program(state, abstract_batch(config, mesh, int(state.step)))
         cluster.agree("command", {"steps done": int(state.step)})
-        watchdog = Watchdog(config.watchdog.step_timeout, cluster.monitor.hung if cluster.monitor else end_alone)
+        watchdog = Watchdog(
+            config.watchdog.step_timeout, cluster.monitor.hung if cluster.monitor else end_alone
+        )
         train_step.compiling = watchdog.paused
-        result = loop.run(config, flags.workdir, mesh, state, train_step, evaluate, loader, checkpoints, sizes, progress, profiler,
-                          lambda: summary.first_step(train_step, time.perf_counter() - started),
-                          lambda: restored(checkpoints.newest_good(wanted)), stopper, watchdog)
+        result = loop.run(
+            config,
+            flags.workdir,
+            mesh,
+            state,
+            train_step,
+            evaluate,
+            loader,
+            checkpoints,
+            sizes,
+            progress,
+            profiler,
+            lambda: summary.first_step(train_step, time.perf_counter() - started),
+            lambda: restored(checkpoints.newest_good(wanted)),
+            stopper,
+            watchdog,
+        )
 
         if result.stopped_by is not None:
-            say(f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {checkpoints.path(result.step)}. "
-                f"The same command goes on from there.")
+            say(
+                f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {checkpoints.path(result.step)}. "
+                f"The same command goes on from there."
+            )
             return 128 + result.stopped_by
         sample = ""
         if config.eval.sample_prompt and config.eval.sample_tokens:
-            sample = generate.sample(layout, result.state.params, result.state.bias, tokenizer, mesh, config.eval.sample_prompt,
-                                     config.eval.sample_tokens, temperature=0.7, top_p=0.95, seed=config.seed)
-        summary.show_end(flags.workdir, result, checkpoints.path(result.step), sample, time.perf_counter() - started)
+            sample = generate.sample(
+                layout,
+                result.state.params,
+                result.state.bias,
+                tokenizer,
+                mesh,
+                config.eval.sample_prompt,
+                config.eval.sample_tokens,
+                temperature=0.7,
+                top_p=0.95,
+                seed=config.seed,
+            )
+        summary.show_end(
+            flags.workdir,
+            result,
+            checkpoints.path(result.step),
+            sample,
+            time.perf_counter() - started,
+        )
     return 0
 
 

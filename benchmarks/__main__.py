@@ -37,7 +37,9 @@ ABOUT = {  # what each measures; its module has the name
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("--help", "-h"):
-        print("\n".join([__doc__ or "", *(f"  {name:<12}  {about}" for name, about in ABOUT.items())]))
+        print(
+            "\n".join([__doc__ or "", *(f"  {name:<12}  {about}" for name, about in ABOUT.items())])
+        )
         return 0
     name, rest = argv[0], argv[1:]
     if name not in ABOUT:

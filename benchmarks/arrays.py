@@ -14,7 +14,14 @@ def stored(module: hlo.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(instruction, dtype, dimensions without ones) of all arrays that are written to memory, which those inside a fusion are
     not, and of all matmuls, which are work wherever they are."""
     callers = ("fusion", "reduce", "reduce-window", "scatter", "sort", "map")
-    inside = {c for body in module.computations.values() for i in body.values() if i.opcode in callers for names in i.called.values() for c in names}
+    inside = {
+        c
+        for body in module.computations.values()
+        for i in body.values()
+        if i.opcode in callers
+        for names in i.called.values()
+        for c in names
+    }
     for name, body in module.computations.items():
         for i in body.values():
             if name in inside and i.opcode != "dot":
@@ -44,9 +51,18 @@ def too_large(text: str, config: Config, mesh_shape: Mapping[str, int]) -> dict[
         said = f"{dtype}[{','.join(map(str, dims))}] {name}"
         of_width = [widths[d] for d in dims if d in widths]
         # A weight has both widths; a gathered or reduced one, as flat as collectives like it, a whole number of its parts.
-        if len(of_width) == 1 and size // of_width[0] >= experts * tokens and size % weight and m.vocab_size not in dims:
+        if (
+            len(of_width) == 1
+            and size // of_width[0] >= experts * tokens
+            and size % weight
+            and m.vocab_size not in dims
+        ):
             found["every_expert_on_every_token"].append(said)
-        if length in dims and sum(d % length == 0 for d in dims) >= 2 and size >= heads * length * length:
+        if (
+            length in dims
+            and sum(d % length == 0 for d in dims) >= 2
+            and size >= heads * length * length
+        ):
             found["whole_scores"].append(said)
     return found
 

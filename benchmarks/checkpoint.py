@@ -21,15 +21,15 @@ from typing import Any
 import jax
 
 from benchmarks import shapes, turns
-from deepseek_jax.cli import arguments
 from deepseek_jax.checkpoint import manifest
-from deepseek_jax.tensorfile.arrays import bytes_of
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
+from deepseek_jax.cli import arguments
+from deepseek_jax.cli.texts import gb
 from deepseek_jax.config.options import CheckpointConfig
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options
-from deepseek_jax.cli.texts import gb
+from deepseek_jax.tensorfile.arrays import bytes_of
 from deepseek_jax.train.state import init_state, make_layout, to_tree
 from deepseek_jax.train.step import make_train_step, put_batch
 
@@ -38,9 +38,18 @@ def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--shape", choices=shapes.NAMES, default="mid", help="Model of the state.")
     parser.add_argument("--every", type=int, default=20, help="Steps between saves.")
-    parser.add_argument("--turns", type=int, default=3, help="Intervals timed with a save and without (0: only the rest).")
-    parser.add_argument("--kind", choices=tuple(KINDS), default="sharded", help="Of the checkpoints.")
-    parser.add_argument("--folder", type=arguments.path, help="Where to write (default: a temporary folder).")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=3,
+        help="Intervals timed with a save and without (0: only the rest).",
+    )
+    parser.add_argument(
+        "--kind", choices=tuple(KINDS), default="sharded", help="Of the checkpoints."
+    )
+    parser.add_argument(
+        "--folder", type=arguments.path, help="Where to write (default: a temporary folder)."
+    )
     parser.add_argument("--restore", type=arguments.path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.restore:
@@ -62,7 +71,9 @@ def measure(shape: str, every: int, count: int, kind: str, folder: str) -> dict[
         layout = make_layout(config, mesh)
         state = init_state(config, layout)
         size = bytes_of(to_tree(state))
-        checkpoints = Checkpointer(os.path.join(folder, "checkpoints"), options=_options(kind, folder))
+        checkpoints = Checkpointer(
+            os.path.join(folder, "checkpoints"), options=_options(kind, folder)
+        )
         result = {"shape": shape, "kind": kind, "state_bytes": size, **turns.machine()}
         if count:
             batch = put_batch(shapes.rows(config, 1)[0], config.micro_batch, mesh)
@@ -80,9 +91,13 @@ def measure(shape: str, every: int, count: int, kind: str, folder: str) -> dict[
                     jax.block_until_ready((state, metrics))
                     checkpoints.wait()
                     times.append(time.perf_counter() - started)
-            result |= {"every": every, "step_s": statistics.median(without) / every, "blocked_s": statistics.median(blocked),
-                       "overhead": statistics.median(b / a for a, b in zip(without, with_save)) - 1,
-                       "turns": [[a / every, b / every] for a, b in zip(without, with_save)]}
+            result |= {
+                "every": every,
+                "step_s": statistics.median(without) / every,
+                "blocked_s": statistics.median(blocked),
+                "overhead": statistics.median(b / a for a, b in zip(without, with_save)) - 1,
+                "turns": [[a / every, b / every] for a, b in zip(without, with_save)],
+            }
         alone, busy = [], []
         for i in range(3):
             started, used = time.perf_counter(), time.process_time()
@@ -100,8 +115,23 @@ def measure(shape: str, every: int, count: int, kind: str, folder: str) -> dict[
         written = sum(manifest.files_of(top).values())
         result |= {"save_alone_s": statistics.median(alone), "save_cpu_s": statistics.median(busy)}
         result |= {"checksum_s": sums, "written_bytes": written, "files": len(names)}
-    child = [sys.executable, "-m", "benchmarks", "checkpoint", f"--shape={shape}", f"--kind={kind}", f"--restore={folder}"]
-    found = [json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout.splitlines()[-1]) for _ in range(3)]
+    child = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "checkpoint",
+        f"--shape={shape}",
+        f"--kind={kind}",
+        f"--restore={folder}",
+    ]
+    found = [
+        json.loads(
+            subprocess.run(child, check=True, capture_output=True, text=True).stdout.splitlines()[
+                -1
+            ]
+        )
+        for _ in range(3)
+    ]
     return result | {name: statistics.median(f[name] for f in found) for name in found[0]}
 
 
@@ -112,7 +142,11 @@ def restore(shape: str, folder: str, kind: str) -> dict[str, float]:
     with jax.set_mesh(mesh):
         layout = make_layout(config, mesh)
         jax.block_until_ready(jax.numpy.zeros(8) + 1)
-        checkpoints = Checkpointer(os.path.join(folder, "checkpoints"), options=_options(kind, folder), read_only=kind != "local")
+        checkpoints = Checkpointer(
+            os.path.join(folder, "checkpoints"),
+            options=_options(kind, folder),
+            read_only=kind != "local",
+        )
         wanted = to_tree(layout.abstract_sharded())
         started = time.perf_counter()
         checkpoints.newest_good(wanted)
@@ -122,13 +156,20 @@ def restore(shape: str, folder: str, kind: str) -> dict[str, float]:
         state, _ = jax.block_until_ready(checkpoints.restore(wanted))
         took = time.perf_counter() - started
         peak = memory()
-    return {"verify_s": checked, "restore_s": took, "restore_peak_bytes": peak, "restore_memory": (peak - before) / bytes_of(state)}
+    return {
+        "verify_s": checked,
+        "restore_s": took,
+        "restore_peak_bytes": peak,
+        "restore_memory": (peak - before) / bytes_of(state),
+    }
 
 
 def memory(reset: bool = False) -> int:
     """Bytes that this process has held at most. Linux counts them anew on request; elsewhere they are those since its start."""
     if not os.path.exists("/proc/self/clear_refs"):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
     if reset:
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")
@@ -137,18 +178,29 @@ def memory(reset: bool = False) -> int:
 
 
 def _options(kind: str, folder: str) -> CheckpointConfig:
-    return CheckpointConfig(kind=kind, keep=1, local_dir=os.path.join(folder, "local") if kind == "local" else "")
+    return CheckpointConfig(
+        kind=kind, keep=1, local_dir=os.path.join(folder, "local") if kind == "local" else ""
+    )
 
 
 def text(r: dict[str, Any]) -> str:
-    lines = [f"{r['shape']}, kind {r['kind']}: a state of {gb(r['state_bytes'])} on {r['device']}, {r['cores']} cores"]
+    lines = [
+        f"{r['shape']}, kind {r['kind']}: a state of {gb(r['state_bytes'])} on {r['device']}, {r['cores']} cores"
+    ]
     if "overhead" in r:
-        lines += [f"  {b * 1e3:9.0f} ms a step without, {a * 1e3:9.0f} with a save every {r['every']}   {a / b - 1:+.1%}" for b, a in r["turns"]]
-        lines.append(f"training       {r['overhead']:+.1%} (median); the call itself takes {r['blocked_s']:.2f} s")
-    lines += [f"a save alone   {r['save_alone_s']:.2f} s, {r['save_cpu_s']:.2f} s of one core, for {gb(r['written_bytes'])} in {r['files']} files; "
-              f"checksums {r['checksum_s']:.2f} s, "
-              f"{r['checksum_s'] / r['save_alone_s']:.0%}",
-              f"check          {r['verify_s']:.2f} s",
-              f"restore        {r['restore_s']:.2f} s, {r['restore_memory']:.2f} times the state's bytes above what the process had; "
-              f"{gb(r['restore_peak_bytes'])} in all"]
+        lines += [
+            f"  {b * 1e3:9.0f} ms a step without, {a * 1e3:9.0f} with a save every {r['every']}   {a / b - 1:+.1%}"
+            for b, a in r["turns"]
+        ]
+        lines.append(
+            f"training       {r['overhead']:+.1%} (median); the call itself takes {r['blocked_s']:.2f} s"
+        )
+    lines += [
+        f"a save alone   {r['save_alone_s']:.2f} s, {r['save_cpu_s']:.2f} s of one core, for {gb(r['written_bytes'])} in {r['files']} files; "
+        f"checksums {r['checksum_s']:.2f} s, "
+        f"{r['checksum_s'] / r['save_alone_s']:.0%}",
+        f"check          {r['verify_s']:.2f} s",
+        f"restore        {r['restore_s']:.2f} s, {r['restore_memory']:.2f} times the state's bytes above what the process had; "
+        f"{gb(r['restore_peak_bytes'])} in all",
+    ]
     return "\n".join(lines)

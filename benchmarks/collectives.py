@@ -34,28 +34,41 @@ import jax
 from benchmarks import arrays
 from benchmarks.strategies import variants
 from deepseek_jax.cli import texts
+from deepseek_jax.config.configdict import base_config
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
-from deepseek_jax.config.configdict import base_config
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.plan import exchange, options, topology
-from deepseek_jax.xla import origin, program
 from deepseek_jax.train.state import Layout
+from deepseek_jax.xla import origin, program
 
 LAYERS = 4
 METHODS = ("all_to_all", "all_gather", "ring")
 WEIGHTS = tuple(p for p in origin.LAYER_PARTS if p not in ("dispatch", "statistics"))
 REDUCTIONS = ("reduce-scatter", "all-reduce")
-GROUPS = ("weights, forward", "weights, backward", "gradients", "tokens, forward", "tokens, backward", "counts and choices",
-          "embedding and head", "after the update")
+GROUPS = (
+    "weights, forward",
+    "weights, backward",
+    "gradients",
+    "tokens, forward",
+    "tokens, backward",
+    "counts and choices",
+    "embedding and head",
+    "after the update",
+)
 OF_MODEL = ("embedding and head", "after the update")  # once a step, not in every layer
 
 
 def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--devices", type=int, default=8, help="Devices in all.")
-    parser.add_argument("--hardware", default="cpu", choices=["cpu", *topology.HARDWARE], help="cpu, or h200 to compile for.")
+    parser.add_argument(
+        "--hardware",
+        default="cpu",
+        choices=["cpu", *topology.HARDWARE],
+        help="cpu, or h200 to compile for.",
+    )
     jax.config.update("jax_platforms", "cpu")
     size = "small" if parser.parse_known_args(sys.argv[1:])[0].hardware == "cpu" else "large"
     own, config = options.read(parser, sys.argv[1:], f"{__file__}:{size}")
@@ -64,7 +77,9 @@ def main() -> int:
     elif topology.has_gpu_compiler():
         devices = topology.gpu_devices(topology.HARDWARE[own.hardware], own.devices, 8)
     else:
-        raise UserError(f"--hardware={own.hardware} needs JAX's CUDA plugin. Install it: {topology.INSTALL}.")
+        raise UserError(
+            f"--hardware={own.hardware} needs JAX's CUDA plugin. Install it: {topology.INSTALL}."
+        )
     config = one_stack(config)
     results = []
     for variant in [*variants(config, devices), *other_methods(config)]:
@@ -89,8 +104,19 @@ def get_config(arg: str) -> Any:
         m.hidden_size, m.num_attention_heads, m.moe_intermediate_size = 256, 4, 128
         t.batch_size, t.sequence_length, t.dtype = 8, 1024, "float32"
     else:
-        m.vocab_size, m.hidden_size, m.moe_intermediate_size, m.n_routed_experts = 32000, 2048, 1408, 64
-        m.num_attention_heads, m.kv_lora_rank, m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim = 16, 512, 128, 64, 128
+        m.vocab_size, m.hidden_size, m.moe_intermediate_size, m.n_routed_experts = (
+            32000,
+            2048,
+            1408,
+            64,
+        )
+        (
+            m.num_attention_heads,
+            m.kv_lora_rank,
+            m.qk_nope_head_dim,
+            m.qk_rope_head_dim,
+            m.v_head_dim,
+        ) = 16, 512, 128, 64, 128
         t.batch_size, t.sequence_length = 8, 1024
     c.mesh.expert = 2
     return c
@@ -98,18 +124,31 @@ def get_config(arg: str) -> Any:
 
 def one_stack(config: Config) -> Config:
     """LAYERS of the config's MoE layers, alone, in one micro-batch."""
-    model = dataclasses.replace(config.model, num_hidden_layers=LAYERS, first_k_dense_replace=0, num_nextn_predict_layers=0)
-    one_batch = {"batch_size": config.micro_batch, "accumulation": 1, "batch_ramp_start": 0, "batch_ramp_steps": 0}
-    return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, **one_batch))
+    model = dataclasses.replace(
+        config.model, num_hidden_layers=LAYERS, first_k_dense_replace=0, num_nextn_predict_layers=0
+    )
+    one_batch = {
+        "batch_size": config.micro_batch,
+        "accumulation": 1,
+        "batch_ramp_start": 0,
+        "batch_ramp_steps": 0,
+    }
+    return dataclasses.replace(
+        config, model=model, train=dataclasses.replace(config.train, **one_batch)
+    )
 
 
 def other_methods(config: Config) -> list[Config]:
     """The config with every dispatch method but its own."""
-    others = (dataclasses.replace(config.moe, dispatch=m) for m in METHODS if m != config.moe.dispatch)
+    others = (
+        dataclasses.replace(config.moe, dispatch=m) for m in METHODS if m != config.moe.dispatch
+    )
     return [dataclasses.replace(config, moe=moe) for moe in others]
 
 
-def measure(config: Config, devices: list[Any], compiler_options: dict[str, Any] | None = None) -> dict[str, Any]:
+def measure(
+    config: Config, devices: list[Any], compiler_options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """One layer's collectives by group, and how often tokens are exchanged."""
     mesh, layout = topology.lay_out(config, devices)
     compiled = topology.compile_step(config, mesh, layout, compiler_options).compiled
@@ -129,22 +168,32 @@ def measure(config: Config, devices: list[Any], compiler_options: dict[str, Any]
                 kinds[c.kind] = kinds.get(c.kind, 0) + share * c.times / layers
                 rows[group]["bytes"] += share * c.bytes_a_step / layers
     return {
-        "strategy": config.sharding.canonical, "dispatch": config.moe.dispatch,
+        "strategy": config.sharding.canonical,
+        "dispatch": config.moe.dispatch,
         "mesh": {a: n for a, n in mesh.shape.items() if n > 1},
-        **_divisions(mesh, layout), "overlapped": _overlapped(found), "gathered_ahead": _gathered_ahead(found),
-        "reduced_behind": _reduced_behind(found), "in_flight": program.most_in_flight(compiled.as_text()), "groups": rows,
-        "token_exchanges_forward": exchanges / LAYERS, "token_exchanges_further_round": again / LAYERS,
+        **_divisions(mesh, layout),
+        "overlapped": _overlapped(found),
+        "gathered_ahead": _gathered_ahead(found),
+        "reduced_behind": _reduced_behind(found),
+        "in_flight": program.most_in_flight(compiled.as_text()),
+        "groups": rows,
+        "token_exchanges_forward": exchanges / LAYERS,
+        "token_exchanges_further_round": again / LAYERS,
         "too_large": arrays.too_large(compiled.as_text(), config, mesh.shape),
-        "exchange": exchange.buffers(config, mesh.shape)._asdict(), "temporaries": program.memory(compiled).temporaries,
+        "exchange": exchange.buffers(config, mesh.shape)._asdict(),
+        "temporaries": program.memory(compiled).temporaries,
     }
 
 
 def _divisions(mesh: jax.sharding.Mesh, layout: Layout) -> dict[str, bool]:
     """What the layout divides over devices that use it whole."""
     used = sharding.specs(layout.abstract.params, sharding.COMPUTE_RULES)
-    size = lambda specs: sharding.bytes_per_device(layout.abstract.params, sharding.shardings(specs, mesh))
+    size = lambda specs: sharding.bytes_per_device(
+        layout.abstract.params, sharding.shardings(specs, mesh)
+    )
     return {
-        "parameters_divided": size(layout.param_specs) < size(used), "gradients_divided": size(layout.grad_specs) < size(used),
+        "parameters_divided": size(layout.param_specs) < size(used),
+        "gradients_divided": size(layout.grad_specs) < size(used),
         "updates_gathered": size(layout.opt_specs) < size(layout.param_specs),
     }
 
@@ -161,15 +210,25 @@ def _overlapped(found: list[program.Collective]) -> dict[str, float]:
 def _gathered_ahead(found: list[program.Collective]) -> float:
     """Share of the weights' bytes in forward that is gathered outside the loop over layers: a loop that gathers the next layer's
     weights during a layer has the first one's before it."""
-    weights = [c for c in found if c.kind == "all-gather" and c.phase == "forward" and c.part in WEIGHTS]
-    return sum(c.bytes_a_step for c in weights if not c.loops) / (sum(c.bytes_a_step for c in weights) or 1)
+    weights = [
+        c for c in found if c.kind == "all-gather" and c.phase == "forward" and c.part in WEIGHTS
+    ]
+    return sum(c.bytes_a_step for c in weights if not c.loops) / (
+        sum(c.bytes_a_step for c in weights) or 1
+    )
 
 
 def _reduced_behind(found: list[program.Collective]) -> float:
     """Share of the gradients' bytes that is reduced outside the loop over layers: a loop that reduces the last layer's gradients during
     a layer leaves the first one's for after it."""
-    gradients = [c for c in found if c.kind == "reduce-scatter" and c.phase == "backward" and c.part in WEIGHTS]
-    return sum(c.bytes_a_step for c in gradients if not c.loops) / (sum(c.bytes_a_step for c in gradients) or 1)
+    gradients = [
+        c
+        for c in found
+        if c.kind == "reduce-scatter" and c.phase == "backward" and c.part in WEIGHTS
+    ]
+    return sum(c.bytes_a_step for c in gradients if not c.loops) / (
+        sum(c.bytes_a_step for c in gradients) or 1
+    )
 
 
 def _group(c: program.Collective, phase: str, part: str, is_rows: bool) -> str | None:
@@ -197,7 +256,9 @@ def least_bytes(config: Config, mesh: jax.sharding.Mesh, layout: Layout) -> dict
     leaves = jax.tree_util.tree_leaves_with_path(layout.abstract.params)
     for (path, leaf), *spec_of in zip(leaves, *map(_specs, trees), strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        sizes = [math.prod(jax.sharding.NamedSharding(mesh, s).shard_shape(leaf.shape)) for s in spec_of]
+        sizes = [
+            math.prod(jax.sharding.NamedSharding(mesh, s).shard_shape(leaf.shape)) for s in spec_of
+        ]
         used_size, stored, summed, optimized = sizes
         update += 4 * stored * (1 - optimized / stored)
         parts = batch // (mesh.shape["expert"] if "/experts/" in name else 1)
@@ -213,12 +274,19 @@ def least_bytes(config: Config, mesh: jax.sharding.Mesh, layout: Layout) -> dict
     kept = config.train.remat == "none" or "exchange" in config.train.remat
     tokens = config.micro_batch * config.train.sequence_length // batch
     x, k = mesh.shape["expert"], config.model.num_experts_per_tok
-    there, back = {"all_to_all": (tokens * k * (x - 1) / x,) * 2, "all_gather": (tokens * (x - 1),) * 2,
-                   "ring": (tokens * (x - 1), tokens * x if x > 1 else 0)}[config.moe.dispatch]
+    there, back = {
+        "all_to_all": (tokens * k * (x - 1) / x,) * 2,
+        "all_gather": (tokens * (x - 1),) * 2,
+        "ring": (tokens * (x - 1), tokens * x if x > 1 else 0),
+    }[config.moe.dispatch]
     row = config.model.hidden_size * item
     return {
-        "weights, forward": forward, "weights, backward": forward * again, "gradients": gradients, "embedding and head": ends,
-        "after the update": update, "tokens, forward": (there + back) * row,
+        "weights, forward": forward,
+        "weights, backward": forward * again,
+        "gradients": gradients,
+        "embedding and head": ends,
+        "after the update": update,
+        "tokens, forward": (there + back) * row,
         "tokens, backward": (there + back + (0 if kept else there)) * row,
     }
 
@@ -235,15 +303,23 @@ def text(r: dict[str, Any]) -> str:
             kinds = ", ".join(f"{n:.3g} {kind}" for kind, n in sorted(g["collectives"].items()))
             ratio = f"{g['bytes'] / g['least']:.2f}" if g["least"] else ""
             least = texts.gb(g["least"]) if g["least"] is not None else ""
-            rows.append([group + (" (of the model)" if group in OF_MODEL else ""), kinds, texts.gb(g["bytes"]), least, ratio])
+            rows.append(
+                [
+                    group + (" (of the model)" if group in OF_MODEL else ""),
+                    kinds,
+                    texts.gb(g["bytes"]),
+                    least,
+                    ratio,
+                ]
+            )
     e = r["exchange"]
     mesh = " x ".join(f"{a} {n}" for a, n in r["mesh"].items())
     first, further = f"{r['token_exchanges_forward']:g}", f"{r['token_exchanges_further_round']:g}"
     buffer_rows = f"{e['exchanged_rows']} exchanged + {e['expert_rows']} computed rows"
-    return f"""{r['strategy']}, {r['dispatch']}, {mesh}: a layer
-{texts.table(rows, '  ')}
+    return f"""{r["strategy"]}, {r["dispatch"]}, {mesh}: a layer
+{texts.table(rows, "  ")}
   token exchanges forward: {first} in the first round, {further} in each further one
-  dispatch buffers: {buffer_rows} = {texts.gb(e['bytes'])}, whatever the routing;
-  a ragged exchange must be ready for {e['ragged_rows']} rows = {texts.gb(e['ragged_bytes'])}:
-  expert axis x tokens x min(experts a token, experts of a device). Temporaries of the step: {texts.gb(r['temporaries'])}.
+  dispatch buffers: {buffer_rows} = {texts.gb(e["bytes"])}, whatever the routing;
+  a ragged exchange must be ready for {e["ragged_rows"]} rows = {texts.gb(e["ragged_bytes"])}:
+  expert axis x tokens x min(experts a token, experts of a device). Temporaries of the step: {texts.gb(r["temporaries"])}.
 """

@@ -19,14 +19,14 @@ from typing import Any
 import jax
 
 from deepseek_jax.cli import texts
-from deepseek_jax.config.options import Config, GRADIENT_COMPRESSIONS
+from deepseek_jax.config.options import GRADIENT_COMPRESSIONS, Config
+from deepseek_jax.config.validation import validate
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.plan import options, topology
-from deepseek_jax.xla import program
 from deepseek_jax.run import loop
 from deepseek_jax.train.state import init_state
-from deepseek_jax.config.validation import validate
+from deepseek_jax.xla import program
 
 
 def main() -> int:
@@ -51,21 +51,34 @@ def variant(config: Config, method: str) -> Config:
       UserError: its strategy and mesh have no place for compression.
     """
     if config.mesh.data == 1:
-        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=2),
-                                     sharding=dataclasses.replace(config.sharding, strategy="hybrid_shard"))
-    config = dataclasses.replace(config, sharding=dataclasses.replace(config.sharding, gradient_compression=method))
+        config = dataclasses.replace(
+            config,
+            mesh=dataclasses.replace(config.mesh, data=2),
+            sharding=dataclasses.replace(config.sharding, strategy="hybrid_shard"),
+        )
+    config = dataclasses.replace(
+        config, sharding=dataclasses.replace(config.sharding, gradient_compression=method)
+    )
     validate(config)
     return config
 
 
 def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
     """One run: its losses, bytes and median time of a step."""
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=max(steps, config.train.steps)))
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, steps=max(steps, config.train.steps))
+    )
     mesh, layout = topology.lay_out(config, devices)
     compiled = topology.compile_step(config, mesh, layout).compiled
-    along = [c for c in program.collectives(compiled.as_text(), mesh.shape) if "data" in c.axes and not c.further]
+    along = [
+        c
+        for c in program.collectives(compiled.as_text(), mesh.shape)
+        if "data" in c.axes and not c.further
+    ]
     gradients = [c for c in along if c.phase == "backward" or c.part == "compression"]
-    loader = Loader(config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens))
+    loader = Loader(
+        config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
+    )
     losses, seconds = [], []
     with jax.set_mesh(mesh), contextlib.closing(loop.batches(config, loader, mesh, 0)) as batches:
         state = init_state(config, layout)
@@ -76,10 +89,16 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
     total = lambda found: sum(c.bytes_a_step for c in found)
-    return {"gradient_compression": config.sharding.gradient_compression, "strategy": config.sharding.canonical,
-            "mesh": {a: n for a, n in mesh.shape.items() if n > 1}, "losses": losses, "gradient_bytes_over_data": total(gradients),
-            "other_bytes_over_data": total(along) - total(gradients), **layout.bytes_per_device(mesh),
-            "step_seconds": statistics.median(seconds[1:] or seconds)}
+    return {
+        "gradient_compression": config.sharding.gradient_compression,
+        "strategy": config.sharding.canonical,
+        "mesh": {a: n for a, n in mesh.shape.items() if n > 1},
+        "losses": losses,
+        "gradient_bytes_over_data": total(gradients),
+        "other_bytes_over_data": total(along) - total(gradients),
+        **layout.bytes_per_device(mesh),
+        "step_seconds": statistics.median(seconds[1:] or seconds),
+    }
 
 
 def text(results: list[dict[str, Any]]) -> str:
@@ -90,13 +109,41 @@ def text(results: list[dict[str, Any]]) -> str:
     curve = [["step", *names, *(f"{n} - none" for n in names[1:])]]
     for i in shown:
         values = [r["losses"][i] for r in results]
-        curve.append([str(i + 1), *(f"{v:.4f}" for v in values), *(f"{v - exact[i]:+.4f}" for v in values[1:])])
+        curve.append(
+            [
+                str(i + 1),
+                *(f"{v:.4f}" for v in values),
+                *(f"{v - exact[i]:+.4f}" for v in values[1:]),
+            ]
+        )
     whole = results[0]["gradient_bytes_over_data"]
-    costs = [["gradient_compression", "gradients over data", "of none", "other over data", "residual", "a step"]]
+    costs = [
+        [
+            "gradient_compression",
+            "gradients over data",
+            "of none",
+            "other over data",
+            "residual",
+            "a step",
+        ]
+    ]
     for r in results:
-        costs.append([r["gradient_compression"], texts.gb(r["gradient_bytes_over_data"]), f"{r['gradient_bytes_over_data'] / whole:.3f}",
-                      texts.gb(r["other_bytes_over_data"]), texts.gb(r.get("residual", 0)), f"{r['step_seconds'] * 1e3:,.0f} ms"])
+        costs.append(
+            [
+                r["gradient_compression"],
+                texts.gb(r["gradient_bytes_over_data"]),
+                f"{r['gradient_bytes_over_data'] / whole:.3f}",
+                texts.gb(r["other_bytes_over_data"]),
+                texts.gb(r.get("residual", 0)),
+                f"{r['step_seconds'] * 1e3:,.0f} ms",
+            ]
+        )
     mesh = " x ".join(f"{a} {n}" for a, n in results[0]["mesh"].items())
-    difference = [f"{r['gradient_compression']} {sum(abs(a - b) for a, b in zip(r['losses'], exact)) / steps:.4f}" for r in results[1:]]
-    return (f"{results[0]['strategy']} on {mesh}\n\n{texts.table(curve)}\n\nMean difference of the losses from none's: {', '.join(difference)}.\n\n"
-            f"{texts.table(costs)}\n\nBytes that a device receives along data in a step; residual: what it stores.")
+    difference = [
+        f"{r['gradient_compression']} {sum(abs(a - b) for a, b in zip(r['losses'], exact)) / steps:.4f}"
+        for r in results[1:]
+    ]
+    return (
+        f"{results[0]['strategy']} on {mesh}\n\n{texts.table(curve)}\n\nMean difference of the losses from none's: {', '.join(difference)}.\n\n"
+        f"{texts.table(costs)}\n\nBytes that a device receives along data in a step; residual: what it stores."
+    )

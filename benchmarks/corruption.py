@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.cli import arguments
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
+from deepseek_jax.cli import arguments
 from deepseek_jax.config.options import CheckpointConfig
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import options
@@ -45,13 +45,30 @@ def run(folder: str, rounds: int, seed: int) -> dict[str, dict[str, int]]:
             counts = out[f"{fault}, {kind}"] = dict.fromkeys(COUNTS, 0)
             for files in groups.values():
                 for _ in range(rounds):
-                    attempt(template, kind, fault, str(rng.choice(files)), want, rng, os.path.join(folder, "try"), counts)
+                    attempt(
+                        template,
+                        kind,
+                        fault,
+                        str(rng.choice(files)),
+                        want,
+                        rng,
+                        os.path.join(folder, "try"),
+                        counts,
+                    )
         shutil.rmtree(template)
     return out
 
 
-def attempt(template: str, kind: str, fault: str, file: str, want: dict[int, dict], rng: np.random.Generator, scratch: str,
-            counts: dict[str, int]) -> None:
+def attempt(
+    template: str,
+    kind: str,
+    fault: str,
+    file: str,
+    want: dict[int, dict],
+    rng: np.random.Generator,
+    scratch: str,
+    counts: dict[str, int],
+) -> None:
     """Damages one file of the newest checkpoint of a copy, restores, and counts."""
     shutil.copytree(template, scratch)
     said: list[str] = []
@@ -60,8 +77,15 @@ def attempt(template: str, kind: str, fault: str, file: str, want: dict[int, dic
         if not FAULTS[fault](os.path.join(steps_folder(scratch, kind), str(step)), file, rng):
             return
         counts["tried"] += 1
-        checkpoints = Checkpointer(os.path.join(scratch, "checkpoints"), options=checkpoint_options(scratch, kind), warn=said.append)
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding(a.shape)), want[step])
+        checkpoints = Checkpointer(
+            os.path.join(scratch, "checkpoints"),
+            options=checkpoint_options(scratch, kind),
+            warn=said.append,
+        )
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding(a.shape)),
+            want[step],
+        )
         try:
             state, extra = checkpoints.restore(abstract)
         except UserError:
@@ -82,17 +106,25 @@ def attempt(template: str, kind: str, fault: str, file: str, want: dict[int, dic
 
 def save(folder: str, kind: str) -> dict[int, dict]:
     """Writes the checkpoints and returns what is in them."""
-    checkpoints = Checkpointer(os.path.join(folder, "checkpoints"), options=checkpoint_options(folder, kind))
+    checkpoints = Checkpointer(
+        os.path.join(folder, "checkpoints"), options=checkpoint_options(folder, kind)
+    )
     out = {}
     for step in STEPS:
         out[step] = _state(step)
-        checkpoints.save(step, jax.tree.map(lambda a: jax.device_put(a, _sharding(a.shape)), out[step]), {"step": step})
+        checkpoints.save(
+            step,
+            jax.tree.map(lambda a: jax.device_put(a, _sharding(a.shape)), out[step]),
+            {"step": step},
+        )
     checkpoints.close()
     return out
 
 
 def checkpoint_options(folder: str, kind: str) -> CheckpointConfig:
-    return CheckpointConfig(kind=kind, keep=0, local_dir=os.path.join(folder, "local") if kind == "local" else "")
+    return CheckpointConfig(
+        kind=kind, keep=0, local_dir=os.path.join(folder, "local") if kind == "local" else ""
+    )
 
 
 def steps_folder(folder: str, kind: str) -> str:
@@ -111,7 +143,9 @@ def file_kinds(folder: str, kind: str) -> dict[str, list[str]]:
     for where, _, names in os.walk(top):
         for name in sorted(names):
             file = os.path.relpath(os.path.join(where, name), top)
-            group = os.path.dirname(file) if os.path.basename(os.path.dirname(file)) == "d" else file
+            group = (
+                os.path.dirname(file) if os.path.basename(os.path.dirname(file)) == "d" else file
+            )
             out.setdefault(group, []).append(file)
     return out
 
@@ -119,14 +153,19 @@ def file_kinds(folder: str, kind: str) -> dict[str, list[str]]:
 def _sharding(shape: tuple[int, ...]) -> jax.NamedSharding:
     devices = jax.devices()
     mesh = jax.make_mesh((len(devices),), ("fsdp",), devices=devices)
-    return jax.NamedSharding(mesh, jax.P("fsdp") if shape and shape[0] % len(devices) == 0 else jax.P())
+    return jax.NamedSharding(
+        mesh, jax.P("fsdp") if shape and shape[0] % len(devices) == 0 else jax.P()
+    )
 
 
 def _state(step: int) -> dict:
     rng = np.random.default_rng(step)
     weight = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    return {"step": np.int32(step), "params": {"embed": weight(64, 16), "experts": {"up": weight(4, 16, 24)}},
-            "opt_state": {"mu": np.asarray(weight(64, 16), jnp.bfloat16), "count": np.int32(step)}}
+    return {
+        "step": np.int32(step),
+        "params": {"embed": weight(64, 16), "experts": {"up": weight(4, 16, 24)}},
+        "opt_state": {"mu": np.asarray(weight(64, 16), jnp.bfloat16), "count": np.int32(step)},
+    }
 
 
 def _truncate(top: str, file: str, rng: np.random.Generator) -> bool:
@@ -170,7 +209,9 @@ def _flip(top: str, file: str, rng: np.random.Generator) -> bool:
 def _exchange(top: str, file: str, rng: np.random.Generator) -> bool:
     """Exchanges the file with another of the checkpoint, of other contents."""
     here = os.path.join(top, file)
-    others = [os.path.join(where, name) for where, _, names in os.walk(top) for name in sorted(names)]
+    others = [
+        os.path.join(where, name) for where, _, names in os.walk(top) for name in sorted(names)
+    ]
     contents = lambda path: open(path, "rb").read()
     others = [o for o in others if contents(o) != contents(here)]
     if not others:
@@ -183,21 +224,39 @@ def _exchange(top: str, file: str, rng: np.random.Generator) -> bool:
 
 
 FAULTS: dict[str, Callable[[str, str, np.random.Generator], bool]] = {
-    "truncated": _truncate, "deleted": _delete, "zeroed": _zero, "a byte changed": _flip, "exchanged": _exchange}
+    "truncated": _truncate,
+    "deleted": _delete,
+    "zeroed": _zero,
+    "a byte changed": _flip,
+    "exchanged": _exchange,
+}
 
 
 def text(result: dict[str, dict[str, int]]) -> str:
-    rows = [("fault", *COUNTS), *((name, *(str(counts[c]) for c in COUNTS)) for name, counts in result.items())]
+    rows = [
+        ("fault", *COUNTS),
+        *((name, *(str(counts[c]) for c in COUNTS)) for name, counts in result.items()),
+    ]
     rows.append(("all", *(str(sum(r[c] for r in result.values())) for c in COUNTS)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    )
 
 
 def main() -> int:
     parser = options.Parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="Tries of each fault on each kind of file.")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="Tries of each fault on each kind of file."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Of files and places.")
-    parser.add_argument("--folder", type=arguments.path, help="Where to work (default: a temporary one).")
+    parser.add_argument(
+        "--folder", type=arguments.path, help="Where to work (default: a temporary one)."
+    )
     args = parser.parse_args()
     if args.folder:
         os.makedirs(args.folder, exist_ok=True)

@@ -18,10 +18,26 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 INTERVAL = 5  # steps between checkpoints
 # Losses do not depend on how many steps are planned, so that runs of different lengths can be compared.
-OPTIONS = {"model.hidden_size": 32, "model.intermediate_size": 64, "model.moe_intermediate_size": 16, "model.num_hidden_layers": 1, "model.first_k_dense_replace": 0,
-           "model.num_attention_heads": 2, "model.kv_lora_rank": 16, "train.batch_size": 8, "train.sequence_length": 32,
-           "optimizer.warmup_steps": 2, "optimizer.schedule": "constant", "data.eval_fraction": 0.0, "checkpoint.every_steps": INTERVAL,
-           "checkpoint.keep": 3, "log.every_steps": 1, "log.tensorboard": False, "eval.every_steps": 0, "eval.sample_tokens": 0}
+OPTIONS = {
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
+    "model.moe_intermediate_size": 16,
+    "model.num_hidden_layers": 1,
+    "model.first_k_dense_replace": 0,
+    "model.num_attention_heads": 2,
+    "model.kv_lora_rank": 16,
+    "train.batch_size": 8,
+    "train.sequence_length": 32,
+    "optimizer.warmup_steps": 2,
+    "optimizer.schedule": "constant",
+    "data.eval_fraction": 0.0,
+    "checkpoint.every_steps": INTERVAL,
+    "checkpoint.keep": 3,
+    "log.every_steps": 1,
+    "log.tensorboard": False,
+    "eval.every_steps": 0,
+    "eval.sample_tokens": 0,
+}
 
 
 @dataclasses.dataclass
@@ -49,22 +65,38 @@ def corpus(folder: pathlib.Path) -> pathlib.Path:
     """Some text that is read in no time."""
     path = folder / "corpus.txt"
     rng = random.Random(0)
-    path.write_text(" ".join(rng.choices(["route", "expert", "token", "mesh", "shard", "layer", "loss", "gate"], k=40_000)))
+    path.write_text(
+        " ".join(
+            rng.choices(
+                ["route", "expert", "token", "mesh", "shard", "layer", "loss", "gate"], k=40_000
+            )
+        )
+    )
     return path
 
 
 def environment(folder: pathlib.Path, devices: int = 1) -> dict[str, str]:
     """Of a process: CPU devices, and compiled programs kept in `folder`, so that restarts do not compile."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache"),
-                         # Programs this small spend their time in the compiler.
-                         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        # Programs this small spend their time in the compiler.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    }
 
 
 def train(workdir: pathlib.Path, text: pathlib.Path, **options: Any) -> list[str]:
     """The arguments of a run: ["train.py", ...]."""
     values = OPTIONS | {name.replace("__", "."): v for name, v in options.items()}
-    return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", f"--config.data.path={text}",
-            *(f"--config.{name}={value}" for name, value in values.items())]
+    return [
+        "train.py",
+        "--config=configs/tiny.py",
+        f"--workdir={workdir}",
+        f"--config.data.path={text}",
+        *(f"--config.{name}={value}" for name, value in values.items()),
+    ]
 
 
 class Process:
@@ -73,8 +105,16 @@ class Process:
     def __init__(self, arguments: list[str], env: dict[str, str], cwd: pathlib.Path = ROOT):
         self.lines: list[str] = []
         self._changed = threading.Condition()
-        self.popen = subprocess.Popen([sys.executable, "-u", *arguments], cwd=cwd, env=env | {"PYTHONPATH": str(ROOT)}, text=True, errors="replace",
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        self.popen = subprocess.Popen(
+            [sys.executable, "-u", *arguments],
+            cwd=cwd,
+            env=env | {"PYTHONPATH": str(ROOT)},
+            text=True,
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
         self.began = time.monotonic()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -146,7 +186,9 @@ class Process:
         self.wait(10)
 
 
-Row = tuple[float, float, int]  # loss, gradient norm, tokens seen: equal text in the file, equal numbers
+Row = tuple[
+    float, float, int
+]  # loss, gradient norm, tokens seen: equal text in the file, equal numbers
 
 
 def rows(workdir: pathlib.Path) -> tuple[dict[int, Row], int]:
@@ -181,4 +223,8 @@ def newest_save(logged: int) -> int:
 def newest_checkpoint(workdir: pathlib.Path) -> int:
     """Of those with a final name; 0 if there is none."""
     folder = workdir / "checkpoints"
-    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.exists() else 0
+    return (
+        max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)
+        if folder.exists()
+        else 0
+    )

@@ -28,12 +28,14 @@ from benchmarks.step import matmul_peak
 from deepseek_jax.cli import texts
 from deepseek_jax.model.count import count
 from deepseek_jax.plan import options, topology
-from deepseek_jax.xla import hlo
 from deepseek_jax.run import profile
 from deepseek_jax.train.state import init_state
 from deepseek_jax.train.step import put_batch
+from deepseek_jax.xla import hlo
 
-COPY_SIZES = [2**n for n in range(14, 29, 2)]  # bytes: from what fits the first cache to what fits none
+COPY_SIZES = [
+    2**n for n in range(14, 29, 2)
+]  # bytes: from what fits the first cache to what fits none
 
 
 class Matmul(NamedTuple):
@@ -42,7 +44,9 @@ class Matmul(NamedTuple):
     dtype: str
     left: tuple[int, ...]
     right: tuple[int, ...]
-    dimensions: tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+    dimensions: tuple[
+        tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]
+    ]
 
     @property
     def flops(self) -> int:
@@ -78,7 +82,9 @@ class Row(NamedTuple):
 
 def main() -> int:
     parser = options.Parser(__doc__)
-    parser.add_argument("--shape", choices=shapes.NAMES, default="mid", help=f"{', '.join(shapes.NAMES)}.")
+    parser.add_argument(
+        "--shape", choices=shapes.NAMES, default="mid", help=f"{', '.join(shapes.NAMES)}."
+    )
     parser.add_argument("--dtype", default="float32", help="Compute dtype.")
     parser.add_argument("--remat", default="dots", help="config.train.remat.")
     parser.add_argument("--steps", type=int, default=3, help="Steps to trace.")
@@ -100,24 +106,43 @@ def measure(shape: str, dtype: str, remat: str, steps: int) -> dict[str, Any]:
             if i == 2 + steps:
                 jax.profiler.start_trace(folder)
             started = time.perf_counter()
-            state, _ = jax.block_until_ready(step.compiled(state, put_batch(rows, config.micro_batch, mesh)))
+            state, _ = jax.block_until_ready(
+                step.compiled(state, put_batch(rows, config.micro_batch, mesh))
+            )
             seconds.append(time.perf_counter() - started)
         jax.profiler.stop_trace()
         text = step.compiled.as_text()
         events = profile.instructions(folder, text)
     del state
     rows, peak = parts(hlo.Module(text), events, steps, dtype)
-    flops = count(config.model, layout.abstract.params, config.train.sequence_length).flops_per_token
+    flops = count(
+        config.model, layout.abstract.params, config.train.sequence_length
+    ).flops_per_token
     flops *= config.train.batch_size * config.train.sequence_length
-    return {"machine": turns.machine(), "shape": shape, "dtype": dtype, "remat": remat, "matmul_flops": peak, "model_flops": flops,
-            "step_s": statistics.median(seconds[2:2 + steps]), "parts": {name: row._asdict() for name, row in rows.items()},
-            "share_of_matmul": flops / peak / statistics.median(seconds[2:2 + steps]), "share_at_floor": flops / peak / sum(row.floor for row in rows.values()),
-            "share_matmuls_alone": flops / peak / sum(min(row.alone, row.matmuls) for row in rows.values())}
+    return {
+        "machine": turns.machine(),
+        "shape": shape,
+        "dtype": dtype,
+        "remat": remat,
+        "matmul_flops": peak,
+        "model_flops": flops,
+        "step_s": statistics.median(seconds[2 : 2 + steps]),
+        "parts": {name: row._asdict() for name, row in rows.items()},
+        "share_of_matmul": flops / peak / statistics.median(seconds[2 : 2 + steps]),
+        "share_at_floor": flops / peak / sum(row.floor for row in rows.values()),
+        "share_matmuls_alone": flops
+        / peak
+        / sum(min(row.alone, row.matmuls) for row in rows.values()),
+    }
 
 
-def parts(module: hlo.Module, events: list[profile.Event], steps: int, dtype: str) -> tuple[dict[str, Row], float]:
+def parts(
+    module: hlo.Module, events: list[profile.Event], steps: int, dtype: str
+) -> tuple[dict[str, Row], float]:
     """The rows by part, and the FLOP/s of the best square matmul."""
-    least = {i.name: of(module, computation, i) for computation, i, _ in module.visits(lambda _: True)}
+    least = {
+        i.name: of(module, computation, i) for computation, i, _ in module.visits(lambda _: True)
+    }
     speed, peak = copy_speed(), matmul_peak(dtype)
     alone = {m: time_alone(m) for m in sorted({m for e in events for m in least[e.name].matmuls})}
     sums: defaultdict = defaultdict(Counter)
@@ -137,16 +162,29 @@ def parts(module: hlo.Module, events: list[profile.Event], steps: int, dtype: st
 def of(module: hlo.Module, computation: str, instruction: hlo.Instruction) -> Least:
     """What an instruction, with all that is fused into it, multiplies, reads and writes."""
     here = module.computations[computation]
-    inside = [name for names in instruction.called.values() for name in names] if instruction.opcode == "fusion" else []
-    scopes = [(here, instruction)] + [(module.computations[n], i) for n in inside for i in module.computations[n].values()]
+    inside = (
+        [name for names in instruction.called.values() for name in names]
+        if instruction.opcode == "fusion"
+        else []
+    )
+    scopes = [(here, instruction)] + [
+        (module.computations[n], i) for n in inside for i in module.computations[n].values()
+    ]
     matmuls = tuple(matmul(scope, i) for scope, i in scopes if i.opcode == "dot")
     operands = [here[name] for name in instruction.operands if name in here]
     if not inside:
-        return Least(matmuls, sum(moved(instruction, n, operand) for n, operand in enumerate(operands)) + written(here, instruction))
+        return Least(
+            matmuls,
+            sum(moved(instruction, n, operand) for n, operand in enumerate(operands))
+            + written(here, instruction),
+        )
     body = module.computations[inside[0]]
     read = 0
     for n, operand in enumerate(operands):
-        parameter = next((i.name for i in body.values() if i.opcode == "parameter" and i.operands == (str(n),)), None)
+        parameter = next(
+            (i.name for i in body.values() if i.opcode == "parameter" and i.operands == (str(n),)),
+            None,
+        )
         users = [(i, i.operands.index(parameter)) for i in body.values() if parameter in i.operands]
         read += max((moved(i, at, operand) for i, at in users), default=0)
     return Least(matmuls, read + written(body, module.roots[inside[0]]))
@@ -156,12 +194,19 @@ def moved(user: hlo.Instruction, position: int, operand: hlo.Instruction) -> int
     """Bytes that an instruction reads of one operand."""
     if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
         return user.bytes
-    return 0 if user.opcode in ("dynamic-update-slice", "scatter") and position == 0 else operand.bytes
+    return (
+        0 if user.opcode in ("dynamic-update-slice", "scatter") and position == 0 else operand.bytes
+    )
 
 
 def written(scope: dict[str, hlo.Instruction], root: hlo.Instruction) -> int:
     """Bytes of a result; of an update in place, what is new."""
-    if root.opcode in ("bitcast", "copy") and root.operands and root.operands[0] in scope and scope[root.operands[0]].bytes == root.bytes:
+    if (
+        root.opcode in ("bitcast", "copy")
+        and root.operands
+        and root.operands[0] in scope
+        and scope[root.operands[0]].bytes == root.bytes
+    ):
         root = scope[root.operands[0]]
     if root.opcode in ("dynamic-update-slice", "scatter") and len(root.operands) > 1:
         update = scope.get(root.operands[1 if root.opcode == "dynamic-update-slice" else -1])
@@ -174,17 +219,37 @@ def matmul(scope: dict[str, hlo.Instruction], dot: hlo.Instruction) -> Matmul:
         found = re.search(rf"{name}={{([\d,]*)}}", dot.attributes)
         return tuple(map(int, filter(None, found[1].split(",")))) if found else ()
 
-    shape = lambda text: (text[: text.index("[")], tuple(map(int, filter(None, text[text.index("[") + 1 : text.index("]")].split(",")))))
+    shape = lambda text: (
+        text[: text.index("[")],
+        tuple(map(int, filter(None, text[text.index("[") + 1 : text.index("]")].split(",")))),
+    )
     (dtype, left), (_, right) = (shape(scope[name].shape) for name in dot.operands[:2])
-    return Matmul(dtype, left, right, ((dims("lhs_contracting_dims"), dims("rhs_contracting_dims")), (dims("lhs_batch_dims"), dims("rhs_batch_dims"))))
+    return Matmul(
+        dtype,
+        left,
+        right,
+        (
+            (dims("lhs_contracting_dims"), dims("rhs_contracting_dims")),
+            (dims("lhs_batch_dims"), dims("rhs_batch_dims")),
+        ),
+    )
 
 
 def time_alone(m: Matmul, runs: int = 7) -> float:
     """Seconds of a product: the best run of a program of one, or of several that do not depend on each other if it is short."""
-    dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "s32": jnp.int32}[m.dtype]
+    dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "s32": jnp.int32}[
+        m.dtype
+    ]
     many = int(min(max(1e8 // max(m.flops, 1), 1), 16))
     operands = [(jnp.ones(m.left, dtype), jnp.ones(m.right, dtype)) for _ in range(many)]
-    return best(jax.jit(lambda pairs: [jax.lax.dot_general(*pair, m.dimensions) for pair in pairs]), operands, runs=runs) / many
+    return (
+        best(
+            jax.jit(lambda pairs: [jax.lax.dot_general(*pair, m.dimensions) for pair in pairs]),
+            operands,
+            runs=runs,
+        )
+        / many
+    )
 
 
 def best(f: Any, *arguments: Any, runs: int) -> float:
@@ -210,18 +275,35 @@ def copy_speed() -> Any:
         found.append(size / min(times))
     # A program's start is not a part of an instruction's time: small sizes go no slower than the fastest.
     found = [max(found[i:]) for i in range(len(found))]
-    return lambda size: float(np.interp(math.log(max(size, 1)), [math.log(s) for s in COPY_SIZES], found))
+    return lambda size: float(
+        np.interp(math.log(max(size, 1)), [math.log(s) for s in COPY_SIZES], found)
+    )
 
 
 def text(r: dict[str, Any]) -> str:
     """The table for a person."""
     ms = lambda s: f"{s * 1e3:,.1f}"
-    lines = [["part", "ms a step", "matmuls", "at peak", "alone", "other", "its bytes", "floor", "of it"]]
+    lines = [
+        ["part", "ms a step", "matmuls", "at peak", "alone", "other", "its bytes", "floor", "of it"]
+    ]
     rows = {name: Row(**row) for name, row in r["parts"].items()}
     for name, row in (*rows.items(), ("all", Row(*map(sum, zip(*rows.values(), strict=True))))):
-        lines.append([name, ms(row.measured), ms(row.matmuls), ms(row.at_peak), ms(row.alone), ms(row.other), ms(row.bytes), ms(row.floor),
-                      f"{row.floor / row.measured:.0%}" if row.measured else ""])
-    return (f"{r['shape']}, {r['dtype']}, remat {r['remat']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
-            f"A step takes {ms(r['step_s'])} ms: {r['share_of_matmul']:.0%} of the {r['matmul_flops'] / 1e9:,.0f} GFLOP/s of the best square matmul. "
-            f"If every instruction\nran at its floor it would be {r['share_at_floor']:.0%}; if there were matmuls only, each as quick as it is alone, "
-            f"{r['share_matmuls_alone']:.0%}.")
+        lines.append(
+            [
+                name,
+                ms(row.measured),
+                ms(row.matmuls),
+                ms(row.at_peak),
+                ms(row.alone),
+                ms(row.other),
+                ms(row.bytes),
+                ms(row.floor),
+                f"{row.floor / row.measured:.0%}" if row.measured else "",
+            ]
+        )
+    return (
+        f"{r['shape']}, {r['dtype']}, remat {r['remat']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
+        f"A step takes {ms(r['step_s'])} ms: {r['share_of_matmul']:.0%} of the {r['matmul_flops'] / 1e9:,.0f} GFLOP/s of the best square matmul. "
+        f"If every instruction\nran at its floor it would be {r['share_at_floor']:.0%}; if there were matmuls only, each as quick as it is alone, "
+        f"{r['share_matmuls_alone']:.0%}."
+    )

@@ -18,15 +18,40 @@ from collections.abc import Callable
 import numpy as np
 
 from deepseek_jax.checkpoint import integrity, local, manifest, sharded
+from deepseek_jax.checkpoint.manifest import Manifest
+from deepseek_jax.plan import options
 from deepseek_jax.tensorfile import bounded_json, header
 from deepseek_jax.tensorfile.arrays import Shape
 from deepseek_jax.tensorfile.bounded_json import BadFile
-from deepseek_jax.checkpoint.manifest import Manifest
-from deepseek_jax.plan import options
 
 SLOW, LARGE = 1.0, 1 << 26  # seconds and bytes of one call
-_WORDS = (b"{", b"}", b"[", b"]", b'"', b",", b":", b"0", b"-1", b"1e999", b"NaN", b"null", b"true", b"..", b"/etc/passwd", b"\\u0000", b"\xff",
-          b"9223372036854775807", b"9223372036854775808", b"18446744073709551616", b'"a":1,"a":2', b"[" * 500, b"F64", b"BF16", b"\0" * 8)
+_WORDS = (
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b",",
+    b":",
+    b"0",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"true",
+    b"..",
+    b"/etc/passwd",
+    b"\\u0000",
+    b"\xff",
+    b"9223372036854775807",
+    b"9223372036854775808",
+    b"18446744073709551616",
+    b'"a":1,"a":2',
+    b"[" * 500,
+    b"F64",
+    b"BF16",
+    b"\0" * 8,
+)
 
 
 def run(seconds: float, seed: int) -> tuple[int, list[str]]:
@@ -53,7 +78,13 @@ def run(seconds: float, seed: int) -> tuple[int, list[str]]:
                 except Exception as e:
                     problem = f"{type(e).__name__}: {e}"
                 took, peak = time.monotonic() - started, tracemalloc.get_traced_memory()[1] - held
-                problem = problem or (f"{took:.1f} s" if took > SLOW else f"{peak / 1e6:.0f} MB" if peak > LARGE else "")
+                problem = problem or (
+                    f"{took:.1f} s"
+                    if took > SLOW
+                    else f"{peak / 1e6:.0f} MB"
+                    if peak > LARGE
+                    else ""
+                )
                 executions += 1
                 if problem and len(failures) < 20:
                     failures.append(f"{name}: {problem[:200]} from {raw[:300]!r}")
@@ -64,7 +95,11 @@ def run(seconds: float, seed: int) -> tuple[int, list[str]]:
 
 def _targets(folder: str) -> list[tuple[str, Callable[[bytes], object], list[bytes]]]:
     """Name, parser of bytes, and good files of each."""
-    tensors = {"params/a": Shape((2, 3), np.dtype(np.float32)), "step": Shape((), np.dtype(np.int32)), "empty": Shape((0, 7), np.dtype(np.uint8))}
+    tensors = {
+        "params/a": Shape((2, 3), np.dtype(np.float32)),
+        "step": Shape((), np.dtype(np.int32)),
+        "empty": Shape((0, 7), np.dtype(np.uint8)),
+    }
     path = os.path.join(folder, "file")
     with open(path, "wb") as f:
         header.write_header(f, tensors, {"format": "pt"})
@@ -77,25 +112,65 @@ def _targets(folder: str) -> list[tuple[str, Callable[[bytes], object], list[byt
             with open(os.path.join(folder, name), "wb") as f:
                 f.write(raw)
             return parse(os.path.join(folder, name))
+
         return call
 
     dump = lambda value: json.dumps(value).encode()
-    index = dump({"metadata": {"total_size": 28}, "weight_map": {"params/a": "state-00001-of-00001.safetensors"}})
-    pieces = dump({"params/a": {"dtype": "F32", "shape": [4, 3], "pieces": [[[0, 2], [0, 3]], [[2, 4], [0, 3]]]},
-                   "step": {"dtype": "I32", "shape": [], "pieces": [[]]}})
-    sealed = Manifest("full", 3, {"state/a": (5, "00000000"), "extra/metadata": (9, "12345678")}, {"mesh": [["fsdp", 2]]}).to_bytes()
-    tree = dump({"tree_metadata": {"('a',)": {"key_metadata": [{"key": "a", "key_type": 2}], "value_metadata": {"value_type": "jax.Array"}}}})
+    index = dump(
+        {
+            "metadata": {"total_size": 28},
+            "weight_map": {"params/a": "state-00001-of-00001.safetensors"},
+        }
+    )
+    pieces = dump(
+        {
+            "params/a": {
+                "dtype": "F32",
+                "shape": [4, 3],
+                "pieces": [[[0, 2], [0, 3]], [[2, 4], [0, 3]]],
+            },
+            "step": {"dtype": "I32", "shape": [], "pieces": [[]]},
+        }
+    )
+    sealed = Manifest(
+        "full",
+        3,
+        {"state/a": (5, "00000000"), "extra/metadata": (9, "12345678")},
+        {"mesh": [["fsdp", 2]]},
+    ).to_bytes()
+    tree = dump(
+        {
+            "tree_metadata": {
+                "('a',)": {
+                    "key_metadata": [{"key": "a", "key_type": 2}],
+                    "value_metadata": {"value_type": "jax.Array"},
+                }
+            }
+        }
+    )
     for name in (manifest.NAME, sharded.INDEX, integrity.EXTRA):
         os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
     return [
         ("safetensors file", as_file(header.read), [good]),
-        ("safetensors head", lambda raw: header.parse(raw, 8 + len(raw) + 28, "head"), [good[8:-28]]),
+        (
+            "safetensors head",
+            lambda raw: header.parse(raw, 8 + len(raw) + 28, "head"),
+            [good[8:-28]],
+        ),
         ("safetensors index", as_file(header.read_index), [index]),
         ("manifest", as_file(lambda path: manifest.read(folder), manifest.NAME), [sealed]),
-        ("manifest, its checksum made good", lambda raw: as_file(lambda path: manifest.read(folder), manifest.NAME)(_reseal(raw)), [sealed]),
+        (
+            "manifest, its checksum made good",
+            lambda raw: as_file(lambda path: manifest.read(folder), manifest.NAME)(_reseal(raw)),
+            [sealed],
+        ),
         ("pieces", lambda raw: local.parse(bounded_json.parse(raw, "pieces.json")), [pieces]),
         ("tree", as_file(lambda path: sharded._names(folder), sharded.INDEX), [tree]),
-        ("extra", as_file(lambda path: integrity.read_extra(folder), integrity.EXTRA), [dump({"tokens_seen": 5})]),
+        (
+            "extra",
+            as_file(lambda path: integrity.read_extra(folder), integrity.EXTRA),
+            [dump({"tokens_seen": 5})],
+        ),
     ]
 
 

@@ -25,13 +25,13 @@ import numpy as np
 from benchmarks.random_options import DEVICES, differing, draw
 from deepseek_jax import enough_threads
 from deepseek_jax.config.options import Config
+from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import sample
 from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.plan import options
 from deepseek_jax.train import state, step
-from deepseek_jax.config.validation import validate
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -77,7 +77,9 @@ def run(
             (run_small if whole else trace)(config, mesh)
             traced, ran = traced + 1, ran + bool(whole)
         except Exception as error:
-            last = [f for f in traceback.extract_tb(error.__traceback__) if "deepseek_jax" in f.filename][-1:]
+            last = [
+                f for f in traceback.extract_tb(error.__traceback__) if "deepseek_jax" in f.filename
+            ][-1:]
             where = "".join(f" in {f.name}, line {f.lineno} of {f.filename}" for f in last)
             failures.append(
                 f"seed {seed}, case {case}{where}: {type(error).__name__}: "
@@ -111,7 +113,9 @@ def lowered(config: Config, mesh: jax.sharding.Mesh, layout: state.Layout) -> tu
     of_step = jax.jit(step.make_train_step(config, layout), donate_argnums=0).lower(abstract, batch)
     one = jax.NamedSharding(mesh, jax.P(BATCH_AXES, None))
     micro = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=one), batch)
-    return of_step, jax.jit(step.make_eval_step(layout)).lower(abstract.params, abstract.bias, micro)
+    return of_step, jax.jit(step.make_eval_step(layout)).lower(
+        abstract.params, abstract.bias, micro
+    )
 
 
 def trace(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -132,7 +136,9 @@ def run_small(config: Config, mesh: jax.sharding.Mesh) -> None:
         rng = np.random.default_rng(0)
         rows = step.sequences_at(config, t.batch_ramp_steps)
         text = rng.integers(0, m.vocab_size, (rows, t.sequence_length + 1), np.int32)
-        place = np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), (rows, t.sequence_length))
+        place = np.broadcast_to(
+            np.arange(t.sequence_length, dtype=np.int32), (rows, t.sequence_length)
+        )
         batch = {
             "tokens": text[:, :-1],
             "targets": text[:, 1:],
@@ -148,7 +154,11 @@ def run_small(config: Config, mesh: jax.sharding.Mesh) -> None:
         if not np.isfinite(found).all():
             raise FloatingPointError(f"losses {found}")
         prompt = text[0, :1].tolist()
-        list(sample.tokens(layout, held.params, held.bias, mesh, prompt, 2, m.vocab_size, None, 0.0, 1.0, 0))
+        list(
+            sample.tokens(
+                layout, held.params, held.bias, mesh, prompt, 2, m.vocab_size, None, 0.0, 1.0, 0
+            )
+        )
     if mesh.shape["stage"] == 1 and not config.offload.parameters:
         drafts = min(1, m.num_nextn_predict_layers)
         Engine(layout, mesh, held.params, held.bias).generate(
@@ -164,7 +174,10 @@ def main() -> int:
         "--seconds", type=float, default=1800.0, help="Ends after so long, however many there were."
     )
     parser.add_argument(
-        "--compiled", type=int, default=10, help="Of so many sets one is compiled and run as well; 0: none."
+        "--compiled",
+        type=int,
+        default=10,
+        help="Of so many sets one is compiled and run as well; 0: none.",
     )
     parser.add_argument("--case", type=int, default=None, help="One case alone, compiled and run.")
     args = parser.parse_args()

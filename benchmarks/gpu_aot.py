@@ -20,9 +20,9 @@ import jax
 
 from benchmarks import arrays, collectives, strategies
 from deepseek_jax.cli import texts
+from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
-from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.plan import options, topology
 from deepseek_jax.xla import program
 
@@ -32,9 +32,25 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 # (config, devices, options of its own). One sequence a GPU in a micro-batch; the batch of 2,048 as configs/v3.py says.
 FULL_SIZE = (
-    ("v3.py", 256, ("--config.mesh.fsdp=32", "--config.mesh.expert=8", "--config.train.accumulation=60")),
-    ("v3.py", 256, ("--config.mesh.fsdp=4", "--config.mesh.expert=64", "--config.train.accumulation=60")),
-    ("v3.py", 2048, ("--config.train.batch_size=16384", "--config.train.accumulation=8", "--config.train.batch_ramp_start=4096")),
+    (
+        "v3.py",
+        256,
+        ("--config.mesh.fsdp=32", "--config.mesh.expert=8", "--config.train.accumulation=60"),
+    ),
+    (
+        "v3.py",
+        256,
+        ("--config.mesh.fsdp=4", "--config.mesh.expert=64", "--config.train.accumulation=60"),
+    ),
+    (
+        "v3.py",
+        2048,
+        (
+            "--config.train.batch_size=16384",
+            "--config.train.accumulation=8",
+            "--config.train.batch_ramp_start=4096",
+        ),
+    ),
     ("deepseek_7b.py", 8, ()),
 )
 
@@ -53,11 +69,15 @@ class Checks:
 
 def main() -> int:
     parser = options.Parser(__doc__, json=False)
-    parser.add_argument("--strategies-only", action="store_true", help="Leave the full-size configs out: 6 minutes.")
+    parser.add_argument(
+        "--strategies-only", action="store_true", help="Leave the full-size configs out: 6 minutes."
+    )
     jax.config.update("jax_platforms", "cpu")
     own = parser.parse_args()
     if not topology.has_gpu_compiler():
-        raise UserError(f"JAX's CUDA plugin is missing. Run make gpu-aot, or install it: {topology.INSTALL}.")
+        raise UserError(
+            f"JAX's CUDA plugin is missing. Run make gpu-aot, or install it: {topology.INSTALL}."
+        )
     check = Checks()
     devices = topology.gpu_devices(HARDWARE, 8, 8)
     base = collectives.one_stack(from_config_dict(collectives.get_config("large")))
@@ -69,7 +89,9 @@ def main() -> int:
     for file, count, given in () if own.strategies_only else FULL_SIZE:
         print(f"\n{file} on {count} x {HARDWARE.name} {' '.join(given)}", flush=True)
         show_size(file, count, given)
-    print(f"\n{len(check.failed)} checks failed{': ' if check.failed else ''}{'; '.join(check.failed)}")
+    print(
+        f"\n{len(check.failed)} checks failed{': ' if check.failed else ''}{'; '.join(check.failed)}"
+    )
     return 1 if check.failed else 0
 
 
@@ -88,51 +110,114 @@ def check_step(check: Checks, config: Config, devices: list[Any]) -> None:
 
     for group in ("weights, forward", "weights, backward"):
         gathers = groups[group]["collectives"].get("all-gather", 0)
-        check(named(f"{'' if divided else 'no '}all-gather of {group}"), (gathers > 0) == divided, said(group))
+        check(
+            named(f"{'' if divided else 'no '}all-gather of {group}"),
+            (gathers > 0) == divided,
+            said(group),
+        )
     if divided:
-        check(named("weights are gathered a layer ahead (pipelined all-gather)"), r["gathered_ahead"] > 0,
-              f"{r['gathered_ahead']:.0%} of the bytes before the loop over layers")
+        check(
+            named("weights are gathered a layer ahead (pipelined all-gather)"),
+            r["gathered_ahead"] > 0,
+            f"{r['gathered_ahead']:.0%} of the bytes before the loop over layers",
+        )
     scatters = groups["gradients"]["collectives"].get("reduce-scatter", 0)
-    check(named(f"{'' if reduced else 'no '}reduce-scatter of gradients"), (scatters > 0) == reduced, said("gradients"))
+    check(
+        named(f"{'' if reduced else 'no '}reduce-scatter of gradients"),
+        (scatters > 0) == reduced,
+        said("gradients"),
+    )
     updates = groups["after the update"]["collectives"].get("all-gather", 0)
-    check(named(f"{'' if r['updates_gathered'] else 'no '}all-gather after the update"), (updates > 0) == r["updates_gathered"],
-          said("after the update"))
+    check(
+        named(f"{'' if r['updates_gathered'] else 'no '}all-gather after the update"),
+        (updates > 0) == r["updates_gathered"],
+        said("after the update"),
+    )
     for group in ("weights, forward", "weights, backward", "gradients", *collectives.OF_MODEL):
         g = groups[group]
         if g["least"]:
             ratio = g["bytes"] / g["least"]
-            check(named(f"bytes of {group} at most {SLACK:.2f} x the least"), ratio <= SLACK, f"{ratio:.2f} x")
+            check(
+                named(f"bytes of {group} at most {SLACK:.2f} x the least"),
+                ratio <= SLACK,
+                f"{ratio:.2f} x",
+            )
     wanted = 2 if method != "ring" else hops(r)
     again = 2 if method == "all_to_all" else 0
     first, further = r["token_exchanges_forward"], r["token_exchanges_further_round"]
-    check(named(f"{wanted} token exchanges forward in the first round"), first == wanted, f"{first:g}")
-    check(named(f"{again} token exchanges forward in each further round"), further == again, f"{further:g}")
-    for what, name in (("every_expert_on_every_token", "no array of every expert's work on every token"),
-                       ("whole_scores", "no attention scores of a whole sequence")):
+    check(
+        named(f"{wanted} token exchanges forward in the first round"), first == wanted, f"{first:g}"
+    )
+    check(
+        named(f"{again} token exchanges forward in each further round"),
+        further == again,
+        f"{further:g}",
+    )
+    for what, name in (
+        ("every_expert_on_every_token", "no array of every expert's work on every token"),
+        ("whole_scores", "no attention scores of a whole sequence"),
+    ):
         check(named(name), not r["too_large"][what], arrays.said(r["too_large"], what))
     for kind, share in r["overlapped"].items():
         if kind in ("all-gather", "reduce-scatter"):
-            check(named(f"{kind}: computation between start and end"), share >= 0.9, f"of {share:.0%} of the bytes")
+            check(
+                named(f"{kind}: computation between start and end"),
+                share >= 0.9,
+                f"of {share:.0%} of the bytes",
+            )
 
 
 def check_prefetch(check: Checks, base: Config, devices: list[Any]) -> None:
     """Compiles full_shard under FSDP's prefetch options and checks that each moves what it says."""
     compiled = {}
-    for forward, backward, limit in ((False, "none", True), (True, "none", True), (False, "post", True), (True, "pre", True), (True, "pre", False)):
-        asked = {"forward_prefetch": forward, "backward_prefetch": backward, "limit_all_gathers": limit}
+    for forward, backward, limit in (
+        (False, "none", True),
+        (True, "none", True),
+        (False, "post", True),
+        (True, "pre", True),
+        (True, "pre", False),
+    ):
+        asked = {
+            "forward_prefetch": forward,
+            "backward_prefetch": backward,
+            "limit_all_gathers": limit,
+        }
         name = ", ".join(f"{option}={value}" for option, value in asked.items())
         asked = dataclasses.replace(base.sharding, strategy="full_shard", **asked)
-        r = compiled[forward, backward, limit] = collectives.measure(dataclasses.replace(base, sharding=asked), devices)
-        print(f"\n{name}: {r['gathered_ahead']:.0%} of the weights gathered and {r['reduced_behind']:.0%} of the gradients reduced outside the "
-              f"loop over layers, {r['in_flight']} collectives in flight, temporaries {texts.gb(r['temporaries'])}", flush=True)
+        r = compiled[forward, backward, limit] = collectives.measure(
+            dataclasses.replace(base, sharding=asked), devices
+        )
+        print(
+            f"\n{name}: {r['gathered_ahead']:.0%} of the weights gathered and {r['reduced_behind']:.0%} of the gradients reduced outside the "
+            f"loop over layers, {r['in_flight']} collectives in flight, temporaries {texts.gb(r['temporaries'])}",
+            flush=True,
+        )
     none, forward, post, both, free = compiled.values()
-    check("without prefetch nothing is gathered ahead", none["gathered_ahead"] == 0, f"{none['gathered_ahead']:.0%}")
-    check("forward_prefetch gathers ahead", forward["gathered_ahead"] > 0, f"{forward['gathered_ahead']:.0%}")
-    check("backward_prefetch=post reduces a layer later", post["reduced_behind"] > none["reduced_behind"],
-          f"{post['reduced_behind']:.0%}, without {none['reduced_behind']:.0%}")
-    check("forward_prefetch and backward_prefetch=pre do both", both["gathered_ahead"] > 0 and both["reduced_behind"] > none["reduced_behind"],
-          f"{both['gathered_ahead']:.0%} and {both['reduced_behind']:.0%}")
-    check("limit_all_gathers keeps fewer in flight", both["in_flight"] <= free["in_flight"], f"{both['in_flight']}, without {free['in_flight']}")
+    check(
+        "without prefetch nothing is gathered ahead",
+        none["gathered_ahead"] == 0,
+        f"{none['gathered_ahead']:.0%}",
+    )
+    check(
+        "forward_prefetch gathers ahead",
+        forward["gathered_ahead"] > 0,
+        f"{forward['gathered_ahead']:.0%}",
+    )
+    check(
+        "backward_prefetch=post reduces a layer later",
+        post["reduced_behind"] > none["reduced_behind"],
+        f"{post['reduced_behind']:.0%}, without {none['reduced_behind']:.0%}",
+    )
+    check(
+        "forward_prefetch and backward_prefetch=pre do both",
+        both["gathered_ahead"] > 0 and both["reduced_behind"] > none["reduced_behind"],
+        f"{both['gathered_ahead']:.0%} and {both['reduced_behind']:.0%}",
+    )
+    check(
+        "limit_all_gathers keeps fewer in flight",
+        both["in_flight"] <= free["in_flight"],
+        f"{both['in_flight']}, without {free['in_flight']}",
+    )
 
 
 def hops(r: dict[str, Any]) -> int:
@@ -148,10 +233,15 @@ def show_size(file: str, count: int, given: tuple[str, ...]) -> None:
     m = program.memory(step.compiled)
     over = m.total - HARDWARE.memory
     found = [c for c in program.collectives(step.compiled.as_text(), mesh.shape) if not c.further]
-    kinds = ", ".join(f"{kind} {texts.gb(n)}" for kind, n in program.by(found, lambda c: c.kind).items())
+    kinds = ", ".join(
+        f"{kind} {texts.gb(n)}" for kind, n in program.by(found, lambda c: c.kind).items()
+    )
     verdict = "fits" if over <= 0 else f"does not fit, {texts.gb(over)} too much"
     took = f"traced in {step.lower_seconds:.0f} s, compiled in {step.compile_seconds:.0f} s"
-    print(f"""  mesh {' x '.join(f'{a} {n}' for a, n in mesh.shape.items() if n > 1)}
+    print(
+        f"""  mesh {" x ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1)}
   {texts.gb(m.arguments)} of arguments + {texts.gb(m.temporaries)} of temporaries = {texts.gb(m.total)} of {texts.gb(HARDWARE.memory)}: {verdict}
   receives {texts.gb(sum(c.bytes_a_step for c in found))} a step: {kinds}
-  {took}, {texts.gb(step.peak_bytes)} of memory so far""", flush=True)
+  {took}, {texts.gb(step.peak_bytes)} of memory so far""",
+        flush=True,
+    )

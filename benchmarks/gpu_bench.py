@@ -56,10 +56,16 @@ Row = dict[str, Any]
 def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--toy", action="store_true", help="Toy size, in this process.")
-    parser.add_argument("--out", type=arguments.path,
-                        help="Folder for the results; benchmarks/results/gpu_bench if it is no toy.")
-    parser.add_argument("--part", choices=[p for p in SECONDS if p != "peer"],
-                        help="One part: what this program calls itself with.")
+    parser.add_argument(
+        "--out",
+        type=arguments.path,
+        help="Folder for the results; benchmarks/results/gpu_bench if it is no toy.",
+    )
+    parser.add_argument(
+        "--part",
+        choices=[p for p in SECONDS if p != "peer"],
+        help="One part: what this program calls itself with.",
+    )
     own = parser.parse_args()
     if own.part:
         for row in part(own.part, own.toy, own.out and pathlib.Path(own.out)):
@@ -67,7 +73,9 @@ def main() -> int:
         return 0
     toy = own.toy or not has_gpu()
     out = pathlib.Path(own.out or OUT).absolute() if own.out or not toy else None
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the part that runs is ended too
+    signal.signal(
+        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+    )  # the part that runs is ended too
     rows: list[Row] = []
     for row in run(toy, out):
         print(json.dumps(row), flush=True)
@@ -81,19 +89,24 @@ def main() -> int:
 
 def has_gpu() -> bool:
     """Whether JAX has a GPU here. It is not asked itself: one that has asked holds the card's memory."""
-    return any(importlib.util.find_spec(f"jax_cuda{n}_plugin")
-               for n in (12, 13)) and bool(gpus.visible_gpus())
+    return any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)) and bool(
+        gpus.visible_gpus()
+    )
 
 
 def part(name: str, toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
     """The results of one part, in this process. `out`: where a compiler keeps what it found."""
-    from benchmarks import gpu_parts  # imports JAX, which the process that starts the parts must not
+    from benchmarks import (
+        gpu_parts,
+    )  # imports JAX, which the process that starts the parts must not
 
     for row in gpu_parts.PARTS[name](toy, out):
         yield {"part": name, **row}
 
 
-def run(toy: bool, out: pathlib.Path | None, names: tuple[str, ...] = tuple(SECONDS)) -> Iterator[Row]:
+def run(
+    toy: bool, out: pathlib.Path | None, names: tuple[str, ...] = tuple(SECONDS)
+) -> Iterator[Row]:
     """All parts: the toy's in this process, others each in its own."""
     until, trained = time.perf_counter(), {}
     for name in names:
@@ -103,16 +116,25 @@ def run(toy: bool, out: pathlib.Path | None, names: tuple[str, ...] = tuple(SECO
             if "layers" not in trained:
                 yield {"part": name, "failed": "no training to compare with"}
                 continue
-            command = ["-m", "benchmarks.gpu_peer",
-                       *(str(trained[k]) for k in ("layers", "batch_size", "sequence_length")),
-                       *(["--toy"] if toy else [])]
+            command = [
+                "-m",
+                "benchmarks.gpu_peer",
+                *(str(trained[k]) for k in ("layers", "batch_size", "sequence_length")),
+                *(["--toy"] if toy else []),
+            ]
             yield from ({"part": name, **row} for row in lines_of(name, command, seconds, out))
         elif toy:
             for row in part(name, toy, None):
                 trained = trained or (row if name == "train" and "tokens_per_s" in row else {})
                 yield row
         else:
-            given = ["-m", "benchmarks", "gpu_bench", f"--part={name}", *([f"--out={out}"] if out else [])]
+            given = [
+                "-m",
+                "benchmarks",
+                "gpu_bench",
+                f"--part={name}",
+                *([f"--out={out}"] if out else []),
+            ]
             for row in lines_of(name, given, seconds, out):
                 trained = trained or (row if name == "train" and "tokens_per_s" in row else {})
                 yield {"part": name, **row}
@@ -128,7 +150,9 @@ def environment(out: pathlib.Path | None) -> dict[str, str]:
     return mine
 
 
-def lines_of(name: str, command: list[str], seconds: float, out: pathlib.Path | None = None) -> Iterator[Row]:
+def lines_of(
+    name: str, command: list[str], seconds: float, out: pathlib.Path | None = None
+) -> Iterator[Row]:
     """The JSON objects that a Python program prints, a line each, as they come; at last why it failed or was
     ended, if so. What it says
     on stderr is kept in FOLDER/NAME.log."""
@@ -137,8 +161,14 @@ def lines_of(name: str, command: list[str], seconds: float, out: pathlib.Path | 
     if out:
         out.mkdir(parents=True, exist_ok=True)
     with open(out / f"{name}.log", "w+b") if out else tempfile.TemporaryFile() as errors:
-        p = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=errors, cwd=ROOT,
-                             env=environment(out), start_new_session=True)
+        p = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd=ROOT,
+            env=environment(out),
+            start_new_session=True,
+        )
 
         def read() -> None:
             for line in p.stdout:
@@ -169,8 +199,12 @@ def bars(rows: list[Row]) -> Row:
     runs = [r for r in rows if r["part"] == "train" and "tokens_per_s_of_the_whole_model" in r]
     if not runs or runs[0]["toy"]:
         return {}
-    reached = {"tokens_per_s_of_the_whole_model": max(r["tokens_per_s_of_the_whole_model"] for r in runs)}
-    peer = next((r["tokens_per_s"] for r in rows if r["part"] == "peer" and "tokens_per_s" in r), None)
+    reached = {
+        "tokens_per_s_of_the_whole_model": max(r["tokens_per_s_of_the_whole_model"] for r in runs)
+    }
+    peer = next(
+        (r["tokens_per_s"] for r in rows if r["part"] == "peer" and "tokens_per_s" in r), None
+    )
     if peer:
         reached["times_of_the_peer"] = runs[0]["tokens_per_s"] / peer
     return {k: {"bar": BARS[k], "reached": v, "met": v >= BARS[k]} for k, v in reached.items()}
@@ -179,9 +213,11 @@ def bars(rows: list[Row]) -> Row:
 def write(rows: list[Row], out: pathlib.Path) -> None:
     """All results so far; each file is whole at every moment."""
     out.mkdir(parents=True, exist_ok=True)
-    texts = {"results.jsonl": "".join(json.dumps(r) + "\n" for r in rows),
-             "results.md": gpu_tables.text(rows, bars(rows)),
-             "results.json": json.dumps({"results": rows, "bars": bars(rows)}, indent=2) + "\n"}
+    texts = {
+        "results.jsonl": "".join(json.dumps(r) + "\n" for r in rows),
+        "results.md": gpu_tables.text(rows, bars(rows)),
+        "results.json": json.dumps({"results": rows, "bars": bars(rows)}, indent=2) + "\n",
+    }
     for name, text in texts.items():
         temporary = out / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from benchmarks import attention as attention_bench
 from benchmarks import turns
 from benchmarks.gpu_train import Row, tiny, train, why
-from deepseek_jax.runtime import compile_cache
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.attention import cudnn, interface
+from deepseek_jax.runtime import compile_cache
 
 # ------------------------------------------------------------------------------------------------------------- versions
 
@@ -31,16 +31,25 @@ def versions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
     """What is installed, and the card."""
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit")
-    yield {"device": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
-           "memory_bytes": memory,
-           "compute_capability": str(getattr(device, "compute_capability", "")),
-           "python": platform.python_version(), "jax": jax.__version__,
-           "jaxlib": jax.lib.__version__, "flax": flax.__version__, "cudnn": cudnn.version(),
-           "platform_version": device.client.platform_version}
+    yield {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "memory_bytes": memory,
+        "compute_capability": str(getattr(device, "compute_capability", "")),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jax.lib.__version__,
+        "flax": flax.__version__,
+        "cudnn": cudnn.version(),
+        "platform_version": device.client.platform_version,
+    }
     if device.platform != "cpu":
         reason = cudnn.missing(192, 128)
-        yield {"what": "cuDNN attention at widths 192 and 128",
-               **({"failed": reason} if reason else {"works": True})}
+        yield {
+            "what": "cuDNN attention at widths 192 and 128",
+            **({"failed": reason} if reason else {"works": True}),
+        }
 
 
 # -------------------------------------------------------------------------------------------------------------- experts
@@ -56,21 +65,41 @@ def experts(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
     expert."""
     for shape, (e, rows, d, f) in ({"toy": (4, 64, 16, 8)} if toy else PRODUCTS).items():
         keys = jax.random.split(jax.random.key(0), 3)
-        x, w, dy = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, ((rows, d), (e, d, f), (rows, f)), strict=True))
+        x, w, dy = (
+            jax.random.normal(k, s, jnp.bfloat16)
+            for k, s in zip(keys, ((rows, d), (e, d, f), (rows, f)), strict=True)
+        )
         sizes = jnp.full(e, rows // e, jnp.int32)
         flops = 2 * rows * d * f
         for method, call in products(rows, e).items():
-            row = {"shape": shape, "experts": e, "rows": rows, "hidden": d, "width": f, "method": method}
+            row = {
+                "shape": shape,
+                "experts": e,
+                "rows": rows,
+                "hidden": d,
+                "width": f,
+                "method": method,
+            }
             try:
                 forward = turns.compiled(call, x, w, sizes)
-                row["forward_tflops"] = flops / turns.medians({0: forward}, 3 if toy else 10)[0] / 1e12
+                row["forward_tflops"] = (
+                    flops / turns.medians({0: forward}, 3 if toy else 10)[0] / 1e12
+                )
                 row["temporaries"] = forward.temporaries
-                both = turns.compiled(lambda x, w, sizes, dy,
-                                      call=call: jax.vjp(lambda x, w: call(x, w, sizes), x, w)[1](dy), x, w,
-                                      sizes, dy)
+                both = turns.compiled(
+                    lambda x, w, sizes, dy, call=call: jax.vjp(
+                        lambda x, w: call(x, w, sizes), x, w
+                    )[1](dy),
+                    x,
+                    w,
+                    sizes,
+                    dy,
+                )
                 # The gradients alone need no forward product.
-                row |= {"both_tflops": 2 * flops / turns.medians({0: both}, 3 if toy else 10)[0] / 1e12,
-                        "both_temporaries": both.temporaries}
+                row |= {
+                    "both_tflops": 2 * flops / turns.medians({0: both}, 3 if toy else 10)[0] / 1e12,
+                    "both_temporaries": both.temporaries,
+                }
             except Exception as error:  # not installed, or a kernel without a gradient
                 row["failed"] = why(error)
             yield row
@@ -80,24 +109,46 @@ def products(rows: int, e: int) -> dict[str, Callable]:
     """(x [rows, D], w [E, D, F], sizes [E]) -> [rows, F], by method; a method that is not there raises when called."""
 
     def equal_slots(x, w, sizes):
-        return jnp.einsum("esd,edf->esf", x.reshape(e, rows // e, -1), w, preferred_element_type=jnp.float32).astype(x.dtype).reshape(rows, -1)
+        return (
+            jnp.einsum(
+                "esd,edf->esf", x.reshape(e, rows // e, -1), w, preferred_element_type=jnp.float32
+            )
+            .astype(x.dtype)
+            .reshape(rows, -1)
+        )
 
     def tokamax(x, w, sizes):
         return importlib.import_module("tokamax").ragged_dot(x, w, group_sizes=sizes)
 
     def tokamax_triton(x, w, sizes):
-        return importlib.import_module("tokamax").ragged_dot(x, w, group_sizes=sizes, implementation="triton")
+        return importlib.import_module("tokamax").ragged_dot(
+            x, w, group_sizes=sizes, implementation="triton"
+        )
 
     def mosaic(x, w, sizes):
         ragged = importlib.import_module("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu")
-        return ragged.ragged_dot(x, w, group_sizes=sizes, block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=2)
+        return ragged.ragged_dot(
+            x,
+            w,
+            group_sizes=sizes,
+            block_m=128,
+            block_n=128,
+            block_k=64,
+            max_concurrent_steps=4,
+            grid_block_n=2,
+        )
 
     def dense(x, w, sizes):
         return x @ w[0]  # the same FLOPs in one product: what cannot be beaten
 
-    return {"dense": dense, "equal slots": equal_slots, "tokamax": tokamax,
-            "tokamax Pallas-Triton": tokamax_triton,
-            "jax.experimental Pallas-Mosaic": mosaic, "ragged_dot": jax.lax.ragged_dot}
+    return {
+        "dense": dense,
+        "equal slots": equal_slots,
+        "tokamax": tokamax,
+        "tokamax Pallas-Triton": tokamax_triton,
+        "jax.experimental Pallas-Mosaic": mosaic,
+        "ragged_dot": jax.lax.ragged_dot,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -105,7 +156,9 @@ def products(rows: int, e: int) -> dict[str, Callable]:
 
 def attentions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
     """Attention of V2-Lite's heads: blocks, cuDNN (on GPUs) and plain softmax; how far cuDNN is from blocks."""
-    own = argparse.Namespace(heads=2 if toy else 16, qk=24 if toy else 192, v=16 if toy else 128, documents=1)
+    own = argparse.Namespace(
+        heads=2 if toy else 16, qk=24 if toy else 192, v=16 if toy else 128, documents=1
+    )
     methods = {"blocks": functools.partial(interface.causal_attention, method="blocks")}
     if jax.default_backend() != "cpu":
         methods["cudnn"] = functools.partial(interface.causal_attention, method="cudnn")
@@ -117,16 +170,23 @@ def attentions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
             try:
                 if method == "cudnn" and (reason := cudnn.missing(own.qk, own.v)):
                     raise UserError(reason)
-                built = attention_bench.core_programs(f, max(1, 8192 // length) if not toy else 1, length,
-                                                      own)
-                row |= {f"{name}_s": t for name, t in turns.medians(built, 3 if toy else 10).items()}
-                row |= {"custom_calls": built["both"].compiled.as_text().count("__cudnn$fmha"),
-                        "temporaries": built["both"].temporaries}
+                built = attention_bench.core_programs(
+                    f, max(1, 8192 // length) if not toy else 1, length, own
+                )
+                row |= {
+                    f"{name}_s": t for name, t in turns.medians(built, 3 if toy else 10).items()
+                }
+                row |= {
+                    "custom_calls": built["both"].compiled.as_text().count("__cudnn$fmha"),
+                    "temporaries": built["both"].temporaries,
+                }
                 gradients[method] = built["both"]()
                 if method == "cudnn" and "blocks" in gradients:
                     largest = lambda a: jnp.max(jnp.abs(a)).astype(jnp.float32)
                     pairs = zip(gradients["cudnn"], gradients["blocks"], strict=True)
-                    row["cudnn_is_from_blocks"] = max(float(largest(a - b) / largest(b)) for a, b in pairs)
+                    row["cudnn_is_from_blocks"] = max(
+                        float(largest(a - b) / largest(b)) for a, b in pairs
+                    )
             except Exception as e:
                 row["failed"] = why(e)
             yield row
@@ -143,6 +203,12 @@ def cached(part: Callable[..., Iterator[Row]]) -> Callable[..., Iterator[Row]]:
     return run
 
 
-PARTS = {"versions": versions} | {name: cached(f) for name,
-                                  f in {"tiny": tiny, "attention": attentions, "experts": experts,
-                                        "train": train}.items()}
+PARTS = {"versions": versions} | {
+    name: cached(f)
+    for name, f in {
+        "tiny": tiny,
+        "attention": attentions,
+        "experts": experts,
+        "train": train,
+    }.items()
+}

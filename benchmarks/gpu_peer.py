@@ -11,12 +11,36 @@ import statistics
 import sys
 import time
 
-TOY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
-       "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 16,
-       "n_routed_experts": 8, "num_experts_per_tok": 2}
-V2_LITE = {"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_attention_heads": 16,
-           "num_key_value_heads": 16, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "head_dim": 64, "v_head_dim": 128,
-           "n_routed_experts": 64, "num_experts_per_tok": 6}
+TOY = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+}
+V2_LITE = {
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+}
 
 
 def main(argv: list[str]) -> dict:
@@ -31,16 +55,32 @@ def main(argv: list[str]) -> dict:
         return {"not_measured": f"torch {torch.__version__} sees no CUDA card"}
     device = "cpu" if toy else "cuda"
     torch.manual_seed(0)
-    config = transformers.DeepseekV2Config(**(TOY if toy else V2_LITE), q_lora_rank=None, num_hidden_layers=layers, first_k_dense_replace=1,
-                                           n_shared_experts=2, n_group=1, topk_group=1, topk_method="greedy", routed_scaling_factor=1.0,
-                                           max_position_embeddings=length, use_cache=False)
+    config = transformers.DeepseekV2Config(
+        **(TOY if toy else V2_LITE),
+        q_lora_rank=None,
+        num_hidden_layers=layers,
+        first_k_dense_replace=1,
+        n_shared_experts=2,
+        n_group=1,
+        topk_group=1,
+        topk_method="greedy",
+        routed_scaling_factor=1.0,
+        max_position_embeddings=length,
+        use_cache=False,
+    )
     out = {"torch": torch.__version__, "transformers": transformers.__version__, "layers": layers}
     for experts in ("grouped_mm", "eager"):
         try:
             with torch.device(device):
-                model = transformers.DeepseekV2ForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa",
-                                                                        experts_implementation=experts)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                model = transformers.DeepseekV2ForCausalLM._from_config(
+                    config,
+                    dtype=torch.bfloat16,
+                    attn_implementation="sdpa",
+                    experts_implementation=experts,
+                )
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
             model.train()
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not toy)
             ids = torch.randint(0, config.vocab_size, (batch, length), device=device)
@@ -55,7 +95,11 @@ def main(argv: list[str]) -> dict:
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)
             median = statistics.median(seconds[2:])
-            return out | {"experts": experts, "step_s": median, "tokens_per_s": batch * length / median}
+            return out | {
+                "experts": experts,
+                "step_s": median,
+                "tokens_per_s": batch * length / median,
+            }
         except Exception as e:  # a PyTorch without grouped_mm still has a loop
             out[f"{experts}_failed"] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
             model = optimizer = None

@@ -28,32 +28,52 @@ from deepseek_jax.cli import arguments
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.hf import configuration, exporter, names, writer
-from deepseek_jax.run import importer
-from deepseek_jax.inference.loaded import config_for
 from deepseek_jax.hf.tensors import dump
+from deepseek_jax.inference.loaded import config_for
 from deepseek_jax.plan import options
+from deepseek_jax.run import importer
 from deepseek_jax.train.state import abstract_model
 
 NAMES = ("copy", "import", "export", "cast")
 BAR = 3.0  # times the copy
-LAYER = dict(hidden_size=1024, num_attention_heads=16, num_key_value_heads=4, head_dim=64, num_experts=32, moe_intermediate_size=512,
-             vocab_size=32000)
-TOY = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, moe_intermediate_size=32, vocab_size=256)
+LAYER = dict(
+    hidden_size=1024,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=64,
+    num_experts=32,
+    moe_intermediate_size=512,
+    vocab_size=32000,
+)
+TOY = dict(
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=4,
+    moe_intermediate_size=32,
+    vocab_size=256,
+)
 
 
 def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="Of the checkpoint.")
     parser.add_argument("--turns", type=int, default=1, help="How often all are timed.")
-    parser.add_argument("--folder", type=arguments.path,
-                        help="Where to write three times as much (default: a temporary folder).")
+    parser.add_argument(
+        "--folder",
+        type=arguments.path,
+        help="Where to write three times as much (default: a temporary folder).",
+    )
     parser.add_argument("--part", nargs=3, metavar=("NAME", "FROM", "TO"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
         print(json.dumps(timed(*args.part)))
         return 0
     if not 0 < args.gigabytes < 1e4 or args.turns < 1:
-        raise UserError(f"--gigabytes={args.gigabytes} must be above 0, --turns={args.turns} at least 1.")
+        raise UserError(
+            f"--gigabytes={args.gigabytes} must be above 0, --turns={args.turns} at least 1."
+        )
     if args.folder:
         os.makedirs(args.folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -77,37 +97,63 @@ def measure(gigabytes: float, count: int, folder: str, run: Any = None) -> dict[
         shutil.rmtree(at("import"))
     out: dict[str, Any] = {"bytes": size, "bar": BAR, **turns.machine()}
     for name, of in rows.items():
-        out[name] = {key: statistics.median(r[key] for r in of) for key in of[0]} | {"turns": [r["seconds"] for r in of]}
-        out[name]["ratio"] = statistics.median(r["seconds"] / c["seconds"] for r, c in zip(of, rows["copy"], strict=True))
+        out[name] = {key: statistics.median(r[key] for r in of) for key in of[0]} | {
+            "turns": [r["seconds"] for r in of]
+        }
+        out[name]["ratio"] = statistics.median(
+            r["seconds"] / c["seconds"] for r, c in zip(of, rows["copy"], strict=True)
+        )
     return out | {"met": max(out[name]["ratio"] for name in NAMES) < BAR}
 
 
 def make(folder: str, size: float) -> int:
     """Writes a random checkpoint of about so many bytes; how many they are."""
     widths = LAYER if size > 3e8 else TOY
-    config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts_per_tok": 2, "norm_topk_prob": True,
-              "rms_norm_eps": 1e-6, "max_position_embeddings": 1024, "rope_theta": 1e6, "tie_word_embeddings": False, "hidden_act": "silu",
-              "decoder_sparse_step": 1, "mlp_only_layers": [], "intermediate_size": 2048, "torch_dtype": "bfloat16", **widths}
+    config = {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 1024,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "intermediate_size": 2048,
+        "torch_dtype": "bfloat16",
+        **widths,
+    }
 
     def shapes_of(layers: int) -> dict[str, Any]:
         model = configuration.to_model({**config, "num_hidden_layers": layers})
         run, _ = config_for(model, None)
         _, params, bias = abstract_model(run)
-        leaves = [leaf for state in (params, bias) for leaf in names.leaves(state, "qwen3_moe", model)]
+        leaves = [
+            leaf for state in (params, bias) for leaf in names.leaves(state, "qwen3_moe", model)
+        ]
         return exporter.tensors_of(leaves, model, {}, "bfloat16")
 
     one = shapes_of(1)
-    layer, rest = (sum(s.nbytes for n, s in one.items() if n.startswith("model.layers.") == wanted) for wanted in (True, False))
+    layer, rest = (
+        sum(s.nbytes for n, s in one.items() if n.startswith("model.layers.") == wanted)
+        for wanted in (True, False)
+    )
     layers = max(1, round((size - rest) / layer))
     shapes = shapes_of(layers)
     os.makedirs(folder)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
         f.write(dump({**config, "num_hidden_layers": layers}))
     places = exporter.lay_out(folder, shapes, 1_000_000_000, writer=True)
-    block = (np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02).astype("bfloat16")
+    block = (np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02).astype(
+        "bfloat16"
+    )
     files = {p.file: os.open(os.path.join(folder, p.file), os.O_WRONLY) for p in places.values()}
     for i, (name, shape) in enumerate(shapes.items()):
-        numbers = np.resize(np.roll(block, 64 * i) if shape.nbytes > 1 << 20 else block, shape.shape).astype(shape.dtype)
+        numbers = np.resize(
+            np.roll(block, 64 * i) if shape.nbytes > 1 << 20 else block, shape.shape
+        ).astype(shape.dtype)
         writer.pwrite(files[places[name].file], numbers, places[name].offset)
     for descriptor in files.values():
         os.fsync(descriptor)
@@ -119,20 +165,33 @@ def timed(name: str, source: str, target: str) -> dict[str, float]:
     """Does one of them in this process."""
     before = memory(reset=True)
     started, used = time.perf_counter(), time.process_time()
-    run = {"copy": _copy, "import": importer.import_, "export": commands.export, "cast": lambda *paths: commands.export(*paths, dtype="float16")}
+    run = {
+        "copy": _copy,
+        "import": importer.import_,
+        "export": commands.export,
+        "cast": lambda *paths: commands.export(*paths, dtype="float16"),
+    }
     run[name](source, target)
-    return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used, "peak_bytes": memory() - before}
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - used,
+        "peak_bytes": memory() - before,
+    }
 
 
 def _in_a_process(*part: str) -> dict[str, float]:
     child = [sys.executable, "-m", "benchmarks", "hf_copy", "--part", *part]
-    return json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    )
 
 
 def _copy(source: str, target: str) -> None:
     os.makedirs(target)
     for name in sorted(os.listdir(source)):
-        with open(shutil.copyfile(os.path.join(source, name), os.path.join(target, name)), "rb") as f:
+        with open(
+            shutil.copyfile(os.path.join(source, name), os.path.join(target, name)), "rb"
+        ) as f:
             os.fsync(f.fileno())
 
 
@@ -146,9 +205,14 @@ def _forget(folder: str) -> None:
 
 
 def text(r: dict[str, Any]) -> str:
-    lines = [f"{r['bytes'] / 1e9:.3g} GB in bfloat16, {r['cores']} cores", "          seconds   of a core   GB/s   times the copy   memory"]
+    lines = [
+        f"{r['bytes'] / 1e9:.3g} GB in bfloat16, {r['cores']} cores",
+        "          seconds   of a core   GB/s   times the copy   memory",
+    ]
     for name in NAMES:
         p = r[name]
-        lines.append(f"{name:8s} {p['seconds']:8.1f} {p['cpu_seconds']:11.1f} {r['bytes'] / 1e9 / p['seconds']:6.2f} {p['ratio']:16.2f} "
-                     f"{p['peak_bytes'] / 1e6:6.0f} MB")
+        lines.append(
+            f"{name:8s} {p['seconds']:8.1f} {p['cpu_seconds']:11.1f} {r['bytes'] / 1e9 / p['seconds']:6.2f} {p['ratio']:16.2f} "
+            f"{p['peak_bytes'] / 1e6:6.0f} MB"
+        )
     return "\n".join([*lines, f"bar {r['bar']:g} times: {'met' if r['met'] else 'MISSED'}"])

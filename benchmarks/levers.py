@@ -26,11 +26,11 @@ from benchmarks.strategies import random_batch
 from deepseek_jax import enough_threads
 from deepseek_jax.cli import texts
 from deepseek_jax.config.options import Config
+from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import options, topology
-from deepseek_jax.xla import program
 from deepseek_jax.train.state import init_state
-from deepseek_jax.config.validation import validate
+from deepseek_jax.xla import program
 
 BASE = {"train.dtype": "float32", "train.remat": "full"}
 LEVERS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,10 @@ LEVERS: dict[str, dict[str, Any]] = {
     "optimizer.name=adafactor": {"optimizer.name": "adafactor"},
     "optimizer.name=muon": {"optimizer.name": "muon"},
     "train.accumulation=4": {"train.accumulation": 4},
-    "train.accumulation=4 accumulation_dtype=bfloat16": {"train.accumulation": 4, "train.accumulation_dtype": "bfloat16"},
+    "train.accumulation=4 accumulation_dtype=bfloat16": {
+        "train.accumulation": 4,
+        "train.accumulation_dtype": "bfloat16",
+    },
     "train.remat=none": {"train.remat": "none"},
     "train.remat=dots": {"train.remat": "dots"},
     "train.remat=exchange": {"train.remat": "exchange"},
@@ -50,28 +53,60 @@ LEVERS: dict[str, dict[str, Any]] = {
     "train.remat=save:exchange,experts_hidden": {"train.remat": "save:exchange,experts_hidden"},
     "offload.optimizer_state": {"offload.optimizer_state": True},
     "offload.parameters": {"offload.parameters": True},
-    "offload.optimizer_state offload.parameters": {"offload.optimizer_state": True, "offload.parameters": True},
+    "offload.optimizer_state offload.parameters": {
+        "offload.optimizer_state": True,
+        "offload.parameters": True,
+    },
     "offload.activations=layer_input": {"offload.activations": "layer_input"},
-    "offload.activations=layer_input,attention,mlp_gate_up": {"offload.activations": "layer_input,attention,mlp_gate_up"},
+    "offload.activations=layer_input,attention,mlp_gate_up": {
+        "offload.activations": "layer_input,attention,mlp_gate_up"
+    },
 }
 REPLICAS = "mesh.data=2 hybrid_shard"
-COMPRESSED = {f"{REPLICAS} gradient_compression={kind}": {"sharding.gradient_compression": kind} for kind in ("bfloat16", "int8")}
+COMPRESSED = {
+    f"{REPLICAS} gradient_compression={kind}": {"sharding.gradient_compression": kind}
+    for kind in ("bfloat16", "int8")
+}
 MEMORY = ("parameters", "gradients", "optimizer", "temporaries", "host", "total")
 
 
 def main() -> int:
     parser = options.Parser(__doc__)
     parser.add_argument("--devices", type=int, default=2, help="Devices of the mesh.")
-    parser.add_argument("--hardware", default="here", choices=["here", "h200"], help="Whose program says the memory: here, or h200.")
-    parser.add_argument("--steps", type=int, default=7, help="Steps to time of every row, after a first one; 0: compile only.")
-    parser.add_argument("--only", default="", help="Rows whose names have one of these words, separated by commas, and the first.")
+    parser.add_argument(
+        "--hardware",
+        default="here",
+        choices=["here", "h200"],
+        help="Whose program says the memory: here, or h200.",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=7,
+        help="Steps to time of every row, after a first one; 0: compile only.",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help="Rows whose names have one of these words, separated by commas, and the first.",
+    )
     own, config = options.read(parser, sys.argv[1:], "configs/tiny.py")
     devices = _devices(own.devices, own.hardware)
     if own.hardware == "h200" and not topology.has_gpu_compiler():
-        raise UserError(f"--hardware=h200 needs JAX's GPU compiler. Install it ({topology.INSTALL}), or leave --hardware out.")
-    variants = rows_of(config, own.devices, own_mesh=any(a.lstrip("-").startswith("config.mesh.") for a in sys.argv[1:]))
+        raise UserError(
+            f"--hardware=h200 needs JAX's GPU compiler. Install it ({topology.INSTALL}), or leave --hardware out."
+        )
+    variants = rows_of(
+        config,
+        own.devices,
+        own_mesh=any(a.lstrip("-").startswith("config.mesh.") for a in sys.argv[1:]),
+    )
     words = [w for w in own.only.split(",") if w]
-    chosen = {n: c for i, (n, c) in enumerate(variants.items()) if not i or not words or any(w in n for w in words)}
+    chosen = {
+        n: c
+        for i, (n, c) in enumerate(variants.items())
+        if not i or not words or any(w in n for w in words)
+    }
     rows, running = [], {}
     for name, variant in chosen.items():
         print(f"{name} ...", file=sys.stderr)
@@ -87,7 +122,9 @@ def main() -> int:
             taken = step()
             seconds[name] += [taken] if turn else []
     for row in rows:
-        row["step_seconds"] = statistics.median(seconds[row["lever"]]) if seconds.get(row["lever"]) else None
+        row["step_seconds"] = (
+            statistics.median(seconds[row["lever"]]) if seconds.get(row["lever"]) else None
+        )
     print(json.dumps(rows, indent=2) if own.json else text(rows, own.hardware))
     return 0
 
@@ -100,7 +137,9 @@ def _devices(count: int, hardware: str) -> list[jax.Device]:
     jax.config.update("jax_num_cpu_devices", count)
     found = jax.devices()
     if len(found) < count:
-        raise UserError(f"--devices={count} is more than the {len(found)} devices here. Set it to {len(found)} or less.")
+        raise UserError(
+            f"--devices={count} is more than the {len(found)} devices here. Set it to {len(found)} or less."
+        )
     return found[:count]
 
 
@@ -112,7 +151,9 @@ def with_options(config: Config, changes: dict[str, Any]) -> Config:
     """
     for name, value in changes.items():
         section, option = name.split(".")
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{option: value})})
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{option: value})}
+        )
     return config
 
 
@@ -123,25 +164,44 @@ def rows_of(config: Config, devices: int, own_mesh: bool = False) -> dict[str, C
       own_mesh: keep the config's mesh. Else the devices are on mesh.expert by twos and on mesh.fsdp.
     """
     expert = 2 if devices % 2 == 0 else 1
-    base = with_options(config, BASE if own_mesh else BASE | {"mesh.expert": expert, "mesh.fsdp": devices // expert})
-    replicas = with_options(base, {"sharding.strategy": "hybrid_shard", "mesh.data": 2, "mesh.fsdp": -1, "mesh.expert": 1})
-    return ({name: with_options(base, changes) for name, changes in LEVERS.items()} | {REPLICAS: replicas}
-            | {name: with_options(replicas, changes) for name, changes in COMPRESSED.items()})
+    base = with_options(
+        config, BASE if own_mesh else BASE | {"mesh.expert": expert, "mesh.fsdp": devices // expert}
+    )
+    replicas = with_options(
+        base,
+        {"sharding.strategy": "hybrid_shard", "mesh.data": 2, "mesh.fsdp": -1, "mesh.expert": 1},
+    )
+    return (
+        {name: with_options(base, changes) for name, changes in LEVERS.items()}
+        | {REPLICAS: replicas}
+        | {name: with_options(replicas, changes) for name, changes in COMPRESSED.items()}
+    )
 
 
-def measure(config: Config, devices: list[jax.Device], hardware: str, timed: bool) -> tuple[dict[str, Any], Any]:
+def measure(
+    config: Config, devices: list[jax.Device], hardware: str, timed: bool
+) -> tuple[dict[str, Any], Any]:
     """(the memory columns of a row, a function that runs one more step and returns its seconds, or None)."""
     mesh, layout = topology.lay_out(config, devices)
     held = layout.bytes_per_device(mesh)
     if config.train.accumulation > 1:  # added up in a buffer of this dtype
-        held["gradients"] = held["gradients"] * np.dtype(config.train.accumulation_dtype).itemsize // 4
-    here = topology.compile_step(config, mesh, layout).compiled if hardware == "here" or timed else None
+        held["gradients"] = (
+            held["gradients"] * np.dtype(config.train.accumulation_dtype).itemsize // 4
+        )
+    here = (
+        topology.compile_step(config, mesh, layout).compiled
+        if hardware == "here" or timed
+        else None
+    )
     compiled = here
     if hardware != "here":
         elsewhere = topology.gpu_devices(topology.HARDWARE[hardware], len(devices), 8)
         compiled = topology.compile_step(config, *topology.lay_out(config, elsewhere)).compiled
     memory = program.memory(compiled)
-    row = {k: held[k] for k in ("parameters", "gradients", "optimizer")} | {"temporaries": memory.temporaries, "total": memory.total}
+    row = {k: held[k] for k in ("parameters", "gradients", "optimizer")} | {
+        "temporaries": memory.temporaries,
+        "total": memory.total,
+    }
     row["host"] = program.host_memory(compiled) or held.get("host", 0)
     if not timed:
         return row, None
@@ -168,8 +228,12 @@ def text(rows: list[dict[str, Any]], hardware: str) -> str:
         if "refused" in r:
             return [r["lever"], *[""] * len(MEMORY), "refused", ""]
         timed = r["step_seconds"] is not None
-        return [r["lever"], *(texts.gb(r[k]) if r[k] else "" for k in MEMORY), f"{r['step_seconds'] * 1e3:,.0f} ms" if timed else "",
-                f"{r['step_seconds'] / first['step_seconds']:.2f}" if timed else ""]
+        return [
+            r["lever"],
+            *(texts.gb(r[k]) if r[k] else "" for k in MEMORY),
+            f"{r['step_seconds'] * 1e3:,.0f} ms" if timed else "",
+            f"{r['step_seconds'] / first['step_seconds']:.2f}" if timed else "",
+        ]
 
     table = texts.table([["lever", *MEMORY, "a step", "ratio"], *map(cells, rows)])
     refused = "".join(f"\n{r['lever']}: {r['refused']}" for r in rows if "refused" in r)

@@ -34,8 +34,6 @@ import jax
 
 from benchmarks import shapes, turns
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.runtime.compile_cache import use_cache
-from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.config.options import CheckpointConfig, Config, MeshConfig
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
@@ -44,6 +42,8 @@ from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options
 from deepseek_jax.run import loop
+from deepseek_jax.runtime.compile_cache import use_cache
+from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import TrainState, init_state, make_layout
 from deepseek_jax.train.step import make_train_step, put_batch
 
@@ -52,9 +52,19 @@ BAR = 0.02
 
 def main() -> int:
     parser = options.Parser(__doc__)
-    parser.add_argument("--shape", choices=shapes.NAMES, default="mid", help="Of benchmarks/shapes.py, on one device; not with --config.")
+    parser.add_argument(
+        "--shape",
+        choices=shapes.NAMES,
+        default="mid",
+        help="Of benchmarks/shapes.py, on one device; not with --config.",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="Runs of the loop.")
-    parser.add_argument("--steps", type=int, default=8, help="Steps of a run that count; a checkpoint starts in the middle.")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=8,
+        help="Steps of a run that count; a checkpoint starts in the middle.",
+    )
     if any(a.startswith("--config") for a in sys.argv[1:]):
         own, config = options.read(parser, sys.argv[1:], "configs/tiny.py")
     else:
@@ -116,44 +126,77 @@ def python_cpu_seconds(without: threading.Thread | None = None) -> dict[int, flo
 
 def _between(before: dict[int, float] | None, after: dict[int, float] | None) -> float | None:
     """CPU seconds of the threads that are there after."""
-    return None if before is None or after is None else sum(s - before.get(thread, 0.0) for thread, s in after.items())
+    return (
+        None
+        if before is None or after is None
+        else sum(s - before.get(thread, 0.0) for thread, s in after.items())
+    )
 
 
 def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
     """Medians over the steps of all rounds, in seconds a step."""
     use_cache(config.compile.cache_dir, warn=lambda line: print(line, file=sys.stderr))
     mesh = make_mesh(config, jax.devices()[:1] if config.mesh.fsdp == 1 else None)
-    loader = Loader(config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens))
+    loader = Loader(
+        config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
+    )
     loops, bare = [], []
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as workdir:
         layout = make_layout(config, mesh)
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
-        xla = xla_options.xla_options(config, mesh.devices.flat[0].platform, xla_options.bytes_of_a_layer(config, layout.abstract.params, mesh))
+        xla = xla_options.xla_options(
+            config,
+            mesh.devices.flat[0].platform,
+            xla_options.bytes_of_a_layer(config, layout.abstract.params, mesh),
+        )
         step = CompiledStep(make_train_step(config, layout), mesh, xla)
         state = init_state(config, layout)
         batch = put_batch(loader.train_rows(0, config.train.batch_size), config.micro_batch, mesh)
-        checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"), options=CheckpointConfig(keep=1))
+        checkpoints = Checkpointer(
+            os.path.join(workdir, "checkpoints"), options=CheckpointConfig(keep=1)
+        )
         for number in range(rounds):
-            print(f"{'compiling and ' if number == 0 else ''}round {number + 1} of {rounds} ...", file=sys.stderr)
+            print(
+                f"{'compiling and ' if number == 0 else ''}round {number + 1} of {rounds} ...",
+                file=sys.stderr,
+            )
             state, taken = _bare(step, state, batch, max(steps // 2, 2))
             bare.append(taken)
-            state, taken = _loop(config, workdir, mesh, state, step, loader, checkpoints, sizes, steps)
+            state, taken = _loop(
+                config, workdir, mesh, state, step, loader, checkpoints, sizes, steps
+            )
             loops.append(taken)
         checkpoints.close()
-    median = lambda key, rows: statistics.median(rows) if None not in (rows := [v for r in rows for v in r[key]]) else None
-    out = {key: median(key, loops) for key in ("step_s", "cpu_s", "idle_s", "host_cpu_s", "dispatch_s")}
+    median = lambda key, rows: (
+        statistics.median(rows) if None not in (rows := [v for r in rows for v in r[key]]) else None
+    )
+    out = {
+        key: median(key, loops) for key in ("step_s", "cpu_s", "idle_s", "host_cpu_s", "dispatch_s")
+    }
     out["idle_s"] = statistics.mean(v for r in loops for v in r["idle_s"])  # rare pauses count too
     out["checkpoint_s"] = statistics.median(r["checkpoint_s"] for r in loops)
     every = config.checkpoint.every_steps or config.train.steps
     idle = out["idle_s"] + out["checkpoint_s"] / every
     on_cpu = jax.default_backend() == "cpu"
     overhead = (idle + (out["host_cpu_s"] or 0) * on_cpu) / out["step_s"]
-    return out | {"checkpoint_every_steps": every, "overhead": overhead, "idle_share": idle / out["step_s"], "bar": BAR, "met": overhead <= BAR,
-                  "bare_step_s": statistics.median(s for s, _ in bare), "bare_cpu_s": statistics.median(c for _, c in bare),
-                  "rounds": rounds, "steps": steps, "tokens": config.train.batch_size * config.train.sequence_length, "machine": turns.machine()}
+    return out | {
+        "checkpoint_every_steps": every,
+        "overhead": overhead,
+        "idle_share": idle / out["step_s"],
+        "bar": BAR,
+        "met": overhead <= BAR,
+        "bare_step_s": statistics.median(s for s, _ in bare),
+        "bare_cpu_s": statistics.median(c for _, c in bare),
+        "rounds": rounds,
+        "steps": steps,
+        "tokens": config.train.batch_size * config.train.sequence_length,
+        "machine": turns.machine(),
+    }
 
 
-def _bare(step: CompiledStep, state: TrainState, batch: Any, steps: int) -> tuple[TrainState, tuple[float, float]]:
+def _bare(
+    step: CompiledStep, state: TrainState, batch: Any, steps: int
+) -> tuple[TrainState, tuple[float, float]]:
     """Wall and CPU seconds a step, called back to back, after a first one."""
     state, _ = jax.block_until_ready(step(state, batch))
     started, cpu = time.perf_counter(), time.process_time()
@@ -163,21 +206,37 @@ def _bare(step: CompiledStep, state: TrainState, batch: Any, steps: int) -> tupl
     return state, ((time.perf_counter() - started) / steps, (time.process_time() - cpu) / steps)
 
 
-def _loop(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState, step: CompiledStep, loader: Loader,
-          checkpoints: Checkpointer, sizes: Any, steps: int) -> tuple[TrainState, dict[str, Any]]:
+def _loop(
+    config: Config,
+    workdir: str,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    step: CompiledStep,
+    loader: Loader,
+    checkpoints: Checkpointer,
+    sizes: Any,
+    steps: int,
+) -> tuple[TrainState, dict[str, Any]]:
     """`steps` steps of the loop, after two first ones and before a last one, each with what it cost."""
     first, timed = int(state.step), Timed(step)
     # The loop is told where to stop; the compiled step has its own copy of the options.
     until = dataclasses.replace(config.train, steps=first + steps + 3)
     middle = 2 + steps // 2  # the number of the call that follows the checkpoint
     checkpoint = dataclasses.replace(config.checkpoint, every_steps=first + middle)
-    config = dataclasses.replace(config, train=until, checkpoint=checkpoint, eval=dataclasses.replace(config.eval, every_steps=0),
-                                 log=dataclasses.replace(config.log, every_steps=1))
+    config = dataclasses.replace(
+        config,
+        train=until,
+        checkpoint=checkpoint,
+        eval=dataclasses.replace(config.eval, every_steps=0),
+        log=dataclasses.replace(config.log, every_steps=1),
+    )
     cpu = time.process_time()
     with open(os.devnull, "w") as quiet:
         before, sys.stdout = sys.stdout, quiet
         try:
-            result = loop.run(config, workdir, mesh, state, timed, lambda state, _: {}, loader, checkpoints, sizes)
+            result = loop.run(
+                config, workdir, mesh, state, timed, lambda state, _: {}, loader, checkpoints, sizes
+            )
         finally:
             sys.stdout = before
     timed.close()
@@ -186,20 +245,27 @@ def _loop(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainSta
     # The host's work from one call to the next is that of a step; what the last one does, waiting for its checkpoint, is not.
     host = [_between(*timed.host_cpu[i : i + 2]) for i in counted if i + 1 != middle]
     return result.state, {
-        "step_s": [timed.done[i] - timed.done[i - 1] for i in counted], "cpu_s": [cpu / len(timed.called)],
-        "idle_s": [timed.idle(i) for i in counted], "host_cpu_s": host,
-        "dispatch_s": [timed.returned[i] - timed.called[i] for i in counted], "checkpoint_s": timed.idle(middle)}
+        "step_s": [timed.done[i] - timed.done[i - 1] for i in counted],
+        "cpu_s": [cpu / len(timed.called)],
+        "idle_s": [timed.idle(i) for i in counted],
+        "host_cpu_s": host,
+        "dispatch_s": [timed.returned[i] - timed.called[i] for i in counted],
+        "checkpoint_s": timed.idle(middle),
+    }
 
 
 def text(r: dict[str, Any]) -> str:
     ms = lambda s: "not known here" if s is None else f"{s * 1e3:,.2f} ms"
     share = lambda s: "" if s is None else f", {s / r['step_s']:.3%}"
-    return "\n".join((
-        f"a step of {r['tokens']} tokens on {r['machine']['device']}, {r['machine']['cores']} cores: {r['rounds']} runs of {r['steps']} steps",
-        f"  a step in the loop      {ms(r['step_s'])}, {r['cpu_s']:.2f} CPU seconds (with the checkpoint)",
-        f"  a bare step             {ms(r['bare_step_s'])}, {r['bare_cpu_s']:.2f} CPU seconds",
-        f"  idle device, a step     {ms(r['idle_s'])}{share(r['idle_s'])}; the call that starts a step takes {ms(r['dispatch_s'])}",
-        f"  at a checkpoint         {ms(r['checkpoint_s'])} idle, once in {r['checkpoint_every_steps']} steps"
-        f"{share(r['checkpoint_s'] / r['checkpoint_every_steps'])}",
-        f"  CPU of Python, a step   {ms(r['host_cpu_s'])}{share(r['host_cpu_s'])}",
-        f"overhead at most {r['overhead']:.2%}; bar {r['bar']:.0%}: {'met' if r['met'] else 'MISSED'}"))
+    return "\n".join(
+        (
+            f"a step of {r['tokens']} tokens on {r['machine']['device']}, {r['machine']['cores']} cores: {r['rounds']} runs of {r['steps']} steps",
+            f"  a step in the loop      {ms(r['step_s'])}, {r['cpu_s']:.2f} CPU seconds (with the checkpoint)",
+            f"  a bare step             {ms(r['bare_step_s'])}, {r['bare_cpu_s']:.2f} CPU seconds",
+            f"  idle device, a step     {ms(r['idle_s'])}{share(r['idle_s'])}; the call that starts a step takes {ms(r['dispatch_s'])}",
+            f"  at a checkpoint         {ms(r['checkpoint_s'])} idle, once in {r['checkpoint_every_steps']} steps"
+            f"{share(r['checkpoint_s'] / r['checkpoint_every_steps'])}",
+            f"  CPU of Python, a step   {ms(r['host_cpu_s'])}{share(r['host_cpu_s'])}",
+            f"overhead at most {r['overhead']:.2%}; bar {r['bar']:.0%}: {'met' if r['met'] else 'MISSED'}",
+        )
+    )

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.config.options import (
+    REMAT_NAMES,
+    STRATEGIES,
     Config,
     DataConfig,
     Fp16Config,
@@ -19,10 +21,8 @@ from deepseek_jax.config.options import (
     MoeConfig,
     OffloadConfig,
     OptimizerConfig,
-    REMAT_NAMES,
     RopeScaling,
     ShardingConfig,
-    STRATEGIES,
     TrainConfig,
 )
 from deepseek_jax.parallel.mesh import AXES
@@ -59,9 +59,12 @@ def draw(seed: int, case: int) -> Config:
 
     devices = int(rng.integers(1, DEVICES + 1)) if chance(AS_DRAWN) else pick(1, 2, 4, 8)
     mesh = MeshConfig(
-        **dict.fromkeys(AXES, 1) | _factors(devices, ("data", "stage", "fsdp", "expert", "tensor"), rng)
+        **dict.fromkeys(AXES, 1)
+        | _factors(devices, ("data", "stage", "fsdp", "expert", "tensor"), rng)
     )
-    ways = mesh.data * mesh.fsdp * mesh.expert  # of a batch; of a dense weight, times stage and tensor
+    ways = (
+        mesh.data * mesh.fsdp * mesh.expert
+    )  # of a batch; of a dense weight, times stage and tensor
     divided = ways * mesh.stage * mesh.tensor
     grouped = chance(0.4)
     heads = size(1, 1, 2, 3, 4, of=mesh.tensor)
@@ -84,7 +87,9 @@ def draw(seed: int, case: int) -> Config:
         kv_lora_rank=pick(1, 8, 16),
         qk_nope_head_dim=width,
         v_head_dim=pick(1, 1, 3) * width,
-        qk_rope_head_dim=1 if chance(0.05) else 2 * pick(1, 1, 2, 4) * (1 if chance(AS_DRAWN) else divided),
+        qk_rope_head_dim=1
+        if chance(0.05)
+        else 2 * pick(1, 1, 2, 4) * (1 if chance(AS_DRAWN) else divided),
         num_key_value_heads=pick(1, heads, max(1, heads // 2), mesh.tensor) if grouped else None,
         head_dim=1 if grouped and chance(0.05) else pick(None, 2, 4, 8) if grouped else None,
         attention_bias=grouped and chance(0.3),
@@ -145,12 +150,16 @@ def draw(seed: int, case: int) -> Config:
         router_z_loss_coef=pick(0.0, 0.001),
     )
     strategy = pick(*STRATEGIES)
-    compressible = mesh.data > 1 and mesh.stage == 1 and strategy not in ("full_shard", "shard_grad_op")
+    compressible = (
+        mesh.data > 1 and mesh.stage == 1 and strategy not in ("full_shard", "shard_grad_op")
+    )
     sharding = ShardingConfig(
         strategy=strategy,
         min_weight_size=pick(0, 0, 1, 100, 1000, 2048, 10**8),
         virtual_stages=pick(0, 0, 1, 2) if mesh.stage > 1 else pick(0, 1),
-        gradient_compression=pick("none", "bfloat16", "int8") if compressible or chance(0.05) else "none",
+        gradient_compression=pick("none", "bfloat16", "int8")
+        if compressible or chance(0.05)
+        else "none",
     )
     optimizer = OptimizerConfig(
         name=pick("adamw", "adafactor", "muon"),

@@ -26,61 +26,105 @@ from deepseek_jax.cli.arguments import some_of
 from deepseek_jax.plan import options
 
 PARTS = ("kills", "signals", "disk", "processes", "corruption")
-START, STEP, SAVE = "kill -9 while it starts", "kill -9 between checkpoints", "kill -9 while one is written"
+START, STEP, SAVE = (
+    "kill -9 while it starts",
+    "kill -9 between checkpoints",
+    "kill -9 while one is written",
+)
 LIMIT = 600.0  # seconds for what takes some
 
 
 def main() -> int:
     parser = options.Parser(__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="Kills of the one run, and up to 4 signals.")
+    parser.add_argument(
+        "--kills", type=int, default=50, help="Kills of the one run, and up to 4 signals."
+    )
     parser.add_argument("--rounds", type=int, default=3, help="Of every kind of damage to files.")
     parser.add_argument("--seed", type=int, default=0, help="Of the faults.")
-    parser.add_argument("--only", type=some_of(*PARTS), default=",".join(PARTS), help="Some of the parts, separated by commas.")
+    parser.add_argument(
+        "--only",
+        type=some_of(*PARTS),
+        default=",".join(PARTS),
+        help="Some of the parts, separated by commas.",
+    )
     args = parser.parse_args()
     began = time.monotonic()
-    say = lambda text: print(f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True)
+    say = lambda text: print(
+        f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True
+    )
     with tempfile.TemporaryDirectory(prefix="storm.") as name:
         found = run(pathlib.Path(name), args.only, args.kills, args.rounds, args.seed, say)
     result = {name: dataclasses.asdict(tally) for name, tally in found.items()}
     bad = sum(t["wrong"] + max(t["tried"] - t["survived"], 0) for t in result.values())
-    print(json.dumps({"seconds": round(time.monotonic() - began), "interval": INTERVAL, "faults": result}, indent=2) if args.json else table(result))
+    print(
+        json.dumps(
+            {"seconds": round(time.monotonic() - began), "interval": INTERVAL, "faults": result},
+            indent=2,
+        )
+        if args.json
+        else table(result)
+    )
     if not args.json:
-        print(f"{sum(t['tried'] for t in result.values())} faults in {time.monotonic() - began:.0f} s, a checkpoint every {INTERVAL} steps: "
-              f"{'nothing lost, nothing wrong' if not bad else f'{bad} NOT AS PROMISED'}")
+        print(
+            f"{sum(t['tried'] for t in result.values())} faults in {time.monotonic() - began:.0f} s, a checkpoint every {INTERVAL} steps: "
+            f"{'nothing lost, nothing wrong' if not bad else f'{bad} NOT AS PROMISED'}"
+        )
     return 1 if bad else 0
 
 
 def table(result: dict[str, dict[str, int]]) -> str:
     columns = ("tried", "detected", "survived", "steps_lost", "wrong")
     heading = ["fault", *(c.replace("_", " ").replace("lost", "lost (max)") for c in columns)]
-    return texts.table([heading, *([name, *(str(t[c]) for c in columns)] for name, t in result.items())])
+    return texts.table(
+        [heading, *([name, *(str(t[c]) for c in columns)] for name, t in result.items())]
+    )
 
 
 def run(folder: pathlib.Path, parts: list[str], kills: int, rounds: int, seed: int, say) -> Tallies:
     """Everything in `folder`. `say` is told of progress."""
+
     def damaged_files() -> Tallies:
         from benchmarks import corruption
 
         (folder / "corruption").mkdir()
         say("damaged files")
-        return {name: faults.Tally(**t) for name, t in corruption.run(str(folder / "corruption"), rounds, seed).items()}
+        return {
+            name: faults.Tally(**t)
+            for name, t in corruption.run(str(folder / "corruption"), rounds, seed).items()
+        }
 
     out = faults.tallies()
     signals = min(kills, 4) if "signals" in parts else 0
-    for wanted, part in (({"kills", "signals"}, lambda: one_run(folder, kills if "kills" in parts else 0, signals, seed, say)),
-                         ({"disk"}, lambda: no_room(folder, say)), ({"processes"}, lambda: storm_processes.run(folder, say)), ({"corruption"}, damaged_files)):
+    for wanted, part in (
+        (
+            {"kills", "signals"},
+            lambda: one_run(folder, kills if "kills" in parts else 0, signals, seed, say),
+        ),
+        ({"disk"}, lambda: no_room(folder, say)),
+        ({"processes"}, lambda: storm_processes.run(folder, say)),
+        ({"corruption"}, damaged_files),
+    ):
         if wanted & set(parts):
             try:
                 out |= part()
-            except RuntimeError as e:  # a run that does not go on is a result, and the other parts are still to come
+            except (
+                RuntimeError
+            ) as e:  # a run that does not go on is a result, and the other parts are still to come
                 say(str(e))
-                out[f"{' and '.join(sorted(wanted))}: did not go on"] = faults.Tally(tried=1, wrong=1)
+                out[f"{' and '.join(sorted(wanted))}: did not go on"] = faults.Tally(
+                    tried=1, wrong=1
+                )
     return out
 
 
 def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> Tallies:
     """One run in one process, ended so many times, and gone on with."""
-    rng, out, text, env = random.Random(seed), faults.tallies(), faults.corpus(folder), faults.environment(folder)
+    rng, out, text, env = (
+        random.Random(seed),
+        faults.tallies(),
+        faults.corpus(folder),
+        faults.environment(folder),
+    )
     steps = max(8 * (kills + signals), 4 * INTERVAL)
     say(f"the undisturbed run of {steps} steps")
     with Process(faults.train(folder / "calm", text, train__steps=steps), env) as calm:
@@ -90,20 +134,36 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
     seconds_to_start = None
 
     workdir = folder / "storm"
-    kinds = [rng.choice((START, STEP, STEP, SAVE, SAVE)) for _ in range(kills)] + [rng.choice((signal.SIGTERM, signal.SIGINT)) for _ in range(signals)]
+    kinds = [rng.choice((START, STEP, STEP, SAVE, SAVE)) for _ in range(kills)] + [
+        rng.choice((signal.SIGTERM, signal.SIGINT)) for _ in range(signals)
+    ]
     rng.shuffle(kinds)
     after_fault, logged, least = None, 0, 0
     for number, kind in enumerate([*kinds, None]):
         left = steps - newest_or_zero(workdir)
-        target = rng.randint(1, max(min(2 * left // (len(kinds) - number + 1), 3 * INTERVAL), 1))  # steps of this life
+        target = rng.randint(
+            1, max(min(2 * left // (len(kinds) - number + 1), 3 * INTERVAL), 1)
+        )  # steps of this life
         asynchronous = number % 2 == 0
-        name = f"signal {kind.name}" if isinstance(kind, signal.Signals) else f"{kind}{', asynchronously' if asynchronous else ''}"
-        with Process(faults.train(workdir, text, train__steps=steps, checkpoint__async_checkpointing=asynchronous), env) as p:
+        name = (
+            f"signal {kind.name}"
+            if isinstance(kind, signal.Signals)
+            else f"{kind}{', asynchronously' if asynchronous else ''}"
+        )
+        with Process(
+            faults.train(
+                workdir, text, train__steps=steps, checkpoint__async_checkpointing=asynchronous
+            ),
+            env,
+        ) as p:
             if kind == START:
                 time.sleep(rng.uniform(0, seconds_to_start or 3))
                 p.kill()
             elif kind is not None:
-                if not p.wait_for_step(newest_or_zero(workdir) + target, LIMIT) and p.popen.poll() is None:
+                if (
+                    not p.wait_for_step(newest_or_zero(workdir) + target, LIMIT)
+                    and p.popen.poll() is None
+                ):
                     raise RuntimeError("the run does not go on:\n" + "\n".join(p.lines[-20:]))
                 seconds_to_start = seconds_to_start or time.monotonic() - p.began
                 if kind == SAVE:
@@ -139,10 +199,14 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
         logged = max(found, default=0)
         if isinstance(kind, signal.Signals):
             least = logged
-        elif any(line.startswith("step ") for line in p.lines):  # a life without a step leaves what the one before it left
+        elif any(
+            line.startswith("step ") for line in p.lines
+        ):  # a life without a step leaves what the one before it left
             least = faults.newest_save(logged) - (INTERVAL if asynchronous else 0)
         after_fault = name
-        say(f"{number + 1} of {len(kinds)}: {name}, after step {logged}; checkpoint {newest_or_zero(workdir)}{'; WRONG' if wrong else ''}")
+        say(
+            f"{number + 1} of {len(kinds)}: {name}, after step {logged}; checkpoint {newest_or_zero(workdir)}{'; WRONG' if wrong else ''}"
+        )
     return out
 
 
@@ -157,7 +221,9 @@ def no_room(folder: pathlib.Path, say) -> Tallies:
     tally = out["no room for the last checkpoint"]
     tally.tried = 1
     with Process(faults.train(workdir, text, train__steps=steps), env) as p:
-        if not p.wait_for_step(2 * INTERVAL + 1, LIMIT):  # the second save waits for the first, which is on disk by then
+        if not p.wait_for_step(
+            2 * INTERVAL + 1, LIMIT
+        ):  # the second save waits for the first, which is on disk by then
             raise RuntimeError("the run does not begin:\n" + "\n".join(p.lines[-20:]))
         resource.prlimit(p.popen.pid, resource.RLIMIT_FSIZE, (16384, 16384))
         code = p.wait(LIMIT)

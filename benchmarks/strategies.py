@@ -20,13 +20,13 @@ import jax
 import numpy as np
 
 from deepseek_jax.cli import texts
-from deepseek_jax.config.options import Config, MeshConfig, STRATEGIES
+from deepseek_jax.config.options import STRATEGIES, Config, MeshConfig
+from deepseek_jax.config.validation import validate
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options, topology
-from deepseek_jax.xla import program
 from deepseek_jax.train.state import Layout, init_state
 from deepseek_jax.train.step import put_batch
-from deepseek_jax.config.validation import validate
+from deepseek_jax.xla import program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -55,10 +55,14 @@ def variants(config: Config, devices: list[Any]) -> list[Config]:
     """
     out = []
     for name in STRATEGIES:
-        variant = dataclasses.replace(config, sharding=dataclasses.replace(config.sharding, strategy=name))
+        variant = dataclasses.replace(
+            config, sharding=dataclasses.replace(config.sharding, strategy=name)
+        )
         shape = make_mesh(variant, devices).shape
         if name == "hybrid_shard" and shape["data"] == 1 and shape["fsdp"] % 2 == 0:
-            variant = dataclasses.replace(variant, mesh=MeshConfig(**{**shape, "data": 2, "fsdp": shape["fsdp"] // 2}))
+            variant = dataclasses.replace(
+                variant, mesh=MeshConfig(**{**shape, "data": 2, "fsdp": shape["fsdp"] // 2})
+            )
         validate(variant)
         out.append(variant)
     return out
@@ -71,14 +75,18 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
     found = [c for c in program.collectives(step.compiled.as_text(), mesh.shape) if not c.further]
     received = program.by(found, lambda c: c.kind)
     return {
-        "strategy": config.sharding.strategy, "mesh": {a: n for a, n in mesh.shape.items() if n > 1},
-        **layout.bytes_per_device(mesh), "temporaries": program.memory(step.compiled).temporaries,
+        "strategy": config.sharding.strategy,
+        "mesh": {a: n for a, n in mesh.shape.items() if n > 1},
+        **layout.bytes_per_device(mesh),
+        "temporaries": program.memory(step.compiled).temporaries,
         "received": {kind: received.get(kind, 0) for kind in KINDS},
         "step_seconds": _time(config, mesh, layout, step.compiled, steps) if steps else None,
     }
 
 
-def _time(config: Config, mesh: jax.sharding.Mesh, layout: Layout, compiled: Any, steps: int) -> float:
+def _time(
+    config: Config, mesh: jax.sharding.Mesh, layout: Layout, compiled: Any, steps: int
+) -> float:
     """Median seconds of a step on random tokens."""
     with jax.set_mesh(mesh):
         state = init_state(config, layout)
@@ -89,16 +97,27 @@ def _time(config: Config, mesh: jax.sharding.Mesh, layout: Layout, compiled: Any
             state, metrics = jax.block_until_ready(compiled(state, batch))
             seconds.append(time.perf_counter() - started)
     if not np.isfinite(metrics.losses.loss):
-        raise FloatingPointError(f"{config.sharding.strategy}: the loss after {steps + 1} steps is {metrics.losses.loss}")
+        raise FloatingPointError(
+            f"{config.sharding.strategy}: the loss after {steps + 1} steps is {metrics.losses.loss}"
+        )
     return statistics.median(seconds[1:])
 
 
 def random_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """A step's batch of random tokens, each sequence one document."""
     t = config.train
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (t.batch_size, t.sequence_length + 1), np.int32)
-    positions = np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), (t.batch_size, t.sequence_length))
-    rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones_like(positions), "positions": positions}
+    tokens = np.random.default_rng(0).integers(
+        0, config.model.vocab_size, (t.batch_size, t.sequence_length + 1), np.int32
+    )
+    positions = np.broadcast_to(
+        np.arange(t.sequence_length, dtype=np.int32), (t.batch_size, t.sequence_length)
+    )
+    rows = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.ones_like(positions),
+        "positions": positions,
+    }
     return put_batch(rows, config.micro_batch, mesh)
 
 
@@ -110,9 +129,17 @@ def text(rows: list[dict[str, Any]]) -> str:
     def cells(r: dict[str, Any]) -> list[str]:
         received = r["received"]
         mesh = " x ".join(f"{a} {n}" for a, n in r["mesh"].items()) or "1 device"
-        return [r["strategy"], mesh, *(texts.gb(r[k]) for k in memory), *(texts.gb(received[k]) for k in kinds),
-                texts.gb(sum(received.values())), "" if r["step_seconds"] is None else f"{r['step_seconds'] * 1e3:,.0f} ms"]
+        return [
+            r["strategy"],
+            mesh,
+            *(texts.gb(r[k]) for k in memory),
+            *(texts.gb(received[k]) for k in kinds),
+            texts.gb(sum(received.values())),
+            "" if r["step_seconds"] is None else f"{r['step_seconds'] * 1e3:,.0f} ms",
+        ]
 
     rows_of_text = [["strategy", "mesh", *memory, *kinds, "received", "a step"], *map(cells, rows)]
-    return (f"{texts.table(rows_of_text)}\n\nBytes of one device: four columns of memory, then what it receives in a step "
-            f"(first dispatch round). Times: CPU devices that share this machine's cores.")
+    return (
+        f"{texts.table(rows_of_text)}\n\nBytes of one device: four columns of memory, then what it receives in a step "
+        f"(first dispatch round). Times: CPU devices that share this machine's cores."
+    )

@@ -1,6 +1,6 @@
 """Trains configs/tiny.py whole and compares its held-out loss with the one that its docstring states.
 
-  python -m benchmarks.tiny [--config.seed=1 ...]      further options go to train.py; exit code 1 if the loss is off
+python -m benchmarks.tiny [--config.seed=1 ...]      further options go to train.py; exit code 1 if the loss is off
 """
 
 import json
@@ -13,26 +13,41 @@ import tempfile
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-
 def main() -> int:
     if {"--help", "-h"} & set(sys.argv):
         print(__doc__)
         return 0
     expected, tolerance = stated((ROOT / "configs" / "tiny.py").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as workdir:
-        subprocess.run([sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *sys.argv[1:]], cwd=ROOT, check=True)
-        rows = [json.loads(line) for line in pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()]
+        subprocess.run(
+            [
+                sys.executable,
+                "train.py",
+                "--config=configs/tiny.py",
+                f"--workdir={workdir}",
+                *sys.argv[1:],
+            ],
+            cwd=ROOT,
+            check=True,
+        )
+        rows = [
+            json.loads(line)
+            for line in pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()
+        ]
     loss = [r["eval_loss"] for r in rows if "eval_loss" in r][-1]
     good = abs(loss - expected) <= tolerance
-    print(f"held-out loss {loss:.4f}, expected {expected} within {tolerance}: {'as stated' if good else 'NOT as stated'}")
+    print(
+        f"held-out loss {loss:.4f}, expected {expected} within {tolerance}: {'as stated' if good else 'NOT as stated'}"
+    )
     return 0 if good else 1
 
 
 def stated(text: str) -> tuple[float, float]:
     """The held-out loss that the text states, and its tolerance; lines may be broken and indented
     anywhere."""
-    found = re.search(r"([\d.]+) nats a token = [\d.]+ bits a byte, within ([\d.]+) nats",
-                      " ".join(text.split()))
+    found = re.search(
+        r"([\d.]+) nats a token = [\d.]+ bits a byte, within ([\d.]+) nats", " ".join(text.split())
+    )
     return float(found[1]), float(found[2])
 
 

@@ -56,5 +56,10 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"device": device.device_kind, "devices": jax.device_count(), "cores": cores, "jax": jax.__version__,
-            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
+    return {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cores": cores,
+        "jax": jax.__version__,
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+    }

@@ -28,10 +28,10 @@ from benchmarks.attention import compute_dtype
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
+from deepseek_jax.objectives import pretrain
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.plan import options
-from deepseek_jax.objectives import pretrain
 
 BAR = 1.10
 CONFIG = Config(mesh=MeshConfig(fsdp=1))
@@ -39,31 +39,53 @@ CONFIG = Config(mesh=MeshConfig(fsdp=1))
 
 def main() -> int:
     parser = options.Parser(__doc__)
-    parser.add_argument("--tokens", type=numbers, default="2048,4096", help="Tokens, separated by commas, the fewest first.")
-    parser.add_argument("--vocab", type=numbers, default="8192,32768", help="Words, separated by commas.")
+    parser.add_argument(
+        "--tokens",
+        type=numbers,
+        default="2048,4096",
+        help="Tokens, separated by commas, the fewest first.",
+    )
+    parser.add_argument(
+        "--vocab", type=numbers, default="8192,32768", help="Words, separated by commas."
+    )
     parser.add_argument("--width", type=int, default=512, help="Hidden size.")
     parser.add_argument("--turns", type=int, default=5, help="Turns to time.")
     own = parser.parse_args()
     with jax.set_mesh(make_mesh(CONFIG, jax.devices()[:1])):
         rows = [measure(t, v, own.width, own.turns) for v in own.vocab for t in own.tokens]
-    result = {"machine": turns.machine(), "dtype": str(compute_dtype()), "width": own.width, "chunk": pretrain.LOSS_CHUNK, "rows": rows,
-              "bars": bars(rows)}
+    result = {
+        "machine": turns.machine(),
+        "dtype": str(compute_dtype()),
+        "width": own.width,
+        "chunk": pretrain.LOSS_CHUNK,
+        "rows": rows,
+        "bars": bars(rows),
+    }
     print(json.dumps(result, indent=2) if own.json else text(result))
     return 0
 
 
 def ours(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> jax.Array:
     """The sum of -log p, as the train step makes it."""
-    stored = jax.sharding.reshard(kernel_DV, sharding.spec(("embed", "vocab"), sharding.storage_rules(CONFIG)[0]))
+    stored = jax.sharding.reshard(
+        kernel_DV, sharding.spec(("embed", "vocab"), sharding.storage_rules(CONFIG)[0])
+    )
     head = nnx.Param(stored, out_sharding=("embed", "vocab"), eager_sharding=False)
     net = types.SimpleNamespace(head=head, model=ModelConfig(tie_word_embeddings=False))
-    hidden_BSD, targets_BS = (jax.sharding.reshard(a[None], P(BATCH_AXES)) for a in (hidden_TD, targets_T))
+    hidden_BSD, targets_BS = (
+        jax.sharding.reshard(a[None], P(BATCH_AXES)) for a in (hidden_TD, targets_T)
+    )
     return pretrain.cross_entropy_sum(hidden_BSD, net, targets_BS)
 
 
 def plain(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> jax.Array:
     """The same with whole logits."""
-    logits_TV = jnp.einsum("td,dv->tv", hidden_TD, kernel_DV.astype(hidden_TD.dtype), preferred_element_type=jnp.float32)
+    logits_TV = jnp.einsum(
+        "td,dv->tv",
+        hidden_TD,
+        kernel_DV.astype(hidden_TD.dtype),
+        preferred_element_type=jnp.float32,
+    )
     return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits_TV, targets_T))
 
 
@@ -74,33 +96,77 @@ def measure(tokens: int, vocab: int, width: int, count: int) -> dict[str, Any]:
     hidden = jax.random.normal(keys[0], (tokens, width), compute_dtype())
     kernel = jax.random.normal(keys[1], (width, vocab), jnp.float32) * width**-0.5
     given = hidden, kernel, jax.random.randint(keys[2], (tokens,), 0, vocab)
-    built = {f.__name__: turns.compiled(jax.value_and_grad(f, argnums=(0, 1)), *given) for f in (ours, plain)}
+    built = {
+        f.__name__: turns.compiled(jax.value_and_grad(f, argnums=(0, 1)), *given)
+        for f in (ours, plain)
+    }
     (value, grads), (value_plain, grads_plain) = (built[name]() for name in ("ours", "plain"))
     pairs = zip((value, *grads), (value_plain, *grads_plain), strict=True)
-    apart = max(float(jnp.max(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32))) / jnp.max(jnp.abs(b))) for a, b in pairs)
+    apart = max(
+        float(jnp.max(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32))) / jnp.max(jnp.abs(b)))
+        for a, b in pairs
+    )
     if not apart < (1e-4 if compute_dtype() == np.float32 else 3e-2):
         raise FloatingPointError(f"ours and plain differ by {apart:.1e} of the largest number")
     del value, grads, value_plain, grads_plain
     times = turns.seconds(built, count)
-    return {"tokens": tokens, "vocab": vocab, "hidden_bytes": hidden.nbytes, "temporaries": {name: p.temporaries for name, p in built.items()},
-            "seconds": {name: float(np.median(t)) for name, t in times.items()}, "times_of_plain": turns.ratio(times, "ours", "plain"),
-            "apart": apart}
+    return {
+        "tokens": tokens,
+        "vocab": vocab,
+        "hidden_bytes": hidden.nbytes,
+        "temporaries": {name: p.temporaries for name, p in built.items()},
+        "seconds": {name: float(np.median(t)) for name, t in times.items()},
+        "times_of_plain": turns.ratio(times, "ours", "plain"),
+        "apart": apart,
+    }
 
 
 def bars(rows: list[dict[str, Any]]) -> dict[str, bool | None]:
     """What must hold; None where it cannot be said."""
-    steps = [(a, b) for a, b in zip(rows, rows[1:]) if a["vocab"] == b["vocab"] and pretrain.LOSS_CHUNK <= a["tokens"] < b["tokens"]]
-    flat = [b["temporaries"]["ours"] - a["temporaries"]["ours"] <= 2 * (b["hidden_bytes"] - a["hidden_bytes"]) for a, b in steps]
-    return {"temporary bytes independent of tokens x vocabulary": all(flat) if flat else None,
-            f"bar {BAR:.2f} of plain's time": all(r["times_of_plain"] <= BAR for r in rows)}
+    steps = [
+        (a, b)
+        for a, b in zip(rows, rows[1:])
+        if a["vocab"] == b["vocab"] and pretrain.LOSS_CHUNK <= a["tokens"] < b["tokens"]
+    ]
+    flat = [
+        b["temporaries"]["ours"] - a["temporaries"]["ours"]
+        <= 2 * (b["hidden_bytes"] - a["hidden_bytes"])
+        for a, b in steps
+    ]
+    return {
+        "temporary bytes independent of tokens x vocabulary": all(flat) if flat else None,
+        f"bar {BAR:.2f} of plain's time": all(r["times_of_plain"] <= BAR for r in rows),
+    }
 
 
 def text(r: dict[str, Any]) -> str:
     """The table for a person."""
-    lines = [["tokens", "vocabulary", "ours", "plain", "ours / plain", "temporaries", "plain's", "plain's logits"]]
-    lines += [[f"{row['tokens']:,}", f"{row['vocab']:,}", *(f"{row['seconds'][n] * 1e3:,.0f} ms" for n in ("ours", "plain")),
-               f"{row['times_of_plain']:.2f}", *(texts.gb(row["temporaries"][n]) for n in ("ours", "plain")),
-               texts.gb(4 * row["tokens"] * row["vocab"])] for row in r["rows"]]
+    lines = [
+        [
+            "tokens",
+            "vocabulary",
+            "ours",
+            "plain",
+            "ours / plain",
+            "temporaries",
+            "plain's",
+            "plain's logits",
+        ]
+    ]
+    lines += [
+        [
+            f"{row['tokens']:,}",
+            f"{row['vocab']:,}",
+            *(f"{row['seconds'][n] * 1e3:,.0f} ms" for n in ("ours", "plain")),
+            f"{row['times_of_plain']:.2f}",
+            *(texts.gb(row["temporaries"][n]) for n in ("ours", "plain")),
+            texts.gb(4 * row["tokens"] * row["vocab"]),
+        ]
+        for row in r["rows"]
+    ]
     said = {True: "met", False: "MISSED", None: "not measured"}
-    return (f"vocabulary loss, width {r['width']}, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores; "
-            f"chunks of {r['chunk']} tokens\n\n{texts.table(lines)}\n\n" + "\n".join(f"{name}: {said[met]}" for name, met in r["bars"].items()))
+    return (
+        f"vocabulary loss, width {r['width']}, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores; "
+        f"chunks of {r['chunk']} tokens\n\n{texts.table(lines)}\n\n"
+        + "\n".join(f"{name}: {said[met]}" for name, met in r["bars"].items())
+    )

@@ -28,18 +28,34 @@ def get_config(arg: str = "") -> ConfigDict:
       UserError: any arg.
     """
     if arg:
-        raise UserError(f"configs/deepseek_7b.py:{arg} is not known. configs/deepseek_7b.py takes no arg.")
+        raise UserError(
+            f"configs/deepseek_7b.py:{arg} is not known. configs/deepseek_7b.py takes no arg."
+        )
     c = base_config()
     m = c.model
     m.vocab_size, m.hidden_size, m.num_hidden_layers = 50257, 2048, 61
-    m.first_k_dense_replace, m.n_routed_experts, m.n_shared_experts, m.num_experts_per_tok = 0, 8, 0, 2
+    m.first_k_dense_replace, m.n_routed_experts, m.n_shared_experts, m.num_experts_per_tok = (
+        0,
+        8,
+        0,
+        2,
+    )
     m.moe_intermediate_size = m.intermediate_size = 2048
     m.num_attention_heads, m.kv_lora_rank = 16, 512
     m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim = 128, 64, 128
     m.initializer_range, m.aux_loss_alpha = 0.006, 0.0001
 
     c.mesh.data, c.mesh.fsdp, c.mesh.expert = 1, -1, 4
-    c.train.steps, c.train.batch_size, c.train.sequence_length, c.train.accumulation = 50_000, 512, 4096, 16
-    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = 4.2e-4, "cosine", 2000
+    c.train.steps, c.train.batch_size, c.train.sequence_length, c.train.accumulation = (
+        50_000,
+        512,
+        4096,
+        16,
+    )
+    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = (
+        4.2e-4,
+        "cosine",
+        2000,
+    )
     c.checkpoint.every_steps, c.eval.every_steps = 1000, 1000
     return c

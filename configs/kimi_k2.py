@@ -33,10 +33,17 @@ def get_config(arg: str = "") -> ConfigDict:
       UserError: any other arg.
     """
     if arg not in ("", "yarn"):
-        raise UserError(f"configs/kimi_k2.py:{arg} is not known. Write configs/kimi_k2.py or configs/kimi_k2.py:yarn.")
+        raise UserError(
+            f"configs/kimi_k2.py:{arg} is not known. Write configs/kimi_k2.py or configs/kimi_k2.py:yarn."
+        )
     c = base_config()
     m = c.model
-    m.vocab_size, m.hidden_size, m.intermediate_size, m.moe_intermediate_size = 163840, 7168, 18432, 2048
+    m.vocab_size, m.hidden_size, m.intermediate_size, m.moe_intermediate_size = (
+        163840,
+        7168,
+        18432,
+        2048,
+    )
     m.num_hidden_layers, m.first_k_dense_replace = 61, 1
     m.num_attention_heads, m.q_lora_rank, m.kv_lora_rank = 64, 1536, 512
     m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim = 128, 64, 128
@@ -47,12 +54,24 @@ def get_config(arg: str = "") -> ConfigDict:
     m.rms_norm_eps, m.rope_theta, m.max_position_embeddings = 1e-6, 50000.0, 4096
     if arg == "yarn":
         m.max_position_embeddings = 131072
-        m.rope_scaling.update(type="yarn", factor=32.0, original_max_position_embeddings=4096, beta_fast=1.0, beta_slow=1.0,
-                              mscale=1.0, mscale_all_dim=1.0)
+        m.rope_scaling.update(
+            type="yarn",
+            factor=32.0,
+            original_max_position_embeddings=4096,
+            beta_fast=1.0,
+            beta_slow=1.0,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+        )
 
     c.mesh.data, c.mesh.fsdp, c.mesh.expert = -1, 16, 64
     c.sharding.strategy = "hybrid_shard"
-    c.train.steps, c.train.batch_size, c.train.sequence_length, c.train.accumulation = 231_000, 16384, 4096, 16
+    c.train.steps, c.train.batch_size, c.train.sequence_length, c.train.accumulation = (
+        231_000,
+        16384,
+        4096,
+        16,
+    )
     c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = 2e-4, "wsd", 500
     c.optimizer.final_fraction, c.optimizer.decay_fraction = 0.1, 5.5 / 15.5
     c.checkpoint.every_steps, c.eval.every_steps = 500, 1000

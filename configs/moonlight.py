@@ -29,10 +29,17 @@ def get_config(arg: str = "") -> ConfigDict:
       UserError: any arg.
     """
     if arg:
-        raise UserError(f"configs/moonlight.py:{arg} is not known. configs/moonlight.py takes no arg.")
+        raise UserError(
+            f"configs/moonlight.py:{arg} is not known. configs/moonlight.py takes no arg."
+        )
     c = base_config()
     m = c.model
-    m.vocab_size, m.hidden_size, m.intermediate_size, m.moe_intermediate_size = 163840, 2048, 11264, 1408
+    m.vocab_size, m.hidden_size, m.intermediate_size, m.moe_intermediate_size = (
+        163840,
+        2048,
+        11264,
+        1408,
+    )
     m.num_hidden_layers, m.first_k_dense_replace = 27, 1
     m.num_attention_heads, m.q_lora_rank, m.kv_lora_rank = 16, None, 512
     m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim = 128, 64, 128
@@ -48,6 +55,10 @@ def get_config(arg: str = "") -> ConfigDict:
     # Two micro-batches of 2048: a ramp that grows in whole micro-batches is then the published doubling at one step.
     c.train.batch_size, c.train.sequence_length, c.train.accumulation = 4096, 8192, 2
     c.train.batch_ramp_start, c.train.batch_ramp_steps, c.train.steps = 2048, 11_921, 160_930
-    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = 4.2e-4, "cosine", 2000
+    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = (
+        4.2e-4,
+        "cosine",
+        2000,
+    )
     c.checkpoint.every_steps, c.eval.every_steps = 500, 1000
     return c

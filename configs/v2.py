@@ -34,10 +34,17 @@ def get_config(arg: str = "") -> ConfigDict:
       UserError: any other arg.
     """
     if arg not in ("", "yarn"):
-        raise UserError(f"configs/v2.py:{arg} is not known. Write configs/v2.py or configs/v2.py:yarn.")
+        raise UserError(
+            f"configs/v2.py:{arg} is not known. Write configs/v2.py or configs/v2.py:yarn."
+        )
     c = base_config()
     m = c.model
-    m.vocab_size, m.hidden_size, m.intermediate_size, m.moe_intermediate_size = 102400, 5120, 12288, 1536
+    m.vocab_size, m.hidden_size, m.intermediate_size, m.moe_intermediate_size = (
+        102400,
+        5120,
+        12288,
+        1536,
+    )
     m.num_hidden_layers, m.first_k_dense_replace = 60, 1
     m.num_attention_heads, m.q_lora_rank, m.kv_lora_rank = 128, 1536, 512
     m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim = 128, 64, 128
@@ -48,15 +55,26 @@ def get_config(arg: str = "") -> ConfigDict:
     m.max_position_embeddings = 4096
     if arg == "yarn":
         m.max_position_embeddings = 163840
-        m.rope_scaling.update(type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0,
-                              mscale=0.707, mscale_all_dim=0.707)
+        m.rope_scaling.update(
+            type="yarn",
+            factor=40.0,
+            original_max_position_embeddings=4096,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            mscale=0.707,
+            mscale_all_dim=0.707,
+        )
 
     c.mesh.data, c.mesh.fsdp, c.mesh.expert = -1, 32, 8
     c.sharding.strategy = "hybrid_shard"
     # A micro-batch must divide both ends of the ramp: 768 = 2304 / 3 = 9216 / 12, three sequences a GPU.
     c.train.batch_size, c.train.sequence_length, c.train.accumulation = 9216, 4096, 12
     c.train.batch_ramp_start, c.train.batch_ramp_steps, c.train.steps = 2304, 10_219, 218_800
-    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = 2.4e-4, "deepseek_v2", 2000
+    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = (
+        2.4e-4,
+        "deepseek_v2",
+        2000,
+    )
     c.optimizer.decay_fraction = 0.4  # the first drop comes after 60% of the training
     c.checkpoint.every_steps, c.eval.every_steps = 500, 1000
     return c

@@ -32,10 +32,17 @@ def get_config(arg: str = "") -> ConfigDict:
       UserError: any other arg.
     """
     if arg not in ("", "yarn"):
-        raise UserError(f"configs/v2_lite.py:{arg} is not known. Write configs/v2_lite.py or configs/v2_lite.py:yarn.")
+        raise UserError(
+            f"configs/v2_lite.py:{arg} is not known. Write configs/v2_lite.py or configs/v2_lite.py:yarn."
+        )
     c = base_config()
     m = c.model
-    m.vocab_size, m.hidden_size, m.intermediate_size, m.moe_intermediate_size = 102400, 2048, 10944, 1408
+    m.vocab_size, m.hidden_size, m.intermediate_size, m.moe_intermediate_size = (
+        102400,
+        2048,
+        10944,
+        1408,
+    )
     m.num_hidden_layers, m.first_k_dense_replace = 27, 1
     m.num_attention_heads, m.q_lora_rank, m.kv_lora_rank = 16, None, 512
     m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim = 128, 64, 128
@@ -46,13 +53,31 @@ def get_config(arg: str = "") -> ConfigDict:
     m.max_position_embeddings = 4096
     if arg == "yarn":
         m.max_position_embeddings = 163840
-        m.rope_scaling.update(type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0,
-                              mscale=0.707, mscale_all_dim=0.707)
+        m.rope_scaling.update(
+            type="yarn",
+            factor=40.0,
+            original_max_position_embeddings=4096,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            mscale=0.707,
+            mscale_all_dim=0.707,
+        )
 
     c.mesh.data, c.mesh.fsdp, c.mesh.expert = -1, 1, 8
     c.sharding.strategy = "hybrid_shard"
-    c.train.steps, c.train.batch_size, c.train.sequence_length, c.train.accumulation = 302_000, 4608, 4096, 9
-    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = 4.2e-4, "deepseek_v2", 2000
-    c.optimizer.decay_fraction = 0.2  # the first drop comes after 80% of the training, the second after 90%
+    c.train.steps, c.train.batch_size, c.train.sequence_length, c.train.accumulation = (
+        302_000,
+        4608,
+        4096,
+        9,
+    )
+    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = (
+        4.2e-4,
+        "deepseek_v2",
+        2000,
+    )
+    c.optimizer.decay_fraction = (
+        0.2  # the first drop comes after 80% of the training, the second after 90%
+    )
     c.checkpoint.every_steps, c.eval.every_steps = 1000, 1000
     return c

@@ -38,10 +38,17 @@ def get_config(arg: str = "") -> ConfigDict:
       UserError: any other arg.
     """
     if arg not in ("", "yarn"):
-        raise UserError(f"configs/v3.py:{arg} is not known. Write configs/v3.py or configs/v3.py:yarn.")
+        raise UserError(
+            f"configs/v3.py:{arg} is not known. Write configs/v3.py or configs/v3.py:yarn."
+        )
     c = base_config()
     m = c.model
-    m.vocab_size, m.hidden_size, m.intermediate_size, m.moe_intermediate_size = 129280, 7168, 18432, 2048
+    m.vocab_size, m.hidden_size, m.intermediate_size, m.moe_intermediate_size = (
+        129280,
+        7168,
+        18432,
+        2048,
+    )
     m.num_hidden_layers, m.first_k_dense_replace, m.num_nextn_predict_layers = 61, 3, 1
     m.num_attention_heads, m.q_lora_rank, m.kv_lora_rank = 128, 1536, 512
     m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim = 128, 64, 128
@@ -52,8 +59,15 @@ def get_config(arg: str = "") -> ConfigDict:
     m.max_position_embeddings = 4096
     if arg == "yarn":
         m.max_position_embeddings = 163840
-        m.rope_scaling.update(type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0,
-                              mscale=1.0, mscale_all_dim=1.0)
+        m.rope_scaling.update(
+            type="yarn",
+            factor=40.0,
+            original_max_position_embeddings=4096,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+        )
 
     c.mesh.data, c.mesh.fsdp, c.mesh.expert = -1, 8, 64
     c.sharding.strategy = "hybrid_shard"
@@ -62,7 +76,15 @@ def get_config(arg: str = "") -> ConfigDict:
     # One sequence a GPU in a micro-batch of 1024, which divides both ends of the ramp.
     c.train.batch_size, c.train.sequence_length, c.train.accumulation = 15360, 4096, 15
     c.train.batch_ramp_start, c.train.batch_ramp_steps, c.train.steps = 3072, 13_156, 240_900
-    c.train.mtp_loss_weight, c.train.mtp_loss_weight_final, c.train.mtp_switch_fraction = 0.3, 0.1, 10 / 14.8
-    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = 2.2e-4, "deepseek_v3", 2000
+    c.train.mtp_loss_weight, c.train.mtp_loss_weight_final, c.train.mtp_switch_fraction = (
+        0.3,
+        0.1,
+        10 / 14.8,
+    )
+    c.optimizer.learning_rate, c.optimizer.schedule, c.optimizer.warmup_steps = (
+        2.2e-4,
+        "deepseek_v3",
+        2000,
+    )
     c.checkpoint.every_steps, c.eval.every_steps = 500, 1000
     return c

@@ -18,52 +18,123 @@ from typing import Any
 import jax
 
 from deepseek_jax.cli import arguments
-from deepseek_jax.runtime import compile_cache
 from deepseek_jax.cli.command import exit_code
-from deepseek_jax.config.options import CompileConfig, DTYPES
+from deepseek_jax.cli.texts import clean_text
+from deepseek_jax.config.options import DTYPES, CompileConfig
+from deepseek_jax.config.paths import check_output
+from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.errors import UserError
+from deepseek_jax.hf.provenance import model_files
 from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.inference.generation.prompts import encode_all, fits, read_prompts
 from deepseek_jax.inference.generation.sample import check_prompt, encode_prompt, sample, tokens
 from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.inference.generation.text import Stream
-from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.inference.opener import open_model, parse_mesh
-from deepseek_jax.hf.provenance import model_files
-from deepseek_jax.config.paths import check_output
-from deepseek_jax.cli.texts import clean_text
+from deepseek_jax.runtime import compile_cache
 
 __all__ = ["check_prompt", "encode_prompt", "main", "sample", "tokens"]
 
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(prog="python -m deepseek_jax.generate", description=__doc__)
-    p.add_argument("--model", "--workdir", type=arguments.path, required=True, metavar="PATH",
-                   help="checkpoint, or folder of a run")
+    p.add_argument(
+        "--model",
+        "--workdir",
+        type=arguments.path,
+        required=True,
+        metavar="PATH",
+        help="checkpoint, or folder of a run",
+    )
     p.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help="text to go on from")
-    what.add_argument("--prompts", type=arguments.path, metavar="FILE",
-                      help='prompts: lines of text, or with the ending .jsonl objects with "prompt", or with '
-                           '"messages" and what the chat template reads: tools, documents, '
-                           'chat_template_kwargs, chat_template, '
-                           'add_generation_prompt, continue_final_message; - is stdin')
-    what.add_argument("--chat", action="store_true", help="a conversation, by the checkpoint's chat template; lines are read from stdin")
+    what.add_argument(
+        "--prompts",
+        type=arguments.path,
+        metavar="FILE",
+        help='prompts: lines of text, or with the ending .jsonl objects with "prompt", or with '
+        '"messages" and what the chat template reads: tools, documents, '
+        "chat_template_kwargs, chat_template, "
+        "add_generation_prompt, continue_final_message; - is stdin",
+    )
+    what.add_argument(
+        "--chat",
+        action="store_true",
+        help="a conversation, by the checkpoint's chat template; lines are read from stdin",
+    )
     p.add_argument("--system", help="with --chat: the system message")
-    p.add_argument("--output", type=arguments.path, metavar="FILE",
-                   help="with --prompts: where results go (default: stdout)")
-    p.add_argument("--batch-size", "--batch_size", type=int, default=8, help="with --prompts: how many at once (default %(default)s)")
-    p.add_argument("--max-tokens", "--max_tokens", type=int, default=200, help="tokens of an answer at most (default %(default)s)")
-    p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default %(default)s)")
-    p.add_argument("--top-k", "--top_k", type=int, default=0, help="sample from so many of the likeliest tokens; 0: all (default)")
-    p.add_argument("--top-p", "--top_p", type=float, default=0.95,
-                   help="sample from the likeliest tokens that make up this probability (default %(default)s)")
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be given several times")
-    p.add_argument("--seed", type=int, default=0, help="an answer depends on it, its prompt and the prompt's number in the file alone")
-    p.add_argument("--draft-tokens", "--draft_tokens", type=int, default=0, metavar="N",
-                   help="multi-token prediction layers draft N tokens a step; the text stays the same (default: 0, off)")
-    p.add_argument("--mesh", default="", help="devices along axes, for instance fsdp=2,expert=4 (default: one device)")
-    p.add_argument("--dtype", choices=DTYPES, help="of weights and computation (default: float32 on CPUs, bfloat16 elsewhere)")
+    p.add_argument(
+        "--output",
+        type=arguments.path,
+        metavar="FILE",
+        help="with --prompts: where results go (default: stdout)",
+    )
+    p.add_argument(
+        "--batch-size",
+        "--batch_size",
+        type=int,
+        default=8,
+        help="with --prompts: how many at once (default %(default)s)",
+    )
+    p.add_argument(
+        "--max-tokens",
+        "--max_tokens",
+        type=int,
+        default=200,
+        help="tokens of an answer at most (default %(default)s)",
+    )
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="0: always the likeliest token (default %(default)s)",
+    )
+    p.add_argument(
+        "--top-k",
+        "--top_k",
+        type=int,
+        default=0,
+        help="sample from so many of the likeliest tokens; 0: all (default)",
+    )
+    p.add_argument(
+        "--top-p",
+        "--top_p",
+        type=float,
+        default=0.95,
+        help="sample from the likeliest tokens that make up this probability (default %(default)s)",
+    )
+    p.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer before this text; may be given several times",
+    )
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="an answer depends on it, its prompt and the prompt's number in the file alone",
+    )
+    p.add_argument(
+        "--draft-tokens",
+        "--draft_tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="multi-token prediction layers draft N tokens a step; the text stays the same (default: 0, off)",
+    )
+    p.add_argument(
+        "--mesh",
+        default="",
+        help="devices along axes, for instance fsdp=2,expert=4 (default: one device)",
+    )
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of weights and computation (default: float32 on CPUs, bfloat16 elsewhere)",
+    )
     return p
 
 
@@ -79,32 +150,50 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     args.prompt, args.stop = clean_text(args.prompt), [clean_text(s) for s in args.stop]
     if args.output:
-        check_output("--output", args.output, itertools.chain([args.prompts], model_files(args.model)))
+        check_output(
+            "--output", args.output, itertools.chain([args.prompts], model_files(args.model))
+        )
     prompts = read_prompts(args.prompts) if args.prompts else None
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     opened = open_model(args.model, args.step, dtype, parse_mesh(args.mesh))
     model, encoder = opened.model, opened.encoder()
     longest, depth = model.model.max_position_embeddings, model.model.num_nextn_predict_layers
     if args.draft_tokens and not depth:
-        raise UserError(f"--draft-tokens={args.draft_tokens} needs multi-token prediction layers, and {args.model} has none "
-                        f"(num_nextn_predict_layers=0). Leave --draft-tokens out.")
+        raise UserError(
+            f"--draft-tokens={args.draft_tokens} needs multi-token prediction layers, and {args.model} has none "
+            f"(num_nextn_predict_layers=0). Leave --draft-tokens out."
+        )
     if prompts is None and not args.chat:
         prompts = [{"prompt": args.prompt}]
-    messages = [{"role": "system", "content": clean_text(args.system)}] if args.system is not None else []
+    messages = (
+        [{"role": "system", "content": clean_text(args.system)}] if args.system is not None else []
+    )
     if args.chat:
-        encoder.chat.encode([*messages, {"role": "user", "content": ""}])  # a template that is missing is found out before anything is compiled
+        encoder.chat.encode(
+            [*messages, {"role": "user", "content": ""}]
+        )  # a template that is missing is found out before anything is compiled
     chats = args.chat or any("messages" in p for p in prompts)
     if chats and (end := encoder.chat.turn_end()) and end not in args.stop:
-        print(f"note           the chat template ends an answer with {end}, which is no stop token by "
-              f"generation_config.json or eos_token. "
-              f"--stop='{end}' makes it one.", file=sys.stderr)
+        print(
+            f"note           the chat template ends an answer with {end}, which is no stop token by "
+            f"generation_config.json or eos_token. "
+            f"--stop='{end}' makes it one.",
+            file=sys.stderr,
+        )
     ids = encode_all(encoder, prompts or (), args.prompts, longest)
     if any("prompt" in p for p in prompts or ()):
         encoder.say_prefix()
     cache_dir = (opened.run.compile if opened.run else CompileConfig()).cache_dir
     compile_cache.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))
-    engine = Engine(model.layout, model.mesh, model.params, model.bias, give=True, vocab=encoder.vocab_size,
-                    note=lambda line: print(line, file=sys.stderr))
+    engine = Engine(
+        model.layout,
+        model.mesh,
+        model.params,
+        model.bias,
+        give=True,
+        vocab=encoder.vocab_size,
+        note=lambda line: print(line, file=sys.stderr),
+    )
     model.params = model.bias = None  # the engine has its own by now
     if args.chat:
         chat(engine, encoder, messages, args)
@@ -121,26 +210,49 @@ def run(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for options that do not fit each other or are out of range."""
     if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1 or args.max_tokens < 1:
-        raise UserError(f"--temperature={args.temperature} must be 0 or more and finite, --top-p={args.top_p} above 0 and at most 1, "
-                        f"--max-tokens={args.max_tokens} at least 1.")
-    if args.top_k < 0 or args.batch_size < 1 or not 0 <= args.draft_tokens <= 16 or not 0 <= args.seed < 2**32:
-        raise UserError(f"--top-k={args.top_k} must be 0 or more, --batch-size={args.batch_size} at least 1, --draft-tokens={args.draft_tokens} "
-                        f"from 0 to 16, --seed={args.seed} from 0 to {2**32 - 1}.")
+        raise UserError(
+            f"--temperature={args.temperature} must be 0 or more and finite, --top-p={args.top_p} above 0 and at most 1, "
+            f"--max-tokens={args.max_tokens} at least 1."
+        )
+    if (
+        args.top_k < 0
+        or args.batch_size < 1
+        or not 0 <= args.draft_tokens <= 16
+        or not 0 <= args.seed < 2**32
+    ):
+        raise UserError(
+            f"--top-k={args.top_k} must be 0 or more, --batch-size={args.batch_size} at least 1, --draft-tokens={args.draft_tokens} "
+            f"from 0 to 16, --seed={args.seed} from 0 to {2**32 - 1}."
+        )
     if "" in args.stop:
-        raise UserError("--stop is empty, and every text ends before that. Give the text to stop before.")
-    for name, needs, given in (("--system", "--chat", args.system is not None and not args.chat),
-                               ("--output", "--prompts", args.output and not args.prompts)):
+        raise UserError(
+            "--stop is empty, and every text ends before that. Give the text to stop before."
+        )
+    for name, needs, given in (
+        ("--system", "--chat", args.system is not None and not args.chat),
+        ("--output", "--prompts", args.output and not args.prompts),
+    ):
         if given:
-            raise UserError(f"{name} has no effect without {needs}. Add {needs}, or leave {name} out.")
+            raise UserError(
+                f"{name} has no effect without {needs}. Add {needs}, or leave {name} out."
+            )
 
 
-def answers(engine: Engine, encoder: Encoder, ids: Sequence[Sequence[int]], args: argparse.Namespace, first: int) -> Iterator[tuple[int, str, Stream]]:
+def answers(
+    engine: Engine,
+    encoder: Encoder,
+    ids: Sequence[Sequence[int]],
+    args: argparse.Namespace,
+    first: int,
+) -> Iterator[tuple[int, str, Stream]]:
     """(number of the prompt in `ids`, text to show, its Stream) as tokens come; at the end of each answer once more, with `done` set."""
     streams = [Stream(encoder, args.stop, prompt) for prompt in ids]
     options = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     stopped: set[int] = set()
     indexes = range(first, first + len(ids))
-    for token in engine.batch(ids, args.max_tokens, options, encoder.stop_ids, indexes, stopped, args.draft_tokens):
+    for token in engine.batch(
+        ids, args.max_tokens, options, encoder.stop_ids, indexes, stopped, args.draft_tokens
+    ):
         row = token.index - first
         stream = streams[row]
         if stream.stopped:
@@ -154,7 +266,9 @@ def answers(engine: Engine, encoder: Encoder, ids: Sequence[Sequence[int]], args
         yield row, stream.end(), stream
 
 
-def show(engine: Engine, encoder: Encoder, ids: Sequence[int], args: argparse.Namespace, index: int) -> str:
+def show(
+    engine: Engine, encoder: Encoder, ids: Sequence[int], args: argparse.Namespace, index: int
+) -> str:
     """Prints an answer as it comes; returns it."""
     stream = None
     for _, text, stream in answers(engine, encoder, [ids], args, index):
@@ -163,7 +277,9 @@ def show(engine: Engine, encoder: Encoder, ids: Sequence[int], args: argparse.Na
     return stream.text
 
 
-def chat(engine: Engine, encoder: Encoder, messages: list[dict[str, str]], args: argparse.Namespace) -> None:
+def chat(
+    engine: Engine, encoder: Encoder, messages: list[dict[str, str]], args: argparse.Namespace
+) -> None:
     """Reads a line, prints the answer, until there are no more lines."""
     messages = list(messages)
     for turn in itertools.count():
@@ -186,20 +302,39 @@ def chat(engine: Engine, encoder: Encoder, messages: list[dict[str, str]], args:
         messages.append({"role": "assistant", "content": show(engine, encoder, ids, args, turn)})
 
 
-def batches(engine: Engine, encoder: Encoder, prompts: list[dict[str, Any]], ids: list[list[int]], args: argparse.Namespace) -> None:
+def batches(
+    engine: Engine,
+    encoder: Encoder,
+    prompts: list[dict[str, Any]],
+    ids: list[list[int]],
+    args: argparse.Namespace,
+) -> None:
     """Writes a line of JSON for each prompt, in their order."""
     try:
-        out = open(os.path.expanduser(args.output), "w", encoding="utf-8") if args.output else sys.stdout
+        out = (
+            open(os.path.expanduser(args.output), "w", encoding="utf-8")
+            if args.output
+            else sys.stdout
+        )
     except OSError as e:
-        raise UserError(f"--output={args.output} cannot be written ({e.strerror}). Name a file that you may write to.") from e
+        raise UserError(
+            f"--output={args.output} cannot be written ({e.strerror}). Name a file that you may write to."
+        ) from e
     try:
         for first in range(0, len(ids), args.batch_size):
             part = ids[first : first + args.batch_size]
-            streams = {row: stream for row, _, stream in answers(engine, encoder, part, args, first)}
+            streams = {
+                row: stream for row, _, stream in answers(engine, encoder, part, args, first)
+            }
             for row, stream in sorted(streams.items()):
                 ended = stream.stopped or stream.ids[-1] in encoder.stop_ids
-                result = {"index": first + row, **prompts[first + row], "text": stream.text, "tokens": len(stream.ids),
-                          "finish_reason": "stop" if ended else "length"}
+                result = {
+                    "index": first + row,
+                    **prompts[first + row],
+                    "text": stream.text,
+                    "tokens": len(stream.ids),
+                    "finish_reason": "stop" if ended else "length",
+                }
                 print(json.dumps(result, ensure_ascii=False), file=out, flush=True)
     finally:
         if args.output:

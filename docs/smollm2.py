@@ -14,13 +14,13 @@ import tempfile
 import time
 
 import numpy as np
-
-from deepseek_jax import arguments, hf
 from deepseek_jax.evaluation import perplexity
 from deepseek_jax.evaluation.scoring import Scorer
-from deepseek_jax.hf.__main__ import export
 from deepseek_jax.hf.importing import import_
 from deepseek_jax.hf.opening import open_model
+
+from deepseek_jax import arguments, hf
+from deepseek_jax.hf.__main__ import export
 
 PROMPT = "The capital of France is"
 QUESTION = [{"role": "user", "content": "Name three colours of the rainbow."}]
@@ -28,11 +28,17 @@ TEXT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=arguments.path, help="of the checkpoint")
     parser.add_argument("--gguf", type=arguments.path, help="file to make the folder from, first")
-    parser.add_argument("--text", type=arguments.path_list, default=TEXT,
-                        help="file for the perplexity (default: README.md)")
+    parser.add_argument(
+        "--text",
+        type=arguments.path_list,
+        default=TEXT,
+        help="file for the perplexity (default: README.md)",
+    )
     args = parser.parse_args()
     if args.gguf:
         convert(args.gguf, args.folder)
@@ -50,13 +56,22 @@ def main() -> None:
             print(f"{'transformers':14s} not compared: {e}")
         else:
             timed("logits", lambda: compare(logits, theirs, ids))
-            timed("its greedy", lambda: repr(chat.decode(greedy_of(theirs, ids, 24)[len(ids):])))
-        generate = lambda ids, count: model.generate([ids], max_tokens=count, temperature=0.0, stop_ids=chat.stop_ids, seed=0)[0]
+            timed("its greedy", lambda: repr(chat.decode(greedy_of(theirs, ids, 24)[len(ids) :])))
+        generate = lambda ids, count: model.generate(
+            [ids], max_tokens=count, temperature=0.0, stop_ids=chat.stop_ids, seed=0
+        )[0]
         timed("our greedy", lambda: repr(chat.decode(generate(ids, 24))))
         timed("chat", lambda: repr(chat.decode(generate(chat.encode(QUESTION), 64))))
         scorer = Scorer(model, 512)
-        timed("perplexity", lambda: "{perplexity:.2f}, {bits_per_byte:.3f} bits a byte, {tokens:,} tokens of {0}".format(
-            os.path.basename(args.text), **perplexity.of_text(opened, args.text, scorer, 256)))
+        timed(
+            "perplexity",
+            lambda: (
+                "{perplexity:.2f}, {bits_per_byte:.3f} bits a byte, {tokens:,} tokens of {0}".format(
+                    os.path.basename(args.text),
+                    **perplexity.of_text(opened, args.text, scorer, 256),
+                )
+            ),
+        )
 
 
 def timed(name: str, f) -> None:
@@ -80,14 +95,18 @@ def compare(logits: np.ndarray, theirs, ids: list[int]) -> str:
 
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits.numpy()
-    return f"differ by {np.abs(logits - expected).max():.1e} at most, of {np.abs(expected).max():.1f}"
+    return (
+        f"differ by {np.abs(logits - expected).max():.1e} at most, of {np.abs(expected).max():.1f}"
+    )
 
 
 def greedy_of(theirs, ids: list[int], count: int) -> list[int]:
     import torch
 
     with torch.no_grad():
-        return theirs.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)[0].tolist()
+        return theirs.generate(
+            torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )[0].tolist()
 
 
 def convert(gguf: str, folder: str) -> None:
@@ -96,8 +115,13 @@ def convert(gguf: str, folder: str) -> None:
     import transformers
 
     where, file = os.path.split(os.path.abspath(gguf))
-    model = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
-    for part in (model, model.config):  # transformers would not save what came from GGUF, though it is plain float32 now
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        where, gguf_file=file, dtype=torch.float32
+    )
+    for part in (
+        model,
+        model.config,
+    ):  # transformers would not save what came from GGUF, though it is plain float32 now
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

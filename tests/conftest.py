@@ -4,7 +4,10 @@ import os
 import signal
 
 # A suite that a shell runs in the background, or nohup, inherits ignored signals, and so would the runs that it starts and stops by them.
-for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+for number, default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, default)
 
@@ -22,8 +25,19 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Files that take longest, so that no process is left alone with one of them at the end; of the others the order does not matter.
-FIRST = ("test_kills.py", "test_mesh.py", "test_launch.py", "test_profile.py", "test_compression.py", "test_resume.py", "test_strategies.py", "test_train.py")
+FIRST = (
+    "test_kills.py",
+    "test_mesh.py",
+    "test_launch.py",
+    "test_profile.py",
+    "test_compression.py",
+    "test_resume.py",
+    "test_strategies.py",
+    "test_train.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    items.sort(
+        key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
+    )

@@ -22,8 +22,8 @@ import sys
 
 import jax
 
-from deepseek_jax.cli import arguments
 from deepseek_jax.checkpoint import commands
+from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
 
@@ -40,14 +40,23 @@ def main() -> int:
         if name in ("export", "reshard"):
             p.add_argument("out", type=arguments.path, metavar="OUT")
         if name == "export":
-            p.add_argument("--only", default="", help="the arrays below this name only, for instance params")
+            p.add_argument(
+                "--only", default="", help="the arrays below this name only, for instance params"
+            )
         if name == "reshard":
             p.add_argument("--kind", choices=("sharded", "full"), required=True)
-            p.add_argument("--shards", type=int, default=1, help="pieces of an array, for as many devices to read at once (of kind sharded)")
+            p.add_argument(
+                "--shards",
+                type=int,
+                default=1,
+                help="pieces of an array, for as many devices to read at once (of kind sharded)",
+            )
         if name == "diff":
             p.add_argument("dir2", type=arguments.path, metavar="DIR2")
             p.add_argument("--step2", type=int, help="the step in DIR2")
-            p.add_argument("--most", type=int, default=10, help="how many differing arrays to tell of")
+            p.add_argument(
+                "--most", type=int, default=10, help="how many differing arrays to tell of"
+            )
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # a GPU that somebody trains on is left alone
     try:

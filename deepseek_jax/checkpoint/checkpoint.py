@@ -17,16 +17,18 @@ from typing import Any
 import jax
 
 from deepseek_jax.checkpoint import integrity, kinds, manifest
-from deepseek_jax.tensorfile.arrays import flatten, shape_of, Tree
 from deepseek_jax.checkpoint.finder import Finder, Found
 from deepseek_jax.checkpoint.folder import Folder
-from deepseek_jax.cluster.exchange import exchange, from_first
 from deepseek_jax.checkpoint.saver import Save
+from deepseek_jax.cluster.exchange import exchange, from_first
 from deepseek_jax.config.options import CheckpointConfig
-from deepseek_jax.errors import one_line, UserError
+from deepseek_jax.errors import UserError, one_line
+from deepseek_jax.tensorfile.arrays import Tree, flatten, shape_of
 
 FINAL_TRIES = 5  # of the last save; 2, 4, 8 and 16 s between them
-RETRY_SECONDS = 60.0  # after which a failed save is tried again, if that is before the next interval
+RETRY_SECONDS = (
+    60.0  # after which a failed save is tried again, if that is before the next interval
+)
 
 
 class SaveFailed(Exception):
@@ -44,8 +46,13 @@ def _say(text: str) -> None:
 class Checkpointer:
     """The checkpoints of one run. In a job of several processes every method is called by all of them, at the same step."""
 
-    def __init__(self, directory: str, read_only: bool = False, options: CheckpointConfig | None = None,
-                 warn: Callable[[str], None] = _say):
+    def __init__(
+        self,
+        directory: str,
+        read_only: bool = False,
+        options: CheckpointConfig | None = None,
+        warn: Callable[[str], None] = _say,
+    ):
         """Opens the folder, and creates it unless `read_only`.
 
         Args:
@@ -57,12 +64,20 @@ class Checkpointer:
         Raises:
           UserError: the folder cannot be created, read or, unless `read_only`, written.
         """
-        logging.getLogger("absl").addFilter(_quiet)  # Orbax speaks through absl's logger, at length and from the start
+        logging.getLogger("absl").addFilter(
+            _quiet
+        )  # Orbax speaks through absl's logger, at length and from the start
         warnings.filterwarnings("ignore", module=r"orbax\..*")
         self.options = options or CheckpointConfig(keep=0)
         self._warn = warn if jax.process_index() == 0 else lambda text: None
-        self._finder = Finder(Folder(directory, read_only), self.options.local_dir, read_only, self._warn)
-        self._target = self._finder.local.own if self.options.kind == "local" and not read_only else self._finder.shared
+        self._finder = Finder(
+            Folder(directory, read_only), self.options.local_dir, read_only, self._warn
+        )
+        self._target = (
+            self._finder.local.own
+            if self.options.kind == "local" and not read_only
+            else self._finder.shared
+        )
         self._read_only, self._cleaned = read_only, read_only
         self._wanted: Tree | None = None  # what the arrays are restored into, once that is known
         self._thread: threading.Thread | None = None
@@ -89,9 +104,22 @@ class Checkpointer:
             return by_steps
         waited = time.monotonic() - self._saved_at
         failed = self._last is not None and self._last.error is not None and waited >= RETRY_SECONDS
-        return by_steps or from_first("due", str(bool(every_minutes) and waited >= 60 * every_minutes or failed)) == "True"
+        return (
+            by_steps
+            or from_first(
+                "due", str(bool(every_minutes) and waited >= 60 * every_minutes or failed)
+            )
+            == "True"
+        )
 
-    def save(self, step: int, state: Tree, extra: dict[str, Any], eval_loss: float | None = None, final: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state: Tree,
+        extra: dict[str, Any],
+        eval_loss: float | None = None,
+        final: bool = False,
+    ) -> None:
         """Copies the state to the host and returns (`async_checkpointing`); a thread writes it. The arrays may be donated at once.
 
         Waits for the save before. What fails is said in one line, and the checkpoints before stay; the caller goes on.
@@ -130,9 +158,13 @@ class Checkpointer:
             if self._last.error is None or not final:
                 return
         before = max(self.steps(), default=None)
-        stays = f"Step {before} is the last that is saved" if before is not None else "Nothing is saved"
-        raise SaveFailed(f"The checkpoint of step {step}, the last, could not be written in {FINAL_TRIES} tries ({self._last.error}). {stays}; "
-                         f"make room or repair {self._target.path}, and the same command goes on from there.")
+        stays = (
+            f"Step {before} is the last that is saved" if before is not None else "Nothing is saved"
+        )
+        raise SaveFailed(
+            f"The checkpoint of step {step}, the last, could not be written in {FINAL_TRIES} tries ({self._last.error}). {stays}; "
+            f"make room or repair {self._target.path}, and the same command goes on from there."
+        )
 
     def wait(self) -> None:
         """Returns when the last save is on disk or has failed, which is said and not raised."""
@@ -176,7 +208,10 @@ class Checkpointer:
           UserError: there is no such checkpoint, its arrays are not the wanted ones, or its files are damaged.
         """
         self._wanted = abstract_state
-        return self._reading(step, lambda found: (self._arrays(found, abstract_state, partial=False), _own_extra(found)))
+        return self._reading(
+            step,
+            lambda found: (self._arrays(found, abstract_state, partial=False), _own_extra(found)),
+        )
 
     def restore_params(self, abstract_params: Tree, step: int | None = None) -> Tree:
         """Reads a part of the state only.
@@ -223,9 +258,15 @@ class Checkpointer:
         """What `read` makes of a checkpoint. One without checksums that cannot be read is put aside for the one before."""
         self.wait()
         while True:
-            found = self._finder.newest(self._wanted) if step is None else self._finder.at(step, self._wanted)
+            found = (
+                self._finder.newest(self._wanted)
+                if step is None
+                else self._finder.at(step, self._wanted)
+            )
             if found is None:
-                raise UserError(f"{self._finder.shared.path} holds no checkpoint. Name the --workdir of a run that saved one.")
+                raise UserError(
+                    f"{self._finder.shared.path} holds no checkpoint. Name the --workdir of a run that saved one."
+                )
             out, error = None, None
             try:
                 out = read(found)
@@ -251,8 +292,10 @@ class Checkpointer:
             if here is None and partial:
                 continue
             if here is None or there is None or shape_of(here) != shape_of(there):
-                raise UserError(f"The checkpoint {found.path} is of another model or optimizer: {path} is {describe(there)} there and "
-                                f"{describe(here)} here. Set the options that it was written with, or name another --workdir.")
+                raise UserError(
+                    f"The checkpoint {found.path} is of another model or optimizer: {path} is {describe(there)} there and "
+                    f"{describe(here)} here. Set the options that it was written with, or name another --workdir."
+                )
         return kinds.restore(found.paths, wanted)
 
 

@@ -9,14 +9,14 @@ import numpy as np
 from etils import epath
 
 from deepseek_jax.checkpoint import full, integrity, kinds, manifest, sharded
-from deepseek_jax.tensorfile import regions
-from deepseek_jax.tensorfile.arrays import Shape
-from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.checkpoint.finder import LocalRun
 from deepseek_jax.checkpoint.folder import DAMAGED, Folder, is_step
 from deepseek_jax.checkpoint.manifest import Manifest
-from deepseek_jax.errors import UserError
 from deepseek_jax.cli.texts import gb, table
+from deepseek_jax.errors import UserError
+from deepseek_jax.tensorfile import regions
+from deepseek_jax.tensorfile.arrays import Shape
+from deepseek_jax.tensorfile.bounded_json import BadFile
 
 Answer = tuple[int, Any, list[str]]
 
@@ -34,12 +34,27 @@ def ls(args: argparse.Namespace) -> Answer:
     rows = [_about(p, integrity.inspect(p.paths[0], contents=False)) for p in places]
     for row, place in zip(rows, places):
         for path in place.paths[1:]:
-            row["problems"] += [f"{path.parent.name}/{file}: {what}" for file, what in integrity.inspect(path, contents=False).bad]
+            row["problems"] += [
+                f"{path.parent.name}/{file}: {what}"
+                for file, what in integrity.inspect(path, contents=False).bad
+            ]
         if row["problems"]:
             row["state"] = "damaged"
     cells = [("step", "kind", "bytes", "files", "mesh", "processes", "held-out loss", "saved", "")]
-    cells += [(r["name"], r["kind"], gb(r["bytes"]), str(r["files"]), r["mesh"], str(r["processes"] or ""), _loss(r["eval_loss"]), r["time"],
-               r["state"] + (f": {r['problems'][0]}" if r["problems"] else "")) for r in rows]
+    cells += [
+        (
+            r["name"],
+            r["kind"],
+            gb(r["bytes"]),
+            str(r["files"]),
+            r["mesh"],
+            str(r["processes"] or ""),
+            _loss(r["eval_loss"]),
+            r["time"],
+            r["state"] + (f": {r['problems'][0]}" if r["problems"] else ""),
+        )
+        for r in rows
+    ]
     return int(any(r["problems"] for r in rows)), rows, table(cells, right=False).splitlines()
 
 
@@ -47,12 +62,21 @@ def show(args: argparse.Namespace) -> Answer:
     place = _one(args.dir, args.step)
     verdict = _check(place)
     source = _source(place)
-    arrays = [{"name": n, "dtype": str(s.dtype), "shape": list(s.shape), "bytes": s.nbytes} for n, s in sorted(source.shapes.items())]
+    arrays = [
+        {"name": n, "dtype": str(s.dtype), "shape": list(s.shape), "bytes": s.nbytes}
+        for n, s in sorted(source.shapes.items())
+    ]
     extra = {k: v for k, v in integrity.read_extra(place.paths[0]).items() if k != integrity.MARK}
     row = _about(place, verdict) | {"extra": extra, "arrays": arrays}
-    lines = [f"{k:<14}{v}" for k, v in row.items() if k not in ("arrays", "problems") and v not in (None, "")]
+    lines = [
+        f"{k:<14}{v}"
+        for k, v in row.items()
+        if k not in ("arrays", "problems") and v not in (None, "")
+    ]
     total = sum(a["bytes"] for a in arrays)
-    cells = [(a["name"], f"{a['dtype']}{a['shape']}", gb(a["bytes"])) for a in arrays] + [(f"{len(arrays)} arrays", "", gb(total))]
+    cells = [(a["name"], f"{a['dtype']}{a['shape']}", gb(a["bytes"])) for a in arrays] + [
+        (f"{len(arrays)} arrays", "", gb(total))
+    ]
     return 0, row, lines + table(cells, right=False).splitlines()
 
 
@@ -61,16 +85,31 @@ def verify(args: argparse.Namespace) -> Answer:
     rows, lines = [], []
     for place in places:
         verdicts = [(path, integrity.inspect(path)) for path in place.paths]
-        bad = [{"folder": str(path), "file": file, "what": what} for path, v in verdicts for file, what in v.bad]
-        bad += [{"folder": str(path), "file": manifest.NAME, "what": v.newer} for path, v in verdicts if v.newer]
-        state = "damaged" if bad else "good" if all(v.protected for _, v in verdicts) else "unprotected"
+        bad = [
+            {"folder": str(path), "file": file, "what": what}
+            for path, v in verdicts
+            for file, what in v.bad
+        ]
+        bad += [
+            {"folder": str(path), "file": manifest.NAME, "what": v.newer}
+            for path, v in verdicts
+            if v.newer
+        ]
+        state = (
+            "damaged" if bad else "good" if all(v.protected for _, v in verdicts) else "unprotected"
+        )
         if not bad:
             try:
                 _source(place)
             except UserError as e:
-                state, bad = "damaged", [{"folder": str(place.paths[0]), "file": "state", "what": str(e)}]
+                state, bad = (
+                    "damaged",
+                    [{"folder": str(place.paths[0]), "file": "state", "what": str(e)}],
+                )
         rows.append({"step": place.step, "name": place.name, "state": state, "bad": bad})
-        note = " (written by an earlier version, without checksums)" if state == "unprotected" else ""
+        note = (
+            " (written by an earlier version, without checksums)" if state == "unprotected" else ""
+        )
         lines += [f"{place.name}: {state}{note}", *(f"  {b['file']}: {b['what']}" for b in bad)]
     return int(any(r["state"] == "damaged" for r in rows)), rows, lines
 
@@ -79,15 +118,27 @@ def export(args: argparse.Namespace) -> Answer:
     place = _one(args.dir, args.step)
     _check(place)
     source = _source(place)
-    shapes = {n: s for n, s in sorted(source.shapes.items()) if not args.only or n == args.only or n.startswith(args.only.rstrip("/") + "/")}
+    shapes = {
+        n: s
+        for n, s in sorted(source.shapes.items())
+        if not args.only or n == args.only or n.startswith(args.only.rstrip("/") + "/")
+    }
     if not shapes:
-        raise UserError(f"--only={args.only} names no array of {place.paths[0]}. `show` lists them.")
+        raise UserError(
+            f"--only={args.only} names no array of {place.paths[0]}. `show` lists them."
+        )
     out = _new(args.out)
     full.write(out, shapes, lambda name: _blocks(source, name))
     names = list(manifest.files_of(out))
     manifest.sync(out, names)
     total = sum(s.nbytes for s in shapes.values())
-    result = {"out": str(out), "step": place.step, "arrays": len(shapes), "bytes": total, "files": sorted(names)}
+    result = {
+        "out": str(out),
+        "step": place.step,
+        "arrays": len(shapes),
+        "bytes": total,
+        "files": sorted(names),
+    }
     return 0, result, [f"{len(shapes)} arrays of step {place.step}, {gb(total)}, in {out}"]
 
 
@@ -95,7 +146,9 @@ def reshard(args: argparse.Namespace) -> Answer:
     if args.shards < 1:
         raise UserError(f"--shards={args.shards} is no number of pieces. Set it to 1 or more.")
     if args.shards > 1 and args.kind == "full":
-        raise UserError(f"--shards={args.shards} has no effect with --kind=full, whose tensors are whole. Leave it out, or set --kind=sharded.")
+        raise UserError(
+            f"--shards={args.shards} has no effect with --kind=full, whose tensors are whole. Leave it out, or set --kind=sharded."
+        )
     place = _one(args.dir, args.step)
     verdict = _check(place)
     source = _source(place)
@@ -114,13 +167,23 @@ def reshard(args: argparse.Namespace) -> Answer:
         names = list(manifest.files_of(draft))
         sums = manifest.checksums(draft, names)
         manifest.sync(draft, names)
-        about = (verdict.manifest.about if verdict.manifest else {}) | {"mesh": [["shards", args.shards]], "devices": args.shards, "processes": 1}
+        about = (verdict.manifest.about if verdict.manifest else {}) | {
+            "mesh": [["shards", args.shards]],
+            "devices": args.shards,
+            "processes": 1,
+        }
         manifest.write(draft, Manifest(args.kind, place.step, sums, about))
         folder.commit(place.step)
     except BaseException:
         folder.discard(place.step)
         raise
-    result = {"out": str(folder.at(place.step)), "step": place.step, "kind": args.kind, "shards": args.shards, "arrays": len(source.shapes)}
+    result = {
+        "out": str(folder.at(place.step)),
+        "step": place.step,
+        "kind": args.kind,
+        "shards": args.shards,
+        "arrays": len(source.shapes),
+    }
     return 0, result, [f"step {place.step} of kind {args.kind} in {folder.at(place.step)}"]
 
 
@@ -133,16 +196,29 @@ def diff(args: argparse.Namespace) -> Answer:
     for name in sorted(first.shapes.keys() | second.shapes.keys()):
         here, there = first.shapes.get(name), second.shapes.get(name)
         if here != there:
-            rows.append({"name": name, "first": str(here) if here else None, "second": str(there) if there else None})
+            rows.append(
+                {
+                    "name": name,
+                    "first": str(here) if here else None,
+                    "second": str(there) if there else None,
+                }
+            )
         elif found := _difference(first, second, name, here):
             rows.append({"name": name, "dtype": str(here.dtype), "shape": list(here.shape)} | found)
         else:
             same += 1
         if len(rows) == max(args.most, 1):
             break
-    lines = [f"{r['name']}: {r['elements']} of {r['of']} elements differ, by {r['max_abs_difference']:g} at most, first at {r['first_at']}"
-             if "elements" in r else f"{r['name']}: {r['first'] or 'absent'} and {r['second'] or 'absent'}" for r in rows]
-    lines.append(f"{same} arrays are the same, bit for bit" + ("" if not rows else "; stopped looking" if len(rows) == args.most else ""))
+    lines = [
+        f"{r['name']}: {r['elements']} of {r['of']} elements differ, by {r['max_abs_difference']:g} at most, first at {r['first_at']}"
+        if "elements" in r
+        else f"{r['name']}: {r['first'] or 'absent'} and {r['second'] or 'absent'}"
+        for r in rows
+    ]
+    lines.append(
+        f"{same} arrays are the same, bit for bit"
+        + ("" if not rows else "; stopped looking" if len(rows) == args.most else "")
+    )
     return int(bool(rows)), {"different": rows, "same": same}, lines
 
 
@@ -162,7 +238,16 @@ def _difference(first: Any, second: Any, name: str, what: Shape) -> dict[str, An
         if where is None:
             inside = np.unravel_index(int(np.argmax(unequal)), a.shape)
             where = [int(i) + s.start for i, s in zip(inside, index)]
-    return {"elements": count, "of": int(np.prod(what.shape, dtype=object)), "max_abs_difference": largest, "first_at": where} if count else None
+    return (
+        {
+            "elements": count,
+            "of": int(np.prod(what.shape, dtype=object)),
+            "max_abs_difference": largest,
+            "first_at": where,
+        }
+        if count
+        else None
+    )
 
 
 def _blocks(source: Any, name: str) -> Iterator[np.ndarray]:
@@ -179,12 +264,16 @@ def _places(directory: str) -> list[Place]:
     """
     path = epath.Path(directory if "://" in directory else os.path.abspath(directory))
     if not path.is_dir():
-        raise UserError(f"{directory} is no folder. Name a run's workdir, its folder of checkpoints or one of its steps.")
+        raise UserError(
+            f"{directory} is no folder. Name a run's workdir, its folder of checkpoints or one of its steps."
+        )
     out: list[Place] = []
     number = path.name.partition(".")[0]
     if (path / manifest.NAME).exists() or (path / "state").is_dir():
         if path.parent.name.startswith("process_"):
-            found = LocalRun(os.fspath(path.parent.parent.parent), path.parent.parent.name, read_only=True).paths(int(number), None)
+            found = LocalRun(
+                os.fspath(path.parent.parent.parent), path.parent.parent.name, read_only=True
+            ).paths(int(number), None)
             return [Place(int(number), path.name, found or (path,))]
         return [Place(int(number) if is_step(number) else -1, path.name, (path,))]
     if path.name.startswith("process_"):
@@ -192,18 +281,25 @@ def _places(directory: str) -> list[Place]:
     if any(p.name.startswith("process_") for p in path.iterdir()):
         run = LocalRun(os.fspath(path.parent), path.name, read_only=True)
         for step in run.steps():
-            paths = run.paths(step, None) or tuple(sorted(p / str(step) for p in path.iterdir() if (p / str(step)).is_dir()))
+            paths = run.paths(step, None) or tuple(
+                sorted(p / str(step) for p in path.iterdir() if (p / str(step)).is_dir())
+            )
             out.append(Place(step, str(step), paths))
     else:
         for inside in (path / "checkpoints", path):
             if inside.is_dir():
                 folder = Folder(os.fspath(inside), read_only=True)
                 out = [Place(s, str(s), (folder.at(s),)) for s in folder.steps()]
-                out += [Place(int(n.partition(DAMAGED)[0]), n, (folder.path / n,)) for n in folder.damaged()]
+                out += [
+                    Place(int(n.partition(DAMAGED)[0]), n, (folder.path / n,))
+                    for n in folder.damaged()
+                ]
                 if out:
                     break
     if not out:
-        raise UserError(f"{directory} holds no checkpoint. Name a run's workdir, its folder of checkpoints or one of its steps.")
+        raise UserError(
+            f"{directory} holds no checkpoint. Name a run's workdir, its folder of checkpoints or one of its steps."
+        )
     return out
 
 
@@ -215,7 +311,9 @@ def _one(directory: str, step: int | None) -> Place:
     for place in whole:
         if place.step == step:
             return place
-    raise UserError(f"{directory} holds no checkpoint of step {step}. Name one of these steps: {', '.join(str(p.step) for p in whole)}.")
+    raise UserError(
+        f"{directory} holds no checkpoint of step {step}. Name one of these steps: {', '.join(str(p.step) for p in whole)}."
+    )
 
 
 def _check(place: Place) -> integrity.Verdict:
@@ -224,7 +322,9 @@ def _check(place: Place) -> integrity.Verdict:
         if verdict.newer:
             raise UserError(f"The checkpoint {path} {verdict.newer}. Update this program.")
         if verdict.bad:
-            raise UserError(f"The checkpoint {path} is damaged ({verdict.line()}). Name another --step.")
+            raise UserError(
+                f"The checkpoint {path} is damaged ({verdict.line()}). Name another --step."
+            )
     return verdicts[0]
 
 
@@ -236,7 +336,9 @@ def _source(place: Place) -> Any:
     found = manifest.read(place.paths[0])
     count = found.about.get("processes") if found and found.kind == "local" else len(place.paths)
     if count != len(place.paths):
-        raise UserError(f"{place.paths[0]} holds the pieces of one of {count} processes. Put the folders of all of them beside each other.")
+        raise UserError(
+            f"{place.paths[0]} holds the pieces of one of {count} processes. Put the folders of all of them beside each other."
+        )
     return source
 
 
@@ -250,16 +352,40 @@ def _new(out: str) -> epath.Path:
 def _about(place: Place, verdict: integrity.Verdict) -> dict[str, Any]:
     found = verdict.manifest
     about = found.about if found else {}
-    kind = found.kind if found else next((n for n, k in kinds.KINDS.items() if (place.paths[0] / "state" / k.INDEX).exists()), "?")
+    kind = (
+        found.kind
+        if found
+        else next(
+            (n for n, k in kinds.KINDS.items() if (place.paths[0] / "state" / k.INDEX).exists()),
+            "?",
+        )
+    )
     files = found.files if found else {}
     mesh = about.get("mesh")
-    shown = " x ".join(f"{axis} {n}" for axis, n in mesh if n != 1) or "1 device" if isinstance(mesh, list) and all(
-        isinstance(m, list) and len(m) == 2 for m in mesh) else ""
-    problems = [f"{file}: {what}" for file, what in verdict.bad] + ([f"{manifest.NAME}: {verdict.newer}"] if verdict.newer else [])
+    shown = (
+        " x ".join(f"{axis} {n}" for axis, n in mesh if n != 1) or "1 device"
+        if isinstance(mesh, list) and all(isinstance(m, list) and len(m) == 2 for m in mesh)
+        else ""
+    )
+    problems = [f"{file}: {what}" for file, what in verdict.bad] + (
+        [f"{manifest.NAME}: {verdict.newer}"] if verdict.newer else []
+    )
     state = "damaged" if problems else "whole" if verdict.protected else "no checksums"
-    return {"step": place.step, "name": place.name, "kind": kind, "bytes": about.get("bytes") or sum(size for size, _ in files.values()),
-            "files": len(files) * len(place.paths), "mesh": shown, "devices": about.get("devices"), "processes": about.get("processes"),
-            "eval_loss": about.get("eval_loss"), "time": str(about.get("time", "")), "jax": about.get("jax"), "state": state, "problems": problems}
+    return {
+        "step": place.step,
+        "name": place.name,
+        "kind": kind,
+        "bytes": about.get("bytes") or sum(size for size, _ in files.values()),
+        "files": len(files) * len(place.paths),
+        "mesh": shown,
+        "devices": about.get("devices"),
+        "processes": about.get("processes"),
+        "eval_loss": about.get("eval_loss"),
+        "time": str(about.get("time", "")),
+        "jax": about.get("jax"),
+        "state": state,
+        "problems": problems,
+    }
 
 
 def _loss(value: Any) -> str:

@@ -10,11 +10,11 @@ import jax
 from etils import epath
 
 from deepseek_jax.checkpoint import integrity, local, manifest
-from deepseek_jax.tensorfile.arrays import Tree
-from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.checkpoint.folder import DAMAGED, Folder
 from deepseek_jax.cluster.exchange import exchange, from_first
 from deepseek_jax.errors import UserError
+from deepseek_jax.tensorfile.arrays import Tree
+from deepseek_jax.tensorfile.bounded_json import BadFile
 
 RUN_ID = "run_id"  # file beside the checkpoints of a run that also has local ones
 
@@ -24,7 +24,9 @@ class Found(NamedTuple):
 
     step: int
     local: bool
-    paths: tuple[epath.Path, ...]  # one STEP/ folder; of kind local, those of the processes that are needed and seen from here
+    paths: tuple[
+        epath.Path, ...
+    ]  # one STEP/ folder; of kind local, those of the processes that are needed and seen from here
 
     @property
     def path(self) -> epath.Path:
@@ -37,7 +39,11 @@ class LocalRun:
     def __init__(self, local_dir: str, run: str, read_only: bool):
         """Raises UserError: the folder cannot be written."""
         self._root = epath.Path(os.path.abspath(local_dir)) / run
-        self.own = None if read_only else Folder(os.fspath(self._root / f"process_{jax.process_index():05d}"), read_only)
+        self.own = (
+            None
+            if read_only
+            else Folder(os.fspath(self._root / f"process_{jax.process_index():05d}"), read_only)
+        )
 
     def paths(self, step: int, wanted: Tree | None) -> tuple[epath.Path, ...]:
         """The folders STEP/ to read, this process's own first and alone if that is enough; () if pieces are missing."""
@@ -48,7 +54,9 @@ class LocalRun:
                 if found is None:
                     return (mine,)  # its check will say that the manifest is missing
                 alone = jax.process_count() == 1
-                if found.about.get("processes") == jax.process_count() and (alone or wanted is None or local.covers(mine / "state", wanted)):
+                if found.about.get("processes") == jax.process_count() and (
+                    alone or wanted is None or local.covers(mine / "state", wanted)
+                ):
                     return (mine,)
             except (BadFile, manifest.NewerFormat):
                 return (mine,)  # its check will say what is wrong
@@ -60,16 +68,24 @@ class LocalRun:
         if None in found:
             return tuple(seen.values())
         count = found[0].about.get("processes") if found else None
-        if type(count) is not int or set(seen) != {f"process_{i:05d}" for i in range(min(count, 10**5))}:
+        if type(count) is not int or set(seen) != {
+            f"process_{i:05d}" for i in range(min(count, 10**5))
+        }:
             return ()
         return tuple(seen[name] for name in sorted(seen))
 
     def steps(self) -> list[int]:
         """Those that some process has, as seen from here."""
-        return sorted({s for p in self._processes() for s in Folder(os.fspath(p), read_only=True).steps()})
+        return sorted(
+            {s for p in self._processes() for s in Folder(os.fspath(p), read_only=True).steps()}
+        )
 
     def damaged(self) -> list[str]:
-        return [f"{p.name}/{name}" for p in self._processes() for name in Folder(os.fspath(p), read_only=True).damaged()]
+        return [
+            f"{p.name}/{name}"
+            for p in self._processes()
+            for name in Folder(os.fspath(p), read_only=True).damaged()
+        ]
 
     def _processes(self) -> list[epath.Path]:
         try:
@@ -81,9 +97,15 @@ class LocalRun:
 class Finder:
     """Looks for checkpoints in the folder that all processes share and in their local ones."""
 
-    def __init__(self, shared: Folder, local_dir: str, read_only: bool, warn: Callable[[str], None]):
+    def __init__(
+        self, shared: Folder, local_dir: str, read_only: bool, warn: Callable[[str], None]
+    ):
         self.shared, self._read_only, self._warn = shared, read_only, warn
-        self.local = LocalRun(local_dir, run, read_only) if local_dir and (run := self._run(read_only)) else None
+        self.local = (
+            LocalRun(local_dir, run, read_only)
+            if local_dir and (run := self._run(read_only))
+            else None
+        )
         self._sound: set[str] = set()  # folders that were checked and are as they were
         self.found: Found | None = None  # the newest good one
 
@@ -99,10 +121,14 @@ class Finder:
                 path.write_text(secrets.token_hex(8))
             name = path.read_text() if jax.process_index() == 0 and path.exists() else ""
         except OSError as e:
-            raise UserError(f"{path} cannot be read or written ({e.strerror or e}). Name a --workdir that you may write to.") from e
+            raise UserError(
+                f"{path} cannot be read or written ({e.strerror or e}). Name a --workdir that you may write to."
+            ) from e
         name = from_first("run", name)
         if name and not (name.isascii() and name.isalnum() and len(name) <= 64):
-            raise UserError(f"{path} is damaged: it names no run. Delete it; local checkpoints of this run will not be found.")
+            raise UserError(
+                f"{path} is damaged: it names no run. Delete it; local checkpoints of this run will not be found."
+            )
         return name
 
     def steps(self) -> list[int]:
@@ -123,8 +149,10 @@ class Finder:
                     return candidate
             aside = self.shared.damaged() + (self.local.damaged() if self.local else [])
             if aside := aside or [str(c.step) for c in candidates]:
-                raise UserError(f"{self.shared.path} holds damaged checkpoints only ({', '.join(aside)[:200]}). Put a good copy in the place of "
-                                f"one, or delete them to begin at step 0.")
+                raise UserError(
+                    f"{self.shared.path} holds damaged checkpoints only ({', '.join(aside)[:200]}). Put a good copy in the place of "
+                    f"one, or delete them to begin at step 0."
+                )
         return self.found
 
     def at(self, step: int, wanted: Tree | None) -> Found:
@@ -136,13 +164,19 @@ class Finder:
         here = [c for c in self._candidates(wanted, step) if c.step == step]
         if not here:
             steps = self.steps()
-            known = f"Name one of these steps: {', '.join(map(str, steps))}." if steps else "Name the --workdir of a run that saved one."
+            known = (
+                f"Name one of these steps: {', '.join(map(str, steps))}."
+                if steps
+                else "Name the --workdir of a run that saved one."
+            )
             raise UserError(f"{self.shared.path} holds no checkpoint of step {step}. {known}")
         for candidate in here:
             verdict = self._inspect(candidate)
             if verdict is None or not verdict.bad:
                 return candidate
-        raise UserError(f"The checkpoint {here[-1].path} is damaged ({verdict.line()}). Name another step, or none for the newest that is whole.")
+        raise UserError(
+            f"The checkpoint {here[-1].path} is damaged ({verdict.line()}). Name another step, or none for the newest that is whole."
+        )
 
     def put_aside(self, bad: Found, mine: bool = True) -> str:
         """Renames a checkpoint, so that it no longer counts. mine: is this process's part of a local one bad?"""
@@ -162,8 +196,14 @@ class Finder:
         shared = json.loads(from_first("steps", json.dumps(self.shared.steps())))
         out = [Found(s, False, (self.shared.at(s),)) for s in shared]
         if self.local:
-            mine = {s: paths for s in self.local.steps() if only in (None, s) and (paths := self.local.paths(s, wanted))}
-            everybodys = [set(json.loads(text)) for text in exchange("local", json.dumps(sorted(mine)))]
+            mine = {
+                s: paths
+                for s in self.local.steps()
+                if only in (None, s) and (paths := self.local.paths(s, wanted))
+            }
+            everybodys = [
+                set(json.loads(text)) for text in exchange("local", json.dumps(sorted(mine)))
+            ]
             out += [Found(s, True, mine[s]) for s in set.intersection(*everybodys)]
         return sorted(out, key=lambda c: (-c.step, not c.local))
 
@@ -173,11 +213,15 @@ class Finder:
             return None
         verdict = integrity.inspect_together(found.paths, shared=not found.local)
         if verdict.newer:
-            raise UserError(f"The checkpoint {found.path} {verdict.newer}. Update this program, or name another --workdir or step.")
+            raise UserError(
+                f"The checkpoint {found.path} {verdict.newer}. Update this program, or name another --workdir or step."
+            )
         if not verdict.bad:
             self._sound |= {os.fspath(p) for p in found.paths}
             if not verdict.protected:
-                self._warn(f"the checkpoint {found.path} was written by an earlier version, without checksums: damage to its files may go unseen")
+                self._warn(
+                    f"the checkpoint {found.path} was written by an earlier version, without checksums: damage to its files may go unseen"
+                )
         return verdict
 
     def _is_sound(self, found: Found) -> bool:
@@ -186,7 +230,9 @@ class Finder:
             return True
         if not self._read_only:
             name = self.put_aside(found, mine=verdict.mine)
-            self._warn(f"the checkpoint {found.path} is damaged ({verdict.line()}): kept aside as {name}")
+            self._warn(
+                f"the checkpoint {found.path} is damaged ({verdict.line()}): kept aside as {name}"
+            )
         elif found.path.exists():  # otherwise the run that goes on here has just deleted it
             self._warn(f"the checkpoint {found.path} is damaged ({verdict.line()}): passed over")
         return False

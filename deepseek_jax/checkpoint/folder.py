@@ -17,7 +17,11 @@ from deepseek_jax.errors import UserError
 _TMP = ".tmp"
 _OLD_TMP = ".orbax-checkpoint-tmp"  # of earlier versions
 DAMAGED = ".damaged"
-_PARTS = {"state", "extra", manifest.NAME}  # what a checkpoint, or the beginning of one, consists of
+_PARTS = {
+    "state",
+    "extra",
+    manifest.NAME,
+}  # what a checkpoint, or the beginning of one, consists of
 
 
 class Folder:
@@ -43,14 +47,20 @@ class Folder:
                 with tempfile.TemporaryFile(dir=os.fspath(self.path)):
                     pass
         except (OSError, ImportError) as e:
-            access, repair = ("read", "holds checkpoints") if read_only else ("written", "you may write to")
+            access, repair = (
+                ("read", "holds checkpoints") if read_only else ("written", "you may write to")
+            )
             reason = getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0]
-            raise UserError(f"The checkpoint folder {self.path} cannot be {access} ({reason}). Name a --workdir that {repair}.") from e
+            raise UserError(
+                f"The checkpoint folder {self.path} cannot be {access} ({reason}). Name a --workdir that {repair}."
+            ) from e
         # A folder with the name of a step is renamed when it is damaged and deleted when it is old.
         theirs = [] if read_only else [s for s in self.steps() if self._is_foreign(str(s))]
         if theirs:
-            raise UserError(f"The checkpoint folder {self.path} holds {theirs[0]}, which is no checkpoint. "
-                            f"Name an empty folder, or move it away.")
+            raise UserError(
+                f"The checkpoint folder {self.path} holds {theirs[0]}, which is no checkpoint. "
+                f"Name an empty folder, or move it away."
+            )
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, in order."""
@@ -58,7 +68,11 @@ class Folder:
             return []
         names = [p.name for p in self.path.iterdir()] if self.remote else os.listdir(self.path)
         found = sorted(int(n) for n in names if is_step(n))
-        return [s for s in found if (self.path / str(s) / manifest.NAME).exists()] if self.remote else found
+        return (
+            [s for s in found if (self.path / str(s) / manifest.NAME).exists()]
+            if self.remote
+            else found
+        )
 
     def at(self, step: int) -> epath.Path:
         """Where a whole checkpoint of this step is, or would be."""
@@ -113,7 +127,11 @@ class Folder:
 
     def damaged(self) -> list[str]:
         """Names of the checkpoints that were put aside."""
-        return sorted(p.name for p in self.path.iterdir() if is_step(p.name.partition(DAMAGED)[0]) and DAMAGED in p.name)
+        return sorted(
+            p.name
+            for p in self.path.iterdir()
+            if is_step(p.name.partition(DAMAGED)[0]) and DAMAGED in p.name
+        )
 
     def _is_foreign(self, name: str) -> bool:
         """Whether this is surely no checkpoint: a file, or a folder with other things in it."""
@@ -136,9 +154,15 @@ def is_step(name: str) -> bool:
     return name.isascii() and name.isdigit() and len(name) < 19
 
 
-def keepers(steps: list[int], losses: dict[int, float], keep: int, keep_best: int, keep_every: int) -> set[int]:
+def keepers(
+    steps: list[int], losses: dict[int, float], keep: int, keep_best: int, keep_every: int
+) -> set[int]:
     """The steps that stay: the newest `keep` (0: all), the `keep_best` with the lowest held-out loss, the multiples of `keep_every`."""
     if not keep:
         return set(steps)
     best = sorted((s for s in steps if s in losses), key=lambda s: (losses[s], -s))[:keep_best]
-    return {*sorted(steps)[-keep:], *best, *(s for s in steps if keep_every and s % keep_every == 0)}
+    return {
+        *sorted(steps)[-keep:],
+        *best,
+        *(s for s in steps if keep_every and s % keep_every == 0),
+    }

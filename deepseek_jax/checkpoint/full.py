@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from deepseek_jax.tensorfile import header, regions
-from deepseek_jax.tensorfile.arrays import flatten, Shape, shape_of, Tree
+from deepseek_jax.tensorfile.arrays import Shape, Tree, flatten, shape_of
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
 INDEX = "state.safetensors.index.json"
@@ -26,7 +26,12 @@ FILE_BYTES = 5 << 30  # of one file, about; a larger tensor has one of its own
 def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
     """Writes the whole state into `folder`. Nothing is left to do for what it returns."""
     arrays = flatten(state)
-    write(folder, {name: shape_of(a) for name, a in arrays.items()}, lambda name: blocks(arrays[name]), jax.process_index() == 0)
+    write(
+        folder,
+        {name: shape_of(a) for name, a in arrays.items()},
+        lambda name: blocks(arrays[name]),
+        jax.process_index() == 0,
+    )
     return lambda: None
 
 
@@ -39,7 +44,12 @@ def is_own(file: str) -> bool:
     return jax.process_index() == 0
 
 
-def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str], Iterator[np.ndarray]], writer: bool = True) -> None:
+def write(
+    folder: os.PathLike,
+    shapes: dict[str, Shape],
+    read: Callable[[str], Iterator[np.ndarray]],
+    writer: bool = True,
+) -> None:
     """Writes tensors into safetensors files, with an index.
 
     Args:
@@ -65,7 +75,9 @@ def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str], I
         try:
             if writer and not error:
                 f = (folder / file).open("wb")
-                header.write_header(f, tensors, {"format": "pt"})  # without which transformers refuses a file
+                header.write_header(
+                    f, tensors, {"format": "pt"}
+                )  # without which transformers refuses a file
         except OSError as e:
             error = e
         for name in tensors:
@@ -83,7 +95,10 @@ def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str], I
     if error:
         raise error
     if writer:
-        value = {"metadata": {"total_size": sum(what.nbytes for what in shapes.values())}, "weight_map": index}
+        value = {
+            "metadata": {"total_size": sum(what.nbytes for what in shapes.values())},
+            "weight_map": index,
+        }
         (folder / INDEX).write_bytes(json.dumps(value, indent=0).encode())
 
 
@@ -94,7 +109,9 @@ def blocks(array: jax.Array) -> Iterator[np.ndarray]:
             yield _from_shards(array, index)
         return
     # The layers of a stack one by one, where they are not divided: a device would not hold the experts of all.
-    layers = array.ndim > 1 and array.sharding.spec[:1] in ((), (None,)) and array.nbytes > regions.BLOCK
+    layers = (
+        array.ndim > 1 and array.sharding.spec[:1] in ((), (None,)) and array.nbytes > regions.BLOCK
+    )
     for part in range(array.shape[0]) if layers else (None,):
         # Process 0's device has all of it, and another copy is gone before the next.
         here = np.asarray(_whole(array, part).addressable_data(0))
@@ -104,10 +121,16 @@ def blocks(array: jax.Array) -> Iterator[np.ndarray]:
 
 def _whole(array: jax.Array, part: int | None) -> jax.Array:
     everywhere = jax.NamedSharding(array.sharding.mesh, jax.P())
-    array = jax.device_put(array, array.sharding.with_memory_kind("device")) if array.sharding.memory_kind not in (None, "device") else array
+    array = (
+        jax.device_put(array, array.sharding.with_memory_kind("device"))
+        if array.sharding.memory_kind not in (None, "device")
+        else array
+    )
     if part is None:
         return jax.jit(lambda a: a, out_shardings=everywhere)(array)
-    return jax.jit(lambda a, i: jax.lax.dynamic_index_in_dim(a, i, keepdims=True), out_shardings=everywhere)(array, jnp.int32(part))
+    return jax.jit(
+        lambda a, i: jax.lax.dynamic_index_in_dim(a, i, keepdims=True), out_shardings=everywhere
+    )(array, jnp.int32(part))
 
 
 def _from_shards(array: jax.Array, index: regions.Index) -> np.ndarray:
@@ -120,8 +143,13 @@ def _from_shards(array: jax.Array, index: regions.Index) -> np.ndarray:
         seen.add(key)
         local = regions.within(part, place)
         # np.asarray of a device's array keeps a copy of all of it with the array: cut first. A CPU's array is memory already.
-        on_host = shard.data.sharding.memory_kind not in (None, "device") or shard.device.platform == "cpu"
-        out[regions.within(part, index)] = np.asarray(shard.data)[local] if on_host else np.asarray(shard.data[local])
+        on_host = (
+            shard.data.sharding.memory_kind not in (None, "device")
+            or shard.device.platform == "cpu"
+        )
+        out[regions.within(part, index)] = (
+            np.asarray(shard.data)[local] if on_host else np.asarray(shard.data[local])
+        )
     return out
 
 
@@ -136,10 +164,15 @@ class Source:
         """
         self._folder = epath.Path(folder)
         index = header.read_index(self._folder / INDEX)
-        heads = {file: header.read(self._folder / file, f"state/{file}") for file in sorted(set(index.values()))}
+        heads = {
+            file: header.read(self._folder / file, f"state/{file}")
+            for file in sorted(set(index.values()))
+        }
         for file, tensors in heads.items():
             if wrong := tensors.keys() ^ {name for name, at in index.items() if at == file}:
-                raise BadFile(f"state/{file}", f"{INDEX} and the file disagree about {min(wrong)[:80]!r}")
+                raise BadFile(
+                    f"state/{file}", f"{INDEX} and the file disagree about {min(wrong)[:80]!r}"
+                )
         self._places = {name: (file, heads[file][name]) for name, file in index.items()}
         self.shapes = {name: tensor.what for name, (_, tensor) in self._places.items()}
 

@@ -9,10 +9,10 @@ import jax
 from etils import epath
 
 from deepseek_jax.checkpoint import manifest
-from deepseek_jax.tensorfile import bounded_json
-from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.checkpoint.manifest import Manifest, NewerFormat
 from deepseek_jax.cluster.exchange import exchange
+from deepseek_jax.tensorfile import bounded_json
+from deepseek_jax.tensorfile.bounded_json import BadFile
 
 EXTRA = "extra/metadata"
 MARK = "__manifest__"  # key in `extra` of every checkpoint that was written with a manifest: without it, its manifest is lost
@@ -67,12 +67,19 @@ def inspect_together(folders: Sequence[os.PathLike], shared: bool) -> Verdict:
     found = [inspect(folder, me, count) if shared else inspect(folder) for folder in folders]
     owner = "" if shared or count == 1 else f" (process {me})"
     bad = [(file, what + owner) for verdict in found for file, what in verdict.bad]
-    verdict = Verdict(found[0].manifest, bad, next((v.newer for v in found if v.newer), ""), bool(bad))
+    verdict = Verdict(
+        found[0].manifest, bad, next((v.newer for v in found if v.newer), ""), bool(bad)
+    )
     if count == 1:
         return verdict
-    everybodys = [json.loads(text) for text in exchange("verify", json.dumps({"bad": bad, "newer": verdict.newer}))]
+    everybodys = [
+        json.loads(text)
+        for text in exchange("verify", json.dumps({"bad": bad, "newer": verdict.newer}))
+    ]
     all_bad = sorted({(file, what) for v in everybodys for file, what in v["bad"]})
-    return verdict._replace(bad=all_bad, newer=next((v["newer"] for v in everybodys if v["newer"]), ""))
+    return verdict._replace(
+        bad=all_bad, newer=next((v["newer"] for v in everybodys if v["newer"]), "")
+    )
 
 
 def read_extra(folder: os.PathLike) -> dict[str, Any]:

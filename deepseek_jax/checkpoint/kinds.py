@@ -8,10 +8,10 @@ from typing import Any
 from etils import epath
 
 from deepseek_jax.checkpoint import full, local, sharded
-from deepseek_jax.tensorfile.arrays import Tree, unflatten
-from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.checkpoint.restore import into_shards
 from deepseek_jax.config.options import CHECKPOINT_KINDS
+from deepseek_jax.tensorfile.arrays import Tree, unflatten
+from deepseek_jax.tensorfile.bounded_json import BadFile
 
 # Each has: EACH (does each process write a whole checkpoint of its part?), start, merge, is_own, Source.
 KINDS: dict[str, ModuleType] = dict(zip(CHECKPOINT_KINDS, (sharded, full, local), strict=True))

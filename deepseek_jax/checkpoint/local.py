@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from deepseek_jax.tensorfile import bounded_json, header, regions
-from deepseek_jax.tensorfile.arrays import DTYPES, flatten, NAMES, Shape, shape_of, Tree
+from deepseek_jax.tensorfile.arrays import DTYPES, NAMES, Shape, Tree, flatten, shape_of
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
 INDEX = "pieces.json"
@@ -33,22 +33,39 @@ def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
             place = regions.of(shard.index, array.shape)
             key = regions.key(place)
             if key not in found:
-                found[key] = (place, np.array(shard.data))  # a copy: the step that comes next writes over it
+                found[key] = (
+                    place,
+                    np.array(shard.data),
+                )  # a copy: the step that comes next writes over it
         pieces[name] = (shape_of(array), list(found.values()))
     return lambda: write(folder, pieces)
 
 
-def write(folder: os.PathLike, pieces: dict[str, tuple[Shape, list[tuple[regions.Index, np.ndarray]]]]) -> None:
+def write(
+    folder: os.PathLike, pieces: dict[str, tuple[Shape, list[tuple[regions.Index, np.ndarray]]]]
+) -> None:
     """Writes pieces of arrays."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    named = {f"{name}#{i}": data for name, (_, parts) in pieces.items() for i, (_, data) in enumerate(parts)}
+    named = {
+        f"{name}#{i}": data
+        for name, (_, parts) in pieces.items()
+        for i, (_, data) in enumerate(parts)
+    }
     with (folder / _DATA).open("wb") as f:
-        header.write_header(f, {name: shape_of(data) for name, data in named.items()}, {"format": "pt"})
+        header.write_header(
+            f, {name: shape_of(data) for name, data in named.items()}, {"format": "pt"}
+        )
         for data in named.values():
             f.write(regions.raw(data))
-    places = {name: {"dtype": NAMES[what.dtype], "shape": what.shape, "pieces": [regions.key(place) for place, _ in parts]}
-              for name, (what, parts) in pieces.items()}
+    places = {
+        name: {
+            "dtype": NAMES[what.dtype],
+            "shape": what.shape,
+            "pieces": [regions.key(place) for place, _ in parts],
+        }
+        for name, (what, parts) in pieces.items()
+    }
     (folder / INDEX).write_bytes(json.dumps(places).encode())
 
 
@@ -77,11 +94,17 @@ class Source:
             value = bounded_json.read(folder / INDEX, f"state/{INDEX}", header.MAX_HEADER)
             for name, (what, places) in parse(value).items():
                 if self.shapes.setdefault(name, what) != what:
-                    raise BadFile(f"state/{INDEX}", f"{name[:80]!r} is {what} and elsewhere {self.shapes[name]}")
+                    raise BadFile(
+                        f"state/{INDEX}",
+                        f"{name[:80]!r} is {what} and elsewhere {self.shapes[name]}",
+                    )
                 for i, place in enumerate(places):
                     tensor = tensors.get(f"{name}#{i}")
                     if tensor is None or tensor.what != Shape(regions.size(place), what.dtype):
-                        raise BadFile(f"state/{_DATA}", f"{name[:80]!r} has no piece {i} of {regions.size(place)}")
+                        raise BadFile(
+                            f"state/{_DATA}",
+                            f"{name[:80]!r} has no piece {i} of {regions.size(place)}",
+                        )
                     self._pieces.setdefault(name, []).append((place, folder / _DATA, tensor))
 
     def parts(self, name: str) -> Iterator[regions.Index]:
@@ -91,7 +114,10 @@ class Source:
             if (key := regions.key(place)) not in seen:
                 seen.add(key)
                 for block in regions.blocks(regions.size(place), what.dtype.itemsize):
-                    yield tuple(slice(b.start + p.start, b.stop + p.start) for b, p in zip(block, place, strict=True))
+                    yield tuple(
+                        slice(b.start + p.start, b.stop + p.start)
+                        for b, p in zip(block, place, strict=True)
+                    )
 
     def read(self, name: str, index: regions.Index) -> np.ndarray:
         """A part of an array.
@@ -114,9 +140,13 @@ class Source:
 
     def has(self, name: str, index: regions.Index) -> bool:
         """Is all of this part here?"""
-        return name in self.shapes and _covers([regions.size(part) for part, *_ in self._parts(name, index)], regions.size(index))
+        return name in self.shapes and _covers(
+            [regions.size(part) for part, *_ in self._parts(name, index)], regions.size(index)
+        )
 
-    def _parts(self, name: str, index: regions.Index) -> Iterator[tuple[regions.Index, regions.Index, epath.Path, header.Tensor]]:
+    def _parts(
+        self, name: str, index: regions.Index
+    ) -> Iterator[tuple[regions.Index, regions.Index, epath.Path, header.Tensor]]:
         seen = []
         for place, path, tensor in self._pieces.get(name, []):
             part = regions.common(place, index)
@@ -141,17 +171,35 @@ def parse(value: object) -> dict[str, tuple[Shape, list[regions.Index]]]:
         raise BadFile(file, "not a JSON object")
     number = lambda n: type(n) is int and 0 <= n < 2**48
     for name, entry in value.items():
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "pieces"} or entry["dtype"] not in list(DTYPES):
+        if (
+            not isinstance(entry, dict)
+            or entry.keys() != {"dtype", "shape", "pieces"}
+            or entry["dtype"] not in list(DTYPES)
+        ):
             raise BadFile(file, f"{name[:80]!r} has not dtype, shape and pieces")
         shape, pieces = entry["shape"], entry["pieces"]
-        if not isinstance(shape, list) or len(shape) > header.MAX_DIMENSIONS or not all(map(number, shape)):
+        if (
+            not isinstance(shape, list)
+            or len(shape) > header.MAX_DIMENSIONS
+            or not all(map(number, shape))
+        ):
             raise BadFile(file, f"{name[:80]!r} has no shape")
-        fits = lambda place: (isinstance(place, list) and len(place) == len(shape) and
-                              all(isinstance(s, list) and len(s) == 2 and all(map(number, s)) and s[0] <= s[1] <= n for s, n in zip(place, shape)))
+        fits = lambda place: (
+            isinstance(place, list)
+            and len(place) == len(shape)
+            and all(
+                isinstance(s, list) and len(s) == 2 and all(map(number, s)) and s[0] <= s[1] <= n
+                for s, n in zip(place, shape)
+            )
+        )
         if not isinstance(pieces, list) or not all(map(fits, pieces)):
             raise BadFile(file, f"{name[:80]!r} has a piece outside its shape {shape}"[:200])
         places = [tuple(slice(*s) for s in place) for place in pieces]
-        disjoint = len(places) < 2 or len(places) <= 256 and not any(regions.common(a, b) for i, a in enumerate(places) for b in places[:i])
+        disjoint = (
+            len(places) < 2
+            or len(places) <= 256
+            and not any(regions.common(a, b) for i, a in enumerate(places) for b in places[:i])
+        )
         if not disjoint:
             raise BadFile(file, f"{name[:80]!r} has pieces that overlap")
         out[name] = (Shape(tuple(shape), DTYPES[entry["dtype"]]), places)

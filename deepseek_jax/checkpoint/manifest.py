@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from deepseek_jax.tensorfile.bounded_json import check_name
-from deepseek_jax.tensorfile import bounded_json
-from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.config.options import CHECKPOINT_KINDS
+from deepseek_jax.tensorfile import bounded_json
+from deepseek_jax.tensorfile.bounded_json import BadFile, check_name
 
 NAME = "manifest.json"
 FORMAT = 1  # raise it where an older version would misread a checkpoint
@@ -35,11 +34,23 @@ class NewerFormat(Exception):
 class Manifest(NamedTuple):
     kind: str
     step: int
-    files: dict[str, tuple[int, str]]  # name inside the checkpoint -> (bytes, CRC-32 as 8 hexadecimal digits)
-    about: dict[str, Any]  # mesh, processes, bytes of the arrays, eval_loss and what else `show` prints
+    files: dict[
+        str, tuple[int, str]
+    ]  # name inside the checkpoint -> (bytes, CRC-32 as 8 hexadecimal digits)
+    about: dict[
+        str, Any
+    ]  # mesh, processes, bytes of the arrays, eval_loss and what else `show` prints
 
     def to_bytes(self) -> bytes:
-        return _sealed({"format": FORMAT, "kind": self.kind, "step": self.step, "files": self.files, "about": self.about})
+        return _sealed(
+            {
+                "format": FORMAT,
+                "kind": self.kind,
+                "step": self.step,
+                "files": self.files,
+                "about": self.about,
+            }
+        )
 
 
 def read(folder: os.PathLike) -> Manifest | None:
@@ -67,11 +78,22 @@ def read(folder: os.PathLike) -> Manifest | None:
     if version > FORMAT:
         raise NewerFormat(f"has format {version}, and this version reads up to {FORMAT}")
     files, kind, step, about = (value.get(k) for k in ("files", "kind", "step", "about"))
-    if kind not in CHECKPOINT_KINDS or not isinstance(step, int) or not isinstance(files, dict) or not isinstance(about, dict):
+    if (
+        kind not in CHECKPOINT_KINDS
+        or not isinstance(step, int)
+        or not isinstance(files, dict)
+        or not isinstance(about, dict)
+    ):
         raise BadFile(NAME, "not a manifest of this format")
     for name, entry in files.items():
         check_name(name, NAME)
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int) and entry[0] >= 0 and isinstance(entry[1], str)):
+        if not (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and isinstance(entry[0], int)
+            and entry[0] >= 0
+            and isinstance(entry[1], str)
+        ):
             raise BadFile(NAME, f"its entry of {name[:80]!r} is not a size and a checksum")
     return Manifest(kind, step, {name: (size, crc) for name, (size, crc) in files.items()}, about)
 
@@ -102,8 +124,12 @@ def _walk(folder: str, prefix: str, out: dict[str, int]) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = prefix + entry.name
-            if entry.is_symlink() or not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
-                raise BadFile(name, "neither a file nor a folder, which a checkpoint holds nothing else than")
+            if entry.is_symlink() or not (
+                entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
+            ):
+                raise BadFile(
+                    name, "neither a file nor a folder, which a checkpoint holds nothing else than"
+                )
             if entry.is_dir():
                 _walk(entry.path, name + "/", out)
             else:
@@ -121,7 +147,9 @@ def checksums(folder: os.PathLike, names: Iterable[str]) -> dict[str, tuple[int,
         return dict(zip(names, pool.map(lambda name: _checksum(folder / name), names)))
 
 
-def check(folder: os.PathLike, manifest: Manifest, share: int = 0, shares: int = 1, contents: bool = True) -> list[tuple[str, str]]:
+def check(
+    folder: os.PathLike, manifest: Manifest, share: int = 0, shares: int = 1, contents: bool = True
+) -> list[tuple[str, str]]:
     """What is wrong with a checkpoint's files: (file, what), sorted; [] if nothing is.
 
     Args:
@@ -136,15 +164,31 @@ def check(folder: os.PathLike, manifest: Manifest, share: int = 0, shares: int =
         return [("", f"cannot be read ({e.strerror or e})")]
     bad = [(name, "missing") for name in manifest.files.keys() - there.keys()]
     # What nobody named could still be read by Orbax, so nothing may be added to its part.
-    bad += [(name, "not in the manifest") for name in there.keys() - manifest.files.keys() if name.startswith("state/")]
-    bad += [(name, f"{there[name]} bytes, was {size}") for name, (size, _) in manifest.files.items() if there.get(name, size) != size]
+    bad += [
+        (name, "not in the manifest")
+        for name in there.keys() - manifest.files.keys()
+        if name.startswith("state/")
+    ]
+    bad += [
+        (name, f"{there[name]} bytes, was {size}")
+        for name, (size, _) in manifest.files.items()
+        if there.get(name, size) != size
+    ]
     if not contents:
         return sorted(bad)
     damaged = {name for name, _ in bad}
-    by_size = sorted((n for n in manifest.files if n not in damaged), key=lambda n: (-manifest.files[n][0], n))
+    by_size = sorted(
+        (n for n in manifest.files if n not in damaged), key=lambda n: (-manifest.files[n][0], n)
+    )
     mine = by_size[share::shares]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        bad += [found for found in pool.map(lambda name: _compare(epath.Path(folder), name, manifest.files[name]), mine) if found]
+        bad += [
+            found
+            for found in pool.map(
+                lambda name: _compare(epath.Path(folder), name, manifest.files[name]), mine
+            )
+            if found
+        ]
     return sorted(bad)
 
 
@@ -159,7 +203,7 @@ def _compare(folder: epath.Path, name: str, wanted: tuple[int, str]) -> tuple[st
 def _checksum(path: epath.Path) -> tuple[int, str]:
     size = crc = 0
     buffer = memoryview(bytearray(_CHUNK))
-    with (path.open("rb") if "://" in os.fspath(path) else open(path, "rb", buffering=0)) as f:
+    with path.open("rb") if "://" in os.fspath(path) else open(path, "rb", buffering=0) as f:
         while n := f.readinto(buffer):
             crc = zlib.crc32(buffer[:n], crc)
             size += n
@@ -210,5 +254,7 @@ def sync_folder(folder: os.PathLike) -> None:
 
 
 def _sealed(value: dict[str, Any]) -> bytes:
-    line = lambda v: json.dumps(v, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    line = lambda v: json.dumps(
+        v, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
     return (line(value | {"checksum": f"{zlib.crc32(line(value).encode()):08x}"}) + "\n").encode()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.tensorfile import regions
-from deepseek_jax.tensorfile.arrays import flatten, like, Tree
+from deepseek_jax.tensorfile.arrays import Tree, flatten, like
 
 _THREADS = 4  # file systems over a network answer many requests at once
 _LEAST, _MOST = 1 << 25, 1 << 31  # bytes that are read at once; between them a sixteenth of all

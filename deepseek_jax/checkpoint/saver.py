@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from deepseek_jax.checkpoint import integrity, kinds, manifest
-from deepseek_jax.tensorfile.arrays import bytes_of, mesh_of, Tree
 from deepseek_jax.checkpoint.folder import Folder, keepers
 from deepseek_jax.checkpoint.manifest import Manifest
 from deepseek_jax.cluster.exchange import exchange
 from deepseek_jax.config.options import CheckpointConfig
 from deepseek_jax.errors import one_line
+from deepseek_jax.tensorfile.arrays import Tree, bytes_of, mesh_of
 
 
 class Failed(Exception):
@@ -29,16 +29,28 @@ class Save:
       report: a line for the user, or None.
     """
 
-    def __init__(self, folder: Folder, options: CheckpointConfig, step: int, state: Tree, extra: dict[str, Any],
-                 eval_loss: float | None):
+    def __init__(
+        self,
+        folder: Folder,
+        options: CheckpointConfig,
+        step: int,
+        state: Tree,
+        extra: dict[str, Any],
+        eval_loss: float | None,
+    ):
         self._folder, self._options, self._step, self._extra = folder, options, step, extra
         self._state: Tree | None = state
         self._kind = kinds.KINDS[options.kind]
         # Of a kind that all processes write together, or of one where each writes a whole checkpoint of its part.
         self._chief = jax.process_index() == 0 or self._kind.EACH
-        self._about = {"bytes": bytes_of(state), "mesh": [[axis, n] for axis, n in mesh_of(state).items()],
-                       "devices": jax.device_count(), "processes": jax.process_count(), "jax": jax.__version__,
-                       "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+        self._about = {
+            "bytes": bytes_of(state),
+            "mesh": [[axis, n] for axis, n in mesh_of(state).items()],
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+            "jax": jax.__version__,
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
         if eval_loss is not None and math.isfinite(eval_loss):
             self._about["eval_loss"] = float(eval_loss)
         self._finish: Callable[[], None] | None = None
@@ -77,7 +89,9 @@ class Save:
         self._finish = self._kind.start(self._folder.draft(self._step) / "state", self._state)
 
     def _begin(self) -> None:
-        if self._kind.EACH:  # parts of later steps, which other processes lack: this run has begun before them again
+        if (
+            self._kind.EACH
+        ):  # parts of later steps, which other processes lack: this run has begun before them again
             for step in self._folder.steps():
                 if step >= self._step:
                     self._folder.delete(step)
@@ -88,14 +102,25 @@ class Save:
         integrity.write_extra(draft, self._extra)
 
     def _sums(self, draft) -> dict[str, tuple[int, str]]:
-        is_own = lambda name: self._kind.EACH or (self._kind.is_own(name.removeprefix("state/")) if name.startswith("state/") else self._chief)
+        is_own = lambda name: (
+            self._kind.EACH
+            or (
+                self._kind.is_own(name.removeprefix("state/"))
+                if name.startswith("state/")
+                else self._chief
+            )
+        )
         own = [name for name in manifest.files_of(draft) if is_own(name)]
         sums = manifest.checksums(draft, own)
         manifest.sync(draft, own)
         return sums
 
     def _commit(self, draft, everybodys: list[dict[str, tuple[int, str]]]) -> None:
-        files = everybodys[jax.process_index()] if self._kind.EACH else {n: s for files in everybodys for n, s in files.items()}
+        files = (
+            everybodys[jax.process_index()]
+            if self._kind.EACH
+            else {n: s for files in everybodys for n, s in files.items()}
+        )
         manifest.write(draft, Manifest(self._options.kind, self._step, files, self._about))
         self._folder.commit(self._step)
 
@@ -131,7 +156,12 @@ class Save:
         if jax.process_count() == 1:
             said = [{"error": error, "out": out}]
         else:
-            said = [json.loads(text) for text in exchange("save", json.dumps({"error": error, "out": out if everybodys else None}))]
+            said = [
+                json.loads(text)
+                for text in exchange(
+                    "save", json.dumps({"error": error, "out": out if everybodys else None})
+                )
+            ]
         wrong = [(i, s["error"]) for i, s in enumerate(said) if s["error"]]
         if wrong:
             process, what = wrong[0]
@@ -148,7 +178,9 @@ class Save:
         if self._chief:
             try:
                 self._folder.discard(self._step)
-                if self._kind.EACH and self._step in self._folder.steps():  # this process had its part on disk, another had not
+                if (
+                    self._kind.EACH and self._step in self._folder.steps()
+                ):  # this process had its part on disk, another had not
                     self._folder.delete(self._step)
             except OSError:
                 pass  # the next save begins with it

@@ -27,7 +27,9 @@ from deepseek_jax.tensorfile.bounded_json import BadFile
 INDEX = "_METADATA"  # the file by which this kind is known
 EACH = False  # all processes write one checkpoint together
 _LIMIT = 1 << 25  # bytes of that file
-CHUNK_BYTES = 1 << 28  # what a reader of any part of an array holds, at most: one device may have had gigabytes of it
+CHUNK_BYTES = (
+    1 << 28
+)  # what a reader of any part of an array holds, at most: one device may have had gigabytes of it
 
 
 def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
@@ -39,11 +41,15 @@ def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
     _hush()
     handler = _handler()
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
-    futures = asyncio.run(handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(state, save_args=chunks)))
+    futures = asyncio.run(
+        handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(state, save_args=chunks))
+    )
 
     def finish() -> None:
         errors = []
-        for future in futures or []:  # all of them: one that still writes would put files into a folder that is being removed
+        for future in (
+            futures or []
+        ):  # all of them: one that still writes would put files into a folder that is being removed
             try:
                 future.result()
             except Exception as e:
@@ -66,7 +72,9 @@ def is_own(file: str) -> bool:
     """Did this process write that file of `folder`? Process 0 writes those of all, too."""
     head = file.partition("/")[0]
     of_process = head.removeprefix("ocdbt.process_") if head.startswith("ocdbt.process_") else ""
-    return int(of_process) == jax.process_index() if of_process.isdigit() else jax.process_index() == 0
+    return (
+        int(of_process) == jax.process_index() if of_process.isdigit() else jax.process_index() == 0
+    )
 
 
 class Source:
@@ -83,19 +91,31 @@ class Source:
         opened = {}
         for name in _names(folder):
             kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
-            opened[name] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True, context=context)
+            opened[name] = ts.open(
+                {"driver": "zarr", "kvstore": kvstore}, open=True, read=True, context=context
+            )
         self._arrays = {}
         for name, future in opened.items():
             try:
                 self._arrays[name] = future.result()
             except Exception as e:
-                raise BadFile("state", f"{name[:80]!r} cannot be opened ({' '.join(str(e).split())[:200]})") from e
-        self.shapes = {name: Shape(tuple(a.shape), np.dtype(a.dtype.numpy_dtype)) for name, a in self._arrays.items()}
+                raise BadFile(
+                    "state", f"{name[:80]!r} cannot be opened ({' '.join(str(e).split())[:200]})"
+                ) from e
+        self.shapes = {
+            name: Shape(tuple(a.shape), np.dtype(a.dtype.numpy_dtype))
+            for name, a in self._arrays.items()
+        }
         for name, array in self._arrays.items():
             chunk = array.chunk_layout.read_chunk.shape or ()
             # A chunk is allocated whole, whatever is asked of it.
-            if any(c > max(n, 1) for c, n in zip(chunk, array.shape, strict=True)) or self.shapes[name].dtype not in NAMES:
-                raise BadFile("state", f"{name[:80]!r}, {self.shapes[name]}, has chunks of {list(chunk)}")
+            if (
+                any(c > max(n, 1) for c, n in zip(chunk, array.shape, strict=True))
+                or self.shapes[name].dtype not in NAMES
+            ):
+                raise BadFile(
+                    "state", f"{name[:80]!r}, {self.shapes[name]}, has chunks of {list(chunk)}"
+                )
 
     def parts(self, name: str) -> Iterator[regions.Index]:
         """All of an array, in its chunks: TensorStore reads a whole chunk for any part of it."""
@@ -127,11 +147,17 @@ def _names(folder: os.PathLike) -> list[str]:
     for name, entry in found.items():
         keys = entry.get("key_metadata") if isinstance(entry, dict) else None
         about = entry.get("value_metadata") if isinstance(entry, dict) else None
-        plain = isinstance(keys, list) and keys and all(isinstance(k, dict) and isinstance(k.get("key"), str) for k in keys)
+        plain = (
+            isinstance(keys, list)
+            and keys
+            and all(isinstance(k, dict) and isinstance(k.get("key"), str) for k in keys)
+        )
         if not plain or not isinstance(about, dict):
             raise BadFile(file, f"{name[:80]!r} is no path of names")
         parts = [k["key"] for k in keys]
-        if about.get("value_type") != "jax.Array" or any("/" in p or p in ("", ".", "..") or not p.isprintable() for p in parts):
+        if about.get("value_type") != "jax.Array" or any(
+            "/" in p or p in ("", ".", "..") or not p.isprintable() for p in parts
+        ):
             raise BadFile(file, f"{name[:80]!r} is no array with a plain name")
         out.append("/".join(parts))
     if len(set(out)) != len(out):
@@ -139,7 +165,12 @@ def _names(folder: os.PathLike) -> list[str]:
     return out
 
 
-def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str, regions.Index], np.ndarray], shards: int) -> None:
+def write(
+    folder: os.PathLike,
+    shapes: dict[str, Shape],
+    read: Callable[[str, regions.Index], np.ndarray],
+    shards: int,
+) -> None:
     """Writes arrays one piece at a time, as Orbax would have for `shards` devices.
 
     Args:
@@ -151,14 +182,29 @@ def write(folder: os.PathLike, shapes: dict[str, Shape], read: Callable[[str, re
     tree = {}
     for name, what in shapes.items():
         parts, chunk = name.split("/"), _chunk(what, shards)
-        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(parts) + "/"},
-                "metadata": {"shape": what.shape, "chunks": chunk, "compressor": None}, "store_data_equal_to_fill_value": True}
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(parts) + "/"},
+            "metadata": {"shape": what.shape, "chunks": chunk, "compressor": None},
+            "store_data_equal_to_fill_value": True,
+        }
         array = ts.open(spec, create=True, dtype=ts.dtype(what.dtype)).result()
         for index in _grid(what.shape, chunk):
             array[index].write(read(name, index)).result()
-        tree[str(tuple(parts))] = {"key_metadata": [{"key": p, "key_type": 2} for p in parts],
-                                   "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": chunk}}
-    value = {"tree_metadata": tree, "use_zarr3": False, "store_array_data_equal_to_fill_value": True, "custom_metadata": None}
+        tree[str(tuple(parts))] = {
+            "key_metadata": [{"key": p, "key_type": 2} for p in parts],
+            "value_metadata": {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": chunk,
+            },
+        }
+    value = {
+        "tree_metadata": tree,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
     (folder / INDEX).write_bytes(json.dumps(value).encode())
 
 
@@ -194,7 +240,10 @@ def _hush() -> None:
         return
 
     def hook(what) -> None:
-        if not (isinstance(what.exc_value, RuntimeError) and "Event loop is closed" in str(what.exc_value)):
+        if not (
+            isinstance(what.exc_value, RuntimeError)
+            and "Event loop is closed" in str(what.exc_value)
+        ):
             before(what)
 
     sys.unraisablehook = hook

@@ -12,7 +12,9 @@ class Parser(argparse.ArgumentParser):
     """argparse with one line for every mistake, help as it is written, and without abbreviations, which would hide mistakes."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help.")
@@ -40,7 +42,9 @@ def numbers(text: str) -> list[int]:
     try:
         return [int(n) for n in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers. Write it as 512,1024") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of whole numbers. Write it as 512,1024"
+        ) from None
 
 
 def some_of(*names: str) -> Callable[[str], list[str]]:
@@ -48,7 +52,9 @@ def some_of(*names: str) -> Callable[[str], list[str]]:
 
     def read(text: str) -> list[str]:
         if unknown := [n for n in text.split(",") if n not in names]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known. Choose of {', '.join(names)}")
+            raise argparse.ArgumentTypeError(
+                f"{unknown[0]!r} is not known. Choose of {', '.join(names)}"
+            )
         return text.split(",")
 
     return read

@@ -43,8 +43,10 @@ class _Stream(io.FileIO):
                 if not (self.drop_all or closed and self.drop_closed):
                     raise
                 if first and not closed and self.fileno() == 1:
-                    print(f"stdout cannot be written ({e.strerror}). The work goes on; what was said is lost.",
-                          file=sys.stderr)
+                    print(
+                        f"stdout cannot be written ({e.strerror}). The work goes on; what was said is lost.",
+                        file=sys.stderr,
+                    )
                 break
         return len(view)
 
@@ -67,8 +69,10 @@ def set_up(output: str = "report") -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    for name, fd, drops in (("stdout", 1, (output != "result", output == "log")),
-                            ("stderr", 2, (True, True))):
+    for name, fd, drops in (
+        ("stdout", 1, (output != "result", output == "log")),
+        ("stderr", 2, (True, True)),
+    ):
         old = getattr(sys, name)
         if name in _streams:
             _streams[name].drop_closed, _streams[name].drop_all = drops
@@ -80,10 +84,17 @@ def set_up(output: str = "report") -> None:
         old.flush()
         raw = _Stream(fd, *drops)
         unbuffered = old.write_through and isinstance(old.buffer, io.RawIOBase)  # python -u
-        setattr(sys, name, io.TextIOWrapper(raw if unbuffered else io.BufferedWriter(raw),
-                                            encoding=old.encoding, errors=ESCAPE,
-                                            line_buffering=old.line_buffering,
-                                            write_through=old.write_through))
+        setattr(
+            sys,
+            name,
+            io.TextIOWrapper(
+                raw if unbuffered else io.BufferedWriter(raw),
+                encoding=old.encoding,
+                errors=ESCAPE,
+                line_buffering=old.line_buffering,
+                write_through=old.write_through,
+            ),
+        )
         _streams[name] = raw
 
 
@@ -102,6 +113,10 @@ def finish() -> OSError | None:
         sys.stdout.flush()
     except OSError:
         pass
-    failed = None if stream.drop_all or getattr(stream.failed, "errno", None) == errno.EPIPE else stream.failed
+    failed = (
+        None
+        if stream.drop_all or getattr(stream.failed, "errno", None) == errno.EPIPE
+        else stream.failed
+    )
     stream.drop_closed = stream.drop_all = True
     return failed

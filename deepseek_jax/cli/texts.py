@@ -39,5 +39,8 @@ def plural(n: int, word: str) -> str:
 def table(rows: Sequence[Sequence[str]], indent: str = "", right: bool = True) -> str:
     """Columns wide enough for their cells; the first row is the heading; all but the first column to the right, or to the left too."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cells = lambda row: [c.rjust(w) if right and i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+    cells = lambda row: [
+        c.rjust(w) if right and i else c.ljust(w)
+        for i, (c, w) in enumerate(zip(row, widths, strict=True))
+    ]
     return "\n".join((indent + "  ".join(cells(row))).rstrip() for row in rows)

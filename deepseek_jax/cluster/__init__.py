@@ -1,1 +1,1 @@
-"""."""
+"""Several processes: finding each other, agreeing, noticing who is lost; signals."""

@@ -18,10 +18,14 @@ class Place(NamedTuple):
     port: int
     count: int
     index: int
-    may_share: bool = False  # whoever started the processes put several on a host and gave each all of its GPUs
+    may_share: bool = (
+        False  # whoever started the processes put several on a host and gave each all of its GPUs
+    )
 
 
-def find(address: str | None, count: int | None, index: int | None, timeout: int, env: Mapping[str, str]) -> Place | None:
+def find(
+    address: str | None, count: int | None, index: int | None, timeout: int, env: Mapping[str, str]
+) -> Place | None:
     """The cluster that the flags name, else JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, else torchrun, SLURM,
     Open MPI or Kubernetes; each may leave a part to the next. None for one process, which needs no cluster.
 
@@ -33,7 +37,11 @@ def find(address: str | None, count: int | None, index: int | None, timeout: int
     """
     if count == 1:
         return None
-    variables = env.get("JAX_COORDINATOR_ADDRESS"), _number(env, "JAX_NUM_PROCESSES"), _number(env, "JAX_PROCESS_ID")
+    variables = (
+        env.get("JAX_COORDINATOR_ADDRESS"),
+        _number(env, "JAX_NUM_PROCESSES"),
+        _number(env, "JAX_PROCESS_ID"),
+    )
     address, count, index = _filled((address, count, index), variables)
     nobody_asked, by = (address, count, index) == (None, None, None), ""
     if None in (address, count, index):
@@ -42,23 +50,33 @@ def find(address: str | None, count: int | None, index: int | None, timeout: int
         if nobody_asked and (not by or count == 1):
             return None
         if by and None in (address, count, index):
-            address, count, index = _filled((address, count, index), _ask_jax(address, count, index, timeout, by))
+            address, count, index = _filled(
+                (address, count, index), _ask_jax(address, count, index, timeout, by)
+            )
     if count == 1:
         return None
     if index is not None and count is None:
-        raise UserError(f"--process_id={index} needs --num_processes and --coordinator_address. Give all three to every process.")
+        raise UserError(
+            f"--process_id={index} needs --num_processes and --coordinator_address. Give all three to every process."
+        )
     if None not in (count, index) and index >= count:
-        raise UserError(f"--process_id={index} is not below --num_processes={count}. Number processes from 0.")
+        raise UserError(
+            f"--process_id={index} is not below --num_processes={count}. Number processes from 0."
+        )
     missing = [name for name, value in zip(FLAGS, (address, count, index)) if value is None]
     if missing:
         alone = f" {by} started this process; --num_processes=1 trains alone." if by else ""
         more = " pip install 'jax[k8s]' lets JAX ask Kubernetes." if by == "Kubernetes" else ""
-        raise UserError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, and JAX cannot find out. Give "
-                        f"{', '.join(FLAGS)} to every process, or start them by python -m deepseek_jax.launch.{alone}{more}")
+        raise UserError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, and JAX cannot find out. Give "
+            f"{', '.join(FLAGS)} to every process, or start them by python -m deepseek_jax.launch.{alone}{more}"
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator_address={address} is not HOST:PORT. Name the host of process 0 and a free port there, "
-                        f"for instance host0:8476.")
+        raise UserError(
+            f"--coordinator_address={address} is not HOST:PORT. Name the host of process 0 and a free port there, "
+            f"for instance host0:8476."
+        )
     return Place(host.strip("[]"), int(port), count, index, by in ("torchrun", "SLURM", "Open MPI"))
 
 
@@ -82,7 +100,9 @@ def _starter(env: Mapping[str, str]) -> str:
     if "OMPI_COMM_WORLD_SIZE" in env:
         return "Open MPI"
     # A pod that is no part of an indexed job, a notebook for instance, is alone.
-    return "Kubernetes" if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env else ""
+    return (
+        "Kubernetes" if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env else ""
+    )
 
 
 def _numbers(by: str, env: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
@@ -93,23 +113,33 @@ def _numbers(by: str, env: Mapping[str, str]) -> tuple[str | None, int | None, i
         return f"{env['MASTER_ADDR']}:{port}", _number(env, "WORLD_SIZE"), _number(env, "RANK")
     if by == "SLURM":  # in an interactive step SLURM_NTASKS counts what the allocation could hold
         count = _number(env, "SLURM_STEP_NUM_TASKS")
-        return None, _number(env, "SLURM_NTASKS") if count is None else count, _number(env, "SLURM_PROCID")
+        return (
+            None,
+            _number(env, "SLURM_NTASKS") if count is None else count,
+            _number(env, "SLURM_PROCID"),
+        )
     if by == "Open MPI":
         return None, _number(env, "OMPI_COMM_WORLD_SIZE"), _number(env, "OMPI_COMM_WORLD_RANK")
     return None, None, None
 
 
-def _ask_jax(address: str | None, count: int | None, index: int | None, timeout: int, by: str) -> tuple:
+def _ask_jax(
+    address: str | None, count: int | None, index: int | None, timeout: int, by: str
+) -> tuple:
     """What JAX finds out about the rest; None for what it cannot. Its public initialize() would join at once, agreed or not."""
     try:
         from jax._src.clusters import ClusterEnv
 
-        detect = lambda address: ClusterEnv.auto_detect_unset_distributed_params(address, count, index, [], None, timeout)[:3]
+        detect = lambda address: ClusterEnv.auto_detect_unset_distributed_params(
+            address, count, index, [], None, timeout
+        )[:3]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = detect(address or "later")  # a Kubernetes job of one pod may have no address
             return (address, *found[1:]) if address or found[1] == 1 else detect(None)
     except Exception as e:  # whatever a scheduler's interface raises
         text = (str(e).splitlines() or [""])[0]
-        raise UserError(f"{by} started this process, but JAX cannot find the cluster ({type(e).__name__}: {text}). "
-                        f"Give {', '.join(FLAGS)} to every process, or --num_processes=1 to train alone.") from e
+        raise UserError(
+            f"{by} started this process, but JAX cannot find the cluster ({type(e).__name__}: {text}). "
+            f"Give {', '.join(FLAGS)} to every process, or --num_processes=1 to train alone."
+        ) from e

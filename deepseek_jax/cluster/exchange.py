@@ -23,9 +23,14 @@ def exchange(channel: str, text: str) -> list[str]:
     key = lambda turn, process: f"deepseek_jax/{channel}/{turn}/{process}"
     client.key_value_set(key(turn, me), text)
     try:
-        out = [text if i == me else client.blocking_key_value_get(key(turn, i), int(TIMEOUT * 1000)) for i in range(jax.process_count())]
+        out = [
+            text if i == me else client.blocking_key_value_get(key(turn, i), int(TIMEOUT * 1000))
+            for i in range(jax.process_count())
+        ]
     except jax.errors.JaxRuntimeError as e:
-        raise TimeoutError(f"another process did not answer about the checkpoint ({str(e).splitlines()[0][:150]})") from e
+        raise TimeoutError(
+            f"another process did not answer about the checkpoint ({str(e).splitlines()[0][:150]})"
+        ) from e
     if turn:  # whoever speaks in this turn has heard all of the one before
         client.key_value_delete(key(turn - 1, me))
     return out
@@ -42,7 +47,9 @@ def from_first(channel: str, text: str) -> str:
         try:
             return client.blocking_key_value_get(key(turn), int(TIMEOUT * 1000))
         except jax.errors.JaxRuntimeError as e:
-            raise TimeoutError(f"process 0 did not answer about the checkpoint ({str(e).splitlines()[0][:150]})") from e
+            raise TimeoutError(
+                f"process 0 did not answer about the checkpoint ({str(e).splitlines()[0][:150]})"
+            ) from e
     client.key_value_set(key(turn), text)
     if turn >= 64:  # collectives keep processes within few steps of each other
         client.key_value_delete(key(turn - 64))

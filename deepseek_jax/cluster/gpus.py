@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from deepseek_jax.errors import UserError
 
-
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
@@ -34,8 +33,12 @@ class Claim(NamedTuple):
     """What one process sees, in the order in which it counts them."""
 
     host: str
-    gpus: list[str]  # their UUIDs: the same in every container and whatever CUDA_VISIBLE_DEVICES calls them
-    may_share: bool = False  # a scheduler started it beside others: it may take its part of what all of them see
+    gpus: list[
+        str
+    ]  # their UUIDs: the same in every container and whatever CUDA_VISIBLE_DEVICES calls them
+    may_share: bool = (
+        False  # a scheduler started it beside others: it may take its part of what all of them see
+    )
 
 
 def visible_gpus() -> list[str]:
@@ -52,7 +55,9 @@ def visible_gpus() -> list[str]:
         return []
     out = []
     for i in range(count.value):
-        if cuda.cuDeviceGet(ctypes.byref(device), i) or cuda.cuDeviceGetUuid_v2(ctypes.byref(name), device):
+        if cuda.cuDeviceGet(ctypes.byref(device), i) or cuda.cuDeviceGetUuid_v2(
+            ctypes.byref(name), device
+        ):
             return []
         out.append(f"GPU-{uuid.UUID(bytes=bytes(name))}")
     return out
@@ -83,7 +88,8 @@ def divide(claims: list[Claim]) -> list[list[int] | None]:
             ids = ", ".join(str(i) for i, gpu in enumerate(mine.gpus) if gpu in claims[b].gpus)
             raise UserError(
                 f"Processes {a} and {b} on {mine.host} would use the same GPUs ({ids} of the {len(mine.gpus)} that process {a} "
-                f"sees). Start one process a host, or use python -m deepseek_jax.launch, which gives each process its own GPUs.")
+                f"sees). Start one process a host, or use python -m deepseek_jax.launch, which gives each process its own GPUs."
+            )
         for place, p in enumerate(beside):
             out[p] = list(range(place * each, (place + 1) * each))
     return out
@@ -103,8 +109,11 @@ def shares(visible: list[str], processes: int, each: int | None = None) -> list[
         if rest or not each:
             raise UserError(
                 f"--nproc_per_node={processes} does not divide the {len(visible)} visible GPUs ({','.join(visible)}). Set it to "
-                f"a divisor, name other GPUs in CUDA_VISIBLE_DEVICES, or set JAX_PLATFORMS=cpu to leave GPUs out.")
+                f"a divisor, name other GPUs in CUDA_VISIBLE_DEVICES, or set JAX_PLATFORMS=cpu to leave GPUs out."
+            )
     if processes * each > len(visible):
-        raise UserError(f"--nproc_per_node={processes} x --devices_per_process={each} is more than the {len(visible)} visible "
-                        f"GPUs ({','.join(visible)}). Lower one of them.")
+        raise UserError(
+            f"--nproc_per_node={processes} x --devices_per_process={each} is more than the {len(visible)} visible "
+            f"GPUs ({','.join(visible)}). Lower one of them."
+        )
     return [",".join(visible[i * each : (i + 1) * each]) for i in range(processes)]

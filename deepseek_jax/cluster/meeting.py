@@ -58,7 +58,15 @@ class Meeting:
       met: all have come once.
     """
 
-    def __init__(self, host: str, port: int, count: int, index: int, bind_host: str = "", bind_port: int | None = None):
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        count: int,
+        index: int,
+        bind_host: str = "",
+        bind_port: int | None = None,
+    ):
         """Process 0 listens from now on, on all interfaces unless told where.
 
         Args:
@@ -110,7 +118,9 @@ class Meeting:
         while True:
             try:
                 if self._hub is None:
-                    self._hub = socket.create_connection(self._address, timeout=max(deadline - time.monotonic(), 1))
+                    self._hub = socket.create_connection(
+                        self._address, timeout=max(deadline - time.monotonic(), 1)
+                    )
                     self._hub.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 # Process 0 may have come only now, and gives the others the same time again.
                 self._hub.settimeout(seconds and seconds + PATIENCE)
@@ -122,7 +132,9 @@ class Meeting:
             except (OSError, ValueError, TypeError) as e:
                 self.close()
                 if self.met or time.monotonic() > deadline:
-                    closed = "timed out" if isinstance(e, TimeoutError) else "the connection was closed"
+                    closed = (
+                        "timed out" if isinstance(e, TimeoutError) else "the connection was closed"
+                    )
                     raise NoAnswer(getattr(e, "strerror", None) or closed) from e
             time.sleep(0.2)
 
@@ -154,7 +166,9 @@ class Meeting:
                             self._peers.remove(peer)
                             peer.socket.close()
                             continue
-                    if peer.report and (peer.report.get("error") or peer.report.get("count") != self._count):
+                    if peer.report and (
+                        peer.report.get("error") or peer.report.get("count") != self._count
+                    ):
                         deadline = min(deadline, time.monotonic() + PATIENCE)
         if self._listener:
             self._listener.close()
@@ -167,8 +181,12 @@ def listen(host: str, port: int, backlog: int = 1) -> socket.socket:
     """A listening socket; an empty host means all interfaces. Raises OSError where that cannot be."""
     host = host.strip("[]")
     both = host in ("", "::") and socket.has_dualstack_ipv6()
-    return socket.create_server((host, port), family=socket.AF_INET6 if both or ":" in host else socket.AF_INET, backlog=backlog,
-                                dualstack_ipv6=both)
+    return socket.create_server(
+        (host, port),
+        family=socket.AF_INET6 if both or ":" in host else socket.AF_INET,
+        backlog=backlog,
+        dualstack_ipv6=both,
+    )
 
 
 def free_port() -> int:

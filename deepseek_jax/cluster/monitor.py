@@ -56,7 +56,11 @@ class Line:
         try:
             chunk = self.socket.recv(1 << 16)
             *lines, self._buffer = (self._buffer + chunk).split(b"\n")
-            return [dict(json.loads(line)) for line in lines] if chunk and len(self._buffer) < MAX_LINE else None
+            return (
+                [dict(json.loads(line)) for line in lines]
+                if chunk and len(self._buffer) < MAX_LINE
+                else None
+            )
         except (OSError, ValueError, TypeError):
             return None
 
@@ -81,13 +85,20 @@ class Monitor:
     def __init__(self, program: str, index: int, count: int, timeout: float):
         self._program, self._index, self._count, self._timeout = program, index, count, timeout
         self._host, self._changed = socket.gethostname(), threading.Condition()
-        self._step, self._training = -1, False  # steps begun when `after` was last called; whether it ever was
+        self._step, self._training = (
+            -1,
+            False,
+        )  # steps begun when `after` was last called; whether it ever was
         self._asked, self._stop_after, self._number = False, None, None
         self._closed = False
         self._hub: Line | None = None  # process 0, seen from another one
         self._peers: list[Peer] = []  # seen from process 0
-        self._answers: dict[int, tuple[int, bool]] | None = None  # to the question when to stop: (step, is training) by process
-        self.leave_now = lambda number: leave(128 + number)  # what ends this process for a signal before training
+        self._answers: dict[int, tuple[int, bool]] | None = (
+            None  # to the question when to stop: (step, is training) by process
+        )
+        self.leave_now = lambda number: leave(
+            128 + number
+        )  # what ends this process for a signal before training
 
     # ------------------------------------------------------------------------------------------------------------------ start
 
@@ -118,7 +129,9 @@ class Monitor:
             self._changed.notify_all()
         message = {"bye": self._index} | why
         if self._index == 0 and "failed" in why:
-            self._end_others({"process": 0, "host": self._host, "why": why["failed"], "code": why["code"]})
+            self._end_others(
+                {"process": 0, "host": self._host, "why": why["failed"], "code": why["code"]}
+            )
         for line in [self._hub] if self._hub else [p.line for p in self._peers]:
             line.send(**message)
 
@@ -165,7 +178,10 @@ class Monitor:
         with self._changed:
             if self._answers is None or self._stop_after is not None:
                 return
-            if {0, *(p.index for p in self._peers if not p.left)} - self._answers.keys():  # the others may answer before process 0 itself
+            if {
+                0,
+                *(p.index for p in self._peers if not p.left),
+            } - self._answers.keys():  # the others may answer before process 0 itself
                 return
             steps = [step for step, training in self._answers.values() if training]
             self._stop_after = max(steps) + 1 if steps else -1
@@ -195,24 +211,48 @@ class Monitor:
         else:
             self._end_hung(0, step, seconds)
         time.sleep(GRACE)  # process 0 ends this one; or it hangs itself
-        self._end({"hung": True, "why": f"no step ended for {seconds:.0f} s after step {step}", "stacks": True, "code": HUNG})
+        self._end(
+            {
+                "hung": True,
+                "why": f"no step ended for {seconds:.0f} s after step {step}",
+                "stacks": True,
+                "code": HUNG,
+            }
+        )
 
     def _end_hung(self, process: int, step: int, seconds: float) -> None:
         steps = {0: self._step, **{p.index: p.step for p in self._peers if p.index is not None}}
         behind = min(steps.values())
         slow = [str(i) for i, s in sorted(steps.items()) if s == behind]
-        where = f"; process {', '.join(slow)} is the furthest behind, at step {behind}" if len(slow) < len(steps) else ""
-        info = {"hung": True, "why": f"process {process} saw no step end for {seconds:.0f} s after step {step}{where}", "stacks": True, "code": HUNG}
+        where = (
+            f"; process {', '.join(slow)} is the furthest behind, at step {behind}"
+            if len(slow) < len(steps)
+            else ""
+        )
+        info = {
+            "hung": True,
+            "why": f"process {process} saw no step end for {seconds:.0f} s after step {step}{where}",
+            "stacks": True,
+            "code": HUNG,
+        }
         self._end_others(info)
         self._end(info)
 
     def _end_others(self, info: dict[str, Any]) -> None:
         for peer in self._peers:
             peer.line.send(end=info)
-        time.sleep(0.5 if self._peers else 0)  # closed at once, with beats unread, a connection may take back what was sent last
+        time.sleep(
+            0.5 if self._peers else 0
+        )  # closed at once, with beats unread, a connection may take back what was sent last
 
     def _lost(self, peer: Peer, why: str, stacks: bool = False, code: int = LOST) -> None:
-        info = {"process": peer.index, "host": peer.host, "why": why, "stacks": stacks, "code": code}
+        info = {
+            "process": peer.index,
+            "host": peer.host,
+            "why": why,
+            "stacks": stacks,
+            "code": code,
+        }
         self._end_others(info)
         self._end(info)
 
@@ -220,17 +260,27 @@ class Monitor:
         """Ends this process. Process 0 says why; the others do where process 0 is the one that was lost."""
         if self._closed:
             return
-        say = self._index == 0 or info.get("process") == 0 or "hung" in info and not self._hub if say is None else say
+        say = (
+            self._index == 0 or info.get("process") == 0 or "hung" in info and not self._hub
+            if say is None
+            else say
+        )
         text = ""
         if "hung" in info:
             text = f"{self._program}: a step does not end: {info['why']}. The stacks of all processes follow."
         elif info["code"] == LOST:
-            text = (f"{self._program}: process {info['process']} ({info['host']}) was lost after step {max(self._step, 0)}: {info['why']}. "
-                    f"The same command goes on from the newest checkpoint.")
+            text = (
+                f"{self._program}: process {info['process']} ({info['host']}) was lost after step {max(self._step, 0)}: {info['why']}. "
+                f"The same command goes on from the newest checkpoint."
+            )
         if say and text:
             print(text, file=sys.stderr, flush=True)
         if info.get("stacks"):
-            print(f"{self._program}: stacks of process {self._index} ({self._host}):", file=sys.stderr, flush=True)
+            print(
+                f"{self._program}: stacks of process {self._index} ({self._host}):",
+                file=sys.stderr,
+                flush=True,
+            )
             with contextlib.suppress(Exception):
                 faulthandler.dump_traceback(all_threads=True)
         leave(info["code"])
@@ -238,7 +288,9 @@ class Monitor:
     # ----------------------------------------------------------------------------------------------------------------- threads
 
     def _silence(self) -> str:
-        return f"it gave no sign of life for {self._timeout:g} s (config.watchdog.heartbeat_timeout)"
+        return (
+            f"it gave no sign of life for {self._timeout:g} s (config.watchdog.heartbeat_timeout)"
+        )
 
     @property
     def _beat(self) -> float:
@@ -254,15 +306,32 @@ class Monitor:
                 before = time.monotonic()
                 events = ready.select(self._beat)
                 now = time.monotonic()
-                heard += max(now - before - 2 * self._beat, 0)  # this process was not running itself
+                heard += max(
+                    now - before - 2 * self._beat, 0
+                )  # this process was not running itself
                 if events:
                     heard, messages = now, self._hub.read()
                     if messages is None:
-                        return self._end({"process": 0, "host": self._host_of_0, "why": "its connection closed", "code": LOST})
+                        return self._end(
+                            {
+                                "process": 0,
+                                "host": self._host_of_0,
+                                "why": "its connection closed",
+                                "code": LOST,
+                            }
+                        )
                     for m in messages:
                         self._told(m)
                 elif now - heard > self._timeout:
-                    self._end({"process": 0, "host": self._host_of_0, "why": self._silence(), "stacks": True, "code": LOST})
+                    self._end(
+                        {
+                            "process": 0,
+                            "host": self._host_of_0,
+                            "why": self._silence(),
+                            "stacks": True,
+                            "code": LOST,
+                        }
+                    )
                 if now - sent >= self._beat:
                     sent = now
                     self._hub.send(beat=self._step)
@@ -307,7 +376,10 @@ class Monitor:
                 if len(self._peers) < self._count - 1 and now - started > self._timeout + 60:
                     known = {p.index for p in self._peers}
                     missing = Peer(socket.socket())
-                    missing.index, missing.host = next(i for i in range(1, self._count) if i not in known), "unknown host"
+                    missing.index, missing.host = (
+                        next(i for i in range(1, self._count) if i not in known),
+                        "unknown host",
+                    )
                     self._lost(missing, "it did not come to process 0's monitor")
                 if now - sent >= self._beat:
                     sent = now

@@ -76,7 +76,11 @@ class Stopper:
 
     def leave_now(self, number: int) -> NoReturn:
         """Ends this process, which has nothing to save."""
-        when = "after the last checkpoint" if self._saved else "before the first step; there was nothing to save"
+        when = (
+            "after the last checkpoint"
+            if self._saved
+            else "before the first step; there was nothing to save"
+        )
         leave(128 + number, f"{self._program}: stopped by signal {number} {when}.")
 
     def end(self) -> None:

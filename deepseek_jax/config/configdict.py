@@ -15,7 +15,11 @@ from ml_collections import ConfigDict, config_dict
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
 
-OPTIONAL = ("model.q_lora_rank", "model.num_key_value_heads", "model.head_dim")  # options that may be None
+OPTIONAL = (
+    "model.q_lora_rank",
+    "model.num_key_value_heads",
+    "model.head_dim",
+)  # options that may be None
 
 
 def base_config() -> ConfigDict:
@@ -47,10 +51,14 @@ def from_config_dict(tree: Any) -> Config:
     def build(cls: type, values: Any, where: str) -> Any:
         hints = typing.get_type_hints(cls)
         if not hasattr(values, "items"):
-            raise UserError(f"{where} is {values!r}, but it is a section with the options {', '.join(hints)}.")
+            raise UserError(
+                f"{where} is {values!r}, but it is a section with the options {', '.join(hints)}."
+            )
         unknown = [k for k in values if k not in hints]
         if unknown:
-            raise UserError(f"{where}.{unknown[0]} is not an option. {where} has: {', '.join(hints)}.")
+            raise UserError(
+                f"{where}.{unknown[0]} is not an option. {where} has: {', '.join(hints)}."
+            )
         out = {}
         for name, value in values.items():
             kind, full = hints[name], f"{where}.{name}"
@@ -64,7 +72,9 @@ def from_config_dict(tree: Any) -> Config:
                 value = None  # a flag cannot spell None
             if type(value) not in allowed:
                 wanted = " or ".join("None" if a is types.NoneType else a.__name__ for a in allowed)
-                raise UserError(f"{full}={value!r} has the type {type(value).__name__}. Give it a value of type {wanted}.")
+                raise UserError(
+                    f"{full}={value!r} has the type {type(value).__name__}. Give it a value of type {wanted}."
+                )
             out[name] = value
         return cls(**out)
 
@@ -79,7 +89,9 @@ def comments_of(cls: type) -> dict[str, str]:
     except (OSError, TypeError):  # of a program that was packed without its sources
         return {}
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    by_line = {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
+    by_line = {
+        t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT
+    }
     fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
     return {f.target.id: by_line[f.end_lineno] for f in fields if f.end_lineno in by_line}
 
@@ -96,7 +108,9 @@ def describe() -> str:
                 nested.append((typing.get_type_hints(cls)[f.name], f"{where}.{f.name}"))
             else:
                 default = repr(f.default) if isinstance(f.default, str) else f.default
-                lines.append(f"  --{where}.{f.name}={default}\n        {comments.get(f.name, '')}".rstrip())
+                lines.append(
+                    f"  --{where}.{f.name}={default}\n        {comments.get(f.name, '')}".rstrip()
+                )
         for kind, name in nested:
             add(kind, name)
 

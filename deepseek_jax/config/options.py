@@ -10,7 +10,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-
 IGNORE = -100  # target id of a position that predicts nothing, as in Hugging Face
 
 
@@ -24,8 +23,12 @@ class RopeScaling:
     beta_fast: float = 32.0  # rotations above which a frequency is kept as it is
     beta_slow: float = 1.0  # rotations below which a frequency is divided by `factor`
     mscale: float = 0.0  # 0: not given. cos and sin are scaled by m(mscale) / m(mscale_all_dim)
-    mscale_all_dim: float = 0.0  # 0: not given. The softmax scale of MLA is multiplied by m(mscale_all_dim)^2
-    attention_factor: float = 0.0  # yarn: cos and sin are scaled by this; 0: by what mscale and mscale_all_dim give
+    mscale_all_dim: float = (
+        0.0  # 0: not given. The softmax scale of MLA is multiplied by m(mscale_all_dim)^2
+    )
+    attention_factor: float = (
+        0.0  # yarn: cos and sin are scaled by this; 0: by what mscale and mscale_all_dim give
+    )
     low_freq_factor: float = 1.0  # llama3: wavelengths above original_max_position_embeddings / this are divided by `factor`
     high_freq_factor: float = 4.0  # llama3: wavelengths below original_max_position_embeddings / this stay; between, both are mixed
 
@@ -37,20 +40,32 @@ class ModelConfig:
     vocab_size: int = 320  # rows of the embedding; token ids run from 0 to vocab_size - 1
     hidden_size: int = 256
     intermediate_size: int = 768  # SwiGLU width of the dense layers
-    moe_intermediate_size: int = 192  # SwiGLU width of one routed expert; the shared experts have n_shared times this
+    moe_intermediate_size: int = (
+        192  # SwiGLU width of one routed expert; the shared experts have n_shared times this
+    )
     num_hidden_layers: int = 6
     num_attention_heads: int = 8
-    q_lora_rank: int | None = None  # rank of the query compression; None or 0 projects queries directly (V2-Lite, Moonlight)
+    q_lora_rank: int | None = (
+        None  # rank of the query compression; None or 0 projects queries directly (V2-Lite, Moonlight)
+    )
     kv_lora_rank: int = 128  # rank of the joint key-value compression: what a decoding cache holds, with the rope part
     qk_nope_head_dim: int = 32  # width per head of the part of q and k that carries no position
     qk_rope_head_dim: int = 16  # width per head of the rotated part; its key is shared by all heads
     v_head_dim: int = 32
-    num_key_value_heads: int | None = None  # heads of keys and values of grouped-query attention (Llama, Qwen, GLM, Mixtral); None or 0: MLA
-    head_dim: int | None = None  # grouped-query attention: width of a head; None or 0: hidden_size / num_attention_heads
+    num_key_value_heads: int | None = (
+        None  # heads of keys and values of grouped-query attention (Llama, Qwen, GLM, Mixtral); None or 0: MLA
+    )
+    head_dim: int | None = (
+        None  # grouped-query attention: width of a head; None or 0: hidden_size / num_attention_heads
+    )
     attention_bias: bool = False  # grouped-query attention: q, k and v have biases
     attention_out_bias: bool = False  # grouped-query attention: the output projection has a bias
-    use_qk_norm: bool = False  # grouped-query attention: RMSNorm of every head's q and k, before rotation (Qwen3)
-    partial_rotary_factor: float = 1.0  # grouped-query attention: share of head_dim that is rotated (GLM: 0.5)
+    use_qk_norm: bool = (
+        False  # grouped-query attention: RMSNorm of every head's q and k, before rotation (Qwen3)
+    )
+    partial_rotary_factor: float = (
+        1.0  # grouped-query attention: share of head_dim that is rotated (GLM: 0.5)
+    )
     first_k_dense_replace: int = 1  # the first k layers are dense
     n_routed_experts: int = 16
     n_shared_experts: int = 1  # 0: none
@@ -59,17 +74,25 @@ class ModelConfig:
     topk_group: int = 1  # groups a token may choose from
     topk_method: str = "noaux_tc"  # noaux_tc (V3: selection bias, group score = sum of top two) | greedy | group_limited_greedy (V2: maximum)
     scoring_func: str = "sigmoid"  # sigmoid (V3) | softmax (V2)
-    norm_topk_prob: bool = True  # make the chosen experts' weights sum to one, before routed_scaling_factor
+    norm_topk_prob: bool = (
+        True  # make the chosen experts' weights sum to one, before routed_scaling_factor
+    )
     routed_scaling_factor: float = 2.5  # multiplies the routed experts' weights
     aux_loss_alpha: float = 0.0001  # weight of the balance loss; 0: off
-    seq_aux: bool = True  # balance loss per sequence (V2 and V3) or over the whole batch of a step (False)
-    num_nextn_predict_layers: int = 0  # multi-token prediction depth: extra layers that predict tokens further ahead
+    seq_aux: bool = (
+        True  # balance loss per sequence (V2 and V3) or over the whole batch of a step (False)
+    )
+    num_nextn_predict_layers: int = (
+        0  # multi-token prediction depth: extra layers that predict tokens further ahead
+    )
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_interleave: bool = True  # rotate neighbouring pairs (DeepSeek) or the two halves
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     max_position_embeddings: int = 4096  # longest sequence the model is meant for, in tokens
-    initializer_range: float = 0.02  # standard deviation of every initial weight (V2 and V3 use 0.006)
+    initializer_range: float = (
+        0.02  # standard deviation of every initial weight (V2 and V3 use 0.006)
+    )
     tie_word_embeddings: bool = False  # the output head is the embedding, transposed
 
     @property
@@ -87,12 +110,18 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         """How much of a head's query and key is rotated."""
-        return self.qk_rope_head_dim if self.num_key_value_heads is None else int(self.qk_head_dim * self.partial_rotary_factor)
+        return (
+            self.qk_rope_head_dim
+            if self.num_key_value_heads is None
+            else int(self.qk_head_dim * self.partial_rotary_factor)
+        )
 
     @property
     def has_experts(self) -> bool:
         """Whether any layer is an MoE layer; those of multi-token prediction are."""
-        return self.num_hidden_layers > self.first_k_dense_replace or self.num_nextn_predict_layers > 0
+        return (
+            self.num_hidden_layers > self.first_k_dense_replace or self.num_nextn_predict_layers > 0
+        )
 
 
 @dataclass(frozen=True)
@@ -132,10 +161,18 @@ class MoeConfig:
     capacity_factor: float = 1.25  # places per round = this x the mean load; overflow costs a round (none on a CPU with all experts), no token
     drop: bool = False  # drop what overflows the places of one round on its device, instead of running more rounds
     drop_policy: str = "probability"  # what drop keeps: probability (=probs; the highest router weights) | position (the earliest tokens)
-    bias_update_rate: float = 0.001  # step of the selection bias per optimizer step (noaux_tc); 0: fixed bias
-    bias_update_fraction: float = 1.0  # the bias moves during this fraction of the steps, then is fixed (V3: 14.3/14.8)
-    bias_centre: bool = False  # subtract the bias's mean after each update, so that it cannot drift as a whole
-    router_z_loss_coef: float = 0.0  # weight of mean(logsumexp(router logits)^2), ST-MoE arXiv:2202.08906; 0: off
+    bias_update_rate: float = (
+        0.001  # step of the selection bias per optimizer step (noaux_tc); 0: fixed bias
+    )
+    bias_update_fraction: float = (
+        1.0  # the bias moves during this fraction of the steps, then is fixed (V3: 14.3/14.8)
+    )
+    bias_centre: bool = (
+        False  # subtract the bias's mean after each update, so that it cannot drift as a whole
+    )
+    router_z_loss_coef: float = (
+        0.0  # weight of mean(logsumexp(router logits)^2), ST-MoE arXiv:2202.08906; 0: off
+    )
 
 
 @dataclass(frozen=True)
@@ -144,10 +181,16 @@ class DataConfig:
     weights: str = ""  # mixture weights of the comma-separated paths, as "0.7,0.3"; empty: by their size in tokens
     tokenizer: str = "auto"  # auto (the run's, else that of init_from or of the import, else bytes) | bytes | path of a tokenizer.json or tiktoken.model, or of the folder with it
     special_tokens: bool = False  # True: <|im_start|> and the like in the text are the tokenizer's special tokens, eos ends a document; False: text
-    document_mask: bool = True  # attention and positions do not cross documents packed into one sequence
-    eval_fraction: float = 0.01  # share of the documents held out for evaluation, chosen by document; 0: no evaluation
+    document_mask: bool = (
+        True  # attention and positions do not cross documents packed into one sequence
+    )
+    eval_fraction: float = (
+        0.01  # share of the documents held out for evaluation, chosen by document; 0: no evaluation
+    )
     bin_dtype: str = "uint16"  # dtype of raw .bin token files without a sidecar: uint16 | uint32
-    eos_token_id: int = -1  # document separator in token files without a sidecar; -1: the tokenizer's
+    eos_token_id: int = (
+        -1
+    )  # document separator in token files without a sidecar; -1: the tokenizer's
     on_change: str = "refuse"  # resuming with other data, seed, sequence_length, eval_fraction or mixture: refuse | new_pass (begin a pass over them)
 
 
@@ -157,7 +200,9 @@ class TrainConfig:
     batch_size: int = 8  # sequences a step, over the whole mesh
     sequence_length: int = 512  # tokens a sequence
     accumulation: int = 1  # micro-batches a step; divides batch_size
-    batch_ramp_start: int = 0  # sequences a step at the start, growing linearly to batch_size; 0: no ramp
+    batch_ramp_start: int = (
+        0  # sequences a step at the start, growing linearly to batch_size; 0: no ramp
+    )
     batch_ramp_steps: int = 0  # steps over which the batch grows, in whole micro-batches
     dtype: str = "bfloat16"  # compute dtype: bfloat16 | float32 | float16 (with loss scaling, config.fp16); parameters are float32
     accumulation_dtype: str = "float32"  # of the micro-batches' summed gradients: float32 | bfloat16 (2 bytes a parameter, not 4)
@@ -179,7 +224,9 @@ class Fp16Config:
     initial_scale_power: int = 16  # the dynamic scale starts at 2 to this power
     loss_scale_window: int = 1000  # steps without overflow after which the scale doubles
     hysteresis: int = 2  # the scale halves at the overflow of this number since it last doubled, and at every one after that
-    min_loss_scale: float = 1.0  # the scale never falls below; overflows there count towards train.max_bad_steps
+    min_loss_scale: float = (
+        1.0  # the scale never falls below; overflows there count towards train.max_bad_steps
+    )
 
 
 @dataclass(frozen=True)
@@ -194,7 +241,9 @@ class OptimizerConfig:
     scale_parameter: bool = True  # adafactor: learning_rate is relative to a weight's root mean square (1e-2); False: absolute, as adamw's
     weight_decay: float = 0.1  # on matrices; norms and the selection bias are never decayed
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
-    schedule: str = "cosine"  # constant | cosine | wsd (warmup-stable-decay) | deepseek_v2 | deepseek_v3
+    schedule: str = (
+        "cosine"  # constant | cosine | wsd (warmup-stable-decay) | deepseek_v2 | deepseek_v3
+    )
     warmup_steps: int = 100  # linear from 0, at most all steps (V2 and V3: 2000)
     final_fraction: float = 0.1  # last learning rate / peak, for cosine and wsd
     decay_fraction: float = 0.2  # share of the steps that wsd decays over, linearly; for deepseek_v2, that follow the first drop
@@ -213,7 +262,9 @@ class OffloadConfig:
 class EvalConfig:
     every_steps: int = 250  # 0: only at the end
     batches: int = 16  # held-out batches an evaluation reads, at most
-    sample_prompt: str = "def "  # prompt of the sample shown at the end of training; empty: no sample
+    sample_prompt: str = (
+        "def "  # prompt of the sample shown at the end of training; empty: no sample
+    )
     sample_tokens: int = 160  # its length
 
 
@@ -222,12 +273,16 @@ class CheckpointConfig:
     every_steps: int = 250  # 0: only at the end
     every_minutes: float = 0.0  # also after this many minutes since the last one; 0: only by steps
     keep: int = 3  # newest checkpoints kept; 0: all
-    keep_best: int = 0  # beside them the N of lowest held-out loss, which is then measured at each checkpoint
+    keep_best: int = (
+        0  # beside them the N of lowest held-out loss, which is then measured at each checkpoint
+    )
     keep_every: int = 0  # and those of every Nth step; 0: none
     kind: str = "sharded"  # sharded: every process its shards, asynchronously; full: whole tensors in safetensors; local: on each process's disk
     async_checkpointing: bool = True  # train on while a checkpoint is written; False: wait, so that a kill costs one interval at most, never that and a save
     dir: str = ""  # folder of the checkpoints; "": WORKDIR/checkpoints; gs:// and s3:// are taken as they are
-    take_over: bool = False  # go on from the checkpoints in dir though the run of another workdir wrote them
+    take_over: bool = (
+        False  # go on from the checkpoints in dir though the run of another workdir wrote them
+    )
     local_dir: str = ""  # of kind local: a folder on each host's own disk
 
 
@@ -310,8 +365,14 @@ REMAT_NAMES = (
     "experts_hidden",  # 2 K c f: two of the three matmuls of the routed experts, in the first round
 )
 # Options that name files or folders, with the words among their values that name none; `paths.py` makes them absolute.
-PATH_OPTIONS = {"init_from": (), "data.path": ("stdlib",), "data.tokenizer": ("auto", "bytes"), "checkpoint.dir": (),
-                "checkpoint.local_dir": (), "compile.cache_dir": ("off",)}
+PATH_OPTIONS = {
+    "init_from": (),
+    "data.path": ("stdlib",),
+    "data.tokenizer": ("auto", "bytes"),
+    "checkpoint.dir": (),
+    "checkpoint.local_dir": (),
+    "compile.cache_dir": ("off",),
+}
 PATH_LISTS = ("data.path",)  # those that name several, separated by commas
 STRATEGIES = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard")
 STRATEGY_ALIASES = {"zero3": "full_shard", "zero2": "shard_grad_op", "ddp": "no_shard"}

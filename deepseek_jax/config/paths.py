@@ -4,7 +4,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable
 
-from deepseek_jax.config.options import Config, PATH_LISTS, PATH_OPTIONS, replaced, value_of
+from deepseek_jax.config.options import PATH_LISTS, PATH_OPTIONS, Config, replaced, value_of
 from deepseek_jax.errors import UserError
 
 
@@ -18,14 +18,18 @@ def expanded(path: str, option: str) -> str:
     if out.startswith("~"):
         first = path.split("/")[0]
         user = first[1:] or "(HOME is not set)"
-        raise UserError(f"{option}={path}: there is no user {user}. "
-                        f"Write ./{path} if a folder here is named {first}.")
+        raise UserError(
+            f"{option}={path}: there is no user {user}. "
+            f"Write ./{path} if a folder here is named {first}."
+        )
     return out
 
 
 def each_expanded(paths: str, option: str) -> str:
     """The same of a list of paths, separated by commas."""
-    return ",".join(expanded(p.strip(), option) if p.strip().startswith("~") else p for p in paths.split(","))
+    return ",".join(
+        expanded(p.strip(), option) if p.strip().startswith("~") else p for p in paths.split(",")
+    )
 
 
 def absolute_config(config: Config) -> Config:
@@ -39,7 +43,9 @@ def absolute_config(config: Config) -> Config:
         value = value_of(config, name)
         paths = [p.strip() for p in value.split(",")] if name in PATH_LISTS else [value]
         stays = lambda path: not path or path in words or "://" in path
-        new = ",".join(p if stays(p) else os.path.abspath(expanded(p, f"config.{name}")) for p in paths)
+        new = ",".join(
+            p if stays(p) else os.path.abspath(expanded(p, f"config.{name}")) for p in paths
+        )
         if new != value and (name != "init_from" or os.path.exists(new)):
             config = replaced(config, name, new)
     return config
@@ -57,8 +63,12 @@ def scratch(folder: str) -> str:
     return os.path.join(here, f".{name}.deepseek_jax.tmp")
 
 
-def check_output(option: str, path: str, inputs: Iterable[str] = (),
-                 beside: dict[str, Callable[[str], bool]] | None = None) -> None:
+def check_output(
+    option: str,
+    path: str,
+    inputs: Iterable[str] = (),
+    beside: dict[str, Callable[[str], bool]] | None = None,
+) -> None:
     """Checks, before hours of work, that an output has a place and overwrites nothing but an older one of its
     kind.
 
@@ -77,22 +87,29 @@ def check_output(option: str, path: str, inputs: Iterable[str] = (),
     given, path = path, os.path.expanduser(path)
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise UserError(f"{option}={given!r} is in a folder that does not exist. Create it with mkdir -p "
-                        f"{folder}, or choose another name.")
+        raise UserError(
+            f"{option}={given!r} is in a folder that does not exist. Create it with mkdir -p "
+            f"{folder}, or choose another name."
+        )
     if os.path.isdir(path):
         raise UserError(f"{option}={given!r} is a folder. Give the name of a file in it.")
     if os.path.exists(path) and not os.path.isfile(path):
         return  # a pipe, /dev/stdout: written to, and nothing is lost
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{option}={given!r} cannot be written: {folder} is read-only for you. "
-                        f"Choose another name.")
+        raise UserError(
+            f"{option}={given!r} cannot be written: {folder} is read-only for you. "
+            f"Choose another name."
+        )
     there = [target for target in (path, *(beside or {})) if os.path.exists(target)]
     for clash in inputs if there else ():
         if os.path.exists(clash) and any(os.path.samefile(target, clash) for target in there):
-            raise UserError(f"{option}={given!r} would overwrite {clash}, which this command reads. Choose "
-                            f"another name.")
+            raise UserError(
+                f"{option}={given!r} would overwrite {clash}, which this command reads. Choose "
+                f"another name."
+            )
     for target, is_ours in (beside or {}).items():
         if os.path.lexists(target) and not is_ours(target):
-            raise UserError(f"{option}={given!r} needs {target} beside it, and there is a file of that name "
-                            f"which it does not belong to. Choose another name, or move that file.")
-
+            raise UserError(
+                f"{option}={given!r} needs {target} beside it, and there is a file of that name "
+                f"which it does not belong to. Choose another name, or move that file."
+            )

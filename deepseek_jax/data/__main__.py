@@ -11,18 +11,20 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
-from deepseek_jax.errors import UserError
+from deepseek_jax.cli.progress import Bar
+from deepseek_jax.config.paths import check_output, temporary
 from deepseek_jax.data.documents import TEXT_FORMS, File, Notes, find_files, no_text, split_paths
 from deepseek_jax.data.formats import read
-from deepseek_jax.cli.progress import Bar
 from deepseek_jax.data.sources import encoded
 from deepseek_jax.data.tokenfile import DTYPES, TokenWriter, is_sidecar_of, sidecar_paths
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.config.paths import check_output, temporary
+from deepseek_jax.errors import UserError
 
 EOS = "<|endoftext|>"
-PATH_HELP = (f"the text: {TEXT_FORMS}; several separated by commas. "
-             f"In folders, what is none of these is skipped.")
+PATH_HELP = (
+    f"the text: {TEXT_FORMS}; several separated by commas. "
+    f"In folders, what is none of these is skipped."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,45 +45,76 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = arguments.Parser(prog="python -m deepseek_jax.data", description="Prepares training data.")
+    parser = arguments.Parser(
+        prog="python -m deepseek_jax.data", description="Prepares training data."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     tokenizer = commands.add_parser(
-        "tokenizer", help="train a byte-level BPE tokenizer on text",
+        "tokenizer",
+        help="train a byte-level BPE tokenizer on text",
         description=f"Trains a byte-level BPE tokenizer whose end-of-document token is {EOS}. The same text gives the same file.",
-        epilog="example: python -m deepseek_jax.data tokenizer --path=stdlib --vocab-size=4096 --out=tokenizer.json")
+        epilog="example: python -m deepseek_jax.data tokenizer --path=stdlib --vocab-size=4096 --out=tokenizer.json",
+    )
     tokenizer.add_argument("--path", type=arguments.path_list, required=True, help=PATH_HELP)
-    tokenizer.add_argument("--vocab-size", type=int, required=True,
-                           help="number of tokens, at least 257: the bytes and the end of a document")
-    tokenizer.add_argument("--out", type=arguments.path, required=True,
-                           help="file to write, for config.data.tokenizer")
+    tokenizer.add_argument(
+        "--vocab-size",
+        type=int,
+        required=True,
+        help="number of tokens, at least 257: the bytes and the end of a document",
+    )
+    tokenizer.add_argument(
+        "--out", type=arguments.path, required=True, help="file to write, for config.data.tokenizer"
+    )
     tokenizer.set_defaults(command=train_tokenizer)
 
     tokenize = commands.add_parser(
-        "tokenize", help="write text as a memory-mapped token file",
+        "tokenize",
+        help="write text as a memory-mapped token file",
         description="Writes a corpus of any size as token ids, for config.data.path. Beside NAME.npy or NAME.bin it writes\n"
-                    "NAME.json (what the file holds) and NAME.offsets (where its documents begin); keep the three together.",
-        epilog="example: python -m deepseek_jax.data tokenize --path='text/*.jsonl' --tokenizer=tokenizer.json --out=corpus.npy")
+        "NAME.json (what the file holds) and NAME.offsets (where its documents begin); keep the three together.",
+        epilog="example: python -m deepseek_jax.data tokenize --path='text/*.jsonl' --tokenizer=tokenizer.json --out=corpus.npy",
+    )
     tokenize.add_argument("--path", type=arguments.path_list, required=True, help=PATH_HELP)
-    tokenize.add_argument("--tokenizer", type=arguments.path, required=True,
-                          help="bytes, or the path of a tokenizer.json")
+    tokenize.add_argument(
+        "--tokenizer",
+        type=arguments.path,
+        required=True,
+        help="bytes, or the path of a tokenizer.json",
+    )
     tokenize.add_argument("--out", type=arguments.path, required=True, help="NAME.npy or NAME.bin")
-    tokenize.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                          help="integer type of the ids (auto: the smallest that holds them)")
-    tokenize.add_argument("--special-tokens", action="store_true",
-                          help="<|im_start|> and the like in the text are the tokenizer's special tokens, "
-                               "and eos ends a document (default: text)")
+    tokenize.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="integer type of the ids (auto: the smallest that holds them)",
+    )
+    tokenize.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="<|im_start|> and the like in the text are the tokenizer's special tokens, "
+        "and eos ends a document (default: text)",
+    )
     tokenize.set_defaults(command=tokenize_corpus)
 
     show = commands.add_parser(
-        "show", help="print the documents that a step of a run was trained on",
+        "show",
+        help="print the documents that a step of a run was trained on",
         description="Prints the documents in the rows of a step, or of the global data order, as metrics.jsonl names them for spikes of the loss,\nfor "
-                    "skipped updates and for rollbacks. Reads config.json and metrics.jsonl of the run, which may be going on, and its data.",
-        epilog="example: python -m deepseek_jax.data show --workdir=runs/tiny --step=310")
+        "skipped updates and for rollbacks. Reads config.json and metrics.jsonl of the run, which may be going on, and its data.",
+        epilog="example: python -m deepseek_jax.data show --workdir=runs/tiny --step=310",
+    )
     show.add_argument("--workdir", type=arguments.path, required=True, help="folder of the run")
     show.add_argument("--step", type=int, help="the step, from 1")
-    show.add_argument("--rows", help="in place of --step: rows FIRST-LAST of the global order, or one row")
-    show.add_argument("--characters", type=int, default=300, help="of each document's piece to print; 0: all (default: 300)")
+    show.add_argument(
+        "--rows", help="in place of --step: rows FIRST-LAST of the global order, or one row"
+    )
+    show.add_argument(
+        "--characters",
+        type=int,
+        default=300,
+        help="of each document's piece to print; 0: all (default: 300)",
+    )
     show.set_defaults(command=show_rows)
     return parser
 
@@ -92,7 +125,9 @@ def show_rows(args: argparse.Namespace) -> None:
     Raises:
       UserError: about an argument, the run's folder or its data.
     """
-    from deepseek_jax.run.data_show import show  # reads a run: what is above this package, only for this command
+    from deepseek_jax.run.data_show import (
+        show,
+    )  # reads a run: what is above this package, only for this command
 
     show(args.workdir, args.step, args.rows, args.characters)
 
@@ -104,7 +139,9 @@ def train_tokenizer(args: argparse.Namespace) -> None:
       UserError: about an argument or the text.
     """
     if args.vocab_size < 257:
-        raise UserError(f"--vocab-size={args.vocab_size} is too small for the 256 bytes and {EOS}. Set it to 257 or more.")
+        raise UserError(
+            f"--vocab-size={args.vocab_size} is too small for the 256 bytes and {EOS}. Set it to 257 or more."
+        )
     notes = Notes()
     sources = _text_sources(args.path, notes)
     check_output("--out", args.out, _paths(sources))
@@ -114,8 +151,12 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=args.vocab_size, special_tokens=[EOS], show_progress=sys.stderr.isatty(),
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.vocab_size,
+        special_tokens=[EOS],
+        show_progress=sys.stderr.isatty(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     texts, characters = 0, 0
 
     def pieces(bar: Bar) -> Iterator[str]:
@@ -143,9 +184,15 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     except OSError as e:
         raise _not_written(args.out, e) from None
     size = tokenizer.get_vocab_size()
-    short = f" (fewer than --vocab-size={args.vocab_size}: the text has no more pairs to merge)" if size < args.vocab_size else ""
-    print(f"Wrote {args.out}: {size:,} tokens{short}, from {characters:,} characters.\n{_lines(notes)}"
-          f"Use it with --config.data.tokenizer={args.out} --config.model.vocab_size={size}")
+    short = (
+        f" (fewer than --vocab-size={args.vocab_size}: the text has no more pairs to merge)"
+        if size < args.vocab_size
+        else ""
+    )
+    print(
+        f"Wrote {args.out}: {size:,} tokens{short}, from {characters:,} characters.\n{_lines(notes)}"
+        f"Use it with --config.data.tokenizer={args.out} --config.model.vocab_size={size}"
+    )
 
 
 def tokenize_corpus(args: argparse.Namespace) -> None:
@@ -155,21 +202,34 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
       UserError: about an argument or the text.
     """
     if os.path.splitext(args.out)[1].lower() not in (".npy", ".bin"):
-        raise UserError(f"--out={args.out!r} ends in neither .npy nor .bin. Name it NAME.npy or NAME.bin.")
+        raise UserError(
+            f"--out={args.out!r} ends in neither .npy nor .bin. Name it NAME.npy or NAME.bin."
+        )
     if args.special_tokens and args.tokenizer == "bytes":
-        raise UserError("--special-tokens has no effect with --tokenizer=bytes, which has none that text "
-                        "could spell. Leave it out, or give a tokenizer.json.")
+        raise UserError(
+            "--special-tokens has no effect with --tokenizer=bytes, which has none that text "
+            "could spell. Leave it out, or give a tokenizer.json."
+        )
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer", args.special_tokens)
-    dtype = next(d for d, size in DTYPES.items() if tokenizer.vocab_size <= size) if args.dtype == "auto" else args.dtype
+    dtype = (
+        next(d for d, size in DTYPES.items() if tokenizer.vocab_size <= size)
+        if args.dtype == "auto"
+        else args.dtype
+    )
     if tokenizer.vocab_size > DTYPES[dtype]:
-        raise UserError(f"--dtype={dtype} holds ids below {DTYPES[dtype]}, but --tokenizer={args.tokenizer!r} has "
-                        f"{tokenizer.vocab_size} tokens. Set --dtype=auto.")
+        raise UserError(
+            f"--dtype={dtype} holds ids below {DTYPES[dtype]}, but --tokenizer={args.tokenizer!r} has "
+            f"{tokenizer.vocab_size} tokens. Set --dtype=auto."
+        )
     notes = Notes()
     sources = _text_sources(args.path, notes)
     out = os.path.expanduser(args.out)
-    inputs = itertools.chain(_paths(sources), [] if args.tokenizer == "bytes"
-                             else [os.path.expanduser(args.tokenizer)])
-    check_output("--out", args.out, inputs, {p: lambda _: is_sidecar_of(out) for p in sidecar_paths(out)})
+    inputs = itertools.chain(
+        _paths(sources), [] if args.tokenizer == "bytes" else [os.path.expanduser(args.tokenizer)]
+    )
+    check_output(
+        "--out", args.out, inputs, {p: lambda _: is_sidecar_of(out) for p in sidecar_paths(out)}
+    )
     try:
         with TokenWriter(out, dtype, tokenizer) as writer:
             with Bar("Tokenizing", _bytes(sources), show=True) as bar:
@@ -182,11 +242,13 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
             writer.finish(args.path)
     except OSError as e:
         raise _not_written(args.out, e) from None
-    print(f"Wrote {args.out}: {writer.tokens:,} tokens of {dtype} in {writer.documents:,} "
-          f"documents.\n{_lines(notes)}"
-          f"Use it with --config.data.path={args.out} --config.data.tokenizer={args.tokenizer} "
-          f"{'--config.data.special_tokens=True ' if args.special_tokens else ''}"
-          f"--config.model.vocab_size={tokenizer.vocab_size}")
+    print(
+        f"Wrote {args.out}: {writer.tokens:,} tokens of {dtype} in {writer.documents:,} "
+        f"documents.\n{_lines(notes)}"
+        f"Use it with --config.data.path={args.out} --config.data.tokenizer={args.tokenizer} "
+        f"{'--config.data.special_tokens=True ' if args.special_tokens else ''}"
+        f"--config.model.vocab_size={tokenizer.vocab_size}"
+    )
 
 
 def _text_sources(paths: str, notes: Notes) -> list[tuple[str, list[File]]]:
@@ -194,7 +256,9 @@ def _text_sources(paths: str, notes: Notes) -> list[tuple[str, list[File]]]:
     for spec, files in sources:
         tokens = next((f.path for f in files if f.kind == "tokens"), None)
         if tokens:
-            raise UserError(f"--path={spec!r}: {tokens} holds token ids, not text. Give the text they were made of.")
+            raise UserError(
+                f"--path={spec!r}: {tokens} holds token ids, not text. Give the text they were made of."
+            )
     return sources
 
 
@@ -211,8 +275,10 @@ def _bytes(sources: list[tuple[str, list[File]]]) -> int:
 
 
 def _not_written(out: str, error: OSError) -> UserError:
-    return UserError(f"--out={out!r} cannot be written ({error.strerror or error}). Make room and the folder writable, or "
-                     f"choose another name.")
+    return UserError(
+        f"--out={out!r} cannot be written ({error.strerror or error}). Make room and the folder writable, or "
+        f"choose another name."
+    )
 
 
 if __name__ == "__main__":

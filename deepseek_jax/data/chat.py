@@ -4,12 +4,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepseek_jax.errors import UserError
-from deepseek_jax.data import tokenizer_folder
-from deepseek_jax.data.tokenizer import decode_after
-from deepseek_jax.data import template, hub_cache
-from deepseek_jax.data.template import Message
 from deepseek_jax.cli.texts import clean_text
+from deepseek_jax.data import hub_cache, template, tokenizer_folder
+from deepseek_jax.data.template import Message
+from deepseek_jax.data.tokenizer import decode_after
+from deepseek_jax.errors import UserError
 
 
 def end_ids(folder: str) -> frozenset[int]:
@@ -49,9 +48,13 @@ class Chat:
         self.folder = folder = hub_cache.folder_of(folder)
         path = tokenizer_folder.find(folder) or os.path.join(folder, tokenizer_folder.JSON)
         try:
-            self.tokenizer, _, self.special, config = tokenizer_folder.read(path, vocab_size=vocab_size)
+            self.tokenizer, _, self.special, config = tokenizer_folder.read(
+                path, vocab_size=vocab_size
+            )
         except (OSError, ValueError) as e:
-            what = (e.strerror if os.path.exists(path) else "missing") if isinstance(e, OSError) else e
+            what = (
+                (e.strerror if os.path.exists(path) else "missing") if isinstance(e, OSError) else e
+            )
             raise UserError(
                 f"{path} cannot be read ({what}). Copy the tokenizer.json or tiktoken.model of the "
                 f"checkpoint there, and "
@@ -72,7 +75,9 @@ class Chat:
             )
         return self.tokenizer.encode(clean_text(chat), add_special_tokens=True).ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, after: Sequence[int] = ()) -> str:
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool = True, after: Sequence[int] = ()
+    ) -> str:
         """The text of some ids.
 
         Args:
@@ -115,7 +120,11 @@ class Chat:
                 f"chat_template is a {type(chat_template).__name__}, and neither a template nor the name of "
                 f"one."
             )
-        if chat_template is not None and chat_template not in self._templates and "{" in chat_template:
+        if (
+            chat_template is not None
+            and chat_template not in self._templates
+            and "{" in chat_template
+        ):
             source, where = clean_text(chat_template), "chat_template"
         else:
             source, where = (
@@ -147,8 +156,17 @@ class Chat:
             else self.template(chat_template)
         )
         known = template.names_read(source, self.folder)[1]
-        known |= {"role", "content", *(template.REASONING if known & set(template.REASONING) else ())}
-        return {str(k) for m in messages for k, v in m.items() if v not in (None, [], {}) and k not in known}
+        known |= {
+            "role",
+            "content",
+            *(template.REASONING if known & set(template.REASONING) else ()),
+        }
+        return {
+            str(k)
+            for m in messages
+            for k, v in m.items()
+            if v not in (None, [], {}) and k not in known
+        }
 
     def turn_end(self) -> str | None:
         """The token that the chat template writes after an answer, if it is none of `stop_ids`: a model that
@@ -176,7 +194,9 @@ class Chat:
         """
         name = name or "default"
         if name not in self._templates:
-            there = f"templates {', '.join(self._templates)}" if self._templates else "no chat template"
+            there = (
+                f"templates {', '.join(self._templates)}" if self._templates else "no chat template"
+            )
             raise UserError(
                 f"{self.folder} has {there}, and not {name!r}. Prompt it with a text, or add "
                 f"chat_template.jinja."
@@ -192,7 +212,9 @@ class Chat:
         for file in sorted(os.listdir(more)) if os.path.isdir(more) else ():
             if file.endswith(".jinja"):
                 out[file.removesuffix(".jinja")] = (
-                    tokenizer_folder.read_text(self.folder, os.path.join("additional_chat_templates", file))
+                    tokenizer_folder.read_text(
+                        self.folder, os.path.join("additional_chat_templates", file)
+                    )
                     or ""
                 )
         found = (
@@ -204,7 +226,9 @@ class Chat:
         if isinstance(found, list):
             found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
         found = {"default": found} if isinstance(found, str) else found
-        if not isinstance(found, dict) or not all(isinstance(t, str) for pair in found.items() for t in pair):
+        if not isinstance(found, dict) or not all(
+            isinstance(t, str) for pair in found.items() for t in pair
+        ):
             raise UserError(
                 f"{self.folder}: chat_template is neither a text nor texts by name. Correct "
                 f"tokenizer_config.json."

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.errors import UserError
-from deepseek_jax.data.tokenizer import SPECIAL
 from deepseek_jax.data.sources import Corpus, Joined
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer import SPECIAL, Tokenizer
+from deepseek_jax.errors import UserError
 
 # blocks of a long array that are hashed, and numbers in each: a terabyte on a network disk takes seconds
 BLOCKS, BLOCK = 256, 1 << 16
@@ -22,8 +21,10 @@ Contents = dict[str, Any]
 
 def of(corpora: Sequence[Corpus], tokenizer: Tokenizer, weights: Sequence[float]) -> Contents:
     """The figures of a run's data. Plain JSON values."""
-    sources = [{"tokens": len(c.tokens), "documents": len(c.offsets) - 1, "sha256": fingerprint(c)}
-               for c in corpora]
+    sources = [
+        {"tokens": len(c.tokens), "documents": len(c.offsets) - 1, "sha256": fingerprint(c)}
+        for c in corpora
+    ]
     return {"tokenizer": tokenizer.name, "sources": sources, "weights": [float(w) for w in weights]}
 
 
@@ -46,7 +47,7 @@ def _blocks(array: np.ndarray | Joined) -> Iterator[np.ndarray]:
     for i in range(count):
         # the first and the last are always among them
         start = i * BLOCK if count < BLOCKS else i * max(n - BLOCK, 0) // (BLOCKS - 1)
-        yield array[start:start + BLOCK]
+        yield array[start : start + BLOCK]
 
 
 def digest(contents: Contents) -> str:
@@ -63,7 +64,9 @@ def difference(before: Contents | None, now: Contents | None, names: Sequence[st
     if before is None or now is None:
         return ""
     if len(before["sources"]) != len(now["sources"]):
-        return f"config.data.path has {len(now['sources'])} sources and not {len(before['sources'])}"
+        return (
+            f"config.data.path has {len(now['sources'])} sources and not {len(before['sources'])}"
+        )
     for i, (was, is_now) in enumerate(zip(before["sources"], now["sources"], strict=True)):
         if was != is_now:
             name = names[i] if i < len(names) else i
@@ -72,8 +75,10 @@ def difference(before: Contents | None, now: Contents | None, names: Sequence[st
 
 
 def _text(source: dict[str, Any]) -> str:
-    return (f"{source['tokens']:,} tokens in {source['documents']:,} documents "
-            f"(sha256 {source['sha256'][:12]})")
+    return (
+        f"{source['tokens']:,} tokens in {source['documents']:,} documents "
+        f"(sha256 {source['sha256'][:12]})"
+    )
 
 
 def check_tokenizer(trained: Contents | None, name: str | None, spec: str) -> None:
@@ -88,8 +93,12 @@ def check_tokenizer(trained: Contents | None, name: str | None, spec: str) -> No
     if trained and name and trained["tokenizer"] != name:
         if trained["tokenizer"].removesuffix(SPECIAL) == name.removesuffix(SPECIAL):
             was = trained["tokenizer"].endswith(SPECIAL)
-            raise UserError(f"config.data.special_tokens={not was} differs from {was} of the checkpoint: what "
-                            f"text spells would be other ids. Set config.data.special_tokens={was}.")
-        raise UserError(f"config.data.tokenizer={spec!r} is {name[:19]}, but the run was trained with "
-                        f"{trained['tokenizer'][:19]}: token ids would mean other text. Put that tokenizer "
-                        f"back; for another one begin a new run with config.init_from.")
+            raise UserError(
+                f"config.data.special_tokens={not was} differs from {was} of the checkpoint: what "
+                f"text spells would be other ids. Set config.data.special_tokens={was}."
+            )
+        raise UserError(
+            f"config.data.tokenizer={spec!r} is {name[:19]}, but the run was trained with "
+            f"{trained['tokenizer'][:19]}: token ids would mean other text. Put that tokenizer "
+            f"back; for another one begin a new run with config.init_from."
+        )

@@ -6,23 +6,67 @@ import sysconfig
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from deepseek_jax.errors import UserError
 from deepseek_jax.cli.texts import gb, plural
+from deepseek_jax.errors import UserError
 
-KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet", ".arrow": "arrow",
-         ".npy": "tokens", ".bin": "tokens", ".idx": "index"}  # what is not REFUSED either is text
+KINDS = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".npy": "tokens",
+    ".bin": "tokens",
+    ".idx": "index",
+}  # what is not REFUSED either is text
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text and JSON
 # Names whose files are text to no reader, or text only by accident: rows of a table, not documents.
-REFUSED = {**dict.fromkeys((".csv", ".tsv"), "a table"),
-           **dict.fromkeys((".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".lz4", ".lzo", ".lz",
-                            ".lzma", ".zstd", ".br", ".z"), "an archive"),
-           **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".npz", ".safetensors", ".h5", ".hdf5",
-                            ".tfrecord", ".feather", ".avro", ".orc", ".mds"),
-                           "a file of arrays or records that is not read"),
-           **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".xlsx"), "a formatted document")}
+REFUSED = {
+    **dict.fromkeys((".csv", ".tsv"), "a table"),
+    **dict.fromkeys(
+        (
+            ".zip",
+            ".tar",
+            ".tgz",
+            ".tbz2",
+            ".txz",
+            ".7z",
+            ".rar",
+            ".lz4",
+            ".lzo",
+            ".lz",
+            ".lzma",
+            ".zstd",
+            ".br",
+            ".z",
+        ),
+        "an archive",
+    ),
+    **dict.fromkeys(
+        (
+            ".pkl",
+            ".pickle",
+            ".pt",
+            ".pth",
+            ".npz",
+            ".safetensors",
+            ".h5",
+            ".hdf5",
+            ".tfrecord",
+            ".feather",
+            ".avro",
+            ".orc",
+            ".mds",
+        ),
+        "a file of arrays or records that is not read",
+    ),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".xlsx"), "a formatted document"),
+}
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-TEXT_FORMS = ("stdlib, a text, .jsonl, .json, .parquet or .arrow file, one of text or JSON as .gz, .bz2, .xz "
-              "or .zst, a folder or a glob")
+TEXT_FORMS = (
+    "stdlib, a text, .jsonl, .json, .parquet or .arrow file, one of text or JSON as .gz, .bz2, .xz "
+    "or .zst, a folder or a glob"
+)
 FORMS = f"{TEXT_FORMS}, or token files .npy and .bin"
 
 
@@ -50,15 +94,22 @@ class Notes:
 
     def skipped(self, spec: str) -> str:
         """The files of a source that were left out: "2 .png, 31 kB (not UTF-8 text)"; "" if none were."""
-        return ", ".join(f"{n} {ending}, {gb(size)} ({why})"
-                         for (s, ending, why), (n, size) in self._skipped.items() if s == spec)
+        return ", ".join(
+            f"{n} {ending}, {gb(size)} ({why})"
+            for (s, ending, why), (n, size) in self._skipped.items()
+            if s == spec
+        )
 
     def lines(self) -> list[str]:
-        out = [f"skipped in {spec}: {self.skipped(spec)}"
-               for spec in dict.fromkeys(s for s, _, _ in self._skipped)]
+        out = [
+            f"skipped in {spec}: {self.skipped(spec)}"
+            for spec in dict.fromkeys(s for s, _, _ in self._skipped)
+        ]
         if self.cleaned:
-            out.append(f"{plural(self.cleaned, 'document')} held bytes or characters that are not Unicode "
-                       f"text: U+FFFD stands in their place")
+            out.append(
+                f"{plural(self.cleaned, 'document')} held bytes or characters that are not Unicode "
+                f"text: U+FFFD stands in their place"
+            )
         return out + self.others
 
 
@@ -70,7 +121,9 @@ def split_paths(paths: str, option: str) -> list[str]:
     """
     out = [p.strip() for p in paths.split(",")]
     if not all(out):
-        raise UserError(f"{option}={paths!r} has an empty source. Give {_forms(option)}; several separated by commas.")
+        raise UserError(
+            f"{option}={paths!r} has an empty source. Give {_forms(option)}; several separated by commas."
+        )
     return out
 
 
@@ -84,11 +137,16 @@ def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]
     """
     notes = Notes() if notes is None else notes
     if spec == "stdlib":
-        files = [f for f in _walk(sysconfig.get_paths()["stdlib"], spec, option, STDLIB_SKIP, Notes())
-                 if f.path.endswith(".py")]
+        files = [
+            f
+            for f in _walk(sysconfig.get_paths()["stdlib"], spec, option, STDLIB_SKIP, Notes())
+            if f.path.endswith(".py")
+        ]
         if not files:
-            raise UserError(f"{option}={spec!r}: this Python comes without the sources of its standard library. Give another "
-                            f"path.")
+            raise UserError(
+                f"{option}={spec!r}: this Python comes without the sources of its standard library. Give another "
+                f"path."
+            )
         return files
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
@@ -101,9 +159,13 @@ def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]
         matches = [p for p in sorted(glob.glob(path, recursive=True)) if os.path.isfile(p)]
         files = [_file(p, spec, option, explicit=True) for p in _without_sidecars(matches)]
         if not files:
-            raise UserError(f"{option}={spec!r} matches no file. Correct the pattern (relative paths start in {os.getcwd()}).")
+            raise UserError(
+                f"{option}={spec!r} matches no file. Correct the pattern (relative paths start in {os.getcwd()})."
+            )
     else:
-        raise UserError(f"{option}={spec!r} does not exist. Give {_forms(option)} (relative paths start in {os.getcwd()}).")
+        raise UserError(
+            f"{option}={spec!r} does not exist. Give {_forms(option)} (relative paths start in {os.getcwd()})."
+        )
     files = [f for f in files if f.size]
     if not files:
         raise no_text(spec, option, notes)
@@ -113,14 +175,18 @@ def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]
 def no_text(spec: str, option: str, notes: Notes) -> UserError:
     """For a source in which nothing was found."""
     skipped = f" (skipped: {notes.skipped(spec)})" if notes.skipped(spec) else ""
-    return UserError(f"{option}={spec!r} holds no text{skipped}. Give a source with at least one document "
-                     f"that is not empty; the token files of a folder are named with a glob, as in 'DIR/*.npy'.")
+    return UserError(
+        f"{option}={spec!r} holds no text{skipped}. Give a source with at least one document "
+        f"that is not empty; the token files of a folder are named with a glob, as in 'DIR/*.npy'."
+    )
 
 
 def unreadable(spec: str, option: str, path: str, error: OSError) -> UserError:
     """For a file that the system does not let us read."""
-    return UserError(f"{option}={spec!r}: {path} cannot be read ({error.strerror or error}). Make it "
-                     f"readable, or give another path.")
+    return UserError(
+        f"{option}={spec!r}: {path} cannot be read ({error.strerror or error}). Make it "
+        f"readable, or give another path."
+    )
 
 
 def _forms(option: str) -> str:
@@ -145,13 +211,17 @@ def _file(path: str, spec: str, option: str, explicit: bool) -> File:
     kind, (ending, compression) = _kind(path), _endings(path)
     if kind == "index":
         if not os.path.isfile(path[:-4] + ".bin"):
-            raise UserError(f"{option}={spec!r}: {path} is the index of a token file, and {path[:-4]}.bin is "
-                            f"not there. Put both beside each other.")
+            raise UserError(
+                f"{option}={spec!r}: {path} is the index of a token file, and {path[:-4]}.bin is "
+                f"not there. Put both beside each other."
+            )
         path, kind = path[:-4] + ".bin", "tokens"
     if kind == "refused" and explicit:
         what = REFUSED.get(ending) or f"a compressed {ending} file"
         packed = what.startswith(("an archive", "a compressed"))
-        repair = "Unpack it" if packed else 'Write its text as .jsonl, a line {"text": "..."} a document'
+        repair = (
+            "Unpack it" if packed else 'Write its text as .jsonl, a line {"text": "..."} a document'
+        )
         raise UserError(f"{option}={spec!r}: {path} is {what}. {repair}, or give {_forms(option)}.")
     try:
         size = os.stat(path).st_size
@@ -162,15 +232,22 @@ def _file(path: str, spec: str, option: str, explicit: bool) -> File:
 
 def _is_prefix(path: str) -> bool:
     """Megatron names a token file and its index by what both names begin with."""
-    return not os.path.exists(path) and os.path.isfile(f"{path}.bin") and os.path.isfile(f"{path}.idx")
+    return (
+        not os.path.exists(path) and os.path.isfile(f"{path}.bin") and os.path.isfile(f"{path}.idx")
+    )
 
 
 def _without_sidecars(paths: list[str]) -> list[str]:
     """Leaves out the NAME.json, NAME.offsets and NAME.idx of a token file that is among the paths."""
     tokens = {os.path.splitext(p)[0] for p in paths if _kind(p) == "tokens"}
-    return [p for p in paths
-            if not (os.path.splitext(p)[0] in tokens
-                    and os.path.splitext(p)[1] in (".json", ".offsets", ".idx"))]
+    return [
+        p
+        for p in paths
+        if not (
+            os.path.splitext(p)[0] in tokens
+            and os.path.splitext(p)[1] in (".json", ".offsets", ".idx")
+        )
+    ]
 
 
 def _walk(folder: str, spec: str, option: str, skip: set[str], notes: Notes) -> Iterator[File]:
@@ -190,7 +267,15 @@ def _walk(folder: str, spec: str, option: str, skip: set[str], notes: Notes) -> 
             continue
         kind, (ending, _) = _kind(path), _endings(path)
         if kind in ("tokens", "index", "refused"):
-            why = {"tokens": "token ids: name them with a glob", "index": "an index without its .bin"}
-            notes.skip(spec, path, os.path.getsize(path), why.get(kind) or REFUSED.get(ending, "compressed"))
+            why = {
+                "tokens": "token ids: name them with a glob",
+                "index": "an index without its .bin",
+            }
+            notes.skip(
+                spec,
+                path,
+                os.path.getsize(path),
+                why.get(kind) or REFUSED.get(ending, "compressed"),
+            )
         else:
             yield _file(path, spec, option, explicit=False)

@@ -5,10 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from deepseek_jax.errors import UserError
-from deepseek_jax.data.tokenizer import Tokenizer, decode_after, tail
-from deepseek_jax.data.chat import Chat
 from deepseek_jax.cli.texts import clean_text
+from deepseek_jax.data.chat import Chat
+from deepseek_jax.data.tokenizer import Tokenizer, decode_after, tail
+from deepseek_jax.errors import UserError
 
 
 class Encoder:
@@ -36,10 +36,14 @@ class Encoder:
             added = self._inner.get_added_tokens_decoder()
             self.hidden: Mapping[int, str] = {i: t.content for i, t in added.items() if t.special}
             self.hidden |= {i: self._inner.id_to_token(i) or "" for i in self.stop_ids}
-            self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            self.vocab_size = (
+                max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            )
             bos = self._inner.token_to_id(source.special.get("bos_token", ""))
             eos = self._inner.token_to_id(source.special.get("eos_token", ""))
-            self.start_id = next((i for i in (*self.prefix, bos, eos, *sorted(self.stop_ids)) if i is not None), None)
+            self.start_id = next(
+                (i for i in (*self.prefix, bos, eos, *sorted(self.stop_ids)) if i is not None), None
+            )
         else:
             self._inner, self.vocab_size, self.start_id = source, source.vocab_size, source.eos_id
             self.stop_ids, self.hidden = source.stop_ids.union(ends), dict(source.hidden)
@@ -70,7 +74,9 @@ class Encoder:
         """
         ids = self.encode(text)
         if not ids and self.start_id is None:
-            raise UserError(f"the prompt is empty, and the tokenizer of {self._name} has no token that begins or ends a text. Give a prompt.")
+            raise UserError(
+                f"the prompt is empty, and the tokenizer of {self._name} has no token that begins or ends a text. Give a prompt."
+            )
         return ids or [self.start_id]
 
     @property
@@ -81,23 +87,33 @@ class Encoder:
           UserError: there is none.
         """
         if not isinstance(self._source, Chat):
-            raise UserError(f"{self._name} has no chat template: it is a run without a Hugging Face checkpoint's tokenizer. Prompt it with a text, "
-                            f"or begin the run with config.init_from.")
+            raise UserError(
+                f"{self._name} has no chat template: it is a run without a Hugging Face checkpoint's tokenizer. Prompt it with a text, "
+                f"or begin the run with config.init_from."
+            )
         return self._source
 
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
         """(int32 ids without prefix, UTF-8 bytes of the first one) of each text."""
         if isinstance(self._inner, Tokenizer):
             known = self._inner.token_bytes
-            size = lambda i: int(known[i]) if known is not None else len(self._inner.decode([i]).encode())
-            return [(ids, size(ids[0]) if len(ids) else 0) for ids in self._inner.encode_batch(texts)]
+            size = lambda i: (
+                int(known[i]) if known is not None else len(self._inner.decode([i]).encode())
+            )
+            return [
+                (ids, size(ids[0]) if len(ids) else 0) for ids in self._inner.encode_batch(texts)
+            ]
         texts, out = [clean_text(t) for t in texts], []
-        for text, e in zip(texts, self._inner.encode_batch(list(texts), add_special_tokens=False), strict=True):
+        for text, e in zip(
+            texts, self._inner.encode_batch(list(texts), add_special_tokens=False), strict=True
+        ):
             first, last = e.offsets[0] if e.offsets else (0, 0)
             out.append((np.asarray(e.ids, np.int32), len(text[first:last].encode())))
         return out
 
-    def decode(self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()) -> str:
+    def decode(
+        self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()
+    ) -> str:
         """The text of some ids, without special tokens, as it goes on after others."""
         return decode_after(self._decode, [i for i in map(int, ids) if i not in self.hidden], after)
 

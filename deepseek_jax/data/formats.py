@@ -14,16 +14,18 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from deepseek_jax.errors import UserError
-from deepseek_jax.data.documents import File, Notes, unreadable
 from deepseek_jax.cli.texts import clean_text
+from deepseek_jax.data.documents import File, Notes, unreadable
+from deepseek_jax.errors import UserError
 
 BLOCK = 16 << 20  # bytes of a text file, or characters of a JSON file, read at a time
 
 # A newline with no other white space beside it, ASCII or wide. Two newlines would not do: GPT-2's pattern
 # takes them as one piece at the end of a text, as two before a word.
-SAFE_CUT = re.compile(rb"(?<=[!-~\x80-\xff])(?<!\xc2\xa0|\xc2\x85)(?<!\xe3\x80\x80|\xe2\x80.)\n"
-                      rb"(?=[!-~\xc3-\xf4])(?!\xe3\x80\x80|\xe2\x80)")
+SAFE_CUT = re.compile(
+    rb"(?<=[!-~\x80-\xff])(?<!\xc2\xa0|\xc2\x85)(?<!\xe3\x80\x80|\xe2\x80.)\n"
+    rb"(?=[!-~\xc3-\xf4])(?!\xe3\x80\x80|\xe2\x80)"
+)
 # Bytes of a record that are no UTF-8 become lone surrogates, as JSON can spell them; clean_text cleans both.
 ODD_BYTES = "surrogateescape"
 _ROW = '{"text": "..."}'
@@ -51,8 +53,13 @@ def read(file: File, spec: str, option: str, notes: Notes | None = None) -> Iter
     """
     notes = Notes() if notes is None else notes
     where = f"{option}={spec!r}"
-    reader = {"text": _read_text, "lines": _read_lines, "json": _read_json, "parquet": _read_parquet,
-              "arrow": _read_arrow}[file.kind]
+    reader = {
+        "text": _read_text,
+        "lines": _read_lines,
+        "json": _read_json,
+        "parquet": _read_parquet,
+        "arrow": _read_arrow,
+    }[file.kind]
     try:
         for piece in reader(file, where, lambda why: notes.skip(spec, file.path, file.size, why)):
             text = clean_text(piece.text)
@@ -62,12 +69,17 @@ def read(file: File, spec: str, option: str, notes: Notes | None = None) -> Iter
         raise _damaged(file, where, e) from None
     except OSError as e:
         # bz2 and pyarrow have no error of their own for damaged data.
-        raise (_damaged(file, where, e) if file.compression and e.errno is None
-               else unreadable(spec, option, file.path, e)) from None
+        raise (
+            _damaged(file, where, e)
+            if file.compression and e.errno is None
+            else unreadable(spec, option, file.path, e)
+        ) from None
 
 
 def _damaged(file: File, where: str, error: Exception) -> UserError:
-    return UserError(f"{where}: {file.path} cannot be unpacked ({_short(error)}). Copy or compress it again.")
+    return UserError(
+        f"{where}: {file.path} cannot be unpacked ({_short(error)}). Copy or compress it again."
+    )
 
 
 def _short(error: Exception) -> str:
@@ -109,8 +121,10 @@ def _read_text(file: File, where: str, skip: Callable[[str], None]) -> Iterator[
             try:
                 text = data[:cut].decode()
             except UnicodeDecodeError as e:
-                raise UserError(f"{where}: {file.path} is not UTF-8 text at byte {offset + e.start}. Convert "
-                                f"it, as with iconv -t UTF-8, or give another file.") from None
+                raise UserError(
+                    f"{where}: {file.path} is not UTF-8 text at byte {offset + e.start}. Convert "
+                    f"it, as with iconv -t UTF-8, or give another file."
+                ) from None
             if not offset:
                 text = text.removeprefix("\ufeff")  # the byte order mark of Windows' editors
             if text or offset:
@@ -158,10 +172,14 @@ def _read_lines(file: File, where: str, skip: Callable[[str], None]) -> Iterator
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 row = json.loads(line.decode(errors=ODD_BYTES))
             except (ValueError, RecursionError) as e:
-                raise UserError(f"{where}: {place} is not valid JSON ({_short(e)}). Correct or remove that "
-                                f"line.") from None
+                raise UserError(
+                    f"{where}: {place} is not valid JSON ({_short(e)}). Correct or remove that "
+                    f"line."
+                ) from None
             if not _has_text(row):
-                raise UserError(f"{where}: {place} has no string 'text'. Write every line as {_ROW}.")
+                raise UserError(
+                    f"{where}: {place} has no string 'text'. Write every line as {_ROW}."
+                )
             yield Piece(row["text"], True, advanced())
 
 
@@ -175,15 +193,19 @@ def _read_json(file: File, where: str, skip: Callable[[str], None]) -> Iterator[
             except (ValueError, RecursionError) as e:
                 if number == 1 and not file.explicit:
                     return skip("not JSON")
-                raise UserError(f"{where}: item {number} of {file.path} is not valid JSON ({_short(e)}). "
-                                f"Correct that file.") from None
+                raise UserError(
+                    f"{where}: item {number} of {file.path} is not valid JSON ({_short(e)}). "
+                    f"Correct that file."
+                ) from None
             if row is items:
                 return
             if not _has_text(row):
                 if number == 1 and not file.explicit:
                     return skip("JSON without objects that have a string 'text'")
-                raise UserError(f"{where}: item {number} of {file.path} has no string 'text'. Write an array "
-                                f"of objects {_ROW}, or one on each line.")
+                raise UserError(
+                    f"{where}: item {number} of {file.path} has no string 'text'. Write an array "
+                    f"of objects {_ROW}, or one on each line."
+                )
             yield Piece(row["text"], True, advanced())
 
 
@@ -259,8 +281,9 @@ def _read_parquet(file: File, where: str, skip: Callable[[str], None]) -> Iterat
         for batch in table.iter_batches(batch_size=256, columns=["text"]):
             yield from (Piece(text, True, size) for text in _values(pyarrow, batch.column(0)))
     except pyarrow.ArrowException as e:
-        raise UserError(f"{where}: {file.path} is not a readable parquet file ({_short(e)}). Write it "
-                        f"again.") from None
+        raise UserError(
+            f"{where}: {file.path} is not a readable parquet file ({_short(e)}). Write it again."
+        ) from None
 
 
 def _read_arrow(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
@@ -276,35 +299,48 @@ def _read_arrow(file: File, where: str, skip: Callable[[str], None]) -> Iterator
             table = pyarrow.ipc.open_file(f) if is_file else pyarrow.ipc.open_stream(f)
             _check_column(pyarrow, table.schema, file, where)
             before = 0
-            for batch in (table.get_batch(i) for i in range(table.num_record_batches)) if is_file else table:
+            for batch in (
+                (table.get_batch(i) for i in range(table.num_record_batches)) if is_file else table
+            ):
                 size, before = (0 if is_file else f.tell() - before), (0 if is_file else f.tell())
                 values = _values(pyarrow, batch.column("text"))
                 each = file.size / table.num_record_batches if is_file else size
                 yield from (Piece(text, True, each / max(len(values), 1)) for text in values)
     except pyarrow.ArrowException as e:
-        raise UserError(f"{where}: {file.path} is not a readable Arrow file ({_short(e)}). "
-                        f"Write it again.") from None
+        raise UserError(
+            f"{where}: {file.path} is not a readable Arrow file ({_short(e)}). Write it again."
+        ) from None
 
 
 def _pyarrow(file: File, where: str) -> Any:
     try:
         import pyarrow  # slow to import, and only some corpora need it: an optional dependency
     except ImportError:
-        raise UserError(f"{where}: {file.path} needs pyarrow to be read. Install it with pip install "
-                        f"pyarrow, or convert to .jsonl.") from None
+        raise UserError(
+            f"{where}: {file.path} needs pyarrow to be read. Install it with pip install "
+            f"pyarrow, or convert to .jsonl."
+        ) from None
     return pyarrow
 
 
 def _check_column(pyarrow: Any, schema: Any, file: File, where: str) -> None:
     if "text" not in schema.names:
-        raise UserError(f"{where}: {file.path} has no column 'text' (it has: {', '.join(schema.names)}). "
-                        f"Rename the column that holds the text.")
+        raise UserError(
+            f"{where}: {file.path} has no column 'text' (it has: {', '.join(schema.names)}). "
+            f"Rename the column that holds the text."
+        )
     kind = schema.field("text").type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-            or pyarrow.types.is_string_view(kind) or pyarrow.types.is_null(kind)):
-        raise UserError(f"{where}: the column 'text' of {file.path} holds {kind}, not strings. Convert the "
-                        f"column.")
+    if not (
+        pyarrow.types.is_string(kind)
+        or pyarrow.types.is_large_string(kind)
+        or pyarrow.types.is_string_view(kind)
+        or pyarrow.types.is_null(kind)
+    ):
+        raise UserError(
+            f"{where}: the column 'text' of {file.path} holds {kind}, not strings. Convert the "
+            f"column."
+        )
 
 
 def _values(pyarrow: Any, column: Any) -> list[str]:
@@ -315,5 +351,7 @@ def _values(pyarrow: Any, column: Any) -> list[str]:
     if pyarrow.types.is_string_view(column.type):
         column = column.cast(pyarrow.large_string())
     wide = pyarrow.types.is_large_string(column.type)
-    return [(text or b"").decode(errors=ODD_BYTES)
-            for text in column.cast(pyarrow.large_binary() if wide else pyarrow.binary()).to_pylist()]
+    return [
+        (text or b"").decode(errors=ODD_BYTES)
+        for text in column.cast(pyarrow.large_binary() if wide else pyarrow.binary()).to_pylist()
+    ]

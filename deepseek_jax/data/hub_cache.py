@@ -25,8 +25,10 @@ def folder_of(path: str) -> str:
     """
     given, path = path, os.path.abspath(os.path.expanduser(path))
     if os.path.isfile(path):
-        raise UserError(f"{given} is not a folder but a file. Name the folder that it is in, "
-                        f"{os.path.dirname(path)}.")
+        raise UserError(
+            f"{given} is not a folder but a file. Name the folder that it is in, "
+            f"{os.path.dirname(path)}."
+        )
     if not os.path.isdir(path):
         raise UserError(f"{given} is not a folder. {_elsewhere(given)}")
     snapshots = os.path.join(path, "snapshots")
@@ -53,8 +55,10 @@ def _elsewhere(given: str) -> str:
     cached = os.path.join(hub, f"models--{given.replace('/', '--')}")
     if os.path.isdir(cached):
         return f"The hub's repository of this name is in its cache: name {cached}."
-    return (f"Nothing is downloaded here. For the hub's repository of this name run hf download {given} "
-            f"--local-dir {given.rpartition('/')[2]}, and name that folder.")
+    return (
+        f"Nothing is downloaded here. For the hub's repository of this name run hf download {given} "
+        f"--local-dir {given.rpartition('/')[2]}, and name that folder."
+    )
 
 
 def no_config(folder: str) -> str:
@@ -63,8 +67,10 @@ def no_config(folder: str) -> str:
     if caches := [n for n in names if n.startswith("models--")]:
         one = os.path.join(folder, caches[0])
         return f"it is the hub's cache. Name one of its folders, {one} for instance."
-    return _instead(folder, names) or (f"there is no config.json. Name a folder with config.json and "
-                                       f"{SINGLE}, as the hub has them, or the folder of a run.")
+    return _instead(folder, names) or (
+        f"there is no config.json. Name a folder with config.json and "
+        f"{SINGLE}, as the hub has them, or the folder of a run."
+    )
 
 
 def no_weights(folder: str) -> UserError:
@@ -75,9 +81,14 @@ def no_weights(folder: str) -> UserError:
         count, there = int(parts[0][3]), {int(m[2]) for m in parts}
         missing = list(itertools.islice((i for i in range(1, count + 1) if i not in there), 5))
         more = " and more" if len(missing) == 5 else ""
-        return UserError(f"{folder} holds {len(parts)} of {count} safetensors files, and no {INDEX}; missing "
-                         f"are those of the numbers {', '.join(map(str, missing))}{more}. {FINISH}.")
-    why = _instead(folder, names) or f"{SINGLE} is missing, and so is {INDEX}. Download the weights too."
+        return UserError(
+            f"{folder} holds {len(parts)} of {count} safetensors files, and no {INDEX}; missing "
+            f"are those of the numbers {', '.join(map(str, missing))}{more}. {FINISH}."
+        )
+    why = (
+        _instead(folder, names)
+        or f"{SINGLE} is missing, and so is {INDEX}. Download the weights too."
+    )
     return UserError(f"{folder}: {why}")
 
 
@@ -87,22 +98,30 @@ def all_shards(folder: str) -> list[str]:
     for name in _names(folder):
         if m := _SHARD.fullmatch(name):
             found.setdefault((m[1], m[3]), {})[int(m[2])] = name
-    whole = [f for (_, count), f in found.items() if (len(f), min(f), max(f)) == (int(count), 1, int(count))]
+    whole = [
+        f
+        for (_, count), f in found.items()
+        if (len(f), min(f), max(f)) == (int(count), 1, int(count))
+    ]
     return [whole[0][i] for i in sorted(whole[0])] if len(whole) == 1 else []
 
 
 def missing_files(folder: str, missing: list[str], count: int) -> UserError:
     """What to say of an index that names files which are not there."""
-    return UserError(f"{folder}/{INDEX}: it names {len(missing)} of {count} files that are missing: "
-                     f"{some(missing)}. {FINISH}, or copy them.")
+    return UserError(
+        f"{folder}/{INDEX}: it names {len(missing)} of {count} files that are missing: "
+        f"{some(missing)}. {FINISH}, or copy them."
+    )
 
 
 def check_downloaded(folder: str, file: str) -> None:
     """Raises UserError for a file of which git has the pointer only."""
     path = os.path.join(folder, file)
     if _text(path, len(_POINTER)) == _POINTER:
-        raise UserError(f"{path} is a pointer of Git LFS and not the file. Run git lfs pull in that folder, "
-                        f"or get it with hf download.")
+        raise UserError(
+            f"{path} is a pointer of Git LFS and not the file. Run git lfs pull in that folder, "
+            f"or get it with hf download."
+        )
 
 
 def _instead(folder: str, names: list[str]) -> str:
@@ -110,20 +129,30 @@ def _instead(folder: str, names: list[str]) -> str:
     target = f"{os.path.basename(folder.rstrip('/'))}-safetensors"
     if "adapter_config.json" in names:
         base = _json_key(os.path.join(folder, "adapter_config.json"), "base_model_name_or_path")
-        return (f"it holds an adapter{f' of {base}' if base else ''} and not a model. Merge it into its base "
-                f"model: python -c \"from peft import AutoPeftModelForCausalLM as M; "
-                f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{target}')\".")
-    if any(n.endswith((".bin", ".bin.index.json")) and n.startswith("pytorch_model") for n in names):
-        return (f"its weights are pickles (pytorch_model*.bin), which are not read here, as they can run "
-                f"code. Convert them: python -c \"from transformers import AutoModelForCausalLM as M; "
-                f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{target}')\", and copy the "
-                f"tokenizer's files.")
+        return (
+            f"it holds an adapter{f' of {base}' if base else ''} and not a model. Merge it into its base "
+            f'model: python -c "from peft import AutoPeftModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{target}')\"."
+        )
+    if any(
+        n.endswith((".bin", ".bin.index.json")) and n.startswith("pytorch_model") for n in names
+    ):
+        return (
+            f"its weights are pickles (pytorch_model*.bin), which are not read here, as they can run "
+            f'code. Convert them: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{target}')\", and copy the "
+            f"tokenizer's files."
+        )
     if any(n.endswith(".gguf") for n in names):
-        return ("its weights are GGUF, quantised for llama.cpp. Take the repository of the original weights, "
-                "in safetensors files.")
+        return (
+            "its weights are GGUF, quantised for llama.cpp. Take the repository of the original weights, "
+            "in safetensors files."
+        )
     if any(n.startswith("consolidated") and n.endswith((".safetensors", ".pth")) for n in names):
-        return ("its weights have their authors' own names (consolidated.*). Take the repository in Hugging "
-                "Face's format (often ...-hf).")
+        return (
+            "its weights have their authors' own names (consolidated.*). Take the repository in Hugging "
+            "Face's format (often ...-hf)."
+        )
     return ""
 
 
@@ -158,4 +187,6 @@ def _json_key(path: str, *keys: str) -> str:
 
 def some(values: list[str]) -> str:
     """The first of them, and how many more."""
-    return ", ".join(map(str, values[:5])) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+    return ", ".join(map(str, values[:5])) + (
+        f" and {len(values) - 5} more" if len(values) > 5 else ""
+    )

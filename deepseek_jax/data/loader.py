@@ -7,7 +7,6 @@ import grain
 import numpy as np
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.errors import UserError
 from deepseek_jax.data import contents
 from deepseek_jax.data.documents import Notes
 from deepseek_jax.data.order import derive_seed
@@ -15,6 +14,7 @@ from deepseek_jax.data.packing import PackedRows, Row, padding_row
 from deepseek_jax.data.prefetch import Prefetcher
 from deepseek_jax.data.sources import Corpus, Documents, open_corpora, parse_weights, split
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.errors import UserError
 
 __all__ = ["Loader", "Prefetcher"]
 
@@ -74,9 +74,14 @@ class Loader:
         corpora = open_corpora(config, tokenizer, progress, notes)
         self.notes = notes.lines()
         sides = [split(corpus, c.data.eval_fraction) for corpus in corpora]
-        train = [PackedRows(t, length, derive_seed(c.seed, PACK, i), mask) for i, (t, _) in enumerate(sides)]
-        self._eval = [PackedRows(e, length, derive_seed(EVAL_SEED, PACK, i), mask, pad_last=True)
-                      for i, (_, e) in enumerate(sides)]
+        train = [
+            PackedRows(t, length, derive_seed(c.seed, PACK, i), mask)
+            for i, (t, _) in enumerate(sides)
+        ]
+        self._eval = [
+            PackedRows(e, length, derive_seed(EVAL_SEED, PACK, i), mask, pad_last=True)
+            for i, (_, e) in enumerate(sides)
+        ]
         self.train_tokens, self.eval_tokens = (sum(d.size for d in side) for side in zip(*sides))
         self.num_train_rows, self.num_eval_rows = sum(map(len, train)), sum(map(len, self._eval))
         self._check_size(corpora, sides, train)
@@ -100,13 +105,17 @@ class Loader:
 
     def origin(self, index: int) -> list[Span]:
         """Where the inputs of row `index` of the global training order come from, document by document."""
-        source, row = self._ordered([_Places(i, len(rows)) for i, rows in enumerate(self._rows)])[index]
+        source, row = self._ordered([_Places(i, len(rows)) for i, rows in enumerate(self._rows)])[
+            index
+        ]
         corpus, out = self._sources[source], []
         for start, count, into in self._rows[source].spans(row):
             document = int(np.searchsorted(corpus.offsets, start, "right")) - 1
-            tokens = np.asarray(corpus.tokens[start:start + count])
-            before = corpus.tokens[start - min(into, 32):start]
-            out.append(Span(corpus.name, document, into, count, self.tokenizer.decode(tokens, before)))
+            tokens = np.asarray(corpus.tokens[start : start + count])
+            before = corpus.tokens[start - min(into, 32) : start]
+            out.append(
+                Span(corpus.name, document, into, count, self.tokenizer.decode(tokens, before))
+            )
         return out
 
     def eval_rows(self, start: int, count: int) -> dict[str, np.ndarray]:
@@ -123,33 +132,58 @@ class Loader:
     def _ordered(self, sources: Sequence[Any]) -> grain.MapDataset:
         """The items of all sources in the global training order."""
         # Shuffling before repeating: grain reseeds the shuffle every epoch and reads any index without the ones before.
-        shuffled = [grain.MapDataset.source(items).shuffle(seed=derive_seed(self._config.seed, SHUFFLE, i)).repeat() for i, items in enumerate(sources)]
+        shuffled = [
+            grain.MapDataset.source(items)
+            .shuffle(seed=derive_seed(self._config.seed, SHUFFLE, i))
+            .repeat()
+            for i, items in enumerate(sources)
+        ]
         # Grain spreads the sources evenly, with weights rounded to within one percent.
         return grain.MapDataset.mix(shuffled, self._weights) if len(shuffled) > 1 else shuffled[0]
 
     def _stack(self, rows: list[Row]) -> dict[str, np.ndarray]:
         s, size = self._config.train.sequence_length, self.tokenizer.vocab_size
-        out = {k: np.stack([r[k] for r in rows]) if rows else np.zeros((0, s), np.int32) for k in padding_row(0)}
+        out = {
+            k: np.stack([r[k] for r in rows]) if rows else np.zeros((0, s), np.int32)
+            for k in padding_row(0)
+        }
         # Start-up trusts the sidecar of a token file; a damaged file must not reach the embedding and tables
         # by id, which would not complain.
-        if rows and not (0 <= out["tokens"].min() and out["tokens"].max() < size and out["targets"].max() < size):
+        if rows and not (
+            0 <= out["tokens"].min() and out["tokens"].max() < size and out["targets"].max() < size
+        ):
             bad = max(out["tokens"].max(), out["targets"].max(), -out["tokens"].min())
-            raise UserError(f"config.data.path={self._config.data.path!r} has the token id {bad}, but "
-                            f"config.data.tokenizer={self._config.data.tokenizer!r} has {size} ids: the "
-                            f"token file is damaged. Tokenize again.")
+            raise UserError(
+                f"config.data.path={self._config.data.path!r} has the token id {bad}, but "
+                f"config.data.tokenizer={self._config.data.tokenizer!r} has {size} ids: the "
+                f"token file is damaged. Tokenize again."
+            )
         return out
 
-    def _check_size(self, corpora: list[Corpus], sides: list[tuple[Documents, Documents]], train: list[PackedRows]) -> None:
-        c, batch, s = self._config, self._config.train.batch_size, self._config.train.sequence_length
+    def _check_size(
+        self,
+        corpora: list[Corpus],
+        sides: list[tuple[Documents, Documents]],
+        train: list[PackedRows],
+    ) -> None:
+        c, batch, s = (
+            self._config,
+            self._config.train.batch_size,
+            self._config.train.sequence_length,
+        )
         held = f"besides the {self.eval_tokens} held out with config.data.eval_fraction={c.data.eval_fraction}"
         repair = "Give more text, or lower config.train.batch_size or config.train.sequence_length."
         for corpus, (documents, _), rows in zip(corpora, sides, train):
             if not len(rows):
-                raise UserError(f"config.data.path={corpus.name!r} has {documents.size} training tokens ({held}), but one "
-                                f"sequence of config.train.sequence_length={s} needs {s + 1}. {repair}")
+                raise UserError(
+                    f"config.data.path={corpus.name!r} has {documents.size} training tokens ({held}), but one "
+                    f"sequence of config.train.sequence_length={s} needs {s + 1}. {repair}"
+                )
         if self.num_train_rows < batch:
-            raise UserError(f"config.data.path={c.data.path!r} has {self.train_tokens} training tokens ({held}), but one batch "
-                            f"of config.train.batch_size={batch} x sequence_length={s} needs {batch * s + 1}. {repair}")
+            raise UserError(
+                f"config.data.path={c.data.path!r} has {self.train_tokens} training tokens ({held}), but one batch "
+                f"of config.train.batch_size={batch} x sequence_length={s} needs {batch * s + 1}. {repair}"
+            )
 
 
 def _interleave(counts: list[int]) -> np.ndarray:
@@ -160,17 +194,26 @@ def _interleave(counts: list[int]) -> np.ndarray:
     return np.stack([source, row], axis=1)[np.argsort(share, kind="stable")]
 
 
-def _describe(corpora: list[Corpus], sides: list[tuple[Documents, Documents]], weights: list[float], tokenizer: Tokenizer) -> str:
+def _describe(
+    corpora: list[Corpus],
+    sides: list[tuple[Documents, Documents]],
+    weights: list[float],
+    tokenizer: Tokenizer,
+) -> str:
     texts = []
     for corpus, (train, held_out), weight in zip(corpora, sides, weights):
         total, count = train.size + held_out.size, len(train.starts) + len(held_out.starts)
         share = f"{weight:.0%} " if len(corpora) > 1 else ""
         if len(corpus.offsets) == 2:
-            held = f"the last {_short(held_out.size)} held out" if held_out.size else "none held out"
+            held = (
+                f"the last {_short(held_out.size)} held out" if held_out.size else "none held out"
+            )
             texts.append(f"{share}{corpus.name}: 1 document, {_short(total)} tokens ({held})")
         else:
-            texts.append(f"{share}{corpus.name}: {count:,} documents, {_short(total)} tokens "
-                         f"({len(held_out.starts):,} documents, {_short(held_out.size)} tokens held out)")
+            texts.append(
+                f"{share}{corpus.name}: {count:,} documents, {_short(total)} tokens "
+                f"({len(held_out.starts):,} documents, {_short(held_out.size)} tokens held out)"
+            )
     return "; ".join(texts) + f"; tokenizer {tokenizer.name[:14]}, {tokenizer.vocab_size:,} ids"
 
 

@@ -41,8 +41,10 @@ def read_index(path: str, where: str) -> Index | None:
     place = index_path(path)
     if not path.lower().endswith(".bin") or not os.path.exists(place):
         return None
-    wrong = lambda what: UserError(f"{where}: {place} beside {path} {what}. Make both again with "
-                                   f"Megatron-LM's preprocess_data.py, or move the .idx away.")
+    wrong = lambda what: UserError(
+        f"{where}: {place} beside {path} {what}. Make both again with "
+        f"Megatron-LM's preprocess_data.py, or move the .idx away."
+    )
     with open(place, "rb") as f:
         head = f.read(HEADER)
     if len(head) < HEADER or not head.startswith(MAGIC):
@@ -50,12 +52,19 @@ def read_index(path: str, where: str) -> Index | None:
     version, code = int.from_bytes(head[9:17], "little"), head[17]
     sequences, documents = (int.from_bytes(head[at : at + 8], "little") for at in (18, 26))
     if version != 1 or code not in DTYPES:
-        raise wrong(f"has version {version} and dtype code {code}; read are version 1 and whole numbers, "
-                    f"codes {', '.join(map(str, DTYPES))}")
+        raise wrong(
+            f"has version {version} and dtype code {code}; read are version 1 and whole numbers, "
+            f"codes {', '.join(map(str, DTYPES))}"
+        )
     needed, size = HEADER + 12 * sequences + 8 * documents, os.path.getsize(place)
-    if size not in (needed, needed + sequences):  # the latter: with a mode of each sequence (multimodal)
-        raise wrong(f"is damaged: it has {size} bytes, and {sequences} sequences and {documents} documents "
-                    f"need {needed}")
+    if size not in (
+        needed,
+        needed + sequences,
+    ):  # the latter: with a mode of each sequence (multimodal)
+        raise wrong(
+            f"is damaged: it has {size} bytes, and {sequences} sequences and {documents} documents "
+            f"need {needed}"
+        )
     part = lambda dtype, count, at: np.fromfile(place, dtype, count, offset=at).astype(np.int64)
     lengths = part("<i4", sequences, HEADER)
     places = part("<i8", sequences, HEADER + 4 * sequences)
@@ -65,9 +74,11 @@ def read_index(path: str, where: str) -> Index | None:
     if (lengths < 0).any() or (places != ends[:-1] * dtype.itemsize).any():
         raise wrong("is damaged: its sequences do not follow one another")
     if ends[-1] * dtype.itemsize != os.path.getsize(path):
-        raise wrong(f"is of another file: it tells of {ends[-1]} tokens of {dtype}, which are "
-                    f"{ends[-1] * dtype.itemsize} bytes, and there are "
-                    f"{os.path.getsize(path)}")
+        raise wrong(
+            f"is of another file: it tells of {ends[-1]} tokens of {dtype}, which are "
+            f"{ends[-1] * dtype.itemsize} bytes, and there are "
+            f"{os.path.getsize(path)}"
+        )
     if len(firsts) <= 1:  # writers that never end a document
         return Index(dtype, ends)
     if firsts[0] or firsts[-1] != sequences or (np.diff(firsts) < 0).any():

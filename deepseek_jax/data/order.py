@@ -5,7 +5,9 @@ import numpy as np
 
 def mix64(values: np.ndarray | int) -> np.ndarray:
     """splitmix64's finaliser (Steele et al. 2014): uint64 hashes, same shape, of integers taken modulo 2^64."""
-    z = np.atleast_1d(np.asarray(values if isinstance(values, np.ndarray) else values % 2**64)).astype(np.uint64)
+    z = np.atleast_1d(
+        np.asarray(values if isinstance(values, np.ndarray) else values % 2**64)
+    ).astype(np.uint64)
     z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -15,8 +15,12 @@ Row = dict[str, np.ndarray]
 
 def padding_row(length: int) -> Row:
     """A row that counts for nothing: segment 0, no targets."""
-    return {"tokens": np.zeros(length, np.int32), "targets": np.full(length, IGNORE, np.int32),
-            "segment_ids": np.zeros(length, np.int32), "positions": np.zeros(length, np.int32)}
+    return {
+        "tokens": np.zeros(length, np.int32),
+        "targets": np.full(length, IGNORE, np.int32),
+        "segment_ids": np.zeros(length, np.int32),
+        "positions": np.zeros(length, np.int32),
+    }
 
 
 class PackedRows:
@@ -31,7 +35,14 @@ class PackedRows:
       pad_last: keep the last partial row, padded, so that every token is predicted once; else it is dropped.
     """
 
-    def __init__(self, documents: Documents, sequence_length: int, seed: int, document_mask: bool, pad_last: bool = False):
+    def __init__(
+        self,
+        documents: Documents,
+        sequence_length: int,
+        seed: int,
+        document_mask: bool,
+        pad_last: bool = False,
+    ):
         order = permutation(len(documents.starts), seed)
         self._tokens, self._length, self._mask = documents.tokens, sequence_length, document_mask
         self._starts = documents.starts[order]
@@ -54,7 +65,11 @@ class PackedRows:
         """
         if not 0 <= index < self._rows:
             raise IndexError(f"row {index} of {self._rows}")
-        at, stop, out = int(index) * self._length, min((int(index) + 1) * self._length, self._size), []
+        at, stop, out = (
+            int(index) * self._length,
+            min((int(index) + 1) * self._length, self._size),
+            [],
+        )
         while at < stop:
             d = int(np.searchsorted(self._ends, at, "right"))
             into = at - (int(self._ends[d - 1]) if d else 0)
@@ -80,13 +95,15 @@ class PackedRows:
         stop = min(start + s + 1, self._size)
         first, last = (int(d) for d in np.searchsorted(self._ends, [start, stop - 1], "right"))
         # Where the documents begin and end in this row's window of the stream.
-        ends = np.minimum(self._ends[first:last + 1], stop) - start
+        ends = np.minimum(self._ends[first : last + 1], stop) - start
         begins = np.concatenate([[0], ends[:-1]])
-        into = start - (int(self._ends[first - 1]) if first else 0)  # tokens of the first document before this row
+        into = start - (
+            int(self._ends[first - 1]) if first else 0
+        )  # tokens of the first document before this row
         window = np.empty(stop - start, np.int32)
         for d, begin, end in zip(range(first, last + 1), begins.tolist(), ends.tolist()):
             source = int(self._starts[d]) + (into if d == first else 0)
-            window[begin:end] = self._tokens[source:source + end - begin]
+            window[begin:end] = self._tokens[source : source + end - begin]
         positions = np.arange(len(window), dtype=np.int32)
         segments = np.ones(len(window), np.int32)
         if self._mask:
@@ -97,5 +114,7 @@ class PackedRows:
         out["tokens"][:n] = window[:n]
         out["segment_ids"][:n] = segments[:n]
         out["positions"][:n] = positions[:n]
-        out["targets"][:len(window) - 1] = np.where(segments[1:] == segments[:-1], window[1:], IGNORE)
+        out["targets"][: len(window) - 1] = np.where(
+            segments[1:] == segments[:-1], window[1:], IGNORE
+        )
         return out

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator, Set
 from typing import Any
 
-from deepseek_jax.errors import UserError
 from deepseek_jax.cli.texts import clean, clean_text
+from deepseek_jax.errors import UserError
 
 
 def read_lines(path: str, option: str, form: str) -> Iterator[tuple[int, str]]:
@@ -28,7 +28,9 @@ def read_lines(path: str, option: str, form: str) -> Iterator[tuple[int, str]]:
         ):
             for number, line in enumerate(f, 1):
                 text = (
-                    line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
+                    line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if isinstance(line, bytes)
+                    else line
                 )
                 if text.strip():
                     empty = False

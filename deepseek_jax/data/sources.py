@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deepseek_jax.cli.progress import Bar
 from deepseek_jax.config.options import Config
-from deepseek_jax.errors import UserError
 from deepseek_jax.data.documents import File, Notes, find_files, no_text, split_paths
 from deepseek_jax.data.formats import read
 from deepseek_jax.data.order import mix64
-from deepseek_jax.cli.progress import Bar
 from deepseek_jax.data.tokenfile import open_tokens
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.errors import UserError
 
 BATCH_CHARACTERS = 4 << 20  # text handed to the tokenizer at a time: enough for its threads
 HELD_OUT_SALT = 0x68656C64  # fixed: which documents are held out must never depend on the seed
@@ -35,7 +35,7 @@ class Joined:
         out = []
         while start < stop:
             base, end = int(self._starts[first]), min(stop, int(self._starts[first + 1]))
-            out.append(self.parts[first][start - base:end - base])
+            out.append(self.parts[first][start - base : end - base])
             start, first = end, first + 1
         return np.concatenate(out) if len(out) > 1 else out[0] if out else np.zeros(0, np.int32)
 
@@ -61,8 +61,9 @@ class Documents(NamedTuple):
         return int(self.lengths.sum())
 
 
-def open_corpora(config: Config, tokenizer: Tokenizer, progress: bool = False,
-                 notes: Notes | None = None) -> list[Corpus]:
+def open_corpora(
+    config: Config, tokenizer: Tokenizer, progress: bool = False, notes: Notes | None = None
+) -> list[Corpus]:
     """Opens every source of `config.data.path`: text is tokenised into memory, token files are memory-mapped.
 
     Args:
@@ -75,21 +76,28 @@ def open_corpora(config: Config, tokenizer: Tokenizer, progress: bool = False,
     notes = Notes() if notes is None else notes
     size = config.model.vocab_size
     if tokenizer.vocab_size > size:
-        raise UserError(f"config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than "
-                        f"config.model.vocab_size={size}. Set config.model.vocab_size to {tokenizer.vocab_size} or more.")
+        raise UserError(
+            f"config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than "
+            f"config.model.vocab_size={size}. Set config.model.vocab_size to {tokenizer.vocab_size} or more."
+        )
     if not -1 <= config.data.eos_token_id < tokenizer.vocab_size:
-        raise UserError(f"config.data.eos_token_id={config.data.eos_token_id} is none of the "
-                        f"{tokenizer.vocab_size} ids of "
-                        f"config.data.tokenizer={config.data.tokenizer!r}. Set it to one below "
-                        f"{tokenizer.vocab_size}, or to -1 for the tokenizer's.")
+        raise UserError(
+            f"config.data.eos_token_id={config.data.eos_token_id} is none of the "
+            f"{tokenizer.vocab_size} ids of "
+            f"config.data.tokenizer={config.data.tokenizer!r}. Set it to one below "
+            f"{tokenizer.vocab_size}, or to -1 for the tokenizer's."
+        )
     specs = split_paths(config.data.path, "config.data.path")
     found = [find_files(s, "config.data.path", notes) for s in specs]
     with Bar("Reading data", sum(f.size for files in found for f in files), progress) as bar:
-        return [_open(spec, files, config, tokenizer, bar, notes) for spec, files in zip(specs, found)]
+        return [
+            _open(spec, files, config, tokenizer, bar, notes) for spec, files in zip(specs, found)
+        ]
 
 
-def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, bar: Bar,
-          notes: Notes) -> Corpus:
+def _open(
+    spec: str, files: list[File], config: Config, tokenizer: Tokenizer, bar: Bar, notes: Notes
+) -> Corpus:
     parts, text = [], []
 
     def flush() -> None:
@@ -100,8 +108,11 @@ def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, ba
     for file in files:
         if file.kind == "tokens":
             flush()  # documents keep the order of their files
-            parts.append(open_tokens(file.path, f"config.data.path={spec!r}", config, tokenizer, bar.advance,
-                                     notes))
+            parts.append(
+                open_tokens(
+                    file.path, f"config.data.path={spec!r}", config, tokenizer, bar.advance, notes
+                )
+            )
         else:
             text.append(file)
     flush()
@@ -115,8 +126,9 @@ def _open(spec: str, files: list[File], config: Config, tokenizer: Tokenizer, ba
     return Corpus(Joined([tokens for tokens, _ in parts]), offsets, spec)
 
 
-def _tokenise(files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar,
-              notes: Notes) -> tuple[np.ndarray, np.ndarray]:
+def _tokenise(
+    files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar, notes: Notes
+) -> tuple[np.ndarray, np.ndarray]:
     """-> tokens [n] in the smallest dtype, offsets int64 [documents + 1]."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     chunks, offsets, count = [], [np.zeros(1, np.int64)], 0
@@ -128,8 +140,9 @@ def _tokenise(files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar,
     return np.concatenate(chunks) if chunks else np.zeros(0, dtype), np.concatenate(offsets)
 
 
-def encoded(files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer, bar: Bar,
-            notes: Notes) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+def encoded(
+    files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer, bar: Bar, notes: Notes
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
     """Batches of pieces of documents: (ids int32 [n], where documents end in them: int64, from 1 to n), in
     file order.
 
@@ -144,7 +157,11 @@ def encoded(files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer,
         nonlocal ended
         out = []
         for ids, last in zip(tokenizer.encode_batch(texts), lasts):
-            spelt = np.flatnonzero(ids == eos[0]) + 1 if tokenizer.special_tokens else np.zeros(0, np.int64)
+            spelt = (
+                np.flatnonzero(ids == eos[0]) + 1
+                if tokenizer.special_tokens
+                else np.zeros(0, np.int64)
+            )
             ended = len(ids) in spelt if len(ids) else ended
             if last and not ended:
                 ids, spelt = np.append(ids, eos), np.append(spelt, len(ids) + 1)
@@ -184,15 +201,21 @@ def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
         held_out = np.zeros(len(starts), bool)
     elif len(starts) == 1:
         total = int(lengths[0])
-        count = min(max(math.ceil(total * fraction), 2), total - 1)  # two tokens: one to read, one to predict
+        count = min(
+            max(math.ceil(total * fraction), 2), total - 1
+        )  # two tokens: one to read, one to predict
         cut = np.array([total - count], np.int64)
-        return Documents(corpus.tokens, starts, cut), Documents(corpus.tokens, starts + cut, lengths - cut)
+        return Documents(corpus.tokens, starts, cut), Documents(
+            corpus.tokens, starts + cut, lengths - cut
+        )
     else:
         n = len(starts)
         blocks = np.arange(math.ceil(n * fraction) + 1, dtype=np.int64)
         begins = np.minimum(np.ceil(blocks / fraction), 2.0**53).astype(np.int64)
         hashes = mix64(blocks[:-1].astype(np.uint64) + mix64(HELD_OUT_SALT))
-        picks = begins[:-1] + (hashes % np.maximum(np.diff(begins), 1).astype(np.uint64)).astype(np.int64)
+        picks = begins[:-1] + (hashes % np.maximum(np.diff(begins), 1).astype(np.uint64)).astype(
+            np.int64
+        )
         held_out = np.zeros(n, bool)
         held_out[picks[picks < n]] = True
         if not held_out.any():
@@ -214,12 +237,18 @@ def parse_weights(config: Config) -> list[float] | None:
     try:
         weights = [float(w) for w in text.split(",")]
     except ValueError:
-        raise UserError(f"config.data.weights={text!r} is not a list of numbers. Write it as '0.7,0.3', one number a "
-                        f"source.") from None
+        raise UserError(
+            f"config.data.weights={text!r} is not a list of numbers. Write it as '0.7,0.3', one number a "
+            f"source."
+        ) from None
     if len(weights) != count:
-        raise UserError(f"config.data.weights={text!r} has {len(weights)} numbers, but config.data.path={config.data.path!r} "
-                        f"has {count} sources. Give one weight a source.")
+        raise UserError(
+            f"config.data.weights={text!r} has {len(weights)} numbers, but config.data.path={config.data.path!r} "
+            f"has {count} sources. Give one weight a source."
+        )
     if not all(math.isfinite(w) and w > 0 for w in weights):
-        raise UserError(f"config.data.weights={text!r} has a weight that is not a positive number. Set every weight above 0, or "
-                        f"remove that source.")
+        raise UserError(
+            f"config.data.weights={text!r} has a weight that is not a positive number. Set every weight above 0, or "
+            f"remove that source."
+        )
     return [w / sum(weights) for w in weights]

@@ -16,14 +16,22 @@ import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 
-from deepseek_jax.errors import UserError
 from deepseek_jax.cli.texts import clean_text
+from deepseek_jax.errors import UserError
 
 # Names of a message's reasoning; templates read the first, gpt-oss's the second.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own
-FAILURES = (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, ArithmeticError,
-            RecursionError, MemoryError)
+FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ValueError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 FORM = '[{"role": "user", "content": "..."}].'
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."} and what else a template reads
@@ -51,7 +59,10 @@ def render(
     Raises:
       UserError: the messages are none, the template refuses them, or it does not read what is given.
     """
-    flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+    flags = {
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
+    }
     for name, value in flags.items():
         if not isinstance(value, bool | None):
             raise UserError(f"{name} is {value!r}, and neither true nor false.")
@@ -74,15 +85,23 @@ def render(
         )
     if continue_final_message:
         _tag(chat[-1])
-    begins = not continue_final_message if add_generation_prompt is None else bool(add_generation_prompt)
+    begins = (
+        not continue_final_message if add_generation_prompt is None else bool(add_generation_prompt)
+    )
 
     def once(chat: list[dict[str, Any]]) -> str:
         return _compiled(source).render(
-            messages=[_with_reasoning(m) for m in chat], add_generation_prompt=begins, **{**special, **given}
+            messages=[_with_reasoning(m) for m in chat],
+            add_generation_prompt=begins,
+            **{**special, **given},
         )
 
     try:
-        text = _by_parts(once, chat) if any(isinstance(m.get("content"), list) for m in chat) else once(chat)
+        text = (
+            _by_parts(once, chat)
+            if any(isinstance(m.get("content"), list) for m in chat)
+            else once(chat)
+        )
     except FAILURES as e:
         raise UserError(
             f"the chat template of {where} refuses these messages "
@@ -136,14 +155,18 @@ def plain(value: Any, name: str) -> Any:
         if callable(value)
         else "what JSON can say"
     )
-    raise UserError(f"{name} is a {type(value).__name__}, which a chat template cannot read. Give {more}.")
+    raise UserError(
+        f"{name} is a {type(value).__name__}, which a chat template cannot read. Give {more}."
+    )
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:
     """Messages as plain data, without keys that are None: many APIs return content=None, which templates
     would write out."""
     if not isinstance(messages, (list, tuple)):
-        raise UserError(f"messages are a {type(messages).__name__} and not a list. Give messages as {FORM}")
+        raise UserError(
+            f"messages are a {type(messages).__name__} and not a list. Give messages as {FORM}"
+        )
     if not messages:
         raise UserError(f"messages are an empty list. Give messages as {FORM}")
     out = []
@@ -166,7 +189,9 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
                 f"messages[{i}] has a 'content' that is {type(content).__name__} and not a text. Give "
                 f"messages as {FORM}"
             )
-        for n, part in enumerate(content if isinstance(content, list) and m["role"] != "tool" else ()):
+        for n, part in enumerate(
+            content if isinstance(content, list) and m["role"] != "tool" else ()
+        ):
             kind = part.get("type", "nothing") if isinstance(part, dict) else type(part).__name__
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise UserError(
@@ -185,7 +210,9 @@ def _objects(value: Any, name: str) -> list[dict[str, Any]] | None:
         raise UserError(f"{name} are a {type(value).__name__} and not a list of objects.")
     out = plain(value, name)
     if wrong := [i for i, v in enumerate(out) if not isinstance(v, dict)]:
-        raise UserError(f"{name}[{wrong[0]}] is a {type(value[wrong[0]]).__name__} and not an object.")
+        raise UserError(
+            f"{name}[{wrong[0]}] is a {type(value[wrong[0]]).__name__} and not an object."
+        )
     return out
 
 
@@ -197,7 +224,9 @@ def _by_parts(once, chat: list[dict[str, Any]]) -> str:
     """
     in_parts = [isinstance(m.get("content"), list) and m["role"] != "tool" for m in chat]
     lists = [m["content"] for m, yes in zip(chat, in_parts) if yes]
-    written = lambda parts, text: str(parts) not in text and all(p["text"].strip() in text for p in parts)
+    written = lambda parts, text: (
+        str(parts) not in text and all(p["text"].strip() in text for p in parts)
+    )
     try:
         text = once(chat)
         if all(written(parts, text) for parts in lists):
@@ -217,7 +246,9 @@ def _tag(message: dict[str, Any]) -> None:
     elif isinstance(content, str):
         message["content"] += TAG
     else:
-        raise UserError("continue_final_message: the last message has no text as 'content' to go on with.")
+        raise UserError(
+            "continue_final_message: the last message has no text as 'content' to go on with."
+        )
 
 
 def _cut(text: str, message: dict[str, Any], where: str) -> str:

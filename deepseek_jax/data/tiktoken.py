@@ -25,16 +25,18 @@ MOST = 1 << 16  # added tokens, whatever a file says
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-PATTERN = "|".join([
-    r"[\p{Han}]+",
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}?",
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}?",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-])
+PATTERN = "|".join(
+    [
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}?",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
 
 
 def to_json(data: bytes, config: dict[str, Any]) -> str:
@@ -48,23 +50,53 @@ def to_json(data: bytes, config: dict[str, Any]) -> str:
     """
     automatic = config.get("auto_map")
     names = automatic.get("AutoTokenizer") if isinstance(automatic, dict) else None
-    named = [str(n).rpartition("--")[2] for n in (names if isinstance(names, list) else [names]) if n]
+    named = [
+        str(n).rpartition("--")[2] for n in (names if isinstance(names, list) else [names]) if n
+    ]
     if not set(named) & set(MOONSHOT):
-        raise ValueError(f"tokenizer_config.json names {', '.join(named) or 'no tokenizer in auto_map'}, and "
-                         f"only the patterns of {' and '.join(MOONSHOT)} are known")
+        raise ValueError(
+            f"tokenizer_config.json names {', '.join(named) or 'no tokenizer in auto_map'}, and "
+            f"only the patterns of {' and '.join(MOONSHOT)} are known"
+        )
     ranks = read_ranks(data)
     spelt = _spelling()
     spell = lambda token: "".join(spelt[b] for b in token)
     pairs = (_pair(token, ranks) for token in sorted(ranks, key=ranks.get))
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    pieces = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-             "vocab": {spell(token): rank for token, rank in ranks.items()},
-             "merges": [(spell(pair[0]), spell(pair[1])) for pair in pairs if pair]}
-    tree = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [pieces, level]}, "decoder": level,
-            "added_tokens": _added(config, len(ranks)), "model": model}
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    pieces = {
+        "type": "Split",
+        "pattern": {"Regex": PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,
+        "vocab": {spell(token): rank for token, rank in ranks.items()},
+        "merges": [(spell(pair[0]), spell(pair[1])) for pair in pairs if pair],
+    }
+    tree = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": None,
+        "post_processor": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [pieces, level]},
+        "decoder": level,
+        "added_tokens": _added(config, len(ranks)),
+        "model": model,
+    }
     return json.dumps(tree, ensure_ascii=False)
 
 
@@ -83,7 +115,9 @@ def read_ranks(data: bytes) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(f"line {number} is not base64 and a rank") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(
+        bytes([b]) in ranks for b in range(256)
+    ):
         raise ValueError("its ranks are not 0, 1, 2, ... with a token for each byte")
     return ranks
 

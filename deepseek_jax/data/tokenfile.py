@@ -15,20 +15,25 @@ from collections.abc import Callable
 import numpy as np
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.errors import UserError
+from deepseek_jax.config.paths import temporary
 from deepseek_jax.data.documents import Notes
 from deepseek_jax.data.megatron import read_index
 from deepseek_jax.data.tokenizer import SPECIAL, Tokenizer
-from deepseek_jax.config.paths import temporary
+from deepseek_jax.errors import UserError
 
 FORMAT = "deepseek_jax tokens 1"
 CHUNK = 1 << 24  # tokens looked at at a time
 DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # name -> number of ids it can hold
 
 
-def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer,
-                advance: Callable[[float], None] = lambda n: None,
-                notes: Notes | None = None) -> tuple[np.ndarray, np.ndarray]:
+def open_tokens(
+    path: str,
+    where: str,
+    config: Config,
+    tokenizer: Tokenizer,
+    advance: Callable[[float], None] = lambda n: None,
+    notes: Notes | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Memory-maps a token file and finds its documents.
 
     Args:
@@ -46,10 +51,15 @@ def open_tokens(path: str, where: str, config: Config, tokenizer: Tokenizer,
     side = _read_sidecar(path, where)
     try:
         index = None if side else read_index(path, where)
-        tokens = _map(path, where, side["dtype"] if side else index.dtype.name if index
-                      else config.data.bin_dtype)
+        tokens = _map(
+            path,
+            where,
+            side["dtype"] if side else index.dtype.name if index else config.data.bin_dtype,
+        )
     except OSError as e:
-        raise UserError(f"{where}: {path} cannot be read ({e.strerror or e}). Make it readable, or give another path.") from None
+        raise UserError(
+            f"{where}: {path} cannot be read ({e.strerror or e}). Make it readable, or give another path."
+        ) from None
     if not side and index is None and path.lower().endswith(".bin"):
         _check_width(path, where, tokens)
     if side:
@@ -68,25 +78,40 @@ def _note_ends(path: str, tokens: np.ndarray, offsets: np.ndarray, eos: int, not
     lasts = offsets[1:][np.diff(offsets) > 0]
     some = lasts[:: max(len(lasts) // 1000, 1)]
     if len(some) and not any(tokens[int(i) - 1] == eos for i in some):
-        notes.others.append(f"{path}: no document ends with the token {eos}; if another one ends them, set "
-                            f"config.data.eos_token_id")
+        notes.others.append(
+            f"{path}: no document ends with the token {eos}; if another one ends them, set "
+            f"config.data.eos_token_id"
+        )
 
 
 def _map(path: str, where: str, dtype: str) -> np.ndarray:
     if path.lower().endswith(".bin"):
         width, size = np.dtype(dtype).itemsize, os.path.getsize(path)
         if size % width:
-            raise UserError(f"{where}: {path} has {size} bytes, not a multiple of the {width} of {dtype}. Set "
-                            f"config.data.bin_dtype to what it was written with, or write it again.")
+            raise UserError(
+                f"{where}: {path} has {size} bytes, not a multiple of the {width} of {dtype}. Set "
+                f"config.data.bin_dtype to what it was written with, or write it again."
+            )
         return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError):  # NumPy's own words are no help: it takes any other file for a pickle
-        raise UserError(f"{where}: {path} is not a .npy file of token ids: it is empty, damaged or holds Python objects. Save a "
-                        f"1-D integer array with np.save.") from None
+    except (
+        ValueError,
+        EOFError,
+    ):  # NumPy's own words are no help: it takes any other file for a pickle
+        raise UserError(
+            f"{where}: {path} is not a .npy file of token ids: it is empty, damaged or holds Python objects. Save a "
+            f"1-D integer array with np.save."
+        ) from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        got = f"{tokens.ndim}-D {tokens.dtype}" if isinstance(tokens, np.ndarray) else "an archive of arrays"
-        raise UserError(f"{where}: {path} holds {got}, not a 1-D array of integers. Save the token ids as one with np.save.")
+        got = (
+            f"{tokens.ndim}-D {tokens.dtype}"
+            if isinstance(tokens, np.ndarray)
+            else "an archive of arrays"
+        )
+        raise UserError(
+            f"{where}: {path} holds {got}, not a 1-D array of integers. Save the token ids as one with np.save."
+        )
     return tokens
 
 
@@ -94,27 +119,40 @@ def _check_width(path: str, where: str, tokens: np.ndarray) -> None:
     """Refuses ids of a wider type: read by halves, every second one is 0, which any tokenizer has."""
     some = np.asarray(tokens[:4096])
     if len(some) > 3 and some[::2].any() and not some[1::2].any():
-        raise UserError(f"{where}: every second id of {path} is 0, as of ids that are wider than "
-                        f"{tokens.dtype.name}. Set config.data.bin_dtype to what it was written with; "
-                        f"one that this option does not have can be saved as .npy.")
+        raise UserError(
+            f"{where}: every second id of {path} is 0, as of ids that are wider than "
+            f"{tokens.dtype.name}. Set config.data.bin_dtype to what it was written with; "
+            f"one that this option does not have can be saved as .npy."
+        )
 
 
 def _outside(where: str, path: str, bad: int, config: Config, tokenizer: Tokenizer) -> UserError:
     fix = "Write the file again, or correct config.data.bin_dtype"
     if bad >= 0:
-        fix = ("Set config.data.tokenizer to the tokenizer.json that the file was made with, "
-               "or correct config.data.bin_dtype")
-    return UserError(f"{where}: {path} has the token id {bad}, but "
-                     f"config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} ids "
-                     f"(0 to {tokenizer.vocab_size - 1}). {fix}.")
+        fix = (
+            "Set config.data.tokenizer to the tokenizer.json that the file was made with, "
+            "or correct config.data.bin_dtype"
+        )
+    return UserError(
+        f"{where}: {path} has the token id {bad}, but "
+        f"config.data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} ids "
+        f"(0 to {tokenizer.vocab_size - 1}). {fix}."
+    )
 
 
-def _scan(path: str, where: str, tokens: np.ndarray, config: Config, tokenizer: Tokenizer, eos: int | None,
-          advance: Callable[[float], None]) -> np.ndarray:
+def _scan(
+    path: str,
+    where: str,
+    tokens: np.ndarray,
+    config: Config,
+    tokenizer: Tokenizer,
+    eos: int | None,
+    advance: Callable[[float], None],
+) -> np.ndarray:
     """Checks every id; returns the places after each `eos`, int64."""
     ends = [np.zeros(0, np.int64)]
     for start in range(0, len(tokens), CHUNK):
-        chunk = np.asarray(tokens[start:start + CHUNK])
+        chunk = np.asarray(tokens[start : start + CHUNK])
         low, high = int(chunk.min()) if chunk.dtype.kind == "i" else 0, int(chunk.max())
         if low < 0 or high >= tokenizer.vocab_size:
             raise _outside(where, path, low if low < 0 else high, config, tokenizer)
@@ -157,39 +195,66 @@ def _read_sidecar(path: str, where: str) -> dict | None:
         with open(side_path, encoding="utf-8") as f:
             side = json.load(f)
     except (OSError, ValueError) as e:
-        raise UserError(f"{where}: {side_path} beside {path} is not readable JSON ({e}). Tokenize again, or remove it.") from None
+        raise UserError(
+            f"{where}: {side_path} beside {path} is not readable JSON ({e}). Tokenize again, or remove it."
+        ) from None
     if not _is_ours(side, path):
         return None
-    wanted = {"tokenizer": str, "dtype": str, "eos_id": int, "tokens": int, "documents": int, "max_id": int}
-    if wrong := [k for k, kind in wanted.items()
-                 if type(side.get(k)) is not kind] or ["dtype"] * (side["dtype"] not in DTYPES):
-        raise UserError(f"{where}: {side_path} beside {path} is damaged: {wrong[0]}={side.get(wrong[0])!r}. "
-                        f"Tokenize again.")
+    wanted = {
+        "tokenizer": str,
+        "dtype": str,
+        "eos_id": int,
+        "tokens": int,
+        "documents": int,
+        "max_id": int,
+    }
+    if wrong := [k for k, kind in wanted.items() if type(side.get(k)) is not kind] or ["dtype"] * (
+        side["dtype"] not in DTYPES
+    ):
+        raise UserError(
+            f"{where}: {side_path} beside {path} is damaged: {wrong[0]}={side.get(wrong[0])!r}. "
+            f"Tokenize again."
+        )
     return side
 
 
-def _check_sidecar(path: str, where: str, side: dict, tokens: np.ndarray, config: Config, tokenizer: Tokenizer) -> np.ndarray:
+def _check_sidecar(
+    path: str, where: str, side: dict, tokens: np.ndarray, config: Config, tokenizer: Tokenizer
+) -> np.ndarray:
     side_path, offsets_path = sidecar_paths(path)
     again = f"Write {path} again with python -m deepseek_jax.data tokenize."
     if side["tokenizer"] != tokenizer.name or side["eos_id"] != tokenizer.eos_id:
         if side["tokenizer"].removesuffix(SPECIAL) == tokenizer.name.removesuffix(SPECIAL):
             was = side["tokenizer"].endswith(SPECIAL)
-            raise UserError(f"{where}: {path} was written {'with' if was else 'without'} --special-tokens, "
-                            f"but config.data.special_tokens={not was}. "
-                            f"Set config.data.special_tokens={was}, or tokenize again.")
-        raise UserError(f"{where}: {path} was written with the tokenizer {side['tokenizer']}, but "
-                        f"config.data.tokenizer={config.data.tokenizer!r} "
-                        f"is {tokenizer.name}. Set config.data.tokenizer to the first, or tokenize again.")
+            raise UserError(
+                f"{where}: {path} was written {'with' if was else 'without'} --special-tokens, "
+                f"but config.data.special_tokens={not was}. "
+                f"Set config.data.special_tokens={was}, or tokenize again."
+            )
+        raise UserError(
+            f"{where}: {path} was written with the tokenizer {side['tokenizer']}, but "
+            f"config.data.tokenizer={config.data.tokenizer!r} "
+            f"is {tokenizer.name}. Set config.data.tokenizer to the first, or tokenize again."
+        )
     if side["tokens"] != len(tokens) or side["dtype"] != tokens.dtype.name:
-        raise UserError(f"{where}: {path} has {len(tokens)} tokens of {tokens.dtype.name}, but {side_path} says "
-                        f"{side['tokens']} of {side['dtype']}. {again}")
+        raise UserError(
+            f"{where}: {path} has {len(tokens)} tokens of {tokens.dtype.name}, but {side_path} says "
+            f"{side['tokens']} of {side['dtype']}. {again}"
+        )
     if side["max_id"] >= tokenizer.vocab_size:
         raise _outside(where, path, side["max_id"], config, tokenizer)
     try:
         offsets = np.fromfile(offsets_path, "<i8").astype(np.int64)
     except OSError as e:
-        raise UserError(f"{where}: {offsets_path} cannot be read ({e.strerror or e}). {again}") from None
-    if len(offsets) != side["documents"] + 1 or offsets[0] or offsets[-1] != len(tokens) or (np.diff(offsets) < 0).any():
+        raise UserError(
+            f"{where}: {offsets_path} cannot be read ({e.strerror or e}). {again}"
+        ) from None
+    if (
+        len(offsets) != side["documents"] + 1
+        or offsets[0]
+        or offsets[-1] != len(tokens)
+        or (np.diff(offsets) < 0).any()
+    ):
         raise UserError(f"{where}: {offsets_path} does not fit {path}. {again}")
     return offsets
 
@@ -202,7 +267,11 @@ class TokenWriter:
     """
 
     def __init__(self, path: str, dtype: str, tokenizer: Tokenizer):
-        self._path, self._dtype, self._tokenizer = path, np.dtype(dtype).newbyteorder("<"), tokenizer
+        self._path, self._dtype, self._tokenizer = (
+            path,
+            np.dtype(dtype).newbyteorder("<"),
+            tokenizer,
+        )
         self._temp = {p: temporary(p) for p in (*sidecar_paths(path), path)}
         self._npy = path.lower().endswith(".npy")
         self.tokens, self.documents, self._max = 0, 0, -1
@@ -219,7 +288,11 @@ class TokenWriter:
     def _header(self) -> int:
         """Writes the .npy header for the tokens so far; NumPy pads it so that its size does not depend on their number."""
         if self._npy:
-            spec = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self.tokens,)}
+            spec = {
+                "descr": np.lib.format.dtype_to_descr(self._dtype),
+                "fortran_order": False,
+                "shape": (self.tokens,),
+            }
             np.lib.format.write_array_header_1_0(self._out, spec)
         return self._out.tell()
 
@@ -238,9 +311,18 @@ class TokenWriter:
         if self._header() != self._header_size:
             raise RuntimeError("NumPy's .npy header changed its size with the number of tokens")
         side_path, offsets_path = sidecar_paths(self._path)
-        side = {"format": FORMAT, "file": os.path.basename(self._path), "source": source, "dtype": self._dtype.name,
-                "vocab_size": self._tokenizer.vocab_size, "eos_id": self._tokenizer.eos_id, "tokenizer": self._tokenizer.name,
-                "documents": self.documents, "tokens": self.tokens, "max_id": self._max}
+        side = {
+            "format": FORMAT,
+            "file": os.path.basename(self._path),
+            "source": source,
+            "dtype": self._dtype.name,
+            "vocab_size": self._tokenizer.vocab_size,
+            "eos_id": self._tokenizer.eos_id,
+            "tokenizer": self._tokenizer.name,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "max_id": self._max,
+        }
         with open(self._temp[side_path], "x", encoding="utf-8") as f:
             json.dump(side, f, indent=2)
             f.write("\n")
@@ -261,7 +343,9 @@ class TokenWriter:
 
     def __exit__(self, *_) -> None:
         for f in (self._out, self._offsets):
-            with contextlib.suppress(OSError):  # on a full disk closing fails too, and the files still have to go
+            with contextlib.suppress(
+                OSError
+            ):  # on a full disk closing fails too, and the files still have to go
                 f.close()
         for temp in self._temp.values():
             if os.path.exists(temp):

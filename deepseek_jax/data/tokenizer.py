@@ -8,13 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import tokenizers
 
-from deepseek_jax.errors import UserError
-from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.cli.texts import clean_text
+from deepseek_jax.data import tokenizer_folder
+from deepseek_jax.errors import UserError
 
 # End-of-document tokens by the names in use; the first one that the tokenizer has is taken.
-EOS_NAMES = ("<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]",
-             "<|im_end|>", "<EOS>", "<|end|>")
+EOS_NAMES = (
+    "<｜end▁of▁sentence｜>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<|im_end|>",
+    "<EOS>",
+    "<|end|>",
+)
 SPECIAL = "+special_tokens"  # at the end of a tokenizer's name
 BROKEN = "\ufffd"  # decoded from a part of a character
 
@@ -51,7 +61,9 @@ class Tokenizer(abc.ABC):
         """`encode` of each text; much faster than one by one for a `tokenizer.json`."""
 
     @abc.abstractmethod
-    def decode(self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()) -> str:
+    def decode(
+        self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()
+    ) -> str:
         """The text of some ids. Special and out of range ids are left out; broken UTF-8 becomes U+FFFD.
 
         Args:
@@ -73,7 +85,9 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(clean_text(t).encode(), np.uint8).astype(np.int32) for t in texts]
 
-    def decode(self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()) -> str:
+    def decode(
+        self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()
+    ) -> str:
         ids = np.asarray(ids, np.int64)
         return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode(errors="replace")
 
@@ -88,22 +102,32 @@ class FileTokenizer(Tokenizer):
             files = tokenizer_folder.read(path, specials=False)
         except ValueError as e:
             file = tokenizer_folder.RANKS if path.endswith(".model") else tokenizer_folder.JSON
-            raise UserError(f"{option}={path!r} is not a {file} that can be read ({e}). Give the "
-                            f"tokenizer.json or tiktoken.model of the model, or bytes.") from None
+            raise UserError(
+                f"{option}={path!r} is not a {file} that can be read ({e}). Give the "
+                f"tokenizer.json or tiktoken.model of the model, or bytes."
+            ) from None
         self._inner, self.special_tokens = files.tokenizer, special_tokens
         self.name = files.identity + (SPECIAL if special_tokens else "")
         self._inner.encode_special_tokens = not special_tokens  # the library's word for: as text
         added = self._inner.get_added_tokens_decoder()
         vocab = self._inner.get_vocab(with_added_tokens=True)
         if not vocab:
-            raise UserError(f"{option}={path!r} has an empty vocabulary. Give the tokenizer.json of the model, or bytes.")
+            raise UserError(
+                f"{option}={path!r} has an empty vocabulary. Give the tokenizer.json of the model, or bytes."
+            )
         # Ids may have holes, so the number of tokens is not enough.
         self.vocab_size = max(vocab.values()) + 1
-        self.eos_id = next((vocab[n] for n in (*EOS_NAMES, files.special.get("eos_token")) if n in vocab), -1)
+        self.eos_id = next(
+            (vocab[n] for n in (*EOS_NAMES, files.special.get("eos_token")) if n in vocab), -1
+        )
         if self.eos_id < 0:
-            raise UserError(f"{option}={path!r} has no token that ends a document. Add one of {' '.join(EOS_NAMES)} to its "
-                            f"added_tokens.")
-        self.stop_ids = frozenset({self.eos_id, vocab.get(files.special.get("eos_token"), self.eos_id)})
+            raise UserError(
+                f"{option}={path!r} has no token that ends a document. Add one of {' '.join(EOS_NAMES)} to its "
+                f"added_tokens."
+            )
+        self.stop_ids = frozenset(
+            {self.eos_id, vocab.get(files.special.get("eos_token"), self.eos_id)}
+        )
         special = {i for i, t in added.items() if t.special} | self.stop_ids
         self.hidden = {i: self._inner.id_to_token(i) for i in special}
         self._decodable = np.zeros(self.vocab_size, bool)
@@ -116,7 +140,9 @@ class FileTokenizer(Tokenizer):
         encoded = self._inner.encode_batch([clean_text(t) for t in texts], add_special_tokens=False)
         return [np.asarray(e.ids, np.int32) for e in encoded]
 
-    def decode(self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()) -> str:
+    def decode(
+        self, ids: Sequence[int] | np.ndarray, after: Sequence[int] | np.ndarray = ()
+    ) -> str:
         return decode_after(self._decode, ids, after)
 
     def save(self, path: str) -> None:
@@ -131,8 +157,11 @@ class FileTokenizer(Tokenizer):
         return self._inner.decode(ids[self._decodable[ids]].tolist(), skip_special_tokens=False)
 
 
-def decode_after(decode: Callable[[list[int]], str], ids: Sequence[int] | np.ndarray,
-                 after: Sequence[int] | np.ndarray) -> str:
+def decode_after(
+    decode: Callable[[list[int]], str],
+    ids: Sequence[int] | np.ndarray,
+    after: Sequence[int] | np.ndarray,
+) -> str:
     """What `ids` add to the text of `after`."""
     before = tail(decode, after)
     return decode([*before, *map(int, ids)])[len(decode(before)) if before else 0 :]
@@ -149,7 +178,9 @@ def tail(decode: Callable[[list[int]], str], ids: Sequence[int] | np.ndarray) ->
     return [int(i) for i in ids[len(ids) - longest :]]
 
 
-def load_tokenizer(spec: str, option: str = "config.data.tokenizer", special_tokens: bool = False) -> Tokenizer:
+def load_tokenizer(
+    spec: str, option: str = "config.data.tokenizer", special_tokens: bool = False
+) -> Tokenizer:
     """The tokenizer that an option asks for.
 
     Args:
@@ -167,15 +198,21 @@ def load_tokenizer(spec: str, option: str = "config.data.tokenizer", special_tok
         return ByteTokenizer()
     path = tokenizer_folder.file_of(spec)
     if os.path.isdir(path):
-        raise UserError(f"{option}={spec!r} is a folder without a tokenizer.json or tiktoken.model. Give the "
-                        f"folder or file of a tokenizer, or bytes.")
+        raise UserError(
+            f"{option}={spec!r} is a folder without a tokenizer.json or tiktoken.model. Give the "
+            f"folder or file of a tokenizer, or bytes."
+        )
     try:
         return FileTokenizer(path, option, special_tokens)
     except FileNotFoundError:
-        raise UserError(f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes (relative paths start in {os.getcwd()}).") from None
+        raise UserError(
+            f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes (relative paths start in {os.getcwd()})."
+        ) from None
     except OSError as e:
-        raise UserError(f"{option}={spec!r} cannot be read ({e.strerror}). Make it readable, or give another tokenizer.json or "
-                        f"bytes.") from None
+        raise UserError(
+            f"{option}={spec!r} cannot be read ({e.strerror}). Make it readable, or give another tokenizer.json or "
+            f"bytes."
+        ) from None
 
 
 def _byte_level_alphabet() -> set[str]:
@@ -191,8 +228,9 @@ def _has(part: dict | None, kind: str) -> bool:
     return part.get("type") == kind or any(_has(p, kind) for p in inner)
 
 
-def _byte_level_lengths(tree: dict, vocab: dict[str, int], special: set[int], added: dict[int, str],
-                        size: int) -> np.ndarray | None:
+def _byte_level_lengths(
+    tree: dict, vocab: dict[str, int], special: set[int], added: dict[int, str], size: int
+) -> np.ndarray | None:
     """Bytes a token stands for, int32 [size]: in byte-level BPE a token is spelt with one character a byte.
 
     None for any other kind, and where a space is put before the text (the sum would be off by one a document).

@@ -14,14 +14,22 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, processors
 
-from deepseek_jax.errors import UserError
-from deepseek_jax.data import tiktoken
 from deepseek_jax.cli.texts import clean
+from deepseek_jax.data import tiktoken
+from deepseek_jax.errors import UserError
 
 MAX_BYTES = 1 << 24  # of a template or a tokenizer_config.json
 JSON, RANKS, CONFIG = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"
 # In the order that new ids are given.
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 MOST_IDS = 1 << 24  # more than any vocabulary
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -42,7 +50,9 @@ class Files(NamedTuple):
 
 def find(folder: str) -> str | None:
     """The file of a folder's tokenizer; None: it has none that can be read here."""
-    return next((path for name in (JSON, RANKS) if os.path.isfile(path := os.path.join(folder, name))), None)
+    return next(
+        (path for name in (JSON, RANKS) if os.path.isfile(path := os.path.join(folder, name))), None
+    )
 
 
 def file_of(path: str) -> str:
@@ -78,11 +88,15 @@ def read(path: str, specials: bool = True, vocab_size: int | None = None) -> Fil
         raise ValueError(" ".join(str(e).split())[:300]) from None
     named_ids = _stated(folder, config) if beside else {}
     if named == RANKS or named_ids.keys() - tokenizer.get_added_tokens_decoder().keys():
-        rows = [[i, t.content, *(getattr(t, f) for f in FLAGS)] for i, t in sorted(named_ids.items())]
+        rows = [
+            [i, t.content, *(getattr(t, f) for f in FLAGS)] for i, t in sorted(named_ids.items())
+        ]
         digest.update(json.dumps(rows).encode())
     tokenizer = _with_ids(tokenizer, named_ids, path)
     more = read_json(folder, "special_tokens_map.json") if beside else {}
-    special = {name: found for name in SPECIAL if (found := _text(config.get(name, more.get(name))))}
+    special = {
+        name: found for name in SPECIAL if (found := _text(config.get(name, more.get(name))))
+    }
     if specials:
         _add_specials(tokenizer, special, config, more, vocab_size)
         _add_bos(tokenizer, special, config)
@@ -138,7 +152,8 @@ def _stated(folder: str, config: dict[str, Any]) -> dict[int, AddedToken]:
                 f"and not an id and a token. Correct it."
             )
         out[int(key)] = AddedToken(
-            _text(token), **{f: bool(token.get(f)) for f in FLAGS} if isinstance(token, dict) else {}
+            _text(token),
+            **{f: bool(token.get(f)) for f in FLAGS} if isinstance(token, dict) else {},
         )
     special = {_text(config.get(name)) for name in SPECIAL} | set(_extra(config))
     for content, i in read_json(folder, "added_tokens.json").items():
@@ -148,7 +163,9 @@ def _stated(folder: str, config: dict[str, Any]) -> dict[int, AddedToken]:
                 f"which is none. Correct it."
             )
         if i not in out and content:
-            out[i] = AddedToken(content, special=content in special, normalized=content not in special)
+            out[i] = AddedToken(
+                content, special=content in special, normalized=content not in special
+            )
     return out
 
 
@@ -195,18 +212,25 @@ def _add_specials(
 ) -> None:
     """Makes tokens of special ones that no file gives an id, in transformers' order."""
     known = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
-    for name, content in [*special.items(), *((None, text) for text in (*_extra(config), *_extra(more)))]:
+    for name, content in [
+        *special.items(),
+        *((None, text) for text in (*_extra(config), *_extra(more))),
+    ]:
         if content in known:
             continue
         known.add(content)
         size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        beyond = tokenizer.token_to_id(content) is None and vocab_size is not None and size >= vocab_size
+        beyond = (
+            tokenizer.token_to_id(content) is None and vocab_size is not None and size >= vocab_size
+        )
         if beyond and name in SPECIAL[2:]:
             continue
         tokenizer.add_tokens([AddedToken(content, special=True, normalized=False)])
 
 
-def _add_bos(tokenizer: tokenizers.Tokenizer, special: dict[str, str], config: dict[str, Any]) -> None:
+def _add_bos(
+    tokenizer: tokenizers.Tokenizer, special: dict[str, str], config: dict[str, Any]
+) -> None:
     """Makes texts begin with bos where tokenizer_config.json asks for it.
 
     DeepSeek's files ask by `add_bos_token` alone, and transformers 4, which these were made for and evaluated

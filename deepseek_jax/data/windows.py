@@ -58,5 +58,12 @@ class Skipping:
         self._source, self._windows = source, windows
 
     def train_rows(self, start: int, count: int) -> Rows:
-        parts = [self._source.train_rows(first, last - first) for first, last in self._windows.rows(start, count)]
-        return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if len(parts) > 1 else parts[0]
+        parts = [
+            self._source.train_rows(first, last - first)
+            for first, last in self._windows.rows(start, count)
+        ]
+        return (
+            {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+            if len(parts) > 1
+            else parts[0]
+        )

@@ -48,23 +48,36 @@ def block_rows(tokens: int, top_k: int, experts: int) -> int:
     return int(min(max(2 ** int(np.log2(max(mean, 1) / 4)), 8), 64))
 
 
-def matmul(rows_RI: jax.Array, weight_GIO: jax.Array, rows: Rows, block: int, transpose: bool = False, into: jax.Array | None = None) -> jax.Array:
+def matmul(
+    rows_RI: jax.Array,
+    weight_GIO: jax.Array,
+    rows: Rows,
+    block: int,
+    transpose: bool = False,
+    into: jax.Array | None = None,
+) -> jax.Array:
     """[R, O]: each row times the matrix of its expert, or its transpose (weight [G, O, I]). Rows of no expert must be zeros, and stay so.
 
     `into` [R, O]: an array with zeros in rows of no expert, which is not needed afterwards: its memory is used, and need not be cleared.
     """
     if into is None:
-        into = jnp.zeros_like(rows_RI, shape=(rows_RI.shape[0], weight_GIO.shape[1 if transpose else 2]))
+        into = jnp.zeros_like(
+            rows_RI, shape=(rows_RI.shape[0], weight_GIO.shape[1 if transpose else 2])
+        )
 
     def expert(out, given):
         weight, start, count = given
 
         def multiply(done, size, out):
-            here = lax.dynamic_slice_in_dim(rows_RI, start + done, size) @ (weight.T if transpose else weight)
+            here = lax.dynamic_slice_in_dim(rows_RI, start + done, size) @ (
+                weight.T if transpose else weight
+            )
             return lax.dynamic_update_slice_in_dim(out, here, start + done, 0)
 
         done = jnp.zeros_like(count)
-        for size in (n * block for n in SIZES if n * block <= len(rows_RI)):  # a larger slice would be an error, though it is never taken
+        for size in (
+            n * block for n in SIZES if n * block <= len(rows_RI)
+        ):  # a larger slice would be an error, though it is never taken
             go_on = lambda c, size=size: count - c[0] > size - block
             step = lambda c, size=size: (c[0] + size, multiply(c[0], size, c[1]))
             done, out = lax.while_loop(go_on, step, (done, out))
@@ -83,14 +96,24 @@ def weight_gradient(rows_RI: jax.Array, rows_RO: jax.Array, rows: Rows, block: i
         """Of `size` rows, of which only the first `count` count."""
         left, right = (lax.dynamic_slice_in_dim(a, start, size) for a in (rows_RI, rows_RO))
         mine = (jnp.arange(size) < count)[:, None]
-        left, right = (jnp.where(mine, left, 0), right) if left.shape[1] < right.shape[1] else (left, jnp.where(mine, right, 0))
+        left, right = (
+            (jnp.where(mine, left, 0), right)
+            if left.shape[1] < right.shape[1]
+            else (left, jnp.where(mine, right, 0))
+        )
         return jnp.einsum("ri,ro->io", left, right, preferred_element_type=jnp.float32)
 
     def expert(_, given):
         start, count = given
         whole = count // most * most
         # What does not fill all the pieces first: a product that nothing needs to be added to, and for most experts the only one.
-        branches = [lambda: zeros, *(functools.partial(products, start + whole, count - whole, n * block) for n in range(1, pieces + 1))]
+        branches = [
+            lambda: zeros,
+            *(
+                functools.partial(products, start + whole, count - whole, n * block)
+                for n in range(1, pieces + 1)
+            ),
+        ]
         total = lax.switch((count - whole + block - 1) // block, branches)
         add = lambda c: (c[0] + most, c[1] + products(start + c[0], most, most))
         return None, lax.while_loop(lambda c: c[0] < whole, add, (jnp.zeros_like(count), total))[1]
@@ -113,7 +136,14 @@ def collect(rows_RD: jax.Array, rows: Rows, weight_TK: jax.Array | None) -> jax.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def compute(x_TD: jax.Array, weight_TK: jax.Array, gate_up_GDPF: jax.Array, down_GFD: jax.Array, rows: Rows, block: int) -> jax.Array:
+def compute(
+    x_TD: jax.Array,
+    weight_TK: jax.Array,
+    gate_up_GDPF: jax.Array,
+    down_GFD: jax.Array,
+    rows: Rows,
+    block: int,
+) -> jax.Array:
     """The routed experts' output: sum over a token's choices of weight * expert(x), all experts being here.
 
     Args:
@@ -158,14 +188,19 @@ def _backward(block, residuals, dy_TD):
         dact_RF = matmul(dy_RD, down, rows, block, transpose=True).astype(jnp.float32)
         dw_R = jnp.sum(dact_RF * act_RF, axis=1)
         dact_RF = dact_RF * w_R1
-        dhidden = jnp.concatenate([dact_RF * up_RF * sig_RF * (1 + gate_RF * (1 - sig_RF)), dact_RF * gate_RF * sig_RF], axis=1).astype(x_TD.dtype)
+        dhidden = jnp.concatenate(
+            [dact_RF * up_RF * sig_RF * (1 + gate_RF * (1 - sig_RF)), dact_RF * gate_RF * sig_RF],
+            axis=1,
+        ).astype(x_TD.dtype)
         ddown = weight_gradient((act_RF * w_R1).astype(x_TD.dtype), dy_RD, rows, block)
         dgate_up = weight_gradient(x_RD, dhidden, rows, block).reshape(gate_up.shape)
         dx_RD = matmul(dhidden, _flat(gate_up), rows, block, transpose=True, into=dy_RD)
     with jax.named_scope("combine"):
         dx_TD = collect(dx_RD, rows, None).astype(x_TD.dtype)
         dw_TK = dw_R.at[rows.row_TK].get(mode="fill", fill_value=0).astype(weight_TK.dtype)
-    drows = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), rows)  # integers have no gradient
+    drows = jax.tree.map(
+        lambda a: np.zeros(a.shape, jax.dtypes.float0), rows
+    )  # integers have no gradient
     return dx_TD, dw_TK, dgate_up.astype(gate_up.dtype), ddown.astype(down.dtype), drows
 
 

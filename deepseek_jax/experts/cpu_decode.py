@@ -31,7 +31,9 @@ class Listed:
         return self.arrays[0].ndim + 1
 
 
-def compute(x_TD: jax.Array, weight_TK: jax.Array, expert_TK: jax.Array, gate_up: Listed, down: Listed) -> jax.Array:
+def compute(
+    x_TD: jax.Array, weight_TK: jax.Array, expert_TK: jax.Array, gate_up: Listed, down: Listed
+) -> jax.Array:
     """Sum over each token's choices of weight * expert(x), on one device.
 
     Args:
@@ -40,8 +42,12 @@ def compute(x_TD: jax.Array, weight_TK: jax.Array, expert_TK: jax.Array, gate_up
     Returns:
       [T, D] in the dtype of x_TD.
     """
-    branches = [functools.partial(_expert, g, d) for g, d in zip(gate_up.arrays, down.arrays, strict=True)]
-    return (_few if len(x_TD) <= FEW else _many)(x_TD, weight_TK, expert_TK, branches).astype(x_TD.dtype)
+    branches = [
+        functools.partial(_expert, g, d) for g, d in zip(gate_up.arrays, down.arrays, strict=True)
+    ]
+    return (_few if len(x_TD) <= FEW else _many)(x_TD, weight_TK, expert_TK, branches).astype(
+        x_TD.dtype
+    )
 
 
 def _expert(gate_up: jax.Array, down: jax.Array, x_TD: jax.Array) -> jax.Array:
@@ -53,7 +59,10 @@ def _few(x_TD, weight_TK, expert_TK, branches):
     """Every expert that any token chose, once, for all tokens."""
     experts, tokens = len(branches), len(x_TD)
     if tokens == 1:
-        chosen, count = expert_TK[0], jnp.sum(expert_TK[0] < experts)  # a token is nowhere with all its choices
+        chosen, count = (
+            expert_TK[0],
+            jnp.sum(expert_TK[0] < experts),
+        )  # a token is nowhere with all its choices
     else:
         hit_E = jnp.any(expert_TK.reshape(-1, 1) == jnp.arange(experts), axis=0)
         chosen, count = jnp.argsort(~hit_E, stable=True), jnp.sum(hit_E)

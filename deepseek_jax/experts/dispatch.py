@@ -19,11 +19,18 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.experts import cpu_blocks
+from deepseek_jax.experts.rounds import (
+    exchange_and_compute,
+    make_plan,
+    slots_per_round,
+    sort_by_expert,
+)
 from deepseek_jax.parallel.mesh import BATCH_AXES, on_cpu
-from deepseek_jax.experts.rounds import exchange_and_compute, make_plan, slots_per_round, sort_by_expert
 
 
-def drop(expert_TK: jax.Array, weight_TK: jax.Array, experts: int, slots: int, policy: str) -> jax.Array:
+def drop(
+    expert_TK: jax.Array, weight_TK: jax.Array, experts: int, slots: int, policy: str
+) -> jax.Array:
     """Sends nowhere what is beyond the first `slots` assignments of each expert on this device.
 
     Args:
@@ -38,8 +45,15 @@ def drop(expert_TK: jax.Array, weight_TK: jax.Array, experts: int, slots: int, p
     return jnp.where(rank_TK < slots, expert_TK, experts)
 
 
-def dispatch(method: str, x_TD: jax.Array, weight_TK: jax.Array, expert_TK: jax.Array, gate_up_GDPF: jax.Array,
-             down_GFD: jax.Array, capacity_factor: float) -> tuple[jax.Array, jax.Array]:
+def dispatch(
+    method: str,
+    x_TD: jax.Array,
+    weight_TK: jax.Array,
+    expert_TK: jax.Array,
+    gate_up_GDPF: jax.Array,
+    down_GFD: jax.Array,
+    capacity_factor: float,
+) -> tuple[jax.Array, jax.Array]:
     """Sum over each token's choices of weight * expert(x), wherever on the expert axis the experts are.
 
     Args:
@@ -55,9 +69,15 @@ def dispatch(method: str, x_TD: jax.Array, weight_TK: jax.Array, expert_TK: jax.
     devices, local = lax.axis_size("expert"), gate_up_GDPF.shape[0]
     if devices == 1 and on_cpu():
         return _here(x_TD, weight_TK, expert_TK, gate_up_GDPF, down_GFD)
-    method = _all_to_all if devices == 1 else {"all_to_all": _all_to_all, "all_gather": _all_gather, "ring": _ring}[method]
+    method = (
+        _all_to_all
+        if devices == 1
+        else {"all_to_all": _all_to_all, "all_gather": _all_gather, "ring": _ring}[method]
+    )
     top_k, experts = expert_TK.shape[1], devices * local
-    places = functools.partial(slots_per_round, top_k=top_k, experts=experts, capacity_factor=capacity_factor)
+    places = functools.partial(
+        slots_per_round, top_k=top_k, experts=experts, capacity_factor=capacity_factor
+    )
     return method(x_TD, weight_TK, expert_TK, gate_up_GDPF, down_GFD, places, devices)
 
 
@@ -75,13 +95,18 @@ def _all_to_all(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
     plan = make_plan(expert_TK, devices * gate_up.shape[0], slots)
     rounds = lax.pmax(plan.rounds, BATCH_AXES)
     if devices > 1:
-        plan = plan._replace(rounds=rounds)  # a round is a collective: every device must run as many as the one that needs most
+        plan = plan._replace(
+            rounds=rounds
+        )  # a round is a collective: every device must run as many as the one that needs most
     return exchange_and_compute(x_TD, weight_TK, gate_up, down, plan, slots, devices), rounds
 
 
 def _all_gather(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
     with jax.named_scope("dispatch"):
-        visiting = [checkpoint_name(lax.all_gather(a, "expert", tiled=True), "exchange") for a in (x_TD, weight_TK, expert_TK)]
+        visiting = [
+            checkpoint_name(lax.all_gather(a, "expert", tiled=True), "exchange")
+            for a in (x_TD, weight_TK, expert_TK)
+        ]
     y, rounds = _visited(*visiting, gate_up, down, places)
     with jax.named_scope("combine"):
         y = lax.psum_scatter(y, "expert", tiled=True)
@@ -96,12 +121,16 @@ def _ring(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
         x, weight, expert, y = travelling
         more, rounds = _visited(x, weight, expert, *(w.astype(x.dtype) for w in held), places)
         with jax.named_scope("dispatch"):
-            tokens = [checkpoint_name(_to_next(a, devices), "exchange") for a in (x, weight, expert)]
+            tokens = [
+                checkpoint_name(_to_next(a, devices), "exchange") for a in (x, weight, expert)
+            ]
         with jax.named_scope("combine"):
             y = _to_next(y + more, devices)
         return (*tokens, y), rounds
 
-    (_, _, _, y), rounds = lax.scan(visit, (x_TD, weight_TK, expert_TK, jnp.zeros_like(x_TD)), length=devices)
+    (_, _, _, y), rounds = lax.scan(
+        visit, (x_TD, weight_TK, expert_TK, jnp.zeros_like(x_TD)), length=devices
+    )
     return y, lax.pmax(jnp.max(rounds), BATCH_AXES)
 
 

@@ -34,7 +34,9 @@ class Plan(NamedTuple):
     expert_TK: jax.Array  # int32: E for assignments that go nowhere: padding, dropped ones
     start_E: jax.Array  # int32: first sorted position of each expert
     count_E: jax.Array  # int32: assignments of each expert
-    rounds: jax.Array  # int32 scalar: what this device needs; devices that exchange rows must agree on it
+    rounds: (
+        jax.Array
+    )  # int32 scalar: what this device needs; devices that exchange rows must agree on it
 
 
 def slots_per_round(tokens: int, top_k: int, experts: int, capacity_factor: float) -> int:
@@ -42,8 +44,9 @@ def slots_per_round(tokens: int, top_k: int, experts: int, capacity_factor: floa
     return max(1, min(tokens, math.ceil(capacity_factor * tokens * top_k / experts)))
 
 
-def sort_by_expert(expert_TK: jax.Array, experts: int,
-                   weight_TK: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def sort_by_expert(
+    expert_TK: jax.Array, experts: int, weight_TK: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sorts assignments by expert; within an expert by falling weight if weights are given; then by position.
 
     Args:
@@ -68,7 +71,14 @@ def sort_by_expert(expert_TK: jax.Array, experts: int,
         sorted_M = expert_M[order_M]
     bound = jnp.searchsorted(sorted_M, jnp.arange(experts + 1, dtype=jnp.int32)).astype(jnp.int32)
     rank_M = jnp.arange(m, dtype=jnp.int32) - bound[sorted_M]
-    return order_M, bound, jnp.zeros_like(rank_M).at[order_M].set(rank_M, unique_indices=True).reshape(expert_TK.shape)
+    return (
+        order_M,
+        bound,
+        jnp.zeros_like(rank_M)
+        .at[order_M]
+        .set(rank_M, unique_indices=True)
+        .reshape(expert_TK.shape),
+    )
 
 
 @jax.named_scope("dispatch")
@@ -76,7 +86,9 @@ def make_plan(expert_TK: jax.Array, experts: int, slots: int) -> Plan:
     """The plan of assignments to experts in [0, experts]; `experts` itself means nowhere."""
     order_M, bound, rank_TK = sort_by_expert(expert_TK, experts)
     count_E = jnp.diff(bound)
-    return Plan(order_M, rank_TK, expert_TK, bound[:-1], count_E, (jnp.max(count_E) + slots - 1) // slots)
+    return Plan(
+        order_M, rank_TK, expert_TK, bound[:-1], count_E, (jnp.max(count_E) + slots - 1) // slots
+    )
 
 
 def _round_tokens(plan: Plan, r: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
@@ -93,7 +105,9 @@ def _to_experts(rows_ECD: jax.Array, devices: int) -> jax.Array:
     if devices == 1:
         return rows_ECD
     e, c = rows_ECD.shape[:2]
-    rows = lax.all_to_all(rows_ECD.reshape(devices, e // devices, c, -1), "expert", split_axis=0, concat_axis=1)
+    rows = lax.all_to_all(
+        rows_ECD.reshape(devices, e // devices, c, -1), "expert", split_axis=0, concat_axis=1
+    )
     return rows.reshape(e // devices, devices * c, -1)
 
 
@@ -103,12 +117,16 @@ def _from_experts(rows_GRD: jax.Array, devices: int) -> jax.Array:
     if devices == 1:
         return rows_GRD
     g, r = rows_GRD.shape[:2]
-    rows = lax.all_to_all(rows_GRD.reshape(g, devices, r // devices, -1), "expert", split_axis=1, concat_axis=0)
+    rows = lax.all_to_all(
+        rows_GRD.reshape(g, devices, r // devices, -1), "expert", split_axis=1, concat_axis=0
+    )
     return rows.reshape(g * devices, r // devices, -1)
 
 
 @jax.named_scope("dispatch")
-def _send(x_TD: jax.Array, plan: Plan, r: jax.Array, top_k: int, slots: int, devices: int) -> jax.Array:
+def _send(
+    x_TD: jax.Array, plan: Plan, r: jax.Array, top_k: int, slots: int, devices: int
+) -> jax.Array:
     """The rows of round r's tokens, zeros in empty places, at the experts: [G, X*C, D]."""
     assignment_EC, filled_EC = _round_tokens(plan, r, slots)
     return _to_experts(jnp.where(filled_EC[:, :, None], x_TD[assignment_EC // top_k], 0), devices)
@@ -122,13 +140,23 @@ def _places(plan: Plan, r: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]
 
 
 @jax.named_scope("combine")
-def _collect(acc_TD: jax.Array, rows_ECD: jax.Array, plan: Plan, r: jax.Array, slots: int,
-             weight_TK: jax.Array | None) -> jax.Array:
+def _collect(
+    acc_TD: jax.Array,
+    rows_ECD: jax.Array,
+    plan: Plan,
+    r: jax.Array,
+    slots: int,
+    weight_TK: jax.Array | None,
+) -> jax.Array:
     """Adds each token's rows of this round, times their weights, in float32. One expert choice at a time: never T*K rows."""
     flat = rows_ECD.reshape(-1, rows_ECD.shape[-1])
     index_TK, here_TK = _places(plan, r, slots)
     for k in range(index_TK.shape[1]):
-        factor = here_TK[:, k].astype(jnp.float32) if weight_TK is None else jnp.where(here_TK[:, k], weight_TK[:, k], 0.0)
+        factor = (
+            here_TK[:, k].astype(jnp.float32)
+            if weight_TK is None
+            else jnp.where(here_TK[:, k], weight_TK[:, k], 0.0)
+        )
         acc_TD = acc_TD + flat[index_TK[:, k]].astype(jnp.float32) * factor[:, None]
     return acc_TD
 
@@ -137,7 +165,9 @@ def _collect(acc_TD: jax.Array, rows_ECD: jax.Array, plan: Plan, r: jax.Array, s
 def _hidden(rows_GRD: jax.Array, gate_up_GDPF: jax.Array) -> jax.Array:
     """Gate and up projections in one matmul: [G, R, 2, F]."""
     g, d, _, f = gate_up_GDPF.shape
-    return jnp.einsum("grd,gdf->grf", rows_GRD, gate_up_GDPF.reshape(g, d, 2 * f)).reshape(g, -1, 2, f)
+    return jnp.einsum("grd,gdf->grf", rows_GRD, gate_up_GDPF.reshape(g, d, 2 * f)).reshape(
+        g, -1, 2, f
+    )
 
 
 def _round_forward(x_TD, gate_up, down, plan, r, top_k, slots, devices):
@@ -153,8 +183,15 @@ def _round_forward(x_TD, gate_up, down, plan, r, top_k, slots, devices):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def exchange_and_compute(x_TD: jax.Array, weight_TK: jax.Array, gate_up_GDPF: jax.Array, down_GFD: jax.Array, plan: Plan,
-                         slots: int, devices: int) -> jax.Array:
+def exchange_and_compute(
+    x_TD: jax.Array,
+    weight_TK: jax.Array,
+    gate_up_GDPF: jax.Array,
+    down_GFD: jax.Array,
+    plan: Plan,
+    slots: int,
+    devices: int,
+) -> jax.Array:
     """The routed experts' output: sum over a token's choices of weight * expert(x), over as many rounds as the plan says.
 
     Args:
@@ -173,7 +210,9 @@ def exchange_and_compute(x_TD: jax.Array, weight_TK: jax.Array, gate_up_GDPF: ja
 
 def _forward(x_TD, weight_TK, gate_up, down, plan, slots, devices):
     top_k = weight_TK.shape[1]
-    rows, hidden, out = _round_forward(x_TD, gate_up, down, plan, jnp.int32(0), top_k, slots, devices)
+    rows, hidden, out = _round_forward(
+        x_TD, gate_up, down, plan, jnp.int32(0), top_k, slots, devices
+    )
     y = _collect(jnp.zeros_like(x_TD, jnp.float32), out, plan, jnp.int32(0), slots, weight_TK)
 
     def more(carry):
@@ -202,7 +241,10 @@ def _backward(slots, devices, residuals, dy_TD):
             w_EC = jnp.where(filled_EC, weight_TK.reshape(-1)[assignment_EC], 0.0)
         w_GR1 = _to_experts(w_EC[:, :, None], devices)
         with jax.named_scope("experts"):
-            gate, up = hidden_GRPF[:, :, 0].astype(jnp.float32), hidden_GRPF[:, :, 1].astype(jnp.float32)
+            gate, up = (
+                hidden_GRPF[:, :, 0].astype(jnp.float32),
+                hidden_GRPF[:, :, 1].astype(jnp.float32),
+            )
             sig = jax.nn.sigmoid(gate)
             act_GRF = gate * sig * up
             # The unweighted gradient goes to the experts, so that the weight's gradient <dy, expert(x)> = <dy down^T, act> is
@@ -213,8 +255,12 @@ def _backward(slots, devices, residuals, dy_TD):
             dgate = dact * up * sig * (1 + gate * (1 - sig))
             dhidden = jnp.concatenate([dgate, dact * gate * sig], axis=-1).astype(x_TD.dtype)
             weighted_act = (act_GRF * w_GR1).astype(x_TD.dtype)
-            ddown = jnp.einsum("grf,grd->gfd", weighted_act, dy_GRD, preferred_element_type=jnp.float32)
-            dgate_up = jnp.einsum("grd,grf->gdf", rows_GRD, dhidden, preferred_element_type=jnp.float32)
+            ddown = jnp.einsum(
+                "grf,grd->gfd", weighted_act, dy_GRD, preferred_element_type=jnp.float32
+            )
+            dgate_up = jnp.einsum(
+                "grd,grf->gdf", rows_GRD, dhidden, preferred_element_type=jnp.float32
+            )
             drows_GRD = jnp.einsum("grf,gdf->grd", dhidden, gate_up.reshape(g, d, 2 * f))
         dx_TD = _collect(dx_TD, _from_experts(drows_GRD, devices), plan, r, slots, None)
         dw_EC = _from_experts(dw_GR1, devices)
@@ -233,10 +279,19 @@ def _backward(slots, devices, residuals, dy_TD):
         with jax.named_scope("experts"):
             return r + 1, (dx, dw, dgate_up + dgate_up_r, ddown + ddown_r)
 
-    _, (dx, dw, dgate_up, ddown) = lax.while_loop(lambda carry: carry[0] < plan.rounds, more, (_second(plan), grads))
-    dplan = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), plan)  # integers have no gradient
-    return (dx.astype(x_TD.dtype), dw.astype(weight_TK.dtype), dgate_up.reshape(gate_up.shape).astype(gate_up.dtype),
-            ddown.astype(down.dtype), dplan)
+    _, (dx, dw, dgate_up, ddown) = lax.while_loop(
+        lambda carry: carry[0] < plan.rounds, more, (_second(plan), grads)
+    )
+    dplan = jax.tree.map(
+        lambda a: np.zeros(a.shape, jax.dtypes.float0), plan
+    )  # integers have no gradient
+    return (
+        dx.astype(x_TD.dtype),
+        dw.astype(weight_TK.dtype),
+        dgate_up.reshape(gate_up.shape).astype(gate_up.dtype),
+        ddown.astype(down.dtype),
+        dplan,
+    )
 
 
 exchange_and_compute.defvjp(_forward, _backward)

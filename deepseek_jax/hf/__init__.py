@@ -1,12 +1,12 @@
 """Hugging Face models: checkpoints in and out, tokenizers and chat templates.
 
-    from deepseek_jax import hf
-    model = hf.load("Qwen3-30B-A3B")   # a folder with config.json and safetensors
-    logits = model([[1, 2, 3]])        # float32 [B, S, V]
-    hf.save(model, "copy")
+from deepseek_jax import hf
+model = hf.load("Qwen3-30B-A3B")   # a folder with config.json and safetensors
+logits = model([[1, 2, 3]])        # float32 [B, S, V]
+hf.save(model, "copy")
 
-    python -m deepseek_jax.hf import SRC WORKDIR
-    python -m deepseek_jax.hf export WORKDIR DST
+python -m deepseek_jax.hf import SRC WORKDIR
+python -m deepseek_jax.hf export WORKDIR DST
 """
 
 import importlib

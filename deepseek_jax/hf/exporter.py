@@ -15,25 +15,34 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deepseek_jax.hf import provenance
 from deepseek_jax.config import paths
-from deepseek_jax.tensorfile.arrays import Shape
-from deepseek_jax.tensorfile.header import write_header
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import configuration, names, numpy_copy, reader, tokenizer_files
+from deepseek_jax.hf import configuration, names, numpy_copy, provenance, reader, tokenizer_files
 from deepseek_jax.hf.names import Leaf
-from deepseek_jax.hf.tensors import BUFFER, dump, finite, INDEX, read_config, SINGLE, Source
 from deepseek_jax.hf.reader import Part
+from deepseek_jax.hf.tensors import BUFFER, INDEX, SINGLE, Source, dump, finite, read_config
 from deepseek_jax.hf.tokenizer_files import Companions
-from deepseek_jax.hf.writer import ahead, copy_tensors, Flusher, fsync, Place, pwrite
+from deepseek_jax.hf.writer import Flusher, Place, ahead, copy_tensors, fsync, pwrite
+from deepseek_jax.tensorfile.arrays import Shape
+from deepseek_jax.tensorfile.header import write_header
 
 FILE_BYTES = 5_000_000_000  # of one file, at most, as transformers writes them; a larger tensor has one of its own
 
 
-def export(target: str, model: ModelConfig, family: str, leaves: Iterable[Leaf], get: Callable[[Leaf], jax.Array | Iterable[Part]], dtypes: dict[str, str],
-           default_dtype: str, companions: Companions, before: ModelConfig | None, file_bytes: int = FILE_BYTES,
-           source: Source | None = None) -> None:
+def export(
+    target: str,
+    model: ModelConfig,
+    family: str,
+    leaves: Iterable[Leaf],
+    get: Callable[[Leaf], jax.Array | Iterable[Part]],
+    dtypes: dict[str, str],
+    default_dtype: str,
+    companions: Companions,
+    before: ModelConfig | None,
+    file_bytes: int = FILE_BYTES,
+    source: Source | None = None,
+) -> None:
     """Writes a checkpoint. In a job of several processes all call it, with a target that all see.
 
     Args:
@@ -62,9 +71,17 @@ def export(target: str, model: ModelConfig, family: str, leaves: Iterable[Leaf],
         _wait("laid out")
         if source is not None:
             held = source.tensors
-            same = {n: p for n, p in places.items() if n in held and (held[n].shape, held[n].dtype) == (p.shape, p.dtype)}
+            same = {
+                n: p
+                for n, p in places.items()
+                if n in held and (held[n].shape, held[n].dtype) == (p.shape, p.dtype)
+            }
             copy_tensors(source, same if jax.process_index() == 0 else {}, temporary)
-            leaves = [leaf for leaf in leaves if not all({n, *copies_of(n, model)} <= same.keys() for n in names.tensors(leaf))]
+            leaves = [
+                leaf
+                for leaf in leaves
+                if not all({n, *copies_of(n, model)} <= same.keys() for n in names.tensors(leaf))
+            ]
         with Flusher() as flusher:
             for leaf in leaves:
                 flusher.flush(write_leaf(temporary, leaf, get(leaf), places, model))
@@ -73,13 +90,17 @@ def export(target: str, model: ModelConfig, family: str, leaves: Iterable[Leaf],
             _finish(temporary, target, {p.file for p in places.values()})
         _wait("renamed")
     except OSError as e:
-        raise UserError(f"{target} cannot be written ({e.strerror or e}). Name a folder that you may write to, with room for the model.") from e
+        raise UserError(
+            f"{target} cannot be written ({e.strerror or e}). Name a folder that you may write to, with room for the model."
+        ) from e
     finally:
         if jax.process_index() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def tensors_of(leaves: list[Leaf], model: ModelConfig, dtypes: dict[str, str], default_dtype: str) -> dict[str, Shape]:
+def tensors_of(
+    leaves: list[Leaf], model: ModelConfig, dtypes: dict[str, str], default_dtype: str
+) -> dict[str, Shape]:
     """{name: shape and dtype} of all tensors, layer by layer."""
     out = {}
     for leaf in leaves:
@@ -91,18 +112,29 @@ def tensors_of(leaves: list[Leaf], model: ModelConfig, dtypes: dict[str, str], d
 
 def order(name: str) -> tuple:
     """The key that sorts names as checkpoints have them: embedding, layers by number, the rest."""
-    first = -1 if name.startswith("model.embed") else 1 if not name.startswith("model.layers.") else 0
+    first = (
+        -1 if name.startswith("model.embed") else 1 if not name.startswith("model.layers.") else 0
+    )
     return first, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def copies_of(name: str, model: ModelConfig) -> list[str]:
     """The names under which multi-token prediction layers have a copy of it, as in DeepSeek-V3's release."""
-    layers = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
+    layers = range(
+        model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers
+    )
     original = {"lm_head.weight": "model.embed_tokens.weight"} if model.tie_word_embeddings else {}
-    return [f"model.layers.{i}.{copy}" for i in layers for copy, of in names.MTP_COPIES.items() if original.get(of, of) == name]
+    return [
+        f"model.layers.{i}.{copy}"
+        for i in layers
+        for copy, of in names.MTP_COPIES.items()
+        if original.get(of, of) == name
+    ]
 
 
-def lay_out(folder: str, shapes: dict[str, Shape], file_bytes: int, writer: bool) -> dict[str, Place]:
+def lay_out(
+    folder: str, shapes: dict[str, Shape], file_bytes: int, writer: bool
+) -> dict[str, Place]:
     """Assigns every tensor its place, and writes heads and index."""
     files: list[dict[str, Shape]] = [{}]
     size = 0  # of the last one
@@ -123,7 +155,10 @@ def lay_out(folder: str, shapes: dict[str, Shape], file_bytes: int, writer: bool
             if writer:
                 f.truncate(at)
     if writer and len(files) > 1:
-        index = {"metadata": {"total_size": sum(w.nbytes for w in shapes.values())}, "weight_map": {n: p.file for n, p in places.items()}}
+        index = {
+            "metadata": {"total_size": sum(w.nbytes for w in shapes.values())},
+            "weight_map": {n: p.file for n, p in places.items()},
+        }
         with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as f:
             f.write(dump(index))
     return places
@@ -142,7 +177,13 @@ def _head(f: Any, tensors: dict[str, Shape]) -> int:
     return count
 
 
-def write_leaf(folder: str, leaf: Leaf, array: jax.Array | Iterable[Part], places: dict[str, Place], model: ModelConfig) -> set[str]:
+def write_leaf(
+    folder: str,
+    leaf: Leaf,
+    array: jax.Array | Iterable[Part],
+    places: dict[str, Place],
+    model: ModelConfig,
+) -> set[str]:
     """Writes this process's shards of an array, each region once in the whole job, by several threads. The files that it wrote to."""
     parts = _parts_of(leaf, array) if isinstance(array, jax.Array) else ahead(array)
     files: dict[str, int] = {}
@@ -155,8 +196,14 @@ def write_leaf(folder: str, leaf: Leaf, array: jax.Array | Iterable[Part], place
                 for name in (piece.name, *copies_of(piece.name, model)):
                     place = places[name]
                     if place.file not in files:
-                        files[place.file] = os.open(os.path.join(folder, place.file), os.O_WRONLY | os.O_CLOEXEC)
-                    tasks.append(pool.submit(_write_region, files[place.file], name, place, piece.region, values))
+                        files[place.file] = os.open(
+                            os.path.join(folder, place.file), os.O_WRONLY | os.O_CLOEXEC
+                        )
+                    tasks.append(
+                        pool.submit(
+                            _write_region, files[place.file], name, place, piece.region, values
+                        )
+                    )
             for task in tasks:
                 task.result()
     finally:
@@ -171,7 +218,10 @@ def _parts_of(leaf: Leaf, array: jax.Array) -> Iterator[Part]:
     for shard in array.addressable_shards:
         if shard.replica_id:
             continue
-        data, index = shard.data, tuple(slice(*s.indices(n)[:2]) for s, n in zip(shard.index, leaf.shape, strict=True))
+        data, index = (
+            shard.data,
+            tuple(slice(*s.indices(n)[:2]) for s, n in zip(shard.index, leaf.shape, strict=True)),
+        )
         if not leaf.stacked or next(iter(data.devices())).platform == "cpu":
             yield np.asarray(data), index
             continue
@@ -180,7 +230,9 @@ def _parts_of(leaf: Leaf, array: jax.Array) -> Iterator[Part]:
             yield np.asarray(data[i : i + 1]), (slice(layer, layer + 1), *index[1:])
 
 
-def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice, ...], values: np.ndarray) -> None:
+def _write_region(
+    descriptor: int, name: str, place: Place, region: tuple[slice, ...], values: np.ndarray
+) -> None:
     """Writes numbers, a vector or [rows, columns], into a region of a tensor."""
     if len(place.shape) == 1:
         region, shape, values = (slice(0, 1), *region), (1, *place.shape), values[None]
@@ -191,10 +243,14 @@ def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice,
     pitch = shape[1] * item
     step = max(1, BUFFER // max(1, (columns.stop - columns.start) * item))
     for row in range(rows.start, rows.stop, step):
-        block = numpy_copy.out_of(values[row - rows.start : min(row + step, rows.stop) - rows.start], place.dtype)
+        block = numpy_copy.out_of(
+            values[row - rows.start : min(row + step, rows.stop) - rows.start], place.dtype
+        )
         if not finite(block):
-            raise UserError(f"{name} holds numbers that are not finite, or too large for {place.dtype}. Export an earlier step, "
-                            f"or with --dtype=float32.")
+            raise UserError(
+                f"{name} holds numbers that are not finite, or too large for {place.dtype}. Export an earlier step, "
+                f"or with --dtype=float32."
+            )
         at = place.offset + row * pitch + columns.start * item
         if columns.stop - columns.start == shape[1]:
             pwrite(descriptor, block, at)
@@ -203,15 +259,28 @@ def _write_region(descriptor: int, name: str, place: Place, region: tuple[slice,
                 pwrite(descriptor, line, at + i * pitch)
 
 
-def _write_side_files(folder: str, model: ModelConfig, family: str, companions: Companions, before: ModelConfig | None,
-                      shapes: dict[str, Shape]) -> None:
+def _write_side_files(
+    folder: str,
+    model: ModelConfig,
+    family: str,
+    companions: Companions,
+    before: ModelConfig | None,
+    shapes: dict[str, Shape],
+) -> None:
     config = configuration.from_model(model, family)
     if companions.files_from is not None:
         provenance.copy_files(companions.files_from, folder)
-        config = merged(read_config(companions.files_from), config, configuration.from_model(before, family)
-                        if before else {})
+        config = merged(
+            read_config(companions.files_from),
+            config,
+            configuration.from_model(before, family) if before else {},
+        )
     most = max(shapes.values(), key=lambda what: what.nbytes).dtype.name
-    config |= {"torch_dtype": most, "dtype": most, "num_nextn_predict_layers": model.num_nextn_predict_layers}
+    config |= {
+        "torch_dtype": most,
+        "dtype": most,
+        "num_nextn_predict_layers": model.num_nextn_predict_layers,
+    }
     if "num_nextn_predict_layers" not in configuration.FAMILIES[family].options:
         del config["num_nextn_predict_layers"]
     config = tokenizer_files.write(folder, config, companions, model.max_position_embeddings)
@@ -226,16 +295,30 @@ def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) 
     transformers 5; rope_theta, num_experts, first_k_dense_replace before) is written in all: a reader of
     another age would take its default for a form that is missing.
     """
-    left_out = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path", "num_mtp_layers",
-                *configuration.ROPE)
+    left_out = (
+        "auto_map",
+        "quantization_config",
+        "dtype",
+        "torch_dtype",
+        "_name_or_path",
+        "num_mtp_layers",
+        *configuration.ROPE,
+    )
     family = configuration.FAMILIES[now["model_type"]]
     left_out += tuple(k for k in family.renamed if k not in now)
-    out = {k: v for k, v in original.items() if k not in left_out and (v is not None or now.get(k) is None)}
+    out = {
+        k: v
+        for k, v in original.items()
+        if k not in left_out and (v is not None or now.get(k) is None)
+    }
     changed = {k for k in now.keys() | then.keys() if now.get(k) != then.get(k)}
     for key in changed | ({"layer_types"} if "num_hidden_layers" in changed else set()):
         out.pop(key, None)
-    return {k: v for k, v in now.items() if k not in out} | out | {"model_type": now["model_type"],
-                                                                   "architectures": now["architectures"]}
+    return (
+        {k: v for k, v in now.items() if k not in out}
+        | out
+        | {"model_type": now["model_type"], "architectures": now["architectures"]}
+    )
 
 
 def _finish(temporary: str, target: str, files: set[str]) -> None:
@@ -249,4 +332,3 @@ def _finish(temporary: str, target: str, files: set[str]) -> None:
 def _wait(what: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"deepseek_jax.hf export: {what}")
-

@@ -20,7 +20,11 @@ def _one(name: str) -> Alternatives:
     return ((name,),)
 
 
-TOP = {"embed_tokens/weight": _one("model.embed_tokens.weight"), "norm/weight": _one("model.norm.weight"), "lm_head/kernel": _one("lm_head.weight")}
+TOP = {
+    "embed_tokens/weight": _one("model.embed_tokens.weight"),
+    "norm/weight": _one("model.norm.weight"),
+    "lm_head/kernel": _one("lm_head.weight"),
+}
 NORMS = {
     "input_layernorm/weight": _one("input_layernorm.weight"),
     "post_attention_layernorm/weight": _one("post_attention_layernorm.weight"),
@@ -54,7 +58,10 @@ DENSE = {
 }
 EXPERTS = {
     "mlp/gate/kernel": _one("mlp.gate.weight"),
-    "mlp/experts/gate_up_proj": (("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"), ("mlp.experts.gate_up_proj",)),
+    "mlp/experts/gate_up_proj": (
+        ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+        ("mlp.experts.gate_up_proj",),
+    ),
     "mlp/experts/down_proj": (("mlp.experts.{e}.down_proj.weight",), ("mlp.experts.down_proj",)),
 }
 DEEPSEEK_EXPERTS = EXPERTS | {
@@ -65,8 +72,14 @@ DEEPSEEK_EXPERTS = EXPERTS | {
 }
 MIXTRAL_EXPERTS = {
     "mlp/gate/kernel": (("block_sparse_moe.gate.weight",), ("mlp.gate.weight",)),
-    "mlp/experts/gate_up_proj": (("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"), ("mlp.experts.gate_up_proj",)),
-    "mlp/experts/down_proj": (("block_sparse_moe.experts.{e}.w2.weight",), ("mlp.experts.down_proj",)),
+    "mlp/experts/gate_up_proj": (
+        ("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"),
+        ("mlp.experts.gate_up_proj",),
+    ),
+    "mlp/experts/down_proj": (
+        ("block_sparse_moe.experts.{e}.w2.weight",),
+        ("mlp.experts.down_proj",),
+    ),
 }
 # Multi-token prediction: layers after the last, without `layer/` in the path.
 MTP = {
@@ -76,7 +89,10 @@ MTP = {
     "norm/weight": _one("shared_head.norm.weight"),
 }
 # Copies of the embedding and the output head that DeepSeek-V3's and GLM's files have in these layers.
-MTP_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+MTP_COPIES = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "shared_head.head.weight": "lm_head.weight",
+}
 
 TABLES: dict[str, dict[str, Alternatives]] = {
     "deepseek_v2": NORMS | MLA | DENSE | DEEPSEEK_EXPERTS,
@@ -101,7 +117,9 @@ class Leaf(NamedTuple):
 
     path: str  # "layers/mlp/gate/kernel"
     shape: tuple[int, ...]
-    prefixes: tuple[str, ...]  # what its layers' tensors begin with; one, possibly empty, where the array has no axis of layers
+    prefixes: tuple[
+        str, ...
+    ]  # what its layers' tensors begin with; one, possibly empty, where the array has no axis of layers
     stacked: bool  # the first axis is that of layers
     names: Alternatives
 
@@ -109,13 +127,17 @@ class Leaf(NamedTuple):
     def kind(self) -> str:
         """plain (as the tensor), matrix ([in, out], transposed), gate_up ([E, D, 2, F]) or down ([E, F, D])."""
         last = self.path.rpartition("/")[2]
-        return {"kernel": "matrix", "gate_up_proj": "gate_up", "down_proj": "down"}.get(last, "plain")
+        return {"kernel": "matrix", "gate_up_proj": "gate_up", "down_proj": "down"}.get(
+            last, "plain"
+        )
 
 
 class Piece(NamedTuple):
     """A part of an array that is a region of one tensor."""
 
-    at: tuple[int, ...]  # leading index of a vector or a matrix in the array's part; gate_up: (layer, expert, pair)
+    at: tuple[
+        int, ...
+    ]  # leading index of a vector or a matrix in the array's part; gate_up: (layer, expert, pair)
     name: str
     region: tuple[slice, ...]  # of the tensor
     shape: tuple[int, ...]  # of the whole tensor
@@ -134,7 +156,13 @@ def leaf_of(path: str, shape: tuple[int, ...], family: str, model: ModelConfig) 
         return Leaf(path, shape, tuple(f"model.layers.{i}." for i in held), True, table[rest])
     if first == "mtp":
         depth, _, rest = rest.partition("/")
-        return Leaf(path, shape, (f"model.layers.{layers + int(depth)}.",), False, table[rest.removeprefix("layer/")])
+        return Leaf(
+            path,
+            shape,
+            (f"model.layers.{layers + int(depth)}.",),
+            False,
+            table[rest.removeprefix("layer/")],
+        )
     return Leaf(path, shape, ("",), False, TOP[path])
 
 
@@ -185,19 +213,29 @@ def pieces(leaf: Leaf, index: tuple[slice, ...], present: object = None) -> Iter
             yield Piece(here, names[0], body[::-1], shape[::-1])
         elif leaf.kind == "gate_up":
             (experts, width, pair, f), (_, d_all, _, f_all) = body, shape
-            for (j, e), (k, part) in itertools.product(enumerate(range(experts.start, experts.stop)), enumerate(range(pair.start, pair.stop))):
+            for (j, e), (k, part) in itertools.product(
+                enumerate(range(experts.start, experts.stop)),
+                enumerate(range(pair.start, pair.stop)),
+            ):
                 if len(names) == 2:
                     yield Piece((*here, j, k), names[part].format(e=e), (f, width), (f_all, d_all))
                 else:
                     rows = slice(part * f_all + f.start, part * f_all + f.start + size(f))
-                    yield Piece((*here, j, k), names[0], (slice(e, e + 1), rows, width), (shape[0], 2 * f_all, d_all))
+                    yield Piece(
+                        (*here, j, k),
+                        names[0],
+                        (slice(e, e + 1), rows, width),
+                        (shape[0], 2 * f_all, d_all),
+                    )
         else:
             (experts, f, width), (_, f_all, d_all) = body, shape
             for j, e in enumerate(range(experts.start, experts.stop)):
                 if "{e}" in names[0]:
                     yield Piece((*here, j), names[0].format(e=e), (width, f), (d_all, f_all))
                 else:
-                    yield Piece((*here, j), names[0], (slice(e, e + 1), width, f), (shape[0], d_all, f_all))
+                    yield Piece(
+                        (*here, j), names[0], (slice(e, e + 1), width, f), (shape[0], d_all, f_all)
+                    )
 
 
 def view(array, leaf: Leaf, at: tuple[int, ...]):

@@ -6,7 +6,9 @@ import ml_dtypes
 import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_ALIGNMENT = 64  # bytes: JAX takes over NumPy arrays that begin at such addresses on CPUs, and copies others
+_ALIGNMENT = (
+    64  # bytes: JAX takes over NumPy arrays that begin at such addresses on CPUs, and copies others
+)
 _TILE = {2: 32, 4: 64}  # rows at once, by bytes an item: their columns stay in the nearest cache
 
 

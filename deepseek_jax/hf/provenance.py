@@ -9,22 +9,41 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+
 import numpy as np
-from deepseek_jax.tensorfile import bounded_json
-from deepseek_jax.tensorfile.bounded_json import BadFile
+
+from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.errors import UserError
-from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.hf.reader import Source
-from deepseek_jax.hf.tensors import dump, FP8, INDEX, MAX_CONFIG, SCALE, SINGLE
+from deepseek_jax.hf.tensors import FP8, INDEX, MAX_CONFIG, SCALE, SINGLE, dump
+from deepseek_jax.tensorfile import bounded_json
+from deepseek_jax.tensorfile.bounded_json import BadFile
 
 FOLDER = "hf"  # in WORKDIR
 NOTES = "source.json"
 # What belongs to a model besides its weights. Code (modeling_*.py) is left out: nothing here runs it, and exports need none.
-FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-         "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja",
-         "chat_template.json", "LICENSE", "LICENSE.md",
-         "LICENSE.txt", "LICENSE-MODEL", "LICENSE-CODE", "NOTICE", "USE_POLICY.md")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "tiktoken.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "LICENSE-MODEL",
+    "LICENSE-CODE",
+    "NOTICE",
+    "USE_POLICY.md",
+)
 TEMPLATES = "additional_chat_templates"
 
 
@@ -34,7 +53,9 @@ class Notes:
 
     family: str
     model: ModelConfig
-    dtypes: dict[str, str]  # NumPy's names of what tensors are stored as, by name with * for numbers, or by name; FP8 weights: bfloat16
+    dtypes: dict[
+        str, str
+    ]  # NumPy's names of what tensors are stored as, by name with * for numbers, or by name; FP8 weights: bfloat16
 
 
 def notes_of(source: Source, model: ModelConfig, family: str) -> Notes:
@@ -60,7 +81,15 @@ def write_notes(source: Source, model: ModelConfig, family: str, folder: str) ->
     copy_files(source.folder, folder)
     notes = notes_of(source, model, family)
     with open(os.path.join(folder, NOTES), "w", encoding="utf-8") as f:
-        f.write(dump({"family": notes.family, "model": dataclasses.asdict(notes.model), "dtypes": notes.dtypes}))
+        f.write(
+            dump(
+                {
+                    "family": notes.family,
+                    "model": dataclasses.asdict(notes.model),
+                    "dtypes": notes.dtypes,
+                }
+            )
+        )
 
 
 def copy_files(source: str, target: str, files: Sequence[str] = FILES) -> None:
@@ -73,7 +102,9 @@ def copy_files(source: str, target: str, files: Sequence[str] = FILES) -> None:
         os.makedirs(os.path.join(target, TEMPLATES), exist_ok=True)
         for name in sorted(os.listdir(templates)):
             if name.endswith(".jinja"):
-                shutil.copyfile(os.path.join(templates, name), os.path.join(target, TEMPLATES, name))
+                shutil.copyfile(
+                    os.path.join(templates, name), os.path.join(target, TEMPLATES, name)
+                )
 
 
 def model_files(folder: str) -> Iterator[str]:
@@ -82,11 +113,16 @@ def model_files(folder: str) -> Iterator[str]:
     folder = os.path.expanduser(folder)
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
-        if name in FILES or name in ("metrics.jsonl",
-                                     "lock") or name.endswith((".safetensors", ".safetensors.index.json")):
+        if (
+            name in FILES
+            or name in ("metrics.jsonl", "lock")
+            or name.endswith((".safetensors", ".safetensors.index.json"))
+        ):
             yield path
         elif name in ("checkpoints", FOLDER, TEMPLATES, "tensorboard", "profile"):
-            yield from (os.path.join(here, file) for here, _, files in os.walk(path) for file in files)
+            yield from (
+                os.path.join(here, file) for here, _, files in os.walk(path) for file in files
+            )
 
 
 def read_notes(workdir: str) -> Notes | None:
@@ -101,9 +137,13 @@ def read_notes(workdir: str) -> Notes | None:
     try:
         value = bounded_json.read(path, NOTES, MAX_CONFIG)
         model = from_config_dict({"model": value["model"]}).model
-        return Notes(str(value["family"]), model, {str(k): str(v) for k, v in value["dtypes"].items()})
+        return Notes(
+            str(value["family"]), model, {str(k): str(v) for k, v in value["dtypes"].items()}
+        )
     except (BadFile, UserError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} cannot be read ({e}). Import the checkpoint again into another folder.") from e
+        raise UserError(
+            f"{path} cannot be read ({e}). Import the checkpoint again into another folder."
+        ) from e
 
 
 def has_weights(workdir: str) -> bool:
@@ -115,7 +155,9 @@ def is_untrained(workdir: str, checkpoints: str) -> bool:
     """Whether `import` made this workdir and its run has no checkpoint yet in its folder of checkpoints."""
     if "://" in checkpoints or not has_weights(workdir):
         return False
-    return not os.path.isdir(checkpoints) or not any(name.isdigit() for name in os.listdir(checkpoints))
+    return not os.path.isdir(checkpoints) or not any(
+        name.isdigit() for name in os.listdir(checkpoints)
+    )
 
 
 def dtype_of(name: str, dtypes: dict[str, str], default: str) -> np.dtype:

@@ -21,7 +21,9 @@ from deepseek_jax.hf.tensors import Source
 
 Part = tuple[np.ndarray, tuple[slice, ...]]  # of an array, and where in it
 THREADS = min(8, os.cpu_count() or 1)
-_ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in old Llama files; a function of the config
+_ROTARY = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)  # in old Llama files; a function of the config
 
 
 def open_source(folder: str) -> tuple[Source, ModelConfig, str]:
@@ -34,7 +36,9 @@ def open_source(folder: str) -> tuple[Source, ModelConfig, str]:
     """
     source = Source(folder)
     model = to_model(source.config)
-    present = {int(m[1]) for m in (re.match(r"model\.layers\.(\d+)\.", n) for n in source.tensors) if m}
+    present = {
+        int(m[1]) for m in (re.match(r"model\.layers\.(\d+)\.", n) for n in source.tensors) if m
+    }
     depth, first = model.num_nextn_predict_layers, model.num_hidden_layers
     if depth and not any(i >= first for i in present):
         model = dataclasses.replace(model, num_nextn_predict_layers=0)
@@ -51,13 +55,19 @@ def check(source: Source, model: ModelConfig, family: str, leaves: list[Leaf]) -
     for leaf in leaves:
         wanted |= names.tensors(leaf, source.tensors)
     first = model.num_hidden_layers
-    ignored = {f"model.layers.{first + d}.{copy}" for d in range(model.num_nextn_predict_layers) for copy in names.MTP_COPIES}
+    ignored = {
+        f"model.layers.{first + d}.{copy}"
+        for d in range(model.num_nextn_predict_layers)
+        for copy in names.MTP_COPIES
+    }
     ignored |= {"lm_head.weight"} if model.tie_word_embeddings else set()
     ignored |= {n for n in source.tensors if _ROTARY.fullmatch(n)}
     source.check(wanted, ignored)
 
 
-def read_state(source: Source, model: ModelConfig, family: str, state: Any, shardings: Any, dtype: Any = None) -> Any:
+def read_state(
+    source: Source, model: ModelConfig, family: str, state: Any, shardings: Any, dtype: Any = None
+) -> Any:
     """A state of Transformer, parameters or selection biases, in its shards.
 
     Args:
@@ -71,12 +81,19 @@ def read_state(source: Source, model: ModelConfig, family: str, state: Any, shar
     def one(shape: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         leaf = next(leaves)
         follows = names.follows_dtype(leaf.path, len(leaf.shape) - leaf.stacked)
-        return read_leaf(source, leaf, sharding, np.dtype(dtype if dtype is not None and follows else shape.dtype))
+        return read_leaf(
+            source,
+            leaf,
+            sharding,
+            np.dtype(dtype if dtype is not None and follows else shape.dtype),
+        )
 
     return jax.tree.map(one, state, shardings)
 
 
-def read_leaf(source: Source, leaf: Leaf, sharding: jax.sharding.Sharding, dtype: np.dtype) -> jax.Array:
+def read_leaf(
+    source: Source, leaf: Leaf, sharding: jax.sharding.Sharding, dtype: np.dtype
+) -> jax.Array:
     """One array, in the shards that this process has."""
     shards, made = [], {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -109,15 +126,30 @@ def read_part(source: Source, leaf: Leaf, index: tuple[slice, ...], dtype: np.dt
 def parts_of(source: Source, leaf: Leaf, dtype: np.dtype) -> Iterator[Part]:
     """An array in parts, a layer at a time where it holds several, each read when it is asked for."""
     whole = tuple(slice(0, n) for n in leaf.shape)
-    for index in [(slice(i, i + 1), *whole[1:]) for i in range(leaf.shape[0])] if leaf.stacked else [whole]:
+    for index in (
+        [(slice(i, i + 1), *whole[1:]) for i in range(leaf.shape[0])] if leaf.stacked else [whole]
+    ):
         yield read_part(source, leaf, index, dtype), index
 
 
-def state_of(source: Source, config: Config, family: str, layout: Any, dtype: Any = None) -> tuple[Any, Any]:
+def state_of(
+    source: Source, config: Config, family: str, layout: Any, dtype: Any = None
+) -> tuple[Any, Any]:
     """(parameters, selection biases) of a layout (train/state.py) from a checkpoint, after all its names and shapes were checked."""
-    parts = ((layout.abstract.params, layout.shardings.params), (layout.abstract.bias, layout.shardings.bias))
-    check(source, config.model, family, [leaf for state, _ in parts for leaf in names.leaves(state, family, config.model)])
-    params, bias = (read_state(source, config.model, family, state, shardings, dtype) for state, shardings in parts)
+    parts = (
+        (layout.abstract.params, layout.shardings.params),
+        (layout.abstract.bias, layout.shardings.bias),
+    )
+    check(
+        source,
+        config.model,
+        family,
+        [leaf for state, _ in parts for leaf in names.leaves(state, family, config.model)],
+    )
+    params, bias = (
+        read_state(source, config.model, family, state, shardings, dtype)
+        for state, shardings in parts
+    )
     return params, bias
 
 

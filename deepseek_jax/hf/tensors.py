@@ -13,20 +13,24 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from deepseek_jax.data import hub_cache
+from deepseek_jax.data.hub_cache import INDEX, SINGLE, some
+from deepseek_jax.errors import UserError
+from deepseek_jax.hf import numpy_copy
 from deepseek_jax.tensorfile import bounded_json, header
 from deepseek_jax.tensorfile.bounded_json import BadFile
-from deepseek_jax.errors import UserError
-from deepseek_jax.data import hub_cache
-from deepseek_jax.hf import numpy_copy
-from deepseek_jax.data.hub_cache import INDEX, SINGLE, some
 
-SCALE = "_scale_inv"  # suffix of the scales of a block-quantised weight, DeepSeek-V3's release format
+SCALE = (
+    "_scale_inv"  # suffix of the scales of a block-quantised weight, DeepSeek-V3's release format
+)
 BUFFER = 1 << 24  # bytes read at once
 MAX_CONFIG = 1 << 22  # bytes of a config.json
 FLOATS = tuple(np.dtype(d) for d in (np.float32, ml_dtypes.bfloat16, np.float16))
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FP8_VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
-_GAP = 1 << 15  # bytes between the wanted parts of neighbouring rows that are read and thrown away: a disk reads as much anyway
+_GAP = (
+    1 << 15
+)  # bytes between the wanted parts of neighbouring rows that are read and thrown away: a disk reads as much anyway
 
 
 class Tensor(NamedTuple):
@@ -59,20 +63,34 @@ class Source:
         self._block = (128, 128)
         self.config = read_config(self.folder)
         if isinstance(self.config.get("model"), dict) and "model_type" not in self.config:
-            raise UserError(f"{folder} is the folder of a run of train.py and not a checkpoint. Make one of "
-                            f"it: python -m deepseek_jax.hf export {folder} DST.")
-        if "quantization_config" not in self.config and (method := hub_cache.quantised(self.folder)):
-            raise UserError(f"{folder}/hf_quant_config.json: quant_algo={method!r} is not in this version, "
-                            f"which reads fp8 with scales of blocks. Take the checkpoint in bfloat16.")
+            raise UserError(
+                f"{folder} is the folder of a run of train.py and not a checkpoint. Make one of "
+                f"it: python -m deepseek_jax.hf export {folder} DST."
+            )
+        if "quantization_config" not in self.config and (
+            method := hub_cache.quantised(self.folder)
+        ):
+            raise UserError(
+                f"{folder}/hf_quant_config.json: quant_algo={method!r} is not in this version, "
+                f"which reads fp8 with scales of blocks. Take the checkpoint in bfloat16."
+            )
         try:
             self.tensors = self._read_heads()
         except BadFile as e:
-            raise UserError(f"{folder}: {e}. Copy that file again from where the checkpoint came from.") from e
+            raise UserError(
+                f"{folder}: {e}. Copy that file again from where the checkpoint came from."
+            ) from e
         if quantised := self.config.get("quantization_config"):
             block = quantised.get("weight_block_size") if isinstance(quantised, dict) else None
-            if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-                raise UserError(f"{folder}/config.json: quantization_config.weight_block_size={block!r} is not two numbers. "
-                                f"Take a checkpoint in bfloat16, or in DeepSeek-V3's FP8 format.")
+            if not (
+                isinstance(block, list)
+                and len(block) == 2
+                and all(type(n) is int and n > 0 for n in block)
+            ):
+                raise UserError(
+                    f"{folder}/config.json: quantization_config.weight_block_size={block!r} is not two numbers. "
+                    f"Take a checkpoint in bfloat16, or in DeepSeek-V3's FP8 format."
+                )
             self._block = tuple(block)
 
     def _read_heads(self) -> dict[str, Tensor]:
@@ -86,13 +104,17 @@ class Source:
                 raise hub_cache.missing_files(self.folder, missing, len(files))
         elif os.path.exists(path(SINGLE)):
             files = [SINGLE]
-        elif not (files := hub_cache.all_shards(self.folder)):  # their heads say what an index would
+        elif not (
+            files := hub_cache.all_shards(self.folder)
+        ):  # their heads say what an index would
             raise hub_cache.no_weights(self.folder)
         for file in files:
             hub_cache.check_downloaded(self.folder, file)
             for name, tensor in header.read(path(file), file).items():
                 if index is not None and index.get(name) != file:
-                    raise BadFile(INDEX, f"{name[:80]!r} is in {file}, and the index says {index.get(name)}")
+                    raise BadFile(
+                        INDEX, f"{name[:80]!r} is in {file}, and the index says {index.get(name)}"
+                    )
                 out[name] = Tensor(file, tensor.what.shape, tensor.what.dtype, tensor.offset)
         if missing := sorted(set(index or ()) - set(out)):
             what = f"{len(missing)} tensors are not in the files that it names: {some(missing)}"
@@ -109,29 +131,41 @@ class Source:
           UserError: what is missing, too much, of another shape or of a dtype that cannot be read.
         """
         if missing := [n for n in wanted if n not in self.tensors]:
-            raise UserError(f"{self.folder}: {len(missing)} of {len(wanted)} tensors are missing: "
-                            f"{some(missing)}. Complete the checkpoint, or correct its config.json.")
+            raise UserError(
+                f"{self.folder}: {len(missing)} of {len(wanted)} tensors are missing: "
+                f"{some(missing)}. Complete the checkpoint, or correct its config.json."
+            )
         scales = {n + SCALE for n in wanted if self.tensors[n].dtype == FP8}
         if missing := sorted(scales - self.tensors.keys()):
-            raise UserError(f"{self.folder}: {len(missing)} scales of FP8 weights are missing: "
-                            f"{some(missing)}. Complete the checkpoint.")
+            raise UserError(
+                f"{self.folder}: {len(missing)} scales of FP8 weights are missing: "
+                f"{some(missing)}. Complete the checkpoint."
+            )
         if extra := sorted(self.tensors.keys() - wanted.keys() - scales - ignored):
-            raise UserError(f"{self.folder}: {len(extra)} tensors are not of a model with this config.json: "
-                            f"{some(extra)}. Remove them, or correct config.json.")
+            raise UserError(
+                f"{self.folder}: {len(extra)} tensors are not of a model with this config.json: "
+                f"{some(extra)}. Remove them, or correct config.json."
+            )
         for name, shape in wanted.items():
             t = self.tensors[name]
             if t.shape != shape:
-                raise UserError(f"{self.folder}: {name} has the shape {list(t.shape)} and not {list(shape)}, as config.json says. "
-                                f"Correct one of them.")
+                raise UserError(
+                    f"{self.folder}: {name} has the shape {list(t.shape)} and not {list(shape)}, as config.json says. "
+                    f"Correct one of them."
+                )
             if t.dtype == FP8:
                 blocks = tuple(-(-n // b) for n, b in zip(t.shape, self._block, strict=False))
                 scale = self.tensors[name + SCALE]
                 if len(t.shape) != 2 or scale.shape != blocks or scale.dtype not in FLOATS:
-                    raise UserError(f"{self.folder}: {name + SCALE} is {scale.dtype}{list(scale.shape)} and not a float for each of "
-                                    f"{list(blocks)} blocks of {self._block[0]}x{self._block[1]}. "
-                                    f"Take a checkpoint in DeepSeek-V3's FP8 format, or in bfloat16.")
+                    raise UserError(
+                        f"{self.folder}: {name + SCALE} is {scale.dtype}{list(scale.shape)} and not a float for each of "
+                        f"{list(blocks)} blocks of {self._block[0]}x{self._block[1]}. "
+                        f"Take a checkpoint in DeepSeek-V3's FP8 format, or in bfloat16."
+                    )
             elif t.dtype not in FLOATS:
-                raise UserError(f"{self.folder}: {name} is of the dtype {t.dtype}. Convert it to float32, bfloat16, float16 or block-quantised FP8.")
+                raise UserError(
+                    f"{self.folder}: {name} is of the dtype {t.dtype}. Convert it to float32, bfloat16, float16 or block-quantised FP8."
+                )
 
     def stored_dtype(self, name: str) -> np.dtype:
         return self.tensors[name].dtype
@@ -154,9 +188,14 @@ class Source:
         for start, block in self._blocks(t, offset, shape[1], rows, columns):
             if scales is not None:
                 block = _FP8_VALUES[block.view(np.uint8)]
-                block *= scales[(rows.start + start + np.arange(len(block))) // self._block[0] - rows.start // self._block[0]]
+                block *= scales[
+                    (rows.start + start + np.arange(len(block))) // self._block[0]
+                    - rows.start // self._block[0]
+                ]
             if not finite(block):
-                raise UserError(f"{self.folder}: {name} in {t.file} holds numbers that are not finite. Take an undamaged checkpoint.")
+                raise UserError(
+                    f"{self.folder}: {name} in {t.file} holds numbers that are not finite. Take an undamaged checkpoint."
+                )
             numpy_copy.into(out[start : start + len(block)], block)
 
     def _scales(self, name: str, rows: slice, columns: slice) -> np.ndarray:
@@ -167,10 +206,16 @@ class Source:
         self.read(name + SCALE, (wanted, slice(0, s.shape[1])), out)
         return out[:, np.arange(columns.start, columns.stop) // wide]
 
-    def _blocks(self, t: Tensor, offset: int, width: int, rows: slice, columns: slice) -> Iterator[tuple[int, np.ndarray]]:
+    def _blocks(
+        self, t: Tensor, offset: int, width: int, rows: slice, columns: slice
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows) of a region [rows, columns] of a matrix at `offset` with rows of `width` numbers."""
         item = t.dtype.itemsize
-        wide, pitch, skipped = (columns.stop - columns.start) * item, width * item, columns.start * item
+        wide, pitch, skipped = (
+            (columns.stop - columns.start) * item,
+            width * item,
+            columns.start * item,
+        )
         if not wide or rows.stop == rows.start:
             return
         whole = pitch - wide <= _GAP  # rows with what lies between them, at once
@@ -191,17 +236,25 @@ class Source:
     def _pread(self, file: str, into: np.ndarray, at: int) -> None:
         if file not in self._files:
             try:
-                self._files[file] = os.open(os.path.join(self.folder, file), os.O_RDONLY | os.O_CLOEXEC)
+                self._files[file] = os.open(
+                    os.path.join(self.folder, file), os.O_RDONLY | os.O_CLOEXEC
+                )
             except OSError as e:
-                raise UserError(f"{self.folder}/{file} cannot be read ({e.strerror}). Make it readable.") from e
+                raise UserError(
+                    f"{self.folder}/{file} cannot be read ({e.strerror}). Make it readable."
+                ) from e
         left = memoryview(into)
         while left:
             try:
                 n = os.preadv(self._files[file], [left], at)
             except OSError as e:
-                raise UserError(f"{self.folder}/{file} cannot be read ({e.strerror}). Copy it again.") from e
+                raise UserError(
+                    f"{self.folder}/{file} cannot be read ({e.strerror}). Copy it again."
+                ) from e
             if not n:
-                raise UserError(f"{self.folder}/{file} became shorter while it was read. Copy it again.")
+                raise UserError(
+                    f"{self.folder}/{file} became shorter while it was read. Copy it again."
+                )
             left, at = left[n:], at + n
 
     def close(self) -> None:
@@ -230,9 +283,13 @@ def read_config(folder: str) -> dict[str, Any]:
     try:
         out = bounded_json.read(path, "config.json", MAX_CONFIG)
     except BadFile as e:
-        raise UserError(f"{folder}: {e}. Name a folder with config.json and model.safetensors, as the hub has them.") from e
+        raise UserError(
+            f"{folder}: {e}. Name a folder with config.json and model.safetensors, as the hub has them."
+        ) from e
     if not isinstance(out, dict):
-        raise UserError(f"{path} is not a JSON object. Copy it again from where the checkpoint came from.")
+        raise UserError(
+            f"{path} is not a JSON object. Copy it again from where the checkpoint came from."
+        )
     return out
 
 

@@ -13,20 +13,28 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from deepseek_jax.hf import provenance
 from deepseek_jax.config.options import Config
-from deepseek_jax.errors import UserError
 from deepseek_jax.data import tokenizer_folder
-from deepseek_jax.data.contents import Contents
-from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from deepseek_jax.data.chat import Chat
+from deepseek_jax.data.contents import Contents, check_tokenizer
+from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.hf import provenance
 from deepseek_jax.hf.tensors import dump
-from deepseek_jax.data.contents import check_tokenizer
 
 # Of start.FILES those that belong to a tokenizer; the others belong to a model.
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-         "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja",
-         "chat_template.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "tiktoken.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 END_OF_BYTES = "<|endoftext|>"
 
 
@@ -34,7 +42,9 @@ class Companions(NamedTuple):
     """What goes with the weights of an export."""
 
     files_from: str | None  # folder with config.json, tokenizer and chat templates to be copied
-    tokenizer: str | None = None  # bytes or a tokenizer.json, in place of that folder's; None: that folder's
+    tokenizer: str | None = (
+        None  # bytes or a tokenizer.json, in place of that folder's; None: that folder's
+    )
     ends: tuple[int, ...] = ()  # tokens that ended documents in training
 
 
@@ -43,7 +53,9 @@ def contents_of(extra: dict[str, Any]) -> Contents | None:
     return extra["data"][-1]["contents"] if extra.get("data") else None
 
 
-def tokenizer_of(workdir: str, run: Config, trained: Contents | None, moved: str | None = None) -> str:
+def tokenizer_of(
+    workdir: str, run: Config, trained: Contents | None, moved: str | None = None
+) -> str:
     """The tokenizer that a run was trained with: `bytes` or a path, that of WORKDIR/hf before others.
 
     Args:
@@ -65,11 +77,17 @@ def tokenizer_of(workdir: str, run: Config, trained: Contents | None, moved: str
             return kept
     elif trained["tokenizer"] == "bytes":
         return "bytes"
-    elif not moved and kept and load_tokenizer(kept, special_tokens=special).name == trained["tokenizer"]:
+    elif (
+        not moved
+        and kept
+        and load_tokenizer(kept, special_tokens=special).name == trained["tokenizer"]
+    ):
         return kept
     if not there and not moved:
-        raise UserError(f"config.data.tokenizer={given!r} of {workdir} is not there any more. Put it back; "
-                        f"hf export takes its new place with --tokenizer=PATH.")
+        raise UserError(
+            f"config.data.tokenizer={given!r} of {workdir} is not there any more. Put it back; "
+            f"hf export takes its new place with --tokenizer=PATH."
+        )
     option = "--tokenizer" if moved else "config.data.tokenizer"
     check_tokenizer(trained, load_tokenizer(given, option, special).name, given)
     return given
@@ -99,12 +117,16 @@ def of_run(saved: Config, workdir: str, tokenizer: str) -> Companions:
     stated = (saved.data.eos_token_id,) if saved.data.eos_token_id >= 0 else ()
     size = ByteTokenizer.vocab_size
     if tokenizer == "bytes" and (saved.model.vocab_size < size or any(i >= size for i in stated)):
-        return Companions(files, None, stated)  # trained on token files whose tokenizer it does not know
+        return Companions(
+            files, None, stated
+        )  # trained on token files whose tokenizer it does not know
     same = files is not None and tokenizer == tokenizer_folder.find(files)
     return Companions(files, None if same else tokenizer, ends_of(saved, tokenizer))
 
 
-def write(folder: str, config: dict[str, Any], companions: Companions, max_length: int) -> dict[str, Any]:
+def write(
+    folder: str, config: dict[str, Any], companions: Companions, max_length: int
+) -> dict[str, Any]:
     """Writes a run's tokenizer and generation_config.json into an export, which holds `files_from`'s already.
 
     Args:
@@ -124,8 +146,11 @@ def write(folder: str, config: dict[str, Any], companions: Companions, max_lengt
     if spec is not None or companions.files_from is None:
         special = _special_ids(folder) if spec is not None else {}
         stop = [*ends, *(i for i in (special.get("eos_token"),) if i is not None and i not in ends)]
-        ids = {"bos_token_id": special.get("bos_token"), "eos_token_id": stop[0] if stop else None,
-               "pad_token_id": special.get("pad_token")}
+        ids = {
+            "bos_token_id": special.get("bos_token"),
+            "eos_token_id": stop[0] if stop else None,
+            "pad_token_id": special.get("pad_token"),
+        }
         config = {k: v for k, v in config.items() if not k.endswith("_token_id")} | ids
         generation = {k: v for k, v in generation.items() if not k.endswith("_token_id")}
         generation |= {k: v for k, v in ids.items() if v is not None}
@@ -134,7 +159,9 @@ def write(folder: str, config: dict[str, Any], companions: Companions, max_lengt
         stop = list(stop) if isinstance(stop, list) else [stop] if isinstance(stop, int) else []
         if ends and tokenizer_folder.find(folder):
             _state_bos(folder)
-            eos = _special_ids(folder).get("eos_token")  # where our own generate ends an answer, too
+            eos = _special_ids(folder).get(
+                "eos_token"
+            )  # where our own generate ends an answer, too
             ends += (eos,) if eos is not None and eos < config["vocab_size"] else ()
         if set(ends) <= set(stop):
             return config
@@ -180,12 +207,18 @@ def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> 
     inner = tokenizers.Tokenizer.from_file(target)
     # The cleaning is transformers 4's default, and takes the space before a full stop away.
     config = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG) or {
-        "model_max_length": max_length, "clean_up_tokenization_spaces": False}
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
     # Another class may read the file otherwise: Llama's drops the space that begins a text in transformers 5.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if _bare(target, inner) or config.get("add_bos_token") or config.get("add_eos_token"):
         config |= {"add_bos_token": False, "add_eos_token": False}
-    if not Chat(folder).special.get("eos_token") and ends and inner.id_to_token(ends[-1]) is not None:
+    if (
+        not Chat(folder).special.get("eos_token")
+        and ends
+        and inner.id_to_token(ends[-1]) is not None
+    ):
         config["eos_token"] = inner.id_to_token(ends[-1])
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
         f.write(dump(config))
@@ -194,7 +227,10 @@ def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> 
 def _without_code(folder: str) -> None:
     """Drops auto_map, which names code that no export holds: transformers would load the tokenizer with that
     code or not at all."""
-    config, path = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG), tokenizer_folder.find(folder)
+    config, path = (
+        tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG),
+        tokenizer_folder.find(folder),
+    )
     if path is None or config.pop("auto_map", None) is None:
         return
     target = os.path.join(folder, tokenizer_folder.JSON)

@@ -27,7 +27,10 @@ def copy_tensors(source: Source, places: dict[str, Place], folder: str) -> None:
     Raises:
       UserError: numbers are not finite, or a file cannot be read. OSError: one cannot be written.
     """
-    files = {file: os.open(os.path.join(folder, file), os.O_WRONLY | os.O_CLOEXEC) for file in {p.file for p in places.values()}}
+    files = {
+        file: os.open(os.path.join(folder, file), os.O_WRONLY | os.O_CLOEXEC)
+        for file in {p.file for p in places.values()}
+    }
 
     def one(name: str) -> None:
         place = places[name]
@@ -36,10 +39,18 @@ def copy_tensors(source: Source, places: dict[str, Place], folder: str) -> None:
         for matrix in range(math.prod(experts)):
             for row in range(0, rows, step):
                 part = slice(row, min(row + step, rows))
-                region = (*(slice(matrix, matrix + 1) for _ in experts), part, slice(0, columns)) if len(place.shape) > 1 else (slice(0, columns),)
+                region = (
+                    (*(slice(matrix, matrix + 1) for _ in experts), part, slice(0, columns))
+                    if len(place.shape) > 1
+                    else (slice(0, columns),)
+                )
                 block = np.empty((part.stop - part.start, columns), place.dtype)
                 source.read(name, region, block if len(place.shape) > 1 else block[0])
-                pwrite(files[place.file], block, place.offset + (matrix * rows + row) * columns * place.dtype.itemsize)
+                pwrite(
+                    files[place.file],
+                    block,
+                    place.offset + (matrix * rows + row) * columns * place.dtype.itemsize,
+                )
 
     try:
         with concurrent.futures.ThreadPoolExecutor(reader.THREADS) as pool:

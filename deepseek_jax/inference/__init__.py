@@ -1,1 +1,1 @@
-"""."""
+"""A loaded model: generation, evaluation, lm-evaluation-harness."""

@@ -42,9 +42,18 @@ class DeepseekJaxLM(TemplateLM):
       UserError: there is no model or tokenizer, or the mesh does not fit.
     """
 
-    def __init__(self, pretrained: str, step: int | None = None, dtype: str = "float32", batch_size: int | str | None = None,
-                 max_length: int | None = None, max_gen_toks: int = MAX_GEN_TOKS, max_batch_size: int | None = None, device: str | None = None,
-                 **axes: int):
+    def __init__(
+        self,
+        pretrained: str,
+        step: int | None = None,
+        dtype: str = "float32",
+        batch_size: int | str | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = MAX_GEN_TOKS,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **axes: int,
+    ):
         super().__init__()
         del max_batch_size, device  # the harness's command gives them to every model
         mesh = parse_mesh(",".join(f"{a}={n}" for a, n in axes.items()), "model_args")
@@ -52,7 +61,9 @@ class DeepseekJaxLM(TemplateLM):
         self._model, self._encoder = opened.model, opened.encoder()
         longest = self._model.model.max_position_embeddings
         if max_length is not None and not 1 <= int(max_length) <= longest:
-            raise UserError(f"max_length={max_length} is not between 1 and the model's max_position_embeddings={longest}. Choose one of these.")
+            raise UserError(
+                f"max_length={max_length} is not between 1 and the model's max_position_embeddings={longest}. Choose one of these."
+            )
         rows = None if batch_size is None or str(batch_size).startswith("auto") else str(batch_size)
         if rows is not None and not (rows.isdigit() and int(rows)):
             raise UserError(f"batch_size={batch_size} is neither auto nor a number of rows.")
@@ -67,7 +78,9 @@ class DeepseekJaxLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         if self._encoder.start_id is None:
-            raise UserError(f"the tokenizer of {self._name} has no token that begins or ends a text. Name one in tokenizer_config.json.")
+            raise UserError(
+                f"the tokenizer of {self._name} has no token that begins or ends a text. Name one in tokenizer_config.json."
+            )
         return self._encoder.start_id
 
     @property
@@ -80,22 +93,39 @@ class DeepseekJaxLM(TemplateLM):
         self._template = chat_template if isinstance(chat_template, str) else None
         return self._encoder.chat.template(self._template) if chat_template else None
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         # without: the answer has begun and goes on
-        return self._encoder.chat.render(chat_history, add_generation_prompt, chat_template=self._template,
-                                         continue_final_message=not add_generation_prompt)
+        return self._encoder.chat.render(
+            chat_history,
+            add_generation_prompt,
+            chat_template=self._template,
+            continue_final_message=not add_generation_prompt,
+        )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         ids = self._encoder.encode(string, prefix=add_special_tokens is None)
         return [*self._encoder.prefix, *ids] if add_special_tokens else ids
 
     def tok_decode(self, tokens: list[int] | int, skip_special_tokens: bool = True) -> str:
         return self._encoder.decode([tokens] if isinstance(tokens, int) else tokens)
 
-    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-        pairs = [Pair(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
-        with tqdm.tqdm(total=len(pairs), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
-            scores = score_pairs(self._model, pairs, self.batch_size, self.max_length, lambda _: bar.update(1))
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [
+            Pair(context or [self.prefix_token_id], continuation)
+            for _, context, continuation in requests
+        ]
+        with tqdm.tqdm(
+            total=len(pairs), disable=disable_tqdm, desc="Running loglikelihood requests"
+        ) as bar:
+            scores = score_pairs(
+                self._model, pairs, self.batch_size, self.max_length, lambda _: bar.update(1)
+            )
         out = [(-s.nll, s.greedy) for s in scores]
         for (key, *_), answer in zip(requests, out, strict=True):
             if key is not None:
@@ -103,10 +133,19 @@ class DeepseekJaxLM(TemplateLM):
         return out
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        windows = [(i, *lm_eval.utils.make_disjoint_window(w)) for i, request in enumerate(requests)
-                   for w in lm_eval.utils.get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)]
+        windows = [
+            (i, *lm_eval.utils.make_disjoint_window(w))
+            for i, request in enumerate(requests)
+            for w in lm_eval.utils.get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
+            )
+        ]
         out = [0.0] * len(requests)
-        for (i, *_), (ll, _) in zip(windows, self._loglikelihood_tokens([(None, *w[1:]) for w in windows], disable_tqdm), strict=True):
+        for (i, *_), (ll, _) in zip(
+            windows,
+            self._loglikelihood_tokens([(None, *w[1:]) for w in windows], disable_tqdm),
+            strict=True,
+        ):
             out[i] += ll
         for request, ll in zip(requests, out, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, ll)
@@ -117,23 +156,37 @@ class DeepseekJaxLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        with tqdm.tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
+        with tqdm.tqdm(
+            total=len(requests), disable=disable_tqdm, desc="Running generate_until requests"
+        ) as bar:
             for members in groups.values():
                 members.sort(key=lambda i: -len(requests[i].args[0]))
                 options = _options(requests[members[0]].args[1], self.max_gen_toks, self.max_length)
                 rows = self.batch_size or 16
                 for at in range(0, len(members), rows):
                     some = members[at : at + rows]
-                    for i, text in zip(some, self._generate([requests[j].args[0] for j in some], **options), strict=True):
+                    for i, text in zip(
+                        some,
+                        self._generate([requests[j].args[0] for j in some], **options),
+                        strict=True,
+                    ):
                         out[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
                     bar.update(len(some))
         return out
 
-    def _generate(self, texts: list[str], until: list[str], max_gen_toks: int, temperature: float) -> list[str]:
+    def _generate(
+        self, texts: list[str], until: list[str], max_gen_toks: int, temperature: float
+    ) -> list[str]:
         room = self.max_length - max_gen_toks
         prompts = [(self.tok_encode(t) or [self.prefix_token_id])[-room:] for t in texts]
-        answers = self._model.generate(prompts, max_tokens=max_gen_toks, temperature=temperature, stop_ids=self._encoder.stop_ids, seed=0)
+        answers = self._model.generate(
+            prompts,
+            max_tokens=max_gen_toks,
+            temperature=temperature,
+            stop_ids=self._encoder.stop_ids,
+            seed=0,
+        )
         return [self._until(ids, until) for ids in answers]
 
     def _until(self, ids: list[int], until: list[str]) -> str:
@@ -154,10 +207,17 @@ def _options(given: dict[str, Any], max_gen_toks: int, max_length: int) -> dict[
     """
     options = dict(normalize_gen_kwargs(given, max_gen_toks))
     sampled = options.pop("do_sample", False)
-    out = {"until": [u for u in options.pop("until", []) if u], "max_gen_toks": int(options.pop("max_gen_toks")),
-           "temperature": float(options.pop("temperature", 0.0) or 0.0) if sampled else 0.0}
+    out = {
+        "until": [u for u in options.pop("until", []) if u],
+        "max_gen_toks": int(options.pop("max_gen_toks")),
+        "temperature": float(options.pop("temperature", 0.0) or 0.0) if sampled else 0.0,
+    }
     if sampled and (more := sorted(options)):
-        raise UserError(f"gen_kwargs {more[0]}={options[more[0]]} is not known here. Leave it out, or give do_sample=False.")
+        raise UserError(
+            f"gen_kwargs {more[0]}={options[more[0]]} is not known here. Leave it out, or give do_sample=False."
+        )
     if not 0 < out["max_gen_toks"] < max_length:
-        raise UserError(f"max_gen_toks={out['max_gen_toks']} leaves no room for a prompt in the model's {max_length} tokens. Make it smaller.")
+        raise UserError(
+            f"max_gen_toks={out['max_gen_toks']} leaves no room for a prompt in the model's {max_length} tokens. Make it smaller."
+        )
     return out

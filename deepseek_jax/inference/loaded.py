@@ -10,19 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config.options import Config, DTYPES, ModelConfig, ShardingConfig, TrainConfig
-from deepseek_jax.errors import UserError
-from deepseek_jax.config.options import MeshConfig as MeshOptions
 from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.config.options import DTYPES, Config, ModelConfig, ShardingConfig, TrainConfig
+from deepseek_jax.config.options import MeshConfig as MeshOptions
+from deepseek_jax.config.validation import validate
 from deepseek_jax.data import tokenizer_folder
-from deepseek_jax.hf import configuration, exporter, names, reader, tokenizer_files
 from deepseek_jax.data.chat import Chat, end_ids
+from deepseek_jax.errors import UserError
+from deepseek_jax.hf import configuration, exporter, names, reader, tokenizer_files
 from deepseek_jax.hf.provenance import Notes, notes_of
 from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, make_layout
-from deepseek_jax.config.validation import validate
 
 
 class LoadedModel:
@@ -32,13 +32,33 @@ class LoadedModel:
       model: its options. family: the `model_type` that it is saved as. notes: how it was stored. source: the folder that it was loaded from.
     """
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, layout: Layout, params: Any, bias: Any,
-                 notes: Notes, source: str, tokenizer: str = "",
-                 find_stop_ids: Callable[[], frozenset[int]] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        layout: Layout,
+        params: Any,
+        bias: Any,
+        notes: Notes,
+        source: str,
+        tokenizer: str = "",
+        find_stop_ids: Callable[[], frozenset[int]] | None = None,
+    ):
         """Args: tokenizer: of a trained run, as tokenizer_files.tokenizer_of. find_stop_ids: by that tokenizer."""
-        self.config, self.mesh, self.layout, self.params, self.bias = config, mesh, layout, params, bias
+        self.config, self.mesh, self.layout, self.params, self.bias = (
+            config,
+            mesh,
+            layout,
+            params,
+            bias,
+        )
         self.model: ModelConfig = config.model
-        self.notes, self.family, self.source, self.tokenizer = notes, notes.family, source, tokenizer
+        self.notes, self.family, self.source, self.tokenizer = (
+            notes,
+            notes.family,
+            source,
+            tokenizer,
+        )
         self._forward = jax.jit(self._logits, static_argnames="rows")
         self._find_stop_ids, self._engine = find_stop_ids, None
 
@@ -51,20 +71,37 @@ class LoadedModel:
         ids = np.asarray(tokens_BS)
         m = self.model
         if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-            raise UserError(f"tokens are {ids.dtype}{list(ids.shape)} and not whole numbers [sequences, positions]. "
-                            f"Give a list of equally long lists of ids.")
+            raise UserError(
+                f"tokens are {ids.dtype}{list(ids.shape)} and not whole numbers [sequences, positions]. "
+                f"Give a list of equally long lists of ids."
+            )
         if ids.min() < 0 or ids.max() >= m.vocab_size:
-            raise UserError(f"tokens run from {ids.min()} to {ids.max()}, but the model has the ids 0 to {m.vocab_size - 1}.")
+            raise UserError(
+                f"tokens run from {ids.min()} to {ids.max()}, but the model has the ids 0 to {m.vocab_size - 1}."
+            )
         if ids.shape[1] > m.max_position_embeddings:
-            raise UserError(f"sequences of {ids.shape[1]} tokens are above the model's max_position_embeddings={m.max_position_embeddings}.")
+            raise UserError(
+                f"sequences of {ids.shape[1]} tokens are above the model's max_position_embeddings={m.max_position_embeddings}."
+            )
         ways = math.prod(self.mesh.shape[a] for a in BATCH_AXES)
         rows = len(ids)
         ids = np.concatenate([ids, np.repeat(ids[:1], -rows % ways, axis=0)]).astype(np.int32)
         with jax.set_mesh(self.mesh):
-            return self._forward(self.params, self.bias, jax.device_put(ids, jax.P(BATCH_AXES)), rows=rows)
+            return self._forward(
+                self.params, self.bias, jax.device_put(ids, jax.P(BATCH_AXES)), rows=rows
+            )
 
-    def generate(self, tokens: Sequence[int] | Sequence[Sequence[int]], max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
-                 top_p: float = 1.0, seed: int = 0, stop_ids: Iterable[int] | None = None, draft_tokens: int = 0) -> list[int] | list[list[int]]:
+    def generate(
+        self,
+        tokens: Sequence[int] | Sequence[Sequence[int]],
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_ids: Iterable[int] | None = None,
+        draft_tokens: int = 0,
+    ) -> list[int] | list[list[int]]:
         """The tokens after a prompt, or after each of several of any lengths, without the one that ends them.
 
         Args:
@@ -78,26 +115,48 @@ class LoadedModel:
         Raises:
           UserError: the ids are not those of the vocabulary, a prompt is empty or too long, or there is no multi-token prediction layer.
         """
-        from deepseek_jax.inference.generation.engine import Engine  # generation reads checkpoints by this package
+        from deepseek_jax.inference.generation.engine import (
+            Engine,
+        )  # generation reads checkpoints by this package
         from deepseek_jax.inference.generation.sampling import Sampling
 
         m, one = self.model, len(tokens) > 0 and not isinstance(tokens[0], (Sequence, np.ndarray))
         prompts = [[int(i) for i in p] for p in ([tokens] if one else tokens)]
         for prompt in prompts:
             if not 0 < len(prompt) < m.max_position_embeddings:
-                raise UserError(f"a prompt has {len(prompt)} tokens, and not 1 to {m.max_position_embeddings - 1} (max_position_embeddings - 1). "
-                                f"Give prompts of such lengths.")
+                raise UserError(
+                    f"a prompt has {len(prompt)} tokens, and not 1 to {m.max_position_embeddings - 1} (max_position_embeddings - 1). "
+                    f"Give prompts of such lengths."
+                )
             if min(prompt) < 0 or max(prompt) >= m.vocab_size:
-                raise UserError(f"tokens run from {min(prompt)} to {max(prompt)}, but the model has the ids 0 to {m.vocab_size - 1}.")
-        if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1 or max_tokens < 1 or not 0 <= seed < 2**32:
-            raise UserError(f"temperature={temperature} must be 0 or more and finite, top_k={top_k} 0 or more, top_p={top_p} above 0 and at most 1, "
-                            f"max_tokens={max_tokens} at least 1, seed={seed} a 32-bit number.")
+                raise UserError(
+                    f"tokens run from {min(prompt)} to {max(prompt)}, but the model has the ids 0 to {m.vocab_size - 1}."
+                )
+        if (
+            not 0 <= temperature < float("inf")
+            or top_k < 0
+            or not 0 < top_p <= 1
+            or max_tokens < 1
+            or not 0 <= seed < 2**32
+        ):
+            raise UserError(
+                f"temperature={temperature} must be 0 or more and finite, top_k={top_k} 0 or more, top_p={top_p} above 0 and at most 1, "
+                f"max_tokens={max_tokens} at least 1, seed={seed} a 32-bit number."
+            )
         if draft_tokens and not m.num_nextn_predict_layers:
-            raise UserError(f"draft_tokens={draft_tokens} needs multi-token prediction layers, and this model has none. Set draft_tokens=0.")
+            raise UserError(
+                f"draft_tokens={draft_tokens} needs multi-token prediction layers, and this model has none. Set draft_tokens=0."
+            )
         if self._engine is None:
             self._engine = Engine(self.layout, self.mesh, self.params, self.bias)
         stop = self.stop_ids if stop_ids is None else stop_ids
-        out = self._engine.generate(prompts, max_tokens, Sampling(temperature, top_k, top_p, seed), stop, draft_tokens) if prompts else []
+        out = (
+            self._engine.generate(
+                prompts, max_tokens, Sampling(temperature, top_k, top_p, seed), stop, draft_tokens
+            )
+            if prompts
+            else []
+        )
         return out[0] if one else out
 
     @functools.cached_property
@@ -112,10 +171,16 @@ class LoadedModel:
 
     def _logits(self, params, bias, tokens_BS, rows):
         net = self.layout.merge_for_inference(params, bias)
-        place = jax.lax.broadcasted_iota(jnp.int32, tokens_BS.shape, 1, out_sharding=jax.typeof(tokens_BS).sharding)
+        place = jax.lax.broadcasted_iota(
+            jnp.int32, tokens_BS.shape, 1, out_sharding=jax.typeof(tokens_BS).sharding
+        )
         out = net(tokens_BS, jnp.ones_like(tokens_BS), place)
         logits_BSV = net.logits(out.hidden_BSD)
-        return logits_BSV if rows == len(tokens_BS) else jax.sharding.reshard(logits_BSV, jax.P())[:rows]
+        return (
+            logits_BSV
+            if rows == len(tokens_BS)
+            else jax.sharding.reshard(logits_BSV, jax.P())[:rows]
+        )
 
 
 def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> LoadedModel:
@@ -135,7 +200,9 @@ def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = Non
         layout = make_layout(config, mesh)
         params, bias = reader.state_of(source, config, family, layout, dtype)
     source.close()
-    return LoadedModel(config, mesh, layout, params, bias, notes_of(source, model, family), source.folder)
+    return LoadedModel(
+        config, mesh, layout, params, bias, notes_of(source, model, family), source.folder
+    )
 
 
 def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
@@ -155,23 +222,52 @@ def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
         saved = from_config_dict(workdirs.read_config(model.source))
         companions = tokenizer_files.of_run(saved, model.source, model.tokenizer)
     family = model.family or configuration.find_family(model.model)
-    arrays = {names.path_of(p): a for state in (model.params, model.bias) for p, a in jax.tree_util.tree_leaves_with_path(state)}
-    leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, family,
-                                                                                    model.model)]
-    exporter.export(path, model.model, family, leaves, lambda leaf: arrays[leaf.path], {} if dtype
-                     else model.notes.dtypes,
-                     dtype or "float32", companions, model.notes.model)
+    arrays = {
+        names.path_of(p): a
+        for state in (model.params, model.bias)
+        for p, a in jax.tree_util.tree_leaves_with_path(state)
+    }
+    leaves = [
+        leaf
+        for state in (model.params, model.bias)
+        for leaf in names.leaves(state, family, model.model)
+    ]
+    exporter.export(
+        path,
+        model.model,
+        family,
+        leaves,
+        lambda leaf: arrays[leaf.path],
+        {} if dtype else model.notes.dtypes,
+        dtype or "float32",
+        companions,
+        model.notes.model,
+    )
 
 
-def config_for(model: ModelConfig, mesh: jax.sharding.Mesh | None, dtype: str = "float32") -> tuple[Config, jax.sharding.Mesh]:
+def config_for(
+    model: ModelConfig, mesh: jax.sharding.Mesh | None, dtype: str = "float32"
+) -> tuple[Config, jax.sharding.Mesh]:
     """Options to run a model with, and the mesh, all of whose axes are named."""
     shape = {a: 1 for a in AXES} | dict(mesh.shape if mesh is not None else {})
     if unknown := sorted(shape.keys() - set(AXES)):
-        raise UserError(f"the mesh has an axis {unknown[0]!r}, and not only {', '.join(AXES)}. Name its axes so.")
+        raise UserError(
+            f"the mesh has an axis {unknown[0]!r}, and not only {', '.join(AXES)}. Name its axes so."
+        )
     batch = math.prod(shape[a] for a in BATCH_AXES)
     length = min(model.max_position_embeddings, 512)
-    train = TrainConfig(dtype=dtype, remat="full", batch_size=batch, sequence_length=max(length, model.num_nextn_predict_layers + 1))
-    config = Config(model=dataclasses.replace(model), mesh=MeshOptions(**shape), train=train, sharding=ShardingConfig())
+    train = TrainConfig(
+        dtype=dtype,
+        remat="full",
+        batch_size=batch,
+        sequence_length=max(length, model.num_nextn_predict_layers + 1),
+    )
+    config = Config(
+        model=dataclasses.replace(model),
+        mesh=MeshOptions(**shape),
+        train=train,
+        sharding=ShardingConfig(),
+    )
     validate(config)
     devices = list(mesh.devices.flat) if mesh is not None else jax.devices()[:1]
     return config, make_mesh(config, devices)

@@ -8,22 +8,20 @@ import re
 import jax
 import numpy as np
 
-from deepseek_jax.hf import provenance
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config.options import Config
-from deepseek_jax.errors import UserError
 from deepseek_jax.config.configdict import from_config_dict
-from deepseek_jax.data import tokenizer_folder
-from deepseek_jax.data.contents import Contents
-from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.data import hub_cache
-from deepseek_jax.hf import configuration, names
+from deepseek_jax.config.options import Config
+from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.data.chat import Chat
+from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.encoder import Encoder
-from deepseek_jax.inference.loaded import config_for, load, LoadedModel
-from deepseek_jax.hf.tensors import read_config
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.hf import configuration, names, provenance
 from deepseek_jax.hf.provenance import Notes
+from deepseek_jax.hf.tensors import read_config
 from deepseek_jax.hf.tokenizer_files import contents_of, ends_of, tokenizer_of
+from deepseek_jax.inference.loaded import LoadedModel, config_for, load
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import from_tree, make_layout, to_tree
@@ -36,8 +34,12 @@ class Opened:
     model: LoadedModel
     run: Config | None  # the options of the run, where it is one
     trained: bool  # whether it is from a checkpoint of a run
-    folder: str | None  # with tokenizer and chat template; None: the run's tokenizer is all there is
-    tokenizer: str = ""  # of a trained run: bytes, or the path of the tokenizer.json that it was trained with
+    folder: (
+        str | None
+    )  # with tokenizer and chat template; None: the run's tokenizer is all there is
+    tokenizer: str = (
+        ""  # of a trained run: bytes, or the path of the tokenizer.json that it was trained with
+    )
     contents: Contents | None = None  # of the data that it was trained on, as far as known
 
     def encoder(self) -> Encoder:
@@ -46,10 +48,14 @@ class Opened:
         Raises:
           UserError: there is no tokenizer, or it has ids that the model has not.
         """
-        return encoder_of(self.folder, self.tokenizer, self.run, self.model.model.vocab_size, self.model.source)
+        return encoder_of(
+            self.folder, self.tokenizer, self.run, self.model.model.vocab_size, self.model.source
+        )
 
 
-def encoder_of(folder: str | None, tokenizer: str, run: Config | None, vocab_size: int, name: str) -> Encoder:
+def encoder_of(
+    folder: str | None, tokenizer: str, run: Config | None, vocab_size: int, name: str
+) -> Encoder:
     """The tokenizer of a folder, or without one a run's, for a model of so many ids. What ended a trained
     run's documents ends its answers, as it does those of its export.
 
@@ -63,13 +69,20 @@ def encoder_of(folder: str | None, tokenizer: str, run: Config | None, vocab_siz
     out = Encoder(source, name, ends_of(run, tokenizer) if tokenizer else ())
     if out.vocab_size > vocab_size:
         last = out.text_of(out.vocab_size - 1)
-        raise UserError(f"the tokenizer of {name} has {out.vocab_size} ids, the last of them {last!r}, and "
-                        f"the model {vocab_size}. Give it the tokenizer that it was trained with, or leave "
-                        f"tokens that it never had out of tokenizer_config.json.")
+        raise UserError(
+            f"the tokenizer of {name} has {out.vocab_size} ids, the last of them {last!r}, and "
+            f"the model {vocab_size}. Give it the tokenizer that it was trained with, or leave "
+            f"tokens that it never had out of tokenizer_config.json."
+        )
     return out
 
 
-def open_model(path: str, step: int | None = None, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Opened:
+def open_model(
+    path: str,
+    step: int | None = None,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+) -> Opened:
     """The model in a folder.
 
     Args:
@@ -85,7 +98,9 @@ def open_model(path: str, step: int | None = None, dtype: str = "float32", mesh:
         raise UserError(f"{given} holds no model: {hub_cache.no_config(path)}")
     if not isinstance(read_config(path).get("model"), dict):
         if step is not None:
-            raise UserError(f"--step={step}: {path} is a checkpoint itself, and not a run that has some. Leave it out.")
+            raise UserError(
+                f"--step={step}: {path} is a checkpoint itself, and not a run that has some. Leave it out."
+            )
         model = load(path, dtype, mesh)
         return Opened(model, None, False, model.source)
     return _open_run(path, step, dtype, mesh)
@@ -111,12 +126,23 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
         checkpoints.close()
         params = _cast(state.params, np.dtype(dtype))
     try:
-        notes = provenance.read_notes(workdir) or Notes(configuration.find_family(saved.model), saved.model, {})
+        notes = provenance.read_notes(workdir) or Notes(
+            configuration.find_family(saved.model), saved.model, {}
+        )
     except UserError:  # a model of our own: it runs, and only hf.save has to refuse it
         notes = Notes("", saved.model, {})
     folder = files if tokenizer and tokenizer == tokenizer_folder.find(files) else None
-    model = LoadedModel(config, mesh, layout, params, state.bias, notes, workdir, tokenizer,
-                        lambda: encoder_of(folder, tokenizer, saved, config.model.vocab_size, workdir).stop_ids)
+    model = LoadedModel(
+        config,
+        mesh,
+        layout,
+        params,
+        state.bias,
+        notes,
+        workdir,
+        tokenizer,
+        lambda: encoder_of(folder, tokenizer, saved, config.model.vocab_size, workdir).stop_ids,
+    )
     return Opened(model, saved, True, folder, tokenizer, trained)
 
 
@@ -144,7 +170,9 @@ def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | 
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d{0,5})\s*", part)
         if not found or found[1] not in AXES or found[1] in sizes:
-            raise UserError(f"{option}={text}: {part!r} is not AXIS=SIZE. Name each of {', '.join(AXES)} once at most, as in fsdp=2,expert=4.")
+            raise UserError(
+                f"{option}={text}: {part!r} is not AXIS=SIZE. Name each of {', '.join(AXES)} once at most, as in fsdp=2,expert=4."
+            )
         sizes[found[1]] = int(found[2])
     devices = jax.devices()
     known = math.prod(n for n in sizes.values() if n > 0)
@@ -153,5 +181,7 @@ def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | 
         sizes[free[0]] = len(devices) // known
     count = math.prod(sizes.values())
     if len(free) > 1 or not 0 < count <= len(devices):
-        raise UserError(f"{option}={text} does not fit {len(devices)} devices. Make it smaller; JAX_NUM_CPU_DEVICES=8 makes 8 of a CPU.")
+        raise UserError(
+            f"{option}={text} does not fit {len(devices)} devices. Make it smaller; JAX_NUM_CPU_DEVICES=8 makes 8 of a CPU."
+        )
     return jax.sharding.Mesh(np.array(devices[:count]).reshape(list(sizes.values())), tuple(sizes))

@@ -1,1 +1,1 @@
-"""."""
+"""`python -m deepseek_jax.launch`: several processes on this host."""

@@ -39,12 +39,12 @@ from typing import IO, Any
 
 from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
-from deepseek_jax.errors import UserError
 from deepseek_jax.cluster.gpus import shares, visible_gpus
 from deepseek_jax.cluster.meeting import free_port
 from deepseek_jax.cluster.monitor import LOST
-from deepseek_jax.launch.restarts import first_failed, Restarts
 from deepseek_jax.cluster.signals import SIGNALS, URGENT
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch.restarts import Restarts, first_failed
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -58,18 +58,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p = arguments.Parser(prog="python -m deepseek_jax.launch", description=__doc__)
 
     def add(name: str, default: Any, help: str, kind: type = int) -> None:
-        p.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), default=default, help=help, type=kind)
+        p.add_argument(
+            *dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")),
+            default=default,
+            help=help,
+            type=kind,
+        )
 
-    add("nproc_per_node", "1", "processes on this host; gpu: one for each visible GPU (default: 1)", str)
+    add(
+        "nproc_per_node",
+        "1",
+        "processes on this host; gpu: one for each visible GPU (default: 1)",
+        str,
+    )
     add("nnodes", 1, "hosts (default: 1)")
     add("node_rank", 0, "this host's number, from 0 (default: 0)")
     add("master_addr", None, "name or address of host 0, if there are several", str)
     add("master_port", None, "free port there (default: 29500; on one host the launcher finds one)")
-    add("devices_per_process", None, "GPUs of each process (default: all, divided), or CPU devices if there are no GPUs")
-    add("grace", 30.0, "seconds from SIGTERM to SIGKILL once one process has ended by failure or signal (default: 30)", float)
+    add(
+        "devices_per_process",
+        None,
+        "GPUs of each process (default: all, divided), or CPU devices if there are no GPUs",
+    )
+    add(
+        "grace",
+        30.0,
+        "seconds from SIGTERM to SIGKILL once one process has ended by failure or signal (default: 30)",
+        float,
+    )
     add("max_restarts", 0, "how often to start all processes again after one failed (default: 0)")
-    add("min_processes", None, "go on with fewer processes, down to this number, without one that keeps failing (default: all are needed)")
-    p.add_argument("-m", "--module", action="store_true", help="the program is a module, as for python -m")
+    add(
+        "min_processes",
+        None,
+        "go on with fewer processes, down to this number, without one that keeps failing (default: all are needed)",
+    )
+    p.add_argument(
+        "-m", "--module", action="store_true", help="the program is a module, as for python -m"
+    )
     p.add_argument("program", type=arguments.path, help="a Python file, or with -m a module")
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="its own")
     a = p.parse_args(argv)
@@ -80,25 +105,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not a.nproc_per_node.isdecimal():
         raise UserError(f"--nproc_per_node={a.nproc_per_node} is not a number. Give one, or gpu.")
     a.nproc_per_node = int(a.nproc_per_node)
-    ranges = {"nproc_per_node": (1, 4096), "nnodes": (1, 1 << 20), "node_rank": (0, a.nnodes - 1), "master_port": (1, 65535),
-              "devices_per_process": (1, 4096), "grace": (0, 1e6), "max_restarts": (0, 1 << 20), "min_processes": (1, a.nproc_per_node)}
+    ranges = {
+        "nproc_per_node": (1, 4096),
+        "nnodes": (1, 1 << 20),
+        "node_rank": (0, a.nnodes - 1),
+        "master_port": (1, 65535),
+        "devices_per_process": (1, 4096),
+        "grace": (0, 1e6),
+        "max_restarts": (0, 1 << 20),
+        "min_processes": (1, a.nproc_per_node),
+    }
     for name, (low, high) in ranges.items():
         value = getattr(a, name)
         if value is not None and not low <= value <= high:
-            raise UserError(f"--{name}={value} is not between {low} and {high}. Give a number in that range.")
+            raise UserError(
+                f"--{name}={value} is not between {low} and {high}. Give a number in that range."
+            )
     if a.nnodes > 1 and not a.master_addr:
-        raise UserError(f"--nnodes={a.nnodes} needs --master_addr, the name of host 0. Give it on every host.")
+        raise UserError(
+            f"--nnodes={a.nnodes} needs --master_addr, the name of host 0. Give it on every host."
+        )
     if a.min_processes is not None and not a.max_restarts:
-        raise UserError(f"--min_processes={a.min_processes} has no effect without restarts. Give --max_restarts as well.")
+        raise UserError(
+            f"--min_processes={a.min_processes} has no effect without restarts. Give --max_restarts as well."
+        )
     if a.min_processes is not None and a.nnodes > 1:
-        raise UserError(f"--min_processes={a.min_processes} with --nnodes={a.nnodes}: the launchers of several hosts do not agree on fewer processes. "
-                        f"Leave it out, and start all again with another --nnodes when a host is lost.")
+        raise UserError(
+            f"--min_processes={a.min_processes} with --nnodes={a.nnodes}: the launchers of several hosts do not agree on fewer processes. "
+            f"Leave it out, and start all again with another --nnodes when a host is lost."
+        )
     if not a.module and not os.path.isfile(a.program):
         raise UserError(f"{a.program} is not a file. Name a Python program, or a module after -m.")
     return a
 
 
-def environments(a: argparse.Namespace, env: Mapping[str, str], places: list[int] | None = None) -> list[dict[str, str]]:
+def environments(
+    a: argparse.Namespace, env: Mapping[str, str], places: list[int] | None = None
+) -> list[dict[str, str]]:
     """What each process has in its environment besides `env`, the launcher's. `places`: those in use of --nproc_per_node, each with its GPUs.
 
     Raises:
@@ -111,15 +154,23 @@ def environments(a: argparse.Namespace, env: Mapping[str, str], places: list[int
     address = f"{host}:{port or 29500}"
     common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(a.nnodes * len(places))}
     if host == "127.0.0.1":
-        common["JAX_COORDINATOR_BIND_ADDRESS"] = address  # not on all interfaces, as is JAX's default
+        common["JAX_COORDINATOR_BIND_ADDRESS"] = (
+            address  # not on all interfaces, as is JAX's default
+        )
     gpus = visible_gpus()
-    named = [name.strip() for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    named = [
+        name.strip() for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()
+    ]
     visible = (named or [str(i) for i in range(len(gpus))])[: len(gpus)]
     parts = shares(visible, a.nproc_per_node, a.devices_per_process) if gpus else None
     if a.devices_per_process and not gpus:
         common["JAX_NUM_CPU_DEVICES"] = str(a.devices_per_process)
-    return [common | {"JAX_PROCESS_ID": str(a.node_rank * a.nproc_per_node + i)}
-            | ({"CUDA_VISIBLE_DEVICES": parts[place]} if parts else {}) for i, place in enumerate(places)]
+    return [
+        common
+        | {"JAX_PROCESS_ID": str(a.node_rank * a.nproc_per_node + i)}
+        | ({"CUDA_VISIBLE_DEVICES": parts[place]} if parts else {})
+        for i, place in enumerate(places)
+    ]
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:
@@ -144,12 +195,22 @@ class Child:
         self.code: int | None = None
         self.killed = False  # by the launcher
         pipe = subprocess.PIPE if self.number else None
-        self.popen = subprocess.Popen(command, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
-                                      start_new_session=True, preexec_fn=_die_with(os.getpid()))
+        self.popen = subprocess.Popen(
+            command,
+            env=os.environ | env,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            start_new_session=True,
+            preexec_fn=_die_with(os.getpid()),
+        )
 
     def ended(self) -> bool:
         """True once, when it has; what it started and left in its session is killed then."""
-        if self.code is not None or os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if (
+            self.code is not None
+            or os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        ):
             return False
         self._kill_session()  # before wait(), which lets another process have its number
         code = self.popen.wait()
@@ -158,7 +219,9 @@ class Child:
 
     def signal(self, number: int) -> None:
         if self.code is None:
-            os.kill(self.popen.pid, number)  # it is not reaped yet; Popen.send_signal would do that, unseen by ended()
+            os.kill(
+                self.popen.pid, number
+            )  # it is not reaped yet; Popen.send_signal would do that, unseen by ended()
 
     def kill(self) -> None:
         """Works on stopped processes too."""
@@ -169,7 +232,10 @@ class Child:
     def _kill_session(self) -> None:
         try:
             os.killpg(self.popen.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # nothing is left (macOS says the latter of a zombie)
+        except (
+            ProcessLookupError,
+            PermissionError,
+        ):  # nothing is left (macOS says the latter of a zombie)
             pass
 
 
@@ -188,7 +254,7 @@ class Relay:
         text = b"".join(self._prefix + line + b"\n" for line in lines)
         while text:
             try:
-                text = text[os.write(self._out, text):]
+                text = text[os.write(self._out, text) :]
             except OSError:  # nobody reads any more; the processes go on
                 break
         return bool(chunk)
@@ -201,9 +267,20 @@ def _say(text: str) -> None:
 class Launcher:
     """Starts, watches, ends and restarts the processes, in one thread."""
 
-    def __init__(self, command: list[str], environments: Callable[[list[int]], list[dict[str, str]]], grace: float, restarts: Restarts):
+    def __init__(
+        self,
+        command: list[str],
+        environments: Callable[[list[int]], list[dict[str, str]]],
+        grace: float,
+        restarts: Restarts,
+    ):
         """`environments`: of places, what each process has besides this one's. `grace`: seconds from SIGTERM to SIGKILL."""
-        self._command, self._environments, self._grace, self._restarts = command, environments, grace, restarts
+        self._command, self._environments, self._grace, self._restarts = (
+            command,
+            environments,
+            grace,
+            restarts,
+        )
         self._stopped: int | None = None  # the signal that asked for it
         self._urgent = 0  # how many of URGENT have come
         self._grow = False
@@ -214,7 +291,9 @@ class Launcher:
         self._ready.register(self._signals, selectors.EVENT_READ)
         signal.set_wakeup_fd(self._sender.fileno())
         for number in (*SIGNALS, signal.SIGCHLD):
-            if number == signal.SIGCHLD or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            if (
+                number == signal.SIGCHLD or signal.getsignal(number) is not signal.SIG_IGN
+            ):  # nohup ignores SIGHUP
                 signal.signal(number, lambda *_: None)
         self._children: list[Child] = []
 
@@ -225,7 +304,11 @@ class Launcher:
             code, failed = self._attempt()
             if self._stopped is not None:
                 return code
-            start = self._restarts.grow() if self._grow else self._restarts.after(code, failed, time.monotonic() - began)
+            start = (
+                self._restarts.grow()
+                if self._grow
+                else self._restarts.after(code, failed, time.monotonic() - began)
+            )
             self._grow = False
             if start is None:
                 return code
@@ -240,11 +323,16 @@ class Launcher:
         """Starts the processes once. Returns their exit code and the place that failed first, when all have ended."""
         self._kill_at, self._first_failed, ended = float("inf"), None, []
         places = self._restarts.places
-        self._children = [Child(self._command, env, place) for env, place in zip(self._environments(places), places, strict=True)]
+        self._children = [
+            Child(self._command, env, place)
+            for env, place in zip(self._environments(places), places, strict=True)
+        ]
         for child in self._children:
             for stream, out in ((child.popen.stdout, 1), (child.popen.stderr, 2)):
                 if stream:
-                    self._ready.register(stream, selectors.EVENT_READ, Relay(f"[{child.number}] ".encode(), out))
+                    self._ready.register(
+                        stream, selectors.EVENT_READ, Relay(f"[{child.number}] ".encode(), out)
+                    )
         while any(c.code is None for c in self._children):
             self._read(min(max(self._kill_at - time.monotonic(), 0), 60))
             for child in self._children:
@@ -257,7 +345,9 @@ class Launcher:
                     child.kill()
         while len(self._ready.get_map()) > 1 and self._read(0.2):
             continue  # what is left in the pipes
-        for key in [k for k in self._ready.get_map().values() if k.data is not None]:  # somebody they left behind has them
+        for key in [
+            k for k in self._ready.get_map().values() if k.data is not None
+        ]:  # somebody they left behind has them
             self._ready.unregister(key.fileobj)
             key.fileobj.close()
         return first_failed(ended)
@@ -300,11 +390,16 @@ class Launcher:
             self._first_failed = child
             if not asked:
                 why = " (another was lost)" if child.code == LOST else ""
-                _say(f"process {child.number} ended with exit code {child.code}{why}; stopping the others.")
+                _say(
+                    f"process {child.number} ended with exit code {child.code}{why}; stopping the others."
+                )
                 self._pass_on(signal.SIGTERM)
         if child.code or asked:
             # Without one of them the others cannot save.
-            self._kill_at = min(self._kill_at, time.monotonic() + (min(self._grace, 5.0) if child.code == LOST else self._grace))
+            self._kill_at = min(
+                self._kill_at,
+                time.monotonic() + (min(self._grace, 5.0) if child.code == LOST else self._grace),
+            )
 
 
 def main(argv: list[str]) -> int:
@@ -312,7 +407,9 @@ def main(argv: list[str]) -> int:
     command = [sys.executable, "-u", *(["-m"] if a.module else []), a.program, *a.arguments]
     environments(a, os.environ)  # mistakes come first
     restarts = Restarts(a.nproc_per_node, a.min_processes or a.nproc_per_node, a.max_restarts)
-    return Launcher(command, lambda places: environments(a, os.environ, places), a.grace, restarts).run()
+    return Launcher(
+        command, lambda places: environments(a, os.environ, places), a.grace, restarts
+    ).run()
 
 
 if __name__ == "__main__":

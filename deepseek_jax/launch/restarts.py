@@ -14,7 +14,9 @@ LONGEST_DELAY = 60.0
 class Start(NamedTuple):
     """The next start."""
 
-    places: list[int]  # of the processes, out of those that the launcher was given: each has its own GPUs
+    places: list[
+        int
+    ]  # of the processes, out of those that the launcher was given: each has its own GPUs
     delay: float  # seconds until then
     text: str  # what to say
 
@@ -49,7 +51,11 @@ class Restarts:
             if len(self.places) <= self._at_least:
                 return None
             self.places = self.places[:-1]
-            return Start(self.places, 0.0, f"{len(self.places) + 1} processes do not fit; trying {len(self.places)}.")
+            return Start(
+                self.places,
+                0.0,
+                f"{len(self.places) + 1} processes do not fit; trying {len(self.places)}.",
+            )
         if code in NEVER or self._made >= self._most:
             return None
         if lasted > STEADY:
@@ -61,7 +67,11 @@ class Restarts:
         self._made, self._in_row, self._last_failed = self._made + 1, self._in_row + 1, failed
         delay = min(2.0 ** (self._in_row - 1), LONGEST_DELAY)
         plural = "es" * (len(self.places) > 1)
-        return Start(self.places, delay, f"restart {self._made} of {self._most} in {delay:g} s, with {len(self.places)} process{plural}{given_up}.")
+        return Start(
+            self.places,
+            delay,
+            f"restart {self._made} of {self._most} in {delay:g} s, with {len(self.places)} process{plural}{given_up}.",
+        )
 
     def grow(self) -> Start | None:
         """All places again, by request; None if they are in use already."""

@@ -29,17 +29,28 @@ def count(model: ModelConfig, params: nnx.State, sequence_length: int) -> Count:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         ahead = name.startswith("mtp/")
-        unused = leaf.size - leaf.size * model.num_experts_per_tok // model.n_routed_experts if "/experts/" in name else 0
+        unused = (
+            leaf.size - leaf.size * model.num_experts_per_tok // model.n_routed_experts
+            if "/experts/" in name
+            else 0
+        )
         if ahead:
             mtp += leaf.size
             mtp_active += leaf.size - unused
         else:
             total += leaf.size
             idle += unused
-        if "norm" in name or "/gate/" in name or name.endswith("_proj/bias") or (name.startswith("embed_tokens") and not model.tie_word_embeddings):
+        if (
+            "norm" in name
+            or "/gate/" in name
+            or name.endswith("_proj/bias")
+            or (name.startswith("embed_tokens") and not model.tie_word_embeddings)
+        ):
             not_matmul += leaf.size
     depth = model.num_nextn_predict_layers
     matmul = total - idle + mtp_active - not_matmul + depth * model.vocab_size * model.hidden_size
     width = model.qk_head_dim + model.value_head_dim
-    attention = (model.num_hidden_layers + depth) * model.num_attention_heads * width * sequence_length
+    attention = (
+        (model.num_hidden_layers + depth) * model.num_attention_heads * width * sequence_length
+    )
     return Count(total, total - idle, mtp, 6.0 * matmul + 3.0 * attention)

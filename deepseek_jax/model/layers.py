@@ -19,14 +19,20 @@ from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.parallel.mesh import per_device
 from deepseek_jax.parallel.weights import applied, gathered, stored
 
-ATTENTION_NORM_EPS = 1e-6  # the norms inside MLA do not follow rms_norm_eps in any released implementation
+ATTENTION_NORM_EPS = (
+    1e-6  # the norms inside MLA do not follow rms_norm_eps in any released implementation
+)
 
 
-def param(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+def param(
+    rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> nnx.Param:
     """A float32 parameter declared with its logical axes, one name a dimension."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and logical axes {axes} differ in length")
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False)
+    return nnx.Param(
+        init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False
+    )
 
 
 def reshaped(x: jax.Array, shape: tuple[int, ...], spec: Sequence[Any]) -> jax.Array:
@@ -71,8 +77,18 @@ def join_heads(x_BSNH: jax.Array) -> jax.Array:
 class Linear(nnx.Module):
     """y = x @ kernel, plus bias if it has a logical axis, in the dtype of x."""
 
-    def __init__(self, model: ModelConfig, d_in: int, d_out: int, axes: tuple[str | None, str | None], rngs: nnx.Rngs, bias: str | None = None):
-        self.kernel = param(rngs, nnx.initializers.normal(model.initializer_range), (d_in, d_out), axes)
+    def __init__(
+        self,
+        model: ModelConfig,
+        d_in: int,
+        d_out: int,
+        axes: tuple[str | None, str | None],
+        rngs: nnx.Rngs,
+        bias: str | None = None,
+    ):
+        self.kernel = param(
+            rngs, nnx.initializers.normal(model.initializer_range), (d_in, d_out), axes
+        )
         self.bias = param(rngs, nnx.initializers.zeros, (d_out,), (bias,)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -95,8 +111,11 @@ def _linear_backward(residuals, dy):
     spec = lambda a: jax.typeof(a).sharding.spec
     dx = jnp.einsum("...o,io->...i", dy, kernel, out_sharding=spec(x))
     # Contracting one dimension leaves x as it is; with two, XLA would transpose it first.
-    tokens = lambda a: jax.lax.reshape(a, (-1, a.shape[-1]) if a.ndim == 2 else (a.size // a.shape[-1], a.shape[-1]),
-                                       out_sharding=jax.P(spec(a)[0], spec(a)[-1]))
+    tokens = lambda a: jax.lax.reshape(
+        a,
+        (-1, a.shape[-1]) if a.ndim == 2 else (a.size // a.shape[-1], a.shape[-1]),
+        out_sharding=jax.P(spec(a)[0], spec(a)[-1]),
+    )
     return dx, jnp.einsum("ti,to->io", tokens(x), tokens(dy), out_sharding=spec(kernel))
 
 
@@ -126,7 +145,10 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        gate_BSF, up_BSF = (checkpoint_name(projection(x_BSD), "mlp_gate_up") for projection in (self.gate_proj, self.up_proj))
+        gate_BSF, up_BSF = (
+            checkpoint_name(projection(x_BSD), "mlp_gate_up")
+            for projection in (self.gate_proj, self.up_proj)
+        )
         h_BSF = jax.nn.silu(gate_BSF) * up_BSF
         return self.down_proj(checkpoint_name(h_BSF, "mlp_hidden"))
 
@@ -148,10 +170,11 @@ class Embedding(nnx.Module):
             rows = weight_VD.shape[0]
             local_BS = ids_BS - jax.lax.axis_index("tensor") * rows
             here_BS1 = ((local_BS >= 0) & (local_BS < rows))[..., None]
-            return jax.lax.psum(jnp.where(here_BS1, weight_VD[jnp.clip(local_BS, 0, rows - 1)], 0.0), "tensor")
+            return jax.lax.psum(
+                jnp.where(here_BS1, weight_VD[jnp.clip(local_BS, 0, rows - 1)], 0.0), "tensor"
+            )
 
         look_up = per_device(one_device, in_specs=(batch, *specs), out_specs=jax.P(*batch, None))
         # Cast after the look-up: its transpose adds up a row for every occurrence of a token, and in bfloat16 such a sum stops
         # growing after some hundred of them.
         return look_up(ids_BS, *arrays).astype(dtype)
-

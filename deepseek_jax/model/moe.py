@@ -10,10 +10,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import ModelConfig, MoeConfig
-from deepseek_jax.model.layers import MLP, param
-from deepseek_jax.model.router import Routing, route
 from deepseek_jax.experts import cpu_decode, dispatch
 from deepseek_jax.experts.cpu_decode import Listed
+from deepseek_jax.model.layers import MLP, param
+from deepseek_jax.model.router import Routing, route
 from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
 from deepseek_jax.parallel.weights import gathered, stored, whole
 
@@ -28,12 +28,16 @@ class Load(NamedTuple):
     W: the devices of data x fsdp x expert, row-major. Padding counts nowhere. Stacked over layers, leaves have a leading [L].
     """
 
-    expert_counts: jax.Array  # int32 [E]: assignments of each expert, as the router chose: dropped ones included
+    expert_counts: (
+        jax.Array
+    )  # int32 [E]: assignments of each expert, as the router chose: dropped ones included
     rounds: jax.Array  # int32 []: most dispatch rounds that any device ran
     dropped_counts: jax.Array  # int32 [E]: assignments dropped, by expert
     received: jax.Array  # int32 [W]: rows that arrived at each device's experts
     dropped_from: jax.Array  # int32 [W]: assignments dropped, by the device of their token
-    left: jax.Array  # int32 []: assignments, not dropped, whose expert lies on another device than their token
+    left: (
+        jax.Array
+    )  # int32 []: assignments, not dropped, whose expert lies on another device than their token
 
 
 class MoEStats(NamedTuple):
@@ -43,21 +47,27 @@ class MoEStats(NamedTuple):
     """
 
     load: Load
-    sequence_balance: jax.Array  # float32: sum over sequences of sum_i f_i P_i (V3, equations 17 to 20)
+    sequence_balance: (
+        jax.Array
+    )  # float32: sum over sequences of sum_i f_i P_i (V3, equations 17 to 20)
     score_sum: jax.Array  # float32 [E]: sum over tokens of the normalised scores
     z_sum: jax.Array  # float32: sum over tokens of logsumexp(logits)^2
 
 
 def merge_loads(loads: Load, axis: int = 0) -> Load:
     """The load of several micro-batches, stacked along `axis`, as one: sums; of the rounds the most."""
-    return jax.tree.map(lambda a: jnp.sum(a, axis=axis), loads)._replace(rounds=jnp.max(loads.rounds, axis=axis))
+    return jax.tree.map(lambda a: jnp.sum(a, axis=axis), loads)._replace(
+        rounds=jnp.max(loads.rounds, axis=axis)
+    )
 
 
 def merge_stats(stats: MoEStats | None, axis: int) -> MoEStats | None:
     """Statistics of parts of a batch, stacked along an axis, to those of all of it."""
     if stats is None:
         return None
-    return jax.tree.map(lambda a: jnp.sum(a, axis), stats)._replace(load=merge_loads(stats.load, axis))
+    return jax.tree.map(lambda a: jnp.sum(a, axis), stats)._replace(
+        load=merge_loads(stats.load, axis)
+    )
 
 
 class Gate(nnx.Module):
@@ -65,10 +75,15 @@ class Gate(nnx.Module):
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         init = nnx.initializers.normal(model.initializer_range)
-        self.kernel = param(rngs, init, (model.hidden_size, model.n_routed_experts), ("embed", "router"))
+        self.kernel = param(
+            rngs, init, (model.hidden_size, model.n_routed_experts), ("embed", "router")
+        )
         if model.topk_method == "noaux_tc":
-            self.e_score_correction_bias = SelectionBias(jnp.zeros((model.n_routed_experts,), jnp.float32), out_sharding=("router",),
-                                                         eager_sharding=False)
+            self.e_score_correction_bias = SelectionBias(
+                jnp.zeros((model.n_routed_experts,), jnp.float32),
+                out_sharding=("router",),
+                eager_sharding=False,
+            )
 
 
 class Experts(nnx.Module):
@@ -77,7 +92,9 @@ class Experts(nnx.Module):
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         e, d, f = model.n_routed_experts, model.hidden_size, model.moe_intermediate_size
         init = nnx.initializers.normal(model.initializer_range)
-        self.gate_up_proj = param(rngs, init, (e, d, 2, f), ("experts", "expert_embed", "pair", "expert_mlp"))
+        self.gate_up_proj = param(
+            rngs, init, (e, d, 2, f), ("experts", "expert_embed", "pair", "expert_mlp")
+        )
         self.down_proj = param(rngs, init, (e, f, d), ("experts", "expert_mlp", "expert_embed"))
 
 
@@ -89,14 +106,20 @@ class MoE(nnx.Module):
         self.gate = Gate(model, rngs)
         self.experts = Experts(model, rngs)
         if model.n_shared_experts:
-            self.shared_experts = MLP(model, model.n_shared_experts * model.moe_intermediate_size, rngs)
+            self.shared_experts = MLP(
+                model, model.n_shared_experts * model.moe_intermediate_size, rngs
+            )
 
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, MoEStats | None]:
         """Args: x_BSD in the compute dtype; valid_BS bool, False for padding, which is routed nowhere.
 
         Returns: [B, S, D] and the statistics; None where the weights are `Listed`.
         """
-        bias_E = self.gate.e_score_correction_bias[...] if self.model.topk_method == "noaux_tc" else jnp.zeros((self.model.n_routed_experts,))
+        bias_E = (
+            self.gate.e_score_correction_bias[...]
+            if self.model.topk_method == "noaux_tc"
+            else jnp.zeros((self.model.n_routed_experts,))
+        )
         if isinstance(self.experts.gate_up_proj.get_value(), Listed):
             return self._listed(x_BSD, valid_BS, bias_E), None
         # Expert weights enter as they are stored; `_routed` gathers what the strategy divided, so that the transpose of that
@@ -106,7 +129,14 @@ class MoE(nnx.Module):
         kernel = whole(self.gate.kernel, jnp.float32)
         routed = per_device(
             functools.partial(self._routed, specs=specs),
-            in_specs=(P(BATCH_AXES), P(BATCH_AXES), jax.typeof(kernel).sharding.spec, P(), *gate_up[1], *down[1]),
+            in_specs=(
+                P(BATCH_AXES),
+                P(BATCH_AXES),
+                jax.typeof(kernel).sharding.spec,
+                P(),
+                *gate_up[1],
+                *down[1],
+            ),
             out_specs=(P(BATCH_AXES), MoEStats(*[P()] * len(MoEStats._fields))),
         )
         y_BSD, stats = routed(x_BSD, valid_BS, kernel, bias_E, *weights)
@@ -120,15 +150,23 @@ class MoE(nnx.Module):
         def one_device(x_BSD, valid_BS, kernel_DE, bias_E, gate_up, down):
             x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
             routing = route(x_TD, kernel_DE, bias_E, self.model)
-            chosen_TK = jnp.where(valid_BS.reshape(-1, 1), routing.expert_TK, self.model.n_routed_experts)
-            return cpu_decode.compute(x_TD, routing.weight_TK, chosen_TK, gate_up, down).reshape(x_BSD.shape)
+            chosen_TK = jnp.where(
+                valid_BS.reshape(-1, 1), routing.expert_TK, self.model.n_routed_experts
+            )
+            return cpu_decode.compute(x_TD, routing.weight_TK, chosen_TK, gate_up, down).reshape(
+                x_BSD.shape
+            )
 
         weights = self.experts.gate_up_proj.get_value(), self.experts.down_proj.get_value()
-        routed = per_device(one_device, (P(BATCH_AXES), P(BATCH_AXES), P(), P(), P(), P()), P(BATCH_AXES))
+        routed = per_device(
+            one_device, (P(BATCH_AXES), P(BATCH_AXES), P(), P(), P(), P()), P(BATCH_AXES)
+        )
         y_BSD = routed(x_BSD, valid_BS, whole(self.gate.kernel, jnp.float32), bias_E, *weights)
         return y_BSD + self.shared_experts(x_BSD) if self.model.n_shared_experts else y_BSD
 
-    def _routed(self, x_BSD, valid_BS, kernel, bias_E, *weights, specs) -> tuple[jax.Array, MoEStats]:
+    def _routed(
+        self, x_BSD, valid_BS, kernel, bias_E, *weights, specs
+    ) -> tuple[jax.Array, MoEStats]:
         """One device's part: route, drop if asked to, dispatch, count. `specs`: of the arrays of gate_up, and of down."""
         m, moe = self.model, self.moe
         b, s, d = x_BSD.shape
@@ -138,26 +176,39 @@ class MoE(nnx.Module):
         chosen_TK = jnp.where(valid_BS.reshape(-1, 1), routing.expert_TK, m.n_routed_experts)
         kept_TK = chosen_TK
         if moe.drop:
-            places = dispatch.slots_per_round(b * s, m.num_experts_per_tok, m.n_routed_experts, moe.capacity_factor)
-            kept_TK = dispatch.drop(chosen_TK, routing.weight_TK, m.n_routed_experts, places, moe.drop_policy)
+            places = dispatch.slots_per_round(
+                b * s, m.num_experts_per_tok, m.n_routed_experts, moe.capacity_factor
+            )
+            kept_TK = dispatch.drop(
+                chosen_TK, routing.weight_TK, m.n_routed_experts, places, moe.drop_policy
+            )
         # One array or two of each: `min_weight_size` may lie between their sizes.
         first = len(specs[0])
-        gate_up, down = gathered(weights[:first], specs[0], x_TD.dtype), gathered(weights[first:], specs[1], x_TD.dtype)
+        gate_up, down = (
+            gathered(weights[:first], specs[0], x_TD.dtype),
+            gathered(weights[first:], specs[1], x_TD.dtype),
+        )
         # Every device of the tensor axis computes a slice of each expert's width, and so a part of every sum.
         x_TD, weight_TK = (lax.pcast(a, "tensor", to="varying") for a in (x_TD, routing.weight_TK))
-        y_TD, rounds = dispatch.dispatch(moe.dispatch, x_TD, weight_TK, kept_TK, gate_up, down, moe.capacity_factor)
+        y_TD, rounds = dispatch.dispatch(
+            moe.dispatch, x_TD, weight_TK, kept_TK, gate_up, down, moe.capacity_factor
+        )
         y_TD = lax.psum(y_TD, "tensor")
         count_BE = _count(chosen_TK.reshape(b, -1), m.n_routed_experts)
         chosen_E = jnp.sum(count_BE, axis=0)
         kept_E = _count(kept_TK.reshape(1, -1), m.n_routed_experts)[0] if moe.drop else chosen_E
-        return y_TD.reshape(b, s, d), _statistics(routing, count_BE, valid_BS, load_of(chosen_E, kept_E, rounds), m)
+        return y_TD.reshape(b, s, d), _statistics(
+            routing, count_BE, valid_BS, load_of(chosen_E, kept_E, rounds), m
+        )
 
 
 def load_of(chosen_E: jax.Array, kept_E: jax.Array, rounds: jax.Array) -> Load:
     """The global load, from each device's counts int32 [E] of assignments chosen and not dropped, and from everyone's rounds."""
     groups, devices = lax.axis_size(("data", "fsdp")), lax.axis_size("expert")
     group, device = lax.axis_index(("data", "fsdp")), lax.axis_index("expert")
-    sent_X = jnp.sum(kept_E.reshape(devices, -1), axis=1)  # rows to each device of this one's expert group
+    sent_X = jnp.sum(
+        kept_E.reshape(devices, -1), axis=1
+    )  # rows to each device of this one's expert group
     mine_YX = (jnp.arange(groups) == group)[:, None] & (jnp.arange(devices) == device)
     total = lambda a: lax.psum(a, BATCH_AXES)
     return Load(
@@ -172,16 +223,22 @@ def load_of(chosen_E: jax.Array, kept_E: jax.Array, rounds: jax.Array) -> Load:
 
 def _count(expert_BN: jax.Array, experts: int) -> jax.Array:
     """int32 [B, E]: how often each expert is in each row; an expert out of range is nobody's."""
-    row_BN = jnp.broadcast_to(jnp.arange(expert_BN.shape[0], dtype=jnp.int32)[:, None], expert_BN.shape)
+    row_BN = jnp.broadcast_to(
+        jnp.arange(expert_BN.shape[0], dtype=jnp.int32)[:, None], expert_BN.shape
+    )
     zeros_BE = jnp.zeros_like(expert_BN, shape=(expert_BN.shape[0], experts))
     return zeros_BE.at[row_BN, expert_BN].add(1, mode="drop")
 
 
 @jax.named_scope("route")
-def _statistics(routing: Routing, count_BE: jax.Array, valid_BS: jax.Array, load: Load, m: ModelConfig) -> MoEStats:
+def _statistics(
+    routing: Routing, count_BE: jax.Array, valid_BS: jax.Array, load: Load, m: ModelConfig
+) -> MoEStats:
     b, s = valid_BS.shape
     valid_BS1 = valid_BS[:, :, None].astype(jnp.float32)
-    score_BSE = (routing.score_TE / (jnp.sum(routing.score_TE, axis=-1, keepdims=True) + 1e-20)).reshape(b, s, -1) * valid_BS1
+    score_BSE = (
+        routing.score_TE / (jnp.sum(routing.score_TE, axis=-1, keepdims=True) + 1e-20)
+    ).reshape(b, s, -1) * valid_BS1
     length_B1 = jnp.maximum(jnp.sum(valid_BS1, axis=1), 1.0)
     f_BE = count_BE.astype(jnp.float32) * m.n_routed_experts / (m.num_experts_per_tok * length_B1)
     p_BE = jnp.sum(score_BSE, axis=1) / length_B1

@@ -26,25 +26,40 @@ def inverse_frequencies(model: ModelConfig) -> np.ndarray:
     if scaling.type == "linear":
         return frequency / scaling.factor
     if scaling.type == "llama3":
-        wavelengths = scaling.original_max_position_embeddings * frequency / (2 * math.pi)  # that fit into the original context
-        keep = np.clip((wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+        wavelengths = (
+            scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+        )  # that fit into the original context
+        keep = np.clip(
+            (wavelengths - scaling.low_freq_factor)
+            / (scaling.high_freq_factor - scaling.low_freq_factor),
+            0,
+            1,
+        )
         return frequency * keep + frequency / scaling.factor * (1 - keep)
 
     def pair_with(rotations: float) -> float:
         """The (fractional) pair that makes this many rotations over the original context."""
         length = scaling.original_max_position_embeddings
-        return width * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+        return (
+            width * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+        )
 
     low = max(math.floor(pair_with(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_with(scaling.beta_slow)), width - 1)
-    ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)  # 0: keep, 1: interpolate
+    ramp = np.clip(
+        (np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1
+    )  # 0: keep, 1: interpolate
     return frequency * (1 - ramp) + frequency / scaling.factor * ramp
 
 
 def softmax_scale(model: ModelConfig) -> float:
     """1/sqrt(head width), times m(mscale_all_dim)^2 for MLA under YaRN, as DeepSeek-V2 and V3 do."""
     scale = model.qk_head_dim**-0.5
-    if model.num_key_value_heads is None and model.rope_scaling.type == "yarn" and model.rope_scaling.mscale_all_dim:
+    if (
+        model.num_key_value_heads is None
+        and model.rope_scaling.type == "yarn"
+        and model.rope_scaling.mscale_all_dim
+    ):
         scale *= _mscale(model.rope_scaling.factor, model.rope_scaling.mscale_all_dim) ** 2
     return scale
 
@@ -55,13 +70,17 @@ def attention_factor(scaling: RopeScaling) -> float:
         return 1.0
     one = _mscale(scaling.factor, 1.0)
     if scaling.mscale and scaling.mscale_all_dim:
-        one = _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
+        one = _mscale(scaling.factor, scaling.mscale) / _mscale(
+            scaling.factor, scaling.mscale_all_dim
+        )
     return scaling.attention_factor or one
 
 
 def rope_tables(model: ModelConfig, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, S, rope/2], of int32 positions [B, S]."""
-    angle = positions_BS[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(model), jnp.float32)
+    angle = positions_BS[..., None].astype(jnp.float32) * jnp.asarray(
+        inverse_frequencies(model), jnp.float32
+    )
     scale = attention_factor(model.rope_scaling)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 

@@ -33,7 +33,11 @@ def route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, model: Model
       kernel_DE: float32; bias_E: float32 `e_score_correction_bias`, zeros where the method has none.
     """
     logit_TE = jnp.matmul(x_TD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST)
-    score_TE = jax.nn.sigmoid(logit_TE) if model.scoring_func == "sigmoid" else jax.nn.softmax(logit_TE, axis=-1)
+    score_TE = (
+        jax.nn.sigmoid(logit_TE)
+        if model.scoring_func == "sigmoid"
+        else jax.nn.softmax(logit_TE, axis=-1)
+    )
     choice_TE = jax.lax.stop_gradient(score_TE) + bias_E
     if model.topk_method != "greedy" and model.topk_group < model.n_group:
         choice_TE = _limit_to_groups(choice_TE, model)
@@ -57,8 +61,14 @@ def _limit_to_groups(choice_TE: jax.Array, model: ModelConfig) -> jax.Array:
     # Maxima and comparisons rather than top_k, which sorts each of these few numbers, on a CPU by one thread.
     if model.topk_method == "noaux_tc":
         best_TG1 = jnp.argmax(choice_TGE, axis=-1, keepdims=True)
-        group_TG += jnp.max(jnp.where(jnp.arange(choice_TGE.shape[2]) == best_TG1, -jnp.inf, choice_TGE), axis=-1)
-    mine_TG1, other_T1G, group_G = group_TG[:, :, None], group_TG[:, None], jnp.arange(model.n_group)
+        group_TG += jnp.max(
+            jnp.where(jnp.arange(choice_TGE.shape[2]) == best_TG1, -jnp.inf, choice_TGE), axis=-1
+        )
+    mine_TG1, other_T1G, group_G = (
+        group_TG[:, :, None],
+        group_TG[:, None],
+        jnp.arange(model.n_group),
+    )
     better_TGG = (other_T1G > mine_TG1) | ((other_T1G == mine_TG1) & (group_G < group_G[:, None]))
     allowed_TG = jnp.sum(better_TGG, axis=-1) < model.topk_group
     return jnp.where(allowed_TG[:, :, None], choice_TGE, -jnp.inf).reshape(tokens, experts)

@@ -28,21 +28,35 @@ class Output(NamedTuple):
 
     hidden_BSD: jax.Array  # after the final norm
     mtp_hidden_BSD: tuple[jax.Array, ...]  # one a prediction depth, each after its own norm
-    stats: MoEStats | None  # leaves [L, ...]: the MoE layers, then the MTP layers; None for a dense model
+    stats: (
+        MoEStats | None
+    )  # leaves [L, ...]: the MoE layers, then the MTP layers; None for a dense model
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, model: ModelConfig, moe: MoeConfig, is_moe: bool, rngs: nnx.Rngs, attention: str = "auto"):
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoeConfig,
+        is_moe: bool,
+        rngs: nnx.Rngs,
+        attention: str = "auto",
+    ):
         self.is_moe = is_moe
         self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         self.self_attn = make_attention(model, rngs, attention)
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         self.mlp = MoE(model, moe, rngs) if is_moe else MLP(model, model.intermediate_size, rngs)
 
-    def __call__(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array,
-                 attend: Callable[..., jax.Array] | None = None) -> tuple[jax.Array, MoEStats | None]:
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        segment_ids_BS: jax.Array,
+        attend: Callable[..., jax.Array] | None = None,
+    ) -> tuple[jax.Array, MoEStats | None]:
         """`attend` computes attention in place of the module, which is its first argument: generation's, with a cache."""
         x_BSD = checkpoint_name(x_BSD, "layer_input")
         attention = self.self_attn if attend is None else functools.partial(attend, self.self_attn)
@@ -64,11 +78,15 @@ class MTPLayer(nnx.Module):
     def __init__(self, model: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs, attention: str = "auto"):
         self.enorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         self.hnorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
-        self.eh_proj = Linear(model, 2 * model.hidden_size, model.hidden_size, ("embed", "lora"), rngs)
+        self.eh_proj = Linear(
+            model, 2 * model.hidden_size, model.hidden_size, ("embed", "lora"), rngs
+        )
         self.layer = DecoderLayer(model, moe, True, rngs, attention)
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
 
-    def __call__(self, hidden_BSD, embedded_BSD, rope, segment_ids_BS, attend=None) -> tuple[jax.Array, MoEStats]:
+    def __call__(
+        self, hidden_BSD, embedded_BSD, rope, segment_ids_BS, attend=None
+    ) -> tuple[jax.Array, MoEStats]:
         joined = jnp.concatenate([self.enorm(embedded_BSD), self.hnorm(hidden_BSD)], axis=-1)
         x_BSD, stats = self.layer(self.eh_proj(joined), rope, segment_ids_BS, attend)
         return self.norm(x_BSD), stats
@@ -77,7 +95,16 @@ class MTPLayer(nnx.Module):
 class Transformer(nnx.Module):
     """The whole model. Built under `jax.eval_shape` or jit; called under `jax.set_mesh`."""
 
-    def __init__(self, model: ModelConfig, moe: MoeConfig, remat: str, dtype: str, rngs: nnx.Rngs, offload: str = "", attention: str = "auto"):
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoeConfig,
+        remat: str,
+        dtype: str,
+        rngs: nnx.Rngs,
+        offload: str = "",
+        attention: str = "auto",
+    ):
         self.model, self.remat, self.offload, self.dtype = model, remat, offload, jnp.dtype(dtype)
         dense = model.first_k_dense_replace
         self.embed_tokens = Embedding(model, rngs)
@@ -86,10 +113,20 @@ class Transformer(nnx.Module):
         self.layers = _stack(model, moe, True, routed, rngs, attention) if routed else None
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
         if not model.tie_word_embeddings:
-            self.lm_head = Linear(model, model.hidden_size, model.vocab_size, ("embed", "vocab"), rngs)
-        self.mtp = nnx.List([MTPLayer(model, moe, rngs, attention) for _ in range(model.num_nextn_predict_layers)])
+            self.lm_head = Linear(
+                model, model.hidden_size, model.vocab_size, ("embed", "vocab"), rngs
+            )
+        self.mtp = nnx.List(
+            [MTPLayer(model, moe, rngs, attention) for _ in range(model.num_nextn_predict_layers)]
+        )
 
-    def __call__(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array, positions_BS: jax.Array, next_tokens_BS: jax.Array | None = None) -> Output:
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        segment_ids_BS: jax.Array,
+        positions_BS: jax.Array,
+        next_tokens_BS: jax.Array | None = None,
+    ) -> Output:
         """The forward pass.
 
         Args:
@@ -111,14 +148,22 @@ class Transformer(nnx.Module):
         """The attribute that holds the main stack: what a pipeline divides over its stages."""
         return "layers" if self.layers is not None else "dense_layers"
 
-    def enter(self, tokens_BS: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> jax.Array:
+    def enter(
+        self, tokens_BS: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array
+    ) -> jax.Array:
         """What comes before the main stack: embedding, and dense layers in front of MoE layers. [B, S, D] in the compute dtype."""
         x_BSD = self.embed_tokens(tokens_BS, self.dtype)
         if self.layers is not None and self.dense_layers is not None:
             x_BSD, _ = self._scan(self.dense_layers, x_BSD, rope, segment_ids_BS)
         return x_BSD
 
-    def leave(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array, next_tokens_BS: jax.Array | None) -> Output:
+    def leave(
+        self,
+        x_BSD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        segment_ids_BS: jax.Array,
+        next_tokens_BS: jax.Array | None,
+    ) -> Output:
         """What comes after the main stack: the last norm and multi-token prediction, whose statistics alone are in the output."""
         hidden_BSD = self.norm(x_BSD)
         if next_tokens_BS is None or not self.mtp:
@@ -157,7 +202,9 @@ class Transformer(nnx.Module):
                 return nnx.merge(graphdef, state)(hidden_BSD, embedded, rope, segment_ids_BS)
 
             segments = jnp.where(next_tokens_BS >= 0, segment_ids_BS, 0)
-            hidden_BSD, stats = rematerialise(run, self.remat, self.offload)(state, hidden_BSD, next_tokens_BS, segments)
+            hidden_BSD, stats = rematerialise(run, self.remat, self.offload)(
+                state, hidden_BSD, next_tokens_BS, segments
+            )
             outs.append(hidden_BSD)
             all_stats.append(jax.tree.map(lambda s: s[None], stats))
             next_tokens_BS = tokens_ahead(next_tokens_BS, segment_ids_BS, 1, missing=-1)
@@ -171,16 +218,24 @@ def join_layers(stats: MoEStats | None, more: MoEStats | None) -> MoEStats | Non
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, more)
 
 
-def tokens_ahead(ids_BS: jax.Array, segment_ids_BS: jax.Array, distance: int, missing: int) -> jax.Array:
+def tokens_ahead(
+    ids_BS: jax.Array, segment_ids_BS: jax.Array, distance: int, missing: int
+) -> jax.Array:
     """ids_BS[i + distance] at i, `missing` where that lies past the document's end in this row. Leading axes may be any."""
 
     def ahead(a: jax.Array, past_the_end: int) -> jax.Array:
-        return jax.lax.pad(a, jnp.asarray(past_the_end, a.dtype), [(0, 0, 0)] * (a.ndim - 1) + [(-distance, distance, 0)])
+        return jax.lax.pad(
+            a,
+            jnp.asarray(past_the_end, a.dtype),
+            [(0, 0, 0)] * (a.ndim - 1) + [(-distance, distance, 0)],
+        )
 
     return jnp.where(ahead(segment_ids_BS, -1) == segment_ids_BS, ahead(ids_BS, missing), missing)
 
 
-def _stack(model: ModelConfig, moe: MoeConfig, is_moe: bool, count: int, rngs: nnx.Rngs, attention: str) -> DecoderLayer:
+def _stack(
+    model: ModelConfig, moe: MoeConfig, is_moe: bool, count: int, rngs: nnx.Rngs, attention: str
+) -> DecoderLayer:
     """`count` decoder layers as one module with a leading "layers" axis on every variable."""
 
     @nnx.split_rngs(splits=count)
@@ -197,20 +252,47 @@ def rematerialise(f: Callable, remat: str, offload: str = "") -> Callable:
         return jax.checkpoint(f, policy=_all_but_weights)
     if remat == "dots":
         return jax.checkpoint(f, policy=_dots)
-    names = ("exchange",) if remat == "exchange" else tuple(remat.removeprefix("save:").split(",")) if remat != "full" else ()
+    names = (
+        ("exchange",)
+        if remat == "exchange"
+        else tuple(remat.removeprefix("save:").split(","))
+        if remat != "full"
+        else ()
+    )
     if offload:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=names, names_which_can_be_offloaded=offload.split(","), offload_src="device", offload_dst=HOST)
+            names_which_can_be_saved=names,
+            names_which_can_be_offloaded=offload.split(","),
+            offload_src="device",
+            offload_dst=HOST,
+        )
         return jax.checkpoint(f, policy=policy)
-    return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*names)) if names else jax.checkpoint(f)
+    return (
+        jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*names))
+        if names
+        else jax.checkpoint(f)
+    )
 
 
-_MOVES = ("reshard", "all_gather", "pcast", "pvary", "convert_element_type", "reshape", "squeeze", "transpose")
+_MOVES = (
+    "reshard",
+    "all_gather",
+    "pcast",
+    "pvary",
+    "convert_element_type",
+    "reshape",
+    "squeeze",
+    "transpose",
+)
 
 
 def _dots(primitive, *_, **params) -> bool:
     """A `jax.checkpoint` policy: keeps results of matmuls, and what has a name."""
-    return params["name"] != WEIGHTS if primitive.name == "name" else primitive.name in ("dot_general", "top_k")
+    return (
+        params["name"] != WEIGHTS
+        if primitive.name == "name"
+        else primitive.name in ("dot_general", "top_k")
+    )
 
 
 def _all_but_weights(primitive, *_, **params) -> bool:
@@ -223,4 +305,12 @@ def _all_but_weights(primitive, *_, **params) -> bool:
 
 def build(config: Config, rngs: nnx.Rngs) -> Transformer:
     """The model of a run's options."""
-    return Transformer(config.model, config.moe, config.train.remat, config.train.dtype, rngs, config.offload.activations, config.train.attention)
+    return Transformer(
+        config.model,
+        config.moe,
+        config.train.remat,
+        config.train.dtype,
+        rngs,
+        config.offload.activations,
+        config.train.attention,
+    )

@@ -1,1 +1,1 @@
-"""."""
+"""What a run learns: the fields of its batch, its loss and what it measures."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config.options import Config, IGNORE, ModelConfig
+from deepseek_jax.config.options import IGNORE, Config, ModelConfig
 from deepseek_jax.model.moe import MoEStats
 from deepseek_jax.model.stages import through_stages
 from deepseek_jax.model.transformer import Output, Transformer, tokens_ahead
@@ -30,12 +30,19 @@ class Totals(NamedTuple):
     mtp_targets: jax.Array  # float32 [depth]
     tokens: jax.Array  # float32: positions that are not padding
     sequences: jax.Array  # float32: sequences that are not all padding
-    expert_counts: jax.Array | None  # int32 [L, E], only for seq_aux=False with aux_loss_alpha above 0
+    expert_counts: (
+        jax.Array | None
+    )  # int32 [L, E], only for seq_aux=False with aux_loss_alpha above 0
 
     def layer_tokens(self, model: ModelConfig) -> jax.Array:
         """float32 [L]: tokens that each MoE layer and then each MTP layer routes; an MTP layer lacks those without a next token."""
         main = jnp.full(model.num_hidden_layers - model.first_k_dense_replace, self.tokens)
-        return jnp.maximum(jnp.concatenate([main, self.targets[None], self.mtp_targets])[: len(main) + len(self.mtp_targets)], 1)
+        return jnp.maximum(
+            jnp.concatenate([main, self.targets[None], self.mtp_targets])[
+                : len(main) + len(self.mtp_targets)
+            ],
+            1,
+        )
 
 
 class Losses(NamedTuple):
@@ -52,12 +59,22 @@ def totals(batch: Batch, depths: int, expert_counts: jax.Array | None = None) ->
     """The denominators of a whole batch; its arrays may have any leading axes before S."""
     targets, segment_ids = batch["targets"], batch["segment_ids"]
     count = lambda mask: jnp.sum(mask, dtype=jnp.float32)
-    ahead = [count(tokens_ahead(targets, segment_ids, d + 1, IGNORE) != IGNORE) for d in range(depths)]
+    ahead = [
+        count(tokens_ahead(targets, segment_ids, d + 1, IGNORE) != IGNORE) for d in range(depths)
+    ]
     valid = segment_ids > 0
-    return Totals(count(targets != IGNORE), jnp.stack(ahead) if ahead else jnp.zeros(0), count(valid), count(jnp.any(valid, axis=-1)), expert_counts)
+    return Totals(
+        count(targets != IGNORE),
+        jnp.stack(ahead) if ahead else jnp.zeros(0),
+        count(valid),
+        count(jnp.any(valid, axis=-1)),
+        expert_counts,
+    )
 
 
-def cross_entropy_sum(hidden_BSD: jax.Array, model: Transformer, targets_BS: jax.Array) -> jax.Array:
+def cross_entropy_sum(
+    hidden_BSD: jax.Array, model: Transformer, targets_BS: jax.Array
+) -> jax.Array:
     """Sum of -log p(target) over positions with a target, in float32; log p by the output head of the model.
 
     The logits of the whole batch never exist: every device goes through its tokens in chunks, and adds up the gradients of
@@ -68,14 +85,18 @@ def cross_entropy_sum(hidden_BSD: jax.Array, model: Transformer, targets_BS: jax
     def one_device(hidden_BSD, targets_BS, *arrays):
         weight = gathered(arrays, specs, hidden_BSD.dtype)
         kernel_DV = weight.T if model.model.tie_word_embeddings else weight
-        hidden_TD = jax.lax.pcast(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), "tensor", to="varying")
+        hidden_TD = jax.lax.pcast(
+            hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), "tensor", to="varying"
+        )
         return jax.lax.psum(_nll_sum(hidden_TD, kernel_DV, targets_BS.reshape(-1)), BATCH_AXES)
 
     batch = jax.P(BATCH_AXES)
     return per_device(one_device, (batch, batch, *specs), jax.P())(hidden_BSD, targets_BS, *arrays)
 
 
-def token_nll(hidden_BSD: jax.Array, model: Transformer, targets_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+def token_nll(
+    hidden_BSD: jax.Array, model: Transformer, targets_BS: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Of every position: float32 -log p(target), 0 without a target, and whether no token is likelier than it. Both [B, S].
 
     For evaluation: like `cross_entropy_sum` in chunks, without its gradients.
@@ -85,7 +106,9 @@ def token_nll(hidden_BSD: jax.Array, model: Transformer, targets_BS: jax.Array) 
     def one_device(hidden_BSD, targets_BS, *arrays):
         weight = gathered(arrays, specs, hidden_BSD.dtype)
         kernel_DV = weight.T if model.model.tie_word_embeddings else weight
-        hidden_TD = jax.lax.pcast(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), "tensor", to="varying")
+        hidden_TD = jax.lax.pcast(
+            hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), "tensor", to="varying"
+        )
 
         def step(carry, chunk):
             nll_C, _, _, likeliest_C = _nll(chunk[0], kernel_DV, chunk[1])
@@ -95,7 +118,9 @@ def token_nll(hidden_BSD: jax.Array, model: Transformer, targets_BS: jax.Array) 
         return tuple(a.reshape(-1)[: targets_BS.size].reshape(targets_BS.shape) for a in out)
 
     batch = jax.P(BATCH_AXES)
-    return per_device(one_device, (batch, batch, *specs), (batch, batch))(hidden_BSD, targets_BS, *arrays)
+    return per_device(one_device, (batch, batch, *specs), (batch, batch))(
+        hidden_BSD, targets_BS, *arrays
+    )
 
 
 @jax.custom_vjp
@@ -115,14 +140,21 @@ def _nll_sum_forward(hidden_TD, kernel_DV, targets_T):
         dlogits_CV = jnp.where((targets_C == IGNORE)[:, None], 0.0, probability_CV - here_CV)
         dlogits_CV = (dlogits_CV * _lift(hidden_CD.dtype)).astype(hidden_CD.dtype)
         dhidden_CD = jnp.einsum("cv,dv->cd", dlogits_CV, kernel_DV)
-        dkernel_DV += jnp.einsum("cd,cv->dv", hidden_CD, dlogits_CV, preferred_element_type=jnp.float32)
+        dkernel_DV += jnp.einsum(
+            "cd,cv->dv", hidden_CD, dlogits_CV, preferred_element_type=jnp.float32
+        )
         return (total + jnp.sum(nll_C), dkernel_DV), dhidden_CD
 
     zero = jnp.zeros_like(kernel_DV, jnp.float32)
-    (total, dkernel_DV), dhidden = jax.lax.scan(step, (_zero(hidden_TD), zero), _chunks(hidden_TD, targets_T))
+    (total, dkernel_DV), dhidden = jax.lax.scan(
+        step, (_zero(hidden_TD), zero), _chunks(hidden_TD, targets_T)
+    )
     dhidden_TD = dhidden.reshape(-1, hidden_TD.shape[-1])[: hidden_TD.shape[0]]
     # Float16 would overflow: this is the sum over all tokens, not yet divided by their number.
-    return total, (dhidden_TD, dkernel_DV if kernel_DV.dtype == jnp.float16 else dkernel_DV.astype(kernel_DV.dtype))
+    return total, (
+        dhidden_TD,
+        dkernel_DV if kernel_DV.dtype == jnp.float16 else dkernel_DV.astype(kernel_DV.dtype),
+    )
 
 
 def _lift(dtype) -> float:
@@ -148,7 +180,12 @@ def _nll(hidden_CD, kernel_DV, targets_C):
     here_CV = (targets_C - jax.lax.axis_index("tensor") * words)[:, None] == jnp.arange(words)
     target_C = jax.lax.psum(jnp.sum(jnp.where(here_CV, logit_CV, 0.0), axis=-1), "tensor")
     nll_C = jnp.log(total_C1[:, 0]) + most_C1[:, 0] - target_C
-    return jnp.where(targets_C == IGNORE, 0.0, nll_C), exp_CV / total_C1, here_CV, target_C >= most_C1[:, 0]
+    return (
+        jnp.where(targets_C == IGNORE, 0.0, nll_C),
+        exp_CV / total_C1,
+        here_CV,
+        target_C >= most_C1[:, 0],
+    )
 
 
 def _chunks(hidden_TD, targets_T):
@@ -178,13 +215,23 @@ def balance_loss(stats: MoEStats, total: Totals, config: Config) -> jax.Array:
     if total.expert_counts is None:
         return jnp.float32(0)
     tokens_L1 = total.layer_tokens(m)[:, None]
-    f_LE = total.expert_counts.astype(jnp.float32) * m.n_routed_experts / (m.num_experts_per_tok * tokens_L1)
+    f_LE = (
+        total.expert_counts.astype(jnp.float32)
+        * m.n_routed_experts
+        / (m.num_experts_per_tok * tokens_L1)
+    )
     return jnp.mean(jnp.sum(f_LE * stats.score_sum / tokens_L1, axis=-1))
 
 
 @jax.named_scope("loss")
-def next_token_loss(model: Transformer, out: Output, batch: Batch, total: Totals, config: Config,
-                    mtp_weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def next_token_loss(
+    model: Transformer,
+    out: Output,
+    batch: Batch,
+    total: Totals,
+    config: Config,
+    mtp_weight: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cross-entropy of the next token and, weighted, of multi-token prediction: a micro-batch's share of the batch's.
 
     Returns:
@@ -195,14 +242,20 @@ def next_token_loss(model: Transformer, out: Output, batch: Batch, total: Totals
     loss, mtp = lm, jnp.float32(0)
     for depth, hidden in enumerate(out.mtp_hidden_BSD):
         ahead = tokens_ahead(targets, batch["segment_ids"], depth + 1, IGNORE)
-        mtp += cross_entropy_sum(hidden, model, ahead) / jnp.maximum(total.mtp_targets[depth], 1) / len(out.mtp_hidden_BSD)
+        mtp += (
+            cross_entropy_sum(hidden, model, ahead)
+            / jnp.maximum(total.mtp_targets[depth], 1)
+            / len(out.mtp_hidden_BSD)
+        )
     if out.mtp_hidden_BSD:
         loss += mtp_weight * mtp
     return loss, lm, mtp
 
 
 @jax.named_scope("loss")
-def routing_loss(stats: MoEStats | None, total: Totals, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+def routing_loss(
+    stats: MoEStats | None, total: Totals, config: Config
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(weighted sum of balance and z-loss, unweighted balance loss, unweighted z-loss), float32."""
     if stats is None:
         return jnp.float32(0), jnp.float32(0), jnp.float32(0)
@@ -210,11 +263,21 @@ def routing_loss(stats: MoEStats | None, total: Totals, config: Config) -> tuple
     z = jnp.mean(stats.z_sum / total.layer_tokens(config.model))
     # The papers add the balance loss of every layer; the reported value is their mean.
     layers = stats.z_sum.shape[0]
-    return layers * (config.model.aux_loss_alpha * balance + config.moe.router_z_loss_coef * z), balance, z
+    return (
+        layers * (config.model.aux_loss_alpha * balance + config.moe.router_z_loss_coef * z),
+        balance,
+        z,
+    )
 
 
-def pretraining_loss(model: Transformer, batch: Batch, total: Totals, config: Config, mtp_weight: jax.Array,
-                     token_loss: Callable = next_token_loss) -> tuple[jax.Array, tuple[Losses, MoEStats | None]]:
+def pretraining_loss(
+    model: Transformer,
+    batch: Batch,
+    total: Totals,
+    config: Config,
+    mtp_weight: jax.Array,
+    token_loss: Callable = next_token_loss,
+) -> tuple[jax.Array, tuple[Losses, MoEStats | None]]:
     """The loss with all its terms.
 
     Args:
@@ -232,7 +295,9 @@ def pretraining_loss(model: Transformer, batch: Batch, total: Totals, config: Co
     if batch["tokens"].ndim == 3:
         stages = jax.sharding.get_abstract_mesh().shape["stage"]
         given = (total._replace(expert_counts=None), mtp_weight)
-        (loss, lm, mtp), stats = through_stages(model, make_schedule(config, stages, batch["tokens"].shape[0]), batch, given, head)
+        (loss, lm, mtp), stats = through_stages(
+            model, make_schedule(config, stages, batch["tokens"].shape[0]), batch, given, head
+        )
     else:
         out = model(batch["tokens"], batch["segment_ids"], batch["positions"], batch["targets"])
         (loss, lm, mtp), stats = head(model, batch, out, (total, mtp_weight)), out.stats

@@ -28,12 +28,16 @@ from deepseek_jax.parallel.weights import REPLICAS
 BLOCK = 256  # numbers that share an int8 scale, a float32: 1.6% more bytes
 
 
-def residual(config: Config, params: nnx.State, grad_specs: nnx.State, replicas: int) -> tuple[Any, Any]:
+def residual(
+    config: Config, params: nnx.State, grad_specs: nnx.State, replicas: int
+) -> tuple[Any, Any]:
     """(shapes, PartitionSpecs) of the residual of every parameter, laid out like each replica's gradient; (None, None) without compression."""
     if config.sharding.gradient_compression == "none":
         return None, None
     shape = lambda w: jax.ShapeDtypeStruct((replicas, *w.shape), jnp.float32)
-    return jax.tree.map(shape, params), jax.tree.map(lambda s: P(REPLICAS, *s), grad_specs, is_leaf=lambda s: isinstance(s, P))
+    return jax.tree.map(shape, params), jax.tree.map(
+        lambda s: P(REPLICAS, *s), grad_specs, is_leaf=lambda s: isinstance(s, P)
+    )
 
 
 def summed(method: str, gradients: Any, residuals: Any) -> tuple[Any, Any]:
@@ -52,7 +56,9 @@ def summed(method: str, gradients: Any, residuals: Any) -> tuple[Any, Any]:
     n = len(leaves)
 
     def one_device(*arrays):
-        pairs = [sum_of_replicas(method, g[0], e[0]) for g, e in zip(arrays[:n], arrays[n:], strict=True)]
+        pairs = [
+            sum_of_replicas(method, g[0], e[0]) for g, e in zip(arrays[:n], arrays[n:], strict=True)
+        ]
         return [g for g, _ in pairs], [e[None] for _, e in pairs]
 
     reduce = per_device(one_device, (*specs, *specs), ([P(*s[1:]) for s in specs], specs))
@@ -60,13 +66,17 @@ def summed(method: str, gradients: Any, residuals: Any) -> tuple[Any, Any]:
     return jax.tree.unflatten(tree, sums), jax.tree.unflatten(tree, rest)
 
 
-def sum_of_replicas(method: str, gradient: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sum_of_replicas(
+    method: str, gradient: jax.Array, residual: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """One device's part of `summed`, of one array. Returns (sum, new residual)."""
     replicas, size = lax.axis_size(REPLICAS), gradient.size
     block, encode, decode = CODECS[method]
     block = min(block, -(-size // replicas))
     chunk = -(-size // (replicas * block)) * block
-    wanted_RC = jnp.pad((gradient + residual).reshape(-1), (0, replicas * chunk - size)).reshape(replicas, chunk)
+    wanted_RC = jnp.pad((gradient + residual).reshape(-1), (0, replicas * chunk - size)).reshape(
+        replicas, chunk
+    )
 
     sent_RW = encode(wanted_RC, block)
     received_RW = lax.all_to_all(sent_RW, REPLICAS, split_axis=0, concat_axis=0, tiled=True)
@@ -75,7 +85,9 @@ def sum_of_replicas(method: str, gradient: jax.Array, residual: jax.Array) -> tu
     sums_RC = decode(lax.all_gather(sum_1W, REPLICAS, axis=0, tiled=True, to="invarying"), block)
 
     mine = jnp.arange(replicas)[:, None] == lax.axis_index(REPLICAS)
-    left_RC = wanted_RC - decode(sent_RW, block) + jnp.where(mine, sum_1C - decode(sum_1W, block), 0.0)
+    left_RC = (
+        wanted_RC - decode(sent_RW, block) + jnp.where(mine, sum_1C - decode(sum_1W, block), 0.0)
+    )
     whole = lambda a_RC: a_RC.reshape(-1)[:size].reshape(gradient.shape)
     return whole(sums_RC), whole(left_RC)
 
@@ -84,8 +96,13 @@ def _to_int8(x_RC: jax.Array, block: int) -> jax.Array:
     """int8 [R, W]: all numbers, then the bytes of the blocks' scales, so that both travel at once."""
     blocks = x_RC.reshape(x_RC.shape[0], -1, block)
     scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / 127
-    whole = jnp.round(jnp.where(scale > 0, blocks / scale, 0.0)).astype(jnp.int8)  # a scale that is not a number spoils its block in decoding
-    return jnp.concatenate([a.reshape(x_RC.shape[0], -1) for a in (whole, lax.bitcast_convert_type(scale, jnp.int8))], axis=1)
+    whole = jnp.round(jnp.where(scale > 0, blocks / scale, 0.0)).astype(
+        jnp.int8
+    )  # a scale that is not a number spoils its block in decoding
+    return jnp.concatenate(
+        [a.reshape(x_RC.shape[0], -1) for a in (whole, lax.bitcast_convert_type(scale, jnp.int8))],
+        axis=1,
+    )
 
 
 def _from_int8(x_RW: jax.Array, block: int) -> jax.Array:
@@ -97,7 +114,9 @@ def _from_int8(x_RW: jax.Array, block: int) -> jax.Array:
 
 
 def _to_bfloat16(x_RC: jax.Array, block: int) -> jax.Array:
-    return lax.bitcast_convert_type(x_RC.astype(jnp.bfloat16), jnp.uint16)  # as bits: a compiler may widen collectives of bfloat16
+    return lax.bitcast_convert_type(
+        x_RC.astype(jnp.bfloat16), jnp.uint16
+    )  # as bits: a compiler may widen collectives of bfloat16
 
 
 def _from_bfloat16(x_RW: jax.Array, block: int) -> jax.Array:

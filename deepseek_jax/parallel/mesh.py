@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
-from deepseek_jax.runtime import environment
 from deepseek_jax.config.options import Config, ModelConfig
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.sharding import divided_axes
+from deepseek_jax.runtime import environment
 
 # Outermost first: devices of one host are neighbours, so `tensor`, `expert` and `fsdp` stay inside a host where they fit, while
 # `data` and `stage`, which send least, cross hosts.
@@ -33,11 +33,15 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sh
     with environment.mistakes():
         devices = jax.devices() if devices is None else devices
     if config.train.attention == "cudnn" and devices[0].platform not in ("gpu", "cuda"):
-        raise UserError(f"config.train.attention=cudnn needs NVIDIA GPUs, and these are {devices[0].platform} devices. "
-                        f"Set config.train.attention=auto.")
+        raise UserError(
+            f"config.train.attention=cudnn needs NVIDIA GPUs, and these are {devices[0].platform} devices. "
+            f"Set config.train.attention=auto."
+        )
     shape = _resolve(config, len(devices))
     _check(config, shape)
-    by_host = sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id))
+    by_host = sorted(
+        devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id)
+    )
     array = np.array(by_host, dtype=object).reshape([shape[a] for a in AXES])
     return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
@@ -55,7 +59,11 @@ def per_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     and runs f again: jax 0.10.2 cannot carry residuals that vary over the outer axis out of an inner shard_map.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    axes = {
+        a
+        for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual
+    }
     mapped = functools.partial(jax.shard_map, axis_names=axes, check_vma=True)
     call = mapped(f, in_specs=in_specs, out_specs=out_specs)
     if len(axes) == len(mesh.axis_names):
@@ -67,20 +75,31 @@ def per_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     def backward(args, cotangents):
         differentiated = [is_float(a) for a in args]
         pick = lambda values: tuple(v for v, yes in zip(values, differentiated, strict=True) if yes)
-        cotangent_specs = jax.tree.leaves(jax.tree.broadcast(out_specs, cotangents, is_leaf=is_spec), is_leaf=is_spec)
+        cotangent_specs = jax.tree.leaves(
+            jax.tree.broadcast(out_specs, cotangents, is_leaf=is_spec), is_leaf=is_spec
+        )
         pairs = zip(jax.tree.leaves(cotangents), cotangent_specs, strict=True)
         pairs = [(c, s) for c, s in pairs if is_float(c)]
 
         def transposed(args, float_cotangents):
             def float_results(*floats):
                 given = iter(floats)
-                out = f(*(next(given) if yes else a for a, yes in zip(args, differentiated, strict=True)))
+                out = f(
+                    *(
+                        next(given) if yes else a
+                        for a, yes in zip(args, differentiated, strict=True)
+                    )
+                )
                 return [leaf for leaf in jax.tree.leaves(out) if is_float(leaf)]
 
             return jax.vjp(float_results, *pick(args))[1](list(float_cotangents))
 
         specs = (tuple(in_specs), tuple(s for _, s in pairs))
-        gradients = iter(mapped(transposed, in_specs=specs, out_specs=pick(in_specs))(args, tuple(c for c, _ in pairs)))
+        gradients = iter(
+            mapped(transposed, in_specs=specs, out_specs=pick(in_specs))(
+                args, tuple(c for c, _ in pairs)
+            )
+        )
         return tuple(next(gradients) if yes else None for yes in differentiated)
 
     # Under jax.checkpoint a scan around it cannot take it apart, to compute once what does not change between its steps.
@@ -96,19 +115,27 @@ def _resolve(config: Config, device_count: int) -> dict[str, int]:
     free = [a for a, n in shape.items() if n == -1]
     for axis, n in shape.items():
         if n < 1 and n != -1:
-            raise UserError(f"config.mesh.{axis}={n} is not a number of devices. Set it to 1 or more, or to -1 for the devices that are left.")
+            raise UserError(
+                f"config.mesh.{axis}={n} is not a number of devices. Set it to 1 or more, or to -1 for the devices that are left."
+            )
     if len(free) > 1:
-        raise UserError(f"config.mesh.{free[0]}=-1 and config.mesh.{free[1]}=-1: only one axis may take the devices that are left. "
-                        f"Set one of them to a number.")
+        raise UserError(
+            f"config.mesh.{free[0]}=-1 and config.mesh.{free[1]}=-1: only one axis may take the devices that are left. "
+            f"Set one of them to a number."
+        )
     asked = math.prod(n for n in shape.values() if n != -1)
     if free:
         if device_count % asked:
-            raise UserError(f"config.mesh ({text}) asks for a multiple of {asked} devices, but there are {device_count}. "
-                            f"Make the product of the axes a divisor of {device_count}{_more_on_cpu(asked)}.")
+            raise UserError(
+                f"config.mesh ({text}) asks for a multiple of {asked} devices, but there are {device_count}. "
+                f"Make the product of the axes a divisor of {device_count}{_more_on_cpu(asked)}."
+            )
         shape[free[0]] = device_count // asked
     elif asked != device_count:
-        raise UserError(f"config.mesh ({text}) has {asked} devices, but there are {device_count}. "
-                        f"Set one axis, for instance config.mesh.fsdp, to -1, or make the product {device_count}{_more_on_cpu(asked)}.")
+        raise UserError(
+            f"config.mesh ({text}) has {asked} devices, but there are {device_count}. "
+            f"Set one axis, for instance config.mesh.fsdp, to -1, or make the product {device_count}{_more_on_cpu(asked)}."
+        )
     return shape
 
 
@@ -125,39 +152,58 @@ def _more_on_cpu(wanted: int) -> str:
 def _check(config: Config, shape: dict[str, int]) -> None:
     m = config.model
     if m.has_experts and m.n_routed_experts % shape["expert"]:
-        raise UserError(f"n_routed_experts={m.n_routed_experts} is not divisible by the expert mesh axis ({shape['expert']} devices). "
-                        f"Set config.mesh.expert to a divisor of {m.n_routed_experts}.")
+        raise UserError(
+            f"n_routed_experts={m.n_routed_experts} is not divisible by the expert mesh axis ({shape['expert']} devices). "
+            f"Set config.mesh.expert to a divisor of {m.n_routed_experts}."
+        )
     ways = math.prod(shape[a] for a in BATCH_AXES)
     if config.micro_batch % ways:
-        raise UserError(f"config.train.batch_size={config.train.batch_size} / accumulation {config.train.accumulation} = {config.micro_batch} "
-                        f"sequences is not divisible by the {ways} devices of data x fsdp x expert. "
-                        f"Set config.train.batch_size to a multiple of {ways * config.train.accumulation}.")
+        raise UserError(
+            f"config.train.batch_size={config.train.batch_size} / accumulation {config.train.accumulation} = {config.micro_batch} "
+            f"sequences is not divisible by the {ways} devices of data x fsdp x expert. "
+            f"Set config.train.batch_size to a multiple of {ways * config.train.accumulation}."
+        )
     for name, width in _tensor_widths(m):
         if width % shape["tensor"]:
-            raise UserError(f"config.model.{name}={width} is not divisible by the tensor mesh axis ({shape['tensor']} devices). "
-                            f"Set config.mesh.tensor to a divisor of {width}.")
+            raise UserError(
+                f"config.model.{name}={width} is not divisible by the tensor mesh axis ({shape['tensor']} devices). "
+                f"Set config.mesh.tensor to a divisor of {width}."
+            )
     _check_stages(config, shape["stage"])
     _check_compression(config, shape)
     _check_divided_widths(config, shape)
 
 
 def _check_stages(config: Config, stages: int) -> None:
-    m, remat, virtual, blocks = config.model, config.train.remat, config.sharding.virtual_stages, config.pipelined_blocks
+    m, remat, virtual, blocks = (
+        config.model,
+        config.train.remat,
+        config.sharding.virtual_stages,
+        config.pipelined_blocks,
+    )
     if stages == 1:
         if virtual > 1:
-            raise UserError(f"config.sharding.virtual_stages={virtual} needs stages, but config.mesh.stage=1. "
-                            f"Set config.mesh.stage, or config.sharding.virtual_stages=0.")
+            raise UserError(
+                f"config.sharding.virtual_stages={virtual} needs stages, but config.mesh.stage=1. "
+                f"Set config.mesh.stage, or config.sharding.virtual_stages=0."
+            )
         return
     if {"exchange", "experts_hidden"} & set(remat.removeprefix("save:").split(",")):
-        raise UserError(f"config.train.remat={remat} and config.mesh.stage={stages}: inside a stage the exchange is always made "
-                        f"again in backward. Set config.train.remat to full, none or save:attention,mlp_hidden.")
+        raise UserError(
+            f"config.train.remat={remat} and config.mesh.stage={stages}: inside a stage the exchange is always made "
+            f"again in backward. Set config.train.remat to full, none or save:attention,mlp_hidden."
+        )
     if stages > blocks:
         kind = "MoE layers" if m.num_hidden_layers > m.first_k_dense_replace else "layers"
-        raise UserError(f"config.mesh.stage={stages} is above the number of {kind} to divide, {blocks}. "
-                        f"Set config.mesh.stage to a number up to {blocks}.")
+        raise UserError(
+            f"config.mesh.stage={stages} is above the number of {kind} to divide, {blocks}. "
+            f"Set config.mesh.stage to a number up to {blocks}."
+        )
     if virtual > -(-blocks // stages):
-        raise UserError(f"config.sharding.virtual_stages={virtual} is above the {-(-blocks // stages)} layers of a stage "
-                        f"(config.mesh.stage={stages}). Set it to a number up to that, or to 0.")
+        raise UserError(
+            f"config.sharding.virtual_stages={virtual} is above the {-(-blocks // stages)} layers of a stage "
+            f"(config.mesh.stage={stages}). Set it to a number up to that, or to 0."
+        )
 
 
 def _check_compression(config: Config, shape: dict[str, int]) -> None:
@@ -165,11 +211,15 @@ def _check_compression(config: Config, shape: dict[str, int]) -> None:
     if config.sharding.gradient_compression == "none":
         return
     if shape["data"] == 1:
-        raise UserError(f"{method} is of the sum over replicas along data, but config.mesh.data=1. "
-                        f"Set config.mesh.data to 2 or more, or gradient_compression=none.")
+        raise UserError(
+            f"{method} is of the sum over replicas along data, but config.mesh.data=1. "
+            f"Set config.mesh.data to 2 or more, or gradient_compression=none."
+        )
     if shape["stage"] > 1:
-        raise UserError(f"{method} and config.mesh.stage={shape['stage']}: stages sum their gradients over data as they are. "
-                        f"Set config.mesh.stage=1, or gradient_compression=none.")
+        raise UserError(
+            f"{method} and config.mesh.stage={shape['stage']}: stages sum their gradients over data as they are. "
+            f"Set config.mesh.stage=1, or gradient_compression=none."
+        )
 
 
 def _check_divided_widths(config: Config, shape: dict[str, int]) -> None:
@@ -183,14 +233,21 @@ def _check_divided_widths(config: Config, shape: dict[str, int]) -> None:
         kv_width = m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
         widths.append((f"config.model.{heads} x (qk_nope_head_dim + v_head_dim)", kv_width, tensor))
     if m.num_key_value_heads is None and m.q_lora_rank:
-        widths.append((f"config.model.{heads} x (qk_nope_head_dim + qk_rope_head_dim)",
-                       m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim), tensor))
+        widths.append(
+            (
+                f"config.model.{heads} x (qk_nope_head_dim + qk_rope_head_dim)",
+                m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim),
+                tensor,
+            )
+        )
     for name, width, tensor in widths:
         if width % (dense * tensor):
             named = " x ".join([*dense_axes, *(["tensor"] if tensor > 1 else [])])
             hint = "; hybrid_shard leaves config.mesh.data out" if "data" in dense_axes else ""
-            raise UserError(f"{name} (a width of {width}) is not divisible by the {dense * tensor} devices of {named} that weights are divided over "
-                            f"(config.sharding.strategy={config.sharding.strategy}). Make the product of these axes a divisor of it{hint}.")
+            raise UserError(
+                f"{name} (a width of {width}) is not divisible by the {dense * tensor} devices of {named} that weights are divided over "
+                f"(config.sharding.strategy={config.sharding.strategy}). Make the product of these axes a divisor of it{hint}."
+            )
 
 
 def _tensor_widths(m: ModelConfig) -> list[tuple[str, int]]:

@@ -15,7 +15,9 @@ from jax import lax
 
 from deepseek_jax.config.options import Config
 
-HOST = "pinned_host"  # memory kind: what a GPU copies from and to without going through other memory
+HOST = (
+    "pinned_host"  # memory kind: what a GPU copies from and to without going through other memory
+)
 STACKS = ("layers", "dense_layers")  # first names of parameters with a leading axis of layers
 
 
@@ -34,9 +36,15 @@ def placed(config: Config, abstract: Any, shardings: Any) -> Any:
     """
     host = lambda s: s.with_memory_kind(HOST)
     if config.offload.optimizer_state:
-        shardings = shardings._replace(opt_state=jax.tree.map(lambda a, s: host(s) if a.ndim else s, abstract.opt_state, shardings.opt_state))
+        shardings = shardings._replace(
+            opt_state=jax.tree.map(
+                lambda a, s: host(s) if a.ndim else s, abstract.opt_state, shardings.opt_state
+            )
+        )
     if config.offload.parameters:
-        stacks = jax.tree_util.tree_map_with_path(lambda path, s: host(s) if is_stack(path) else s, shardings.params)
+        stacks = jax.tree_util.tree_map_with_path(
+            lambda path, s: host(s) if is_stack(path) else s, shardings.params
+        )
         shardings = shardings._replace(params=stacks)
     return shardings
 
@@ -53,7 +61,9 @@ def put(a: jax.Array, like: Any) -> jax.Array:
 
 def to_device(tree: Any) -> Any:
     """The tree on the device; under jit. Its cotangents go to where the arrays were."""
-    return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device) if on_host(a) else a, tree)
+    return jax.tree.map(
+        lambda a: jax.device_put(a, jax.memory.Space.Device) if on_host(a) else a, tree
+    )
 
 
 def to(tree: Any, shardings: Any) -> Any:
@@ -70,7 +80,9 @@ def over_layers(f: Callable, stacks: Any, *read: Any) -> Any:
       stacks: arrays [L, ...] in either memory, and scalars, which come out as they were. read: likewise.
     """
     layers = next(a.shape[0] for a in jax.tree.leaves(stacks) if a.ndim)
-    take = lambda tree, i: to_device(jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i, 1) if a.ndim else a, tree))
+    take = lambda tree, i: to_device(
+        jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i, 1) if a.ndim else a, tree)
+    )
     write = lambda a, n, i: lax.dynamic_update_slice_in_dim(a, put(n, a), i, 0) if a.ndim else a
 
     def step(stacks, i):
@@ -87,7 +99,10 @@ def tree_map(f: Callable, tree: Any, *rest: Any) -> Any:
     out = [None if on_host(a) else f(a, *others) for a, *others in zip(*columns, strict=True)]
     for layers in sorted({a.shape[0] for a in leaves if on_host(a)}):
         chosen = [i for i, a in enumerate(leaves) if on_host(a) and a.shape[0] == layers]
-        new = over_layers(lambda *trees: jax.tree.map(f, *trees), *([column[i] for i in chosen] for column in columns))
+        new = over_layers(
+            lambda *trees: jax.tree.map(f, *trees),
+            *([column[i] for i in chosen] for column in columns),
+        )
         for i, a in zip(chosen, new, strict=True):
             out[i] = a
     return jax.tree.unflatten(structure, out)
@@ -100,7 +115,12 @@ def zeros(shapes: Any, shardings: Any) -> Any:
         of = lambda dims, spec: jnp.zeros(dims, shape.dtype, out_sharding=spec)
         if sharding.memory_kind != HOST:
             return of(shape.shape, shape.sharding.spec)
-        layer = lambda _, __: (None, jax.device_put(of(shape.shape[1:], jax.P(*shape.sharding.spec[1:])), jax.memory.Space.Host))
+        layer = lambda _, __: (
+            None,
+            jax.device_put(
+                of(shape.shape[1:], jax.P(*shape.sharding.spec[1:])), jax.memory.Space.Host
+            ),
+        )
         return lax.scan(layer, None, length=shape.shape[0])[1]
 
     return jax.tree.map(one, shapes, shardings)
@@ -115,6 +135,9 @@ def norm(tree: Any) -> jax.Array:
     total = optax.tree.norm([a for a in leaves if not on_host(a)], squared=True)
     for layers in sorted({a.shape[0] for a in stacks}):
         same = [a for a in stacks if a.shape[0] == layers]
-        of_layer = lambda total, layer: (total + optax.tree.norm(to_device(layer), squared=True), None)
+        of_layer = lambda total, layer: (
+            total + optax.tree.norm(to_device(layer), squared=True),
+            None,
+        )
         total = lax.scan(of_layer, total, same)[0]
     return jnp.sqrt(total)

@@ -63,7 +63,13 @@ def make_schedule(config: Config, stages: int, micro_batches: int | None = None)
     layers, a_stage = config.pipelined_blocks, -(-config.pipelined_blocks // stages)
 
     def of(repeats: int) -> Schedule:
-        return Schedule(layers, stages, repeats, -(-layers // (stages * repeats)), micro_batches or config.train.accumulation)
+        return Schedule(
+            layers,
+            stages,
+            repeats,
+            -(-layers // (stages * repeats)),
+            micro_batches or config.train.accumulation,
+        )
 
     if config.sharding.virtual_stages:
         return of(config.sharding.virtual_stages)
@@ -81,15 +87,26 @@ def to_stages(w: jax.Array, schedule: Schedule) -> jax.Array:
 
     def place(w):
         missing = s.repeats * s.stages * s.blocks - s.layers
-        w = jnp.pad(w, [(0, missing)] + [(0, 0)] * (w.ndim - 1)).reshape(s.repeats, s.stages, s.blocks, *w.shape[1:])
+        w = jnp.pad(w, [(0, missing)] + [(0, 0)] * (w.ndim - 1)).reshape(
+            s.repeats, s.stages, s.blocks, *w.shape[1:]
+        )
         if divided:
             return lax.all_to_all(w, "stage", split_axis=1, concat_axis=divided[0] + 2, tiled=True)
-        return lax.dynamic_slice_in_dim(lax.pcast(w, "stage", to="varying"), lax.axis_index("stage"), 1, axis=1)
+        return lax.dynamic_slice_in_dim(
+            lax.pcast(w, "stage", to="varying"), lax.axis_index("stage"), 1, axis=1
+        )
 
     return per_device(place, (spec,), jax.P(None, "stage", None, *without_stage(w)[1:]))(w)
 
 
-def run(schedule: Schedule, weights: Any, x_GBSD: jax.Array, side: Callable, block: Callable, remat: Callable) -> tuple[jax.Array, Any]:
+def run(
+    schedule: Schedule,
+    weights: Any,
+    x_GBSD: jax.Array,
+    side: Callable,
+    block: Callable,
+    remat: Callable,
+) -> tuple[jax.Array, Any]:
     """One stage's part of the pipeline, inside a shard_map over `stage`.
 
     Args:
@@ -104,15 +121,23 @@ def run(schedule: Schedule, weights: Any, x_GBSD: jax.Array, side: Callable, blo
     """
     s, stage = schedule, lax.axis_index("stage")
     around = s.stages * s.repeats
-    shift = lambda a, by: lax.ppermute(a, "stage", [(i, (i + by) % s.stages) for i in range(s.stages)])
+    shift = lambda a, by: lax.ppermute(
+        a, "stage", [(i, (i + by) % s.stages) for i in range(s.stages)]
+    )
     at = lambda a, i: lax.dynamic_index_in_dim(a, i, 0, keepdims=False)
-    last_out = around + s.stages - 2  # the tick when the last micro-batch of group 0 leaves; the others are on their way to their stages
+    last_out = (
+        around + s.stages - 2
+    )  # the tick when the last micro-batch of group 0 leaves; the others are on their way to their stages
 
     # With several pieces a layer's weights are taken out of the stage's inside what is rematerialised: outside, every tick would
     # keep the copy that it worked with.
-    pick = lambda w, piece, place: lax.squeeze(lax.dynamic_slice(w, (piece, place, *[0] * (w.ndim - 2)), (1, 1, *w.shape[2:])), (0, 1))
+    pick = lambda w, piece, place: lax.squeeze(
+        lax.dynamic_slice(w, (piece, place, *[0] * (w.ndim - 2)), (1, 1, *w.shape[2:])), (0, 1)
+    )
     whole_block = remat(block)
-    picked_block = remat(lambda at, *args: block(jax.tree.map(lambda w: pick(w, *at), weights), *args))
+    picked_block = remat(
+        lambda at, *args: block(jax.tree.map(lambda w: pick(w, *at), weights), *args)
+    )
 
     def tick(carry, t):
         ring_BSD, coming_BSD, leaving_BSD, y_GBSD = carry
@@ -121,28 +146,46 @@ def run(schedule: Schedule, weights: Any, x_GBSD: jax.Array, side: Callable, blo
         micro = group * s.stages + lane
         working = (t >= stage) & (micro < s.micro_batches)
         # A group is taken up by all stages at once, and walks to stage 0, one a tick.
-        coming_BSD = jnp.where(t % around == 0, at(x_GBSD, jnp.minimum(t // around, s.groups - 1)), coming_BSD)
+        coming_BSD = jnp.where(
+            t % around == 0, at(x_GBSD, jnp.minimum(t // around, s.groups - 1)), coming_BSD
+        )
         h_BSD = jnp.where((stage == 0) & (piece == 0), coming_BSD, ring_BSD)
         given = side(jnp.minimum(micro, s.micro_batches - 1))
 
         def layer(h_BSD, layer_weights, place):
             exists = (piece * s.stages + stage) * s.blocks + place < s.layers
             args = h_BSD, given, working & exists
-            out_BSD, stats = whole_block(layer_weights, *args) if s.repeats == 1 else picked_block((piece, place), *args)
+            out_BSD, stats = (
+                whole_block(layer_weights, *args)
+                if s.repeats == 1
+                else picked_block((piece, place), *args)
+            )
             return jnp.where(exists, out_BSD, h_BSD), stats
 
         only_piece = jax.tree.map(lambda w: w[0], weights) if s.repeats == 1 else None
-        h_BSD, stats = lax.scan(lambda h, xs: layer(h, *xs), h_BSD, (only_piece, jnp.arange(s.blocks)))
-        stats = jax.tree.map(lambda a: jnp.where((jnp.arange(s.repeats) == piece).reshape(-1, *[1] * a.ndim), a[None], 0), stats)
+        h_BSD, stats = lax.scan(
+            lambda h, xs: layer(h, *xs), h_BSD, (only_piece, jnp.arange(s.blocks))
+        )
+        stats = jax.tree.map(
+            lambda a: jnp.where(
+                (jnp.arange(s.repeats) == piece).reshape(-1, *[1] * a.ndim), a[None], 0
+            ),
+            stats,
+        )
         # What is done leaves at the last stage and walks to the stage that its micro-batch came from.
         done = (stage == s.stages - 1) & (piece == s.repeats - 1)
         leaving_BSD = jnp.where(done, h_BSD, shift(leaving_BSD, -1))
         home = (t >= last_out) & ((t - last_out) % around == 0)
         slot = jnp.clip((t - last_out) // around, 0, s.groups - 1)
-        y_GBSD = jnp.where(home, lax.dynamic_update_index_in_dim(y_GBSD, leaving_BSD, slot, 0), y_GBSD)
+        y_GBSD = jnp.where(
+            home, lax.dynamic_update_index_in_dim(y_GBSD, leaving_BSD, slot, 0), y_GBSD
+        )
         return (shift(h_BSD, 1), shift(coming_BSD, -1), leaving_BSD, y_GBSD), stats
 
-    empty = jnp.ones_like(x_GBSD)  # not zeros: with rms_norm_eps=0 neither their norm nor its gradient is a number
-    (_, _, _, y_GBSD), stats = lax.scan(tick, (empty[0], empty[0], empty[0], empty), jnp.arange(s.ticks))
+    empty = jnp.ones_like(
+        x_GBSD
+    )  # not zeros: with rms_norm_eps=0 neither their norm nor its gradient is a number
+    (_, _, _, y_GBSD), stats = lax.scan(
+        tick, (empty[0], empty[0], empty[0], empty), jnp.arange(s.ticks)
+    )
     return y_GBSD, stats
-

@@ -21,20 +21,32 @@ Rules = dict[str, tuple[str, ...] | str | None]
 # there, because its experts already lie on the expert axis. `lora_heads` is the output of a low-rank projection, which
 # has no embed axis. Heads, feed-forward widths and the vocabulary lie on the tensor axis, in use as in storage.
 COMPUTE_RULES: Rules = {
-    "layers": None, "embed": None, "lora_heads": "tensor", "experts": "expert", "expert_embed": None, "expert_mlp": "tensor",
-    "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "lora": None, "norm": None, "router": None, "pair": None,
-    "heads_bias": "tensor", "embed_bias": None,
+    "layers": None,
+    "embed": None,
+    "lora_heads": "tensor",
+    "experts": "expert",
+    "expert_embed": None,
+    "expert_mlp": "tensor",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "lora": None,
+    "norm": None,
+    "router": None,
+    "pair": None,
+    "heads_bias": "tensor",
+    "embed_bias": None,
 }
 
 # strategy -> what is divided: over data x fsdp x expert, under hybrid_shard over fsdp x expert with replicas along data.
 # ZeRO-1 is the last column alone, ZeRO-2 the last two, ZeRO-3 all three.
 #                    parameters gradients optimizer state
 DIVIDED_BY = {
-    "full_shard":    (True, True, True),
-    "hybrid_shard":  (True, True, True),
+    "full_shard": (True, True, True),
+    "hybrid_shard": (True, True, True),
     "shard_grad_op": (False, True, True),
-    "zero1":         (False, False, True),
-    "no_shard":      (False, False, False),
+    "zero1": (False, False, True),
+    "no_shard": (False, False, False),
 }
 
 
@@ -48,7 +60,11 @@ def storage_rules(config: Config) -> tuple[Rules, Rules, Rules]:
 
     def rules(dense: tuple[str, ...], experts: tuple[str, ...]) -> Rules:
         # `stage` last, so that what a stage stores is one piece of what it gathers; `tensor` first, so that it stays after the gather.
-        return COMPUTE_RULES | {"embed": (*dense, "stage"), "lora_heads": ("tensor", *dense, "stage"), "expert_embed": (*experts, "stage")}
+        return COMPUTE_RULES | {
+            "embed": (*dense, "stage"),
+            "lora_heads": ("tensor", *dense, "stage"),
+            "expert_embed": (*experts, "stage"),
+        }
 
     divided, undivided = rules((*axes, "expert"), axes), rules((), ())
     return tuple(divided if yes else undivided for yes in DIVIDED_BY[config.sharding.canonical])
@@ -56,7 +72,9 @@ def storage_rules(config: Config) -> tuple[Rules, Rules, Rules]:
 
 def divided_axes(config: Config) -> tuple[str, ...]:
     """The mesh axes that divide an expert's weights under the strategy; dense weights are divided over `expert` as well."""
-    return {"hybrid_shard": ("fsdp",), "no_shard": ()}.get(config.sharding.canonical, ("data", "fsdp"))
+    return {"hybrid_shard": ("fsdp",), "no_shard": ()}.get(
+        config.sharding.canonical, ("data", "fsdp")
+    )
 
 
 def spec(axes: tuple[str | None, ...], rules: Rules) -> P:
@@ -67,7 +85,9 @@ def spec(axes: tuple[str | None, ...], rules: Rules) -> P:
     """
     for name in axes:
         if name is not None and name not in rules:
-            raise KeyError(f"logical axis {name!r} is not in the rule table of parallel/sharding.py, which has {sorted(rules)}")
+            raise KeyError(
+                f"logical axis {name!r} is not in the rule table of parallel/sharding.py, which has {sorted(rules)}"
+            )
     return P(*(None if name is None or not rules[name] else rules[name] for name in axes))
 
 
@@ -75,7 +95,9 @@ def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     """The logical axes of a variable; those of its last dimensions inside a scan over stacked layers."""
     axes = variable.get_metadata().get("out_sharding")
     if axes is None:
-        raise ValueError(f"a {type(variable).__name__} of shape {variable.get_value().shape} was declared without logical axes (out_sharding)")
+        raise ValueError(
+            f"a {type(variable).__name__} of shape {variable.get_value().shape} was declared without logical axes (out_sharding)"
+        )
     return tuple(axes)[len(axes) - variable.get_value().ndim :]
 
 
@@ -96,12 +118,16 @@ def specs(state: nnx.State, rules: Rules, min_weight_size: int = 0) -> nnx.State
 
 def shardings(spec_tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """The same tree with NamedShardings for specs."""
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), spec_tree, is_leaf=lambda s: isinstance(s, P))
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s), spec_tree, is_leaf=lambda s: isinstance(s, P)
+    )
 
 
 def reshard(tree: Any, spec_tree: Any) -> Any:
     """Moves every array of `tree` to its spec. Slicing a whole array is free; making one whole is an all-gather."""
-    move = lambda a, spec: a if jax.typeof(a).sharding.spec == spec else jax.sharding.reshard(a, spec)
+    move = lambda a, spec: (
+        a if jax.typeof(a).sharding.spec == spec else jax.sharding.reshard(a, spec)
+    )
     return jax.tree.map(move, tree, spec_tree)
 
 
@@ -119,4 +145,7 @@ def bytes_per_device(tree: Any, sharding_tree: Any, memory_kind: str = "device")
     """Bytes of a tree's arrays that one device holds, or that another memory holds for it."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(sharding_tree), strict=True)
     leaves = [(a, s) for a, s in leaves if (s.memory_kind or "device") == memory_kind]
-    return sum(jax.ShapeDtypeStruct(s.shard_shape(a.shape), a.dtype).size * a.dtype.itemsize for a, s in leaves)
+    return sum(
+        jax.ShapeDtypeStruct(s.shard_shape(a.shape), a.dtype).size * a.dtype.itemsize
+        for a, s in leaves
+    )

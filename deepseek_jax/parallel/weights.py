@@ -74,7 +74,13 @@ def each_its_own(copies: nnx.State) -> nnx.State:
 
     def value(v: nnx.Variable) -> nnx.Variable:
         w = v.get_value()
-        return v.replace(PerReplica(jax.numpy.moveaxis(w, 0, 1) if v.get_metadata()["out_sharding"][0] == "layers" else w))
+        return v.replace(
+            PerReplica(
+                jax.numpy.moveaxis(w, 0, 1)
+                if v.get_metadata()["out_sharding"][0] == "layers"
+                else w
+            )
+        )
 
     return jax.tree.map(value, copies, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
@@ -96,21 +102,33 @@ def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:
     """
     target, w = spec(logical_axes(variable), COMPUTE_RULES), variable.get_value()
     if isinstance(w, PerReplica):
-        return checkpoint_name(jax.sharding.reshard(w.copies.astype(dtype), P(REPLICAS, *target)), WEIGHTS)
+        return checkpoint_name(
+            jax.sharding.reshard(w.copies.astype(dtype), P(REPLICAS, *target)), WEIGHTS
+        )
     gather = lambda w: jax.sharding.reshard(w.astype(dtype), target)
-    return checkpoint_name(_used(gather, w.part, gather(w.whole)) if isinstance(w, Kept) else gather(w), WEIGHTS)
+    return checkpoint_name(
+        _used(gather, w.part, gather(w.whole)) if isinstance(w, Kept) else gather(w), WEIGHTS
+    )
 
 
-def applied(f: Callable[[jax.Array, jax.Array], jax.Array], variable: nnx.Variable, dtype: Any, x: jax.Array) -> jax.Array:
+def applied(
+    f: Callable[[jax.Array, jax.Array], jax.Array], variable: nnx.Variable, dtype: Any, x: jax.Array
+) -> jax.Array:
     """f(x, the whole weight) for x [B, ...]; if the weight is `PerReplica`, each replica's rows with its own copy."""
     w = whole(variable, dtype)
     if not isinstance(variable.get_value(), PerReplica):
         return f(x, w)
     replicas, (batch, *rest) = w.shape[0], jax.typeof(x).sharding.spec
-    within = tuple(a for a in batch if a != REPLICAS)  # `data` is the outermost of the batch axes: no row moves
-    by_replica = lax.reshape(x, (replicas, x.shape[0] // replicas, *x.shape[1:]), out_sharding=P(REPLICAS, within, *rest))
+    within = tuple(
+        a for a in batch if a != REPLICAS
+    )  # `data` is the outermost of the batch axes: no row moves
+    by_replica = lax.reshape(
+        x, (replicas, x.shape[0] // replicas, *x.shape[1:]), out_sharding=P(REPLICAS, within, *rest)
+    )
     y = jax.vmap(f)(by_replica, w)
-    return lax.reshape(y, (x.shape[0], *y.shape[2:]), out_sharding=P(batch, *jax.typeof(y).sharding.spec[2:]))
+    return lax.reshape(
+        y, (x.shape[0], *y.shape[2:]), out_sharding=P(batch, *jax.typeof(y).sharding.spec[2:])
+    )
 
 
 def stored(variable: nnx.Variable) -> tuple[list[jax.Array], list[P]]:
@@ -140,14 +158,23 @@ def gathered(arrays: list[jax.Array], specs: list[P], dtype: Any) -> jax.Array:
 
 def _all_gather(w: jax.Array, spec: P, held: tuple[str, ...] = ()) -> jax.Array:
     """`held`: axes that w varies over already, besides those of its spec."""
-    named = [(d, (axes,) if isinstance(axes, str) else tuple(axes)) for d, axes in enumerate(spec) if axes]
+    named = [
+        (d, (axes,) if isinstance(axes, str) else tuple(axes))
+        for d, axes in enumerate(spec)
+        if axes
+    ]
     held = {*held, *(a for _, axes in named for a in axes)}
     # Before the gathers, so that in backward sums over these axes are of what is left after the reduce-scatter.
     if missing := tuple(a for a in BATCH_AXES if a not in held):
         w = lax.pcast(w, missing, to="varying")
     for dimension, axes in named:
-        kept = axes in (("expert",), ("tensor",))  # divided in use too; where `expert` divides dense weights, it is with others
-        if not kept and lax.axis_size(axes) > 1:  # of one device, it would only give the weight a layout that others must copy
+        kept = axes in (
+            ("expert",),
+            ("tensor",),
+        )  # divided in use too; where `expert` divides dense weights, it is with others
+        if (
+            not kept and lax.axis_size(axes) > 1
+        ):  # of one device, it would only give the weight a layout that others must copy
             w = lax.all_gather(w, axes, axis=dimension, tiled=True)
     return w
 
@@ -159,5 +186,8 @@ def _used(gather: Callable, part: jax.Array, whole: jax.Array) -> jax.Array:
     def use(part, whole):
         return whole
 
-    use.defvjp(lambda part, whole: (whole, part), lambda part, cotangent: (jax.vjp(gather, part)[1](cotangent)[0], None))
+    use.defvjp(
+        lambda part, whole: (whole, part),
+        lambda part, cotangent: (jax.vjp(gather, part)[1](cotangent)[0], None),
+    )
     return use(part, whole)

@@ -17,12 +17,11 @@ XLA's debug options are described in xla/debug_options_flags.cc; those used here
 
 import os
 import re
-
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from collections.abc import Callable, Mapping
 from deepseek_jax.config.options import Config, ShardingConfig
 from deepseek_jax.parallel import sharding
 
@@ -34,7 +33,9 @@ RENAMED = jax.__version_info__ >= (0, 11)
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def xla_options(config: Config, platform: str, layer_bytes: int, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def xla_options(
+    config: Config, platform: str, layer_bytes: int, environment: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
     """The options of XLA's compiler for a train step; none but for GPUs.
 
     Args:
@@ -45,11 +46,16 @@ def xla_options(config: Config, platform: str, layer_bytes: int, environment: Ma
     if not is_gpu(platform):
         return {}
     s = config.sharding
-    ahead, behind = s.forward_prefetch or s.backward_prefetch == "pre", s.backward_prefetch != "none"
+    ahead, behind = (
+        s.forward_prefetch or s.backward_prefetch == "pre",
+        s.backward_prefetch != "none",
+    )
     options: dict[str, Any] = {
         "xla_gpu_enable_latency_hiding_scheduler": ahead or behind,
         **dict(pipelined(kind, ahead if kind == "all_gather" else behind) for kind in PIPELINED),
-        "xla_gpu_experimental_parallel_collective_overlap_limit": 1 if s.limit_all_gathers else UNLIMITED,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 1
+        if s.limit_all_gathers
+        else UNLIMITED,
     }
     for kind, moved in (("all_gather", ahead), ("reduce_scatter", behind)):
         if moved and layer_bytes:
@@ -91,8 +97,10 @@ def bytes_of_a_layer(config: Config, params: Any, mesh: jax.sharding.Mesh) -> in
       params: the model's parameters or their shapes, stacks with a leading "layers" axis.
     """
     most = 0
-    for name, layers in (("dense_layers", config.model.first_k_dense_replace),
-                         ("layers", config.model.num_hidden_layers - config.model.first_k_dense_replace)):
+    for name, layers in (
+        ("dense_layers", config.model.first_k_dense_replace),
+        ("layers", config.model.num_hidden_layers - config.model.first_k_dense_replace),
+    ):
         if layers:
             used = sharding.shardings(sharding.specs(params[name], sharding.COMPUTE_RULES), mesh)
             float32 = sharding.bytes_per_device(params[name], used) // layers
@@ -105,18 +113,27 @@ def notes(config: Config, platform: str) -> list[str]:
     s, default = config.sharding, ShardingConfig()
     if is_gpu(platform):
         if s.forward_prefetch != (s.backward_prefetch == "pre"):
-            return [f"sharding.forward_prefetch={s.forward_prefetch} with backward_prefetch={s.backward_prefetch}: XLA has one switch for the "
-                    f"gathers of both passes, so weights are gathered ahead in both"]
+            return [
+                f"sharding.forward_prefetch={s.forward_prefetch} with backward_prefetch={s.backward_prefetch}: XLA has one switch for the "
+                f"gathers of both passes, so weights are gathered ahead in both"
+            ]
         return []
-    changed = [f"sharding.{name}={getattr(s, name)}" for name in OPTIONS if getattr(s, name) != getattr(default, name)]
+    changed = [
+        f"sharding.{name}={getattr(s, name)}"
+        for name in OPTIONS
+        if getattr(s, name) != getattr(default, name)
+    ]
     return [f"has no effect on {platform.upper()}: {', '.join(changed)}"] if changed else []
 
 
 _REFUSED = re.compile(r"No such compile option: '(\w+)'|While setting option (\w+), ")
 
 
-def with_known_options(build: Callable[[dict[str, Any] | None], Any], options: Mapping[str, Any] | None,
-                       say: Callable[[str], None]) -> Any:
+def with_known_options(
+    build: Callable[[dict[str, Any] | None], Any],
+    options: Mapping[str, Any] | None,
+    say: Callable[[str], None],
+) -> Any:
     """What `build` makes with those options that XLA's compiler knows. Options differ between versions of
     XLA, and none is worth a run.
 
@@ -140,5 +157,7 @@ def with_known_options(build: Callable[[dict[str, Any] | None], Any], options: M
             if other and other[0] not in tried:
                 left[other[0]] = other[1]
             else:
-                say(f"XLA of jaxlib {jax.lib.__version__} does not know the option {name}={value}: "
-                    f"compiled without it.")
+                say(
+                    f"XLA of jaxlib {jax.lib.__version__} does not know the option {name}={value}: "
+                    f"compiled without it."
+                )

@@ -21,35 +21,52 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from deepseek_jax.run import commandline
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import options, report, topology
+from deepseek_jax.run import commandline
 
 CPU = topology.Hardware("CPU device", None, "")
 
 
 def main(argv: list[str]) -> int:
-    parser = options.Parser(__doc__, further=lambda: commandline.help_text(commandline.define_flags()))
+    parser = options.Parser(
+        __doc__, further=lambda: commandline.help_text(commandline.define_flags())
+    )
     parser.add_argument("--devices", type=int, help="GPUs in all.")
     parser.add_argument("--gpus_per_host", type=int, default=8, help="GPUs of one host.")
-    parser.add_argument("--hardware", default="h200", choices=[*topology.HARDWARE, "cpu"], help="What to plan for: h200, or cpu.")
+    parser.add_argument(
+        "--hardware",
+        default="h200",
+        choices=[*topology.HARDWARE, "cpu"],
+        help="What to plan for: h200, or cpu.",
+    )
     # What little is computed here, is on the CPU: a planner must not take the memory of a GPU that is at work.
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, argv)
     if own.devices is None:
-        raise UserError("--devices is missing. Say for how many GPUs to plan, for instance --devices=8.")
+        raise UserError(
+            "--devices is missing. Say for how many GPUs to plan, for instance --devices=8."
+        )
     topology.hosts_of(own.devices, own.gpus_per_host)
     hardware = CPU if own.hardware == "cpu" else topology.HARDWARE[own.hardware]
     on_gpus = own.hardware != "cpu" and topology.has_gpu_compiler()
-    devices = topology.gpu_devices(hardware, own.devices, own.gpus_per_host) if on_gpus else topology.cpu_devices(own.devices)
+    devices = (
+        topology.gpu_devices(hardware, own.devices, own.gpus_per_host)
+        if on_gpus
+        else topology.cpu_devices(own.devices)
+    )
     mesh, layout = topology.lay_out(config, devices)
     result = report.of_layout(config, mesh, layout, hardware, own.gpus_per_host)
     if own.hardware != "cpu" and not on_gpus:
-        result["missing"] = ("for temporaries and collectives, install JAX's GPU compiler: make plan CONFIG=... DEVICES=..., or "
-                             f"{topology.INSTALL}")
+        result["missing"] = (
+            "for temporaries and collectives, install JAX's GPU compiler: make plan CONFIG=... DEVICES=..., or "
+            f"{topology.INSTALL}"
+        )
     else:
-        with _waiting(f"compiling the train step for {own.devices} x {hardware.name}", quiet=own.json):
+        with _waiting(
+            f"compiling the train step for {own.devices} x {hardware.name}", quiet=own.json
+        ):
             step = topology.compile_step(config, mesh, layout)
         result["program"] = report.of_program(step, mesh, hardware)
     print(json.dumps(result, indent=2) if own.json else report.text(result))

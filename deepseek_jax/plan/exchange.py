@@ -4,8 +4,8 @@ import math
 from typing import NamedTuple
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.experts.rounds import slots_per_round
+from deepseek_jax.parallel.mesh import BATCH_AXES
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -27,13 +27,21 @@ def buffers(config: Config, mesh_shape: dict[str, int]) -> Buffers | None:
     if not m.has_experts:
         return None
     devices = mesh_shape["expert"]
-    tokens = config.micro_batch * config.train.sequence_length // math.prod(mesh_shape[a] for a in BATCH_AXES)
+    tokens = (
+        config.micro_batch
+        * config.train.sequence_length
+        // math.prod(mesh_shape[a] for a in BATCH_AXES)
+    )
     local = m.n_routed_experts // devices
     method = config.moe.dispatch if devices > 1 else "all_to_all"
     visiting = tokens * devices if method == "all_gather" else tokens
-    places = slots_per_round(visiting, m.num_experts_per_tok, m.n_routed_experts, config.moe.capacity_factor)
+    places = slots_per_round(
+        visiting, m.num_experts_per_tok, m.n_routed_experts, config.moe.capacity_factor
+    )
     expert_rows = local * places * (devices if method == "all_to_all" else 1)
     exchanged = 0 if devices == 1 else expert_rows if method == "all_to_all" else visiting
     ragged = devices * tokens * min(m.num_experts_per_tok, local)
     row = m.hidden_size * ITEM_BYTES[config.train.dtype]
-    return Buffers(places, exchanged, expert_rows, (exchanged + expert_rows) * row, ragged, ragged * row)
+    return Buffers(
+        places, exchanged, expert_rows, (exchanged + expert_rows) * row, ragged, ragged * row
+    )

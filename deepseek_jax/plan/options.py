@@ -15,20 +15,30 @@ class Parser(arguments.Parser):
       about: the module's docstring. json: has --json. further: help after the flags.
     """
 
-    def __init__(self, about: str | None = None, json: bool = True, further: Callable[[], str] | None = None) -> None:
+    def __init__(
+        self, about: str | None = None, json: bool = True, further: Callable[[], str] | None = None
+    ) -> None:
         super().__init__(description=about)
         self._further = further
         if json:
-            self.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
+            self.add_argument(
+                "--json", action="store_true", help="Print one JSON object instead of text."
+            )
 
     def format_help(self) -> str:
         default = lambda a: "" if a.default in (None, False, argparse.SUPPRESS) else f"={a.default}"
-        flags = [f"  {a.option_strings[0]}{default(a)}\n        {a.help}\n" for a in self._actions if a.help != argparse.SUPPRESS]
+        flags = [
+            f"  {a.option_strings[0]}{default(a)}\n        {a.help}\n"
+            for a in self._actions
+            if a.help != argparse.SUPPRESS
+        ]
         further = f"{self._further()}\n" if self._further else ""
         return f"{self.description or ''}\nFlags:\n{''.join(flags)}{further}"
 
 
-def read(parser: Parser, argv: list[str], default_config: str | None = None) -> tuple[argparse.Namespace, Config]:
+def read(
+    parser: Parser, argv: list[str], default_config: str | None = None
+) -> tuple[argparse.Namespace, Config]:
     """The command's own flags, and the options of the config that the rest names.
 
     Args:
@@ -41,7 +51,9 @@ def read(parser: Parser, argv: list[str], default_config: str | None = None) -> 
     from deepseek_jax.run import commandline
 
     own, rest = parser.parse_known_args(argv)
-    if default_config and not any(a.startswith(("--config=", "-config=")) or a in ("--config", "-config") for a in rest):
+    if default_config and not any(
+        a.startswith(("--config=", "-config=")) or a in ("--config", "-config") for a in rest
+    ):
         rest = [f"--config={default_config}", *rest]
     # ml_collections looks for overrides of a config in sys.argv, and so these must be all that is there.
     before, sys.argv = sys.argv, [sys.argv[0], *rest]

@@ -7,21 +7,26 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.cli.texts import gb, plural, table
+from deepseek_jax.cluster.gpus import FRACTION, memory_fraction
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.count import count
-from deepseek_jax.cluster.gpus import FRACTION, memory_fraction
 from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.plan import exchange, topology
-from deepseek_jax.xla import program
-from deepseek_jax.cli.texts import gb, plural, table
-from deepseek_jax.train.state import Layout
 from deepseek_jax.run.summary import human
+from deepseek_jax.train.state import Layout
+from deepseek_jax.xla import program
 
 PHASES = ("forward", "recompute", "backward", "optimizer", "other")
 
 
-def of_layout(config: Config, mesh: jax.sharding.Mesh, layout: Layout, hardware: topology.Hardware,
-              gpus_per_host: int) -> dict[str, Any]:
+def of_layout(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    layout: Layout,
+    hardware: topology.Hardware,
+    gpus_per_host: int,
+) -> dict[str, Any]:
     """All that needs no compiler."""
     m, t = config.model, config.train
     sizes = count(m, layout.abstract.params, t.sequence_length)
@@ -29,38 +34,73 @@ def of_layout(config: Config, mesh: jax.sharding.Mesh, layout: Layout, hardware:
     schedule = make_schedule(config, stages) if stages > 1 else None
     buffers = exchange.buffers(config, mesh.shape)
     return {
-        "model": sizes._asdict() | {
-            "layers": m.num_hidden_layers, "dense_layers": m.first_k_dense_replace, "mtp_layers": m.num_nextn_predict_layers,
-            "hidden_size": m.hidden_size, "experts": m.n_routed_experts, "experts_a_token": m.num_experts_per_tok,
-            "shared_experts": m.n_shared_experts},
-        "devices": {"count": mesh.size, "kind": hardware.name, "memory": hardware.memory,
-                    "hosts": topology.hosts_of(mesh.size, gpus_per_host), "a_host": min(mesh.size, gpus_per_host)},
+        "model": sizes._asdict()
+        | {
+            "layers": m.num_hidden_layers,
+            "dense_layers": m.first_k_dense_replace,
+            "mtp_layers": m.num_nextn_predict_layers,
+            "hidden_size": m.hidden_size,
+            "experts": m.n_routed_experts,
+            "experts_a_token": m.num_experts_per_tok,
+            "shared_experts": m.n_shared_experts,
+        },
+        "devices": {
+            "count": mesh.size,
+            "kind": hardware.name,
+            "memory": hardware.memory,
+            "hosts": topology.hosts_of(mesh.size, gpus_per_host),
+            "a_host": min(mesh.size, gpus_per_host),
+        },
         "mesh": dict(mesh.shape),
         "share_a_host": topology.devices_a_host(mesh, gpus_per_host),
-        "strategy": config.sharding.canonical, "dispatch": config.moe.dispatch, "dtype": t.dtype, "remat": t.remat,
-        "batch": {"sequences": t.batch_size, "sequence_length": t.sequence_length, "accumulation": t.accumulation},
+        "strategy": config.sharding.canonical,
+        "dispatch": config.moe.dispatch,
+        "dtype": t.dtype,
+        "remat": t.remat,
+        "batch": {
+            "sequences": t.batch_size,
+            "sequence_length": t.sequence_length,
+            "accumulation": t.accumulation,
+        },
         "layout_bytes": layout.bytes_per_device(mesh),
         "exchange": buffers._asdict() if buffers else None,
-        "pipeline": {"stages": stages, "pieces_a_stage": schedule.repeats,
-                     "bubble_share": schedule.bubble_share} if schedule else None,
+        "pipeline": {
+            "stages": stages,
+            "pieces_a_stage": schedule.repeats,
+            "bubble_share": schedule.bubble_share,
+        }
+        if schedule
+        else None,
     }
 
 
-def of_program(step: topology.Step, mesh: jax.sharding.Mesh, hardware: topology.Hardware) -> dict[str, Any]:
+def of_program(
+    step: topology.Step, mesh: jax.sharding.Mesh, hardware: topology.Hardware
+) -> dict[str, Any]:
     """What the compiled program says."""
     memory = program.memory(step.compiled)
     found = program.collectives(step.compiled.as_text(), mesh.shape)
     once, further = [c for c in found if not c.further], [c for c in found if c.further]
     total = sum(c.bytes_a_step for c in once)
     return {
-        "memory": memory._asdict() | {"total": memory.total, "available": hardware.memory,
-                                      "fits": hardware.memory is None or memory.total <= hardware.memory},
+        "memory": memory._asdict()
+        | {
+            "total": memory.total,
+            "available": hardware.memory,
+            "fits": hardware.memory is None or memory.total <= hardware.memory,
+        },
         "collectives": by_kind(once),
         "further_round": by_kind(further),
-        "by_origin": [{"phase": p, "part": q, "bytes": n} for (p, q), n in program.by_origin(once).items()],
+        "by_origin": [
+            {"phase": p, "part": q, "bytes": n} for (p, q), n in program.by_origin(once).items()
+        ],
         "bytes": total,
         "overlapped_bytes": sum(c.bytes_a_step for c in once if c.overlapped),
-        "compile": {"lower_seconds": step.lower_seconds, "compile_seconds": step.compile_seconds, "peak_bytes": step.peak_bytes},
+        "compile": {
+            "lower_seconds": step.lower_seconds,
+            "compile_seconds": step.compile_seconds,
+            "peak_bytes": step.peak_bytes,
+        },
     }
 
 
@@ -70,7 +110,10 @@ def by_kind(found: Iterable[program.Collective]) -> list[dict[str, Any]]:
     for c in found:
         rows[c.kind, c.axes][0] += c.times
         rows[c.kind, c.axes][1] += c.bytes_a_step
-    out = [{"kind": kind, "axes": list(axes), "times": n, "bytes": b} for (kind, axes), (n, b) in rows.items()]
+    out = [
+        {"kind": kind, "axes": list(axes), "times": n, "bytes": b}
+        for (kind, axes), (n, b) in rows.items()
+    ]
     return sorted(out, key=lambda row: -row["bytes"])
 
 
@@ -84,11 +127,21 @@ def text(r: dict[str, Any]) -> str:
     lines = [*_model(r), *_mesh(r), *_memory_of_layout(r)]
     if e := r["exchange"]:
         rows = f"{e['exchanged_rows']} exchanged and {e['expert_rows']} computed rows"
-        lines += [("dispatch", f"{gb(e['bytes'])} a layer for {rows} a round, whatever the routing;"),
-                  ("", f"a ragged exchange must be ready for {e['ragged_rows']} rows = {gb(e['ragged_bytes'])}")]
+        lines += [
+            ("dispatch", f"{gb(e['bytes'])} a layer for {rows} a round, whatever the routing;"),
+            (
+                "",
+                f"a ragged exchange must be ready for {e['ragged_rows']} rows = {gb(e['ragged_bytes'])}",
+            ),
+        ]
     if p := r["pipeline"]:
         pieces = plural(p["pieces_a_stage"], "piece")
-        lines.append(("pipeline", f"{p['stages']} stages of {pieces}, idle {p['bubble_share']:.1%} of the time"))
+        lines.append(
+            (
+                "pipeline",
+                f"{p['stages']} stages of {pieces}, idle {p['bubble_share']:.1%} of the time",
+            )
+        )
     if "missing" in r:
         lines.append(("program", r["missing"]))
     if "program" not in r:
@@ -96,7 +149,10 @@ def text(r: dict[str, Any]) -> str:
     q = r["program"]
     c = q["compile"]
     compiled = f"traced in {c['lower_seconds']:.0f} s, compiled in {c['compile_seconds']:.0f} s, {gb(c['peak_bytes'])} of memory"
-    lines += [*_memory_of_program(q["memory"], math.prod(r["mesh"].values()) > 1), *_communication(q)]
+    lines += [
+        *_memory_of_program(q["memory"], math.prod(r["mesh"].values()) > 1),
+        *_communication(q),
+    ]
     return "\n".join([_lines(lines), _kinds(q), "", _parts(q), _lines([("compiled", compiled)])])
 
 
@@ -109,10 +165,16 @@ def _model(r: dict[str, Any]) -> list[tuple[str, str]]:
     mtp = f", and {human(m['mtp'])} in {plural(m['mtp_layers'], 'MTP layer')}" if m["mtp"] else ""
     return [
         ("model", f"{human(m['total'])} parameters, {human(m['active'])} active a token{mtp}"),
-        ("", f"{m['layers']} layers ({m['dense_layers']} dense), hidden {m['hidden_size']}, {m['experts']} experts, "
-             f"{m['experts_a_token']} a token, {m['shared_experts']} shared"),
-        ("step", f"{b['sequences']} x {b['sequence_length']} tokens in {plural(b['accumulation'], 'micro-batch')}, "
-                 f"{r['strategy']}, dispatch {r['dispatch']}, {r['dtype']}, remat {r['remat']}"),
+        (
+            "",
+            f"{m['layers']} layers ({m['dense_layers']} dense), hidden {m['hidden_size']}, {m['experts']} experts, "
+            f"{m['experts_a_token']} a token, {m['shared_experts']} shared",
+        ),
+        (
+            "step",
+            f"{b['sequences']} x {b['sequence_length']} tokens in {plural(b['accumulation'], 'micro-batch')}, "
+            f"{r['strategy']}, dispatch {r['dispatch']}, {r['dtype']}, remat {r['remat']}",
+        ),
     ]
 
 
@@ -135,30 +197,58 @@ def _memory_of_layout(r: dict[str, Any]) -> list[tuple[str, str]]:
     stored, available = r["layout_bytes"], r["devices"]["memory"]
     state = sum(stored.values()) - stored["gradients"]
     residual = f" + {gb(stored['residual'])} of residuals" if "residual" in stored else ""
-    out = [("layout", f"a device stores {gb(stored['parameters'])} of parameters + {gb(stored['optimizer'])} of optimizer state{residual}"),
-           ("", f"and sums {gb(stored['gradients'])} of gradients: {gb(state + stored['gradients'])}{of_memory(available)}")]
+    out = [
+        (
+            "layout",
+            f"a device stores {gb(stored['parameters'])} of parameters + {gb(stored['optimizer'])} of optimizer state{residual}",
+        ),
+        (
+            "",
+            f"and sums {gb(stored['gradients'])} of gradients: {gb(state + stored['gradients'])}{of_memory(available)}",
+        ),
+    ]
     if host := stored.get("host"):
         out.append(("", f"its host holds {gb(host)} of them for it"))
     if available and state > available:
-        out.append(("", f"does not fit: the state alone needs {gb(state)}. Divide it over more devices."))
+        out.append(
+            ("", f"does not fit: the state alone needs {gb(state)}. Divide it over more devices.")
+        )
     return out
 
 
 def _memory_of_program(m: dict[str, Any], several: bool) -> list[tuple[str, str]]:
     available = m["available"]
     too_much = m["total"] - available if available else 0
-    verdict = f": does not fit, {gb(too_much)} too much" if too_much > 0 else ": fits" if available else ""
-    out = [("memory", f"{gb(m['arguments'])} of arguments + {gb(m['temporaries'])} of temporaries + "
-                      f"{gb(m['results'] + m['code'])} other = {gb(m['total'])}{of_memory(available)}{verdict}")]
+    verdict = (
+        f": does not fit, {gb(too_much)} too much"
+        if too_much > 0
+        else ": fits"
+        if available
+        else ""
+    )
+    out = [
+        (
+            "memory",
+            f"{gb(m['arguments'])} of arguments + {gb(m['temporaries'])} of temporaries + "
+            f"{gb(m['results'] + m['code'])} other = {gb(m['total'])}{of_memory(available)}{verdict}",
+        )
+    ]
     share = memory_fraction(several)
     if available and m["fits"] and m["total"] > share * available:
-        out.append(("", f"more than the {share:.0%} that train.py lets JAX take: export {FRACTION}=0.98"))
+        out.append(
+            ("", f"more than the {share:.0%} that train.py lets JAX take: export {FRACTION}=0.98")
+        )
     return out
 
 
 def _communication(q: dict[str, Any]) -> list[tuple[str, str]]:
     beside = q["overlapped_bytes"] / (q["bytes"] or 1)
-    return [("communication", f"a device receives {gb(q['bytes'])} a step; {beside:.0%} of it is scheduled beside computation")]
+    return [
+        (
+            "communication",
+            f"a device receives {gb(q['bytes'])} a step; {beside:.0%} of it is scheduled beside computation",
+        )
+    ]
 
 
 def _kinds(q: dict[str, Any]) -> str:
@@ -167,7 +257,9 @@ def _kinds(q: dict[str, Any]) -> str:
     rows = [["kind", "axes", "times", "bytes", "a further round"]]
     for row in q["collectives"]:
         again = further.pop((row["kind"], *row["axes"]), "")
-        rows.append([row["kind"], " x ".join(row["axes"]), str(row["times"]), gb(row["bytes"]), again])
+        rows.append(
+            [row["kind"], " x ".join(row["axes"]), str(row["times"]), gb(row["bytes"]), again]
+        )
     rows += [[kind, " x ".join(axes), "0", "", again] for (kind, *axes), again in further.items()]
     return table(rows, "  ")
 
@@ -178,5 +270,7 @@ def _parts(q: dict[str, Any]) -> str:
     for row in q["by_origin"]:
         parts[row["part"]][row["phase"]] += row["bytes"]
     order = sorted(parts, key=lambda part: -sum(parts[part].values()))
-    cells = [[part, *(gb(n) if (n := parts[part][phase]) else "" for phase in PHASES)] for part in order]
+    cells = [
+        [part, *(gb(n) if (n := parts[part][phase]) else "" for phase in PHASES)] for part in order
+    ]
     return table([["part", *PHASES], *cells], "  ")

@@ -20,11 +20,11 @@ from jax._src.interpreters import pxla
 from jax.experimental import topologies
 
 from deepseek_jax import enough_threads
-from deepseek_jax.parallel.xla_options import with_known_options
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.xla_options import with_known_options
 from deepseek_jax.train.state import Layout, make_layout
 from deepseek_jax.train.step import abstract_batch, make_train_step
 
@@ -68,8 +68,10 @@ def hosts_of(devices: int, gpus_per_host: int) -> int:
             raise UserError(f"{name}={value} is not a number of devices. Set it to 1 or more.")
     if devices > gpus_per_host and devices % gpus_per_host:
         below = devices // gpus_per_host * gpus_per_host
-        raise UserError(f"--devices={devices} is not a multiple of --gpus_per_host={gpus_per_host}. "
-                        f"Set --devices to {below} or {below + gpus_per_host}.")
+        raise UserError(
+            f"--devices={devices} is not a multiple of --gpus_per_host={gpus_per_host}. "
+            f"Set --devices to {below} or {below + gpus_per_host}."
+        )
     return max(1, devices // gpus_per_host)
 
 
@@ -84,7 +86,9 @@ def gpu_devices(hardware: Hardware, devices: int, gpus_per_host: int) -> list[An
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     text = pathlib.Path(__file__).with_name(hardware.description).read_text()
     shape = f"1x{hosts}x{devices // hosts}"  # slices, hosts of one, GPUs of one
-    return list(topologies.get_topology_desc(platform="cuda", target_config=text, topology=shape).devices)
+    return list(
+        topologies.get_topology_desc(platform="cuda", target_config=text, topology=shape).devices
+    )
 
 
 def cpu_devices(devices: int) -> list[jax.Device]:
@@ -98,8 +102,10 @@ def cpu_devices(devices: int) -> list[jax.Device]:
         jax.config.update("jax_num_cpu_devices", devices)
     found = jax.devices("cpu")
     if len(found) < devices:
-        raise UserError(f"--devices={devices} is more than the {len(found)} CPU devices of this process. "
-                        f"Set JAX_NUM_CPU_DEVICES={devices}.")
+        raise UserError(
+            f"--devices={devices} is more than the {len(found)} CPU devices of this process. "
+            f"Set JAX_NUM_CPU_DEVICES={devices}."
+        )
     return found[:devices]
 
 
@@ -112,21 +118,31 @@ def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layo
     try:
         mesh = make_mesh(config, devices)
     except UserError as e:
-        raise UserError(re.sub(r"run with JAX_NUM_CPU_DEVICES=(\d+)", r"set --devices=\1", str(e))) from e
+        raise UserError(
+            re.sub(r"run with JAX_NUM_CPU_DEVICES=(\d+)", r"set --devices=\1", str(e))
+        ) from e
     # A sharding over devices that are not here forgets its memory kind; over the same mesh without devices it
     # does not.
-    return mesh, make_layout(config, mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh)
+    return mesh, make_layout(
+        config, mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh
+    )
 
 
 def _offloads(config: Config) -> bool:
-    return config.offload.optimizer_state or config.offload.parameters or bool(config.offload.activations)
+    return (
+        config.offload.optimizer_state
+        or config.offload.parameters
+        or bool(config.offload.activations)
+    )
 
 
 def _is_elsewhere(mesh: jax.sharding.Mesh) -> bool:
     return mesh.devices.flat[0].platform != jax.default_backend()
 
 
-def compile_step(config: Config, mesh: jax.sharding.Mesh, layout: Layout, options: dict[str, Any] | None = None) -> Step:
+def compile_step(
+    config: Config, mesh: jax.sharding.Mesh, layout: Layout, options: dict[str, Any] | None = None
+) -> Step:
     """Compiles the train step for the devices of a mesh.
 
     Args:
@@ -143,20 +159,32 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh, layout: Layout, option
         train_step = jax.jit(make_train_step(config, layout), donate_argnums=0)
         if _offloads(config) and _is_elsewhere(mesh):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                traced = train_step.trace(layout.abstract_sharded(), abstract_batch(config, mesh.abstract_mesh, config.train.batch_ramp_steps))
+                traced = train_step.trace(
+                    layout.abstract_sharded(),
+                    abstract_batch(config, mesh.abstract_mesh, config.train.batch_ramp_steps),
+                )
                 lowered = traced.lower(lowering_platforms=("cuda",))
             lowered_at = time.perf_counter()
-            compiled = with_known_options(lambda known: CompiledElsewhere(lowered, mesh, known or {}),
-                                          options, _say)
+            compiled = with_known_options(
+                lambda known: CompiledElsewhere(lowered, mesh, known or {}), options, _say
+            )
         else:
             with jax.set_mesh(mesh):
-                lowered = train_step.lower(layout.abstract_sharded(), abstract_batch(config, mesh, config.train.batch_ramp_steps))
+                lowered = train_step.lower(
+                    layout.abstract_sharded(),
+                    abstract_batch(config, mesh, config.train.batch_ramp_steps),
+                )
                 lowered_at = time.perf_counter()
-                compiled = with_known_options(lambda known: lowered.compile(compiler_options=known), options,
-                                              _say)
+                compiled = with_known_options(
+                    lambda known: lowered.compile(compiler_options=known), options, _say
+                )
     except jax.errors.JaxRuntimeError as e:
-        raise UserError(f"XLA cannot compile this config for {mesh.size} devices: {str(e).splitlines()[0]}") from e
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        raise UserError(
+            f"XLA cannot compile this config for {mesh.size} devices: {str(e).splitlines()[0]}"
+        ) from e
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     return Step(compiled, lowered_at - started, time.perf_counter() - lowered_at, peak)
 
 
@@ -173,8 +201,12 @@ class CompiledElsewhere:
     def __init__(self, lowered: Any, mesh: jax.sharding.Mesh, options: dict[str, Any]):
         module, devices = lowered.compiler_ir(), mesh.devices.reshape(-1)
         client = devices[0].client
-        made = pxla.create_compile_options(module, False, [False], [False], client, devices, dict(options))
-        self._executable = compiler.backend_compile_and_load(client, module, pxla._create_device_list(tuple(devices)), made, [])
+        made = pxla.create_compile_options(
+            module, False, [False], [False], client, devices, dict(options)
+        )
+        self._executable = compiler.backend_compile_and_load(
+            client, module, pxla._create_device_list(tuple(devices)), made, []
+        )
 
     def memory_analysis(self) -> Any:
         return self._executable.get_compiled_memory_stats()

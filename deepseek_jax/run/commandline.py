@@ -8,22 +8,32 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from deepseek_jax.config import paths
-from deepseek_jax.cluster.processes import Cluster
-from deepseek_jax.config.options import Config, PATH_OPTIONS, replaced, value_of
-from deepseek_jax.errors import UserError
-from deepseek_jax.config.configdict import describe, from_config_dict, OPTIONAL
-from deepseek_jax.run import init_from
 from deepseek_jax.cluster.discovery import find
+from deepseek_jax.cluster.processes import Cluster
+from deepseek_jax.config import paths
+from deepseek_jax.config.configdict import OPTIONAL, describe, from_config_dict
+from deepseek_jax.config.options import PATH_OPTIONS, Config, replaced, value_of
 from deepseek_jax.config.validation import validate
+from deepseek_jax.errors import UserError
+from deepseek_jax.run import init_from
 
 
 def define_flags() -> flags.FlagValues:
     """Flags of their own, not the process's, so that several command lines can be read in one process."""
     f = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:ARG; --config.KEY=VALUE overrides a key.",
-                                    flag_values=f, lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints/, metrics.jsonl, tensorboard/, config.json.", f)
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "configs/NAME.py or configs/NAME.py:ARG; --config.KEY=VALUE overrides a key.",
+        flag_values=f,
+        lock_config=True,
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder of this run: checkpoints/, metrics.jsonl, tensorboard/, config.json.",
+        f,
+    )
     flags.DEFINE_bool("print_config", False, "Print the resolved options as JSON and exit.", f)
     flags.DEFINE_bool("help", False, "Show this help and exit.", f, short_name="h")
     _define_cluster_flags(f)
@@ -31,11 +41,29 @@ def define_flags() -> flags.FlagValues:
 
 
 def _define_cluster_flags(f: flags.FlagValues) -> None:
-    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where no scheduler or launcher names it.", f)
-    flags.DEFINE_integer("num_processes", None, "How many processes train together; 1 means this one only.", lower_bound=1,
-                         flag_values=f)
-    flags.DEFINE_integer("process_id", None, "This process's number, from 0.", lower_bound=0, flag_values=f)
-    flags.DEFINE_integer("cluster_timeout", 300, "Seconds until all processes must have come.", lower_bound=1, flag_values=f)
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0, where no scheduler or launcher names it.",
+        f,
+    )
+    flags.DEFINE_integer(
+        "num_processes",
+        None,
+        "How many processes train together; 1 means this one only.",
+        lower_bound=1,
+        flag_values=f,
+    )
+    flags.DEFINE_integer(
+        "process_id", None, "This process's number, from 0.", lower_bound=0, flag_values=f
+    )
+    flags.DEFINE_integer(
+        "cluster_timeout",
+        300,
+        "Seconds until all processes must have come.",
+        lower_bound=1,
+        flag_values=f,
+    )
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -48,9 +76,14 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if {"--help", "-help", "-h"} & set(argv[1:]):
         argv = [argv[0], "--help"]
     # absl reads an int flag with int(); for the optional options 0 means None.
-    argv = [re.sub(r"=None$", "=0", a) if re.match(rf"--?config\.({'|'.join(OPTIONAL)})=", a) else a for a in argv]
-    argv = [re.sub(r"^(--?config=)(~.*)$", lambda m: m[1] + paths.expanded(m[2], "--config"), a)
-            for a in argv]
+    argv = [
+        re.sub(r"=None$", "=0", a) if re.match(rf"--?config\.({'|'.join(OPTIONAL)})=", a) else a
+        for a in argv
+    ]
+    argv = [
+        re.sub(r"^(--?config=)(~.*)$", lambda m: m[1] + paths.expanded(m[2], "--config"), a)
+        for a in argv
+    ]
     try:
         rest = given(argv)[1:]
         if given.config is not None:
@@ -59,10 +92,14 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UserError(f"{str(e).splitlines()[0].rstrip('.')}. See --help.") from e
     except UserError:
         raise
-    except Exception as e:  # a config file is a program: whatever it raises is the user's to see, in one line
+    except (
+        Exception
+    ) as e:  # a config file is a program: whatever it raises is the user's to see, in one line
         raise UserError(_explain(e, argv)) from e
     if rest:
-        raise UserError(f"{rest[0]!r} is not an option. Options look like --config.train.steps=100. See --help.")
+        raise UserError(
+            f"{rest[0]!r} is not an option. Options look like --config.train.steps=100. See --help."
+        )
     if given.workdir:
         given.workdir = paths.expanded(given.workdir, "--workdir")
     return given
@@ -79,8 +116,12 @@ def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
       UserError: the first wrong one.
     """
     if given.config is None:
-        raise UserError("--config is missing. Name a config file, for instance --config=configs/tiny.py.")
-    config = init_from.with_what_is_known(paths.absolute_config(from_config_dict(given.config)), given.workdir, argv)
+        raise UserError(
+            "--config is missing. Name a config file, for instance --config=configs/tiny.py."
+        )
+    config = init_from.with_what_is_known(
+        paths.absolute_config(from_config_dict(given.config)), given.workdir, argv
+    )
     validate(config)
     return config
 
@@ -100,7 +141,9 @@ def find_cluster(argv: list[str]) -> Cluster:
         f(argv, known_only=True)
     except flags.Error as e:
         raise UserError(f"{str(e).splitlines()[0].rstrip('.')}. See --help.") from e
-    place = find(f.coordinator_address, f.num_processes, f.process_id, f.cluster_timeout, os.environ)
+    place = find(
+        f.coordinator_address, f.num_processes, f.process_id, f.cluster_timeout, os.environ
+    )
     return Cluster(place, f.cluster_timeout, program)
 
 
@@ -144,7 +187,9 @@ def _explain(error: Exception, argv: list[str]) -> str:
     if isinstance(error, OSError):
         return f"--config={path} cannot be read. Name a config file, for instance --config=configs/tiny.py."
     if "attribute 'get_config'" in text or "attribute 'seed'" in text:
-        return (f"--config={path} has no get_config() that returns a ConfigDict. "
-                f"Start from deepseek_jax.config.configdict.base_config(), as configs/tiny.py does.")
+        return (
+            f"--config={path} has no get_config() that returns a ConfigDict. "
+            f"Start from deepseek_jax.config.configdict.base_config(), as configs/tiny.py does."
+        )
     last = [line for line in text.splitlines() if line.strip()] or [""]
     return f"--config={path} cannot be used: {type(error).__name__}: {last[-1].strip()}. Repair that file."

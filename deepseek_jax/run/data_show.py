@@ -6,14 +6,14 @@ import os
 import re
 import sys
 
-from deepseek_jax.errors import UserError
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.data import contents
+from deepseek_jax.data.contents import check_tokenizer
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.sources import split_paths
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.data.windows import Window, Windows
-from deepseek_jax.data.contents import check_tokenizer
+from deepseek_jax.errors import UserError
 from deepseek_jax.train.history import History
 from deepseek_jax.train.workdir import read_config, read_history
 
@@ -45,16 +45,23 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
     history, written = read_history(workdir)
     if step is not None:
         if not 1 <= step <= config.train.steps:
-            raise UserError(f"--step={step} is not a step of this run. Give one from 1 to {config.train.steps}.")
+            raise UserError(
+                f"--step={step} is not a step of this run. Give one from 1 to {config.train.steps}."
+            )
         ranges = rows_of(workdir, history, step)
     else:
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", rows)
         if not found or int(found[2] or found[1]) < int(found[1]):
-            raise UserError(f"--rows={rows} is not FIRST-LAST. Give two row numbers, for instance --rows=800-807.")
+            raise UserError(
+                f"--rows={rows} is not FIRST-LAST. Give two row numbers, for instance --rows=800-807."
+            )
         ranges = [(int(found[1]), int(found[2] or found[1]) + 1)]
     if not written:
-        print("data: this run is of an earlier version, which did not write down with which options its steps "
-              "read the data. Taken are those of config.json for all of them.", file=sys.stderr)
+        print(
+            "data: this run is of an earlier version, which did not write down with which options its steps "
+            "read the data. Taken are those of config.json for all of them.",
+            file=sys.stderr,
+        )
     _, stretch = history.order(config.train.steps if step is None else step - 1)
     then = stretch.options
     config = dataclasses.replace(config, seed=then.seed, data=then.data, train=then.train)
@@ -63,12 +70,21 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
     loader = Loader(config, tokenizer, progress=True)
     for line in loader.notes:
         print(line, file=sys.stderr)
-    if what := contents.difference(stretch.contents, loader.contents,
-                                   split_paths(config.data.path, "config.data.path")):
-        raise UserError(f"{what}, that the run read: what it was trained on is no longer there. Put it back "
-                        "to have it shown.")
+    if what := contents.difference(
+        stretch.contents, loader.contents, split_paths(config.data.path, "config.data.path")
+    ):
+        raise UserError(
+            f"{what}, that the run read: what it was trained on is no longer there. Put it back "
+            "to have it shown."
+        )
     for first, last in ranges:
         for index in range(first, last):
             for span in loader.origin(index):
-                text = span.text if not characters or len(span.text) <= characters else span.text[:characters] + " ..."
-                print(f"row {index}: {span.source}, document {span.document}, {span.tokens} tokens from {span.first_token}\n{text}\n")
+                text = (
+                    span.text
+                    if not characters or len(span.text) <= characters
+                    else span.text[:characters] + " ..."
+                )
+                print(
+                    f"row {index}: {span.source}, document {span.document}, {span.tokens} tokens from {span.first_token}\n{text}\n"
+                )

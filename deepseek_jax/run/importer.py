@@ -9,15 +9,14 @@ import shutil
 
 import numpy as np
 
-from deepseek_jax.hf import provenance
 from deepseek_jax.config import paths
-from deepseek_jax.tensorfile.arrays import Shape
 from deepseek_jax.config.options import Config, DataConfig, ModelConfig, TrainConfig
-from deepseek_jax.errors import UserError
 from deepseek_jax.data import tokenizer_folder
-from deepseek_jax.hf import exporter, names, reader, writer
+from deepseek_jax.errors import UserError
+from deepseek_jax.hf import exporter, names, provenance, reader, writer
+from deepseek_jax.hf.tensors import FP8, Source, dump
 from deepseek_jax.inference.loaded import config_for
-from deepseek_jax.hf.tensors import dump, FP8, Source
+from deepseek_jax.tensorfile.arrays import Shape
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import abstract_model
 
@@ -47,14 +46,20 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
         os.makedirs(temporary)
         provenance.write_notes(source, model, family, temporary)
         _write_config(source, model, temporary)
-        writer.copy_tensors(source, exporter.lay_out(temporary, wanted, exporter.FILE_BYTES, writer=True), temporary)
+        writer.copy_tensors(
+            source, exporter.lay_out(temporary, wanted, exporter.FILE_BYTES, writer=True), temporary
+        )
         os.rename(temporary, folder)
         tokenizer = tokenizer_folder.find(os.path.abspath(folder))
-        train = TrainConfig(sequence_length=min(TrainConfig().sequence_length, model.max_position_embeddings))
+        train = TrainConfig(
+            sequence_length=min(TrainConfig().sequence_length, model.max_position_embeddings)
+        )
         data = DataConfig(tokenizer=tokenizer) if tokenizer else DataConfig()
         workdirs.write_config(workdir, Config(model=model, train=train, data=data))
     except OSError as e:
-        raise UserError(f"{workdir} cannot be written ({e.strerror or e}). Name a folder that you may write to, with room for the model.") from e
+        raise UserError(
+            f"{workdir} cannot be written ({e.strerror or e}). Name a folder that you may write to, with room for the model."
+        ) from e
     finally:
         source.close()
         shutil.rmtree(temporary, ignore_errors=True)
@@ -73,8 +78,14 @@ def tensors_of(source: Source, model: ModelConfig, family: str) -> dict[str, Sha
     _, params, bias = abstract_model(run)
     leaves = [*names.leaves(params, family, model), *names.leaves(bias, family, model)]
     reader.check(source, model, family, leaves)
-    held = {name: shape for leaf in leaves for name, shape in names.tensors(leaf, source.tensors).items()}
-    of = lambda name: np.dtype("bfloat16") if source.stored_dtype(name) == FP8 else source.stored_dtype(name)
+    held = {
+        name: shape
+        for leaf in leaves
+        for name, shape in names.tensors(leaf, source.tensors).items()
+    }
+    of = lambda name: (
+        np.dtype("bfloat16") if source.stored_dtype(name) == FP8 else source.stored_dtype(name)
+    )
     return {name: Shape(held[name], of(name)) for name in sorted(held, key=exporter.order)}
 
 

@@ -13,16 +13,15 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.hf.provenance import FOLDER, has_weights, read_notes, write_notes
 from deepseek_jax.config import paths
 from deepseek_jax.config.options import Config, RopeScaling
+from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.errors import UserError
-from deepseek_jax.data import tokenizer_folder
-from deepseek_jax.data import hub_cache
 from deepseek_jax.hf import names, reader
+from deepseek_jax.hf.provenance import FOLDER, has_weights, read_notes, write_notes
 from deepseek_jax.hf.reader import Source
-from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
 from deepseek_jax.train import workdir as workdirs
+from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
 from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
 
 OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")  # which this version does not train with
@@ -36,14 +35,21 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
       UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no tokenizer.json.
     """
     before = workdirs.options(workdir) if workdir else {}
-    if workdir and not config.init_from and not has_weights(workdir) and read_notes(workdir) is not None:
+    if (
+        workdir
+        and not config.init_from
+        and not has_weights(workdir)
+        and read_notes(workdir) is not None
+    ):
         # The run began with a checkpoint. Without this a start before the first checkpoint of its own would
         # draw random weights.
         config = dataclasses.replace(config, init_from=str(before.get("init_from") or ""))
     config = with_model_of_source(config, workdir, argv)
     if config.data.tokenizer == "auto":
         tokenizer = _known_tokenizer(config, workdir, before)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, tokenizer=tokenizer)
+        )
     return paths.absolute_config(config)  # runs of earlier versions kept paths as they were given
 
 
@@ -61,9 +67,13 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
     for folder in filter(None, (source, ours)):
         if path := tokenizer_folder.find(folder):
             return path
-        if others := [name for name in OTHER_TOKENIZERS if os.path.exists(os.path.join(folder, name))]:
-            raise UserError(f"config.data.tokenizer is not set, and {folder} has {others[0]} but no "
-                            f"{tokenizer_folder.JSON}. Set it to a {tokenizer_folder.JSON} of that model.")
+        if others := [
+            name for name in OTHER_TOKENIZERS if os.path.exists(os.path.join(folder, name))
+        ]:
+            raise UserError(
+                f"config.data.tokenizer is not set, and {folder} has {others[0]} but no "
+                f"{tokenizer_folder.JSON}. Set it to a {tokenizer_folder.JSON} of that model."
+            )
     return "bytes" if of_run == "auto" else of_run
 
 
@@ -80,7 +90,10 @@ def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str
         config = dataclasses.replace(config, init_from=os.path.join(workdir, FOLDER))
     notes = read_notes(workdir) if workdir else None
     if config.init_from and (notes is None or os.path.isdir(os.path.expanduser(config.init_from))):
-        where, model = f"config.init_from={config.init_from}", reader.open_source(config.init_from)[1]
+        where, model = (
+            f"config.init_from={config.init_from}",
+            reader.open_source(config.init_from)[1],
+        )
     elif notes is not None:
         where, model = f"{workdir}/{FOLDER}", notes.model
     else:
@@ -90,7 +103,9 @@ def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str
         first, _, second = option.partition(".")
         ours, theirs = getattr(config.model, first), getattr(model, first)
         if first not in FREE_MODEL_OPTIONS and ours != theirs:
-            raise UserError(f"config.model.{option}={ours} differs from {theirs} of {where}. Leave it out: that checkpoint sets config.model.")
+            raise UserError(
+                f"config.model.{option}={ours} differs from {theirs} of {where}. Leave it out: that checkpoint sets config.model."
+            )
         if isinstance(theirs, RopeScaling):
             ours = dataclasses.replace(theirs, **{second: getattr(ours, second)})
         model = dataclasses.replace(model, **{first: ours})
@@ -106,25 +121,36 @@ def open_for_training(config: Config, workdir: str) -> Source | None:
     """
     folder = os.path.join(workdir, FOLDER)
     if os.path.lexists(folder) and not has_weights(workdir) and read_notes(workdir) is None:
-        raise UserError(f"--workdir={workdir} holds a folder {FOLDER} that is not of a run of train.py. Name "
-                        f"another --workdir, or move it away.")
+        raise UserError(
+            f"--workdir={workdir} holds a folder {FOLDER} that is not of a run of train.py. Name "
+            f"another --workdir, or move it away."
+        )
     if not os.path.isdir(os.path.expanduser(config.init_from)) and read_notes(workdir) is not None:
         return None
     source, _, family = reader.open_source(config.init_from)
     _, params, bias = abstract_model(config)
-    reader.check(source, config.model, family, [*names.leaves(params, family, config.model), *names.leaves(bias, family, config.model)])
+    reader.check(
+        source,
+        config.model,
+        family,
+        [*names.leaves(params, family, config.model), *names.leaves(bias, family, config.model)],
+    )
     return source
 
 
-def initial_state(source: Source | None, config: Config, layout: Layout, workdir: str) -> TrainState:
+def initial_state(
+    source: Source | None, config: Config, layout: Layout, workdir: str
+) -> TrainState:
     """A state of step 0 with the weights of what `open_for_training` found; writes WORKDIR/hf.
 
     Raises:
       UserError: it cannot be read.
     """
     if source is None:
-        raise UserError(f"config.init_from={config.init_from} is not there, and {workdir} holds no checkpoint to go on from. Name the folder of the "
-                        f"Hugging Face checkpoint.")
+        raise UserError(
+            f"config.init_from={config.init_from} is not there, and {workdir} holds no checkpoint to go on from. Name the folder of the "
+            f"Hugging Face checkpoint."
+        )
     _, model, family = reader.open_source(config.init_from)
     params, bias = reader.state_of(source, config, family, layout)
     folder = os.path.join(workdir, FOLDER)
@@ -137,5 +163,3 @@ def initial_state(source: Source | None, config: Config, layout: Layout, workdir
         os.rename(temporary, folder)
     source.close()
     return state_around(config, layout, params, bias)
-
-

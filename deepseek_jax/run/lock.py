@@ -29,8 +29,10 @@ def all_locked(workdir: str, config: Config, wait: float = 5.0) -> Iterator[None
             try:
                 os.makedirs(folder, exist_ok=True)
             except OSError as e:
-                raise UserError(f"config.checkpoint.dir={folder} cannot be written ({e.strerror}). Name a "
-                                "folder that you may write to.") from e
+                raise UserError(
+                    f"config.checkpoint.dir={folder} cannot be written ({e.strerror}). Name a "
+                    "folder that you may write to."
+                ) from e
             if (place := _place(folder)) != os.path.realpath(workdir):
                 held.enter_context(locked(place, wait, option="config.checkpoint.dir"))
         yield
@@ -64,8 +66,9 @@ def locked(workdir: str, wait: float = 5.0, option: str = "--workdir") -> Iterat
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as e:
-        raise UserError(f"{path} cannot be opened ({e.strerror}). Make it writable, or name another "
-                        f"{option}.") from e
+        raise UserError(
+            f"{path} cannot be opened ({e.strerror}). Make it writable, or name another {option}."
+        ) from e
     try:
         deadline = time.monotonic() + wait
         while True:
@@ -76,16 +79,24 @@ def locked(workdir: str, wait: float = 5.0, option: str = "--workdir") -> Iterat
                 if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     break  # no locks here
                 if time.monotonic() > deadline:
-                    raise UserError(f"{option}={workdir} is in use by another run ({_holder(fd)}). Wait for "
-                                    "it, stop it, or name another "
-                                    f"{option}.") from e
+                    raise UserError(
+                        f"{option}={workdir} is in use by another run ({_holder(fd)}). Wait for "
+                        "it, stop it, or name another "
+                        f"{option}."
+                    ) from e
             time.sleep(0.1)
         with contextlib.suppress(OSError):  # a full disk
             if (before := os.pread(fd, 5, 0)) and before != b"host ":
-                raise UserError(f"{path} is not the lock of a run. Name another {option}, or move that file away.")
+                raise UserError(
+                    f"{path} is not the lock of a run. Name another {option}, or move that file away."
+                )
             os.ftruncate(fd, 0)
-            os.pwrite(fd, f"host {socket.gethostname()}, process {os.getpid()}, since "
-                          f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(), 0)
+            os.pwrite(
+                fd,
+                f"host {socket.gethostname()}, process {os.getpid()}, since "
+                f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(),
+                0,
+            )
         yield
     finally:
         os.close(fd)

@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import jax
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.loader import Loader, Prefetcher
 from deepseek_jax.data.windows import Skipping, Window, Windows
 from deepseek_jax.model.count import Count
-from deepseek_jax.cluster.signals import Stopper
-from deepseek_jax.train.history import History
 from deepseek_jax.run.profile import Profiler
 from deepseek_jax.run.report import Report
+from deepseek_jax.run.watchdog import Watchdog
+from deepseek_jax.train.history import History
 from deepseek_jax.train.state import TrainState, to_tree
 from deepseek_jax.train.step import put_batch
-from deepseek_jax.run.watchdog import Watchdog
 
 
 class BadNumbers(Exception):
@@ -50,16 +50,25 @@ class Progress(NamedTuple):
     def to_extra(self) -> dict[str, Any]:
         out = {"tokens_seen": self.tokens_seen, "data": self.history.to_json(), "run": self.run}
         if self.rollbacks:
-            out |= {"skipped_rows": [list(w) for w in self.skipped.skipped], "rollbacks": self.rollbacks}
+            out |= {
+                "skipped_rows": [list(w) for w in self.skipped.skipped],
+                "rollbacks": self.rollbacks,
+            }
         return out
 
     @classmethod
     def of_extra(cls, extra: dict[str, Any]) -> "Progress":
-        return cls(extra["tokens_seen"], Windows.of(extra.get("skipped_rows", ())), extra.get("rollbacks", 0),
-                   History.of_json(extra.get("data", ())), extra.get("run") or "")
+        return cls(
+            extra["tokens_seen"],
+            Windows.of(extra.get("skipped_rows", ())),
+            extra.get("rollbacks", 0),
+            History.of_json(extra.get("data", ())),
+            extra.get("run") or "",
+        )
 
-    def resumed(self, step: int, config: Config, contents: Contents | None,
-                earlier: History | None = None) -> "Progress":
+    def resumed(
+        self, step: int, config: Config, contents: Contents | None, earlier: History | None = None
+    ) -> "Progress":
         """For going on after `step` steps with these options and data; as History.resumed."""
         history = self.history.resumed(step, config, contents, earlier)
         skipped = Windows() if history.begins_order(step) else self.skipped
@@ -69,8 +78,15 @@ class Progress(NamedTuple):
 class Evaluator:
     """Cross-entropy on held-out text: nats a token, and bits a byte where the tokenizer knows its bytes."""
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, loader: Loader, eval_step: Callable):
-        self._loader, self._mesh, self._step, self._micro = loader, mesh, jax.jit(eval_step), config.micro_batch
+    def __init__(
+        self, config: Config, mesh: jax.sharding.Mesh, loader: Loader, eval_step: Callable
+    ):
+        self._loader, self._mesh, self._step, self._micro = (
+            loader,
+            mesh,
+            jax.jit(eval_step),
+            config.micro_batch,
+        )
         self._rows = min(loader.num_eval_rows, config.eval.batches * config.train.batch_size)
         self._bytes = loader.tokenizer.token_bytes
         self._compiled = False
@@ -97,22 +113,46 @@ class Evaluator:
         return out
 
 
-def batches(config: Config, loader: Loader, mesh: jax.sharding.Mesh, first_step: int,
-            progress: Progress = Progress()) -> Iterator[dict[str, jax.Array]]:
+def batches(
+    config: Config,
+    loader: Loader,
+    mesh: jax.sharding.Mesh,
+    first_step: int,
+    progress: Progress = Progress(),
+) -> Iterator[dict[str, jax.Array]]:
     """The batches of the steps from `first_step` on, read ahead by a thread. A pure function of (step,
     history, skipped windows).
     """
-    history = progress.history if progress.history.stretches else History().resumed(first_step, config, None)
-    requests = ((history.first_row(s), history.count(s)) for s in range(first_step, config.train.steps))
+    history = (
+        progress.history
+        if progress.history.stretches
+        else History().resumed(first_step, config, None)
+    )
+    requests = (
+        (history.first_row(s), history.count(s)) for s in range(first_step, config.train.steps)
+    )
     with Prefetcher(Skipping(loader, progress.skipped), requests) as rows:
         for r in rows:
             yield put_batch(r, config.micro_batch, mesh)
 
 
-def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState, train_step: Callable, evaluate: Evaluator,
-        loader: Loader, checkpointer: Checkpointer, count: Count, progress: Progress = Progress(), profiler: Profiler | None = None,
-        first_step: Callable[[], str] | None = None, restore: Callable[[], tuple[TrainState, Progress]] | None = None,
-        stopper: Stopper | None = None, watchdog: Watchdog | None = None) -> Result:
+def run(
+    config: Config,
+    workdir: str,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    train_step: Callable,
+    evaluate: Evaluator,
+    loader: Loader,
+    checkpointer: Checkpointer,
+    count: Count,
+    progress: Progress = Progress(),
+    profiler: Profiler | None = None,
+    first_step: Callable[[], str] | None = None,
+    restore: Callable[[], tuple[TrainState, Progress]] | None = None,
+    stopper: Stopper | None = None,
+    watchdog: Watchdog | None = None,
+) -> Result:
     """Trains from state.step to config.train.steps.
 
     Args:
@@ -131,8 +171,20 @@ def run(config: Config, workdir: str, mesh: jax.sharding.Mesh, state: TrainState
     if not progress.history.stretches:
         progress = progress.resumed(int(state.step), config, getattr(loader, "contents", None))
     report = Report(config, workdir, int(state.step), progress.tokens_seen, count, first_step)
-    loop = Loop(config, workdir, mesh, train_step, evaluate, loader, checkpointer, profiler, restore, stopper or Stopper(), watchdog or Watchdog(0),
-                report)
+    loop = Loop(
+        config,
+        workdir,
+        mesh,
+        train_step,
+        evaluate,
+        loader,
+        checkpointer,
+        profiler,
+        restore,
+        stopper or Stopper(),
+        watchdog or Watchdog(0),
+        report,
+    )
     try:
         while True:
             try:
@@ -193,15 +245,26 @@ class Loop:
                 pending = (step, device_metrics)
                 stopped_by = self.stopper.after(step)
                 at = lambda every: every and step % every == 0
-                saving = self.checkpointer.due(step, c.checkpoint.every_steps, c.checkpoint.every_minutes)
-                pause = step == last or saving or at(c.eval.every_steps) or stopped_by or profiler and profiler.due(step)
+                saving = self.checkpointer.due(
+                    step, c.checkpoint.every_steps, c.checkpoint.every_minutes
+                )
+                pause = (
+                    step == last
+                    or saving
+                    or at(c.eval.every_steps)
+                    or stopped_by
+                    or profiler
+                    and profiler.due(step)
+                )
                 if not pause:
                     continue
                 updated = self._finished(*pending)
                 pending = None
                 if profiler and profiler.due(step):
                     profile(step)
-                held_out = step == last or at(c.eval.every_steps) or saving and c.checkpoint.keep_best
+                held_out = (
+                    step == last or at(c.eval.every_steps) or saving and c.checkpoint.keep_best
+                )
                 if held_out and (figures := self.evaluate(state, self.watchdog)):
                     eval_row = self.report.evaluation(step, figures)
                 # While updates are being skipped the older checkpoints are worth more than this state: they must not make room for it.
@@ -210,7 +273,13 @@ class Loop:
                     extra["model"] = dataclasses.asdict(c.model)
                     eval_loss = eval_row.get("eval_loss") if eval_row.get("step") == step else None
                     with self.watchdog.paused():
-                        self.checkpointer.save(step, to_tree(state), extra, eval_loss, final=step == last or bool(stopped_by))
+                        self.checkpointer.save(
+                            step,
+                            to_tree(state),
+                            extra,
+                            eval_loss,
+                            final=step == last or bool(stopped_by),
+                        )
                 if stopped_by:
                     break
                 self.report.clock.restart()
@@ -228,9 +297,16 @@ class Loop:
             with self.watchdog.paused():
                 self.checkpointer.wait()
             good = self.checkpointer.latest_step()
-            where = f"The last good checkpoint is step {good} in {self.workdir}/checkpoints." if good is not None else "There is no checkpoint yet."
-            raise BadNumbers(f"{int(m.bad_steps)} updates in a row had a non-finite loss or gradient, up to step {done} "
-                             f"(config.train.max_bad_steps={c.train.max_bad_steps}). {where} Lower config.optimizer.learning_rate, for instance.", done)
+            where = (
+                f"The last good checkpoint is step {good} in {self.workdir}/checkpoints."
+                if good is not None
+                else "There is no checkpoint yet."
+            )
+            raise BadNumbers(
+                f"{int(m.bad_steps)} updates in a row had a non-finite loss or gradient, up to step {done} "
+                f"(config.train.max_bad_steps={c.train.max_bad_steps}). {where} Lower config.optimizer.learning_rate, for instance.",
+                done,
+            )
         return not m.bad_steps
 
     def roll_back(self, bad: BadNumbers) -> tuple[TrainState, Progress]:
@@ -246,7 +322,10 @@ class Loop:
         if c.train.on_bad_steps != "rollback" or not self.restore:
             raise bad
         if before.rollbacks >= c.train.max_rollbacks:
-            raise BadNumbers(f"{bad} It was rolled back {before.rollbacks} times (config.train.max_rollbacks).", bad.step)
+            raise BadNumbers(
+                f"{bad} It was rolled back {before.rollbacks} times (config.train.max_rollbacks).",
+                bad.step,
+            )
         with self.watchdog.paused():
             state, good = self.restore()
         if not good.history.stretches:
@@ -254,10 +333,22 @@ class Loop:
         first = good.history.first_row(int(state.step))
         count = before.history.first_row(bad.step) - first
         skipped = before.skipped.without(first, count)
-        progress = Progress(good.tokens_seen, skipped, before.rollbacks + 1, good.history, before.run)
+        progress = Progress(
+            good.tokens_seen, skipped, before.rollbacks + 1, good.history, before.run
+        )
         # All windows so far: this rollback may drop the row of the one before it.
-        row = {"step": int(state.step) + 1, "rollback": progress.rollbacks, "rolled_back_from": bad.step, "skipped_rows": [list(w) for w in skipped.skipped]}
+        row = {
+            "step": int(state.step) + 1,
+            "rollback": progress.rollbacks,
+            "rolled_back_from": bad.step,
+            "skipped_rows": [list(w) for w in skipped.skipped],
+        }
         text = ", ".join(f"{a} to {b - 1}" for a, b in before.skipped.rows(first, count))
-        self.report.rolled_back(int(state.step), good.tokens_seen, row, f"step {bad.step}: {c.train.max_bad_steps} updates in a row were skipped. Back to step "
-                                f"{int(state.step)}, and on without rows {text} of the data (rollback {progress.rollbacks} of {c.train.max_rollbacks})")
+        self.report.rolled_back(
+            int(state.step),
+            good.tokens_seen,
+            row,
+            f"step {bad.step}: {c.train.max_bad_steps} updates in a row were skipped. Back to step "
+            f"{int(state.step)}, and on without rows {text} of the data (rollback {progress.rollbacks} of {c.train.max_rollbacks})",
+        )
         return state, progress

@@ -20,7 +20,15 @@ from deepseek_jax.model.moe import Load
 from deepseek_jax.train.step import StepMetrics
 
 # Dense bfloat16 and float16 peak of one device in TFLOP/s, from the vendors' data sheets; the first name found in device_kind wins.
-PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+}
 
 
 def device_peak(config: Config) -> float | None:
@@ -28,7 +36,11 @@ def device_peak(config: Config) -> float | None:
     if config.log.peak_tflops:
         return config.log.peak_tflops
     kind = jax.devices()[0].device_kind
-    return next((v for k, v in PEAK_TFLOPS.items() if k in kind), None) if config.train.dtype in ("bfloat16", "float16") else None
+    return (
+        next((v for k, v in PEAK_TFLOPS.items() if k in kind), None)
+        if config.train.dtype in ("bfloat16", "float16")
+        else None
+    )
 
 
 def memory_gb() -> float:
@@ -42,13 +54,31 @@ def short(x: Any) -> float:
     return float(str(np.float32(x)))
 
 
-def row(metrics: StepMetrics, step: int, step_time: float, tokens_per_sec: float, tokens_seen: int, config: Config, count: Count) -> dict[str, Any]:
+def row(
+    metrics: StepMetrics,
+    step: int,
+    step_time: float,
+    tokens_per_sec: float,
+    tokens_seen: int,
+    config: Config,
+    count: Count,
+) -> dict[str, Any]:
     """One row of metrics.jsonl from a step's metrics (on the host). `step` counts finished steps; `step_time` is in seconds."""
-    out = {"step": step, "loss": short(metrics.losses.loss), "lm_loss": short(metrics.losses.lm_loss), "lr": short(metrics.lr),
-           "grad_norm": short(metrics.grad_norm), "step_time_s": round(step_time, 6), "tokens_per_sec": round(tokens_per_sec, 2),
-           "tokens_seen": tokens_seen, "balance_loss": short(metrics.losses.balance_loss), "z_loss": short(metrics.losses.z_loss),
-           **routing(metrics.load, config.moe.drop), "skipped_steps": int(metrics.skipped_steps),
-           "memory_gb": round(memory_gb(), 4)}
+    out = {
+        "step": step,
+        "loss": short(metrics.losses.loss),
+        "lm_loss": short(metrics.losses.lm_loss),
+        "lr": short(metrics.lr),
+        "grad_norm": short(metrics.grad_norm),
+        "step_time_s": round(step_time, 6),
+        "tokens_per_sec": round(tokens_per_sec, 2),
+        "tokens_seen": tokens_seen,
+        "balance_loss": short(metrics.losses.balance_loss),
+        "z_loss": short(metrics.losses.z_loss),
+        **routing(metrics.load, config.moe.drop),
+        "skipped_steps": int(metrics.skipped_steps),
+        "memory_gb": round(memory_gb(), 4),
+    }
     if config.model.num_nextn_predict_layers:
         out["mtp_loss"] = short(metrics.losses.mtp_loss)
     achieved = count.flops_per_token * tokens_per_sec / 1e12 / jax.device_count()
@@ -72,11 +102,20 @@ def routing(load: Load, drop: bool) -> dict[str, Any]:
     dropped_tokens: assignments dropped, over all layers; with `drop` also of each layer, by the device of their token.
     """
     load = jax.tree.map(lambda a: np.asarray(a, np.int64), load)
-    out = {"max_violation": 0.0, "routing_entropy": 0.0, "dispatch_rounds": 0, "left_device_share": 0.0, "device_imbalance": 0.0,
-           "received_by_device": load.received.sum(axis=0).tolist(), "dropped_tokens": int(load.dropped_counts.sum())}
+    out = {
+        "max_violation": 0.0,
+        "routing_entropy": 0.0,
+        "dispatch_rounds": 0,
+        "left_device_share": 0.0,
+        "device_imbalance": 0.0,
+        "received_by_device": load.received.sum(axis=0).tolist(),
+        "dropped_tokens": int(load.dropped_counts.sum()),
+    }
     if load.expert_counts.any():
         share = load.expert_counts / np.maximum(load.expert_counts.sum(axis=1, keepdims=True), 1)
-        entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1) / math.log(max(share.shape[1], 2))
+        entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1) / math.log(
+            max(share.shape[1], 2)
+        )
         received = load.received / np.maximum(load.received.mean(axis=1, keepdims=True), 1e-30)
         out["max_violation"] = round(float((share.max(axis=1) * share.shape[1] - 1).max()), 6)
         out["routing_entropy"] = round(float(entropy.mean()), 6)
@@ -96,7 +135,12 @@ class MetricsWriter:
 
     def __init__(self, workdir: str, config: Config, first_step: int):
         """`first_step`: finished steps of the restored state. Rows of later steps, which will be made again, are dropped."""
-        self._path, self._fd, self._board, self._warned = os.path.join(workdir, "metrics.jsonl"), None, None, False
+        self._path, self._fd, self._board, self._warned = (
+            os.path.join(workdir, "metrics.jsonl"),
+            None,
+            None,
+            False,
+        )
         self._tensorboard = os.path.join(workdir, "tensorboard") if config.log.tensorboard else ""
         if jax.process_index() == 0:
             self._open(first_step)
@@ -122,7 +166,10 @@ class MetricsWriter:
             if not self._warned:
                 self._warned = True
                 with contextlib.suppress(OSError):
-                    print(f"train.py: {what} cannot be written ({e.strerror or e}): metrics are being lost. Training goes on.", file=sys.stderr)
+                    print(
+                        f"train.py: {what} cannot be written ({e.strerror or e}): metrics are being lost. Training goes on.",
+                        file=sys.stderr,
+                    )
 
     def write(self, values: dict[str, Any], load: Load | None = None) -> None:
         """Writes one row; `load`, with leaves [L, ...] on the host, goes to TensorBoard by layer."""
@@ -144,11 +191,19 @@ class MetricsWriter:
                 here = jax.tree.map(lambda a: np.asarray(a[layer], np.float64), load)
                 if here.expert_counts.any():
                     share = here.expert_counts / here.expert_counts.mean()
-                    self._board.add_scalar(f"layer_max_violation/{layer:02d}", share.max() - 1, step)
+                    self._board.add_scalar(
+                        f"layer_max_violation/{layer:02d}", share.max() - 1, step
+                    )
                     self._board.add_scalar(f"layer_rounds/{layer:02d}", here.rounds, step)
-                    self._board.add_scalar(f"layer_dropped/{layer:02d}", here.dropped_counts.sum(), step)
-                    self._board.add_histogram(f"layer_expert_load/{layer:02d}", share, step, bins="auto")
-                    self._board.add_histogram(f"layer_device_rows/{layer:02d}", here.received, step, bins="auto")
+                    self._board.add_scalar(
+                        f"layer_dropped/{layer:02d}", here.dropped_counts.sum(), step
+                    )
+                    self._board.add_histogram(
+                        f"layer_expert_load/{layer:02d}", share, step, bins="auto"
+                    )
+                    self._board.add_histogram(
+                        f"layer_device_rows/{layer:02d}", here.received, step, bins="auto"
+                    )
 
     def _append(self, line: bytes) -> None:
         """The whole line or nothing: the next row, for which there may be room again, must not join a torn one."""
@@ -183,7 +238,9 @@ class MetricsWriter:
         self._fd = self._board = None
 
 
-def _board(folder: str, purge_step: int, warning: Callable[[str], contextlib.AbstractContextManager]) -> Any:
+def _board(
+    folder: str, purge_step: int, warning: Callable[[str], contextlib.AbstractContextManager]
+) -> Any:
     """TensorBoard's writer. Its thread would end with the first error of the disk, and its queue, once full, block the run."""
     from tensorboardX import SummaryWriter
 
@@ -224,20 +281,30 @@ class ProgressBar:
         self._total = total
         self._bar = None
         if self._console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=self._console, refresh_per_second=4)
             self._task = self._bar.add_task("compiling", total=total, completed=done)
             self._bar.start()
 
     def update(self, values: dict[str, Any], seconds_left: float) -> None:
         """Shows a row of metrics; `seconds_left` for the whole run."""
-        text = (f"loss {values['loss']:.4f}  {values['tokens_per_sec']:,.0f} tokens/s  max violation {values['max_violation']:.2f}"
-                f"  rounds {values['dispatch_rounds']}")
+        text = (
+            f"loss {values['loss']:.4f}  {values['tokens_per_sec']:,.0f} tokens/s  max violation {values['max_violation']:.2f}"
+            f"  rounds {values['dispatch_rounds']}"
+        )
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.update(self._task, completed=values["step"], description=text)
         else:
-            left = f"{seconds_left / 60:.0f} min" if seconds_left >= 120 else f"{seconds_left:.0f} s"
+            left = (
+                f"{seconds_left / 60:.0f} min" if seconds_left >= 120 else f"{seconds_left:.0f} s"
+            )
             self.say(f"step {values['step']:>6}/{self._total}  {text}  {left} left")
 
     def advance(self, step: int) -> None:

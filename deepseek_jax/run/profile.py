@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.config.options import Config
+from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.xla import hlo, origin
 
 # What the table always shows, in the order of a step; further parts of origin.SCOPES follow where they took time.
@@ -26,14 +26,20 @@ CONTAINERS = ("while", "conditional", "call", "async-start", "async-update", "as
 class Cost(NamedTuple):
     """Time on all devices of this process, by what it was spent for."""
 
-    seconds: dict[tuple[str, str], float]  # (part, phase of origin.phase_of) -> seconds of leaf instructions
+    seconds: dict[
+        tuple[str, str], float
+    ]  # (part, phase of origin.phase_of) -> seconds of leaf instructions
     busy: float  # seconds in which at least one instruction ran
     devices: int
     steps: int
 
     def part(self, name: str, *phases: str) -> float:
         """Seconds a device and step."""
-        total = sum(s for (part, phase), s in self.seconds.items() if part == name and (not phases or phase in phases))
+        total = sum(
+            s
+            for (part, phase), s in self.seconds.items()
+            if part == name and (not phases or phase in phases)
+        )
         return total / self.devices / self.steps
 
     @property
@@ -56,10 +62,15 @@ class Profiler:
 
     def __init__(self, config: Config, workdir: str, step: CompiledStep):
         first = config.profile.start
-        self._before, self._last = first - 1, min(first + config.profile.steps - 1, config.train.steps)
+        self._before, self._last = (
+            first - 1,
+            min(first + config.profile.steps - 1, config.train.steps),
+        )
         self._step, self._active = step, False
         self._folder = os.path.join(workdir, "profile")
-        if jax.process_count() > 1:  # a trace is named after its host, which may have several processes
+        if (
+            jax.process_count() > 1
+        ):  # a trace is named after its host, which may have several processes
             self._folder = os.path.join(self._folder, f"process_{jax.process_index()}")
 
     def due(self, done: int) -> bool:
@@ -79,7 +90,9 @@ class Profiler:
         steps = done - self._before
         where = f"profile of steps {self._before + 1} to {done}: {self._folder} (tensorboard --logdir, or ui.perfetto.dev)"
         try:
-            return f"{table(read(self._folder, self._step.last.compiled.as_text(), steps))}\n{where}"
+            return (
+                f"{table(read(self._folder, self._step.last.compiled.as_text(), steps))}\n{where}"
+            )
         except (OSError, ValueError) as e:  # no reason to stop training
             return f"{where}; the time of each part is not known ({e})"
 
@@ -114,7 +127,12 @@ def read(folder: str, text: str, steps: int) -> Cost:
     events = instructions(folder, text)
     for e in events:
         seconds[e.part, e.phase] += e.seconds
-    return Cost(dict(seconds), _union([(e.start, e.start + e.seconds) for e in events]), len({e.device for e in events}), steps)
+    return Cost(
+        dict(seconds),
+        _union([(e.start, e.start + e.seconds) for e in events]),
+        len({e.device for e in events}),
+        steps,
+    )
 
 
 def instructions(folder: str, text: str) -> list[Event]:
@@ -140,7 +158,10 @@ def _sources(module: hlo.Module) -> dict[str, tuple[str, str, str]]:
     out = {}
     for computation, instruction, visit in module.visits(lambda _: True):
         if instruction.name not in out:
-            out[instruction.name] = (*sources.scope(computation, instruction, visit), instruction.opcode)
+            out[instruction.name] = (
+                *sources.scope(computation, instruction, visit),
+                instruction.opcode,
+            )
     return out
 
 
@@ -154,7 +175,12 @@ def _events(path: str, module: str) -> Iterator[tuple[Any, str, float, float]]:
             for event in line.events:
                 stats = dict(event.stats)
                 if "hlo_op" in stats and stats.get("hlo_module", "").split("(")[0] == module:
-                    yield (plane.name, stats.get("device_ordinal")), stats["hlo_op"], event.start_ns, event.duration_ns
+                    yield (
+                        (plane.name, stats.get("device_ordinal")),
+                        stats["hlo_op"],
+                        event.start_ns,
+                        event.duration_ns,
+                    )
 
 
 def _union(spans: list[tuple[float, float]]) -> float:
@@ -167,10 +193,18 @@ def _union(spans: list[tuple[float, float]]) -> float:
 
 def table(cost: Cost) -> str:
     """Time a device and step, by part and by pass over the model."""
-    columns = (("forward", ("forward",)), ("recompute", ("recompute",)), ("backward", ("backward",)))
-    lines = [f"{'part':<12}{'ms a step':>10}{'share':>8}" + "".join(f"{name:>11}" for name, _ in columns)]
+    columns = (
+        ("forward", ("forward",)),
+        ("recompute", ("recompute",)),
+        ("backward", ("backward",)),
+    )
+    lines = [
+        f"{'part':<12}{'ms a step':>10}{'share':>8}" + "".join(f"{name:>11}" for name, _ in columns)
+    ]
     for name, share in cost.shares().items():
         cells = "".join(f"{cost.part(name, *phases) * 1e3:>11.2f}" for _, phases in columns)
         lines.append(f"{name:<12}{cost.part(name) * 1e3:>10.2f}{share:>8.1%}{cells}")
-    lines.append(f"{'all':<12}{cost.total * 1e3:>10.2f}{1:>8.1%}   (instructions; some ran in {cost.busy / cost.steps * 1e3:.2f} ms of a step)")
+    lines.append(
+        f"{'all':<12}{cost.total * 1e3:>10.2f}{1:>8.1%}   (instructions; some ran in {cost.busy / cost.steps * 1e3:.2f} ms of a step)"
+    )
     return "\n".join(lines)

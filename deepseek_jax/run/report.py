@@ -21,7 +21,9 @@ class Clock:
 
     def __init__(self):
         self._last = time.perf_counter()
-        self._first: tuple[float, float] | None = None  # seconds a step and tokens a second of the first step
+        self._first: tuple[float, float] | None = (
+            None  # seconds a step and tokens a second of the first step
+        )
         self._steps = self._all_steps = self._tokens = 0
         self._seconds = self._all_seconds = 0.0
 
@@ -32,7 +34,11 @@ class Clock:
         if self._first is None:
             self._first = (seconds, tokens / seconds)
             return
-        self._steps, self._tokens, self._seconds = self._steps + 1, self._tokens + tokens, self._seconds + seconds
+        self._steps, self._tokens, self._seconds = (
+            self._steps + 1,
+            self._tokens + tokens,
+            self._seconds + seconds,
+        )
         self._all_steps, self._all_seconds = self._all_steps + 1, self._all_seconds + seconds
 
     def restart(self) -> None:
@@ -76,7 +82,11 @@ class Spikes:
             return None
         if len(self._losses) >= self.LEAST:
             median = statistics.median(self._losses)
-            spread = max(1.4826 * statistics.median(abs(x - median) for x in self._losses), 1e-3 * abs(median), 1e-30)
+            spread = max(
+                1.4826 * statistics.median(abs(x - median) for x in self._losses),
+                1e-3 * abs(median),
+                1e-30,
+            )
             if (above := (loss - median) / spread) > self._deviations:
                 return median, above
         self._losses.append(loss)
@@ -91,15 +101,31 @@ class Report:
       first_step: makes the line that is said after the first step.
     """
 
-    def __init__(self, config: Config, workdir: str, step: int, tokens_seen: int, count: Count, first_step: Callable[[], str] | None):
+    def __init__(
+        self,
+        config: Config,
+        workdir: str,
+        step: int,
+        tokens_seen: int,
+        count: Count,
+        first_step: Callable[[], str] | None,
+    ):
         self.tokens_seen, self.clock = tokens_seen, Clock()
-        self._config, self._workdir, self._count, self._first_step = config, workdir, count, first_step
+        self._config, self._workdir, self._count, self._first_step = (
+            config,
+            workdir,
+            count,
+            first_step,
+        )
         self._writer = metrics.MetricsWriter(workdir, config, step)
         self._bar = metrics.ProgressBar(config.train.steps, step)
         self._find_spikes()
 
     def _find_spikes(self) -> None:
-        self._spikes = Spikes(self._config.log.spike_deviations, self._writer.losses(Spikes.WINDOW) if jax.process_index() == 0 else ())
+        self._spikes = Spikes(
+            self._config.log.spike_deviations,
+            self._writer.losses(Spikes.WINDOW) if jax.process_index() == 0 else (),
+        )
 
     def step(self, done: int, device_metrics: StepMetrics, rows: list[Window]) -> StepMetrics:
         """Logs a finished step, which was trained on these rows of the global order. Returns its metrics, on the host."""
@@ -112,26 +138,44 @@ class Report:
             self._first_step = None
         where = {"rows": [list(w) for w in rows]}
         if m.loss_scale is not None and not m.bad_steps and not math.isfinite(m.grad_norm):
-            self.say(f"step {done}: a gradient overflowed at the loss scale {float(m.loss_scale):g}: update skipped")
+            self.say(
+                f"step {done}: a gradient overflowed at the loss scale {float(m.loss_scale):g}: update skipped"
+            )
         if done % c.log.every_steps == 0 or done == last or m.bad_steps:
             values = metrics.row(m, done, *self.clock.read(), self.tokens_seen, c, self._count)
             self._writer.write(values | where if m.bad_steps else values, m.load)
             if m.bad_steps:
-                self.say(f"step {done}: loss {float(m.losses.loss)}, gradient norm {float(m.grad_norm)}: update skipped ({int(m.bad_steps)} in a row)")
+                self.say(
+                    f"step {done}: loss {float(m.losses.loss)}, gradient norm {float(m.grad_norm)}: update skipped ({int(m.bad_steps)} in a row)"
+                )
             self._bar.update(values, self.clock.seconds_a_step() * (last - done))
         self._bar.advance(done)
         if spike := self._spikes.add(float(m.losses.loss)):
             median, above = spike
-            self._writer.write({"step": done, "spike_loss": metrics.short(m.losses.loss), "median_loss": median, "deviations": round(above, 2), **where})
-            self.say(f"step {done}: the loss {float(m.losses.loss):.4f} is a spike, {above:.0f} deviations above the median {median:.4f}. "
-                     f"Its text: python -m deepseek_jax.data show --workdir={self._workdir} --step={done}")
+            self._writer.write(
+                {
+                    "step": done,
+                    "spike_loss": metrics.short(m.losses.loss),
+                    "median_loss": median,
+                    "deviations": round(above, 2),
+                    **where,
+                }
+            )
+            self.say(
+                f"step {done}: the loss {float(m.losses.loss):.4f} is a spike, {above:.0f} deviations above the median {median:.4f}. "
+                f"Its text: python -m deepseek_jax.data show --workdir={self._workdir} --step={done}"
+            )
         return m
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> dict[str, Any]:
         """Logs held-out figures; returns their row."""
         row = {"step": step, **figures}
         self._writer.write(row)
-        bits = f" = {figures['eval_bits_per_byte']:.4f} bits a byte" if "eval_bits_per_byte" in figures else ""
+        bits = (
+            f" = {figures['eval_bits_per_byte']:.4f} bits a byte"
+            if "eval_bits_per_byte" in figures
+            else ""
+        )
         self.say(f"step {step}: held-out loss {figures['eval_loss']:.4f} nats a token{bits}")
         return row
 

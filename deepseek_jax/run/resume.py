@@ -10,8 +10,8 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.parallel.weights import REPLICAS
-from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.run.loop import Progress
+from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, TrainState, from_tree, to_tree
 
 
@@ -43,7 +43,9 @@ class GoingOn:
         if self._run is None:
             self._run = workdirs.identity(self._workdir, self._config, extra)
         before = Progress() if step is None else Progress.of_extra(extra)
-        return before._replace(run=self._run).resumed(step or 0, self._config, self._contents, self._earlier)
+        return before._replace(run=self._run).resumed(
+            step or 0, self._config, self._contents, self._earlier
+        )
 
 
 def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict[str, Any]]:
@@ -58,18 +60,30 @@ def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict
     wanted = layout.abstract_sharded()
     there = checkpoints.shapes().get("residual")
     here = wanted.residual
-    before = None if there is None else jax.tree.leaves(there, is_leaf=lambda a: hasattr(a, "shape"))[0].shape[0]
+    before = (
+        None
+        if there is None
+        else jax.tree.leaves(there, is_leaf=lambda a: hasattr(a, "shape"))[0].shape[0]
+    )
     now = None if here is None else jax.tree.leaves(here)[0].shape[0]
     if before == now:
         tree, extra = checkpoints.restore(to_tree(wanted))
         return from_tree(tree, wanted), extra
 
-    read = wanted._replace(residual=None if before is None or now is None else jax.tree.map(lambda a: _of_replicas(a, before), here))
+    read = wanted._replace(
+        residual=None
+        if before is None or now is None
+        else jax.tree.map(lambda a: _of_replicas(a, before), here)
+    )
     state = from_tree(checkpoints.restore_params(to_tree(read)), read)
     if here is not None:
-        share = lambda e, like: jnp.broadcast_to(jnp.sum(e, axis=0, keepdims=True) / now, like.shape, out_sharding=like.sharding)
+        share = lambda e, like: jnp.broadcast_to(
+            jnp.sum(e, axis=0, keepdims=True) / now, like.shape, out_sharding=like.sharding
+        )
         zero = lambda like: jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding)
-        make = lambda held: jax.tree.map(zero, here) if held is None else jax.tree.map(share, held, here)
+        make = lambda held: (
+            jax.tree.map(zero, here) if held is None else jax.tree.map(share, held, here)
+        )
         state = state._replace(residual=jax.jit(make)(state.residual))
     return state, checkpoints.read_extra()
 

@@ -18,7 +18,11 @@ FACTOR = 20.0  # and so many times the median of the last steps
 
 def end_alone(step: int, seconds: float) -> None:
     """What a process without others does about a step that does not end."""
-    print(f"train.py: a step does not end: none ended for {seconds:.0f} s after step {step}. The stacks follow.", file=sys.stderr, flush=True)
+    print(
+        f"train.py: a step does not end: none ended for {seconds:.0f} s after step {step}. The stacks follow.",
+        file=sys.stderr,
+        flush=True,
+    )
     faulthandler.dump_traceback(all_threads=True)
     leave(HUNG)
 
@@ -34,10 +38,20 @@ class Watchdog:
       poll: seconds between looks.
     """
 
-    def __init__(self, timeout: float, hung: Callable[[int, float], None] = end_alone, poll: float = 1.0):
-        self._timeout, self._hung, self._poll = timeout, hung, min(poll, timeout / 4) if timeout > 0 else poll
+    def __init__(
+        self, timeout: float, hung: Callable[[int, float], None] = end_alone, poll: float = 1.0
+    ):
+        self._timeout, self._hung, self._poll = (
+            timeout,
+            hung,
+            min(poll, timeout / 4) if timeout > 0 else poll,
+        )
         self._lock, self._closed = threading.Lock(), threading.Event()
-        self._waited, self._paused, self._step = 0.0, 1, -1  # paused until the first beat: what comes before compiles
+        self._waited, self._paused, self._step = (
+            0.0,
+            1,
+            -1,
+        )  # paused until the first beat: what comes before compiles
         self._last, self._times = time.monotonic(), deque(maxlen=100)
         if timeout:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -77,7 +91,9 @@ class Watchdog:
         while not self._closed.wait(self._poll):
             now = time.monotonic()
             with self._lock:
-                self._waited = 0.0 if self._paused else self._waited + min(now - before, 2 * self._poll)
+                self._waited = (
+                    0.0 if self._paused else self._waited + min(now - before, 2 * self._poll)
+                )
                 step, waited, expired = self._step, self._waited, self._waited > self.limit()
             before = now
             if expired:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 from jax._src import cache_key
 
-
 OFF = "off"
 # Programs that compile faster are not kept: reading them back takes as long.
 MIN_SECONDS = 0.2
@@ -65,16 +64,32 @@ def use_cache(cache_dir: str, warn: Callable[[str], None]) -> str:
             with open(probe, "w"):
                 pass
             os.remove(probe)
-            if jax.process_index() == 0 and not set_outside and "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+            if (
+                jax.process_index() == 0
+                and not set_outside
+                and "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ
+            ):
                 forget_oldest(folder, MAX_BYTES)
     except OSError as e:
-        warn(f"No compilation cache: {folder} cannot be written ({e.strerror}). Set config.compile.cache_dir to a folder, or to {OFF}.")
+        warn(
+            f"No compilation cache: {folder} cannot be written ({e.strerror}). Set config.compile.cache_dir to a folder, or to {OFF}."
+        )
         jax.config.update("jax_enable_compilation_cache", False)
         return ""
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", folder)
-    for name, given, value in (("jax_persistent_cache_min_compile_time_secs", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", MIN_SECONDS),
-                               ("jax_persistent_cache_min_entry_size_bytes", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", -1)):
+    for name, given, value in (
+        (
+            "jax_persistent_cache_min_compile_time_secs",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+            MIN_SECONDS,
+        ),
+        (
+            "jax_persistent_cache_min_entry_size_bytes",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
+            -1,
+        ),
+    ):
         if given not in os.environ:
             jax.config.update(name, value)
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
@@ -111,20 +126,28 @@ def _same_key_in_every_process() -> None:
     tests/run/test_profile.py fails where this is needed and does not act.
     """
     hash_devices = getattr(cache_key, "_hash_accelerator_config", None)
-    if hash_devices is None or list(inspect.signature(hash_devices).parameters) != ["hash_obj", "accelerators"]:
+    if hash_devices is None or list(inspect.signature(hash_devices).parameters) != [
+        "hash_obj",
+        "accelerators",
+    ]:
         return
 
     def hash_layout(hash_obj: Any, accelerators: Any) -> None:
         if any(d.platform != "cpu" for d in accelerators.flat):
             return hash_devices(hash_obj, accelerators)
-        hash_obj.update(f"{cpu_kind()} {[(d.id, d.process_index) for d in accelerators.flat]}".encode())
+        hash_obj.update(
+            f"{cpu_kind()} {[(d.id, d.process_index) for d in accelerators.flat]}".encode()
+        )
 
     cache_key._hash_accelerator_config = hash_layout
 
 
 def default_folder() -> str:
     """$XDG_CACHE_HOME/deepseek_jax, or ~/.cache/deepseek_jax."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "deepseek_jax")
+    return os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"),
+        "deepseek_jax",
+    )
 
 
 def cpu_kind() -> str:
@@ -133,7 +156,11 @@ def cpu_kind() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
             first = f.read().split("\n\n")[0].splitlines()
-        text += "\n".join(line for line in first if line.split(":")[0].strip().lower() in ("model name", "flags", "features", "cpu part"))
+        text += "\n".join(
+            line
+            for line in first
+            if line.split(":")[0].strip().lower() in ("model name", "flags", "features", "cpu part")
+        )
     except OSError:
         pass
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -17,7 +17,9 @@ def take_devices(environment: MutableMapping[str, str] = os.environ) -> int:
     JAX ends with a traceback while it is imported if it cannot read JAX_NUM_CPU_DEVICES: a malformed one is
     taken away, and `check` says so. An empty one counts as not set.
     """
-    asked = re.findall(r"--xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", ""))
+    asked = re.findall(
+        r"--xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", "")
+    )
     text = environment.get(DEVICES)
     if text is not None:
         number = text.strip()
@@ -26,8 +28,10 @@ def take_devices(environment: MutableMapping[str, str] = os.environ) -> int:
         else:
             del environment[DEVICES]
             if number:
-                malformed.append(f"{DEVICES}={text} is not a number of devices. "
-                                 f"Set it to 1 or more, or unset it.")
+                malformed.append(
+                    f"{DEVICES}={text} is not a number of devices. "
+                    f"Set it to 1 or more, or unset it."
+                )
     return max(map(int, asked), default=1)
 
 
@@ -56,11 +60,15 @@ def mistakes() -> Iterator[None]:
         reason = reason.partition(" (set JAX_PLATFORMS")[0].partition(" (you may need")[0]
         asked = os.environ.get("JAX_PLATFORMS", "")
         if not asked:
-            raise UserError(f"JAX cannot use the devices of this machine ({reason}). "
-                            f"Repair that, or set JAX_PLATFORMS=cpu.") from e
+            raise UserError(
+                f"JAX cannot use the devices of this machine ({reason}). "
+                f"Repair that, or set JAX_PLATFORMS=cpu."
+            ) from e
         reason = reason or "this JAX has no plugin for it, or no such device is here"
-        raise UserError(f"JAX_PLATFORMS={asked}: {reason.rstrip('.')}. "
-                        f"Install what it needs, set JAX_PLATFORMS=cpu, or unset it.") from e
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: {reason.rstrip('.')}. "
+            f"Install what it needs, set JAX_PLATFORMS=cpu, or unset it."
+        ) from e
 
 
 def _from_backends(error: BaseException) -> bool:
@@ -69,9 +77,12 @@ def _from_backends(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    if trace and trace.tb_frame.f_code.co_filename.replace(os.sep, "/").endswith("jax/_src/xla_bridge.py"):
+    if trace and trace.tb_frame.f_code.co_filename.replace(os.sep, "/").endswith(
+        "jax/_src/xla_bridge.py"
+    ):
         return True
     bridge = sys.modules.get("jax._src.xla_bridge")
     started = getattr(bridge, "backends_are_initialized", lambda: True)()
-    return not started and str(error).startswith(("Unable to initialize backend", "Unknown backend")
-                                                 if str(error) else "")
+    return not started and str(error).startswith(
+        ("Unable to initialize backend", "Unknown backend") if str(error) else ""
+    )

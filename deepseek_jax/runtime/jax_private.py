@@ -13,12 +13,23 @@ def keep_explicit_axes_through_shard_map() -> None:
     tests/parallel/test_strategies.py fails where this repair is needed and does not act.
     """
     lower = getattr(shard_map, "_shardy_shard_map_sharding", None)
-    if lower is None or list(inspect.signature(lower).parameters) != ["ctx", "mesh", "manual_axes", "spec", "aval_in"]:
+    if lower is None or list(inspect.signature(lower).parameters) != [
+        "ctx",
+        "mesh",
+        "manual_axes",
+        "spec",
+        "aval_in",
+    ]:
         return
 
     def lower_as_typed(ctx, mesh, manual_axes, spec, aval_in):
         sharding = getattr(aval_in, "sharding", None)
-        if len(manual_axes) < len(mesh.axis_names) and sharding is not None and not sharding.mesh.empty and any(sharding.spec):
+        if (
+            len(manual_axes) < len(mesh.axis_names)
+            and sharding is not None
+            and not sharding.mesh.empty
+            and any(sharding.spec)
+        ):
             spec = sharding.spec
         return lower(ctx, mesh, manual_axes, spec, aval_in)
 

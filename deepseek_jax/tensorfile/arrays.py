@@ -8,14 +8,27 @@ import jax
 import ml_dtypes
 import numpy as np
 
-Tree = dict[str, Any]  # nested dicts with string keys; arrays, or ShapeDtypeStructs with shardings, for leaves
+Tree = dict[
+    str, Any
+]  # nested dicts with string keys; arrays, or ShapeDtypeStructs with shardings, for leaves
 
 # Names of safetensors; what is not here is no array of a checkpoint.
 DTYPES = {
-    "BOOL": np.dtype(bool), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "U16": np.dtype(np.uint16), "I16": np.dtype(np.int16),
-    "U32": np.dtype(np.uint32), "I32": np.dtype(np.int32), "U64": np.dtype(np.uint64), "I64": np.dtype(np.int64),
-    "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32), "F64": np.dtype(np.float64),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -66,7 +79,12 @@ def unflatten(flat: dict[str, Any]) -> Tree:
 
 def like(tree: Tree, flat: dict[str, Any], prefix: str = "") -> Tree:
     """The leaves of `flat` in the structure of `tree`, empty dicts included."""
-    return {name: like(value, flat, f"{prefix}{name}/") if isinstance(value, dict) else flat[prefix + name] for name, value in tree.items()}
+    return {
+        name: like(value, flat, f"{prefix}{name}/")
+        if isinstance(value, dict)
+        else flat[prefix + name]
+        for name, value in tree.items()
+    }
 
 
 def shape_of(leaf: Any) -> Shape:

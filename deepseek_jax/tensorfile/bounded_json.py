@@ -22,8 +22,16 @@ def parse(raw: bytes, file: str) -> Any:
       BadFile: says why.
     """
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant, parse_int=_bounded_int)
-    except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        return json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_no_constant,
+            parse_int=_bounded_int,
+        )
+    except (
+        ValueError,
+        RecursionError,
+    ) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise BadFile(file, f"not the JSON that it must be ({str(e).splitlines()[0][:100]})") from e
 
 
@@ -42,7 +50,12 @@ def read_bytes(path: os.PathLike, file: str, limit: int) -> bytes:
         with epath.Path(path).open("rb") as f:
             raw = f.read(limit + 1)
     except OSError as e:
-        raise BadFile(file, "missing" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror or e})") from e
+        raise BadFile(
+            file,
+            "missing"
+            if isinstance(e, FileNotFoundError)
+            else f"cannot be read ({e.strerror or e})",
+        ) from e
     if len(raw) > limit:
         raise BadFile(file, f"longer than {limit} bytes, which no such file is")
     return raw
@@ -74,5 +87,11 @@ def check_name(name: str, file: str) -> None:
       BadFile: `file` holds that name.
     """
     parts = name.split("/")
-    if not name or len(name) > 1024 or any(p in ("", ".", "..") or len(p) > 255 for p in parts) or not name.isprintable() or {"\\", ":"} & set(name):
+    if (
+        not name
+        or len(name) > 1024
+        or any(p in ("", ".", "..") or len(p) > 255 for p in parts)
+        or not name.isprintable()
+        or {"\\", ":"} & set(name)
+    ):
         raise BadFile(file, f"it names {name[:80]!r}, which is not a file inside the checkpoint")

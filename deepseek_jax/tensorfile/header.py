@@ -14,8 +14,7 @@ from etils import epath
 
 from deepseek_jax.tensorfile import bounded_json
 from deepseek_jax.tensorfile.arrays import DTYPES, NAMES, Shape
-from deepseek_jax.tensorfile.bounded_json import BadFile
-from deepseek_jax.tensorfile.bounded_json import check_name
+from deepseek_jax.tensorfile.bounded_json import BadFile, check_name
 
 MAX_HEADER = 1 << 25  # bytes; a file of 100,000 tensors has a head of 10 MB
 MAX_DIMENSIONS = 32
@@ -50,7 +49,12 @@ def read(path: os.PathLike, file: str | None = None) -> dict[str, Tensor]:
                 raise BadFile(file, f"its head of {length} bytes is above {MAX_HEADER}")
             raw = f.read(length)
     except OSError as e:
-        raise BadFile(file, "missing" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror or e})") from e
+        raise BadFile(
+            file,
+            "missing"
+            if isinstance(e, FileNotFoundError)
+            else f"cannot be read ({e.strerror or e})",
+        ) from e
     return parse(raw, size, file)
 
 
@@ -70,7 +74,10 @@ def parse(raw: bytes, size: int, file: str) -> dict[str, Tensor]:
     entries = [(_entry(name, entry, file), name) for name, entry in value.items()]
     for (what, start, stop), name in sorted(entries, key=lambda e: (e[0][1], e[0][2])):
         if start != end:
-            raise BadFile(file, f"{name[:80]!r} begins at byte {start} and not at {end}: tensors overlap or leave a gap")
+            raise BadFile(
+                file,
+                f"{name[:80]!r} begins at byte {start} and not at {end}: tensors overlap or leave a gap",
+            )
         end = stop
         out[name] = Tensor(what, data + start)
     if data + end != size:
@@ -84,8 +91,12 @@ def _entry(name: str, entry: object, file: str) -> tuple[Shape, int, int]:
         raise BadFile(file, f"{shown} has not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise BadFile(file, f"{shown} has the dtype {str(dtype)[:40]!r}, which is none of {', '.join(DTYPES)}")
-    whole = lambda numbers: isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        raise BadFile(
+            file, f"{shown} has the dtype {str(dtype)[:40]!r}, which is none of {', '.join(DTYPES)}"
+        )
+    whole = lambda numbers: (
+        isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+    )
     if not whole(shape) or len(shape) > MAX_DIMENSIONS:
         raise BadFile(file, f"{shown} has no shape of at most {MAX_DIMENSIONS} numbers")
     if not whole(offsets) or len(offsets) != 2:
@@ -116,7 +127,9 @@ def parse_index(value: object, file: str) -> dict[str, str]:
     for name in set(found.values()):
         check_name(name, file)
         if "/" in name or not name.endswith(".safetensors"):
-            raise BadFile(file, f"it names {name[:80]!r}, which is not a safetensors file beside it")
+            raise BadFile(
+                file, f"it names {name[:80]!r}, which is not a safetensors file beside it"
+            )
     return found
 
 
@@ -124,7 +137,11 @@ def write_header(f: BinaryIO, tensors: dict[str, Shape], about: dict[str, str]) 
     """Writes the head of a file. The tensors' bytes must follow in the same order."""
     head, at = {"__metadata__": about}, 0
     for name, what in tensors.items():
-        head[name] = {"dtype": NAMES[what.dtype], "shape": list(what.shape), "data_offsets": [at, at + what.nbytes]}
+        head[name] = {
+            "dtype": NAMES[what.dtype],
+            "shape": list(what.shape),
+            "data_offsets": [at, at + what.nbytes],
+        }
         at += what.nbytes
     raw = json.dumps(head, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # aligned data can be mapped

@@ -30,13 +30,17 @@ def size(index: Index) -> tuple[int, ...]:
 
 def common(a: Index, b: Index) -> Index | None:
     """What both have, or None."""
-    out = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
+    out = tuple(
+        slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True)
+    )
     return out if all(s.start < s.stop for s in out) else None
 
 
 def within(part: Index, index: Index) -> Index:
     """`part` as counted from where `index` begins."""
-    return tuple(slice(p.start - s.start, p.stop - s.start) for p, s in zip(part, index, strict=True))
+    return tuple(
+        slice(p.start - s.start, p.stop - s.start) for p, s in zip(part, index, strict=True)
+    )
 
 
 def key(index: Index) -> tuple[tuple[int, int], ...]:
@@ -96,7 +100,9 @@ def _read_into(f: BinaryIO, offset: int, what: Shape, index: Index, out: np.ndar
             out[start - first.start : stop - first.start] = block[(slice(None), *rest)]
     else:
         for i in range(first.start, first.stop):
-            _read_into(f, offset + i * row, Shape(shape[1:], what.dtype), rest, out[i - first.start])
+            _read_into(
+                f, offset + i * row, Shape(shape[1:], what.dtype), rest, out[i - first.start]
+            )
 
 
 def _fill(f: BinaryIO, offset: int, out: np.ndarray) -> None:

@@ -30,15 +30,21 @@ class CompiledStep:
       say: what to do with the line about an option that the compiler does not know.
     """
 
-    def __init__(self, step: Callable[..., Any], mesh: jax.sharding.Mesh,
-                 options: dict[str, Any] | None = None,
-                 say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        mesh: jax.sharding.Mesh,
+        options: dict[str, Any] | None = None,
+        say: Callable[[str], None] = print,
+    ):
         self._jitted = jax.jit(step, donate_argnums=0)
         self._mesh, self._options, self._say = mesh, options, say
         self._programs: dict[Any, Program] = {}
         self._ahead: dict[Any, concurrent.futures.Future] = {}
         self.last: Program | None = None  # the one that ran last
-        self.compiling: Callable[[], Any] = contextlib.nullcontext  # a context in which the caller waits for a program
+        self.compiling: Callable[[], Any] = (
+            contextlib.nullcontext
+        )  # a context in which the caller waits for a program
 
     def compile_ahead(self, state: Any, batch: Any) -> None:
         """Starts to compile for arguments of these shapes, dtypes and shardings, in a thread: XLA compiles a program on one core."""
@@ -50,8 +56,9 @@ class CompiledStep:
         started, hits = time.perf_counter(), compile_cache.hits()
         with jax.set_mesh(self._mesh):  # of this thread
             lowered = self._jitted.lower(state, batch)
-            compiled = with_known_options(lambda options: lowered.compile(compiler_options=options),
-                                          self._options, self._say)
+            compiled = with_known_options(
+                lambda options: lowered.compile(compiler_options=options), self._options, self._say
+            )
         return Program(compiled, time.perf_counter() - started, compile_cache.hits() > hits)
 
     def program(self, state: Any, batch: Any) -> Program:

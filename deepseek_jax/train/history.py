@@ -8,13 +8,12 @@ that were read. Checkpoints keep the list (in `extra`), and so does WORKDIR/conf
 import dataclasses
 from typing import Any, NamedTuple
 
-from deepseek_jax.data.contents import check_tokenizer
-from deepseek_jax.config.options import Config, DataConfig, TrainConfig
-from deepseek_jax.errors import UserError
 from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.config.options import Config, DataConfig, TrainConfig
 from deepseek_jax.data import contents as contents_
-from deepseek_jax.data.contents import Contents
+from deepseek_jax.data.contents import Contents, check_tokenizer
 from deepseek_jax.data.sources import split_paths
+from deepseek_jax.errors import UserError
 from deepseek_jax.train.optimizer import first_sequence, sequences_at
 
 _TRAIN = ("batch_size", "accumulation", "batch_ramp_start", "batch_ramp_steps", "sequence_length")
@@ -28,7 +27,9 @@ class Stretch(NamedTuple):
     # the first to be read, in the global order without the rows that rollbacks left out; 0 begins an order
     first_row: int
     options: Config  # seed, data, and what of train decides on rows; the rest at its defaults
-    contents: Contents | None  # of the data; None: written by an earlier version, which did not look
+    contents: (
+        Contents | None
+    )  # of the data; None: written by an earlier version, which did not look
 
 
 class History(NamedTuple):
@@ -43,8 +44,14 @@ class History(NamedTuple):
         Raises:
           UserError: it has an option that this version does not know.
         """
-        return cls(tuple(Stretch(s["first_step"], s["first_row"], from_config_dict(s["options"]),
-                                 s["contents"]) for s in value))
+        return cls(
+            tuple(
+                Stretch(
+                    s["first_step"], s["first_row"], from_config_dict(s["options"]), s["contents"]
+                )
+                for s in value
+            )
+        )
 
     @classmethod
     def of_config(cls, config: Config) -> "History":
@@ -58,9 +65,13 @@ class History(NamedTuple):
         Raises:
           UserError: an option has the wrong type.
         """
-        pick = lambda section, names: {k: v for k, v in options.get(section, {}).items() if k in names}
-        known = {"data": pick("data", [f.name for f in dataclasses.fields(DataConfig)]),
-                 "train": pick("train", _TRAIN)}
+        pick = lambda section, names: {
+            k: v for k, v in options.get(section, {}).items() if k in names
+        }
+        known = {
+            "data": pick("data", [f.name for f in dataclasses.fields(DataConfig)]),
+            "train": pick("train", _TRAIN),
+        }
         return cls.of_config(from_config_dict(known | {"seed": options.get("seed", 0)}))
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -76,8 +87,10 @@ class History(NamedTuple):
         """
         i = self.stretches.index(self.at(step))
         first = next(j for j in range(i, -1, -1) if not self.stretches[j].first_row)
-        last = next((j for j in range(i, len(self.stretches) - 1) if not self.stretches[j + 1].first_row),
-                    len(self.stretches) - 1)
+        last = next(
+            (j for j in range(i, len(self.stretches) - 1) if not self.stretches[j + 1].first_row),
+            len(self.stretches) - 1,
+        )
         return self.stretches[first].first_step, self.stretches[last]
 
     def first_row(self, step: int) -> int:
@@ -85,7 +98,9 @@ class History(NamedTuple):
         count.
         """
         s = self.at(step)
-        return s.first_row + first_sequence(s.options, step) - first_sequence(s.options, s.first_step)
+        return (
+            s.first_row + first_sequence(s.options, step) - first_sequence(s.options, s.first_step)
+        )
 
     def count(self, step: int) -> int:
         """How many rows that step reads."""
@@ -93,15 +108,18 @@ class History(NamedTuple):
 
     def tokens(self, steps: int) -> int:
         """Tokens in the rows of the first `steps` steps."""
-        ends = [s.first_step for s in self.stretches[1:]] + [max(steps, self.stretches[-1].first_step)]
+        ends = [s.first_step for s in self.stretches[1:]] + [
+            max(steps, self.stretches[-1].first_step)
+        ]
         total = 0
         for s, end in zip(self.stretches, ends, strict=True):
             before = lambda step: first_sequence(s.options, min(step, steps))
             total += (before(end) - before(s.first_step)) * s.options.train.sequence_length
         return total
 
-    def resumed(self, step: int, config: Config, contents: Contents | None,
-                earlier: "History | None" = None) -> "History":
+    def resumed(
+        self, step: int, config: Config, contents: Contents | None, earlier: "History | None" = None
+    ) -> "History":
         """The list for going on after `step` steps with these options and data.
 
         Other batch sizes, ramps and accumulation go on with the next row. What makes other rows (seed,
@@ -121,15 +139,21 @@ class History(NamedTuple):
         known = self if self.stretches else earlier or History.of_config(config)
         kept = tuple(s for s in known.stretches if s.first_step < step)
         last = kept[-1]
-        check_tokenizer(last.contents, contents["tokenizer"] if contents else None, config.data.tokenizer)
+        check_tokenizer(
+            last.contents, contents["tokenizer"] if contents else None, config.data.tokenizer
+        )
         what = _difference(last, now, contents)
         if what and config.data.on_change != "new_pass":
-            raise UserError(f"{what} of the checkpoint of step {step}, so its rows are others, and which were "
-                            f"read is not known. Set it as it was, or config.data.on_change=new_pass to begin "
-                            f"a new pass over the data as they are now.")
+            raise UserError(
+                f"{what} of the checkpoint of step {step}, so its rows are others, and which were "
+                f"read is not known. Set it as it was, or config.data.on_change=new_pass to begin "
+                f"a new pass over the data as they are now."
+            )
         if not what and (now, contents) == (last.options, last.contents):
             return History(kept)
-        return History((*kept, Stretch(step, 0 if what else History(kept).first_row(step), now, contents)))
+        return History(
+            (*kept, Stretch(step, 0 if what else History(kept).first_row(step), now, contents))
+        )
 
     def begins_order(self, step: int) -> bool:
         """Whether the rows that were read before `step` are of another order."""
@@ -138,18 +162,23 @@ class History(NamedTuple):
 
 def _difference(last: Stretch, now: Config, contents: Contents | None) -> str:
     before = last.options
-    for name, was, is_now in (("seed", before.seed, now.seed),
-                              ("train.sequence_length", before.train.sequence_length,
-                               now.train.sequence_length),
-                              ("data.eval_fraction", before.data.eval_fraction, now.data.eval_fraction)):
+    for name, was, is_now in (
+        ("seed", before.seed, now.seed),
+        ("train.sequence_length", before.train.sequence_length, now.train.sequence_length),
+        ("data.eval_fraction", before.data.eval_fraction, now.data.eval_fraction),
+    ):
         if was != is_now:
             return f"config.{name}={is_now} differs from {was}"
-    if what := contents_.difference(last.contents, contents, split_paths(now.data.path, "config.data.path")):
+    if what := contents_.difference(
+        last.contents, contents, split_paths(now.data.path, "config.data.path")
+    ):
         return f"{what}, that"
     if last.contents and contents and last.contents["weights"] != contents["weights"]:
         shares = lambda c: ",".join(f"{w:.4g}" for w in c["weights"])
-        return (f"config.data.weights={now.data.weights!r} mixes by {shares(contents)} and not "
-                f"{shares(last.contents)}, those")
+        return (
+            f"config.data.weights={now.data.weights!r} mixes by {shares(contents)} and not "
+            f"{shares(last.contents)}, those"
+        )
     return ""
 
 

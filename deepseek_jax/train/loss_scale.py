@@ -11,22 +11,32 @@ import jax.numpy as jnp
 
 from deepseek_jax.config.options import Config, Fp16Config
 
-MOST = 2.0**32  # a dynamic scale stops here: gradients that are exactly 0 would let it grow to infinity, and 0 * infinity is no number
+MOST = (
+    2.0**32
+)  # a dynamic scale stops here: gradients that are exactly 0 would let it grow to infinity, and 0 * infinity is no number
 
 
 class LossScale(NamedTuple):
     """The part of the training state that a dynamic loss scale needs."""
 
     scale: jax.Array  # float32: the next step's loss is multiplied by it
-    good_steps: jax.Array  # int32: steps without overflow since the scale last changed or overflowed
-    hysteresis: jax.Array  # int32: the overflow of this number, from now on, halves the scale; 1: the next one
+    good_steps: (
+        jax.Array
+    )  # int32: steps without overflow since the scale last changed or overflowed
+    hysteresis: (
+        jax.Array
+    )  # int32: the overflow of this number, from now on, halves the scale; 1: the next one
 
 
 def init_loss_scale(config: Config) -> LossScale | None:
     """None where the scale never changes: it is then no part of the state."""
     if config.train.dtype != "float16" or config.fp16.loss_scale:
         return None
-    return LossScale(jnp.float32(2.0**config.fp16.initial_scale_power), jnp.zeros((), jnp.int32), jnp.int32(config.fp16.hysteresis))
+    return LossScale(
+        jnp.float32(2.0**config.fp16.initial_scale_power),
+        jnp.zeros((), jnp.int32),
+        jnp.int32(config.fp16.hysteresis),
+    )
 
 
 def scale_of(config: Config, state: LossScale | None) -> jax.Array | None:
@@ -38,7 +48,9 @@ def scale_of(config: Config, state: LossScale | None) -> jax.Array | None:
 
 def unscaled(grads: Any, scale: jax.Array | None) -> Any:
     """Gradients of the loss from those of the scaled loss, float32."""
-    return jax.tree.map(lambda g: g.astype(jnp.float32) if scale is None else g.astype(jnp.float32) / scale, grads)
+    return jax.tree.map(
+        lambda g: g.astype(jnp.float32) if scale is None else g.astype(jnp.float32) / scale, grads
+    )
 
 
 def may_fall(options: Fp16Config, state: LossScale) -> jax.Array:
@@ -46,7 +58,9 @@ def may_fall(options: Fp16Config, state: LossScale) -> jax.Array:
     return state.scale > options.min_loss_scale
 
 
-def adjust(options: Fp16Config, state: LossScale, overflow: jax.Array, bad_loss: jax.Array) -> LossScale:
+def adjust(
+    options: Fp16Config, state: LossScale, overflow: jax.Array, bad_loss: jax.Array
+) -> LossScale:
     """The scale for the next step, as DeepSpeed's DynamicLossScaler.
 
     Args:
@@ -60,6 +74,14 @@ def adjust(options: Fp16Config, state: LossScale, overflow: jax.Array, bad_loss:
     grow = good & (steps == options.loss_scale_window)
     fall = overflow & (state.hysteresis <= 1)
     lower = jnp.maximum(state.scale / 2, options.min_loss_scale)
-    scale = jnp.where(fall, lower, jnp.where(grow, jnp.maximum(jnp.minimum(state.scale * 2, MOST), state.scale), state.scale))
-    hysteresis = jnp.where(grow, options.hysteresis, jnp.where(overflow, jnp.maximum(state.hysteresis - 1, 1), state.hysteresis))
+    scale = jnp.where(
+        fall,
+        lower,
+        jnp.where(grow, jnp.maximum(jnp.minimum(state.scale * 2, MOST), state.scale), state.scale),
+    )
+    hysteresis = jnp.where(
+        grow,
+        options.hysteresis,
+        jnp.where(overflow, jnp.maximum(state.hysteresis - 1, 1), state.hysteresis),
+    )
     return LossScale(scale, jnp.where(good & ~grow, steps, 0), hysteresis)

@@ -22,15 +22,25 @@ from optax.contrib import MuonDimensionNumbers
 from deepseek_jax.parallel.mesh import per_device
 from deepseek_jax.parallel.sharding import logical_axes
 
-STACKED_AXES = ("layers", "experts", "pair")  # logical axes along which a weight holds matrices, or vectors, of their own
+STACKED_AXES = (
+    "layers",
+    "experts",
+    "pair",
+)  # logical axes along which a weight holds matrices, or vectors, of their own
 MUON_RMS = 0.2  # root mean square of Muon's update of a matrix, as AdamW's usually is: both then take the same learning rate and weight decay
 FACTORED_FROM = 128  # Adafactor keeps rows and columns of matrices whose sides are both at least this; optax's default
-CHUNK = 2**24  # elements of the matrices that a device orthogonalises at a time: 64 MiB in each of some five arrays; a larger matrix alone
+CHUNK = (
+    2**24
+)  # elements of the matrices that a device orthogonalises at a time: 64 MiB in each of some five arrays; a larger matrix alone
 
 
 def stacked_dimensions(params: nnx.State) -> Any:
     """For each variable a `Stacked`: a tree of the state's structure."""
-    return jax.tree.map(lambda v: v.replace(Stacked(logical_axes(v))), params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return jax.tree.map(
+        lambda v: v.replace(Stacked(logical_axes(v))),
+        params,
+        is_leaf=lambda v: isinstance(v, nnx.Variable),
+    )
 
 
 class Stacked:
@@ -63,7 +73,9 @@ def muon_labels(params: nnx.State) -> Any:
     return jax.tree.map(label, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def scale_by_muon(params: nnx.State, momentum: float, adamw: optax.GradientTransformation) -> optax.GradientTransformation:
+def scale_by_muon(
+    params: nnx.State, momentum: float, adamw: optax.GradientTransformation
+) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalised, for what `muon_labels` calls so; `adamw`, without learning rate and decay, for the rest.
 
     Momentum is `m = g + momentum * m`, and what is orthogonalised `g + momentum * m`: with the gradient's share (1 - momentum) of other
@@ -75,7 +87,10 @@ def scale_by_muon(params: nnx.State, momentum: float, adamw: optax.GradientTrans
         of = lambda s, u: u if isinstance(u, optax.MaskedNode) else orthogonalised(u, s)
         return jax.tree.map(of, stacked, updates), state
 
-    muon = optax.chain(optax.trace(momentum, nesterov=True), optax.GradientTransformation(lambda _: optax.EmptyState(), update))
+    muon = optax.chain(
+        optax.trace(momentum, nesterov=True),
+        optax.GradientTransformation(lambda _: optax.EmptyState(), update),
+    )
     return optax.partition({"muon": muon, "adamw": adamw}, muon_labels(params))
 
 
@@ -94,34 +109,52 @@ def orthogonalised(update: jax.Array, stacked: Stacked) -> jax.Array:
       The same shape and layout.
     """
     spec = jax.typeof(update).sharding.spec
-    named = lambda d: () if spec[d] is None else (spec[d],) if isinstance(spec[d], str) else tuple(spec[d])
-    (m, n), divided = zip(*((update.shape[d], named(d)) for d in range(update.ndim) if d not in stacked.dimensions), strict=True)
+    named = lambda d: (
+        () if spec[d] is None else (spec[d],) if isinstance(spec[d], str) else tuple(spec[d])
+    )
+    (m, n), divided = zip(
+        *((update.shape[d], named(d)) for d in range(update.ndim) if d not in stacked.dimensions),
+        strict=True,
+    )
 
     def one_chunk(matrices):
         for dimension, axes in enumerate(divided, 1):
             if axes:
-                matrices = lax.all_to_all(matrices, axes, split_axis=0, concat_axis=dimension, tiled=True)
+                matrices = lax.all_to_all(
+                    matrices, axes, split_axis=0, concat_axis=dimension, tiled=True
+                )
         matrices = jax.vmap(_orthogonalised)(matrices) * (MUON_RMS * math.sqrt(max(m, n)))
         for dimension, axes in reversed(list(enumerate(divided, 1))):
             if axes:
-                matrices = lax.all_to_all(matrices, axes, split_axis=dimension, concat_axis=0, tiled=True)
+                matrices = lax.all_to_all(
+                    matrices, axes, split_axis=dimension, concat_axis=0, tiled=True
+                )
         return matrices
 
     def one_device(u):
         u = stacked.first(u)
-        matrices, ways = u.reshape(-1, *u.shape[-2:]), math.prod(lax.axis_size(a) for axes in divided for a in axes)
+        matrices, ways = (
+            u.reshape(-1, *u.shape[-2:]),
+            math.prod(lax.axis_size(a) for axes in divided for a in axes),
+        )
         count = len(matrices)
         steps = -(-count // (ways * max(1, CHUNK // (m * n))))
         size = -(-count // (ways * steps)) * ways
-        matrices = jnp.pad(matrices, ((0, steps * size - count), (0, 0), (0, 0))).reshape(steps, size, *u.shape[-2:])
-        return stacked.back(lax.map(one_chunk, matrices).reshape(-1, *u.shape[-2:])[:count].reshape(u.shape))
+        matrices = jnp.pad(matrices, ((0, steps * size - count), (0, 0), (0, 0))).reshape(
+            steps, size, *u.shape[-2:]
+        )
+        return stacked.back(
+            lax.map(one_chunk, matrices).reshape(-1, *u.shape[-2:])[:count].reshape(u.shape)
+        )
 
     return per_device(one_device, (spec,), spec)(update)
 
 
 def _orthogonalised(matrix: jax.Array) -> jax.Array:
     """Newton-Schulz by optax: without momentum its Muon does nothing else."""
-    muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=MuonDimensionNumbers(0, 1))
+    muon = optax.contrib.scale_by_muon(
+        beta=0.0, nesterov=False, weight_dimension_numbers=MuonDimensionNumbers(0, 1)
+    )
     return muon.update(matrix, muon.init(matrix))[0]
 
 
@@ -132,7 +165,9 @@ def _divided_as(stacked: Stacked, weight: jax.Array, statistic: jax.Array) -> ja
     if of_weight[:count] == own[:count]:
         return statistic
     wanted = jax.P(*of_weight[:count], *own[count : statistic.ndim])
-    return jax.sharding.reshard(statistic, jax.NamedSharding(jax.typeof(weight).sharding.mesh, wanted))
+    return jax.sharding.reshard(
+        statistic, jax.NamedSharding(jax.typeof(weight).sharding.mesh, wanted)
+    )
 
 
 def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.GradientTransformation:
@@ -141,23 +176,33 @@ def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.Gradie
     The state is optax's FactoredState: v_row and v_col have a weight's stacked dimensions first, then the one that is left; v is that of
     weights too small to be factored. What a weight has no use for is one zero a matrix.
     """
-    parts = [optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED_FROM), optax.clip_by_block_rms(1.0)]
+    parts = [
+        optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED_FROM),
+        optax.clip_by_block_rms(1.0),
+    ]
     one = optax.chain(*parts, *([optax.scale_by_param_block_rms()] if scale_parameter else []))
     stacked = jax.tree.leaves(stacked_dimensions(params))
 
     def state_of(count, statistics, tree):
-        return optax.FactoredState(count, *(jax.tree.unflatten(tree, s) for s in zip(*statistics, strict=True)))
+        return optax.FactoredState(
+            count, *(jax.tree.unflatten(tree, s) for s in zip(*statistics, strict=True))
+        )
 
     def init(params):
         leaves, tree = jax.tree.flatten(params)
         of_one = lambda p: tuple(one.init(p)[0])[1:]
-        statistics = [jax.tree.map(functools.partial(_divided_as, s, s.first(p)), s.each(of_one)(s.first(p))) for s, p in zip(stacked, leaves, strict=True)]
+        statistics = [
+            jax.tree.map(functools.partial(_divided_as, s, s.first(p)), s.each(of_one)(s.first(p)))
+            for s, p in zip(stacked, leaves, strict=True)
+        ]
         return state_of(jnp.zeros((), jnp.int32), statistics, tree)
 
     def update(updates, state, params):
         def of_one(g, p, *statistics):
             others = (optax.EmptyState(),) * (len(parts) - 1 + scale_parameter)
-            new, (factored, *_) = one.update(g, (optax.FactoredState(state.count, *statistics), *others), p)
+            new, (factored, *_) = one.update(
+                g, (optax.FactoredState(state.count, *statistics), *others), p
+            )
             return new, tuple(factored)[1:]
 
         leaves, tree = jax.tree.flatten(updates)
@@ -167,6 +212,8 @@ def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.Gradie
             new, kept = s.each(of_one)(s.first(g), s.first(p), *old)
             out.append(s.back(new))
             statistics.append(kept)
-        return jax.tree.unflatten(tree, out), state_of(optax.safe_increment(state.count), statistics, tree)
+        return jax.tree.unflatten(tree, out), state_of(
+            optax.safe_increment(state.count), statistics, tree
+        )
 
     return optax.GradientTransformation(init, update)

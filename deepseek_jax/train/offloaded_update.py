@@ -18,7 +18,14 @@ from deepseek_jax.parallel import offload
 from deepseek_jax.train.optimizer import make_optimizer
 
 
-def update(config: Config, grads: nnx.State, opt_state: Any, params: nnx.State, grad_norm: jax.Array, ok: jax.Array) -> tuple[nnx.State, Any]:
+def update(
+    config: Config,
+    grads: nnx.State,
+    opt_state: Any,
+    params: nnx.State,
+    grad_norm: jax.Array,
+    ok: jax.Array,
+) -> tuple[nnx.State, Any]:
     """What the whole optimizer's `update` and `optax.apply_updates` do, each array in the memory where it is.
 
     Args:
@@ -28,7 +35,9 @@ def update(config: Config, grads: nnx.State, opt_state: Any, params: nnx.State, 
     Returns:
       (params, opt_state), as they were if not ok.
     """
-    no_clip = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, grad_clip=0.0))
+    no_clip = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, grad_clip=0.0)
+    )
 
     def one(held, grads):
         """The update of a group of parameters, or of one layer of it; all arrays are on the device."""
@@ -52,7 +61,11 @@ def update(config: Config, grads: nnx.State, opt_state: Any, params: nnx.State, 
             new = one(offload.to_device(held), offload.to_device(of_grads))
             done.append(jax.tree.map(offload.put, new, held))
     # Counters are the same for all, but that a loop over layers leaves them as they were: the last group is one weight, the embedding's at least.
-    return jax.tree.map(lambda *parts: nnx.merge_state(*parts) if _is_state(parts[0]) else parts[-1], *done, is_leaf=_is_state)
+    return jax.tree.map(
+        lambda *parts: nnx.merge_state(*parts) if _is_state(parts[0]) else parts[-1],
+        *done,
+        is_leaf=_is_state,
+    )
 
 
 def _is_state(node: Any) -> bool:
@@ -61,7 +74,11 @@ def _is_state(node: Any) -> bool:
 
 def _of_group(tree: Any, chosen: Callable[[tuple], bool]) -> Any:
     """The tree with the chosen parameters alone in each of its States; what is not of a parameter stays."""
-    pick = lambda node: nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(node) if chosen(p)]) if _is_state(node) else node
+    pick = lambda node: (
+        nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(node) if chosen(p)])
+        if _is_state(node)
+        else node
+    )
     return jax.tree.map(pick, tree, is_leaf=_is_state)
 
 

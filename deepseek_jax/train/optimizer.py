@@ -30,7 +30,9 @@ def learning_rate(config: Config) -> optax.Schedule:
     warm = min(o.warmup_steps, steps)
     rest = max(steps - warm, 1)
     end = peak * o.final_fraction
-    at = lambda share: max(round(share * steps) - warm, 1)  # boundaries count from the end of the warmup
+    at = lambda share: max(
+        round(share * steps) - warm, 1
+    )  # boundaries count from the end of the warmup
     if o.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif o.schedule == "cosine":
@@ -38,21 +40,35 @@ def learning_rate(config: Config) -> optax.Schedule:
     elif o.schedule == "wsd":
         decay = max(round(steps * o.decay_fraction), 1)
         stable = max(rest - decay, 0)
-        after = optax.join_schedules([optax.constant_schedule(peak), optax.linear_schedule(peak, end, min(decay, rest))], [stable])
+        after = optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, end, min(decay, rest))],
+            [stable],
+        )
     elif o.schedule == "deepseek_v2":
-        after = optax.join_schedules([optax.constant_schedule(peak * f) for f in (1, 0.316, 0.316**2)], [at(1 - o.decay_fraction), at(0.9)])
+        after = optax.join_schedules(
+            [optax.constant_schedule(peak * f) for f in (1, 0.316, 0.316**2)],
+            [at(1 - o.decay_fraction), at(0.9)],
+        )
     else:
         a, b, c = (at(t / V3_TOKENS) for t in (10.0, 14.3, 14.633))
         after = optax.join_schedules(
-            [optax.constant_schedule(peak), optax.cosine_decay_schedule(peak, max(b - a, 1), 0.1),
-             optax.constant_schedule(peak * 0.1), optax.constant_schedule(peak * 0.1 * 7.3 / 22)], [a, b, c])
+            [
+                optax.constant_schedule(peak),
+                optax.cosine_decay_schedule(peak, max(b - a, 1), 0.1),
+                optax.constant_schedule(peak * 0.1),
+                optax.constant_schedule(peak * 0.1 * 7.3 / 22),
+            ],
+            [a, b, c],
+        )
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warm, 1)), after], [warm])
 
 
 def decay_mask(params: nnx.State) -> Any:
     """True for matrices; norm weights and biases are not decayed."""
     is_variable = lambda v: isinstance(v, nnx.Variable)
-    is_matrix = lambda v: not {"norm", "heads_bias", "embed_bias"} & set(v.get_metadata()["out_sharding"])
+    is_matrix = lambda v: (
+        not {"norm", "heads_bias", "embed_bias"} & set(v.get_metadata()["out_sharding"])
+    )
     return jax.tree.map(lambda v: v.replace(is_matrix(v)), params, is_leaf=is_variable)
 
 
@@ -64,20 +80,35 @@ def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransform
     o = config.optimizer
     clip = optax.clip_by_global_norm(o.grad_clip) if o.grad_clip else optax.identity()
     if o.name == "adamw":
-        update = optax.adamw(learning_rate(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decay_mask(params))
+        update = optax.adamw(
+            learning_rate(config),
+            o.b1,
+            o.b2,
+            o.eps,
+            weight_decay=o.weight_decay,
+            mask=decay_mask(params),
+        )
     else:
-        scale = (scale_by_adafactor(params, o.scale_parameter) if o.name == "adafactor" else
-                 scale_by_muon(params, o.momentum, optax.scale_by_adam(o.b1, o.b2, o.eps)))
+        scale = (
+            scale_by_adafactor(params, o.scale_parameter)
+            if o.name == "adafactor"
+            else scale_by_muon(params, o.momentum, optax.scale_by_adam(o.b1, o.b2, o.eps))
+        )
         decay = optax.add_decayed_weights(o.weight_decay, decay_mask(params))
         update = optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate(config)))
-    return optax.chain(clip, update if o.moment_dtype == "float32" else moments_in(jnp.dtype(o.moment_dtype), update))
+    return optax.chain(
+        clip,
+        update if o.moment_dtype == "float32" else moments_in(jnp.dtype(o.moment_dtype), update),
+    )
 
 
 def moments_in(dtype: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer, whose float arrays are stored in `dtype`; it computes in float32 (DeepSeek-V3, section 3.3.3, in bfloat16)."""
 
     def cast(state: Any, dtype: Any) -> Any:
-        return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, state)
+        return jax.tree.map(
+            lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, state
+        )
 
     def update(updates, state, params=None):
         updates, state = optimizer.update(updates, cast(state, jnp.float32), params)

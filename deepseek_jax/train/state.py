@@ -25,8 +25,12 @@ class TrainState(NamedTuple):
     opt_state: Any
     bad_steps: jax.Array  # int32: updates skipped in a row, for a non-finite loss or gradient
     skipped_steps: jax.Array  # int32: updates skipped in all
-    residual: nnx.State | None = None  # float32: what gradient_compression has not applied yet, of each parameter [R, ...] for R replicas
-    loss_scale: LossScale | None = None  # only where it is dynamic: other states, and their checkpoints, are without it
+    residual: nnx.State | None = (
+        None  # float32: what gradient_compression has not applied yet, of each parameter [R, ...] for R replicas
+    )
+    loss_scale: LossScale | None = (
+        None  # only where it is dynamic: other states, and their checkpoints, are without it
+    )
 
 
 class Layout(NamedTuple):
@@ -54,23 +58,36 @@ class Layout(NamedTuple):
         offloaded the host has as many for it."""
         # Gradients are where their parameters are.
         as_stored = lambda g, p: jax.NamedSharding(p.mesh, g.spec, memory_kind=p.memory_kind)
-        gradients = jax.tree.map(as_stored, sharding.shardings(self.grad_specs, mesh), self.shardings.params)
-        held = {"parameters": (self.abstract.params, self.shardings.params), "gradients": (self.abstract.params, gradients),
-                "optimizer": (self.abstract.opt_state, self.shardings.opt_state)}
+        gradients = jax.tree.map(
+            as_stored, sharding.shardings(self.grad_specs, mesh), self.shardings.params
+        )
+        held = {
+            "parameters": (self.abstract.params, self.shardings.params),
+            "gradients": (self.abstract.params, gradients),
+            "optimizer": (self.abstract.opt_state, self.shardings.opt_state),
+        }
         if self.abstract.residual is not None:
             held["residual"] = (self.abstract.residual, self.shardings.residual)
         out = {name: sharding.bytes_per_device(*arrays) for name, arrays in held.items()}
-        host = sum(sharding.bytes_per_device(*arrays, memory_kind=offload.HOST) for arrays in held.values())
+        host = sum(
+            sharding.bytes_per_device(*arrays, memory_kind=offload.HOST) for arrays in held.values()
+        )
         return out | ({"host": host} if host else {})
 
     def abstract_sharded(self) -> TrainState:
         """Shapes with their shardings: what a checkpoint is restored into."""
-        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.abstract, self.shardings)
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            self.abstract,
+            self.shardings,
+        )
 
 
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graphdef, parameters, selection biases) as shapes, without allocating anything."""
-    return nnx.split(nnx.eval_shape(lambda: transformer.build(config, nnx.Rngs(0))), nnx.Param, SelectionBias)
+    return nnx.split(
+        nnx.eval_shape(lambda: transformer.build(config, nnx.Rngs(0))), nnx.Param, SelectionBias
+    )
 
 
 def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
@@ -84,28 +101,47 @@ def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
 def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     graphdef, params, bias = abstract_model(config)
     rules = sharding.storage_rules(config)
-    param_specs, grad_specs, opt_specs = (sharding.specs(params, r, config.sharding.min_weight_size) for r in rules)
+    param_specs, grad_specs, opt_specs = (
+        sharding.specs(params, r, config.sharding.min_weight_size) for r in rules
+    )
     bias_specs = sharding.specs(bias, sharding.COMPUTE_RULES)
     optimizer = make_optimizer(config, params)
-    opt_state, opt_state_specs = _optimizer_state(optimizer, params, sharding.shardings(opt_specs, mesh))
+    opt_state, opt_state_specs = _optimizer_state(
+        optimizer, params, sharding.shardings(opt_specs, mesh)
+    )
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     residual, residual_specs = compression.residual(config, params, grad_specs, mesh.shape["data"])
     scale = jax.eval_shape(lambda: init_loss_scale(config))
     abstract = TrainState(scalar, params, bias, opt_state, scalar, scalar, residual, scale)
-    specs = TrainState(jax.P(), param_specs, bias_specs, opt_state_specs, jax.P(), jax.P(), residual_specs, jax.tree.map(lambda _: jax.P(), scale))
+    specs = TrainState(
+        jax.P(),
+        param_specs,
+        bias_specs,
+        opt_state_specs,
+        jax.P(),
+        jax.P(),
+        residual_specs,
+        jax.tree.map(lambda _: jax.P(), scale),
+    )
     never_drops = dataclasses.replace(config, moe=dataclasses.replace(config.moe, drop=False))
     inference = abstract_model(never_drops)[0] if config.moe.drop else graphdef
     shardings = offload.placed(config, abstract, sharding.shardings(specs, mesh))
-    return Layout(graphdef, inference, abstract, shardings, param_specs, grad_specs, opt_specs, optimizer)
+    return Layout(
+        graphdef, inference, abstract, shardings, param_specs, grad_specs, opt_specs, optimizer
+    )
 
 
-def _optimizer_state(optimizer: optax.GradientTransformation, params: nnx.State, shardings: nnx.State) -> tuple[Any, Any]:
+def _optimizer_state(
+    optimizer: optax.GradientTransformation, params: nnx.State, shardings: nnx.State
+) -> tuple[Any, Any]:
     """(shapes, PartitionSpecs) of its state, for parameters laid out as they are while it works.
 
     The specs are read from the types, as mesh axes are Explicit: moments are laid out as their parameters, row and column means over the
     axes that divide what is left of them, counters are whole.
     """
-    sharded = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params, shardings)
+    sharded = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params, shardings
+    )
     found = jax.eval_shape(optimizer.init, sharded)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), found)
     return shapes, jax.tree.map(lambda a: jax.P() if a.sharding is None else a.sharding.spec, found)
@@ -115,13 +151,21 @@ def init_state(config: Config, layout: Layout) -> TrainState:
     """A fresh state, created in its shards: no device or host ever holds the whole model. The same on every mesh."""
 
     def create() -> TrainState:
-        _, params, bias = nnx.split(transformer.build(config, nnx.Rngs(config.seed)), nnx.Param, SelectionBias)
+        _, params, bias = nnx.split(
+            transformer.build(config, nnx.Rngs(config.seed)), nnx.Param, SelectionBias
+        )
         params = sharding.reshard(params, layout.opt_specs)
         opt_state = layout.optimizer.init(params)
         zero = jnp.zeros((), jnp.int32)
-        residual = jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s), layout.abstract.residual, layout.shardings.residual)
+        residual = jax.tree.map(
+            lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s),
+            layout.abstract.residual,
+            layout.shardings.residual,
+        )
         params = sharding.reshard(params, layout.param_specs)
-        state = TrainState(zero, params, bias, opt_state, zero, zero, residual, init_loss_scale(config))
+        state = TrainState(
+            zero, params, bias, opt_state, zero, zero, residual, init_loss_scale(config)
+        )
         return offload.to(state, layout.shardings)
 
     # Dozens of random weights are much code for a CPU and little work: LLVM's first level compiles it in half the time, to the same numbers.
@@ -133,10 +177,27 @@ def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.St
     """A state of step 0 with weights from elsewhere, in the shards of the layout. Nothing else of a fresh state depends on them."""
 
     def create() -> TrainState:
-        zeros = jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s), layout.abstract.params, layout.opt_specs)
+        zeros = jax.tree.map(
+            lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s),
+            layout.abstract.params,
+            layout.opt_specs,
+        )
         zero = jnp.zeros((), jnp.int32)
-        residual = jax.tree.map(lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s), layout.abstract.residual, layout.shardings.residual)
-        state = TrainState(zero, None, None, layout.optimizer.init(zeros), zero, zero, residual, init_loss_scale(config))
+        residual = jax.tree.map(
+            lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s),
+            layout.abstract.residual,
+            layout.shardings.residual,
+        )
+        state = TrainState(
+            zero,
+            None,
+            None,
+            layout.optimizer.init(zeros),
+            zero,
+            zero,
+            residual,
+            init_loss_scale(config),
+        )
         return offload.to(state, shardings)
 
     shardings = layout.shardings._replace(params=None, bias=None)

@@ -12,17 +12,18 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.moe import Load, merge_loads
+from deepseek_jax.objectives import pretrain
 from deepseek_jax.parallel import compression, offload
 from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.parallel.sharding import reshard
 from deepseek_jax.parallel.weights import REPLICAS, copies, each_its_own, keep_whole
-from deepseek_jax.objectives import pretrain
 from deepseek_jax.train import loss_scale, offloaded_update
 from deepseek_jax.train.optimizer import learning_rate, sequences_at
 from deepseek_jax.train.state import Layout, TrainState
 
-
-NO_LOAD = Load(*(np.zeros(shape, np.int32) for shape in ((0, 0), (0,), (0, 0), (0, 0), (0, 0), (0,))))  # of a model without experts
+NO_LOAD = Load(
+    *(np.zeros(shape, np.int32) for shape in ((0, 0), (0,), (0, 0), (0, 0), (0, 0), (0,)))
+)  # of a model without experts
 
 
 class StepMetrics(NamedTuple):
@@ -43,7 +44,9 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, BATCH_AXES, None))
 
 
-def put_batch(rows: dict[str, np.ndarray], micro_batch: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+def put_batch(
+    rows: dict[str, np.ndarray], micro_batch: int, mesh: jax.sharding.Mesh
+) -> dict[str, jax.Array]:
     """Rows [n, S] of the global batch to int32 arrays [A, b, S] over the mesh; each process hands over its own shards."""
     sharding = batch_sharding(mesh)
 
@@ -54,14 +57,22 @@ def put_batch(rows: dict[str, np.ndarray], micro_batch: int, mesh: jax.sharding.
     return {k: put(v) for k, v in rows.items()}
 
 
-def abstract_batch(config: Config, mesh: jax.sharding.Mesh, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(
+    config: Config, mesh: jax.sharding.Mesh, step: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     """What `put_batch` makes of the rows of the step after `step` finished ones: int32 [A, b, S]."""
-    shape = (sequences_at(config, step) // config.micro_batch, config.micro_batch, config.train.sequence_length)
+    shape = (
+        sequences_at(config, step) // config.micro_batch,
+        config.micro_batch,
+        config.train.sequence_length,
+    )
     array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array)
 
 
-def make_gradients(config: Config, layout: Layout, token_loss: Callable = pretrain.next_token_loss) -> Callable:
+def make_gradients(
+    config: Config, layout: Layout, token_loss: Callable = pretrain.next_token_loss
+) -> Callable:
     """(params, bias, batch [A, b, S], totals, MTP weight, loss scale or None) -> (gradients, Losses, Load) of the whole batch.
 
     Gradients are of the scaled loss, summed over micro-batches, in the layout that the strategy gives them; float32, or the
@@ -72,13 +83,19 @@ def make_gradients(config: Config, layout: Layout, token_loss: Callable = pretra
 
     def gradients(params, bias, batch, total, mtp_weight, scale):
         def loss(parts):
-            model = layout.merge(each_its_own(parts) if compressed else keep_whole(params, parts), bias)
-            value, aux = pretrain.pretraining_loss(model, batch, total, config, mtp_weight, token_loss)
+            model = layout.merge(
+                each_its_own(parts) if compressed else keep_whole(params, parts), bias
+            )
+            value, aux = pretrain.pretraining_loss(
+                model, batch, total, config, mtp_weight, token_loss
+            )
             return value if scale is None else value * scale, aux
 
         # Differentiated in the layout of the gradients: slicing parameters that are whole is free.
         given = reshard(params, layout.grad_specs)
-        given = copies(given, jax.sharding.get_abstract_mesh().shape[REPLICAS]) if compressed else given
+        given = (
+            copies(given, jax.sharding.get_abstract_mesh().shape[REPLICAS]) if compressed else given
+        )
         grads, (parts, stats) = jax.grad(loss, has_aux=True)(given)
         return grads, parts, stats.load if stats else NO_LOAD
 
@@ -93,17 +110,27 @@ def make_gradients(config: Config, layout: Layout, token_loss: Callable = pretra
             new = one(micro)
             load = merge_loads(jax.tree.map(lambda *a: jnp.stack(a), carry[2], new[2]))
             add = lambda buffer, g: jnp.add(buffer, g).astype(buffer.dtype)
-            return (offload.tree_map(add, carry[0], new[0]), jax.tree.map(jnp.add, carry[1], new[1]), load), None
+            return (
+                offload.tree_map(add, carry[0], new[0]),
+                jax.tree.map(jnp.add, carry[1], new[1]),
+                load,
+            ), None
 
         shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda a: a[0], batch)))
         buffers = jax.tree.map(lambda s: s.update(dtype=config.train.accumulation_dtype), shapes[0])
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes[1:])
-        return jax.lax.scan(more, (offload.zeros(buffers, layout.shardings.params), *zeros), batch)[0]
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes[1:]
+        )
+        return jax.lax.scan(more, (offload.zeros(buffers, layout.shardings.params), *zeros), batch)[
+            0
+        ]
 
     return whole_batch_gradients
 
 
-def make_train_step(config: Config, layout: Layout, token_loss: Callable = pretrain.next_token_loss) -> Callable:
+def make_train_step(
+    config: Config, layout: Layout, token_loss: Callable = pretrain.next_token_loss
+) -> Callable:
     """The step function, to be jitted with the state donated.
 
     Its batch has int32 arrays [A, b, S]: A micro-batches, b divided over the batch axes. Gradients are summed over them in
@@ -118,23 +145,37 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = pretr
 
         def one(_, micro):
             model = layout.merge(params, bias)
-            return None, model(micro["tokens"], micro["segment_ids"], micro["positions"], micro["targets"]).stats.load.expert_counts
+            return None, model(
+                micro["tokens"], micro["segment_ids"], micro["positions"], micro["targets"]
+            ).stats.load.expert_counts
 
         return jnp.sum(jax.lax.scan(one, None, batch)[1], axis=0)
 
     def train_step(state: TrainState, batch: pretrain.Batch) -> tuple[TrainState, StepMetrics]:
         t, m = config.train, config.model
         batch_level = not m.seq_aux and m.aux_loss_alpha and m.has_experts
-        counts = jax.lax.stop_gradient(counts_of(state.params, state.bias, batch)) if batch_level else None
+        counts = (
+            jax.lax.stop_gradient(counts_of(state.params, state.bias, batch))
+            if batch_level
+            else None
+        )
         total = pretrain.totals(batch, depths, counts)
-        mtp_weight = jnp.where(state.step < round(t.mtp_switch_fraction * t.steps), t.mtp_loss_weight, t.mtp_loss_weight_final)
+        mtp_weight = jnp.where(
+            state.step < round(t.mtp_switch_fraction * t.steps),
+            t.mtp_loss_weight,
+            t.mtp_loss_weight_final,
+        )
         scale = loss_scale.scale_of(config, state.loss_scale)
-        grads, parts, load = whole_batch_gradients(state.params, state.bias, batch, total, mtp_weight, scale)
+        grads, parts, load = whole_batch_gradients(
+            state.params, state.bias, batch, total, mtp_weight, scale
+        )
 
         with jax.named_scope("optimizer"):
             grads, residual = loss_scale.unscaled(grads, scale), state.residual
             if residual is not None:
-                grads, residual = compression.summed(config.sharding.gradient_compression, grads, residual)
+                grads, residual = compression.summed(
+                    config.sharding.gradient_compression, grads, residual
+                )
             grad_norm = offload.norm(grads)
             ok = jnp.isfinite(parts.loss) & jnp.isfinite(grad_norm)
             # Under ZeRO-1 and 2 this slices whole parameters (free) and gathers them again after the update.
@@ -142,10 +183,14 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = pretr
             grads = reshard(grads, layout.opt_specs)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
             if config.offload.optimizer_state or config.offload.parameters:
-                params, opt_state = offloaded_update.update(config, grads, state.opt_state, params, grad_norm, ok)
+                params, opt_state = offloaded_update.update(
+                    config, grads, state.opt_state, params, grad_norm, ok
+                )
             else:
                 updates, opt_state = layout.optimizer.update(grads, state.opt_state, params)
-                params, opt_state = keep((optax.apply_updates(params, updates), opt_state), (params, state.opt_state))
+                params, opt_state = keep(
+                    (optax.apply_updates(params, updates), opt_state), (params, state.opt_state)
+                )
             params, residual = reshard(params, layout.param_specs), keep(residual, state.residual)
             bias = keep(update_bias(state.bias, load.expert_counts, state.step, config), state.bias)
         bad, new_scale = jnp.where(ok, 0, state.bad_steps + 1), state.loss_scale
@@ -154,10 +199,14 @@ def make_train_step(config: Config, layout: Layout, token_loss: Callable = pretr
             bad_loss = ~jnp.isfinite(parts.loss)
             searching = ~ok & ~bad_loss & loss_scale.may_fall(config.fp16, state.loss_scale)
             bad = jnp.where(searching, state.bad_steps, bad)
-            new_scale = loss_scale.adjust(config.fp16, state.loss_scale, ~jnp.isfinite(grad_norm), bad_loss)
+            new_scale = loss_scale.adjust(
+                config.fp16, state.loss_scale, ~jnp.isfinite(grad_norm), bad_loss
+            )
         skipped = state.skipped_steps + jnp.where(ok, 0, 1)
         lr = schedule(state.step - state.skipped_steps)  # the optimizer counts the updates it made
-        new_state = TrainState(state.step + 1, params, bias, opt_state, bad, skipped, residual, new_scale)
+        new_state = TrainState(
+            state.step + 1, params, bias, opt_state, bad, skipped, residual, new_scale
+        )
         return new_state, StepMetrics(parts, lr, grad_norm, load, total.tokens, bad, skipped, scale)
 
     return train_step

@@ -10,19 +10,33 @@ from typing import Any
 import jax
 
 from deepseek_jax.checkpoint import integrity
-from deepseek_jax.tensorfile.bounded_json import BadFile
-from deepseek_jax.checkpoint.finder import LocalRun, RUN_ID
+from deepseek_jax.checkpoint.finder import RUN_ID, LocalRun
 from deepseek_jax.checkpoint.folder import Folder
 from deepseek_jax.cluster.exchange import from_first
 from deepseek_jax.config.options import Config, ModelConfig
 from deepseek_jax.errors import UserError
+from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.train import history
 
 RUN, HISTORY = "run", "data_history"  # in config.json: the name of the run, and what its steps read
 # Options that change no array's shape: a run may go on with other values of these.
-FREE_MODEL_OPTIONS = {"n_group", "topk_group", "num_experts_per_tok", "scoring_func", "norm_topk_prob", "routed_scaling_factor",
-                       "aux_loss_alpha", "seq_aux", "rms_norm_eps", "rope_theta", "rope_interleave", "rope_scaling",
-                       "partial_rotary_factor", "max_position_embeddings", "initializer_range"}
+FREE_MODEL_OPTIONS = {
+    "n_group",
+    "topk_group",
+    "num_experts_per_tok",
+    "scoring_func",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "aux_loss_alpha",
+    "seq_aux",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_interleave",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "max_position_embeddings",
+    "initializer_range",
+}
 
 
 # in config.json: what followed from the options, and what is known of the run
@@ -50,7 +64,9 @@ def prepare(workdir: str, config: Config, tokenizer: str | None = None) -> list[
             pass
         os.remove(probe)
     except OSError as e:
-        raise UserError(f"--workdir={workdir} cannot be written ({e.strerror}). Name a folder that you may write to.") from e
+        raise UserError(
+            f"--workdir={workdir} cannot be written ({e.strerror}). Name a folder that you may write to."
+        ) from e
     path, folder = os.path.join(workdir, "config.json"), checkpoints(workdir, config)
     before = _with_defaults(_read(path), Config().to_json()) if os.path.exists(path) else None
     if not has_checkpoints(workdir, config):
@@ -76,8 +92,10 @@ def _check_ours(workdir: str) -> None:
     if os.path.lexists(config):
         _read(config)
     elif os.path.lexists(rows):
-        raise UserError(f"--workdir={workdir} holds {rows} and no config.json of a run that wrote it. Name "
-                        f"another --workdir, or move that file away.")
+        raise UserError(
+            f"--workdir={workdir} holds {rows} and no config.json of a run that wrote it. Name "
+            f"another --workdir, or move that file away."
+        )
 
 
 def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
@@ -87,10 +105,14 @@ def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
       UserError: they differ.
     """
     now = dataclasses.asdict(config.model)
-    for name, was in _with_defaults(before.get("model", now), dataclasses.asdict(ModelConfig())).items():
+    for name, was in _with_defaults(
+        before.get("model", now), dataclasses.asdict(ModelConfig())
+    ).items():
         if name in now and was != now[name] and name not in FREE_MODEL_OPTIONS:
-            raise UserError(f"config.model.{name}={now[name]} differs from {was} of the checkpoint in "
-                            f"{checkpoints(workdir, config)}. Set config.model.{name}={was} to go on with it, or name another --workdir.")
+            raise UserError(
+                f"config.model.{name}={now[name]} differs from {was} of the checkpoint in "
+                f"{checkpoints(workdir, config)}. Set config.model.{name}={was} to go on with it, or name another --workdir."
+            )
 
 
 def steps_in(folder: str) -> list[int]:
@@ -135,14 +157,18 @@ def check_owner(workdir: str, config: Config, extra: dict[str, Any]) -> None:
     path = os.path.join(workdir, "config.json")
     before = _read(path, everything=True) if os.path.exists(path) else {}
     theirs, ours = extra.get(RUN) or None, before.get(RUN)
-    if theirs is None and before:  # of an earlier version, which wrote down where its checkpoints are
+    if (
+        theirs is None and before
+    ):  # of an earlier version, which wrote down where its checkpoints are
         same = before.get("checkpoint", {}).get("dir") == config.checkpoint.dir
     else:
         same = theirs is not None and theirs == ours
     if not same:
-        raise UserError(f"config.checkpoint.dir={config.checkpoint.dir} holds checkpoints of another run "
-                        f"than --workdir={workdir}. Name the workdir of that run or an empty folder, or set "
-                        f"config.checkpoint.take_over=True to go on from them here.")
+        raise UserError(
+            f"config.checkpoint.dir={config.checkpoint.dir} holds checkpoints of another run "
+            f"than --workdir={workdir}. Name the workdir of that run or an empty folder, or set "
+            f"config.checkpoint.take_over=True to go on from them here."
+        )
 
 
 def identity(workdir: str, config: Config, extra: dict[str, Any]) -> str:
@@ -165,10 +191,12 @@ def _check_moved(workdir: str, folder: str, before: dict[str, Any] | None) -> No
         return
     there = before["checkpoint"]["dir"] or os.path.join(workdir, "checkpoints")
     if steps := steps_in(there):
-        raise UserError(f"{folder} holds no checkpoint, but the run of --workdir={workdir} has them, up to "
-                        f"step {steps[-1]}, in {there}. Set "
-                        f"config.checkpoint.dir={before['checkpoint']['dir']!r} to go on with it, or name "
-                        "another --workdir.")
+        raise UserError(
+            f"{folder} holds no checkpoint, but the run of --workdir={workdir} has them, up to "
+            f"step {steps[-1]}, in {there}. Set "
+            f"config.checkpoint.dir={before['checkpoint']['dir']!r} to go on with it, or name "
+            "another --workdir."
+        )
 
 
 def checkpoints(workdir: str, config: Config) -> str:
@@ -176,8 +204,13 @@ def checkpoints(workdir: str, config: Config) -> str:
     return config.checkpoint.dir or os.path.join(workdir, "checkpoints")
 
 
-def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | None = None,
-                 run: str | None = None, data: list[dict[str, Any]] | None = None) -> None:
+def write_config(
+    workdir: str,
+    config: Config,
+    xla_options: dict[str, Any] | None = None,
+    run: str | None = None,
+    data: list[dict[str, Any]] | None = None,
+) -> None:
     """Writes WORKDIR/config.json, the resolved options and what was asked of XLA's compiler, whole or not at all.
 
     Args:
@@ -194,7 +227,9 @@ def write_config(workdir: str, config: Config, xla_options: dict[str, Any] | Non
                 json.dump(config.to_json() | more, f, indent=2)
             os.replace(path + ".tmp", path)
         except OSError as e:
-            raise UserError(f"{path} cannot be written ({e.strerror}). Make room, or name another --workdir.") from e
+            raise UserError(
+                f"{path} cannot be written ({e.strerror}). Make room, or name another --workdir."
+            ) from e
 
 
 def options(workdir: str) -> dict[str, Any]:
@@ -220,7 +255,9 @@ def read_config(workdir: str) -> dict[str, Any]:
     """
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
-        raise UserError(f"--workdir={workdir} holds no run: there is no {path}. Name a folder that train.py wrote.")
+        raise UserError(
+            f"--workdir={workdir} holds no run: there is no {path}. Name a folder that train.py wrote."
+        )
     return _read(path)
 
 
@@ -237,8 +274,9 @@ def read_history(workdir: str) -> tuple[history.History, bool]:
             return history.History.of_json(written), True
         return history.History.of_options(options), False
     except (KeyError, TypeError) as e:
-        raise UserError(f"{path} cannot be read ({HISTORY} is damaged). Restore it, or name another "
-                        "--workdir.") from e
+        raise UserError(
+            f"{path} cannot be read ({HISTORY} is damaged). Restore it, or name another --workdir."
+        ) from e
 
 
 def _read(path: str, everything: bool = False) -> dict[str, Any]:
@@ -249,8 +287,10 @@ def _read(path: str, everything: bool = False) -> dict[str, Any]:
             raise ValueError("it has no section model")
         return out if everything else {k: v for k, v in out.items() if k not in _NOT_OPTIONS}
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as the config of a run ({e}). Restore it, or name another "
-                        f"--workdir.") from e
+        raise UserError(
+            f"{path} cannot be read as the config of a run ({e}). Restore it, or name another "
+            f"--workdir."
+        ) from e
 
 
 def _with_defaults(before: Any, defaults: Any) -> Any:
@@ -262,6 +302,11 @@ def _with_defaults(before: Any, defaults: Any) -> Any:
 
 def _differences(before: Any, now: Any, where: str) -> list[str]:
     if isinstance(now, dict):
-        return [line for k, v in now.items() for line in _differences(before.get(k) if isinstance(before, dict) else None, v, f"{where}.{k}")]
+        return [
+            line
+            for k, v in now.items()
+            for line in _differences(
+                before.get(k) if isinstance(before, dict) else None, v, f"{where}.{k}"
+            )
+        ]
     return [] if before == now else [f"{where}: {before} -> {now}"]
-

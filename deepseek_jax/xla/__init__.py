@@ -1,1 +1,1 @@
-"""."""
+"""Compiled programs, read: instructions, collectives, loops."""

@@ -13,8 +13,10 @@ from deepseek_jax.xla.loops import trip_count
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_CALLED = re.compile(r"\b(body|condition|calls|to_apply|true_computation|false_computation|branch_computations|"
-                     r"called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
+_CALLED = re.compile(
+    r"\b(body|condition|calls|to_apply|true_computation|false_computation|branch_computations|"
+    r"called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _TABLE_ROW = re.compile(r'^(\d+) (?:"(.*)"|\{(.*)\})$')
 
@@ -44,13 +46,18 @@ class Instruction(NamedTuple):
         """Attribute -> names of the computations it calls. The end of an async operation names the one that its start calls."""
         if self.opcode in ("async-done", "async-update"):
             return {}
-        return {a: [n.strip().lstrip("%") for n in (many or one).split(",")] for a, many, one in _CALLED.findall(self.attributes)}
+        return {
+            a: [n.strip().lstrip("%") for n in (many or one).split(",")]
+            for a, many, one in _CALLED.findall(self.attributes)
+        }
 
 
 class Visit(NamedTuple):
     """One way from the entry to a computation."""
 
-    loops: tuple[int | None, ...]  # trip counts of the loops around it, outermost first; None: not known before it runs
+    loops: tuple[
+        int | None, ...
+    ]  # trip counts of the loops around it, outermost first; None: not known before it runs
     caller: tuple[str, Instruction] | None  # (computation, instruction) that calls it
     conditional: bool  # below a branch of a conditional, which may not be taken
 
@@ -69,7 +76,9 @@ class Module:
         self.roots: dict[str, Instruction] = {}  # computation -> its result
         self.entry = ""
         self.name = found[1] if (found := re.match(r"HloModule ([\w.\-]+)", text)) else ""
-        self.scheduled = "is_scheduled=true" in text[:10_000]  # the lines of a computation are in the order they run
+        self.scheduled = (
+            "is_scheduled=true" in text[:10_000]
+        )  # the lines of a computation are in the order they run
         self._tables: dict[str, dict[int, str]] = {}
         here, name = None, ""
         table: dict[int, str] | None = None
@@ -98,7 +107,9 @@ class Module:
 
     def _frames(self, frame: int) -> list[tuple[str, str]]:
         table = lambda name, key: self._tables.get(name, {}).get(key, "")
-        number = lambda text, key: int(found[1]) if (found := re.search(rf"\b{key}=(\d+)", text)) else 0
+        number = lambda text, key: (
+            int(found[1]) if (found := re.search(rf"\b{key}=(\d+)", text)) else 0
+        )
         # Frame 1 has no parent, so what is written there for "none" shows whether parents are counted from 0 or from 1.
         offset = number(table("StackFrames", 1), "parent_frame_id")
         out = []
@@ -112,21 +123,32 @@ class Module:
             frame = parent
         return out
 
-    def producers(self, computation: str, instruction: Instruction) -> list[tuple[str, Instruction]]:
+    def producers(
+        self, computation: str, instruction: Instruction
+    ) -> list[tuple[str, Instruction]]:
         """(computation, instruction) of what an instruction reads.
 
         What a loop carries is what its body returns: an element of a loop's result, and of a body's argument, leads there.
         """
         here = self.computations[computation]
         read = [here[name] for name in instruction.operands if name in here]
-        if instruction.opcode == "get-tuple-element" and read and read[0].opcode in ("while", "parameter"):
+        if (
+            instruction.opcode == "get-tuple-element"
+            and read
+            and read[0].opcode in ("while", "parameter")
+        ):
             body = read[0].called["body"][0] if read[0].opcode == "while" else computation
-            root, index = self.roots.get(body), int(re.search(r"\bindex=(\d+)", instruction.attributes)[1])
+            root, index = (
+                self.roots.get(body),
+                int(re.search(r"\bindex=(\d+)", instruction.attributes)[1]),
+            )
             if root and root.opcode == "tuple" and index < len(root.operands):
                 return [(body, self.computations[body][root.operands[index]])]
         return [(computation, i) for i in read]
 
-    def visits(self, wanted: Callable[[Instruction], bool]) -> Iterator[tuple[str, Instruction, Visit]]:
+    def visits(
+        self, wanted: Callable[[Instruction], bool]
+    ) -> Iterator[tuple[str, Instruction, Visit]]:
         """(computation, instruction, visit) for every wanted instruction and every way to it from the entry.
 
         A branch of a conditional counts as if it always ran.
@@ -141,8 +163,16 @@ class Module:
                     wanted_callees = [c for c in callees if c in holds]
                     if not wanted_callees:
                         continue
-                    loops = (*visit.loops, trip_count(self, name, instruction)) if instruction.opcode == "while" else visit.loops
-                    inner = Visit(loops, (name, instruction), visit.conditional or instruction.opcode == "conditional")
+                    loops = (
+                        (*visit.loops, trip_count(self, name, instruction))
+                        if instruction.opcode == "while"
+                        else visit.loops
+                    )
+                    inner = Visit(
+                        loops,
+                        (name, instruction),
+                        visit.conditional or instruction.opcode == "conditional",
+                    )
                     for callee in wanted_callees:
                         yield from walk(callee, inner)
 
@@ -154,7 +184,9 @@ class Module:
         @functools.cache
         def holds(name: str) -> bool:
             body = self.computations.get(name, {}).values()
-            return any(wanted(i) or any(holds(c) for cs in i.called.values() for c in cs) for i in body)
+            return any(
+                wanted(i) or any(holds(c) for cs in i.called.values() for c in cs) for i in body
+            )
 
         return {name for name in self.computations if holds(name)}
 
@@ -185,5 +217,9 @@ def _parse(name: str, text: str) -> Instruction:
     bracket = rest.find("(")
     close = _closing(rest, bracket)
     inside = re.sub(r"/\*.*?\*/", "", rest[bracket + 1 : close - 1])
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside) if "%" in inside else (o.strip() for o in inside.split(",") if o.strip()))
+    operands = tuple(
+        re.findall(r"%([\w.\-]+)", inside)
+        if "%" in inside
+        else (o.strip() for o in inside.split(",") if o.strip())
+    )
     return Instruction(name, rest[:bracket], shape, operands, rest[close:].lstrip(", "))

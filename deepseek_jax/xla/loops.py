@@ -9,12 +9,21 @@ if TYPE_CHECKING:
 
 MOST = 1_000_000  # turns after which a loop counts as of unknown length
 ARITHMETIC = {
-    "add": lambda a, b: a + b, "subtract": lambda a, b: a - b, "multiply": lambda a, b: a * b, "maximum": max, "minimum": min,
-    "and": lambda a, b: a & b, "or": lambda a, b: a | b,
+    "add": lambda a, b: a + b,
+    "subtract": lambda a, b: a - b,
+    "multiply": lambda a, b: a * b,
+    "maximum": max,
+    "minimum": min,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
 }
 COMPARISON = {
-    "LT": lambda a, b: a < b, "LE": lambda a, b: a <= b, "GT": lambda a, b: a > b, "GE": lambda a, b: a >= b,
-    "EQ": lambda a, b: a == b, "NE": lambda a, b: a != b,
+    "LT": lambda a, b: a < b,
+    "LE": lambda a, b: a <= b,
+    "GT": lambda a, b: a > b,
+    "GE": lambda a, b: a >= b,
+    "EQ": lambda a, b: a == b,
+    "NE": lambda a, b: a != b,
 }
 
 
@@ -30,9 +39,19 @@ def trip_count(module: "Module", computation: str, loop: "Instruction") -> int |
     after = module.roots.get(body)
     before = module.computations[computation].get(loop.operands[0])
     ends = module.roots.get(condition)
-    if after is None or ends is None or after.opcode != "tuple" or before is None or before.opcode != "tuple":
+    if (
+        after is None
+        or ends is None
+        or after.opcode != "tuple"
+        or before is None
+        or before.opcode != "tuple"
+    ):
         return None
-    read = {_index(i) for i in module.computations[condition].values() if i.opcode == "get-tuple-element"}
+    read = {
+        _index(i)
+        for i in module.computations[condition].values()
+        if i.opcode == "get-tuple-element"
+    }
     state = {k: _value(module, computation, before.operands[k], lambda _: None) for k in read}
     for turns in range(MOST):
         carried = lambda i: state.get(_index(i)) if i.opcode == "get-tuple-element" else None
@@ -52,14 +71,20 @@ def _index(instruction: "Instruction") -> int:
     return int(re.search(r"\bindex=(\d+)", instruction.attributes)[1])
 
 
-def _value(module: "Module", computation: str, name: str, argument: Callable[["Instruction"], int | None]) -> int | None:
+def _value(
+    module: "Module", computation: str, name: str, argument: Callable[["Instruction"], int | None]
+) -> int | None:
     """An integer scalar of a computation, given what it reads from outside; None if it depends on anything else."""
     i = module.computations[computation].get(name)
     if i is None:
         return None
     of = lambda operand: _value(module, computation, operand, argument)
     if i.opcode == "constant":
-        return {"true": 1, "false": 0}.get(i.operands[0]) if not re.fullmatch(r"-?\d+", i.operands[0]) else int(i.operands[0])
+        return (
+            {"true": 1, "false": 0}.get(i.operands[0])
+            if not re.fullmatch(r"-?\d+", i.operands[0])
+            else int(i.operands[0])
+        )
     if i.opcode == "get-tuple-element":
         source = module.computations[computation].get(i.operands[0])
         if source is not None and source.opcode in ("fusion", "call"):
@@ -78,8 +103,13 @@ def _value(module: "Module", computation: str, name: str, argument: Callable[["I
     return None if None in values else int(act(*values))
 
 
-def _called(module: "Module", computation: str, caller: "Instruction", argument: Callable[["Instruction"], int | None],
-            element: int | None) -> int | None:
+def _called(
+    module: "Module",
+    computation: str,
+    caller: "Instruction",
+    argument: Callable[["Instruction"], int | None],
+    element: int | None,
+) -> int | None:
     """The result of a fusion or call, or one element of it."""
     inner = (caller.called.get("calls") or caller.called.get("to_apply"))[0]
     root = module.roots.get(inner)

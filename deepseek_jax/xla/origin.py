@@ -12,7 +12,11 @@ from deepseek_jax.xla import hlo
 
 # (place in the package, pattern of the function) -> part. The innermost call that matches decides.
 PARTS = (
-    ("experts/dispatch.py", r"", "dispatch"),  # tokens on their way to experts and back, and the number of rounds
+    (
+        "experts/dispatch.py",
+        r"",
+        "dispatch",
+    ),  # tokens on their way to experts and back, and the number of rounds
     ("experts/rounds.py", r"", "dispatch"),
     ("parallel/pipeline.py", r"", "pipeline"),
     ("parallel/compression.py", r"", "compression"),  # the sum of gradients over replicas
@@ -37,7 +41,18 @@ PARTS = (
 )
 # The names that the model gives its parts with jax.named_scope, and those of PARTS that have another name there: for the time of parts,
 # where a part is all that it computes. Bytes go by PARTS alone, which know a gather of weights from the layer that asked for it.
-SCOPES = ("embed", "attention", "route", "dispatch", "experts", "combine", "mlp", "norm", "loss", "optimizer")
+SCOPES = (
+    "embed",
+    "attention",
+    "route",
+    "dispatch",
+    "experts",
+    "combine",
+    "mlp",
+    "norm",
+    "loss",
+    "optimizer",
+)
 _SCOPE_OF = {"router": "route", "statistics": "route", "head": "loss"}
 # What a decoder layer is made of; "layer": weights gathered ahead of it, of which the program does not say which.
 LAYER_PARTS = ("dispatch", "experts", "statistics", "router", "attention", "mlp", "norm", "layer")
@@ -49,8 +64,9 @@ class Origin:
     def __init__(self, module: hlo.Module):
         self.module = module
 
-    def shares(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit,
-               moves_tokens: bool) -> tuple[tuple[str, str, float], ...]:
+    def shares(
+        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit, moves_tokens: bool
+    ) -> tuple[tuple[str, str, float], ...]:
         """(phase, part, share of the bytes) of a collective, most first.
 
         phase is forward, recompute, backward, optimizer or other; part one of PARTS or other. A collective with several operands
@@ -69,12 +85,18 @@ class Origin:
         shares: Counter = Counter()
         for o in operands:
             phase, part = self._of(computation, o, visit)
-            if part == "other" and own[1] not in LAYER_PARTS and self._of_a_stack(computation, o, visit):
+            if (
+                part == "other"
+                and own[1] not in LAYER_PARTS
+                and self._of_a_stack(computation, o, visit)
+            ):
                 part = "layer"
             shares[own if part == "other" else (phase, part)] += o.bytes / total
         return tuple((*origin, share) for origin, share in shares.most_common())
 
-    def scope(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> tuple[str, str]:
+    def scope(
+        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit
+    ) -> tuple[str, str]:
         """(scope, phase) of any instruction: one of SCOPES or another part, by the innermost scope in its name, or by its calls."""
         source = self._source(computation, instruction, visit)
         if source is None:
@@ -82,12 +104,16 @@ class Origin:
         phase, part = phase_of(source.op_name), scope_of(source.op_name) or self._part(source)
         return _SCOPE_OF.get(part, part), phase
 
-    def _source(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> hlo.Instruction | None:
+    def _source(
+        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit
+    ) -> hlo.Instruction | None:
         """The instruction that says where this one comes from."""
         source = self._named(computation, instruction)
         return visit.caller[1] if source is None and visit.caller else source
 
-    def _of(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> tuple[str, str]:
+    def _of(
+        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit
+    ) -> tuple[str, str]:
         source = self._source(computation, instruction, visit)
         if source is None:
             return "other", "other"
@@ -98,10 +124,14 @@ class Origin:
     def _of_a_stack(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> bool:
         """Whether it is one layer's slice of stacked weights: the scan over layers makes it, before any code of the layer."""
         source = self._source(computation, instruction, visit)
-        return source is not None and any(file.endswith("model/transformer.py") and re.search(r"\b_scan\b", function)
-                                          for file, function in self.module.frames(source)[:1])
+        return source is not None and any(
+            file.endswith("model/transformer.py") and re.search(r"\b_scan\b", function)
+            for file, function in self.module.frames(source)[:1]
+        )
 
-    def _named(self, computation: str, instruction: hlo.Instruction, distance: int = 8) -> hlo.Instruction | None:
+    def _named(
+        self, computation: str, instruction: hlo.Instruction, distance: int = 8
+    ) -> hlo.Instruction | None:
         """The instruction, or the nearest that it reads, with an operation's name."""
         front = [(computation, instruction)]
         for _ in range(distance):

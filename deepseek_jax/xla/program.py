@@ -33,7 +33,19 @@ RECEIVED: dict[str, Callable[[int, int], float]] = {
     "collective-broadcast": lambda operand, n: operand if n > 1 else 0,
 }
 # Between a start and its end these are work; the rest are names, views and other collectives.
-WORK = ("fusion", "custom-call", "dot", "convolution", "while", "conditional", "call", "sort", "scatter", "gather", "reduce")
+WORK = (
+    "fusion",
+    "custom-call",
+    "dot",
+    "convolution",
+    "while",
+    "conditional",
+    "call",
+    "sort",
+    "scatter",
+    "gather",
+    "reduce",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +58,14 @@ class Collective:
     operand_bytes: int  # put in each time
     group: int  # devices that take part with this one, itself included
     axes: tuple[str, ...]  # mesh axes along which they lie; "?" in it: not whole axes
-    loops: tuple[int | None, ...]  # trip counts of the loops around it, outermost first; None: a loop of unknown length
+    loops: tuple[
+        int | None, ...
+    ]  # trip counts of the loops around it, outermost first; None: a loop of unknown length
     times: int  # a step, if every branch is taken; a loop of unknown length counts as one round
     conditional: bool  # in a branch, which may not be taken
-    shares: tuple[tuple[str, str, float], ...]  # (phase, part, share of the bytes), most first; the compiler combines collectives
+    shares: tuple[
+        tuple[str, str, float], ...
+    ]  # (phase, part, share of the bytes), most first; the compiler combines collectives
     asynchronous: bool  # has a start and an end of its own
     overlapped: int  # operations of WORK that the schedule puts between them
 
@@ -91,13 +107,20 @@ def memory(compiled: Any) -> Memory:
     """The memory plan of a compiled JAX function."""
     m = compiled.memory_analysis()
     results = m.output_size_in_bytes - m.alias_size_in_bytes
-    return Memory(m.argument_size_in_bytes, results, m.temp_size_in_bytes, m.generated_code_size_in_bytes)
+    return Memory(
+        m.argument_size_in_bytes, results, m.temp_size_in_bytes, m.generated_code_size_in_bytes
+    )
 
 
 def host_memory(compiled: Any) -> int:
     """Bytes of the host's memory that the program holds for one device: what is offloaded. XLA's CPU compiler counts it as the device's."""
     m = compiled.memory_analysis()
-    return m.host_argument_size_in_bytes + m.host_output_size_in_bytes - m.host_alias_size_in_bytes + m.host_temp_size_in_bytes
+    return (
+        m.host_argument_size_in_bytes
+        + m.host_output_size_in_bytes
+        - m.host_alias_size_in_bytes
+        + m.host_temp_size_in_bytes
+    )
 
 
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
@@ -109,7 +132,10 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """
     module = hlo.Module(text)
     sources = origin.Origin(module)
-    found = [_collective(module, sources, mesh_shape, *place) for place in module.visits(lambda i: _kind(i) is not None)]
+    found = [
+        _collective(module, sources, mesh_shape, *place)
+        for place in module.visits(lambda i: _kind(i) is not None)
+    ]
     return [c for c in found if c.group > 1]
 
 
@@ -136,8 +162,14 @@ def most_in_flight(text: str) -> int:
     for body in module.computations.values():
         in_flight: set[str] = set()
         for i in body.values():
-            called = [c for names in i.called.values() for c in names] if i.opcode == "async-start" else []
-            if (_kind(i) and i.opcode.endswith("-start")) or any(_kind(j) for c in called for j in module.computations.get(c, {}).values()):
+            called = (
+                [c for names in i.called.values() for c in names]
+                if i.opcode == "async-start"
+                else []
+            )
+            if (_kind(i) and i.opcode.endswith("-start")) or any(
+                _kind(j) for c in called for j in module.computations.get(c, {}).values()
+            ):
                 in_flight.add(i.name)
                 most = max(most, len(in_flight))
             elif i.opcode.endswith("-done"):
@@ -150,29 +182,65 @@ def _kind(instruction: hlo.Instruction) -> str | None:
     return kind if kind in RECEIVED else None
 
 
-def _collective(module: hlo.Module, sources: origin.Origin, mesh_shape: Mapping[str, int], computation: str,
-                instruction: hlo.Instruction, visit: hlo.Visit) -> Collective:
+def _collective(
+    module: hlo.Module,
+    sources: origin.Origin,
+    mesh_shape: Mapping[str, int],
+    computation: str,
+    instruction: hlo.Instruction,
+    visit: hlo.Visit,
+) -> Collective:
     kind = _kind(instruction)
     here = module.computations[computation]
     operand = sum(here[name].bytes for name in instruction.operands if name in here)
     if kind == "ragged-all-to-all" and instruction.operands:
-        operand = here[instruction.operands[0]].bytes  # the rest are its output buffer, offsets and sizes
-    group, axes = _pairs(instruction, mesh_shape) if kind == "collective-permute" else _groups(instruction, mesh_shape)
+        operand = here[
+            instruction.operands[0]
+        ].bytes  # the rest are its output buffer, offsets and sizes
+    group, axes = (
+        _pairs(instruction, mesh_shape)
+        if kind == "collective-permute"
+        else _groups(instruction, mesh_shape)
+    )
     start = (computation, instruction)
     if visit.caller and visit.caller[1].opcode == "async-start":
         start = visit.caller
     asynchronous = start[1].opcode.endswith("-start")
-    overlapped = _work_before_end(module.computations[start[0]], start[1]) if asynchronous and module.scheduled else 0
+    overlapped = (
+        _work_before_end(module.computations[start[0]], start[1])
+        if asynchronous and module.scheduled
+        else 0
+    )
     # Tokens travel along other axes than these: what is gathered or summed along them in the MoE layer is the experts' weights.
     of_weights = set(axes) <= {"data", "fsdp"}
     shares = sources.shares(computation, instruction, visit, moves_tokens=not of_weights)
     if of_weights:
-        shares = tuple((phase, "experts" if part in ("dispatch", "router") else part, n) for phase, part, n in shares)
-    elif kind in ("all-to-all", "collective-permute"):  # a pipeline hides more of the calls: no weight of the router moves so
-        shares = tuple((phase, "dispatch" if part == "router" else part, n) for phase, part, n in shares)
+        shares = tuple(
+            (phase, "experts" if part in ("dispatch", "router") else part, n)
+            for phase, part, n in shares
+        )
+    elif kind in (
+        "all-to-all",
+        "collective-permute",
+    ):  # a pipeline hides more of the calls: no weight of the router moves so
+        shares = tuple(
+            (phase, "dispatch" if part == "router" else part, n) for phase, part, n in shares
+        )
     received = round(RECEIVED[kind](operand, group))
-    return Collective(kind, instruction.name, received, operand, group, axes, visit.loops, visit.times, visit.conditional, shares,
-                      asynchronous, overlapped)
+    return Collective(
+        kind,
+        instruction.name,
+        received,
+        operand,
+        group,
+        axes,
+        visit.loops,
+        visit.times,
+        visit.conditional,
+        shares,
+        asynchronous,
+        overlapped,
+    )
 
 
 def _work_before_end(computation: dict[str, hlo.Instruction], start: hlo.Instruction) -> int:
@@ -190,17 +258,23 @@ def _work_before_end(computation: dict[str, hlo.Instruction], start: hlo.Instruc
     return work
 
 
-def _groups(instruction: hlo.Instruction, mesh_shape: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
+def _groups(
+    instruction: hlo.Instruction, mesh_shape: Mapping[str, int]
+) -> tuple[int, tuple[str, ...]]:
     """(size, mesh axes) of the group of a collective with replica groups."""
     devices = math.prod(mesh_shape.values())
     groups = replica_groups(instruction.attributes, devices)
     return groups.shape[1], _spanned(groups, mesh_shape)
 
 
-def _pairs(instruction: hlo.Instruction, mesh_shape: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:
+def _pairs(
+    instruction: hlo.Instruction, mesh_shape: Mapping[str, int]
+) -> tuple[int, tuple[str, ...]]:
     """(most devices reached from one along the axes, mesh axes) of a permutation; (1, ()) if every device sends to itself."""
     found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
-    pairs = np.array([int(n) for n in re.findall(r"\d+", found[1] if found else "")], int).reshape(-1, 2)
+    pairs = np.array([int(n) for n in re.findall(r"\d+", found[1] if found else "")], int).reshape(
+        -1, 2
+    )
     moving = pairs[pairs[:, 0] != pairs[:, 1]]
     if not len(moving):
         return 1, ()
@@ -218,8 +292,11 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
     Raises:
       ValueError: another spelling.
     """
-    found = re.search(r"replica_groups=(mesh\[[^\]]*\](?:, device_ids=\(.*?\))? \{[^}]*\}|\{\}|\{\{[^=]*?\}\}|"
-                      r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
+    found = re.search(
+        r"replica_groups=(mesh\[[^\]]*\](?:, device_ids=\(.*?\))? \{[^}]*\}|\{\}|\{\{[^=]*?\}\}|"
+        r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)",
+        attributes,
+    )
     if not found:
         raise ValueError(f"these replica groups are not understood: {attributes[:200]!r}")
     text = found[1]
@@ -234,7 +311,9 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
 
 def _iota(text: str) -> np.ndarray:
     """'[4,2]<=[2,4]T(1,0)': the numbers from 0, reshaped, transposed, reshaped."""
-    shape, base, order = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    shape, base, order = re.fullmatch(
+        r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    ).groups()
     numbers = lambda s: [int(n) for n in s.split(",")]
     ids = np.arange(math.prod(numbers(base))).reshape(numbers(base))
     return (ids.transpose(numbers(order)) if order else ids).reshape(numbers(shape))
@@ -247,7 +326,11 @@ def _mesh_groups(text: str) -> np.ndarray:
     ids = np.arange(math.prod(axes.values()))
     if given := re.search(r"device_ids=\((.*)\) \{", text):
         base = re.fullmatch(r"\[([\d,]+)\]T(\([\d,]+\))", given[1])
-        ids = _iota(f"[{len(ids)}]<=[{base[1]}]T{base[2]}") if base else np.array([int(n) for n in re.findall(r"\d+", given[1])])
+        ids = (
+            _iota(f"[{len(ids)}]<=[{base[1]}]T{base[2]}")
+            if base
+            else np.array([int(n) for n in re.findall(r"\d+", given[1])])
+        )
     # Split every axis that is grouped in part into (outer, grouped, inner), then bring what is grouped last.
     shape: list[int] = []
     last: dict[tuple[str, str], int] = {}
@@ -264,18 +347,24 @@ def _mesh_groups(text: str) -> np.ndarray:
         shape.append(size // done)
     order = [last[name, pre] for name, pre, _ in grouped]
     rest = [i for i in range(len(shape)) if i not in order]
-    return ids.reshape(shape).transpose(*rest, *order).reshape(-1, math.prod(shape[i] for i in order))
+    return (
+        ids.reshape(shape).transpose(*rest, *order).reshape(-1, math.prod(shape[i] for i in order))
+    )
 
 
 def _spanned(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes along which the devices of a group differ; "?" at the end if they are not all devices along those axes."""
     if groups.shape[1] == 1:
         return ()
-    pairs = np.stack([np.repeat(groups[:, :1], groups.shape[1] - 1, 1), groups[:, 1:]], -1).reshape(-1, 2)
+    pairs = np.stack([np.repeat(groups[:, :1], groups.shape[1] - 1, 1), groups[:, 1:]], -1).reshape(
+        -1, 2
+    )
     axes = _moving_axes(pairs, mesh_shape)
     return axes if math.prod(mesh_shape[a] for a in axes) == groups.shape[1] else (*axes, "?")
 
 
 def _moving_axes(pairs: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
     places = np.stack(np.unravel_index(pairs, tuple(mesh_shape.values())))
-    return tuple(axis for axis, p in zip(mesh_shape, places, strict=True) if (p[:, 0] != p[:, 1]).any())
+    return tuple(
+        axis for axis, p in zip(mesh_shape, places, strict=True) if (p[:, 0] != p[:, 1]).any()
+    )

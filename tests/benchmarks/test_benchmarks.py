@@ -13,24 +13,34 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.support import conversion
 from benchmarks import compile as compile_time
-from benchmarks import floor, gpu_bench, gpu_parts, gpu_train, hf_copy, moe, overhead, shapes, vocabulary
-from deepseek_jax.train.compiled_step import CompiledStep
+from benchmarks import (
+    floor,
+    gpu_bench,
+    gpu_parts,
+    gpu_train,
+    hf_copy,
+    moe,
+    overhead,
+    shapes,
+    vocabulary,
+)
+from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import (
+    IGNORE,
     CompileConfig,
     Config,
     EvalConfig,
-    IGNORE,
     MeshConfig,
     ModelConfig,
     TrainConfig,
 )
 from deepseek_jax.errors import UserError
-from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.xla import hlo
+from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import make_layout
+from deepseek_jax.xla import hlo
+from tests.support import conversion
 
 RESULT = {"machine": {"device": "cpu", "cores": 2}, "dtype": "float32"}
 
@@ -42,46 +52,85 @@ def test_gpu_bench(everything, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_bench", "--toy", f"--out={tmp_path}"])
     monkeypatch.setattr(gpu_bench, "lines_of", lambda *_: iter([{"not_measured": "a test"}]))
     seen = []
-    monkeypatch.setattr(gpu_bench, "write", lambda rows, out,
-                        write=gpu_bench.write: (write(rows, out),
-                                                seen.append((out / "results.jsonl").read_text())))
+    monkeypatch.setattr(
+        gpu_bench,
+        "write",
+        lambda rows, out, write=gpu_bench.write: (
+            write(rows, out),
+            seen.append((out / "results.jsonl").read_text()),
+        ),
+    )
     monkeypatch.setattr(gpu_bench.signal, "signal", lambda *_: None)
     if not everything:
         monkeypatch.setattr(gpu_train, "VARIANTS", gpu_train.VARIANTS[:2])
-        monkeypatch.setitem(gpu_parts.PARTS, "tiny",
-                            lambda *_: iter([{"platform": "cpu", "losses": [2.0, 1.0], "compile_s": 0.0}]))
+        monkeypatch.setitem(
+            gpu_parts.PARTS,
+            "tiny",
+            lambda *_: iter([{"platform": "cpu", "losses": [2.0, 1.0], "compile_s": 0.0}]),
+        )
     assert gpu_bench.main() == 0
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     assert seen == ["".join(out.splitlines(keepends=True)[: n + 1]) for n in range(len(rows))]
-    assert list(dict.fromkeys(r["part"] for r in rows)) == ["versions", "tiny", "attention", "experts",
-                                                            "train", "peer"]
+    assert list(dict.fromkeys(r["part"] for r in rows)) == [
+        "versions",
+        "tiny",
+        "attention",
+        "experts",
+        "train",
+        "peer",
+    ]
     of = lambda part: [r for r in rows if r["part"] == part]
-    assert of("versions")[0]["jax"] == jax.__version__ and of("tiny")[0]["losses"][-1] < of("tiny")[0]["losses"][0] - 0.1
-    trained, (profile,) = ([r for r in of("train") if (r.get("what") == "profile") == wanted]
-                           for wanted in (False, True))
+    assert (
+        of("versions")[0]["jax"] == jax.__version__
+        and of("tiny")[0]["losses"][-1] < of("tiny")[0]["losses"][0] - 0.1
+    )
+    trained, (profile,) = (
+        [r for r in of("train") if (r.get("what") == "profile") == wanted]
+        for wanted in (False, True)
+    )
     assert [(r["tokens"], r["routing"], r["attention"]) for r in trained] == [
-        ("packed documents", r, "auto") for r in ("natural", "balanced")[: 1 + everything]]
-    assert all(r["tokens_per_s"] > 0 and r["tokens_per_s_of_the_whole_model"] > 0
-               and r["dispatch_rounds"] >= 1 for r in trained), rows
-    assert len(profile["largest_costs"]) == 3 and all(0 < c["share"] <= 1 for c in profile["largest_costs"])
-    assert {r["method"] for r in of("experts") if r.get("both_tflops", 0) > 0} >= {"equal slots",
-                                                            "ragged_dot", "dense"}
+        ("packed documents", r, "auto") for r in ("natural", "balanced")[: 1 + everything]
+    ]
+    assert all(
+        r["tokens_per_s"] > 0
+        and r["tokens_per_s_of_the_whole_model"] > 0
+        and r["dispatch_rounds"] >= 1
+        for r in trained
+    ), rows
+    assert len(profile["largest_costs"]) == 3 and all(
+        0 < c["share"] <= 1 for c in profile["largest_costs"]
+    )
+    assert {r["method"] for r in of("experts") if r.get("both_tflops", 0) > 0} >= {
+        "equal slots",
+        "ragged_dot",
+        "dense",
+    }
     assert {r["method"] for r in of("attention") if r.get("both_s", 0) > 0} == {"blocks", "plain"}
     assert json.loads((tmp_path / "results.json").read_text())["results"] == rows
-    assert "| packed documents | natural | auto |" in (tmp_path / "results.md").read_text() and "| packed documents | natural |" in err
+    assert (
+        "| packed documents | natural | auto |" in (tmp_path / "results.md").read_text()
+        and "| packed documents | natural |" in err
+    )
 
 
 def test_gpu_bench_is_useful_if_it_is_cut(tmp_path):
     """A part that hangs or fails leaves what it has printed."""
     said = "import json, sys, time; print(json.dumps({'a': 1}), flush=True); print('no JSON'); "
-    run = lambda rest, seconds: list(gpu_bench.lines_of("versions", ["-c", said + rest], seconds, tmp_path))
+    run = lambda rest, seconds: list(
+        gpu_bench.lines_of("versions", ["-c", said + rest], seconds, tmp_path)
+    )
     assert run("time.sleep(60)", 1.5) == [{"a": 1}, {"failed": "took more than 2 s"}]
     assert run("print('why', file=sys.stderr); sys.exit(3)", 60) == [{"a": 1}, {"failed": "why"}]
     assert (tmp_path / "versions.log").read_text() == "why\n"
-    assert run("import os; print(json.dumps(os.environ['JAX_COMPILATION_CACHE_DIR']), flush=True); print('{', flush=True)", 60)[1]["failed"]
+    assert run(
+        "import os; print(json.dumps(os.environ['JAX_COMPILATION_CACHE_DIR']), flush=True); print('{', flush=True)",
+        60,
+    )[1]["failed"]
     assert sum(gpu_bench.SECONDS.values()) < 8 * 60
-    assert gpu_train.autotune(tmp_path) == {"xla_gpu_dump_autotune_results_to": str(tmp_path / "autotune.txt")}
+    assert gpu_train.autotune(tmp_path) == {
+        "xla_gpu_dump_autotune_results_to": str(tmp_path / "autotune.txt")
+    }
     (tmp_path / "autotune.txt").touch()
     assert len(gpu_train.autotune(tmp_path)) == 2 and gpu_train.autotune(None) == {}
 
@@ -89,20 +138,31 @@ def test_gpu_bench_is_useful_if_it_is_cut(tmp_path):
 def test_gpu_bench_needs_few_packages():
     """What CUDA images do not have is not imported: neither by the parent nor by a part, which a plain
     PYTHONPATH starts."""
-    block = ("import sys\nclass Block:\n def find_spec(self, name, *_):\n"
-             "  if name.split('.')[0] in ('ml_collections', 'grain', 'tensorboardX'): raise ModuleNotFoundError(name)\n"
-             "sys.meta_path.insert(0, Block())\n"
-             "import benchmarks.__main__, benchmarks.gpu_bench as b\nassert 'jax' not in sys.modules\nimport benchmarks.gpu_parts\n"
-             "sys.argv = ['b', '--part=versions', '--toy']\nsys.exit(b.main())")
-    done = subprocess.run([sys.executable, "-c", block], cwd=gpu_bench.ROOT, capture_output=True, text=True,
-                          timeout=200,
-                          env={k: v for k, v in os.environ.items()
-                               if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"})
+    block = (
+        "import sys\nclass Block:\n def find_spec(self, name, *_):\n"
+        "  if name.split('.')[0] in ('ml_collections', 'grain', 'tensorboardX'): raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import benchmarks.__main__, benchmarks.gpu_bench as b\nassert 'jax' not in sys.modules\nimport benchmarks.gpu_parts\n"
+        "sys.argv = ['b', '--part=versions', '--toy']\nsys.exit(b.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=gpu_bench.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 0 and json.loads(done.stdout)["jax"] == jax.__version__, done.stderr
 
 
 def test_v2_lite_is_the_config():
-    assert shapes.V2_LITE == from_config_dict(runpy.run_path(str(gpu_bench.ROOT / "configs" / "v2_lite.py"))["get_config"]()).model
+    assert (
+        shapes.V2_LITE
+        == from_config_dict(
+            runpy.run_path(str(gpu_bench.ROOT / "configs" / "v2_lite.py"))["get_config"]()
+        ).model
+    )
 
 
 def test_layers_by_memory():
@@ -112,9 +172,12 @@ def test_layers_by_memory():
         gpu_train.layers_for(20e9)
     for least, layers in gpu_train.LAYERS:
         config = gpu_train.training_config(False, layers)
-        parameters = sum(a.size
-                         for a in jax.tree.leaves(make_layout(config,
-                                                            make_mesh(config, jax.devices()[:1])).abstract.params))
+        parameters = sum(
+            a.size
+            for a in jax.tree.leaves(
+                make_layout(config, make_mesh(config, jax.devices()[:1])).abstract.params
+            )
+        )
         assert 0.9 * least < 16 * parameters + 8.5e9 <= least, layers
 
 
@@ -122,17 +185,23 @@ def test_packed_rows():
     """Zipf tokens in documents: positions begin again, targets stay inside, the likeliest token has its
     share."""
     rows = gpu_train.packed(8, 512, 1000)
-    tokens, targets, segments, positions = (rows[k]
-                                            for k in ("tokens", "targets", "segment_ids", "positions"))
+    tokens, targets, segments, positions = (
+        rows[k] for k in ("tokens", "targets", "segment_ids", "positions")
+    )
     assert all(a.dtype == np.int32 and a.shape == (8, 512) for a in rows.values())
     same = segments[:, 1:] == segments[:, :-1]
-    assert np.array_equal(targets[:, :-1],
-                          np.where(same, tokens[:, 1:], IGNORE)) and (targets[:, -1] == IGNORE).all()
-    assert np.array_equal(positions[:, 1:],
-                          np.where(same, positions[:, :-1] + 1, 0)) and (positions[:, 0] == 0).all()
+    assert (
+        np.array_equal(targets[:, :-1], np.where(same, tokens[:, 1:], IGNORE))
+        and (targets[:, -1] == IGNORE).all()
+    )
+    assert (
+        np.array_equal(positions[:, 1:], np.where(same, positions[:, :-1] + 1, 0))
+        and (positions[:, 0] == 0).all()
+    )
     assert 3 < segments[:, -1].mean() < 9  # about six documents a row
-    assert np.bincount(tokens.ravel()).max() / tokens.size == pytest.approx(1 / np.sum(1 / np.arange(1,
-                                                            1001)), rel=0.15)
+    assert np.bincount(tokens.ravel()).max() / tokens.size == pytest.approx(
+        1 / np.sum(1 / np.arange(1, 1001)), rel=0.15
+    )
     assert (gpu_train.packed(2, 64, 100, documents=False)["segment_ids"] == 1).all()
 
 
@@ -144,12 +213,16 @@ def test_methods_of_moe_agree(load):
     assert (int(counts.max()) == 16) == (load == "balanced")
     with jax.set_mesh(moe.one_device()):
         built = moe.programs(shape, load, list(moe.METHODS), 1.25)
-        results = {name: program() for name, program in built.items() if name not in ("dense", "products")}
+        results = {
+            name: program() for name, program in built.items() if name not in ("dense", "products")
+        }
         moe.compare(results)
         arguments, (ys, *_) = built["products"].arguments, built["products"]()
         for x, gate_up, down, y in zip(*arguments[:3], ys, strict=True):
             gate, up = np.split(np.asarray(x) @ gate_up, 2, axis=1)
-            np.testing.assert_allclose(y, (gate / (1 + np.exp(-gate)) * up) @ down, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                y, (gate / (1 + np.exp(-gate)) * up) @ down, rtol=1e-4, atol=1e-5
+            )
         assert [len(x) for x in arguments[0]] == counts.tolist()
         results["ragged"] = (results["ragged"][0] * 1.001, *results["ragged"][1:])
         with pytest.raises(FloatingPointError, match="y by ragged"):
@@ -164,7 +237,9 @@ def test_vocabulary():
     assert vocabulary.bars(rows)["temporary bytes independent of tokens x vocabulary"]
     plain = [r["temporaries"]["plain"] for r in rows]
     assert plain[1] - plain[0] >= 2048 * 512 * 4
-    assert rows[1]["temporaries"]["ours"] < plain[1] and "4,096" in vocabulary.text({**RESULT, "width": 16, "chunk": 1024, "rows": rows, "bars": {}})
+    assert rows[1]["temporaries"]["ours"] < plain[1] and "4,096" in vocabulary.text(
+        {**RESULT, "width": 16, "chunk": 1024, "rows": rows, "bars": {}}
+    )
 
 
 def test_hf_copy(tmp_path):
@@ -174,30 +249,67 @@ def test_hf_copy(tmp_path):
     def run(name, source, target):
         out = hf_copy.timed(name, source, target)
         folder = target + "/hf" * (name == "import")
-        kept[name] = {f.name: safetensors.numpy.load_file(f) for f in pathlib.Path(folder).glob("*.safetensors")}
+        kept[name] = {
+            f.name: safetensors.numpy.load_file(f)
+            for f in pathlib.Path(folder).glob("*.safetensors")
+        }
         return out
 
     r = hf_copy.measure(0.0005, 1, str(tmp_path / "copies"), run)
     whole = [{n: a for held in files.values() for n, a in held.items()} for files in kept.values()]
     assert sum(a.nbytes for a in whole[0].values()) == r["bytes"] and 4e5 < r["bytes"] < 6e5
     for other in whole[1:]:
-        assert other.keys() == whole[0].keys() and all(np.array_equal(a, whole[0][n].astype(a.dtype)) for n, a in other.items())
+        assert other.keys() == whole[0].keys() and all(
+            np.array_equal(a, whole[0][n].astype(a.dtype)) for n, a in other.items()
+        )
     assert [held["lm_head.weight"].dtype.name for held in whole] == ["bfloat16"] * 3 + ["float16"]
-    assert all(r[name]["seconds"] > 0 and r[name]["ratio"] > 0 and r[name]["peak_bytes"] >= 0 for name in kept) and r["copy"]["ratio"] == 1
-    assert ("MISSED" in hf_copy.text(r)) != r["met"] and not (tmp_path / "copies" / "export").exists()
+    assert (
+        all(
+            r[name]["seconds"] > 0 and r[name]["ratio"] > 0 and r[name]["peak_bytes"] >= 0
+            for name in kept
+        )
+        and r["copy"]["ratio"] == 1
+    )
+    assert ("MISSED" in hf_copy.text(r)) != r["met"] and not (
+        tmp_path / "copies" / "export"
+    ).exists()
 
 
 @pytest.mark.slow
 def test_overhead():
     """Times of a loop, and which of its threads are Python's."""
-    model = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                  kv_lora_rank=16)
-    config = Config(model=model, mesh=MeshConfig(fsdp=1), train=TrainConfig(batch_size=4, sequence_length=64, dtype="float32"), compile=CompileConfig(cache_dir="off"),
-                    eval=EvalConfig(sample_prompt=""))
-    with unittest.mock.patch.object(overhead, "CompiledStep", lambda step, mesh, options: CompiledStep(step, mesh, conversion.quick_options())):
+    model = ModelConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        kv_lora_rank=16,
+    )
+    config = Config(
+        model=model,
+        mesh=MeshConfig(fsdp=1),
+        train=TrainConfig(batch_size=4, sequence_length=64, dtype="float32"),
+        compile=CompileConfig(cache_dir="off"),
+        eval=EvalConfig(sample_prompt=""),
+    )
+    with unittest.mock.patch.object(
+        overhead,
+        "CompiledStep",
+        lambda step, mesh, options: CompiledStep(step, mesh, conversion.quick_options()),
+    ):
         r = overhead.measure(config, 1, 4)
-    assert r["idle_s"] >= 0 and r["host_cpu_s"] > 0 and r["cpu_s"] > 0 and r["checkpoint_s"] > 0 and r["step_s"] > 0
-    assert r["overhead"] == pytest.approx((r["idle_s"] + r["checkpoint_s"] / 250 + r["host_cpu_s"]) / r["step_s"])
+    assert (
+        r["idle_s"] >= 0
+        and r["host_cpu_s"] > 0
+        and r["cpu_s"] > 0
+        and r["checkpoint_s"] > 0
+        and r["step_s"] > 0
+    )
+    assert r["overhead"] == pytest.approx(
+        (r["idle_s"] + r["checkpoint_s"] / 250 + r["host_cpu_s"]) / r["step_s"]
+    )
     assert f"bar 2%: {'met' if r['met'] else 'MISSED'}" in overhead.text(r)
     timed = overhead.Timed.__new__(overhead.Timed)
     timed.done, timed.returned = [1.0, 2.0, 3.0], [0.5, 0.7, 2.5]
@@ -207,10 +319,26 @@ def test_overhead():
 def test_compile_time():
     config = compile_time.config_of("small", 3, 8)
     assert (config.model.num_hidden_layers, config.mesh.fsdp, config.mesh.expert) == (3, 4, 2)
-    pairs = [[{"lower_s": 1.0, "compile_s": 2.0 + i, "cpu_s": 4.0}, {"lower_s": 1.0, "compile_s": 1.0, "cpu_s": 2.0}] for i in range(3)]
+    pairs = [
+        [
+            {"lower_s": 1.0, "compile_s": 2.0 + i, "cpu_s": 4.0},
+            {"lower_s": 1.0, "compile_s": 1.0, "cpu_s": 2.0},
+        ]
+        for i in range(3)
+    ]
     row = compile_time.summary(8, pairs)
     assert row["ratio"] == 2.0 and row["cpu_ratio"] == 2.0 and row["compile_s"] == [3.0, 1.0]
-    text = compile_time.text({**RESULT, "shape": "small", "layers": 61, "against": 8, "rows": [row], "bar": 1.5, "met": False})
+    text = compile_time.text(
+        {
+            **RESULT,
+            "shape": "small",
+            "layers": 61,
+            "against": 8,
+            "rows": [row],
+            "bar": 1.5,
+            "met": False,
+        }
+    )
     assert text.endswith("bar 1.5: MISSED")
 
 
@@ -250,9 +378,13 @@ ENTRY %main (a: f32[48,64], b: f32[1000,64,80], stack: f32[1000,256], row: f32[1
 def test_the_floor_counts_what_an_instruction_must_do():
     module = hlo.Module(PROGRAM)
     least = {name: floor.of(module, "main", i) for name, i in module.computations["main"].items()}
-    assert least["multiplied"].matmuls == (floor.Matmul("f32", (48, 64), (64, 80), (((1,), (0,)), ((), ()))),)
+    assert least["multiplied"].matmuls == (
+        floor.Matmul("f32", (48, 64), (64, 80), (((1,), (0,)), ((), ()))),
+    )
     assert least["multiplied"].matmuls[0].flops == 2 * 48 * 64 * 80
-    assert least["multiplied"].bytes == 4 * (48 * 64 + 64 * 80 + 1 + 48 * 80)  # one weight of the thousand
+    assert least["multiplied"].bytes == 4 * (
+        48 * 64 + 64 * 80 + 1 + 48 * 80
+    )  # one weight of the thousand
     assert least["sum"] == ((), 4 * 3 * 1000 * 256)
     assert least["updated"] == ((), 4 * 2 * 256)  # in place: a row is read and written
 

@@ -1,10 +1,10 @@
 """Checkpoints: exact on every mesh, whole or absent, and refused with a reason when they do not fit."""
 
 import os
-import tempfile
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import CheckpointConfig
@@ -22,15 +23,23 @@ from tests.support import ROOT
 REPOSITORY = ROOT
 SPECS = {
     "step": P(),
-    "params": {"embed": {"weight": P(None, ("fsdp", "expert"))}, "experts": {"down_proj": P("expert", None, "fsdp")},
-               "norm": P()},
-    "opt_state": {"0": {"mu": {"embed": {"weight": P(None, ("fsdp", "expert"))}}, "count": P()}, "half": P("fsdp")},
+    "params": {
+        "embed": {"weight": P(None, ("fsdp", "expert"))},
+        "experts": {"down_proj": P("expert", None, "fsdp")},
+        "norm": P(),
+    },
+    "opt_state": {
+        "0": {"mu": {"embed": {"weight": P(None, ("fsdp", "expert"))}}, "count": P()},
+        "half": P("fsdp"),
+    },
 }
 
 
 def explicit_mesh(fsdp: int, expert: int) -> jax.sharding.Mesh:
     devices = jax.devices()[: fsdp * expert]
-    return jax.make_mesh((fsdp, expert), ("fsdp", "expert"), axis_types=(AxisType.Explicit,) * 2, devices=devices)
+    return jax.make_mesh(
+        (fsdp, expert), ("fsdp", "expert"), axis_types=(AxisType.Explicit,) * 2, devices=devices
+    )
 
 
 def values(seed: int = 0) -> dict:
@@ -40,10 +49,18 @@ def values(seed: int = 0) -> dict:
     weight[0, :5] = [np.nan, np.inf, -np.inf, -0.0, 1e-42]
     return {
         "step": np.int32(7 + seed),
-        "params": {"embed": {"weight": weight}, "experts": {"down_proj": rng.standard_normal((8, 3, 16)).astype(np.float32)},
-                   "norm": np.ones(5, np.float32)},
-        "opt_state": {"0": {"mu": {"embed": {"weight": rng.standard_normal((24, 16)).astype(np.float32)}}, "count": np.int32(7)},
-                      "half": np.asarray(rng.standard_normal(16), jnp.bfloat16)},
+        "params": {
+            "embed": {"weight": weight},
+            "experts": {"down_proj": rng.standard_normal((8, 3, 16)).astype(np.float32)},
+            "norm": np.ones(5, np.float32),
+        },
+        "opt_state": {
+            "0": {
+                "mu": {"embed": {"weight": rng.standard_normal((24, 16)).astype(np.float32)}},
+                "count": np.int32(7),
+            },
+            "half": np.asarray(rng.standard_normal(16), jnp.bfloat16),
+        },
     }
 
 
@@ -52,7 +69,11 @@ def put(tree: dict, mesh: jax.sharding.Mesh) -> dict:
 
 
 def abstract(tree: dict, mesh: jax.sharding.Mesh) -> dict:
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, s)), tree, SPECS)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, s)),
+        tree,
+        SPECS,
+    )
 
 
 def assert_same_bits(got: dict, want: dict) -> None:
@@ -80,10 +101,14 @@ def test_bits_survive_a_change_of_mesh_twice(tmp_path):
         first.close()
     for i, mesh in enumerate(meshes[1:]):
         with jax.set_mesh(mesh):
-            got, got_extra = Checkpointer(str(tmp_path / str(i)), options=CheckpointConfig(keep=2)).restore(abstract(state, mesh))
+            got, got_extra = Checkpointer(
+                str(tmp_path / str(i)), options=CheckpointConfig(keep=2)
+            ).restore(abstract(state, mesh))
             assert_same_bits(got, state)
             assert got_extra == extra
-            for leaf, spec in zip(jax.tree.leaves(got), jax.tree.leaves(SPECS, is_leaf=lambda s: isinstance(s, P))):
+            for leaf, spec in zip(
+                jax.tree.leaves(got), jax.tree.leaves(SPECS, is_leaf=lambda s: isinstance(s, P))
+            ):
                 assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
             again = Checkpointer(str(tmp_path / str(i + 1)), options=CheckpointConfig(keep=2))
             again.save(1, got, got_extra)
@@ -138,7 +163,10 @@ def test_reads_a_part_only(tmp_path):
         reader = Checkpointer(str(tmp_path), read_only=True)
         assert_same_bits(reader.restore_params(wanted), {"params": state["params"]})
         del wanted["params"]["embed"]
-        assert_same_bits(reader.restore_params(wanted), {"params": {k: v for k, v in state["params"].items() if k != "embed"}})
+        assert_same_bits(
+            reader.restore_params(wanted),
+            {"params": {k: v for k, v in state["params"].items() if k != "embed"}},
+        )
 
 
 def _edit(tree: dict, path: str, value) -> dict:
@@ -149,21 +177,38 @@ def _edit(tree: dict, path: str, value) -> dict:
     if value is None:
         del node[name]
     else:
-        node[name] = jax.ShapeDtypeStruct(value[0], value[1], sharding=NamedSharding(explicit_mesh(2, 4), P()))
+        node[name] = jax.ShapeDtypeStruct(
+            value[0], value[1], sharding=NamedSharding(explicit_mesh(2, 4), P())
+        )
     return tree
 
 
-@pytest.mark.parametrize("path, value, parts", [
-    ("params/embed/weight", ((24, 32), jnp.float32), ["float32[24, 16] there", "float32[24, 32] here"]),
-    ("params/embed/weight", ((24, 16), jnp.bfloat16), ["float32[24, 16] there", "bfloat16[24, 16] here"]),
-    ("params/norm", ((5, 1), jnp.float32), ["float32[5] there", "float32[5, 1] here"]),
-    ("params/extra_layer", ((4,), jnp.float32), ["absent there", "float32[4] here"]),
-    ("opt_state/0/count", None, ["int32[] there", "absent here"]),
-    ("opt_state/0/mu", ((2,), jnp.float32), ["absent there", "float32[2] here"]),
-])
+@pytest.mark.parametrize(
+    "path, value, parts",
+    [
+        (
+            "params/embed/weight",
+            ((24, 32), jnp.float32),
+            ["float32[24, 16] there", "float32[24, 32] here"],
+        ),
+        (
+            "params/embed/weight",
+            ((24, 16), jnp.bfloat16),
+            ["float32[24, 16] there", "bfloat16[24, 16] here"],
+        ),
+        ("params/norm", ((5, 1), jnp.float32), ["float32[5] there", "float32[5, 1] here"]),
+        ("params/extra_layer", ((4,), jnp.float32), ["absent there", "float32[4] here"]),
+        ("opt_state/0/count", None, ["int32[] there", "absent here"]),
+        ("opt_state/0/mu", ((2,), jnp.float32), ["absent there", "float32[2] here"]),
+    ],
+)
 def test_a_state_that_does_not_fit_is_refused_by_name(tmp_path, path, value, parts, monkeypatch):
     state = save_one(tmp_path)
-    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", lambda *_, **__: pytest.fail("data was read before the check"))
+    monkeypatch.setattr(
+        ocp.PyTreeCheckpointHandler,
+        "restore",
+        lambda *_, **__: pytest.fail("data was read before the check"),
+    )
     mesh = explicit_mesh(2, 4)
     wanted = _edit(abstract(state, mesh), path, value)
     with jax.set_mesh(mesh), pytest.raises(UserError) as refusal:
@@ -181,7 +226,11 @@ def test_a_missing_checkpoint_is_said(tmp_path):
         Checkpointer(str(tmp_path)).restore(wanted)
     save_one(tmp_path)
     params = {"params": wanted["params"]}
-    for read in (lambda c: c.restore(wanted, 9), lambda c: c.restore_params(params, 9), lambda c: c.read_extra(9)):
+    for read in (
+        lambda c: c.restore(wanted, 9),
+        lambda c: c.restore_params(params, 9),
+        lambda c: c.read_extra(9),
+    ):
         with pytest.raises(UserError, match="no checkpoint of step 9.* 3"):
             read(Checkpointer(str(tmp_path)))
 
@@ -191,8 +240,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, damage):
     state = save_one(tmp_path, 2)
     save_one(tmp_path, 3)
     folder = tmp_path / "3"
-    files = {"data": list((folder / "state").glob("**/d/*")), "metadata": [folder / "state" / "_METADATA"],
-             "extra": [folder / "extra" / "metadata"]}[damage]
+    files = {
+        "data": list((folder / "state").glob("**/d/*")),
+        "metadata": [folder / "state" / "_METADATA"],
+        "extra": [folder / "extra" / "metadata"],
+    }[damage]
     assert files
     for file in files:
         os.truncate(file, file.stat().st_size // 2)
@@ -203,16 +255,29 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, damage):
         reader = Checkpointer(str(tmp_path), read_only=True, warn=said.append)
         assert_same_bits(reader.restore(abstract(state, mesh))[0], state)
         assert "passed over" in said.pop() and sorted(os.listdir(tmp_path)) == ["2", "3"]
-        assert_same_bits(Checkpointer(str(tmp_path), warn=said.append).restore(abstract(state, mesh))[0], state)
-    assert any(f.relative_to(folder).as_posix() in said[0] for f in files) and "3.damaged" in said[0] and "\n" not in said[0]
+        assert_same_bits(
+            Checkpointer(str(tmp_path), warn=said.append).restore(abstract(state, mesh))[0], state
+        )
+    assert (
+        any(f.relative_to(folder).as_posix() in said[0] for f in files)
+        and "3.damaged" in said[0]
+        and "\n" not in said[0]
+    )
     assert sorted(os.listdir(tmp_path)) == ["2", "3.damaged"]
 
 
 def test_a_folder_that_cannot_be_used_is_said(tmp_path):
     (tmp_path / "file").write_text("")
-    for directory, read_only in [("file", False), ("file/checkpoints", False), ("file", True), ("absent", True)]:
+    for directory, read_only in [
+        ("file", False),
+        ("file/checkpoints", False),
+        ("file", True),
+        ("absent", True),
+    ]:
         with pytest.raises(UserError) as refusal:
-            Checkpointer(str(tmp_path / directory), options=CheckpointConfig(keep=1), read_only=read_only)
+            Checkpointer(
+                str(tmp_path / directory), options=CheckpointConfig(keep=1), read_only=read_only
+            )
         assert str(tmp_path / directory) in str(refusal.value) and "\n" not in str(refusal.value)
     assert not (tmp_path / "absent").exists()
 
@@ -222,8 +287,12 @@ def test_a_folder_without_permission_is_said(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "closed").mkdir()
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root, who runs tests in containers, may write everywhere
-    monkeypatch.setattr(os, "makedirs", lambda path, exist_ok: None if path.endswith("closed") else refuse())
+    monkeypatch.setattr(
+        tempfile, "TemporaryFile", refuse
+    )  # root, who runs tests in containers, may write everywhere
+    monkeypatch.setattr(
+        os, "makedirs", lambda path, exist_ok: None if path.endswith("closed") else refuse()
+    )
     for directory in ("closed", "closed/checkpoints"):
         with pytest.raises(UserError, match="cannot be written"):
             Checkpointer(str(tmp_path / directory), options=CheckpointConfig(keep=1))
@@ -251,8 +320,14 @@ KILLED_WHILE_SAVING = """
 
 def test_a_killed_save_leaves_the_one_before(tmp_path):
     """Also: nothing is printed, and the leftover is gone after the next save of the same step."""
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED_WHILE_SAVING), str(tmp_path)], cwd=REPOSITORY,
-                         env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED_WHILE_SAVING), str(tmp_path)],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == -signal.SIGKILL and run.stdout == "" and run.stderr == ""
     assert any("tmp" in name for name in os.listdir(tmp_path)), "the save was over before the kill"
     mesh = explicit_mesh(1, 1)
@@ -266,7 +341,14 @@ def test_a_killed_save_leaves_the_one_before(tmp_path):
         checkpointer.save(2, {"a": jnp.ones((4, 4))}, {})
         checkpointer.close()
         assert os.listdir(tmp_path) == ["2"]
-        assert float(Checkpointer(str(tmp_path), options=CheckpointConfig(keep=1)).restore(wanted)[0]["a"].sum()) == 16
+        assert (
+            float(
+                Checkpointer(str(tmp_path), options=CheckpointConfig(keep=1))
+                .restore(wanted)[0]["a"]
+                .sum()
+            )
+            == 16
+        )
 
 
 def test_orbax_is_quiet_and_other_voices_are_not(tmp_path):
@@ -287,7 +369,13 @@ def test_orbax_is_quiet_and_other_voices_are_not(tmp_path):
             checkpointer.close()
         logging.warning("spoken")
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(tmp_path)], cwd=REPOSITORY,
-                         env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0 and run.stdout == ""
     assert len(run.stderr.splitlines()) == 1 and run.stderr.rstrip().endswith("spoken"), run.stderr

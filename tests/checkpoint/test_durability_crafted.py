@@ -14,11 +14,11 @@ import safetensors.numpy
 from benchmarks import fuzz
 from deepseek_jax.checkpoint import __main__ as command
 from deepseek_jax.checkpoint import full, local, manifest
-from deepseek_jax.tensorfile import header
-from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.checkpoint.manifest import Manifest
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
+from deepseek_jax.tensorfile import header
+from deepseek_jax.tensorfile.bounded_json import BadFile
 from tests.checkpoint.test_checkpoint import assert_same_bits, values
 from tests.checkpoint.test_durability_files import KINDS, read, where, write
 
@@ -32,46 +32,62 @@ def tensor(shape=(2,), offsets=(0, 8), dtype="F32", **more) -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)} | more
 
 
-@pytest.mark.parametrize("what, raw", {
-    "is empty": b"",
-    "is shorter than its length": b"\x05\0\0",
-    "head longer than the file": head({}, length=1 << 20),
-    "head of 2^64 bytes": head({}, length=2**64 - 1),
-    "not JSON": head(b"{nonsense}"),
-    "not UTF-8": head(b'{"\xff": 1}'),
-    "deep": head(b"[" * 100000),
-    "a list": head(b"[]"),
-    "a tensor twice": head(b'{"a":%s,"a":%s}' % ((json.dumps(tensor()).encode(),) * 2), 8),
-    "metadata that is no text": head({"__metadata__": {"a": 1}}),
-    "another dtype": head({"a": tensor(dtype="O8")}, 8),
-    "a dtype of another size": head({"a": tensor(dtype="F64")}, 8),
-    "a list for a dtype": head({"a": tensor(dtype=["F32"])}, 8),
-    "a negative shape": head({"a": tensor((-2,))}, 8),
-    "a shape of floats": head({"a": tensor((2.0,))}, 8),
-    "a shape of booleans": head({"a": tensor((True, 2))}, 8),
-    "a shape that wraps around 64 bits": head({"a": tensor((2**32, 2**32), (0, 0))}),
-    "a number beyond 64 bits": head(b'{"a":{"dtype":"F32","shape":[1%s],"data_offsets":[0,4]}}' % (b"0" * 5000), 4),
-    "a zero beside huge numbers": head({"a": tensor((0, 2**62, 2**62), (0, 0))}),
-    "too many dimensions": head({"a": tensor((1,) * 40, (0, 4))}, 4),
-    "more than the file holds": head({"a": tensor((2**40,), (0, 2**42))}, 8),
-    "backwards": head({"a": tensor((2,), (8, 0))}, 8),
-    "overlapping": head({"a": tensor(), "b": tensor((2,), (4, 12))}, 12),
-    "a gap": head({"a": tensor(), "b": tensor((2,), (12, 20))}, 20),
-    "bytes after the end": head({"a": tensor()}, 9),
-    "an unknown key": head({"a": tensor(extra=1)}, 8),
-    "a missing key": head({"a": {"dtype": "F32", "shape": [2]}}, 8),
-}.items())
+@pytest.mark.parametrize(
+    "what, raw",
+    {
+        "is empty": b"",
+        "is shorter than its length": b"\x05\0\0",
+        "head longer than the file": head({}, length=1 << 20),
+        "head of 2^64 bytes": head({}, length=2**64 - 1),
+        "not JSON": head(b"{nonsense}"),
+        "not UTF-8": head(b'{"\xff": 1}'),
+        "deep": head(b"[" * 100000),
+        "a list": head(b"[]"),
+        "a tensor twice": head(b'{"a":%s,"a":%s}' % ((json.dumps(tensor()).encode(),) * 2), 8),
+        "metadata that is no text": head({"__metadata__": {"a": 1}}),
+        "another dtype": head({"a": tensor(dtype="O8")}, 8),
+        "a dtype of another size": head({"a": tensor(dtype="F64")}, 8),
+        "a list for a dtype": head({"a": tensor(dtype=["F32"])}, 8),
+        "a negative shape": head({"a": tensor((-2,))}, 8),
+        "a shape of floats": head({"a": tensor((2.0,))}, 8),
+        "a shape of booleans": head({"a": tensor((True, 2))}, 8),
+        "a shape that wraps around 64 bits": head({"a": tensor((2**32, 2**32), (0, 0))}),
+        "a number beyond 64 bits": head(
+            b'{"a":{"dtype":"F32","shape":[1%s],"data_offsets":[0,4]}}' % (b"0" * 5000), 4
+        ),
+        "a zero beside huge numbers": head({"a": tensor((0, 2**62, 2**62), (0, 0))}),
+        "too many dimensions": head({"a": tensor((1,) * 40, (0, 4))}, 4),
+        "more than the file holds": head({"a": tensor((2**40,), (0, 2**42))}, 8),
+        "backwards": head({"a": tensor((2,), (8, 0))}, 8),
+        "overlapping": head({"a": tensor(), "b": tensor((2,), (4, 12))}, 12),
+        "a gap": head({"a": tensor(), "b": tensor((2,), (12, 20))}, 20),
+        "bytes after the end": head({"a": tensor()}, 9),
+        "an unknown key": head({"a": tensor(extra=1)}, 8),
+        "a missing key": head({"a": {"dtype": "F32", "shape": [2]}}, 8),
+    }.items(),
+)
 def test_safetensors_heads(tmp_path, what, raw):
     (tmp_path / "x.safetensors").write_bytes(raw)
     with pytest.raises(BadFile) as refusal:
         header.read(tmp_path / "x.safetensors")
-    assert "x.safetensors" in str(refusal.value) and "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+    assert (
+        "x.safetensors" in str(refusal.value)
+        and "\n" not in str(refusal.value)
+        and len(str(refusal.value)) < 400
+    )
 
 
 def test_what_safetensors_writes_is_read(tmp_path):
-    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "empty": np.zeros((0, 5), np.int64), "scalar": np.float64(1.5),
-              "b": np.asarray([True, False]), "ü": np.zeros(3, np.float16)}
-    safetensors.numpy.save_file({k: np.asarray(v) for k, v in arrays.items()}, tmp_path / "x.safetensors", {"format": "np"})
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "empty": np.zeros((0, 5), np.int64),
+        "scalar": np.float64(1.5),
+        "b": np.asarray([True, False]),
+        "ü": np.zeros(3, np.float16),
+    }
+    safetensors.numpy.save_file(
+        {k: np.asarray(v) for k, v in arrays.items()}, tmp_path / "x.safetensors", {"format": "np"}
+    )
     found = header.read(tmp_path / "x.safetensors")
     raw = (tmp_path / "x.safetensors").read_bytes()
     assert found.keys() == arrays.keys()
@@ -81,8 +97,19 @@ def test_what_safetensors_writes_is_read(tmp_path):
         assert raw[tensor.offset : tensor.offset + want.nbytes] == want.tobytes()
 
 
-BAD_NAMES = ("../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "a\\x.safetensors", "", ".", "a//x.safetensors",
-             "gs://b/x.safetensors", "x\0.safetensors", "x\n.safetensors", "y" * 300 + ".safetensors")
+BAD_NAMES = (
+    "../x.safetensors",
+    "/etc/x.safetensors",
+    "a/../../x.safetensors",
+    "a\\x.safetensors",
+    "",
+    ".",
+    "a//x.safetensors",
+    "gs://b/x.safetensors",
+    "x\0.safetensors",
+    "x\n.safetensors",
+    "y" * 300 + ".safetensors",
+)
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -99,7 +126,11 @@ def test_names_that_lead_elsewhere(tmp_path, name):
 def reseal(top: pathlib.Path) -> None:
     """A manifest that fits what was made of the files."""
     m = manifest.read(top)
-    names = [p.relative_to(top).as_posix() for p in top.rglob("*") if p.is_file() and p.name != manifest.NAME]
+    names = [
+        p.relative_to(top).as_posix()
+        for p in top.rglob("*")
+        if p.is_file() and p.name != manifest.NAME
+    ]
     (top / manifest.NAME).unlink()
     manifest.write(top, m._replace(files=manifest.checksums(top, names)))
 
@@ -121,15 +152,33 @@ def test_what_nobody_named_is_not_read(tmp_path, kind):
     write(tmp_path, kind)
     (where(tmp_path, kind) / "state" / "planted").write_text("x")
     said = []
-    assert read(tmp_path, kind, said=said)[1] == 1 and "state/planted: not in the manifest" in said[0]
+    assert (
+        read(tmp_path, kind, said=said)[1] == 1 and "state/planted: not in the manifest" in said[0]
+    )
 
 
 def _chunks(top: pathlib.Path) -> None:
     """An array whose chunk is 16 TB, described by TensorStore itself."""
     import tensorstore as ts
-    ts.open({"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{top}/state/", "path": "params.embed.weight/"},
-             "metadata": {"shape": [24, 16], "chunks": [2**21, 2**21], "compressor": None, "dtype": "<f4"}},
-            create=True, delete_existing=True).result()
+
+    ts.open(
+        {
+            "driver": "zarr",
+            "kvstore": {
+                "driver": "ocdbt",
+                "base": f"file://{top}/state/",
+                "path": "params.embed.weight/",
+            },
+            "metadata": {
+                "shape": [24, 16],
+                "chunks": [2**21, 2**21],
+                "compressor": None,
+                "dtype": "<f4",
+            },
+        },
+        create=True,
+        delete_existing=True,
+    ).result()
 
 
 def _rewrite(file: str, change) -> object:
@@ -137,29 +186,54 @@ def _rewrite(file: str, change) -> object:
         value = json.loads((top / file).read_text())
         change(value)
         (top / file).write_text(json.dumps(value))
+
     return apply
 
 
 CRAFTED = {
-    "sharded": [_chunks,
-                _rewrite("state/_METADATA", lambda v: v["tree_metadata"].update({"x": {"key_metadata": [{"key": "../x", "key_type": 2}],
-                                                                                       "value_metadata": {"value_type": "jax.Array"}}})),
-                _rewrite("state/_METADATA", lambda v: v["tree_metadata"]["('step',)"]["value_metadata"].update(value_type="string")),
-                _rewrite("state/_METADATA", lambda v: v.update(tree_metadata=[])),
-                lambda top: (top / "extra" / "metadata").write_text('{"a": 1, "a": 2}'),
-                lambda top: (top / "state" / "_METADATA").write_text('{"a":' * 100000)],
-    "full": [_rewrite(f"state/{full.INDEX}", lambda v: v["weight_map"].update(step="../../../x.safetensors")),
-             _rewrite(f"state/{full.INDEX}", lambda v: v["weight_map"].pop("step")),
-             lambda top: (top / "state" / "state-00001-of-00001.safetensors").write_bytes(head({"step": tensor((2**50,), (0, 2**52))}, 8))],
-    "local": [_rewrite(f"state/{local.INDEX}", lambda v: v["step"].update(shape=[2**45])),
-              _rewrite(f"state/{local.INDEX}", lambda v: v["params/norm"]["pieces"].append([[0, 6]])),
-              _rewrite(f"state/{local.INDEX}", lambda v: v["params/norm"]["pieces"].append([[0, 5]])),
-              _rewrite(f"state/{local.INDEX}", lambda v: v["params/norm"]["pieces"].clear()),
-              _rewrite(f"state/{local.INDEX}", lambda v: v["params/norm"].update(dtype="U8"))],
+    "sharded": [
+        _chunks,
+        _rewrite(
+            "state/_METADATA",
+            lambda v: v["tree_metadata"].update(
+                {
+                    "x": {
+                        "key_metadata": [{"key": "../x", "key_type": 2}],
+                        "value_metadata": {"value_type": "jax.Array"},
+                    }
+                }
+            ),
+        ),
+        _rewrite(
+            "state/_METADATA",
+            lambda v: v["tree_metadata"]["('step',)"]["value_metadata"].update(value_type="string"),
+        ),
+        _rewrite("state/_METADATA", lambda v: v.update(tree_metadata=[])),
+        lambda top: (top / "extra" / "metadata").write_text('{"a": 1, "a": 2}'),
+        lambda top: (top / "state" / "_METADATA").write_text('{"a":' * 100000),
+    ],
+    "full": [
+        _rewrite(
+            f"state/{full.INDEX}", lambda v: v["weight_map"].update(step="../../../x.safetensors")
+        ),
+        _rewrite(f"state/{full.INDEX}", lambda v: v["weight_map"].pop("step")),
+        lambda top: (top / "state" / "state-00001-of-00001.safetensors").write_bytes(
+            head({"step": tensor((2**50,), (0, 2**52))}, 8)
+        ),
+    ],
+    "local": [
+        _rewrite(f"state/{local.INDEX}", lambda v: v["step"].update(shape=[2**45])),
+        _rewrite(f"state/{local.INDEX}", lambda v: v["params/norm"]["pieces"].append([[0, 6]])),
+        _rewrite(f"state/{local.INDEX}", lambda v: v["params/norm"]["pieces"].append([[0, 5]])),
+        _rewrite(f"state/{local.INDEX}", lambda v: v["params/norm"]["pieces"].clear()),
+        _rewrite(f"state/{local.INDEX}", lambda v: v["params/norm"].update(dtype="U8")),
+    ],
 }
 
 
-@pytest.mark.parametrize("kind, number", [(kind, i) for kind in KINDS for i in range(len(CRAFTED[kind]))])
+@pytest.mark.parametrize(
+    "kind, number", [(kind, i) for kind in KINDS for i in range(len(CRAFTED[kind]))]
+)
 def test_crafted_checkpoints(tmp_path, kind, number):
     """With a manifest that fits them."""
     write(tmp_path, kind, (2,))
@@ -173,7 +247,9 @@ def test_crafted_checkpoints(tmp_path, kind, number):
         read(tmp_path, kind)
     assert "\n" not in str(refusal.value) and str(top) in str(refusal.value)
     assert sorted(p for p in tmp_path.rglob("*")) == before
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000, "kB more than before"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000, (
+        "kB more than before"
+    )
 
 
 def test_random_mutations():
@@ -199,20 +275,42 @@ def test_commands(tmp_path, kind, capsys):
     everything = top.parents[1] if kind == "local" else tmp_path
     code, out, _ = call(capsys, "ls", everything, "--json")
     rows = json.loads(out)
-    assert code == 0 and [r["step"] for r in rows] == [1, 2] and {r["kind"] for r in rows} == {kind} and {r["state"] for r in rows} == {"whole"}
+    assert (
+        code == 0
+        and [r["step"] for r in rows] == [1, 2]
+        and {r["kind"] for r in rows} == {kind}
+        and {r["state"] for r in rows} == {"whole"}
+    )
     assert rows[1]["eval_loss"] == 1.25 and rows[1]["mesh"] == "fsdp 2 x expert 4"
     code, out, _ = call(capsys, "show", top)
-    assert code == 0 and "params/embed/weight" in out and "float32[24, 16]" in out and "'at': 2" in out
+    assert (
+        code == 0 and "params/embed/weight" in out and "float32[24, 16]" in out and "'at': 2" in out
+    )
     assert call(capsys, "verify", everything) == (0, "1: good\n2: good\n", "")
 
     code, _, _ = call(capsys, "export", everything, tmp_path / "out", "--step=2", "--only=params")
     found = safetensors.numpy.load_file(tmp_path / "out" / "state-00001-of-00001.safetensors")
-    assert code == 0 and found["params/embed/weight"].tobytes() == values(2)["params"]["embed"]["weight"].tobytes() and "step" not in found
+    assert (
+        code == 0
+        and found["params/embed/weight"].tobytes()
+        == values(2)["params"]["embed"]["weight"].tobytes()
+        and "step" not in found
+    )
     assert call(capsys, "export", everything, tmp_path / "out")[0] == 2  # it is there already
 
     for other in ("full", "sharded"):
         shards = ["--shards=4"] if other == "sharded" else []
-        assert call(capsys, "reshard", everything, tmp_path / other / "checkpoints", f"--kind={other}", *shards)[0] == 0
+        assert (
+            call(
+                capsys,
+                "reshard",
+                everything,
+                tmp_path / other / "checkpoints",
+                f"--kind={other}",
+                *shards,
+            )[0]
+            == 0
+        )
         state, at = read(tmp_path / other, "sharded")
         assert at == 2
         assert_same_bits(state, values(2))
@@ -220,24 +318,46 @@ def test_commands(tmp_path, kind, capsys):
         assert code == 0 and "7 arrays are the same" in out
     code, out, _ = call(capsys, "diff", everything, tmp_path / "full", "--step=1", "--json")
     different = {r["name"]: r for r in json.loads(out)["different"]}
-    assert code == 1 and different["step"]["max_abs_difference"] == 1.0 and json.loads(out)["same"] == 2
-    gap = np.abs(values(1)["params"]["experts"]["down_proj"] - values(2)["params"]["experts"]["down_proj"])
-    assert np.isclose(different["params/experts/down_proj"]["max_abs_difference"], gap.max(), rtol=1e-6)
+    assert (
+        code == 1
+        and different["step"]["max_abs_difference"] == 1.0
+        and json.loads(out)["same"] == 2
+    )
+    gap = np.abs(
+        values(1)["params"]["experts"]["down_proj"] - values(2)["params"]["experts"]["down_proj"]
+    )
+    assert np.isclose(
+        different["params/experts/down_proj"]["max_abs_difference"], gap.max(), rtol=1e-6
+    )
 
     (top / "extra" / "metadata").write_text("{}")
     code, out, _ = call(capsys, "verify", everything)
     assert code == 1 and "2: damaged" in out and "extra/metadata" in out and "1: good" in out
     assert call(capsys, "ls", everything)[0] == 1
-    for argv in (["show", everything], ["diff", everything, everything], ["export", everything, tmp_path / "new"]):
+    for argv in (
+        ["show", everything],
+        ["diff", everything, everything],
+        ["export", everything, tmp_path / "new"],
+    ):
         code, out, err = call(capsys, *argv)
-        assert code == 2 and len(err.splitlines()) == 1 and "extra/metadata" in err and not (tmp_path / "new").exists()
+        assert (
+            code == 2
+            and len(err.splitlines()) == 1
+            and "extra/metadata" in err
+            and not (tmp_path / "new").exists()
+        )
 
 
 def test_mistakes_in_commands(tmp_path, capsys):
     write(tmp_path, "full")
-    for argv in (["ls", tmp_path / "none"], ["ls", tmp_path / "checkpoints" / "1" / "state"], ["show", tmp_path, "--step=9"],
-                 ["export", tmp_path, tmp_path / "out", "--only=nothing"], ["reshard", tmp_path, tmp_path / "out", "--kind=full", "--shards=2"],
-                 ["reshard", tmp_path, tmp_path / "checkpoints", "--kind=full"]):
+    for argv in (
+        ["ls", tmp_path / "none"],
+        ["ls", tmp_path / "checkpoints" / "1" / "state"],
+        ["show", tmp_path, "--step=9"],
+        ["export", tmp_path, tmp_path / "out", "--only=nothing"],
+        ["reshard", tmp_path, tmp_path / "out", "--kind=full", "--shards=2"],
+        ["reshard", tmp_path, tmp_path / "checkpoints", "--kind=full"],
+    ):
         code, out, err = call(capsys, *argv)
         assert (code, out) == (2, "") and len(err.splitlines()) == 1, err
     assert not (tmp_path / "out").exists()

@@ -36,10 +36,19 @@ def test_a_full_disk_stops_no_training(tmp_path, kind, place, monkeypatch):
             elif place == "merge":
                 m.setattr(module, "merge", fails)
             else:
-                m.setattr(*{"extra": (integrity, "write_extra"), "manifest": (manifest, "write"), "commit": (os, "rename")}[place], fails)
+                m.setattr(
+                    *{
+                        "extra": (integrity, "write_extra"),
+                        "manifest": (manifest, "write"),
+                        "commit": (os, "rename"),
+                    }[place],
+                    fails,
+                )
             c.save(2, put(values(2), mesh), {"at": 2})
             c.wait()
-        assert said == ["no checkpoint of step 2: No space left on device; that of step 1 stays, training goes on and tries again"]
+        assert said == [
+            "no checkpoint of step 2: No space left on device; that of step 1 stays, training goes on and tries again"
+        ]
         assert [p.name for p in where(tmp_path, kind).parent.iterdir() if p.is_dir()] == ["1"]
         assert c.newest_good() == 1
         c.save(2, put(values(2), mesh), {"at": 2})
@@ -86,7 +95,10 @@ def test_the_last_checkpoint_is_tried_again(tmp_path, good, monkeypatch):
             c.save(5, put(values(), mesh), {}, final=True)
             assert c.newest_good() == 5 and len(said) == 1
         else:
-            with pytest.raises(SaveFailed, match="5, the last, could not be written in 5 tries .No space left on device.. Nothing is saved; ") as e:
+            with pytest.raises(
+                SaveFailed,
+                match="5, the last, could not be written in 5 tries .No space left on device.. Nothing is saved; ",
+            ) as e:
                 c.save(5, put(values(), mesh), {}, final=True)
             assert len(tries) == 5 and "\n" not in str(e.value)
         c.close()
@@ -97,13 +109,17 @@ def test_the_last_checkpoint_is_tried_again(tmp_path, good, monkeypatch):
 def test_a_disk_that_is_really_full(tmp_path, kind):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not permitted here")
     try:
         mesh, said = explicit_mesh(8, 1), []
         rng = np.random.default_rng(0)
         spec = jax.NamedSharding(mesh, jax.P("fsdp"))
-        big = lambda: {"a": jax.device_put(rng.standard_normal((256, 1024)).astype(np.float32), spec)}  # 1 MB
+        big = lambda: {
+            "a": jax.device_put(rng.standard_normal((256, 1024)).astype(np.float32), spec)
+        }  # 1 MB
         with jax.set_mesh(mesh):
             c = opened(disk, kind, said)
             kept = big()
@@ -112,12 +128,17 @@ def test_a_disk_that_is_really_full(tmp_path, kind):
             assert not said
             c.save(2, {f"{i}": big()["a"] for i in range(3)}, {"at": 2})
             c.wait()
-            assert len(said) == 1 and "no checkpoint of step 2: No space left on device" in said[0], said
+            assert (
+                len(said) == 1 and "no checkpoint of step 2: No space left on device" in said[0]
+            ), said
             assert [p.name for p in where(disk, kind).parent.iterdir() if p.is_dir()] == ["1"]
             c.save(3, big(), {"at": 3})  # there is room again: nothing was left behind
             c.wait()
             assert c.newest_good() == 3 and len(said) == 1
-            found, _ = c.restore(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), kept), 1)
+            found, _ = c.restore(
+                jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), kept),
+                1,
+            )
             assert np.array_equal(found["a"], kept["a"])
             c.close()
     finally:

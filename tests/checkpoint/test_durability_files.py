@@ -14,12 +14,12 @@ import safetensors.numpy
 
 from benchmarks import corruption
 from deepseek_jax.checkpoint import checkpoint, folder, full, manifest, sharded
-from deepseek_jax.tensorfile import regions
-from deepseek_jax.tensorfile.arrays import flatten, Shape
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import CheckpointConfig, Config, DataConfig
-from deepseek_jax.errors import UserError
 from deepseek_jax.config.validation import validate
+from deepseek_jax.errors import UserError
+from deepseek_jax.tensorfile import regions
+from deepseek_jax.tensorfile.arrays import Shape, flatten
 from tests.checkpoint.test_checkpoint import abstract, assert_same_bits, explicit_mesh, put, values
 
 KINDS = ("sharded", "full", "local")
@@ -27,15 +27,32 @@ MESH = (2, 4)
 
 
 def options(tmp_path, kind: str, **more) -> CheckpointConfig:
-    return CheckpointConfig(**({"kind": kind, "keep": 0, "local_dir": str(tmp_path / "local") if kind == "local" else ""} | more))
+    return CheckpointConfig(
+        **(
+            {
+                "kind": kind,
+                "keep": 0,
+                "local_dir": str(tmp_path / "local") if kind == "local" else "",
+            }
+            | more
+        )
+    )
 
 
-def opened(tmp_path, kind: str, said: list | None = None, read_only: bool = False, **more) -> Checkpointer:
-    return Checkpointer(str(tmp_path / "checkpoints"), options=options(tmp_path, kind, **more), read_only=read_only,
-                        warn=said.append if said is not None else lambda text: pytest.fail(text))
+def opened(
+    tmp_path, kind: str, said: list | None = None, read_only: bool = False, **more
+) -> Checkpointer:
+    return Checkpointer(
+        str(tmp_path / "checkpoints"),
+        options=options(tmp_path, kind, **more),
+        read_only=read_only,
+        warn=said.append if said is not None else lambda text: pytest.fail(text),
+    )
 
 
-def write(tmp_path, kind: str, steps=(1, 2), said: list | None = None, losses: dict | None = None, **more) -> None:
+def write(
+    tmp_path, kind: str, steps=(1, 2), said: list | None = None, losses: dict | None = None, **more
+) -> None:
     mesh = explicit_mesh(*MESH)
     with jax.set_mesh(mesh):
         c = opened(tmp_path, kind, said, **more)
@@ -53,7 +70,13 @@ def read(tmp_path, kind: str, shape=MESH, said: list | None = None, **more) -> t
 
 def where(tmp_path, kind: str, step: int = 2) -> pathlib.Path:
     if kind == "local":
-        return tmp_path / "local" / (tmp_path / "checkpoints" / "run_id").read_text() / "process_00000" / str(step)
+        return (
+            tmp_path
+            / "local"
+            / (tmp_path / "checkpoints" / "run_id").read_text()
+            / "process_00000"
+            / str(step)
+        )
     return tmp_path / "checkpoints" / str(step)
 
 
@@ -90,11 +113,19 @@ def test_full_is_what_safetensors_reads(tmp_path, monkeypatch):
     assert len(set(index["weight_map"].values())) > 1
     found = {}
     for file in set(index["weight_map"].values()):
-        found |= {k: v for k, v in safetensors.numpy.load_file(top / file).items() if index["weight_map"][k] == file}
+        found |= {
+            k: v
+            for k, v in safetensors.numpy.load_file(top / file).items()
+            if index["weight_map"][k] == file
+        }
     wanted = checkpoint.flatten(values(1))
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
-        assert found[name].dtype == array.dtype and found[name].shape == array.shape and found[name].tobytes() == array.tobytes()
+        assert (
+            found[name].dtype == array.dtype
+            and found[name].shape == array.shape
+            and found[name].tobytes() == array.tobytes()
+        )
     assert_same_bits(read(tmp_path, "full")[0], values(1))
 
 
@@ -112,14 +143,21 @@ def test_slices_of_files(tmp_path, monkeypatch, shape):
             cut = [sorted(rng.integers(0, n + 1, 2)) for n in shape]
             index = tuple(slice(int(a), int(b)) for a, b in cut)
             with open(tmp_path / "f", "rb") as f:
-                assert np.array_equal(regions.read(f, 4, Shape(shape, np.dtype(np.int32)), index), array[index])
+                assert np.array_equal(
+                    regions.read(f, 4, Shape(shape, np.dtype(np.int32)), index), array[index]
+                )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_stays(tmp_path, kind):
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 4.0, 6: 5.0, 7: 6.0}
     write(tmp_path, kind, range(1, 8), losses=losses, keep=2, keep_best=1, keep_every=5)
-    assert sorted(p.name for p in where(tmp_path, kind).parent.iterdir() if p.is_dir()) == ["2", "5", "6", "7"]
+    assert sorted(p.name for p in where(tmp_path, kind).parent.iterdir() if p.is_dir()) == [
+        "2",
+        "5",
+        "6",
+        "7",
+    ]
 
 
 def test_what_stays_counts_each_once():
@@ -133,7 +171,11 @@ def test_nothing_is_deleted_before_the_next_is_durable(tmp_path, monkeypatch):
     write(tmp_path, "full", (1,), keep=1)
     said = []
     with monkeypatch.context() as m:
-        m.setattr(manifest, "write", lambda *a: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        m.setattr(
+            manifest,
+            "write",
+            lambda *a: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")),
+        )
         write(tmp_path, "full", (2,), said, keep=1)
     assert "Input/output error" in said[0] and os.listdir(tmp_path / "checkpoints") == ["1"]
 
@@ -146,11 +188,28 @@ def test_nothing_is_deleted_before_the_next_is_durable(tmp_path, monkeypatch):
 def test_every_fault_in_every_file_is_found(tmp_path, kind, fault):
     want = corruption.save(str(tmp_path / "template"), kind)
     counts = dict.fromkeys(corruption.COUNTS, 0)
-    top = pathlib.Path(corruption.steps_folder(str(tmp_path / "template"), kind)) / str(corruption.STEPS[-1])
+    top = pathlib.Path(corruption.steps_folder(str(tmp_path / "template"), kind)) / str(
+        corruption.STEPS[-1]
+    )
     for file in files_in(top):
-        corruption.attempt(str(tmp_path / "template"), kind, fault, file, want, np.random.default_rng(1), str(tmp_path / "try"), counts)
+        corruption.attempt(
+            str(tmp_path / "template"),
+            kind,
+            fault,
+            file,
+            want,
+            np.random.default_rng(1),
+            str(tmp_path / "try"),
+            counts,
+        )
     tried = counts["tried"]
-    assert tried >= len(files_in(top)) - 1 and counts == {"tried": tried, "detected": tried, "survived": tried, "steps_lost": 1, "wrong": 0}
+    assert tried >= len(files_in(top)) - 1 and counts == {
+        "tried": tried,
+        "detected": tried,
+        "survived": tried,
+        "steps_lost": 1,
+        "wrong": 0,
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,11 +225,19 @@ def test_the_bad_file_is_named_and_kept(tmp_path, kind):
         (top / file).write_bytes(raw)
         said = []
         state, at = read(tmp_path, kind, said=said)
-        assert at == 1 and len(said) == 1 and "\n" not in said[0] and file in said[0] and f"kept aside as {top.name}.damaged" in said[0]
+        assert (
+            at == 1
+            and len(said) == 1
+            and "\n" not in said[0]
+            and file in said[0]
+            and f"kept aside as {top.name}.damaged" in said[0]
+        )
         assert_same_bits(state, values(1))
         assert (top.parent / f"2.damaged{'.1' * turn}" / file).read_bytes() == raw
     shutil.rmtree(where(tmp_path, kind, 1))
-    with pytest.raises(UserError, match="damaged checkpoints only"):  # and not: begin at step 0, over what is left
+    with pytest.raises(
+        UserError, match="damaged checkpoints only"
+    ):  # and not: begin at step 0, over what is left
         read(tmp_path, kind)
 
 
@@ -178,9 +245,21 @@ def old_checkpoint(path: pathlib.Path, step: int) -> None:
     """As earlier versions wrote them."""
     mesh = explicit_mesh(*MESH)
     with jax.set_mesh(mesh):
-        manager = ocp.CheckpointManager(path, item_handlers={"state": ocp.PyTreeCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()},
-                                        options=ocp.CheckpointManagerOptions(save_root_metadata=False, create=True))
-        manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(put(values(step), mesh)), extra=ocp.args.JsonSave({"at": step})))
+        manager = ocp.CheckpointManager(
+            path,
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "extra": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(save_root_metadata=False, create=True),
+        )
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(put(values(step), mesh)),
+                extra=ocp.args.JsonSave({"at": step}),
+            ),
+        )
         manager.close()
 
 
@@ -191,7 +270,9 @@ def test_checkpoints_of_earlier_versions(tmp_path):
     state, at = read(tmp_path, "sharded", said=said)
     assert at == 2 and len(said) == 1 and "without checksums" in said[0]
     assert_same_bits(state, values(2))
-    for file in (tmp_path / "checkpoints" / "2" / "state").rglob("d/*"):  # what Orbax notices itself still falls back
+    for file in (tmp_path / "checkpoints" / "2" / "state").rglob(
+        "d/*"
+    ):  # what Orbax notices itself still falls back
         os.truncate(file, file.stat().st_size // 2)
     said = []
     state, at = read(tmp_path, "sharded", said=said)
@@ -205,20 +286,25 @@ def test_a_newer_format_is_one_line(tmp_path, kind, monkeypatch):
         m.setattr(manifest, "FORMAT", 2)
         write(tmp_path, kind)
     for read_only in (False, True):
-        with pytest.raises(UserError, match="2 has format 2, and this version reads up to 1. Update"):
+        with pytest.raises(
+            UserError, match="2 has format 2, and this version reads up to 1. Update"
+        ):
             opened(tmp_path, kind, read_only=read_only).newest_good()
     assert where(tmp_path, kind).is_dir()
 
 
-@pytest.mark.parametrize("given, words", [
-    (CheckpointConfig(kind="orbax"), "sharded, full, local"),
-    (CheckpointConfig(kind="local"), "config.checkpoint.local_dir=''"),
-    (CheckpointConfig(kind="local", local_dir="gs://bucket/x"), "is remote"),
-    (CheckpointConfig(keep=0, keep_best=1), "keep=0, which keeps all"),
-    (CheckpointConfig(keep=0, keep_every=100), "keep=0, which keeps all"),
-    (CheckpointConfig(every_minutes=-1.0), "every_minutes"),
-    (CheckpointConfig(every_minutes=float("inf")), "every_minutes"),
-])
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (CheckpointConfig(kind="orbax"), "sharded, full, local"),
+        (CheckpointConfig(kind="local"), "config.checkpoint.local_dir=''"),
+        (CheckpointConfig(kind="local", local_dir="gs://bucket/x"), "is remote"),
+        (CheckpointConfig(keep=0, keep_best=1), "keep=0, which keeps all"),
+        (CheckpointConfig(keep=0, keep_every=100), "keep=0, which keeps all"),
+        (CheckpointConfig(every_minutes=-1.0), "every_minutes"),
+        (CheckpointConfig(every_minutes=float("inf")), "every_minutes"),
+    ],
+)
 def test_options_that_cannot_act_are_refused(given, words):
     with pytest.raises(UserError) as refusal:
         validate(Config(checkpoint=given))
@@ -227,7 +313,9 @@ def test_options_that_cannot_act_are_refused(given, words):
 
 def test_the_best_needs_held_out_text():
     with pytest.raises(UserError, match="keep_best=1 needs held-out text"):
-        validate(Config(checkpoint=CheckpointConfig(keep_best=1), data=DataConfig(eval_fraction=0.0)))
+        validate(
+            Config(checkpoint=CheckpointConfig(keep_best=1), data=DataConfig(eval_fraction=0.0))
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,4 +330,6 @@ def test_an_array_in_parts(tmp_path, kind, monkeypatch):
             part = source.read(name, index)
             assert kind != "sharded" or part.nbytes <= 256
             found[index], times[index] = part, times[index] + 1
-        assert (times == 1).all() and np.asarray(found).tobytes() == np.asarray(wanted).tobytes(), name
+        assert (times == 1).all() and np.asarray(found).tobytes() == np.asarray(wanted).tobytes(), (
+            name
+        )

@@ -9,7 +9,6 @@ import textwrap
 from deepseek_jax.cluster.meeting import free_port
 from tests.support import ROOT
 
-
 REPOSITORY = ROOT
 
 PROGRAM = """
@@ -104,10 +103,29 @@ PROGRAM = """
 def start(count: int, folder: pathlib.Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "no_proxy": "127.0.0.1"}
-    processes = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(PROGRAM), str(count), str(i), address, str(folder)], cwd=REPOSITORY,
-                                  env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(count)]
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                textwrap.dedent(PROGRAM),
+                str(count),
+                str(i),
+                address,
+                str(folder),
+            ],
+            cwd=REPOSITORY,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
     said = [p.communicate(timeout=280)[0] for p in processes]
-    assert all(p.returncode == 0 and "done" in text for p, text in zip(processes, said)), "\n".join(said)[-6000:]
+    assert all(p.returncode == 0 and "done" in text for p, text in zip(processes, said)), "\n".join(
+        said
+    )[-6000:]
 
 
 def test_two_processes_and_then_one(tmp_path):

@@ -11,33 +11,39 @@ import pytest
 from benchmarks import __main__ as benchmarks
 from benchmarks import tiny
 from deepseek_jax import evaluate, generate
-from deepseek_jax.config import configdict
-from deepseek_jax.launch import __main__
 from deepseek_jax.checkpoint import __main__ as checkpoint
 from deepseek_jax.cli.command import exit_code
+from deepseek_jax.config import configdict
 from deepseek_jax.data import __main__ as data
 from deepseek_jax.hf import __main__ as hf
+from deepseek_jax.launch import __main__
 from deepseek_jax.plan import __main__ as plan
 from tests.support import ROOT
 
 
-
-@pytest.mark.parametrize("main, argv, named", [
-    (lambda _: checkpoint.main(), ["ls"], "DIR"),
-    (lambda _: checkpoint.main(), ["verify", "runs/x", "--stap=3"], "--stap=3"),
-    (lambda _: hf.main(), ["export", "a", "b", "--dtype=int8"], "int8"),
-    (lambda _: evaluate.main(), ["--model=x", "--text=a", "--questions=b"], "--questions"),
-    (generate.main, ["--model=x", "--temperature=hot"], "hot"),
-    (generate.main, ["--model=x", "--max=5"], "--max=5"),  # no abbreviations
-    (data.main, ["tokenize", "--path=x"], "--tokenizer"),
-    (__main__.main, ["--nproc_per_node=2"], "program"),
-    (plan.main, ["--devices=many"], "many"),
-    (benchmarks.main, ["floor", "--shape=huge"], "huge"),
-    (benchmarks.main, ["moe", "--turnz=3"], "--turnz=3"),
-    (benchmarks.main, ["storm", "--kills"], "--kills"),
-    (benchmarks.main, ["storm", "--only=kills,disc"], "'disc' is not known. Choose of kills,"),
-    (benchmarks.main, ["attention", "--lengths=512,1k"], "'512,1k' is not a list of whole numbers"),
-])
+@pytest.mark.parametrize(
+    "main, argv, named",
+    [
+        (lambda _: checkpoint.main(), ["ls"], "DIR"),
+        (lambda _: checkpoint.main(), ["verify", "runs/x", "--stap=3"], "--stap=3"),
+        (lambda _: hf.main(), ["export", "a", "b", "--dtype=int8"], "int8"),
+        (lambda _: evaluate.main(), ["--model=x", "--text=a", "--questions=b"], "--questions"),
+        (generate.main, ["--model=x", "--temperature=hot"], "hot"),
+        (generate.main, ["--model=x", "--max=5"], "--max=5"),  # no abbreviations
+        (data.main, ["tokenize", "--path=x"], "--tokenizer"),
+        (__main__.main, ["--nproc_per_node=2"], "program"),
+        (plan.main, ["--devices=many"], "many"),
+        (benchmarks.main, ["floor", "--shape=huge"], "huge"),
+        (benchmarks.main, ["moe", "--turnz=3"], "--turnz=3"),
+        (benchmarks.main, ["storm", "--kills"], "--kills"),
+        (benchmarks.main, ["storm", "--only=kills,disc"], "'disc' is not known. Choose of kills,"),
+        (
+            benchmarks.main,
+            ["attention", "--lengths=512,1k"],
+            "'512,1k' is not a list of whole numbers",
+        ),
+    ],
+)
 def test_a_mistake_is_one_line(main, argv, named, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", *argv])
     assert exit_code("program", lambda: main(argv)) == 2
@@ -46,9 +52,22 @@ def test_a_mistake_is_one_line(main, argv, named, monkeypatch, capsys):
 
 
 def test_help_of_a_command_and_of_a_benchmark():
-    for module, flag in (("deepseek_jax.generate", "--draft-tokens"), ("benchmarks storm", "--kills=50\n        Kills of the one run")):
-        shown = subprocess.run([sys.executable, "-m", *module.split(), "--help"], capture_output=True, text=True, timeout=300)
-        assert shown.returncode == 0 and flag in shown.stdout and "python -m" in shown.stdout and not shown.stderr
+    for module, flag in (
+        ("deepseek_jax.generate", "--draft-tokens"),
+        ("benchmarks storm", "--kills=50\n        Kills of the one run"),
+    ):
+        shown = subprocess.run(
+            [sys.executable, "-m", *module.split(), "--help"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert (
+            shown.returncode == 0
+            and flag in shown.stdout
+            and "python -m" in shown.stdout
+            and not shown.stderr
+        )
 
 
 def test_comments_of_options(tmp_path):
@@ -63,13 +82,15 @@ def test_comments_of_options(tmp_path):
         """
 
         color: str = "#fff"  # a colour, as "#fff"
-        pair: tuple = field(
-            default=(1, 2))  # two numbers
+        pair: tuple = field(default=(1, 2))  # two numbers
         bare: int = 1
         late: dict[str, int] = field(default_factory=lambda: {"a": 1})  # x: int = 1  # nested
 
-    assert configdict.comments_of(Nested) == {"color": 'a colour, as "#fff"', "pair": "two numbers",
-                                              "late": "x: int = 1  # nested"}
+    assert configdict.comments_of(Nested) == {
+        "color": 'a colour, as "#fff"',
+        "pair": "two numbers",
+        "late": "x: int = 1  # nested",
+    }
     assert configdict.comments_of(dataclasses.make_dataclass("Made", [("a", int)])) == {}
 
 
@@ -77,11 +98,19 @@ def test_every_option_is_described():
     """Some keys of a Hugging Face config.json speak for themselves."""
     lines = configdict.describe().split("\n  --")
     silent = [line for line in lines if "\n        " not in line]
-    assert len(lines) > 100 and len(silent) < 12 and all(line.startswith("config.model.") for line in silent)
+    assert (
+        len(lines) > 100
+        and len(silent) < 12
+        and all(line.startswith("config.model.") for line in silent)
+    )
 
 
 def test_texts_that_are_read_do_not_depend_on_indentation():
     """As docstrings are in Python 3.13 (dedented) and before; what is asked of the text is the same."""
     text = (ROOT / "configs" / "tiny.py").read_text(encoding="utf-8")
-    assert tiny.stated(text) == tiny.stated(textwrap.indent(text,
-                                                            "    ")) == tiny.stated("\n".join(text.split())) == (1.29, 0.05)
+    assert (
+        tiny.stated(text)
+        == tiny.stated(textwrap.indent(text, "    "))
+        == tiny.stated("\n".join(text.split()))
+        == (1.29, 0.05)
+    )

@@ -9,21 +9,23 @@ import os
 
 import pytest
 
-from deepseek_jax.hf import provenance
 from deepseek_jax import evaluate, generate
-from deepseek_jax.config import paths
 from deepseek_jax.checkpoint.folder import Folder
 from deepseek_jax.cli.command import exit_code
+from deepseek_jax.config import paths
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
-from deepseek_jax.run import init_from
-from deepseek_jax.run import lock
+from deepseek_jax.hf import provenance
+from deepseek_jax.run import init_from, lock
 from deepseek_jax.train import workdir
 
 
 def contents(folder):
-    return {os.path.join(here, n): open(os.path.join(here, n), "rb").read() for here, _,
-            names in os.walk(folder) for n in names}
+    return {
+        os.path.join(here, n): open(os.path.join(here, n), "rb").read()
+        for here, _, names in os.walk(folder)
+        for n in names
+    }
 
 
 @pytest.fixture
@@ -32,10 +34,13 @@ def files(tmp_path, monkeypatch):
     run = tmp_path / "run"
     (run / "checkpoints" / "3" / "state").mkdir(parents=True)
     (run / "checkpoints" / "3" / "state" / "params").write_text("weights")
-    for name, text in (("run/config.json", '{"model": {}}'), ("run/metrics.jsonl", '{"step": 1}\n'),
-                       ("p.jsonl", '{"prompt": "a"}\n'),
-                       ("q.jsonl", '{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n'),
-                       ("text/a.txt", "some text")):
+    for name, text in (
+        ("run/config.json", '{"model": {}}'),
+        ("run/metrics.jsonl", '{"step": 1}\n'),
+        ("p.jsonl", '{"prompt": "a"}\n'),
+        ("q.jsonl", '{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n'),
+        ("text/a.txt", "some text"),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "link").symlink_to("p.jsonl")
@@ -45,23 +50,53 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("command, line, wanted", [
-    (generate, "--prompts={f}/p.jsonl --output={f}/p.jsonl", "p.jsonl, which this command reads"),
-    (generate, "--prompts={f}/p.jsonl --output=../link", "p.jsonl, which this command reads"),
-    (generate, "--prompts=../p.jsonl --output={f}/run/config.json", "run/config.json, which this command "
-                                                                    "reads"),
-    (generate, "--prompts=../p.jsonl --output={f}/run/metrics.jsonl", "run/metrics.jsonl, which"),
-    (generate, "--prompts=../p.jsonl --output={f}/run/checkpoints/3/state/params", "state/params, which"),
-    (generate, "--prompts=../p.jsonl --output={f}/none/out.jsonl", "does not exist"),
-    (evaluate, "--questions={f}/q.jsonl --output=../q.jsonl", "q.jsonl, which this command reads"),
-    (evaluate, "--questions={f}/q.jsonl --output=../hard", "q.jsonl, which this command reads"),
-    (evaluate, "--text={f}/text --output=../text/a.txt", "a.txt, which this command reads"),
-    (evaluate, "--text={f}/text --output=../run/config.json", "config.json, which this command reads"),
-    (evaluate, "--text={f}/text --output={f}/text", "is a folder"),
-])
-def test_answers_and_results_never_replace_what_is_read(command, line, wanted, files, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "command, line, wanted",
+    [
+        (
+            generate,
+            "--prompts={f}/p.jsonl --output={f}/p.jsonl",
+            "p.jsonl, which this command reads",
+        ),
+        (generate, "--prompts={f}/p.jsonl --output=../link", "p.jsonl, which this command reads"),
+        (
+            generate,
+            "--prompts=../p.jsonl --output={f}/run/config.json",
+            "run/config.json, which this command reads",
+        ),
+        (
+            generate,
+            "--prompts=../p.jsonl --output={f}/run/metrics.jsonl",
+            "run/metrics.jsonl, which",
+        ),
+        (
+            generate,
+            "--prompts=../p.jsonl --output={f}/run/checkpoints/3/state/params",
+            "state/params, which",
+        ),
+        (generate, "--prompts=../p.jsonl --output={f}/none/out.jsonl", "does not exist"),
+        (
+            evaluate,
+            "--questions={f}/q.jsonl --output=../q.jsonl",
+            "q.jsonl, which this command reads",
+        ),
+        (evaluate, "--questions={f}/q.jsonl --output=../hard", "q.jsonl, which this command reads"),
+        (evaluate, "--text={f}/text --output=../text/a.txt", "a.txt, which this command reads"),
+        (
+            evaluate,
+            "--text={f}/text --output=../run/config.json",
+            "config.json, which this command reads",
+        ),
+        (evaluate, "--text={f}/text --output={f}/text", "is a folder"),
+    ],
+)
+def test_answers_and_results_never_replace_what_is_read(
+    command, line, wanted, files, monkeypatch, capsys
+):
     before = contents(files)
-    monkeypatch.setattr("sys.argv", ["command", f"--model={files}/run", *line.format(f=files).split()])
+    monkeypatch.setattr(
+        "sys.argv", ["command", f"--model={files}/run", *line.format(f=files).split()]
+    )
     assert exit_code("command", command.main) == 2
     err = capsys.readouterr().err
     assert wanted in err and "--output=" in err and err.count("\n") == 1
@@ -71,8 +106,9 @@ def test_answers_and_results_never_replace_what_is_read(command, line, wanted, f
 def test_outputs_that_may_be_written(files):
     """A file that is named and not read is replaced, in a run's folder too; ~ is the home folder."""
     (files / "run" / "answers.jsonl").write_text("old")
-    paths.check_output("--output", str(files / "run" / "answers.jsonl"),
-                       provenance.model_files(str(files / "run")))
+    paths.check_output(
+        "--output", str(files / "run" / "answers.jsonl"), provenance.model_files(str(files / "run"))
+    )
     paths.check_output("--output", "new.jsonl", ["../p.jsonl", "not there"])
     paths.check_output("--output", "~/new.jsonl")
     paths.check_output("--output", "/dev/null")
@@ -82,10 +118,11 @@ def test_outputs_that_may_be_written(files):
 def test_a_workdir_with_files_of_somebody_else(tmp_path):
     """A Hugging Face checkpoint's config.json, a metrics.jsonl, a lock and a folder hf: a run would replace
     each of them."""
-    for name, text, message in (("config.json", '{"model_type": "qwen3_moe"}', "cannot be read as the config "
-                                                                               "of a run"),
-                                ("metrics.jsonl", '{"mine": 1}\n', "no config.json of a run"),
-                                ("lock", "mine", "is not the lock of a run")):
+    for name, text, message in (
+        ("config.json", '{"model_type": "qwen3_moe"}', "cannot be read as the config of a run"),
+        ("metrics.jsonl", '{"mine": 1}\n', "no config.json of a run"),
+        ("lock", "mine", "is not the lock of a run"),
+    ):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(text)
@@ -114,4 +151,8 @@ def test_a_checkpoint_folder_with_numbers_that_are_no_checkpoints(tmp_path):
 
 
 def test_names_of_folders_that_are_made_first():
-    assert paths.scratch("a/out/") == os.path.abspath("a/.out.deepseek_jax.tmp") == paths.scratch(os.path.abspath("a/out"))
+    assert (
+        paths.scratch("a/out/")
+        == os.path.abspath("a/.out.deepseek_jax.tmp")
+        == paths.scratch(os.path.abspath("a/out"))
+    )

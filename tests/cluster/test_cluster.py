@@ -10,28 +10,52 @@ import types
 
 import pytest
 
-from tests import support
-from deepseek_jax.cluster import processes
+from deepseek_jax.cluster import discovery, gpus, meeting, processes
+from deepseek_jax.cluster.discovery import Place, find
+from deepseek_jax.cluster.gpus import Claim, divide, shares, visible_gpus
+from deepseek_jax.cluster.meeting import Meeting, NoAnswer, free_port, listen
 from deepseek_jax.cluster.processes import difference, other_mistakes
 from deepseek_jax.errors import UserError
-from deepseek_jax.cluster import discovery, gpus, meeting
-from deepseek_jax.cluster.discovery import find, Place
-from deepseek_jax.cluster.gpus import Claim, divide, shares, visible_gpus
-from deepseek_jax.cluster.meeting import free_port, listen, Meeting, NoAnswer
+from tests import support
 
 ROOT = str(support.ROOT)
 JAX = {"JAX_COORDINATOR_ADDRESS": "host0:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-TORCHRUN = {"MASTER_ADDR": "host0", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node[003-004]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
-         "SLURM_LOCALID": "0"}
-OMPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
-        "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+TORCHRUN = {
+    "MASTER_ADDR": "host0",
+    "MASTER_PORT": "29500",
+    "WORLD_SIZE": "2",
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+}
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_NODELIST": "node[003-004]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+OMPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
 ALONE = [
     {},
     {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # a notebook
     SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
-    SLURM | {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # an interactive step
-    {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # a batch script outside srun
+    SLURM
+    | {
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_NUM_TASKS": "1",
+    },  # an interactive step
+    {
+        "SLURM_JOB_ID": "77",
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    },  # a batch script outside srun
     OMPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
     TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"},
     {"MASTER_ADDR": "host0", "WORLD_SIZE": "2"},  # left over
@@ -53,7 +77,11 @@ FOUND = [
     (("host1:1", None, 2), JAX, Place("host1", 1, 4, 2)),
     ((None, None, None), JAX | SLURM | TORCHRUN, Place("host0", 8476, 4, 3)),
     ((None, None, None), TORCHRUN, Place("host0", 29500, 2, 1, True)),
-    ((None, None, None), TORCHRUN | SLURM | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, Place("host0", 29501, 2, 1, True)),
+    (
+        (None, None, None),
+        TORCHRUN | SLURM | {"TORCHELASTIC_USE_AGENT_STORE": "True"},
+        Place("host0", 29501, 2, 1, True),
+    ),
     ((None, None, None), SLURM, Place("node003", 61440 + 77, 2, 1, True)),
     (("node9:5", None, None), SLURM, Place("node9", 5, 2, 1, True)),
     ((None, 2, None), SLURM | {"SLURM_NTASKS": "3"}, Place("node003", 61440 + 77, 2, 1, True)),
@@ -69,17 +97,29 @@ def test_found(flags, env, place, monkeypatch):
     assert find(*flags, 1, env) == place
 
 
-@pytest.mark.parametrize("flags, env, text", [
-    ((None, 2, 0), {}, "--coordinator_address is missing"),
-    (("host0:1", None, None), {}, "--num_processes and --process_id are missing"),
-    ((None, None, 1), {}, "--process_id=1 needs --num_processes and --coordinator_address"),
-    (("host0:1", 2, 2), {}, "--process_id=2 is not below --num_processes=2"),
-    (("host0", 2, 1), {}, "--coordinator_address=host0 is not HOST:PORT"),
-    (("host0:99999", 2, 1), {}, "--coordinator_address=host0:99999 is not HOST:PORT"),
-    ((None, None, None), JAX | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID=one is not a number"),
-    ((None, None, None), {k: v for k, v in OMPI.items() if "hnp" not in k}, "Open MPI started this process"),
-    ((None, None, None), {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "--num_processes=1 trains alone"),
-], ids=str)
+@pytest.mark.parametrize(
+    "flags, env, text",
+    [
+        ((None, 2, 0), {}, "--coordinator_address is missing"),
+        (("host0:1", None, None), {}, "--num_processes and --process_id are missing"),
+        ((None, None, 1), {}, "--process_id=1 needs --num_processes and --coordinator_address"),
+        (("host0:1", 2, 2), {}, "--process_id=2 is not below --num_processes=2"),
+        (("host0", 2, 1), {}, "--coordinator_address=host0 is not HOST:PORT"),
+        (("host0:99999", 2, 1), {}, "--coordinator_address=host0:99999 is not HOST:PORT"),
+        ((None, None, None), JAX | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID=one is not a number"),
+        (
+            (None, None, None),
+            {k: v for k, v in OMPI.items() if "hnp" not in k},
+            "Open MPI started this process",
+        ),
+        (
+            (None, None, None),
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+            "--num_processes=1 trains alone",
+        ),
+    ],
+    ids=str,
+)
 def test_not_found(flags, env, text, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -114,7 +154,9 @@ def test_visible_gpus(monkeypatch):
 
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(gpus.ctypes, "CDLL", lambda name: Driver)
-    assert visible_gpus() == [f"GPU-{d * 4}-{d * 2}-{d * 2}-{d * 2}-{d * 6}" for d in ("0a", "0b", "0c")]
+    assert visible_gpus() == [
+        f"GPU-{d * 4}-{d * 2}-{d * 2}-{d * 2}-{d * 6}" for d in ("0a", "0b", "0c")
+    ]
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert visible_gpus() == []
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
@@ -125,9 +167,11 @@ def test_visible_gpus(monkeypatch):
 
 def test_memory_of_the_gpus(monkeypatch):
     """Set where there are GPUs and nobody has said otherwise; less with several, for NCCL."""
-    found = lambda visible, several=False, **env: monkeypatch.setattr(gpus, "visible_gpus",
-                                                            lambda: visible) or gpus.take_memory(several,
-                                                            env) or env
+    found = lambda visible, several=False, **env: (
+        monkeypatch.setattr(gpus, "visible_gpus", lambda: visible)
+        or gpus.take_memory(several, env)
+        or env
+    )
     assert found([]) == {} and found(["a"]) == {gpus.FRACTION: "0.95"}
     assert found(["a"], several=True) == found(["a", "b"]) == {gpus.FRACTION: "0.9"}
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
@@ -138,14 +182,28 @@ def test_divide_gpus():
     four = ["a", "b", "c", "d"]
     assert divide([Claim("x", []), Claim("x", [])]) == [None, None]  # CPUs
     assert divide([Claim("x", four), Claim("y", ["e", "f"])]) == [None, None]  # a process a host
-    assert divide([Claim("x", ["a", "b"]), Claim("x", ["c", "d"])]) == [None, None]  # the launcher's, or the scheduler's
-    assert divide([Claim("x", four, True), Claim("y", ["e"], True), Claim("x", four, True)]) == [[0, 1], None, [2, 3]]
+    assert divide([Claim("x", ["a", "b"]), Claim("x", ["c", "d"])]) == [
+        None,
+        None,
+    ]  # the launcher's, or the scheduler's
+    assert divide([Claim("x", four, True), Claim("y", ["e"], True), Claim("x", four, True)]) == [
+        [0, 1],
+        None,
+        [2, 3],
+    ]
     for claims, said in [
-        ([Claim("x", four), Claim("x", four)],
-         "Processes 0 and 1 on x would use the same GPUs (0, 1, 2, 3 of the 4 that process 0 sees)"),
-        ([Claim("y", ["e"]), Claim("x", four), Claim("x", ["d", "f"])],
-         "Processes 1 and 2 on x would use the same GPUs (3 of the 4"),
-        ([Claim("x", four, True)] * 3, "Processes 0 and 1 on x"),  # a scheduler's, but three into four
+        (
+            [Claim("x", four), Claim("x", four)],
+            "Processes 0 and 1 on x would use the same GPUs (0, 1, 2, 3 of the 4 that process 0 sees)",
+        ),
+        (
+            [Claim("y", ["e"]), Claim("x", four), Claim("x", ["d", "f"])],
+            "Processes 1 and 2 on x would use the same GPUs (3 of the 4",
+        ),
+        (
+            [Claim("x", four, True)] * 3,
+            "Processes 0 and 1 on x",
+        ),  # a scheduler's, but three into four
         ([Claim("x", four, True), Claim("x", four)], "Processes 0 and 1 on x"),
     ]:
         with pytest.raises(UserError) as error:
@@ -156,11 +214,16 @@ def test_divide_gpus():
 def test_shares_of_gpus():
     assert shares(["0", "1", "2", "3"], 2) == ["0,1", "2,3"]
     assert shares(["GPU-a", "GPU-b", "GPU-c"], 2, 1) == ["GPU-a", "GPU-b"]
-    with pytest.raises(UserError, match=r"--nproc_per_node=3 does not divide the 4 visible GPUs \(0,1,2,3\)"):
+    with pytest.raises(
+        UserError, match=r"--nproc_per_node=3 does not divide the 4 visible GPUs \(0,1,2,3\)"
+    ):
         shares(["0", "1", "2", "3"], 3)
     with pytest.raises(UserError, match="--nproc_per_node=4 does not divide the 2 visible GPUs"):
         shares(["0", "1"], 4)
-    with pytest.raises(UserError, match="--nproc_per_node=2 x --devices_per_process=2 is more than the 3 visible GPUs"):
+    with pytest.raises(
+        UserError,
+        match="--nproc_per_node=2 x --devices_per_process=2 is more than the 3 visible GPUs",
+    ):
         shares(["0", "1", "2"], 2, 2)
 
 
@@ -171,13 +234,20 @@ def report(process: int, **options) -> dict:
 def test_difference_names_the_option_and_both_values():
     assert difference([report(0, a=1), report(1, a=1)]) is None
     assert difference([report(0, a=1, b="u"), report(1, a=1, b="v"), report(2, a=1, b="v")]) == (
-        "b differs between processes: 'u' (process 0), 'v' (process 1). Give every process the same command.")
-    assert "a differs between processes (and so does b): 1 (process 0), 2 (process 2)." in difference(
-        [report(0, a=1, b=1), report(1, a=1, b=1), report(2, a=2, b=2)])
-    assert "b differs between processes: 1 (process 0), None (process 1)" in difference([report(0, b=1), report(1)])
+        "b differs between processes: 'u' (process 0), 'v' (process 1). Give every process the same command."
+    )
+    assert (
+        "a differs between processes (and so does b): 1 (process 0), 2 (process 2)."
+        in difference([report(0, a=1, b=1), report(1, a=1, b=1), report(2, a=2, b=2)])
+    )
+    assert "b differs between processes: 1 (process 0), None (process 1)" in difference(
+        [report(0, b=1), report(1)]
+    )
     same = report(0) | {"error": "wrong"}
     assert other_mistakes([same, same | {"process": 1}]) == []  # process 0 has said it
-    assert other_mistakes([report(0), same | {"process": 1}, same | {"process": 2}]) == ["process 1, 2 (x): wrong"]
+    assert other_mistakes([report(0), same | {"process": 1}, same | {"process": 2}]) == [
+        "process 1, 2 (x): wrong"
+    ]
     assert other_mistakes([same, report(1), report(2) | {"error": "bad"}]) == ["process 2 (x): bad"]
 
 
@@ -226,13 +296,19 @@ def test_meeting():
     first, second, third, _ = together(4, work)
     everyone = {"came": [0, 1, 2], "errors": [None] * 3}
     assert third == [everyone]
-    assert first == second == [everyone, {"came": [0, 1, 2], "errors": [None, None, "it ended before training began"]}]
+    assert (
+        first
+        == second
+        == [everyone, {"came": [0, 1, 2], "errors": [None, None, "it ended before training began"]}]
+    )
 
 
 def test_meeting_without_some(monkeypatch):
     monkeypatch.setattr(meeting, "PATIENCE", 1.0)
     started = time.monotonic()
-    late = lambda i, port: Meeting("127.0.0.1", port, 3, i, "127.0.0.1").exchange({"process": i, "count": 3}, numbers, 1)
+    late = lambda i, port: Meeting("127.0.0.1", port, 3, i, "127.0.0.1").exchange(
+        {"process": i, "count": 3}, numbers, 1
+    )
     assert [r["came"] for r in together(2, late)] == [[0, 1]] * 2
 
     def mistaken(i, port):  # a third process does not come; its absence is not waited for
@@ -242,10 +318,17 @@ def test_meeting_without_some(monkeypatch):
     assert [r["errors"] for r in together(2, mistaken)] == [["", "wrong"]] * 2
 
     def miscounted(i, port):  # nor is it when the processes were told different counts
-        return Meeting("127.0.0.1", port, 3, i, "127.0.0.1").exchange({"process": i, "count": 3 - i}, numbers, 60)
+        return Meeting("127.0.0.1", port, 3, i, "127.0.0.1").exchange(
+            {"process": i, "count": 3 - i}, numbers, 60
+        )
 
     assert [r["came"] for r in together(2, miscounted)] == [[0, 1]] * 2
-    nobody = together(1, lambda i, port: Meeting("127.0.0.1", port, 2, 1).exchange({"process": 1, "count": 2}, numbers, 1))
+    nobody = together(
+        1,
+        lambda i, port: Meeting("127.0.0.1", port, 2, 1).exchange(
+            {"process": 1, "count": 2}, numbers, 1
+        ),
+    )
     assert isinstance(nobody[0], NoAnswer) and "refused" in str(nobody[0])
     assert time.monotonic() - started < 50
 
@@ -265,35 +348,61 @@ print("agreed")
 """
 
 
-def agree(tmp_path, *last: str, started: int | None = None, timeout: int = 100) -> tuple[list[int], list[str], list[str]]:
+def agree(
+    tmp_path, *last: str, started: int | None = None, timeout: int = 100
+) -> tuple[list[int], list[str], list[str]]:
     """Exit codes, and lines on stdout and stderr, of processes with these last arguments."""
     address = f"127.0.0.1:{free_port()}"
     (tmp_path / "program.py").write_text(PROGRAM)
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT}
-    flags = [f"--coordinator_address={address}", f"--num_processes={len(last)}", f"--cluster_timeout={timeout}"]
+    flags = [
+        f"--coordinator_address={address}",
+        f"--num_processes={len(last)}",
+        f"--cluster_timeout={timeout}",
+    ]
     began = time.monotonic()
-    ps = [subprocess.Popen([sys.executable, tmp_path / "program.py", *flags, f"--process_id={i}", a], env=env, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i, a in enumerate(last[:started])]
+    ps = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "program.py", *flags, f"--process_id={i}", a],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i, a in enumerate(last[:started])
+    ]
     try:
         outs = [p.communicate(timeout=150) for p in ps]
     finally:
         for p in ps:
             p.kill()
     assert time.monotonic() - began < 90, "the processes waited for each other"
-    return [p.returncode for p in ps], "".join(o for o, _ in outs).splitlines(), "".join(e for _, e in outs).splitlines()
+    return (
+        [p.returncode for p in ps],
+        "".join(o for o, _ in outs).splitlines(),
+        "".join(e for _, e in outs).splitlines(),
+    )
 
 
 def test_a_mistake_is_said_once(tmp_path):
     host = socket.gethostname()
     assert agree(tmp_path, "wrong a", "wrong a") == ([2, 2], [], ["program.py: wrong a"])
     assert agree(tmp_path, "wrong a", "10") == ([2, 2], [], ["program.py: wrong a"])
-    assert agree(tmp_path, "10", "wrong b") == ([2, 2], [], [f"program.py: process 1 ({host}): wrong b"])
+    assert agree(tmp_path, "10", "wrong b") == (
+        [2, 2],
+        [],
+        [f"program.py: process 1 ({host}): wrong b"],
+    )
 
 
 def test_a_process_that_does_not_come(tmp_path):
     codes, out, err = agree(tmp_path, "10", "10", "10", started=2, timeout=2)
     assert codes == [2, 2] and not out and len(err) == 1
-    for text in ("1 of 3 processes did not come to 127.0.0.1:", "within 2 s: number 2.", "--cluster_timeout"):
+    for text in (
+        "1 of 3 processes did not come to 127.0.0.1:",
+        "within 2 s: number 2.",
+        "--cluster_timeout",
+    ):
         assert text in err[0]
 
 
@@ -304,7 +413,10 @@ def test_a_crash_does_not_wait_for_others(monkeypatch, capsys):
         raise ZeroDivisionError("alone")
     alone.monitor = types.SimpleNamespace(failed=told.append)
     monkeypatch.setattr(processes.stopping, "leave", sys.exit)
-    for error in (ZeroDivisionError("among others"), OSError(5, "Input/output error", "corpus.txt")):
+    for error in (
+        ZeroDivisionError("among others"),
+        OSError(5, "Input/output error", "corpus.txt"),
+    ):
         with pytest.raises(SystemExit) as end, alone.failures(ValueError):
             raise error
         assert end.value.code == 1
@@ -313,7 +425,11 @@ def test_a_crash_does_not_wait_for_others(monkeypatch, capsys):
             raise error
     assert told == ["ZeroDivisionError: among others", "corpus.txt: Input/output error"]
     error = capsys.readouterr().err
-    assert "Traceback" in error and "ZeroDivisionError: among others" in error and error.endswith("program: process 0: corpus.txt: Input/output error\n")
+    assert (
+        "Traceback" in error
+        and "ZeroDivisionError: among others" in error
+        and error.endswith("program: process 0: corpus.txt: Input/output error\n")
+    )
 
 
 def test_the_port_is_taken(monkeypatch):
@@ -323,7 +439,9 @@ def test_the_port_is_taken(monkeypatch):
         with pytest.raises(UserError, match=taken):
             processes.Cluster(place, 1, "program")
     alone = processes.Cluster(None, 1, "program")
-    monkeypatch.setattr(processes, "jax", types.SimpleNamespace())  # alone, nothing of JAX is touched
+    monkeypatch.setattr(
+        processes, "jax", types.SimpleNamespace()
+    )  # alone, nothing of JAX is touched
     alone.join({}, 1.0, None)
     alone.agree("command", {})
     with pytest.raises(UserError, match="mine"), alone.mistakes():

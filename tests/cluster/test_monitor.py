@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from tests import support
 from deepseek_jax.cluster import monitor as monitors
 from deepseek_jax.cluster.monitor import HUNG, LOST, Monitor
-from deepseek_jax.launch.restarts import first_failed, Restarts
+from deepseek_jax.launch.restarts import Restarts, first_failed
+from tests import support
 
 ROOT = str(support.ROOT)
 
@@ -65,7 +65,12 @@ def test_a_closed_connection_is_a_lost_process(together):
     ms[2]._hub.socket.shutdown(socket.SHUT_RDWR)
     for m in (ms[0], ms[1], ms[3]):
         assert m.ended.wait(30)
-        assert m.info["process"] == 2 and m.info["code"] == LOST and "connection closed" in m.info["why"] and not m.info["stacks"]
+        assert (
+            m.info["process"] == 2
+            and m.info["code"] == LOST
+            and "connection closed" in m.info["why"]
+            and not m.info["stacks"]
+        )
 
 
 def test_process_0_is_lost(together):
@@ -80,12 +85,22 @@ def test_process_0_is_lost(together):
 
 def test_silence_is_a_lost_process(together, monkeypatch):
     """Process 1 sends nothing any more; the others' stacks are asked for. Process 2, which is done, is not missed."""
-    monkeypatch.setattr(monitors.Line, "send", lambda self, _send=monitors.Line.send, **m: None if "beat" in m and m["beat"] == 99 else _send(self, **m))
+    monkeypatch.setattr(
+        monitors.Line,
+        "send",
+        lambda self, _send=monitors.Line.send, **m: (
+            None if "beat" in m and m["beat"] == 99 else _send(self, **m)
+        ),
+    )
     ms = together(3, 2.0)
     ms[2].close()
     ms[1]._step = 99
     assert ms[0].ended.wait(60)
-    assert ms[0].info["process"] == 1 and "no sign of life for 2 s" in ms[0].info["why"] and ms[0].info["stacks"]
+    assert (
+        ms[0].info["process"] == 1
+        and "no sign of life for 2 s" in ms[0].info["why"]
+        and ms[0].info["stacks"]
+    )
 
 
 def test_a_hung_step_ends_all_and_names_the_slowest(together, monkeypatch):
@@ -94,12 +109,18 @@ def test_a_hung_step_ends_all_and_names_the_slowest(together, monkeypatch):
     for m, step in zip(ms, (9, 8, 9)):
         m.after(step)
     deadline = time.monotonic() + 30
-    while [p.step for p in sorted(ms[0]._peers, key=lambda p: p.index)] != [8, 9] and time.monotonic() < deadline:
+    while [p.step for p in sorted(ms[0]._peers, key=lambda p: p.index)] != [
+        8,
+        9,
+    ] and time.monotonic() < deadline:
         time.sleep(0.01)
     ms[2].hung(9, 33.0)
     for m in ms[:2]:
         assert m.ended.wait(30) and m.info["code"] == HUNG and m.info["stacks"]
-        assert "process 2 saw no step end for 33 s after step 9; process 1 is the furthest behind, at step 8" in m.info["why"]
+        assert (
+            "process 2 saw no step end for 33 s after step 9; process 1 is the furthest behind, at step 8"
+            in m.info["why"]
+        )
 
 
 def test_a_failure_is_told(together, monkeypatch):
@@ -107,7 +128,12 @@ def test_a_failure_is_told(together, monkeypatch):
     ms = together(3)
     ms[1].failed("ValueError: broken")
     for m in (ms[0], ms[2]):
-        assert m.ended.wait(30) and m.info["process"] == 1 and m.info["why"] == "it ended with ValueError: broken" and m.info["code"] == LOST
+        assert (
+            m.ended.wait(30)
+            and m.info["process"] == 1
+            and m.info["why"] == "it ended with ValueError: broken"
+            and m.info["code"] == LOST
+        )
 
 
 def test_a_mistake_in_process_0_is_not_a_loss(together):
@@ -144,7 +170,11 @@ def test_all_stop_after_the_same_step(together, asked):
     for t in threads:
         t.join(60)
     assert len(set(stopped)) == 1 and stopped[0] is not None, stopped
-    assert stopped[0][0] > 20 and stopped[0][1] in (signal.SIGINT, signal.SIGTERM) and not any(m.info for m in ms)
+    assert (
+        stopped[0][0] > 20
+        and stopped[0][1] in (signal.SIGINT, signal.SIGTERM)
+        and not any(m.info for m in ms)
+    )
 
 
 def test_others_answer_before_process_0(together, monkeypatch):
@@ -179,7 +209,14 @@ def test_who_leaves_need_not_answer(together):
 def test_a_stranger_is_no_process(together):
     ms = together(2)
     port = ms[0]._listener.getsockname()[1]
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b"", b'{"process": 1, "token": "guess", "host": "x"}\n', b"[1]\n", b"1\n", b"x" * 100_000):
+    for text in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"",
+        b'{"process": 1, "token": "guess", "host": "x"}\n',
+        b"[1]\n",
+        b"1\n",
+        b"x" * 100_000,
+    ):
         with socket.create_connection(("127.0.0.1", port), timeout=5) as s:
             s.sendall(text)
     time.sleep(0.3)
@@ -194,7 +231,15 @@ def test_restarts():
     for failed in (1, 2, 2, 0, 0, 3, 3):
         start = r.after(137, failed, 1.0)
         texts.append((start.places, start.delay))
-    assert texts == [([0, 1, 2, 3], 1.0), ([0, 1, 2, 3], 2.0), ([0, 1, 3], 4.0), ([0, 1, 3], 8.0), ([1, 3], 16.0), ([1, 3], 32.0), ([1, 3], 60.0)]
+    assert texts == [
+        ([0, 1, 2, 3], 1.0),
+        ([0, 1, 2, 3], 2.0),
+        ([0, 1, 3], 4.0),
+        ([0, 1, 3], 8.0),
+        ([1, 3], 16.0),
+        ([1, 3], 32.0),
+        ([1, 3], 60.0),
+    ]
     assert r.after(4, None, 700.0).delay == 1.0  # it had lasted
     assert r.grow().places == [0, 1, 2, 3] and r.grow() is None
     assert r.after(1, 0, 1.0) and r.after(1, 0, 1.0).places == [1, 2, 3]
@@ -202,13 +247,20 @@ def test_restarts():
     few = Restarts(4, 1, 5)
     few.after(137, 3, 1.0)
     assert few.after(137, 3, 1.0).places == [0, 1, 2]
-    assert few.after(2, 0, 1.0).places == [0, 1] and "do not fit" in few.after(2, 0, 1.0).text and few.after(2, 0, 1.0) is None
+    assert (
+        few.after(2, 0, 1.0).places == [0, 1]
+        and "do not fit" in few.after(2, 0, 1.0).text
+        and few.after(2, 0, 1.0) is None
+    )
     assert Restarts(2, 2, 0).after(1, 0, 1.0) is None
 
 
 def test_who_failed_first():
     assert first_failed([(0, LOST, False), (1, 137, False)]) == (137, 1)
-    assert first_failed([(0, LOST, False), (2, LOST, False), (1, 137, True)]) == (LOST, 1)  # it was stopped
+    assert first_failed([(0, LOST, False), (2, LOST, False), (1, 137, True)]) == (
+        LOST,
+        1,
+    )  # it was stopped
     assert first_failed([(1, 7, False), (0, 137, True)]) == (7, 1)
     assert first_failed([(0, 0, False), (1, 0, False)]) == (0, None)
     assert first_failed([(0, 143, False), (1, 143, False)]) == (143, 0)
@@ -217,7 +269,13 @@ def test_who_failed_first():
 def signalled(program: str, *numbers: int, wait: float = 0.0) -> subprocess.CompletedProcess:
     """A program that installs a Stopper, prints "ready", and gets these signals."""
     text = textwrap.dedent(program)
-    p = subprocess.Popen([sys.executable, "-c", text], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = subprocess.Popen(
+        [sys.executable, "-c", text],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     timer = threading.Timer(60, p.kill)
     timer.start()
     try:
@@ -241,24 +299,48 @@ s = Stopper("train.py").install()
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_before_the_first_step(number):
     """Also while the main thread is in C, which calls no handler of Python."""
-    done = signalled(STOPPER + "import ctypes; c = ctypes.CDLL(None); print('ready', flush=True)\nwhile True: c.sleep(60)", number)
+    done = signalled(
+        STOPPER
+        + "import ctypes; c = ctypes.CDLL(None); print('ready', flush=True)\nwhile True: c.sleep(60)",
+        number,
+    )
     assert done.returncode == 128 + number and done.stdout == ""
-    assert done.stderr == f"train.py: stopped by signal {number} before the first step; there was nothing to save.\n"
+    assert (
+        done.stderr
+        == f"train.py: stopped by signal {number} before the first step; there was nothing to save.\n"
+    )
 
 
 def test_a_signal_in_training_and_a_second_one():
-    program = STOPPER + "s.after(1); print('ready', flush=True)\nwhile s.after(2) is None: time.sleep(0.01)\nprint(s.after(3), flush=True)\n"
+    program = (
+        STOPPER
+        + "s.after(1); print('ready', flush=True)\nwhile s.after(2) is None: time.sleep(0.01)\nprint(s.after(3), flush=True)\n"
+    )
     once = signalled(program, signal.SIGTERM)
     assert (once.returncode, once.stdout, once.stderr) == (0, "15\n", "")
     twice = signalled(program + "time.sleep(60)", signal.SIGINT, signal.SIGINT, wait=0.5)
-    assert twice.returncode == 130 and twice.stdout == "2\n" and twice.stderr == "train.py: ended at once by a second signal, 2.\n"
+    assert (
+        twice.returncode == 130
+        and twice.stdout == "2\n"
+        and twice.stderr == "train.py: ended at once by a second signal, 2.\n"
+    )
 
 
 def test_only_int_and_term_end_at_once():
     """A terminal sends SIGHUP twice, systemd after SIGTERM; SLURM sends SIGTERM after SIGUSR1. An ignored
     SIGHUP (nohup) is none at all."""
-    program = STOPPER + "s.after(1); print('ready', flush=True)\nwhile s.after(2) is None: time.sleep(0.01)\ntime.sleep(1.5); print(s.after(3))\n"
-    asked = (signal.SIGUSR1, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+    program = (
+        STOPPER
+        + "s.after(1); print('ready', flush=True)\nwhile s.after(2) is None: time.sleep(0.01)\ntime.sleep(1.5); print(s.after(3))\n"
+    )
+    asked = (
+        signal.SIGUSR1,
+        signal.SIGUSR1,
+        signal.SIGHUP,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGUSR2,
+    )
     done = signalled(program, *asked, wait=0.05)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{signal.SIGUSR1.value}\n", "")
     ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + program

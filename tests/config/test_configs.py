@@ -7,10 +7,10 @@ import re
 import pytest
 import transformers
 
-from deepseek_jax.config.options import Config, ModelConfig
-from deepseek_jax.errors import UserError
 from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.config.options import Config, ModelConfig
 from deepseek_jax.config.validation import validate
+from deepseek_jax.errors import UserError
 from deepseek_jax.model.count import count
 from deepseek_jax.train.optimizer import sequences_at
 from deepseek_jax.train.state import abstract_model
@@ -28,9 +28,27 @@ PUBLISHED = {
     "deepseek_7b": (7.0e9, False, None, 0, 0.01),  # the FSDP guide: 4 x ~1.75B of blocks
     "v2_lite": (15.7e9, True, 2.4e9, 1, 0.025),
     "v2": (236e9, True, 21e9, 1, 0.01),
-    "v3": (671e9, True, 36.6e9, 1, 0.002),  # README_WEIGHTS.md, "including 0.9B for the output head"; elsewhere rounded to 37B
-    "moonlight": (15.29e9, False, 2.24e9, 0, 0.002),  # arXiv:2502.16982, table of sizes; elsewhere 16B and 3B
-    "kimi_k2": (1.04e12, True, 32.6e9, 2, 0.015),  # the report's figures; the released shapes give 1.026T
+    "v3": (
+        671e9,
+        True,
+        36.6e9,
+        1,
+        0.002,
+    ),  # README_WEIGHTS.md, "including 0.9B for the output head"; elsewhere rounded to 37B
+    "moonlight": (
+        15.29e9,
+        False,
+        2.24e9,
+        0,
+        0.002,
+    ),  # arXiv:2502.16982, table of sizes; elsewhere 16B and 3B
+    "kimi_k2": (
+        1.04e12,
+        True,
+        32.6e9,
+        2,
+        0.015,
+    ),  # the report's figures; the released shapes give 1.026T
 }
 
 
@@ -54,17 +72,31 @@ def analytic_count(model: ModelConfig) -> tuple[int, int]:
     """
     m, d, heads = model, model.hidden_size, model.num_attention_heads
     head = m.qk_nope_head_dim + m.qk_rope_head_dim
-    query = d * m.q_lora_rank + m.q_lora_rank + m.q_lora_rank * heads * head if m.q_lora_rank else d * heads * head
+    query = (
+        d * m.q_lora_rank + m.q_lora_rank + m.q_lora_rank * heads * head
+        if m.q_lora_rank
+        else d * heads * head
+    )
     latent = d * (m.kv_lora_rank + m.qk_rope_head_dim) + m.kv_lora_rank
-    attention = query + latent + m.kv_lora_rank * heads * (m.qk_nope_head_dim + m.v_head_dim) + heads * m.v_head_dim * d
+    attention = (
+        query
+        + latent
+        + m.kv_lora_rank * heads * (m.qk_nope_head_dim + m.v_head_dim)
+        + heads * m.v_head_dim * d
+    )
     layer = attention + 2 * d  # and its two norms
     expert = 3 * d * m.moe_intermediate_size
     router = d * m.n_routed_experts
     dense_layers = m.first_k_dense_replace * (layer + 3 * d * m.intermediate_size)
     moe_layers = m.num_hidden_layers - m.first_k_dense_replace
     vocabulary = m.vocab_size * d * (1 if m.tie_word_embeddings else 2)
-    rest = vocabulary + d + dense_layers + moe_layers * (layer + router + m.n_shared_experts * expert)
-    return rest + moe_layers * m.n_routed_experts * expert, rest + moe_layers * m.num_experts_per_tok * expert
+    rest = (
+        vocabulary + d + dense_layers + moe_layers * (layer + router + m.n_shared_experts * expert)
+    )
+    return (
+        rest + moe_layers * m.n_routed_experts * expert,
+        rest + moe_layers * m.num_experts_per_tok * expert,
+    )
 
 
 def analytic_mtp(model: ModelConfig) -> int:
@@ -72,7 +104,9 @@ def analytic_mtp(model: ModelConfig) -> int:
     of the joined inputs, and the norms of the two inputs and of the output."""
     deeper = ModelConfig(**{**model.__dict__, "num_hidden_layers": model.num_hidden_layers + 1})
     one_layer = analytic_count(deeper)[0] - analytic_count(model)[0]
-    return model.num_nextn_predict_layers * (one_layer + 2 * model.hidden_size * model.hidden_size + 3 * model.hidden_size)
+    return model.num_nextn_predict_layers * (
+        one_layer + 2 * model.hidden_size * model.hidden_size + 3 * model.hidden_size
+    )
 
 
 def test_every_config_is_here():
@@ -86,7 +120,9 @@ def test_size_is_the_published_one(name):
     total, active = analytic_count(model)
     embedding = model.vocab_size * model.hidden_size
     want_total, with_vocabulary, want_active, tables, tolerance = PUBLISHED[name]
-    assert total - (0 if with_vocabulary else 2 * embedding) == pytest.approx(want_total, rel=tolerance)
+    assert total - (0 if with_vocabulary else 2 * embedding) == pytest.approx(
+        want_total, rel=tolerance
+    )
     if want_active:
         assert active - (2 - tables) * embedding == pytest.approx(want_active, rel=tolerance)
 
@@ -102,7 +138,10 @@ def test_the_model_has_these_parameters(name):
 
 def test_rounded_sizes():
     """The names that people know the models by."""
-    billions = {n: [round(x / 1e9) for x in analytic_count(load(n).model)] for n in ("v2", "v3", "moonlight")}
+    billions = {
+        n: [round(x / 1e9) for x in analytic_count(load(n).model)]
+        for n in ("v2", "v3", "moonlight")
+    }
     assert billions == {"v2": [236, 21], "v3": [671, 38], "moonlight": [16, 3]}
     assert analytic_mtp(load("v3").model) == pytest.approx(11.5e9, rel=0.01)  # README_WEIGHTS.md
     assert all(analytic_mtp(load(n).model) == 0 for n in NAMES if n != "v3")
@@ -130,10 +169,16 @@ def test_is_valid_and_refuses_an_unknown_arg(name):
 @pytest.mark.parametrize("name", YARN)
 def test_yarn_changes_the_long_context_setting_only(name):
     plain, yarn = load(name), load(name, "yarn")
-    assert plain.model.rope_scaling.type == "default" and plain.model.max_position_embeddings == plain.train.sequence_length
+    assert (
+        plain.model.rope_scaling.type == "default"
+        and plain.model.max_position_embeddings == plain.train.sequence_length
+    )
     scaling = yarn.model.rope_scaling
     assert scaling.type == "yarn"
-    assert scaling.factor * scaling.original_max_position_embeddings == yarn.model.max_position_embeddings
+    assert (
+        scaling.factor * scaling.original_max_position_embeddings
+        == yarn.model.max_position_embeddings
+    )
     differences = {k for k, v in plain.model.__dict__.items() if v != getattr(yarn.model, k)}
     assert differences == {"rope_scaling", "max_position_embeddings"}
     assert {k for k, v in plain.__dict__.items() if v != getattr(yarn, k)} == {"model"}
@@ -166,14 +211,21 @@ def test_docstring_and_hardware_agree_with_the_options(name):
     if c.train.batch_ramp_start:
         end = c.train.batch_ramp_steps
         sizes = [sequences_at(c, s) for s in (*range(0, end, 100), end)]
-        assert sizes[0] == c.train.batch_ramp_start and sizes[-1] == c.train.batch_size and sizes == sorted(sizes)
+        assert (
+            sizes[0] == c.train.batch_ramp_start
+            and sizes[-1] == c.train.batch_size
+            and sizes == sorted(sizes)
+        )
 
     # float32 parameters, gradients and two moments; at least 40% of the memory is left for everything else.
     state = 16 * (analytic_count(m)[0] + analytic_mtp(m)) / shards
     assert state < 0.6 * gigabytes * 1e9, f"{state / 1e9:.1f} GB of state a GPU"
 
 
-@pytest.mark.parametrize("name, trillions", [("v2_lite", 5.7), ("v2", 8.1), ("v3", 14.8), ("moonlight", 5.2), ("kimi_k2", 15.5)])
+@pytest.mark.parametrize(
+    "name, trillions",
+    [("v2_lite", 5.7), ("v2", 8.1), ("v3", 14.8), ("moonlight", 5.2), ("kimi_k2", 15.5)],
+)
 def test_steps_are_the_published_tokens(name, trillions):
     c = load(name)
     t, ramp = c.train, sum(sequences_at(c, s) for s in range(c.train.batch_ramp_steps))
@@ -184,15 +236,36 @@ def test_steps_are_the_published_tokens(name, trillions):
 @pytest.mark.parametrize("name, billions", [("v2", 225), ("v3", 469), ("moonlight", 200)])
 def test_ramp_is_the_published_tokens(name, billions):
     c = load(name)
-    ramp = sum(sequences_at(c, s) for s in range(c.train.batch_ramp_steps)) * c.train.sequence_length
+    ramp = (
+        sum(sequences_at(c, s) for s in range(c.train.batch_ramp_steps)) * c.train.sequence_length
+    )
     assert ramp == pytest.approx(billions * 1e9, rel=0.002)
 
 
 def test_v3_has_the_shape_that_transformers_knows():
     config = transformers.DeepseekV3Config()
     model = load("v3").model
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-                "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-                "first_k_dense_replace", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
-                "norm_topk_prob", "routed_scaling_factor", "rms_norm_eps", "tie_word_embeddings"):
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "first_k_dense_replace",
+        "n_routed_experts",
+        "n_shared_experts",
+        "num_experts_per_tok",
+        "n_group",
+        "topk_group",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    ):
         assert getattr(model, key) == getattr(config, key), key

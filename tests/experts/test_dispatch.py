@@ -25,16 +25,16 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.support import conversion
-from tests.support import reference as ref
 from deepseek_jax.config.options import Config, ModelConfig, MoeConfig
+from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
-from deepseek_jax.model.moe import Load, MoE, load_of, merge_loads
 from deepseek_jax.experts import dispatch
+from deepseek_jax.model.moe import Load, MoE, load_of, merge_loads
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, per_device
 from deepseek_jax.run import metrics
 from deepseek_jax.train.step import NO_LOAD
-from deepseek_jax.config.validation import validate
+from tests.support import conversion
+from tests.support import reference as ref
 
 METHODS = ("all_to_all", "all_gather", "ring")
 NAMES = ("y", "dx", "dweight", "dgate_up", "ddown")
@@ -86,7 +86,9 @@ def keep(shape: Shape, expert_BK, weight_BK):
         for e in range(shape.experts):
             places = [(t, k) for t in mine for k in range(shape.k) if expert_BK[t, k] == e]
             if shape.policy != "position":
-                places.sort(key=lambda place: -weight_BK[place])  # a stable sort: the earlier of equal ones
+                places.sort(
+                    key=lambda place: -weight_BK[place]
+                )  # a stable sort: the earlier of equal ones
             for place in places[shape.slots :]:
                 expert_BK[place] = shape.experts
     return expert_BK
@@ -94,8 +96,12 @@ def keep(shape: Shape, expert_BK, weight_BK):
 
 def loop(shape: Shape, x_BD, weight_BK, expert_BK, gate_up, down, c_BD):
     """(y, and the gradients of sum(y * c) for x, weight, gate_up and down), one token and choice at a time."""
-    x_BD, weight_BK, gate_up, down, c_BD = (np.asarray(a, np.float64) for a in (x_BD, weight_BK, gate_up, down, c_BD))
-    y, dx, dweight, dgate_up, ddown = (np.zeros_like(a) for a in (x_BD, x_BD, weight_BK, gate_up, down))
+    x_BD, weight_BK, gate_up, down, c_BD = (
+        np.asarray(a, np.float64) for a in (x_BD, weight_BK, gate_up, down, c_BD)
+    )
+    y, dx, dweight, dgate_up, ddown = (
+        np.zeros_like(a) for a in (x_BD, x_BD, weight_BK, gate_up, down)
+    )
     for t, k in np.ndindex(*expert_BK.shape):
         e, w, c = expert_BK[t, k], weight_BK[t, k], c_BD[t]
         if e == shape.experts:
@@ -126,17 +132,23 @@ def count(shape: Shape, chosen_BK, kept_BK) -> Load:
             chosen[device, chosen_BK[t, k]] += 1
         if kept_BK[t, k] < shape.experts:
             kept[device, kept_BK[t, k]] += 1
-            there = device // shape.expert * shape.expert + kept_BK[t, k] // local  # in the same row of the expert axis
+            there = (
+                device // shape.expert * shape.expert + kept_BK[t, k] // local
+            )  # in the same row of the expert axis
             received[there] += 1
             left += there != device
     if shape.method == "all_gather":
-        slots = dispatch.slots_per_round(shape.tokens * shape.expert, shape.k, shape.experts, shape.capacity)
+        slots = dispatch.slots_per_round(
+            shape.tokens * shape.expert, shape.k, shape.experts, shape.capacity
+        )
         fullest = kept.reshape(-1, shape.expert, shape.experts).sum(axis=1).max()
     else:
         slots, fullest = shape.slots, kept.max()
     rounds = int(kept.any()) if shape.expert == 1 and shape.blocks else math.ceil(fullest / slots)
     dropped = chosen - kept
-    return Load(chosen.sum(axis=0), rounds, dropped.sum(axis=0), received, dropped.sum(axis=1), left)
+    return Load(
+        chosen.sum(axis=0), rounds, dropped.sum(axis=0), received, dropped.sum(axis=1), left
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- ours
@@ -151,11 +163,17 @@ def of_device(shape: Shape):
     """One device's part, as model/moe.py puts it together."""
 
     def f(x, weight, chosen, gate_up, down):
-        kept = dispatch.drop(chosen, weight, shape.experts, shape.slots, shape.policy) if shape.policy else chosen
+        kept = (
+            dispatch.drop(chosen, weight, shape.experts, shape.slots, shape.policy)
+            if shape.policy
+            else chosen
+        )
         x, weight = (lax.pcast(a, "tensor", to="varying") for a in (x, weight))
         gate_up, down = (lax.pcast(a, ("data", "fsdp"), to="varying") for a in (gate_up, down))
         with mock.patch.object(dispatch, "on_cpu", lambda: shape.blocks):
-            y, rounds = dispatch.dispatch(shape.method, x, weight, kept, gate_up, down, shape.capacity)
+            y, rounds = dispatch.dispatch(
+                shape.method, x, weight, kept, gate_up, down, shape.capacity
+            )
         counts = (jnp.bincount(a.reshape(-1), length=shape.experts) for a in (chosen, kept))
         return lax.psum(y, "tensor"), load_of(*counts, rounds)
 
@@ -193,8 +211,17 @@ def numbers(shape: Shape, seed: int):
 def run(shape: Shape, x, weight, chosen, gate_up, down, c):
     """-> ((y, dx, dweight, dgate_up, ddown) as NumPy arrays, load) on the shape's mesh and in its dtype."""
     with jax.set_mesh(shape.mesh):
-        given = (x, shape.dtype), (weight, "float32"), (chosen, "int32"), (gate_up, shape.dtype), (down, shape.dtype)
-        args = [jax.device_put(jnp.asarray(a, dtype), spec) for (a, dtype), spec in zip(given, specs(shape), strict=True)]
+        given = (
+            (x, shape.dtype),
+            (weight, "float32"),
+            (chosen, "int32"),
+            (gate_up, shape.dtype),
+            (down, shape.dtype),
+        )
+        args = [
+            jax.device_put(jnp.asarray(a, dtype), spec)
+            for (a, dtype), spec in zip(given, specs(shape), strict=True)
+        ]
         (_, (y, load)), grads = compiled(shape)(*args, jax.device_put(c, P(BATCH_AXES)))
     return [np.asarray(a) for a in (y, *grads)], load
 
@@ -214,7 +241,9 @@ def check(shape: Shape, chosen_BK: np.ndarray, seed: int = 0) -> Load:
             assert not ours[nowhere].any(), f"{name} of a token that goes nowhere"
     for name, actual, wanted in zip(Load._fields, load, count(shape, chosen_BK, kept), strict=True):
         np.testing.assert_array_equal(actual, wanted, err_msg=name)
-        assert actual.dtype == jnp.int32 and all(np.array_equal(s.data, actual) for s in actual.addressable_shards)
+        assert actual.dtype == jnp.int32 and all(
+            np.array_equal(s.data, actual) for s in actual.addressable_shards
+        )
     return load
 
 
@@ -226,7 +255,9 @@ CASES = 24
 
 def draw(seed: int) -> tuple[Shape, np.ndarray]:
     """A random shape and random choices: of a few groups of experts or skewed to the first ones, with padding here and there."""
-    rng = np.random.default_rng(14000 + seed)  # a start that gives a good mixture: the test below says of what
+    rng = np.random.default_rng(
+        14000 + seed
+    )  # a start that gives a good mixture: the test below says of what
     pick = lambda *values: values[rng.integers(len(values))]
     expert = pick(1, 2, 2, 2, 2, 3, 4, 4, 4, 5, 7, 8)
     mesh, left = dict(expert=expert), 8 // expert
@@ -236,21 +267,38 @@ def draw(seed: int) -> tuple[Shape, np.ndarray]:
     groups = pick(1, 2, expert)
     a_group = int(rng.integers(1, 4)) * (expert // math.gcd(groups, expert))
     usable = int(rng.integers(1, groups + 1)) * a_group  # experts that a token may choose from
-    dtype, policy = ("float32", "float32", "bfloat16")[seed // 3 % 3], ("", "probability", "", "position")[seed // 3 % 4]
-    shape = Shape(METHODS[seed % 3], tokens=int(rng.integers(1, 9)), experts=groups * a_group,
-                  k=int(rng.integers(1, min(usable, 5) + 1)), d=int(rng.integers(1, 7)),
-                  f=mesh["tensor"] * int(rng.integers(1, 4)), capacity=pick(0.1, 0.5, 1.0, 1.25, 3.0), dtype=dtype,
-                  policy=policy, blocks=seed % 2 == 0, **mesh)
+    dtype, policy = (
+        ("float32", "float32", "bfloat16")[seed // 3 % 3],
+        ("", "probability", "", "position")[seed // 3 % 4],
+    )
+    shape = Shape(
+        METHODS[seed % 3],
+        tokens=int(rng.integers(1, 9)),
+        experts=groups * a_group,
+        k=int(rng.integers(1, min(usable, 5) + 1)),
+        d=int(rng.integers(1, 7)),
+        f=mesh["tensor"] * int(rng.integers(1, 4)),
+        capacity=pick(0.1, 0.5, 1.0, 1.25, 3.0),
+        dtype=dtype,
+        policy=policy,
+        blocks=seed % 2 == 0,
+        **mesh,
+    )
     chosen = np.empty((shape.tokens * shape.devices, shape.k), int)
     skewed = pick(False, False, True)
     for token in chosen:
-        allowed = np.repeat(rng.permutation(groups)[: usable // a_group] * a_group, a_group) + np.arange(usable) % a_group
+        allowed = (
+            np.repeat(rng.permutation(groups)[: usable // a_group] * a_group, a_group)
+            + np.arange(usable) % a_group
+        )
         token[:] = np.sort(allowed)[: shape.k] if skewed else rng.permutation(allowed)[: shape.k]
     chosen[rng.random(len(chosen)) < pick(0.0, 0.3)] = shape.experts
     return shape, chosen
 
 
-@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, CASES))])
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, CASES))]
+)
 def test_random_shapes(seed):
     shape, chosen = draw(seed)
     load = check(shape, chosen, seed)
@@ -262,8 +310,14 @@ def test_random_shapes_see_everything():
     shapes = [draw(seed)[0] for seed in range(CASES)]
     for method in METHODS:
         ours = [s for s in shapes if s.method == method]
-        assert {s.policy for s in ours} == {"", "probability", "position"} and {s.dtype for s in ours} == {"float32", "bfloat16"}
-        assert any(s.capacity < 1 for s in ours) and len({s.expert for s in ours}) >= 4 and min(s.expert for s in ours) > 1
+        assert {s.policy for s in ours} == {"", "probability", "position"} and {
+            s.dtype for s in ours
+        } == {"float32", "bfloat16"}
+        assert (
+            any(s.capacity < 1 for s in ours)
+            and len({s.expert for s in ours}) >= 4
+            and min(s.expert for s in ours) > 1
+        )
         for axis in ("tensor", "stage"):
             assert any(getattr(s, axis) > 1 for s in ours)
         assert any(s.data * s.fsdp > 1 for s in ours)
@@ -273,7 +327,9 @@ def test_random_shapes_see_everything():
 def spread(shape: Shape, seed: int = 0) -> np.ndarray:
     """Every token its own random experts."""
     rng = np.random.default_rng(seed)
-    return np.stack([rng.permutation(shape.experts)[: shape.k] for _ in range(shape.tokens * shape.devices)])
+    return np.stack(
+        [rng.permutation(shape.experts)[: shape.k] for _ in range(shape.tokens * shape.devices)]
+    )
 
 
 def with_padding(chosen: np.ndarray, valid: np.ndarray, experts: int) -> np.ndarray:
@@ -286,10 +342,16 @@ def attacks(shape: Shape) -> dict[str, np.ndarray]:
         "even": even,
         "all tokens to the same experts": np.broadcast_to([5, 2], even.shape),
         "most experts without a token": np.where(even == even[0, 0], even, 7 * (np.arange(2) > 0)),
-        "all of one device's tokens to one other device": np.where((np.arange(b) < shape.tokens)[:, None], [6, 7], even),
-        "fewer tokens than devices": with_padding(even, np.arange(b) % (3 * shape.tokens) == 4, shape.experts),
+        "all of one device's tokens to one other device": np.where(
+            (np.arange(b) < shape.tokens)[:, None], [6, 7], even
+        ),
+        "fewer tokens than devices": with_padding(
+            even, np.arange(b) % (3 * shape.tokens) == 4, shape.experts
+        ),
         "padding": with_padding(even, np.random.default_rng(1).random(b) < 0.6, shape.experts),
-        "a device with padding only": with_padding(even, np.arange(b) // shape.tokens != 2, shape.experts),
+        "a device with padding only": with_padding(
+            even, np.arange(b) // shape.tokens != 2, shape.experts
+        ),
         "padding only": np.full_like(even, shape.experts),
     }
 
@@ -302,17 +364,27 @@ def test_never_drops_whatever_the_routing(method, capacity):
     rounds = {}
     for name, chosen in attacks(shape).items():
         load = check(shape, chosen)
-        assert not load.dropped_counts.any() and int(load.received.sum()) == (chosen < shape.experts).sum()
+        assert (
+            not load.dropped_counts.any()
+            and int(load.received.sum()) == (chosen < shape.experts).sum()
+        )
         rounds[name] = int(load.rounds)
     assert rounds["padding only"] == 0
     # The fullest expert gets all: 6 tokens of a device in places for a mean of 1.5, or 24 of four devices in places for 6.
-    expected = {0.1: 24, 1.0: 4, 1.25: 3, 8.0: 1} if method == "all_gather" else {0.1: 6, 1.0: 3, 1.25: 3, 8.0: 1}
+    expected = (
+        {0.1: 24, 1.0: 4, 1.25: 3, 8.0: 1}
+        if method == "all_gather"
+        else {0.1: 6, 1.0: 3, 1.25: 3, 8.0: 1}
+    )
     assert rounds["all tokens to the same experts"] == expected[capacity]
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("changes", [dict(experts=4, k=4), dict(experts=4, k=4, tokens=1, fsdp=2, capacity=0.1)],
-                         ids=["all experts chosen", "all experts chosen, one token a device"])
+@pytest.mark.parametrize(
+    "changes",
+    [dict(experts=4, k=4), dict(experts=4, k=4, tokens=1, fsdp=2, capacity=0.1)],
+    ids=["all experts chosen", "all experts chosen, one token a device"],
+)
 def test_every_expert_chosen(method, changes):
     shape = Shape(method, expert=4, **changes)
     load = check(shape, np.tile(np.arange(4), (shape.tokens * shape.devices, 1)))
@@ -323,7 +395,10 @@ def test_every_expert_chosen(method, changes):
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "slots"])
 def test_one_device(blocks, dtype):
     """All methods are one where all experts are here. 80 tokens: several blocks an expert; and the attacks on both."""
-    for shape in (Shape("all_to_all", capacity=0.7, blocks=blocks, dtype=dtype), Shape("ring", tokens=80, blocks=blocks, dtype=dtype)):
+    for shape in (
+        Shape("all_to_all", capacity=0.7, blocks=blocks, dtype=dtype),
+        Shape("ring", tokens=80, blocks=blocks, dtype=dtype),
+    ):
         check(shape, spread(shape))
     for chosen in attacks(shape).values():
         check(shape, chosen)
@@ -351,22 +426,31 @@ def test_the_ring_adds_up_weight_gradients_in_float32():
 
 
 WEIGHTS = np.array([[5, 1], [7, 2], [5, 3], [9, 4]], np.float32)
-CHOICES = np.array([[0, 1], [0, 1], [0, 2], [3, 0]])  # expert 0 from tokens 0, 1, 2 and 3; padding is 3
+CHOICES = np.array(
+    [[0, 1], [0, 1], [0, 2], [3, 0]]
+)  # expert 0 from tokens 0, 1, 2 and 3; padding is 3
 
 
-@pytest.mark.parametrize("policy, slots, kept", [
-    ("position", 2, [[0, 1], [0, 1], [3, 2], [3, 3]]),
-    ("probability", 2, [[0, 1], [0, 1], [3, 2], [3, 3]]),  # 7, then the earlier of 5 and 5
-    ("probs", 1, [[3, 3], [0, 1], [3, 2], [3, 3]]),
-    ("position", 1, [[0, 1], [3, 3], [3, 2], [3, 3]]),
-    ("probability", 3, [[0, 1], [0, 1], [0, 2], [3, 3]]),
-    ("position", 4, CHOICES),
-])
+@pytest.mark.parametrize(
+    "policy, slots, kept",
+    [
+        ("position", 2, [[0, 1], [0, 1], [3, 2], [3, 3]]),
+        ("probability", 2, [[0, 1], [0, 1], [3, 2], [3, 3]]),  # 7, then the earlier of 5 and 5
+        ("probs", 1, [[3, 3], [0, 1], [3, 2], [3, 3]]),
+        ("position", 1, [[0, 1], [3, 3], [3, 2], [3, 3]]),
+        ("probability", 3, [[0, 1], [0, 1], [0, 2], [3, 3]]),
+        ("position", 4, CHOICES),
+    ],
+)
 def test_what_dropping_keeps(policy, slots, kept):
-    np.testing.assert_array_equal(dispatch.drop(jnp.asarray(CHOICES), jnp.asarray(WEIGHTS), 3, slots, policy), kept)
+    np.testing.assert_array_equal(
+        dispatch.drop(jnp.asarray(CHOICES), jnp.asarray(WEIGHTS), 3, slots, policy), kept
+    )
 
 
-@pytest.mark.parametrize("policy", ["probability", pytest.param("position", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "policy", ["probability", pytest.param("position", marks=pytest.mark.slow)]
+)
 def test_all_methods_drop_the_same(policy):
     """Skewed routing on 2 x 4 devices: `check` compares each with the loop; here the counts of all three."""
     loads = []
@@ -374,7 +458,9 @@ def test_all_methods_drop_the_same(policy):
         shape = Shape(method, capacity=1.0, policy=policy, fsdp=2, expert=4)
         chosen = attacks(shape)["all of one device's tokens to one other device"]
         loads.append(check(shape, chosen)._replace(rounds=0))
-    assert int(loads[0].dropped_from[0]) == 2 * (6 - 2)  # two experts with 2 places each got all 6 tokens of device 0
+    assert int(loads[0].dropped_from[0]) == 2 * (
+        6 - 2
+    )  # two experts with 2 places each got all 6 tokens of device 0
     for load in loads[1:]:
         jax.tree.map(np.testing.assert_array_equal, load, loads[0])
 
@@ -382,19 +468,41 @@ def test_all_methods_drop_the_same(policy):
 def test_options():
     for policy in ("probability", "probs", "position"):
         validate(Config(moe=MoeConfig(drop=True, drop_policy=policy)))
-    for moe, message in ((MoeConfig(dispatch="rign"), "config.moe.dispatch='rign' is not known"),
-                         (MoeConfig(drop_policy="last"), "config.moe.drop_policy='last' is not known")):
+    for moe, message in (
+        (MoeConfig(dispatch="rign"), "config.moe.dispatch='rign' is not known"),
+        (MoeConfig(drop_policy="last"), "config.moe.drop_policy='last' is not known"),
+    ):
         with pytest.raises(UserError, match=re.escape(message)):
             validate(Config(moe=moe))
 
 
 # -------------------------------------------------------------------------------------------------------- the layer on meshes
 
-MODEL = ModelConfig(hidden_size=16, moe_intermediate_size=12, num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=8,
-              n_shared_experts=0, num_experts_per_tok=2, n_group=4, topk_group=2, vocab_size=40, num_attention_heads=2,
-              q_lora_rank=14, kv_lora_rank=11, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+MODEL = ModelConfig(
+    hidden_size=16,
+    moe_intermediate_size=12,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    n_routed_experts=8,
+    n_shared_experts=0,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    vocab_size=40,
+    num_attention_heads=2,
+    q_lora_rank=14,
+    kv_lora_rank=11,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+)
 SEQUENCES, LENGTH = 8, 6
-MESHES = {"1": {}, "2x4": dict(fsdp=2, expert=4), "4x2": dict(fsdp=4, expert=2), "2x2x2": dict(data=2, fsdp=2, expert=2)}
+MESHES = {
+    "1": {},
+    "2x4": dict(fsdp=2, expert=4),
+    "4x2": dict(fsdp=4, expert=2),
+    "2x2x2": dict(data=2, fsdp=2, expert=2),
+}
 
 
 def run_layer(mesh: str, moe: MoeConfig, weights, bias, x_BSD, valid_BS):
@@ -402,7 +510,9 @@ def run_layer(mesh: str, moe: MoeConfig, weights, bias, x_BSD, valid_BS):
     config = conversion.config_of(MODEL, moe=moe, **MESHES[mesh])
     with conversion.on_mesh(config):
         given = weights | {"mlp.gate.e_score_correction_bias": bias}
-        module, params, biases = conversion.load(lambda: MoE(MODEL, moe, nnx.Rngs(0)), given, config, "mlp.")
+        module, params, biases = conversion.load(
+            lambda: MoE(MODEL, moe, nnx.Rngs(0)), given, config, "mlp."
+        )
         layer = conversion.jit(lambda params, biases, x, valid: module(params, biases)(x, valid))
         y, stats = layer(params, biases, conversion.put(x_BSD), conversion.put(valid_BS))
         return np.asarray(y).reshape(-1, y.shape[-1]), jax.tree.map(np.asarray, stats.load)
@@ -415,9 +525,13 @@ def layer_case():
     weights = {n: w for n, w in weights.items() if n.startswith("mlp.") and not n.endswith("bias")}
     rng = np.random.default_rng(1)
     gate = weights["mlp.gate.weight"]
-    x = rng.standard_normal((2000, MODEL.hidden_size)) + 0.7 * (rng.random((2000, 1)) < 0.5) * (gate[2] + gate[3])
+    x = rng.standard_normal((2000, MODEL.hidden_size)) + 0.7 * (rng.random((2000, 1)) < 0.5) * (
+        gate[2] + gate[3]
+    )
     x, bias = x.astype(np.float32), (rng.standard_normal(8) * 0.05).astype(np.float32)
-    x = x[ref.routing_margin(x, gate, bias, MODEL) > 1e-4][: SEQUENCES * LENGTH].reshape(SEQUENCES, LENGTH, -1)
+    x = x[ref.routing_margin(x, gate, bias, MODEL) > 1e-4][: SEQUENCES * LENGTH].reshape(
+        SEQUENCES, LENGTH, -1
+    )
     valid = rng.random((SEQUENCES, LENGTH)) < 0.85
     valid[5] = False
     _, chosen, weight = ref.route(x.reshape(-1, x.shape[-1]), gate, bias, MODEL)
@@ -425,40 +539,69 @@ def layer_case():
 
 
 @pytest.mark.parametrize("policy", ["", "probability"], ids=["dropless", "drop"])
-@pytest.mark.parametrize("mesh, method", [("2x4", "all_to_all"), ("4x2", "ring"), ("2x2x2", "all_gather")])
+@pytest.mark.parametrize(
+    "mesh, method", [("2x4", "all_to_all"), ("4x2", "ring"), ("2x2x2", "all_gather")]
+)
 def test_statistics_are_exact(mesh, method, policy):
     """Every count, from the choices of the reference router; and the layer's output."""
     weights, bias, x, valid, chosen, weight = layer_case()
     axes = MESHES[mesh]
-    shape = Shape(method, tokens=SEQUENCES * LENGTH // 8, d=16, f=12, capacity=0.8, policy=policy, **axes)
+    shape = Shape(
+        method, tokens=SEQUENCES * LENGTH // 8, d=16, f=12, capacity=0.8, policy=policy, **axes
+    )
     chosen = with_padding(chosen, valid.reshape(-1), 8)
     kept = keep(shape, chosen, weight)
-    moe = MoeConfig(dispatch=method, capacity_factor=0.8, drop=bool(policy), drop_policy=policy or "probability")
+    moe = MoeConfig(
+        dispatch=method, capacity_factor=0.8, drop=bool(policy), drop_policy=policy or "probability"
+    )
     y, load = run_layer(mesh, moe, weights, bias, x, valid)
     expected = count(shape, chosen, kept)
     for name, actual, wanted in zip(Load._fields, load, expected, strict=True):
         np.testing.assert_array_equal(actual, wanted, err_msg=name)
-    assert load.left > 0 and (load.dropped_counts.sum() > 5) == bool(policy) and load.received.std() > 1
-    experts = [[weights[f"mlp.experts.{e}.{part}_proj.weight"].T for part in ("gate", "up", "down")] for e in range(8)]
-    gate_up, down = np.stack([np.stack(e[:2], axis=1) for e in experts]), np.stack([e[2] for e in experts])
+    assert (
+        load.left > 0
+        and (load.dropped_counts.sum() > 5) == bool(policy)
+        and load.received.std() > 1
+    )
+    experts = [
+        [weights[f"mlp.experts.{e}.{part}_proj.weight"].T for part in ("gate", "up", "down")]
+        for e in range(8)
+    ]
+    gate_up, down = (
+        np.stack([np.stack(e[:2], axis=1) for e in experts]),
+        np.stack([e[2] for e in experts]),
+    )
     x = x.reshape(-1, x.shape[-1])
     conversion.assert_close(y, loop(shape, x, weight, kept, gate_up, down, x)[0], what="y")
 
 
-@pytest.mark.parametrize("mesh, method", [("1", "all_to_all"), ("2x4", "all_gather"), ("4x2", "ring"), ("2x2x2", "all_to_all")])
+@pytest.mark.parametrize(
+    "mesh, method",
+    [("1", "all_to_all"), ("2x4", "all_gather"), ("4x2", "ring"), ("2x2x2", "all_to_all")],
+)
 def test_equal_scores_go_to_the_lower_expert_on_every_mesh(mesh, method):
     """A gate of zeros makes all scores equal, a bias in binary fractions some larger: of groups (0, 1) and (4, 5), 0 and 4."""
     weights, _, x, valid, _, _ = layer_case()
     weights = weights | {"mlp.gate.weight": np.zeros((8, 16), np.float32)}
-    for bias, wanted in ((np.zeros(8), [0, 1]), (np.array([0, -1, -1, -1, 0, 0, -1, -1]) / 4, [0, 4])):
-        _, load = run_layer(mesh, MoeConfig(dispatch=method), weights, bias.astype(np.float32), x, valid)
-        np.testing.assert_array_equal(load.expert_counts, np.isin(np.arange(8), wanted) * valid.sum())
+    for bias, wanted in (
+        (np.zeros(8), [0, 1]),
+        (np.array([0, -1, -1, -1, 0, 0, -1, -1]) / 4, [0, 4]),
+    ):
+        _, load = run_layer(
+            mesh, MoeConfig(dispatch=method), weights, bias.astype(np.float32), x, valid
+        )
+        np.testing.assert_array_equal(
+            load.expert_counts, np.isin(np.arange(8), wanted) * valid.sum()
+        )
 
 
 def test_a_dropped_token_gets_zero_and_weights_stay():
     """All tokens to experts 2 and 3, with places for 2 of each device's 6: the first two as without dropping, the others 0."""
     weights, _, x, _, _, _ = layer_case()
-    bias, every = np.where(np.isin(np.arange(8), (2, 3)), np.float32(9), 0), np.ones((SEQUENCES, LENGTH), bool)
+    bias, every = (
+        np.where(np.isin(np.arange(8), (2, 3)), np.float32(9), 0),
+        np.ones((SEQUENCES, LENGTH), bool),
+    )
     drop = MoeConfig(capacity_factor=1.3, drop=True, drop_policy="position", dispatch="all_gather")
     y, load = run_layer("2x4", drop, weights, bias, x, every)
     whole, _ = run_layer("2x4", MoeConfig(), weights, bias, x, every)
@@ -475,23 +618,40 @@ def test_a_dropped_token_gets_zero_and_weights_stay():
 def abstract_args(shape: Shape):
     b, (e, d, f) = shape.tokens * shape.devices, (shape.experts, shape.d, shape.f)
     sizes = (b, d), (b, shape.k), (b, shape.k), (e, d, 2, f), (e, f, d), (b, d)
-    return [jax.ShapeDtypeStruct(size, "int32" if i == 2 else "float32", sharding=NamedSharding(shape.mesh, spec))
-            for i, (size, spec) in enumerate(zip(sizes, (*specs(shape), P(BATCH_AXES)), strict=True))]
+    return [
+        jax.ShapeDtypeStruct(
+            size, "int32" if i == 2 else "float32", sharding=NamedSharding(shape.mesh, spec)
+        )
+        for i, (size, spec) in enumerate(zip(sizes, (*specs(shape), P(BATCH_AXES)), strict=True))
+    ]
 
 
 def sent(shape: Shape, remat=None, backward: bool = True) -> dict[str, int]:
     """How often each collective that moves rows is in the lowered program."""
     f = objective(shape, remat)
     with jax.set_mesh(shape.mesh):
-        text = jax.jit(jax.grad(f, argnums=(0, 1, 3, 4), has_aux=True) if backward else f).lower(*abstract_args(shape)).as_text()
-    return dict(Counter(re.findall(r"stablehlo\.(all_to_all|all_gather|reduce_scatter|collective_permute)\b", text)))
+        text = (
+            jax.jit(jax.grad(f, argnums=(0, 1, 3, 4), has_aux=True) if backward else f)
+            .lower(*abstract_args(shape))
+            .as_text()
+        )
+    return dict(
+        Counter(
+            re.findall(
+                r"stablehlo\.(all_to_all|all_gather|reduce_scatter|collective_permute)\b", text
+            )
+        )
+    )
 
 
 def test_what_forward_sends():
     """all_to_all: there and back, in the first and in later rounds. all_gather: tokens, weights, choices; the results back.
     ring: the same three and the sum."""
     assert sent(Shape("all_to_all", expert=4), backward=False) == {"all_to_all": 4}
-    assert sent(Shape("all_gather", expert=4), backward=False) == {"all_gather": 3, "reduce_scatter": 1}
+    assert sent(Shape("all_gather", expert=4), backward=False) == {
+        "all_gather": 3,
+        "reduce_scatter": 1,
+    }
     assert sent(Shape("ring", expert=4), backward=False) == {"collective_permute": 4}
     for method in METHODS:
         assert sent(Shape(method, fsdp=4)) == {}
@@ -509,8 +669,16 @@ SENT = {
 def test_what_remat_sends_again(method):
     save = jax.checkpoint_policies.save_only_these_names
     least, most = SENT[method]
-    assert [sent(Shape(method, expert=4), remat) for remat in (None, save("exchange"), save("exchange", "experts_hidden"), save(),
-                                                               save("experts_hidden"))] == [least] * 3 + [most] * 2
+    assert [
+        sent(Shape(method, expert=4), remat)
+        for remat in (
+            None,
+            save("exchange"),
+            save("exchange", "experts_hidden"),
+            save(),
+            save("experts_hidden"),
+        )
+    ] == [least] * 3 + [most] * 2
 
 
 def largest(jaxpr, inside: bool = False) -> int:
@@ -520,7 +688,9 @@ def largest(jaxpr, inside: bool = False) -> int:
         mapped = inside or eqn.primitive.name == "shard_map"
         if inside:
             size = max([size, *(v.aval.size for v in eqn.outvars)])
-        for value in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+        for value in jax.tree.leaves(
+            eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 size = max(size, largest(inner, mapped))
@@ -534,7 +704,9 @@ def test_memory_is_bounded_by_places(method):
     f = jax.grad(objective(shape), argnums=(0, 1, 3, 4), has_aux=True)
     with jax.set_mesh(shape.mesh):
         found = largest(jax.make_jaxpr(f)(*abstract_args(shape)).jaxpr)
-    assert 512 <= found <= 1024  # the gathered tokens are 4 x 64 x 4, the local experts 16 x 4 x 2 x 4
+    assert (
+        512 <= found <= 1024
+    )  # the gathered tokens are 4 x 64 x 4, the local experts 16 x 4 x 2 x 4
 
 
 # -------------------------------------------------------------------------------------------------------------------- metrics
@@ -548,33 +720,69 @@ def test_merged_loads():
 
 
 def test_figures_of_a_row():
-    load = Load(expert_counts=np.array([[6, 2, 0, 0], [2, 2, 2, 2]]), rounds=np.array([3, 1]),
-                dropped_counts=np.array([[2, 0, 0, 0], [0] * 4]), received=np.array([[6, 0], [4, 4]]),
-                dropped_from=np.array([[0, 2], [0, 0]]), left=np.array([3, 4]))
+    load = Load(
+        expert_counts=np.array([[6, 2, 0, 0], [2, 2, 2, 2]]),
+        rounds=np.array([3, 1]),
+        dropped_counts=np.array([[2, 0, 0, 0], [0] * 4]),
+        received=np.array([[6, 0], [4, 4]]),
+        dropped_from=np.array([[0, 2], [0, 0]]),
+        left=np.array([3, 4]),
+    )
     figures = metrics.routing(load, drop=True)
     first = (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(4)
-    assert figures == {"max_violation": 2.0, "routing_entropy": pytest.approx((first + 1) / 2, abs=1e-6), "dispatch_rounds": 3,
-                       "left_device_share": 0.5, "device_imbalance": 1.0, "dropped_tokens": 2, "received_by_device": [10, 4],
-                       "dropped_by_device": [[0, 2], [0, 0]]}
-    for empty in (jax.tree.map(np.zeros_like, load), NO_LOAD):  # padding only; a model without experts
+    assert figures == {
+        "max_violation": 2.0,
+        "routing_entropy": pytest.approx((first + 1) / 2, abs=1e-6),
+        "dispatch_rounds": 3,
+        "left_device_share": 0.5,
+        "device_imbalance": 1.0,
+        "dropped_tokens": 2,
+        "received_by_device": [10, 4],
+        "dropped_by_device": [[0, 2], [0, 0]],
+    }
+    for empty in (
+        jax.tree.map(np.zeros_like, load),
+        NO_LOAD,
+    ):  # padding only; a model without experts
         nothing = metrics.routing(empty, drop=False)
-        assert set(nothing) == set(figures) - {"dropped_by_device"} and not any(nothing.pop("received_by_device")) and not any(nothing.values())
+        assert (
+            set(nothing) == set(figures) - {"dropped_by_device"}
+            and not any(nothing.pop("received_by_device"))
+            and not any(nothing.values())
+        )
 
 
 def test_what_is_written(tmp_path, monkeypatch):
     """A row with lists is one line of JSON; TensorBoard gets the scalars, and by layer what devices received and dropped."""
     board = mock.Mock()
     monkeypatch.setattr("tensorboardX.SummaryWriter", lambda *args, **kwargs: board)
-    load = Load(np.array([[6, 2], [0, 0]]), np.array([3, 0]), np.array([[2, 0], [0, 0]]), np.array([[6, 0], [0, 0]]),
-                np.array([[0, 2], [0, 0]]), np.array([3, 0]))
+    load = Load(
+        np.array([[6, 2], [0, 0]]),
+        np.array([3, 0]),
+        np.array([[2, 0], [0, 0]]),
+        np.array([[6, 0], [0, 0]]),
+        np.array([[0, 2], [0, 0]]),
+        np.array([3, 0]),
+    )
     writer = metrics.MetricsWriter(str(tmp_path), Config(), 0)
     writer.write({"step": 7} | metrics.routing(load, drop=True), load)
     writer.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert row["received_by_device"] == [6, 0] and row["dropped_by_device"] == [[0, 2], [0, 0]] and row["dropped_tokens"] == 2
+    assert (
+        row["received_by_device"] == [6, 0]
+        and row["dropped_by_device"] == [[0, 2], [0, 0]]
+        and row["dropped_tokens"] == 2
+    )
     scalars = {call.args[0]: call.args[1] for call in board.add_scalar.call_args_list}
     assert set(scalars) == set(row) - {"step", "received_by_device", "dropped_by_device"} | {
-        "layer_max_violation/00", "layer_rounds/00", "layer_dropped/00"}  # the second layer routed nothing
+        "layer_max_violation/00",
+        "layer_rounds/00",
+        "layer_dropped/00",
+    }  # the second layer routed nothing
     assert scalars["layer_dropped/00"] == 2 and scalars["layer_rounds/00"] == 3
-    rows, = (call.args[1] for call in board.add_histogram.call_args_list if call.args[0] == "layer_device_rows/00")
+    (rows,) = (
+        call.args[1]
+        for call in board.add_histogram.call_args_list
+        if call.args[0] == "layer_device_rows/00"
+    )
     np.testing.assert_array_equal(rows, [6, 0])

@@ -17,9 +17,14 @@ from deepseek_jax.hf.families import ALIASES, FAMILIES, REQUIRED
 from tests.support import FILES
 
 # The smallest file: the sizes that every checkpoint states, and what the family has no default for.
-SIZES = dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4)
-NEEDED = {"deepseek_v2": dict(num_experts_per_tok=4), "mistral": dict(sliding_window=None),
-          "dots1": dict(n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4)}
+SIZES = dict(
+    vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4
+)
+NEEDED = {
+    "deepseek_v2": dict(num_experts_per_tok=4),
+    "mistral": dict(sliding_window=None),
+    "dots1": dict(n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4),
+}
 OF_TRAINING = {"aux_loss_alpha", "seq_aux"}  # DeepSeek's keys, which transformers does not read
 NOT_THEIRS = {"glm4_moe_lite": {"num_nextn_predict_layers", "first_k_dense_replace"}}
 
@@ -59,11 +64,20 @@ def test_every_default(kind):
         assert ours.first_k_dense_replace == class_.mlp_layer_types.index("sparse")
     if (window := getattr(type(class_), "sliding_window", None)) is not None:
         long = {k: v for k, v in config.items() if k != "sliding_window"}
-        long |= {"max_position_embeddings": window + 1, "max_window_layers": 0, "use_sliding_window": True}
-        with pytest.raises(UserError, match=f"sliding_window={window} .what {kind} has where it is missing"):
+        long |= {
+            "max_position_embeddings": window + 1,
+            "max_window_layers": 0,
+            "use_sliding_window": True,
+        }
+        with pytest.raises(
+            UserError, match=f"sliding_window={window} .what {kind} has where it is missing"
+        ):
             configuration.to_model(long)
-    missing = [k for k in REQUIRED if k in compared and not (kind == "solar_open" and k
-                                                             == "intermediate_size")]
+    missing = [
+        k
+        for k in REQUIRED
+        if k in compared and not (kind == "solar_open" and k == "intermediate_size")
+    ]
     for key in {*missing, *NEEDED.get(kind, {})} - {"sliding_window"}:
         with pytest.raises(UserError, match=f"{key} is missing"):
             configuration.to_model({k: v for k, v in config.items() if k != key})
@@ -76,7 +90,11 @@ def test_one_missing_key_changes_one_option(kind):
     others = {f.name: _other(f.name, getattr(small, f.name)) for f in dataclasses.fields(small)}
     changes = {k: v for k, v in others.items() if v is not None}
     family = FAMILIES[kind]
-    free = {k: v for k, v in changes.items() if k in family.options and k not in (*REQUIRED, *family.fixed)}
+    free = {
+        k: v
+        for k, v in changes.items()
+        if k in family.options and k not in (*REQUIRED, *family.fixed)
+    }
     if family.out_bias:
         free["attention_out_bias"] = free["attention_bias"]
     full = dataclasses.replace(small, **free)
@@ -85,7 +103,9 @@ def test_one_missing_key_changes_one_option(kind):
     skipped = {*REQUIRED, *NEEDED.get(kind, {}), *family.fixed, "first_k_dense_replace"}
     for key in set(family.options) - skipped:
         renamed = [k for k, option in family.renamed.items() if option == key]
-        less = configuration.to_model({k: v for k, v in written.items() if k not in (key, *renamed)})
+        less = configuration.to_model(
+            {k: v for k, v in written.items() if k not in (key, *renamed)}
+        )
         expected = dataclasses.replace(full, **{key: getattr(small, key)})
         if key == "attention_bias" and family.out_bias:
             expected = dataclasses.replace(expected, attention_out_bias=small.attention_out_bias)
@@ -94,39 +114,75 @@ def test_one_missing_key_changes_one_option(kind):
 
 def _other(name, value):
     """Another value that the option could have."""
-    if name in ("topk_method", "scoring_func", "num_key_value_heads", "num_nextn_predict_layers", "n_group",
-                "topk_group", "n_routed_experts"):
+    if name in (
+        "topk_method",
+        "scoring_func",
+        "num_key_value_heads",
+        "num_nextn_predict_layers",
+        "n_group",
+        "topk_group",
+        "n_routed_experts",
+    ):
         return None
     if isinstance(value, bool):
         return not value
-    return value + 1 if isinstance(value, int) else value * 2 + 0.5 if isinstance(value, float) else None
+    return (
+        value + 1
+        if isinstance(value, int)
+        else value * 2 + 0.5
+        if isinstance(value, float)
+        else None
+    )
 
 
 def test_deepseek_v3_without_groups_and_query_rank():
     """The file of the issue; Kimi-K2's and Moonlight's names for the model mean the same."""
     for kind in ("deepseek_v3", *(k for k, v in ALIASES.items() if v == "deepseek_v3")):
         model = configuration.to_model({"model_type": kind} | SIZES)
-        assert (model.n_group, model.topk_group, model.q_lora_rank, model.num_experts_per_tok) == (8, 4, 1536,
-                                                                                                   8)
+        assert (model.n_group, model.topk_group, model.q_lora_rank, model.num_experts_per_tok) == (
+            8,
+            4,
+            1536,
+            8,
+        )
         # DeepSeek's own configuration_deepseek.py, which Kimi-K2 and Moonlight ship as well.
-        assert (model.n_routed_experts, model.n_shared_experts, model.first_k_dense_replace,
-                model.moe_intermediate_size) == (256, 1, 3, 2048)
-        assert (model.routed_scaling_factor, model.kv_lora_rank, model.norm_topk_prob,
-                model.num_nextn_predict_layers) == (2.5, 512, True, 1)
+        assert (
+            model.n_routed_experts,
+            model.n_shared_experts,
+            model.first_k_dense_replace,
+            model.moe_intermediate_size,
+        ) == (256, 1, 3, 2048)
+        assert (
+            model.routed_scaling_factor,
+            model.kv_lora_rank,
+            model.norm_topk_prob,
+            model.num_nextn_predict_layers,
+        ) == (2.5, 512, True, 1)
 
 
-@pytest.mark.parametrize("kind, key, expected", [
-    ("deepseek_v3", "q_lora_rank", None), ("glm4_moe_lite", "q_lora_rank", None),
-    ("deepseek_v3", "norm_topk_prob", False), ("deepseek_v3", "rope_interleave", False),
-    ("dots1", "n_group", 1), ("dots1", "topk_group", 1), ("deepseek_v3", "n_shared_experts", 0),
-    ("qwen3_moe", "attention_bias", False), ("llama", "num_key_value_heads", 4), ("llama", "head_dim", 12),
-])
+@pytest.mark.parametrize(
+    "kind, key, expected",
+    [
+        ("deepseek_v3", "q_lora_rank", None),
+        ("glm4_moe_lite", "q_lora_rank", None),
+        ("deepseek_v3", "norm_topk_prob", False),
+        ("deepseek_v3", "rope_interleave", False),
+        ("dots1", "n_group", 1),
+        ("dots1", "topk_group", 1),
+        ("deepseek_v3", "n_shared_experts", 0),
+        ("qwen3_moe", "attention_bias", False),
+        ("llama", "num_key_value_heads", 4),
+        ("llama", "head_dim", 12),
+    ],
+)
 def test_null_is_not_a_missing_key(kind, key, expected):
     """What is made of null: by transformers, but for n_shared_experts and the groups, of which DeepSeek's
     code and vLLM say none."""
     assert getattr(configuration.to_model(smallest(kind) | {key: None}), key) == expected
     if key not in ("n_shared_experts", "n_group", "topk_group", "attention_bias"):
-        assert (meaning(kind, key, theirs(smallest(kind) | {key: None})) or None) == (expected or None)
+        assert (meaning(kind, key, theirs(smallest(kind) | {key: None})) or None) == (
+            expected or None
+        )
 
 
 def test_attn_factor_in_transformers():
@@ -134,10 +190,13 @@ def test_attn_factor_in_transformers():
     (test_hf_configs.py says why)."""
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-    with open(os.path.join(FILES, "hf_configs",
-                           "real--DeepSeek-R1-0528-Qwen3-8B.json"), encoding="utf-8") as f:
+    with open(
+        os.path.join(FILES, "hf_configs", "real--DeepSeek-R1-0528-Qwen3-8B.json"), encoding="utf-8"
+    ) as f:
         release = json.load(f)
-    assert Qwen3RotaryEmbedding(theirs(release)).attention_scaling == pytest.approx(1.1386294361119891)
+    assert Qwen3RotaryEmbedding(theirs(release)).attention_scaling == pytest.approx(
+        1.1386294361119891
+    )
     exported = configuration.from_model(configuration.to_model(release), "qwen3")
     assert Qwen3RotaryEmbedding(theirs(exported)).attention_scaling == pytest.approx(1.0)
 
@@ -145,20 +204,57 @@ def test_attn_factor_in_transformers():
 # transformers 4's PretrainedConfig wrote these into every config.json, with generation's settings; the rest
 # is what training tools add.
 BOOKKEEPING = dict(
-    tf_legacy_loss=False, torchscript=True, use_bfloat16=False, num_beams=4, num_beam_groups=1,
-    diversity_penalty=0.0, early_stopping=False, min_length=3, typical_p=1.0, length_penalty=1.0,
-    no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0, bad_words_ids=[[1]], num_return_sequences=1,
-    output_scores=False, return_dict_in_generate=False, forced_bos_token_id=1, forced_eos_token_id=1,
-    remove_invalid_values=False, exponential_decay_length_penalty=[1, 1.1], suppress_tokens=[3],
-    begin_suppress_tokens=[3], finetuning_task="x", prefix=" ", sep_token_id=1, decoder_start_token_id=1,
-    task_specific_params={}, problem_type="regression", num_labels=2, use_flash_attn=True,
-    use_flash_attention_2=True, attn_implementation="sdpa", _attn_implementation="eager", _commit_hash="x",
-    pad_token="x", bos_token="x", eos_token="y", model_max_length=4096, max_sequence_length=2048,
+    tf_legacy_loss=False,
+    torchscript=True,
+    use_bfloat16=False,
+    num_beams=4,
+    num_beam_groups=1,
+    diversity_penalty=0.0,
+    early_stopping=False,
+    min_length=3,
+    typical_p=1.0,
+    length_penalty=1.0,
+    no_repeat_ngram_size=0,
+    encoder_no_repeat_ngram_size=0,
+    bad_words_ids=[[1]],
+    num_return_sequences=1,
+    output_scores=False,
+    return_dict_in_generate=False,
+    forced_bos_token_id=1,
+    forced_eos_token_id=1,
+    remove_invalid_values=False,
+    exponential_decay_length_penalty=[1, 1.1],
+    suppress_tokens=[3],
+    begin_suppress_tokens=[3],
+    finetuning_task="x",
+    prefix=" ",
+    sep_token_id=1,
+    decoder_start_token_id=1,
+    task_specific_params={},
+    problem_type="regression",
+    num_labels=2,
+    use_flash_attn=True,
+    use_flash_attention_2=True,
+    attn_implementation="sdpa",
+    _attn_implementation="eager",
+    _commit_hash="x",
+    pad_token="x",
+    bos_token="x",
+    eos_token="y",
+    model_max_length=4096,
+    max_sequence_length=2048,
     gradient_checkpointing=True,
-    pretraining_tp=8, sliding_window=None,
-    use_sliding_window=False, max_window_layers=2, classifier_dropout=0.1, layer_types=["full_attention"] * 4)
+    pretraining_tp=8,
+    sliding_window=None,
+    use_sliding_window=False,
+    max_window_layers=2,
+    classifier_dropout=0.1,
+    layer_types=["full_attention"] * 4,
+)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_bookkeeping_changes_nothing(kind):
-    assert configuration.to_model(smallest(kind) | BOOKKEEPING) == configuration.to_model(smallest(kind))
+    assert configuration.to_model(smallest(kind) | BOOKKEEPING) == configuration.to_model(
+        smallest(kind)
+    )

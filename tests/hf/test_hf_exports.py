@@ -13,30 +13,48 @@ import tokenizers
 from deepseek_jax import hf
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import Config, DataConfig, MeshConfig, ModelConfig
-from deepseek_jax.errors import UserError
-from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
-from deepseek_jax.hf import __main__ as commands
-from deepseek_jax.hf import configuration
-from deepseek_jax.run import importer
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.encoder import Encoder
+from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.hf import __main__ as commands
+from deepseek_jax.hf import configuration
 from deepseek_jax.inference.loaded import config_for, stop_ids_of
 from deepseek_jax.inference.opener import encoder_of, open_model
+from deepseek_jax.run import importer
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import abstract_model, to_tree
 
-MODEL = ModelConfig(vocab_size=320, hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
-              num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=8, qk_nope_head_dim=4,
-              qk_rope_head_dim=4, v_head_dim=4, n_routed_experts=4,
-              num_experts_per_tok=2, max_position_embeddings=128)
-TEXTS = ["", "Köln: 12 °C — 你好 😀\n\n\ttabs", "def f(x):\r\n    return x", "\x00\x7f ­ÿ",
-         "<|endoftext|> is text"]
+MODEL = ModelConfig(
+    vocab_size=320,
+    hidden_size=16,
+    intermediate_size=16,
+    moe_intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=128,
+)
+TEXTS = [
+    "",
+    "Köln: 12 °C — 你好 😀\n\n\ttabs",
+    "def f(x):\r\n    return x",
+    "\x00\x7f ­ÿ",
+    "<|endoftext|> is text",
+]
 
 
 def save(workdir, data=DataConfig()):
     """A checkpoint of a run, as far as export reads it."""
     _, params, bias = abstract_model(config_for(MODEL, None)[0])
-    state = jax.tree.map(lambda a: jnp.full(a.shape, 0.5, a.dtype), {"params": params, "bias": bias})
+    state = jax.tree.map(
+        lambda a: jnp.full(a.shape, 0.5, a.dtype), {"params": params, "bias": bias}
+    )
     if not os.path.exists(os.path.join(workdir, "checkpoints")):
         checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"))
         checkpoints.save(1, to_tree(state), {})
@@ -57,12 +75,14 @@ def bpe(path, special=("<s>", "<|im_end|>", "</s>"), bos=True, text="some words 
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=290, special_tokens=list(special),
-                                             initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
     inner.train_from_iterator([text] * 9, trainer)
     if bos:
-        inner.post_processor = tokenizers.processors.TemplateProcessing(single=f"{special[0]} $A",
-                                                                        special_tokens=[(special[0], 0)])
+        inner.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{special[0]} $A", special_tokens=[(special[0], 0)]
+        )
     os.makedirs(os.path.dirname(path), exist_ok=True)
     inner.save(str(path))
     return str(path)
@@ -76,12 +96,20 @@ def source(folder, config=(), generation=None, files=()):
 
     os.makedirs(folder)
     _, params, bias = abstract_model(config_for(MODEL, None)[0])
-    leaves = [*names.leaves(params, "deepseek_v3", MODEL), *names.leaves(bias, "deepseek_v3", MODEL)]
+    leaves = [
+        *names.leaves(params, "deepseek_v3", MODEL),
+        *names.leaves(bias, "deepseek_v3", MODEL),
+    ]
     shapes = {n: s for leaf in leaves for n, s in names.tensors(leaf).items()}
-    safetensors.numpy.save_file({n: np.zeros(s, np.float32) for n, s in shapes.items()},
-                                os.path.join(folder, "model.safetensors"))
-    for file, value in {"config.json": configuration.from_model(MODEL, "deepseek_v3") | dict(config),
-                        "generation_config.json": generation, **dict(files)}.items():
+    safetensors.numpy.save_file(
+        {n: np.zeros(s, np.float32) for n, s in shapes.items()},
+        os.path.join(folder, "model.safetensors"),
+    )
+    for file, value in {
+        "config.json": configuration.from_model(MODEL, "deepseek_v3") | dict(config),
+        "generation_config.json": generation,
+        **dict(files),
+    }.items():
         if value is not None:
             with open(os.path.join(folder, file), "w", encoding="utf-8") as f:
                 f.write(value if isinstance(value, str) else json.dumps(value))
@@ -92,7 +120,11 @@ def test_a_run_on_bytes(tmp_path):
     """Its tokenizer is one that everybody reads; our own tools need nothing else."""
     save(tmp_path / "w")
     config, generation, tokenizer = exported(tmp_path)
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, 256, None)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (
+        None,
+        256,
+        None,
+    )
     assert generation == {"eos_token_id": 256} and tokenizer["eos_token"] == "<|endoftext|>"
     assert "bos_token" not in tokenizer
     out = str(tmp_path / "out")
@@ -131,7 +163,11 @@ def test_a_run_with_a_tokenizer_of_its_own(tmp_path):
     (tmp_path / "tok" / "tokenizer_config.json").write_text('{"eos_token": "of another file"}')
     save(tmp_path / "w", DataConfig(tokenizer=path))
     config, generation, tokenizer = exported(tmp_path)
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, 2, None)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (
+        None,
+        2,
+        None,
+    )
     assert generation == {"eos_token_id": 2}
     assert (tokenizer["eos_token"], tokenizer["clean_up_tokenization_spaces"]) == ("</s>", False)
     text = "a text of <s> words"
@@ -150,16 +186,25 @@ def test_a_run_with_a_tokenizer_of_its_own(tmp_path):
 def test_what_lies_beside_the_tokenizer_comes_with_it(tmp_path):
     """A chat model's tokenizer: documents ended with </s>, turns end with <|im_end|>."""
     path = bpe(tmp_path / "tok" / "tokenizer.json")
-    beside = {"eos_token": "<|im_end|>", "bos_token": "<s>", "pad_token": "</s>",
-              "chat_template": "{{ messages[0].content }}"}
+    beside = {
+        "eos_token": "<|im_end|>",
+        "bos_token": "<s>",
+        "pad_token": "</s>",
+        "chat_template": "{{ messages[0].content }}",
+    }
     (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps(beside))
     (tmp_path / "tok" / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
-    (tmp_path / "tok" / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    (tmp_path / "tok" / "chat_template.jinja").write_text(
+        "{{ bos_token }}{{ messages[0].content }}"
+    )
     (tmp_path / "tok" / "config.json").write_text('{"model_type": "gpt2"}')
     save(tmp_path / "w", DataConfig(tokenizer=path))
     config, generation, tokenizer = exported(tmp_path)
-    assert tokenizer == beside | {"add_bos_token": False, "add_eos_token": False,
-                                  "tokenizer_class": "PreTrainedTokenizerFast"}
+    assert tokenizer == beside | {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     assert config["model_type"] == "deepseek_v3"
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 2, 2)
     assert generation == {"bos_token_id": 0, "eos_token_id": [2, 1], "pad_token_id": 2}
@@ -194,22 +239,38 @@ def test_a_tokenizer_that_is_gone(tmp_path):
     path = bpe(tmp_path / "tok" / "mine.json")
     save(tmp_path / "w", DataConfig(tokenizer=path))
     os.rename(path, tmp_path / "moved.json")
-    with pytest.raises(UserError, match="mine.json' of .* is not there any more. Put it back; hf export takes its new place with --tokenizer"):
+    with pytest.raises(
+        UserError,
+        match="mine.json' of .* is not there any more. Put it back; hf export takes its new place with --tokenizer",
+    ):
         exported(tmp_path)
     assert not (tmp_path / "out").exists()
     config, _, tokenizer = exported(tmp_path, tokenizer=str(tmp_path / "moved.json"))
     assert config["eos_token_id"] == 2 and tokenizer["eos_token"] == "</s>"
 
 
-GENERATION = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": [1], "bos_token_id": 0}
+GENERATION = {
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.95,
+    "eos_token_id": [1],
+    "bos_token_id": 0,
+}
 TOKENIZER_CONFIG = {"eos_token": "<|im_end|>", "chat_template": "chat"}
 
 
 def imported(tmp_path, generation=GENERATION):
-    folder = source(tmp_path / "source", {"eos_token_id": 1, "bos_token_id": 0, "tokenizer_class": "X"},
-                    generation,
-                    {"tokenizer_config.json": TOKENIZER_CONFIG, "merges.txt": "x", "LICENSE": "mine",
-                     "special_tokens_map.json": {}})
+    folder = source(
+        tmp_path / "source",
+        {"eos_token_id": 1, "bos_token_id": 0, "tokenizer_class": "X"},
+        generation,
+        {
+            "tokenizer_config.json": TOKENIZER_CONFIG,
+            "merges.txt": "x",
+            "LICENSE": "mine",
+            "special_tokens_map.json": {},
+        },
+    )
     bpe(os.path.join(folder, "tokenizer.json"))
     importer.import_(folder, str(tmp_path / "w"))
     return folder
@@ -218,10 +279,14 @@ def imported(tmp_path, generation=GENERATION):
 def test_an_import_goes_out_as_it_came(tmp_path):
     folder = imported(tmp_path)
     config, generation, tokenizer = exported(tmp_path)
-    assert generation == GENERATION and tokenizer == TOKENIZER_CONFIG and config["eos_token_id"] == 1
+    assert (
+        generation == GENERATION and tokenizer == TOKENIZER_CONFIG and config["eos_token_id"] == 1
+    )
     assert config["tokenizer_class"] == "X"
     for name in ("tokenizer.json", "merges.txt", "LICENSE", "special_tokens_map.json"):
-        assert (tmp_path / "out" / name).read_bytes() == open(os.path.join(folder, name), "rb").read()
+        assert (tmp_path / "out" / name).read_bytes() == open(
+            os.path.join(folder, name), "rb"
+        ).read()
 
 
 def test_a_trained_import_keeps_its_settings_and_stops_where_documents_ended(tmp_path):

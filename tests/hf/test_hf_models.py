@@ -14,15 +14,15 @@ import safetensors.torch
 import torch
 import transformers
 
-from tests.support import conversion
-from tests.support import hf_families as families
-from tests.support import hf_variants as deepseek
 from deepseek_jax import hf
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration, names
 from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.model import moe
 from deepseek_jax.objectives import pretrain
+from tests.support import conversion
+from tests.support import hf_families as families
+from tests.support import hf_variants as deepseek
 
 # Of the largest logit, or of the gradient's norm: rounding of float32 in sums of another order. Measured: 1.2e-6 and 4e-6.
 RTOL = 1e-5
@@ -44,7 +44,11 @@ def hub_arrays(model, params, bias):
     """{hub name: array} of a state, by the name tables."""
     out = {}
     for state in (params, bias):
-        for leaf, a in zip(names.leaves(state, model.family, model.model), map(np.asarray, jax.tree.leaves(state)), strict=True):
+        for leaf, a in zip(
+            names.leaves(state, model.family, model.model),
+            map(np.asarray, jax.tree.leaves(state)),
+            strict=True,
+        ):
             whole = tuple(slice(0, n) for n in leaf.shape)
             out |= {p.name: names.view(a, leaf, p.at) for p in names.pieces(leaf, whole)}
     return out
@@ -57,7 +61,9 @@ def chosen_experts(monkeypatch):
 
     def noting(*args):
         routing = route(*args)
-        jax.debug.callback(lambda e: seen.append(np.sort(e, axis=-1)), routing.expert_TK, ordered=False)
+        jax.debug.callback(
+            lambda e: seen.append(np.sort(e, axis=-1)), routing.expert_TK, ordered=False
+        )
         return routing
 
     with monkeypatch.context() as m:
@@ -66,13 +72,21 @@ def chosen_experts(monkeypatch):
 
 
 ON_A_MESH = "glm4_moe-qknorm-group"
-WITHOUT_GRADIENTS = ("glm4_moe", "qwen3_moe", "qwen3_moe-nonorm", "qwen3", "youtu",
-                     "dots1")  # compiling takes long; others have all their parts
+WITHOUT_GRADIENTS = (
+    "glm4_moe",
+    "qwen3_moe",
+    "qwen3_moe-nonorm",
+    "qwen3",
+    "youtu",
+    "dots1",
+)  # compiling takes long; others have all their parts
 SLOW = ("mistral", "seed_oss", "solar_open", "mixtral", "glm4_moe", "qwen3_moe-nonorm")
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=pytest.mark.slow) if v in SLOW else v
-                                     for v in families.VARIANTS])
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.slow) if v in SLOW else v for v in families.VARIANTS],
+)
 def test_logits_experts_loss_and_every_gradient(variant, folder_of, monkeypatch):
     theirs, folder = folder_of(variant)
     mesh = jax.make_mesh((2, 2, 2), ("fsdp", "expert", "tensor")) if variant == ON_A_MESH else None
@@ -86,7 +100,9 @@ def test_logits_experts_loss_and_every_gradient(variant, folder_of, monkeypatch)
         def run(params, bias, batch):
             def loss_of(params):
                 net = conversion.Recorder(model.layout.merge(params, bias))
-                loss, _ = pretrain.pretraining_loss(net, batch, pretrain.totals(batch, 0), model.config, jnp.float32(0))
+                loss, _ = pretrain.pretraining_loss(
+                    net, batch, pretrain.totals(batch, 0), model.config, jnp.float32(0)
+                )
                 return loss, net.logits(net.out.hidden_BSD)
 
             if variant in WITHOUT_GRADIENTS:
@@ -95,12 +111,16 @@ def test_logits_experts_loss_and_every_gradient(variant, folder_of, monkeypatch)
             return loss, logits, grads
 
         batch = {k: conversion.put(a) for k, a in batch.items()}
-        our_loss, our_logits, our_grads = jax.block_until_ready(run(model.params, model.bias, batch))
+        our_loss, our_logits, our_grads = jax.block_until_ready(
+            run(model.params, model.bias, batch)
+        )
         jax.effects_barrier()
     assert np.abs(our_logits - logits).max() < 1e-4
     conversion.assert_close(our_logits, logits, RTOL, "logits")
     assert abs(float(our_loss) - loss) < RTOL * loss
-    for i, layer in enumerate(() if mesh else choices):  # forward, layer by layer, before backward makes them again
+    for i, layer in enumerate(
+        () if mesh else choices
+    ):  # forward, layer by layer, before backward makes them again
         np.testing.assert_array_equal(seen[i], choices[layer], err_msg=f"experts of layer {layer}")
     if variant in WITHOUT_GRADIENTS:
         return
@@ -118,7 +138,9 @@ def test_deepseek_weights_and_options(variant, folder_of):
     theirs, folder = folder_of(variant)
     _, expected, weights = deepseek.build(variant)
     model = hf.load(folder)
-    differ = {f for f in expected.__dataclass_fields__ if getattr(expected, f) != getattr(model.model, f)}
+    differ = {
+        f for f in expected.__dataclass_fields__ if getattr(expected, f) != getattr(model.model, f)
+    }
     assert all(not configuration.computes(expected, f) for f in differ), differ
     params, bias = conversion.to_state(weights, expected)
     for ours, theirs_ in ((model.params, params), (model.bias, bias)):
@@ -126,17 +148,34 @@ def test_deepseek_weights_and_options(variant, folder_of):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("variant", [*families.VARIANTS, "deepseek_v2-lite", "deepseek_v3-yarn", "moonlight", "deepseek_v3-tied"])
+@pytest.mark.parametrize(
+    "variant",
+    [*families.VARIANTS, "deepseek_v2-lite", "deepseek_v3-yarn", "moonlight", "deepseek_v3-tied"],
+)
 def test_transformers_loads_what_is_saved(variant, folder_of, tmp_path):
     theirs, folder = folder_of(variant)
     hf.save(hf.load(folder), str(tmp_path / "out"))
-    back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager",
-                                                                   experts_implementation="eager", output_loading_info=True)
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
     assert not any(info.values()), info
-    ids = torch.as_tensor(families.pick_ids(theirs) if variant in families.VARIANTS else deepseek.pick_ids(theirs, candidates=8))
+    ids = torch.as_tensor(
+        families.pick_ids(theirs)
+        if variant in families.VARIANTS
+        else deepseek.pick_ids(theirs, candidates=8)
+    )
     with torch.no_grad():
-        assert torch.equal(back.eval()(input_ids=ids, use_cache=False).logits, theirs(input_ids=ids, use_cache=False).logits)
-    before, after = (safetensors.torch.load_file(f"{d}/model.safetensors") for d in (folder, tmp_path / "out"))
+        assert torch.equal(
+            back.eval()(input_ids=ids, use_cache=False).logits,
+            theirs(input_ids=ids, use_cache=False).logits,
+        )
+    before, after = (
+        safetensors.torch.load_file(f"{d}/model.safetensors") for d in (folder, tmp_path / "out")
+    )
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
@@ -157,10 +196,20 @@ def test_a_model_finds_its_family():
         model = configuration.to_model(config)
         found = configuration.find_family(model)
         again = configuration.to_model(configuration.from_model(model, found))
-        assert all(getattr(again, f) == getattr(model, f) or not configuration.computes(model, f) for f in model.__dataclass_fields__)
-    assert configuration.find_family(configuration.to_model(deepseek.hub_config("deepseek_v3-mtp"))) == "deepseek_v3"
+        assert all(
+            getattr(again, f) == getattr(model, f) or not configuration.computes(model, f)
+            for f in model.__dataclass_fields__
+        )
+    assert (
+        configuration.find_family(configuration.to_model(deepseek.hub_config("deepseek_v3-mtp")))
+        == "deepseek_v3"
+    )
     with pytest.raises(UserError, match="no family of Hugging Face"):
-        configuration.find_family(conversion.smaller(configuration.to_model(deepseek.hub_config("deepseek_v3")), scoring_func="softmax"))
+        configuration.find_family(
+            conversion.smaller(
+                configuration.to_model(deepseek.hub_config("deepseek_v3")), scoring_func="softmax"
+            )
+        )
 
 
 def test_a_mesh_has_the_same_weights(folder_of):
@@ -168,9 +217,15 @@ def test_a_mesh_has_the_same_weights(folder_of):
     _, folder = folder_of(ON_A_MESH)
     mesh = jax.make_mesh((2, 2, 2), ("fsdp", "expert", "tensor"))
     spread, alone = hf.load(folder, mesh=mesh), hf.load(folder)
-    for a, b in zip(jax.tree.leaves((spread.params, spread.bias)), jax.tree.leaves((alone.params, alone.bias)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves((spread.params, spread.bias)),
+        jax.tree.leaves((alone.params, alone.bias)),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
-    assert spread.params["layers"]["mlp"]["experts"]["down_proj"].get_value().sharding.shard_shape((2, 8, 28, 48)) == (2, 4, 14, 24)
+    assert spread.params["layers"]["mlp"]["experts"]["down_proj"].get_value().sharding.shard_shape(
+        (2, 8, 28, 48)
+    ) == (2, 4, 14, 24)
 
 
 def test_calling_a_model(folder_of):
@@ -192,27 +247,55 @@ def test_calling_a_model(folder_of):
 def test_round_trip_is_exact_in_the_stored_dtype(dtype, folder_of, tmp_path):
     """Sharded files with an index, from a mesh that divides rows, columns and experts, and MTP layers with their copies."""
     _, folder = folder_of("deepseek_v3-mtp")
-    wanted = {n: t if n.endswith("e_score_correction_bias") else t.to(getattr(torch, dtype))
-              for n, t in safetensors.torch.load_file(f"{folder}/model.safetensors").items()}
+    wanted = {
+        n: t if n.endswith("e_score_correction_bias") else t.to(getattr(torch, dtype))
+        for n, t in safetensors.torch.load_file(f"{folder}/model.safetensors").items()
+    }
     for layer in (3, 4):
-        wanted |= {f"model.layers.{layer}.embed_tokens.weight": wanted["model.embed_tokens.weight"].clone(),
-                   f"model.layers.{layer}.shared_head.head.weight": wanted["lm_head.weight"].clone()}
+        wanted |= {
+            f"model.layers.{layer}.embed_tokens.weight": wanted[
+                "model.embed_tokens.weight"
+            ].clone(),
+            f"model.layers.{layer}.shared_head.head.weight": wanted["lm_head.weight"].clone(),
+        }
     source = tmp_path / "source"
     source.mkdir()
     safetensors.torch.save_file(wanted, source / "model.safetensors")
     (source / "config.json").write_text(open(f"{folder}/config.json").read())
     model = hf.load(str(source), mesh=jax.make_mesh((2, 4), ("fsdp", "expert")))
-    arrays = {names.path_of(p): a for p, a in jax.tree_util.tree_leaves_with_path((model.params, model.bias))}
-    leaves = [leaf for state in (model.params, model.bias) for leaf in names.leaves(state, model.family, model.model)]
+    arrays = {
+        names.path_of(p): a
+        for p, a in jax.tree_util.tree_leaves_with_path((model.params, model.bias))
+    }
+    leaves = [
+        leaf
+        for state in (model.params, model.bias)
+        for leaf in names.leaves(state, model.family, model.model)
+    ]
     get = iter(arrays.values())
-    hf.exporting.export(str(tmp_path / "out"), model.model, model.family, leaves, lambda _: next(get),
-                        model.notes.dtypes, "float32",
-                        Companions(model.source), model.model, file_bytes=60_000)
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    hf.exporting.export(
+        str(tmp_path / "out"),
+        model.model,
+        model.family,
+        leaves,
+        lambda _: next(get),
+        model.notes.dtypes,
+        "float32",
+        Companions(model.source),
+        model.model,
+        file_bytes=60_000,
+    )
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())[
+        "weight_map"
+    ]
     assert len(set(index.values())) > 3 and set(index) == set(wanted)
     for file in set(index.values()):
         for name, t in safetensors.torch.load_file(tmp_path / "out" / file).items():
-            assert index[name] == file and t.dtype == wanted[name].dtype and torch.equal(t, wanted[name]), name
+            assert (
+                index[name] == file
+                and t.dtype == wanted[name].dtype
+                and torch.equal(t, wanted[name])
+            ), name
     again = hf.load(str(tmp_path / "out"))
     for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(model.params), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -224,11 +307,17 @@ def test_fused_experts(folder_of, tmp_path):
         theirs, folder = folder_of(variant)
         fused = tmp_path / variant
         fused.mkdir()
-        safetensors.torch.save_file({n: t.contiguous() for n, t in theirs.state_dict().items()}, fused / "model.safetensors")
+        safetensors.torch.save_file(
+            {n: t.contiguous() for n, t in theirs.state_dict().items()}, fused / "model.safetensors"
+        )
         assert any(n.endswith("experts.gate_up_proj") for n in theirs.state_dict())
         (fused / "config.json").write_text(json.dumps(families.hub_config(variant)))
         mesh = jax.make_mesh((2, 2, 2), ("fsdp", "expert", "tensor"))
-        for a, b in zip(jax.tree.leaves(hf.load(str(fused), mesh=mesh).params), jax.tree.leaves(hf.load(folder).params), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(hf.load(str(fused), mesh=mesh).params),
+            jax.tree.leaves(hf.load(folder).params),
+            strict=True,
+        ):
             np.testing.assert_array_equal(a, b)
 
 
@@ -239,7 +328,11 @@ def quantise(w, block=128):
     padded[: w.shape[0], : w.shape[1]] = w
     blocks = padded.view(high, block, wide, block)
     scale = blocks.abs().amax((1, 3)).clamp(min=1e-12) / 448
-    q = (blocks / scale[:, None, :, None]).view(high * block, wide * block)[: w.shape[0], : w.shape[1]].to(torch.float8_e4m3fn)
+    q = (
+        (blocks / scale[:, None, :, None])
+        .view(high * block, wide * block)[: w.shape[0], : w.shape[1]]
+        .to(torch.float8_e4m3fn)
+    )
     return q.contiguous(), scale
 
 
@@ -251,12 +344,22 @@ def test_block_quantised_fp8(folder_of, tmp_path):
         if t.ndim == 2 and re_projection(name):
             q, scale = quantise(t, block)
             stored |= {name: q, name + "_scale_inv": scale}
-            expected[name] = q.float() * scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[: t.shape[0], : t.shape[1]]
+            expected[name] = (
+                q.float()
+                * scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[
+                    : t.shape[0], : t.shape[1]
+                ]
+            )
         else:
             stored[name] = expected[name] = t
     safetensors.torch.save_file(stored, tmp_path / "model.safetensors")
     config = json.loads(open(f"{folder}/config.json").read())
-    config["quantization_config"] = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[block, block])
+    config["quantization_config"] = dict(
+        activation_scheme="dynamic",
+        fmt="e4m3",
+        quant_method="fp8",
+        weight_block_size=[block, block],
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     for mesh in (None, jax.make_mesh((2, 2, 2), ("fsdp", "expert", "tensor"))):
         model = hf.load(str(tmp_path), mesh=mesh)
@@ -272,7 +375,11 @@ def test_dtype_of_the_loaded_weights(folder_of):
     _, folder = folder_of("qwen3_moe")
     params = hf.load(folder, dtype="bfloat16").params["layers"]
     assert params["mlp"]["experts"]["down_proj"].get_value().dtype == jnp.bfloat16
-    assert params["mlp"]["gate"]["kernel"].get_value().dtype == params["input_layernorm"]["weight"].get_value().dtype == jnp.float32
+    assert (
+        params["mlp"]["gate"]["kernel"].get_value().dtype
+        == params["input_layernorm"]["weight"].get_value().dtype
+        == jnp.float32
+    )
     with pytest.raises(UserError, match="dtype"):
         hf.load(folder, dtype="int8")
     with pytest.raises(UserError, match="exists already"):

@@ -17,12 +17,22 @@ def test_every_orientation(shape, source, target):
     whole = np.random.default_rng(0).standard_normal((rows + 3, columns + 5)).astype(source)
     part = whole[1 : rows + 1, 2 : columns + 2]
     vector = np.asarray(whole[0, :columns])
-    for values in (np.ascontiguousarray(part), part, np.asfortranarray(part), whole.T[2 : columns + 2, 1 : rows + 1].T, vector[None]):
+    for values in (
+        np.ascontiguousarray(part),
+        part,
+        np.asfortranarray(part),
+        whole.T[2 : columns + 2, 1 : rows + 1].T,
+        vector[None],
+    ):
         expected = values.astype(target)
         got = numpy_copy.out_of(values, target)
         assert got.dtype == target and got.flags.c_contiguous
         np.testing.assert_array_equal(got, expected)
-        for out in (np.zeros(values.shape, target), np.zeros(values.shape[::-1], target).T, np.zeros((columns, 2, len(values)), target)[:, 1].T):
+        for out in (
+            np.zeros(values.shape, target),
+            np.zeros(values.shape[::-1], target).T,
+            np.zeros((columns, 2, len(values)), target)[:, 1].T,
+        ):
             numpy_copy.into(out, values)
             np.testing.assert_array_equal(out, expected)
 

@@ -7,11 +7,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tests.support import conversion
-from tests.support import hf_variants
 from deepseek_jax import hf
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import engine, weights
+from tests.support import conversion, hf_variants
 
 SHAPES = dict(
     vocab_size=64,
@@ -55,7 +54,9 @@ MODELS = {
     ),
     "glm4_moe, one head, 2 of 4 rotated": (
         "glm4_moe",
-        dict(GLM, num_attention_heads=1, num_key_value_heads=1, head_dim=4, partial_rotary_factor=0.5),
+        dict(
+            GLM, num_attention_heads=1, num_key_value_heads=1, head_dim=4, partial_rotary_factor=0.5
+        ),
     ),
     "qwen3, head width 2, YaRN": (
         "qwen3",
@@ -64,7 +65,10 @@ MODELS = {
             num_key_value_heads=1,
             head_dim=2,
             rope_parameters=dict(
-                rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16
+                rope_type="yarn",
+                rope_theta=10000.0,
+                factor=4.0,
+                original_max_position_embeddings=16,
             ),
         ),
     ),
@@ -116,8 +120,13 @@ def test_over_a_mesh(tmp_path):
     """One head cannot be divided, but may lie whole beside experts and rows that are."""
     name = "deepseek_v3, one head, rope 2"
     saved(name, tmp_path)
-    one, mesh = hf.load(str(tmp_path)), hf.load(str(tmp_path), mesh=jax.make_mesh((2, 2), ("fsdp", "expert")))
+    one, mesh = (
+        hf.load(str(tmp_path)),
+        hf.load(str(tmp_path), mesh=jax.make_mesh((2, 2), ("fsdp", "expert"))),
+    )
     prompts = [[5, 9, 11], [3] * 7]
     assert mesh.generate(prompts, 6, stop_ids=()) == one.generate(prompts, 6, stop_ids=())
-    with pytest.raises(UserError, match="num_attention_heads=1 is not divisible by the tensor mesh axis"):
+    with pytest.raises(
+        UserError, match="num_attention_heads=1 is not divisible by the tensor mesh axis"
+    ):
         hf.load(str(tmp_path), mesh=jax.make_mesh((2,), ("tensor",)))

@@ -13,22 +13,29 @@ import tokenizers
 import torch
 import transformers
 
-from tests.support import conversion
-from tests.support import hf_variants
 from deepseek_jax import evaluate, hf
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.errors import UserError
+from deepseek_jax.inference import opener
 from deepseek_jax.inference.evaluation import choices, perplexity, scoring
 from deepseek_jax.inference.evaluation.scoring import Scorer, windows
-from deepseek_jax.inference import opener
 from deepseek_jax.run import importer
 from deepseek_jax.train.state import to_tree
+from tests.support import conversion, hf_variants
 
-RTOL = 2e-6  # sums of some hundred float32 log-probabilities, computed in another order; measured 2e-7
+RTOL = (
+    2e-6  # sums of some hundred float32 log-probabilities, computed in another order; measured 2e-7
+)
 WINDOW = 32
 
-DOCUMENTS = ["Kind and sunny: hello world. " * 9, "", "b", "Grüße an 你好 😀, the world!", "be kind, " * 3 + "x"]
+DOCUMENTS = [
+    "Kind and sunny: hello world. " * 9,
+    "",
+    "b",
+    "Grüße an 你好 😀, the world!",
+    "be kind, " * 3 + "x",
+]
 QUESTIONS = [
     {"prompt": "hello", "choices": [" world", " sunny", " be kind and sunny"], "answer": 0},
     {"prompt": "be kind ", "choices": ["and sunny", "你好"], "answer": "你好"},
@@ -40,14 +47,27 @@ QUESTIONS = [
 
 def write_tokenizer(folder, bos):
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner.pre_tokenizer, inner.decoder = (
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     inner.train_from_iterator(["hello world, be kind and sunny"] * 9, trainer)
     if bos:
-        inner.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        inner.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     inner.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+        )
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,10 +83,23 @@ def quick():
 def made(tmp_path_factory):
     """(transformers model, folder with its checkpoint and tokenizer): routed experts, grouped-query attention."""
     folder = tmp_path_factory.mktemp("model")
-    config = transformers.Qwen3MoeConfig(vocab_size=304, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                         num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-                                         max_position_embeddings=64, mlp_only_layers=[0])
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=304,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        max_position_embeddings=64,
+        mlp_only_layers=[0],
+    )
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
     hf_variants.randomise(theirs, 0)
     theirs.save_pretrained(folder)
     write_tokenizer(folder, bos=True)
@@ -80,13 +113,29 @@ def opened(made):
 
 def log_p(theirs, ids):
     with torch.no_grad():
-        return torch.log_softmax(theirs(torch.tensor([ids]), use_cache=False).logits[0].double(), -1).numpy()
+        return torch.log_softmax(
+            theirs(torch.tensor([ids]), use_cache=False).logits[0].double(), -1
+        ).numpy()
 
 
-@pytest.mark.parametrize("window,stride", [(1, 1), (2, 1), (5, 5), (5, 3), (8, 1), (8, 7), (64, 32)])
+@pytest.mark.parametrize(
+    "window,stride", [(1, 1), (2, 1), (5, 5), (5, 3), (8, 1), (8, 7), (64, 32)]
+)
 def test_every_token_is_predicted_once_and_with_context(window, stride):
     rng = np.random.default_rng(0)
-    for n in (0, 1, 2, window - 1, window, window + 1, window + 2, window + stride, window + stride + 1, 41, 130):
+    for n in (
+        0,
+        1,
+        2,
+        window - 1,
+        window,
+        window + 1,
+        window + 2,
+        window + stride,
+        window + stride + 1,
+        41,
+        130,
+    ):
         document = rng.permutation(1000)[:n].astype(np.int32)
         cuts = np.sort(rng.integers(0, n + 1, 3))
         seen = []
@@ -112,7 +161,11 @@ def test_perplexity(bos, made, opened, tmp_path):
     nats, tokens, size, stride = 0.0, 0, 0, 20
     for text in filter(None, DOCUMENTS):
         ids = tokenizer(text).input_ids
-        size += len(text.encode()) - (0 if bos else len(tokenizer.decode(ids[:1]).encode() if len(ids) > 1 or len(text) == 1 else b""))
+        size += len(text.encode()) - (
+            0
+            if bos
+            else len(tokenizer.decode(ids[:1]).encode() if len(ids) > 1 or len(text) == 1 else b"")
+        )
         counted = 0
         for begin in range(0, max(len(ids) - 1, 0), stride):
             part = ids[begin : begin + WINDOW + 1]
@@ -127,7 +180,12 @@ def test_perplexity(bos, made, opened, tmp_path):
     np.testing.assert_allclose(r["nats_per_token"], nats / tokens, rtol=RTOL)
     np.testing.assert_allclose(r["bits_per_byte"], nats / math.log(2) / size, rtol=RTOL)
     np.testing.assert_allclose(r["perplexity"], math.exp(nats / tokens), rtol=10 * RTOL)
-    assert perplexity.of_text(ours, str(path), Scorer(ours.model, WINDOW, 4), stride, limit=2)["documents"] == 2
+    assert (
+        perplexity.of_text(ours, str(path), Scorer(ours.model, WINDOW, 4), stride, limit=2)[
+            "documents"
+        ]
+        == 2
+    )
 
 
 def test_multiple_choice(made, opened, tmp_path):
@@ -147,16 +205,27 @@ def test_multiple_choice(made, opened, tmp_path):
             lls.append(sum(ps[i - 1, ids[i]] for i in range(len(ids) - count, len(ids))))
         np.testing.assert_allclose(d["loglikelihoods"], lls, rtol=1e-5)
         answer = q["answer"] if isinstance(q["answer"], int) else q["choices"].index(q["answer"])
-        for name, length in (("acc", lambda c: 1), ("acc_norm", len), ("acc_bytes", lambda c: len(c.encode()))):
-            right[name].append(np.argmax([ll / length(c) for ll, c in zip(lls, q["choices"], strict=True)]) == answer)
+        for name, length in (
+            ("acc", lambda c: 1),
+            ("acc_norm", len),
+            ("acc_bytes", lambda c: len(c.encode())),
+        ):
+            right[name].append(
+                np.argmax([ll / length(c) for ll, c in zip(lls, q["choices"], strict=True)])
+                == answer
+            )
             assert d[name] == right[name][-1]
     assert result["questions"] == 5 and result["truncated"] == 2
     for name, of in right.items():
-        assert result[name] == np.mean(of) and result[name + "_stderr"] == pytest.approx(np.std(of, ddof=1) / 5**0.5)
+        assert result[name] == np.mean(of) and result[name + "_stderr"] == pytest.approx(
+            np.std(of, ddof=1) / 5**0.5
+        )
 
 
 def test_prompt_and_choice_are_cut_as_one_text():
-    tokenizer = lambda text: [ord(c) for c in text.replace("th", "þ")]  # merges across the cut, as BPE may
+    tokenizer = lambda text: [
+        ord(c) for c in text.replace("th", "þ")
+    ]  # merges across the cut, as BPE may
     pair = lambda *texts: choices.encode_pair(tokenizer, 1, *texts)
     chars = lambda text: [ord(c) for c in text]
     assert pair("a \n", "b") == (chars("a"), chars(" \nb"))
@@ -175,26 +244,34 @@ def test_a_mesh_computes_the_same(made, opened, tmp_path):
     assert wide.model.mesh.shape["tensor"] == 2
     other = perplexity.of_text(wide, str(path), Scorer(wide.model, WINDOW, 3), 16)
     np.testing.assert_allclose(other.pop("nats_per_token"), one.pop("nats_per_token"), rtol=RTOL)
-    assert {k: other[k] for k in ("tokens", "bytes", "documents")} == {k: one[k] for k in ("tokens", "bytes", "documents")}
+    assert {k: other[k] for k in ("tokens", "bytes", "documents")} == {
+        k: one[k] for k in ("tokens", "bytes", "documents")
+    }
 
 
 def test_runs(made, opened, tmp_path, capsys, monkeypatch):
     """An imported workdir, a checkpoint in it, and what it holds out; the command line."""
     text, work = tmp_path / "text.jsonl", str(tmp_path / "work")
-    text.write_text("".join(json.dumps({"text": f"{i:02d}: hello world, be kind"}) + "\n" for i in range(40)))
+    text.write_text(
+        "".join(json.dumps({"text": f"{i:02d}: hello world, be kind"}) + "\n" for i in range(40))
+    )
     importer.import_(str(made[1]), work)
     config = json.loads((tmp_path / "work" / "config.json").read_text())
     config["data"] |= {"path": str(text), "eval_fraction": 0.25}
     (tmp_path / "work" / "config.json").write_text(json.dumps(config))
 
     def command(*arguments):
-        monkeypatch.setattr("sys.argv", ["evaluate", f"--model={work}", "--window=32", "--batch-size=4", *arguments])
+        monkeypatch.setattr(
+            "sys.argv", ["evaluate", f"--model={work}", "--window=32", "--batch-size=4", *arguments]
+        )
         assert evaluate.main() == 0
         return capsys.readouterr().out
 
     monkeypatch.setattr(evaluate.compilation, "use_cache", lambda *_, **__: None)
     imported = json.loads(command("--json", f"--output={tmp_path / 'out.json'}"))
-    assert imported["documents"] == 10 and json.loads((tmp_path / "out.json").read_text()) == imported
+    assert (
+        imported["documents"] == 10 and json.loads((tmp_path / "out.json").read_text()) == imported
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(made[1])
     assert imported["bytes"] == 10 * 23  # all but the first token, a digit
     assert opener.open_model(work).encoder().chat.encode("hello") == tokenizer("hello").input_ids
@@ -204,31 +281,66 @@ def test_runs(made, opened, tmp_path, capsys, monkeypatch):
     checkpoints = Checkpointer(os.path.join(work, "checkpoints"))
     with jax.set_mesh(opened.model.mesh):
         nothing = {n: None for n in opened.model.layout.abstract._fields}
-        state = opened.model.layout.abstract._replace(**nothing)._replace(params=halved, bias=opened.model.bias)
+        state = opened.model.layout.abstract._replace(**nothing)._replace(
+            params=halved, bias=opened.model.bias
+        )
         checkpoints.save(3, to_tree(state), {})
         checkpoints.wait()
     checkpoints.close()
     trained = opener.open_model(work)
     assert trained.trained and trained.folder and perplexity.default_window(trained) == 64
-    halved_model = hf.LoadedModel(trained.model.config, opened.model.mesh, opened.model.layout, halved, opened.model.bias, opened.model.notes, "")
+    halved_model = hf.LoadedModel(
+        trained.model.config,
+        opened.model.mesh,
+        opened.model.layout,
+        halved,
+        opened.model.bias,
+        opened.model.notes,
+        "",
+    )
     np.testing.assert_array_equal(np.asarray(trained.model(ids)), np.asarray(halved_model(ids)))
     low = opener.open_model(work, 3, "bfloat16").model
     kinds = {str(a.dtype) for a in jax.tree.leaves(low.params)}
-    assert kinds == {"bfloat16", "float32"} and low.params["embed_tokens"]["weight"].dtype == "bfloat16"
-    assert "perplexity" in command("--step=3", "--limit=2") and "2 documents" in command("--step=3", "--limit=2")
+    assert (
+        kinds == {"bfloat16", "float32"}
+        and low.params["embed_tokens"]["weight"].dtype == "bfloat16"
+    )
+    assert "perplexity" in command("--step=3", "--limit=2") and "2 documents" in command(
+        "--step=3", "--limit=2"
+    )
 
 
-@pytest.mark.parametrize("line,message", [
-    ("{", "line 2 is not JSON"), ("[1]", "is a list and not an object"), ('{"prompt": "a", "choices": ["b", "c"]}', "has no 'answer'"),
-    ('{"prompt": 1, "choices": ["b", "c"], "answer": 0}', "'prompt' that is not a text"),
-    ('{"prompt": "a", "choices": ["b"], "answer": 0}', "'choices' that are not two or more"),
-    ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "'choices' that are not two or more"),
-    ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "neither a choice nor its number from 0 to 1"),
-    ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', "neither a choice nor its number"),
-    ('{"prompt": "a", "choices": ["b", "c"], "answer": "d"}', "'d', which is none of its choices"),
-    ('{"prompt": "a", "choices": ["b", "b"], "answer": "b"}', "which is several of its choices"),
-    ("\xff", "line 2 is not UTF-8 at byte 0"),
-])
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "is a list and not an object"),
+        ('{"prompt": "a", "choices": ["b", "c"]}', "has no 'answer'"),
+        ('{"prompt": 1, "choices": ["b", "c"], "answer": 0}', "'prompt' that is not a text"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "'choices' that are not two or more"),
+        (
+            '{"prompt": "a", "choices": ["b", ""], "answer": 0}',
+            "'choices' that are not two or more",
+        ),
+        (
+            '{"prompt": "a", "choices": ["b", "c"], "answer": 2}',
+            "neither a choice nor its number from 0 to 1",
+        ),
+        (
+            '{"prompt": "a", "choices": ["b", "c"], "answer": true}',
+            "neither a choice nor its number",
+        ),
+        (
+            '{"prompt": "a", "choices": ["b", "c"], "answer": "d"}',
+            "'d', which is none of its choices",
+        ),
+        (
+            '{"prompt": "a", "choices": ["b", "b"], "answer": "b"}',
+            "which is several of its choices",
+        ),
+        ("\xff", "line 2 is not UTF-8 at byte 0"),
+    ],
+)
 def test_bad_questions(line, message, tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_bytes((json.dumps(QUESTIONS[0]) + "\n" + line).encode("latin-1"))
@@ -244,18 +356,33 @@ def test_bad_inputs(made, opened, tmp_path):
     scorer = Scorer(opened.model, WINDOW, 4)
     folder = str(made[1])
     for message, call in (
-            ("has only blank lines. Write", lambda: choices.read_questions(os.devnull)),
-            ("nope.jsonl cannot be read", lambda: choices.read_questions(str(tmp_path / "nope.jsonl"))),
-            ("--limit=0", lambda: choices.read_questions(str(empty), 0)),
-            ("--window=65 is not between 1 and .*=64", lambda: Scorer(opened.model, 65)),
-            ("--batch-size=0", lambda: Scorer(opened.model, 8, 0)),
-            ("--stride=33 is not between 1 and --window=32", lambda: perplexity.of_text(opened, folder + "/config.json", scorer, 33)),
-            ("no token that can be predicted", lambda: perplexity.of_text(opened, str(empty), scorer, 8)),
-            ("nothing does not exist|nothing' does not exist", lambda: perplexity.of_text(opened, str(tmp_path / "nothing"), scorer, 8)),
-            ("holds no model", lambda: opener.open_model(str(tmp_path))),
-            ("is a checkpoint itself", lambda: opener.open_model(folder, step=3)),
-            ("is not AXIS=SIZE", lambda: opener.parse_mesh("fsdp=2,fsdp=2")), ("is not AXIS=SIZE", lambda: opener.parse_mesh("experts=2")),
-            ("does not fit 8 devices", lambda: opener.parse_mesh("fsdp=16")), ("does not fit", lambda: opener.parse_mesh("fsdp=-1,data=-1")),
-            ("has 65 tokens, and the model reads 64", lambda: choices.score_pairs(opened.model, [choices.Pair([0], [5] * 65)]))):
+        ("has only blank lines. Write", lambda: choices.read_questions(os.devnull)),
+        ("nope.jsonl cannot be read", lambda: choices.read_questions(str(tmp_path / "nope.jsonl"))),
+        ("--limit=0", lambda: choices.read_questions(str(empty), 0)),
+        ("--window=65 is not between 1 and .*=64", lambda: Scorer(opened.model, 65)),
+        ("--batch-size=0", lambda: Scorer(opened.model, 8, 0)),
+        (
+            "--stride=33 is not between 1 and --window=32",
+            lambda: perplexity.of_text(opened, folder + "/config.json", scorer, 33),
+        ),
+        (
+            "no token that can be predicted",
+            lambda: perplexity.of_text(opened, str(empty), scorer, 8),
+        ),
+        (
+            "nothing does not exist|nothing' does not exist",
+            lambda: perplexity.of_text(opened, str(tmp_path / "nothing"), scorer, 8),
+        ),
+        ("holds no model", lambda: opener.open_model(str(tmp_path))),
+        ("is a checkpoint itself", lambda: opener.open_model(folder, step=3)),
+        ("is not AXIS=SIZE", lambda: opener.parse_mesh("fsdp=2,fsdp=2")),
+        ("is not AXIS=SIZE", lambda: opener.parse_mesh("experts=2")),
+        ("does not fit 8 devices", lambda: opener.parse_mesh("fsdp=16")),
+        ("does not fit", lambda: opener.parse_mesh("fsdp=-1,data=-1")),
+        (
+            "has 65 tokens, and the model reads 64",
+            lambda: choices.score_pairs(opened.model, [choices.Pair([0], [5] * 65)]),
+        ),
+    ):
         with pytest.raises(UserError, match=message):
             call()

@@ -9,18 +9,27 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import conversion
-from tests.support import hf_families as families
 from deepseek_jax import hf
 from deepseek_jax.errors import UserError
+from deepseek_jax.experts import cpu_decode
 from deepseek_jax.inference.generation import cache, engine, weights
 from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.inference.generation.sampling import Sampling
-from deepseek_jax.experts import cpu_decode
+from tests.support import conversion
+from tests.support import hf_families as families
 
 TOKENS = 8
 # The others have no part that these have not; tests/hf_references.py's folders go through benchmarks/generate.py.
-VARIANTS = ("deepseek_v2-lite", "deepseek_v3-yarn", "glm4_moe-qknorm-group", "qwen2-tied", "llama", "mixtral", "qwen3", "qwen3_moe-nonorm")
+VARIANTS = (
+    "deepseek_v2-lite",
+    "deepseek_v3-yarn",
+    "glm4_moe-qknorm-group",
+    "qwen2-tied",
+    "llama",
+    "mixtral",
+    "qwen3",
+    "qwen3_moe-nonorm",
+)
 MTP = "deepseek_v3-mtp"
 
 
@@ -48,27 +57,41 @@ def prompts_of(model, *lengths):
 
 
 def expected(theirs, prompt, count):
-    theirs.generation_config.eos_token_id = None  # every token may be chosen, and none ends the answer
-    out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=count, do_sample=False,
-                          pad_token_id=0)
+    theirs.generation_config.eos_token_id = (
+        None  # every token may be chosen, and none ends the answer
+    )
+    out = theirs.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+    )
     return out[0, len(prompt) :].tolist()
 
 
 SLOW = ("qwen3", "qwen2-tied", "mixtral")
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] if v in SLOW else []) for v in VARIANTS])
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[pytest.mark.slow] if v in SLOW else []) for v in VARIANTS]
+)
 def test_greedy_tokens_are_those_of_transformers(variant, folder_of):
     """A batch of two lengths, and with it that a row does not depend on the other."""
     theirs, folder = folder_of(variant)
     model = hf.load(folder)
     prompts = prompts_of(model.model, 5, 19)
-    assert model.generate(prompts, TOKENS, stop_ids=()) == [expected(theirs, p, TOKENS) for p in prompts]
+    assert model.generate(prompts, TOKENS, stop_ids=()) == [
+        expected(theirs, p, TOKENS) for p in prompts
+    ]
 
 
 def test_what_the_cache_holds(folder_of):
     """Of MLA the latent and the shared key, nothing for each head; of grouped-query attention keys and values."""
-    for variant, shapes in (("deepseek_v2-lite", [(1, 64, 32 + 16)]), ("llama", [(1, 2, 64, 12)] * 2)):
+    for variant, shapes in (
+        ("deepseek_v2-lite", [(1, 64, 32 + 16)]),
+        ("llama", [(1, 2, 64, 12)] * 2),
+    ):
         model = hf.load(folder_of(variant)[1])
         if model.model.num_key_value_heads is None:
             assert shapes == [(1, 64, model.model.kv_lora_rank + model.model.qk_rope_head_dim)]
@@ -77,11 +100,22 @@ def test_what_the_cache_holds(folder_of):
         with jax.set_mesh(model.mesh):
             _, caches = run.prefill(np.ones((1, 16), np.int32), np.asarray([9], np.int32), 64)
         layers = [layer for group in caches for layer in group]
-        assert len(layers) == model.model.num_hidden_layers and all([a.shape for a in layer] == shapes for layer in layers)
+        assert len(layers) == model.model.num_hidden_layers and all(
+            [a.shape for a in layer] == shapes for layer in layers
+        )
         numbers = sum(a.size for layer in layers for a in layer)
         assert cache.describe(model.model, len(layers), 1, 64, 4) == (
-            f"{numbers // len(layers) // 64} numbers a token and layer, {len(layers)} layers, {numbers * 4 / 1e3:.1f} kB for 1 x 64 tokens")
-    assert [cache.bucket(n, 64) for n in (1, 64, 65, 129, 193, 257, 400)] == [64, 64, 128, 192, 256, 384, 512]
+            f"{numbers // len(layers) // 64} numbers a token and layer, {len(layers)} layers, {numbers * 4 / 1e3:.1f} kB for 1 x 64 tokens"
+        )
+    assert [cache.bucket(n, 64) for n in (1, 64, 65, 129, 193, 257, 400)] == [
+        64,
+        64,
+        128,
+        192,
+        256,
+        384,
+        512,
+    ]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -95,9 +129,16 @@ def test_a_step_copies_no_cache(variant, rows, folder_of):
         start, active = run.put(np.full(rows, 9, np.int32)), run.put(np.ones(rows, bool))
         x, rope = run._enter(run.weights.ends[2], run.put(np.ones((rows, 1), np.int32)), start)
         group = run.weights.groups[-1]
-        program = run._decode(group).lower(group.leaves, caches[-1], x, rope, start, active).compile().as_text()
+        program = (
+            run._decode(group)
+            .lower(group.leaves, caches[-1], x, rope, start, active)
+            .compile()
+            .as_text()
+        )
     assert " parameter(" in program and "%caches_0__0_" in program
-    assert not re.findall(r"copy\(%caches_\w+\)", program) and not re.findall(r"f32\[[\d,]*64,(?:48|12)\]\S* copy\(", program)
+    assert not re.findall(r"copy\(%caches_\w+\)", program) and not re.findall(
+        r"f32\[[\d,]*64,(?:48|12)\]\S* copy\(", program
+    )
     assert program.splitlines()[0].count("may-alias") == len(jax.tree.leaves(caches[-1]))
 
 
@@ -114,7 +155,13 @@ def mtp(folder_of):
 SAMPLED = Sampling(0.9, 3, 0.95, seed=3)
 
 
-@pytest.mark.parametrize("options", [pytest.param(Sampling(), id="greedy"), pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(Sampling(), id="greedy"),
+        pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow),
+    ],
+)
 def test_drafts_change_nothing(mtp, options):
     """As many drafts as depths, and more; rows end at different steps, by a stop token and by their length."""
     _, run = mtp
@@ -124,7 +171,10 @@ def test_drafts_change_nothing(mtp, options):
     for count in (1, 3) if options == Sampling() else (3,):
         run.drafted = run.accepted = 0
         assert run.generate(prompts, 20, options, draft_tokens=count) == plain
-        assert 0 < run.accepted < run.drafted and f"{run.accepted} of {run.drafted} accepted" in run.acceptance
+        assert (
+            0 < run.accepted < run.drafted
+            and f"{run.accepted} of {run.drafted} accepted" in run.acceptance
+        )
     stop = plain[0][6]
     cut = [a[: a.index(stop)] if stop in a else a for a in plain]
     assert cut != plain
@@ -137,7 +187,9 @@ def test_a_draw_depends_on_its_prompt_alone(mtp):
     _, run = mtp
     prompts = prompts_of(run.model, 5, 19, 3)
     together = run.generate(prompts, 20, SAMPLED)
-    alone = lambda options, number: [t.id for t in run.batch([prompts[1]], 20, options, indexes=[number])]
+    alone = lambda options, number: [
+        t.id for t in run.batch([prompts[1]], 20, options, indexes=[number])
+    ]
     assert alone(SAMPLED, 1) == together[1]
     assert alone(SAMPLED, 0) != together[1] and alone(SAMPLED._replace(seed=4), 1) != together[1]
 
@@ -154,9 +206,14 @@ def test_over_a_mesh(mtp):
 
 def test_python_refuses(folder_of):
     model = hf.load(folder_of("llama")[1])
-    for tokens, options, message in (([], {}, None),
-                                     ([[]], {}, "0 tokens, and not 1 to 127"), ([1] * 128, {}, "128 tokens"), ([96], {}, "ids 0 to 95"),
-                                     ([1], dict(draft_tokens=1), "has none"), ([1], dict(top_p=0.0), "top_p=0.0")):
+    for tokens, options, message in (
+        ([], {}, None),
+        ([[]], {}, "0 tokens, and not 1 to 127"),
+        ([1] * 128, {}, "128 tokens"),
+        ([96], {}, "ids 0 to 95"),
+        ([1], dict(draft_tokens=1), "has none"),
+        ([1], dict(top_p=0.0), "top_p=0.0"),
+    ):
         if message is None:
             assert model.generate(tokens, **options) == []
             continue
@@ -178,6 +235,13 @@ def test_listed_experts(tokens):
         if expert[t, k] < experts:
             gate, up = np.split(x[t] @ gate_up[expert[t, k]], 2)
             wanted[t] += weight[t, k] * (gate / (1 + np.exp(-gate)) * up) @ down[expert[t, k]]
-    lists = [cpu_decode.Listed(tuple(jnp.asarray(w, jnp.float32) for w in a)) for a in (gate_up, down)]
-    found = conversion.jit(cpu_decode.compute)(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32), jnp.asarray(expert, jnp.int32), *lists)
+    lists = [
+        cpu_decode.Listed(tuple(jnp.asarray(w, jnp.float32) for w in a)) for a in (gate_up, down)
+    ]
+    found = conversion.jit(cpu_decode.compute)(
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(weight, jnp.float32),
+        jnp.asarray(expert, jnp.int32),
+        *lists,
+    )
     conversion.assert_close(np.asarray(found), wanted, 1e-5, "listed experts")

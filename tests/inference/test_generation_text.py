@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import tokenizers
 
-from tests.support import conversion
-from tests.support import hf_families as families
 from deepseek_jax import generate
+from deepseek_jax.data.chat import Chat
+from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.inference.generation import engine, sampling, text, weights
 from deepseek_jax.run import importer
-from deepseek_jax.data.chat import Chat
-from deepseek_jax.data.encoder import Encoder
+from tests.support import conversion
+from tests.support import hf_families as families
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,10 @@ def compiled_quickly(monkeypatch, tmp_path):
     monkeypatch.setattr(generate.compilation, "use_cache", lambda *_, **__: "")
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.6), (0.9, 12, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-6)])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p",
+    [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.6), (0.9, 12, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-6)],
+)
 def test_distribution(temperature, top_k, top_p):
     """The tokens that may be drawn, and how often 20,000 draws take each: within 5 standard deviations."""
     logits = np.random.default_rng(0).normal(size=40).astype(np.float32) * 2
@@ -46,12 +49,16 @@ def test_distribution(temperature, top_k, top_p):
     @jax.jit
     def draws(logits_V):
         drawing = sampling.drawing(options, jnp.zeros(1, jnp.int32))
-        return sampling.choose(jnp.broadcast_to(logits_V, (1, n, 40)), jnp.arange(n)[None], drawing, top_k, False)[0]
+        return sampling.choose(
+            jnp.broadcast_to(logits_V, (1, n, 40)), jnp.arange(n)[None], drawing, top_k, False
+        )[0]
 
     counts = np.bincount(draws(logits), minlength=40)
     assert set(np.flatnonzero(counts)) <= set(kept)
     assert np.all(np.abs(counts - n * wanted) <= 5 * np.sqrt(n * wanted * (1 - wanted)) + 1e-9)
-    allowed = sampling.allowed(jnp.asarray(logits)[None], temperature, top_k, None if top_p == 1 else top_p)[0]
+    allowed = sampling.allowed(
+        jnp.asarray(logits)[None], temperature, top_k, None if top_p == 1 else top_p
+    )[0]
     np.testing.assert_array_equal(np.isfinite(allowed), wanted > 0)
 
 
@@ -82,16 +89,27 @@ def folder(tmp_path_factory):
     """A llama of two layers with a byte-level tokenizer and a chat template; token 1 ends an answer."""
     out = tmp_path_factory.mktemp("model")
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"<s>": 0, "</s>": 1} | {c: i + 2 for i, c in enumerate(sorted(alphabet))}, []))
-    inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {"<s>": 0, "</s>": 1} | {c: i + 2 for i, c in enumerate(sorted(alphabet))}, []
+        )
+    )
+    inner.pre_tokenizer, inner.decoder = (
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
     inner.add_special_tokens(["<s>", "</s>"])
     with pytest.MonkeyPatch.context() as m:
         m.setattr(families, "SHAPES", families.SHAPES | dict(vocab_size=300, num_hidden_layers=2))
         families.build("llama").save_pretrained(out)
         (out / "config.json").write_text(json.dumps(families.hub_config("llama")))
     inner.save(str(out / "tokenizer.json"))
-    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    (out / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}))
+    template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    )
+    (out / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template})
+    )
     return str(out)
 
 
@@ -104,43 +122,74 @@ def run(capsys, *argv):
 def test_prompt_stop_and_seed(folder, capsys):
     args = [f"--model={folder}", "--prompt=token ", "--max-tokens=24", "--seed=3", "--top-k=50"]
     code, out, err = run(capsys, *args)
-    assert code == 0 and out.startswith("token ") and "cache: 48 numbers a token and layer, 2 layers, 24.6 kB for 1 x 64 tokens" in err
+    assert (
+        code == 0
+        and out.startswith("token ")
+        and "cache: 48 numbers a token and layer, 2 layers, 24.6 kB for 1 x 64 tokens" in err
+    )
     assert run(capsys, *args)[1] == out and run(capsys, *args[:3], "--seed=4")[1] != out
     answer = out.removeprefix("token ").removesuffix("\n")
     stop = answer[len(answer) // 2 :][:2]
-    assert run(capsys, *args, f"--stop={stop}", "--stop=never")[1] == "token " + answer[: answer.index(stop)] + "\n"
+    assert (
+        run(capsys, *args, f"--stop={stop}", "--stop=never")[1]
+        == "token " + answer[: answer.index(stop)] + "\n"
+    )
 
 
 def test_prompts_of_a_file(folder, capsys, tmp_path):
     """Text and JSONL, several batches; each answer is that of the prompt with its number, whatever the batches are."""
     lines, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
     lines.write_text("one\n\ntwo and more\nthree\n")
-    objects.write_text("\n".join(json.dumps({"prompt": p, "id": p[0]}) for p in ("one", "two and more", "three")))
+    objects.write_text(
+        "\n".join(json.dumps({"prompt": p, "id": p[0]}) for p in ("one", "two and more", "three"))
+    )
     common = [f"--model={folder}", "--max-tokens=9", "--seed=1"]
     code, out, _ = run(capsys, *common, f"--prompts={lines}", "--batch-size=2")
     rows = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and [(r["index"], r["prompt"]) for r in rows] == [(0, "one"), (1, "two and more"), (2, "three")]
-    assert all(r["finish_reason"] in ("stop", "length") and (r["tokens"] == 9) >= (r["finish_reason"] == "length") for r in rows)
+    assert code == 0 and [(r["index"], r["prompt"]) for r in rows] == [
+        (0, "one"),
+        (1, "two and more"),
+        (2, "three"),
+    ]
+    assert all(
+        r["finish_reason"] in ("stop", "length")
+        and (r["tokens"] == 9) >= (r["finish_reason"] == "length")
+        for r in rows
+    )
     code, out, _ = run(capsys, *common, f"--prompts={objects}", f"--output={tmp_path / 'out'}")
     again = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-    assert code == 0 and not out and [r.pop("id") for r in again] == ["o", "t", "t"] and again == rows
+    assert (
+        code == 0 and not out and [r.pop("id") for r in again] == ["o", "t", "t"] and again == rows
+    )
     stop = next(r["text"] for r in rows if len(r["text"]) > 2)[1:3]
     _, out, _ = run(capsys, *common, f"--prompts={lines}", f"--stop={stop}")
     for row, cut in zip(rows, map(json.loads, out.splitlines()), strict=True):
         assert cut["text"] == row["text"].split(stop)[0]
-        assert (cut["finish_reason"] == "stop") == (stop in row["text"] or row["finish_reason"] == "stop")
+        assert (cut["finish_reason"] == "stop") == (
+            stop in row["text"] or row["finish_reason"] == "stop"
+        )
 
 
 def test_chat_through_a_pipe(folder, capsys, monkeypatch):
     """History and system message are in the second question's prompt."""
     seen, encode = [], Chat.encode
-    monkeypatch.setattr(Chat, "encode", lambda self, messages: seen.append([dict(m) for m in messages]) or encode(self, messages))
+    monkeypatch.setattr(
+        Chat,
+        "encode",
+        lambda self, messages: seen.append([dict(m) for m in messages]) or encode(self, messages),
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nMore?\n"))
     code, out, _ = run(capsys, f"--model={folder}", "--chat", "--system=Be kind.", "--max-tokens=5")
     assert code == 0
-    system, user = {"role": "system", "content": "Be kind."}, lambda t: {"role": "user", "content": t}
+    system, user = (
+        {"role": "system", "content": "Be kind."},
+        lambda t: {"role": "user", "content": t},
+    )
     answer = seen[-1][2]["content"]
-    assert seen[1:] == [[system, user("Hello")], [system, user("Hello"), {"role": "assistant", "content": answer}, user("More?")]]
+    assert seen[1:] == [
+        [system, user("Hello")],
+        [system, user("Hello"), {"role": "assistant", "content": answer}, user("More?")],
+    ]
     assert out.startswith(answer + "\n") and out.endswith("\n")
 
 
@@ -163,18 +212,27 @@ def test_interrupted(folder, capsys, monkeypatch):
     assert code == 130 and err.endswith("\ngenerate: stopped by Ctrl-C.\n")
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--prompt=" + "long " * 60], "--prompt has 300 tokens, but the model ends at max_position_embeddings=128"),
-    (["--prompt=x", "--mesh=fsdp=5"], "hidden_size=48"),
-    (["--prompt=x", "--mesh=stage=2"], "2 devices along stage, and generation uses data, fsdp, expert and tensor"),
-    (["--prompt=x", "--mesh=fsdp=16"], "--mesh=fsdp=16 does not fit 8 devices"),
-    (["--prompt=x", "--stop="], "--stop is empty"),
-    (["--prompt=x", "--draft-tokens=2"], "needs multi-token prediction layers"),
-    (["--prompt=x", "--top-k=-1"], "--top-k=-1 must be 0 or more"),
-    (["--prompt=x", "--step=3"], "is a checkpoint itself, and not a run that has some"),
-    (["--prompt=x", "--system=y"], "--system has no effect without --chat"),
-    (["--prompts=/nowhere"], "--prompts=/nowhere cannot be read"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--prompt=" + "long " * 60],
+            "--prompt has 300 tokens, but the model ends at max_position_embeddings=128",
+        ),
+        (["--prompt=x", "--mesh=fsdp=5"], "hidden_size=48"),
+        (
+            ["--prompt=x", "--mesh=stage=2"],
+            "2 devices along stage, and generation uses data, fsdp, expert and tensor",
+        ),
+        (["--prompt=x", "--mesh=fsdp=16"], "--mesh=fsdp=16 does not fit 8 devices"),
+        (["--prompt=x", "--stop="], "--stop is empty"),
+        (["--prompt=x", "--draft-tokens=2"], "needs multi-token prediction layers"),
+        (["--prompt=x", "--top-k=-1"], "--top-k=-1 must be 0 or more"),
+        (["--prompt=x", "--step=3"], "is a checkpoint itself, and not a run that has some"),
+        (["--prompt=x", "--system=y"], "--system has no effect without --chat"),
+        (["--prompts=/nowhere"], "--prompts=/nowhere cannot be read"),
+    ],
+)
 def test_mistakes_are_one_line(options, message, folder, capsys):
     code, out, err = run(capsys, f"--model={folder}", *options)
     assert code == 2 and message in err and err.count("\n") == 1 and not out

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import transformers
 
-from tests.support import conversion
-from tests.support import lm_eval_stub
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.evaluation import scoring
 from tests.inference.test_evaluate import log_p, made  # noqa: F401  the fixture
+from tests.support import conversion, lm_eval_stub
 
 request = lambda *arguments: types.SimpleNamespace(args=arguments)
 
@@ -29,7 +28,10 @@ def adapter(made):  # noqa: F811
         m.setattr(scoring, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
         m.delitem(sys.modules, "deepseek_jax.inference.lm_eval", raising=False)
         module = importlib.import_module("deepseek_jax.inference.lm_eval")
-        yield module, module.DeepseekJaxLM(str(made[1]), batch_size=4, max_length=48, expert=2, device="cpu")
+        yield (
+            module,
+            module.DeepseekJaxLM(str(made[1]), batch_size=4, max_length=48, expert=2, device="cpu"),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +49,20 @@ def test_loglikelihood(adapter, made, tokenizer):  # noqa: F811
         count = len(ids) - max(1, len(tokenizer(stripped).input_ids))
         ids = ids[-49:]
         ps = log_p(theirs, ids[:-1])
-        np.testing.assert_allclose(ll, sum(ps[i - 1, ids[i]] for i in range(len(ids) - count, len(ids))), rtol=1e-5)
-        assert is_greedy == all(ps[i - 1].argmax() == ids[i] for i in range(len(ids) - count, len(ids)))
+        np.testing.assert_allclose(
+            ll, sum(ps[i - 1, ids[i]] for i in range(len(ids) - count, len(ids))), rtol=1e-5
+        )
+        assert is_greedy == all(
+            ps[i - 1].argmax() == ids[i] for i in range(len(ids) - count, len(ids))
+        )
     ids = tokenizer("hello world").input_ids
     best = int(log_p(theirs, ids)[-1].argmax())
     tokens = [(("", ""), ids, [best]), (("", ""), ids, [best, 5]), (("", ""), ids, [best + 1])]
-    assert [greedy for _, greedy in lm._loglikelihood_tokens(tokens, disable_tqdm=True)] == [True, False, False]
+    assert [greedy for _, greedy in lm._loglikelihood_tokens(tokens, disable_tqdm=True)] == [
+        True,
+        False,
+        False,
+    ]
     assert lm.batch_size == 4 and lm.eot_token_id == 1 and lm.prefix_token_id == 0
 
 
@@ -61,7 +71,10 @@ def test_rolling(adapter, made, tokenizer):  # noqa: F811
     theirs, lm = made[0], adapter[1]
     texts = ["Kind and sunny: " * 12, "x", "hello world"]
     for text, ll in zip(texts, lm.loglikelihood_rolling([request(t) for t in texts]), strict=True):
-        ids = [0, *tokenizer(text).input_ids]  # the harness puts bos before what the tokenizer gives
+        ids = [
+            0,
+            *tokenizer(text).input_ids,
+        ]  # the harness puts bos before what the tokenizer gives
         expected, done = 0.0, 0
         while done < len(ids) - 1:
             end = min(done + 48, len(ids) - 1)
@@ -78,22 +91,41 @@ def test_generate(adapter, tokenizer, monkeypatch):
 
     def generate(prompts, max_tokens, temperature, stop_ids, seed):
         calls.append((prompts, max_tokens, temperature, set(stop_ids)))
-        return [[*tokenizer(" sunny, be kind. x", add_special_tokens=False).input_ids, 1][:max_tokens] for _ in prompts]
+        return [
+            [*tokenizer(" sunny, be kind. x", add_special_tokens=False).input_ids, 1][:max_tokens]
+            for _ in prompts
+        ]
 
     monkeypatch.setattr(lm._model, "generate", generate, raising=False)
     long = "hello " * 99
-    one, two = {"until": [".", "\n"], "max_gen_toks": 40}, {"until": "kind", "max_gen_toks": 41, "do_sample": True, "temperature": 0.5}
-    requests = [request("hello", one), request("world", two), request(long, one), request("hello", {"until": [], "max_gen_toks": 2})]
+    one, two = (
+        {"until": [".", "\n"], "max_gen_toks": 40},
+        {"until": "kind", "max_gen_toks": 41, "do_sample": True, "temperature": 0.5},
+    )
+    requests = [
+        request("hello", one),
+        request("world", two),
+        request(long, one),
+        request("hello", {"until": [], "max_gen_toks": 2}),
+    ]
     answers = lm.generate_until(requests)
-    first = tokenizer.decode(tokenizer(" sunny, be kind. x", add_special_tokens=False).input_ids[:2])
+    first = tokenizer.decode(
+        tokenizer(" sunny, be kind. x", add_special_tokens=False).input_ids[:2]
+    )
     assert answers == [" sunny, be kind", " sunny, be ", " sunny, be kind", first]
     ids = tokenizer(" sunny", add_special_tokens=False).input_ids
     assert lm._until([*ids, 0, *ids], ["<s>"]) == " sunny"  # special tokens too
     assert lm._until([*ids, 0, *ids], ["x"]) == " sunny sunny"
     by_limit = {c[1]: c for c in calls}
-    assert by_limit[40][0] == [tokenizer(long).input_ids[-8:], tokenizer("hello").input_ids]  # long ones first, cut to leave room
+    assert by_limit[40][0] == [
+        tokenizer(long).input_ids[-8:],
+        tokenizer("hello").input_ids,
+    ]  # long ones first, cut to leave room
     assert by_limit[40][2] == 0 and by_limit[41][2] == 0.5 and by_limit[40][3] == {1}
-    for options, message in (({"max_gen_toks": 48}, "leaves no room"), ({"do_sample": True, "temperature": 1.0, "top_k": 4}, "top_k=4 is not known")):
+    for options, message in (
+        ({"max_gen_toks": 48}, "leaves no room"),
+        ({"do_sample": True, "temperature": 1.0, "top_k": 4}, "top_k=4 is not known"),
+    ):
         with pytest.raises(UserError, match=message):
             lm.generate_until([request("a", options)])
 
@@ -114,7 +146,9 @@ def test_chat(adapter, made):  # noqa: F811
         assert continued == "[user] x [/][assistant] I say "
         assert lm.chat_template(True) == template and lm.chat_template(False) is None
         (made[1] / "additional_chat_templates").mkdir()
-        (made[1] / "additional_chat_templates" / "short.jinja").write_text("{{ messages[0].content }}")
+        (made[1] / "additional_chat_templates" / "short.jinja").write_text(
+            "{{ messages[0].content }}"
+        )
         lm = module.DeepseekJaxLM(str(made[1]))
         assert lm.chat_template("short") == "{{ messages[0].content }}"
         assert lm.apply_chat_template(messages[:1]) == "x"
@@ -125,9 +159,12 @@ def test_chat(adapter, made):  # noqa: F811
 
 def test_bad_arguments(adapter, made):  # noqa: F811
     make, folder = adapter[0].DeepseekJaxLM, str(made[1])
-    for message, arguments in (("max_length=65", {"max_length": 65}), ("batch_size=none", {"batch_size": "none"}),
-                               ("'experts=2' is not AXIS=SIZE", {"experts": 2}),
-                               ("is not a folder", {"pretrained": folder + "/nothing"})):
+    for message, arguments in (
+        ("max_length=65", {"max_length": 65}),
+        ("batch_size=none", {"batch_size": "none"}),
+        ("'experts=2' is not AXIS=SIZE", {"experts": 2}),
+        ("is not a folder", {"pretrained": folder + "/nothing"}),
+    ):
         with pytest.raises(UserError, match=message):
             make(**{"pretrained": folder, **arguments})
 

@@ -13,17 +13,19 @@ import time
 import numpy as np
 import pytest
 
-from tests import support
-from deepseek_jax.launch import __main__
-from deepseek_jax.errors import UserError
 from deepseek_jax.cluster.meeting import free_port
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch import __main__
+from tests import support
 
 ROOT = str(support.ROOT)
 LAUNCH = [sys.executable, "-m", "deepseek_jax.launch"]
 ENV = os.environ | {
-    "JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT,
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": ROOT,
     # Programs this small spend their time in the compiler.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+}
 WORKER = """
 import os, signal, subprocess, sys, time
 me = int(os.environ["JAX_PROCESS_ID"])
@@ -70,7 +72,9 @@ def worker_pids(folder) -> list[int]:
 def started(command: list[str], **options):
     """A process that is killed at the end of the block, if it still runs, or after minutes, which ends whoever reads from it."""
     options = {"env": ENV, "cwd": ROOT} | options
-    p = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    p = subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
     limit = threading.Timer(240, p.kill)
     limit.start()
     try:
@@ -78,7 +82,9 @@ def started(command: list[str], **options):
     finally:
         limit.cancel()
         p.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # somebody it left behind has its output
+        with contextlib.suppress(
+            subprocess.TimeoutExpired
+        ):  # somebody it left behind has its output
             p.communicate(timeout=10)
 
 
@@ -102,11 +108,15 @@ def gone(folder) -> bool:
 
 
 def result(command: list[str], **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command, text=True, capture_output=True, timeout=240, **{"env": ENV, "cwd": ROOT} | options)
+    return subprocess.run(
+        command, text=True, capture_output=True, timeout=240, **{"env": ENV, "cwd": ROOT} | options
+    )
 
 
 def launched(folder, action: str, *options: str) -> subprocess.CompletedProcess:
-    return result([*LAUNCH, "--nproc_per_node=2", *options, "worker.py", action, "a", "--b=c"], cwd=folder)
+    return result(
+        [*LAUNCH, "--nproc_per_node=2", *options, "worker.py", action, "a", "--b=c"], cwd=folder
+    )
 
 
 def test_output_and_environment(worker):
@@ -121,7 +131,10 @@ def test_one_that_ends_ends_the_rest(worker, action, code):
     began = time.monotonic()
     done = launched(worker, action, "--grace=1")
     assert done.returncode == code and gone(worker)
-    assert f"deepseek_jax.launch: process 1 ended with exit code {code}; stopping the others." in done.stderr.splitlines()
+    assert (
+        f"deepseek_jax.launch: process 1 ended with exit code {code}; stopping the others."
+        in done.stderr.splitlines()
+    )
     assert (worker / "signal.0").exists() == (action != "stubborn"), "SIGTERM comes first"
     assert time.monotonic() - began < 120
 
@@ -145,18 +158,25 @@ def test_the_launcher_leaves_nothing_behind(worker, number):
         assert gone(worker)
 
 
-@pytest.mark.parametrize("arguments, text", [
-    ([], "the following arguments are required: program"),
-    (["--nproc_per_node=two", "x.py"], "--nproc_per_node=two is not a number"),
-    (["--nproc_per_node=0", "x.py"], "--nproc_per_node=0 is not between 1 and 4096"),
-    (["--nproc_per_node=gpu", "x.py"], "--nproc_per_node=gpu, but no GPU is visible"),
-    (["--nnodes=2", "x.py"], "--nnodes=2 needs --master_addr"),
-    (["--nnodes=1:4", "x.py"], "--nnodes: invalid int value: '1:4'"),
-    (["--nnodes=2", "--node_rank=2", "--master_addr=h", "x.py"], "--node_rank=2 is not between 0 and 1"),
-    (["--master_port=70000", "x.py"], "--master_port=70000 is not between 1 and 65535"),
-    (["--rdzv_backend=c10d", "x.py"], "unrecognized arguments: --rdzv_backend=c10d"),
-    (["nowhere.py"], "nowhere.py is not a file"),
-], ids=str)
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ([], "the following arguments are required: program"),
+        (["--nproc_per_node=two", "x.py"], "--nproc_per_node=two is not a number"),
+        (["--nproc_per_node=0", "x.py"], "--nproc_per_node=0 is not between 1 and 4096"),
+        (["--nproc_per_node=gpu", "x.py"], "--nproc_per_node=gpu, but no GPU is visible"),
+        (["--nnodes=2", "x.py"], "--nnodes=2 needs --master_addr"),
+        (["--nnodes=1:4", "x.py"], "--nnodes: invalid int value: '1:4'"),
+        (
+            ["--nnodes=2", "--node_rank=2", "--master_addr=h", "x.py"],
+            "--node_rank=2 is not between 0 and 1",
+        ),
+        (["--master_port=70000", "x.py"], "--master_port=70000 is not between 1 and 65535"),
+        (["--rdzv_backend=c10d", "x.py"], "unrecognized arguments: --rdzv_backend=c10d"),
+        (["nowhere.py"], "nowhere.py is not a file"),
+    ],
+    ids=str,
+)
 def test_bad_arguments(arguments, text, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     with pytest.raises(UserError) as error:
@@ -168,28 +188,57 @@ def test_a_bad_argument_is_one_line_and_exit_code_2():
     bad = result([*LAUNCH, "--nproc_per_node=0", "train.py"])
     assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1
     shown = result([*LAUNCH, "--help"])
-    assert shown.returncode == 0 and "--nproc_per_node" in shown.stdout and "--grace" in shown.stdout
+    assert (
+        shown.returncode == 0 and "--nproc_per_node" in shown.stdout and "--grace" in shown.stdout
+    )
 
 
 def test_environments(monkeypatch):
     monkeypatch.setattr(__main__, "visible_gpus", lambda: ["GPU-a", "GPU-b", "GPU-c", "GPU-d"])
-    hosts = __main__.parse(["--nproc-per-node=2", "--nnodes=3", "--node-rank=2", "--master-addr=h", "-m", "x"])
+    hosts = __main__.parse(
+        ["--nproc-per-node=2", "--nnodes=3", "--node-rank=2", "--master-addr=h", "-m", "x"]
+    )
     assert __main__.environments(hosts, {"CUDA_VISIBLE_DEVICES": "7,5,3,1"}) == [
-        {"JAX_COORDINATOR_ADDRESS": "h:29500", "JAX_NUM_PROCESSES": "6", "JAX_PROCESS_ID": str(i), "CUDA_VISIBLE_DEVICES": g}
-        for i, g in ((4, "7,5"), (5, "3,1"))]
-    four = __main__.environments(__main__.parse(["--nproc_per_node=gpu", "--devices_per_process=1", "-m", "x"]), {})
+        {
+            "JAX_COORDINATOR_ADDRESS": "h:29500",
+            "JAX_NUM_PROCESSES": "6",
+            "JAX_PROCESS_ID": str(i),
+            "CUDA_VISIBLE_DEVICES": g,
+        }
+        for i, g in ((4, "7,5"), (5, "3,1"))
+    ]
+    four = __main__.environments(
+        __main__.parse(["--nproc_per_node=gpu", "--devices_per_process=1", "-m", "x"]), {}
+    )
     assert [e["CUDA_VISIBLE_DEVICES"] for e in four] == ["0", "1", "2", "3"]
-    addresses = {e[name] for e in four for name in ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS")}
+    addresses = {
+        e[name]
+        for e in four
+        for name in ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS")
+    }
     assert len(addresses) == 1 and addresses.pop().startswith("127.0.0.1:")
     with pytest.raises(UserError, match="does not divide the 4 visible GPUs"):
         __main__.main(["--nproc_per_node=3", "-m", "x"])
 
 
 # Training. What a step counts does not depend on config.train.steps here, so that runs of different lengths can be compared.
-SMALL = {"model.hidden_size": 32, "model.moe_intermediate_size": 16, "model.num_hidden_layers": 1,
-         "model.first_k_dense_replace": 0, "model.num_attention_heads": 2, "model.kv_lora_rank": 16, "train.batch_size": 8,
-         "train.sequence_length": 32, "optimizer.warmup_steps": 2, "optimizer.schedule": "constant", "data.eval_fraction": 0.0,
-         "checkpoint.every_steps": 0, "log.every_steps": 1, "log.tensorboard": False, "eval.sample_tokens": 0}
+SMALL = {
+    "model.hidden_size": 32,
+    "model.moe_intermediate_size": 16,
+    "model.num_hidden_layers": 1,
+    "model.first_k_dense_replace": 0,
+    "model.num_attention_heads": 2,
+    "model.kv_lora_rank": 16,
+    "train.batch_size": 8,
+    "train.sequence_length": 32,
+    "optimizer.warmup_steps": 2,
+    "optimizer.schedule": "constant",
+    "data.eval_fraction": 0.0,
+    "checkpoint.every_steps": 0,
+    "log.every_steps": 1,
+    "log.tensorboard": False,
+    "eval.sample_tokens": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +246,21 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     for i in range(40):
-        (folder / f"{i:02d}.txt").write_text(" ".join(rng.choice(["route", "expert", "token", "mesh", "shard", "layer"], 400)))
+        (folder / f"{i:02d}.txt").write_text(
+            " ".join(rng.choice(["route", "expert", "token", "mesh", "shard", "layer"], 400))
+        )
     return folder
 
 
 def arguments(workdir, corpus, **options) -> list[str]:
     values = SMALL | {name.replace("__", "."): v for name, v in options.items()}
-    return ["train.py", "--config=configs/tiny.py", f"--workdir={workdir}", f"--config.data.path={corpus}",
-            *(f"--config.{name}={value}" for name, value in values.items())]
+    return [
+        "train.py",
+        "--config=configs/tiny.py",
+        f"--workdir={workdir}",
+        f"--config.data.path={corpus}",
+        *(f"--config.{name}={value}" for name, value in values.items()),
+    ]
 
 
 def finish(command: list[str], devices: int) -> str:
@@ -228,15 +284,25 @@ def assert_as_one_process(tmp_path_factory, corpus):
     def check(workdir) -> None:
         run = rows(workdir)
         steps = list(range(1, len(run) + 1))
-        if len(reference) < len(run):  # one run serves all tests, unless a signal was slow to arrive
+        if len(reference) < len(
+            run
+        ):  # one run serves all tests, unless a signal was slow to arrive
             folder = tmp_path_factory.mktemp("one")
-            finish([sys.executable, *arguments(folder, corpus, train__steps=max(60, len(run)), mesh__expert=8)], 8)
+            finish(
+                [
+                    sys.executable,
+                    *arguments(folder, corpus, train__steps=max(60, len(run)), mesh__expert=8),
+                ],
+                8,
+            )
             reference.update(rows(folder))
         of = lambda table, name: [table[s][name] for s in steps]
         np.testing.assert_allclose(of(run, "loss"), of(reference, "loss"), rtol=1e-5)
         np.testing.assert_allclose(of(run, "grad_norm"), of(reference, "grad_norm"), rtol=1e-4)
         assert of(run, "tokens_seen") == of(reference, "tokens_seen")
-        assert of(run, "max_violation") == of(reference, "max_violation")  # the fullest expert's count over the mean
+        assert of(run, "max_violation") == of(
+            reference, "max_violation"
+        )  # the fullest expert's count over the mean
 
     return check
 
@@ -255,10 +321,17 @@ def test_two_processes_then_one_then_two(corpus, assert_as_one_process, tmp_path
     The expert axis is inside each process at first, across both in the end.
     """
     address = f"127.0.0.1:{free_port()}"
-    by_hand = [sys.executable, *arguments(tmp_path, corpus, train__steps=100_000, mesh__expert=4),
-               f"--coordinator_address={address}", "--num_processes=2"]
+    by_hand = [
+        sys.executable,
+        *arguments(tmp_path, corpus, train__steps=100_000, mesh__expert=4),
+        f"--coordinator_address={address}",
+        "--num_processes=2",
+    ]
     env = ENV | {"JAX_NUM_CPU_DEVICES": "4"}
-    with started([*by_hand, "--process_id=0"], env=env) as first, started([*by_hand, "--process_id=1"], env=env) as second:
+    with (
+        started([*by_hand, "--process_id=0"], env=env) as first,
+        started([*by_hand, "--process_id=1"], env=env) as second,
+    ):
         wait_for_step(first, 3)
         second.send_signal(signal.SIGTERM)
         out, err = first.communicate(timeout=120)
@@ -266,9 +339,18 @@ def test_two_processes_then_one_then_two(corpus, assert_as_one_process, tmp_path
         assert "goes on from there" in out
     stopped = max(rows(tmp_path))
     assert os.listdir(tmp_path / "checkpoints") == [str(stopped)]
-    said = finish([sys.executable, *arguments(tmp_path, corpus, train__steps=stopped + 3, mesh__expert=8)], 8)
+    said = finish(
+        [sys.executable, *arguments(tmp_path, corpus, train__steps=stopped + 3, mesh__expert=8)], 8
+    )
     assert f"resuming after step {stopped}" in said
-    said = finish([*LAUNCH, "--nproc_per_node=2", *arguments(tmp_path, corpus, train__steps=stopped + 6, mesh__expert=8)], 4)
+    said = finish(
+        [
+            *LAUNCH,
+            "--nproc_per_node=2",
+            *arguments(tmp_path, corpus, train__steps=stopped + 6, mesh__expert=8),
+        ],
+        4,
+    )
     assert f"resuming after step {stopped + 3}" in said
     assert max(rows(tmp_path)) == stopped + 6
     assert_as_one_process(tmp_path)
@@ -277,8 +359,12 @@ def test_two_processes_then_one_then_two(corpus, assert_as_one_process, tmp_path
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_stopped_by_the_launcher(processes, corpus, assert_as_one_process, tmp_path):
     """By SIGUSR1, as SLURM announces the end of a job. Of four, the expert axis is across pairs of processes."""
-    command = [*LAUNCH, f"--nproc_per_node={processes}", f"--devices_per_process={8 // processes}",
-               *arguments(tmp_path, corpus, train__steps=100_000, mesh__expert=4)]
+    command = [
+        *LAUNCH,
+        f"--nproc_per_node={processes}",
+        f"--devices_per_process={8 // processes}",
+        *arguments(tmp_path, corpus, train__steps=100_000, mesh__expert=4),
+    ]
     with started(command) as p:
         wait_for_step(p, 3)
         p.send_signal(signal.SIGUSR1)
@@ -300,17 +386,37 @@ def test_processes_that_disagree(corpus, tmp_path):
 
     def run(folders, *options) -> list[str]:
         more = [*flags, f"--coordinator_address=127.0.0.1:{free_port()}"]
-        shared = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments(tmp_path / "run", "text", mesh__fsdp=2)[1:]]
+        shared = [
+            a.replace("configs/", f"{ROOT}/configs/")
+            for a in arguments(tmp_path / "run", "text", mesh__fsdp=2)[1:]
+        ]
         with contextlib.ExitStack() as stack:
-            ps = [stack.enter_context(started([sys.executable, f"{ROOT}/train.py", *shared, *more, f"--process_id={i}", *option],
-                                              cwd=tmp_path / folders[i], env=ENV | {"JAX_NUM_CPU_DEVICES": "1"}))
-                  for i, option in enumerate(options)]
+            ps = [
+                stack.enter_context(
+                    started(
+                        [
+                            sys.executable,
+                            f"{ROOT}/train.py",
+                            *shared,
+                            *more,
+                            f"--process_id={i}",
+                            *option,
+                        ],
+                        cwd=tmp_path / folders[i],
+                        env=ENV | {"JAX_NUM_CPU_DEVICES": "1"},
+                    )
+                )
+                for i, option in enumerate(options)
+            ]
             outs = [p.communicate(timeout=60) for p in ps]
         assert [p.returncode for p in ps] == [2, 2] and "".join(o for o, _ in outs) == "", outs
         return "".join(e for _, e in outs).splitlines()
 
     assert run(["here", "here"], ["--config.train.steps=10"], ["--config.train.steps=20"]) == [
         "train.py: config.train.steps differs between processes: 10 (process 0), 20 (process 1). "
-        "Give every process the same command."]
+        "Give every process the same command."
+    ]
     missing = run(["here", "there"], [], [])
-    assert len(missing) == 1 and re.match(r"train.py: process 1 \(.*\): config.data.path='.*/there/text' does not exist", missing[0])
+    assert len(missing) == 1 and re.match(
+        r"train.py: process 1 \(.*\): config.data.path='.*/there/text' does not exist", missing[0]
+    )

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.support import conversion
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
 from deepseek_jax.model.attention import blockwise, cudnn, interface
 from deepseek_jax.model.transformer import rematerialise
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
+from tests.support import conversion
 
 B, S, N, H, V, SCALE = 4, 37, 4, 6, 10, 0.4
-SEGMENTS = np.array([[1] * S, [1] * 9 + [2] * 20 + [0] * 8, [1, 2] * 18 + [1], [3] * 36 + [1]])  # the third: ids need not be contiguous
+SEGMENTS = np.array(
+    [[1] * S, [1] * 9 + [2] * 20 + [0] * 8, [1, 2] * 18 + [1], [3] * 36 + [1]]
+)  # the third: ids need not be contiguous
 
 
 def inputs(dtype=np.float32):
@@ -35,12 +37,18 @@ def reference(q, k, v, dout):
     weight /= weight.sum(-1, keepdims=True)
     dweight = np.einsum("bqnv,bknv->bnqk", dout, v)
     dscore = weight * (dweight - (weight * dweight).sum(-1, keepdims=True)) * SCALE
-    return (np.einsum("bnqk,bknv->bqnv", weight, v), np.einsum("bnqk,bknh->bqnh", dscore, k), np.einsum("bnqk,bqnh->bknh", dscore, q),
-            np.einsum("bnqk,bqnv->bknv", weight, dout))
+    return (
+        np.einsum("bnqk,bknv->bqnv", weight, v),
+        np.einsum("bnqk,bknh->bqnh", dscore, k),
+        np.einsum("bnqk,bqnh->bknh", dscore, q),
+        np.einsum("bnqk,bqnv->bknv", weight, dout),
+    )
 
 
 def ours(q, k, v, dout, segments):
-    out, back = jax.vjp(lambda q, k, v: interface.causal_attention(q, k, v, segments, SCALE), q, k, v)
+    out, back = jax.vjp(
+        lambda q, k, v: interface.causal_attention(q, k, v, segments, SCALE), q, k, v
+    )
     return (out, *back(dout))
 
 
@@ -59,7 +67,9 @@ def test_results_and_gradients(sizes, monkeypatch):
     monkeypatch.setattr(interface, "_sizes", lambda length: blockwise.Sizes(*SIZES[sizes]))
     arrays = inputs()
     actual = conversion.jit(ours)(*arrays, jnp.asarray(SEGMENTS))
-    for name, a, expected in zip(("out", "dq", "dk", "dv"), actual, reference(*arrays), strict=True):
+    for name, a, expected in zip(
+        ("out", "dq", "dk", "dv"), actual, reference(*arrays), strict=True
+    ):
         conversion.assert_close(a, expected, what=name)
 
 
@@ -67,7 +77,9 @@ def test_bfloat16(monkeypatch):
     monkeypatch.setattr(interface, "_sizes", lambda length: blockwise.Sizes(8, 8 * S * 4))
     arrays = inputs(jnp.bfloat16)
     actual = conversion.jit(ours)(*arrays, jnp.asarray(SEGMENTS))
-    for name, a, expected in zip(("out", "dq", "dk", "dv"), actual, reference(*arrays), strict=True):
+    for name, a, expected in zip(
+        ("out", "dq", "dk", "dv"), actual, reference(*arrays), strict=True
+    ):
         assert a.dtype == jnp.bfloat16
         conversion.assert_close(a, expected, 2e-2, name)
 
@@ -75,13 +87,21 @@ def test_bfloat16(monkeypatch):
 def test_on_a_mesh(monkeypatch):
     """Sequences over data, fsdp and expert, heads over tensor: the same numbers, in the same layout, without communication."""
     monkeypatch.setattr(interface, "_sizes", lambda length: blockwise.Sizes(3, 3 * S))
-    config = Config(model=ModelConfig(num_attention_heads=N, n_routed_experts=4), mesh=MeshConfig(fsdp=2, expert=2, tensor=2))
+    config = Config(
+        model=ModelConfig(num_attention_heads=N, n_routed_experts=4),
+        mesh=MeshConfig(fsdp=2, expert=2, tensor=2),
+    )
     with jax.set_mesh(make_mesh(config)):
         layout = P(BATCH_AXES, None, "tensor", None)
         arrays = [jax.device_put(np.asarray(a), layout) for a in inputs()]
-        program = conversion.jit(ours).lower(*arrays, jax.device_put(SEGMENTS, P(BATCH_AXES))).compile()
+        program = (
+            conversion.jit(ours).lower(*arrays, jax.device_put(SEGMENTS, P(BATCH_AXES))).compile()
+        )
         actual = program(*arrays, jax.device_put(SEGMENTS, P(BATCH_AXES)))
-    assert not any(name in program.as_text() for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+    assert not any(
+        name in program.as_text()
+        for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+    )
     for a, expected in zip(actual, reference(*inputs()), strict=True):
         assert a.sharding.spec == layout
         conversion.assert_close(a, expected)
@@ -91,7 +111,12 @@ def test_on_a_mesh(monkeypatch):
 def test_rematerialised(remat, times):
     """What is saved under the name "attention" is enough: forward does not run again."""
     q, k, v, _ = inputs()
-    f = rematerialise(lambda q, k, v: jnp.sum(jnp.sin(interface.causal_attention(q, k, v, jnp.asarray(SEGMENTS), SCALE))), remat)
+    f = rematerialise(
+        lambda q, k, v: jnp.sum(
+            jnp.sin(interface.causal_attention(q, k, v, jnp.asarray(SEGMENTS), SCALE))
+        ),
+        remat,
+    )
     program = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2))).lower(q, k, v).as_text()
     assert program.count("stablehlo.exponential") == times
 
@@ -102,9 +127,17 @@ def test_memory_is_linear_in_the_length():
     def temporaries(length):
         shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
         q, v = shape(1, length, 2, 8), shape(1, length, 2, 6)
-        f = lambda q, k, v, dout, segments: jax.vjp(lambda *a: interface.causal_attention(*a, segments, SCALE), q, k, v)[1](dout)
+        f = lambda q, k, v, dout, segments: jax.vjp(
+            lambda *a: interface.causal_attention(*a, segments, SCALE), q, k, v
+        )[1](dout)
         segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        return conversion.jit(f).lower(q, q, v, v, segments).compile().memory_analysis().temp_size_in_bytes
+        return (
+            conversion.jit(f)
+            .lower(q, q, v, v, segments)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     short, long = temporaries(4096), temporaries(8192)
     assert long <= 1.1 * 2 * short
@@ -115,12 +148,16 @@ def refused(*_):
     raise RuntimeError("No valid engine configs\nand more")
 
 
-@pytest.mark.parametrize("version, capability, probe, said", [
-    (None, (9, 0), None, "JAX finds no cuDNN"),
-    (90701, (9, 0), None, "it needs cuDNN 9.10 or newer, and this is 9.7"),
-    (91002, (8, 9), None, "compute capability 9.0 or newer, and this one has 8.9"),
-    (91002, (10, 0), refused, "a first call fails (RuntimeError: No valid engine configs)"),
-    (91002, (9, 0), lambda *_: None, None)])
+@pytest.mark.parametrize(
+    "version, capability, probe, said",
+    [
+        (None, (9, 0), None, "JAX finds no cuDNN"),
+        (90701, (9, 0), None, "it needs cuDNN 9.10 or newer, and this is 9.7"),
+        (91002, (8, 9), None, "compute capability 9.0 or newer, and this one has 8.9"),
+        (91002, (10, 0), refused, "a first call fails (RuntimeError: No valid engine configs)"),
+        (91002, (9, 0), lambda *_: None, None),
+    ],
+)
 def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsys):
     """Version, chip and a first call are asked for on a GPU; where one is wrong, attention is the blocks',
     after one line."""
@@ -135,10 +172,12 @@ def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsy
         if said:
             monkeypatch.setattr(cudnn, "forward", None)  # is not asked
             q, k, v, dout = inputs(jnp.bfloat16)
-            f = lambda method: interface.causal_attention(q, k, v, jnp.ones((B, S), jnp.int32), SCALE, method)
-            assert str(jax.make_jaxpr(f, static_argnums=0)("cudnn")) == str(jax.make_jaxpr(f,
-                                                            static_argnums=0)("blocks")).replace("blocks",
-                                                            "cudnn")
+            f = lambda method: interface.causal_attention(
+                q, k, v, jnp.ones((B, S), jnp.int32), SCALE, method
+            )
+            assert str(jax.make_jaxpr(f, static_argnums=0)("cudnn")) == str(
+                jax.make_jaxpr(f, static_argnums=0)("blocks")
+            ).replace("blocks", "cudnn")
             f("cudnn"), f("cudnn")
             err = capsys.readouterr().err
             assert err.count("\n") == 1 and said in err and "in blocks instead" in err

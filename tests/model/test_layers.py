@@ -15,30 +15,53 @@ import pytest
 import torch
 from flax import nnx
 
-from tests.support import conversion
-from tests.support import reference as ref
 from deepseek_jax.config.options import ModelConfig, MoeConfig, RopeScaling
+from deepseek_jax.experts import dispatch
 from deepseek_jax.model import rope, router
 from deepseek_jax.model.attention import interface
 from deepseek_jax.model.attention.interface import MultiHeadLatentAttention
 from deepseek_jax.model.layers import MLP, Embedding, RMSNorm
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.transformer import DecoderLayer
-from deepseek_jax.experts import dispatch
 from deepseek_jax.parallel import sharding
+from tests.support import conversion
+from tests.support import reference as ref
 
 # All widths differ, so that mixing two of them up cannot go unseen.
-MODEL = ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=28, moe_intermediate_size=12, num_hidden_layers=2,
-              num_attention_heads=2, q_lora_rank=14, kv_lora_rank=11, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10,
-              first_k_dense_replace=1, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=2, n_group=4, topk_group=2)
+MODEL = ModelConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=28,
+    moe_intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    q_lora_rank=14,
+    kv_lora_rank=11,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=6,
+    v_head_dim=10,
+    first_k_dense_replace=1,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+)
 LAYER_DENSE, LAYER_MOE = 0, 1
-SEGMENTS = np.array([[1] * 13, [1] * 4 + [2] * 6 + [0] * 3])  # one document; two documents and padding
+SEGMENTS = np.array(
+    [[1] * 13, [1] * 4 + [2] * 6 + [0] * 3]
+)  # one document; two documents and padding
 POSITIONS = ref.segment_positions(SEGMENTS)
 
 
 def yarn(mscale=0.0, mscale_all_dim=0.0, factor=4.0):
-    return RopeScaling(type="yarn", factor=factor, original_max_position_embeddings=32, mscale=mscale,
-                       mscale_all_dim=mscale_all_dim)
+    return RopeScaling(
+        type="yarn",
+        factor=factor,
+        original_max_position_embeddings=32,
+        mscale=mscale,
+        mscale_all_dim=mscale_all_dim,
+    )
 
 
 def normal(*shape, seed=0):
@@ -66,8 +89,12 @@ def check(create, weights, prefix, call, reference, x, mask=None, model=MODEL):
     y, grads = evaluate(create, weights, conversion.config_of(model), prefix, call, x, cotangent)
     assert np.isfinite(y).all()
     conversion.assert_close(y[mask], reference(x, weights)[mask], what="output")
-    weights = {name: weights[name] for name in grads if name != "x"} | {n: w for n, w in weights.items() if n.endswith("bias")}
-    conversion.assert_gradients(lambda w: float(np.sum(reference(w["x"], w) * cotangent)), weights | {"x": x}, grads)
+    weights = {name: weights[name] for name in grads if name != "x"} | {
+        n: w for n, w in weights.items() if n.endswith("bias")
+    }
+    conversion.assert_gradients(
+        lambda w: float(np.sum(reference(w["x"], w) * cotangent)), weights | {"x": x}, grads
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ small parts
@@ -75,7 +102,10 @@ def check(create, weights, prefix, call, reference, x, mask=None, model=MODEL):
 
 @pytest.mark.parametrize("eps", [1e-6, 0.03])
 def test_rms_norm(eps):
-    x, w = normal(2, 5, 16) * 3, {"weight": 0.5 + np.random.default_rng(1).random(16).astype(np.float32)}
+    x, w = (
+        normal(2, 5, 16) * 3,
+        {"weight": 0.5 + np.random.default_rng(1).random(16).astype(np.float32)},
+    )
     create = lambda: RMSNorm(16, eps, nnx.Rngs(0))
     check(create, w, "", lambda norm, x: norm(x), lambda x, w: ref.rms_norm(x, w["weight"], eps), x)
 
@@ -85,10 +115,14 @@ def test_rms_norm_takes_statistics_in_float32():
     config, x = conversion.config_of(MODEL), jnp.asarray(normal(4, 16) * 100, jnp.bfloat16)
     w = 0.5 + np.random.default_rng(1).random(16).astype(np.float32)
     with conversion.on_mesh(config):
-        norm, params, bias = conversion.load(lambda: RMSNorm(16, 1e-6, nnx.Rngs(0)), {"weight": w}, config)
+        norm, params, bias = conversion.load(
+            lambda: RMSNorm(16, 1e-6, nnx.Rngs(0)), {"weight": w}, config
+        )
         y = norm(params, bias)(jax.device_put(x, jax.P()))
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(y, np.float64), ref.rms_norm(np.asarray(x, np.float64), w, 1e-6), rtol=2**-8)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), ref.rms_norm(np.asarray(x, np.float64), w, 1e-6), rtol=2**-8
+    )
 
 
 def test_mlp():
@@ -102,13 +136,17 @@ def test_embedding():
     table, c = normal(MODEL.vocab_size, 16), normal(2, 7, 16, seed=1)
     config = conversion.config_of(MODEL)
     with conversion.on_mesh(config):
-        embed, params, bias = conversion.load(lambda: Embedding(MODEL, nnx.Rngs(0)), {"weight": table}, config)
+        embed, params, bias = conversion.load(
+            lambda: Embedding(MODEL, nnx.Rngs(0)), {"weight": table}, config
+        )
 
         def f(params, ids, c):
             y = embed(params, bias)(ids, jnp.float32)
             return jnp.sum(y * c), y
 
-        (_, y), grads = conversion.jit(jax.value_and_grad(f, has_aux=True))(params, conversion.put(ids), conversion.put(c))
+        (_, y), grads = conversion.jit(jax.value_and_grad(f, has_aux=True))(
+            params, conversion.put(ids), conversion.put(c)
+        )
     np.testing.assert_array_equal(y, table[ids])
     expected = np.zeros_like(table, np.float64)
     np.add.at(expected, ids, c)
@@ -137,7 +175,9 @@ def test_rope_tables_and_softmax_scale(scaling):
     np.testing.assert_allclose(rope.inverse_frequencies(model), frequencies, rtol=1e-14)
     assert abs(rope.softmax_scale(model) - ref.softmax_scale(model)) < 1e-15
     positions = np.array([[0, 1, 2, 31, 32, 127, 4095]])
-    for actual, expected in zip(rope.rope_tables(model, jnp.asarray(positions)), ref.rope_tables(model, positions[0])):
+    for actual, expected in zip(
+        rope.rope_tables(model, jnp.asarray(positions)), ref.rope_tables(model, positions[0])
+    ):
         # An angle of a radians is known to a * 2^-23 in float32 (frequency and product are rounded), and cos as well as sin
         # move by no more than that; 2^-22 for their own rounding.
         bound = scale * (positions[0][:, None] * frequencies * 2.0**-23 + 2.0**-22)
@@ -150,18 +190,27 @@ def test_apply_rope(interleave):
     x, c = normal(2, 13, 3, 6), normal(2, 13, 3, 6, seed=1)
     tables = [ref.rope_tables(MODEL, p) for p in POSITIONS]
     cos, sin = (np.stack([t[i] for t in tables]).astype(np.float32) for i in (0, 1))
-    y, back = jax.vjp(lambda x: rope.apply_rope(x, jnp.asarray(cos), jnp.asarray(sin), interleave), jnp.asarray(x))
+    y, back = jax.vjp(
+        lambda x: rope.apply_rope(x, jnp.asarray(cos), jnp.asarray(sin), interleave), jnp.asarray(x)
+    )
     for b in range(2):
         conversion.assert_close(y[b], ref.apply_rope(x[b], *tables[b], interleave))
-        conversion.assert_close(back(jnp.asarray(c))[0][b], ref.apply_rope(c[b], tables[b][0], -tables[b][1], interleave))
+        conversion.assert_close(
+            back(jnp.asarray(c))[0][b],
+            ref.apply_rope(c[b], tables[b][0], -tables[b][1], interleave),
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- attention
 
 ATTENTION = {
     "plain": MODEL,
-    "no q_lora, halves, yarn": conversion.smaller(MODEL, q_lora_rank=None, rope_interleave=False, rope_scaling=yarn(0.707, 0.707)),
-    "yarn both": conversion.smaller(MODEL, rope_scaling=yarn(1.3, 0.6), rms_norm_eps=0.03),  # the inner norms keep 1e-6
+    "no q_lora, halves, yarn": conversion.smaller(
+        MODEL, q_lora_rank=None, rope_interleave=False, rope_scaling=yarn(0.707, 0.707)
+    ),
+    "yarn both": conversion.smaller(
+        MODEL, rope_scaling=yarn(1.3, 0.6), rms_norm_eps=0.03
+    ),  # the inner norms keep 1e-6
 }
 
 
@@ -186,8 +235,13 @@ def test_attention(name, block, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------- router
 
 V3 = conversion.smaller(MODEL, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2)
-V2 = conversion.smaller(V3, scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False,
-                    routed_scaling_factor=16.0)
+V2 = conversion.smaller(
+    V3,
+    scoring_func="softmax",
+    topk_method="group_limited_greedy",
+    norm_topk_prob=False,
+    routed_scaling_factor=16.0,
+)
 ROUTERS = {
     "v3": V3,
     "v3, one group": conversion.smaller(V3, n_group=1, topk_group=1),
@@ -196,7 +250,9 @@ ROUTERS = {
     "v3, softmax": conversion.smaller(V3, scoring_func="softmax"),
     "v2": V2,
     "v2, one group kept": conversion.smaller(V2, topk_group=1),
-    "v2-lite": conversion.smaller(V2, topk_method="greedy", n_group=1, topk_group=1, routed_scaling_factor=1.0),
+    "v2-lite": conversion.smaller(
+        V2, topk_method="greedy", n_group=1, topk_group=1, routed_scaling_factor=1.0
+    ),
     "v2, greedy ignores groups": conversion.smaller(V2, topk_method="greedy", norm_topk_prob=True),
 }
 
@@ -209,7 +265,10 @@ def jit_route(model):
 def bias_of(model, seed, shift=0.0):
     """A selection bias, or zeros for methods without one."""
     rng = np.random.default_rng(seed)
-    return ((rng.standard_normal(model.n_routed_experts) * 0.2 + shift) * (model.topk_method == "noaux_tc")).astype(np.float32)
+    return (
+        (rng.standard_normal(model.n_routed_experts) * 0.2 + shift)
+        * (model.topk_method == "noaux_tc")
+    ).astype(np.float32)
 
 
 def check_route(x, gate, bias, model):
@@ -227,7 +286,9 @@ def test_router(name, shift):
     """With biased scores all below 0, experts of other groups stay out (minus infinity, not 0)."""
     model, gate = ROUTERS[name], normal(12, 16, seed=1) / 4
     x, bias = normal(80, 16, seed=2), bias_of(model, 3, shift)
-    x = x[ref.routing_margin(x, gate, bias, model) > 1e-4][:48]  # tokens whose choice no rounding changes
+    x = x[ref.routing_margin(x, gate, bias, model) > 1e-4][
+        :48
+    ]  # tokens whose choice no rounding changes
     assert len(x) == 48
     check_route(x, gate, bias, model)
 
@@ -240,7 +301,9 @@ def test_router_takes_the_lower_index_of_equal_scores(name):
     ours = jit_route(model)(jnp.asarray(x), jnp.asarray(gate.T), jnp.zeros(12)).expert_TK
     np.testing.assert_array_equal(ours, [[0, 1, 2]] * 2)
     for seed in range(4):
-        bias = np.random.default_rng(seed).integers(-1, 2, 12) / 4 * (model.topk_method == "noaux_tc")
+        bias = (
+            np.random.default_rng(seed).integers(-1, 2, 12) / 4 * (model.topk_method == "noaux_tc")
+        )
         check_route(x, gate, bias.astype(np.float32), model)
 
 
@@ -258,7 +321,10 @@ def torch_moe(weights, x_BSD, chosen_BSK, valid_BS, model):
     E, k = model.n_routed_experts, model.num_experts_per_tok
 
     def swiglu(x, name):
-        gate, up = x @ weights[f"mlp.{name}.gate_proj.weight"].T, x @ weights[f"mlp.{name}.up_proj.weight"].T
+        gate, up = (
+            x @ weights[f"mlp.{name}.gate_proj.weight"].T,
+            x @ weights[f"mlp.{name}.up_proj.weight"].T,
+        )
         return (torch.nn.functional.silu(gate) * up) @ weights[f"mlp.{name}.down_proj.weight"].T
 
     logits = x_BSD @ weights["mlp.gate.weight"].T
@@ -282,12 +348,24 @@ def expected_moe(weights, x, bias, valid, model, c):
     """-> (outputs of torch_moe, {name: gradient of `with_cotangent`}, counts [E], chosen); the reference chooses the experts."""
     _, chosen, _ = ref.route(x.reshape(-1, x.shape[-1]), weights["mlp.gate.weight"], bias, model)
     chosen = chosen.reshape(*x.shape[:-1], -1)
-    leaves = {name: torch.tensor(w, dtype=torch.float64, requires_grad=True) for name, w in (weights | {"x": x}).items()}
+    leaves = {
+        name: torch.tensor(w, dtype=torch.float64, requires_grad=True)
+        for name, w in (weights | {"x": x}).items()
+    }
     out = torch_moe(leaves, leaves["x"], chosen, valid, model)
     with_cotangent(out, [torch.tensor(a, dtype=torch.float64) for a in c], torch.sum).backward()
-    grads = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items() if not name.endswith("bias")}
+    grads = {
+        name: torch.zeros_like(t) if t.grad is None else t.grad
+        for name, t in leaves.items()
+        if not name.endswith("bias")
+    }
     grads = {name: g.numpy() for name, g in grads.items()}
-    return [t.detach().numpy() for t in out], grads, ref.expert_counts(chosen, valid, model.n_routed_experts), chosen
+    return (
+        [t.detach().numpy() for t in out],
+        grads,
+        ref.expert_counts(chosen, valid, model.n_routed_experts),
+        chosen,
+    )
 
 
 def with_cotangent(out, c, total):
@@ -299,12 +377,16 @@ def with_cotangent(out, c, total):
 @functools.cache
 def moe_on(model, mesh, capacity_factor):
     """-> (config, jitted (params, bias, x, valid, c) -> (outputs, stats, (dparams, dx)))."""
-    config = conversion.config_of(model, moe=MoeConfig(capacity_factor=capacity_factor), **MESHES[mesh])
+    config = conversion.config_of(
+        model, moe=MoeConfig(capacity_factor=capacity_factor), **MESHES[mesh]
+    )
     graphdef = nnx.split(nnx.eval_shape(lambda: MoE(model, config.moe, nnx.Rngs(0))))[0]
 
     def f(params, x, bias, valid, c):
         y, stats = nnx.merge(graphdef, params, bias)(x, valid)
-        return with_cotangent((y, stats.sequence_balance, stats.score_sum, stats.z_sum), c, jnp.sum), (y, stats)
+        return with_cotangent(
+            (y, stats.sequence_balance, stats.score_sum, stats.z_sum), c, jnp.sum
+        ), (y, stats)
 
     return config, conversion.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
 
@@ -313,15 +395,21 @@ def check_moe(model, mesh, capacity_factor, weights, x, bias, valid):
     """One batch through the layer on a mesh: results, statistics, rounds, gradients and where they lie."""
     config, run = moe_on(model, mesh, capacity_factor)
     c = normal(*x.shape, seed=5), normal(model.n_routed_experts, seed=6)
-    weights = weights | ({"mlp.gate.e_score_correction_bias": bias} if model.topk_method == "noaux_tc" else {})
+    weights = weights | (
+        {"mlp.gate.e_score_correction_bias": bias} if model.topk_method == "noaux_tc" else {}
+    )
     out, grads, counts, chosen = expected_moe(weights, x, bias, valid, model, c)
     y, ref_counts, _ = ref.moe(x[valid], weights, model)
     conversion.assert_close(out[0][valid], y, 1e-12)  # torch's layer is the reference's
     np.testing.assert_array_equal(counts, ref_counts)
     with conversion.on_mesh(config):
-        _, params, biases = conversion.load(lambda: MoE(model, config.moe, nnx.Rngs(0)), weights, config, "mlp.")
+        _, params, biases = conversion.load(
+            lambda: MoE(model, config.moe, nnx.Rngs(0)), weights, config, "mlp."
+        )
         c = conversion.put(c[0]), jnp.asarray(c[1])
-        (_, (y, stats)), (dparams, dx) = run(params, conversion.put(x), biases, conversion.put(valid), c)
+        (_, (y, stats)), (dparams, dx) = run(
+            params, conversion.put(x), biases, conversion.put(valid), c
+        )
     ours = dict(y=y, balance=stats.sequence_balance, score_sum=stats.score_sum, z_sum=stats.z_sum)
     for (name, actual), expected in zip(ours.items(), out, strict=True):
         conversion.assert_close(actual, expected, what=name)
@@ -330,15 +418,23 @@ def check_moe(model, mesh, capacity_factor, weights, x, bias, valid):
     # has all experts.
     devices = math.prod(MESHES[mesh].values())
     tokens = x.shape[0] // devices * x.shape[1]
-    slots = dispatch.slots_per_round(tokens, model.num_experts_per_tok, model.n_routed_experts, capacity_factor)
+    slots = dispatch.slots_per_round(
+        tokens, model.num_experts_per_tok, model.n_routed_experts, capacity_factor
+    )
     parts = zip(np.split(chosen, devices), np.split(valid, devices))
-    fullest = max(ref.expert_counts(part, mask, model.n_routed_experts).max() for part, mask in parts)
-    assert int(stats.load.rounds) == (math.ceil(fullest / slots) if MESHES[mesh].get("expert", 1) > 1 else fullest > 0)
+    fullest = max(
+        ref.expert_counts(part, mask, model.n_routed_experts).max() for part, mask in parts
+    )
+    assert int(stats.load.rounds) == (
+        math.ceil(fullest / slots) if MESHES[mesh].get("expert", 1) > 1 else fullest > 0
+    )
     ours = conversion.names_of(dparams, "mlp.") | {"x": np.asarray(dx)}
     assert set(ours) == set(grads)
     for name in grads:  # an expert that got no token has a gradient of exactly 0
         conversion.assert_close(ours[name], grads[name], what=f"gradient of {name}")
-    jax.tree.map(lambda g, p: np.testing.assert_equal(g.sharding.spec, p.sharding.spec), dparams, params)
+    jax.tree.map(
+        lambda g, p: np.testing.assert_equal(g.sharding.spec, p.sharding.spec), dparams, params
+    )
     for leaf in jax.tree.leaves(stats):  # the same on every device
         assert all(np.array_equal(s.data, leaf) for s in leaf.addressable_shards)
     return int(stats.load.rounds)
@@ -349,7 +445,9 @@ def moe_case(model, seed=0):
     weights = ref.layer_weights(conversion.random_weights(model, seed), LAYER_MOE)
     weights = {n: w for n, w in weights.items() if n.startswith("mlp.") and not n.endswith("bias")}
     x, bias = normal(2000, 16, seed=seed + 1), bias_of(model, seed + 2)
-    x = x[ref.routing_margin(x, weights["mlp.gate.weight"], bias, model) > 1e-4][: SEQUENCES * LENGTH]
+    x = x[ref.routing_margin(x, weights["mlp.gate.weight"], bias, model) > 1e-4][
+        : SEQUENCES * LENGTH
+    ]
     return weights, x.reshape(SEQUENCES, LENGTH, 16), bias
 
 
@@ -372,11 +470,30 @@ def test_experts(mesh, capacity_factor):
 
 
 EXPERTS = {
-    "v2": (conversion.smaller(MODEL, scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False), "1x2x2"),
-    "every expert chosen": (conversion.smaller(MODEL, n_routed_experts=4, num_experts_per_tok=4, n_group=1, topk_group=1), "2x1x4"),
+    "v2": (
+        conversion.smaller(
+            MODEL, scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False
+        ),
+        "1x2x2",
+    ),
+    "every expert chosen": (
+        conversion.smaller(
+            MODEL, n_routed_experts=4, num_experts_per_tok=4, n_group=1, topk_group=1
+        ),
+        "2x1x4",
+    ),
     # Normalised, one expert's weight would be the constant 1 and the router's gradient rounding noise around 0.
-    "one expert": (conversion.smaller(MODEL, n_routed_experts=1, num_experts_per_tok=1, n_group=1, topk_group=1,
-                                  norm_topk_prob=False), "1x1x1"),
+    "one expert": (
+        conversion.smaller(
+            MODEL,
+            n_routed_experts=1,
+            num_experts_per_tok=1,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=False,
+        ),
+        "1x1x1",
+    ),
     "no shared experts": (conversion.smaller(MODEL, n_shared_experts=0), "1x2x2"),
 }
 
@@ -405,10 +522,17 @@ def test_decoder_layer(layer):
     weights = ref.layer_weights(conversion.random_weights(MODEL, 0), layer)
 
     def ours(block, x):
-        return block(x, rope.rope_tables(MODEL, conversion.put(POSITIONS)), conversion.put(SEGMENTS))[0]
+        return block(
+            x, rope.rope_tables(MODEL, conversion.put(POSITIONS)), conversion.put(SEGMENTS)
+        )[0]
 
     def reference(x, w):
-        return np.stack([ref.decoder_layer(x[b], w, MODEL, dense, POSITIONS[b], SEGMENTS[b])[0] for b in range(2)])
+        return np.stack(
+            [
+                ref.decoder_layer(x[b], w, MODEL, dense, POSITIONS[b], SEGMENTS[b])[0]
+                for b in range(2)
+            ]
+        )
 
     create = lambda: DecoderLayer(MODEL, MoeConfig(), not dense, nnx.Rngs(0))
     check(create, weights, "", ours, reference, normal(2, 13, 16), SEGMENTS > 0)
@@ -422,13 +546,20 @@ def test_multi_token_prediction():
     ids = np.random.default_rng(3).integers(0, model.vocab_size, SEGMENTS.shape)
     expected = ref.batch(ids, weights, model, POSITIONS, SEGMENTS)
     masks = [SEGMENTS > 0] + [m.valid for m in expected.mtp]
-    assert [int(m.sum()) for m in masks] == [23, 20, 17]  # three documents, each loses its last token at every depth
+    assert [int(m.sum()) for m in masks] == [
+        23,
+        20,
+        17,
+    ]  # three documents, each loses its last token at every depth
     c = [normal(*SEGMENTS.shape, 16, seed=i) * mask[..., None] for i, mask in enumerate(masks)]
     config = conversion.config_of(model)
     with conversion.on_mesh(config):
         batch = {k: conversion.put(a) for k, a in conversion.batch_of(ids, SEGMENTS).items()}
         params, bias = conversion.to_state(weights, model)
-        params, bias = conversion.place(params, config), conversion.place(bias, config, sharding.COMPUTE_RULES)
+        params, bias = (
+            conversion.place(params, config),
+            conversion.place(bias, config, sharding.COMPUTE_RULES),
+        )
         make = conversion.model_of(config)
 
         def f(params, bias, batch, c):
@@ -443,18 +574,33 @@ def test_multi_token_prediction():
     outputs = [expected, *expected.mtp]
     for depth, mask in enumerate(masks):
         assert np.isfinite(np.asarray(hidden[depth])).all()
-        conversion.assert_close(np.asarray(hidden[depth])[mask], outputs[depth].hidden[mask], what=f"hidden of depth {depth}")
-        conversion.assert_close(np.asarray(logits[depth])[mask], outputs[depth].logits[mask], what=f"logits of depth {depth}")
+        conversion.assert_close(
+            np.asarray(hidden[depth])[mask],
+            outputs[depth].hidden[mask],
+            what=f"hidden of depth {depth}",
+        )
+        conversion.assert_close(
+            np.asarray(logits[depth])[mask],
+            outputs[depth].logits[mask],
+            what=f"logits of depth {depth}",
+        )
     routing = [*expected.routing, *(m.routing for m in expected.mtp)]
-    counts = [ref.expert_counts(r.chosen, mask, model.n_routed_experts) for r, mask in zip(routing, masks, strict=True)]
+    counts = [
+        ref.expert_counts(r.chosen, mask, model.n_routed_experts)
+        for r, mask in zip(routing, masks, strict=True)
+    ]
     np.testing.assert_array_equal(stats.load.expert_counts, counts)
 
     def reference(w):
         out = ref.batch(ids, w, model, POSITIONS, SEGMENTS)
-        return float(sum(np.sum(h * ci) for h, ci in zip([out.hidden, *(m.hidden for m in out.mtp)], c)))
+        return float(
+            sum(np.sum(h * ci) for h, ci in zip([out.hidden, *(m.hidden for m in out.mtp)], c))
+        )
 
     ours = conversion.to_hf(grads, model)
     del ours["lm_head.weight"]  # the hidden states do not depend on it
     # Experts of one layer together: a third of the time. 2e-5, as these gradients come back through three MoE layers of large
     # weights (measured: 5e-6).
-    conversion.assert_gradients(reference, weights, ours, 2e-5, group=lambda name: re.sub(r"experts\.\d+", "experts", name))
+    conversion.assert_gradients(
+        reference, weights, ours, 2e-5, group=lambda name: re.sub(r"experts\.\d+", "experts", name)
+    )

@@ -16,8 +16,6 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.support import conversion
-from tests.support import reference as ref
 from deepseek_jax.config.options import (
     Config,
     MeshConfig,
@@ -28,33 +26,57 @@ from deepseek_jax.config.options import (
     TrainConfig,
 )
 from deepseek_jax.model.layers import Linear, param
+from deepseek_jax.objectives import pretrain
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
-from deepseek_jax.objectives import pretrain
 from deepseek_jax.train import state, step
+from tests.support import conversion
+from tests.support import reference as ref
 
-MODEL = ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=28, moe_intermediate_size=12, num_hidden_layers=1,
-              num_attention_heads=2, q_lora_rank=14, kv_lora_rank=11, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10,
-              first_k_dense_replace=0,
-              n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, num_nextn_predict_layers=2, aux_loss_alpha=0.02)
+MODEL = ModelConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=28,
+    moe_intermediate_size=12,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    q_lora_rank=14,
+    kv_lora_rank=11,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=6,
+    v_head_dim=10,
+    first_k_dense_replace=0,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    num_nextn_predict_layers=2,
+    aux_loss_alpha=0.02,
+)
 UNBALANCED = dataclasses.replace(MODEL, aux_loss_alpha=0.0)  # no loss but the tokens'
 MOE = MoeConfig(router_z_loss_coef=0.01, bias_update_rate=0.01)
 ROWS, LENGTH, MTP_WEIGHT = 4, 12, 0.3
 # Rows of very unequal content, so that a mean of micro-batch means would differ: one document that goes on after the row, two
 # documents and padding, nothing but padding, three documents of which the last has one token.
-SEGMENTS = np.array([[1] * 13, [1] * 5 + [2] * 3 + [0] * 5, [0] * 13, [1] * 7 + [2] * 4 + [3] + [4]])
+SEGMENTS = np.array(
+    [[1] * 13, [1] * 5 + [2] * 3 + [0] * 5, [0] * 13, [1] * 7 + [2] * 4 + [3] + [4]]
+)
 IDS = np.random.default_rng(0).integers(0, MODEL.vocab_size, SEGMENTS.shape)
 
 
 def batch_rows() -> dict[str, np.ndarray]:
     """What the loader makes of rows of LENGTH + 1 tokens."""
-    return {k: a[:, :LENGTH].astype(np.int32) for k, a in conversion.batch_of(IDS, SEGMENTS).items()}
+    return {
+        k: a[:, :LENGTH].astype(np.int32) for k, a in conversion.batch_of(IDS, SEGMENTS).items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- single losses
 
 
-@pytest.mark.parametrize("chunk", [1024, 5])  # 26 tokens, or 13 of each of two devices: one chunk; chunks of 5 and a rest
+@pytest.mark.parametrize(
+    "chunk", [1024, 5]
+)  # 26 tokens, or 13 of each of two devices: one chunk; chunks of 5 and a rest
 @pytest.mark.parametrize("mesh", [{}, dict(fsdp=2), dict(fsdp=2, tensor=2)], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 def test_cross_entropy_in_chunks(chunk, mesh, tied, monkeypatch):
@@ -70,16 +92,25 @@ def test_cross_entropy_in_chunks(chunk, mesh, tied, monkeypatch):
 
     def f(hidden, weight, targets):
         head = nnx.Param(weight, out_sharding=axes, eager_sharding=False)
-        net = types.SimpleNamespace(head=head, model=conversion.smaller(MODEL, tie_word_embeddings=tied))
+        net = types.SimpleNamespace(
+            head=head, model=conversion.smaller(MODEL, tie_word_embeddings=tied)
+        )
         return pretrain.cross_entropy_sum(hidden, net, targets)
 
     with jax.set_mesh(made):
-        weight = jax.device_put(jnp.float32(kernel.T if tied else kernel), sharding.spec(axes, sharding.storage_rules(config)[0]))
-        value, (dhidden, dweight) = conversion.jit(jax.value_and_grad(f, argnums=(0, 1)))(conversion.put(hidden), weight, conversion.put(targets))
+        weight = jax.device_put(
+            jnp.float32(kernel.T if tied else kernel),
+            sharding.spec(axes, sharding.storage_rules(config)[0]),
+        )
+        value, (dhidden, dweight) = conversion.jit(jax.value_and_grad(f, argnums=(0, 1)))(
+            conversion.put(hidden), weight, conversion.put(targets)
+        )
         assert spec_of(dweight) == spec_of(weight)
     count = np.sum(targets != ref.IGNORE)
     conversion.assert_close(value, ref.cross_entropy(hidden @ kernel, targets) * count)
-    wrong = (ref.softmax(hidden @ kernel) - np.eye(40)[np.maximum(targets, 0)]) * (targets != ref.IGNORE)[..., None]
+    wrong = (ref.softmax(hidden @ kernel) - np.eye(40)[np.maximum(targets, 0)]) * (
+        targets != ref.IGNORE
+    )[..., None]
     conversion.assert_close(dhidden, wrong @ kernel.T)
     conversion.assert_close(dweight.T if tied else dweight, np.einsum("bsd,bsv->dv", hidden, wrong))
 
@@ -98,7 +129,10 @@ def test_targets_and_totals():
     for batch in (rows, split):  # with and without an axis of micro-batches
         total = pretrain.totals(batch, 3)
         assert (float(total.targets), total.mtp_targets.tolist()) == (counts[0], counts[1:])
-        assert (float(total.tokens), float(total.sequences)) == (12 + 8 + 12, 3)  # a row of padding is no sequence
+        assert (float(total.tokens), float(total.sequences)) == (
+            12 + 8 + 12,
+            3,
+        )  # a row of padding is no sequence
     assert pretrain.totals(rows, 0).mtp_targets.shape == (0,)
 
 
@@ -109,8 +143,10 @@ def reference_losses(weights, model: ModelConfig, moe: MoeConfig) -> pretrain.Lo
     """The parts of the loss of all rows, by the reference."""
     out = ref.batch(IDS, weights, model, ref.segment_positions(SEGMENTS), SEGMENTS)
     lm = ref.cross_entropy(out.logits[:, :LENGTH], ref.targets_ahead(IDS, 1, SEGMENTS)[:, :LENGTH])
-    depths = [ref.cross_entropy(m.logits[:, :LENGTH], ref.targets_ahead(IDS, ahead, SEGMENTS)[:, :LENGTH])
-              for ahead, m in enumerate(out.mtp, 2)]
+    depths = [
+        ref.cross_entropy(m.logits[:, :LENGTH], ref.targets_ahead(IDS, ahead, SEGMENTS)[:, :LENGTH])
+        for ahead, m in enumerate(out.mtp, 2)
+    ]
     some = (SEGMENTS > 0).any(axis=1)  # rows of padding count nowhere
     layers = [(r, (SEGMENTS > 0)) for r in out.routing] + [(m.routing, m.valid) for m in out.mtp]
     balance, z = [], []
@@ -120,14 +156,20 @@ def reference_losses(weights, model: ModelConfig, moe: MoeConfig) -> pretrain.Lo
         balance.append(f(routing.scores[some], routing.chosen[some], mask, model))
         z.append(ref.router_z_loss(routing.logits[some], mask))
     loss = lm + MTP_WEIGHT * np.mean(depths) + np.sum(balance) + moe.router_z_loss_coef * np.sum(z)
-    return pretrain.Losses(loss, lm, np.mean(depths), np.mean(balance) / model.aux_loss_alpha, np.mean(z))
+    return pretrain.Losses(
+        loss, lm, np.mean(depths), np.mean(balance) / model.aux_loss_alpha, np.mean(z)
+    )
 
 
 def reference_counts(weights, model: ModelConfig) -> np.ndarray:
     out = ref.batch(IDS, weights, model, ref.segment_positions(SEGMENTS), SEGMENTS)
     here = np.arange(LENGTH + 1) < LENGTH
-    layers = [(r.chosen, SEGMENTS > 0) for r in out.routing] + [(m.routing.chosen, m.valid) for m in out.mtp]
-    return np.stack([ref.expert_counts(chosen, mask & here, model.n_routed_experts) for chosen, mask in layers])
+    layers = [(r.chosen, SEGMENTS > 0) for r in out.routing] + [
+        (m.routing.chosen, m.valid) for m in out.mtp
+    ]
+    return np.stack(
+        [ref.expert_counts(chosen, mask & here, model.n_routed_experts) for chosen, mask in layers]
+    )
 
 
 def keep_gradients() -> optax.GradientTransformation:
@@ -140,7 +182,10 @@ def start(config: Config, mesh, weights, optimizer=None) -> tuple[state.Layout, 
     layout = state.make_layout(config, mesh)
     layout = layout._replace(optimizer=optimizer or layout.optimizer)
     params, bias = conversion.to_state(weights, config.model)
-    params, bias = conversion.place(params, config), conversion.place(bias, config, sharding.COMPUTE_RULES)
+    params, bias = (
+        conversion.place(params, config),
+        conversion.place(bias, config, sharding.COMPUTE_RULES),
+    )
     zero = jnp.zeros((), jnp.int32)
     return layout, state.TrainState(zero, params, bias, layout.optimizer.init(params), zero, zero)
 
@@ -150,8 +195,15 @@ def one_step(seq_aux: bool, accumulation: int):
     """-> (weights, model, gradients by name, StepMetrics, biases by name after the step) of one optimizer step on all rows."""
     # One depth of prediction where the second tells nothing new: over the batch, every layer has its own number of tokens.
     model = conversion.smaller(MODEL, seq_aux=seq_aux, num_nextn_predict_layers=1 if seq_aux else 2)
-    train = TrainConfig(dtype="float32", remat="none", batch_size=ROWS, accumulation=accumulation, sequence_length=LENGTH,
-                  mtp_loss_weight=MTP_WEIGHT, mtp_loss_weight_final=9.0)
+    train = TrainConfig(
+        dtype="float32",
+        remat="none",
+        batch_size=ROWS,
+        accumulation=accumulation,
+        sequence_length=LENGTH,
+        mtp_loss_weight=MTP_WEIGHT,
+        mtp_loss_weight_final=9.0,
+    )
     config = conversion.config_of(model, moe=MOE, train=train)
     weights = conversion.random_weights(model, 0)
     with conversion.on_mesh(config) as mesh:
@@ -159,10 +211,22 @@ def one_step(seq_aux: bool, accumulation: int):
         batch = step.put_batch(batch_rows(), config.micro_batch, mesh)
         assert batch["tokens"].shape == (accumulation, ROWS // accumulation, LENGTH)
         s, metrics = conversion.jit(step.make_train_step(config, layout), config)(s, batch)
-    return weights, model, conversion.to_hf(s.opt_state, model), jax.tree.map(np.asarray, metrics), conversion.to_hf(s.bias, model)
+    return (
+        weights,
+        model,
+        conversion.to_hf(s.opt_state, model),
+        jax.tree.map(np.asarray, metrics),
+        conversion.to_hf(s.bias, model),
+    )
 
 
-@pytest.mark.parametrize("seq_aux", [pytest.param(True, id="per sequence"), pytest.param(False, id="per batch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seq_aux",
+    [
+        pytest.param(True, id="per sequence"),
+        pytest.param(False, id="per batch", marks=pytest.mark.slow),
+    ],
+)
 def test_loss_and_gradients_match_the_reference(seq_aux):
     weights, model, grads, metrics, bias = one_step(seq_aux, 1)
     expected = reference_losses(weights, model, MOE)
@@ -173,16 +237,26 @@ def test_loss_and_gradients_match_the_reference(seq_aux):
     assert metrics.tokens == 12 + 8 + 12 and metrics.skipped_steps == 0
     names = sorted(bias, key=lambda n: [int(i) for i in re.findall(r"\d+", n)])
     for name, row in zip(names, counts, strict=True):  # the MoE layer, then the depths
-        np.testing.assert_allclose(bias[name], ref.bias_update(weights[name], row, MOE.bias_update_rate, False), atol=1e-7)
+        np.testing.assert_allclose(
+            bias[name], ref.bias_update(weights[name], row, MOE.bias_update_rate, False), atol=1e-7
+        )
     # Experts of one layer together: a third of the time.
     together = lambda name: re.sub(r"experts\.\d+", "experts", name)
-    conversion.assert_gradients(lambda w: reference_losses(w, model, MOE).loss, weights, grads, group=together)
+    conversion.assert_gradients(
+        lambda w: reference_losses(w, model, MOE).loss, weights, grads, group=together
+    )
     norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values()))
     conversion.assert_close(metrics.grad_norm, norm)
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("seq_aux", [pytest.param(True, id="per sequence"), pytest.param(False, id="per batch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seq_aux",
+    [
+        pytest.param(True, id="per sequence"),
+        pytest.param(False, id="per batch", marks=pytest.mark.slow),
+    ],
+)
 def test_accumulation_changes_nothing(seq_aux, accumulation):
     """Micro-batches of two rows or one, one of them all padding, against the whole batch at once."""
     _, _, whole, metrics, bias = one_step(seq_aux, 1)
@@ -200,8 +274,16 @@ def test_accumulation_changes_nothing(seq_aux, accumulation):
 @pytest.mark.slow
 def test_mtp_weight_switches():
     """The second weight from the first step after mtp_switch_fraction of the steps; evaluation has the main head only."""
-    train = TrainConfig(steps=10, dtype="float32", remat="none", batch_size=ROWS, sequence_length=LENGTH, mtp_loss_weight=0.3,
-                  mtp_loss_weight_final=0.1, mtp_switch_fraction=0.5)
+    train = TrainConfig(
+        steps=10,
+        dtype="float32",
+        remat="none",
+        batch_size=ROWS,
+        sequence_length=LENGTH,
+        mtp_loss_weight=0.3,
+        mtp_loss_weight_final=0.1,
+        mtp_switch_fraction=0.5,
+    )
     config = conversion.config_of(UNBALANCED, train=train)
     weights, seen = conversion.random_weights(MODEL, 0), []
 
@@ -215,9 +297,14 @@ def test_mtp_weight_switches():
         batch = step.put_batch(batch_rows(), config.micro_batch, mesh)
         for i in (0, 4, 5, 9):
             seen.append(float(run(s._replace(step=jnp.int32(i)), batch)[1].losses.loss))
-        evaluated = conversion.jit(step.make_eval_step(layout))(s.params, s.bias, {k: a[0] for k, a in batch.items()})
+        evaluated = conversion.jit(step.make_eval_step(layout))(
+            s.params, s.bias, {k: a[0] for k, a in batch.items()}
+        )
     np.testing.assert_allclose(seen, [0.3, 0.3, 0.1, 0.1], rtol=1e-6)
-    conversion.assert_close(evaluated, reference_losses(weights, MODEL, MOE).lm_loss * np.sum(batch_rows()["targets"] >= 0))
+    conversion.assert_close(
+        evaluated,
+        reference_losses(weights, MODEL, MOE).lm_loss * np.sum(batch_rows()["targets"] >= 0),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- skipped updates
@@ -229,13 +316,20 @@ def test_a_non_finite_step_changes_nothing():
 
     def token_loss(model, out, batch, total, config, mtp_weight):
         kind, w = batch["tokens"][0, 0], model.norm.weight[...]
-        zero = jnp.sum((w - jax.lax.stop_gradient(w)) ** 2)  # 0, and so is its gradient, but sqrt's at 0 is infinite
+        zero = jnp.sum(
+            (w - jax.lax.stop_gradient(w)) ** 2
+        )  # 0, and so is its gradient, but sqrt's at 0 is infinite
         value = jnp.sum(w**2) + jnp.sqrt(zero + jnp.where(kind == NAN_GRADIENT, 0.0, 1.0))
-        value = value * jnp.where(kind == NAN_LOSS, jnp.nan, jnp.where(kind == INF_LOSS, jnp.inf, 1.0))
+        value = value * jnp.where(
+            kind == NAN_LOSS, jnp.nan, jnp.where(kind == INF_LOSS, jnp.inf, 1.0)
+        )
         return value, value, value
 
-    config = conversion.config_of(UNBALANCED, train=TrainConfig(steps=10, dtype="float32", batch_size=ROWS, sequence_length=LENGTH),
-                              optimizer=OptimizerConfig(warmup_steps=4))
+    config = conversion.config_of(
+        UNBALANCED,
+        train=TrainConfig(steps=10, dtype="float32", batch_size=ROWS, sequence_length=LENGTH),
+        optimizer=OptimizerConfig(warmup_steps=4),
+    )
     with conversion.on_mesh(config) as mesh:
         layout, s0 = start(config, mesh, conversion.random_weights(MODEL, 0))
         run = conversion.jit(step.make_train_step(config, layout, token_loss), config)
@@ -251,16 +345,27 @@ def test_a_non_finite_step_changes_nothing():
             s, metrics = after(s, kind)
             assert [int(a) for a in (s.step, s.bad_steps, s.skipped_steps)] == [1 + i, i, i]
             assert [int(a) for a in (metrics.bad_steps, metrics.skipped_steps)] == [i, i]
-            assert np.isfinite(metrics.losses.loss) == (kind == NAN_GRADIENT) and not np.isfinite(metrics.grad_norm)
+            assert np.isfinite(metrics.losses.loss) == (kind == NAN_GRADIENT) and not np.isfinite(
+                metrics.grad_norm
+            )
             for name in ("params", "opt_state", "bias"):
                 jax.tree.map(np.testing.assert_array_equal, getattr(s, name), getattr(first, name))
         s, metrics = after(s, GOOD)
         direct, direct_metrics = after(first, GOOD)
-    assert [int(a) for a in (s.step, s.bad_steps, s.skipped_steps, metrics.bad_steps)] == [5, 0, 3, 0]
-    assert metrics.lr == direct_metrics.lr > lrs[0]  # the schedule counts the updates that were made
+    assert [int(a) for a in (s.step, s.bad_steps, s.skipped_steps, metrics.bad_steps)] == [
+        5,
+        0,
+        3,
+        0,
+    ]
+    assert (
+        metrics.lr == direct_metrics.lr > lrs[0]
+    )  # the schedule counts the updates that were made
     for name in ("params", "opt_state", "bias"):
         jax.tree.map(np.testing.assert_array_equal, getattr(s, name), getattr(direct, name))
-    assert not np.array_equal(s.params["norm"]["weight"][...], first.params["norm"]["weight"][...])  # good steps do move things
+    assert not np.array_equal(
+        s.params["norm"]["weight"][...], first.params["norm"]["weight"][...]
+    )  # good steps do move things
     assert not np.array_equal(*(jax.tree.leaves(t.bias)[0] for t in (s, first)))
 
 
@@ -268,25 +373,38 @@ def test_a_non_finite_step_changes_nothing():
 
 
 @pytest.mark.parametrize("centre", [False, True], ids=["", "centred"])
-@pytest.mark.parametrize("experts", [8, 12])  # 1/12 is not exact in binary: an expert at the mean load must still not move
+@pytest.mark.parametrize(
+    "experts", [8, 12]
+)  # 1/12 is not exact in binary: an expert at the mean load must still not move
 def test_bias_update(experts, centre):
-    model = conversion.smaller(MODEL, n_routed_experts=experts, num_hidden_layers=3, first_k_dense_replace=1)
+    model = conversion.smaller(
+        MODEL, n_routed_experts=experts, num_hidden_layers=3, first_k_dense_replace=1
+    )
     moe = MoeConfig(bias_update_rate=0.01, bias_centre=centre, bias_update_fraction=0.5)
     config = conversion.config_of(model, moe=moe, train=TrainConfig(steps=10, sequence_length=16))
     rng = np.random.default_rng(0)
     weights = conversion.random_weights(model, 1)
-    counts = rng.integers(0, 5, (4, experts)).astype(np.int32) * 7  # two stacked layers, two MTP depths
+    counts = (
+        rng.integers(0, 5, (4, experts)).astype(np.int32) * 7
+    )  # two stacked layers, two MTP depths
     counts[:, -1] += experts * 14 - counts.sum(axis=1)  # a mean of 14, which several experts have
     assert (counts.mean(axis=1) == 14).all() and (counts == 14).any(axis=1).all()
     bias = conversion.to_state(weights, model)[1]
     update = conversion.jit(lambda bias, counts, i: step.update_bias(bias, counts, i, config))
     moved = update(jax.tree.map(jnp.asarray, bias), jnp.asarray(counts), jnp.int32(4))
-    ours, fixed = conversion.to_hf(moved, model), conversion.to_hf(update(moved, jnp.asarray(counts), jnp.int32(5)), model)
+    ours, fixed = (
+        conversion.to_hf(moved, model),
+        conversion.to_hf(update(moved, jnp.asarray(counts), jnp.int32(5)), model),
+    )
     assert len(ours) == 4
     for layer, row in zip((1, 2, 3, 4), counts, strict=True):
         name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
-        np.testing.assert_allclose(ours[name], ref.bias_update(weights[name], row, 0.01, centre), atol=1e-7)
-        np.testing.assert_allclose(fixed[name], ours[name], atol=1e-7)  # after bias_update_fraction of the steps
+        np.testing.assert_allclose(
+            ours[name], ref.bias_update(weights[name], row, 0.01, centre), atol=1e-7
+        )
+        np.testing.assert_allclose(
+            fixed[name], ours[name], atol=1e-7
+        )  # after bias_update_fraction of the steps
 
 
 # ------------------------------------------------------------------------------------------------------------ logical axes
@@ -323,23 +441,43 @@ def test_a_parameter_without_logical_axes_is_an_error():
 @pytest.mark.parametrize("strategy", ["full_shard", "no_shard"])
 def test_gradients_keep_their_parameters_specs(strategy):
     """In the types of the traced program, where Explicit axes put them: no compilation needed."""
-    config = conversion.config_of(MODEL, fsdp=2, expert=2, sharding=ShardingConfig(strategy, min_weight_size=0))
+    config = conversion.config_of(
+        MODEL, fsdp=2, expert=2, sharding=ShardingConfig(strategy, min_weight_size=0)
+    )
     with conversion.on_mesh(config) as mesh:
         layout = state.make_layout(config, mesh)
         s = layout.abstract_sharded()
         rows = jax.NamedSharding(mesh, jax.P(BATCH_AXES))
-        batch = {k: jax.ShapeDtypeStruct((4, LENGTH), jnp.int32, sharding=rows) for k in batch_rows()}
+        batch = {
+            k: jax.ShapeDtypeStruct((4, LENGTH), jnp.int32, sharding=rows) for k in batch_rows()
+        }
 
         def loss(params, bias, batch):
             total = pretrain.totals(batch, 2)
-            return pretrain.pretraining_loss(layout.merge(params, bias), batch, total, config, jnp.float32(0.3))[0]
+            return pretrain.pretraining_loss(
+                layout.merge(params, bias), batch, total, config, jnp.float32(0.3)
+            )[0]
 
         grads = jax.eval_shape(jax.grad(loss), s.params, s.bias, batch)
-    for (path, g), p in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(s.params), strict=True):
+    for (path, g), p in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(s.params), strict=True
+    ):
         assert spec_of(g) == spec_of(p), conversion.path_of(path)
-    axes = lambda g: [a for entry in g.sharding.spec for a in ((entry,) if isinstance(entry, str) else entry or ())]
-    divided = [conversion.path_of(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if {"fsdp", "expert"} & {*axes(g)}]
-    assert all("/experts/" in name for name in divided) if strategy == "no_shard" else len(divided) > 20
+    axes = lambda g: [
+        a
+        for entry in g.sharding.spec
+        for a in ((entry,) if isinstance(entry, str) else entry or ())
+    ]
+    divided = [
+        conversion.path_of(path)
+        for path, g in jax.tree_util.tree_leaves_with_path(grads)
+        if {"fsdp", "expert"} & {*axes(g)}
+    ]
+    assert (
+        all("/experts/" in name for name in divided)
+        if strategy == "no_shard"
+        else len(divided) > 20
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ other models
@@ -347,8 +485,19 @@ def test_gradients_keep_their_parameters_specs(strategy):
 SHAPES = {  # changes, accumulation, shape of the counts
     "no experts": (dict(first_k_dense_replace=1, num_nextn_predict_layers=0), 2, (0, 0)),
     "dense with MTP": (dict(first_k_dense_replace=1), 1, (2, 8)),
-    "V2": (dict(num_hidden_layers=3, first_k_dense_replace=1, topk_method="greedy", scoring_func="softmax", seq_aux=False,
-                num_nextn_predict_layers=0, tie_word_embeddings=True), 2, (2, 8)),
+    "V2": (
+        dict(
+            num_hidden_layers=3,
+            first_k_dense_replace=1,
+            topk_method="greedy",
+            scoring_func="softmax",
+            seq_aux=False,
+            num_nextn_predict_layers=0,
+            tie_word_embeddings=True,
+        ),
+        2,
+        (2, 8),
+    ),
     "no balance loss": (dict(aux_loss_alpha=0.0, seq_aux=False), 1, (3, 8)),
 }
 
@@ -362,7 +511,9 @@ def test_the_step_keeps_the_layout_of_the_state(name):
     """Traced only: state in, the same state out, in shapes, dtypes and shardings, for models without one part or another."""
     changes, accumulation, counts = SHAPES[name]
     train = TrainConfig(batch_size=8, accumulation=accumulation, sequence_length=LENGTH)
-    config = conversion.config_of(conversion.smaller(MODEL, **changes), fsdp=2, expert=2, train=train)
+    config = conversion.config_of(
+        conversion.smaller(MODEL, **changes), fsdp=2, expert=2, train=train
+    )
     with conversion.on_mesh(config) as mesh:
         layout = state.make_layout(config, mesh)
         rows = jax.NamedSharding(mesh, jax.P(None, BATCH_AXES))
@@ -372,8 +523,12 @@ def test_the_step_keeps_the_layout_of_the_state(name):
         new, metrics = jax.eval_shape(step.make_train_step(config, layout), old, batch)
     assert metrics.load.expert_counts.shape == counts
     assert jax.tree.structure(new) == jax.tree.structure(old)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old), strict=True):
-        assert (a.shape, a.dtype, spec_of(a)) == (b.shape, b.dtype, spec_of(b)), conversion.path_of(path)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old), strict=True
+    ):
+        assert (a.shape, a.dtype, spec_of(a)) == (b.shape, b.dtype, spec_of(b)), conversion.path_of(
+            path
+        )
 
 
 @pytest.mark.slow
@@ -389,7 +544,9 @@ def test_bfloat16_gradients_are_near_those_of_float32():
         config = conversion.config_of(model, train=train)
         with conversion.on_mesh(config) as mesh:
             layout, s = start(config, mesh, weights, keep_gradients())
-            s, _ = conversion.jit(step.make_train_step(config, layout), config)(s, step.put_batch(rows, 16, mesh))
+            s, _ = conversion.jit(step.make_train_step(config, layout), config)(
+                s, step.put_batch(rows, 16, mesh)
+            )
         grads[dtype] = conversion.names_of(s.opt_state)
     for name, exact in grads["float32"].items():
         error = np.linalg.norm(np.asarray(grads["bfloat16"][name]) - exact) / np.linalg.norm(exact)

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from tests.support import conversion
-from tests.support import invariance
 from benchmarks import compression as benchmark
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import (
@@ -23,30 +22,61 @@ from deepseek_jax.config.options import (
     ShardingConfig,
     TrainConfig,
 )
+from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
+from deepseek_jax.objectives.pretrain import totals
 from deepseek_jax.parallel import compression
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import topology
-from deepseek_jax.xla import program
 from deepseek_jax.run import resume
 from deepseek_jax.train import state, step
-from deepseek_jax.objectives.pretrain import totals
-from deepseek_jax.config.validation import validate
-from tests.support import ROOT
+from deepseek_jax.xla import program
+from tests.support import ROOT, conversion, invariance
 
 METHODS = ("bfloat16", "int8")
 STEPS = 24
 # Two MoE layers. The loss falls by half in STEPS, on few sequences again and again.
-MODEL = ModelConfig(vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-              first_k_dense_replace=0, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8,
-              num_experts_per_tok=2, aux_loss_alpha=0.01, initializer_range=0.1)
+MODEL = ModelConfig(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    first_k_dense_replace=0,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    aux_loss_alpha=0.01,
+    initializer_range=0.1,
+)
 
 
-def config_of(method: str, strategy: str = "hybrid_shard", accumulation: int = 2, model: ModelConfig = MODEL, **mesh: int) -> Config:
-    train = TrainConfig(steps=STEPS, batch_size=16, sequence_length=32, dtype="float32", remat="none", accumulation=accumulation)
-    return Config(model=model, train=train, optimizer=OptimizerConfig(warmup_steps=8, learning_rate=3e-3, schedule="constant"),
-                  mesh=MeshConfig(**{"fsdp": 1, **(mesh or {"data": 2, "fsdp": 2, "expert": 2})}),
-                  sharding=ShardingConfig(strategy, min_weight_size=0, gradient_compression=method))
+def config_of(
+    method: str,
+    strategy: str = "hybrid_shard",
+    accumulation: int = 2,
+    model: ModelConfig = MODEL,
+    **mesh: int,
+) -> Config:
+    train = TrainConfig(
+        steps=STEPS,
+        batch_size=16,
+        sequence_length=32,
+        dtype="float32",
+        remat="none",
+        accumulation=accumulation,
+    )
+    return Config(
+        model=model,
+        train=train,
+        optimizer=OptimizerConfig(warmup_steps=8, learning_rate=3e-3, schedule="constant"),
+        mesh=MeshConfig(**{"fsdp": 1, **(mesh or {"data": 2, "fsdp": 2, "expert": 2})}),
+        sharding=ShardingConfig(strategy, min_weight_size=0, gradient_compression=method),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- one sum
@@ -54,7 +84,10 @@ def config_of(method: str, strategy: str = "hybrid_shard", accumulation: int = 2
 
 def on_replicas(replicas: int, fsdp: int = 2) -> jax.sharding.Mesh:
     config = config_of("none", data=replicas, fsdp=fsdp)
-    return make_mesh(dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=16)), jax.devices()[: replicas * fsdp])
+    return make_mesh(
+        dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=16)),
+        jax.devices()[: replicas * fsdp],
+    )
 
 
 def quantum(x: np.ndarray, block: int, method: str) -> np.ndarray:
@@ -65,14 +98,19 @@ def quantum(x: np.ndarray, block: int, method: str) -> np.ndarray:
     return np.broadcast_to(blocks.max(-1, keepdims=True) / 127 / 2, blocks.shape).reshape(x.shape)
 
 
-@pytest.mark.parametrize("method, replicas, size", [("int8", 4, 4 * 512), ("int8", 4, 1000), ("int8", 2, 7), ("bfloat16", 4, 1001)])
+@pytest.mark.parametrize(
+    "method, replicas, size",
+    [("int8", 4, 4 * 512), ("int8", 4, 1000), ("int8", 2, 7), ("bfloat16", 4, 1001)],
+)
 def test_error_of_one_sum_and_of_many(method, replicas, size):
     """The first sum is within half a quantum of each replica's and half of the sum's; whatever rounding took is in the residuals, so that
     all sums so far and the residuals are all gradients, to float32's rounding, and the sums never fall behind by more than two steps'."""
     rng, steps = np.random.default_rng(0), 12
     # Magnitudes from 1e-6 to 1, so that a block's largest number matters; an axis that fsdp divides.
     shape = (2, size)
-    gradients = rng.standard_normal((steps, replicas, *shape)) * 10.0 ** rng.uniform(-6, 0, (1, 1, *shape))
+    gradients = rng.standard_normal((steps, replicas, *shape)) * 10.0 ** rng.uniform(
+        -6, 0, (1, 1, *shape)
+    )
     mesh = on_replicas(replicas)
     spec = P("data", "fsdp", None)
     put = lambda a: jax.device_put(a.astype(np.float32), NamedSharding(mesh, spec))
@@ -100,10 +138,16 @@ def test_error_of_one_sum_and_of_many(method, replicas, size):
 
     total, fed_back = np.sum(applied, 0), np.asarray(residual, np.float64).sum(0)
     # float32: a rounding of at most 2^-24 of the largest number for each of `steps` steps and replicas.
-    np.testing.assert_allclose(total + fed_back, np.sum(true, 0), atol=steps * replicas * 2.0**-24 * np.abs(gradients).max())
+    np.testing.assert_allclose(
+        total + fed_back,
+        np.sum(true, 0),
+        atol=steps * replicas * 2.0**-24 * np.abs(gradients).max(),
+    )
     largest = lambda a: np.abs(a).max()
     assert largest(total - np.sum(true, 0)) < 3 * bound.max()  # a step's error, however many steps
-    assert largest(total - np.sum(true, 0)) < 0.5 * sum(largest(a - t) for a, t in zip(applied, true, strict=True))
+    assert largest(total - np.sum(true, 0)) < 0.5 * sum(
+        largest(a - t) for a, t in zip(applied, true, strict=True)
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,8 +159,12 @@ def test_what_is_not_finite_stays_so(method):
             g = np.ones((2, 600), np.float32)
             g[1, 3] = bad
             put = lambda a: jax.device_put(a, NamedSharding(mesh, P("data")))
-            out, _ = conversion.jit(functools.partial(compression.summed, method))([put(g)], [put(np.zeros_like(g))])
-            assert not np.isfinite(np.asarray(out[0])).all() and np.isfinite(np.asarray(out[0])[599])
+            out, _ = conversion.jit(functools.partial(compression.summed, method))(
+                [put(g)], [put(np.zeros_like(g))]
+            )
+            assert not np.isfinite(np.asarray(out[0])).all() and np.isfinite(
+                np.asarray(out[0])[599]
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------ whole steps
@@ -136,7 +184,9 @@ class Run:
         self.found = program.collectives(self.step.as_text(), self.mesh.shape)
 
     def batch(self, i: int) -> dict[str, jax.Array]:
-        return step.put_batch(invariance.rows(i % 3), self.config.micro_batch, self.mesh)  # three batches, again and again: they can be learnt
+        return step.put_batch(
+            invariance.rows(i % 3), self.config.micro_batch, self.mesh
+        )  # three batches, again and again: they can be learnt
 
     def start(self) -> state.TrainState:
         params = initial_params(self.config.model)
@@ -185,10 +235,14 @@ def test_the_loss_curve_is_float32s(method):
 
 def over_data(found: list[program.Collective]) -> dict[bool, int]:
     """Bytes a step over `data`: of the sum of gradients (True), of all else."""
-    return program.by([c for c in found if "data" in c.axes and not c.further], lambda c: c.part == "compression")
+    return program.by(
+        [c for c in found if "data" in c.axes and not c.further], lambda c: c.part == "compression"
+    )
 
 
-@pytest.mark.parametrize("method, share", [pytest.param("bfloat16", 0.5, marks=pytest.mark.slow), ("int8", 0.25)])
+@pytest.mark.parametrize(
+    "method, share", [pytest.param("bfloat16", 0.5, marks=pytest.mark.slow), ("int8", 0.25)]
+)
 def test_bytes_over_data(method, share):
     """One float32 sum over two replicas receives as many bytes as the gradient has. int8's scales are 1.6% more; blocks are filled up."""
     run = run_of(method)
@@ -197,8 +251,12 @@ def test_bytes_over_data(method, share):
     assert share <= moved[True] / whole <= share * 1.06
     assert moved[False] < 0.02 * whole  # counts of experts, losses: no gradient has another way
     of_gradients = [c for c in run.found if c.part == "compression"]
-    assert {c.kind for c in of_gradients} == {"all-to-all", "all-gather"} and {c.axes for c in of_gradients} == {("data",)}
-    assert all(not c.loops for c in of_gradients)  # once a step; without compression in every micro-batch:
+    assert {c.kind for c in of_gradients} == {"all-to-all", "all-gather"} and {
+        c.axes for c in of_gradients
+    } == {("data",)}
+    assert all(
+        not c.loops for c in of_gradients
+    )  # once a step; without compression in every micro-batch:
     assert over_data(run_of("none").found)[False] > 2 * whole
 
 
@@ -214,7 +272,9 @@ def test_a_checkpoint_holds_the_residual(tmp_path):
         again, extra = resume.restore(checkpoints, run.layout)
         checkpoints.close()
         assert extra == {"tokens_seen": 5}
-        assert jax.tree.map(lambda a: a.sharding, again) == jax.tree.map(lambda a: a.sharding, middle)
+        assert jax.tree.map(lambda a: a.sharding, again) == jax.tree.map(
+            lambda a: a.sharding, middle
+        )
         end_again, losses_again = run.train(again, range(6, 9))
     assert losses == losses_again
     for a, b in zip(jax.tree.leaves(end), jax.tree.leaves(end_again), strict=True):
@@ -234,7 +294,11 @@ def test_a_skipped_update_leaves_the_residual():
 
 def test_a_checkpoint_of_other_replicas_or_another_method(tmp_path):
     """What is owed is the residuals' sum: it is kept when the number of replicas changes. Compression can be switched on and off."""
-    configs = {"two": config_of("int8"), "four": config_of("bfloat16", data=4, fsdp=2), "none": config_of("none", data=4, fsdp=2)}
+    configs = {
+        "two": config_of("int8"),
+        "four": config_of("bfloat16", data=4, fsdp=2),
+        "none": config_of("none", data=4, fsdp=2),
+    }
     rng = np.random.default_rng(0)
     layouts = {}
     for name, config in configs.items():
@@ -243,7 +307,9 @@ def test_a_checkpoint_of_other_replicas_or_another_method(tmp_path):
             layouts[name] = mesh, state.make_layout(config, mesh)
     mesh, layout = layouts["two"]
     with jax.set_mesh(mesh):
-        full = jax.tree.map(lambda a: np.asarray(rng.standard_normal(a.shape), a.dtype), layout.abstract)
+        full = jax.tree.map(
+            lambda a: np.asarray(rng.standard_normal(a.shape), a.dtype), layout.abstract
+        )
         checkpoints = Checkpointer(str(tmp_path / "two"))
         checkpoints.save(1, state.to_tree(jax.device_put(full, layout.shardings)), {})
         checkpoints.wait()
@@ -252,9 +318,17 @@ def test_a_checkpoint_of_other_replicas_or_another_method(tmp_path):
         with jax.set_mesh(mesh):
             found, _ = resume.restore(checkpoints, layout)
             assert jax.tree.map(lambda a: a.sharding, found) == layout.shardings
-            jax.tree.map(np.testing.assert_array_equal, found._replace(residual=None), full._replace(residual=None))
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                found._replace(residual=None),
+                full._replace(residual=None),
+            )
             if name == "four":
-                jax.tree.map(lambda a, b: np.testing.assert_allclose(np.sum(a, 0), np.sum(b, 0), atol=1e-5), found.residual, full.residual)
+                jax.tree.map(
+                    lambda a, b: np.testing.assert_allclose(np.sum(a, 0), np.sum(b, 0), atol=1e-5),
+                    found.residual,
+                    full.residual,
+                )
             else:
                 assert found.residual is None
                 without = Checkpointer(str(tmp_path / "none"))
@@ -273,40 +347,73 @@ def test_a_checkpoint_of_other_replicas_or_another_method(tmp_path):
 def test_the_benchmark(capsys, monkeypatch, tmp_path):
     """One layer, two steps, one method."""
     compile_step = topology.compile_step
-    monkeypatch.setattr(topology, "compile_step", lambda config, mesh, layout: compile_step(config, mesh, layout, conversion.quick_options()))
+    monkeypatch.setattr(
+        topology,
+        "compile_step",
+        lambda config, mesh, layout: compile_step(config, mesh, layout, conversion.quick_options()),
+    )
     monkeypatch.setattr(benchmark, "GRADIENT_COMPRESSIONS", ("int8",))
     (tmp_path / "text.txt").write_text("a text of no great length\n" * 1000)
-    small = {"model.num_hidden_layers": 1, "model.first_k_dense_replace": 0, "data.path": tmp_path / "text.txt", "data.eval_fraction": 0.0}
-    monkeypatch.setattr(sys, "argv", ["compression", "--steps=2", "--json", *(f"--config.{k}={v}" for k, v in small.items())])
+    small = {
+        "model.num_hidden_layers": 1,
+        "model.first_k_dense_replace": 0,
+        "data.path": tmp_path / "text.txt",
+        "data.eval_fraction": 0.0,
+    }
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["compression", "--steps=2", "--json", *(f"--config.{k}={v}" for k, v in small.items())],
+    )
     monkeypatch.chdir(ROOT)
     assert benchmark.main() == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert len(row["losses"]) == 2 and row["residual"] == row["gradients"]
     assert 0.25 < row["gradient_bytes_over_data"] / row["gradients"] < 0.27
-    assert "hybrid_shard on data 2" in benchmark.text([row, row]) and "int8 - none" in benchmark.text([row, row])
+    assert "hybrid_shard on data 2" in benchmark.text(
+        [row, row]
+    ) and "int8 - none" in benchmark.text([row, row])
 
 
 # ------------------------------------------------------------------------------------------------------ replicas' gradients
 
 # Everything that a gradient can come from: multi-token prediction, a compressed query, z-loss, a head tied to the embedding.
-ALL = dataclasses.replace(MODEL, first_k_dense_replace=1, q_lora_rank=16, num_nextn_predict_layers=1, tie_word_embeddings=True, seq_aux=False)
+ALL = dataclasses.replace(
+    MODEL,
+    first_k_dense_replace=1,
+    q_lora_rank=16,
+    num_nextn_predict_layers=1,
+    tie_word_embeddings=True,
+    seq_aux=False,
+)
 
 
 def gradients_of(config: Config):
-    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, router_z_loss_coef=0.01))
+    config = dataclasses.replace(
+        config, moe=dataclasses.replace(config.moe, router_z_loss_coef=0.01)
+    )
     mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
         no_bias = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), layout.abstract.bias)
-        params, bias = jax.device_put((initial_params(ALL), no_bias), (layout.shardings.params, layout.shardings.bias))
-        counts = jnp.asarray(np.random.default_rng(0).integers(50, 200, (2, ALL.n_routed_experts)), jnp.int32)
+        params, bias = jax.device_put(
+            (initial_params(ALL), no_bias), (layout.shardings.params, layout.shardings.bias)
+        )
+        counts = jnp.asarray(
+            np.random.default_rng(0).integers(50, 200, (2, ALL.n_routed_experts)), jnp.int32
+        )
 
         def gradients(params, bias, batch, counts):
-            return step.make_gradients(config, layout)(params, bias, batch, totals(batch, 1, counts), jnp.float32(0.3))[0]
+            return step.make_gradients(config, layout)(
+                params, bias, batch, totals(batch, 1, counts), jnp.float32(0.3)
+            )[0]
 
         batch = step.put_batch(invariance.rows(0), config.micro_batch, mesh)
         out = conversion.jit(gradients)(params, bias, batch, counts)
-        return [(conversion.path_of(path), np.asarray(g)) for path, g in jax.tree_util.tree_leaves_with_path(out)]
+        return [
+            (conversion.path_of(path), np.asarray(g))
+            for path, g in jax.tree_util.tree_leaves_with_path(out)
+        ]
 
 
 @functools.cache
@@ -315,8 +422,10 @@ def exact_gradients():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy, accumulation, mesh", [
-    ("hybrid_shard", 1, dict(data=2, fsdp=2)), ("zero1", 2, dict(data=2, expert=2, tensor=2))])
+@pytest.mark.parametrize(
+    "strategy, accumulation, mesh",
+    [("hybrid_shard", 1, dict(data=2, fsdp=2)), ("zero1", 2, dict(data=2, expert=2, tensor=2))],
+)
 def test_replicas_gradients_add_up(strategy, accumulation, mesh):
     """To one device's, to float32's rounding; and each is another, of its own rows."""
     ours = gradients_of(config_of("int8", strategy, accumulation, ALL, **mesh))
@@ -331,15 +440,23 @@ def test_replicas_gradients_add_up(strategy, accumulation, mesh):
 
 def test_without_compression_the_state_has_no_residual():
     run = run_of("none")
-    assert run.layout.abstract.residual is None and "residual" not in state.to_tree(run.layout.abstract)
+    assert run.layout.abstract.residual is None and "residual" not in state.to_tree(
+        run.layout.abstract
+    )
     assert "residual" not in run.layout.bytes_per_device(run.mesh)
     mine = run_of("int8")
-    assert mine.layout.bytes_per_device(mine.mesh)["residual"] == mine.layout.bytes_per_device(mine.mesh)["gradients"]
+    assert (
+        mine.layout.bytes_per_device(mine.mesh)["residual"]
+        == mine.layout.bytes_per_device(mine.mesh)["gradients"]
+    )
 
 
 REFUSED = [
     (config_of("int4"), "gradient_compression='int4' is not known"),
-    (config_of("int8", "full_shard"), "config.sharding.gradient_compression=int8 .*config.sharding.strategy=full_shard .*hybrid_shard"),
+    (
+        config_of("int8", "full_shard"),
+        "config.sharding.gradient_compression=int8 .*config.sharding.strategy=full_shard .*hybrid_shard",
+    ),
     (config_of("bfloat16", "ZeRO2"), "config.sharding.strategy=ZeRO2 .*hybrid_shard"),
     (config_of("int8", data=1, fsdp=8), "config.mesh.data=1. Set config.mesh.data to 2"),
     (config_of("int8", data=2, stage=2, fsdp=2), "config.mesh.stage=2"),

@@ -15,26 +15,36 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.support import conversion
-from tests.support import invariance
 from deepseek_jax.config.options import Config, Fp16Config, MeshConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.layers import param
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.xla import program
 from deepseek_jax.train import muon_adafactor, state, step
 from deepseek_jax.train.optimizer import learning_rate, make_optimizer
-from deepseek_jax.config.validation import validate
-from tests.support.small_runs import ADAMW, TINY, Trainer, config_of, losses_of, restored, same, trainer
+from deepseek_jax.xla import program
+from tests.support import conversion, invariance
+from tests.support.small_runs import (
+    ADAMW,
+    TINY,
+    Trainer,
+    config_of,
+    losses_of,
+    restored,
+    same,
+    trainer,
+)
 
 # --------------------------------------------------------------------------------------- updates, one matrix at a time
 
-SHAPES = {"q_proj": ((3, 16, 24), ("layers", "embed", "heads")),
-          "gate_up_proj": ((3, 4, 16, 2, 8), ("layers", "experts", "expert_embed", "pair", "expert_mlp")),
-          "down_proj": ((4, 8, 16), ("experts", "expert_mlp", "expert_embed")),
-          "router": ((16, 4), ("embed", "router")),
-          "norm": ((3, 16), ("layers", "norm")),
-          "embed_tokens": ((20, 16), ("vocab", "embed"))}
+SHAPES = {
+    "q_proj": ((3, 16, 24), ("layers", "embed", "heads")),
+    "gate_up_proj": ((3, 4, 16, 2, 8), ("layers", "experts", "expert_embed", "pair", "expert_mlp")),
+    "down_proj": ((4, 8, 16), ("experts", "expert_mlp", "expert_embed")),
+    "router": ((16, 4), ("embed", "router")),
+    "norm": ((3, 16), ("layers", "norm")),
+    "embed_tokens": ((20, 16), ("vocab", "embed")),
+}
 STEPS = 4
 
 
@@ -47,20 +57,29 @@ class Weights(nnx.Module):
 
 def numbers(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape).astype(np.float32) * 0.3 for name, (shape, _) in SHAPES.items()}
+    return {
+        name: rng.standard_normal(shape).astype(np.float32) * 0.3
+        for name, (shape, _) in SHAPES.items()
+    }
 
 
 def parts_of(name: str) -> list[tuple]:
     """The indices of a weight's matrices or vectors."""
     every = slice(None)
-    return {"q_proj": [(i,) for i in range(3)], "gate_up_proj": [(i, e, every, p) for i in range(3) for e in range(4) for p in range(2)],
-            "down_proj": [(e,) for e in range(4)], "norm": [(i,) for i in range(3)]}.get(name, [()])
+    return {
+        "q_proj": [(i,) for i in range(3)],
+        "gate_up_proj": [(i, e, every, p) for i in range(3) for e in range(4) for p in range(2)],
+        "down_proj": [(e,) for e in range(4)],
+        "norm": [(i,) for i in range(3)],
+    }.get(name, [()])
 
 
 def updated(config: Config) -> tuple[dict[str, np.ndarray], tuple]:
     """The weights after STEPS updates by the optimizer of a config, on its mesh, and its last state."""
     abstract = nnx.split(nnx.eval_shape(Weights), nnx.Param)[1]
-    fill = lambda values: jax.tree_util.tree_map_with_path(lambda path, _: values[conversion.path_of(path)], abstract)
+    fill = lambda values: jax.tree_util.tree_map_with_path(
+        lambda path, _: values[conversion.path_of(path)], abstract
+    )
     mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
     with jax.set_mesh(mesh):
         params = conversion.place(fill(numbers(0)), config)
@@ -73,8 +92,13 @@ def updated(config: Config) -> tuple[dict[str, np.ndarray], tuple]:
             return optax.apply_updates(params, updates), opt_state
 
         for i in range(1, STEPS + 1):
-            params, opt_state = update(params, opt_state, conversion.place(fill(numbers(i)), config))
-    return {conversion.path_of(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(params)}, opt_state
+            params, opt_state = update(
+                params, opt_state, conversion.place(fill(numbers(i)), config)
+            )
+    return {
+        conversion.path_of(path): np.asarray(a)
+        for path, a in jax.tree_util.tree_leaves_with_path(params)
+    }, opt_state
 
 
 def reference(config: Config, one_update) -> dict[str, np.ndarray]:
@@ -87,7 +111,13 @@ def reference(config: Config, one_update) -> dict[str, np.ndarray]:
         norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
         for name, g in grads.items():
             for i, part in enumerate(parts_of(name)):
-                u = one_update(name, g[part] * min(1, o.grad_clip / norm), weights[name][part], memory[name, i], t)
+                u = one_update(
+                    name,
+                    g[part] * min(1, o.grad_clip / norm),
+                    weights[name][part],
+                    memory[name, i],
+                    t,
+                )
                 decay = 0.0 if name == "norm" else o.weight_decay
                 weights[name][part] -= float(rate(t - 1)) * (u + decay * weights[name][part])
     return weights
@@ -115,7 +145,9 @@ def muon(o: OptimizerConfig, name, g, w, memory, t):
 def adafactor(o: OptimizerConfig, name, g, w, memory, t):
     """Shazeer & Stern 2018, algorithms 4 and 5, factored from sides of 8 on."""
     keep, square = 1 - t**-0.8, g**2 + 1e-30
-    mean = lambda key, value: memory.update({key: keep * memory.get(key, 0) + (1 - keep) * value}) or memory[key]
+    mean = lambda key, value: (
+        memory.update({key: keep * memory.get(key, 0) + (1 - keep) * value}) or memory[key]
+    )
     if g.ndim == 2 and min(g.shape) >= 8:
         row, column = mean("row", square.mean(axis=1)), mean("column", square.mean(axis=0))
         v = np.outer(row, column) / row.mean()
@@ -126,14 +158,32 @@ def adafactor(o: OptimizerConfig, name, g, w, memory, t):
     return u * max(1e-3, np.sqrt(np.mean(w**2))) if o.scale_parameter else u
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=1), MeshConfig(fsdp=2, expert=2, tensor=2)], ids=["one device", "8 devices"])
-@pytest.mark.parametrize("optimizer", [OptimizerConfig("muon"), OptimizerConfig("adafactor"), OptimizerConfig("adafactor", scale_parameter=False)],
-                         ids=["muon", "adafactor", "adafactor absolute"])
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(fsdp=1), MeshConfig(fsdp=2, expert=2, tensor=2)],
+    ids=["one device", "8 devices"],
+)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerConfig("muon"),
+        OptimizerConfig("adafactor"),
+        OptimizerConfig("adafactor", scale_parameter=False),
+    ],
+    ids=["muon", "adafactor", "adafactor absolute"],
+)
 def test_updates_are_those_of_each_matrix_alone(optimizer, mesh, monkeypatch):
     """Weights of 0.3, updates of 0.01 a step. Newton-Schulz multiplies float32's rounding of small singular values, 1e-7, by up to 3.44^5."""
     monkeypatch.setattr(muon_adafactor, "FACTORED_FROM", 8)
-    monkeypatch.setattr(muon_adafactor, "CHUNK", 256)  # two matrices of gate_up_proj at a time, and some filling up
-    config = config_of(dataclasses.replace(optimizer, learning_rate=0.01, warmup_steps=1, grad_clip=5.0, schedule="constant"), mesh)
+    monkeypatch.setattr(
+        muon_adafactor, "CHUNK", 256
+    )  # two matrices of gate_up_proj at a time, and some filling up
+    config = config_of(
+        dataclasses.replace(
+            optimizer, learning_rate=0.01, warmup_steps=1, grad_clip=5.0, schedule="constant"
+        ),
+        mesh,
+    )
     ours, opt_state = updated(config)
     of = {"muon": muon, "adafactor": adafactor}[optimizer.name]
     expected, before = reference(config, functools.partial(of, config.optimizer)), numbers(0)
@@ -141,7 +191,11 @@ def test_updates_are_those_of_each_matrix_alone(optimizer, mesh, monkeypatch):
         moved = weight - before[name]
         conversion.assert_close(ours[name] - before[name], moved, 2e-4, name)
         for part in parts_of(name):  # each one by itself moved, and by about as much
-            assert 0.2 < np.linalg.norm(moved[part]) / np.linalg.norm(moved) * len(parts_of(name)) ** 0.5 < 2, name
+            assert (
+                0.2
+                < np.linalg.norm(moved[part]) / np.linalg.norm(moved) * len(parts_of(name)) ** 0.5
+                < 2
+            ), name
 
 
 def test_bfloat16_moments_are_rounded_once_a_step():
@@ -152,19 +206,27 @@ def test_bfloat16_moments_are_rounded_once_a_step():
     dtypes = {a.dtype for a in jax.tree.leaves(opt_state)}
     assert dtypes == {jnp.dtype("bfloat16"), jnp.dtype("int32")}
     store = lambda a: a.astype(ml_dtypes.bfloat16).astype(np.float64)
-    expected = reference(config, lambda name, g, w, memory, t: adamw(config.optimizer, g, memory, t, store))
+    expected = reference(
+        config, lambda name, g, w, memory, t: adamw(config.optimizer, g, memory, t, store)
+    )
     exact = reference(config, lambda name, g, w, memory, t: adamw(config.optimizer, g, memory, t))
     for name, weight in expected.items():
         scale = np.abs(weight - numbers(0)[name]).max()
         close = np.abs(ours[name] - weight) / scale
-        assert np.mean(close < 1e-4) > 0.98 and close.max() < 2**-6, (name, np.mean(close < 1e-4), close.max())
+        assert np.mean(close < 1e-4) > 0.98 and close.max() < 2**-6, (
+            name,
+            np.mean(close < 1e-4),
+            close.max(),
+        )
         assert np.mean(np.abs(exact[name] - weight) / scale > 1e-4) > 0.5, name
 
 
 # ------------------------------------------------------------------------------------------------------------ whole steps
 
 
-def on_mesh(optimizer: OptimizerConfig, mesh: MeshConfig) -> tuple[Trainer, state.TrainState, np.ndarray]:
+def on_mesh(
+    optimizer: OptimizerConfig, mesh: MeshConfig
+) -> tuple[Trainer, state.TrainState, np.ndarray]:
     t = trainer(config_of(optimizer, mesh))
     s, metrics = t.run(t.start(), 5)
     return t, s, losses_of(metrics)
@@ -175,7 +237,9 @@ def on_mesh(optimizer: OptimizerConfig, mesh: MeshConfig) -> tuple[Trainer, stat
 def test_a_mesh_changes_nothing_and_a_checkpoint_neither(name, monkeypatch, tmp_path):
     """1e-5 of the loss, as for AdamW: the same float32 sums in another order."""
     monkeypatch.setattr(muon_adafactor, "FACTORED_FROM", 8)
-    optimizer = dataclasses.replace(ADAMW, name=name, learning_rate=1e-2 if name == "muon" else 1e-1)
+    optimizer = dataclasses.replace(
+        ADAMW, name=name, learning_rate=1e-2 if name == "muon" else 1e-1
+    )
     _, one, expected = on_mesh(optimizer, MeshConfig(fsdp=1))
     t, s, ours = on_mesh(optimizer, MeshConfig(fsdp=2, expert=4))
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
@@ -196,8 +260,15 @@ def test_the_layout_is_the_same_where_no_mesh_is_set(name):
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         inside = state.make_layout(config, mesh)
-    specs = lambda layout: [(a.shape, s.spec) for a, s in zip(jax.tree.leaves(layout.abstract), jax.tree.leaves(layout.shardings), strict=True)]
-    padded = lambda layout: [(shape, (*spec, *[None] * len(shape))[: len(shape)]) for shape, spec in specs(layout)]
+    specs = lambda layout: [
+        (a.shape, s.spec)
+        for a, s in zip(
+            jax.tree.leaves(layout.abstract), jax.tree.leaves(layout.shardings), strict=True
+        )
+    ]
+    padded = lambda layout: [
+        (shape, (*spec, *[None] * len(shape))[: len(shape)]) for shape, spec in specs(layout)
+    ]
     outside = state.make_layout(config, mesh)
     assert padded(outside) == padded(inside)
     assert outside.abstract_sharded().opt_state == inside.abstract_sharded().opt_state
@@ -205,7 +276,9 @@ def test_the_layout_is_the_same_where_no_mesh_is_set(name):
 
 def test_bytes_of_the_optimizer_state():
     """In bytes a parameter: AdamW 8, in bfloat16 4, Muon 4 but for norms, embedding and head, Adafactor some hundredths of large matrices."""
-    model = dataclasses.replace(TINY, hidden_size=256, intermediate_size=512, moe_intermediate_size=256)
+    model = dataclasses.replace(
+        TINY, hidden_size=256, intermediate_size=512, moe_intermediate_size=256
+    )
 
     def held(**options):
         config = dataclasses.replace(config_of(dataclasses.replace(ADAMW, **options)), model=model)
@@ -214,8 +287,12 @@ def test_bytes_of_the_optimizer_state():
             b = state.make_layout(config, mesh).bytes_per_device(mesh)
         return b["optimizer"] / (b["parameters"] / 4)
 
-    assert held() == pytest.approx(8, abs=0.01) and held(moment_dtype="bfloat16") == pytest.approx(4, abs=0.01)
-    assert 4 < held(name="muon") < 4.5 and held(name="muon", moment_dtype="bfloat16") == pytest.approx(held(name="muon") / 2, rel=0.01)
+    assert held() == pytest.approx(8, abs=0.01) and held(moment_dtype="bfloat16") == pytest.approx(
+        4, abs=0.01
+    )
+    assert 4 < held(name="muon") < 4.5 and held(
+        name="muon", moment_dtype="bfloat16"
+    ) == pytest.approx(held(name="muon") / 2, rel=0.01)
     assert held(name="adafactor") < 0.3
 
 
@@ -226,7 +303,10 @@ def test_the_state_of_other_runs_has_its_old_names():
     with jax.set_mesh(mesh):
         tree = state.to_tree(state.make_layout(t, mesh).abstract)
     assert set(tree) == {"step", "params", "bias", "opt_state", "bad_steps", "skipped_steps"}
-    assert {k: set(v) for k, v in tree["opt_state"]["1"].items()} == {"0": {"count", "mu", "nu"}, "2": {"count"}}
+    assert {k: set(v) for k, v in tree["opt_state"]["1"].items()} == {
+        "0": {"count", "mu", "nu"},
+        "2": {"count"},
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- accumulation
@@ -236,22 +316,34 @@ def test_the_state_of_other_runs_has_its_old_names():
 def test_bfloat16_accumulation_halves_the_buffer():
     """Four micro-batches: three roundings of 2^-9 of a sum, which Adam's update takes over. The compiled step, one device, is smaller: by up
     to 2 bytes a parameter, of 4 that the buffer had, and by half of that where the peak is when float32 gradients are made of the buffer."""
-    runs = {d: trainer(config_of(accumulation=4, accumulation_dtype=d)) for d in ("float32", "bfloat16")}
+    runs = {
+        d: trainer(config_of(accumulation=4, accumulation_dtype=d)) for d in ("float32", "bfloat16")
+    }
     curves, temporaries = {}, {}
     for dtype, t in runs.items():
         curves[dtype] = losses_of(t.run(t.start(), 8)[1])
         temporaries[dtype] = program.memory(t.compiled).temporaries
     parameters = sum(a.size for a in jax.tree.leaves(runs["float32"].layout.abstract.params))
-    assert np.abs(curves["bfloat16"] - curves["float32"]).max() < 0.01 and not np.array_equal(curves["bfloat16"], curves["float32"])
+    assert np.abs(curves["bfloat16"] - curves["float32"]).max() < 0.01 and not np.array_equal(
+        curves["bfloat16"], curves["float32"]
+    )
     assert curves["float32"][-1] < curves["float32"][0] - 0.3
-    assert temporaries["float32"] - temporaries["bfloat16"] > 0.9 * parameters, (temporaries, parameters)
+    assert temporaries["float32"] - temporaries["bfloat16"] > 0.9 * parameters, (
+        temporaries,
+        parameters,
+    )
 
     def carried(t):
         """Dtypes of what the loop over micro-batches carries in the shapes of the gradients."""
         with jax.set_mesh(t.mesh):
-            jaxpr = jax.make_jaxpr(step.make_train_step(t.config, t.layout))(t.layout.abstract_sharded(), t.batch(0))
+            jaxpr = jax.make_jaxpr(step.make_train_step(t.config, t.layout))(
+                t.layout.abstract_sharded(), t.batch(0)
+            )
         loops = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 4]
-        return [{v.aval.dtype.name for v in e.outvars if v.aval.ndim > 1 and v.aval.dtype != jnp.int32} for e in loops]
+        return [
+            {v.aval.dtype.name for v in e.outvars if v.aval.ndim > 1 and v.aval.dtype != jnp.int32}
+            for e in loops
+        ]
 
     assert carried(runs["bfloat16"]) == [{"bfloat16"}] and carried(runs["float32"]) == [{"float32"}]
 
@@ -259,24 +351,76 @@ def test_bfloat16_accumulation_halves_the_buffer():
 # -------------------------------------------------------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"optimizer": {"name": "adafactor", "b1": 0.8}}, "config.optimizer.b1=0.8 has no effect with config.optimizer.name=adafactor"),
-    ({"optimizer": {"name": "adafactor", "moment_dtype": "bfloat16"}}, "moment_dtype=bfloat16 has no effect with config.optimizer.name=adafactor"),
-    ({"optimizer": {"momentum": 0.9}}, "config.optimizer.momentum=0.9 has no effect with config.optimizer.name=adamw"),
-    ({"optimizer": {"scale_parameter": False}}, "Set it to True, its default, or config.optimizer.name=adafactor"),
-    ({"optimizer": {"moment_dtype": "bfloat16", "b2": 0.999}}, "config.optimizer.b2=0.999 and config.optimizer.moment_dtype=bfloat16"),
-    ({"optimizer": {"name": "muon", "momentum": 1.0}}, "config.optimizer.momentum=1.0 must be below 1"),
-    ({"optimizer": {"name": "lion"}}, "config.optimizer.name='lion' is not known"),
-    ({"optimizer": {"moment_dtype": "float16"}}, "config.optimizer.moment_dtype='float16' is not known"),
-    ({"fp16": {"hysteresis": 3}}, "config.fp16.hysteresis=3 has no effect with config.train.dtype=bfloat16"),
-    ({"train": {"dtype": "float16"}, "fp16": {"loss_scale": 128.0, "loss_scale_window": 7}}, "no effect with the fixed config.fp16.loss_scale=128.0"),
-    ({"train": {"dtype": "float16"}, "fp16": {"initial_scale_power": 40}}, "config.fp16.initial_scale_power=40 is above 32"),
-    ({"train": {"dtype": "float16"}, "fp16": {"initial_scale_power": 2, "min_loss_scale": 8.0}}, "config.fp16.min_loss_scale=8.0 is above the first scale"),
-    ({"train": {"accumulation_dtype": "bfloat16"}}, "has no effect with config.train.accumulation=1"),
-    ({"train": {"accumulation_dtype": "bfloat16", "accumulation": 2}, "mesh": {"stage": 2}}, "has no effect with config.mesh.stage=2"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"optimizer": {"name": "adafactor", "b1": 0.8}},
+            "config.optimizer.b1=0.8 has no effect with config.optimizer.name=adafactor",
+        ),
+        (
+            {"optimizer": {"name": "adafactor", "moment_dtype": "bfloat16"}},
+            "moment_dtype=bfloat16 has no effect with config.optimizer.name=adafactor",
+        ),
+        (
+            {"optimizer": {"momentum": 0.9}},
+            "config.optimizer.momentum=0.9 has no effect with config.optimizer.name=adamw",
+        ),
+        (
+            {"optimizer": {"scale_parameter": False}},
+            "Set it to True, its default, or config.optimizer.name=adafactor",
+        ),
+        (
+            {"optimizer": {"moment_dtype": "bfloat16", "b2": 0.999}},
+            "config.optimizer.b2=0.999 and config.optimizer.moment_dtype=bfloat16",
+        ),
+        (
+            {"optimizer": {"name": "muon", "momentum": 1.0}},
+            "config.optimizer.momentum=1.0 must be below 1",
+        ),
+        ({"optimizer": {"name": "lion"}}, "config.optimizer.name='lion' is not known"),
+        (
+            {"optimizer": {"moment_dtype": "float16"}},
+            "config.optimizer.moment_dtype='float16' is not known",
+        ),
+        (
+            {"fp16": {"hysteresis": 3}},
+            "config.fp16.hysteresis=3 has no effect with config.train.dtype=bfloat16",
+        ),
+        (
+            {"train": {"dtype": "float16"}, "fp16": {"loss_scale": 128.0, "loss_scale_window": 7}},
+            "no effect with the fixed config.fp16.loss_scale=128.0",
+        ),
+        (
+            {"train": {"dtype": "float16"}, "fp16": {"initial_scale_power": 40}},
+            "config.fp16.initial_scale_power=40 is above 32",
+        ),
+        (
+            {
+                "train": {"dtype": "float16"},
+                "fp16": {"initial_scale_power": 2, "min_loss_scale": 8.0},
+            },
+            "config.fp16.min_loss_scale=8.0 is above the first scale",
+        ),
+        (
+            {"train": {"accumulation_dtype": "bfloat16"}},
+            "has no effect with config.train.accumulation=1",
+        ),
+        (
+            {"train": {"accumulation_dtype": "bfloat16", "accumulation": 2}, "mesh": {"stage": 2}},
+            "has no effect with config.mesh.stage=2",
+        ),
+    ],
+)
 def test_options_without_effect_are_refused(changes, message):
-    kinds = {"optimizer": OptimizerConfig, "train": TrainConfig, "fp16": Fp16Config, "mesh": MeshConfig}
+    kinds = {
+        "optimizer": OptimizerConfig,
+        "train": TrainConfig,
+        "fp16": Fp16Config,
+        "mesh": MeshConfig,
+    }
     with pytest.raises(UserError) as error:
-        validate(Config(**{section: kinds[section](**values) for section, values in changes.items()}))
+        validate(
+            Config(**{section: kinds[section](**values) for section, values in changes.items()})
+        )
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -8,31 +8,47 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support import conversion
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config.options import Config, MeshConfig, OffloadConfig, ShardingConfig, TrainConfig
+from deepseek_jax.config.options import (
+    Config,
+    MeshConfig,
+    OffloadConfig,
+    ShardingConfig,
+    TrainConfig,
+)
+from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
-from deepseek_jax.model.transformer import rematerialise
 from deepseek_jax.experts import cpu_blocks
+from deepseek_jax.model.transformer import rematerialise
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
-from deepseek_jax.config.validation import validate
+from tests.support import conversion
 from tests.support.invariance import MODEL, rows, variant
 
 STEPS = 3
-SMALL = dataclasses.replace(MODEL, num_hidden_layers=4, n_group=1, topk_group=1, num_nextn_predict_layers=0)
-EVERYTHING = OffloadConfig(optimizer_state=True, parameters=True, activations="layer_input,attention")
+SMALL = dataclasses.replace(
+    MODEL, num_hidden_layers=4, n_group=1, topk_group=1, num_nextn_predict_layers=0
+)
+EVERYTHING = OffloadConfig(
+    optimizer_state=True, parameters=True, activations="layer_input,attention"
+)
 ALONE, MESH = dict(), dict(fsdp=2, expert=2)
 
 
-def config_of(offload: OffloadConfig, accumulation: int = 1, strategy: str = "full_shard", **mesh: int) -> Config:
-    config = dataclasses.replace(variant(strategy, accumulation=accumulation, **mesh), model=SMALL, offload=offload)
+def config_of(
+    offload: OffloadConfig, accumulation: int = 1, strategy: str = "full_shard", **mesh: int
+) -> Config:
+    config = dataclasses.replace(
+        variant(strategy, accumulation=accumulation, **mesh), model=SMALL, offload=offload
+    )
     validate(config)
     return config
 
 
 def mesh_of(config: Config) -> jax.sharding.Mesh:
-    return make_mesh(config, jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.expert])
+    return make_mesh(
+        config, jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.expert]
+    )
 
 
 @functools.cache
@@ -41,7 +57,11 @@ def compiled(config: Config):
     mesh = mesh_of(config)
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
-    return mesh, layout, conversion.jit(step.make_train_step(config, layout), config, donate_argnums=0)
+    return (
+        mesh,
+        layout,
+        conversion.jit(step.make_train_step(config, layout), config, donate_argnums=0),
+    )
 
 
 @functools.cache
@@ -50,18 +70,25 @@ def fresh(mesh_axes: tuple) -> state.TrainState:
     config = config_of(EVERYTHING, **dict(mesh_axes))
     with jax.set_mesh(mesh_of(config)):
         made = state.init_state(config, state.make_layout(config, mesh_of(config)))
-        assert kinds(made.params) == expected_kinds(made.params, True) and kinds(made.opt_state) == expected_kinds(made.opt_state, False)
+        assert kinds(made.params) == expected_kinds(made.params, True) and kinds(
+            made.opt_state
+        ) == expected_kinds(made.opt_state, False)
     return jax.device_get(made)
 
 
 def kinds(tree) -> dict[str, str]:
-    return {conversion.path_of(path): a.sharding.memory_kind for path, a in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        conversion.path_of(path): a.sharding.memory_kind
+        for path, a in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def expected_kinds(tree, params: bool) -> dict[str, str]:
     """Of parameters: the stacked layers' on the host. Of the optimizer's state: all but counters."""
     on_host = lambda name, a: "layers/" in name if params else a.ndim > 0
-    leaves = [(conversion.path_of(path), a) for path, a in jax.tree_util.tree_leaves_with_path(tree)]
+    leaves = [
+        (conversion.path_of(path), a) for path, a in jax.tree_util.tree_leaves_with_path(tree)
+    ]
     return {name: "pinned_host" if on_host(name, a) else "device" for name, a in leaves}
 
 
@@ -81,29 +108,56 @@ def run(config: Config) -> tuple[list[float], list[float], state.TrainState]:
 
 # Float32 rounding: the update of one layer is compiled on its own, which may fuse a multiplication with an addition or not, and the
 # gradient norm adds up its squares layer by layer. Moments hold the gradients: the first one a tenth of their running sum.
-@pytest.mark.parametrize("offload, mesh, accumulation", [
-    pytest.param(OffloadConfig(optimizer_state=True), ALONE, 1, marks=pytest.mark.slow), (EVERYTHING, ALONE, 1),
-    pytest.param(EVERYTHING, MESH, 2, marks=pytest.mark.slow)], ids=["optimizer_state", "everything", "everything on a mesh"])
+@pytest.mark.parametrize(
+    "offload, mesh, accumulation",
+    [
+        pytest.param(OffloadConfig(optimizer_state=True), ALONE, 1, marks=pytest.mark.slow),
+        (EVERYTHING, ALONE, 1),
+        pytest.param(EVERYTHING, MESH, 2, marks=pytest.mark.slow),
+    ],
+    ids=["optimizer_state", "everything", "everything on a mesh"],
+)
 def test_the_numbers_stay(offload, mesh, accumulation):
-    ours, plain = run(config_of(offload, accumulation, **mesh)), run(config_of(OffloadConfig(), **ALONE))
+    ours, plain = (
+        run(config_of(offload, accumulation, **mesh)),
+        run(config_of(OffloadConfig(), **ALONE)),
+    )
     np.testing.assert_allclose(ours[0], plain[0], rtol=2e-6)
     np.testing.assert_allclose(ours[1], plain[1], rtol=2e-6)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours[2]), jax.tree.leaves(plain[2]), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(ours[2]), jax.tree.leaves(plain[2]), strict=True
+    ):
         conversion.assert_close(a, b, 2e-5, conversion.path_of(path))
 
 
-@pytest.mark.parametrize("offload", [OffloadConfig(optimizer_state=True), EVERYTHING], ids=["optimizer_state", "everything"])
+@pytest.mark.parametrize(
+    "offload",
+    [OffloadConfig(optimizer_state=True), EVERYTHING],
+    ids=["optimizer_state", "everything"],
+)
 def test_where_the_state_is_after_a_step(offload):
     s = run(config_of(offload))[2]
     assert kinds(s.opt_state) == expected_kinds(s.opt_state, False)
-    assert kinds(s.params) == (expected_kinds(s.params, True) if offload.parameters else dict.fromkeys(kinds(s.params), "device"))
-    assert {*kinds(s.bias).values()} == {"device"} == {*kinds(run(config_of(OffloadConfig()))[2]).values()}
+    assert kinds(s.params) == (
+        expected_kinds(s.params, True)
+        if offload.parameters
+        else dict.fromkeys(kinds(s.params), "device")
+    )
+    assert (
+        {*kinds(s.bias).values()}
+        == {"device"}
+        == {*kinds(run(config_of(OffloadConfig()))[2]).values()}
+    )
 
 
 def lowered_for_gpus(config: Config) -> str:
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):
-        return train_step.trace(layout.abstract_sharded(), step.abstract_batch(config, mesh, 0)).lower(lowering_platforms=("cuda",)).as_text()
+        return (
+            train_step.trace(layout.abstract_sharded(), step.abstract_batch(config, mesh, 0))
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+        )
 
 
 def test_the_program_for_gpus():
@@ -112,9 +166,15 @@ def test_the_program_for_gpus():
     _, layout, _ = compiled(config_of(EVERYTHING, 2, **MESH))
     host = sum(s.memory_kind == "pinned_host" for s in jax.tree.leaves(layout.shardings))
     assert host > 50 and text.count('mhlo.memory_kind = "pinned_host"') == 2 * host
-    moved = re.findall(r'custom_call @annotate_device_placement\(.*_xla_buffer_placement = "(\w+)".*\(tensor<([\dx]+)x\w+>\)', text)
-    stacks = {"x".join(map(str, a.shape)) for path, a in jax.tree_util.tree_leaves_with_path(layout.abstract.params)
-              if conversion.path_of(path).startswith("layers/") and a.shape[0] > 1}
+    moved = re.findall(
+        r'custom_call @annotate_device_placement\(.*_xla_buffer_placement = "(\w+)".*\(tensor<([\dx]+)x\w+>\)',
+        text,
+    )
+    stacks = {
+        "x".join(map(str, a.shape))
+        for path, a in jax.tree_util.tree_leaves_with_path(layout.abstract.params)
+        if conversion.path_of(path).startswith("layers/") and a.shape[0] > 1
+    }
     assert {kind for kind, _ in moved} == {"pinned_host", "device"} and len(moved) > 100
     # What goes to the host as a whole is the results, which are there already.
     assert not stacks & {shape for kind, shape in moved if kind == "device"}
@@ -133,7 +193,9 @@ def test_activations_are_offloaded_by_name():
     def kept(remat, offload):
         x = jax.ShapeDtypeStruct((64, 8), np.float32)
         f = lambda x, w: jax.vjp(rematerialise(layer, remat, offload), x, w)
-        avals = jax.make_jaxpr(f)(x, jax.ShapeDtypeStruct((8, 8), np.float32)).out_avals[1:]  # without the result
+        avals = jax.make_jaxpr(f)(x, jax.ShapeDtypeStruct((8, 8), np.float32)).out_avals[
+            1:
+        ]  # without the result
         of = lambda space: sum(a.shape == (64, 8) and a.memory_space.name == space for a in avals)
         return of("Device"), of("Host")
 
@@ -148,10 +210,22 @@ def matmuls(remat: str) -> int:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):
-        return train_step.lower(layout.abstract_sharded(), step.abstract_batch(config, mesh, 0)).as_text().count("stablehlo.dot_general")
+        return (
+            train_step.lower(layout.abstract_sharded(), step.abstract_batch(config, mesh, 0))
+            .as_text()
+            .count("stablehlo.dot_general")
+        )
 
 
-@pytest.mark.parametrize("name, spared", [("mla_latent", 2), ("attention", 2), ("mlp_gate_up", 2), ("experts_hidden", len(cpu_blocks.SIZES))])
+@pytest.mark.parametrize(
+    "name, spared",
+    [
+        ("mla_latent", 2),
+        ("attention", 2),
+        ("mlp_gate_up", 2),
+        ("experts_hidden", len(cpu_blocks.SIZES)),
+    ],
+)
 def test_what_a_kept_name_spares(name, spared):
     """Matmuls that backward does not do again, in the loops over dense and over MoE layers. Gate and up of the routed experts are one, in
     blocks of several sizes."""
@@ -178,44 +252,95 @@ def test_checkpoints(tmp_path):
             assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
         a, m = train_step(again, batch)
         assert float(m.losses.loss) == float(n.losses.loss)
-        assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+        assert all(
+            np.array_equal(x, y)
+            for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        )
     for offload, axes in ((EVERYTHING, MESH), (OffloadConfig(), ALONE)):
         elsewhere = config_of(offload, **axes)
         with jax.set_mesh(mesh_of(elsewhere)):
             wanted = state.make_layout(elsewhere, mesh_of(elsewhere)).abstract_sharded()
             tree, _ = checkpointer.restore(state.to_tree(wanted))
             moved = state.from_tree(tree, wanted)
-            assert kinds(moved) == {conversion.path_of(p): a.sharding.memory_kind for p, a in jax.tree_util.tree_leaves_with_path(wanted)}
-            assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(moved), jax.tree.leaves(s), strict=True))
+            assert kinds(moved) == {
+                conversion.path_of(p): a.sharding.memory_kind
+                for p, a in jax.tree_util.tree_leaves_with_path(wanted)
+            }
+            assert all(
+                np.array_equal(x, y)
+                for x, y in zip(jax.tree.leaves(moved), jax.tree.leaves(s), strict=True)
+            )
     checkpointer.close()
 
 
 def test_evaluation_reads_offloaded_parameters():
-    (mesh, layout, _), (_, plain, _) = compiled(config_of(EVERYTHING)), compiled(config_of(OffloadConfig()))
+    (mesh, layout, _), (_, plain, _) = (
+        compiled(config_of(EVERYTHING)),
+        compiled(config_of(OffloadConfig())),
+    )
     with jax.set_mesh(mesh):
         batch = jax.tree.map(lambda a: a[0], step.put_batch(rows(0), 16, mesh))
-        nll = [float(conversion.jit(step.make_eval_step(l))(s.params, s.bias, batch))
-               for l in (layout, plain) for s in [jax.device_put(fresh(()), l.shardings)]]
+        nll = [
+            float(conversion.jit(step.make_eval_step(l))(s.params, s.bias, batch))
+            for l in (layout, plain)
+            for s in [jax.device_put(fresh(()), l.shardings)]
+        ]
     assert nll[0] == nll[1]
 
 
 def test_bytes_a_device():
     """What the host holds instead is said apart, and all is held somewhere."""
-    (mesh, everything, _), (_, plain, _) = compiled(config_of(EVERYTHING)), compiled(config_of(OffloadConfig()))
+    (mesh, everything, _), (_, plain, _) = (
+        compiled(config_of(EVERYTHING)),
+        compiled(config_of(OffloadConfig())),
+    )
     ours, theirs = everything.bytes_per_device(mesh), plain.bytes_per_device(mesh)
-    stacks = sum(a.size * 4 for path, a in jax.tree_util.tree_leaves_with_path(plain.abstract.params) if "layers/" in conversion.path_of(path))
-    assert ours["parameters"] == ours["gradients"] == theirs["parameters"] - stacks and "host" not in theirs
-    assert sum(ours.values()) == sum(theirs.values()) and ours["optimizer"] == 8  # two int32 counters
+    stacks = sum(
+        a.size * 4
+        for path, a in jax.tree_util.tree_leaves_with_path(plain.abstract.params)
+        if "layers/" in conversion.path_of(path)
+    )
+    assert (
+        ours["parameters"] == ours["gradients"] == theirs["parameters"] - stacks
+        and "host" not in theirs
+    )
+    assert (
+        sum(ours.values()) == sum(theirs.values()) and ours["optimizer"] == 8
+    )  # two int32 counters
 
 
-@pytest.mark.parametrize("sections, message", [
-    (dict(offload=OffloadConfig(parameters=True), sharding=ShardingConfig("zero2")), "config.offload.parameters=True and config.sharding.strategy=zero2"),
-    (dict(offload=OffloadConfig(parameters=True), mesh=MeshConfig(stage=2)), "config.offload.parameters=True and config.mesh.stage=2"),
-    (dict(offload=OffloadConfig(parameters=True), train=TrainConfig(remat="none")), "config.offload.parameters=True and config.train.remat=none"),
-    (dict(offload=OffloadConfig(activations="attention"), train=TrainConfig(remat="none")), "config.offload.activations=attention and config.train.remat=none"),
-    (dict(offload=OffloadConfig(activations="attention"), train=TrainConfig(remat="save:attention")), "both name attention"),
-    (dict(offload=OffloadConfig(activations="attention,atention")), "config.offload.activations='atention' is not known"),
-])
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        (
+            dict(offload=OffloadConfig(parameters=True), sharding=ShardingConfig("zero2")),
+            "config.offload.parameters=True and config.sharding.strategy=zero2",
+        ),
+        (
+            dict(offload=OffloadConfig(parameters=True), mesh=MeshConfig(stage=2)),
+            "config.offload.parameters=True and config.mesh.stage=2",
+        ),
+        (
+            dict(offload=OffloadConfig(parameters=True), train=TrainConfig(remat="none")),
+            "config.offload.parameters=True and config.train.remat=none",
+        ),
+        (
+            dict(offload=OffloadConfig(activations="attention"), train=TrainConfig(remat="none")),
+            "config.offload.activations=attention and config.train.remat=none",
+        ),
+        (
+            dict(
+                offload=OffloadConfig(activations="attention"),
+                train=TrainConfig(remat="save:attention"),
+            ),
+            "both name attention",
+        ),
+        (
+            dict(offload=OffloadConfig(activations="attention,atention")),
+            "config.offload.activations='atention' is not known",
+        ),
+    ],
+)
 def test_what_cannot_act_is_refused(sections, message):
     with pytest.raises(UserError) as error:
         validate(Config(**sections))

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support import conversion
 from benchmarks import fuzz_options
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
+from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import engine, sample, weights
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train import state, step
-from deepseek_jax.config.validation import validate
+from tests.support import conversion
 from tests.support.small_runs import config_of as trainer_config
 from tests.support.small_runs import losses_of, trainer
 
@@ -40,7 +40,8 @@ MQA, ONE_HEAD = dict(num_key_value_heads=1), dict(num_attention_heads=1, qk_rope
 
 def config_of(model: dict, mesh: dict, train: dict | None = None, **sections) -> Config:
     train = TrainConfig(
-        **dict(steps=2, batch_size=8, sequence_length=8, dtype="float32", remat="none") | (train or {})
+        **dict(steps=2, batch_size=8, sequence_length=8, dtype="float32", remat="none")
+        | (train or {})
     )
     return Config(
         model=dataclasses.replace(MODEL, **model),
@@ -59,7 +60,9 @@ def traced(config: Config) -> None:
         held, batch = layout.abstract_sharded(), step.abstract_batch(config, mesh, 0)
         new, metrics = jax.eval_shape(step.make_train_step(config, layout), held, batch)
         rows = jax.NamedSharding(mesh, jax.P(BATCH_AXES, None))
-        micro = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=rows), batch)
+        micro = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=rows), batch
+        )
         total = jax.eval_shape(step.make_eval_step(layout), held.params, held.bias, micro)
     assert [a.shape for a in jax.tree.leaves(new)] == [a.shape for a in jax.tree.leaves(held)]
     assert metrics.losses.loss.shape == total.shape == ()
@@ -75,7 +78,11 @@ ONES = {
         {},
     ),
     "rope width 2": (dict(qk_rope_head_dim=2), dict(expert=2, tensor=2), {}),
-    "one head, in stages": (ONE_HEAD | dict(first_k_dense_replace=0), dict(stage=2), dict(accumulation=2)),
+    "one head, in stages": (
+        ONE_HEAD | dict(first_k_dense_replace=0),
+        dict(stage=2),
+        dict(accumulation=2),
+    ),
     "one expert a device, one sequence a device, one token": (
         dict(num_nextn_predict_layers=0),
         dict(expert=4),
@@ -133,14 +140,26 @@ def test_one_token_at_a_time_is_refused():
             dict(tensor=2),
             r"num_key_value_heads=1 is not divisible by the tensor mesh axis \(2 devices\)",
         ),
-        (ONE_HEAD, dict(tensor=2), r"num_attention_heads=1 is not divisible by the tensor mesh axis"),
+        (
+            ONE_HEAD,
+            dict(tensor=2),
+            r"num_attention_heads=1 is not divisible by the tensor mesh axis",
+        ),
         (
             dict(n_routed_experts=1, num_experts_per_tok=1),
             dict(expert=2),
             r"n_routed_experts=1 is not divisible by the expert mesh axis",
         ),
-        (dict(vocab_size=1), dict(tensor=2), r"vocab_size=1 is not divisible by the tensor mesh axis"),
-        (dict(num_hidden_layers=1), dict(stage=2), r"config.mesh.stage=2 is above the number of layers"),
+        (
+            dict(vocab_size=1),
+            dict(tensor=2),
+            r"vocab_size=1 is not divisible by the tensor mesh axis",
+        ),
+        (
+            dict(num_hidden_layers=1),
+            dict(stage=2),
+            r"config.mesh.stage=2 is above the number of layers",
+        ),
         (
             dict(hidden_size=1),
             dict(fsdp=2),
@@ -182,7 +201,11 @@ BETWEEN = 2000  # the experts' weights have 3072 and 1536 numbers a layer
     [
         ("shard_grad_op", BETWEEN),
         ("shard_grad_op", 200),
-        *(pytest.param(s, n, marks=pytest.mark.slow) for s in STRATEGIES for n in (0, 200, BETWEEN, 10**8)),
+        *(
+            pytest.param(s, n, marks=pytest.mark.slow)
+            for s in STRATEGIES
+            for n in (0, 200, BETWEEN, 10**8)
+        ),
     ],
 )
 def test_weights_on_both_sides_of_min_weight_size(strategy, least):
@@ -197,7 +220,10 @@ def test_min_weight_size_changes_no_number(least):
     """Five steps of ZeRO-2 on four devices against one: losses within 1e-5 of themselves (float32 sums)."""
     one = trainer(trainer_config())
     some = trainer(
-        trainer_config(mesh=MeshConfig(fsdp=2, expert=2), sharding=ShardingConfig("shard_grad_op", min_weight_size=least))
+        trainer_config(
+            mesh=MeshConfig(fsdp=2, expert=2),
+            sharding=ShardingConfig("shard_grad_op", min_weight_size=least),
+        )
     )
     ours, theirs = (losses_of(t.run(t.start(), 5)[1]) for t in (some, one))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
@@ -207,7 +233,9 @@ def test_min_weight_size_changes_no_number(least):
     "model",
     [
         dict(ONE_HEAD, qk_rope_head_dim=2, qk_nope_head_dim=1, v_head_dim=1, kv_lora_rank=1),
-        pytest.param(dict(ONE_HEAD, **MQA, head_dim=4, partial_rotary_factor=0.5), marks=pytest.mark.slow),
+        pytest.param(
+            dict(ONE_HEAD, **MQA, head_dim=4, partial_rotary_factor=0.5), marks=pytest.mark.slow
+        ),
     ],
     ids=["latent", "grouped"],
 )
@@ -220,7 +248,8 @@ def test_generates(model, monkeypatch):
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
         held = jax.tree.map(
-            lambda a: np.random.default_rng(a.size).normal(size=a.shape).astype(a.dtype), layout.abstract
+            lambda a: np.random.default_rng(a.size).normal(size=a.shape).astype(a.dtype),
+            layout.abstract,
         )
         params, bias = (
             jax.device_put(a, s)
@@ -247,11 +276,16 @@ def test_fuzz_of_options_finds(monkeypatch):
     assert found.traced == 0 and len(found.failures) == 2
     case = int(found.failures[0].removeprefix("seed 0, case ").split(" ")[0].rstrip(":"))
     assert "ValueError: out of shape" in found.failures[0]
-    assert found.failures[0].splitlines()[1].strip() == fuzz_options.differing(fuzz_options.draw(0, case))
+    assert found.failures[0].splitlines()[1].strip() == fuzz_options.differing(
+        fuzz_options.draw(0, case)
+    )
     fuzz_options.accepted(fuzz_options.draw(0, case))
 
     def refuse(config):
         raise UserError("two\nlines")
 
     monkeypatch.setattr(fuzz_options, "validate", refuse)
-    assert "refused in more than one line" in fuzz_options.run(1, seed=0, seconds=60, compiled=0).failures[0]
+    assert (
+        "refused in more than one line"
+        in fuzz_options.run(1, seed=0, seconds=60, compiled=0).failures[0]
+    )

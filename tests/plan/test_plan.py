@@ -14,17 +14,15 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import benchmarks.__main__ as benchmarks_main
-from tests.support import conversion
-from benchmarks import arrays
+from benchmarks import arrays, strategies
 from benchmarks import collectives as layer_collectives
-from benchmarks import strategies
+from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
 from deepseek_jax.errors import UserError
-from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.plan import __main__ as plan
 from deepseek_jax.plan import exchange, options, topology
 from deepseek_jax.xla import hlo, program
-from tests.support import ROOT
+from tests.support import ROOT, conversion
 
 SHAPE = {"data": 1, "fsdp": 4, "expert": 2}
 ROWS = 16  # of 32 float32 numbers: 2,048 bytes on each device
@@ -35,17 +33,23 @@ BYTES = ROWS * 32 * 4
 def compiled_quickly(monkeypatch):
     """Whole steps, compiled as the other tests compile theirs: LLVM optimises less, the collectives are the same."""
     compile_step = topology.compile_step
-    quick = lambda config, mesh, layout, options=None: compile_step(config, mesh, layout, options or conversion.quick_options())
+    quick = lambda config, mesh, layout, options=None: compile_step(
+        config, mesh, layout, options or conversion.quick_options()
+    )
     monkeypatch.setattr(topology, "compile_step", quick)
 
 
 def text_of(per_device) -> str:
     """The program of a function of one device's [ROWS, 32]."""
-    mesh = jax.make_mesh(tuple(SHAPE.values()), tuple(SHAPE), axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+    mesh = jax.make_mesh(
+        tuple(SHAPE.values()), tuple(SHAPE), axis_types=(jax.sharding.AxisType.Explicit,) * 3
+    )
     spec = P(("fsdp", "expert"))
     with jax.set_mesh(mesh):
         f = jax.jit(jax.shard_map(per_device, in_specs=spec, out_specs=spec, check_vma=False))
-        x = jax.ShapeDtypeStruct((8 * ROWS, 32), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec))
+        x = jax.ShapeDtypeStruct(
+            (8 * ROWS, 32), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec)
+        )
         return f.lower(x).compile().as_text()
 
 
@@ -82,7 +86,11 @@ KNOWN = [
 @pytest.mark.parametrize("f, kind, received, group, axes", KNOWN)
 def test_bytes_axes_and_times(f, kind, received, group, axes):
     def nested(x):
-        return lax.scan(lambda x, _: (lax.scan(lambda x, _: (f(x), None), x, length=3)[0] + 1, None), x, length=5)[0]
+        return lax.scan(
+            lambda x, _: (lax.scan(lambda x, _: (f(x), None), x, length=3)[0] + 1, None),
+            x,
+            length=5,
+        )[0]
 
     (c,) = program.collectives(text_of(nested), SHAPE)
     assert (c.kind, c.bytes, c.group, c.axes, c.times) == (kind, received, group, axes, 15)
@@ -93,13 +101,17 @@ def twice_then_rounds(x):
     """Two turns of a loop of known length, and inside each a loop that depends on data."""
 
     def body(x, _):
-        return lax.while_loop(lambda x: jnp.sum(lax.stop_gradient(x)) > 0, lambda x: exchange_rows(x) - 1, reduce(x)), None
+        return lax.while_loop(
+            lambda x: jnp.sum(lax.stop_gradient(x)) > 0, lambda x: exchange_rows(x) - 1, reduce(x)
+        ), None
 
     return lax.scan(body, x, length=6)[0]
 
 
 def test_a_loop_of_unknown_length_counts_one_round():
-    first, again = sorted(program.collectives(text_of(twice_then_rounds), SHAPE), key=lambda c: c.further)
+    first, again = sorted(
+        program.collectives(text_of(twice_then_rounds), SHAPE), key=lambda c: c.further
+    )
     assert (first.kind, first.times, first.loops) == ("all-reduce", 6, (6,)) and not first.further
     assert (again.kind, again.times, again.loops) == ("all-to-all", 6, (6, None)) and again.further
 
@@ -109,7 +121,9 @@ def test_trip_counts_without_the_compilers_note():
     text = text_of(twice_then_rounds)
     assert text.count("known_trip_count") >= 1
     unnoted = text.replace("known_trip_count", "no_note")
-    assert [c.loops for c in program.collectives(unnoted, SHAPE)] == [c.loops for c in program.collectives(text, SHAPE)]
+    assert [c.loops for c in program.collectives(unnoted, SHAPE)] == [
+        c.loops for c in program.collectives(text, SHAPE)
+    ]
 
 
 def test_conditional_is_marked():
@@ -194,7 +208,11 @@ ENTRY %main (x: f32[64,4]) -> (s32[], f32[64,4]) {
 def test_scheduled_program():
     scatter, gather = program.collectives(SCHEDULED, SHAPE)
     # From 2, while i + 1 < 7: i = 2, 3, 4, 5.
-    assert (scatter.kind, scatter.bytes, scatter.times) == ("reduce-scatter", 64 * 4 * 4 * 7 // 8, 4)
+    assert (scatter.kind, scatter.bytes, scatter.times) == (
+        "reduce-scatter",
+        64 * 4 * 4 * 7 // 8,
+        4,
+    )
     assert (gather.kind, gather.bytes, gather.times) == ("all-gather", 8 * 4 * 4 * 7, 4)
     assert scatter.asynchronous and scatter.overlapped == 1
     assert gather.asynchronous and gather.overlapped == 0
@@ -206,7 +224,10 @@ def test_no_program():
 
 
 def test_shape_bytes():
-    assert hlo.shape_bytes("(f32[2,3]{1,0}, bf16[5]{0}, pred[7], s4[3], f8e4m3fn[2], s32[])") == 24 + 10 + 7 + 1.5 + 2 + 4 + 0.5
+    assert (
+        hlo.shape_bytes("(f32[2,3]{1,0}, bf16[5]{0}, pred[7], s4[3], f8e4m3fn[2], s32[])")
+        == 24 + 10 + 7 + 1.5 + 2 + 4 + 0.5
+    )
 
 
 @functools.cache
@@ -214,7 +235,9 @@ def layer(strategy: str) -> dict:
     config = from_config_dict(layer_collectives.get_config("small"))
     model = dataclasses.replace(config.model, hidden_size=64, vocab_size=64, n_routed_experts=8)
     train = dataclasses.replace(config.train, sequence_length=64)
-    config = dataclasses.replace(config, model=model, train=train, sharding=ShardingConfig(strategy, min_weight_size=0))
+    config = dataclasses.replace(
+        config, model=model, train=train, sharding=ShardingConfig(strategy, min_weight_size=0)
+    )
     return layer_collectives.measure(layer_collectives.one_stack(config), jax.devices())
 
 
@@ -223,17 +246,24 @@ def test_full_shard_gathers_each_weight_twice_and_exchanges_tokens_twice():
     r = layer("full_shard")
     for group in ("weights, forward", "weights, backward"):
         g = r["groups"][group]
-        assert set(g["collectives"]) == {"all-gather"} and g["bytes"] == pytest.approx(g["least"], rel=0.01)
+        assert set(g["collectives"]) == {"all-gather"} and g["bytes"] == pytest.approx(
+            g["least"], rel=0.01
+        )
     assert r["groups"]["gradients"]["collectives"]["reduce-scatter"] == 2
     assert r["token_exchanges_forward"] == 2 and r["token_exchanges_further_round"] == 2
     tokens = r["groups"]["tokens, forward"]
-    assert tokens["collectives"] == {"all-to-all": 2} and tokens["bytes"] / tokens["least"] == pytest.approx(1.25, rel=0.02)
+    assert tokens["collectives"] == {"all-to-all": 2} and tokens["bytes"] / tokens[
+        "least"
+    ] == pytest.approx(1.25, rel=0.02)
 
 
 @pytest.mark.slow
 def test_no_shard_gathers_and_scatters_no_weight():
     groups = layer("no_shard")["groups"]
-    assert not groups["weights, forward"]["collectives"] and not groups["weights, backward"]["collectives"]
+    assert (
+        not groups["weights, forward"]["collectives"]
+        and not groups["weights, backward"]["collectives"]
+    )
     assert not groups["after the update"]["collectives"]
     assert set(groups["gradients"]["collectives"]) == {"all-reduce"}
     assert groups["gradients"]["bytes"] == pytest.approx(groups["gradients"]["least"], rel=0.02)
@@ -241,13 +271,17 @@ def test_no_shard_gathers_and_scatters_no_weight():
 
 def test_exchange_buffers():
     model = ModelConfig(hidden_size=64, n_routed_experts=32, num_experts_per_tok=4)
-    config = Config(model=model, train=TrainConfig(batch_size=8, sequence_length=100, dtype="bfloat16"))
+    config = Config(
+        model=model, train=TrainConfig(batch_size=8, sequence_length=100, dtype="bfloat16")
+    )
     b = exchange.buffers(config, {"data": 1, "fsdp": 2, "expert": 4})
     # 100 tokens a device choose 4 of 32: mean load 12.5, times 1.25, up. 8 experts here, places for 4 devices each.
     assert (b.places, b.exchanged_rows, b.expert_rows) == (16, 8 * 4 * 16, 8 * 4 * 16)
     assert b.bytes == 2 * 512 * 64 * 2
     assert (b.ragged_rows, b.ragged_bytes) == (4 * 100 * 4, 4 * 100 * 4 * 64 * 2)
-    dense = dataclasses.replace(config, model=dataclasses.replace(model, num_hidden_layers=2, first_k_dense_replace=2))
+    dense = dataclasses.replace(
+        config, model=dataclasses.replace(model, num_hidden_layers=2, first_k_dense_replace=2)
+    )
     assert exchange.buffers(dense, {"data": 1, "fsdp": 8, "expert": 1}) is None
 
 
@@ -266,16 +300,30 @@ def run_plan(capsys, *argv: str) -> str:
 
 
 def test_plan_of_the_cpu_program(capsys):
-    found = json.loads(run_plan(capsys, "--devices=8", "--hardware=cpu", "--json", "--config.mesh.expert=2"))
-    _, config = options.read(options.Parser(), [f"--config={ROOT}/configs/tiny.py", "--config.mesh.expert=2"])
+    found = json.loads(
+        run_plan(capsys, "--devices=8", "--hardware=cpu", "--json", "--config.mesh.expert=2")
+    )
+    _, config = options.read(
+        options.Parser(), [f"--config={ROOT}/configs/tiny.py", "--config.mesh.expert=2"]
+    )
     mesh, layout = topology.lay_out(config, jax.devices())
-    assert found["mesh"] == {"data": 1, "stage": 1, "fsdp": 4, "expert": 2, "context": 1, "tensor": 1}
+    assert found["mesh"] == {
+        "data": 1,
+        "stage": 1,
+        "fsdp": 4,
+        "expert": 2,
+        "context": 1,
+        "tensor": 1,
+    }
     assert found["layout_bytes"] == layout.bytes_per_device(mesh)
     # Arguments: parameters, optimizer state, bias, a few counters, and 256 tokens of 4 int32 arrays.
     stored = found["layout_bytes"]["parameters"] + found["layout_bytes"]["optimizer"]
     assert 4 * 256 * 4 <= found["program"]["memory"]["arguments"] - stored <= 4 * 256 * 4 + 1000
     rows = {(row["kind"], *row["axes"]): row for row in found["program"]["collectives"]}
-    assert rows["all-to-all", "expert"]["times"] > 0 and rows["reduce-scatter", "fsdp"]["times"] == 2 * 3
+    assert (
+        rows["all-to-all", "expert"]["times"] > 0
+        and rows["reduce-scatter", "fsdp"]["times"] == 2 * 3
+    )
     assert found["program"]["further_round"] and found["program"]["memory"]["temporaries"] > 0
     assert sum(row["bytes"] for row in found["program"]["collectives"]) == found["program"]["bytes"]
 
@@ -283,20 +331,32 @@ def test_plan_of_the_cpu_program(capsys):
 def test_plan_without_the_gpu_compiler(capsys, monkeypatch):
     monkeypatch.setattr(topology, "has_gpu_compiler", lambda: False)
     text = run_plan(capsys, "--devices=8", "--config.mesh.expert=2", "--gpus_per_host=2")
-    for said in ("1.89M parameters", "4 hosts of 2", "fsdp: between hosts", "expert: inside a host", "of 141 GB",
-                 topology.INSTALL):
+    for said in (
+        "1.89M parameters",
+        "4 hosts of 2",
+        "fsdp: between hosts",
+        "expert: inside a host",
+        "of 141 GB",
+        topology.INSTALL,
+    ):
         assert said in text, said
     assert "memory  " not in text
 
 
 MISTAKES = [
-    (["--devices=12"], "--devices=12 is not a multiple of --gpus_per_host=8. Set --devices to 8 or 16."),
+    (
+        ["--devices=12"],
+        "--devices=12 is not a multiple of --gpus_per_host=8. Set --devices to 8 or 16.",
+    ),
     (["--devices=0"], "--devices=0 is not a number of devices"),
     (["--devices=8", "--gpus_per_host=0"], "--gpus_per_host=0 is not a number of devices"),
     ([], "--devices is missing"),
     (["--devices=many"], "invalid int value: 'many'"),
     (["--devices=8", "--hardware=abacus"], "invalid choice: 'abacus'"),
-    (["--devices=8", "--config.mesh.fsdp=3"], "config.mesh (fsdp 3) has 3 devices, but there are 8"),
+    (
+        ["--devices=8", "--config.mesh.fsdp=3"],
+        "config.mesh (fsdp 3) has 3 devices, but there are 8",
+    ),
     (["--devices=8", "--config.modle.layers=3"], "'modle' is not an option"),
     (["--devices=8", "--device=4"], "Unknown command line flag 'device'"),
 ]
@@ -320,22 +380,37 @@ def test_a_mistake_exits_with_2():
 
 @pytest.mark.slow
 def test_strategies_table(capsys, monkeypatch):
-    argv = ["strategies", f"--config={ROOT}/configs/tiny.py", "--no-time", "--json", "--config.mesh.expert=2"]
+    argv = [
+        "strategies",
+        f"--config={ROOT}/configs/tiny.py",
+        "--no-time",
+        "--json",
+        "--config.mesh.expert=2",
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(strategies, "STRATEGIES", ("hybrid_shard",))
     assert strategies.main() == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["mesh"] == {"data": 2, "fsdp": 2, "expert": 2} and row["step_seconds"] is None
-    assert row["received"]["all-gather"] > 0 and row["received"]["reduce-scatter"] > 0 and row["temporaries"] > 0
-    assert "hybrid_shard" in strategies.text([row]) and "data 2 x fsdp 2 x expert 2" in strategies.text([row])
+    assert (
+        row["received"]["all-gather"] > 0
+        and row["received"]["reduce-scatter"] > 0
+        and row["temporaries"] > 0
+    )
+    assert "hybrid_shard" in strategies.text(
+        [row]
+    ) and "data 2 x fsdp 2 x expert 2" in strategies.text([row])
 
 
 def test_benchmarks_are_listed(capsys):
     assert benchmarks_main.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in benchmarks_main.ABOUT)
-    own = [p.stem for p in (ROOT / "benchmarks").glob("*.py")
-           if "\ndef main() -> int:" in p.read_text(encoding="utf-8") and p.stem != "gpu_peer"]
+    own = [
+        p.stem
+        for p in (ROOT / "benchmarks").glob("*.py")
+        if "\ndef main() -> int:" in p.read_text(encoding="utf-8") and p.stem != "gpu_peer"
+    ]
     assert set(benchmarks_main.ABOUT) == set(own)
     with pytest.raises(UserError, match="'nothing' is not a benchmark"):
         benchmarks_main.main(["nothing"])
@@ -343,11 +418,20 @@ def test_benchmarks_are_listed(capsys):
 
 def test_arrays_that_a_step_must_not_have():
     """Dense experts and whole attention scores are found in a program that has them; blocks and rounds are not."""
-    model = ModelConfig(hidden_size=96, moe_intermediate_size=40, n_routed_experts=8, num_experts_per_tok=2, num_attention_heads=4, vocab_size=500)
+    model = ModelConfig(
+        hidden_size=96,
+        moe_intermediate_size=40,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        num_attention_heads=4,
+        vocab_size=500,
+    )
     config = Config(model=model, train=TrainConfig(batch_size=2, sequence_length=64))
     shape = dict.fromkeys(("data", "stage", "fsdp", "expert", "context", "tensor"), 1)
     x, w = np.ones((128, 96), np.float32), np.ones((8, 96, 40), np.float32)
-    found = lambda f, *given: arrays.too_large(jax.jit(f).lower(*given).compile().as_text(), config, shape)
+    found = lambda f, *given: arrays.too_large(
+        jax.jit(f).lower(*given).compile().as_text(), config, shape
+    )
     dense = found(lambda x, w: jnp.einsum("td,edf->etf", x, w).max(1), x, w)
     assert dense["every_expert_on_every_token"] and not dense["whole_scores"]
     places = found(lambda x, w: jnp.einsum("ecd,edf->ecf", x.reshape(8, 16, 96), w).max(1), x, w)

@@ -22,7 +22,9 @@ def module_of(path: pathlib.Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {module_of(p): p for p in sorted((ROOT / "deepseek_jax").rglob("*.py"))} | {"train": ROOT / "train.py"}
+FILES = {module_of(p): p for p in sorted((ROOT / "deepseek_jax").rglob("*.py"))} | {
+    "train": ROOT / "train.py"
+}
 
 
 def imports_of(path: pathlib.Path) -> set[str]:
@@ -45,9 +47,15 @@ IMPORTS = {module: imports_of(path) for module, path in FILES.items()}
 def place(module: str) -> str:
     """The package of `ORDER` that a module belongs to. Commands are entries."""
     parts = module.split(".")
-    if parts[-1] == "__main__" or module in ("train", "deepseek_jax.generate", "deepseek_jax.evaluate"):
+    if parts[-1] == "__main__" or module in (
+        "train",
+        "deepseek_jax.generate",
+        "deepseek_jax.evaluate",
+    ):
         return "entries"
-    return parts[1] if len(parts) > 1 else "runtime"  # deepseek_jax itself: threads of XLA, before JAX starts
+    return (
+        parts[1] if len(parts) > 1 else "runtime"
+    )  # deepseek_jax itself: threads of XLA, before JAX starts
 
 
 def test_every_package_has_a_place():
@@ -88,14 +96,19 @@ def test_every_module_is_reached_from_an_entry():
 
 def named_in(path: pathlib.Path) -> set[str]:
     """Modules that a file names in full in a string: the lazy face of deepseek_jax.hf."""
-    return {m for m in re.findall(r'"(deepseek_jax\.[\w.]+)"', path.read_text(encoding="utf-8")) if m in FILES}
+    return {
+        m
+        for m in re.findall(r'"(deepseek_jax\.[\w.]+)"', path.read_text(encoding="utf-8"))
+        if m in FILES
+    }
 
 
 def test_names_that_users_import_stay():
     """Config files of users, and programs around hf."""
+    from deepseek_jax.configdict import base_config
+
     from deepseek_jax import hf
     from deepseek_jax.config import UserError
-    from deepseek_jax.configdict import base_config
     from deepseek_jax.hf.configuration import to_model
 
     assert callable(base_config) and issubclass(UserError, Exception) and callable(to_model)

@@ -8,6 +8,7 @@ import sys
 import tomllib
 
 import pytest
+
 from tests.support import ROOT
 
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -15,8 +16,14 @@ HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 def planned(venv: pathlib.Path, *variables: str) -> str:
     """What `make venv` would run."""
-    done = subprocess.run(["make", "--dry-run", "venv", f"VENV={venv}", *variables], cwd=ROOT, text=True, capture_output=True,
-                          env=os.environ | {"MAKEFLAGS": ""}, timeout=60)
+    done = subprocess.run(
+        ["make", "--dry-run", "venv", f"VENV={venv}", *variables],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"MAKEFLAGS": ""},
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -33,14 +40,24 @@ def environment(folder: pathlib.Path, version: str | None, installed: bool = Tru
     return folder
 
 
-@pytest.mark.parametrize("version, variables, anew", [
-    (HERE, [], False), (HERE, [f"PYTHON={sys.executable}"], False), ("3.9", [f"PYTHON={sys.executable}"], True), ("3.9", [], True),
-    (None, [], True), (None, [f"PYTHON={sys.executable}"], True)])
+@pytest.mark.parametrize(
+    "version, variables, anew",
+    [
+        (HERE, [], False),
+        (HERE, [f"PYTHON={sys.executable}"], False),
+        ("3.9", [f"PYTHON={sys.executable}"], True),
+        ("3.9", [], True),
+        (None, [], True),
+        (None, [f"PYTHON={sys.executable}"], True),
+    ],
+)
 def test_an_environment_of_another_python_is_made_anew(version, variables, anew, tmp_path):
     venv = environment(tmp_path / "venv", version)
     text = planned(venv, *variables)
     assert (f"rm -rf {venv}" in text) == anew
-    assert ("-m venv" in text and "pip install" in text) == anew, "the stamp of the old one must not count"
+    assert ("-m venv" in text and "pip install" in text) == anew, (
+        "the stamp of the old one must not count"
+    )
 
 
 def test_a_folder_that_is_no_environment_stays(tmp_path):
@@ -52,5 +69,10 @@ def test_a_folder_that_is_no_environment_stays(tmp_path):
 def test_jax_has_the_same_bounds_everywhere():
     """Private parts of it are used, so that the newest version that was tested is an upper bound."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    every = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
-    assert {re.sub(r"^jax(\[.*\])?", "", r) for r in every if re.match(r"jax\W", r)} == {">=0.10.2,<0.13"}
+    every = [
+        *project["dependencies"],
+        *(r for extra in project["optional-dependencies"].values() for r in extra),
+    ]
+    assert {re.sub(r"^jax(\[.*\])?", "", r) for r in every if re.match(r"jax\W", r)} == {
+        ">=0.10.2,<0.13"
+    }

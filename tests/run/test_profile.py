@@ -14,18 +14,29 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support import small_runs
-from deepseek_jax.runtime import compile_cache
-from deepseek_jax.config.options import MeshConfig, MoeConfig
 from deepseek_jax.cluster.meeting import free_port
-from deepseek_jax.xla import hlo, origin
+from deepseek_jax.config.options import MeshConfig, MoeConfig
 from deepseek_jax.run import profile
+from deepseek_jax.runtime import compile_cache
+from deepseek_jax.xla import hlo, origin
 from tests.run.test_train import ROOT, command, corpus, losses  # noqa: F401
+from tests.support import small_runs
 
 
 def run(args: list[str], cache, devices: int = 1) -> subprocess.CompletedProcess:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XDG_CACHE_HOME": str(cache)}
-    return subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "XDG_CACHE_HOME": str(cache),
+    }
+    return subprocess.run(
+        [sys.executable, "train.py", *args],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +45,17 @@ def runs(tmp_path_factory, corpus):  # noqa: F811
     cache, out = tmp_path_factory.mktemp("cache"), []
     for more in ([], ["--config.profile.start=3", "--config.profile.steps=2"]):
         workdir = tmp_path_factory.mktemp("run")
-        done = run(command(workdir, corpus, "--config.train.steps=6", "--config.model.num_nextn_predict_layers=0",
-                           "--config.eval.sample_prompt=", *more), cache)
+        done = run(
+            command(
+                workdir,
+                corpus,
+                "--config.train.steps=6",
+                "--config.model.num_nextn_predict_layers=0",
+                "--config.eval.sample_prompt=",
+                *more,
+            ),
+            cache,
+        )
         assert done.returncode == 0, done.stderr
         out.append((workdir, done))
     return cache, out
@@ -44,9 +64,16 @@ def runs(tmp_path_factory, corpus):  # noqa: F811
 @pytest.mark.slow
 def test_the_second_start_reads_the_cache(runs):
     cache, [(first_dir, first), (second_dir, second)] = runs
-    assert re.search(r"first step after [\d.]+ s \(compiled in [\d.]+ s\)", first.stdout), first.stdout
-    assert re.search(r"first step after [\d.]+ s \(read from the cache in [\d.]+ s\)", second.stdout), second.stdout
-    kept = {os.path.basename(f).split("-")[0] for f in glob.glob(f"{cache}/deepseek_jax/cpu-{compile_cache.cpu_kind()}/*-cache")}
+    assert re.search(r"first step after [\d.]+ s \(compiled in [\d.]+ s\)", first.stdout), (
+        first.stdout
+    )
+    assert re.search(
+        r"first step after [\d.]+ s \(read from the cache in [\d.]+ s\)", second.stdout
+    ), second.stdout
+    kept = {
+        os.path.basename(f).split("-")[0]
+        for f in glob.glob(f"{cache}/deepseek_jax/cpu-{compile_cache.cpu_kind()}/*-cache")
+    }
     assert {"jit_train_step", "jit_create", "jit_eval_step"} <= kept, kept
     # A program from the cache is the same machine code: the losses are equal to the last bit, with a profile as without.
     assert losses(first_dir) == losses(second_dir)
@@ -55,12 +82,20 @@ def test_the_second_start_reads_the_cache(runs):
 
 def test_a_damaged_cache_stops_nothing(tmp_path):
     """As a kill in the middle of a write leaves it: the program is compiled again."""
-    program = ("import sys, jax, jax.numpy as jnp; from deepseek_jax.runtime import compile_cache as compilation; compilation.MIN_SECONDS = 0; "
-               "compilation.use_cache(sys.argv[1], print); print(float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.arange(9.0))))")
+    program = (
+        "import sys, jax, jax.numpy as jnp; from deepseek_jax.runtime import compile_cache as compilation; compilation.MIN_SECONDS = 0; "
+        "compilation.use_cache(sys.argv[1], print); print(float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.arange(9.0))))"
+    )
 
     def start() -> str:
-        done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                              capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -92,11 +127,22 @@ print("\\nFOUND", float(total), getattr(compilation._this_thread, "hits", 0))
     def start() -> list[list[str]]:
         port = free_port()
         args = lambda i: [sys.executable, "-c", program, str(port), str(i), str(tmp_path)]
-        both = [subprocess.Popen(args(i), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                 text=True) for i in range(2)]
+        both = [
+            subprocess.Popen(
+                args(i),
+                cwd=ROOT,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        ]
         out = [p.communicate(timeout=200) for p in both]
         assert all(p.returncode == 0 for p in both), out
-        return [re.search(r"^FOUND (\S+) (\d+)$", stdout, re.MULTILINE).groups() for stdout, _ in out]  # Gloo prints too
+        return [
+            re.search(r"^FOUND (\S+) (\d+)$", stdout, re.MULTILINE).groups() for stdout, _ in out
+        ]  # Gloo prints too
 
     expected = np.sum(np.sin(np.arange(32.0).reshape(8, 4)) * np.arange(4.0))
     for hits in ("0", "1"):
@@ -119,22 +165,43 @@ def test_the_cache_does_not_grow_without_limit(tmp_path):
 
 
 def test_use_cache(tmp_path, monkeypatch):
-    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
-             "jax_persistent_cache_min_entry_size_bytes")
+    names = (
+        "jax_enable_compilation_cache",
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
     before, warned = {name: getattr(jax.config, name) for name in names}, []
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
         default = compile_cache.use_cache("", warned.append)
-        assert default == str(tmp_path / "home" / "deepseek_jax" / f"cpu-{compile_cache.cpu_kind()}") == jax.config.jax_compilation_cache_dir
-        assert jax.config.jax_persistent_cache_min_compile_time_secs == compile_cache.MIN_SECONDS and os.listdir(default) == []
-        assert compile_cache.use_cache(str(tmp_path / "own"), warned.append).startswith(str(tmp_path / "own"))
+        assert (
+            default
+            == str(tmp_path / "home" / "deepseek_jax" / f"cpu-{compile_cache.cpu_kind()}")
+            == jax.config.jax_compilation_cache_dir
+        )
+        assert (
+            jax.config.jax_persistent_cache_min_compile_time_secs == compile_cache.MIN_SECONDS
+            and os.listdir(default) == []
+        )
+        assert compile_cache.use_cache(str(tmp_path / "own"), warned.append).startswith(
+            str(tmp_path / "own")
+        )
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "outside"))
         assert compile_cache.use_cache("", warned.append) == str(tmp_path / "outside")
-        assert compile_cache.use_cache("off", warned.append) == "" and not jax.config.jax_enable_compilation_cache and not warned
+        assert (
+            compile_cache.use_cache("off", warned.append) == ""
+            and not jax.config.jax_enable_compilation_cache
+            and not warned
+        )
         (tmp_path / "file").write_text("")  # root may write to any folder, but not below a file
         assert compile_cache.use_cache(str(tmp_path / "file"), warned.append) == ""
-        assert len(warned) == 1 and "cannot be written" in warned[0] and "config.compile.cache_dir" in warned[0]
+        assert (
+            len(warned) == 1
+            and "cannot be written" in warned[0]
+            and "config.compile.cache_dir" in warned[0]
+        )
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
@@ -149,12 +216,23 @@ def test_the_trace_and_its_table(runs):
         assert len(json.load(f)["traceEvents"]) > 100
     lines = done.stdout.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("part "))
-    rows = {line.split()[0]: line.split()[1:] for line in lines[head + 1 : lines.index(next(x for x in lines if x.startswith("profile of")))]}
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in lines[
+            head + 1 : lines.index(next(x for x in lines if x.startswith("profile of")))
+        ]
+    }
     shares = {name: float(cells[1].rstrip("%")) / 100 for name, cells in rows.items()}
     assert set(profile.PARTS) <= set(shares) and shares.pop("all") == 1
-    assert abs(sum(shares.values()) - 1) < 0.0005 * len(shares)  # each is printed to a tenth of a percent
+    assert abs(sum(shares.values()) - 1) < 0.0005 * len(
+        shares
+    )  # each is printed to a tenth of a percent
     assert all(shares[name] > 0 for name in profile.PARTS), shares
-    order = [line.split()[1].split("/")[0] for line in lines if line.startswith("step ") and "loss" in line and "held-out" not in line]
+    order = [
+        line.split()[1].split("/")[0]
+        for line in lines
+        if line.startswith("step ") and "loss" in line and "held-out" not in line
+    ]
     assert order == [str(n) for n in range(1, 7)], "a step was lost around the profile"
     assert f"profile of steps 3 to 4: {folder}" in done.stdout
 
@@ -163,7 +241,9 @@ def test_the_trace_and_its_table(runs):
 @pytest.mark.parametrize("method", ["all_to_all", "all_gather", "ring"])
 def test_parts_where_tokens_are_exchanged(method, tmp_path):
     """Dispatch, experts and combine apart, in both passes, with collectives where they belong."""
-    config = dataclasses.replace(small_runs.config_of(mesh=MeshConfig(fsdp=1, expert=2)), moe=MoeConfig(dispatch=method))
+    config = dataclasses.replace(
+        small_runs.config_of(mesh=MeshConfig(fsdp=1, expert=2)), moe=MoeConfig(dispatch=method)
+    )
     t = small_runs.Trainer(config)
     s, _ = t.run(t.start(), 1)
     jax.profiler.start_trace(str(tmp_path))
@@ -177,11 +257,24 @@ def test_parts_where_tokens_are_exchanged(method, tmp_path):
             assert cost.part(part, phase) > 0, (part, phase, cost.seconds)
     module = hlo.Module(text)
     sources = profile._sources(module)
-    found = {(sources[i.name][:2], i.opcode) for instructions in module.computations.values() for i in instructions.values() if i.name in sources}
-    opcode = {"all_to_all": "all-to-all", "all_gather": "all-gather", "ring": "collective-permute"}[method]
+    found = {
+        (sources[i.name][:2], i.opcode)
+        for instructions in module.computations.values()
+        for i in instructions.values()
+        if i.name in sources
+    }
+    opcode = {"all_to_all": "all-to-all", "all_gather": "all-gather", "ring": "collective-permute"}[
+        method
+    ]
     assert (("dispatch", "forward"), opcode) in found
-    assert any((("combine", "forward"), o) in found for o in (opcode, "reduce-scatter", "all-reduce")), found
-    assert not any(part not in ("experts", "attention", "route", "mlp", "loss") for (part, _), o in found if o == "dot"), found
+    assert any(
+        (("combine", "forward"), o) in found for o in (opcode, "reduce-scatter", "all-reduce")
+    ), found
+    assert not any(
+        part not in ("experts", "attention", "route", "mlp", "loss")
+        for (part, _), o in found
+        if o == "dot"
+    ), found
 
 
 def test_time_is_counted_once(tmp_path):
@@ -204,11 +297,18 @@ def test_time_is_counted_once(tmp_path):
         jax.block_until_ready(compiled(x))
     jax.profiler.stop_trace()
     text = compiled.as_text()
-    opcodes = {i.name: i.opcode for instructions in hlo.Module(text).computations.values() for i in instructions.values()}
+    opcodes = {
+        i.name: i.opcode
+        for instructions in hlo.Module(text).computations.values()
+        for i in instructions.values()
+    }
     assert "while" in opcodes.values()
     events = profile.instructions(str(tmp_path), text)
     assert not {opcodes[e.name] for e in events} & set(profile.CONTAINERS)
-    runs = {part: max(Counter(e.name for e in events if e.part == part).values()) for part in ("attention", "experts")}
+    runs = {
+        part: max(Counter(e.name for e in events if e.part == part).values())
+        for part in ("attention", "experts")
+    }
     assert runs == {"attention": 4 * 2, "experts": 4 * 3 * 2}
     cost = profile.read(str(tmp_path), text, 2)
     assert cost.devices == 1 and abs(sum(cost.shares().values()) - 1) < 1e-9
@@ -220,14 +320,25 @@ def test_time_is_counted_once(tmp_path):
 
 def test_scopes():
     assert origin.scope_of("jit(train_step)/transpose(jvp(attention))/norm/mul") == "norm"
-    assert origin.scope_of("jit(train_step)/jvp(while)/body/attention/while/body/dot_general") == "attention"
+    assert (
+        origin.scope_of("jit(train_step)/jvp(while)/body/attention/while/body/dot_general")
+        == "attention"
+    )
     assert origin.scope_of("jit(train_step)/jvp(jit(silu))/mul") == ""
-    assert hlo.Module("HloModule jit_f, is_scheduled=true\n\nENTRY %main (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n").name == "jit_f"
+    assert (
+        hlo.Module(
+            "HloModule jit_f, is_scheduled=true\n\nENTRY %main (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n"
+        ).name
+        == "jit_f"
+    )
 
 
 def test_init_is_the_same_at_any_optimisation_level():
     """The level that init_state compiles at changes no bit of the numbers; other levels might contract other additions."""
     draw = lambda key: jax.random.normal(key, (257, 129)) * 0.02
     key = jax.random.key(7)
-    one, other = (jax.jit(draw, compiler_options={"xla_backend_optimization_level": level})(key) for level in (1, 3))
+    one, other = (
+        jax.jit(draw, compiler_options={"xla_backend_optimization_level": level})(key)
+        for level in (1, 3)
+    )
     assert (np.asarray(one) == np.asarray(other)).all()

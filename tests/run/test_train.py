@@ -17,12 +17,35 @@ from deepseek_jax.errors import UserError
 from tests import support
 
 ROOT = str(support.ROOT)
-SMALL = ["--config.model.hidden_size=32", "--config.model.intermediate_size=64", "--config.model.moe_intermediate_size=16",
-         "--config.model.num_hidden_layers=2", "--config.model.num_attention_heads=2", "--config.model.kv_lora_rank=16",
-         "--config.model.num_nextn_predict_layers=1", "--config.train.batch_size=8", "--config.train.sequence_length=64",
-         "--config.optimizer.warmup_steps=2", "--config.log.every_steps=1", "--config.eval.batches=2", "--config.eval.sample_tokens=8"]
-CONTRACT_KEYS = {"step", "loss", "lm_loss", "lr", "grad_norm", "tokens_per_sec", "step_time_s", "tokens_seen", "balance_loss",
-                 "max_violation", "dropped_tokens", "dispatch_rounds"}
+SMALL = [
+    "--config.model.hidden_size=32",
+    "--config.model.intermediate_size=64",
+    "--config.model.moe_intermediate_size=16",
+    "--config.model.num_hidden_layers=2",
+    "--config.model.num_attention_heads=2",
+    "--config.model.kv_lora_rank=16",
+    "--config.model.num_nextn_predict_layers=1",
+    "--config.train.batch_size=8",
+    "--config.train.sequence_length=64",
+    "--config.optimizer.warmup_steps=2",
+    "--config.log.every_steps=1",
+    "--config.eval.batches=2",
+    "--config.eval.sample_tokens=8",
+]
+CONTRACT_KEYS = {
+    "step",
+    "loss",
+    "lm_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_sec",
+    "step_time_s",
+    "tokens_seen",
+    "balance_loss",
+    "max_violation",
+    "dropped_tokens",
+    "dispatch_rounds",
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +59,27 @@ def corpus(tmp_path_factory):
 
 
 def command(workdir, corpus, *more: str) -> list[str]:
-    return ["--config=configs/tiny.py", f"--workdir={workdir}", f"--config.data.path={corpus}", *SMALL, *more]
+    return [
+        "--config=configs/tiny.py",
+        f"--workdir={workdir}",
+        f"--config.data.path={corpus}",
+        *SMALL,
+        *more,
+    ]
 
 
-def run(args: list[str], devices: int = 2, module: list[str] = ("train.py",)) -> subprocess.CompletedProcess:
+def run(
+    args: list[str], devices: int = 2, module: list[str] = ("train.py",)
+) -> subprocess.CompletedProcess:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    return subprocess.run([sys.executable, *module, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *module, *args],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def losses(workdir) -> dict[int, float]:
@@ -60,7 +98,15 @@ def losses(workdir) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, corpus):
     workdir = tmp_path_factory.mktemp("whole")
-    done = run(command(workdir, corpus, "--config.train.steps=12", "--config.checkpoint.every_steps=4", "--config.mesh.expert=2"))
+    done = run(
+        command(
+            workdir,
+            corpus,
+            "--config.train.steps=12",
+            "--config.checkpoint.every_steps=4",
+            "--config.mesh.expert=2",
+        )
+    )
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 
@@ -70,23 +116,52 @@ def test_main_job(whole_run):
     values = losses(workdir)
     assert sorted(values) == list(range(1, 13))
     assert values[12] < values[1] - 0.3, "the model did not learn"
-    for words in ("parameters", "active", "expert 2", "full_shard", "bytes a device", "FLOPs a token", "held-out loss", "bits a byte", "checkpoint",
-                  "sample", "tokens/s", "max violation", "left"):
+    for words in (
+        "parameters",
+        "active",
+        "expert 2",
+        "full_shard",
+        "bytes a device",
+        "FLOPs a token",
+        "held-out loss",
+        "bits a byte",
+        "checkpoint",
+        "sample",
+        "tokens/s",
+        "max violation",
+        "left",
+    ):
         assert words in out, f"{words!r} is not in the output"
     assert sorted(os.listdir(workdir / "checkpoints")) == ["12", "4", "8"]
     config = json.loads((workdir / "config.json").read_text())
     assert config["model"]["hidden_size"] == 32 and config["mesh"]["expert"] == 2
     assert any(f.startswith("events.out.tfevents") for f in os.listdir(workdir / "tensorboard"))
-    evals = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if "eval_loss" in line]
+    evals = [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+        if "eval_loss" in line
+    ]
     assert evals and evals[-1]["step"] == 12 and 0 < evals[-1]["eval_bits_per_byte"] < 9
 
 
 def test_resume_is_bit_exact(whole_run, corpus, tmp_path):
     """Stopped after 5 steps by a signal: the same losses as the run that was not stopped. Its stdout is ASCII
     only, and nobody reads it to the end."""
-    first = command(tmp_path, corpus, "--config.train.steps=12", "--config.checkpoint.every_steps=4", "--config.mesh.expert=2")
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONIOENCODING": "ascii"}
-    p = subprocess.Popen([sys.executable, "train.py", *first], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    first = command(
+        tmp_path,
+        corpus,
+        "--config.train.steps=12",
+        "--config.checkpoint.every_steps=4",
+        "--config.mesh.expert=2",
+    )
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "PYTHONIOENCODING": "ascii",
+    }
+    p = subprocess.Popen(
+        [sys.executable, "train.py", *first], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+    )
     for line in p.stdout:
         assert line.isascii()
         if line.startswith("step      3"):
@@ -113,8 +188,18 @@ def test_damage_costs_one_interval(whole_run, corpus, tmp_path):
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 3] ^= 16
     file.write_bytes(raw)
-    again = run(command(workdir, corpus, "--config.train.steps=12", "--config.checkpoint.every_steps=4", "--config.mesh.expert=2",
-                        "--config.checkpoint.kind=full", "--config.checkpoint.keep=1", "--config.checkpoint.keep_best=1"))
+    again = run(
+        command(
+            workdir,
+            corpus,
+            "--config.train.steps=12",
+            "--config.checkpoint.every_steps=4",
+            "--config.mesh.expert=2",
+            "--config.checkpoint.kind=full",
+            "--config.checkpoint.keep=1",
+            "--config.checkpoint.keep_best=1",
+        )
+    )
     assert again.returncode == 0 and "resuming after step 8" in again.stdout, again.stderr
     assert f"{file.relative_to(top)}: its bytes are not those that were written" in again.stderr
     assert "kept aside as 12.damaged" in again.stderr
@@ -126,7 +211,10 @@ def test_damage_costs_one_interval(whole_run, corpus, tmp_path):
 
 def test_generate(whole_run):
     args = [f"--workdir={whole_run[0]}", "--prompt=token ", "--max-tokens=12", "--seed=3"]
-    outs = [run([*args, *more], devices=1, module=("-m", "deepseek_jax.generate")) for more in ([], [], ["--temperature=0"])]
+    outs = [
+        run([*args, *more], devices=1, module=("-m", "deepseek_jax.generate"))
+        for more in ([], [], ["--temperature=0"])
+    ]
     assert all(o.returncode == 0 and o.stdout.startswith("token ") for o in outs), outs[0].stderr
     assert outs[0].stdout == outs[1].stdout
     missing = run(["--workdir=/nonexistent"], module=("-m", "deepseek_jax.generate"))
@@ -137,8 +225,18 @@ def test_generate(whole_run):
 @pytest.mark.slow
 def test_non_finite_updates_stop_the_run(corpus, tmp_path):
     """A learning rate that blows the weights up: updates are skipped, counted, and then the run stops, naming a checkpoint."""
-    done = run(command(tmp_path, corpus, "--config.train.steps=40", "--config.checkpoint.every_steps=1", "--config.optimizer.learning_rate=1e30",
-                       "--config.optimizer.grad_clip=0.0", "--config.train.max_bad_steps=3", "--config.mesh.fsdp=2"))
+    done = run(
+        command(
+            tmp_path,
+            corpus,
+            "--config.train.steps=40",
+            "--config.checkpoint.every_steps=1",
+            "--config.optimizer.learning_rate=1e30",
+            "--config.optimizer.grad_clip=0.0",
+            "--config.train.max_bad_steps=3",
+            "--config.mesh.fsdp=2",
+        )
+    )
     assert done.returncode == 3, done.stdout + done.stderr
     assert "3 updates in a row had a non-finite loss or gradient" in done.stderr
     assert "last good checkpoint is step" in done.stderr
@@ -154,55 +252,133 @@ BAD = [
     ([], "--config is missing"),
     ([TINY], "--workdir is missing"),
     (["--config=configs/nope.py"], "--config=configs/nope.py cannot be read"),
-    ([TINY, "--config.train.stepz=3"], "--config.train.stepz=3: 'stepz' is not an option. Did you mean steps?"),
+    (
+        [TINY, "--config.train.stepz=3"],
+        "--config.train.stepz=3: 'stepz' is not an option. Did you mean steps?",
+    ),
     ([TINY, "--confg.train.steps=3"], "Unknown command line flag 'confg.train.steps'"),
-    ([TINY, "--config.train.steps=many"], "flag --config.train.steps=many: invalid literal for int()"),
+    (
+        [TINY, "--config.train.steps=many"],
+        "flag --config.train.steps=many: invalid literal for int()",
+    ),
     ([TINY, "--config.train.steps=1.5"], "--config.train.steps=1.5"),
     ([TINY, "steps=3"], "'steps=3' is not an option"),
     ([TINY, "--config.data.document_mask=perhaps"], "--config.data.document_mask=perhaps"),
     ([TINY, "--config.train.steps=0"], "config.train.steps=0 is too small"),
-    ([TINY, "--config.optimizer.learning_rate=nan"], "config.optimizer.learning_rate=nan is not a positive finite number"),
-    ([TINY, "--config.optimizer.learning_rate=inf"], "config.optimizer.learning_rate=inf is not a positive finite number"),
-    ([TINY, "--config.model.n_routed_experts=9", "--config.mesh.expert=8", "--config.mesh.fsdp=1", "--workdir={tmp}/w"],
-     "n_routed_experts=9 is not divisible by the expert mesh axis (8 devices). Set config.mesh.expert to a divisor of 9."),
+    (
+        [TINY, "--config.optimizer.learning_rate=nan"],
+        "config.optimizer.learning_rate=nan is not a positive finite number",
+    ),
+    (
+        [TINY, "--config.optimizer.learning_rate=inf"],
+        "config.optimizer.learning_rate=inf is not a positive finite number",
+    ),
+    (
+        [
+            TINY,
+            "--config.model.n_routed_experts=9",
+            "--config.mesh.expert=8",
+            "--config.mesh.fsdp=1",
+            "--workdir={tmp}/w",
+        ],
+        "n_routed_experts=9 is not divisible by the expert mesh axis (8 devices). Set config.mesh.expert to a divisor of 9.",
+    ),
     ([TINY, "--config.mesh.fsdp=16", "--workdir={tmp}/w"], "has 16 devices, but there are 8"),
     ([TINY, "--config.mesh.fsdp=2", "--workdir={tmp}/w"], "has 2 devices, but there are 8"),
     ([TINY, "--config.mesh.context=2"], "config.mesh.context=2 is not in this version"),
     ([TINY, "--config.moe.drop_policy=random"], "config.moe.drop_policy='random' is not known"),
-    ([TINY, *OK, "--workdir={tmp}/w", "--config.mesh.fsdp=2", "--config.mesh.stage=4"], "config.mesh.stage=4 is above the number of MoE layers to divide, 3"),
-    ([TINY, *OK, "--workdir={tmp}/w", "--config.mesh.fsdp=1", "--config.mesh.tensor=8"], "config.model.num_attention_heads=4 is not divisible"),
-    ([TINY, "--config.train.batch_size=12", "--config.mesh.fsdp=8", "--workdir={tmp}/w"], "Set config.train.batch_size to a multiple of 8"),
+    (
+        [TINY, *OK, "--workdir={tmp}/w", "--config.mesh.fsdp=2", "--config.mesh.stage=4"],
+        "config.mesh.stage=4 is above the number of MoE layers to divide, 3",
+    ),
+    (
+        [TINY, *OK, "--workdir={tmp}/w", "--config.mesh.fsdp=1", "--config.mesh.tensor=8"],
+        "config.model.num_attention_heads=4 is not divisible",
+    ),
+    (
+        [TINY, "--config.train.batch_size=12", "--config.mesh.fsdp=8", "--workdir={tmp}/w"],
+        "Set config.train.batch_size to a multiple of 8",
+    ),
     ([TINY, "--config.train.accumulation=3"], "is not divisible by config.train.accumulation=3"),
     ([TINY, "--config.model.n_group=3"], "is not divisible by config.model.n_group=3"),
-    ([TINY, "--config.model.n_group=4", "--config.model.topk_group=5"], "config.model.topk_group=5 is above config.model.n_group=4"),
-    ([TINY, "--config.model.num_experts_per_tok=99"], "config.model.num_experts_per_tok=99 is above the"),
-    ([TINY, "--config.model.num_attention_heads=0"], "config.model.num_attention_heads=0 is too small"),
+    (
+        [TINY, "--config.model.n_group=4", "--config.model.topk_group=5"],
+        "config.model.topk_group=5 is above config.model.n_group=4",
+    ),
+    (
+        [TINY, "--config.model.num_experts_per_tok=99"],
+        "config.model.num_experts_per_tok=99 is above the",
+    ),
+    (
+        [TINY, "--config.model.num_attention_heads=0"],
+        "config.model.num_attention_heads=0 is too small",
+    ),
     ([TINY, "--config.model.qk_rope_head_dim=7"], "config.model.qk_rope_head_dim=7 is odd"),
-    ([TINY, "--config.model.scoring_func=tanh"], "config.model.scoring_func='tanh' is not known. Set config.model.scoring_func to one of"),
-    ([TINY, "--config.model.rope_theta=1"], "config.model.rope_theta=1.0 is not a finite number above 1"),
-    ([TINY, "--config.model.rope_scaling.type=yarn", "--config.model.rope_scaling.beta_fast=0"], "config.model.rope_scaling.beta_fast=0.0"),
-    ([TINY, "--config.model.rope_scaling.type=yarn", "--config.model.rope_scaling.factor=nan"], "config.model.rope_scaling.factor=nan"),
-    ([TINY, "--config.model.routed_scaling_factor=nan"], "config.model.routed_scaling_factor=nan is not a positive finite number"),
+    (
+        [TINY, "--config.model.scoring_func=tanh"],
+        "config.model.scoring_func='tanh' is not known. Set config.model.scoring_func to one of",
+    ),
+    (
+        [TINY, "--config.model.rope_theta=1"],
+        "config.model.rope_theta=1.0 is not a finite number above 1",
+    ),
+    (
+        [TINY, "--config.model.rope_scaling.type=yarn", "--config.model.rope_scaling.beta_fast=0"],
+        "config.model.rope_scaling.beta_fast=0.0",
+    ),
+    (
+        [TINY, "--config.model.rope_scaling.type=yarn", "--config.model.rope_scaling.factor=nan"],
+        "config.model.rope_scaling.factor=nan",
+    ),
+    (
+        [TINY, "--config.model.routed_scaling_factor=nan"],
+        "config.model.routed_scaling_factor=nan is not a positive finite number",
+    ),
     ([TINY, "--config.seed=1000000000000000000000000"], "is not a 32-bit number"),
     ([TINY, "--config.train.batch_ramp_start=4"], "config.train.batch_ramp_steps=0 go together"),
     ([TINY, "--config.train.batch_size=1000000000000000"], "does not fit 32 bits"),
     ([TINY, "--process_id=1"], "--process_id=1 needs --num_processes"),
-    ([TINY, "--num_processes=2", "--process_id=2"], "--process_id=2 is not below --num_processes=2"),
-    ([TINY, *OK, "--workdir={tmp}/w", "--config.eval.sample_prompt=" + "x" * 600], "config.eval.sample_prompt has 600 tokens, but the model ends at"),
+    (
+        [TINY, "--num_processes=2", "--process_id=2"],
+        "--process_id=2 is not below --num_processes=2",
+    ),
+    (
+        [TINY, *OK, "--workdir={tmp}/w", "--config.eval.sample_prompt=" + "x" * 600],
+        "config.eval.sample_prompt has 600 tokens, but the model ends at",
+    ),
     ([TINY, "--config.train.remat=save:everything"], "'everything' is not known"),
     ([TINY, "--config.moe.dispatch=rign"], "config.moe.dispatch='rign' is not known"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/absent.txt"], "absent.txt"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/empty.txt"], "empty.txt"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/latin1.txt"], "UTF-8"),
     ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/short.txt"], "short.txt"),
-    ([TINY, *OK, "--workdir={tmp}/w", "--config.data.path={tmp}/ids.npy", "--config.model.vocab_size=50304"],
-     "config.data.tokenizer='bytes' has 257 ids"),
-    ([TINY, *OK, "--workdir={tmp}/checkpoint"], "{tmp}/checkpoint/config.json cannot be read as the config "
-                                                "of a run"),
-    ([TINY, *OK, "--workdir={tmp}/w", "--config.model.vocab_size=100"], "config.model.vocab_size=100"),
-    ([TINY, *OK, "--workdir={tmp}/w", "--config.data.tokenizer={tmp}/absent.json"], "config.data.tokenizer"),
+    (
+        [
+            TINY,
+            *OK,
+            "--workdir={tmp}/w",
+            "--config.data.path={tmp}/ids.npy",
+            "--config.model.vocab_size=50304",
+        ],
+        "config.data.tokenizer='bytes' has 257 ids",
+    ),
+    (
+        [TINY, *OK, "--workdir={tmp}/checkpoint"],
+        "{tmp}/checkpoint/config.json cannot be read as the config of a run",
+    ),
+    (
+        [TINY, *OK, "--workdir={tmp}/w", "--config.model.vocab_size=100"],
+        "config.model.vocab_size=100",
+    ),
+    (
+        [TINY, *OK, "--workdir={tmp}/w", "--config.data.tokenizer={tmp}/absent.json"],
+        "config.data.tokenizer",
+    ),
     ([TINY, *OK, "--workdir={tmp}/short.txt"], "--workdir={tmp}/short.txt cannot be written"),
-    ([TINY, *OK, "--workdir={tmp}/other", "--config.data.path={tmp}/text.txt"], "config.model.hidden_size="),
+    (
+        [TINY, *OK, "--workdir={tmp}/other", "--config.data.path={tmp}/text.txt"],
+        "config.model.hidden_size=",
+    ),
 ]
 
 
@@ -219,8 +395,14 @@ def test_bad_input(args, message, tmp_path, monkeypatch):
     (tmp_path / "other" / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"model": {"vocab_size": 320, "hidden_size": 8}}))
-    monkeypatch.setattr(jax, "jit", lambda *a, **k: pytest.fail("something was compiled before the mistake was found"))
+    (tmp_path / "other" / "config.json").write_text(
+        json.dumps({"model": {"vocab_size": 320, "hidden_size": 8}})
+    )
+    monkeypatch.setattr(
+        jax,
+        "jit",
+        lambda *a, **k: pytest.fail("something was compiled before the mistake was found"),
+    )
     monkeypatch.setattr(sys, "argv", ["train.py", *(a.format(tmp=tmp_path) for a in args)])
     started = time.perf_counter()
     with pytest.raises(UserError) as error:

@@ -74,7 +74,9 @@ def test_what_may_take_long_and_what_is_not_waited_for(monkeypatch):
     w.beat(1)  # a batch of an evaluation
     assert not w.look(clock, 59)
     w.beat(2)
-    assert not w.look(clock, 25, every=1.0) and not w.look(clock, 40_000, every=20_000.0), "seconds in which this process did not run do not count"
+    assert not w.look(clock, 25, every=1.0) and not w.look(clock, 40_000, every=20_000.0), (
+        "seconds in which this process did not run do not count"
+    )
     assert w.look(clock, 40)
     assert Turned(0)._timeout == 0 and threading.active_count() < 50
 
@@ -104,22 +106,37 @@ def test_the_stacks_of_all_threads_are_printed():
         w.beat(41)
         waits_for_ever()
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 6 and done.stdout == ""
-    assert done.stderr.startswith("train.py: a step does not end: none ended for ") and " after step 41. The stacks follow.\n" in done.stderr
+    assert (
+        done.stderr.startswith("train.py: a step does not end: none ended for ")
+        and " after step 41. The stacks follow.\n" in done.stderr
+    )
     assert "in reads_for_ever" in done.stderr and "in waits_for_ever" in done.stderr
 
 
 def test_one_run_a_folder(tmp_path):
     """The second one is told who has it; a killed one leaves nothing behind that counts."""
     held = "import sys, time\nfrom deepseek_jax.run import lock\nwith lock.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(600)"
-    p = subprocess.Popen([sys.executable, "-c", held, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen(
+        [sys.executable, "-c", held, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert p.stdout.readline() == "held\n"
         with pytest.raises(UserError) as refusal, lock.locked(str(tmp_path), wait=0.2):
             pytest.fail("two runs in one folder")
         text = str(refusal.value)
-        assert f"--workdir={tmp_path} is in use by another run (host {os.uname().nodename}, process {p.pid}, since 20" in text and "\n" not in text
+        assert (
+            f"--workdir={tmp_path} is in use by another run (host {os.uname().nodename}, process {p.pid}, since 20"
+            in text
+            and "\n" not in text
+        )
         threading.Timer(0.3, p.send_signal, (signal.SIGKILL,)).start()
         with lock.locked(str(tmp_path), wait=30):  # waits until the other is gone
             assert f"process {os.getpid()}," in (tmp_path / "lock").read_text()
@@ -178,11 +195,20 @@ def test_tensorboard_on_a_full_disk(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", full)
     writer = metrics.MetricsWriter(str(tmp_path), Config(), 0)
-    done = threading.Thread(target=lambda: ([writer.write({"step": i, "loss": 1.0}) for i in range(200)], writer.close()), daemon=True)
+    done = threading.Thread(
+        target=lambda: (
+            [writer.write({"step": i, "loss": 1.0}) for i in range(200)],
+            writer.close(),
+        ),
+        daemon=True,
+    )
     done.start()
     done.join(60)
     assert not done.is_alive(), "it waits for a thread that has ended"
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 200 and "tensorboard cannot be written (No space left" in capsys.readouterr().err
+    assert (
+        len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 200
+        and "tensorboard cannot be written (No space left" in capsys.readouterr().err
+    )
 
 
 def test_rows_cut_short_and_rows_to_come_again(tmp_path):
@@ -190,7 +216,10 @@ def test_rows_cut_short_and_rows_to_come_again(tmp_path):
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
     writer = metrics.MetricsWriter(str(tmp_path), Config(), 1)
     writer.write({"step": 2, "loss": 4.0})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 4.0}]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 4.0},
+    ]
     writer.rewind(0)
     writer.write({"step": 1, "loss": 5.0, "eval_loss": float("nan")})
     writer.close()
@@ -208,7 +237,12 @@ def test_a_terminal_that_is_gone(tmp_path):
         bar.close()
         print("went on", file=sys.stderr)
     """
-    p = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     p.stdout.readline()
     p.stdout.close()
     error = p.stderr.read().decode()

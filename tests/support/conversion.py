@@ -22,7 +22,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from tests.support import reference as ref
 from deepseek_jax.config.options import (
     Config,
     MeshConfig,
@@ -36,6 +35,7 @@ from deepseek_jax.model.moe import MoEStats, SelectionBias
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train.state import abstract_model
+from tests.support import reference as ref
 
 Weights = dict[str, np.ndarray]  # Hugging Face names, [out, in], one entry an expert
 
@@ -63,7 +63,16 @@ def quick_options(float32: bool = False) -> dict[str, Any]:
 def jit(f: Callable, config: Config | None = None, **options: Any) -> Callable:
     """jax.jit, compiled quickly; more so where `config`, of the run that `f` is of, has nothing narrower than float32."""
     c = config
-    dtypes = (c.train.dtype, c.train.accumulation_dtype, c.optimizer.moment_dtype, c.sharding.gradient_compression) if c else ("unknown",)
+    dtypes = (
+        (
+            c.train.dtype,
+            c.train.accumulation_dtype,
+            c.optimizer.moment_dtype,
+            c.sharding.gradient_compression,
+        )
+        if c
+        else ("unknown",)
+    )
     return jax.jit(f, compiler_options=quick_options(set(dtypes) <= {"float32", "none"}), **options)
 
 
@@ -112,7 +121,9 @@ def _write(out: Weights, prefix: str, path: str, a: np.ndarray) -> None:
     elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         root, _, kind = name.rpartition(".")
         for e in range(a.shape[0]):
-            parts = {"down": a[e]} if kind == "down_proj" else {"gate": a[e, :, 0], "up": a[e, :, 1]}
+            parts = (
+                {"down": a[e]} if kind == "down_proj" else {"gate": a[e, :, 0], "up": a[e, :, 1]}
+            )
             out.update({f"{root}.{e}.{part}_proj.weight": w.T for part, w in parts.items()})
     else:
         out[name] = a
@@ -160,8 +171,12 @@ def random_weights(model: ModelConfig, seed: int) -> Weights:
     out = {}
     for name, a in shapes.items():
         scale = 1.0 if "embed_tokens" in name else a.shape[-1] ** -0.5
-        out[name] = 0.5 + rng.random(a.shape) if a.ndim == 1 else rng.standard_normal(a.shape) * scale
-    for name, a in to_hf(jax.tree.map(lambda s: np.zeros(s.shape, np.float32), bias), model).items():
+        out[name] = (
+            0.5 + rng.random(a.shape) if a.ndim == 1 else rng.standard_normal(a.shape) * scale
+        )
+    for name, a in to_hf(
+        jax.tree.map(lambda s: np.zeros(s.shape, np.float32), bias), model
+    ).items():
         out[name] = rng.standard_normal(a.shape) * 0.15
     return {name: a.astype(np.float32) for name, a in out.items()}
 
@@ -169,12 +184,18 @@ def random_weights(model: ModelConfig, seed: int) -> Weights:
 # ---------------------------------------------------------------------------------------------------------------- meshes
 
 
-def config_of(model: ModelConfig, data: int = 1, fsdp: int = 1, expert: int = 1, **sections: Any) -> Config:
+def config_of(
+    model: ModelConfig, data: int = 1, fsdp: int = 1, expert: int = 1, **sections: Any
+) -> Config:
     """A float32 run of `model` on data x fsdp x expert devices, without rematerialisation unless `train` says so."""
     train = TrainConfig(dtype="float32", remat="none", batch_size=8, sequence_length=16)
     # With replicas along `data`, weights are divided over the other axes only: small shapes need not divide by all devices.
     strategy = ShardingConfig("hybrid_shard" if data > 1 else "full_shard", min_weight_size=0)
-    config = Config(model=model, mesh=MeshConfig(data=data, fsdp=fsdp, expert=expert), **{"train": train, "sharding": strategy, **sections})
+    config = Config(
+        model=model,
+        mesh=MeshConfig(data=data, fsdp=fsdp, expert=expert),
+        **{"train": train, "sharding": strategy, **sections},
+    )
     validate(config)
     return config
 
@@ -202,8 +223,9 @@ def place(state: nnx.State, config: Config, rules: dict | None = None) -> nnx.St
     return jax.tree.map(jax.device_put, state, specs)
 
 
-def load(create: Callable[[], nnx.Module], weights: Weights, config: Config,
-         prefix: str = "") -> tuple[Callable, nnx.State, nnx.State]:
+def load(
+    create: Callable[[], nnx.Module], weights: Weights, config: Config, prefix: str = ""
+) -> tuple[Callable, nnx.State, nnx.State]:
     """One module with given weights on the current mesh.
 
     Returns:
@@ -211,7 +233,11 @@ def load(create: Callable[[], nnx.Module], weights: Weights, config: Config,
     """
     graphdef, params, bias = nnx.split(nnx.eval_shape(create), nnx.Param, SelectionBias)
     params, bias = (_fill(s, functools.partial(_read, weights, prefix)) for s in (params, bias))
-    return functools.partial(nnx.merge, graphdef), place(params, config), place(bias, config, sharding.COMPUTE_RULES)
+    return (
+        functools.partial(nnx.merge, graphdef),
+        place(params, config),
+        place(bias, config, sharding.COMPUTE_RULES),
+    )
 
 
 def names_of(state: nnx.State, prefix: str = "") -> Weights:
@@ -260,8 +286,14 @@ class Recorder:
         return getattr(self.net, name)
 
 
-def run(weights: Weights, model: ModelConfig, ids: np.ndarray, segment_ids: np.ndarray | None = None, moe: MoeConfig = MoeConfig(),
-        **mesh: int) -> Run:
+def run(
+    weights: Weights,
+    model: ModelConfig,
+    ids: np.ndarray,
+    segment_ids: np.ndarray | None = None,
+    moe: MoeConfig = MoeConfig(),
+    **mesh: int,
+) -> Run:
     """Our model, jitted, in float32, on one device or on a mesh of data x fsdp x expert."""
     config = config_of(model, moe=moe, **mesh)
     with on_mesh(config):
@@ -274,7 +306,12 @@ def run(weights: Weights, model: ModelConfig, ids: np.ndarray, segment_ids: np.n
         def forward(params, bias, batch):
             net = make(params, bias)
             out = net(batch["tokens"], batch["segment_ids"], batch["positions"], batch["targets"])
-            return net.logits(out.hidden_BSD), out.hidden_BSD, [net.logits(h) for h in out.mtp_hidden_BSD], out.stats
+            return (
+                net.logits(out.hidden_BSD),
+                out.hidden_BSD,
+                [net.logits(h) for h in out.mtp_hidden_BSD],
+                out.stats,
+            )
 
         return Run(*jax.tree.map(np.asarray, forward(params, bias, batch)))
 
@@ -286,7 +323,11 @@ def error_of(actual: Any, expected: Any) -> float:
     """Largest difference, relative to the largest expected number (the scale of the array)."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)) if expected.size else 0.0
+    return (
+        float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30))
+        if expected.size
+        else 0.0
+    )
 
 
 def assert_close(actual: Any, expected: Any, rtol: float = 1e-5, what: str = "") -> None:
@@ -294,8 +335,14 @@ def assert_close(actual: Any, expected: Any, rtol: float = 1e-5, what: str = "")
     assert error < rtol, f"{what}: relative error {error:.1e}"
 
 
-def assert_gradients(f: Callable[[Weights], float], weights: Weights, grads: Weights, rtol: float = 1e-5, eps: float = 1e-6,
-                     group: Callable[[str], str] = str) -> None:
+def assert_gradients(
+    f: Callable[[Weights], float],
+    weights: Weights,
+    grads: Weights,
+    rtol: float = 1e-5,
+    eps: float = 1e-6,
+    group: Callable[[str], str] = str,
+) -> None:
     """Every gradient against central differences of the float64 reference f along a random direction, which sees all elements.
 
     The error is relative to the norm of the gradient: what a random direction gives typically. Names that `group` maps to the
@@ -310,9 +357,13 @@ def assert_gradients(f: Callable[[Weights], float], weights: Weights, grads: Wei
         rng = np.random.default_rng(i)
         direction = {name: rng.standard_normal(grads[name].shape) for name in names}
         expected = ref.directional_derivative(f, weights, direction, eps)
-        actual = sum(float(np.sum(grads[name].astype(np.float64) * d)) for name, d in direction.items())
+        actual = sum(
+            float(np.sum(grads[name].astype(np.float64) * d)) for name, d in direction.items()
+        )
         norm = np.sqrt(sum(np.sum(np.square(grads[name], dtype=np.float64)) for name in names))
-        error = abs(actual - expected) / max(norm, abs(expected), 1e-30)  # 0 / 1e-30 for a weight out of use
+        error = abs(actual - expected) / max(
+            norm, abs(expected), 1e-30
+        )  # 0 / 1e-30 for a weight out of use
         assert error < rtol, f"gradient of {label}: relative error {error:.1e}"
 
 

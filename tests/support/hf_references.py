@@ -15,11 +15,11 @@ import numpy as np
 
 jax.config.update("jax_platforms", "cpu")
 
-from tests.support import conversion
 from deepseek_jax import hf
 from deepseek_jax.hf import names
 from deepseek_jax.model import moe
 from deepseek_jax.objectives import pretrain
+from tests.support import conversion
 
 
 def check(folder: str) -> tuple[bool, str]:
@@ -36,14 +36,18 @@ def check(folder: str) -> tuple[bool, str]:
     moe.route = noting
     try:
         with jax.set_mesh(model.mesh):
-            batch = {k: conversion.put(a.astype(np.int32)) for k, a in conversion.batch_of(ids).items()}
+            batch = {
+                k: conversion.put(a.astype(np.int32)) for k, a in conversion.batch_of(ids).items()
+            }
             config = conversion.config_of(conversion.smaller(model.model, aux_loss_alpha=0.0))
 
             @conversion.jit
             def run(params, bias, batch):
                 def loss_of(params):
                     net = conversion.Recorder(model.layout.merge(params, bias))
-                    loss, _ = pretrain.pretraining_loss(net, batch, pretrain.totals(batch, 0), config, jnp.float32(0))
+                    loss, _ = pretrain.pretraining_loss(
+                        net, batch, pretrain.totals(batch, 0), config, jnp.float32(0)
+                    )
                     return loss, net.logits(net.out.hidden_BSD)
 
                 return jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -53,22 +57,50 @@ def check(folder: str) -> tuple[bool, str]:
     finally:
         moe.route = route
     layers = sorted(int(k.rpartition("_")[2]) for k in golden if k.startswith("topk_idx_"))
-    chosen = all(np.array_equal(seen[i], golden[f"topk_idx_{layer}"]) for i, layer in enumerate(layers))
+    chosen = all(
+        np.array_equal(seen[i], golden[f"topk_idx_{layer}"]) for i, layer in enumerate(layers)
+    )
     error = float(np.abs(logits - golden["logits"]).max())
     scale = float(np.abs(golden["logits"]).max())
     norms = {}
-    for leaf, a in zip(names.leaves(grads, model.family, model.model), map(np.asarray, jax.tree.leaves(grads)), strict=True):
+    for leaf, a in zip(
+        names.leaves(grads, model.family, model.model),
+        map(np.asarray, jax.tree.leaves(grads)),
+        strict=True,
+    ):
         for p in names.pieces(leaf, tuple(slice(0, n) for n in leaf.shape)):
             norms[p.name] = np.linalg.norm(names.view(a, leaf, p.at).astype(np.float64))
-    wanted = {k.removeprefix("gradnorm/"): float(golden[k]) for k in golden if k.startswith("gradnorm/")}
+    wanted = {
+        k.removeprefix("gradnorm/"): float(golden[k]) for k in golden if k.startswith("gradnorm/")
+    }
     same_names = {n for n in wanted if not n.endswith("e_score_correction_bias")} == set(norms)
-    worst = max(abs(norms.get(n, np.inf) - w) / max(w, 1e-30) if w else norms.get(n, 0.0) for n, w in wanted.items() if n in norms)
+    worst = max(
+        abs(norms.get(n, np.inf) - w) / max(w, 1e-30) if w else norms.get(n, 0.0)
+        for n, w in wanted.items()
+        if n in norms
+    )
     loss_error = abs(float(loss) - float(golden["loss"])) / float(golden["loss"])
-    hub = all(np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(m.params) for m in (model, hf.load(f"{folder}/hub_config"))), strict=True))
-    line = (f"logits {error:.1e} = {error / scale:.1e} of the largest, experts {'equal' if chosen else 'DIFFER'} in {len(layers)} layers, "
-            f"loss {loss_error:.1e}, gradient norms {worst:.1e} ({len(norms)} tensors{'' if same_names else ', NAMES DIFFER'}), "
-            f"hub's keys {'the same' if hub else 'DIFFER'}")
-    good = error < 1e-4 and error < 1e-5 * scale and chosen and loss_error < 1e-5 and worst < 1e-3 and same_names and hub
+    hub = all(
+        np.array_equal(a, b)
+        for a, b in zip(
+            *(jax.tree.leaves(m.params) for m in (model, hf.load(f"{folder}/hub_config"))),
+            strict=True,
+        )
+    )
+    line = (
+        f"logits {error:.1e} = {error / scale:.1e} of the largest, experts {'equal' if chosen else 'DIFFER'} in {len(layers)} layers, "
+        f"loss {loss_error:.1e}, gradient norms {worst:.1e} ({len(norms)} tensors{'' if same_names else ', NAMES DIFFER'}), "
+        f"hub's keys {'the same' if hub else 'DIFFER'}"
+    )
+    good = (
+        error < 1e-4
+        and error < 1e-5 * scale
+        and chosen
+        and loss_error < 1e-5
+        and worst < 1e-3
+        and same_names
+        and hub
+    )
     if os.path.exists(f"{folder}/golden_fp8.npz"):
         golden = np.load(f"{folder}/golden_fp8.npz")
         logits = np.asarray(hf.load(f"{folder}/hub_fp8")(golden["input_ids"]))

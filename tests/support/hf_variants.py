@@ -36,27 +36,77 @@ from deepseek_jax.config.options import ModelConfig, RopeScaling
 torch.set_num_threads(1)
 
 # The head widths and ranks all differ, so that mixing two of them up cannot go unseen.
-SHAPES = dict(vocab_size=96, hidden_size=48, intermediate_size=80, moe_intermediate_size=28, num_hidden_layers=3,
-              num_attention_heads=4, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=20,
-              first_k_dense_replace=1, n_routed_experts=16, num_experts_per_tok=4, max_position_embeddings=128)
+SHAPES = dict(
+    vocab_size=96,
+    hidden_size=48,
+    intermediate_size=80,
+    moe_intermediate_size=28,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    kv_lora_rank=32,
+    qk_nope_head_dim=24,
+    qk_rope_head_dim=16,
+    v_head_dim=20,
+    first_k_dense_replace=1,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    max_position_embeddings=128,
+)
 
-V2 = dict(q_lora_rank=40, scoring_func="softmax", topk_method="group_limited_greedy", n_group=4, topk_group=2, n_shared_experts=1,
-          norm_topk_prob=False, routed_scaling_factor=2.5)
-V3 = dict(q_lora_rank=40, scoring_func="sigmoid", topk_method="noaux_tc", n_group=4, topk_group=2, n_shared_experts=1,
-          norm_topk_prob=True, routed_scaling_factor=2.5)
+V2 = dict(
+    q_lora_rank=40,
+    scoring_func="softmax",
+    topk_method="group_limited_greedy",
+    n_group=4,
+    topk_group=2,
+    n_shared_experts=1,
+    norm_topk_prob=False,
+    routed_scaling_factor=2.5,
+)
+V3 = dict(
+    q_lora_rank=40,
+    scoring_func="sigmoid",
+    topk_method="noaux_tc",
+    n_group=4,
+    topk_group=2,
+    n_shared_experts=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+)
 
 
 def _yarn(mscale, mscale_all_dim):
-    return dict(rope_scaling=RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=32, mscale=mscale,
-                                         mscale_all_dim=mscale_all_dim))
+    return dict(
+        rope_scaling=RopeScaling(
+            type="yarn",
+            factor=4.0,
+            original_max_position_embeddings=32,
+            mscale=mscale,
+            mscale_all_dim=mscale_all_dim,
+        )
+    )
 
 
 # name -> (transformers model_type, options of Model beyond SHAPES)
 VARIANTS = {
     "deepseek_v2": ("deepseek_v2", V2),
-    "deepseek_v2-lite": ("deepseek_v2", dict(V2, q_lora_rank=None, topk_method="greedy", n_group=1, topk_group=1,
-                                             n_shared_experts=2, routed_scaling_factor=1.0, **_yarn(0.707, 0.707))),
-    "deepseek_v2-group": ("deepseek_v2", dict(V2, n_shared_experts=2, routed_scaling_factor=16.0, **_yarn(0.707, 0.707))),
+    "deepseek_v2-lite": (
+        "deepseek_v2",
+        dict(
+            V2,
+            q_lora_rank=None,
+            topk_method="greedy",
+            n_group=1,
+            topk_group=1,
+            n_shared_experts=2,
+            routed_scaling_factor=1.0,
+            **_yarn(0.707, 0.707),
+        ),
+    ),
+    "deepseek_v2-group": (
+        "deepseek_v2",
+        dict(V2, n_shared_experts=2, routed_scaling_factor=16.0, **_yarn(0.707, 0.707)),
+    ),
     "deepseek_v3": ("deepseek_v3", V3),
     "deepseek_v3-noqlora": ("deepseek_v3", dict(V3, q_lora_rank=None)),
     "deepseek_v3-yarn": ("deepseek_v3", dict(V3, **_yarn(1.0, 1.0))),
@@ -65,9 +115,23 @@ VARIANTS = {
     "deepseek_v3-nonorm": ("deepseek_v3", dict(V3, norm_topk_prob=False)),
     "deepseek_v3-halfrope": ("deepseek_v3", dict(V3, rope_interleave=False)),
     "deepseek_v3-tied": ("deepseek_v3", dict(V3, tie_word_embeddings=True)),
-    "moonlight": ("deepseek_v3", dict(V3, q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2,
-                                      routed_scaling_factor=2.446, rope_theta=50000.0, rms_norm_eps=1e-5)),
-    "deepseek_v3-eps": ("deepseek_v3", dict(V3, rms_norm_eps=0.03)),  # the inner norms of MLA keep 1e-6
+    "moonlight": (
+        "deepseek_v3",
+        dict(
+            V3,
+            q_lora_rank=None,
+            n_group=1,
+            topk_group=1,
+            n_shared_experts=2,
+            routed_scaling_factor=2.446,
+            rope_theta=50000.0,
+            rms_norm_eps=1e-5,
+        ),
+    ),
+    "deepseek_v3-eps": (
+        "deepseek_v3",
+        dict(V3, rms_norm_eps=0.03),
+    ),  # the inner norms of MLA keep 1e-6
     "deepseek_v3-mtp": ("deepseek_v3", dict(V3, num_nextn_predict_layers=2)),
 }
 
@@ -79,16 +143,33 @@ def hub_config(variant):
     not_deepseeks = ("head_dim", "attention_out_bias", "use_qk_norm", "partial_rotary_factor")
     skip = ("rope_scaling", "rope_interleave", *not_deepseeks)
     c = {name: getattr(m, name) for name in m.__dataclass_fields__ if name not in skip}
-    c.update(model_type=model_type, architectures=[f"Deepseek{model_type[-2:].upper()}ForCausalLM"],
-             num_key_value_heads=m.num_attention_heads, hidden_act="silu", attention_bias=False, attention_dropout=0.0,
-             moe_layer_freq=1, use_cache=True, bos_token_id=0, eos_token_id=1, torch_dtype="float32")
+    c.update(
+        model_type=model_type,
+        architectures=[f"Deepseek{model_type[-2:].upper()}ForCausalLM"],
+        num_key_value_heads=m.num_attention_heads,
+        hidden_act="silu",
+        attention_bias=False,
+        attention_dropout=0.0,
+        moe_layer_freq=1,
+        use_cache=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        torch_dtype="float32",
+    )
     if not m.rope_interleave:
         c["rope_interleave"] = False
     r = m.rope_scaling
     if r.type != "default":
-        c["rope_scaling"] = dict(type=r.type, factor=r.factor, beta_fast=r.beta_fast, beta_slow=r.beta_slow,
-                                 original_max_position_embeddings=r.original_max_position_embeddings)
-        c["rope_scaling"].update({key: getattr(r, key) for key in ("mscale", "mscale_all_dim") if getattr(r, key)})
+        c["rope_scaling"] = dict(
+            type=r.type,
+            factor=r.factor,
+            beta_fast=r.beta_fast,
+            beta_slow=r.beta_slow,
+            original_max_position_embeddings=r.original_max_position_embeddings,
+        )
+        c["rope_scaling"].update(
+            {key: getattr(r, key) for key in ("mscale", "mscale_all_dim") if getattr(r, key)}
+        )
     return c
 
 
@@ -101,7 +182,9 @@ def build(variant_name, seed=0):
     A tied variant has no `lm_head.weight`.
     """
     c = hub_config(variant_name)
-    options = {k: v for k, v in c.items() if k not in ("model_type", "architectures", "torch_dtype")}
+    options = {
+        k: v for k, v in c.items() if k not in ("model_type", "architectures", "torch_dtype")
+    }
     kernels = dict(attn_implementation="eager", experts_implementation="eager")
     hf_config = AutoConfig.for_model(c["model_type"], **options)
     model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, **kernels).eval()
@@ -112,7 +195,9 @@ def build(variant_name, seed=0):
 
         mtp = MtpModel(model, config.num_nextn_predict_layers).eval()
         randomise(mtp.layers, seed + 1)
-        model.__dict__["mtp"] = mtp  # not a submodule: the model's own parameters and state stay what they are
+        model.__dict__["mtp"] = (
+            mtp  # not a submodule: the model's own parameters and state stay what they are
+        )
     return model, config, hub_state(model)
 
 
@@ -138,8 +223,13 @@ def randomise(module, seed):
 
 def _named(model, parameters_only):
     """(hub name, tensor) of all that a checkpoint holds, experts still fused."""
+
     def of(module):
-        return module.named_parameters() if parameters_only else module.state_dict(keep_vars=True).items()
+        return (
+            module.named_parameters()
+            if parameters_only
+            else module.state_dict(keep_vars=True).items()
+        )
 
     for name, t in of(model):
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
@@ -165,7 +255,10 @@ def _hub(named):
                 out[f"{fused[1]}.{e}.down_proj.weight"] = np.array(a[e], np.float32)
             else:
                 gate, up = np.split(np.array(a[e], np.float32), 2, axis=0)
-                out[f"{fused[1]}.{e}.gate_proj.weight"], out[f"{fused[1]}.{e}.up_proj.weight"] = gate.copy(), up.copy()
+                out[f"{fused[1]}.{e}.gate_proj.weight"], out[f"{fused[1]}.{e}.up_proj.weight"] = (
+                    gate.copy(),
+                    up.copy(),
+                )
     return out
 
 
@@ -178,7 +271,9 @@ def hub_state(model):
 
 
 def _gates(model):
-    layers = list(model.model.layers) + ([layer.mtp_block for layer in model.mtp.layers] if "mtp" in model.__dict__ else [])
+    layers = list(model.model.layers) + (
+        [layer.mtp_block for layer in model.mtp.layers] if "mtp" in model.__dict__ else []
+    )
     return [layer.mlp.gate for layer in layers if hasattr(layer.mlp, "gate")]
 
 
@@ -186,14 +281,20 @@ def _margins(gate, logits, config):
     """How far each token's choice of groups and experts is from a tie: [tokens]."""
     k, groups, kept = config.num_experts_per_tok, config.n_group, config.topk_group
     v3 = hasattr(gate, "e_score_correction_bias")
-    s = logits.double().sigmoid() + gate.e_score_correction_bias.double() if v3 else logits.double().softmax(-1)
+    s = (
+        logits.double().sigmoid() + gate.e_score_correction_bias.double()
+        if v3
+        else logits.double().softmax(-1)
+    )
     margin = torch.full(s.shape[:1], float("inf"), dtype=torch.float64)
     if kept < groups and (v3 or config.topk_method == "group_limited_greedy"):
         g = s.view(len(s), groups, -1)
         best = g.topk(2, -1).values.sum(-1) if v3 else g.max(-1).values
         order = best.sort(-1, descending=True)
         margin = order.values[:, kept - 1] - order.values[:, kept]
-        allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(1, order.indices[:, :kept], True)
+        allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(
+            1, order.indices[:, :kept], True
+        )
         s = s.masked_fill(~allowed.repeat_interleave(g.shape[-1], 1), float("-inf"))
     order = s.sort(-1, descending=True).values
     return torch.minimum(margin, order[:, k - 1] - order[:, k])
@@ -203,7 +304,13 @@ def _margins(gate, logits, config):
 def routing_margins(model, ids):
     """Smallest margin of all routing decisions of each sequence, MTP depths included: float64 [B]."""
     ids = torch.as_tensor(ids)
-    seen, hooks = [], [gate.register_forward_hook(lambda g, _, out: seen.append((g, out[0]))) for gate in _gates(model)]
+    seen, hooks = (
+        [],
+        [
+            gate.register_forward_hook(lambda g, _, out: seen.append((g, out[0])))
+            for gate in _gates(model)
+        ],
+    )
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     if "mtp" in model.__dict__:
         _mtp_logits(model, ids, hidden)
@@ -211,7 +318,9 @@ def routing_margins(model, ids):
         hook.remove()
     worst = torch.full((len(ids),), float("inf"), dtype=torch.float64)
     for gate, logits in seen:
-        worst = torch.minimum(worst, _margins(gate, logits, model.config).view(len(ids), -1).min(-1).values)
+        worst = torch.minimum(
+            worst, _margins(gate, logits, model.config).view(len(ids), -1).min(-1).values
+        )
     return worst.numpy()
 
 
@@ -233,7 +342,9 @@ def _mtp_logits(model, ids, hidden):
     cache, out = MtpCache(config=model.config.get_mtp_config()), []
     for depth in range(1, model.mtp.num_mtp_layers + 1):
         positions = torch.arange(depth, ids.shape[1])[None].expand(len(ids), -1)
-        hidden = model.mtp.forward_layer(depth - 1, hidden[:, : ids.shape[1] - depth], positions, cache, input_ids=ids[:, depth:])
+        hidden = model.mtp.forward_layer(
+            depth - 1, hidden[:, : ids.shape[1] - depth], positions, cache, input_ids=ids[:, depth:]
+        )
         out.append(model.mtp.shared_head(hidden))
     return out
 
@@ -242,7 +353,12 @@ def hf_mtp_logits(model, ids):
     """[float32 [B, S - depth, V] for depth 1, 2, ...] of a variant with MTP; row i predicts token i + 1 + depth."""
     ids = torch.as_tensor(ids)
     with torch.no_grad():
-        return [a.numpy() for a in _mtp_logits(model, ids, model.model(input_ids=ids, use_cache=False).last_hidden_state)]
+        return [
+            a.numpy()
+            for a in _mtp_logits(
+                model, ids, model.model(input_ids=ids, use_cache=False).last_hidden_state
+            )
+        ]
 
 
 def hf_logits_loss_grads(model, ids, mtp_loss_weight=0.0):
@@ -260,12 +376,19 @@ def hf_logits_loss_grads(model, ids, mtp_loss_weight=0.0):
     logits = model.lm_head(hidden)
 
     def loss_of(logits, ahead):
-        return torch.nn.functional.cross_entropy(logits[:, : ids.shape[1] - ahead].flatten(0, 1), ids[:, ahead:].flatten())
+        return torch.nn.functional.cross_entropy(
+            logits[:, : ids.shape[1] - ahead].flatten(0, 1), ids[:, ahead:].flatten()
+        )
 
     loss = loss_of(logits, 1)
     if mtp_loss_weight:
         depths = _mtp_logits(model, ids, hidden)
-        loss = loss + mtp_loss_weight * sum(loss_of(a, d + 2) for d, a in enumerate(depths)) / len(depths)
+        loss = loss + mtp_loss_weight * sum(loss_of(a, d + 2) for d, a in enumerate(depths)) / len(
+            depths
+        )
     loss.backward()
-    grads = _hub((name, (torch.zeros_like(p) if p.grad is None else p.grad).numpy()) for name, p in _named(model, True))
+    grads = _hub(
+        (name, (torch.zeros_like(p) if p.grad is None else p.grad).numpy())
+        for name, p in _named(model, True)
+    )
     return logits.detach().numpy(), loss.item(), grads

@@ -23,7 +23,6 @@ import optax
 if __name__ == "__main__":
     import conftest  # noqa: F401  (eight devices)
 
-from tests.support import conversion
 from deepseek_jax.config.options import (
     Config,
     MeshConfig,
@@ -33,19 +32,40 @@ from deepseek_jax.config.options import (
     ShardingConfig,
     TrainConfig,
 )
+from deepseek_jax.config.validation import validate
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
-from deepseek_jax.config.validation import validate
+from tests.support import conversion
 
 SEQUENCES, LENGTH, STEPS = 16, 32, 5
 # One dense layer, five MoE layers (no number of stages divides them), one MTP layer, groups of experts, balance loss.
-MODEL = ModelConfig(vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=6, num_attention_heads=4,
-              q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8, num_experts_per_tok=2,
-              n_group=4, topk_group=2, num_nextn_predict_layers=1, aux_loss_alpha=0.01, initializer_range=0.1)
+MODEL = ModelConfig(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    num_nextn_predict_layers=1,
+    aux_loss_alpha=0.01,
+    initializer_range=0.1,
+)
 # The learning rate warms up from 0: a first Adam step at full rate would turn the rounding noise of near-zero gradients
 # into whole steps, and so into other routing on other meshes.
-BASE = Config(model=MODEL, train=TrainConfig(steps=STEPS, batch_size=SEQUENCES, sequence_length=LENGTH, dtype="float32"),
-              optimizer=OptimizerConfig(warmup_steps=20, learning_rate=1e-3))
+BASE = Config(
+    model=MODEL,
+    train=TrainConfig(steps=STEPS, batch_size=SEQUENCES, sequence_length=LENGTH, dtype="float32"),
+    optimizer=OptimizerConfig(warmup_steps=20, learning_rate=1e-3),
+)
 AXES = ("data", "stage", "fsdp", "expert", "tensor")
 
 
@@ -58,11 +78,23 @@ class Run(NamedTuple):
     state: state.TrainState  # on the devices
 
 
-def variant(strategy="full_shard", dispatch="all_to_all", accumulation=1, remat="full", capacity_factor=1.25, virtual_stages=0, **mesh) -> Config:
+def variant(
+    strategy="full_shard",
+    dispatch="all_to_all",
+    accumulation=1,
+    remat="full",
+    capacity_factor=1.25,
+    virtual_stages=0,
+    **mesh,
+) -> Config:
     """BASE on a mesh of these axes, every weight divided, however small."""
-    return dataclasses.replace(BASE, mesh=MeshConfig(**{"fsdp": 1} | mesh), sharding=ShardingConfig(strategy, 0, virtual_stages=virtual_stages),
-                               moe=MoeConfig(dispatch=dispatch, capacity_factor=capacity_factor),
-                               train=dataclasses.replace(BASE.train, accumulation=accumulation, remat=remat))
+    return dataclasses.replace(
+        BASE,
+        mesh=MeshConfig(**{"fsdp": 1} | mesh),
+        sharding=ShardingConfig(strategy, 0, virtual_stages=virtual_stages),
+        moe=MoeConfig(dispatch=dispatch, capacity_factor=capacity_factor),
+        train=dataclasses.replace(BASE.train, accumulation=accumulation, remat=remat),
+    )
 
 
 def devices_of(config: Config) -> int:
@@ -75,11 +107,18 @@ def rows(i: int) -> dict[str, np.ndarray]:
     ids = rng.integers(0, MODEL.vocab_size, (SEQUENCES, LENGTH + 1)).astype(np.int32)
     segments = np.broadcast_to(np.where(np.arange(LENGTH) < 12, 1, 2), (SEQUENCES, LENGTH)).copy()
     segments[::5, 25:] = 0
-    positions = np.broadcast_to(np.where(np.arange(LENGTH) < 12, np.arange(LENGTH), np.arange(LENGTH) - 12), segments.shape)
+    positions = np.broadcast_to(
+        np.where(np.arange(LENGTH) < 12, np.arange(LENGTH), np.arange(LENGTH) - 12), segments.shape
+    )
     targets = ids[:, 1:].copy()
     targets[:, 11] = -100
     targets[::5, 24:] = -100
-    return dict(tokens=ids[:, :-1], targets=targets, segment_ids=segments.astype(np.int32), positions=positions.astype(np.int32))
+    return dict(
+        tokens=ids[:, :-1],
+        targets=targets,
+        segment_ids=segments.astype(np.int32),
+        positions=positions.astype(np.int32),
+    )
 
 
 @functools.cache
@@ -114,8 +153,14 @@ def train(config: Config, steps: int = STEPS) -> Run:
     with jax.set_mesh(mesh):
         start = initial_state(config.model)
         s = jax.device_put(start, layout.shardings)
-        kept = jax.device_put(jax.tree.map(jnp.zeros_like, start.params), jax.tree.map(
-            lambda spec: jax.NamedSharding(mesh, spec), layout.opt_specs, is_leaf=lambda x: isinstance(x, jax.P)))
+        kept = jax.device_put(
+            jax.tree.map(jnp.zeros_like, start.params),
+            jax.tree.map(
+                lambda spec: jax.NamedSharding(mesh, spec),
+                layout.opt_specs,
+                is_leaf=lambda x: isinstance(x, jax.P),
+            ),
+        )
         s = s._replace(opt_state=(kept, s.opt_state))
         losses, counts, gradients = [], [], []
         for i in range(steps):
@@ -123,7 +168,10 @@ def train(config: Config, steps: int = STEPS) -> Run:
             losses.append(float(m.losses.loss))
             counts.append(np.asarray(m.load.expert_counts))
             if i == 0:
-                gradients = [(conversion.path_of(path), np.asarray(g)) for path, g in jax.tree_util.tree_leaves_with_path(s.opt_state[0])]
+                gradients = [
+                    (conversion.path_of(path), np.asarray(g))
+                    for path, g in jax.tree_util.tree_leaves_with_path(s.opt_state[0])
+                ]
     return Run(losses, counts, gradients, s)
 
 
@@ -135,25 +183,48 @@ def one_device(model: ModelConfig = MODEL, steps: int = STEPS) -> Run:
 def differences(run: Run, one: Run) -> tuple[float, float, str, bool]:
     """(worst loss, worst gradient, its parameter, whether all counts are equal) of two runs; errors are relative."""
     loss = max(abs(a - b) / abs(b) for a, b in zip(run.losses, one.losses, strict=True))
-    gradient = max((conversion.error_of(a, b), name) for (name, a), (_, b) in zip(run.gradients, one.gradients, strict=True))
-    return loss, *gradient, all(np.array_equal(a, b) for a, b in zip(run.counts, one.counts, strict=True))
+    gradient = max(
+        (conversion.error_of(a, b), name)
+        for (name, a), (_, b) in zip(run.gradients, one.gradients, strict=True)
+    )
+    return (
+        loss,
+        *gradient,
+        all(np.array_equal(a, b) for a, b in zip(run.counts, one.counts, strict=True)),
+    )
 
 
 def product() -> list[dict]:
     """Every combination that the batch of 16 sequences allows."""
-    meshes = [dict(fsdp=8), dict(fsdp=4, expert=2), dict(fsdp=2, expert=4), dict(expert=8), dict(data=2, fsdp=2, expert=2),
-              dict(tensor=2), dict(fsdp=2, expert=2, tensor=2), dict(stage=2, fsdp=2, expert=2), dict(stage=2, expert=2, tensor=2),
-              dict(stage=4, fsdp=2), dict(data=2, stage=2, expert=2)]
+    meshes = [
+        dict(fsdp=8),
+        dict(fsdp=4, expert=2),
+        dict(fsdp=2, expert=4),
+        dict(expert=8),
+        dict(data=2, fsdp=2, expert=2),
+        dict(tensor=2),
+        dict(fsdp=2, expert=2, tensor=2),
+        dict(stage=2, fsdp=2, expert=2),
+        dict(stage=2, expert=2, tensor=2),
+        dict(stage=4, fsdp=2),
+        dict(data=2, stage=2, expert=2),
+    ]
     strategies = ("full_shard", "shard_grad_op", "zero1", "hybrid_shard", "no_shard")
-    every = itertools.product(meshes, ("all_to_all", "all_gather", "ring"), strategies, (1, 2, 4), ("full", "none"))
+    every = itertools.product(
+        meshes, ("all_to_all", "all_gather", "ring"), strategies, (1, 2, 4), ("full", "none")
+    )
     out = [dict(m, dispatch=d, strategy=s, accumulation=a, remat=r) for m, d, s, a, r in every]
     ways = lambda o: o.get("data", 1) * o.get("fsdp", 1) * o.get("expert", 1)
     return [o for o in out if SEQUENCES // o["accumulation"] % ways(o) == 0]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Five float32 steps on every mesh x dispatch x strategy x accumulation x remat, against one device.")
-    parser.add_argument("--sample", type=int, default=0, help="only so many, drawn at random (0: all, some hours)")
+    parser = argparse.ArgumentParser(
+        description="Five float32 steps on every mesh x dispatch x strategy x accumulation x remat, against one device."
+    )
+    parser.add_argument(
+        "--sample", type=int, default=0, help="only so many, drawn at random (0: all, some hours)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     args = parser.parse_args()
     cases = product()
@@ -161,15 +232,20 @@ def main() -> int:
         cases = random.Random(args.seed).sample(cases, min(args.sample, len(cases)))
     bad = 0
     print(f"{len(cases)} of {len(product())} combinations")
-    print(f"{'mesh':<40}{'dispatch':<12}{'strategy':<15}{'acc':>4}{'remat':>6}{'loss':>10}{'gradient':>10}  counts")
+    print(
+        f"{'mesh':<40}{'dispatch':<12}{'strategy':<15}{'acc':>4}{'remat':>6}{'loss':>10}{'gradient':>10}  counts"
+    )
     for case in cases:
         start = time.perf_counter()
         loss, gradient, name, counts = differences(train(variant(**case)), one_device())
         ok = loss < 1e-5 and gradient < 1e-5 and counts
         bad += not ok
         mesh = " x ".join(f"{a} {case[a]}" for a in AXES if a in case)
-        print(f"{mesh:<40}{case['dispatch']:<12}{case['strategy']:<15}{case['accumulation']:>4}{case['remat']:>6}{loss:>10.1e}{gradient:>10.1e}  "
-              f"{'equal' if counts else 'DIFFER'}{'' if ok else f'  FAILED ({name})'}  {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"{mesh:<40}{case['dispatch']:<12}{case['strategy']:<15}{case['accumulation']:>4}{case['remat']:>6}{loss:>10.1e}{gradient:>10.1e}  "
+            f"{'equal' if counts else 'DIFFER'}{'' if ok else f'  FAILED ({name})'}  {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
         jax.clear_caches()
     print(f"{len(cases) - bad} equal to one device, {bad} not")
     return 1 if bad else 0

@@ -19,9 +19,21 @@ class TemplateLM:
                 if spaces:
                     context, continuation = context[:-spaces], context[-spaces:] + continuation
                 first = self.tok_encode(context)
-                out.append(((context, continuation), first, self.tok_encode(context + continuation)[len(first):]))
+                out.append(
+                    (
+                        (context, continuation),
+                        first,
+                        self.tok_encode(context + continuation)[len(first) :],
+                    )
+                )
             else:
-                out.append(((context, continuation), [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)))
+                out.append(
+                    (
+                        (context, continuation),
+                        [self.prefix_token_id],
+                        self.tok_encode(continuation, add_special_tokens=False),
+                    )
+                )
         return self._loglikelihood_tokens(out, disable_tqdm=disable_tqdm)
 
 
@@ -54,13 +66,22 @@ def install(monkeypatch):
     """Makes `import lm_eval` find these, unless the harness is there."""
     try:
         import lm_eval  # noqa: F401
+
         return
     except ImportError:
         pass
-    modules = {"lm_eval": {}, "lm_eval.api": {}, "lm_eval.models": {}, "lm_eval.api.model": {"TemplateLM": TemplateLM},
-               "lm_eval.utils": {"get_rolling_token_windows": get_rolling_token_windows, "make_disjoint_window": make_disjoint_window},
-               "lm_eval.api.registry": {"register_model": lambda name: lambda c: c},
-               "lm_eval.models.utils": {"normalize_gen_kwargs": normalize_gen_kwargs}}
+    modules = {
+        "lm_eval": {},
+        "lm_eval.api": {},
+        "lm_eval.models": {},
+        "lm_eval.api.model": {"TemplateLM": TemplateLM},
+        "lm_eval.utils": {
+            "get_rolling_token_windows": get_rolling_token_windows,
+            "make_disjoint_window": make_disjoint_window,
+        },
+        "lm_eval.api.registry": {"register_model": lambda name: lambda c: c},
+        "lm_eval.models.utils": {"normalize_gen_kwargs": normalize_gen_kwargs},
+    }
     for name, content in modules.items():
         module = types.ModuleType(name)
         module.__dict__.update(content)

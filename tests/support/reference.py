@@ -37,7 +37,9 @@ class Routing(NamedTuple):
 class MtpOutput(NamedTuple):
     """One depth of multi-token prediction. Rows where `valid` is False are don't-care."""
 
-    hidden: np.ndarray  # [S, D] after shared_head.norm: what the head reads and what the next depth is fed
+    hidden: (
+        np.ndarray
+    )  # [S, D] after shared_head.norm: what the head reads and what the next depth is fed
     logits: np.ndarray  # [S, V] row i predicts token i + 1 + depth
     valid: np.ndarray  # [S] bool: token i + depth exists and is in the segment of token i
     routing: Routing
@@ -63,7 +65,7 @@ def float64(weights):
 def layer_weights(weights, layer):
     """The entries of `model.layers.{layer}.`, without that prefix. MTP depth d is layer num_hidden_layers + d - 1."""
     prefix = f"model.layers.{layer}."
-    found = {name[len(prefix):]: w for name, w in weights.items() if name.startswith(prefix)}
+    found = {name[len(prefix) :]: w for name, w in weights.items() if name.startswith(prefix)}
     assert found, f"no weights under {prefix}"
     return found
 
@@ -122,8 +124,14 @@ def rope_frequencies(model):
         return kept, 1.0
     assert r.type == "yarn", r.type
 
-    def pair_that_turns(times):  # pair index (a real number) that makes so many turns over the original context
-        return width * math.log(r.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(base))
+    def pair_that_turns(
+        times,
+    ):  # pair index (a real number) that makes so many turns over the original context
+        return (
+            width
+            * math.log(r.original_max_position_embeddings / (times * 2 * math.pi))
+            / (2 * math.log(base))
+        )
 
     low = max(math.floor(pair_that_turns(r.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(r.beta_slow)), width - 1)
@@ -189,7 +197,12 @@ def mla(x_SD, weights, model, positions_S=None, segment_ids_S=None):
     S = x_SD.shape[0]
     positions_S = np.arange(S) if positions_S is None else np.asarray(positions_S)
     segment_ids_S = np.ones(S, int) if segment_ids_S is None else np.asarray(segment_ids_S)
-    H, nope, rope, width = model.num_attention_heads, model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
+    H, nope, rope, width = (
+        model.num_attention_heads,
+        model.qk_nope_head_dim,
+        model.qk_rope_head_dim,
+        model.v_head_dim,
+    )
 
     def w(name):
         return weights[f"self_attn.{name}.weight"]
@@ -197,11 +210,15 @@ def mla(x_SD, weights, model, positions_S=None, segment_ids_S=None):
     if model.q_lora_rank is None:
         q = linear(x_SD, w("q_proj"))
     else:
-        q = linear(rms_norm(linear(x_SD, w("q_a_proj")), w("q_a_layernorm"), INNER_EPS), w("q_b_proj"))
+        q = linear(
+            rms_norm(linear(x_SD, w("q_a_proj")), w("q_a_layernorm"), INNER_EPS), w("q_b_proj")
+        )
     q = q.reshape(S, H, nope + rope)
     compressed = linear(x_SD, w("kv_a_proj_with_mqa"))
-    latent, k_rope = compressed[:, : model.kv_lora_rank], compressed[:, model.kv_lora_rank:]
-    kv = linear(rms_norm(latent, w("kv_a_layernorm"), INNER_EPS), w("kv_b_proj")).reshape(S, H, nope + width)
+    latent, k_rope = compressed[:, : model.kv_lora_rank], compressed[:, model.kv_lora_rank :]
+    kv = linear(rms_norm(latent, w("kv_a_layernorm"), INNER_EPS), w("kv_b_proj")).reshape(
+        S, H, nope + width
+    )
     k_nope, v = kv[:, :, :nope], kv[:, :, nope:]
 
     cos, sin = rope_tables(model, positions_S)
@@ -273,10 +290,16 @@ def routing_margin(x_TD, gate_weight, bias_E, model):
         allowed = np.ones(E, bool)
         if model.topk_method != "greedy" and model.topk_group < model.n_group:
             groups = selection.reshape(model.n_group, -1)
-            best = np.sort(groups, axis=1)[:, -2:].sum(1) if model.topk_method == "noaux_tc" else groups.max(1)
+            best = (
+                np.sort(groups, axis=1)[:, -2:].sum(1)
+                if model.topk_method == "noaux_tc"
+                else groups.max(1)
+            )
             order = top(best, model.n_group)
             out[t] = best[order[model.topk_group - 1]] - best[order[model.topk_group]]
-            allowed = np.repeat(np.isin(np.arange(model.n_group), order[: model.topk_group]), E // model.n_group)
+            allowed = np.repeat(
+                np.isin(np.arange(model.n_group), order[: model.topk_group]), E // model.n_group
+            )
         rejected = allowed & ~np.isin(np.arange(E), chosen[t])
         if rejected.any():
             out[t] = min(out[t], selection[chosen[t]].min() - selection[rejected].max())
@@ -285,7 +308,10 @@ def routing_margin(x_TD, gate_weight, bias_E, model):
 
 def mlp(x, weights, prefix="mlp."):
     """SwiGLU: x [..., D] -> [..., D], weights `{prefix}{gate,up,down}_proj.weight`."""
-    gate, up = linear(x, weights[f"{prefix}gate_proj.weight"]), linear(x, weights[f"{prefix}up_proj.weight"])
+    gate, up = (
+        linear(x, weights[f"{prefix}gate_proj.weight"]),
+        linear(x, weights[f"{prefix}up_proj.weight"]),
+    )
     return linear(silu(gate) * up, weights[f"{prefix}down_proj.weight"])
 
 
@@ -314,7 +340,13 @@ def decoder_layer(x_SD, weights, model, dense, positions_S=None, segment_ids_S=N
     """One pre-norm block: x [S, D] -> (x [S, D], Routing or None). `weights` has names below the layer; `dense`: no experts."""
     eps = model.rms_norm_eps
     x_SD = np.asarray(x_SD, np.float64)
-    x_SD = x_SD + mla(rms_norm(x_SD, weights["input_layernorm.weight"], eps), weights, model, positions_S, segment_ids_S)
+    x_SD = x_SD + mla(
+        rms_norm(x_SD, weights["input_layernorm.weight"], eps),
+        weights,
+        model,
+        positions_S,
+        segment_ids_S,
+    )
     h = rms_norm(x_SD, weights["post_attention_layernorm.weight"], eps)
     if dense:
         return x_SD + mlp(h, weights), None
@@ -324,7 +356,10 @@ def decoder_layer(x_SD, weights, model, dense, positions_S=None, segment_ids_S=N
 
 def head(hidden, weights, model):
     """hidden [..., D], normed -> logits [..., V]."""
-    return linear(hidden, weights["model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight"])
+    return linear(
+        hidden,
+        weights["model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight"],
+    )
 
 
 def transformer(tokens_S, weights, model, positions_S=None, segment_ids_S=None):
@@ -334,7 +369,9 @@ def transformer(tokens_S, weights, model, positions_S=None, segment_ids_S=None):
     routings = []
     for i in range(model.num_hidden_layers):
         dense = i < model.first_k_dense_replace
-        x, routing = decoder_layer(x, layer_weights(weights, i), model, dense, positions_S, segment_ids_S)
+        x, routing = decoder_layer(
+            x, layer_weights(weights, i), model, dense, positions_S, segment_ids_S
+        )
         if not dense:
             routings.append(routing)
     hidden = rms_norm(x, weights["model.norm.weight"], model.rms_norm_eps)
@@ -387,8 +424,16 @@ def mtp(hidden_SD, tokens_S, weights, model, depth, positions_S=None, segment_id
 def batch(tokens_BS, weights, model, positions_BS=None, segment_ids_BS=None):
     """`transformer` of every sequence, with every array of its Output stacked to a leading B."""
     B = len(tokens_BS)
-    rows = [transformer(tokens_BS[b], weights, model, None if positions_BS is None else positions_BS[b],
-                        None if segment_ids_BS is None else segment_ids_BS[b]) for b in range(B)]
+    rows = [
+        transformer(
+            tokens_BS[b],
+            weights,
+            model,
+            None if positions_BS is None else positions_BS[b],
+            None if segment_ids_BS is None else segment_ids_BS[b],
+        )
+        for b in range(B)
+    ]
 
     def stack(items):
         if isinstance(items[0], np.ndarray):
@@ -430,7 +475,9 @@ def cross_entropy(logits, targets):
     """Mean of -log softmax(logits [..., V])[target] over the targets [...] that are not -100; 0 if there is none."""
     logits, targets = np.asarray(logits, np.float64), np.asarray(targets)
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    losses = [logsumexp(row) - row[target] for row, target in zip(logits, targets) if target != IGNORE]
+    losses = [
+        logsumexp(row) - row[target] for row, target in zip(logits, targets) if target != IGNORE
+    ]
     return float(np.mean(losses)) if losses else 0.0
 
 
@@ -457,15 +504,29 @@ def sequence_balance_loss(scores_BSE, chosen_BSk, mask_BS, model):
     The mean, over the sequences that have any, of `_balance` of each sequence's tokens with mask True. The assignments carry no
     gradient; the scores (without bias) do.
     """
-    scores, chosen, mask = np.asarray(scores_BSE, np.float64), np.asarray(chosen_BSk), np.asarray(mask_BS, bool)
-    per_sequence = [_balance(scores[b][mask[b]], chosen[b][mask[b]], model) for b in range(len(scores)) if mask[b].any()]
+    scores, chosen, mask = (
+        np.asarray(scores_BSE, np.float64),
+        np.asarray(chosen_BSk),
+        np.asarray(mask_BS, bool),
+    )
+    per_sequence = [
+        _balance(scores[b][mask[b]], chosen[b][mask[b]], model)
+        for b in range(len(scores))
+        if mask[b].any()
+    ]
     return model.aux_loss_alpha * float(np.mean(per_sequence or [0.0]))
 
 
 def batch_balance_loss(scores_BSE, chosen_BSk, mask_BS, model):
     """V2's expert-level balance loss (report, equations 23-25) of one layer: the same sum once over all tokens of the batch."""
-    scores, chosen, mask = np.asarray(scores_BSE, np.float64), np.asarray(chosen_BSk), np.asarray(mask_BS, bool)
-    return model.aux_loss_alpha * (_balance(scores[mask], chosen[mask], model) if mask.any() else 0.0)
+    scores, chosen, mask = (
+        np.asarray(scores_BSE, np.float64),
+        np.asarray(chosen_BSk),
+        np.asarray(mask_BS, bool),
+    )
+    return model.aux_loss_alpha * (
+        _balance(scores[mask], chosen[mask], model) if mask.any() else 0.0
+    )
 
 
 def router_z_loss(logits, mask):
@@ -492,7 +553,12 @@ def directional_derivative(f, weights, direction, eps=1e-6):
     """
 
     def at(a):
-        return f({name: w + a * direction[name] if name in direction else w for name, w in weights.items()})
+        return f(
+            {
+                name: w + a * direction[name] if name in direction else w
+                for name, w in weights.items()
+            }
+        )
 
     weights, direction = float64(weights), float64(direction)
     return (at(eps) - at(-eps)) / (2 * eps)

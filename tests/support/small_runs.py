@@ -1,7 +1,7 @@
 """One compiled step of a small model, and runs of it, for tests that compare options.
 
-    t = trainer(config_of(Optimizer("muon"), Mesh(fsdp=2, expert=4)))
-    s, metrics = t.run(t.start(), 5)
+t = trainer(config_of(Optimizer("muon"), Mesh(fsdp=2, expert=4)))
+s, metrics = t.run(t.start(), 5)
 """
 
 import functools
@@ -9,8 +9,6 @@ import functools
 import jax
 import numpy as np
 
-from tests.support import conversion
-from tests.support import invariance
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import (
     Config,
@@ -22,21 +20,55 @@ from deepseek_jax.config.options import (
     ShardingConfig,
     TrainConfig,
 )
-from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.objectives import pretrain
-from deepseek_jax.train import state, step
 from deepseek_jax.config.validation import validate
+from deepseek_jax.objectives import pretrain
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.train import state, step
+from tests.support import conversion, invariance
 
-TINY = ModelConfig(vocab_size=128, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, first_k_dense_replace=0,
-             num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4,
-             num_experts_per_tok=2, initializer_range=0.1)
+TINY = ModelConfig(
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
+    first_k_dense_replace=0,
+    num_attention_heads=2,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    initializer_range=0.1,
+)
 ADAMW = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
 
 
-def config_of(optimizer: OptimizerConfig = ADAMW, mesh: MeshConfig = MeshConfig(fsdp=1), fp16: Fp16Config = Fp16Config(), sharding: ShardingConfig = ShardingConfig(min_weight_size=0),
-              offload: OffloadConfig = OffloadConfig(), **train) -> Config:
-    train = {"steps": 40, "batch_size": invariance.SEQUENCES, "sequence_length": invariance.LENGTH, "dtype": "float32", "remat": "none"} | train
-    config = Config(model=TINY, mesh=mesh, train=TrainConfig(**train), optimizer=optimizer, sharding=sharding, fp16=fp16, offload=offload)
+def config_of(
+    optimizer: OptimizerConfig = ADAMW,
+    mesh: MeshConfig = MeshConfig(fsdp=1),
+    fp16: Fp16Config = Fp16Config(),
+    sharding: ShardingConfig = ShardingConfig(min_weight_size=0),
+    offload: OffloadConfig = OffloadConfig(),
+    **train,
+) -> Config:
+    train = {
+        "steps": 40,
+        "batch_size": invariance.SEQUENCES,
+        "sequence_length": invariance.LENGTH,
+        "dtype": "float32",
+        "remat": "none",
+    } | train
+    config = Config(
+        model=TINY,
+        mesh=mesh,
+        train=TrainConfig(**train),
+        optimizer=optimizer,
+        sharding=sharding,
+        fp16=fp16,
+        offload=offload,
+    )
     validate(config)
     return config
 
@@ -45,11 +77,17 @@ class Trainer:
     """A compiled step of one config, and its state from the weights that all of these tests begin with."""
 
     def __init__(self, config: Config, token_loss=pretrain.next_token_loss):
-        self.config, self.mesh = config, make_mesh(config, jax.devices()[: invariance.devices_of(config)])
+        self.config, self.mesh = (
+            config,
+            make_mesh(config, jax.devices()[: invariance.devices_of(config)]),
+        )
         with jax.set_mesh(self.mesh):
             self.layout = state.make_layout(config, self.mesh)
-            self.compiled = conversion.jit(step.make_train_step(config, self.layout, token_loss), config).lower(
-                self.layout.abstract_sharded(), self.batch(0)).compile()
+            self.compiled = (
+                conversion.jit(step.make_train_step(config, self.layout, token_loss), config)
+                .lower(self.layout.abstract_sharded(), self.batch(0))
+                .compile()
+            )
 
     def batch(self, i: int):
         return step.put_batch(invariance.rows(i), self.config.micro_batch, self.mesh)
@@ -58,15 +96,25 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             same = invariance.initial_state(TINY)._replace(opt_state=self.layout.abstract.opt_state)
             zeros = lambda tree: jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), tree)
-            opt_state, residual = zeros(self.layout.abstract.opt_state), zeros(self.layout.abstract.residual)  # of all three optimizers
+            opt_state, residual = (
+                zeros(self.layout.abstract.opt_state),
+                zeros(self.layout.abstract.residual),
+            )  # of all three optimizers
             scale = self.layout.abstract.loss_scale and state.init_loss_scale(self.config)
-            return jax.device_put(same._replace(opt_state=opt_state, residual=residual, loss_scale=scale), self.layout.shardings)
+            return jax.device_put(
+                same._replace(opt_state=opt_state, residual=residual, loss_scale=scale),
+                self.layout.shardings,
+            )
 
-    def run(self, s: state.TrainState, steps: int, first: int = 0) -> tuple[state.TrainState, list[step.StepMetrics]]:
+    def run(
+        self, s: state.TrainState, steps: int, first: int = 0
+    ) -> tuple[state.TrainState, list[step.StepMetrics]]:
         out = []
         with jax.set_mesh(self.mesh):
             for i in range(first, first + steps):
-                s, metrics = self.compiled(s, self.batch(i % 4))  # which refuses a state that is laid out otherwise than it was
+                s, metrics = self.compiled(
+                    s, self.batch(i % 4)
+                )  # which refuses a state that is laid out otherwise than it was
                 out.append(metrics)
         return s, out
 
@@ -81,7 +129,10 @@ def losses_of(metrics: list[step.StepMetrics]) -> np.ndarray:
 
 
 def same(a, b) -> bool:
-    return all(np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def restored(t: Trainer, s: state.TrainState, folder) -> state.TrainState:

@@ -10,27 +10,49 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.support import conversion
 from deepseek_jax.config.options import Fp16Config, MeshConfig
 from deepseek_jax.model.count import Count
-from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.objectives import pretrain
+from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.run import metrics
 from deepseek_jax.train.loss_scale import LossScale, adjust, may_fall
-from tests.support.small_runs import ADAMW, TINY, Trainer, config_of, losses_of, restored, same, trainer
+from tests.support import conversion
+from tests.support.small_runs import (
+    ADAMW,
+    TINY,
+    Trainer,
+    config_of,
+    losses_of,
+    restored,
+    same,
+    trainer,
+)
 
-FLOAT16 = config_of(dataclasses.replace(ADAMW, moment_dtype="bfloat16"), MeshConfig(fsdp=2, expert=2), dtype="float16")
+FLOAT16 = config_of(
+    dataclasses.replace(ADAMW, moment_dtype="bfloat16"),
+    MeshConfig(fsdp=2, expert=2),
+    dtype="float16",
+)
 
 
 @pytest.mark.slow
 def test_float16_tracks_float32():
     """20 steps, over which the loss falls by 1. Float16 has 11 bits: 5e-4 of an activation, some of which decide an expert otherwise."""
-    half, full = trainer(FLOAT16), trainer(dataclasses.replace(FLOAT16, train=dataclasses.replace(FLOAT16.train, dtype="float32")))
+    half, full = (
+        trainer(FLOAT16),
+        trainer(
+            dataclasses.replace(FLOAT16, train=dataclasses.replace(FLOAT16.train, dtype="float32"))
+        ),
+    )
     (s, ours), (_, exact) = half.run(half.start(), 20), full.run(full.start(), 20)
     last, ours, expected = ours[-1], losses_of(ours), losses_of(exact)
     assert expected[-1] < expected[0] - 0.8
     assert np.abs(ours - expected).max() < 0.02 and 0 < np.abs(ours - expected)[0]
-    assert int(s.skipped_steps) == 0 and full.layout.abstract.loss_scale is None and exact[0].loss_scale is None
+    assert (
+        int(s.skipped_steps) == 0
+        and full.layout.abstract.loss_scale is None
+        and exact[0].loss_scale is None
+    )
     assert float(s.loss_scale.scale) == 2.0**16 and int(s.loss_scale.good_steps) == 20
     row = lambda m: metrics.row(jax.device_get(m), 20, 1.0, 1.0, 1, FLOAT16, Count(1, 1, 0, 1.0))
     assert row(last)["loss_scale"] == 65536 and "loss_scale" not in row(exact[-1])
@@ -40,7 +62,9 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else():
     t = trainer(FLOAT16)
     first, _ = t.run(t.start(), 3)
     with jax.set_mesh(t.mesh):
-        high = jax.device_put(LossScale(np.float32(2.0**30), np.int32(7), np.int32(2)), t.layout.shardings.loss_scale)
+        high = jax.device_put(
+            LossScale(np.float32(2.0**30), np.int32(7), np.int32(2)), t.layout.shardings.loss_scale
+        )
     s, scale, skipped = first._replace(loss_scale=high), 2.0**30, 0
     while True:
         before = s
@@ -50,13 +74,21 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else():
             break
         skipped += 1
         scale /= 2 if skipped > 1 else 1  # hysteresis: the first overflow is forgiven
-        assert (float(s.loss_scale.scale), int(s.loss_scale.good_steps), int(s.skipped_steps)) == (scale, 0, skipped)
+        assert (float(s.loss_scale.scale), int(s.loss_scale.good_steps), int(s.skipped_steps)) == (
+            scale,
+            0,
+            skipped,
+        )
         assert same((s.params, s.opt_state, s.bias), (before.params, before.opt_state, before.bias))
     assert skipped > 3 and scale > 2.0**10, (skipped, scale)
-    assert (float(s.loss_scale.scale), int(s.loss_scale.good_steps)) == (scale, 1) and not same(s.params, first.params)
+    assert (float(s.loss_scale.scale), int(s.loss_scale.good_steps)) == (scale, 1) and not same(
+        s.params, first.params
+    )
     # Gradients are those at the usual scale, but for float16's rounding.
     usual, (m0,) = t.run(first, 1, 3)
-    assert float(m.grad_norm) == pytest.approx(float(m0.grad_norm), rel=1e-2) and float(m.lr) == float(m0.lr)
+    assert float(m.grad_norm) == pytest.approx(float(m0.grad_norm), rel=1e-2) and float(
+        m.lr
+    ) == float(m0.lr)
     # A loss that is no number is not the scale's fault.
     broken = jax.tree.map(lambda a: a * jnp.nan, s.params)
     after, (m,) = t.run(s._replace(params=broken), 1, 4)
@@ -76,10 +108,14 @@ def test_float16_resumes_exactly(tmp_path):
 def test_overflows_at_the_lowest_scale_count_as_bad_steps():
     def token_loss(model, out, batch, total, config, mtp_weight):
         w = model.norm.weight[...]
-        value = jnp.sum(w**2) + jnp.sqrt(jnp.sum((w - jax.lax.stop_gradient(w)) ** 2))  # the root's gradient at 0 is no number
+        value = jnp.sum(w**2) + jnp.sqrt(
+            jnp.sum((w - jax.lax.stop_gradient(w)) ** 2)
+        )  # the root's gradient at 0 is no number
         return value, value, value
 
-    t = Trainer(config_of(dtype="float16", fp16=Fp16Config(initial_scale_power=2, hysteresis=1)), token_loss)
+    t = Trainer(
+        config_of(dtype="float16", fp16=Fp16Config(initial_scale_power=2, hysteresis=1)), token_loss
+    )
     s, metrics = t.run(t.start(), 5)
     assert [float(m.loss_scale) for m in metrics] == [4, 2, 1, 1, 1]
     assert [int(m.bad_steps) for m in metrics] == [0, 0, 1, 2, 3] and int(s.skipped_steps) == 5
@@ -87,9 +123,20 @@ def test_overflows_at_the_lowest_scale_count_as_bad_steps():
 
 def test_the_scale_moves_as_deepspeeds():
     """Against its DynamicLossScaler, written anew from its source, on random overflows."""
-    for seed, options in enumerate((Fp16Config(), Fp16Config(initial_scale_power=4, loss_scale_window=3, hysteresis=1, min_loss_scale=2.0),
-                                    Fp16Config(initial_scale_power=8, loss_scale_window=5, hysteresis=3))):
-        ours = LossScale(jnp.float32(2.0**options.initial_scale_power), jnp.int32(0), jnp.int32(options.hysteresis))
+    for seed, options in enumerate(
+        (
+            Fp16Config(),
+            Fp16Config(
+                initial_scale_power=4, loss_scale_window=3, hysteresis=1, min_loss_scale=2.0
+            ),
+            Fp16Config(initial_scale_power=8, loss_scale_window=5, hysteresis=3),
+        )
+    ):
+        ours = LossScale(
+            jnp.float32(2.0**options.initial_scale_power),
+            jnp.int32(0),
+            jnp.int32(options.hysteresis),
+        )
         scale, hysteresis, last = 2.0**options.initial_scale_power, options.hysteresis, -1
         move = jax.jit(functools.partial(adjust, options))
         for i, overflow in enumerate(np.random.default_rng(seed).random(80) < 0.25):
@@ -104,7 +151,11 @@ def test_the_scale_moves_as_deepspeeds():
             ours = move(ours, jnp.asarray(overflow), jnp.asarray(False))
             assert (float(ours.scale), int(ours.hysteresis)) == (scale, hysteresis), (seed, i)
             assert bool(may_fall(options, ours)) == (scale > options.min_loss_scale)
-    grown = move(LossScale(jnp.float32(2.0**32), jnp.int32(4), jnp.int32(1)), jnp.asarray(False), jnp.asarray(False))
+    grown = move(
+        LossScale(jnp.float32(2.0**32), jnp.int32(4), jnp.int32(1)),
+        jnp.asarray(False),
+        jnp.asarray(False),
+    )
     assert float(grown.scale) == 2.0**32
 
 
@@ -114,7 +165,12 @@ def test_the_heads_gradient_does_not_overflow_before_it_is_divided():
     rng = np.random.default_rng(0)
     tokens, width, words, scale = 4096, 16, 8192, 2.0**10
     hidden = (32 + rng.standard_normal((tokens, width))).astype(np.float16)
-    kernel = (rng.standard_normal((width, words)) * 0.002).astype(np.float32).astype(np.float16).astype(np.float32)
+    kernel = (
+        (rng.standard_normal((width, words)) * 0.002)
+        .astype(np.float32)
+        .astype(np.float16)
+        .astype(np.float32)
+    )
     target = np.where(rng.random(tokens) < 0.9, 3, rng.integers(0, words, tokens)).astype(np.int32)
     with conversion.on_mesh(config_of()):
         head = nnx.Param(jnp.asarray(kernel), out_sharding=("embed", "vocab"), eager_sharding=False)
@@ -122,9 +178,16 @@ def test_the_heads_gradient_does_not_overflow_before_it_is_divided():
 
         def loss(hidden, kernel):
             model.head = head.replace(kernel)
-            return pretrain.cross_entropy_sum(hidden, model, conversion.put(target.reshape(8, -1))) / tokens * scale
+            return (
+                pretrain.cross_entropy_sum(hidden, model, conversion.put(target.reshape(8, -1)))
+                / tokens
+                * scale
+            )
 
-        on_devices = jax.device_put(hidden.reshape(8, -1, width), jax.P(BATCH_AXES)), jax.device_put(kernel, jax.P(None, "tensor"))
+        on_devices = (
+            jax.device_put(hidden.reshape(8, -1, width), jax.P(BATCH_AXES)),
+            jax.device_put(kernel, jax.P(None, "tensor")),
+        )
         dhidden, dkernel = conversion.jit(jax.grad(loss, argnums=(0, 1)))(*on_devices)
     logits = hidden.astype(np.float64) @ kernel
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -132,7 +195,10 @@ def test_the_heads_gradient_does_not_overflow_before_it_is_divided():
     expected = hidden.astype(np.float64).T @ dlogits
     assert np.abs(expected * tokens / scale).max() > 65504
     rare = np.setdiff1d(np.arange(words), target)
-    for name, ours, exact in (("kernel", dkernel, expected), ("rare words", np.asarray(dkernel)[:, rare], expected[:, rare]),
-                              ("hidden", np.asarray(dhidden, np.float64).reshape(tokens, width), dlogits @ kernel.T)):
+    for name, ours, exact in (
+        ("kernel", dkernel, expected),
+        ("rare words", np.asarray(dkernel)[:, rare], expected[:, rare]),
+        ("hidden", np.asarray(dhidden, np.float64).reshape(tokens, width), dlogits @ kernel.T),
+    ):
         error = np.linalg.norm(np.asarray(ours, np.float64) - exact) / np.linalg.norm(exact)
         assert error < 2e-3, f"{name}: {error:.1e}"  # float16 rounds by 2^-11

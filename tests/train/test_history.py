@@ -11,43 +11,61 @@ import numpy as np
 import pytest
 
 from deepseek_jax.checkpoint import integrity
-from deepseek_jax.config.options import CheckpointConfig, Config, DataConfig, ModelConfig, TrainConfig
-from deepseek_jax.errors import UserError
+from deepseek_jax.config.options import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from deepseek_jax.data import contents
 from deepseek_jax.data.__main__ import main as data_main
+from deepseek_jax.data.contents import check_tokenizer
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.sources import open_corpora
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.data.windows import Windows
+from deepseek_jax.errors import UserError
 from deepseek_jax.inference.evaluation import perplexity
 from deepseek_jax.inference.opener import Opened, tokenizer_of
 from deepseek_jax.run import lock
-from deepseek_jax.train import workdir
-from deepseek_jax.data.contents import check_tokenizer
-from deepseek_jax.train.history import History
 from deepseek_jax.run.loop import Progress
+from deepseek_jax.train import workdir
+from deepseek_jax.train.history import History
 from tests.support import FILES
 
 TOKENIZERS = os.path.join(FILES, "resume")
-CONTENTS = {"tokenizer": "bytes", "sources": [{"tokens": 10, "documents": 2, "sha256": "00"}],
-            "weights": [1.0]}
+CONTENTS = {
+    "tokenizer": "bytes",
+    "sources": [{"tokens": 10, "documents": 2, "sha256": "00"}],
+    "weights": [1.0],
+}
 
 
 def config_of(seed=0, data=None, **train):
-    return Config(seed=seed, model=ModelConfig(vocab_size=320), data=DataConfig(**{"path": "a"} | (data or {})),
-                  train=TrainConfig(**train))
+    return Config(
+        seed=seed,
+        model=ModelConfig(vocab_size=320),
+        data=DataConfig(**{"path": "a"} | (data or {})),
+        train=TrainConfig(**train),
+    )
 
 
 def rows_of(history: History, steps: int) -> list[list[int]]:
-    return [list(range(history.first_row(s), history.first_row(s) + history.count(s))) for s in range(steps)]
+    return [
+        list(range(history.first_row(s), history.first_row(s) + history.count(s)))
+        for s in range(steps)
+    ]
 
 
 def options_of(rng) -> dict:
     micro, accumulation = int(rng.integers(1, 5)), int(rng.integers(1, 5))
     out = {"batch_size": micro * accumulation, "accumulation": accumulation}
     if rng.random() < 0.5:
-        out |= {"batch_ramp_start": micro * int(rng.integers(1, accumulation + 1)),
-                "batch_ramp_steps": int(rng.integers(1, 30))}
+        out |= {
+            "batch_ramp_start": micro * int(rng.integers(1, accumulation + 1)),
+            "batch_ramp_steps": int(rng.integers(1, 30)),
+        }
     return out
 
 
@@ -91,23 +109,40 @@ def test_rows_that_a_rollback_left_out_stay_out():
     skipped = Windows().without(history.first_row(2), 8)  # rows 8 to 15
     progress = Progress(0, skipped, 1, history).resumed(3, config_of(batch_size=6), CONTENTS)
     # 12 read, 8 left out
-    assert progress.skipped.rows(progress.history.first_row(3), progress.history.count(3)) == [(20, 26)]
-    new = dataclasses.replace(config_of(seed=1, batch_size=6), data=DataConfig("a", on_change="new_pass"))
+    assert progress.skipped.rows(progress.history.first_row(3), progress.history.count(3)) == [
+        (20, 26)
+    ]
+    new = dataclasses.replace(
+        config_of(seed=1, batch_size=6), data=DataConfig("a", on_change="new_pass")
+    )
     progress = progress.resumed(5, new, CONTENTS)
     # another order: those rows are others
     assert progress.skipped.rows(progress.history.first_row(5), 6) == [(0, 6)]
     again = progress.resumed(6, new, CONTENTS)
-    assert again == progress and Progress.of_extra(json.loads(json.dumps(again.to_extra()))) == again
+    assert (
+        again == progress and Progress.of_extra(json.loads(json.dumps(again.to_extra()))) == again
+    )
 
 
 OTHER = [
     (dict(seed=1), CONTENTS, "config.seed=1 differs from 0 of the checkpoint of step 3"),
     (dict(sequence_length=64), CONTENTS, "config.train.sequence_length=64 differs from 512"),
-    (dict(data={"eval_fraction": 0.1}), CONTENTS, "config.data.eval_fraction=0.1 differs from 0.01"),
+    (
+        dict(data={"eval_fraction": 0.1}),
+        CONTENTS,
+        "config.data.eval_fraction=0.1 differs from 0.01",
+    ),
     ({}, CONTENTS | {"weights": [0.5]}, "config.data.weights='' mixes by 0.5 and not 1"),
-    ({}, CONTENTS | {"sources": CONTENTS["sources"] * 2}, "config.data.path has 2 sources and not 1"),
-    ({}, CONTENTS | {"sources": [CONTENTS["sources"][0] | {"sha256": "01"}]},
-     r"config.data.path='a' holds 10 tokens in 2 documents \(sha256 01\) and"),
+    (
+        {},
+        CONTENTS | {"sources": CONTENTS["sources"] * 2},
+        "config.data.path has 2 sources and not 1",
+    ),
+    (
+        {},
+        CONTENTS | {"sources": [CONTENTS["sources"][0] | {"sha256": "01"}]},
+        r"config.data.path='a' holds 10 tokens in 2 documents \(sha256 01\) and",
+    ),
 ]
 
 
@@ -122,7 +157,10 @@ def test_other_rows_are_refused_or_a_new_pass(options, now, text):
     assert (after.first_row(2), after.first_row(3), after.first_row(4)) == (16, 0, 8)
     assert after.resumed(5, asked, now) == after
     assert after.order(2) == (0, after.stretches[0]) and after.order(4) == (3, after.stretches[1])
-    assert before.resumed(3, asked, CONTENTS | {"sources": now["sources"]}).at(3).first_row in (0, 24)
+    assert before.resumed(3, asked, CONTENTS | {"sources": now["sources"]}).at(3).first_row in (
+        0,
+        24,
+    )
     # which no option allows
     with pytest.raises(UserError, match="is sha256:0123, but the run was trained with bytes"):
         before.resumed(3, asked, now | {"tokenizer": "sha256:0123"})
@@ -131,7 +169,9 @@ def test_other_rows_are_refused_or_a_new_pass(options, now, text):
 @pytest.mark.parametrize("was", [True, False])
 def test_special_tokens_are_said_apart_from_the_tokenizer(was):
     names = {True: "sha256:0123+special_tokens", False: "sha256:0123"}
-    with pytest.raises(UserError, match=f"special_tokens={not was} differs from {was} of the checkpoint"):
+    with pytest.raises(
+        UserError, match=f"special_tokens={not was} differs from {was} of the checkpoint"
+    ):
         check_tokenizer({"tokenizer": names[was]}, names[not was], "t.json")
     check_tokenizer({"tokenizer": names[was]}, names[was], "t.json")
 
@@ -153,14 +193,18 @@ def write_docs(folder, count=30):
     rng = np.random.default_rng(1)
     folder.mkdir()
     for i in range(count):
-        (folder / f"{i:02d}.txt").write_text(f"doc{i:02d} "
-                                             + "".join(rng.choice(list("abcdef "), rng.integers(20, 90))))
+        (folder / f"{i:02d}.txt").write_text(
+            f"doc{i:02d} " + "".join(rng.choice(list("abcdef "), rng.integers(20, 90)))
+        )
     return folder
 
 
 def loader_of(path, length=16, batch=2, tokenizer="bytes", **data):
-    config = Config(model=ModelConfig(vocab_size=320), data=DataConfig(path=str(path), tokenizer=tokenizer, **data),
-                    train=TrainConfig(batch_size=batch, sequence_length=length))
+    config = Config(
+        model=ModelConfig(vocab_size=320),
+        data=DataConfig(path=str(path), tokenizer=tokenizer, **data),
+        train=TrainConfig(batch_size=batch, sequence_length=length),
+    )
     return Loader(config, load_tokenizer(tokenizer)), config
 
 
@@ -170,12 +214,18 @@ def test_a_new_pass_with_another_length_reads_every_token_once(tmp_path):
     """
     write_docs(tmp_path / "docs")
     old, config = loader_of(tmp_path / "docs", eval_fraction=0.0)
-    new, longer = loader_of(tmp_path / "docs", length=24, batch=3, eval_fraction=0.0, on_change="new_pass")
+    new, longer = loader_of(
+        tmp_path / "docs", length=24, batch=3, eval_fraction=0.0, on_change="new_pass"
+    )
     history = History().resumed(0, config, old.contents).resumed(4, longer, new.contents)
     steps = 4 + -(-new.num_train_rows // 3)
     rows = list(itertools.chain(*rows_of(history, steps)[4:]))[: new.num_train_rows]
-    places = {(s.document, s.first_token + i) for row in rows for s in new.origin(row)
-              for i in range(s.tokens)}
+    places = {
+        (s.document, s.first_token + i)
+        for row in rows
+        for s in new.origin(row)
+        for i in range(s.tokens)
+    }
     assert len(places) == new.num_train_rows * 24 and new.train_tokens - len(places) <= 24
 
 
@@ -187,8 +237,18 @@ def test_contents_not_names(tmp_path, monkeypatch):
     os.utime(tmp_path / "moved" / "00.txt", (1, 1))
     moved = of(tmp_path / "moved")
     assert moved == first and contents.digest(moved) == contents.digest(first)
-    assert data_main(["tokenize", f"--path={docs}", "--tokenizer=bytes", f"--out={tmp_path}/t.npy",
-                      "--dtype=uint32"]) == 0
+    assert (
+        data_main(
+            [
+                "tokenize",
+                f"--path={docs}",
+                "--tokenizer=bytes",
+                f"--out={tmp_path}/t.npy",
+                "--dtype=uint32",
+            ]
+        )
+        == 0
+    )
     assert of(tmp_path / "t.npy") == first  # the same tokens, as a file
 
     def changed(name, change):
@@ -198,11 +258,17 @@ def test_contents_not_names(tmp_path, monkeypatch):
         return contents.difference(first, of(folder), [str(folder)])
 
     text = (docs / "07.txt").read_text()
-    assert "tokens in 30 documents" in changed("letter", lambda f: (f / "07.txt").write_text(text[:-1] + "Z"))
-    assert "tokens in 30 documents" in changed("order",
-                                               lambda f: ((f / "07.txt").rename(f / "x"),
-                                                          (f / "09.txt").rename(f / "07.txt"),
-                                                          (f / "x").rename(f / "09.txt")))
+    assert "tokens in 30 documents" in changed(
+        "letter", lambda f: (f / "07.txt").write_text(text[:-1] + "Z")
+    )
+    assert "tokens in 30 documents" in changed(
+        "order",
+        lambda f: (
+            (f / "07.txt").rename(f / "x"),
+            (f / "09.txt").rename(f / "07.txt"),
+            (f / "x").rename(f / "09.txt"),
+        ),
+    )
     assert "in 31 documents" in changed("more", lambda f: (f / "99.txt").write_text("and more"))
     assert "in 29 documents" in changed("less", lambda f: (f / "08.txt").unlink())
 
@@ -210,7 +276,7 @@ def test_contents_not_names(tmp_path, monkeypatch):
     # of more than 400 tokens a part is looked at, the first and the last always
     monkeypatch.setattr(contents, "BLOCK", 100)
     config = loader_of(docs)[1]
-    corpus, = open_corpora(config, load_tokenizer("bytes"))
+    (corpus,) = open_corpora(config, load_tokenizer("bytes"))
     tokens = np.array(corpus.tokens)
     assert len(tokens) > 800
     for place in (0, -1):
@@ -232,7 +298,9 @@ def test_show_tells_what_past_steps_read(tmp_path, capsys):
     shutil.move(docs, tmp_path / "moved")
     second, moved = loader_of(tmp_path / "moved", batch=3, eval_fraction=0.0)
     history = history.resumed(4, moved, second.contents)
-    third, new = loader_of(tmp_path / "moved", length=24, batch=3, eval_fraction=0.0, on_change="new_pass")
+    third, new = loader_of(
+        tmp_path / "moved", length=24, batch=3, eval_fraction=0.0, on_change="new_pass"
+    )
     history = history.resumed(5, new, third.contents)
     run.mkdir()
     workdir.write_config(str(run), new, None, "r", history.to_json())
@@ -240,10 +308,23 @@ def test_show_tells_what_past_steps_read(tmp_path, capsys):
     for step in range(1, 8):
         assert data_main(["show", f"--workdir={run}", f"--step={step}", "--characters=0"]) == 0
         shown[step] = capsys.readouterr().out
-    rows = {step: list(dict.fromkeys(int(line.split()[1][:-1]) for line in text.splitlines()
-                                     if line.startswith("row "))) for step, text in shown.items()}
-    assert rows == {1: [0, 1], 2: [2, 3], 3: [4, 5, 6], 4: [7, 8, 9], 5: [10, 11, 12], 6: [0, 1, 2],
-                    7: [3, 4, 5]}
+    rows = {
+        step: list(
+            dict.fromkeys(
+                int(line.split()[1][:-1]) for line in text.splitlines() if line.startswith("row ")
+            )
+        )
+        for step, text in shown.items()
+    }
+    assert rows == {
+        1: [0, 1],
+        2: [2, 3],
+        3: [4, 5, 6],
+        4: [7, 8, 9],
+        5: [10, 11, 12],
+        6: [0, 1, 2],
+        7: [3, 4, 5],
+    }
     for step, loader in ((1, second), (4, second), (7, third)):
         for row in rows[step]:
             for s in loader.origin(row):
@@ -279,12 +360,19 @@ def test_the_tokenizer_of_a_run(tmp_path):
     assert workdir.prepare(str(run), config, load_tokenizer(str(given)).name) == []
     assert tokenizer_of(str(run), config, trained) == str(given)
     shutil.copy(b, given)
-    for check in (lambda: workdir.prepare(str(run), config, load_tokenizer(str(given)).name),
-                  lambda: tokenizer_of(str(run), config, trained)):
-        with pytest.raises(UserError, match=r"tok.json' is sha256:\w{12}, but the run was trained with "
-                                            r"sha256:\w{12}: .* Put that tokenizer back"):
+    for check in (
+        lambda: workdir.prepare(str(run), config, load_tokenizer(str(given)).name),
+        lambda: tokenizer_of(str(run), config, trained),
+    ):
+        with pytest.raises(
+            UserError,
+            match=r"tok.json' is sha256:\w{12}, but the run was trained with "
+            r"sha256:\w{12}: .* Put that tokenizer back",
+        ):
             check()
-    assert tokenizer_of(str(run), config, None) == str(given)  # of an earlier version: nothing is known
+    assert tokenizer_of(str(run), config, None) == str(
+        given
+    )  # of an earlier version: nothing is known
     (run / "hf").mkdir()
     shutil.copy(a, run / "hf" / "tokenizer.json")
     assert tokenizer_of(str(run), config, trained) == str(run / "hf" / "tokenizer.json")
@@ -303,27 +391,34 @@ def save(folder, step, extra):
 def test_whose_checkpoints(tmp_path):
     """config.checkpoint.dir: found by what they say of their run, wherever they lie."""
     mine, other, ck = tmp_path / "mine", tmp_path / "other", tmp_path / "ck"
-    config = dataclasses.replace(config_of(data={"tokenizer": "bytes"}), checkpoint=CheckpointConfig(dir=str(ck)))
+    config = dataclasses.replace(
+        config_of(data={"tokenizer": "bytes"}), checkpoint=CheckpointConfig(dir=str(ck))
+    )
     assert workdir.prepare(str(mine), config, "bytes") == []
     run = workdir.identity(str(mine), config, {})
     workdir.write_config(str(mine), config, None, run)
     save(ck, 5, {"run": run, "model": dataclasses.asdict(config.model)})
     assert workdir.prepare(str(mine), config, "bytes") == []
 
-    with pytest.raises(UserError, match="holds checkpoints of another run than --workdir=.*other") as refusal:
+    with pytest.raises(
+        UserError, match="holds checkpoints of another run than --workdir=.*other"
+    ) as refusal:
         workdir.prepare(str(other), config, "bytes")
     assert "config.checkpoint.take_over=True" in str(refusal.value)
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_size=96))
     # escaped before: no WORKDIR/checkpoints
     with pytest.raises(UserError, match="hidden_size=96 differs from"):
         workdir.prepare(str(mine), wider, "bytes")
-    taking = lambda c: dataclasses.replace(c, checkpoint=dataclasses.replace(c.checkpoint, take_over=True))
+    taking = lambda c: dataclasses.replace(
+        c, checkpoint=dataclasses.replace(c.checkpoint, take_over=True)
+    )
     # the checkpoint says it, where there is no config.json
     with pytest.raises(UserError, match="hidden_size=96 differs from"):
         workdir.prepare(str(other), taking(wider), "bytes")
     theta = dataclasses.replace(config.model, rope_theta=7.0)
-    assert workdir.prepare(str(other), taking(dataclasses.replace(config, model=theta)),
-                           "bytes") == ["config.model.rope_theta: 10000.0 -> 7.0"]
+    assert workdir.prepare(
+        str(other), taking(dataclasses.replace(config, model=theta)), "bytes"
+    ) == ["config.model.rope_theta: 10000.0 -> 7.0"]
     assert workdir.identity(str(mine), config, {"run": run}) == run
     new = workdir.identity(str(other), taking(config), {"run": run})
     workdir.write_config(str(other), taking(config), None, new)
@@ -335,13 +430,17 @@ def test_whose_checkpoints(tmp_path):
 
     shutil.rmtree(ck / "6")
     here = dataclasses.replace(config, checkpoint=CheckpointConfig())
-    with pytest.raises(UserError, match=f"mine has them, up to step 5, in {ck}"):  # would begin anew
+    with pytest.raises(
+        UserError, match=f"mine has them, up to step 5, in {ck}"
+    ):  # would begin anew
         workdir.prepare(str(mine), here, "bytes")
     shutil.move(ck, tmp_path / "moved")
     there = dataclasses.replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "moved")))
     assert workdir.prepare(str(mine), there, "bytes")
 
-    old = tmp_path / "old"  # an earlier version's: config.json names the folder, and nothing else does
+    old = (
+        tmp_path / "old"
+    )  # an earlier version's: config.json names the folder, and nothing else does
     save(ck, 7, {"tokens_seen": 1})
     workdir.prepare(str(old), here, "bytes")
     workdir.write_config(str(old), config)
@@ -352,8 +451,10 @@ def test_whose_checkpoints(tmp_path):
 
 def test_checkpoints_on_local_disks_are_compared_too(tmp_path):
     run = tmp_path / "w"
-    config = dataclasses.replace(config_of(data={"tokenizer": "bytes"}),
-                                 checkpoint=CheckpointConfig(kind="local", local_dir=str(tmp_path / "disk")))
+    config = dataclasses.replace(
+        config_of(data={"tokenizer": "bytes"}),
+        checkpoint=CheckpointConfig(kind="local", local_dir=str(tmp_path / "disk")),
+    )
     os.makedirs(run / "checkpoints")
     (run / "checkpoints" / "run_id").write_text("abc")
     workdir.write_config(str(run), config)
@@ -366,8 +467,9 @@ def test_checkpoints_on_local_disks_are_compared_too(tmp_path):
 
 def test_the_lock_covers_the_checkpoints(tmp_path):
     """From whichever workdir a second run comes, and whether the folder is a workdir's own or elsewhere."""
-    of = lambda folder: dataclasses.replace(config_of(),
-                                            checkpoint=CheckpointConfig(dir=str(folder) if folder else ""))
+    of = lambda folder: dataclasses.replace(
+        config_of(), checkpoint=CheckpointConfig(dir=str(folder) if folder else "")
+    )
     for name in "abc":
         (tmp_path / name).mkdir()
     a, b, c = (str(tmp_path / name) for name in "abc")

@@ -16,7 +16,10 @@ PEAK = 2.2e-4
 
 
 def schedule(name: str, **options):
-    config = Config(train=TrainConfig(steps=STEPS), optimizer=OptimizerConfig(schedule=name, learning_rate=PEAK, warmup_steps=20, **options))
+    config = Config(
+        train=TrainConfig(steps=STEPS),
+        optimizer=OptimizerConfig(schedule=name, learning_rate=PEAK, warmup_steps=20, **options),
+    )
     rate = learning_rate(config)
     return lambda step: float(rate(step))
 
@@ -45,22 +48,53 @@ def expected(name: str, step: int) -> float:
 @pytest.mark.parametrize("name", ["constant", "cosine", "wsd", "deepseek_v2", "deepseek_v3"])
 def test_schedules(name):
     rate = schedule(name, decay_fraction=0.4 if name == "deepseek_v2" else 0.2)
-    steps = sorted({*range(0, STEPS, 7), 0, 19, 20, 21, 887, 888, 999, 1000, 1001, 1331, 1332, 1429, 1430, 1463, 1464, STEPS - 1})
+    steps = sorted(
+        {
+            *range(0, STEPS, 7),
+            0,
+            19,
+            20,
+            21,
+            887,
+            888,
+            999,
+            1000,
+            1001,
+            1331,
+            1332,
+            1429,
+            1430,
+            1463,
+            1464,
+            STEPS - 1,
+        }
+    )
     edges = {1463}  # 14.633T of 14.8T lies between two steps
     for step in set(steps) - edges:
         assert rate(step) == pytest.approx(expected(name, step), rel=1e-5, abs=1e-12), (name, step)
 
 
 def test_warmup_longer_than_the_run_only_warms_up():
-    config = Config(train=TrainConfig(steps=10), optimizer=OptimizerConfig(warmup_steps=2000, learning_rate=1.0))
+    config = Config(
+        train=TrainConfig(steps=10), optimizer=OptimizerConfig(warmup_steps=2000, learning_rate=1.0)
+    )
     rates = [float(learning_rate(config)(s)) for s in range(10)]
     assert rates == sorted(rates) and rates[0] == 0
 
 
 def test_batch_ramp_is_a_pure_function_of_the_step():
-    config = Config(train=TrainConfig(steps=100, batch_size=64, accumulation=8, batch_ramp_start=16, batch_ramp_steps=30))
+    config = Config(
+        train=TrainConfig(
+            steps=100, batch_size=64, accumulation=8, batch_ramp_start=16, batch_ramp_steps=30
+        )
+    )
     sizes = [sequences_at(config, s) for s in range(100)]
-    assert sizes[0] == 16 and sizes[30:] == [64] * 70 and sizes == sorted(sizes) and all(s % 8 == 0 for s in sizes)
+    assert (
+        sizes[0] == 16
+        and sizes[30:] == [64] * 70
+        and sizes == sorted(sizes)
+        and all(s % 8 == 0 for s in sizes)
+    )
     assert [first_sequence(config, s) for s in range(100)] == [sum(sizes[:s]) for s in range(100)]
     plain = dataclasses.replace(config, train=TrainConfig(steps=100, batch_size=64))
     assert first_sequence(plain, 37) == 37 * 64

@@ -8,7 +8,7 @@ from deepseek_jax.errors import UserError
 
 def main() -> int:
     try:
-        import deepseek_jax.inference.lm_eval  # registers the model
+        import deepseek_jax.inference.lm_eval  # noqa: F401  registers the model
     except ImportError as e:
         raise UserError(str(e)) from e
     from lm_eval.__main__ import cli_evaluate

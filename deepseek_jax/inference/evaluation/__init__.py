@@ -1,1 +1,1 @@
-"""."""
+"""Perplexity and multiple choice."""

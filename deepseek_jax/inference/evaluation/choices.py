@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.data import rows
-from deepseek_jax.config.options import IGNORE
-from deepseek_jax.errors import UserError
 from deepseek_jax.cli.progress import Bar
+from deepseek_jax.config.options import IGNORE
+from deepseek_jax.data import rows
+from deepseek_jax.errors import UserError
 from deepseek_jax.inference.evaluation.scoring import Score, Scorer, Span
 from deepseek_jax.inference.loaded import LoadedModel
 from deepseek_jax.inference.opener import Opened
@@ -42,16 +42,24 @@ def read_questions(path: str, limit: int | None = None) -> list[Question]:
     if limit is not None and limit < 1:
         raise UserError(f"--limit={limit} must be 1 or more.")
     lines = rows.read_lines(path, "--questions", f"Write {_FORM} a line.")
-    out = [_question(line, f"--questions={path}: line {n}") for n, line in itertools.islice(lines, limit)]
+    out = [
+        _question(line, f"--questions={path}: line {n}")
+        for n, line in itertools.islice(lines, limit)
+    ]
     if unread := sorted({key for question in out for key in question.more}):
-        print(f"--questions={path}: nothing reads {', '.join(map(repr, unread))}; it comes back with the "
-              f"results of --output.", file=sys.stderr)
+        print(
+            f"--questions={path}: nothing reads {', '.join(map(repr, unread))}; it comes back with the "
+            f"results of --output.",
+            file=sys.stderr,
+        )
     return out
 
 
 _FORM = '{"prompt": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}'
-_OPTIONS = {key: "A question is a prompt with its choices: write all of it into the prompt."
-            for key in ("messages", "tools", "system", "chat_template_kwargs", "few_shot", "context")}
+_OPTIONS = {
+    key: "A question is a prompt with its choices: write all of it into the prompt."
+    for key in ("messages", "tools", "system", "chat_template_kwargs", "few_shot", "context")
+}
 _RESULTS = {"loglikelihoods", "tokens", "acc", "acc_norm", "acc_bytes"}
 
 
@@ -65,18 +73,28 @@ def _question(line: str, where: str) -> Question:
     prompt, choices, answer = row["prompt"], row["choices"], row["answer"]
     if not isinstance(prompt, str):
         raise wrong("has a 'prompt' that is not a text")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(c, str) and c for c in choices)
+    ):
         raise wrong("has 'choices' that are not two or more texts with something in them")
     if isinstance(answer, str):
         if choices.count(answer) != 1:
-            raise wrong(f"has the 'answer' {answer[:60]!r}, which is {'several' if answer in choices else 'none'} of its choices")
+            raise wrong(
+                f"has the 'answer' {answer[:60]!r}, which is {'several' if answer in choices else 'none'} of its choices"
+            )
         return Question(prompt, choices, choices.index(answer), more)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise wrong(f"has the 'answer' {str(answer)[:60]}, which is neither a choice nor its number from 0 to {len(choices) - 1}")
+        raise wrong(
+            f"has the 'answer' {str(answer)[:60]}, which is neither a choice nor its number from 0 to {len(choices) - 1}"
+        )
     return Question(prompt, choices, answer, more)
 
 
-def encode_pair(encode: Callable[[str], list[int]], start_id: int | None, context: str, continuation: str) -> Pair:
+def encode_pair(
+    encode: Callable[[str], list[int]], start_id: int | None, context: str, continuation: str
+) -> Pair:
     """Token ids of a prompt and of what follows, cut as the harness does.
 
     White space that ends the prompt goes to the continuation; both are encoded as one text, which is cut after as many tokens as the
@@ -91,15 +109,22 @@ def encode_pair(encode: Callable[[str], list[int]], start_id: int | None, contex
     before, after = whole[: len(first)], whole[len(first) :]
     if not before:
         if start_id is None:
-            raise UserError("a prompt is empty, and the tokenizer has no token that begins or ends a text. Give a prompt.")
+            raise UserError(
+                "a prompt is empty, and the tokenizer has no token that begins or ends a text. Give a prompt."
+            )
         before = [start_id]
         if after[:1] == before:
             after = after[1:]
     return Pair(before, after)
 
 
-def score_pairs(model: LoadedModel, pairs: Sequence[Pair], rows: int | None = None, longest: int | None = None,
-                done: Callable[[Score], None] = lambda score: None) -> list[Score]:
+def score_pairs(
+    model: LoadedModel,
+    pairs: Sequence[Pair],
+    rows: int | None = None,
+    longest: int | None = None,
+    done: Callable[[Score], None] = lambda score: None,
+) -> list[Score]:
     """The log-likelihood of each continuation, in order; a context that is too long loses its beginning.
 
     Args:
@@ -108,13 +133,17 @@ def score_pairs(model: LoadedModel, pairs: Sequence[Pair], rows: int | None = No
     Raises:
       UserError: a continuation is longer than that.
     """
-    longest = min(longest or model.model.max_position_embeddings, model.model.max_position_embeddings)
+    longest = min(
+        longest or model.model.max_position_embeddings, model.model.max_position_embeddings
+    )
     spans, out = [], [Score(i, 0.0, 0, True) for i in range(len(pairs))]
     for i, (context, continuation) in enumerate(pairs):
         if not continuation:
             continue
         if len(continuation) > longest:
-            raise UserError(f"a text to score has {len(continuation)} tokens, and the model reads {longest} at once. Make it shorter.")
+            raise UserError(
+                f"a text to score has {len(continuation)} tokens, and the model reads {longest} at once. Make it shorter."
+            )
         ids = np.asarray([*context, *continuation][-(longest + 1) :], np.int32)
         targets = np.where(np.arange(1, len(ids)) >= len(ids) - len(continuation), ids[1:], IGNORE)
         spans.append(Span(i, ids[:-1], targets.astype(np.int32)))
@@ -128,8 +157,9 @@ def score_pairs(model: LoadedModel, pairs: Sequence[Pair], rows: int | None = No
     return out
 
 
-def evaluate(opened: Opened, questions: Sequence[Question], rows: int | None = None,
-             progress: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(
+    opened: Opened, questions: Sequence[Question], rows: int | None = None, progress: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Accuracies over questions, and what became of each.
 
     Returns:
@@ -141,23 +171,49 @@ def evaluate(opened: Opened, questions: Sequence[Question], rows: int | None = N
     """
     encoder = opened.encoder()
     encoder.say_prefix()
-    pairs = [encode_pair(encoder.encode, encoder.start_id, q.prompt, choice) for q in questions for choice in q.choices]
+    pairs = [
+        encode_pair(encoder.encode, encoder.start_id, q.prompt, choice)
+        for q in questions
+        for choice in q.choices
+    ]
     longest = opened.model.model.max_position_embeddings
-    with Bar("Evaluating", sum(len(p.context) + len(p.continuation) for p in pairs), progress) as bar:
-        scores = iter(score_pairs(opened.model, pairs, rows, done=lambda s: bar.advance(len(pairs[s.key].context) + s.count)))
+    with Bar(
+        "Evaluating", sum(len(p.context) + len(p.continuation) for p in pairs), progress
+    ) as bar:
+        scores = iter(
+            score_pairs(
+                opened.model,
+                pairs,
+                rows,
+                done=lambda s: bar.advance(len(pairs[s.key].context) + s.count),
+            )
+        )
     details = []
     for q in questions:
         of = [next(scores) for _ in q.choices]
         ll = np.array([-s.nll for s in of])
-        picks = {"acc": int(np.argmax(ll)), "acc_norm": int(np.argmax(ll / [len(c) for c in q.choices])),
-                 "acc_bytes": int(np.argmax(ll / [len(c.encode()) for c in q.choices]))}
-        details.append({**q.more, "prompt": q.prompt, "choices": q.choices, "answer": q.answer,
-                        "loglikelihoods": ll.tolist(), "tokens": [s.count for s in of],
-                        **{name: int(pick == q.answer) for name, pick in picks.items()}})
+        picks = {
+            "acc": int(np.argmax(ll)),
+            "acc_norm": int(np.argmax(ll / [len(c) for c in q.choices])),
+            "acc_bytes": int(np.argmax(ll / [len(c.encode()) for c in q.choices])),
+        }
+        details.append(
+            {
+                **q.more,
+                "prompt": q.prompt,
+                "choices": q.choices,
+                "answer": q.answer,
+                "loglikelihoods": ll.tolist(),
+                "tokens": [s.count for s in of],
+                **{name: int(pick == q.answer) for name, pick in picks.items()},
+            }
+        )
     result: dict[str, Any] = {"questions": len(questions)}
     for name in ("acc", "acc_norm", "acc_bytes"):
         right = np.array([d[name] for d in details], np.float64)
         result[name] = float(right.mean())
-        result[f"{name}_stderr"] = float(right.std(ddof=1) / math.sqrt(len(right))) if len(right) > 1 else None
+        result[f"{name}_stderr"] = (
+            float(right.std(ddof=1) / math.sqrt(len(right))) if len(right) > 1 else None
+        )
     result["truncated"] = sum(len(p.context) + len(p.continuation) > longest + 1 for p in pairs)
     return result, details

@@ -11,8 +11,8 @@ import numpy as np
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.loaded import LoadedModel
-from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.objectives.pretrain import token_nll
+from deepseek_jax.parallel.mesh import BATCH_AXES
 from deepseek_jax.train.state import Layout
 
 BATCH_TOKENS = 4096  # a device's share of a batch, unless the user says how many rows there are
@@ -48,11 +48,16 @@ class Scorer:
     def __init__(self, model: LoadedModel, width: int, rows: int | None = None):
         longest = model.model.max_position_embeddings
         if not 1 <= width <= longest:
-            raise UserError(f"--window={width} is not between 1 and the model's max_position_embeddings={longest}. Choose one of these.")
+            raise UserError(
+                f"--window={width} is not between 1 and the model's max_position_embeddings={longest}. Choose one of these."
+            )
         if rows is not None and rows < 1:
             raise UserError(f"--batch-size={rows} must be 1 or more.")
         ways = math.prod(model.mesh.shape[a] for a in BATCH_AXES)
-        self.width, self.rows = width, -(-(rows or ways * max(1, BATCH_TOKENS // width)) // ways) * ways
+        self.width, self.rows = (
+            width,
+            -(-(rows or ways * max(1, BATCH_TOKENS // width)) // ways) * ways,
+        )
         self.vocab_size = model.model.vocab_size
         self._model = model
         if model not in _programs:
@@ -66,7 +71,10 @@ class Scorer:
         """
         waiting = None
         for placed in self._batches(spans):
-            started = placed, self._start(placed)  # while it computes, the one before is read, and the next one is made
+            started = (
+                placed,
+                self._start(placed),
+            )  # while it computes, the one before is read, and the next one is made
             if waiting:
                 yield from self._read(*waiting)
             waiting = started
@@ -97,19 +105,35 @@ class Scorer:
         for row, first, span in placed:
             segments[row] += 1
             n = len(span.tokens)
-            batch[:, row, first : first + n] = span.tokens, span.targets, np.full(n, segments[row]), np.arange(n)
+            batch[:, row, first : first + n] = (
+                span.tokens,
+                span.targets,
+                np.full(n, segments[row]),
+                np.arange(n),
+            )
         model = self._model
         with jax.set_mesh(model.mesh):
-            return _programs[model](model.params, model.bias, tuple(jax.device_put(a, jax.P(BATCH_AXES)) for a in batch))
+            return _programs[model](
+                model.params, model.bias, tuple(jax.device_put(a, jax.P(BATCH_AXES)) for a in batch)
+            )
 
-    def _read(self, placed: list[tuple[int, int, Span]], results: tuple[jax.Array, jax.Array]) -> Iterator[Score]:
+    def _read(
+        self, placed: list[tuple[int, int, Span]], results: tuple[jax.Array, jax.Array]
+    ) -> Iterator[Score]:
         nll_BS, likeliest_BS = np.asarray(results[0], np.float64), np.asarray(results[1])
         for row, first, span in placed:
             here, counted = slice(first, first + len(span.tokens)), span.targets != IGNORE
-            yield Score(span.key, float(nll_BS[row, here].sum()), int(counted.sum()), bool(likeliest_BS[row, here][counted].all()))
+            yield Score(
+                span.key,
+                float(nll_BS[row, here].sum()),
+                int(counted.sum()),
+                bool(likeliest_BS[row, here][counted].all()),
+            )
 
 
-_programs: "weakref.WeakKeyDictionary[LoadedModel, Callable]" = weakref.WeakKeyDictionary()  # a shape is compiled once a model
+_programs: "weakref.WeakKeyDictionary[LoadedModel, Callable]" = (
+    weakref.WeakKeyDictionary()
+)  # a shape is compiled once a model
 
 
 def _program(layout: Layout) -> Callable:
@@ -121,7 +145,9 @@ def _program(layout: Layout) -> Callable:
     return jax.jit(scores)
 
 
-def windows(key: Hashable, pieces: Iterable[np.ndarray], window: int, stride: int) -> Iterator[Span]:
+def windows(
+    key: Hashable, pieces: Iterable[np.ndarray], window: int, stride: int
+) -> Iterator[Span]:
     """A document of any length as spans that predict each of its tokens but the first once.
 
     Of a window of W tokens the first predicts W; each one after it starts S further on and predicts the S that come next, so each of

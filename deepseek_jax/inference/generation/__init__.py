@@ -1,1 +1,1 @@
-"""."""
+"""Prefill and decoding."""

@@ -20,14 +20,18 @@ from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
 
 Absorbed = tuple[jax.Array, jax.Array]  # W_UK [N, nope, R] and W_UV [N, R, V]
 HEADS, ROWS = P(BATCH_AXES, None, "tensor", None), P(BATCH_AXES)
-NOWHERE = -1e30  # score of a slot that is not seen; finite, so that a row that sees nothing has no NaN
+NOWHERE = (
+    -1e30
+)  # score of a slot that is not seen; finite, so that a row that sees nothing has no NaN
 
 
 def absorbed(kernel_RO: jax.Array, model: ModelConfig) -> Absorbed:
     """W_UK and W_UV of `kv_b_proj`, each laid out as decoding multiplies by it."""
     m = model
     w_RNO = split_heads(kernel_RO, m.num_attention_heads)
-    return w_RNO[:, :, : m.qk_nope_head_dim].transpose(1, 2, 0), w_RNO[:, :, m.qk_nope_head_dim :].transpose(1, 0, 2)
+    return w_RNO[:, :, : m.qk_nope_head_dim].transpose(1, 2, 0), w_RNO[
+        :, :, m.qk_nope_head_dim :
+    ].transpose(1, 0, 2)
 
 
 def prefill(slots: int, made: list[cache.Layer]) -> Callable[..., jax.Array]:
@@ -45,14 +49,18 @@ def prefill(slots: int, made: list[cache.Layer]) -> Callable[..., jax.Array]:
     return attend
 
 
-def cached(layer: cache.Layer, weights: Absorbed | None, start_B: jax.Array, made: list[cache.Layer]) -> Callable[..., jax.Array]:
+def cached(
+    layer: cache.Layer, weights: Absorbed | None, start_B: jax.Array, made: list[cache.Layer]
+) -> Callable[..., jax.Array]:
     """Attention of S tokens a row, at positions start_B[b] and after, to themselves and what the cache has of positions before.
 
     Appends the cache with them in it to `made`.
     """
 
     def attend(attn: nnx.Module, x_BSD, rope, segment_ids_BS):
-        del segment_ids_BS  # tokens of a row that do not count are never seen: nothing after them is kept
+        del (
+            segment_ids_BS
+        )  # tokens of a row that do not count are never seen: nothing after them is kept
         if isinstance(attn, MultiHeadLatentAttention):
             out, *new = _latent(attn, x_BSD, rope, layer, weights, start_B)
         else:
@@ -76,12 +84,26 @@ def _latent(attn: MultiHeadLatentAttention, x_BSD, rope, layer, weights, start_B
         p_BSNC = _softmax(score_BQC.reshape(b, s, n, -1), start_B).astype(new.dtype)
         # Of the whole cache: a slice of it would be a copy.
         mixed_BQK = jnp.matmul(p_BSNC.reshape(b, s * n, -1), latents_BCK)
-        out = jnp.einsum("bsnr,nrv->bsnv", mixed_BQK.reshape(b, s, n, k)[..., : m.kv_lora_rank], w_uv)
+        out = jnp.einsum(
+            "bsnr,nrv->bsnv", mixed_BQK.reshape(b, s, n, k)[..., : m.kv_lora_rank], w_uv
+        )
         return out.reshape(*out.shape[:2], -1), latents_BCK
 
-    weights = tuple(jax.sharding.reshard(w.astype(x_BSD.dtype), P("tensor", None, None)) for w in weights)
-    call = per_device(one_device, (HEADS, HEADS, ROWS, spec, P("tensor"), P("tensor"), ROWS), (P(BATCH_AXES, None, "tensor"), spec))
-    return call(*attn.queries(x_BSD, rope), jnp.concatenate(attn.latents(x_BSD, rope), axis=-1), *layer, *weights, start_B)
+    weights = tuple(
+        jax.sharding.reshard(w.astype(x_BSD.dtype), P("tensor", None, None)) for w in weights
+    )
+    call = per_device(
+        one_device,
+        (HEADS, HEADS, ROWS, spec, P("tensor"), P("tensor"), ROWS),
+        (P(BATCH_AXES, None, "tensor"), spec),
+    )
+    return call(
+        *attn.queries(x_BSD, rope),
+        jnp.concatenate(attn.latents(x_BSD, rope), axis=-1),
+        *layer,
+        *weights,
+        start_B,
+    )
 
 
 def _grouped(attn: GroupedQueryAttention, x_BSD, rope, layer, start_B):
@@ -89,18 +111,33 @@ def _grouped(attn: GroupedQueryAttention, x_BSD, rope, layer, start_B):
     specs = tuple(s.spec for s in cache.shapes(attn.model))
 
     def one_device(q_BSNH, k_BSMH, v_BSMH, keys, values, start_B):
-        keys, values = (cache.write(c, new.swapaxes(1, 2), start_B) for c, new in ((keys, k_BSMH), (values, v_BSMH)))
+        keys, values = (
+            cache.write(c, new.swapaxes(1, 2), start_B)
+            for c, new in ((keys, k_BSMH), (values, v_BSMH))
+        )
         (b, s, n, h), heads = q_BSNH.shape, keys.shape[1]
         # A head's queries, of all its group and all tokens, as the rows of one product.
-        q_BMQH = q_BSNH.reshape(b, s, heads, n // heads, h).transpose(0, 2, 1, 3, 4).reshape(b, heads, -1, h)
+        q_BMQH = (
+            q_BSNH.reshape(b, s, heads, n // heads, h)
+            .transpose(0, 2, 1, 3, 4)
+            .reshape(b, heads, -1, h)
+        )
         score = _products(keys, q_BMQH) * scale
-        score = score.reshape(b, heads, s, n // heads, -1).transpose(0, 2, 1, 3, 4).reshape(b, s, n, -1)
+        score = (
+            score.reshape(b, heads, s, n // heads, -1).transpose(0, 2, 1, 3, 4).reshape(b, s, n, -1)
+        )
         p = _softmax(score, start_B).astype(values.dtype)
-        p = p.reshape(b, s, heads, n // heads, -1).transpose(0, 2, 1, 3, 4).reshape(b, heads, s * (n // heads), -1)
+        p = (
+            p.reshape(b, s, heads, n // heads, -1)
+            .transpose(0, 2, 1, 3, 4)
+            .reshape(b, heads, s * (n // heads), -1)
+        )
         out = jnp.matmul(p, values).reshape(b, heads, s, -1)
         return out.swapaxes(1, 2).reshape(b, s, -1), keys, values
 
-    call = per_device(one_device, (HEADS, HEADS, HEADS, *specs, ROWS), (P(BATCH_AXES, None, "tensor"), *specs))
+    call = per_device(
+        one_device, (HEADS, HEADS, HEADS, *specs, ROWS), (P(BATCH_AXES, None, "tensor"), *specs)
+    )
     return call(*attn.projected(x_BSD, rope), *layer, start_B)
 
 

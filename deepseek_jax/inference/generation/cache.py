@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.cli.texts import gb
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
-from deepseek_jax.cli.texts import gb
 
 Layer = tuple[jax.Array, ...]  # of one layer: (latents,) or (keys, values)
 
@@ -26,12 +26,18 @@ class Shape(NamedTuple):
     width: int
 
     def sizes(self, rows: int, slots: int) -> tuple[int, ...]:
-        return (rows, slots, self.width) if self.heads is None else (rows, self.heads, slots, self.width)
+        return (
+            (rows, slots, self.width)
+            if self.heads is None
+            else (rows, self.heads, slots, self.width)
+        )
 
     @property
     def spec(self) -> P:
         """Over the batch axes, and over tensor where heads have their own."""
-        return P(BATCH_AXES, None, None) if self.heads is None else P(BATCH_AXES, "tensor", None, None)
+        return (
+            P(BATCH_AXES, None, None) if self.heads is None else P(BATCH_AXES, "tensor", None, None)
+        )
 
 
 def shapes(model: ModelConfig) -> tuple[Shape, ...]:
@@ -63,7 +69,13 @@ def bucket(n: int, least: int) -> int:
     """The next of least * 1, 2, 3, 4, 6, 8, 12, ..."""
     size = least
     while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 and size > least else size * 4 // 3 if size > least else size * 2
+        size = (
+            size * 3 // 2
+            if size & (size - 1) == 0 and size > least
+            else size * 4 // 3
+            if size > least
+            else size * 2
+        )
     return size
 
 
@@ -72,7 +84,9 @@ def fresh(new: jax.Array, slots: int) -> jax.Array:
     s = new.shape[-2]
     if s >= slots:
         return lax.slice_in_dim(new, 0, slots, axis=new.ndim - 2)
-    return lax.pad(new, jnp.zeros((), new.dtype), [(0, 0, 0)] * (new.ndim - 2) + [(0, slots - s, 0), (0, 0, 0)])
+    return lax.pad(
+        new, jnp.zeros((), new.dtype), [(0, 0, 0)] * (new.ndim - 2) + [(0, slots - s, 0), (0, 0, 0)]
+    )
 
 
 def write(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
@@ -86,7 +100,9 @@ def write(cache: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
         put = lambda c, n: c.at[slots].set(n, mode="promise_in_bounds")
         return (put if cache.ndim == 3 else jax.vmap(put))(cache[0], new[0])[None]
     zeros = (0,) * (cache.ndim - 3)
-    return jax.vmap(lambda c, n, start: lax.dynamic_update_slice(c, n, (*zeros, start, 0)))(cache, new, start_B)
+    return jax.vmap(lambda c, n, start: lax.dynamic_update_slice(c, n, (*zeros, start, 0)))(
+        cache, new, start_B
+    )
 
 
 def pick(a_BS: jax.Array, at_B: jax.Array) -> jax.Array:

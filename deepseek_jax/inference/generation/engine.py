@@ -56,11 +56,21 @@ class Engine:
       UserError: the mesh has an axis that generation does not use.
     """
 
-    def __init__(self, layout: Layout, mesh: jax.sharding.Mesh, params: Any, bias: Any, give: bool = False, vocab: int | None = None,
-                 note: Callable[[str], None] = lambda line: None):
+    def __init__(
+        self,
+        layout: Layout,
+        mesh: jax.sharding.Mesh,
+        params: Any,
+        bias: Any,
+        give: bool = False,
+        vocab: int | None = None,
+        note: Callable[[str], None] = lambda line: None,
+    ):
         if wrong := [a for a in ("stage", "context") if mesh.shape[a] > 1]:
-            raise UserError(f"the mesh has {mesh.shape[wrong[0]]} devices along {wrong[0]}, and generation uses data, fsdp, expert and tensor. "
-                            f"Set --mesh to, for instance, fsdp=2,expert=4.")
+            raise UserError(
+                f"the mesh has {mesh.shape[wrong[0]]} devices along {wrong[0]}, and generation uses data, fsdp, expert and tensor. "
+                f"Set --mesh to, for instance, fsdp=2,expert=4."
+            )
         self.mesh, self._note = mesh, note
         self.ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
         with jax.set_mesh(mesh):
@@ -69,7 +79,9 @@ class Engine:
             self.vocab = min(vocab or self.model.vocab_size, self.model.vocab_size)
             self.weights = weights.unstacked(net, mesh, give)
         ends_graphdef, ends_treedef, _ = self.weights.ends
-        self.ends = lambda leaves: nnx.merge(ends_graphdef, jax.tree.unflatten(ends_treedef, leaves))
+        self.ends = lambda leaves: nnx.merge(
+            ends_graphdef, jax.tree.unflatten(ends_treedef, leaves)
+        )
         self.jit = jit
         self._enter = jit(self._enter_)
         self._leave = jit(self._leave_, static_argnames=("top_k", "greedy"))
@@ -82,7 +94,9 @@ class Engine:
     def _enter_(self, leaves, tokens_BS, start_B):
         return self.embedded(self.ends(leaves), tokens_BS, start_B)
 
-    def embedded(self, net: Transformer, tokens_BS: jax.Array, start_B: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def embedded(
+        self, net: Transformer, tokens_BS: jax.Array, start_B: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """(embeddings, cos and sin) of tokens at start_B and after."""
         positions_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)
         return net.embed_tokens(tokens_BS, self.dtype), rope_tables(self.model, positions_BS)
@@ -97,7 +111,9 @@ class Engine:
                 made = []
                 segments_BS = (jnp.arange(x_BSD.shape[1]) < length_B[:, None]).astype(jnp.int32)
                 for of_layer in leaves:
-                    x_BSD, _ = group.layer(of_layer)[0](x_BSD, rope, segments_BS, attention.prefill(slots, made))
+                    x_BSD, _ = group.layer(of_layer)[0](
+                        x_BSD, rope, segments_BS, attention.prefill(slots, made)
+                    )
                 return x_BSD, made
 
             self.programs[key] = run
@@ -114,7 +130,9 @@ class Engine:
                 segments_BS = jnp.broadcast_to(active_B[:, None], x_BSD.shape[:2]).astype(jnp.int32)
                 for of_layer, held in zip(leaves, caches, strict=True):
                     layer, absorbed = group.layer(of_layer)
-                    x_BSD, _ = layer(x_BSD, rope, segments_BS, attention.cached(held, absorbed, start_B, made))
+                    x_BSD, _ = layer(
+                        x_BSD, rope, segments_BS, attention.cached(held, absorbed, start_B, made)
+                    )
                 return x_BSD, made
 
             self.programs[key] = run
@@ -125,7 +143,9 @@ class Engine:
         logits_BSV = jax.sharding.reshard(net.logits(hidden_BSD), P(BATCH_AXES, None, None))
         return jnp.where(jnp.arange(logits_BSV.shape[-1]) < self.vocab, logits_BSV, -jnp.inf)
 
-    def _leave_(self, leaves, x_BSD, step, drafts_BS, last_B, drawing, stop_ids, limit_B, top_k, greedy):
+    def _leave_(
+        self, leaves, x_BSD, step, drafts_BS, last_B, drawing, stop_ids, limit_B, top_k, greedy
+    ):
         """What a step gives its rows: (the next Step, tokens [B, S], how many of them count [B]).
 
         Args:
@@ -137,26 +157,40 @@ class Engine:
             x_BSD = cache.pick(x_BSD, last_B)
         place_S = jnp.arange(x_BSD.shape[1], dtype=jnp.int32)
         position_BS = step.position_B[:, None] + 1 + place_S
-        token_BS = sampling.choose(self.logits_of(net, net.norm(x_BSD)), position_BS, drawing, top_k, greedy)
-        goes_on_BS = (position_BS < limit_B[:, None]) & jnp.all(token_BS[..., None] != stop_ids, axis=-1)
+        token_BS = sampling.choose(
+            self.logits_of(net, net.norm(x_BSD)), position_BS, drawing, top_k, greedy
+        )
+        goes_on_BS = (position_BS < limit_B[:, None]) & jnp.all(
+            token_BS[..., None] != stop_ids, axis=-1
+        )
         right_BS = goes_on_BS[:, :-1] & (drafts_BS == token_BS[:, :-1])
         accepted_B = jnp.sum(jnp.cumprod(right_BS.astype(jnp.int32), axis=1), axis=1)
         at = lambda a_BS: cache.pick(a_BS, accepted_B)[:, 0]
-        following = Step(at(token_BS), jnp.where(step.active_B, at(position_BS), step.position_B), step.active_B & at(goes_on_BS))
+        following = Step(
+            at(token_BS),
+            jnp.where(step.active_B, at(position_BS), step.position_B),
+            step.active_B & at(goes_on_BS),
+        )
         return following, token_BS, jnp.where(step.active_B, accepted_B + 1, 0)
 
     # ---------------------------------------------------------------------------------------------------------------- calls
 
-    def prefill(self, tokens_BS: np.ndarray, length_B: np.ndarray, slots: int) -> tuple[jax.Array, list[list[cache.Layer]]]:
+    def prefill(
+        self, tokens_BS: np.ndarray, length_B: np.ndarray, slots: int
+    ) -> tuple[jax.Array, list[list[cache.Layer]]]:
         """(hidden states [B, S, D] before the last norm, caches of all groups)."""
-        x, rope = self._enter(self.weights.ends[2], self.put(tokens_BS), self.put(np.zeros(len(tokens_BS), np.int32)))
+        x, rope = self._enter(
+            self.weights.ends[2], self.put(tokens_BS), self.put(np.zeros(len(tokens_BS), np.int32))
+        )
         caches, length_B = [], self.put(length_B)
         for group in self.weights.groups:
             x, made = self._prefill(group)(group.leaves, x, rope, length_B, slots=slots)
             caches.append(made)
         return x, caches
 
-    def advance(self, tokens_BS: jax.Array, start_B: jax.Array, active_B: jax.Array, caches: list) -> tuple[jax.Array, list]:
+    def advance(
+        self, tokens_BS: jax.Array, start_B: jax.Array, active_B: jax.Array, caches: list
+    ) -> tuple[jax.Array, list]:
         """Hidden states [B, S, D] of S tokens a row at start_B and after, and the caches with them."""
         x, rope = self._enter(self.weights.ends[2], tokens_BS, start_B)
         out = []
@@ -165,8 +199,16 @@ class Engine:
             out.append(made)
         return x, out
 
-    def batch(self, prompts: Sequence[Sequence[int]], max_tokens: int, options: Sampling = Sampling(), stop_ids: Iterable[int] = (),
-              indexes: Sequence[int] | None = None, stopped: Set[int] = frozenset(), draft_tokens: int = 0) -> Iterator[Token]:
+    def batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        options: Sampling = Sampling(),
+        stop_ids: Iterable[int] = (),
+        indexes: Sequence[int] | None = None,
+        stopped: Set[int] = frozenset(),
+        draft_tokens: int = 0,
+    ) -> Iterator[Token]:
         """Tokens of the answers as they come; an answer's last is its stop token, if it came to one.
 
         Args:
@@ -190,21 +232,33 @@ class Engine:
         with jax.set_mesh(self.mesh):
             drawing = sampling.drawing(options, self.put(index))
             how = dict(drawing=drawing, top_k=options.top_k, greedy=options.temperature == 0)
-            ends = dict(how, stop_ids=jnp.asarray(sorted(stop_ids) or [-1], jnp.int32), limit_B=self.put(limit))
+            ends = dict(
+                how,
+                stop_ids=jnp.asarray(sorted(stop_ids) or [-1], jnp.int32),
+                limit_B=self.put(limit),
+            )
             drafter = Drafter(self, draft_tokens, how) if draft_tokens else None
             none = self.put(np.zeros((rows, 0), np.int32))
             active = np.arange(rows) < len(prompts)
             x, caches = self.prefill(tokens, lengths, slots)
             step = Step(self.put(tokens[:, 0]), self.put(lengths - 1), self.put(active))
             last_B = step.position_B
-            step, token_BS, count_B = self._leave(self.weights.ends[2], x, step, none, last_B, **ends)
+            step, token_BS, count_B = self._leave(
+                self.weights.ends[2], x, step, none, last_B, **ends
+            )
             drafts = drafter.begin(x, tokens, last_B, step, slots) if drafter else none
             first = True
             while True:
-                ahead = jnp.concatenate([step.tokens_B[:, None], drafts], axis=1) if drafter else step.tokens_B[:, None]
+                ahead = (
+                    jnp.concatenate([step.tokens_B[:, None], drafts], axis=1)
+                    if drafter
+                    else step.tokens_B[:, None]
+                )
                 start_B = step.position_B
                 x, caches = self.advance(ahead, start_B, step.active_B, caches)
-                following, next_BS, next_B = self._leave(self.weights.ends[2], x, step, drafts, None, **ends)
+                following, next_BS, next_B = self._leave(
+                    self.weights.ends[2], x, step, drafts, None, **ends
+                )
                 if drafter:
                     drafts = drafter.go_on(x, next_BS, start_B, next_B, following)
                 # The host reads a step while the device works on the next.
@@ -226,8 +280,14 @@ class Engine:
                         return
                 step, token_BS, count_B, first = following, next_BS, next_B, False
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, options: Sampling = Sampling(), stop_ids: Iterable[int] = (),
-                 draft_tokens: int = 0) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        options: Sampling = Sampling(),
+        stop_ids: Iterable[int] = (),
+        draft_tokens: int = 0,
+    ) -> list[list[int]]:
         """The answers, without their stop tokens."""
         out: list[list[int]] = [[] for _ in prompts]
         ends = frozenset(stop_ids)

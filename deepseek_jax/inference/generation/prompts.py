@@ -4,22 +4,55 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from deepseek_jax.data import rows
-from deepseek_jax.errors import UserError
-from deepseek_jax.data import template
+from deepseek_jax.data import rows, template
 from deepseek_jax.data.encoder import Encoder
+from deepseek_jax.errors import UserError
 
 FORM = 'Give a prompt a line, or with the ending .jsonl objects with "prompt" or "messages".'
 # As of Chat.render.
-CHAT_KEYS = {"tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
-_FLAGS = {"max_tokens": "max-tokens", "max_new_tokens": "max-tokens", "max_completion_tokens": "max-tokens",
-          "temperature": "temperature", "top_p": "top-p", "top_k": "top-k", "stop": "stop", "seed": "seed"}
-_REQUESTS = ("n", "tool_choice", "response_format", "functions", "function_call", "logit_bias", "logprobs",
-             "min_p", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
-             "do_sample", "num_beams", "stop_token_ids", "skip_special_tokens", "include_stop_str_in_output",
-             "stream", "extra_body")
-OPTIONS = ({key: f"It is the same for all prompts: give --{flag}." for key, flag in _FLAGS.items()}
-           | {key: "Leave it out." for key in _REQUESTS} | {"system": 'Give it as the first of "messages".'})
+CHAT_KEYS = {
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+}
+_FLAGS = {
+    "max_tokens": "max-tokens",
+    "max_new_tokens": "max-tokens",
+    "max_completion_tokens": "max-tokens",
+    "temperature": "temperature",
+    "top_p": "top-p",
+    "top_k": "top-k",
+    "stop": "stop",
+    "seed": "seed",
+}
+_REQUESTS = (
+    "n",
+    "tool_choice",
+    "response_format",
+    "functions",
+    "function_call",
+    "logit_bias",
+    "logprobs",
+    "min_p",
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "do_sample",
+    "num_beams",
+    "stop_token_ids",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+    "stream",
+    "extra_body",
+)
+OPTIONS = (
+    {key: f"It is the same for all prompts: give --{flag}." for key, flag in _FLAGS.items()}
+    | {key: "Leave it out." for key in _REQUESTS}
+    | {"system": 'Give it as the first of "messages".'}
+)
 RESULTS = {"index", "text", "tokens", "finish_reason"}
 
 
@@ -47,7 +80,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
         if isinstance(row.get("messages"), str):
             raise UserError(
                 f'{where} has "messages" that are a text and not a list. Give it as "prompt", or as '
-                f'{template.FORM}'
+                f"{template.FORM}"
             )
         chat = CHAT_KEYS | {"chat_template_kwargs"}
         if "prompt" in row and (given := sorted(row.keys() & chat)):
@@ -56,7 +89,9 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
                 f"leave it out."
             )
         variables = row.get("chat_template_kwargs", {})
-        if not isinstance(variables, dict) or (twice := sorted(variables.keys() & {*CHAT_KEYS, "messages"})):
+        if not isinstance(variables, dict) or (
+            twice := sorted(variables.keys() & {*CHAT_KEYS, "messages"})
+        ):
             raise UserError(
                 f"{where} has chat_template_kwargs with {twice[0]!r}, a key of the line itself."
                 if isinstance(variables, dict)
@@ -98,7 +133,9 @@ def encode_all(
         try:
             out.append(encode(encoder, row))
             unread |= (
-                encoder.chat.unread(row["messages"], row.get("chat_template")) if "messages" in row else set()
+                encoder.chat.unread(row["messages"], row.get("chat_template"))
+                if "messages" in row
+                else set()
             )
         except UserError as e:
             raise UserError(f"{name}: {e}") from None

@@ -30,9 +30,13 @@ def drawing(options: Sampling, index_B: jax.Array) -> Drawing:
     return Drawing(jnp.uint32(options.seed), jnp.float32(options.temperature), top_p, index_B)
 
 
-def allowed(logits: jax.Array, temperature: jax.Array | float, top_k: int, top_p: jax.Array | float | None) -> jax.Array:
+def allowed(
+    logits: jax.Array, temperature: jax.Array | float, top_k: int, top_p: jax.Array | float | None
+) -> jax.Array:
     """float32 logits [..., V] to sample from: -inf where a token cannot be chosen. Tokens as likely as the last of a set are all in it."""
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature  # the maximum first: a tiny temperature must not overflow
+    logits = (
+        logits - jnp.max(logits, axis=-1, keepdims=True)
+    ) / temperature  # the maximum first: a tiny temperature must not overflow
     if 0 < top_k < logits.shape[-1]:
         least = jnp.min(jax.lax.top_k(logits, top_k)[0], axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
@@ -55,7 +59,9 @@ def allowed(logits: jax.Array, temperature: jax.Array | float, top_k: int, top_p
     return jnp.where(p >= bits(low), logits, -jnp.inf)
 
 
-def choose(logits_BSV: jax.Array, position_BS: jax.Array, drawing: Drawing, top_k: int, greedy: bool) -> jax.Array:
+def choose(
+    logits_BSV: jax.Array, position_BS: jax.Array, drawing: Drawing, top_k: int, greedy: bool
+) -> jax.Array:
     """int32 [B, S]: tokens. A draw depends on the seed, the number of the row's prompt and the position of the token alone."""
     if greedy:
         return jnp.argmax(logits_BSV, axis=-1).astype(jnp.int32)

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from deepseek_jax.data.tokenizer import BROKEN
-from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.cli.texts import clean_text
+from deepseek_jax.data.encoder import Encoder
+from deepseek_jax.data.tokenizer import BROKEN
 
 
 class Stream:
@@ -45,7 +45,10 @@ class Stream:
         return "" if self.stopped else self._give(last=True)
 
     def _decoded(self, last: bool) -> None:
-        before, text = self._encoder.decode(self._window[: self._read]), self._encoder.decode(self._window)
+        before, text = (
+            self._encoder.decode(self._window[: self._read]),
+            self._encoder.decode(self._window),
+        )
         if not self.stopped and len(text) > len(before) and (last or not text.endswith(BROKEN)):
             self._hold(text[len(before) :], shown=True)
             self._window, self._read = self._window[self._read :], len(self._window) - self._read
@@ -72,4 +75,6 @@ class Stream:
 
 def _begun(text: str, stop: str) -> int:
     """How many characters at the end of the text begin the stop string."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )

@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import ModelConfig
+from deepseek_jax.experts.cpu_decode import Listed
 from deepseek_jax.inference.generation.attention import Absorbed, absorbed
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.transformer import DecoderLayer, MTPLayer, Transformer
-from deepseek_jax.experts.cpu_decode import Listed
 from deepseek_jax.parallel.mesh import BATCH_AXES
 
 jit = jax.jit  # a name for tests, which compile quickly
@@ -39,7 +39,9 @@ class Group(NamedTuple):
 class Weights(NamedTuple):
     """A whole model."""
 
-    ends: tuple[nnx.GraphDef, Any, list[jax.Array]]  # (graphdef, treedef, leaves) of a Transformer without layers: embedding, last norm, head
+    ends: tuple[
+        nnx.GraphDef, Any, list[jax.Array]
+    ]  # (graphdef, treedef, leaves) of a Transformer without layers: embedding, last norm, head
     groups: list[Group]
     mtp: list[Group]  # one a depth
 
@@ -57,10 +59,16 @@ def unstacked(net: Transformer, mesh: jax.sharding.Mesh, give: bool) -> Weights:
     graphdef, state = nnx.split(net)
     leaves, treedef = jax.tree.flatten(state)
     groups = [g for stack in stacks for g in _groups(stack, net.model, mesh, give)]
-    return Weights((graphdef, treedef, leaves), groups, [_group([_listed(m, mesh)], net.model, mesh) for m in mtp])
+    return Weights(
+        (graphdef, treedef, leaves),
+        groups,
+        [_group([_listed(m, mesh)], net.model, mesh) for m in mtp],
+    )
 
 
-def _groups(stack: DecoderLayer, model: ModelConfig, mesh: jax.sharding.Mesh, give: bool) -> list[Group]:
+def _groups(
+    stack: DecoderLayer, model: ModelConfig, mesh: jax.sharding.Mesh, give: bool
+) -> list[Group]:
     """A stack of layers."""
     listed = isinstance(stack.mlp, MoE) and _alone_on_cpu(mesh)
     graphdef, state = nnx.split(stack)
@@ -77,22 +85,35 @@ def _groups(stack: DecoderLayer, model: ModelConfig, mesh: jax.sharding.Mesh, gi
             w.delete()
     layers = [jax.tree.unflatten(treedef, layer) for layer in by_layer if layer]
     size = 1 if listed else -(-len(layers) // -(-len(layers) // GROUP))
-    return [_group([nnx.merge(graphdef, s) for s in layers[i : i + size]], model, mesh) for i in range(0, len(layers), size)]
+    return [
+        _group([nnx.merge(graphdef, s) for s in layers[i : i + size]], model, mesh)
+        for i in range(0, len(layers), size)
+    ]
 
 
 def _listed(mtp: MTPLayer, mesh: jax.sharding.Mesh) -> MTPLayer:
     if not _alone_on_cpu(mesh):
         return mtp
     graphdef, state = nnx.split(mtp)
-    split = lambda v: v.replace(_parts(v.get_value()[None], mesh, split=True)[0]) if v.get_metadata()["out_sharding"][0] == "experts" else v
-    return nnx.merge(graphdef, jax.tree.map(split, state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
+    split = lambda v: (
+        v.replace(_parts(v.get_value()[None], mesh, split=True)[0])
+        if v.get_metadata()["out_sharding"][0] == "experts"
+        else v
+    )
+    return nnx.merge(
+        graphdef, jax.tree.map(split, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    )
 
 
 def _group(layers: list[nnx.Module], model: ModelConfig, mesh: jax.sharding.Mesh) -> Group:
     out = []
     for layer in layers:
         attn = (layer if isinstance(layer, DecoderLayer) else layer.layer).self_attn
-        weights = _absorbed(attn.kv_b_proj.kernel.get_value(), model, mesh) if model.num_key_value_heads is None else None
+        weights = (
+            _absorbed(attn.kv_b_proj.kernel.get_value(), model, mesh)
+            if model.num_key_value_heads is None
+            else None
+        )
         graphdef, state = nnx.split(layer)
         leaves, treedef = jax.tree.flatten((state, weights))
         out.append(leaves)
@@ -103,12 +124,19 @@ def _parts(w: jax.Array, mesh: jax.sharding.Mesh, split: bool) -> list[Any]:
     """[L, ...] as L arrays; [L, E, ...] as L times E matrices if `split`."""
     if split:
         whole = np.asarray(w)
-        matrix = lambda a: jax.device_put(a.reshape(a.shape[0], -1) if a.ndim == 3 else a, NamedSharding(mesh, P()))
+        matrix = lambda a: jax.device_put(
+            a.reshape(a.shape[0], -1) if a.ndim == 3 else a, NamedSharding(mesh, P())
+        )
         return [Listed(tuple(matrix(expert) for expert in layer)) for layer in whole]
     sharding = NamedSharding(mesh, P(*w.sharding.spec[1:]))
     out = []
     for i in range(w.shape[0]):
-        shards = [jax.device_put(np.asarray(s.data)[i], s.device) if s.device.platform == "cpu" else s.data[i] for s in w.addressable_shards]
+        shards = [
+            jax.device_put(np.asarray(s.data)[i], s.device)
+            if s.device.platform == "cpu"
+            else s.data[i]
+            for s in w.addressable_shards
+        ]
         out.append(jax.make_array_from_single_device_arrays(w.shape[1:], sharding, shards))
     return out
 
@@ -122,7 +150,9 @@ def _absorbed(kernel: jax.Array, model: ModelConfig, mesh: jax.sharding.Mesh) ->
     @jit
     def make(kernel):
         kernel = jax.sharding.reshard(kernel, P(None, "tensor"))
-        return tuple(jax.sharding.reshard(a, s) for a, s in zip(absorbed(kernel, model), specs, strict=True))
+        return tuple(
+            jax.sharding.reshard(a, s) for a, s in zip(absorbed(kernel, model), specs, strict=True)
+        )
 
     return make(kernel)
 

@@ -1,1 +1,1 @@
-"""."""
+"""Attention: what a layer projects, attends over and keeps in a cache."""

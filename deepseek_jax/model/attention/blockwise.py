@@ -39,8 +39,14 @@ class Level(NamedTuple):
         return self.start + self.block * self.count
 
 
-def forward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids_BS: jax.Array, scale: float,
-            sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+def forward(
+    q_BSNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNV: jax.Array,
+    segment_ids_BS: jax.Array,
+    scale: float,
+    sizes: Sizes,
+) -> tuple[jax.Array, jax.Array]:
     """The output [B, S, N, V] in the dtype of v, and the logsumexp of every row of scores, float32 [B, N, S].
 
     k and v may have fewer heads than q, each for a group of neighbouring query heads: they are repeated for the heads that are worked on
@@ -48,7 +54,10 @@ def forward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids
     """
 
     def group(q, k, v, segments_bS):
-        q_GSH, k_GSH, v_GSV = _heads_first(q), *(_repeated(_heads_first(a), q.shape[2] // a.shape[2]) for a in (k, v))
+        q_GSH, k_GSH, v_GSV = (
+            _heads_first(q),
+            *(_repeated(_heads_first(a), q.shape[2] // a.shape[2]) for a in (k, v)),
+        )
         outs, sums = [], []
         for level in _levels(q_GSH.shape[1], sizes.block):
             k_GKH, v_GKV = k_GSH[:, : level.end], v_GSV[:, : level.end]
@@ -59,7 +68,9 @@ def forward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids
                 top_GQ1 = jnp.max(score_GQK, axis=-1, keepdims=True)
                 weight_GQK = jnp.exp(score_GQK - top_GQ1)
                 sum_GQ1 = jnp.sum(weight_GQK, axis=-1, keepdims=True)
-                out_GQV = _dot(weight_GQK.astype(v.dtype), v_GKV, 2, 1) / sum_GQ1  # divided after the product: fewer numbers
+                out_GQV = (
+                    _dot(weight_GQK.astype(v.dtype), v_GKV, 2, 1) / sum_GQ1
+                )  # divided after the product: fewer numbers
                 return out_GQV.astype(v.dtype), top_GQ1 + jnp.log(sum_GQ1)
 
             out, sum_ = _each(block, level.count)
@@ -69,11 +80,22 @@ def forward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids
 
     outs, sums = _by_groups(group, (q_BSNH, k_BSNH, v_BSNV, segment_ids_BS), (2, 2, 2, None), sizes)
     b, s, heads, _ = q_BSNH.shape
-    return _heads_last(jnp.concatenate(outs, axis=1), b), jnp.concatenate(sums, axis=1).reshape(b, heads, s)
+    return _heads_last(jnp.concatenate(outs, axis=1), b), jnp.concatenate(sums, axis=1).reshape(
+        b, heads, s
+    )
 
 
-def backward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_ids_BS: jax.Array, out_BSNV: jax.Array, lse_BNS: jax.Array,
-             dout_BSNV: jax.Array, scale: float, sizes: Sizes) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(
+    q_BSNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNV: jax.Array,
+    segment_ids_BS: jax.Array,
+    out_BSNV: jax.Array,
+    lse_BNS: jax.Array,
+    dout_BSNV: jax.Array,
+    scale: float,
+    sizes: Sizes,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v, summed up in float32, in their dtypes."""
 
     def group(q, k, v, segments_bS, out, lse, dout):
@@ -91,22 +113,36 @@ def backward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, segment_id
             def block(i, level=level, k_GKH=k_GKH, v_GKV=v_GKV):
                 mine = _rows(level, i)
                 q_GQH, dout_GQV = mine(q_GSH), mine(dout_GSV)
-                weight_GQK = jnp.exp(_scores(q_GQH, k_GKH, scale, _bias(segments_bS, level, i)) - mine(lse_GS1))
-                dscore_GQK = (weight_GQK * (_dot(dout_GQV, v_GKV, 2, 2) - mine(delta_GS1))).astype(q.dtype)
+                weight_GQK = jnp.exp(
+                    _scores(q_GQH, k_GKH, scale, _bias(segments_bS, level, i)) - mine(lse_GS1)
+                )
+                dscore_GQK = (weight_GQK * (_dot(dout_GQV, v_GKV, 2, 2) - mine(delta_GS1))).astype(
+                    q.dtype
+                )
                 # [G, H, K] rather than [G, K, H]: XLA's CPU products are twice as quick where the small matrix is the transposed one.
-                return _dot(dscore_GQK, k_GKH, 2, 1), _dot(q_GQH, dscore_GQK, 1, 1), _dot(dout_GQV, weight_GQK.astype(v.dtype), 1, 1)
+                return (
+                    _dot(dscore_GQK, k_GKH, 2, 1),
+                    _dot(q_GQH, dscore_GQK, 1, 1),
+                    _dot(dout_GQV, weight_GQK.astype(v.dtype), 1, 1),
+                )
 
             dq, dk, dv = _each_summed(block, level.count)
             dqs.append(dq)
             dk_GHS = dk if dk_GHS is None else dk_GHS.at[:, :, : level.end].add(dk)
             dv_GVS = dv if dv_GVS is None else dv_GVS.at[:, :, : level.end].add(dv)
         shared = lambda a: a if share == 1 else jnp.sum(a.reshape(-1, share, *a.shape[1:]), axis=1)
-        return [(dq * scale).astype(q.dtype) for dq in dqs[::-1]], (shared(dk_GHS) * scale).astype(k.dtype), shared(dv_GVS).astype(v.dtype)
+        return (
+            [(dq * scale).astype(q.dtype) for dq in dqs[::-1]],
+            (shared(dk_GHS) * scale).astype(k.dtype),
+            shared(dv_GVS).astype(v.dtype),
+        )
 
     arrays = (q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, out_BSNV, lse_BNS, dout_BSNV)
     dqs, dk_GHS, dv_GVS = _by_groups(group, arrays, (2, 2, 2, None, 2, 1, 2), sizes)
     dk_GSH, dv_GSV = (jnp.swapaxes(a, 1, 2) for a in (dk_GHS, dv_GVS))
-    return tuple(_heads_last(grad, len(q_BSNH)) for grad in (jnp.concatenate(dqs, axis=1), dk_GSH, dv_GSV))
+    return tuple(
+        _heads_last(grad, len(q_BSNH)) for grad in (jnp.concatenate(dqs, axis=1), dk_GSH, dv_GSV)
+    )
 
 
 def _levels(length: int, block: int) -> list[Level]:
@@ -126,7 +162,9 @@ def _rows(level: Level, i: int | jax.Array) -> Callable[[jax.Array], jax.Array]:
 def _bias(segments_bS: jax.Array, level: Level, i: int | jax.Array) -> jax.Array:
     """float32 [b, Q, K]: 0 where a query sees a key, -inf elsewhere. Every query sees itself."""
     q_1Q = _rows(level, i)(jnp.arange(segments_bS.shape[1])[None])
-    seen = (jnp.arange(level.end) <= q_1Q[..., None]) & (segments_bS[:, None, : level.end] == _rows(level, i)(segments_bS)[..., None])
+    seen = (jnp.arange(level.end) <= q_1Q[..., None]) & (
+        segments_bS[:, None, : level.end] == _rows(level, i)(segments_bS)[..., None]
+    )
     # Not jnp.where: XLA's CPU compiler would compute the mask anew for every head, which costs as much as a matrix product. It
     # computes a division once.
     return 1 - 1 / seen.astype(jnp.float32)
@@ -140,7 +178,9 @@ def _scores(q_GQH: jax.Array, k_GKH: jax.Array, scale: float, bias_bQK: jax.Arra
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     """One matrix product a head, in float32; the axes are those that are summed over."""
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, (((a_axis,), (b_axis,)), ((0,), (0,))), preferred_element_type=jnp.float32
+    )
 
 
 def _each(block: Callable, count: int) -> tuple[jax.Array, ...]:
@@ -182,7 +222,9 @@ def _heads_last(a_GSH: jax.Array, b: int) -> jax.Array:
     return jnp.swapaxes(a_GSH.reshape(b, -1, *a_GSH.shape[1:]), 1, 2)
 
 
-def _by_groups(f: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | None, ...], sizes: Sizes) -> Any:
+def _by_groups(
+    f: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | None, ...], sizes: Sizes
+) -> Any:
     """f of all heads of some sequences, or of some heads of one sequence, at a time.
 
     Args:
@@ -204,11 +246,18 @@ def _by_groups(f: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | No
         def cut(a, axis):
             a = lax.dynamic_slice_in_dim(a, i // (heads_in_all // n) * b, b, axis=0)
             heads = None if axis is None else a.shape[axis] * n // heads_in_all
-            return a if axis is None else lax.dynamic_slice_in_dim(a, i % (heads_in_all // n) * heads, heads, axis=axis)
+            return (
+                a
+                if axis is None
+                else lax.dynamic_slice_in_dim(a, i % (heads_in_all // n) * heads, heads, axis=axis)
+            )
 
         return f(*map(cut, arrays, heads))
 
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), lax.map(one, jnp.arange(sequences * heads_in_all // (b * n))))
+    return jax.tree.map(
+        lambda a: a.reshape(-1, *a.shape[2:]),
+        lax.map(one, jnp.arange(sequences * heads_in_all // (b * n))),
+    )
 
 
 def _divisor(n: int, most: int) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-
 OLDEST = 91000  # cuDNN 9.10, the first whose fused attention takes values of another width
 CAPABILITY = (9, 0)  # Hopper
 
@@ -29,9 +28,16 @@ def missing(qk_width: int = 192, v_width: int = 128) -> str | None:
     """
     try:
         fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-        fused._dot_product_attention_fwd_p, fused._dot_product_attention_bwd_p, fused.MaskType.CAUSAL, fused.AttentionLayout.BTNH
+        (
+            fused._dot_product_attention_fwd_p,
+            fused._dot_product_attention_bwd_p,
+            fused.MaskType.CAUSAL,
+            fused.AttentionLayout.BTNH,
+        )
     except (ImportError, AttributeError) as error:
-        return f"jax {jax.__version__} has another cuDNN attention than this version knows ({error})"
+        return (
+            f"jax {jax.__version__} has another cuDNN attention than this version knows ({error})"
+        )
     if jax.default_backend() != "gpu":
         return None
     found, capability = version(), _capability()
@@ -40,8 +46,10 @@ def missing(qk_width: int = 192, v_width: int = 128) -> str | None:
     if found < OLDEST:
         return f"it needs cuDNN {_dotted(OLDEST)} or newer, and this is {_dotted(found)}"
     if capability < CAPABILITY:
-        return (f"it needs a GPU of compute capability {_dotted(CAPABILITY)} or newer, and this one has "
-                f"{_dotted(capability)}")
+        return (
+            f"it needs a GPU of compute capability {_dotted(CAPABILITY)} or newer, and this one has "
+            f"{_dotted(capability)}"
+        )
     # In a thread: it knows nothing of the mesh and the trace in which somebody asks.
     with concurrent.futures.ThreadPoolExecutor(1, "cudnn") as executor:
         try:
@@ -57,7 +65,10 @@ def usable(qk_width: int, v_width: int) -> bool:
     """Whether nothing is `missing`; if it is, says so in one line, once."""
     reason = missing(qk_width, v_width)
     if reason and jax.process_index() == 0:
-        print(f"config.train.attention=cudnn: {reason}. Attention runs in blocks instead.", file=sys.stderr)
+        print(
+            f"config.train.attention=cudnn: {reason}. Attention runs in blocks instead.",
+            file=sys.stderr,
+        )
     return reason is None
 
 
@@ -71,12 +82,15 @@ def version() -> int | None:
 
 
 def _capability() -> tuple[int, ...]:
-    return tuple(int(n) for n in str(getattr(jax.local_devices()[0], "compute_capability", "0.0")).split("."))
+    return tuple(
+        int(n) for n in str(getattr(jax.local_devices()[0], "compute_capability", "0.0")).split(".")
+    )
 
 
 def _dotted(version: int | tuple[int, ...]) -> str:
-    return ".".join(map(str, (version // 10000, version // 100 % 100) if isinstance(version, int)
-                        else version))
+    return ".".join(
+        map(str, (version // 10000, version // 100 % 100) if isinstance(version, int) else version)
+    )
 
 
 def _probe(qk_width: int, v_width: int) -> None:
@@ -90,22 +104,46 @@ def _probe(qk_width: int, v_width: int) -> None:
     jax.block_until_ready(jax.jit(both)(q, v))
 
 
-def forward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+def forward(
+    q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
     """As blockwise.forward, of sequences that are one segment each."""
     fused, empty, options = _parts(q_BSNH, scale)
-    return tuple(fused._dot_product_attention_fwd_p.bind(q_BSNH, k_BSNH, v_BSNV, *empty, is_training=True, **options))
+    return tuple(
+        fused._dot_product_attention_fwd_p.bind(
+            q_BSNH, k_BSNH, v_BSNV, *empty, is_training=True, **options
+        )
+    )
 
 
-def backward(q_BSNH: jax.Array, k_BSNH: jax.Array, v_BSNV: jax.Array, out_BSNV: jax.Array, lse_BNS: jax.Array, dout_BSNV: jax.Array,
-             scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(
+    q_BSNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNV: jax.Array,
+    out_BSNV: jax.Array,
+    lse_BNS: jax.Array,
+    dout_BSNV: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As blockwise.backward, of sequences that are one segment each."""
     fused, empty, options = _parts(q_BSNH, scale)
-    return tuple(fused._dot_product_attention_bwd_p.bind(q_BSNH, k_BSNH, v_BSNV, *empty, lse_BNS, out_BSNV, dout_BSNV, **options))
+    return tuple(
+        fused._dot_product_attention_bwd_p.bind(
+            q_BSNH, k_BSNH, v_BSNV, *empty, lse_BNS, out_BSNV, dout_BSNV, **options
+        )
+    )
 
 
 def _parts(q: jax.Array, scale: float) -> tuple[Any, list[jax.Array], dict[str, Any]]:
     """The module, the arguments for what is not used (bias, lengths, offsets, pages), and the parameters of both primitives."""
     fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-    options = {"scale": scale, "seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False), "mask_type": fused.MaskType.CAUSAL,
-               "layout": fused.AttentionLayout.BTNH.value, "sliding_window_length": None}
+    options = {
+        "scale": scale,
+        "seed": 42,
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),
+        "mask_type": fused.MaskType.CAUSAL,
+        "layout": fused.AttentionLayout.BTNH.value,
+        "sliding_window_length": None,
+    }
     return fused, [jnp.zeros(0, q.dtype)] * 7, options

@@ -8,13 +8,12 @@ import shutil
 import pytest
 import tokenizers
 
-from deepseek_jax.hf import provenance
-from deepseek_jax.errors import UserError
 from deepseek_jax.data import tiktoken, tokenizer_folder
-from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.hf import tokenizer_files
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.encoder import Encoder
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.hf import provenance, tokenizer_files
 from deepseek_jax.hf.tokenizer_files import Companions
 
 try:
@@ -50,7 +49,11 @@ def theirs(ranks, text):
         data = piece.encode()
         parts = [data] if data in ranks else [data[i : i + 1] for i in range(len(data))]
         while True:
-            pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]
+            pairs = [
+                (ranks[a + b], i)
+                for i, (a, b) in enumerate(zip(parts, parts[1:]))
+                if a + b in ranks
+            ]
             if not pairs:
                 break
             i = min(pairs)[1]
@@ -82,7 +85,9 @@ def made(tmp_path_factory):
         ranks
     )  # no two of its parts are a token before it: only a whole piece can be it
     (folder / "tiktoken.model").write_bytes(
-        b"".join(base64.b64encode(t) + b" %d\n" % i for t, i in sorted(ranks.items(), key=lambda p: p[1]))
+        b"".join(
+            base64.b64encode(t) + b" %d\n" % i for t, i in sorted(ranks.items(), key=lambda p: p[1])
+        )
     )
     special = lambda text, shown=False: {
         "content": text,
@@ -102,9 +107,7 @@ def made(tmp_path_factory):
         n + 5: special("<|tool_call_begin|>", shown=True),
         n + 255: special("[PAD]"),
     }
-    template = (
-        "{% for m in messages %}<|im_{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}<|im_assistant|>"
-    )
+    template = "{% for m in messages %}<|im_{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}<|im_assistant|>"
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
             {
@@ -139,7 +142,11 @@ def test_ids_are_those_of_ranks(made):
         "".join(
             chr(
                 rng.choice(
-                    [rng.randint(1, 0x2FF), rng.randint(0x3000, 0x9FFF), rng.randint(0x1F300, 0x1F6FF)]
+                    [
+                        rng.randint(1, 0x2FF),
+                        rng.randint(0x3000, 0x9FFF),
+                        rng.randint(0x1F300, 0x1F6FF),
+                    ]
                 )
             )
             for _ in range(20)
@@ -159,7 +166,11 @@ def test_special_tokens_chat_and_training(made):
     assert ours.stop_ids == {n + 1, n + 2} and ours.special["bos_token"] == "[BOS]"
     ids = [n + 3, *theirs(ranks, "你好"), n + 2, n + 4]
     assert ours.encode([{"role": "user", "content": "你好"}]) == ids and ours.decode(ids) == "你好"
-    assert ours.encode(f"<|tool_call_begin|>[PAD]<|reserved_token_{n + 77}|>") == [n + 5, n + 255, n + 77]
+    assert ours.encode(f"<|tool_call_begin|>[PAD]<|reserved_token_{n + 77}|>") == [
+        n + 5,
+        n + 255,
+        n + 77,
+    ]
     assert ours.decode([n + 5, n + 1]) == "<|tool_call_begin|>"
     assert Encoder(ours, folder).vocab_size == n + 256 and Encoder(ours, folder).prefix == []
     trained = load_tokenizer(folder)
@@ -167,16 +178,18 @@ def test_special_tokens_chat_and_training(made):
     assert trained.encode("the [EOS]").tolist() == theirs(
         ranks, "the [EOS]"
     )  # in training text a special token's text is text
-    assert trained.token_bytes.tolist()[:n] == [len(t) for t, _ in sorted(ranks.items(), key=lambda p: p[1])]
+    assert trained.token_bytes.tolist()[:n] == [
+        len(t) for t, _ in sorted(ranks.items(), key=lambda p: p[1])
+    ]
     assert trained.name == load_tokenizer(f"{folder}/tiktoken.model").name
 
 
 def test_copies_and_an_identity_of_their_own(made, tmp_path):
     """What import and init_from copy is enough; another tokenizer_config.json is another tokenizer."""
     provenance.copy_files(made[1], str(tmp_path))
-    assert load_tokenizer(str(tmp_path)).name == load_tokenizer(made[1]).name and tokenizer_folder.find(
-        str(tmp_path)
-    ).endswith("tiktoken.model")
+    assert load_tokenizer(str(tmp_path)).name == load_tokenizer(
+        made[1]
+    ).name and tokenizer_folder.find(str(tmp_path)).endswith("tiktoken.model")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"][str(len(made[0]) + 9)] = {"content": "<|new|>", "special": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -188,7 +201,9 @@ def test_exported_as_one_file_that_everybody_reads(made, tmp_path):
     tokenizer_files.write(str(tmp_path), {}, Companions(None, folder, ()), 4096)
     inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in (*CORPUS, "你好<|im_end|>[PAD]"):
-        assert inner.encode(text).ids == Chat(folder).encode(text) == Chat(str(tmp_path)).encode(text)
+        assert (
+            inner.encode(text).ids == Chat(folder).encode(text) == Chat(str(tmp_path)).encode(text)
+        )
 
 
 @pytest.mark.parametrize("companions", [lambda folder: Companions(None, folder, ()), Companions])

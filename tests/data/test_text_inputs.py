@@ -12,15 +12,15 @@ import tokenizers
 
 from deepseek_jax import generate
 from deepseek_jax.config.options import Config, DataConfig, ModelConfig
-from deepseek_jax.errors import UserError
+from deepseek_jax.data.chat import Chat
+from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.data.sources import open_corpora, split
 from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.inference import opener
 from deepseek_jax.inference.evaluation import choices, perplexity
 from deepseek_jax.inference.generation import sample
 from deepseek_jax.inference.generation.text import Stream
-from deepseek_jax.inference import opener
-from deepseek_jax.data.chat import Chat
-from deepseek_jax.data.encoder import Encoder
 from tests.support import FILES
 
 DATA = os.path.join(FILES, "tokens")
@@ -51,7 +51,9 @@ def command(monkeypatch, capsys):
         model = types.SimpleNamespace(
             model=options, source=folder, layout=None, mesh=None, params=None, bias=None
         )
-        monkeypatch.setattr(generate, "open_model", lambda *_: opener.Opened(model, None, False, folder))
+        monkeypatch.setattr(
+            generate, "open_model", lambda *_: opener.Opened(model, None, False, folder)
+        )
         monkeypatch.setattr(generate, "Engine", lambda *_, **__: Engine())
         monkeypatch.setattr(generate.compilation, "use_cache", lambda *_, **__: "")
         code = generate.main([f"--model={folder}", *argv])
@@ -73,9 +75,13 @@ def test_pieces_are_what_the_library_decodes_after_the_prompt(folder):
         random.Random(0),
     )
     for _ in range(200):
-        text = "".join(rng.choices(["hello", " world", "é", "你好", " ", "\n", "the"], k=rng.randint(0, 4)))
+        text = "".join(
+            rng.choices(["hello", " world", "é", "你好", " ", "\n", "the"], k=rng.randint(0, 4))
+        )
         prompt = [*inner.encode(text).ids, *rng.choices([0, 1], k=rng.randint(0, 2))]
-        text = "".join(rng.choices([" hello", "world ", " é", "😀", "  ", "\n", " the"], k=rng.randint(1, 6)))
+        text = "".join(
+            rng.choices([" hello", "world ", " é", "😀", "  ", "\n", " the"], k=rng.randint(1, 6))
+        )
         # With bytes missing, as a model may write them: not of Llama 2's, where a broken byte takes back
         # whole characters before it.
         answer = [
@@ -87,7 +93,9 @@ def test_pieces_are_what_the_library_decodes_after_the_prompt(folder):
         whole, before = inner.decode([*prompt, *answer]), inner.decode(prompt)
         stream = Stream(encoder, before=prompt)
         shown = "".join([*map(stream.add, answer), stream.end()])
-        assert before + shown == whole and stream.text == shown == encoder.decode(answer, after=prompt)
+        assert before + shown == whole and stream.text == shown == encoder.decode(
+            answer, after=prompt
+        )
         assert Chat(folder).decode(answer, after=prompt) == shown
 
 
@@ -99,19 +107,23 @@ def test_the_first_space_of_an_answer(command, tmp_path, monkeypatch):
     assert command(LLAMA, [answer], "--prompt=")[1] == "world hello\n"  # nothing stands before it
     (tmp_path / "p.txt").write_text("hello\n")
     assert (
-        json.loads(command(LLAMA, [answer], f"--prompts={tmp_path / 'p.txt'}")[1])["text"] == " world hello"
+        json.loads(command(LLAMA, [answer], f"--prompts={tmp_path / 'p.txt'}")[1])["text"]
+        == " world hello"
     )
     monkeypatch.setattr(sample, "tokens", lambda *_: iter(answer))
     for tokenizer, wanted in (
         (load_tokenizer(f"{LLAMA}/tokenizer.json"), "hello world hello"),
         (ByteTokenizer(), "hello"),
     ):
-        assert sample.sample(None, None, None, tokenizer, None, "hello", 9, 1.0, 1.0, 0).startswith(wanted)
+        assert sample.sample(None, None, None, tokenizer, None, "hello", 9, 1.0, 1.0, 0).startswith(
+            wanted
+        )
     tokenizer = load_tokenizer(f"{LLAMA}/tokenizer.json")
     ids = tokenizer.encode("hello world hello")
     for cut in range(len(ids) + 1):
         assert (
-            tokenizer.decode(ids[:cut]) + tokenizer.decode(ids[cut:], after=ids[:cut]) == "hello world hello"
+            tokenizer.decode(ids[:cut]) + tokenizer.decode(ids[cut:], after=ids[:cut])
+            == "hello world hello"
         )
 
 
@@ -134,7 +146,12 @@ def test_stop_strings_of_special_tokens(answer, stop, text, command, tmp_path):
     )
     (tmp_path / "p.jsonl").write_text('{"prompt": "the"}\n')
     row = json.loads(
-        command(str(base), [ids_of(TOOLS, answer)], f"--prompts={tmp_path / 'p.jsonl'}", f"--stop={stop}")[1]
+        command(
+            str(base),
+            [ids_of(TOOLS, answer)],
+            f"--prompts={tmp_path / 'p.jsonl'}",
+            f"--stop={stop}",
+        )[1]
     )
     assert row["text"] == text and row["finish_reason"] == (
         "stop" if text != answer.replace("<|im_start|>", "") else "length"
@@ -149,7 +166,10 @@ def test_a_stop_token_that_is_not_special_is_not_shown(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, true]}')
     encoder = Encoder(Chat(str(tmp_path)), "M")
     stream = Stream(encoder)
-    assert encoder.stop_ids == {2} and "".join(map(stream.add, [280, 1, 281, 2])) == "hello<|im_start|> world"
+    assert (
+        encoder.stop_ids == {2}
+        and "".join(map(stream.add, [280, 1, 281, 2])) == "hello<|im_start|> world"
+    )
 
 
 def test_prompts_with_tools_and_variables(command, tmp_path):
@@ -171,7 +191,9 @@ def test_prompts_with_tools_and_variables(command, tmp_path):
     ]
     path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)), encoding="utf-8")
     code, out, err, prompts = command(TOOLS, [[280]] * 3, f"--prompts={path}")
-    assert code == 0 and [Chat(TOOLS).tokenizer.decode(p, skip_special_tokens=False) for p in prompts] == [
+    assert code == 0 and [
+        Chat(TOOLS).tokenizer.decode(p, skip_special_tokens=False) for p in prompts
+    ] == [
         "TOOLS:get_weather <|im_start|>user\nweather?<|im_end|>\n<|im_start|>assistant\n<think></think>",
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nthe",
         "hello!",
@@ -201,19 +223,34 @@ CHAT = '"messages": [{"role": "user", "content": "x"}]'
         ("[1]", "is a list and not an object"),
         ('{"prompt": "x", "score": NaN}', "NaN is not a number of JSON"),
         ("[" * 100000, "is not JSON"),
-        (f'{{{CHAT}, "chat_template_kwargs": {{"messages": []}}}}', "chat_template_kwargs with 'messages'"),
-        (f'{{{CHAT}, "chat_template_kwargs": 1}}', "chat_template_kwargs that are int and no object"),
+        (
+            f'{{{CHAT}, "chat_template_kwargs": {{"messages": []}}}}',
+            "chat_template_kwargs with 'messages'",
+        ),
+        (
+            f'{{{CHAT}, "chat_template_kwargs": 1}}',
+            "chat_template_kwargs that are int and no object",
+        ),
         (f'{{{CHAT}, "chat_template_kwargs": {{"thinking": true}}}}', "does not read 'thinking'"),
         (f'{{{CHAT}, "documents": [{{"title": "a", "text": "b"}}]}}', "does not read 'documents'"),
-        (f'{{{CHAT}, "continue_final_message": true, "add_generation_prompt": true}}', "Set one of them"),
+        (
+            f'{{{CHAT}, "continue_final_message": true, "add_generation_prompt": true}}',
+            "Set one of them",
+        ),
         ('{"messages": []}', "messages are an empty list"),
         ('{"messages": "hello"}', '"messages" that are a text and not a list'),
         ('{"messages": {"role": "user"}}', "messages are a dict and not a list"),
         ('{"messages": ["hello"]}', "messages[0] is a str and not an object"),
         ('{"messages": [{"content": "x"}]}', "messages[0] has no 'role'"),
-        ('{"messages": [{"role": 1, "content": "x"}]}', "messages[0] has a 'role' that is not a text"),
+        (
+            '{"messages": [{"role": 1, "content": "x"}]}',
+            "messages[0] has a 'role' that is not a text",
+        ),
         ('{"messages": [{"role": "user", "content": null}]}', "messages[0] has no 'content'"),
-        ('{"messages": [{"role": "user", "content": 3}]}', "messages[0] has a 'content' that is int"),
+        (
+            '{"messages": [{"role": "user", "content": 3}]}',
+            "messages[0] has a 'content' that is int",
+        ),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]}',
             "of the type 'image_url'",
@@ -238,7 +275,12 @@ def test_lines_that_are_no_prompt(line, named, command, tmp_path):
 def test_lone_surrogates(command, tmp_path, monkeypatch):
     """In prompts, options, messages and questions: U+FFFD, and every answer is written."""
     out = tmp_path / "answers.jsonl"
-    assert command(TOOLS, [[280]] * 3, f"--prompts={DATA}/surrogate/prompts.jsonl", f"--output={out}")[0] == 0
+    assert (
+        command(TOOLS, [[280]] * 3, f"--prompts={DATA}/surrogate/prompts.jsonl", f"--output={out}")[
+            0
+        ]
+        == 0
+    )
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [r["prompt"] for r in rows] == ["ok", "cut emoji \ufffd", "last"] and all(
         r["text"] == "hello" for r in rows
@@ -247,7 +289,8 @@ def test_lone_surrogates(command, tmp_path, monkeypatch):
     chat = Chat(TOOLS)
     assert (
         chat.render(
-            [{"role": "user", "content": "a\ud83d", "b\udc00": ["\udc00"]}], enable_thinking="\udc00"
+            [{"role": "user", "content": "a\ud83d", "b\udc00": ["\udc00"]}],
+            enable_thinking="\udc00",
         ).count("\ufffd")
         == 1
     )
@@ -262,7 +305,9 @@ def test_lone_surrogates(command, tmp_path, monkeypatch):
     monkeypatch.setattr(
         choices,
         "score_pairs",
-        lambda model, pairs, *_, **__: [choices.Score(i, float(i), 1, False) for i in range(len(pairs))],
+        lambda model, pairs, *_, **__: [
+            choices.Score(i, float(i), 1, False) for i in range(len(pairs))
+        ],
     )
     result, details = choices.evaluate(opened, questions)
     assert result["acc"] == 1 and json.dumps(details, ensure_ascii=False).encode()
@@ -279,7 +324,9 @@ def test_bytes_of_held_out_text(tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     run = Config(
         model=ModelConfig(vocab_size=400),
-        data=DataConfig(path=str(tmp_path / "t.jsonl"), tokenizer=f"{LLAMA}/tokenizer.json", eval_fraction=0.5),
+        data=DataConfig(
+            path=str(tmp_path / "t.jsonl"), tokenizer=f"{LLAMA}/tokenizer.json", eval_fraction=0.5
+        ),
     )
 
     class Scorer:
@@ -291,10 +338,13 @@ def test_bytes_of_held_out_text(tmp_path):
     tokenizer = load_tokenizer(run.data.tokenizer)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(perplexity, "HELD_OUT_PIECE", 3)
-        result = perplexity.of_held_out(types.SimpleNamespace(run=run, tokenizer="", contents=None), Scorer(), 16)
+        result = perplexity.of_held_out(
+            types.SimpleNamespace(run=run, tokenizer="", contents=None), Scorer(), 16
+        )
     documents = split(*open_corpora(run, tokenizer), 0.5)[1]
     texts = [
-        tokenizer.decode(documents.tokens[a : a + n]) for a, n in zip(documents.starts, documents.lengths)
+        tokenizer.decode(documents.tokens[a : a + n])
+        for a, n in zip(documents.starts, documents.lengths)
     ]
     first = [tokenizer.decode(documents.tokens[a : a + 1]) for a in documents.starts]
     assert result["documents"] == len(texts) > 5 and result["bytes"] == sum(
@@ -353,14 +403,24 @@ def test_a_turn_that_no_stop_token_ends(command, tmp_path):
         (tmp_path / file).write_bytes(open(os.path.join(TOOLS, file), "rb").read())
     assert Chat(str(tmp_path)).turn_end() is None
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config | {"eos_token": "<|endoftext|>"})
+    )
     assert Chat(str(tmp_path)).turn_end() == "<|im_end|>"
     path = tmp_path / "q.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "hello"}]}')
-    assert "--stop='<|im_end|>' makes it one" in command(str(tmp_path), [[280]], f"--prompts={path}")[2]
-    assert "makes it one" not in command(str(tmp_path), [[280]], f"--prompts={path}", "--stop=<|im_end|>")[2]
+    assert (
+        "--stop='<|im_end|>' makes it one"
+        in command(str(tmp_path), [[280]], f"--prompts={path}")[2]
+    )
+    assert (
+        "makes it one"
+        not in command(str(tmp_path), [[280]], f"--prompts={path}", "--stop=<|im_end|>")[2]
+    )
 
 
 def test_a_text_has_no_chat_options():
-    with pytest.raises(UserError, match="add_generation_prompt is for a chat template, and a text has none"):
+    with pytest.raises(
+        UserError, match="add_generation_prompt is for a chat template, and a text has none"
+    ):
         Chat(TOOLS).encode("hello", add_generation_prompt=True)

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import tokenizers
 
-from deepseek_jax.errors import UserError
 from deepseek_jax.data import tokenizer_folder
-from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.hf import tokenizer_files
-from deepseek_jax.inference import opener
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.encoder import Encoder
-from deepseek_jax.inference.loaded import stop_ids_of
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.hf import tokenizer_files
 from deepseek_jax.hf.tokenizer_files import Companions
+from deepseek_jax.inference import opener
+from deepseek_jax.inference.loaded import stop_ids_of
 from tests.support import FILES
 
 transformers = pytest.importorskip("transformers")
@@ -39,7 +39,9 @@ def copy(tmp_path, name, config=None, **files):
     folder = tmp_path / "tokenizer"
     shutil.copytree(os.path.join(DATA, name), folder)
     if not (folder / "tokenizer.json").exists():
-        shutil.copyfile(os.path.join(DATA, "added-decoder", "tokenizer.json"), folder / "tokenizer.json")
+        shutil.copyfile(
+            os.path.join(DATA, "added-decoder", "tokenizer.json"), folder / "tokenizer.json"
+        )
     old = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(
         json.dumps({k: v for k, v in (old | (config or {})).items() if v is not None})
@@ -106,7 +108,9 @@ def test_ids_with_holes_and_tokens_that_are_not_special(tmp_path):
     plain = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
     for text in ("hello world, what are you", "im_start | im_end", "你好\n\n"):
         assert ours.encode(text) == plain.encode(text).ids
-    assert load_tokenizer(folder).vocab_size == 302 and load_tokenizer(folder).token_bytes.tolist()[300:] == [
+    assert load_tokenizer(folder).vocab_size == 302 and load_tokenizer(folder).token_bytes.tolist()[
+        300:
+    ] == [
         len("<think>"),
         len("<later>"),
     ]
@@ -154,7 +158,8 @@ def test_special_tokens_that_no_file_gives_an_id(tmp_path):
     fits = lambda size: opener.encoder_of(folder, "", None, size, "M").vocab_size
     assert fits(285) == 285
     with pytest.raises(
-        UserError, match="the tokenizer of M has 284 ids, the last of them '<extra>', and the model 282"
+        UserError,
+        match="the tokenizer of M has 284 ids, the last of them '<extra>', and the model 282",
     ):
         fits(282)
     padded = copy(tmp_path / "padded", "added-decoder", {"pad_token": "<pad>"})
@@ -169,9 +174,7 @@ def test_bos_that_tokenizer_json_does_not_add(tmp_path, capsys):
     folder = copy(tmp_path, "deepseek-bos")
     _, ours = same_ids(folder, chat=False, add_bos_token=True)
     encoder = Encoder(ours, folder)
-    assert (
-        encoder.prefix == [0] and encoder.start_id == 0
-    )
+    assert encoder.prefix == [0] and encoder.start_id == 0
     assert (
         encoder.encode_prompt("") == [0]
         and encoder.encode("hello")[0] == 0

@@ -22,12 +22,21 @@ def checkpoint(tmp_path_factory):
 def refused(path, tmp_path):
     """The line that loading, importing, init_from and generate say."""
     lines = set()
-    for read in (reader.open_source, lambda p: importer.import_(p, str(tmp_path / "workdir")),
-                 lambda p: opener.open_model(p)):
+    for read in (
+        reader.open_source,
+        lambda p: importer.import_(p, str(tmp_path / "workdir")),
+        lambda p: opener.open_model(p),
+    ):
         with pytest.raises(UserError) as error:
             read(str(path))
-        lines.add(str(error.value).replace("holds no model: ", "").replace(": ", " ").replace("  ", " "))
-    assert len(lines) == 1 and "\n" not in (line := lines.pop()) and not os.path.exists(tmp_path / "workdir")
+        lines.add(
+            str(error.value).replace("holds no model: ", "").replace(": ", " ").replace("  ", " ")
+        )
+    assert (
+        len(lines) == 1
+        and "\n" not in (line := lines.pop())
+        and not os.path.exists(tmp_path / "workdir")
+    )
     assert "Copy that file again" not in line
     return line
 
@@ -75,8 +84,9 @@ def test_a_hub_id(tmp_path, checkpoint, monkeypatch):
     assert f"is in its cache name {folder}" in refused("org/tiny", tmp_path)
     assert "is not a folder. Name one with config.json" in refused("/org/tiny", tmp_path)
     file = os.path.join(checkpoint, "model.safetensors")
-    assert f"is not a folder but a file. Name the folder that it is in, {checkpoint}" in refused(file,
-                                                                                                 tmp_path)
+    assert f"is not a folder but a file. Name the folder that it is in, {checkpoint}" in refused(
+        file, tmp_path
+    )
 
 
 def with_files(tmp_path, checkpoint, *names, config=True):
@@ -90,25 +100,35 @@ def with_files(tmp_path, checkpoint, *names, config=True):
 
 
 def test_pickles(tmp_path, checkpoint):
-    folder = with_files(tmp_path, checkpoint, "pytorch_model-00001-of-00002.bin",
-                        "pytorch_model.bin.index.json")
+    folder = with_files(
+        tmp_path, checkpoint, "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"
+    )
     line = refused(folder, tmp_path)
     assert "pickles (pytorch_model*.bin)" in line
-    assert f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('model-safetensors')" in line
+    assert (
+        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('model-safetensors')" in line
+    )
 
 
 def test_an_adapter(tmp_path, checkpoint):
     folder = with_files(tmp_path, checkpoint, "adapter_model.safetensors", config=False)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     line = refused(folder, tmp_path)
-    assert "it holds an adapter of org/base and not a model" in line and "merge_and_unload()" in line
+    assert (
+        "it holds an adapter of org/base and not a model" in line and "merge_and_unload()" in line
+    )
     shutil.copy(os.path.join(checkpoint, "config.json"), folder)
     assert "it holds an adapter of org/base and not a model" in refused(folder, tmp_path)
 
 
-@pytest.mark.parametrize("file, word", [("tiny-Q4_K_M.gguf", "GGUF"),
-                                        ("consolidated.00.pth", "authors' own names"),
-                                        ("tokenizer.json", "model.safetensors is missing, and so is")])
+@pytest.mark.parametrize(
+    "file, word",
+    [
+        ("tiny-Q4_K_M.gguf", "GGUF"),
+        ("consolidated.00.pth", "authors' own names"),
+        ("tokenizer.json", "model.safetensors is missing, and so is"),
+    ],
+)
 def test_other_weights_and_none(file, word, tmp_path, checkpoint):
     assert word in refused(with_files(tmp_path, checkpoint, file), tmp_path)
 
@@ -121,7 +141,9 @@ def split(tmp_path, checkpoint, index):
     tensors = safetensors.numpy.load_file(os.path.join(checkpoint, "model.safetensors"))
     files = {name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(tensors)}
     for file in set(files.values()):
-        safetensors.numpy.save_file({n: a for n, a in tensors.items() if files[n] == file}, folder / file)
+        safetensors.numpy.save_file(
+            {n: a for n, a in tensors.items() if files[n] == file}, folder / file
+        )
     if index:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return folder
@@ -131,7 +153,10 @@ def test_missing_shards(tmp_path, checkpoint):
     folder = split(tmp_path, checkpoint, index=True)
     os.remove(folder / "model-00002-of-00003.safetensors")
     line = refused(folder, tmp_path)
-    assert "names 1 of 3 files that are missing model-00002-of-00003.safetensors. Finish the download" in line
+    assert (
+        "names 1 of 3 files that are missing model-00002-of-00003.safetensors. Finish the download"
+        in line
+    )
 
 
 def test_a_missing_index(tmp_path, checkpoint):
@@ -142,28 +167,39 @@ def test_a_missing_index(tmp_path, checkpoint):
     assert split_ == whole
     os.remove(folder / "model-00003-of-00003.safetensors")
     line = refused(folder, tmp_path)
-    assert "holds 2 of 3 safetensors files, and no model.safetensors.index.json; missing are" in line
+    assert (
+        "holds 2 of 3 safetensors files, and no model.safetensors.index.json; missing are" in line
+    )
 
 
 def test_a_run(tmp_path, checkpoint):
     importer.import_(checkpoint, str(tmp_path / "run"))
-    with pytest.raises(UserError, match="run is the folder of a run of train.py and not a checkpoint. Make "
-                                        "one of it: python -m"):
+    with pytest.raises(
+        UserError,
+        match="run is the folder of a run of train.py and not a checkpoint. Make "
+        "one of it: python -m",
+    ):
         reader.open_source(str(tmp_path / "run"))
 
 
 def test_a_pointer_of_git_lfs(tmp_path, checkpoint):
     folder = with_files(tmp_path, checkpoint)
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid "
-                                              "sha256:00\nsize 123\n")
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
+    )
     assert "is a pointer of Git LFS and not the file. Run git lfs pull" in refused(folder, tmp_path)
 
 
 def test_weights_that_only_a_file_beside_config_json_calls_quantised(tmp_path, checkpoint):
     folder = with_files(tmp_path, checkpoint)
     shutil.copy(os.path.join(checkpoint, "model.safetensors"), folder)
-    about = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    about = {
+        "producer": {"name": "modelopt"},
+        "quantization": {"quant_algo": "NVFP4", "group_size": 16},
+    }
     (folder / "hf_quant_config.json").write_text(json.dumps(about))
-    assert "hf_quant_config.json quant_algo='NVFP4' is not in this version" in refused(folder, tmp_path)
+    assert "hf_quant_config.json quant_algo='NVFP4' is not in this version" in refused(
+        folder, tmp_path
+    )
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": None}}))
     assert reader.open_source(str(folder))[1].vocab_size == 320

@@ -13,21 +13,25 @@ import pytest
 import tokenizers
 
 from deepseek_jax.config.options import Config, DataConfig, ModelConfig, TrainConfig
-from deepseek_jax.errors import UserError
 from deepseek_jax.data import documents, formats, sources, tokenfile
 from deepseek_jax.data.loader import Loader, Prefetcher
 from deepseek_jax.data.order import derive_seed
 from deepseek_jax.data.packing import IGNORE, PackedRows
 from deepseek_jax.data.sources import Corpus, Documents, Joined, open_corpora, split
 from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.errors import UserError
 
 EOS = 256
 TEXT = "def f(x):\n    return 'héllo wörld ≠ 漢字'\n\n\nfor i in range(10):\n\tprint(i)  # <|endoftext|>\r\n"
 
 
 def make_config(path="stdlib", batch=1, length=8, seed=0, vocab=320, **data):
-    return Config(seed=seed, model=ModelConfig(vocab_size=vocab), data=DataConfig(path=str(path), **data),
-                  train=TrainConfig(batch_size=batch, sequence_length=length))
+    return Config(
+        seed=seed,
+        model=ModelConfig(vocab_size=vocab),
+        data=DataConfig(path=str(path), **data),
+        train=TrainConfig(batch_size=batch, sequence_length=length),
+    )
 
 
 def make_loader(config):
@@ -54,7 +58,9 @@ def write_docs(folder, count=60, seed=0):
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        (folder / f"{i:03d}.txt").write_text(f"doc{i:03d} " + "".join(rng.choice(list("abcdef "), rng.integers(5, 60))))
+        (folder / f"{i:03d}.txt").write_text(
+            f"doc{i:03d} " + "".join(rng.choice(list("abcdef "), rng.integers(5, 60)))
+        )
     return folder
 
 
@@ -64,9 +70,15 @@ def bpe_path(tmp_path_factory):
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
     t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = tokenizers.decoders.ByteLevel()
-    t.train_from_iterator([TEXT] * 2 + ["x\n\n\n\n"] * 9, tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    t.train_from_iterator(
+        [TEXT] * 2 + ["x\n\n\n\n"] * 9,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|endoftext|>"],
+            show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     t.save(str(path))
     return path
 
@@ -92,7 +104,9 @@ def plain_rows(docs, order, length, mask, pad_last):
             if previous is None or (mask and d != previous):
                 segment, position = segment + 1, 0
             has_next = p + 1 < len(stream) and (not mask or stream[p + 1][1] == d)
-            for k, v in zip(row, (token, stream[p + 1][0] if has_next else IGNORE, segment, position)):
+            for k, v in zip(
+                row, (token, stream[p + 1][0] if has_next else IGNORE, segment, position)
+            ):
                 row[k].append(v)
             position, previous = position + 1, d
         rows.append(row)
@@ -118,9 +132,10 @@ def test_rows_equal_a_loop_over_the_stream(mask, pad_last, length):
             rows.row(outside)
 
 
-@pytest.mark.parametrize("tokens, rows, rows_with_padding", [
-    (10, 2, 3), (9, 2, 2), (8, 1, 2), (5, 1, 1), (4, 0, 1), (2, 0, 1), (1, 0, 0)
-])
+@pytest.mark.parametrize(
+    "tokens, rows, rows_with_padding",
+    [(10, 2, 3), (9, 2, 2), (8, 1, 2), (5, 1, 1), (4, 0, 1), (2, 0, 1), (1, 0, 0)],
+)
 def test_row_counts_at_the_edges(tokens, rows, rows_with_padding):
     """4 tokens a row need 5 of the stream; a padded row is there as soon as it predicts one token."""
     docs = Documents(np.arange(tokens), np.array([0]), np.array([tokens]))
@@ -138,7 +153,10 @@ def test_held_out_rows_predict_every_token_once():
 
 def test_order_of_documents_depends_on_the_seed_only():
     corpus, _ = random_corpus()
-    rows = [PackedRows(all_documents(corpus), 16, seed, True).row(0)["tokens"].tolist() for seed in (1, 1, 2)]
+    rows = [
+        PackedRows(all_documents(corpus), 16, seed, True).row(0)["tokens"].tolist()
+        for seed in (1, 1, 2)
+    ]
     assert rows[0] == rows[1] != rows[2]
 
 
@@ -176,19 +194,30 @@ def test_a_single_document_is_cut_at_its_end(tmp_path):
     rows = loader.eval_rows(0, loader.num_eval_rows)
     assert loader.tokenizer.decode(rows["tokens"][rows["segment_ids"] > 0]) == text[900:]
     epoch = loader.train_rows(0, loader.num_train_rows)["tokens"]
-    assert {loader.tokenizer.decode(r) for r in epoch} == {text[i:i + 8] for i in range(0, 896, 8)}
+    assert {loader.tokenizer.decode(r) for r in epoch} == {
+        text[i : i + 8] for i in range(0, 896, 8)
+    }
 
 
 def test_held_out_documents_never_depend_on_the_seed_and_are_not_trained_on(tmp_path):
     write_docs(tmp_path / "docs")
-    loaders = [make_loader(make_config(tmp_path / "docs", length=512, seed=s, eval_fraction=0.1)) for s in (0, 1)]
+    loaders = [
+        make_loader(make_config(tmp_path / "docs", length=512, seed=s, eval_fraction=0.1))
+        for s in (0, 1)
+    ]
 
     def names(rows):  # a name that a row's end cuts is not counted
-        return {name for r in rows["tokens"] for name in re.findall(r"doc\d{3}", load_tokenizer("bytes").decode(r))}
+        return {
+            name
+            for r in rows["tokens"]
+            for name in re.findall(r"doc\d{3}", load_tokenizer("bytes").decode(r))
+        }
 
     held = [names(loader.eval_rows(0, loader.num_eval_rows)) for loader in loaders]
     assert held[0] == held[1] and len(held[0]) == 6
-    np.testing.assert_array_equal(loaders[0].eval_rows(0, 3)["tokens"], loaders[1].eval_rows(0, 3)["tokens"])
+    np.testing.assert_array_equal(
+        loaders[0].eval_rows(0, 3)["tokens"], loaders[1].eval_rows(0, 3)["tokens"]
+    )
     assert not held[0] & names(loaders[0].train_rows(0, loaders[0].num_train_rows))
 
 
@@ -209,9 +238,14 @@ def test_order_is_pure_and_any_requests_see_the_same_rows(tmp_path):
     whole = loader.train_rows(0, n)
     assert whole["tokens"].shape == (n, 8)
     cuts = sorted(np.random.default_rng(0).integers(0, n, 9).tolist())
-    parts = {b: other.train_rows(a, b - a) for a, b in reversed(list(zip([0, *cuts], [*cuts, n])))}  # backwards: no state
+    parts = {
+        b: other.train_rows(a, b - a) for a, b in reversed(list(zip([0, *cuts], [*cuts, n])))
+    }  # backwards: no state
     equal_rows(whole, {k: np.concatenate([parts[b][k] for b in [*cuts, n]]) for k in whole})
-    assert make_loader(dataclasses.replace(config, seed=4)).train_rows(0, n)["tokens"].tolist() != whole["tokens"].tolist()
+    assert (
+        make_loader(dataclasses.replace(config, seed=4)).train_rows(0, n)["tokens"].tolist()
+        != whole["tokens"].tolist()
+    )
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
@@ -224,7 +258,7 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
     # All of the training stream but its last partial row, once.
     corpus = open_corpora(make_config(tmp_path), load_tokenizer("bytes"))[0]
     train = split(corpus, 0.01)[0]
-    tokens = np.concatenate([corpus.tokens[a:a + b] for a, b in zip(train.starts, train.lengths)])
+    tokens = np.concatenate([corpus.tokens[a : a + b] for a, b in zip(train.starts, train.lengths)])
     missing = np.bincount(tokens, minlength=257) - np.bincount(np.ravel(epochs[0]), minlength=257)
     assert missing.min() >= 0 and missing.sum() == len(tokens) - 8 * n <= 8
 
@@ -235,14 +269,18 @@ def test_seeds_are_unrelated(tmp_path):
     first, second = (make_loader(make_config(tmp_path / "a.txt", seed=s)) for s in (0, 1))
     n = first.num_train_rows
     assert first.train_rows(n, n)["tokens"].tolist() != second.train_rows(0, n)["tokens"].tolist()
-    seeds = [derive_seed(s, purpose, i) for s in (0, 1, 2, -1) for purpose in (1, 2) for i in (0, 1, 2)]
+    seeds = [
+        derive_seed(s, purpose, i) for s in (0, 1, 2, -1) for purpose in (1, 2) for i in (0, 1, 2)
+    ]
     assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**32 for s in seeds)
 
 
 @pytest.mark.parametrize("weights, share", [("3,1", 0.75), ("0.1,0.9", 0.1), ("", 2 / 3)])
 def test_mixture_weights(tmp_path, weights, share):
     (tmp_path / "a.txt").write_text("a" * 8000), (tmp_path / "b.txt").write_text("b" * 4000)
-    loader = make_loader(make_config(f"{tmp_path}/a.txt, {tmp_path}/b.txt", weights=weights, eval_fraction=0.2))
+    loader = make_loader(
+        make_config(f"{tmp_path}/a.txt, {tmp_path}/b.txt", weights=weights, eval_fraction=0.2)
+    )
     first = loader.train_rows(0, 400)["tokens"][:, 0] == ord("a")
     assert abs(first.mean() - share) < 0.01
     later = loader.train_rows(10**9, 400)["tokens"][:, 0] == ord("a")
@@ -257,7 +295,11 @@ def test_eval_rows_beyond_the_end_are_padding_and_no_evaluation_is_possible(tmp_
     write_docs(tmp_path)
     loader = make_loader(make_config(tmp_path))
     rows = loader.eval_rows(loader.num_eval_rows - 1, 3)
-    assert (rows["segment_ids"][1:] == 0).all() and (rows["targets"][1:] == IGNORE).all() and (rows["tokens"][1:] == 0).all()
+    assert (
+        (rows["segment_ids"][1:] == 0).all()
+        and (rows["targets"][1:] == IGNORE).all()
+        and (rows["tokens"][1:] == 0).all()
+    )
     assert rows["segment_ids"][0].any()
     none = make_loader(make_config(tmp_path, eval_fraction=0.0))
     assert none.num_eval_rows == none.eval_tokens == 0
@@ -295,7 +337,10 @@ def test_prefetcher_keeps_the_order_and_raises_in_its_place():
         yield 0, 1
         raise RuntimeError("no more")
 
-    with Prefetcher(FakeRows(), broken_requests()) as p, pytest.raises(RuntimeError, match="no more"):
+    with (
+        Prefetcher(FakeRows(), broken_requests()) as p,
+        pytest.raises(RuntimeError, match="no more"),
+    ):
         list(p)
 
 
@@ -322,7 +367,7 @@ def decoded(config):
     tokenizer, out = load_tokenizer("bytes"), []
     for corpus in open_corpora(config, tokenizer):
         for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:]):
-            ids = corpus.tokens[int(a):int(b)]
+            ids = corpus.tokens[int(a) : int(b)]
             assert ids[-1] == EOS and (ids[:-1] != EOS).all()
             out.append(tokenizer.decode(ids))
     return out
@@ -332,8 +377,12 @@ def test_every_kind_of_text_source(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / ".git").mkdir()
     (tmp_path / "a.txt").write_bytes("é one\r\n".encode())
-    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n{"text": "th\\u00e9\\ud800", "id": 3}\n{"text": ""}\n')
-    pq.write_table(pa.table({"id": [1, 2, 3], "text": ["four", None, "five"]}), tmp_path / "sub" / "c.parquet")
+    (tmp_path / "b.jsonl").write_text(
+        '{"text": "two"}\n\n{"text": "th\\u00e9\\ud800", "id": 3}\n{"text": ""}\n'
+    )
+    pq.write_table(
+        pa.table({"id": [1, 2, 3], "text": ["four", None, "five"]}), tmp_path / "sub" / "c.parquet"
+    )
     (tmp_path / "sub" / "d.md").write_text("six")
     # Skipped in a folder: hidden, binary, not UTF-8, empty, and token files with what belongs to them.
     (tmp_path / ".git" / "x").write_text("hidden")
@@ -344,21 +393,34 @@ def test_every_kind_of_text_source(tmp_path):
     (tmp_path / "h.json").write_text("{}")
     texts = ["é one\r\n", "two", "thé\ufffd", "four", "five", "six"]
     assert decoded(make_config(tmp_path)) == texts
-    assert decoded(make_config(f"{tmp_path}/b.jsonl,{tmp_path}/a.txt")) == [texts[1], texts[2], texts[0]]
+    assert decoded(make_config(f"{tmp_path}/b.jsonl,{tmp_path}/a.txt")) == [
+        texts[1],
+        texts[2],
+        texts[0],
+    ]
     assert decoded(make_config(f"{tmp_path}/**/*.[mp]*")) == texts[3:]
     np.save(tmp_path / "a2.npy", np.array([120, EOS]))
     (tmp_path / "a3.txt").write_text("last")
     assert decoded(make_config(f"{tmp_path}/a*")) == ["é one\r\n", "x", "last"]
     (tmp_path / "a2.npy").unlink(), (tmp_path / "a3.txt").unlink()
     # Of a glob's matches, only what belongs to a token file is left out.
-    assert [f.path[-5:] for f in documents.find_files(f"{tmp_path}/[ah]*", "config.data.path")] == ["a.txt", "h.npy"]
+    assert [f.path[-5:] for f in documents.find_files(f"{tmp_path}/[ah]*", "config.data.path")] == [
+        "a.txt",
+        "h.npy",
+    ]
 
 
 def test_stdlib_is_sorted_and_without_tests():
     names = [f.path for f in documents.find_files("stdlib", "config.data.path")]
     assert names == [f.path for f in documents.find_files("stdlib", "config.data.path")]
-    assert all(n.endswith(".py") for n in names) and any(n.endswith("json/decoder.py") for n in names)
-    assert not any(part in n for n in names for part in ("/test/", "/tests/", "site-packages", "idle_test", "__pycache__"))
+    assert all(n.endswith(".py") for n in names) and any(
+        n.endswith("json/decoder.py") for n in names
+    )
+    assert not any(
+        part in n
+        for n in names
+        for part in ("/test/", "/tests/", "site-packages", "idle_test", "__pycache__")
+    )
 
 
 @pytest.mark.parametrize("block", [1, 3, 16, 1 << 20])
@@ -383,7 +445,9 @@ def test_npy_files_stay_memory_maps_and_are_cut_at_eos(tmp_path, monkeypatch, dt
     ids[-1] = 3  # the last document is not ended
     np.save(tmp_path / "x.npy", ids)
     monkeypatch.setattr(tokenfile, "CHUNK", 64)
-    corpus, = open_corpora(make_config(tmp_path / "x.npy", eos_token_id=eos), load_tokenizer("bytes"))
+    (corpus,) = open_corpora(
+        make_config(tmp_path / "x.npy", eos_token_id=eos), load_tokenizer("bytes")
+    )
     assert isinstance(corpus.tokens, np.memmap)
     docs, current = [], []
     for t in ids.tolist():
@@ -392,7 +456,9 @@ def test_npy_files_stay_memory_maps_and_are_cut_at_eos(tmp_path, monkeypatch, dt
             docs.append(current)
             current = []
     docs.append(current)
-    assert [corpus.tokens[a:b].tolist() for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:])] == docs
+    assert [
+        corpus.tokens[a:b].tolist() for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:])
+    ] == docs
     loader = make_loader(make_config(tmp_path / "x.npy", eos_token_id=eos))
     assert loader.train_rows(0, 3)["tokens"].dtype == np.int32
 
@@ -402,9 +468,13 @@ def test_bin_shards_are_one_source_without_copying(tmp_path):
     shards = [np.append(rng.integers(0, 256, n), EOS).astype("<u4") for n in (50, 3, 200)]
     for i, shard in enumerate(shards):
         shard.tofile(tmp_path / f"s{i}.bin")
-    corpus, = open_corpora(make_config(f"{tmp_path}/s*.bin", bin_dtype="uint32"), load_tokenizer("bytes"))
+    (corpus,) = open_corpora(
+        make_config(f"{tmp_path}/s*.bin", bin_dtype="uint32"), load_tokenizer("bytes")
+    )
     whole = np.concatenate(shards)
-    assert isinstance(corpus.tokens, Joined) and all(isinstance(p, np.memmap) for p in corpus.tokens.parts)
+    assert isinstance(corpus.tokens, Joined) and all(
+        isinstance(p, np.memmap) for p in corpus.tokens.parts
+    )
     assert corpus.offsets.tolist() == [0, *(np.flatnonzero(whole == EOS) + 1)]
     for a, b in [(0, len(whole)), (49, 56), (51, 55), (60, 60), (200, 256), (51, 51)]:
         np.testing.assert_array_equal(corpus.tokens[a:b], whole[a:b])
@@ -441,14 +511,17 @@ def test_saved_truncation_padding_and_templates_do_not_touch_documents(bpe_path,
     inner.enable_truncation(4)
     inner.enable_padding(length=64)
     inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     inner.add_tokens(["<added>"])
     inner.save(str(tmp_path / "t.json"))
     t, plain = load_tokenizer(str(tmp_path / "t.json")), load_tokenizer(str(bpe_path))
     np.testing.assert_array_equal(t.encode(TEXT), plain.encode(TEXT))
     assert t.name != plain.name and t.name == load_tokenizer(str(tmp_path / "t.json")).name
     ids = t.encode("x<added>y")
-    assert len(ids) == 3 and t.token_bytes[ids].tolist() == [1, 7, 1] and t.decode(ids) == "x<added>y"
+    assert (
+        len(ids) == 3 and t.token_bytes[ids].tolist() == [1, 7, 1] and t.decode(ids) == "x<added>y"
+    )
 
 
 def test_eos_names_holes_and_tokenizers_whose_bytes_are_unknown(tmp_path):
@@ -491,7 +564,9 @@ def setup_files(tmp_path, bpe_path):
     np.full(10, 999, np.uint16).tofile(f / "big.bin")
     (f / "garbage.json").write_text("[1, 2")
     (f / "binary.json").write_bytes(b"\xff\xfe")
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(f / "noeos.json"))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(
+        str(f / "noeos.json")
+    )
     (f / "bpe.json").write_bytes(bpe_path.read_bytes())
 
 
@@ -522,24 +597,56 @@ ERRORS = [  # (changes to data and the rest, what the message has to say)
     (dict(path="{}/odd.bin"), ["3 bytes", "config.data.bin_dtype"]),
     (dict(path="{}/big.bin"), ["token id 999", "has 257 ids"]),
     (dict(path="/dev/null"), ["neither a file nor a folder"]),
-    (dict(path="{}/ok.txt", weights="1,2"), ["config.data.weights='1,2'", "2 numbers", "1 sources"]),
+    (
+        dict(path="{}/ok.txt", weights="1,2"),
+        ["config.data.weights='1,2'", "2 numbers", "1 sources"],
+    ),
     (dict(path="{0}/ok.txt,{0}/ok.txt", weights="1"), ["config.data.weights"]),
     (dict(path="{0}/ok.txt,{0}/ok.txt", weights="1,x"), ["config.data.weights='1,x'", "numbers"]),
     (dict(path="{0}/ok.txt,{0}/ok.txt", weights="1,0"), ["config.data.weights='1,0'", "above 0"]),
     (dict(path="{0}/ok.txt,{0}/ok.txt", weights="1,nan"), ["config.data.weights='1,nan'"]),
-    (dict(path="{}/ok.txt", eos_token_id=257), ["config.data.eos_token_id=257", "257 ids", "config.data.tokenizer="]),
-    (dict(path="{}/ok.txt", tokenizer="bytes", vocab=200), ["config.data.tokenizer='bytes'", "257", "config.model.vocab_size=200"]),
-    (dict(path="{}/ok.txt", length=500), ["198 training tokens", "501", "config.train.sequence_length"]),
-    (dict(path="{}/ok.txt", batch=100), ["198 training tokens", "801", "config.train.batch_size=100"]),
-    (dict(path="{}/ok.txt", tokenizer="{}/nope.json"), ["config.data.tokenizer=", "does not exist", "bytes"]),
-    (dict(path="{}/ok.txt", tokenizer="{}"), ["config.data.tokenizer=", "folder", "tokenizer.json"]),
-    (dict(path="{}/ok.txt", tokenizer="{}/garbage.json"), ["config.data.tokenizer=", "not a tokenizer.json"]),
-    (dict(path="{}/ok.txt", tokenizer="{}/binary.json"), ["config.data.tokenizer=", "not a tokenizer.json"]),
-    (dict(path="{}/ok.txt", tokenizer="{}/noeos.json"), ["config.data.tokenizer=", "<|endoftext|>"]),
+    (
+        dict(path="{}/ok.txt", eos_token_id=257),
+        ["config.data.eos_token_id=257", "257 ids", "config.data.tokenizer="],
+    ),
+    (
+        dict(path="{}/ok.txt", tokenizer="bytes", vocab=200),
+        ["config.data.tokenizer='bytes'", "257", "config.model.vocab_size=200"],
+    ),
+    (
+        dict(path="{}/ok.txt", length=500),
+        ["198 training tokens", "501", "config.train.sequence_length"],
+    ),
+    (
+        dict(path="{}/ok.txt", batch=100),
+        ["198 training tokens", "801", "config.train.batch_size=100"],
+    ),
+    (
+        dict(path="{}/ok.txt", tokenizer="{}/nope.json"),
+        ["config.data.tokenizer=", "does not exist", "bytes"],
+    ),
+    (
+        dict(path="{}/ok.txt", tokenizer="{}"),
+        ["config.data.tokenizer=", "folder", "tokenizer.json"],
+    ),
+    (
+        dict(path="{}/ok.txt", tokenizer="{}/garbage.json"),
+        ["config.data.tokenizer=", "not a tokenizer.json"],
+    ),
+    (
+        dict(path="{}/ok.txt", tokenizer="{}/binary.json"),
+        ["config.data.tokenizer=", "not a tokenizer.json"],
+    ),
+    (
+        dict(path="{}/ok.txt", tokenizer="{}/noeos.json"),
+        ["config.data.tokenizer=", "<|endoftext|>"],
+    ),
 ]
 
 
-@pytest.mark.parametrize("changes, wanted", ERRORS, ids=[f"{i}:{c['path']}" for i, (c, _) in enumerate(ERRORS)])
+@pytest.mark.parametrize(
+    "changes, wanted", ERRORS, ids=[f"{i}:{c['path']}" for i, (c, _) in enumerate(ERRORS)]
+)
 def test_errors(tmp_path, bpe_path, changes, wanted):
     setup_files(tmp_path, bpe_path)
     changes = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
@@ -549,7 +656,12 @@ def test_errors(tmp_path, bpe_path, changes, wanted):
     assert "\n" not in message and "config." in message and message.endswith((".", ").")), message
     for text in wanted:
         assert text in message, message
-    if "tokenizer" not in changes and "weights" not in changes and "vocab" not in changes and "eos_token_id" not in changes:
+    if (
+        "tokenizer" not in changes
+        and "weights" not in changes
+        and "vocab" not in changes
+        and "eos_token_id" not in changes
+    ):
         assert "config.data.path='" in message, message
 
 
@@ -562,9 +674,13 @@ def test_unreadable_files(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(UserError, match=r"config.data.path=.*a.txt cannot be read \(Permission denied\)"):
+    with pytest.raises(
+        UserError, match=r"config.data.path=.*a.txt cannot be read \(Permission denied\)"
+    ):
         make_loader(make_config(tmp_path / "a.txt"))
-    with pytest.raises(UserError, match=r"config.data.tokenizer=.*cannot be read \(Permission denied\)"):
+    with pytest.raises(
+        UserError, match=r"config.data.tokenizer=.*cannot be read \(Permission denied\)"
+    ):
         make_loader(make_config(tokenizer=str(tmp_path / "t.json")))
 
 
@@ -582,12 +698,20 @@ def test_a_file_damaged_after_start_up_is_caught_when_its_rows_are_read(tmp_path
     np.save(tmp_path / "y.npy", np.full(200, 60000, np.uint16))
     with open(tmp_path / "x.npy", "r+b") as f:  # the map sees what is written to the same file
         f.write((tmp_path / "y.npy").read_bytes())
-    with pytest.raises(UserError, match="token id 60000, but config.data.tokenizer='auto' has 257 ids"):
+    with pytest.raises(
+        UserError, match="token id 60000, but config.data.tokenizer='auto' has 257 ids"
+    ):
         loader.train_rows(0, 4)
 
 
 def test_description_and_json_safety(tmp_path):
     write_docs(tmp_path / "a")
     loader = make_loader(make_config(tmp_path / "a"))
-    assert "60 documents" in loader.description and "held out" in loader.description and "bytes" in loader.description
-    json.dumps([loader.num_train_rows, loader.num_eval_rows, loader.train_tokens, loader.eval_tokens])
+    assert (
+        "60 documents" in loader.description
+        and "held out" in loader.description
+        and "bytes" in loader.description
+    )
+    json.dumps(
+        [loader.num_train_rows, loader.num_eval_rows, loader.train_tokens, loader.eval_tokens]
+    )
