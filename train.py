@@ -75,7 +75,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
     if flags.help:
         print(f"{__doc__}\n{commandline.help_text(flags)}")
         return 0
-    config = commandline.read_config(flags, argv)
+    config = commandline.read_config(flags)
     if flags.print_config:
         print(json.dumps(config.to_json(), indent=2))
         return 0

@@ -46,7 +46,8 @@ def stated(text: str) -> tuple[float, float]:
     """The held-out loss that the text states, and its tolerance; lines may be broken and indented
     anywhere."""
     found = re.search(
-        r"([\d.]+) nats a token = [\d.]+ bits a byte, within ([\d.]+) nats", " ".join(text.split())
+        r"([\d.]+) nats per token = [\d.]+ bits per byte, within ([\d.]+) nats",
+        " ".join(text.split()),
     )
     return float(found[1]), float(found[2])
 

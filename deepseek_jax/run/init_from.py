@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from deepseek_jax.config import paths
-from deepseek_jax.config.options import Config, RopeScaling
+from deepseek_jax.config.options import Config, RopeScaling, changes_shapes
 from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import names, reader
@@ -22,7 +22,6 @@ from deepseek_jax.hf.provenance import FOLDER, has_weights, read_notes, write_no
 from deepseek_jax.hf.reader import Source
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
-from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
 
 OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")  # which this version does not train with
 
@@ -102,7 +101,7 @@ def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str
     for option in given:
         first, _, second = option.partition(".")
         ours, theirs = getattr(config.model, first), getattr(model, first)
-        if first not in FREE_MODEL_OPTIONS and ours != theirs:
+        if changes_shapes(f"model.{first}") and ours != theirs:
             raise UserError(
                 f"config.model.{option}={ours} differs from {theirs} of {where}. Leave it out: that checkpoint sets config.model."
             )

@@ -13,32 +13,12 @@ from deepseek_jax.checkpoint import integrity
 from deepseek_jax.checkpoint.finder import RUN_ID, LocalRun
 from deepseek_jax.checkpoint.folder import Folder
 from deepseek_jax.cluster.exchange import from_first
-from deepseek_jax.config.options import Config, ModelConfig
+from deepseek_jax.config.options import Config, ModelConfig, changes_shapes
 from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.train import history
 
 RUN, HISTORY = "run", "data_history"  # in config.json: the name of the run, and what its steps read
-# Options that change no array's shape: a run may go on with other values of these.
-FREE_MODEL_OPTIONS = {
-    "n_group",
-    "topk_group",
-    "num_experts_per_tok",
-    "scoring_func",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "aux_loss_alpha",
-    "seq_aux",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_interleave",
-    "rope_scaling",
-    "partial_rotary_factor",
-    "max_position_embeddings",
-    "initializer_range",
-}
-
-
 # in config.json: what followed from the options, and what is known of the run
 _NOT_OPTIONS = ("xla_options", RUN, HISTORY)
 
@@ -108,7 +88,7 @@ def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
     for name, was in _with_defaults(
         before.get("model", now), dataclasses.asdict(ModelConfig())
     ).items():
-        if name in now and was != now[name] and name not in FREE_MODEL_OPTIONS:
+        if name in now and was != now[name] and changes_shapes(f"model.{name}"):
             raise UserError(
                 f"config.model.{name}={now[name]} differs from {was} of the checkpoint in "
                 f"{checkpoints(workdir, config)}. Set config.model.{name}={was} to go on with it, or name another --workdir."

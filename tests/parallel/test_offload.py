@@ -337,7 +337,7 @@ def test_bytes_a_device():
         ),
         (
             dict(offload=OffloadConfig(activations="attention,atention")),
-            "config.offload.activations='atention' is not known",
+            "config.offload.activations=attention,atention: 'atention' is not known. Did you mean attention?",
         ),
     ],
 )

@@ -55,11 +55,7 @@ def resolved(workdir, *overrides):
         "--config.train.sequence_length=64",
         *overrides,
     ]
-    before, sys.argv = sys.argv, argv
-    try:
-        return commandline.read_config(commandline.parse(argv), argv)
-    finally:
-        sys.argv = before
+    return commandline.read_config(commandline.parse(argv))
 
 
 def same(a, b):

@@ -264,14 +264,14 @@ BAD = [
     ([TINY, "--config.train.steps=1.5"], "--config.train.steps=1.5"),
     ([TINY, "steps=3"], "'steps=3' is not an option"),
     ([TINY, "--config.data.document_mask=perhaps"], "--config.data.document_mask=perhaps"),
-    ([TINY, "--config.train.steps=0"], "config.train.steps=0 is too small"),
+    ([TINY, "--config.train.steps=0"], "config.train.steps=0 is below 1. Set it to 1 or more."),
     (
         [TINY, "--config.optimizer.learning_rate=nan"],
-        "config.optimizer.learning_rate=nan is not a positive finite number",
+        "config.optimizer.learning_rate=nan is not a finite number",
     ),
     (
         [TINY, "--config.optimizer.learning_rate=inf"],
-        "config.optimizer.learning_rate=inf is not a positive finite number",
+        "config.optimizer.learning_rate=inf is not a finite number",
     ),
     (
         [
@@ -311,7 +311,7 @@ BAD = [
     ),
     (
         [TINY, "--config.model.num_attention_heads=0"],
-        "config.model.num_attention_heads=0 is too small",
+        "config.model.num_attention_heads=0 is below 1",
     ),
     ([TINY, "--config.model.qk_rope_head_dim=7"], "config.model.qk_rope_head_dim=7 is odd"),
     (
@@ -320,7 +320,7 @@ BAD = [
     ),
     (
         [TINY, "--config.model.rope_theta=1"],
-        "config.model.rope_theta=1.0 is not a finite number above 1",
+        "config.model.rope_theta=1.0 is not above 1. Set it to a number above 1, for instance 10000.",
     ),
     (
         [TINY, "--config.model.rope_scaling.type=yarn", "--config.model.rope_scaling.beta_fast=0"],
@@ -332,11 +332,17 @@ BAD = [
     ),
     (
         [TINY, "--config.model.routed_scaling_factor=nan"],
-        "config.model.routed_scaling_factor=nan is not a positive finite number",
+        "config.model.routed_scaling_factor=nan is not a finite number",
     ),
-    ([TINY, "--config.seed=1000000000000000000000000"], "is not a 32-bit number"),
+    (
+        [TINY, "--config.seed=1000000000000000000000000"],
+        "is above 4294967295. Set it to 0 up to 4294967295.",
+    ),
     ([TINY, "--config.train.batch_ramp_start=4"], "config.train.batch_ramp_steps=0 go together"),
-    ([TINY, "--config.train.batch_size=1000000000000000"], "does not fit 32 bits"),
+    (
+        [TINY, "--config.train.batch_size=1000000000000000"],
+        "config.train.batch_size=1000000000000000 is above 2147483647",
+    ),
     ([TINY, "--process_id=1"], "--process_id=1 needs --num_processes"),
     (
         [TINY, "--num_processes=2", "--process_id=2"],
