@@ -172,7 +172,7 @@ class Option:
             if name not in self.names:
                 raise UserError(
                     f"{self.full_name}={value}: {name!r} is not known. {self._meant(name, self.names)}"
-                    f"The names are: {', '.join(self.names)}."
+                    f"Set names of these: {', '.join(self.names)}."
                 )
 
     def _meant(self, text: str, allowed: Iterable[str]) -> str:

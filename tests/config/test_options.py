@@ -92,7 +92,7 @@ def test_limits_and_choices_are_checked(o):
         (
             "train.remat",
             "save:atention",
-            "'atention' is not known. Did you mean attention? The names",
+            "'atention' is not known. Did you mean attention? Set names",
         ),
     ],
 )
