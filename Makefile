@@ -34,7 +34,7 @@ FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_cra
 	tests/parallel/test_strategies.py::test_what_a_layer_communicates tests/run/test_train.py::test_main_job \
 	tests/run/test_train.py::test_resume_is_bit_exact 'tests/parallel/test_mesh.py::test_same_numbers_on_every_mesh[2x4]'
 
-.PHONY: help venv remade train test test-fast test-slow prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
+.PHONY: help venv remade train test test-fast test-slow prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -78,6 +78,9 @@ gpu-aot: $(AOT)/.installed ## compile steps for H200s and check what they commun
 
 gpu-bench: $(STAMP) ## measure what a GPU reaches, in eight minutes, and write benchmarks/results (EXTRAS=cuda12 or cuda13)
 	$(VENV)/bin/python -m benchmarks gpu_bench $(ARGS)
+
+docs: $(STAMP) ## write again what follows from the code: docs/words.md
+	$(VENV)/bin/python -m deepseek_jax.config words --out=docs/words.md
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) $(AOT) .pytest_cache *.egg-info

@@ -12,13 +12,18 @@ from deepseek_jax.cli.command import exit_code
 from deepseek_jax.config import help, paths, words
 
 
-def main(argv: list[str]) -> int:
-    parser = arguments.Parser(prog="python -m deepseek_jax.config", description=__doc__)
-    parser.add_argument("what", choices=("words", "options"), help="Which document.")
-    parser.add_argument(
+def parser() -> arguments.Parser:
+    """The command line of this command."""
+    out = arguments.Parser(prog="python -m deepseek_jax.config", description=__doc__)
+    out.add_argument("what", choices=("words", "options"), help="Which document.")
+    out.add_argument(
         "--out", type=arguments.path, metavar="FILE", help="A file to write instead of stdout."
     )
-    args = parser.parse_args(argv)
+    return out
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
     text = words.table() if args.what == "words" else f"{help.describe()}\n"
     if args.out is None:
         print(text, end="")

@@ -1,5 +1,4 @@
-"""What an option knows about itself: the metadata of a dataclass field, and the record that is read back from
-it.
+"""What an option knows about itself: the metadata of a dataclass field, and the record that is read back.
 
     steps: int = option(1000, "Optimizer steps.", unit="steps", at_least=1, aliases={"hf": "max_steps"})
 
@@ -72,14 +71,11 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    special: Mapping[float, str] = field(
-        default_factory=dict
-    )  # allowed anyway: {-1: "what is left"}
+    special: Mapping[float, str] = field(default_factory=dict)  # allowed, too: {-1: "what is left"}
     example: Any = None  # a value that a message proposes
     changes_shapes: bool | None = None  # of the model's arrays; None: not an option of the model
-    on_resume: str = (
-        ""  # "free", "refused", "new pass" (needs data.on_change=new_pass); "": not known
-    )
+    # another value when a run goes on: "free", "refused", "new pass" (data.on_change=new_pass); "": not known
+    on_resume: str = ""
     path: bool = False  # names a file or folder; its choices are words that name none
     several: bool = False  # several paths, separated by commas
     aliases: tuple[Alias, ...] = ()

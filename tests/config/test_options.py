@@ -26,6 +26,7 @@ def test_every_option_is_in_the_table_and_described():
         assert o.optional or type(o.default) is o.type, name
         o.check(o.default)
         assert not o.choices or o.type is str
+        assert o.on_resume in ("", "free", "refused", "new pass")
         assert set(o.synonyms.values()) <= set(o.choices)
         assert bool(o.names) == any(choice.endswith(NAMES) for choice in o.choices)
     with pytest.raises(KeyError):

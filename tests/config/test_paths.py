@@ -10,6 +10,7 @@ import pytest
 
 from deepseek_jax import generate
 from deepseek_jax.cli import arguments
+from deepseek_jax.config import __main__ as config_command
 from deepseek_jax.config import options as configs
 from deepseek_jax.config import paths
 from deepseek_jax.config.options import Config, DataConfig
@@ -92,6 +93,7 @@ def parsers():
     """(command, its argparse parser), of all programs that have one."""
     yield "generate", generate.parser()
     yield "data", data._parser()
+    yield "config", config_command.parser()
     programs = [
         "deepseek_jax.evaluate",
         "deepseek_jax.hf.__main__",
