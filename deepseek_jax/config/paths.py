@@ -89,7 +89,8 @@ def check_output(
     replaced only if it is ours.
 
     Args:
-      option, path: what the user gave, for messages; ~ is expanded.
+      option: as what the path was given, for messages: "--out".
+      path: as the user gave it; ~ is expanded.
       inputs: files that the command reads; looked at only where the output is there already.
       beside: files that are written beside it, unnamed, and whether such a file is one that this program
         wrote for `path`.

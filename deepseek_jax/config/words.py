@@ -142,7 +142,7 @@ def find(key: str) -> str:
     """
     leaf = key.rpartition(".")[2].lower()
     found: dict[str, list[tuple[Alias, str, str]]] = {}
-    for o, alias, system, word in _words():
+    for o, alias, system, word in each_alias():
         if leaf in _spellings(word):
             found.setdefault(o.full_name, []).append((alias, system, word))
     sentences = []
@@ -162,7 +162,10 @@ def find(key: str) -> str:
     return ""
 
 
-def _words() -> Iterator[tuple[Option, Alias, str, str]]:
+def each_alias() -> Iterator[tuple[Option, Alias, str, str]]:
+    """(option, row of its table, key of SYSTEMS, word there) of every word, for those who read other tools'
+    files.
+    """
     for o in OPTIONS.values():
         for alias in o.aliases:
             for system, word in alias.words():

@@ -18,7 +18,7 @@ def test_the_committed_file_is_current(tmp_path):
 
 
 def test_what_the_words_stand_for_can_be_set():
-    for o, alias, system, word in words._words():
+    for o, alias, system, word in words.each_alias():
         assert system in SYSTEMS and word
         if alias.value is not None:
             replaced(Config(), o.name, alias.value)

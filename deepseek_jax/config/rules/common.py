@@ -10,7 +10,11 @@ def divides(config: Config, small: str, large: str) -> None:
     """Checks that one option is a multiple of another.
 
     Args:
-      small, large: names of options: "train.accumulation", "train.batch_size".
+      small: the option that must divide the other: "train.accumulation".
+      large: the multiple: "train.batch_size".
+
+    Raises:
+      UserError: it is not.
     """
     a, b = value_of(config, small), value_of(config, large)
     if b % a:
@@ -27,6 +31,9 @@ def without_effect(config: Config, names: Iterable[str], why: str, repair: str) 
       names: options that must be at their defaults.
       why: of the message: "with config.train.dtype=bfloat16, which needs no loss scale".
       repair: what else to set, for them to act.
+
+    Raises:
+      UserError: the first one that is set.
     """
     for name in names:
         value, default = value_of(config, name), of(name).default
