@@ -20,10 +20,10 @@ from typing import Any
 def keep_explicit_axes_through_shard_map() -> None:
     """Repair: a shard_map over some axes of an Explicit mesh must not make its arrays whole along the others.
 
-    jax 0.10.2 and 0.11 lower its arguments, results and residuals with the mapped axes alone: the
-    compiler gathers every weight of a pipeline stage over fsdp and expert on the way in, and once
-    more on the way to backward. The types have the right sharding; this uses it. jax 0.12 does so
-    itself and has other parameters here, so that nothing is changed: this can go with 0.11.
+    jax 0.10.2 lowers its arguments, results and residuals with the mapped axes alone: the compiler
+    gathers every weight of a pipeline stage over fsdp and expert on the way in, and once more on
+    the way to backward. The types have the right sharding; this uses it. jax 0.11 has the same
+    function and no need of this, 0.12 has another: it can go when 0.11 is the oldest.
     """
     shard_map = importlib.import_module("jax._src.shard_map")
     lower = getattr(shard_map, "_shardy_shard_map_sharding", None)
@@ -37,7 +37,7 @@ def keep_explicit_axes_through_shard_map() -> None:
             spec = sharding.spec
         return lower(ctx, mesh, manual_axes, spec, aval_in)
 
-    lower_as_typed.__signature__ = inspect.Signature()  # a second call changes nothing
+    _replaces(lower_as_typed, lower)
     shard_map._shardy_shard_map_sharding = lower_as_typed
 
 
@@ -63,8 +63,14 @@ def name_cached_programs_by(cpu_kind: Callable[[], str]) -> None:
         layout = [(d.id, d.process_index) for d in accelerators.flat]
         hash_obj.update(f"{cpu_kind()} {layout}".encode())
 
-    hash_layout.__signature__ = inspect.Signature()  # a second call changes nothing
+    _replaces(hash_layout, hash_devices)
     cache_key._hash_accelerator_config = hash_layout
+
+
+def _replaces(repaired: Any, original: Any) -> None:
+    """Marks a repair: a second one finds other parameters and changes nothing."""
+    repaired.__signature__ = inspect.Signature()
+    repaired.__wrapped__ = original
 
 
 def _takes(function: Any, *names: str) -> bool:
