@@ -1,14 +1,14 @@
 """Where an instruction of a compiled step comes from: which pass over the model, and which part of it.
 
-The pass is in the operation's name, which JAX builds from the transformations (jvp, transpose, rematted_computation); the part
-is in the Python calls that made it, innermost first. An instruction that the compiler made itself has neither: it takes those
-of the nearest instruction that it reads.
+The pass is in the operation's name, which JAX builds from the transformations (jvp, transpose,
+rematted_computation); the part is in the Python calls that made it, innermost first. An instruction
+that the compiler made itself has neither: it takes those of the nearest instruction that it reads.
 """
 
 import re
 from collections import Counter
 
-from deepseek_jax.xla import hlo
+from deepseek_jax.xla import hlo, loops
 
 # (place in the package, pattern of the function) -> part. The innermost call that matches decides.
 PARTS = (
@@ -39,8 +39,9 @@ PARTS = (
     ("train/loss_scale.py", r"", "optimizer"),
     ("train/step.py", r"\bupdate_bias\b", "optimizer"),
 )
-# The names that the model gives its parts with jax.named_scope, and those of PARTS that have another name there: for the time of parts,
-# where a part is all that it computes. Bytes go by PARTS alone, which know a gather of weights from the layer that asked for it.
+# The names that the model gives its parts with jax.named_scope, and those of PARTS that have
+# another name there: for the time of parts, where a part is all that it computes. Bytes go by PARTS
+# alone, which know a gather of weights from the layer that asked for it.
 SCOPES = (
     "embed",
     "attention",
@@ -54,7 +55,8 @@ SCOPES = (
     "optimizer",
 )
 _SCOPE_OF = {"router": "route", "statistics": "route", "head": "loss"}
-# What a decoder layer is made of; "layer": weights gathered ahead of it, of which the program does not say which.
+# What a decoder layer is made of; "layer": weights gathered ahead of it, of which the program does
+# not say which.
 LAYER_PARTS = ("dispatch", "experts", "statistics", "router", "attention", "mlp", "norm", "layer")
 
 
@@ -65,13 +67,14 @@ class Origin:
         self.module = module
 
     def shares(
-        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit, moves_tokens: bool
+        self, computation: str, instruction: hlo.Instruction, visit: loops.Visit, moves_tokens: bool
     ) -> tuple[tuple[str, str, float], ...]:
         """(phase, part, share of the bytes) of a collective, most first.
 
-        phase is forward, recompute, backward, optimizer or other; part one of PARTS or other. A collective with several operands
-        was combined from several; each belongs where its operand comes from, but for tokens, which come from the layer before. The
-        first layer's weights, gathered ahead of the loop over layers, may be combined with the embedding.
+        phase is forward, recompute, backward, optimizer or other; part one of PARTS or other. A
+        collective with several operands was combined from several; each belongs where its operand
+        comes from, but for tokens, which come from the layer before. The first layer's weights,
+        gathered ahead of the loop over layers, may be combined with the embedding.
 
         Args:
           moves_tokens: it may be the dispatch's.
@@ -95,9 +98,10 @@ class Origin:
         return tuple((*origin, share) for origin, share in shares.most_common())
 
     def scope(
-        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit
+        self, computation: str, instruction: hlo.Instruction, visit: loops.Visit
     ) -> tuple[str, str]:
-        """(scope, phase) of any instruction: one of SCOPES or another part, by the innermost scope in its name, or by its calls."""
+        """(scope, phase) of any instruction: one of SCOPES or another part, by the innermost scope
+        in its name, or by its calls."""
         source = self._source(computation, instruction, visit)
         if source is None:
             return "other", "other"
@@ -105,14 +109,14 @@ class Origin:
         return _SCOPE_OF.get(part, part), phase
 
     def _source(
-        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit
+        self, computation: str, instruction: hlo.Instruction, visit: loops.Visit
     ) -> hlo.Instruction | None:
         """The instruction that says where this one comes from."""
         source = self._named(computation, instruction)
         return visit.caller[1] if source is None and visit.caller else source
 
     def _of(
-        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit
+        self, computation: str, instruction: hlo.Instruction, visit: loops.Visit
     ) -> tuple[str, str]:
         source = self._source(computation, instruction, visit)
         if source is None:
@@ -121,8 +125,11 @@ class Origin:
         part = self._part(source)
         return phase, phase if part == "other" and phase == "optimizer" else part
 
-    def _of_a_stack(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> bool:
-        """Whether it is one layer's slice of stacked weights: the scan over layers makes it, before any code of the layer."""
+    def _of_a_stack(
+        self, computation: str, instruction: hlo.Instruction, visit: loops.Visit
+    ) -> bool:
+        """Whether it is one layer's slice of stacked weights: the scan over layers makes it, before
+        any code of the layer."""
         source = self._source(computation, instruction, visit)
         return source is not None and any(
             file.endswith("model/transformer.py") and re.search(r"\b_scan\b", function)
@@ -150,7 +157,8 @@ class Origin:
 
 
 def scope_of(op_name: str) -> str:
-    """The innermost of SCOPES in an operation's name, or "": 'jit(train_step)/transpose(jvp(attention))/dot_general' is of attention."""
+    """The innermost of SCOPES in an operation's name, or "":
+    'jit(train_step)/transpose(jvp(attention))/dot_general' is of attention."""
     names = [name for name in re.split(r"[/()]", op_name) if name in SCOPES]
     return names[-1] if names else ""
 
