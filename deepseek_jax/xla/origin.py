@@ -1,62 +1,70 @@
 """Where an instruction of a compiled step comes from: which pass over the model, and which part of it.
 
-The pass is in the operation's name, which JAX builds from the transformations (jvp, transpose,
-rematted_computation); the part is in the Python calls that made it, innermost first. An instruction
-that the compiler made itself has neither: it takes those of the nearest instruction that it reads.
+The pass is in the operation's name, which JAX builds from the transformations (jvp, transpose, rematted_computation).
+The part is in that name too, where the model has named it by jax.named_scope. But a scope holds for all that is
+called inside it, and custom gradients drop scopes: what stands inside or around a named part is told by the Python
+calls that made the instruction. tests/plan/test_origin.py checks that every name below is one of the package's, and
+that each is found in compiled steps.
+
+An instruction that the compiler made itself has neither: it takes those of the nearest instruction that it reads.
 """
 
 import re
 from collections import Counter
+from typing import NamedTuple
 
 from deepseek_jax.xla import hlo, loops
 
-# (place in the package, pattern of the function) -> part. The innermost call that matches decides.
-PARTS = (
-    (
-        "experts/dispatch.py",
-        r"",
-        "dispatch",
-    ),  # tokens on their way to experts and back, and the number of rounds
-    ("experts/rounds.py", r"", "dispatch"),
-    ("parallel/pipeline.py", r"", "pipeline"),
-    ("parallel/compression.py", r"", "compression"),  # the sum of gradients over replicas
-    ("model/stages.py", r"", "pipeline"),
-    ("model/moe.py", r"\b_gather\b", "experts"),  # weights of the routed experts
-    ("model/moe.py", r"\b_statistics\b|\bload_of\b", "statistics"),
-    ("model/moe.py", r"\bMoE\._routed\b", "dispatch"),  # a custom gradient hides the calls below it
-    ("model/moe.py", r"\bMoE\b", "router"),
-    ("model/router.py", r"", "router"),
-    ("model/attention/interface.py", r"", "attention"),
-    ("model/layers.py", r"\bMLP\b", "mlp"),  # dense layers and shared experts
-    ("model/layers.py", r"\bRMSNorm\b", "norm"),
-    ("model/layers.py", r"\bEmbedding\b", "embed"),
-    ("model/transformer.py", r"\blogits\b", "head"),
-    ("model/transformer.py", r"\bMTPLayer\b", "mtp"),
-    ("model/transformer.py", r"", "other"),  # the model as a whole: never the loss that called it
-    ("objectives/pretrain.py", r"", "loss"),
-    ("train/optimizer.py", r"", "optimizer"),
-    ("train/muon_adafactor.py", r"", "optimizer"),
-    ("train/loss_scale.py", r"", "optimizer"),
-    ("train/step.py", r"\bupdate_bias\b", "optimizer"),
+
+class Rule(NamedTuple):
+    """Instructions made below a function are of a part."""
+
+    file: str  # in the package, or a folder of it
+    name: str  # of a function or class; "": any in that file
+    part: str
+
+    def holds(self, file: str, function: str) -> bool:
+        """Whether it is about a call: its file, and the qualified name of its function."""
+        if f"deepseek_jax/{self.file}" not in file:
+            return False
+        return f".{self.name}." in f".{function}." if self.name else True
+
+
+# Before the scopes: what is called inside a named part and is another. The innermost call that matches decides.
+INSIDE = (
+    Rule("experts/dispatch.py", "", "dispatch"),  # tokens to experts and back, number of rounds
+    Rule("experts/rounds.py", "", "dispatch"),
+    Rule("model/moe.py", "_statistics", "statistics"),
+    Rule("model/moe.py", "load_of", "statistics"),
+    Rule("model/layers.py", "RMSNorm", "norm"),
 )
-# The names that the model gives its parts with jax.named_scope, and those of PARTS that have
-# another name there: for the time of parts, where a part is all that it computes. Bytes go by PARTS
-# alone, which know a gather of weights from the layer that asked for it.
-SCOPES = (
-    "embed",
-    "attention",
-    "route",
-    "dispatch",
-    "experts",
-    "combine",
-    "mlp",
-    "norm",
-    "loss",
-    "optimizer",
+# Scope -> part.
+NAMED = {
+    "embed": "embed",
+    "attention": "attention",
+    "route": "router",
+    "dispatch": "dispatch",
+    "experts": "experts",
+    "combine": "dispatch",
+    "mlp": "mlp",  # dense layers and shared experts
+    "loss": "loss",
+    "optimizer": "optimizer",
+}
+# After the scopes: what is around named parts. The innermost call that matches decides.
+AROUND = (
+    Rule("model/moe.py", "MoE._routed", "dispatch"),  # a custom gradient hides the calls below it
+    Rule("model/moe.py", "MoE", "router"),
+    Rule("model/transformer.py", "MTPLayer", "mtp"),
+    Rule("model/transformer.py", "", "other"),  # the model as a whole, not the loss that calls it
+    Rule("objectives/", "", "loss"),
+    Rule("model/stages.py", "", "pipeline"),
+    Rule("parallel/pipeline.py", "", "pipeline"),
+    Rule("parallel/compression.py", "", "compression"),  # the sum of gradients over replicas
 )
-_SCOPE_OF = {"router": "route", "statistics": "route", "head": "loss"}
-# What a decoder layer is made of; "layer": weights gathered ahead of it, of which the program does
-# not say which.
+# For the time of parts, where a part is all that it computes: the model's own names, and "norm", which has none.
+SCOPES = (*NAMED, "norm")
+_SCOPE_OF = {"router": "route", "statistics": "route"}
+# What a decoder layer is made of; "layer": weights gathered ahead of it, of which the program does not say which.
 LAYER_PARTS = ("dispatch", "experts", "statistics", "router", "attention", "mlp", "norm", "layer")
 
 
@@ -149,11 +157,18 @@ class Origin:
         return None
 
     def _part(self, instruction: hlo.Instruction) -> str:
-        for file, function in self.module.frames(instruction):
-            for place, pattern, part in PARTS:
-                if f"deepseek_jax/{place}" in file and re.search(pattern, function):
-                    return part
-        return "other"
+        frames = self.module.frames(instruction)
+        inside = _innermost(INSIDE, frames)
+        named = NAMED.get(scope_of(instruction.op_name), "")
+        return inside or named or _innermost(AROUND, frames) or "other"
+
+
+def _innermost(rules: tuple[Rule, ...], frames: list[tuple[str, str]]) -> str:
+    for file, function in frames:
+        for rule in rules:
+            if rule.holds(file, function):
+                return rule.part
+    return ""
 
 
 def scope_of(op_name: str) -> str:
