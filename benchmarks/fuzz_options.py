@@ -23,7 +23,6 @@ import jax
 import numpy as np
 
 from benchmarks.random_options import DEVICES, differing, draw
-from deepseek_jax import enough_threads
 from deepseek_jax.config.options import Config
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
@@ -31,6 +30,7 @@ from deepseek_jax.inference.generation import sample
 from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.plan import options
+from deepseek_jax.runtime.threads import enough_threads
 from deepseek_jax.train import state, step
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -22,7 +22,7 @@ from benchmarks import turns
 from benchmarks.gpu_train import Row, tiny, train, why
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.attention import cudnn, interface
-from deepseek_jax.runtime import compile_cache
+from deepseek_jax.runtime import compile_cache, jax_private
 
 # ------------------------------------------------------------------------------------------------------------- versions
 
@@ -41,7 +41,7 @@ def versions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
         "jax": jax.__version__,
         "jaxlib": jax.lib.__version__,
         "flax": flax.__version__,
-        "cudnn": cudnn.version(),
+        "cudnn": jax_private.cudnn_version(),
         "platform_version": device.client.platform_version,
     }
     if device.platform != "cpu":

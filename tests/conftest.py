@@ -18,7 +18,7 @@ os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
 
-from deepseek_jax import enough_threads
+from deepseek_jax.runtime.threads import enough_threads
 
 enough_threads(8)
 jax.config.update("jax_platforms", "cpu")

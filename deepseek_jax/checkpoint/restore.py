@@ -1,15 +1,14 @@
 """From the arrays of a checkpoint, whatever their files, to the shards of this process."""
 
 import concurrent.futures
-import ctypes
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from deepseek_jax.runtime.libc import trim_memory
 from deepseek_jax.tensorfile import regions
 from deepseek_jax.tensorfile.arrays import Tree, flatten, like
 
@@ -32,15 +31,8 @@ def into_shards(source: Any, abstract: Tree) -> Tree:
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         for group in _groups(here, limit):
             out |= zip(group, pool.map(lambda name: _array(source, name, flat[name]), group))
-            _give_back()
+            trim_memory()
     return like(abstract, out)
-
-
-def _give_back() -> None:
-    """Returns freed memory to the system, where the C library is glibc, which keeps it: a tenth of the state, from arrays that passed through."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
 
 
 def _groups(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:

@@ -11,12 +11,9 @@ from deepseek_jax.data import contents
 from deepseek_jax.data.documents import Notes
 from deepseek_jax.data.order import derive_seed
 from deepseek_jax.data.packing import PackedRows, Row, padding_row
-from deepseek_jax.data.prefetch import Prefetcher
 from deepseek_jax.data.sources import Corpus, Documents, open_corpora, parse_weights, split
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
-
-__all__ = ["Loader", "Prefetcher"]
 
 PACK, SHUFFLE = 1, 2  # purposes of derived seeds
 EVAL_SEED = 0  # held-out rows do not depend on config.seed: losses of runs with different seeds can be compared

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.contents import Contents
-from deepseek_jax.data.loader import Loader, Prefetcher
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.prefetch import read_ahead
 from deepseek_jax.data.windows import Skipping, Window, Windows
 from deepseek_jax.model.count import Count
 from deepseek_jax.run.profile import Profiler
@@ -128,12 +130,14 @@ def batches(
         if progress.history.stretches
         else History().resumed(first_step, config, None)
     )
-    requests = (
-        (history.first_row(s), history.count(s)) for s in range(first_step, config.train.steps)
-    )
-    with Prefetcher(Skipping(loader, progress.skipped), requests) as rows:
-        for r in rows:
-            yield put_batch(r, config.micro_batch, mesh)
+    source = Skipping(loader, progress.skipped)
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        return source.train_rows(history.first_row(step), history.count(step))
+
+    with contextlib.closing(read_ahead(read, first_step, config.train.steps)) as ahead:
+        for rows in ahead:
+            yield put_batch(rows, config.micro_batch, mesh)
 
 
 def run(

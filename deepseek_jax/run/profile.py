@@ -15,7 +15,7 @@ import jax
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.train.compiled_step import CompiledStep
-from deepseek_jax.xla import hlo, origin
+from deepseek_jax.xla import hlo, loops, origin
 
 # What the table always shows, in the order of a step; further parts of origin.SCOPES follow where they took time.
 PARTS = ("embed", "attention", "route", "dispatch", "experts", "combine", "loss", "optimizer")
@@ -156,7 +156,7 @@ def _sources(module: hlo.Module) -> dict[str, tuple[str, str, str]]:
     """Name of an instruction -> (part, phase, opcode)."""
     sources = origin.Origin(module)
     out = {}
-    for computation, instruction, visit in module.visits(lambda _: True):
+    for computation, instruction, visit in loops.visits(module, lambda _: True):
         if instruction.name not in out:
             out[instruction.name] = (
                 *sources.scope(computation, instruction, visit),

@@ -162,7 +162,7 @@ def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsy
     """Version, chip and a first call are asked for on a GPU; where one is wrong, attention is the blocks',
     after one line."""
     monkeypatch.setattr(cudnn.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(cudnn, "version", lambda: version)
+    monkeypatch.setattr(cudnn.jax_private, "cudnn_version", lambda: version)
     monkeypatch.setattr(cudnn, "_capability", lambda: capability)
     monkeypatch.setattr(cudnn, "_probe", probe)
     cudnn.missing.cache_clear(), cudnn.usable.cache_clear()
