@@ -18,7 +18,16 @@ from jax.experimental import multihost_utils
 from deepseek_jax.config import paths
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import configuration, names, numpy_copy, provenance, reader, tokenizer_files
+from deepseek_jax.hf import (
+    configuration,
+    names,
+    numpy_copy,
+    provenance,
+    reader,
+    rotation,
+    tokenizer_files,
+)
+from deepseek_jax.hf.families import FAMILIES
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.reader import Part
 from deepseek_jax.hf.tensors import BUFFER, INDEX, SINGLE, Source, dump, finite, read_config
@@ -281,7 +290,7 @@ def _write_side_files(
         "dtype": most,
         "num_nextn_predict_layers": model.num_nextn_predict_layers,
     }
-    if "num_nextn_predict_layers" not in configuration.FAMILIES[family].options:
+    if "num_nextn_predict_layers" not in FAMILIES[family].options:
         del config["num_nextn_predict_layers"]
     config = tokenizer_files.write(folder, config, companions, model.max_position_embeddings)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
@@ -302,9 +311,9 @@ def merged(original: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) 
         "torch_dtype",
         "_name_or_path",
         "num_mtp_layers",
-        *configuration.ROPE,
+        *rotation.KEYS,
     )
-    family = configuration.FAMILIES[now["model_type"]]
+    family = FAMILIES[now["model_type"]]
     left_out += tuple(k for k in family.renamed if k not in now)
     out = {
         k: v

@@ -12,103 +12,18 @@ from typing import NamedTuple
 import jax
 
 from deepseek_jax.config.options import ModelConfig
+from deepseek_jax.hf.families import FAMILIES
+from deepseek_jax.hf.families.name_tables import Alternatives, NameTable, one_name
 
-Alternatives = tuple[tuple[str, ...], ...]
-
-
-def _one(name: str) -> Alternatives:
-    return ((name,),)
-
-
-TOP = {
-    "embed_tokens/weight": _one("model.embed_tokens.weight"),
-    "norm/weight": _one("model.norm.weight"),
-    "lm_head/kernel": _one("lm_head.weight"),
+TOP: NameTable = {
+    "embed_tokens/weight": one_name("model.embed_tokens.weight"),
+    "norm/weight": one_name("model.norm.weight"),
+    "lm_head/kernel": one_name("lm_head.weight"),
 }
-NORMS = {
-    "input_layernorm/weight": _one("input_layernorm.weight"),
-    "post_attention_layernorm/weight": _one("post_attention_layernorm.weight"),
-}
-MLA = {
-    "self_attn/q_proj/kernel": _one("self_attn.q_proj.weight"),
-    "self_attn/q_a_proj/kernel": _one("self_attn.q_a_proj.weight"),
-    "self_attn/q_a_layernorm/weight": _one("self_attn.q_a_layernorm.weight"),
-    "self_attn/q_b_proj/kernel": _one("self_attn.q_b_proj.weight"),
-    "self_attn/kv_a_proj_with_mqa/kernel": _one("self_attn.kv_a_proj_with_mqa.weight"),
-    "self_attn/kv_a_layernorm/weight": _one("self_attn.kv_a_layernorm.weight"),
-    "self_attn/kv_b_proj/kernel": _one("self_attn.kv_b_proj.weight"),
-    "self_attn/o_proj/kernel": _one("self_attn.o_proj.weight"),
-}
-GROUPED_QUERY = {
-    "self_attn/q_proj/kernel": _one("self_attn.q_proj.weight"),
-    "self_attn/q_proj/bias": _one("self_attn.q_proj.bias"),
-    "self_attn/k_proj/kernel": _one("self_attn.k_proj.weight"),
-    "self_attn/k_proj/bias": _one("self_attn.k_proj.bias"),
-    "self_attn/v_proj/kernel": _one("self_attn.v_proj.weight"),
-    "self_attn/v_proj/bias": _one("self_attn.v_proj.bias"),
-    "self_attn/q_norm/weight": _one("self_attn.q_norm.weight"),
-    "self_attn/k_norm/weight": _one("self_attn.k_norm.weight"),
-    "self_attn/o_proj/kernel": _one("self_attn.o_proj.weight"),
-    "self_attn/o_proj/bias": _one("self_attn.o_proj.bias"),
-}
-DENSE = {
-    "mlp/gate_proj/kernel": _one("mlp.gate_proj.weight"),
-    "mlp/up_proj/kernel": _one("mlp.up_proj.weight"),
-    "mlp/down_proj/kernel": _one("mlp.down_proj.weight"),
-}
-EXPERTS = {
-    "mlp/gate/kernel": _one("mlp.gate.weight"),
-    "mlp/experts/gate_up_proj": (
-        ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
-        ("mlp.experts.gate_up_proj",),
-    ),
-    "mlp/experts/down_proj": (("mlp.experts.{e}.down_proj.weight",), ("mlp.experts.down_proj",)),
-}
-DEEPSEEK_EXPERTS = EXPERTS | {
-    "mlp/gate/e_score_correction_bias": _one("mlp.gate.e_score_correction_bias"),
-    "mlp/shared_experts/gate_proj/kernel": _one("mlp.shared_experts.gate_proj.weight"),
-    "mlp/shared_experts/up_proj/kernel": _one("mlp.shared_experts.up_proj.weight"),
-    "mlp/shared_experts/down_proj/kernel": _one("mlp.shared_experts.down_proj.weight"),
-}
-MIXTRAL_EXPERTS = {
-    "mlp/gate/kernel": (("block_sparse_moe.gate.weight",), ("mlp.gate.weight",)),
-    "mlp/experts/gate_up_proj": (
-        ("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"),
-        ("mlp.experts.gate_up_proj",),
-    ),
-    "mlp/experts/down_proj": (
-        ("block_sparse_moe.experts.{e}.w2.weight",),
-        ("mlp.experts.down_proj",),
-    ),
-}
-# Multi-token prediction: layers after the last, without `layer/` in the path.
-MTP = {
-    "enorm/weight": _one("enorm.weight"),
-    "hnorm/weight": _one("hnorm.weight"),
-    "eh_proj/kernel": _one("eh_proj.weight"),
-    "norm/weight": _one("shared_head.norm.weight"),
-}
-# Copies of the embedding and the output head that DeepSeek-V3's and GLM's files have in these layers.
+# Copies of the embedding and the output head that DeepSeek-V3's and GLM's files have in layers of multi-token prediction.
 MTP_COPIES = {
     "embed_tokens.weight": "model.embed_tokens.weight",
     "shared_head.head.weight": "lm_head.weight",
-}
-
-TABLES: dict[str, dict[str, Alternatives]] = {
-    "deepseek_v2": NORMS | MLA | DENSE | DEEPSEEK_EXPERTS,
-    "deepseek_v3": NORMS | MLA | DENSE | DEEPSEEK_EXPERTS | MTP,
-    "glm4_moe_lite": NORMS | MLA | DENSE | DEEPSEEK_EXPERTS | MTP,
-    "glm4_moe": NORMS | GROUPED_QUERY | DENSE | DEEPSEEK_EXPERTS | MTP,
-    "qwen3_moe": NORMS | GROUPED_QUERY | DENSE | EXPERTS,
-    "mixtral": NORMS | GROUPED_QUERY | MIXTRAL_EXPERTS,
-    "qwen2": NORMS | GROUPED_QUERY | DENSE,
-    "qwen3": NORMS | GROUPED_QUERY | DENSE,
-    "llama": NORMS | GROUPED_QUERY | DENSE,
-    "mistral": NORMS | GROUPED_QUERY | DENSE,
-    "seed_oss": NORMS | GROUPED_QUERY | DENSE,
-    "youtu": NORMS | MLA | DENSE,
-    "solar_open": NORMS | GROUPED_QUERY | DEEPSEEK_EXPERTS,
-    "dots1": NORMS | GROUPED_QUERY | DENSE | DEEPSEEK_EXPERTS,
 }
 
 
@@ -149,7 +64,11 @@ def leaf_of(path: str, shape: tuple[int, ...], family: str, model: ModelConfig) 
     Raises:
       KeyError: the family has no such variable.
     """
-    table, dense, layers = TABLES[family], model.first_k_dense_replace, model.num_hidden_layers
+    table, dense, layers = (
+        FAMILIES[family].tensors,
+        model.first_k_dense_replace,
+        model.num_hidden_layers,
+    )
     first, _, rest = path.partition("/")
     if first in ("dense_layers", "layers"):
         held = range(dense) if first == "dense_layers" else range(dense, layers)

@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers")
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration
-from deepseek_jax.hf.families import ALIASES, FAMILIES, REQUIRED
+from deepseek_jax.hf.families import ALIASES, FAMILIES
+from deepseek_jax.hf.families.keys import REQUIRED
 from tests.support import FILES
 
 # The smallest file: the sizes that every checkpoint states, and what the family has no default for.
@@ -95,7 +96,7 @@ def test_one_missing_key_changes_one_option(kind):
         for k, v in changes.items()
         if k in family.options and k not in (*REQUIRED, *family.fixed)
     }
-    if family.out_bias:
+    if family.output_bias:
         free["attention_out_bias"] = free["attention_bias"]
     full = dataclasses.replace(small, **free)
     written = configuration.from_model(full, kind)
@@ -107,7 +108,7 @@ def test_one_missing_key_changes_one_option(kind):
             {k: v for k, v in written.items() if k not in (key, *renamed)}
         )
         expected = dataclasses.replace(full, **{key: getattr(small, key)})
-        if key == "attention_bias" and family.out_bias:
+        if key == "attention_bias" and family.output_bias:
             expected = dataclasses.replace(expected, attention_out_bias=small.attention_out_bias)
         assert less == expected, key
 
