@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from deepseek_jax.checkpoint.finder import has_steps
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf.reader import Source
-from deepseek_jax.hf.tensors import FP8, INDEX, MAX_CONFIG, SCALE, SINGLE, dump
+from deepseek_jax.hf.tensors import FP8, INDEX, MAX_CONFIG, SCALE, SINGLE, HfTensors, dump
 from deepseek_jax.tensorfile import bounded_json
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
@@ -48,17 +48,22 @@ TEMPLATES = "additional_chat_templates"
 
 
 @dataclasses.dataclass(frozen=True)
-class Notes:
-    """What is known of the checkpoint that a model came from."""
+class SourceNotes:
+    """What is known of the checkpoint that a model came from.
+
+    Attributes:
+      family: its family.
+      model: the options of its model.
+      dtypes: NumPy's names of what tensors are stored as, by name with * for numbers, or by name where they differ. FP8
+        weights are bfloat16.
+    """
 
     family: str
     model: ModelConfig
-    dtypes: dict[
-        str, str
-    ]  # NumPy's names of what tensors are stored as, by name with * for numbers, or by name; FP8 weights: bfloat16
+    dtypes: dict[str, str]
 
 
-def notes_of(source: Source, model: ModelConfig, family: str) -> Notes:
+def notes_of(source: HfTensors, model: ModelConfig, family: str) -> SourceNotes:
     """What an export needs to know of a checkpoint."""
     dtypes: dict[str, str] = {}
     for name in sorted(source.tensors):
@@ -68,7 +73,7 @@ def notes_of(source: Source, model: ModelConfig, family: str) -> Notes:
         dtype = "bfloat16" if stored == FP8 else stored.name
         if dtypes.setdefault(pattern(name), dtype) != dtype:
             dtypes[name] = dtype
-    return Notes(family, model, dtypes)
+    return SourceNotes(family, model, dtypes)
 
 
 def pattern(name: str) -> str:
@@ -76,7 +81,7 @@ def pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def write_notes(source: Source, model: ModelConfig, family: str, folder: str) -> None:
+def write_notes(source: HfTensors, model: ModelConfig, family: str, folder: str) -> None:
     """Writes what is known of a checkpoint, its tokenizer and chat template into a folder."""
     copy_files(source.folder, folder)
     notes = notes_of(source, model, family)
@@ -125,7 +130,7 @@ def model_files(folder: str) -> Iterator[str]:
             )
 
 
-def read_notes(workdir: str) -> Notes | None:
+def read_notes(workdir: str) -> SourceNotes | None:
     """Of WORKDIR/hf, or None without one.
 
     Raises:
@@ -137,7 +142,7 @@ def read_notes(workdir: str) -> Notes | None:
     try:
         value = bounded_json.read(path, NOTES, MAX_CONFIG)
         model = from_config_dict({"model": value["model"]}).model
-        return Notes(
+        return SourceNotes(
             str(value["family"]), model, {str(k): str(v) for k, v in value["dtypes"].items()}
         )
     except (BadFile, UserError, KeyError, TypeError, AttributeError) as e:
@@ -151,13 +156,15 @@ def has_weights(workdir: str) -> bool:
     return any(os.path.exists(os.path.join(workdir, FOLDER, name)) for name in (SINGLE, INDEX))
 
 
-def is_untrained(workdir: str, checkpoints: str) -> bool:
-    """Whether `import` made this workdir and its run has no checkpoint yet in its folder of checkpoints."""
-    if "://" in checkpoints or not has_weights(workdir):
-        return False
-    return not os.path.isdir(checkpoints) or not any(
-        name.isdigit() for name in os.listdir(checkpoints)
-    )
+def is_untrained(workdir: str, checkpoints: str, local_dir: str = "") -> bool:
+    """Whether `import` made this workdir and its run has no checkpoint yet.
+
+    Args:
+      workdir: of the run.
+      checkpoints: its folder of checkpoints.
+      local_dir: config.checkpoint.local_dir.
+    """
+    return has_weights(workdir) and not has_steps(checkpoints, local_dir)
 
 
 def dtype_of(name: str, dtypes: dict[str, str], default: str) -> np.dtype:

@@ -59,7 +59,7 @@ class DeepseekJaxLM(TemplateLM):
         mesh = parse_mesh(",".join(f"{a}={n}" for a, n in axes.items()), "model_args")
         opened = open_model(str(pretrained), step, dtype, mesh)
         self._model, self._encoder = opened.model, opened.encoder()
-        longest = self._model.model.max_position_embeddings
+        longest = self._model.config.max_position_embeddings
         if max_length is not None and not 1 <= int(max_length) <= longest:
             raise UserError(
                 f"max_length={max_length} is not between 1 and the model's max_position_embeddings={longest}. Choose one of these."

@@ -8,15 +8,33 @@ from etils import epath
 
 
 class BadFile(Exception):
-    """A file of a checkpoint is not what it must be. `file` is its name inside the checkpoint."""
+    """A file of a checkpoint is not what it must be.
+
+    Attributes:
+      file: its name inside the checkpoint.
+      what: what is wrong with it.
+    """
 
     def __init__(self, file: str, what: str):
         super().__init__(f"{file}: {what}")
-        self.file, self.what = file, what
+        self.file = file
+        self.what = what
+
+
+def cannot_open(file: str, error: OSError) -> BadFile:
+    """What to raise where a file is missing or cannot be read."""
+    missing = isinstance(error, FileNotFoundError)
+    return BadFile(file, "missing" if missing else f"cannot be read ({error.strerror or error})")
 
 
 def parse(raw: bytes, file: str) -> Any:
-    """The value. A key that occurs twice, NaN, Infinity, a number beyond 64 bits and nesting beyond Python's stack are refused.
+    """The value of a JSON text.
+
+    A key that occurs twice, NaN, Infinity, a number beyond 64 bits and nesting beyond Python's stack are refused.
+
+    Args:
+      raw: the text.
+      file: what messages call it.
 
     Raises:
       BadFile: says why.
@@ -50,12 +68,7 @@ def read_bytes(path: os.PathLike, file: str, limit: int) -> bytes:
         with epath.Path(path).open("rb") as f:
             raw = f.read(limit + 1)
     except OSError as e:
-        raise BadFile(
-            file,
-            "missing"
-            if isinstance(e, FileNotFoundError)
-            else f"cannot be read ({e.strerror or e})",
-        ) from e
+        raise cannot_open(file, e) from e
     if len(raw) > limit:
         raise BadFile(file, f"longer than {limit} bytes, which no such file is")
     return raw

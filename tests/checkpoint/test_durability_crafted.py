@@ -116,7 +116,7 @@ BAD_NAMES = (
 def test_names_that_lead_elsewhere(tmp_path, name):
     (tmp_path / full.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(BadFile, match="which is not a"):
-        full.Source(tmp_path)
+        full.FullTensors(tmp_path)
     m = Manifest("full", 1, {name: (1, "00000000")}, {})
     (tmp_path / manifest.NAME).write_bytes(m.to_bytes())
     with pytest.raises(BadFile, match="not a file inside the checkpoint"):

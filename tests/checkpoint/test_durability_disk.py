@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.checkpoint import checkpoint, full, integrity, local, manifest, sharded
+from deepseek_jax.checkpoint import checkpoint, integrity, kinds, manifest
 from deepseek_jax.checkpoint.checkpoint import SaveFailed
 from tests.checkpoint.test_checkpoint import assert_same_bits, explicit_mesh, put, values
 from tests.checkpoint.test_durability_files import KINDS, opened, read, where, write
@@ -25,16 +25,15 @@ def fails(*_args, **_kwargs):
 @pytest.mark.parametrize("place", ["data", "merge", "extra", "manifest", "commit"])
 def test_a_full_disk_stops_no_training(tmp_path, kind, place, monkeypatch):
     """Wherever in a save it fills: one line, no leftover, the checkpoint before stays, the next save is made."""
-    module = {"sharded": sharded, "full": full, "local": local}[kind]
     write(tmp_path, kind, (1,))
     mesh, said = explicit_mesh(2, 4), []
     with jax.set_mesh(mesh):
         c = opened(tmp_path, kind, said)
         with monkeypatch.context() as m:
             if place == "data":
-                m.setattr(module, "start", fails if kind == "full" else lambda *a: fails)
+                m.setattr(type(kinds.KINDS[kind]), "start", fails if kind == "full" else lambda *a: fails)
             elif place == "merge":
-                m.setattr(module, "merge", fails)
+                m.setattr(type(kinds.KINDS[kind]), "merge", fails)
             else:
                 m.setattr(
                     *{

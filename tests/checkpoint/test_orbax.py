@@ -69,7 +69,7 @@ def test_orbax_manager_finds_the_steps_of_a_run(tmp_path):
 
 
 def load_full(folder, wanted: dict | None = None) -> dict:
-    """{"params/embed/weight": array}, as docs and checkpoint/full.py say."""
+    """{"params/embed/weight": array}, as checkpoint/full.py says."""
     import orbax.checkpoint.experimental.v1 as orbax
 
     with orbax.Context(checkpoint_layout=orbax.options.CheckpointLayout.SAFETENSORS):
@@ -78,7 +78,7 @@ def load_full(folder, wanted: dict | None = None) -> dict:
 
 @pytest.mark.parametrize("file_bytes", [1 << 30, 1 << 10])
 def test_orbax_restores_full(tmp_path, monkeypatch, file_bytes):
-    monkeypatch.setattr("deepseek_jax.checkpoint.full.FILE_BYTES", file_bytes)
+    monkeypatch.setattr("deepseek_jax.tensorfile.files.FILE_BYTES", file_bytes)
     state = save(tmp_path, "full")
     folder = tmp_path / "checkpoints" / str(STEP) / "state"
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (file_bytes < 1 << 20)

@@ -16,7 +16,7 @@ import transformers
 
 from deepseek_jax import hf
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import configuration, names
+from deepseek_jax.hf import configuration, exporter, names
 from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.model import moe
 from deepseek_jax.objectives import pretrain
@@ -45,12 +45,12 @@ def hub_arrays(model, params, bias):
     out = {}
     for state in (params, bias):
         for leaf, a in zip(
-            names.leaves(state, model.family, model.model),
+            names.leaves(state, model.family, model.config),
             map(np.asarray, jax.tree.leaves(state)),
             strict=True,
         ):
             whole = tuple(slice(0, n) for n in leaf.shape)
-            out |= {p.name: names.view(a, leaf, p.at) for p in names.pieces(leaf, whole)}
+            out |= {p.name: names.view(a, leaf, p.at) for p in names.tensor_regions(leaf, whole)}
     return out
 
 
@@ -101,7 +101,7 @@ def test_logits_experts_loss_and_every_gradient(variant, folder_of, monkeypatch)
             def loss_of(params):
                 net = conversion.Recorder(model.layout.merge(params, bias))
                 loss, _ = pretrain.pretraining_loss(
-                    net, batch, pretrain.totals(batch, 0), model.config, jnp.float32(0)
+                    net, batch, pretrain.totals(batch, 0), model.full_config, jnp.float32(0)
                 )
                 return loss, net.logits(net.out.hidden_BSD)
 
@@ -139,7 +139,7 @@ def test_deepseek_weights_and_options(variant, folder_of):
     _, expected, weights = deepseek.build(variant)
     model = hf.load(folder)
     differ = {
-        f for f in expected.__dataclass_fields__ if getattr(expected, f) != getattr(model.model, f)
+        f for f in expected.__dataclass_fields__ if getattr(expected, f) != getattr(model.config, f)
     }
     assert all(not configuration.computes(expected, f) for f in differ), differ
     params, bias = conversion.to_state(weights, expected)
@@ -265,26 +265,24 @@ def test_round_trip_is_exact_in_the_stored_dtype(dtype, folder_of, tmp_path):
     model = hf.load(str(source), mesh=jax.make_mesh((2, 4), ("fsdp", "expert")))
     arrays = {
         names.path_of(p): a
-        for p, a in jax.tree_util.tree_leaves_with_path((model.params, model.bias))
+        for state in (model.params, model.bias)
+        for p, a in jax.tree_util.tree_leaves_with_path(state)
     }
     leaves = [
         leaf
         for state in (model.params, model.bias)
-        for leaf in names.leaves(state, model.family, model.model)
+        for leaf in names.leaves(state, model.family, model.config)
     ]
-    get = iter(arrays.values())
-    hf.exporting.export(
-        str(tmp_path / "out"),
-        model.model,
+    what = exporter.Export(
+        model.config,
         model.family,
         leaves,
-        lambda _: next(get),
-        model.notes.dtypes,
-        "float32",
+        lambda leaf: arrays[leaf.path],
         Companions(model.source),
-        model.model,
+        model.notes,
         file_bytes=60_000,
     )
+    exporter.export(str(tmp_path / "out"), what)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())[
         "weight_map"
     ]

@@ -17,7 +17,7 @@ from deepseek_jax import evaluate, hf
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference import opener
+from deepseek_jax.inference import loaded, opener
 from deepseek_jax.inference.evaluation import choices, perplexity, scoring
 from deepseek_jax.inference.evaluation.scoring import Scorer, windows
 from deepseek_jax.run import importer
@@ -290,13 +290,12 @@ def test_runs(made, opened, tmp_path, capsys, monkeypatch):
     trained = opener.open_model(work)
     assert trained.trained and trained.folder and perplexity.default_window(trained) == 64
     halved_model = hf.LoadedModel(
-        trained.model.config,
+        trained.model.full_config,
         opened.model.mesh,
         opened.model.layout,
         halved,
         opened.model.bias,
-        opened.model.notes,
-        "",
+        loaded.Origin("", opened.model.notes),
     )
     np.testing.assert_array_equal(np.asarray(trained.model(ids)), np.asarray(halved_model(ids)))
     low = opener.open_model(work, 3, "bfloat16").model

@@ -134,7 +134,7 @@ def score_pairs(
       UserError: a continuation is longer than that.
     """
     longest = min(
-        longest or model.model.max_position_embeddings, model.model.max_position_embeddings
+        longest or model.config.max_position_embeddings, model.config.max_position_embeddings
     )
     spans, out = [], [Score(i, 0.0, 0, True) for i in range(len(pairs))]
     for i, (context, continuation) in enumerate(pairs):
@@ -176,7 +176,7 @@ def evaluate(
         for q in questions
         for choice in q.choices
     ]
-    longest = opened.model.model.max_position_embeddings
+    longest = opened.model.config.max_position_embeddings
     with Bar(
         "Evaluating", sum(len(p.context) + len(p.continuation) for p in pairs), progress
     ) as bar:

@@ -39,7 +39,7 @@ class Totals:
 
 def default_window(opened: Opened) -> int:
     """The length that a run was trained with, else the model's longest, and at most MAX_WINDOW."""
-    longest = min(opened.model.model.max_position_embeddings, MAX_WINDOW)
+    longest = min(opened.model.config.max_position_embeddings, MAX_WINDOW)
     return min(longest, opened.run.train.sequence_length) if opened.trained else longest
 
 

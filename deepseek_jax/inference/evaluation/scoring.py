@@ -46,7 +46,7 @@ class Scorer:
     """
 
     def __init__(self, model: LoadedModel, width: int, rows: int | None = None):
-        longest = model.model.max_position_embeddings
+        longest = model.config.max_position_embeddings
         if not 1 <= width <= longest:
             raise UserError(
                 f"--window={width} is not between 1 and the model's max_position_embeddings={longest}. Choose one of these."
@@ -58,7 +58,7 @@ class Scorer:
             width,
             -(-(rows or ways * max(1, BATCH_TOKENS // width)) // ways) * ways,
         )
-        self.vocab_size = model.model.vocab_size
+        self.vocab_size = model.config.vocab_size
         self._model = model
         if model not in _programs:
             _programs[model] = _program(model.layout)
