@@ -10,9 +10,10 @@
   python -m deepseek_jax.checkpoint diff DIR DIR2 [--step=N] [--step2=N] [--most=10]
                                                               the first arrays that differ, and by how much at most
 
-DIR is a run's workdir, its folder of checkpoints or one STEP folder, here or remote (gs://, s3://); of local checkpoints, the folder of the
-run below checkpoint.local_dir, in which the folders of all its processes must lie. Without --step, show, export, reshard and diff take the
-newest. Every command but `ls` reads all files once to check them. --json prints JSON.
+DIR is a run's workdir, its folder of checkpoints or one STEP folder, here or remote (gs://, s3://); of local
+checkpoints, the folder of the run below checkpoint.local_dir, in which the folders of all its processes must
+lie. Without --step, show, export, reshard and diff take the newest. Every command but `ls` reads all files
+once to check them. --json prints JSON.
 
 Exit codes: 0 good, or the same; 1 damaged, or different; 2 a mistake, said in one line.
 """

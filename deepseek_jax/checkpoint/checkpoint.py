@@ -1,9 +1,9 @@
 """Saves and restores the training state: nothing that counts is torn, nothing torn is restored in silence.
 
-WORKDIR/checkpoints/STEP/ holds `state`, the arrays in one of three kinds, `extra`, a JSON object, and `manifest.json`, the
-names, sizes and checksums of all files, written last. A folder with a plain number for a name is whole: it was written
-under another name (folder.py). A checkpoint of kind `local` is one such folder for each process, in
-`checkpoint.local_dir`, and counts where every process has its own.
+WORKDIR/checkpoints/STEP/ holds `state`, the arrays in one of three kinds, `extra`, a JSON object, and
+`manifest.json`, the names, sizes and checksums of all files, written last. A folder with a plain number for a
+name is whole: it was written under another name (folder.py). A checkpoint of kind `local` is one such folder
+for each process, in `checkpoint.local_dir`, and counts where every process has its own.
 
 Plain Orbax restores the kinds `sharded` and `full`; sharded.py and full.py say how.
 """
@@ -127,8 +127,8 @@ class Checkpointer:
     ) -> None:
         """Copies the state to the host and returns (`async_checkpointing`); a thread writes it.
 
-        The arrays may be donated at once. Waits for the save before. What fails is said in one line, and the checkpoints
-        before stay; the caller goes on.
+        The arrays may be donated at once. Waits for the save before. What fails is said in one line, and the
+        checkpoints before stay; the caller goes on.
 
         Args:
           step: the folder's name, above all steps saved before.
@@ -188,7 +188,8 @@ class Checkpointer:
     def newest_good(self, wanted: Tree | None = None) -> int | None:
         """The newest checkpoint whose files are what was written, or None if there is none at all.
 
-        All files of it are read. Newer ones that are damaged are put aside as STEP.damaged, each with one line that names the file.
+        All files of it are read. Newer ones that are damaged are put aside as STEP.damaged, each with one
+        line that names the file.
 
         Args:
           wanted: what will be restored, so that local checkpoints that lack a piece of it do not count.
@@ -213,7 +214,8 @@ class Checkpointer:
           The state and the `extra` that was saved with it.
 
         Raises:
-          UserError: there is no such checkpoint, its arrays are not the wanted ones, or its files are damaged.
+          UserError: there is no such checkpoint, its arrays are not the wanted ones, or its files are
+            damaged.
         """
         self._wanted = abstract_state
 

@@ -1,8 +1,9 @@
 """The folders STEP/ of a run: made under another name, renamed when whole, renamed before they are deleted.
 
-A plain number is a checkpoint that was whole when it got its name; STEP.tmp is being written or deleted, or was when a process was killed;
-STEP.damaged was found damaged later and stays for its owner to look at. In a remote folder (gs://, s3://) nothing is renamed: there a step
-is whole when it has a manifest, which is written last and deleted first.
+A plain number is a checkpoint that was whole when it got its name; STEP.tmp is being written or deleted, or
+was when a process was killed; STEP.damaged was found damaged later and stays for its owner to look at. In a
+remote folder (gs://, s3://) nothing is renamed: there a step is whole when it has a manifest, which is
+written last and deleted first.
 """
 
 import os

@@ -1,10 +1,11 @@
 """Checkpoints of kind `full`: whole tensors in safetensors files, written by one process, read by any program.
 
-A tensor is cut into blocks, gathered from its shards block by block and written at once: no host holds more than a block
-of it beside its shards. In several processes a tensor, or each layer of a stack, is made whole on every device in turn,
-for as long as it is written. Training waits meanwhile.
+A tensor is cut into blocks, gathered from its shards block by block and written at once: no host holds more
+than a block of it beside its shards. In several processes a tensor, or each layer of a stack, is made whole
+on every device in turn, for as long as it is written. Training waits meanwhile.
 
-Plain Orbax reads them, whole or into the shardings that `abstract_state` gives (tests/checkpoint/test_orbax.py):
+Plain Orbax reads them, whole or into the shardings that `abstract_state` gives
+(tests/checkpoint/test_orbax.py):
 
     import orbax.checkpoint.experimental.v1 as ocp
     with ocp.Context(checkpoint_layout=ocp.options.CheckpointLayout.SAFETENSORS):
@@ -81,7 +82,8 @@ def blocks(array: jax.Array) -> Iterator[np.ndarray]:
     if array.is_fully_addressable:
         yield from files.blocks(lambda index: _from_shards(array, index), spec_of(array))
         return
-    # The layers of a stack one by one, where they are not divided: a device would not hold the experts of all.
+    # The layers of a stack one by one, where they are not divided: a device would not hold the experts of
+    # all.
     layers = (
         array.ndim > 1 and array.sharding.spec[:1] in ((), (None,)) and array.nbytes > regions.BLOCK
     )

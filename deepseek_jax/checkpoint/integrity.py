@@ -42,7 +42,8 @@ def inspect(folder: os.PathLike, share: int = 0, shares: int = 1, contents: bool
     """Checks one folder STEP/.
 
     Args:
-      share, shares: as `manifest.check`. contents: also read all bytes; without, names and sizes are compared.
+      share, shares: as `manifest.check`. contents: also read all bytes; without, names and sizes are
+        compared.
     """
     try:
         found = manifest.read(folder)

@@ -1,9 +1,9 @@
 """Checkpoints of kind `local`: each process's shards on its own disk, for a restart on the same hosts.
 
-LOCAL_DIR/RUN/process_00003/STEP/state/ holds pieces.safetensors, the distinct shards of this process, and pieces.json,
-which array each is a piece of and where. One process alone, or one that sees the folders of all, can read them on any mesh.
-Other programs, Orbax among them, do not know what the pieces belong to: `python -m deepseek_jax.checkpoint reshard` makes a
-checkpoint of kind `sharded` or `full` of them.
+LOCAL_DIR/RUN/process_00003/STEP/state/ holds pieces.safetensors, the distinct shards of this process, and
+pieces.json, which array each is a piece of and where. One process alone, or one that sees the folders of all,
+can read them on any mesh. Other programs, Orbax among them, do not know what the pieces belong to: `python -m
+deepseek_jax.checkpoint reshard` makes a checkpoint of kind `sharded` or `full` of them.
 """
 
 import json

@@ -1,9 +1,10 @@
 """The manifest of a checkpoint: name, size and CRC-32 of each of its files, written last.
 
-STEP/manifest.json is one line of JSON with sorted keys; its key "checksum" is the CRC-32 of the same line without that key, so that damage
-to the manifest is found too, in this format and every later one. CRC-32 (zlib's, which runs without the GIL) finds what disks and
-networks do to files; it is no protection against somebody who changes file and manifest together, which is why everything that parses a file
-checks bounds as if there were no manifest.
+STEP/manifest.json is one line of JSON with sorted keys; its key "checksum" is the CRC-32 of the same line
+without that key, so that damage to the manifest is found too, in this format and every later one. CRC-32
+(zlib's, which runs without the GIL) finds what disks and networks do to files; it is no protection against
+somebody who changes file and manifest together, which is why everything that parses a file checks bounds as
+if there were no manifest.
 """
 
 import concurrent.futures
@@ -153,7 +154,8 @@ def check(
     """What is wrong with a checkpoint's files: (file, what), sorted; [] if nothing is.
 
     Args:
-      share: read every `shares`-th file only, from this one on, by size: what one of several processes does. Sizes are always compared.
+      share: read every `shares`-th file only, from this one on, by size: what one of several processes does.
+        Sizes are always compared.
       contents: compare checksums too.
     """
     try:

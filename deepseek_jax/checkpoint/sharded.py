@@ -5,13 +5,13 @@ Plain Orbax reads them into shards, or onto the host (tests/checkpoint/test_orba
     import orbax.checkpoint as ocp
     state = ocp.StandardCheckpointer().restore(f"{workdir}/checkpoints/{step}/state", abstract_state)
 
-where abstract_state is a tree of jax.ShapeDtypeStruct with shardings. Orbax's CheckpointManager finds the steps of a run,
-and `state` in each of them.
+where abstract_state is a tree of jax.ShapeDtypeStruct with shardings. Orbax's CheckpointManager finds the
+steps of a run, and `state` in each of them.
 
-Of Orbax the handler alone is used, which writes the files, without its checkpointers and managers. Those could leave room
-for the manifest (CheckpointManagerOptions(temporary_path_class=) can write one before the rename), but their processes
-wait for each other at barriers, where one that failed is missed for twenty minutes, and their restore holds 1.6 times the
-state.
+Of Orbax the handler alone is used, which writes the files, without its checkpointers and managers. Those
+could leave room for the manifest (CheckpointManagerOptions(temporary_path_class=) can write one before the
+rename), but their processes wait for each other at barriers, where one that failed is missed for twenty
+minutes, and their restore holds 1.6 times the state.
 """
 
 import asyncio
@@ -240,8 +240,8 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 def _hush() -> None:
     """Keeps traces of failed writes off the terminal; `finish` raises the first of them.
 
-    Where one of its writes fails, Orbax closes an event loop that the others still call, and Python prints a trace for
-    each. Of several that fail it asks for the first alone, and asyncio logs the others.
+    Where one of its writes fails, Orbax closes an event loop that the others still call, and Python prints a
+    trace for each. Of several that fail it asks for the first alone, and asyncio logs the others.
     """
     logging.getLogger("asyncio").addFilter(_not_of_orbax)
     before = sys.unraisablehook
@@ -259,6 +259,6 @@ def _hush() -> None:
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
-    # Trained float32 numbers hardly become smaller: zstd takes several times the time of writing them and spares 8%
-    # (benchmarks checkpoint).
+    # Trained float32 numbers hardly become smaller: zstd takes several times the time of writing them and
+    # spares 8% (benchmarks checkpoint).
     return ocp.PyTreeCheckpointHandler(use_compression=False)

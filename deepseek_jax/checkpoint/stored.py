@@ -115,8 +115,8 @@ def checkpoints_in(directory: str) -> list[StoredCheckpoint]:
     """The checkpoints below a folder, in the order of their steps, those put aside at the end.
 
     Args:
-      directory: a run's workdir, its folder of checkpoints, one STEP folder, or of local checkpoints the folder of the
-        run, here or remote.
+      directory: a run's workdir, its folder of checkpoints, one STEP folder, or of local checkpoints the
+        folder of the run, here or remote.
 
     Raises:
       UserError: there are none.

@@ -3,8 +3,9 @@
   python -m deepseek_jax.hf import SRC WORKDIR          a run's folder from a checkpoint, for train.py and generate
   python -m deepseek_jax.hf export WORKDIR DST          a checkpoint from a run, for transformers and what else reads these
 
-Import checks the checkpoint and copies it to WORKDIR/hf, without FP8. `train.py --workdir=WORKDIR` begins with it, and
-generate speaks with it. Export writes the dtypes that the checkpoint came with, float32 where there was none.
+Import checks the checkpoint and copies it to WORKDIR/hf, without FP8. `train.py --workdir=WORKDIR` begins
+with it, and generate speaks with it. Export writes the dtypes that the checkpoint came with, float32 where
+there was none.
 """
 
 if __name__ == "__main__":
@@ -98,8 +99,8 @@ def export(
 ) -> tuple[int, str]:
     """Writes a run's model as a checkpoint.
 
-    In memory is a part of an array and the one read ahead: a chunk of the run's checkpoint (256 MB at most of sharded
-    ones, 64 MB of others), or a layer of what was imported.
+    In memory is a part of an array and the one read ahead: a chunk of the run's checkpoint (256 MB at most of
+    sharded ones, 64 MB of others), or a layer of what was imported.
 
     Args:
       workdir: of the run.

@@ -1,7 +1,8 @@
 """What a config.json must not say: keys and values that would make the model compute something else.
 
-Every key is one of: an option of the model, a key that must have the value which this version computes, or a key that
-changes nothing that a model computes (families/). Any other key is refused by name, as it may change the mathematics.
+Every key is one of: an option of the model, a key that must have the value which this version computes, or a
+key that changes nothing that a model computes (families/). Any other key is refused by name, as it may change
+the mathematics.
 """
 
 from typing import Any

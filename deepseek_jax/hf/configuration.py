@@ -1,7 +1,8 @@
 """config.json of a Hugging Face model to `ModelConfig` and back.
 
-What its keys mean is said by the record of its family (families/), what it must not say by config_checks.py, how q and k
-are rotated by rotation.py. Where a key is missing the default is that of `transformers` for the family.
+What its keys mean is said by the record of its family (families/), what it must not say by config_checks.py,
+how q and k are rotated by rotation.py. Where a key is missing the default is that of `transformers` for the
+family.
 """
 
 import dataclasses

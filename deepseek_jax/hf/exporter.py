@@ -1,7 +1,8 @@
 """Writes a model as a Hugging Face checkpoint: config.json, safetensors files with an index, tokenizer files.
 
-Files are laid out before anything is written, so that every process writes the regions of its own shards into them, one
-array after another. All of it happens in a temporary folder beside the target, which gets its name at the end.
+Files are laid out before anything is written, so that every process writes the regions of its own shards into
+them, one array after another. All of it happens in a temporary folder beside the target, which gets its name
+at the end.
 """
 
 import concurrent.futures
@@ -40,11 +41,12 @@ class Export:
       leaves: its arrays.
       get: an array by its leaf, or in one process parts of it that are made as they are asked for.
       companions: files that go with it.
-      notes: how the checkpoint stored its tensors that the model came from, and the model of the companions' config.json.
+      notes: how the checkpoint stored its tensors that the model came from, and the model of the companions'
+        config.json.
       dtype: of all tensors but the selection bias; None: as they were stored, else float32.
       file_bytes: of one file, at most.
-      source: a checkpoint with the same numbers: what it holds under the same name and dtype is copied, and its
-        arrays are not asked for.
+      source: a checkpoint with the same numbers: what it holds under the same name and dtype is copied, and
+        its arrays are not asked for.
     """
 
     model: ModelConfig

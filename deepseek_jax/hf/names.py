@@ -50,8 +50,8 @@ class Leaf(NamedTuple):
 class TensorRegion(NamedTuple):
     """A part of an array that is a region of one tensor."""
 
-    # Leading index of a vector or a matrix in the part of the array that was asked for; of gate_up (layer, expert,
-    # pair).
+    # Leading index of a vector or a matrix in the part of the array that was asked for; of gate_up (layer,
+    # expert, pair).
     at: tuple[int, ...]
     name: str
     region: regions.Index  # of the tensor

@@ -22,7 +22,8 @@ from deepseek_jax.tensorfile.bounded_json import BadFile
 
 FOLDER = "hf"  # in WORKDIR
 NOTES = "source.json"
-# What belongs to a model besides its weights. Code (modeling_*.py) is left out: nothing here runs it, and exports need none.
+# What belongs to a model besides its weights. Code (modeling_*.py) is left out: nothing here runs it, and
+# exports need none.
 FILES = (
     "config.json",
     "generation_config.json",
@@ -54,8 +55,8 @@ class SourceNotes:
     Attributes:
       family: its family.
       model: the options of its model.
-      dtypes: NumPy's names of what tensors are stored as, by name with * for numbers, or by name where they differ. FP8
-        weights are bfloat16.
+      dtypes: NumPy's names of what tensors are stored as, by name with * for numbers, or by name where they
+        differ. FP8 weights are bfloat16.
     """
 
     family: str

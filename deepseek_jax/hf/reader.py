@@ -1,7 +1,7 @@
 """From a Hugging Face checkpoint into the arrays of a model, each process its own shards.
 
-Shards are made one after another: beside the arrays themselves the host holds one device's shard of one array, and the
-buffers of HfTensors.
+Shards are made one after another: beside the arrays themselves the host holds one device's shard of one
+array, and the buffers of HfTensors.
 """
 
 import concurrent.futures
@@ -30,8 +30,8 @@ _ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 def open_source(folder: str) -> tuple[HfTensors, ModelConfig, str]:
     """Opens the checkpoint in a folder.
 
-    A checkpoint whose multi-token prediction layers were left out, as transformers saves it, is one of a model without
-    them.
+    A checkpoint whose multi-token prediction layers were left out, as transformers saves it, is one of a
+    model without them.
 
     Returns:
       Its tensors, the options of their model, and its family.

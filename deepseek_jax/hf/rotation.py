@@ -1,6 +1,7 @@
 """Keys of config.json about the rotation of q and k, to options and back.
 
-Files up to transformers 4 have `rope_theta` and `rope_scaling`, those of transformers 5 `rope_parameters` with both.
+Files up to transformers 4 have `rope_theta` and `rope_scaling`, those of transformers 5 `rope_parameters`
+with both.
 """
 
 import dataclasses

@@ -9,8 +9,8 @@ from deepseek_jax.hf.families import FAMILIES
 from deepseek_jax.hf.tensors import dump, read_config
 from deepseek_jax.hf.tokenizer_files import Companions
 
-# Keys of the checkpoint's own config.json that an export does not keep: the weights are other ones, and the options say
-# how q and k are rotated.
+# Keys of the checkpoint's own config.json that an export does not keep: the weights are other ones, and the
+# options say how q and k are rotated.
 _DROPPED = (
     "auto_map",
     "quantization_config",

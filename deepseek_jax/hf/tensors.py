@@ -1,7 +1,7 @@
 """Reads a Hugging Face checkpoint: which tensors there are, and regions of them by their byte ranges.
 
-Every file's head is checked before anything is read (tensorfile/header.py). A region is read in blocks, so that no more
-than BUFFER bytes are held beside the array that it goes into.
+Every file's head is checked before anything is read (tensorfile/header.py). A region is read in blocks, so
+that no more than BUFFER bytes are held beside the array that it goes into.
 """
 
 import json
@@ -159,8 +159,8 @@ class HfTensors:
         Args:
           name: of the tensor.
           region: a slice for each of its axes.
-          out: float array of the region's shape without leading axes of one, of any strides. FP8 is multiplied by
-            its scales.
+          out: float array of the region's shape without leading axes of one, of any strides. FP8 is
+            multiplied by its scales.
 
         Raises:
           UserError: numbers in the region are not finite, or the file cannot be read.

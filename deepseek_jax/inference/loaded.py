@@ -224,11 +224,12 @@ def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = Non
       path: a folder with config.json and safetensors files.
       dtype: float32, bfloat16 or float16: of the weights and of the computation; router, norms and logits are
         float32.
-      mesh: with the axes of parallel/mesh.py (any missing ones have size 1); all weights are sharded over it. None:
-        the first device.
+      mesh: with the axes of parallel/mesh.py (any missing ones have size 1); all weights are sharded over it.
+        None: the first device.
 
     Raises:
-      UserError: the checkpoint cannot be read or is not of a model that this version has; dtype or mesh do not fit.
+      UserError: the checkpoint cannot be read or is not of a model that this version has; dtype or mesh do
+        not fit.
     """
     source, model, family = reader.open_source(path)
     config, mesh = config_for(model, mesh, dtype)

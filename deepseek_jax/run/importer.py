@@ -1,8 +1,8 @@
 """A run's folder from a checkpoint: WORKDIR/hf becomes a copy of it, checked and without FP8.
 
-train.py and generate begin with it. Tensors are copied in blocks of rows, so that memory does not grow with the model. A
-checkpoint in our own format would be float32, twice or four times the bytes; each process reads its shards from this one
-as quickly.
+train.py and generate begin with it. Tensors are copied in blocks of rows, so that memory does not grow with
+the model. A checkpoint in our own format would be float32, twice or four times the bytes; each process reads
+its shards from this one as quickly.
 """
 
 import os

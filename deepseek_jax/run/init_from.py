@@ -85,8 +85,8 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
 def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
     """The options with the model of `config.init_from`, or of the checkpoint that was imported into the workdir.
 
-    Options of the model on the command line act where they change no shape, and must agree elsewhere. What a config file
-    says of the model does not count.
+    Options of the model on the command line act where they change no shape, and must agree elsewhere. What a
+    config file says of the model does not count.
 
     Args:
       config, workdir, argv: as `with_what_is_known`.

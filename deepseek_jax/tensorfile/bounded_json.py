@@ -30,7 +30,8 @@ def cannot_open(file: str, error: OSError) -> BadFile:
 def parse(raw: bytes, file: str) -> Any:
     """The value of a JSON text.
 
-    A key that occurs twice, NaN, Infinity, a number beyond 64 bits and nesting beyond Python's stack are refused.
+    A key that occurs twice, NaN, Infinity, a number beyond 64 bits and nesting beyond Python's stack are
+    refused.
 
     Args:
       raw: the text.

@@ -1,7 +1,8 @@
 """Tensors in the safetensors files of one folder: divided over them, found in them, read and written.
 
-`divide` says which tensor goes into which file. `write` then writes the files from front to back, on a disk or remote;
-`begin` writes their heads only, so that several processes write regions of the tensors where `places` puts them.
+`divide` says which tensor goes into which file. `write` then writes the files from front to back, on a disk
+or remote; `begin` writes their heads only, so that several processes write regions of the tensors where
+`places` puts them.
 """
 
 import json
@@ -87,8 +88,8 @@ def write(
       folder: it is made if it is not there.
       division: what goes where.
       read: the values of one tensor, as blocks in row-major order. Called for one after another.
-      writer: False: everything is read and nothing is written. That is what the other processes do where reading
-        takes all of them.
+      writer: False: everything is read and nothing is written. That is what the other processes do where
+        reading takes all of them.
 
     Raises:
       OSError: after everything has been read, so that the others need not wait.

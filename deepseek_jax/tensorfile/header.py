@@ -104,8 +104,8 @@ def _entry(name: str, entry: object, file: str) -> tuple[TensorSpec, int, int]:
     if not _whole_numbers(offsets) or len(offsets) != 2:
         raise BadFile(file, f"{shown} has no two data_offsets")
     spec = TensorSpec(tuple(shape), DTYPES[dtype])
-    # Python's integers do not wrap around. Zeros are left out of the product: one beside huge sizes would pass
-    # here and overflow later.
+    # Python's integers do not wrap around. Zeros are left out of the product: one beside huge sizes would
+    # pass here and overflow later.
     if math.prod(n for n in shape if n) >= 2**63 or offsets[1] - offsets[0] != spec.nbytes:
         raise BadFile(file, f"{shown}, {spec}, does not have {offsets[1] - offsets[0]} bytes")
     return spec, *offsets

@@ -12,7 +12,8 @@ import numpy as np
 from deepseek_jax.tensorfile.arrays import TensorSpec
 
 BLOCK = 1 << 26  # bytes that are read, gathered or written at once
-# Bytes between the wanted parts of neighbouring rows that are read and thrown away: a disk reads as much anyway.
+# Bytes between the wanted parts of neighbouring rows that are read and thrown away: a disk reads as much
+# anyway.
 GAP = 1 << 15
 
 Index = tuple[slice, ...]

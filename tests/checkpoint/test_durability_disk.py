@@ -31,7 +31,9 @@ def test_a_full_disk_stops_no_training(tmp_path, kind, place, monkeypatch):
         c = opened(tmp_path, kind, said)
         with monkeypatch.context() as m:
             if place == "data":
-                m.setattr(type(kinds.KINDS[kind]), "start", fails if kind == "full" else lambda *a: fails)
+                m.setattr(
+                    type(kinds.KINDS[kind]), "start", fails if kind == "full" else lambda *a: fails
+                )
             elif place == "merge":
                 m.setattr(type(kinds.KINDS[kind]), "merge", fails)
             else:

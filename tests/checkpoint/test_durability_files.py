@@ -138,7 +138,14 @@ def test_regions_of_files(tmp_path, monkeypatch, shape):
     rng = np.random.default_rng(0)
     with open(tmp_path / "f", "rb") as f:
         read_at = regions.stream(f)
-        for block, gap in ((1, 0), (16, 0), (16, 8), (64, 1 << 20), (1 << 20, 0), (1 << 20, 1 << 20)):
+        for block, gap in (
+            (1, 0),
+            (16, 0),
+            (16, 8),
+            (64, 1 << 20),
+            (1 << 20, 0),
+            (1 << 20, 1 << 20),
+        ):
             monkeypatch.setattr(regions, "BLOCK", block)
             parts = list(regions.blocks(shape, 4, block))
             assert b"".join(regions.raw(array[p]) for p in parts) == array.tobytes()

@@ -1,7 +1,7 @@
 """Plain Orbax restores our checkpoints of the kinds `sharded` and `full`, bit for bit, without any code of ours.
 
-Each test reads WORKDIR/checkpoints/STEP/state with orbax.checkpoint alone. Checkpoints of kind `local` are excepted: they
-are pieces on the disks of several hosts.
+Each test reads WORKDIR/checkpoints/STEP/state with orbax.checkpoint alone. Checkpoints of kind `local` are
+excepted: they are pieces on the disks of several hosts.
 """
 
 import jax

@@ -24,7 +24,8 @@ from tests.support import conversion
 from tests.support import hf_families as families
 from tests.support import hf_variants as deepseek
 
-# Of the largest logit, or of the gradient's norm: rounding of float32 in sums of another order. Measured: 1.2e-6 and 4e-6.
+# Of the largest logit, or of the gradient's norm: rounding of float32 in sums of another order. Measured:
+# 1.2e-6 and 4e-6.
 RTOL = 1e-5
 
 

@@ -12,7 +12,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 from deepseek_jax.hf import configuration
-from deepseek_jax.hf.exporter import merged
+from deepseek_jax.hf.side_files import merged
 from deepseek_jax.hf.families import FAMILIES
 from tests.support import FILES
 

@@ -18,8 +18,8 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference import loaded, opener
-from deepseek_jax.inference.evaluation import choices, perplexity, scoring
-from deepseek_jax.inference.evaluation.scoring import Scorer, windows
+from deepseek_jax.inference.evaluation import choices, perplexity, scorer
+from deepseek_jax.inference.evaluation.scorer import Scorer, windows
 from deepseek_jax.run import importer
 from deepseek_jax.train.state import to_tree
 from tests.support import conversion, hf_variants
@@ -74,8 +74,8 @@ def write_tokenizer(folder, bos):
 def quick():
     """Programs compile quickly."""
     with pytest.MonkeyPatch.context() as m:
-        program = scoring._program
-        m.setattr(scoring, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
+        program = scorer._program
+        m.setattr(scorer, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
         yield
 
 
@@ -192,7 +192,7 @@ def test_multiple_choice(made, opened, tmp_path):
     theirs, folder = made
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(json.dumps(q) for q in QUESTIONS))
-    result, details = choices.evaluate(opened, choices.read_questions(str(path)), rows=4)
+    result, details = choices.evaluate(opened, choices.read_questions(str(path)), sequences=4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     right = {"acc": [], "acc_norm": [], "acc_bytes": []}
     for q, d in zip(QUESTIONS, details, strict=True):

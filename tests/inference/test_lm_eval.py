@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference.evaluation import scoring
+from deepseek_jax.inference.evaluation import scorer
 from tests.inference.test_evaluate import log_p, made  # noqa: F401  the fixture
 from tests.support import conversion, lm_eval_stub
 
@@ -24,8 +24,8 @@ request = lambda *arguments: types.SimpleNamespace(args=arguments)
 def adapter(made):  # noqa: F811
     with pytest.MonkeyPatch.context() as m:
         lm_eval_stub.install(m)
-        program = scoring._program
-        m.setattr(scoring, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
+        program = scorer._program
+        m.setattr(scorer, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
         m.delitem(sys.modules, "deepseek_jax.inference.lm_eval", raising=False)
         module = importlib.import_module("deepseek_jax.inference.lm_eval")
         yield (

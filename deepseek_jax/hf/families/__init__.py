@@ -1,7 +1,8 @@
 """What each `model_type` of Hugging Face means: one record a family, in a file a vendor.
 
-In: nothing. Out: `FAMILIES`, which configuration.py reads config.json by and names.py finds tensors by. Read deepseek.py
-first, then family.py, which says what the parts of a record are. A new family is a record in one file and its line below.
+In: nothing. Out: `FAMILIES`, which configuration.py reads config.json by and names.py finds tensors by. Read
+deepseek.py first, then family.py, which says what the parts of a record are. A new family is a record in one
+file and its line below.
 """
 
 from deepseek_jax.hf.families import (

@@ -48,8 +48,8 @@ class Family:
       output_bias: attention_bias is of the output projection as well.
       partial_rotary: partial_rotary_factor may be below 1.
       window: None where the family has no sliding windows.
-      complete: config.json to options: called with the keys that are not null and with the options found so far,
-        to which it adds what no single key says.
+      complete: config.json to options: called with the keys that are not null and with the options found so
+        far, to which it adds what no single key says.
       extra_keys: options to config.json: keys of the family that are no options.
     """
 

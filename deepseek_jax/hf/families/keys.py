@@ -1,8 +1,8 @@
 """Keys of config.json that several families share: options of ours, keys that change nothing, keys with one value.
 
-Defaults are those of transformers' config classes (tests/hf/test_hf_defaults.py compares all of them), which for
-DeepSeek-V3 and Kimi-K2 are those of DeepSeek's own class too. A size that every checkpoint states has none:
-it is refused by name where it is missing.
+Defaults are those of transformers' config classes (tests/hf/test_hf_defaults.py compares all of them), which
+for DeepSeek-V3 and Kimi-K2 are those of DeepSeek's own class too. A size that every checkpoint states has
+none: it is refused by name where it is missing.
 """
 
 from typing import Any
