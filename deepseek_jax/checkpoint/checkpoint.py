@@ -308,8 +308,8 @@ class Checkpointer:
             if here is None or there is None or spec_of(here) != spec_of(there):
                 raise UserError(
                     f"The checkpoint {found.path} is of another model or optimizer: {path} is "
-                    f"{_describe(there)} there and {_describe(here)} here. Set the options that it was written "
-                    f"with, or name another --workdir."
+                    f"{_describe(there)} there and {_describe(here)} here. Set the options that it was "
+                    f"written with, or name another --workdir."
                 )
         return kinds.restore(found.paths, wanted)
 

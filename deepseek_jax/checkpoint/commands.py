@@ -158,8 +158,8 @@ def reshard(args: argparse.Namespace) -> Answer:
         raise UserError(f"--shards={args.shards} is no number of pieces. Set it to 1 or more.")
     if args.shards > 1 and args.kind == "full":
         raise UserError(
-            f"--shards={args.shards} has no effect with --kind=full, whose tensors are whole. Leave it out, or "
-            f"set --kind=sharded."
+            f"--shards={args.shards} has no effect with --kind=full, whose tensors are whole. Leave it out, "
+            f"or set --kind=sharded."
         )
     checkpoint = checkpoint_of(args.dir, args.step)
     verdict = checkpoint.check()

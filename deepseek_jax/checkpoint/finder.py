@@ -62,7 +62,7 @@ class LocalRun:
         )
 
     def paths(self, step: int, wanted: Tree | None) -> tuple[epath.Path, ...]:
-        """The folders STEP/ to read: this process's own, if that is enough, or all; () if pieces are missing."""
+        """The folders STEP/ to read: this process's own, if it is enough, or all; () if pieces are missing."""
         if self.own is not None and step in self.own.steps():
             mine = self.own.at(step)
             try:
@@ -172,8 +172,8 @@ class Finder:
             aside = self.shared.damaged() + (self.local.damaged() if self.local else [])
             if aside := aside or [str(c.step) for c in candidates]:
                 raise UserError(
-                    f"{self.shared.path} holds damaged checkpoints only ({', '.join(aside)[:200]}). Put a good "
-                    f"copy in the place of one, or delete them to begin at step 0."
+                    f"{self.shared.path} holds damaged checkpoints only ({', '.join(aside)[:200]}). Put a "
+                    f"good copy in the place of one, or delete them to begin at step 0."
                 )
         return self.found
 
@@ -197,8 +197,8 @@ class Finder:
             if verdict is None or not verdict.bad:
                 return candidate
         raise UserError(
-            f"The checkpoint {here[-1].path} is damaged ({verdict.line()}). Name another step, or none for the "
-            f"newest that is whole."
+            f"The checkpoint {here[-1].path} is damaged ({verdict.line()}). Name another step, or none for "
+            f"the newest that is whole."
         )
 
     def put_aside(self, bad: Found, mine: bool = True) -> str:
@@ -248,15 +248,15 @@ class Finder:
         verdict = integrity.inspect_together(found.paths, shared=not found.local)
         if verdict.newer:
             raise UserError(
-                f"The checkpoint {found.path} {verdict.newer}. Update this program, or name another --workdir or "
-                f"step."
+                f"The checkpoint {found.path} {verdict.newer}. Update this program, or name another --workdir "
+                f"or step."
             )
         if not verdict.bad:
             self._sound |= {os.fspath(p) for p in found.paths}
             if not verdict.protected:
                 self._warn(
-                    f"the checkpoint {found.path} was written by an earlier version, without checksums: damage to "
-                    f"its files may go unseen"
+                    f"the checkpoint {found.path} was written by an earlier version, without checksums: "
+                    f"damage to its files may go unseen"
                 )
         return verdict
 

@@ -53,7 +53,8 @@ class Folder:
             )
             reason = getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0]
             raise UserError(
-                f"The checkpoint folder {self.path} cannot be {access} ({reason}). Name a --workdir that {repair}."
+                f"The checkpoint folder {self.path} cannot be {access} ({reason}). Name a --workdir that "
+                f"{repair}."
             ) from e
         # A folder with the name of a step is renamed when it is damaged and deleted when it is old.
         theirs = [] if read_only else [s for s in self.steps() if self._is_foreign(str(s))]

@@ -1,4 +1,4 @@
-"""Checkpoints of kind `full`: whole tensors in safetensors files, written by one process, read by any program.
+"""Checkpoints of kind `full`: whole tensors in safetensors files, written by one process, for any program.
 
 A tensor is cut into blocks, gathered from its shards block by block and written at once: no host holds more
 than a block of it beside its shards. In several processes a tensor, or each layer of a stack, is made whole

@@ -1,4 +1,4 @@
-"""Is a checkpoint what was written? Answered by all processes together, each reading its share of the files."""
+"""Whether a checkpoint is what was written: all processes find out together, each by its share of the files."""
 
 import json
 import os
@@ -15,7 +15,8 @@ from deepseek_jax.tensorfile import bounded_json
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
 EXTRA = "extra/metadata"
-MARK = "__manifest__"  # key in `extra` of every checkpoint that was written with a manifest: without it, its manifest is lost
+# A key in `extra` of every checkpoint that was written with a manifest: one that has it and no manifest lost it.
+MARK = "__manifest__"
 _LIMIT = 1 << 24  # bytes of `extra`
 
 
@@ -42,8 +43,9 @@ def inspect(folder: os.PathLike, share: int = 0, shares: int = 1, contents: bool
     """Checks one folder STEP/.
 
     Args:
-      share, shares: as `manifest.check`. contents: also read all bytes; without, names and sizes are
-        compared.
+      folder: STEP/.
+      share, shares: as `manifest.check`.
+      contents: also read all bytes; without, names and sizes are compared.
     """
     try:
         found = manifest.read(folder)
@@ -63,7 +65,12 @@ def inspect(folder: os.PathLike, share: int = 0, shares: int = 1, contents: bool
 
 
 def inspect_together(folders: Sequence[os.PathLike], shared: bool) -> Verdict:
-    """`inspect` by all processes, with one result. shared: they see the same folder; otherwise each has its own, and any bad one counts."""
+    """`inspect` by all processes, with one result.
+
+    Args:
+      folders: STEP/, or of kind `local` those that this process reads.
+      shared: all see the same folder; otherwise each has its own, and any bad one counts.
+    """
     me, count = jax.process_index(), jax.process_count()
     found = [inspect(folder, me, count) if shared else inspect(folder) for folder in folders]
     owner = "" if shared or count == 1 else f" (process {me})"

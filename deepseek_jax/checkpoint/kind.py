@@ -1,6 +1,6 @@
 """What a kind of checkpoint can do, and how its arrays are read.
 
-Letters in comments: a folder STEP/ is one checkpoint, STEP/state/ holds its arrays.
+A folder STEP/ is one checkpoint; STEP/state/ holds its arrays.
 """
 
 import os
@@ -18,7 +18,7 @@ class TensorReader(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, TensorSpec]:
-        """Shape and dtype of each array, by its path in the state's tree ("params/layers/mlp/gate/kernel")."""
+        """Shape and dtype of each array, by its path in the state's tree ("params/norm/weight")."""
 
     def parts(self, name: str) -> Iterator[regions.Index]:
         """Indices that make up an array, each of which is quick to read."""

@@ -217,7 +217,10 @@ def _fits(place: object, shape: list[int]) -> bool:
 
 
 def covers(folder: os.PathLike, wanted: Tree) -> bool:
-    """Whether this process's folder has all that its devices hold of `wanted`. Arrays of other shapes are not looked at."""
+    """Whether this process's folder has all that its devices hold of `wanted`.
+
+    Arrays of other shapes are not looked at.
+    """
     reader = LocalTensors(folder)
     for name, leaf in flatten(wanted).items():
         if reader.shapes.get(name) == spec_of(leaf):

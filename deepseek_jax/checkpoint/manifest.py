@@ -33,14 +33,19 @@ class NewerFormat(Exception):
 
 
 class Manifest(NamedTuple):
+    """What a checkpoint consists of.
+
+    Attributes:
+      kind: of its arrays.
+      step: of the state.
+      files: name inside the checkpoint -> (bytes, CRC-32 as 8 hexadecimal digits).
+      about: mesh, processes, bytes of the arrays, eval_loss and what else `show` prints.
+    """
+
     kind: str
     step: int
-    files: dict[
-        str, tuple[int, str]
-    ]  # name inside the checkpoint -> (bytes, CRC-32 as 8 hexadecimal digits)
-    about: dict[
-        str, Any
-    ]  # mesh, processes, bytes of the arrays, eval_loss and what else `show` prints
+    files: dict[str, tuple[int, str]]
+    about: dict[str, Any]
 
     def to_bytes(self) -> bytes:
         return _sealed(
@@ -145,7 +150,8 @@ def checksums(folder: os.PathLike, names: Iterable[str]) -> dict[str, tuple[int,
     """
     folder, names = epath.Path(folder), list(names)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _checksum(folder / name), names)))
+        sums = pool.map(lambda name: _checksum(folder / name), names)
+        return dict(zip(names, sums, strict=True))
 
 
 def check(
@@ -154,8 +160,10 @@ def check(
     """What is wrong with a checkpoint's files: (file, what), sorted; [] if nothing is.
 
     Args:
-      share: read every `shares`-th file only, from this one on, by size: what one of several processes does.
-        Sizes are always compared.
+      folder: STEP/.
+      manifest: of it.
+      share: read every `shares`-th file only, from this one on, by size. Sizes are always compared.
+      shares: processes that read a share each.
       contents: compare checksums too.
     """
     try:
@@ -228,7 +236,7 @@ def write(folder: os.PathLike, manifest: Manifest) -> None:
 
 
 def sync(folder: os.PathLike, names: Iterable[str]) -> None:
-    """Returns when these files and the folders that they are in are on the disk. Remote ones are when they are closed."""
+    """Returns when these files and their folders are on the disk. Remote ones are when they are closed."""
     if "://" in os.fspath(folder):
         return
     folders = {os.fspath(folder)}
@@ -256,7 +264,11 @@ def sync_folder(folder: os.PathLike) -> None:
 
 
 def _sealed(value: dict[str, Any]) -> bytes:
-    line = lambda v: json.dumps(
-        v, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    checksum = f"{zlib.crc32(_line(value).encode()):08x}"
+    return (_line(value | {"checksum": checksum}) + "\n").encode()
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
-    return (line(value | {"checksum": f"{zlib.crc32(line(value).encode()):08x}"}) + "\n").encode()

@@ -42,7 +42,10 @@ def into_shards(reader: TensorReader, abstract: Tree) -> Tree:
 
 
 def _return_freed_memory() -> None:
-    """Returns freed memory to the system. glibc keeps it: a tenth of the state, from arrays that passed through."""
+    """Returns freed memory to the system.
+
+    glibc keeps it: a tenth of the state, from arrays that passed through.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:
         trim(0)

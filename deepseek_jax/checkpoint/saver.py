@@ -1,4 +1,4 @@
-"""One save: the state to files, checksums, the manifest, the name; then the checkpoints that it replaces go."""
+"""One save: the state to files, checksums, manifest, name; then the checkpoints that it replaces go."""
 
 import datetime
 import json
@@ -23,7 +23,7 @@ class Failed(Exception):
 
 
 class Save:
-    """A save by all processes. `prepare` is called while the state is there, `complete` in a thread; neither raises.
+    """A save by all processes: `prepare` while the state is there, then `complete` in a thread. Neither raises.
 
     Attributes:
       error: why there is no checkpoint of this step; None while it is written and when it is on disk.

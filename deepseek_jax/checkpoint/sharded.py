@@ -222,7 +222,7 @@ def _grid(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[regions.Index]
 
 
 def _chunk(spec: TensorSpec, shards: int) -> list[int]:
-    """The largest axis in so many parts, and the first ones in more where a chunk would be above CHUNK_BYTES."""
+    """Sizes of a chunk: the largest axis in so many parts, and the first ones cut until CHUNK_BYTES suffice."""
     chunk = [max(n, 1) for n in spec.shape]
     if chunk:
         axis = max(range(len(chunk)), key=lambda i: chunk[i])

@@ -1,4 +1,4 @@
-"""Checkpoints below a folder that a user names, of whatever kind, for the commands: found, checked, opened, described."""
+"""Checkpoints of any kind below a folder that a user names: found, checked, opened, described."""
 
 import os
 from typing import Any, NamedTuple
@@ -58,8 +58,8 @@ class StoredCheckpoint(NamedTuple):
         count = len(self.paths)
         if found and found.kind == "local" and found.about.get("processes") != count:
             raise UserError(
-                f"{self.paths[0]} holds the pieces of one of {found.about.get('processes')} processes. Put the "
-                f"folders of all of them beside each other."
+                f"{self.paths[0]} holds the pieces of one of {found.about.get('processes')} processes. Put "
+                f"the folders of all of them beside each other."
             )
         return reader
 

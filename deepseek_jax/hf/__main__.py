@@ -197,8 +197,8 @@ def _check_shapes(
         if found is None or found.shape != leaf.shape:
             raise UserError(
                 f"the checkpoint in {folder} is of another model than {workdir}/config.json: {leaf.path} is "
-                f"{found or 'absent'} and not {list(leaf.shape)}. Name the --step of one that this config.json "
-                f"is of."
+                f"{found or 'absent'} and not {list(leaf.shape)}. Name the --step of one that this "
+                f"config.json is of."
             )
 
 

@@ -187,7 +187,7 @@ def write_leaf(
 
 
 def _parts_of(leaf: Leaf, array: jax.Array) -> Iterator[Part]:
-    """This process's shards on the host: whole from a CPU, which need not copy them, else one layer at a time."""
+    """This process's shards on the host: one layer at a time, but whole from a CPU, which need not copy them."""
     for shard in array.addressable_shards:
         if shard.replica_id:
             continue

@@ -1,4 +1,4 @@
-"""Where a model's arrays lie in a Hugging Face checkpoint: from one array to its tensors, and to regions of them.
+"""Where a model's arrays lie in a Hugging Face checkpoint: from an array to its tensors and regions of them.
 
 The names themselves are in the record of each family (families/), those outside of layers here.
 """
@@ -40,7 +40,7 @@ class Leaf(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """plain (as the tensor), matrix ([in, out], transposed), gate_up ([E, D, 2, F]) or down ([E, F, D])."""
+        """plain (as the tensor), matrix ([in, out], transposed), gate_up [E, D, 2, F] or down [E, F, D]."""
         last = self.path.rpartition("/")[2]
         return {"kernel": "matrix", "gate_up_proj": "gate_up", "down_proj": "down"}.get(
             last, "plain"
@@ -93,7 +93,9 @@ def path_of(path: tuple) -> str:
 
 
 def follows_dtype(path: str, dimensions: int) -> bool:
-    """Whether an array is in the dtype that a model was asked for, and not in its own: matrices but the router's.
+    """Whether an array is in the dtype that a model was asked for, and not in its own.
+
+    Matrices are, but the router's.
 
     Args:
       path: of the array.
@@ -103,7 +105,10 @@ def follows_dtype(path: str, dimensions: int) -> bool:
 
 
 def names_of(leaf: Leaf, prefix: str, present: Container[str] | None = None) -> tuple[str, ...]:
-    """The names of one layer's tensors, `{e}` still in them: the alternative that is `present`, else the first."""
+    """The names of one layer's tensors, `{e}` still in them.
+
+    They are those of the alternative that is `present`, else of the first.
+    """
     for parts in leaf.names if present is not None else ():
         if all((prefix + part).format(e=0) in present for part in parts):
             return tuple(prefix + part for part in parts)
@@ -190,7 +195,7 @@ def order(name: str) -> tuple:
 
 
 def copies_of(name: str, model: ModelConfig) -> list[str]:
-    """The names under which layers of multi-token prediction have a copy of it, as in DeepSeek-V3's release."""
+    """Where layers of multi-token prediction have a copy of a tensor, as in DeepSeek-V3's release."""
     first = model.num_hidden_layers
     layers = range(first, first + model.num_nextn_predict_layers)
     original = {"lm_head.weight": "model.embed_tokens.weight"} if model.tie_word_embeddings else {}

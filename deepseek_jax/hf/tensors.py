@@ -31,7 +31,7 @@ _FP8_VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
 
 class HfTensors:
-    """The tensors of a folder with `model.safetensors`, or with several files, or of a snapshot in the hub's cache.
+    """The tensors of a checkpoint's folder, with one file or several, or of a snapshot in the hub's cache.
 
     Attributes:
       folder: its path.
@@ -131,8 +131,8 @@ class HfTensors:
         spec = self.tensors[name].spec
         if spec.shape != shape:
             raise UserError(
-                f"{self.folder}: {name} has the shape {list(spec.shape)} and not {list(shape)}, as config.json "
-                f"says. Correct one of them."
+                f"{self.folder}: {name} has the shape {list(spec.shape)} and not {list(shape)}, as "
+                f"config.json says. Correct one of them."
             )
         if spec.dtype == FP8:
             blocks = tuple(-(-n // b) for n, b in zip(shape, self._block, strict=False))
@@ -145,8 +145,8 @@ class HfTensors:
                 )
         elif spec.dtype not in FLOATS:
             raise UserError(
-                f"{self.folder}: {name} is of the dtype {spec.dtype}. Convert it to float32, bfloat16, float16 "
-                f"or block-quantised FP8."
+                f"{self.folder}: {name} is of the dtype {spec.dtype}. Convert it to float32, bfloat16, "
+                f"float16 or block-quantised FP8."
             )
 
     def stored_dtype(self, name: str) -> np.dtype:
@@ -154,7 +154,7 @@ class HfTensors:
         return self.tensors[name].spec.dtype
 
     def read(self, name: str, region: regions.Index, out: np.ndarray) -> None:
-        """Reads a region of a vector, a matrix, or matrices of which it holds one. Several threads may call it.
+        """Reads a region of a vector, of a matrix, or of one of several matrices. Several threads may call it.
 
         Args:
           name: of the tensor.

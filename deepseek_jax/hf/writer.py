@@ -1,4 +1,4 @@
-"""Tensors into the files of a checkpoint: laid out first, then copied from another one or written from arrays, by threads."""
+"""Tensors into the files of a checkpoint: laid out first, then copied from another one or written from arrays."""
 
 import concurrent.futures
 import itertools
@@ -101,7 +101,7 @@ def ahead(parts: Iterable[Any]) -> Iterator[Any]:
 
 
 class Flusher:
-    """Writes files to the disk while the next array is read: without it all of a checkpoint waits for the last fsync."""
+    """Writes files to the disk while the next array is read, so that not all of a checkpoint waits for the end."""
 
     def __init__(self) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(1)

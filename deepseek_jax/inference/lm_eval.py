@@ -68,8 +68,8 @@ class DeepseekJaxLM(TemplateLM):
         longest = self._model.config.max_position_embeddings
         if max_length is not None and not 1 <= int(max_length) <= longest:
             raise UserError(
-                f"max_length={max_length} is not between 1 and the model's max_position_embeddings={longest}. "
-                f"Choose one of these."
+                f"max_length={max_length} is not between 1 and the model's "
+                f"max_position_embeddings={longest}. Choose one of these."
             )
         stated = None
         if batch_size is not None and not str(batch_size).startswith("auto"):

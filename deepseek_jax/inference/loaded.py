@@ -242,7 +242,9 @@ def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = Non
 
 
 def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
-    """Writes a loaded model as a Hugging Face checkpoint, with the tokenizer files of the one that it was loaded from.
+    """Writes a loaded model as a Hugging Face checkpoint.
+
+    The tokenizer files of the one that it was loaded from go with it.
 
     Args:
       model: what to write.

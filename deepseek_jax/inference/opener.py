@@ -1,4 +1,4 @@
-"""Opens whatever holds a model: a Hugging Face checkpoint, a workdir that `import` made, or the workdir of a run."""
+"""Opens whatever holds a model: a Hugging Face checkpoint, or the workdir of a run or of `import`."""
 
 import dataclasses
 import math
@@ -182,8 +182,8 @@ def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | 
         found = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d{0,5})\s*", part)
         if not found or found[1] not in AXES or found[1] in sizes:
             raise UserError(
-                f"{option}={text}: {part!r} is not AXIS=SIZE. Name each of {', '.join(AXES)} once at most, as "
-                f"in fsdp=2,expert=4."
+                f"{option}={text}: {part!r} is not AXIS=SIZE. Name each of {', '.join(AXES)} once at most, "
+                f"as in fsdp=2,expert=4."
             )
         sizes[found[1]] = int(found[2])
     devices = jax.devices()

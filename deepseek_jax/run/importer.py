@@ -63,8 +63,8 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
         workdirs.write_config(workdir, Config(model=model, train=train, data=data))
     except OSError as e:
         raise UserError(
-            f"{workdir} cannot be written ({e.strerror or e}). Name a folder that you may write to, with room "
-            f"for the model."
+            f"{workdir} cannot be written ({e.strerror or e}). Name a folder that you may write to, with "
+            f"room for the model."
         ) from e
     finally:
         source.close()
@@ -93,8 +93,10 @@ def tensors_of(source: HfTensors, model: ModelConfig, family: str) -> dict[str, 
 
 
 def _write_config(source: HfTensors, model: ModelConfig, folder: str) -> None:
-    """The config.json of the copy: without quantisation, and without layers of multi-token prediction that are not
-    there."""
+    """Writes the config.json of the copy, which says nothing of what the copy has not.
+
+    That is quantisation, and layers of multi-token prediction that the checkpoint left out.
+    """
     config = dict(source.config)
     if config.pop("quantization_config", None):
         config["torch_dtype"] = config["dtype"] = "bfloat16"

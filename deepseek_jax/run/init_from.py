@@ -1,4 +1,4 @@
-"""The beginning of a run from a Hugging Face checkpoint: its model's options, its weights, and what a later export needs.
+"""The beginning of a run from a Hugging Face checkpoint: options of its model, weights, notes for an export.
 
 What lies in WORKDIR/hf/ is said in hf/provenance.py.
 """
@@ -83,7 +83,7 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
 
 
 def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
-    """The options with the model of `config.init_from`, or of the checkpoint that was imported into the workdir.
+    """The options with the model of `config.init_from`, or of the checkpoint imported into the workdir.
 
     Options of the model on the command line act where they change no shape, and must agree elsewhere. What a
     config file says of the model does not count.
@@ -111,8 +111,8 @@ def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str
         ours, theirs = getattr(config.model, first), getattr(model, first)
         if first not in FREE_MODEL_OPTIONS and ours != theirs:
             raise UserError(
-                f"config.model.{option}={ours} differs from {theirs} of {where}. Leave it out: that checkpoint "
-                f"sets config.model."
+                f"config.model.{option}={ours} differs from {theirs} of {where}. Leave it out: that "
+                f"checkpoint sets config.model."
             )
         if isinstance(theirs, RopeScaling):
             ours = dataclasses.replace(theirs, **{second: getattr(ours, second)})

@@ -179,7 +179,12 @@ def read_region(folder: epath.Path, tensor: StoredTensor, part: regions.Index) -
 
 
 def blocks(read: Callable[[regions.Index], np.ndarray], spec: TensorSpec) -> Iterator[np.ndarray]:
-    """An array in blocks in row-major order, as `write` wants them, from a function that reads any part of it."""
+    """An array as `write` wants it: in blocks in row-major order.
+
+    Args:
+      read: any part of the array.
+      spec: of the array.
+    """
     for part in regions.blocks(spec.shape, spec.dtype.itemsize):
         yield read(part)
 

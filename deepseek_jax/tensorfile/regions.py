@@ -145,7 +145,7 @@ def _read_into(
 def read_blocks(
     read_at: ReadAt, offset: int, spec: TensorSpec, index: Index, limit: int, gap: int = GAP
 ) -> Iterator[tuple[Index, np.ndarray]]:
-    """A part of an array, block by block: what is converted on the way into another array need not be held whole.
+    """A part of an array, block by block: what is converted on its way to another array need not be held whole.
 
     Args:
       read_at: reads the file.

@@ -19,7 +19,7 @@ from deepseek_jax.hf.families.name_tables import DEEPSEEK_EXPERTS, DENSE, MLA, M
 
 
 def check_groups(given: dict[str, Any], options: Options) -> None:
-    """transformers fails on such a file; the defaults of n_group and topk_group would choose among all experts."""
+    """transformers fails on such a file, and our defaults of both would choose among all experts."""
     limited = options.get("topk_method") == "group_limited_greedy"
     if limited and not {"n_group", "topk_group"} <= given.keys():
         raise UserError(

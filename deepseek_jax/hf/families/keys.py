@@ -1,4 +1,4 @@
-"""Keys of config.json that several families share: options of ours, keys that change nothing, keys with one value.
+"""Keys of config.json that several families share: options, keys that change nothing, keys with one value.
 
 Defaults are those of transformers' config classes (tests/hf/test_hf_defaults.py compares all of them), which
 for DeepSeek-V3 and Kimi-K2 are those of DeepSeek's own class too. A size that every checkpoint states has

@@ -39,7 +39,9 @@ class Pair(NamedTuple):
 
 
 def read_questions(path: str, limit: int | None = None) -> list[Question]:
-    """The questions of a JSONL file: {"prompt": TEXT, "choices": [TEXT, ...], "answer": INDEX or TEXT} per line.
+    """The questions of a JSONL file.
+
+    A line is {"prompt": TEXT, "choices": [TEXT, ...], "answer": INDEX or TEXT}.
 
     Args:
       path: of the file.
@@ -169,8 +171,8 @@ def score_pairs(
             continue
         if len(continuation) > longest:
             raise UserError(
-                f"a text to score has {len(continuation)} tokens, and the model reads {longest} at once. Make "
-                f"it shorter."
+                f"a text to score has {len(continuation)} tokens, and the model reads {longest} at once. "
+                f"Make it shorter."
             )
         ids = np.asarray([*context, *continuation][-(longest + 1) :], np.int32)
         targets = np.where(np.arange(1, len(ids)) >= len(ids) - len(continuation), ids[1:], IGNORE)

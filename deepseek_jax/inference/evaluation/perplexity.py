@@ -76,8 +76,8 @@ def of_text(
     ]
     if tokens := next((f for _, f in files if f.kind == "tokens"), None):
         raise UserError(
-            f"--text={path}: {tokens.path} holds tokens and not text. Name text files; tokens can be evaluated "
-            f"as a run's held-out part."
+            f"--text={path}: {tokens.path} holds tokens and not text. Name text files; tokens can be "
+            f"evaluated as a run's held-out part."
         )
     encoder = opened.encoder()
     encoder.say_prefix()
@@ -194,8 +194,8 @@ def _measure(
 ) -> dict[str, Any]:
     if not 1 <= stride <= scorer.width:
         raise UserError(
-            f"--stride={stride} is not between 1 and --window={scorer.width}. Choose one of these; small ones "
-            f"give more context."
+            f"--stride={stride} is not between 1 and --window={scorer.width}. Choose one of these; small "
+            f"ones give more context."
         )
     if limit is not None and limit < 1:
         raise UserError(f"--limit={limit} must be 1 or more.")
@@ -234,7 +234,7 @@ def _document(
     size: int,
     where: str,
 ) -> Iterator[np.ndarray] | None:
-    """The token ids of the next document with any, piece by piece after the prefix; None where there are no more."""
+    """The token ids of the next document with any, part by part after the prefix; None where there are no more."""
     for first in pieces:
         bar.advance(first.read)
         if len(first.tokens):
@@ -249,8 +249,8 @@ def _document(
         while True:
             if len(piece.tokens) and not 0 <= piece.tokens.min() <= piece.tokens.max() < size:
                 raise UserError(
-                    f"{where} has token ids up to {piece.tokens.max()}, and the model {size} of them. Take the "
-                    f"model's own tokenizer."
+                    f"{where} has token ids up to {piece.tokens.max()}, and the model {size} of them. "
+                    f"Take the model's own tokenizer."
                 )
             so_far.bytes += piece.bytes
             yield piece.tokens

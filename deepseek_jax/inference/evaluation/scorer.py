@@ -65,8 +65,8 @@ class Scorer:
         longest = model.config.max_position_embeddings
         if not 1 <= width <= longest:
             raise UserError(
-                f"--window={width} is not between 1 and the model's max_position_embeddings={longest}. Choose "
-                f"one of these."
+                f"--window={width} is not between 1 and the model's max_position_embeddings={longest}. "
+                f"Choose one of these."
             )
         if sequences is not None and sequences < 1:
             raise UserError(f"--batch-size={sequences} must be 1 or more.")
@@ -80,7 +80,9 @@ class Scorer:
             _programs[model] = _program(model.layout)
 
     def __call__(self, spans: Iterable[TokenSpan]) -> Iterator[Score]:
-        """The score of each span, not in their order. Memory is that of two batches, however many spans there are.
+        """The score of each span, not in their order.
+
+        Memory is that of two batches, however many spans there are.
 
         Raises:
           ValueError: a span is empty or longer than a sequence.
