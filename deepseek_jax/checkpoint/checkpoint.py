@@ -76,9 +76,10 @@ class Checkpointer:
         self._finder = Finder(
             Folder(directory, read_only), self.options.local_dir, read_only, self._warn
         )
+        self._own = self._finder.local.own if self._finder.local else None  # of kind local
         self._target = self._finder.shared
-        if self.options.kind == "local" and not read_only:
-            self._target = self._finder.local.own
+        if self.options.kind == "local" and self._own:
+            self._target = self._own
         self._read_only = read_only
         self._cleaned = read_only
         self._wanted: Tree | None = None  # what the arrays are restored into, once that is known
@@ -149,20 +150,21 @@ class Checkpointer:
             self._cleaned = True
             if jax.process_index() == 0:
                 self._finder.shared.clean()
-            if self._finder.local:
-                self._finder.local.own.clean()
+            if self._own:
+                self._own.clean()
         for attempt in range(FINAL_TRIES if final else 1):
             if attempt:
                 time.sleep(2.0**attempt)
             self._saved_at = time.monotonic()
-            self._last = Save(self._target, self.options, step, state, extra, eval_loss)
-            self._last.prepare()
-            self._thread = threading.Thread(target=self._last.complete, name="checkpoint")
+            save = Save(self._target, self.options, step, state, extra, eval_loss)
+            self._last = save
+            save.prepare()
+            self._thread = threading.Thread(target=save.complete, name="checkpoint")
             self._thread.start()
             if not final and self.options.async_checkpointing:
                 return
             self.wait()
-            if self._last.error is None or not final:
+            if save.error is None or not final:
                 return
         before = max(self.steps(), default=None)
         stays = (
@@ -170,7 +172,7 @@ class Checkpointer:
         )
         raise SaveFailed(
             f"The checkpoint of step {step}, the last, could not be written in {FINAL_TRIES} tries "
-            f"({self._last.error}). {stays}; make room or repair {self._target.path}, and the same command "
+            f"({save.error}). {stays}; make room or repair {self._target.path}, and the same command "
             f"goes on from there."
         )
 

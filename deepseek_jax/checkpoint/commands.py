@@ -34,8 +34,8 @@ def ls(args: argparse.Namespace) -> Answer:
         if row["problems"]:
             row["state"] = "damaged"
         rows.append(row)
-    cells = [("step", "kind", "bytes", "files", "mesh", "processes", "held-out loss", "saved", "")]
-    cells += [_cells(row) for row in rows]
+    heads = ("step", "kind", "bytes", "files", "mesh", "processes", "held-out loss", "saved", "")
+    cells = [heads, *(_cells(row) for row in rows)]
     return int(any(r["problems"] for r in rows)), rows, table(cells, right=False).splitlines()
 
 
@@ -57,9 +57,10 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def show(args: argparse.Namespace) -> Answer:
     checkpoint = checkpoint_of(args.dir, args.step)
     verdict = checkpoint.check()
+    specs = sorted(checkpoint.open().shapes.items())
     arrays = [
         {"name": n, "dtype": str(s.dtype), "shape": list(s.shape), "bytes": s.nbytes}
-        for n, s in sorted(checkpoint.open().shapes.items())
+        for n, s in specs
     ]
     row = checkpoint.describe(verdict) | {"extra": checkpoint.extra(), "arrays": arrays}
     lines = [
@@ -67,9 +68,8 @@ def show(args: argparse.Namespace) -> Answer:
         for k, v in row.items()
         if k not in ("arrays", "problems") and v not in (None, "")
     ]
-    total = sum(a["bytes"] for a in arrays)
-    cells = [(a["name"], f"{a['dtype']}{a['shape']}", gb(a["bytes"])) for a in arrays]
-    cells.append((f"{len(arrays)} arrays", "", gb(total)))
+    cells = [(name, str(spec), gb(spec.nbytes)) for name, spec in specs]
+    cells.append((f"{len(specs)} arrays", "", gb(sum(spec.nbytes for _, spec in specs))))
     return 0, row, lines + table(cells, right=False).splitlines()
 
 

@@ -62,7 +62,7 @@ class LocalRun:
         )
 
     def paths(self, step: int, wanted: Tree | None) -> tuple[epath.Path, ...]:
-        """The folders STEP/ to read: this process's own, if it is enough, or all; () if pieces are missing."""
+        """The folders STEP/ to read: this process's own, if enough, or all; () if pieces are missing."""
         if self.own is not None and step in self.own.steps():
             mine = self.own.at(step)
             try:
@@ -78,12 +78,12 @@ class LocalRun:
                 return (mine,)  # its check will say what is wrong
         seen = {p.name: p / str(step) for p in self._processes() if (p / str(step)).is_dir()}
         try:
-            found = [manifest.read(p) for p in seen.values()]
+            read = [manifest.read(p) for p in seen.values()]
         except (BadFile, manifest.NewerFormat):
             return tuple(seen.values())
-        if None in found:
+        if None in read:
             return tuple(seen.values())
-        count = found[0].about.get("processes") if found else None
+        count = read[0].about.get("processes") if read and read[0] else None
         if type(count) is not int or set(seen) != {
             f"process_{i:05d}" for i in range(min(count, 10**5))
         }:
@@ -192,12 +192,14 @@ class Finder:
                 else "Name the --workdir of a run that saved one."
             )
             raise UserError(f"{self.shared.path} holds no checkpoint of step {step}. {known}")
+        why = ""
         for candidate in here:
             verdict = self._inspect(candidate)
             if verdict is None or not verdict.bad:
                 return candidate
+            why = verdict.line()
         raise UserError(
-            f"The checkpoint {here[-1].path} is damaged ({verdict.line()}). Name another step, or none for "
+            f"The checkpoint {here[-1].path} is damaged ({why}). Name another step, or none for "
             f"the newest that is whole."
         )
 
@@ -215,8 +217,9 @@ class Finder:
         self._sound -= {os.fspath(p) for p in bad.paths}
         name = f"{bad.step}{DAMAGED}"
         if bad.local:
-            if mine and self.local.own and bad.step in self.local.own.steps():
-                name = self.local.own.put_aside(bad.step)
+            own = self.local.own if self.local else None
+            if mine and own and bad.step in own.steps():
+                name = own.put_aside(bad.step)
         elif jax.process_index() == 0:
             name = self.shared.put_aside(bad.step)
         exchange("aside", "")
@@ -248,8 +251,8 @@ class Finder:
         verdict = integrity.inspect_together(found.paths, shared=not found.local)
         if verdict.newer:
             raise UserError(
-                f"The checkpoint {found.path} {verdict.newer}. Update this program, or name another --workdir "
-                f"or step."
+                f"The checkpoint {found.path} {verdict.newer}. Update this program, or name another "
+                f"--workdir or step."
             )
         if not verdict.bad:
             self._sound |= {os.fspath(p) for p in found.paths}

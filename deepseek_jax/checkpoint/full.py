@@ -9,10 +9,9 @@ Plain Orbax reads them, whole or into the shardings that `abstract_state` gives
 
     import orbax.checkpoint.experimental.v1 as ocp
     with ocp.Context(checkpoint_layout=ocp.options.CheckpointLayout.SAFETENSORS):
-        arrays = ocp.load(f"{workdir}/checkpoints/{step}/state")   # {"params/embed_tokens/weight": array, ...}
+        arrays = ocp.load(f"{workdir}/checkpoints/{step}/state")   # {"params/norm/weight": array, ...}
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
@@ -33,26 +32,26 @@ class FullKind:
     index_file = INDEX
     each_process = False
 
-    def start(self, folder: os.PathLike, state: Tree) -> Callable[[], None]:
+    def start(self, folder: epath.PathLike, state: Tree) -> Callable[[], None]:
         """Writes the whole state. Nothing is left to do for what it returns."""
         arrays = flatten(state)
         specs = {name: spec_of(array) for name, array in arrays.items()}
         write(folder, specs, lambda name: blocks(arrays[name]), jax.process_index() == 0)
         return lambda: None
 
-    def merge(self, folder: os.PathLike) -> None:
+    def merge(self, folder: epath.PathLike) -> None:
         """Nothing: there is one writer."""
 
     def is_own(self, file: str) -> bool:
         return jax.process_index() == 0
 
-    def open(self, *folders: os.PathLike) -> "FullTensors":
+    def open(self, *folders: epath.PathLike) -> "FullTensors":
         (folder,) = folders
         return FullTensors(folder)
 
 
 def write(
-    folder: os.PathLike,
+    folder: epath.PathLike,
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Iterable[np.ndarray]],
     writer: bool = True,
@@ -82,11 +81,9 @@ def blocks(array: jax.Array) -> Iterator[np.ndarray]:
     if array.is_fully_addressable:
         yield from files.blocks(lambda index: _from_shards(array, index), spec_of(array))
         return
-    # The layers of a stack one by one, where they are not divided: a device would not hold the experts of
-    # all.
-    layers = (
-        array.ndim > 1 and array.sharding.spec[:1] in ((), (None,)) and array.nbytes > regions.BLOCK
-    )
+    # The layers of a stack one by one, where they are not divided: no device would hold the experts of all.
+    first_axis = _named(array).spec[:1]
+    layers = array.ndim > 1 and first_axis in ((), (None,)) and array.nbytes > regions.BLOCK
     for part in range(array.shape[0]) if layers else (None,):
         # Process 0's device has all of it, and another copy is gone before the next.
         here = np.asarray(_whole(array, part).addressable_data(0))
@@ -94,8 +91,13 @@ def blocks(array: jax.Array) -> Iterator[np.ndarray]:
             yield here[index]
 
 
+def _named(array: jax.Array) -> jax.NamedSharding:
+    assert isinstance(array.sharding, jax.NamedSharding)
+    return array.sharding
+
+
 def _whole(array: jax.Array, part: int | None) -> jax.Array:
-    everywhere = jax.NamedSharding(array.sharding.mesh, jax.P())
+    everywhere = jax.NamedSharding(_named(array).mesh, jax.P())
     if array.sharding.memory_kind not in (None, "device"):
         array = jax.device_put(array, array.sharding.with_memory_kind("device"))
     if part is None:
@@ -128,7 +130,7 @@ def _from_shards(array: jax.Array, index: regions.Index) -> np.ndarray:
 class FullTensors:
     """As kind.TensorReader."""
 
-    def __init__(self, folder: os.PathLike):
+    def __init__(self, folder: epath.PathLike):
         """Reads the index and the head of every file.
 
         Raises:

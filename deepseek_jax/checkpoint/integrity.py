@@ -1,7 +1,6 @@
-"""Whether a checkpoint is what was written: all processes find out together, each by its share of the files."""
+"""Whether a checkpoint is what was written: all processes find out together, each by a share of the files."""
 
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,8 @@ from deepseek_jax.tensorfile import bounded_json
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
 EXTRA = "extra/metadata"
-# A key in `extra` of every checkpoint that was written with a manifest: one that has it and no manifest lost it.
+# A key in `extra` of every checkpoint that was written with a manifest: one with this key and without a
+# manifest has lost it.
 MARK = "__manifest__"
 _LIMIT = 1 << 24  # bytes of `extra`
 
@@ -39,7 +39,9 @@ class Verdict(NamedTuple):
         return f"{file}: {what}{more}" if file else f"{what}{more}"
 
 
-def inspect(folder: os.PathLike, share: int = 0, shares: int = 1, contents: bool = True) -> Verdict:
+def inspect(
+    folder: epath.PathLike, share: int = 0, shares: int = 1, contents: bool = True
+) -> Verdict:
     """Checks one folder STEP/.
 
     Args:
@@ -64,7 +66,7 @@ def inspect(folder: os.PathLike, share: int = 0, shares: int = 1, contents: bool
     return Verdict(found, manifest.check(folder, found, share, shares, contents))
 
 
-def inspect_together(folders: Sequence[os.PathLike], shared: bool) -> Verdict:
+def inspect_together(folders: Sequence[epath.PathLike], shared: bool) -> Verdict:
     """`inspect` by all processes, with one result.
 
     Args:
@@ -90,7 +92,7 @@ def inspect_together(folders: Sequence[os.PathLike], shared: bool) -> Verdict:
     )
 
 
-def read_extra(folder: os.PathLike) -> dict[str, Any]:
+def read_extra(folder: epath.PathLike) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
     Raises:
@@ -102,14 +104,14 @@ def read_extra(folder: os.PathLike) -> dict[str, Any]:
     return value
 
 
-def write_extra(folder: os.PathLike, extra: dict[str, Any]) -> None:
+def write_extra(folder: epath.PathLike, extra: dict[str, Any]) -> None:
     """The inverse of `read_extra`."""
     path = epath.Path(folder) / EXTRA
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(json.dumps({**extra, MARK: manifest.FORMAT}).encode())
 
 
-def _check_unprotected(folder: os.PathLike) -> None:
+def _check_unprotected(folder: epath.PathLike) -> None:
     """What an earlier version wrote has Orbax's files and no mark; anything else has lost its manifest."""
     if MARK in read_extra(folder) or not (epath.Path(folder) / "state" / "_METADATA").exists():
         raise BadFile(manifest.NAME, "missing")

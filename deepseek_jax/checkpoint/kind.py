@@ -3,11 +3,11 @@
 A folder STEP/ is one checkpoint; STEP/state/ holds its arrays.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
+from etils import epath
 
 from deepseek_jax.tensorfile import regions
 from deepseek_jax.tensorfile.arrays import TensorSpec, Tree
@@ -47,7 +47,7 @@ class Kind(Protocol):
     @property
     def each_process(self) -> bool: ...
 
-    def start(self, folder: os.PathLike, state: Tree) -> Callable[[], None]:
+    def start(self, folder: epath.PathLike, state: Tree) -> Callable[[], None]:
         """Copies this process's part to the host, or writes it at once: what the arrays are needed for.
 
         Args:
@@ -58,13 +58,13 @@ class Kind(Protocol):
           What waits until this process's part is written, and raises what went wrong.
         """
 
-    def merge(self, folder: os.PathLike) -> None:
+    def merge(self, folder: epath.PathLike) -> None:
         """Makes one checkpoint of the processes' parts, after all have written. Process 0 calls it."""
 
     def is_own(self, file: str) -> bool:
         """Whether this process wrote a file, named from STEP/state/ on."""
 
-    def open(self, *folders: os.PathLike) -> TensorReader:
+    def open(self, *folders: epath.PathLike) -> TensorReader:
         """The arrays in one or, of kind `local`, in several folders STEP/state/.
 
         Raises:

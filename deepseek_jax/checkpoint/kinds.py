@@ -1,6 +1,5 @@
 """The kinds of checkpoint by name, and which one a folder is of."""
 
-import os
 from collections.abc import Sequence
 
 from etils import epath
@@ -17,7 +16,7 @@ _ALL: tuple[Kind, ...] = (ShardedKind(), FullKind(), LocalKind())
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 
 
-def of(folder: os.PathLike) -> Kind:
+def of(folder: epath.PathLike) -> Kind:
     """The kind of the arrays in a folder STEP/, whatever this run writes.
 
     Raises:
@@ -29,7 +28,7 @@ def of(folder: os.PathLike) -> Kind:
     raise BadFile("state", f"holds none of {', '.join(k.index_file for k in KINDS.values())}")
 
 
-def reader(folders: Sequence[os.PathLike]) -> TensorReader:
+def reader(folders: Sequence[epath.PathLike]) -> TensorReader:
     """The arrays of a checkpoint. Several folders STEP/ hold the pieces of one local checkpoint.
 
     Raises:
@@ -38,11 +37,11 @@ def reader(folders: Sequence[os.PathLike]) -> TensorReader:
     return of(folders[0]).open(*(epath.Path(folder) / "state" for folder in folders))
 
 
-def shapes(folders: Sequence[os.PathLike]) -> Tree:
+def shapes(folders: Sequence[epath.PathLike]) -> Tree:
     """The state's tree, with leaves that have a shape and a dtype."""
     return unflatten(dict(reader(folders).shapes))
 
 
-def restore(folders: Sequence[os.PathLike], abstract: Tree) -> Tree:
+def restore(folders: Sequence[epath.PathLike], abstract: Tree) -> Tree:
     """The arrays of `abstract` in their shards: all or some of those that are there."""
     return into_shards(reader(folders), abstract)

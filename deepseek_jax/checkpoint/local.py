@@ -7,7 +7,6 @@ deepseek_jax.checkpoint reshard` makes a checkpoint of kind `sharded` or `full` 
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ class LocalKind:
     index_file = INDEX
     each_process = True
 
-    def start(self, folder: os.PathLike, state: Tree) -> Callable[[], None]:
+    def start(self, folder: epath.PathLike, state: Tree) -> Callable[[], None]:
         """Copies this process's shards to the host.
 
         Returns:
@@ -49,17 +48,17 @@ class LocalKind:
             arrays[name] = (spec_of(array), list(found.values()))
         return lambda: write(folder, arrays)
 
-    def merge(self, folder: os.PathLike) -> None:
+    def merge(self, folder: epath.PathLike) -> None:
         """Nothing: each process's checkpoint is its own."""
 
     def is_own(self, file: str) -> bool:
         return True
 
-    def open(self, *folders: os.PathLike) -> "LocalTensors":
+    def open(self, *folders: epath.PathLike) -> "LocalTensors":
         return LocalTensors(*folders)
 
 
-def write(folder: os.PathLike, arrays: dict[str, tuple[TensorSpec, Pieces]]) -> None:
+def write(folder: epath.PathLike, arrays: dict[str, tuple[TensorSpec, Pieces]]) -> None:
     """Writes pieces of arrays."""
     pieces = {
         f"{name}#{i}": values
@@ -90,7 +89,7 @@ class StoredPiece(NamedTuple):
 class LocalTensors:
     """As kind.TensorReader, from the pieces in one or more processes' folders."""
 
-    def __init__(self, *folders: os.PathLike):
+    def __init__(self, *folders: epath.PathLike):
         """Reads what is where.
 
         Raises:
@@ -216,7 +215,7 @@ def _fits(place: object, shape: list[int]) -> bool:
     )
 
 
-def covers(folder: os.PathLike, wanted: Tree) -> bool:
+def covers(folder: epath.PathLike, wanted: Tree) -> bool:
     """Whether this process's folder has all that its devices hold of `wanted`.
 
     Arrays of other shapes are not looked at.

@@ -59,7 +59,7 @@ class Manifest(NamedTuple):
         )
 
 
-def read(folder: os.PathLike) -> Manifest | None:
+def read(folder: epath.PathLike) -> Manifest | None:
     """The manifest of a checkpoint's folder, or None without one.
 
     Raises:
@@ -104,7 +104,7 @@ def read(folder: os.PathLike) -> Manifest | None:
     return Manifest(kind, step, {name: (size, crc) for name, (size, crc) in files.items()}, about)
 
 
-def files_of(folder: os.PathLike) -> dict[str, int]:
+def files_of(folder: epath.PathLike) -> dict[str, int]:
     """The files below a folder and their sizes, the manifest left out.
 
     Raises:
@@ -142,7 +142,7 @@ def _walk(folder: str, prefix: str, out: dict[str, int]) -> None:
                 out[name] = entry.stat(follow_symlinks=False).st_size
 
 
-def checksums(folder: os.PathLike, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+def checksums(folder: epath.PathLike, names: Iterable[str]) -> dict[str, tuple[int, str]]:
     """Bytes and CRC-32 of files, read by some threads.
 
     Raises:
@@ -155,7 +155,11 @@ def checksums(folder: os.PathLike, names: Iterable[str]) -> dict[str, tuple[int,
 
 
 def check(
-    folder: os.PathLike, manifest: Manifest, share: int = 0, shares: int = 1, contents: bool = True
+    folder: epath.PathLike,
+    manifest: Manifest,
+    share: int = 0,
+    shares: int = 1,
+    contents: bool = True,
 ) -> list[tuple[str, str]]:
     """What is wrong with a checkpoint's files: (file, what), sorted; [] if nothing is.
 
@@ -220,7 +224,7 @@ def _checksum(path: epath.Path) -> tuple[int, str]:
     return size, f"{crc:08x}"
 
 
-def write(folder: os.PathLike, manifest: Manifest) -> None:
+def write(folder: epath.PathLike, manifest: Manifest) -> None:
     """Writes the manifest, whole or not at all. What it names must be on disk already (`sync`)."""
     path = epath.Path(folder) / NAME
     if "://" in os.fspath(path):
@@ -235,7 +239,7 @@ def write(folder: os.PathLike, manifest: Manifest) -> None:
     sync_folder(os.path.dirname(path))
 
 
-def sync(folder: os.PathLike, names: Iterable[str]) -> None:
+def sync(folder: epath.PathLike, names: Iterable[str]) -> None:
     """Returns when these files and their folders are on the disk. Remote ones are when they are closed."""
     if "://" in os.fspath(folder):
         return
@@ -252,7 +256,7 @@ def sync(folder: os.PathLike, names: Iterable[str]) -> None:
         sync_folder(each)
 
 
-def sync_folder(folder: os.PathLike) -> None:
+def sync_folder(folder: epath.PathLike) -> None:
     """Returns when the names in a local folder are on the disk."""
     fd = os.open(folder, os.O_RDONLY)
     try:

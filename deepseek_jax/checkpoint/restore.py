@@ -22,8 +22,9 @@ _MOST = 1 << 31
 def into_shards(reader: TensorReader, abstract: Tree) -> Tree:
     """The arrays of `abstract` in their shards.
 
-    Every device's part is read by its own process, and a few arrays are on the host at once. Orbax's own restore holds
-    1.6 times the state (benchmarks checkpoint): it reads all arrays before it puts any on a device.
+    Every device's part is read by its own process, and a few arrays are on the host at once. Orbax's own
+    restore holds 1.6 times the state (benchmarks checkpoint): it reads all arrays before it puts any on a
+    device.
 
     Args:
       reader: of the checkpoint.
@@ -73,11 +74,11 @@ def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
 def _array(reader: TensorReader, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     last: tuple[regions.Index, np.ndarray] | None = None
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
         nonlocal last
-        index = regions.of(index, wanted.shape)
-        if last is None or last[0] != index:  # replicas ask for the same one after another
-            last = (index, reader.read(name, index))
+        asked = regions.of(index or (), wanted.shape)
+        if last is None or last[0] != asked:  # replicas ask for the same one after another
+            last = (asked, reader.read(name, asked))
         return last[1]
 
     return jax.block_until_ready(jax.make_array_from_callback(wanted.shape, wanted.sharding, part))

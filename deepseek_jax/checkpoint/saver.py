@@ -23,7 +23,7 @@ class Failed(Exception):
 
 
 class Save:
-    """A save by all processes: `prepare` while the state is there, then `complete` in a thread. Neither raises.
+    """A save by all processes: `prepare` while the state is there, `complete` in a thread. Neither raises.
 
     Attributes:
       error: why there is no checkpoint of this step; None while it is written and when it is on disk.
@@ -77,7 +77,7 @@ class Save:
         draft = self._folder.draft(self._step)
         try:
             finish, self._finish = self._finish, None
-            self._together(finish)
+            self._together(lambda: finish() if finish else None)
             self._together(lambda: self._finish_alone(draft) if self._chief else None)
             files = self._together(lambda: self._sums(draft), everybodys=True)
             self._together(lambda: self._commit(draft, files) if self._chief else None)
@@ -87,9 +87,13 @@ class Save:
         try:
             self._retire()
         except OSError as e:
-            self.report = f"old checkpoints in {self._folder.path} cannot be deleted ({e.strerror or e}): they stay for now"
+            self.report = (
+                f"old checkpoints in {self._folder.path} cannot be deleted ({e.strerror or e}): "
+                f"they stay for now"
+            )
 
     def _start(self) -> None:
+        assert self._state is not None
         self._finish = self._kind.start(self._folder.draft(self._step) / "state", self._state)
 
     def _begin(self) -> None:
@@ -190,7 +194,10 @@ class Save:
         except OSError:
             before = None
         stays = f"that of step {before} stays" if before is not None else "there is none before it"
-        self.report = f"no checkpoint of step {self._step}: {self.error}; {stays}, training goes on and tries again"
+        self.report = (
+            f"no checkpoint of step {self._step}: {self.error}; {stays}, "
+            f"training goes on and tries again"
+        )
 
 
 def _reason(error: Exception) -> str:

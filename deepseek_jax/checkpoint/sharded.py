@@ -48,7 +48,7 @@ class ShardedKind:
     index_file = INDEX
     each_process = False
 
-    def start(self, folder: os.PathLike, state: Tree) -> Callable[[], None]:
+    def start(self, folder: epath.PathLike, state: Tree) -> Callable[[], None]:
         """Copies the shards to the host and begins to write them into `folder`."""
         _hush()
         handler = _handler()
@@ -70,7 +70,7 @@ class ShardedKind:
 
         return finish
 
-    def merge(self, folder: os.PathLike) -> None:
+    def merge(self, folder: epath.PathLike) -> None:
         handler = _handler()
         handler.finalize(epath.Path(folder))
         handler.close()
@@ -82,7 +82,7 @@ class ShardedKind:
         number = head.removeprefix(prefix) if head.startswith(prefix) else ""
         return jax.process_index() == (int(number) if number.isdigit() else 0)
 
-    def open(self, *folders: os.PathLike) -> "ShardedTensors":
+    def open(self, *folders: epath.PathLike) -> "ShardedTensors":
         (folder,) = folders
         return ShardedTensors(folder)
 
@@ -90,7 +90,7 @@ class ShardedKind:
 class ShardedTensors:
     """As kind.TensorReader, by TensorStore."""
 
-    def __init__(self, folder: os.PathLike):
+    def __init__(self, folder: epath.PathLike):
         """Opens every array: what is read is its description.
 
         Raises:
@@ -132,12 +132,12 @@ class ShardedTensors:
         return self._arrays[name][index].read().result()
 
 
-def _url(folder: os.PathLike) -> str:
+def _url(folder: epath.PathLike) -> str:
     name = os.fspath(folder)
     return (name if "://" in name else f"file://{urllib.parse.quote(os.path.abspath(name))}") + "/"
 
 
-def _names(folder: os.PathLike) -> list[str]:
+def _names(folder: epath.PathLike) -> list[str]:
     """The paths of the arrays, from Orbax's description of the tree.
 
     Raises:
@@ -145,19 +145,20 @@ def _names(folder: os.PathLike) -> list[str]:
     """
     file = f"state/{INDEX}"
     value = bounded_json.read(epath.Path(folder) / INDEX, file, _LIMIT)
-    found = value.get("tree_metadata") if isinstance(value, dict) else None
+    value = value if isinstance(value, dict) else {}
+    found = value.get("tree_metadata")
     if not isinstance(found, dict) or value.get("use_zarr3"):
         raise BadFile(file, "it describes no tree")
     out = []
     for name, entry in found.items():
-        keys = entry.get("key_metadata") if isinstance(entry, dict) else None
-        about = entry.get("value_metadata") if isinstance(entry, dict) else None
-        plain = (
-            isinstance(keys, list)
-            and keys
-            and all(isinstance(k, dict) and isinstance(k.get("key"), str) for k in keys)
-        )
-        if not plain or not isinstance(about, dict):
+        entry = entry if isinstance(entry, dict) else {}
+        keys, about = entry.get("key_metadata"), entry.get("value_metadata")
+        if (
+            not isinstance(keys, list)
+            or not keys
+            or not all(isinstance(k, dict) and isinstance(k.get("key"), str) for k in keys)
+            or not isinstance(about, dict)
+        ):
             raise BadFile(file, f"{name[:80]!r} is no path of names")
         parts = [k["key"] for k in keys]
         if about.get("value_type") != "jax.Array" or any(
@@ -171,7 +172,7 @@ def _names(folder: os.PathLike) -> list[str]:
 
 
 def write(
-    folder: os.PathLike,
+    folder: epath.PathLike,
     specs: Mapping[str, TensorSpec],
     read: Callable[[str, regions.Index], np.ndarray],
     shards: int,
@@ -184,8 +185,8 @@ def write(
       read: a part of an array.
       shards: parts that the largest axis of an array is divided into.
     """
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    top = epath.Path(folder)
+    top.mkdir(parents=True, exist_ok=True)
     base = _url(folder)
     tree = {}
     for name, spec in specs.items():
@@ -213,7 +214,7 @@ def write(
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    (folder / INDEX).write_bytes(json.dumps(value).encode())
+    (top / INDEX).write_bytes(json.dumps(value).encode())
 
 
 def _grid(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[regions.Index]:
@@ -222,7 +223,7 @@ def _grid(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[regions.Index]
 
 
 def _chunk(spec: TensorSpec, shards: int) -> list[int]:
-    """Sizes of a chunk: the largest axis in so many parts, and the first ones cut until CHUNK_BYTES suffice."""
+    """Sizes of a chunk: the largest axis in so many parts, then the first ones cut to fit CHUNK_BYTES."""
     chunk = [max(n, 1) for n in spec.shape]
     if chunk:
         axis = max(range(len(chunk)), key=lambda i: chunk[i])

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in and out:
 
-  python -m deepseek_jax.hf import SRC WORKDIR          a run's folder from a checkpoint, for train.py and generate
-  python -m deepseek_jax.hf export WORKDIR DST          a checkpoint from a run, for transformers and what else reads these
+  python -m deepseek_jax.hf import SRC WORKDIR     a run's folder from a checkpoint, for train.py and generate
+  python -m deepseek_jax.hf export WORKDIR DST     a checkpoint from a run, for transformers and others
 
 Import checks the checkpoint and copies it to WORKDIR/hf, without FP8. `train.py --workdir=WORKDIR` begins
 with it, and generate speaks with it. Export writes the dtypes that the checkpoint came with, float32 where
@@ -148,8 +148,10 @@ def export(
         source=source,
     )
     exporter.export(target, what)
-    for opened in filter(None, (source, checkpoints)):
-        opened.close()
+    if source:
+        source.close()
+    if checkpoints:
+        checkpoints.close()
     written = [name for name in os.listdir(target) if name.endswith(".safetensors")]
     return sum(os.path.getsize(os.path.join(target, name)) for name in written), family
 

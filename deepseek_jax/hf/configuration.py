@@ -29,7 +29,8 @@ def family_of(config: dict[str, Any]) -> str:
       UserError: it has no model_type of ours.
     """
     kind = config.get("model_type")
-    kind = ALIASES.get(kind, kind)
+    if isinstance(kind, str):
+        kind = ALIASES.get(kind, kind)
     if kind not in FAMILIES:
         raise UserError(
             f"config.json: model_type={kind!r} is not known. These are: {', '.join([*FAMILIES, *ALIASES])}."
@@ -93,8 +94,8 @@ def _stated_options(config: dict[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _typed(field: dataclasses.Field, value: Any) -> Any:
-    wanted = {float: (int, float), int | None: (int, type(None))}.get(field.type, (field.type,))
-    if type(value) not in wanted:
+    types: dict[Any, tuple] = {float: (int, float), int | None: (int, type(None))}
+    if type(value) not in types.get(field.type, (field.type,)):
         raise UserError(
             f"config.json: {field.name}={value!r} has the type {type(value).__name__}. Correct it."
         )

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import chex
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -158,7 +159,11 @@ def write_leaf(
     Returns:
       The files that it wrote to.
     """
-    parts = _parts_of(leaf, array) if isinstance(array, jax.Array) else ahead(array)
+    if isinstance(array, jax.Array):
+        chex.assert_shape(array, leaf.shape)
+        parts = _parts_of(leaf, array)
+    else:
+        parts = ahead(array)
     opened: dict[str, int] = {}
     pool = concurrent.futures.ThreadPoolExecutor(reader.THREADS)
     try:
@@ -187,7 +192,7 @@ def write_leaf(
 
 
 def _parts_of(leaf: Leaf, array: jax.Array) -> Iterator[Part]:
-    """This process's shards on the host: one layer at a time, but whole from a CPU, which need not copy them."""
+    """This process's shards on the host: by layers, or whole from a CPU, which need not copy them."""
     for shard in array.addressable_shards:
         if shard.replica_id:
             continue

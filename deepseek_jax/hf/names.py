@@ -109,9 +109,10 @@ def names_of(leaf: Leaf, prefix: str, present: Container[str] | None = None) -> 
 
     They are those of the alternative that is `present`, else of the first.
     """
-    for parts in leaf.names if present is not None else ():
-        if all((prefix + part).format(e=0) in present for part in parts):
-            return tuple(prefix + part for part in parts)
+    if present is not None:
+        for parts in leaf.names:
+            if all((prefix + part).format(e=0) in present for part in parts):
+                return tuple(prefix + part for part in parts)
     return tuple(prefix + part for part in leaf.names[0])
 
 

@@ -109,12 +109,12 @@ def read_leaf(
     shards: list[jax.Array] = []
     made: dict[Any, jax.Array] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        index = regions.of(index, leaf.shape)
-        key = regions.key(index)
+        part = regions.of(index or (), leaf.shape)
+        key = regions.key(part)
         if key in made:  # a copy of another device's shard
             host = np.asarray(made[key])
         else:
-            host = read_part(source, leaf, index, dtype)
+            host = read_part(source, leaf, part, dtype)
         target = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
         shards.append(jax.block_until_ready(jax.device_put(host, target)))
         made[key] = shards[-1]

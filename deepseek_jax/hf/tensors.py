@@ -9,6 +9,7 @@ import os
 import threading
 from typing import Any
 
+import chex
 import ml_dtypes
 import numpy as np
 
@@ -154,7 +155,7 @@ class HfTensors:
         return self.tensors[name].spec.dtype
 
     def read(self, name: str, region: regions.Index, out: np.ndarray) -> None:
-        """Reads a region of a vector, of a matrix, or of one of several matrices. Several threads may call it.
+        """Reads a region of a vector, a matrix, or one of several matrices. Several threads may call it.
 
         Args:
           name: of the tensor.
@@ -167,6 +168,7 @@ class HfTensors:
         """
         file, spec, offset = self.tensors[name]
         leading = (0,) * (len(region) - out.ndim)
+        chex.assert_shape(out, regions.size(region)[len(leading) :])
         scales = self._scales(name, *region) if spec.dtype == FP8 else None
 
         def read_at(buffer: memoryview, at: int) -> None:

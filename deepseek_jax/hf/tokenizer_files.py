@@ -17,7 +17,7 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.contents import Contents, check_tokenizer
-from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from deepseek_jax.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import provenance
 from deepseek_jax.hf.tensors import dump
@@ -155,8 +155,10 @@ def write(
         generation = {k: v for k, v in generation.items() if not k.endswith("_token_id")}
         generation |= {k: v for k, v in ids.items() if v is not None}
     else:
-        stop = generation.get("eos_token_id", config.get("eos_token_id"))
-        stop = list(stop) if isinstance(stop, list) else [stop] if isinstance(stop, int) else []
+        stated = generation.get("eos_token_id", config.get("eos_token_id"))
+        stop = list(stated) if isinstance(stated, list) else []
+        if isinstance(stated, int):
+            stop = [stated]
         if ends and tokenizer_folder.find(folder):
             _state_bos(folder)
             eos = _special_ids(folder).get(
@@ -201,7 +203,9 @@ def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> 
         if os.path.basename(path) in (tokenizer_folder.JSON, tokenizer_folder.RANKS):
             provenance.copy_files(os.path.dirname(path) or ".", folder, FILES)
         if os.path.basename(path) == tokenizer_folder.RANKS:  # few programs read it
-            load_tokenizer(path).save(target)
+            ranks = load_tokenizer(path)
+            assert isinstance(ranks, FileTokenizer)
+            ranks.save(target)
         else:
             shutil.copyfile(path, target)
     inner = tokenizers.Tokenizer.from_file(target)

@@ -1,4 +1,4 @@
-"""Tensors into the files of a checkpoint: laid out first, then copied from another one or written from arrays."""
+"""Tensors into the files of a checkpoint: laid out first, then copied from another one or from arrays."""
 
 import concurrent.futures
 import itertools
@@ -101,7 +101,7 @@ def ahead(parts: Iterable[Any]) -> Iterator[Any]:
 
 
 class Flusher:
-    """Writes files to the disk while the next array is read, so that not all of a checkpoint waits for the end."""
+    """Writes files to the disk while the next array is read, so that not all of it waits for the end."""
 
     def __init__(self) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -117,7 +117,7 @@ class Flusher:
         if self._last is None or self._last.done():
             if self._last is not None:
                 self._last.result()
-            self._last = self._pool.submit(lambda: [fsync(path) for path in sorted(paths)])
+            self._last = self._pool.submit(_fsync_all, sorted(paths))
 
     def __enter__(self) -> "Flusher":
         return self
@@ -126,3 +126,8 @@ class Flusher:
         self._pool.shutdown()
         if kind is None and self._last is not None:
             self._last.result()
+
+
+def _fsync_all(paths: list[str]) -> None:
+    for path in paths:
+        fsync(path)

@@ -1,7 +1,7 @@
 """The tasks of EleutherAI's lm-evaluation-harness (pip install 'deepseek_jax[lm-eval]'):
 
-  python -m deepseek_jax.hf.lm_eval run --model deepseek_jax --model_args pretrained=DIR,dtype=bfloat16,fsdp=2 \
-      --tasks arc_easy --batch_size auto
+  python -m deepseek_jax.hf.lm_eval run --model deepseek_jax --tasks arc_easy --batch_size auto \
+      --model_args pretrained=DIR,dtype=bfloat16,fsdp=2
 
 which is the harness's own command with one model more. In Python:
 lm_eval.simple_evaluate(model=DeepseekJaxLM("DIR"), tasks=[...]). Tokens, context and truncation are those of
@@ -191,7 +191,7 @@ class DeepseekJaxLM(TemplateLM):
     ) -> list[str]:
         room = self.max_length - max_gen_toks
         prompts = [(self.tok_encode(t) or [self.prefix_token_id])[-room:] for t in texts]
-        answers = self._model.generate(
+        answers: Any = self._model.generate(
             prompts,
             max_tokens=max_gen_toks,
             temperature=temperature,
@@ -218,9 +218,10 @@ def _options(given: dict[str, Any], max_gen_toks: int, max_length: int) -> dict[
     """
     options = dict(normalize_gen_kwargs(given, max_gen_toks))
     sampled = options.pop("do_sample", False)
+    max_gen_toks = int(options.pop("max_gen_toks"))
     out = {
         "until": [u for u in options.pop("until", []) if u],
-        "max_gen_toks": int(options.pop("max_gen_toks")),
+        "max_gen_toks": max_gen_toks,
         "temperature": float(options.pop("temperature", 0.0) or 0.0) if sampled else 0.0,
     }
     if sampled and (more := sorted(options)):
@@ -228,9 +229,9 @@ def _options(given: dict[str, Any], max_gen_toks: int, max_length: int) -> dict[
             f"gen_kwargs {more[0]}={options[more[0]]} is not known here. Leave it out, or give "
             f"do_sample=False."
         )
-    if not 0 < out["max_gen_toks"] < max_length:
+    if not 0 < max_gen_toks < max_length:
         raise UserError(
-            f"max_gen_toks={out['max_gen_toks']} leaves no room for a prompt in the model's {max_length} "
+            f"max_gen_toks={max_gen_toks} leaves no room for a prompt in the model's {max_length} "
             f"tokens. Make it smaller."
         )
     return out

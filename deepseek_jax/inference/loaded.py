@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,7 +153,8 @@ class LoadedModel:
         from deepseek_jax.inference.generation.sampling import Sampling
 
         one = len(tokens) > 0 and not isinstance(tokens[0], (Sequence, np.ndarray))
-        prompts = [[int(i) for i in prompt] for prompt in ([tokens] if one else tokens)]
+        given: Any = [tokens] if one else tokens
+        prompts = [[int(i) for i in prompt] for prompt in given]
         self._check_prompts(prompts, draft_tokens)
         if (
             not 0 <= temperature < float("inf")
@@ -206,6 +208,7 @@ class LoadedModel:
 
     def _logits(self, params, bias, tokens_BS, count: int) -> jax.Array:
         """Of the first `count` sequences; the others fill the batch."""
+        chex.assert_rank(tokens_BS, 2)
         net = self.layout.merge_for_inference(params, bias)
         positions_BS = jax.lax.broadcasted_iota(
             jnp.int32, tokens_BS.shape, 1, out_sharding=jax.typeof(tokens_BS).sharding

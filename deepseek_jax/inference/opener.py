@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.encoder import Encoder
-from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration, names, provenance
 from deepseek_jax.hf.provenance import SourceNotes
@@ -72,11 +73,13 @@ def encoder_of(
     Raises:
       UserError: as Opened.encoder.
     """
+    source: Chat | Tokenizer
     if folder is not None:
         source = Chat(folder, vocab_size)
     else:
+        assert run is not None
         source = load_tokenizer(tokenizer, special_tokens=run.data.special_tokens)
-    out = Encoder(source, name, ends_of(run, tokenizer) if tokenizer else ())
+    out = Encoder(source, name, ends_of(run, tokenizer) if run and tokenizer else ())
     if out.vocab_size > vocab_size:
         last = out.text_of(out.vocab_size - 1)
         raise UserError(
@@ -129,7 +132,8 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
     config = dataclasses.replace(config, moe=saved.moe)
     with jax.set_mesh(mesh):
         layout = make_layout(config, mesh)
-        nothing = {name: None for name in layout.abstract._fields if name not in ("params", "bias")}
+        others = set(layout.abstract._fields) - {"params", "bias"}
+        nothing: dict[str, Any] = dict.fromkeys(others)
         wanted = layout.abstract_sharded()._replace(**nothing)
         checkpoints = Checkpointer(folder, read_only=True, options=saved.checkpoint)
         trained = contents_of(checkpoints.read_extra(step))

@@ -1,7 +1,7 @@
 """JSON from files that somebody else may have made: refused where it is too long, too deep or ambiguous."""
 
+import collections
 import json
-import os
 from typing import Any
 
 from etils import epath
@@ -54,12 +54,12 @@ def parse(raw: bytes, file: str) -> Any:
         raise BadFile(file, f"not the JSON that it must be ({str(e).splitlines()[0][:100]})") from e
 
 
-def read(path: os.PathLike, file: str, limit: int) -> Any:
+def read(path: epath.PathLike, file: str, limit: int) -> Any:
     """As `parse`, from a file of at most `limit` bytes."""
     return parse(read_bytes(path, file, limit), file)
 
 
-def read_bytes(path: os.PathLike, file: str, limit: int) -> bytes:
+def read_bytes(path: epath.PathLike, file: str, limit: int) -> bytes:
     """A file of at most `limit` bytes, whole.
 
     Raises:
@@ -78,8 +78,8 @@ def read_bytes(path: os.PathLike, file: str, limit: int) -> bytes:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = counts.most_common(1)[0][0]
         raise ValueError(f"the key {twice[:80]!r} occurs twice")
     return out
 

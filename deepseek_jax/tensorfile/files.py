@@ -77,7 +77,7 @@ def begin(folder: str, division: Division) -> None:
 
 
 def write(
-    folder: os.PathLike,
+    folder: epath.PathLike,
     division: Division,
     read: Callable[[str], Iterable[np.ndarray]],
     writer: bool = True,
@@ -94,15 +94,15 @@ def write(
     Raises:
       OSError: after everything has been read, so that the others need not wait.
     """
-    folder = epath.Path(folder)
+    top = epath.Path(folder)
     error: OSError | None = None
     if writer:
-        folder.mkdir(parents=True, exist_ok=True)
+        top.mkdir(parents=True, exist_ok=True)
     for file, specs in division.items():
         f = None
         try:
             if writer and not error:
-                f = (folder / file).open("wb")
+                f = (top / file).open("wb")
                 f.write(header.encode(specs))
         except OSError as e:
             error = e
@@ -123,7 +123,7 @@ def write(
 
 
 def find(
-    folder: os.PathLike,
+    folder: epath.PathLike,
     files: Iterable[str],
     in_index: dict[str, str] | None = None,
     index_file: str = "",

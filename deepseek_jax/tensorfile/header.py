@@ -7,7 +7,6 @@ A file is 8 bytes N, little-endian; N bytes of JSON {name: {"dtype", "shape", "d
 
 import json
 import math
-import os
 import struct
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ class StoredTensor(NamedTuple):
     offset: int  # bytes from the start of the file
 
 
-def read(path: os.PathLike, shown: str | None = None) -> dict[str, StoredTensor]:
+def read(path: epath.PathLike, shown: str | None = None) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name. Nothing but its head is read.
 
     Args:
@@ -39,11 +38,11 @@ def read(path: os.PathLike, shown: str | None = None) -> dict[str, StoredTensor]
     Raises:
       BadFile: the file is missing or is not what the format wants, and how.
     """
-    path = epath.Path(path)
-    shown = shown or path.name
+    file = epath.Path(path)
+    shown = shown or file.name
     try:
-        size = path.stat().length
-        with path.open("rb") as f:
+        size = file.stat().length
+        with file.open("rb") as f:
             first = f.read(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
             if not 2 <= length <= size - 8:
@@ -53,7 +52,7 @@ def read(path: os.PathLike, shown: str | None = None) -> dict[str, StoredTensor]
             raw = f.read(length)
     except OSError as e:
         raise cannot_open(shown, e) from e
-    return parse(raw, size, path.name, shown)
+    return parse(raw, size, file.name, shown)
 
 
 def parse(raw: bytes, size: int, file: str, shown: str | None = None) -> dict[str, StoredTensor]:
@@ -115,15 +114,15 @@ def _whole_numbers(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def read_index(path: os.PathLike) -> dict[str, str]:
+def read_index(path: epath.PathLike) -> dict[str, str]:
     """{tensor: file} of a `*.safetensors.index.json`; the files are beside it.
 
     Raises:
       BadFile: it is not such an index, or names a file elsewhere.
     """
-    path = epath.Path(path)
-    value = bounded_json.read(path, path.name, MAX_HEADER)
-    return parse_index(value, path.name)
+    name = epath.Path(path).name
+    value = bounded_json.read(path, name, MAX_HEADER)
+    return parse_index(value, name)
 
 
 def parse_index(value: object, file: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ An index is one slice(start, stop) for each axis, with numbers.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +60,7 @@ def key(index: Index) -> tuple[tuple[int, int], ...]:
 
 def raw(array: np.ndarray) -> memoryview:
     """The bytes of an array in row-major order, copied only if they lie otherwise."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def blocks(shape: tuple[int, ...], itemsize: int, limit: int = BLOCK) -> Iterator[Index]:
@@ -86,8 +86,8 @@ def blocks(shape: tuple[int, ...], itemsize: int, limit: int = BLOCK) -> Iterato
                 yield (slice(i, i + 1), *rest)
 
 
-def stream(f: BinaryIO) -> ReadAt:
-    """Reads a file that is open, by one thread.
+def stream(f: Any) -> ReadAt:
+    """Reads a binary file that is open, by one thread.
 
     Raises:
       EOFError: by what it returns, where the file ends too early.
@@ -136,7 +136,7 @@ def _read_into(
 ) -> None:
     if _is_contiguous(spec.shape, index):
         first, _ = _span(spec.shape, index, spec.dtype.itemsize)
-        read_at(memoryview(out.reshape(-1).view(np.uint8)), offset + first)
+        read_at(_bytes(out), offset + first)
         return
     for place, block in read_blocks(read_at, offset, spec, index, limit, gap):
         out[place] = block
@@ -145,7 +145,7 @@ def _read_into(
 def read_blocks(
     read_at: ReadAt, offset: int, spec: TensorSpec, index: Index, limit: int, gap: int = GAP
 ) -> Iterator[tuple[Index, np.ndarray]]:
-    """A part of an array, block by block: what is converted on its way to another array need not be held whole.
+    """A part of an array, block by block: what is converted on the way need not be held whole.
 
     Args:
       read_at: reads the file.
@@ -163,7 +163,7 @@ def read_blocks(
     shape, item = spec.shape, spec.dtype.itemsize
     if not shape:
         one = np.empty((), spec.dtype)
-        read_at(memoryview(one.reshape(-1).view(np.uint8)), offset)
+        read_at(_bytes(one), offset)
         yield (), one
         return
     first, rest = index[0], index[1:]
@@ -184,7 +184,7 @@ def read_blocks(
         if together:
             low, high = _span(shape[1:], rest, item)
             raw_rows = np.empty(here * pitch, np.uint8)
-            read_at(memoryview(raw_rows)[low : (here - 1) * pitch + high], start + low)
+            read_at(raw_rows.data[low : (here - 1) * pitch + high], start + low)
             block = raw_rows.view(spec.dtype).reshape(here, *shape[1:])[(slice(None), *rest)]
         else:
             block = np.empty((here, *size(rest)), spec.dtype)
@@ -214,6 +214,11 @@ def write(
     row_spec = TensorSpec(spec.shape[1:], spec.dtype)
     for i, row in enumerate(values, index[0].start):
         write(write_at, offset + i * row_spec.nbytes, row_spec, index[1:], row)
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """Those of a contiguous array, to be written over."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _is_contiguous(shape: tuple[int, ...], index: Index) -> bool:

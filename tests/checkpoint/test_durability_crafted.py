@@ -1,4 +1,7 @@
-"""Checkpoints that somebody made to do harm: refused in one line, with no write elsewhere and little memory. And the commands."""
+"""Checkpoints that somebody made to do harm: refused in one line, with no write elsewhere and little memory.
+
+And the commands.
+"""
 
 import json
 import pathlib

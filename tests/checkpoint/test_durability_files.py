@@ -1,4 +1,4 @@
-"""Files of checkpoints: of every kind, damaged in every way, on full disks, made by somebody else; nothing wrong is restored in silence."""
+"""Files of checkpoints of every kind, damaged in every way: nothing wrong is restored in silence."""
 
 import errno
 import json
@@ -131,7 +131,7 @@ def test_full_is_what_safetensors_reads(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(), (0, 4), (7,), (3, 5), (2, 3, 4, 5)])
 def test_regions_of_files(tmp_path, monkeypatch, shape):
-    """Any part of an array, read and written with blocks of any size, whatever gaps are skipped, against NumPy."""
+    """Any part of an array, read and written with blocks of any size, whatever gaps are skipped."""
     array = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
     (tmp_path / "f").write_bytes(b"head" + array.tobytes())
     spec = TensorSpec(shape, np.dtype(np.int32))
@@ -338,7 +338,7 @@ def test_the_best_needs_held_out_text():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_array_in_parts(tmp_path, kind, monkeypatch):
-    """What `parts` names is every number once; no part of a sharded checkpoint makes its reader hold more than the limit."""
+    """What `parts` names is every number once, and no part makes its reader hold more than the limit."""
     monkeypatch.setattr(sharded, "CHUNK_BYTES", 256)
     write(tmp_path, kind, (1,))
     source = opened(tmp_path, kind, read_only=True).source()

@@ -1,4 +1,4 @@
-"""Plain Orbax restores our checkpoints of the kinds `sharded` and `full`, bit for bit, without any code of ours.
+"""Plain Orbax restores our checkpoints of the kinds `sharded` and `full`, bit for bit, without code of ours.
 
 Each test reads WORKDIR/checkpoints/STEP/state with orbax.checkpoint alone. Checkpoints of kind `local` are
 excepted: they are pieces on the disks of several hosts.

@@ -5,17 +5,16 @@ import dataclasses
 import json
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import pytest
-
-transformers = pytest.importorskip("transformers")
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration
 from deepseek_jax.hf.families import ALIASES, FAMILIES
 from deepseek_jax.hf.families.keys import REQUIRED
 from tests.support import FILES
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers")
 
 # The smallest file: the sizes that every checkpoint states, and what the family has no default for.
 SIZES = dict(

@@ -49,8 +49,9 @@ TEXTS = [
 ]
 
 
-def save(workdir, data=DataConfig()):
+def save(workdir, data=None):
     """A checkpoint of a run, as far as export reads it."""
+    data = data or DataConfig()
     _, params, bias = abstract_model(config_for(MODEL, None)[0])
     state = jax.tree.map(
         lambda a: jnp.full(a.shape, 0.5, a.dtype), {"params": params, "bias": bias}
@@ -64,8 +65,11 @@ def save(workdir, data=DataConfig()):
 
 def exported(tmp_path, name="out", **options):
     commands.export(str(tmp_path / "w"), str(tmp_path / name), **options)
-    found = lambda file: (tmp_path / name / file).exists()
-    read = lambda file: json.loads((tmp_path / name / file).read_text()) if found(file) else {}
+
+    def read(file):
+        path = tmp_path / name / file
+        return json.loads(path.read_text()) if path.exists() else {}
+
     return read("config.json"), read("generation_config.json"), read("tokenizer_config.json")
 
 
@@ -241,7 +245,8 @@ def test_a_tokenizer_that_is_gone(tmp_path):
     os.rename(path, tmp_path / "moved.json")
     with pytest.raises(
         UserError,
-        match="mine.json' of .* is not there any more. Put it back; hf export takes its new place with --tokenizer",
+        match="mine.json' of .* is not there any more. Put it back; "
+        "hf export takes its new place with --tokenizer",
     ):
         exported(tmp_path)
     assert not (tmp_path / "out").exists()

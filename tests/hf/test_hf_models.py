@@ -181,7 +181,7 @@ def test_transformers_loads_what_is_saved(variant, folder_of, tmp_path):
 
 
 def test_config_in_either_style_means_the_same_model(folder_of, tmp_path):
-    """transformers 5 writes rope_parameters, dtype and its own names of experts; checkpoints on the hub have older keys."""
+    """transformers 5 writes rope_parameters, dtype and its own names of experts; the hub has older keys."""
     for variant in families.VARIANTS:
         theirs, _ = folder_of(variant)
         theirs.config.save_pretrained(tmp_path)
@@ -246,7 +246,7 @@ def test_calling_a_model(folder_of):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_round_trip_is_exact_in_the_stored_dtype(dtype, folder_of, tmp_path):
-    """Sharded files with an index, from a mesh that divides rows, columns and experts, and MTP layers with their copies."""
+    """Files with an index, from a mesh that divides rows, columns and experts; MTP layers with copies."""
     _, folder = folder_of("deepseek_v3-mtp")
     wanted = {
         n: t if n.endswith("e_score_correction_bias") else t.to(getattr(torch, dtype))
@@ -336,7 +336,7 @@ def quantise(w, block=128):
 
 
 def test_block_quantised_fp8(folder_of, tmp_path):
-    """Blocks of 16 where the matrices have 28, 48, 80 and more rows: edge blocks on every side, cut by the mesh's shards too."""
+    """Blocks of 16 where matrices have 28, 48, 80 and more rows: edge blocks on every side, cut by shards."""
     _, folder = folder_of("deepseek_v3")
     block, stored, expected = 16, {}, {}
     for name, t in safetensors.torch.load_file(f"{folder}/model.safetensors").items():

@@ -1,4 +1,4 @@
-"""Perplexity and multiple choice against transformers, window by window and choice by choice, in float32 on the CPU."""
+"""Perplexity and multiple choice against transformers, window by window and choice by choice, in float32."""
 
 import json
 import math
@@ -81,7 +81,7 @@ def quick():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(transformers model, folder with its checkpoint and tokenizer): routed experts, grouped-query attention."""
+    """(transformers model, folder with checkpoint and tokenizer): routed experts, grouped-query attention."""
     folder = tmp_path_factory.mktemp("model")
     config = transformers.Qwen3MoeConfig(
         vocab_size=304,
@@ -223,11 +223,15 @@ def test_multiple_choice(made, opened, tmp_path):
 
 
 def test_prompt_and_choice_are_cut_as_one_text():
-    tokenizer = lambda text: [
-        ord(c) for c in text.replace("th", "þ")
-    ]  # merges across the cut, as BPE may
-    pair = lambda *texts: choices.encode_pair(tokenizer, 1, *texts)
-    chars = lambda text: [ord(c) for c in text]
+    def chars(text):
+        return [ord(c) for c in text]
+
+    def tokenizer(text):
+        return chars(text.replace("th", "þ"))  # merges across the cut, as BPE may
+
+    def pair(*texts):
+        return choices.encode_pair(tokenizer, 1, *texts)
+
     assert pair("a \n", "b") == (chars("a"), chars(" \nb"))
     assert pair("at", "he") == (chars("aþ"), chars("e"))
     assert pair("", "b") == pair("b"[:0], "b") == ([1], chars("b"))

@@ -1,4 +1,6 @@
-"""Parts of name tables: from a variable of a layer (model/transformer.py) to its tensors in `model.layers.N.`.
+"""Parts of name tables: from a variable of a layer (model/transformer.py) to its tensors.
+
+The names of tensors are those below `model.layers.N.`.
 
 Where checkpoints differ there are alternatives: the first is what the hub has and what export writes. Routed
 experts are one tensor each on the hub, with `{e}` in the name, or all in one tensor. An alternative of two

@@ -144,6 +144,12 @@ def _ignore(score: Score) -> None:
     """Nobody wants to know of it."""
 
 
+def _number(score: Score) -> int:
+    """Of the pair that was scored: the key of its span."""
+    assert isinstance(score.key, int)
+    return score.key
+
+
 def score_pairs(
     model: LoadedModel,
     pairs: Sequence[Pair],
@@ -182,7 +188,7 @@ def score_pairs(
     spans.sort(key=lambda s: -len(s.tokens))  # long ones first: short ones fill the gaps
     width = min(longest, -(-len(spans[0].tokens) // WIDTHS) * WIDTHS)
     for score in Scorer(model, width, sequences)(spans):
-        out[score.key] = score
+        out[_number(score)] = score
         done(score)
     return out
 
@@ -221,7 +227,7 @@ def evaluate(
     with Bar("Evaluating", sum(lengths), progress) as bar:
 
         def advance(score: Score) -> None:
-            bar.advance(len(pairs[score.key].context) + score.count)
+            bar.advance(len(pairs[_number(score)].context) + score.targets)
 
         scores = iter(score_pairs(opened.model, pairs, sequences, done=advance))
     details = [_details(q, [next(scores) for _ in q.choices]) for q in questions]
@@ -251,6 +257,6 @@ def _details(question: Question, scores: list[Score]) -> dict[str, Any]:
         "choices": question.choices,
         "answer": question.answer,
         "loglikelihoods": likelihoods.tolist(),
-        "tokens": [score.count for score in scores],
+        "tokens": [score.targets for score in scores],
         **{name: int(pick == question.answer) for name, pick in picks.items()},
     }

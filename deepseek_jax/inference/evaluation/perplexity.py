@@ -42,7 +42,9 @@ class ReadSoFar:
 def default_window(opened: Opened) -> int:
     """The length that a run was trained with, else the model's longest, and at most MAX_WINDOW."""
     longest = min(opened.model.config.max_position_embeddings, MAX_WINDOW)
-    return min(longest, opened.run.train.sequence_length) if opened.trained else longest
+    if opened.run and opened.trained:
+        return min(longest, opened.run.train.sequence_length)
+    return longest
 
 
 def of_text(
@@ -109,6 +111,7 @@ def of_held_out(
       UserError: the run holds nothing out, or its data cannot be read.
     """
     run = opened.run
+    assert run is not None
     if run.data.eval_fraction == 0:
         raise UserError(
             "--text is missing, and this run holds no documents out: config.data.eval_fraction=0. Name a "
@@ -210,7 +213,7 @@ def _measure(
 
     nll, tokens = 0.0, 0
     for score in scorer(spans()):
-        nll, tokens = nll + score.nll, tokens + score.count
+        nll, tokens = nll + score.nll, tokens + score.targets
     if not tokens:
         raise UserError(f"{where} holds no token that can be predicted. Give more text.")
     mean = nll / tokens
@@ -234,7 +237,7 @@ def _document(
     size: int,
     where: str,
 ) -> Iterator[np.ndarray] | None:
-    """The token ids of the next document with any, part by part after the prefix; None where there are no more."""
+    """The token ids of the next document with any, part by part after the prefix; None after the last."""
     for first in pieces:
         bar.advance(first.read)
         if len(first.tokens):
@@ -254,8 +257,10 @@ def _document(
                 )
             so_far.bytes += piece.bytes
             yield piece.tokens
-            if piece.last or (piece := next(pieces, None)) is None:
+            following = None if piece.last else next(pieces, None)
+            if following is None:
                 return
+            piece = following
             bar.advance(piece.read)
 
     return parts()

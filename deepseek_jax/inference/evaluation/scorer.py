@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
     key: Hashable
     nll: float  # sum of -log p(target), nats
-    count: int  # targets
+    targets: int
     greedy: bool  # whether each target is the likeliest token
 
 
