@@ -86,20 +86,22 @@ def write_notes(source: HfTensors, model: ModelConfig, family: str, folder: str)
     """Writes what is known of a checkpoint, its tokenizer and chat template into a folder."""
     copy_files(source.folder, folder)
     notes = notes_of(source, model, family)
+    value = {
+        "family": notes.family,
+        "model": dataclasses.asdict(notes.model),
+        "dtypes": notes.dtypes,
+    }
     with open(os.path.join(folder, NOTES), "w", encoding="utf-8") as f:
-        f.write(
-            dump(
-                {
-                    "family": notes.family,
-                    "model": dataclasses.asdict(notes.model),
-                    "dtypes": notes.dtypes,
-                }
-            )
-        )
+        f.write(dump(value))
 
 
 def copy_files(source: str, target: str, files: Sequence[str] = FILES) -> None:
-    """Copies config.json, tokenizer and chat templates, as far as they are there."""
+    """Copies config.json, tokenizer and chat templates, as far as they are there.
+
+    Args:
+      source, target: folders.
+      files: names of what is copied beside the templates.
+    """
     for name in files:
         if os.path.isfile(os.path.join(source, name)):
             shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
@@ -108,14 +110,15 @@ def copy_files(source: str, target: str, files: Sequence[str] = FILES) -> None:
         os.makedirs(os.path.join(target, TEMPLATES), exist_ok=True)
         for name in sorted(os.listdir(templates)):
             if name.endswith(".jinja"):
-                shutil.copyfile(
-                    os.path.join(templates, name), os.path.join(target, TEMPLATES, name)
-                )
+                copy = os.path.join(target, TEMPLATES, name)
+                shutil.copyfile(os.path.join(templates, name), copy)
 
 
 def model_files(folder: str) -> Iterator[str]:
-    """The files that a checkpoint or a run's folder is made of, which no output may replace; of a run all
-    below its own folders."""
+    """The files that a checkpoint or a run's folder is made of, which no output may replace.
+
+    Of a run they are all below its own folders.
+    """
     folder = os.path.expanduser(folder)
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
@@ -132,7 +135,7 @@ def model_files(folder: str) -> Iterator[str]:
 
 
 def read_notes(workdir: str) -> SourceNotes | None:
-    """Of WORKDIR/hf, or None without one.
+    """What is known of the checkpoint that a run began with, by WORKDIR/hf; None without one.
 
     Raises:
       UserError: it is damaged.
@@ -143,9 +146,8 @@ def read_notes(workdir: str) -> SourceNotes | None:
     try:
         value = bounded_json.read(path, NOTES, MAX_CONFIG)
         model = from_config_dict({"model": value["model"]}).model
-        return SourceNotes(
-            str(value["family"]), model, {str(k): str(v) for k, v in value["dtypes"].items()}
-        )
+        dtypes = {str(k): str(v) for k, v in value["dtypes"].items()}
+        return SourceNotes(str(value["family"]), model, dtypes)
     except (BadFile, UserError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"{path} cannot be read ({e}). Import the checkpoint again into another folder."
@@ -169,7 +171,13 @@ def is_untrained(workdir: str, checkpoints: str, local_dir: str = "") -> bool:
 
 
 def dtype_of(name: str, dtypes: dict[str, str], default: str) -> np.dtype:
-    """What a tensor is stored as. The selection bias is float32 in every release."""
+    """What a tensor is stored as. The selection bias is float32 in every release.
+
+    Args:
+      name: of the tensor.
+      dtypes: as SourceNotes.
+      default: of those that are not named.
+    """
     if name.endswith("e_score_correction_bias"):
         default = "float32"
     return np.dtype(dtypes.get(name) or dtypes.get(pattern(name)) or default)
