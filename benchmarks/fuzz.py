@@ -21,7 +21,7 @@ from deepseek_jax.checkpoint import integrity, local, manifest, sharded
 from deepseek_jax.checkpoint.manifest import Manifest
 from deepseek_jax.plan import options
 from deepseek_jax.tensorfile import bounded_json, header
-from deepseek_jax.tensorfile.arrays import Shape
+from deepseek_jax.tensorfile.arrays import TensorSpec
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
 SLOW, LARGE = 1.0, 1 << 26  # seconds and bytes of one call
@@ -96,13 +96,13 @@ def run(seconds: float, seed: int) -> tuple[int, list[str]]:
 def _targets(folder: str) -> list[tuple[str, Callable[[bytes], object], list[bytes]]]:
     """Name, parser of bytes, and good files of each."""
     tensors = {
-        "params/a": Shape((2, 3), np.dtype(np.float32)),
-        "step": Shape((), np.dtype(np.int32)),
-        "empty": Shape((0, 7), np.dtype(np.uint8)),
+        "params/a": TensorSpec((2, 3), np.dtype(np.float32)),
+        "step": TensorSpec((), np.dtype(np.int32)),
+        "empty": TensorSpec((0, 7), np.dtype(np.uint8)),
     }
     path = os.path.join(folder, "file")
     with open(path, "wb") as f:
-        header.write_header(f, tensors, {"format": "pt"})
+        f.write(header.encode(tensors))
         f.write(bytes(sum(t.nbytes for t in tensors.values())))
     with open(path, "rb") as f:
         good = f.read()

@@ -126,14 +126,14 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
 
     for batch in batches:
         print(f"{batch} texts ...", file=sys.stderr)
-        prompts = rng.integers(2, loaded.model.vocab_size, (batch, own.prompt)).tolist()
+        prompts = rng.integers(2, loaded.config.vocab_size, (batch, own.prompt)).tolist()
         threads[batch] = quickest_threads(lambda: of_theirs(prompts, 1 + own.tokens // 4))
         times: dict[str, dict[str, list[float]]] = {
             name: {"prefill": [], "decode": []} for name in ("ours", "theirs")
         }
         same = []
         for turn in range(own.turns + 1):  # the first is to warm up
-            prompts = rng.integers(2, loaded.model.vocab_size, (batch, own.prompt)).tolist()
+            prompts = rng.integers(2, loaded.config.vocab_size, (batch, own.prompt)).tolist()
             answers = {}
             for name, run in (("ours", of_ours), ("theirs", of_theirs)):
                 first, _ = run(prompts, 1)

@@ -29,7 +29,7 @@ from deepseek_jax.data.documents import find_files, split_paths
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf.provenance import model_files
 from deepseek_jax.inference.evaluation import choices, perplexity
-from deepseek_jax.inference.evaluation.scoring import Scorer
+from deepseek_jax.inference.evaluation.scorer import Scorer
 from deepseek_jax.inference.opener import Opened, open_model, parse_mesh
 from deepseek_jax.runtime import compile_cache
 

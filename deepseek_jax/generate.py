@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     opened = open_model(args.model, args.step, dtype, parse_mesh(args.mesh))
     model, encoder = opened.model, opened.encoder()
-    longest, depth = model.model.max_position_embeddings, model.model.num_nextn_predict_layers
+    longest, depth = model.config.max_position_embeddings, model.config.num_nextn_predict_layers
     if args.draft_tokens and not depth:
         raise UserError(
             f"--draft-tokens={args.draft_tokens} needs multi-token prediction layers, and {args.model} has none "

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 from deepseek_jax.evaluation import perplexity
-from deepseek_jax.evaluation.scoring import Scorer
+from deepseek_jax.inference.evaluation.scorer import Scorer
 from deepseek_jax.hf.importing import import_
 from deepseek_jax.hf.opening import open_model
 

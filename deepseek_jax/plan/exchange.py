@@ -6,8 +6,7 @@ from typing import NamedTuple
 from deepseek_jax.config.options import Config
 from deepseek_jax.experts.rounds import slots_per_round
 from deepseek_jax.parallel.mesh import BATCH_AXES
-
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+from deepseek_jax.parallel.xla_options import ITEM_BYTES
 
 
 class Buffers(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from deepseek_jax.checkpoint import integrity
-from deepseek_jax.checkpoint.finder import RUN_ID, LocalRun
-from deepseek_jax.checkpoint.folder import Folder
+from deepseek_jax.checkpoint.finder import has_steps
+from deepseek_jax.checkpoint.folder import Folder, steps_in
 from deepseek_jax.cluster.exchange import from_first
 from deepseek_jax.config.options import Config, ModelConfig, changes_shapes
 from deepseek_jax.errors import UserError
@@ -93,23 +93,6 @@ def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
                 f"config.model.{name}={now[name]} differs from {was} of the checkpoint in "
                 f"{checkpoints(workdir, config)}. Set config.model.{name}={was} to go on with it, or name another --workdir."
             )
-
-
-def steps_in(folder: str) -> list[int]:
-    """The steps of the checkpoints in a folder, here or remote, that need not exist."""
-    try:
-        return Folder(folder, read_only=True).steps()
-    except UserError:
-        return []
-
-
-def _has_local(folder: str, local_dir: str) -> bool:
-    """Whether this host has checkpoints of kind `local` of the run whose others are in `folder`."""
-    name = os.path.join(folder, RUN_ID)
-    if not local_dir or "://" in folder or not os.path.exists(name):
-        return False
-    with open(name, encoding="utf-8") as f:
-        return bool(LocalRun(local_dir, os.path.basename(f.read().strip()), read_only=True).steps())
 
 
 def newest_extra(folder: str) -> dict[str, Any]:
@@ -223,8 +206,7 @@ def options(workdir: str) -> dict[str, Any]:
 
 def has_checkpoints(workdir: str, config: Config) -> bool:
     """Whether the run in a folder has saved one, as far as this host sees."""
-    folder = checkpoints(workdir, config)
-    return bool(steps_in(folder)) or _has_local(folder, config.checkpoint.local_dir)
+    return has_steps(checkpoints(workdir, config), config.checkpoint.local_dir)
 
 
 def read_config(workdir: str) -> dict[str, Any]:

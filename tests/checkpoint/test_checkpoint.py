@@ -78,7 +78,7 @@ def abstract(tree: dict, mesh: jax.sharding.Mesh) -> dict:
 
 def assert_same_bits(got: dict, want: dict) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -106,9 +106,8 @@ def test_bits_survive_a_change_of_mesh_twice(tmp_path):
             ).restore(abstract(state, mesh))
             assert_same_bits(got, state)
             assert got_extra == extra
-            for leaf, spec in zip(
-                jax.tree.leaves(got), jax.tree.leaves(SPECS, is_leaf=lambda s: isinstance(s, P))
-            ):
+            specs = jax.tree.leaves(SPECS, is_leaf=lambda s: isinstance(s, P))
+            for leaf, spec in zip(jax.tree.leaves(got), specs, strict=True):
                 assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
             again = Checkpointer(str(tmp_path / str(i + 1)), options=CheckpointConfig(keep=2))
             again.save(1, got, got_extra)

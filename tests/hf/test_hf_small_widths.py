@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
 from deepseek_jax import hf
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import engine, weights
-from tests.support import conversion, hf_variants
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+conversion = pytest.importorskip("tests.support.conversion")
+hf_variants = pytest.importorskip("tests.support.hf_variants")
 
 SHAPES = dict(
     vocab_size=64,

@@ -80,7 +80,7 @@ def test_greedy_tokens_are_those_of_transformers(variant, folder_of):
     """A batch of two lengths, and with it that a row does not depend on the other."""
     theirs, folder = folder_of(variant)
     model = hf.load(folder)
-    prompts = prompts_of(model.model, 5, 19)
+    prompts = prompts_of(model.config, 5, 19)
     assert model.generate(prompts, TOKENS, stop_ids=()) == [
         expected(theirs, p, TOKENS) for p in prompts
     ]
@@ -93,18 +93,18 @@ def test_what_the_cache_holds(folder_of):
         ("llama", [(1, 2, 64, 12)] * 2),
     ):
         model = hf.load(folder_of(variant)[1])
-        if model.model.num_key_value_heads is None:
-            assert shapes == [(1, 64, model.model.kv_lora_rank + model.model.qk_rope_head_dim)]
+        if model.config.num_key_value_heads is None:
+            assert shapes == [(1, 64, model.config.kv_lora_rank + model.config.qk_rope_head_dim)]
         notes = []
         run = Engine(model.layout, model.mesh, model.params, model.bias, note=notes.append)
         with jax.set_mesh(model.mesh):
             _, caches = run.prefill(np.ones((1, 16), np.int32), np.asarray([9], np.int32), 64)
         layers = [layer for group in caches for layer in group]
-        assert len(layers) == model.model.num_hidden_layers and all(
+        assert len(layers) == model.config.num_hidden_layers and all(
             [a.shape for a in layer] == shapes for layer in layers
         )
         numbers = sum(a.size for layer in layers for a in layer)
-        assert cache.describe(model.model, len(layers), 1, 64, 4) == (
+        assert cache.describe(model.config, len(layers), 1, 64, 4) == (
             f"{numbers // len(layers) // 64} numbers a token and layer, {len(layers)} layers, {numbers * 4 / 1e3:.1f} kB for 1 x 64 tokens"
         )
     assert [cache.bucket(n, 64) for n in (1, 64, 65, 129, 193, 257, 400)] == [
