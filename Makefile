@@ -56,7 +56,7 @@ test-slow: $(TEST_STAMP) ## run the tests that `make test` leaves out: whole run
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 prove: $(STAMP) ## train the tiny model whole and check that it reaches the loss its config states
-	$(VENV)/bin/python -m benchmarks.tiny $(ARGS)
+	$(VENV)/bin/python -m benchmarks tiny $(ARGS)
 
 storm: $(STAMP) ## kill, stop and damage runs by the dozen, and count what was lost (20 minutes; ARGS='--kills=10' for fewer)
 	$(VENV)/bin/python -m benchmarks storm $(ARGS)

@@ -13,18 +13,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from benchmarks import compile as compile_time
-from benchmarks import (
-    floor,
-    gpu_bench,
-    gpu_parts,
-    gpu_train,
-    hf_copy,
-    moe,
-    overhead,
-    shapes,
-    vocabulary,
-)
+from benchmarks.gpu import bench as gpu_bench
+from benchmarks.gpu import parts as gpu_parts
+from benchmarks.gpu import train as gpu_train
+from benchmarks.speed import compile as compile_time
+from benchmarks.speed import floor, hf_copy, moe, overhead, vocabulary
+from benchmarks.support import shapes
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import (
     IGNORE,
@@ -142,7 +136,7 @@ def test_gpu_bench_needs_few_packages():
         "import sys\nclass Block:\n def find_spec(self, name, *_):\n"
         "  if name.split('.')[0] in ('ml_collections', 'grain', 'tensorboardX'): raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "import benchmarks.__main__, benchmarks.gpu_bench as b\nassert 'jax' not in sys.modules\nimport benchmarks.gpu_parts\n"
+        "import benchmarks.__main__, benchmarks.gpu.bench as b\nassert 'jax' not in sys.modules\nimport benchmarks.gpu.parts\n"
         "sys.argv = ['b', '--part=versions', '--toy']\nsys.exit(b.main())"
     )
     done = subprocess.run(

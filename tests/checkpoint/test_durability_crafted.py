@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from benchmarks import fuzz
+from benchmarks.durability import fuzz
 from deepseek_jax.checkpoint import __main__ as command
 from deepseek_jax.checkpoint import full, local, manifest
 from deepseek_jax.checkpoint.manifest import Manifest

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from benchmarks import corruption
+from benchmarks.durability import corruption
 from deepseek_jax.checkpoint import checkpoint, folder, full, manifest, sharded
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import CheckpointConfig, Config, DataConfig

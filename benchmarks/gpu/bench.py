@@ -38,12 +38,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import gpu_tables
+from benchmarks import ROOT
+from benchmarks.gpu import tables as gpu_tables
 from deepseek_jax.cli import arguments
 from deepseek_jax.cluster import gpus
 from deepseek_jax.plan import options
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 OUT = ROOT / "benchmarks" / "results" / "gpu_bench"
 # Of every part; what one does not need, the next may. Together below eight minutes.
@@ -96,9 +95,9 @@ def has_gpu() -> bool:
 
 def part(name: str, toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
     """The results of one part, in this process. `out`: where a compiler keeps what it found."""
-    from benchmarks import (
-        gpu_parts,
-    )  # imports JAX, which the process that starts the parts must not
+    from benchmarks.gpu import (
+        parts as gpu_parts,  # imports JAX, which the process that starts the parts must not
+    )
 
     for row in gpu_parts.PARTS[name](toy, out):
         yield {"part": name, **row}
@@ -118,7 +117,7 @@ def run(
                 continue
             command = [
                 "-m",
-                "benchmarks.gpu_peer",
+                "benchmarks.gpu.peer",
                 *(str(trained[k]) for k in ("layers", "batch_size", "sequence_length")),
                 *(["--toy"] if toy else []),
             ]

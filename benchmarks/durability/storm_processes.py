@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks import faults
-from benchmarks.faults import INTERVAL, Process, Tally
+from benchmarks.durability import faults
+from benchmarks.durability.faults import INTERVAL, Process, Tally
 
 LIMIT = 600.0  # seconds for what takes some
 HEARTBEAT = 10.0  # seconds of silence after which a process is lost

@@ -23,8 +23,8 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import turns
-from benchmarks.attention import compute_dtype
+from benchmarks.speed.attention import compute_dtype
+from benchmarks.support import turns
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig

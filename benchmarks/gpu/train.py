@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import shapes
+from benchmarks.support import shapes
 from deepseek_jax.config.options import (
     IGNORE,
     Config,

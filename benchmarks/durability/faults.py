@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parents[1]
+from benchmarks import ROOT
 
 INTERVAL = 5  # steps between checkpoints
 # Losses do not depend on how many steps are planned, so that runs of different lengths can be compared.

@@ -15,7 +15,7 @@ routing weights and expert weights; float32 on CPUs, bfloat16 on GPUs:
 
 balanced: every expert has the same load. zipf: experts are chosen with probabilities in proportion to 1/rank. All are checked to
 agree. --module adds the whole layer of model/moe.py (router and statistics too) on a routing of its own. --floor adds the least that the
-instructions of ours could take on this CPU, as benchmarks/floor.py counts it: its products, each alone, and the bytes of all else at a copy's speed.
+instructions of ours could take on this CPU, as benchmarks/speed/floor.py counts it: its products, each alone, and the bytes of all else at a copy's speed.
 """
 
 import json
@@ -31,8 +31,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from benchmarks import floor, turns
-from benchmarks.attention import compute_dtype
+from benchmarks.speed import floor
+from benchmarks.speed.attention import compute_dtype
+from benchmarks.support import turns
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import some_of
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, MoeConfig
@@ -295,7 +296,7 @@ def measure(shape: Shape, load: str, own: Any) -> dict[str, Any]:
 
 
 def least_of(program: turns.Program, runs: int = 3) -> dict[str, float]:
-    """Seconds that the products and the other instructions of a program take at least (benchmarks/floor.py)."""
+    """Seconds that the products and the other instructions of a program take at least (benchmarks/speed/floor.py)."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(runs):

@@ -3,7 +3,7 @@
   python -m benchmarks compile [--layers=61] [--against=8] [--devices=1,8] [--turns=3] [--shape=small] [--json]
 
 Each measurement is a process of its own without a compilation cache, on CPU devices; the two depths run in turns. Timed apart: tracing
-and lowering (JAX, Python), and compiling (XLA). Model: a shape of benchmarks/shapes.py with that number of layers, the first dense; 8
+and lowering (JAX, Python), and compiling (XLA). Model: a shape of benchmarks/support/shapes.py with that number of layers, the first dense; 8
 devices are fsdp 4 x expert 2. The bar is on the median over turns of the ratio of the whole; CPU seconds of the process, which other work
 on the machine disturbs less, are printed as well.
 """
@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
-from benchmarks import shapes, turns
-from benchmarks.step import run_json
+from benchmarks.speed.step import run_json
+from benchmarks.support import shapes, turns
 from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.config.options import Config, MeshConfig
 from deepseek_jax.errors import UserError

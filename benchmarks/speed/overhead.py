@@ -32,7 +32,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import shapes, turns
+from benchmarks.support import shapes, turns
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import CheckpointConfig, Config, MeshConfig
 from deepseek_jax.data.loader import Loader
@@ -56,7 +56,7 @@ def main() -> int:
         "--shape",
         choices=shapes.NAMES,
         default="mid",
-        help="Of benchmarks/shapes.py, on one device; not with --config.",
+        help="Of benchmarks/support/shapes.py, on one device; not with --config.",
     )
     parser.add_argument("--rounds", type=int, default=3, help="Runs of the loop.")
     parser.add_argument(

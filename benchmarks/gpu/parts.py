@@ -17,9 +17,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from benchmarks import attention as attention_bench
-from benchmarks import turns
-from benchmarks.gpu_train import Row, tiny, train, why
+from benchmarks.gpu.train import Row, tiny, train, why
+from benchmarks.speed import attention as attention_bench
+from benchmarks.support import turns
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.attention import cudnn, interface
 from deepseek_jax.runtime import compile_cache

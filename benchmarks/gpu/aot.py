@@ -13,12 +13,12 @@ Exit code 1 if a check fails; it is named. Nothing is executed: times and NCCL's
 """
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
 
-from benchmarks import arrays, collectives, strategies
+from benchmarks import ROOT
+from benchmarks.memory import arrays, collectives, strategies
 from deepseek_jax.cli import texts
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import Config
@@ -28,7 +28,7 @@ from deepseek_jax.xla import program
 
 HARDWARE = topology.HARDWARE["h200"]
 SLACK = 1.05  # bytes may be this multiple of the least
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 
 # (config, devices, options of its own). One sequence a GPU in a micro-batch; the batch of 2,048 as configs/v3.py says.
 FULL_SIZE = (

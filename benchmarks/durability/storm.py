@@ -19,8 +19,8 @@ import sys
 import tempfile
 import time
 
-from benchmarks import faults, storm_processes
-from benchmarks.faults import INTERVAL, Process, Tallies
+from benchmarks.durability import faults, storm_processes
+from benchmarks.durability.faults import INTERVAL, Process, Tallies
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import some_of
 from deepseek_jax.plan import options
@@ -84,7 +84,7 @@ def run(folder: pathlib.Path, parts: list[str], kills: int, rounds: int, seed: i
     """Everything in `folder`. `say` is told of progress."""
 
     def damaged_files() -> Tallies:
-        from benchmarks import corruption
+        from benchmarks.durability import corruption
 
         (folder / "corruption").mkdir()
         say("damaged files")

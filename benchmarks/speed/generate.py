@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import turns
+from benchmarks.support import turns
 from deepseek_jax import hf
 from deepseek_jax.cli import arguments, texts
 from deepseek_jax.cli.arguments import numbers

@@ -1,6 +1,6 @@
 """Trains configs/tiny.py whole and compares its held-out loss with the one that its docstring states.
 
-python -m benchmarks.tiny [--config.seed=1 ...]      further options go to train.py; exit code 1 if the loss is off
+python -m benchmarks tiny [--config.seed=1 ...]      further options go to train.py; exit code 1 if the loss is off
 """
 
 import json
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).parents[1]
+from benchmarks import ROOT
 
 
 def main() -> int:
@@ -49,7 +49,3 @@ def stated(text: str) -> tuple[float, float]:
         r"([\d.]+) nats a token = [\d.]+ bits a byte, within ([\d.]+) nats", " ".join(text.split())
     )
     return float(found[1]), float(found[2])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import shapes, turns
+from benchmarks.support import shapes, turns
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import turns
-from benchmarks.checkpoint import memory
+from benchmarks.durability.checkpoint import memory
+from benchmarks.support import turns
 from deepseek_jax.cli import arguments
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import __main__ as commands

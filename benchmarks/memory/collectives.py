@@ -31,8 +31,8 @@ from typing import Any
 
 import jax
 
-from benchmarks import arrays
-from benchmarks.strategies import variants
+from benchmarks.memory import arrays
+from benchmarks.memory.strategies import variants
 from deepseek_jax.cli import texts
 from deepseek_jax.config.configdict import base_config
 from deepseek_jax.config.options import Config

@@ -2,7 +2,7 @@
 
   python -m benchmarks floor [--shape=mid] [--dtype=float32] [--remat=dots] [--steps=3] [--json]
 
-Traces the compiled step (shapes: benchmarks/shapes.py) and adds up its instructions by part of the model. Beside the measured time of
+Traces the compiled step (shapes: benchmarks/support/shapes.py) and adds up its instructions by part of the model. Beside the measured time of
 matmuls stand two ideals: their FLOPs at the speed of this machine's best square matmul, and the time of the very same products alone (same
 shapes, nothing else running, best of some runs). Beside all other instructions stands the time to read their operands and to write
 their results once, at the speed at which this machine copies an array of that many bytes. What a slice or a gather takes of an
@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import shapes, turns
-from benchmarks.step import matmul_peak
+from benchmarks.speed.step import matmul_peak
+from benchmarks.support import shapes, turns
 from deepseek_jax.cli import texts
 from deepseek_jax.model.count import count
 from deepseek_jax.plan import options, topology

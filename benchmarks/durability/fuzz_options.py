@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.random_options import DEVICES, differing, draw
+from benchmarks.durability.random_options import DEVICES, differing, draw
 from deepseek_jax import enough_threads
 from deepseek_jax.config.options import Config
 from deepseek_jax.config.validation import validate

@@ -7,7 +7,7 @@ Times: median of turns, for as many sequences as make --tokens, at least one; fl
 of the compiled programs for one sequence, forward and backward together. Programs with more temporaries than --memory are
 compiled and not run. The bars, printed below the table: temporary bytes linear in the length; no slower than plain at the first
 length, quicker at the others. --module measures the whole MultiHeadLatentAttention with either, at the widths of the shape
-"mid" (benchmarks/shapes.py), and how much of it is not attention itself.
+"mid" (benchmarks/support/shapes.py), and how much of it is not attention itself.
 
 All benchmarks run with huge pages, as train.py does: without them page faults of fresh memory are a large part of what is
 measured, most of all of plain attention.
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks import turns
+from benchmarks.support import turns
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig

@@ -2,7 +2,7 @@
 
   python -m benchmarks step [--shape=mid] [--steps=6] [--turns=3] [--dtype=float32] [--remat=dots] [--peer[=SCRIPT]] [--json]
 
-Shapes: benchmarks/shapes.py. Each turn is a process of its own: it compiles the step, makes one step that does not count, times `steps`
+Shapes: benchmarks/support/shapes.py. Each turn is a process of its own: it compiles the step, makes one step that does not count, times `steps`
 steps (with the copy of their rows to the device), and then times square matmuls of the compute dtype: the best size is the peak.
 Model FLOPs a token: 6 per active matmul weight (embedding look-up, norms, router and recomputation not counted; the head counted) plus
 causal attention, counted once: 3 * layers * heads * (query width + value width) * sequence_length (deepseek_jax/model/count.py).
@@ -24,7 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import shapes
+from benchmarks import ROOT
+from benchmarks.support import shapes
 from deepseek_jax.cli import arguments
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.count import count
@@ -32,9 +33,6 @@ from deepseek_jax.plan import options, topology
 from deepseek_jax.train.state import init_state
 from deepseek_jax.train.step import put_batch
 
-ROOT = pathlib.Path(__file__).parents[1]
-
-PEER = ROOT.parent / "shared" / "peers" / "bench_hf_torch.py"
 PEER_STEPS_BEFORE = 2  # that do not count: its second step is still slow
 
 
@@ -55,9 +53,8 @@ def main() -> int:
     parser.add_argument(
         "--peer",
         type=arguments.path,
-        nargs="?",
-        const=str(PEER),
-        help="Run this program in turns with ours.",
+        metavar="SCRIPT",
+        help="Run this program in turns with ours: it takes --preset, --steps, --warmup, --threads and --dtype.",
     )
     parser.add_argument("--once", action="store_true", help="One turn, in this process.")
     own = parser.parse_args()

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.strategies import random_batch
+from benchmarks.memory.strategies import random_batch
 from deepseek_jax import enough_threads
 from deepseek_jax.cli import texts
 from deepseek_jax.config.options import Config
