@@ -20,7 +20,8 @@ from typing import Any
 
 import jax
 
-from benchmarks.support import shapes, turns
+from benchmarks.support import shapes
+from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
@@ -28,14 +29,13 @@ from deepseek_jax.cli import arguments
 from deepseek_jax.cli.texts import gb
 from deepseek_jax.config.options import CheckpointConfig
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.plan import options
 from deepseek_jax.tensorfile.arrays import bytes_of
 from deepseek_jax.train.state import init_state, make_layout, to_tree
 from deepseek_jax.train.step import make_train_step, put_batch
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--shape", choices=shapes.NAMES, default="mid", help="Model of the state.")
     parser.add_argument("--every", type=int, default=20, help="Steps between saves.")
     parser.add_argument(
@@ -59,7 +59,7 @@ def main() -> int:
         os.makedirs(args.folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         result = measure(args.shape, args.every, args.turns, args.kind, folder)
-    print(json.dumps(result, indent=2) if args.json else text(result))
+    report(args, result, text)
     return 0
 
 
@@ -74,7 +74,7 @@ def measure(shape: str, every: int, count: int, kind: str, folder: str) -> dict[
         checkpoints = Checkpointer(
             os.path.join(folder, "checkpoints"), options=_options(kind, folder)
         )
-        result = {"shape": shape, "kind": kind, "state_bytes": size, **turns.machine()}
+        result = {"shape": shape, "kind": kind, "state_bytes": size, **machine()}
         if count:
             batch = put_batch(shapes.rows(config, 1)[0], config.micro_batch, mesh)
             step = jax.jit(make_train_step(config, layout), donate_argnums=0)

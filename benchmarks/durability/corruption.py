@@ -7,7 +7,6 @@ one byte changed or is exchanged with another, at a random place; the newest goo
 what was saved. `rounds` is how often each fault meets each kind of file. Wrong results must be 0.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.support.report import Parser, report
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
 from deepseek_jax.cli import arguments
 from deepseek_jax.config.options import CheckpointConfig
 from deepseek_jax.errors import UserError
-from deepseek_jax.plan import options
 
 COUNTS = ("tried", "detected", "survived", "steps_lost", "wrong")
 STEPS = (1, 2, 3)
@@ -249,7 +248,7 @@ def text(result: dict[str, dict[str, int]]) -> str:
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--rounds", type=int, default=20, help="Tries of each fault on each kind of file."
     )
@@ -262,5 +261,5 @@ def main() -> int:
         os.makedirs(args.folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         result = run(folder, args.rounds, args.seed)
-    print(json.dumps(result, indent=2) if args.json else text(result))
+    report(args, result, text)
     return int(any(r["wrong"] or r["detected"] < r["tried"] for r in result.values()))

@@ -10,7 +10,6 @@ that nobody disturbed. Exit code 1 if anything is wrong. Random choices come fro
 """
 
 import dataclasses
-import json
 import pathlib
 import random
 import resource
@@ -18,12 +17,13 @@ import signal
 import sys
 import tempfile
 import time
+from typing import Any
 
 from benchmarks.durability import faults, storm_processes
 from benchmarks.durability.faults import INTERVAL, Process, Tallies
+from benchmarks.support.report import Parser, report
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import some_of
-from deepseek_jax.plan import options
 
 PARTS = ("kills", "signals", "disk", "processes", "corruption")
 START, STEP, SAVE = (
@@ -35,7 +35,7 @@ LIMIT = 600.0  # seconds for what takes some
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--kills", type=int, default=50, help="Kills of the one run, and up to 4 signals."
     )
@@ -55,21 +55,25 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="storm.") as name:
         found = run(pathlib.Path(name), args.only, args.kills, args.rounds, args.seed, say)
     result = {name: dataclasses.asdict(tally) for name, tally in found.items()}
-    bad = sum(t["wrong"] + max(t["tried"] - t["survived"], 0) for t in result.values())
-    print(
-        json.dumps(
-            {"seconds": round(time.monotonic() - began), "interval": INTERVAL, "faults": result},
-            indent=2,
-        )
-        if args.json
-        else table(result)
+    seconds = round(time.monotonic() - began)
+    report(args, {"seconds": seconds, "interval": INTERVAL, "faults": result}, text)
+    return 1 if failures(result) else 0
+
+
+def failures(faults: dict[str, dict[str, int]]) -> int:
+    """Faults after which something was wrong, or that a run did not survive."""
+    return sum(t["wrong"] + max(t["tried"] - t["survived"], 0) for t in faults.values())
+
+
+def text(r: dict[str, Any]) -> str:
+    """The table for a person, and what it comes to."""
+    bad = failures(r["faults"])
+    tried = sum(t["tried"] for t in r["faults"].values())
+    verdict = f"{bad} NOT AS PROMISED" if bad else "nothing lost, nothing wrong"
+    return (
+        f"{table(r['faults'])}\n"
+        f"{tried} faults in {r['seconds']} s, a checkpoint every {r['interval']} steps: {verdict}"
     )
-    if not args.json:
-        print(
-            f"{sum(t['tried'] for t in result.values())} faults in {time.monotonic() - began:.0f} s, a checkpoint every {INTERVAL} steps: "
-            f"{'nothing lost, nothing wrong' if not bad else f'{bad} NOT AS PROMISED'}"
-        )
-    return 1 if bad else 0
 
 
 def table(result: dict[str, dict[str, int]]) -> str:

@@ -24,7 +24,6 @@ A GPU combines and reduce-scatters what XLA's CPU partitioner all-reduces and sl
 """
 
 import dataclasses
-import json
 import math
 import sys
 from typing import Any
@@ -33,6 +32,7 @@ import jax
 
 from benchmarks.memory import arrays
 from benchmarks.memory.strategies import variants
+from benchmarks.support.report import Parser, report
 from deepseek_jax.cli import texts
 from deepseek_jax.config.configdict import base_config
 from deepseek_jax.config.options import Config
@@ -61,7 +61,7 @@ OF_MODEL = ("embedding and head", "after the update")  # once a step, not in eve
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--devices", type=int, default=8, help="Devices in all.")
     parser.add_argument(
         "--hardware",
@@ -85,10 +85,7 @@ def main() -> int:
     for variant in [*variants(config, devices), *other_methods(config)]:
         print(f"{variant.sharding.canonical}, {variant.moe.dispatch} ...", file=sys.stderr)
         results.append(measure(variant, devices))
-        if not own.json:
-            print(text(results[-1]))
-    if own.json:
-        print(json.dumps(results, indent=2))
+    report(own, results, lambda results: "\n".join(map(text, results)))
     return 0
 
 

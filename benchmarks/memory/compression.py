@@ -10,7 +10,6 @@ machine's cores and have no slow link to spare, say nothing of a cluster.
 
 import contextlib
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.support.report import Parser, report
 from deepseek_jax.cli import texts
 from deepseek_jax.config.options import GRADIENT_COMPRESSIONS, Config
 from deepseek_jax.config.validation import validate
@@ -30,7 +30,7 @@ from deepseek_jax.xla import program
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--devices", type=int, default=2, help="CPU devices.")
     parser.add_argument("--steps", type=int, default=60, help="Steps of each run.")
     jax.config.update("jax_platforms", "cpu")
@@ -40,7 +40,7 @@ def main() -> int:
     for method in GRADIENT_COMPRESSIONS:
         print(f"{method} ...", file=sys.stderr)
         results.append(measure(variant(config, method), devices, own.steps))
-    print(json.dumps(results, indent=2) if own.json else text(results))
+    report(own, results, text)
     return 0
 
 

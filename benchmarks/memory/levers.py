@@ -13,7 +13,6 @@ their own to compare with.
 """
 
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import jax
 import numpy as np
 
 from benchmarks.memory.strategies import random_batch
+from benchmarks.support.report import Parser, report
 from deepseek_jax import enough_threads
 from deepseek_jax.cli import texts
 from deepseek_jax.config.options import Config
@@ -71,7 +71,7 @@ MEMORY = ("parameters", "gradients", "optimizer", "temporaries", "host", "total"
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--devices", type=int, default=2, help="Devices of the mesh.")
     parser.add_argument(
         "--hardware",
@@ -125,7 +125,7 @@ def main() -> int:
         row["step_seconds"] = (
             statistics.median(seconds[row["lever"]]) if seconds.get(row["lever"]) else None
         )
-    print(json.dumps(rows, indent=2) if own.json else text(rows, own.hardware))
+    report(own, rows, lambda rows: text(rows, own.hardware))
     return 0
 
 

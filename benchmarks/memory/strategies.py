@@ -10,7 +10,6 @@ GPU would reduce-scatter a dense weight's gradient, it all-reduces and slices.
 """
 
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.support.report import Parser, report
 from deepseek_jax.cli import texts
 from deepseek_jax.config.options import STRATEGIES, Config, MeshConfig
 from deepseek_jax.config.validation import validate
@@ -32,7 +32,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--devices", type=int, default=8, help="CPU devices.")
     parser.add_argument("--steps", type=int, default=5, help="Steps to time, after a first one.")
     parser.add_argument("--no-time", action="store_true", help="Compile only, run nothing.")
@@ -43,7 +43,7 @@ def main() -> int:
     for variant in variants(config, devices):
         print(f"{variant.sharding.strategy} ...", file=sys.stderr)
         rows.append(measure(variant, devices, 0 if own.no_time else own.steps))
-    print(json.dumps(rows, indent=2) if own.json else text(rows))
+    report(own, rows, text)
     return 0
 
 

@@ -13,7 +13,6 @@ All benchmarks run with huge pages, as train.py does: without them page faults o
 measured, most of all of plain attention.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,19 +24,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.support import turns
+from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
 from deepseek_jax.model.attention import interface
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.plan import options
 
 LINEAR = 1.1  # temporary bytes may grow by this much more than the length
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--lengths",
         type=numbers,
@@ -61,13 +60,13 @@ def main() -> int:
         print(f"{length} tokens ...", file=sys.stderr)
         rows.append((of_module if own.module else of_core)(length, own))
     result = {
-        "machine": turns.machine(),
+        "machine": machine(),
         "what": "module" if own.module else "attention",
         "dtype": str(compute_dtype()),
         "rows": rows,
         "bars": bars(rows),
     }
-    print(json.dumps(result, indent=2) if own.json else text(result))
+    report(own, result, text)
     return 0
 
 

@@ -18,17 +18,18 @@ from typing import Any
 import jax
 
 from benchmarks.speed.step import run_json
-from benchmarks.support import shapes, turns
+from benchmarks.support import shapes
+from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.config.options import Config, MeshConfig
 from deepseek_jax.errors import UserError
-from deepseek_jax.plan import options, topology
+from deepseek_jax.plan import topology
 
 BAR = 1.5
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--layers", type=int, default=61, help="Layers of the deep model.")
     parser.add_argument("--against", type=int, default=8, help="Layers of the other.")
     parser.add_argument(
@@ -78,7 +79,7 @@ def main() -> int:
             )
         rows.append(summary(devices, pairs))
     result = {
-        "machine": turns.machine(),
+        "machine": machine(),
         "shape": own.shape,
         "layers": own.layers,
         "against": own.against,
@@ -86,7 +87,7 @@ def main() -> int:
         "bar": BAR,
         "met": all(r["ratio"] <= BAR for r in rows),
     }
-    print(json.dumps(result, indent=2) if own.json else text(result))
+    report(own, result, text)
     return 0
 
 

@@ -10,7 +10,6 @@ operand counts, not all of it. The floor of a part is its matmuls, alone or as t
 are, so fusing more would lower it. Times of instructions that ran at once, on different cores, add up.
 """
 
-import json
 import math
 import re
 import statistics
@@ -24,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.speed.step import matmul_peak
-from benchmarks.support import shapes, turns
+from benchmarks.support import shapes
+from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.cli import texts
 from deepseek_jax.model.count import count
-from deepseek_jax.plan import options, topology
+from deepseek_jax.plan import topology
 from deepseek_jax.run import profile
 from deepseek_jax.train.state import init_state
 from deepseek_jax.train.step import put_batch
@@ -81,7 +81,7 @@ class Row(NamedTuple):
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--shape", choices=shapes.NAMES, default="mid", help=f"{', '.join(shapes.NAMES)}."
     )
@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="Steps to trace.")
     own = parser.parse_args()
     result = measure(own.shape, own.dtype, own.remat, own.steps)
-    print(json.dumps(result, indent=2) if own.json else text(result))
+    report(own, result, text)
     return 0
 
 
@@ -120,7 +120,7 @@ def measure(shape: str, dtype: str, remat: str, steps: int) -> dict[str, Any]:
     ).flops_per_token
     flops *= config.train.batch_size * config.train.sequence_length
     return {
-        "machine": turns.machine(),
+        "machine": machine(),
         "shape": shape,
         "dtype": dtype,
         "remat": remat,

@@ -9,7 +9,6 @@ float32 sums in another order may choose otherwise where two tokens are nearly a
 was quicker before the turns. It needs torch and transformers (the extra `test`).
 """
 
-import json
 import os
 import statistics
 import sys
@@ -21,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.support import turns
+from benchmarks.support.report import Parser, machine, report
 from deepseek_jax import hf
 from deepseek_jax.cli import arguments, texts
 from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.inference.generation.engine import Engine
-from deepseek_jax.plan import options
 
 BAR = 1.5  # times transformers' speed of decoding one text
 SHAPE = dict(
@@ -53,7 +52,7 @@ SHAPE = dict(
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--model",
         type=arguments.path,
@@ -73,7 +72,7 @@ def main() -> int:
     own = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(own.model or random_model(folder), own.batches, own)
-    print(json.dumps(result, indent=2) if own.json else text(result))
+    report(own, result, text)
     return 0
 
 
@@ -155,7 +154,7 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
         rows.append(row)
     parameters = sum(p.numel() for p in theirs.parameters())
     return {
-        "machine": turns.machine()
+        "machine": machine()
         | {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -181,7 +180,7 @@ def quickest_threads(run: Callable[[], Any]) -> int:
     import torch
 
     times = {}
-    for count in sorted({1, turns.machine()["cores"]}):
+    for count in sorted({1, machine()["cores"]}):
         torch.set_num_threads(count)
         run()
         started = time.perf_counter()

@@ -23,14 +23,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.durability.checkpoint import memory
-from benchmarks.support import turns
+from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.cli import arguments
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.hf import configuration, exporter, names, writer
 from deepseek_jax.hf.tensors import dump
 from deepseek_jax.inference.loaded import config_for
-from deepseek_jax.plan import options
 from deepseek_jax.run import importer
 from deepseek_jax.train.state import abstract_model
 
@@ -57,7 +56,7 @@ TOY = dict(
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="Of the checkpoint.")
     parser.add_argument("--turns", type=int, default=1, help="How often all are timed.")
     parser.add_argument(
@@ -78,7 +77,7 @@ def main() -> int:
         os.makedirs(args.folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         result = measure(args.gigabytes, args.turns, folder)
-    print(json.dumps(result, indent=2) if args.json else text(result))
+    report(args, result, text)
     return 0
 
 
@@ -95,7 +94,7 @@ def measure(gigabytes: float, count: int, folder: str, run: Any = None) -> dict[
             if name != "import":
                 shutil.rmtree(at(name))
         shutil.rmtree(at("import"))
-    out: dict[str, Any] = {"bytes": size, "bar": BAR, **turns.machine()}
+    out: dict[str, Any] = {"bytes": size, "bar": BAR, **machine()}
     for name, of in rows.items():
         out[name] = {key: statistics.median(r[key] for r in of) for key in of[0]} | {
             "turns": [r["seconds"] for r in of]

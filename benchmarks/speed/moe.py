@@ -18,7 +18,6 @@ agree. --module adds the whole layer of model/moe.py (router and statistics too)
 instructions of ours could take on this CPU, as benchmarks/speed/floor.py counts it: its products, each alone, and the bytes of all else at a copy's speed.
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from jax import lax
 from benchmarks.speed import floor
 from benchmarks.speed.attention import compute_dtype
 from benchmarks.support import turns
+from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import some_of
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, MoeConfig
@@ -41,7 +41,6 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.experts import dispatch
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.parallel.mesh import make_mesh, per_device
-from deepseek_jax.plan import options
 from deepseek_jax.run import profile
 from deepseek_jax.xla import hlo
 
@@ -67,7 +66,7 @@ class Shape(NamedTuple):
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--shapes",
         default="16x4096x2x512x256,64x2048x8x256x64",
@@ -101,12 +100,12 @@ def main() -> int:
             print(f"{shape.name}, {load} ...", file=sys.stderr)
             rows.append(measure(shape, load, own))
     result = {
-        "machine": turns.machine(),
+        "machine": machine(),
         "dtype": str(compute_dtype()),
         "rows": rows,
         "bars": bars(rows),
     }
-    print(json.dumps(result, indent=2) if own.json else text(result))
+    report(own, result, text)
     return 0
 
 

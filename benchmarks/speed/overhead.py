@@ -20,7 +20,6 @@ are noise where other programs run on the machine.
 """
 
 import dataclasses
-import json
 import os
 import queue
 import statistics
@@ -32,7 +31,8 @@ from typing import Any
 
 import jax
 
-from benchmarks.support import shapes, turns
+from benchmarks.support import shapes
+from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import CheckpointConfig, Config, MeshConfig
 from deepseek_jax.data.loader import Loader
@@ -51,7 +51,7 @@ BAR = 0.02
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--shape",
         choices=shapes.NAMES,
@@ -71,7 +71,7 @@ def main() -> int:
         own = parser.parse_args()
         config = dataclasses.replace(shapes.config(own.shape), mesh=MeshConfig(fsdp=1))
     result = measure(config, max(own.rounds, 1), max(own.steps, 4))
-    print(json.dumps(result, indent=2) if own.json else text(result))
+    report(own, result, text)
     return 0
 
 
@@ -190,7 +190,7 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
         "rounds": rounds,
         "steps": steps,
         "tokens": config.train.batch_size * config.train.sequence_length,
-        "machine": turns.machine(),
+        "machine": machine(),
     }
 
 

@@ -13,7 +13,6 @@ steadier figure on a busy machine.
 
 import json
 import os
-import pathlib
 import resource
 import statistics
 import subprocess
@@ -26,10 +25,11 @@ import jax.numpy as jnp
 
 from benchmarks import ROOT
 from benchmarks.support import shapes
+from benchmarks.support.report import Parser, report
 from deepseek_jax.cli import arguments
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.count import count
-from deepseek_jax.plan import options, topology
+from deepseek_jax.plan import topology
 from deepseek_jax.train.state import init_state
 from deepseek_jax.train.step import put_batch
 
@@ -37,7 +37,7 @@ PEER_STEPS_BEFORE = 2  # that do not count: its second step is still slow
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--shape", choices=shapes.NAMES, default="mid", help=f"{', '.join(shapes.NAMES)}."
     )
@@ -82,7 +82,7 @@ def main() -> int:
         )
         turns.append((ours, theirs))
     result = summary(turns)
-    print(json.dumps(result, indent=2) if own.json else text(result))
+    report(own, result, text)
     return 0
 
 

@@ -11,7 +11,6 @@ arrays of a chunk of tokens x vocabulary, whatever T is. The bars: from one numb
 gradient of the hidden states and its copy in chunks, 2 T D; and the time, the median over turns of the ratio, is at most 1.10 of plain's.
 """
 
-import json
 import sys
 import types
 from typing import Any
@@ -25,20 +24,20 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.speed.attention import compute_dtype
 from benchmarks.support import turns
+from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
 from deepseek_jax.objectives import pretrain
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
-from deepseek_jax.plan import options
 
 BAR = 1.10
 CONFIG = Config(mesh=MeshConfig(fsdp=1))
 
 
 def main() -> int:
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--tokens",
         type=numbers,
@@ -54,14 +53,14 @@ def main() -> int:
     with jax.set_mesh(make_mesh(CONFIG, jax.devices()[:1])):
         rows = [measure(t, v, own.width, own.turns) for v in own.vocab for t in own.tokens]
     result = {
-        "machine": turns.machine(),
+        "machine": machine(),
         "dtype": str(compute_dtype()),
         "width": own.width,
         "chunk": pretrain.LOSS_CHUNK,
         "rows": rows,
         "bars": bars(rows),
     }
-    print(json.dumps(result, indent=2) if own.json else text(result))
+    report(own, result, text)
     return 0
 
 

@@ -1,6 +1,5 @@
 """Programs timed in turns, so that what else the machine does falls on all alike."""
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -50,16 +49,3 @@ def medians(programs: dict[Any, Callable[[], Any]], turns: int) -> dict[Any, flo
 def ratio(times: dict[Any, list[float]], a: Any, b: Any) -> float:
     """How many times as long as b program a takes: the median over turns of `seconds`."""
     return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "device": device.device_kind,
-        "devices": jax.device_count(),
-        "cores": cores,
-        "jax": jax.__version__,
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
-    }
