@@ -51,6 +51,7 @@ from deepseek_jax.run.profile import Profiler
 from deepseek_jax.run.watchdog import Watchdog, end_alone
 from deepseek_jax.runtime import compile_cache
 from deepseek_jax.train import workdir
+from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import TrainState, init_state, make_layout, to_tree
 from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
 
@@ -135,9 +136,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
             progress.history,
         )
 
-        train_step = compile_cache.CompiledStep(
-            make_train_step(config, layout), mesh, compiler_options, say
-        )
+        train_step = CompiledStep(make_train_step(config, layout), mesh, compiler_options, say)
         if (resume_step or 0) < config.train.steps:
             train_step.compile_ahead(
                 layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0)

@@ -12,7 +12,7 @@ combined to about one message a layer, FSDP's flat parameter; what is not stays 
 XLA has one switch for the gathers of both passes: where the two options differ, gathers are ahead in both (`notes` says so).
 XLA's debug options are described in xla/debug_options_flags.cc; those used here are known to jaxlib 0.10.2 to
 0.12, the pipeliner's under two names. What a compiler does not know is dropped when the step is compiled
-(compilation.py).
+(train/compiled_step.py).
 """
 
 import os
