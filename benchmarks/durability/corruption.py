@@ -2,9 +2,10 @@
 
   python -m benchmarks corruption [--rounds=20] [--seed=0] [--folder=DIR] [--json]
 
-Three checkpoints of a small state are written of each kind. Then, again and again, a file of the newest is truncated, deleted, zeroed, has
-one byte changed or is exchanged with another, at a random place; the newest good checkpoint is restored and compared, bit for bit, with
-what was saved. `rounds` is how often each fault meets each kind of file. Wrong results must be 0.
+Three checkpoints of a small state are written of each kind. Then, again and again, a file of the
+newest is truncated, deleted, zeroed, has one byte changed or is exchanged with another, at a random
+place; the newest good checkpoint is restored and compared, bit for bit, with what was saved.
+`rounds` is how often each fault meets each kind of file. Wrong results must be 0.
 """
 
 import os
@@ -19,7 +20,7 @@ import numpy as np
 from benchmarks.support.report import Parser, report
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
-from deepseek_jax.cli import arguments
+from deepseek_jax.cli import arguments, texts
 from deepseek_jax.config.options import CheckpointConfig
 from deepseek_jax.errors import UserError
 
@@ -28,8 +29,9 @@ STEPS = (1, 2, 3)
 
 
 def run(folder: str, rounds: int, seed: int) -> dict[str, dict[str, int]]:
-    """Counts by fault and kind of checkpoint: tried; detected: it was said and the checkpoint kept aside; survived: an
-    earlier one was restored; steps_lost: by that, at most; wrong: what came back was not what had been saved.
+    """Counts by fault and kind of checkpoint: tried; detected: it was said and the checkpoint kept
+    aside; survived: an earlier one was restored; steps_lost: by that, at most; wrong: what came
+    back was not what had been saved.
 
     Args:
       folder: where to work; it is empty again afterwards. rounds: tries of each fault on each kind of file.
@@ -159,7 +161,10 @@ def _sharding(shape: tuple[int, ...]) -> jax.NamedSharding:
 
 def _state(step: int) -> dict:
     rng = np.random.default_rng(step)
-    weight = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def weight(*shape: int) -> np.ndarray:
+        return np.asarray(rng.standard_normal(shape), np.float32)
+
     return {
         "step": np.int32(step),
         "params": {"embed": weight(64, 16), "experts": {"up": weight(4, 16, 24)}},
@@ -211,7 +216,10 @@ def _exchange(top: str, file: str, rng: np.random.Generator) -> bool:
     others = [
         os.path.join(where, name) for where, _, names in os.walk(top) for name in sorted(names)
     ]
-    contents = lambda path: open(path, "rb").read()
+
+    def contents(path):
+        return open(path, "rb").read()
+
     others = [o for o in others if contents(o) != contents(here)]
     if not others:
         return False
@@ -232,19 +240,11 @@ FAULTS: dict[str, Callable[[str, str, np.random.Generator], bool]] = {
 
 
 def text(result: dict[str, dict[str, int]]) -> str:
-    rows = [
-        ("fault", *COUNTS),
-        *((name, *(str(counts[c]) for c in COUNTS)) for name, counts in result.items()),
-    ]
-    rows.append(("all", *(str(sum(r[c] for r in result.values())) for c in COUNTS)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    )
+    """The table for a person, with a last row of sums."""
+    rows = [["fault", *COUNTS]]
+    rows += [[name, *(str(counts[c]) for c in COUNTS)] for name, counts in result.items()]
+    rows.append(["all", *(str(sum(r[c] for r in result.values())) for c in COUNTS)])
+    return texts.table(rows)
 
 
 def main() -> int:

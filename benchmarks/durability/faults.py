@@ -1,4 +1,5 @@
-"""A small run for benchmarks and tests that kill it: its command, its process, its losses, and what became of faults."""
+"""A small run for benchmarks and tests that kill it: its command, its process, its losses, and what
+became of faults."""
 
 import collections
 import dataclasses
@@ -45,10 +46,13 @@ class Tally:
     """What became of one kind of fault."""
 
     tried: int = 0
-    detected: int = 0  # said by the program: the step it goes on from, the process that was lost, the file that is damaged
+    # said by the program: the step it goes on from, the process that was lost, the file that is
+    # damaged
+    detected: int = 0
     survived: int = 0  # the run went on from the newest whole checkpoint
     steps_lost: int = 0  # at most: made, logged and made again
-    wrong: int = 0  # losses that differ from the undisturbed run's, steps logged twice, checkpoints passed over
+    # losses that differ from the undisturbed run's, steps logged twice, checkpoints passed over
+    wrong: int = 0
 
     def lost(self, steps: int) -> None:
         self.steps_lost = max(self.steps_lost, steps)
@@ -120,13 +124,15 @@ class Process:
         self._reader.start()
 
     def _read(self) -> None:
+        assert self.popen.stdout is not None  # a pipe, see above
         for line in self.popen.stdout:
             with self._changed:
                 self.lines.append(line.rstrip("\n"))
                 self._changed.notify_all()
 
     def wait_for(self, pattern: str, timeout: float, first: int = 0) -> re.Match | None:
-        """The first line from number `first` on that has the pattern; None if the process ends, or time does, without one."""
+        """The first line from number `first` on that has the pattern; None if the process ends, or
+        time does, without one."""
         deadline, seen = time.monotonic() + timeout, first
         while True:
             with self._changed:
@@ -192,7 +198,8 @@ Row = tuple[
 
 
 def rows(workdir: pathlib.Path) -> tuple[dict[int, Row], int]:
-    """(rows of metrics.jsonl by step, how many steps it has twice). A row that a kill cut short, at the end, is none."""
+    """(rows of metrics.jsonl by step, how many steps it has twice). A row that a kill cut short, at
+    the end, is none."""
     out, twice = {}, 0
     path = workdir / "metrics.jsonl"
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
@@ -212,10 +219,12 @@ def differing(workdir: pathlib.Path, reference: dict[int, Row]) -> int:
 
 
 def newest_save(logged: int) -> int:
-    """The step of the newest checkpoint that had been begun for certain when the last row was of step `logged`.
+    """The step of the newest checkpoint that had been begun for certain when the last row was of
+    step `logged`.
 
-    The row of a step is written before its checkpoint begins, which first waits for the one before. That of this step may be lost with what
-    was not finished of it, so a run with asynchronous checkpoints goes on at most one interval before it.
+    The row of a step is written before its checkpoint begins, which first waits for the one before.
+    That of this step may be lost with what was not finished of it, so a run with asynchronous
+    checkpoints goes on at most one interval before it.
     """
     return max(logged - 1, 0) // INTERVAL * INTERVAL
 

@@ -2,13 +2,13 @@
 
   python -m benchmarks fuzz [--seconds=60] [--seed=0]
 
-The parsers of safetensors heads and indexes, manifests, pieces.json, Orbax's tree and `extra` get valid files with bytes changed, cut,
-repeated, exchanged between files, numbers made huge and keys doubled. A parser may take a file or refuse it as bad or newer; anything else, and
-any call that takes a second or 64 MB, is a failure. Prints executions and failures; exit code 1 if there are any.
+The parsers of safetensors heads and indexes, manifests, pieces.json, Orbax's tree and `extra` get
+valid files with bytes changed, cut, repeated, exchanged between files, numbers made huge and keys
+doubled. A parser may take a file or refuse it as bad or newer; anything else, and any call that
+takes a second or 64 MB, is a failure. Prints executions and failures; exit code 1 if there are any.
 """
 
 import json
-import os
 import struct
 import tempfile
 import time
@@ -16,6 +16,7 @@ import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
+from etils import epath
 
 from deepseek_jax.checkpoint import integrity, local, manifest, sharded
 from deepseek_jax.checkpoint.manifest import Manifest
@@ -61,7 +62,7 @@ def run(seconds: float, seed: int) -> tuple[int, list[str]]:
     executions = 0
     until = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
-        targets = _targets(folder)
+        targets = _targets(epath.Path(folder))
         seeds = [raw for _, _, raws in targets for raw in raws]
         tracemalloc.start()
         try:
@@ -93,29 +94,28 @@ def run(seconds: float, seed: int) -> tuple[int, list[str]]:
     return executions, failures
 
 
-def _targets(folder: str) -> list[tuple[str, Callable[[bytes], object], list[bytes]]]:
+def _targets(folder: epath.Path) -> list[tuple[str, Callable[[bytes], object], list[bytes]]]:
     """Name, parser of bytes, and good files of each."""
     tensors = {
         "params/a": Shape((2, 3), np.dtype(np.float32)),
         "step": Shape((), np.dtype(np.int32)),
         "empty": Shape((0, 7), np.dtype(np.uint8)),
     }
-    path = os.path.join(folder, "file")
-    with open(path, "wb") as f:
+    with (folder / "file").open("wb") as f:
         header.write_header(f, tensors, {"format": "pt"})
         f.write(bytes(sum(t.nbytes for t in tensors.values())))
-    with open(path, "rb") as f:
-        good = f.read()
+    good = (folder / "file").read_bytes()
 
-    def as_file(parse: Callable[[str], object], name: str = "file") -> Callable[[bytes], object]:
+    def as_file(parse: Callable[..., object], name: str = "file") -> Callable[[bytes], object]:
         def call(raw: bytes) -> object:
-            with open(os.path.join(folder, name), "wb") as f:
-                f.write(raw)
-            return parse(os.path.join(folder, name))
+            (folder / name).write_bytes(raw)
+            return parse(folder / name)
 
         return call
 
-    dump = lambda value: json.dumps(value).encode()
+    def dump(value: object) -> bytes:
+        return json.dumps(value).encode()
+
     index = dump(
         {
             "metadata": {"total_size": 28},
@@ -149,7 +149,7 @@ def _targets(folder: str) -> list[tuple[str, Callable[[bytes], object], list[byt
         }
     )
     for name in (manifest.NAME, sharded.INDEX, integrity.EXTRA):
-        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
     return [
         ("safetensors file", as_file(header.read), [good]),
         (

@@ -2,16 +2,16 @@
 
   python -m benchmarks fuzz_options [--count=150] [--seed=0] [--seconds=1800] [--compiled=10] [--case=N]
 
-Draws the sections model, moe, sharding, train, optimizer, fp16, offload and mesh, on up to eight CPU devices
-(random_options.py). A set that validation or the mesh refuses, by one line, is drawn again. Of every other
-the train step and the step of the evaluation are traced and lowered; of every tenth (--compiled) both are
-compiled and run, with a sample and, where generation serves the mesh, two answers; the loss must be a number.
-Anything that raises is a failure. Prints each failure with its seed and case, so that --case=N repeats it alone, then
-what was refused how often; exit code 1 if anything failed, or if there was no time for all.
+Draws the sections model, moe, sharding, train, optimizer, fp16, offload and mesh, on up to eight
+CPU devices (random_options.py). A set that validation or the mesh refuses, by one line, is drawn
+again. Of every other the train step and the step of the evaluation are traced and lowered; of every
+tenth (--compiled) both are compiled and run, with a sample and, where generation serves the mesh,
+two answers; the loss must be a number. Anything that raises is a failure. Prints each failure with
+its seed and case, so that --case=N repeats it alone, then what was refused how often; exit code 1
+if anything failed, or if there was no time for all.
 """
 
 import collections
-import itertools
 import os
 import sys
 import time
@@ -57,13 +57,17 @@ def run(
 
     Args:
       compiled: of every so many accepted sets one is compiled and run as well; 0: none.
-      note: is told the progress. first: number of the first case.
+      note: is told the progress.
+      first: number of the first case.
     """
     until = time.monotonic() + seconds
-    traced, ran, refused, failures = 0, 0, collections.Counter(), []
-    for case in itertools.count(first):
-        if traced + len(failures) >= count or time.monotonic() > until:
-            return Result(traced, ran, refused, failures)
+    traced = 0
+    ran = 0
+    refused: collections.Counter[str] = collections.Counter()
+    failures: list[str] = []
+    case = first - 1
+    while traced + len(failures) < count and time.monotonic() <= until:
+        case += 1
         config = draw(seed, case)
         try:
             mesh = accepted(config)
@@ -91,6 +95,7 @@ def run(
             f"case {case}: {traced} traced, {ran} of them run, {sum(refused.values())} refused, "
             f"{len(failures)} failures"
         )
+    return Result(traced, ran, refused, failures)
 
 
 def accepted(config: Config) -> jax.sharding.Mesh:
@@ -186,7 +191,10 @@ def main() -> int:
     enough_threads(DEVICES)
     # Compiling is most of the work: LLVM optimises less. XLA's passes and the partitioning are as ever.
     os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
-    note = lambda line: print(line, file=sys.stderr, flush=True)
+
+    def note(line):
+        return print(line, file=sys.stderr, flush=True)
+
     if args.case is not None:
         config = draw(args.seed, args.case)
         print(differing(config))

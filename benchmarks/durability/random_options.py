@@ -50,8 +50,12 @@ def differing(config: Config) -> str:
 def draw(seed: int, case: int) -> Config:
     """The options of one case. Not all of them fit together."""
     rng = np.random.default_rng([seed, case])
-    chance = lambda share: rng.random() < share
-    pick = lambda *values: values[int(rng.integers(len(values)))]
+
+    def chance(share):
+        return rng.random() < share
+
+    def pick(*values):
+        return values[int(rng.integers(len(values)))]
 
     def size(*sizes: int, of: int = 1) -> int:
         """One of the sizes, mostly made a multiple."""

@@ -1,12 +1,16 @@
 """Kills, stops and damages runs by the dozen, and counts what was lost: make storm.
 
-  python -m benchmarks storm [--kills=50] [--rounds=3] [--seed=0] [--only=kills,signals,disk,processes,corruption] [--json]
+  python -m benchmarks storm [--kills=50] [--rounds=3] [--seed=0]
+                             [--only=kills,signals,disk,processes,corruption] [--json]
 
-kills: ONE run on a CPU, killed at random instants (kill -9): while it starts, between checkpoints, while one is written; started again
-each time, by turns with config.checkpoint.async_checkpointing, where a save that is not done is lost too, and without, where one interval is
-all that may be. signals: SIGTERM and SIGINT to it. disk: no room for the last checkpoint. processes: runs of 2 and 4 processes under the launcher, one of which is killed or stopped (SIGSTOP).
-corruption: files of checkpoints cut short, deleted, zeroed, flipped. Losses of every step are compared, bit for bit, with a run
-that nobody disturbed. Exit code 1 if anything is wrong. Random choices come from --seed; instants are the machine's.
+kills: ONE run on a CPU, killed at random instants (kill -9): while it starts, between checkpoints,
+while one is written; started again each time, by turns with config.checkpoint.async_checkpointing,
+where a save that is not done is lost too, and without, where one interval is all that may be.
+signals: SIGTERM and SIGINT to it. disk: no room for the last checkpoint. processes: runs of 2 and 4
+processes under the launcher, one of which is killed or stopped (SIGSTOP). corruption: files of
+checkpoints cut short, deleted, zeroed, flipped. Losses of every step are compared, bit for bit,
+with a run that nobody disturbed. Exit code 1 if anything is wrong. Random choices come from --seed;
+instants are the machine's.
 """
 
 import dataclasses
@@ -49,9 +53,10 @@ def main() -> int:
     )
     args = parser.parse_args()
     began = time.monotonic()
-    say = lambda text: print(
-        f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True
-    )
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:6.0f} s] {text}", file=sys.stderr, flush=True)
+
     with tempfile.TemporaryDirectory(prefix="storm.") as name:
         found = run(pathlib.Path(name), args.only, args.kills, args.rounds, args.seed, say)
     result = {name: dataclasses.asdict(tally) for name, tally in found.items()}
@@ -173,7 +178,7 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
                 if kind == SAVE:
                     wait_for_save(workdir, p)
                 time.sleep(rng.uniform(0, 0.02 if kind == SAVE else 0.2))
-                p.kill(signal.SIGKILL if kind == STEP or kind == SAVE else kind)
+                p.kill(kind if isinstance(kind, signal.Signals) else signal.SIGKILL)
             code = p.wait(LIMIT)
         # What the life before it lost is known now.
         from_step = p.resumed_from()
@@ -209,13 +214,15 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
             least = faults.newest_save(logged) - (INTERVAL if asynchronous else 0)
         after_fault = name
         say(
-            f"{number + 1} of {len(kinds)}: {name}, after step {logged}; checkpoint {newest_or_zero(workdir)}{'; WRONG' if wrong else ''}"
+            f"{number + 1} of {len(kinds)}: {name}, after step {logged}; checkpoint "
+            f"{newest_or_zero(workdir)}{'; WRONG' if wrong else ''}"
         )
     return out
 
 
 def no_room(folder: pathlib.Path, say) -> Tallies:
-    """A run that may not write files of any length, as on a full disk, goes on to its last step and says so; then there is room again."""
+    """A run that may not write files of any length, as on a full disk, goes on to its last step and
+    says so; then there is room again."""
     out, text, env = faults.tallies(), faults.corpus(folder), faults.environment(folder)
     workdir, steps = folder / "room", 6 * INTERVAL
     say("no room for checkpoints")

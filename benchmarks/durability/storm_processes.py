@@ -1,4 +1,5 @@
-"""Runs of several processes under the launcher, one of which is killed or stopped: the part of the storm that `make storm` calls processes."""
+"""Runs of several processes under the launcher, one of which is killed or stopped: the part of the
+storm that `make storm` calls processes."""
 
 import os
 import pathlib
@@ -23,7 +24,8 @@ class Fault(NamedTuple):
     number: int  # the signal
 
     def name(self, count: int) -> str:
-        return f"{count} processes: {'SIGSTOP to' if self.number == signal.SIGSTOP else 'kill -9'} number {self.process}"
+        done = "SIGSTOP to" if self.number == signal.SIGSTOP else "kill -9"
+        return f"{count} processes: {done} number {self.process}"
 
 
 PLANS = {
@@ -49,7 +51,8 @@ def launched(count: int, arguments: list[str], *more: str) -> list[str]:
 
 
 def child(launcher: int, number: int) -> int:
-    """The pid of a launcher's process with this number. Pids are in no order: they begin anew at some point."""
+    """The pid of a launcher's process with this number. Pids are in no order: they begin anew at
+    some point."""
     pids = subprocess.run(
         ["pgrep", "-P", str(launcher)], capture_output=True, text=True
     ).stdout.split()
@@ -68,7 +71,8 @@ def disturb(
     workdir: pathlib.Path,
     say: Callable[[str], None] = print,
 ) -> faults.Tallies:
-    """Waits for some steps of every start, then does the next fault of the plan. The run goes on behind the last one."""
+    """Waits for some steps of every start, then does the next fault of the plan. The run goes on
+    behind the last one."""
     out = faults.tallies()
     done = line = 0
     for fault in plan:
@@ -98,7 +102,8 @@ def disturb(
         tally.wrong += done < faults.newest_save(logged) - INTERVAL
         tally.survived += 1
         say(
-            f"{fault.name(count)}: {'named, ' if named else 'NOT named, '}ended and started again within {time.monotonic() - began:.0f} s, "
+            f"{fault.name(count)}: {'named, ' if named else 'NOT named, '}ended and started again "
+            f"within {time.monotonic() - began:.0f} s, "
             f"step {logged} -> {done}"
         )
     return out

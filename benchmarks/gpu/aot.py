@@ -3,11 +3,13 @@
   make gpu-aot                                  or, with the extra gpu-aot installed:
   python -m benchmarks gpu_aot [--strategies-only]
 
-First four bfloat16 layers of 64 experts for 8 H200s, under every strategy and dispatch method, with the XLA options of train.py.
-Checked in each scheduled program: which weights are gathered, how gradients are reduced, that no more bytes move than the
-strategy needs, that tokens are exchanged twice a round in forward, that gathers and scatters have computation between start and end,
-and that no array holds every expert's work on every token, or attention scores of a whole sequence. Then configs/v3.py for 256 and
-2,048 H200s and configs/deepseek_7b.py for 8: bytes a device beside 141 GB. Takes 18 minutes on 2 cores and 4 GB of memory.
+First four bfloat16 layers of 64 experts for 8 H200s, under every strategy and dispatch method, with
+the XLA options of train.py. Checked in each scheduled program: which weights are gathered, how
+gradients are reduced, that no more bytes move than the strategy needs, that tokens are exchanged
+twice a round in forward, that gathers and scatters have computation between start and end, and that
+no array holds every expert's work on every token, or attention scores of a whole sequence. Then
+configs/v3.py for 256 and 2,048 H200s and configs/deepseek_7b.py for 8: bytes a device beside 141
+GB. Takes 18 minutes on 2 cores and 4 GB of memory.
 
 Exit code 1 if a check fails; it is named. Nothing is executed: times and NCCL's own memory need GPUs.
 """
@@ -30,7 +32,8 @@ HARDWARE = topology.HARDWARE["h200"]
 SLACK = 1.05  # bytes may be this multiple of the least
 CONFIGS = ROOT / "configs"
 
-# (config, devices, options of its own). One sequence a GPU in a micro-batch; the batch of 2,048 as configs/v3.py says.
+# (config, devices, options of its own). One sequence a GPU in a micro-batch; the batch of 2,048 as
+# configs/v3.py says.
 FULL_SIZE = (
     (
         "v3.py",
@@ -100,7 +103,10 @@ def check_step(check: Checks, config: Config, devices: list[Any]) -> None:
     r = collectives.measure(config, devices)
     strategy, method = r["strategy"], r["dispatch"]
     divided, reduced = r["parameters_divided"], r["gradients_divided"]
-    named = lambda text: f"{strategy}, {method}: {text}"
+
+    def named(text):
+        return f"{strategy}, {method}: {text}"
+
     groups = r["groups"]
 
     def said(group: str) -> str:
@@ -169,7 +175,7 @@ def check_step(check: Checks, config: Config, devices: list[Any]) -> None:
 
 def check_prefetch(check: Checks, base: Config, devices: list[Any]) -> None:
     """Compiles full_shard under FSDP's prefetch options and checks that each moves what it says."""
-    compiled = {}
+    compiled: list[dict[str, Any]] = []
     for forward, backward, limit in (
         (False, "none", True),
         (True, "none", True),
@@ -177,22 +183,23 @@ def check_prefetch(check: Checks, base: Config, devices: list[Any]) -> None:
         (True, "pre", True),
         (True, "pre", False),
     ):
-        asked = {
+        asked: dict[str, Any] = {
             "forward_prefetch": forward,
             "backward_prefetch": backward,
             "limit_all_gathers": limit,
         }
         name = ", ".join(f"{option}={value}" for option, value in asked.items())
-        asked = dataclasses.replace(base.sharding, strategy="full_shard", **asked)
-        r = compiled[forward, backward, limit] = collectives.measure(
-            dataclasses.replace(base, sharding=asked), devices
-        )
+        sharding = dataclasses.replace(base.sharding, strategy="full_shard", **asked)
+        r = collectives.measure(dataclasses.replace(base, sharding=sharding), devices)
+        compiled.append(r)
         print(
-            f"\n{name}: {r['gathered_ahead']:.0%} of the weights gathered and {r['reduced_behind']:.0%} of the gradients reduced outside the "
-            f"loop over layers, {r['in_flight']} collectives in flight, temporaries {texts.gb(r['temporaries'])}",
+            f"\n{name}: {r['gathered_ahead']:.0%} of the weights gathered and "
+            f"{r['reduced_behind']:.0%} of the gradients reduced outside the "
+            f"loop over layers, {r['in_flight']} collectives in flight, temporaries "
+            f"{texts.gb(r['temporaries'])}",
             flush=True,
         )
-    none, forward, post, both, free = compiled.values()
+    none, ahead, post, both, free = compiled
     check(
         "without prefetch nothing is gathered ahead",
         none["gathered_ahead"] == 0,
@@ -200,8 +207,8 @@ def check_prefetch(check: Checks, base: Config, devices: list[Any]) -> None:
     )
     check(
         "forward_prefetch gathers ahead",
-        forward["gathered_ahead"] > 0,
-        f"{forward['gathered_ahead']:.0%}",
+        ahead["gathered_ahead"] > 0,
+        f"{ahead['gathered_ahead']:.0%}",
     )
     check(
         "backward_prefetch=post reduces a layer later",
@@ -231,7 +238,8 @@ def show_size(file: str, count: int, given: tuple[str, ...]) -> None:
     mesh, layout = topology.lay_out(config, topology.gpu_devices(HARDWARE, count, 8))
     step = topology.compile_step(config, mesh, layout)
     m = program.memory(step.compiled)
-    over = m.total - HARDWARE.memory
+    room = HARDWARE.memory or 0
+    over = m.total - room
     found = [c for c in program.collectives(step.compiled.as_text(), mesh.shape) if not c.further]
     kinds = ", ".join(
         f"{kind} {texts.gb(n)}" for kind, n in program.by(found, lambda c: c.kind).items()
@@ -239,9 +247,10 @@ def show_size(file: str, count: int, given: tuple[str, ...]) -> None:
     verdict = "fits" if over <= 0 else f"does not fit, {texts.gb(over)} too much"
     took = f"traced in {step.lower_seconds:.0f} s, compiled in {step.compile_seconds:.0f} s"
     print(
-        f"""  mesh {" x ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1)}
-  {texts.gb(m.arguments)} of arguments + {texts.gb(m.temporaries)} of temporaries = {texts.gb(m.total)} of {texts.gb(HARDWARE.memory)}: {verdict}
-  receives {texts.gb(sum(c.bytes_a_step for c in found))} a step: {kinds}
-  {took}, {texts.gb(step.peak_bytes)} of memory so far""",
+        f"  mesh {' x '.join(f'{a} {n}' for a, n in mesh.shape.items() if n > 1)}\n"
+        f"  {texts.gb(m.arguments)} of arguments + {texts.gb(m.temporaries)} of temporaries"
+        f" = {texts.gb(m.total)} of {texts.gb(room)}: {verdict}\n"
+        f"  receives {texts.gb(sum(c.bytes_a_step for c in found))} per step: {kinds}\n"
+        f"  {took}, {texts.gb(step.peak_bytes or 0)} of memory so far",
         flush=True,
     )

@@ -107,7 +107,8 @@ def run(
     toy: bool, out: pathlib.Path | None, names: tuple[str, ...] = tuple(SECONDS)
 ) -> Iterator[Row]:
     """All parts: the toy's in this process, others each in its own."""
-    until, trained = time.perf_counter(), {}
+    until = time.perf_counter()
+    trained: Row = {}
     for name in names:
         until += SECONDS[name]
         seconds = max(1.0, until - time.perf_counter())
@@ -152,9 +153,8 @@ def environment(out: pathlib.Path | None) -> dict[str, str]:
 def lines_of(
     name: str, command: list[str], seconds: float, out: pathlib.Path | None = None
 ) -> Iterator[Row]:
-    """The JSON objects that a Python program prints, a line each, as they come; at last why it failed or was
-    ended, if so. What it says
-    on stderr is kept in FOLDER/NAME.log."""
+    """The JSON objects that a Python program prints, one per line, as they come; at last why it failed or
+    was ended, if so. What it says on stderr is kept in FOLDER/NAME.log."""
     deadline = time.monotonic() + seconds
     lines: queue.Queue[str | None] = queue.Queue()
     if out:
@@ -170,6 +170,7 @@ def lines_of(
         )
 
         def read() -> None:
+            assert p.stdout is not None  # a pipe
             for line in p.stdout:
                 lines.put(line.decode(errors="replace"))
             lines.put(None)

@@ -24,7 +24,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.model.attention import cudnn, interface
 from deepseek_jax.runtime import compile_cache
 
-# ------------------------------------------------------------------------------------------------------------- versions
+# ----------------------------------------------------------------------------------------- versions
 
 
 def versions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
@@ -52,7 +52,7 @@ def versions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
         }
 
 
-# -------------------------------------------------------------------------------------------------------------- experts
+# ------------------------------------------------------------------------------------------ experts
 
 PRODUCTS = {  # experts on the device, rows of all, hidden size, expert width
     "V2-Lite": (64, 24576, 2048, 1408),  # 4,096 tokens, 6 experts each
@@ -106,7 +106,8 @@ def experts(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
 
 
 def products(rows: int, e: int) -> dict[str, Callable]:
-    """(x [rows, D], w [E, D, F], sizes [E]) -> [rows, F], by method; a method that is not there raises when called."""
+    """(x [rows, D], w [E, D, F], sizes [E]) -> [rows, F], by method; a method that is not there
+    raises when called."""
 
     def equal_slots(x, w, sizes):
         return (
@@ -151,15 +152,18 @@ def products(rows: int, e: int) -> dict[str, Callable]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def attentions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
-    """Attention of V2-Lite's heads: blocks, cuDNN (on GPUs) and plain softmax; how far cuDNN is from blocks."""
+    """Attention of V2-Lite's heads: blocks, cuDNN (on GPUs) and plain softmax; how far cuDNN is
+    from blocks."""
     own = argparse.Namespace(
         heads=2 if toy else 16, qk=24 if toy else 192, v=16 if toy else 128, documents=1
     )
-    methods = {"blocks": functools.partial(interface.causal_attention, method="blocks")}
+    methods: dict[str, Callable] = {
+        "blocks": functools.partial(interface.causal_attention, method="blocks")
+    }
     if jax.default_backend() != "cpu":
         methods["cudnn"] = functools.partial(interface.causal_attention, method="cudnn")
     methods["plain"] = attention_bench.plain
@@ -182,7 +186,10 @@ def attentions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
                 }
                 gradients[method] = built["both"]()
                 if method == "cudnn" and "blocks" in gradients:
-                    largest = lambda a: jnp.max(jnp.abs(a)).astype(jnp.float32)
+
+                    def largest(a: jax.Array) -> jax.Array:
+                        return jnp.max(jnp.abs(a)).astype(jnp.float32)
+
                     pairs = zip(gradients["cudnn"], gradients["blocks"], strict=True)
                     row["cudnn_is_from_blocks"] = max(
                         float(largest(a - b) / largest(b)) for a, b in pairs

@@ -1,9 +1,11 @@
-"""transformers' DeepseekV2 in PyTorch on one CUDA card: the same layers, sequences and tokens as gpu_bench trains.
+"""transformers' DeepseekV2 in PyTorch on one CUDA card: the same layers, sequences and tokens as
+gpu_bench trains.
 
   python -m benchmarks.gpu.peer LAYERS BATCH LENGTH [--toy]      prints one line of JSON
 
-bfloat16 weights and AdamW moments (ours are float32: the peer has less to move), attention by sdpa, experts by grouped_mm,
-gradient checkpointing, as with `remat=full`. Nothing of JAX is imported: the card is the peer's alone.
+bfloat16 weights and AdamW moments (ours are float32: the peer has less to move), attention by sdpa,
+experts by grouped_mm, gradient checkpointing, as with `remat=full`. Nothing of JAX is imported: the
+card is the peer's alone.
 """
 
 import json

@@ -4,8 +4,10 @@ from typing import Any
 
 
 def text(rows: list[dict[str, Any]], bars: dict[str, Any]) -> str:
-    of = lambda part: [r for r in rows if r["part"] == part]
-    versions = next((r for r in of("versions") if "device" in r), {})
+    def of(part: str) -> list[dict[str, Any]]:
+        return [r for r in rows if r["part"] == part]
+
+    versions: dict[str, Any] = next((r for r in of("versions") if "device" in r), {})
     lines = [f"# One {versions.get('device', 'GPU')}", ""]
     if versions:
         lines += [
@@ -58,14 +60,20 @@ def text(rows: list[dict[str, Any]], bars: dict[str, Any]) -> str:
             else f"{row['tokens_per_s']:,.0f} tokens/s ({row['experts']})"
         )
         lines += [f"transformers in PyTorch: {said}", ""]
-    rate = lambda x: "" if x is None else f"{x:,.3g}"
+
+    def rate(x):
+        return "" if x is None else f"{x:,.3g}"
+
     lines += _table(
         of("experts"),
         ["grouped product", "method", "forward, TFLOP/s", "both gradients, TFLOP/s"],
         "forward_tflops",
         lambda r: [r["shape"], r["method"], rate(r["forward_tflops"]), rate(r.get("both_tflops"))],
     )
-    ms = lambda s: "" if s is None else f"{s * 1e3:,.3g} ms"
+
+    def ms(s):
+        return "" if s is None else f"{s * 1e3:,.3g} ms"
+
     lines += _table(
         of("attention"),
         ["attention, length", "method", "forward", "forward + backward"],

@@ -3,6 +3,7 @@ DeepSeek-V2-Lite with fewer layers."""
 
 import collections
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -41,7 +42,9 @@ from deepseek_jax.train.state import init_state, make_layout
 from deepseek_jax.train.step import put_batch
 from deepseek_jax.xla import program
 
-TOY = {
+Row = dict[str, Any]
+
+TOY: Row = {
     "vocab_size": 128,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -66,8 +69,6 @@ VARIANTS = (
     ("packed documents", "natural", "auto", "full"),
     ("packed documents", "balanced", "auto", "full"),
 )
-
-Row = dict[str, Any]
 
 
 def why(error: Exception) -> str:
@@ -313,7 +314,9 @@ def train(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
                 profiled = True
                 yield {
                     "what": "profile",
-                    "largest_costs": costs(lambda: run.steps(1), run.step.compiled.as_text()),
+                    "largest_costs": costs(
+                        functools.partial(run.steps, 1), run.step.compiled.as_text()
+                    ),
                 }
         except Exception as e:  # what this GPU or cuDNN refuses must not hide what the others reach
             yield row | {"failed": why(e)}

@@ -2,8 +2,9 @@
 
   python -m benchmarks picture WORKDIR/metrics.jsonl OUT.svg [--title=TEXT]
 
-Above: the training loss of every logged step, and the held-out loss of every evaluation. Below: max_violation, by how much the
-fullest expert of any layer exceeds the mean load (0 is even). docs/tiny.svg is drawn so from a run of configs/tiny.py.
+Above: the training loss of every logged step, and the held-out loss of every evaluation. Below:
+max_violation, by how much the fullest expert of any layer exceeds the mean load (0 is even).
+docs/tiny.svg is drawn so from a run of configs/tiny.py.
 """
 
 import json
@@ -79,8 +80,8 @@ def drawn(rows: list[dict[str, float]], title: str) -> str:
     upper = Panel(TOP, 245, *span([v for _, v in losses + held_out], floor=None), last)
     lower = Panel(285, HEIGHT - 36, *span([v for _, v in violations], floor=0.0), last)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
-        ' font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
+        f' width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         label(LEFT, 20, title, size=14),
         *axes(upper),

@@ -1,6 +1,8 @@
 """Trains configs/tiny.py whole and compares its held-out loss with the one that its docstring states.
 
-python -m benchmarks tiny [--config.seed=1 ...]      further options go to train.py; exit code 1 if the loss is off
+  python -m benchmarks tiny [--config.seed=1 ...]
+
+Further options go to train.py. Exit code 1 if the loss is off.
 """
 
 import json
@@ -37,7 +39,8 @@ def main() -> int:
     loss = [r["eval_loss"] for r in rows if "eval_loss" in r][-1]
     good = abs(loss - expected) <= tolerance
     print(
-        f"held-out loss {loss:.4f}, expected {expected} within {tolerance}: {'as stated' if good else 'NOT as stated'}"
+        f"held-out loss {loss:.4f}, expected {expected} within {tolerance}: "
+        f"{'as stated' if good else 'NOT as stated'}"
     )
     return 0 if good else 1
 
@@ -46,6 +49,8 @@ def stated(text: str) -> tuple[float, float]:
     """The held-out loss that the text states, and its tolerance; lines may be broken and indented
     anywhere."""
     found = re.search(
-        r"([\d.]+) nats a token = [\d.]+ bits a byte, within ([\d.]+) nats", " ".join(text.split())
+        r"([\d.]+) nats (?:a|per) token = [\d.]+ bits (?:a|per) byte, within ([\d.]+) nats",
+        " ".join(text.split()),
     )
+    assert found, "configs/tiny.py states no held-out loss"
     return float(found[1]), float(found[2])

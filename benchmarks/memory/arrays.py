@@ -1,4 +1,5 @@
-"""Arrays that a compiled step must not have: every expert's work on every token, and attention scores of whole sequences."""
+"""Arrays that a compiled step must not have: every expert's work on every token, and attention
+scores of whole sequences."""
 
 import math
 import re
@@ -11,8 +12,8 @@ from deepseek_jax.xla import hlo
 
 
 def stored(module: hlo.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(instruction, dtype, dimensions without ones) of all arrays that are written to memory, which those inside a fusion are
-    not, and of all matmuls, which are work wherever they are."""
+    """(instruction, dtype, dimensions without ones) of all arrays that are written to memory, which
+    those inside a fusion are not, and of all matmuls, which are work wherever they are."""
     callers = ("fusion", "reduce", "reduce-window", "scatter", "sort", "map")
     inside = {
         c
@@ -33,8 +34,9 @@ def stored(module: hlo.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 def too_large(text: str, config: Config, mesh_shape: Mapping[str, int]) -> dict[str, list[str]]:
     """What a device's program has of them, as "f32[...] name"; empty lists are as it should be.
 
-    every_expert_on_every_token: G x T rows or more, of the width of a token or of an expert, for this device's G experts and T tokens, but
-      for weights. The places of a round are a fraction of that: capacity_factor * K / E.
+    every_expert_on_every_token: G x T rows or more, of the width of a token or of an expert, for
+      this device's G experts and T tokens, but for weights. The places of a round are a fraction of
+      that: capacity_factor * K / E.
     whole_scores: heads x S x S numbers or more with a side that is S and another that is a multiple of it.
     """
     m, t = config.model, config.train
@@ -42,7 +44,8 @@ def too_large(text: str, config: Config, mesh_shape: Mapping[str, int]) -> dict[
     tokens = config.micro_batch * t.sequence_length // math.prod(mesh_shape[a] for a in BATCH_AXES)
     width = m.moe_intermediate_size // mesh_shape["tensor"]
     heads, length = m.num_attention_heads // mesh_shape["tensor"], t.sequence_length
-    # A dimension may hold all experts' widths side by side, as one product of a token with all experts has it.
+    # A dimension may hold all experts' widths side by side, as one product of a token with all
+    # experts has it.
     widths = {n * w: w for n in (experts, 1) for w in (m.hidden_size, width, 2 * width)}
     weight = experts * m.hidden_size * width // (mesh_shape["fsdp"] * mesh_shape["data"])
     found: dict[str, list[str]] = {"every_expert_on_every_token": [], "whole_scores": []}
@@ -50,7 +53,8 @@ def too_large(text: str, config: Config, mesh_shape: Mapping[str, int]) -> dict[
         size = math.prod(dims)
         said = f"{dtype}[{','.join(map(str, dims))}] {name}"
         of_width = [widths[d] for d in dims if d in widths]
-        # A weight has both widths; a gathered or reduced one, as flat as collectives like it, a whole number of its parts.
+        # A weight has both widths; a gathered or reduced one, as flat as collectives like it, a
+        # whole number of its parts.
         if (
             len(of_width) == 1
             and size // of_width[0] >= experts * tokens

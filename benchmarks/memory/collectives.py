@@ -1,26 +1,35 @@
-"""What one MoE layer communicates under every sharding strategy and dispatch method, beside the least it could.
+"""What one MoE layer communicates under every sharding strategy and dispatch method, beside the
+least it could.
 
-  python -m benchmarks collectives [--config=configs/tiny.py] [--devices=8] [--hardware=cpu|h200] [--json] [--config.KEY=...]
+  python -m benchmarks collectives [--config=configs/tiny.py] [--devices=8] [--hardware=cpu|h200]
+                                   [--json] [--config.KEY=...]
 
-Counts and bytes that a device receives come from the compiled step of a model of four of the config's MoE layers, divided by
-four: first dispatch round, one micro-batch. Without --config, a small layer on fsdp 4 x expert 2 (for GPUs a larger one).
---hardware=h200 compiles for GPUs; what that needs is in deepseek_jax.plan.
+Counts and bytes that a device receives come from the compiled step of a model of four of the
+config's MoE layers, divided by four: first dispatch round, one micro-batch. Without --config, a
+small layer on fsdp 4 x expert 2 (for GPUs a larger one). --hardware=h200 compiles for GPUs; what
+that needs is in deepseek_jax.plan.
 
 The least, with every byte moved once and all devices of a collective sharing the work:
 
-    weights, forward    sum over weights of w (1 - 1/n)        w bytes of a weight as a device uses it, in the dtype of its use;
-    weights, backward   the same; nothing with remat=none      n devices that it is stored over
-    gradients           sum of w (1 - 1/g) + 2 w/g (1 - 1/m)   reduce-scatter over the g devices that divide the gradient,
-                                                               all-reduce over the m others that have a part of it
-    tokens, forward     all_to_all  2 T K (X-1)/X rows         T tokens of a device, K experts a token, X devices on the expert
-                        all_gather  2 T (X-1) rows             axis, rows of hidden_size in the compute dtype
-                        ring        T (X-1) + T X rows         (tokens need not come home, their sums must)
-    tokens, backward    as many; and again those that bring rows to the experts, if remat does not keep them
-    embedding and head  as weights, forward, and gradients     once a step; the embedding in float32
-    after the update    sum over all weights of v (1 - 1/u)    v float32 bytes, u devices that only the optimizer divides it over
+    weights, forward    sum over weights of w (1 - 1/n)
+                        w bytes of a weight as a device uses it, n devices that it is stored over
+    weights, backward   the same; nothing with remat=none
+    gradients           sum of w (1 - 1/g) + 2 w/g (1 - 1/m)
+                        reduce-scatter over the g devices that divide the gradient,
+                        all-reduce over the m others that have a part of it
+    tokens, forward     all_to_all  2 T K (X-1)/X rows
+                        all_gather  2 T (X-1) rows
+                        ring        T (X-1) + T X rows: sums must come home, tokens need not
+                        T tokens per device, K experts per token, X devices on the expert axis,
+                        rows of hidden_size in the compute dtype
+    tokens, backward    as many, and those to the experts again unless remat keeps them
+    embedding and head  as weights, forward, and gradients, once per step; the embedding in float32
+    after the update    sum over all weights of v (1 - 1/u)
+                        v float32 bytes, u devices over which only the optimizer divides them
 
-all_to_all moves capacity_factor times as many rows, because places are fixed; weights of choices and counts come on top of rows.
-A GPU combines and reduce-scatters what XLA's CPU partitioner all-reduces and slices: dense gradients are twice the least on CPU.
+all_to_all moves capacity_factor times as many rows, because the capacity of an expert is fixed;
+    tokens, backward    as many; those to the experts again unless remat keeps them
+all-reduces and slices: dense gradients are twice the least on CPU.
 """
 
 import dataclasses
@@ -98,23 +107,24 @@ def get_config(arg: str) -> Any:
     c = base_config()
     m, t = c.model, c.train
     if arg == "small":
-        m.hidden_size, m.num_attention_heads, m.moe_intermediate_size = 256, 4, 128
-        t.batch_size, t.sequence_length, t.dtype = 8, 1024, "float32"
+        m.hidden_size = 256
+        m.num_attention_heads = 4
+        m.moe_intermediate_size = 128
+        t.batch_size = 8
+        t.sequence_length = 1024
+        t.dtype = "float32"
     else:
-        m.vocab_size, m.hidden_size, m.moe_intermediate_size, m.n_routed_experts = (
-            32000,
-            2048,
-            1408,
-            64,
-        )
-        (
-            m.num_attention_heads,
-            m.kv_lora_rank,
-            m.qk_nope_head_dim,
-            m.qk_rope_head_dim,
-            m.v_head_dim,
-        ) = 16, 512, 128, 64, 128
-        t.batch_size, t.sequence_length = 8, 1024
+        m.vocab_size = 32000
+        m.hidden_size = 2048
+        m.moe_intermediate_size = 1408
+        m.n_routed_experts = 64
+        m.num_attention_heads = 16
+        m.kv_lora_rank = 512
+        m.qk_nope_head_dim = 128
+        m.qk_rope_head_dim = 64
+        m.v_head_dim = 128
+        t.batch_size = 8
+        t.sequence_length = 1024
     c.mesh.expert = 2
     return c
 
@@ -124,7 +134,7 @@ def one_stack(config: Config) -> Config:
     model = dataclasses.replace(
         config.model, num_hidden_layers=LAYERS, first_k_dense_replace=0, num_nextn_predict_layers=0
     )
-    one_batch = {
+    one_batch: dict[str, Any] = {
         "batch_size": config.micro_batch,
         "accumulation": 1,
         "batch_ramp_start": 0,
@@ -151,7 +161,9 @@ def measure(
     compiled = topology.compile_step(config, mesh, layout, compiler_options).compiled
     found = program.collectives(compiled.as_text(), mesh.shape)
     least = least_bytes(config, mesh, layout)
-    rows = {group: {"collectives": {}, "bytes": 0.0, "least": least.get(group)} for group in GROUPS}
+    rows: dict[str, dict[str, Any]] = {
+        group: {"collectives": {}, "bytes": 0.0, "least": least.get(group)} for group in GROUPS
+    }
     biggest = max((c.bytes for c in found if c.part == "dispatch"), default=0)
     exchanges, again = 0, 0
     for c in found:
@@ -164,6 +176,8 @@ def measure(
                 kinds = rows[group]["collectives"]
                 kinds[c.kind] = kinds.get(c.kind, 0) + share * c.times / layers
                 rows[group]["bytes"] += share * c.bytes_a_step / layers
+    buffers = exchange.buffers(config, mesh.shape)
+    assert buffers is not None  # there is an expert axis
     return {
         "strategy": config.sharding.canonical,
         "dispatch": config.moe.dispatch,
@@ -177,7 +191,7 @@ def measure(
         "token_exchanges_forward": exchanges / LAYERS,
         "token_exchanges_further_round": again / LAYERS,
         "too_large": arrays.too_large(compiled.as_text(), config, mesh.shape),
-        "exchange": exchange.buffers(config, mesh.shape)._asdict(),
+        "exchange": buffers._asdict(),
         "temporaries": program.memory(compiled).temporaries,
     }
 
@@ -185,9 +199,10 @@ def measure(
 def _divisions(mesh: jax.sharding.Mesh, layout: Layout) -> dict[str, bool]:
     """What the layout divides over devices that use it whole."""
     used = sharding.specs(layout.abstract.params, sharding.COMPUTE_RULES)
-    size = lambda specs: sharding.bytes_per_device(
-        layout.abstract.params, sharding.shardings(specs, mesh)
-    )
+
+    def size(specs: Any) -> int:
+        return sharding.bytes_per_device(layout.abstract.params, sharding.shardings(specs, mesh))
+
     return {
         "parameters_divided": size(layout.param_specs) < size(used),
         "gradients_divided": size(layout.grad_specs) < size(used),
@@ -196,8 +211,9 @@ def _divisions(mesh: jax.sharding.Mesh, layout: Layout) -> dict[str, bool]:
 
 
 def _overlapped(found: list[program.Collective]) -> dict[str, float]:
-    """Of every kind, the share of the bytes that is scheduled with computation between start and end. Without those of embedding and head:
-    XLA gathers them at the start of a step, where nothing can be computed without them."""
+    """Of every kind, the share of the bytes that is scheduled with computation between start and
+    end. Without those of embedding and head: XLA gathers them at the start of a step, where nothing
+    can be computed without them."""
     found = [c for c in found if not c.further and c.part not in ("embed", "loss", "head")]
     total = program.by(found, lambda c: c.kind)
     beside = program.by((c for c in found if c.overlapped), lambda c: c.kind)
@@ -205,8 +221,8 @@ def _overlapped(found: list[program.Collective]) -> dict[str, float]:
 
 
 def _gathered_ahead(found: list[program.Collective]) -> float:
-    """Share of the weights' bytes in forward that is gathered outside the loop over layers: a loop that gathers the next layer's
-    weights during a layer has the first one's before it."""
+    """Share of the weights' bytes in forward that is gathered outside the loop over layers: a loop
+    that gathers the next layer's weights during a layer has the first one's before it."""
     weights = [
         c for c in found if c.kind == "all-gather" and c.phase == "forward" and c.part in WEIGHTS
     ]
@@ -216,8 +232,8 @@ def _gathered_ahead(found: list[program.Collective]) -> float:
 
 
 def _reduced_behind(found: list[program.Collective]) -> float:
-    """Share of the gradients' bytes that is reduced outside the loop over layers: a loop that reduces the last layer's gradients during
-    a layer leaves the first one's for after it."""
+    """Share of the gradients' bytes that is reduced outside the loop over layers: a loop that
+    reduces the last layer's gradients during a layer leaves the first one's for after it."""
     gradients = [
         c
         for c in found
@@ -318,5 +334,6 @@ def text(r: dict[str, Any]) -> str:
   token exchanges forward: {first} in the first round, {further} in each further one
   dispatch buffers: {buffer_rows} = {texts.gb(e["bytes"])}, whatever the routing;
   a ragged exchange must be ready for {e["ragged_rows"]} rows = {texts.gb(e["ragged_bytes"])}:
-  expert axis x tokens x min(experts a token, experts of a device). Temporaries of the step: {texts.gb(r["temporaries"])}.
+  expert axis x tokens x min(experts per token, experts of a device).
+  Temporaries of the step: {texts.gb(r["temporaries"])}.
 """

@@ -1,15 +1,19 @@
-"""Loss curves with gradients summed over replicas in float32, bfloat16 and int8, side by side, and the bytes that each sum costs.
+"""Loss curves with gradients summed over replicas in float32, bfloat16 and int8, side by side, and
+the bytes that each sum costs.
 
-  python -m benchmarks compression [--config=configs/tiny.py] [--devices=2] [--steps=60] [--json] [--config.KEY=...]
+  python -m benchmarks compression [--config=configs/tiny.py] [--devices=2] [--steps=60] [--json]
+                                   [--config.KEY=...]
 
-Trains the config once with every value of sharding.gradient_compression, on the same data from the same weights, under hybrid_shard on
-mesh.data=2 if the config has no replicas. Bytes are those that a device receives along `data` in a step (xla/program.py), read from the
-compiled programs: the sum of gradients, and all other collectives that go along `data` too. Times of CPU devices, which share this
-machine's cores and have no slow link to spare, say nothing of a cluster.
+Trains the config once with every value of sharding.gradient_compression, on the same data from the
+same weights, under hybrid_shard on mesh.data=2 if the config has no replicas. Bytes are those that
+a device receives along `data` in a step (xla/program.py), read from the compiled programs: the sum
+of gradients, and all other collectives that go along `data` too. Times of CPU devices, which share
+this machine's cores and have no slow link to spare, say nothing of a cluster.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
@@ -83,12 +87,15 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
     with jax.set_mesh(mesh), contextlib.closing(loop.batches(config, loader, mesh, 0)) as batches:
         state = init_state(config, layout)
         started = time.perf_counter()
-        for _, batch in zip(range(steps), batches):
+        for batch in itertools.islice(batches, steps):
             state, metrics = compiled(state, batch)
             losses.append(float(metrics.losses.loss))
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
-    total = lambda found: sum(c.bytes_a_step for c in found)
+
+    def total(found: list[program.Collective]) -> float:
+        return sum(c.bytes_a_step for c in found)
+
     return {
         "gradient_compression": config.sharding.gradient_compression,
         "strategy": config.sharding.canonical,
@@ -101,8 +108,14 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
     }
 
 
+def apart(losses: list[float], exact: list[float]) -> float:
+    """The mean difference of two loss curves."""
+    return statistics.mean(abs(a - b) for a, b in zip(losses, exact, strict=True))
+
+
 def text(results: list[dict[str, Any]]) -> str:
-    """The tables for a person: losses at some steps with their differences from the first column, then bytes."""
+    """The tables for a person: losses at some steps with their differences from the first column,
+    then bytes."""
     exact, steps = results[0]["losses"], len(results[0]["losses"])
     shown = sorted({0, *range(4, steps, max(steps // 12, 1)), steps - 1})
     names = [r["gradient_compression"] for r in results]
@@ -140,10 +153,11 @@ def text(results: list[dict[str, Any]]) -> str:
         )
     mesh = " x ".join(f"{a} {n}" for a, n in results[0]["mesh"].items())
     difference = [
-        f"{r['gradient_compression']} {sum(abs(a - b) for a, b in zip(r['losses'], exact)) / steps:.4f}"
-        for r in results[1:]
+        f"{r['gradient_compression']} {apart(r['losses'], exact):.4f}" for r in results[1:]
     ]
     return (
-        f"{results[0]['strategy']} on {mesh}\n\n{texts.table(curve)}\n\nMean difference of the losses from none's: {', '.join(difference)}.\n\n"
-        f"{texts.table(costs)}\n\nBytes that a device receives along data in a step; residual: what it stores."
+        f"{results[0]['strategy']} on {mesh}\n\n{texts.table(curve)}\n\nMean difference of the "
+        f"losses from none's: {', '.join(difference)}.\n\n"
+        f"{texts.table(costs)}\n\nBytes that a device receives along data in a step; residual: "
+        "what it stores."
     )

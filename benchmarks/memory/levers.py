@@ -1,15 +1,18 @@
 """What each memory lever does to the train step: bytes a device and step time, one row a lever.
 
-  python -m benchmarks levers [--config=configs/tiny.py] [--devices=2] [--hardware=here|h200] [--steps=7] [--only=offload,remat] [--config.KEY=...]
+  python -m benchmarks levers [--config=configs/tiny.py] [--devices=2] [--hardware=here|h200]
+                              [--steps=7] [--only=offload,remat] [--config.KEY=...]
 
-The first row is the config in float32 with train.remat=full; every other row changes what its name says. Parameters, gradients and
-optimizer state are what a device stores of them, from the state's layout; temporaries (gradients are among them), host and total are
-from the compiled program. XLA's CPU programs have one memory: there, what is offloaded is counted in the total as well, and
-the program compiled for H200s (--hardware=h200, needs the extra gpu-aot and no GPU) shows what it saves. Times are medians of steps on
-this machine's devices, all rows in turns, and ratios to the first row; CPU devices share its cores.
+The first row is the config in float32 with train.remat=full; every other row changes what its name
+says. Parameters, gradients and optimizer state are what a device stores of them, from the state's
+layout; temporaries (gradients are among them), host and total are from the compiled program. XLA's
+CPU programs have one memory: there, what is offloaded is counted in the total as well, and the
+program compiled for H200s (--hardware=h200, needs the extra gpu-aot and no GPU) shows what it
+saves. Times are medians of steps on this machine's devices, all rows in turns, and ratios to the
+first row; CPU devices share its cores.
 
-Without --config.mesh options the devices are on mesh.expert, by twos. Rows that compress gradients have replicas instead, and a row of
-their own to compare with.
+Without --config.mesh options the devices are on mesh.expert, by twos. Rows that compress gradients
+have replicas instead, and a row of their own to compare with.
 """
 
 import dataclasses
@@ -94,7 +97,8 @@ def main() -> int:
     devices = _devices(own.devices, own.hardware)
     if own.hardware == "h200" and not topology.has_gpu_compiler():
         raise UserError(
-            f"--hardware=h200 needs JAX's GPU compiler. Install it ({topology.INSTALL}), or leave --hardware out."
+            f"--hardware=h200 needs JAX's GPU compiler. Install it ({topology.INSTALL}), or leave "
+            "--hardware out."
         )
     variants = rows_of(
         config,
@@ -116,7 +120,7 @@ def main() -> int:
         except UserError as e:  # this config or mesh cannot have it, and the table says why
             row = {"refused": str(e)}
         rows.append({"lever": name, **row})
-    seconds = {name: [] for name in running}
+    seconds: dict[str, list[float]] = {name: [] for name in running}
     for turn in range(own.steps + 1 if own.steps else 0):
         for name, step in running.items():
             taken = step()
@@ -188,11 +192,9 @@ def measure(
         held["gradients"] = (
             held["gradients"] * np.dtype(config.train.accumulation_dtype).itemsize // 4
         )
-    here = (
-        topology.compile_step(config, mesh, layout).compiled
-        if hardware == "here" or timed
-        else None
-    )
+    here: Any = None
+    if hardware == "here" or timed:
+        here = topology.compile_step(config, mesh, layout).compiled
     compiled = here
     if hardware != "here":
         elsewhere = topology.gpu_devices(topology.HARDWARE[hardware], len(devices), 8)
@@ -238,4 +240,7 @@ def text(rows: list[dict[str, Any]], hardware: str) -> str:
     table = texts.table([["lever", *MEMORY, "a step", "ratio"], *map(cells, rows)])
     refused = "".join(f"\n{r['lever']}: {r['refused']}" for r in rows if "refused" in r)
     where = "compiled for H200s" if hardware == "h200" else "of this machine's devices"
-    return f"{table}\n\nBytes of one device; temporaries, host and total from the program {where}. Times: this machine's devices, in turns.{refused}"
+    return (
+        f"{table}\n\nBytes of one device; temporaries, host and total from the program {where}. "
+        f"Times: this machine's devices, in turns.{refused}"
+    )

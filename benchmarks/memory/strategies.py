@@ -1,12 +1,14 @@
 """Memory, communication and time of a train step under every sharding strategy.
 
-  python -m benchmarks strategies [--config=configs/tiny.py] [--devices=8] [--steps=5] [--no-time] [--json] [--config.KEY=...]
+  python -m benchmarks strategies [--config=configs/tiny.py] [--devices=8] [--steps=5] [--no-time]
+                                  [--json] [--config.KEY=...]
 
-For each strategy: bytes that a device stores (parameters, optimizer state) and sums (gradients), bytes of temporaries that the
-compiled step plans with, bytes that a device receives in a step by kind of collective, and the median time of real steps on this
-machine's CPU devices, which share its cores: times compare strategies here, not with GPUs. hybrid_shard runs on mesh.data=2 if
-the config has no replicas, because without them it is full_shard. XLA's CPU partitioner has no reduce-scatter of its own: where a
-GPU would reduce-scatter a dense weight's gradient, it all-reduces and slices.
+For each strategy: bytes that a device stores (parameters, optimizer state) and sums (gradients),
+bytes of temporaries that the compiled step plans with, bytes that a device receives in a step by
+kind of collective, and the median time of real steps on this machine's CPU devices, which share its
+cores: times compare strategies here, not with GPUs. hybrid_shard runs on mesh.data=2 if the config
+has no replicas, because without them it is full_shard. XLA's CPU partitioner has no reduce-scatter
+of its own: where a GPU would reduce-scatter a dense weight's gradient, it all-reduces and slices.
 """
 
 import dataclasses
@@ -140,6 +142,7 @@ def text(rows: list[dict[str, Any]]) -> str:
 
     rows_of_text = [["strategy", "mesh", *memory, *kinds, "received", "a step"], *map(cells, rows)]
     return (
-        f"{texts.table(rows_of_text)}\n\nBytes of one device: four columns of memory, then what it receives in a step "
+        f"{texts.table(rows_of_text)}\n\nBytes of one device: four columns of memory, then what "
+        "it receives in a step "
         f"(first dispatch round). Times: CPU devices that share this machine's cores."
     )

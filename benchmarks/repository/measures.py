@@ -2,8 +2,8 @@
 
   python -m benchmarks measures [--json] [--out=FILE]
 
-Code is train.py, configs/, deepseek_jax/ and benchmarks/; lines are counted where they are not empty. Exit code 1 if a measure is
-missed.
+Code is train.py, configs/, deepseek_jax/ and benchmarks/; lines are counted where they are not
+empty. Exit code 1 if a measure is missed.
 """
 
 import ast
@@ -146,13 +146,14 @@ def private() -> Measure:
 
 
 def token_axes() -> Measure:
-    """Places that name the axes of the batch where the axes that tokens vary over are meant: in reductions, and written out."""
+    """Places that name the axes of the batch where the axes that tokens vary over are meant: in
+    reductions, and written out."""
     found = []
     for p in code():
         for node in ast.walk(imports.tree(p)):
-            reduction = isinstance(node, ast.Call) and called(node) in REDUCTIONS
-            if reduction and any(getattr(a, "id", "") == "BATCH_AXES" for a in node.args[1:]):
-                found.append(f"{short(p)}:{node.lineno}")
+            if isinstance(node, ast.Call) and called(node) in REDUCTIONS:
+                if any(getattr(a, "id", "") == "BATCH_AXES" for a in node.args[1:]):
+                    found.append(f"{short(p)}:{node.lineno}")
             if isinstance(node, ast.Tuple) and p.name != "mesh.py":
                 if [getattr(e, "value", None) for e in node.elts] == ["data", "fsdp", "expert"]:
                     found.append(f"{short(p)}:{node.lineno}")

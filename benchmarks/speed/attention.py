@@ -1,18 +1,23 @@
-"""Causal attention, forward and backward, by sequence length, against plain softmax attention with whole scores.
+"""Causal attention, forward and backward, by sequence length, against plain softmax attention with
+whole scores.
 
-  python -m benchmarks attention [--lengths=512,1024,2048,4096,8192] [--tokens=4096] [--heads=8] [--qk=96] [--v=64]
+  python -m benchmarks attention [--lengths=512,1024,2048,4096,8192] [--tokens=4096] [--heads=8]
+                                 [--qk=96] [--v=64]
                                  [--documents=2] [--turns=5] [--module] [--json]
 
-Times: median of turns, for as many sequences as make --tokens, at least one; float32 on CPUs, bfloat16 on GPUs. Bytes: temporaries
-of the compiled programs for one sequence, forward and backward together. Programs with more temporaries than --memory are
-compiled and not run. The bars, printed below the table: temporary bytes linear in the length; no slower than plain at the first
-length, quicker at the others. --module measures the whole MultiHeadLatentAttention with either, at the widths of the shape
-"mid" (benchmarks/support/shapes.py), and how much of it is not attention itself.
+Times: median of turns, for as many sequences as make --tokens, at least one; float32 on CPUs,
+bfloat16 on GPUs. Bytes: temporaries of the compiled programs for one sequence, forward and backward
+together. Programs with more temporaries than --memory are compiled and not run. The bars, printed
+below the table: temporary bytes linear in the length; no slower than plain at the first length,
+quicker at the others. --module measures the whole MultiHeadLatentAttention with either, at the
+widths of the shape "mid" (benchmarks/support/shapes.py), and how much of it is not attention
+itself.
 
-All benchmarks run with huge pages, as train.py does: without them page faults of fresh memory are a large part of what is
-measured, most of all of plain attention.
+All benchmarks run with huge pages, as train.py does: without them page faults of fresh memory are a
+large part of what is measured, most of all of plain attention.
 """
 
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -104,8 +109,13 @@ def core_programs(f: Callable, sequences: int, length: int, own: Any) -> dict[st
     segments = jnp.broadcast_to(
         1 + jnp.arange(length) * own.documents // length, (sequences, length)
     )
-    call = lambda q, k, v, segments: f(q, k, v, segments, own.qk**-0.5)
-    both = lambda q, k, v, segments, dout: jax.vjp(lambda *a: call(*a, segments), q, k, v)[1](dout)
+
+    def call(q, k, v, segments):
+        return f(q, k, v, segments, own.qk**-0.5)
+
+    def both(q, k, v, segments, dout):
+        return jax.vjp(lambda q, k, v: call(q, k, v, segments), q, k, v)[1](dout)
+
     return {
         "forward": turns.compiled(call, q, k, v, segments),
         "both": turns.compiled(both, q, k, v, segments, dout),
@@ -171,9 +181,9 @@ def module_programs(sequences: int, length: int, own: Any) -> dict[str, turns.Pr
             positions = jnp.broadcast_to(jnp.arange(length), x.shape[:2])
             return nnx.merge(graphdef, weights)(x, rope_tables(model, positions), segments)
 
-        both = lambda weights, x, segments: jax.vjp(lambda w, x: call(w, x, segments), weights, x)[
-            1
-        ](x)
+        def both(weights, x, segments):
+            return jax.vjp(lambda w, x: call(w, x, segments), weights, x)[1](x)
+
         return {
             "forward": turns.compiled(call, weights, x, segments),
             "both": turns.compiled(both, weights, x, segments),
@@ -191,9 +201,10 @@ def _row(
     }
     times = turns.seconds(runs, own.turns)
     row = {"length": length, "sequences": sequences, "temporaries_of_one": temporaries}
-    median = lambda name, part: (
-        statistics.median(times[name, part]) if (name, part) in times else None
-    )
+
+    def median(name, part):
+        return statistics.median(times[name, part]) if (name, part) in times else None
+
     row |= {
         f"{part}_s": {name: median(name, part) for name in built} for part in ("forward", "both")
     }
@@ -205,11 +216,10 @@ def _row(
 
 def bars(rows: list[dict[str, Any]]) -> dict[str, bool | None]:
     """What must hold; None where it cannot be said."""
-    steps = zip(rows, rows[1:])
     linear = [
         b["temporaries_of_one"]["ours"] / a["temporaries_of_one"]["ours"]
         <= LINEAR * b["length"] / a["length"]
-        for a, b in steps
+        for a, b in itertools.pairwise(rows)
     ]
     slower = [r["times_of_plain"] for r in rows]
     later = [t for t in slower[1:] if t is not None]
@@ -224,7 +234,10 @@ def bars(rows: list[dict[str, Any]]) -> dict[str, bool | None]:
 
 def text(r: dict[str, Any]) -> str:
     """The table for a person."""
-    ms = lambda t: "not run" if t is None else f"{t * 1e3:,.1f} ms"
+
+    def ms(t):
+        return "not run" if t is None else f"{t * 1e3:,.1f} ms"
+
     head = [
         "length",
         "sequences",
@@ -236,9 +249,12 @@ def text(r: dict[str, Any]) -> str:
         "bytes of one",
         "plain's",
     ]
-    times = lambda row: [
-        ms(row[part][name]) for part in ("forward_s", "both_s") for name in ("ours", "plain")
-    ]
+
+    def times(row):
+        return [
+            ms(row[part][name]) for part in ("forward_s", "both_s") for name in ("ours", "plain")
+        ]
+
     lines = [head] + [
         [
             str(row["length"]),
@@ -260,6 +276,7 @@ def text(r: dict[str, Any]) -> str:
         ]
     said = {True: "met", False: "MISSED", None: "not measured"}
     return (
-        f"{r['what']}, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
+        f"{r['what']}, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} "
+        f"cores\n\n{texts.table(lines)}\n\n"
         + "\n".join(f"{said[met]}: {name}" for name, met in r["bars"].items())
     )

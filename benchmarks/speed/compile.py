@@ -1,11 +1,14 @@
-"""Compile time of the real train step with many layers against few: layers are scanned, so it should hardly depend on their number.
+"""Compile time of the real train step with many layers against few: layers are scanned, so it
+should hardly depend on their number.
 
-  python -m benchmarks compile [--layers=61] [--against=8] [--devices=1,8] [--turns=3] [--shape=small] [--json]
+  python -m benchmarks compile [--layers=61] [--against=8] [--devices=1,8] [--turns=3]
+                               [--shape=small] [--json]
 
-Each measurement is a process of its own without a compilation cache, on CPU devices; the two depths run in turns. Timed apart: tracing
-and lowering (JAX, Python), and compiling (XLA). Model: a shape of benchmarks/support/shapes.py with that number of layers, the first dense; 8
-devices are fsdp 4 x expert 2. The bar is on the median over turns of the ratio of the whole; CPU seconds of the process, which other work
-on the machine disturbs less, are printed as well.
+Each measurement is a process of its own without a compilation cache, on CPU devices; the two depths
+run in turns. Timed apart: tracing and lowering (JAX, Python), and compiling (XLA). Model: a shape
+of benchmarks/support/shapes.py with that number of layers, the first dense; 8 devices are fsdp 4 x
+expert 2. The bar is on the median over turns of the ratio of the whole; CPU seconds of the process,
+which other work on the machine disturbs less, are printed as well.
 """
 
 import dataclasses
@@ -50,7 +53,8 @@ def main() -> int:
     own = parser.parse_args()
     if min(own.layers, own.against) < 2:
         raise UserError(
-            f"--layers={own.layers} and --against={own.against} must both be 2 or more: the first layer is dense."
+            f"--layers={own.layers} and --against={own.against} must both be 2 or more: the first "
+            "layer is dense."
         )
     if own.once:
         print(json.dumps(measure(config_of(own.shape, own.layers, own.devices[0]), own.devices[0])))
@@ -116,7 +120,10 @@ def measure(config: Config, devices: int) -> dict[str, float]:
 
 def summary(devices: int, pairs: list[list[dict[str, float]]]) -> dict[str, Any]:
     """Medians over pairs (deep, shallow), and medians of their ratios."""
-    whole = lambda r: r["lower_s"] + r["compile_s"]
+
+    def whole(r):
+        return r["lower_s"] + r["compile_s"]
+
     row = {
         key: [statistics.median(pair[i][key] for pair in pairs) for i in (0, 1)]
         for key in ("lower_s", "compile_s", "cpu_s")
@@ -131,7 +138,8 @@ def summary(devices: int, pairs: list[list[dict[str, float]]]) -> dict[str, Any]
 
 def text(r: dict[str, Any]) -> str:
     lines = [
-        f"{r['shape']}, {r['layers']} layers against {r['against']}, cold, {r['machine']['device']}, {r['machine']['cores']} cores"
+        f"{r['shape']}, {r['layers']} layers against {r['against']}, cold, "
+        f"{r['machine']['device']}, {r['machine']['cores']} cores"
     ]
     for row in r["rows"]:
         (low, low_few), (xla, xla_few), (cpu, cpu_few) = (
@@ -140,7 +148,8 @@ def text(r: dict[str, Any]) -> str:
             row["cpu_s"],
         )
         lines.append(
-            f"  {row['devices']} device(s): trace and lower {low:.1f} s against {low_few:.1f}, compile {xla:.1f} s against {xla_few:.1f}: "
+            f"  {row['devices']} device(s): trace and lower {low:.1f} s against {low_few:.1f}, "
+            f"compile {xla:.1f} s against {xla_few:.1f}: "
             f"{row['ratio']:.2f}x (CPU seconds {cpu:.1f} against {cpu_few:.1f}: {row['cpu_ratio']:.2f}x)"
         )
     return "\n".join(lines) + f"\nbar {r['bar']}: {'met' if r['met'] else 'MISSED'}"

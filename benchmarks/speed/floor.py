@@ -1,13 +1,17 @@
-"""What a train step on a CPU costs by parts, and the least that each part could cost here: how near the step is to its floor.
+"""What a train step on a CPU costs by parts, and the least that each part could cost here: how near
+the step is to its floor.
 
   python -m benchmarks floor [--shape=mid] [--dtype=float32] [--remat=dots] [--steps=3] [--json]
 
-Traces the compiled step (shapes: benchmarks/support/shapes.py) and adds up its instructions by part of the model. Beside the measured time of
-matmuls stand two ideals: their FLOPs at the speed of this machine's best square matmul, and the time of the very same products alone (same
-shapes, nothing else running, best of some runs). Beside all other instructions stands the time to read their operands and to write
-their results once, at the speed at which this machine copies an array of that many bytes. What a slice or a gather takes of an
-operand counts, not all of it. The floor of a part is its matmuls, alone or as they were if that was less, plus those bytes: it takes the instructions as they
-are, so fusing more would lower it. Times of instructions that ran at once, on different cores, add up.
+Traces the compiled step (shapes: benchmarks/support/shapes.py) and adds up its instructions by part
+of the model. Beside the measured time of matmuls stand two ideals: their FLOPs at the speed of this
+machine's best square matmul, and the time of the very same products alone (same shapes, nothing
+else running, best of some runs). Beside all other instructions stands the time to read their
+operands and to write their results once, at the speed at which this machine copies an array of that
+many bytes. What a slice or a gather takes of an operand counts, not all of it. The floor of a part
+is its matmuls, alone or as they were if that was less, plus those bytes: it takes the instructions
+as they are, so fusing more would lower it. Times of instructions that ran at once, on different
+cores, add up.
 """
 
 import math
@@ -39,7 +43,8 @@ COPY_SIZES = [
 
 
 class Matmul(NamedTuple):
-    """One product, as XLA's dot: shapes, and the dimensions of each operand that are contracted and shared."""
+    """One product, as XLA's dot: shapes, and the dimensions of each operand that are contracted and
+    shared."""
 
     dtype: str
     left: tuple[int, ...]
@@ -102,12 +107,12 @@ def measure(shape: str, dtype: str, remat: str, steps: int) -> dict[str, Any]:
     seconds = []
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         state = init_state(config, layout)
-        for i, rows in enumerate(shapes.rows(config, 2 + 2 * steps)):
+        for i, batch in enumerate(shapes.rows(config, 2 + 2 * steps)):
             if i == 2 + steps:
                 jax.profiler.start_trace(folder)
             started = time.perf_counter()
             state, _ = jax.block_until_ready(
-                step.compiled(state, put_batch(rows, config.micro_batch, mesh))
+                step.compiled(state, put_batch(batch, config.micro_batch, mesh))
             )
             seconds.append(time.perf_counter() - started)
         jax.profiler.stop_trace()
@@ -219,10 +224,12 @@ def matmul(scope: dict[str, hlo.Instruction], dot: hlo.Instruction) -> Matmul:
         found = re.search(rf"{name}={{([\d,]*)}}", dot.attributes)
         return tuple(map(int, filter(None, found[1].split(",")))) if found else ()
 
-    shape = lambda text: (
-        text[: text.index("[")],
-        tuple(map(int, filter(None, text[text.index("[") + 1 : text.index("]")].split(",")))),
-    )
+    def shape(text):
+        return (
+            text[: text.index("[")],
+            tuple(map(int, filter(None, text[text.index("[") + 1 : text.index("]")].split(",")))),
+        )
+
     (dtype, left), (_, right) = (shape(scope[name].shape) for name in dot.operands[:2])
     return Matmul(
         dtype,
@@ -236,7 +243,8 @@ def matmul(scope: dict[str, hlo.Instruction], dot: hlo.Instruction) -> Matmul:
 
 
 def time_alone(m: Matmul, runs: int = 7) -> float:
-    """Seconds of a product: the best run of a program of one, or of several that do not depend on each other if it is short."""
+    """Seconds of a product: the best run of a program of one, or of several that do not depend on
+    each other if it is short."""
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "s32": jnp.int32}[
         m.dtype
     ]
@@ -282,7 +290,10 @@ def copy_speed() -> Any:
 
 def text(r: dict[str, Any]) -> str:
     """The table for a person."""
-    ms = lambda s: f"{s * 1e3:,.1f}"
+
+    def ms(s):
+        return f"{s * 1e3:,.1f}"
+
     lines = [
         ["part", "ms a step", "matmuls", "at peak", "alone", "other", "its bytes", "floor", "of it"]
     ]
@@ -302,8 +313,11 @@ def text(r: dict[str, Any]) -> str:
             ]
         )
     return (
-        f"{r['shape']}, {r['dtype']}, remat {r['remat']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
-        f"A step takes {ms(r['step_s'])} ms: {r['share_of_matmul']:.0%} of the {r['matmul_flops'] / 1e9:,.0f} GFLOP/s of the best square matmul. "
-        f"If every instruction\nran at its floor it would be {r['share_at_floor']:.0%}; if there were matmuls only, each as quick as it is alone, "
+        f"{r['shape']}, {r['dtype']}, remat {r['remat']}, {r['machine']['device']}, "
+        f"{r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
+        f"A step takes {ms(r['step_s'])} ms: {r['share_of_matmul']:.0%} of the "
+        f"{r['matmul_flops'] / 1e9:,.0f} GFLOP/s of the best square matmul. "
+        f"If every instruction\nran at its floor it would be {r['share_at_floor']:.0%}; if there "
+        "were matmuls only, each as quick as it is alone, "
         f"{r['share_matmuls_alone']:.0%}."
     )

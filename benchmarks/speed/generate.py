@@ -1,14 +1,19 @@
-"""Generation beside transformers' `generate` in PyTorch, on a CPU: tokens a second of prefill and of decoding.
+"""Generation beside transformers' `generate` in PyTorch, on a CPU: tokens a second of prefill and
+of decoding.
 
-  python -m benchmarks generate [--model=FOLDER] [--batches=1,4] [--prompt=128] [--tokens=64] [--turns=5] [--draft-tokens=N] [--json]
+  python -m benchmarks generate [--model=FOLDER] [--batches=1,4] [--prompt=128] [--tokens=64]
+                                [--turns=5] [--draft-tokens=N] [--json]
 
-Both read the same checkpoint, in float32: FOLDER, or a DeepSeek-V3 of 105 million random parameters, 16 experts a layer. They take turns, each
-turn with new prompts, and the likeliest token is chosen. Prefill is the time to the first token; decoding the rest over the tokens after it.
-Figures are medians; a ratio is the median over turns of theirs / ours. "the same" is the share of tokens that are equal up to the first that differs:
-float32 sums in another order may choose otherwise where two tokens are nearly as likely. PyTorch has one thread or as many as cores, whichever
-was quicker before the turns. It needs torch and transformers (the extra `test`).
+Both read the same checkpoint, in float32: FOLDER, or a DeepSeek-V3 of 105 million random
+parameters, 16 experts a layer. They take turns, each turn with new prompts, and the likeliest token
+is chosen. Prefill is the time to the first token; decoding the rest over the tokens after it.
+Figures are medians; a ratio is the median over turns of theirs / ours. "the same" is the share of
+tokens that are equal up to the first that differs: float32 sums in another order may choose
+otherwise where two tokens are nearly as likely. PyTorch has one thread or as many as cores,
+whichever was quicker before the turns. It needs torch and transformers (the extra `test`).
 """
 
+import functools
 import os
 import statistics
 import sys
@@ -126,7 +131,9 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
     for batch in batches:
         print(f"{batch} texts ...", file=sys.stderr)
         prompts = rng.integers(2, loaded.model.vocab_size, (batch, own.prompt)).tolist()
-        threads[batch] = quickest_threads(lambda: of_theirs(prompts, 1 + own.tokens // 4))
+        threads[batch] = quickest_threads(
+            functools.partial(of_theirs, prompts, 1 + own.tokens // 4)
+        )
         times: dict[str, dict[str, list[float]]] = {
             name: {"prefill": [], "decode": []} for name in ("ours", "theirs")
         }
@@ -142,7 +149,8 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
                     times[name]["decode"].append((whole - first) / (own.tokens - 1))
             pairs = zip(answers["ours"], answers["theirs"], strict=True)
             same += [
-                next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), own.tokens) / own.tokens
+                next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), own.tokens)
+                / own.tokens
                 for x, y in pairs
             ]
         row = {"texts": batch, "threads": threads[batch], "same": statistics.mean(same)}
@@ -176,7 +184,8 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
 
 
 def quickest_threads(run: Callable[[], Any]) -> int:
-    """Sets how many threads PyTorch has: all cores or, where other programs disturb them at their barriers, fewer."""
+    """Sets how many threads PyTorch has: all cores or, where other programs disturb them at their
+    barriers, fewer."""
     import torch
 
     times = {}
@@ -186,7 +195,7 @@ def quickest_threads(run: Callable[[], Any]) -> int:
         started = time.perf_counter()
         run()
         times[count] = time.perf_counter() - started
-    best = min(times, key=times.get)
+    best = min(times, key=lambda count: times[count])
     torch.set_num_threads(best)
     return best
 
@@ -220,7 +229,8 @@ def text(r: dict[str, Any]) -> str:
         *(f"{said[met]}: {name}" for name, met in r["bars"].items()),
     ]
     return (
-        f"{r['model']}, {r['parameters'] / 1e6:.0f} million parameters, float32, {m['cores']} cores (load {m['load']:.1f}), prompts of "
+        f"{r['model']}, {r['parameters'] / 1e6:.0f} million parameters, float32, {m['cores']} "
+        f"cores (load {m['load']:.1f}), prompts of "
         f"{r['prompt']} tokens, answers of {r['tokens']}; tokens a second\n\n{texts.table(lines)}\n\n"
         + "\n".join(more)
     )

@@ -2,11 +2,12 @@
 
   python -m benchmarks hf_copy [--gigabytes=4] [--turns=1] [--folder=DIR] [--json]
 
-Writes a random checkpoint in bfloat16 (qwen3_moe's, a tensor an expert), then copies, imports and exports it, in turns. All read from the
-disk, as the system's cache of the files is dropped before, and have written to the disk when their time ends (fsync of every file). The
-export is that of the imported folder; in another dtype (float16, as many bytes) it goes through the model's arrays, as that of a trained model does.
-Each runs in a process of its own, whose memory at its peak is that above what it held before; the start of
-Python and JAX does not count.
+Writes a random checkpoint in bfloat16 (qwen3_moe's, a tensor an expert), then copies, imports and
+exports it, in turns. All read from the disk, as the system's cache of the files is dropped before,
+and have written to the disk when their time ends (fsync of every file). The export is that of the
+imported folder; in another dtype (float16, as many bytes) it goes through the model's arrays, as
+that of a trained model does. Each runs in a process of its own, whose memory at its peak is that
+above what it held before; the start of Python and JAX does not count.
 """
 
 import argparse
@@ -168,7 +169,7 @@ def timed(name: str, source: str, target: str) -> dict[str, float]:
         "copy": _copy,
         "import": importer.import_,
         "export": commands.export,
-        "cast": lambda *paths: commands.export(*paths, dtype="float16"),
+        "cast": lambda source, target: commands.export(source, target, dtype="float16"),
     }
     run[name](source, target)
     return {
@@ -211,7 +212,8 @@ def text(r: dict[str, Any]) -> str:
     for name in NAMES:
         p = r[name]
         lines.append(
-            f"{name:8s} {p['seconds']:8.1f} {p['cpu_seconds']:11.1f} {r['bytes'] / 1e9 / p['seconds']:6.2f} {p['ratio']:16.2f} "
+            f"{name:8s} {p['seconds']:8.1f} {p['cpu_seconds']:11.1f} "
+            f"{r['bytes'] / 1e9 / p['seconds']:6.2f} {p['ratio']:16.2f} "
             f"{p['peak_bytes'] / 1e6:6.0f} MB"
         )
     return "\n".join([*lines, f"bar {r['bar']:g} times: {'met' if r['met'] else 'MISSED'}"])

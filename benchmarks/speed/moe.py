@@ -1,23 +1,31 @@
-"""The routed experts of one MoE layer, forward and backward, on one device, against other ways to compute the same.
+"""The routed experts of one MoE layer, forward and backward, on one device, against other ways to
+compute the same.
 
-  python -m benchmarks moe [--shapes=16x4096x2x512x256,64x2048x8x256x64] [--loads=balanced,zipf] [--turns=7] [--module] [--floor] [--json]
+  python -m benchmarks moe [--shapes=16x4096x2x512x256,64x2048x8x256x64] [--loads=balanced,zipf]
+                           [--turns=7] [--module] [--floor] [--json]
 
-A shape is experts x tokens x choices a token x hidden size x expert width. Timed in turns, median, with the gradients of tokens,
-routing weights and expert weights; float32 on CPUs, bfloat16 on GPUs:
+A shape is experts x tokens x choices per token x hidden size x expert width. Timed in turns,
+median, with the gradients of tokens, routing weights and expert weights; float32 on CPUs, bfloat16
+on GPUs:
 
-  ours     experts/dispatch.py: never drops a token, one program for every routing
-  dense    one SwiGLU of tokens x choices rows: the same useful operations and nothing else, what cannot be beaten
-  products each expert's products alone, every expert's rows and weights in arrays of their own, for one routing that is known when it is
-           compiled: no token is moved, nothing is cut out or put together
-  ragged   jax.lax.ragged_dot on rows sorted by expert
-  masked   a scan over the experts, each on all tokens, weighted by 0 where it was not chosen
-  gathered a scan over the experts, each on as many rows as the fullest has: known for one routing alone, so not of use in training
+  ours      experts/dispatch.py: never drops a token, one program for every routing
+  dense     one SwiGLU of tokens x choices rows: the same useful operations and nothing else, the
+            bound that cannot be beaten
+  products  each expert's products alone, its rows and weights in arrays of their own, for one
+            routing that is known when it is compiled: no token is moved or put together
+  ragged    jax.lax.ragged_dot on rows sorted by expert
+  masked    a scan over the experts, each on all tokens, weighted by 0 where it was not chosen
+  gathered  a scan over the experts, each on as many rows as the fullest has: these are known for
+            one routing only, so it is of no use in training
 
-balanced: every expert has the same load. zipf: experts are chosen with probabilities in proportion to 1/rank. All are checked to
-agree. --module adds the whole layer of model/moe.py (router and statistics too) on a routing of its own. --floor adds the least that the
-instructions of ours could take on this CPU, as benchmarks/speed/floor.py counts it: its products, each alone, and the bytes of all else at a copy's speed.
+balanced: every expert has the same load. zipf: experts are chosen with probabilities in proportion
+to 1/rank. All are checked to agree. --module adds the whole layer of model/moe.py (router and
+statistics too) on a routing of its own. --floor adds the least that the instructions of ours could
+take on this CPU, as benchmarks/speed/floor.py counts it: its products, each alone, and the bytes of
+all else at a copy's speed.
 """
 
+import itertools
 import statistics
 import sys
 import tempfile
@@ -92,7 +100,8 @@ def main() -> int:
     own = parser.parse_args()
     if own.floor and ("ours" not in own.methods or jax.default_backend() != "cpu"):
         raise UserError(
-            "--floor is of ours, on a CPU. Have ours among --methods and set JAX_PLATFORMS=cpu, or leave it out."
+            "--floor is of ours, on a CPU. Have ours among --methods and set JAX_PLATFORMS=cpu, "
+            "or leave it out."
         )
     rows = []
     for shape in map(read_shape, own.shapes.split(",")):
@@ -114,7 +123,8 @@ def read_shape(given: str) -> Shape:
         return Shape(*map(int, given.split("x")))
     except (TypeError, ValueError) as e:
         raise UserError(
-            f"--shapes: {given} is not five numbers. Write experts x tokens x choices x hidden x width, as 16x4096x2x512x256."
+            f"--shapes: {given} is not five numbers. Write experts x tokens x choices x hidden x "
+            "width, as 16x4096x2x512x256."
         ) from e
 
 
@@ -132,10 +142,14 @@ def routing(shape: Shape, load: str) -> np.ndarray:
 
 
 def arrays(shape: Shape, dtype: Any) -> dict[str, jax.Array]:
-    """Tokens [T, D], routing weights [T, K], experts [E, D, 2, F] and [E, F, D], and the gradient of the result [T, D]."""
+    """Tokens [T, D], routing weights [T, K], experts [E, D, 2, F] and [E, F, D], and the gradient
+    of the result [T, D]."""
     keys = jax.random.split(jax.random.key(0), 5)
     t, d, f = shape.tokens, shape.hidden, shape.width
-    normal = lambda key, *size, scale=1.0: (jax.random.normal(key, size) * scale).astype(dtype)
+
+    def normal(key, *size, scale=1.0):
+        return (jax.random.normal(key, size) * scale).astype(dtype)
+
     return {
         "x": normal(keys[0], t, d),
         "weight": jax.random.uniform(keys[1], (t, shape.choices)),
@@ -203,9 +217,11 @@ def _glu(hidden: jax.Array, width: int) -> jax.Array:
 def programs(
     shape: Shape, load: str, methods: list[str], capacity_factor: float
 ) -> dict[str, turns.Program]:
-    """Each gives (y, gradients of x, weight, gate_up and down); dense those of its rows and of one expert's weights.
+    """Each gives (y, gradients of x, weight, gate_up and down); dense those of its rows and of one
+    expert's weights.
 
-    Call it under `jax.set_mesh`."""
+    Call it under `jax.set_mesh`.
+    """
     a = arrays(shape, compute_dtype())
     expert_TK = routing(shape, load)
     expert = jnp.asarray(expert_TK)
@@ -241,11 +257,11 @@ def programs(
         )
     if "products" in methods:
         end = np.cumsum(np.bincount(expert_TK.reshape(-1), minlength=shape.experts)).tolist()
-        parts = [slice(start, stop) for start, stop in zip([0, *end], end)]
+        parts = [slice(start, stop) for start, stop in itertools.pairwise([0, *end])]
 
         def products(rows, gate_up, down, dy):
             y, back = jax.vjp(
-                lambda *of: [_glu(x @ w, shape.width) @ v for x, w, v in zip(*of)],
+                lambda *of: [_glu(x @ w, shape.width) @ v for x, w, v in zip(*of, strict=True)],
                 rows,
                 gate_up,
                 down,
@@ -253,8 +269,11 @@ def programs(
             return y, *back(dy)
 
         order = np.argsort(expert_TK.reshape(-1), kind="stable") // shape.choices
+
         # Arrays of their own: nothing is cut out or put together.
-        split = lambda a: [a[order][mine] for mine in parts]
+        def split(a):
+            return [a[order][mine] for mine in parts]
+
         flat = a["gate_up"].reshape(shape.experts, shape.hidden, -1)
         out["products"] = turns.compiled(
             products, split(a["x"]), list(flat), list(a["down"]), split(a["dy"])
@@ -295,7 +314,8 @@ def measure(shape: Shape, load: str, own: Any) -> dict[str, Any]:
 
 
 def least_of(program: turns.Program, runs: int = 3) -> dict[str, float]:
-    """Seconds that the products and the other instructions of a program take at least (benchmarks/speed/floor.py)."""
+    """Seconds that the products and the other instructions of a program take at least
+    (benchmarks/speed/floor.py)."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(runs):
@@ -335,16 +355,19 @@ def module_program(shape: Shape, capacity_factor: float) -> turns.Program:
         num_experts_per_tok=shape.choices,
         n_shared_experts=0,
     )
-    create = lambda: nnx.split(
-        MoE(model, MoeConfig(capacity_factor=capacity_factor), nnx.Rngs(0)), nnx.Param, ...
-    )
+
+    def create():
+        return nnx.split(
+            MoE(model, MoeConfig(capacity_factor=capacity_factor), nnx.Rngs(0)), nnx.Param, ...
+        )
+
     graphdef, params, rest = create()
     x = arrays(shape, compute_dtype())["x"][None]
 
     def both(params, rest, x):
-        call = lambda params, x: nnx.merge(graphdef, params, rest)(x, jnp.ones(x.shape[:2], bool))[
-            0
-        ]
+        def call(params, x):
+            return nnx.merge(graphdef, params, rest)(x, jnp.ones(x.shape[:2], bool))[0]
+
         y, back = jax.vjp(call, params, x)
         return y, back(x)
 
@@ -383,7 +406,8 @@ def text(r: dict[str, Any]) -> str:
         f"{row['shape']} {row['load']}: {_floor(row)}\n" for row in r["rows"] if row["least_s"]
     )
     return (
-        f"routed experts, forward + backward, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
+        f"routed experts, forward + backward, {r['dtype']}, {r['machine']['device']}, "
+        f"{r['machine']['cores']} cores\n\n{texts.table(lines)}\n\n"
         + floors
         + "\n".join(f"{said[met]}: {name}" for name, met in r["bars"].items())
     )
@@ -393,6 +417,7 @@ def _floor(row: dict[str, Any]) -> str:
     least, dense = row["least_s"], row["median_s"].get("dense")
     of_dense = f" = {sum(least.values()) / dense:.2f} x dense" if dense else ""
     return (
-        f"ours could take {sum(least.values()) * 1e3:,.1f} ms{of_dense}, {least['products'] * 1e3:,.1f} of it for products "
+        f"ours could take {sum(least.values()) * 1e3:,.1f} ms{of_dense}, "
+        f"{least['products'] * 1e3:,.1f} of it for products "
         f"and {least['other'] * 1e3:,.1f} for the bytes of all else"
     )

@@ -1,22 +1,27 @@
-"""What the training loop costs beside the device program: data, batches to the device, metrics, logging, the start of a checkpoint.
+"""What the training loop costs beside the device program: data, batches to the device, metrics,
+logging, the start of a checkpoint.
 
   python -m benchmarks overhead [--shape=mid] [--rounds=3] [--steps=8] [--json]
   python -m benchmarks overhead --config=configs/tiny.py [--config.KEY=...]
 
-Runs the loop of train.py (train.loop.run) with the real step, a metrics row every step and one checkpoint in the middle, `rounds` times
-`steps` steps. Two things can make it slower than the bare program, and each is measured in the run itself, step by step, rather than as
-a small difference of two large times:
+Runs the loop of train.py with the real step, a metrics row every step and one checkpoint in the
+middle, `rounds` times `steps` steps. Two things can make it slower than the bare program. Each is
+measured in the run itself, step by step: the difference of two large times would be noise.
 
-idle        time in which the device has no step to work on: from the end of a step (a thread waits for its result and notes the time, late by
-            what the system takes to wake it) to the return of the call that starts the next one. 0 where the loop is ahead. The steps around
-            the checkpoint count apart: its start, shared out over config.checkpoint.every_steps, and with it the wait for the step before.
-host CPU    CPU time of the threads that are Python's: the loop, the reader of data, writers; not XLA's, which are the device here. (Linux only.)
-            On CPUs the program has that much less of the cores: at most all of it is lost, if the program waits for that core, and at least
-            its share of all cores. On GPUs none of it.
+idle        Time in which the device has no step to work on: from the end of a step (a thread waits
+            for its result and notes the time, late by what the system takes to wake it) to the
+            return of the call that starts the next one. 0 where the loop is ahead. The steps
+            around the checkpoint count apart: its start, spread over
+            config.checkpoint.every_steps, and with it the wait for the step before.
+host CPU    CPU time of Python's threads: the loop, the reader of data, writers; not XLA's, which
+            are the device here. (Linux only.) On CPUs the program has that much less of the cores:
+            at most all of it is lost, if the program waits for that core, and at least its share
+            of all cores. On GPUs none of it.
 
-The bar, 2%, is on the larger bound: idle and all host CPU time (on GPUs idle alone), as a share of a step of the loop. For comparison the bare
-compiled step, with one batch that is on the device already, is run in turns: its wall time and the CPU time of the process. These differences
-are noise where other programs run on the machine.
+The bar, 2%, is on the larger bound: idle and all host CPU time (on GPUs idle alone), as a share of
+a step of the loop. For comparison the bare compiled step, with one batch that is on the device
+already, is run in turns: its wall time and the CPU time of the process. These differences are noise
+where other programs run on the machine.
 """
 
 import dataclasses
@@ -76,11 +81,15 @@ def main() -> int:
 
 
 class Timed:
-    """A step, to be handed to the loop, that notes when it is called, when the call returns, and when the device is done."""
+    """A step, to be handed to the loop, that notes when it is called, when the call returns, and
+    when the device is done."""
 
     def __init__(self, step: CompiledStep):
         self._step = step
-        self.called, self.returned, self.done, self.host_cpu = [], [], [], []
+        self.called: list[float] = []
+        self.returned: list[float] = []
+        self.done: list[float] = []
+        self.host_cpu: list[dict[int, float] | None] = []
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -110,10 +119,10 @@ class Timed:
 
 def python_cpu_seconds(without: threading.Thread | None = None) -> dict[int, float] | None:
     """CPU time so far of each thread that Python started, by its id; None where the system does not tell."""
-    seconds = {}
+    seconds: dict[int, float] = {}
     for thread in threading.enumerate():
         # A worker of XLA's that once called Python is a "dummy" to it: what it computes is the device's.
-        if thread is without or thread.name.startswith("Dummy-"):
+        if thread is without or thread.name.startswith("Dummy-") or thread.native_id is None:
             continue
         try:
             with open(f"/proc/self/task/{thread.native_id}/schedstat") as f:
@@ -126,11 +135,9 @@ def python_cpu_seconds(without: threading.Thread | None = None) -> dict[int, flo
 
 def _between(before: dict[int, float] | None, after: dict[int, float] | None) -> float | None:
     """CPU seconds of the threads that are there after."""
-    return (
-        None
-        if before is None or after is None
-        else sum(s - before.get(thread, 0.0) for thread, s in after.items())
-    )
+    if before is None or after is None:
+        return None
+    return sum(s - before.get(thread, 0.0) for thread, s in after.items())
 
 
 def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
@@ -140,7 +147,8 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
     loader = Loader(
         config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
     )
-    loops, bare = [], []
+    loops: list[dict[str, Any]] = []
+    bare: list[tuple[float, float]] = []
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as workdir:
         layout = make_layout(config, mesh)
         sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
@@ -160,18 +168,21 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
                 f"{'compiling and ' if number == 0 else ''}round {number + 1} of {rounds} ...",
                 file=sys.stderr,
             )
-            state, taken = _bare(step, state, batch, max(steps // 2, 2))
-            bare.append(taken)
+            state, alone = _bare(step, state, batch, max(steps // 2, 2))
+            bare.append(alone)
             state, taken = _loop(
                 config, workdir, mesh, state, step, loader, checkpoints, sizes, steps
             )
             loops.append(taken)
         checkpoints.close()
-    median = lambda key, rows: (
-        statistics.median(rows) if None not in (rows := [v for r in rows for v in r[key]]) else None
-    )
-    out = {
-        key: median(key, loops) for key in ("step_s", "cpu_s", "idle_s", "host_cpu_s", "dispatch_s")
+
+    def median(key: str) -> float | None:
+        """None where this system does not tell."""
+        values = [v for r in loops for v in r[key]]
+        return None if None in values else statistics.median(values)
+
+    out: dict[str, Any] = {
+        key: median(key) for key in ("step_s", "cpu_s", "idle_s", "host_cpu_s", "dispatch_s")
     }
     out["idle_s"] = statistics.mean(v for r in loops for v in r["idle_s"])  # rare pauses count too
     out["checkpoint_s"] = statistics.median(r["checkpoint_s"] for r in loops)
@@ -242,7 +253,8 @@ def _loop(
     timed.close()
     cpu = time.process_time() - cpu
     counted = [i for i in range(2, 2 + steps) if i != middle]
-    # The host's work from one call to the next is that of a step; what the last one does, waiting for its checkpoint, is not.
+    # The host's work from one call to the next is that of a step; what the last one does, waiting
+    # for its checkpoint, is not.
     host = [_between(*timed.host_cpu[i : i + 2]) for i in counted if i + 1 != middle]
     return result.state, {
         "step_s": [timed.done[i] - timed.done[i - 1] for i in counted],
@@ -255,15 +267,23 @@ def _loop(
 
 
 def text(r: dict[str, Any]) -> str:
-    ms = lambda s: "not known here" if s is None else f"{s * 1e3:,.2f} ms"
-    share = lambda s: "" if s is None else f", {s / r['step_s']:.3%}"
+    def ms(s: float | None) -> str:
+        return "not known here" if s is None else f"{s * 1e3:,.2f} ms"
+
+    def share(s: float | None) -> str:
+        return "" if s is None else f", {s / r['step_s']:.3%}"
+
     return "\n".join(
         (
-            f"a step of {r['tokens']} tokens on {r['machine']['device']}, {r['machine']['cores']} cores: {r['rounds']} runs of {r['steps']} steps",
-            f"  a step in the loop      {ms(r['step_s'])}, {r['cpu_s']:.2f} CPU seconds (with the checkpoint)",
+            f"a step of {r['tokens']} tokens on {r['machine']['device']}, {r['machine']['cores']} "
+            f"cores: {r['rounds']} runs of {r['steps']} steps",
+            f"  a step in the loop      {ms(r['step_s'])}, {r['cpu_s']:.2f} CPU seconds (with the "
+            "checkpoint)",
             f"  a bare step             {ms(r['bare_step_s'])}, {r['bare_cpu_s']:.2f} CPU seconds",
-            f"  idle device, a step     {ms(r['idle_s'])}{share(r['idle_s'])}; the call that starts a step takes {ms(r['dispatch_s'])}",
-            f"  at a checkpoint         {ms(r['checkpoint_s'])} idle, once in {r['checkpoint_every_steps']} steps"
+            f"  idle device, a step     {ms(r['idle_s'])}{share(r['idle_s'])}; the call that "
+            f"starts a step takes {ms(r['dispatch_s'])}",
+            f"  at a checkpoint         {ms(r['checkpoint_s'])} idle, once in "
+            f"{r['checkpoint_every_steps']} steps"
             f"{share(r['checkpoint_s'] / r['checkpoint_every_steps'])}",
             f"  CPU of Python, a step   {ms(r['host_cpu_s'])}{share(r['host_cpu_s'])}",
             f"overhead at most {r['overhead']:.2%}; bar {r['bar']:.0%}: {'met' if r['met'] else 'MISSED'}",

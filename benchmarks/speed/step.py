@@ -1,14 +1,18 @@
-"""The time of a real train step, from rows of tokens to the updated state, and its share of what this machine's matmuls reach.
+"""The time of a real train step, from rows of tokens to the updated state, and its share of what
+this machine's matmuls reach.
 
-  python -m benchmarks step [--shape=mid] [--steps=6] [--turns=3] [--dtype=float32] [--remat=dots] [--peer[=SCRIPT]] [--json]
+  python -m benchmarks step [--shape=mid] [--steps=6] [--turns=3] [--dtype=float32] [--remat=dots]
+                            [--peer=SCRIPT] [--json]
 
-Shapes: benchmarks/support/shapes.py. Each turn is a process of its own: it compiles the step, makes one step that does not count, times `steps`
-steps (with the copy of their rows to the device), and then times square matmuls of the compute dtype: the best size is the peak.
-Model FLOPs a token: 6 per active matmul weight (embedding look-up, norms, router and recomputation not counted; the head counted) plus
-causal attention, counted once: 3 * layers * heads * (query width + value width) * sequence_length (deepseek_jax/model/count.py).
-With --peer, SCRIPT runs in turns with ours on the same shape: transformers' DeepseekV3 in PyTorch (../shared/peers/bench_hf_torch.py; it
-needs torch and transformers, which the extra `test` installs). Ratios are medians over the pairs of turns; tokens a CPU second are the
-steadier figure on a busy machine.
+Shapes: benchmarks/support/shapes.py. Each turn is a process of its own: it compiles the step, makes
+one step that does not count, times `steps` steps (with the copy of their rows to the device), and
+then times square matmuls of the compute dtype: the best size is the peak. Model FLOPs a token: 6
+per active matmul weight (embedding look-up, norms, router and recomputation not counted; the head
+counted) plus causal attention, counted once: 3 * layers * heads * (query width + value width) *
+sequence_length (deepseek_jax/model/count.py). With --peer, SCRIPT runs in turns with ours on the
+same shape: transformers' DeepseekV3 in PyTorch (../shared/peers/bench_hf_torch.py; it needs torch
+and transformers, which the extra `test` installs). Ratios are medians over the pairs of turns;
+tokens a CPU second are the steadier figure on a busy machine.
 """
 
 import json
@@ -54,7 +58,7 @@ def main() -> int:
         "--peer",
         type=arguments.path,
         metavar="SCRIPT",
-        help="Run this program in turns with ours: it takes --preset, --steps, --warmup, --threads and --dtype.",
+        help="Timed in turns with ours. It takes --preset, --steps, --warmup, --threads, --dtype.",
     )
     parser.add_argument("--once", action="store_true", help="One turn, in this process.")
     own = parser.parse_args()
@@ -97,7 +101,8 @@ def run_json(arguments: list[str], **environment: str) -> dict[str, Any]:
     )
     if done.returncode:
         raise UserError(
-            f"{' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
+            f"{' '.join(arguments)} failed: "
+            f"{done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
         )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -177,13 +182,14 @@ def summary(turns: list[tuple[dict, dict | None]]) -> dict[str, Any]:
         "peak_memory": max(ours["peak_memory"] for ours, _ in turns),
         "compile_seconds": statistics.median(ours["compile_seconds"] for ours, _ in turns),
     }
-    if turns[0][1]:
+    if peer := turns[0][1]:
         pairs = [
             (statistics.median(ours["seconds"]), statistics.median(ours["cpu_seconds"]), theirs)
             for ours, theirs in turns
+            if theirs
         ]
         out["peer"] = {
-            "name": f"{turns[0][1]['peer']} {turns[0][1]['experts_impl']}",
+            "name": f"{peer['peer']} {peer['experts_impl']}",
             "tokens_per_second": statistics.median(p["tokens_per_s_median"] for _, _, p in pairs),
             "share_of_matmul": statistics.median(p["model_gflops_per_s"] for _, _, p in pairs)
             * 1e9
@@ -200,15 +206,20 @@ def summary(turns: list[tuple[dict, dict | None]]) -> dict[str, Any]:
 def text(r: dict[str, Any]) -> str:
     lines = [
         f"{r['shape']}: {r['tokens']} tokens a step, {r['dtype']}, remat {r['remat']}",
-        f"  {r['tokens_per_second']:,.0f} tokens/s (best {r['best_tokens_per_second']:,.0f}), {r['tokens_per_cpu_second']:,.0f} a CPU second",
-        f"  {r['flops_per_token'] / 1e6:.1f} MFLOP a token: {r['flops'] / 1e9:.0f} GFLOP/s, {r['share_of_matmul']:.0%} of the "
+        f"  {r['tokens_per_second']:,.0f} tokens/s (best {r['best_tokens_per_second']:,.0f}), "
+        f"{r['tokens_per_cpu_second']:,.0f} a CPU second",
+        f"  {r['flops_per_token'] / 1e6:.1f} MFLOP a token: {r['flops'] / 1e9:.0f} GFLOP/s, "
+        f"{r['share_of_matmul']:.0%} of the "
         f"{r['matmul_flops'] / 1e9:.0f} that this machine's best matmul reached",
-        f"  peak memory {r['peak_memory'] / 1e9:.2f} GB, of which temporaries {r['temporaries'] / 1e9:.2f} GB; "
+        f"  peak memory {r['peak_memory'] / 1e9:.2f} GB, of which temporaries "
+        f"{r['temporaries'] / 1e9:.2f} GB; "
         f"compiled in {r['compile_seconds']:.1f} s",
     ]
     if p := r.get("peer"):
         lines += [
-            f"{p['name']}: {p['tokens_per_second']:,.0f} tokens/s, {p['share_of_matmul']:.0%} of that matmul, {p['peak_memory'] / 1e9:.2f} GB",
-            f"  ours is {p['ratio']:.2f}x as fast, {p['ratio_by_cpu_seconds']:.2f}x by CPU seconds (medians over pairs of turns)",
+            f"{p['name']}: {p['tokens_per_second']:,.0f} tokens/s, {p['share_of_matmul']:.0%} of "
+            f"that matmul, {p['peak_memory'] / 1e9:.2f} GB",
+            f"  ours is {p['ratio']:.2f}x as fast, {p['ratio_by_cpu_seconds']:.2f}x by CPU "
+            "seconds (medians over pairs of turns)",
         ]
     return "\n".join(lines)

@@ -2,15 +2,19 @@
 
   python -m benchmarks vocabulary [--tokens=2048,4096] [--vocab=8192,32768] [--width=512] [--turns=5] [--json]
 
-Ours: objectives/pretrain.py `cross_entropy_sum`, as in the train step: value, gradient of the hidden states [T, D] and of the head [D, V]. Plain:
-optax.softmax_cross_entropy_with_integer_labels of hidden @ head, differentiated by JAX, in the same dtypes: float32 on CPUs, bfloat16
-with float32 logits on GPUs. Their gradients are compared before anything is timed.
+Ours: objectives/pretrain.py `cross_entropy_sum`, as in the train step: value, gradient of the
+hidden states [T, D] and of the head [D, V]. Plain: optax.softmax_cross_entropy_with_integer_labels
+of hidden @ head, differentiated by JAX, in the same dtypes: float32 on CPUs, bfloat16 with float32
+logits on GPUs. Their gradients are compared before anything is timed.
 
-Bytes are the temporaries of the compiled programs: arguments and the gradients, which must exist, are not among them. Ours hold some
-arrays of a chunk of tokens x vocabulary, whatever T is. The bars: from one number of tokens to the next they grow by no more than the
-gradient of the hidden states and its copy in chunks, 2 T D; and the time, the median over turns of the ratio, is at most 1.10 of plain's.
+Bytes are the temporaries of the compiled programs: arguments and the gradients, which must exist,
+are not among them. Ours hold some arrays of a chunk of tokens x vocabulary, whatever T is. The
+bars: from one number of tokens to the next they grow by no more than the gradient of the hidden
+states and its copy in chunks, 2 T D; and the time, the median over turns of the ratio, is at most
+1.10 of plain's.
 """
 
+import itertools
 import sys
 import types
 from typing import Any
@@ -70,7 +74,7 @@ def ours(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> ja
         kernel_DV, sharding.spec(("embed", "vocab"), sharding.storage_rules(CONFIG)[0])
     )
     head = nnx.Param(stored, out_sharding=("embed", "vocab"), eager_sharding=False)
-    net = types.SimpleNamespace(head=head, model=ModelConfig(tie_word_embeddings=False))
+    net: Any = types.SimpleNamespace(head=head, model=ModelConfig(tie_word_embeddings=False))
     hidden_BSD, targets_BS = (
         jax.sharding.reshard(a[None], P(BATCH_AXES)) for a in (hidden_TD, targets_T)
     )
@@ -124,7 +128,7 @@ def bars(rows: list[dict[str, Any]]) -> dict[str, bool | None]:
     """What must hold; None where it cannot be said."""
     steps = [
         (a, b)
-        for a, b in zip(rows, rows[1:])
+        for a, b in itertools.pairwise(rows)
         if a["vocab"] == b["vocab"] and pretrain.LOSS_CHUNK <= a["tokens"] < b["tokens"]
     ]
     flat = [
@@ -165,7 +169,8 @@ def text(r: dict[str, Any]) -> str:
     ]
     said = {True: "met", False: "MISSED", None: "not measured"}
     return (
-        f"vocabulary loss, width {r['width']}, {r['dtype']}, {r['machine']['device']}, {r['machine']['cores']} cores; "
+        f"vocabulary loss, width {r['width']}, {r['dtype']}, {r['machine']['device']}, "
+        f"{r['machine']['cores']} cores; "
         f"chunks of {r['chunk']} tokens\n\n{texts.table(lines)}\n\n"
         + "\n".join(f"{name}: {said[met]}" for name, met in r["bars"].items())
     )

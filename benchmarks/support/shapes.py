@@ -1,9 +1,12 @@
-"""The models that the benchmarks time: DeepSeek-V3 made small, in shapes that other programs are timed with too.
+"""The models that the benchmarks time: DeepSeek-V3 made small, in shapes that other programs are
+timed with too.
 
 small   a few layers, 8 experts
 mid     8 layers of width 512, 16 experts of which a token takes 2
 fine    many small experts: 64 of which a token takes 8, from 4 groups of 8
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +19,7 @@ from deepseek_jax.config.options import (
     TrainConfig,
 )
 
-_SHAPES = {
+_SHAPES: dict[str, dict[str, Any]] = {
     "small": dict(
         vocab_size=2048,
         hidden_size=256,
@@ -120,7 +123,8 @@ def config(name: str, dtype: str = "float32", remat: str = "dots") -> Config:
 
 
 def rows(config: Config, steps: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """A batch [n, S] for each step: text from a Markov chain with 8 successors a token, the likelier the earlier."""
+    """A batch [n, S] for each step: text from a Markov chain with 8 successors a token, the
+    likelier the earlier."""
     t, vocab = config.train, config.model.vocab_size
     rng = np.random.default_rng(seed)
     successors = rng.integers(0, vocab, (vocab, 8))

@@ -1,14 +1,16 @@
 """Programs timed in turns, so that what else the machine does falls on all alike."""
 
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
 
-class Program(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Program:
     """A compiled function and what it is called with."""
 
     compiled: Any  # jax.stages.Compiled
@@ -28,11 +30,11 @@ def compiled(f: Callable, *arguments: Any) -> Program:
     return Program(jax.jit(f).lower(*arguments).compile(), arguments)
 
 
-def seconds(programs: dict[Any, Callable[[], Any]], turns: int) -> dict[Any, list[float]]:
+def seconds(programs: Mapping[Any, Callable[[], Any]], turns: int) -> dict[Any, list[float]]:
     """The seconds of each program in every turn, after one to warm up."""
     for run in programs.values():
         run()
-    out = {name: [] for name in programs}
+    out: dict[Any, list[float]] = {name: [] for name in programs}
     for _ in range(turns):
         for name, run in programs.items():
             started = time.perf_counter()
@@ -41,7 +43,7 @@ def seconds(programs: dict[Any, Callable[[], Any]], turns: int) -> dict[Any, lis
     return out
 
 
-def medians(programs: dict[Any, Callable[[], Any]], turns: int) -> dict[Any, float]:
+def medians(programs: Mapping[Any, Callable[[], Any]], turns: int) -> dict[Any, float]:
     """Median seconds of each program."""
     return {name: statistics.median(times) for name, times in seconds(programs, turns).items()}
 

@@ -1,4 +1,5 @@
-"""The benchmarks run, at toy size, so that they do not rot: their methods agree and their tables hold what they promise."""
+"""The benchmarks run, at toy size, so that they do not rot: their methods agree and their tables
+hold what they promise."""
 
 import json
 import os
@@ -74,7 +75,10 @@ def test_gpu_bench(everything, tmp_path, monkeypatch, capsys):
         "train",
         "peer",
     ]
-    of = lambda part: [r for r in rows if r["part"] == part]
+
+    def of(part):
+        return [r for r in rows if r["part"] == part]
+
     assert (
         of("versions")[0]["jax"] == jax.__version__
         and of("tiny")[0]["losses"][-1] < of("tiny")[0]["losses"][0] - 0.1
@@ -111,14 +115,16 @@ def test_gpu_bench(everything, tmp_path, monkeypatch, capsys):
 def test_gpu_bench_is_useful_if_it_is_cut(tmp_path):
     """A part that hangs or fails leaves what it has printed."""
     said = "import json, sys, time; print(json.dumps({'a': 1}), flush=True); print('no JSON'); "
-    run = lambda rest, seconds: list(
-        gpu_bench.lines_of("versions", ["-c", said + rest], seconds, tmp_path)
-    )
+
+    def run(rest, seconds):
+        return list(gpu_bench.lines_of("versions", ["-c", said + rest], seconds, tmp_path))
+
     assert run("time.sleep(60)", 1.5) == [{"a": 1}, {"failed": "took more than 2 s"}]
     assert run("print('why', file=sys.stderr); sys.exit(3)", 60) == [{"a": 1}, {"failed": "why"}]
     assert (tmp_path / "versions.log").read_text() == "why\n"
     assert run(
-        "import os; print(json.dumps(os.environ['JAX_COMPILATION_CACHE_DIR']), flush=True); print('{', flush=True)",
+        "import os; print(json.dumps(os.environ['JAX_COMPILATION_CACHE_DIR']), flush=True); "
+        "print('{', flush=True)",
         60,
     )[1]["failed"]
     assert sum(gpu_bench.SECONDS.values()) < 8 * 60
@@ -134,9 +140,11 @@ def test_gpu_bench_needs_few_packages():
     PYTHONPATH starts."""
     block = (
         "import sys\nclass Block:\n def find_spec(self, name, *_):\n"
-        "  if name.split('.')[0] in ('ml_collections', 'grain', 'tensorboardX'): raise ModuleNotFoundError(name)\n"
+        "  if name.split('.')[0] in ('ml_collections', 'grain', 'tensorboardX'): raise "
+        "ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "import benchmarks.__main__, benchmarks.gpu.bench as b\nassert 'jax' not in sys.modules\nimport benchmarks.gpu.parts\n"
+        "import benchmarks.__main__, benchmarks.gpu.bench as b\nassert 'jax' not in "
+        "sys.modules\nimport benchmarks.gpu.parts\n"
         "sys.argv = ['b', '--part=versions', '--toy']\nsys.exit(b.main())"
     )
     done = subprocess.run(
@@ -225,7 +233,8 @@ def test_methods_of_moe_agree(load):
 
 
 def test_vocabulary():
-    """Both losses and their gradients agree (`measure` raises where they do not), and only the plain one holds the logits of all tokens."""
+    """Both losses and their gradients agree (`measure` raises where they do not), and only the
+    plain one holds the logits of all tokens."""
     with jax.set_mesh(moe.one_device()):
         rows = [vocabulary.measure(tokens, 512, 16, 1) for tokens in (2048, 4096)]
     assert vocabulary.bars(rows)["temporary bytes independent of tokens x vocabulary"]
@@ -356,7 +365,7 @@ PROGRAM = """HloModule step, is_scheduled=true
   ROOT %dot = f32[48,80]{1,0} dot(%q0, %weight), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 
-ENTRY %main (a: f32[48,64], b: f32[1000,64,80], stack: f32[1000,256], row: f32[1,256], i: s32[]) -> f32[1000,256] {
+ENTRY %main (a: f32[48,64], b: f32[1000,64,80], s: f32[1000,256], r: f32[1,256], i: s32[]) -> f32[1000,256] {
   %a = f32[48,64]{1,0} parameter(0)
   %b = f32[1000,64,80]{2,1,0} parameter(1)
   %stack = f32[1000,256]{1,0} parameter(2)

@@ -19,8 +19,7 @@ from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile import header
 from deepseek_jax.tensorfile.bounded_json import BadFile
-from tests.checkpoint.test_checkpoint import assert_same_bits, values
-from tests.checkpoint.test_durability_files import KINDS, read, where, write
+from tests.support.checkpoints import KINDS, assert_same_bits, read, values, where, write
 
 
 def head(entries: dict | bytes, data: int = 0, length: int | None = None) -> bytes:

@@ -1,4 +1,5 @@
-"""The Makefile: environments of another Python are made anew and no other folder is touched; what is checked."""
+"""The Makefile: environments of another Python are made anew and no other folder is touched; what
+is checked."""
 
 import os
 import pathlib

@@ -1,4 +1,5 @@
-"""What deepseek_jax.inference.lm_eval uses of lm-evaluation-harness 0.4, where that is not installed: the same names and results."""
+"""What deepseek_jax.inference.lm_eval uses of lm-evaluation-harness 0.4, where that is not
+installed: the same names and results."""
 
 import copy
 import sys
