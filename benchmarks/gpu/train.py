@@ -1,17 +1,13 @@
 """Training on one GPU, as gpu_bench measures it: a small model's losses, and the real step of
 DeepSeek-V2-Lite with fewer layers."""
 
-import collections
 import dataclasses
 import functools
-import gzip
-import json
 import math
 import pathlib
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -19,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu.costs import costs
 from benchmarks.support import shapes
 from deepseek_jax.config.options import (
     IGNORE,
@@ -320,40 +317,3 @@ def train(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
                 }
         except Exception as e:  # what this GPU or cuDNN refuses must not hide what the others reach
             yield row | {"failed": why(e)}
-
-
-def costs(run: Callable[[], Any], hlo: str, most: int = 3) -> list[dict[str, Any]]:
-    """The instructions that take most of one run, by JAX's profiler: where they come from and their share of
-    all device time."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        files = list(pathlib.Path(folder).rglob("*.trace.json.gz"))
-        events = json.loads(gzip.decompress(files[0].read_bytes()))["traceEvents"] if files else []
-    total: collections.Counter = collections.Counter()
-    streams = set()
-    if not any(
-        "hlo_op" in e.get("args", {}) for e in events
-    ):  # kernels inside a CUDA graph have names of their own only
-        streams = {
-            (e["pid"], e["tid"])
-            for e in events
-            if e.get("name") == "thread_name" and e["args"]["name"].startswith("Stream")
-        }
-    for e in events:
-        name = e.get("args", {}).get("hlo_op") or (
-            e["name"] if (e.get("pid"), e.get("tid")) in streams else None
-        )
-        # A loop's own event holds those of its body.
-        if e.get("ph") == "X" and name and not name.startswith(("while", "call", "conditional")):
-            total[name] += e["dur"]
-    source = {}
-    for line in hlo.splitlines():
-        name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-        if 'op_name="' in rest:
-            source[name.lstrip("%")] = rest.partition('op_name="')[2].partition('"')[0]
-    whole = sum(total.values())
-    return [
-        {"instruction": name, "from": source.get(name, ""), "ms": us / 1e3, "share": us / whole}
-        for name, us in total.most_common(most)
-    ]

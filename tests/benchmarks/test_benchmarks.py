@@ -18,7 +18,7 @@ from benchmarks.gpu import bench as gpu_bench
 from benchmarks.gpu import parts as gpu_parts
 from benchmarks.gpu import train as gpu_train
 from benchmarks.speed import compile as compile_time
-from benchmarks.speed import floor, hf_copy, moe, overhead, vocabulary
+from benchmarks.speed import floor, hf_copy, moe, moe_methods, overhead, vocabulary
 from benchmarks.support import shapes
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import (
@@ -210,15 +210,15 @@ def test_packed_rows():
 @pytest.mark.slow
 @pytest.mark.parametrize("load", ["balanced", "zipf"])
 def test_methods_of_moe_agree(load):
-    shape = moe.Shape(8, 64, 2, 16, 8)
-    counts = jax.numpy.bincount(moe.routing(shape, load).reshape(-1), length=8)
+    shape = moe_methods.Shape(8, 64, 2, 16, 8)
+    counts = jax.numpy.bincount(moe_methods.routing(shape, load).reshape(-1), length=8)
     assert (int(counts.max()) == 16) == (load == "balanced")
-    with jax.set_mesh(moe.one_device()):
-        built = moe.programs(shape, load, list(moe.METHODS), 1.25)
+    with jax.set_mesh(moe_methods.one_device()):
+        built = moe_methods.programs(shape, load, list(moe_methods.METHODS), 1.25)
         results = {
             name: program() for name, program in built.items() if name not in ("dense", "products")
         }
-        moe.compare(results)
+        moe_methods.compare(results)
         arguments, (ys, *_) = built["products"].arguments, built["products"]()
         for x, gate_up, down, y in zip(*arguments[:3], ys, strict=True):
             gate, up = np.split(np.asarray(x) @ gate_up, 2, axis=1)
@@ -228,14 +228,14 @@ def test_methods_of_moe_agree(load):
         assert [len(x) for x in arguments[0]] == counts.tolist()
         results["ragged"] = (results["ragged"][0] * 1.001, *results["ragged"][1:])
         with pytest.raises(FloatingPointError, match="y by ragged"):
-            moe.compare(results)
+            moe_methods.compare(results)
         assert all(seconds > 0 for seconds in moe.least_of(built["ours"], runs=1).values())
 
 
 def test_vocabulary():
     """Both losses and their gradients agree (`measure` raises where they do not), and only the
     plain one holds the logits of all tokens."""
-    with jax.set_mesh(moe.one_device()):
+    with jax.set_mesh(moe_methods.one_device()):
         rows = [vocabulary.measure(tokens, 512, 16, 1) for tokens in (2048, 4096)]
     assert vocabulary.bars(rows)["temporary bytes independent of tokens x vocabulary"]
     plain = [r["temporaries"]["plain"] for r in rows]
