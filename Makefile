@@ -65,8 +65,10 @@ check: $(CHECK_STAMP) ## format, lint and types of every file, in a minute
 measures: $(STAMP) ## the repository's measures: width, imports, parameters, files
 	$(VENV)/bin/python -m benchmarks measures $(ARGS)
 
-docs: $(STAMP) ## draw docs/tiny.svg from the run in WORKDIR
-	$(VENV)/bin/python -m benchmarks picture $(WORKDIR)/metrics.jsonl docs/tiny.svg $(ARGS)
+docs: $(STAMP) ## write what of docs/ is made: words, figures, and the picture of the run in WORKDIR, if there is one
+	$(VENV)/bin/python -m deepseek_jax.config words --out=docs/words.md
+	$(VENV)/bin/python -m benchmarks figures
+	if [ -f $(WORKDIR)/metrics.jsonl ]; then $(VENV)/bin/python -m benchmarks picture $(WORKDIR)/metrics.jsonl docs/tiny.svg; fi
 
 prove: $(STAMP) ## train the tiny model whole and check that it reaches the loss its config states
 	$(VENV)/bin/python -m benchmarks tiny $(ARGS)

@@ -46,6 +46,7 @@ GROUPS = {
     },
     "repository": {
         "measures": "the repository's own measures: width, imports, parameters, files",
+        "figures": "writes the figures of docs/speed.md from results/ (make docs)",
     },
 }
 ABOUT = {name: about for group in GROUPS.values() for name, about in group.items()}

@@ -79,7 +79,7 @@ def measure(shape: str, every: int, count: int, kind: str, folder: str) -> dict[
         )
         result = {"shape": shape, "kind": kind, "state_bytes": size, **machine()}
         if count:
-            batch = put_batch(shapes.rows(config, 1)[0], config.micro_batch, mesh)
+            batch = put_batch(shapes.batches(config, 1)[0], config.micro_batch, mesh)
             step = jax.jit(make_train_step(config, layout), donate_argnums=0)
             state, _ = jax.block_until_ready(step(state, batch))
             without: list[float] = []
@@ -198,7 +198,7 @@ def text(r: dict[str, Any]) -> str:
     ]
     if "overhead" in r:
         lines += [
-            f"  {b * 1e3:9.0f} ms a step without, {a * 1e3:9.0f} with a save every {r['every']}   "
+            f"  {b * 1e3:9.0f} ms per step without, {a * 1e3:9.0f} with a save every {r['every']}   "
             f"{a / b - 1:+.1%}"
             for b, a in r["turns"]
         ]

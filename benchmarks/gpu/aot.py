@@ -8,7 +8,7 @@ the XLA options of train.py. Checked in each scheduled program: which weights ar
 gradients are reduced, that no more bytes move than the strategy needs, that tokens are exchanged
 twice a round in forward, that gathers and scatters have computation between start and end, and that
 no array holds every expert's work on every token, or attention scores of a whole sequence. Then
-configs/v3.py for 256 and 2,048 H200s and configs/deepseek_7b.py for 8: bytes a device beside 141
+configs/v3.py for 256 and 2,048 H200s and configs/deepseek_7b.py for 8: bytes per device beside 141
 GB. Takes 18 minutes on 2 cores and 4 GB of memory.
 
 Exit code 1 if a check fails; it is named. Nothing is executed: times and NCCL's own memory need GPUs.

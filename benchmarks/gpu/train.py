@@ -254,7 +254,7 @@ def tiny(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
 
 
 def train(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
-    """Tokens a second of the real step, and where the time of the first goes."""
+    """Tokens per second of the real step, and where the time of the first goes."""
     device = jax.devices()[0]
     whole = training_config(toy)
     layers = (

@@ -1,4 +1,4 @@
-"""What each memory lever does to the train step: bytes a device and step time, one row a lever.
+"""What each memory lever does to the train step: bytes per device and step time, one row per lever.
 
   python -m benchmarks levers [--config=configs/tiny.py] [--devices=2] [--hardware=here|h200]
                               [--steps=7] [--only=offload,remat] [--config.KEY=...]

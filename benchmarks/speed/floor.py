@@ -107,7 +107,7 @@ def measure(shape: str, dtype: str, remat: str, steps: int) -> dict[str, Any]:
     seconds = []
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         state = init_state(config, layout)
-        for i, batch in enumerate(shapes.rows(config, 2 + 2 * steps)):
+        for i, batch in enumerate(shapes.batches(config, 2 + 2 * steps)):
             if i == 2 + steps:
                 jax.profiler.start_trace(folder)
             started = time.perf_counter()
@@ -271,7 +271,7 @@ def best(f: Any, *arguments: Any, runs: int) -> float:
 
 
 def copy_speed() -> Any:
-    """bytes -> bytes a second, read and written, of a copy of about so many."""
+    """bytes -> bytes per second, read and written, of a copy of about so many."""
     plus = jax.jit(lambda a: a + 1, donate_argnums=0)
     found = []
     for size in COPY_SIZES:
@@ -295,7 +295,17 @@ def text(r: dict[str, Any]) -> str:
         return f"{s * 1e3:,.1f}"
 
     lines = [
-        ["part", "ms a step", "matmuls", "at peak", "alone", "other", "its bytes", "floor", "of it"]
+        [
+            "part",
+            "ms per step",
+            "matmuls",
+            "at peak",
+            "alone",
+            "other",
+            "its bytes",
+            "floor",
+            "of it",
+        ]
     ]
     rows = {name: Row(**row) for name, row in r["parts"].items()}
     for name, row in (*rows.items(), ("all", Row(*map(sum, zip(*rows.values(), strict=True))))):

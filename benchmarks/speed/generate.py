@@ -1,11 +1,11 @@
-"""Generation beside transformers' `generate` in PyTorch, on a CPU: tokens a second of prefill and
+"""Generation beside transformers' `generate` in PyTorch, on a CPU: tokens per second of prefill and
 of decoding.
 
   python -m benchmarks generate [--model=FOLDER] [--batches=1,4] [--prompt=128] [--tokens=64]
                                 [--turns=5] [--draft-tokens=N] [--json]
 
 Both read the same checkpoint, in float32: FOLDER, or a DeepSeek-V3 of 105 million random
-parameters, 16 experts a layer. They take turns, each turn with new prompts, and the likeliest token
+parameters, 16 experts per layer. They take turns, each turn with new prompts, and the likeliest token
 is chosen. Prefill is the time to the first token; decoding the rest over the tokens after it.
 Figures are medians; a ratio is the median over turns of theirs / ours. "the same" is the share of
 tokens that are equal up to the first that differs: float32 sums in another order may choose
@@ -71,7 +71,7 @@ def main() -> int:
         ("prompt", 128, "Tokens of a prompt."),
         ("tokens", 64, "Tokens of an answer."),
         ("turns", 5, "Turns to time."),
-        ("draft-tokens", 0, "Drafts a step by multi-token prediction; 0: none."),
+        ("draft-tokens", 0, "Drafts per step by multi-token prediction; 0: none."),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=about)
     own = parser.parse_args()
@@ -231,6 +231,6 @@ def text(r: dict[str, Any]) -> str:
     return (
         f"{r['model']}, {r['parameters'] / 1e6:.0f} million parameters, float32, {m['cores']} "
         f"cores (load {m['load']:.1f}), prompts of "
-        f"{r['prompt']} tokens, answers of {r['tokens']}; tokens a second\n\n{texts.table(lines)}\n\n"
+        f"{r['prompt']} tokens, answers of {r['tokens']}; tokens per second\n\n{texts.table(lines)}\n\n"
         + "\n".join(more)
     )

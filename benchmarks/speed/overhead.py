@@ -141,7 +141,7 @@ def _between(before: dict[int, float] | None, after: dict[int, float] | None) ->
 
 
 def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
-    """Medians over the steps of all rounds, in seconds a step."""
+    """Medians over the steps of all rounds, in seconds per step."""
     use_cache(config.compile.cache_dir, warn=lambda line: print(line, file=sys.stderr))
     mesh = make_mesh(config, jax.devices()[:1] if config.mesh.fsdp == 1 else None)
     loader = Loader(
@@ -208,7 +208,7 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
 def _bare(
     step: CompiledStep, state: TrainState, batch: Any, steps: int
 ) -> tuple[TrainState, tuple[float, float]]:
-    """Wall and CPU seconds a step, called back to back, after a first one."""
+    """Wall and CPU seconds per step, called back to back, after a first one."""
     state, _ = jax.block_until_ready(step(state, batch))
     started, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
@@ -280,12 +280,12 @@ def text(r: dict[str, Any]) -> str:
             f"  a step in the loop      {ms(r['step_s'])}, {r['cpu_s']:.2f} CPU seconds (with the "
             "checkpoint)",
             f"  a bare step             {ms(r['bare_step_s'])}, {r['bare_cpu_s']:.2f} CPU seconds",
-            f"  idle device, a step     {ms(r['idle_s'])}{share(r['idle_s'])}; the call that "
+            f"  idle device, per step   {ms(r['idle_s'])}{share(r['idle_s'])}; the call that "
             f"starts a step takes {ms(r['dispatch_s'])}",
             f"  at a checkpoint         {ms(r['checkpoint_s'])} idle, once in "
             f"{r['checkpoint_every_steps']} steps"
             f"{share(r['checkpoint_s'] / r['checkpoint_every_steps'])}",
-            f"  CPU of Python, a step   {ms(r['host_cpu_s'])}{share(r['host_cpu_s'])}",
+            f"  CPU of Python, per step {ms(r['host_cpu_s'])}{share(r['host_cpu_s'])}",
             f"overhead at most {r['overhead']:.2%}; bar {r['bar']:.0%}: {'met' if r['met'] else 'MISSED'}",
         )
     )

@@ -6,13 +6,13 @@ this machine's matmuls reach.
 
 Shapes: benchmarks/support/shapes.py. Each turn is a process of its own: it compiles the step, makes
 one step that does not count, times `steps` steps (with the copy of their rows to the device), and
-then times square matmuls of the compute dtype: the best size is the peak. Model FLOPs a token: 6
+then times square matmuls of the compute dtype: the best size is the peak. Model FLOPs per token: 6
 per active matmul weight (embedding look-up, norms, router and recomputation not counted; the head
 counted) plus causal attention, counted once: 3 * layers * heads * (query width + value width) *
 sequence_length (deepseek_jax/model/count.py). With --peer, SCRIPT runs in turns with ours on the
 same shape: transformers' DeepseekV3 in PyTorch (../shared/peers/bench_hf_torch.py; it needs torch
 and transformers, which the extra `test` installs). Ratios are medians over the pairs of turns;
-tokens a CPU second are the steadier figure on a busy machine.
+tokens per CPU second are the steadier figure on a busy machine.
 """
 
 import json
@@ -117,10 +117,10 @@ def measure(shape: str, steps: int, dtype: str, remat: str) -> dict[str, Any]:
     seconds, cpu = [], []
     with jax.set_mesh(mesh):
         state = init_state(config, layout)
-        for rows in shapes.rows(config, steps + 1):
+        for batch in shapes.batches(config, steps + 1):
             at, cpu_at = time.perf_counter(), time.process_time()
             state, metrics = jax.block_until_ready(
-                step.compiled(state, put_batch(rows, config.micro_batch, mesh))
+                step.compiled(state, put_batch(batch, config.micro_batch, mesh))
             )
             seconds.append(time.perf_counter() - at)
             cpu.append(time.process_time() - cpu_at)
@@ -205,10 +205,10 @@ def summary(turns: list[tuple[dict, dict | None]]) -> dict[str, Any]:
 
 def text(r: dict[str, Any]) -> str:
     lines = [
-        f"{r['shape']}: {r['tokens']} tokens a step, {r['dtype']}, remat {r['remat']}",
+        f"{r['shape']}: {r['tokens']} tokens per step, {r['dtype']}, remat {r['remat']}",
         f"  {r['tokens_per_second']:,.0f} tokens/s (best {r['best_tokens_per_second']:,.0f}), "
-        f"{r['tokens_per_cpu_second']:,.0f} a CPU second",
-        f"  {r['flops_per_token'] / 1e6:.1f} MFLOP a token: {r['flops'] / 1e9:.0f} GFLOP/s, "
+        f"{r['tokens_per_cpu_second']:,.0f} per CPU second",
+        f"  {r['flops_per_token'] / 1e6:.1f} MFLOP per token: {r['flops'] / 1e9:.0f} GFLOP/s, "
         f"{r['share_of_matmul']:.0%} of the "
         f"{r['matmul_flops'] / 1e9:.0f} that this machine's best matmul reached",
         f"  peak memory {r['peak_memory'] / 1e9:.2f} GB, of which temporaries "

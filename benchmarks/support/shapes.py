@@ -99,7 +99,7 @@ _TOKENS = {
     "small": (8, 256),
     "mid": (8, 512),
     "fine": (8, 256),
-}  # sequences a step, tokens a sequence
+}  # sequences per step, tokens per sequence
 NAMES = tuple(_SHAPES)
 
 
@@ -122,8 +122,8 @@ def config(name: str, dtype: str = "float32", remat: str = "dots") -> Config:
     )
 
 
-def rows(config: Config, steps: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """A batch [n, S] for each step: text from a Markov chain with 8 successors a token, the
+def batches(config: Config, steps: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """A batch [n, S] for each step: text from a Markov chain with 8 successors per token, the
     likelier the earlier."""
     t, vocab = config.train, config.model.vocab_size
     rng = np.random.default_rng(seed)

@@ -104,7 +104,7 @@ def devices_of(config: Config) -> int:
 
 
 def rows(i: int) -> dict[str, np.ndarray]:
-    """A packed batch with two documents a row and padding at the end of some rows."""
+    """A packed batch with two documents per sequence and padding at the end of some rows."""
     rng = np.random.default_rng(i)
     ids = rng.integers(0, MODEL.vocab_size, (SEQUENCES, LENGTH + 1)).astype(np.int32)
     segments = np.broadcast_to(np.where(np.arange(LENGTH) < 12, 1, 2), (SEQUENCES, LENGTH)).copy()

@@ -7,7 +7,7 @@ that it is itself a tested reference.
 
 Conventions
 - Sizes in names: B sequences, S positions of one sequence, T tokens, D hidden_size, H heads, R
-  qk_rope_head_dim, E routed experts, k experts a token chooses, V vocabulary.
+  qk_rope_head_dim, E routed experts, k experts per token chooses, V vocabulary.
 - Weights: a dict of arrays under the names and in the orientation [out, in] of a Hugging Face
   checkpoint, one entry an expert. The functions of a whole model take full names
   (`model.layers.0.self_attn.o_proj.weight`); the functions of one layer take names below the layer
