@@ -8,6 +8,7 @@ CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/tiny
 ARGS ?=
 DEVICES ?= 8
+TITLE ?= "make train: 1.89M parameters, 8 experts, 1,000 steps"
 JOBS ?= 3
 
 VENV ?= .venv
@@ -65,10 +66,11 @@ check: $(CHECK_STAMP) ## format, lint and types of every file, in a minute
 measures: $(STAMP) ## the repository's measures: width, imports, parameters, files
 	$(VENV)/bin/python -m benchmarks measures $(ARGS)
 
-docs: $(STAMP) ## write what of docs/ is made: words, figures, and the picture of the run in WORKDIR, if there is one
+docs: $(STAMP) ## write what is made of docs/: words, figures, and the picture, of the run in WORKDIR if there is one
 	$(VENV)/bin/python -m deepseek_jax.config words --out=docs/words.md
 	$(VENV)/bin/python -m benchmarks figures
-	if [ -f $(WORKDIR)/metrics.jsonl ]; then $(VENV)/bin/python -m benchmarks picture $(WORKDIR)/metrics.jsonl docs/tiny.svg; fi
+	if [ -f $(WORKDIR)/metrics.jsonl ]; then cp $(WORKDIR)/metrics.jsonl benchmarks/results/tiny.metrics.jsonl; fi
+	$(VENV)/bin/python -m benchmarks picture benchmarks/results/tiny.metrics.jsonl docs/tiny.svg --title=$(TITLE)
 
 prove: $(STAMP) ## train the tiny model whole and check that it reaches the loss its config states
 	$(VENV)/bin/python -m benchmarks tiny $(ARGS)

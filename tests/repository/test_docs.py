@@ -35,6 +35,13 @@ def test_the_figures_are_those_of_the_results():
     assert figures.filled(document) == document, "run: make docs"
 
 
+def test_the_picture_is_that_of_the_kept_run():
+    lines = (figures.RESULTS / "tiny.metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    svg = (ROOT / "docs" / "tiny.svg").read_text(encoding="utf-8")
+    title = re.search(r'font-size="14">(.*)</text>', svg)
+    assert title and picture.drawn([json.loads(line) for line in lines], title[1]) == svg
+
+
 def test_every_result_is_quoted_and_names_no_path():
     """A result says which command, commit and machine it is of, and nothing of where it was made."""
     known = {figure.name for figure in figures.FIGURES}
