@@ -172,8 +172,7 @@ def restore(shape: str, folder: str, kind: str) -> dict[str, float]:
 
 
 def memory(reset: bool = False) -> int:
-    """Bytes that this process has held at most. Linux counts them anew on request; elsewhere they
-    are those since its start."""
+    """Peak memory of this process in bytes. `reset` starts the count again, which only Linux can."""
     if not os.path.exists("/proc/self/clear_refs"):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
             1 if sys.platform == "darwin" else 1024

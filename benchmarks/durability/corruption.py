@@ -29,12 +29,16 @@ STEPS = (1, 2, 3)
 
 
 def run(folder: str, rounds: int, seed: int) -> dict[str, dict[str, int]]:
-    """Counts by fault and kind of checkpoint: tried; detected: it was said and the checkpoint kept
-    aside; survived: an earlier one was restored; steps_lost: by that, at most; wrong: what came
-    back was not what had been saved.
+    """Damages files and restores, again and again.
+
+    Returns, by fault and kind of checkpoint: tried; detected: reported, and the checkpoint set aside;
+    survived: an earlier one was restored; steps_lost: the most that this cost; wrong: what came back was
+    not what had been saved.
 
     Args:
-      folder: where to work; it is empty again afterwards. rounds: tries of each fault on each kind of file.
+      folder: where to work; it is empty again afterwards.
+      rounds: tries of each fault on each kind of file.
+      seed: of files and places.
     """
     rng = np.random.default_rng(seed)
     out: dict[str, dict[str, int]] = {}
@@ -185,7 +189,7 @@ def _delete(top: str, file: str, rng: np.random.Generator) -> bool:
 
 
 def _zero(top: str, file: str, rng: np.random.Generator) -> bool:
-    """A stretch of zeros, as a file system leaves where a block was never written."""
+    """Writes a stretch of zeros, as a file system leaves it where a block was never written."""
     path = os.path.join(top, file)
     with open(path, "rb") as f:
         raw = f.read()
@@ -211,7 +215,7 @@ def _flip(top: str, file: str, rng: np.random.Generator) -> bool:
 
 
 def _exchange(top: str, file: str, rng: np.random.Generator) -> bool:
-    """Exchanges the file with another of the checkpoint, of other contents."""
+    """Exchanges the file with another file of the checkpoint that has other contents."""
     here = os.path.join(top, file)
     others = [
         os.path.join(where, name) for where, _, names in os.walk(top) for name in sorted(names)

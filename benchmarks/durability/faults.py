@@ -1,5 +1,5 @@
-"""A small run for benchmarks and tests that kill it: its command, its process, its losses, and what
-became of faults."""
+"""A small run that benchmarks and tests disturb: its command, its process, its losses, and a tally of
+what each fault did to it."""
 
 import collections
 import dataclasses
@@ -46,12 +46,11 @@ class Tally:
     """What became of one kind of fault."""
 
     tried: int = 0
-    # said by the program: the step it goes on from, the process that was lost, the file that is
-    # damaged
+    # Reported by the program: the step it resumes from, the lost process, the damaged file.
     detected: int = 0
-    survived: int = 0  # the run went on from the newest whole checkpoint
-    steps_lost: int = 0  # at most: made, logged and made again
-    # losses that differ from the undisturbed run's, steps logged twice, checkpoints passed over
+    survived: int = 0  # the run resumed from the newest whole checkpoint
+    steps_lost: int = 0  # the most steps that were made, logged and made again
+    # Losses that differ from the undisturbed run's, steps logged twice, checkpoints passed over.
     wrong: int = 0
 
     def lost(self, steps: int) -> None:
@@ -66,7 +65,7 @@ def tallies() -> Tallies:
 
 
 def corpus(folder: pathlib.Path) -> pathlib.Path:
-    """Some text that is read in no time."""
+    """A text that is read quickly."""
     path = folder / "corpus.txt"
     rng = random.Random(0)
     path.write_text(
@@ -80,7 +79,7 @@ def corpus(folder: pathlib.Path) -> pathlib.Path:
 
 
 def environment(folder: pathlib.Path, devices: int = 1) -> dict[str, str]:
-    """Of a process: CPU devices, and compiled programs kept in `folder`, so that restarts do not compile."""
+    """The environment of a process: CPU devices, and a cache of programs, so that restarts do not compile."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -131,8 +130,8 @@ class Process:
                 self._changed.notify_all()
 
     def wait_for(self, pattern: str, timeout: float, first: int = 0) -> re.Match | None:
-        """The first line from number `first` on that has the pattern; None if the process ends, or
-        time does, without one."""
+        """The first line from number `first` on that matches; None if the process ends or the time is
+        over without one."""
         deadline, seen = time.monotonic() + timeout, first
         while True:
             with self._changed:
@@ -146,7 +145,7 @@ class Process:
                 self._changed.wait(0.05)
 
     def wait_for_step(self, step: int, timeout: float) -> bool:
-        """Until a step of at least this number is reported."""
+        """Waits until a step of at least this number is reported; False if none will be."""
         deadline, seen = time.monotonic() + timeout, 0
         while time.monotonic() < deadline:
             with self._changed:
@@ -160,7 +159,7 @@ class Process:
         return False
 
     def resumed_from(self) -> int | None:
-        """The step that it said it goes on from; 0 if it began anew; None if it did not come so far."""
+        """The step it reported to resume from; 0 if it began anew; None if it did not get that far."""
         for line in self.lines:
             if found := re.search(r"^workdir +\S+, resuming after step (\d+)", line):
                 return int(found[1])
@@ -173,7 +172,7 @@ class Process:
             self.popen.send_signal(number)
 
     def wait(self, timeout: float) -> int | None:
-        """The exit code; None, and the process killed, if it takes longer."""
+        """The exit code; None if it takes longer, and then the process is killed."""
         try:
             code = self.popen.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -192,15 +191,15 @@ class Process:
         self.wait(10)
 
 
-Row = tuple[
-    float, float, int
-]  # loss, gradient norm, tokens seen: equal text in the file, equal numbers
+# Loss, gradient norm, tokens seen. Equal text in the file means equal numbers.
+Row = tuple[float, float, int]
 
 
 def rows(workdir: pathlib.Path) -> tuple[dict[int, Row], int]:
-    """(rows of metrics.jsonl by step, how many steps it has twice). A row that a kill cut short, at
-    the end, is none."""
-    out, twice = {}, 0
+    """(rows of metrics.jsonl by step, how many steps it has twice). A last row that a kill cut short
+    does not count."""
+    out: dict[int, Row] = {}
+    twice = 0
     path = workdir / "metrics.jsonl"
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         if not line.endswith("\n"):
@@ -219,18 +218,17 @@ def differing(workdir: pathlib.Path, reference: dict[int, Row]) -> int:
 
 
 def newest_save(logged: int) -> int:
-    """The step of the newest checkpoint that had been begun for certain when the last row was of
-    step `logged`.
+    """The step of the newest checkpoint that must have been begun when step `logged` was logged.
 
-    The row of a step is written before its checkpoint begins, which first waits for the one before.
-    That of this step may be lost with what was not finished of it, so a run with asynchronous
-    checkpoints goes on at most one interval before it.
+    A step is logged before its checkpoint begins, and a checkpoint first waits for the one before it.
+    The newest may be lost unfinished, so a run with asynchronous checkpoints resumes at most one
+    interval earlier.
     """
     return max(logged - 1, 0) // INTERVAL * INTERVAL
 
 
 def newest_checkpoint(workdir: pathlib.Path) -> int:
-    """Of those with a final name; 0 if there is none."""
+    """The newest checkpoint with a final name; 0 if there is none."""
     folder = workdir / "checkpoints"
     return (
         max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)

@@ -56,7 +56,7 @@ _WORDS = (
 
 
 def run(seconds: float, seed: int) -> tuple[int, list[str]]:
-    """(calls made, a line for each failure)."""
+    """Calls the parsers for so many seconds: (calls made, a line for each failure)."""
     rng = np.random.default_rng(seed)
     failures: list[str] = []
     executions = 0
@@ -175,7 +175,7 @@ def _targets(folder: epath.Path) -> list[tuple[str, Callable[[bytes], object], l
 
 
 def _reseal(raw: bytes) -> bytes:
-    """So that mutations reach what comes after the checksum."""
+    """A manifest with its checksum made good, so that mutations reach what is read after it."""
     try:
         value = json.loads(raw)
         value.pop("checksum", None)

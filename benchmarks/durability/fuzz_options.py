@@ -56,8 +56,8 @@ def run(
     """Tries `count` sets that validation accepts, or as many as `seconds` are enough for.
 
     Args:
-      compiled: of every so many accepted sets one is compiled and run as well; 0: none.
-      note: is told the progress.
+      compiled: one in this many accepted sets is compiled and run as well; 0: none.
+      note: called with the progress, a line each.
       first: number of the first case.
     """
     until = time.monotonic() + seconds

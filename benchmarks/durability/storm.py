@@ -3,14 +3,18 @@
   python -m benchmarks storm [--kills=50] [--rounds=3] [--seed=0]
                              [--only=kills,signals,disk,processes,corruption] [--json]
 
-kills: ONE run on a CPU, killed at random instants (kill -9): while it starts, between checkpoints,
-while one is written; started again each time, by turns with config.checkpoint.async_checkpointing,
-where a save that is not done is lost too, and without, where one interval is all that may be.
-signals: SIGTERM and SIGINT to it. disk: no room for the last checkpoint. processes: runs of 2 and 4
-processes under the launcher, one of which is killed or stopped (SIGSTOP). corruption: files of
-checkpoints cut short, deleted, zeroed, flipped. Losses of every step are compared, bit for bit,
-with a run that nobody disturbed. Exit code 1 if anything is wrong. Random choices come from --seed;
-instants are the machine's.
+  kills       ONE run on a CPU, killed at random instants (kill -9): while it starts, between
+              checkpoints, while one is written. It is started again each time, with asynchronous
+              checkpoints (where an unfinished save may be lost too) and without (where one
+              interval is the most that may be lost) in turns.
+  signals     SIGTERM and SIGINT to that run.
+  disk        No room for the last checkpoint.
+  processes   Runs of 2 and 4 processes under the launcher, one of which is killed or stopped
+              (SIGSTOP).
+  corruption  Files of checkpoints cut short, deleted, zeroed, flipped.
+
+The losses of every step are compared, bit for bit, with those of an undisturbed run. Exit code 1 if
+anything is wrong. Random choices come from --seed; the instants depend on the machine.
 """
 
 import dataclasses
@@ -21,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.durability import faults, storm_processes
@@ -29,27 +34,28 @@ from benchmarks.support.report import Parser, report
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import some_of
 
+Say = Callable[[str], None]
 PARTS = ("kills", "signals", "disk", "processes", "corruption")
-START, STEP, SAVE = (
-    "kill -9 while it starts",
-    "kill -9 between checkpoints",
-    "kill -9 while one is written",
-)
-LIMIT = 600.0  # seconds for what takes some
+START = "kill -9 while it starts"
+STEP = "kill -9 between checkpoints"
+SAVE = "kill -9 while one is written"
+LIMIT = 600.0  # seconds for anything that takes some
 
 
 def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--kills", type=int, default=50, help="Kills of the one run, and up to 4 signals."
+        "--kills", type=int, default=50, help="Kills of the run, and up to 4 signals."
     )
-    parser.add_argument("--rounds", type=int, default=3, help="Of every kind of damage to files.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the faults.")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="Rounds of every kind of damage to files."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the faults.")
     parser.add_argument(
         "--only",
         type=some_of(*PARTS),
         default=",".join(PARTS),
-        help="Some of the parts, separated by commas.",
+        help="Parts to run, separated by commas.",
     )
     args = parser.parse_args()
     began = time.monotonic()
@@ -89,8 +95,10 @@ def table(result: dict[str, dict[str, int]]) -> str:
     )
 
 
-def run(folder: pathlib.Path, parts: list[str], kills: int, rounds: int, seed: int, say) -> Tallies:
-    """Everything in `folder`. `say` is told of progress."""
+def run(
+    folder: pathlib.Path, parts: list[str], kills: int, rounds: int, seed: int, say: Say
+) -> Tallies:
+    """Runs the parts, with all files in `folder`; `say` reports progress."""
 
     def damaged_files() -> Tallies:
         from benchmarks.durability import corruption
@@ -116,9 +124,8 @@ def run(folder: pathlib.Path, parts: list[str], kills: int, rounds: int, seed: i
         if wanted & set(parts):
             try:
                 out |= part()
-            except (
-                RuntimeError
-            ) as e:  # a run that does not go on is a result, and the other parts are still to come
+            except RuntimeError as e:
+                # A run that does not go on is a result; the other parts still have to run.
                 say(str(e))
                 out[f"{' and '.join(sorted(wanted))}: did not go on"] = faults.Tally(
                     tried=1, wrong=1
@@ -126,14 +133,12 @@ def run(folder: pathlib.Path, parts: list[str], kills: int, rounds: int, seed: i
     return out
 
 
-def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> Tallies:
-    """One run in one process, ended so many times, and gone on with."""
-    rng, out, text, env = (
-        random.Random(seed),
-        faults.tallies(),
-        faults.corpus(folder),
-        faults.environment(folder),
-    )
+def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say: Say) -> Tallies:
+    """One run in one process that is ended `kills + signals` times and resumed each time."""
+    rng = random.Random(seed)
+    out = faults.tallies()
+    text = faults.corpus(folder)
+    env = faults.environment(folder)
     steps = max(8 * (kills + signals), 4 * INTERVAL)
     say(f"the undisturbed run of {steps} steps")
     with Process(faults.train(folder / "calm", text, train__steps=steps), env) as calm:
@@ -149,10 +154,9 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
     rng.shuffle(kinds)
     after_fault, logged, least = None, 0, 0
     for number, kind in enumerate([*kinds, None]):
-        left = steps - newest_or_zero(workdir)
-        target = rng.randint(
-            1, max(min(2 * left // (len(kinds) - number + 1), 3 * INTERVAL), 1)
-        )  # steps of this life
+        left = steps - faults.newest_checkpoint(workdir)
+        # Steps of this start.
+        target = rng.randint(1, max(min(2 * left // (len(kinds) - number + 1), 3 * INTERVAL), 1))
         asynchronous = number % 2 == 0
         name = (
             f"signal {kind.name}"
@@ -170,7 +174,7 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
                 p.kill()
             elif kind is not None:
                 if (
-                    not p.wait_for_step(newest_or_zero(workdir) + target, LIMIT)
+                    not p.wait_for_step(faults.newest_checkpoint(workdir) + target, LIMIT)
                     and p.popen.poll() is None
                 ):
                     raise RuntimeError("the run does not go on:\n" + "\n".join(p.lines[-20:]))
@@ -180,7 +184,7 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
                 time.sleep(rng.uniform(0, 0.02 if kind == SAVE else 0.2))
                 p.kill(kind if isinstance(kind, signal.Signals) else signal.SIGKILL)
             code = p.wait(LIMIT)
-        # What the life before it lost is known now.
+        # What the start before this one lost is known now.
         from_step = p.resumed_from()
         if after_fault and from_step is not None:
             tally = out[after_fault]
@@ -190,7 +194,7 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
             tally.wrong += passed_over
             tally.survived += not passed_over
             after_fault = None
-        elif after_fault:  # this life was killed before it said so: the next one tells
+        elif after_fault:  # this start was killed before it said so: the next one tells
             out[after_fault].survived += 1
             out[after_fault].detected += 1
         found, _ = faults.rows(workdir)
@@ -208,23 +212,25 @@ def one_run(folder: pathlib.Path, kills: int, signals: int, seed: int, say) -> T
         logged = max(found, default=0)
         if isinstance(kind, signal.Signals):
             least = logged
-        elif any(
-            line.startswith("step ") for line in p.lines
-        ):  # a life without a step leaves what the one before it left
+        elif any(line.startswith("step ") for line in p.lines):
+            # A start without a step leaves the checkpoints as they were.
             least = faults.newest_save(logged) - (INTERVAL if asynchronous else 0)
         after_fault = name
         say(
             f"{number + 1} of {len(kinds)}: {name}, after step {logged}; checkpoint "
-            f"{newest_or_zero(workdir)}{'; WRONG' if wrong else ''}"
+            f"{faults.newest_checkpoint(workdir)}{'; WRONG' if wrong else ''}"
         )
     return out
 
 
-def no_room(folder: pathlib.Path, say) -> Tallies:
-    """A run that may not write files of any length, as on a full disk, goes on to its last step and
-    says so; then there is room again."""
-    out, text, env = faults.tallies(), faults.corpus(folder), faults.environment(folder)
-    workdir, steps = folder / "room", 6 * INTERVAL
+def no_room(folder: pathlib.Path, say: Say) -> Tallies:
+    """A run that cannot write large files, as on a full disk, trains to its last step and reports the
+    checkpoint that it lost; when there is room again it resumes."""
+    out = faults.tallies()
+    text = faults.corpus(folder)
+    env = faults.environment(folder)
+    workdir = folder / "room"
+    steps = 6 * INTERVAL
     say("no room for checkpoints")
     with Process(faults.train(folder / "with_room", text, train__steps=steps), env) as calm:
         if calm.wait(LIMIT) != 0:
@@ -232,9 +238,8 @@ def no_room(folder: pathlib.Path, say) -> Tallies:
     tally = out["no room for the last checkpoint"]
     tally.tried = 1
     with Process(faults.train(workdir, text, train__steps=steps), env) as p:
-        if not p.wait_for_step(
-            2 * INTERVAL + 1, LIMIT
-        ):  # the second save waits for the first, which is on disk by then
+        # The second save waits for the first, which is on disk by then.
+        if not p.wait_for_step(2 * INTERVAL + 1, LIMIT):
             raise RuntimeError("the run does not begin:\n" + "\n".join(p.lines[-20:]))
         resource.prlimit(p.popen.pid, resource.RLIMIT_FSIZE, (16384, 16384))
         code = p.wait(LIMIT)
@@ -249,12 +254,8 @@ def no_room(folder: pathlib.Path, say) -> Tallies:
     return out
 
 
-def newest_or_zero(workdir: pathlib.Path) -> int:
-    return faults.newest_checkpoint(workdir)
-
-
 def wait_for_save(workdir: pathlib.Path, p: Process) -> None:
-    """Until the temporary folder of a checkpoint is there, or the run is over."""
+    """Waits until the temporary folder of a checkpoint exists or the run is over."""
     folder, deadline = workdir / "checkpoints", time.monotonic() + 60
     while p.popen.poll() is None and time.monotonic() < deadline:
         if any("tmp" in f.name for f in folder.iterdir()):

@@ -1,5 +1,4 @@
-"""Runs of several processes under the launcher, one of which is killed or stopped: the part of the
-storm that `make storm` calls processes."""
+"""The storm's part `processes`: runs under the launcher, of whose processes one is killed or stopped."""
 
 import os
 import pathlib
@@ -12,11 +11,9 @@ from typing import NamedTuple
 from benchmarks.durability import faults
 from benchmarks.durability.faults import INTERVAL, Process, Tally
 
-LIMIT = 600.0  # seconds for what takes some
+LIMIT = 600.0  # seconds for anything that takes some
 HEARTBEAT = 10.0  # seconds of silence after which a process is lost
-ENDS_WITHIN = (
-    180.0  # seconds, on a machine with much other work, from a fault until all processes have ended
-)
+ENDS_WITHIN = 180.0  # seconds from a fault until all processes have ended, on a busy machine
 
 
 class Fault(NamedTuple):
@@ -51,8 +48,8 @@ def launched(count: int, arguments: list[str], *more: str) -> list[str]:
 
 
 def child(launcher: int, number: int) -> int:
-    """The pid of a launcher's process with this number. Pids are in no order: they begin anew at
-    some point."""
+    """The pid of a launcher's process with this number. The order of pids says nothing: they wrap
+    around."""
     pids = subprocess.run(
         ["pgrep", "-P", str(launcher)], capture_output=True, text=True
     ).stdout.split()
@@ -71,13 +68,13 @@ def disturb(
     workdir: pathlib.Path,
     say: Callable[[str], None] = print,
 ) -> faults.Tallies:
-    """Waits for some steps of every start, then does the next fault of the plan. The run goes on
-    behind the last one."""
+    """Waits for some steps after every start, then causes the next fault of the plan. After the last
+    one the run goes on."""
     out = faults.tallies()
     done = line = 0
     for fault in plan:
         tally = out[fault.name(count)] = out.get(fault.name(count), Tally())
-        # The second save of a life waits for the first: behind it there is a checkpoint to go on from.
+        # The second save waits for the first: after it there is a checkpoint to resume from.
         if not p.wait_for_step(done + 2 * INTERVAL + 2, LIMIT):
             raise RuntimeError("the run does not go on:\n" + "\n".join(p.lines[-40:]))
         tally.tried += 1
@@ -110,8 +107,9 @@ def disturb(
 
 
 def run(folder: pathlib.Path, say: Callable[[str], None]) -> faults.Tallies:
-    """Two and four processes; losses are compared with undisturbed runs of as many."""
-    out, text = faults.tallies(), faults.corpus(folder)
+    """Two and four processes; losses are compared with undisturbed runs of as many processes."""
+    out = faults.tallies()
+    text = faults.corpus(folder)
     for count, plan in PLANS.items():
         steps = (2 * INTERVAL + 4) * (len(plan) + 2) * 2
         options = {

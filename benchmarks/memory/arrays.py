@@ -12,8 +12,8 @@ from deepseek_jax.xla import hlo
 
 
 def stored(module: hlo.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(instruction, dtype, dimensions without ones) of all arrays that are written to memory, which
-    those inside a fusion are not, and of all matmuls, which are work wherever they are."""
+    """(instruction, dtype, dimensions without ones) of all arrays that are written to memory and of all
+    matmuls. Arrays inside a fusion are not written; matmuls are work wherever they are."""
     callers = ("fusion", "reduce", "reduce-window", "scatter", "sort", "map")
     inside = {
         c
@@ -32,11 +32,11 @@ def stored(module: hlo.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 
 def too_large(text: str, config: Config, mesh_shape: Mapping[str, int]) -> dict[str, list[str]]:
-    """What a device's program has of them, as "f32[...] name"; empty lists are as it should be.
+    """Arrays of a device's program that are too large, as "f32[...] name". Both lists should be empty.
 
     every_expert_on_every_token: G x T rows or more, of the width of a token or of an expert, for
-      this device's G experts and T tokens, but for weights. The places of a round are a fraction of
-      that: capacity_factor * K / E.
+      this device's G experts and T tokens, but for weights. The capacity of a round is a fraction
+      of that: capacity_factor * K / E.
     whole_scores: heads x S x S numbers or more with a side that is S and another that is a multiple of it.
     """
     m, t = config.model, config.train
@@ -72,5 +72,5 @@ def too_large(text: str, config: Config, mesh_shape: Mapping[str, int]) -> dict[
 
 
 def said(found: dict[str, Any], what: str) -> str:
-    """The first of them, or none."""
+    """How many there are and the first of them, or none."""
     return f"{len(found[what])}, for instance {found[what][0]}" if found[what] else "none"

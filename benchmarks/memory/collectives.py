@@ -99,7 +99,7 @@ def main() -> int:
 
 
 def get_config(arg: str) -> Any:
-    """The layer that is looked at unless a config is named, this file being its config file.
+    """The layer that is measured unless a config is named: this file is its config file.
 
     Args:
       arg: "small", or "large" enough for the GPU compiler not to combine the collectives of several layers.
@@ -211,9 +211,9 @@ def _divisions(mesh: jax.sharding.Mesh, layout: Layout) -> dict[str, bool]:
 
 
 def _overlapped(found: list[program.Collective]) -> dict[str, float]:
-    """Of every kind, the share of the bytes that is scheduled with computation between start and
-    end. Without those of embedding and head: XLA gathers them at the start of a step, where nothing
-    can be computed without them."""
+    """Share of the bytes, by kind of collective, that is scheduled with computation between start and
+    end. Embedding and head are left out: XLA gathers them at the start of a step, where nothing can be
+    computed without them."""
     found = [c for c in found if not c.further and c.part not in ("embed", "loss", "head")]
     total = program.by(found, lambda c: c.kind)
     beside = program.by((c for c in found if c.overlapped), lambda c: c.kind)

@@ -87,7 +87,7 @@ def plain(
     scale: float,
     method: str = "auto",
 ) -> jax.Array:
-    """What `causal_attention` computes, as one softmax over whole scores; also the reference of gpu_bench."""
+    """`causal_attention` as one softmax over whole scores. gpu_bench compares with it too."""
     del method
     score_BNQK = (
         jnp.einsum("bqnh,bknh->bnqk", q_BSNH, k_BSNH, preferred_element_type=jnp.float32) * scale
@@ -137,7 +137,7 @@ def of_core(length: int, own: Any) -> dict[str, Any]:
 
 
 def of_module(length: int, own: Any) -> dict[str, Any]:
-    """The same of the module, and the share of it that attention itself has."""
+    """The same for the whole module, with the share that attention itself takes."""
     sequences = max(1, own.tokens // length)
     built, one = {}, {}
     for name, f in (("ours", interface.causal_attention), ("plain", plain)):

@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def config_of(shape: str, layers: int, devices: int) -> Config:
-    """A shape with so many layers, on so many devices."""
+    """The config of a shape with this number of layers and devices."""
     config = shapes.config(shape)
     expert = 2 if devices % 2 == 0 else 1
     model = dataclasses.replace(config.model, num_hidden_layers=layers)

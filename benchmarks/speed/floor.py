@@ -68,7 +68,7 @@ class Least(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Seconds of a step, of one part."""
+    """Seconds per step of one part of the model."""
 
     matmuls: float  # measured
     at_peak: float
@@ -100,7 +100,7 @@ def main() -> int:
 
 
 def measure(shape: str, dtype: str, remat: str, steps: int) -> dict[str, Any]:
-    """The table. On one CPU device."""
+    """Traces the step on one CPU device and makes the table."""
     config = shapes.config(shape, dtype, remat)
     mesh, layout = topology.lay_out(config, jax.devices()[:1])
     step = topology.compile_step(config, mesh, layout)
@@ -205,7 +205,7 @@ def moved(user: hlo.Instruction, position: int, operand: hlo.Instruction) -> int
 
 
 def written(scope: dict[str, hlo.Instruction], root: hlo.Instruction) -> int:
-    """Bytes of a result; of an update in place, what is new."""
+    """Bytes that a result writes; for an update in place, those of the new part."""
     if (
         root.opcode in ("bitcast", "copy")
         and root.operands
@@ -243,8 +243,7 @@ def matmul(scope: dict[str, hlo.Instruction], dot: hlo.Instruction) -> Matmul:
 
 
 def time_alone(m: Matmul, runs: int = 7) -> float:
-    """Seconds of a product: the best run of a program of one, or of several that do not depend on
-    each other if it is short."""
+    """Seconds of a product: the best run of it alone or, where it is short, of several independent ones."""
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "s32": jnp.int32}[
         m.dtype
     ]
@@ -271,7 +270,7 @@ def best(f: Any, *arguments: Any, runs: int) -> float:
 
 
 def copy_speed() -> Any:
-    """bytes -> bytes per second, read and written, of a copy of about so many."""
+    """A function: bytes of an array -> bytes per second, read and written, of a copy of that size."""
     plus = jax.jit(lambda a: a + 1, donate_argnums=0)
     found = []
     for size in COPY_SIZES:

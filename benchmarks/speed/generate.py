@@ -184,8 +184,8 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
 
 
 def quickest_threads(run: Callable[[], Any]) -> int:
-    """Sets how many threads PyTorch has: all cores or, where other programs disturb them at their
-    barriers, fewer."""
+    """Gives PyTorch the number of threads that is fastest: all cores, or one where other programs delay
+    threads at their barriers."""
     import torch
 
     times = {}

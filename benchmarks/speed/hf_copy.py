@@ -107,7 +107,7 @@ def measure(gigabytes: float, count: int, folder: str, run: Any = None) -> dict[
 
 
 def make(folder: str, size: float) -> int:
-    """Writes a random checkpoint of about so many bytes; how many they are."""
+    """Writes a random checkpoint of about this size. Returns its bytes."""
     widths = LAYER if size > 3e8 else TOY
     config = {
         "model_type": "qwen3_moe",
@@ -162,7 +162,7 @@ def make(folder: str, size: float) -> int:
 
 
 def timed(name: str, source: str, target: str) -> dict[str, float]:
-    """Does one of them in this process."""
+    """Does one of them in this process and measures it."""
     before = memory(reset=True)
     started, used = time.perf_counter(), time.process_time()
     run = {
@@ -196,7 +196,7 @@ def _copy(source: str, target: str) -> None:
 
 
 def _forget(folder: str) -> None:
-    """Drops what the system has cached of the files in a folder, where it can be asked to."""
+    """Drops the files of a folder from the system's cache, where the system allows that."""
     for here, _, files in os.walk(folder):
         for name in files if hasattr(os, "posix_fadvise") else ():
             with open(os.path.join(here, name), "rb") as f:

@@ -155,7 +155,7 @@ def least_of(program: turns.Program, runs: int = 3) -> dict[str, float]:
 
 
 def bars(rows: list[dict[str, Any]]) -> dict[str, bool]:
-    """Of ours: its time in terms of dense's, and of ragged_dot's."""
+    """Whether ours takes at most so many times the time of dense, and less than ragged_dot."""
     out = {}
     for r in rows:
         if "ours" in r["times_of_dense"]:

@@ -81,8 +81,7 @@ def main() -> int:
 
 
 class Timed:
-    """A step, to be handed to the loop, that notes when it is called, when the call returns, and
-    when the device is done."""
+    """A step for the loop that notes when it is called, when the call returns and when the device is done."""
 
     def __init__(self, step: CompiledStep):
         self._step = step
@@ -134,7 +133,7 @@ def python_cpu_seconds(without: threading.Thread | None = None) -> dict[int, flo
 
 
 def _between(before: dict[int, float] | None, after: dict[int, float] | None) -> float | None:
-    """CPU seconds of the threads that are there after."""
+    """CPU seconds between the two readings, of the threads that exist in the second."""
     if before is None or after is None:
         return None
     return sum(s - before.get(thread, 0.0) for thread, s in after.items())
@@ -228,7 +227,7 @@ def _loop(
     sizes: Any,
     steps: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """`steps` steps of the loop, after two first ones and before a last one, each with what it cost."""
+    """Runs the loop for `steps` steps that count, with two before and one after them, and measures each."""
     first, timed = int(state.step), Timed(step)
     # The loop is told where to stop; the compiled step has its own copy of the options.
     until = dataclasses.replace(config.train, steps=first + steps + 3)

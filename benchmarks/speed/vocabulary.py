@@ -82,7 +82,7 @@ def ours(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> ja
 
 
 def plain(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> jax.Array:
-    """The same with whole logits."""
+    """The same loss with the logits of all tokens in memory."""
     logits_TV = jnp.einsum(
         "td,dv->tv",
         hidden_TD,

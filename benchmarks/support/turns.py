@@ -49,5 +49,5 @@ def medians(programs: Mapping[Any, Callable[[], Any]], turns: int) -> dict[Any, 
 
 
 def ratio(times: dict[Any, list[float]], a: Any, b: Any) -> float:
-    """How many times as long as b program a takes: the median over turns of `seconds`."""
+    """Time of program a in terms of program b: the median over turns of `seconds`."""
     return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
