@@ -2,10 +2,10 @@
 
 The name table here is the tests' own, so that they do not trust the one that users' checkpoints go through.
 
-    params, bias = to_state(weights, model)  # {Hugging Face name: array} -> states with NumPy leaves
-    grads = to_hf(gradient_state, model)                     # the way back, for parameters or their gradients
+    params, bias = to_state(weights, model)   # {Hugging Face name: array} -> states with NumPy leaves
+    grads = to_hf(gradient_state, model)      # the way back, for parameters or their gradients
     out = run(weights, model, ids, expert=2)  # logits, hidden states, statistics; on two devices
-    with on_mesh(config):                                    # one module with given weights
+    with on_mesh(config):                     # one module with given weights
         mlp, params, bias = load(lambda: MLP(model, 8, nnx.Rngs(0)), weights, config, "mlp.")
         y = jit(lambda params, x: mlp(params, bias)(x))(params, put(x))
 """

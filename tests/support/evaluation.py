@@ -1,8 +1,9 @@
-"""A small model of transformers with its tokenizer, and what it says of texts."""
+"""A small model of transformers with its tokenizer, and its log-probabilities of a text."""
 
 import json
 import pathlib
 
+import numpy as np
 import tokenizers
 import torch
 import transformers
@@ -10,12 +11,11 @@ import transformers
 from tests.support import hf_variants
 
 
-def write_tokenizer(folder, bos):
+def write_tokenizer(folder: pathlib.Path, bos: bool) -> None:
+    """A byte-level BPE; `bos`: its post-processor puts <s> before a text."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer, inner.decoder = (
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        tokenizers.decoders.ByteLevel(),
-    )
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=["<s>", "</s>"],
@@ -35,7 +35,7 @@ def write_tokenizer(folder, bos):
     )
 
 
-def write_model(folder: pathlib.Path):
+def write_model(folder: pathlib.Path) -> transformers.PreTrainedModel:
     """A model with routed experts and grouped-query attention; its checkpoint and tokenizer in the folder."""
     config = transformers.Qwen3MoeConfig(
         vocab_size=304,
@@ -60,7 +60,8 @@ def write_model(folder: pathlib.Path):
     return theirs.eval()
 
 
-def log_p(theirs, ids):
+def log_p(theirs: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
+    """float64 [S, V]: log-probabilities of the token after each of ids [S]."""
     with torch.no_grad():
         return torch.log_softmax(
             theirs(torch.tensor([ids]), use_cache=False).logits[0].double(), -1

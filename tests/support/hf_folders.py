@@ -1,4 +1,4 @@
-"""Folders as Hugging Face has them, of a model that is nothing but zeros."""
+"""Hugging Face checkpoints of a small model whose weights are all zero."""
 
 import json
 import os

@@ -27,7 +27,7 @@ jax.config.update("jax_platforms", "cpu")
 
 
 def check(folder: str) -> tuple[bool, str]:
-    """(all is well, the line) of one model."""
+    """(whether all is well, the line) of one model."""
     golden = np.load(f"{folder}/golden.npz")
     ids, seen, route = golden["input_ids"], [], moe.route
     model = hf.load(folder)

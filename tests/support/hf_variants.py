@@ -1,5 +1,4 @@
-"""Tiny DeepSeek models of Hugging Face transformers with the `deepseek_jax.config.options.Model`
-that must give the same numbers.
+"""Tiny DeepSeek models of Hugging Face transformers with the `ModelConfig` that must give the same numbers.
 
     model, config, state = build("deepseek_v3", seed=0)
     # transformers model (float32, CPU), ModelConfig, {hub name: float32 array}
@@ -7,7 +6,7 @@ that must give the same numbers.
     logits, loss, grads = hf_logits_loss_grads(model, ids)
     # float32 [B, S, V], float, {hub name: float32 array}
 
-Names are those of the checkpoints on the hub, one entry an expert
+Names are those of the checkpoints on the hub, one entry per expert
 (`model.layers.1.mlp.experts.3.gate_proj.weight`), although transformers keeps experts fused in
 memory. Gradients have no entry for `e_score_correction_bias`, which is no parameter.
 
@@ -23,7 +22,7 @@ Where transformers departs from DeepSeek's own code, the variants stay where bot
 - YaRN with only one of mscale and mscale_all_dim given differs from DeepSeek's code; the variants
   give both or neither.
 - the deepseek_v3 model class has no MTP layers, whatever num_nextn_predict_layers says:
-`modeling_layers.MtpModel` has them.
+  `modeling_layers.MtpModel` has them.
 """
 
 import math

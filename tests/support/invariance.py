@@ -1,6 +1,6 @@
 """One small run on any mesh, strategy, dispatch and accumulation: what it computes must not depend on them.
 
-    python tests/invariance.py --help        the full product, or a part of it, as a table (make mesh-product)
+    python -m tests.support.invariance --help     the full product, or a part of it (make mesh-product)
 
 Gradients are taken out of the step by an optimizer that keeps them, so that the program compared is
 the one that trains.
@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 if __name__ == "__main__":
-    import conftest  # noqa: F401  (eight devices)
+    from tests import conftest  # noqa: F401  it makes eight devices
 
 from deepseek_jax.config.options import (
     Config,

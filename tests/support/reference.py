@@ -1,18 +1,18 @@
 """The model and its losses in straight-line NumPy float64: what every faster implementation is
 tested against.
 
-Nothing here is batched, fused, sharded or clever; loops over tokens, heads and experts are on
-purpose. There is no JAX. `test_reference.py` checks this file against Hugging Face transformers, so
+Nothing here is batched, fused, sharded or clever; the loops over tokens, heads and experts are
+intended. There is no JAX. `test_reference.py` checks this file against Hugging Face transformers, so
 that it is itself a tested reference.
 
 Conventions
 - Sizes in names: B sequences, S positions of one sequence, T tokens, D hidden_size, H heads, R
-  qk_rope_head_dim, E routed experts, k experts per token chooses, V vocabulary.
+  qk_rope_head_dim, E routed experts, k experts per token, V vocabulary.
 - Weights: a dict of arrays under the names and in the orientation [out, in] of a Hugging Face
-  checkpoint, one entry an expert. The functions of a whole model take full names
+  checkpoint, one entry per expert. The functions of a whole model take full names
   (`model.layers.0.self_attn.o_proj.weight`); the functions of one layer take names below the layer
   (`self_attn.o_proj.weight`, `mlp.gate.weight`), which `layer_weights(weights, i)` gives.
-- Model: `deepseek_jax.config.options.Model`.
+- Model: `deepseek_jax.config.options.ModelConfig`.
 - Segment ids: positions attend only within their own segment; 0 is padding, whose rows are
   don't-care (but finite).
 - Input of any float dtype is taken to float64 first.

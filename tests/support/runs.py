@@ -1,4 +1,4 @@
-"""The program as a user runs it: its command line, a process, the losses it has written."""
+"""The program as a user runs it: its command line, a process, the losses it has logged."""
 
 import json
 import math

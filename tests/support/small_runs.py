@@ -1,6 +1,6 @@
 """One compiled step of a small model, and runs of it, for tests that compare options.
 
-t = trainer(config_of(Optimizer("muon"), Mesh(fsdp=2, expert=4)))
+t = trainer(config_of(OptimizerConfig("muon"), MeshConfig(fsdp=2, expert=4)))
 s, metrics = t.run(t.start(), 5)
 """
 
