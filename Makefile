@@ -8,6 +8,7 @@ CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/tiny
 ARGS ?=
 DEVICES ?= 8
+TITLE ?= "make train: 1.89M parameters, 8 experts, 1,000 steps"
 JOBS ?= 3
 
 VENV ?= .venv
@@ -18,6 +19,7 @@ AOT := .venv-gpu-aot
 STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 TEST_STAMP := $(VENV)/.installed-test
 FAST_STAMP := $(VENV)/.installed-test-fast
+CHECK_STAMP := $(VENV)/.installed-check
 
 # A share of the tests that needs no torch or transformers and sees most of what differs between versions of Python and JAX.
 FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_crafted.py \
@@ -34,7 +36,7 @@ FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_cra
 	tests/parallel/test_strategies.py::test_what_a_layer_communicates tests/run/test_train.py::test_main_job \
 	tests/run/test_train.py::test_resume_is_bit_exact 'tests/parallel/test_mesh.py::test_same_numbers_on_every_mesh[2x4]'
 
-.PHONY: help venv remade train test test-fast test-slow prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench docs clean
+.PHONY: help venv remade train check measures docs test test-fast test-slow prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,8 +57,23 @@ test-fast: $(FAST_STAMP) ## run a share of them in three minutes, without torch 
 test-slow: $(TEST_STAMP) ## run the tests that `make test` leaves out: whole runs, further meshes and combinations (15 minutes)
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
+check: $(CHECK_STAMP) ## format, lint and types of every file, in a minute
+	@failed=; for tool in "ruff format --check" "ruff check" "mypy"; do \
+	  echo "$$tool"; $(VENV)/bin/python -m $$tool || failed="$$failed, $$tool"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "make check: not clean:$${failed#,}" >&2; exit 1; fi
+
+measures: $(STAMP) ## the repository's measures: width, imports, parameters, files
+	$(VENV)/bin/python -m benchmarks measures $(ARGS)
+
+docs: $(STAMP) ## write what is made of docs/: words, figures, and the picture, of the run in WORKDIR if there is one
+	$(VENV)/bin/python -m deepseek_jax.config words --out=docs/words.md
+	$(VENV)/bin/python -m benchmarks figures
+	if [ -f $(WORKDIR)/metrics.jsonl ]; then cp $(WORKDIR)/metrics.jsonl benchmarks/results/tiny.metrics.jsonl; fi
+	$(VENV)/bin/python -m benchmarks picture benchmarks/results/tiny.metrics.jsonl docs/tiny.svg --title=$(TITLE)
+
 prove: $(STAMP) ## train the tiny model whole and check that it reaches the loss its config states
-	$(VENV)/bin/python -m benchmarks.tiny $(ARGS)
+	$(VENV)/bin/python -m benchmarks tiny $(ARGS)
 
 storm: $(STAMP) ## kill, stop and damage runs by the dozen, and count what was lost (20 minutes; ARGS='--kills=10' for fewer)
 	$(VENV)/bin/python -m benchmarks storm $(ARGS)
@@ -79,11 +96,8 @@ gpu-aot: $(AOT)/.installed ## compile steps for H200s and check what they commun
 gpu-bench: $(STAMP) ## measure what a GPU reaches, in eight minutes, and write benchmarks/results (EXTRAS=cuda12 or cuda13)
 	$(VENV)/bin/python -m benchmarks gpu_bench $(ARGS)
 
-docs: $(STAMP) ## write again what follows from the code: docs/words.md
-	$(VENV)/bin/python -m deepseek_jax.config words --out=docs/words.md
-
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) $(AOT) .pytest_cache *.egg-info
+	rm -rf $(VENV) $(AOT) .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Sets $$found to the interpreter for $(VENV), or says what to do and ends.
@@ -102,7 +116,7 @@ MINOR := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 ifneq ($(wildcard $(VENV)/pyvenv.cfg),)
 HAVE := $(shell $(VENV)/bin/python $(MINOR) 2>/dev/null)
 ifeq ($(and $(HAVE),$(filter $(HAVE),$(if $(PYTHON),$(shell $(PYTHON) $(MINOR) 2>/dev/null),3.11 3.12 3.13))),)
-$(VENV)/bin/python $(STAMP) $(TEST_STAMP) $(FAST_STAMP): remade
+$(VENV)/bin/python $(STAMP) $(TEST_STAMP) $(FAST_STAMP) $(CHECK_STAMP): remade
 endif
 endif
 
@@ -128,6 +142,11 @@ $(TEST_STAMP): pyproject.toml | $(VENV)/bin/python
 $(FAST_STAMP): pyproject.toml | $(VENV)/bin/python
 	@echo "Installing deepseek_jax into $(VENV), without torch and transformers, once: some minutes"
 	@$(PIP) -e '.[test-fast]'
+	@touch $@
+
+$(CHECK_STAMP): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing deepseek_jax and what checks it into $(VENV), once: some minutes"
+	@$(PIP) -e '.[check]'
 	@touch $@
 
 $(AOT)/.installed: pyproject.toml | $(VENV)/bin/python

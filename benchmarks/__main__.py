@@ -10,42 +10,66 @@ from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
 from deepseek_jax.runtime.huge_pages import use_huge_pages
 
-ABOUT = {  # what each measures; its module has the name
-    "step": "the time of a train step, and its share of this machine's matmul peak; --peer: beside transformers in PyTorch",
-    "floor": "the parts of a step on a CPU, and the least that each could cost",
-    "strategies": "memory, communication and step time of every sharding strategy",
-    "levers": "memory and step time with every memory lever: dtypes, remat, accumulation, offload, optimizers, compression",
-    "collectives": "what one layer communicates under every strategy and dispatch method, beside the least it could",
-    "storm": "kills and stops runs by the dozen and counts what was lost (make storm)",
-    "overhead": "what the training loop costs beside the compiled step",
-    "attention": "attention against plain softmax attention: time and temporary bytes by sequence length",
-    "moe": "routed experts against a dense chain, ragged_dot and a loop over experts",
-    "vocabulary": "the loss of chunks of tokens against whole logits: time and temporary bytes by tokens and vocabulary",
-    "compile": "compile time of 61 layers against 8",
-    "generate": "generation beside transformers' in PyTorch: tokens per second of prefill and decoding",
-    "gpu_bench": "what a GPU reaches: training, grouped expert products, attention (make gpu-bench)",
-    "gpu_aot": "compiles steps for H200s and checks their collectives (make gpu-aot)",
-    "compression": "loss curve and bytes between replicas of gradients summed in float32, bfloat16 and int8",
-    "checkpoint": "what asynchronous saves cost training, and the time and memory of restoring",
-    "hf_copy": "import and export of a Hugging Face checkpoint beside a plain copy of its bytes",
-    "corruption": "damages every kind of file of a checkpoint and counts what restoring makes of it",
-    "fuzz": "random mutations of files for everything that parses a checkpoint (make fuzz)",
-    "fuzz_options": "random options that validation accepts: each must make a train step (make fuzz-options)",
-    "tiny": "trains configs/tiny.py whole and checks its loss (make prove)",
+# Folder -> name -> what it measures. The module has the name, in gpu/ without "gpu_".
+GROUPS = {
+    "speed": {
+        "step": "time of a train step and its share of the best matmul; --peer: beside PyTorch",
+        "floor": "the parts of a step on a CPU, and the least that each could cost",
+        "overhead": "what the training loop costs beside the compiled step",
+        "attention": "attention against plain softmax attention: time and temporary bytes by length",
+        "moe": "routed experts against a dense chain, ragged_dot and a loop over experts",
+        "vocabulary": "the chunked loss against whole logits: time and temporary bytes",
+        "compile": "compile time of 61 layers against 8",
+        "generate": "generation beside transformers in PyTorch: prefill and decoding, tokens per second",
+        "hf_copy": "import and export of a Hugging Face checkpoint beside a plain copy of its bytes",
+    },
+    "memory": {
+        "strategies": "memory, communication and step time of every sharding strategy",
+        "levers": "memory and step time with every memory lever: dtypes, remat, offload, optimizers, ...",
+        "collectives": "what one layer communicates, beside the least it could",
+        "compression": "loss and bytes of gradients summed in float32, bfloat16 and int8",
+    },
+    "durability": {
+        "storm": "kills and stops runs by the dozen and counts what was lost (make storm)",
+        "checkpoint": "what asynchronous saves cost training, and the time and memory of restoring",
+        "corruption": "damages every kind of file of a checkpoint and counts what restoring makes of it",
+        "fuzz": "random mutations of files for everything that parses a checkpoint (make fuzz)",
+        "fuzz_options": "random options that validation accepts must make a train step (make fuzz-options)",
+    },
+    "gpu": {
+        "gpu_bench": "what a GPU reaches: training, grouped expert products, attention (make gpu-bench)",
+        "gpu_aot": "compiles steps for H200s and checks their collectives (make gpu-aot)",
+    },
+    "learning": {
+        "tiny": "trains configs/tiny.py whole and checks its loss (make prove)",
+        "picture": "draws the loss and the expert load of a run from its metrics.jsonl",
+    },
+    "repository": {
+        "measures": "the repository's own measures: width, imports, parameters, files",
+        "figures": "writes the figures of docs/speed.md from results/ (make docs)",
+    },
 }
+ABOUT = {name: about for group in GROUPS.values() for name, about in group.items()}
+
+
+def module_of(name: str) -> str:
+    """The module of a program; its `main` runs it."""
+    group = next(group for group, names in GROUPS.items() if name in names)
+    return f"benchmarks.{group}.{name.removeprefix('gpu_')}"
 
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("--help", "-h"):
-        print(
-            "\n".join([__doc__ or "", *(f"  {name:<12}  {about}" for name, about in ABOUT.items())])
-        )
+        lines = [__doc__ or ""]
+        for group, names in GROUPS.items():
+            lines += [f"{group}/", *(f"  {name:<12}  {about}" for name, about in names.items()), ""]
+        print("\n".join(lines).rstrip())
         return 0
     name, rest = argv[0], argv[1:]
     if name not in ABOUT:
         raise UserError(f"{name!r} is not a benchmark. Choose one of: {', '.join(ABOUT)}.")
     sys.argv = [f"benchmarks {name}", *rest]
-    return importlib.import_module(f"benchmarks.{name}").main()
+    return importlib.import_module(module_of(name)).main()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Parameters: 1.89M, 1.06M active per token.
 Expected held-out loss after 1,000 steps (2.05M tokens): 1.29 nats per token = 1.87 bits per byte, within 0.05
   nats. The tolerance is for other seeds and for other Python versions, whose sources are a little different;
   the same machine gives the same number again. It begins at about 6 nats (ln 320 is 5.8); bytes drawn by
-  their frequency have 3.1. `python -m benchmarks.tiny` trains it and checks.
+  their frequency have 3.1. `python -m benchmarks tiny` trains it and checks.
 """
 
 from ml_collections import ConfigDict

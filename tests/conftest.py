@@ -3,7 +3,8 @@
 import os
 import signal
 
-# A suite that a shell runs in the background, or nohup, inherits ignored signals, and so would the runs that it starts and stops by them.
+# A suite that a shell runs in the background, or nohup, inherits ignored signals, and so would the
+# runs that it starts and stops by them.
 for number, default in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGHUP, signal.SIG_DFL),
@@ -11,20 +12,21 @@ for number, default in (
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, default)
 
-# Compiling is most of what the tests do: LLVM optimises less, here and in the processes that tests start. The passes over the program and
-# the partitioning are as ever.
+# Compiling is most of what the tests do: LLVM optimises less, here and in the processes that tests
+# start. The passes over the program and the partitioning are as ever.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
-import jax
+import jax  # noqa: E402  it reads the environment when it is imported
 
-from deepseek_jax.runtime.threads import enough_threads
+from deepseek_jax.runtime.threads import enough_threads  # noqa: E402  as JAX
 
 enough_threads(8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Files that take longest, so that no process is left alone with one of them at the end; of the others the order does not matter.
+# Files that take longest, so that no process is left alone with one of them at the end; of the
+# others the order does not matter.
 FIRST = (
     "test_kills.py",
     "test_mesh.py",

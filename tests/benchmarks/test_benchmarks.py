@@ -1,4 +1,5 @@
-"""The benchmarks run, at toy size, so that they do not rot: their methods agree and their tables hold what they promise."""
+"""The benchmarks run, at toy size, so that they do not rot: their methods agree and their tables
+hold what they promise."""
 
 import json
 import os
@@ -13,18 +14,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from benchmarks import compile as compile_time
-from benchmarks import (
-    floor,
-    gpu_bench,
-    gpu_parts,
-    gpu_train,
-    hf_copy,
-    moe,
-    overhead,
-    shapes,
-    vocabulary,
-)
+from benchmarks.gpu import bench as gpu_bench
+from benchmarks.gpu import parts as gpu_parts
+from benchmarks.gpu import train as gpu_train
+from benchmarks.speed import compile as compile_time
+from benchmarks.speed import floor, hf_copy, moe, moe_methods, overhead, vocabulary
+from benchmarks.support import shapes
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import (
     IGNORE,
@@ -80,7 +75,10 @@ def test_gpu_bench(everything, tmp_path, monkeypatch, capsys):
         "train",
         "peer",
     ]
-    of = lambda part: [r for r in rows if r["part"] == part]
+
+    def of(part):
+        return [r for r in rows if r["part"] == part]
+
     assert (
         of("versions")[0]["jax"] == jax.__version__
         and of("tiny")[0]["losses"][-1] < of("tiny")[0]["losses"][0] - 0.1
@@ -117,14 +115,16 @@ def test_gpu_bench(everything, tmp_path, monkeypatch, capsys):
 def test_gpu_bench_is_useful_if_it_is_cut(tmp_path):
     """A part that hangs or fails leaves what it has printed."""
     said = "import json, sys, time; print(json.dumps({'a': 1}), flush=True); print('no JSON'); "
-    run = lambda rest, seconds: list(
-        gpu_bench.lines_of("versions", ["-c", said + rest], seconds, tmp_path)
-    )
+
+    def run(rest, seconds):
+        return list(gpu_bench.lines_of("versions", ["-c", said + rest], seconds, tmp_path))
+
     assert run("time.sleep(60)", 1.5) == [{"a": 1}, {"failed": "took more than 2 s"}]
     assert run("print('why', file=sys.stderr); sys.exit(3)", 60) == [{"a": 1}, {"failed": "why"}]
     assert (tmp_path / "versions.log").read_text() == "why\n"
     assert run(
-        "import os; print(json.dumps(os.environ['JAX_COMPILATION_CACHE_DIR']), flush=True); print('{', flush=True)",
+        "import os; print(json.dumps(os.environ['JAX_COMPILATION_CACHE_DIR']), flush=True); "
+        "print('{', flush=True)",
         60,
     )[1]["failed"]
     assert sum(gpu_bench.SECONDS.values()) < 8 * 60
@@ -140,9 +140,11 @@ def test_gpu_bench_needs_few_packages():
     PYTHONPATH starts."""
     block = (
         "import sys\nclass Block:\n def find_spec(self, name, *_):\n"
-        "  if name.split('.')[0] in ('ml_collections', 'grain', 'tensorboardX'): raise ModuleNotFoundError(name)\n"
+        "  if name.split('.')[0] in ('ml_collections', 'grain', 'tensorboardX'): raise "
+        "ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "import benchmarks.__main__, benchmarks.gpu_bench as b\nassert 'jax' not in sys.modules\nimport benchmarks.gpu_parts\n"
+        "import benchmarks.__main__, benchmarks.gpu.bench as b\nassert 'jax' not in "
+        "sys.modules\nimport benchmarks.gpu.parts\n"
         "sys.argv = ['b', '--part=versions', '--toy']\nsys.exit(b.main())"
     )
     done = subprocess.run(
@@ -208,15 +210,15 @@ def test_packed_rows():
 @pytest.mark.slow
 @pytest.mark.parametrize("load", ["balanced", "zipf"])
 def test_methods_of_moe_agree(load):
-    shape = moe.Shape(8, 64, 2, 16, 8)
-    counts = jax.numpy.bincount(moe.routing(shape, load).reshape(-1), length=8)
+    shape = moe_methods.Shape(8, 64, 2, 16, 8)
+    counts = jax.numpy.bincount(moe_methods.routing(shape, load).reshape(-1), length=8)
     assert (int(counts.max()) == 16) == (load == "balanced")
-    with jax.set_mesh(moe.one_device()):
-        built = moe.programs(shape, load, list(moe.METHODS), 1.25)
+    with jax.set_mesh(moe_methods.one_device()):
+        built = moe_methods.programs(shape, load, list(moe_methods.METHODS), 1.25)
         results = {
             name: program() for name, program in built.items() if name not in ("dense", "products")
         }
-        moe.compare(results)
+        moe_methods.compare(results)
         arguments, (ys, *_) = built["products"].arguments, built["products"]()
         for x, gate_up, down, y in zip(*arguments[:3], ys, strict=True):
             gate, up = np.split(np.asarray(x) @ gate_up, 2, axis=1)
@@ -226,13 +228,14 @@ def test_methods_of_moe_agree(load):
         assert [len(x) for x in arguments[0]] == counts.tolist()
         results["ragged"] = (results["ragged"][0] * 1.001, *results["ragged"][1:])
         with pytest.raises(FloatingPointError, match="y by ragged"):
-            moe.compare(results)
+            moe_methods.compare(results)
         assert all(seconds > 0 for seconds in moe.least_of(built["ours"], runs=1).values())
 
 
 def test_vocabulary():
-    """Both losses and their gradients agree (`measure` raises where they do not), and only the plain one holds the logits of all tokens."""
-    with jax.set_mesh(moe.one_device()):
+    """Both losses and their gradients agree (`measure` raises where they do not), and only the
+    plain one holds the logits of all tokens."""
+    with jax.set_mesh(moe_methods.one_device()):
         rows = [vocabulary.measure(tokens, 512, 16, 1) for tokens in (2048, 4096)]
     assert vocabulary.bars(rows)["temporary bytes independent of tokens x vocabulary"]
     plain = [r["temporaries"]["plain"] for r in rows]
@@ -362,7 +365,7 @@ PROGRAM = """HloModule step, is_scheduled=true
   ROOT %dot = f32[48,80]{1,0} dot(%q0, %weight), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 
-ENTRY %main (a: f32[48,64], b: f32[1000,64,80], stack: f32[1000,256], row: f32[1,256], i: s32[]) -> f32[1000,256] {
+ENTRY %main (a: f32[48,64], b: f32[1000,64,80], s: f32[1000,256], r: f32[1,256], i: s32[]) -> f32[1000,256] {
   %a = f32[48,64]{1,0} parameter(0)
   %b = f32[1000,64,80]{2,1,0} parameter(1)
   %stack = f32[1000,256]{1,0} parameter(2)

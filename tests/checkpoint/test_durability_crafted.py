@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from benchmarks import fuzz
+from benchmarks.durability import fuzz
 from deepseek_jax.checkpoint import __main__ as command
 from deepseek_jax.checkpoint import full, local, manifest
 from deepseek_jax.checkpoint.manifest import Manifest
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile.bounded_json import BadFile
-from tests.checkpoint.test_checkpoint import assert_same_bits, values
-from tests.checkpoint.test_durability_files import KINDS, read, where, write
+from tests.support.checkpoints import KINDS, assert_same_bits, read, values, where, write
 from tests.tensorfile.test_header import head, tensor
 
 BAD_NAMES = (

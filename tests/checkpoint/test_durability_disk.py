@@ -11,8 +11,17 @@ import pytest
 
 from deepseek_jax.checkpoint import checkpoint, integrity, kinds, manifest
 from deepseek_jax.checkpoint.checkpoint import SaveFailed
-from tests.checkpoint.test_checkpoint import assert_same_bits, explicit_mesh, put, values
-from tests.checkpoint.test_durability_files import KINDS, opened, read, where, write
+from tests.support.checkpoints import (
+    KINDS,
+    assert_same_bits,
+    explicit_mesh,
+    opened,
+    put,
+    read,
+    values,
+    where,
+    write,
+)
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

@@ -12,77 +12,27 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from benchmarks import corruption
+from benchmarks.durability import corruption
 from deepseek_jax.checkpoint import checkpoint, folder, full, manifest, sharded
-from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import CheckpointConfig, Config, DataConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile import files, regions
 from deepseek_jax.tensorfile.arrays import flatten
-from tests.checkpoint.test_checkpoint import abstract, assert_same_bits, explicit_mesh, put, values
-
-KINDS = ("sharded", "full", "local")
-MESH = (2, 4)
-
-
-def options(tmp_path, kind: str, **more) -> CheckpointConfig:
-    return CheckpointConfig(
-        **(
-            {
-                "kind": kind,
-                "keep": 0,
-                "local_dir": str(tmp_path / "local") if kind == "local" else "",
-            }
-            | more
-        )
-    )
-
-
-def opened(
-    tmp_path, kind: str, said: list | None = None, read_only: bool = False, **more
-) -> Checkpointer:
-    return Checkpointer(
-        str(tmp_path / "checkpoints"),
-        options=options(tmp_path, kind, **more),
-        read_only=read_only,
-        warn=said.append if said is not None else lambda text: pytest.fail(text),
-    )
-
-
-def write(
-    tmp_path, kind: str, steps=(1, 2), said: list | None = None, losses: dict | None = None, **more
-) -> None:
-    mesh = explicit_mesh(*MESH)
-    with jax.set_mesh(mesh):
-        c = opened(tmp_path, kind, said, **more)
-        for step in steps:
-            c.save(step, put(values(step), mesh), {"at": step}, (losses or {}).get(step))
-        c.close()
-
-
-def read(tmp_path, kind: str, shape=MESH, said: list | None = None, **more) -> tuple[dict, int]:
-    mesh = explicit_mesh(*shape)
-    with jax.set_mesh(mesh):
-        state, extra = opened(tmp_path, kind, said, **more).restore(abstract(values(), mesh))
-    return state, extra["at"]
-
-
-def where(tmp_path, kind: str, step: int = 2) -> pathlib.Path:
-    if kind == "local":
-        return (
-            tmp_path
-            / "local"
-            / (tmp_path / "checkpoints" / "run_id").read_text()
-            / "process_00000"
-            / str(step)
-        )
-    return tmp_path / "checkpoints" / str(step)
-
-
-def files_in(top: pathlib.Path) -> list[str]:
-    return sorted(p.relative_to(top).as_posix() for p in top.rglob("*") if p.is_file())
-
+from tests.support.checkpoints import (
+    KINDS,
+    MESH,
+    abstract,
+    assert_same_bits,
+    explicit_mesh,
+    files_in,
+    opened,
+    put,
+    read,
+    values,
+    where,
+    write,
+)
 
 # Kinds.
 

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import tiny
+from benchmarks.learning import tiny
 from deepseek_jax import evaluate, generate
 from deepseek_jax.checkpoint import __main__ as checkpoint
 from deepseek_jax.cli.command import exit_code

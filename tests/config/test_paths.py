@@ -100,8 +100,8 @@ def parsers():
         "deepseek_jax.checkpoint.__main__",
         "deepseek_jax.launch.__main__",
         *(
-            f"benchmarks.{p.stem}"
-            for p in sorted((ROOT / "benchmarks").glob("*.py"))
+            f"benchmarks.{p.parent.name}.{p.stem}"
+            for p in sorted((ROOT / "benchmarks").glob("*/*.py"))
             if "arse_args(" in p.read_text()
         ),
     ]

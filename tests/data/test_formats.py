@@ -8,7 +8,6 @@ import lzma
 import os
 import random
 import shutil
-import sys
 
 import numpy as np
 import pyarrow as pa

@@ -11,7 +11,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.hf import reader
 from deepseek_jax.inference import opener
 from deepseek_jax.run import importer
-from tests.hf.test_hf_exports import source
+from tests.support.hf_folders import source
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import numpy as np
 import pytest
-import tokenizers
-import torch
 import transformers
 
 from deepseek_jax import evaluate, hf
@@ -22,7 +20,8 @@ from deepseek_jax.inference.evaluation import choices, perplexity, scorer
 from deepseek_jax.inference.evaluation.scorer import Scorer, windows
 from deepseek_jax.run import importer
 from deepseek_jax.train.state import to_tree
-from tests.support import conversion, hf_variants
+from tests.support import conversion
+from tests.support.evaluation import log_p, write_tokenizer
 
 RTOL = (
     2e-6  # sums of some hundred float32 log-probabilities, computed in another order; measured 2e-7
@@ -45,31 +44,6 @@ QUESTIONS = [
 ]
 
 
-def write_tokenizer(folder, bos):
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer, inner.decoder = (
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        tokenizers.decoders.ByteLevel(),
-    )
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>"],
-        show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    inner.train_from_iterator(["hello world, be kind and sunny"] * 9, trainer)
-    if bos:
-        inner.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
-    inner.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-        )
-    )
-
-
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """Programs compile quickly."""
@@ -80,42 +54,8 @@ def quick():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """(transformers model, folder with checkpoint and tokenizer): routed experts, grouped-query attention."""
-    folder = tmp_path_factory.mktemp("model")
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=304,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        max_position_embeddings=64,
-        mlp_only_layers=[0],
-    )
-    theirs = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", experts_implementation="eager"
-    )
-    hf_variants.randomise(theirs, 0)
-    theirs.save_pretrained(folder)
-    write_tokenizer(folder, bos=True)
-    return theirs.eval(), folder
-
-
-@pytest.fixture(scope="module")
 def opened(made):
     return opener.open_model(str(made[1]))
-
-
-def log_p(theirs, ids):
-    with torch.no_grad():
-        return torch.log_softmax(
-            theirs(torch.tensor([ids]), use_cache=False).logits[0].double(), -1
-        ).numpy()
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import transformers
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.evaluation import scorer
-from tests.inference.test_evaluate import log_p, made  # noqa: F401  the fixture
 from tests.support import conversion, lm_eval_stub
+from tests.support.evaluation import log_p
 
 
 def request(*arguments):
@@ -26,7 +26,7 @@ def request(*arguments):
 
 
 @pytest.fixture(scope="module")
-def adapter(made):  # noqa: F811
+def adapter(made):
     with pytest.MonkeyPatch.context() as m:
         lm_eval_stub.install(m)
         program = scorer._program
@@ -40,11 +40,11 @@ def adapter(made):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def tokenizer(made):  # noqa: F811
+def tokenizer(made):
     return transformers.AutoTokenizer.from_pretrained(made[1])
 
 
-def test_loglikelihood(adapter, made, tokenizer):  # noqa: F811
+def test_loglikelihood(adapter, made, tokenizer):
     theirs, lm = made[0], adapter[1]
     pairs = [("hello", " world"), ("be kind ", "and 你好"), ("", "hello"), ("kind " * 60, "sunny")]
     found = lm.loglikelihood([request(*p) for p in pairs])
@@ -71,7 +71,7 @@ def test_loglikelihood(adapter, made, tokenizer):  # noqa: F811
     assert lm.batch_size == 4 and lm.eot_token_id == 1 and lm.prefix_token_id == 0
 
 
-def test_rolling(adapter, made, tokenizer):  # noqa: F811
+def test_rolling(adapter, made, tokenizer):
     """Every token once, the last window with 48 tokens to read."""
     theirs, lm = made[0], adapter[1]
     texts = ["Kind and sunny: " * 12, "x", "hello world"]
@@ -135,7 +135,7 @@ def test_generate(adapter, tokenizer, monkeypatch):
             lm.generate_until([request("a", options)])
 
 
-def test_chat(adapter, made):  # noqa: F811
+def test_chat(adapter, made):
     module, lm = adapter
     with pytest.raises(UserError, match="no chat template"):
         lm.apply_chat_template([{"role": "user", "content": "x"}])
@@ -165,7 +165,7 @@ def test_chat(adapter, made):  # noqa: F811
         file.unlink()
 
 
-def test_bad_arguments(adapter, made):  # noqa: F811
+def test_bad_arguments(adapter, made):
     make, folder = adapter[0].DeepseekJaxLM, str(made[1])
     for message, arguments in (
         ("max_length=65", {"max_length": 65}),

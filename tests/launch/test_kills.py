@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import faults, storm, storm_processes
-from benchmarks.faults import Process
-from benchmarks.storm_processes import Fault, launched
+from benchmarks.durability import faults, storm, storm_processes
+from benchmarks.durability.faults import Process
+from benchmarks.durability.storm_processes import Fault, launched
 
 LIMIT = 400.0
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import compression as benchmark
+from benchmarks.memory import compression as benchmark
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import (
     Config,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import fuzz_options
+from benchmarks.durability import fuzz_options
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError

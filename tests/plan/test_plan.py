@@ -14,8 +14,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import benchmarks.__main__ as benchmarks_main
-from benchmarks import arrays, strategies
-from benchmarks import collectives as layer_collectives
+from benchmarks.memory import arrays, strategies
+from benchmarks.memory import collectives as layer_collectives
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
 from deepseek_jax.errors import UserError
@@ -408,12 +408,12 @@ def test_benchmarks_are_listed(capsys):
     assert benchmarks_main.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in benchmarks_main.ABOUT)
-    own = [
-        p.stem
-        for p in (ROOT / "benchmarks").glob("*.py")
-        if "\ndef main() -> int:" in p.read_text(encoding="utf-8") and p.stem != "gpu_peer"
+    programs = [
+        f"benchmarks.{p.parent.name}.{p.stem}"
+        for p in (ROOT / "benchmarks").glob("*/*.py")
+        if "\ndef main() -> int:" in p.read_text(encoding="utf-8") and p.stem != "peer"
     ]
-    assert set(benchmarks_main.ABOUT) == set(own)
+    assert sorted(map(benchmarks_main.module_of, benchmarks_main.ABOUT)) == sorted(programs)
     with pytest.raises(UserError, match="'nothing' is not a benchmark"):
         benchmarks_main.main(["nothing"])
 

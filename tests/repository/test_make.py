@@ -1,4 +1,5 @@
-"""The Makefile's environments: one of another Python is made anew, never used silently, and no other folder is touched."""
+"""The Makefile: environments of another Python are made anew and no other folder is touched; what
+is checked."""
 
 import os
 import pathlib
@@ -76,3 +77,25 @@ def test_jax_has_the_same_bounds_everywhere():
     assert {re.sub(r"^jax(\[.*\])?", "", r) for r in every if re.match(r"jax\W", r)} == {
         ">=0.10.2,<0.13"
     }
+
+
+def test_every_file_is_checked():
+    """No tool is told of files, or to leave some out, and .ci/run runs them all."""
+    recipe = (ROOT / "Makefile").read_text().partition("\ncheck:")[2].partition("\n\n")[0]
+    assert all(f'"{tool}"' in recipe for tool in ("ruff format --check", "ruff check", "mypy"))
+    assert "\nmake check\n" in (ROOT / ".ci" / "run").read_text()
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    text = str(tools["ruff"]) + str(tools["mypy"])
+    assert not re.search("exclude|per-file-ignores|ignore_errors", text)
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, text=True, capture_output=True)
+    if tracked.returncode == 0:  # not in a plain copy of the files
+        top = {file.split("/")[0] for file in tracked.stdout.split()}
+        assert top == set(tools["mypy"]["files"])
+
+
+def test_the_fast_share_names_tests_that_there_are():
+    share = (ROOT / "Makefile").read_text().partition("\nFAST := ")[2].partition("\n\n")[0]
+    named = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", share)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text() if test else (ROOT / file).exists(), file

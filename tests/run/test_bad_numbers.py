@@ -22,8 +22,8 @@ from deepseek_jax.objectives import pretrain
 from deepseek_jax.run import loop
 from deepseek_jax.run.report import Spikes
 from deepseek_jax.train import state
-from tests.run.test_train import ROOT, command, corpus, run  # noqa: F401  (a fixture)
-from tests.support import invariance
+from tests.support import ROOT, invariance
+from tests.support.runs import command, run
 from tests.support.small_runs import TINY, Trainer, config_of, same
 
 B, S = invariance.SEQUENCES, invariance.LENGTH
@@ -274,7 +274,7 @@ def test_a_skipped_update_is_skipped_on_all_devices(trainer):
             )
 
 
-def test_the_program_rolls_back_and_shows_its_data(corpus, tmp_path):  # noqa: F811
+def test_the_program_rolls_back_and_shows_its_data(corpus, tmp_path):
     """A learning rate that no data can help: two rollbacks, then exit code 3; and the documents of a step."""
     more = [
         "--config.train.steps=40",

@@ -19,8 +19,8 @@ from deepseek_jax.config.options import MeshConfig, MoeConfig
 from deepseek_jax.run import profile
 from deepseek_jax.runtime import compile_cache
 from deepseek_jax.xla import hlo, origin
-from tests.run.test_train import ROOT, command, corpus, losses  # noqa: F401
-from tests.support import small_runs
+from tests.support import ROOT, small_runs
+from tests.support.runs import command, losses
 
 
 def run(args: list[str], cache, devices: int = 1) -> subprocess.CompletedProcess:
@@ -40,7 +40,7 @@ def run(args: list[str], cache, devices: int = 1) -> subprocess.CompletedProcess
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, corpus):  # noqa: F811
+def runs(tmp_path_factory, corpus):
     """The same run twice, the second with a profile; both share a cache."""
     cache, out = tmp_path_factory.mktemp("cache"), []
     for more in ([], ["--config.profile.start=3", "--config.profile.steps=2"]):

@@ -1,7 +1,6 @@
 """The program as a user runs it: train, resume, stop by signal, generate, and every mistake said in one line."""
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -14,85 +13,8 @@ import pytest
 
 import train
 from deepseek_jax.errors import UserError
-from tests import support
-
-ROOT = str(support.ROOT)
-SMALL = [
-    "--config.model.hidden_size=32",
-    "--config.model.intermediate_size=64",
-    "--config.model.moe_intermediate_size=16",
-    "--config.model.num_hidden_layers=2",
-    "--config.model.num_attention_heads=2",
-    "--config.model.kv_lora_rank=16",
-    "--config.model.num_nextn_predict_layers=1",
-    "--config.train.batch_size=8",
-    "--config.train.sequence_length=64",
-    "--config.optimizer.warmup_steps=2",
-    "--config.log.every_steps=1",
-    "--config.eval.batches=2",
-    "--config.eval.sample_tokens=8",
-]
-CONTRACT_KEYS = {
-    "step",
-    "loss",
-    "lm_loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_sec",
-    "step_time_s",
-    "tokens_seen",
-    "balance_loss",
-    "max_violation",
-    "dropped_tokens",
-    "dispatch_rounds",
-}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        words = rng.choice(["route", "expert", "token", "mesh", "shard", "layer"], 400)
-        (folder / f"{i:02d}.txt").write_text(" ".join(words))
-    return folder
-
-
-def command(workdir, corpus, *more: str) -> list[str]:
-    return [
-        "--config=configs/tiny.py",
-        f"--workdir={workdir}",
-        f"--config.data.path={corpus}",
-        *SMALL,
-        *more,
-    ]
-
-
-def run(
-    args: list[str], devices: int = 2, module: list[str] = ("train.py",)
-) -> subprocess.CompletedProcess:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    return subprocess.run(
-        [sys.executable, *module, *args],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def losses(workdir) -> dict[int, float]:
-    out = {}
-    with open(os.path.join(workdir, "metrics.jsonl")) as f:
-        for line in f:
-            row = json.loads(line)
-            assert all(not isinstance(v, float) or math.isfinite(v) for v in row.values())
-            if "loss" in row:
-                assert CONTRACT_KEYS <= set(row), CONTRACT_KEYS - set(row)
-                assert row["step"] not in out, "a step was logged twice"
-                out[row["step"]] = row["loss"]
-    return out
+from tests.support import ROOT
+from tests.support.runs import command, losses, run
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What several tests stand on: references, small runs, files."""
+"""What tests of several packages share: references, small models and runs, checkpoints, files."""
 
 import pathlib
 

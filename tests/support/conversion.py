@@ -2,10 +2,10 @@
 
 The name table here is the tests' own, so that they do not trust the one that users' checkpoints go through.
 
-    params, bias = to_state(weights, model)                  # {Hugging Face name: array} -> states with NumPy leaves
-    grads = to_hf(gradient_state, model)                     # the way back, for parameters or their gradients
-    out = run(weights, model, ids, expert=2)                 # logits, hidden states, statistics; here on two devices
-    with on_mesh(config):                                    # one module with given weights
+    params, bias = to_state(weights, model)   # {Hugging Face name: array} -> states with NumPy leaves
+    grads = to_hf(gradient_state, model)      # the way back, for parameters or their gradients
+    out = run(weights, model, ids, expert=2)  # logits, hidden states, statistics; on two devices
+    with on_mesh(config):                     # one module with given weights
         mlp, params, bias = load(lambda: MLP(model, 8, nnx.Rngs(0)), weights, config, "mlp.")
         y = jit(lambda params, x: mlp(params, bias)(x))(params, put(x))
 """
@@ -42,10 +42,11 @@ Weights = dict[str, np.ndarray]  # Hugging Face names, [out, in], one entry an e
 
 @functools.cache
 def quick_options(float32: bool = False) -> dict[str, Any]:
-    """XLA options, as far as this XLA knows them, that compile quickly: conftest.py's, for programs without it.
+    """XLA options, as far as this XLA knows them, that compile quickly: conftest.py's, for programs
+    without it.
 
-    Args:
-      float32: the program has no narrower floats. Then fused loops may be emitted the older way, which compiles in half of the time; in one
+    Args: float32: the program has no narrower floats. Then fused loops may be emitted the older
+      way, which compiles in half of the time; in one
         program of bfloat16 that wrote outside of its arrays.
     """
     known = {}
@@ -60,8 +61,9 @@ def quick_options(float32: bool = False) -> dict[str, Any]:
     return known
 
 
-def jit(f: Callable, config: Config | None = None, **options: Any) -> Callable:
-    """jax.jit, compiled quickly; more so where `config`, of the run that `f` is of, has nothing narrower than float32."""
+def jit(f: Callable, config: Config | None = None, **options: Any) -> Any:
+    """jax.jit, compiled quickly; more so where `config`, of the run that `f` is of, has nothing
+    narrower than float32."""
     c = config
     dtypes = (
         (
@@ -76,7 +78,9 @@ def jit(f: Callable, config: Config | None = None, **options: Any) -> Callable:
     return jax.jit(f, compiler_options=quick_options(set(dtypes) <= {"float32", "none"}), **options)
 
 
-# ------------------------------------------------------------------------------------------------------------------ names
+NEVER_DROPPED = MoeConfig()
+
+# -------------------------------------------------------------------------------------------- names
 
 
 def path_of(path: tuple) -> str:
@@ -85,7 +89,8 @@ def path_of(path: tuple) -> str:
 
 
 def _place(path: str, model: ModelConfig) -> tuple[list[str], str, bool]:
-    """Of a variable of Transformer: (prefix of every layer in it, its path below that, whether it has a leading layer axis)."""
+    """Of a variable of Transformer: (prefix of every layer in it, its path below that, whether it
+    has a leading layer axis)."""
     first, _, rest = path.partition("/")
     dense, layers = model.first_k_dense_replace, model.num_hidden_layers
     if first in ("dense_layers", "layers"):
@@ -107,7 +112,10 @@ def _read(weights: Weights, prefix: str, path: str) -> np.ndarray:
         return weights[name]
     root, _, kind = name.rpartition(".")
     experts = sum(n.startswith(root + ".") and n.endswith(".down_proj.weight") for n in weights)
-    of = lambda e, part: weights[f"{root}.{e}.{part}_proj.weight"].T
+
+    def of(e, part):
+        return weights[f"{root}.{e}.{part}_proj.weight"].T
+
     if kind == "down_proj":
         return np.stack([of(e, "down") for e in range(experts)])
     return np.stack([np.stack([of(e, "gate"), of(e, "up")], axis=1) for e in range(experts)])
@@ -153,7 +161,8 @@ def to_state(weights: Weights, model: ModelConfig) -> tuple[nnx.State, nnx.State
 
 
 def to_hf(state: nnx.State, model: ModelConfig) -> Weights:
-    """The arrays of a state of Transformer under Hugging Face names: parameters, their gradients, or the biases."""
+    """The arrays of a state of Transformer under Hugging Face names: parameters, their gradients,
+    or the biases."""
     out = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         prefixes, rest, stacked = _place(path_of(path), model)
@@ -164,7 +173,8 @@ def to_hf(state: nnx.State, model: ModelConfig) -> Weights:
 
 
 def random_weights(model: ModelConfig, seed: int) -> Weights:
-    """Weights so large that every term matters: norms between 0.5 and 1.5, matrices of unit gain, biases that change choices."""
+    """Weights so large that every term matters: norms between 0.5 and 1.5, matrices of unit gain,
+    biases that change choices."""
     rng = np.random.default_rng(seed)
     _, params, bias = abstract_model(config_of(model))
     shapes = to_hf(jax.tree.map(lambda s: np.zeros(s.shape, np.float32), params), model)
@@ -181,15 +191,17 @@ def random_weights(model: ModelConfig, seed: int) -> Weights:
     return {name: a.astype(np.float32) for name, a in out.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------- meshes
+# ------------------------------------------------------------------------------------------- meshes
 
 
 def config_of(
     model: ModelConfig, data: int = 1, fsdp: int = 1, expert: int = 1, **sections: Any
 ) -> Config:
-    """A float32 run of `model` on data x fsdp x expert devices, without rematerialisation unless `train` says so."""
+    """A float32 run of `model` on data x fsdp x expert devices, without rematerialisation unless
+    `train` says so."""
     train = TrainConfig(dtype="float32", remat="none", batch_size=8, sequence_length=16)
-    # With replicas along `data`, weights are divided over the other axes only: small shapes need not divide by all devices.
+    # With replicas along `data`, weights are divided over the other axes only: small shapes need
+    # not divide by all devices.
     strategy = ShardingConfig("hybrid_shard" if data > 1 else "full_shard", min_weight_size=0)
     config = Config(
         model=model,
@@ -210,7 +222,8 @@ def on_mesh(config: Config):
 
 
 def put(a: np.ndarray, axis: int = 0) -> jax.Array:
-    """A batch on the current mesh, `axis` divided over the batch axes; floats as float32, integers as int32."""
+    """A batch on the current mesh, `axis` divided over the batch axes; floats as float32, integers
+    as int32."""
     a = np.asarray(a)
     dtype = np.float32 if a.dtype.kind == "f" else np.int32 if a.dtype.kind in "iu" else a.dtype
     return jax.device_put(a.astype(dtype), P(*[None] * axis, BATCH_AXES))
@@ -248,7 +261,7 @@ def names_of(state: nnx.State, prefix: str = "") -> Weights:
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------- whole model
+# -------------------------------------------------------------------------------------- whole model
 
 
 class Run(NamedTuple):
@@ -291,7 +304,7 @@ def run(
     model: ModelConfig,
     ids: np.ndarray,
     segment_ids: np.ndarray | None = None,
-    moe: MoeConfig = MoeConfig(),
+    moe: MoeConfig = NEVER_DROPPED,
     **mesh: int,
 ) -> Run:
     """Our model, jitted, in float32, on one device or on a mesh of data x fsdp x expert."""
@@ -316,7 +329,7 @@ def run(
         return Run(*jax.tree.map(np.asarray, forward(params, bias, batch)))
 
 
-# ------------------------------------------------------------------------------------------------------------ comparisons
+# -------------------------------------------------------------------------------------- comparisons
 
 
 def error_of(actual: Any, expected: Any) -> float:
@@ -343,10 +356,11 @@ def assert_gradients(
     eps: float = 1e-6,
     group: Callable[[str], str] = str,
 ) -> None:
-    """Every gradient against central differences of the float64 reference f along a random direction, which sees all elements.
+    """Every gradient against central differences of the float64 reference f along a random
+    direction, which sees all elements.
 
-    The error is relative to the norm of the gradient: what a random direction gives typically. Names that `group` maps to the
-    same string share one direction.
+    The error is relative to the norm of the gradient: what a random direction gives typically.
+    Names that `group` maps to the same string share one direction.
     """
     assert grads and set(grads) <= set(weights)
     groups = {}

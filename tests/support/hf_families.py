@@ -1,8 +1,10 @@
-"""Tiny models of Hugging Face transformers in the families beyond DeepSeek's (those: hf_variants.py), in folders as on the hub.
+"""Tiny models of Hugging Face transformers in the families beyond DeepSeek's (those:
+hf_variants.py), in folders as on the hub.
 
 theirs = build("qwen3", seed=0)                  # transformers model, float32
 config = hub_config("qwen3")                     # config.json in the keys of checkpoints on the hub
-choices, logits, loss, grads = run(theirs, ids)  # {layer: sorted experts [B*S, K]}, [B, S, V], float, {hub name: gradient}
+choices, logits, loss, grads = run(theirs, ids)
+    # {layer: sorted experts [B*S, K]}, [B, S, V], float, {hub name: gradient}
 """
 
 import json
@@ -193,7 +195,8 @@ def hub_config(variant):
 
 
 def save(variant, folder):
-    """Writes the checkpoint of a variant of this file or of hf_variants, with config.json as on the hub -> its transformers model."""
+    """Writes the checkpoint of a variant of this file or of hf_variants, with config.json as on the
+    hub -> its transformers model."""
     if variant in VARIANTS:
         theirs, config = build(variant), hub_config(variant)
         theirs.save_pretrained(folder)
@@ -226,11 +229,14 @@ def hub_names(model, named):
     if model.config.model_type != "mixtral":
         return out
     parts = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-    new = lambda name: re.sub(
-        r"(experts\.\d+\.)(\w+)",
-        lambda m: m[1] + parts[m[2]],
-        name.replace(".mlp.", ".block_sparse_moe."),
-    )
+
+    def new(name):
+        return re.sub(
+            r"(experts\.\d+\.)(\w+)",
+            lambda m: m[1] + parts[m[2]],
+            name.replace(".mlp.", ".block_sparse_moe."),
+        )
+
     return {new(name): a for name, a in out.items()}
 
 
@@ -239,9 +245,10 @@ def run(model, ids):
     seen, hooks = {}, []
     for i, layer in enumerate(model.model.layers):
         if hasattr(layer.mlp, "gate"):
-            keep = lambda _, __, out, i=i: seen.__setitem__(
-                i, np.sort(out[2].detach().numpy(), axis=-1)
-            )
+
+            def keep(_, __, out, i=i):
+                return seen.__setitem__(i, np.sort(out[2].detach().numpy(), axis=-1))
+
             hooks.append(layer.mlp.gate.register_forward_hook(keep))
     model.zero_grad(set_to_none=True)
     out = model(input_ids=torch.as_tensor(ids), labels=torch.as_tensor(ids), use_cache=False)

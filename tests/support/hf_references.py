@@ -1,9 +1,13 @@
-"""Every model that a reference program wrote, against its golden values: python tests/hf_references.py DIR [NAME ...]
+"""Every model that a reference program wrote, against its golden values.
 
-DIR/NAME holds config.json and model.safetensors, hub_config/ (the same in the key style of the hub), for DeepSeek-V3 hub_fp8/, and
-golden.npz: input_ids, logits, loss, topk_idx_N (sorted experts of layer N) and gradnorm/TENSOR from transformers in float32. It prints one
-line a model and exits with 1 if a logit differs by more than 1e-4 or by more than 1e-5 of the largest, a choice at all, a loss by more than
-1e-5 or a gradient's norm by more than 1e-3 of itself. Not a test of the suite: compiling two dozen models takes some minutes.
+    python -m tests.support.hf_references DIR [NAME ...]
+
+DIR/NAME holds config.json and model.safetensors, hub_config/ (the same in the key style of the
+hub), for DeepSeek-V3 hub_fp8/, and golden.npz: input_ids, logits, loss, topk_idx_N (sorted experts
+of layer N) and gradnorm/TENSOR from transformers in float32. It prints one line per model and exits
+with 1 if a logit differs by more than 1e-4 or by more than 1e-5 of the largest, a choice at all, a
+loss by more than 1e-5 or a gradient's norm by more than 1e-3 of itself. Not a test of the suite:
+compiling two dozen models takes some minutes.
 """
 
 import os
@@ -13,17 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-jax.config.update("jax_platforms", "cpu")
-
 from deepseek_jax import hf
 from deepseek_jax.hf import names
 from deepseek_jax.model import moe
 from deepseek_jax.objectives import pretrain
 from tests.support import conversion
 
+jax.config.update("jax_platforms", "cpu")
+
 
 def check(folder: str) -> tuple[bool, str]:
-    """(all is well, the line) of one model."""
+    """(whether all is well, the line) of one model."""
     golden = np.load(f"{folder}/golden.npz")
     ids, seen, route = golden["input_ids"], [], moe.route
     model = hf.load(folder)
@@ -62,14 +66,14 @@ def check(folder: str) -> tuple[bool, str]:
     )
     error = float(np.abs(logits - golden["logits"]).max())
     scale = float(np.abs(golden["logits"]).max())
-    norms = {}
+    norms: dict[str, float] = {}
     for leaf, a in zip(
         names.leaves(grads, model.family, model.config),
         map(np.asarray, jax.tree.leaves(grads)),
         strict=True,
     ):
         for p in names.tensor_regions(leaf, tuple(slice(0, n) for n in leaf.shape)):
-            norms[p.name] = np.linalg.norm(names.view(a, leaf, p.at).astype(np.float64))
+            norms[p.name] = float(np.linalg.norm(names.view(a, leaf, p.at).astype(np.float64)))
     wanted = {
         k.removeprefix("gradnorm/"): float(golden[k]) for k in golden if k.startswith("gradnorm/")
     }
@@ -79,7 +83,8 @@ def check(folder: str) -> tuple[bool, str]:
         for n, w in wanted.items()
         if n in norms
     )
-    loss_error = abs(float(loss) - float(golden["loss"])) / float(golden["loss"])
+    expected = float(golden["loss"])
+    loss_error = abs(float(loss) - expected) / expected
     hub = all(
         np.array_equal(a, b)
         for a, b in zip(
@@ -88,11 +93,13 @@ def check(folder: str) -> tuple[bool, str]:
         )
     )
     line = (
-        f"logits {error:.1e} = {error / scale:.1e} of the largest, experts {'equal' if chosen else 'DIFFER'} in {len(layers)} layers, "
-        f"loss {loss_error:.1e}, gradient norms {worst:.1e} ({len(norms)} tensors{'' if same_names else ', NAMES DIFFER'}), "
+        f"logits {error:.1e} = {error / scale:.1e} of the largest, experts "
+        f"{'equal' if chosen else 'DIFFER'} in {len(layers)} layers, "
+        f"loss {loss_error:.1e}, gradient norms {worst:.1e} ({len(norms)} "
+        f"tensors{'' if same_names else ', NAMES DIFFER'}), "
         f"hub's keys {'the same' if hub else 'DIFFER'}"
     )
-    good = (
+    good = bool(
         error < 1e-4
         and error < 1e-5 * scale
         and chosen
@@ -105,7 +112,8 @@ def check(folder: str) -> tuple[bool, str]:
         golden = np.load(f"{folder}/golden_fp8.npz")
         logits = np.asarray(hf.load(f"{folder}/hub_fp8")(golden["input_ids"]))
         error = float(np.abs(logits - golden["logits"]).max() / np.abs(golden["logits"]).max())
-        good, line = good and error < 1e-5, f"{line}, FP8 logits {error:.1e}"
+        good = bool(good and error < 1e-5)
+        line = f"{line}, FP8 logits {error:.1e}"
     return good, line
 
 

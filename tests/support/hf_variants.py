@@ -1,22 +1,28 @@
-"""Tiny DeepSeek models of Hugging Face transformers with the `deepseek_jax.config.options.Model` that must give the same numbers.
+"""Tiny DeepSeek models of Hugging Face transformers with the `ModelConfig` that must give the same numbers.
 
-    model, config, state = build("deepseek_v3", seed=0)     # transformers model (float32, CPU), Model, {hub name: float32 array}
+    model, config, state = build("deepseek_v3", seed=0)
+    # transformers model (float32, CPU), ModelConfig, {hub name: float32 array}
     ids = pick_ids(model, batch=2, seq=24, seed=0)          # int64 [B, S], clear of routing ties
-    logits, loss, grads = hf_logits_loss_grads(model, ids)  # float32 [B, S, V], float, {hub name: float32 array}
+    logits, loss, grads = hf_logits_loss_grads(model, ids)
+    # float32 [B, S, V], float, {hub name: float32 array}
 
-Names are those of the checkpoints on the hub, one entry an expert (`model.layers.1.mlp.experts.3.gate_proj.weight`), although
-transformers keeps experts fused in memory. Gradients have no entry for `e_score_correction_bias`, which is no parameter.
+Names are those of the checkpoints on the hub, one entry per expert
+(`model.layers.1.mlp.experts.3.gate_proj.weight`), although transformers keeps experts fused in
+memory. Gradients have no entry for `e_score_correction_bias`, which is no parameter.
 
 Where transformers departs from DeepSeek's own code, the variants stay where both agree:
-- deepseek_v2 ignores norm_topk_prob (so every V2 variant has False), scoring_func (always softmax) and rope_interleave (always
-  on).
-- deepseek_v2 takes experts of excluded groups out with the score 0.0 instead of minus infinity. With softmax scores, which are
-  above 0, and at least k experts in the allowed groups both choose the same. (deepseek_v3 of transformers 5.23 uses minus
-  infinity; older ones 0.0, which can differ when a biased score is negative.)
+- deepseek_v2 ignores norm_topk_prob (so every V2 variant has False), scoring_func (always softmax)
+  and rope_interleave (always on).
+- deepseek_v2 takes experts of excluded groups out with the score 0.0 instead of minus infinity.
+  With softmax scores, which are above 0, and at least k experts in the allowed groups both choose
+  the same. (deepseek_v3 of transformers 5.23 uses minus infinity; older ones 0.0, which can differ
+  when a biased score is negative.)
 - q_a_layernorm and kv_a_layernorm use eps 1e-6 whatever rms_norm_eps is. `deepseek_v3-eps` shows it;
   `moonlight`, with its true 1e-5, hardly does.
-- YaRN with only one of mscale and mscale_all_dim given differs from DeepSeek's code; the variants give both or neither.
-- the deepseek_v3 model class has no MTP layers, whatever num_nextn_predict_layers says: `modeling_layers.MtpModel` has them.
+- YaRN with only one of mscale and mscale_all_dim given differs from DeepSeek's code; the variants
+  give both or neither.
+- the deepseek_v3 model class has no MTP layers, whatever num_nextn_predict_layers says:
+  `modeling_layers.MtpModel` has them.
 """
 
 import math
@@ -137,7 +143,8 @@ VARIANTS = {
 
 
 def hub_config(variant):
-    """config.json of the variant as a checkpoint on the hub writes it (model_type and architectures included)."""
+    """config.json of the variant as a checkpoint on the hub writes it (model_type and architectures
+    included)."""
     model_type, options = VARIANTS[variant]
     m = ModelConfig(**{**SHAPES, **options})
     not_deepseeks = ("head_dim", "attention_out_bias", "use_qk_norm", "partial_rotary_factor")
@@ -174,12 +181,13 @@ def hub_config(variant):
 
 
 def build(variant_name, seed=0):
-    """-> (transformers model, deepseek_jax Model, {hub name: float32 array}, e_score_correction_bias included).
+    """-> (transformers model, deepseek_jax Model, {hub name: float32 array},
+    e_score_correction_bias included).
 
-    A variant with MTP has `model.mtp`, a transformers MtpModel that shares the embedding, the head and the rotary tables; its
-    weights are in the dict as `model.layers.{num_hidden_layers + depth - 1}.*`, without the copies of embedding and head that
-    V3's files have there.
-    A tied variant has no `lm_head.weight`.
+    A variant with MTP has `model.mtp`, a transformers MtpModel that shares the embedding, the head
+    and the rotary tables; its weights are in the dict as `model.layers.{num_hidden_layers + depth -
+    1}.*`, without the copies of embedding and head that V3's files have there. A tied variant has
+    no `lm_head.weight`.
     """
     c = hub_config(variant_name)
     options = {
@@ -203,7 +211,8 @@ def build(variant_name, seed=0):
 
 @torch.no_grad()
 def randomise(module, seed):
-    """Weights large enough that every term matters; transformers' own (norms 1, biases 0, std 0.02) would hide mistakes."""
+    """Weights large enough that every term matters; transformers' own (norms 1, biases 0, std 0.02)
+    would hide mistakes."""
     tied = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
     for name, p in list(module.named_parameters()) + list(module.named_buffers()):
         if "inv_freq" in name:
@@ -267,7 +276,7 @@ def hub_state(model):
     return _hub((name, t.detach().numpy()) for name, t in _named(model, False))
 
 
-# ------------------------------------------------------------------------------------------------------------- running it
+# --------------------------------------------------------------------------------------- running it
 
 
 def _gates(model):
@@ -325,10 +334,11 @@ def routing_margins(model, ids):
 
 
 def pick_ids(model, batch=2, seq=24, seed=0, candidates=256):
-    """Token ids int64 [batch, seq]: of many random sequences those whose routing decisions are furthest from a tie.
+    """Token ids int64 [batch, seq]: of many random sequences those whose routing decisions are
+    furthest from a tie.
 
-    The margin is well above float32 rounding, so that another framework cannot choose other experts (`test_reference.py` asserts
-    that it is above 1e-4 for the default arguments).
+    The margin is well above float32 rounding, so that another framework cannot choose other experts
+    (`test_reference.py` asserts that it is above 1e-4 for the default arguments).
     """
     generator = torch.Generator().manual_seed(seed * 1000 + 77)
     ids = torch.randint(0, model.config.vocab_size, (candidates, seq), generator=generator).numpy()
@@ -336,7 +346,8 @@ def pick_ids(model, batch=2, seq=24, seed=0, candidates=256):
 
 
 def _mtp_logits(model, ids, hidden):
-    """transformers' MTP layers over whole sequences: one [B, S - depth, V] a depth; row i predicts token i + 1 + depth."""
+    """transformers' MTP layers over whole sequences: one [B, S - depth, V] a depth; row i predicts
+    token i + 1 + depth."""
     from transformers.cache_utils import MtpCache
 
     cache, out = MtpCache(config=model.config.get_mtp_config()), []
@@ -350,7 +361,8 @@ def _mtp_logits(model, ids, hidden):
 
 
 def hf_mtp_logits(model, ids):
-    """[float32 [B, S - depth, V] for depth 1, 2, ...] of a variant with MTP; row i predicts token i + 1 + depth."""
+    """[float32 [B, S - depth, V] for depth 1, 2, ...] of a variant with MTP; row i predicts token i
+    + 1 + depth."""
     ids = torch.as_tensor(ids)
     with torch.no_grad():
         return [
@@ -364,9 +376,9 @@ def hf_mtp_logits(model, ids):
 def hf_logits_loss_grads(model, ids, mtp_loss_weight=0.0):
     """ids int64 [B, S] -> (logits float32 [B, S, V], loss, {hub name: gradient}).
 
-    loss = mean cross entropy of token i + 1 (each sequence's last position has no target), plus mtp_loss_weight x the mean over
-    depths of the mean cross entropy of token i + 1 + depth. Parameters without a gradient have zeros; with mtp_loss_weight 0 so
-    have MTP's.
+    loss = mean cross entropy of token i + 1 (each sequence's last position has no target), plus
+    mtp_loss_weight x the mean over depths of the mean cross entropy of token i + 1 + depth.
+    Parameters without a gradient have zeros; with mtp_loss_weight 0 so have MTP's.
     """
     ids = torch.as_tensor(ids)
     model.zero_grad(set_to_none=True)

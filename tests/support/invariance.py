@@ -1,8 +1,9 @@
 """One small run on any mesh, strategy, dispatch and accumulation: what it computes must not depend on them.
 
-    python tests/invariance.py --help        the full product, or a part of it, as a table (make mesh-product)
+    python -m tests.support.invariance --help     the full product, or a part of it (make mesh-product)
 
-Gradients are taken out of the step by an optimizer that keeps them, so that the program compared is the one that trains.
+Gradients are taken out of the step by an optimizer that keeps them, so that the program compared is
+the one that trains.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import numpy as np
 import optax
 
 if __name__ == "__main__":
-    import conftest  # noqa: F401  (eight devices)
+    from tests import conftest  # noqa: F401  it makes eight devices
 
 from deepseek_jax.config.options import (
     Config,
@@ -38,7 +39,8 @@ from deepseek_jax.train import state, step
 from tests.support import conversion
 
 SEQUENCES, LENGTH, STEPS = 16, 32, 5
-# One dense layer, five MoE layers (no number of stages divides them), one MTP layer, groups of experts, balance loss.
+# One dense layer, five MoE layers (no number of stages divides them), one MTP layer, groups of
+# experts, balance loss.
 MODEL = ModelConfig(
     vocab_size=128,
     hidden_size=64,
@@ -59,8 +61,8 @@ MODEL = ModelConfig(
     aux_loss_alpha=0.01,
     initializer_range=0.1,
 )
-# The learning rate warms up from 0: a first Adam step at full rate would turn the rounding noise of near-zero gradients
-# into whole steps, and so into other routing on other meshes.
+# The learning rate warms up from 0: a first Adam step at full rate would turn the rounding noise of
+# near-zero gradients into whole steps, and so into other routing on other meshes.
 BASE = Config(
     model=MODEL,
     train=TrainConfig(steps=STEPS, batch_size=SEQUENCES, sequence_length=LENGTH, dtype="float32"),
@@ -102,7 +104,7 @@ def devices_of(config: Config) -> int:
 
 
 def rows(i: int) -> dict[str, np.ndarray]:
-    """A packed batch with two documents a row and padding at the end of some rows."""
+    """A packed batch with two documents per sequence and padding at the end of some rows."""
     rng = np.random.default_rng(i)
     ids = rng.integers(0, MODEL.vocab_size, (SEQUENCES, LENGTH + 1)).astype(np.int32)
     segments = np.broadcast_to(np.where(np.arange(LENGTH) < 12, 1, 2), (SEQUENCES, LENGTH)).copy()
@@ -123,7 +125,8 @@ def rows(i: int) -> dict[str, np.ndarray]:
 
 @functools.cache
 def initial_state(model: ModelConfig = MODEL) -> state.TrainState:
-    """Created on one device and held on the host: compiling its creation anew for every mesh would take half of the time."""
+    """Created on one device and held on the host: compiling its creation anew for every mesh would
+    take half of the time."""
     config = dataclasses.replace(variant(), model=model)
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -181,7 +184,8 @@ def one_device(model: ModelConfig = MODEL, steps: int = STEPS) -> Run:
 
 
 def differences(run: Run, one: Run) -> tuple[float, float, str, bool]:
-    """(worst loss, worst gradient, its parameter, whether all counts are equal) of two runs; errors are relative."""
+    """(worst loss, worst gradient, its parameter, whether all counts are equal) of two runs; errors
+    are relative."""
     loss = max(abs(a - b) / abs(b) for a, b in zip(run.losses, one.losses, strict=True))
     gradient = max(
         (conversion.error_of(a, b), name)
@@ -214,13 +218,19 @@ def product() -> list[dict]:
         meshes, ("all_to_all", "all_gather", "ring"), strategies, (1, 2, 4), ("full", "none")
     )
     out = [dict(m, dispatch=d, strategy=s, accumulation=a, remat=r) for m, d, s, a, r in every]
-    ways = lambda o: o.get("data", 1) * o.get("fsdp", 1) * o.get("expert", 1)
-    return [o for o in out if SEQUENCES // o["accumulation"] % ways(o) == 0]
+
+    def fits(case: dict[str, Any]) -> bool:
+        """Every device has a sequence in every micro-batch."""
+        ways = case.get("data", 1) * case.get("fsdp", 1) * case.get("expert", 1)
+        return SEQUENCES // case["accumulation"] % ways == 0
+
+    return [case for case in out if fits(case)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Five float32 steps on every mesh x dispatch x strategy x accumulation x remat, against one device."
+        description="Five float32 steps on every mesh x dispatch x strategy x accumulation x remat, "
+        "against one device."
     )
     parser.add_argument(
         "--sample", type=int, default=0, help="only so many, drawn at random (0: all, some hours)"
@@ -233,7 +243,8 @@ def main() -> int:
     bad = 0
     print(f"{len(cases)} of {len(product())} combinations")
     print(
-        f"{'mesh':<40}{'dispatch':<12}{'strategy':<15}{'acc':>4}{'remat':>6}{'loss':>10}{'gradient':>10}  counts"
+        f"{'mesh':<40}{'dispatch':<12}{'strategy':<15}{'acc':>4}{'remat':>6}"
+        f"{'loss':>10}{'gradient':>10}  counts"
     )
     for case in cases:
         start = time.perf_counter()
@@ -242,8 +253,10 @@ def main() -> int:
         bad += not ok
         mesh = " x ".join(f"{a} {case[a]}" for a in AXES if a in case)
         print(
-            f"{mesh:<40}{case['dispatch']:<12}{case['strategy']:<15}{case['accumulation']:>4}{case['remat']:>6}{loss:>10.1e}{gradient:>10.1e}  "
-            f"{'equal' if counts else 'DIFFER'}{'' if ok else f'  FAILED ({name})'}  {time.perf_counter() - start:.0f} s",
+            f"{mesh:<40}{case['dispatch']:<12}{case['strategy']:<15}{case['accumulation']:>4}{case['remat']:>6}"
+            f"{loss:>10.1e}{gradient:>10.1e}  "
+            f"{'equal' if counts else 'DIFFER'}{'' if ok else f'  FAILED ({name})'}  "
+            f"{time.perf_counter() - start:.0f} s",
             flush=True,
         )
         jax.clear_caches()

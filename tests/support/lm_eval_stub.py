@@ -1,4 +1,5 @@
-"""What deepseek_jax.inference.lm_eval uses of lm-evaluation-harness 0.4, where that is not installed: the same names and results."""
+"""Stands for lm-evaluation-harness 0.4 where that is not installed: the names that
+deepseek_jax.inference.lm_eval uses, with the same results."""
 
 import copy
 import sys

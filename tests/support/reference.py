@@ -1,19 +1,26 @@
-"""The model and its losses in straight-line NumPy float64: what every faster implementation is tested against.
+"""The model and its losses in straight-line NumPy float64: what every faster implementation is
+tested against.
 
-Nothing here is batched, fused, sharded or clever; loops over tokens, heads and experts are on purpose. There is no JAX.
-`test_reference.py` checks this file against Hugging Face transformers, so that it is itself a tested reference.
+Nothing here is batched, fused, sharded or clever; the loops over tokens, heads and experts are
+intended. There is no JAX. `test_reference.py` checks this file against Hugging Face transformers, so
+that it is itself a tested reference.
 
 Conventions
-- Sizes in names: B sequences, S positions of one sequence, T tokens, D hidden_size, H heads, R qk_rope_head_dim, E routed
-  experts, k experts a token chooses, V vocabulary.
-- Weights: a dict of arrays under the names and in the orientation [out, in] of a Hugging Face checkpoint, one entry an expert.
-  The functions of a whole model take full names (`model.layers.0.self_attn.o_proj.weight`); the functions of one layer take
-  names below the layer (`self_attn.o_proj.weight`, `mlp.gate.weight`), which `layer_weights(weights, i)` gives.
-- Model: `deepseek_jax.config.options.Model`.
-- Segment ids: positions attend only within their own segment; 0 is padding, whose rows are don't-care (but finite).
+- Sizes in names: B sequences, S positions of one sequence, T tokens, D hidden_size, H heads, R
+  qk_rope_head_dim, E routed experts, k experts per token, V vocabulary.
+- Weights: a dict of arrays under the names and in the orientation [out, in] of a Hugging Face
+  checkpoint, one entry per expert. The functions of a whole model take full names
+  (`model.layers.0.self_attn.o_proj.weight`); the functions of one layer take names below the layer
+  (`self_attn.o_proj.weight`, `mlp.gate.weight`), which `layer_weights(weights, i)` gives.
+- Model: `deepseek_jax.config.options.ModelConfig`.
+- Segment ids: positions attend only within their own segment; 0 is padding, whose rows are
+  don't-care (but finite).
 - Input of any float dtype is taken to float64 first.
 
-The usual way in:  out = batch(tokens_BS, weights, model);  out.logits, out.routing[j].chosen, out.mtp[d - 1].logits
+The usual way in:
+
+    out = batch(tokens_BS, weights, model)
+    out.logits, out.routing[j].chosen, out.mtp[d - 1].logits
 """
 
 import math
@@ -22,11 +29,14 @@ from typing import NamedTuple
 import numpy as np
 
 IGNORE = -100  # a target that does not count
-INNER_EPS = 1e-6  # of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says (Hugging Face and DeepSeek's own code)
+# of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says (Hugging Face and DeepSeek's own
+# code)
+INNER_EPS = 1e-6
 
 
 class Routing(NamedTuple):
-    """What one MoE layer decided. Arrays are [T, .], or [B, S, .] from `batch`; k in falling order of the selection score."""
+    """What one MoE layer decided. Arrays are [T, .], or [B, S, .] from `batch`; k in falling order
+    of the selection score."""
 
     logits: np.ndarray  # [T, E] router logits
     scores: np.ndarray  # [T, E] sigmoid or softmax of them, without selection bias
@@ -54,7 +64,7 @@ class Output(NamedTuple):
     mtp: list  # one MtpOutput a depth, num_nextn_predict_layers of them
 
 
-# ------------------------------------------------------------------------------------------------------------- small parts
+# -------------------------------------------------------------------------------------- small parts
 
 
 def float64(weights):
@@ -63,7 +73,8 @@ def float64(weights):
 
 
 def layer_weights(weights, layer):
-    """The entries of `model.layers.{layer}.`, without that prefix. MTP depth d is layer num_hidden_layers + d - 1."""
+    """The entries of `model.layers.{layer}.`, without that prefix. MTP depth d is layer
+    num_hidden_layers + d - 1."""
     prefix = f"model.layers.{layer}."
     found = {name[len(prefix) :]: w for name, w in weights.items() if name.startswith(prefix)}
     assert found, f"no weights under {prefix}"
@@ -101,7 +112,7 @@ def logsumexp(x):
     return m + np.log(np.sum(np.exp(x - m[..., None]), axis=-1))
 
 
-# ------------------------------------------------------------------------------------------------------ rotary embedding
+# --------------------------------------------------------------------------------- rotary embedding
 
 
 def yarn_mscale(factor, mscale):
@@ -112,10 +123,11 @@ def yarn_mscale(factor, mscale):
 def rope_frequencies(model):
     """-> (radians per position of each pair [R/2], factor on cos and sin).
 
-    YaRN (arXiv:2309.00071) as in Hugging Face: frequencies that turn more than beta_fast times over the original context stay,
-    those that turn less than beta_slow times are divided by `factor`, with a linear ramp over the pair index in between.
-    The factor on cos and sin is m(mscale) / m(mscale_all_dim) if both are given (not 0), and otherwise m(1).
-    (DeepSeek's own code agrees when both or neither are given; with only one of them, which no released model has, it would
+    YaRN (arXiv:2309.00071) as in Hugging Face: frequencies that turn more than beta_fast times over
+    the original context stay, those that turn less than beta_slow times are divided by `factor`,
+    with a linear ramp over the pair index in between. The factor on cos and sin is m(mscale) /
+    m(mscale_all_dim) if both are given (not 0), and otherwise m(1). (DeepSeek's own code agrees
+    when both or neither are given; with only one of them, which no released model has, it would
     divide m(mscale) by m(mscale_all_dim) with the defaults 1 and 0.)
     """
     width, base, r = model.qk_rope_head_dim, model.rope_theta, model.rope_scaling
@@ -158,9 +170,10 @@ def rope_tables(model, positions):
 def apply_rope(x, cos, sin, interleave):
     """Rotates pair j of x [S, ..., R] by the angles of cos, sin [S, R/2].
 
-    Pair j is (x[2j], x[2j+1]) if `interleave`, else (x[j], x[j + R/2]). The result stays in the places of the input.
-    (Hugging Face's deepseek_v3 puts interleaved pairs out as halves instead: another order of the same numbers for q and for k,
-    so that no dot product changes. An implementation may do either; compare scores or sort before comparing rotated q or k.)
+    Pair j is (x[2j], x[2j+1]) if `interleave`, else (x[j], x[j + R/2]). The result stays in the
+    places of the input. (Hugging Face's deepseek_v3 puts interleaved pairs out as halves instead:
+    another order of the same numbers for q and for k, so that no dot product changes. An
+    implementation may do either; compare scores or sort before comparing rotated q or k.)
     """
     x = np.asarray(x, np.float64)
     half = x.shape[-1] // 2
@@ -177,7 +190,8 @@ def apply_rope(x, cos, sin, interleave):
 
 
 def softmax_scale(model):
-    """What q . k is multiplied by: 1/sqrt(nope + rope width), times m(mscale_all_dim)^2 under YaRN if that is given."""
+    """What q . k is multiplied by: 1/sqrt(nope + rope width), times m(mscale_all_dim)^2 under YaRN
+    if that is given."""
     scale = (model.qk_nope_head_dim + model.qk_rope_head_dim) ** -0.5
     r = model.rope_scaling
     if r.type == "yarn" and r.mscale_all_dim:
@@ -185,13 +199,14 @@ def softmax_scale(model):
     return scale
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def mla(x_SD, weights, model, positions_S=None, segment_ids_S=None):
     """Multi-head latent attention of one sequence: x [S, D] -> [S, D]. `weights` has `self_attn.*` names.
 
-    Position i attends to j <= i of its own segment. positions_S defaults to 0 .. S-1, segment_ids_S to one segment.
+    Position i attends to j <= i of its own segment. positions_S defaults to 0 .. S-1, segment_ids_S
+    to one segment.
     """
     x_SD = np.asarray(x_SD, np.float64)
     S = x_SD.shape[0]
@@ -234,7 +249,7 @@ def mla(x_SD, weights, model, positions_S=None, segment_ids_S=None):
     return linear(out.reshape(S, H * width), w("o_proj"))
 
 
-# ------------------------------------------------------------------------------------------------------ experts and router
+# ------------------------------------------------------------------------------- experts and router
 
 
 def top(values, count):
@@ -248,11 +263,12 @@ def route(x_TD, gate_weight, bias_E, model):
     topk_method
     - greedy: the k largest scores; groups and bias play no part.
     - group_limited_greedy (V2): from the topk_group groups with the largest maximum; the bias plays no part.
-    - noaux_tc (V3): by score + bias, from the topk_group groups with the largest sum of their two best; experts of other groups
-      are out (minus infinity). The weights are of the scores without bias.
-    weights = chosen scores, divided by their sum + 1e-20 if norm_topk_prob, then times routed_scaling_factor always.
-    (DeepSeek-V2's own code leaves that factor out when norm_topk_prob is True; no released V2 sets it. Hugging Face's deepseek_v2
-    ignores norm_topk_prob.)
+    - noaux_tc (V3): by score + bias, from the topk_group groups with the largest sum of their two
+      best; experts of other groups are out (minus infinity). The weights are of the scores without
+      bias.
+    weights = chosen scores, divided by their sum + 1e-20 if norm_topk_prob, then times
+    routed_scaling_factor always. (DeepSeek-V2's own code leaves that factor out when norm_topk_prob
+    is True; no released V2 sets it. Hugging Face's deepseek_v2 ignores norm_topk_prob.)
     """
     logits = linear(x_TD, gate_weight)
     T, E, k = logits.shape[0], logits.shape[1], model.num_experts_per_tok
@@ -280,7 +296,8 @@ def route(x_TD, gate_weight, bias_E, model):
 
 
 def routing_margin(x_TD, gate_weight, bias_E, model):
-    """How far every decision of `route` is from a tie -> [T]: the smaller of the margins of experts and of groups."""
+    """How far every decision of `route` is from a tie -> [T]: the smaller of the margins of experts
+    and of groups."""
     scores, chosen, _ = route(x_TD, gate_weight, bias_E, model)
     T, E = scores.shape
     biased = model.topk_method == "noaux_tc" and bias_E is not None
@@ -316,7 +333,8 @@ def mlp(x, weights, prefix="mlp."):
 
 
 def moe(x_TD, weights, model):
-    """A mixture-of-experts layer -> (y [T, D], counts [E] of assignments, Routing). `weights` has `mlp.*` names.
+    """A mixture-of-experts layer -> (y [T, D], counts [E] of assignments, Routing). `weights` has
+    `mlp.*` names.
 
     The shared experts are one SwiGLU of n_shared_experts times the width of an expert, for every token.
     """
@@ -325,7 +343,7 @@ def moe(x_TD, weights, model):
     scores, chosen, combine = route(x_TD, gate, bias, model)
     y, counts = np.zeros_like(x_TD), np.zeros(model.n_routed_experts, int)
     for t in range(x_TD.shape[0]):
-        for e, weight in zip(chosen[t], combine[t]):
+        for e, weight in zip(chosen[t], combine[t], strict=True):
             y[t] += weight * mlp(x_TD[t], weights, f"mlp.experts.{e}.")
             counts[e] += 1
     if model.n_shared_experts:
@@ -333,11 +351,12 @@ def moe(x_TD, weights, model):
     return y, counts, Routing(linear(x_TD, gate), scores, chosen, combine)
 
 
-# -------------------------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 
 
 def decoder_layer(x_SD, weights, model, dense, positions_S=None, segment_ids_S=None):
-    """One pre-norm block: x [S, D] -> (x [S, D], Routing or None). `weights` has names below the layer; `dense`: no experts."""
+    """One pre-norm block: x [S, D] -> (x [S, D], Routing or None). `weights` has names below the
+    layer; `dense`: no experts."""
     eps = model.rms_norm_eps
     x_SD = np.asarray(x_SD, np.float64)
     x_SD = x_SD + mla(
@@ -383,28 +402,33 @@ def transformer(tokens_S, weights, model, positions_S=None, segment_ids_S=None):
 
 
 def mtp(hidden_SD, tokens_S, weights, model, depth, positions_S=None, segment_ids_S=None):
-    """Depth 1, 2, ... of multi-token prediction (DeepSeek-V3 report, section 2.2) -> MtpOutput. `weights` has full names.
+    """Depth 1, 2, ... of multi-token prediction (DeepSeek-V3 report, section 2.2) -> MtpOutput.
+    `weights` has full names.
 
         h'_i = eh_proj [ enorm(Emb(t_{i+depth})) ; hnorm(hidden_i) ]   embedding first
         hidden_i, fed to the next depth = shared_head.norm(decoder layer (always MoE) of h')
         logits_i = the main model's output head of that, predicting t_{i+1+depth}
 
-    WHAT `hidden_SD` IS: at depth 1 the main model's output AFTER its final norm (`model.norm`); at depth d the output of depth
-    d - 1 AFTER its shared_head.norm. So hnorm normalises a second time. The report's formulas leave this open; the public code:
-    - main model to depth 1: after `model.norm` everywhere. transformers `MtpModel` is given `hidden_states[-1]`, the final norm's
-      output; vLLM and SGLang hand over what the model's forward returns, which ends with `self.norm`; Megatron-LM's
-      TransformerBlock applies its final_layernorm before the MTP block (has_final_layernorm_in_this_stage).
-    - depth to depth: after `shared_head.norm` in Megatron-LM (`_postprocess` ends every layer), transformers (`post_norm`),
-      SGLang (`deepseek_nextn.py`) and vLLM since PR 45895 / 47448; vLLM before that recycled the state before that norm.
-      The released V3 has one depth only, so its weights do not decide this one.
-    - order of the concatenation: embedding first in all four, against the report's formula; the released weights have this order
-      (Megatron-LM issue 1588).
+    WHAT `hidden_SD` IS: at depth 1 the main model's output AFTER its final norm (`model.norm`); at
+    depth d the output of depth d - 1 AFTER its shared_head.norm. So hnorm normalises a second time.
+    The report's formulas leave this open; the public code:
+    - main model to depth 1: after `model.norm` everywhere. transformers `MtpModel` is given
+      `hidden_states[-1]`, the final norm's output; vLLM and SGLang hand over what the model's
+      forward returns, which ends with `self.norm`; Megatron-LM's TransformerBlock applies its
+      final_layernorm before the MTP block (has_final_layernorm_in_this_stage).
+    - depth to depth: after `shared_head.norm` in Megatron-LM (`_postprocess` ends every layer),
+      transformers (`post_norm`), SGLang (`deepseek_nextn.py`) and vLLM since PR 45895 / 47448; vLLM
+      before that recycled the state before that norm. The released V3 has one depth only, so its
+      weights do not decide this one.
+    - order of the concatenation: embedding first in all four, against the report's formula; the
+      released weights have this order (Megatron-LM issue 1588).
     - vLLM alone sets the embedding to zero where the position is 0; nobody else does, and neither does this.
 
-    The block's layer index in the checkpoint is num_hidden_layers + depth - 1: enorm, hnorm, eh_proj, shared_head.norm and the
-    decoder layer. Embedding and output head are the main model's own. Positions are those of token i; taking those of token
-    i + depth (transformers) changes nothing, as rotation is relative. The last `depth` positions of every segment have no token
-    i + depth of their own: they are not valid, and being last they influence no valid one.
+    The block's layer index in the checkpoint is num_hidden_layers + depth - 1: enorm, hnorm,
+    eh_proj, shared_head.norm and the decoder layer. Embedding and output head are the main model's
+    own. Positions are those of token i; taking those of token i + depth (transformers) changes
+    nothing, as rotation is relative. The last `depth` positions of every segment have no token i +
+    depth of their own: they are not valid, and being last they influence no valid one.
     """
     weights, eps, S = float64(weights), model.rms_norm_eps, len(tokens_S)
     segments = np.ones(S, int) if segment_ids_S is None else np.asarray(segment_ids_S)
@@ -439,8 +463,8 @@ def batch(tokens_BS, weights, model, positions_BS=None, segment_ids_BS=None):
         if isinstance(items[0], np.ndarray):
             return np.stack(items)
         if isinstance(items[0], list):
-            return [stack(group) for group in zip(*items)]
-        return type(items[0])(*[stack(group) for group in zip(*items)])
+            return [stack(group) for group in zip(*items, strict=True)]
+        return type(items[0])(*[stack(group) for group in zip(*items, strict=True)])
 
     return stack(rows)
 
@@ -454,11 +478,12 @@ def segment_positions(segment_ids):
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def targets_ahead(tokens_BS, ahead=1, segment_ids_BS=None):
-    """tokens [..., S] -> targets [..., S]: token i + ahead, or -100 where there is none in the segment of token i.
+    """tokens [..., S] -> targets [..., S]: token i + ahead, or -100 where there is none in the
+    segment of token i.
 
     ahead = 1 for the main model, 1 + depth for MTP.
     """
@@ -472,11 +497,14 @@ def targets_ahead(tokens_BS, ahead=1, segment_ids_BS=None):
 
 
 def cross_entropy(logits, targets):
-    """Mean of -log softmax(logits [..., V])[target] over the targets [...] that are not -100; 0 if there is none."""
+    """Mean of -log softmax(logits [..., V])[target] over the targets [...] that are not -100; 0 if
+    there is none."""
     logits, targets = np.asarray(logits, np.float64), np.asarray(targets)
     logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     losses = [
-        logsumexp(row) - row[target] for row, target in zip(logits, targets) if target != IGNORE
+        logsumexp(row) - row[target]
+        for row, target in zip(logits, targets, strict=True)
+        if target != IGNORE
     ]
     return float(np.mean(losses)) if losses else 0.0
 
@@ -491,7 +519,8 @@ def expert_counts(chosen, mask, n_routed_experts):
 
 
 def _balance(scores_TE, chosen_Tk, model):
-    """Sum over experts of f_e P_e of T tokens: f_e = E / (k T) x assignments, P_e = mean of score_e / sum of a token's scores."""
+    """Sum over experts of f_e P_e of T tokens: f_e = E / (k T) x assignments, P_e = mean of score_e
+    / sum of a token's scores."""
     T, E = scores_TE.shape
     f = expert_counts(chosen_Tk, np.ones(T, bool), E) * E / (model.num_experts_per_tok * T)
     p = np.mean(scores_TE / scores_TE.sum(axis=-1, keepdims=True), axis=0)
@@ -501,8 +530,8 @@ def _balance(scores_TE, chosen_Tk, model):
 def sequence_balance_loss(scores_BSE, chosen_BSk, mask_BS, model):
     """V3's sequence-wise balance loss (report, equations 17-20) of one layer, times aux_loss_alpha.
 
-    The mean, over the sequences that have any, of `_balance` of each sequence's tokens with mask True. The assignments carry no
-    gradient; the scores (without bias) do.
+    The mean, over the sequences that have any, of `_balance` of each sequence's tokens with mask
+    True. The assignments carry no gradient; the scores (without bias) do.
     """
     scores, chosen, mask = (
         np.asarray(scores_BSE, np.float64),
@@ -518,7 +547,8 @@ def sequence_balance_loss(scores_BSE, chosen_BSk, mask_BS, model):
 
 
 def batch_balance_loss(scores_BSE, chosen_BSk, mask_BS, model):
-    """V2's expert-level balance loss (report, equations 23-25) of one layer: the same sum once over all tokens of the batch."""
+    """V2's expert-level balance loss (report, equations 23-25) of one layer: the same sum once over
+    all tokens of the batch."""
     scores, chosen, mask = (
         np.asarray(scores_BSE, np.float64),
         np.asarray(chosen_BSk),
@@ -530,13 +560,15 @@ def batch_balance_loss(scores_BSE, chosen_BSk, mask_BS, model):
 
 
 def router_z_loss(logits, mask):
-    """Mean over the tokens with mask [...] True of logsumexp(router logits [..., E])^2, without coefficient; 0 if none."""
+    """Mean over the tokens with mask [...] True of logsumexp(router logits [..., E])^2, without
+    coefficient; 0 if none."""
     logits, mask = np.asarray(logits, np.float64), np.asarray(mask, bool)
     return float(np.mean(logsumexp(logits[mask]) ** 2)) if mask.any() else 0.0
 
 
 def bias_update(bias, counts, rate, centre):
-    """The selection bias [E] after one step: up by `rate` for experts below the mean load, down above it, unchanged at it.
+    """The selection bias [E] after one step: up by `rate` for experts below the mean load, down
+    above it, unchanged at it.
 
     With `centre` its mean is then subtracted.
     """
@@ -548,8 +580,9 @@ def bias_update(bias, counts, rate, centre):
 def directional_derivative(f, weights, direction, eps=1e-6):
     """d f(weights + a direction) / d a at a = 0 by central differences; equals sum of gradient x direction.
 
-    For gradients that Hugging Face has no loss for. f takes a dict of weights and gives a number; `direction` is a dict with some
-    of the names. Only where no routing decision is within reach of `eps` from a tie.
+    For gradients that Hugging Face has no loss for. f takes a dict of weights and gives a number;
+    `direction` is a dict with some of the names. Only where no routing decision is within reach of
+    `eps` from a tie.
     """
 
     def at(a):

@@ -1,10 +1,11 @@
 """One compiled step of a small model, and runs of it, for tests that compare options.
 
-t = trainer(config_of(Optimizer("muon"), Mesh(fsdp=2, expert=4)))
+t = trainer(config_of(OptimizerConfig("muon"), MeshConfig(fsdp=2, expert=4)))
 s, metrics = t.run(t.start(), 5)
 """
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,27 +44,30 @@ TINY = ModelConfig(
     initializer_range=0.1,
 )
 ADAMW = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+ONE_DEVICE = MeshConfig(fsdp=1)
+ALL_DIVIDED = ShardingConfig(min_weight_size=0)  # small weights too
+DEFAULTS = Config()
 
 
 def config_of(
     optimizer: OptimizerConfig = ADAMW,
-    mesh: MeshConfig = MeshConfig(fsdp=1),
-    fp16: Fp16Config = Fp16Config(),
-    sharding: ShardingConfig = ShardingConfig(min_weight_size=0),
-    offload: OffloadConfig = OffloadConfig(),
-    **train,
+    mesh: MeshConfig = ONE_DEVICE,
+    fp16: Fp16Config = DEFAULTS.fp16,
+    sharding: ShardingConfig = ALL_DIVIDED,
+    offload: OffloadConfig = DEFAULTS.offload,
+    **train: Any,
 ) -> Config:
-    train = {
+    small: dict[str, Any] = {
         "steps": 40,
         "batch_size": invariance.SEQUENCES,
         "sequence_length": invariance.LENGTH,
         "dtype": "float32",
         "remat": "none",
-    } | train
+    }
     config = Config(
         model=TINY,
         mesh=mesh,
-        train=TrainConfig(**train),
+        train=TrainConfig(**small | train),
         optimizer=optimizer,
         sharding=sharding,
         fp16=fp16,
@@ -77,10 +81,8 @@ class Trainer:
     """A compiled step of one config, and its state from the weights that all of these tests begin with."""
 
     def __init__(self, config: Config, token_loss=pretrain.next_token_loss):
-        self.config, self.mesh = (
-            config,
-            make_mesh(config, jax.devices()[: invariance.devices_of(config)]),
-        )
+        self.config = config
+        self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
         with jax.set_mesh(self.mesh):
             self.layout = state.make_layout(config, self.mesh)
             self.compiled = (
@@ -95,7 +97,10 @@ class Trainer:
     def start(self) -> state.TrainState:
         with jax.set_mesh(self.mesh):
             same = invariance.initial_state(TINY)._replace(opt_state=self.layout.abstract.opt_state)
-            zeros = lambda tree: jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), tree)
+
+            def zeros(tree):
+                return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), tree)
+
             opt_state, residual = (
                 zeros(self.layout.abstract.opt_state),
                 zeros(self.layout.abstract.residual),

@@ -1,0 +1,48 @@
+"""Where a step's time goes, by JAX's profiler: for programs that can import nothing but jax."""
+
+import collections
+import gzip
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def costs(run: Callable[[], Any], hlo: str, most: int = 3) -> list[dict[str, Any]]:
+    """The instructions that take most of one run, by JAX's profiler: where they come from and their share of
+    all device time."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        files = list(pathlib.Path(folder).rglob("*.trace.json.gz"))
+        events = json.loads(gzip.decompress(files[0].read_bytes()))["traceEvents"] if files else []
+    total: collections.Counter = collections.Counter()
+    streams = set()
+    if not any(
+        "hlo_op" in e.get("args", {}) for e in events
+    ):  # kernels inside a CUDA graph have names of their own only
+        streams = {
+            (e["pid"], e["tid"])
+            for e in events
+            if e.get("name") == "thread_name" and e["args"]["name"].startswith("Stream")
+        }
+    for e in events:
+        name = e.get("args", {}).get("hlo_op") or (
+            e["name"] if (e.get("pid"), e.get("tid")) in streams else None
+        )
+        # A loop's own event holds those of its body.
+        if e.get("ph") == "X" and name and not name.startswith(("while", "call", "conditional")):
+            total[name] += e["dur"]
+    source = {}
+    for line in hlo.splitlines():
+        name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+        if 'op_name="' in rest:
+            source[name.lstrip("%")] = rest.partition('op_name="')[2].partition('"')[0]
+    whole = sum(total.values())
+    return [
+        {"instruction": name, "from": source.get(name, ""), "ms": us / 1e3, "share": us / whole}
+        for name, us in total.most_common(most)
+    ]

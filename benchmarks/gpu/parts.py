@@ -1,0 +1,221 @@
+"""What gpu_bench measures: each part yields plain values for JSON, the most valuable first, as soon as it has
+them.
+
+`toy` shrinks every part so that a CPU does it in seconds. `out`: a folder in which compilers keep what they
+found, or None.
+"""
+
+import argparse
+import functools
+import importlib
+import pathlib
+import platform
+import sys
+from collections.abc import Callable, Iterator
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from benchmarks.gpu.train import Row, tiny, train, why
+from benchmarks.speed import attention as attention_bench
+from benchmarks.support import turns
+from deepseek_jax.errors import UserError
+from deepseek_jax.model.attention import cudnn, interface
+from deepseek_jax.runtime import compile_cache, jax_private
+
+# ----------------------------------------------------------------------------------------- versions
+
+
+def versions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
+    """What is installed, and the card."""
+    device = jax.devices()[0]
+    memory = (device.memory_stats() or {}).get("bytes_limit")
+    yield {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "memory_bytes": memory,
+        "compute_capability": str(getattr(device, "compute_capability", "")),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jax.lib.__version__,
+        "flax": flax.__version__,
+        "cudnn": jax_private.cudnn_version(),
+        "platform_version": device.client.platform_version,
+    }
+    if device.platform != "cpu":
+        reason = cudnn.missing(192, 128)
+        yield {
+            "what": "cuDNN attention at widths 192 and 128",
+            **({"failed": reason} if reason else {"works": True}),
+        }
+
+
+# ------------------------------------------------------------------------------------------ experts
+
+PRODUCTS = {  # experts on the device, rows of all, hidden size, expert width
+    "V2-Lite": (64, 24576, 2048, 1408),  # 4,096 tokens, 6 experts each
+    "V3, 32 of 256 experts": (32, 32768, 7168, 2048),
+}
+
+
+def experts(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
+    """[rows, D] x [E, D, F], each row by its expert: forward, and both gradients. Equal loads, rows sorted by
+    expert."""
+    for shape, (e, rows, d, f) in ({"toy": (4, 64, 16, 8)} if toy else PRODUCTS).items():
+        keys = jax.random.split(jax.random.key(0), 3)
+        x, w, dy = (
+            jax.random.normal(k, s, jnp.bfloat16)
+            for k, s in zip(keys, ((rows, d), (e, d, f), (rows, f)), strict=True)
+        )
+        sizes = jnp.full(e, rows // e, jnp.int32)
+        flops = 2 * rows * d * f
+        for method, call in products(rows, e).items():
+            row = {
+                "shape": shape,
+                "experts": e,
+                "rows": rows,
+                "hidden": d,
+                "width": f,
+                "method": method,
+            }
+            try:
+                forward = turns.compiled(call, x, w, sizes)
+                row["forward_tflops"] = (
+                    flops / turns.medians({0: forward}, 3 if toy else 10)[0] / 1e12
+                )
+                row["temporaries"] = forward.temporaries
+                both = turns.compiled(
+                    lambda x, w, sizes, dy, call=call: jax.vjp(
+                        lambda x, w: call(x, w, sizes), x, w
+                    )[1](dy),
+                    x,
+                    w,
+                    sizes,
+                    dy,
+                )
+                # The gradients alone need no forward product.
+                row |= {
+                    "both_tflops": 2 * flops / turns.medians({0: both}, 3 if toy else 10)[0] / 1e12,
+                    "both_temporaries": both.temporaries,
+                }
+            except Exception as error:  # not installed, or a kernel without a gradient
+                row["failed"] = why(error)
+            yield row
+
+
+def products(rows: int, e: int) -> dict[str, Callable]:
+    """(x [rows, D], w [E, D, F], sizes [E]) -> [rows, F], by method; a method that is not there
+    raises when called."""
+
+    def equal_slots(x, w, sizes):
+        return (
+            jnp.einsum(
+                "esd,edf->esf", x.reshape(e, rows // e, -1), w, preferred_element_type=jnp.float32
+            )
+            .astype(x.dtype)
+            .reshape(rows, -1)
+        )
+
+    def tokamax(x, w, sizes):
+        return importlib.import_module("tokamax").ragged_dot(x, w, group_sizes=sizes)
+
+    def tokamax_triton(x, w, sizes):
+        return importlib.import_module("tokamax").ragged_dot(
+            x, w, group_sizes=sizes, implementation="triton"
+        )
+
+    def mosaic(x, w, sizes):
+        ragged = importlib.import_module("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu")
+        return ragged.ragged_dot(
+            x,
+            w,
+            group_sizes=sizes,
+            block_m=128,
+            block_n=128,
+            block_k=64,
+            max_concurrent_steps=4,
+            grid_block_n=2,
+        )
+
+    def dense(x, w, sizes):
+        return x @ w[0]  # the same FLOPs in one product: what cannot be beaten
+
+    return {
+        "dense": dense,
+        "equal slots": equal_slots,
+        "tokamax": tokamax,
+        "tokamax Pallas-Triton": tokamax_triton,
+        "jax.experimental Pallas-Mosaic": mosaic,
+        "ragged_dot": jax.lax.ragged_dot,
+    }
+
+
+# ---------------------------------------------------------------------------------------- attention
+
+
+def attentions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
+    """Attention of V2-Lite's heads: blocks, cuDNN (on GPUs) and plain softmax; how far cuDNN is
+    from blocks."""
+    own = argparse.Namespace(
+        heads=2 if toy else 16, qk=24 if toy else 192, v=16 if toy else 128, documents=1
+    )
+    methods: dict[str, Callable] = {
+        "blocks": functools.partial(interface.causal_attention, method="blocks")
+    }
+    if jax.default_backend() != "cpu":
+        methods["cudnn"] = functools.partial(interface.causal_attention, method="cudnn")
+    methods["plain"] = attention_bench.plain
+    for length in (64,) if toy else (4096, 2048, 8192):
+        gradients = {}
+        for method, f in methods.items():
+            row = {"length": length, "heads": own.heads, "qk": own.qk, "v": own.v, "method": method}
+            try:
+                if method == "cudnn" and (reason := cudnn.missing(own.qk, own.v)):
+                    raise UserError(reason)
+                built = attention_bench.core_programs(
+                    f, max(1, 8192 // length) if not toy else 1, length, own
+                )
+                row |= {
+                    f"{name}_s": t for name, t in turns.medians(built, 3 if toy else 10).items()
+                }
+                row |= {
+                    "custom_calls": built["both"].compiled.as_text().count("__cudnn$fmha"),
+                    "temporaries": built["both"].temporaries,
+                }
+                gradients[method] = built["both"]()
+                if method == "cudnn" and "blocks" in gradients:
+
+                    def largest(a: jax.Array) -> jax.Array:
+                        return jnp.max(jnp.abs(a)).astype(jnp.float32)
+
+                    pairs = zip(gradients["cudnn"], gradients["blocks"], strict=True)
+                    row["cudnn_is_from_blocks"] = max(
+                        float(largest(a - b) / largest(b)) for a, b in pairs
+                    )
+            except Exception as e:
+                row["failed"] = why(e)
+            yield row
+
+
+def cached(part: Callable[..., Iterator[Row]]) -> Callable[..., Iterator[Row]]:
+    """A part with JAX's compilation cache, where there is a folder."""
+
+    def run(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
+        if out is not None:
+            compile_cache.use_cache("", warn=lambda line: print(line, file=sys.stderr))
+        return part(toy, out)
+
+    return run
+
+
+PARTS = {"versions": versions} | {
+    name: cached(f)
+    for name, f in {
+        "tiny": tiny,
+        "attention": attentions,
+        "experts": experts,
+        "train": train,
+    }.items()
+}

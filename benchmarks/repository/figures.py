@@ -1,0 +1,225 @@
+"""Writes the figures of docs/speed.md from the results that the benchmarks have kept.
+
+  python -m benchmarks figures [--check]
+
+Every figure is made here from a JSON file of benchmarks/results/, which a benchmark has written with
+--out. What has no result is listed without a figure. --check: exit code 1 if the document is not what
+would be written.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from benchmarks import ROOT
+from deepseek_jax.cli import texts
+from deepseek_jax.plan import options
+
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "speed.md"
+BEGIN, END = "<!-- figures: make docs -->", "<!-- end of figures -->"
+
+
+class Figure(NamedTuple):
+    """A row of the table: a result by the name of its file, the command that writes it, and its sentence."""
+
+    name: str
+    command: str
+    sentence: Callable[[Any], str]
+
+
+def main() -> int:
+    parser = options.Parser(__doc__, json=False)
+    parser.add_argument("--check", action="store_true", help="Write nothing; compare.")
+    own = parser.parse_args()
+    before = DOCUMENT.read_text(encoding="utf-8")
+    after = filled(before)
+    if own.check:
+        if before != after:
+            print(
+                "docs/speed.md is not what benchmarks/results has. Run: make docs", file=sys.stderr
+            )
+        return int(before != after)
+    DOCUMENT.write_text(after, encoding="utf-8")
+    return 0
+
+
+def filled(document: str) -> str:
+    """The document with the table of today's results between its marks."""
+    head, _, rest = document.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+
+
+def table() -> str:
+    lines = ["| command | what it showed | result |", "|---|---|---|"]
+    for figure in FIGURES:
+        file = RESULTS / f"{figure.name}.json"
+        sentence, link = "", ""
+        if file.exists():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            machine = kept.get("machine", {})
+            sentence = figure.sentence(kept["result"])
+            where = f"{machine.get('cores', '?')} cores, {kept.get('commit', '')}".rstrip(", ")
+            link = f"[{where}](../benchmarks/results/{file.name})"
+        lines.append(f"| `python -m benchmarks {figure.command}` | {sentence} | {link} |")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------- sentences
+
+
+def step(r: dict[str, Any]) -> str:
+    said = (
+        f"{r['tokens_per_second']:,.0f} tokens/s, {r['share_of_matmul']:.0%} of the best matmul, "
+        f"{texts.gb(r['peak_memory'])}"
+    )
+    if p := r.get("peer"):
+        said += (
+            f"; {p['ratio']:.1f} times {p['name']} ({p['ratio_by_cpu_seconds']:.1f} by CPU seconds), "
+            f"which takes {texts.gb(p['peak_memory'])}"
+        )
+    return said
+
+
+def floor(r: dict[str, Any]) -> str:
+    return (
+        f"{r['share_of_matmul']:.0%} of the best matmul; {r['share_at_floor']:.0%} if every instruction ran "
+        f"at its floor, {r['share_matmuls_alone']:.0%} if there were matmuls only"
+    )
+
+
+def moe(r: dict[str, Any]) -> str:
+    """Times of the dense bound, for each shape and load."""
+
+    def times(row: dict[str, Any], method: str) -> float:
+        return row["times_of_dense"][method]
+
+    said = [f"{row['shape']} {row['load']}: {times(row, 'ours'):.1f}" for row in r["rows"]]
+    ragged = [times(row, "ragged") for row in r["rows"] if "ragged" in row["times_of_dense"]]
+    more = f"; ragged_dot up to {max(ragged):.0f}" if ragged else ""
+    return f"times of a dense SwiGLU of as many rows: {', '.join(said)}{more}"
+
+
+def attention(r: dict[str, Any]) -> str:
+    said = [
+        f"{row['length']}: {row['times_of_plain']:.2f}"
+        for row in r["rows"]
+        if row["times_of_plain"] is not None
+    ]
+    last = r["rows"][-1]
+    memory = texts.gb(last["temporaries_of_one"]["ours"])
+    return (
+        f"time against plain softmax by length: {', '.join(said)}; "
+        f"temporaries at {last['length']}: {memory}"
+    )
+
+
+def vocabulary(r: dict[str, Any]) -> str:
+    ratios = [row["times_of_plain"] for row in r["rows"]]
+    last = r["rows"][-1]
+    ours, plain = (texts.gb(last["temporaries"][name]) for name in ("ours", "plain"))
+    return (
+        f"{min(ratios):.2f} to {max(ratios):.2f} of the time of whole logits; temporaries {ours} "
+        f"against {plain} at "
+        f"{last['tokens']:,} tokens and {last['vocab']:,} words"
+    )
+
+
+def compile_time(r: dict[str, Any]) -> str:
+    said = [f"{row['ratio']:.2f} on {row['devices']} device(s)" for row in r["rows"]]
+    return f"{r['layers']} layers compile in {', '.join(said)} of the time of {r['against']}"
+
+
+def overhead(r: dict[str, Any]) -> str:
+    return (
+        f"the device idles {r['idle_share']:.2%} of a step; with Python's threads at most "
+        f"{r['overhead']:.2%} is lost"
+    )
+
+
+def hf_copy(r: dict[str, Any]) -> str:
+    parts = [
+        f"{name} {r[name]['ratio']:.2f} in {texts.gb(r[name]['peak_bytes'])}"
+        for name in ("import", "export", "cast")
+    ]
+    return f"{texts.gb(r['bytes'])}: times of a plain copy, and memory: {', '.join(parts)}"
+
+
+def generate(r: dict[str, Any]) -> str:
+    said = [
+        f"{row['texts']} text(s): decodes {row['decode']['ratio']:.1f}, prefill {row['prefill']['ratio']:.1f}"
+        for row in r["rows"]
+    ]
+    same = statistics.mean(row["same"] for row in r["rows"])
+    return f"times the speed of transformers: {'; '.join(said)}; {same:.0%} of the tokens the same"
+
+
+def checkpoint(r: dict[str, Any]) -> str:
+    return (
+        f"a save every {r['every']} steps costs {r['overhead']:+.1%}; a save alone "
+        f"{r['save_alone_s']:.1f} s for "
+        f"{texts.gb(r['written_bytes'])}; a restore {r['restore_s']:.1f} s, "
+        f"{r['restore_memory']:.2f} times the state in memory"
+    )
+
+
+def compression(r: list[dict[str, Any]]) -> str:
+    whole = r[0]["gradient_bytes_over_data"]
+    said = [
+        f"{row['gradient_compression']} {row['gradient_bytes_over_data'] / whole:.3f}"
+        for row in r[1:]
+    ]
+    return f"bytes of gradients between replicas, of a float32 sum: {', '.join(said)}"
+
+
+def collectives(r: list[dict[str, Any]]) -> str:
+    """Bytes of full_shard beside the least, over weights and gradients."""
+    rows = [row["groups"] for row in r if row["strategy"] == "full_shard"]
+    groups = ("weights, forward", "weights, backward", "gradients")
+    ratios = [
+        g[name]["bytes"] / g[name]["least"] for g in rows for name in groups if g[name]["least"]
+    ]
+    return (
+        f"full_shard: weights and gradients move {min(ratios):.2f} to {max(ratios):.2f} times the "
+        "least bytes"
+    )
+
+
+def strategies(r: list[dict[str, Any]]) -> str:
+    def bytes_of(row: dict[str, Any]) -> int:
+        return row["parameters"] + row["gradients"] + row["optimizer"]
+
+    return "bytes per device of the state: " + ", ".join(
+        f"{row['strategy']} {texts.gb(bytes_of(row))}" for row in r
+    )
+
+
+def levers(r: list[dict[str, Any]]) -> str:
+    first = r[0]["total"]
+    saved = sorted((row["total"] / first, row["lever"]) for row in r[1:] if "total" in row)
+    return "bytes of the step, of float32 with remat=full: " + ", ".join(
+        f"{lever} {share:.2f}" for share, lever in saved[:4]
+    )
+
+
+FIGURES = [
+    Figure("step_mid", "step --shape=mid --peer=SCRIPT", step),
+    Figure("step_fine", "step --shape=fine --peer=SCRIPT", step),
+    Figure("floor_mid", "floor --shape=mid", floor),
+    Figure("floor_fine", "floor --shape=fine", floor),
+    Figure("moe", "moe", moe),
+    Figure("attention", "attention", attention),
+    Figure("vocabulary", "vocabulary", vocabulary),
+    Figure("compile", "compile", compile_time),
+    Figure("overhead", "overhead", overhead),
+    Figure("hf_copy", "hf_copy", hf_copy),
+    Figure("generate", "generate", generate),
+    Figure("checkpoint", "checkpoint", checkpoint),
+    Figure("compression", "compression", compression),
+    Figure("collectives", "collectives", collectives),
+    Figure("strategies", "strategies --no-time", strategies),
+    Figure("levers", "levers --steps=0", levers),
+]
