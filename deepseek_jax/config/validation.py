@@ -466,7 +466,7 @@ def _validate_model(m: ModelConfig) -> None:
 
 def _validate_grouped_query(m: ModelConfig) -> None:
     _at_least(m, "model", 1, "num_key_value_heads", "head_dim")
-    if m.num_key_value_heads is None:
+    if m.attention_kind != "grouped_query":
         default = ModelConfig()
         for name in (
             "head_dim",
@@ -502,7 +502,7 @@ def _validate_grouped_query(m: ModelConfig) -> None:
 
 
 def _validate_cudnn(m: ModelConfig, dtype: str) -> None:
-    if m.num_key_value_heads is not None:
+    if m.attention_kind != "mla":
         raise UserError(
             f"config.train.attention=cudnn is of multi-head latent attention in this version, and config.model.num_key_value_heads="
             f"{m.num_key_value_heads}. Set config.train.attention=auto."

@@ -18,7 +18,6 @@ from deepseek_jax.hf.families import (
     NULL,
     NULL_IS_MISSING,
     OF_DEEPSEEK_EXPERTS,
-    OF_MLA,
     ONLY,
     REQUIRED,
     Family,
@@ -394,7 +393,7 @@ def computes(model: ModelConfig, option: str) -> bool:
         return False
     if option == "head_dim":
         return False  # qk_head_dim tells
-    if option in (*OF_MLA, "rope_interleave") and model.num_key_value_heads is not None:
+    if option in model.attention_shape.unread:
         return False
     routing = (*OF_DEEPSEEK_EXPERTS, "scoring_func", "topk_method")
     if option in routing and option != "first_k_dense_replace" and not model.has_experts:

@@ -118,6 +118,7 @@ class LoadedModel:
         from deepseek_jax.inference.generation.engine import (
             Engine,
         )  # generation reads checkpoints by this package
+        from deepseek_jax.inference.generation.placed import PlacedModel
         from deepseek_jax.inference.generation.sampling import Sampling
 
         m, one = self.model, len(tokens) > 0 and not isinstance(tokens[0], (Sequence, np.ndarray))
@@ -148,7 +149,8 @@ class LoadedModel:
                 f"draft_tokens={draft_tokens} needs multi-token prediction layers, and this model has none. Set draft_tokens=0."
             )
         if self._engine is None:
-            self._engine = Engine(self.layout, self.mesh, self.params, self.bias)
+            placed = PlacedModel(self.layout, self.params, self.bias, self.mesh)
+            self._engine = Engine(placed)
         stop = self.stop_ids if stop_ids is None else stop_ids
         out = (
             self._engine.generate(

@@ -79,7 +79,7 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        model: ModelConfig,
+        config: ModelConfig,
         d_in: int,
         d_out: int,
         axes: tuple[str | None, str | None],
@@ -87,7 +87,7 @@ class Linear(nnx.Module):
         bias: str | None = None,
     ):
         self.kernel = param(
-            rngs, nnx.initializers.normal(model.initializer_range), (d_in, d_out), axes
+            rngs, nnx.initializers.normal(config.initializer_range), (d_in, d_out), axes
         )
         self.bias = param(rngs, nnx.initializers.zeros, (d_out,), (bias,)) if bias else None
 
@@ -138,10 +138,10 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, model: ModelConfig, width: int, rngs: nnx.Rngs):
-        self.gate_proj = Linear(model, model.hidden_size, width, ("embed", "mlp"), rngs)
-        self.up_proj = Linear(model, model.hidden_size, width, ("embed", "mlp"), rngs)
-        self.down_proj = Linear(model, width, model.hidden_size, ("mlp", "embed"), rngs)
+    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs):
+        self.gate_proj = Linear(config, config.hidden_size, width, ("embed", "mlp"), rngs)
+        self.up_proj = Linear(config, config.hidden_size, width, ("embed", "mlp"), rngs)
+        self.down_proj = Linear(config, width, config.hidden_size, ("mlp", "embed"), rngs)
 
     @jax.named_scope("mlp")
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
@@ -156,9 +156,9 @@ class MLP(nnx.Module):
 class Embedding(nnx.Module):
     """Token ids to rows of `weight` [V, D]."""
 
-    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(model.initializer_range)
-        self.weight = param(rngs, init, (model.vocab_size, model.hidden_size), ("vocab", "embed"))
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        self.weight = param(rngs, init, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
 
     @jax.named_scope("embed")
     def __call__(self, ids_BS: jax.Array, dtype: Any) -> jax.Array:

@@ -12,15 +12,15 @@ from deepseek_jax.config.options import ModelConfig, RopeScaling
 from deepseek_jax.model.layers import laid_out_as, reshaped, split_width
 
 
-def _mscale(factor: float, mscale: float) -> float:
-    """The attention temperature of YaRN: 0.1 * mscale * ln(factor) + 1."""
+def yarn_temperature(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature, m(mscale): 0.1 * mscale * ln(factor) + 1."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def inverse_frequencies(model: ModelConfig) -> np.ndarray:
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     """float64 [rope/2]: radians a position for every rotated pair, after the interpolation that is on."""
-    width, scaling = model.rotary_dim, model.rope_scaling
-    frequency = model.rope_theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+    width, scaling = config.rotary_dim, config.rope_scaling
+    frequency = config.rope_theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
     if scaling.type == "default":
         return frequency
     if scaling.type == "linear":
@@ -41,7 +41,7 @@ def inverse_frequencies(model: ModelConfig) -> np.ndarray:
         """The (fractional) pair that makes this many rotations over the original context."""
         length = scaling.original_max_position_embeddings
         return (
-            width * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+            width * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
         )
 
     low = max(math.floor(pair_with(scaling.beta_fast)), 0)
@@ -52,36 +52,24 @@ def inverse_frequencies(model: ModelConfig) -> np.ndarray:
     return frequency * (1 - ramp) + frequency / scaling.factor * ramp
 
 
-def softmax_scale(model: ModelConfig) -> float:
-    """1/sqrt(head width), times m(mscale_all_dim)^2 for MLA under YaRN, as DeepSeek-V2 and V3 do."""
-    scale = model.qk_head_dim**-0.5
-    if (
-        model.num_key_value_heads is None
-        and model.rope_scaling.type == "yarn"
-        and model.rope_scaling.mscale_all_dim
-    ):
-        scale *= _mscale(model.rope_scaling.factor, model.rope_scaling.mscale_all_dim) ** 2
-    return scale
-
-
 def attention_factor(scaling: RopeScaling) -> float:
     """What cos and sin are scaled by: YaRN's attention temperature, 1 without YaRN."""
     if scaling.type != "yarn":
         return 1.0
-    one = _mscale(scaling.factor, 1.0)
+    one = yarn_temperature(scaling.factor, 1.0)
     if scaling.mscale and scaling.mscale_all_dim:
-        one = _mscale(scaling.factor, scaling.mscale) / _mscale(
+        one = yarn_temperature(scaling.factor, scaling.mscale) / yarn_temperature(
             scaling.factor, scaling.mscale_all_dim
         )
     return scaling.attention_factor or one
 
 
-def rope_tables(model: ModelConfig, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_tables(config: ModelConfig, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, S, rope/2], of int32 positions [B, S]."""
     angle = positions_BS[..., None].astype(jnp.float32) * jnp.asarray(
-        inverse_frequencies(model), jnp.float32
+        inverse_frequencies(config), jnp.float32
     )
-    scale = attention_factor(model.rope_scaling)
+    scale = attention_factor(config.rope_scaling)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 

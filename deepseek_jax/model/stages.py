@@ -71,7 +71,7 @@ def through_stages(
 
         def side(m):
             micro = micro_batch(m)
-            return rope_tables(model.model, micro["positions"]), micro["segment_ids"]
+            return rope_tables(model.config, micro["positions"]), micro["segment_ids"]
 
         def block(weights, x_BSD, side, works):
             rope, segment_ids_BS = side

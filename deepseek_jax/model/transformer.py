@@ -15,7 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config.options import Config, ModelConfig, MoeConfig
-from deepseek_jax.model.attention.interface import make_attention
+from deepseek_jax.model.attention.interface import Rope
+from deepseek_jax.model.attention.kinds import make_attention
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 from deepseek_jax.model.moe import MoE, MoEStats
 from deepseek_jax.model.rope import rope_tables
@@ -38,17 +39,17 @@ class DecoderLayer(nnx.Module):
 
     def __init__(
         self,
-        model: ModelConfig,
+        config: ModelConfig,
         moe: MoeConfig,
         is_moe: bool,
         rngs: nnx.Rngs,
         attention: str = "auto",
     ):
         self.is_moe = is_moe
-        self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
-        self.self_attn = make_attention(model, rngs, attention)
-        self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
-        self.mlp = MoE(model, moe, rngs) if is_moe else MLP(model, model.intermediate_size, rngs)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
+        self.self_attn = make_attention(config, rngs, attention)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
+        self.mlp = MoE(config, moe, rngs) if is_moe else MLP(config, config.intermediate_size, rngs)
 
     def __call__(
         self,
@@ -75,14 +76,16 @@ class MTPLayer(nnx.Module):
     as in the released weights. `norm` is `shared_head.norm` there; embedding and output head are the main model's.
     """
 
-    def __init__(self, model: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs, attention: str = "auto"):
-        self.enorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
-        self.hnorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
+    def __init__(
+        self, config: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs, attention: str = "auto"
+    ):
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
         self.eh_proj = Linear(
-            model, 2 * model.hidden_size, model.hidden_size, ("embed", "lora"), rngs
+            config, 2 * config.hidden_size, config.hidden_size, ("embed", "lora"), rngs
         )
-        self.layer = DecoderLayer(model, moe, True, rngs, attention)
-        self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
+        self.layer = DecoderLayer(config, moe, True, rngs, attention)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
 
     def __call__(
         self, hidden_BSD, embedded_BSD, rope, segment_ids_BS, attend=None
@@ -95,29 +98,24 @@ class MTPLayer(nnx.Module):
 class Transformer(nnx.Module):
     """The whole model. Built under `jax.eval_shape` or jit; called under `jax.set_mesh`."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        moe: MoeConfig,
-        remat: str,
-        dtype: str,
-        rngs: nnx.Rngs,
-        offload: str = "",
-        attention: str = "auto",
-    ):
-        self.model, self.remat, self.offload, self.dtype = model, remat, offload, jnp.dtype(dtype)
-        dense = model.first_k_dense_replace
-        self.embed_tokens = Embedding(model, rngs)
-        self.dense_layers = _stack(model, moe, False, dense, rngs, attention) if dense else None
-        routed = model.num_hidden_layers - dense
-        self.layers = _stack(model, moe, True, routed, rngs, attention) if routed else None
-        self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
-        if not model.tie_word_embeddings:
+    def __init__(self, options: Config, rngs: nnx.Rngs):
+        config, moe, attention = options.model, options.moe, options.train.attention
+        self.config = config
+        self.remat = options.train.remat
+        self.offload = options.offload.activations
+        self.dtype = jnp.dtype(options.train.dtype)
+        dense = config.first_k_dense_replace
+        self.embed_tokens = Embedding(config, rngs)
+        self.dense_layers = _stack(config, moe, False, dense, rngs, attention) if dense else None
+        routed = config.num_hidden_layers - dense
+        self.layers = _stack(config, moe, True, routed, rngs, attention) if routed else None
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
+        if not config.tie_word_embeddings:
             self.lm_head = Linear(
-                model, model.hidden_size, model.vocab_size, ("embed", "vocab"), rngs
+                config, config.hidden_size, config.vocab_size, ("embed", "vocab"), rngs
             )
         self.mtp = nnx.List(
-            [MTPLayer(model, moe, rngs, attention) for _ in range(model.num_nextn_predict_layers)]
+            [MTPLayer(config, moe, rngs, attention) for _ in range(config.num_nextn_predict_layers)]
         )
 
     def __call__(
@@ -137,7 +135,7 @@ class Transformer(nnx.Module):
         """
         chex.assert_rank(tokens_BS, 2)
         chex.assert_equal_shape([tokens_BS, segment_ids_BS, positions_BS])
-        rope = rope_tables(self.model, positions_BS)
+        rope = rope_tables(self.config, positions_BS)
         x_BSD = self.enter(tokens_BS, rope, segment_ids_BS)
         x_BSD, stats = self._scan(getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS)
         out = self.leave(x_BSD, rope, segment_ids_BS, next_tokens_BS)
@@ -174,12 +172,12 @@ class Transformer(nnx.Module):
     @property
     def head(self) -> nnx.Variable:
         """The weight of the output head: [D, V], or the embedding [V, D] where they are tied."""
-        return self.embed_tokens.weight if self.model.tie_word_embeddings else self.lm_head.kernel
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.kernel
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """float32 [B, S, V]. Training never calls it: objectives/pretrain.py goes through the tokens in chunks."""
         weight = whole(self.head, self.dtype)
-        kernel_DV = weight.T if self.model.tie_word_embeddings else weight
+        kernel_DV = weight.T if self.config.tie_word_embeddings else weight
         return jnp.einsum("bsd,dv->bsv", hidden_BSD, kernel_DV, preferred_element_type=jnp.float32)
 
     def _scan(self, stack, x_BSD, rope, segment_ids_BS):
@@ -234,14 +232,14 @@ def tokens_ahead(
 
 
 def _stack(
-    model: ModelConfig, moe: MoeConfig, is_moe: bool, count: int, rngs: nnx.Rngs, attention: str
+    config: ModelConfig, moe: MoeConfig, is_moe: bool, count: int, rngs: nnx.Rngs, attention: str
 ) -> DecoderLayer:
     """`count` decoder layers as one module with a leading "layers" axis on every variable."""
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
     def create(rngs: nnx.Rngs) -> DecoderLayer:
-        return DecoderLayer(model, moe, is_moe, rngs, attention)
+        return DecoderLayer(config, moe, is_moe, rngs, attention)
 
     return create(rngs)
 
@@ -301,16 +299,3 @@ def _all_but_weights(primitive, *_, **params) -> bool:
     Without it every layer's weights would be kept gathered and cast, copied out of their stack and into another.
     """
     return params["name"] != WEIGHTS if primitive.name == "name" else primitive.name not in _MOVES
-
-
-def build(config: Config, rngs: nnx.Rngs) -> Transformer:
-    """The model of a run's options."""
-    return Transformer(
-        config.model,
-        config.moe,
-        config.train.remat,
-        config.train.dtype,
-        rngs,
-        config.offload.activations,
-        config.train.attention,
-    )

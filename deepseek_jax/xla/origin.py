@@ -26,7 +26,7 @@ PARTS = (
     ("model/moe.py", r"\bMoE\._routed\b", "dispatch"),  # a custom gradient hides the calls below it
     ("model/moe.py", r"\bMoE\b", "router"),
     ("model/router.py", r"", "router"),
-    ("model/attention/interface.py", r"", "attention"),
+    ("model/attention/", r"", "attention"),
     ("model/layers.py", r"\bMLP\b", "mlp"),  # dense layers and shared experts
     ("model/layers.py", r"\bRMSNorm\b", "norm"),
     ("model/layers.py", r"\bEmbedding\b", "embed"),
