@@ -251,13 +251,13 @@ def answers(
     for token in engine.batch(
         ids, args.max_tokens, options, encoder.stop_ids, indexes, stopped, args.draft_tokens
     ):
-        row = token.index - first
+        row = token.number - first
         stream = streams[row]
         if stream.stopped:
             continue
         yield row, stream.add(token.id), stream
         if stream.stopped:
-            stopped.add(token.index)
+            stopped.add(token.number)
             if len(stopped) == len(ids):
                 break
     for row, stream in enumerate(streams):

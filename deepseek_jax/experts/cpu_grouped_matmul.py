@@ -1,12 +1,14 @@
-"""Experts on a CPU that has all of them: a grouped matmul over rows sorted by expert, without rounds or padding to a capacity.
+"""Experts on a CPU that has all of them: a grouped matmul over rows sorted by expert.
 
-The assignments are sorted by expert into one array of rows without gaps. A matmul walks over it expert by expert, in whole
-blocks. The last block of an expert also covers rows of the next one, which writes them again; only sums over rows have to
-leave them out. So work follows the routing, however skewed, and memory does not depend on it. On CPUs XLA's `ragged_dot` would
-multiply every row by every expert, and batched matmuls over equal capacities (rounds.py) work on empty places too.
+There are no rounds, and no capacity to pad to. The assignments are sorted by expert into one array of rows without gaps. A matmul walks over it
+expert by expert, in whole blocks. The last block of an expert also covers rows of the next one,
+which writes them again; only sums over rows have to leave them out. So work follows the routing,
+however skewed, and memory does not depend on it. On CPUs XLA's `ragged_dot` would multiply every
+row by every expert, and batched matmuls over equal capacities (rounds.py) work on empty places too.
 
-Shape letters: T tokens, K experts per token, M = T*K assignments, G experts here, J = M + block rows, the last of which are
-zeros; D hidden_size, F expert width, P gate and up; I inner and O outer width of any matmul.
+Shape letters: T tokens, K experts per token, M = T*K assignments, G experts here, J = M + block
+rows, the last of which are zeros; D hidden_size, F expert width, P gate and up; I inner and O outer
+width of any matmul.
 """
 
 import functools
@@ -38,7 +40,8 @@ class SortedRows(NamedTuple):
 
 
 def sort_rows(expert_TK: jax.Array, experts: int, block: int) -> SortedRows:
-    """Rows of assignments to experts in [0, experts], `experts` itself meaning nowhere; within an expert in token order."""
+    """Rows of assignments to experts in [0, experts], `experts` itself meaning nowhere; within an
+    expert in token order."""
     assignments = expert_TK.size
     size = assignments + block
     order_M, bound, rank_TK = sort_by_expert(expert_TK, experts)
@@ -49,7 +52,8 @@ def sort_rows(expert_TK: jax.Array, experts: int, block: int) -> SortedRows:
 
 
 def block_size(tokens: int, top_k: int, experts: int) -> int:
-    """Rows per block: at most a quarter of an expert's mean load, so that about a tenth of the work is on empty rows."""
+    """Rows per block: at most a quarter of an expert's mean load, so that about a tenth of the work
+    is on empty rows."""
     mean = tokens * top_k / experts
     return int(min(max(2 ** int(np.log2(max(mean, 1) / 4)), 8), 64))
 
@@ -70,7 +74,8 @@ def matmul(
       rows: from `sort_rows`.
       block: rows per block.
       transpose: multiply by the transposed matrices.
-      into: [J, O], not needed afterwards, with zeros in rows of no expert: its memory is used, and need not be cleared.
+      into: [J, O], not needed afterwards, with zeros in rows of no expert: its memory is used, and
+        need not be cleared.
     """
     if into is None:
         width = weight_GIO.shape[1 if transpose else 2]
@@ -126,7 +131,8 @@ def weight_gradient(
     def expert(_, given):
         start, count = given
         whole = count // most * most
-        # What does not fill all blocks comes first: a product that is added to nothing, and for most experts the only one.
+        # What does not fill all blocks comes first: a product that is added to nothing, and for
+        # most experts the only one.
         branches = [lambda: zeros_IO]
         for n in range(1, blocks + 1):
             branches.append(functools.partial(product, start + whole, count - whole, n * block))

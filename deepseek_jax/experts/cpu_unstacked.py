@@ -1,8 +1,8 @@
 """Experts as one array each, where all of them are on one CPU: how generation holds their weights.
 
-A slice of stacked weights by an index that the router gives would be copied before it is multiplied: three times the bytes,
-and bytes are what decoding costs. A `lax.switch` whose branches each hold one expert reads the weights where they are, and
-only those of chosen experts.
+A slice of stacked weights by an index that the router gives would be copied before it is
+multiplied: three times the bytes, and bytes are what decoding costs. A `lax.switch` whose branches
+each hold one expert reads the weights where they are, and only those of chosen experts.
 
 Shape letters: rounds.py, cpu_grouped_matmul.py.
 """
@@ -16,7 +16,9 @@ from jax import lax
 
 from deepseek_jax.experts import cpu_grouped_matmul
 
-FEW = 16  # up to so many tokens each chosen expert computes all of them: reading it takes longer than the products
+# up to so many tokens each chosen expert computes all of them: reading it takes longer than the
+# products
+FEW = 16
 BLOCK = 64  # most rows of a block, for more tokens
 
 

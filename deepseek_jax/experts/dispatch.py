@@ -2,12 +2,15 @@
 
 Three methods, the same numbers (`config.moe.dispatch`):
 - all_to_all: each token's rows are sent to the devices of its experts, and the results back, round by round.
-- all_gather: every device gathers the tokens of the whole expert axis and runs its experts on those that chose them; a
-  reduce-scatter adds the weighted outputs and gives each device its own tokens'.
-- ring: tokens travel around the expert axis with the sum of their weighted outputs, to which each device's experts add.
+- all_gather: every device gathers the tokens of the whole expert axis and runs its experts on those
+  that chose them; a reduce-scatter adds the weighted outputs and gives each device its own tokens'.
+- ring: tokens travel around the expert axis with the sum of their weighted outputs, to which each
+  device's experts add.
 
-All work by the rounds of rounds.py, so none ever drops a token or lets memory depend on the routing. Tokens that visit other
-devices bring their choices: the experts of other devices are nowhere there, and the rounds exchange nothing.
+All work by the rounds of rounds.py, so none ever drops a token or lets memory depend on the
+routing. Tokens that visit other devices bring their choices: the experts of other devices are
+nowhere there, and the rounds exchange nothing.
+
 Shape letters: rounds.py.
 """
 
@@ -15,6 +18,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -55,7 +59,8 @@ def drop(
       weight_TK: float32 weights of the choices.
       experts: their number, on all devices.
       capacity: assignments that each expert keeps.
-      policy: "position" keeps the earliest tokens; "probability" (or "probs") the highest weights, of equal ones the earliest.
+      policy: "position" keeps the earliest tokens; "probability" (or "probs") the highest weights, of
+        equal ones the earliest.
 
     Returns:
       expert_TK with `experts` for the dropped. As it happens before any exchange, all methods drop the same.
@@ -70,8 +75,8 @@ def dispatch(
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over each token's choices of weight * expert(x), wherever on the expert axis the experts are.
 
-    Tokens and weights must vary over the same mesh axes; where that includes `tensor`, the result is this device's part of a
-    sum over it.
+    Tokens and weights must vary over the same mesh axes; where that includes `tensor`, the result
+    is this device's part of a sum over it.
 
     Args:
       method: all_to_all, all_gather or ring; the same numbers.
@@ -80,8 +85,12 @@ def dispatch(
       capacity_factor: capacity of a round, as a multiple of the mean load.
 
     Returns:
-      [T, D] in the dtype of x_TD; int32 [], the most rounds that any device ran (in the ring: for one device's tokens).
+      [T, D] in the dtype of x_TD; int32 [], the most rounds that any device ran (in the ring: for one
+      device's tokens).
     """
+    chex.assert_rank([*tokens, *weights], [2, 2, 2, 4, 3])
+    chex.assert_equal_shape([tokens.weight_TK, tokens.expert_TK])
+    chex.assert_type([tokens.weight_TK, tokens.expert_TK], [jnp.float32, jnp.int32])
     devices = lax.axis_size("expert")
     if devices == 1 and on_cpu():
         return _on_one_cpu(tokens, weights)
@@ -98,7 +107,8 @@ def dispatch(
 def _on_one_cpu(tokens: Tokens, weights: ExpertWeights) -> tuple[jax.Array, jax.Array]:
     """All experts are here: no exchange, no rounds."""
     experts = weights.gate_up_GDPF.shape[0]
-    block = cpu_grouped_matmul.block_size(*tokens.expert_TK.shape, experts)
+    count, top_k = tokens.expert_TK.shape
+    block = cpu_grouped_matmul.block_size(count, top_k, experts)
     rows = cpu_grouped_matmul.sort_rows(tokens.expert_TK, experts, block)
     rounds = lax.pmax(jnp.any(rows.count_G > 0).astype(jnp.int32), BATCH_AXES)
     y_TD = cpu_grouped_matmul.compute(tokens.x_TD, tokens.weight_TK, *weights, rows, block)
@@ -135,7 +145,8 @@ def _all_gather(
 def _ring(
     tokens: Tokens, weights: ExpertWeights, capacity_of: Callable[[int], int]
 ) -> tuple[jax.Array, jax.Array]:
-    # In float32, because the scan adds up the weights' gradients over its steps in the dtype it holds them in.
+    # In float32, because the scan adds up the weights' gradients over its steps in the dtype it
+    # holds them in.
     held = ExpertWeights(*(w.astype(jnp.float32) for w in weights))
 
     def visit(travelling, _):

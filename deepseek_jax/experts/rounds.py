@@ -1,18 +1,21 @@
 """Experts in bounded memory, on one device: the rounds that every method of dispatch.py is made of.
-(A CPU that has all experts itself exchanges nothing and does without rounds: cpu_grouped_matmul.py.)
 
-Every expert has a static capacity C for each device's tokens and round. A round dispatches up to C tokens per expert as
-[E, C, D] to the experts, runs one batched SwiGLU over the local experts, and combines: the results return, and each token adds
-its weighted rows. Round r takes the tokens whose rank within their expert is in [rC, rC + C), so nothing is lost, whatever the
-routing: the number of rounds is ceil(largest load / C), and memory does not depend on it.
+Every expert has a static capacity C for each device's tokens and round. A round dispatches up to C
+tokens per expert as [E, C, D] to the experts, runs one batched SwiGLU over the local experts, and
+combines: the results return, and each token adds its weighted rows. Round r takes the tokens whose
+rank within their expert is in [rC, rC + C), so nothing is lost, whatever the routing: the number of
+rounds is ceil(largest load / C), and memory does not depend on it. (A CPU that has all experts
+needs no rounds: cpu_grouped_matmul.py.)
 
-The backward pass runs the same rounds. The first round, nearly always the only one, keeps what it exchanged and computed
-(`checkpoint_name`s "exchange" and "experts_hidden", for the remat policies); later rounds recompute theirs.
-Token rows move by gathers in both directions, so sums have one order and results do not depend on scheduling.
+The backward pass runs the same rounds. The first round, nearly always the only one, keeps what it
+exchanged and computed (`checkpoint_name`s "exchange" and "experts_hidden", for the remat policies);
+later rounds recompute theirs. Token rows move by gathers in both directions, so sums have one order
+and results do not depend on scheduling.
 
-Shape letters: T tokens of this device, K experts per token, M = T*K assignments, E all experts, G experts of this device,
-X devices on the expert axis (E = G*X), C capacity, J = X*C rows per expert and round at the experts, P gate and up,
-D hidden_size, F expert width (this device's part of it, where a tensor axis divides it).
+Shape letters: T tokens of this device, K experts per token, M = T*K assignments, E all experts, G
+experts of this device, X devices on the expert axis (E = G*X), C capacity, J = X*C rows per expert
+and round at the experts, P gate and up, D hidden_size, F expert width (this device's part of it,
+where a tensor axis divides it).
 """
 
 import functools
@@ -27,7 +30,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 
 class Plan(NamedTuple):
-    """This device's assignments, sorted by expert; stable, so that within an expert they are in token order."""
+    """This device's assignments, sorted by expert; stable, so that within an expert they are in
+    token order."""
 
     order_M: jax.Array  # int32: assignment (token * K + choice) at each sorted position
     rank_TK: jax.Array  # int32: an assignment's rank among those of its expert
@@ -53,7 +57,8 @@ class Round(NamedTuple):
 
 
 def expert_capacity(tokens: int, top_k: int, experts: int, capacity_factor: float) -> int:
-    """C: capacity_factor times the mean load of an expert from `tokens` tokens; at most every token, at least one."""
+    """C: capacity_factor times the mean load of an expert from `tokens` tokens; at most every
+    token, at least one."""
     return max(1, min(tokens, math.ceil(capacity_factor * tokens * top_k / experts)))
 
 
@@ -109,9 +114,11 @@ def exchange_and_compute(
     capacity: int,
     devices: int,
 ) -> jax.Array:
-    """The routed experts' output: sum over a token's choices of weight * expert(x), over as many rounds as the plan says.
+    """The routed experts' output: sum over a token's choices of weight * expert(x), over as many
+    rounds as the plan says.
 
-    Tokens and weights must vary over the same mesh axes (`lax.pcast`), so that the transposes reduce their gradients.
+    Tokens and weights must vary over the same mesh axes (`lax.pcast`), so that the transposes
+    reduce their gradients.
 
     Args:
       x_TD: the tokens, in the compute dtype.
@@ -167,8 +174,9 @@ def _backward(capacity, devices, residuals, dy_TD):
             up = hidden_GJPF[:, :, 1].astype(jnp.float32)
             sig = jax.nn.sigmoid(gate)
             act_GJF = gate * sig * up
-            # The unweighted gradient goes to the experts, so that the weight's gradient <dy, expert(x)> = <dy down^T, act>
-            # is found there and returns as one number per row: the results themselves need no second exchange.
+            # The unweighted gradient goes to the experts, so that the weight's gradient <dy,
+            # expert(x)> = <dy down^T, act> is found there and returns as one number per row: the
+            # results themselves need no second exchange.
             dact = jnp.einsum("gjd,gfd->gjf", dy_GJD, down, preferred_element_type=jnp.float32)
             dw_GJ1 = jnp.sum(dact * act_GJF, axis=-1, keepdims=True)
             dact = dact * w_GJ1
@@ -224,7 +232,8 @@ def _second(plan: Plan) -> jax.Array:
 
 @jax.named_scope("dispatch")
 def _dispatch(x_TD: jax.Array, round_: Round) -> jax.Array:
-    """The rows of the round's tokens, zeros where an expert has fewer than its capacity, at the experts: [G, J, D]."""
+    """The rows of the round's tokens, zeros where an expert has fewer than its capacity, at the
+    experts: [G, J, D]."""
     assignment_EC, filled_EC = _assignments(round_)
     rows_ECD = jnp.where(filled_EC[:, :, None], x_TD[assignment_EC // round_.top_k], 0)
     return _to_experts(rows_ECD, round_.devices)
@@ -242,7 +251,8 @@ def _hidden(rows_GJD: jax.Array, gate_up_GDPF: jax.Array) -> jax.Array:
 def _combine(
     acc_TD: jax.Array, rows_ECD: jax.Array, round_: Round, weight_TK: jax.Array | None
 ) -> jax.Array:
-    """Adds each token's rows of this round, times their weights, in float32. One choice at a time: never T*K rows."""
+    """Adds each token's rows of this round, times their weights, in float32. One choice at a time:
+    never T*K rows."""
     flat = rows_ECD.reshape(-1, rows_ECD.shape[-1])
     index_TK, here_TK = _rows_of(round_)
     for k in range(index_TK.shape[1]):
@@ -255,7 +265,8 @@ def _combine(
 
 
 def _assignments(round_: Round) -> tuple[jax.Array, jax.Array]:
-    """The assignment of each row of the round: (assignment [E, C] int32, whether there is one [E, C] bool)."""
+    """The assignment of each row of the round: (assignment [E, C] int32, whether there is one [E,
+    C] bool)."""
     plan, capacity = round_.plan, round_.capacity
     rank_C = round_.number * capacity + jnp.arange(capacity, dtype=jnp.int32)
     filled_EC = rank_C[None] < plan.count_E[:, None]
@@ -264,7 +275,8 @@ def _assignments(round_: Round) -> tuple[jax.Array, jax.Array]:
 
 
 def _rows_of(round_: Round) -> tuple[jax.Array, jax.Array]:
-    """The row of each assignment in the round: (index into the flat [E * C] rows, whether it is in this round), both [T, K]."""
+    """The row of each assignment in the round: (index into the flat [E * C] rows, whether it is in
+    this round), both [T, K]."""
     plan, capacity = round_.plan, round_.capacity
     row_TK = plan.rank_TK - round_.number * capacity
     here_TK = (row_TK >= 0) & (row_TK < capacity) & (plan.expert_TK < plan.count_E.shape[0])

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer. Shape letters: layers.py, dispatch.py."""
+"""The mixture-of-experts layer. Shape letters: layers.py, experts/rounds.py."""
 
 import functools
 from typing import NamedTuple
@@ -20,13 +20,17 @@ from deepseek_jax.parallel.weights import gathered, stored, whole
 
 
 class SelectionBias(nnx.Variable):
-    """`e_score_correction_bias`: float32, added to the scores for choosing only. Not trained: train/step.py moves it."""
+    """`e_score_correction_bias`: float32, added to the scores for choosing only.
+
+    It is not trained: train/step.py moves it.
+    """
 
 
 class Load(NamedTuple):
     """Where the assignments of the global batch went: integers, the same on every device, without gradient.
 
-    W: the devices of data x fsdp x expert, row-major. Padding counts nowhere. Stacked over layers, leaves have a leading [L].
+    W: the devices of data x fsdp x expert, row-major. Padding counts nowhere. Stacked over layers,
+    leaves have a leading [L].
     """
 
     expert_counts: jax.Array  # int32 [E]: assignments as the router chose, dropped ones included
@@ -40,7 +44,8 @@ class Load(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """Routing statistics of the global batch: summed over all devices, the same on each. Stacked over layers by the scan.
+    """Routing statistics of the global batch: summed over all devices, the same on each. Stacked
+    over layers by the scan.
 
     The sums are differentiable in the router's scores; objectives/pretrain.py turns them into losses.
     """
@@ -130,8 +135,8 @@ class MoE(nnx.Module):
         )
         if isinstance(self.experts.gate_up_proj.get_value(), UnstackedExperts):
             return self._unstacked(x_BSD, valid_BS, bias_E), None
-        # Expert weights enter as they are stored; `_routed` gathers what the strategy divided, so that the transpose of that
-        # gather is a reduce-scatter.
+        # Expert weights enter as they are stored, and `_routed` gathers what the strategy divided:
+        # the transpose of that gather is a reduce-scatter.
         gate_up, down = stored(self.experts.gate_up_proj), stored(self.experts.down_proj)
         weights, specs = gate_up[0] + down[0], (gate_up[1], down[1])
         kernel = whole(self.gate.kernel, jnp.float32)
@@ -178,7 +183,13 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, MoEStats]:
         """One device's part: route, drop if asked to, dispatch, count.
 
-        Args: as of `__call__`; weights, specs: the stored arrays of gate_up and then of down, and their PartitionSpecs.
+        Args:
+          x_BSD: as of `__call__`.
+          valid_BS: as of `__call__`.
+          kernel: float32 [D, E], perhaps after an axis of replicas: the router's weight.
+          bias_E: float32, added to scores for choosing only.
+          weights: arrays of gate_up and then of down, as they are stored.
+          specs: PartitionSpecs of those of gate_up, and of those of down.
         """
         m, moe = self.config, self.moe
         b, s, d = x_BSD.shape
@@ -196,13 +207,12 @@ class MoE(nnx.Module):
             )
         # One array or two of each: `min_weight_size` may lie between their sizes.
         first = len(specs[0])
-        experts = dispatch.ExpertWeights(
-            gathered(weights[:first], specs[0], x_TD.dtype),
-            gathered(weights[first:], specs[1], x_TD.dtype),
-        )
+        gate_up = gathered(list(weights[:first]), specs[0], x_TD.dtype)
+        down = gathered(list(weights[first:]), specs[1], x_TD.dtype)
         # Every device of the tensor axis computes a slice of each expert's width, and so a part of every sum.
         x_TD, weight_TK = (lax.pcast(a, "tensor", to="varying") for a in (x_TD, routing.weight_TK))
         tokens = dispatch.Tokens(x_TD, weight_TK, kept_TK)
+        experts = dispatch.ExpertWeights(gate_up, down)
         y_TD, rounds = dispatch.dispatch(moe.dispatch, tokens, experts, moe.capacity_factor)
         y_TD = lax.psum(y_TD, "tensor")
         count_BE = _count(chosen_TK.reshape(b, -1), m.n_routed_experts)

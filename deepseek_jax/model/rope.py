@@ -1,5 +1,7 @@
-"""Rotary position embedding (Su et al. 2021) with YaRN (Peng et al. 2023, arXiv:2309.00071), linear interpolation (Chen et al. 2023,
-arXiv:2306.15595) and Llama 3.1's scaling (arXiv:2407.21783). Shape letters: layers.py.
+"""Rotary position embedding (Su et al. 2021) and its extensions to longer contexts. Shape letters: layers.py.
+
+YaRN (Peng et al. 2023, arXiv:2309.00071), linear interpolation (Chen et al. 2023, arXiv:2306.15595)
+and Llama 3.1's scaling (arXiv:2407.21783).
 """
 
 import math
@@ -18,7 +20,7 @@ def yarn_temperature(factor: float, mscale: float) -> float:
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """float64 [rope/2]: radians a position for every rotated pair, after the interpolation that is on."""
+    """float64 [rope/2]: radians per position of every rotated pair, scaled as the options say."""
     width, scaling = config.rotary_dim, config.rope_scaling
     frequency = config.rope_theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
     if scaling.type == "default":
@@ -26,15 +28,10 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     if scaling.type == "linear":
         return frequency / scaling.factor
     if scaling.type == "llama3":
-        wavelengths = (
-            scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-        )  # that fit into the original context
-        keep = np.clip(
-            (wavelengths - scaling.low_freq_factor)
-            / (scaling.high_freq_factor - scaling.low_freq_factor),
-            0,
-            1,
-        )
+        # How many wavelengths fit into the original context.
+        wavelengths = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = np.clip((wavelengths - low) / (high - low), 0, 1)
         return frequency * keep + frequency / scaling.factor * (1 - keep)
 
     def pair_with(rotations: float) -> float:
@@ -46,9 +43,8 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 
     low = max(math.floor(pair_with(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_with(scaling.beta_slow)), width - 1)
-    ramp = np.clip(
-        (np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1
-    )  # 0: keep, 1: interpolate
+    # 0: keep the frequency, 1: divide it by the factor.
+    ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
     return frequency * (1 - ramp) + frequency / scaling.factor * ramp
 
 
@@ -56,29 +52,36 @@ def attention_factor(scaling: RopeScaling) -> float:
     """What cos and sin are scaled by: YaRN's attention temperature, 1 without YaRN."""
     if scaling.type != "yarn":
         return 1.0
-    one = yarn_temperature(scaling.factor, 1.0)
+    if scaling.attention_factor:
+        return scaling.attention_factor
     if scaling.mscale and scaling.mscale_all_dim:
-        one = yarn_temperature(scaling.factor, scaling.mscale) / yarn_temperature(
-            scaling.factor, scaling.mscale_all_dim
-        )
-    return scaling.attention_factor or one
+        all_dim = yarn_temperature(scaling.factor, scaling.mscale_all_dim)
+        return yarn_temperature(scaling.factor, scaling.mscale) / all_dim
+    return yarn_temperature(scaling.factor, 1.0)
 
 
 def rope_tables(config: ModelConfig, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, S, rope/2], of int32 positions [B, S]."""
-    angle = positions_BS[..., None].astype(jnp.float32) * jnp.asarray(
-        inverse_frequencies(config), jnp.float32
-    )
+    frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)
+    angle = positions_BS[..., None].astype(jnp.float32) * frequencies
     scale = attention_factor(config.rope_scaling)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
 def apply_rope(x_BSNR: jax.Array, cos: jax.Array, sin: jax.Array, interleave: bool) -> jax.Array:
-    """Rotates pairs of the last axis: neighbours (2i, 2i+1) if `interleave`, else (i, i + half). Computed in float32."""
+    """Rotates pairs of the last axis: neighbours (2i, 2i+1) if `interleave`, else (i, i + half).
+
+    Args:
+      x_BSNR: any float dtype, in which the result is; computed in float32.
+      cos: float32 [B, S, rope/2], as `sin`: from `rope_tables`.
+      sin: likewise.
+      interleave: which numbers are a pair.
+    """
     cos, sin = cos[:, :, None], sin[:, :, None]
     x32 = x_BSNR.astype(jnp.float32)
     if interleave:
-        a, b = (laid_out_as(x32[..., i::2], x_BSNR) for i in (0, 1))
+        a = laid_out_as(x32[..., 0::2], x_BSNR)
+        b = laid_out_as(x32[..., 1::2], x_BSNR)
         pairs = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
         out = reshaped(pairs, x_BSNR.shape, jax.typeof(x_BSNR).sharding.spec)
     else:

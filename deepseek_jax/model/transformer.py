@@ -1,7 +1,8 @@
-"""The decoder of all families: embedding, a short stack of dense layers, a stack of MoE layers, multi-token prediction, head.
+"""The decoder of all families: embedding, dense layers, MoE layers, multi-token prediction, head.
 
-Layers of a stack are one module with stacked parameters ([L, ...]); the forward pass is a `lax.scan` over them, so that the
-program (and its compile time) does not grow with depth. Shape letters: layers.py.
+Layers of a stack are one module with stacked parameters ([L, ...]); the forward pass is a
+`lax.scan` over them, so that the program (and its compile time) does not grow with depth. Shape
+letters: layers.py.
 """
 
 import functools
@@ -28,7 +29,7 @@ class Output(NamedTuple):
     """What the model returns: hidden states ready for the output head, and statistics."""
 
     hidden_BSD: jax.Array  # after the final norm
-    mtp_hidden_BSD: tuple[jax.Array, ...]  # one a prediction depth, each after its own norm
+    mtp_hidden_BSD: tuple[jax.Array, ...]  # one per prediction depth, each after its own norm
     stats: (
         MoEStats | None
     )  # leaves [L, ...]: the MoE layers, then the MTP layers; None for a dense model
@@ -45,7 +46,6 @@ class DecoderLayer(nnx.Module):
         rngs: nnx.Rngs,
         attention: str = "auto",
     ):
-        self.is_moe = is_moe
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
         self.self_attn = make_attention(config, rngs, attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
@@ -54,16 +54,24 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x_BSD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rope,
         segment_ids_BS: jax.Array,
         attend: Callable[..., jax.Array] | None = None,
     ) -> tuple[jax.Array, MoEStats | None]:
-        """`attend` computes attention in place of the module, which is its first argument: generation's, with a cache."""
+        """The layer's output [B, S, D], and the statistics of an MoE layer.
+
+        Args:
+          x_BSD: the residual stream, in the compute dtype.
+          rope: cos and sin of the tokens' positions.
+          segment_ids_BS: int32, 0 for padding.
+          attend: computes attention in place of the module, which is its first argument:
+            generation's, with a cache.
+        """
         x_BSD = checkpoint_name(x_BSD, "layer_input")
         attention = self.self_attn if attend is None else functools.partial(attend, self.self_attn)
         x_BSD = x_BSD + attention(self.input_layernorm(x_BSD), rope, segment_ids_BS)
         h_BSD = self.post_attention_layernorm(x_BSD)
-        if not self.is_moe:
+        if not isinstance(self.mlp, MoE):
             return x_BSD + self.mlp(h_BSD), None
         y_BSD, stats = self.mlp(h_BSD, segment_ids_BS > 0)
         return x_BSD + y_BSD, stats
@@ -72,8 +80,9 @@ class DecoderLayer(nnx.Module):
 class MTPLayer(nnx.Module):
     """One depth of multi-token prediction (DeepSeek-V3, section 2.2).
 
-    The input joins the embedding of the next token with the hidden state of the depth before, each normed, embedding first
-    as in the released weights. `norm` is `shared_head.norm` there; embedding and output head are the main model's.
+    The input joins the embedding of the next token with the hidden state of the depth before, each
+    normed, embedding first as in the released weights. `norm` is `shared_head.norm` there;
+    embedding and output head are the main model's.
     """
 
     def __init__(
@@ -89,14 +98,15 @@ class MTPLayer(nnx.Module):
 
     def __call__(
         self, hidden_BSD, embedded_BSD, rope, segment_ids_BS, attend=None
-    ) -> tuple[jax.Array, MoEStats]:
+    ) -> tuple[jax.Array, MoEStats | None]:
         joined = jnp.concatenate([self.enorm(embedded_BSD), self.hnorm(hidden_BSD)], axis=-1)
         x_BSD, stats = self.layer(self.eh_proj(joined), rope, segment_ids_BS, attend)
         return self.norm(x_BSD), stats
 
 
 class Transformer(nnx.Module):
-    """The whole model. Built under `jax.eval_shape` or jit; called under `jax.set_mesh`."""
+    """The whole model of a run's options. Built under `jax.eval_shape` or jit; called under
+    `jax.set_mesh`."""
 
     def __init__(self, options: Config, rngs: nnx.Rngs):
         config, moe, attention = options.model, options.moe, options.train.attention
@@ -128,13 +138,16 @@ class Transformer(nnx.Module):
         """The forward pass.
 
         Args:
-          tokens_BS: int32 ids. segment_ids_BS: int32, 0 is padding; attention stays within one id.
+          tokens_BS: int32 ids.
+          segment_ids_BS: int32, 0 is padding; attention stays within one id.
           positions_BS: int32 position of each token in its document.
-          next_tokens_BS: int32, the token after each position, negative where there is none in its document: multi-token
-            prediction runs if it is given and the model has such layers. Positions without a token to read are padding there.
+          next_tokens_BS: int32, the token after each position, negative where there is none in its
+            document: multi-token prediction runs if it is given and the model has such layers.
+            Positions without a token to read are padding there.
         """
         chex.assert_rank(tokens_BS, 2)
         chex.assert_equal_shape([tokens_BS, segment_ids_BS, positions_BS])
+        chex.assert_type([tokens_BS, segment_ids_BS, positions_BS], jnp.int32)
         rope = rope_tables(self.config, positions_BS)
         x_BSD = self.enter(tokens_BS, rope, segment_ids_BS)
         x_BSD, stats = self._scan(getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS)
@@ -146,10 +159,12 @@ class Transformer(nnx.Module):
         """The attribute that holds the main stack: what a pipeline divides over its stages."""
         return "layers" if self.layers is not None else "dense_layers"
 
-    def enter(
-        self, tokens_BS: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array
-    ) -> jax.Array:
-        """What comes before the main stack: embedding, and dense layers in front of MoE layers. [B, S, D] in the compute dtype."""
+    def enter(self, tokens_BS: jax.Array, rope: Rope, segment_ids_BS: jax.Array) -> jax.Array:
+        """What comes before the main stack: embedding, and dense layers in front of MoE layers.
+
+        Returns:
+          [B, S, D] in the compute dtype.
+        """
         x_BSD = self.embed_tokens(tokens_BS, self.dtype)
         if self.layers is not None and self.dense_layers is not None:
             x_BSD, _ = self._scan(self.dense_layers, x_BSD, rope, segment_ids_BS)
@@ -158,11 +173,12 @@ class Transformer(nnx.Module):
     def leave(
         self,
         x_BSD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rope,
         segment_ids_BS: jax.Array,
         next_tokens_BS: jax.Array | None,
     ) -> Output:
-        """What comes after the main stack: the last norm and multi-token prediction, whose statistics alone are in the output."""
+        """What comes after the main stack: the last norm and multi-token prediction, whose
+        statistics alone are returned."""
         hidden_BSD = self.norm(x_BSD)
         if next_tokens_BS is None or not self.mtp:
             return Output(hidden_BSD, (), None)
@@ -175,7 +191,8 @@ class Transformer(nnx.Module):
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.kernel
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
-        """float32 [B, S, V]. Training never calls it: objectives/pretrain.py goes through the tokens in chunks."""
+        """float32 [B, S, V]. Training never calls it: objectives/pretrain.py goes through the
+        tokens in chunks."""
         weight = whole(self.head, self.dtype)
         kernel_DV = weight.T if self.config.tie_word_embeddings else weight
         return jnp.einsum("bsd,dv->bsv", hidden_BSD, kernel_DV, preferred_element_type=jnp.float32)
@@ -184,13 +201,17 @@ class Transformer(nnx.Module):
         graphdef, state = nnx.split(stack)
 
         def body(x_BSD, layer_state):
-            # Weights in the host's memory come one layer at a time, and again in backward: this is inside of what is rematerialised.
+            # Weights in the host's memory come one layer at a time, and again in the backward pass,
+            # because this is inside of what is rematerialised.
             return nnx.merge(graphdef, to_device(layer_state))(x_BSD, rope, segment_ids_BS)
 
         return jax.lax.scan(rematerialise(body, self.remat, self.offload), x_BSD, state)
 
     def _predict_ahead(self, hidden_BSD, next_tokens_BS, rope, segment_ids_BS):
-        """Depth d reads the embedding of token i+d at position i and the normed state of the depth before; it predicts token i+d+1."""
+        """At position i, depth d reads the embedding of token i+d and the normed state of the depth before.
+
+        It predicts token i+d+1.
+        """
         outs, all_stats = [], []
         for mtp in self.mtp:
             graphdef, state = nnx.split(mtp)
@@ -219,7 +240,10 @@ def join_layers(stats: MoEStats | None, more: MoEStats | None) -> MoEStats | Non
 def tokens_ahead(
     ids_BS: jax.Array, segment_ids_BS: jax.Array, distance: int, missing: int
 ) -> jax.Array:
-    """ids_BS[i + distance] at i, `missing` where that lies past the document's end in this row. Leading axes may be any."""
+    """ids_BS[i + distance] at i; `missing` where that lies past the end of the document in this sequence.
+
+    Leading axes may be any.
+    """
 
     def ahead(a: jax.Array, past_the_end: int) -> jax.Array:
         return jax.lax.pad(
@@ -245,18 +269,23 @@ def _stack(
 
 
 def rematerialise(f: Callable, remat: str, offload: str = "") -> Callable:
-    """`config.train.remat` as a `jax.checkpoint`: what a layer keeps for its backward pass, and by `config.offload.activations` where."""
+    """f under `jax.checkpoint`: what a layer keeps for its backward pass, and where.
+
+    Args:
+      f: the forward pass of a layer.
+      remat: `config.train.remat`.
+      offload: `config.offload.activations`.
+    """
     if remat == "none":
         return jax.checkpoint(f, policy=_all_but_weights)
     if remat == "dots":
         return jax.checkpoint(f, policy=_dots)
-    names = (
-        ("exchange",)
-        if remat == "exchange"
-        else tuple(remat.removeprefix("save:").split(","))
-        if remat != "full"
-        else ()
-    )
+    if remat == "full":
+        names: tuple[str, ...] = ()
+    elif remat == "exchange":
+        names = ("exchange",)
+    else:
+        names = tuple(remat.removeprefix("save:").split(","))
     if offload:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=names,
@@ -265,11 +294,9 @@ def rematerialise(f: Callable, remat: str, offload: str = "") -> Callable:
             offload_dst=HOST,
         )
         return jax.checkpoint(f, policy=policy)
-    return (
-        jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*names))
-        if names
-        else jax.checkpoint(f)
-    )
+    if not names:
+        return jax.checkpoint(f)
+    return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 
 _MOVES = (
@@ -286,16 +313,18 @@ _MOVES = (
 
 def _dots(primitive, *_, **params) -> bool:
     """A `jax.checkpoint` policy: keeps results of matmuls, and what has a name."""
-    return (
-        params["name"] != WEIGHTS
-        if primitive.name == "name"
-        else primitive.name in ("dot_general", "top_k")
-    )
+    if primitive.name == "name":
+        return params["name"] != WEIGHTS
+    return primitive.name in ("dot_general", "top_k")
 
 
 def _all_but_weights(primitive, *_, **params) -> bool:
-    """A `jax.checkpoint` policy: keeps what was computed, not weights as they are used, nor what leads from the stored ones to them.
+    """A `jax.checkpoint` policy: keeps what was computed, but neither weights as they are used nor
+    what leads to them.
 
-    Without it every layer's weights would be kept gathered and cast, copied out of their stack and into another.
+    Without it every layer's weights would be kept gathered and cast, copied out of their stack and
+    into another.
     """
-    return params["name"] != WEIGHTS if primitive.name == "name" else primitive.name not in _MOVES
+    if primitive.name == "name":
+        return params["name"] != WEIGHTS
+    return primitive.name not in _MOVES

@@ -44,7 +44,7 @@ def command(monkeypatch, capsys):
                     prompts.append(prompt)
                     for id in answers[index]:
                         if index not in stopped:
-                            yield types.SimpleNamespace(index=index, id=id)
+                            yield types.SimpleNamespace(number=index, id=id)
 
         options = types.SimpleNamespace(
             max_position_embeddings=500, num_nextn_predict_layers=0, vocab_size=400

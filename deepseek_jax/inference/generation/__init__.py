@@ -1,5 +1,6 @@
-"""Answers to prompts: a model placed on a mesh and token ids go in, the tokens of the answers come out as they are chosen.
+"""Answers to prompts: a placed model and token ids go in, tokens come out as they are chosen.
 
-Read engine.py first: the loop. programs.py is what it runs on devices, speculative.py the drafts of multi-token prediction,
-layer_weights.py how decoding holds the weights. sample.py is apart: a few tokens of a model in training, without a cache.
+Read engine.py first: the loop. programs.py is what it runs on devices, speculative.py the drafts of
+multi-token prediction, layer_weights.py how decoding holds the weights. sample.py is apart: a few
+tokens of a model in training, without a cache.
 """

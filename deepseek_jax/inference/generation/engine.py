@@ -1,7 +1,8 @@
 """Prefill and decoding of a batch of prompts: which programs run, in which order.
 
-A step is a few calls: the embedding, every group of layers (layer_weights.py), the head with the choice of tokens. Tokens
-stay on the device from step to step; the host reads them one step late, while the next step runs.
+A step is a few calls: the embedding, every group of layers (layer_weights.py), the head with the
+choice of tokens. Tokens stay on the device from step to step; the host reads them one step late,
+while the next step runs.
 """
 
 import math
@@ -25,12 +26,13 @@ from deepseek_jax.model.attention.interface import LayerCache
 from deepseek_jax.parallel.mesh import BATCH_AXES
 
 Caches = list[list[LayerCache]]  # of each group, of each layer
+GREEDY = Sampling()
 
 
 class Token(NamedTuple):
     """One token of one prompt's answer."""
 
-    index: int  # of the prompt
+    number: int  # of the prompt
     id: int
 
 
@@ -51,7 +53,8 @@ class Engine:
     Args:
       placed: the model.
       give: its weights are not needed afterwards, and may be freed.
-      vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not use); None: all may be.
+      vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not
+        use); None: all may be.
       note: what to do with the line that tells the size of a cache.
 
     Attributes:
@@ -72,7 +75,8 @@ class Engine:
         mesh = placed.mesh
         if wrong := [a for a in ("stage", "context") if mesh.shape[a] > 1]:
             raise UserError(
-                f"the mesh has {mesh.shape[wrong[0]]} devices along {wrong[0]}, and generation uses data, fsdp, expert and tensor. "
+                f"the mesh has {mesh.shape[wrong[0]]} devices along {wrong[0]}, and generation uses "
+                f"data, fsdp, expert and tensor. "
                 f"Set --mesh to, for instance, fsdp=2,expert=4."
             )
         self.mesh = mesh
@@ -114,7 +118,8 @@ class Engine:
     def advance(
         self, tokens_BS: jax.Array, start_B: jax.Array, active_B: jax.Array, caches: Caches
     ) -> tuple[jax.Array, Caches]:
-        """New tokens through the model, at positions start_B and after; the caches must not be used afterwards.
+        """New tokens through the model, at positions start_B and after; the caches must not be used
+        afterwards.
 
         Returns:
           Hidden states [B, S, D] before the last norm, and the caches with the new tokens.
@@ -131,7 +136,7 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
-        options: Sampling = Sampling(),
+        options: Sampling = GREEDY,
         stop_ids: Iterable[int] = (),
         indexes: Sequence[int] | None = None,
         stopped: Set[int] = frozenset(),
@@ -188,7 +193,8 @@ class Engine:
     def _answer(
         self, b: _Batch, rules: Rules, stopped: Set[int], draft_tokens: int
     ) -> Iterator[Token]:
-        """The steps of a batch: while the device works on one, the host reads the tokens of the one before."""
+        """The steps of a batch: while the device works on one, the host reads the tokens of the one
+        before."""
         ends = self.weights.ends.leaves
         no_drafts = self.put(np.zeros((len(b.length_B), 0), np.int32))
         active_B = b.real_B.copy()
@@ -231,16 +237,16 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
-        options: Sampling = Sampling(),
+        options: Sampling = GREEDY,
         stop_ids: Iterable[int] = (),
         draft_tokens: int = 0,
     ) -> list[list[int]]:
-        """The answers, without their stop tokens. Args: as of `batch`."""
+        """The answers, without their stop tokens. The arguments are those of `batch`."""
         out: list[list[int]] = [[] for _ in prompts]
         ends = frozenset(stop_ids)
         for token in self.batch(prompts, max_tokens, options, ends, draft_tokens=draft_tokens):
             if token.id not in ends:
-                out[token.index].append(token.id)
+                out[token.number].append(token.id)
         return out
 
     @property

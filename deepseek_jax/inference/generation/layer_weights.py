@@ -1,7 +1,7 @@
-"""A model's weights as decoding reads them: layer by layer instead of stacked, so that no step copies them out of a stack.
+"""A model's weights as decoding reads them: layer by layer, so that no step copies them out of a stack.
 
-On CPUs the arrays are views: nothing is copied, and the model that they come from stays usable. Elsewhere a stack is freed
-when its owner gives it away.
+On CPUs the arrays are views: nothing is copied, and the model that they come from stays usable.
+Elsewhere a stack is freed when its owner gives it away.
 """
 
 from typing import Any, NamedTuple

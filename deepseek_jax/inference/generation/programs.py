@@ -42,10 +42,18 @@ class Rules(NamedTuple):
 
 
 class Programs:
-    """What runs on devices, from the shapes and options of one model; weights are arguments of every program."""
+    """What runs on devices, from the shapes and options of one model; weights are arguments of
+    every program."""
 
     def __init__(self, weights: LayerWeights, config: ModelConfig, dtype: Any, vocab: int):
-        """Args: weights: of the model. config: its options. dtype: of the computation. vocab: ids from here on are never chosen."""
+        """The programs of one model.
+
+        Args:
+          weights: of the model.
+          config: its options.
+          dtype: of the computation.
+          vocab: ids from here on are never chosen.
+        """
         self.ends = weights.ends
         self.config = config
         self.dtype = dtype
@@ -65,7 +73,8 @@ class Programs:
     def embed_at(
         self, net: Transformer, tokens_BS: jax.Array, start_B: jax.Array
     ) -> tuple[jax.Array, Rope]:
-        """Embeddings [B, S, D] of tokens at positions start_B and after, and cos and sin of these positions."""
+        """Embeddings [B, S, D] of tokens at positions start_B and after, and cos and sin of these
+        positions."""
         positions_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)
         return net.embed_tokens(tokens_BS, self.dtype), rope_tables(self.config, positions_BS)
 
@@ -99,7 +108,8 @@ class Programs:
         return self.cached(("prefill", group.graphdef, group.treedef), make)
 
     def decode(self, group: Group) -> Callable:
-        """(leaves, caches, x, rope, start_B, active_B) -> (x, caches): new tokens through a group; uses the caches' memory."""
+        """(leaves, caches, x, rope, start_B, active_B) -> (x, caches): new tokens through a group;
+        uses the caches' memory."""
 
         def make():
             @functools.partial(jit, donate_argnums=1)
@@ -123,9 +133,10 @@ class Programs:
           leaves: of the ends.
           x_BSD: states before the last norm; of whole prompts if `last_B` is given.
           state: the AnswerState that x was computed from.
-          drafts_BS: int32 [B, S - 1]: what x read after the newest token. A draft counts if the choice at its place
-            is the same and all drafts before it count.
-          last_B: int32, the place of each prompt's last token, which alone is looked at; None: at all places.
+          drafts_BS: int32 [B, S - 1], what x read after the newest token. A draft counts if the
+            choice at its place is the same and all drafts before it count.
+          last_B: int32, the place of each prompt's last token, which alone is looked at; None: at
+            all places.
           rules: Rules.
 
         Returns:
@@ -157,7 +168,8 @@ class Programs:
 
 
 def attend_and_cache(slots: int, caches: list[LayerCache]) -> Callable[..., jax.Array]:
-    """For DecoderLayer: attention of sequences from their first token on, as in training. Appends a cache of so many slots."""
+    """For DecoderLayer: attention of sequences from their first token on, as in training. Appends a
+    cache of so many slots."""
 
     def attend(attention: Attention, x_BSD, rope, segment_ids_BS):
         projected = attention.project(x_BSD, rope)
@@ -176,8 +188,8 @@ def attend_to_cache(
 ) -> Callable[..., jax.Array]:
     """For DecoderLayer: attention of new tokens at positions start_B and after to themselves and the cache.
 
-    Appends the cache with them in it. Segments play no part: tokens of answers that have ended are computed, and never seen,
-    because nothing after them is kept.
+    Appends the cache with them in it. Segments play no part: tokens of answers that have ended are
+    computed, and never seen, because nothing after them is kept.
     """
 
     def attend(attention: Attention, x_BSD, rope, segment_ids_BS):

@@ -1,7 +1,8 @@
-"""A few tokens of a model in training, wherever its weights are: each is a forward pass over the whole text so far.
+"""A few tokens of a model in training, wherever its weights are: each is a forward pass over the
+whole text so far.
 
-It needs no more memory than an evaluation, and works over several processes, with stages and with weights in the host's memory.
-Shape letters: model/layers.py.
+It needs no more memory than an evaluation, and works over several processes, with stages and with
+weights in the host's memory. Shape letters: model/layers.py.
 """
 
 import math
@@ -92,5 +93,6 @@ def check_prompt(prompt: str, option: str, tokenizer: Tokenizer, config: Config)
     longest = config.model.max_position_embeddings
     if length >= longest:
         raise UserError(
-            f"{option} has {length} tokens, but the model ends at config.model.max_position_embeddings={longest}. Shorten the prompt."
+            f"{option} has {length} tokens, but the model ends at "
+            f"config.model.max_position_embeddings={longest}. Shorten the prompt."
         )

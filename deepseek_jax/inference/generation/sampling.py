@@ -9,11 +9,13 @@ import jax.numpy as jnp
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen: temperature, then top-k, then top-p of what is left, in the order of transformers."""
+    """How tokens are chosen: temperature, then top-k, then top-p of what is left, in the order of
+    transformers."""
 
     temperature: float = 0.0  # divides the logits; 0: always the likeliest token
     top_k: int = 0  # draw from so many of the likeliest tokens; 0: from all
-    top_p: float = 1.0  # draw from the smallest set with at least this probability (arXiv:1904.09751); 1: from all
+    # draw from the smallest set with at least this probability (arXiv:1904.09751); 1: from all
+    top_p: float = 1.0
     seed: int = 0
 
 
@@ -24,7 +26,8 @@ class Sampling(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """`Sampling` as a program takes it; top_k and greedy are part of the program, which is compiled for each."""
+    """`Sampling` as a program takes it; top_k and greedy are part of the program, which is compiled
+    for each."""
 
     seed: jax.Array  # uint32
     temperature: jax.Array  # float32
@@ -61,8 +64,8 @@ def allowed(
     if top_p is None:
         return logits
     p = jax.nn.softmax(logits, axis=-1)
-    # Bisection over the bits of float32 finds the largest threshold that keeps enough probability: sorting a vocabulary
-    # takes far longer.
+    # Bisection over the bits of float32 finds the largest threshold that keeps enough probability:
+    # sorting a vocabulary takes far longer.
 
     def bits(n: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(n, jnp.float32)
@@ -73,7 +76,8 @@ def allowed(
         enough = jnp.sum(jnp.where(p >= bits(middle), p, 0), axis=-1, keepdims=True) >= top_p
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    # By a reduction, like `enough`, so that both have the same layout: from jax 0.11 on a slice of one number has none.
+    # By a reduction, like `enough`, so that both have the same layout: from jax 0.11 on a slice of
+    # one number has none.
     low = jnp.zeros_like(jnp.max(p, axis=-1, keepdims=True), jnp.int32)
     above_one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1
     low, _ = jax.lax.fori_loop(0, 30, halve, (low, jnp.full_like(low, above_one)))
@@ -81,7 +85,8 @@ def allowed(
 
 
 def choose(logits_BSV: jax.Array, position_BS: jax.Array, drawing: Drawing) -> jax.Array:
-    """The tokens, int32 [B, S]. A draw depends on the seed, the number of the prompt and the token's position alone.
+    """The tokens, int32 [B, S]. A draw depends on the seed, the number of the prompt and the
+    token's position alone.
 
     Args:
       logits_BSV: float32, -inf where a token cannot be chosen.

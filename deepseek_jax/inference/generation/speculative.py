@@ -1,12 +1,15 @@
-"""Drafts by multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2; speculative decoding: arXiv:2211.17192).
+"""Drafts by multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2; speculative
+decoding: arXiv:2211.17192).
 
-The main model reads the newest token and its drafts in one pass, and at every place chooses as it would without drafts: with
-the same key, from the same logits. A draft counts if it is what was chosen, so drafts never change an answer, sampled or not.
-Drafts are drawn with the key of their place: where both have nearly the same logits, they nearly always draw the same token.
+The main model reads the newest token and its drafts in one pass, and at every place chooses as it
+would without drafts: with the same key, from the same logits. A draft counts if it is what was
+chosen, so drafts never change an answer, sampled or not. Drafts are drawn with the key of their
+place: where both have nearly the same logits, they nearly always draw the same token.
 
-Depth d (from 0) reads at position i the state of the depth before and token i + d + 1. Its keys and values of a text's last
-d positions come from drafts, and stay so if those were wrong: with several depths that costs some acceptance, never an
-answer. Where there are more drafts than depths, the last depth reads its own state, one position on.
+Depth d (from 0) reads at position i the state of the depth before and token i + d + 1. Its keys and
+values of a text's last d positions come from drafts, and stay so if those were wrong: with several
+depths that costs some acceptance, never an answer. Where there are more drafts than depths, the
+last depth reads its own state, one position on.
 """
 
 import functools
@@ -38,12 +41,14 @@ class Drafter:
     def __init__(
         self, weights: LayerWeights, compiled: Programs, count: int, drawing: Drawing, slots: int
     ):
-        """Args:
-        weights: of the model.
-        compiled: its programs, which the drafts' program joins.
-        count: drafts per step.
-        drawing: how the answers' tokens are drawn.
-        slots: of the caches.
+        """A drafter that has read nothing yet.
+
+        Args:
+          weights: of the model.
+          compiled: its programs, which the drafts' program joins.
+          count: drafts per step.
+          drawing: how the answers' tokens are drawn.
+          slots: of the caches.
         """
         self._weights = weights
         self._depths = weights.mtp[:count]
@@ -109,7 +114,7 @@ class _DraftProgram(NamedTuple):
 
     compiled: Programs
     depths: list[Group]
-    count: int
+    drafts: int  # at least as many as depths
 
     def run(
         self,
@@ -131,36 +136,40 @@ class _DraftProgram(NamedTuple):
           slots: of the caches.
         """
         net = self.compiled.ends.net(ends)
-        start_B, last_B = read.start_B, read.last_B
+        start_B, last_B, active_B = read.start_B, read.last_B, read.active_B
+        counts_BS = active_B[:, None] & (jnp.arange(read.next_BS.shape[1]) <= last_B[:, None])
+        segments_BS = counts_BS.astype(jnp.int32)
         hidden_BSD = net.norm(read.x_BSD)
         next_BS = read.next_BS
-        counts_BS = read.active_B[:, None] & (jnp.arange(next_BS.shape[1]) <= last_B[:, None])
-        segments_BS = counts_BS.astype(jnp.int32)
         new_caches: list[LayerCache] = []
-        drafts = []
-        for n in range(self.count):
-            depth = min(n, len(leaves) - 1)
-            module, weights = self.depths[depth].layer(leaves[depth])
-            position_B, grown = start_B, new_caches
-            if n >= len(leaves):  # the last depth once more, on its own newest state
-                position_B, grown = start_B + last_B + 1 + (n - len(leaves)), []
-                hidden_BSD, next_BS = state_B1D, token_B[:, None]
-                segments_BS = read.active_B[:, None].astype(jnp.int32)
-                attend = programs.attend_to_cache(new_caches[-1], weights, position_B, grown)
-            elif caches is None:
-                attend = programs.attend_and_cache(slots, grown)
-            else:
-                attend = programs.attend_to_cache(caches[n], weights, position_B, grown)
-            embedded_BSD, rope = self.compiled.embed_at(net, next_BS, position_B)
-            hidden_BSD, _ = module(hidden_BSD, embedded_BSD, rope, segments_BS, attend)
-            if n >= len(leaves):
-                new_caches[-1] = grown[0]
-            state_B1D = pick(hidden_BSD, last_B) if n < len(leaves) else hidden_BSD
+        drafts: list[jax.Array] = []
+
+        def draw(state_B1D: jax.Array) -> jax.Array:
+            """The draft after a depth's newest state; it is the next one in `drafts`."""
+            position_B1 = (start_B + last_B + 2 + len(drafts))[:, None]
             logits_B1V = self.compiled.logits_of(net, state_B1D)
-            token_B = sampling.choose(logits_B1V, (start_B + last_B + 2 + n)[:, None], drawing)[
-                :, 0
-            ]
-            drafts.append(token_B)
-            if n < len(leaves):
-                next_BS = _shifted(next_BS, last_B, token_B)
+            drafts.append(sampling.choose(logits_B1V, position_B1, drawing)[:, 0])
+            return drafts[-1]
+
+        for n, (depth, of_depth) in enumerate(zip(self.depths, leaves, strict=True)):
+            module, weights = depth.layer(of_depth)
+            if caches is None:
+                attend = programs.attend_and_cache(slots, new_caches)
+            else:
+                attend = programs.attend_to_cache(caches[n], weights, start_B, new_caches)
+            embedded_BSD, rope = self.compiled.embed_at(net, next_BS, start_B)
+            hidden_BSD, _ = module(hidden_BSD, embedded_BSD, rope, segments_BS, attend)
+            state_B1D = pick(hidden_BSD, last_B)
+            token_B = draw(state_B1D)
+            next_BS = _shifted(next_BS, last_B, token_B)
+        for n in range(self.drafts - len(self.depths)):
+            # The last depth once more, on its own newest state and token.
+            position_B = start_B + last_B + 1 + n
+            grown: list[LayerCache] = []
+            attend = programs.attend_to_cache(new_caches[-1], weights, position_B, grown)
+            embedded_BSD, rope = self.compiled.embed_at(net, token_B[:, None], position_B)
+            segments_B1 = active_B[:, None].astype(jnp.int32)
+            state_B1D, _ = module(state_B1D, embedded_BSD, rope, segments_B1, attend)
+            new_caches[-1] = grown[0]
+            token_B = draw(state_B1D)
         return jnp.stack(drafts, axis=1), new_caches

@@ -1,11 +1,13 @@
-"""Causal softmax attention of whole sequences, as every kind of attention computes it. Shape letters: layers.py.
+"""Causal softmax attention of whole sequences, as every kind of attention computes it.
 
-It runs in blocks (blockwise.py), so that memory is linear in the sequence length, or by cuDNN's kernels (cudnn.py).
+It runs in blocks (blockwise.py), so that memory is linear in the sequence length, or by cuDNN's
+kernels (cudnn.py). Shape letters: layers.py.
 """
 
 import functools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -14,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.model.attention import blockwise, cudnn
 from deepseek_jax.parallel.mesh import on_cpu, per_device
 
-QUERY_BLOCK = 128  # queries of a block on CPUs; shorter for short sequences, whose diagonal blocks are most of the work
+QUERY_BLOCK = (
+    128  # queries of a block on CPUs; half for short sequences, which are mostly diagonal blocks
+)
 CPU_SCORES = 2**19  # scores at once on CPUs: two MiB, which stay in a core's cache
 GPU_SIZES = blockwise.Sizes(512, 2**28)
 
@@ -30,17 +34,24 @@ def causal_attention(
     """Causal softmax attention within segments; softmax in float32.
 
     Args:
-      q_BSNH, k_BSNH: queries and keys, divided over the mesh in B and N alone; v_BSNV: values, of any width. Keys and values may have
-        fewer heads: query head n meets head n // (query heads / their heads).
-      segment_ids_BS: int; a position sees earlier positions with its own id only.
+      q_BSNH: queries, divided over the mesh in B and N alone.
+      k_BSNH: keys. They and values may have fewer heads: query head n meets head
+        n // (query heads / their heads).
+      v_BSNV: values, of any width V.
+      segment_ids_BS: int32; a position sees earlier positions with its own id only.
       scale: multiplies the scores.
-      method: `config.train.attention`: auto or blocks (blockwise.py); cudnn, on NVIDIA GPUs, where all sequences of a device are one
-        segment each, else blocks: the program holds both. Where cuDNN cannot (cudnn.py), blocks alone, after
-        one printed line.
+      method: `config.train.attention`: auto or blocks (blockwise.py). cudnn: on NVIDIA GPUs where all
+        sequences of a device are one segment each, else blocks, and the program holds both; where
+        cuDNN cannot (cudnn.py), blocks alone, after one printed line.
 
     Returns:
-      [B, S, N, V] in the values' dtype. Under `jax.checkpoint` what backward needs of it has the name "attention".
+      [B, S, N, V] in the values' dtype. Under `jax.checkpoint` what backward needs of it has the name
+      "attention".
     """
+    chex.assert_rank([q_BSNH, k_BSNH, v_BSNV], 4)
+    chex.assert_equal_shape_prefix([q_BSNH, k_BSNH, v_BSNV, segment_ids_BS], 2)
+    chex.assert_equal_shape_prefix([k_BSNH, v_BSNV], 3)
+    chex.assert_type(segment_ids_BS, int)
     return _attention(q_BSNH, k_BSNH, v_BSNV, segment_ids_BS, scale, method)
 
 
@@ -54,9 +65,14 @@ def _forward(q, k, v, segments, scale, method):
         blocks = functools.partial(blockwise.forward, scale=scale, sizes=_sizes(q.shape[1]))
         if method != "cudnn" or not cudnn.usable(q.shape[-1], v.shape[-1]):
             return blocks(q, k, v, segments)
+
+        def fused(q, k, v, segments):
+            del segments
+            return cudnn.forward(q, k, v, scale)
+
         return jax.lax.cond(
             _one_segment_each(segments),
-            lambda *a: cudnn.forward(*a[:3], scale),
+            fused,
             blocks,
             q,
             k,
@@ -77,7 +93,11 @@ def _backward(scale, method, kept, dout):
         blocks = functools.partial(blockwise.backward, scale=scale, sizes=_sizes(q.shape[1]))
         if method != "cudnn" or not cudnn.usable(q.shape[-1], v.shape[-1]):
             return blocks(q, k, v, segments, out, lse, dout)
-        fused = lambda q, k, v, segments, *a: cudnn.backward(q, k, v, *a, scale)
+
+        def fused(q, k, v, segments, out, lse, dout):
+            del segments
+            return cudnn.backward(q, k, v, out, lse, dout, scale)
+
         return jax.lax.cond(
             _one_segment_each(segments), fused, blocks, q, k, v, segments, out, lse, dout
         )

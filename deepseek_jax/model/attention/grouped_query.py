@@ -36,7 +36,7 @@ class GroupedQueryAttention(nnx.Module):
         self.method = method
         width = m.qk_head_dim
         q_width = m.num_attention_heads * width
-        kv_width = m.num_key_value_heads * width
+        kv_width = m.attention_shape.key_value_heads * width
         bias = "heads_bias" if m.attention_bias else None
         out_bias = "embed_bias" if m.attention_out_bias else None
         self.q_proj = Linear(m, m.hidden_size, q_width, ("embed", "heads"), rngs, bias)
@@ -53,7 +53,7 @@ class GroupedQueryAttention(nnx.Module):
 
     @staticmethod
     def cache_shapes(config: ModelConfig) -> tuple[CacheShape, ...]:
-        return (CacheShape(config.num_key_value_heads, config.qk_head_dim),) * 2
+        return (CacheShape(config.attention_shape.key_value_heads, config.qk_head_dim),) * 2
 
     def __call__(self, x_BSD: jax.Array, rope: Rope, segment_ids_BS: jax.Array) -> jax.Array:
         return self.attend(self.project(x_BSD, rope), segment_ids_BS)
@@ -62,8 +62,9 @@ class GroupedQueryAttention(nnx.Module):
     def project(self, x_BSD: jax.Array, rope: Rope) -> Projected:
         m = self.config
         q_BSNH = split_heads(self.q_proj(x_BSD), m.num_attention_heads)
-        k_BSMH = split_heads(self.k_proj(x_BSD), m.num_key_value_heads)
-        v_BSMH = split_heads(self.v_proj(x_BSD), m.num_key_value_heads)
+        kv_heads = m.attention_shape.key_value_heads
+        k_BSMH = split_heads(self.k_proj(x_BSD), kv_heads)
+        v_BSMH = split_heads(self.v_proj(x_BSD), kv_heads)
         if m.use_qk_norm:
             q_BSNH = self.q_norm(q_BSNH)
             k_BSMH = self.k_norm(k_BSMH)

@@ -1,12 +1,14 @@
 """What a decoder layer and generation ask of any attention; kinds.py chooses one. Shape letters: layers.py.
 
-The steps are `project` -> `attend` in training and for a prompt, `project` -> `decode` for what follows a prompt. What
-`project` returns is each kind's own: it only travels from one method to the next.
+The steps are `project` -> `attend` in training and for a prompt, `project` -> `decode` for what
+follows a prompt. What `project` returns is each kind's own: it only travels from one method to the
+next.
 """
 
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import ModelConfig
@@ -19,7 +21,8 @@ LayerCache = tuple[
 
 
 class CacheShape(NamedTuple):
-    """One array of a layer's cache: [B, Z, W], or [B, M, Z, W] for M heads, with Z slots for tokens of width W."""
+    """One array of a layer's cache: [B, Z, W], or [B, M, Z, W] for M heads, with Z slots for tokens
+    of width W."""
 
     heads: int | None  # None: shared by all heads
     width: int
@@ -40,6 +43,16 @@ class Attention(Protocol):
     """One layer's attention: a Flax module with the weights of Hugging Face names."""
 
     config: ModelConfig
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, method: str = "auto"):
+        """One layer's attention.
+
+        Args:
+          config: the model's options.
+          rngs: for the initial weights.
+          method: `config.train.attention`: what computes whole sequences.
+        """
+        ...
 
     @staticmethod
     def softmax_scale(config: ModelConfig) -> float:
@@ -81,7 +94,8 @@ class Attention(Protocol):
         ...
 
     def decoding_weights(self, mesh: jax.sharding.Mesh) -> tuple[jax.Array, ...]:
-        """Weights in the form that `decode` multiplies by, made once before decoding; empty where parameters serve."""
+        """Weights in the form that `decode` multiplies by, made once before decoding; empty where
+        parameters serve."""
         ...
 
     def decode(

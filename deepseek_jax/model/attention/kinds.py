@@ -1,7 +1,7 @@
 """Which attention a model has: the one place that goes from `ModelConfig.attention_kind` to a class.
 
-Another kind is a file beside mla.py with a class that has the methods of interface.Attention, its name here and in
-`attention_kind`, and its widths in config/attention_shape.py.
+Another kind is a file beside mla.py with a class that has the methods of interface.Attention, its
+name here and in `attention_kind`, and its widths in config/attention_shape.py.
 """
 
 from flax import nnx
@@ -22,5 +22,5 @@ def attention_class(config: ModelConfig) -> type[Attention]:
 
 
 def make_attention(config: ModelConfig, rngs: nnx.Rngs, method: str) -> Attention:
-    """One layer's attention, which computes by `method`: `config.train.attention`."""
+    """One layer's attention, of the kind that the options describe."""
     return attention_class(config)(config, rngs, method)

@@ -1,7 +1,8 @@
-"""Reading and writing a layer's cache on one device. Shape letters: layers.py; Z slots of the cache, W width of an entry.
+"""Reading and writing a layer's cache on one device.
 
-A token's slot is its position in its own sequence, so that sequences of any lengths lie side by side; slots beyond a
-sequence's last position are never seen.
+A token's slot is its position in its own sequence, so that sequences of any lengths lie side by
+side; slots beyond a sequence's last position are never seen. Shape letters: layers.py; Z slots of
+the cache, W width of an entry.
 """
 
 import jax
@@ -23,10 +24,11 @@ def fresh(entries: jax.Array, slots: int) -> jax.Array:
 
 
 def write(cache: jax.Array, entries: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Puts entries [B, (M,) S, W] into slots start_B[b] to start_B[b] + S - 1 of sequence b, which must be there."""
+    """Puts entries [B, (M,) S, W] into slots start_B[b] to start_B[b] + S - 1 of sequence b, which
+    must be there."""
     if cache.shape[0] == 1:
-        # A scatter of at least two rows: XLA on CPUs fuses a dynamic_update_slice, or a scatter of one row, with every
-        # use, and copies the cache for each.
+        # A scatter of at least two rows: XLA on CPUs fuses a dynamic_update_slice, or a scatter of
+        # one row, with every use, and copies the cache for each.
         slots = start_B[0] + jnp.arange(entries.shape[-2], dtype=jnp.int32)
         if len(slots) == 1:
             slots = jnp.concatenate([slots] * 2)

@@ -1,11 +1,13 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1). Shape letters: layers.py.
 
-Keys and values come from one compressed vector of `kv_lora_rank` numbers per token, the latent, plus one rotated key shared
-by all heads (decoupled RoPE). Training expands them to keys and values of every head.
+Keys and values come from one compressed vector of `kv_lora_rank` numbers per token, the latent,
+plus one rotated key shared by all heads (decoupled RoPE). Training expands them to keys and values
+of every head.
 
-Decoding absorbs the expansion (section 2.1.2): with W_UK and W_UV, the halves of `kv_b_proj`, a head's score is
-q W_UK^T . latent and its output (sum of weights x latents) W_UV. Keys and values are never made, and the cache holds the latent and
-the shared key, of width W = kv_lora_rank + qk_rope_head_dim.
+Decoding absorbs the expansion (section 2.1.2): with W_UK and W_UV, the halves of `kv_b_proj`, a
+head's score is q W_UK^T . latent and its output (sum of weights x latents) W_UV. Keys and values
+are never made, and the cache holds the latent and the shared key, of width W = kv_lora_rank +
+qk_rope_head_dim.
 """
 
 import functools
@@ -39,7 +41,8 @@ class Projected(NamedTuple):
 
 
 class MultiHeadLatentAttention(nnx.Module):
-    """MLA with Hugging Face names; `q_lora_rank=None` projects queries directly, as V2-Lite and Moonlight do."""
+    """MLA with Hugging Face names; `q_lora_rank=None` projects queries directly, as V2-Lite and
+    Moonlight do."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, method: str = "auto"):
         m = config
@@ -119,7 +122,8 @@ class MultiHeadLatentAttention(nnx.Module):
         return (jnp.concatenate([projected.latent, projected.k_rope], axis=-1),)
 
     def decoding_weights(self, mesh: jax.sharding.Mesh) -> tuple[jax.Array, ...]:
-        """W_UK [N, nope, R] and W_UV [N, R, V]: heads over tensor, the latent over the batch axes where they divide it."""
+        """W_UK [N, nope, R] and W_UV [N, R, V]: heads over tensor, the latent over the batch axes
+        where they divide it."""
         ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
         latent = BATCH_AXES if self.config.kv_lora_rank % ways == 0 else None
         return _split_expansion(self.kv_b_proj.kernel.get_value(), self.config, latent)
@@ -167,7 +171,8 @@ class MultiHeadLatentAttention(nnx.Module):
 def _split_expansion(
     kernel_RO: jax.Array, config: ModelConfig, latent: tuple[str, ...] | None
 ) -> tuple[jax.Array, jax.Array]:
-    """W_UK and W_UV of `kv_b_proj`, each laid out as decoding multiplies by it; `latent`: the mesh axes of R."""
+    """W_UK and W_UV of `kv_b_proj`, each laid out as decoding multiplies by it; `latent`: the mesh
+    axes of R."""
     kernel_RO = jax.sharding.reshard(kernel_RO, P(None, "tensor"))
     w_RNO = split_heads(kernel_RO, config.num_attention_heads)
     w_uk = w_RNO[:, :, : config.qk_nope_head_dim].transpose(1, 2, 0)
