@@ -1,10 +1,11 @@
 """Experts on a CPU that has all of them: a grouped matmul over rows sorted by expert.
 
-There are no rounds, and no capacity to pad to. The assignments are sorted by expert into one array of rows without gaps. A matmul walks over it
-expert by expert, in whole blocks. The last block of an expert also covers rows of the next one,
-which writes them again; only sums over rows have to leave them out. So work follows the routing,
-however skewed, and memory does not depend on it. On CPUs XLA's `ragged_dot` would multiply every
-row by every expert, and batched matmuls over equal capacities (rounds.py) work on empty places too.
+There are no rounds, and no capacity to pad to. The assignments are sorted by expert into one array
+of rows without gaps. A matmul walks over it expert by expert, in whole blocks. The last block of an
+expert also covers rows of the next one, which writes them again; only sums over rows have to leave
+them out. So work follows the routing, however skewed, and memory does not depend on it. On CPUs
+XLA's `ragged_dot` would multiply every row by every expert, and batched matmuls over equal
+capacities (rounds.py) work on empty places too.
 
 Shape letters: T tokens, K experts per token, M = T*K assignments, G experts here, J = M + block
 rows, the last of which are zeros; D hidden_size, F expert width, P gate and up; I inner and O outer
@@ -22,11 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.experts.rounds import sort_by_expert
 
-BLOCKS_PER_PRODUCT = (
-    4,
-    2,
-    1,
-)  # a product takes so many blocks, where an expert has rows in all of them
+# A product takes so many blocks at once, where an expert has rows in all of them.
+BLOCKS_PER_PRODUCT = (4, 2, 1)
 BLOCKS_PER_GRADIENT = 8  # most blocks of one product of a weight gradient
 
 
@@ -40,8 +38,13 @@ class SortedRows(NamedTuple):
 
 
 def sort_rows(expert_TK: jax.Array, experts: int, block: int) -> SortedRows:
-    """Rows of assignments to experts in [0, experts], `experts` itself meaning nowhere; within an
-    expert in token order."""
+    """Rows of assignments, sorted by expert, and within an expert in token order.
+
+    Args:
+      expert_TK: int32 in [0, experts]; `experts` itself means nowhere.
+      experts: their number.
+      block: rows per block.
+    """
     assignments = expert_TK.size
     size = assignments + block
     order_M, bound, rank_TK = sort_by_expert(expert_TK, experts)
@@ -52,8 +55,10 @@ def sort_rows(expert_TK: jax.Array, experts: int, block: int) -> SortedRows:
 
 
 def block_size(tokens: int, top_k: int, experts: int) -> int:
-    """Rows per block: at most a quarter of an expert's mean load, so that about a tenth of the work
-    is on empty rows."""
+    """Rows per block: at most a quarter of an expert's mean load.
+
+    Then about a tenth of the work is on rows of other experts.
+    """
     mean = tokens * top_k / experts
     return int(min(max(2 ** int(np.log2(max(mean, 1) / 4)), 8), 64))
 
@@ -86,9 +91,8 @@ def matmul(
 
         def multiply(done, size, out):
             here = lax.dynamic_slice_in_dim(rows_JI, start + done, size)
-            here = here @ (
-                weight.T if transpose else weight
-            )  # transposed here, or the loop would carry a copy
+            # Transposed here, or the loop would carry a copy.
+            here = here @ (weight.T if transpose else weight)
             return lax.dynamic_update_slice_in_dim(out, here, start + done, 0)
 
         done = jnp.zeros_like(count)

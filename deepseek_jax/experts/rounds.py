@@ -30,17 +30,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 
 class Plan(NamedTuple):
-    """This device's assignments, sorted by expert; stable, so that within an expert they are in
-    token order."""
+    """This device's assignments, sorted by expert, and within an expert in token order."""
 
     order_M: jax.Array  # int32: assignment (token * K + choice) at each sorted position
     rank_TK: jax.Array  # int32: an assignment's rank among those of its expert
     expert_TK: jax.Array  # int32: E for assignments that go nowhere: padding, dropped ones
     start_E: jax.Array  # int32: first sorted position of each expert
     count_E: jax.Array  # int32: assignments of each expert
-    rounds: (
-        jax.Array
-    )  # int32 []: what this device needs; devices that exchange rows must agree on it
+    # int32 []: what this device needs; devices that exchange rows must agree on it
+    rounds: jax.Array
 
 
 class Round(NamedTuple):
@@ -57,8 +55,7 @@ class Round(NamedTuple):
 
 
 def expert_capacity(tokens: int, top_k: int, experts: int, capacity_factor: float) -> int:
-    """C: capacity_factor times the mean load of an expert from `tokens` tokens; at most every
-    token, at least one."""
+    """C: capacity_factor times the mean load of an expert; at most every token, at least one."""
     return max(1, min(tokens, math.ceil(capacity_factor * tokens * top_k / experts)))
 
 
@@ -114,8 +111,7 @@ def exchange_and_compute(
     capacity: int,
     devices: int,
 ) -> jax.Array:
-    """The routed experts' output: sum over a token's choices of weight * expert(x), over as many
-    rounds as the plan says.
+    """The routed experts' output: sum over a token's choices of weight * expert(x).
 
     Tokens and weights must vary over the same mesh axes (`lax.pcast`), so that the transposes
     reduce their gradients.
@@ -232,8 +228,10 @@ def _second(plan: Plan) -> jax.Array:
 
 @jax.named_scope("dispatch")
 def _dispatch(x_TD: jax.Array, round_: Round) -> jax.Array:
-    """The rows of the round's tokens, zeros where an expert has fewer than its capacity, at the
-    experts: [G, J, D]."""
+    """The rows of the round's tokens at the experts: [G, J, D].
+
+    Zeros where an expert has fewer than its capacity.
+    """
     assignment_EC, filled_EC = _assignments(round_)
     rows_ECD = jnp.where(filled_EC[:, :, None], x_TD[assignment_EC // round_.top_k], 0)
     return _to_experts(rows_ECD, round_.devices)
@@ -251,8 +249,10 @@ def _hidden(rows_GJD: jax.Array, gate_up_GDPF: jax.Array) -> jax.Array:
 def _combine(
     acc_TD: jax.Array, rows_ECD: jax.Array, round_: Round, weight_TK: jax.Array | None
 ) -> jax.Array:
-    """Adds each token's rows of this round, times their weights, in float32. One choice at a time:
-    never T*K rows."""
+    """Adds each token's rows of this round, times their weights, in float32.
+
+    One choice at a time: never are there T*K rows.
+    """
     flat = rows_ECD.reshape(-1, rows_ECD.shape[-1])
     index_TK, here_TK = _rows_of(round_)
     for k in range(index_TK.shape[1]):
@@ -265,8 +265,7 @@ def _combine(
 
 
 def _assignments(round_: Round) -> tuple[jax.Array, jax.Array]:
-    """The assignment of each row of the round: (assignment [E, C] int32, whether there is one [E,
-    C] bool)."""
+    """The assignment of each row of the round, int32 [E, C], and whether it has one, bool [E, C]."""
     plan, capacity = round_.plan, round_.capacity
     rank_C = round_.number * capacity + jnp.arange(capacity, dtype=jnp.int32)
     filled_EC = rank_C[None] < plan.count_E[:, None]
@@ -275,8 +274,10 @@ def _assignments(round_: Round) -> tuple[jax.Array, jax.Array]:
 
 
 def _rows_of(round_: Round) -> tuple[jax.Array, jax.Array]:
-    """The row of each assignment in the round: (index into the flat [E * C] rows, whether it is in
-    this round), both [T, K]."""
+    """The row of each assignment, an index into the flat [E * C], and whether it is in this round.
+
+    Both [T, K].
+    """
     plan, capacity = round_.plan, round_.capacity
     row_TK = plan.rank_TK - round_.number * capacity
     here_TK = (row_TK >= 0) & (row_TK < capacity) & (plan.expert_TK < plan.count_E.shape[0])

@@ -113,8 +113,10 @@ def _linear_backward(residuals, dy):
 
 
 def _tokens(a: jax.Array) -> jax.Array:
-    """[T, W] of [..., W]: with one dimension to contract XLA leaves the array as it is; with two it
-    transposes it first."""
+    """[T, W] of [..., W].
+
+    With one dimension to contract XLA leaves the array as it is; with two it transposes it first.
+    """
     spec = jax.typeof(a).sharding.spec
     shape = (-1, a.shape[-1]) if a.ndim == 2 else (a.size // a.shape[-1], a.shape[-1])
     return jax.lax.reshape(a, shape, out_sharding=jax.P(spec[0], spec[-1]))

@@ -38,22 +38,21 @@ class Load(NamedTuple):
     dropped_counts: jax.Array  # int32 [E]: assignments dropped, by expert
     received: jax.Array  # int32 [W]: assignments that arrived at each device's experts
     dropped_from: jax.Array  # int32 [W]: assignments dropped, by the device of their token
-    left: (
-        jax.Array
-    )  # int32 []: assignments, not dropped, whose expert lies on another device than their token
+    # int32 []: assignments, not dropped, whose expert lies on another device than their token
+    left: jax.Array
 
 
 class MoEStats(NamedTuple):
-    """Routing statistics of the global batch: summed over all devices, the same on each. Stacked
-    over layers by the scan.
+    """Routing statistics of the global batch: summed over all devices, the same on each.
+
+    Stacked over layers by the scan, leaves have a leading [L].
 
     The sums are differentiable in the router's scores; objectives/pretrain.py turns them into losses.
     """
 
     load: Load
-    sequence_balance: (
-        jax.Array
-    )  # float32 []: sum over sequences of sum_i f_i P_i (V3, equations 17 to 20)
+    # float32 []: sum over sequences of sum_i f_i P_i (V3, equations 17 to 20)
+    sequence_balance: jax.Array
     score_sum: jax.Array  # float32 [E]: sum over tokens of the normalised scores
     z_sum: jax.Array  # float32 []: sum over tokens of logsumexp(logits)^2
 
@@ -233,9 +232,8 @@ def load_of(chosen_E: jax.Array, kept_E: jax.Array, rounds: jax.Array) -> Load:
     """
     groups, devices = lax.axis_size(("data", "fsdp")), lax.axis_size("expert")
     group, device = lax.axis_index(("data", "fsdp")), lax.axis_index("expert")
-    sent_X = jnp.sum(
-        kept_E.reshape(devices, -1), axis=1
-    )  # to each device of this one's expert group
+    # To each device of this one's expert group.
+    sent_X = jnp.sum(kept_E.reshape(devices, -1), axis=1)
     mine_YX = (jnp.arange(groups) == group)[:, None] & (jnp.arange(devices) == device)
 
     def total(a: jax.Array) -> jax.Array:

@@ -30,9 +30,8 @@ class Output(NamedTuple):
 
     hidden_BSD: jax.Array  # after the final norm
     mtp_hidden_BSD: tuple[jax.Array, ...]  # one per prediction depth, each after its own norm
-    stats: (
-        MoEStats | None
-    )  # leaves [L, ...]: the MoE layers, then the MTP layers; None for a dense model
+    # leaves [L, ...]: the MoE layers, then the MTP layers; None for a dense model
+    stats: MoEStats | None
 
 
 class DecoderLayer(nnx.Module):
@@ -105,8 +104,10 @@ class MTPLayer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The whole model of a run's options. Built under `jax.eval_shape` or jit; called under
-    `jax.set_mesh`."""
+    """The whole model of a run's options.
+
+    It is built under `jax.eval_shape` or jit, and called under `jax.set_mesh`.
+    """
 
     def __init__(self, options: Config, rngs: nnx.Rngs):
         config, moe, attention = options.model, options.moe, options.train.attention
@@ -177,8 +178,10 @@ class Transformer(nnx.Module):
         segment_ids_BS: jax.Array,
         next_tokens_BS: jax.Array | None,
     ) -> Output:
-        """What comes after the main stack: the last norm and multi-token prediction, whose
-        statistics alone are returned."""
+        """What comes after the main stack: the last norm and multi-token prediction.
+
+        The statistics are those of multi-token prediction alone.
+        """
         hidden_BSD = self.norm(x_BSD)
         if next_tokens_BS is None or not self.mtp:
             return Output(hidden_BSD, (), None)
@@ -191,8 +194,7 @@ class Transformer(nnx.Module):
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.kernel
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
-        """float32 [B, S, V]. Training never calls it: objectives/pretrain.py goes through the
-        tokens in chunks."""
+        """float32 [B, S, V]. Training never calls it, but goes through the tokens in chunks."""
         weight = whole(self.head, self.dtype)
         kernel_DV = weight.T if self.config.tie_word_embeddings else weight
         return jnp.einsum("bsd,dv->bsv", hidden_BSD, kernel_DV, preferred_element_type=jnp.float32)
@@ -319,8 +321,7 @@ def _dots(primitive, *_, **params) -> bool:
 
 
 def _all_but_weights(primitive, *_, **params) -> bool:
-    """A `jax.checkpoint` policy: keeps what was computed, but neither weights as they are used nor
-    what leads to them.
+    """A `jax.checkpoint` policy: keeps what was computed, but no weights as they are used.
 
     Without it every layer's weights would be kept gathered and cast, copied out of their stack and
     into another.

@@ -259,7 +259,7 @@ ROUTERS = {
 
 @functools.cache
 def jit_route(model):
-    return conversion.jit(functools.partial(router.route, model=model))
+    return conversion.jit(functools.partial(router.route, config=model))
 
 
 def bias_of(model, seed, shift=0.0):

@@ -14,8 +14,9 @@ def describe(config: ModelConfig, layers: int, sequences: int, slots: int, items
 
 
 def slots_for(tokens: int, longest: int) -> int:
-    """Slots for sequences of up to so many tokens: 64, 128, 192, 256, 384, 512, ... so that few
-    programs are compiled.
+    """Slots for sequences of up to so many tokens: 64, 128, 192, 256, 384, 512, ...
+
+    So few programs are compiled.
 
     Never above `longest`, unless `tokens` is.
     """

@@ -118,8 +118,9 @@ class Engine:
     def advance(
         self, tokens_BS: jax.Array, start_B: jax.Array, active_B: jax.Array, caches: Caches
     ) -> tuple[jax.Array, Caches]:
-        """New tokens through the model, at positions start_B and after; the caches must not be used
-        afterwards.
+        """New tokens through the model, at positions start_B and after.
+
+        It uses the memory of the caches, which must not be read afterwards.
 
         Returns:
           Hidden states [B, S, D] before the last norm, and the caches with the new tokens.
@@ -193,8 +194,7 @@ class Engine:
     def _answer(
         self, b: _Batch, rules: Rules, stopped: Set[int], draft_tokens: int
     ) -> Iterator[Token]:
-        """The steps of a batch: while the device works on one, the host reads the tokens of the one
-        before."""
+        """The steps of a batch. While the device works on one, the host reads the tokens of the last."""
         ends = self.weights.ends.leaves
         no_drafts = self.put(np.zeros((len(b.length_B), 0), np.int32))
         active_B = b.real_B.copy()

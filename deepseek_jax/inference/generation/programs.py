@@ -42,8 +42,7 @@ class Rules(NamedTuple):
 
 
 class Programs:
-    """What runs on devices, from the shapes and options of one model; weights are arguments of
-    every program."""
+    """What runs on devices, for one model. Its weights are arguments of every program."""
 
     def __init__(self, weights: LayerWeights, config: ModelConfig, dtype: Any, vocab: int):
         """The programs of one model.
@@ -73,8 +72,7 @@ class Programs:
     def embed_at(
         self, net: Transformer, tokens_BS: jax.Array, start_B: jax.Array
     ) -> tuple[jax.Array, Rope]:
-        """Embeddings [B, S, D] of tokens at positions start_B and after, and cos and sin of these
-        positions."""
+        """Embeddings [B, S, D] of tokens at positions start_B and after; cos and sin of these."""
         positions_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)
         return net.embed_tokens(tokens_BS, self.dtype), rope_tables(self.config, positions_BS)
 
@@ -108,8 +106,10 @@ class Programs:
         return self.cached(("prefill", group.graphdef, group.treedef), make)
 
     def decode(self, group: Group) -> Callable:
-        """(leaves, caches, x, rope, start_B, active_B) -> (x, caches): new tokens through a group;
-        uses the caches' memory."""
+        """(leaves, caches, x, rope, start_B, active_B) -> (x, caches): new tokens through a group.
+
+        The new caches are in the memory of the old.
+        """
 
         def make():
             @functools.partial(jit, donate_argnums=1)
@@ -168,8 +168,10 @@ class Programs:
 
 
 def attend_and_cache(slots: int, caches: list[LayerCache]) -> Callable[..., jax.Array]:
-    """For DecoderLayer: attention of sequences from their first token on, as in training. Appends a
-    cache of so many slots."""
+    """For DecoderLayer: attention of sequences from their first token on, as in training.
+
+    Appends a cache of so many slots to `caches`.
+    """
 
     def attend(attention: Attention, x_BSD, rope, segment_ids_BS):
         projected = attention.project(x_BSD, rope)

@@ -1,5 +1,6 @@
-"""A few tokens of a model in training, wherever its weights are: each is a forward pass over the
-whole text so far.
+"""A few tokens of a model in training, wherever its weights are.
+
+Each is a forward pass over the whole text so far.
 
 It needs no more memory than an evaluation, and works over several processes, with stages and with
 weights in the host's memory. Shape letters: model/layers.py.

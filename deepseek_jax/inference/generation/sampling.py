@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen: temperature, then top-k, then top-p of what is left, in the order of
-    transformers."""
+    """How tokens are chosen: temperature, then top-k, then top-p of the rest, as in transformers."""
 
     temperature: float = 0.0  # divides the logits; 0: always the likeliest token
     top_k: int = 0  # draw from so many of the likeliest tokens; 0: from all
@@ -26,8 +25,7 @@ class Sampling(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """`Sampling` as a program takes it; top_k and greedy are part of the program, which is compiled
-    for each."""
+    """`Sampling` as a program takes it. For each top_k and greedy it is compiled anew."""
 
     seed: jax.Array  # uint32
     temperature: jax.Array  # float32
@@ -85,8 +83,9 @@ def allowed(
 
 
 def choose(logits_BSV: jax.Array, position_BS: jax.Array, drawing: Drawing) -> jax.Array:
-    """The tokens, int32 [B, S]. A draw depends on the seed, the number of the prompt and the
-    token's position alone.
+    """The tokens, int32 [B, S].
+
+    A draw depends on the seed, the number of the prompt and the token's position alone.
 
     Args:
       logits_BSV: float32, -inf where a token cannot be chosen.

@@ -1,5 +1,6 @@
-"""Drafts by multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2; speculative
-decoding: arXiv:2211.17192).
+"""Drafts by multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+
+This is speculative decoding (arXiv:2211.17192).
 
 The main model reads the newest token and its drafts in one pass, and at every place chooses as it
 would without drafts: with the same key, from the same logits. A draft counts if it is what was

@@ -136,8 +136,10 @@ def backward(
 
 
 def _parts(q: jax.Array, scale: float) -> tuple[Any, list[jax.Array], dict[str, Any]]:
-    """The module, the arguments for what is not used (bias, lengths, offsets, pages), and the
-    parameters of both primitives."""
+    """The module, the arguments for what is not used, and the parameters of both primitives.
+
+    Not used are bias, lengths, offsets and pages.
+    """
     fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     options = {
         "scale": scale,

@@ -21,8 +21,7 @@ LayerCache = tuple[
 
 
 class CacheShape(NamedTuple):
-    """One array of a layer's cache: [B, Z, W], or [B, M, Z, W] for M heads, with Z slots for tokens
-    of width W."""
+    """One array of a layer's cache: [B, Z, W], or with M heads [B, M, Z, W]; Z slots of width W."""
 
     heads: int | None  # None: shared by all heads
     width: int
@@ -94,8 +93,7 @@ class Attention(Protocol):
         ...
 
     def decoding_weights(self, mesh: jax.sharding.Mesh) -> tuple[jax.Array, ...]:
-        """Weights in the form that `decode` multiplies by, made once before decoding; empty where
-        parameters serve."""
+        """Weights as `decode` multiplies by them, made once; empty where the parameters serve."""
         ...
 
     def decode(

@@ -24,8 +24,10 @@ def fresh(entries: jax.Array, slots: int) -> jax.Array:
 
 
 def write(cache: jax.Array, entries: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Puts entries [B, (M,) S, W] into slots start_B[b] to start_B[b] + S - 1 of sequence b, which
-    must be there."""
+    """Puts entries [B, (M,) S, W] into slots start_B[b] to start_B[b] + S - 1 of sequence b.
+
+    These slots must be there.
+    """
     if cache.shape[0] == 1:
         # A scatter of at least two rows: XLA on CPUs fuses a dynamic_update_slice, or a scatter of
         # one row, with every use, and copies the cache for each.

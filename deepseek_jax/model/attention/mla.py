@@ -41,8 +41,10 @@ class Projected(NamedTuple):
 
 
 class MultiHeadLatentAttention(nnx.Module):
-    """MLA with Hugging Face names; `q_lora_rank=None` projects queries directly, as V2-Lite and
-    Moonlight do."""
+    """MLA with Hugging Face names.
+
+    `q_lora_rank=None` projects queries directly, as V2-Lite and Moonlight do.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, method: str = "auto"):
         m = config
@@ -122,8 +124,10 @@ class MultiHeadLatentAttention(nnx.Module):
         return (jnp.concatenate([projected.latent, projected.k_rope], axis=-1),)
 
     def decoding_weights(self, mesh: jax.sharding.Mesh) -> tuple[jax.Array, ...]:
-        """W_UK [N, nope, R] and W_UV [N, R, V]: heads over tensor, the latent over the batch axes
-        where they divide it."""
+        """W_UK [N, nope, R] and W_UV [N, R, V].
+
+        Heads are divided over tensor, the latent over the batch axes where they divide it.
+        """
         ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
         latent = BATCH_AXES if self.config.kv_lora_rank % ways == 0 else None
         return _split_expansion(self.kv_b_proj.kernel.get_value(), self.config, latent)
@@ -171,8 +175,13 @@ class MultiHeadLatentAttention(nnx.Module):
 def _split_expansion(
     kernel_RO: jax.Array, config: ModelConfig, latent: tuple[str, ...] | None
 ) -> tuple[jax.Array, jax.Array]:
-    """W_UK and W_UV of `kv_b_proj`, each laid out as decoding multiplies by it; `latent`: the mesh
-    axes of R."""
+    """W_UK and W_UV of `kv_b_proj`, each laid out as decoding multiplies by it.
+
+    Args:
+      kernel_RO: the weight of `kv_b_proj`.
+      config: the model's options.
+      latent: the mesh axes of R.
+    """
     kernel_RO = jax.sharding.reshard(kernel_RO, P(None, "tensor"))
     w_RNO = split_heads(kernel_RO, config.num_attention_heads)
     w_uk = w_RNO[:, :, : config.qk_nope_head_dim].transpose(1, 2, 0)
