@@ -43,6 +43,8 @@ from deepseek_jax.data import contents
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError, one_line
+from deepseek_jax.inference.generation.placed import PlacedModel
+from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.model.count import count
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
@@ -199,16 +201,11 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         sample = ""
         if config.eval.sample_prompt and config.eval.sample_tokens:
             sample = generate.sample(
-                layout,
-                result.state.params,
-                result.state.bias,
+                PlacedModel(layout, result.state.params, result.state.bias, mesh),
                 tokenizer,
-                mesh,
                 config.eval.sample_prompt,
                 config.eval.sample_tokens,
-                temperature=0.7,
-                top_p=0.95,
-                seed=config.seed,
+                Sampling(temperature=0.7, top_p=0.95, seed=config.seed),
             )
         summary.show_end(
             flags.workdir,

@@ -26,6 +26,7 @@ from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf.provenance import model_files
 from deepseek_jax.inference.generation.engine import Engine
+from deepseek_jax.inference.generation.placed import PlacedModel
 from deepseek_jax.inference.generation.prompts import encode_all, fits, read_prompts
 from deepseek_jax.inference.generation.sample import check_prompt, encode_prompt, sample, tokens
 from deepseek_jax.inference.generation.sampling import Sampling
@@ -186,10 +187,7 @@ def run(args: argparse.Namespace) -> int:
     cache_dir = (opened.run.compile if opened.run else CompileConfig()).cache_dir
     compile_cache.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))
     engine = Engine(
-        model.layout,
-        model.mesh,
-        model.params,
-        model.bias,
+        PlacedModel(model.layout, model.params, model.bias, model.mesh),
         give=True,
         vocab=encoder.vocab_size,
         note=lambda line: print(line, file=sys.stderr),
@@ -253,13 +251,13 @@ def answers(
     for token in engine.batch(
         ids, args.max_tokens, options, encoder.stop_ids, indexes, stopped, args.draft_tokens
     ):
-        row = token.index - first
+        row = token.number - first
         stream = streams[row]
         if stream.stopped:
             continue
         yield row, stream.add(token.id), stream
         if stream.stopped:
-            stopped.add(token.index)
+            stopped.add(token.number)
             if len(stopped) == len(ids):
                 break
     for row, stream in enumerate(streams):
@@ -298,7 +296,7 @@ def chat(
             continue
         messages.append({"role": "user", "content": line.rstrip("\r\n")})
         ids = encoder.chat.encode(messages)
-        fits(ids, "the conversation", engine.model.max_position_embeddings)
+        fits(ids, "the conversation", engine.config.max_position_embeddings)
         messages.append({"role": "assistant", "content": show(engine, encoder, ids, args, turn)})
 
 

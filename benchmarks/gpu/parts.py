@@ -21,7 +21,7 @@ from benchmarks.gpu.train import Row, tiny, train, why
 from benchmarks.speed import attention as attention_bench
 from benchmarks.support import turns
 from deepseek_jax.errors import UserError
-from deepseek_jax.model.attention import cudnn, interface
+from deepseek_jax.model.attention import causal, cudnn
 from deepseek_jax.runtime import compile_cache, jax_private
 
 # ----------------------------------------------------------------------------------------- versions
@@ -161,11 +161,9 @@ def attentions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
     own = argparse.Namespace(
         heads=2 if toy else 16, qk=24 if toy else 192, v=16 if toy else 128, documents=1
     )
-    methods: dict[str, Callable] = {
-        "blocks": functools.partial(interface.causal_attention, method="blocks")
-    }
+    methods = {"blocks": functools.partial(causal.causal_attention, method="blocks")}
     if jax.default_backend() != "cpu":
-        methods["cudnn"] = functools.partial(interface.causal_attention, method="cudnn")
+        methods["cudnn"] = functools.partial(causal.causal_attention, method="cudnn")
     methods["plain"] = attention_bench.plain
     for length in (64,) if toy else (4096, 2048, 8192):
         gradients = {}

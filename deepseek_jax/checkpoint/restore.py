@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from deepseek_jax.runtime.libc import trim_memory
 from deepseek_jax.checkpoint.kind import TensorReader
+from deepseek_jax.runtime.libc import trim_memory
 from deepseek_jax.tensorfile import regions
 from deepseek_jax.tensorfile.arrays import Tree, flatten, like
 

@@ -15,7 +15,6 @@ from deepseek_jax.hf.config_checks import check_keys, check_quantisation, check_
 from deepseek_jax.hf.families import ALIASES, FAMILIES, Family
 from deepseek_jax.hf.families.keys import (
     DEEPSEEK_EXPERT_OPTIONS,
-    MLA_OPTIONS,
     NULL,
     NULL_IS_MISSING,
     REQUIRED,
@@ -170,7 +169,7 @@ def computes(model: ModelConfig, option: str) -> bool:
         return False
     if option == "head_dim":
         return False  # qk_head_dim tells
-    if option in (*MLA_OPTIONS, "rope_interleave") and model.num_key_value_heads is not None:
+    if option in model.attention_shape.unread:
         return False
     routing = (*DEEPSEEK_EXPERT_OPTIONS, "scoring_func", "topk_method")
     if option in routing and option != "first_k_dense_replace" and not model.has_experts:

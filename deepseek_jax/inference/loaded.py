@@ -150,6 +150,7 @@ class LoadedModel:
         """
         # generation/ reads checkpoints by this package.
         from deepseek_jax.inference.generation.engine import Engine
+        from deepseek_jax.inference.generation.placed import PlacedModel
         from deepseek_jax.inference.generation.sampling import Sampling
 
         one = len(tokens) > 0 and not isinstance(tokens[0], (Sequence, np.ndarray))
@@ -169,7 +170,8 @@ class LoadedModel:
                 f"32-bit number."
             )
         if self._engine is None:
-            self._engine = Engine(self.layout, self.mesh, self.params, self.bias)
+            placed = PlacedModel(self.layout, self.params, self.bias, self.mesh)
+            self._engine = Engine(placed)
         stop = self.stop_ids if stop_ids is None else stop_ids
         if not prompts:
             return []

@@ -72,7 +72,7 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        return dispatch.slots_per_round(self.tokens, self.k, self.experts, self.capacity)
+        return dispatch.expert_capacity(self.tokens, self.k, self.experts, self.capacity)
 
 
 # ------------------------------------------------------------------------------------------------------------ the plain loop
@@ -138,7 +138,7 @@ def count(shape: Shape, chosen_BK, kept_BK) -> Load:
             received[there] += 1
             left += there != device
     if shape.method == "all_gather":
-        slots = dispatch.slots_per_round(
+        slots = dispatch.expert_capacity(
             shape.tokens * shape.expert, shape.k, shape.experts, shape.capacity
         )
         fullest = kept.reshape(-1, shape.expert, shape.experts).sum(axis=1).max()
@@ -171,9 +171,9 @@ def of_device(shape: Shape):
         x, weight = (lax.pcast(a, "tensor", to="varying") for a in (x, weight))
         gate_up, down = (lax.pcast(a, ("data", "fsdp"), to="varying") for a in (gate_up, down))
         with mock.patch.object(dispatch, "on_cpu", lambda: shape.blocks):
-            y, rounds = dispatch.dispatch(
-                shape.method, x, weight, kept, gate_up, down, shape.capacity
-            )
+            tokens = dispatch.Tokens(x, weight, kept)
+            weights = dispatch.ExpertWeights(gate_up, down)
+            y, rounds = dispatch.dispatch(shape.method, tokens, weights, shape.capacity)
         counts = (jnp.bincount(a.reshape(-1), length=shape.experts) for a in (chosen, kept))
         return lax.psum(y, "tensor"), load_of(*counts, rounds)
 

@@ -138,7 +138,7 @@ def read(name):
 def parameters(m):
     """Of all tensors but those of multi-token prediction, by the papers' formulas."""
     d, heads = m.hidden_size, m.num_attention_heads
-    if m.num_key_value_heads is None:
+    if m.attention_kind == "mla":
         rope, nope, v, latent = m.qk_rope_head_dim, m.qk_nope_head_dim, m.v_head_dim, m.kv_lora_rank
         width, rank = heads * (nope + rope), m.q_lora_rank
         attention = d * width if rank is None else d * rank + rank + rank * width

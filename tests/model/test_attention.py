@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
-from deepseek_jax.model.attention import blockwise, cudnn, interface
+from deepseek_jax.model.attention import blockwise, causal, cudnn
 from deepseek_jax.model.transformer import rematerialise
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from tests.support import conversion
@@ -46,9 +46,7 @@ def reference(q, k, v, dout):
 
 
 def ours(q, k, v, dout, segments):
-    out, back = jax.vjp(
-        lambda q, k, v: interface.causal_attention(q, k, v, segments, SCALE), q, k, v
-    )
+    out, back = jax.vjp(lambda q, k, v: causal.causal_attention(q, k, v, segments, SCALE), q, k, v)
     return (out, *back(dout))
 
 
@@ -64,7 +62,7 @@ SIZES = {
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_results_and_gradients(sizes, monkeypatch):
-    monkeypatch.setattr(interface, "_sizes", lambda length: blockwise.Sizes(*SIZES[sizes]))
+    monkeypatch.setattr(causal, "_sizes", lambda length: blockwise.Sizes(*SIZES[sizes]))
     arrays = inputs()
     actual = conversion.jit(ours)(*arrays, jnp.asarray(SEGMENTS))
     for name, a, expected in zip(
@@ -74,7 +72,7 @@ def test_results_and_gradients(sizes, monkeypatch):
 
 
 def test_bfloat16(monkeypatch):
-    monkeypatch.setattr(interface, "_sizes", lambda length: blockwise.Sizes(8, 8 * S * 4))
+    monkeypatch.setattr(causal, "_sizes", lambda length: blockwise.Sizes(8, 8 * S * 4))
     arrays = inputs(jnp.bfloat16)
     actual = conversion.jit(ours)(*arrays, jnp.asarray(SEGMENTS))
     for name, a, expected in zip(
@@ -86,7 +84,7 @@ def test_bfloat16(monkeypatch):
 
 def test_on_a_mesh(monkeypatch):
     """Sequences over data, fsdp and expert, heads over tensor: the same numbers, in the same layout, without communication."""
-    monkeypatch.setattr(interface, "_sizes", lambda length: blockwise.Sizes(3, 3 * S))
+    monkeypatch.setattr(causal, "_sizes", lambda length: blockwise.Sizes(3, 3 * S))
     config = Config(
         model=ModelConfig(num_attention_heads=N, n_routed_experts=4),
         mesh=MeshConfig(fsdp=2, expert=2, tensor=2),
@@ -113,7 +111,7 @@ def test_rematerialised(remat, times):
     q, k, v, _ = inputs()
     f = rematerialise(
         lambda q, k, v: jnp.sum(
-            jnp.sin(interface.causal_attention(q, k, v, jnp.asarray(SEGMENTS), SCALE))
+            jnp.sin(causal.causal_attention(q, k, v, jnp.asarray(SEGMENTS), SCALE))
         ),
         remat,
     )
@@ -128,7 +126,7 @@ def test_memory_is_linear_in_the_length():
         shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
         q, v = shape(1, length, 2, 8), shape(1, length, 2, 6)
         f = lambda q, k, v, dout, segments: jax.vjp(
-            lambda *a: interface.causal_attention(*a, segments, SCALE), q, k, v
+            lambda *a: causal.causal_attention(*a, segments, SCALE), q, k, v
         )[1](dout)
         segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
         return (
@@ -172,7 +170,7 @@ def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsy
         if said:
             monkeypatch.setattr(cudnn, "forward", None)  # is not asked
             q, k, v, dout = inputs(jnp.bfloat16)
-            f = lambda method: interface.causal_attention(
+            f = lambda method: causal.causal_attention(
                 q, k, v, jnp.ones((B, S), jnp.int32), SCALE, method
             )
             assert str(jax.make_jaxpr(f, static_argnums=0)("cudnn")) == str(

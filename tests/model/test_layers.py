@@ -18,8 +18,8 @@ from flax import nnx
 from deepseek_jax.config.options import ModelConfig, MoeConfig, RopeScaling
 from deepseek_jax.experts import dispatch
 from deepseek_jax.model import rope, router
-from deepseek_jax.model.attention import interface
-from deepseek_jax.model.attention.interface import MultiHeadLatentAttention
+from deepseek_jax.model.attention import causal
+from deepseek_jax.model.attention.mla import MultiHeadLatentAttention
 from deepseek_jax.model.layers import MLP, Embedding, RMSNorm
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.transformer import DecoderLayer
@@ -173,7 +173,7 @@ def test_rope_tables_and_softmax_scale(scaling):
     model = conversion.smaller(MODEL, rope_scaling=SCALINGS[scaling], qk_rope_head_dim=16)
     frequencies, scale = ref.rope_frequencies(model)
     np.testing.assert_allclose(rope.inverse_frequencies(model), frequencies, rtol=1e-14)
-    assert abs(rope.softmax_scale(model) - ref.softmax_scale(model)) < 1e-15
+    assert abs(MultiHeadLatentAttention.softmax_scale(model) - ref.softmax_scale(model)) < 1e-15
     positions = np.array([[0, 1, 2, 31, 32, 127, 4095]])
     for actual, expected in zip(
         rope.rope_tables(model, jnp.asarray(positions)), ref.rope_tables(model, positions[0])
@@ -218,7 +218,7 @@ ATTENTION = {
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name, block, monkeypatch):
     """Two sequences, one of them packed with two documents and padding."""
-    monkeypatch.setattr(interface, "QUERY_BLOCK", block)
+    monkeypatch.setattr(causal, "QUERY_BLOCK", block)
     model = ATTENTION[name]
     weights = ref.layer_weights(conversion.random_weights(model, 0), LAYER_MOE)
 
@@ -259,7 +259,7 @@ ROUTERS = {
 
 @functools.cache
 def jit_route(model):
-    return conversion.jit(functools.partial(router.route, model=model))
+    return conversion.jit(functools.partial(router.route, config=model))
 
 
 def bias_of(model, seed, shift=0.0):
@@ -418,7 +418,7 @@ def check_moe(model, mesh, capacity_factor, weights, x, bias, valid):
     # has all experts.
     devices = math.prod(MESHES[mesh].values())
     tokens = x.shape[0] // devices * x.shape[1]
-    slots = dispatch.slots_per_round(
+    slots = dispatch.expert_capacity(
         tokens, model.num_experts_per_tok, model.n_routed_experts, capacity_factor
     )
     parts = zip(np.split(chosen, devices), np.split(valid, devices))
@@ -507,10 +507,10 @@ def test_other_experts(name):
     check_moe(model, mesh, 1.25, weights, x, bias, valid)
 
 
-def test_slots_per_round():
-    assert dispatch.slots_per_round(48, 2, 8, 1.25) == 15
-    assert dispatch.slots_per_round(48, 2, 8, 0.001) == 1
-    assert dispatch.slots_per_round(48, 2, 8, 100.0) == 48  # an expert gets a token once at most
+def test_expert_capacity():
+    assert dispatch.expert_capacity(48, 2, 8, 1.25) == 15
+    assert dispatch.expert_capacity(48, 2, 8, 0.001) == 1
+    assert dispatch.expert_capacity(48, 2, 8, 100.0) == 48  # an expert gets a token once at most
 
 
 # ------------------------------------------------------------------------------------------------------ blocks and the model

@@ -34,7 +34,7 @@ def check(config: Config) -> None:
 
 def _check_grouped_query(config: Config) -> None:
     m = config.model
-    if m.num_key_value_heads is None:
+    if m.attention_kind != "grouped_query":
         without_effect(
             config,
             OF_GROUPED_QUERY,

@@ -133,7 +133,7 @@ def _check_attention(config: Config) -> None:
     m, repair = config.model, "Set config.train.attention=auto."
     if config.train.attention != "cudnn":
         return
-    if m.num_key_value_heads is not None:
+    if m.attention_kind != "mla":
         raise UserError(
             f"config.train.attention=cudnn is of multi-head latent attention in this version, and "
             f"config.model.num_key_value_heads={m.num_key_value_heads}. {repair}"

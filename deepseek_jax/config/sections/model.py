@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from deepseek_jax.config.attention_shape import AttentionShape, attention_shape
 from deepseek_jax.config.option import Alias, option, section
 from deepseek_jax.config.sections.rope import RopeScaling
 
@@ -278,23 +279,29 @@ class ModelConfig:
     )
 
     @property
+    def attention_kind(self) -> str:
+        """mla or grouped_query: which attention the options describe. Nothing else asks for it by other options."""
+        return "mla" if self.num_key_value_heads is None else "grouped_query"
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """The widths of this model's attention, and what divides them."""
+        return attention_shape(self)
+
+    @property
     def qk_head_dim(self) -> int:
         """Width of a head's query and key."""
-        if self.num_key_value_heads is None:
-            return self.qk_nope_head_dim + self.qk_rope_head_dim
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+        return self.attention_shape.qk_head_dim
 
     @property
     def value_head_dim(self) -> int:
         """Width of a head's value."""
-        return self.v_head_dim if self.num_key_value_heads is None else self.qk_head_dim
+        return self.attention_shape.value_head_dim
 
     @property
     def rotary_dim(self) -> int:
         """How much of a head's query and key is rotated."""
-        if self.num_key_value_heads is None:
-            return self.qk_rope_head_dim
-        return int(self.qk_head_dim * self.partial_rotary_factor)
+        return self.attention_shape.rotary_dim
 
     @property
     def has_experts(self) -> bool:

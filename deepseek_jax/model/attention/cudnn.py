@@ -1,8 +1,9 @@
-"""Causal attention by cuDNN's fused kernels, forward and backward, on one NVIDIA GPU. Shape letters: layers.py.
+"""Causal attention by cuDNN's fused kernels, forward and backward, on one NVIDIA GPU.
 
-JAX's public function refuses values of another width than queries and keys, which MLA has; its primitives take them (cuDNN 9.10 or
-newer, Hopper or newer GPUs). They are private: `missing` says whether they are there and work; where not,
-attention runs in blocks.
+JAX's public function refuses values of another width than queries and keys, which MLA has; its
+primitives take them (cuDNN 9.10 or newer, Hopper or newer GPUs). They are private: `missing` says
+whether they are there and work; where not, attention runs in blocks.
+Shape letters: layers.py.
 """
 
 import concurrent.futures
@@ -121,7 +122,10 @@ def backward(
 
 
 def _parts(q: jax.Array, scale: float) -> tuple[Any, list[jax.Array], dict[str, Any]]:
-    """The module, the arguments for what is not used (bias, lengths, offsets, pages), and the parameters of both primitives."""
+    """The module, the arguments for what is not used, and the parameters of both primitives.
+
+    Not used are bias, lengths, offsets and pages.
+    """
     fused = jax_private.cudnn_attention()
     options = {
         "scale": scale,
