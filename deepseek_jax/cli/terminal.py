@@ -6,7 +6,9 @@ import errno
 import io
 import os
 import sys
+from typing import Literal
 
+Output = Literal["log", "report", "result"]  # what stdout is to a command, see `set_up`
 ESCAPE = "deepseek_jax.escape"
 
 
@@ -54,7 +56,7 @@ class _Stream(io.FileIO):
 _streams: dict[str, _Stream] = {}
 
 
-def set_up(output: str = "report") -> None:
+def set_up(output: Output = "report") -> None:
     """Lets this process's stdout and stderr take any text in any encoding. Once; replaced streams (a test's)
     are left alone.
 

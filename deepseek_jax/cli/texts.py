@@ -23,12 +23,19 @@ def clean(value: Any) -> Any:
     return [clean(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def human(n: float, units: Sequence[str] = ("", "k", "M", "B", "T")) -> str:
+    """Three digits: 1234567 -> '1.23M'. `units`: of 1, 10^3, 10^6, 10^9 and 10^12."""
+    n = float(f"{n:.3g}")
+    for power in range(len(units) - 1, 0, -1):
+        if n >= 1000**power:
+            value = n / 1000**power
+            return (f"{value:.4g}" if value < 1000 else f"{value:,.0f}") + units[power]
+    return f"{n:.0f}{units[0]}"
+
+
 def gb(n: float) -> str:
-    """12345678901 -> '12.3 GB'."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= 0.9995 * size:
-            return f"{n / size:.3g} {unit}" if n < 999.5 * size else f"{n / size:,.0f} {unit}"
-    return f"{n:.0f} B"
+    """Bytes: 12345678901 -> '12.3 GB'."""
+    return human(n, (" B", " kB", " MB", " GB", " TB"))
 
 
 def plural(n: int, word: str) -> str:

@@ -21,8 +21,10 @@ from typing import Any
 
 from deepseek_jax.cluster.meeting import listen
 from deepseek_jax.cluster.signals import leave
+from deepseek_jax.errors import ExitCode
 
-LOST, HUNG = 4, 6  # exit codes: another process was lost; a step did not end in time
+LOST = ExitCode.LOST
+HUNG = ExitCode.HUNG
 MAX_LINE = 1 << 16  # bytes of a line: whoever sends more is none of us
 GRACE = 6.0  # seconds that a failed process waits to hear whether another one, lost, is the reason
 

@@ -41,9 +41,8 @@ from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.cluster.gpus import shares, visible_gpus
 from deepseek_jax.cluster.meeting import free_port
-from deepseek_jax.cluster.monitor import LOST
 from deepseek_jax.cluster.signals import SIGNALS, URGENT
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import ExitCode, UserError, stopped_by
 from deepseek_jax.launch.restarts import Restarts, first_failed
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -317,7 +316,7 @@ class Launcher:
             while self._stopped is None and (left := until - time.monotonic()) > 0:
                 self._read(left)
             if self._stopped is not None:
-                return 128 + self._stopped
+                return stopped_by(self._stopped)
 
     def _attempt(self) -> tuple[int, int | None]:
         """Starts the processes once. Returns their exit code and the place that failed first, when all have ended."""
@@ -389,7 +388,7 @@ class Launcher:
         if child.code and not self._first_failed:
             self._first_failed = child
             if not asked:
-                why = " (another was lost)" if child.code == LOST else ""
+                why = " (another was lost)" if child.code == ExitCode.LOST else ""
                 _say(
                     f"process {child.number} ended with exit code {child.code}{why}; stopping the others."
                 )
@@ -398,7 +397,8 @@ class Launcher:
             # Without one of them the others cannot save.
             self._kill_at = min(
                 self._kill_at,
-                time.monotonic() + (min(self._grace, 5.0) if child.code == LOST else self._grace),
+                time.monotonic()
+                + (min(self._grace, 5.0) if child.code == ExitCode.LOST else self._grace),
             )
 
 

@@ -53,6 +53,18 @@ class Cost(NamedTuple):
         return {name: self.part(name) / max(self.total, 1e-30) for name in names}
 
 
+class NoProfiler:
+    """Stands where no steps are to be traced."""
+
+    def due(self, done: int) -> bool:
+        return False
+
+    def turn(self, done: int, state: Any) -> str:
+        return ""
+
+    def close(self) -> None: ...
+
+
 class Profiler:
     """Traces the steps of `config.profile` and says where their time went.
 

@@ -9,8 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from deepseek_jax.cluster.monitor import HUNG
 from deepseek_jax.cluster.signals import leave
+from deepseek_jax.errors import ExitCode
 
 LEAST = 600.0  # seconds, where the time is chosen: what a slow file system, a fallen clock or a new program may take
 FACTOR = 20.0  # and so many times the median of the last steps
@@ -24,7 +24,7 @@ def end_alone(step: int, seconds: float) -> None:
         flush=True,
     )
     faulthandler.dump_traceback(all_threads=True)
-    leave(HUNG)
+    leave(ExitCode.HUNG)
 
 
 class Watchdog:
