@@ -3,7 +3,7 @@
   python -m benchmarks overhead [--shape=mid] [--rounds=3] [--steps=8] [--json]
   python -m benchmarks overhead --config=configs/tiny.py [--config.KEY=...]
 
-Runs the loop of train.py (train.loop.run) with the real step, a metrics row every step and one checkpoint in the middle, `rounds` times
+Runs the loop of train.py (run/loop.py) with the real step, a metrics row every step and one checkpoint in the middle, `rounds` times
 `steps` steps. Two things can make it slower than the bare program, and each is measured in the run itself, step by step, rather than as
 a small difference of two large times:
 
@@ -41,7 +41,10 @@ from deepseek_jax.model.count import count
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options
-from deepseek_jax.run import loop
+from deepseek_jax.run.batches import LoaderBatches
+from deepseek_jax.run.loop import Loop
+from deepseek_jax.run.progress import Progress
+from deepseek_jax.run.report import Report
 from deepseek_jax.runtime.compile_cache import use_cache
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import TrainState, init_state, make_layout
@@ -234,9 +237,15 @@ def _loop(
     with open(os.devnull, "w") as quiet:
         before, sys.stdout = sys.stdout, quiet
         try:
-            result = loop.run(
-                config, workdir, mesh, state, timed, lambda state, _: {}, loader, checkpoints, sizes
-            )
+            result = Loop(
+                config=config,
+                workdir=workdir,
+                step=timed,
+                batches=LoaderBatches(config, loader, mesh),
+                evaluate=lambda state, _: {},
+                checkpointer=checkpoints,
+                report=Report(config, workdir, first, 0, sizes),
+            ).run(state, Progress())
         finally:
             sys.stdout = before
     timed.close()

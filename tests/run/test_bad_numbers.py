@@ -16,14 +16,15 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import CheckpointConfig, EvalConfig, LogConfig, MeshConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.data.windows import Skipping, Windows
-from deepseek_jax.errors import UserError
-from deepseek_jax.model.count import Count
+from deepseek_jax.errors import BadNumbers, UserError
 from deepseek_jax.objectives import pretrain
-from deepseek_jax.run import loop
+from deepseek_jax.run.loop import Result
+from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Spikes
 from deepseek_jax.train import state
 from tests.run.test_train import ROOT, command, corpus, run  # noqa: F401  (a fixture)
 from tests.support import invariance
+from tests.support.small_loops import make_loop
 from tests.support.small_runs import TINY, Trainer, config_of, same
 
 B, S = invariance.SEQUENCES, invariance.LENGTH
@@ -134,7 +135,7 @@ def trainer():
     return Trainer(config, poisoned_loss)
 
 
-def train(t: Trainer, folder, texts, steps: int | None = None, **options) -> loop.Result:
+def train(t: Trainer, folder, texts, steps: int | None = None, **options) -> Result:
     """The loop of train.py, from the newest checkpoint in the folder if there is one."""
     config = dataclasses.replace(t.config, train=dataclasses.replace(t.config.train, **options))
     folder.mkdir(exist_ok=True)
@@ -142,28 +143,19 @@ def train(t: Trainer, folder, texts, steps: int | None = None, **options) -> loo
 
     def restore():
         if checkpoints.latest_step() is None:
-            return t.start(), loop.Progress()
+            return t.start(), Progress()
         tree, extra = checkpoints.restore(state.to_tree(t.layout.abstract_sharded()))
-        return state.from_tree(tree, t.layout.abstract), loop.Progress.of_extra(extra)
+        return state.from_tree(tree, t.layout.abstract), Progress.of_extra(extra)
 
     if steps:  # ends earlier, as by a signal
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
     with jax.set_mesh(t.mesh):
-        s, progress = restore()
+        begins = restore()
+        loop = make_loop(
+            config, str(folder), t.mesh, t.compiled, texts, checkpoints, begins, restore=restore
+        )
         try:
-            return loop.run(
-                config,
-                str(folder),
-                t.mesh,
-                s,
-                t.compiled,
-                lambda *_: {},
-                texts,
-                checkpoints,
-                Count(1, 1, 0, 1.0),
-                progress,
-                restore=restore,
-            )
+            return loop.run(*begins)
         finally:
             checkpoints.close()
 
@@ -233,12 +225,12 @@ def test_resumes_exactly_after_a_rollback(trainer, tmp_path):
 
 def test_stops_after_too_many(trainer, tmp_path):
     with pytest.raises(
-        loop.BadNumbers,
+        BadNumbers,
         match=r"up to step 6 .*It was rolled back 2 times \(config.train.max_rollbacks\)",
     ):
         train(trainer, tmp_path / "a", Texts(range(98, 10_000)))
     with pytest.raises(
-        loop.BadNumbers,
+        BadNumbers,
         match=r"^2 updates in a row .* up to step 8 .* last good checkpoint is step 4 ",
     ):
         train(trainer, tmp_path / "b", Texts(range(98, 10_000)), on_bad_steps="stop")

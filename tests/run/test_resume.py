@@ -25,12 +25,12 @@ from deepseek_jax.config.options import (
 from deepseek_jax.config.validation import validate
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.model.count import Count
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.run import loop, resume
+from deepseek_jax.run import resume
 from deepseek_jax.train import state, step
 from deepseek_jax.train.compiled_step import CompiledStep
 from tests.support import conversion
+from tests.support.small_loops import make_loop
 from tests.support.small_runs import ADAMW, TINY, Trainer, config_of, losses_of, same, trainer
 
 # Everything that a state or a schedule could forget: two sources, micro-batches, MTP whose weight changes, the bias, which stops to
@@ -118,21 +118,12 @@ def whole(tmp_path_factory):
         with jax.set_mesh(mesh):
             step = checkpoints.latest_step()
             s = fresh(layout) if step is None else resume.restore(checkpoints, layout)[0]
-            progress = resume.GoingOn(checkpoints, str(workdir), now, loader.contents).progress(
-                step
-            )
-            result = loop.run(
-                now,
-                str(workdir),
-                mesh,
-                s,
-                train_step,
-                lambda *_: {},
-                rows,
-                checkpoints,
-                Count(1, 1, 0, 1.0),
-                progress,
-            )
+            progress = resume.Continuation(
+                checkpoints, str(workdir), now, loader.contents
+            ).progress(step)
+            begins = (s, progress)
+            loop = make_loop(now, str(workdir), mesh, train_step, rows, checkpoints, begins)
+            result = loop.run(*begins)
             checkpoints.close()
         return result.state
 
