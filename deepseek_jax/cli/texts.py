@@ -40,14 +40,22 @@ def gb(n: float) -> str:
 
 def plural(n: int, word: str) -> str:
     """1, host -> '1 host'; 2, host -> '2 hosts'."""
-    return f"{n} {word}{'' if n == 1 else 'es' if word.endswith('ch') else 's'}"
+    if n == 1:
+        return f"{n} {word}"
+    return f"{n} {word}{'es' if word.endswith('ch') else 's'}"
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "", right: bool = True) -> str:
-    """Columns wide enough for their cells; the first row is the heading; all but the first column to the right, or to the left too."""
+    """Columns as wide as their cells; the first row is the heading.
+
+    Args:
+      indent: before every line.
+      right: all columns but the first stand to the right; else to the left.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cells = lambda row: [
-        c.rjust(w) if right and i else c.ljust(w)
-        for i, (c, w) in enumerate(zip(row, widths, strict=True))
-    ]
+
+    def cells(row: Sequence[str]) -> list[str]:
+        columns = enumerate(zip(row, widths, strict=True))
+        return [c.rjust(w) if right and i else c.ljust(w) for i, (c, w) in columns]
+
     return "\n".join((indent + "  ".join(cells(row))).rstrip() for row in rows)
