@@ -31,8 +31,9 @@ def train_py() -> str:
 
 
 def with_config_file(argv: Iterable[str]) -> list[str]:
-    """A command line whose --config may name a config that comes with this package: `tiny`, `configs/tiny.py`,
-    or either with `:ARG`. A file of that name here wins.
+    """A command line with --config as a file, where it names one that comes with this package.
+
+    That is `tiny` or `configs/tiny.py`, with or without `:ARG`. A file of that name here wins.
     """
     out: list[str] = []
     for argument in argv:

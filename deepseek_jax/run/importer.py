@@ -1,7 +1,8 @@
-"""A run's folder from a checkpoint: WORKDIR/hf becomes a copy of it, checked and without FP8, which train.py and generate begin with.
+"""A run's folder from a Hugging Face checkpoint: `python -m deepseek_jax.hf import`.
 
-Tensors are copied in blocks of rows, so that memory does not grow with the model. A checkpoint in our own format would be float32, twice or
-four times the bytes; each process reads its shards from this one as quickly.
+WORKDIR/hf becomes a copy of it, checked and without FP8, which train.py and generate begin with. Tensors are copied
+in blocks of rows, so that memory does not grow with the model. A checkpoint in our own format would be float32, twice
+or four times the bytes; each process reads its shards from this one as quickly.
 """
 
 import os
@@ -28,7 +29,8 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
       The bytes written and the family.
 
     Raises:
-      UserError: the checkpoint cannot be read or does not fit its config.json, or the folder holds a run already.
+      UserError: the checkpoint cannot be read or does not fit its config.json, or the folder holds a run
+        already.
     """
     folder = os.path.join(workdir, provenance.FOLDER)
     temporary = paths.scratch(folder)
@@ -37,7 +39,7 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
     if runs or os.path.exists(folder) or os.path.exists(os.path.join(workdir, "config.json")):
         raise UserError(f"{workdir} holds a run already. Name a new folder.")
     source, model, family = reader.open_source(source_folder)
-    wanted = tensors_of(source, model, family)
+    tensors = tensors_of(source, model, family)
     new = not os.path.exists(workdir)
     run, _ = config_for(model, None)
     workdirs.prepare(workdir, run)
@@ -47,7 +49,9 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
         provenance.write_notes(source, model, family, temporary)
         _write_config(source, model, temporary)
         writer.copy_tensors(
-            source, exporter.lay_out(temporary, wanted, exporter.FILE_BYTES, writer=True), temporary
+            source,
+            exporter.lay_out(temporary, tensors, exporter.FILE_BYTES, writer=True),
+            temporary,
         )
         os.rename(temporary, folder)
         tokenizer = tokenizer_folder.find(os.path.abspath(folder))
@@ -58,39 +62,44 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
         workdirs.write_config(workdir, Config(model=model, train=train, data=data))
     except OSError as e:
         raise UserError(
-            f"{workdir} cannot be written ({e.strerror or e}). Name a folder that you may write to, with room for the model."
+            f"{workdir} cannot be written ({e.strerror or e}). Name a folder that you may write to, with "
+            f"room for the model."
         ) from e
     finally:
         source.close()
         shutil.rmtree(temporary, ignore_errors=True)
         if new and not os.listdir(workdir):
             os.rmdir(workdir)
-    return sum(what.nbytes for what in wanted.values()), family
+    return sum(what.nbytes for what in tensors.values()), family
 
 
 def tensors_of(source: Source, model: ModelConfig, family: str) -> dict[str, Shape]:
     """{name: shape and dtype} of what a model needs, in the order of a checkpoint; FP8 becomes bfloat16.
 
     Raises:
-      UserError: as reading.check.
+      UserError: as reader.check.
     """
     run, _ = config_for(model, None)
     _, params, bias = abstract_model(run)
     leaves = [*names.leaves(params, family, model), *names.leaves(bias, family, model)]
     reader.check(source, model, family, leaves)
-    held = {
+    shapes = {
         name: shape
         for leaf in leaves
         for name, shape in names.tensors(leaf, source.tensors).items()
     }
-    of = lambda name: (
-        np.dtype("bfloat16") if source.stored_dtype(name) == FP8 else source.stored_dtype(name)
-    )
-    return {name: Shape(held[name], of(name)) for name in sorted(held, key=exporter.order)}
+
+    def dtype_of(name: str) -> np.dtype:
+        stored = source.stored_dtype(name)
+        return np.dtype("bfloat16") if stored == FP8 else stored
+
+    return {
+        name: Shape(shapes[name], dtype_of(name)) for name in sorted(shapes, key=exporter.order)
+    }
 
 
 def _write_config(source: Source, model: ModelConfig, folder: str) -> None:
-    """The config.json of the copy: without quantisation, and without multi-token prediction layers that are not there."""
+    """The config.json of the copy, without quantisation and without MTP layers that the checkpoint lacks."""
     config = dict(source.config)
     if config.pop("quantization_config", None):
         config["torch_dtype"] = config["dtype"] = "bfloat16"

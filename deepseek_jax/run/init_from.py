@@ -1,7 +1,7 @@
-"""The beginning of a run from a Hugging Face checkpoint: its model's options, its weights, and what a later export needs of it.
+"""A run that begins with a Hugging Face checkpoint: its model's options, its weights, and what an export needs.
 
-WORKDIR/hf/ holds the checkpoint's config.json, tokenizer and chat template, and `source.json`: the options of its model, its family and
-the dtypes of its tensors. In a workdir that `import` made it holds the weights too.
+WORKDIR/hf/ holds the checkpoint's config.json, tokenizer and chat template, and `source.json`: the options of its
+model, its family and the dtypes of its tensors. In a workdir that `import` made it holds the weights too.
 """
 
 import dataclasses
@@ -28,8 +28,9 @@ OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")  # which this version does 
 
 
 def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
-    """The options with what a run in the workdir, an import into it or `config.init_from` say of weights,
-    model and tokenizer.
+    """The options, completed by the run in the workdir, an import into it or `config.init_from`.
+
+    These set weights, model and tokenizer. Without a workdir only `config.init_from` is looked at.
 
     Raises:
       UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no tokenizer.json.
@@ -41,8 +42,7 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
         and not has_weights(workdir)
         and read_notes(workdir) is not None
     ):
-        # The run began with a checkpoint. Without this a start before the first checkpoint of its own would
-        # draw random weights.
+        # The run began with a checkpoint: a start before the first of its own must not draw random weights.
         config = dataclasses.replace(config, init_from=str(before.get("init_from") or ""))
     config = with_model_of_source(config, workdir, argv)
     if config.data.tokenizer == "auto":
@@ -78,10 +78,10 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
 
 
 def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
-    """The options with the model of `config.init_from`, or of the checkpoint that was imported into the workdir.
+    """The options with the model of `config.init_from`, or of what was imported into the workdir.
 
-    Options of the model on the command line act where they change no shape, and must agree elsewhere. What a config file says of the
-    model does not count.
+    What a config file says of the model does not count. Options of the model on the command line act if they
+    change no shape, and must agree with the checkpoint otherwise.
 
     Raises:
       UserError: the checkpoint cannot be read, or an option on the command line differs from it.
@@ -90,12 +90,11 @@ def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str
         config = dataclasses.replace(config, init_from=os.path.join(workdir, FOLDER))
     notes = read_notes(workdir) if workdir else None
     if config.init_from and (notes is None or os.path.isdir(os.path.expanduser(config.init_from))):
-        where, model = (
-            f"config.init_from={config.init_from}",
-            reader.open_source(config.init_from)[1],
-        )
+        where = f"config.init_from={config.init_from}"
+        model = reader.open_source(config.init_from)[1]
     elif notes is not None:
-        where, model = f"{workdir}/{FOLDER}", notes.model
+        where = f"{workdir}/{FOLDER}"
+        model = notes.model
     else:
         return config
     given = [m[1] for m in (re.match(r"--?config\.model\.([\w.]+)=", a) for a in argv) if m]
@@ -104,7 +103,8 @@ def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str
         ours, theirs = getattr(config.model, first), getattr(model, first)
         if first not in FREE_MODEL_OPTIONS and ours != theirs:
             raise UserError(
-                f"config.model.{option}={ours} differs from {theirs} of {where}. Leave it out: that checkpoint sets config.model."
+                f"config.model.{option}={ours} differs from {theirs} of {where}. Leave it out: that "
+                f"checkpoint sets config.model."
             )
         if isinstance(theirs, RopeScaling):
             ours = dataclasses.replace(theirs, **{second: getattr(ours, second)})
@@ -113,7 +113,9 @@ def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str
 
 
 def open_for_training(config: Config, workdir: str) -> Source | None:
-    """The checkpoint of `config.init_from` with all names and shapes checked; None where the run has begun and it is gone.
+    """The checkpoint of `config.init_from`, all names and shapes checked.
+
+    None where it is gone and the run has begun, so that it may not be needed.
 
     Raises:
       UserError: it cannot be read or does not fit, or its notes would replace a folder that is somebody
@@ -148,8 +150,8 @@ def initial_state(
     """
     if source is None:
         raise UserError(
-            f"config.init_from={config.init_from} is not there, and {workdir} holds no checkpoint to go on from. Name the folder of the "
-            f"Hugging Face checkpoint."
+            f"config.init_from={config.init_from} is not there, and {workdir} holds no checkpoint to go "
+            f"on from. Name the folder of the Hugging Face checkpoint."
         )
     _, model, family = reader.open_source(config.init_from)
     params, bias = reader.state_of(source, config, family, layout)

@@ -1,36 +1,23 @@
-"""The metrics of a run: one table of their names, units and meanings, and the rows that are made by it.
+"""The metrics of a run: one table of names, units and meanings, and the rows that are made by it.
 
-metrics.jsonl, TensorBoard, the terminal, the tests and reports read `METRICS`; no name of a metric is known elsewhere.
+metrics.jsonl, TensorBoard, the terminal, the tests and reports read `METRICS`.
 """
 
 import dataclasses
-import math
-import resource
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.count import Count
-from deepseek_jax.model.moe import Load
+from deepseek_jax.run.figures import device_peak, memory_gb, routing, short
 from deepseek_jax.train.step import StepMetrics
 
-# Dense bfloat16 and float16 peak of one device in TFLOP/s, from the vendors' data sheets; the first name
-# found in device_kind wins.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-}
 
-
-class Measured(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Measured:
     """What the row of a step is made from."""
 
     step: int  # finished steps
@@ -38,9 +25,12 @@ class Measured(NamedTuple):
     step_time: float  # seconds per step since the last row
     tokens_per_sec: float
     tokens_seen: int
-    routing: dict[str, Any]  # `routing` of the step
     config: Config
     count: Count
+
+    @functools.cached_property
+    def routing(self) -> dict[str, Any]:
+        return routing(self.metrics.load, self.config.moe.drop)
 
     @property
     def tflops_per_device(self) -> float:
@@ -54,13 +44,14 @@ class Metric:
     Attributes:
       unit: of the number; "" where it has none.
       over_steps: how one number stands for the rows of several steps.
-      over_processes: "same" where the number is that of the whole step in every process; "first" where it is
-        process 0's own, as its clock.
+      over_processes: "same" where every process has the number of the whole step; "first" where it
+        is process 0's own, as its clock.
       row: the kind of row that has it.
       present: when, in words; "" in every row of its kind.
       contract: tools outside this repository rely on it.
       terminal: how the terminal shows it, as a format of the number; "" not at all.
-      of: makes the number of a step's row, None where it is absent. Rows of other kinds bring their numbers.
+      of: makes the number of a step's row, None where it is absent. Rows of other kinds bring their
+        numbers.
     """
 
     name: str
@@ -298,27 +289,6 @@ _TABLE = (
 METRICS: Mapping[str, Metric] = {m.name: m for m in _TABLE}
 
 
-def device_peak(config: Config) -> float | None:
-    """Peak TFLOP/s of one device: config.log.peak_tflops, or known from its name, or None."""
-    if config.log.peak_tflops:
-        return config.log.peak_tflops
-    if config.train.dtype not in ("bfloat16", "float16"):
-        return None
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in kind), None)
-
-
-def memory_gb() -> float:
-    """Peak GB: of the fullest local device, or of this process where devices do not say (CPU)."""
-    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()]
-    return (max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
-
-
-def short(x: Any) -> float:
-    """A float32 as the float of its shortest text: equal text, equal number."""
-    return float(str(np.float32(x)))
-
-
 def row(measured: Measured) -> dict[str, Any]:
     """The row of metrics.jsonl of a step."""
     made = {name: metric.of(measured) for name, metric in METRICS.items() if metric.of}
@@ -329,36 +299,3 @@ def terminal_text(values: Mapping[str, Any]) -> str:
     """What the terminal shows of a step's row."""
     shown = [m for m in METRICS.values() if m.terminal and m.name in values]
     return "  ".join(m.terminal.format(values[m.name]) for m in shown)
-
-
-def routing(load: Load, drop: bool) -> dict[str, Any]:
-    """The figures of a row that say where tokens went; METRICS says what each means.
-
-    Args:
-      load: leaves [L, ...], L = 0 without MoE layers.
-      drop: `config.moe.drop`.
-    """
-    load = jax.tree.map(lambda a: np.asarray(a, np.int64), load)
-    out = {
-        "max_violation": 0.0,
-        "routing_entropy": 0.0,
-        "dispatch_rounds": 0,
-        "left_device_share": 0.0,
-        "device_imbalance": 0.0,
-        "received_by_device": load.received.sum(axis=0).tolist(),
-        "dropped_tokens": int(load.dropped_counts.sum()),
-    }
-    if load.expert_counts.any():
-        share = load.expert_counts / np.maximum(load.expert_counts.sum(axis=1, keepdims=True), 1)
-        experts = share.shape[1]
-        nats = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1)
-        entropy = nats / math.log(max(experts, 2))
-        received = load.received / np.maximum(load.received.mean(axis=1, keepdims=True), 1e-30)
-        out["max_violation"] = round(float((share.max(axis=1) * experts - 1).max()), 6)
-        out["routing_entropy"] = round(float(entropy.mean()), 6)
-        out["dispatch_rounds"] = int(load.rounds.max())
-        out["left_device_share"] = round(float(load.left.sum() / max(load.received.sum(), 1)), 6)
-        out["device_imbalance"] = round(float(received.max() - 1), 6)
-    if drop:
-        out["dropped_by_device"] = load.dropped_from.tolist()
-    return out

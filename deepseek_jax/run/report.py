@@ -14,6 +14,7 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.data.windows import Window
 from deepseek_jax.model.count import Count
 from deepseek_jax.run import metrics
+from deepseek_jax.run.figures import short
 from deepseek_jax.run.trackers import Trackers
 from deepseek_jax.train.step import StepMetrics
 
@@ -183,7 +184,6 @@ class Report:
                 step_time=seconds,
                 tokens_per_sec=tokens_per_sec,
                 tokens_seen=self.tokens_seen,
-                routing=metrics.routing(m.load, self._config.moe.drop),
                 config=self._config,
                 count=self._count,
             )
@@ -205,7 +205,7 @@ class Report:
         self._trackers.write(
             {
                 "step": step,
-                "spike_loss": metrics.short(m.losses.loss),
+                "spike_loss": short(m.losses.loss),
                 "median_loss": median,
                 "deviations": round(above, 2),
                 "rows": [list(w) for w in rows],
