@@ -1,15 +1,16 @@
 """Train a DeepSeek-family mixture-of-experts language model.
 
   python train.py --config=configs/tiny.py --workdir=runs/tiny
-  python train.py --config=configs/v3.py --workdir=DIR --config.mesh.expert=8 --config.optimizer.learning_rate=1e-4
+  python train.py --config=configs/v3.py --workdir=DIR --config.mesh.expert=8
 
-The config is a Python file; any option can be overridden as --config.section.key=value (all options, with their
-units, are in deepseek_jax/config/options.py; --config=FILE.py --print_config shows them resolved). The same command
-run again resumes from the newest checkpoint in the workdir. Several processes: python -m deepseek_jax.launch
---nproc_per_node=2 train.py ... starts them; under SLURM, Open MPI, Kubernetes and torchrun they find each other;
-elsewhere run the same command on each host with --coordinator_address, --num_processes and --process_id.
+The config is a Python file; any option can be overridden as --config.section.key=value. --help lists
+them all, --print_config shows them resolved. The same command run again resumes from the newest
+checkpoint in the workdir. Several processes: python -m deepseek_jax.launch --nproc_per_node=2
+train.py ... starts them; under SLURM, Open MPI, Kubernetes and torchrun they find each other;
+elsewhere run the same command on each host with --coordinator_address, --num_processes and
+--process_id. The exit codes are at the end of --help.
 
-From Python: deepseek_jax.run.train(config, workdir). The exit codes stand at the end of --help.
+From Python: deepseek_jax.run.train(config, workdir) goes through the same stages.
 """
 
 from deepseek_jax.cli import terminal
@@ -36,9 +37,9 @@ from deepseek_jax.train.step import make_train_step
 
 def main(argv: list[str], stopper: Stopper | None = None) -> int:
     """Trains as the command line says, and returns the exit code."""
-    # ---- 1 Options -----------------------------------------------------------------------------------------
-    # A config file and overrides of its options. A mistake is one line and exit code 2, before anything is
-    # compiled; of several processes, which are found but not joined yet, it is said once.
+    # ---- 1 Options ------------------------------------------------------------------------------
+    # A config file and overrides of its options. A mistake is one line and exit code 2, before
+    # anything is compiled; several processes, which are found here but not joined, say it once.
     processes = commandline.find_cluster(argv)
     with ending_together(processes):
         flags = commandline.parse(argv)
@@ -54,39 +55,40 @@ def main(argv: list[str], stopper: Stopper | None = None) -> int:
                 "--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny."
             )
 
-        # ---- 2 Processes -----------------------------------------------------------------------------------
-        # They compare their options, divide the GPUs and start JAX together. From here on they watch each
-        # other, and a signal to one of them stops all after the same step (cluster/).
+        # ---- 2 Processes ------------------------------------------------------------------------
+        # They compare their options, divide the GPUs and start JAX together. From here on they
+        # watch each other, and a signal to one of them stops all after the same step (cluster/).
         gpus.take_memory(processes.together)
         options = commandline.options(config, flags)
         processes.join(options, config.watchdog.heartbeat_timeout, stopper or Stopper())
 
         with Job(config, flags.workdir, processes, stopper) as job:
-            # ---- 3 Mesh and data ---------------------------------------------------------------------------
-            # The devices as a grid with named axes (parallel/mesh.py), and documents packed into sequences, in
-            # an order that is a pure function of the seed (data/loader.py). The workdir is locked and checked.
-            mesh, data = job.open()
+            # ---- 3 Mesh and data ----------------------------------------------------------------
+            # The devices, as a grid with named axes (parallel/mesh.py); documents packed into
+            # sequences, in an order that is a pure function of the seed (data/loader.py). What can
+            # be wrong with options, workdir or data is found here.
+            mesh, _ = job.open()
 
-            # ---- 4 What is learnt --------------------------------------------------------------------------
-            # The objective: which loss of the model's output is minimised, here cross-entropy of the next
-            # tokens, multi-token prediction and the balance of experts (objectives/).
+            # ---- 4 What is learnt ---------------------------------------------------------------
+            # The objective: the loss of the model's output that is minimised. Pretraining: the
+            # cross-entropy of next tokens, multi-token prediction, expert balance (objectives/).
             token_loss = pretrain.next_token_loss
 
-            # ---- 5 Model and state -------------------------------------------------------------------------
-            # The model (model/transformer.py), its parameters and the optimizer's moments, as shapes laid out
-            # over the mesh: nothing is allocated. The numbers come from the first of these that there is:
-            # the newest good checkpoint of this run, config.init_from, a checkpoint that was imported into the
-            # workdir, random numbers (run/start.py).
+            # ---- 5 Model and state --------------------------------------------------------------
+            # The model's parameters (model/transformer.py) and the optimizer's moments, as shapes
+            # laid out over the mesh; nothing is allocated yet. Their numbers come from the first
+            # of these that there is: the newest good checkpoint of this run, config.init_from, a
+            # checkpoint imported into the workdir, random numbers (run/start.py).
             model = make_layout(config, mesh)
             start = job.find_start(model)
 
-            # ---- 6 Step ------------------------------------------------------------------------------------
-            # One compiled program, (state, batch) -> (state, metrics): the forward pass, the loss, its
-            # gradients summed over micro-batches and clipped, the optimizer's update of the parameters, and
-            # the bias that balances the experts (train/step.py). It compiles while the state is read.
+            # ---- 6 Step -------------------------------------------------------------------------
+            # One program, (state, batch) -> (state, metrics): forward pass, loss, its gradients
+            # summed over micro-batches and clipped, the optimizer's update of the parameters, the
+            # bias that balances experts (train/step.py). It compiles while the state is read.
             step = job.compile(make_train_step(config, model, token_loss), start)
 
-            # ---- 7 Loop ------------------------------------------------------------------------------------
+            # ---- 7 Loop -------------------------------------------------------------------------
             # Batches in, metrics out; evaluation, checkpoints, signals, bad numbers (run/loop.py).
             result = job.loop(step, start)
     return result.exit_code

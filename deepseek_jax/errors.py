@@ -21,7 +21,7 @@ class ExitCode(enum.IntEnum):
     ERROR = 1, "an error"
     MISTAKE = (
         2,
-        "a mistake in the options, the data or the workdir, said before anything is compiled",
+        "a mistake in options, data or workdir, said before anything is compiled",
     )
     BAD_NUMBERS = 3, "too many non-finite updates in a row"
     LOST = 4, "another process was lost"
@@ -51,7 +51,8 @@ class Failure(Exception):
     """An error that one line explains. Commands print it without a traceback and exit with `code`.
 
     Attributes:
-      everywhere: every process of a run raises it after the same step, so process 0 alone prints it.
+      everywhere: every process of a run raises it after the same step, so process 0 alone prints
+      it.
     """
 
     code = ExitCode.ERROR
@@ -65,7 +66,11 @@ class UserError(Failure):
 
 
 class BadNumbers(Failure):
-    """Too many updates in a row were skipped for a non-finite loss or gradient, the last of them in `step`."""
+    """Too many updates in a row were skipped for a non-finite loss or gradient.
+
+    Attributes:
+      step: the last of them.
+    """
 
     code = ExitCode.BAD_NUMBERS
     everywhere = True
@@ -83,7 +88,7 @@ class SaveFailed(Failure):
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line: an OSError in the system's words, others as their kind and how their text begins."""
+    """An error as one line: an OSError in the system's words, others by kind and first words."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -4,7 +4,8 @@
   python -m deepseek_jax.generate --model=PATH --chat                 a conversation; Ctrl-D ends it
   python -m deepseek_jax.generate --model=PATH --prompts=FILE         many; JSONL to stdout or --output
 
-PATH is a folder with config.json and safetensors, a WORKDIR of train.py, or one of `python -m deepseek_jax.hf import`.
+PATH is a folder with config.json and safetensors, a WORKDIR of train.py, or one of `python -m
+deepseek_jax.hf import`.
 """
 
 import argparse
@@ -123,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="multi-token prediction layers draft N tokens a step; the text stays the same (default: 0, off)",
+        help="multi-token prediction layers draft N tokens per step; the text stays the same (default: 0)",
     )
     p.add_argument(
         "--mesh",
@@ -160,8 +161,8 @@ def run(args: argparse.Namespace) -> int:
     longest, depth = model.model.max_position_embeddings, model.model.num_nextn_predict_layers
     if args.draft_tokens and not depth:
         raise UserError(
-            f"--draft-tokens={args.draft_tokens} needs multi-token prediction layers, and {args.model} has none "
-            f"(num_nextn_predict_layers=0). Leave --draft-tokens out."
+            f"--draft-tokens={args.draft_tokens} needs multi-token prediction layers, and {args.model} has "
+            f"none (num_nextn_predict_layers=0). Leave --draft-tokens out."
         )
     if prompts is None and not args.chat:
         prompts = [{"prompt": args.prompt}]
@@ -211,8 +212,8 @@ def check(args: argparse.Namespace) -> None:
     """Raises UserError for options that do not fit each other or are out of range."""
     if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1 or args.max_tokens < 1:
         raise UserError(
-            f"--temperature={args.temperature} must be 0 or more and finite, --top-p={args.top_p} above 0 and at most 1, "
-            f"--max-tokens={args.max_tokens} at least 1."
+            f"--temperature={args.temperature} must be 0 or more and finite, --top-p={args.top_p} above 0 "
+            f"and at most 1, --max-tokens={args.max_tokens} at least 1."
         )
     if (
         args.top_k < 0
@@ -221,8 +222,8 @@ def check(args: argparse.Namespace) -> None:
         or not 0 <= args.seed < 2**32
     ):
         raise UserError(
-            f"--top-k={args.top_k} must be 0 or more, --batch-size={args.batch_size} at least 1, --draft-tokens={args.draft_tokens} "
-            f"from 0 to 16, --seed={args.seed} from 0 to {2**32 - 1}."
+            f"--top-k={args.top_k} must be 0 or more, --batch-size={args.batch_size} at least 1, "
+            f"--draft-tokens={args.draft_tokens} from 0 to 16, --seed={args.seed} from 0 to {2**32 - 1}."
         )
     if "" in args.stop:
         raise UserError(
@@ -245,7 +246,16 @@ def answers(
     args: argparse.Namespace,
     first: int,
 ) -> Iterator[tuple[int, str, Stream]]:
-    """(number of the prompt in `ids`, text to show, its Stream) as tokens come; at the end of each answer once more, with `done` set."""
+    """Answers to prompts, as their tokens come.
+
+    Args:
+      ids: the prompts.
+      first: number of the first of them in the file, for the seed.
+
+    Yields:
+      (number of the prompt in `ids`, text to show, its Stream); at the end of each answer once
+      more.
+    """
     streams = [Stream(encoder, args.stop, prompt) for prompt in ids]
     options = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     stopped: set[int] = set()
@@ -270,11 +280,12 @@ def show(
     engine: Engine, encoder: Encoder, ids: Sequence[int], args: argparse.Namespace, index: int
 ) -> str:
     """Prints an answer as it comes; returns it."""
-    stream = None
+    answer = ""
     for _, text, stream in answers(engine, encoder, [ids], args, index):
         print(text, end="", flush=True)
+        answer = stream.text
     print()
-    return stream.text
+    return answer
 
 
 def chat(

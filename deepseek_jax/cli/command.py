@@ -11,12 +11,13 @@ from deepseek_jax.runtime import environment
 def exit_code(name: str, main: Callable[[], int], output: terminal.Output = "report") -> int:
     """Runs a command and returns what it exits with (errors.ExitCode).
 
-    That is what `main` returns; the code of the `Failure` that it raised, after one line on stderr; or ERROR
-    where stdout cannot be written. Other exceptions pass.
+    That is what `main` returns; the code of the `Failure` that it raised, after one line on stderr;
+    or ERROR where stdout cannot be written. Other exceptions pass.
 
     Args:
       name: of the command, the beginning of every line on stderr.
-      output: what stdout is to the command, as `terminal.set_up` has it. Of a "log" any OSError is one line.
+      output: what stdout is to the command, as `terminal.set_up` has it. Of a "log" any OSError is
+      one line.
     """
     terminal.set_up(output)
     try:

@@ -21,7 +21,9 @@ PATIENCE = 1.0  # seconds of silence before a bar appears
 
 
 class Bar:
-    """Progress of a piece of work, on stderr, as a context manager. Work of less than a second shows none.
+    """Progress of a piece of work, on stderr, as a context manager.
+
+    Nothing is shown of work that takes less than a second.
 
     Args:
       title: what is being done.

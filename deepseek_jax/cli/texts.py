@@ -5,8 +5,10 @@ from typing import Any
 
 
 def clean_text(text: str) -> str:
-    """The text with lone surrogates, which JSON and a command line can spell but UTF-8 cannot, replaced by
-    U+FFFD."""
+    """The text with U+FFFD in place of lone surrogates.
+
+    JSON and a command line can spell these, UTF-8 cannot.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

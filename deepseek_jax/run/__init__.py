@@ -3,8 +3,8 @@
     from deepseek_jax import run
     result = run.train(config, "runs/first")     # what train.py does, from Python; raises errors.Failure
 
-What enters is a Config and a folder; what leaves are checkpoints, metrics.jsonl and a `Result`. Read job.py
-first, then start.py (where the state comes from) and loop.py.
+What enters is a Config and a folder; what leaves are checkpoints, metrics.jsonl and a `Result`.
+Read job.py first, then start.py (where the state comes from) and loop.py.
 """
 
 import importlib

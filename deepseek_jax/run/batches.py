@@ -1,7 +1,7 @@
 """The batches of a run's steps.
 
-The loop asks for the batch of a step, by its number, and so does whoever makes data while the run goes on:
-anything with `begin`, `batch`, `rows` and `close` can stand in the loader's place.
+The loop asks for the batch of a step, by its number, and so does whoever makes data while the run
+goes on: anything with `begin`, `batch`, `rows` and `close` can stand in the loader's place.
 """
 
 from typing import Protocol
@@ -25,8 +25,10 @@ class Batches(Protocol):
         """What steps read follows `progress` from here on: at the start of a run, and after a rollback."""
 
     def batch(self, step: int) -> Batch:
-        """The batch of the step after `step` finished ones, over the mesh: a pure function of `step` and of
-        what `begin` was told."""
+        """The batch of the step after `step` finished ones, laid out over the mesh.
+
+        A pure function of `step` and of what `begin` was told.
+        """
 
     def rows(self, step: int) -> list[Window]:
         """The ranges of the data order that it is made of, for messages and logs."""
@@ -35,7 +37,7 @@ class Batches(Protocol):
 
 
 class LoaderBatches:
-    """Batches of rows that a loader reads in the order of the run, ahead of the steps that ask for them.
+    """Batches of rows that a loader reads in the order of the run, ahead of the steps.
 
     Args:
       config: of the run; nothing is read for steps beyond its last.

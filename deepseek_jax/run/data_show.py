@@ -87,5 +87,6 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
                 cut = characters and len(span.text) > characters
                 text = span.text[:characters] + " ..." if cut else span.text
                 print(
-                    f"row {index}: {span.source}, document {span.document}, {span.tokens} tokens from {span.first_token}\n{text}\n"
+                    f"row {index}: {span.source}, document {span.document}, "
+                    f"{span.tokens} tokens from {span.first_token}\n{text}\n"
                 )

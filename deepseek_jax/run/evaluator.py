@@ -15,7 +15,7 @@ from deepseek_jax.train.step import put_batch
 
 
 class Evaluator:
-    """Cross-entropy on held-out text: nats per token, and bits per byte where the tokenizer knows its bytes.
+    """Cross-entropy on held-out text: nats per token, bits per byte where a token's bytes are known.
 
     Args:
       loader: has the held-out rows.

@@ -10,8 +10,8 @@ import numpy as np
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.moe import Load
 
-# Dense bfloat16 and float16 peak of one device in TFLOP/s, from the vendors' data sheets; the first name
-# found in device_kind wins.
+# Dense bfloat16 and float16 peak of one device in TFLOP/s, from the vendors' data sheets; the first
+# name found in device_kind wins.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,

@@ -1,8 +1,9 @@
 """A run's folder from a Hugging Face checkpoint: `python -m deepseek_jax.hf import`.
 
-WORKDIR/hf becomes a copy of it, checked and without FP8, which train.py and generate begin with. Tensors are copied
-in blocks of rows, so that memory does not grow with the model. A checkpoint in our own format would be float32, twice
-or four times the bytes; each process reads its shards from this one as quickly.
+WORKDIR/hf becomes a copy of it, checked and without FP8, which train.py and generate begin with.
+Tensors are copied in blocks of rows, so that memory does not grow with the model. A checkpoint in
+our own format would be float32, twice or four times the bytes; each process reads its shards from
+this one as quickly.
 """
 
 import os
@@ -29,8 +30,8 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
       The bytes written and the family.
 
     Raises:
-      UserError: the checkpoint cannot be read or does not fit its config.json, or the folder holds a run
-        already.
+      UserError: the checkpoint cannot be read or does not fit its config.json, or the folder holds
+        a run already.
     """
     folder = os.path.join(workdir, provenance.FOLDER)
     temporary = paths.scratch(folder)
@@ -74,7 +75,7 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
 
 
 def tensors_of(source: Source, model: ModelConfig, family: str) -> dict[str, Shape]:
-    """{name: shape and dtype} of what a model needs, in the order of a checkpoint; FP8 becomes bfloat16.
+    """{name: shape and dtype} of what a model needs, in a checkpoint's order; FP8 becomes bfloat16.
 
     Raises:
       UserError: as reader.check.

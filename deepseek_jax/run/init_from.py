@@ -1,7 +1,8 @@
-"""A run that begins with a Hugging Face checkpoint: its model's options, its weights, and what an export needs.
+"""A run that begins with a Hugging Face checkpoint: options, weights, and what an export needs.
 
-WORKDIR/hf/ holds the checkpoint's config.json, tokenizer and chat template, and `source.json`: the options of its
-model, its family and the dtypes of its tensors. In a workdir that `import` made it holds the weights too.
+WORKDIR/hf/ holds the checkpoint's config.json, tokenizer and chat template, and `source.json`: the
+options of its model, its family and the dtypes of its tensors. In a workdir that `import` made it
+holds the weights too.
 """
 
 import dataclasses
@@ -33,7 +34,8 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
     These set weights, model and tokenizer. Without a workdir only `config.init_from` is looked at.
 
     Raises:
-      UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no tokenizer.json.
+      UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no
+      tokenizer.json.
     """
     before = workdirs.options(workdir) if workdir else {}
     if (
@@ -42,7 +44,8 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
         and not has_weights(workdir)
         and read_notes(workdir) is not None
     ):
-        # The run began with a checkpoint: a start before the first of its own must not draw random weights.
+        # The run began with a checkpoint: a start before the first of its own must not draw random
+        # weights.
         config = dataclasses.replace(config, init_from=str(before.get("init_from") or ""))
     config = with_model_of_source(config, workdir, argv)
     if config.data.tokenizer == "auto":
@@ -80,8 +83,8 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
 def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
     """The options with the model of `config.init_from`, or of what was imported into the workdir.
 
-    What a config file says of the model does not count. Options of the model on the command line act if they
-    change no shape, and must agree with the checkpoint otherwise.
+    What a config file says of the model does not count. Options of the model on the command line
+    act if they change no shape, and must agree with the checkpoint otherwise.
 
     Raises:
       UserError: the checkpoint cannot be read, or an option on the command line differs from it.
@@ -118,8 +121,8 @@ def open_for_training(config: Config, workdir: str) -> Source | None:
     None where it is gone and the run has begun, so that it may not be needed.
 
     Raises:
-      UserError: it cannot be read or does not fit, or its notes would replace a folder that is somebody
-        else's.
+      UserError: it cannot be read or does not fit, or its notes would replace a folder that is
+        somebody else's.
     """
     folder = os.path.join(workdir, FOLDER)
     if os.path.lexists(folder) and not has_weights(workdir) and read_notes(workdir) is None:

@@ -1,7 +1,7 @@
 """A run, stage by stage.
 
-train.py goes through the stages where one can read it, after the command line and the processes; `train` does
-for callers from Python: a notebook, a test, another launcher.
+train.py goes through the stages where a reader begins, after the command line and the processes.
+`train` does so for callers from Python: a notebook, a test, another launcher.
 """
 
 import contextlib
@@ -57,15 +57,15 @@ def train(
 ) -> Result:
     """Trains, or goes on with the run in a folder. The same as train.py, without its command line.
 
-    It may be called from any thread, and again in the same process. It reads no arguments of the program and
-    takes over no signals. Where jax.distributed has joined processes, all of them call it.
+    It may be called from any thread, and again in the same process. It reads no arguments of the
+    program and takes over no signals. All processes that jax.distributed has joined call it.
 
     Args:
       config: the options, as `configs/tiny.py` makes them.
       workdir: the folder of the run.
       processes: that take part; without, those that JAX knows of.
-      stopper: says after which step to stop early; in the main thread `Stopper().install()` listens to
-        signals. Several processes must stop after the same step.
+      stopper: says after which step to stop early; in the main thread `Stopper().install()` listens
+        to signals. Several processes must stop after the same step.
 
     Returns:
       How the run ended. Its `state` stays on the devices as long as the result is kept.
@@ -107,7 +107,8 @@ def ending_together(processes: Processes) -> Iterator[None]:
 class Job:
     """The stages of a run, to be gone through in order: open, find_start, compile, loop.
 
-    A context manager: leaving it waits for checkpoints that are being written and gives up the workdir.
+    A context manager: leaving it waits for checkpoints that are being written and gives up the
+    workdir.
 
     Args:
       config: the options, validated.
@@ -259,8 +260,8 @@ class Job:
             progress.run,
             progress.history.to_json(),
         )
-        # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some processes
-        # longer to compile: all wait here instead.
+        # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some
+        # processes longer to compile: all wait here instead.
         step.program(state, abstract_batch(config, self._mesh, done))
         self._processes.agree("command", {"steps done": done})
         result = self._make_loop(step, start, progress, done).run(state, progress)

@@ -49,12 +49,15 @@ def _place(folder: str) -> str:
 
 @contextlib.contextmanager
 def locked(workdir: str, wait: float = 5.0, option: str = "--workdir") -> Iterator[None]:
-    """Keeps a second run out of the folder, which must exist. Process 0 takes the lock; readers need none.
+    """Keeps a second run out of the folder, which must exist.
 
-    The lock is flock's on WORKDIR/lock: the kernel releases it when this process ends, killed or not. What the
-    file says is for people. On NFS since Linux 2.6.12 it holds between hosts. On mounts where it is of one host
-    only (Lustre's `localflock`, NFS's `local_lock`), and on other remote file systems, a run on another host is
-    not noticed. Where there is no flock at all nothing is locked.
+    Process 0 of a run takes the lock; readers need none.
+
+    The lock is flock's on WORKDIR/lock: the kernel releases it when this process ends, killed or
+    not. What the file says is for people. On NFS since Linux 2.6.12 it holds between hosts. On
+    mounts where it is of one host only (Lustre's `localflock`, NFS's `local_lock`), and on other
+    remote file systems, a run on another host is not noticed. Where there is no flock at all
+    nothing is locked.
 
     Args:
       wait: seconds in which a killed process may still be ending.

@@ -1,4 +1,7 @@
-"""The loop around the compiled step: batches in, metrics out; evaluation, checkpoints, signals, bad numbers."""
+"""The loop around the compiled step: batches in, metrics out.
+
+Between steps it evaluates, saves checkpoints, hears signals, and decides about bad numbers.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -52,8 +55,8 @@ class Loop:
       evaluate: makes held-out figures of a state; {} where there are none.
       checkpointer: of the run.
       report: is told of every step.
-      restore: reads the newest good checkpoint, or makes the first state where there is none; without it a run
-        is not rolled back.
+      restore: reads the newest good checkpoint, or makes the first state where there is none;
+        without it a run is not rolled back.
       profiler, stopper, watchdog: as they are by default, they do nothing.
     """
 
@@ -127,8 +130,8 @@ class Loop:
             if evaluating or saving and self.config.checkpoint.keep_best:
                 if figures := self.evaluate(state, self.watchdog):
                     evaluation = self.report.evaluation(step, figures)
-            # While updates are being skipped the older checkpoints are worth more than this state: they must
-            # not make room for it.
+            # While updates are being skipped the older checkpoints are worth more than this state
+            # and must not be deleted for it.
             if step == last or stopping or saving and updated:
                 self._save(step, state, evaluation, final=step == last or bool(stopping))
             self.report.clock.restart()
@@ -182,16 +185,18 @@ class Loop:
             where = f"The last good checkpoint is step {good} in {self.workdir}/checkpoints."
         raise BadNumbers(
             f"{int(m.bad_steps)} updates in a row had a non-finite loss or gradient, up to step {step} "
-            f"(config.train.max_bad_steps={most}). {where} Lower config.optimizer.learning_rate, for instance.",
+            f"(config.train.max_bad_steps={most}). {where} "
+            f"Lower config.optimizer.learning_rate, for instance.",
             step,
         )
 
     def _roll_back(self, bad: BadNumbers) -> tuple[TrainState, Progress]:
         """The newest checkpoint, to go on from with the data that follow those of the bad steps.
 
-        All data since that checkpoint are skipped, not those of the bad steps alone: the weights may have gone
-        wrong before the numbers did (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1, skip the batches
-        before a spike too).
+        All data since that checkpoint are skipped, not those of the bad steps alone: the weights
+        may have gone
+        wrong before the numbers did (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1, skip the
+        batches before a spike too).
 
         Raises:
           BadNumbers: rollbacks are not asked for, or there were too many.

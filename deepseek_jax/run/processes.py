@@ -1,4 +1,4 @@
-"""The processes of a run that something else has joined: Ray, or a program that called jax.distributed.initialize."""
+"""A run among processes that something else has joined: Ray, or jax.distributed.initialize."""
 
 import contextlib
 import json
@@ -15,8 +15,8 @@ from deepseek_jax.errors import UserError
 class JoinedElsewhere:
     """This process among others that something else started, joined, watches and ends.
 
-    Stands where a `Cluster` does. Its processes agree by words over JAX's coordination service, so a mistake of
-    one is raised in all of them.
+    It stands where a `Cluster` does. The processes agree over JAX's coordination service, so a
+    mistake of one is raised in all of them.
     """
 
     together = True

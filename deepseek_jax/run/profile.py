@@ -1,8 +1,9 @@
 """A trace of some steps, and where their time went: `config.profile`.
 
 The trace is JAX's own, in WORKDIR/profile: TensorBoard with the profile plugin reads the folder,
-https://ui.perfetto.dev the *.trace.json.gz in it. Its events have the names of a program's instructions, on CPU as
-on GPU, and the text of the compiled program says which part of the model an instruction was made for.
+https://ui.perfetto.dev the *.trace.json.gz in it. Its events have the names of a program's
+instructions, on CPU as on GPU, and the text of the compiled program says which part of the model an
+instruction was made for.
 """
 
 import glob
@@ -17,7 +18,8 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.xla import hlo, origin
 
-# What the table always shows, in the order of a step; other parts of origin.SCOPES follow if they took time.
+# What the table always shows, in the order of a step; other parts of origin.SCOPES follow if they
+# took time.
 PARTS = ("embed", "attention", "route", "dispatch", "experts", "combine", "loss", "optimizer")
 # Their events contain those of the computations that they run.
 CONTAINERS = ("while", "conditional", "call", "async-start", "async-update", "async-done")
@@ -157,7 +159,7 @@ def read(folder: str, text: str, steps: int) -> Cost:
 
 
 def instructions(folder: str, text: str) -> list[Event]:
-    """What a program ran in the newest trace of a folder, without what only contains other instructions.
+    """What a program ran in the newest trace of a folder; containers of instructions are left out.
 
     Arguments and errors: as `read`.
     """

@@ -27,7 +27,8 @@ class Clock:
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
-        # Seconds per step and tokens per second of the first step: all that is known before the second.
+        # Seconds per step and tokens per second of the first step: all that is known before the
+        # second.
         self._first: tuple[float, float] | None = None
         self._steps = 0
         self._tokens = 0
@@ -71,10 +72,11 @@ class Clock:
 class Spikes:
     """Finds losses far above those of the steps before.
 
-    A loss is a spike if it is more than `deviations` robust standard deviations above the median of the last
-    100 losses, of which there must be 20. The robust deviation is 1.4826 times the median distance from the
-    median (a normal distribution's standard deviation), and at least 0.1% of the median, so that a loss that
-    stands still has room to move. A spike is left out of what later ones are compared with.
+    A loss is a spike if it is more than `deviations` robust standard deviations above the median of
+    the last 100 losses, of which there must be 20. The robust deviation is 1.4826 times the median
+    distance from the median (a normal distribution's standard deviation), and at least 0.1% of the
+    median, so that a loss that stands still has room to move. A spike is left out of what later
+    ones are compared with.
 
     Args:
       deviations: 0 finds none.

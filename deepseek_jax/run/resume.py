@@ -27,14 +27,17 @@ class Continuation:
         self._workdir = workdir
         self._config = config
         self._contents = contents
-        # Checkpoints of earlier versions do not say what their steps read; config.json does, until this start
-        # writes its own.
+        # Checkpoints of earlier versions do not say what their steps read; config.json does, until
+        # this start writes its own.
         written = os.path.exists(os.path.join(workdir, "config.json"))
         self._earlier = workdirs.read_history(workdir)[0] if written else None
         self._run: str | None = None
 
     def progress(self, step: int | None) -> Progress:
-        """What goes on after the checkpoint of a step; None: from the beginning. Every process calls it.
+        """What goes on after the checkpoint of a step. Every process calls it.
+
+        Args:
+          step: None for a run that begins.
 
         Raises:
           UserError: the checkpoint is of another run, model or tokenizer, or of other data and
@@ -55,9 +58,10 @@ class Continuation:
 def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict[str, Any]]:
     """The newest checkpoint, in the shards of this mesh, and its `extra`.
 
-    The residual of compressed gradients follows the options: without compression it is left out; where the
-    checkpoint has none it is zero; with another number of replicas each gets an equal share of the sum, which
-    is what the updates still owe.
+    The residual of compressed gradients follows the options: without compression it is left out;
+    where the
+    checkpoint has none it is zero; with another number of replicas each gets an equal share of the
+    sum, which is what the updates still owe.
 
     Raises:
       UserError: as `Checkpointer.restore`.

@@ -2,8 +2,8 @@
 
 1. The newest checkpoint of the run that is whole: the run goes on after its step.
 2. `config.init_from`: a Hugging Face checkpoint gives the weights of step 0.
-3. An import: `python -m deepseek_jax.hf import` has put such a checkpoint into WORKDIR/hf. It counts as
-   `config.init_from` from when the options are read (init_from.with_what_is_known).
+3. An import: `python -m deepseek_jax.hf import` has put such a checkpoint into WORKDIR/hf. It
+   counts as `config.init_from` from when the options are read (init_from.with_what_is_known).
 4. Random numbers, of config.seed.
 """
 

@@ -37,7 +37,7 @@ class Tracker(Protocol):
 
 
 class LostRows:
-    """Says once, on stderr, that metrics are being lost."""
+    """Says on stderr, once, that metrics are being lost."""
 
     def __init__(self) -> None:
         self._said = False
@@ -165,9 +165,9 @@ def _drop_rows_after(path: str, step: int) -> None:
 class TensorBoard:
     """Event files for TensorBoard, written by a thread of its own.
 
-    tensorboardX's SummaryWriter is not used: its thread ends with the first error of the disk, and its queue,
-    once full, blocks the caller. Its EventsWriter is called by this thread instead, which outlives errors; rows
-    for which the queue has no room are dropped.
+    tensorboardX's SummaryWriter is not used: its thread ends with the first error of the disk, and
+    its queue, once full, blocks the caller. This thread outlives errors, and rows for which its
+    queue has no room are dropped.
 
     Args:
       folder: of the event files.

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from deepseek_jax.cluster.signals import leave
 from deepseek_jax.errors import ExitCode
 
-# A time limit that is chosen here is at least this, for slow file systems and clocks that stall, in seconds ...
+# A time limit that is chosen here is at least this, for slow file systems and clocks that stall, in
+# seconds ...
 LEAST = 600.0
 # ... and at least this many times the median of the last steps.
 FACTOR = 20.0
@@ -39,9 +40,10 @@ class Watchdog:
     Seconds in which this process did not run at all (Ctrl-Z, a suspended laptop) do not count.
 
     Args:
-      timeout: `config.watchdog.step_timeout`: seconds without progress. 0: never, no thread is started.
-        Below 0: chosen, 20 times the median step and at least 600 s.
-      hung: called from the thread with (the last finished step, seconds since then) to end the process.
+      timeout: `config.watchdog.step_timeout`: seconds without progress. 0: never, no thread is
+        started. Below 0: chosen, 20 times the median step and at least 600 s.
+      hung: called from the thread with (the last finished step, seconds since then) to end the
+      process.
       poll: seconds between looks.
     """
 

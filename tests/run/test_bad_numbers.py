@@ -1,6 +1,10 @@
-"""Numbers that are not finite: skipped on all devices alike, counted, rolled back or stopped at; spikes of the loss; the rows behind a step."""
+"""Numbers that are not finite: skipped on all devices alike, counted, rolled back or stopped at.
+
+And spikes of the loss, and the rows behind a step.
+"""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import statistics
@@ -47,9 +51,9 @@ def test_windows_against_a_list():
         assert [row for first, last in ranges for row in range(first, last)] == kept[
             start : start + count
         ]
-        assert all(a[1] < b[0] for a, b in zip(ranges, ranges[1:])), "ranges that touch are one"
+        assert all(a[1] < b[0] for a, b in itertools.pairwise(ranges)), "ranges that touch are one"
         assert Windows.of([list(w) for w in reversed(windows.skipped)]) == windows and all(
-            a[1] < b[0] for a, b in zip(windows.skipped, windows.skipped[1:])
+            a[1] < b[0] for a, b in itertools.pairwise(windows.skipped)
         )
         assert [windows.row(n) for n in range(start, start + count)] == kept[start : start + count]
 
@@ -95,10 +99,7 @@ class Texts:
             np.random.default_rng(i).integers(1, POISON, S) for i in range(start, start + count)
         ]
         tokens = np.stack(
-            [
-                np.full(S, POISON) if i in self._poisoned else r
-                for i, r in zip(range(start, start + count), rows)
-            ]
+            [np.full(S, POISON) if i in self._poisoned else r for i, r in enumerate(rows, start)]
         ).astype(np.int32)
         targets = np.concatenate([tokens[:, 1:], np.full((count, 1), -100, np.int32)], axis=1)
         positions = np.broadcast_to(np.arange(S, dtype=np.int32), tokens.shape)
@@ -166,7 +167,10 @@ def rows_of(folder) -> list[dict]:
 
 @pytest.mark.slow
 def test_rolls_back_and_skips_the_data(trainer, tmp_path):
-    """Rows 96 to 99 of the data, in step 7, and 112 to 127, step 8, are bad. Afterwards all is as if rows 64 to 127 had never been there."""
+    """Rows 96 to 99 of the data, in step 7, and 112 to 127, step 8, are bad.
+
+    Afterwards all is as if rows 64 to 127 had never been there.
+    """
     bad = range(98, 128)
     result = train(trainer, tmp_path / "a", Texts(bad))
     without = Skipping(Texts(bad), Windows(((4 * B, 8 * B),)))
@@ -175,11 +179,11 @@ def test_rolls_back_and_skips_the_data(trainer, tmp_path):
         same(result.state._replace(skipped_steps=0), calm.state._replace(skipped_steps=0))
         and int(result.state.skipped_steps) == 0
     )
-    of = lambda folder: [
-        (r["step"], r["loss"], r["grad_norm"], r["tokens_seen"])
-        for r in rows_of(folder)
-        if "loss" in r
-    ]
+
+    def of(folder):
+        rows = [r for r in rows_of(folder) if "loss" in r]
+        return [(r["step"], r["loss"], r["grad_norm"], r["tokens_seen"]) for r in rows]
+
     assert of(tmp_path / "a") == of(tmp_path / "b") and len(of(tmp_path / "a")) == 20
     (rollback,) = [r for r in rows_of(tmp_path / "a") if "rollback" in r]
     assert rollback == {
@@ -196,7 +200,7 @@ def test_rolls_back_and_skips_the_data(trainer, tmp_path):
 
 @pytest.mark.slow
 def test_resumes_exactly_after_a_rollback(trainer, tmp_path):
-    """Ended after a rollback and gone on with; and ended between one and the next checkpoint, which loses the record of it."""
+    """Ended after a rollback and resumed; and ended before the checkpoint that records the rollback."""
     bad = [
         *range(98, 128),
         *range(300, 320),
@@ -209,10 +213,14 @@ def test_resumes_exactly_after_a_rollback(trainer, tmp_path):
     train(trainer, tmp_path / "parts", Texts(bad), steps=10)
     again = train(trainer, tmp_path / "parts", Texts(bad))
     assert same(again.state, whole.state)
-    figures = lambda folder: [
-        {k: v for k, v in r.items() if not k.endswith(("_s", "_sec", "_gb", "_device"))}
-        for r in rows_of(folder)
-    ]
+
+    def figures(folder):
+        """Rows without times and memory."""
+        return [
+            {k: v for k, v in r.items() if not k.endswith(("_s", "_sec", "_gb", "_device"))}
+            for r in rows_of(folder)
+        ]
+
     assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
     before = figures(tmp_path / "whole")
     for step in (8, 12, 16, 20):
@@ -243,12 +251,17 @@ def test_stops_after_too_many(trainer, tmp_path):
 
 
 def test_a_skipped_update_is_skipped_on_all_devices(trainer):
-    """A row of one device is bad: parameters, moments and bias stay as they were on every device, bit for bit; so do the copies."""
+    """A row of one device is bad: parameters, moments and bias stay as they were on every device.
+
+    Bit for bit, and so do the copies.
+    """
     t = trainer
     with jax.set_mesh(t.mesh):
         from deepseek_jax.train.step import put_batch
 
-        batch = lambda texts: put_batch(texts.train_rows(0, B), t.config.micro_batch, t.mesh)
+        def batch(texts):
+            return put_batch(texts.train_rows(0, B), t.config.micro_batch, t.mesh)
+
         before, _ = t.compiled(t.start(), batch(Texts(range(0))))
         host = jax.tree.map(np.asarray, before)
         after, m = t.compiled(before, batch(Texts(range(5, 6))))

@@ -1,4 +1,4 @@
-"""The job of train.py, called from Python: in a thread, again in the same process, among processes joined elsewhere."""
+"""The job of train.py, called from Python: in a thread, again, among processes joined elsewhere."""
 
 import ast
 import concurrent.futures
@@ -75,8 +75,10 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
 
 
 def test_in_a_thread_and_again(config, tmp_path, monkeypatch, capsys):
-    """A run that is stopped and goes on, in other threads, is the run that was not stopped; the program's own
-    arguments, signals and mesh are left alone."""
+    """A run that is stopped and goes on, in other threads, is the run that was not stopped.
+
+    The program's own arguments and mesh are left alone.
+    """
     monkeypatch.setattr(sys, "argv", ["notebook", "--config=nonsense"])
     whole = in_a_thread(lambda: run.train(config, str(tmp_path / "whole")))
     assert (whole.step, whole.stopped_by, whole.exit_code) == (4, None, 0)
@@ -147,8 +149,10 @@ def test_train_py_goes_through_the_same_stages():
 
 @pytest.mark.slow
 def test_processes_that_something_else_joined(config, tmp_path):
-    """Two processes of a program that called jax.distributed.initialize: the losses of one process; a mistake of
-    one of them is raised in both."""
+    """Two processes that called jax.distributed.initialize have the losses of one process.
+
+    A mistake of one of them is raised in both.
+    """
     alone = run.train(config, str(tmp_path / "alone")).losses
     program = """
         import json, os, sys

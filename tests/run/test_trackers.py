@@ -20,7 +20,7 @@ from tests.support import ROOT
 
 
 def events_of(folder) -> list:
-    """The events in the files of a folder, file by file. A record: length, its checksum, the event, its checksum."""
+    """The events in the files of a folder. A record: length, its checksum, the event, its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     out = []
@@ -51,8 +51,7 @@ def test_a_name_that_is_not_in_the_table(tmp_path):
 
 
 def test_what_is_written(tmp_path):
-    """A row with lists is one line of JSON; TensorBoard gets the numbers, and by layer what devices received
-    and dropped."""
+    """A row with lists is one line of JSON; TensorBoard gets the numbers, and figures by layer."""
     load = Load(
         np.array([[6, 2], [0, 0]]),
         np.array([3, 0]),

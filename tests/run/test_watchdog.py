@@ -1,4 +1,4 @@
-"""What keeps a run going or ends it for good reason: the watchdog of its steps, the lock of its folder, a disk that is full."""
+"""What ends a run, or refuses one: the watchdog of its steps, the lock of its folder."""
 
 import errno
 import os
@@ -121,7 +121,10 @@ def test_the_stacks_of_all_threads_are_printed():
 
 def test_one_run_a_folder(tmp_path):
     """The second one is told who has it; a killed one leaves nothing behind that counts."""
-    held = "import sys, time\nfrom deepseek_jax.run import lock\nwith lock.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(600)"
+    held = (
+        "import sys, time\nfrom deepseek_jax.run import lock\nwith lock.locked(sys.argv[1]):\n"
+        "    print('held', flush=True)\n    time.sleep(600)"
+    )
     p = subprocess.Popen(
         [sys.executable, "-c", held, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -131,7 +134,8 @@ def test_one_run_a_folder(tmp_path):
             pytest.fail("two runs in one folder")
         text = str(refusal.value)
         assert (
-            f"--workdir={tmp_path} is in use by another run (host {os.uname().nodename}, process {p.pid}, since 20"
+            f"--workdir={tmp_path} is in use by another run (host {os.uname().nodename}, "
+            f"process {p.pid}, since 20"
             in text
             and "\n" not in text
         )

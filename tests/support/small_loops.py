@@ -1,4 +1,4 @@
-"""The loop of a run around a compiled step, without what a whole job has: a mesh of its own, text, evaluation."""
+"""The loop of a run around a compiled step, without what else a job has: text, evaluation."""
 
 from collections.abc import Callable
 
