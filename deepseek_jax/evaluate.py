@@ -24,6 +24,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from deepseek_jax.cli import arguments
@@ -39,7 +40,7 @@ from deepseek_jax.inference.opener import Opened, open_model, parse_mesh
 from deepseek_jax.runtime import compile_cache
 
 
-def main() -> int:
+def parser() -> arguments.Parser:
     parser = arguments.Parser(prog="python -m deepseek_jax.evaluate", description=__doc__)
     parser.add_argument(
         "--model", type=arguments.path, required=True, metavar="DIR", help="folder with the model"
@@ -88,7 +89,11 @@ def main() -> int:
         metavar="FILE",
         help="file for the result as JSON, or for a JSON line about each question",
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     for name in ("window", "stride") if args.questions else ():
         if getattr(args, name) is not None:
             raise UserError(

@@ -10,11 +10,9 @@ deepseek_jax.hf import`.
 
 import argparse
 import itertools
-import json
-import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
@@ -23,14 +21,13 @@ from deepseek_jax.cli.command import exit_code
 from deepseek_jax.cli.texts import clean_text
 from deepseek_jax.config.options import DTYPES, CompileConfig
 from deepseek_jax.config.paths import check_output
-from deepseek_jax.data.encoder import Encoder
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import UserError, stopped_by
 from deepseek_jax.hf.provenance import model_files
+from deepseek_jax.inference.generation.answers import Answers
 from deepseek_jax.inference.generation.engine import Engine
-from deepseek_jax.inference.generation.prompts import encode_all, fits, read_prompts
+from deepseek_jax.inference.generation.prompts import encode_all, read_prompts
 from deepseek_jax.inference.generation.sample import check_prompt, encode_prompt, sample, tokens
 from deepseek_jax.inference.generation.sampling import Sampling
-from deepseek_jax.inference.generation.text import Stream
 from deepseek_jax.inference.opener import open_model, parse_mesh
 from deepseek_jax.runtime import compile_cache
 
@@ -144,12 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code("generate", lambda: run(parser().parse_args(argv)), "result")
     except KeyboardInterrupt:
         print("\ngenerate: stopped by Ctrl-C.", file=sys.stderr)
-        return 130
+        return stopped_by(signal.SIGINT)
 
 
 def run(args: argparse.Namespace) -> int:
     check(args)
-    args.prompt, args.stop = clean_text(args.prompt), [clean_text(s) for s in args.stop]
+    args.prompt = clean_text(args.prompt)
+    args.stop = [clean_text(s) for s in args.stop]
     if args.output:
         check_output(
             "--output", args.output, itertools.chain([args.prompts], model_files(args.model))
@@ -157,31 +155,28 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts) if args.prompts else None
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     opened = open_model(args.model, args.step, dtype, parse_mesh(args.mesh))
-    model, encoder = opened.model, opened.encoder()
-    longest, depth = model.model.max_position_embeddings, model.model.num_nextn_predict_layers
-    if args.draft_tokens and not depth:
+    model = opened.model
+    encoder = opened.encoder()
+    if args.draft_tokens and not model.model.num_nextn_predict_layers:
         raise UserError(
             f"--draft-tokens={args.draft_tokens} needs multi-token prediction layers, and {args.model} has "
             f"none (num_nextn_predict_layers=0). Leave --draft-tokens out."
         )
     if prompts is None and not args.chat:
         prompts = [{"prompt": args.prompt}]
-    messages = (
-        [{"role": "system", "content": clean_text(args.system)}] if args.system is not None else []
-    )
-    if args.chat:
-        encoder.chat.encode(
-            [*messages, {"role": "user", "content": ""}]
-        )  # a template that is missing is found out before anything is compiled
+    messages = []
+    if args.system is not None:
+        messages.append({"role": "system", "content": clean_text(args.system)})
+    if args.chat:  # a template that is missing is found out before anything is compiled
+        encoder.chat.encode([*messages, {"role": "user", "content": ""}])
     chats = args.chat or any("messages" in p for p in prompts)
     if chats and (end := encoder.chat.turn_end()) and end not in args.stop:
         print(
             f"note           the chat template ends an answer with {end}, which is no stop token by "
-            f"generation_config.json or eos_token. "
-            f"--stop='{end}' makes it one.",
+            f"generation_config.json or eos_token. --stop='{end}' makes it one.",
             file=sys.stderr,
         )
-    ids = encode_all(encoder, prompts or (), args.prompts, longest)
+    ids = encode_all(encoder, prompts or (), args.prompts, model.model.max_position_embeddings)
     if any("prompt" in p for p in prompts or ()):
         encoder.say_prefix()
     cache_dir = (opened.run.compile if opened.run else CompileConfig()).cache_dir
@@ -196,13 +191,21 @@ def run(args: argparse.Namespace) -> int:
         note=lambda line: print(line, file=sys.stderr),
     )
     model.params = model.bias = None  # the engine has its own by now
+    answers = Answers(
+        engine,
+        encoder,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
+        stop=args.stop,
+        max_tokens=args.max_tokens,
+        draft_tokens=args.draft_tokens,
+    )
     if args.chat:
-        chat(engine, encoder, messages, args)
+        answers.chat(messages)
     elif args.prompts:
-        batches(engine, encoder, prompts, ids, args)
+        answers.write(prompts, ids, args.batch_size, args.output)
     else:
         print(args.prompt, end="", flush=True)
-        show(engine, encoder, ids[0], args, 0)
+        answers.show(ids[0], 0)
     if args.draft_tokens:
         print(engine.acceptance, file=sys.stderr)
     return 0
@@ -237,119 +240,6 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{name} has no effect without {needs}. Add {needs}, or leave {name} out."
             )
-
-
-def answers(
-    engine: Engine,
-    encoder: Encoder,
-    ids: Sequence[Sequence[int]],
-    args: argparse.Namespace,
-    first: int,
-) -> Iterator[tuple[int, str, Stream]]:
-    """Answers to prompts, as their tokens come.
-
-    Args:
-      ids: the prompts.
-      first: number of the first of them in the file, for the seed.
-
-    Yields:
-      (number of the prompt in `ids`, text to show, its Stream); at the end of each answer once
-      more.
-    """
-    streams = [Stream(encoder, args.stop, prompt) for prompt in ids]
-    options = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    stopped: set[int] = set()
-    indexes = range(first, first + len(ids))
-    for token in engine.batch(
-        ids, args.max_tokens, options, encoder.stop_ids, indexes, stopped, args.draft_tokens
-    ):
-        row = token.index - first
-        stream = streams[row]
-        if stream.stopped:
-            continue
-        yield row, stream.add(token.id), stream
-        if stream.stopped:
-            stopped.add(token.index)
-            if len(stopped) == len(ids):
-                break
-    for row, stream in enumerate(streams):
-        yield row, stream.end(), stream
-
-
-def show(
-    engine: Engine, encoder: Encoder, ids: Sequence[int], args: argparse.Namespace, index: int
-) -> str:
-    """Prints an answer as it comes; returns it."""
-    answer = ""
-    for _, text, stream in answers(engine, encoder, [ids], args, index):
-        print(text, end="", flush=True)
-        answer = stream.text
-    print()
-    return answer
-
-
-def chat(
-    engine: Engine, encoder: Encoder, messages: list[dict[str, str]], args: argparse.Namespace
-) -> None:
-    """Reads a line, prints the answer, until there are no more lines."""
-    messages = list(messages)
-    for turn in itertools.count():
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        try:
-            line = clean_text(sys.stdin.readline())
-        except UnicodeDecodeError as e:
-            what = f"{e.encoding} ({e.reason} at byte {e.start})"
-            raise UserError(f"a line of stdin is not {what}. Write it in that encoding.") from None
-        if not line:
-            if sys.stdin.isatty():
-                print(file=sys.stderr)
-            return
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line.rstrip("\r\n")})
-        ids = encoder.chat.encode(messages)
-        fits(ids, "the conversation", engine.model.max_position_embeddings)
-        messages.append({"role": "assistant", "content": show(engine, encoder, ids, args, turn)})
-
-
-def batches(
-    engine: Engine,
-    encoder: Encoder,
-    prompts: list[dict[str, Any]],
-    ids: list[list[int]],
-    args: argparse.Namespace,
-) -> None:
-    """Writes a line of JSON for each prompt, in their order."""
-    try:
-        out = (
-            open(os.path.expanduser(args.output), "w", encoding="utf-8")
-            if args.output
-            else sys.stdout
-        )
-    except OSError as e:
-        raise UserError(
-            f"--output={args.output} cannot be written ({e.strerror}). Name a file that you may write to."
-        ) from e
-    try:
-        for first in range(0, len(ids), args.batch_size):
-            part = ids[first : first + args.batch_size]
-            streams = {
-                row: stream for row, _, stream in answers(engine, encoder, part, args, first)
-            }
-            for row, stream in sorted(streams.items()):
-                ended = stream.stopped or stream.ids[-1] in encoder.stop_ids
-                result = {
-                    "index": first + row,
-                    **prompts[first + row],
-                    "text": stream.text,
-                    "tokens": len(stream.ids),
-                    "finish_reason": "stop" if ended else "length",
-                }
-                print(json.dumps(result, ensure_ascii=False), file=out, flush=True)
-    finally:
-        if args.output:
-            out.close()
 
 
 if __name__ == "__main__":

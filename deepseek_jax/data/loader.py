@@ -206,9 +206,7 @@ def _describe(
         total, count = train.size + held_out.size, len(train.starts) + len(held_out.starts)
         share = f"{weight:.0%} " if len(corpora) > 1 else ""
         if len(corpus.offsets) == 2:
-            held = (
-                f"the last {human(held_out.size)} held out" if held_out.size else "none held out"
-            )
+            held = f"the last {human(held_out.size)} held out" if held_out.size else "none held out"
             texts.append(f"{share}{corpus.name}: 1 document, {human(total)} tokens ({held})")
         else:
             texts.append(

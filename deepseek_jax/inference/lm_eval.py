@@ -9,8 +9,7 @@ Tokens, context and truncation are those of its model "hf", so that the numbers 
 import os
 from typing import Any
 
-import tqdm
-
+from deepseek_jax.cli.progress import Bar
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.evaluation.choices import Pair, score_pairs
 from deepseek_jax.inference.generation.text import Stream
@@ -120,11 +119,9 @@ class DeepseekJaxLM(TemplateLM):
             Pair(context or [self.prefix_token_id], continuation)
             for _, context, continuation in requests
         ]
-        with tqdm.tqdm(
-            total=len(pairs), disable=disable_tqdm, desc="Running loglikelihood requests"
-        ) as bar:
+        with Bar("loglikelihood requests", len(pairs), not disable_tqdm, unit="items") as bar:
             scores = score_pairs(
-                self._model, pairs, self.batch_size, self.max_length, lambda _: bar.update(1)
+                self._model, pairs, self.batch_size, self.max_length, lambda _: bar.advance(1)
             )
         out = [(-s.nll, s.greedy) for s in scores]
         for (key, *_), answer in zip(requests, out, strict=True):
@@ -156,9 +153,7 @@ class DeepseekJaxLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        with tqdm.tqdm(
-            total=len(requests), disable=disable_tqdm, desc="Running generate_until requests"
-        ) as bar:
+        with Bar("generate_until requests", len(requests), not disable_tqdm, unit="items") as bar:
             for members in groups.values():
                 members.sort(key=lambda i: -len(requests[i].args[0]))
                 options = _options(requests[members[0]].args[1], self.max_gen_toks, self.max_length)
@@ -172,7 +167,7 @@ class DeepseekJaxLM(TemplateLM):
                     ):
                         out[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(some))
+                    bar.advance(len(some))
         return out
 
     def _generate(
