@@ -26,17 +26,13 @@ from deepseek_jax.checkpoint.kind import TensorReader
 from deepseek_jax.checkpoint.saver import Save
 from deepseek_jax.cluster.exchange import exchange, from_first
 from deepseek_jax.config.options import CheckpointConfig
-from deepseek_jax.errors import UserError, one_line
+from deepseek_jax.errors import SaveFailed, UserError, one_line
 from deepseek_jax.tensorfile.arrays import Tree, flatten, spec_of
 
 FINAL_TRIES = 5  # of the last save; 2, 4, 8 and 16 s between them
 RETRY_SECONDS = (
     60.0  # after which a failed save is tried again, if that is before the next interval
 )
-
-
-class SaveFailed(Exception):
-    """The last state of a run could not be written."""
 
 
 def _quiet(record: logging.LogRecord) -> bool:

@@ -25,9 +25,9 @@ from typing import Any
 from deepseek_jax.cluster import wire
 from deepseek_jax.cluster.common_stop import CommonStop
 from deepseek_jax.cluster.signals import leave
+from deepseek_jax.errors import ExitCode, stopped_by
 from deepseek_jax.runtime.libc import delay_abort
 
-LOST, HUNG = 4, 6  # exit codes: another process was lost; a step did not end in time
 GRACE = 6.0  # seconds that a failed process waits to hear whether another one, lost, is the reason
 CONNECT_TIMEOUT = 30.0  # seconds
 ARRIVAL_TIMEOUT = 60.0  # seconds, beside `timeout`, until all must have connected
@@ -59,7 +59,7 @@ class Watched:
 
 
 def leave_for_signal(number: int) -> None:
-    leave(128 + number)
+    leave(stopped_by(number))
 
 
 class Monitor:
@@ -176,7 +176,7 @@ class Monitor:
         """The main thread raised. Waits for a lost process that explains it, which ends this one;
         otherwise tells the others and returns."""
         time.sleep(0 if self._closed else GRACE)
-        self.close(f"it ended with {text}", LOST)
+        self.close(f"it ended with {text}", ExitCode.LOST)
 
     def hung(self, step: int, seconds: float) -> None:
         """No step has ended here for so many seconds after `step` of them: ends all processes, each
@@ -186,7 +186,9 @@ class Monitor:
         else:
             self._end_hung(0, step, seconds)
         time.sleep(GRACE)  # process 0 ends this one, unless it hangs itself
-        self._end(End(f"no step ended for {seconds:.0f} s after step {step}", HUNG, stacks=True))
+        self._end(
+            End(f"no step ended for {seconds:.0f} s after step {step}", ExitCode.HUNG, stacks=True)
+        )
 
     def _end_hung(self, process: int, step: int, seconds: float) -> None:
         steps = {0: self.stop.step} | {w.index: w.step for w in self._watched}
@@ -196,7 +198,7 @@ class Monitor:
         if len(slow) < len(steps):
             where = f"; process {', '.join(slow)} is the furthest behind, at step {behind}"
         saw = f"process {process} saw no step end for {seconds:.0f} s after step {step}{where}"
-        self._end_all(End(saw, HUNG, stacks=True))
+        self._end_all(End(saw, ExitCode.HUNG, stacks=True))
 
     def _end_all(self, end: End) -> None:
         self._end_others(end)
@@ -208,20 +210,22 @@ class Monitor:
         # If this process ended at once, with beats unread, its system might take back what was sent last.
         time.sleep(0.5 if self._watched else 0)
 
-    def _lost(self, other: Watched, why: str, stacks: bool = False, code: int = LOST) -> None:
+    def _lost(
+        self, other: Watched, why: str, stacks: bool = False, code: int = ExitCode.LOST
+    ) -> None:
         self._end_all(End(why, code, other.index, other.connection.host, stacks))
 
     def _end(self, end: End, say: bool | None = None) -> None:
         """Ends this process. Process 0 says why; the others do where process 0 is the one that was lost."""
         if self._closed:
             return
-        hung = end.code == HUNG
+        hung = end.code == ExitCode.HUNG
         if say is None:
             say = self._index == 0 or end.process == 0 or (hung and not self._to_first)
         text = ""
         if hung:
             text = f"a step does not end: {end.why}. The stacks of all processes follow."
-        elif end.code == LOST:
+        elif end.code == ExitCode.LOST:
             text = (
                 f"process {end.process} ({end.host}) was lost after step {max(self.stop.step, 0)}: "
                 f"{end.why}. "
@@ -263,11 +267,13 @@ class Monitor:
                     heard = now
                     messages = first.read()
                     if messages is None:
-                        return self._end(End("its connection closed", LOST, 0, self._host_of_0))
+                        return self._end(
+                            End("its connection closed", ExitCode.LOST, 0, self._host_of_0)
+                        )
                     for message in messages:
                         self._told(message)
                 elif now - heard > self._timeout:
-                    self._end(End(self._silence(), LOST, 0, self._host_of_0, stacks=True))
+                    self._end(End(self._silence(), ExitCode.LOST, 0, self._host_of_0, stacks=True))
                 if now - sent >= beat:
                     sent = now
                     first.send(beat=self.stop.step)
@@ -309,7 +315,7 @@ class Monitor:
         missing = set(range(1, self._count)) - {w.index for w in self._watched}
         if missing:
             why = "it did not come to process 0's monitor"
-            self._end_all(End(why, LOST, min(missing), "unknown host"))
+            self._end_all(End(why, ExitCode.LOST, min(missing), "unknown host"))
 
     def _take(
         self, connection: wire.Connection, messages: list[wire.Message] | None, now: float

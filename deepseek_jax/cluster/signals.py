@@ -16,6 +16,8 @@ import sys
 import threading
 from typing import Any, NoReturn
 
+from deepseek_jax.errors import stopped_by
+
 URGENT = (signal.SIGINT, signal.SIGTERM)
 SIGNALS = (*URGENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -71,7 +73,9 @@ class Stopper:
             first, self._number = self._number is None, self._number or number
             self._urgent += number in URGENT
         if self._urgent > 1 and number in URGENT:
-            leave(128 + number, f"{self._program}: ended at once by a second signal, {number}.")
+            leave(
+                stopped_by(number), f"{self._program}: ended at once by a second signal, {number}."
+            )
         elif not first:
             return
         elif self._monitor:
@@ -86,7 +90,7 @@ class Stopper:
             if self._saved
             else "before the first step; there was nothing to save"
         )
-        leave(128 + number, f"{self._program}: stopped by signal {number} {when}.")
+        leave(stopped_by(number), f"{self._program}: stopped by signal {number} {when}.")
 
     def end(self) -> None:
         """The last step is done and saved: a signal ends the process at once again."""

@@ -1,7 +1,7 @@
 """Batches read ahead of the training loop, by a thread of grain's."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import grain
 import numpy as np
@@ -11,7 +11,7 @@ Rows = dict[str, np.ndarray]
 
 def read_ahead(
     read: Callable[[int], Rows], first: int, stop: int, depth: int = 2
-) -> Iterator[Rows]:
+) -> Generator[Rows, None, None]:
     """read(first), read(first + 1), ..., read(stop - 1), each read before it is asked for.
 
     An exception of a read comes out where its result would have, and ends the iteration. Closing the generator ends

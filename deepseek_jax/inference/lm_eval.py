@@ -11,6 +11,7 @@ its model "hf", so that the numbers are those of transformers.
 import os
 from typing import Any
 
+from deepseek_jax.cli.progress import Bar
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.evaluation.choices import Pair, score_pairs
 from deepseek_jax.inference.generation.text import Stream
@@ -18,7 +19,6 @@ from deepseek_jax.inference.opener import open_model, parse_mesh
 
 try:
     import lm_eval.utils
-    import tqdm  # the harness brings it
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
@@ -134,11 +134,9 @@ class DeepseekJaxLM(TemplateLM):
             Pair(context or [self.prefix_token_id], continuation)
             for _, context, continuation in requests
         ]
-        with tqdm.tqdm(
-            total=len(pairs), disable=disable_tqdm, desc="Running loglikelihood requests"
-        ) as bar:
+        with Bar("loglikelihood requests", len(pairs), not disable_tqdm, unit="items") as bar:
             scores = score_pairs(
-                self._model, pairs, self.batch_size, self.max_length, lambda _: bar.update(1)
+                self._model, pairs, self.batch_size, self.max_length, lambda _: bar.advance(1)
             )
         out = [(-s.nll, s.greedy) for s in scores]
         for (key, *_), answer in zip(requests, out, strict=True):
@@ -170,9 +168,7 @@ class DeepseekJaxLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        with tqdm.tqdm(
-            total=len(requests), disable=disable_tqdm, desc="Running generate_until requests"
-        ) as bar:
+        with Bar("generate_until requests", len(requests), not disable_tqdm, unit="items") as bar:
             for members in groups.values():
                 members.sort(key=lambda i: -len(requests[i].args[0]))
                 options = _options(requests[members[0]].args[1], self.max_gen_toks, self.max_length)
@@ -183,7 +179,7 @@ class DeepseekJaxLM(TemplateLM):
                     for i, text in zip(some, answers, strict=True):
                         out[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(some))
+                    bar.advance(len(some))
         return out
 
     def _generate(

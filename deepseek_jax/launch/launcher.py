@@ -7,8 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from deepseek_jax.cluster.monitor import LOST
 from deepseek_jax.cluster.signals import SIGNALS, URGENT
+from deepseek_jax.errors import ExitCode, stopped_by
 from deepseek_jax.launch.child import Child, Relay
 from deepseek_jax.launch.restarts import Restarts, first_failed
 
@@ -76,7 +76,7 @@ class Launcher:
             while self._stopped is None and (left := until - time.monotonic()) > 0:
                 self._read(left)
             if self._stopped is not None:
-                return 128 + self._stopped
+                return stopped_by(self._stopped)
 
     def _attempt(self) -> tuple[int, int | None]:
         """Starts the processes once. Returns their exit code and the place that failed first, when
@@ -153,12 +153,12 @@ class Launcher:
         if child.code and not self._first_failed:
             self._first_failed = child
             if not asked:
-                why = " (another was lost)" if child.code == LOST else ""
+                why = " (another was lost)" if child.code == ExitCode.LOST else ""
                 _say(
                     f"process {child.number} ended with exit code {child.code}{why}; stopping the others."
                 )
                 self._pass_on(signal.SIGTERM)
         if child.code or asked:
             # Without one of them the others cannot save: where one was lost, there is less to wait for.
-            grace = min(self._grace, 5.0) if child.code == LOST else self._grace
+            grace = min(self._grace, 5.0) if child.code == ExitCode.LOST else self._grace
             self._kill_at = min(self._kill_at, time.monotonic() + grace)

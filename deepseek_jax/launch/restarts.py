@@ -1,12 +1,18 @@
 """When the launcher starts its processes again, and how many of them. No processes here, only decisions."""
 
+import signal
 from typing import NamedTuple
 
-from deepseek_jax.cluster.monitor import LOST
 from deepseek_jax.cluster.signals import SIGNALS
+from deepseek_jax.errors import ExitCode, stopped_by
 
 # Done; a mistake; bad numbers, which would come again; stopped by a signal.
-NEVER = (0, 2, 3, *(128 + s for s in SIGNALS))
+NEVER = (
+    ExitCode.DONE,
+    ExitCode.MISTAKE,
+    ExitCode.BAD_NUMBERS,
+    *(stopped_by(s) for s in SIGNALS),
+)
 STEADY = 600.0  # seconds: processes that lasted so long begin with a clean record
 LONGEST_DELAY = 60.0
 
@@ -61,7 +67,11 @@ class Restarts:
         Returns:
           None: nothing more.
         """
-        if code == 2 and len(self.places) < self.count and self._last_failed is not None:
+        if (
+            code == ExitCode.MISTAKE
+            and len(self.places) < self.count
+            and self._last_failed is not None
+        ):
             if len(self.places) <= self._at_least:
                 return None
             self.places = self.places[:-1]
@@ -108,11 +118,15 @@ def first_failed(ended: list[tuple[int, int, bool]]) -> tuple[int, int | None]:
       ended: (place, exit code, whether the launcher had to kill it). A process that had to be
         killed is what the others missed, where they say that one was lost.
     """
-    own = [(place, code) for place, code, killed in ended if code and code != LOST and not killed]
+    own = [
+        (place, code)
+        for place, code, killed in ended
+        if code and code != ExitCode.LOST and not killed
+    ]
     if own:
         return own[0][1], own[0][0]
-    lost = any(code == LOST for _, code, _ in ended)
+    lost = any(code == ExitCode.LOST for _, code, _ in ended)
     stuck = [place for place, code, killed in ended if killed]
     if stuck:
-        return (LOST if lost else 128 + 9), stuck[0]
-    return (LOST if lost else 0), None
+        return (ExitCode.LOST if lost else stopped_by(signal.SIGKILL)), stuck[0]
+    return (ExitCode.LOST if lost else ExitCode.DONE), None

@@ -44,7 +44,7 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
     if has_run or os.path.exists(folder) or os.path.exists(os.path.join(workdir, "config.json")):
         raise UserError(f"{workdir} holds a run already. Name a new folder.")
     source, model, family = reader.open_source(source_folder)
-    wanted = tensors_of(source, model, family)
+    tensors = tensors_of(source, model, family)
     new = not os.path.exists(workdir)
     run, _ = config_for(model, None)
     workdirs.prepare(workdir, run)
@@ -53,7 +53,7 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
         os.makedirs(temporary)
         provenance.write_notes(source, model, family, temporary)
         _write_config(source, model, temporary)
-        places = writer.lay_out(temporary, wanted, FILE_BYTES)
+        places = writer.lay_out(temporary, tensors, FILE_BYTES)
         writer.copy_tensors(source, places, temporary)
         os.rename(temporary, folder)
         tokenizer = tokenizer_folder.find(os.path.abspath(folder))
@@ -71,7 +71,7 @@ def import_(source_folder: str, workdir: str) -> tuple[int, str]:
         shutil.rmtree(temporary, ignore_errors=True)
         if new and not os.listdir(workdir):
             os.rmdir(workdir)
-    return sum(spec.nbytes for spec in wanted.values()), family
+    return sum(spec.nbytes for spec in tensors.values()), family
 
 
 def tensors_of(source: HfTensors, model: ModelConfig, family: str) -> dict[str, TensorSpec]:

@@ -36,7 +36,8 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
       argv: the command line.
 
     Raises:
-      UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no tokenizer.json.
+      UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no
+      tokenizer.json.
     """
     before = workdirs.options(workdir) if workdir else {}
     if (
@@ -45,8 +46,8 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
         and not has_weights(workdir)
         and read_notes(workdir) is not None
     ):
-        # The run began with a checkpoint. Without this a start before the first checkpoint of its own would
-        # draw random weights.
+        # The run began with a checkpoint: a start before the first of its own must not draw random
+        # weights.
         config = dataclasses.replace(config, init_from=str(before.get("init_from") or ""))
     config = with_model_of_source(config, workdir, argv)
     if config.data.tokenizer == "auto":
@@ -126,8 +127,8 @@ def open_for_training(config: Config, workdir: str) -> HfTensors | None:
       None where the run has begun and the checkpoint is gone.
 
     Raises:
-      UserError: it cannot be read or does not fit, or its notes would replace a folder that is somebody
-        else's.
+      UserError: it cannot be read or does not fit, or its notes would replace a folder that is
+        somebody else's.
     """
     folder = os.path.join(workdir, FOLDER)
     if os.path.lexists(folder) and not has_weights(workdir) and read_notes(workdir) is None:

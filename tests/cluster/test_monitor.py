@@ -12,7 +12,8 @@ import pytest
 
 from deepseek_jax.cluster import monitor as monitors
 from deepseek_jax.cluster import wire
-from deepseek_jax.cluster.monitor import HUNG, LOST, End, Monitor
+from deepseek_jax.cluster.monitor import End, Monitor
+from deepseek_jax.errors import ExitCode
 from deepseek_jax.launch.restarts import Restarts, first_failed
 from tests import support
 from tests.support.strangers import visit
@@ -72,7 +73,7 @@ def test_a_closed_connection_is_a_lost_process(together):
         assert m.ended.wait(30)
         assert (
             m.info.process == 2
-            and m.info.code == LOST
+            and m.info.code == ExitCode.LOST
             and "connection closed" in m.info.why
             and not m.info.stacks
         )
@@ -85,7 +86,7 @@ def test_process_0_is_lost(together):
     for peer in ms[0]._watched:
         peer.connection.socket.shutdown(socket.SHUT_RDWR)
     for m in ms[1:]:
-        assert m.ended.wait(30) and m.info.process == 0 and m.info.code == LOST
+        assert m.ended.wait(30) and m.info.process == 0 and m.info.code == ExitCode.LOST
 
 
 def test_silence_is_a_lost_process(together, monkeypatch):
@@ -121,7 +122,7 @@ def test_a_hung_step_ends_all_and_names_the_slowest(together, monkeypatch):
         time.sleep(0.01)
     ms[2].hung(9, 33.0)
     for m in ms[:2]:
-        assert m.ended.wait(30) and m.info.code == HUNG and m.info.stacks
+        assert m.ended.wait(30) and m.info.code == ExitCode.HUNG and m.info.stacks
         assert (
             "process 2 saw no step end for 33 s after step 9; process 1 is the furthest behind, at step 8"
             in m.info.why
@@ -137,7 +138,7 @@ def test_a_failure_is_told(together, monkeypatch):
             m.ended.wait(30)
             and m.info.process == 1
             and m.info.why == "it ended with ValueError: broken"
-            and m.info.code == LOST
+            and m.info.code == ExitCode.LOST
         )
 
 
@@ -276,9 +277,9 @@ def test_restarts():
 
 
 def test_who_failed_first():
-    assert first_failed([(0, LOST, False), (1, 137, False)]) == (137, 1)
-    assert first_failed([(0, LOST, False), (2, LOST, False), (1, 137, True)]) == (
-        LOST,
+    assert first_failed([(0, ExitCode.LOST, False), (1, 137, False)]) == (137, 1)
+    assert first_failed([(0, ExitCode.LOST, False), (2, ExitCode.LOST, False), (1, 137, True)]) == (
+        ExitCode.LOST,
         1,
     )  # it was stopped
     assert first_failed([(1, 7, False), (0, 137, True)]) == (7, 1)

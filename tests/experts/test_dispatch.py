@@ -10,7 +10,6 @@ assumes that all of them go the same way (measured: below 0.008). A missing or d
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections import Counter
@@ -750,39 +749,3 @@ def test_figures_of_a_row():
             and not any(nothing.pop("received_by_device"))
             and not any(nothing.values())
         )
-
-
-def test_what_is_written(tmp_path, monkeypatch):
-    """A row with lists is one line of JSON; TensorBoard gets the scalars, and by layer what devices received and dropped."""
-    board = mock.Mock()
-    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda *args, **kwargs: board)
-    load = Load(
-        np.array([[6, 2], [0, 0]]),
-        np.array([3, 0]),
-        np.array([[2, 0], [0, 0]]),
-        np.array([[6, 0], [0, 0]]),
-        np.array([[0, 2], [0, 0]]),
-        np.array([3, 0]),
-    )
-    writer = metrics.MetricsWriter(str(tmp_path), Config(), 0)
-    writer.write({"step": 7} | metrics.routing(load, drop=True), load)
-    writer.close()
-    row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert (
-        row["received_by_device"] == [6, 0]
-        and row["dropped_by_device"] == [[0, 2], [0, 0]]
-        and row["dropped_tokens"] == 2
-    )
-    scalars = {call.args[0]: call.args[1] for call in board.add_scalar.call_args_list}
-    assert set(scalars) == set(row) - {"step", "received_by_device", "dropped_by_device"} | {
-        "layer_max_violation/00",
-        "layer_rounds/00",
-        "layer_dropped/00",
-    }  # the second layer routed nothing
-    assert scalars["layer_dropped/00"] == 2 and scalars["layer_rounds/00"] == 3
-    (rows,) = (
-        call.args[1]
-        for call in board.add_histogram.call_args_list
-        if call.args[0] == "layer_device_rows/00"
-    )
-    np.testing.assert_array_equal(rows, [6, 0])

@@ -87,9 +87,7 @@ def test_init_from_sets_the_model(source, tmp_path):
 
 
 def test_what_is_known_wins_over_defaults(source, tmp_path):
-    """The tokenizer of an import, of init_from and of a run, and the checkpoint that a run began with, where
-    the command does not name them.
-    """
+    """The tokenizer and the checkpoint that a run began with, where the command does not name them."""
     tokenizers = [os.path.join(FILES, "resume", f"tokenizer_{x}.json") for x in "ab"]
     w, given = str(tmp_path / "w"), tmp_path / "given"
     shutil.copytree(source, given)
@@ -197,7 +195,10 @@ def test_the_state_that_training_begins_with(optimizer, source, tmp_path):
 
 
 def test_imported_run(source, tmp_path):
-    """The workdir sets the model, generate reads it, export gives the checkpoint back; then the same of a later step."""
+    """The workdir sets the model, generate reads it, export gives the checkpoint back.
+
+    Then the same of a later step.
+    """
     workdir, model = str(tmp_path / "w"), hf.load(source)
     theirs = [
         tmp_path / "w" / "hf.tmp" / "mine",
@@ -222,7 +223,10 @@ def test_imported_run(source, tmp_path):
     commands.export(
         workdir, str(tmp_path / "low"), dtype="bfloat16"
     )  # some are copied as they are, others not
-    kept = lambda name: name.endswith("e_score_correction_bias")
+
+    def kept(name):
+        return name.endswith("e_score_correction_bias")
+
     same(
         safetensors.numpy.load_file(tmp_path / "low" / "model.safetensors"),
         {n: a if kept(n) else a.astype("bfloat16") for n, a in given.items()},

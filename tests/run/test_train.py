@@ -1,4 +1,4 @@
-"""The program as a user runs it: train, resume, stop by signal, generate, and every mistake said in one line."""
+"""The program as a user runs it: train, resume, stop by signal, generate; mistakes in one line."""
 
 import json
 import os
@@ -43,10 +43,10 @@ def test_main_job(whole_run):
         "active",
         "expert 2",
         "full_shard",
-        "bytes a device",
-        "FLOPs a token",
+        "bytes per device",
+        "FLOPs per token",
         "held-out loss",
-        "bits a byte",
+        "bits per byte",
         "checkpoint",
         "sample",
         "tokens/s",
@@ -67,8 +67,10 @@ def test_main_job(whole_run):
 
 
 def test_resume_is_bit_exact(whole_run, corpus, tmp_path):
-    """Stopped after 5 steps by a signal: the same losses as the run that was not stopped. Its stdout is ASCII
-    only, and nobody reads it to the end."""
+    """Stopped after 5 steps by a signal: the same losses as the run that was not stopped.
+
+    Its stdout is ASCII only, and nobody reads it to the end.
+    """
     first = command(
         tmp_path,
         corpus,
@@ -102,7 +104,10 @@ def test_resume_is_bit_exact(whole_run, corpus, tmp_path):
 
 
 def test_damage_costs_one_interval(whole_run, corpus, tmp_path):
-    """The newest checkpoint has a bad byte: the run goes on from the one before, in another kind, with the same losses."""
+    """The newest checkpoint has a bad byte: the run goes on from the one before, with the same losses.
+
+    It also changes the kind of its checkpoints.
+    """
     workdir = tmp_path / "run"
     shutil.copytree(whole_run[0], workdir)
     top = workdir / "checkpoints" / "12"
@@ -146,7 +151,10 @@ def test_generate(whole_run):
 
 @pytest.mark.slow
 def test_non_finite_updates_stop_the_run(corpus, tmp_path):
-    """A learning rate that blows the weights up: updates are skipped, counted, and then the run stops, naming a checkpoint."""
+    """A learning rate that blows the weights up: updates are skipped and counted.
+
+    Then the run stops and names a checkpoint.
+    """
     done = run(
         command(
             tmp_path,
@@ -203,7 +211,8 @@ BAD = [
             "--config.mesh.fsdp=1",
             "--workdir={tmp}/w",
         ],
-        "n_routed_experts=9 is not divisible by the expert mesh axis (8 devices). Set config.mesh.expert to a divisor of 9.",
+        "n_routed_experts=9 is not divisible by the expert mesh axis (8 devices). "
+        "Set config.mesh.expert to a divisor of 9.",
     ),
     ([TINY, "--config.mesh.fsdp=16", "--workdir={tmp}/w"], "has 16 devices, but there are 8"),
     ([TINY, "--config.mesh.fsdp=2", "--workdir={tmp}/w"], "has 2 devices, but there are 8"),
