@@ -29,7 +29,8 @@ def missing(qk_width: int = 192, v_width: int = 128) -> str | None:
     """
     try:
         fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-        fused._dot_product_attention_fwd_p, fused._dot_product_attention_bwd_p, fused.MaskType.CAUSAL, fused.AttentionLayout.BTNH
+        fused._dot_product_attention_fwd_p, fused._dot_product_attention_bwd_p
+        fused.MaskType.CAUSAL, fused.AttentionLayout.BTNH, fused.check_cudnn_version
     except (ImportError, AttributeError) as error:
         return f"jax {jax.__version__} has another cuDNN attention than this version knows ({error})"
     if jax.default_backend() != "gpu":
@@ -63,10 +64,11 @@ def usable(qk_width: int, v_width: int) -> bool:
 
 def version() -> int | None:
     """cuDNN's, as 90100 for 9.1.0; None where JAX finds none."""
+    # JAX's own question. That it is there is known by now; what else is not must not pass for a missing cuDNN.
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     try:
-        versions = importlib.import_module("jax._src.lib").cuda_versions
-        return None if versions is None else int(versions.cudnn_getversion())
-    except (ImportError, AttributeError, RuntimeError):  # the last: a library that cannot be loaded
+        return int(fused.check_cudnn_version())
+    except RuntimeError:  # no CUDA plugin, or a library that cannot be loaded
         return None
 
 
