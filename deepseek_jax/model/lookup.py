@@ -60,7 +60,7 @@ def summed(row_TD: jax.Array, index_T: jax.Array, size: int) -> jax.Array:
     before_nD = dot(goes_on_nn.astype(row_TD.dtype), sum_nBD[:, -1])
     sum_nBD += jnp.where((index_nB == first_n[:, None])[:, :, None], before_nD[:, None], 0)
 
-    # The last row of an index has its sum; the others go nowhere, each to a place of its own (unique indices).
+    # The last row of an index has its sum; the others go nowhere, each to a place of its own: unique.
     ends_T = jnp.pad(index_T[1:] != index_T[:-1], (0, 1), constant_values=True) & (index_T < size)
     place_T = jnp.where(ends_T, index_T, size + jnp.arange(index_T.shape[0], dtype=index_T.dtype))
     zeros = jnp.zeros((size, width), row_TD.dtype)
