@@ -18,6 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config.options import ModelConfig
+from deepseek_jax.model import lookup
 from deepseek_jax.parallel.mesh import per_device
 from deepseek_jax.parallel.weights import applied, gathered, stored
 
@@ -173,7 +174,8 @@ class Embedding(nnx.Module):
             local_BS = ids_BS - jax.lax.axis_index("tensor") * rows
             here_BS1 = ((local_BS >= 0) & (local_BS < rows))[..., None]
             return jax.lax.psum(
-                jnp.where(here_BS1, weight_VD[jnp.clip(local_BS, 0, rows - 1)], 0.0), "tensor"
+                jnp.where(here_BS1, lookup.rows(weight_VD, jnp.clip(local_BS, 0, rows - 1)), 0.0),
+                "tensor",
             )
 
         look_up = per_device(one_device, in_specs=(batch, *specs), out_specs=jax.P(*batch, None))

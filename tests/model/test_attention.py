@@ -4,6 +4,9 @@ Tolerance: 1e-5 of an array's scale in float32 (rounding is 6e-8 a number, sums 
 bfloat16 rounds to 4e-3 each of weights, score gradients and results: 2e-2.
 """
 
+import importlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,6 +184,17 @@ def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsy
             assert err.count("\n") == 1 and said in err and "in blocks instead" in err
     finally:
         cudnn.missing.cache_clear(), cudnn.usable.cache_clear()
+
+
+def test_the_version_of_cudnn(monkeypatch):
+    """Asked as JAX asks for it, by the name that its CUDA plugins have; None without a plugin."""
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    for plugin, version in (
+        (None, None),
+        (types.SimpleNamespace(cudnn_get_version=lambda: 91501), 91501),
+    ):
+        monkeypatch.setattr(fused, "cuda_versions", plugin)
+        assert cudnn.jax_private.cudnn_version() == version
 
 
 def test_cudnn_of_devices_that_are_not_here():

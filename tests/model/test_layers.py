@@ -17,7 +17,7 @@ from flax import nnx
 
 from deepseek_jax.config.options import ModelConfig, MoeConfig, RopeScaling
 from deepseek_jax.experts import dispatch
-from deepseek_jax.model import rope, router
+from deepseek_jax.model import lookup, rope, router
 from deepseek_jax.model.attention import causal
 from deepseek_jax.model.attention.mla import MultiHeadLatentAttention
 from deepseek_jax.model.layers import MLP, Embedding, RMSNorm
@@ -131,10 +131,14 @@ def test_mlp():
     check(create, weights, "mlp.", lambda mlp, x: mlp(x), ref.mlp, normal(2, 5, 16))
 
 
-def test_embedding():
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2}])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_embedding(on_cpu, mesh, monkeypatch):
+    """As on a CPU, and as on a GPU, where the gradient's sums must have one order."""
+    monkeypatch.setattr(lookup, "on_cpu", lambda: on_cpu)
     ids = np.random.default_rng(0).integers(0, MODEL.vocab_size, (2, 7))
     table, c = normal(MODEL.vocab_size, 16), normal(2, 7, 16, seed=1)
-    config = conversion.config_of(MODEL)
+    config = conversion.config_of(MODEL, **mesh)
     with conversion.on_mesh(config):
         embed, params, bias = conversion.load(
             lambda: Embedding(MODEL, nnx.Rngs(0)), {"weight": table}, config
@@ -151,6 +155,18 @@ def test_embedding():
     expected = np.zeros_like(table, np.float64)
     np.add.at(expected, ids, c)
     conversion.assert_close(conversion.names_of(grads)["weight"], expected)
+
+
+@pytest.mark.parametrize("rows, size", [(1, 1), (7, 3), (256, 5), (700, 3), (1000, 400)])
+def test_summed_rows(rows, size):
+    """Of one index, of indices that occur often, once and never; and no addition is left to a scatter, whose
+    order on a GPU is any."""
+    index = np.random.default_rng(rows).integers(0, size, rows) if rows > 1 else np.zeros(1, int)
+    row, expected = normal(rows, 6), np.zeros((size, 6))
+    np.add.at(expected, index, row)
+    f = functools.partial(lookup.summed, size=size)
+    conversion.assert_close(np.asarray(jax.jit(f)(row, index)), expected)
+    assert "scatter-add" not in str(jax.make_jaxpr(f)(row, index))
 
 
 # ----------------------------------------------------------------------------------------------------------------- rotary
