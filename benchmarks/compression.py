@@ -88,7 +88,7 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
             losses.append(float(metrics.losses.loss))
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
-    total = lambda found: sum(c.bytes_a_step for c in found)
+    total = lambda found: sum(c.bytes_per_step for c in found)
     return {
         "gradient_compression": config.sharding.gradient_compression,
         "strategy": config.sharding.canonical,

@@ -141,7 +141,8 @@ def parts(
 ) -> tuple[dict[str, Row], float]:
     """The rows by part, and the FLOP/s of the best square matmul."""
     least = {
-        i.name: of(module, computation, i) for computation, i, _ in loops.visits(module, lambda _: True)
+        i.name: of(module, computation, i)
+        for computation, i, _ in loops.visits(module, lambda _: True)
     }
     speed, peak = copy_speed(), matmul_peak(dtype)
     alone = {m: time_alone(m) for m in sorted({m for e in events for m in least[e.name].matmuls})}

@@ -241,7 +241,7 @@ def show_size(file: str, count: int, given: tuple[str, ...]) -> None:
     print(
         f"""  mesh {" x ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1)}
   {texts.gb(m.arguments)} of arguments + {texts.gb(m.temporaries)} of temporaries = {texts.gb(m.total)} of {texts.gb(HARDWARE.memory)}: {verdict}
-  receives {texts.gb(sum(c.bytes_a_step for c in found))} a step: {kinds}
+  receives {texts.gb(sum(c.bytes_per_step for c in found))} a step: {kinds}
   {took}, {texts.gb(step.peak_bytes)} of memory so far""",
         flush=True,
     )

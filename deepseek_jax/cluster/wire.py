@@ -156,7 +156,8 @@ class Connection:
         """Waits for the next message; what comes after it stays in the socket, for `read`.
 
         Args:
-          seconds: to wait at most; None: as long as it takes.
+          seconds: to wait at most;
+          None: as long as it takes
 
         Raises:
           OSError: none came in time (TimeoutError), the connection is closed, or what came is no message.

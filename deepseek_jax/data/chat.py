@@ -65,7 +65,8 @@ class Chat:
         self.stop_ids = end_ids(folder) | ({self._eos} if self._eos is not None else set())
 
     def encode(self, chat: str | Sequence[Message], /, **options: Any) -> list[int]:
-        """Token ids: of a text as transformers' tokenizer has them (with bos where it adds one), or of a chat by `render`."""
+        """Token ids: of a text as transformers' tokenizer has them (with bos where it adds one), or
+        of a chat by `render`."""
         if not isinstance(chat, str):
             return self.tokenizer.encode(self.render(chat, **options), add_special_tokens=False).ids
         if options:
@@ -105,10 +106,11 @@ class Chat:
 
         Args:
           messages: in order, with "role" and "content", a text or a list of {"type": "text", "text": "..."}.
-          add_generation_prompt: end with what begins an answer; None: unless continue_final_message.
-          tools: JSON schemas of functions. chat_template: the name of one of several, or a template.
-            documents: {"title", "text"}, for templates that read some. continue_final_message: end within the
-              last message, which an answer goes on with.
+          add_generation_prompt: end with what begins an answer; None: unless continue_final_message
+          tools: JSON schemas of functions
+          chat_template: the name of one of several, or a template
+          documents: {"title", "text"}, for templates that read some
+          continue_final_message: end within the last message, which an answer goes on with.
           variables: for the template, enable_thinking=False for instance.
 
         Raises:
@@ -204,7 +206,8 @@ class Chat:
         return self._templates[name]
 
     def _read_templates(self, config: dict[str, Any]) -> dict[str, str]:
-        """By name: chat_template.jinja and additional_chat_templates/, else chat_template.json, else tokenizer_config.json."""
+        """By name: chat_template.jinja and additional_chat_templates/, else chat_template.json,
+        else tokenizer_config.json."""
         out: dict[str, str] = {}
         if (text := tokenizer_folder.read_text(self.folder, "chat_template.jinja")) is not None:
             out["default"] = text

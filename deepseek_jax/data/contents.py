@@ -85,7 +85,9 @@ def check_tokenizer(trained: Contents | None, name: str | None, spec: str) -> No
     """Compares a tokenizer with that of a run.
 
     Args:
-      trained: of the run; None if not known. name: as Tokenizer.name. spec: config.data.tokenizer.
+      trained: of the run; None if not known
+      name: as Tokenizer.name
+      spec: config.data.tokenizer
 
     Raises:
       UserError: they differ.

@@ -1,4 +1,4 @@
-"""Finds the files behind a data path, by their names; formats.py reads them."""
+"""Finds the files behind a data path, by their names; formats.py, arrow.py and tokenfile.py read them."""
 
 import glob
 import os
@@ -70,12 +70,28 @@ TEXT_FORMS = (
 FORMS = f"{TEXT_FORMS}, or token files .npy and .bin"
 
 
-class File(NamedTuple):
+# Bytes of a record that are no UTF-8 become lone surrogates, as JSON can spell them; clean_text cleans both.
+ODD_BYTES = "surrogateescape"
+
+
+class SourceFile(NamedTuple):
+    """A file of a source."""
+
     path: str
     kind: str  # text | lines | json | parquet | arrow | tokens
-    explicit: bool  # named or matched by a glob: it has to be readable as what it is; in folders other files are skipped
+    # named or matched by a glob: it has to be readable as what it is; in folders other files are
+    # skipped
+    explicit: bool
     size: int  # bytes
     compression: str = ""  # "" or one of COMPRESSED
+
+
+class TextPiece(NamedTuple):
+    """Some text of a document."""
+
+    text: str
+    last: bool  # the document ends here
+    read: float  # bytes of the file behind this piece, for progress
 
 
 class Notes:
@@ -127,7 +143,7 @@ def split_paths(paths: str, option: str) -> list[str]:
     return out
 
 
-def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]:
+def find_files(spec: str, option: str, notes: Notes | None = None) -> list[SourceFile]:
     """The files of one source, in an order that only their names decide. `notes` is told what a folder holds
     beside them.
 
@@ -144,8 +160,8 @@ def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]
         ]
         if not files:
             raise UserError(
-                f"{option}={spec!r}: this Python comes without the sources of its standard library. Give another "
-                f"path."
+                f"{option}={spec!r}: this Python comes without the sources of its standard "
+                "library. Give another path."
             )
         return files
     path = os.path.expanduser(spec)
@@ -160,11 +176,13 @@ def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]
         files = [_file(p, spec, option, explicit=True) for p in _without_sidecars(matches)]
         if not files:
             raise UserError(
-                f"{option}={spec!r} matches no file. Correct the pattern (relative paths start in {os.getcwd()})."
+                f"{option}={spec!r} matches no file. Correct the pattern (relative paths start in "
+                f"{os.getcwd()})."
             )
     else:
         raise UserError(
-            f"{option}={spec!r} does not exist. Give {_forms(option)} (relative paths start in {os.getcwd()})."
+            f"{option}={spec!r} does not exist. Give {_forms(option)} (relative paths start in "
+            f"{os.getcwd()})."
         )
     files = [f for f in files if f.size]
     if not files:
@@ -179,6 +197,11 @@ def no_text(spec: str, option: str, notes: Notes) -> UserError:
         f"{option}={spec!r} holds no text{skipped}. Give a source with at least one document "
         f"that is not empty; the token files of a folder are named with a glob, as in 'DIR/*.npy'."
     )
+
+
+def reason(error: Exception) -> str:
+    """An error of a library in one short line."""
+    return " ".join(str(error).split())[:160]
 
 
 def unreadable(spec: str, option: str, path: str, error: OSError) -> UserError:
@@ -205,7 +228,7 @@ def _kind(path: str) -> str:
     return "refused" if compression and kind in ("parquet", "arrow", "tokens", "index") else kind
 
 
-def _file(path: str, spec: str, option: str, explicit: bool) -> File:
+def _file(path: str, spec: str, option: str, explicit: bool) -> SourceFile:
     if not os.path.isfile(path):
         raise UserError(f"{option}={spec!r} is neither a file nor a folder. Give {_forms(option)}.")
     kind, (ending, compression) = _kind(path), _endings(path)
@@ -227,7 +250,7 @@ def _file(path: str, spec: str, option: str, explicit: bool) -> File:
         size = os.stat(path).st_size
     except OSError as e:
         raise unreadable(spec, option, path, e) from None
-    return File(path, kind, explicit, size, compression)
+    return SourceFile(path, kind, explicit, size, compression)
 
 
 def _is_prefix(path: str) -> bool:
@@ -250,7 +273,9 @@ def _without_sidecars(paths: list[str]) -> list[str]:
     ]
 
 
-def _walk(folder: str, spec: str, option: str, skip: set[str], notes: Notes) -> Iterator[File]:
+def _walk(
+    folder: str, spec: str, option: str, skip: set[str], notes: Notes
+) -> Iterator[SourceFile]:
     """The files with text below a folder, sorted by path, without hidden ones and what belongs to token
     files."""
 

@@ -25,5 +25,6 @@ def derive_seed(seed: int, *path: int) -> int:
 
 
 def permutation(n: int, seed: int) -> np.ndarray:
-    """A random order of 0 to n - 1, int64 [n]. np.random's orders may change between NumPy versions; this one cannot."""
+    """A random order of 0 to n - 1, int64 [n]. np.random's orders may change between NumPy
+    versions; this one cannot."""
     return np.argsort(mix64(np.arange(n, dtype=np.uint64) + mix64(seed)), kind="stable")

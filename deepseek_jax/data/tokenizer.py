@@ -36,11 +36,11 @@ class Tokenizer(abc.ABC):
       name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file, with
         `+special_tokens` if it reads these.
       vocab_size: ids run from 0 to vocab_size - 1.
-      eos_id: the token that ends a document. stop_ids: it and tokenizer_config.json's eos_token: an answer
-        ends with either.
+      eos_id: the token that ends a document
+      stop_ids: it and tokenizer_config.json's eos_token: an answer ends with either.
       hidden: {id: text} of the tokens that `decode` leaves out.
-      token_bytes: int32 [vocab_size], bytes of text that each token stands for (eos and special tokens: 0), or None if
-        it cannot be known.
+      token_bytes: int32 [vocab_size], bytes of text that each token stands for (eos and special
+        tokens: 0), or None if it cannot be known.
     """
 
     name: str
@@ -122,8 +122,8 @@ class FileTokenizer(Tokenizer):
         )
         if self.eos_id < 0:
             raise UserError(
-                f"{option}={path!r} has no token that ends a document. Add one of {' '.join(EOS_NAMES)} to its "
-                f"added_tokens."
+                f"{option}={path!r} has no token that ends a document. Add one of "
+                f"{' '.join(EOS_NAMES)} to its added_tokens."
             )
         self.stop_ids = frozenset(
             {self.eos_id, vocab.get(files.special.get("eos_token"), self.eos_id)}
@@ -206,12 +206,13 @@ def load_tokenizer(
         return FileTokenizer(path, option, special_tokens)
     except FileNotFoundError:
         raise UserError(
-            f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes (relative paths start in {os.getcwd()})."
+            f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes "
+            f"(relative paths start in {os.getcwd()})."
         ) from None
     except OSError as e:
         raise UserError(
-            f"{option}={spec!r} cannot be read ({e.strerror}). Make it readable, or give another tokenizer.json or "
-            f"bytes."
+            f"{option}={spec!r} cannot be read ({e.strerror}). Make it readable, or give another "
+            "tokenizer.json or bytes."
         ) from None
 
 
@@ -233,7 +234,8 @@ def _byte_level_lengths(
 ) -> np.ndarray | None:
     """Bytes a token stands for, int32 [size]: in byte-level BPE a token is spelt with one character a byte.
 
-    None for any other kind, and where a space is put before the text (the sum would be off by one a document).
+    None for any other kind, and where a space is put before the text (the sum would be off by one a
+    document).
     """
     pre = tree.get("pre_tokenizer")
     model = tree["model"]

@@ -12,7 +12,9 @@ class Parser(arguments.Parser):
     """With help as train.py has it.
 
     Args:
-      about: the module's docstring. json: has --json. further: help after the flags.
+      about: the module's docstring
+      json: has --json
+      further: help after the flags
     """
 
     def __init__(
@@ -26,7 +28,9 @@ class Parser(arguments.Parser):
             )
 
     def format_help(self) -> str:
-        default = lambda a: "" if a.default in (None, False, argparse.SUPPRESS) else f"={a.default}"
+        def default(a):
+            return "" if a.default in (None, False, argparse.SUPPRESS) else f"={a.default}"
+
         flags = [
             f"  {a.option_strings[0]}{default(a)}\n        {a.help}\n"
             for a in self._actions
@@ -42,7 +46,8 @@ def read(
     """The command's own flags, and the options of the config that the rest names.
 
     Args:
-      argv: without the program's name. default_config: a config file to use if none is named.
+      argv: without the program's name
+      default_config: a config file to use if none is named
 
     Raises:
       UserError: the first mistake.

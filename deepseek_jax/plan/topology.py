@@ -1,6 +1,7 @@
 """Machines that are not here: their devices to lay a mesh over, and their compiler.
 
-JAX's CUDA plugin compiles for a GPU from its description alone (h200.txtpb): no GPU is needed, and nothing is executed.
+JAX's CUDA plugin compiles for a GPU from its description alone (h200.txtpb): no GPU is needed, and
+nothing is executed.
 """
 
 import contextlib
@@ -36,10 +37,12 @@ class Hardware(NamedTuple):
     description: str  # file of this package: what XLA's GPU compiler wants to know
 
 
-# An H200 reports 150.8e9 bytes. What is above the 141 GB of its data sheet is left to CUDA, NCCL's buffers and fragmentation.
+# An H200 reports 150.8e9 bytes. What is above the 141 GB of its data sheet is left to CUDA, NCCL's
+# buffers and fragmentation.
 HARDWARE = {"h200": Hardware("NVIDIA H200", 141_000_000_000, "h200.txtpb")}
 
-INSTALL = "pip install -e '.[gpu-aot]'"  # in a virtual environment of its own: JAX looks for a GPU wherever the plugin is
+# in a virtual environment of its own: JAX looks for a GPU wherever the plugin is
+INSTALL = "pip install -e '.[gpu-aot]'"
 
 
 class Step(NamedTuple):
@@ -81,7 +84,8 @@ def gpu_devices(hardware: Hardware, devices: int, gpus_per_host: int) -> list[An
       UserError: as `hosts_of`.
     """
     hosts = hosts_of(devices, gpus_per_host)
-    # XLA's warnings here are of GPUs that are missing, and of kernels that it can only choose where there is one.
+    # XLA's warnings here are of GPUs that are missing, and of kernels that it can only choose where
+    # there is one.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     text = pathlib.Path(__file__).with_name(hardware.description).read_text()
     shape = f"1x{hosts}x{devices // hosts}"  # slices, hosts of one, GPUs of one
@@ -145,7 +149,8 @@ def compile_step(
     """Compiles the train step for the devices of a mesh.
 
     Args:
-      options: of XLA's compiler; None: those that train.py gives it for this config and these devices.
+      options: of XLA's compiler;
+      None: those that train.py gives it for this config and these devices
 
     Raises:
       UserError: XLA refuses the program.
@@ -192,7 +197,8 @@ def _say(text: str) -> None:
 
 
 class CompiledElsewhere:
-    """As much of jax.stages.Compiled as the readers of a program need, of one that was lowered over a mesh without devices."""
+    """As much of jax.stages.Compiled as the readers of a program need, of one that was lowered over
+    a mesh without devices."""
 
     def __init__(self, lowered: Any, mesh: jax.sharding.Mesh, options: dict[str, Any]):
         self._executable = jax_private.compile_for(lowered, mesh.devices.reshape(-1), options)
@@ -204,8 +210,9 @@ class CompiledElsewhere:
         return self._executable.hlo_modules()[0].to_string()
 
 
-def devices_a_host(mesh: jax.sharding.Mesh, gpus_per_host: int) -> dict[str, int]:
-    """Of every axis longer than 1: how many consecutive devices along it share a host. All of them: it stays inside."""
+def devices_per_host(mesh: jax.sharding.Mesh, gpus_per_host: int) -> dict[str, int]:
+    """Of every axis longer than 1: how many consecutive devices along it share a host. All of them:
+    it stays inside."""
     ids = np.vectorize(lambda d: d.id)(mesh.devices)
     host = np.searchsorted(np.sort(ids, axis=None), ids) // gpus_per_host
     out = {}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config.options import Config, DataConfig, ModelConfig, TrainConfig
-from deepseek_jax.data import formats, tokenfile
+from deepseek_jax.data import formats, token_writer, tokenfile
 from deepseek_jax.data.__main__ import main
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.sources import open_corpora
@@ -208,9 +208,9 @@ def test_a_torn_file_never_looks_finished(folder, tmp_path, monkeypatch, where):
             "replace",
             lambda a, b: die() if count.append(0) or len(count) > 3 else replace(a, b),
         )
-        monkeypatch.setattr(tokenfile.TokenWriter, "__exit__", lambda *_: None)
+        monkeypatch.setattr(token_writer.TokenWriter, "__exit__", lambda *_: None)
     else:
-        monkeypatch.setattr(tokenfile.TokenWriter, where, die)
+        monkeypatch.setattr(token_writer.TokenWriter, where, die)
     with pytest.raises(Killed):
         tokenize(folder, tmp_path / "c.npy", None)
     if where == "rename":
@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tokenfile.TokenWriter, "write", full)
+    monkeypatch.setattr(token_writer.TokenWriter, "write", full)
     assert tokenize(folder, tmp_path / "c.npy", "bytes") == 2
     assert "No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())
 

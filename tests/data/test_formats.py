@@ -29,7 +29,7 @@ from deepseek_jax.config.validation import validate
 from deepseek_jax.data import formats
 from deepseek_jax.data.__main__ import main
 from deepseek_jax.data.documents import Notes, find_files
-from deepseek_jax.data.formats import read
+from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.sources import open_corpora
 from deepseek_jax.data.tokenizer import load_tokenizer
@@ -112,7 +112,7 @@ def test_compressed(ending, tmp_path):
     expected = [*PRESENT, *PRESENT, PRESENT[2] * 1000, "text"]
     assert documents(tmp_path) == expected == documents(f"{tmp_path}/*{ending}")
     (file,) = find_files(str(tmp_path / f"c.txt{ending}"), "config.data.path")
-    assert sum(p.read for p in read(file, "", "")) == file.size
+    assert sum(p.read for p in read_text(file, "", "")) == file.size
     (tmp_path / f"a.jsonl{ending}").write_bytes(pack(b"{" + random.Random(0).randbytes(9999))[:-9])
     with pytest.raises(
         UserError, match=rf"a.jsonl\{ending} (cannot be unpacked|line 1)|line 1 of .*a.jsonl"

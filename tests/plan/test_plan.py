@@ -94,7 +94,7 @@ def test_bytes_axes_and_times(f, kind, received, group, axes):
 
     (c,) = program.collectives(text_of(nested), SHAPE)
     assert (c.kind, c.bytes, c.group, c.axes, c.times) == (kind, received, group, axes, 15)
-    assert c.loops == (5, 3) and not c.further and c.bytes_a_step == 15 * received
+    assert c.loops == (5, 3) and not c.further and c.bytes_per_step == 15 * received
 
 
 def twice_then_rounds(x):
@@ -290,10 +290,10 @@ def test_exchange_buffers():
 def test_axes_inside_a_host():
     config = Config(mesh=MeshConfig(data=2, fsdp=2, expert=2), train=TrainConfig(batch_size=8))
     mesh, _ = topology.lay_out(config, jax.devices())
-    assert topology.devices_a_host(mesh, 4) == {"data": 1, "fsdp": 2, "expert": 2}
-    assert topology.devices_a_host(mesh, 2) == {"data": 1, "fsdp": 1, "expert": 2}
+    assert topology.devices_per_host(mesh, 4) == {"data": 1, "fsdp": 2, "expert": 2}
+    assert topology.devices_per_host(mesh, 2) == {"data": 1, "fsdp": 1, "expert": 2}
     mesh, _ = topology.lay_out(dataclasses.replace(config, mesh=MeshConfig(fsdp=8)), jax.devices())
-    assert topology.devices_a_host(mesh, 2) == {"fsdp": 2}
+    assert topology.devices_per_host(mesh, 2) == {"fsdp": 2}
 
 
 def run_plan(capsys, *argv: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.data import contents
 from deepseek_jax.data.documents import Notes, find_files, split_paths
-from deepseek_jax.data.formats import read
+from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.sources import BATCH_CHARACTERS, open_corpora, split
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
@@ -21,7 +21,7 @@ MAX_WINDOW = 2048  # of the default, where the model would take more
 HELD_OUT_PIECE = 1 << 20  # tokens of a document that are read at a time
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A part of a document."""
 
     tokens: np.ndarray  # int32 [n]
@@ -129,7 +129,7 @@ def of_held_out(
             else len(tokenizer.decode(ids, after).encode())
         )
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[TextPiece]:
         for documents in sides:
             for start, length in zip(
                 documents.starts.tolist(), documents.lengths.tolist(), strict=True
@@ -141,28 +141,28 @@ def of_held_out(
                     )
                     before = documents.tokens[start + max(at - 32, 0) : start + at]
                     read = size(ids, before) if at else size(ids[1:], ids[:1])
-                    yield Piece(ids, read, at + len(ids) == length, len(ids))
+                    yield TextPiece(ids, read, at + len(ids) == length, len(ids))
 
     with Bar("Evaluating", sum(d.size for d in sides), progress) as bar:
         return _measure(pieces(), [], scorer, stride, limit, bar, "the run's held-out part")
 
 
-def _text_pieces(files: list, encoder: Encoder, notes: Notes) -> Iterator[Piece]:
+def _text_pieces(files: list, encoder: Encoder, notes: Notes) -> Iterator[TextPiece]:
     """The pieces of documents in file order; empty documents are left out."""
     inside = False  # a document that had tokens already goes on
 
-    def encoded(texts: list[str], rest: list[tuple[bool, float]]) -> Iterator[Piece]:
+    def encoded(texts: list[str], rest: list[tuple[bool, float]]) -> Iterator[TextPiece]:
         nonlocal inside
         for text, (ids, first), (last, count) in zip(
             texts, encoder.encode_batch(texts), rest, strict=True
         ):
             unpredicted = first if not inside and not encoder.prefix else 0
             inside = (inside or len(ids) > 0) and not last
-            yield Piece(ids, len(text.encode()) - unpredicted, last, count)
+            yield TextPiece(ids, len(text.encode()) - unpredicted, last, count)
 
     texts, rest, size = [], [], 0
     for spec, file in files:
-        for piece in read(file, spec, "--text", notes):
+        for piece in read_text(file, spec, "--text", notes):
             texts.append(piece.text)
             rest.append((piece.last, piece.read))
             size += len(piece.text)
@@ -173,7 +173,7 @@ def _text_pieces(files: list, encoder: Encoder, notes: Notes) -> Iterator[Piece]
 
 
 def _measure(
-    pieces: Iterator[Piece],
+    pieces: Iterator[TextPiece],
     prefix: list[int],
     scorer: Scorer,
     stride: int,
@@ -215,7 +215,7 @@ def _measure(
 
 
 def _document(
-    pieces: Iterator[Piece], totals: Totals, prefix: list[int], bar: Bar, size: int, where: str
+    pieces: Iterator[TextPiece], totals: Totals, prefix: list[int], bar: Bar, size: int, where: str
 ) -> Iterator[np.ndarray] | None:
     """The token ids of the next document with any, piece by piece after the prefix; None where there are no more."""
     for first in pieces:
