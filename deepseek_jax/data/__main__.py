@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         "tokenize",
         help="write text as a memory-mapped token file",
         description="Writes a corpus of any size as token ids, for config.data.path. "
-        "Beside NAME.npy or NAME.bin it writes\nNAME.json (what the file holds) and NAME.offsets (where its documents begin); keep the "
+        "Beside NAME.npy or NAME.bin it writes\n"
+        "NAME.json (what the file holds) and NAME.offsets (where its documents begin); keep the "
         "three together.",
         epilog="example: python -m deepseek_jax.data tokenize --path='text/*.jsonl' "
         "--tokenizer=tokenizer.json --out=corpus.npy",
@@ -114,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         "show",
         help="print the documents that a step of a run was trained on",
         description="Prints the documents in the rows of a step, or of the global data order, as "
-        "metrics.jsonl names them for spikes of the loss,\nfor skipped updates and for rollbacks. Reads config.json and metrics.jsonl of the run, "
+        "metrics.jsonl names them for spikes of the loss,\n"
+        "for skipped updates and for rollbacks. Reads config.json and metrics.jsonl of the run, "
         "which may be going on, and its data.",
         epilog="example: python -m deepseek_jax.data show --workdir=runs/tiny --step=310",
     )

@@ -1,4 +1,4 @@
-"""Corpora: the token ids and document boundaries behind `config.data.path`, and which documents are held out."""
+"""Corpora: token ids and document boundaries behind `config.data.path`, and which documents are held out."""
 
 import math
 from collections.abc import Iterable, Iterator

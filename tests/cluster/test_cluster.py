@@ -1,4 +1,5 @@
-"""Finding the cluster, agreeing in it, and who gets which GPU: everything about several processes that needs no training."""
+"""Finding the cluster, agreeing in it, and who gets which GPU: everything about several processes
+that needs no training."""
 
 import contextlib
 import os
@@ -349,7 +350,8 @@ def test_agreement_without_some(monkeypatch):
 
 
 def test_another_token(monkeypatch):
-    """A process with another token is refused, soon, and is not counted; process 0 can say where it came from."""
+    """A process with another token is refused, soon, and is not counted; process 0 can say where it
+    came from."""
     monkeypatch.setattr(agreement, "PATIENCE", 1.0)
     first_process: list[Agreement] = []
 
@@ -471,7 +473,8 @@ def test_a_process_that_does_not_come(tmp_path):
 
 
 def test_a_crash_does_not_wait_for_others(monkeypatch, capsys):
-    """JAX's exit handler would wait for the other processes, who wait in a collective. A lost process, if there is one, is said in its place."""
+    """JAX's exit handler would wait for the other processes, who wait in a collective. A lost
+    process, if there is one, is said in its place."""
     alone, told = processes.Cluster(None, 1, "program"), []
     with pytest.raises(ZeroDivisionError), alone.failures():
         raise ZeroDivisionError("alone")

@@ -110,7 +110,9 @@ def test_round_trip(folder, tmp_path, name, dtype, tokenizer):
     assert isinstance(corpus.tokens, np.memmap) and corpus.tokens.dtype == (
         "uint16" if dtype == "auto" else dtype
     )
-    docs = [corpus.tokens[a:b] for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:])]
+    docs = [
+        corpus.tokens[a:b] for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)
+    ]
     assert [t.decode(d) for d in docs] == TEXTS and all(d[-1] == t.eos_id for d in docs)
     side = json.loads((tmp_path / "c.json").read_text())
     assert (side["tokenizer"], side["eos_id"], side["vocab_size"]) == (
@@ -124,10 +126,11 @@ def test_round_trip(folder, tmp_path, name, dtype, tokenizer):
         corpus.tokens.max(),
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "c.json", "c.offsets"])
+
     # The loader gives the same rows from the text and from the file, with its sidecar or without.
-    rows_of = lambda path: Loader(config_for(path, spec, bin_dtype=side["dtype"]), t).train_rows(
-        0, 50
-    )
+    def rows_of(path):
+        return Loader(config_for(path, spec, bin_dtype=side["dtype"]), t).train_rows(0, 50)
+
     read = [rows_of(folder / "texts.jsonl"), rows_of(tmp_path / name)]
     (tmp_path / "c.json").unlink()
     read.append(rows_of(tmp_path / name))
@@ -375,9 +378,12 @@ def test_sidecar_errors(folder, tmp_path, change, wanted):
 
 def test_the_program_itself():
     """Help and an error, as a user sees them."""
-    run = lambda *args: subprocess.run(
-        [sys.executable, "-m", "deepseek_jax.data", *args], capture_output=True, text=True
-    )
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, "-m", "deepseek_jax.data", *args], capture_output=True, text=True
+        )
+
     shown = run("tokenize", "--help")
     assert shown.returncode == 0 and all(
         o in shown.stdout for o in ("--path", "--tokenizer", "--out", "--dtype", "example:")

@@ -60,7 +60,7 @@ def documents(path, notes=None):
     return [
         tokenizer.decode(c.tokens[int(a) : int(b)])
         for c in corpora
-        for a, b in zip(c.offsets[:-1], c.offsets[1:])
+        for a, b in zip(c.offsets[:-1], c.offsets[1:], strict=True)
     ]
 
 
@@ -400,7 +400,7 @@ def test_special_tokens_in_text(tmp_path, capsys):
         )
         return [
             corpus.tokens[int(a) : int(b)].tolist()
-            for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:])
+            for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)
         ]
 
     assert held(tmp_path / "chats.jsonl") == expected

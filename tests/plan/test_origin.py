@@ -1,4 +1,4 @@
-"""Which part of the model an instruction belongs to: the rules name what the package has, and each is found."""
+"""Which part of the model an instruction is of: the rules name what the package has, and each is found."""
 
 import ast
 import re
@@ -45,7 +45,8 @@ def test_every_scope_is_given_by_the_model():
 
 @pytest.mark.slow
 def test_every_rule_and_scope_is_found_in_a_compiled_step():
-    """Pipeline, experts on two devices, compressed sums, dense and MoE layers, shared experts, multi-token prediction."""
+    """Pipeline, experts on two devices, compressed sums, dense and MoE layers, shared experts,
+    multi-token prediction."""
     model = ModelConfig(
         hidden_size=32,
         vocab_size=64,
