@@ -36,14 +36,17 @@ def read_arrow(file: SourceFile, where: str, skip: Callable[[str], None]) -> Ite
             f.seek(0)
             table = ipc.open_file(f) if is_file else ipc.open_stream(f)
             _check_column(pyarrow, table.schema, file, where)
+            batches = table
+            if is_file:
+                batches = (table.get_batch(i) for i in range(table.num_record_batches))
             before = 0
-            for batch in (
-                (table.get_batch(i) for i in range(table.num_record_batches)) if is_file else table
-            ):
-                size, before = (0 if is_file else f.tell() - before), (0 if is_file else f.tell())
+            for batch in batches:
+                if is_file:
+                    size = file.size / table.num_record_batches
+                else:
+                    size, before = f.tell() - before, f.tell()
                 values = _values(pyarrow, batch.column("text"))
-                each = file.size / table.num_record_batches if is_file else size
-                yield from (TextPiece(text, True, each / max(len(values), 1)) for text in values)
+                yield from (TextPiece(text, True, size / max(len(values), 1)) for text in values)
     except pyarrow.ArrowException as e:
         raise UserError(
             f"{where}: {file.path} is not a readable Arrow file ({reason(e)}). Write it again."

@@ -52,9 +52,9 @@ class Chat:
                 path, vocab_size=vocab_size
             )
         except (OSError, ValueError) as e:
-            what = (
-                (e.strerror if os.path.exists(path) else "missing") if isinstance(e, OSError) else e
-            )
+            what: object = e
+            if isinstance(e, OSError):
+                what = e.strerror if os.path.exists(path) else "missing"
             raise UserError(
                 f"{path} cannot be read ({what}). Copy the tokenizer.json or tiktoken.model of the "
                 f"checkpoint there, and "

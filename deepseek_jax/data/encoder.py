@@ -23,10 +23,15 @@ class Encoder:
     """
 
     def __init__(self, source: Chat | Tokenizer, name: str, ends: Collection[int] = ()):
-        """Args: source: of a checkpoint, or of a run without one. name: of the model, for messages.
-        ends: more tokens that end a text."""
+        """
+        Args:
+          source: of a checkpoint, or of a run without one.
+          name: of the model, for messages.
+          ends: more tokens that end a text.
+        """
         self.prefix: list[int] = []
-        self._source, self._name = source, name
+        self._source = source
+        self._name = name
         if isinstance(source, Chat):
             self._inner = source.tokenizer
             encoding = self._inner.encode("a", add_special_tokens=True)
@@ -45,8 +50,11 @@ class Encoder:
                 (i for i in (*self.prefix, bos, eos, *sorted(self.stop_ids)) if i is not None), None
             )
         else:
-            self._inner, self.vocab_size, self.start_id = source, source.vocab_size, source.eos_id
-            self.stop_ids, self.hidden = source.stop_ids.union(ends), dict(source.hidden)
+            self._inner = source
+            self.vocab_size = source.vocab_size
+            self.start_id = source.eos_id
+            self.stop_ids = source.stop_ids.union(ends)
+            self.hidden = dict(source.hidden)
             self.hidden |= {i: self.decode([i]) for i in self.stop_ids - self.hidden.keys()}
 
     def say_prefix(self) -> None:

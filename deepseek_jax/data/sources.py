@@ -37,7 +37,9 @@ class Joined:
             base, end = int(self._starts[first]), min(stop, int(self._starts[first + 1]))
             out.append(self.parts[first][start - base : end - base])
             start, first = end, first + 1
-        return np.concatenate(out) if len(out) > 1 else out[0] if out else np.zeros(0, np.int32)
+        if len(out) == 1:
+            return out[0]
+        return np.concatenate(out) if out else np.zeros(0, np.int32)
 
 
 class Corpus(NamedTuple):

@@ -53,11 +53,8 @@ def open_tokens(
     side = _read_sidecar(path, where)
     try:
         index = None if side else read_index(path, where)
-        tokens = _map(
-            path,
-            where,
-            side["dtype"] if side else index.dtype.name if index else config.data.bin_dtype,
-        )
+        dtype = index.dtype.name if index else config.data.bin_dtype
+        tokens = _map(path, where, side["dtype"] if side else dtype)
     except OSError as e:
         raise UserError(
             f"{where}: {path} cannot be read ({e.strerror or e}). Make it readable, or give another path."

@@ -106,7 +106,8 @@ class FileTokenizer(Tokenizer):
                 f"{option}={path!r} is not a {file} that can be read ({e}). Give the "
                 f"tokenizer.json or tiktoken.model of the model, or bytes."
             ) from None
-        self._inner, self.special_tokens = files.tokenizer, special_tokens
+        self._inner = files.tokenizer
+        self.special_tokens = special_tokens
         self.name = files.identity + (SPECIAL if special_tokens else "")
         self._inner.encode_special_tokens = not special_tokens  # the library's word for: as text
         added = self._inner.get_added_tokens_decoder()

@@ -52,7 +52,9 @@ def buffers(config: Config, mesh_shape: dict[str, int]) -> Buffers | None:
         visiting, m.num_experts_per_tok, m.n_routed_experts, config.moe.capacity_factor
     )
     expert_rows = local * places * (devices if method == "all_to_all" else 1)
-    exchanged = 0 if devices == 1 else expert_rows if method == "all_to_all" else visiting
+    exchanged = expert_rows if method == "all_to_all" else visiting
+    if devices == 1:
+        exchanged = 0
     ragged = devices * tokens * min(m.num_experts_per_tok, local)
     row = m.hidden_size * ITEM_BYTES[config.train.dtype]
     return Buffers(

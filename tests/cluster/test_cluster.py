@@ -16,7 +16,8 @@ from deepseek_jax.cluster import agreement, discovery, gpus, processes, wire
 from deepseek_jax.cluster.agreement import Agreement, NoAnswer, difference, other_mistakes
 from deepseek_jax.cluster.discovery import Membership, find
 from deepseek_jax.cluster.gpus import Claim, divide, shares, visible_gpus
-from deepseek_jax.cluster.wire import TOKEN, free_port, job_token, listen
+from deepseek_jax.cluster.ports import free_port, listen
+from deepseek_jax.cluster.wire import TOKEN, job_token
 from deepseek_jax.errors import UserError
 from tests import support
 from tests.support.strangers import visit

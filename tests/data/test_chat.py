@@ -31,7 +31,8 @@ CHATML = """{%- if tools %}
         message.reasoning_content }}</think>{% endif %}
     {%- if message.tool_calls is defined %}
         {%- for call in message.tool_calls %}{{
-            call.function.arguments | tojson(indent=1) }}{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}
+            call.function.arguments | tojson(indent=1) }}{% if loop.index > 1 %}{%
+            break %}{% endif %}{% endfor %}
     {%- endif %}
     {%- if message.content is defined %}{% generation %}{{
         message.content.strip() }}{% endgeneration %}{% endif %}

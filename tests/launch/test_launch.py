@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from deepseek_jax.cluster.wire import free_port
+from deepseek_jax.cluster.ports import free_port
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import __main__, options
 from tests import support
