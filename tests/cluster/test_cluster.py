@@ -473,6 +473,21 @@ def test_a_process_that_does_not_come(tmp_path):
         assert text in err[0]
 
 
+@pytest.mark.slow
+def test_a_process_with_another_token_is_told_so(tmp_path, monkeypatch):
+    """Both end, each with a line; the one that is refused need not wait for the other."""
+    tokens = tmp_path / "sitecustomize.py"
+    tokens.write_text(
+        "import os, sys\nif '--process_id=1' in sys.argv:\n    os.environ['DEEPSEEK_JAX_TOKEN'] = 'b'\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", f"{tmp_path}{os.pathsep}{ROOT}")
+    codes, out, err = agree(tmp_path, "10", "10", timeout=15)
+    assert codes == [2, 2] and not out and len(err) == 2
+    absent, refused = sorted(err)
+    assert "1 of 2 processes did not come" in absent and "were refused, from 127.0.0.1." in absent
+    assert "is not of the same job" in refused and "DEEPSEEK_JAX_TOKEN" in refused
+
+
 def test_a_crash_does_not_wait_for_others(monkeypatch, capsys):
     """JAX's exit handler would wait for the other processes, who wait in a collective. A lost
     process, if there is one, is said in its place."""
