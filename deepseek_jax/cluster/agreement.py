@@ -76,8 +76,7 @@ class Agreement:
           count: how many processes there are.
           index: which one this is.
           token: of the job.
-          bind: where process 0 listens;
-          None: at that port on all interfaces
+          bind: where process 0 listens; None: at that port on all interfaces.
 
         Raises:
           OSError: process 0 cannot listen there.

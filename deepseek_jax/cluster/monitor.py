@@ -132,8 +132,7 @@ class Monitor:
         """This process ends as it should, or because of a mistake or a crash that it has said itself.
 
         Args:
-          failed: what the others are told of it;
-          empty: nothing is wrong
+          failed: what the others are told of it; empty: nothing is wrong.
           code: their exit code then.
         """
         self._closed = True

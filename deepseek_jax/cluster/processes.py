@@ -42,8 +42,7 @@ class Cluster:
         """Process 0 begins to listen.
 
         Args:
-          member: of which processes, and which of them this one is;
-          None: it is alone
+          member: of which processes, and which of them this one is; None: it is alone.
           timeout: seconds until all must have come.
           program: begins every line about a mistake.
 

@@ -123,8 +123,7 @@ class Connection:
         """Waits for the next message; what comes after it stays in the socket, for `read`.
 
         Args:
-          seconds: to wait at most;
-          None: as long as it takes
+          seconds: to wait at most; None: as long as it takes.
 
         Raises:
           OSError: none came in time (TimeoutError), the connection is closed, or what came is no message.

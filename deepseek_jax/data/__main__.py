@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. No file was written.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+    except BrokenPipeError:  # the reader has closed its end, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -143,7 +143,7 @@ def show_rows(args: argparse.Namespace) -> None:
     """
     from deepseek_jax.run.data_show import (
         show,
-    )  # reads a run: what is above this package, only for this command
+    )  # above this package: only this command reads a run
 
     show(args.workdir, args.step, args.rows, args.characters)
 

@@ -39,8 +39,10 @@ class Chat:
     """
 
     def __init__(self, folder: str, vocab_size: int | None = None):
-        """Args: folder: as of hf.load. vocab_size: of the model, where it is known; padding tokens beyond it
-        are left out.
+        """
+        Args:
+          folder: as hf.load takes it.
+          vocab_size: of the model, where it is known; padding tokens beyond it are left out.
 
         Raises:
           UserError: there is no tokenizer, or a file is damaged.
@@ -106,11 +108,11 @@ class Chat:
 
         Args:
           messages: in order, with "role" and "content", a text or a list of {"type": "text", "text": "..."}.
-          add_generation_prompt: end with what begins an answer; None: unless continue_final_message
-          tools: JSON schemas of functions
-          chat_template: the name of one of several, or a template
-          documents: {"title", "text"}, for templates that read some
-          continue_final_message: end within the last message, which an answer goes on with.
+          add_generation_prompt: end with what begins an answer; None: yes, unless continue_final_message.
+          tools: JSON schemas of functions.
+          chat_template: the name of one of several, or a template.
+          documents: objects with "title" and "text", for templates that read some.
+          continue_final_message: end within the last message, for an answer that goes on with it.
           variables: for the template, enable_thinking=False for instance.
 
         Raises:
@@ -151,7 +153,7 @@ class Chat:
         )
 
     def unread(self, messages: Sequence[Message], chat_template: str | None = None) -> set[str]:
-        """Keys of messages that no place of the template names: they have no effect."""
+        """Keys of messages that the template does not read: they have no effect."""
         source = (
             chat_template
             if chat_template is not None and chat_template not in self._templates
@@ -172,7 +174,7 @@ class Chat:
 
     def turn_end(self) -> str | None:
         """The token that the chat template writes after an answer, if it is none of `stop_ids`: a model that
-        learnt it may go on and play the user."""
+        learnt it may go on and write the user's part too."""
         mark = "an answer"
         try:
             text = self.render(

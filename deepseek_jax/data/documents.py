@@ -18,7 +18,7 @@ KINDS = {
     ".npy": "tokens",
     ".bin": "tokens",
     ".idx": "index",
-}  # what is not REFUSED either is text
+}  # other endings are text, unless REFUSED
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text and JSON
 # Names whose files are text to no reader, or text only by accident: rows of a table, not documents.
 REFUSED = {
@@ -79,9 +79,7 @@ class SourceFile(NamedTuple):
 
     path: str
     kind: str  # text | lines | json | parquet | arrow | tokens
-    # named or matched by a glob: it has to be readable as what it is; in folders other files are
-    # skipped
-    explicit: bool
+    explicit: bool  # the user named it, or a glob matched: unreadable is an error, in a folder it is skipped
     size: int  # bytes
     compression: str = ""  # "" or one of COMPRESSED
 
@@ -144,8 +142,8 @@ def split_paths(paths: str, option: str) -> list[str]:
 
 
 def find_files(spec: str, option: str, notes: Notes | None = None) -> list[SourceFile]:
-    """The files of one source, in an order that only their names decide. `notes` is told what a folder holds
-    beside them.
+    """The files of one source, in an order that only their names decide. `notes` is told what else a folder
+    holds.
 
     Raises:
       UserError: the path is missing, not readable, empty or of a kind that is not read, or the glob matches
@@ -217,7 +215,7 @@ def _forms(option: str) -> str:
 
 
 def _endings(path: str) -> tuple[str, str]:
-    """ "x.json.gz" -> (".json", ".gz"); "x.json" -> (".json", "")."""
+    """The kind and the compression: "x.json.gz" -> (".json", ".gz"), "x.json" -> (".json", "")."""
     stem, last = os.path.splitext(os.path.basename(path).lower())
     return (os.path.splitext(stem)[1], last) if last in COMPRESSED else (last, "")
 

@@ -17,7 +17,7 @@ class Encoder:
     Attributes:
       prefix: what the tokenizer puts before a text: bos, or nothing.
       start_id: what can stand before a text that nothing stands before: bos, else eos.
-      stop_ids: tokens that end a text
+      stop_ids: tokens that end a text.
       hidden: {id: text} of the tokens that `decode` leaves out, these among them.
       vocab_size: ids run from 0 to vocab_size - 1.
     """

@@ -32,8 +32,8 @@ def read_index(path: str, where: str) -> Index | None:
     """What the NAME.idx beside NAME.bin says of it; None without one.
 
     Args:
-      path: the .bin file
-      where: `option=value`, for messages
+      path: the .bin file.
+      where: `option=value`, for messages.
 
     Raises:
       UserError: it is another kind of index, of another file, or damaged.

@@ -69,8 +69,8 @@ def open_corpora(
     """Opens every source of `config.data.path`: text is tokenised into memory, token files are memory-mapped.
 
     Args:
-      progress: show a bar on stderr if it takes long
-      notes: is told what is left out or changed
+      progress: show a bar on stderr if it takes long.
+      notes: is told what is left out or changed.
 
     Raises:
       UserError: a source is missing, empty, unreadable or not what its name says, or has ids that the
@@ -199,10 +199,10 @@ def encoded(
 def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
     """Divides a corpus by document into training and held-out documents.
 
-    Out of every 1 / fraction neighbouring documents one is held out, which one a fixed hash says:
-    the share is exact, every part of the corpus is in it, and documents appended later leave the
-    others where they are. At least one is on each side. A single document is cut instead: its end
-    is held out.
+    Of every 1 / fraction neighbouring documents one is held out, chosen by a fixed hash: the share is
+    exact, every part of the corpus is represented, and documents appended later do not move the
+    others. At least one document is on each side. A single document is cut instead: its end is held
+    out.
 
     Returns:
       (training, held out); nothing is held out for fraction 0.
@@ -213,9 +213,8 @@ def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
         held_out = np.zeros(len(starts), bool)
     elif len(starts) == 1:
         total = int(lengths[0])
-        count = min(
-            max(math.ceil(total * fraction), 2), total - 1
-        )  # two tokens: one to read, one to predict
+        # At least two tokens: one to read, one to predict.
+        count = min(max(math.ceil(total * fraction), 2), total - 1)
         cut = np.array([total - count], np.int64)
         return Documents(corpus.tokens, starts, cut), Documents(
             corpus.tokens, starts + cut, lengths - cut

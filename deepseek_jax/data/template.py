@@ -2,7 +2,7 @@
 
 Templates are programs of whoever made the checkpoint. They run in jinja2's sandbox, see plain data only, and
 render as in transformers' `apply_chat_template`, whose environment this is: utils/chat_template_utils.py
-there. What a template cannot act on is refused, where transformers leaves it out without a word.
+there. What a template does not read is refused; transformers leaves it out silently.
 """
 
 import datetime
@@ -53,9 +53,9 @@ def render(
     """A chat as a text.
 
     Args:
-      source: of the template
-      where: whose it is, for messages
-      special: the tokenizer's special tokens by name. The rest: as Chat.render.
+      source: of the template.
+      where: whose it is, for messages.
+      special: the tokenizer's special tokens by name. The other arguments: as of Chat.render.
 
     Raises:
       UserError: the messages are none, the template refuses them, or it does not read what is given.
@@ -291,8 +291,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the model said; rendering, it is what stands in
-    it."""
+    """`{% generation %} ... {% endgeneration %}` marks what the model said; its contents are rendered."""
 
     tags = {"generation"}
 

@@ -43,8 +43,8 @@ def to_json(data: bytes, config: dict[str, Any]) -> str:
     """The tokenizer.json of a rank file.
 
     Args:
-      data: of tiktoken.model
-      config: tokenizer_config.json
+      data: of tiktoken.model.
+      config: tokenizer_config.json.
 
     Raises:
       ValueError: it is no such file, or of a tokenizer whose pattern is not known here; says which.

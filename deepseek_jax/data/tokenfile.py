@@ -37,9 +37,9 @@ def open_tokens(
     """Memory-maps a token file and finds its documents.
 
     Args:
-      path: a .npy or .bin file
-      where: `option=value`, for messages
-      advance: told the bytes looked at
+      path: a .npy or .bin file.
+      where: `option=value`, for messages.
+      advance: told the bytes that were checked.
       notes: told where the documents seem to end with another token than the tokenizer's.
 
     Returns:
@@ -94,10 +94,8 @@ def _map(path: str, where: str, dtype: str) -> np.ndarray:
         return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (
-        ValueError,
-        EOFError,
-    ):  # NumPy's own words are no help: it takes any other file for a pickle
+    except (ValueError, EOFError):
+        # NumPy's own message would mislead: it takes any other file for a pickle.
         raise UserError(
             f"{where}: {path} is not a .npy file of token ids: it is empty, damaged or holds "
             "Python objects. Save a 1-D integer array with np.save."

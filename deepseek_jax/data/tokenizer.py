@@ -36,7 +36,7 @@ class Tokenizer(abc.ABC):
       name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file, with
         `+special_tokens` if it reads these.
       vocab_size: ids run from 0 to vocab_size - 1.
-      eos_id: the token that ends a document
+      eos_id: the token that ends a document.
       stop_ids: it and tokenizer_config.json's eos_token: an answer ends with either.
       hidden: {id: text} of the tokens that `decode` leaves out.
       token_bytes: int32 [vocab_size], bytes of text that each token stands for (eos and special
@@ -97,7 +97,11 @@ class FileTokenizer(Tokenizer):
     added tokens."""
 
     def __init__(self, path: str, option: str, special_tokens: bool = False):
-        """Raises: OSError: the file cannot be read. UserError: it is no tokenizer."""
+        """
+        Raises:
+          OSError: the file cannot be read.
+          UserError: it is no tokenizer.
+        """
         try:
             files = tokenizer_folder.read(path, specials=False)
         except ValueError as e:
@@ -233,7 +237,7 @@ def _has(part: dict | None, kind: str) -> bool:
 def _byte_level_lengths(
     tree: dict, vocab: dict[str, int], special: set[int], added: dict[int, str], size: int
 ) -> np.ndarray | None:
-    """Bytes a token stands for, int32 [size]: in byte-level BPE a token is spelt with one character a byte.
+    """Bytes a token stands for, int32 [size]: in byte-level BPE a token is spelt with one character per byte.
 
     None for any other kind, and where a space is put before the text (the sum would be off by one a
     document).

@@ -116,8 +116,7 @@ def environments(
     Args:
       a: the options.
       env: the launcher's environment.
-      places: those in use, of --nproc_per_node, each with its GPUs;
-      None: all
+      places: those in use, of --nproc_per_node, each with its GPUs; None: all.
 
     Raises:
       UserError: the visible GPUs do not divide.

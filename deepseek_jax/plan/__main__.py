@@ -43,8 +43,7 @@ def main(argv: list[str]) -> int:
         choices=[*topology.HARDWARE, "cpu"],
         help="What to plan for: h200, or cpu.",
     )
-    # What little is computed here, is on the CPU: a planner must not take the memory of a GPU that
-    # is at work.
+    # On the CPU: a planner must not take the memory of a GPU that is at work.
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, argv)
     if own.devices is None:

@@ -9,12 +9,12 @@ from deepseek_jax.config.options import Config
 
 
 class Parser(arguments.Parser):
-    """With help as train.py has it.
+    """A parser whose --help looks like train.py's.
 
     Args:
-      about: the module's docstring
-      json: has --json
-      further: help after the flags
+      about: the module's docstring.
+      json: whether there is a flag --json.
+      further: help after the flags.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ def read(
     """The command's own flags, and the options of the config that the rest names.
 
     Args:
-      argv: without the program's name
-      default_config: a config file to use if none is named
+      argv: without the program's name.
+      default_config: a config file to use if none is named.
 
     Raises:
       UserError: the first mistake.
     """
-    # With ml_collections, which a benchmark that reads no config does without.
+    # Here because it imports ml_collections, which a benchmark without a config need not have.
     from deepseek_jax.run import commandline
 
     own, rest = parser.parse_known_args(argv)

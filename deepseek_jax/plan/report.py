@@ -27,7 +27,7 @@ def of_layout(
     hardware: topology.Hardware,
     gpus_per_host: int,
 ) -> dict[str, Any]:
-    """All that needs no compiler."""
+    """What is known without compiling."""
     m, t = config.model, config.train
     sizes = count(m, layout.abstract.params, t.sequence_length)
     stages = mesh.shape["stage"]

@@ -1,4 +1,4 @@
-"""Machines that are not here: their devices to lay a mesh over, and their compiler.
+"""Compiling for machines that are not here: their devices, to lay a mesh over, and their compiler.
 
 JAX's CUDA plugin compiles for a GPU from its description alone (h200.txtpb): no GPU is needed, and
 nothing is executed.
@@ -124,8 +124,8 @@ def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layo
         raise UserError(
             re.sub(r"run with JAX_NUM_CPU_DEVICES=(\d+)", r"set --devices=\1", str(e))
         ) from e
-    # A sharding over devices that are not here forgets its memory kind; over the same mesh without devices it
-    # does not.
+    # A sharding over devices that are not here loses its memory kind; over a mesh without devices
+    # it keeps it.
     return mesh, make_layout(
         config, mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh
     )
@@ -149,8 +149,7 @@ def compile_step(
     """Compiles the train step for the devices of a mesh.
 
     Args:
-      options: of XLA's compiler;
-      None: those that train.py gives it for this config and these devices
+      options: of XLA's compiler; None: those of train.py for this config and these devices.
 
     Raises:
       UserError: XLA refuses the program.

@@ -95,8 +95,7 @@ def detect_cluster(
     Until JAX publishes it apart from jax.distributed.initialize, which joins at once.
 
     Args:
-      address, count, index: what is known already;
-      None: find it out
+      address, count, index: what is known already; None: find it out.
       timeout: seconds that Kubernetes' name service may take.
     """
     clusters = importlib.import_module("jax._src.clusters")

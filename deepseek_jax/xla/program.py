@@ -56,9 +56,7 @@ class Collective:
     operand_bytes: int  # put in each time
     group: int  # devices that take part with this one, itself included
     axes: tuple[str, ...]  # mesh axes along which they lie; "?" in it: not whole axes
-    loops: tuple[
-        int | None, ...
-    ]  # trip counts of the loops around it, outermost first; None: unknown
+    loops: tuple[int | None, ...]  # trip counts around it, outermost first; None: unknown
     times: int  # per step, if every branch is taken; a loop of unknown length counts as one round
     conditional: bool  # in a branch, which may not be taken
     # (phase, part, share of the bytes), most first: the compiler combines collectives
@@ -73,7 +71,7 @@ class Collective:
 
     @property
     def part(self) -> str:
-        """Of the model, a name of origin.PARTS or other: of most of its bytes."""
+        """Of the model, a part of origin.py or other: of most of its bytes."""
         return self.shares[0][1]
 
     @property
@@ -122,7 +120,7 @@ def host_memory(compiled: Any) -> int:
 
 
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """All collectives of a compiled program, but for those of a device with itself.
+    """All collectives of a compiled program, except those of a device with itself.
 
     Args:
       text: `compiled.as_text()`.
