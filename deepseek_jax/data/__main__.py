@@ -16,7 +16,7 @@ from deepseek_jax.cli.progress import Bar
 from deepseek_jax.config.paths import check_output, temporary
 from deepseek_jax.data.documents import (
     TEXT_FORMS,
-    Notes,
+    DataNotes,
     SourceFile,
     find_files,
     no_text,
@@ -158,7 +158,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         raise UserError(
             f"--vocab-size={args.vocab_size} is too small for the 256 bytes and {EOS}. Set it to 257 or more."
         )
-    notes = Notes()
+    notes = DataNotes()
     sources = _text_sources(args.path, notes)
     check_output("--out", args.out, _paths(sources))
     out = os.path.expanduser(args.out)
@@ -237,7 +237,7 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
             f"--dtype={dtype} holds ids below {DTYPES[dtype]}, but --tokenizer={args.tokenizer!r} has "
             f"{tokenizer.vocab_size} tokens. Set --dtype=auto."
         )
-    notes = Notes()
+    notes = DataNotes()
     sources = _text_sources(args.path, notes)
     out = os.path.expanduser(args.out)
     inputs = itertools.chain(
@@ -267,7 +267,7 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
     )
 
 
-def _text_sources(paths: str, notes: Notes) -> list[tuple[str, list[SourceFile]]]:
+def _text_sources(paths: str, notes: DataNotes) -> list[tuple[str, list[SourceFile]]]:
     sources = [(spec, find_files(spec, "--path", notes)) for spec in split_paths(paths, "--path")]
     for spec, files in sources:
         tokens = next((f.path for f in files if f.kind == "tokens"), None)
@@ -278,7 +278,7 @@ def _text_sources(paths: str, notes: Notes) -> list[tuple[str, list[SourceFile]]
     return sources
 
 
-def _lines(notes: Notes) -> str:
+def _lines(notes: DataNotes) -> str:
     return "".join(f"{line}\n" for line in notes.lines())
 
 

@@ -92,7 +92,7 @@ class TextPiece(NamedTuple):
     read: float  # bytes of the file behind this piece, for progress
 
 
-class Notes:
+class DataNotes:
     """What was left out of the data or changed in it, for people to read."""
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ def split_paths(paths: str, option: str) -> list[str]:
     return out
 
 
-def find_files(spec: str, option: str, notes: Notes | None = None) -> list[SourceFile]:
+def find_files(spec: str, option: str, notes: DataNotes | None = None) -> list[SourceFile]:
     """The files of one source, in an order that only their names decide. `notes` is told what else a folder
     holds.
 
@@ -149,11 +149,11 @@ def find_files(spec: str, option: str, notes: Notes | None = None) -> list[Sourc
       UserError: the path is missing, not readable, empty or of a kind that is not read, or the glob matches
         nothing.
     """
-    notes = Notes() if notes is None else notes
+    notes = DataNotes() if notes is None else notes
     if spec == "stdlib":
         files = [
             f
-            for f in _walk(sysconfig.get_paths()["stdlib"], spec, option, STDLIB_SKIP, Notes())
+            for f in _walk(sysconfig.get_paths()["stdlib"], spec, option, STDLIB_SKIP, DataNotes())
             if f.path.endswith(".py")
         ]
         if not files:
@@ -188,7 +188,7 @@ def find_files(spec: str, option: str, notes: Notes | None = None) -> list[Sourc
     return files
 
 
-def no_text(spec: str, option: str, notes: Notes) -> UserError:
+def no_text(spec: str, option: str, notes: DataNotes) -> UserError:
     """For a source in which nothing was found."""
     skipped = f" (skipped: {notes.skipped(spec)})" if notes.skipped(spec) else ""
     return UserError(
@@ -272,7 +272,7 @@ def _without_sidecars(paths: list[str]) -> list[str]:
 
 
 def _walk(
-    folder: str, spec: str, option: str, skip: set[str], notes: Notes
+    folder: str, spec: str, option: str, skip: set[str], notes: DataNotes
 ) -> Iterator[SourceFile]:
     """The files with text below a folder, sorted by path, without hidden ones and what belongs to token
     files."""

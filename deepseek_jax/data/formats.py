@@ -16,7 +16,14 @@ from typing import Any, BinaryIO
 
 from deepseek_jax.cli.texts import clean_text
 from deepseek_jax.data import arrow
-from deepseek_jax.data.documents import ODD_BYTES, Notes, SourceFile, TextPiece, reason, unreadable
+from deepseek_jax.data.documents import (
+    ODD_BYTES,
+    DataNotes,
+    SourceFile,
+    TextPiece,
+    reason,
+    unreadable,
+)
 from deepseek_jax.errors import UserError
 
 BLOCK = 16 << 20  # bytes of a text file, or characters of a JSON file, read at a time
@@ -31,7 +38,7 @@ _ROW = '{"text": "..."}'
 
 
 def read_text(
-    file: SourceFile, spec: str, option: str, notes: Notes | None = None
+    file: SourceFile, spec: str, option: str, notes: DataNotes | None = None
 ) -> Iterator[TextPiece]:
     """The documents of a file with text. A document longer than BLOCK comes in several pieces.
 
@@ -49,7 +56,7 @@ def read_text(
       UserError: the file cannot be read, or is not what its name says; the line, item or byte where it goes
         wrong.
     """
-    notes = Notes() if notes is None else notes
+    notes = DataNotes() if notes is None else notes
     where = f"{option}={spec!r}"
     reader = {
         "text": _read_plain,

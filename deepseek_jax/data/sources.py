@@ -8,7 +8,7 @@ import numpy as np
 
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.config.options import Config
-from deepseek_jax.data.documents import Notes, SourceFile, find_files, no_text, split_paths
+from deepseek_jax.data.documents import DataNotes, SourceFile, find_files, no_text, split_paths
 from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.order import mix64
 from deepseek_jax.data.tokenfile import open_tokens
@@ -64,7 +64,7 @@ class Documents(NamedTuple):
 
 
 def open_corpora(
-    config: Config, tokenizer: Tokenizer, progress: bool = False, notes: Notes | None = None
+    config: Config, tokenizer: Tokenizer, progress: bool = False, notes: DataNotes | None = None
 ) -> list[Corpus]:
     """Opens every source of `config.data.path`: text is tokenised into memory, token files are memory-mapped.
 
@@ -76,7 +76,7 @@ def open_corpora(
       UserError: a source is missing, empty, unreadable or not what its name says, or has ids that the
         tokenizer has not.
     """
-    notes = Notes() if notes is None else notes
+    notes = DataNotes() if notes is None else notes
     size = config.model.vocab_size
     if tokenizer.vocab_size > size:
         raise UserError(
@@ -100,7 +100,12 @@ def open_corpora(
 
 
 def _open(
-    spec: str, files: list[SourceFile], config: Config, tokenizer: Tokenizer, bar: Bar, notes: Notes
+    spec: str,
+    files: list[SourceFile],
+    config: Config,
+    tokenizer: Tokenizer,
+    bar: Bar,
+    notes: DataNotes,
 ) -> Corpus:
     parts, text = [], []
 
@@ -133,7 +138,7 @@ def _open(
 
 
 def _tokenise(
-    files: list[SourceFile], spec: str, tokenizer: Tokenizer, bar: Bar, notes: Notes
+    files: list[SourceFile], spec: str, tokenizer: Tokenizer, bar: Bar, notes: DataNotes
 ) -> tuple[np.ndarray, np.ndarray]:
     """-> tokens [n] in the smallest dtype, offsets int64 [documents + 1]."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
@@ -152,7 +157,7 @@ def encoded(
     option: str,
     tokenizer: Tokenizer,
     bar: Bar,
-    notes: Notes,
+    notes: DataNotes,
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
     """Batches of pieces of documents: (ids int32 [n], where documents end in them: int64, from 1 to n), in
     file order.

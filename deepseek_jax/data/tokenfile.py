@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.data.documents import Notes
+from deepseek_jax.data.documents import DataNotes
 from deepseek_jax.data.megatron import read_index
 from deepseek_jax.data.tokenizer import SPECIAL, Tokenizer
 from deepseek_jax.errors import UserError
@@ -32,7 +32,7 @@ def open_tokens(
     config: Config,
     tokenizer: Tokenizer,
     advance: Callable[[float], None] = lambda n: None,
-    notes: Notes | None = None,
+    notes: DataNotes | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Memory-maps a token file and finds its documents.
 
@@ -49,7 +49,7 @@ def open_tokens(
     Raises:
       UserError: not token ids, ids that `tokenizer` has not, or ids of another tokenizer.
     """
-    notes = Notes() if notes is None else notes
+    notes = DataNotes() if notes is None else notes
     side = _read_sidecar(path, where)
     try:
         index = None if side else read_index(path, where)
@@ -73,7 +73,9 @@ def open_tokens(
     return tokens, offsets
 
 
-def _note_ends(path: str, tokens: np.ndarray, offsets: np.ndarray, eos: int, notes: Notes) -> None:
+def _note_ends(
+    path: str, tokens: np.ndarray, offsets: np.ndarray, eos: int, notes: DataNotes
+) -> None:
     lasts = offsets[1:][np.diff(offsets) > 0]
     some = lasts[:: max(len(lasts) // 1000, 1)]
     if len(some) and not any(tokens[int(i) - 1] == eos for i in some):

@@ -75,7 +75,7 @@ def of_layout(
 
 
 def of_program(
-    step: topology.Step, mesh: jax.sharding.Mesh, hardware: topology.Hardware
+    step: topology.PlannedStep, mesh: jax.sharding.Mesh, hardware: topology.Hardware
 ) -> dict[str, Any]:
     """What the compiled program says."""
     memory = program.memory(step.compiled)

@@ -45,7 +45,7 @@ HARDWARE = {"h200": Hardware("NVIDIA H200", 141_000_000_000, "h200.txtpb")}
 INSTALL = "pip install -e '.[gpu-aot]'"
 
 
-class Step(NamedTuple):
+class PlannedStep(NamedTuple):
     """A compiled train step."""
 
     compiled: Any  # jax.stages.Compiled
@@ -145,7 +145,7 @@ def _is_elsewhere(mesh: jax.sharding.Mesh) -> bool:
 
 def compile_step(
     config: Config, mesh: jax.sharding.Mesh, layout: Layout, options: dict[str, Any] | None = None
-) -> Step:
+) -> PlannedStep:
     """Compiles the train step for the devices of a mesh.
 
     Args:
@@ -188,7 +188,7 @@ def compile_step(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
-    return Step(compiled, lowered_at - started, time.perf_counter() - lowered_at, peak)
+    return PlannedStep(compiled, lowered_at - started, time.perf_counter() - lowered_at, peak)
 
 
 def _say(text: str) -> None:

@@ -28,7 +28,7 @@ from deepseek_jax.config.options import (
 from deepseek_jax.config.validation import validate
 from deepseek_jax.data import formats
 from deepseek_jax.data.__main__ import main
-from deepseek_jax.data.documents import Notes, find_files
+from deepseek_jax.data.documents import DataNotes, find_files
 from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.sources import open_corpora
@@ -154,7 +154,7 @@ def test_text_that_is_not_unicode_is_cleaned_the_same_in_every_format(tmp_path):
     pq.write_table(pa.table({"text": strings}), tmp_path / "c.parquet")
     with pa.ipc.new_stream(str(tmp_path / "d.arrow"), pa.schema({"text": pa.string()})) as f:
         f.write_table(pa.table({"text": strings}))
-    notes = Notes()
+    notes = DataNotes()
     assert documents(tmp_path, notes) == wanted * 4
     assert notes.lines() == [
         "8 documents held bytes or characters that are not Unicode text: U+FFFD stands "
@@ -181,7 +181,7 @@ def test_what_a_folder_holds_beside_text_is_said(tmp_path, capsys):
         ("tokens.npy", b"x"),
     ):
         (tmp_path / name).write_bytes(data)
-    notes = Notes()
+    notes = DataNotes()
     assert documents(tmp_path, notes) == ["text"]
     (line,) = notes.lines()
     for part in (

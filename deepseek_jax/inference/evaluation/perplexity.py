@@ -9,7 +9,7 @@ import numpy as np
 
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.data import contents
-from deepseek_jax.data.documents import Notes, find_files, split_paths
+from deepseek_jax.data.documents import DataNotes, find_files, split_paths
 from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.sources import BATCH_CHARACTERS, open_corpora, split
 from deepseek_jax.data.tokenizer import load_tokenizer
@@ -21,7 +21,7 @@ MAX_WINDOW = 2048  # of the default, where the model would take more
 HELD_OUT_PIECE = 1 << 20  # tokens of a document that are read at a time
 
 
-class TextPiece(NamedTuple):
+class Piece(NamedTuple):
     """A part of a document."""
 
     tokens: np.ndarray  # int32 [n]
@@ -62,7 +62,7 @@ def of_text(
     Raises:
       UserError: the text is missing, unreadable or empty, or a token id is too high for the model.
     """
-    notes = Notes()
+    notes = DataNotes()
     files = [
         (spec, f) for spec in split_paths(path, "--text") for f in find_files(spec, "--text", notes)
     ]
@@ -129,7 +129,7 @@ def of_held_out(
             else len(tokenizer.decode(ids, after).encode())
         )
 
-    def pieces() -> Iterator[TextPiece]:
+    def pieces() -> Iterator[Piece]:
         for documents in sides:
             for start, length in zip(
                 documents.starts.tolist(), documents.lengths.tolist(), strict=True
@@ -141,24 +141,24 @@ def of_held_out(
                     )
                     before = documents.tokens[start + max(at - 32, 0) : start + at]
                     read = size(ids, before) if at else size(ids[1:], ids[:1])
-                    yield TextPiece(ids, read, at + len(ids) == length, len(ids))
+                    yield Piece(ids, read, at + len(ids) == length, len(ids))
 
     with Bar("Evaluating", sum(d.size for d in sides), progress) as bar:
         return _measure(pieces(), [], scorer, stride, limit, bar, "the run's held-out part")
 
 
-def _text_pieces(files: list, encoder: Encoder, notes: Notes) -> Iterator[TextPiece]:
+def _text_pieces(files: list, encoder: Encoder, notes: DataNotes) -> Iterator[Piece]:
     """The pieces of documents in file order; empty documents are left out."""
     inside = False  # a document that had tokens already goes on
 
-    def encoded(texts: list[str], rest: list[tuple[bool, float]]) -> Iterator[TextPiece]:
+    def encoded(texts: list[str], rest: list[tuple[bool, float]]) -> Iterator[Piece]:
         nonlocal inside
         for text, (ids, first), (last, count) in zip(
             texts, encoder.encode_batch(texts), rest, strict=True
         ):
             unpredicted = first if not inside and not encoder.prefix else 0
             inside = (inside or len(ids) > 0) and not last
-            yield TextPiece(ids, len(text.encode()) - unpredicted, last, count)
+            yield Piece(ids, len(text.encode()) - unpredicted, last, count)
 
     texts, rest, size = [], [], 0
     for spec, file in files:
@@ -173,7 +173,7 @@ def _text_pieces(files: list, encoder: Encoder, notes: Notes) -> Iterator[TextPi
 
 
 def _measure(
-    pieces: Iterator[TextPiece],
+    pieces: Iterator[Piece],
     prefix: list[int],
     scorer: Scorer,
     stride: int,
@@ -215,7 +215,7 @@ def _measure(
 
 
 def _document(
-    pieces: Iterator[TextPiece], totals: Totals, prefix: list[int], bar: Bar, size: int, where: str
+    pieces: Iterator[Piece], totals: Totals, prefix: list[int], bar: Bar, size: int, where: str
 ) -> Iterator[np.ndarray] | None:
     """The token ids of the next document with any, piece by piece after the prefix; None where there are no more."""
     for first in pieces:
