@@ -5,8 +5,8 @@ Process 0 has a `Hub`: a listener, and the connections of the other processes. E
 `Connection`, made by `connect`. The agreement before JAX starts and the monitor of a run both use
 them, each with a port and a key of its own.
 
-The greeting shows that both ends know the job's token, without sending it. A challenge is 16 random bytes in
-hexadecimal:
+The greeting shows that both ends know the job's token, without sending it. A challenge is 16 random
+bytes in hexadecimal:
 
     process 0 -> {"challenge": A}
     process i -> {"process": i, "host": H, "challenge": B, "proof": HMAC-SHA256(token, "process i A B")}
@@ -44,9 +44,9 @@ MAX_LINE = 1 << 22  # bytes of a message; a longer one is not from this job: dro
 MAX_GREETING = 1 << 10  # bytes, of an end that has not proved anything yet
 GREETING_TIMEOUT = 10.0  # seconds for the answer to a challenge
 SEND_TIMEOUT = 10.0  # seconds; a partner that takes nothing for longer is noticed by its silence
-# besides those of the job's processes: more that wait for their greeting are dropped, the oldest
-# first
-SPARE_CONNECTIONS = 64
+SPARE_CONNECTIONS = (
+    64  # more than the job's that may wait for their greeting; then the oldest is dropped
+)
 
 Message = dict[str, Any]
 
@@ -159,12 +159,16 @@ def _message(line: bytes) -> Message:
 
 
 def _proof(token: bytes, role: str, first: str, second: str) -> str:
-    return hmac.new(token, f"{role} {first} {second}".encode(), "sha256").hexdigest()
+    return hmac.new(token, _bytes(f"{role} {first} {second}"), "sha256").hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")  # JSON of strangers can spell lone surrogates
 
 
 def _is_proof(given: Any, token: bytes, role: str, first: str, second: str) -> bool:
     wanted = _proof(token, role, first, second)
-    return isinstance(given, str) and hmac.compare_digest(given.encode(), wanted.encode())
+    return isinstance(given, str) and hmac.compare_digest(_bytes(given), _bytes(wanted))
 
 
 def connect(
@@ -257,7 +261,7 @@ class Hub:
                 if self._greeted(connection):
                     self.connections.append(connection)
                     out.append((connection, []))
-            else:
+            elif connection.process is not None:  # not dropped in this turn, for others that came
                 messages = connection.read()
                 if messages is None:
                     self._ready.unregister(connection.socket)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from deepseek_jax.cluster import monitor as monitors
-from deepseek_jax.cluster import wire
+from deepseek_jax.cluster import ports, wire
 from deepseek_jax.cluster.monitor import HUNG, LOST, End, Monitor
 from deepseek_jax.launch.restarts import Restarts, first_failed
 from tests import support
@@ -230,6 +230,21 @@ def test_a_message_that_is_too_long(together, monkeypatch):
     monkeypatch.setattr(wire.Connection.read, "__defaults__", (1 << 10,))
     ms[1]._to_first.send(beat="x" * 5000)
     assert ms[0].ended.wait(30) and ms[0].info.process == 1
+
+
+def test_dropped_in_the_turn_in_which_they_speak(monkeypatch):
+    """Process 0 reads of several at once: one that makes room for another is not read any more."""
+    monkeypatch.setattr(wire, "SPARE_CONNECTIONS", 0)
+    hub = wire.Hub(ports.listen("127.0.0.1", 0), TOKEN, 1)
+    first = socket.create_connection(("127.0.0.1", hub.port))
+    assert hub.wait(10) == [] and len(hub._greeting) == 1
+    second = socket.create_connection(("127.0.0.1", hub.port))
+    first.sendall(b"1\n")
+    time.sleep(0.2)
+    for _ in range(3):
+        assert hub.wait(0.1) == []
+    for end in (first, second, hub):
+        end.close()
 
 
 def test_many_silent_strangers(together, monkeypatch):
