@@ -1,239 +1,98 @@
-"""Train a DeepSeek-family mixture-of-experts model.
+"""Train a DeepSeek-family mixture-of-experts language model.
 
   python train.py --config=configs/tiny.py --workdir=runs/tiny
-  python train.py --config=configs/v3.py --workdir=DIR --config.mesh.expert=8 --config.optimizer.learning_rate=1e-4
+  python train.py --config=configs/v3.py --workdir=DIR --config.mesh.expert=8
 
-The config is a Python file; any option can be overridden as --config.section.key=value (all options, with their units,
-are in deepseek_jax/config/options.py; --config=FILE.py --print_config shows them resolved). The same command run again resumes
-from the newest checkpoint in the workdir. Several processes: python -m deepseek_jax.launch --nproc_per_node=2 train.py ...
-starts them; under SLURM, Open MPI, Kubernetes and torchrun they find each other; elsewhere run the same command on each host
-with --coordinator_address, --num_processes and --process_id.
+The config is a Python file; any option can be overridden as --config.section.key=value. --help lists
+them all, --print_config shows them resolved. The same command run again resumes from the newest
+checkpoint in the workdir. Several processes: python -m deepseek_jax.launch --nproc_per_node=2
+train.py ... starts them; under SLURM, Open MPI, Kubernetes and torchrun they find each other;
+elsewhere run the same command on each host with --coordinator_address, --num_processes and
+--process_id. The exit codes are at the end of --help.
 
-Exit codes: 0 done; 1 an error; 2 a mistake in the options, data or workdir, said in one line before anything is compiled; 3 stopped
-after too many non-finite updates; 4 another process was lost; 5 the last checkpoint could not be written, in five tries (those before
-it are whole, and the same command goes on from there); 6 a step did not end (config.watchdog); 128 + N
-stopped by signal N after a checkpoint: 129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 140 SIGUSR2, 143 SIGTERM (several
-processes: by a signal to any of them; one that is ignored, as nohup ignores SIGHUP, stops nothing). A second
-SIGINT or SIGTERM ends at once, with the same code.
+From Python: deepseek_jax.run.train(config, workdir) goes through the same stages.
 """
 
 from deepseek_jax.cli import terminal
 from deepseek_jax.cluster.signals import Stopper
-from deepseek_jax.runtime import environment
 from deepseek_jax.runtime.huge_pages import use_huge_pages
 
-stopper = Stopper("train.py")
-if __name__ == "__main__":  # before all else
-    use_huge_pages()  # it starts the program again
+if __name__ == "__main__":  # before the imports below, which take seconds
+    use_huge_pages()  # starts this program again, once
     terminal.set_up("log")
-    stopper.install()  # a signal during the imports below ends in one line too
+    stopper = Stopper("train.py").install()  # a signal during the imports ends in one line too
 
-import contextlib
 import json
 import sys
-import time
 
-import jax
-
-from deepseek_jax import generate
-from deepseek_jax.checkpoint.checkpoint import Checkpointer, SaveFailed
+from deepseek_jax.cli.command import exit_code
 from deepseek_jax.cluster import gpus
-from deepseek_jax.cluster.processes import Cluster
-from deepseek_jax.data import contents
-from deepseek_jax.data.loader import Loader
-from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.errors import UserError, one_line
-from deepseek_jax.model.count import count
-from deepseek_jax.parallel import xla_options
-from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.run import commandline, init_from, lock, loop, resume, summary
-from deepseek_jax.run.profile import Profiler
-from deepseek_jax.run.watchdog import Watchdog, end_alone
-from deepseek_jax.runtime import compile_cache
-from deepseek_jax.train import workdir
-from deepseek_jax.train.compiled_step import CompiledStep
-from deepseek_jax.train.state import TrainState, init_state, make_layout, to_tree
-from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
+from deepseek_jax.errors import ExitCode, UserError, exit_codes
+from deepseek_jax.objectives import pretrain
+from deepseek_jax.run import commandline
+from deepseek_jax.run.job import Job, ending_together
+from deepseek_jax.train.state import make_layout
+from deepseek_jax.train.step import make_train_step
 
 
-def main(argv: list[str]) -> int:
-    environment.check()
-    cluster = commandline.find_cluster(argv)
-    with (
-        contextlib.ExitStack() as held,
-        cluster.failures(loop.BadNumbers, SaveFailed),
-        cluster.mistakes(),
-        environment.mistakes(),
-    ):
-        held.callback(cluster.close)
-        return train(argv, cluster, held)
-
-
-def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
-    started = time.perf_counter()
-    flags = commandline.parse(argv)
-    if flags.help:
-        print(f"{__doc__}\n{commandline.help_text(flags)}")
-        return 0
-    config = commandline.read_config(flags, argv)
-    if flags.print_config:
-        print(json.dumps(config.to_json(), indent=2))
-        return 0
-    if not flags.workdir:
-        raise UserError(
-            "--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny."
-        )
-    gpus.take_memory(cluster.together)
-    cluster.join(commandline.options(config, flags), config.watchdog.heartbeat_timeout, stopper)
-    say = print if cluster.index == 0 else lambda text: None
-
-    # Everything that can be wrong is found out here, before anything is compiled.
-    mesh = make_mesh(config)
-    tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
-    generate.check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)
-    changed = workdir.prepare(flags.workdir, config, tokenizer.name)
-    if cluster.index == 0:
-        held.enter_context(lock.all_locked(flags.workdir, config))
-    loader = Loader(config, tokenizer, progress=cluster.index == 0)
-    source = init_from.open_for_training(config, flags.workdir) if config.init_from else None
-    digest = contents.digest(loader.contents)
-    cluster.agree(
-        "data files", {"what config.data reads": f"{loader.description}, sha256 {digest[:12]}"}
-    )
-
-    checkpoints = Checkpointer(
-        workdir.checkpoints(flags.workdir, config), options=config.checkpoint
-    )
-    compile_cache.use_cache(config.compile.cache_dir, warn=say)
-    with (
-        jax.set_mesh(mesh),
-        contextlib.closing(checkpoints),
-        cluster.failures(loop.BadNumbers, SaveFailed),
-    ):
-        layout = make_layout(config, mesh)
-        platform = mesh.devices.flat[0].platform
-        compiler_options = xla_options.xla_options(
-            config, platform, xla_options.bytes_of_a_layer(config, layout.abstract.params, mesh)
-        )
-        sizes = count(config.model, layout.abstract.params, config.train.sequence_length)
-        wanted = to_tree(layout.abstract_sharded())
-        resume_step = checkpoints.newest_good(wanted)
-        cluster.agree(
-            "folder, one that all hosts see", {"the newest checkpoint in --workdir": resume_step}
-        )
-        going_on = resume.GoingOn(checkpoints, flags.workdir, config, loader.contents)
-        progress = going_on.progress(resume_step)
-        summary.show(
-            config,
-            mesh,
-            layout,
-            sizes,
-            loader,
-            flags.workdir,
-            resume_step,
-            changed,
-            compiler_options,
-            progress.history,
-        )
-
-        train_step = CompiledStep(make_train_step(config, layout), mesh, compiler_options, say)
-        if (resume_step or 0) < config.train.steps:
-            train_step.compile_ahead(
-                layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0)
+def main(argv: list[str], stopper: Stopper | None = None) -> int:
+    """Trains as the command line says, and returns the exit code."""
+    # ---- 1 Options ------------------------------------------------------------------------------
+    # A config file and overrides of its options. A mistake is one line and exit code 2, before
+    # anything is compiled; several processes, which are found here but not joined, say it once.
+    processes = commandline.find_cluster(argv)
+    with ending_together(processes):
+        flags = commandline.parse(argv)
+        if flags.help:
+            print(f"{__doc__}\n{commandline.help_text(flags)}\n\nExit codes:\n{exit_codes()}")
+            return ExitCode.DONE
+        config = commandline.read_config(flags)
+        if flags.print_config:
+            print(json.dumps(config.to_json(), indent=2))
+            return ExitCode.DONE
+        if not flags.workdir:
+            raise UserError(
+                "--workdir is missing. Name the folder of this run, for instance --workdir=runs/tiny."
             )
 
-        def restored(step: int | None) -> tuple[TrainState, loop.Progress]:
-            if step is None:
-                fresh = (
-                    init_from.initial_state(source, config, layout, flags.workdir)
-                    if config.init_from
-                    else init_state(config, layout)
-                )
-                return fresh, going_on.progress(step)
-            state, _ = resume.restore(checkpoints, layout)
-            return state, going_on.progress(int(state.step))
+        # ---- 2 Processes ------------------------------------------------------------------------
+        # They compare their options, divide the GPUs and start JAX together. From here on they
+        # watch each other, and a signal to one of them stops all after the same step (cluster/).
+        gpus.take_memory(processes.together)
+        options = commandline.options(config, flags)
+        processes.join(options, config.watchdog.heartbeat_timeout, stopper or Stopper())
 
-        state, progress = restored(resume_step)
-        if int(state.step) >= config.train.steps:
-            say(
-                f"Step {int(state.step)} of {config.train.steps} is done already. To go on, raise config.train.steps."
-            )
-            return 0
+        with Job(config, flags.workdir, processes, stopper) as job:
+            # ---- 3 Mesh and data ----------------------------------------------------------------
+            # The devices, as a grid with named axes (parallel/mesh.py); documents packed into
+            # sequences, in an order that is a pure function of the seed (data/loader.py). What can
+            # be wrong with options, workdir or data is found here.
+            mesh, _ = job.open()
 
-        workdir.write_config(
-            flags.workdir, config, compiler_options, progress.run, progress.history.to_json()
-        )
-        evaluate = loop.Evaluator(config, mesh, loader, make_eval_step(layout))
-        profiler = Profiler(config, flags.workdir, train_step) if config.profile.start else None
-        # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some processes longer to compile.
-        train_step.program(state, abstract_batch(config, mesh, int(state.step)))
-        cluster.agree("command", {"steps done": int(state.step)})
-        watchdog = Watchdog(
-            config.watchdog.step_timeout, cluster.monitor.hung if cluster.monitor else end_alone
-        )
-        train_step.compiling = watchdog.paused
-        result = loop.run(
-            config,
-            flags.workdir,
-            mesh,
-            state,
-            train_step,
-            evaluate,
-            loader,
-            checkpoints,
-            sizes,
-            progress,
-            profiler,
-            lambda: summary.first_step(train_step, time.perf_counter() - started),
-            lambda: restored(checkpoints.newest_good(wanted)),
-            stopper,
-            watchdog,
-        )
+            # ---- 4 What is learnt ---------------------------------------------------------------
+            # The objective: the loss of the model's output that is minimised. Pretraining: the
+            # cross-entropy of next tokens, multi-token prediction, expert balance (objectives/).
+            token_loss = pretrain.next_token_loss
 
-        if result.stopped_by is not None:
-            say(
-                f"Stopped by signal {result.stopped_by} after step {result.step}, saved in {checkpoints.path(result.step)}. "
-                f"The same command goes on from there."
-            )
-            return 128 + result.stopped_by
-        sample = ""
-        if config.eval.sample_prompt and config.eval.sample_tokens:
-            sample = generate.sample(
-                layout,
-                result.state.params,
-                result.state.bias,
-                tokenizer,
-                mesh,
-                config.eval.sample_prompt,
-                config.eval.sample_tokens,
-                temperature=0.7,
-                top_p=0.95,
-                seed=config.seed,
-            )
-        summary.show_end(
-            flags.workdir,
-            result,
-            checkpoints.path(result.step),
-            sample,
-            time.perf_counter() - started,
-        )
-    return 0
+            # ---- 5 Model and state --------------------------------------------------------------
+            # The model's parameters (model/transformer.py) and the optimizer's moments, as shapes
+            # laid out over the mesh; nothing is allocated yet. Their numbers come from the first
+            # of these that there is: the newest good checkpoint of this run, config.init_from, a
+            # checkpoint imported into the workdir, random numbers (run/start.py).
+            model = make_layout(config, mesh)
+            start = job.find_start(model)
+
+            # ---- 6 Step -------------------------------------------------------------------------
+            # One program, (state, batch) -> (state, metrics): forward pass, loss, its gradients
+            # summed over micro-batches and clipped, the optimizer's update of the parameters, the
+            # bias that balances experts (train/step.py). It compiles while the state is read.
+            step = job.compile(make_train_step(config, model, token_loss), start)
+
+            # ---- 7 Loop -------------------------------------------------------------------------
+            # Batches in, metrics out; evaluation, checkpoints, signals, bad numbers (run/loop.py).
+            result = job.loop(step, start)
+    return result.exit_code
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv))
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except loop.BadNumbers as error:  # in every process after the same step
-        if jax.process_index() == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(3)
-    except SaveFailed as error:  # in every process
-        if jax.process_index() == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(5)
-    except OSError as error:
-        print(f"train.py: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(exit_code("train.py", lambda: main(sys.argv, stopper), "log"))

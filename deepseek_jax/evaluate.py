@@ -1,17 +1,22 @@
 """Measure a model on text:
 
-  python -m deepseek_jax.evaluate --model=DIR --text=FILE|FOLDER|stdlib     perplexity and bits per byte
-  python -m deepseek_jax.evaluate --model=RUN                               the same of what the run held out
-  python -m deepseek_jax.evaluate --model=DIR --questions=FILE.jsonl        multiple choice: {"prompt": ..., "choices": [...], "answer": ...} a line
+  python -m deepseek_jax.evaluate --model=DIR --text=FILE|FOLDER|stdlib   perplexity, bits per byte
+  python -m deepseek_jax.evaluate --model=RUN                  the same of what the run held out
+  python -m deepseek_jax.evaluate --model=DIR --questions=FILE.jsonl      multiple choice
 
-DIR: a checkpoint of Hugging Face, or the folder of a run of train.py or of `python -m deepseek_jax.hf import`. Choices follow the prompt as
-they are: " Paris" begins with a space where the prompt ends without one. For the tasks of lm-evaluation-harness: python -m deepseek_jax.hf.lm_eval.
+DIR: a checkpoint of Hugging Face, or the folder of a run of train.py or of `python -m
+deepseek_jax.hf
+import`. Questions are lines {"prompt": ..., "choices": [...], "answer": ...}. Choices follow the
+prompt as
+they are: " Paris" begins with a space if the prompt ends without one. The tasks of
+lm-evaluation-harness:
+python -m deepseek_jax.hf.lm_eval.
 """
 
 if __name__ == "__main__":
     from deepseek_jax.runtime.huge_pages import use_huge_pages
 
-    use_huge_pages()  # first of all: it starts the program again
+    use_huge_pages()  # before all other work: it starts the program again
 
 import argparse
 import itertools
@@ -19,6 +24,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from deepseek_jax.cli import arguments
@@ -29,12 +35,12 @@ from deepseek_jax.data.documents import find_files, split_paths
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf.provenance import model_files
 from deepseek_jax.inference.evaluation import choices, perplexity
-from deepseek_jax.inference.evaluation.scoring import Scorer
+from deepseek_jax.inference.evaluation.scorer import Scorer
 from deepseek_jax.inference.opener import Opened, open_model, parse_mesh
 from deepseek_jax.runtime import compile_cache
 
 
-def main() -> int:
+def parser() -> arguments.Parser:
     parser = arguments.Parser(prog="python -m deepseek_jax.evaluate", description=__doc__)
     parser.add_argument(
         "--model", type=arguments.path, required=True, metavar="DIR", help="folder with the model"
@@ -73,7 +79,7 @@ def main() -> int:
         "--batch-size",
         "--batch_size",
         type=int,
-        help="rows of a batch, over the whole mesh (default: about 4,096 tokens a device)",
+        help="sequences of a batch, over the whole mesh (default: about 4,096 tokens per device)",
     )
     parser.add_argument("--limit", type=int, help="documents or questions at most (default: all)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -83,7 +89,11 @@ def main() -> int:
         metavar="FILE",
         help="file for the result as JSON, or for a JSON line about each question",
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     for name in ("window", "stride") if args.questions else ():
         if getattr(args, name) is not None:
             raise UserError(
@@ -132,7 +142,8 @@ def main() -> int:
 def _perplexity(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
     if args.text is None and opened.run is None:
         raise UserError(
-            f"--text and --questions are missing, and {args.model} is a checkpoint and no run that held something out. Give one of them."
+            f"--text and --questions are missing, and {args.model} is a checkpoint, not a run that held "
+            f"something out. Give one of them."
         )
     window = args.window if args.window is not None else perplexity.default_window(opened)
     scorer = Scorer(opened.model, window, args.batch_size)
@@ -155,10 +166,11 @@ def _write(path: str, rows: list[dict[str, Any]]) -> None:
 def text(r: dict[str, Any]) -> str:
     """A result for people."""
     if "acc" in r:
-        pm = lambda name: (
-            f"{r[name]:.4f}"
-            + (f" ± {r[name + '_stderr']:.4f}" if r[name + "_stderr"] is not None else "")
-        )
+
+        def pm(name: str) -> str:
+            error = r[f"{name}_stderr"]
+            return f"{r[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
         lines = [
             f"questions      {r['questions']:,}",
             f"acc            {pm('acc')}",
@@ -167,14 +179,15 @@ def text(r: dict[str, Any]) -> str:
         ]
         if r["truncated"]:
             lines.append(
-                f"cut            {r['truncated']:,} prompts were longer than the model reads and lost their beginning"
+                f"cut            {r['truncated']:,} prompts were longer than the model reads and lost "
+                f"their beginning"
             )
     else:
         bits = "" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}"
         lines = [
             f"perplexity     {r['perplexity']:.4f}",
-            f"nats a token   {r['nats_per_token']:.4f}",
-            f"bits a byte    {bits}",
+            f"nats per token {r['nats_per_token']:.4f}",
+            f"bits per byte  {bits}",
             f"text           {r['documents']:,} documents, {r['tokens']:,} tokens, {r['bytes']:,} bytes",
             f"windows        {r['window']:,} tokens, a new one every {r['stride']:,}",
         ]

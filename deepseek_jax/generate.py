@@ -4,16 +4,15 @@
   python -m deepseek_jax.generate --model=PATH --chat                 a conversation; Ctrl-D ends it
   python -m deepseek_jax.generate --model=PATH --prompts=FILE         many; JSONL to stdout or --output
 
-PATH is a folder with config.json and safetensors, a WORKDIR of train.py, or one of `python -m deepseek_jax.hf import`.
+PATH is a folder with config.json and safetensors, a WORKDIR of train.py, or one of `python -m
+deepseek_jax.hf import`.
 """
 
 import argparse
 import itertools
-import json
-import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
@@ -22,14 +21,14 @@ from deepseek_jax.cli.command import exit_code
 from deepseek_jax.cli.texts import clean_text
 from deepseek_jax.config.options import DTYPES, CompileConfig
 from deepseek_jax.config.paths import check_output
-from deepseek_jax.data.encoder import Encoder
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import UserError, stopped_by
 from deepseek_jax.hf.provenance import model_files
+from deepseek_jax.inference.generation.answers import Answers
 from deepseek_jax.inference.generation.engine import Engine
-from deepseek_jax.inference.generation.prompts import encode_all, fits, read_prompts
+from deepseek_jax.inference.generation.placed import PlacedModel
+from deepseek_jax.inference.generation.prompts import encode_all, read_prompts
 from deepseek_jax.inference.generation.sample import check_prompt, encode_prompt, sample, tokens
 from deepseek_jax.inference.generation.sampling import Sampling
-from deepseek_jax.inference.generation.text import Stream
 from deepseek_jax.inference.opener import open_model, parse_mesh
 from deepseek_jax.runtime import compile_cache
 
@@ -123,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="multi-token prediction layers draft N tokens a step; the text stays the same (default: 0, off)",
+        help="multi-token prediction layers draft N tokens per step; the text stays the same (default: 0)",
     )
     p.add_argument(
         "--mesh",
@@ -143,12 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code("generate", lambda: run(parser().parse_args(argv)), "result")
     except KeyboardInterrupt:
         print("\ngenerate: stopped by Ctrl-C.", file=sys.stderr)
-        return 130
+        return stopped_by(signal.SIGINT)
 
 
 def run(args: argparse.Namespace) -> int:
     check(args)
-    args.prompt, args.stop = clean_text(args.prompt), [clean_text(s) for s in args.stop]
+    args.prompt = clean_text(args.prompt)
+    args.stop = [clean_text(s) for s in args.stop]
     if args.output:
         check_output(
             "--output", args.output, itertools.chain([args.prompts], model_files(args.model))
@@ -156,52 +156,54 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts) if args.prompts else None
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     opened = open_model(args.model, args.step, dtype, parse_mesh(args.mesh))
-    model, encoder = opened.model, opened.encoder()
-    longest, depth = model.model.max_position_embeddings, model.model.num_nextn_predict_layers
-    if args.draft_tokens and not depth:
+    model = opened.model
+    encoder = opened.encoder()
+    if args.draft_tokens and not model.config.num_nextn_predict_layers:
         raise UserError(
-            f"--draft-tokens={args.draft_tokens} needs multi-token prediction layers, and {args.model} has none "
-            f"(num_nextn_predict_layers=0). Leave --draft-tokens out."
+            f"--draft-tokens={args.draft_tokens} needs multi-token prediction layers, and {args.model} has "
+            f"none (num_nextn_predict_layers=0). Leave --draft-tokens out."
         )
     if prompts is None and not args.chat:
         prompts = [{"prompt": args.prompt}]
-    messages = (
-        [{"role": "system", "content": clean_text(args.system)}] if args.system is not None else []
-    )
-    if args.chat:
-        encoder.chat.encode(
-            [*messages, {"role": "user", "content": ""}]
-        )  # a template that is missing is found out before anything is compiled
+    messages = []
+    if args.system is not None:
+        messages.append({"role": "system", "content": clean_text(args.system)})
+    if args.chat:  # a template that is missing is found out before anything is compiled
+        encoder.chat.encode([*messages, {"role": "user", "content": ""}])
     chats = args.chat or any("messages" in p for p in prompts)
     if chats and (end := encoder.chat.turn_end()) and end not in args.stop:
         print(
             f"note           the chat template ends an answer with {end}, which is no stop token by "
-            f"generation_config.json or eos_token. "
-            f"--stop='{end}' makes it one.",
+            f"generation_config.json or eos_token. --stop='{end}' makes it one.",
             file=sys.stderr,
         )
-    ids = encode_all(encoder, prompts or (), args.prompts, longest)
+    ids = encode_all(encoder, prompts or (), args.prompts, model.config.max_position_embeddings)
     if any("prompt" in p for p in prompts or ()):
         encoder.say_prefix()
     cache_dir = (opened.run.compile if opened.run else CompileConfig()).cache_dir
     compile_cache.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))
     engine = Engine(
-        model.layout,
-        model.mesh,
-        model.params,
-        model.bias,
+        PlacedModel(model.layout, model.params, model.bias, model.mesh),
         give=True,
         vocab=encoder.vocab_size,
         note=lambda line: print(line, file=sys.stderr),
     )
     model.params = model.bias = None  # the engine has its own by now
+    answers = Answers(
+        engine,
+        encoder,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
+        stop=args.stop,
+        max_tokens=args.max_tokens,
+        draft_tokens=args.draft_tokens,
+    )
     if args.chat:
-        chat(engine, encoder, messages, args)
+        answers.chat(messages)
     elif args.prompts:
-        batches(engine, encoder, prompts, ids, args)
+        answers.write(prompts, ids, args.batch_size, args.output)
     else:
         print(args.prompt, end="", flush=True)
-        show(engine, encoder, ids[0], args, 0)
+        answers.show(ids[0], 0)
     if args.draft_tokens:
         print(engine.acceptance, file=sys.stderr)
     return 0
@@ -211,8 +213,8 @@ def check(args: argparse.Namespace) -> None:
     """Raises UserError for options that do not fit each other or are out of range."""
     if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1 or args.max_tokens < 1:
         raise UserError(
-            f"--temperature={args.temperature} must be 0 or more and finite, --top-p={args.top_p} above 0 and at most 1, "
-            f"--max-tokens={args.max_tokens} at least 1."
+            f"--temperature={args.temperature} must be 0 or more and finite, --top-p={args.top_p} above 0 "
+            f"and at most 1, --max-tokens={args.max_tokens} at least 1."
         )
     if (
         args.top_k < 0
@@ -221,8 +223,8 @@ def check(args: argparse.Namespace) -> None:
         or not 0 <= args.seed < 2**32
     ):
         raise UserError(
-            f"--top-k={args.top_k} must be 0 or more, --batch-size={args.batch_size} at least 1, --draft-tokens={args.draft_tokens} "
-            f"from 0 to 16, --seed={args.seed} from 0 to {2**32 - 1}."
+            f"--top-k={args.top_k} must be 0 or more, --batch-size={args.batch_size} at least 1, "
+            f"--draft-tokens={args.draft_tokens} from 0 to 16, --seed={args.seed} from 0 to {2**32 - 1}."
         )
     if "" in args.stop:
         raise UserError(
@@ -236,109 +238,6 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{name} has no effect without {needs}. Add {needs}, or leave {name} out."
             )
-
-
-def answers(
-    engine: Engine,
-    encoder: Encoder,
-    ids: Sequence[Sequence[int]],
-    args: argparse.Namespace,
-    first: int,
-) -> Iterator[tuple[int, str, Stream]]:
-    """(number of the prompt in `ids`, text to show, its Stream) as tokens come; at the end of each answer once more, with `done` set."""
-    streams = [Stream(encoder, args.stop, prompt) for prompt in ids]
-    options = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    stopped: set[int] = set()
-    indexes = range(first, first + len(ids))
-    for token in engine.batch(
-        ids, args.max_tokens, options, encoder.stop_ids, indexes, stopped, args.draft_tokens
-    ):
-        row = token.index - first
-        stream = streams[row]
-        if stream.stopped:
-            continue
-        yield row, stream.add(token.id), stream
-        if stream.stopped:
-            stopped.add(token.index)
-            if len(stopped) == len(ids):
-                break
-    for row, stream in enumerate(streams):
-        yield row, stream.end(), stream
-
-
-def show(
-    engine: Engine, encoder: Encoder, ids: Sequence[int], args: argparse.Namespace, index: int
-) -> str:
-    """Prints an answer as it comes; returns it."""
-    stream = None
-    for _, text, stream in answers(engine, encoder, [ids], args, index):
-        print(text, end="", flush=True)
-    print()
-    return stream.text
-
-
-def chat(
-    engine: Engine, encoder: Encoder, messages: list[dict[str, str]], args: argparse.Namespace
-) -> None:
-    """Reads a line, prints the answer, until there are no more lines."""
-    messages = list(messages)
-    for turn in itertools.count():
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        try:
-            line = clean_text(sys.stdin.readline())
-        except UnicodeDecodeError as e:
-            what = f"{e.encoding} ({e.reason} at byte {e.start})"
-            raise UserError(f"a line of stdin is not {what}. Write it in that encoding.") from None
-        if not line:
-            if sys.stdin.isatty():
-                print(file=sys.stderr)
-            return
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line.rstrip("\r\n")})
-        ids = encoder.chat.encode(messages)
-        fits(ids, "the conversation", engine.model.max_position_embeddings)
-        messages.append({"role": "assistant", "content": show(engine, encoder, ids, args, turn)})
-
-
-def batches(
-    engine: Engine,
-    encoder: Encoder,
-    prompts: list[dict[str, Any]],
-    ids: list[list[int]],
-    args: argparse.Namespace,
-) -> None:
-    """Writes a line of JSON for each prompt, in their order."""
-    try:
-        out = (
-            open(os.path.expanduser(args.output), "w", encoding="utf-8")
-            if args.output
-            else sys.stdout
-        )
-    except OSError as e:
-        raise UserError(
-            f"--output={args.output} cannot be written ({e.strerror}). Name a file that you may write to."
-        ) from e
-    try:
-        for first in range(0, len(ids), args.batch_size):
-            part = ids[first : first + args.batch_size]
-            streams = {
-                row: stream for row, _, stream in answers(engine, encoder, part, args, first)
-            }
-            for row, stream in sorted(streams.items()):
-                ended = stream.stopped or stream.ids[-1] in encoder.stop_ids
-                result = {
-                    "index": first + row,
-                    **prompts[first + row],
-                    "text": stream.text,
-                    "tokens": len(stream.ids),
-                    "finish_reason": "stop" if ended else "length",
-                }
-                print(json.dumps(result, ensure_ascii=False), file=out, flush=True)
-    finally:
-        if args.output:
-            out.close()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from deepseek_jax import hf
 from deepseek_jax.cli import arguments
 from deepseek_jax.hf.__main__ import export
 from deepseek_jax.inference.evaluation import perplexity
-from deepseek_jax.inference.evaluation.scoring import Scorer
+from deepseek_jax.inference.evaluation.scorer import Scorer
 from deepseek_jax.inference.opener import open_model
 from deepseek_jax.run.importer import import_
 

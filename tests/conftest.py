@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax  # noqa: E402  it reads the environment when it is imported
 
-from deepseek_jax import enough_threads  # noqa: E402  as JAX
+from deepseek_jax.runtime.threads import enough_threads  # noqa: E402  as JAX
 
 enough_threads(8)
 jax.config.update("jax_platforms", "cpu")

@@ -22,7 +22,7 @@ from deepseek_jax.checkpoint import integrity, local, manifest, sharded
 from deepseek_jax.checkpoint.manifest import Manifest
 from deepseek_jax.plan import options
 from deepseek_jax.tensorfile import bounded_json, header
-from deepseek_jax.tensorfile.arrays import Shape
+from deepseek_jax.tensorfile.arrays import TensorSpec
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
 SLOW, LARGE = 1.0, 1 << 26  # seconds and bytes of one call
@@ -97,13 +97,12 @@ def run(seconds: float, seed: int) -> tuple[int, list[str]]:
 def _targets(folder: epath.Path) -> list[tuple[str, Callable[[bytes], object], list[bytes]]]:
     """Name, parser of bytes, and good files of each."""
     tensors = {
-        "params/a": Shape((2, 3), np.dtype(np.float32)),
-        "step": Shape((), np.dtype(np.int32)),
-        "empty": Shape((0, 7), np.dtype(np.uint8)),
+        "params/a": TensorSpec((2, 3), np.dtype(np.float32)),
+        "step": TensorSpec((), np.dtype(np.int32)),
+        "empty": TensorSpec((0, 7), np.dtype(np.uint8)),
     }
-    with (folder / "file").open("wb") as f:
-        header.write_header(f, tensors, {"format": "pt"})
-        f.write(bytes(sum(t.nbytes for t in tensors.values())))
+    data = bytes(sum(t.nbytes for t in tensors.values()))
+    (folder / "file").write_bytes(header.encode(tensors) + data)
     good = (folder / "file").read_bytes()
 
     def as_file(parse: Callable[..., object], name: str = "file") -> Callable[[bytes], object]:

@@ -23,14 +23,16 @@ import jax
 import numpy as np
 
 from benchmarks.durability.random_options import DEVICES, differing, draw
-from deepseek_jax import enough_threads
 from deepseek_jax.config.options import Config
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import sample
 from deepseek_jax.inference.generation.engine import Engine
+from deepseek_jax.inference.generation.placed import PlacedModel
+from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.plan import options
+from deepseek_jax.runtime.threads import enough_threads
 from deepseek_jax.train import state, step
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -159,16 +161,11 @@ def run_small(config: Config, mesh: jax.sharding.Mesh) -> None:
         if not np.isfinite(found).all():
             raise FloatingPointError(f"losses {found}")
         prompt = text[0, :1].tolist()
-        list(
-            sample.tokens(
-                layout, held.params, held.bias, mesh, prompt, 2, m.vocab_size, None, 0.0, 1.0, 0
-            )
-        )
+        placed = PlacedModel(layout, held.params, held.bias, mesh)
+        list(sample.tokens(placed, prompt, 2, Sampling(), m.vocab_size, None))
     if mesh.shape["stage"] == 1 and not config.offload.parameters:
         drafts = min(1, m.num_nextn_predict_layers)
-        Engine(layout, mesh, held.params, held.bias).generate(
-            [prompt, text[-1].tolist()], 2, draft_tokens=drafts
-        )
+        Engine(placed).generate([prompt, text[-1].tolist()], 2, draft_tokens=drafts)
 
 
 def main() -> int:

@@ -21,10 +21,13 @@ from benchmarks.gpu.train import Row, tiny, train, why
 from benchmarks.speed import attention as attention_bench
 from benchmarks.support import turns
 from deepseek_jax.errors import UserError
-from deepseek_jax.model.attention import cudnn, interface
-from deepseek_jax.runtime import compile_cache
+from deepseek_jax.model.attention import causal, cudnn
+from deepseek_jax.runtime import compile_cache, jax_private
 
-# ----------------------------------------------------------------------------------------- versions
+# Of the toy or not: calls that are queued together, and how often.
+CALLS = {True: (2, 2), False: (10, 5)}
+
+# ------------------------------------------------------------------------------------------------------------- versions
 
 
 def versions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
@@ -41,7 +44,7 @@ def versions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
         "jax": jax.__version__,
         "jaxlib": jax.lib.__version__,
         "flax": flax.__version__,
-        "cudnn": cudnn.version(),
+        "cudnn": jax_private.cudnn_version(),
         "platform_version": device.client.platform_version,
     }
     if device.platform != "cpu":
@@ -82,9 +85,7 @@ def experts(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
             }
             try:
                 forward = turns.compiled(call, x, w, sizes)
-                row["forward_tflops"] = (
-                    flops / turns.medians({0: forward}, 3 if toy else 10)[0] / 1e12
-                )
+                row["forward_tflops"] = flops / turns.queued(forward, *CALLS[toy]) / 1e12
                 row["temporaries"] = forward.temporaries
                 both = turns.compiled(
                     lambda x, w, sizes, dy, call=call: jax.vjp(
@@ -97,7 +98,7 @@ def experts(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
                 )
                 # The gradients alone need no forward product.
                 row |= {
-                    "both_tflops": 2 * flops / turns.medians({0: both}, 3 if toy else 10)[0] / 1e12,
+                    "both_tflops": 2 * flops / turns.queued(both, *CALLS[toy]) / 1e12,
                     "both_temporaries": both.temporaries,
                 }
             except Exception as error:  # not installed, or a kernel without a gradient
@@ -110,13 +111,8 @@ def products(rows: int, e: int) -> dict[str, Callable]:
     raises when called."""
 
     def equal_slots(x, w, sizes):
-        return (
-            jnp.einsum(
-                "esd,edf->esf", x.reshape(e, rows // e, -1), w, preferred_element_type=jnp.float32
-            )
-            .astype(x.dtype)
-            .reshape(rows, -1)
-        )
+        # As parallel/rounds.py has it. With float32 results the gradients' products would be of float32 operands.
+        return jnp.einsum("esd,edf->esf", x.reshape(e, rows // e, -1), w).reshape(rows, -1)
 
     def tokamax(x, w, sizes):
         return importlib.import_module("tokamax").ragged_dot(x, w, group_sizes=sizes)
@@ -156,17 +152,15 @@ def products(rows: int, e: int) -> dict[str, Callable]:
 
 
 def attentions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
-    """Attention of V2-Lite's heads: blocks, cuDNN (on GPUs) and plain softmax; how far cuDNN is
-    from blocks."""
+    """Attention of V2-Lite's heads: plain softmax, cuDNN (on GPUs) and blocks, and how far these are from the
+    first. Blocks compile for the longest time, so they come last."""
     own = argparse.Namespace(
         heads=2 if toy else 16, qk=24 if toy else 192, v=16 if toy else 128, documents=1
     )
-    methods: dict[str, Callable] = {
-        "blocks": functools.partial(interface.causal_attention, method="blocks")
-    }
+    methods = {"plain": attention_bench.plain}
     if jax.default_backend() != "cpu":
-        methods["cudnn"] = functools.partial(interface.causal_attention, method="cudnn")
-    methods["plain"] = attention_bench.plain
+        methods["cudnn"] = functools.partial(causal.causal_attention, method="cudnn")
+    methods["blocks"] = functools.partial(causal.causal_attention, method="blocks")
     for length in (64,) if toy else (4096, 2048, 8192):
         gradients = {}
         for method, f in methods.items():
@@ -178,22 +172,21 @@ def attentions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
                     f, max(1, 8192 // length) if not toy else 1, length, own
                 )
                 row |= {
-                    f"{name}_s": t for name, t in turns.medians(built, 3 if toy else 10).items()
+                    f"{name}_s": turns.queued(program, *CALLS[toy])
+                    for name, program in built.items()
                 }
                 row |= {
                     "custom_calls": built["both"].compiled.as_text().count("__cudnn$fmha"),
                     "temporaries": built["both"].temporaries,
                 }
                 gradients[method] = built["both"]()
-                if method == "cudnn" and "blocks" in gradients:
+                if method != "plain" and "plain" in gradients:
 
                     def largest(a: jax.Array) -> jax.Array:
                         return jnp.max(jnp.abs(a)).astype(jnp.float32)
 
-                    pairs = zip(gradients["cudnn"], gradients["blocks"], strict=True)
-                    row["cudnn_is_from_blocks"] = max(
-                        float(largest(a - b) / largest(b)) for a, b in pairs
-                    )
+                    pairs = zip(gradients[method], gradients["plain"], strict=True)
+                    row["is_from_plain"] = max(float(largest(a - b) / largest(b)) for a, b in pairs)
             except Exception as e:
                 row["failed"] = why(e)
             yield row

@@ -17,8 +17,15 @@ def text(rows: list[dict[str, Any]], bars: dict[str, Any]) -> str:
     for row in of("tiny"):
         if "losses" in row:
             losses = " ".join(f"{x:.4f}" for x in row["losses"])
+            other = row["differs_again"]
+            again = (
+                f"{len(other)} arrays differ, {other[0]} first"
+                if other
+                else "the same, bit for bit"
+            )
             lines += [
-                f"tiny on {row['platform']}: losses {losses}, compiled in {row['compile_s']:.1f} s",
+                f"tiny on {row['platform']}: losses {losses}, compiled in {row['compile_s']:.1f} s; "
+                f"once more from the start: {again}",
                 "",
             ]
     lines += _table(

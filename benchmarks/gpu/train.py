@@ -35,7 +35,7 @@ from deepseek_jax.model.router import route
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import topology
-from deepseek_jax.train.state import init_state, make_layout
+from deepseek_jax.train.state import init_state, make_layout, to_tree
 from deepseek_jax.train.step import put_batch
 from deepseek_jax.xla import program
 
@@ -179,7 +179,8 @@ class Run:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.mesh, layout = topology.lay_out(config, [self.device])
+        self.mesh, self.layout = topology.lay_out(config, [self.device])
+        layout = self.layout
         options = xla_options.xla_options(
             config,
             self.device.platform,
@@ -193,8 +194,14 @@ class Run:
             config.model, layout.abstract.params, config.train.sequence_length
         ).flops_per_token
         with jax.set_mesh(self.mesh):
-            self.state = init_state(config, layout)
             self.batch = put_batch(self.rows, config.micro_batch, self.mesh)
+        self.start()
+
+    def start(self) -> None:
+        """The state that training begins with."""
+        self.state = None  # before there is a second one
+        with jax.set_mesh(self.mesh):
+            self.state = init_state(self.config, self.layout)
 
     def steps(self, number: int) -> tuple[list[float], list[float], Any]:
         """Seconds and loss of each, and the last one's metrics."""
@@ -228,7 +235,8 @@ def autotune(out: pathlib.Path | None) -> Row:
 
 def tiny(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
     """Five steps of a small model, on this device and, where that is none, on the CPU: the losses should
-    agree."""
+    agree. And once more from the start: weights and moments should be the same, bit for bit, else no run
+    resumes exactly."""
     config = tiny_config(toy)
     rows = packed(config.train.batch_size, config.train.sequence_length, config.model.vocab_size)
     here, found = jax.devices()[0], {}
@@ -243,6 +251,7 @@ def tiny(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
                 "losses": losses,
                 "step_s": statistics.median(seconds[1:]),
                 "compile_s": run.step.compile_seconds,
+                "differs_again": differs_again(run, 5),
             }
             if len(found) == 2:
                 row["largest_difference"] = max(
@@ -251,6 +260,18 @@ def tiny(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
             yield row
         except Exception as e:
             yield {"failed": why(e)}
+
+
+def differs_again(run: Run, steps: int) -> list[str]:
+    """The arrays of the state that other bits are in when the same steps are made again from the start."""
+    leaves = lambda: {
+        jax.tree_util.keystr(path): np.asarray(a)
+        for path, a in jax.tree_util.tree_leaves_with_path(to_tree(run.state))
+    }
+    first = leaves()
+    run.start()
+    run.steps(steps)
+    return [name for name, a in leaves().items() if a.tobytes() != first[name].tobytes()]
 
 
 def train(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:

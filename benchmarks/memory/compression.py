@@ -13,7 +13,6 @@ this machine's cores and have no slow link to spare, say nothing of a cluster.
 
 import contextlib
 import dataclasses
-import itertools
 import statistics
 import sys
 import time
@@ -28,7 +27,8 @@ from deepseek_jax.config.validation import validate
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.plan import options, topology
-from deepseek_jax.run import loop
+from deepseek_jax.run.batches import LoaderBatches
+from deepseek_jax.run.progress import Progress
 from deepseek_jax.train.state import init_state
 from deepseek_jax.xla import program
 
@@ -84,11 +84,13 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
         config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
     )
     losses, seconds = [], []
-    with jax.set_mesh(mesh), contextlib.closing(loop.batches(config, loader, mesh, 0)) as batches:
+    source = LoaderBatches(config, loader, mesh)
+    source.begin(Progress().resumed(0, config, None))
+    with jax.set_mesh(mesh), contextlib.closing(source) as batches:
         state = init_state(config, layout)
         started = time.perf_counter()
-        for batch in itertools.islice(batches, steps):
-            state, metrics = compiled(state, batch)
+        for i in range(steps):
+            state, metrics = compiled(state, batches.batch(i))
             losses.append(float(metrics.losses.loss))
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()

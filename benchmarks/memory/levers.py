@@ -26,12 +26,12 @@ import numpy as np
 
 from benchmarks.memory.strategies import random_batch
 from benchmarks.support.report import Parser, report
-from deepseek_jax import enough_threads
 from deepseek_jax.cli import texts
 from deepseek_jax.config.options import Config
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import options, topology
+from deepseek_jax.runtime.threads import enough_threads
 from deepseek_jax.train.state import init_state
 from deepseek_jax.xla import program
 

@@ -33,7 +33,7 @@ from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
-from deepseek_jax.model.attention import interface
+from deepseek_jax.model.attention import causal, mla
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.parallel.mesh import make_mesh
 
@@ -125,7 +125,7 @@ def core_programs(f: Callable, sequences: int, length: int, own: Any) -> dict[st
 def of_core(length: int, own: Any) -> dict[str, Any]:
     """One row: times, and temporaries of one sequence."""
     sequences = max(1, own.tokens // length)
-    methods = {"ours": interface.causal_attention, "plain": plain}
+    methods = {"ours": causal.causal_attention, "plain": plain}
     built = {name: core_programs(f, sequences, length, own) for name, f in methods.items()}
     one = {
         name: built[name] if sequences == 1 else core_programs(f, 1, length, own)
@@ -140,15 +140,15 @@ def of_module(length: int, own: Any) -> dict[str, Any]:
     """The same for the whole module, with the share that attention itself takes."""
     sequences = max(1, own.tokens // length)
     built, one = {}, {}
-    for name, f in (("ours", interface.causal_attention), ("plain", plain)):
-        with mock.patch.object(interface, "causal_attention", f):
+    for name, f in (("ours", causal.causal_attention), ("plain", plain)):
+        with mock.patch.object(mla, "causal_attention", f):
             built[name] = module_programs(sequences, length, own)
             one[name] = built[name] if sequences == 1 else module_programs(1, length, own)
     row = _row(
         length, sequences, built, {name: p["both"].temporaries for name, p in one.items()}, own
     )
     core = turns.medians(
-        {"both": core_programs(interface.causal_attention, sequences, length, own)["both"]},
+        {"both": core_programs(causal.causal_attention, sequences, length, own)["both"]},
         own.turns,
     )["both"]
     return row | {"attention_alone_s": core}
@@ -169,7 +169,7 @@ def module_programs(sequences: int, length: int, own: Any) -> dict[str, turns.Pr
     config = Config(model=model, mesh=MeshConfig(fsdp=1))
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        graphdef, weights = nnx.split(interface.MultiHeadLatentAttention(model, nnx.Rngs(0)))
+        graphdef, weights = nnx.split(mla.MultiHeadLatentAttention(model, nnx.Rngs(0)))
         x = jax.random.normal(
             jax.random.key(1), (sequences, length, model.hidden_size), compute_dtype()
         )

@@ -35,7 +35,7 @@ from deepseek_jax.plan import topology
 from deepseek_jax.run import profile
 from deepseek_jax.train.state import init_state
 from deepseek_jax.train.step import put_batch
-from deepseek_jax.xla import hlo
+from deepseek_jax.xla import hlo, loops
 
 COPY_SIZES = [
     2**n for n in range(14, 29, 2)
@@ -146,7 +146,8 @@ def parts(
 ) -> tuple[dict[str, Row], float]:
     """The rows by part, and the FLOP/s of the best square matmul."""
     least = {
-        i.name: of(module, computation, i) for computation, i, _ in module.visits(lambda _: True)
+        i.name: of(module, computation, i)
+        for computation, i, _ in loops.visits(module, lambda _: True)
     }
     speed, peak = copy_speed(), matmul_peak(dtype)
     alone = {m: time_alone(m) for m in sorted({m for e in events for m in least[e.name].matmuls})}

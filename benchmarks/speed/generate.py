@@ -30,6 +30,7 @@ from deepseek_jax import hf
 from deepseek_jax.cli import arguments, texts
 from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.inference.generation.engine import Engine
+from deepseek_jax.inference.generation.placed import PlacedModel
 
 BAR = 1.5  # times transformers' speed of decoding one text
 SHAPE = dict(
@@ -104,9 +105,8 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
     theirs.generation_config.eos_token_id = None  # answers of a given length, from all tokens
     loaded = hf.load(folder)
     notes: list[str] = []
-    engine = Engine(
-        loaded.layout, loaded.mesh, loaded.params, loaded.bias, give=True, note=notes.append
-    )
+    placed = PlacedModel(loaded.layout, loaded.params, loaded.bias, loaded.mesh)
+    engine = Engine(placed, give=True, note=notes.append)
     rng, rows = np.random.default_rng(0), []
     threads: dict[int, int] = {}
 
@@ -130,7 +130,7 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
 
     for batch in batches:
         print(f"{batch} texts ...", file=sys.stderr)
-        prompts = rng.integers(2, loaded.model.vocab_size, (batch, own.prompt)).tolist()
+        prompts = rng.integers(2, loaded.config.vocab_size, (batch, own.prompt)).tolist()
         threads[batch] = quickest_threads(
             functools.partial(of_theirs, prompts, 1 + own.tokens // 4)
         )
@@ -139,7 +139,7 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
         }
         same = []
         for turn in range(own.turns + 1):  # the first is to warm up
-            prompts = rng.integers(2, loaded.model.vocab_size, (batch, own.prompt)).tolist()
+            prompts = rng.integers(2, loaded.config.vocab_size, (batch, own.prompt)).tolist()
             answers = {}
             for name, run in (("ours", of_ours), ("theirs", of_theirs)):
                 first, _ = run(prompts, 1)

@@ -28,10 +28,12 @@ from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.cli import arguments
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import __main__ as commands
-from deepseek_jax.hf import configuration, exporter, names, writer
+from deepseek_jax.hf import configuration, names, writer
 from deepseek_jax.hf.tensors import dump
 from deepseek_jax.inference.loaded import config_for
 from deepseek_jax.run import importer
+from deepseek_jax.tensorfile import files, regions
+from deepseek_jax.tensorfile.arrays import TensorSpec
 from deepseek_jax.train.state import abstract_model
 
 NAMES = ("copy", "import", "export", "cast")
@@ -133,7 +135,9 @@ def make(folder: str, size: float) -> int:
         leaves = [
             leaf for state in (params, bias) for leaf in names.leaves(state, "qwen3_moe", model)
         ]
-        return exporter.tensors_of(leaves, model, {}, "bfloat16")
+        shapes = {n: shape for leaf in leaves for n, shape in names.tensors(leaf).items()}
+        bfloat16 = np.dtype("bfloat16")
+        return {n: TensorSpec(shapes[n], bfloat16) for n in sorted(shapes, key=names.order)}
 
     one = shapes_of(1)
     layer, rest = (
@@ -145,17 +149,18 @@ def make(folder: str, size: float) -> int:
     os.makedirs(folder)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
         f.write(dump({**config, "num_hidden_layers": layers}))
-    places = exporter.lay_out(folder, shapes, 1_000_000_000, writer=True)
+    places = writer.lay_out(folder, shapes, 1_000_000_000)
     block = (np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02).astype(
         "bfloat16"
     )
-    files = {p.file: os.open(os.path.join(folder, p.file), os.O_WRONLY) for p in places.values()}
+    opened = {p.file: os.open(os.path.join(folder, p.file), os.O_WRONLY) for p in places.values()}
     for i, (name, shape) in enumerate(shapes.items()):
         numbers = np.resize(
             np.roll(block, 64 * i) if shape.nbytes > 1 << 20 else block, shape.shape
         ).astype(shape.dtype)
-        writer.pwrite(files[places[name].file], numbers, places[name].offset)
-    for descriptor in files.values():
+        place = places[name]
+        files.write_at(opened[place.file])(regions.raw(numbers), place.offset)
+    for descriptor in opened.values():
         os.fsync(descriptor)
         os.close(descriptor)
     return sum(s.nbytes for s in shapes.values())
@@ -196,9 +201,9 @@ def _copy(source: str, target: str) -> None:
 
 
 def _forget(folder: str) -> None:
-    """Drops the files of a folder from the system's cache, where the system allows that."""
-    for here, _, files in os.walk(folder):
-        for name in files if hasattr(os, "posix_fadvise") else ():
+    """Drops what the system has cached of the files in a folder, where it can be asked to."""
+    for here, _, found in os.walk(folder):
+        for name in found if hasattr(os, "posix_fadvise") else ():
             with open(os.path.join(here, name), "rb") as f:
                 os.fsync(f.fileno())
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

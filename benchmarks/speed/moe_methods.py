@@ -77,7 +77,12 @@ def functions(shape: Shape, expert_TK: np.ndarray, capacity_factor: float) -> di
     t, k = expert_TK.shape
 
     def ours(x, weight, expert, gate_up, down):
-        return dispatch.dispatch("all_to_all", x, weight, expert, gate_up, down, capacity_factor)[0]
+        return dispatch.dispatch(
+            "all_to_all",
+            dispatch.Tokens(x, weight, expert),
+            dispatch.ExpertWeights(gate_up, down),
+            capacity_factor,
+        )[0]
 
     def ragged(x, weight, expert, gate_up, down):
         order = jnp.argsort(expert.reshape(-1), stable=True)

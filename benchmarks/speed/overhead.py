@@ -46,7 +46,10 @@ from deepseek_jax.model.count import count
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options
-from deepseek_jax.run import loop
+from deepseek_jax.run.batches import LoaderBatches
+from deepseek_jax.run.loop import Loop
+from deepseek_jax.run.progress import Progress
+from deepseek_jax.run.report import Report
 from deepseek_jax.runtime.compile_cache import use_cache
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import TrainState, init_state, make_layout
@@ -244,9 +247,15 @@ def _loop(
     with open(os.devnull, "w") as quiet:
         before, sys.stdout = sys.stdout, quiet
         try:
-            result = loop.run(
-                config, workdir, mesh, state, timed, lambda state, _: {}, loader, checkpoints, sizes
-            )
+            result = Loop(
+                config=config,
+                workdir=workdir,
+                step=timed,
+                batches=LoaderBatches(config, loader, mesh),
+                evaluate=lambda state, _: {},
+                checkpointer=checkpoints,
+                report=Report(config, workdir, first, 0, sizes),
+            ).run(state, Progress())
         finally:
             sys.stdout = before
     timed.close()

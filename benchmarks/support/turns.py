@@ -48,6 +48,21 @@ def medians(programs: Mapping[Any, Callable[[], Any]], turns: int) -> dict[Any, 
     return {name: statistics.median(times) for name, times in seconds(programs, turns).items()}
 
 
+def queued(run: Program, calls: int, turns: int) -> float:
+    """Median seconds of one of `calls` calls that are handed to the device together, after one to warm up. On
+    a GPU a call that is waited for costs the host's way there and back as well, which is as long as a product
+    of 100 GFLOP takes: a kernel's own time needs the queue to be full."""
+    run()
+    out = []
+    for _ in range(turns):
+        started = time.perf_counter()
+        for _ in range(calls - 1):
+            run.compiled(*run.arguments)
+        run()
+        out.append((time.perf_counter() - started) / calls)
+    return statistics.median(out)
+
+
 def ratio(times: dict[Any, list[float]], a: Any, b: Any) -> float:
     """Time of program a in terms of program b: the median over turns of `seconds`."""
     return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))

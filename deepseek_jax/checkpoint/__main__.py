@@ -1,18 +1,22 @@
 """Looks at, checks and converts checkpoints, without the run's config and with little memory.
 
-  python -m deepseek_jax.checkpoint ls DIR                    what is there: step, kind, bytes, mesh, and whether names and sizes fit
-  python -m deepseek_jax.checkpoint show DIR [--step=N]       one checkpoint: how it was saved, and its arrays
-  python -m deepseek_jax.checkpoint verify DIR [--step=N]     reads every byte of one, or of all, and compares checksums
+  python -m deepseek_jax.checkpoint ls DIR
+      what is there: step, kind, bytes, mesh, and whether names and sizes fit
+  python -m deepseek_jax.checkpoint show DIR [--step=N]
+      one checkpoint: how it was saved, and its arrays
+  python -m deepseek_jax.checkpoint verify DIR [--step=N]
+      reads every byte of one, or of all, and compares checksums
   python -m deepseek_jax.checkpoint export DIR OUT [--step=N] [--only=params]
-                                                              whole tensors in safetensors files with an index, into the new folder OUT
+      whole tensors in safetensors files with an index, into the new folder OUT
   python -m deepseek_jax.checkpoint reshard DIR OUT --kind=sharded|full [--shards=N] [--step=N]
-                                                              the same checkpoint in another kind or division, as OUT/STEP
+      the same checkpoint in another kind or division, as OUT/STEP
   python -m deepseek_jax.checkpoint diff DIR DIR2 [--step=N] [--step2=N] [--most=10]
-                                                              the first arrays that differ, and by how much at most
+      the first arrays that differ, and by how much at most
 
-DIR is a run's workdir, its folder of checkpoints or one STEP folder, here or remote (gs://, s3://); of local checkpoints, the folder of the
-run below checkpoint.local_dir, in which the folders of all its processes must lie. Without --step, show, export, reshard and diff take the
-newest. Every command but `ls` reads all files once to check them. --json prints JSON.
+DIR is a run's workdir, its folder of checkpoints or one STEP folder, here or remote (gs://, s3://); of local
+checkpoints, the folder of the run below checkpoint.local_dir, in which the folders of all its processes must
+lie. Without --step, show, export, reshard and diff take the newest. Every command but `ls` reads all files
+once to check them. --json prints JSON.
 
 Exit codes: 0 good, or the same; 1 damaged, or different; 2 a mistake, said in one line.
 """

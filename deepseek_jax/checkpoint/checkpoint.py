@@ -1,8 +1,11 @@
 """Saves and restores the training state: nothing that counts is torn, nothing torn is restored in silence.
 
-WORKDIR/checkpoints/STEP/ holds `state`, the arrays in one of three kinds, `extra`, a JSON object, and `manifest.json`, the names, sizes and
-checksums of all files, written last. A folder with a plain number for a name is whole: it was written under another name (folder.py). A
-checkpoint of kind `local` is one such folder a process, in `checkpoint.local_dir`, and counts where every process has its own.
+WORKDIR/checkpoints/STEP/ holds `state`, the arrays in one of three kinds, `extra`, a JSON object, and
+`manifest.json`, the names, sizes and checksums of all files, written last. A folder with a plain number for a
+name is whole: it was written under another name (folder.py). A checkpoint of kind `local` is one such folder
+for each process, in `checkpoint.local_dir`, and counts where every process has its own.
+
+Plain Orbax restores the kinds `sharded` and `full`; sharded.py and full.py say how.
 """
 
 import logging
@@ -19,20 +22,17 @@ import jax
 from deepseek_jax.checkpoint import integrity, kinds, manifest
 from deepseek_jax.checkpoint.finder import Finder, Found
 from deepseek_jax.checkpoint.folder import Folder
+from deepseek_jax.checkpoint.kind import TensorReader
 from deepseek_jax.checkpoint.saver import Save
 from deepseek_jax.cluster.exchange import exchange, from_first
 from deepseek_jax.config.options import CheckpointConfig
-from deepseek_jax.errors import UserError, one_line
-from deepseek_jax.tensorfile.arrays import Tree, flatten, shape_of
+from deepseek_jax.errors import SaveFailed, UserError, one_line
+from deepseek_jax.tensorfile.arrays import Tree, flatten, spec_of
 
 FINAL_TRIES = 5  # of the last save; 2, 4, 8 and 16 s between them
 RETRY_SECONDS = (
     60.0  # after which a failed save is tried again, if that is before the next interval
 )
-
-
-class SaveFailed(Exception):
-    """The last state of a run could not be written."""
 
 
 def _quiet(record: logging.LogRecord) -> bool:
@@ -44,7 +44,7 @@ def _say(text: str) -> None:
 
 
 class Checkpointer:
-    """The checkpoints of one run. In a job of several processes every method is called by all of them, at the same step."""
+    """The checkpoints of one run. Every method is called by all processes of a job, at the same step."""
 
     def __init__(
         self,
@@ -64,21 +64,20 @@ class Checkpointer:
         Raises:
           UserError: the folder cannot be created, read or, unless `read_only`, written.
         """
-        logging.getLogger("absl").addFilter(
-            _quiet
-        )  # Orbax speaks through absl's logger, at length and from the start
+        # Orbax speaks through absl's logger, at length and from the start.
+        logging.getLogger("absl").addFilter(_quiet)
         warnings.filterwarnings("ignore", module=r"orbax\..*")
         self.options = options or CheckpointConfig(keep=0)
         self._warn = warn if jax.process_index() == 0 else lambda text: None
         self._finder = Finder(
             Folder(directory, read_only), self.options.local_dir, read_only, self._warn
         )
-        self._target = (
-            self._finder.local.own
-            if self.options.kind == "local" and not read_only
-            else self._finder.shared
-        )
-        self._read_only, self._cleaned = read_only, read_only
+        self._own = self._finder.local.own if self._finder.local else None  # of kind local
+        self._target = self._finder.shared
+        if self.options.kind == "local" and self._own:
+            self._target = self._own
+        self._read_only = read_only
+        self._cleaned = read_only
         self._wanted: Tree | None = None  # what the arrays are restored into, once that is known
         self._thread: threading.Thread | None = None
         self._last: Save | None = None  # the save that is going on, or was last
@@ -97,20 +96,23 @@ class Checkpointer:
         return self._finder.steps()
 
     def due(self, step: int, every_steps: int, every_minutes: float = 0.0) -> bool:
-        """Is a checkpoint due after this step? The same in every process. Also says what went wrong with the last one."""
+        """Whether a checkpoint is due after this step, the same in every process.
+
+        Also says what went wrong with the last one.
+
+        Args:
+          step: of the state.
+          every_steps: from one checkpoint to the next; 0: none by steps.
+          every_minutes: since the last one; 0: none by time.
+        """
         self._flush()
         by_steps = bool(every_steps) and step % every_steps == 0
         if jax.process_count() > 1 and not every_minutes:
             return by_steps
         waited = time.monotonic() - self._saved_at
         failed = self._last is not None and self._last.error is not None and waited >= RETRY_SECONDS
-        return (
-            by_steps
-            or from_first(
-                "due", str(bool(every_minutes) and waited >= 60 * every_minutes or failed)
-            )
-            == "True"
-        )
+        by_time = bool(every_minutes) and waited >= 60 * every_minutes
+        return by_steps or from_first("due", str(by_time or failed)) == "True"
 
     def save(
         self,
@@ -120,13 +122,15 @@ class Checkpointer:
         eval_loss: float | None = None,
         final: bool = False,
     ) -> None:
-        """Copies the state to the host and returns (`async_checkpointing`); a thread writes it. The arrays may be donated at once.
+        """Copies the state to the host and returns (`async_checkpointing`); a thread writes it.
 
-        Waits for the save before. What fails is said in one line, and the checkpoints before stay; the caller goes on.
+        The arrays may be donated at once. Waits for the save before. What fails is said in one line, and the
+        checkpoints before stay; the caller goes on.
 
         Args:
           step: the folder's name, above all steps saved before.
-          state: sharded jax.Arrays. extra: anything that `json` can write.
+          state: sharded jax.Arrays.
+          extra: anything that `json` can write.
           eval_loss: the held-out loss of this state, for `keep_best`.
           final: return when it is on disk; try again if it fails.
 
@@ -142,28 +146,30 @@ class Checkpointer:
             self._cleaned = True
             if jax.process_index() == 0:
                 self._finder.shared.clean()
-            if self._finder.local:
-                self._finder.local.own.clean()
+            if self._own:
+                self._own.clean()
         for attempt in range(FINAL_TRIES if final else 1):
             if attempt:
                 time.sleep(2.0**attempt)
             self._saved_at = time.monotonic()
-            self._last = Save(self._target, self.options, step, state, extra, eval_loss)
-            self._last.prepare()
-            self._thread = threading.Thread(target=self._last.complete, name="checkpoint")
+            save = Save(self._target, self.options, step, state, extra, eval_loss)
+            self._last = save
+            save.prepare()
+            self._thread = threading.Thread(target=save.complete, name="checkpoint")
             self._thread.start()
             if not final and self.options.async_checkpointing:
                 return
             self.wait()
-            if self._last.error is None or not final:
+            if save.error is None or not final:
                 return
         before = max(self.steps(), default=None)
         stays = (
             f"Step {before} is the last that is saved" if before is not None else "Nothing is saved"
         )
         raise SaveFailed(
-            f"The checkpoint of step {step}, the last, could not be written in {FINAL_TRIES} tries ({self._last.error}). {stays}; "
-            f"make room or repair {self._target.path}, and the same command goes on from there."
+            f"The checkpoint of step {step}, the last, could not be written in {FINAL_TRIES} tries "
+            f"({save.error}). {stays}; make room or repair {self._target.path}, and the same command "
+            f"goes on from there."
         )
 
     def wait(self) -> None:
@@ -178,9 +184,10 @@ class Checkpointer:
         self.wait()
 
     def newest_good(self, wanted: Tree | None = None) -> int | None:
-        """The newest checkpoint whose files are what was written, or None if there is none at all. All files of it are read.
+        """The newest checkpoint whose files are what was written, or None if there is none at all.
 
-        Newer ones that are damaged are put aside as STEP.damaged, each with one line that names the file.
+        All files of it are read. Newer ones that are damaged are put aside as STEP.damaged, each with one
+        line that names the file.
 
         Args:
           wanted: what will be restored, so that local checkpoints that lack a piece of it do not count.
@@ -205,13 +212,15 @@ class Checkpointer:
           The state and the `extra` that was saved with it.
 
         Raises:
-          UserError: there is no such checkpoint, its arrays are not the wanted ones, or its files are damaged.
+          UserError: there is no such checkpoint, its arrays are not the wanted ones, or its files are
+            damaged.
         """
         self._wanted = abstract_state
-        return self._reading(
-            step,
-            lambda found: (self._arrays(found, abstract_state, partial=False), _own_extra(found)),
-        )
+
+        def read(found: Found) -> tuple[Tree, dict[str, Any]]:
+            return self._arrays(found, abstract_state, partial=False), _own_extra(found)
+
+        return self._reading(step, read)
 
     def restore_params(self, abstract_params: Tree, step: int | None = None) -> Tree:
         """Reads a part of the state only.
@@ -233,13 +242,13 @@ class Checkpointer:
         """
         return self._reading(step, lambda found: kinds.shapes(found.paths))
 
-    def source(self, step: int | None = None) -> Any:
-        """The arrays of a checkpoint, to be read part by part without a mesh: `shapes`, `parts(name)` and `read(name, index)`.
+    def source(self, step: int | None = None) -> TensorReader:
+        """The arrays of a checkpoint, to be read part by part without a mesh.
 
         Raises:
           UserError: there is no such checkpoint, or its files are damaged.
         """
-        return self._reading(step, lambda found: kinds.source(found.paths))
+        return self._reading(step, lambda found: kinds.reader(found.paths))
 
     def read_extra(self, step: int | None = None) -> dict[str, Any]:
         """The JSON part of a checkpoint.
@@ -255,7 +264,10 @@ class Checkpointer:
             self._warn(text)
 
     def _reading(self, step: int | None, read: Callable[[Found], Any]) -> Any:
-        """What `read` makes of a checkpoint. One without checksums that cannot be read is put aside for the one before."""
+        """What `read` makes of a checkpoint.
+
+        One without checksums that cannot be read is put aside for the one before.
+        """
         self.wait()
         while True:
             found = (
@@ -265,7 +277,8 @@ class Checkpointer:
             )
             if found is None:
                 raise UserError(
-                    f"{self._finder.shared.path} holds no checkpoint. Name the --workdir of a run that saved one."
+                    f"{self._finder.shared.path} holds no checkpoint. Name the --workdir of a run that saved "
+                    f"one."
                 )
             out, error = None, None
             try:
@@ -286,17 +299,21 @@ class Checkpointer:
     def _arrays(self, found: Found, wanted: Tree, partial: bool) -> Tree:
         # Orbax itself would cast another dtype in silence.
         stored, flat = flatten(kinds.shapes(found.paths)), flatten(wanted)
-        describe = lambda leaf: str(shape_of(leaf)) if leaf is not None else "absent"
         for path in sorted(flat.keys() | stored.keys()):
             here, there = flat.get(path), stored.get(path)
             if here is None and partial:
                 continue
-            if here is None or there is None or shape_of(here) != shape_of(there):
+            if here is None or there is None or spec_of(here) != spec_of(there):
                 raise UserError(
-                    f"The checkpoint {found.path} is of another model or optimizer: {path} is {describe(there)} there and "
-                    f"{describe(here)} here. Set the options that it was written with, or name another --workdir."
+                    f"The checkpoint {found.path} is of another model or optimizer: {path} is "
+                    f"{_describe(there)} there and {_describe(here)} here. Set the options that it was "
+                    f"written with, or name another --workdir."
                 )
         return kinds.restore(found.paths, wanted)
+
+
+def _describe(leaf: Any) -> str:
+    return "absent" if leaf is None else str(spec_of(leaf))
 
 
 def _own_extra(found: Found) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from deepseek_jax.checkpoint import integrity, local, manifest
-from deepseek_jax.checkpoint.folder import DAMAGED, Folder
+from deepseek_jax.checkpoint.folder import DAMAGED, Folder, steps_in
 from deepseek_jax.cluster.exchange import exchange, from_first
 from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile.arrays import Tree
@@ -24,13 +24,29 @@ class Found(NamedTuple):
 
     step: int
     local: bool
-    paths: tuple[
-        epath.Path, ...
-    ]  # one STEP/ folder; of kind local, those of the processes that are needed and seen from here
+    # One folder STEP/; of kind local, those of the processes that are needed and seen from here.
+    paths: tuple[epath.Path, ...]
 
     @property
     def path(self) -> epath.Path:
         return self.paths[0]
+
+
+def has_steps(folder: str, local_dir: str = "") -> bool:
+    """Whether a run has saved a checkpoint, as far as this host sees.
+
+    Args:
+      folder: its folder of checkpoints, here or remote; it need not exist.
+      local_dir: config.checkpoint.local_dir, for those of kind `local`.
+    """
+    if steps_in(folder):
+        return True
+    name = os.path.join(folder, RUN_ID)
+    if not local_dir or "://" in folder or not os.path.exists(name):
+        return False
+    with open(name, encoding="utf-8") as f:
+        run = os.path.basename(f.read().strip())
+    return bool(LocalRun(local_dir, run, read_only=True).steps())
 
 
 class LocalRun:
@@ -46,7 +62,7 @@ class LocalRun:
         )
 
     def paths(self, step: int, wanted: Tree | None) -> tuple[epath.Path, ...]:
-        """The folders STEP/ to read, this process's own first and alone if that is enough; () if pieces are missing."""
+        """The folders STEP/ to read: this process's own, if enough, or all; () if pieces are missing."""
         if self.own is not None and step in self.own.steps():
             mine = self.own.at(step)
             try:
@@ -62,12 +78,12 @@ class LocalRun:
                 return (mine,)  # its check will say what is wrong
         seen = {p.name: p / str(step) for p in self._processes() if (p / str(step)).is_dir()}
         try:
-            found = [manifest.read(p) for p in seen.values()]
+            read = [manifest.read(p) for p in seen.values()]
         except (BadFile, manifest.NewerFormat):
             return tuple(seen.values())
-        if None in found:
+        if None in read:
             return tuple(seen.values())
-        count = found[0].about.get("processes") if found else None
+        count = read[0].about.get("processes") if read and read[0] else None
         if type(count) is not int or set(seen) != {
             f"process_{i:05d}" for i in range(min(count, 10**5))
         }:
@@ -100,21 +116,25 @@ class Finder:
     def __init__(
         self, shared: Folder, local_dir: str, read_only: bool, warn: Callable[[str], None]
     ):
-        self.shared, self._read_only, self._warn = shared, read_only, warn
-        self.local = (
-            LocalRun(local_dir, run, read_only)
-            if local_dir and (run := self._run(read_only))
-            else None
-        )
+        self.shared = shared
+        self._read_only = read_only
+        self._warn = warn
+        self.local: LocalRun | None = None
+        if local_dir and (run := self._run(read_only)):
+            self.local = LocalRun(local_dir, run, read_only)
         self._sound: set[str] = set()  # folders that were checked and are as they were
         self.found: Found | None = None  # the newest good one
 
     def forget(self) -> None:
-        """Look afresh."""
-        self._sound, self.found = set(), None
+        """Looks afresh the next time."""
+        self._sound = set()
+        self.found = None
 
     def _run(self, read_only: bool) -> str:
-        """The name of this run among those with the same local_dir: a new run in an old place must not find its predecessor's."""
+        """The name of this run among those with the same local_dir.
+
+        A new run in an old place must not find the checkpoints of the run before it.
+        """
         path = self.shared.path / RUN_ID
         try:
             if jax.process_index() == 0 and not read_only and not path.exists():
@@ -122,12 +142,14 @@ class Finder:
             name = path.read_text() if jax.process_index() == 0 and path.exists() else ""
         except OSError as e:
             raise UserError(
-                f"{path} cannot be read or written ({e.strerror or e}). Name a --workdir that you may write to."
+                f"{path} cannot be read or written ({e.strerror or e}). Name a --workdir that you may write "
+                f"to."
             ) from e
         name = from_first("run", name)
         if name and not (name.isascii() and name.isalnum() and len(name) <= 64):
             raise UserError(
-                f"{path} is damaged: it names no run. Delete it; local checkpoints of this run will not be found."
+                f"{path} is damaged: it names no run. Delete it; local checkpoints of this run will not be "
+                f"found."
             )
         return name
 
@@ -150,8 +172,8 @@ class Finder:
             aside = self.shared.damaged() + (self.local.damaged() if self.local else [])
             if aside := aside or [str(c.step) for c in candidates]:
                 raise UserError(
-                    f"{self.shared.path} holds damaged checkpoints only ({', '.join(aside)[:200]}). Put a good copy in the place of "
-                    f"one, or delete them to begin at step 0."
+                    f"{self.shared.path} holds damaged checkpoints only ({', '.join(aside)[:200]}). Put a "
+                    f"good copy in the place of one, or delete them to begin at step 0."
                 )
         return self.found
 
@@ -170,29 +192,44 @@ class Finder:
                 else "Name the --workdir of a run that saved one."
             )
             raise UserError(f"{self.shared.path} holds no checkpoint of step {step}. {known}")
+        why = ""
         for candidate in here:
             verdict = self._inspect(candidate)
             if verdict is None or not verdict.bad:
                 return candidate
+            why = verdict.line()
         raise UserError(
-            f"The checkpoint {here[-1].path} is damaged ({verdict.line()}). Name another step, or none for the newest that is whole."
+            f"The checkpoint {here[-1].path} is damaged ({why}). Name another step, or none for "
+            f"the newest that is whole."
         )
 
     def put_aside(self, bad: Found, mine: bool = True) -> str:
-        """Renames a checkpoint, so that it no longer counts. mine: is this process's part of a local one bad?"""
+        """Renames a checkpoint, so that it no longer counts.
+
+        Args:
+          bad: the checkpoint.
+          mine: whether this process's part of a local one is bad.
+
+        Returns:
+          Its new name.
+        """
         self.found = None
         self._sound -= {os.fspath(p) for p in bad.paths}
         name = f"{bad.step}{DAMAGED}"
         if bad.local:
-            if mine and self.local.own and bad.step in self.local.own.steps():
-                name = self.local.own.put_aside(bad.step)
+            own = self.local.own if self.local else None
+            if mine and own and bad.step in own.steps():
+                name = own.put_aside(bad.step)
         elif jax.process_index() == 0:
             name = self.shared.put_aside(bad.step)
         exchange("aside", "")
         return name
 
     def _candidates(self, wanted: Tree | None, only: int | None = None) -> list[Found]:
-        """Newest first; of the same step the local one, which is nearer. The same in every process, but for the local paths."""
+        """Newest first; of the same step the local one, which is nearer.
+
+        The same in every process, but for the paths of local ones.
+        """
         shared = json.loads(from_first("steps", json.dumps(self.shared.steps())))
         out = [Found(s, False, (self.shared.at(s),)) for s in shared]
         if self.local:
@@ -214,13 +251,15 @@ class Finder:
         verdict = integrity.inspect_together(found.paths, shared=not found.local)
         if verdict.newer:
             raise UserError(
-                f"The checkpoint {found.path} {verdict.newer}. Update this program, or name another --workdir or step."
+                f"The checkpoint {found.path} {verdict.newer}. Update this program, or name another "
+                f"--workdir or step."
             )
         if not verdict.bad:
             self._sound |= {os.fspath(p) for p in found.paths}
             if not verdict.protected:
                 self._warn(
-                    f"the checkpoint {found.path} was written by an earlier version, without checksums: damage to its files may go unseen"
+                    f"the checkpoint {found.path} was written by an earlier version, without checksums: "
+                    f"damage to its files may go unseen"
                 )
         return verdict
 
@@ -233,6 +272,6 @@ class Finder:
             self._warn(
                 f"the checkpoint {found.path} is damaged ({verdict.line()}): kept aside as {name}"
             )
-        elif found.path.exists():  # otherwise the run that goes on here has just deleted it
+        elif found.path.exists():  # else the run that goes on here has just deleted it
             self._warn(f"the checkpoint {found.path} is damaged ({verdict.line()}): passed over")
         return False

@@ -1,8 +1,9 @@
 """The folders STEP/ of a run: made under another name, renamed when whole, renamed before they are deleted.
 
-A plain number is a checkpoint that was whole when it got its name; STEP.tmp is being written or deleted, or was when a process was killed;
-STEP.damaged was found damaged later and stays for its owner to look at. In a remote folder (gs://, s3://) nothing is renamed: there a step
-is whole when it has a manifest, which is written last and deleted first.
+A plain number is a checkpoint that was whole when it got its name; STEP.tmp is being written or deleted, or
+was when a process was killed; STEP.damaged was found damaged later and stays for its owner to look at. In a
+remote folder (gs://, s3://) nothing is renamed: there a step is whole when it has a manifest, which is
+written last and deleted first.
 """
 
 import os
@@ -52,7 +53,8 @@ class Folder:
             )
             reason = getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0]
             raise UserError(
-                f"The checkpoint folder {self.path} cannot be {access} ({reason}). Name a --workdir that {repair}."
+                f"The checkpoint folder {self.path} cannot be {access} ({reason}). Name a --workdir that "
+                f"{repair}."
             ) from e
         # A folder with the name of a step is renamed when it is damaged and deleted when it is old.
         theirs = [] if read_only else [s for s in self.steps() if self._is_foreign(str(s))]
@@ -142,22 +144,41 @@ class Folder:
         return bool(inside) and _PARTS.isdisjoint(inside)
 
     def clean(self) -> None:
-        """Deletes what killed saves and deletions left, which would fill the disk. Only a writer may: no other writer exists."""
+        """Deletes what killed saves and deletions left, which would fill the disk.
+
+        Only the writer of this folder may call it: what another one is writing would go too.
+        """
         for name in [] if self.remote else os.listdir(self.path):
             ours = (name.endswith(_TMP) or _OLD_TMP in name) and is_step(name.partition(".")[0])
             if ours and not self._is_foreign(name):
                 shutil.rmtree(self.path / name, ignore_errors=True)
 
 
+def steps_in(path: str) -> list[int]:
+    """The steps of the checkpoints in a folder, here or remote, that need not exist."""
+    try:
+        return Folder(path, read_only=True).steps()
+    except UserError:
+        return []
+
+
 def is_step(name: str) -> bool:
-    """Is this the name of a whole checkpoint?"""
+    """Whether this is the name of a whole checkpoint."""
     return name.isascii() and name.isdigit() and len(name) < 19
 
 
 def keepers(
     steps: list[int], losses: dict[int, float], keep: int, keep_best: int, keep_every: int
 ) -> set[int]:
-    """The steps that stay: the newest `keep` (0: all), the `keep_best` with the lowest held-out loss, the multiples of `keep_every`."""
+    """The steps that stay.
+
+    Args:
+      steps: that have a checkpoint.
+      losses: the held-out loss of those that have one.
+      keep: so many of the newest stay; 0: all.
+      keep_best: so many with the lowest loss stay.
+      keep_every: multiples of this stay; 0: none.
+    """
     if not keep:
         return set(steps)
     best = sorted((s for s in steps if s in losses), key=lambda s: (losses[s], -s))[:keep_best]

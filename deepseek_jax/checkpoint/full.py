@@ -1,117 +1,89 @@
-"""Checkpoints of kind `full`: whole tensors in safetensors files, written by one process, read by any program.
+"""Checkpoints of kind `full`: whole tensors in safetensors files, written by one process, for any program.
 
-A tensor is cut into blocks, gathered from its shards block by block and written at once: no host holds more than a block of it beside its
-shards. In several processes a tensor, or each layer of a stack, is made whole on every device in turn, for as long as it is written. Training
-waits meanwhile.
+A tensor is cut into blocks, gathered from its shards block by block and written at once: no host holds more
+than a block of it beside its shards. In several processes a tensor, or each layer of a stack, is made whole
+on every device in turn, for as long as it is written. Training waits meanwhile.
+
+Plain Orbax reads them, whole or into the shardings that `abstract_state` gives
+(tests/checkpoint/test_orbax.py):
+
+    import orbax.checkpoint.experimental.v1 as ocp
+    with ocp.Context(checkpoint_layout=ocp.options.CheckpointLayout.SAFETENSORS):
+        arrays = ocp.load(f"{workdir}/checkpoints/{step}/state")   # {"params/norm/weight": array, ...}
 """
 
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from deepseek_jax.tensorfile import header, regions
-from deepseek_jax.tensorfile.arrays import Shape, Tree, flatten, shape_of
-from deepseek_jax.tensorfile.bounded_json import BadFile
+from deepseek_jax.tensorfile import files, header, regions
+from deepseek_jax.tensorfile.arrays import TensorSpec, Tree, flatten, spec_of
 
 INDEX = "state.safetensors.index.json"
-EACH = False
-FILE_BYTES = 5 << 30  # of one file, about; a larger tensor has one of its own
 
 
-def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
-    """Writes the whole state into `folder`. Nothing is left to do for what it returns."""
-    arrays = flatten(state)
-    write(
-        folder,
-        {name: shape_of(a) for name, a in arrays.items()},
-        lambda name: blocks(arrays[name]),
-        jax.process_index() == 0,
-    )
-    return lambda: None
+class FullKind:
+    """As kind.Kind. One process writes, the others help to gather."""
 
+    name = "full"
+    index_file = INDEX
+    each_process = False
 
-def merge(folder: os.PathLike) -> None:
-    """Nothing: there is one writer."""
+    def start(self, folder: epath.PathLike, state: Tree) -> Callable[[], None]:
+        """Writes the whole state. Nothing is left to do for what it returns."""
+        arrays = flatten(state)
+        specs = {name: spec_of(array) for name, array in arrays.items()}
+        write(folder, specs, lambda name: blocks(arrays[name]), jax.process_index() == 0)
+        return lambda: None
 
+    def merge(self, folder: epath.PathLike) -> None:
+        """Nothing: there is one writer."""
 
-def is_own(file: str) -> bool:
-    """Did this process write that file?"""
-    return jax.process_index() == 0
+    def is_own(self, file: str) -> bool:
+        return jax.process_index() == 0
+
+    def open(self, *folders: epath.PathLike) -> "FullTensors":
+        (folder,) = folders
+        return FullTensors(folder)
 
 
 def write(
-    folder: os.PathLike,
-    shapes: dict[str, Shape],
-    read: Callable[[str], Iterator[np.ndarray]],
+    folder: epath.PathLike,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Iterable[np.ndarray]],
     writer: bool = True,
 ) -> None:
     """Writes tensors into safetensors files, with an index.
 
     Args:
-      read: the bytes of one tensor, as contiguous pieces in row-major order. Called for one after another.
-      writer: without, everything is read and nothing is written: what other processes do, where reading takes all of them.
+      folder: of the files.
+      specs: of all tensors, in order.
+      read, writer: as tensorfile.files.write.
 
     Raises:
       OSError: after everything has been read, so that the others need not wait.
     """
-    folder = epath.Path(folder)
-    files: list[dict[str, Shape]] = [{}]
-    for name, what in shapes.items():
-        if files[-1] and sum(w.nbytes for w in files[-1].values()) + what.nbytes > FILE_BYTES:
-            files.append({})
-        files[-1][name] = what
-    index, error = {}, None
+    division = files.divide(specs, _file_name, files.FILE_BYTES)
+    files.write(folder, division, read, writer)
     if writer:
-        folder.mkdir(parents=True, exist_ok=True)
-    for number, tensors in enumerate(files, 1):
-        file = f"state-{number:05d}-of-{len(files):05d}.safetensors"
-        index |= dict.fromkeys(tensors, file)
-        f = None
-        try:
-            if writer and not error:
-                f = (folder / file).open("wb")
-                header.write_header(
-                    f, tensors, {"format": "pt"}
-                )  # without which transformers refuses a file
-        except OSError as e:
-            error = e
-        for name in tensors:
-            for block in read(name):
-                try:
-                    if f and not error:
-                        f.write(regions.raw(block))
-                except OSError as e:
-                    error = e
-        try:
-            if f:
-                f.close()
-        except OSError as e:
-            error = error or e
-    if error:
-        raise error
-    if writer:
-        value = {
-            "metadata": {"total_size": sum(what.nbytes for what in shapes.values())},
-            "weight_map": index,
-        }
-        (folder / INDEX).write_bytes(json.dumps(value, indent=0).encode())
+        (epath.Path(folder) / INDEX).write_bytes(files.index(division))
+
+
+def _file_name(number: int, count: int) -> str:
+    return f"state-{number:05d}-of-{count:05d}.safetensors"
 
 
 def blocks(array: jax.Array) -> Iterator[np.ndarray]:
-    """An array's values, in pieces in row-major order."""
+    """An array's values, in blocks in row-major order."""
     if array.is_fully_addressable:
-        for index in regions.blocks(array.shape, array.dtype.itemsize):
-            yield _from_shards(array, index)
+        yield from files.blocks(lambda index: _from_shards(array, index), spec_of(array))
         return
-    # The layers of a stack one by one, where they are not divided: a device would not hold the experts of all.
-    layers = (
-        array.ndim > 1 and array.sharding.spec[:1] in ((), (None,)) and array.nbytes > regions.BLOCK
-    )
+    # The layers of a stack one by one, where they are not divided: no device would hold the experts of all.
+    first_axis = _named(array).spec[:1]
+    layers = array.ndim > 1 and first_axis in ((), (None,)) and array.nbytes > regions.BLOCK
     for part in range(array.shape[0]) if layers else (None,):
         # Process 0's device has all of it, and another copy is gone before the next.
         here = np.asarray(_whole(array, part).addressable_data(0))
@@ -119,13 +91,15 @@ def blocks(array: jax.Array) -> Iterator[np.ndarray]:
             yield here[index]
 
 
+def _named(array: jax.Array) -> jax.NamedSharding:
+    assert isinstance(array.sharding, jax.NamedSharding)
+    return array.sharding
+
+
 def _whole(array: jax.Array, part: int | None) -> jax.Array:
-    everywhere = jax.NamedSharding(array.sharding.mesh, jax.P())
-    array = (
-        jax.device_put(array, array.sharding.with_memory_kind("device"))
-        if array.sharding.memory_kind not in (None, "device")
-        else array
-    )
+    everywhere = jax.NamedSharding(_named(array).mesh, jax.P())
+    if array.sharding.memory_kind not in (None, "device"):
+        array = jax.device_put(array, array.sharding.with_memory_kind("device"))
     if part is None:
         return jax.jit(lambda a: a, out_shardings=everywhere)(array)
     return jax.jit(
@@ -142,21 +116,21 @@ def _from_shards(array: jax.Array, index: regions.Index) -> np.ndarray:
             continue
         seen.add(key)
         local = regions.within(part, place)
-        # np.asarray of a device's array keeps a copy of all of it with the array: cut first. A CPU's array is memory already.
+        # np.asarray of a device's array keeps a copy of all of it with the array: cut first. A CPU's array is
+        # memory already.
         on_host = (
             shard.data.sharding.memory_kind not in (None, "device")
             or shard.device.platform == "cpu"
         )
-        out[regions.within(part, index)] = (
-            np.asarray(shard.data)[local] if on_host else np.asarray(shard.data[local])
-        )
+        values = np.asarray(shard.data)[local] if on_host else np.asarray(shard.data[local])
+        out[regions.within(part, index)] = values
     return out
 
 
-class Source:
-    """The arrays of a checkpoint."""
+class FullTensors:
+    """As kind.TensorReader."""
 
-    def __init__(self, folder: os.PathLike):
+    def __init__(self, folder: epath.PathLike):
         """Reads the index and the head of every file.
 
         Raises:
@@ -164,25 +138,13 @@ class Source:
         """
         self._folder = epath.Path(folder)
         index = header.read_index(self._folder / INDEX)
-        heads = {
-            file: header.read(self._folder / file, f"state/{file}")
-            for file in sorted(set(index.values()))
-        }
-        for file, tensors in heads.items():
-            if wrong := tensors.keys() ^ {name for name, at in index.items() if at == file}:
-                raise BadFile(
-                    f"state/{file}", f"{INDEX} and the file disagree about {min(wrong)[:80]!r}"
-                )
-        self._places = {name: (file, heads[file][name]) for name, file in index.items()}
-        self.shapes = {name: tensor.what for name, (_, tensor) in self._places.items()}
+        names = sorted(set(index.values()))
+        self._tensors = files.find(self._folder, names, index, INDEX, shown="state/")
+        self.shapes = {name: tensor.spec for name, tensor in self._tensors.items()}
 
     def parts(self, name: str) -> Iterator[regions.Index]:
-        """All of an array, in pieces that are read at once."""
-        what = self.shapes[name]
-        return regions.blocks(what.shape, what.dtype.itemsize)
+        spec = self.shapes[name]
+        return regions.blocks(spec.shape, spec.dtype.itemsize)
 
     def read(self, name: str, index: regions.Index) -> np.ndarray:
-        """A part of an array."""
-        file, tensor = self._places[name]
-        with (self._folder / file).open("rb") as f:
-            return regions.read(f, tensor.offset, tensor.what, index)
+        return files.read_region(self._folder, self._tensors[name], index)

@@ -1,7 +1,6 @@
-"""Is a checkpoint what was written? Answered by all processes together, each reading its share of the files."""
+"""Whether a checkpoint is what was written: all processes find out together, each by a share of the files."""
 
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,9 @@ from deepseek_jax.tensorfile import bounded_json
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
 EXTRA = "extra/metadata"
-MARK = "__manifest__"  # key in `extra` of every checkpoint that was written with a manifest: without it, its manifest is lost
+# A key in `extra` of every checkpoint that was written with a manifest: one with this key and without a
+# manifest has lost it.
+MARK = "__manifest__"
 _LIMIT = 1 << 24  # bytes of `extra`
 
 
@@ -38,11 +39,15 @@ class Verdict(NamedTuple):
         return f"{file}: {what}{more}" if file else f"{what}{more}"
 
 
-def inspect(folder: os.PathLike, share: int = 0, shares: int = 1, contents: bool = True) -> Verdict:
+def inspect(
+    folder: epath.PathLike, share: int = 0, shares: int = 1, contents: bool = True
+) -> Verdict:
     """Checks one folder STEP/.
 
     Args:
-      share, shares: as `manifest.check`. contents: also read all bytes; without, names and sizes are compared.
+      folder: STEP/.
+      share, shares: as `manifest.check`.
+      contents: also read all bytes; without, names and sizes are compared.
     """
     try:
         found = manifest.read(folder)
@@ -61,8 +66,13 @@ def inspect(folder: os.PathLike, share: int = 0, shares: int = 1, contents: bool
     return Verdict(found, manifest.check(folder, found, share, shares, contents))
 
 
-def inspect_together(folders: Sequence[os.PathLike], shared: bool) -> Verdict:
-    """`inspect` by all processes, with one result. shared: they see the same folder; otherwise each has its own, and any bad one counts."""
+def inspect_together(folders: Sequence[epath.PathLike], shared: bool) -> Verdict:
+    """`inspect` by all processes, with one result.
+
+    Args:
+      folders: STEP/, or of kind `local` those that this process reads.
+      shared: all see the same folder; otherwise each has its own, and any bad one counts.
+    """
     me, count = jax.process_index(), jax.process_count()
     found = [inspect(folder, me, count) if shared else inspect(folder) for folder in folders]
     owner = "" if shared or count == 1 else f" (process {me})"
@@ -82,7 +92,7 @@ def inspect_together(folders: Sequence[os.PathLike], shared: bool) -> Verdict:
     )
 
 
-def read_extra(folder: os.PathLike) -> dict[str, Any]:
+def read_extra(folder: epath.PathLike) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
     Raises:
@@ -94,14 +104,14 @@ def read_extra(folder: os.PathLike) -> dict[str, Any]:
     return value
 
 
-def write_extra(folder: os.PathLike, extra: dict[str, Any]) -> None:
+def write_extra(folder: epath.PathLike, extra: dict[str, Any]) -> None:
     """The inverse of `read_extra`."""
     path = epath.Path(folder) / EXTRA
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(json.dumps({**extra, MARK: manifest.FORMAT}).encode())
 
 
-def _check_unprotected(folder: os.PathLike) -> None:
+def _check_unprotected(folder: epath.PathLike) -> None:
     """What an earlier version wrote has Orbax's files and no mark; anything else has lost its manifest."""
     if MARK in read_extra(folder) or not (epath.Path(folder) / "state" / "_METADATA").exists():
         raise BadFile(manifest.NAME, "missing")

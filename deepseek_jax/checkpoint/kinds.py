@@ -1,48 +1,47 @@
-"""The kinds of checkpoint, by the same few functions."""
+"""The kinds of checkpoint by name, and which one a folder is of."""
 
-import os
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
 
 from etils import epath
 
-from deepseek_jax.checkpoint import full, local, sharded
+from deepseek_jax.checkpoint.full import FullKind
+from deepseek_jax.checkpoint.kind import Kind, TensorReader
+from deepseek_jax.checkpoint.local import LocalKind
 from deepseek_jax.checkpoint.restore import into_shards
-from deepseek_jax.config.options import CHECKPOINT_KINDS
+from deepseek_jax.checkpoint.sharded import ShardedKind
 from deepseek_jax.tensorfile.arrays import Tree, unflatten
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
-# Each has: EACH (does each process write a whole checkpoint of its part?), start, merge, is_own, Source.
-KINDS: dict[str, ModuleType] = dict(zip(CHECKPOINT_KINDS, (sharded, full, local), strict=True))
+_ALL: tuple[Kind, ...] = (ShardedKind(), FullKind(), LocalKind())
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 
 
-def of(folder: os.PathLike) -> ModuleType:
+def of(folder: epath.PathLike) -> Kind:
     """The kind of the arrays in a folder STEP/, whatever this run writes.
 
     Raises:
       BadFile: of none.
     """
     for kind in KINDS.values():
-        if (epath.Path(folder) / "state" / kind.INDEX).exists():
+        if (epath.Path(folder) / "state" / kind.index_file).exists():
             return kind
-    raise BadFile("state", f"holds none of {', '.join(k.INDEX for k in KINDS.values())}")
+    raise BadFile("state", f"holds none of {', '.join(k.index_file for k in KINDS.values())}")
 
 
-def source(folders: Sequence[os.PathLike]) -> Any:
-    """The arrays by name and part: `shapes`, `parts(name)`, which are quick to read, and `read(name, index)`. Several folders STEP/ are the pieces of one local checkpoint.
+def reader(folders: Sequence[epath.PathLike]) -> TensorReader:
+    """The arrays of a checkpoint. Several folders STEP/ hold the pieces of one local checkpoint.
 
     Raises:
       BadFile: a file is not what it must be.
     """
-    return of(folders[0]).Source(*(epath.Path(folder) / "state" for folder in folders))
+    return of(folders[0]).open(*(epath.Path(folder) / "state" for folder in folders))
 
 
-def shapes(folders: Sequence[os.PathLike]) -> Tree:
-    """The tree with leaves that have a shape and a dtype."""
-    return unflatten(source(folders).shapes)
+def shapes(folders: Sequence[epath.PathLike]) -> Tree:
+    """The state's tree, with leaves that have a shape and a dtype."""
+    return unflatten(dict(reader(folders).shapes))
 
 
-def restore(folders: Sequence[os.PathLike], abstract: Tree) -> Tree:
+def restore(folders: Sequence[epath.PathLike], abstract: Tree) -> Tree:
     """The arrays of `abstract` in their shards: all or some of those that are there."""
-    return into_shards(source(folders), abstract)
+    return into_shards(reader(folders), abstract)

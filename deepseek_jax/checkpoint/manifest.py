@@ -1,9 +1,10 @@
 """The manifest of a checkpoint: name, size and CRC-32 of each of its files, written last.
 
-STEP/manifest.json is one line of JSON with sorted keys; its key "checksum" is the CRC-32 of the same line without that key, so that damage
-to the manifest is found too, in this format and every later one. CRC-32 (zlib's, which runs without the GIL) finds what disks and
-networks do to files; it is no protection against somebody who changes file and manifest together, which is why everything that parses a file
-checks bounds as if there were no manifest.
+STEP/manifest.json is one line of JSON with sorted keys; its key "checksum" is the CRC-32 of the same line
+without that key, so that damage to the manifest is found too, in this format and every later one. CRC-32
+(zlib's, which runs without the GIL) finds what disks and networks do to files; it is no protection against
+somebody who changes file and manifest together, which is why everything that parses a file checks bounds as
+if there were no manifest.
 """
 
 import concurrent.futures
@@ -32,14 +33,19 @@ class NewerFormat(Exception):
 
 
 class Manifest(NamedTuple):
+    """What a checkpoint consists of.
+
+    Attributes:
+      kind: of its arrays.
+      step: of the state.
+      files: name inside the checkpoint -> (bytes, CRC-32 as 8 hexadecimal digits).
+      about: mesh, processes, bytes of the arrays, eval_loss and what else `show` prints.
+    """
+
     kind: str
     step: int
-    files: dict[
-        str, tuple[int, str]
-    ]  # name inside the checkpoint -> (bytes, CRC-32 as 8 hexadecimal digits)
-    about: dict[
-        str, Any
-    ]  # mesh, processes, bytes of the arrays, eval_loss and what else `show` prints
+    files: dict[str, tuple[int, str]]
+    about: dict[str, Any]
 
     def to_bytes(self) -> bytes:
         return _sealed(
@@ -53,7 +59,7 @@ class Manifest(NamedTuple):
         )
 
 
-def read(folder: os.PathLike) -> Manifest | None:
+def read(folder: epath.PathLike) -> Manifest | None:
     """The manifest of a checkpoint's folder, or None without one.
 
     Raises:
@@ -98,7 +104,7 @@ def read(folder: os.PathLike) -> Manifest | None:
     return Manifest(kind, step, {name: (size, crc) for name, (size, crc) in files.items()}, about)
 
 
-def files_of(folder: os.PathLike) -> dict[str, int]:
+def files_of(folder: epath.PathLike) -> dict[str, int]:
     """The files below a folder and their sizes, the manifest left out.
 
     Raises:
@@ -136,7 +142,7 @@ def _walk(folder: str, prefix: str, out: dict[str, int]) -> None:
                 out[name] = entry.stat(follow_symlinks=False).st_size
 
 
-def checksums(folder: os.PathLike, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+def checksums(folder: epath.PathLike, names: Iterable[str]) -> dict[str, tuple[int, str]]:
     """Bytes and CRC-32 of files, read by some threads.
 
     Raises:
@@ -144,16 +150,24 @@ def checksums(folder: os.PathLike, names: Iterable[str]) -> dict[str, tuple[int,
     """
     folder, names = epath.Path(folder), list(names)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _checksum(folder / name), names)))
+        sums = pool.map(lambda name: _checksum(folder / name), names)
+        return dict(zip(names, sums, strict=True))
 
 
 def check(
-    folder: os.PathLike, manifest: Manifest, share: int = 0, shares: int = 1, contents: bool = True
+    folder: epath.PathLike,
+    manifest: Manifest,
+    share: int = 0,
+    shares: int = 1,
+    contents: bool = True,
 ) -> list[tuple[str, str]]:
     """What is wrong with a checkpoint's files: (file, what), sorted; [] if nothing is.
 
     Args:
-      share: read every `shares`-th file only, from this one on, by size: what one of several processes does. Sizes are always compared.
+      folder: STEP/.
+      manifest: of it.
+      share: read every `shares`-th file only, from this one on, by size. Sizes are always compared.
+      shares: processes that read a share each.
       contents: compare checksums too.
     """
     try:
@@ -210,7 +224,7 @@ def _checksum(path: epath.Path) -> tuple[int, str]:
     return size, f"{crc:08x}"
 
 
-def write(folder: os.PathLike, manifest: Manifest) -> None:
+def write(folder: epath.PathLike, manifest: Manifest) -> None:
     """Writes the manifest, whole or not at all. What it names must be on disk already (`sync`)."""
     path = epath.Path(folder) / NAME
     if "://" in os.fspath(path):
@@ -225,8 +239,8 @@ def write(folder: os.PathLike, manifest: Manifest) -> None:
     sync_folder(os.path.dirname(path))
 
 
-def sync(folder: os.PathLike, names: Iterable[str]) -> None:
-    """Returns when these files and the folders that they are in are on the disk. Remote ones are when they are closed."""
+def sync(folder: epath.PathLike, names: Iterable[str]) -> None:
+    """Returns when these files and their folders are on the disk. Remote ones are when they are closed."""
     if "://" in os.fspath(folder):
         return
     folders = {os.fspath(folder)}
@@ -242,7 +256,7 @@ def sync(folder: os.PathLike, names: Iterable[str]) -> None:
         sync_folder(each)
 
 
-def sync_folder(folder: os.PathLike) -> None:
+def sync_folder(folder: epath.PathLike) -> None:
     """Returns when the names in a local folder are on the disk."""
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -254,7 +268,11 @@ def sync_folder(folder: os.PathLike) -> None:
 
 
 def _sealed(value: dict[str, Any]) -> bytes:
-    line = lambda v: json.dumps(
-        v, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    checksum = f"{zlib.crc32(_line(value).encode()):08x}"
+    return (_line(value | {"checksum": checksum}) + "\n").encode()
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
-    return (line(value | {"checksum": f"{zlib.crc32(line(value).encode()):08x}"}) + "\n").encode()

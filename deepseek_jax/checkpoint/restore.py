@@ -1,50 +1,49 @@
 """From the arrays of a checkpoint, whatever their files, to the shards of this process."""
 
 import concurrent.futures
-import ctypes
 import math
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
+from deepseek_jax.checkpoint.kind import TensorReader
+from deepseek_jax.runtime.libc import trim_memory
 from deepseek_jax.tensorfile import regions
 from deepseek_jax.tensorfile.arrays import Tree, flatten, like
 
 _THREADS = 4  # file systems over a network answer many requests at once
-_LEAST, _MOST = 1 << 25, 1 << 31  # bytes that are read at once; between them a sixteenth of all
+# Bytes that are read at once: a sixteenth of all, between these.
+_LEAST = 1 << 25
+_MOST = 1 << 31
 
 
-def into_shards(source: Any, abstract: Tree) -> Tree:
-    """The arrays of `abstract` in their shards: every device's part is read by its own process, and a few arrays are on the host at once.
+def into_shards(reader: TensorReader, abstract: Tree) -> Tree:
+    """The arrays of `abstract` in their shards.
 
-    Orbax's own restore holds 1.6 times the state (benchmarks checkpoint): it reads all arrays before it puts any on a device.
+    Every device's part is read by its own process, and a few arrays are on the host at once. Orbax's own
+    restore holds 1.6 times the state (benchmarks checkpoint): it reads all arrays before it puts any on a
+    device.
 
     Args:
-      source: has `read(name, index)`.
+      reader: of the checkpoint.
+      abstract: jax.ShapeDtypeStructs with shardings.
     """
     flat = flatten(abstract)
     here = {name: _bytes_here(leaf) for name, leaf in flat.items()}
     limit = min(max(sum(here.values()) // 16, _LEAST), _MOST)
-    out = {}
+    out: dict[str, jax.Array] = {}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         for group in _groups(here, limit):
-            out |= zip(group, pool.map(lambda name: _array(source, name, flat[name]), group))
-            _give_back()
+            arrays = pool.map(lambda name: _array(reader, name, flat[name]), group)
+            out |= zip(group, arrays, strict=True)
+            trim_memory()
     return like(abstract, out)
 
 
-def _give_back() -> None:
-    """Returns freed memory to the system, where the C library is glibc, which keeps it: a tenth of the state, from arrays that passed through."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
-
-
 def _groups(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
-    group, total = [], 0
+    group: list[str] = []
+    total = 0
     for name, size in sizes.items():
         if group and total + size > limit:
             yield group
@@ -61,14 +60,14 @@ def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
     return len(distinct) * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def _array(source: Any, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+def _array(reader: TensorReader, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     last: tuple[regions.Index, np.ndarray] | None = None
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
         nonlocal last
-        index = regions.of(index, wanted.shape)
-        if last is None or last[0] != index:  # replicas ask for the same one after another
-            last = (index, source.read(name, index))
+        asked = regions.of(index or (), wanted.shape)
+        if last is None or last[0] != asked:  # replicas ask for the same one after another
+            last = (asked, reader.read(name, asked))
         return last[1]
 
     return jax.block_until_ready(jax.make_array_from_callback(wanted.shape, wanted.sharding, part))

@@ -1,4 +1,4 @@
-"""One save: the state to files, checksums, the manifest, the name; then the checkpoints that it replaces go."""
+"""One save: the state to files, checksums, manifest, name; then the checkpoints that it replaces go."""
 
 import datetime
 import json
@@ -10,6 +10,7 @@ import jax
 
 from deepseek_jax.checkpoint import integrity, kinds, manifest
 from deepseek_jax.checkpoint.folder import Folder, keepers
+from deepseek_jax.checkpoint.kind import Kind
 from deepseek_jax.checkpoint.manifest import Manifest
 from deepseek_jax.cluster.exchange import exchange
 from deepseek_jax.config.options import CheckpointConfig
@@ -22,7 +23,7 @@ class Failed(Exception):
 
 
 class Save:
-    """A save by all processes. `prepare` is called while the state is there, `complete` in a thread; neither raises.
+    """A save by all processes: `prepare` while the state is there, `complete` in a thread. Neither raises.
 
     Attributes:
       error: why there is no checkpoint of this step; None while it is written and when it is on disk.
@@ -38,12 +39,15 @@ class Save:
         extra: dict[str, Any],
         eval_loss: float | None,
     ):
-        self._folder, self._options, self._step, self._extra = folder, options, step, extra
+        self._folder = folder
+        self._options = options
+        self._step = step
+        self._extra = extra
         self._state: Tree | None = state
-        self._kind = kinds.KINDS[options.kind]
-        # Of a kind that all processes write together, or of one where each writes a whole checkpoint of its part.
-        self._chief = jax.process_index() == 0 or self._kind.EACH
-        self._about = {
+        self._kind: Kind = kinds.KINDS[options.kind]
+        # This process finishes a checkpoint: one that all write together, or its own.
+        self._chief = jax.process_index() == 0 or self._kind.each_process
+        self._about: dict[str, Any] = {
             "bytes": bytes_of(state),
             "mesh": [[axis, n] for axis, n in mesh_of(state).items()],
             "devices": jax.device_count(),
@@ -73,7 +77,7 @@ class Save:
         draft = self._folder.draft(self._step)
         try:
             finish, self._finish = self._finish, None
-            self._together(finish)
+            self._together(lambda: finish() if finish else None)
             self._together(lambda: self._finish_alone(draft) if self._chief else None)
             files = self._together(lambda: self._sums(draft), everybodys=True)
             self._together(lambda: self._commit(draft, files) if self._chief else None)
@@ -83,15 +87,18 @@ class Save:
         try:
             self._retire()
         except OSError as e:
-            self.report = f"old checkpoints in {self._folder.path} cannot be deleted ({e.strerror or e}): they stay for now"
+            self.report = (
+                f"old checkpoints in {self._folder.path} cannot be deleted ({e.strerror or e}): "
+                f"they stay for now"
+            )
 
     def _start(self) -> None:
+        assert self._state is not None
         self._finish = self._kind.start(self._folder.draft(self._step) / "state", self._state)
 
     def _begin(self) -> None:
-        if (
-            self._kind.EACH
-        ):  # parts of later steps, which other processes lack: this run has begun before them again
+        # Parts of later steps, which other processes lack: this run has begun before them again.
+        if self._kind.each_process:
             for step in self._folder.steps():
                 if step >= self._step:
                     self._folder.delete(step)
@@ -102,23 +109,22 @@ class Save:
         integrity.write_extra(draft, self._extra)
 
     def _sums(self, draft) -> dict[str, tuple[int, str]]:
-        is_own = lambda name: (
-            self._kind.EACH
-            or (
-                self._kind.is_own(name.removeprefix("state/"))
-                if name.startswith("state/")
-                else self._chief
-            )
-        )
-        own = [name for name in manifest.files_of(draft) if is_own(name)]
+        own = [name for name in manifest.files_of(draft) if self._is_own(name)]
         sums = manifest.checksums(draft, own)
         manifest.sync(draft, own)
         return sums
 
+    def _is_own(self, name: str) -> bool:
+        if self._kind.each_process:
+            return True
+        if name.startswith("state/"):
+            return self._kind.is_own(name.removeprefix("state/"))
+        return self._chief
+
     def _commit(self, draft, everybodys: list[dict[str, tuple[int, str]]]) -> None:
         files = (
             everybodys[jax.process_index()]
-            if self._kind.EACH
+            if self._kind.each_process
             else {n: s for files in everybodys for n, s in files.items()}
         )
         manifest.write(draft, Manifest(self._options.kind, self._step, files, self._about))
@@ -143,7 +149,11 @@ class Save:
         return loss if isinstance(loss, float) else None
 
     def _together(self, part: Callable[[], Any], everybodys: bool = False) -> Any:
-        """What this process's part returns, or those of all, when all have done theirs.
+        """Does this process's part of a step, and returns when all have done theirs.
+
+        Args:
+          part: what this process does.
+          everybodys: return what the parts of all processes returned, and not this one's.
 
         Raises:
           Failed: one could not.
@@ -156,12 +166,8 @@ class Save:
         if jax.process_count() == 1:
             said = [{"error": error, "out": out}]
         else:
-            said = [
-                json.loads(text)
-                for text in exchange(
-                    "save", json.dumps({"error": error, "out": out if everybodys else None})
-                )
-            ]
+            mine = json.dumps({"error": error, "out": out if everybodys else None})
+            said = [json.loads(text) for text in exchange("save", mine)]
         wrong = [(i, s["error"]) for i, s in enumerate(said) if s["error"]]
         if wrong:
             process, what = wrong[0]
@@ -178,9 +184,8 @@ class Save:
         if self._chief:
             try:
                 self._folder.discard(self._step)
-                if (
-                    self._kind.EACH and self._step in self._folder.steps()
-                ):  # this process had its part on disk, another had not
+                # This process had its part on disk, another had not.
+                if self._kind.each_process and self._step in self._folder.steps():
                     self._folder.delete(self._step)
             except OSError:
                 pass  # the next save begins with it
@@ -189,7 +194,10 @@ class Save:
         except OSError:
             before = None
         stays = f"that of step {before} stays" if before is not None else "there is none before it"
-        self.report = f"no checkpoint of step {self._step}: {self.error}; {stays}, training goes on and tries again"
+        self.report = (
+            f"no checkpoint of step {self._step}: {self.error}; {stays}, "
+            f"training goes on and tries again"
+        )
 
 
 def _reason(error: Exception) -> str:

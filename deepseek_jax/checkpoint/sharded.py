@@ -1,7 +1,17 @@
 """Checkpoints of kind `sharded`, by Orbax: every process writes its shards while training goes on.
 
-Orbax's handler is used without its checkpointers and managers: they rename a folder before anybody could write a manifest into it, and
-their processes wait for each other at barriers, where one that failed is missed for twenty minutes.
+Plain Orbax reads them into shards, or onto the host (tests/checkpoint/test_orbax.py):
+
+    import orbax.checkpoint as ocp
+    state = ocp.StandardCheckpointer().restore(f"{workdir}/checkpoints/{step}/state", abstract_state)
+
+where abstract_state is a tree of jax.ShapeDtypeStruct with shardings. Orbax's CheckpointManager finds the
+steps of a run, and `state` in each of them.
+
+Of Orbax the handler alone is used, which writes the files, without its checkpointers and managers. Those
+could leave room for the manifest (CheckpointManagerOptions(temporary_path_class=) can write one before the
+rename), but their processes wait for each other at barriers, where one that failed is missed for twenty
+minutes, and their restore holds 1.6 times the state.
 """
 
 import asyncio
@@ -12,7 +22,8 @@ import math
 import os
 import sys
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,66 +32,65 @@ import tensorstore as ts
 from etils import epath
 
 from deepseek_jax.tensorfile import bounded_json, regions
-from deepseek_jax.tensorfile.arrays import NAMES, Shape, Tree
+from deepseek_jax.tensorfile.arrays import NAMES, TensorSpec, Tree
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
-INDEX = "_METADATA"  # the file by which this kind is known
-EACH = False  # all processes write one checkpoint together
+INDEX = "_METADATA"
 _LIMIT = 1 << 25  # bytes of that file
-CHUNK_BYTES = (
-    1 << 28
-)  # what a reader of any part of an array holds, at most: one device may have had gigabytes of it
+# What a reader of any part of an array holds, at most: one device may have had gigabytes of it.
+CHUNK_BYTES = 1 << 28
 
 
-def start(folder: os.PathLike, state: Tree) -> Callable[[], None]:
-    """Copies the shards to the host and begins to write them into `folder`, which exists.
+class ShardedKind:
+    """As kind.Kind. All processes write one checkpoint together."""
 
-    Returns:
-      What waits until this process's part is written, and raises what went wrong.
-    """
-    _hush()
-    handler = _handler()
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
-    futures = asyncio.run(
-        handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(state, save_args=chunks))
-    )
+    name = "sharded"
+    index_file = INDEX
+    each_process = False
 
-    def finish() -> None:
-        errors = []
-        for future in (
-            futures or []
-        ):  # all of them: one that still writes would put files into a folder that is being removed
-            try:
-                future.result()
-            except Exception as e:
-                errors.append(e)
+    def start(self, folder: epath.PathLike, state: Tree) -> Callable[[], None]:
+        """Copies the shards to the host and begins to write them into `folder`."""
+        _hush()
+        handler = _handler()
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
+        args = ocp.args.PyTreeSave(state, save_args=chunks)
+        futures = asyncio.run(handler.async_save(epath.Path(folder), args=args))
+
+        def finish() -> None:
+            errors = []
+            # All of them: one that still writes would put files into a folder that is being removed.
+            for future in futures or []:
+                try:
+                    future.result()
+                except Exception as e:
+                    errors.append(e)
+            handler.close()
+            if errors:
+                raise errors[0]
+
+        return finish
+
+    def merge(self, folder: epath.PathLike) -> None:
+        handler = _handler()
+        handler.finalize(epath.Path(folder))
         handler.close()
-        if errors:
-            raise errors[0]
 
-    return finish
+    def is_own(self, file: str) -> bool:
+        """Process 0 also wrote the files of all."""
+        head = file.partition("/")[0]
+        prefix = "ocdbt.process_"
+        number = head.removeprefix(prefix) if head.startswith(prefix) else ""
+        return jax.process_index() == (int(number) if number.isdigit() else 0)
 
-
-def merge(folder: os.PathLike) -> None:
-    """Makes one checkpoint of the processes' parts. Process 0 does, after all have written."""
-    handler = _handler()
-    handler.finalize(epath.Path(folder))
-    handler.close()
-
-
-def is_own(file: str) -> bool:
-    """Did this process write that file of `folder`? Process 0 writes those of all, too."""
-    head = file.partition("/")[0]
-    of_process = head.removeprefix("ocdbt.process_") if head.startswith("ocdbt.process_") else ""
-    return (
-        int(of_process) == jax.process_index() if of_process.isdigit() else jax.process_index() == 0
-    )
+    def open(self, *folders: epath.PathLike) -> "ShardedTensors":
+        (folder,) = folders
+        return ShardedTensors(folder)
 
 
-class Source:
-    """The arrays of a checkpoint, read by TensorStore: any part of them, on no mesh."""
+class ShardedTensors:
+    """As kind.TensorReader, by TensorStore."""
 
-    def __init__(self, folder: os.PathLike):
+    def __init__(self, folder: epath.PathLike):
         """Opens every array: what is read is its description.
 
         Raises:
@@ -91,48 +101,43 @@ class Source:
         opened = {}
         for name in _names(folder):
             kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
-            opened[name] = ts.open(
-                {"driver": "zarr", "kvstore": kvstore}, open=True, read=True, context=context
-            )
-        self._arrays = {}
+            spec = {"driver": "zarr", "kvstore": kvstore}
+            opened[name] = ts.open(spec, open=True, read=True, context=context)
+        self._arrays: dict[str, Any] = {}
         for name, future in opened.items():
             try:
                 self._arrays[name] = future.result()
             except Exception as e:
-                raise BadFile(
-                    "state", f"{name[:80]!r} cannot be opened ({' '.join(str(e).split())[:200]})"
-                ) from e
+                why = " ".join(str(e).split())[:200]
+                raise BadFile("state", f"{name[:80]!r} cannot be opened ({why})") from e
         self.shapes = {
-            name: Shape(tuple(a.shape), np.dtype(a.dtype.numpy_dtype))
-            for name, a in self._arrays.items()
+            name: TensorSpec(tuple(array.shape), np.dtype(array.dtype.numpy_dtype))
+            for name, array in self._arrays.items()
         }
         for name, array in self._arrays.items():
             chunk = array.chunk_layout.read_chunk.shape or ()
             # A chunk is allocated whole, whatever is asked of it.
-            if (
-                any(c > max(n, 1) for c, n in zip(chunk, array.shape, strict=True))
-                or self.shapes[name].dtype not in NAMES
-            ):
+            too_large = any(c > max(n, 1) for c, n in zip(chunk, array.shape, strict=True))
+            if too_large or self.shapes[name].dtype not in NAMES:
                 raise BadFile(
                     "state", f"{name[:80]!r}, {self.shapes[name]}, has chunks of {list(chunk)}"
                 )
 
     def parts(self, name: str) -> Iterator[regions.Index]:
-        """All of an array, in its chunks: TensorStore reads a whole chunk for any part of it."""
+        """In chunks: TensorStore reads a whole chunk for any part of it."""
         array = self._arrays[name]
         return _grid(array.shape, array.chunk_layout.read_chunk.shape or ())
 
     def read(self, name: str, index: regions.Index) -> np.ndarray:
-        """A part of an array."""
         return self._arrays[name][index].read().result()
 
 
-def _url(folder: os.PathLike) -> str:
+def _url(folder: epath.PathLike) -> str:
     name = os.fspath(folder)
     return (name if "://" in name else f"file://{urllib.parse.quote(os.path.abspath(name))}") + "/"
 
 
-def _names(folder: os.PathLike) -> list[str]:
+def _names(folder: epath.PathLike) -> list[str]:
     """The paths of the arrays, from Orbax's description of the tree.
 
     Raises:
@@ -140,19 +145,20 @@ def _names(folder: os.PathLike) -> list[str]:
     """
     file = f"state/{INDEX}"
     value = bounded_json.read(epath.Path(folder) / INDEX, file, _LIMIT)
-    found = value.get("tree_metadata") if isinstance(value, dict) else None
+    value = value if isinstance(value, dict) else {}
+    found = value.get("tree_metadata")
     if not isinstance(found, dict) or value.get("use_zarr3"):
         raise BadFile(file, "it describes no tree")
     out = []
     for name, entry in found.items():
-        keys = entry.get("key_metadata") if isinstance(entry, dict) else None
-        about = entry.get("value_metadata") if isinstance(entry, dict) else None
-        plain = (
-            isinstance(keys, list)
-            and keys
-            and all(isinstance(k, dict) and isinstance(k.get("key"), str) for k in keys)
-        )
-        if not plain or not isinstance(about, dict):
+        entry = entry if isinstance(entry, dict) else {}
+        keys, about = entry.get("key_metadata"), entry.get("value_metadata")
+        if (
+            not isinstance(keys, list)
+            or not keys
+            or not all(isinstance(k, dict) and isinstance(k.get("key"), str) for k in keys)
+            or not isinstance(about, dict)
+        ):
             raise BadFile(file, f"{name[:80]!r} is no path of names")
         parts = [k["key"] for k in keys]
         if about.get("value_type") != "jax.Array" or any(
@@ -166,30 +172,33 @@ def _names(folder: os.PathLike) -> list[str]:
 
 
 def write(
-    folder: os.PathLike,
-    shapes: dict[str, Shape],
+    folder: epath.PathLike,
+    specs: Mapping[str, TensorSpec],
     read: Callable[[str, regions.Index], np.ndarray],
     shards: int,
 ) -> None:
-    """Writes arrays one piece at a time, as Orbax would have for `shards` devices.
+    """Writes arrays one chunk at a time, as Orbax would have for `shards` devices.
 
     Args:
+      folder: STEP/state/. It is made.
+      specs: of all arrays, by path.
       read: a part of an array.
+      shards: parts that the largest axis of an array is divided into.
     """
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    top = epath.Path(folder)
+    top.mkdir(parents=True, exist_ok=True)
     base = _url(folder)
     tree = {}
-    for name, what in shapes.items():
-        parts, chunk = name.split("/"), _chunk(what, shards)
-        spec = {
+    for name, spec in specs.items():
+        parts, chunk = name.split("/"), _chunk(spec, shards)
+        store = {
             "driver": "zarr",
             "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(parts) + "/"},
-            "metadata": {"shape": what.shape, "chunks": chunk, "compressor": None},
+            "metadata": {"shape": spec.shape, "chunks": chunk, "compressor": None},
             "store_data_equal_to_fill_value": True,
         }
-        array = ts.open(spec, create=True, dtype=ts.dtype(what.dtype)).result()
-        for index in _grid(what.shape, chunk):
+        array = ts.open(store, create=True, dtype=ts.dtype(spec.dtype)).result()
+        for index in _grid(spec.shape, chunk):
             array[index].write(read(name, index)).result()
         tree[str(tuple(parts))] = {
             "key_metadata": [{"key": p, "key_type": 2} for p in parts],
@@ -205,22 +214,22 @@ def write(
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    (folder / INDEX).write_bytes(json.dumps(value).encode())
+    (top / INDEX).write_bytes(json.dumps(value).encode())
 
 
 def _grid(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[regions.Index]:
     for place in itertools.product(*(range(0, n, c) for n, c in zip(shape, chunk, strict=True))):
-        yield tuple(slice(at, min(at + c, n)) for at, c, n in zip(place, chunk, shape))
+        yield tuple(slice(at, min(at + c, n)) for at, c, n in zip(place, chunk, shape, strict=True))
 
 
-def _chunk(what: Shape, shards: int) -> list[int]:
-    """The largest axis in so many pieces, and the first ones in more where a piece would be above CHUNK_BYTES."""
-    chunk = [max(n, 1) for n in what.shape]
+def _chunk(spec: TensorSpec, shards: int) -> list[int]:
+    """Sizes of a chunk: the largest axis in so many parts, then the first ones cut to fit CHUNK_BYTES."""
+    chunk = [max(n, 1) for n in spec.shape]
     if chunk:
         axis = max(range(len(chunk)), key=lambda i: chunk[i])
         chunk[axis] = -(-chunk[axis] // shards)
     for axis in range(len(chunk)):
-        while chunk[axis] > 1 and math.prod(chunk) * what.dtype.itemsize > CHUNK_BYTES:
+        while chunk[axis] > 1 and math.prod(chunk) * spec.dtype.itemsize > CHUNK_BYTES:
             chunk[axis] = -(-chunk[axis] // 2)
     return chunk
 
@@ -230,9 +239,10 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _hush() -> None:
-    """Where one of its writes fails, Orbax closes an event loop that the others still call, and Python prints a trace for each.
+    """Keeps traces of failed writes off the terminal; `finish` raises the first of them.
 
-    Of several that fail it asks for the first alone, and asyncio logs the others.
+    Where one of its writes fails, Orbax closes an event loop that the others still call, and Python prints a
+    trace for each. Of several that fail it asks for the first alone, and asyncio logs the others.
     """
     logging.getLogger("asyncio").addFilter(_not_of_orbax)
     before = sys.unraisablehook
@@ -250,5 +260,6 @@ def _hush() -> None:
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
-    # Trained float32 numbers hardly become smaller: zstd takes several times the time of writing them and spares 8% (benchmarks checkpoint).
+    # Trained float32 numbers hardly become smaller: zstd takes several times the time of writing them and
+    # spares 8% (benchmarks checkpoint).
     return ocp.PyTreeCheckpointHandler(use_compression=False)

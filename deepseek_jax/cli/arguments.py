@@ -1,4 +1,4 @@
-"""What all commands beside train.py read their command line with."""
+"""The command lines of all commands but train.py."""
 
 import argparse
 from collections.abc import Callable
@@ -9,7 +9,10 @@ from deepseek_jax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for every mistake, help as it is written, and without abbreviations, which would hide mistakes."""
+    """argparse with one line for every mistake and help as it is written.
+
+    Abbreviated options are refused: they would hide mistakes.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(

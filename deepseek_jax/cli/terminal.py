@@ -1,18 +1,24 @@
-"""stdout and stderr of a command: any encoding takes any text, and a reader that goes away ends no work.
-Imports nothing heavy."""
+"""stdout and stderr of a command.
+
+Any encoding takes any text, and a reader that goes away ends no work. Imports nothing heavy.
+"""
 
 import codecs
 import errno
 import io
 import os
 import sys
+from typing import Literal
 
+Output = Literal["log", "report", "result"]  # what stdout is to a command, see `set_up`
 ESCAPE = "deepseek_jax.escape"
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """What the encoding has no byte for, as JSON spells it: a line of JSON stays one, and a reader sees which
-    character it was."""
+    """Characters that the encoding lacks, as JSON spells them.
+
+    So a line of JSON stays one, and a reader sees which character it was.
+    """
     if not isinstance(error, UnicodeEncodeError):
         raise error
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
@@ -23,12 +29,17 @@ codecs.register_error(ESCAPE, _escape)
 
 
 class _Stream(io.FileIO):
-    """A standard stream. What cannot be written any more is dropped, as far as `drop` allows; else it raises
-    OSError."""
+    """A standard stream that drops what cannot be written any more, or raises OSError.
+
+    Args:
+      drop_closed: drop what is for a closed pipe.
+      drop_all: drop after any error.
+    """
 
     def __init__(self, fd: int, drop_closed: bool, drop_all: bool):
         super().__init__(fd, "wb", closefd=False)
-        self.drop_closed, self.drop_all = drop_closed, drop_all
+        self.drop_closed = drop_closed
+        self.drop_all = drop_all
         self.failed: OSError | None = None  # the last error
 
     def write(self, data) -> int:
@@ -54,17 +65,19 @@ class _Stream(io.FileIO):
 _streams: dict[str, _Stream] = {}
 
 
-def set_up(output: str = "report") -> None:
-    """Lets this process's stdout and stderr take any text in any encoding. Once; replaced streams (a test's)
-    are left alone.
+def set_up(output: Output = "report") -> None:
+    """Lets this process's stdout and stderr take any text in any encoding.
+
+    Replaced streams (a test's) are left alone. A second call changes `output`.
 
     Args:
-      output: what stdout is to the command, and so what happens where nobody reads it any more (`| head`) or
-        it cannot be written (a full disk). "log": it is dropped, and the work, whose results are elsewhere,
-        goes on. "report": the same of a closed pipe; another error is raised. "result": both are raised,
-        BrokenPipeError and OSError, as further work would be for nobody.
+      output: what stdout is to the command, and so what happens where nobody reads it any more (`|
+        head`) or it cannot be written (a full disk). "log": it is dropped, and the work, whose
+        results are elsewhere, goes on. "report": the same of a closed pipe; another error is
+        raised. "result": both are raised, BrokenPipeError and OSError, as further work would be for
+        nobody.
     """
-    for fd in (0, 1, 2):  # one that was closed (`>&-`) would go to the next file that is opened
+    for fd in (0, 1, 2):  # a closed one (`>&-`) would be the number of the next file that is opened
         try:
             os.fstat(fd)
         except OSError:
@@ -104,8 +117,11 @@ def raised(error: OSError) -> bool:
 
 
 def finish() -> OSError | None:
-    """Writes what is left. Returns why stdout could not be written, if a command is to fail for it; nothing
-    more is raised then."""
+    """Writes what is left; from here on nothing is raised.
+
+    Returns:
+      Why stdout could not be written, if a command is to fail for it.
+    """
     stream = _streams.get("stdout")
     if stream is None:
         return None

@@ -5,8 +5,10 @@ from typing import Any
 
 
 def clean_text(text: str) -> str:
-    """The text with lone surrogates, which JSON and a command line can spell but UTF-8 cannot, replaced by
-    U+FFFD."""
+    """The text with U+FFFD in place of lone surrogates.
+
+    JSON and a command line can spell these, UTF-8 cannot.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -23,24 +25,39 @@ def clean(value: Any) -> Any:
     return [clean(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def human(n: float, units: Sequence[str] = ("", "k", "M", "B", "T")) -> str:
+    """Three digits: 1234567 -> '1.23M'. `units`: of 1, 10^3, 10^6, 10^9 and 10^12."""
+    n = float(f"{n:.3g}")
+    for power in range(len(units) - 1, 0, -1):
+        if n >= 1000**power:
+            value = n / 1000**power
+            return (f"{value:.4g}" if value < 1000 else f"{value:,.0f}") + units[power]
+    return f"{n:.0f}{units[0]}"
+
+
 def gb(n: float) -> str:
-    """12345678901 -> '12.3 GB'."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= 0.9995 * size:
-            return f"{n / size:.3g} {unit}" if n < 999.5 * size else f"{n / size:,.0f} {unit}"
-    return f"{n:.0f} B"
+    """Bytes: 12345678901 -> '12.3 GB'."""
+    return human(n, (" B", " kB", " MB", " GB", " TB"))
 
 
 def plural(n: int, word: str) -> str:
     """1, host -> '1 host'; 2, host -> '2 hosts'."""
-    return f"{n} {word}{'' if n == 1 else 'es' if word.endswith('ch') else 's'}"
+    if n == 1:
+        return f"{n} {word}"
+    return f"{n} {word}{'es' if word.endswith('ch') else 's'}"
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "", right: bool = True) -> str:
-    """Columns wide enough for their cells; the first row is the heading; all but the first column to the right, or to the left too."""
+    """Columns as wide as their cells; the first row is the heading.
+
+    Args:
+      indent: before every line.
+      right: all columns but the first stand to the right; else to the left.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cells = lambda row: [
-        c.rjust(w) if right and i else c.ljust(w)
-        for i, (c, w) in enumerate(zip(row, widths, strict=True))
-    ]
+
+    def cells(row: Sequence[str]) -> list[str]:
+        columns = enumerate(zip(row, widths, strict=True))
+        return [c.rjust(w) if right and i else c.ljust(w) for i, (c, w) in columns]
+
     return "\n".join((indent + "  ".join(cells(row))).rstrip() for row in rows)

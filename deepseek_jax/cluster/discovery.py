@@ -1,36 +1,51 @@
-"""Where this process stands among others: said by flags, JAX_* variables, torchrun, SLURM, Open MPI or Kubernetes."""
+"""Which processes train together, and which of them this one is: from flags, JAX_* variables,
+torchrun, SLURM, Open MPI or Kubernetes."""
 
 import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.runtime import jax_private
 
 FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+# What names a job in all its processes alike. Kubernetes gives no such name to them.
+_JOB_NAMES = {
+    "torchrun": ("TORCHELASTIC_RUN_ID",),
+    "SLURM": ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+    "Open MPI": ("OMPI_MCA_ess_base_jobid", "PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri"),
+}
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
-class Place(NamedTuple):
+class Membership(NamedTuple):
     """A process's place in its cluster."""
 
     host: str  # of process 0
     port: int
-    count: int
-    index: int
-    may_share: bool = (
-        False  # whoever started the processes put several on a host and gave each all of its GPUs
-    )
+    count: int  # of processes
+    index: int  # of this one
+    # Whoever started the processes put several on a host and gave each all of its GPUs.
+    may_share: bool = False
+    job: str = ""  # the scheduler's name of the job; "" where it has none
 
 
 def find(
     address: str | None, count: int | None, index: int | None, timeout: int, env: Mapping[str, str]
-) -> Place | None:
-    """The cluster that the flags name, else JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, else torchrun, SLURM,
-    Open MPI or Kubernetes; each may leave a part to the next. None for one process, which needs no cluster.
+) -> Membership | None:
+    """The cluster that the flags name, else JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, else torchrun, SLURM, Open MPI or Kubernetes; each may leave a part to the next.
 
     Args:
-      address, count, index: the flags. timeout: seconds that Kubernetes' name service may take.
+      address: --coordinator_address, HOST:PORT of process 0.
+      count: --num_processes.
+      index: --process_id.
+      timeout: seconds that Kubernetes' name service may take.
+      env: the environment.
+
+    Returns:
+      None for one process, which needs no cluster.
 
     Raises:
       UserError: a part is missing or makes no sense.
@@ -57,27 +72,35 @@ def find(
         return None
     if index is not None and count is None:
         raise UserError(
-            f"--process_id={index} needs --num_processes and --coordinator_address. Give all three to every process."
+            f"--process_id={index} needs --num_processes and --coordinator_address. Give all three "
+            "to every process."
         )
     if None not in (count, index) and index >= count:
         raise UserError(
             f"--process_id={index} is not below --num_processes={count}. Number processes from 0."
         )
-    missing = [name for name, value in zip(FLAGS, (address, count, index)) if value is None]
+    missing = [
+        name for name, value in zip(FLAGS, (address, count, index), strict=True) if value is None
+    ]
     if missing:
         alone = f" {by} started this process; --num_processes=1 trains alone." if by else ""
         more = " pip install 'jax[k8s]' lets JAX ask Kubernetes." if by == "Kubernetes" else ""
         raise UserError(
-            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, and JAX cannot find out. Give "
-            f"{', '.join(FLAGS)} to every process, or start them by python -m deepseek_jax.launch.{alone}{more}"
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, and JAX "
+            "cannot find out. Give "
+            f"{', '.join(FLAGS)} to every process, or start them by python -m "
+            f"deepseek_jax.launch.{alone}{more}"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(
-            f"--coordinator_address={address} is not HOST:PORT. Name the host of process 0 and a free port there, "
+            f"--coordinator_address={address} is not HOST:PORT. Name the host of process 0 and a "
+            "free port there, "
             f"for instance host0:8476."
         )
-    return Place(host.strip("[]"), int(port), count, index, by in ("torchrun", "SLURM", "Open MPI"))
+    job = " ".join([by, *(env.get(name, "") for name in _JOB_NAMES.get(by, ()))]).strip()
+    may_share = by in ("torchrun", "SLURM", "Open MPI")
+    return Membership(host.strip("[]"), int(port), count, index, may_share, job)
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:
@@ -88,11 +111,11 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
 
 
 def _filled(first: tuple, then: tuple) -> tuple:
-    return tuple(b if a is None else a for a, b in zip(first, then))
+    return tuple(b if a is None else a for a, b in zip(first, then, strict=True))
 
 
 def _starter(env: Mapping[str, str]) -> str:
-    """Who started this process, maybe beside others; empty: nobody."""
+    """The scheduler that started this process, perhaps beside others; empty if none did."""
     if all(name in env for name in _TORCHRUN):
         return "torchrun"
     if all(name in env for name in _SLURM):
@@ -106,7 +129,7 @@ def _starter(env: Mapping[str, str]) -> str:
 
 
 def _numbers(by: str, env: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
-    """Address, count and index as far as they stand in variables of their own."""
+    """Address, count and index, as far as the scheduler has variables for them."""
     if by == "torchrun":
         # Its agent may listen at MASTER_PORT itself.
         port = _number(env, "MASTER_PORT") + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
@@ -126,13 +149,13 @@ def _numbers(by: str, env: Mapping[str, str]) -> tuple[str | None, int | None, i
 def _ask_jax(
     address: str | None, count: int | None, index: int | None, timeout: int, by: str
 ) -> tuple:
-    """What JAX finds out about the rest; None for what it cannot. Its public initialize() would join at once, agreed or not."""
-    try:
-        from jax._src.clusters import ClusterEnv
+    """What JAX finds out about the rest; None for what it cannot. Its public initialize() would
+    join at once, before the processes have agreed."""
 
-        detect = lambda address: ClusterEnv.auto_detect_unset_distributed_params(
-            address, count, index, [], None, timeout
-        )[:3]
+    def detect(address: str | None) -> tuple:
+        return jax_private.detect_cluster(address, count, index, timeout)
+
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = detect(address or "later")  # a Kubernetes job of one pod may have no address

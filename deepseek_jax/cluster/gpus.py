@@ -42,7 +42,8 @@ class Claim(NamedTuple):
 
 
 def visible_gpus() -> list[str]:
-    """The UUIDs of the GPUs that JAX would use here; none without a driver, or when JAX_PLATFORMS leaves GPUs out."""
+    """The UUIDs of the GPUs that JAX would use here; none without a driver, or when JAX_PLATFORMS
+    leaves GPUs out."""
     platforms = os.environ.get("JAX_PLATFORMS", "").replace(" ", "")
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return []
@@ -87,8 +88,9 @@ def divide(claims: list[Claim]) -> list[list[int] | None]:
             a, b = beside[:2]
             ids = ", ".join(str(i) for i, gpu in enumerate(mine.gpus) if gpu in claims[b].gpus)
             raise UserError(
-                f"Processes {a} and {b} on {mine.host} would use the same GPUs ({ids} of the {len(mine.gpus)} that process {a} "
-                f"sees). Start one process a host, or use python -m deepseek_jax.launch, which gives each process its own GPUs."
+                f"Processes {a} and {b} on {mine.host} would use the same GPUs ({ids} of the "
+                f"{len(mine.gpus)} that process {a} sees). Start one process a host, or use python "
+                "-m deepseek_jax.launch, which gives each process its own GPUs."
             )
         for place, p in enumerate(beside):
             out[p] = list(range(place * each, (place + 1) * each))
@@ -108,12 +110,13 @@ def shares(visible: list[str], processes: int, each: int | None = None) -> list[
         each, rest = divmod(len(visible), processes)
         if rest or not each:
             raise UserError(
-                f"--nproc_per_node={processes} does not divide the {len(visible)} visible GPUs ({','.join(visible)}). Set it to "
-                f"a divisor, name other GPUs in CUDA_VISIBLE_DEVICES, or set JAX_PLATFORMS=cpu to leave GPUs out."
+                f"--nproc_per_node={processes} does not divide the {len(visible)} visible GPUs "
+                f"({','.join(visible)}). Set it to a divisor, name other GPUs in "
+                "CUDA_VISIBLE_DEVICES, or set JAX_PLATFORMS=cpu to leave GPUs out."
             )
     if processes * each > len(visible):
         raise UserError(
-            f"--nproc_per_node={processes} x --devices_per_process={each} is more than the {len(visible)} visible "
-            f"GPUs ({','.join(visible)}). Lower one of them."
+            f"--nproc_per_node={processes} x --devices_per_process={each} is more than the "
+            f"{len(visible)} visible GPUs ({','.join(visible)}). Lower one of them."
         )
     return [",".join(visible[i * each : (i + 1) * each]) for i in range(processes)]

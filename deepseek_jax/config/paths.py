@@ -1,15 +1,23 @@
-"""Users' paths: `~` expanded and options made absolute, and outputs that would overwrite what is theirs refused before any work."""
+"""Users' paths: `~` expanded, options made absolute, and outputs that would overwrite a user's files refused
+before any work.
+"""
 
 import os
 import secrets
 from collections.abc import Callable, Iterable
 
-from deepseek_jax.config.options import PATH_LISTS, PATH_OPTIONS, Config, replaced, value_of
+from deepseek_jax.config.option import Option
+from deepseek_jax.config.options import OPTIONS, Config, replaced, value_of
 from deepseek_jax.errors import UserError
 
 
 def expanded(path: str, option: str) -> str:
-    """A path with the user's folder in place of a leading `~`, which shells expand at the beginning of a word only, so not in --workdir=~/runs.
+    """A path with the user's folder in place of a leading `~`. Shells expand it at the beginning of a word
+    only, so not in --workdir=~/runs.
+
+    Args:
+      path: as the user gave it.
+      option: what it was given as, for the message: "--workdir".
 
     Raises:
       UserError: there is no such user: what is written would be in a folder named `~user`.
@@ -33,22 +41,27 @@ def each_expanded(paths: str, option: str) -> str:
 
 
 def absolute_config(config: Config) -> Config:
-    """The options with every path absolute, as WORKDIR/config.json keeps them for later commands. Words that stand for no path and
-    gs://... stay, and so does an `init_from` that is not found: messages quote it.
+    """The options with every path absolute, as WORKDIR/config.json keeps them for later commands. Words that
+    stand for no path and gs://... stay, and so does an `init_from` that is not found: messages quote it.
 
     Raises:
       UserError: as `expanded`.
     """
-    for name, words in PATH_OPTIONS.items():
+    for name, option in OPTIONS.items():
+        if not option.path:
+            continue
         value = value_of(config, name)
-        paths = [p.strip() for p in value.split(",")] if name in PATH_LISTS else [value]
-        stays = lambda path: not path or path in words or "://" in path
-        new = ",".join(
-            p if stays(p) else os.path.abspath(expanded(p, f"config.{name}")) for p in paths
-        )
+        given = [path.strip() for path in value.split(",")] if option.several else [value]
+        new = ",".join(_absolute(path, option) for path in given)
         if new != value and (name != "init_from" or os.path.exists(new)):
             config = replaced(config, name, new)
     return config
+
+
+def _absolute(path: str, option: Option) -> str:
+    if not path or path in option.choices or "://" in path:
+        return path
+    return os.path.abspath(expanded(path, option.full_name))
 
 
 def temporary(path: str) -> str:
@@ -76,7 +89,8 @@ def check_output(
     replaced only if it is ours.
 
     Args:
-      option, path: what the user gave, for messages; ~ is expanded.
+      option: as what the path was given, for messages: "--out".
+      path: as the user gave it; ~ is expanded.
       inputs: files that the command reads; looked at only where the output is there already.
       beside: files that are written beside it, unnamed, and whether such a file is one that this program
         wrote for `path`.

@@ -6,17 +6,15 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from deepseek_jax.cli.texts import human
 from deepseek_jax.config.options import Config
 from deepseek_jax.data import contents
 from deepseek_jax.data.documents import Notes
 from deepseek_jax.data.order import derive_seed
 from deepseek_jax.data.packing import PackedRows, Row, padding_row
-from deepseek_jax.data.prefetch import Prefetcher
 from deepseek_jax.data.sources import Corpus, Documents, open_corpora, parse_weights, split
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
-
-__all__ = ["Loader", "Prefetcher"]
 
 PACK, SHUFFLE = 1, 2  # purposes of derived seeds
 EVAL_SEED = 0  # held-out rows do not depend on config.seed: losses of runs with different seeds can be compared
@@ -205,20 +203,11 @@ def _describe(
         total, count = train.size + held_out.size, len(train.starts) + len(held_out.starts)
         share = f"{weight:.0%} " if len(corpora) > 1 else ""
         if len(corpus.offsets) == 2:
-            held = (
-                f"the last {_short(held_out.size)} held out" if held_out.size else "none held out"
-            )
-            texts.append(f"{share}{corpus.name}: 1 document, {_short(total)} tokens ({held})")
+            held = f"the last {human(held_out.size)} held out" if held_out.size else "none held out"
+            texts.append(f"{share}{corpus.name}: 1 document, {human(total)} tokens ({held})")
         else:
             texts.append(
-                f"{share}{corpus.name}: {count:,} documents, {_short(total)} tokens "
-                f"({len(held_out.starts):,} documents, {_short(held_out.size)} tokens held out)"
+                f"{share}{corpus.name}: {count:,} documents, {human(total)} tokens "
+                f"({len(held_out.starts):,} documents, {human(held_out.size)} tokens held out)"
             )
     return "; ".join(texts) + f"; tokenizer {tokenizer.name[:14]}, {tokenizer.vocab_size:,} ids"
-
-
-def _short(n: int) -> str:
-    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if n >= size:
-            return f"{n / size:.1f}{unit}"
-    return str(n)

@@ -1,11 +1,11 @@
 """Windows of the global data order that a run skips: where the data of a step lie is a pure function of (step, skipped windows)."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from deepseek_jax.data.prefetch import Rows, TrainRows
+from deepseek_jax.data.prefetch import Rows
 
 Window = tuple[int, int]  # rows first to last - 1 of the global order
 
@@ -49,6 +49,10 @@ class Windows(NamedTuple):
     def without(self, start: int, count: int) -> "Windows":
         """Skips what would have been rows start to start + count - 1, and all that lies between them."""
         return Windows.of([*self.skipped, (self.row(start), self.row(start + count - 1) + 1)])
+
+
+class TrainRows(Protocol):
+    def train_rows(self, start: int, count: int) -> Rows: ...
 
 
 class Skipping:

@@ -1,12 +1,16 @@
-"""Hugging Face models: checkpoints in and out, tokenizers and chat templates.
+"""Hugging Face checkpoints: what their config.json and tensors mean, read and written.
 
-from deepseek_jax import hf
-model = hf.load("Qwen3-30B-A3B")   # a folder with config.json and safetensors
-logits = model([[1, 2, 3]])        # float32 [B, S, V]
-hf.save(model, "copy")
+    from deepseek_jax import hf
+    model = hf.load("Qwen3-30B-A3B")   # a folder with config.json and safetensors
+    logits = model([[1, 2, 3]])        # float32 [B, S, V]
+    hf.save(model, "copy")
 
-python -m deepseek_jax.hf import SRC WORKDIR
-python -m deepseek_jax.hf export WORKDIR DST
+    python -m deepseek_jax.hf import SRC WORKDIR
+    python -m deepseek_jax.hf export WORKDIR DST
+
+In: a folder of the hub, or arrays of a model. Out: options and arrays of a model, or such a folder. Read
+families/ first (one record for each kind of model), then configuration.py (config.json), names.py (from an
+array to its tensors), reader.py and exporter.py.
 """
 
 import importlib

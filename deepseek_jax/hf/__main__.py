@@ -1,10 +1,11 @@
 """Hugging Face checkpoints in and out:
 
-  python -m deepseek_jax.hf import SRC WORKDIR          a run's folder from a checkpoint, for train.py and generate
-  python -m deepseek_jax.hf export WORKDIR DST          a checkpoint from a run, for transformers and what else reads these
+  python -m deepseek_jax.hf import SRC WORKDIR     a run's folder from a checkpoint, for train.py and generate
+  python -m deepseek_jax.hf export WORKDIR DST     a checkpoint from a run, for transformers and others
 
-Import checks the checkpoint and copies it to WORKDIR/hf, without FP8. `train.py --workdir=WORKDIR` begins with it, and generate speaks with it.
-Export writes the dtypes that the checkpoint came with, float32 where there was none.
+Import checks the checkpoint and copies it to WORKDIR/hf, without FP8. `train.py --workdir=WORKDIR` begins
+with it, and generate speaks with it. Export writes the dtypes that the checkpoint came with, float32 where
+there was none.
 """
 
 if __name__ == "__main__":
@@ -15,21 +16,24 @@ if __name__ == "__main__":
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.checkpoint.kind import TensorReader
 from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.config.configdict import from_config_dict
-from deepseek_jax.config.options import DTYPES
+from deepseek_jax.config.options import DTYPES, Config
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration, exporter, names, provenance, reader, tokenizer_files
+from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.hf.tokenizer_files import Companions, contents_of, tokenizer_of
 from deepseek_jax.inference.loaded import config_for
 from deepseek_jax.run import importer
+from deepseek_jax.tensorfile.files import FILE_BYTES
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import abstract_model
 
@@ -62,7 +66,7 @@ def main() -> int:
     one.add_argument(
         "--max-shard-size",
         type=float,
-        default=exporter.FILE_BYTES / 1e9,
+        default=FILE_BYTES / 1e9,
         metavar="GB",
         help="of one file (default %(default)g)",
     )
@@ -90,11 +94,21 @@ def export(
     target: str,
     step: int | None = None,
     dtype: str | None = None,
-    gigabytes: float = 5.0,
+    gigabytes: float = FILE_BYTES / 1e9,
     tokenizer: str | None = None,
 ) -> tuple[int, str]:
-    """Writes a run's model as a checkpoint. In memory is a part of an array and the one read ahead: a chunk of the run's checkpoint (256 MB at most
-    of sharded ones, 64 MB of others), or a layer of what was imported.
+    """Writes a run's model as a checkpoint.
+
+    In memory is a part of an array and the one read ahead: a chunk of the run's checkpoint (256 MB at most of
+    sharded ones, 64 MB of others), or a layer of what was imported.
+
+    Args:
+      workdir: of the run.
+      target: the folder to make.
+      step: of the run's checkpoint; None: the newest.
+      dtype: of all tensors but the selection bias; None: as they came, else float32.
+      gigabytes: 10^9 bytes of one file, at most.
+      tokenizer: the run's, if it is not where its options say any more.
 
     Returns:
       The bytes written and the family.
@@ -105,63 +119,89 @@ def export(
     """
     saved = from_config_dict(workdirs.read_config(workdir))
     folder = workdirs.checkpoints(workdir, saved)
-    untrained = step is None and provenance.is_untrained(workdir, folder)
     notes = provenance.read_notes(workdir)
     family = notes.family if notes else configuration.find_family(saved.model)
-    run, mesh = config_for(saved.model, None)
-    source = reader.open_source(os.path.join(workdir, provenance.FOLDER))[0] if untrained else None
-    checkpoints = None if untrained else Checkpointer(folder, read_only=True)
-    stored = None if untrained else checkpoints.source(step)
-    if untrained:
-        companions = Companions(os.path.join(workdir, provenance.FOLDER))
+    leaves = _leaves(saved, family)
+    source = checkpoints = None
+    if step is None and provenance.is_untrained(workdir, folder, saved.checkpoint.local_dir):
+        imported = os.path.join(workdir, provenance.FOLDER)
+        source = reader.open_source(imported)[0]
+        companions = Companions(imported)
+        get = _from_import(source)
     else:
-        spec = tokenizer_of(workdir, saved, contents_of(checkpoints.read_extra(step)), tokenizer)
+        checkpoints = Checkpointer(folder, read_only=True, options=saved.checkpoint)
+        stored = checkpoints.source(step)
+        contents = contents_of(checkpoints.read_extra(step))
+        spec = tokenizer_of(workdir, saved, contents, tokenizer)
         companions = tokenizer_files.of_run(saved, workdir, spec)
+        _check_shapes(stored, leaves, folder, workdir)
+        get = _from_checkpoint(stored)
+    what = exporter.Export(
+        model=saved.model,
+        family=family,
+        leaves=leaves,
+        get=get,
+        companions=companions,
+        notes=notes,
+        dtype=dtype,
+        file_bytes=int(gigabytes * 1e9),
+        source=source,
+    )
+    exporter.export(target, what)
+    if source:
+        source.close()
+    if checkpoints:
+        checkpoints.close()
+    written = [name for name in os.listdir(target) if name.endswith(".safetensors")]
+    return sum(os.path.getsize(os.path.join(target, name)) for name in written), family
 
-    def name_of(leaf: names.Leaf) -> str:
-        return (
-            f"{'bias' if leaf.path.endswith('e_score_correction_bias') else 'params'}/{leaf.path}"
-        )
 
-    def get(leaf: names.Leaf) -> Iterable[reader.Part]:
-        if stored is None:
-            dtypes = {source.stored_dtype(name) for name in names.tensors(leaf, source.tensors)}
-            return reader.parts_of(
-                source, leaf, dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-            )
-        return ((stored.read(name_of(leaf), index), index) for index in stored.parts(name_of(leaf)))
-
+def _leaves(saved: Config, family: str) -> list[names.Leaf]:
+    """The arrays of a run's model."""
+    run, mesh = config_for(saved.model, None)
     with jax.set_mesh(mesh):
         _, params, bias = abstract_model(run)
-        leaves = [*names.leaves(params, family, run.model), *names.leaves(bias, family, run.model)]
-        for leaf in leaves if stored else ():
-            found = stored.shapes.get(name_of(leaf))
-            if found is None or found.shape != leaf.shape:
-                raise UserError(
-                    f"the checkpoint in {folder} is of another model than {workdir}/config.json: {leaf.path} is {found or 'absent'} and not "
-                    f"{list(leaf.shape)}. Name the --step of one that this config.json is of."
-                )
-        dtypes = {} if dtype or notes is None else notes.dtypes
-        exporter.export(
-            target,
-            run.model,
-            family,
-            leaves,
-            get,
-            dtypes,
-            dtype or "float32",
-            companions,
-            notes and notes.model,
-            int(gigabytes * 1e9),
-            source,
-        )
-    for opened in filter(None, (source, checkpoints)):
-        opened.close()
-    return sum(
-        os.path.getsize(os.path.join(target, f))
-        for f in os.listdir(target)
-        if f.endswith(".safetensors")
-    ), family
+    return [leaf for state in (params, bias) for leaf in names.leaves(state, family, run.model)]
+
+
+def _from_import(source: HfTensors) -> Callable[[names.Leaf], Iterable[reader.Part]]:
+    """Arrays of what was imported, in their own dtype where all of their tensors have one."""
+
+    def get(leaf: names.Leaf) -> Iterable[reader.Part]:
+        dtypes = {source.stored_dtype(name) for name in names.tensors(leaf, source.tensors)}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        return reader.parts_of(source, leaf, dtype)
+
+    return get
+
+
+def _from_checkpoint(stored: TensorReader) -> Callable[[names.Leaf], Iterable[reader.Part]]:
+    """Arrays of a run's checkpoint, in the parts that are quick to read."""
+
+    def get(leaf: names.Leaf) -> Iterable[reader.Part]:
+        name = _name_of(leaf)
+        return ((stored.read(name, index), index) for index in stored.parts(name))
+
+    return get
+
+
+def _name_of(leaf: names.Leaf) -> str:
+    """What a run's checkpoint calls an array."""
+    is_bias = leaf.path.endswith("e_score_correction_bias")
+    return f"{'bias' if is_bias else 'params'}/{leaf.path}"
+
+
+def _check_shapes(
+    stored: TensorReader, leaves: list[names.Leaf], folder: str, workdir: str
+) -> None:
+    for leaf in leaves:
+        found = stored.shapes.get(_name_of(leaf))
+        if found is None or found.shape != leaf.shape:
+            raise UserError(
+                f"the checkpoint in {folder} is of another model than {workdir}/config.json: {leaf.path} is "
+                f"{found or 'absent'} and not {list(leaf.shape)}. Name the --step of one that this "
+                f"config.json is of."
+            )
 
 
 if __name__ == "__main__":

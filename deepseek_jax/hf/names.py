@@ -1,114 +1,30 @@
-"""Where a model's arrays lie in a Hugging Face checkpoint: one literal name table a family, and the way from one array to its tensors.
+"""Where a model's arrays lie in a Hugging Face checkpoint: from an array to its tensors and regions of them.
 
-A table goes from the path of a variable below its layer (model/transformer.py) to the name of its tensor below `model.layers.N.`.
-Where checkpoints differ there are alternatives: the first is what the hub has and what export writes. Routed experts are one tensor
-each on the hub, with `{e}` in the name, or all in one. A name with two parts is the pair of gate and up projections.
+The names themselves are in the record of each family (families/), those outside of layers here.
 """
 
 import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
+import re
+from collections.abc import Container, Iterator
+from typing import Any, NamedTuple
 
 import jax
 
 from deepseek_jax.config.options import ModelConfig
+from deepseek_jax.hf.families import FAMILIES
+from deepseek_jax.hf.families.name_tables import Alternatives, NameTable, one_name
+from deepseek_jax.tensorfile import regions
 
-Alternatives = tuple[tuple[str, ...], ...]
-
-
-def _one(name: str) -> Alternatives:
-    return ((name,),)
-
-
-TOP = {
-    "embed_tokens/weight": _one("model.embed_tokens.weight"),
-    "norm/weight": _one("model.norm.weight"),
-    "lm_head/kernel": _one("lm_head.weight"),
+TOP: NameTable = {
+    "embed_tokens/weight": one_name("model.embed_tokens.weight"),
+    "norm/weight": one_name("model.norm.weight"),
+    "lm_head/kernel": one_name("lm_head.weight"),
 }
-NORMS = {
-    "input_layernorm/weight": _one("input_layernorm.weight"),
-    "post_attention_layernorm/weight": _one("post_attention_layernorm.weight"),
-}
-MLA = {
-    "self_attn/q_proj/kernel": _one("self_attn.q_proj.weight"),
-    "self_attn/q_a_proj/kernel": _one("self_attn.q_a_proj.weight"),
-    "self_attn/q_a_layernorm/weight": _one("self_attn.q_a_layernorm.weight"),
-    "self_attn/q_b_proj/kernel": _one("self_attn.q_b_proj.weight"),
-    "self_attn/kv_a_proj_with_mqa/kernel": _one("self_attn.kv_a_proj_with_mqa.weight"),
-    "self_attn/kv_a_layernorm/weight": _one("self_attn.kv_a_layernorm.weight"),
-    "self_attn/kv_b_proj/kernel": _one("self_attn.kv_b_proj.weight"),
-    "self_attn/o_proj/kernel": _one("self_attn.o_proj.weight"),
-}
-GROUPED_QUERY = {
-    "self_attn/q_proj/kernel": _one("self_attn.q_proj.weight"),
-    "self_attn/q_proj/bias": _one("self_attn.q_proj.bias"),
-    "self_attn/k_proj/kernel": _one("self_attn.k_proj.weight"),
-    "self_attn/k_proj/bias": _one("self_attn.k_proj.bias"),
-    "self_attn/v_proj/kernel": _one("self_attn.v_proj.weight"),
-    "self_attn/v_proj/bias": _one("self_attn.v_proj.bias"),
-    "self_attn/q_norm/weight": _one("self_attn.q_norm.weight"),
-    "self_attn/k_norm/weight": _one("self_attn.k_norm.weight"),
-    "self_attn/o_proj/kernel": _one("self_attn.o_proj.weight"),
-    "self_attn/o_proj/bias": _one("self_attn.o_proj.bias"),
-}
-DENSE = {
-    "mlp/gate_proj/kernel": _one("mlp.gate_proj.weight"),
-    "mlp/up_proj/kernel": _one("mlp.up_proj.weight"),
-    "mlp/down_proj/kernel": _one("mlp.down_proj.weight"),
-}
-EXPERTS = {
-    "mlp/gate/kernel": _one("mlp.gate.weight"),
-    "mlp/experts/gate_up_proj": (
-        ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
-        ("mlp.experts.gate_up_proj",),
-    ),
-    "mlp/experts/down_proj": (("mlp.experts.{e}.down_proj.weight",), ("mlp.experts.down_proj",)),
-}
-DEEPSEEK_EXPERTS = EXPERTS | {
-    "mlp/gate/e_score_correction_bias": _one("mlp.gate.e_score_correction_bias"),
-    "mlp/shared_experts/gate_proj/kernel": _one("mlp.shared_experts.gate_proj.weight"),
-    "mlp/shared_experts/up_proj/kernel": _one("mlp.shared_experts.up_proj.weight"),
-    "mlp/shared_experts/down_proj/kernel": _one("mlp.shared_experts.down_proj.weight"),
-}
-MIXTRAL_EXPERTS = {
-    "mlp/gate/kernel": (("block_sparse_moe.gate.weight",), ("mlp.gate.weight",)),
-    "mlp/experts/gate_up_proj": (
-        ("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"),
-        ("mlp.experts.gate_up_proj",),
-    ),
-    "mlp/experts/down_proj": (
-        ("block_sparse_moe.experts.{e}.w2.weight",),
-        ("mlp.experts.down_proj",),
-    ),
-}
-# Multi-token prediction: layers after the last, without `layer/` in the path.
-MTP = {
-    "enorm/weight": _one("enorm.weight"),
-    "hnorm/weight": _one("hnorm.weight"),
-    "eh_proj/kernel": _one("eh_proj.weight"),
-    "norm/weight": _one("shared_head.norm.weight"),
-}
-# Copies of the embedding and the output head that DeepSeek-V3's and GLM's files have in these layers.
+# Copies of the embedding and the output head that DeepSeek-V3's and GLM's files have in layers of multi-token
+# prediction.
 MTP_COPIES = {
     "embed_tokens.weight": "model.embed_tokens.weight",
     "shared_head.head.weight": "lm_head.weight",
-}
-
-TABLES: dict[str, dict[str, Alternatives]] = {
-    "deepseek_v2": NORMS | MLA | DENSE | DEEPSEEK_EXPERTS,
-    "deepseek_v3": NORMS | MLA | DENSE | DEEPSEEK_EXPERTS | MTP,
-    "glm4_moe_lite": NORMS | MLA | DENSE | DEEPSEEK_EXPERTS | MTP,
-    "glm4_moe": NORMS | GROUPED_QUERY | DENSE | DEEPSEEK_EXPERTS | MTP,
-    "qwen3_moe": NORMS | GROUPED_QUERY | DENSE | EXPERTS,
-    "mixtral": NORMS | GROUPED_QUERY | MIXTRAL_EXPERTS,
-    "qwen2": NORMS | GROUPED_QUERY | DENSE,
-    "qwen3": NORMS | GROUPED_QUERY | DENSE,
-    "llama": NORMS | GROUPED_QUERY | DENSE,
-    "mistral": NORMS | GROUPED_QUERY | DENSE,
-    "seed_oss": NORMS | GROUPED_QUERY | DENSE,
-    "youtu": NORMS | MLA | DENSE,
-    "solar_open": NORMS | GROUPED_QUERY | DEEPSEEK_EXPERTS,
-    "dots1": NORMS | GROUPED_QUERY | DENSE | DEEPSEEK_EXPERTS,
 }
 
 
@@ -117,29 +33,28 @@ class Leaf(NamedTuple):
 
     path: str  # "layers/mlp/gate/kernel"
     shape: tuple[int, ...]
-    prefixes: tuple[
-        str, ...
-    ]  # what its layers' tensors begin with; one, possibly empty, where the array has no axis of layers
+    # What its layers' tensors begin with; one, possibly empty, where the array has no axis of layers.
+    prefixes: tuple[str, ...]
     stacked: bool  # the first axis is that of layers
     names: Alternatives
 
     @property
     def kind(self) -> str:
-        """plain (as the tensor), matrix ([in, out], transposed), gate_up ([E, D, 2, F]) or down ([E, F, D])."""
+        """plain (as the tensor), matrix ([in, out], transposed), gate_up [E, D, 2, F] or down [E, F, D]."""
         last = self.path.rpartition("/")[2]
         return {"kernel": "matrix", "gate_up_proj": "gate_up", "down_proj": "down"}.get(
             last, "plain"
         )
 
 
-class Piece(NamedTuple):
+class TensorRegion(NamedTuple):
     """A part of an array that is a region of one tensor."""
 
-    at: tuple[
-        int, ...
-    ]  # leading index of a vector or a matrix in the array's part; gate_up: (layer, expert, pair)
+    # Leading index of a vector or a matrix in the part of the array that was asked for; of gate_up (layer,
+    # expert, pair).
+    at: tuple[int, ...]
     name: str
-    region: tuple[slice, ...]  # of the tensor
+    region: regions.Index  # of the tensor
     shape: tuple[int, ...]  # of the whole tensor
 
 
@@ -149,25 +64,21 @@ def leaf_of(path: str, shape: tuple[int, ...], family: str, model: ModelConfig) 
     Raises:
       KeyError: the family has no such variable.
     """
-    table, dense, layers = TABLES[family], model.first_k_dense_replace, model.num_hidden_layers
+    table = FAMILIES[family].tensors
+    dense, layers = model.first_k_dense_replace, model.num_hidden_layers
     first, _, rest = path.partition("/")
     if first in ("dense_layers", "layers"):
         held = range(dense) if first == "dense_layers" else range(dense, layers)
         return Leaf(path, shape, tuple(f"model.layers.{i}." for i in held), True, table[rest])
     if first == "mtp":
         depth, _, rest = rest.partition("/")
-        return Leaf(
-            path,
-            shape,
-            (f"model.layers.{layers + int(depth)}.",),
-            False,
-            table[rest.removeprefix("layer/")],
-        )
+        prefix = f"model.layers.{layers + int(depth)}."
+        return Leaf(path, shape, (prefix,), False, table[rest.removeprefix("layer/")])
     return Leaf(path, shape, ("",), False, TOP[path])
 
 
-def leaves(state: object, family: str, model: ModelConfig) -> list[Leaf]:
-    """Of a state of Transformer, parameters or selection biases, in its order.
+def leaves(state: Any, family: str, model: ModelConfig) -> list[Leaf]:
+    """The leaves of a state of Transformer, parameters or selection biases, in its order.
 
     Raises:
       KeyError: the family has no such variable.
@@ -182,64 +93,85 @@ def path_of(path: tuple) -> str:
 
 
 def follows_dtype(path: str, dimensions: int) -> bool:
-    """Whether an array, of so many dimensions in a layer, is in the dtype that a model was asked for, and not in its own: matrices but the router's."""
+    """Whether an array is in the dtype that a model was asked for, and not in its own.
+
+    Matrices are, but the router's.
+
+    Args:
+      path: of the array.
+      dimensions: that it has in one layer.
+    """
     return dimensions > 1 and not path.endswith("/gate/kernel")
 
 
-def names_of(leaf: Leaf, prefix: str, present: object = None) -> tuple[str, ...]:
-    """The names of one layer's tensors, `{e}` still in them: the alternative that is `present`, else the first."""
-    for parts in leaf.names if present is not None else ():
-        if all((prefix + part).format(e=0) in present for part in parts):
-            return tuple(prefix + part for part in parts)
+def names_of(leaf: Leaf, prefix: str, present: Container[str] | None = None) -> tuple[str, ...]:
+    """The names of one layer's tensors, `{e}` still in them.
+
+    They are those of the alternative that is `present`, else of the first.
+    """
+    if present is not None:
+        for parts in leaf.names:
+            if all((prefix + part).format(e=0) in present for part in parts):
+                return tuple(prefix + part for part in parts)
     return tuple(prefix + part for part in leaf.names[0])
 
 
-def pieces(leaf: Leaf, index: tuple[slice, ...], present: object = None) -> Iterator[Piece]:
+def tensor_regions(
+    leaf: Leaf, index: regions.Index, present: Container[str] | None = None
+) -> Iterator[TensorRegion]:
     """The regions of tensors that make up a part of an array, in order.
 
     Args:
+      leaf: the array.
       index: which part: a slice with start and stop for every axis.
       present: names of tensors that exist, to choose among alternatives.
     """
-    size = lambda s: s.stop - s.start
     layers = index[0] if leaf.stacked else slice(0, 1)
     body, shape = (index[1:], leaf.shape[1:]) if leaf.stacked else (index, leaf.shape)
     for i, layer in enumerate(range(layers.start, layers.stop)):
-        here = (i,) if leaf.stacked else ()
+        at = (i,) if leaf.stacked else ()
         names = names_of(leaf, leaf.prefixes[layer], present)
         if leaf.kind == "plain":
-            yield Piece(here, names[0], body, shape)
+            yield TensorRegion(at, names[0], body, shape)
         elif leaf.kind == "matrix":
-            yield Piece(here, names[0], body[::-1], shape[::-1])
+            yield TensorRegion(at, names[0], body[::-1], shape[::-1])
         elif leaf.kind == "gate_up":
-            (experts, width, pair, f), (_, d_all, _, f_all) = body, shape
-            for (j, e), (k, part) in itertools.product(
-                enumerate(range(experts.start, experts.stop)),
-                enumerate(range(pair.start, pair.stop)),
-            ):
-                if len(names) == 2:
-                    yield Piece((*here, j, k), names[part].format(e=e), (f, width), (f_all, d_all))
-                else:
-                    rows = slice(part * f_all + f.start, part * f_all + f.start + size(f))
-                    yield Piece(
-                        (*here, j, k),
-                        names[0],
-                        (slice(e, e + 1), rows, width),
-                        (shape[0], 2 * f_all, d_all),
-                    )
+            yield from _gate_up_regions(names, at, body, shape)
         else:
-            (experts, f, width), (_, f_all, d_all) = body, shape
-            for j, e in enumerate(range(experts.start, experts.stop)):
-                if "{e}" in names[0]:
-                    yield Piece((*here, j), names[0].format(e=e), (width, f), (d_all, f_all))
-                else:
-                    yield Piece(
-                        (*here, j), names[0], (slice(e, e + 1), width, f), (shape[0], d_all, f_all)
-                    )
+            yield from _down_regions(names, at, body, shape)
 
 
-def view(array, leaf: Leaf, at: tuple[int, ...]):
-    """The part of an array that a piece is about, in the orientation of its tensor: a vector or [rows, columns]."""
+def _gate_up_regions(
+    names: tuple[str, ...], at: tuple[int, ...], body: regions.Index, shape: tuple[int, ...]
+) -> Iterator[TensorRegion]:
+    (experts, width, pair, f), (_, d_all, _, f_all) = body, shape
+    for (j, e), (k, part) in itertools.product(
+        enumerate(range(experts.start, experts.stop)), enumerate(range(pair.start, pair.stop))
+    ):
+        here = (*at, j, k)
+        if len(names) == 2:
+            yield TensorRegion(here, names[part].format(e=e), (f, width), (f_all, d_all))
+        else:  # all experts in one tensor, gate above up
+            both = slice(part * f_all + f.start, part * f_all + f.stop)
+            region = (slice(e, e + 1), both, width)
+            yield TensorRegion(here, names[0], region, (shape[0], 2 * f_all, d_all))
+
+
+def _down_regions(
+    names: tuple[str, ...], at: tuple[int, ...], body: regions.Index, shape: tuple[int, ...]
+) -> Iterator[TensorRegion]:
+    (experts, f, width), (_, f_all, d_all) = body, shape
+    for j, e in enumerate(range(experts.start, experts.stop)):
+        here = (*at, j)
+        if "{e}" in names[0]:
+            yield TensorRegion(here, names[0].format(e=e), (width, f), (d_all, f_all))
+        else:
+            region = (slice(e, e + 1), width, f)
+            yield TensorRegion(here, names[0], region, (shape[0], d_all, f_all))
+
+
+def view(array: Any, leaf: Leaf, at: tuple[int, ...]) -> Any:
+    """The part of an array that a TensorRegion is about, as its tensor lies: a vector or [rows, columns]."""
     if leaf.kind == "plain":
         return array[at]
     if leaf.kind == "gate_up":
@@ -248,6 +180,29 @@ def view(array, leaf: Leaf, at: tuple[int, ...]):
     return array[at].T
 
 
-def tensors(leaf: Leaf, present: object = None) -> dict[str, tuple[int, ...]]:
+def tensors(leaf: Leaf, present: Container[str] | None = None) -> dict[str, tuple[int, ...]]:
     """{name: shape} of all tensors of an array."""
-    return {p.name: p.shape for p in pieces(leaf, tuple(slice(0, n) for n in leaf.shape), present)}
+    return {r.name: r.shape for r in tensor_regions(leaf, regions.whole(leaf.shape), present)}
+
+
+def order(name: str) -> tuple:
+    """The key that sorts names as checkpoints have them: embedding, layers by number, the rest."""
+    first = 1
+    if name.startswith("model.embed"):
+        first = -1
+    elif name.startswith("model.layers."):
+        first = 0
+    return first, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def copies_of(name: str, model: ModelConfig) -> list[str]:
+    """Where layers of multi-token prediction have a copy of a tensor, as in DeepSeek-V3's release."""
+    first = model.num_hidden_layers
+    layers = range(first, first + model.num_nextn_predict_layers)
+    original = {"lm_head.weight": "model.embed_tokens.weight"} if model.tie_word_embeddings else {}
+    return [
+        f"model.layers.{i}.{copy}"
+        for i in layers
+        for copy, of in MTP_COPIES.items()
+        if original.get(of, of) == name
+    ]

@@ -1,4 +1,7 @@
-"""Copies between a tensor's bytes and an array, transposed and in another dtype, a few times as quick as NumPy's own assignment."""
+"""Copies between a tensor's bytes and an array, transposed and in another dtype.
+
+A few times as quick as NumPy's own assignment.
+"""
 
 import math
 
@@ -6,10 +9,10 @@ import ml_dtypes
 import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_ALIGNMENT = (
-    64  # bytes: JAX takes over NumPy arrays that begin at such addresses on CPUs, and copies others
-)
-_TILE = {2: 32, 4: 64}  # rows at once, by bytes an item: their columns stay in the nearest cache
+# Bytes: on CPUs JAX takes over NumPy arrays that begin at such addresses, and copies others.
+_ALIGNMENT = 64
+# Rows that are transposed at once, by bytes per item: their columns stay in the nearest cache.
+_TILE = {2: 32, 4: 64}
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -21,7 +24,12 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def into(target: np.ndarray, block: np.ndarray) -> None:
-    """target[...] = block, both [rows, columns]; the target's strides may be any, but one axis of it should be contiguous."""
+    """target[...] = block, both [rows, columns].
+
+    Args:
+      target: of any strides; one axis should be contiguous.
+      block: in the dtype of a file.
+    """
     if _by_columns(target):
         target, block = target.T, transposed(block)
     if block.dtype == BFLOAT16 and target.dtype == np.float32 and target.strides[1] == 4:
@@ -31,7 +39,7 @@ def into(target: np.ndarray, block: np.ndarray) -> None:
 
 
 def out_of(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """[rows, columns] of any strides, contiguous and in `dtype`. What is too large for it becomes infinite."""
+    """A matrix of any strides, made contiguous and cast. What is too large for the dtype becomes infinite."""
     with np.errstate(over="ignore"):
         if _by_columns(values):
             return transposed(values.T.astype(dtype, copy=False))

@@ -1,15 +1,15 @@
 """Reads a Hugging Face checkpoint: which tensors there are, and regions of them by their byte ranges.
 
-Every file's head is parsed with bounds before anything is read (tensorfile/header.py). A region is read in blocks of
-rows, so that no more than BUFFER bytes are held beside the array that it goes into.
+Every file's head is checked before anything is read (tensorfile/header.py). A region is read in blocks, so
+that no more than BUFFER bytes are held beside the array that it goes into.
 """
 
 import json
-import math
 import os
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import threading
+from typing import Any
 
+import chex
 import ml_dtypes
 import numpy as np
 
@@ -17,39 +17,27 @@ from deepseek_jax.data import hub_cache
 from deepseek_jax.data.hub_cache import INDEX, SINGLE, some
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import numpy_copy
-from deepseek_jax.tensorfile import bounded_json, header
+from deepseek_jax.tensorfile import bounded_json, files, header, regions
 from deepseek_jax.tensorfile.bounded_json import BadFile
+from deepseek_jax.tensorfile.header import StoredTensor
 
 SCALE = (
-    "_scale_inv"  # suffix of the scales of a block-quantised weight, DeepSeek-V3's release format
+    "_scale_inv"  # suffix of the scales of a weight with FP8 blocks, DeepSeek-V3's release format
 )
 BUFFER = 1 << 24  # bytes read at once
 MAX_CONFIG = 1 << 22  # bytes of a config.json
 FLOATS = tuple(np.dtype(d) for d in (np.float32, ml_dtypes.bfloat16, np.float16))
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FP8_VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
-_GAP = (
-    1 << 15
-)  # bytes between the wanted parts of neighbouring rows that are read and thrown away: a disk reads as much anyway
 
 
-class Tensor(NamedTuple):
-    file: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int  # bytes from the start of the file
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class Source:
-    """The tensors of a folder with `model.safetensors`, or with several files, or of a snapshot in the hub's
-    cache.
+class HfTensors:
+    """The tensors of a checkpoint's folder, with one file or several, or of a snapshot in the hub's cache.
 
     Attributes:
-      folder: its path. config: its config.json. tensors: {name: Tensor}.
+      folder: its path.
+      config: its config.json.
+      tensors: {name: StoredTensor}.
     """
 
     def __init__(self, folder: str):
@@ -60,6 +48,7 @@ class Source:
         """
         self.folder = hub_cache.folder_of(folder)
         self._files: dict[str, int] = {}
+        self._opening = threading.Lock()
         self._block = (128, 128)
         self.config = read_config(self.folder)
         if isinstance(self.config.get("model"), dict) and "model_type" not in self.config:
@@ -75,7 +64,7 @@ class Source:
                 f"which reads fp8 with scales of blocks. Take the checkpoint in bfloat16."
             )
         try:
-            self.tensors = self._read_heads()
+            self.tensors = self._find_tensors()
         except BadFile as e:
             raise UserError(
                 f"{folder}: {e}. Copy that file again from where the checkpoint came from."
@@ -88,44 +77,34 @@ class Source:
                 and all(type(n) is int and n > 0 for n in block)
             ):
                 raise UserError(
-                    f"{folder}/config.json: quantization_config.weight_block_size={block!r} is not two numbers. "
-                    f"Take a checkpoint in bfloat16, or in DeepSeek-V3's FP8 format."
+                    f"{folder}/config.json: quantization_config.weight_block_size={block!r} is not two "
+                    f"numbers. Take a checkpoint in bfloat16, or in DeepSeek-V3's FP8 format."
                 )
             self._block = tuple(block)
 
-    def _read_heads(self) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        path = lambda name: os.path.join(self.folder, name)
+    def _find_tensors(self) -> dict[str, StoredTensor]:
         index = None
-        if os.path.exists(path(INDEX)):
-            index = header.read_index(path(INDEX))
-            files = sorted(set(index.values()))
-            if missing := [f for f in files if not os.path.isfile(path(f))]:
-                raise hub_cache.missing_files(self.folder, missing, len(files))
-        elif os.path.exists(path(SINGLE)):
-            files = [SINGLE]
+        if os.path.exists(path := os.path.join(self.folder, INDEX)):
+            index = header.read_index(path)
+            names = sorted(set(index.values()))
+            if missing := [f for f in names if not os.path.isfile(os.path.join(self.folder, f))]:
+                raise hub_cache.missing_files(self.folder, missing, len(names))
+        elif os.path.exists(os.path.join(self.folder, SINGLE)):
+            names = [SINGLE]
         elif not (
-            files := hub_cache.all_shards(self.folder)
+            names := hub_cache.all_shards(self.folder)
         ):  # their heads say what an index would
             raise hub_cache.no_weights(self.folder)
-        for file in files:
+        for file in names:
             hub_cache.check_downloaded(self.folder, file)
-            for name, tensor in header.read(path(file), file).items():
-                if index is not None and index.get(name) != file:
-                    raise BadFile(
-                        INDEX, f"{name[:80]!r} is in {file}, and the index says {index.get(name)}"
-                    )
-                out[name] = Tensor(file, tensor.what.shape, tensor.what.dtype, tensor.offset)
-        if missing := sorted(set(index or ()) - set(out)):
-            what = f"{len(missing)} tensors are not in the files that it names: {some(missing)}"
-            raise BadFile(INDEX, what)
-        return out
+        return files.find(self.folder, names, index, INDEX)
 
     def check(self, wanted: dict[str, tuple[int, ...]], ignored: set[str]) -> None:
         """Compares the tensors with those of a model.
 
         Args:
-          wanted: {name: shape}. ignored: further names that may be there.
+          wanted: {name: shape}.
+          ignored: further names that may be there.
 
         Raises:
           UserError: what is missing, too much, of another shape or of a dtype that cannot be read.
@@ -135,7 +114,7 @@ class Source:
                 f"{self.folder}: {len(missing)} of {len(wanted)} tensors are missing: "
                 f"{some(missing)}. Complete the checkpoint, or correct its config.json."
             )
-        scales = {n + SCALE for n in wanted if self.tensors[n].dtype == FP8}
+        scales = {n + SCALE for n in wanted if self.stored_dtype(n) == FP8}
         if missing := sorted(scales - self.tensors.keys()):
             raise UserError(
                 f"{self.folder}: {len(missing)} scales of FP8 weights are missing: "
@@ -147,103 +126,91 @@ class Source:
                 f"{some(extra)}. Remove them, or correct config.json."
             )
         for name, shape in wanted.items():
-            t = self.tensors[name]
-            if t.shape != shape:
+            self._check_tensor(name, shape)
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        spec = self.tensors[name].spec
+        if spec.shape != shape:
+            raise UserError(
+                f"{self.folder}: {name} has the shape {list(spec.shape)} and not {list(shape)}, as "
+                f"config.json says. Correct one of them."
+            )
+        if spec.dtype == FP8:
+            blocks = tuple(-(-n // b) for n, b in zip(shape, self._block, strict=False))
+            scale = self.tensors[name + SCALE].spec
+            if len(shape) != 2 or scale.shape != blocks or scale.dtype not in FLOATS:
                 raise UserError(
-                    f"{self.folder}: {name} has the shape {list(t.shape)} and not {list(shape)}, as config.json says. "
-                    f"Correct one of them."
+                    f"{self.folder}: {name + SCALE} is {scale} and not a float for each of "
+                    f"{list(blocks)} blocks of {self._block[0]}x{self._block[1]}. "
+                    f"Take a checkpoint in DeepSeek-V3's FP8 format, or in bfloat16."
                 )
-            if t.dtype == FP8:
-                blocks = tuple(-(-n // b) for n, b in zip(t.shape, self._block, strict=False))
-                scale = self.tensors[name + SCALE]
-                if len(t.shape) != 2 or scale.shape != blocks or scale.dtype not in FLOATS:
-                    raise UserError(
-                        f"{self.folder}: {name + SCALE} is {scale.dtype}{list(scale.shape)} and not a float for each of "
-                        f"{list(blocks)} blocks of {self._block[0]}x{self._block[1]}. "
-                        f"Take a checkpoint in DeepSeek-V3's FP8 format, or in bfloat16."
-                    )
-            elif t.dtype not in FLOATS:
-                raise UserError(
-                    f"{self.folder}: {name} is of the dtype {t.dtype}. Convert it to float32, bfloat16, float16 or block-quantised FP8."
-                )
+        elif spec.dtype not in FLOATS:
+            raise UserError(
+                f"{self.folder}: {name} is of the dtype {spec.dtype}. Convert it to float32, bfloat16, "
+                f"float16 or block-quantised FP8."
+            )
 
     def stored_dtype(self, name: str) -> np.dtype:
-        return self.tensors[name].dtype
+        """The dtype that a tensor has in its file."""
+        return self.tensors[name].spec.dtype
 
-    def read(self, name: str, region: tuple[slice, ...], out: np.ndarray) -> None:
-        """Reads a region into `out`, a float array of its shape without leading axes of one, of any strides.
+    def read(self, name: str, region: regions.Index, out: np.ndarray) -> None:
+        """Reads a region of a vector, a matrix, or one of several matrices. Several threads may call it.
+
+        Args:
+          name: of the tensor.
+          region: a slice for each of its axes.
+          out: float array of the region's shape without leading axes of one, of any strides. FP8 is
+            multiplied by its scales.
 
         Raises:
-          UserError: numbers in it are not finite, or the file cannot be read.
+          UserError: numbers in the region are not finite, or the file cannot be read.
         """
-        t = self.tensors[name]
-        shape, offset = t.shape, t.offset
-        while len(shape) > 2:  # one expert of all in one tensor
-            offset += region[0].start * math.prod(shape[1:]) * t.dtype.itemsize
-            shape, region = shape[1:], region[1:]
-        if len(shape) == 1:
-            shape, region, out = (1, *shape), (slice(0, 1), *region), out[None]
-        rows, columns = region
-        scales = self._scales(name, rows, columns) if t.dtype == FP8 else None
-        for start, block in self._blocks(t, offset, shape[1], rows, columns):
+        file, spec, offset = self.tensors[name]
+        leading = (0,) * (len(region) - out.ndim)
+        chex.assert_shape(out, regions.size(region)[len(leading) :])
+        scales = self._scales(name, *region) if spec.dtype == FP8 else None
+
+        def read_at(buffer: memoryview, at: int) -> None:
+            self._pread(file, buffer, at)
+
+        for place, block in regions.read_blocks(read_at, offset, spec, region, BUFFER):
+            place, block = place[len(leading) :], block[leading]
             if scales is not None:
                 block = _FP8_VALUES[block.view(np.uint8)]
-                block *= scales[
-                    (rows.start + start + np.arange(len(block))) // self._block[0]
-                    - rows.start // self._block[0]
-                ]
+                high, begin = self._block[0], region[0].start
+                rows = np.arange(begin + place[0].start, begin + place[0].stop)
+                block *= scales[rows // high - begin // high][:, place[1]]
             if not finite(block):
                 raise UserError(
-                    f"{self.folder}: {name} in {t.file} holds numbers that are not finite. Take an undamaged checkpoint."
+                    f"{self.folder}: {name} in {file} holds numbers that are not finite. Take an undamaged "
+                    f"checkpoint."
                 )
-            numpy_copy.into(out[start : start + len(block)], block)
+            if block.ndim == 1:
+                numpy_copy.into(out[place][None], block[None])
+            else:
+                numpy_copy.into(out[place], block)
 
     def _scales(self, name: str, rows: slice, columns: slice) -> np.ndarray:
         """float32 [blocks that the rows meet, columns]: the scale of each number of a row in these blocks."""
-        s, (high, wide) = self.tensors[name + SCALE], self._block
+        high, wide = self._block
+        blocks = self.tensors[name + SCALE].spec.shape[1]
         wanted = slice(rows.start // high, -(-rows.stop // high))
-        out = np.empty((wanted.stop - wanted.start, s.shape[1]), np.float32)
-        self.read(name + SCALE, (wanted, slice(0, s.shape[1])), out)
+        out = np.empty((wanted.stop - wanted.start, blocks), np.float32)
+        self.read(name + SCALE, (wanted, slice(0, blocks)), out)
         return out[:, np.arange(columns.start, columns.stop) // wide]
 
-    def _blocks(
-        self, t: Tensor, offset: int, width: int, rows: slice, columns: slice
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows) of a region [rows, columns] of a matrix at `offset` with rows of `width` numbers."""
-        item = t.dtype.itemsize
-        wide, pitch, skipped = (
-            (columns.stop - columns.start) * item,
-            width * item,
-            columns.start * item,
-        )
-        if not wide or rows.stop == rows.start:
-            return
-        whole = pitch - wide <= _GAP  # rows with what lies between them, at once
-        step = max(1, BUFFER // (pitch if whole else wide))
-        for row in range(rows.start, rows.stop, step):
-            count = min(step, rows.stop - row)
-            at = offset + row * pitch + skipped
-            if whole:
-                raw = np.empty(pitch * count, np.uint8)
-                self._pread(t.file, raw[: pitch * (count - 1) + wide], at)
-                block = raw.view(t.dtype).reshape(count, -1)[:, : columns.stop - columns.start]
-            else:
-                block = np.empty((count, columns.stop - columns.start), t.dtype)
-                for i, line in enumerate(block.view(np.uint8)):
-                    self._pread(t.file, line, at + i * pitch)
-            yield row - rows.start, block
-
-    def _pread(self, file: str, into: np.ndarray, at: int) -> None:
-        if file not in self._files:
-            try:
-                self._files[file] = os.open(
-                    os.path.join(self.folder, file), os.O_RDONLY | os.O_CLOEXEC
-                )
-            except OSError as e:
-                raise UserError(
-                    f"{self.folder}/{file} cannot be read ({e.strerror}). Make it readable."
-                ) from e
-        left = memoryview(into)
+    def _pread(self, file: str, left: memoryview, at: int) -> None:
+        """Fills a buffer from byte `at` of a file. Files stay open; several threads read them at once."""
+        with self._opening:
+            if file not in self._files:
+                path = os.path.join(self.folder, file)
+                try:
+                    self._files[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as e:
+                    raise UserError(
+                        f"{path} cannot be read ({e.strerror}). Make it readable."
+                    ) from e
         while left:
             try:
                 n = os.preadv(self._files[file], [left], at)
@@ -258,6 +225,7 @@ class Source:
             left, at = left[n:], at + n
 
     def close(self) -> None:
+        """Closes the files."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
@@ -284,7 +252,7 @@ def read_config(folder: str) -> dict[str, Any]:
         out = bounded_json.read(path, "config.json", MAX_CONFIG)
     except BadFile as e:
         raise UserError(
-            f"{folder}: {e}. Name a folder with config.json and model.safetensors, as the hub has them."
+            f"{folder}: {e}. Name a folder with config.json and {SINGLE}, as the hub has them."
         ) from e
     if not isinstance(out, dict):
         raise UserError(
@@ -294,4 +262,5 @@ def read_config(folder: str) -> dict[str, Any]:
 
 
 def dump(value: Any) -> str:
+    """JSON as the files of a checkpoint have it."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -17,12 +17,12 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.contents import Contents, check_tokenizer
-from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from deepseek_jax.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import provenance
 from deepseek_jax.hf.tensors import dump
 
-# Of start.FILES those that belong to a tokenizer; the others belong to a model.
+# Of provenance.FILES those that belong to a tokenizer; the others belong to a model.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,13 +39,17 @@ END_OF_BYTES = "<|endoftext|>"
 
 
 class Companions(NamedTuple):
-    """What goes with the weights of an export."""
+    """What goes with the weights of an export.
 
-    files_from: str | None  # folder with config.json, tokenizer and chat templates to be copied
-    tokenizer: str | None = (
-        None  # bytes or a tokenizer.json, in place of that folder's; None: that folder's
-    )
-    ends: tuple[int, ...] = ()  # tokens that ended documents in training
+    Attributes:
+      files_from: folder with config.json, tokenizer and chat templates to be copied.
+      tokenizer: bytes or a tokenizer.json, in place of that folder's; None: that folder's.
+      ends: tokens that ended documents in training.
+    """
+
+    files_from: str | None
+    tokenizer: str | None = None
+    ends: tuple[int, ...] = ()
 
 
 def contents_of(extra: dict[str, Any]) -> Contents | None:
@@ -59,6 +63,8 @@ def tokenizer_of(
     """The tokenizer that a run was trained with: `bytes` or a path, that of WORKDIR/hf before others.
 
     Args:
+      workdir: of the run.
+      run: its options.
       trained: of its checkpoint. None: of an earlier version, which did not keep the tokenizer's hash; the
         option is believed.
       moved: where it is now, by the user.
@@ -107,7 +113,9 @@ def of_run(saved: Config, workdir: str, tokenizer: str) -> Companions:
     """What a trained run knows of its text.
 
     Args:
-      saved: its options. tokenizer: as `tokenizer_of`.
+      saved: its options.
+      workdir: of the run.
+      tokenizer: as `tokenizer_of`.
 
     Raises:
       UserError: the tokenizer cannot be read.
@@ -117,9 +125,8 @@ def of_run(saved: Config, workdir: str, tokenizer: str) -> Companions:
     stated = (saved.data.eos_token_id,) if saved.data.eos_token_id >= 0 else ()
     size = ByteTokenizer.vocab_size
     if tokenizer == "bytes" and (saved.model.vocab_size < size or any(i >= size for i in stated)):
-        return Companions(
-            files, None, stated
-        )  # trained on token files whose tokenizer it does not know
+        # It was trained on token files whose tokenizer it does not know.
+        return Companions(files, None, stated)
     same = files is not None and tokenizer == tokenizer_folder.find(files)
     return Companions(files, None if same else tokenizer, ends_of(saved, tokenizer))
 
@@ -130,7 +137,10 @@ def write(
     """Writes a run's tokenizer and generation_config.json into an export, which holds `files_from`'s already.
 
     Args:
-      config: of the export. max_length: max_position_embeddings.
+      folder: of the export.
+      config: of the export.
+      companions: what goes with it.
+      max_length: max_position_embeddings.
 
     Returns:
       config.json with the ids of the tokens that begin and end a text; null where there is none.
@@ -155,13 +165,15 @@ def write(
         generation = {k: v for k, v in generation.items() if not k.endswith("_token_id")}
         generation |= {k: v for k, v in ids.items() if v is not None}
     else:
-        stop = generation.get("eos_token_id", config.get("eos_token_id"))
-        stop = list(stop) if isinstance(stop, list) else [stop] if isinstance(stop, int) else []
+        stated = generation.get("eos_token_id", config.get("eos_token_id"))
+        stop = list(stated) if isinstance(stated, list) else []
+        if isinstance(stated, int):
+            stop = [stated]
         if ends and tokenizer_folder.find(folder):
             _state_bos(folder)
             eos = _special_ids(folder).get(
                 "eos_token"
-            )  # where our own generate ends an answer, too
+            )  # our own generate ends an answer there, too
             ends += (eos,) if eos is not None and eos < config["vocab_size"] else ()
         if set(ends) <= set(stop):
             return config
@@ -201,7 +213,9 @@ def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> 
         if os.path.basename(path) in (tokenizer_folder.JSON, tokenizer_folder.RANKS):
             provenance.copy_files(os.path.dirname(path) or ".", folder, FILES)
         if os.path.basename(path) == tokenizer_folder.RANKS:  # few programs read it
-            load_tokenizer(path).save(target)
+            ranks = load_tokenizer(path)
+            assert isinstance(ranks, FileTokenizer)
+            ranks.save(target)
         else:
             shutil.copyfile(path, target)
     inner = tokenizers.Tokenizer.from_file(target)

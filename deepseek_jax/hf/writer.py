@@ -1,70 +1,92 @@
-"""Bytes into the files of a checkpoint: tensors copied from another one, and the disk at work meanwhile."""
+"""Tensors into the files of a checkpoint: laid out first, then copied from another one or from arrays."""
 
 import concurrent.futures
-import math
+import itertools
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from deepseek_jax.hf import reader
-from deepseek_jax.hf.tensors import BUFFER, Source
+from deepseek_jax.hf.tensors import BUFFER, INDEX, SINGLE, HfTensors
+from deepseek_jax.tensorfile import files, regions
+from deepseek_jax.tensorfile.arrays import TensorSpec
+from deepseek_jax.tensorfile.files import fsync
+from deepseek_jax.tensorfile.header import StoredTensor
 
 
-class Place(NamedTuple):
-    """Where a tensor's bytes go."""
+def lay_out(
+    folder: str, specs: dict[str, TensorSpec], file_bytes: int, writer: bool = True
+) -> dict[str, StoredTensor]:
+    """Gives every tensor its place.
 
-    file: str
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    Args:
+      folder: of the checkpoint.
+      specs: of all tensors, in order.
+      file_bytes: of one file, at most.
+      writer: whether this process makes the files, with their heads and the index.
 
-
-def copy_tensors(source: Source, places: dict[str, Place], folder: str) -> None:
-    """Copies tensors from a checkpoint to their places in another, of the same shapes and dtypes, or bfloat16 for FP8, in blocks of rows.
+    Returns:
+      Where each tensor lies.
 
     Raises:
-      UserError: numbers are not finite, or a file cannot be read. OSError: one cannot be written.
+      OSError: a file cannot be written.
     """
-    files = {
+    division = files.divide(specs, _file_name, file_bytes)
+    if writer:
+        files.begin(folder, division)
+        if len(division) > 1:
+            with open(os.path.join(folder, INDEX), "wb") as f:
+                f.write(files.index(division))
+    return files.places(division)
+
+
+def _file_name(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def copy_tensors(source: HfTensors, places: dict[str, StoredTensor], folder: str) -> None:
+    """Copies tensors from a checkpoint to their places in another, in blocks of rows.
+
+    Args:
+      source: it holds all of them, in the same shapes and dtypes, or in FP8 where the place is for bfloat16.
+      places: by name, in files that are there.
+      folder: of these files.
+
+    Raises:
+      UserError: numbers are not finite, or a file cannot be read.
+      OSError: a file cannot be written.
+    """
+    opened = {
         file: os.open(os.path.join(folder, file), os.O_WRONLY | os.O_CLOEXEC)
-        for file in {p.file for p in places.values()}
+        for file in {place.file for place in places.values()}
     }
 
-    def one(name: str) -> None:
-        place = places[name]
-        *experts, rows, columns = place.shape if len(place.shape) > 1 else (1, *place.shape)
-        step = max(1, BUFFER // (columns * place.dtype.itemsize))
-        for matrix in range(math.prod(experts)):
-            for row in range(0, rows, step):
-                part = slice(row, min(row + step, rows))
-                region = (
-                    (*(slice(matrix, matrix + 1) for _ in experts), part, slice(0, columns))
-                    if len(place.shape) > 1
-                    else (slice(0, columns),)
-                )
-                block = np.empty((part.stop - part.start, columns), place.dtype)
-                source.read(name, region, block if len(place.shape) > 1 else block[0])
-                pwrite(
-                    files[place.file],
-                    block,
-                    place.offset + (matrix * rows + row) * columns * place.dtype.itemsize,
-                )
+    def copy(name: str) -> None:
+        file, spec, offset = places[name]
+        write_at = files.write_at(opened[file])
+        leading, inner = spec.shape[:-2], spec.shape[-2:]
+        for at in itertools.product(*map(range, leading)):
+            for block in regions.blocks(inner, spec.dtype.itemsize, BUFFER):
+                region = (*(slice(i, i + 1) for i in at), *block)
+                values = np.empty(regions.size(block), spec.dtype)
+                source.read(name, region, values)
+                regions.write(write_at, offset, spec, region, values)
 
     try:
         with concurrent.futures.ThreadPoolExecutor(reader.THREADS) as pool:
-            tasks = [pool.submit(one, name) for name in places]
+            tasks = [pool.submit(copy, name) for name in places]
             try:
                 for task in tasks:
                     task.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        for descriptor in files.values():
+        for descriptor in opened.values():
             os.fsync(descriptor)
     finally:
-        for descriptor in files.values():
+        for descriptor in opened.values():
             os.close(descriptor)
 
 
@@ -79,7 +101,7 @@ def ahead(parts: Iterable[Any]) -> Iterator[Any]:
 
 
 class Flusher:
-    """Has the disk write while the next array is read: without it all of a checkpoint would wait for the fsync at the end."""
+    """Writes files to the disk while the next array is read, so that not all of it waits for the end."""
 
     def __init__(self) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -89,12 +111,13 @@ class Flusher:
         """Begins to write what these files hold, unless an earlier call is still at it.
 
         Raises:
-          OSError: the disk refused what an earlier call began. The system says so once, so that a later fsync might not.
+          OSError: the disk refused what an earlier call began. The system says so once, so that a later fsync
+            might not.
         """
         if self._last is None or self._last.done():
             if self._last is not None:
                 self._last.result()
-            self._last = self._pool.submit(lambda: [fsync(path) for path in sorted(paths)])
+            self._last = self._pool.submit(_fsync_all, sorted(paths))
 
     def __enter__(self) -> "Flusher":
         return self
@@ -105,13 +128,6 @@ class Flusher:
             self._last.result()
 
 
-def fsync(path: str) -> None:
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-
-
-def pwrite(descriptor: int, data: np.ndarray, at: int) -> None:
-    left = memoryview(data.reshape(-1).view(np.uint8))
-    while left:
-        n = os.pwrite(descriptor, left, at)
-        left, at = left[n:], at + n
+def _fsync_all(paths: list[str]) -> None:
+    for path in paths:
+        fsync(path)

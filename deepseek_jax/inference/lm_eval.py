@@ -1,16 +1,17 @@
 """The tasks of EleutherAI's lm-evaluation-harness (pip install 'deepseek_jax[lm-eval]'):
 
-  python -m deepseek_jax.hf.lm_eval run --model deepseek_jax --model_args pretrained=DIR,dtype=bfloat16,fsdp=2 --tasks arc_easy --batch_size auto
+  python -m deepseek_jax.hf.lm_eval run --model deepseek_jax --tasks arc_easy --batch_size auto \
+      --model_args pretrained=DIR,dtype=bfloat16,fsdp=2
 
-which is the harness's own command with one model more. In Python: lm_eval.simple_evaluate(model=DeepseekJaxLM("DIR"), tasks=[...]).
-Tokens, context and truncation are those of its model "hf", so that the numbers are those of transformers.
+which is the harness's own command with one model more. In Python:
+lm_eval.simple_evaluate(model=DeepseekJaxLM("DIR"), tasks=[...]). Tokens, context and truncation are those of
+its model "hf", so that the numbers are those of transformers.
 """
 
 import os
 from typing import Any
 
-import tqdm
-
+from deepseek_jax.cli.progress import Bar
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.evaluation.choices import Pair, score_pairs
 from deepseek_jax.inference.generation.text import Stream
@@ -22,8 +23,9 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as e:
-    needs = f"lm-evaluation-harness cannot be imported ({e}). Install it: pip install 'deepseek_jax[lm-eval]'."
-    raise ImportError(needs) from e
+    raise ImportError(
+        f"lm-evaluation-harness cannot be imported ({e}). Install it: pip install 'deepseek_jax[lm-eval]'."
+    ) from e
 
 MAX_GEN_TOKS = 256  # the harness's default
 
@@ -33,9 +35,12 @@ class DeepseekJaxLM(TemplateLM):
     """A model for the harness.
 
     Args:
-      pretrained: as open_model: a Hugging Face checkpoint, or the folder of a run or import. step: checkpoint of a run.
-      dtype: of weights and computation. batch_size: rows of a batch; "auto": about 4,096 tokens a device.
-      max_length: tokens that the model reads at most (default: its max_position_embeddings). max_gen_toks: tokens of an answer at most.
+      pretrained: as open_model: a Hugging Face checkpoint, or the folder of a run or import.
+      step: checkpoint of a run.
+      dtype: of weights and computation.
+      batch_size: sequences of a batch; "auto": about 4,096 tokens per device.
+      max_length: tokens that the model reads at most (default: its max_position_embeddings).
+      max_gen_toks: tokens of an answer at most.
       axes: sizes of mesh axes, fsdp=2 for instance.
 
     Raises:
@@ -58,18 +63,26 @@ class DeepseekJaxLM(TemplateLM):
         del max_batch_size, device  # the harness's command gives them to every model
         mesh = parse_mesh(",".join(f"{a}={n}" for a, n in axes.items()), "model_args")
         opened = open_model(str(pretrained), step, dtype, mesh)
-        self._model, self._encoder = opened.model, opened.encoder()
-        longest = self._model.model.max_position_embeddings
+        self._model = opened.model
+        self._encoder = opened.encoder()
+        longest = self._model.config.max_position_embeddings
         if max_length is not None and not 1 <= int(max_length) <= longest:
             raise UserError(
-                f"max_length={max_length} is not between 1 and the model's max_position_embeddings={longest}. Choose one of these."
+                f"max_length={max_length} is not between 1 and the model's "
+                f"max_position_embeddings={longest}. Choose one of these."
             )
-        rows = None if batch_size is None or str(batch_size).startswith("auto") else str(batch_size)
-        if rows is not None and not (rows.isdigit() and int(rows)):
-            raise UserError(f"batch_size={batch_size} is neither auto nor a number of rows.")
-        self.batch_size = int(rows) if rows else None
-        self.max_length, self.max_gen_toks = int(max_length or longest), int(max_gen_toks)
-        self._name, self._template = str(pretrained), None
+        stated = None
+        if batch_size is not None and not str(batch_size).startswith("auto"):
+            stated = str(batch_size)
+            if not (stated.isdigit() and int(stated)):
+                raise UserError(
+                    f"batch_size={batch_size} is neither auto nor a number of sequences."
+                )
+        self.batch_size = int(stated) if stated else None
+        self.max_length = int(max_length or longest)
+        self.max_gen_toks = int(max_gen_toks)
+        self._name = str(pretrained)
+        self._template: str | None = None
 
     @property
     def eot_token_id(self) -> int:
@@ -79,7 +92,8 @@ class DeepseekJaxLM(TemplateLM):
     def prefix_token_id(self) -> int:
         if self._encoder.start_id is None:
             raise UserError(
-                f"the tokenizer of {self._name} has no token that begins or ends a text. Name one in tokenizer_config.json."
+                f"the tokenizer of {self._name} has no token that begins or ends a text. Name one in "
+                f"tokenizer_config.json."
             )
         return self._encoder.start_id
 
@@ -120,11 +134,9 @@ class DeepseekJaxLM(TemplateLM):
             Pair(context or [self.prefix_token_id], continuation)
             for _, context, continuation in requests
         ]
-        with tqdm.tqdm(
-            total=len(pairs), disable=disable_tqdm, desc="Running loglikelihood requests"
-        ) as bar:
+        with Bar("loglikelihood requests", len(pairs), not disable_tqdm, unit="items") as bar:
             scores = score_pairs(
-                self._model, pairs, self.batch_size, self.max_length, lambda _: bar.update(1)
+                self._model, pairs, self.batch_size, self.max_length, lambda _: bar.advance(1)
             )
         out = [(-s.nll, s.greedy) for s in scores]
         for (key, *_), answer in zip(requests, out, strict=True):
@@ -156,23 +168,18 @@ class DeepseekJaxLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        with tqdm.tqdm(
-            total=len(requests), disable=disable_tqdm, desc="Running generate_until requests"
-        ) as bar:
+        with Bar("generate_until requests", len(requests), not disable_tqdm, unit="items") as bar:
             for members in groups.values():
                 members.sort(key=lambda i: -len(requests[i].args[0]))
                 options = _options(requests[members[0]].args[1], self.max_gen_toks, self.max_length)
-                rows = self.batch_size or 16
-                for at in range(0, len(members), rows):
-                    some = members[at : at + rows]
-                    for i, text in zip(
-                        some,
-                        self._generate([requests[j].args[0] for j in some], **options),
-                        strict=True,
-                    ):
+                size = self.batch_size or 16
+                for at in range(0, len(members), size):
+                    some = members[at : at + size]
+                    answers = self._generate([requests[j].args[0] for j in some], **options)
+                    for i, text in zip(some, answers, strict=True):
                         out[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(some))
+                    bar.advance(len(some))
         return out
 
     def _generate(
@@ -180,7 +187,7 @@ class DeepseekJaxLM(TemplateLM):
     ) -> list[str]:
         room = self.max_length - max_gen_toks
         prompts = [(self.tok_encode(t) or [self.prefix_token_id])[-room:] for t in texts]
-        answers = self._model.generate(
+        answers: Any = self._model.generate(
             prompts,
             max_tokens=max_gen_toks,
             temperature=temperature,
@@ -207,17 +214,20 @@ def _options(given: dict[str, Any], max_gen_toks: int, max_length: int) -> dict[
     """
     options = dict(normalize_gen_kwargs(given, max_gen_toks))
     sampled = options.pop("do_sample", False)
+    max_gen_toks = int(options.pop("max_gen_toks"))
     out = {
         "until": [u for u in options.pop("until", []) if u],
-        "max_gen_toks": int(options.pop("max_gen_toks")),
+        "max_gen_toks": max_gen_toks,
         "temperature": float(options.pop("temperature", 0.0) or 0.0) if sampled else 0.0,
     }
     if sampled and (more := sorted(options)):
         raise UserError(
-            f"gen_kwargs {more[0]}={options[more[0]]} is not known here. Leave it out, or give do_sample=False."
+            f"gen_kwargs {more[0]}={options[more[0]]} is not known here. Leave it out, or give "
+            f"do_sample=False."
         )
-    if not 0 < out["max_gen_toks"] < max_length:
+    if not 0 < max_gen_toks < max_length:
         raise UserError(
-            f"max_gen_toks={out['max_gen_toks']} leaves no room for a prompt in the model's {max_length} tokens. Make it smaller."
+            f"max_gen_toks={max_gen_toks} leaves no room for a prompt in the model's {max_length} "
+            f"tokens. Make it smaller."
         )
     return out

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,78 +19,104 @@ from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.chat import Chat, end_ids
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration, exporter, names, reader, tokenizer_files
-from deepseek_jax.hf.provenance import Notes, notes_of
+from deepseek_jax.hf.provenance import SourceNotes, notes_of
 from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, make_layout
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a model came from.
+
+    Attributes:
+      folder: that it was loaded from.
+      notes: how its checkpoint stored it.
+      tokenizer: of a trained run, as tokenizer_files.tokenizer_of.
+      find_stop_ids: by that tokenizer.
+    """
+
+    folder: str
+    notes: SourceNotes
+    tokenizer: str = ""
+    find_stop_ids: Callable[[], frozenset[int]] | None = None
+
+
 class LoadedModel:
     """Weights over a mesh, and the forward pass.
 
     Attributes:
-      model: its options. family: the `model_type` that it is saved as. notes: how it was stored. source: the folder that it was loaded from.
+      config: the options of the model.
+      full_config: all options that it was built with: mesh, dtype, dispatch.
+      mesh: that the weights are spread over.
+      layout: how the weights lie on the mesh.
+      params: the weights.
+      bias: the selection biases of the router.
+      notes: how its checkpoint stored it.
+      family: the `model_type` that it is saved as.
+      source: the folder that it was loaded from.
+      tokenizer: of a trained run; else empty.
     """
 
     def __init__(
         self,
-        config: Config,
+        full_config: Config,
         mesh: jax.sharding.Mesh,
         layout: Layout,
         params: Any,
         bias: Any,
-        notes: Notes,
-        source: str,
-        tokenizer: str = "",
-        find_stop_ids: Callable[[], frozenset[int]] | None = None,
+        origin: Origin,
     ):
-        """Args: tokenizer: of a trained run, as tokenizer_files.tokenizer_of. find_stop_ids: by that tokenizer."""
-        self.config, self.mesh, self.layout, self.params, self.bias = (
-            config,
-            mesh,
-            layout,
-            params,
-            bias,
-        )
-        self.model: ModelConfig = config.model
-        self.notes, self.family, self.source, self.tokenizer = (
-            notes,
-            notes.family,
-            source,
-            tokenizer,
-        )
-        self._forward = jax.jit(self._logits, static_argnames="rows")
-        self._find_stop_ids, self._engine = find_stop_ids, None
+        self.full_config = full_config
+        self.config: ModelConfig = full_config.model
+        self.mesh = mesh
+        self.layout = layout
+        self.params = params
+        self.bias = bias
+        self.notes = origin.notes
+        self.family = origin.notes.family
+        self.source = origin.folder
+        self.tokenizer = origin.tokenizer
+        self._find_stop_ids = origin.find_stop_ids
+        self._forward = jax.jit(self._logits, static_argnames="count")
+        self._engine: Any = None
 
     def __call__(self, tokens_BS: Any) -> jax.Array:
-        """float32 logits [B, S, V] of token ids [B, S]: row [b, s] tells of the token after tokens_BS[b, : s + 1].
+        """The logits of the tokens that come next.
+
+        Args:
+          tokens_BS: token ids, whole numbers [B, S], equally long sequences.
+
+        Returns:
+          float32 [B, S, V]: [b, s] tells of the token after tokens_BS[b, : s + 1].
 
         Raises:
           UserError: the ids are not those of the vocabulary, or the sequences are too long.
         """
         ids = np.asarray(tokens_BS)
-        m = self.model
         if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
             raise UserError(
                 f"tokens are {ids.dtype}{list(ids.shape)} and not whole numbers [sequences, positions]. "
                 f"Give a list of equally long lists of ids."
             )
-        if ids.min() < 0 or ids.max() >= m.vocab_size:
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise UserError(
-                f"tokens run from {ids.min()} to {ids.max()}, but the model has the ids 0 to {m.vocab_size - 1}."
+                f"tokens run from {ids.min()} to {ids.max()}, but the model has the ids 0 to "
+                f"{self.config.vocab_size - 1}."
             )
-        if ids.shape[1] > m.max_position_embeddings:
+        longest = self.config.max_position_embeddings
+        if ids.shape[1] > longest:
             raise UserError(
-                f"sequences of {ids.shape[1]} tokens are above the model's max_position_embeddings={m.max_position_embeddings}."
+                f"sequences of {ids.shape[1]} tokens are above the model's max_position_embeddings={longest}."
             )
-        ways = math.prod(self.mesh.shape[a] for a in BATCH_AXES)
-        rows = len(ids)
-        ids = np.concatenate([ids, np.repeat(ids[:1], -rows % ways, axis=0)]).astype(np.int32)
+        shards = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        count = len(ids)
+        padding = np.repeat(ids[:1], -count % shards, axis=0)
+        ids = np.concatenate([ids, padding]).astype(np.int32)
         with jax.set_mesh(self.mesh):
-            return self._forward(
-                self.params, self.bias, jax.device_put(ids, jax.P(BATCH_AXES)), rows=rows
-            )
+            placed = jax.device_put(ids, jax.P(BATCH_AXES))
+            return self._forward(self.params, self.bias, placed, count=count)
 
     def generate(
         self,
@@ -105,33 +132,31 @@ class LoadedModel:
         """The tokens after a prompt, or after each of several of any lengths, without the one that ends them.
 
         Args:
-          tokens: ids of a prompt, or a list of such. max_tokens: of an answer; it also ends at max_position_embeddings.
-          temperature: divides the logits; 0 takes the likeliest token. top_k: draw from so many of the likeliest tokens, 0: all. top_p: from
-            the smallest set of likeliest tokens with this probability. seed: a draw depends on it, the prompt's place in the list and the
-            token's position alone.
+          tokens: ids of a prompt, or a list of such.
+          max_tokens: of an answer; it also ends at max_position_embeddings.
+          temperature: divides the logits; 0 takes the likeliest token.
+          top_k: draw from so many of the likeliest tokens; 0: all.
+          top_p: draw from the smallest set of likeliest tokens with this probability.
+          seed: a draw depends on it, the prompt's place in the list and the token's position alone.
           stop_ids: tokens that end an answer; None: `self.stop_ids`.
-          draft_tokens: tokens that multi-token prediction layers draft a step; the answers stay the same.
+          draft_tokens: tokens that multi-token prediction layers draft per step; the answers stay the same.
+
+        Returns:
+          The ids of the answer, or a list of such.
 
         Raises:
-          UserError: the ids are not those of the vocabulary, a prompt is empty or too long, or there is no multi-token prediction layer.
+          UserError: the ids are not those of the vocabulary, a prompt is empty or too long, or there is no
+            multi-token prediction layer.
         """
-        from deepseek_jax.inference.generation.engine import (
-            Engine,
-        )  # generation reads checkpoints by this package
+        # generation/ reads checkpoints by this package.
+        from deepseek_jax.inference.generation.engine import Engine
+        from deepseek_jax.inference.generation.placed import PlacedModel
         from deepseek_jax.inference.generation.sampling import Sampling
 
-        m, one = self.model, len(tokens) > 0 and not isinstance(tokens[0], (Sequence, np.ndarray))
-        prompts = [[int(i) for i in p] for p in ([tokens] if one else tokens)]
-        for prompt in prompts:
-            if not 0 < len(prompt) < m.max_position_embeddings:
-                raise UserError(
-                    f"a prompt has {len(prompt)} tokens, and not 1 to {m.max_position_embeddings - 1} (max_position_embeddings - 1). "
-                    f"Give prompts of such lengths."
-                )
-            if min(prompt) < 0 or max(prompt) >= m.vocab_size:
-                raise UserError(
-                    f"tokens run from {min(prompt)} to {max(prompt)}, but the model has the ids 0 to {m.vocab_size - 1}."
-                )
+        one = len(tokens) > 0 and not isinstance(tokens[0], (Sequence, np.ndarray))
+        given: Any = [tokens] if one else tokens
+        prompts = [[int(i) for i in prompt] for prompt in given]
+        self._check_prompts(prompts, draft_tokens)
         if (
             not 0 <= temperature < float("inf")
             or top_k < 0
@@ -140,24 +165,38 @@ class LoadedModel:
             or not 0 <= seed < 2**32
         ):
             raise UserError(
-                f"temperature={temperature} must be 0 or more and finite, top_k={top_k} 0 or more, top_p={top_p} above 0 and at most 1, "
-                f"max_tokens={max_tokens} at least 1, seed={seed} a 32-bit number."
-            )
-        if draft_tokens and not m.num_nextn_predict_layers:
-            raise UserError(
-                f"draft_tokens={draft_tokens} needs multi-token prediction layers, and this model has none. Set draft_tokens=0."
+                f"temperature={temperature} must be 0 or more and finite, top_k={top_k} 0 or more, "
+                f"top_p={top_p} above 0 and at most 1, max_tokens={max_tokens} at least 1, seed={seed} a "
+                f"32-bit number."
             )
         if self._engine is None:
-            self._engine = Engine(self.layout, self.mesh, self.params, self.bias)
+            placed = PlacedModel(self.layout, self.params, self.bias, self.mesh)
+            self._engine = Engine(placed)
         stop = self.stop_ids if stop_ids is None else stop_ids
-        out = (
-            self._engine.generate(
-                prompts, max_tokens, Sampling(temperature, top_k, top_p, seed), stop, draft_tokens
-            )
-            if prompts
-            else []
-        )
+        if not prompts:
+            return []
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        out = self._engine.generate(prompts, max_tokens, sampling, stop, draft_tokens)
         return out[0] if one else out
+
+    def _check_prompts(self, prompts: list[list[int]], draft_tokens: int) -> None:
+        longest, vocab_size = self.config.max_position_embeddings, self.config.vocab_size
+        for prompt in prompts:
+            if not 0 < len(prompt) < longest:
+                raise UserError(
+                    f"a prompt has {len(prompt)} tokens, and not 1 to {longest - 1} "
+                    f"(max_position_embeddings - 1). Give prompts of such lengths."
+                )
+            if min(prompt) < 0 or max(prompt) >= vocab_size:
+                raise UserError(
+                    f"tokens run from {min(prompt)} to {max(prompt)}, but the model has the ids 0 to "
+                    f"{vocab_size - 1}."
+                )
+        if draft_tokens and not self.config.num_nextn_predict_layers:
+            raise UserError(
+                f"draft_tokens={draft_tokens} needs multi-token prediction layers, and this model has none. "
+                f"Set draft_tokens=0."
+            )
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -169,18 +208,18 @@ class LoadedModel:
         """
         return self._find_stop_ids() if self._find_stop_ids else stop_ids_of(self.source)
 
-    def _logits(self, params, bias, tokens_BS, rows):
+    def _logits(self, params, bias, tokens_BS, count: int) -> jax.Array:
+        """Of the first `count` sequences; the others fill the batch."""
+        chex.assert_rank(tokens_BS, 2)
         net = self.layout.merge_for_inference(params, bias)
-        place = jax.lax.broadcasted_iota(
+        positions_BS = jax.lax.broadcasted_iota(
             jnp.int32, tokens_BS.shape, 1, out_sharding=jax.typeof(tokens_BS).sharding
         )
-        out = net(tokens_BS, jnp.ones_like(tokens_BS), place)
+        out = net(tokens_BS, jnp.ones_like(tokens_BS), positions_BS)
         logits_BSV = net.logits(out.hidden_BSD)
-        return (
-            logits_BSV
-            if rows == len(tokens_BS)
-            else jax.sharding.reshard(logits_BSV, jax.P())[:rows]
-        )
+        if count == len(tokens_BS):
+            return logits_BSV
+        return jax.sharding.reshard(logits_BSV, jax.P())[:count]
 
 
 def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> LoadedModel:
@@ -188,11 +227,14 @@ def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = Non
 
     Args:
       path: a folder with config.json and safetensors files.
-      dtype: float32, bfloat16 or float16: of the weights and of the computation; router, norms and logits are float32.
-      mesh: with the axes of parallel/mesh.py (any missing ones have size 1); all weights are sharded over it. None: the first device.
+      dtype: float32, bfloat16 or float16: of the weights and of the computation; router, norms and logits are
+        float32.
+      mesh: with the axes of parallel/mesh.py (any missing ones have size 1); all weights are sharded over it.
+        None: the first device.
 
     Raises:
-      UserError: the checkpoint cannot be read or is not of a model that this version has; dtype or mesh do not fit.
+      UserError: the checkpoint cannot be read or is not of a model that this version has; dtype or mesh do
+        not fit.
     """
     source, model, family = reader.open_source(path)
     config, mesh = config_for(model, mesh, dtype)
@@ -200,16 +242,19 @@ def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = Non
         layout = make_layout(config, mesh)
         params, bias = reader.state_of(source, config, family, layout, dtype)
     source.close()
-    return LoadedModel(
-        config, mesh, layout, params, bias, notes_of(source, model, family), source.folder
-    )
+    origin = Origin(source.folder, notes_of(source, model, family))
+    return LoadedModel(config, mesh, layout, params, bias, origin)
 
 
 def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
-    """Writes a loaded model as a Hugging Face checkpoint, with the tokenizer files of the one that it was loaded from.
+    """Writes a loaded model as a Hugging Face checkpoint.
+
+    The tokenizer files of the one that it was loaded from go with it.
 
     Args:
-      path: a folder that does not exist yet. dtype: of all tensors but the selection bias; None: each as it was stored (FP8: bfloat16).
+      model: what to write.
+      path: a folder that does not exist yet.
+      dtype: of all tensors but the selection bias; None: each as it was stored (FP8: bfloat16).
 
     Raises:
       UserError: the folder cannot be written, no family has such a model, or dtype is not float32, bfloat16
@@ -221,34 +266,35 @@ def save(model: LoadedModel, path: str, dtype: str | None = None) -> None:
     if model.tokenizer:  # of a run
         saved = from_config_dict(workdirs.read_config(model.source))
         companions = tokenizer_files.of_run(saved, model.source, model.tokenizer)
-    family = model.family or configuration.find_family(model.model)
-    arrays = {
-        names.path_of(p): a
-        for state in (model.params, model.bias)
-        for p, a in jax.tree_util.tree_leaves_with_path(state)
-    }
-    leaves = [
-        leaf
-        for state in (model.params, model.bias)
-        for leaf in names.leaves(state, family, model.model)
-    ]
-    exporter.export(
-        path,
-        model.model,
-        family,
-        leaves,
-        lambda leaf: arrays[leaf.path],
-        {} if dtype else model.notes.dtypes,
-        dtype or "float32",
-        companions,
-        model.notes.model,
+    family = model.family or configuration.find_family(model.config)
+    arrays, leaves = {}, []
+    for state in (model.params, model.bias):
+        leaves += names.leaves(state, family, model.config)
+        for tree_path, array in jax.tree_util.tree_leaves_with_path(state):
+            arrays[names.path_of(tree_path)] = array
+
+    def get(leaf: names.Leaf) -> jax.Array:
+        return arrays[leaf.path]
+
+    what = exporter.Export(
+        model.config, family, leaves, get, companions, notes=model.notes, dtype=dtype
     )
+    exporter.export(path, what)
 
 
 def config_for(
     model: ModelConfig, mesh: jax.sharding.Mesh | None, dtype: str = "float32"
 ) -> tuple[Config, jax.sharding.Mesh]:
-    """Options to run a model with, and the mesh, all of whose axes are named."""
+    """Options to run a model with, and a mesh that has all axes.
+
+    Args:
+      model: its options.
+      mesh: as `load`.
+      dtype: of weights and computation.
+
+    Raises:
+      UserError: the mesh has an axis of another name, or the model does not fit it.
+    """
     shape = {a: 1 for a in AXES} | dict(mesh.shape if mesh is not None else {})
     if unknown := sorted(shape.keys() - set(AXES)):
         raise UserError(

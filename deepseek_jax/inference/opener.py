@@ -1,9 +1,10 @@
-"""Opens whatever holds a model: a Hugging Face checkpoint, a workdir that `import` made, or the workdir of a run."""
+"""Opens whatever holds a model: a Hugging Face checkpoint, or the workdir of a run or of `import`."""
 
 import dataclasses
 import math
 import os
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,13 +16,13 @@ from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.encoder import Encoder
-from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration, names, provenance
-from deepseek_jax.hf.provenance import Notes
+from deepseek_jax.hf.provenance import SourceNotes
 from deepseek_jax.hf.tensors import read_config
 from deepseek_jax.hf.tokenizer_files import contents_of, ends_of, tokenizer_of
-from deepseek_jax.inference.loaded import LoadedModel, config_for, load
+from deepseek_jax.inference.loaded import LoadedModel, Origin, config_for, load
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import from_tree, make_layout, to_tree
@@ -29,18 +30,23 @@ from deepseek_jax.train.state import from_tree, make_layout, to_tree
 
 @dataclasses.dataclass
 class Opened:
-    """A model and what it came with."""
+    """A model and what it came with.
+
+    Attributes:
+      model: the model.
+      run: the options of the run, where it is one.
+      trained: whether it is from a checkpoint of a run.
+      folder: with tokenizer and chat template. None: the run's tokenizer is all there is.
+      tokenizer: of a trained run: bytes, or the path of the tokenizer.json that it was trained with.
+      contents: of the data that it was trained on, as far as known.
+    """
 
     model: LoadedModel
-    run: Config | None  # the options of the run, where it is one
-    trained: bool  # whether it is from a checkpoint of a run
-    folder: (
-        str | None
-    )  # with tokenizer and chat template; None: the run's tokenizer is all there is
-    tokenizer: str = (
-        ""  # of a trained run: bytes, or the path of the tokenizer.json that it was trained with
-    )
-    contents: Contents | None = None  # of the data that it was trained on, as far as known
+    run: Config | None
+    trained: bool
+    folder: str | None
+    tokenizer: str = ""
+    contents: Contents | None = None
 
     def encoder(self) -> Encoder:
         """Text to token ids.
@@ -48,25 +54,32 @@ class Opened:
         Raises:
           UserError: there is no tokenizer, or it has ids that the model has not.
         """
-        return encoder_of(
-            self.folder, self.tokenizer, self.run, self.model.model.vocab_size, self.model.source
-        )
+        vocab_size = self.model.config.vocab_size
+        return encoder_of(self.folder, self.tokenizer, self.run, vocab_size, self.model.source)
 
 
 def encoder_of(
     folder: str | None, tokenizer: str, run: Config | None, vocab_size: int, name: str
 ) -> Encoder:
-    """The tokenizer of a folder, or without one a run's, for a model of so many ids. What ended a trained
-    run's documents ends its answers, as it does those of its export.
+    """The tokenizer of a folder, or without one a run's.
+
+    What ended a trained run's documents ends its answers, as it does those of its export.
+
+    Args:
+      folder, tokenizer, run: as Opened.
+      vocab_size: ids that the model has.
+      name: what messages call the model.
 
     Raises:
       UserError: as Opened.encoder.
     """
+    source: Chat | Tokenizer
     if folder is not None:
         source = Chat(folder, vocab_size)
     else:
+        assert run is not None
         source = load_tokenizer(tokenizer, special_tokens=run.data.special_tokens)
-    out = Encoder(source, name, ends_of(run, tokenizer) if tokenizer else ())
+    out = Encoder(source, name, ends_of(run, tokenizer) if run and tokenizer else ())
     if out.vocab_size > vocab_size:
         last = out.text_of(out.vocab_size - 1)
         raise UserError(
@@ -87,7 +100,8 @@ def open_model(
 
     Args:
       path: a Hugging Face checkpoint (or its folder in the hub's cache), or the folder of a run of train.py
-        or of import. step: checkpoint of the run; None: its newest.
+        or of import.
+      step: checkpoint of the run; None: its newest.
       dtype, mesh: as hf.load.
 
     Raises:
@@ -99,7 +113,8 @@ def open_model(
     if not isinstance(read_config(path).get("model"), dict):
         if step is not None:
             raise UserError(
-                f"--step={step}: {path} is a checkpoint itself, and not a run that has some. Leave it out."
+                f"--step={step}: {path} is a checkpoint itself, and not a run that has some. Leave it "
+                f"out."
             )
         model = load(path, dtype, mesh)
         return Opened(model, None, False, model.source)
@@ -109,45 +124,41 @@ def open_model(
 def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mesh | None) -> Opened:
     saved = from_config_dict(workdirs.read_config(workdir))
     folder, files = workdirs.checkpoints(workdir, saved), os.path.join(workdir, provenance.FOLDER)
-    untrained = step is None and provenance.is_untrained(workdir, folder)
-    if untrained:
+    local_dir = saved.checkpoint.local_dir
+    if step is None and provenance.is_untrained(workdir, folder, local_dir):
         model = load(files, dtype, mesh)
         return Opened(model, saved, False, model.source)
     config, mesh = config_for(saved.model, mesh, dtype)
     config = dataclasses.replace(config, moe=saved.moe)
     with jax.set_mesh(mesh):
         layout = make_layout(config, mesh)
-        nothing = {name: None for name in layout.abstract._fields if name not in ("params", "bias")}
+        others = set(layout.abstract._fields) - {"params", "bias"}
+        nothing: dict[str, Any] = dict.fromkeys(others)
         wanted = layout.abstract_sharded()._replace(**nothing)
-        checkpoints = Checkpointer(folder, read_only=True)
+        checkpoints = Checkpointer(folder, read_only=True, options=saved.checkpoint)
         trained = contents_of(checkpoints.read_extra(step))
         tokenizer = tokenizer_of(workdir, saved, trained)
         state = from_tree(checkpoints.restore_params(to_tree(wanted), step), wanted)
         checkpoints.close()
         params = _cast(state.params, np.dtype(dtype))
     try:
-        notes = provenance.read_notes(workdir) or Notes(
+        notes = provenance.read_notes(workdir) or SourceNotes(
             configuration.find_family(saved.model), saved.model, {}
         )
     except UserError:  # a model of our own: it runs, and only hf.save has to refuse it
-        notes = Notes("", saved.model, {})
-    folder = files if tokenizer and tokenizer == tokenizer_folder.find(files) else None
-    model = LoadedModel(
-        config,
-        mesh,
-        layout,
-        params,
-        state.bias,
-        notes,
-        workdir,
-        tokenizer,
-        lambda: encoder_of(folder, tokenizer, saved, config.model.vocab_size, workdir).stop_ids,
-    )
-    return Opened(model, saved, True, folder, tokenizer, trained)
+        notes = SourceNotes("", saved.model, {})
+    text = files if tokenizer and tokenizer == tokenizer_folder.find(files) else None
+
+    def find_stop_ids() -> frozenset[int]:
+        return encoder_of(text, tokenizer, saved, saved.model.vocab_size, workdir).stop_ids
+
+    origin = Origin(workdir, notes, tokenizer, find_stop_ids)
+    model = LoadedModel(config, mesh, layout, params, state.bias, origin)
+    return Opened(model, saved, True, text, tokenizer, trained)
 
 
 def _cast(params, dtype: np.dtype):
-    """Matrices in another dtype, as reading.read_state makes them, one array at a time."""
+    """Matrices in another dtype, as hf.reader.read_state makes them, one array at a time."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     out = []
     while leaves:
@@ -159,7 +170,11 @@ def _cast(params, dtype: np.dtype):
 
 
 def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | None:
-    """A mesh from "fsdp=2,expert=4", over as many of the devices; one size may be -1: as many as are left. None for None.
+    """A mesh from "fsdp=2,expert=4", over as many of the devices.
+
+    Args:
+      text: one size may be -1: as many as are left. Nothing gives None.
+      option: what messages call it.
 
     Raises:
       UserError: an axis is unknown or named twice, a size is no whole number, or there are fewer devices.
@@ -171,7 +186,8 @@ def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | 
         found = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d{0,5})\s*", part)
         if not found or found[1] not in AXES or found[1] in sizes:
             raise UserError(
-                f"{option}={text}: {part!r} is not AXIS=SIZE. Name each of {', '.join(AXES)} once at most, as in fsdp=2,expert=4."
+                f"{option}={text}: {part!r} is not AXIS=SIZE. Name each of {', '.join(AXES)} once at most, "
+                f"as in fsdp=2,expert=4."
             )
         sizes[found[1]] = int(found[2])
     devices = jax.devices()
@@ -182,6 +198,7 @@ def parse_mesh(text: str | None, option: str = "--mesh") -> jax.sharding.Mesh | 
     count = math.prod(sizes.values())
     if len(free) > 1 or not 0 < count <= len(devices):
         raise UserError(
-            f"{option}={text} does not fit {len(devices)} devices. Make it smaller; JAX_NUM_CPU_DEVICES=8 makes 8 of a CPU."
+            f"{option}={text} does not fit {len(devices)} devices. Make it smaller; JAX_NUM_CPU_DEVICES=8 "
+            f"makes 8 of a CPU."
         )
     return jax.sharding.Mesh(np.array(devices[:count]).reshape(list(sizes.values())), tuple(sizes))

@@ -1,12 +1,18 @@
 """When the launcher starts its processes again, and how many of them. No processes here, only decisions."""
 
+import signal
 from typing import NamedTuple
 
-from deepseek_jax.cluster.monitor import LOST
 from deepseek_jax.cluster.signals import SIGNALS
+from deepseek_jax.errors import ExitCode, stopped_by
 
 # Done; a mistake; bad numbers, which would come again; stopped by a signal.
-NEVER = (0, 2, 3, *(128 + s for s in SIGNALS))
+NEVER = (
+    ExitCode.DONE,
+    ExitCode.MISTAKE,
+    ExitCode.BAD_NUMBERS,
+    *(stopped_by(s) for s in SIGNALS),
+)
 STEADY = 600.0  # seconds: processes that lasted so long begin with a clean record
 LONGEST_DELAY = 60.0
 
@@ -14,9 +20,7 @@ LONGEST_DELAY = 60.0
 class Start(NamedTuple):
     """The next start."""
 
-    places: list[
-        int
-    ]  # of the processes, out of those that the launcher was given: each has its own GPUs
+    places: list[int]  # of the processes, out of the launcher's: each has its own GPUs
     delay: float  # seconds until then
     text: str  # what to say
 
@@ -24,17 +28,27 @@ class Start(NamedTuple):
 class Restarts:
     """Decides after every end of the processes.
 
-    A process that fails first twice in a row is given up, with its GPUs, as long as `at_least` others are left. Where so few do not fit the
-    mesh (exit code 2), the next fewer are tried.
+    A process that fails first twice in a row is given up, with its GPUs, as long as `at_least`
+    others are left. Where so few do not fit the mesh (exit code 2), the next fewer are tried.
 
-    Args:
-      count: processes to start with. at_least: the fewest to go on with. most: how often to start again.
+    Attributes:
+      places: in use, in order.
+      count: processes to start with.
     """
 
     def __init__(self, count: int, at_least: int, most: int):
+        """
+        Args:
+          count: processes to start with.
+          at_least: the fewest to go on with.
+          most: how often to start again.
+        """
         self.places = list(range(count))
-        self.count, self._at_least, self._most = count, at_least, most
-        self._made, self._in_row = 0, 0
+        self.count = count
+        self._at_least = at_least
+        self._most = most
+        self._made = 0
+        self._in_row = 0
         self._last_failed: int | None = None
 
     @property
@@ -43,11 +57,21 @@ class Restarts:
         return self._at_least < self.count
 
     def after(self, code: int, failed: int | None, lasted: float) -> Start | None:
-        """What comes after the processes ended with this exit code after `lasted` seconds; `failed`: the place that did so first.
+        """What comes after all processes have ended.
 
-        None: nothing more.
+        Args:
+          code: their exit code.
+          failed: the place that failed first.
+          lasted: seconds that they ran.
+
+        Returns:
+          None: nothing more.
         """
-        if code == 2 and len(self.places) < self.count and self._last_failed is not None:
+        if (
+            code == ExitCode.MISTAKE
+            and len(self.places) < self.count
+            and self._last_failed is not None
+        ):
             if len(self.places) <= self._at_least:
                 return None
             self.places = self.places[:-1]
@@ -59,25 +83,31 @@ class Restarts:
         if code in NEVER or self._made >= self._most:
             return None
         if lasted > STEADY:
-            self._in_row, self._last_failed = 0, None
+            self._in_row = 0
+            self._last_failed = None
         given_up = ""
         if failed is not None and failed == self._last_failed and len(self.places) > self._at_least:
             self.places = [p for p in self.places if p != failed]
             given_up = f" without place {failed}, which failed twice in a row"
-        self._made, self._in_row, self._last_failed = self._made + 1, self._in_row + 1, failed
+        self._made += 1
+        self._in_row += 1
+        self._last_failed = failed
         delay = min(2.0 ** (self._in_row - 1), LONGEST_DELAY)
         plural = "es" * (len(self.places) > 1)
         return Start(
             self.places,
             delay,
-            f"restart {self._made} of {self._most} in {delay:g} s, with {len(self.places)} process{plural}{given_up}.",
+            f"restart {self._made} of {self._most} in {delay:g} s, with {len(self.places)} "
+            f"process{plural}{given_up}.",
         )
 
     def grow(self) -> Start | None:
         """All places again, by request; None if they are in use already."""
         if len(self.places) == self.count:
             return None
-        self.places, self._last_failed, self._in_row = list(range(self.count)), None, 0
+        self.places = list(range(self.count))
+        self._last_failed = None
+        self._in_row = 0
         return Start(self.places, 0.0, f"starting again with all {self.count} processes.")
 
 
@@ -85,14 +115,18 @@ def first_failed(ended: list[tuple[int, int, bool]]) -> tuple[int, int | None]:
     """(exit code of all, place that failed first) of processes in the order of their ends.
 
     Args:
-      ended: (place, exit code, whether the launcher had to kill it). A process that had to be killed is what the others missed, where they
-        say that one was lost.
+      ended: (place, exit code, whether the launcher had to kill it). A process that had to be
+        killed is what the others missed, where they say that one was lost.
     """
-    own = [(place, code) for place, code, killed in ended if code and code != LOST and not killed]
+    own = [
+        (place, code)
+        for place, code, killed in ended
+        if code and code != ExitCode.LOST and not killed
+    ]
     if own:
         return own[0][1], own[0][0]
-    lost = any(code == LOST for _, code, _ in ended)
+    lost = any(code == ExitCode.LOST for _, code, _ in ended)
     stuck = [place for place, code, killed in ended if killed]
     if stuck:
-        return (LOST if lost else 128 + 9), stuck[0]
-    return (LOST if lost else 0), None
+        return (ExitCode.LOST if lost else stopped_by(signal.SIGKILL)), stuck[0]
+    return (ExitCode.LOST if lost else ExitCode.DONE), None

@@ -9,31 +9,31 @@ from deepseek_jax.config.options import ModelConfig
 
 
 class Count(NamedTuple):
-    total: int  # all parameters of the main model: embedding and head included, MTP layers not
+    total: int  # parameters of the main model: with embedding and head, without MTP layers
     active: int  # those that one token uses: all but the experts it was not sent to
     mtp: int  # parameters of the MTP layers, which share embedding and head
     flops_per_token: float  # forward and backward, see `count`
 
 
-def count(model: ModelConfig, params: nnx.State, sequence_length: int) -> Count:
-    """Counts a model's parameters and its training FLOPs a token.
+def count(config: ModelConfig, params: nnx.State, sequence_length: int) -> Count:
+    """Counts a model's parameters and its training FLOPs per token.
 
-    FLOPs are 6 per active matmul weight (2 forward, 4 backward; embedding look-up, norms, router and recomputation not
-    counted, the head counted, once more for every MTP depth) plus causal attention, counted once: 3 * layers *
-    heads * (query width + value width) * sequence_length.
+    FLOPs are 6 per active matmul weight (2 forward, 4 backward; embedding look-up, norms, router
+    and recomputation not counted, the head counted, once more for every MTP depth) plus causal
+    attention, counted once: 3 * layers * heads * (query width + value width) * sequence_length.
 
     Args:
+      config: the model's options.
       params: arrays or shapes of `model.transformer.Transformer`.
+      sequence_length: in tokens, which attention depends on.
     """
     total = mtp = idle = not_matmul = mtp_active = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         ahead = name.startswith("mtp/")
-        unused = (
-            leaf.size - leaf.size * model.num_experts_per_tok // model.n_routed_experts
-            if "/experts/" in name
-            else 0
-        )
+        unused = 0
+        if "/experts/" in name:
+            unused = leaf.size - leaf.size * config.num_experts_per_tok // config.n_routed_experts
         if ahead:
             mtp += leaf.size
             mtp_active += leaf.size - unused
@@ -44,13 +44,13 @@ def count(model: ModelConfig, params: nnx.State, sequence_length: int) -> Count:
             "norm" in name
             or "/gate/" in name
             or name.endswith("_proj/bias")
-            or (name.startswith("embed_tokens") and not model.tie_word_embeddings)
+            or (name.startswith("embed_tokens") and not config.tie_word_embeddings)
         ):
             not_matmul += leaf.size
-    depth = model.num_nextn_predict_layers
-    matmul = total - idle + mtp_active - not_matmul + depth * model.vocab_size * model.hidden_size
-    width = model.qk_head_dim + model.value_head_dim
+    depth = config.num_nextn_predict_layers
+    matmul = total - idle + mtp_active - not_matmul + depth * config.vocab_size * config.hidden_size
+    width = config.qk_head_dim + config.value_head_dim
     attention = (
-        (model.num_hidden_layers + depth) * model.num_attention_heads * width * sequence_length
+        (config.num_hidden_layers + depth) * config.num_attention_heads * width * sequence_length
     )
     return Count(total, total - idle, mtp, 6.0 * matmul + 3.0 * attention)

@@ -1,8 +1,9 @@
-"""The mixture-of-experts layer. Shape letters: layers.py, dispatch.py."""
+"""The mixture-of-experts layer. Shape letters: layers.py, experts/rounds.py."""
 
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,8 +11,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import ModelConfig, MoeConfig
-from deepseek_jax.experts import cpu_decode, dispatch
-from deepseek_jax.experts.cpu_decode import Listed
+from deepseek_jax.experts import cpu_unstacked, dispatch
+from deepseek_jax.experts.cpu_unstacked import UnstackedExperts
 from deepseek_jax.model.layers import MLP, param
 from deepseek_jax.model.router import Routing, route
 from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
@@ -19,39 +20,41 @@ from deepseek_jax.parallel.weights import gathered, stored, whole
 
 
 class SelectionBias(nnx.Variable):
-    """`e_score_correction_bias`: float32, added to the scores for choosing only. Not trained: train/step.py moves it."""
+    """`e_score_correction_bias`: float32, added to the scores for choosing only.
+
+    It is not trained: train/step.py moves it.
+    """
 
 
 class Load(NamedTuple):
     """Where the assignments of the global batch went: integers, the same on every device, without gradient.
 
-    W: the devices of data x fsdp x expert, row-major. Padding counts nowhere. Stacked over layers, leaves have a leading [L].
+    W: the devices of data x fsdp x expert, row-major. Padding counts nowhere. Stacked over layers,
+    leaves have a leading [L].
     """
 
-    expert_counts: (
-        jax.Array
-    )  # int32 [E]: assignments of each expert, as the router chose: dropped ones included
+    expert_counts: jax.Array  # int32 [E]: assignments as the router chose, dropped ones included
     rounds: jax.Array  # int32 []: most dispatch rounds that any device ran
     dropped_counts: jax.Array  # int32 [E]: assignments dropped, by expert
-    received: jax.Array  # int32 [W]: rows that arrived at each device's experts
+    received: jax.Array  # int32 [W]: assignments that arrived at each device's experts
     dropped_from: jax.Array  # int32 [W]: assignments dropped, by the device of their token
-    left: (
-        jax.Array
-    )  # int32 []: assignments, not dropped, whose expert lies on another device than their token
+    # int32 []: assignments, not dropped, whose expert lies on another device than their token
+    left: jax.Array
 
 
 class MoEStats(NamedTuple):
-    """Routing statistics of the global batch: summed over all devices, the same on each. Stacked over layers by the scan.
+    """Routing statistics of the global batch: summed over all devices, the same on each.
+
+    Stacked over layers by the scan, leaves have a leading [L].
 
     The sums are differentiable in the router's scores; objectives/pretrain.py turns them into losses.
     """
 
     load: Load
-    sequence_balance: (
-        jax.Array
-    )  # float32: sum over sequences of sum_i f_i P_i (V3, equations 17 to 20)
+    # float32 []: sum over sequences of sum_i f_i P_i (V3, equations 17 to 20)
+    sequence_balance: jax.Array
     score_sum: jax.Array  # float32 [E]: sum over tokens of the normalised scores
-    z_sum: jax.Array  # float32: sum over tokens of logsumexp(logits)^2
+    z_sum: jax.Array  # float32 []: sum over tokens of logsumexp(logits)^2
 
 
 def merge_loads(loads: Load, axis: int = 0) -> Load:
@@ -73,14 +76,14 @@ def merge_stats(stats: MoEStats | None, axis: int) -> MoEStats | None:
 class Gate(nnx.Module):
     """The router's parameters."""
 
-    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(model.initializer_range)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
         self.kernel = param(
-            rngs, init, (model.hidden_size, model.n_routed_experts), ("embed", "router")
+            rngs, init, (config.hidden_size, config.n_routed_experts), ("embed", "router")
         )
-        if model.topk_method == "noaux_tc":
+        if config.topk_method == "noaux_tc":
             self.e_score_correction_bias = SelectionBias(
-                jnp.zeros((model.n_routed_experts,), jnp.float32),
+                jnp.zeros((config.n_routed_experts,), jnp.float32),
                 out_sharding=("router",),
                 eager_sharding=False,
             )
@@ -89,9 +92,9 @@ class Gate(nnx.Module):
 class Experts(nnx.Module):
     """All routed experts' weights: gate and up together as [E, D, 2, F], down as [E, F, D]."""
 
-    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
-        e, d, f = model.n_routed_experts, model.hidden_size, model.moe_intermediate_size
-        init = nnx.initializers.normal(model.initializer_range)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        e, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        init = nnx.initializers.normal(config.initializer_range)
         self.gate_up_proj = param(
             rngs, init, (e, d, 2, f), ("experts", "expert_embed", "pair", "expert_mlp")
         )
@@ -101,29 +104,38 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """Routed experts plus shared experts (DeepSeekMoE, arXiv:2401.06066)."""
 
-    def __init__(self, model: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs):
-        self.model, self.moe = model, moe
-        self.gate = Gate(model, rngs)
-        self.experts = Experts(model, rngs)
-        if model.n_shared_experts:
+    def __init__(self, config: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.moe = moe
+        self.gate = Gate(config, rngs)
+        self.experts = Experts(config, rngs)
+        if config.n_shared_experts:
             self.shared_experts = MLP(
-                model, model.n_shared_experts * model.moe_intermediate_size, rngs
+                config, config.n_shared_experts * config.moe_intermediate_size, rngs
             )
 
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, MoEStats | None]:
-        """Args: x_BSD in the compute dtype; valid_BS bool, False for padding, which is routed nowhere.
+        """Routed experts' and shared experts' output.
 
-        Returns: [B, S, D] and the statistics; None where the weights are `Listed`.
+        Args:
+          x_BSD: in the compute dtype.
+          valid_BS: bool, False for padding, which is routed nowhere.
+
+        Returns:
+          [B, S, D] in the compute dtype, and the statistics; None where the weights are UnstackedExperts.
         """
+        chex.assert_rank(x_BSD, 3)
+        chex.assert_shape(valid_BS, x_BSD.shape[:2])
+        chex.assert_type(valid_BS, bool)
         bias_E = (
             self.gate.e_score_correction_bias[...]
-            if self.model.topk_method == "noaux_tc"
-            else jnp.zeros((self.model.n_routed_experts,))
+            if self.config.topk_method == "noaux_tc"
+            else jnp.zeros((self.config.n_routed_experts,))
         )
-        if isinstance(self.experts.gate_up_proj.get_value(), Listed):
-            return self._listed(x_BSD, valid_BS, bias_E), None
-        # Expert weights enter as they are stored; `_routed` gathers what the strategy divided, so that the transpose of that
-        # gather is a reduce-scatter.
+        if isinstance(self.experts.gate_up_proj.get_value(), UnstackedExperts):
+            return self._unstacked(x_BSD, valid_BS, bias_E), None
+        # Expert weights enter as they are stored, and `_routed` gathers what the strategy divided:
+        # the transpose of that gather is a reduce-scatter.
         gate_up, down = stored(self.experts.gate_up_proj), stored(self.experts.down_proj)
         weights, specs = gate_up[0] + down[0], (gate_up[1], down[1])
         kernel = whole(self.gate.kernel, jnp.float32)
@@ -140,35 +152,45 @@ class MoE(nnx.Module):
             out_specs=(P(BATCH_AXES), MoEStats(*[P()] * len(MoEStats._fields))),
         )
         y_BSD, stats = routed(x_BSD, valid_BS, kernel, bias_E, *weights)
-        if self.model.n_shared_experts:
+        if self.config.n_shared_experts:
             y_BSD = y_BSD + self.shared_experts(x_BSD)
         return y_BSD, stats
 
-    def _listed(self, x_BSD: jax.Array, valid_BS: jax.Array, bias_E: jax.Array) -> jax.Array:
-        """The same of weights that generation holds one expert at a time, on one CPU."""
+    def _unstacked(self, x_BSD: jax.Array, valid_BS: jax.Array, bias_E: jax.Array) -> jax.Array:
+        """The output where generation holds the experts as one array each, on one CPU."""
 
         def one_device(x_BSD, valid_BS, kernel_DE, bias_E, gate_up, down):
             x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-            routing = route(x_TD, kernel_DE, bias_E, self.model)
+            routing = route(x_TD, kernel_DE, bias_E, self.config)
             chosen_TK = jnp.where(
-                valid_BS.reshape(-1, 1), routing.expert_TK, self.model.n_routed_experts
+                valid_BS.reshape(-1, 1), routing.expert_TK, self.config.n_routed_experts
             )
-            return cpu_decode.compute(x_TD, routing.weight_TK, chosen_TK, gate_up, down).reshape(
-                x_BSD.shape
-            )
+            y_TD = cpu_unstacked.compute(x_TD, routing.weight_TK, chosen_TK, gate_up, down)
+            return y_TD.reshape(x_BSD.shape)
 
         weights = self.experts.gate_up_proj.get_value(), self.experts.down_proj.get_value()
         routed = per_device(
             one_device, (P(BATCH_AXES), P(BATCH_AXES), P(), P(), P(), P()), P(BATCH_AXES)
         )
         y_BSD = routed(x_BSD, valid_BS, whole(self.gate.kernel, jnp.float32), bias_E, *weights)
-        return y_BSD + self.shared_experts(x_BSD) if self.model.n_shared_experts else y_BSD
+        if self.config.n_shared_experts:
+            y_BSD = y_BSD + self.shared_experts(x_BSD)
+        return y_BSD
 
     def _routed(
         self, x_BSD, valid_BS, kernel, bias_E, *weights, specs
     ) -> tuple[jax.Array, MoEStats]:
-        """One device's part: route, drop if asked to, dispatch, count. `specs`: of the arrays of gate_up, and of down."""
-        m, moe = self.model, self.moe
+        """One device's part: route, drop if asked to, dispatch, count.
+
+        Args:
+          x_BSD: as of `__call__`.
+          valid_BS: as of `__call__`.
+          kernel: float32 [D, E], perhaps after an axis of replicas: the router's weight.
+          bias_E: float32, added to scores for choosing only.
+          weights: arrays of gate_up and then of down, as they are stored.
+          specs: PartitionSpecs of those of gate_up, and of those of down.
+        """
+        m, moe = self.config, self.moe
         b, s, d = x_BSD.shape
         x_TD = x_BSD.reshape(b * s, d)
         kernel_DE = kernel.reshape(kernel.shape[-2:])  # without the axis of replicas, if it has one
@@ -176,23 +198,21 @@ class MoE(nnx.Module):
         chosen_TK = jnp.where(valid_BS.reshape(-1, 1), routing.expert_TK, m.n_routed_experts)
         kept_TK = chosen_TK
         if moe.drop:
-            places = dispatch.slots_per_round(
+            capacity = dispatch.expert_capacity(
                 b * s, m.num_experts_per_tok, m.n_routed_experts, moe.capacity_factor
             )
             kept_TK = dispatch.drop(
-                chosen_TK, routing.weight_TK, m.n_routed_experts, places, moe.drop_policy
+                chosen_TK, routing.weight_TK, m.n_routed_experts, capacity, moe.drop_policy
             )
         # One array or two of each: `min_weight_size` may lie between their sizes.
         first = len(specs[0])
-        gate_up, down = (
-            gathered(weights[:first], specs[0], x_TD.dtype),
-            gathered(weights[first:], specs[1], x_TD.dtype),
-        )
+        gate_up = gathered(list(weights[:first]), specs[0], x_TD.dtype)
+        down = gathered(list(weights[first:]), specs[1], x_TD.dtype)
         # Every device of the tensor axis computes a slice of each expert's width, and so a part of every sum.
         x_TD, weight_TK = (lax.pcast(a, "tensor", to="varying") for a in (x_TD, routing.weight_TK))
-        y_TD, rounds = dispatch.dispatch(
-            moe.dispatch, x_TD, weight_TK, kept_TK, gate_up, down, moe.capacity_factor
-        )
+        tokens = dispatch.Tokens(x_TD, weight_TK, kept_TK)
+        experts = dispatch.ExpertWeights(gate_up, down)
+        y_TD, rounds = dispatch.dispatch(moe.dispatch, tokens, experts, moe.capacity_factor)
         y_TD = lax.psum(y_TD, "tensor")
         count_BE = _count(chosen_TK.reshape(b, -1), m.n_routed_experts)
         chosen_E = jnp.sum(count_BE, axis=0)
@@ -203,14 +223,22 @@ class MoE(nnx.Module):
 
 
 def load_of(chosen_E: jax.Array, kept_E: jax.Array, rounds: jax.Array) -> Load:
-    """The global load, from each device's counts int32 [E] of assignments chosen and not dropped, and from everyone's rounds."""
+    """The global load.
+
+    Args:
+      chosen_E: int32, this device's assignments of each expert.
+      kept_E: int32, those not dropped.
+      rounds: int32 [], the most that any device ran.
+    """
     groups, devices = lax.axis_size(("data", "fsdp")), lax.axis_size("expert")
     group, device = lax.axis_index(("data", "fsdp")), lax.axis_index("expert")
-    sent_X = jnp.sum(
-        kept_E.reshape(devices, -1), axis=1
-    )  # rows to each device of this one's expert group
+    # To each device of this one's expert group.
+    sent_X = jnp.sum(kept_E.reshape(devices, -1), axis=1)
     mine_YX = (jnp.arange(groups) == group)[:, None] & (jnp.arange(devices) == device)
-    total = lambda a: lax.psum(a, BATCH_AXES)
+
+    def total(a: jax.Array) -> jax.Array:
+        return lax.psum(a, BATCH_AXES)
+
     return Load(
         expert_counts=total(chosen_E),
         rounds=rounds,
@@ -222,12 +250,12 @@ def load_of(chosen_E: jax.Array, kept_E: jax.Array, rounds: jax.Array) -> Load:
 
 
 def _count(expert_BN: jax.Array, experts: int) -> jax.Array:
-    """int32 [B, E]: how often each expert is in each row; an expert out of range is nobody's."""
-    row_BN = jnp.broadcast_to(
-        jnp.arange(expert_BN.shape[0], dtype=jnp.int32)[:, None], expert_BN.shape
-    )
-    zeros_BE = jnp.zeros_like(expert_BN, shape=(expert_BN.shape[0], experts))
-    return zeros_BE.at[row_BN, expert_BN].add(1, mode="drop")
+    """int32 [B, E]: how often each expert is in each sequence; numbers out of range are not counted."""
+    sequences = expert_BN.shape[0]
+    sequence_B1 = jnp.arange(sequences, dtype=jnp.int32)[:, None]
+    sequence_BN = jnp.broadcast_to(sequence_B1, expert_BN.shape)
+    zeros_BE = jnp.zeros_like(expert_BN, shape=(sequences, experts))
+    return zeros_BE.at[sequence_BN, expert_BN].add(1, mode="drop")
 
 
 @jax.named_scope("route")

@@ -1,8 +1,10 @@
-"""The model over the stages of a pipeline: entrance, blocks, exit. Shape letters: layers.py, parallel/pipeline.py.
+"""The model over the stages of a pipeline: entrance, blocks, exit.
 
-The entrance (embedding, and dense layers in front of MoE layers) and the exit (last norm, multi-token prediction, output head
-and loss) are not on the first and the last stage, which would wait for each other: every stage does both, for its share of
-the micro-batches.
+The entrance (embedding, and dense layers in front of MoE layers) and the exit (last norm,
+multi-token prediction, output head and loss) are not on the first and the last stage, which would
+wait for each other: every stage does both for its share of the micro-batches.
+
+Shape letters: layers.py, parallel/pipeline.py.
 """
 
 from collections.abc import Callable
@@ -71,7 +73,7 @@ def through_stages(
 
         def side(m):
             micro = micro_batch(m)
-            return rope_tables(model.model, micro["positions"]), micro["segment_ids"]
+            return rope_tables(model.config, micro["positions"]), micro["segment_ids"]
 
         def block(weights, x_BSD, side, works):
             rope, segment_ids_BS = side
@@ -116,7 +118,10 @@ def through_stages(
         check_vma=True,
     )
     sums, stats, mtp_stats = mapped(blocks, ends, batch, given)
-    in_order = lambda a: jax.sharding.reshard(a, P()).reshape(-1, *a.shape[3:])[: schedule.layers]
+
+    def in_order(a: jax.Array) -> jax.Array:
+        return jax.sharding.reshard(a, P()).reshape(-1, *a.shape[3:])[: schedule.layers]
+
     stats = jax.tree.map(in_order, stats)
     mtp_stats = merge_stats(jax.tree.map(lambda a: jax.sharding.reshard(a, P()), mtp_stats), axis=0)
     return sums, join_layers(stats, mtp_stats)

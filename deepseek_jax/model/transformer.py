@@ -1,7 +1,8 @@
-"""The decoder of all families: embedding, a short stack of dense layers, a stack of MoE layers, multi-token prediction, head.
+"""The decoder of all families: embedding, dense layers, MoE layers, multi-token prediction, head.
 
-Layers of a stack are one module with stacked parameters ([L, ...]); the forward pass is a `lax.scan` over them, so that the
-program (and its compile time) does not grow with depth. Shape letters: layers.py.
+Layers of a stack are one module with stacked parameters ([L, ...]); the forward pass is a
+`lax.scan` over them, so that the program (and its compile time) does not grow with depth. Shape
+letters: layers.py.
 """
 
 import functools
@@ -15,7 +16,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config.options import Config, ModelConfig, MoeConfig
-from deepseek_jax.model.attention.interface import make_attention
+from deepseek_jax.model.attention.interface import Rope
+from deepseek_jax.model.attention.kinds import make_attention
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 from deepseek_jax.model.moe import MoE, MoEStats
 from deepseek_jax.model.rope import rope_tables
@@ -27,10 +29,9 @@ class Output(NamedTuple):
     """What the model returns: hidden states ready for the output head, and statistics."""
 
     hidden_BSD: jax.Array  # after the final norm
-    mtp_hidden_BSD: tuple[jax.Array, ...]  # one a prediction depth, each after its own norm
-    stats: (
-        MoEStats | None
-    )  # leaves [L, ...]: the MoE layers, then the MTP layers; None for a dense model
+    mtp_hidden_BSD: tuple[jax.Array, ...]  # one per prediction depth, each after its own norm
+    # leaves [L, ...]: the MoE layers, then the MTP layers; None for a dense model
+    stats: MoEStats | None
 
 
 class DecoderLayer(nnx.Module):
@@ -38,31 +39,38 @@ class DecoderLayer(nnx.Module):
 
     def __init__(
         self,
-        model: ModelConfig,
+        config: ModelConfig,
         moe: MoeConfig,
         is_moe: bool,
         rngs: nnx.Rngs,
         attention: str = "auto",
     ):
-        self.is_moe = is_moe
-        self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
-        self.self_attn = make_attention(model, rngs, attention)
-        self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
-        self.mlp = MoE(model, moe, rngs) if is_moe else MLP(model, model.intermediate_size, rngs)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
+        self.self_attn = make_attention(config, rngs, attention)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
+        self.mlp = MoE(config, moe, rngs) if is_moe else MLP(config, config.intermediate_size, rngs)
 
     def __call__(
         self,
         x_BSD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rope,
         segment_ids_BS: jax.Array,
         attend: Callable[..., jax.Array] | None = None,
     ) -> tuple[jax.Array, MoEStats | None]:
-        """`attend` computes attention in place of the module, which is its first argument: generation's, with a cache."""
+        """The layer's output [B, S, D], and the statistics of an MoE layer.
+
+        Args:
+          x_BSD: the residual stream, in the compute dtype.
+          rope: cos and sin of the tokens' positions.
+          segment_ids_BS: int32, 0 for padding.
+          attend: computes attention in place of the module, which is its first argument:
+            generation's, with a cache.
+        """
         x_BSD = checkpoint_name(x_BSD, "layer_input")
         attention = self.self_attn if attend is None else functools.partial(attend, self.self_attn)
         x_BSD = x_BSD + attention(self.input_layernorm(x_BSD), rope, segment_ids_BS)
         h_BSD = self.post_attention_layernorm(x_BSD)
-        if not self.is_moe:
+        if not isinstance(self.mlp, MoE):
             return x_BSD + self.mlp(h_BSD), None
         y_BSD, stats = self.mlp(h_BSD, segment_ids_BS > 0)
         return x_BSD + y_BSD, stats
@@ -71,53 +79,54 @@ class DecoderLayer(nnx.Module):
 class MTPLayer(nnx.Module):
     """One depth of multi-token prediction (DeepSeek-V3, section 2.2).
 
-    The input joins the embedding of the next token with the hidden state of the depth before, each normed, embedding first
-    as in the released weights. `norm` is `shared_head.norm` there; embedding and output head are the main model's.
+    The input joins the embedding of the next token with the hidden state of the depth before, each
+    normed, embedding first as in the released weights. `norm` is `shared_head.norm` there;
+    embedding and output head are the main model's.
     """
 
-    def __init__(self, model: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs, attention: str = "auto"):
-        self.enorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
-        self.hnorm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
+    def __init__(
+        self, config: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs, attention: str = "auto"
+    ):
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
         self.eh_proj = Linear(
-            model, 2 * model.hidden_size, model.hidden_size, ("embed", "lora"), rngs
+            config, 2 * config.hidden_size, config.hidden_size, ("embed", "lora"), rngs
         )
-        self.layer = DecoderLayer(model, moe, True, rngs, attention)
-        self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
+        self.layer = DecoderLayer(config, moe, True, rngs, attention)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
 
     def __call__(
         self, hidden_BSD, embedded_BSD, rope, segment_ids_BS, attend=None
-    ) -> tuple[jax.Array, MoEStats]:
+    ) -> tuple[jax.Array, MoEStats | None]:
         joined = jnp.concatenate([self.enorm(embedded_BSD), self.hnorm(hidden_BSD)], axis=-1)
         x_BSD, stats = self.layer(self.eh_proj(joined), rope, segment_ids_BS, attend)
         return self.norm(x_BSD), stats
 
 
 class Transformer(nnx.Module):
-    """The whole model. Built under `jax.eval_shape` or jit; called under `jax.set_mesh`."""
+    """The whole model of a run's options.
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        moe: MoeConfig,
-        remat: str,
-        dtype: str,
-        rngs: nnx.Rngs,
-        offload: str = "",
-        attention: str = "auto",
-    ):
-        self.model, self.remat, self.offload, self.dtype = model, remat, offload, jnp.dtype(dtype)
-        dense = model.first_k_dense_replace
-        self.embed_tokens = Embedding(model, rngs)
-        self.dense_layers = _stack(model, moe, False, dense, rngs, attention) if dense else None
-        routed = model.num_hidden_layers - dense
-        self.layers = _stack(model, moe, True, routed, rngs, attention) if routed else None
-        self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, rngs)
-        if not model.tie_word_embeddings:
+    It is built under `jax.eval_shape` or jit, and called under `jax.set_mesh`.
+    """
+
+    def __init__(self, options: Config, rngs: nnx.Rngs):
+        config, moe, attention = options.model, options.moe, options.train.attention
+        self.config = config
+        self.remat = options.train.remat
+        self.offload = options.offload.activations
+        self.dtype = jnp.dtype(options.train.dtype)
+        dense = config.first_k_dense_replace
+        self.embed_tokens = Embedding(config, rngs)
+        self.dense_layers = _stack(config, moe, False, dense, rngs, attention) if dense else None
+        routed = config.num_hidden_layers - dense
+        self.layers = _stack(config, moe, True, routed, rngs, attention) if routed else None
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
+        if not config.tie_word_embeddings:
             self.lm_head = Linear(
-                model, model.hidden_size, model.vocab_size, ("embed", "vocab"), rngs
+                config, config.hidden_size, config.vocab_size, ("embed", "vocab"), rngs
             )
         self.mtp = nnx.List(
-            [MTPLayer(model, moe, rngs, attention) for _ in range(model.num_nextn_predict_layers)]
+            [MTPLayer(config, moe, rngs, attention) for _ in range(config.num_nextn_predict_layers)]
         )
 
     def __call__(
@@ -130,14 +139,17 @@ class Transformer(nnx.Module):
         """The forward pass.
 
         Args:
-          tokens_BS: int32 ids. segment_ids_BS: int32, 0 is padding; attention stays within one id.
+          tokens_BS: int32 ids.
+          segment_ids_BS: int32, 0 is padding; attention stays within one id.
           positions_BS: int32 position of each token in its document.
-          next_tokens_BS: int32, the token after each position, negative where there is none in its document: multi-token
-            prediction runs if it is given and the model has such layers. Positions without a token to read are padding there.
+          next_tokens_BS: int32, the token after each position, negative where there is none in its
+            document: multi-token prediction runs if it is given and the model has such layers.
+            Positions without a token to read are padding there.
         """
         chex.assert_rank(tokens_BS, 2)
         chex.assert_equal_shape([tokens_BS, segment_ids_BS, positions_BS])
-        rope = rope_tables(self.model, positions_BS)
+        chex.assert_type([tokens_BS, segment_ids_BS, positions_BS], jnp.int32)
+        rope = rope_tables(self.config, positions_BS)
         x_BSD = self.enter(tokens_BS, rope, segment_ids_BS)
         x_BSD, stats = self._scan(getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS)
         out = self.leave(x_BSD, rope, segment_ids_BS, next_tokens_BS)
@@ -148,10 +160,12 @@ class Transformer(nnx.Module):
         """The attribute that holds the main stack: what a pipeline divides over its stages."""
         return "layers" if self.layers is not None else "dense_layers"
 
-    def enter(
-        self, tokens_BS: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array
-    ) -> jax.Array:
-        """What comes before the main stack: embedding, and dense layers in front of MoE layers. [B, S, D] in the compute dtype."""
+    def enter(self, tokens_BS: jax.Array, rope: Rope, segment_ids_BS: jax.Array) -> jax.Array:
+        """What comes before the main stack: embedding, and dense layers in front of MoE layers.
+
+        Returns:
+          [B, S, D] in the compute dtype.
+        """
         x_BSD = self.embed_tokens(tokens_BS, self.dtype)
         if self.layers is not None and self.dense_layers is not None:
             x_BSD, _ = self._scan(self.dense_layers, x_BSD, rope, segment_ids_BS)
@@ -160,11 +174,14 @@ class Transformer(nnx.Module):
     def leave(
         self,
         x_BSD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rope,
         segment_ids_BS: jax.Array,
         next_tokens_BS: jax.Array | None,
     ) -> Output:
-        """What comes after the main stack: the last norm and multi-token prediction, whose statistics alone are in the output."""
+        """What comes after the main stack: the last norm and multi-token prediction.
+
+        The statistics are those of multi-token prediction alone.
+        """
         hidden_BSD = self.norm(x_BSD)
         if next_tokens_BS is None or not self.mtp:
             return Output(hidden_BSD, (), None)
@@ -174,25 +191,29 @@ class Transformer(nnx.Module):
     @property
     def head(self) -> nnx.Variable:
         """The weight of the output head: [D, V], or the embedding [V, D] where they are tied."""
-        return self.embed_tokens.weight if self.model.tie_word_embeddings else self.lm_head.kernel
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.kernel
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
-        """float32 [B, S, V]. Training never calls it: objectives/pretrain.py goes through the tokens in chunks."""
+        """float32 [B, S, V]. Training never calls it, but goes through the tokens in chunks."""
         weight = whole(self.head, self.dtype)
-        kernel_DV = weight.T if self.model.tie_word_embeddings else weight
+        kernel_DV = weight.T if self.config.tie_word_embeddings else weight
         return jnp.einsum("bsd,dv->bsv", hidden_BSD, kernel_DV, preferred_element_type=jnp.float32)
 
     def _scan(self, stack, x_BSD, rope, segment_ids_BS):
         graphdef, state = nnx.split(stack)
 
         def body(x_BSD, layer_state):
-            # Weights in the host's memory come one layer at a time, and again in backward: this is inside of what is rematerialised.
+            # Weights in the host's memory come one layer at a time, and again in the backward pass,
+            # because this is inside of what is rematerialised.
             return nnx.merge(graphdef, to_device(layer_state))(x_BSD, rope, segment_ids_BS)
 
         return jax.lax.scan(rematerialise(body, self.remat, self.offload), x_BSD, state)
 
     def _predict_ahead(self, hidden_BSD, next_tokens_BS, rope, segment_ids_BS):
-        """Depth d reads the embedding of token i+d at position i and the normed state of the depth before; it predicts token i+d+1."""
+        """At position i, depth d reads the embedding of token i+d and the normed state of the depth before.
+
+        It predicts token i+d+1.
+        """
         outs, all_stats = [], []
         for mtp in self.mtp:
             graphdef, state = nnx.split(mtp)
@@ -221,7 +242,10 @@ def join_layers(stats: MoEStats | None, more: MoEStats | None) -> MoEStats | Non
 def tokens_ahead(
     ids_BS: jax.Array, segment_ids_BS: jax.Array, distance: int, missing: int
 ) -> jax.Array:
-    """ids_BS[i + distance] at i, `missing` where that lies past the document's end in this row. Leading axes may be any."""
+    """ids_BS[i + distance] at i; `missing` where that lies past the end of the document in this sequence.
+
+    Leading axes may be any.
+    """
 
     def ahead(a: jax.Array, past_the_end: int) -> jax.Array:
         return jax.lax.pad(
@@ -234,31 +258,36 @@ def tokens_ahead(
 
 
 def _stack(
-    model: ModelConfig, moe: MoeConfig, is_moe: bool, count: int, rngs: nnx.Rngs, attention: str
+    config: ModelConfig, moe: MoeConfig, is_moe: bool, count: int, rngs: nnx.Rngs, attention: str
 ) -> DecoderLayer:
     """`count` decoder layers as one module with a leading "layers" axis on every variable."""
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
     def create(rngs: nnx.Rngs) -> DecoderLayer:
-        return DecoderLayer(model, moe, is_moe, rngs, attention)
+        return DecoderLayer(config, moe, is_moe, rngs, attention)
 
     return create(rngs)
 
 
 def rematerialise(f: Callable, remat: str, offload: str = "") -> Callable:
-    """`config.train.remat` as a `jax.checkpoint`: what a layer keeps for its backward pass, and by `config.offload.activations` where."""
+    """f under `jax.checkpoint`: what a layer keeps for its backward pass, and where.
+
+    Args:
+      f: the forward pass of a layer.
+      remat: `config.train.remat`.
+      offload: `config.offload.activations`.
+    """
     if remat == "none":
         return jax.checkpoint(f, policy=_all_but_weights)
     if remat == "dots":
         return jax.checkpoint(f, policy=_dots)
-    names = (
-        ("exchange",)
-        if remat == "exchange"
-        else tuple(remat.removeprefix("save:").split(","))
-        if remat != "full"
-        else ()
-    )
+    if remat == "full":
+        names: tuple[str, ...] = ()
+    elif remat == "exchange":
+        names = ("exchange",)
+    else:
+        names = tuple(remat.removeprefix("save:").split(","))
     if offload:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=names,
@@ -267,11 +296,9 @@ def rematerialise(f: Callable, remat: str, offload: str = "") -> Callable:
             offload_dst=HOST,
         )
         return jax.checkpoint(f, policy=policy)
-    return (
-        jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*names))
-        if names
-        else jax.checkpoint(f)
-    )
+    if not names:
+        return jax.checkpoint(f)
+    return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 
 _MOVES = (
@@ -288,29 +315,17 @@ _MOVES = (
 
 def _dots(primitive, *_, **params) -> bool:
     """A `jax.checkpoint` policy: keeps results of matmuls, and what has a name."""
-    return (
-        params["name"] != WEIGHTS
-        if primitive.name == "name"
-        else primitive.name in ("dot_general", "top_k")
-    )
+    if primitive.name == "name":
+        return params["name"] != WEIGHTS
+    return primitive.name in ("dot_general", "top_k")
 
 
 def _all_but_weights(primitive, *_, **params) -> bool:
-    """A `jax.checkpoint` policy: keeps what was computed, not weights as they are used, nor what leads from the stored ones to them.
+    """A `jax.checkpoint` policy: keeps what was computed, but no weights as they are used.
 
-    Without it every layer's weights would be kept gathered and cast, copied out of their stack and into another.
+    Without it every layer's weights would be kept gathered and cast, copied out of their stack and
+    into another.
     """
-    return params["name"] != WEIGHTS if primitive.name == "name" else primitive.name not in _MOVES
-
-
-def build(config: Config, rngs: nnx.Rngs) -> Transformer:
-    """The model of a run's options."""
-    return Transformer(
-        config.model,
-        config.moe,
-        config.train.remat,
-        config.train.dtype,
-        rngs,
-        config.offload.activations,
-        config.train.attention,
-    )
+    if primitive.name == "name":
+        return params["name"] != WEIGHTS
+    return primitive.name not in _MOVES

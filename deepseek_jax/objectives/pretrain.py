@@ -84,7 +84,7 @@ def cross_entropy_sum(
 
     def one_device(hidden_BSD, targets_BS, *arrays):
         weight = gathered(arrays, specs, hidden_BSD.dtype)
-        kernel_DV = weight.T if model.model.tie_word_embeddings else weight
+        kernel_DV = weight.T if model.config.tie_word_embeddings else weight
         hidden_TD = jax.lax.pcast(
             hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), "tensor", to="varying"
         )
@@ -105,7 +105,7 @@ def token_nll(
 
     def one_device(hidden_BSD, targets_BS, *arrays):
         weight = gathered(arrays, specs, hidden_BSD.dtype)
-        kernel_DV = weight.T if model.model.tie_word_embeddings else weight
+        kernel_DV = weight.T if model.config.tie_word_embeddings else weight
         hidden_TD = jax.lax.pcast(
             hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), "tensor", to="varying"
         )

@@ -227,19 +227,8 @@ def _check_divided_widths(config: Config, shape: dict[str, int]) -> None:
     m, axes = config.model, divided_axes(config)
     dense_axes = [a for a in (*axes, *(("expert",) if axes else ()), "stage") if shape[a] > 1]
     dense, tensor = math.prod(shape[a] for a in dense_axes), shape["tensor"]
-    heads = f"num_attention_heads={m.num_attention_heads}"
     widths = [(f"config.model.hidden_size={m.hidden_size}", m.hidden_size, 1)]
-    if m.num_key_value_heads is None:
-        kv_width = m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
-        widths.append((f"config.model.{heads} x (qk_nope_head_dim + v_head_dim)", kv_width, tensor))
-    if m.num_key_value_heads is None and m.q_lora_rank:
-        widths.append(
-            (
-                f"config.model.{heads} x (qk_nope_head_dim + qk_rope_head_dim)",
-                m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim),
-                tensor,
-            )
-        )
+    widths += [(f"config.model.{name}", n, tensor) for name, n in m.attention_shape.lora_widths]
     for name, width, tensor in widths:
         if width % (dense * tensor):
             named = " x ".join([*dense_axes, *(["tensor"] if tensor > 1 else [])])
@@ -253,8 +242,7 @@ def _check_divided_widths(config: Config, shape: dict[str, int]) -> None:
 def _tensor_widths(m: ModelConfig) -> list[tuple[str, int]]:
     """The options whose width lies on the tensor axis."""
     widths = [("num_attention_heads", m.num_attention_heads), ("vocab_size", m.vocab_size)]
-    if m.num_key_value_heads is not None:
-        widths.append(("num_key_value_heads", m.num_key_value_heads))
+    widths += m.attention_shape.tensor_widths
     if m.first_k_dense_replace:
         widths.append(("intermediate_size", m.intermediate_size))
     if m.has_experts:

@@ -4,10 +4,9 @@ import math
 from typing import NamedTuple
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.experts.rounds import slots_per_round
+from deepseek_jax.experts.rounds import expert_capacity
 from deepseek_jax.parallel.mesh import BATCH_AXES
-
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+from deepseek_jax.parallel.xla_options import ITEM_BYTES
 
 
 class Buffers(NamedTuple):
@@ -35,7 +34,7 @@ def buffers(config: Config, mesh_shape: dict[str, int]) -> Buffers | None:
     local = m.n_routed_experts // devices
     method = config.moe.dispatch if devices > 1 else "all_to_all"
     visiting = tokens * devices if method == "all_gather" else tokens
-    places = slots_per_round(
+    places = expert_capacity(
         visiting, m.num_experts_per_tok, m.n_routed_experts, config.moe.capacity_factor
     )
     expert_rows = local * places * (devices if method == "all_to_all" else 1)

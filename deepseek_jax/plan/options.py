@@ -1,7 +1,6 @@
 """Flags of the commands that look at a config without training it: their own, then those of train.py."""
 
 import argparse
-import sys
 from collections.abc import Callable
 
 from deepseek_jax.cli import arguments
@@ -12,7 +11,9 @@ class Parser(arguments.Parser):
     """With help as train.py has it.
 
     Args:
-      about: the module's docstring. json: has --json. further: help after the flags.
+      about: the module's docstring.
+      json: whether it has --json.
+      further: makes the help that follows the flags.
     """
 
     def __init__(
@@ -26,14 +27,17 @@ class Parser(arguments.Parser):
             )
 
     def format_help(self) -> str:
-        default = lambda a: "" if a.default in (None, False, argparse.SUPPRESS) else f"={a.default}"
         flags = [
-            f"  {a.option_strings[0]}{default(a)}\n        {a.help}\n"
+            f"  {a.option_strings[0]}{_default(a)}\n        {a.help}\n"
             for a in self._actions
             if a.help != argparse.SUPPRESS
         ]
         further = f"{self._further()}\n" if self._further else ""
         return f"{self.description or ''}\nFlags:\n{''.join(flags)}{further}"
+
+
+def _default(action: argparse.Action) -> str:
+    return "" if action.default in (None, False, argparse.SUPPRESS) else f"={action.default}"
 
 
 def read(
@@ -42,12 +46,13 @@ def read(
     """The command's own flags, and the options of the config that the rest names.
 
     Args:
-      argv: without the program's name. default_config: a config file to use if none is named.
+      argv: without the program's name.
+      default_config: a config file to use if none is named.
 
     Raises:
       UserError: the first mistake.
     """
-    # With ml_collections, which a benchmark that reads no config does without.
+    # Imports ml_collections, which a benchmark that reads no config does without.
     from deepseek_jax.run import commandline
 
     own, rest = parser.parse_known_args(argv)
@@ -55,9 +60,4 @@ def read(
         a.startswith(("--config=", "-config=")) or a in ("--config", "-config") for a in rest
     ):
         rest = [f"--config={default_config}", *rest]
-    # ml_collections looks for overrides of a config in sys.argv, and so these must be all that is there.
-    before, sys.argv = sys.argv, [sys.argv[0], *rest]
-    try:
-        return own, commandline.read_config(commandline.parse(sys.argv), sys.argv)
-    finally:
-        sys.argv = before
+    return own, commandline.read_config(commandline.parse([parser.prog, *rest]))

@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.cli.texts import gb, plural, table
+from deepseek_jax.cli.texts import gb, human, plural, table
 from deepseek_jax.cluster.gpus import FRACTION, memory_fraction
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.count import count
 from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.plan import exchange, topology
-from deepseek_jax.run.summary import human
 from deepseek_jax.train.state import Layout
 from deepseek_jax.xla import program
 

@@ -15,16 +15,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src import compiler
-from jax._src.interpreters import pxla
 from jax.experimental import topologies
 
-from deepseek_jax import enough_threads
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.xla_options import with_known_options
+from deepseek_jax.runtime import jax_private
+from deepseek_jax.runtime.threads import enough_threads
 from deepseek_jax.train.state import Layout, make_layout
 from deepseek_jax.train.step import abstract_batch, make_train_step
 
@@ -166,7 +165,7 @@ def compile_step(
                 lowered = traced.lower(lowering_platforms=("cuda",))
             lowered_at = time.perf_counter()
             compiled = with_known_options(
-                lambda known: CompiledElsewhere(lowered, mesh, known or {}), options, _say
+                lambda known: CompiledElsewhere(lowered, mesh, dict(known or {})), options, _say
             )
         else:
             with jax.set_mesh(mesh):
@@ -193,20 +192,10 @@ def _say(text: str) -> None:
 
 
 class CompiledElsewhere:
-    """As much of jax.stages.Compiled as the readers of a program need, of one lowered over a mesh without devices.
-
-    JAX compiles such a program for the devices that are here only; what follows is how it compiles for others (jax 0.10.2).
-    """
+    """As much of jax.stages.Compiled as the readers of a program need, of one that was lowered over a mesh without devices."""
 
     def __init__(self, lowered: Any, mesh: jax.sharding.Mesh, options: dict[str, Any]):
-        module, devices = lowered.compiler_ir(), mesh.devices.reshape(-1)
-        client = devices[0].client
-        made = pxla.create_compile_options(
-            module, False, [False], [False], client, devices, dict(options)
-        )
-        self._executable = compiler.backend_compile_and_load(
-            client, module, pxla._create_device_list(tuple(devices)), made, []
-        )
+        self._executable = jax_private.compile_for(lowered, mesh.devices.reshape(-1), options)
 
     def memory_analysis(self) -> Any:
         return self._executable.get_compiled_memory_stats()

@@ -1,8 +1,7 @@
-"""The flags of train.py: a config file, overrides of its keys, and one clear line for every mistake in them."""
+"""The flags of train.py: a config file, overrides of its keys, and one line for every mistake in them."""
 
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -10,16 +9,24 @@ from ml_collections import config_flags
 
 from deepseek_jax.cluster.discovery import find
 from deepseek_jax.cluster.processes import Cluster
-from deepseek_jax.config import paths
-from deepseek_jax.config.configdict import OPTIONAL, describe, from_config_dict
-from deepseek_jax.config.options import PATH_OPTIONS, Config, replaced, value_of
+from deepseek_jax.config import paths, suggestions
+from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.config.help import describe
+from deepseek_jax.config.options import OPTIONS, Config, value_of
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.run import init_from
 
+HELP = {"--help", "-help", "-h"}
 
-def define_flags() -> flags.FlagValues:
-    """Flags of their own, not the process's, so that several command lines can be read in one process."""
+
+def define_flags(argv: list[str] | None = None) -> flags.FlagValues:
+    """Flags of their own, not the process's, so that several command lines can be read in one process.
+
+    Args:
+      argv: the command line, in which ml_collections looks for overrides of the config; None: for their help
+        only.
+    """
     f = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -27,6 +34,7 @@ def define_flags() -> flags.FlagValues:
         "configs/NAME.py or configs/NAME.py:ARG; --config.KEY=VALUE overrides a key.",
         flag_values=f,
         lock_config=True,
+        sys_argv=[] if argv is None else argv,
     )
     flags.DEFINE_string(
         "workdir",
@@ -67,34 +75,30 @@ def _define_cluster_flags(f: flags.FlagValues) -> None:
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
-    """The flags of a command line, which must be `sys.argv`: ml_collections looks for overrides there.
+    """The flags of a command line. Neither sys.argv nor the process's own flags are read or changed.
+
+    Args:
+      argv: the program's name, and what follows it.
 
     Raises:
       UserError: an unknown flag or option, a value of the wrong type, a config file that cannot be used.
     """
-    given = define_flags()
-    if {"--help", "-help", "-h"} & set(argv[1:]):
+    if HELP & set(argv[1:]):
         argv = [argv[0], "--help"]
-    # absl reads an int flag with int(); for the optional options 0 means None.
-    argv = [
-        re.sub(r"=None$", "=0", a) if re.match(rf"--?config\.({'|'.join(OPTIONAL)})=", a) else a
-        for a in argv
-    ]
-    argv = [
-        re.sub(r"^(--?config=)(~.*)$", lambda m: m[1] + paths.expanded(m[2], "--config"), a)
-        for a in argv
-    ]
+    argv = [argv[0], *(_spelled_for_absl(a) for a in argv[1:])]
+    for argument in argv[1:]:
+        _check_name(argument)
+    given = define_flags(argv)
     try:
         rest = given(argv)[1:]
         if given.config is not None:
-            given.config.seed  # a file that could not be loaded raises here at the latest
+            # a file that could not be loaded raises here at the latest
+            given.config.seed  # noqa: B018
     except flags.Error as e:
         raise UserError(f"{str(e).splitlines()[0].rstrip('.')}. See --help.") from e
-    except UserError:
-        raise
-    except (
-        Exception
-    ) as e:  # a config file is a program: whatever it raises is the user's to see, in one line
+    except UserError as e:  # of the config file
+        raise UserError(f"--config={_config_file(argv)}: {e}") from e
+    except Exception as e:  # a config file is a program, which may raise anything: one line of it
         raise UserError(_explain(e, argv)) from e
     if rest:
         raise UserError(
@@ -105,12 +109,39 @@ def parse(argv: list[str]) -> flags.FlagValues:
     return given
 
 
-def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
+def _spelled_for_absl(argument: str) -> str:
+    """An argument as absl and ml_collections read it: None of an optional option is 0, and ~ is the user's
+    folder.
+    """
+    name, _, value = argument.partition("=")
+    name = re.sub("^--?", "", name)
+    if name == "config" and value.startswith("~"):
+        return f"--config={paths.expanded(value, '--config')}"
+    if value == "None" and name.startswith("config."):
+        option = OPTIONS.get(name.removeprefix("config."))
+        if option is not None and option.optional:
+            return f"--{name}=0"
+    return argument
+
+
+def _check_name(argument: str) -> None:
+    """Checks that an override of the config names an option.
+
+    Raises:
+      UserError: it does not. The message says what was probably meant.
+    """
+    found = re.match(r"--?(no)?config\.([^=]+)", argument)
+    if found and not suggestions.is_known(found[2]):
+        part, meant = suggestions.unknown_part(found[2]), suggestions.suggestion(found[2])
+        raise UserError(f"{argument}: {part!r} is not an option. {meant}")
+
+
+def read_config(given: flags.FlagValues) -> Config:
     """The validated options, with model and tokenizer of the run in the workdir, of an import or of
     `config.init_from`.
 
     Args:
-      argv: the command line, for the model's options that were set there.
+      given: what `parse` returned.
 
     Raises:
       UserError: the first wrong one.
@@ -119,15 +150,20 @@ def read_config(given: flags.FlagValues, argv: Sequence[str] = ()) -> Config:
         raise UserError(
             "--config is missing. Name a config file, for instance --config=configs/tiny.py."
         )
+    set_by_flag = [f"--config.{name}=" for name in given["config"].override_values]
     config = init_from.with_what_is_known(
-        paths.absolute_config(from_config_dict(given.config)), given.workdir, argv
+        paths.absolute_config(from_config_dict(given.config)), given.workdir, set_by_flag
     )
     validate(config)
     return config
 
 
 def find_cluster(argv: list[str]) -> Cluster:
-    """The cluster of this process, not joined yet. Its flags are read before the others, whose mistakes can then be said once.
+    """The cluster of this process, not joined yet. Its flags are read first, so that one process can report
+    the mistakes in the others.
+
+    Args:
+      argv: the program's name, and what follows it.
 
     Raises:
       UserError: a wrong flag, an incomplete cluster, or process 0 cannot listen at its address.
@@ -135,7 +171,7 @@ def find_cluster(argv: list[str]) -> Cluster:
     f = flags.FlagValues()
     _define_cluster_flags(f)
     program = os.path.basename(argv[0])
-    if {"--help", "-help", "-h", "--print_config"} & {a.partition("=")[0] for a in argv[1:]}:
+    if (HELP | {"--print_config"}) & {a.partition("=")[0] for a in argv[1:]}:
         return Cluster(None, 0, program)
     try:
         f(argv, known_only=True)
@@ -150,46 +186,37 @@ def find_cluster(argv: list[str]) -> Cluster:
 def options(config: Config, given: flags.FlagValues) -> dict[str, Any]:
     """What every process must have got from its command, by full name.
 
-    Paths are as they were given: relative ones may begin in other folders on other hosts, and what they hold is compared later.
+    Paths are as they were given: relative ones may begin in other folders on other hosts, and what they hold
+    is compared later.
     """
-    out, as_given = {"--workdir": os.path.abspath(given.workdir)}, from_config_dict(given.config)
-    for name in PATH_OPTIONS:
-        config = replaced(config, name, value_of(as_given, name))
-
-    def add(values: dict[str, Any], where: str) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                add(value, f"{where}.{name}")
-            else:
-                out[f"{where}.{name}"] = value
-
-    add(config.to_json(), "config")
+    as_given = from_config_dict(given.config)
+    out = {"--workdir": os.path.abspath(given.workdir)}
+    for name, option in OPTIONS.items():
+        out[option.full_name] = value_of(as_given if option.path else config, name)
     return out
 
 
 def help_text(given: flags.FlagValues) -> str:
-    """All flags, then all options of the config with defaults and comments."""
+    """All flags, then all options of the config."""
     names = sorted({given[n].name for n in given} - {"flagfile", "undefok"})
     lines = [f"  --{n}\n        {given[n].help}" for n in names]
     return "\n".join(["Flags:", *lines, "", "Options, with their defaults:", describe()])
 
 
+def _config_file(argv: list[str]) -> str:
+    """The value of --config, "" without one."""
+    return next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
+
+
 def _explain(error: Exception, argv: list[str]) -> str:
-    """One line for what ml_collections raises while it reads a config file or an override."""
-    text = str(error).replace("\\", "")
-    key = re.search(r"'(\w+)'", text)
-    path = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
-    flag = key and next((a for a in argv if re.match(rf"--?config\.(.*\.)?{key[1]}\b", a)), None)
-    if isinstance(error, (AttributeError, KeyError)) and flag:
-        hint = re.search(r"Did you mean \W*(\w+)", text)
-        repair = f"Did you mean {hint[1]}?" if hint else "See --help for all options."
-        return f"{flag}: {key[1]!r} is not an option. {repair}"
+    """One line for what ml_collections, or the config file itself, raises while it is read."""
+    text, path = str(error).replace("\\", ""), _config_file(argv)
     if isinstance(error, OSError):
         return f"--config={path} cannot be read. Name a config file, for instance --config=configs/tiny.py."
     if "attribute 'get_config'" in text or "attribute 'seed'" in text:
         return (
             f"--config={path} has no get_config() that returns a ConfigDict. "
-            f"Start from deepseek_jax.config.configdict.base_config(), as configs/tiny.py does."
+            f"Start from deepseek_jax.config.base_config(), as configs/tiny.py does."
         )
     last = [line for line in text.splitlines() if line.strip()] or [""]
     return f"--config={path} cannot be used: {type(error).__name__}: {last[-1].strip()}. Repair that file."

@@ -19,7 +19,7 @@ from deepseek_jax.train.workdir import read_config, read_history
 
 
 def rows_of(workdir: str, history: History, step: int) -> list[Window]:
-    """The rows of a step in the global order, by the run's rollbacks up to it."""
+    """The ranges of the data order that a step read, after the run's rollbacks up to it."""
     begun, _ = history.order(step - 1)
     skipped = Windows()
     path = os.path.join(workdir, "metrics.jsonl")
@@ -34,10 +34,14 @@ def rows_of(workdir: str, history: History, step: int) -> list[Window]:
 
 
 def show(workdir: str, step: int | None, rows: str | None, characters: int) -> None:
-    """Prints the rows of a step, or rows "FIRST-LAST", with at most so many characters of each piece; 0: all.
+    """Prints what the sequences of a step, or rows "FIRST-LAST" of the data order, were made of.
+
+    Args:
+      step, rows: one of them.
+      characters: of each piece of a document at most; 0: all.
 
     Raises:
-      UserError: as the text of each says.
+      UserError: neither or both are given, or they are not of this run.
     """
     if (step is None) == (rows is None):
         raise UserError("--step and --rows: give one of them, for instance --step=310.")
@@ -80,11 +84,9 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
     for first, last in ranges:
         for index in range(first, last):
             for span in loader.origin(index):
-                text = (
-                    span.text
-                    if not characters or len(span.text) <= characters
-                    else span.text[:characters] + " ..."
-                )
+                cut = characters and len(span.text) > characters
+                text = span.text[:characters] + " ..." if cut else span.text
                 print(
-                    f"row {index}: {span.source}, document {span.document}, {span.tokens} tokens from {span.first_token}\n{text}\n"
+                    f"row {index}: {span.source}, document {span.document}, "
+                    f"{span.tokens} tokens from {span.first_token}\n{text}\n"
                 )

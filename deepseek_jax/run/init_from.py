@@ -1,7 +1,6 @@
-"""The beginning of a run from a Hugging Face checkpoint: its model's options, its weights, and what a later export needs of it.
+"""The beginning of a run from a Hugging Face checkpoint: options of its model, weights, notes for an export.
 
-WORKDIR/hf/ holds the checkpoint's config.json, tokenizer and chat template, and `source.json`: the options of its model, its family and
-the dtypes of its tensors. In a workdir that `import` made it holds the weights too.
+What lies in WORKDIR/hf/ is said in hf/provenance.py.
 """
 
 import dataclasses
@@ -14,25 +13,31 @@ from typing import Any
 import jax
 
 from deepseek_jax.config import paths
-from deepseek_jax.config.options import Config, RopeScaling
+from deepseek_jax.config.options import Config, RopeScaling, changes_shapes
 from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import names, reader
 from deepseek_jax.hf.provenance import FOLDER, has_weights, read_notes, write_notes
-from deepseek_jax.hf.reader import Source
+from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
-from deepseek_jax.train.workdir import FREE_MODEL_OPTIONS
 
 OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")  # which this version does not train with
 
 
 def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
-    """The options with what a run in the workdir, an import into it or `config.init_from` say of weights,
-    model and tokenizer.
+    """The options with what is known of weights, model and tokenizer.
+
+    A run in the workdir, an import into it or `config.init_from` say so.
+
+    Args:
+      config: the options so far.
+      workdir: of the run.
+      argv: the command line.
 
     Raises:
-      UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no tokenizer.json.
+      UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no
+      tokenizer.json.
     """
     before = workdirs.options(workdir) if workdir else {}
     if (
@@ -41,8 +46,8 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
         and not has_weights(workdir)
         and read_notes(workdir) is not None
     ):
-        # The run began with a checkpoint. Without this a start before the first checkpoint of its own would
-        # draw random weights.
+        # The run began with a checkpoint: a start before the first of its own must not draw random
+        # weights.
         config = dataclasses.replace(config, init_from=str(before.get("init_from") or ""))
     config = with_model_of_source(config, workdir, argv)
     if config.data.tokenizer == "auto":
@@ -58,7 +63,7 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
     ours = os.path.join(os.path.abspath(workdir), FOLDER) if workdir else ""
     kept = tokenizer_folder.find(ours) if ours else None
     of_run = before.get("data", {}).get("tokenizer", "auto")
-    if of_run != "auto" and workdirs.has_checkpoints(workdir, config):
+    if workdir and of_run != "auto" and workdirs.has_checkpoints(workdir, config):
         gone = of_run != "bytes" and not os.path.exists(os.path.expanduser(of_run))
         return kept if gone and kept else of_run
     source = config.init_from and os.path.abspath(os.path.expanduser(config.init_from))
@@ -78,10 +83,13 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
 
 
 def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str] = ()) -> Config:
-    """The options with the model of `config.init_from`, or of the checkpoint that was imported into the workdir.
+    """The options with the model of `config.init_from`, or of the checkpoint imported into the workdir.
 
-    Options of the model on the command line act where they change no shape, and must agree elsewhere. What a config file says of the
-    model does not count.
+    Options of the model on the command line act where they change no shape, and must agree elsewhere. What a
+    config file says of the model does not count.
+
+    Args:
+      config, workdir, argv: as `with_what_is_known`.
 
     Raises:
       UserError: the checkpoint cannot be read, or an option on the command line differs from it.
@@ -90,21 +98,21 @@ def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str
         config = dataclasses.replace(config, init_from=os.path.join(workdir, FOLDER))
     notes = read_notes(workdir) if workdir else None
     if config.init_from and (notes is None or os.path.isdir(os.path.expanduser(config.init_from))):
-        where, model = (
-            f"config.init_from={config.init_from}",
-            reader.open_source(config.init_from)[1],
-        )
+        where = f"config.init_from={config.init_from}"
+        model = reader.open_source(config.init_from)[1]
     elif notes is not None:
-        where, model = f"{workdir}/{FOLDER}", notes.model
+        where = f"{workdir}/{FOLDER}"
+        model = notes.model
     else:
         return config
     given = [m[1] for m in (re.match(r"--?config\.model\.([\w.]+)=", a) for a in argv) if m]
     for option in given:
         first, _, second = option.partition(".")
         ours, theirs = getattr(config.model, first), getattr(model, first)
-        if first not in FREE_MODEL_OPTIONS and ours != theirs:
+        if changes_shapes(f"model.{first}") and ours != theirs:
             raise UserError(
-                f"config.model.{option}={ours} differs from {theirs} of {where}. Leave it out: that checkpoint sets config.model."
+                f"config.model.{option}={ours} differs from {theirs} of {where}. Leave it out: that "
+                f"checkpoint sets config.model."
             )
         if isinstance(theirs, RopeScaling):
             ours = dataclasses.replace(theirs, **{second: getattr(ours, second)})
@@ -112,12 +120,15 @@ def with_model_of_source(config: Config, workdir: str | None, argv: Sequence[str
     return dataclasses.replace(config, model=model)
 
 
-def open_for_training(config: Config, workdir: str) -> Source | None:
-    """The checkpoint of `config.init_from` with all names and shapes checked; None where the run has begun and it is gone.
+def open_for_training(config: Config, workdir: str) -> HfTensors | None:
+    """The checkpoint of `config.init_from` with all names and shapes checked.
+
+    Returns:
+      None where the run has begun and the checkpoint is gone.
 
     Raises:
-      UserError: it cannot be read or does not fit, or its notes would replace a folder that is somebody
-        else's.
+      UserError: it cannot be read or does not fit, or its notes would replace a folder that is
+        somebody else's.
     """
     folder = os.path.join(workdir, FOLDER)
     if os.path.lexists(folder) and not has_weights(workdir) and read_notes(workdir) is None:
@@ -129,17 +140,15 @@ def open_for_training(config: Config, workdir: str) -> Source | None:
         return None
     source, _, family = reader.open_source(config.init_from)
     _, params, bias = abstract_model(config)
-    reader.check(
-        source,
-        config.model,
-        family,
-        [*names.leaves(params, family, config.model), *names.leaves(bias, family, config.model)],
-    )
+    leaves = [
+        leaf for state in (params, bias) for leaf in names.leaves(state, family, config.model)
+    ]
+    reader.check(source, config.model, leaves)
     return source
 
 
 def initial_state(
-    source: Source | None, config: Config, layout: Layout, workdir: str
+    source: HfTensors | None, config: Config, layout: Layout, workdir: str
 ) -> TrainState:
     """A state of step 0 with the weights of what `open_for_training` found; writes WORKDIR/hf.
 
@@ -148,8 +157,8 @@ def initial_state(
     """
     if source is None:
         raise UserError(
-            f"config.init_from={config.init_from} is not there, and {workdir} holds no checkpoint to go on from. Name the folder of the "
-            f"Hugging Face checkpoint."
+            f"config.init_from={config.init_from} is not there, and {workdir} holds no checkpoint to go on "
+            f"from. Name the folder of the Hugging Face checkpoint."
         )
     _, model, family = reader.open_source(config.init_from)
     params, bias = reader.state_of(source, config, family, layout)

@@ -1,4 +1,4 @@
-"""One run a folder: the locks of its workdir and of its checkpoints."""
+"""One run per folder: the locks of its workdir and of its checkpoints."""
 
 import contextlib
 import errno
@@ -15,10 +15,12 @@ from deepseek_jax.train.workdir import checkpoints
 
 @contextlib.contextmanager
 def all_locked(workdir: str, config: Config, wait: float = 5.0) -> Iterator[None]:
-    """Keeps a second run out of the workdir and out of the folder of its checkpoints, from whichever workdir
-    it comes.
+    """Keeps a second run out of the workdir and out of the folder of its checkpoints.
 
-    Remote folders (gs://, s3://) have no locks. wait: as `locked`.
+    Remote folders (gs://, s3://) have no locks.
+
+    Args:
+      wait: as `locked`.
 
     Raises:
       UserError: another run has one of them, or the folder of the checkpoints cannot be made.
@@ -47,17 +49,19 @@ def _place(folder: str) -> str:
 
 @contextlib.contextmanager
 def locked(workdir: str, wait: float = 5.0, option: str = "--workdir") -> Iterator[None]:
-    """Keeps a second run out of the folder, which must exist; process 0 of a run takes it. Readers need no
-    lock.
+    """Keeps a second run out of the folder, which must exist.
 
-    The lock is flock's on WORKDIR/lock, which the kernel gives up when this process ends, however that comes;
-    what the file says is for people. On NFS since Linux 2.6.12 it holds between hosts; on mounts where it is
-    of one host only (Lustre's `localflock`, NFS's `local_lock`), or on other remote file systems, a run on
-    another host is not noticed. Where there is no flock at all nothing is locked.
+    Process 0 of a run takes the lock; readers need none.
+
+    The lock is flock's on WORKDIR/lock: the kernel releases it when this process ends, killed or
+    not. What the file says is for people. On NFS since Linux 2.6.12 it holds between hosts. On
+    mounts where it is of one host only (Lustre's `localflock`, NFS's `local_lock`), and on other
+    remote file systems, a run on another host is not noticed. Where there is no flock at all
+    nothing is locked.
 
     Args:
-      wait: seconds in which a killed process may still be on its way out. option: that names the folder, for
-      messages.
+      wait: seconds in which a killed process may still be ending.
+      option: that names the folder, for messages.
 
     Raises:
       UserError: another run has it.

@@ -1,8 +1,9 @@
 """A trace of some steps, and where their time went: `config.profile`.
 
-The trace is JAX's own, in WORKDIR/profile: TensorBoard with the profile plugin reads the folder, https://ui.perfetto.dev the *.trace.json.gz
-in it. In a trace the events of a program bear the names of its instructions, on CPU as on GPU; the text of the compiled program says which
-part of the model an instruction was made for.
+The trace is JAX's own, in WORKDIR/profile: TensorBoard with the profile plugin reads the folder,
+https://ui.perfetto.dev the *.trace.json.gz in it. Its events have the names of a program's
+instructions, on CPU as on GPU, and the text of the compiled program says which part of the model an
+instruction was made for.
 """
 
 import glob
@@ -15,9 +16,10 @@ import jax
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.train.compiled_step import CompiledStep
-from deepseek_jax.xla import hlo, origin
+from deepseek_jax.xla import hlo, loops, origin
 
-# What the table always shows, in the order of a step; further parts of origin.SCOPES follow where they took time.
+# What the table always shows, in the order of a step; other parts of origin.SCOPES follow if they
+# took time.
 PARTS = ("embed", "attention", "route", "dispatch", "experts", "combine", "loss", "optimizer")
 # Their events contain those of the computations that they run.
 CONTAINERS = ("while", "conditional", "call", "async-start", "async-update", "async-done")
@@ -34,7 +36,7 @@ class Cost(NamedTuple):
     steps: int
 
     def part(self, name: str, *phases: str) -> float:
-        """Seconds a device and step."""
+        """Seconds per device and step."""
         total = sum(
             s
             for (part, phase), s in self.seconds.items()
@@ -44,13 +46,25 @@ class Cost(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Seconds a device and step, of all parts."""
+        """Seconds per device and step, of all parts."""
         return sum(self.seconds.values()) / self.devices / self.steps
 
     def shares(self) -> dict[str, float]:
-        """Of every part: they sum to 1."""
+        """Shares of the time by part; they sum to 1."""
         names = [*PARTS, *sorted({part for part, _ in self.seconds} - {*PARTS, "other"}), "other"]
         return {name: self.part(name) / max(self.total, 1e-30) for name in names}
+
+
+class NoProfiler:
+    """Stands where no steps are to be traced."""
+
+    def due(self, done: int) -> bool:
+        return False
+
+    def turn(self, done: int, state: Any) -> str:
+        return ""
+
+    def close(self) -> None: ...
 
 
 class Profiler:
@@ -62,15 +76,13 @@ class Profiler:
 
     def __init__(self, config: Config, workdir: str, step: CompiledStep):
         first = config.profile.start
-        self._before, self._last = (
-            first - 1,
-            min(first + config.profile.steps - 1, config.train.steps),
-        )
-        self._step, self._active = step, False
+        self._before = first - 1
+        self._last = min(first + config.profile.steps - 1, config.train.steps)
+        self._step = step
+        self._active = False
         self._folder = os.path.join(workdir, "profile")
-        if (
-            jax.process_count() > 1
-        ):  # a trace is named after its host, which may have several processes
+        # A trace is named after its host, which may have several processes.
+        if jax.process_count() > 1:
             self._folder = os.path.join(self._folder, f"process_{jax.process_index()}")
 
     def due(self, done: int) -> bool:
@@ -78,7 +90,14 @@ class Profiler:
         return done == self._last if self._active else done == self._before
 
     def turn(self, done: int, state: Any) -> str:
-        """Begins or ends the trace where it is due; `state` is what the last step returned. The table and where the trace is, at its end."""
+        """Begins or ends the trace, after `done` steps.
+
+        Args:
+          state: what the last step returned.
+
+        Returns:
+          At the end of the trace, the table and where the trace is; "" at its beginning.
+        """
         jax.block_until_ready(state)
         if not self._active:
             options = jax.profiler.ProfileOptions()
@@ -88,7 +107,10 @@ class Profiler:
             return ""
         self.close()
         steps = done - self._before
-        where = f"profile of steps {self._before + 1} to {done}: {self._folder} (tensorboard --logdir, or ui.perfetto.dev)"
+        where = (
+            f"profile of steps {self._before + 1} to {done}: {self._folder} "
+            f"(tensorboard --logdir, or ui.perfetto.dev)"
+        )
         try:
             return (
                 f"{table(read(self._folder, self._step.last.compiled.as_text(), steps))}\n{where}"
@@ -118,7 +140,8 @@ def read(folder: str, text: str, steps: int) -> Cost:
     """What the newest trace in a folder says of a program.
 
     Args:
-      text: `compiled.as_text()` of the program. steps: how often it ran in the trace.
+      text: `compiled.as_text()` of the program.
+      steps: how often it ran in the trace.
 
     Raises:
       ValueError: there is no trace, or none of this program.
@@ -136,7 +159,10 @@ def read(folder: str, text: str, steps: int) -> Cost:
 
 
 def instructions(folder: str, text: str) -> list[Event]:
-    """What ran in the newest trace of a folder, of a program; without what only contains other instructions. Arguments and errors: as `read`."""
+    """What a program ran in the newest trace of a folder; containers of instructions are left out.
+
+    Arguments and errors: as `read`.
+    """
     found = glob.glob(os.path.join(folder, "plugins", "profile", "*", "*.xplane.pb"))
     if not found:
         raise ValueError(f"{folder} holds no trace")
@@ -156,7 +182,7 @@ def _sources(module: hlo.Module) -> dict[str, tuple[str, str, str]]:
     """Name of an instruction -> (part, phase, opcode)."""
     sources = origin.Origin(module)
     out = {}
-    for computation, instruction, visit in module.visits(lambda _: True):
+    for computation, instruction, visit in loops.visits(module, lambda _: True):
         if instruction.name not in out:
             out[instruction.name] = (
                 *sources.scope(computation, instruction, visit),
@@ -192,19 +218,19 @@ def _union(spans: list[tuple[float, float]]) -> float:
 
 
 def table(cost: Cost) -> str:
-    """Time a device and step, by part and by pass over the model."""
+    """Time per device and step, by part and by pass over the model."""
     columns = (
         ("forward", ("forward",)),
         ("recompute", ("recompute",)),
         ("backward", ("backward",)),
     )
-    lines = [
-        f"{'part':<12}{'ms a step':>10}{'share':>8}" + "".join(f"{name:>11}" for name, _ in columns)
-    ]
+    lines = [f"{'part':<12}{'ms':>10}{'share':>8}" + "".join(f"{name:>11}" for name, _ in columns)]
     for name, share in cost.shares().items():
         cells = "".join(f"{cost.part(name, *phases) * 1e3:>11.2f}" for _, phases in columns)
         lines.append(f"{name:<12}{cost.part(name) * 1e3:>10.2f}{share:>8.1%}{cells}")
+    busy = cost.busy / cost.steps * 1e3
     lines.append(
-        f"{'all':<12}{cost.total * 1e3:>10.2f}{1:>8.1%}   (instructions; some ran in {cost.busy / cost.steps * 1e3:.2f} ms of a step)"
+        f"{'all':<12}{cost.total * 1e3:>10.2f}{1:>8.1%}   "
+        f"(per device and step; at least one instruction ran in {busy:.2f} ms of a step)"
     )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the loop tells about its steps: rows of metrics.jsonl, lines on the terminal, times, spikes of the loss."""
+"""What a run says of its steps: rows for the trackers, lines for the terminal, times, spikes of the loss."""
 
 import math
 import statistics
@@ -9,70 +9,86 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.cli.progress import StepBar
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.windows import Window
 from deepseek_jax.model.count import Count
 from deepseek_jax.run import metrics
+from deepseek_jax.run.figures import short
+from deepseek_jax.run.trackers import Trackers
 from deepseek_jax.train.step import StepMetrics
 
 
 class Clock:
-    """Times steps by when their results arrive. Evaluations, checkpoints and the first step, which compiles, do not count."""
+    """Times steps by when their results arrive.
 
-    def __init__(self):
+    Evaluations, checkpoints and the first step, which compiles, do not count.
+    """
+
+    def __init__(self) -> None:
         self._last = time.perf_counter()
-        self._first: tuple[float, float] | None = (
-            None  # seconds a step and tokens a second of the first step
-        )
-        self._steps = self._all_steps = self._tokens = 0
-        self._seconds = self._all_seconds = 0.0
+        # Seconds per step and tokens per second of the first step: all that is known before the
+        # second.
+        self._first: tuple[float, float] | None = None
+        self._steps = 0
+        self._tokens = 0
+        self._seconds = 0.0
+        self._all_steps = 0
+        self._all_seconds = 0.0
 
     def tick(self, tokens: int) -> None:
-        """A step has finished."""
+        """A step of so many tokens has finished."""
         now = time.perf_counter()
-        seconds, self._last = now - self._last, now
+        seconds = now - self._last
+        self._last = now
         if self._first is None:
             self._first = (seconds, tokens / seconds)
             return
-        self._steps, self._tokens, self._seconds = (
-            self._steps + 1,
-            self._tokens + tokens,
-            self._seconds + seconds,
-        )
-        self._all_steps, self._all_seconds = self._all_steps + 1, self._all_seconds + seconds
+        self._steps += 1
+        self._tokens += tokens
+        self._seconds += seconds
+        self._all_steps += 1
+        self._all_seconds += seconds
 
     def restart(self) -> None:
         """What came since the last step was not training."""
         self._last = time.perf_counter()
 
-    def seconds_a_step(self) -> float:
+    def seconds_per_step(self) -> float:
         """Over the whole run so far."""
         return self._all_seconds / self._all_steps if self._all_steps else self._first[0]
 
     def read(self) -> tuple[float, float]:
-        """(seconds a step, tokens a second) since the last call, at least one step ago."""
+        """(seconds per step, tokens per second) since the last call, at least one step ago."""
         if not self._steps:
             return self._first
         out = (self._seconds / self._steps, self._tokens / self._seconds)
-        self._steps, self._tokens, self._seconds = 0, 0, 0.0
+        self._steps = 0
+        self._tokens = 0
+        self._seconds = 0.0
         return out
 
 
 class Spikes:
     """Finds losses far above those of the steps before.
 
-    A loss is a spike if it is more than `deviations` robust standard deviations above the median of the last 100 losses, of which there must
-    be 20. The robust deviation is 1.4826 times the median distance from the median (a normal distribution's standard deviation), and at
-    least 0.1% of the median, so that a loss that stands still has room to move. A spike is left out of what later ones are compared with.
+    A loss is a spike if it is more than `deviations` robust standard deviations above the median of
+    the last 100 losses, of which there must be 20. The robust deviation is 1.4826 times the median
+    distance from the median (a normal distribution's standard deviation), and at least 0.1% of the
+    median, so that a loss that stands still has room to move. A spike is left out of what later
+    ones are compared with.
 
     Args:
-      deviations: 0 finds none. before: the losses of the last steps.
+      deviations: 0 finds none.
+      before: the losses of the last steps.
     """
 
-    WINDOW, LEAST = 100, 20
+    WINDOW = 100
+    LEAST = 20
 
     def __init__(self, deviations: float, before: Iterable[float] = ()):
-        self._deviations, self._losses = deviations, deque(maxlen=self.WINDOW)
+        self._deviations = deviations
+        self._losses: deque[float] = deque(maxlen=self.WINDOW)
         for loss in before:
             self.add(loss)
 
@@ -97,8 +113,14 @@ class Report:
     """Takes the metrics of every step, in order.
 
     Args:
-      step, tokens_seen: of the state that the run begins with. count: sizes for the FLOP figures.
+      step, tokens_seen: of the state that the run begins with.
+      count: parameters and FLOPs of the model.
       first_step: makes the line that is said after the first step.
+
+    Attributes:
+      tokens_seen: so far, padding left out.
+      clock: times the steps.
+      losses: {step: loss} of the logged steps.
     """
 
     def __init__(
@@ -108,82 +130,108 @@ class Report:
         step: int,
         tokens_seen: int,
         count: Count,
-        first_step: Callable[[], str] | None,
+        first_step: Callable[[], str] | None = None,
     ):
-        self.tokens_seen, self.clock = tokens_seen, Clock()
-        self._config, self._workdir, self._count, self._first_step = (
-            config,
-            workdir,
-            count,
-            first_step,
-        )
-        self._writer = metrics.MetricsWriter(workdir, config, step)
-        self._bar = metrics.ProgressBar(config.train.steps, step)
+        self.tokens_seen = tokens_seen
+        self.clock = Clock()
+        self.losses: dict[int, float] = {}
+        self._config = config
+        self._workdir = workdir
+        self._count = count
+        self._first_step = first_step
+        self._trackers = Trackers(workdir, config, step)
+        self._bar = StepBar(config.train.steps, step, show=jax.process_index() == 0)
         self._find_spikes()
 
     def _find_spikes(self) -> None:
-        self._spikes = Spikes(
-            self._config.log.spike_deviations,
-            self._writer.losses(Spikes.WINDOW) if jax.process_index() == 0 else (),
-        )
+        before = self._trackers.losses(Spikes.WINDOW)
+        self._spikes = Spikes(self._config.log.spike_deviations, before)
 
-    def step(self, done: int, device_metrics: StepMetrics, rows: list[Window]) -> StepMetrics:
-        """Logs a finished step, which was trained on these rows of the global order. Returns its metrics, on the host."""
-        c, last = self._config, self._config.train.steps
+    def step(self, step: int, device_metrics: StepMetrics, rows: list[Window]) -> StepMetrics:
+        """Logs a finished step.
+
+        Args:
+          step: finished steps.
+          device_metrics: what the step returned.
+          rows: the ranges of the data order that it was trained on.
+
+        Returns:
+          Its metrics, on the host.
+        """
         m = jax.device_get(device_metrics)
         self.tokens_seen += int(m.tokens)
         self.clock.tick(int(m.tokens))
         if self._first_step:
             self.say(self._first_step())
             self._first_step = None
-        where = {"rows": [list(w) for w in rows]}
         if m.loss_scale is not None and not m.bad_steps and not math.isfinite(m.grad_norm):
             self.say(
-                f"step {done}: a gradient overflowed at the loss scale {float(m.loss_scale):g}: update skipped"
+                f"step {step}: a gradient overflowed at the loss scale {float(m.loss_scale):g}: "
+                f"update skipped"
             )
-        if done % c.log.every_steps == 0 or done == last or m.bad_steps:
-            values = metrics.row(m, done, *self.clock.read(), self.tokens_seen, c, self._count)
-            self._writer.write(values | where if m.bad_steps else values, m.load)
-            if m.bad_steps:
-                self.say(
-                    f"step {done}: loss {float(m.losses.loss)}, gradient norm {float(m.grad_norm)}: update skipped ({int(m.bad_steps)} in a row)"
-                )
-            self._bar.update(values, self.clock.seconds_a_step() * (last - done))
-        self._bar.advance(done)
+        last = self._config.train.steps
+        if step % self._config.log.every_steps == 0 or step == last or m.bad_steps:
+            self._log(step, m, rows)
+        self._bar.advance(step)
         if spike := self._spikes.add(float(m.losses.loss)):
-            median, above = spike
-            self._writer.write(
-                {
-                    "step": done,
-                    "spike_loss": metrics.short(m.losses.loss),
-                    "median_loss": median,
-                    "deviations": round(above, 2),
-                    **where,
-                }
-            )
-            self.say(
-                f"step {done}: the loss {float(m.losses.loss):.4f} is a spike, {above:.0f} deviations above the median {median:.4f}. "
-                f"Its text: python -m deepseek_jax.data show --workdir={self._workdir} --step={done}"
-            )
+            self._log_spike(step, m, rows, *spike)
         return m
+
+    def _log(self, step: int, m: StepMetrics, rows: list[Window]) -> None:
+        seconds, tokens_per_sec = self.clock.read()
+        values = metrics.row(
+            metrics.Measured(
+                step=step,
+                metrics=m,
+                step_time=seconds,
+                tokens_per_sec=tokens_per_sec,
+                tokens_seen=self.tokens_seen,
+                config=self._config,
+                count=self._count,
+            )
+        )
+        where = {"rows": [list(w) for w in rows]} if m.bad_steps else {}
+        self._trackers.write(values | where, m.load)
+        self.losses[step] = values["loss"]
+        if m.bad_steps:
+            self.say(
+                f"step {step}: loss {float(m.losses.loss)}, gradient norm {float(m.grad_norm)}: "
+                f"update skipped ({int(m.bad_steps)} in a row)"
+            )
+        left = self.clock.seconds_per_step() * (self._config.train.steps - step)
+        self._bar.update(step, metrics.terminal_text(values), left)
+
+    def _log_spike(
+        self, step: int, m: StepMetrics, rows: list[Window], median: float, above: float
+    ) -> None:
+        self._trackers.write(
+            {
+                "step": step,
+                "spike_loss": short(m.losses.loss),
+                "median_loss": median,
+                "deviations": round(above, 2),
+                "rows": [list(w) for w in rows],
+            }
+        )
+        self.say(
+            f"step {step}: the loss {float(m.losses.loss):.4f} is a spike, {above:.0f} deviations above the "
+            f"median {median:.4f}. Its text: python -m deepseek_jax.data show "
+            f"--workdir={self._workdir} --step={step}"
+        )
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> dict[str, Any]:
         """Logs held-out figures; returns their row."""
         row = {"step": step, **figures}
-        self._writer.write(row)
-        bits = (
-            f" = {figures['eval_bits_per_byte']:.4f} bits a byte"
-            if "eval_bits_per_byte" in figures
-            else ""
-        )
-        self.say(f"step {step}: held-out loss {figures['eval_loss']:.4f} nats a token{bits}")
+        self._trackers.write(row)
+        self.say(f"step {step}: held-out loss {held_out_text(figures)}")
         return row
 
     def rolled_back(self, step: int, tokens_seen: int, row: dict[str, Any], text: str) -> None:
         """The run goes on after `step` finished steps: drops the rows of later ones, and writes `row`."""
         self.tokens_seen = tokens_seen
-        self._writer.rewind(step)
-        self._writer.write(row)
+        self.losses = {s: loss for s, loss in self.losses.items() if s <= step}
+        self._trackers.rewind(step)
+        self._trackers.write(row)
         self._find_spikes()
         self.say(text)
         self.clock.restart()
@@ -193,4 +241,12 @@ class Report:
 
     def close(self) -> None:
         self._bar.close()
-        self._writer.close()
+        self._trackers.close()
+
+
+def held_out_text(figures: dict[str, Any]) -> str:
+    """Held-out figures for people."""
+    text = f"{figures['eval_loss']:.4f} nats per token"
+    if "eval_bits_per_byte" in figures:
+        text += f" = {figures['eval_bits_per_byte']:.4f} bits per byte"
+    return text

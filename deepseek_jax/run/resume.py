@@ -10,31 +10,38 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.parallel.weights import REPLICAS
-from deepseek_jax.run.loop import Progress
+from deepseek_jax.run.progress import Progress
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, TrainState, from_tree, to_tree
 
 
-class GoingOn:
-    """What a start of a run knows of those before it."""
+class Continuation:
+    """What a start of a run goes on with, besides the state.
+
+    Args:
+      contents: of the data that this start reads.
+    """
 
     def __init__(self, checkpoints: Checkpointer, workdir: str, config: Config, contents: Contents):
-        """Args: contents: of the data that this start reads."""
-        self._checkpoints, self._workdir = checkpoints, workdir
-        self._config, self._contents = config, contents
-        # Of a checkpoint of an earlier version config.json alone tells; it is read before this start writes
-        # its own.
+        self._checkpoints = checkpoints
+        self._workdir = workdir
+        self._config = config
+        self._contents = contents
+        # Checkpoints of earlier versions do not say what their steps read; config.json does, until
+        # this start writes its own.
         written = os.path.exists(os.path.join(workdir, "config.json"))
         self._earlier = workdirs.read_history(workdir)[0] if written else None
         self._run: str | None = None
 
     def progress(self, step: int | None) -> Progress:
-        """What there is besides the state to go on with after a checkpoint; None: from the beginning. Every
-        process calls it.
+        """What goes on after the checkpoint of a step. Every process calls it.
+
+        Args:
+          step: None for a run that begins.
 
         Raises:
           UserError: the checkpoint is of another run, model or tokenizer, or of other data and
-          config.data.on_change does not allow them.
+            config.data.on_change does not allow them.
         """
         extra = {} if step is None else self._checkpoints.read_extra(step)
         if step is not None:
@@ -51,46 +58,57 @@ class GoingOn:
 def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict[str, Any]]:
     """The newest checkpoint, in the shards of this mesh, and its `extra`.
 
-    The residual of compressed gradients follows the options: without compression it is left out; where the checkpoint has none it is
-    zero; with another number of replicas each gets an equal share of the sum, which is what the updates still owe.
+    The residual of compressed gradients follows the options: without compression it is left out;
+    where the
+    checkpoint has none it is zero; with another number of replicas each gets an equal share of the
+    sum, which is what the updates still owe.
 
     Raises:
       UserError: as `Checkpointer.restore`.
     """
-    wanted = layout.abstract_sharded()
-    there = checkpoints.shapes().get("residual")
-    here = wanted.residual
-    before = (
-        None
-        if there is None
-        else jax.tree.leaves(there, is_leaf=lambda a: hasattr(a, "shape"))[0].shape[0]
-    )
-    now = None if here is None else jax.tree.leaves(here)[0].shape[0]
+    abstract = layout.abstract_sharded()
+    saved = checkpoints.shapes().get("residual")
+    residual = abstract.residual
+    before = None if saved is None else _replicas(saved)
+    now = None if residual is None else _replicas(residual)
     if before == now:
-        tree, extra = checkpoints.restore(to_tree(wanted))
-        return from_tree(tree, wanted), extra
+        tree, extra = checkpoints.restore(to_tree(abstract))
+        return from_tree(tree, abstract), extra
 
-    read = wanted._replace(
-        residual=None
-        if before is None or now is None
-        else jax.tree.map(lambda a: _of_replicas(a, before), here)
-    )
+    read = abstract._replace(residual=None)
+    if before is not None and now is not None:
+        read = abstract._replace(residual=jax.tree.map(lambda a: _of_replicas(a, before), residual))
     state = from_tree(checkpoints.restore_params(to_tree(read)), read)
-    if here is not None:
-        share = lambda e, like: jnp.broadcast_to(
-            jnp.sum(e, axis=0, keepdims=True) / now, like.shape, out_sharding=like.sharding
-        )
-        zero = lambda like: jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding)
-        make = lambda held: (
-            jax.tree.map(zero, here) if held is None else jax.tree.map(share, held, here)
-        )
-        state = state._replace(residual=jax.jit(make)(state.residual))
+    if residual is not None:
+        state = state._replace(residual=_residual_of(state.residual, residual))
     return state, checkpoints.read_extra()
+
+
+def _replicas(residual: Any) -> int:
+    leaves = jax.tree.leaves(residual, is_leaf=lambda a: hasattr(a, "shape"))
+    return leaves[0].shape[0]
+
+
+def _residual_of(saved: Any, like: Any) -> Any:
+    """The residual [R, ...] of this run: equal shares of what was saved, or zeros where nothing was."""
+
+    def share(saved_one: jax.Array, like_one: jax.ShapeDtypeStruct) -> jax.Array:
+        mean = jnp.sum(saved_one, axis=0, keepdims=True) / like_one.shape[0]
+        return jnp.broadcast_to(mean, like_one.shape, out_sharding=like_one.sharding)
+
+    def zeros(like_one: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros(like_one.shape, like_one.dtype, out_sharding=like_one.sharding)
+
+    def make(saved: Any) -> Any:
+        return jax.tree.map(zeros, like) if saved is None else jax.tree.map(share, saved, like)
+
+    return jax.jit(make)(saved)
 
 
 def _of_replicas(like: jax.ShapeDtypeStruct, replicas: int) -> jax.ShapeDtypeStruct:
     """The residual [R, ...] of another number of replicas, to be read into this mesh."""
-    mesh, spec = like.sharding.mesh, like.sharding.spec
+    mesh = like.sharding.mesh
+    spec = like.sharding.spec
     divided = replicas % mesh.shape[REPLICAS] == 0
     sharding = jax.NamedSharding(mesh, jax.P(REPLICAS if divided else None, *spec[1:]))
     return jax.ShapeDtypeStruct((replicas, *like.shape[1:]), like.dtype, sharding=sharding)

@@ -1,16 +1,15 @@
-"""JAX's persistent compilation cache."""
+"""JAX's persistent compilation cache: where it lies, what it keeps, and how large it may get."""
 
 import contextlib
 import hashlib
-import inspect
 import os
 import platform
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import jax
-from jax._src import cache_key
+
+from deepseek_jax.runtime import jax_private
 
 OFF = "off"
 # Programs that compile faster are not kept: reading them back takes as long.
@@ -35,16 +34,19 @@ def hits() -> int:
 
 
 def use_cache(cache_dir: str, warn: Callable[[str], None]) -> str:
-    """Lets JAX keep compiled programs in a folder, and take them from there. Call it before anything is compiled.
+    """Lets JAX keep compiled programs in a folder, and take them from there. Call it before
+    anything is compiled.
 
-    An unusable folder costs a warning and the time to compile, never the run. Entries are named by a hash of program, compiler
-    options, XLA flags, JAX version and devices; process 0 writes them, and the others read them where they see the same folder. A
-    program for CPUs may use every instruction of the CPU it was compiled on, and XLA, which only logs a difference, would run it on
-    another until that stops it: such programs have a folder for each kind of CPU.
+    An unusable folder costs a warning and the time to compile, never the run. Entries are named by
+    a hash of program, compiler options, XLA flags, JAX version and devices; process 0 writes them,
+    and the others read them if they see the same folder. A program for CPUs may use every
+    instruction of the CPU it was compiled on; XLA only logs that another CPU lacks some, and runs
+    the program until one of them stops it. So such programs have a folder for each kind of CPU.
 
     Args:
-      cache_dir: `config.compile.cache_dir`. "" leaves a folder alone that is set already (JAX_COMPILATION_CACHE_DIR).
-      warn: what to do with the line that says why there is no cache.
+      cache_dir: `config.compile.cache_dir`. "" leaves a folder alone that is set already
+        (JAX_COMPILATION_CACHE_DIR).
+      warn: is given the line that says why there is no cache.
 
     Returns:
       The folder, or "" without a cache.
@@ -72,36 +74,31 @@ def use_cache(cache_dir: str, warn: Callable[[str], None]) -> str:
                 forget_oldest(folder, MAX_BYTES)
     except OSError as e:
         warn(
-            f"No compilation cache: {folder} cannot be written ({e.strerror}). Set config.compile.cache_dir to a folder, or to {OFF}."
+            f"No compilation cache: {folder} cannot be written ({e.strerror}). "
+            f"Set config.compile.cache_dir to a folder, or to {OFF}."
         )
         jax.config.update("jax_enable_compilation_cache", False)
         return ""
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", folder)
-    for name, given, value in (
-        (
-            "jax_persistent_cache_min_compile_time_secs",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
-            MIN_SECONDS,
-        ),
-        (
-            "jax_persistent_cache_min_entry_size_bytes",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
-            -1,
-        ),
+    for name, value in (
+        ("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
     ):
-        if given not in os.environ:
+        if name.upper() not in os.environ:
             jax.config.update(name, value)
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        _same_key_in_every_process()
+        jax_private.name_cached_programs_by(cpu_kind)
     return folder
 
 
 def forget_oldest(folder: str, limit: int) -> None:
-    """Removes programs from a folder, those first that were not read for the longest time, until it holds `limit` bytes or less.
+    """Removes programs from a folder, those first that were not read for the longest time, until it
+    holds `limit` bytes or less.
 
-    JAX's own limit (jax_compilation_cache_max_size) takes one lock for every read, for which processes of a large cluster would wait
-    longer than the 10 seconds that it gives them, and fails on entries that were made without a limit.
+    JAX's own limit (jax_compilation_cache_max_size) takes one lock for every read, for which
+    processes of a large cluster would wait longer than the 10 seconds that it gives them, and fails
+    on entries that were made without a limit.
     """
     entries = []
     for entry in os.scandir(folder):
@@ -118,30 +115,6 @@ def forget_oldest(folder: str, limit: int) -> None:
         total -= size
 
 
-def _same_key_in_every_process() -> None:
-    """Lets processes on CPUs find the programs that process 0 keeps.
-
-    A CPU's topology has the index of the process in its fingerprint, which jax 0.10.2 makes part of an entry's name: every other process
-    looked for a name that nobody writes. What it should tell apart is told by the kind of CPU and by which process has which device.
-    tests/run/test_profile.py fails where this is needed and does not act.
-    """
-    hash_devices = getattr(cache_key, "_hash_accelerator_config", None)
-    if hash_devices is None or list(inspect.signature(hash_devices).parameters) != [
-        "hash_obj",
-        "accelerators",
-    ]:
-        return
-
-    def hash_layout(hash_obj: Any, accelerators: Any) -> None:
-        if any(d.platform != "cpu" for d in accelerators.flat):
-            return hash_devices(hash_obj, accelerators)
-        hash_obj.update(
-            f"{cpu_kind()} {[(d.id, d.process_index) for d in accelerators.flat]}".encode()
-        )
-
-    cache_key._hash_accelerator_config = hash_layout
-
-
 def default_folder() -> str:
     """$XDG_CACHE_HOME/deepseek_jax, or ~/.cache/deepseek_jax."""
     return os.path.join(
@@ -151,7 +124,8 @@ def default_folder() -> str:
 
 
 def cpu_kind() -> str:
-    """8 hexadecimal digits: of the CPU's model and features where the system tells them (Linux), of what Python knows elsewhere."""
+    """8 hexadecimal digits, of the CPU's model and features where the system tells them (Linux), of
+    what Python knows elsewhere."""
     text = f"{platform.machine()} {platform.system()} {platform.processor()}"
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:

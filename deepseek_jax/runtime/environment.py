@@ -1,21 +1,31 @@
-"""What the environment tells JAX: mistakes in it are said in one line. Imports nothing heavy."""
+"""Environment variables that JAX reads: what is wrong in them is said in one line. Imports nothing heavy."""
 
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Iterator, MutableMapping
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.runtime import jax_private
+from deepseek_jax.runtime.threads import enough_threads
 
 DEVICES = "JAX_NUM_CPU_DEVICES"
 MOST_DEVICES = 1 << 16
-malformed: list[str] = []
+malformed: list[str] = []  # a line for each variable that `take_devices` took away
+
+
+def prepare() -> None:
+    """What must be done before JAX is imported."""
+    if (devices := take_devices()) > 1:
+        enough_threads(devices)
 
 
 def take_devices(environment: MutableMapping[str, str] = os.environ) -> int:
-    """The CPU devices that the environment asks for, 1 if it does not. Called once, before JAX is imported.
+    """The number of CPU devices that the environment asks for, 1 if it does not. Called once,
+    before JAX is imported.
 
-    JAX ends with a traceback while it is imported if it cannot read JAX_NUM_CPU_DEVICES: a malformed one is
-    taken away, and `check` says so. An empty one counts as not set.
+    JAX ends with a traceback while it is imported if it cannot read JAX_NUM_CPU_DEVICES: a
+    malformed one is taken away, and `check` says so. An empty one counts as not set.
     """
     asked = re.findall(
         r"--xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", "")
@@ -36,10 +46,8 @@ def take_devices(environment: MutableMapping[str, str] = os.environ) -> int:
 
 
 def check() -> None:
-    """Raises UserError if a variable that was taken away is malformed. Every command begins with it, and
-    every mesh."""
-    from deepseek_jax.errors import UserError  # which imports this module
-
+    """Raises UserError if a variable was malformed and taken away. Every command begins with it,
+    and every mesh."""
     if malformed:
         raise UserError(malformed[0])
 
@@ -47,14 +55,11 @@ def check() -> None:
 @contextlib.contextmanager
 def mistakes() -> Iterator[None]:
     """Raises UserError, in one line, where JAX finds no device of the platform that JAX_PLATFORMS names."""
-    from deepseek_jax.errors import UserError
-
     check()
     try:
         yield
     except (RuntimeError, AssertionError) as e:
-        # The latter, without a word, for a GPU where JAX has no plugin.
-        if not _from_backends(e):
+        if not jax_private.raised_while_devices_started(e):
             raise
         reason = next(iter(str(e).splitlines()), "")
         reason = reason.partition(" (set JAX_PLATFORMS")[0].partition(" (you may need")[0]
@@ -69,20 +74,3 @@ def mistakes() -> Iterator[None]:
             f"JAX_PLATFORMS={asked}: {reason.rstrip('.')}. "
             f"Install what it needs, set JAX_PLATFORMS=cpu, or unset it."
         ) from e
-
-
-def _from_backends(error: BaseException) -> bool:
-    """Whether JAX raised it while it looked for devices. Where JAX has cut its own frames from the traceback,
-    words and state tell."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    if trace and trace.tb_frame.f_code.co_filename.replace(os.sep, "/").endswith(
-        "jax/_src/xla_bridge.py"
-    ):
-        return True
-    bridge = sys.modules.get("jax._src.xla_bridge")
-    started = getattr(bridge, "backends_are_initialized", lambda: True)()
-    return not started and str(error).startswith(
-        ("Unable to initialize backend", "Unknown backend") if str(error) else ""
-    )

@@ -8,11 +8,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-Tree = dict[
-    str, Any
-]  # nested dicts with string keys; arrays, or ShapeDtypeStructs with shardings, for leaves
+# Nested dicts with string keys; the leaves are arrays, or ShapeDtypeStructs with shardings.
+Tree = dict[str, Any]
 
-# Names of safetensors; what is not here is no array of a checkpoint.
+# Names of safetensors. A tensor of another dtype is refused.
 DTYPES = {
     "BOOL": np.dtype(bool),
     "U8": np.dtype(np.uint8),
@@ -34,8 +33,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """An array without its values, a leaf of a tree."""
+class TensorSpec:
+    """Shape and dtype of an array, a leaf of a tree without its values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -50,7 +49,7 @@ class Shape:
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
     """Nested dicts to {"a/b/c": leaf}."""
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in tree.items():
         path = f"{prefix}/{name}" if prefix else name
         out |= flatten(value, path) if isinstance(value, dict) else {path: value}
@@ -87,14 +86,14 @@ def like(tree: Tree, flat: dict[str, Any], prefix: str = "") -> Tree:
     }
 
 
-def shape_of(leaf: Any) -> Shape:
+def spec_of(leaf: Any) -> TensorSpec:
     """Of an array, a ShapeDtypeStruct or Orbax's metadata."""
-    return Shape(tuple(int(n) for n in leaf.shape), np.dtype(leaf.dtype))
+    return TensorSpec(tuple(int(n) for n in leaf.shape), np.dtype(leaf.dtype))
 
 
 def bytes_of(tree: Tree) -> int:
     """Bytes of all arrays, each counted once."""
-    return sum(shape_of(leaf).nbytes for leaf in flatten(tree).values())
+    return sum(spec_of(leaf).nbytes for leaf in flatten(tree).values())
 
 
 def mesh_of(tree: Tree) -> dict[str, int]:

@@ -1,22 +1,41 @@
 """JSON from files that somebody else may have made: refused where it is too long, too deep or ambiguous."""
 
+import collections
 import json
-import os
 from typing import Any
 
 from etils import epath
 
 
 class BadFile(Exception):
-    """A file of a checkpoint is not what it must be. `file` is its name inside the checkpoint."""
+    """A file of a checkpoint is not what it must be.
+
+    Attributes:
+      file: its name inside the checkpoint.
+      what: what is wrong with it.
+    """
 
     def __init__(self, file: str, what: str):
         super().__init__(f"{file}: {what}")
-        self.file, self.what = file, what
+        self.file = file
+        self.what = what
+
+
+def cannot_open(file: str, error: OSError) -> BadFile:
+    """What to raise where a file is missing or cannot be read."""
+    missing = isinstance(error, FileNotFoundError)
+    return BadFile(file, "missing" if missing else f"cannot be read ({error.strerror or error})")
 
 
 def parse(raw: bytes, file: str) -> Any:
-    """The value. A key that occurs twice, NaN, Infinity, a number beyond 64 bits and nesting beyond Python's stack are refused.
+    """The value of a JSON text.
+
+    A key that occurs twice, NaN, Infinity, a number beyond 64 bits and nesting beyond Python's stack are
+    refused.
+
+    Args:
+      raw: the text.
+      file: what messages call it.
 
     Raises:
       BadFile: says why.
@@ -35,12 +54,12 @@ def parse(raw: bytes, file: str) -> Any:
         raise BadFile(file, f"not the JSON that it must be ({str(e).splitlines()[0][:100]})") from e
 
 
-def read(path: os.PathLike, file: str, limit: int) -> Any:
+def read(path: epath.PathLike, file: str, limit: int) -> Any:
     """As `parse`, from a file of at most `limit` bytes."""
     return parse(read_bytes(path, file, limit), file)
 
 
-def read_bytes(path: os.PathLike, file: str, limit: int) -> bytes:
+def read_bytes(path: epath.PathLike, file: str, limit: int) -> bytes:
     """A file of at most `limit` bytes, whole.
 
     Raises:
@@ -50,12 +69,7 @@ def read_bytes(path: os.PathLike, file: str, limit: int) -> bytes:
         with epath.Path(path).open("rb") as f:
             raw = f.read(limit + 1)
     except OSError as e:
-        raise BadFile(
-            file,
-            "missing"
-            if isinstance(e, FileNotFoundError)
-            else f"cannot be read ({e.strerror or e})",
-        ) from e
+        raise cannot_open(file, e) from e
     if len(raw) > limit:
         raise BadFile(file, f"longer than {limit} bytes, which no such file is")
     return raw
@@ -64,8 +78,8 @@ def read_bytes(path: os.PathLike, file: str, limit: int) -> bytes:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = counts.most_common(1)[0][0]
         raise ValueError(f"the key {twice[:80]!r} occurs twice")
     return out
 

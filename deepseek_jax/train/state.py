@@ -86,7 +86,9 @@ class Layout(NamedTuple):
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graphdef, parameters, selection biases) as shapes, without allocating anything."""
     return nnx.split(
-        nnx.eval_shape(lambda: transformer.build(config, nnx.Rngs(0))), nnx.Param, SelectionBias
+        nnx.eval_shape(lambda: transformer.Transformer(config, nnx.Rngs(0))),
+        nnx.Param,
+        SelectionBias,
     )
 
 
@@ -152,7 +154,7 @@ def init_state(config: Config, layout: Layout) -> TrainState:
 
     def create() -> TrainState:
         _, params, bias = nnx.split(
-            transformer.build(config, nnx.Rngs(config.seed)), nnx.Param, SelectionBias
+            transformer.Transformer(config, nnx.Rngs(config.seed)), nnx.Param, SelectionBias
         )
         params = sharding.reshard(params, layout.opt_specs)
         opt_state = layout.optimizer.init(params)

@@ -10,35 +10,15 @@ from typing import Any
 import jax
 
 from deepseek_jax.checkpoint import integrity
-from deepseek_jax.checkpoint.finder import RUN_ID, LocalRun
-from deepseek_jax.checkpoint.folder import Folder
+from deepseek_jax.checkpoint.finder import has_steps
+from deepseek_jax.checkpoint.folder import Folder, steps_in
 from deepseek_jax.cluster.exchange import from_first
-from deepseek_jax.config.options import Config, ModelConfig
+from deepseek_jax.config.options import Config, ModelConfig, changes_shapes
 from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.train import history
 
 RUN, HISTORY = "run", "data_history"  # in config.json: the name of the run, and what its steps read
-# Options that change no array's shape: a run may go on with other values of these.
-FREE_MODEL_OPTIONS = {
-    "n_group",
-    "topk_group",
-    "num_experts_per_tok",
-    "scoring_func",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "aux_loss_alpha",
-    "seq_aux",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_interleave",
-    "rope_scaling",
-    "partial_rotary_factor",
-    "max_position_embeddings",
-    "initializer_range",
-}
-
-
 # in config.json: what followed from the options, and what is known of the run
 _NOT_OPTIONS = ("xla_options", RUN, HISTORY)
 
@@ -108,28 +88,11 @@ def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
     for name, was in _with_defaults(
         before.get("model", now), dataclasses.asdict(ModelConfig())
     ).items():
-        if name in now and was != now[name] and name not in FREE_MODEL_OPTIONS:
+        if name in now and was != now[name] and changes_shapes(f"model.{name}"):
             raise UserError(
                 f"config.model.{name}={now[name]} differs from {was} of the checkpoint in "
                 f"{checkpoints(workdir, config)}. Set config.model.{name}={was} to go on with it, or name another --workdir."
             )
-
-
-def steps_in(folder: str) -> list[int]:
-    """The steps of the checkpoints in a folder, here or remote, that need not exist."""
-    try:
-        return Folder(folder, read_only=True).steps()
-    except UserError:
-        return []
-
-
-def _has_local(folder: str, local_dir: str) -> bool:
-    """Whether this host has checkpoints of kind `local` of the run whose others are in `folder`."""
-    name = os.path.join(folder, RUN_ID)
-    if not local_dir or "://" in folder or not os.path.exists(name):
-        return False
-    with open(name, encoding="utf-8") as f:
-        return bool(LocalRun(local_dir, os.path.basename(f.read().strip()), read_only=True).steps())
 
 
 def newest_extra(folder: str) -> dict[str, Any]:
@@ -243,8 +206,7 @@ def options(workdir: str) -> dict[str, Any]:
 
 def has_checkpoints(workdir: str, config: Config) -> bool:
     """Whether the run in a folder has saved one, as far as this host sees."""
-    folder = checkpoints(workdir, config)
-    return bool(steps_in(folder)) or _has_local(folder, config.checkpoint.local_dir)
+    return has_steps(checkpoints(workdir, config), config.checkpoint.local_dir)
 
 
 def read_config(workdir: str) -> dict[str, Any]:

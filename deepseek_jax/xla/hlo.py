@@ -1,15 +1,11 @@
-"""Reads the text of a compiled XLA program: its instructions, where they come from, and how often each runs.
+"""The text of a compiled XLA program, parsed: its instructions and the Python calls that they come from.
 
-Knows nothing of meshes or models; program.py does. The text is `compiled.as_text()`, of the CPU or the GPU compiler.
+Knows nothing of meshes or models. The text is `compiled.as_text()`, of the CPU or the GPU compiler.
 """
 
-import functools
 import math
 import re
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
-
-from deepseek_jax.xla.loops import trip_count
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -37,13 +33,15 @@ class Instruction(NamedTuple):
 
     @property
     def op_name(self) -> str:
-        """The JAX operation it was made for, with the transformations around it; empty if the compiler made it."""
+        """The JAX operation it was made for, with the transformations around it; empty if the
+        compiler made it."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @property
     def called(self) -> dict[str, list[str]]:
-        """Attribute -> names of the computations it calls. The end of an async operation names the one that its start calls."""
+        """Attribute -> names of the computations it calls. The end of an async operation names the
+        one that its start calls."""
         if self.opcode in ("async-done", "async-update"):
             return {}
         return {
@@ -52,35 +50,28 @@ class Instruction(NamedTuple):
         }
 
 
-class Visit(NamedTuple):
-    """One way from the entry to a computation."""
-
-    loops: tuple[
-        int | None, ...
-    ]  # trip counts of the loops around it, outermost first; None: not known before it runs
-    caller: tuple[str, Instruction] | None  # (computation, instruction) that calls it
-    conditional: bool  # below a branch of a conditional, which may not be taken
-
-    @property
-    def times(self) -> int:
-        """How often a run of the program comes here; loops of unknown length count once."""
-        return math.prod(n for n in self.loops if n is not None)
-
-
 class Module:
-    """A parsed program."""
+    """A parsed program.
+
+    Attributes:
+      computations: instructions by computation, in the order of the text.
+      roots: result of every computation.
+      entry: name of the computation that runs first.
+      name: of the program; "" if the text does not say.
+      scheduled: the instructions of a computation are in the order in which they run.
+    """
 
     def __init__(self, text: str):
         """Raises: ValueError: the text is not that of an XLA program."""
         self.computations: dict[str, dict[str, Instruction]] = {}
-        self.roots: dict[str, Instruction] = {}  # computation -> its result
+        self.roots: dict[str, Instruction] = {}
         self.entry = ""
-        self.name = found[1] if (found := re.match(r"HloModule ([\w.\-]+)", text)) else ""
-        self.scheduled = (
-            "is_scheduled=true" in text[:10_000]
-        )  # the lines of a computation are in the order they run
+        found = re.match(r"HloModule ([\w.\-]+)", text)
+        self.name = found[1] if found else ""
+        self.scheduled = "is_scheduled=true" in text[:10_000]
         self._tables: dict[str, dict[int, str]] = {}
-        here, name = None, ""
+        here: dict[str, Instruction] | None = None
+        name = ""
         table: dict[int, str] | None = None
         for line in text.splitlines():
             if line.startswith((" ", "\t")):
@@ -101,16 +92,21 @@ class Module:
             raise ValueError("this text is not an XLA program: it has no ENTRY computation")
 
     def frames(self, instruction: Instruction) -> list[tuple[str, str]]:
-        """(file, function) of the Python calls that made an instruction, innermost first; empty if the text does not say."""
+        """(file, function) of the Python calls that made an instruction, innermost first; empty if
+        the text does not say."""
         found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
         return self._frames(int(found[1])) if found else []
 
     def _frames(self, frame: int) -> list[tuple[str, str]]:
-        table = lambda name, key: self._tables.get(name, {}).get(key, "")
-        number = lambda text, key: (
-            int(found[1]) if (found := re.search(rf"\b{key}=(\d+)", text)) else 0
-        )
-        # Frame 1 has no parent, so what is written there for "none" shows whether parents are counted from 0 or from 1.
+        def table(name: str, key: int) -> str:
+            return self._tables.get(name, {}).get(key, "")
+
+        def number(text: str, key: str) -> int:
+            found = re.search(rf"\b{key}=(\d+)", text)
+            return int(found[1]) if found else 0
+
+        # Frame 1 has no parent, so what is written there for "none" shows whether parents are
+        # counted from 0 or from 1.
         offset = number(table("StackFrames", 1), "parent_frame_id")
         out = []
         while row := table("StackFrames", frame):
@@ -128,7 +124,8 @@ class Module:
     ) -> list[tuple[str, Instruction]]:
         """(computation, instruction) of what an instruction reads.
 
-        What a loop carries is what its body returns: an element of a loop's result, and of a body's argument, leads there.
+        What a loop carries is what its body returns: an element of a loop's result, and of a body's
+        argument, leads there.
         """
         here = self.computations[computation]
         read = [here[name] for name in instruction.operands if name in here]
@@ -145,50 +142,6 @@ class Module:
             if root and root.opcode == "tuple" and index < len(root.operands):
                 return [(body, self.computations[body][root.operands[index]])]
         return [(computation, i) for i in read]
-
-    def visits(
-        self, wanted: Callable[[Instruction], bool]
-    ) -> Iterator[tuple[str, Instruction, Visit]]:
-        """(computation, instruction, visit) for every wanted instruction and every way to it from the entry.
-
-        A branch of a conditional counts as if it always ran.
-        """
-        holds = self._holders(wanted)
-
-        def walk(name: str, visit: Visit) -> Iterator[tuple[str, Instruction, Visit]]:
-            for instruction in self.computations[name].values():
-                if wanted(instruction):
-                    yield name, instruction, visit
-                for callees in instruction.called.values():
-                    wanted_callees = [c for c in callees if c in holds]
-                    if not wanted_callees:
-                        continue
-                    loops = (
-                        (*visit.loops, trip_count(self, name, instruction))
-                        if instruction.opcode == "while"
-                        else visit.loops
-                    )
-                    inner = Visit(
-                        loops,
-                        (name, instruction),
-                        visit.conditional or instruction.opcode == "conditional",
-                    )
-                    for callee in wanted_callees:
-                        yield from walk(callee, inner)
-
-        yield from walk(self.entry, Visit((), None, False))
-
-    def _holders(self, wanted: Callable[[Instruction], bool]) -> set[str]:
-        """Computations with a wanted instruction in them or below them."""
-
-        @functools.cache
-        def holds(name: str) -> bool:
-            body = self.computations.get(name, {}).values()
-            return any(
-                wanted(i) or any(holds(c) for cs in i.called.values() for c in cs) for i in body
-            )
-
-        return {name for name in self.computations if holds(name)}
 
 
 def shape_bytes(shape: str) -> int:

@@ -1,37 +1,99 @@
-"""How often a while loop of a compiled program runs, where that can be known before it runs."""
+"""How often each instruction of a compiled program runs, as far as that can be known before it runs."""
 
+import functools
+import math
+import operator
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from deepseek_jax.xla.hlo import Instruction, Module
+from deepseek_jax.xla.hlo import Instruction, Module
 
 MOST = 1_000_000  # turns after which a loop counts as of unknown length
 ARITHMETIC = {
-    "add": lambda a, b: a + b,
-    "subtract": lambda a, b: a - b,
-    "multiply": lambda a, b: a * b,
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
     "maximum": max,
     "minimum": min,
-    "and": lambda a, b: a & b,
-    "or": lambda a, b: a | b,
+    "and": operator.and_,
+    "or": operator.or_,
 }
 COMPARISON = {
-    "LT": lambda a, b: a < b,
-    "LE": lambda a, b: a <= b,
-    "GT": lambda a, b: a > b,
-    "GE": lambda a, b: a >= b,
-    "EQ": lambda a, b: a == b,
-    "NE": lambda a, b: a != b,
+    "LT": operator.lt,
+    "LE": operator.le,
+    "GT": operator.gt,
+    "GE": operator.ge,
+    "EQ": operator.eq,
+    "NE": operator.ne,
 }
 
 
-def trip_count(module: "Module", computation: str, loop: "Instruction") -> int | None:
-    """The number of turns of a while loop, None if it depends on data.
+class Visit(NamedTuple):
+    """One way from the entry to a computation."""
 
-    As the compiler noted it. Where a later pass dropped the note (pipelined collectives do), by taking the turns: only of the
-    integers that the condition reads, from their first values.
+    loops: tuple[
+        int | None, ...
+    ]  # trip counts of the loops around it, outermost first; None: not known before it runs
+    caller: tuple[str, Instruction] | None  # (computation, instruction) that calls it
+    conditional: bool  # below a branch of a conditional, which may not be taken
+
+    @property
+    def times(self) -> int:
+        """How often a run of the program comes here; loops of unknown length count once."""
+        return math.prod(n for n in self.loops if n is not None)
+
+
+def visits(
+    module: Module, wanted: Callable[[Instruction], bool]
+) -> Iterator[tuple[str, Instruction, Visit]]:
+    """(computation, instruction, visit) for every wanted instruction and every way to it from the entry.
+
+    A branch of a conditional counts as if it always ran.
+    """
+    holds = _holders(module, wanted)
+
+    def walk(name: str, visit: Visit) -> Iterator[tuple[str, Instruction, Visit]]:
+        for instruction in module.computations[name].values():
+            if wanted(instruction):
+                yield name, instruction, visit
+            for callees in instruction.called.values():
+                wanted_callees = [c for c in callees if c in holds]
+                if not wanted_callees:
+                    continue
+                loops = (
+                    (*visit.loops, trip_count(module, name, instruction))
+                    if instruction.opcode == "while"
+                    else visit.loops
+                )
+                inner = Visit(
+                    loops,
+                    (name, instruction),
+                    visit.conditional or instruction.opcode == "conditional",
+                )
+                for callee in wanted_callees:
+                    yield from walk(callee, inner)
+
+    yield from walk(module.entry, Visit((), None, False))
+
+
+def _holders(module: Module, wanted: Callable[[Instruction], bool]) -> set[str]:
+    """Computations with a wanted instruction in them or below them."""
+
+    @functools.cache
+    def holds(name: str) -> bool:
+        body = module.computations.get(name, {}).values()
+        return any(wanted(i) or any(holds(c) for cs in i.called.values() for c in cs) for i in body)
+
+    return {name for name in module.computations if holds(name)}
+
+
+def trip_count(module: Module, computation: str, loop: Instruction) -> int | None:
+    """The number of turns of a while loop; None if it depends on data.
+
+    The compiler has noted it. A later pass may have dropped the note (pipelined collectives do):
+    then the turns are taken here, of the integers that the condition reads, from their first
+    values.
     """
     if noted := re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"\}', loop.attributes):
         return int(noted[1])
@@ -53,8 +115,11 @@ def trip_count(module: "Module", computation: str, loop: "Instruction") -> int |
         if i.opcode == "get-tuple-element"
     }
     state = {k: _value(module, computation, before.operands[k], lambda _: None) for k in read}
+
+    def carried(i: Instruction) -> int | None:
+        return state.get(_index(i)) if i.opcode == "get-tuple-element" else None
+
     for turns in range(MOST):
-        carried = lambda i: state.get(_index(i)) if i.opcode == "get-tuple-element" else None
         goes_on = _value(module, condition, ends.name, carried)
         if goes_on is None:
             return None
@@ -67,24 +132,26 @@ def trip_count(module: "Module", computation: str, loop: "Instruction") -> int |
     return None
 
 
-def _index(instruction: "Instruction") -> int:
+def _index(instruction: Instruction) -> int:
     return int(re.search(r"\bindex=(\d+)", instruction.attributes)[1])
 
 
 def _value(
-    module: "Module", computation: str, name: str, argument: Callable[["Instruction"], int | None]
+    module: Module, computation: str, name: str, argument: Callable[[Instruction], int | None]
 ) -> int | None:
-    """An integer scalar of a computation, given what it reads from outside; None if it depends on anything else."""
+    """An integer scalar of a computation, given what it reads from outside; None if it depends on
+    anything else."""
     i = module.computations[computation].get(name)
     if i is None:
         return None
-    of = lambda operand: _value(module, computation, operand, argument)
+
+    def of(operand: str) -> int | None:
+        return _value(module, computation, operand, argument)
+
     if i.opcode == "constant":
-        return (
-            {"true": 1, "false": 0}.get(i.operands[0])
-            if not re.fullmatch(r"-?\d+", i.operands[0])
-            else int(i.operands[0])
-        )
+        written = i.operands[0]
+        number = re.fullmatch(r"-?\d+", written)
+        return int(written) if number else {"true": 1, "false": 0}.get(written)
     if i.opcode == "get-tuple-element":
         source = module.computations[computation].get(i.operands[0])
         if source is not None and source.opcode in ("fusion", "call"):
@@ -104,10 +171,10 @@ def _value(
 
 
 def _called(
-    module: "Module",
+    module: Module,
     computation: str,
-    caller: "Instruction",
-    argument: Callable[["Instruction"], int | None],
+    caller: Instruction,
+    argument: Callable[[Instruction], int | None],
     element: int | None,
 ) -> int | None:
     """The result of a fusion or call, or one element of it."""
@@ -116,7 +183,7 @@ def _called(
     if root is None or (element is not None and root.opcode != "tuple"):
         return None
 
-    def given(parameter: "Instruction") -> int | None:
+    def given(parameter: Instruction) -> int | None:
         if parameter.opcode != "parameter":
             return None
         return _value(module, computation, caller.operands[int(parameter.operands[0])], argument)

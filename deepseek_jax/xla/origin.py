@@ -1,59 +1,69 @@
 """Where an instruction of a compiled step comes from: which pass over the model, and which part of it.
 
-The pass is in the operation's name, which JAX builds from the transformations (jvp, transpose, rematted_computation); the part
-is in the Python calls that made it, innermost first. An instruction that the compiler made itself has neither: it takes those
-of the nearest instruction that it reads.
+The pass is in the operation's name, which JAX builds from the transformations (jvp, transpose, rematted_computation).
+The part is in that name too, where the model has named it by jax.named_scope. But a scope holds for all that is
+called inside it, and custom gradients drop scopes: what stands inside or around a named part is told by the Python
+calls that made the instruction. tests/plan/test_origin.py checks that every name below is one of the package's, and
+that each is found in compiled steps.
+
+An instruction that the compiler made itself has neither: it takes those of the nearest instruction that it reads.
 """
 
 import re
 from collections import Counter
+from typing import NamedTuple
 
-from deepseek_jax.xla import hlo
+from deepseek_jax.xla import hlo, loops
 
-# (place in the package, pattern of the function) -> part. The innermost call that matches decides.
-PARTS = (
-    (
-        "experts/dispatch.py",
-        r"",
-        "dispatch",
-    ),  # tokens on their way to experts and back, and the number of rounds
-    ("experts/rounds.py", r"", "dispatch"),
-    ("parallel/pipeline.py", r"", "pipeline"),
-    ("parallel/compression.py", r"", "compression"),  # the sum of gradients over replicas
-    ("model/stages.py", r"", "pipeline"),
-    ("model/moe.py", r"\b_gather\b", "experts"),  # weights of the routed experts
-    ("model/moe.py", r"\b_statistics\b|\bload_of\b", "statistics"),
-    ("model/moe.py", r"\bMoE\._routed\b", "dispatch"),  # a custom gradient hides the calls below it
-    ("model/moe.py", r"\bMoE\b", "router"),
-    ("model/router.py", r"", "router"),
-    ("model/attention/interface.py", r"", "attention"),
-    ("model/layers.py", r"\bMLP\b", "mlp"),  # dense layers and shared experts
-    ("model/layers.py", r"\bRMSNorm\b", "norm"),
-    ("model/layers.py", r"\bEmbedding\b", "embed"),
-    ("model/transformer.py", r"\blogits\b", "head"),
-    ("model/transformer.py", r"\bMTPLayer\b", "mtp"),
-    ("model/transformer.py", r"", "other"),  # the model as a whole: never the loss that called it
-    ("objectives/pretrain.py", r"", "loss"),
-    ("train/optimizer.py", r"", "optimizer"),
-    ("train/muon_adafactor.py", r"", "optimizer"),
-    ("train/loss_scale.py", r"", "optimizer"),
-    ("train/step.py", r"\bupdate_bias\b", "optimizer"),
+
+class Rule(NamedTuple):
+    """Instructions made below a function are of a part."""
+
+    file: str  # in the package, or a folder of it
+    name: str  # of a function or class; "": any in that file
+    part: str
+
+    def holds(self, file: str, function: str) -> bool:
+        """Whether it is about a call: its file, and the qualified name of its function."""
+        if f"deepseek_jax/{self.file}" not in file:
+            return False
+        return f".{self.name}." in f".{function}." if self.name else True
+
+
+# Before the scopes: what is called inside a named part and is another. The innermost call that matches decides.
+INSIDE = (
+    Rule("experts/dispatch.py", "", "dispatch"),  # tokens to experts and back, number of rounds
+    Rule("experts/rounds.py", "", "dispatch"),
+    Rule("model/moe.py", "_statistics", "statistics"),
+    Rule("model/moe.py", "load_of", "statistics"),
+    Rule("model/layers.py", "RMSNorm", "norm"),
 )
-# The names that the model gives its parts with jax.named_scope, and those of PARTS that have another name there: for the time of parts,
-# where a part is all that it computes. Bytes go by PARTS alone, which know a gather of weights from the layer that asked for it.
-SCOPES = (
-    "embed",
-    "attention",
-    "route",
-    "dispatch",
-    "experts",
-    "combine",
-    "mlp",
-    "norm",
-    "loss",
-    "optimizer",
+# Scope -> part.
+NAMED = {
+    "embed": "embed",
+    "attention": "attention",
+    "route": "router",
+    "dispatch": "dispatch",
+    "experts": "experts",
+    "combine": "dispatch",
+    "mlp": "mlp",  # dense layers and shared experts
+    "loss": "loss",
+    "optimizer": "optimizer",
+}
+# After the scopes: what is around named parts. The innermost call that matches decides.
+AROUND = (
+    Rule("model/moe.py", "MoE._routed", "dispatch"),  # a custom gradient hides the calls below it
+    Rule("model/moe.py", "MoE", "router"),
+    Rule("model/transformer.py", "MTPLayer", "mtp"),
+    Rule("model/transformer.py", "", "other"),  # the model as a whole, not the loss that calls it
+    Rule("objectives/", "", "loss"),
+    Rule("model/stages.py", "", "pipeline"),
+    Rule("parallel/pipeline.py", "", "pipeline"),
+    Rule("parallel/compression.py", "", "compression"),  # the sum of gradients over replicas
 )
-_SCOPE_OF = {"router": "route", "statistics": "route", "head": "loss"}
+# For the time of parts, where a part is all that it computes: the model's own names, and "norm", which has none.
+SCOPES = (*NAMED, "norm")
+_SCOPE_OF = {"router": "route", "statistics": "route"}
 # What a decoder layer is made of; "layer": weights gathered ahead of it, of which the program does not say which.
 LAYER_PARTS = ("dispatch", "experts", "statistics", "router", "attention", "mlp", "norm", "layer")
 
@@ -65,13 +75,14 @@ class Origin:
         self.module = module
 
     def shares(
-        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit, moves_tokens: bool
+        self, computation: str, instruction: hlo.Instruction, visit: loops.Visit, moves_tokens: bool
     ) -> tuple[tuple[str, str, float], ...]:
         """(phase, part, share of the bytes) of a collective, most first.
 
-        phase is forward, recompute, backward, optimizer or other; part one of PARTS or other. A collective with several operands
-        was combined from several; each belongs where its operand comes from, but for tokens, which come from the layer before. The
-        first layer's weights, gathered ahead of the loop over layers, may be combined with the embedding.
+        phase is forward, recompute, backward, optimizer or other; part one of PARTS or other. A
+        collective with several operands was combined from several; each belongs where its operand
+        comes from, but for tokens, which come from the layer before. The first layer's weights,
+        gathered ahead of the loop over layers, may be combined with the embedding.
 
         Args:
           moves_tokens: it may be the dispatch's.
@@ -95,9 +106,10 @@ class Origin:
         return tuple((*origin, share) for origin, share in shares.most_common())
 
     def scope(
-        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit
+        self, computation: str, instruction: hlo.Instruction, visit: loops.Visit
     ) -> tuple[str, str]:
-        """(scope, phase) of any instruction: one of SCOPES or another part, by the innermost scope in its name, or by its calls."""
+        """(scope, phase) of any instruction: one of SCOPES or another part, by the innermost scope
+        in its name, or by its calls."""
         source = self._source(computation, instruction, visit)
         if source is None:
             return "other", "other"
@@ -105,14 +117,14 @@ class Origin:
         return _SCOPE_OF.get(part, part), phase
 
     def _source(
-        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit
+        self, computation: str, instruction: hlo.Instruction, visit: loops.Visit
     ) -> hlo.Instruction | None:
         """The instruction that says where this one comes from."""
         source = self._named(computation, instruction)
         return visit.caller[1] if source is None and visit.caller else source
 
     def _of(
-        self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit
+        self, computation: str, instruction: hlo.Instruction, visit: loops.Visit
     ) -> tuple[str, str]:
         source = self._source(computation, instruction, visit)
         if source is None:
@@ -121,8 +133,11 @@ class Origin:
         part = self._part(source)
         return phase, phase if part == "other" and phase == "optimizer" else part
 
-    def _of_a_stack(self, computation: str, instruction: hlo.Instruction, visit: hlo.Visit) -> bool:
-        """Whether it is one layer's slice of stacked weights: the scan over layers makes it, before any code of the layer."""
+    def _of_a_stack(
+        self, computation: str, instruction: hlo.Instruction, visit: loops.Visit
+    ) -> bool:
+        """Whether it is one layer's slice of stacked weights: the scan over layers makes it, before
+        any code of the layer."""
         source = self._source(computation, instruction, visit)
         return source is not None and any(
             file.endswith("model/transformer.py") and re.search(r"\b_scan\b", function)
@@ -142,15 +157,23 @@ class Origin:
         return None
 
     def _part(self, instruction: hlo.Instruction) -> str:
-        for file, function in self.module.frames(instruction):
-            for place, pattern, part in PARTS:
-                if f"deepseek_jax/{place}" in file and re.search(pattern, function):
-                    return part
-        return "other"
+        frames = self.module.frames(instruction)
+        inside = _innermost(INSIDE, frames)
+        named = NAMED.get(scope_of(instruction.op_name), "")
+        return inside or named or _innermost(AROUND, frames) or "other"
+
+
+def _innermost(rules: tuple[Rule, ...], frames: list[tuple[str, str]]) -> str:
+    for file, function in frames:
+        for rule in rules:
+            if rule.holds(file, function):
+                return rule.part
+    return ""
 
 
 def scope_of(op_name: str) -> str:
-    """The innermost of SCOPES in an operation's name, or "": 'jit(train_step)/transpose(jvp(attention))/dot_general' is of attention."""
+    """The innermost of SCOPES in an operation's name, or "":
+    'jit(train_step)/transpose(jvp(attention))/dot_general' is of attention."""
     names = [name for name in re.split(r"[/()]", op_name) if name in SCOPES]
     return names[-1] if names else ""
 

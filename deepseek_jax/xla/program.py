@@ -1,6 +1,8 @@
-"""What a compiled step communicates: every collective with its bytes, its mesh axes, how often it runs and where it comes from.
+"""What a compiled step communicates: every collective with its bytes, its mesh axes, how often it
+runs and where it comes from.
 
-Bytes are those that one device receives from others (it sends as many), by the fewest that each kind needs in a group of n:
+Bytes are those that one device receives from others (it sends as many), by the fewest that each
+kind needs in a group of n:
 
     all-gather        (n-1) x operand           the others' shards
     reduce-scatter    (n-1)/n x operand         the others' summands of its own shard, or their partial sums on a ring
@@ -12,15 +14,11 @@ where the operand is what one device puts in. A latency-optimal algorithm may se
 """
 
 import dataclasses
-import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from deepseek_jax.xla import hlo, origin
+from deepseek_jax.xla import hlo, loops, origin, replica_groups
 
 # kind -> bytes received, from bytes put in and the size of the group.
 RECEIVED: dict[str, Callable[[int, int], float]] = {
@@ -113,7 +111,8 @@ def memory(compiled: Any) -> Memory:
 
 
 def host_memory(compiled: Any) -> int:
-    """Bytes of the host's memory that the program holds for one device: what is offloaded. XLA's CPU compiler counts it as the device's."""
+    """Bytes of the host's memory that the program holds for one device: what is offloaded. XLA's
+    CPU compiler counts it as the device's."""
     m = compiled.memory_analysis()
     return (
         m.host_argument_size_in_bytes
@@ -134,7 +133,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     sources = origin.Origin(module)
     found = [
         _collective(module, sources, mesh_shape, *place)
-        for place in module.visits(lambda i: _kind(i) is not None)
+        for place in loops.visits(module, lambda i: _kind(i) is not None)
     ]
     return [c for c in found if c.group > 1]
 
@@ -157,7 +156,8 @@ def by_origin(found: Iterable[Collective]) -> dict[tuple[str, str], int]:
 
 
 def most_in_flight(text: str) -> int:
-    """The most collectives that the schedule of a compiled program has between start and end at once, in any of its computations."""
+    """The most collectives that the schedule of a compiled program has between start and end at
+    once, in any of its computations."""
     module, most = hlo.Module(text), 0
     for body in module.computations.values():
         in_flight: set[str] = set()
@@ -188,7 +188,7 @@ def _collective(
     mesh_shape: Mapping[str, int],
     computation: str,
     instruction: hlo.Instruction,
-    visit: hlo.Visit,
+    visit: loops.Visit,
 ) -> Collective:
     kind = _kind(instruction)
     here = module.computations[computation]
@@ -198,9 +198,9 @@ def _collective(
             instruction.operands[0]
         ].bytes  # the rest are its output buffer, offsets and sizes
     group, axes = (
-        _pairs(instruction, mesh_shape)
+        replica_groups.pairs(instruction, mesh_shape)
         if kind == "collective-permute"
-        else _groups(instruction, mesh_shape)
+        else replica_groups.groups(instruction, mesh_shape)
     )
     start = (computation, instruction)
     if visit.caller and visit.caller[1].opcode == "async-start":
@@ -211,7 +211,8 @@ def _collective(
         if asynchronous and module.scheduled
         else 0
     )
-    # Tokens travel along other axes than these: what is gathered or summed along them in the MoE layer is the experts' weights.
+    # Tokens travel along other axes than these: what is gathered or summed along them in the MoE
+    # layer is the experts' weights.
     of_weights = set(axes) <= {"data", "fsdp"}
     shares = sources.shares(computation, instruction, visit, moves_tokens=not of_weights)
     if of_weights:
@@ -256,115 +257,3 @@ def _work_before_end(computation: dict[str, hlo.Instruction], start: hlo.Instruc
             held.add(name)
         work += instruction.opcode in WORK
     return work
-
-
-def _groups(
-    instruction: hlo.Instruction, mesh_shape: Mapping[str, int]
-) -> tuple[int, tuple[str, ...]]:
-    """(size, mesh axes) of the group of a collective with replica groups."""
-    devices = math.prod(mesh_shape.values())
-    groups = replica_groups(instruction.attributes, devices)
-    return groups.shape[1], _spanned(groups, mesh_shape)
-
-
-def _pairs(
-    instruction: hlo.Instruction, mesh_shape: Mapping[str, int]
-) -> tuple[int, tuple[str, ...]]:
-    """(most devices reached from one along the axes, mesh axes) of a permutation; (1, ()) if every device sends to itself."""
-    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
-    pairs = np.array([int(n) for n in re.findall(r"\d+", found[1] if found else "")], int).reshape(
-        -1, 2
-    )
-    moving = pairs[pairs[:, 0] != pairs[:, 1]]
-    if not len(moving):
-        return 1, ()
-    axes = _moving_axes(moving, mesh_shape)
-    return math.prod(mesh_shape[a] for a in axes), axes
-
-
-def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """[groups, size] of device numbers, from any of XLA's spellings.
-
-    {{0,1},{2,3}}   [2,2]<=[4]   [2,2]<=[2,2]T(1,0)   mesh['a'=2,'b'=2] {'a'}   mesh['a'=4] {'a':(1)2}
-    mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}
-    An empty list is one group of all.
-
-    Raises:
-      ValueError: another spelling.
-    """
-    found = re.search(
-        r"replica_groups=(mesh\[[^\]]*\](?:, device_ids=\(.*?\))? \{[^}]*\}|\{\}|\{\{[^=]*?\}\}|"
-        r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)",
-        attributes,
-    )
-    if not found:
-        raise ValueError(f"these replica groups are not understood: {attributes[:200]!r}")
-    text = found[1]
-    if text.startswith("{{"):
-        return np.array([[int(d) for d in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", text)])
-    if text.startswith("["):
-        return _iota(text)
-    if text == "{}":
-        return np.arange(devices).reshape(1, -1)
-    return _mesh_groups(text)
-
-
-def _iota(text: str) -> np.ndarray:
-    """'[4,2]<=[2,4]T(1,0)': the numbers from 0, reshaped, transposed, reshaped."""
-    shape, base, order = re.fullmatch(
-        r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
-    ).groups()
-    numbers = lambda s: [int(n) for n in s.split(",")]
-    ids = np.arange(math.prod(numbers(base))).reshape(numbers(base))
-    return (ids.transpose(numbers(order)) if order else ids).reshape(numbers(shape))
-
-
-def _mesh_groups(text: str) -> np.ndarray:
-    """The groups along axes, or factors of axes, of XLA's own mesh: "'a':(2)4" is the factor of 4 inside the outer 2 of a."""
-    axes = {name: int(n) for name, n in re.findall(r"'?(\w+)'?=(\d+)", text[: text.index("]")])}
-    grouped = re.findall(r"'?(\w+)'?(?::\((\d+)\)(\d+))?(?:,|$)", text[text.rindex("{") + 1 : -1])
-    ids = np.arange(math.prod(axes.values()))
-    if given := re.search(r"device_ids=\((.*)\) \{", text):
-        base = re.fullmatch(r"\[([\d,]+)\]T(\([\d,]+\))", given[1])
-        ids = (
-            _iota(f"[{len(ids)}]<=[{base[1]}]T{base[2]}")
-            if base
-            else np.array([int(n) for n in re.findall(r"\d+", given[1])])
-        )
-    # Split every axis that is grouped in part into (outer, grouped, inner), then bring what is grouped last.
-    shape: list[int] = []
-    last: dict[tuple[str, str], int] = {}
-    for name, size in axes.items():
-        parts = sorted((int(pre), int(n), pre) for a, pre, n in grouped if a == name and pre)
-        if (name, "", "") in grouped:
-            last[name, ""] = len(shape)
-        done = 1
-        for pre, n, key in parts:
-            shape.append(pre // done)
-            last[name, key] = len(shape)
-            shape.append(n)
-            done = pre * n
-        shape.append(size // done)
-    order = [last[name, pre] for name, pre, _ in grouped]
-    rest = [i for i in range(len(shape)) if i not in order]
-    return (
-        ids.reshape(shape).transpose(*rest, *order).reshape(-1, math.prod(shape[i] for i in order))
-    )
-
-
-def _spanned(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the devices of a group differ; "?" at the end if they are not all devices along those axes."""
-    if groups.shape[1] == 1:
-        return ()
-    pairs = np.stack([np.repeat(groups[:, :1], groups.shape[1] - 1, 1), groups[:, 1:]], -1).reshape(
-        -1, 2
-    )
-    axes = _moving_axes(pairs, mesh_shape)
-    return axes if math.prod(mesh_shape[a] for a in axes) == groups.shape[1] else (*axes, "?")
-
-
-def _moving_axes(pairs: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-    places = np.stack(np.unravel_index(pairs, tuple(mesh_shape.values())))
-    return tuple(
-        axis for axis, p in zip(mesh_shape, places, strict=True) if (p[:, 0] != p[:, 1]).any()
-    )

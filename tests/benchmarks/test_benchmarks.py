@@ -19,7 +19,7 @@ from benchmarks.gpu import parts as gpu_parts
 from benchmarks.gpu import train as gpu_train
 from benchmarks.speed import compile as compile_time
 from benchmarks.speed import floor, hf_copy, moe, moe_methods, overhead, vocabulary
-from benchmarks.support import shapes
+from benchmarks.support import shapes, turns
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import (
     IGNORE,
@@ -61,7 +61,9 @@ def test_gpu_bench(everything, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(
             gpu_parts.PARTS,
             "tiny",
-            lambda *_: iter([{"platform": "cpu", "losses": [2.0, 1.0], "compile_s": 0.0}]),
+            lambda *_: iter(
+                [{"platform": "cpu", "losses": [2.0, 1.0], "compile_s": 0.0, "differs_again": []}]
+            ),
         )
     assert gpu_bench.main() == 0
     out, err = capsys.readouterr()
@@ -70,10 +72,10 @@ def test_gpu_bench(everything, tmp_path, monkeypatch, capsys):
     assert list(dict.fromkeys(r["part"] for r in rows)) == [
         "versions",
         "tiny",
-        "attention",
-        "experts",
         "train",
         "peer",
+        "attention",
+        "experts",
     ]
 
     def of(part):
@@ -105,6 +107,7 @@ def test_gpu_bench(everything, tmp_path, monkeypatch, capsys):
         "dense",
     }
     assert {r["method"] for r in of("attention") if r.get("both_s", 0) > 0} == {"blocks", "plain"}
+    assert of("tiny")[0]["differs_again"] == [] and of("attention")[1]["is_from_plain"] < 1e-5
     assert json.loads((tmp_path / "results.json").read_text())["results"] == rows
     assert (
         "| packed documents | natural | auto |" in (tmp_path / "results.md").read_text()
@@ -133,6 +136,30 @@ def test_gpu_bench_is_useful_if_it_is_cut(tmp_path):
     }
     (tmp_path / "autotune.txt").touch()
     assert len(gpu_train.autotune(tmp_path)) == 2 and gpu_train.autotune(None) == {}
+
+
+def test_grouped_products_are_of_narrow_operands():
+    """What is timed as bfloat16 is: no method's gradient has a product of float32 operands, which takes three
+    times as long."""
+    x, w, dy = (
+        jax.ShapeDtypeStruct(s, jax.numpy.bfloat16) for s in ((64, 16), (4, 16, 8), (64, 8))
+    )
+    for method in ("dense", "equal slots"):
+        call = gpu_parts.products(64, 4)[method]
+        f = lambda x, w, dy, call=call: jax.vjp(lambda x, w: call(x, w, None), x, w)[1](dy)
+        products = [
+            e for e in jax.make_jaxpr(f)(x, w, dy).eqns if e.primitive.name == "dot_general"
+        ]
+        assert len(products) >= 2 and {v.aval.dtype.name for e in products for v in e.invars} == {
+            "bfloat16"
+        }, method
+
+
+def test_calls_in_a_queue():
+    """Seconds of one call, however many are handed over together."""
+    program = turns.compiled(lambda x: x @ x, np.ones((256, 256), np.float32))
+    one, ten = (min(turns.queued(program, calls, 5) for _ in range(3)) for calls in (1, 10))
+    assert 0 < ten < 5 * one
 
 
 def test_gpu_bench_needs_few_packages():

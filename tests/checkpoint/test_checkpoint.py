@@ -46,9 +46,8 @@ def test_bits_survive_a_change_of_mesh_twice(tmp_path):
             ).restore(abstract(state, mesh))
             assert_same_bits(got, state)
             assert got_extra == extra
-            for leaf, spec in zip(
-                jax.tree.leaves(got), jax.tree.leaves(SPECS, is_leaf=lambda s: isinstance(s, P))
-            ):
+            specs = jax.tree.leaves(SPECS, is_leaf=lambda s: isinstance(s, P))
+            for leaf, spec in zip(jax.tree.leaves(got), specs, strict=True):
                 assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
             again = Checkpointer(str(tmp_path / str(i + 1)), options=CheckpointConfig(keep=2))
             again.save(1, got, got_extra)

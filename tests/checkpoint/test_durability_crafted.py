@@ -1,10 +1,12 @@
-"""Checkpoints that somebody made to do harm: refused in one line, with no write elsewhere and little memory. And the commands."""
+"""Checkpoints that somebody made to do harm: refused in one line, with no write elsewhere and little memory.
+
+And the commands.
+"""
 
 import json
 import pathlib
 import resource
 import shutil
-import struct
 import sys
 
 import numpy as np
@@ -17,84 +19,9 @@ from deepseek_jax.checkpoint import full, local, manifest
 from deepseek_jax.checkpoint.manifest import Manifest
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
-from deepseek_jax.tensorfile import header
 from deepseek_jax.tensorfile.bounded_json import BadFile
 from tests.support.checkpoints import KINDS, assert_same_bits, read, values, where, write
-
-
-def head(entries: dict | bytes, data: int = 0, length: int | None = None) -> bytes:
-    raw = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
-    return struct.pack("<Q", len(raw) if length is None else length) + raw + b"\0" * data
-
-
-def tensor(shape=(2,), offsets=(0, 8), dtype="F32", **more) -> dict:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)} | more
-
-
-@pytest.mark.parametrize(
-    "what, raw",
-    {
-        "is empty": b"",
-        "is shorter than its length": b"\x05\0\0",
-        "head longer than the file": head({}, length=1 << 20),
-        "head of 2^64 bytes": head({}, length=2**64 - 1),
-        "not JSON": head(b"{nonsense}"),
-        "not UTF-8": head(b'{"\xff": 1}'),
-        "deep": head(b"[" * 100000),
-        "a list": head(b"[]"),
-        "a tensor twice": head(b'{"a":%s,"a":%s}' % ((json.dumps(tensor()).encode(),) * 2), 8),
-        "metadata that is no text": head({"__metadata__": {"a": 1}}),
-        "another dtype": head({"a": tensor(dtype="O8")}, 8),
-        "a dtype of another size": head({"a": tensor(dtype="F64")}, 8),
-        "a list for a dtype": head({"a": tensor(dtype=["F32"])}, 8),
-        "a negative shape": head({"a": tensor((-2,))}, 8),
-        "a shape of floats": head({"a": tensor((2.0,))}, 8),
-        "a shape of booleans": head({"a": tensor((True, 2))}, 8),
-        "a shape that wraps around 64 bits": head({"a": tensor((2**32, 2**32), (0, 0))}),
-        "a number beyond 64 bits": head(
-            b'{"a":{"dtype":"F32","shape":[1%s],"data_offsets":[0,4]}}' % (b"0" * 5000), 4
-        ),
-        "a zero beside huge numbers": head({"a": tensor((0, 2**62, 2**62), (0, 0))}),
-        "too many dimensions": head({"a": tensor((1,) * 40, (0, 4))}, 4),
-        "more than the file holds": head({"a": tensor((2**40,), (0, 2**42))}, 8),
-        "backwards": head({"a": tensor((2,), (8, 0))}, 8),
-        "overlapping": head({"a": tensor(), "b": tensor((2,), (4, 12))}, 12),
-        "a gap": head({"a": tensor(), "b": tensor((2,), (12, 20))}, 20),
-        "bytes after the end": head({"a": tensor()}, 9),
-        "an unknown key": head({"a": tensor(extra=1)}, 8),
-        "a missing key": head({"a": {"dtype": "F32", "shape": [2]}}, 8),
-    }.items(),
-)
-def test_safetensors_heads(tmp_path, what, raw):
-    (tmp_path / "x.safetensors").write_bytes(raw)
-    with pytest.raises(BadFile) as refusal:
-        header.read(tmp_path / "x.safetensors")
-    assert (
-        "x.safetensors" in str(refusal.value)
-        and "\n" not in str(refusal.value)
-        and len(str(refusal.value)) < 400
-    )
-
-
-def test_what_safetensors_writes_is_read(tmp_path):
-    arrays = {
-        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
-        "empty": np.zeros((0, 5), np.int64),
-        "scalar": np.float64(1.5),
-        "b": np.asarray([True, False]),
-        "ü": np.zeros(3, np.float16),
-    }
-    safetensors.numpy.save_file(
-        {k: np.asarray(v) for k, v in arrays.items()}, tmp_path / "x.safetensors", {"format": "np"}
-    )
-    found = header.read(tmp_path / "x.safetensors")
-    raw = (tmp_path / "x.safetensors").read_bytes()
-    assert found.keys() == arrays.keys()
-    for name, tensor in found.items():
-        want = np.asarray(arrays[name])
-        assert tensor.what.shape == want.shape and tensor.what.dtype == want.dtype
-        assert raw[tensor.offset : tensor.offset + want.nbytes] == want.tobytes()
-
+from tests.tensorfile.test_header import head, tensor
 
 BAD_NAMES = (
     "../x.safetensors",
@@ -115,7 +42,7 @@ BAD_NAMES = (
 def test_names_that_lead_elsewhere(tmp_path, name):
     (tmp_path / full.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(BadFile, match="which is not a"):
-        full.Source(tmp_path)
+        full.FullTensors(tmp_path)
     m = Manifest("full", 1, {name: (1, "00000000")}, {})
     (tmp_path / manifest.NAME).write_bytes(m.to_bytes())
     with pytest.raises(BadFile, match="not a file inside the checkpoint"):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.checkpoint import checkpoint, full, integrity, local, manifest, sharded
+from deepseek_jax.checkpoint import checkpoint, integrity, kinds, manifest
 from deepseek_jax.checkpoint.checkpoint import SaveFailed
 from tests.support.checkpoints import (
     KINDS,
@@ -33,17 +33,18 @@ def fails(*_args, **_kwargs):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", ["data", "merge", "extra", "manifest", "commit"])
 def test_a_full_disk_stops_no_training(tmp_path, kind, place, monkeypatch):
-    """Wherever in a save it fills: one line, no leftover, the checkpoint before stays, the next save is made."""
-    module = {"sharded": sharded, "full": full, "local": local}[kind]
+    """Wherever in a save it fills: one line, no leftover, the one before stays, the next save is made."""
     write(tmp_path, kind, (1,))
     mesh, said = explicit_mesh(2, 4), []
     with jax.set_mesh(mesh):
         c = opened(tmp_path, kind, said)
         with monkeypatch.context() as m:
             if place == "data":
-                m.setattr(module, "start", fails if kind == "full" else lambda *a: fails)
+                m.setattr(
+                    type(kinds.KINDS[kind]), "start", fails if kind == "full" else lambda *a: fails
+                )
             elif place == "merge":
-                m.setattr(module, "merge", fails)
+                m.setattr(type(kinds.KINDS[kind]), "merge", fails)
             else:
                 m.setattr(
                     *{
@@ -56,7 +57,8 @@ def test_a_full_disk_stops_no_training(tmp_path, kind, place, monkeypatch):
             c.save(2, put(values(2), mesh), {"at": 2})
             c.wait()
         assert said == [
-            "no checkpoint of step 2: No space left on device; that of step 1 stays, training goes on and tries again"
+            "no checkpoint of step 2: No space left on device; that of step 1 stays, "
+            "training goes on and tries again"
         ]
         assert [p.name for p in where(tmp_path, kind).parent.iterdir() if p.is_dir()] == ["1"]
         assert c.newest_good() == 1
@@ -106,7 +108,8 @@ def test_the_last_checkpoint_is_tried_again(tmp_path, good, monkeypatch):
         else:
             with pytest.raises(
                 SaveFailed,
-                match="5, the last, could not be written in 5 tries .No space left on device.. Nothing is saved; ",
+                match="5, the last, could not be written in 5 tries .No space left on device.. "
+                "Nothing is saved; ",
             ) as e:
                 c.save(5, put(values(), mesh), {}, final=True)
             assert len(tries) == 5 and "\n" not in str(e.value)
@@ -126,9 +129,11 @@ def test_a_disk_that_is_really_full(tmp_path, kind):
         mesh, said = explicit_mesh(8, 1), []
         rng = np.random.default_rng(0)
         spec = jax.NamedSharding(mesh, jax.P("fsdp"))
-        big = lambda: {
-            "a": jax.device_put(rng.standard_normal((256, 1024)).astype(np.float32), spec)
-        }  # 1 MB
+
+        def big():
+            megabyte = rng.standard_normal((256, 1024)).astype(np.float32)
+            return {"a": jax.device_put(megabyte, spec)}
+
         with jax.set_mesh(mesh):
             c = opened(disk, kind, said)
             kept = big()

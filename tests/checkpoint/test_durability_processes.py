@@ -1,4 +1,4 @@
-"""Checkpoints that two processes write together: of every kind, damaged at one of them, unwritable at one of them, read by fewer."""
+"""Checkpoints that two processes write together: damaged or unwritable at one of them, read by fewer."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 
-from deepseek_jax.cluster.meeting import free_port
+from deepseek_jax.cluster.wire import free_port
 from tests.support import ROOT
 
 REPOSITORY = ROOT
@@ -31,7 +31,10 @@ PROGRAM = """
     mesh = explicit_mesh(2, 4)
 
     def put(tree):
-        place = lambda a, s: jax.make_array_from_callback(np.shape(a), jax.NamedSharding(mesh, s), lambda i: np.asarray(a)[i])
+        def place(a, spec):
+            sharding = jax.NamedSharding(mesh, spec)
+            return jax.make_array_from_callback(np.shape(a), sharding, lambda i: np.asarray(a)[i])
+
         return jax.tree.map(place, tree, SPECS)
 
     def options(kind):
@@ -43,7 +46,8 @@ PROGRAM = """
     def check(state, step):
         for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(values(step)), strict=True):
             for shard in got.addressable_shards:
-                assert np.asarray(shard.data).tobytes() == np.ascontiguousarray(np.asarray(want)[shard.index]).tobytes()
+                wanted = np.ascontiguousarray(np.asarray(want)[shard.index])
+                assert np.asarray(shard.data).tobytes() == wanted.tobytes()
 
     def restore(kind, said):
         state, extra = opened(kind, said).restore(abstract(values(), mesh))
@@ -75,7 +79,8 @@ PROGRAM = """
             c.wait()
             manifest.checksums = honest
             exchange("test", "")  # process 0 cleans up
-            assert sorted(n for n in os.listdir(own(kind)) if n != "run_id") == ["1", "2"], os.listdir(own(kind))
+            names = sorted(n for n in os.listdir(own(kind)) if n != "run_id")
+            assert names == ["1", "2"], names
             exchange("test", "")
             if me == 0:
                 assert len(said) == 1 and "process 1: No space left" in said[0], said
@@ -123,9 +128,8 @@ def start(count: int, folder: pathlib.Path) -> None:
         for i in range(count)
     ]
     said = [p.communicate(timeout=280)[0] for p in processes]
-    assert all(p.returncode == 0 and "done" in text for p, text in zip(processes, said)), "\n".join(
-        said
-    )[-6000:]
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0 and "done" in text, "\n".join(said)[-6000:]
 
 
 def test_two_processes_and_then_one(tmp_path):

@@ -1,10 +1,8 @@
 """A mistake on the command line of any command is one line on stderr and exit code 2."""
 
-import dataclasses
 import subprocess
 import sys
 import textwrap
-from dataclasses import field
 
 import pytest
 
@@ -13,7 +11,7 @@ from benchmarks.learning import tiny
 from deepseek_jax import evaluate, generate
 from deepseek_jax.checkpoint import __main__ as checkpoint
 from deepseek_jax.cli.command import exit_code
-from deepseek_jax.config import configdict
+from deepseek_jax.config import __main__ as config
 from deepseek_jax.data import __main__ as data
 from deepseek_jax.hf import __main__ as hf
 from deepseek_jax.launch import __main__
@@ -33,6 +31,7 @@ from tests.support import ROOT
         (data.main, ["tokenize", "--path=x"], "--tokenizer"),
         (__main__.main, ["--nproc_per_node=2"], "program"),
         (plan.main, ["--devices=many"], "many"),
+        (config.main, ["wards"], "'wards'"),
         (benchmarks.main, ["floor", "--shape=huge"], "huge"),
         (benchmarks.main, ["moe", "--turnz=3"], "--turnz=3"),
         (benchmarks.main, ["storm", "--kills"], "--kills"),
@@ -68,41 +67,6 @@ def test_help_of_a_command_and_of_a_benchmark():
             and "python -m" in shown.stdout
             and not shown.stderr
         )
-
-
-def test_comments_of_options(tmp_path):
-    """Help does not depend on how the source is laid out: other indentation, several lines, a # in a default,
-    none at all."""
-
-    @dataclasses.dataclass
-    class Nested:
-        """Deeper than the real ones.
-
-        x: int  # no field
-        """
-
-        color: str = "#fff"  # a colour, as "#fff"
-        pair: tuple = field(default=(1, 2))  # two numbers
-        bare: int = 1
-        late: dict[str, int] = field(default_factory=lambda: {"a": 1})  # x: int = 1  # nested
-
-    assert configdict.comments_of(Nested) == {
-        "color": 'a colour, as "#fff"',
-        "pair": "two numbers",
-        "late": "x: int = 1  # nested",
-    }
-    assert configdict.comments_of(dataclasses.make_dataclass("Made", [("a", int)])) == {}
-
-
-def test_every_option_is_described():
-    """Some keys of a Hugging Face config.json speak for themselves."""
-    lines = configdict.describe().split("\n  --")
-    silent = [line for line in lines if "\n        " not in line]
-    assert (
-        len(lines) > 100
-        and len(silent) < 12
-        and all(line.startswith("config.model.") for line in silent)
-    )
 
 
 def test_texts_that_are_read_do_not_depend_on_indentation():

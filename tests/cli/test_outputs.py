@@ -1,8 +1,9 @@
-"""Nothing of the user's is overwritten or deleted unasked: inputs, files beside an output, folders that a run
-or a checkpoint is written to.
+"""Nothing of the user's is overwritten or deleted unasked.
 
-What `python -m deepseek_jax.data` writes is in test_data_commands.py; export and import beside folders of
-other names in test_hf_runs.py.
+Not inputs, files beside an output, nor what is in the folder of a run or a checkpoint.
+
+What `python -m deepseek_jax.data` writes is in test_data_commands.py; export and import beside
+folders of other names in test_hf_runs.py.
 """
 
 import os
@@ -116,8 +117,7 @@ def test_outputs_that_may_be_written(files):
 
 
 def test_a_workdir_with_files_of_somebody_else(tmp_path):
-    """A Hugging Face checkpoint's config.json, a metrics.jsonl, a lock and a folder hf: a run would replace
-    each of them."""
+    """A run would replace a checkpoint's config.json, a metrics.jsonl, a lock and a folder hf."""
     for name, text, message in (
         ("config.json", '{"model_type": "qwen3_moe"}', "cannot be read as the config of a run"),
         ("metrics.jsonl", '{"mine": 1}\n', "no config.json of a run"),
@@ -137,8 +137,10 @@ def test_a_workdir_with_files_of_somebody_else(tmp_path):
 
 
 def test_a_checkpoint_folder_with_numbers_that_are_no_checkpoints(tmp_path):
-    """Old checkpoints are deleted by their number: a folder 2024 of photographs must not be one of them.
-    Half-made ones go, photographs stay."""
+    """Old checkpoints are deleted by their number: a folder 2024 of photographs is not one of them.
+
+    Half-made checkpoints go, photographs stay.
+    """
     (tmp_path / "2024").mkdir()
     assert Folder(str(tmp_path), read_only=False).steps() == [2024]  # empty: nothing can be lost
     (tmp_path / "2024" / "photo.jpg").write_text("mine")

@@ -20,7 +20,10 @@ TEXT = "± é € 😀 \ud800"
 
 def run(program: str, env: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess:
     """A command whose `main` is this program, which returns 0 at its end. It imports no JAX."""
-    text = f"import sys\nfrom deepseek_jax.cli.command import exit_code\ndef main():\n    {program}\n    return 0\n"
+    text = (
+        "import sys\nfrom deepseek_jax.cli.command import exit_code\n"
+        f"def main():\n    {program}\n    return 0\n"
+    )
     mode = options.pop("mode", "report")
     return subprocess.run(
         [sys.executable, "-c", f"{text}sys.exit(exit_code('it', main, {mode!r}))"],
@@ -67,8 +70,10 @@ def test_any_encoding(env, said):
 
 
 def test_a_reader_that_goes_away():
-    """A report or a log is dropped and the work goes on; a command that writes its result ends, without an
-    error."""
+    """A report or a log is dropped and the work goes on; a command that writes its result ends.
+
+    Without an error.
+    """
     work = r"[print('x' * 1000, flush=True) for _ in range(1000)]; sys.stderr.write('done')"
     for mode, unbuffered, said in (
         ("report", "", b"done"),

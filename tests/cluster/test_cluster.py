@@ -1,5 +1,6 @@
 """Finding the cluster, agreeing in it, and who gets which GPU: everything about several processes that needs no training."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -10,13 +11,14 @@ import types
 
 import pytest
 
-from deepseek_jax.cluster import discovery, gpus, meeting, processes
-from deepseek_jax.cluster.discovery import Place, find
+from deepseek_jax.cluster import agreement, discovery, gpus, processes, wire
+from deepseek_jax.cluster.agreement import Agreement, NoAnswer, difference, other_mistakes
+from deepseek_jax.cluster.discovery import Membership, find
 from deepseek_jax.cluster.gpus import Claim, divide, shares, visible_gpus
-from deepseek_jax.cluster.meeting import Meeting, NoAnswer, free_port, listen
-from deepseek_jax.cluster.processes import difference, other_mistakes
+from deepseek_jax.cluster.wire import TOKEN, free_port, job_token, listen
 from deepseek_jax.errors import UserError
 from tests import support
+from tests.support.strangers import visit
 
 ROOT = str(support.ROOT)
 JAX = {"JAX_COORDINATOR_ADDRESS": "host0:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -34,6 +36,8 @@ SLURM = {
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
 }
+SLURM_JOB = "SLURM 77"
+URI = "OMPI_MCA_orte_hnp_uri"
 OMPI = {
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
     "OMPI_COMM_WORLD_SIZE": "2",
@@ -71,21 +75,31 @@ def test_alone(env, monkeypatch):
 
 
 FOUND = [
-    (("host1:1234", 2, 0), {}, Place("host1", 1234, 2, 0)),
-    (("[fe80::1]:1234", 2, 0), {}, Place("fe80::1", 1234, 2, 0)),
-    ((None, None, None), JAX, Place("host0", 8476, 4, 3)),
-    (("host1:1", None, 2), JAX, Place("host1", 1, 4, 2)),
-    ((None, None, None), JAX | SLURM | TORCHRUN, Place("host0", 8476, 4, 3)),
-    ((None, None, None), TORCHRUN, Place("host0", 29500, 2, 1, True)),
+    (("host1:1234", 2, 0), {}, Membership("host1", 1234, 2, 0)),
+    (("[fe80::1]:1234", 2, 0), {}, Membership("fe80::1", 1234, 2, 0)),
+    ((None, None, None), JAX, Membership("host0", 8476, 4, 3)),
+    (("host1:1", None, 2), JAX, Membership("host1", 1, 4, 2)),
+    ((None, None, None), JAX | SLURM | TORCHRUN, Membership("host0", 8476, 4, 3)),
+    ((None, None, None), TORCHRUN, Membership("host0", 29500, 2, 1, True, "torchrun")),
     (
         (None, None, None),
-        TORCHRUN | SLURM | {"TORCHELASTIC_USE_AGENT_STORE": "True"},
-        Place("host0", 29501, 2, 1, True),
+        TORCHRUN | SLURM | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"},
+        Membership("host0", 29501, 2, 1, True, "torchrun none"),
     ),
-    ((None, None, None), SLURM, Place("node003", 61440 + 77, 2, 1, True)),
-    (("node9:5", None, None), SLURM, Place("node9", 5, 2, 1, True)),
-    ((None, 2, None), SLURM | {"SLURM_NTASKS": "3"}, Place("node003", 61440 + 77, 2, 1, True)),
-    ((None, None, None), OMPI, Place("10.96.0.1", 61440 + 1531576320 // 4096 % 4096, 2, 1, True)),
+    ((None, None, None), SLURM, Membership("node003", 61440 + 77, 2, 1, True, SLURM_JOB)),
+    (("node9:5", None, None), SLURM, Membership("node9", 5, 2, 1, True, SLURM_JOB)),
+    (
+        (None, 2, None),
+        SLURM | {"SLURM_NTASKS": "3"},
+        Membership("node003", 61440 + 77, 2, 1, True, SLURM_JOB),
+    ),
+    (
+        (None, None, None),
+        OMPI,
+        Membership(
+            "10.96.0.1", 61440 + 1531576320 // 4096 % 4096, 2, 1, True, f"Open MPI   {OMPI[URI]}"
+        ),
+    ),
     ((None, 1, None), SLURM, None),
 ]
 
@@ -167,11 +181,12 @@ def test_visible_gpus(monkeypatch):
 
 def test_memory_of_the_gpus(monkeypatch):
     """Set where there are GPUs and nobody has said otherwise; less with several, for NCCL."""
-    found = lambda visible, several=False, **env: (
+
+    def found(visible, several=False, **env):
         monkeypatch.setattr(gpus, "visible_gpus", lambda: visible)
-        or gpus.take_memory(several, env)
-        or env
-    )
+        gpus.take_memory(several, env)
+        return env
+
     assert found([]) == {} and found(["a"]) == {gpus.FRACTION: "0.95"}
     assert found(["a"], several=True) == found(["a", "b"]) == {gpus.FRACTION: "0.9"}
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
@@ -274,17 +289,22 @@ def numbers(reports):
     return {"came": [r["process"] for r in reports], "errors": [r.get("error") for r in reports]}
 
 
-def test_meeting():
+KEY = job_token({TOKEN: "the job's"}, "")
+
+
+def agreement_of(i: int, port: int, key: bytes = KEY) -> Agreement:
+    """Process `i` of three."""
+    return Agreement(("127.0.0.1", port), 3, i, key, ("127.0.0.1", port))
+
+
+def test_agreement():
     """Among strangers that connect to the same port; twice, the second time with a process that is gone."""
 
     def work(i, port):
         if i == 3:
             time.sleep(0.2)
-            for text in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"process": "0"}\n', b"[1]\n"):
-                with socket.create_connection(("127.0.0.1", port), timeout=5) as s:
-                    s.sendall(text)
-            return None
-        m = Meeting("127.0.0.1", port, 3, i, "127.0.0.1")
+            return visit(port)
+        m = agreement_of(i, port)
         if i == 2:
             time.sleep(0.5)
         out = [m.exchange({"process": i, "count": 3}, numbers, 20)]
@@ -293,44 +313,88 @@ def test_meeting():
         m.close()
         return out
 
-    first, second, third, _ = together(4, work)
+    first, second, third, fourth = together(4, work)
     everyone = {"came": [0, 1, 2], "errors": [None] * 3}
-    assert third == [everyone]
-    assert (
-        first
-        == second
-        == [everyone, {"came": [0, 1, 2], "errors": [None, None, "it ended before training began"]}]
-    )
+    assert third == [everyone] and fourth is None
+    gone = {"came": [0, 1, 2], "errors": [None, None, "it ended before training began"]}
+    assert first == second == [everyone, gone]
 
 
-def test_meeting_without_some(monkeypatch):
-    monkeypatch.setattr(meeting, "PATIENCE", 1.0)
+def test_agreement_without_some(monkeypatch):
+    monkeypatch.setattr(agreement, "PATIENCE", 1.0)
     started = time.monotonic()
-    late = lambda i, port: Meeting("127.0.0.1", port, 3, i, "127.0.0.1").exchange(
-        {"process": i, "count": 3}, numbers, 1
-    )
+
+    def late(i, port):
+        return agreement_of(i, port).exchange({"process": i, "count": 3}, numbers, 1)
+
     assert [r["came"] for r in together(2, late)] == [[0, 1]] * 2
 
     def mistaken(i, port):  # a third process does not come; its absence is not waited for
         mine = {"process": i, "count": 3, "error": "wrong" * i}
-        return Meeting("127.0.0.1", port, 3, i, "127.0.0.1").exchange(mine, numbers, 60)
+        return agreement_of(i, port).exchange(mine, numbers, 60)
 
     assert [r["errors"] for r in together(2, mistaken)] == [["", "wrong"]] * 2
 
     def miscounted(i, port):  # nor is it when the processes were told different counts
-        return Meeting("127.0.0.1", port, 3, i, "127.0.0.1").exchange(
-            {"process": i, "count": 3 - i}, numbers, 60
-        )
+        return agreement_of(i, port).exchange({"process": i, "count": 3 - i}, numbers, 60)
 
     assert [r["came"] for r in together(2, miscounted)] == [[0, 1]] * 2
-    nobody = together(
-        1,
-        lambda i, port: Meeting("127.0.0.1", port, 2, 1).exchange(
-            {"process": 1, "count": 2}, numbers, 1
-        ),
-    )
-    assert isinstance(nobody[0], NoAnswer) and "refused" in str(nobody[0])
+
+    def nobody(i, port):
+        return agreement_of(1, port).exchange({"process": 1, "count": 3}, numbers, 1)
+
+    (answer,) = together(1, nobody)
+    assert isinstance(answer, NoAnswer) and "refused" in str(answer) and not answer.refused
     assert time.monotonic() - started < 50
+
+
+def test_another_token(monkeypatch):
+    """A process with another token is refused, soon, and is not counted; process 0 can say where it came from."""
+    monkeypatch.setattr(agreement, "PATIENCE", 1.0)
+    first_process: list[Agreement] = []
+
+    def work(i, port):
+        mine = agreement_of(i, port, job_token({}, "SLURM 8") if i == 2 else KEY)
+        first_process.extend([mine] * (i == 0))
+        return mine.exchange({"process": i, "count": 3}, numbers, 3)
+
+    first, second, third = together(3, work)
+    assert first == second == {"came": [0, 1], "errors": [None, None]}
+    assert isinstance(third, NoAnswer) and third.refused and "does not accept" in str(third)
+    assert first_process[0].refused == {"127.0.0.1"}
+
+
+def test_a_false_process_0(monkeypatch):
+    """Something that does not know the token takes process 0's port: no report is sent to it."""
+    monkeypatch.setattr(agreement, "PATIENCE", 0.5)
+    heard: list[bytes] = []
+
+    def work(i, port):
+        if i == 1:
+            return agreement_of(1, port).exchange({"process": 1, "secret": "options"}, numbers, 5)
+        with listen("127.0.0.1", port) as listener:
+            listener.settimeout(1)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    s, _ = listener.accept()
+                    with s:
+                        s.sendall(b'{"challenge": "0"}\n')
+                        heard.append(s.recv(1 << 16))
+                        s.sendall(b'{"proof": "0"}\n')
+                        heard.append(s.recv(1 << 16))
+
+    _, answer = together(2, work)
+    assert isinstance(answer, NoAnswer) and "does not know the token" in str(answer)
+    assert heard and not any(b"options" in text for text in heard)
+
+
+def test_tokens():
+    """A secret comes before a job's name; another salt makes another key."""
+    assert job_token({TOKEN: "a"}, "SLURM 7") == job_token({TOKEN: " a "}, "SLURM 8")
+    assert len({job_token({}, ""), job_token({}, "a"), job_token({TOKEN: "a"}, "")}) == 3
+    assert job_token({TOKEN: ""}, "a") == job_token({}, "a")
+    assert wire.derived(KEY, "1") != wire.derived(KEY, "2")
+    assert wire.new_token() != wire.new_token()
 
 
 PROGRAM = """
@@ -434,7 +498,7 @@ def test_a_crash_does_not_wait_for_others(monkeypatch, capsys):
 
 def test_the_port_is_taken(monkeypatch):
     with listen("127.0.0.1", 0) as s:
-        place = Place("127.0.0.1", s.getsockname()[1], 2, 0)
+        place = Membership("127.0.0.1", s.getsockname()[1], 2, 0)
         taken = r"--coordinator_address=127.0.0.1:\d+: process 0 cannot listen there \(Address already in use"
         with pytest.raises(UserError, match=taken):
             processes.Cluster(place, 1, "program")

@@ -11,11 +11,15 @@ import time
 import pytest
 
 from deepseek_jax.cluster import monitor as monitors
-from deepseek_jax.cluster.monitor import HUNG, LOST, Monitor
+from deepseek_jax.cluster import wire
+from deepseek_jax.cluster.monitor import End, Monitor
+from deepseek_jax.errors import ExitCode
 from deepseek_jax.launch.restarts import Restarts, first_failed
 from tests import support
+from tests.support.strangers import visit
 
 ROOT = str(support.ROOT)
+TOKEN = wire.job_token({}, "job")
 
 
 class Ended(Exception):
@@ -27,11 +31,13 @@ class Recorded(Monitor):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.info, self.ended = None, threading.Event()
+        self.info: End | None = None
+        self.ended = threading.Event()
 
-    def _end(self, info, say=None):
+    def _end(self, end, say=None):
         if not self._closed:
-            self.info, self._closed = info, True
+            self.info = end
+            self._closed = True
             self.ended.set()
 
 
@@ -42,13 +48,13 @@ def together(monkeypatch):
     monkeypatch.setattr(monitors, "delay_abort", lambda: None)  # of the test's own process
 
     def make(count: int, timeout: float = 60.0) -> list[Recorded]:
-        ms = [Recorded("train.py", i, count, timeout) for i in range(count)]
+        ms = [Recorded("train.py", i, count, timeout, TOKEN) for i in range(count)]
         made.extend(ms)
         where = ms[0].serve("127.0.0.1")
-        for m in reversed(ms):  # process 0 begins to accept last
+        for m in ms:  # process 0 first, which greets the others
             m.connect("127.0.0.1", where)
         deadline = time.monotonic() + 30
-        while len(ms[0]._peers) < count - 1 and time.monotonic() < deadline:
+        while len(ms[0]._watched) < count - 1 and time.monotonic() < deadline:
             time.sleep(0.01)
         return ms
 
@@ -62,14 +68,14 @@ def test_a_closed_connection_is_a_lost_process(together):
     for m in ms:
         assert m.after(7) is None
     ms[2]._closed = True  # its thread says no more
-    ms[2]._hub.socket.shutdown(socket.SHUT_RDWR)
+    ms[2]._to_first.socket.shutdown(socket.SHUT_RDWR)
     for m in (ms[0], ms[1], ms[3]):
         assert m.ended.wait(30)
         assert (
-            m.info["process"] == 2
-            and m.info["code"] == LOST
-            and "connection closed" in m.info["why"]
-            and not m.info["stacks"]
+            m.info.process == 2
+            and m.info.code == ExitCode.LOST
+            and "connection closed" in m.info.why
+            and not m.info.stacks
         )
 
 
@@ -77,49 +83,49 @@ def test_process_0_is_lost(together):
     ms = together(3)
     ms[0]._lost = lambda *_, **__: None
     ms[0]._closed = True
-    for peer in ms[0]._peers:
-        peer.line.socket.shutdown(socket.SHUT_RDWR)
+    for peer in ms[0]._watched:
+        peer.connection.socket.shutdown(socket.SHUT_RDWR)
     for m in ms[1:]:
-        assert m.ended.wait(30) and m.info["process"] == 0 and m.info["code"] == LOST
+        assert m.ended.wait(30) and m.info.process == 0 and m.info.code == ExitCode.LOST
 
 
 def test_silence_is_a_lost_process(together, monkeypatch):
     """Process 1 sends nothing any more; the others' stacks are asked for. Process 2, which is done, is not missed."""
     monkeypatch.setattr(
-        monitors.Line,
+        wire.Connection,
         "send",
-        lambda self, _send=monitors.Line.send, **m: (
+        lambda self, _send=wire.Connection.send, **m: (
             None if "beat" in m and m["beat"] == 99 else _send(self, **m)
         ),
     )
     ms = together(3, 2.0)
     ms[2].close()
-    ms[1]._step = 99
+    ms[1].stop.step = 99
     assert ms[0].ended.wait(60)
     assert (
-        ms[0].info["process"] == 1
-        and "no sign of life for 2 s" in ms[0].info["why"]
-        and ms[0].info["stacks"]
+        ms[0].info.process == 1
+        and "no sign of life for 2 s" in ms[0].info.why
+        and ms[0].info.stacks
     )
 
 
 def test_a_hung_step_ends_all_and_names_the_slowest(together, monkeypatch):
     monkeypatch.setattr(monitors, "GRACE", 0.0)
     ms = together(3, 1.0)  # a beat every 0.1 s
-    for m, step in zip(ms, (9, 8, 9)):
+    for m, step in zip(ms, (9, 8, 9), strict=True):
         m.after(step)
     deadline = time.monotonic() + 30
-    while [p.step for p in sorted(ms[0]._peers, key=lambda p: p.index)] != [
+    while [p.step for p in sorted(ms[0]._watched, key=lambda p: p.index)] != [
         8,
         9,
     ] and time.monotonic() < deadline:
         time.sleep(0.01)
     ms[2].hung(9, 33.0)
     for m in ms[:2]:
-        assert m.ended.wait(30) and m.info["code"] == HUNG and m.info["stacks"]
+        assert m.ended.wait(30) and m.info.code == ExitCode.HUNG and m.info.stacks
         assert (
             "process 2 saw no step end for 33 s after step 9; process 1 is the furthest behind, at step 8"
-            in m.info["why"]
+            in m.info.why
         )
 
 
@@ -130,16 +136,16 @@ def test_a_failure_is_told(together, monkeypatch):
     for m in (ms[0], ms[2]):
         assert (
             m.ended.wait(30)
-            and m.info["process"] == 1
-            and m.info["why"] == "it ended with ValueError: broken"
-            and m.info["code"] == LOST
+            and m.info.process == 1
+            and m.info.why == "it ended with ValueError: broken"
+            and m.info.code == ExitCode.LOST
         )
 
 
 def test_a_mistake_in_process_0_is_not_a_loss(together):
     ms = together(2)
-    ms[0].close(failed="it ended because of a mistake", code=2)
-    assert ms[1].ended.wait(30) and ms[1].info["code"] == 2
+    ms[0].close("it ended because of a mistake", 2)
+    assert ms[1].ended.wait(30) and ms[1].info.code == 2
 
 
 @pytest.mark.parametrize("asked", [0, 1, 3])
@@ -152,7 +158,7 @@ def test_all_stop_after_the_same_step(together, asked):
         rng = __import__("random").Random(i)
         for step in range(1, 10**6):
             with turn:
-                turn.wait_for(lambda: min(steps) >= step - 2)
+                turn.wait_for(lambda step=step: min(steps) >= step - 2)
                 steps[i] = step
                 turn.notify_all()
             time.sleep(rng.random() * 1e-3)
@@ -180,17 +186,17 @@ def test_all_stop_after_the_same_step(together, asked):
 def test_others_answer_before_process_0(together, monkeypatch):
     """Asked when to stop, every other process has answered before process 0 goes on."""
 
-    def send(self, _send=monitors.Line.send, **m):
+    def send(self, _send=wire.Connection.send, **m):
         _send(self, **m)
         time.sleep(0.3 if "ask" in m else 0.0)
 
-    monkeypatch.setattr(monitors.Line, "send", send)
+    monkeypatch.setattr(wire.Connection, "send", send)
     ms = together(3)
-    for m, step in zip(ms, (9, 8, 7)):
+    for m, step in zip(ms, (9, 8, 7), strict=True):
         m.after(step)
     ms[0].request_stop(signal.SIGTERM)
     assert ms[0].after(10) == signal.SIGTERM
-    for m, step in zip(ms[1:], (9, 8)):
+    for m, step in zip(ms[1:], (9, 8), strict=True):
         assert [m.after(s) for s in range(step, 11)] == [None] * (10 - step) + [signal.SIGTERM]
 
 
@@ -201,26 +207,41 @@ def test_who_leaves_need_not_answer(together):
         m.after(7)
     ms[1].request_stop(signal.SIGINT)
     deadline = time.monotonic() + 30
-    while not all(m._asked for m in ms[:2]) and time.monotonic() < deadline:
+    while not all(m.stop._asked for m in ms[:2]) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert [m.after(8) for m in ms[:2]] == [signal.SIGINT] * 2
 
 
 def test_a_stranger_is_no_process(together):
+    """Nor is a process that knows the job's token and not the salt of this start."""
     ms = together(2)
-    port = ms[0]._listener.getsockname()[1]
-    for text in (
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"",
-        b'{"process": 1, "token": "guess", "host": "x"}\n',
-        b"[1]\n",
-        b"1\n",
-        b"x" * 100_000,
-    ):
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as s:
-            s.sendall(text)
-    time.sleep(0.3)
-    assert len(ms[0]._peers) == 1 and not any(m.info for m in ms)
+    port = ms[0]._hub.port
+    visit(port)
+    with pytest.raises(wire.Refused):
+        wire.connect(("127.0.0.1", port), wire.derived(TOKEN, "an earlier start"), 1, 5, 5)
+    assert len(ms[0]._watched) == 1 and not any(m.info for m in ms)
+
+
+def test_a_message_that_is_too_long(together, monkeypatch):
+    """It cannot be from a process of this job: that one counts as lost."""
+    ms = together(2)
+    monkeypatch.setattr(wire.Connection.read, "__defaults__", (1 << 10,))
+    ms[1]._to_first.send(beat="x" * 5000)
+    assert ms[0].ended.wait(30) and ms[0].info.process == 1
+
+
+def test_many_silent_strangers(together, monkeypatch):
+    """They are dropped, the oldest first, before they use up the files of process 0, and all after a while."""
+    monkeypatch.setattr(wire, "SPARE_CONNECTIONS", 3)
+    monkeypatch.setattr(wire, "GREETING_TIMEOUT", 1.0)
+    ms = together(2, 1.0)  # a beat every 0.1 s
+    address = ("127.0.0.1", ms[0]._hub.port)
+    silent = [socket.create_connection(address, timeout=20) for _ in range(8)]
+    for s in silent:
+        while s.recv(1 << 10):  # the challenge, then the end
+            continue
+        s.close()
+    assert not any(m.info for m in ms) and not ms[0]._hub._greeting
 
 
 def test_restarts():
@@ -256,9 +277,9 @@ def test_restarts():
 
 
 def test_who_failed_first():
-    assert first_failed([(0, LOST, False), (1, 137, False)]) == (137, 1)
-    assert first_failed([(0, LOST, False), (2, LOST, False), (1, 137, True)]) == (
-        LOST,
+    assert first_failed([(0, ExitCode.LOST, False), (1, 137, False)]) == (137, 1)
+    assert first_failed([(0, ExitCode.LOST, False), (2, ExitCode.LOST, False), (1, 137, True)]) == (
+        ExitCode.LOST,
         1,
     )  # it was stopped
     assert first_failed([(1, 7, False), (0, 137, True)]) == (7, 1)

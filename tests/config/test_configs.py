@@ -1,5 +1,8 @@
-"""Every config in configs/: valid, consistent with the hardware that its docstring names, of the published size."""
+"""Every config in configs/: valid, consistent with the hardware that its docstring names, of the published
+size.
+"""
 
+import ast
 import importlib.util
 import math
 import re
@@ -20,8 +23,9 @@ CONFIGS = ROOT / "configs"
 NAMES = sorted(p.stem for p in CONFIGS.glob("*.py"))
 YARN = ["v2_lite", "v2", "v3", "kimi_k2"]
 
-# name: (published total, whether it includes embedding and head; published active, how many of the two it includes;
-#        tolerance). Active figures of DeepSeek leave out the embedding, which is looked up and not multiplied.
+# name: (published total, whether it includes embedding and head; published active, how many of the two it
+# includes; tolerance). Active figures of DeepSeek leave out the embedding, which is looked up and not
+# multiplied.
 PUBLISHED = {
     "base": None,  # the guides publish no size of these two
     "distributed": None,
@@ -67,8 +71,8 @@ def load(name: str, arg: str = "") -> Config:
 def analytic_count(model: ModelConfig) -> tuple[int, int]:
     """(total, active) parameters of the main model by arithmetic alone, independent of the model's code.
 
-    Both include the embedding and the output head; MTP layers are in neither (`analytic_mtp`). The selection bias is not a
-    parameter here. Active leaves out the experts that a token is not sent to, and nothing else.
+    Both include the embedding and the output head; MTP layers are in neither (`analytic_mtp`). The selection
+    bias is not a parameter here. Active leaves out the experts that a token is not sent to, and nothing else.
     """
     m, d, heads = model, model.hidden_size, model.num_attention_heads
     head = m.qk_nope_head_dim + m.qk_rope_head_dim
@@ -100,8 +104,9 @@ def analytic_count(model: ModelConfig) -> tuple[int, int]:
 
 
 def analytic_mtp(model: ModelConfig) -> int:
-    """Parameters of the MTP layers, which share embedding and head with the main model: one decoder layer, the projection
-    of the joined inputs, and the norms of the two inputs and of the output."""
+    """Parameters of the MTP layers, which share embedding and head with the main model: one decoder layer,
+    the projection of the joined inputs, and the norms of the two inputs and of the output.
+    """
     deeper = ModelConfig(**{**model.__dict__, "num_hidden_layers": model.num_hidden_layers + 1})
     one_layer = analytic_count(deeper)[0] - analytic_count(model)[0]
     return model.num_nextn_predict_layers * (
@@ -151,17 +156,16 @@ def test_sizes_in_the_docstrings_are_right():
     for name in PUBLISHED:
         model, text = load(name).model, module(name).__doc__
         total, active = analytic_count(model)
-        figure = lambda x: {f"{x / 1e9:,.{digits}f}B" for digits in (1, 2)}
-        assert any(f in text for f in figure(total)), (name, figure(total))
-        assert any(f in text for f in figure(active)), (name, figure(active))
+        for n in (total, active):
+            figures = {f"{n / 1e9:,.{digits}f}B" for digits in (1, 2)}
+            assert any(f in text for f in figures), (name, figures)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_is_valid_and_refuses_an_unknown_arg(name):
     validate(load(name))
-    if name in PUBLISHED:
-        with pytest.raises(UserError, match=f"configs/{name}.py:nonsense"):
-            module(name).get_config("nonsense")
+    with pytest.raises(UserError, match="the argument 'nonsense' of this config is not known"):
+        module(name).get_config("nonsense")
     if name in YARN:
         validate(load(name, "yarn"))
 
@@ -219,7 +223,7 @@ def test_docstring_and_hardware_agree_with_the_options(name):
 
     # float32 parameters, gradients and two moments; at least 40% of the memory is left for everything else.
     state = 16 * (analytic_count(m)[0] + analytic_mtp(m)) / shards
-    assert state < 0.6 * gigabytes * 1e9, f"{state / 1e9:.1f} GB of state a GPU"
+    assert state < 0.6 * gigabytes * 1e9, f"{state / 1e9:.1f} GB of state per GPU"
 
 
 @pytest.mark.parametrize(
@@ -240,6 +244,21 @@ def test_ramp_is_the_published_tokens(name, billions):
         sum(sequences_at(c, s) for s in range(c.train.batch_ramp_steps)) * c.train.sequence_length
     )
     assert ramp == pytest.approx(billions * 1e9, rel=0.002)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_key_per_line(name):
+    """`grep 'hidden_size = 7168' configs/` finds the configs that have it."""
+    text = (CONFIGS / f"{name}.py").read_text(encoding="utf-8")
+    body = ast.parse(text).body[-1].body
+    for statement in body:
+        if isinstance(statement, ast.Assign):
+            assert len(statement.targets) == 1 and isinstance(
+                statement.targets[0], (ast.Attribute, ast.Name)
+            )
+    assert re.search(r"(?m)^    m\.hidden_size = \d+$", text)
+    headings = re.findall(r"(?m)^\n    # ([A-Z][\w ]+)$", text)
+    assert headings[0] == "Model" and {"Training", "Optimizer"} <= set(headings)
 
 
 def test_v3_has_the_shape_that_transformers_knows():

@@ -10,6 +10,7 @@ import pytest
 
 from deepseek_jax import generate
 from deepseek_jax.cli import arguments
+from deepseek_jax.config import __main__ as config_command
 from deepseek_jax.config import options as configs
 from deepseek_jax.config import paths
 from deepseek_jax.config.options import Config, DataConfig
@@ -43,7 +44,7 @@ def test_expanded(home):
         paths.expanded("~nobody-here/x", "--out")
 
 
-def test_options_of_a_run(home, monkeypatch):
+def test_options_of_a_run(home):
     """--workdir, the config file and every option that is a path, as train.py, plan and the benchmarks read
     them."""
     config = pathlib.Path(home, "mine.py")
@@ -57,9 +58,8 @@ def test_options_of_a_run(home, monkeypatch):
         "--config.checkpoint.dir=~/checkpoints",
         "--config.compile.cache_dir=~/cache",
     ]
-    monkeypatch.setattr(sys, "argv", argv)
     flags = commandline.parse(argv)
-    read = commandline.read_config(flags, argv)
+    read = commandline.read_config(flags)
     assert (
         flags.workdir == f"{home}/run"
         and read.data.path == f"stdlib,{home}/text"
@@ -73,15 +73,15 @@ def test_options_of_a_run(home, monkeypatch):
 
 
 def test_every_path_option_is_known():
-    """The options whose comments speak of a file, folder or path are those that are expanded."""
-    described = commandline.describe().split("\n  --config.")[1:]
+    """The options whose help speaks of a file, folder or path are those that are expanded."""
+    known = {name for name, option in configs.OPTIONS.items() if option.path}
     named = {
-        d.partition("=")[0]
-        for d in described
-        if any(w in d.partition("\n")[2].lower() for w in ("folder", "path of", "file, folder"))
+        name
+        for name, option in configs.OPTIONS.items()
+        if any(w in option.help.lower() for w in ("folder", "path of", "file, folder"))
     }
-    assert set(configs.PATH_OPTIONS) >= named >= {"data.path", "checkpoint.dir", "init_from"}
-    for name in configs.PATH_OPTIONS:
+    assert known == named >= {"data.path", "checkpoint.dir", "init_from"}
+    for name in known:
         assert configs.replaced(Config(), name, "~/x") != Config()
 
 
@@ -93,6 +93,7 @@ def parsers():
     """(command, its argparse parser), of all programs that have one."""
     yield "generate", generate.parser()
     yield "data", data._parser()
+    yield "config", config_command.parser()
     programs = [
         "deepseek_jax.evaluate",
         "deepseek_jax.hf.__main__",

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,10 @@ import tokenizers
 
 from deepseek_jax.config.options import Config, DataConfig, ModelConfig, TrainConfig
 from deepseek_jax.data import documents, formats, sources, tokenfile
-from deepseek_jax.data.loader import Loader, Prefetcher
+from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.order import derive_seed
 from deepseek_jax.data.packing import IGNORE, PackedRows
+from deepseek_jax.data.prefetch import read_ahead
 from deepseek_jax.data.sources import Corpus, Documents, Joined, open_corpora, split
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
@@ -313,50 +315,48 @@ class FakeRows:
     def __init__(self, fail_at=None):
         self.calls, self.fail_at = [], fail_at
 
-    def train_rows(self, start, count):
-        self.calls.append(start)
-        if start == self.fail_at:
+    def read(self, step):
+        self.calls.append(step)
+        if step == self.fail_at:
             raise UserError("the file is damaged")
-        return {"tokens": np.full(count, start)}
+        return {"tokens": np.full(2, step)}
 
 
-def test_prefetcher_keeps_the_order_and_raises_in_its_place():
-    with Prefetcher(FakeRows(), [(i, 2) for i in range(20)]) as p:
-        assert [int(r["tokens"][0]) for r in p] == list(range(20))
-        assert list(p) == []
-    with Prefetcher(FakeRows(fail_at=3), ((i, 1) for i in range(20))) as p:
-        got = []
-        with pytest.raises(UserError, match="damaged"):
-            for rows in p:
-                got.append(int(rows["tokens"][0]))
-        assert got == [0, 1, 2]
-        with pytest.raises(StopIteration):
-            next(p)
-
-    def broken_requests():
-        yield 0, 1
-        raise RuntimeError("no more")
-
-    with (
-        Prefetcher(FakeRows(), broken_requests()) as p,
-        pytest.raises(RuntimeError, match="no more"),
-    ):
-        list(p)
+def threads_end(before: int) -> bool:
+    """Whether no more threads than these are left, soon."""
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return threading.active_count() <= before
 
 
-def test_prefetcher_is_bounded_and_stops():
-    source, threads = FakeRows(), threading.active_count()
-    endless = ((i, 1) for i in iter(int, 1))
-    with Prefetcher(source, endless, depth=3) as p:
-        next(p)
-        assert threading.active_count() == threads + 1
-        # It may be 3 ahead of the one taken and never more, however long we wait.
-        threading.Event().wait(0.05)
-        assert len(source.calls) == 4
-    assert threading.active_count() == threads
-    p.close()
+def test_reading_ahead_keeps_the_order_and_raises_in_its_place():
+    threads = threading.active_count()
+    ahead = read_ahead(FakeRows().read, 3, 20)
+    assert [int(r["tokens"][0]) for r in ahead] == list(range(3, 20)) and list(ahead) == []
+    assert list(read_ahead(FakeRows().read, 5, 5)) == []
+    ahead, got = read_ahead(FakeRows(fail_at=3).read, 0, 20), []
+    with pytest.raises(UserError, match="^the file is damaged") as error:
+        for rows in ahead:
+            got.append(int(rows["tokens"][0]))
+    assert got == [0, 1, 2] and str(error.value) == "the file is damaged"
     with pytest.raises(StopIteration):
-        next(p)
+        next(ahead)
+    assert threads_end(threads)
+
+
+def test_reading_ahead_is_bounded_and_stops():
+    source, threads = FakeRows(), threading.active_count()
+    ahead = read_ahead(source.read, 0, 10**12, depth=3)
+    next(ahead)
+    assert threading.active_count() == threads + 1
+    # It may be 3 ahead of the one taken and never more, however long we wait.
+    time.sleep(0.2)
+    assert source.calls == [0, 1, 2, 3]
+    ahead.close()
+    assert threads_end(threads) and source.calls == [0, 1, 2, 3]
+    with pytest.raises(StopIteration):
+        next(ahead)
 
 
 # Sources

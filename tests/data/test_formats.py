@@ -8,7 +8,6 @@ import lzma
 import os
 import random
 import shutil
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -549,8 +548,7 @@ def test_a_command_line_with_relative_paths(tmp_path, monkeypatch):
         "--config.data.tokenizer=tok.json",
         "--config.checkpoint.dir=c",
     ]
-    monkeypatch.setattr(sys, "argv", argv)
-    config = commandline.read_config(commandline.parse(argv), argv)
+    config = commandline.read_config(commandline.parse(argv))
     here = os.getcwd()
     assert (config.data.path, config.data.tokenizer, config.checkpoint.dir) == (
         f"{here}/text",

@@ -20,6 +20,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.inference import opener
 from deepseek_jax.inference.evaluation import choices, perplexity
 from deepseek_jax.inference.generation import sample
+from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.inference.generation.text import Stream
 from tests.support import FILES
 
@@ -43,7 +44,7 @@ def command(monkeypatch, capsys):
                     prompts.append(prompt)
                     for id in answers[index]:
                         if index not in stopped:
-                            yield types.SimpleNamespace(index=index, id=id)
+                            yield types.SimpleNamespace(number=index, id=id)
 
         options = types.SimpleNamespace(
             max_position_embeddings=500, num_nextn_predict_layers=0, vocab_size=400
@@ -115,9 +116,7 @@ def test_the_first_space_of_an_answer(command, tmp_path, monkeypatch):
         (load_tokenizer(f"{LLAMA}/tokenizer.json"), "hello world hello"),
         (ByteTokenizer(), "hello"),
     ):
-        assert sample.sample(None, None, None, tokenizer, None, "hello", 9, 1.0, 1.0, 0).startswith(
-            wanted
-        )
+        assert sample.sample(None, tokenizer, "hello", 9, Sampling()).startswith(wanted)
     tokenizer = load_tokenizer(f"{LLAMA}/tokenizer.json")
     ids = tokenizer.encode("hello world hello")
     for cut in range(len(ids) + 1):

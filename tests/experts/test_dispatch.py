@@ -10,7 +10,6 @@ assumes that all of them go the same way (measured: below 0.008). A missing or d
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections import Counter
@@ -72,7 +71,7 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        return dispatch.slots_per_round(self.tokens, self.k, self.experts, self.capacity)
+        return dispatch.expert_capacity(self.tokens, self.k, self.experts, self.capacity)
 
 
 # ------------------------------------------------------------------------------------------------------------ the plain loop
@@ -138,7 +137,7 @@ def count(shape: Shape, chosen_BK, kept_BK) -> Load:
             received[there] += 1
             left += there != device
     if shape.method == "all_gather":
-        slots = dispatch.slots_per_round(
+        slots = dispatch.expert_capacity(
             shape.tokens * shape.expert, shape.k, shape.experts, shape.capacity
         )
         fullest = kept.reshape(-1, shape.expert, shape.experts).sum(axis=1).max()
@@ -171,9 +170,9 @@ def of_device(shape: Shape):
         x, weight = (lax.pcast(a, "tensor", to="varying") for a in (x, weight))
         gate_up, down = (lax.pcast(a, ("data", "fsdp"), to="varying") for a in (gate_up, down))
         with mock.patch.object(dispatch, "on_cpu", lambda: shape.blocks):
-            y, rounds = dispatch.dispatch(
-                shape.method, x, weight, kept, gate_up, down, shape.capacity
-            )
+            tokens = dispatch.Tokens(x, weight, kept)
+            weights = dispatch.ExpertWeights(gate_up, down)
+            y, rounds = dispatch.dispatch(shape.method, tokens, weights, shape.capacity)
         counts = (jnp.bincount(a.reshape(-1), length=shape.experts) for a in (chosen, kept))
         return lax.psum(y, "tensor"), load_of(*counts, rounds)
 
@@ -750,39 +749,3 @@ def test_figures_of_a_row():
             and not any(nothing.pop("received_by_device"))
             and not any(nothing.values())
         )
-
-
-def test_what_is_written(tmp_path, monkeypatch):
-    """A row with lists is one line of JSON; TensorBoard gets the scalars, and by layer what devices received and dropped."""
-    board = mock.Mock()
-    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda *args, **kwargs: board)
-    load = Load(
-        np.array([[6, 2], [0, 0]]),
-        np.array([3, 0]),
-        np.array([[2, 0], [0, 0]]),
-        np.array([[6, 0], [0, 0]]),
-        np.array([[0, 2], [0, 0]]),
-        np.array([3, 0]),
-    )
-    writer = metrics.MetricsWriter(str(tmp_path), Config(), 0)
-    writer.write({"step": 7} | metrics.routing(load, drop=True), load)
-    writer.close()
-    row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert (
-        row["received_by_device"] == [6, 0]
-        and row["dropped_by_device"] == [[0, 2], [0, 0]]
-        and row["dropped_tokens"] == 2
-    )
-    scalars = {call.args[0]: call.args[1] for call in board.add_scalar.call_args_list}
-    assert set(scalars) == set(row) - {"step", "received_by_device", "dropped_by_device"} | {
-        "layer_max_violation/00",
-        "layer_rounds/00",
-        "layer_dropped/00",
-    }  # the second layer routed nothing
-    assert scalars["layer_dropped/00"] == 2 and scalars["layer_rounds/00"] == 3
-    (rows,) = (
-        call.args[1]
-        for call in board.add_histogram.call_args_list
-        if call.args[0] == "layer_device_rows/00"
-    )
-    np.testing.assert_array_equal(rows, [6, 0])

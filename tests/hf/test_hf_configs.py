@@ -118,7 +118,8 @@ REFUSED = {
         "nvidia--Kimi-K2.7-Code-NVFP4",
         "glm_moe_dsa": "nvidia--GLM-5.1-NVFP4 nvidia--GLM-5.2-NVFP4 zai-org--GLM-5 zai-org--GLM-5.1 "
         "zai-org--GLM-5.1-FP8 zai-org--GLM-5.2-FP8",
-        "nemotron_h": "nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-NVFP4 "
+        "nemotron_h": "nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 "
+        "nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-NVFP4 "
         "nvidia--NVIDIA-Nemotron-3-Super-120B-A12B-FP8 "
         "nvidia--NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16 "
         "nvidia--NVIDIA-Nemotron-3-Ultra-550B-A55B-FP8 "
@@ -137,7 +138,7 @@ def read(name):
 def parameters(m):
     """Of all tensors but those of multi-token prediction, by the papers' formulas."""
     d, heads = m.hidden_size, m.num_attention_heads
-    if m.num_key_value_heads is None:
+    if m.attention_kind == "mla":
         rope, nope, v, latent = m.qk_rope_head_dim, m.qk_nope_head_dim, m.v_head_dim, m.kv_lora_rank
         width, rank = heads * (nope + rope), m.q_lora_rank
         attention = d * width if rank is None else d * rank + rank + rank * width

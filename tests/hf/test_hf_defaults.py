@@ -2,19 +2,24 @@
 same file."""
 
 import dataclasses
+import importlib
 import json
 import os
+import pathlib
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import jax
 import pytest
 
-transformers = pytest.importorskip("transformers")
-
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import configuration
-from deepseek_jax.hf.families import ALIASES, FAMILIES, REQUIRED
+from deepseek_jax.hf import configuration, families, names
+from deepseek_jax.hf.families import ALIASES, FAMILIES
+from deepseek_jax.hf.families.keys import REQUIRED
+from deepseek_jax.inference.loaded import config_for
+from deepseek_jax.train.state import abstract_model
 from tests.support import FILES
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers")
 
 # The smallest file: the sizes that every checkpoint states, and what the family has no default for.
 SIZES = dict(
@@ -95,7 +100,7 @@ def test_one_missing_key_changes_one_option(kind):
         for k, v in changes.items()
         if k in family.options and k not in (*REQUIRED, *family.fixed)
     }
-    if family.out_bias:
+    if family.output_bias:
         free["attention_out_bias"] = free["attention_bias"]
     full = dataclasses.replace(small, **free)
     written = configuration.from_model(full, kind)
@@ -107,7 +112,7 @@ def test_one_missing_key_changes_one_option(kind):
             {k: v for k, v in written.items() if k not in (key, *renamed)}
         )
         expected = dataclasses.replace(full, **{key: getattr(small, key)})
-        if key == "attention_bias" and family.out_bias:
+        if key == "attention_bias" and family.output_bias:
             expected = dataclasses.replace(expected, attention_out_bias=small.attention_out_bias)
         assert less == expected, key
 
@@ -258,3 +263,24 @@ def test_bookkeeping_changes_nothing(kind):
     assert configuration.to_model(smallest(kind) | BOOKKEEPING) == configuration.to_model(
         smallest(kind)
     )
+
+
+def test_a_record_is_all_that_a_family_needs():
+    """Every record in families/ counts, and names the tensors of all variables that its models have."""
+    folder = pathlib.Path(families.__file__).parent
+    records = [
+        value
+        for path in folder.glob("*.py")
+        for value in vars(importlib.import_module(f"{families.__name__}.{path.stem}")).values()
+        if isinstance(value, families.Family) and path.stem != "__init__"
+    ]
+    assert {record.model_type for record in records} == set(FAMILIES)
+    assert len(records) == len(FAMILIES)
+    for kind in FAMILIES:
+        model = configuration.to_model(
+            smallest(kind) | dict(num_attention_heads=32, hidden_size=128)
+        )
+        with jax.set_mesh(config_for(model, None)[1]):
+            _, params, bias = abstract_model(config_for(model, None)[0])
+        for state in (params, bias):
+            assert len(names.leaves(state, kind, model)) == len(jax.tree.leaves(state))

@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import tokenizers
 
 from deepseek_jax import hf
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config.options import Config, DataConfig, MeshConfig
+from deepseek_jax.config.options import CheckpointConfig, Config, DataConfig, MeshConfig
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import __main__ as commands
+from deepseek_jax.hf import provenance
 from deepseek_jax.inference.loaded import config_for, stop_ids_of
 from deepseek_jax.inference.opener import encoder_of, open_model
 from deepseek_jax.run import importer
@@ -34,8 +36,9 @@ TEXTS = [
 ]
 
 
-def save(workdir, data=DataConfig()):
+def save(workdir, data=None):
     """A checkpoint of a run, as far as export reads it."""
+    data = data or DataConfig()
     _, params, bias = abstract_model(config_for(MODEL, None)[0])
     state = jax.tree.map(
         lambda a: jnp.full(a.shape, 0.5, a.dtype), {"params": params, "bias": bias}
@@ -49,8 +52,11 @@ def save(workdir, data=DataConfig()):
 
 def exported(tmp_path, name="out", **options):
     commands.export(str(tmp_path / "w"), str(tmp_path / name), **options)
-    found = lambda file: (tmp_path / name / file).exists()
-    read = lambda file: json.loads((tmp_path / name / file).read_text()) if found(file) else {}
+
+    def read(file):
+        path = tmp_path / name / file
+        return json.loads(path.read_text()) if path.exists() else {}
+
     return read("config.json"), read("generation_config.json"), read("tokenizer_config.json")
 
 
@@ -198,7 +204,8 @@ def test_a_tokenizer_that_is_gone(tmp_path):
     os.rename(path, tmp_path / "moved.json")
     with pytest.raises(
         UserError,
-        match="mine.json' of .* is not there any more. Put it back; hf export takes its new place with --tokenizer",
+        match="mine.json' of .* is not there any more. Put it back; "
+        "hf export takes its new place with --tokenizer",
     ):
         exported(tmp_path)
     assert not (tmp_path / "out").exists()
@@ -293,3 +300,23 @@ def test_hf_save_of_a_run_says_the_same(tmp_path):
     assert json.loads((tmp_path / "saved" / "config.json").read_text()) == by_command[0]
     again = hf.load(str(tmp_path / "saved")).params
     assert all(np.all(np.asarray(a) == 0.5) for a in jax.tree.leaves(again))
+
+
+def test_a_run_whose_checkpoints_are_local(tmp_path):
+    """It began with an import, and saved on its hosts' own disks only: the export is of what it learnt."""
+    imported = source(tmp_path / "source")
+    importer.import_(imported, str(tmp_path / "w"))
+    local = CheckpointConfig(kind="local", local_dir=str(tmp_path / "local"))
+    assert provenance.is_untrained(str(tmp_path / "w"), str(tmp_path / "w" / "checkpoints"))
+    _, params, bias = abstract_model(config_for(MODEL, None)[0])
+    half = jax.tree.map(lambda a: jnp.full(a.shape, 0.5, a.dtype), {"params": params, "bias": bias})
+    checkpoints = Checkpointer(str(tmp_path / "w" / "checkpoints"), options=local)
+    checkpoints.save(1, to_tree(half), {})
+    checkpoints.close()
+    saved = Config(model=MODEL, mesh=MeshConfig(fsdp=1), checkpoint=local)
+    workdirs.write_config(str(tmp_path / "w"), saved)
+    commands.export(str(tmp_path / "w"), str(tmp_path / "out"))
+    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "np") as f:
+        assert all((f.get_tensor(name) == 0.5).all() for name in f.keys())
+    model = open_model(str(tmp_path / "w")).model
+    assert all((a == 0.5).all() for a in jax.tree.leaves(model.params))

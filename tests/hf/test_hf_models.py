@@ -24,7 +24,8 @@ from tests.support import conversion
 from tests.support import hf_families as families
 from tests.support import hf_variants as deepseek
 
-# Of the largest logit, or of the gradient's norm: rounding of float32 in sums of another order. Measured: 1.2e-6 and 4e-6.
+# Of the largest logit, or of the gradient's norm: rounding of float32 in sums of another order. Measured:
+# 1.2e-6 and 4e-6.
 RTOL = 1e-5
 
 
@@ -45,12 +46,12 @@ def hub_arrays(model, params, bias):
     out = {}
     for state in (params, bias):
         for leaf, a in zip(
-            names.leaves(state, model.family, model.model),
+            names.leaves(state, model.family, model.config),
             map(np.asarray, jax.tree.leaves(state)),
             strict=True,
         ):
             whole = tuple(slice(0, n) for n in leaf.shape)
-            out |= {p.name: names.view(a, leaf, p.at) for p in names.pieces(leaf, whole)}
+            out |= {p.name: names.view(a, leaf, p.at) for p in names.tensor_regions(leaf, whole)}
     return out
 
 
@@ -101,7 +102,7 @@ def test_logits_experts_loss_and_every_gradient(variant, folder_of, monkeypatch)
             def loss_of(params):
                 net = conversion.Recorder(model.layout.merge(params, bias))
                 loss, _ = pretrain.pretraining_loss(
-                    net, batch, pretrain.totals(batch, 0), model.config, jnp.float32(0)
+                    net, batch, pretrain.totals(batch, 0), model.full_config, jnp.float32(0)
                 )
                 return loss, net.logits(net.out.hidden_BSD)
 
@@ -139,7 +140,7 @@ def test_deepseek_weights_and_options(variant, folder_of):
     _, expected, weights = deepseek.build(variant)
     model = hf.load(folder)
     differ = {
-        f for f in expected.__dataclass_fields__ if getattr(expected, f) != getattr(model.model, f)
+        f for f in expected.__dataclass_fields__ if getattr(expected, f) != getattr(model.config, f)
     }
     assert all(not configuration.computes(expected, f) for f in differ), differ
     params, bias = conversion.to_state(weights, expected)
@@ -180,7 +181,7 @@ def test_transformers_loads_what_is_saved(variant, folder_of, tmp_path):
 
 
 def test_config_in_either_style_means_the_same_model(folder_of, tmp_path):
-    """transformers 5 writes rope_parameters, dtype and its own names of experts; checkpoints on the hub have older keys."""
+    """transformers 5 writes rope_parameters, dtype and its own names of experts; the hub has older keys."""
     for variant in families.VARIANTS:
         theirs, _ = folder_of(variant)
         theirs.config.save_pretrained(tmp_path)
@@ -245,7 +246,7 @@ def test_calling_a_model(folder_of):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_round_trip_is_exact_in_the_stored_dtype(dtype, folder_of, tmp_path):
-    """Sharded files with an index, from a mesh that divides rows, columns and experts, and MTP layers with their copies."""
+    """Files with an index, from a mesh that divides rows, columns and experts; MTP layers with copies."""
     _, folder = folder_of("deepseek_v3-mtp")
     wanted = {
         n: t if n.endswith("e_score_correction_bias") else t.to(getattr(torch, dtype))
@@ -265,26 +266,24 @@ def test_round_trip_is_exact_in_the_stored_dtype(dtype, folder_of, tmp_path):
     model = hf.load(str(source), mesh=jax.make_mesh((2, 4), ("fsdp", "expert")))
     arrays = {
         names.path_of(p): a
-        for p, a in jax.tree_util.tree_leaves_with_path((model.params, model.bias))
+        for state in (model.params, model.bias)
+        for p, a in jax.tree_util.tree_leaves_with_path(state)
     }
     leaves = [
         leaf
         for state in (model.params, model.bias)
-        for leaf in names.leaves(state, model.family, model.model)
+        for leaf in names.leaves(state, model.family, model.config)
     ]
-    get = iter(arrays.values())
-    exporter.export(
-        str(tmp_path / "out"),
-        model.model,
+    what = exporter.Export(
+        model.config,
         model.family,
         leaves,
-        lambda _: next(get),
-        model.notes.dtypes,
-        "float32",
+        lambda leaf: arrays[leaf.path],
         Companions(model.source),
-        model.model,
+        model.notes,
         file_bytes=60_000,
     )
+    exporter.export(str(tmp_path / "out"), what)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())[
         "weight_map"
     ]
@@ -337,7 +336,7 @@ def quantise(w, block=128):
 
 
 def test_block_quantised_fp8(folder_of, tmp_path):
-    """Blocks of 16 where the matrices have 28, 48, 80 and more rows: edge blocks on every side, cut by the mesh's shards too."""
+    """Blocks of 16 where matrices have 28, 48, 80 and more rows: edge blocks on every side, cut by shards."""
     _, folder = folder_of("deepseek_v3")
     block, stored, expected = 16, {}, {}
     for name, t in safetensors.torch.load_file(f"{folder}/model.safetensors").items():

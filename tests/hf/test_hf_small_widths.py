@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
 from deepseek_jax import hf
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference.generation import engine, weights
-from tests.support import conversion, hf_variants
+from deepseek_jax.inference.generation import programs
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+conversion = pytest.importorskip("tests.support.conversion")
+hf_variants = pytest.importorskip("tests.support.hf_variants")
 
 SHAPES = dict(
     vocab_size=64,
@@ -78,8 +79,7 @@ SLOW = ("deepseek_v3, rope 2, halves", "glm4_moe, one head, 2 of 4 rotated")
 
 @pytest.fixture(autouse=True)
 def compiled_quickly(monkeypatch):
-    monkeypatch.setattr(engine, "jit", conversion.jit)
-    monkeypatch.setattr(weights, "jit", conversion.jit)
+    monkeypatch.setattr(programs, "jit", conversion.jit)
 
 
 def saved(name, folder):

@@ -5,16 +5,15 @@ import copy
 import json
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import pytest
 
-transformers = pytest.importorskip("transformers")
-
 from deepseek_jax.hf import configuration
-from deepseek_jax.hf.exporter import merged
 from deepseek_jax.hf.families import FAMILIES
+from deepseek_jax.hf.side_files import merged
 from tests.support import FILES
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers")
 
 DATA = os.path.join(FILES)
 SIZES = dict(

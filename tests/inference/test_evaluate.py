@@ -1,4 +1,4 @@
-"""Perplexity and multiple choice against transformers, window by window and choice by choice, in float32 on the CPU."""
+"""Perplexity and multiple choice against transformers, window by window and choice by choice, in float32."""
 
 import json
 import math
@@ -15,9 +15,9 @@ from deepseek_jax import evaluate, hf
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference import opener
-from deepseek_jax.inference.evaluation import choices, perplexity, scoring
-from deepseek_jax.inference.evaluation.scoring import Scorer, windows
+from deepseek_jax.inference import loaded, opener
+from deepseek_jax.inference.evaluation import choices, perplexity, scorer
+from deepseek_jax.inference.evaluation.scorer import Scorer, windows
 from deepseek_jax.run import importer
 from deepseek_jax.train.state import to_tree
 from tests.support import conversion
@@ -48,8 +48,8 @@ QUESTIONS = [
 def quick():
     """Programs compile quickly."""
     with pytest.MonkeyPatch.context() as m:
-        program = scoring._program
-        m.setattr(scoring, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
+        program = scorer._program
+        m.setattr(scorer, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
         yield
 
 
@@ -132,7 +132,7 @@ def test_multiple_choice(made, opened, tmp_path):
     theirs, folder = made
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(json.dumps(q) for q in QUESTIONS))
-    result, details = choices.evaluate(opened, choices.read_questions(str(path)), rows=4)
+    result, details = choices.evaluate(opened, choices.read_questions(str(path)), sequences=4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     right = {"acc": [], "acc_norm": [], "acc_bytes": []}
     for q, d in zip(QUESTIONS, details, strict=True):
@@ -163,11 +163,15 @@ def test_multiple_choice(made, opened, tmp_path):
 
 
 def test_prompt_and_choice_are_cut_as_one_text():
-    tokenizer = lambda text: [
-        ord(c) for c in text.replace("th", "þ")
-    ]  # merges across the cut, as BPE may
-    pair = lambda *texts: choices.encode_pair(tokenizer, 1, *texts)
-    chars = lambda text: [ord(c) for c in text]
+    def chars(text):
+        return [ord(c) for c in text]
+
+    def tokenizer(text):
+        return chars(text.replace("th", "þ"))  # merges across the cut, as BPE may
+
+    def pair(*texts):
+        return choices.encode_pair(tokenizer, 1, *texts)
+
     assert pair("a \n", "b") == (chars("a"), chars(" \nb"))
     assert pair("at", "he") == (chars("aþ"), chars("e"))
     assert pair("", "b") == pair("b"[:0], "b") == ([1], chars("b"))
@@ -230,13 +234,12 @@ def test_runs(made, opened, tmp_path, capsys, monkeypatch):
     trained = opener.open_model(work)
     assert trained.trained and trained.folder and perplexity.default_window(trained) == 64
     halved_model = hf.LoadedModel(
-        trained.model.config,
+        trained.model.full_config,
         opened.model.mesh,
         opened.model.layout,
         halved,
         opened.model.bias,
-        opened.model.notes,
-        "",
+        loaded.Origin("", opened.model.notes),
     )
     np.testing.assert_array_equal(np.asarray(trained.model(ids)), np.asarray(halved_model(ids)))
     low = opener.open_model(work, 3, "bfloat16").model

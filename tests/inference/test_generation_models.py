@@ -11,9 +11,10 @@ import torch
 
 from deepseek_jax import hf
 from deepseek_jax.errors import UserError
-from deepseek_jax.experts import cpu_decode
-from deepseek_jax.inference.generation import cache, engine, weights
+from deepseek_jax.experts import cpu_unstacked
+from deepseek_jax.inference.generation import cache_sizes, programs
 from deepseek_jax.inference.generation.engine import Engine
+from deepseek_jax.inference.generation.placed import PlacedModel
 from deepseek_jax.inference.generation.sampling import Sampling
 from tests.support import conversion
 from tests.support import hf_families as families
@@ -35,8 +36,7 @@ MTP = "deepseek_v3-mtp"
 
 @pytest.fixture(autouse=True)
 def compiled_quickly(monkeypatch):
-    monkeypatch.setattr(engine, "jit", conversion.jit)
-    monkeypatch.setattr(weights, "jit", conversion.jit)
+    monkeypatch.setattr(programs, "jit", conversion.jit)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,10 @@ def folder_of(tmp_path_factory):
         return families.save(variant, folder), str(folder)
 
     return make
+
+
+def placed(model):
+    return PlacedModel(model.layout, model.params, model.bias, model.mesh)
 
 
 def prompts_of(model, *lengths):
@@ -80,7 +84,7 @@ def test_greedy_tokens_are_those_of_transformers(variant, folder_of):
     """A batch of two lengths, and with it that a row does not depend on the other."""
     theirs, folder = folder_of(variant)
     model = hf.load(folder)
-    prompts = prompts_of(model.model, 5, 19)
+    prompts = prompts_of(model.config, 5, 19)
     assert model.generate(prompts, TOKENS, stop_ids=()) == [
         expected(theirs, p, TOKENS) for p in prompts
     ]
@@ -93,21 +97,21 @@ def test_what_the_cache_holds(folder_of):
         ("llama", [(1, 2, 64, 12)] * 2),
     ):
         model = hf.load(folder_of(variant)[1])
-        if model.model.num_key_value_heads is None:
-            assert shapes == [(1, 64, model.model.kv_lora_rank + model.model.qk_rope_head_dim)]
+        if model.config.attention_kind == "mla":
+            assert shapes == [(1, 64, model.config.kv_lora_rank + model.config.qk_rope_head_dim)]
         notes = []
-        run = Engine(model.layout, model.mesh, model.params, model.bias, note=notes.append)
+        run = Engine(placed(model), note=notes.append)
         with jax.set_mesh(model.mesh):
             _, caches = run.prefill(np.ones((1, 16), np.int32), np.asarray([9], np.int32), 64)
         layers = [layer for group in caches for layer in group]
-        assert len(layers) == model.model.num_hidden_layers and all(
+        assert len(layers) == model.config.num_hidden_layers and all(
             [a.shape for a in layer] == shapes for layer in layers
         )
         numbers = sum(a.size for layer in layers for a in layer)
-        assert cache.describe(model.model, len(layers), 1, 64, 4) == (
-            f"{numbers // len(layers) // 64} numbers a token and layer, {len(layers)} layers, {numbers * 4 / 1e3:.1f} kB for 1 x 64 tokens"
+        assert cache_sizes.describe(model.config, len(layers), 1, 64, 4) == (
+            f"{numbers // len(layers) // 64} numbers per token and layer, {len(layers)} layers, {numbers * 4 / 1e3:.1f} kB for 1 x 64 tokens"
         )
-    assert [cache.bucket(n, 64) for n in (1, 64, 65, 129, 193, 257, 400)] == [
+    assert [cache_sizes.bucket(n, 64) for n in (1, 64, 65, 129, 193, 257, 400)] == [
         64,
         64,
         128,
@@ -123,14 +127,16 @@ def test_what_the_cache_holds(folder_of):
 def test_a_step_copies_no_cache(variant, rows, folder_of):
     """In the compiled program: the memory of the cache that goes in is that of the one that comes out."""
     model = hf.load(folder_of(variant)[1])
-    run = Engine(model.layout, model.mesh, model.params, model.bias)
+    run = Engine(placed(model))
     with jax.set_mesh(model.mesh):
         _, caches = run.prefill(np.ones((rows, 16), np.int32), np.full(rows, 9, np.int32), 64)
         start, active = run.put(np.full(rows, 9, np.int32)), run.put(np.ones(rows, bool))
-        x, rope = run._enter(run.weights.ends[2], run.put(np.ones((rows, 1), np.int32)), start)
+        x, rope = run.programs.embed(
+            run.weights.ends.leaves, run.put(np.ones((rows, 1), np.int32)), start
+        )
         group = run.weights.groups[-1]
         program = (
-            run._decode(group)
+            run.programs.decode(group)
             .lower(group.leaves, caches[-1], x, rope, start, active)
             .compile()
             .as_text()
@@ -148,8 +154,8 @@ def mtp(folder_of):
     _, folder = folder_of(MTP)
     model = hf.load(folder)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(engine, "jit", conversion.jit)
-        return folder, Engine(model.layout, model.mesh, model.params, model.bias, vocab=4)
+        m.setattr(programs, "jit", conversion.jit)
+        return folder, Engine(placed(model), vocab=4)
 
 
 SAMPLED = Sampling(0.9, 3, 0.95, seed=3)
@@ -165,7 +171,7 @@ SAMPLED = Sampling(0.9, 3, 0.95, seed=3)
 def test_drafts_change_nothing(mtp, options):
     """As many drafts as depths, and more; rows end at different steps, by a stop token and by their length."""
     _, run = mtp
-    prompts = prompts_of(run.model, 5, 19, 3)
+    prompts = prompts_of(run.config, 5, 19, 3)
     plain = run.generate(prompts, 20, options)
     assert [len(a) for a in plain] == [20] * 3
     for count in (1, 3) if options == Sampling() else (3,):
@@ -185,7 +191,7 @@ def test_drafts_change_nothing(mtp, options):
 def test_a_draw_depends_on_its_prompt_alone(mtp):
     """A prompt alone, with its number, gives what it gave in a batch; another number or seed gives something else."""
     _, run = mtp
-    prompts = prompts_of(run.model, 5, 19, 3)
+    prompts = prompts_of(run.config, 5, 19, 3)
     together = run.generate(prompts, 20, SAMPLED)
     alone = lambda options, number: [
         t.id for t in run.batch([prompts[1]], 20, options, indexes=[number])
@@ -198,9 +204,9 @@ def test_a_draw_depends_on_its_prompt_alone(mtp):
 def test_over_a_mesh(mtp):
     """Weights, cache and rows over devices: the same tokens, three rows on four devices."""
     folder, run = mtp
-    prompts = prompts_of(run.model, 5, 19, 3)
+    prompts = prompts_of(run.config, 5, 19, 3)
     model = hf.load(folder, mesh=jax.make_mesh((2, 2), ("expert", "tensor")))
-    other = Engine(model.layout, model.mesh, model.params, model.bias, vocab=4)
+    other = Engine(placed(model), vocab=4)
     assert other.generate(prompts, 6, SAMPLED, draft_tokens=1) == run.generate(prompts, 6, SAMPLED)
 
 
@@ -221,8 +227,8 @@ def test_python_refuses(folder_of):
             model.generate(tokens, **options)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, cpu_decode.FEW + 1, 300])
-def test_listed_experts(tokens):
+@pytest.mark.parametrize("tokens", [1, 5, cpu_unstacked.FEW + 1, 300])
+def test_unstacked_experts(tokens):
     """Against NumPy in float64; some tokens go nowhere, some experts have none. Float32 rounding of sums of 24 and 32 terms."""
     rng = np.random.default_rng(0)
     experts, top_k, d, f = 6, 2, 24, 32
@@ -236,12 +242,13 @@ def test_listed_experts(tokens):
             gate, up = np.split(x[t] @ gate_up[expert[t, k]], 2)
             wanted[t] += weight[t, k] * (gate / (1 + np.exp(-gate)) * up) @ down[expert[t, k]]
     lists = [
-        cpu_decode.Listed(tuple(jnp.asarray(w, jnp.float32) for w in a)) for a in (gate_up, down)
+        cpu_unstacked.UnstackedExperts(tuple(jnp.asarray(w, jnp.float32) for w in a))
+        for a in (gate_up, down)
     ]
-    found = conversion.jit(cpu_decode.compute)(
+    found = conversion.jit(cpu_unstacked.compute)(
         jnp.asarray(x, jnp.float32),
         jnp.asarray(weight, jnp.float32),
         jnp.asarray(expert, jnp.int32),
         *lists,
     )
-    conversion.assert_close(np.asarray(found), wanted, 1e-5, "listed experts")
+    conversion.assert_close(np.asarray(found), wanted, 1e-5, "unstacked experts")

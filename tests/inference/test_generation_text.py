@@ -16,7 +16,7 @@ from deepseek_jax import generate
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.data.tokenizer import ByteTokenizer
-from deepseek_jax.inference.generation import engine, sampling, text, weights
+from deepseek_jax.inference.generation import programs, sampling, text
 from deepseek_jax.run import importer
 from tests.support import conversion
 from tests.support import hf_families as families
@@ -24,8 +24,7 @@ from tests.support import hf_families as families
 
 @pytest.fixture(autouse=True)
 def compiled_quickly(monkeypatch, tmp_path):
-    monkeypatch.setattr(engine, "jit", conversion.jit)
-    monkeypatch.setattr(weights, "jit", conversion.jit)
+    monkeypatch.setattr(programs, "jit", conversion.jit)
     monkeypatch.setattr(generate.compile_cache, "use_cache", lambda *_, **__: "")
 
 

@@ -1,4 +1,7 @@
-"""The model for lm-evaluation-harness against transformers; with the harness where it is installed, else with tests/lm_eval_stub.py."""
+"""The model for lm-evaluation-harness against transformers.
+
+With the harness where it is installed, else with tests/support/lm_eval_stub.py.
+"""
 
 import importlib
 import os
@@ -13,19 +16,21 @@ import pytest
 import transformers
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference.evaluation import scoring
+from deepseek_jax.inference.evaluation import scorer
 from tests.support import conversion, lm_eval_stub
 from tests.support.evaluation import log_p
 
-request = lambda *arguments: types.SimpleNamespace(args=arguments)
+
+def request(*arguments):
+    return types.SimpleNamespace(args=arguments)
 
 
 @pytest.fixture(scope="module")
 def adapter(made):
     with pytest.MonkeyPatch.context() as m:
         lm_eval_stub.install(m)
-        program = scoring._program
-        m.setattr(scoring, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
+        program = scorer._program
+        m.setattr(scorer, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
         m.delitem(sys.modules, "deepseek_jax.inference.lm_eval", raising=False)
         module = importlib.import_module("deepseek_jax.inference.lm_eval")
         yield (
@@ -134,7 +139,10 @@ def test_chat(adapter, made):
     module, lm = adapter
     with pytest.raises(UserError, match="no chat template"):
         lm.apply_chat_template([{"role": "user", "content": "x"}])
-    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} [/]{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }} [/]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
     file = made[1] / "chat_template.jinja"
     file.write_text(template)
     try:

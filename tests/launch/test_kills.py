@@ -102,7 +102,10 @@ def test_processes_that_are_lost(tmp_path, env):
         and sorted(after) == list(range(1, len(after) + 1))
         and common[-1] > resumed[1]
     )
-    of = lambda rows, i: [rows[s][i] for s in common]
+
+    def of(rows, i):
+        return [rows[s][i] for s in common]
+
     np.testing.assert_allclose(of(after, 0), of(reference, 0), rtol=1e-5)
     assert of(after, 2) == of(reference, 2)
     assert [after[s] for s in common if s <= resumed[1]] == [

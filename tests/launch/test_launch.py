@@ -13,9 +13,9 @@ import time
 import numpy as np
 import pytest
 
-from deepseek_jax.cluster.meeting import free_port
+from deepseek_jax.cluster.wire import free_port
 from deepseek_jax.errors import UserError
-from deepseek_jax.launch import __main__
+from deepseek_jax.launch import __main__, options
 from tests import support
 
 ROOT = str(support.ROOT)
@@ -193,12 +193,21 @@ def test_a_bad_argument_is_one_line_and_exit_code_2():
     )
 
 
+def test_the_launcher_imports_no_jax():
+    """It lives as long as the processes, and JAX would take a GPU's memory, threads and signals for itself."""
+    heavy = "sorted({'jax', 'flax', 'numpy', 'orbax', 'grain'} & sys.modules.keys())"
+    program = f"import sys, deepseek_jax.launch.__main__; print({heavy})"
+    done = result([sys.executable, "-c", program])
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 def test_environments(monkeypatch):
-    monkeypatch.setattr(__main__, "visible_gpus", lambda: ["GPU-a", "GPU-b", "GPU-c", "GPU-d"])
-    hosts = __main__.parse(
+    monkeypatch.delenv("DEEPSEEK_JAX_TOKEN", raising=False)
+    monkeypatch.setattr(options, "visible_gpus", lambda: ["GPU-a", "GPU-b", "GPU-c", "GPU-d"])
+    hosts = options.parse(
         ["--nproc-per-node=2", "--nnodes=3", "--node-rank=2", "--master-addr=h", "-m", "x"]
     )
-    assert __main__.environments(hosts, {"CUDA_VISIBLE_DEVICES": "7,5,3,1"}) == [
+    assert options.environments(hosts, {"CUDA_VISIBLE_DEVICES": "7,5,3,1"}) == [
         {
             "JAX_COORDINATOR_ADDRESS": "h:29500",
             "JAX_NUM_PROCESSES": "6",
@@ -207,8 +216,8 @@ def test_environments(monkeypatch):
         }
         for i, g in ((4, "7,5"), (5, "3,1"))
     ]
-    four = __main__.environments(
-        __main__.parse(["--nproc_per_node=gpu", "--devices_per_process=1", "-m", "x"]), {}
+    four = options.environments(
+        options.parse(["--nproc_per_node=gpu", "--devices_per_process=1", "-m", "x"]), {}
     )
     assert [e["CUDA_VISIBLE_DEVICES"] for e in four] == ["0", "1", "2", "3"]
     addresses = {
@@ -217,6 +226,8 @@ def test_environments(monkeypatch):
         for name in ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS")
     }
     assert len(addresses) == 1 and addresses.pop().startswith("127.0.0.1:")
+    tokens = {e["DEEPSEEK_JAX_TOKEN"] for e in four}
+    assert len(tokens) == 1 and len(tokens.pop()) == 32
     with pytest.raises(UserError, match="does not divide the 4 visible GPUs"):
         __main__.main(["--nproc_per_node=3", "-m", "x"])
 
@@ -296,7 +307,10 @@ def assert_as_one_process(tmp_path_factory, corpus):
                 8,
             )
             reference.update(rows(folder))
-        of = lambda table, name: [table[s][name] for s in steps]
+
+        def of(table, name):
+            return [table[s][name] for s in steps]
+
         np.testing.assert_allclose(of(run, "loss"), of(reference, "loss"), rtol=1e-5)
         np.testing.assert_allclose(of(run, "grad_norm"), of(reference, "grad_norm"), rtol=1e-4)
         assert of(run, "tokens_seen") == of(reference, "tokens_seen")

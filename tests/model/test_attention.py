@@ -4,6 +4,9 @@ Tolerance: 1e-5 of an array's scale in float32 (rounding is 6e-8 a number, sums 
 bfloat16 rounds to 4e-3 each of weights, score gradients and results: 2e-2.
 """
 
+import importlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
-from deepseek_jax.model.attention import blockwise, cudnn, interface
+from deepseek_jax.model.attention import blockwise, causal, cudnn
 from deepseek_jax.model.transformer import rematerialise
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from tests.support import conversion
@@ -46,9 +49,7 @@ def reference(q, k, v, dout):
 
 
 def ours(q, k, v, dout, segments):
-    out, back = jax.vjp(
-        lambda q, k, v: interface.causal_attention(q, k, v, segments, SCALE), q, k, v
-    )
+    out, back = jax.vjp(lambda q, k, v: causal.causal_attention(q, k, v, segments, SCALE), q, k, v)
     return (out, *back(dout))
 
 
@@ -64,7 +65,7 @@ SIZES = {
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_results_and_gradients(sizes, monkeypatch):
-    monkeypatch.setattr(interface, "_sizes", lambda length: blockwise.Sizes(*SIZES[sizes]))
+    monkeypatch.setattr(causal, "_sizes", lambda length: blockwise.Sizes(*SIZES[sizes]))
     arrays = inputs()
     actual = conversion.jit(ours)(*arrays, jnp.asarray(SEGMENTS))
     for name, a, expected in zip(
@@ -74,7 +75,7 @@ def test_results_and_gradients(sizes, monkeypatch):
 
 
 def test_bfloat16(monkeypatch):
-    monkeypatch.setattr(interface, "_sizes", lambda length: blockwise.Sizes(8, 8 * S * 4))
+    monkeypatch.setattr(causal, "_sizes", lambda length: blockwise.Sizes(8, 8 * S * 4))
     arrays = inputs(jnp.bfloat16)
     actual = conversion.jit(ours)(*arrays, jnp.asarray(SEGMENTS))
     for name, a, expected in zip(
@@ -86,7 +87,7 @@ def test_bfloat16(monkeypatch):
 
 def test_on_a_mesh(monkeypatch):
     """Sequences over data, fsdp and expert, heads over tensor: the same numbers, in the same layout, without communication."""
-    monkeypatch.setattr(interface, "_sizes", lambda length: blockwise.Sizes(3, 3 * S))
+    monkeypatch.setattr(causal, "_sizes", lambda length: blockwise.Sizes(3, 3 * S))
     config = Config(
         model=ModelConfig(num_attention_heads=N, n_routed_experts=4),
         mesh=MeshConfig(fsdp=2, expert=2, tensor=2),
@@ -113,7 +114,7 @@ def test_rematerialised(remat, times):
     q, k, v, _ = inputs()
     f = rematerialise(
         lambda q, k, v: jnp.sum(
-            jnp.sin(interface.causal_attention(q, k, v, jnp.asarray(SEGMENTS), SCALE))
+            jnp.sin(causal.causal_attention(q, k, v, jnp.asarray(SEGMENTS), SCALE))
         ),
         remat,
     )
@@ -128,7 +129,7 @@ def test_memory_is_linear_in_the_length():
         shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
         q, v = shape(1, length, 2, 8), shape(1, length, 2, 6)
         f = lambda q, k, v, dout, segments: jax.vjp(
-            lambda *a: interface.causal_attention(*a, segments, SCALE), q, k, v
+            lambda *a: causal.causal_attention(*a, segments, SCALE), q, k, v
         )[1](dout)
         segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
         return (
@@ -162,7 +163,7 @@ def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsy
     """Version, chip and a first call are asked for on a GPU; where one is wrong, attention is the blocks',
     after one line."""
     monkeypatch.setattr(cudnn.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(cudnn, "version", lambda: version)
+    monkeypatch.setattr(cudnn.jax_private, "cudnn_version", lambda: version)
     monkeypatch.setattr(cudnn, "_capability", lambda: capability)
     monkeypatch.setattr(cudnn, "_probe", probe)
     cudnn.missing.cache_clear(), cudnn.usable.cache_clear()
@@ -172,7 +173,7 @@ def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsy
         if said:
             monkeypatch.setattr(cudnn, "forward", None)  # is not asked
             q, k, v, dout = inputs(jnp.bfloat16)
-            f = lambda method: interface.causal_attention(
+            f = lambda method: causal.causal_attention(
                 q, k, v, jnp.ones((B, S), jnp.int32), SCALE, method
             )
             assert str(jax.make_jaxpr(f, static_argnums=0)("cudnn")) == str(
@@ -183,6 +184,17 @@ def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsy
             assert err.count("\n") == 1 and said in err and "in blocks instead" in err
     finally:
         cudnn.missing.cache_clear(), cudnn.usable.cache_clear()
+
+
+def test_the_version_of_cudnn(monkeypatch):
+    """Asked as JAX asks for it, by the name that its CUDA plugins have; None without a plugin."""
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    for plugin, version in (
+        (None, None),
+        (types.SimpleNamespace(cudnn_get_version=lambda: 91501), 91501),
+    ):
+        monkeypatch.setattr(fused, "cuda_versions", plugin)
+        assert cudnn.jax_private.cudnn_version() == version
 
 
 def test_cudnn_of_devices_that_are_not_here():

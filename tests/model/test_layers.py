@@ -17,9 +17,9 @@ from flax import nnx
 
 from deepseek_jax.config.options import ModelConfig, MoeConfig, RopeScaling
 from deepseek_jax.experts import dispatch
-from deepseek_jax.model import rope, router
-from deepseek_jax.model.attention import interface
-from deepseek_jax.model.attention.interface import MultiHeadLatentAttention
+from deepseek_jax.model import lookup, rope, router
+from deepseek_jax.model.attention import causal
+from deepseek_jax.model.attention.mla import MultiHeadLatentAttention
 from deepseek_jax.model.layers import MLP, Embedding, RMSNorm
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.transformer import DecoderLayer
@@ -131,10 +131,14 @@ def test_mlp():
     check(create, weights, "mlp.", lambda mlp, x: mlp(x), ref.mlp, normal(2, 5, 16))
 
 
-def test_embedding():
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2}])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_embedding(on_cpu, mesh, monkeypatch):
+    """As on a CPU, and as on a GPU, where the gradient's sums must have one order."""
+    monkeypatch.setattr(lookup, "on_cpu", lambda: on_cpu)
     ids = np.random.default_rng(0).integers(0, MODEL.vocab_size, (2, 7))
     table, c = normal(MODEL.vocab_size, 16), normal(2, 7, 16, seed=1)
-    config = conversion.config_of(MODEL)
+    config = conversion.config_of(MODEL, **mesh)
     with conversion.on_mesh(config):
         embed, params, bias = conversion.load(
             lambda: Embedding(MODEL, nnx.Rngs(0)), {"weight": table}, config
@@ -151,6 +155,18 @@ def test_embedding():
     expected = np.zeros_like(table, np.float64)
     np.add.at(expected, ids, c)
     conversion.assert_close(conversion.names_of(grads)["weight"], expected)
+
+
+@pytest.mark.parametrize("rows, size", [(1, 1), (7, 3), (256, 5), (700, 3), (1000, 400)])
+def test_summed_rows(rows, size):
+    """Of one index, of indices that occur often, once and never; and no addition is left to a scatter, whose
+    order on a GPU is any."""
+    index = np.random.default_rng(rows).integers(0, size, rows) if rows > 1 else np.zeros(1, int)
+    row, expected = normal(rows, 6), np.zeros((size, 6))
+    np.add.at(expected, index, row)
+    f = functools.partial(lookup.summed, size=size)
+    conversion.assert_close(np.asarray(jax.jit(f)(row, index)), expected)
+    assert "scatter-add" not in str(jax.make_jaxpr(f)(row, index))
 
 
 # ----------------------------------------------------------------------------------------------------------------- rotary
@@ -173,7 +189,7 @@ def test_rope_tables_and_softmax_scale(scaling):
     model = conversion.smaller(MODEL, rope_scaling=SCALINGS[scaling], qk_rope_head_dim=16)
     frequencies, scale = ref.rope_frequencies(model)
     np.testing.assert_allclose(rope.inverse_frequencies(model), frequencies, rtol=1e-14)
-    assert abs(rope.softmax_scale(model) - ref.softmax_scale(model)) < 1e-15
+    assert abs(MultiHeadLatentAttention.softmax_scale(model) - ref.softmax_scale(model)) < 1e-15
     positions = np.array([[0, 1, 2, 31, 32, 127, 4095]])
     for actual, expected in zip(
         rope.rope_tables(model, jnp.asarray(positions)), ref.rope_tables(model, positions[0])
@@ -218,7 +234,7 @@ ATTENTION = {
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name, block, monkeypatch):
     """Two sequences, one of them packed with two documents and padding."""
-    monkeypatch.setattr(interface, "QUERY_BLOCK", block)
+    monkeypatch.setattr(causal, "QUERY_BLOCK", block)
     model = ATTENTION[name]
     weights = ref.layer_weights(conversion.random_weights(model, 0), LAYER_MOE)
 
@@ -259,7 +275,7 @@ ROUTERS = {
 
 @functools.cache
 def jit_route(model):
-    return conversion.jit(functools.partial(router.route, model=model))
+    return conversion.jit(functools.partial(router.route, config=model))
 
 
 def bias_of(model, seed, shift=0.0):
@@ -418,7 +434,7 @@ def check_moe(model, mesh, capacity_factor, weights, x, bias, valid):
     # has all experts.
     devices = math.prod(MESHES[mesh].values())
     tokens = x.shape[0] // devices * x.shape[1]
-    slots = dispatch.slots_per_round(
+    slots = dispatch.expert_capacity(
         tokens, model.num_experts_per_tok, model.n_routed_experts, capacity_factor
     )
     parts = zip(np.split(chosen, devices), np.split(valid, devices))
@@ -507,10 +523,10 @@ def test_other_experts(name):
     check_moe(model, mesh, 1.25, weights, x, bias, valid)
 
 
-def test_slots_per_round():
-    assert dispatch.slots_per_round(48, 2, 8, 1.25) == 15
-    assert dispatch.slots_per_round(48, 2, 8, 0.001) == 1
-    assert dispatch.slots_per_round(48, 2, 8, 100.0) == 48  # an expert gets a token once at most
+def test_expert_capacity():
+    assert dispatch.expert_capacity(48, 2, 8, 1.25) == 15
+    assert dispatch.expert_capacity(48, 2, 8, 0.001) == 1
+    assert dispatch.expert_capacity(48, 2, 8, 100.0) == 48  # an expert gets a token once at most
 
 
 # ------------------------------------------------------------------------------------------------------ blocks and the model

@@ -376,7 +376,7 @@ def test_bfloat16_accumulation_halves_the_buffer():
         ),
         (
             {"optimizer": {"name": "muon", "momentum": 1.0}},
-            "config.optimizer.momentum=1.0 must be below 1",
+            "config.optimizer.momentum=1.0 is not below 1",
         ),
         ({"optimizer": {"name": "lion"}}, "config.optimizer.name='lion' is not known"),
         (

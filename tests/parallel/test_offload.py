@@ -18,7 +18,7 @@ from deepseek_jax.config.options import (
 )
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
-from deepseek_jax.experts import cpu_blocks
+from deepseek_jax.experts import cpu_grouped_matmul
 from deepseek_jax.model.transformer import rematerialise
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
@@ -223,7 +223,7 @@ def matmuls(remat: str) -> int:
         ("mla_latent", 2),
         ("attention", 2),
         ("mlp_gate_up", 2),
-        ("experts_hidden", len(cpu_blocks.SIZES)),
+        ("experts_hidden", len(cpu_grouped_matmul.BLOCKS_PER_PRODUCT)),
     ],
 )
 def test_what_a_kept_name_spares(name, spared):
@@ -337,7 +337,7 @@ def test_bytes_a_device():
         ),
         (
             dict(offload=OffloadConfig(activations="attention,atention")),
-            "config.offload.activations='atention' is not known",
+            "config.offload.activations=attention,atention: 'atention' is not known. Did you mean attention?",
         ),
     ],
 )

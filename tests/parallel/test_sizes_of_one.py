@@ -14,7 +14,10 @@ from benchmarks.durability import fuzz_options
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference.generation import engine, sample, weights
+from deepseek_jax.inference.generation import programs, sample
+from deepseek_jax.inference.generation.engine import Engine
+from deepseek_jax.inference.generation.placed import PlacedModel
+from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train import state, step
 from tests.support import conversion
@@ -241,8 +244,7 @@ def test_min_weight_size_changes_no_number(least):
 )
 def test_generates(model, monkeypatch):
     """One row, token and head, halves of one number: with the cache what whole forward passes give."""
-    for module in (engine, weights):
-        monkeypatch.setattr(module, "jit", conversion.jit)
+    monkeypatch.setattr(programs, "jit", conversion.jit)
     config = config_of(dict(model, num_hidden_layers=1, initializer_range=0.5), {})
     mesh = fuzz_options.accepted(config)
     with jax.set_mesh(mesh):
@@ -255,8 +257,9 @@ def test_generates(model, monkeypatch):
             jax.device_put(a, s)
             for a, s in ((held.params, layout.shardings.params), (held.bias, layout.shardings.bias))
         )
-        whole = list(sample.tokens(layout, params, bias, mesh, [3, 5], 5, 16, None, 0.0, 1.0, 0))
-    assert engine.Engine(layout, mesh, params, bias).generate([[3, 5]], 5) == [whole]
+        placed = PlacedModel(layout, params, bias, mesh)
+        whole = list(sample.tokens(placed, [3, 5], 5, Sampling(), 16, None))
+    assert Engine(placed).generate([[3, 5]], 5) == [whole]
 
 
 def test_fuzz_of_options():

@@ -21,7 +21,7 @@ from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, Shardin
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import __main__ as plan
 from deepseek_jax.plan import exchange, options, topology
-from deepseek_jax.xla import hlo, program
+from deepseek_jax.xla import hlo, program, replica_groups
 from tests.support import ROOT, conversion
 
 SHAPE = {"data": 1, "fsdp": 4, "expert": 2}
@@ -150,13 +150,15 @@ GROUPS = [
 
 @pytest.mark.parametrize("written, groups", GROUPS)
 def test_replica_groups(written, groups):
-    found = program.replica_groups(f"channel_id=1, replica_groups={written}, dimensions={{0}}", 8)
+    found = replica_groups.replica_groups(
+        f"channel_id=1, replica_groups={written}, dimensions={{0}}", 8
+    )
     np.testing.assert_array_equal(found, groups)
 
 
 def test_unknown_replica_groups_are_an_error():
     with pytest.raises(ValueError, match="not understood"):
-        program.replica_groups("replica_groups=@new_spelling", 8)
+        replica_groups.replica_groups("replica_groups=@new_spelling", 8)
 
 
 # As a GPU's scheduled program is written: starts and ends apart, a reduce-scatter wrapped in an async computation.

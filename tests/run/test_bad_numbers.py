@@ -1,6 +1,10 @@
-"""Numbers that are not finite: skipped on all devices alike, counted, rolled back or stopped at; spikes of the loss; the rows behind a step."""
+"""Numbers that are not finite: skipped on all devices alike, counted, rolled back or stopped at.
+
+And spikes of the loss, and the rows behind a step.
+"""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import statistics
@@ -16,14 +20,15 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import CheckpointConfig, EvalConfig, LogConfig, MeshConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.data.windows import Skipping, Windows
-from deepseek_jax.errors import UserError
-from deepseek_jax.model.count import Count
+from deepseek_jax.errors import BadNumbers, UserError
 from deepseek_jax.objectives import pretrain
-from deepseek_jax.run import loop
+from deepseek_jax.run.loop import Result
+from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Spikes
 from deepseek_jax.train import state
 from tests.support import ROOT, invariance
 from tests.support.runs import command, run
+from tests.support.small_loops import make_loop
 from tests.support.small_runs import TINY, Trainer, config_of, same
 
 B, S = invariance.SEQUENCES, invariance.LENGTH
@@ -46,9 +51,9 @@ def test_windows_against_a_list():
         assert [row for first, last in ranges for row in range(first, last)] == kept[
             start : start + count
         ]
-        assert all(a[1] < b[0] for a, b in zip(ranges, ranges[1:])), "ranges that touch are one"
+        assert all(a[1] < b[0] for a, b in itertools.pairwise(ranges)), "ranges that touch are one"
         assert Windows.of([list(w) for w in reversed(windows.skipped)]) == windows and all(
-            a[1] < b[0] for a, b in zip(windows.skipped, windows.skipped[1:])
+            a[1] < b[0] for a, b in itertools.pairwise(windows.skipped)
         )
         assert [windows.row(n) for n in range(start, start + count)] == kept[start : start + count]
 
@@ -94,10 +99,7 @@ class Texts:
             np.random.default_rng(i).integers(1, POISON, S) for i in range(start, start + count)
         ]
         tokens = np.stack(
-            [
-                np.full(S, POISON) if i in self._poisoned else r
-                for i, r in zip(range(start, start + count), rows)
-            ]
+            [np.full(S, POISON) if i in self._poisoned else r for i, r in enumerate(rows, start)]
         ).astype(np.int32)
         targets = np.concatenate([tokens[:, 1:], np.full((count, 1), -100, np.int32)], axis=1)
         positions = np.broadcast_to(np.arange(S, dtype=np.int32), tokens.shape)
@@ -134,7 +136,7 @@ def trainer():
     return Trainer(config, poisoned_loss)
 
 
-def train(t: Trainer, folder, texts, steps: int | None = None, **options) -> loop.Result:
+def train(t: Trainer, folder, texts, steps: int | None = None, **options) -> Result:
     """The loop of train.py, from the newest checkpoint in the folder if there is one."""
     config = dataclasses.replace(t.config, train=dataclasses.replace(t.config.train, **options))
     folder.mkdir(exist_ok=True)
@@ -142,28 +144,19 @@ def train(t: Trainer, folder, texts, steps: int | None = None, **options) -> loo
 
     def restore():
         if checkpoints.latest_step() is None:
-            return t.start(), loop.Progress()
+            return t.start(), Progress()
         tree, extra = checkpoints.restore(state.to_tree(t.layout.abstract_sharded()))
-        return state.from_tree(tree, t.layout.abstract), loop.Progress.of_extra(extra)
+        return state.from_tree(tree, t.layout.abstract), Progress.of_extra(extra)
 
     if steps:  # ends earlier, as by a signal
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
     with jax.set_mesh(t.mesh):
-        s, progress = restore()
+        begins = restore()
+        loop = make_loop(
+            config, str(folder), t.mesh, t.compiled, texts, checkpoints, begins, restore=restore
+        )
         try:
-            return loop.run(
-                config,
-                str(folder),
-                t.mesh,
-                s,
-                t.compiled,
-                lambda *_: {},
-                texts,
-                checkpoints,
-                Count(1, 1, 0, 1.0),
-                progress,
-                restore=restore,
-            )
+            return loop.run(*begins)
         finally:
             checkpoints.close()
 
@@ -174,7 +167,10 @@ def rows_of(folder) -> list[dict]:
 
 @pytest.mark.slow
 def test_rolls_back_and_skips_the_data(trainer, tmp_path):
-    """Rows 96 to 99 of the data, in step 7, and 112 to 127, step 8, are bad. Afterwards all is as if rows 64 to 127 had never been there."""
+    """Rows 96 to 99 of the data, in step 7, and 112 to 127, step 8, are bad.
+
+    Afterwards all is as if rows 64 to 127 had never been there.
+    """
     bad = range(98, 128)
     result = train(trainer, tmp_path / "a", Texts(bad))
     without = Skipping(Texts(bad), Windows(((4 * B, 8 * B),)))
@@ -183,11 +179,11 @@ def test_rolls_back_and_skips_the_data(trainer, tmp_path):
         same(result.state._replace(skipped_steps=0), calm.state._replace(skipped_steps=0))
         and int(result.state.skipped_steps) == 0
     )
-    of = lambda folder: [
-        (r["step"], r["loss"], r["grad_norm"], r["tokens_seen"])
-        for r in rows_of(folder)
-        if "loss" in r
-    ]
+
+    def of(folder):
+        rows = [r for r in rows_of(folder) if "loss" in r]
+        return [(r["step"], r["loss"], r["grad_norm"], r["tokens_seen"]) for r in rows]
+
     assert of(tmp_path / "a") == of(tmp_path / "b") and len(of(tmp_path / "a")) == 20
     (rollback,) = [r for r in rows_of(tmp_path / "a") if "rollback" in r]
     assert rollback == {
@@ -204,7 +200,7 @@ def test_rolls_back_and_skips_the_data(trainer, tmp_path):
 
 @pytest.mark.slow
 def test_resumes_exactly_after_a_rollback(trainer, tmp_path):
-    """Ended after a rollback and gone on with; and ended between one and the next checkpoint, which loses the record of it."""
+    """Ended after a rollback and resumed; and ended before the checkpoint that records the rollback."""
     bad = [
         *range(98, 128),
         *range(300, 320),
@@ -217,10 +213,14 @@ def test_resumes_exactly_after_a_rollback(trainer, tmp_path):
     train(trainer, tmp_path / "parts", Texts(bad), steps=10)
     again = train(trainer, tmp_path / "parts", Texts(bad))
     assert same(again.state, whole.state)
-    figures = lambda folder: [
-        {k: v for k, v in r.items() if not k.endswith(("_s", "_sec", "_gb", "_device"))}
-        for r in rows_of(folder)
-    ]
+
+    def figures(folder):
+        """Rows without times and memory."""
+        return [
+            {k: v for k, v in r.items() if not k.endswith(("_s", "_sec", "_gb", "_device"))}
+            for r in rows_of(folder)
+        ]
+
     assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
     before = figures(tmp_path / "whole")
     for step in (8, 12, 16, 20):
@@ -233,12 +233,12 @@ def test_resumes_exactly_after_a_rollback(trainer, tmp_path):
 
 def test_stops_after_too_many(trainer, tmp_path):
     with pytest.raises(
-        loop.BadNumbers,
+        BadNumbers,
         match=r"up to step 6 .*It was rolled back 2 times \(config.train.max_rollbacks\)",
     ):
         train(trainer, tmp_path / "a", Texts(range(98, 10_000)))
     with pytest.raises(
-        loop.BadNumbers,
+        BadNumbers,
         match=r"^2 updates in a row .* up to step 8 .* last good checkpoint is step 4 ",
     ):
         train(trainer, tmp_path / "b", Texts(range(98, 10_000)), on_bad_steps="stop")
@@ -251,12 +251,17 @@ def test_stops_after_too_many(trainer, tmp_path):
 
 
 def test_a_skipped_update_is_skipped_on_all_devices(trainer):
-    """A row of one device is bad: parameters, moments and bias stay as they were on every device, bit for bit; so do the copies."""
+    """A row of one device is bad: parameters, moments and bias stay as they were on every device.
+
+    Bit for bit, and so do the copies.
+    """
     t = trainer
     with jax.set_mesh(t.mesh):
         from deepseek_jax.train.step import put_batch
 
-        batch = lambda texts: put_batch(texts.train_rows(0, B), t.config.micro_batch, t.mesh)
+        def batch(texts):
+            return put_batch(texts.train_rows(0, B), t.config.micro_batch, t.mesh)
+
         before, _ = t.compiled(t.start(), batch(Texts(range(0))))
         host = jax.tree.map(np.asarray, before)
         after, m = t.compiled(before, batch(Texts(range(5, 6))))

@@ -55,11 +55,7 @@ def resolved(workdir, *overrides):
         "--config.train.sequence_length=64",
         *overrides,
     ]
-    before, sys.argv = sys.argv, argv
-    try:
-        return commandline.read_config(commandline.parse(argv), argv)
-    finally:
-        sys.argv = before
+    return commandline.read_config(commandline.parse(argv))
 
 
 def same(a, b):
@@ -68,7 +64,7 @@ def same(a, b):
 
 
 def test_init_from_sets_the_model(source, tmp_path):
-    expected = hf.load(source).model
+    expected = hf.load(source).config
     assert resolved(tmp_path / "w", f"--config.init_from={source}").model == expected
     changed = resolved(
         tmp_path / "w",
@@ -91,9 +87,7 @@ def test_init_from_sets_the_model(source, tmp_path):
 
 
 def test_what_is_known_wins_over_defaults(source, tmp_path):
-    """The tokenizer of an import, of init_from and of a run, and the checkpoint that a run began with, where
-    the command does not name them.
-    """
+    """The tokenizer and the checkpoint that a run began with, where the command does not name them."""
     tokenizers = [os.path.join(FILES, "resume", f"tokenizer_{x}.json") for x in "ab"]
     w, given = str(tmp_path / "w"), tmp_path / "given"
     shutil.copytree(source, given)
@@ -175,7 +169,7 @@ def test_the_state_that_training_begins_with(optimizer, source, tmp_path):
     """On a mesh: the checkpoint's weights; moments and counters are zero."""
     model = hf.load(source)
     config = Config(
-        model=model.model,
+        model=model.config,
         init_from=source,
         mesh=MeshConfig(fsdp=2, expert=2, tensor=2),
         train=TRAIN,
@@ -201,7 +195,10 @@ def test_the_state_that_training_begins_with(optimizer, source, tmp_path):
 
 
 def test_imported_run(source, tmp_path):
-    """The workdir sets the model, generate reads it, export gives the checkpoint back; then the same of a later step."""
+    """The workdir sets the model, generate reads it, export gives the checkpoint back.
+
+    Then the same of a later step.
+    """
     workdir, model = str(tmp_path / "w"), hf.load(source)
     theirs = [
         tmp_path / "w" / "hf.tmp" / "mine",
@@ -214,7 +211,7 @@ def test_imported_run(source, tmp_path):
     with pytest.raises(UserError, match="holds a run already"):
         importer.import_(source, workdir)
     config = resolved(workdir)
-    assert config.model == model.model and config.init_from == os.path.join(workdir, "hf")
+    assert config.model == model.config and config.init_from == os.path.join(workdir, "hf")
     assert init_from.open_for_training(config, workdir) is not None
     again = open_model(workdir).model
     same((again.params, again.bias), (model.params, model.bias))
@@ -226,14 +223,17 @@ def test_imported_run(source, tmp_path):
     commands.export(
         workdir, str(tmp_path / "low"), dtype="bfloat16"
     )  # some are copied as they are, others not
-    kept = lambda name: name.endswith("e_score_correction_bias")
+
+    def kept(name):
+        return name.endswith("e_score_correction_bias")
+
     same(
         safetensors.numpy.load_file(tmp_path / "low" / "model.safetensors"),
         {n: a if kept(n) else a.astype("bfloat16") for n, a in given.items()},
     )
 
     run = Config(
-        model=model.model, init_from=config.init_from, mesh=MeshConfig(fsdp=2), train=TRAIN
+        model=model.config, init_from=config.init_from, mesh=MeshConfig(fsdp=2), train=TRAIN
     )
     mesh = make_mesh(run, jax.devices()[:2])
     with jax.set_mesh(mesh):
@@ -271,12 +271,12 @@ def test_a_run_that_never_was_a_hugging_face_model(tmp_path):
     checkpoints.save(1, to_tree({"params": before.params, "bias": before.bias}), {})
     checkpoints.close()
     workdirs.write_config(
-        str(tmp_path / "w"), Config(model=before.model, mesh=MeshConfig(fsdp=1), train=TRAIN)
+        str(tmp_path / "w"), Config(model=before.config, mesh=MeshConfig(fsdp=1), train=TRAIN)
     )
     commands.export(str(tmp_path / "w"), str(tmp_path / "out"), dtype="float32")
     again = hf.load(str(tmp_path / "out"))
-    assert again.family == "qwen3_moe" and again.model == dataclasses.replace(
-        before.model, aux_loss_alpha=again.model.aux_loss_alpha
+    assert again.family == "qwen3_moe" and again.config == dataclasses.replace(
+        before.config, aux_loss_alpha=again.config.aux_loss_alpha
     )
     same(again.params, before.params)
 
@@ -285,7 +285,7 @@ def test_a_run_that_never_was_a_hugging_face_model(tmp_path):
 def test_init_from_in_two_processes(source, tmp_path):
     """Each process reads its own shards: losses and exported weights are those of one device, to rounding."""
     model = dataclasses.replace(
-        hf.load(source).model, vocab_size=257
+        hf.load(source).config, vocab_size=257
     )  # the bytes, and the end of a document
     config = Config(model=model, mesh=MeshConfig(fsdp=1), train=TRAIN)
     mesh = make_mesh(config, jax.devices()[:1])

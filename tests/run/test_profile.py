@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.cluster.meeting import free_port
+from deepseek_jax.cluster.wire import free_port
 from deepseek_jax.config.options import MeshConfig, MoeConfig
 from deepseek_jax.run import profile
 from deepseek_jax.runtime import compile_cache
@@ -75,7 +75,8 @@ def test_the_second_start_reads_the_cache(runs):
         for f in glob.glob(f"{cache}/deepseek_jax/cpu-{compile_cache.cpu_kind()}/*-cache")
     }
     assert {"jit_train_step", "jit_create", "jit_eval_step"} <= kept, kept
-    # A program from the cache is the same machine code: the losses are equal to the last bit, with a profile as without.
+    # A program from the cache is the same machine code: the losses are equal to the last bit, with
+    # a profile as without.
     assert losses(first_dir) == losses(second_dir)
     assert "First" not in second.stderr and "cache entry" not in second.stderr
 
@@ -83,8 +84,9 @@ def test_the_second_start_reads_the_cache(runs):
 def test_a_damaged_cache_stops_nothing(tmp_path):
     """As a kill in the middle of a write leaves it: the program is compiled again."""
     program = (
-        "import sys, jax, jax.numpy as jnp; from deepseek_jax.runtime import compile_cache as compilation; compilation.MIN_SECONDS = 0; "
-        "compilation.use_cache(sys.argv[1], print); print(float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.arange(9.0))))"
+        "import sys, jax, jax.numpy as jnp; from deepseek_jax.runtime import compile_cache; "
+        "compile_cache.MIN_SECONDS = 0; compile_cache.use_cache(sys.argv[1], print); "
+        "print(float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.arange(9.0))))"
     )
 
     def start() -> str:
@@ -107,7 +109,7 @@ def test_a_damaged_cache_stops_nothing(tmp_path):
 
 
 def test_all_processes_find_what_process_0_kept(tmp_path):
-    """Two processes with one folder: none reads anything at the first start, both read at the second, with the same result."""
+    """Two processes with one folder: both read it at the second start, with the same result."""
     program = """
 import sys, numpy as np, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -126,7 +128,10 @@ print("\\nFOUND", float(total), getattr(compilation._this_thread, "hits", 0))
 
     def start() -> list[list[str]]:
         port = free_port()
-        args = lambda i: [sys.executable, "-c", program, str(port), str(i), str(tmp_path)]
+
+        def args(i):
+            return [sys.executable, "-c", program, str(port), str(i), str(tmp_path)]
+
         both = [
             subprocess.Popen(
                 args(i),
@@ -327,15 +332,19 @@ def test_scopes():
     assert origin.scope_of("jit(train_step)/jvp(jit(silu))/mul") == ""
     assert (
         hlo.Module(
-            "HloModule jit_f, is_scheduled=true\n\nENTRY %main (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n"
+            "HloModule jit_f, is_scheduled=true\n\n"
+            "ENTRY %main (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n"
         ).name
         == "jit_f"
     )
 
 
 def test_init_is_the_same_at_any_optimisation_level():
-    """The level that init_state compiles at changes no bit of the numbers; other levels might contract other additions."""
-    draw = lambda key: jax.random.normal(key, (257, 129)) * 0.02
+    """The level that init_state compiles at changes no bit; others might contract other additions."""
+
+    def draw(key):
+        return jax.random.normal(key, (257, 129)) * 0.02
+
     key = jax.random.key(7)
     one, other = (
         jax.jit(draw, compiler_options={"xla_backend_optimization_level": level})(key)

@@ -1,4 +1,7 @@
-"""A run that is interrupted is the run that is not: bit for bit on the same mesh, to float32 rounding on another."""
+"""A run that is interrupted is the run that is not.
+
+Bit for bit on the same mesh, to float32 rounding on another.
+"""
 
 import dataclasses
 import functools
@@ -25,16 +28,16 @@ from deepseek_jax.config.options import (
 from deepseek_jax.config.validation import validate
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.model.count import Count
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.run import loop, resume
+from deepseek_jax.run import resume
 from deepseek_jax.train import state, step
 from deepseek_jax.train.compiled_step import CompiledStep
 from tests.support import conversion
+from tests.support.small_loops import make_loop
 from tests.support.small_runs import ADAMW, TINY, Trainer, config_of, losses_of, same, trainer
 
-# Everything that a state or a schedule could forget: two sources, micro-batches, MTP whose weight changes, the bias, which stops to
-# move, WSD, a batch that grows, bfloat16 compute and moments.
+# Everything that a state or a schedule could forget: two sources, micro-batches, MTP whose weight
+# changes, the bias, which stops to move, WSD, a batch that grows, bfloat16 compute and moments.
 EVERYTHING = Config(
     model=dataclasses.replace(
         TINY, vocab_size=320, num_nextn_predict_layers=1, aux_loss_alpha=0.01
@@ -88,7 +91,7 @@ class Reading:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A function that goes on with a folder's run to the end, and the folder of a run that was not interrupted."""
+    """A function that goes on with a folder's run, and the folder of a run that was not interrupted."""
     folder = tmp_path_factory.mktemp("resume")
     rng = np.random.default_rng(0)
     for name, words in (("a", ["route", "expert", "token"]), ("b", ["mesh", "shard", "layer"])):
@@ -109,8 +112,9 @@ def whole(tmp_path_factory):
         )
 
     def train(workdir, read=None, **changed) -> state.TrainState:
-        """read: gets (first row, rows) of every batch. changed: options of train, none of which the step
-        depends on.
+        """Args:
+        read: gets (first row, rows) of every batch.
+        changed: options of train, none of which the step depends on.
         """
         checkpoints = Checkpointer(str(workdir / "checkpoints"))
         now = dataclasses.replace(config, train=dataclasses.replace(config.train, **changed))
@@ -118,21 +122,12 @@ def whole(tmp_path_factory):
         with jax.set_mesh(mesh):
             step = checkpoints.latest_step()
             s = fresh(layout) if step is None else resume.restore(checkpoints, layout)[0]
-            progress = resume.GoingOn(checkpoints, str(workdir), now, loader.contents).progress(
-                step
-            )
-            result = loop.run(
-                now,
-                str(workdir),
-                mesh,
-                s,
-                train_step,
-                lambda *_: {},
-                rows,
-                checkpoints,
-                Count(1, 1, 0, 1.0),
-                progress,
-            )
+            progress = resume.Continuation(
+                checkpoints, str(workdir), now, loader.contents
+            ).progress(step)
+            begins = (s, progress)
+            loop = make_loop(now, str(workdir), mesh, train_step, rows, checkpoints, begins)
+            result = loop.run(*begins)
             checkpoints.close()
         return result.state
 
@@ -166,8 +161,9 @@ def test_any_step_with_everything(whole, at, tmp_path):
 
 
 def test_another_batch_size_goes_on_with_the_next_row(whole, tmp_path):
-    """Twice, the second time from a checkpoint that the first wrote. Micro-batches stay as large, so that
-    nothing is compiled.
+    """Twice, the second time from a checkpoint that the first wrote.
+
+    Micro-batches stay as large, so that nothing is compiled.
     """
     train, folder, _ = whole
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -272,7 +268,7 @@ SLOW = ("8 devices to 4", "full_shard to hybrid_shard", "1 device to 8")
     "move", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MOVES]
 )
 def test_another_mesh(move, shared):
-    """20 steps, the second half on another mesh: 1e-5 of the loss, which float32 sums in another order stay well below."""
+    """20 steps, the second half on another mesh: within 1e-5, well above what other orders of sums do."""
     there, here = MOVES[move]
     checkpoints, expected = first_ten(there, shared)
     _, metrics = go_on(trainer(here), checkpoints, 10)

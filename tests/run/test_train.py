@@ -1,4 +1,4 @@
-"""The program as a user runs it: train, resume, stop by signal, generate, and every mistake said in one line."""
+"""The program as a user runs it: train, resume, stop by signal, generate; mistakes in one line."""
 
 import json
 import os
@@ -43,10 +43,10 @@ def test_main_job(whole_run):
         "active",
         "expert 2",
         "full_shard",
-        "bytes a device",
-        "FLOPs a token",
+        "bytes per device",
+        "FLOPs per token",
         "held-out loss",
-        "bits a byte",
+        "bits per byte",
         "checkpoint",
         "sample",
         "tokens/s",
@@ -67,8 +67,10 @@ def test_main_job(whole_run):
 
 
 def test_resume_is_bit_exact(whole_run, corpus, tmp_path):
-    """Stopped after 5 steps by a signal: the same losses as the run that was not stopped. Its stdout is ASCII
-    only, and nobody reads it to the end."""
+    """Stopped after 5 steps by a signal: the same losses as the run that was not stopped.
+
+    Its stdout is ASCII only, and nobody reads it to the end.
+    """
     first = command(
         tmp_path,
         corpus,
@@ -102,7 +104,10 @@ def test_resume_is_bit_exact(whole_run, corpus, tmp_path):
 
 
 def test_damage_costs_one_interval(whole_run, corpus, tmp_path):
-    """The newest checkpoint has a bad byte: the run goes on from the one before, in another kind, with the same losses."""
+    """The newest checkpoint has a bad byte: the run goes on from the one before, with the same losses.
+
+    It also changes the kind of its checkpoints.
+    """
     workdir = tmp_path / "run"
     shutil.copytree(whole_run[0], workdir)
     top = workdir / "checkpoints" / "12"
@@ -146,7 +151,10 @@ def test_generate(whole_run):
 
 @pytest.mark.slow
 def test_non_finite_updates_stop_the_run(corpus, tmp_path):
-    """A learning rate that blows the weights up: updates are skipped, counted, and then the run stops, naming a checkpoint."""
+    """A learning rate that blows the weights up: updates are skipped and counted.
+
+    Then the run stops and names a checkpoint.
+    """
     done = run(
         command(
             tmp_path,
@@ -186,14 +194,14 @@ BAD = [
     ([TINY, "--config.train.steps=1.5"], "--config.train.steps=1.5"),
     ([TINY, "steps=3"], "'steps=3' is not an option"),
     ([TINY, "--config.data.document_mask=perhaps"], "--config.data.document_mask=perhaps"),
-    ([TINY, "--config.train.steps=0"], "config.train.steps=0 is too small"),
+    ([TINY, "--config.train.steps=0"], "config.train.steps=0 is below 1. Set it to 1 or more."),
     (
         [TINY, "--config.optimizer.learning_rate=nan"],
-        "config.optimizer.learning_rate=nan is not a positive finite number",
+        "config.optimizer.learning_rate=nan is not a finite number",
     ),
     (
         [TINY, "--config.optimizer.learning_rate=inf"],
-        "config.optimizer.learning_rate=inf is not a positive finite number",
+        "config.optimizer.learning_rate=inf is not a finite number",
     ),
     (
         [
@@ -203,7 +211,8 @@ BAD = [
             "--config.mesh.fsdp=1",
             "--workdir={tmp}/w",
         ],
-        "n_routed_experts=9 is not divisible by the expert mesh axis (8 devices). Set config.mesh.expert to a divisor of 9.",
+        "n_routed_experts=9 is not divisible by the expert mesh axis (8 devices). "
+        "Set config.mesh.expert to a divisor of 9.",
     ),
     ([TINY, "--config.mesh.fsdp=16", "--workdir={tmp}/w"], "has 16 devices, but there are 8"),
     ([TINY, "--config.mesh.fsdp=2", "--workdir={tmp}/w"], "has 2 devices, but there are 8"),
@@ -233,7 +242,7 @@ BAD = [
     ),
     (
         [TINY, "--config.model.num_attention_heads=0"],
-        "config.model.num_attention_heads=0 is too small",
+        "config.model.num_attention_heads=0 is below 1",
     ),
     ([TINY, "--config.model.qk_rope_head_dim=7"], "config.model.qk_rope_head_dim=7 is odd"),
     (
@@ -242,7 +251,7 @@ BAD = [
     ),
     (
         [TINY, "--config.model.rope_theta=1"],
-        "config.model.rope_theta=1.0 is not a finite number above 1",
+        "config.model.rope_theta=1.0 is not above 1. Set it to a number above 1, for instance 10000.",
     ),
     (
         [TINY, "--config.model.rope_scaling.type=yarn", "--config.model.rope_scaling.beta_fast=0"],
@@ -254,11 +263,17 @@ BAD = [
     ),
     (
         [TINY, "--config.model.routed_scaling_factor=nan"],
-        "config.model.routed_scaling_factor=nan is not a positive finite number",
+        "config.model.routed_scaling_factor=nan is not a finite number",
     ),
-    ([TINY, "--config.seed=1000000000000000000000000"], "is not a 32-bit number"),
+    (
+        [TINY, "--config.seed=1000000000000000000000000"],
+        "is above 4294967295. Set it to 0 up to 4294967295.",
+    ),
     ([TINY, "--config.train.batch_ramp_start=4"], "config.train.batch_ramp_steps=0 go together"),
-    ([TINY, "--config.train.batch_size=1000000000000000"], "does not fit 32 bits"),
+    (
+        [TINY, "--config.train.batch_size=1000000000000000"],
+        "config.train.batch_size=1000000000000000 is above 2147483647",
+    ),
     ([TINY, "--process_id=1"], "--process_id=1 needs --num_processes"),
     (
         [TINY, "--num_processes=2", "--process_id=2"],

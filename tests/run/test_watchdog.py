@@ -1,7 +1,6 @@
-"""What keeps a run going or ends it for good reason: the watchdog of its steps, the lock of its folder, a disk that is full."""
+"""What ends a run, or refuses one: the watchdog of its steps, the lock of its folder."""
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -12,9 +11,8 @@ import threading
 import numpy as np
 import pytest
 
-from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
-from deepseek_jax.run import lock, metrics, watchdog
+from deepseek_jax.run import lock, watchdog
 from deepseek_jax.run.watchdog import Watchdog
 from tests import support
 
@@ -123,7 +121,10 @@ def test_the_stacks_of_all_threads_are_printed():
 
 def test_one_run_a_folder(tmp_path):
     """The second one is told who has it; a killed one leaves nothing behind that counts."""
-    held = "import sys, time\nfrom deepseek_jax.run import lock\nwith lock.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(600)"
+    held = (
+        "import sys, time\nfrom deepseek_jax.run import lock\nwith lock.locked(sys.argv[1]):\n"
+        "    print('held', flush=True)\n    time.sleep(600)"
+    )
     p = subprocess.Popen(
         [sys.executable, "-c", held, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -133,7 +134,8 @@ def test_one_run_a_folder(tmp_path):
             pytest.fail("two runs in one folder")
         text = str(refusal.value)
         assert (
-            f"--workdir={tmp_path} is in use by another run (host {os.uname().nodename}, process {p.pid}, since 20"
+            f"--workdir={tmp_path} is in use by another run (host {os.uname().nodename}, "
+            f"process {p.pid}, since 20"
             in text
             and "\n" not in text
         )
@@ -157,93 +159,3 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be opened"), lock.locked(str(tmp_path / "file")):
         pass
-
-
-def test_a_full_disk_costs_rows_and_not_the_run(tmp_path, monkeypatch, capsys):
-    """Rows are whole or absent; one warning; rows are written again once there is room."""
-    room, write = [0, True], os.write
-
-    def limited(fd: int, text: bytes) -> int:
-        if room[1]:
-            return write(fd, text)
-        if room[0] == 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        count, room[0] = min(room[0], len(text)), max(room[0] - len(text), 0)
-        return write(fd, text[:count])
-
-    monkeypatch.setattr(metrics.os, "write", limited)
-    writer = metrics.MetricsWriter(str(tmp_path), Config(), 0)
-    for step in range(1, 40):
-        if step == 5:
-            room[:] = [30, False]  # some bytes of a row, then none
-        if step == 30:
-            room[1] = True
-        writer.write({"step": step, "loss": step / 4, "some": "text that is long enough"})
-    writer.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [*range(1, 5), *range(30, 40)]
-    assert capsys.readouterr().err.count("metrics are being lost. Training goes on.") == 1
-    assert writer.losses(3) == [37 / 4, 38 / 4, 39 / 4]
-
-
-def test_tensorboard_on_a_full_disk(tmp_path, monkeypatch, capsys):
-    """Its thread would end with the first error, and its queue of ten block the run."""
-    from tensorboardX import event_file_writer
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", full)
-    writer = metrics.MetricsWriter(str(tmp_path), Config(), 0)
-    done = threading.Thread(
-        target=lambda: (
-            [writer.write({"step": i, "loss": 1.0}) for i in range(200)],
-            writer.close(),
-        ),
-        daemon=True,
-    )
-    done.start()
-    done.join(60)
-    assert not done.is_alive(), "it waits for a thread that has ended"
-    assert (
-        len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 200
-        and "tensorboard cannot be written (No space left" in capsys.readouterr().err
-    )
-
-
-def test_rows_cut_short_and_rows_to_come_again(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
-    writer = metrics.MetricsWriter(str(tmp_path), Config(), 1)
-    writer.write({"step": 2, "loss": 4.0})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 4.0},
-    ]
-    writer.rewind(0)
-    writer.write({"step": 1, "loss": 5.0, "eval_loss": float("nan")})
-    writer.close()
-    assert path.read_text() == '{"step": 1, "loss": 5.0}\n'
-
-
-def test_a_terminal_that_is_gone(tmp_path):
-    """`train.py ... | head`: nobody reads any more, and the run goes on."""
-    program = """
-        import os, sys
-        from deepseek_jax.run.metrics import ProgressBar
-        bar = ProgressBar(10, 0)
-        for i in range(2000):
-            bar.say("a line " * 20)
-        bar.close()
-        print("went on", file=sys.stderr)
-    """
-    p = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    p.stdout.readline()
-    p.stdout.close()
-    error = p.stderr.read().decode()
-    assert p.wait(60) == 0 and "went on" in error, error

@@ -43,7 +43,7 @@ def check(folder: str) -> tuple[bool, str]:
             batch = {
                 k: conversion.put(a.astype(np.int32)) for k, a in conversion.batch_of(ids).items()
             }
-            config = conversion.config_of(conversion.smaller(model.model, aux_loss_alpha=0.0))
+            config = conversion.config_of(conversion.smaller(model.config, aux_loss_alpha=0.0))
 
             @conversion.jit
             def run(params, bias, batch):
@@ -68,11 +68,11 @@ def check(folder: str) -> tuple[bool, str]:
     scale = float(np.abs(golden["logits"]).max())
     norms: dict[str, float] = {}
     for leaf, a in zip(
-        names.leaves(grads, model.family, model.model),
+        names.leaves(grads, model.family, model.config),
         map(np.asarray, jax.tree.leaves(grads)),
         strict=True,
     ):
-        for p in names.pieces(leaf, tuple(slice(0, n) for n in leaf.shape)):
+        for p in names.tensor_regions(leaf, tuple(slice(0, n) for n in leaf.shape)):
             norms[p.name] = float(np.linalg.norm(names.view(a, leaf, p.at).astype(np.float64)))
     wanted = {
         k.removeprefix("gradnorm/"): float(golden[k]) for k in golden if k.startswith("gradnorm/")

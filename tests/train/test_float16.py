@@ -54,7 +54,11 @@ def test_float16_tracks_float32():
         and exact[0].loss_scale is None
     )
     assert float(s.loss_scale.scale) == 2.0**16 and int(s.loss_scale.good_steps) == 20
-    row = lambda m: metrics.row(jax.device_get(m), 20, 1.0, 1.0, 1, FLOAT16, Count(1, 1, 0, 1.0))
+
+    def row(m):
+        m = jax.device_get(m)
+        return metrics.row(metrics.Measured(20, m, 1.0, 1.0, 1, FLOAT16, Count(1, 1, 0, 1.0)))
+
     assert row(last)["loss_scale"] == 65536 and "loss_scale" not in row(exact[-1])
 
 

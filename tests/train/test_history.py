@@ -29,7 +29,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.inference.evaluation import perplexity
 from deepseek_jax.inference.opener import Opened, tokenizer_of
 from deepseek_jax.run import lock
-from deepseek_jax.run.loop import Progress
+from deepseek_jax.run.progress import Progress
 from deepseek_jax.train import workdir
 from deepseek_jax.train.history import History
 from tests.support import FILES

@@ -1,56 +1,65 @@
 """Prefill and decoding of a batch of prompts: which programs run, in which order.
 
-A step is some calls: the embedding, every group of layers (weights.py), the head with the choice of tokens. Tokens stay on the device
-from step to step; the host reads them one step late, while the next step runs.
+A step is a few calls: the embedding, every group of layers (layer_weights.py), the head with the
+choice of tokens. Tokens stay on the device from step to step; the host reads them one step late,
+while the next step runs.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference.generation import attention, cache, sampling, weights
+from deepseek_jax.inference.generation import cache_sizes, sampling
+from deepseek_jax.inference.generation.layer_weights import unstack
+from deepseek_jax.inference.generation.placed import PlacedModel
+from deepseek_jax.inference.generation.programs import AnswerState, Programs, Rules
 from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.inference.generation.speculative import Drafter
-from deepseek_jax.model.rope import rope_tables
-from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.model.attention.interface import LayerCache
 from deepseek_jax.parallel.mesh import BATCH_AXES
-from deepseek_jax.train.state import Layout
 
-ROWS = P(BATCH_AXES)
-jit = jax.jit  # a name for tests, which compile quickly
+Caches = list[list[LayerCache]]  # of each group, of each layer
+GREEDY = Sampling()
 
 
 class Token(NamedTuple):
     """One token of one prompt's answer."""
 
-    index: int  # of the prompt
+    number: int  # of the prompt
     id: int
 
 
-class Step(NamedTuple):
-    """Rows between two steps."""
+class _Batch(NamedTuple):
+    """Prompts as arrays: padded to a width, and to a number of sequences that the mesh divides."""
 
-    tokens_B: jax.Array  # int32: the newest token of each, not in the cache yet
-    position_B: jax.Array  # int32: its position
-    active_B: jax.Array  # bool: the answer goes on
+    tokens_BS: np.ndarray  # int32
+    length_B: np.ndarray  # int32
+    index_B: np.ndarray  # int32: numbers of the prompts
+    real_B: np.ndarray  # bool: False for sequences that are there for the mesh alone
+    limit_B: np.ndarray  # int32: the last position that each answer may have
+    slots: int  # of the caches
 
 
 class Engine:
     """A model ready to generate.
 
     Args:
-      params, bias: of the layout, on the mesh.
-      give: they are not needed afterwards, and may be freed.
+      placed: the model.
+      give: its weights are not needed afterwards, and may be freed.
+      vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not
+        use); None: all may be.
       note: what to do with the line that tells the size of a cache.
-      vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not use); None: all may be.
+
+    Attributes:
+      config: the model's options.
+      drafted, accepted: draft tokens of all answers so far.
 
     Raises:
       UserError: the mesh has an axis that generation does not use.
@@ -58,144 +67,69 @@ class Engine:
 
     def __init__(
         self,
-        layout: Layout,
-        mesh: jax.sharding.Mesh,
-        params: Any,
-        bias: Any,
+        placed: PlacedModel,
         give: bool = False,
         vocab: int | None = None,
         note: Callable[[str], None] = lambda line: None,
     ):
+        mesh = placed.mesh
         if wrong := [a for a in ("stage", "context") if mesh.shape[a] > 1]:
             raise UserError(
-                f"the mesh has {mesh.shape[wrong[0]]} devices along {wrong[0]}, and generation uses data, fsdp, expert and tensor. "
+                f"the mesh has {mesh.shape[wrong[0]]} devices along {wrong[0]}, and generation uses "
+                f"data, fsdp, expert and tensor. "
                 f"Set --mesh to, for instance, fsdp=2,expert=4."
             )
-        self.mesh, self._note = mesh, note
-        self.ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
+        self.mesh = mesh
+        self._note = note
         with jax.set_mesh(mesh):
-            net = layout.merge_for_inference(params, bias)
-            self.model, self.dtype = net.model, net.dtype
-            self.vocab = min(vocab or self.model.vocab_size, self.model.vocab_size)
-            self.weights = weights.unstacked(net, mesh, give)
-        ends_graphdef, ends_treedef, _ = self.weights.ends
-        self.ends = lambda leaves: nnx.merge(
-            ends_graphdef, jax.tree.unflatten(ends_treedef, leaves)
-        )
-        self.jit = jit
-        self._enter = jit(self._enter_)
-        self._leave = jit(self._leave_, static_argnames=("top_k", "greedy"))
-        self.programs: dict[Any, Any] = {}
-        self.drafted = self.accepted = 0  # tokens, of all answers so far
-        self._said: set[str] = set()
-
-    # ------------------------------------------------------------------------------------------------------------- programs
-
-    def _enter_(self, leaves, tokens_BS, start_B):
-        return self.embedded(self.ends(leaves), tokens_BS, start_B)
-
-    def embedded(
-        self, net: Transformer, tokens_BS: jax.Array, start_B: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """(embeddings, cos and sin) of tokens at start_B and after."""
-        positions_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)
-        return net.embed_tokens(tokens_BS, self.dtype), rope_tables(self.model, positions_BS)
-
-    def _prefill(self, group: weights.Group):
-        """(leaves, x, rope, length_B, slots) -> (x, caches)."""
-        key = ("prefill", group.graphdef, group.treedef)
-        if key not in self.programs:
-
-            @functools.partial(jit, static_argnames="slots")
-            def run(leaves, x_BSD, rope, length_B, slots):
-                made = []
-                segments_BS = (jnp.arange(x_BSD.shape[1]) < length_B[:, None]).astype(jnp.int32)
-                for of_layer in leaves:
-                    x_BSD, _ = group.layer(of_layer)[0](
-                        x_BSD, rope, segments_BS, attention.prefill(slots, made)
-                    )
-                return x_BSD, made
-
-            self.programs[key] = run
-        return self.programs[key]
-
-    def _decode(self, group: weights.Group):
-        """(leaves, caches, x, rope, start_B, active_B) -> (x, caches); takes the caches' memory."""
-        key = ("decode", group.graphdef, group.treedef)
-        if key not in self.programs:
-
-            @functools.partial(jit, donate_argnums=1)
-            def run(leaves, caches, x_BSD, rope, start_B, active_B):
-                made = []
-                segments_BS = jnp.broadcast_to(active_B[:, None], x_BSD.shape[:2]).astype(jnp.int32)
-                for of_layer, held in zip(leaves, caches, strict=True):
-                    layer, absorbed = group.layer(of_layer)
-                    x_BSD, _ = layer(
-                        x_BSD, rope, segments_BS, attention.cached(held, absorbed, start_B, made)
-                    )
-                return x_BSD, made
-
-            self.programs[key] = run
-        return self.programs[key]
-
-    def logits_of(self, net: Transformer, hidden_BSD: jax.Array) -> jax.Array:
-        """float32 [B, S, V] of normed states, divided in B alone; -inf where no token is."""
-        logits_BSV = jax.sharding.reshard(net.logits(hidden_BSD), P(BATCH_AXES, None, None))
-        return jnp.where(jnp.arange(logits_BSV.shape[-1]) < self.vocab, logits_BSV, -jnp.inf)
-
-    def _leave_(
-        self, leaves, x_BSD, step, drafts_BS, last_B, drawing, stop_ids, limit_B, top_k, greedy
-    ):
-        """What a step gives its rows: (the next Step, tokens [B, S], how many of them count [B]).
-
-        Args:
-          x_BSD: states before the last norm; at `last_B` alone if it is given.
-          drafts_BS: the tokens that x read after the newest, none or some: they count as far as each is what its place gives.
-        """
-        net = self.ends(leaves)
-        if last_B is not None:
-            x_BSD = cache.pick(x_BSD, last_B)
-        place_S = jnp.arange(x_BSD.shape[1], dtype=jnp.int32)
-        position_BS = step.position_B[:, None] + 1 + place_S
-        token_BS = sampling.choose(
-            self.logits_of(net, net.norm(x_BSD)), position_BS, drawing, top_k, greedy
-        )
-        goes_on_BS = (position_BS < limit_B[:, None]) & jnp.all(
-            token_BS[..., None] != stop_ids, axis=-1
-        )
-        right_BS = goes_on_BS[:, :-1] & (drafts_BS == token_BS[:, :-1])
-        accepted_B = jnp.sum(jnp.cumprod(right_BS.astype(jnp.int32), axis=1), axis=1)
-        at = lambda a_BS: cache.pick(a_BS, accepted_B)[:, 0]
-        following = Step(
-            at(token_BS),
-            jnp.where(step.active_B, at(position_BS), step.position_B),
-            step.active_B & at(goes_on_BS),
-        )
-        return following, token_BS, jnp.where(step.active_B, accepted_B + 1, 0)
-
-    # ---------------------------------------------------------------------------------------------------------------- calls
+            net = placed.net()
+            self.config = net.config
+            self.dtype = net.dtype
+            self.weights = unstack(net, mesh, give)
+        vocab = min(vocab or self.config.vocab_size, self.config.vocab_size)
+        self.programs = Programs(self.weights, self.config, self.dtype, vocab)
+        self.drafted = 0
+        self.accepted = 0
+        self._noted: set[str] = set()
 
     def prefill(
         self, tokens_BS: np.ndarray, length_B: np.ndarray, slots: int
-    ) -> tuple[jax.Array, list[list[cache.Layer]]]:
-        """(hidden states [B, S, D] before the last norm, caches of all groups)."""
-        x, rope = self._enter(
-            self.weights.ends[2], self.put(tokens_BS), self.put(np.zeros(len(tokens_BS), np.int32))
-        )
-        caches, length_B = [], self.put(length_B)
+    ) -> tuple[jax.Array, Caches]:
+        """Prompts through the model.
+
+        Args:
+          tokens_BS: int32, the prompts, padded.
+          length_B: int32, their lengths.
+          slots: of the caches.
+
+        Returns:
+          Hidden states [B, S, D] before the last norm, and the caches.
+        """
+        chex.assert_rank([tokens_BS, length_B], [2, 1])
+        start_B = self.put(np.zeros(len(tokens_BS), np.int32))
+        x, rope = self.programs.embed(self.weights.ends.leaves, self.put(tokens_BS), start_B)
+        caches = []
+        length_B = self.put(length_B)
         for group in self.weights.groups:
-            x, made = self._prefill(group)(group.leaves, x, rope, length_B, slots=slots)
+            x, made = self.programs.prefill(group)(group.leaves, x, rope, length_B, slots=slots)
             caches.append(made)
         return x, caches
 
     def advance(
-        self, tokens_BS: jax.Array, start_B: jax.Array, active_B: jax.Array, caches: list
-    ) -> tuple[jax.Array, list]:
-        """Hidden states [B, S, D] of S tokens a row at start_B and after, and the caches with them."""
-        x, rope = self._enter(self.weights.ends[2], tokens_BS, start_B)
+        self, tokens_BS: jax.Array, start_B: jax.Array, active_B: jax.Array, caches: Caches
+    ) -> tuple[jax.Array, Caches]:
+        """New tokens through the model, at positions start_B and after.
+
+        It uses the memory of the caches, which must not be read afterwards.
+
+        Returns:
+          Hidden states [B, S, D] before the last norm, and the caches with the new tokens.
+        """
+        chex.assert_rank([tokens_BS, start_B, active_B], [2, 1, 1])
+        x, rope = self.programs.embed(self.weights.ends.leaves, tokens_BS, start_B)
         out = []
         for group, held in zip(self.weights.groups, caches, strict=True):
-            x, made = self._decode(group)(group.leaves, held, x, rope, start_B, active_B)
+            x, made = self.programs.decode(group)(group.leaves, held, x, rope, start_B, active_B)
             out.append(made)
         return x, out
 
@@ -203,7 +137,7 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
-        options: Sampling = Sampling(),
+        options: Sampling = GREEDY,
         stop_ids: Iterable[int] = (),
         indexes: Sequence[int] | None = None,
         stopped: Set[int] = frozenset(),
@@ -212,88 +146,107 @@ class Engine:
         """Tokens of the answers as they come; an answer's last is its stop token, if it came to one.
 
         Args:
-          prompts: token ids, at least one each. max_tokens: of each answer; all end at max_position_embeddings.
+          prompts: token ids, at least one each.
+          max_tokens: of each answer; all end at max_position_embeddings.
+          options: how tokens are chosen.
+          stop_ids: an answer ends with any of these.
           indexes: numbers of the prompts, which draws depend on; None: 0, 1, ...
           stopped: numbers of prompts whose answers need not go on; looked at after every step.
-          draft_tokens: tokens that multi-token prediction drafts a step; the answers stay the same.
+          draft_tokens: tokens that multi-token prediction drafts per step; the answers stay the same.
         """
-        rows = self.ways * cache.bucket(-(-len(prompts) // self.ways), 1)
-        lengths = np.asarray([len(p) for p in prompts] + [1] * (rows - len(prompts)), np.int32)
-        longest = max(self.model.max_position_embeddings, int(lengths.max()))
-        tokens = np.zeros((rows, min(cache.bucket(int(lengths.max()), 16), longest)), np.int32)
-        for row, prompt in zip(tokens, prompts):
-            row[: len(prompt)] = prompt
-        limit = np.minimum(lengths + max_tokens, longest).astype(np.int32) - 1
-        slots = cache.slots_for(int(limit.max()) + 1 + draft_tokens, longest)
-        layers = self.model.num_hidden_layers + min(draft_tokens, len(self.weights.mtp))
-        self._say(f"cache: {cache.describe(self.model, layers, rows, slots, self.dtype.itemsize)}")
-        index = np.zeros(rows, np.int32)
-        index[: len(prompts)] = range(len(prompts)) if indexes is None else indexes
+        b = self._padded(prompts, indexes, max_tokens, draft_tokens)
+        layers = self.config.num_hidden_layers + min(draft_tokens, len(self.weights.mtp))
+        sequences, itemsize = len(b.length_B), self.dtype.itemsize
+        size = cache_sizes.describe(self.config, layers, sequences, b.slots, itemsize)
+        self._note_once(f"cache: {size}")
         with jax.set_mesh(self.mesh):
-            drawing = sampling.drawing(options, self.put(index))
-            how = dict(drawing=drawing, top_k=options.top_k, greedy=options.temperature == 0)
-            ends = dict(
-                how,
+            rules = Rules(
+                drawing=sampling.drawing(options, self.put(b.index_B)),
                 stop_ids=jnp.asarray(sorted(stop_ids) or [-1], jnp.int32),
-                limit_B=self.put(limit),
+                limit_B=self.put(b.limit_B),
             )
-            drafter = Drafter(self, draft_tokens, how) if draft_tokens else None
-            none = self.put(np.zeros((rows, 0), np.int32))
-            active = np.arange(rows) < len(prompts)
-            x, caches = self.prefill(tokens, lengths, slots)
-            step = Step(self.put(tokens[:, 0]), self.put(lengths - 1), self.put(active))
-            last_B = step.position_B
-            step, token_BS, count_B = self._leave(
-                self.weights.ends[2], x, step, none, last_B, **ends
-            )
-            drafts = drafter.begin(x, tokens, last_B, step, slots) if drafter else none
-            first = True
-            while True:
-                ahead = (
-                    jnp.concatenate([step.tokens_B[:, None], drafts], axis=1)
-                    if drafter
-                    else step.tokens_B[:, None]
-                )
-                start_B = step.position_B
-                x, caches = self.advance(ahead, start_B, step.active_B, caches)
-                following, next_BS, next_B = self._leave(
-                    self.weights.ends[2], x, step, drafts, None, **ends
-                )
-                if drafter:
-                    drafts = drafter.go_on(x, next_BS, start_B, next_B, following)
-                # The host reads a step while the device works on the next.
-                found, count = np.asarray(token_BS), np.asarray(count_B)
-                if drafter and not first:
-                    self.drafted += draft_tokens * int(np.sum(count > 0))
-                    self.accepted += int(np.sum(np.maximum(count, 1) - 1))
-                for row in np.flatnonzero(count):
-                    for id in found[row, : count[row]]:
-                        yield Token(int(index[row]), int(id))
-                on = np.asarray(step.active_B)
-                if not on.any():
+            yield from self._answer(b, rules, stopped, draft_tokens)
+
+    def _padded(
+        self,
+        prompts: Sequence[Sequence[int]],
+        indexes: Sequence[int] | None,
+        max_tokens: int,
+        draft_tokens: int,
+    ) -> _Batch:
+        """The prompts in one of few sizes, each of which is compiled for once."""
+        ways = math.prod(self.mesh.shape[a] for a in BATCH_AXES)
+        sequences = ways * cache_sizes.bucket(-(-len(prompts) // ways), 1)
+        lengths = [len(p) for p in prompts] + [1] * (sequences - len(prompts))
+        length_B = np.asarray(lengths, np.int32)
+        longest = max(self.config.max_position_embeddings, max(lengths))
+        width = min(cache_sizes.bucket(max(lengths), 16), longest)
+        tokens_BS = np.zeros((sequences, width), np.int32)
+        for row, prompt in zip(tokens_BS, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        index_B = np.zeros(sequences, np.int32)
+        index_B[: len(prompts)] = range(len(prompts)) if indexes is None else indexes
+        limit_B = np.minimum(length_B + max_tokens, longest).astype(np.int32) - 1
+        slots = cache_sizes.slots_for(int(limit_B.max()) + 1 + draft_tokens, longest)
+        real_B = np.arange(sequences) < len(prompts)
+        return _Batch(tokens_BS, length_B, index_B, real_B, limit_B, slots)
+
+    def _answer(
+        self, b: _Batch, rules: Rules, stopped: Set[int], draft_tokens: int
+    ) -> Iterator[Token]:
+        """The steps of a batch. While the device works on one, the host reads the tokens of the last."""
+        ends = self.weights.ends.leaves
+        no_drafts = self.put(np.zeros((len(b.length_B), 0), np.int32))
+        active_B = b.real_B.copy()
+        x, caches = self.prefill(b.tokens_BS, b.length_B, b.slots)
+        last_B = self.put(b.length_B - 1)
+        state = AnswerState(self.put(b.tokens_BS[:, 0]), last_B, self.put(active_B))
+        state, token_BS, count_B = self.programs.choose(ends, x, state, no_drafts, last_B, rules)
+        drafter, drafts = None, no_drafts
+        if draft_tokens:
+            drafter = Drafter(self.weights, self.programs, draft_tokens, rules.drawing, b.slots)
+            drafts = drafter.begin(x, self.put(b.tokens_BS), last_B, state)
+        is_first = True
+        while True:
+            start_B = state.position_B
+            read_BS = state.tokens_B[:, None]
+            if drafter:
+                read_BS = jnp.concatenate([read_BS, drafts], axis=1)
+            x, caches = self.advance(read_BS, start_B, state.active_B, caches)
+            following, next_BS, next_B = self.programs.choose(ends, x, state, drafts, None, rules)
+            if drafter:
+                drafts = drafter.go_on(x, next_BS, start_B, next_B, following)
+            found, count = np.asarray(token_BS), np.asarray(count_B)
+            if drafter and not is_first:
+                self.drafted += draft_tokens * int(np.sum(count > 0))
+                self.accepted += int(np.sum(np.maximum(count, 1) - 1))
+            for i in np.flatnonzero(count):
+                for id in found[i, : count[i]]:
+                    yield Token(int(b.index_B[i]), int(id))
+            if not np.asarray(state.active_B).any():
+                return
+            over_B = active_B & np.isin(b.index_B, list(stopped))
+            if over_B.any():
+                active_B &= ~over_B
+                following = following._replace(active_B=following.active_B & self.put(active_B))
+                if not active_B.any():
                     return
-                over = np.asarray([a and int(i) in stopped for a, i in zip(active, index)])
-                if over.any():
-                    active &= ~over
-                    following = following._replace(active_B=following.active_B & self.put(active))
-                    if not active.any():
-                        return
-                step, token_BS, count_B, first = following, next_BS, next_B, False
+            state, token_BS, count_B, is_first = following, next_BS, next_B, False
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
-        options: Sampling = Sampling(),
+        options: Sampling = GREEDY,
         stop_ids: Iterable[int] = (),
         draft_tokens: int = 0,
     ) -> list[list[int]]:
-        """The answers, without their stop tokens."""
+        """The answers, without their stop tokens. The arguments are those of `batch`."""
         out: list[list[int]] = [[] for _ in prompts]
         ends = frozenset(stop_ids)
         for token in self.batch(prompts, max_tokens, options, ends, draft_tokens=draft_tokens):
             if token.id not in ends:
-                out[token.index].append(token.id)
+                out[token.number].append(token.id)
         return out
 
     @property
@@ -303,10 +256,10 @@ class Engine:
         return f"drafts: {self.accepted} of {self.drafted} accepted ({share:.1%})"
 
     def put(self, a: np.ndarray) -> jax.Array:
-        """Rows over the mesh."""
-        return jax.device_put(np.asarray(a), jax.NamedSharding(self.mesh, ROWS))
+        """An array [B, ...] of the host, over the mesh."""
+        return jax.device_put(np.asarray(a), jax.NamedSharding(self.mesh, P(BATCH_AXES)))
 
-    def _say(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
+    def _note_once(self, line: str) -> None:
+        if line not in self._noted:
+            self._noted.add(line)
             self._note(line)

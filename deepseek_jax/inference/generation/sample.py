@@ -1,8 +1,12 @@
-"""A few tokens of a model in training, wherever its weights are: every one is a forward pass over the whole text so far.
+"""A few tokens of a model in training, wherever its weights are.
 
-It needs no memory beside that of an evaluation, and works over several processes, with stages and with weights in the host's memory.
+Each is a forward pass over the whole text so far.
+
+It needs no more memory than an evaluation, and works over several processes, with stages and with
+weights in the host's memory. Shape letters: model/layers.py.
 """
 
+import math
 from collections.abc import Iterator
 
 import jax
@@ -16,52 +20,49 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import sampling
+from deepseek_jax.inference.generation.placed import PlacedModel
+from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.parallel.mesh import BATCH_AXES
-from deepseek_jax.train.state import Layout
 
 
 def tokens(
-    layout: Layout,
-    params,
-    bias,
-    mesh: jax.sharding.Mesh,
+    placed: PlacedModel,
     prompt: list[int],
     count: int,
+    options: Sampling,
     vocab: int,
     stop: int | None,
-    temperature: float,
-    top_p: float,
-    seed: int,
 ) -> Iterator[int]:
-    """Yields up to `count` token ids after the prompt, one at a time; ends after `stop` or at the model's longest sequence.
+    """Yields up to `count` token ids after the prompt, one at a time.
 
     Args:
+      placed: the model.
+      prompt: token ids, at least one.
+      count: tokens at most; the answer also ends at the model's longest sequence.
+      options: how tokens are chosen.
       vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not use).
+      stop: the id that ends the answer, which is not given.
     """
-    longest = layout.merge_for_inference(params, bias).model.max_position_embeddings
-    length = min(len(prompt) + count, longest)
+    layout, params, bias, mesh = placed
+    length = min(len(prompt) + count, placed.net().config.max_position_embeddings)
     width = -(-length // 64) * 64  # one compiled program for texts of about this length
-    ways = int(
-        np.prod([mesh.shape[a] for a in BATCH_AXES])
-    )  # the batch must be divisible: every device gets the same row
+    ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
 
     @jax.jit
     def step(params, bias, tokens_S, used):
-        row = lambda a: jax.sharding.reshard(
-            jnp.broadcast_to(a, (ways, width)), P(BATCH_AXES, None)
-        )
-        place = jnp.arange(width, dtype=jnp.int32)
-        model = layout.merge_for_inference(params, bias)
-        out = model(row(tokens_S), row((place < used).astype(jnp.int32)), row(place))
-        last = jax.lax.dynamic_slice_in_dim(out.hidden_BSD, used - 1, 1, axis=1)
-        logits_V = jax.sharding.reshard(model.logits(last)[:, 0], P(None, None))[0]
+        def batch(a_S: jax.Array) -> jax.Array:
+            """A copy for every device, because the mesh must divide a batch."""
+            return jax.sharding.reshard(jnp.broadcast_to(a_S, (ways, width)), P(BATCH_AXES, None))
+
+        place_S = jnp.arange(width, dtype=jnp.int32)
+        net = layout.merge_for_inference(params, bias)
+        segments_S = (place_S < used).astype(jnp.int32)
+        out = net(batch(tokens_S), batch(segments_S), batch(place_S))
+        last_B1D = jax.lax.dynamic_slice_in_dim(out.hidden_BSD, used - 1, 1, axis=1)
+        logits_V = jax.sharding.reshard(net.logits(last_B1D)[:, 0], P(None, None))[0]
         logits_V = jnp.where(jnp.arange(logits_V.shape[0]) < vocab, logits_V, -jnp.inf)
-        drawing = sampling.drawing(
-            sampling.Sampling(temperature, 0, top_p, seed), jnp.zeros(1, jnp.int32)
-        )
-        chosen = sampling.choose(
-            logits_V[None, None], used[None, None], drawing, 0, temperature == 0
-        )[0, 0]
+        drawing = sampling.drawing(options, jnp.zeros(1, jnp.int32))
+        chosen = sampling.choose(logits_V[None, None], used[None, None], drawing)[0, 0]
         return tokens_S.at[used].set(chosen, mode="drop"), chosen
 
     whole = NamedSharding(mesh, P())
@@ -74,34 +75,11 @@ def tokens(
 
 
 def sample(
-    layout: Layout,
-    params,
-    bias,
-    tokenizer: Tokenizer,
-    mesh: jax.sharding.Mesh,
-    prompt: str,
-    count: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    placed: PlacedModel, tokenizer: Tokenizer, prompt: str, count: int, options: Sampling
 ) -> str:
     """The prompt and up to `count` tokens after it, as text."""
     start = encode_prompt(tokenizer, prompt)
-    ids = list(
-        tokens(
-            layout,
-            params,
-            bias,
-            mesh,
-            start,
-            count,
-            tokenizer.vocab_size,
-            tokenizer.eos_id,
-            temperature,
-            top_p,
-            seed,
-        )
-    )
+    ids = list(tokens(placed, start, count, options, tokenizer.vocab_size, tokenizer.eos_id))
     return clean_text(prompt) + tokenizer.decode(ids, after=start)
 
 
@@ -111,9 +89,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def check_prompt(prompt: str, option: str, tokenizer: Tokenizer, config: Config) -> None:
-    """Raises UserError for a prompt that leaves no place for a token after it."""
-    length, longest = len(encode_prompt(tokenizer, prompt)), config.model.max_position_embeddings
+    """Raises UserError for a prompt that leaves no room for a token after it."""
+    length = len(encode_prompt(tokenizer, prompt))
+    longest = config.model.max_position_embeddings
     if length >= longest:
         raise UserError(
-            f"{option} has {length} tokens, but the model ends at config.model.max_position_embeddings={longest}. Shorten the prompt."
+            f"{option} has {length} tokens, but the model ends at "
+            f"config.model.max_position_embeddings={longest}. Shorten the prompt."
         )

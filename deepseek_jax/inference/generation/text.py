@@ -1,4 +1,4 @@
-"""The text of an answer, piece by piece as its tokens come."""
+"""The text of an answer, as its tokens come."""
 
 from collections.abc import Sequence
 
@@ -18,15 +18,22 @@ class Stream:
     """
 
     def __init__(self, encoder: Encoder, stop: Sequence[str] = (), before: Sequence[int] = ()):
-        """Args: stop: texts. before: ids of the prompt: tokenizers like Llama 2's leave out the space that
-        begins a text."""
-        self._encoder, self._stop = encoder, tuple(map(clean_text, stop))
+        """A stream at its beginning.
+
+        Args:
+          encoder: of the model.
+          stop: texts that end the answer.
+          before: ids of the prompt: tokenizers like Llama 2's leave out the space that begins a text.
+        """
+        self._encoder = encoder
+        self._stop = tuple(map(clean_text, stop))
         self.ids: list[int] = []
         self._window = encoder.tail(before)  # ids but special ones; those before _read are decoded
         self._read = len(self._window)
         self._held = ""  # decoded, and perhaps the beginning of a stop string
         self._shown: list[bool] = []  # of each character held; those of special tokens are not
-        self.text, self.stopped = "", False
+        self.text = ""
+        self.stopped = False
 
     def add(self, id: int) -> str:
         """Takes a token; returns the text that can be shown now."""
@@ -66,7 +73,7 @@ class Stream:
         begun = [len(self._held) - _begun(self._held, s) for s in self._stop]
         begun += [places[len(visible) - _begun(visible, s)] for s in self._stop]
         count = min(found or ([] if last else begun), default=len(self._held))
-        out = "".join(c for c, shown in zip(self._held[:count], self._shown) if shown)
+        out = "".join(c for c, shown in zip(self._held[:count], self._shown, strict=False) if shown)
         self._held, self._shown = ("", []) if found else (self._held[count:], self._shown[count:])
         self.stopped = self.stopped or bool(found)
         self.text += out

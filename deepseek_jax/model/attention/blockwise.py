@@ -1,13 +1,15 @@
 """Exact causal attention in blocks of queries, forward and backward, on one device. Shape letters: layers.py.
 
-As in FlashAttention-2 (Dao 2023, arXiv:2307.08691), forward keeps the output and one logsumexp a row, and backward computes
-the weights again from them, so that memory is linear in the sequence length. A block of queries meets all keys it may see at once
-(no online softmax): what a machine without fused kernels does quickest. More letters: G = b * n heads of a group that is
-worked on together, Q queries of a block, K the keys of its level, counted from the first.
+As in FlashAttention-2 (Dao 2023, arXiv:2307.08691), forward keeps the output and one logsumexp per
+query and head, and backward recomputes the weights from them, so that memory is linear in the
+sequence length. A block of queries meets all keys that it may see at once, without an online
+softmax: the fastest way on machines without fused kernels. More letters: G = b * n heads that are
+worked on together, Q queries of a block, K keys of its level, counted from the first.
 
-Sizes: a block's scores (G x Q x K) should stay in the cache, and fill the device. Blocks of one level see the same keys, up to
-the level's end, so that a loop can go through them: the program does not grow with the length, and at most LEVELS blocks'
-temporaries exist at once. With 8 levels, scores beyond the diagonal cost at most an eighth of the work that counts.
+Sizes: a block's scores (G x Q x K) should stay in the cache, and fill the device. Blocks of one
+level see the same keys, up to the level's end, so that a loop can go through them: the program does
+not grow with the length, and at most LEVELS blocks' temporaries exist at once. With 8 levels,
+scores beyond the diagonal cost at most an eighth of the work that counts.
 """
 
 from collections.abc import Callable
@@ -32,11 +34,11 @@ class Level(NamedTuple):
 
     start: int  # first query
     block: int  # queries of a block
-    count: int  # blocks
+    blocks: int
 
     @property
     def end(self) -> int:
-        return self.start + self.block * self.count
+        return self.start + self.block * self.blocks
 
 
 def forward(
@@ -47,33 +49,35 @@ def forward(
     scale: float,
     sizes: Sizes,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [B, S, N, V] in the dtype of v, and the logsumexp of every row of scores, float32 [B, N, S].
+    """Causal attention within segments.
 
-    k and v may have fewer heads than q, each for a group of neighbouring query heads: they are repeated for the heads that are worked on
-    together only.
+    k and v may have fewer heads than q, each for a group of neighbouring query heads: they are
+    repeated only for the heads that are worked on together.
+
+    Returns:
+      The output [B, S, N, V] in the dtype of v, and the logsumexp of each query's scores, float32 [B, N, S].
     """
 
     def group(q, k, v, segments_bS):
-        q_GSH, k_GSH, v_GSV = (
-            _heads_first(q),
-            *(_repeated(_heads_first(a), q.shape[2] // a.shape[2]) for a in (k, v)),
-        )
+        share = q.shape[2] // k.shape[2]
+        q_GSH = _heads_first(q)
+        k_GSH = _repeated(_heads_first(k), share)
+        v_GSV = _repeated(_heads_first(v), share)
         outs, sums = [], []
         for level in _levels(q_GSH.shape[1], sizes.block):
             k_GKH, v_GKV = k_GSH[:, : level.end], v_GSV[:, : level.end]
 
             def block(i, level=level, k_GKH=k_GKH, v_GKV=v_GKV):
-                mine = _rows(level, i)
+                mine = _block_of(level, i)
                 score_GQK = _scores(mine(q_GSH), k_GKH, scale, _bias(segments_bS, level, i))
                 top_GQ1 = jnp.max(score_GQK, axis=-1, keepdims=True)
                 weight_GQK = jnp.exp(score_GQK - top_GQ1)
                 sum_GQ1 = jnp.sum(weight_GQK, axis=-1, keepdims=True)
-                out_GQV = (
-                    _dot(weight_GQK.astype(v.dtype), v_GKV, 2, 1) / sum_GQ1
-                )  # divided after the product: fewer numbers
+                # Divided after the product, which has fewer numbers than the weights.
+                out_GQV = _dot(weight_GQK.astype(v.dtype), v_GKV, 2, 1) / sum_GQ1
                 return out_GQV.astype(v.dtype), top_GQ1 + jnp.log(sum_GQ1)
 
-            out, sum_ = _each(block, level.count)
+            out, sum_ = _each(block, level.blocks)
             outs.append(out)
             sums.append(sum_)
         return outs, sums
@@ -106,12 +110,13 @@ def backward(
         lse_GS1 = lse.reshape(-1, s, 1)
         delta_GS1 = jnp.sum(dout_GSV.astype(jnp.float32) * out_GSV, axis=-1, keepdims=True)
         dqs, dk_GHS, dv_GVS = [], None, None
-        # The last level first: it sees all keys, and so makes the whole of dk and dv, which the others add to.
+        # The last level comes first: it sees all keys, so it makes dk and dv whole, and the others
+        # add to them.
         for level in reversed(_levels(s, sizes.block)):
             k_GKH, v_GKV = k_GSH[:, : level.end], v_GSV[:, : level.end]
 
             def block(i, level=level, k_GKH=k_GKH, v_GKV=v_GKV):
-                mine = _rows(level, i)
+                mine = _block_of(level, i)
                 q_GQH, dout_GQV = mine(q_GSH), mine(dout_GSV)
                 weight_GQK = jnp.exp(
                     _scores(q_GQH, k_GKH, scale, _bias(segments_bS, level, i)) - mine(lse_GS1)
@@ -119,18 +124,25 @@ def backward(
                 dscore_GQK = (weight_GQK * (_dot(dout_GQV, v_GKV, 2, 2) - mine(delta_GS1))).astype(
                     q.dtype
                 )
-                # [G, H, K] rather than [G, K, H]: XLA's CPU products are twice as quick where the small matrix is the transposed one.
+                # [G, H, K], not [G, K, H]: XLA's CPU products are twice as fast if the small matrix
+                # is transposed.
                 return (
                     _dot(dscore_GQK, k_GKH, 2, 1),
                     _dot(q_GQH, dscore_GQK, 1, 1),
                     _dot(dout_GQV, weight_GQK.astype(v.dtype), 1, 1),
                 )
 
-            dq, dk, dv = _each_summed(block, level.count)
+            dq, dk, dv = _each_summed(block, level.blocks)
             dqs.append(dq)
             dk_GHS = dk if dk_GHS is None else dk_GHS.at[:, :, : level.end].add(dk)
             dv_GVS = dv if dv_GVS is None else dv_GVS.at[:, :, : level.end].add(dv)
-        shared = lambda a: a if share == 1 else jnp.sum(a.reshape(-1, share, *a.shape[1:]), axis=1)
+
+        def shared(a_GXX: jax.Array) -> jax.Array:
+            """The sum over the query heads that share a head of keys and values."""
+            if share == 1:
+                return a_GXX
+            return jnp.sum(a_GXX.reshape(-1, share, *a_GXX.shape[1:]), axis=1)
+
         return (
             [(dq * scale).astype(q.dtype) for dq in dqs[::-1]],
             (shared(dk_GHS) * scale).astype(k.dtype),
@@ -154,19 +166,19 @@ def _levels(length: int, block: int) -> list[Level]:
     return out + [Level(blocks * block, length % block, 1)] * (length % block > 0)
 
 
-def _rows(level: Level, i: int | jax.Array) -> Callable[[jax.Array], jax.Array]:
+def _block_of(level: Level, i: int | jax.Array) -> Callable[[jax.Array], jax.Array]:
     """Cuts the i-th block of a level out of [., S, ...]."""
     return lambda a: lax.dynamic_slice_in_dim(a, level.start + i * level.block, level.block, axis=1)
 
 
 def _bias(segments_bS: jax.Array, level: Level, i: int | jax.Array) -> jax.Array:
     """float32 [b, Q, K]: 0 where a query sees a key, -inf elsewhere. Every query sees itself."""
-    q_1Q = _rows(level, i)(jnp.arange(segments_bS.shape[1])[None])
+    q_1Q = _block_of(level, i)(jnp.arange(segments_bS.shape[1])[None])
     seen = (jnp.arange(level.end) <= q_1Q[..., None]) & (
-        segments_bS[:, None, : level.end] == _rows(level, i)(segments_bS)[..., None]
+        segments_bS[:, None, : level.end] == _block_of(level, i)(segments_bS)[..., None]
     )
-    # Not jnp.where: XLA's CPU compiler would compute the mask anew for every head, which costs as much as a matrix product. It
-    # computes a division once.
+    # Not jnp.where: XLA's CPU compiler would compute the mask again for every head, at the cost of
+    # a matrix product. A division it computes once.
     return 1 - 1 / seen.astype(jnp.float32)
 
 
@@ -177,7 +189,7 @@ def _scores(q_GQH: jax.Array, k_GKH: jax.Array, scale: float, bias_bQK: jax.Arra
 
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    """One matrix product a head, in float32; the axes are those that are summed over."""
+    """One matrix product per head, in float32; the axes are those that are summed over."""
     return lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((0,), (0,))), preferred_element_type=jnp.float32
     )
@@ -228,11 +240,14 @@ def _by_groups(
     """f of all heads of some sequences, or of some heads of one sequence, at a time.
 
     Args:
-      arrays: [B, ...], the first [B, S, N, .], the second keys with as many heads or fewer; heads: the axis of the heads in each.
+      f: takes parts of the arrays and returns arrays [G, ...].
+      arrays: [B, ...], the first [B, S, N, .], the second keys with as many heads or fewer.
+      heads: the axis of the heads in each; None: it has none.
+      sizes: how much to work on at a time.
 
     Returns:
-      What f returns, arrays [G, ...], for all heads of all sequences: [B * N, ...]. Transposing it in f would be slow on a CPU: XLA writes what
-      a loop collects by one thread, and element by element where it does not lie as it did.
+      What f returns, for all heads of all sequences: [B * N, ...]. Not transposed within f: XLA on CPUs
+      writes what a loop collects by one thread, and element by element if the layout differs.
     """
     sequences, length, heads_in_all = arrays[0].shape[:3]
     fit = max(1, sizes.scores // (min(sizes.block, length) * length))
@@ -245,12 +260,10 @@ def _by_groups(
     def one(i):
         def cut(a, axis):
             a = lax.dynamic_slice_in_dim(a, i // (heads_in_all // n) * b, b, axis=0)
-            heads = None if axis is None else a.shape[axis] * n // heads_in_all
-            return (
-                a
-                if axis is None
-                else lax.dynamic_slice_in_dim(a, i % (heads_in_all // n) * heads, heads, axis=axis)
-            )
+            if axis is None:
+                return a
+            heads = a.shape[axis] * n // heads_in_all
+            return lax.dynamic_slice_in_dim(a, i % (heads_in_all // n) * heads, heads, axis=axis)
 
         return f(*map(cut, arrays, heads))
 

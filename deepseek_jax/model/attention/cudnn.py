@@ -1,18 +1,20 @@
-"""Causal attention by cuDNN's fused kernels, forward and backward, on one NVIDIA GPU. Shape letters: layers.py.
+"""Causal attention by cuDNN's fused kernels, forward and backward, on one NVIDIA GPU.
 
-JAX's public function refuses values of another width than queries and keys, which MLA has; its primitives take them (cuDNN 9.10 or
-newer, Hopper or newer GPUs). They are private: `missing` says whether they are there and work; where not,
-attention runs in blocks.
+JAX's public function refuses values of another width than queries and keys, which MLA has; its
+primitives take them (cuDNN 9.10 or newer, Hopper or newer GPUs). They are private: `missing` says
+whether they are there and work; where not, attention runs in blocks.
+Shape letters: layers.py.
 """
 
 import concurrent.futures
 import functools
-import importlib
 import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from deepseek_jax.runtime import jax_private
 
 OLDEST = 91000  # cuDNN 9.10, the first whose fused attention takes values of another width
 CAPABILITY = (9, 0)  # Hopper
@@ -27,20 +29,14 @@ def missing(qk_width: int = 192, v_width: int = 128) -> str | None:
     primitives.
     """
     try:
-        fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-        (
-            fused._dot_product_attention_fwd_p,
-            fused._dot_product_attention_bwd_p,
-            fused.MaskType.CAUSAL,
-            fused.AttentionLayout.BTNH,
-        )
+        jax_private.cudnn_attention()
     except (ImportError, AttributeError) as error:
         return (
             f"jax {jax.__version__} has another cuDNN attention than this version knows ({error})"
         )
     if jax.default_backend() != "gpu":
         return None
-    found, capability = version(), _capability()
+    found, capability = jax_private.cudnn_version(), _capability()
     if found is None:
         return "JAX finds no cuDNN"
     if found < OLDEST:
@@ -70,15 +66,6 @@ def usable(qk_width: int, v_width: int) -> bool:
             file=sys.stderr,
         )
     return reason is None
-
-
-def version() -> int | None:
-    """cuDNN's, as 90100 for 9.1.0; None where JAX finds none."""
-    try:
-        versions = importlib.import_module("jax._src.lib").cuda_versions
-        return None if versions is None else int(versions.cudnn_getversion())
-    except (ImportError, AttributeError, RuntimeError):  # the last: a library that cannot be loaded
-        return None
 
 
 def _capability() -> tuple[int, ...]:
@@ -135,8 +122,11 @@ def backward(
 
 
 def _parts(q: jax.Array, scale: float) -> tuple[Any, list[jax.Array], dict[str, Any]]:
-    """The module, the arguments for what is not used (bias, lengths, offsets, pages), and the parameters of both primitives."""
-    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    """The module, the arguments for what is not used, and the parameters of both primitives.
+
+    Not used are bias, lengths, offsets and pages.
+    """
+    fused = jax_private.cudnn_attention()
     options = {
         "scale": scale,
         "seed": 42,

@@ -1,0 +1,317 @@
+"""A run, stage by stage.
+
+train.py goes through the stages where a reader begins, after the command line and the processes.
+`train` does so for callers from Python: a notebook, a test, another launcher.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.cluster.processes import Cluster
+from deepseek_jax.cluster.signals import Stopper
+from deepseek_jax.config import paths
+from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.config.options import Config
+from deepseek_jax.config.validation import validate
+from deepseek_jax.data import contents
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.errors import BadNumbers, SaveFailed
+from deepseek_jax.hf.tensors import HfTensors
+from deepseek_jax.inference.generation.placed import PlacedModel
+from deepseek_jax.inference.generation.sample import check_prompt, sample
+from deepseek_jax.inference.generation.sampling import Sampling
+from deepseek_jax.model.count import Count, count
+from deepseek_jax.objectives import pretrain
+from deepseek_jax.parallel import xla_options
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.run import init_from, lock, summary
+from deepseek_jax.run.batches import LoaderBatches
+from deepseek_jax.run.evaluator import Evaluator
+from deepseek_jax.run.loop import Loop, Result
+from deepseek_jax.run.processes import JoinedElsewhere, here
+from deepseek_jax.run.profile import NoProfiler, Profiler
+from deepseek_jax.run.report import Report
+from deepseek_jax.run.resume import Continuation
+from deepseek_jax.run.start import Start
+from deepseek_jax.run.watchdog import Watchdog, end_alone
+from deepseek_jax.runtime import compile_cache, environment
+from deepseek_jax.train import workdir as workdirs
+from deepseek_jax.train.compiled_step import CompiledStep
+from deepseek_jax.train.state import Layout, TrainState, make_layout, to_tree
+from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
+
+Processes = Cluster | JoinedElsewhere
+
+
+def train(
+    config: Config | ConfigDict,
+    workdir: str,
+    *,
+    processes: Processes | None = None,
+    stopper: Stopper | None = None,
+) -> Result:
+    """Trains, or goes on with the run in a folder. The same as train.py, without its command line.
+
+    It may be called from any thread, and again in the same process. It reads no arguments of the
+    program and takes over no signals. All processes that jax.distributed has joined call it.
+
+    Args:
+      config: the options, as `configs/tiny.py` makes them.
+      workdir: the folder of the run.
+      processes: that take part; without, those that JAX knows of.
+      stopper: says after which step to stop early; in the main thread `Stopper().install()` listens
+        to signals. Several processes must stop after the same step.
+
+    Returns:
+      How the run ended. Its `state` stays on the devices as long as the result is kept.
+
+    Raises:
+      UserError: a mistake in options, data or workdir, before anything is compiled.
+      BadNumbers: too many updates in a row were not finite.
+      SaveFailed: the last checkpoint could not be written.
+    """
+    if isinstance(config, ConfigDict):
+        config = from_config_dict(config)
+    workdir = paths.expanded(workdir, "workdir")
+    processes = processes or here()
+    with ending_together(processes):
+        config = init_from.with_what_is_known(paths.absolute_config(config), workdir)
+        validate(config)
+        with Job(config, workdir, processes, stopper) as job:
+            mesh, _ = job.open()
+            token_loss = pretrain.next_token_loss
+            model = make_layout(config, mesh)
+            start = job.find_start(model)
+            step = job.compile(make_train_step(config, model, token_loss), start)
+            return job.loop(step, start)
+
+
+@contextlib.contextmanager
+def ending_together(processes: Processes) -> Iterator[None]:
+    """What ends one of the processes inside ends all: a mistake with one line, however many found it."""
+    environment.check()
+    with (
+        contextlib.closing(processes),
+        processes.failures(BadNumbers, SaveFailed),
+        processes.mistakes(),
+        environment.mistakes(),
+    ):
+        yield
+
+
+class Job:
+    """The stages of a run, to be gone through in order: open, find_start, compile, loop.
+
+    A context manager: leaving it waits for checkpoints that are being written and gives up the
+    workdir.
+
+    Args:
+      config: the options, validated.
+      workdir: the folder of the run.
+      processes: that take part, joined.
+      stopper: says after which step to stop early.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: str,
+        processes: Processes,
+        stopper: Stopper | None = None,
+    ):
+        self._config = config
+        self._workdir = workdir
+        self._processes = processes
+        self._stopper = stopper or Stopper()
+        self._started = time.perf_counter()
+        self._stack = contextlib.ExitStack()
+        self._changed: list[str] = []  # options that differ from the last start's
+        self._source: HfTensors | None = None  # of config.init_from
+        # Set by the stages.
+        self._mesh: jax.sharding.Mesh
+        self._data: Loader
+        self._checkpoints: Checkpointer
+        self._compiler_options: dict[str, Any]
+        self._count: Count
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def say(self, text: str) -> None:
+        """A line on stdout, of process 0."""
+        if self._processes.index == 0:
+            print(text)
+
+    def open(self) -> tuple[jax.sharding.Mesh, Loader]:
+        """The devices as a mesh, and the data; the workdir is this run's from here on.
+
+        Everything that can be wrong is found out here, before anything is compiled.
+
+        Raises:
+          UserError: something is.
+        """
+        config = self._config
+        first = self._processes.index == 0
+        self._mesh = make_mesh(config)
+        tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
+        check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)
+        self._changed = workdirs.prepare(self._workdir, config, tokenizer.name)
+        if first:
+            self._stack.enter_context(lock.all_locked(self._workdir, config))
+        self._data = Loader(config, tokenizer, progress=first)
+        if config.init_from:
+            self._source = init_from.open_for_training(config, self._workdir)
+        digest = contents.digest(self._data.contents)
+        what = f"{self._data.description}, sha256 {digest[:12]}"
+        self._processes.agree("data files", {"what config.data reads": what})
+
+        self._checkpoints = Checkpointer(
+            workdirs.checkpoints(self._workdir, config), options=config.checkpoint
+        )
+        compile_cache.use_cache(config.compile.cache_dir, warn=self.say)
+        self._stack.enter_context(jax.set_mesh(self._mesh))
+        self._stack.enter_context(contextlib.closing(self._checkpoints))
+        # A failure from here on ends this process before the line above waits for others to save.
+        self._stack.enter_context(self._processes.failures(BadNumbers, SaveFailed))
+        return self._mesh, self._data
+
+    def find_start(self, model: Layout) -> Start:
+        """Where the state comes from (start.py). Says what is about to happen.
+
+        Args:
+          model: the model's parameters and the optimizer's state, laid out over the mesh.
+
+        Raises:
+          UserError: the newest checkpoint is of another run, model or tokenizer, or of other data.
+        """
+        config, mesh = self._config, self._mesh
+        bytes_per_layer = xla_options.bytes_of_a_layer(config, model.abstract.params, mesh)
+        platform = mesh.devices.flat[0].platform
+        self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
+        self._count = count(config.model, model.abstract.params, config.train.sequence_length)
+        step = self._checkpoints.newest_good(to_tree(model.abstract_sharded()))
+        self._processes.agree(
+            "folder, one that all hosts see", {"the newest checkpoint in --workdir": step}
+        )
+        continuation = Continuation(self._checkpoints, self._workdir, config, self._data.contents)
+        start = Start(
+            config=config,
+            workdir=self._workdir,
+            layout=model,
+            checkpoints=self._checkpoints,
+            source=self._source,
+            continuation=continuation,
+            step=step,
+            progress=continuation.progress(step),
+        )
+        summary.show(
+            summary.Run(
+                config=config,
+                mesh=mesh,
+                layout=model,
+                count=self._count,
+                data=self._data,
+                workdir=self._workdir,
+                resume_step=step,
+                changed=self._changed,
+                compiler_options=self._compiler_options,
+                history=start.progress.history,
+            )
+        )
+        return start
+
+    def compile(self, train_step: Callable, start: Start) -> CompiledStep:
+        """Begins to compile a step in a thread, for the batches that the run begins with.
+
+        Args:
+          train_step: (state, batch) -> (state, metrics).
+        """
+        step = CompiledStep(train_step, self._mesh, self._compiler_options, self.say)
+        done = start.step or 0
+        if done < self._config.train.steps:
+            step.compile_ahead(
+                start.layout.abstract_sharded(), abstract_batch(self._config, self._mesh, done)
+            )
+        return step
+
+    def loop(self, step: CompiledStep, start: Start) -> Result:
+        """Reads the state while the step compiles, trains, and says how it ended."""
+        config = self._config
+        state, progress = start.state()
+        done = int(state.step)
+        if done >= config.train.steps:
+            self.say(
+                f"Step {done} of {config.train.steps} is done already. To go on, raise config.train.steps."
+            )
+            return Result(state, done, {}, {}, None, self._checkpoints.path(done))
+
+        workdirs.write_config(
+            self._workdir,
+            config,
+            self._compiler_options,
+            progress.run,
+            progress.history.to_json(),
+        )
+        # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some
+        # processes longer to compile: all wait here instead.
+        step.program(state, abstract_batch(config, self._mesh, done))
+        self._processes.agree("command", {"steps done": done})
+        result = self._make_loop(step, start, progress, done).run(state, progress)
+        if result.stopped_by is not None:
+            self.say(
+                f"Stopped by signal {result.stopped_by} after step {result.step}, saved in "
+                f"{result.checkpoint}. The same command goes on from there."
+            )
+            return result
+        result = result._replace(sample=self._sample(start.layout, result.state))
+        summary.show_end(self._workdir, result, time.perf_counter() - self._started)
+        return result
+
+    def _make_loop(self, step: CompiledStep, start: Start, progress: Any, done: int) -> Loop:
+        config, monitor = self._config, self._processes.monitor
+        watchdog = Watchdog(config.watchdog.step_timeout, monitor.hung if monitor else end_alone)
+        step.compiling = watchdog.paused
+        profiler = Profiler(config, self._workdir, step) if config.profile.start else NoProfiler()
+        eval_step = make_eval_step(start.layout)
+
+        def first_step() -> str:
+            return summary.first_step(step, time.perf_counter() - self._started)
+
+        return Loop(
+            config=config,
+            workdir=self._workdir,
+            step=step,
+            batches=LoaderBatches(config, self._data, self._mesh),
+            evaluate=Evaluator(config, self._mesh, self._data, eval_step),
+            checkpointer=self._checkpoints,
+            report=Report(
+                config, self._workdir, done, progress.tokens_seen, self._count, first_step
+            ),
+            restore=start.after_bad_numbers,
+            profiler=profiler,
+            stopper=self._stopper,
+            watchdog=watchdog,
+        )
+
+    def _sample(self, model: Layout, state: TrainState) -> str:
+        """Text that the model writes after config.eval.sample_prompt; "" if none is asked for."""
+        c = self._config.eval
+        if not c.sample_prompt or not c.sample_tokens:
+            return ""
+        return sample(
+            PlacedModel(model, state.params, state.bias, self._mesh),
+            self._data.tokenizer,
+            c.sample_prompt,
+            c.sample_tokens,
+            Sampling(temperature=0.7, top_p=0.95, seed=self._config.seed),
+        )

@@ -1,0 +1,62 @@
+"""Where the state of a run comes from. The order decides: the first that there is.
+
+1. The newest checkpoint of the run that is whole: the run goes on after its step.
+2. `config.init_from`: a Hugging Face checkpoint gives the weights of step 0.
+3. An import: `python -m deepseek_jax.hf import` has put such a checkpoint into WORKDIR/hf. It
+   counts as `config.init_from` from when the options are read (init_from.with_what_is_known).
+4. Random numbers, of config.seed.
+"""
+
+import dataclasses
+
+from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.config.options import Config
+from deepseek_jax.hf.tensors import HfTensors
+from deepseek_jax.run import init_from, resume
+from deepseek_jax.run.progress import Progress
+from deepseek_jax.train.state import Layout, TrainState, init_state, to_tree
+
+
+@dataclasses.dataclass
+class Start:
+    """A start of a run.
+
+    Attributes:
+      layout: of the state over the mesh.
+      source: the opened checkpoint of `config.init_from`, None where there is none.
+      continuation: what goes on besides the state.
+      step: of the checkpoint that the run goes on from; None: from its beginning.
+      progress: up to `step`.
+    """
+
+    config: Config
+    workdir: str
+    layout: Layout
+    checkpoints: Checkpointer
+    source: HfTensors | None
+    continuation: resume.Continuation
+    step: int | None
+    progress: Progress
+
+    def state(self) -> tuple[TrainState, Progress]:
+        """The state to begin with, in the shards of the mesh, and the progress up to it.
+
+        Raises:
+          UserError: what it comes from cannot be read, or is of another run, model or tokenizer.
+        """
+        return self._state(self.step)
+
+    def after_bad_numbers(self) -> tuple[TrainState, Progress]:
+        """The same once more, from what is the newest good checkpoint by now."""
+        abstract = to_tree(self.layout.abstract_sharded())
+        return self._state(self.checkpoints.newest_good(abstract))
+
+    def _state(self, step: int | None) -> tuple[TrainState, Progress]:
+        if step is not None:
+            state, _ = resume.restore(self.checkpoints, self.layout)
+            return state, self.continuation.progress(int(state.step))
+        if self.config.init_from:
+            state = init_from.initial_state(self.source, self.config, self.layout, self.workdir)
+        else:
+            state = init_state(self.config, self.layout)
+        return state, self.continuation.progress(None)
