@@ -31,7 +31,8 @@ FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_cra
 	tests/hf/test_hf_configs.py tests/hf/test_hf_exports.py tests/parallel/test_levers.py \
 	tests/parallel/test_offload.py tests/parallel/test_sizes_of_one.py \
 	tests/parallel/test_xla_options.py tests/plan/test_plan.py tests/repository/test_make.py \
-	tests/run/test_watchdog.py tests/train/test_history.py tests/train/test_optimizer.py \
+	tests/run/test_trackers.py tests/run/test_watchdog.py tests/runtime/test_jax_private.py \
+	tests/runtime/test_libc.py tests/train/test_history.py tests/train/test_optimizer.py \
 	tests/experts/test_dispatch.py::test_never_drops_whatever_the_routing \
 	tests/parallel/test_strategies.py::test_what_a_layer_communicates tests/run/test_train.py::test_main_job \
 	tests/run/test_train.py::test_resume_is_bit_exact 'tests/parallel/test_mesh.py::test_same_numbers_on_every_mesh[2x4]'

@@ -4,12 +4,12 @@
   python -m benchmarks gpu_bench [--toy] [--out=FOLDER]
 
 versions   of what is installed, the card, its memory, cuDNN and whether its attention works
-tiny       a small model's train step: its losses, whether they are the same, bit for bit, when it starts again,
-           and those of the CPU beside them
+tiny       a small model's train step: its losses, whether they are the same, bit for bit, when it starts
+           again, and those of the CPU beside them
 train      DeepSeek-V2-Lite with as many layers as the card's memory is known to hold, bfloat16, 4 sequences
            of 4,096 Zipf tokens: tokens/s, share of 989 TFLOP/s, tokens/s that the whole model would have at
-           that rate. One document a sequence with cuDNN, which compiles fastest, and its largest costs by the
-           profile; then packed documents; then the same with balanced routing
+           that rate. One document per sequence with cuDNN, which compiles fastest, and its largest costs by
+           the profile; then packed documents; then the same with balanced routing
 peer       transformers' DeepseekV2 in PyTorch, the same layers and tokens on the same card (if torch with
            CUDA is installed)
 attention  cuDNN against blocks and plain softmax at query width 192, value width 128

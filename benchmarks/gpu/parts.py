@@ -27,7 +27,7 @@ from deepseek_jax.runtime import compile_cache, jax_private
 # Of the toy or not: calls that are queued together, and how often.
 CALLS = {True: (2, 2), False: (10, 5)}
 
-# ------------------------------------------------------------------------------------------------------------- versions
+# ----------------------------------------------------------------------------------------- versions
 
 
 def versions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
@@ -111,7 +111,7 @@ def products(rows: int, e: int) -> dict[str, Callable]:
     raises when called."""
 
     def equal_slots(x, w, sizes):
-        # As parallel/rounds.py has it. With float32 results the gradients' products would be of float32 operands.
+        # As experts/rounds.py has it: float32 results would give the gradients' products float32 operands.
         return jnp.einsum("esd,edf->esf", x.reshape(e, rows // e, -1), w).reshape(rows, -1)
 
     def tokamax(x, w, sizes):

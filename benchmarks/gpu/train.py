@@ -263,11 +263,12 @@ def tiny(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
 
 
 def differs_again(run: Run, steps: int) -> list[str]:
-    """The arrays of the state that other bits are in when the same steps are made again from the start."""
-    leaves = lambda: {
-        jax.tree_util.keystr(path): np.asarray(a)
-        for path, a in jax.tree_util.tree_leaves_with_path(to_tree(run.state))
-    }
+    """The arrays of the state that have other bits when the same steps are made again from the start."""
+
+    def leaves() -> dict[str, np.ndarray]:
+        found = jax.tree_util.tree_leaves_with_path(to_tree(run.state))
+        return {jax.tree_util.keystr(path): np.asarray(a) for path, a in found}
+
     first = leaves()
     run.start()
     run.steps(steps)

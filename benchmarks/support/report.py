@@ -24,6 +24,7 @@ class Parser(options.Parser):
 
     def __init__(self, about: str | None) -> None:
         super().__init__(about)
+        self.set_defaults(commit=commit())  # before the program runs: files may change meanwhile
         self.add_argument(
             "--out",
             type=arguments.path,
@@ -42,7 +43,7 @@ def report(own: argparse.Namespace, result: Any, text: Callable[[Any], str]) -> 
     """
     print(json.dumps(result, indent=2) if own.json else text(result))
     if own.out:
-        kept = {"command": command(), "commit": commit(), "machine": machine(), "result": result}
+        kept = {"command": command(), "commit": own.commit, "machine": machine(), "result": result}
         out = pathlib.Path(own.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -146,7 +146,10 @@ def test_grouped_products_are_of_narrow_operands():
     )
     for method in ("dense", "equal slots"):
         call = gpu_parts.products(64, 4)[method]
-        f = lambda x, w, dy, call=call: jax.vjp(lambda x, w: call(x, w, None), x, w)[1](dy)
+
+        def f(x, w, dy, call=call):
+            return jax.vjp(lambda x, w: call(x, w, None), x, w)[1](dy)
+
         products = [
             e for e in jax.make_jaxpr(f)(x, w, dy).eqns if e.primitive.name == "dot_general"
         ]
