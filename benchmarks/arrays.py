@@ -34,7 +34,7 @@ def too_large(text: str, config: Config, mesh_shape: Mapping[str, int]) -> dict[
     """What a device's program has of them, as "f32[...] name"; empty lists are as it should be.
 
     every_expert_on_every_token: G x T rows or more, of the width of a token or of an expert, for this device's G experts and T tokens, but
-      for weights. The places of a round are a fraction of that: capacity_factor * K / E.
+      for weights. The capacity of a round is a fraction of that: capacity_factor * K / E.
     whole_scores: heads x S x S numbers or more with a side that is S and another that is a multiple of it.
     """
     m, t = config.model, config.train

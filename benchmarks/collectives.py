@@ -19,7 +19,7 @@ The least, with every byte moved once and all devices of a collective sharing th
     embedding and head  as weights, forward, and gradients     once a step; the embedding in float32
     after the update    sum over all weights of v (1 - 1/u)    v float32 bytes, u devices that only the optimizer divides it over
 
-all_to_all moves capacity_factor times as many rows, because places are fixed; weights of choices and counts come on top of rows.
+all_to_all moves capacity_factor times as many rows, because capacity is fixed; weights of choices and counts come on top of rows.
 A GPU combines and reduce-scatters what XLA's CPU partitioner all-reduces and slices: dense gradients are twice the least on CPU.
 """
 

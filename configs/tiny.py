@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim = 32, 16, 32
     m.n_routed_experts, m.n_shared_experts, m.num_experts_per_tok = 8, 1, 2
     m.max_position_embeddings, m.initializer_range = 512, 0.05
-    # Bytes are few and frequent: balance needs a faster bias than at scale, and places for twice the mean load spare most
+    # Bytes are few and frequent: balance needs a faster bias than at scale, and a capacity of twice the mean load spares most
     # second rounds.
     c.moe.capacity_factor, c.moe.bias_update_rate = 2.0, 0.01
     c.data.eval_fraction = 0.02

@@ -62,7 +62,8 @@ def test_distribution(temperature, top_k, top_p):
 
 
 def test_stop_strings_and_characters_over_tokens():
-    """Byte tokens: a stop string spans as many, and of what may become one nothing is shown; nor half a character."""
+    """Byte tokens: a stop string spans as many, and of what may become one nothing is shown; nor
+    half a character."""
     encoder = Encoder(ByteTokenizer(), "a model of bytes")
 
     def shown(data, stop):
@@ -136,7 +137,8 @@ def test_prompt_stop_and_seed(folder, capsys):
 
 
 def test_prompts_of_a_file(folder, capsys, tmp_path):
-    """Text and JSONL, several batches; each answer is that of the prompt with its number, whatever the batches are."""
+    """Text and JSONL, several batches; each answer is that of the prompt with its number, whatever
+    the batches are."""
     lines, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
     lines.write_text("one\n\ntwo and more\nthree\n")
     objects.write_text(
