@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
 from deepseek_jax.model.attention import blockwise, causal, cudnn
-from deepseek_jax.model.transformer import rematerialise
+from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from tests.support import conversion
 
