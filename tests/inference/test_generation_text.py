@@ -25,7 +25,7 @@ from tests.support import hf_families as families
 @pytest.fixture(autouse=True)
 def compiled_quickly(monkeypatch, tmp_path):
     monkeypatch.setattr(programs, "jit", conversion.jit)
-    monkeypatch.setattr(generate.compilation, "use_cache", lambda *_, **__: "")
+    monkeypatch.setattr(generate.compile_cache, "use_cache", lambda *_, **__: "")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_distribution(temperature, top_k, top_p):
     def draws(logits_V):
         drawing = sampling.drawing(options, jnp.zeros(1, jnp.int32))
         return sampling.choose(
-            jnp.broadcast_to(logits_V, (1, n, 40)), jnp.arange(n)[None], drawing, top_k, False
+            jnp.broadcast_to(logits_V, (1, n, 40)), jnp.arange(n)[None], drawing
         )[0]
 
     counts = np.bincount(draws(logits), minlength=40)
@@ -125,7 +125,7 @@ def test_prompt_stop_and_seed(folder, capsys):
     assert (
         code == 0
         and out.startswith("token ")
-        and "cache: 48 numbers a token and layer, 2 layers, 24.6 kB for 1 x 64 tokens" in err
+        and "cache: 48 numbers per token and layer, 2 layers, 24.6 kB for 1 x 64 tokens" in err
     )
     assert run(capsys, *args)[1] == out and run(capsys, *args[:3], "--seed=4")[1] != out
     answer = out.removeprefix("token ").removesuffix("\n")
