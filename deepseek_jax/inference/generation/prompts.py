@@ -8,7 +8,7 @@ from deepseek_jax.data import prompt_files, template
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.errors import UserError
 
-FORM = 'Give a prompt a line, or with the ending .jsonl objects with "prompt" or "messages".'
+FORM = 'Give one prompt per line, or with the ending .jsonl objects with "prompt" or "messages".'
 # As of Chat.render.
 CHAT_KEYS = {
     "tools",
