@@ -58,7 +58,7 @@ def test_a_mistake_through_the_command(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "'stepz' is not an option. Did you mean steps?" in done.stderr
+    assert "'stepz' is not an option" in done.stderr
 
 
 @pytest.mark.slow
