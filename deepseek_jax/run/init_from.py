@@ -61,7 +61,7 @@ def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]
     ours = os.path.join(os.path.abspath(workdir), FOLDER) if workdir else ""
     kept = tokenizer_folder.find(ours) if ours else None
     of_run = before.get("data", {}).get("tokenizer", "auto")
-    if of_run != "auto" and workdirs.has_checkpoints(workdir, config):
+    if workdir and of_run != "auto" and workdirs.has_checkpoints(workdir, config):
         gone = of_run != "bytes" and not os.path.exists(os.path.expanduser(of_run))
         return kept if gone and kept else of_run
     source = config.init_from and os.path.abspath(os.path.expanduser(config.init_from))

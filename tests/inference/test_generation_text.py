@@ -207,7 +207,7 @@ def test_interrupted(folder, capsys, monkeypatch):
     def interrupt(*_):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(generate.Stream, "add", interrupt)
+    monkeypatch.setattr(answers.Stream, "add", interrupt)
     code, _, err = run(capsys, f"--model={folder}", "--prompt=x")
     assert code == 130 and err.endswith("\ngenerate: stopped by Ctrl-C.\n")
 
