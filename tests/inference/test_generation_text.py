@@ -16,7 +16,7 @@ from deepseek_jax import generate
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.data.tokenizer import ByteTokenizer
-from deepseek_jax.inference.generation import engine, sampling, text, weights
+from deepseek_jax.inference.generation import answers, engine, sampling, text, weights
 from deepseek_jax.run import importer
 from tests.support import conversion
 from tests.support import hf_families as families
