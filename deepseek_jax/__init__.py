@@ -11,11 +11,10 @@ __version__ = "0.1.0"
 
 
 def enough_threads(devices: int) -> None:
-    """Sizes the thread pool of XLA's CPU client for so many devices of this process.
+    """Sizes the thread pool of XLA's CPU client for so many devices of this process. Call it before JAX makes the client.
 
-    A collective blocks a thread until its partners come, and independent ones run at once. With XLA's
-    one thread per device, programs with several mesh axes run out of threads and hang. XLA reads the
-    number from NPROC when JAX makes the client: call this before.
+    A collective blocks a thread until its partners come, and independent ones run at once. With XLA's one thread a device, programs
+    with several mesh axes run out of threads, and wait for ever for partners that have none. XLA reads the number from NPROC.
     """
     os.environ.setdefault("NPROC", str(16 * devices))
 
