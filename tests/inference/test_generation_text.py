@@ -16,7 +16,7 @@ from deepseek_jax import generate
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.data.tokenizer import ByteTokenizer
-from deepseek_jax.inference.generation import programs, sampling, text
+from deepseek_jax.inference.generation import answers, programs, sampling, text
 from deepseek_jax.run import importer
 from tests.support import conversion
 from tests.support import hf_families as families
@@ -208,7 +208,7 @@ def test_interrupted(folder, capsys, monkeypatch):
     def interrupt(*_):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(generate.Stream, "add", interrupt)
+    monkeypatch.setattr(answers.Stream, "add", interrupt)
     code, _, err = run(capsys, f"--model={folder}", "--prompt=x")
     assert code == 130 and err.endswith("\ngenerate: stopped by Ctrl-C.\n")
 
