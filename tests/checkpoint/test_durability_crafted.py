@@ -20,8 +20,8 @@ from deepseek_jax.checkpoint.manifest import Manifest
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile.bounded_json import BadFile
-from tests.checkpoint.test_checkpoint import assert_same_bits, values
 from tests.checkpoint.test_durability_files import KINDS, read, where, write
+from tests.support.states import assert_same_bits, values
 from tests.tensorfile.test_header import head, tensor
 
 BAD_NAMES = (

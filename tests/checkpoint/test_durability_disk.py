@@ -11,8 +11,8 @@ import pytest
 
 from deepseek_jax.checkpoint import checkpoint, integrity, kinds, manifest
 from deepseek_jax.checkpoint.checkpoint import SaveFailed
-from tests.checkpoint.test_checkpoint import assert_same_bits, explicit_mesh, put, values
 from tests.checkpoint.test_durability_files import KINDS, opened, read, where, write
+from tests.support.states import assert_same_bits, explicit_mesh, put, values
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

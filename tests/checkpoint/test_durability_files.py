@@ -20,7 +20,7 @@ from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile import files, regions
 from deepseek_jax.tensorfile.arrays import flatten
-from tests.checkpoint.test_checkpoint import abstract, assert_same_bits, explicit_mesh, put, values
+from tests.support.states import abstract, assert_same_bits, explicit_mesh, put, values
 
 KINDS = ("sharded", "full", "local")
 MESH = (2, 4)

@@ -27,7 +27,7 @@ PROGRAM = """
     from deepseek_jax.checkpoint.checkpoint import Checkpointer
     from deepseek_jax.cluster.exchange import exchange
     from deepseek_jax.config.options import CheckpointConfig as Checkpoint
-    from tests.checkpoint.test_checkpoint import SPECS, abstract, explicit_mesh, values
+    from tests.support.states import SPECS, abstract, explicit_mesh, values
     mesh = explicit_mesh(2, 4)
 
     def put(tree):

@@ -9,8 +9,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import numpy as np
 import pytest
-import tokenizers
-import torch
 import transformers
 
 from deepseek_jax import evaluate, hf
@@ -18,11 +16,11 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference import loaded, opener
-from deepseek_jax.inference.evaluation import choices, perplexity, scorer
+from deepseek_jax.inference.evaluation import choices, perplexity
 from deepseek_jax.inference.evaluation.scorer import Scorer, windows
 from deepseek_jax.run import importer
 from deepseek_jax.train.state import to_tree
-from tests.support import conversion, hf_variants
+from tests.support import small_lm
 
 RTOL = (
     2e-6  # sums of some hundred float32 log-probabilities, computed in another order; measured 2e-7
@@ -36,86 +34,6 @@ DOCUMENTS = [
     "Grüße an 你好 😀, the world!",
     "be kind, " * 3 + "x",
 ]
-QUESTIONS = [
-    {"prompt": "hello", "choices": [" world", " sunny", " be kind and sunny"], "answer": 0},
-    {"prompt": "be kind ", "choices": ["and sunny", "你好"], "answer": "你好"},
-    {"prompt": "", "choices": ["hello world", "x"], "answer": 1},
-    {"prompt": "kind and " * 40, "choices": ["sunny", "hello hello"], "answer": 0},
-    {"prompt": "world, be", "choices": [" Grüße", " kind", "...", "d"], "answer": 1},
-]
-
-
-def write_tokenizer(folder, bos):
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer, inner.decoder = (
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        tokenizers.decoders.ByteLevel(),
-    )
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>"],
-        show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    inner.train_from_iterator(["hello world, be kind and sunny"] * 9, trainer)
-    if bos:
-        inner.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
-    inner.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-        )
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Programs compile quickly."""
-    with pytest.MonkeyPatch.context() as m:
-        program = scorer._program
-        m.setattr(scorer, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
-        yield
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """(transformers model, folder with checkpoint and tokenizer): routed experts, grouped-query attention."""
-    folder = tmp_path_factory.mktemp("model")
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=304,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        max_position_embeddings=64,
-        mlp_only_layers=[0],
-    )
-    theirs = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", experts_implementation="eager"
-    )
-    hf_variants.randomise(theirs, 0)
-    theirs.save_pretrained(folder)
-    write_tokenizer(folder, bos=True)
-    return theirs.eval(), folder
-
-
-@pytest.fixture(scope="module")
-def opened(made):
-    return opener.open_model(str(made[1]))
-
-
-def log_p(theirs, ids):
-    with torch.no_grad():
-        return torch.log_softmax(
-            theirs(torch.tensor([ids]), use_cache=False).logits[0].double(), -1
-        ).numpy()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +73,7 @@ def test_perplexity(bos, made, opened, tmp_path):
     theirs, folder = made
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in DOCUMENTS))
-    write_tokenizer(tmp_path, bos)
+    small_lm.write_tokenizer(tmp_path, bos)
     ours = opener.Opened(opened.model, None, False, str(tmp_path))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     nats, tokens, size, stride = 0.0, 0, 0, 20
@@ -170,7 +88,7 @@ def test_perplexity(bos, made, opened, tmp_path):
         for begin in range(0, max(len(ids) - 1, 0), stride):
             part = ids[begin : begin + WINDOW + 1]
             new = range(max(1, counted + 1 - begin), len(part))
-            ps = log_p(theirs, part[:-1]) if len(new) else None
+            ps = small_lm.log_p(theirs, part[:-1]) if len(new) else None
             nats -= sum(ps[i - 1, part[i]] for i in new)
             counted += len(new)
         assert counted == len(ids) - 1
@@ -186,58 +104,6 @@ def test_perplexity(bos, made, opened, tmp_path):
         ]
         == 2
     )
-
-
-def test_multiple_choice(made, opened, tmp_path):
-    theirs, folder = made
-    path = tmp_path / "q.jsonl"
-    path.write_text("\n".join(json.dumps(q) for q in QUESTIONS))
-    result, details = choices.evaluate(opened, choices.read_questions(str(path)), sequences=4)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    right = {"acc": [], "acc_norm": [], "acc_bytes": []}
-    for q, d in zip(QUESTIONS, details, strict=True):
-        lls = []
-        for choice in q["choices"]:
-            whole = tokenizer(q["prompt"] + choice).input_ids
-            start = len(tokenizer(q["prompt"].rstrip()).input_ids)
-            ids, count = whole[-65:], len(whole) - start  # the model reads 64
-            ps = log_p(theirs, ids[:-1])
-            lls.append(sum(ps[i - 1, ids[i]] for i in range(len(ids) - count, len(ids))))
-        np.testing.assert_allclose(d["loglikelihoods"], lls, rtol=1e-5)
-        answer = q["answer"] if isinstance(q["answer"], int) else q["choices"].index(q["answer"])
-        for name, length in (
-            ("acc", lambda c: 1),
-            ("acc_norm", len),
-            ("acc_bytes", lambda c: len(c.encode())),
-        ):
-            right[name].append(
-                np.argmax([ll / length(c) for ll, c in zip(lls, q["choices"], strict=True)])
-                == answer
-            )
-            assert d[name] == right[name][-1]
-    assert result["questions"] == 5 and result["truncated"] == 2
-    for name, of in right.items():
-        assert result[name] == np.mean(of) and result[name + "_stderr"] == pytest.approx(
-            np.std(of, ddof=1) / 5**0.5
-        )
-
-
-def test_prompt_and_choice_are_cut_as_one_text():
-    def chars(text):
-        return [ord(c) for c in text]
-
-    def tokenizer(text):
-        return chars(text.replace("th", "þ"))  # merges across the cut, as BPE may
-
-    def pair(*texts):
-        return choices.encode_pair(tokenizer, 1, *texts)
-
-    assert pair("a \n", "b") == (chars("a"), chars(" \nb"))
-    assert pair("at", "he") == (chars("aþ"), chars("e"))
-    assert pair("", "b") == pair("b"[:0], "b") == ([1], chars("b"))
-    assert pair(" ", "b") == ([1], chars(" b"))
-    with pytest.raises(UserError, match="prompt is empty"):
-        choices.encode_pair(tokenizer, None, "", "b")
 
 
 def test_a_mesh_computes_the_same(made, opened, tmp_path):
@@ -311,46 +177,6 @@ def test_runs(made, opened, tmp_path, capsys, monkeypatch):
     assert "perplexity" in command("--step=3", "--limit=2") and "2 documents" in command(
         "--step=3", "--limit=2"
     )
-
-
-@pytest.mark.parametrize(
-    "line,message",
-    [
-        ("{", "line 2 is not JSON"),
-        ("[1]", "is a list and not an object"),
-        ('{"prompt": "a", "choices": ["b", "c"]}', "has no 'answer'"),
-        ('{"prompt": 1, "choices": ["b", "c"], "answer": 0}', "'prompt' that is not a text"),
-        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "'choices' that are not two or more"),
-        (
-            '{"prompt": "a", "choices": ["b", ""], "answer": 0}',
-            "'choices' that are not two or more",
-        ),
-        (
-            '{"prompt": "a", "choices": ["b", "c"], "answer": 2}',
-            "neither a choice nor its number from 0 to 1",
-        ),
-        (
-            '{"prompt": "a", "choices": ["b", "c"], "answer": true}',
-            "neither a choice nor its number",
-        ),
-        (
-            '{"prompt": "a", "choices": ["b", "c"], "answer": "d"}',
-            "'d', which is none of its choices",
-        ),
-        (
-            '{"prompt": "a", "choices": ["b", "b"], "answer": "b"}',
-            "which is several of its choices",
-        ),
-        ("\xff", "line 2 is not UTF-8 at byte 0"),
-    ],
-)
-def test_bad_questions(line, message, tmp_path):
-    path = tmp_path / "q.jsonl"
-    path.write_bytes((json.dumps(QUESTIONS[0]) + "\n" + line).encode("latin-1"))
-    with pytest.raises(UserError, match=message) as e:
-        choices.read_questions(str(path))
-    assert str(path) in str(e.value) and "\n" not in str(e.value)
-    assert len(choices.read_questions(str(path), limit=1)) == 1
 
 
 def test_bad_inputs(made, opened, tmp_path):

@@ -16,9 +16,7 @@ import pytest
 import transformers
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference.evaluation import scorer
-from tests.inference.test_evaluate import log_p, made  # noqa: F401  the fixture
-from tests.support import conversion, lm_eval_stub
+from tests.support import lm_eval_stub, small_lm
 
 
 def request(*arguments):
@@ -26,11 +24,9 @@ def request(*arguments):
 
 
 @pytest.fixture(scope="module")
-def adapter(made):  # noqa: F811
+def adapter(made):
     with pytest.MonkeyPatch.context() as m:
         lm_eval_stub.install(m)
-        program = scorer._program
-        m.setattr(scorer, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
         m.delitem(sys.modules, "deepseek_jax.inference.lm_eval", raising=False)
         module = importlib.import_module("deepseek_jax.inference.lm_eval")
         yield (
@@ -40,11 +36,11 @@ def adapter(made):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def tokenizer(made):  # noqa: F811
+def tokenizer(made):
     return transformers.AutoTokenizer.from_pretrained(made[1])
 
 
-def test_loglikelihood(adapter, made, tokenizer):  # noqa: F811
+def test_loglikelihood(adapter, made, tokenizer):
     theirs, lm = made[0], adapter[1]
     pairs = [("hello", " world"), ("be kind ", "and 你好"), ("", "hello"), ("kind " * 60, "sunny")]
     found = lm.loglikelihood([request(*p) for p in pairs])
@@ -53,7 +49,7 @@ def test_loglikelihood(adapter, made, tokenizer):  # noqa: F811
         ids = tokenizer(context + continuation).input_ids
         count = len(ids) - max(1, len(tokenizer(stripped).input_ids))
         ids = ids[-49:]
-        ps = log_p(theirs, ids[:-1])
+        ps = small_lm.log_p(theirs, ids[:-1])
         np.testing.assert_allclose(
             ll, sum(ps[i - 1, ids[i]] for i in range(len(ids) - count, len(ids))), rtol=1e-5
         )
@@ -61,7 +57,7 @@ def test_loglikelihood(adapter, made, tokenizer):  # noqa: F811
             ps[i - 1].argmax() == ids[i] for i in range(len(ids) - count, len(ids))
         )
     ids = tokenizer("hello world").input_ids
-    best = int(log_p(theirs, ids)[-1].argmax())
+    best = int(small_lm.log_p(theirs, ids)[-1].argmax())
     tokens = [(("", ""), ids, [best]), (("", ""), ids, [best, 5]), (("", ""), ids, [best + 1])]
     assert [greedy for _, greedy in lm._loglikelihood_tokens(tokens, disable_tqdm=True)] == [
         True,
@@ -71,7 +67,7 @@ def test_loglikelihood(adapter, made, tokenizer):  # noqa: F811
     assert lm.batch_size == 4 and lm.eot_token_id == 1 and lm.prefix_token_id == 0
 
 
-def test_rolling(adapter, made, tokenizer):  # noqa: F811
+def test_rolling(adapter, made, tokenizer):
     """Every token once, the last window with 48 tokens to read."""
     theirs, lm = made[0], adapter[1]
     texts = ["Kind and sunny: " * 12, "x", "hello world"]
@@ -83,7 +79,7 @@ def test_rolling(adapter, made, tokenizer):  # noqa: F811
         expected, done = 0.0, 0
         while done < len(ids) - 1:
             end = min(done + 48, len(ids) - 1)
-            ps = log_p(theirs, ids[max(0, end - 48) : end])
+            ps = small_lm.log_p(theirs, ids[max(0, end - 48) : end])
             expected += sum(ps[i - 1 - max(0, end - 48), ids[i]] for i in range(done + 1, end + 1))
             done = end
         np.testing.assert_allclose(ll, expected, rtol=1e-5)
@@ -135,7 +131,7 @@ def test_generate(adapter, tokenizer, monkeypatch):
             lm.generate_until([request("a", options)])
 
 
-def test_chat(adapter, made):  # noqa: F811
+def test_chat(adapter, made):
     module, lm = adapter
     with pytest.raises(UserError, match="no chat template"):
         lm.apply_chat_template([{"role": "user", "content": "x"}])
@@ -165,7 +161,7 @@ def test_chat(adapter, made):  # noqa: F811
         file.unlink()
 
 
-def test_bad_arguments(adapter, made):  # noqa: F811
+def test_bad_arguments(adapter, made):
     make, folder = adapter[0].DeepseekJaxLM, str(made[1])
     for message, arguments in (
         ("max_length=65", {"max_length": 65}),
