@@ -35,7 +35,7 @@ import time
 
 import jax
 
-from deepseek_jax import generate
+from deepseek_jax import generate, objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer, SaveFailed
 from deepseek_jax.cluster import gpus
 from deepseek_jax.cluster.processes import Cluster
@@ -51,8 +51,9 @@ from deepseek_jax.run.profile import Profiler
 from deepseek_jax.run.watchdog import Watchdog, end_alone
 from deepseek_jax.runtime import compile_cache
 from deepseek_jax.train import workdir
+from deepseek_jax.train.batch import abstract_batch
 from deepseek_jax.train.state import TrainState, init_state, make_layout, to_tree
-from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
+from deepseek_jax.train.step import make_eval_step, make_train_step
 
 
 def main(argv: list[str]) -> int:
@@ -93,7 +94,8 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
     changed = workdir.prepare(flags.workdir, config, tokenizer.name)
     if cluster.index == 0:
         held.enter_context(lock.all_locked(flags.workdir, config))
-    loader = Loader(config, tokenizer, progress=cluster.index == 0)
+    objective = objectives.make(config)
+    loader = Loader(config, tokenizer, progress=cluster.index == 0, fields=objective.fields)
     source = init_from.open_for_training(config, flags.workdir) if config.init_from else None
     digest = contents.digest(loader.contents)
     cluster.agree(
@@ -109,7 +111,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         contextlib.closing(checkpoints),
         cluster.failures(loop.BadNumbers, SaveFailed),
     ):
-        layout = make_layout(config, mesh)
+        layout = make_layout(config, mesh, objective.frozen(mesh))
         platform = mesh.devices.flat[0].platform
         compiler_options = xla_options.xla_options(
             config, platform, xla_options.bytes_of_a_layer(config, layout.abstract.params, mesh)
@@ -136,12 +138,15 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         )
 
         train_step = compile_cache.CompiledStep(
-            make_train_step(config, layout), mesh, compiler_options, say
+            make_train_step(config, layout, objective), mesh, compiler_options, say
         )
         if (resume_step or 0) < config.train.steps:
             train_step.compile_ahead(
-                layout.abstract_sharded(), abstract_batch(config, mesh, resume_step or 0)
+                layout.abstract_sharded(),
+                abstract_batch(objective.fields, config, mesh, resume_step or 0),
+                layout.abstract_frozen(),
             )
+        frozen = layout.frozen.load() if layout.frozen else None
 
         def restored(step: int | None) -> tuple[TrainState, loop.Progress]:
             if step is None:
@@ -164,10 +169,14 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         workdir.write_config(
             flags.workdir, config, compiler_options, progress.run, progress.history.to_json()
         )
-        evaluate = loop.Evaluator(config, mesh, loader, make_eval_step(layout))
+        evaluate = loop.Evaluator(
+            config, mesh, loader, make_eval_step(layout, objective), objective, frozen
+        )
         profiler = Profiler(config, flags.workdir, train_step) if config.profile.start else None
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some processes longer to compile.
-        train_step.program(state, abstract_batch(config, mesh, int(state.step)))
+        train_step.program(
+            state, abstract_batch(objective.fields, config, mesh, int(state.step)), frozen
+        )
         cluster.agree("command", {"steps done": int(state.step)})
         watchdog = Watchdog(
             config.watchdog.step_timeout, cluster.monitor.hung if cluster.monitor else end_alone
@@ -189,6 +198,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
             lambda: restored(checkpoints.newest_good(wanted)),
             stopper,
             watchdog,
+            frozen,
         )
 
         if result.stopped_by is not None:
@@ -200,7 +210,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
         sample = ""
         if config.eval.sample_prompt and config.eval.sample_tokens:
             sample = generate.sample(
-                layout,
+                layout.model,
                 result.state.params,
                 result.state.bias,
                 tokenizer,

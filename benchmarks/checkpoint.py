@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from benchmarks import shapes, turns
+from deepseek_jax import objectives
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
@@ -30,8 +31,9 @@ from deepseek_jax.config.options import CheckpointConfig
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options
 from deepseek_jax.tensorfile.arrays import bytes_of
+from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import init_state, make_layout, to_tree
-from deepseek_jax.train.step import make_train_step, put_batch
+from deepseek_jax.train.step import make_train_step
 
 
 def main() -> int:
@@ -77,7 +79,9 @@ def measure(shape: str, every: int, count: int, kind: str, folder: str) -> dict[
         result = {"shape": shape, "kind": kind, "state_bytes": size, **turns.machine()}
         if count:
             batch = put_batch(shapes.rows(config, 1)[0], config.micro_batch, mesh)
-            step = jax.jit(make_train_step(config, layout), donate_argnums=0)
+            step = jax.jit(
+                make_train_step(config, layout, objectives.make(config)), donate_argnums=0
+            )
             state, _ = jax.block_until_ready(step(state, batch))
             without, with_save, blocked = [], [], []
             for _ in range(count):

@@ -85,7 +85,7 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
         started = time.perf_counter()
         for _, batch in zip(range(steps), batches):
             state, metrics = compiled(state, batch)
-            losses.append(float(metrics.losses.loss))
+            losses.append(float(metrics.loss))
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
     total = lambda found: sum(c.bytes_a_step for c in found)

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from benchmarks.random_options import DEVICES, differing, draw
-from deepseek_jax import enough_threads
+from deepseek_jax import enough_threads, objectives
 from deepseek_jax.config.options import Config
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
@@ -32,6 +32,7 @@ from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.plan import options
 from deepseek_jax.train import state, step
+from deepseek_jax.train.batch import abstract_batch, put_batch
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -107,13 +108,15 @@ def accepted(config: Config) -> jax.sharding.Mesh:
 def lowered(config: Config, mesh: jax.sharding.Mesh, layout: state.Layout) -> tuple[Any, Any]:
     """The train step and the step of the evaluation, traced and lowered."""
     batch, abstract = (
-        step.abstract_batch(config, mesh, config.train.batch_ramp_steps),
+        abstract_batch(objectives.make(config).fields, config, mesh, config.train.batch_ramp_steps),
         layout.abstract_sharded(),
     )
-    of_step = jax.jit(step.make_train_step(config, layout), donate_argnums=0).lower(abstract, batch)
+    of_step = jax.jit(
+        step.make_train_step(config, layout, objectives.make(config)), donate_argnums=0
+    ).lower(abstract, batch)
     one = jax.NamedSharding(mesh, jax.P(BATCH_AXES, None))
     micro = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=one), batch)
-    return of_step, jax.jit(step.make_eval_step(layout)).lower(
+    return of_step, jax.jit(step.make_eval_step(layout, objectives.make(config))).lower(
         abstract.params, abstract.bias, micro
     )
 
@@ -146,11 +149,11 @@ def run_small(config: Config, mesh: jax.sharding.Mesh) -> None:
             "positions": place,
         }
         held, metrics = train_step(
-            state.init_state(config, layout), step.put_batch(batch, config.micro_batch, mesh)
+            state.init_state(config, layout), put_batch(batch, config.micro_batch, mesh)
         )
         one = jax.NamedSharding(mesh, jax.P(BATCH_AXES, None))
         micro = {name: jax.device_put(a[: config.micro_batch], one) for name, a in batch.items()}
-        found = float(metrics.losses.loss), float(eval_step(held.params, held.bias, micro))
+        found = float(metrics.loss), float(eval_step(held.params, held.bias, micro)["nll"])
         if not np.isfinite(found).all():
             raise FloatingPointError(f"losses {found}")
         prompt = text[0, :1].tolist()

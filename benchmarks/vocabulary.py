@@ -2,7 +2,7 @@
 
   python -m benchmarks vocabulary [--tokens=2048,4096] [--vocab=8192,32768] [--width=512] [--turns=5] [--json]
 
-Ours: objectives/pretrain.py `cross_entropy_sum`, as in the train step: value, gradient of the hidden states [T, D] and of the head [D, V]. Plain:
+Ours: model/head.py `cross_entropy`, as in the train step: value, gradient of the hidden states [T, D] and of the head [D, V]. Plain:
 optax.softmax_cross_entropy_with_integer_labels of hidden @ head, differentiated by JAX, in the same dtypes: float32 on CPUs, bfloat16
 with float32 logits on GPUs. Their gradients are compared before anything is timed.
 
@@ -13,7 +13,6 @@ gradient of the hidden states and its copy in chunks, 2 T D; and the time, the m
 
 import json
 import sys
-import types
 from typing import Any
 
 import jax
@@ -27,8 +26,8 @@ from benchmarks import turns
 from benchmarks.attention import compute_dtype
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import numbers
-from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
-from deepseek_jax.objectives import pretrain
+from deepseek_jax.config.options import Config, MeshConfig
+from deepseek_jax.model import head
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.plan import options
@@ -57,7 +56,7 @@ def main() -> int:
         "machine": turns.machine(),
         "dtype": str(compute_dtype()),
         "width": own.width,
-        "chunk": pretrain.LOSS_CHUNK,
+        "chunk": head.CHUNK_TOKENS,
         "rows": rows,
         "bars": bars(rows),
     }
@@ -70,12 +69,12 @@ def ours(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> ja
     stored = jax.sharding.reshard(
         kernel_DV, sharding.spec(("embed", "vocab"), sharding.storage_rules(CONFIG)[0])
     )
-    head = nnx.Param(stored, out_sharding=("embed", "vocab"), eager_sharding=False)
-    net = types.SimpleNamespace(head=head, model=ModelConfig(tie_word_embeddings=False))
+    weight = nnx.Param(stored, out_sharding=("embed", "vocab"), eager_sharding=False)
     hidden_BSD, targets_BS = (
         jax.sharding.reshard(a[None], P(BATCH_AXES)) for a in (hidden_TD, targets_T)
     )
-    return pretrain.cross_entropy_sum(hidden_BSD, net, targets_BS)
+    untied = head.Head(weight, tied=False)
+    return head.scan_vocab_sum(head.cross_entropy, hidden_BSD, untied, targets_BS)[0]
 
 
 def plain(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> jax.Array:
@@ -126,7 +125,7 @@ def bars(rows: list[dict[str, Any]]) -> dict[str, bool | None]:
     steps = [
         (a, b)
         for a, b in zip(rows, rows[1:])
-        if a["vocab"] == b["vocab"] and pretrain.LOSS_CHUNK <= a["tokens"] < b["tokens"]
+        if a["vocab"] == b["vocab"] and head.CHUNK_TOKENS <= a["tokens"] < b["tokens"]
     ]
     flat = [
         b["temporaries"]["ours"] - a["temporaries"]["ours"]

@@ -5,9 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-import numpy as np
-
-Rows = dict[str, np.ndarray]
+from deepseek_jax.data.fields import Rows
 
 
 class TrainRows(Protocol):
@@ -22,7 +20,9 @@ class Prefetcher:
     """
 
     def __init__(self, source: TrainRows, requests: Iterable[tuple[int, int]], depth: int = 2):
-        self._source, self._requests, self._depth = source, requests, depth
+        self._source = source
+        self._requests = requests
+        self._depth = depth
         self._ready: deque[Rows] = deque()
         self._changed = threading.Condition()
         self._closed = self._done = False

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.data.prefetch import Rows, TrainRows
+from deepseek_jax.data.fields import Rows
+from deepseek_jax.data.prefetch import TrainRows
 
 Window = tuple[int, int]  # rows first to last - 1 of the global order
 
@@ -55,7 +56,8 @@ class Skipping:
     """`source.train_rows` without the skipped windows."""
 
     def __init__(self, source: TrainRows, windows: Windows):
-        self._source, self._windows = source, windows
+        self._source = source
+        self._windows = windows
 
     def train_rows(self, start: int, count: int) -> Rows:
         parts = [

@@ -135,7 +135,7 @@ def parts_of(source: Source, leaf: Leaf, dtype: np.dtype) -> Iterator[Part]:
 def state_of(
     source: Source, config: Config, family: str, layout: Any, dtype: Any = None
 ) -> tuple[Any, Any]:
-    """(parameters, selection biases) of a layout (train/state.py) from a checkpoint, after all its names and shapes were checked."""
+    """(parameters, selection biases) of a layout (model/layout.py) from a checkpoint, after all its names and shapes were checked."""
     parts = (
         (layout.abstract.params, layout.shardings.params),
         (layout.abstract.bias, layout.shardings.bias),

@@ -20,9 +20,9 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration, exporter, names, reader, tokenizer_files
 from deepseek_jax.hf.provenance import Notes, notes_of
 from deepseek_jax.hf.tokenizer_files import Companions
+from deepseek_jax.model.layout import PlacedModel, place_model
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import Layout, make_layout
 
 
 class LoadedModel:
@@ -36,7 +36,7 @@ class LoadedModel:
         self,
         config: Config,
         mesh: jax.sharding.Mesh,
-        layout: Layout,
+        layout: PlacedModel,
         params: Any,
         bias: Any,
         notes: Notes,
@@ -197,7 +197,7 @@ def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = Non
     source, model, family = reader.open_source(path)
     config, mesh = config_for(model, mesh, dtype)
     with jax.set_mesh(mesh):
-        layout = make_layout(config, mesh)
+        layout = place_model(config, mesh)
         params, bias = reader.state_of(source, config, family, layout, dtype)
     source.close()
     return LoadedModel(

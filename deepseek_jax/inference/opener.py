@@ -22,9 +22,10 @@ from deepseek_jax.hf.provenance import Notes
 from deepseek_jax.hf.tensors import read_config
 from deepseek_jax.hf.tokenizer_files import contents_of, ends_of, tokenizer_of
 from deepseek_jax.inference.loaded import LoadedModel, config_for, load
+from deepseek_jax.model.layout import place_model
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import from_tree, make_layout, to_tree
+from deepseek_jax.train.state import from_tree, to_tree
 
 
 @dataclasses.dataclass
@@ -116,15 +117,14 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
     config, mesh = config_for(saved.model, mesh, dtype)
     config = dataclasses.replace(config, moe=saved.moe)
     with jax.set_mesh(mesh):
-        layout = make_layout(config, mesh)
-        nothing = {name: None for name in layout.abstract._fields if name not in ("params", "bias")}
-        wanted = layout.abstract_sharded()._replace(**nothing)
+        layout = place_model(config, mesh)
+        wanted = layout.abstract_sharded()
         checkpoints = Checkpointer(folder, read_only=True)
         trained = contents_of(checkpoints.read_extra(step))
         tokenizer = tokenizer_of(workdir, saved, trained)
-        state = from_tree(checkpoints.restore_params(to_tree(wanted), step), wanted)
+        weights = from_tree(checkpoints.restore_params(to_tree(wanted), step), wanted)
         checkpoints.close()
-        params = _cast(state.params, np.dtype(dtype))
+        params = _cast(weights.params, np.dtype(dtype))
     try:
         notes = provenance.read_notes(workdir) or Notes(
             configuration.find_family(saved.model), saved.model, {}
@@ -137,7 +137,7 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
         mesh,
         layout,
         params,
-        state.bias,
+        weights.bias,
         notes,
         workdir,
         tokenizer,

@@ -16,9 +16,9 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.hf import exporter, names, provenance, reader, writer
 from deepseek_jax.hf.tensors import FP8, Source, dump
 from deepseek_jax.inference.loaded import config_for
+from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.tensorfile.arrays import Shape
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import abstract_model
 
 
 def import_(source_folder: str, workdir: str) -> tuple[int, str]:

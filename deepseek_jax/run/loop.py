@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,12 +14,13 @@ from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.loader import Loader, Prefetcher
 from deepseek_jax.data.windows import Skipping, Window, Windows
 from deepseek_jax.model.count import Count
+from deepseek_jax.objectives.base import Objective
 from deepseek_jax.run.profile import Profiler
 from deepseek_jax.run.report import Report
 from deepseek_jax.run.watchdog import Watchdog
+from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.history import History
 from deepseek_jax.train.state import TrainState, to_tree
-from deepseek_jax.train.step import put_batch
 
 
 class BadNumbers(Exception):
@@ -76,41 +76,45 @@ class Progress(NamedTuple):
 
 
 class Evaluator:
-    """Cross-entropy on held-out text: nats a token, and bits a byte where the tokenizer knows its bytes."""
+    """The objective's figures on held-out text."""
 
     def __init__(
-        self, config: Config, mesh: jax.sharding.Mesh, loader: Loader, eval_step: Callable
+        self,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        loader: Loader,
+        eval_step: Callable,
+        objective: Objective,
+        frozen: Any = None,
     ):
-        self._loader, self._mesh, self._step, self._micro = (
-            loader,
-            mesh,
-            jax.jit(eval_step),
-            config.micro_batch,
-        )
+        """`eval_step`: train/step.py make_eval_step. `frozen`: its last argument."""
+        self._loader = loader
+        self._mesh = mesh
+        self._step = jax.jit(eval_step)
+        self._micro = config.micro_batch
+        self._objective = objective
+        self._frozen = frozen
         self._rows = min(loader.num_eval_rows, config.eval.batches * config.train.batch_size)
         self._bytes = loader.tokenizer.token_bytes
         self._compiled = False
 
     def __call__(self, state: TrainState, watchdog: Watchdog | None = None) -> dict[str, Any]:
         """{} without held-out text. `watchdog` hears of every batch but the first, which compiles."""
-        nll = targets = text_bytes = 0.0
+        sums = {"targets": 0.0, "text_bytes": 0.0}
         for start in range(0, self._rows, self._micro):
             rows = self._loader.eval_rows(start, self._micro)
             batch = jax.tree.map(lambda a: a[0], put_batch(rows, self._micro, self._mesh))
             with watchdog.paused() if watchdog and not self._compiled else contextlib.nullcontext():
-                nll += float(self._step(state.params, state.bias, batch))
+                found = self._step(state.params, state.bias, batch, self._frozen)
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
             self._compiled = True
             if watchdog:
                 watchdog.beat(int(state.step))
             scored = rows["targets"][rows["targets"] >= 0]
-            targets += scored.size
-            text_bytes += self._bytes[scored].sum() if self._bytes is not None else 0
-        if not targets:
-            return {}
-        out = {"eval_loss": nll / targets, "eval_tokens": int(targets)}
-        if text_bytes:
-            out["eval_bits_per_byte"] = nll / math.log(2) / text_bytes
-        return out
+            sums["targets"] += scored.size
+            sums["text_bytes"] += self._bytes[scored].sum() if self._bytes is not None else 0
+        return self._objective.figures(sums) if sums["targets"] else {}
 
 
 def batches(
@@ -152,6 +156,7 @@ def run(
     restore: Callable[[], tuple[TrainState, Progress]] | None = None,
     stopper: Stopper | None = None,
     watchdog: Watchdog | None = None,
+    frozen: Any = None,
 ) -> Result:
     """Trains from state.step to config.train.steps.
 
@@ -161,6 +166,7 @@ def run(
       first_step: makes the line that is said after the first step.
       restore: reads the newest checkpoint, or makes the first state where there is none; only for config.train.on_bad_steps=rollback.
       stopper: says when a signal asks to stop. watchdog: is told of every step.
+      frozen: weights of the objective's frozen model, an argument of every step.
 
     Returns:
       The last state and why the loop ended. A checkpoint of that state is on disk.
@@ -184,6 +190,7 @@ def run(
         stopper or Stopper(),
         watchdog or Watchdog(0),
         report,
+        frozen,
     )
     try:
         while True:
@@ -215,6 +222,7 @@ class Loop:
     stopper: Stopper
     watchdog: Watchdog
     report: Report
+    frozen: Any = None
     progress: Progress = Progress()
 
     def rows(self, step: int) -> list[Window]:
@@ -238,7 +246,7 @@ class Loop:
             profile(step)
         with contextlib.closing(batches(c, self.loader, self.mesh, step, progress)) as data:
             for batch in data:
-                state, device_metrics = self.step(state, batch)
+                state, device_metrics = self.step(state, batch, self.frozen)
                 step += 1
                 if pending:
                     self._finished(*pending)

@@ -64,23 +64,20 @@ def row(
     count: Count,
 ) -> dict[str, Any]:
     """One row of metrics.jsonl from a step's metrics (on the host). `step` counts finished steps; `step_time` is in seconds."""
+    parts = {name: short(value) for name, value in metrics.parts.items()}
     out = {
         "step": step,
-        "loss": short(metrics.losses.loss),
-        "lm_loss": short(metrics.losses.lm_loss),
+        **{name: parts.pop(name) for name in ("loss", "lm_loss") if name in parts},
         "lr": short(metrics.lr),
         "grad_norm": short(metrics.grad_norm),
         "step_time_s": round(step_time, 6),
         "tokens_per_sec": round(tokens_per_sec, 2),
         "tokens_seen": tokens_seen,
-        "balance_loss": short(metrics.losses.balance_loss),
-        "z_loss": short(metrics.losses.z_loss),
+        **parts,
         **routing(metrics.load, config.moe.drop),
         "skipped_steps": int(metrics.skipped_steps),
         "memory_gb": round(memory_gb(), 4),
     }
-    if config.model.num_nextn_predict_layers:
-        out["mtp_loss"] = short(metrics.losses.mtp_loss)
     achieved = count.flops_per_token * tokens_per_sec / 1e12 / jax.device_count()
     if metrics.loss_scale is not None:
         out["loss_scale"] = short(metrics.loss_scale)

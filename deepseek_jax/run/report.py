@@ -146,23 +146,23 @@ class Report:
             self._writer.write(values | where if m.bad_steps else values, m.load)
             if m.bad_steps:
                 self.say(
-                    f"step {done}: loss {float(m.losses.loss)}, gradient norm {float(m.grad_norm)}: update skipped ({int(m.bad_steps)} in a row)"
+                    f"step {done}: loss {float(m.loss)}, gradient norm {float(m.grad_norm)}: update skipped ({int(m.bad_steps)} in a row)"
                 )
             self._bar.update(values, self.clock.seconds_a_step() * (last - done))
         self._bar.advance(done)
-        if spike := self._spikes.add(float(m.losses.loss)):
+        if spike := self._spikes.add(float(m.loss)):
             median, above = spike
             self._writer.write(
                 {
                     "step": done,
-                    "spike_loss": metrics.short(m.losses.loss),
+                    "spike_loss": metrics.short(m.loss),
                     "median_loss": median,
                     "deviations": round(above, 2),
                     **where,
                 }
             )
             self.say(
-                f"step {done}: the loss {float(m.losses.loss):.4f} is a spike, {above:.0f} deviations above the median {median:.4f}. "
+                f"step {done}: the loss {float(m.loss):.4f} is a spike, {above:.0f} deviations above the median {median:.4f}. "
                 f"Its text: python -m deepseek_jax.data show --workdir={self._workdir} --step={done}"
             )
         return m

@@ -104,14 +104,17 @@ class Texts:
         return {
             "tokens": tokens,
             "targets": targets,
+            "next_tokens": np.maximum(targets, -1),
             "segment_ids": np.ones_like(tokens),
             "positions": positions,
         }
 
 
-def poisoned_loss(model, out, batch, total, config, mtp_weight):
-    parts = pretrain.next_token_loss(model, out, batch, total, config, mtp_weight)
-    return jax.tree.map(lambda x: jnp.where(jnp.any(batch["tokens"] == POISON), jnp.nan, x), parts)
+class Poisoned(pretrain.Pretraining):
+    def loss(self, model, out, batch, totals, frozen_out):
+        result = super().loss(model, out, batch, totals)
+        poison = jnp.any(batch["tokens"] == POISON)
+        return jax.tree.map(lambda x: jnp.where(poison, jnp.nan, x), result)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,7 @@ def trainer():
         eval=EvalConfig(every_steps=0),
     )
     validate(config)
-    return Trainer(config, poisoned_loss)
+    return Trainer(config, Poisoned(config))
 
 
 def train(t: Trainer, folder, texts, steps: int | None = None, **options) -> loop.Result:
@@ -254,7 +257,7 @@ def test_a_skipped_update_is_skipped_on_all_devices(trainer):
     """A row of one device is bad: parameters, moments and bias stay as they were on every device, bit for bit; so do the copies."""
     t = trainer
     with jax.set_mesh(t.mesh):
-        from deepseek_jax.train.step import put_batch
+        from deepseek_jax.train.batch import put_batch
 
         batch = lambda texts: put_batch(texts.train_rows(0, B), t.config.micro_batch, t.mesh)
         before, _ = t.compiled(t.start(), batch(Texts(range(0))))

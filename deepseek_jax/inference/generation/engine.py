@@ -19,10 +19,10 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import attention, cache, sampling, weights
 from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.inference.generation.speculative import Drafter
+from deepseek_jax.model.layout import PlacedModel
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import BATCH_AXES
-from deepseek_jax.train.state import Layout
 
 ROWS = P(BATCH_AXES)
 jit = jax.jit  # a name for tests, which compile quickly
@@ -58,7 +58,7 @@ class Engine:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: PlacedModel,
         mesh: jax.sharding.Mesh,
         params: Any,
         bias: Any,

@@ -16,12 +16,12 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import sampling
+from deepseek_jax.model.layout import PlacedModel
 from deepseek_jax.parallel.mesh import BATCH_AXES
-from deepseek_jax.train.state import Layout
 
 
 def tokens(
-    layout: Layout,
+    layout: PlacedModel,
     params,
     bias,
     mesh: jax.sharding.Mesh,
@@ -74,7 +74,7 @@ def tokens(
 
 
 def sample(
-    layout: Layout,
+    layout: PlacedModel,
     params,
     bias,
     tokenizer: Tokenizer,
