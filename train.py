@@ -25,10 +25,10 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import json
 import sys
 
+from deepseek_jax import objectives
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.cluster import gpus
 from deepseek_jax.errors import ExitCode, UserError, exit_codes
-from deepseek_jax.objectives import pretrain
 from deepseek_jax.run import commandline
 from deepseek_jax.run.job import Job, ending_together
 from deepseek_jax.train.state import make_layout
@@ -64,29 +64,30 @@ def main(argv: list[str], stopper: Stopper | None = None) -> int:
 
         with Job(config, flags.workdir, processes, stopper) as job:
             # ---- 3 What is learnt ---------------------------------------------------------------
-            # The objective: the loss of the model's output that is minimised. Pretraining: the
-            # cross-entropy of next tokens, multi-token prediction, expert balance (objectives/).
-            token_loss = pretrain.next_token_loss
+            # The objective: the fields of a batch, the loss of the model's output that is minimised
+            # and what is measured on held-out data. Pretraining: cross-entropy of the next tokens,
+            # multi-token prediction (objectives/).
+            objective = objectives.make(config)
 
             # ---- 4 Mesh and data ----------------------------------------------------------------
             # The devices, as a grid with named axes (parallel/mesh.py); documents packed into
             # sequences, in an order that is a pure function of the seed (data/loader.py). What can
             # be wrong with options, workdir or data is found here.
-            mesh = job.open()
+            mesh = job.open(objective)
 
             # ---- 5 Model and state --------------------------------------------------------------
             # The model's parameters (model/transformer.py) and the optimizer's moments, as shapes
             # laid out over the mesh; nothing is allocated yet. Their numbers come from the first
             # of these that there is: the newest good checkpoint of this run, config.init_from, a
             # checkpoint imported into the workdir, random numbers (run/start.py).
-            model = make_layout(config, mesh)
+            model = make_layout(config, mesh, objective.frozen(mesh))
             start = job.find_start(model)
 
             # ---- 6 Step -------------------------------------------------------------------------
-            # One program, (state, batch) -> (state, metrics): forward pass, loss, its gradients
+            # One program, (state, batch, frozen) -> (state, metrics): forward pass, loss, its gradients
             # summed over micro-batches and clipped, the optimizer's update of the parameters, the
             # bias that balances experts (train/step.py). It compiles while the state is read.
-            step = job.compile(make_train_step(config, model, token_loss), start)
+            step = job.compile(make_train_step(config, model, objective), start)
 
             # ---- 7 Loop -------------------------------------------------------------------------
             # Batches in, metrics out; evaluation, checkpoints, signals, bad numbers (run/loop.py).

@@ -24,8 +24,8 @@ from deepseek_jax.config.paths import check_output
 from deepseek_jax.errors import UserError, stopped_by
 from deepseek_jax.hf.provenance import model_files
 from deepseek_jax.inference.generation.answers import Answers
+from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
-from deepseek_jax.inference.generation.placed import PlacedModel
 from deepseek_jax.inference.generation.prompts import encode_all, read_prompts
 from deepseek_jax.inference.generation.sample import check_prompt, encode_prompt, sample, tokens
 from deepseek_jax.inference.generation.sampling import Sampling
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
     cache_dir = (opened.run.compile if opened.run else CompileConfig()).cache_dir
     compile_cache.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))
     engine = Engine(
-        PlacedModel(model.layout, model.params, model.bias, model.mesh),
+        BoundModel(model.layout, model.params, model.bias, model.mesh),
         give=True,
         vocab=encoder.vocab_size,
         note=lambda line: print(line, file=sys.stderr),

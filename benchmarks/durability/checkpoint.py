@@ -25,6 +25,7 @@ import jax
 
 from benchmarks.support import shapes
 from benchmarks.support.report import Parser, machine, report
+from deepseek_jax import objectives
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.checkpoint.kinds import KINDS
@@ -33,8 +34,9 @@ from deepseek_jax.cli.texts import gb
 from deepseek_jax.config.options import CheckpointConfig
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.tensorfile.arrays import bytes_of
+from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import init_state, make_layout, to_tree
-from deepseek_jax.train.step import make_train_step, put_batch
+from deepseek_jax.train.step import make_train_step
 
 
 def main() -> int:
@@ -80,7 +82,9 @@ def measure(shape: str, every: int, count: int, kind: str, folder: str) -> dict[
         result = {"shape": shape, "kind": kind, "state_bytes": size, **machine()}
         if count:
             batch = put_batch(shapes.batches(config, 1)[0], config.micro_batch, mesh)
-            step = jax.jit(make_train_step(config, layout), donate_argnums=0)
+            step = jax.jit(
+                make_train_step(config, layout, objectives.make(config)), donate_argnums=0
+            )
             state, _ = jax.block_until_ready(step(state, batch))
             without: list[float] = []
             with_save: list[float] = []

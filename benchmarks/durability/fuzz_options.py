@@ -23,17 +23,20 @@ import jax
 import numpy as np
 
 from benchmarks.durability.random_options import DEVICES, differing, draw
+from deepseek_jax import objectives
 from deepseek_jax.config.options import Config
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import sample
+from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
-from deepseek_jax.inference.generation.placed import PlacedModel
 from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.plan import options
 from deepseek_jax.runtime.threads import enough_threads
 from deepseek_jax.train import state, step
+from deepseek_jax.train.batch import abstract_batch, put_batch
+from deepseek_jax.train.optimizer import sequences_at
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -114,13 +117,15 @@ def accepted(config: Config) -> jax.sharding.Mesh:
 def lowered(config: Config, mesh: jax.sharding.Mesh, layout: state.Layout) -> tuple[Any, Any]:
     """The train step and the step of the evaluation, traced and lowered."""
     batch, abstract = (
-        step.abstract_batch(config, mesh, config.train.batch_ramp_steps),
+        abstract_batch(objectives.make(config).fields, config, mesh, config.train.batch_ramp_steps),
         layout.abstract_sharded(),
     )
-    of_step = jax.jit(step.make_train_step(config, layout), donate_argnums=0).lower(abstract, batch)
+    of_step = jax.jit(
+        step.make_train_step(config, layout, objectives.make(config)), donate_argnums=0
+    ).lower(abstract, batch)
     one = jax.NamedSharding(mesh, jax.P(BATCH_AXES, None))
     micro = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=one), batch)
-    return of_step, jax.jit(step.make_eval_step(layout)).lower(
+    return of_step, jax.jit(step.make_eval_step(layout, objectives.make(config))).lower(
         abstract.params, abstract.bias, micro
     )
 
@@ -141,7 +146,7 @@ def run_small(config: Config, mesh: jax.sharding.Mesh) -> None:
         layout = state.make_layout(config, mesh)
         train_step, eval_step = (program.compile() for program in lowered(config, mesh, layout))
         rng = np.random.default_rng(0)
-        rows = step.sequences_at(config, t.batch_ramp_steps)
+        rows = sequences_at(config, t.batch_ramp_steps)
         text = rng.integers(0, m.vocab_size, (rows, t.sequence_length + 1), np.int32)
         place = np.broadcast_to(
             np.arange(t.sequence_length, dtype=np.int32), (rows, t.sequence_length)
@@ -151,17 +156,18 @@ def run_small(config: Config, mesh: jax.sharding.Mesh) -> None:
             "targets": text[:, 1:],
             "segment_ids": np.ones_like(place),
             "positions": place,
+            "next_tokens": text[:, 1:],
         }
         held, metrics = train_step(
-            state.init_state(config, layout), step.put_batch(batch, config.micro_batch, mesh)
+            state.init_state(config, layout), put_batch(batch, config.micro_batch, mesh)
         )
         one = jax.NamedSharding(mesh, jax.P(BATCH_AXES, None))
         micro = {name: jax.device_put(a[: config.micro_batch], one) for name, a in batch.items()}
-        found = float(metrics.losses.loss), float(eval_step(held.params, held.bias, micro))
+        found = float(metrics.loss), float(eval_step(held.params, held.bias, micro)["nll"])
         if not np.isfinite(found).all():
             raise FloatingPointError(f"losses {found}")
         prompt = text[0, :1].tolist()
-        placed = PlacedModel(layout, held.params, held.bias, mesh)
+        placed = BoundModel(layout.model, held.params, held.bias, mesh)
         list(sample.tokens(placed, prompt, 2, Sampling(), m.vocab_size, None))
     if mesh.shape["stage"] == 1 and not config.offload.parameters:
         drafts = min(1, m.num_nextn_predict_layers)

@@ -35,8 +35,8 @@ from deepseek_jax.model.router import route
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import topology
+from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import init_state, make_layout, to_tree
-from deepseek_jax.train.step import put_batch
 from deepseek_jax.xla import program
 
 Row = dict[str, Any]
@@ -213,7 +213,7 @@ class Run:
                     self.step.compiled(self.state, self.batch)
                 )
                 seconds.append(time.perf_counter() - started)
-                losses.append(float(metrics.losses.loss))
+                losses.append(float(metrics.loss))
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"the loss is {losses[-1]}")
         return seconds, losses, metrics

@@ -91,7 +91,7 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
         started = time.perf_counter()
         for i in range(steps):
             state, metrics = compiled(state, batches.batch(i))
-            losses.append(float(metrics.losses.loss))
+            losses.append(float(metrics.loss))
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
 

@@ -215,8 +215,8 @@ def measure(
         started = time.perf_counter()
         state, metrics = jax.block_until_ready(here(state, batch))
         taken = time.perf_counter() - started
-        if not np.isfinite(metrics.losses.loss):
-            raise FloatingPointError(f"the loss is {metrics.losses.loss}")
+        if not np.isfinite(metrics.loss):
+            raise FloatingPointError(f"the loss is {metrics.loss}")
         return taken
 
     return row, step

@@ -26,8 +26,8 @@ from deepseek_jax.config.options import STRATEGIES, Config, MeshConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options, topology
+from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import Layout, init_state
-from deepseek_jax.train.step import put_batch
 from deepseek_jax.xla import program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -98,9 +98,9 @@ def _time(
             started = time.perf_counter()
             state, metrics = jax.block_until_ready(compiled(state, batch))
             seconds.append(time.perf_counter() - started)
-    if not np.isfinite(metrics.losses.loss):
+    if not np.isfinite(metrics.loss):
         raise FloatingPointError(
-            f"{config.sharding.strategy}: the loss after {steps + 1} steps is {metrics.losses.loss}"
+            f"{config.sharding.strategy}: the loss after {steps + 1} steps is {metrics.loss}"
         )
     return statistics.median(seconds[1:])
 

@@ -33,8 +33,8 @@ from deepseek_jax.cli import texts
 from deepseek_jax.model.count import count
 from deepseek_jax.plan import topology
 from deepseek_jax.run import profile
+from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import init_state
-from deepseek_jax.train.step import put_batch
 from deepseek_jax.xla import hlo, loops
 
 COPY_SIZES = [

@@ -29,8 +29,8 @@ from benchmarks.support.report import Parser, machine, report
 from deepseek_jax import hf
 from deepseek_jax.cli import arguments, texts
 from deepseek_jax.cli.arguments import numbers
+from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
-from deepseek_jax.inference.generation.placed import PlacedModel
 
 BAR = 1.5  # times transformers' speed of decoding one text
 SHAPE = dict(
@@ -105,7 +105,7 @@ def measure(folder: str, batches: list[int], own: Any) -> dict[str, Any]:
     theirs.generation_config.eos_token_id = None  # answers of a given length, from all tokens
     loaded = hf.load(folder)
     notes: list[str] = []
-    placed = PlacedModel(loaded.layout, loaded.params, loaded.bias, loaded.mesh)
+    placed = BoundModel(loaded.layout, loaded.params, loaded.bias, loaded.mesh)
     engine = Engine(placed, give=True, note=notes.append)
     rng, rows = np.random.default_rng(0), []
     threads: dict[int, int] = {}

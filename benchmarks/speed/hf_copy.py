@@ -31,10 +31,10 @@ from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.hf import configuration, names, writer
 from deepseek_jax.hf.tensors import dump
 from deepseek_jax.inference.loaded import config_for
+from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.run import importer
 from deepseek_jax.tensorfile import files, regions
 from deepseek_jax.tensorfile.arrays import TensorSpec
-from deepseek_jax.train.state import abstract_model
 
 NAMES = ("copy", "import", "export", "cast")
 BAR = 3.0  # times the copy

@@ -38,6 +38,7 @@ import jax
 
 from benchmarks.support import shapes
 from benchmarks.support.report import Parser, machine, report
+from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import CheckpointConfig, Config, MeshConfig
 from deepseek_jax.data.loader import Loader
@@ -51,9 +52,10 @@ from deepseek_jax.run.loop import Loop
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
 from deepseek_jax.runtime.compile_cache import use_cache
+from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import TrainState, init_state, make_layout
-from deepseek_jax.train.step import make_train_step, put_batch
+from deepseek_jax.train.step import make_train_step
 
 BAR = 0.02
 
@@ -101,7 +103,7 @@ class Timed:
         self.called.append(time.perf_counter())
         out = self._step(state, batch)
         self.returned.append(time.perf_counter())
-        self._results.put(out[1].losses.loss)  # metrics are not donated to the next step
+        self._results.put(out[1].loss)  # metrics are not donated to the next step
         return out
 
     def _watch(self) -> None:
@@ -159,7 +161,7 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
             mesh.devices.flat[0].platform,
             xla_options.bytes_of_a_layer(config, layout.abstract.params, mesh),
         )
-        step = CompiledStep(make_train_step(config, layout), mesh, xla)
+        step = CompiledStep(make_train_step(config, layout, objectives.make(config)), mesh, xla)
         state = init_state(config, layout)
         batch = put_batch(loader.train_rows(0, config.train.batch_size), config.micro_batch, mesh)
         checkpoints = Checkpointer(

@@ -34,8 +34,8 @@ from deepseek_jax.cli import arguments
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.count import count
 from deepseek_jax.plan import topology
+from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import init_state
-from deepseek_jax.train.step import put_batch
 
 PEER_STEPS_BEFORE = 2  # that do not count: its second step is still slow
 
@@ -138,7 +138,7 @@ def measure(shape: str, steps: int, dtype: str, remat: str) -> dict[str, Any]:
         ).flops_per_token,
         "seconds": seconds[1:],
         "cpu_seconds": cpu[1:],
-        "loss": float(metrics.losses.loss),
+        "loss": float(metrics.loss),
         "compile_seconds": compiled,
         "temporaries": step.compiled.memory_analysis().temp_size_in_bytes,
         "peak_memory": memory,

@@ -2,10 +2,10 @@
 
   python -m benchmarks vocabulary [--tokens=2048,4096] [--vocab=8192,32768] [--width=512] [--turns=5] [--json]
 
-Ours: objectives/pretrain.py `cross_entropy_sum`, as in the train step: value, gradient of the
-hidden states [T, D] and of the head [D, V]. Plain: optax.softmax_cross_entropy_with_integer_labels
-of hidden @ head, differentiated by JAX, in the same dtypes: float32 on CPUs, bfloat16 with float32
-logits on GPUs. Their gradients are compared before anything is timed.
+Ours: model/head.py `cross_entropy`, as in the train step: value, gradient of the hidden states
+[T, D] and of the head [D, V]. Plain: optax.softmax_cross_entropy_with_integer_labels of hidden @
+head, differentiated by JAX, in the same dtypes: float32 on CPUs, bfloat16 with float32 logits on
+GPUs. Their gradients are compared before anything is timed.
 
 Bytes are the temporaries of the compiled programs: arguments and the gradients, which must exist,
 are not among them. Ours hold some arrays of a chunk of tokens x vocabulary, whatever T is. The
@@ -16,7 +16,6 @@ states and its copy in chunks, 2 T D; and the time, the median over turns of the
 
 import itertools
 import sys
-import types
 from typing import Any
 
 import jax
@@ -31,8 +30,8 @@ from benchmarks.support import turns
 from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import numbers
-from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
-from deepseek_jax.objectives import pretrain
+from deepseek_jax.config.options import Config, MeshConfig
+from deepseek_jax.model import head
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 
@@ -60,7 +59,7 @@ def main() -> int:
         "machine": machine(),
         "dtype": str(compute_dtype()),
         "width": own.width,
-        "chunk": pretrain.LOSS_CHUNK,
+        "chunk": head.CHUNK_TOKENS,
         "rows": rows,
         "bars": bars(rows),
     }
@@ -73,12 +72,12 @@ def ours(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> ja
     stored = jax.sharding.reshard(
         kernel_DV, sharding.spec(("embed", "vocab"), sharding.storage_rules(CONFIG)[0])
     )
-    head = nnx.Param(stored, out_sharding=("embed", "vocab"), eager_sharding=False)
-    net: Any = types.SimpleNamespace(head=head, model=ModelConfig(tie_word_embeddings=False))
+    weight = nnx.Param(stored, out_sharding=("embed", "vocab"), eager_sharding=False)
     hidden_BSD, targets_BS = (
         jax.sharding.reshard(a[None], P(BATCH_AXES)) for a in (hidden_TD, targets_T)
     )
-    return pretrain.cross_entropy_sum(hidden_BSD, net, targets_BS)
+    untied = head.Head(weight, tied=False)
+    return head.scan_vocab_sum(head.cross_entropy, hidden_BSD, untied, targets_BS)[0]
 
 
 def plain(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> jax.Array:
@@ -129,7 +128,7 @@ def bars(rows: list[dict[str, Any]]) -> dict[str, bool | None]:
     steps = [
         (a, b)
         for a, b in itertools.pairwise(rows)
-        if a["vocab"] == b["vocab"] and pretrain.LOSS_CHUNK <= a["tokens"] < b["tokens"]
+        if a["vocab"] == b["vocab"] and head.CHUNK_TOKENS <= a["tokens"] < b["tokens"]
     ]
     flat = [
         b["temporaries"]["ours"] - a["temporaries"]["ours"]

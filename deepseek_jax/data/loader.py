@@ -10,8 +10,9 @@ from deepseek_jax.cli.texts import human
 from deepseek_jax.config.options import Config
 from deepseek_jax.data import contents
 from deepseek_jax.data.documents import DataNotes
+from deepseek_jax.data.fields import TEXT, Fields, Rows, padding_row, stack_rows
 from deepseek_jax.data.order import derive_seed
-from deepseek_jax.data.packing import PackedRows, Row, padding_row
+from deepseek_jax.data.packing import PackedRows
 from deepseek_jax.data.sources import Corpus, Documents, open_corpora, parse_weights, split
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
@@ -52,6 +53,7 @@ class Loader:
       config: reads data, model.vocab_size, train.batch_size, train.sequence_length and seed.
       tokenizer: of `config.data.tokenizer`.
       progress: show a bar on stderr if it takes long.
+      fields: what batches have; of packed text all that there is by default.
 
     Attributes:
       num_train_rows: rows of one pass over every source. num_eval_rows: held-out rows, 0 for eval_fraction=0.
@@ -63,10 +65,17 @@ class Loader:
       UserError: a source is missing, empty, unreadable or not what its name says, or all together are too short.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, progress: bool = False):
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        progress: bool = False,
+        fields: Fields = TEXT,
+    ):
         c, length, mask = config, config.train.sequence_length, config.data.document_mask
         self.tokenizer = tokenizer
         self._config = config
+        self._fields = fields
         weights = parse_weights(config)  # before the reading, which may take long
         notes = DataNotes()
         corpora = open_corpora(config, tokenizer, progress, notes)
@@ -90,11 +99,11 @@ class Loader:
         self._sources, self._rows, self._weights = corpora, train, weights
         self._train = self._ordered(train)
 
-    def train_rows(self, start: int, count: int) -> dict[str, np.ndarray]:
+    def train_rows(self, start: int, count: int) -> Rows:
         """Rows start to start + count - 1 of the infinite global training order.
 
         Returns:
-          tokens, targets, segment_ids, positions: int32 [count, S]; see PackedRows.row.
+          The fields of the loader, [count, ...]; see PackedRows.row.
 
         Raises:
           UserError: a token file has ids that the tokenizer has not.
@@ -116,15 +125,15 @@ class Loader:
             )
         return out
 
-    def eval_rows(self, start: int, count: int) -> dict[str, np.ndarray]:
-        """Held-out rows start to start + count - 1, int32 [count, S] each; beyond the last, rows of padding."""
+    def eval_rows(self, start: int, count: int) -> Rows:
+        """Held-out rows start to start + count - 1, [count, ...] each; beyond the last, rows of padding."""
         rows = []
         for i in range(start, start + count):
             if i < self.num_eval_rows:
                 source, row = self._eval_order[i]
                 rows.append(self._eval[source].row(int(row)))
             else:
-                rows.append(padding_row(self._config.train.sequence_length))
+                rows.append(padding_row(self._fields, self._config.train.sequence_length))
         return self._stack(rows)
 
     def _ordered(self, sources: Sequence[Any]) -> grain.MapDataset:
@@ -139,18 +148,14 @@ class Loader:
         # Grain spreads the sources evenly, with weights rounded to within one percent.
         return grain.MapDataset.mix(shuffled, self._weights) if len(shuffled) > 1 else shuffled[0]
 
-    def _stack(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        s, size = self._config.train.sequence_length, self.tokenizer.vocab_size
-        out = {
-            k: np.stack([r[k] for r in rows]) if rows else np.zeros((0, s), np.int32)
-            for k in padding_row(0)
-        }
+    def _stack(self, rows: list[Rows]) -> Rows:
+        size = self.tokenizer.vocab_size
+        out = stack_rows(rows, self._fields, self._config.train.sequence_length)
         # Start-up trusts the sidecar of a token file; a damaged file must not reach the embedding and tables
         # by id, which would not complain.
-        if rows and not (
-            0 <= out["tokens"].min() and out["tokens"].max() < size and out["targets"].max() < size
-        ):
-            bad = max(out["tokens"].max(), out["targets"].max(), -out["tokens"].min())
+        ids = [out[name] for name in ("tokens", "targets", "next_tokens") if name in out]
+        if rows and not (0 <= out["tokens"].min() and max(a.max() for a in ids) < size):
+            bad = max(*(a.max() for a in ids), -out["tokens"].min())
             raise UserError(
                 f"config.data.path={self._config.data.path!r} has the token id {bad}, but "
                 f"config.data.tokenizer={self._config.data.tokenizer!r} has {size} ids: the "

@@ -7,20 +7,9 @@ reads those ranges only.
 import numpy as np
 
 from deepseek_jax.config.options import IGNORE
+from deepseek_jax.data.fields import TEXT, Rows, padding_row
 from deepseek_jax.data.order import permutation
 from deepseek_jax.data.sources import Documents
-
-Row = dict[str, np.ndarray]
-
-
-def padding_row(length: int) -> Row:
-    """A row that counts for nothing: segment 0, no targets."""
-    return {
-        "tokens": np.zeros(length, np.int32),
-        "targets": np.full(length, IGNORE, np.int32),
-        "segment_ids": np.zeros(length, np.int32),
-        "positions": np.zeros(length, np.int32),
-    }
 
 
 class PackedRows:
@@ -44,7 +33,9 @@ class PackedRows:
         pad_last: bool = False,
     ):
         order = permutation(len(documents.starts), seed)
-        self._tokens, self._length, self._mask = documents.tokens, sequence_length, document_mask
+        self._tokens = documents.tokens
+        self._length = sequence_length
+        self._mask = document_mask
         self._starts = documents.starts[order]
         self._ends = np.cumsum(documents.lengths[order])  # of the documents, in the stream
         self._size = int(self._ends[-1]) if len(order) else 0
@@ -54,7 +45,7 @@ class PackedRows:
     def __len__(self) -> int:
         return self._rows
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Rows:
         return self.row(index)
 
     def spans(self, index: int) -> list[tuple[int, int, int]]:
@@ -78,12 +69,12 @@ class PackedRows:
             at += count
         return out
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> Rows:
         """One row.
 
         Returns:
-          tokens, targets, segment_ids, positions: int32 [S] each. targets: the next token, or -100 where it belongs to another
-          document. segment_ids: 1, 2, ... in the row, 0 for padding. positions: from 0 in every segment.
+          The fields of data/fields.py TEXT, int32 [S] each. The next token is -1, and the target -100, where it belongs to another
+          document.
 
         Raises:
           IndexError: there is no such row.
@@ -109,12 +100,12 @@ class PackedRows:
         if self._mask:
             segments = np.repeat(np.arange(1, len(ends) + 1, dtype=np.int32), ends - begins)
             positions -= np.repeat(begins, ends - begins).astype(np.int32)
-        out = padding_row(s)
+        out = padding_row(TEXT, s)
         n = min(s, len(window))
         out["tokens"][:n] = window[:n]
         out["segment_ids"][:n] = segments[:n]
         out["positions"][:n] = positions[:n]
-        out["targets"][: len(window) - 1] = np.where(
-            segments[1:] == segments[:-1], window[1:], IGNORE
-        )
+        same = segments[1:] == segments[:-1]
+        for name, missing in (("targets", IGNORE), ("next_tokens", -1)):
+            out[name][: len(window) - 1] = np.where(same, window[1:], missing)
         return out

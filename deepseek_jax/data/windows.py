@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from deepseek_jax.data.prefetch import Rows
+from deepseek_jax.data.fields import Rows
 
 Window = tuple[int, int]  # rows first to last - 1 of the global order
 
@@ -59,7 +59,8 @@ class Skipping:
     """`source.train_rows` without the skipped windows."""
 
     def __init__(self, source: TrainRows, windows: Windows):
-        self._source, self._windows = source, windows
+        self._source = source
+        self._windows = windows
 
     def train_rows(self, start: int, count: int) -> Rows:
         parts = [

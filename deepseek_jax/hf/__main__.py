@@ -32,10 +32,10 @@ from deepseek_jax.hf import configuration, exporter, names, provenance, reader, 
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.hf.tokenizer_files import Companions, contents_of, tokenizer_of
 from deepseek_jax.inference.loaded import config_for
+from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.run import importer
 from deepseek_jax.tensorfile.files import FILE_BYTES
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import abstract_model
 
 
 def main() -> int:

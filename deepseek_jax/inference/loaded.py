@@ -21,9 +21,9 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration, exporter, names, reader, tokenizer_files
 from deepseek_jax.hf.provenance import SourceNotes, notes_of
 from deepseek_jax.hf.tokenizer_files import Companions
+from deepseek_jax.model.layout import PlacedModel, place_model
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import Layout, make_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class LoadedModel:
         self,
         full_config: Config,
         mesh: jax.sharding.Mesh,
-        layout: Layout,
+        layout: PlacedModel,
         params: Any,
         bias: Any,
         origin: Origin,
@@ -149,8 +149,8 @@ class LoadedModel:
             multi-token prediction layer.
         """
         # generation/ reads checkpoints by this package.
+        from deepseek_jax.inference.generation.bound import BoundModel
         from deepseek_jax.inference.generation.engine import Engine
-        from deepseek_jax.inference.generation.placed import PlacedModel
         from deepseek_jax.inference.generation.sampling import Sampling
 
         one = len(tokens) > 0 and not isinstance(tokens[0], (Sequence, np.ndarray))
@@ -170,8 +170,8 @@ class LoadedModel:
                 f"32-bit number."
             )
         if self._engine is None:
-            placed = PlacedModel(self.layout, self.params, self.bias, self.mesh)
-            self._engine = Engine(placed)
+            bound = BoundModel(self.layout, self.params, self.bias, self.mesh)
+            self._engine = Engine(bound)
         stop = self.stop_ids if stop_ids is None else stop_ids
         if not prompts:
             return []
@@ -239,7 +239,7 @@ def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = Non
     source, model, family = reader.open_source(path)
     config, mesh = config_for(model, mesh, dtype)
     with jax.set_mesh(mesh):
-        layout = make_layout(config, mesh)
+        layout = place_model(config, mesh)
         params, bias = reader.state_of(source, config, family, layout, dtype)
     source.close()
     origin = Origin(source.folder, notes_of(source, model, family))

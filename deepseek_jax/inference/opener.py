@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import re
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,9 +22,10 @@ from deepseek_jax.hf.provenance import SourceNotes
 from deepseek_jax.hf.tensors import read_config
 from deepseek_jax.hf.tokenizer_files import contents_of, ends_of, tokenizer_of
 from deepseek_jax.inference.loaded import LoadedModel, Origin, config_for, load
+from deepseek_jax.model.layout import place_model
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import from_tree, make_layout, to_tree
+from deepseek_jax.train.state import from_tree, to_tree
 
 
 @dataclasses.dataclass
@@ -131,16 +131,14 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
     config, mesh = config_for(saved.model, mesh, dtype)
     config = dataclasses.replace(config, moe=saved.moe)
     with jax.set_mesh(mesh):
-        layout = make_layout(config, mesh)
-        others = set(layout.abstract._fields) - {"params", "bias"}
-        nothing: dict[str, Any] = dict.fromkeys(others)
-        wanted = layout.abstract_sharded()._replace(**nothing)
+        layout = place_model(config, mesh)
+        wanted = layout.abstract_sharded()
         checkpoints = Checkpointer(folder, read_only=True, options=saved.checkpoint)
         trained = contents_of(checkpoints.read_extra(step))
         tokenizer = tokenizer_of(workdir, saved, trained)
-        state = from_tree(checkpoints.restore_params(to_tree(wanted), step), wanted)
+        weights = from_tree(checkpoints.restore_params(to_tree(wanted), step), wanted)
         checkpoints.close()
-        params = _cast(state.params, np.dtype(dtype))
+        params = _cast(weights.params, np.dtype(dtype))
     try:
         notes = provenance.read_notes(workdir) or SourceNotes(
             configuration.find_family(saved.model), saved.model, {}
@@ -153,7 +151,7 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
         return encoder_of(text, tokenizer, saved, saved.model.vocab_size, workdir).stop_ids
 
     origin = Origin(workdir, notes, tokenizer, find_stop_ids)
-    model = LoadedModel(config, mesh, layout, params, state.bias, origin)
+    model = LoadedModel(config, mesh, layout, params, weights.bias, origin)
     return Opened(model, saved, True, text, tokenizer, trained)
 
 

@@ -15,6 +15,7 @@ from deepseek_jax.experts import cpu_unstacked, dispatch
 from deepseek_jax.experts.cpu_unstacked import UnstackedExperts
 from deepseek_jax.model.layers import MLP, param
 from deepseek_jax.model.router import Routing, route
+from deepseek_jax.model.taps import ROUTER, Taps, tap, wanted
 from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
 from deepseek_jax.parallel.weights import gathered, stored, whole
 
@@ -139,8 +140,9 @@ class MoE(nnx.Module):
         gate_up, down = stored(self.experts.gate_up_proj), stored(self.experts.down_proj)
         weights, specs = gate_up[0] + down[0], (gate_up[1], down[1])
         kernel = whole(self.gate.kernel, jnp.float32)
+        taps = tuple(name for name in ROUTER if wanted(name))
         routed = per_device(
-            functools.partial(self._routed, specs=specs),
+            functools.partial(self._routed, specs=specs, taps=taps),
             in_specs=(
                 P(BATCH_AXES),
                 P(BATCH_AXES),
@@ -149,9 +151,15 @@ class MoE(nnx.Module):
                 *gate_up[1],
                 *down[1],
             ),
-            out_specs=(P(BATCH_AXES), MoEStats(*[P()] * len(MoEStats._fields))),
+            out_specs=(
+                P(BATCH_AXES),
+                MoEStats(*[P()] * len(MoEStats._fields)),
+                dict.fromkeys(taps, P(BATCH_AXES)),
+            ),
         )
-        y_BSD, stats = routed(x_BSD, valid_BS, kernel, bias_E, *weights)
+        y_BSD, stats, found = routed(x_BSD, valid_BS, kernel, bias_E, *weights)
+        for name, value in found.items():
+            tap(name, value)
         if self.config.n_shared_experts:
             y_BSD = y_BSD + self.shared_experts(x_BSD)
         return y_BSD, stats
@@ -178,8 +186,8 @@ class MoE(nnx.Module):
         return y_BSD
 
     def _routed(
-        self, x_BSD, valid_BS, kernel, bias_E, *weights, specs
-    ) -> tuple[jax.Array, MoEStats]:
+        self, x_BSD, valid_BS, kernel, bias_E, *weights, specs, taps
+    ) -> tuple[jax.Array, MoEStats, Taps]:
         """One device's part: route, drop if asked to, dispatch, count.
 
         Args:
@@ -189,6 +197,7 @@ class MoE(nnx.Module):
           bias_E: float32, added to scores for choosing only.
           weights: arrays of gate_up and then of down, as they are stored.
           specs: PartitionSpecs of those of gate_up, and of those of down.
+          taps: names of what is handed out besides (taps.py).
         """
         m, moe = self.config, self.moe
         b, s, d = x_BSD.shape
@@ -217,9 +226,37 @@ class MoE(nnx.Module):
         count_BE = _count(chosen_TK.reshape(b, -1), m.n_routed_experts)
         chosen_E = jnp.sum(count_BE, axis=0)
         kept_E = _count(kept_TK.reshape(1, -1), m.n_routed_experts)[0] if moe.drop else chosen_E
-        return y_TD.reshape(b, s, d), _statistics(
-            routing, count_BE, valid_BS, load_of(chosen_E, kept_E, rounds), m
+        y_BSD = y_TD.reshape(b, s, d)
+        stats = _statistics(routing, count_BE, valid_BS, load_of(chosen_E, kept_E, rounds), m)
+        found = {
+            "router_scores": lambda: routing.score_TE,
+            "router_choices": lambda: chosen_TK,
+            "router_weights": lambda: routing.weight_TK,
+            "expert_norms": lambda: _expert_norms(moe, x_TD, chosen_TK, gate_up, down),
+        }
+        return y_BSD, stats, {n: found[n]().reshape(b, s, -1) for n in taps}
+
+
+def _expert_norms(
+    moe: MoeConfig, x_TD: jax.Array, chosen_TK: jax.Array, gate_up: jax.Array, down: jax.Array
+) -> jax.Array:
+    """float32 [T, K]: the norm of each chosen expert's output, 0 for padding. Without gradient.
+
+    The dispatch adds up the outputs of a token's experts, so each choice goes through it alone, with weight 1.
+    """
+    x_TD, gate_up, down = lax.stop_gradient((x_TD, gate_up, down))
+    one_T1 = jnp.ones_like(x_TD, jnp.float32, shape=(x_TD.shape[0], 1))
+
+    def norm(_, chosen_T):
+        y_TD, _ = dispatch.dispatch(
+            moe.dispatch,
+            dispatch.Tokens(x_TD, one_T1, chosen_T[:, None]),
+            dispatch.ExpertWeights(gate_up, down),
+            moe.capacity_factor,
         )
+        return None, jnp.linalg.norm(lax.psum(y_TD, "tensor").astype(jnp.float32), axis=-1)
+
+    return lax.scan(norm, None, chosen_TK.T)[1].T
 
 
 def load_of(chosen_E: jax.Array, kept_E: jax.Array, rounds: jax.Array) -> Load:

@@ -16,10 +16,10 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config.options import IGNORE
 from deepseek_jax.model.moe import MoEStats, merge_stats
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
+from deepseek_jax.model.taps import collect, join
 from deepseek_jax.model.transformer import Output, Transformer, join_layers
 from deepseek_jax.parallel.pipeline import Schedule, run, to_stages
 from deepseek_jax.parallel.sharding import without_stage
@@ -31,16 +31,20 @@ keep_explicit_axes_through_shard_map()
 def through_stages(
     model: Transformer,
     schedule: Schedule,
-    batch: dict[str, jax.Array],
+    fields: dict[str, tuple[jax.Array, int | float]],
+    others: Any,
     given: Any,
     head: Callable[..., Any],
+    taps: tuple[str, ...] = (),
 ) -> tuple[Any, MoEStats | None]:
     """All micro-batches of a step through the pipeline.
 
     Args:
-      batch: int32 [A, B, S], A micro-batches: tokens, targets, segment_ids, positions.
+      fields: by name (an array [A, B, ...] of A micro-batches, its value in a micro-batch that is missing: padding).
+      others: a pytree of arrays [A, ...] that `head` needs besides, of each micro-batch.
       given: arrays that `head` needs, the same on all stages.
-      head: (model, micro-batch, its Output, given) -> sums to be added up over micro-batches: the loss.
+      head: (model, micro-batch, its Output, its part of `others`, given) -> sums to be added up over micro-batches: the loss.
+      taps: names of what layers hand out (taps.py), for `head`.
 
     Returns:
       (the sums, statistics as Transformer returns them, added up over micro-batches).
@@ -49,28 +53,28 @@ def through_stages(
     graphdef, blocks, ends = nnx.split(model, lambda path, _: path[0] == name, ...)
     blocks = jax.tree.map(lambda w: to_stages(w, schedule), blocks)
     ends = jax.tree.map(lambda w: jax.sharding.reshard(w, without_stage(w)), ends)
+    batch = {name: a for name, (a, _) in fields.items()}
 
-    def one_stage(blocks, ends, batch, given):
+    def one_stage(blocks, ends, batch, others, given):
         stage = lax.axis_index("stage")
-        ends, batch, given = jax.tree.map(
-            lambda a: lax.pcast(a, "stage", to="varying"), (ends, batch, given)
+        ends, batch, others, given = jax.tree.map(
+            lambda a: lax.pcast(a, "stage", to="varying"), (ends, batch, others, given)
         )
         model = nnx.merge(graphdef, jax.tree.map(lambda w: w[:, 0], blocks), ends)
         layer_graphdef, weights = nnx.split(getattr(model, name))
 
+        def pick(tree, m):
+            last = schedule.micro_batches - 1
+            return jax.tree.map(
+                lambda a: lax.dynamic_index_in_dim(a, jnp.minimum(m, last), 0, keepdims=False),
+                tree,
+            )
+
         def micro_batch(m):
             """Micro-batch m, all padding where there is none."""
-            micro = jax.tree.map(
-                lambda a: lax.dynamic_index_in_dim(
-                    a, jnp.minimum(m, schedule.micro_batches - 1), 0, keepdims=False
-                ),
-                batch,
-            )
             missing = m >= schedule.micro_batches
-            return micro | {
-                "segment_ids": jnp.where(missing, 0, micro["segment_ids"]),
-                "targets": jnp.where(missing, IGNORE, micro["targets"]),
-            }
+            micro = pick(batch, m)
+            return {k: jnp.where(missing, fields[k][1], a) for k, a in micro.items()}
 
         def side(m):
             micro = micro_batch(m)
@@ -78,23 +82,26 @@ def through_stages(
 
         def block(weights, x_BSD, side, works):
             rope, segment_ids_BS = side
-            return nnx.merge(layer_graphdef, weights)(
-                x_BSD, rope, jnp.where(works, segment_ids_BS, 0)
-            )
+            with collect(taps) as found:
+                x_BSD, stats = nnx.merge(layer_graphdef, weights)(
+                    x_BSD, rope, jnp.where(works, segment_ids_BS, 0)
+                )
+            return x_BSD, stats, found
 
         def entrance(m):
             micro = micro_batch(m)
-            return model.enter(micro["tokens"], *side(m))
+            return model.enter(micro["tokens"], *side(m), taps)
 
-        def exit(m, x_BSD):
+        def exit(m, x_BSD, first, found):
             micro = micro_batch(m)
-            out: Output = model.leave(x_BSD, *side(m), micro["targets"])
-            return head(model, micro, out, given), out.stats
+            out: Output = model.leave(x_BSD, *side(m), micro.get("next_tokens"), taps)
+            out, stats = out._replace(stats=None, taps=join(first, found, out.taps)), out.stats
+            return head(model, micro, out, pick(others, m), given), stats
 
         mine = jnp.arange(schedule.groups) * schedule.stages + stage
         # Entrance and exit contain what is rematerialised themselves: dense layers, MTP layers, logits.
-        x_GBSD = lax.map(entrance, mine)
-        x_GBSD, stats = run(
+        x_GBSD, first = lax.map(entrance, mine)
+        x_GBSD, stats, found = run(
             schedule,
             weights,
             x_GBSD,
@@ -102,7 +109,7 @@ def through_stages(
             block,
             lambda f: rematerialise(f, model.remat, model.offload),
         )
-        sums, mtp_stats = lax.map(lambda a: exit(*a), (mine, x_GBSD))
+        sums, mtp_stats = lax.map(lambda a: exit(*a), (mine, x_GBSD, first, found))
         sums = jax.tree.map(lambda a: lax.psum(jnp.sum(a, axis=0), "stage"), sums)
         stats, mtp_stats = merge_stats(stats, axis=0), merge_stats(mtp_stats, axis=0)
         return (
@@ -113,12 +120,12 @@ def through_stages(
 
     mapped = jax.shard_map(
         one_stage,
-        in_specs=(P(None, "stage"), P(), P(), P()),
+        in_specs=(P(None, "stage"), P(), P(), P(), P()),
         out_specs=(P(), P(None, "stage"), P("stage")),
         axis_names={"stage"},
         check_vma=True,
     )
-    sums, stats, mtp_stats = mapped(blocks, ends, batch, given)
+    sums, stats, mtp_stats = mapped(blocks, ends, batch, others, given)
 
     def in_order(a: jax.Array) -> jax.Array:
         return jax.sharding.reshard(a, P()).reshape(-1, *a.shape[3:])[: schedule.layers]

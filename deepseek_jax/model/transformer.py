@@ -18,21 +18,24 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config.options import Config, ModelConfig, MoeConfig
 from deepseek_jax.model.attention.interface import Rope
 from deepseek_jax.model.attention.kinds import make_attention
+from deepseek_jax.model.head import Head
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 from deepseek_jax.model.moe import MoE, MoEStats
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
+from deepseek_jax.model.taps import Taps, collect, join, tap
 from deepseek_jax.parallel.offload import to_device
 from deepseek_jax.parallel.weights import whole
 
 
 class Output(NamedTuple):
-    """What the model returns: hidden states ready for the output head, and statistics."""
+    """What the model returns: hidden states ready for the output head, statistics, and taps."""
 
     hidden_BSD: jax.Array  # after the final norm
     mtp_hidden_BSD: tuple[jax.Array, ...]  # one per prediction depth, each after its own norm
     # leaves [L, ...]: the MoE layers, then the MTP layers; None for a dense model
     stats: MoEStats | None
+    taps: Taps = {}  # what was asked for by name (taps.py), [L, ...] over the layers that have it
 
 
 class DecoderLayer(nnx.Module):
@@ -71,10 +74,13 @@ class DecoderLayer(nnx.Module):
         attention = self.self_attn if attend is None else functools.partial(attend, self.self_attn)
         x_BSD = x_BSD + attention(self.input_layernorm(x_BSD), rope, segment_ids_BS)
         h_BSD = self.post_attention_layernorm(x_BSD)
-        if not isinstance(self.mlp, MoE):
-            return x_BSD + self.mlp(h_BSD), None
-        y_BSD, stats = self.mlp(h_BSD, segment_ids_BS > 0)
-        return x_BSD + y_BSD, stats
+        if isinstance(self.mlp, MoE):
+            y_BSD, stats = self.mlp(h_BSD, segment_ids_BS > 0)
+        else:
+            y_BSD, stats = self.mlp(h_BSD), None
+        x_BSD = x_BSD + y_BSD
+        tap("hidden", x_BSD)
+        return x_BSD, stats
 
 
 class MTPLayer(nnx.Module):
@@ -136,6 +142,7 @@ class Transformer(nnx.Module):
         segment_ids_BS: jax.Array,
         positions_BS: jax.Array,
         next_tokens_BS: jax.Array | None = None,
+        taps: tuple[str, ...] = (),
     ) -> Output:
         """The forward pass.
 
@@ -145,32 +152,43 @@ class Transformer(nnx.Module):
           positions_BS: int32 position of each token in its document.
           next_tokens_BS: int32, the token after each position, negative where there is none in its
             document: multi-token prediction runs if it is given and the model has such layers.
-            Positions without a token to read are padding there.
+            Positions without a token to read are padding there. It is what is read, not what is
+            scored: a masked target is still a next token.
+          taps: names of what layers are to hand out besides (taps.py).
         """
         chex.assert_rank(tokens_BS, 2)
         chex.assert_equal_shape([tokens_BS, segment_ids_BS, positions_BS])
         chex.assert_type([tokens_BS, segment_ids_BS, positions_BS], jnp.int32)
         rope = rope_tables(self.config, positions_BS)
-        x_BSD = self.enter(tokens_BS, rope, segment_ids_BS)
-        x_BSD, stats = self._scan(getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS)
-        out = self.leave(x_BSD, rope, segment_ids_BS, next_tokens_BS)
-        return out._replace(stats=join_layers(stats, out.stats))
+        x_BSD, first = self.enter(tokens_BS, rope, segment_ids_BS, taps)
+        x_BSD, (stats, found) = self._scan(
+            getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS, taps
+        )
+        out = self.leave(x_BSD, rope, segment_ids_BS, next_tokens_BS, taps)
+        return out._replace(stats=join_layers(stats, out.stats), taps=join(first, found, out.taps))
 
     @property
     def blocks_name(self) -> str:
         """The attribute that holds the main stack: what a pipeline divides over its stages."""
         return "layers" if self.layers is not None else "dense_layers"
 
-    def enter(self, tokens_BS: jax.Array, rope: Rope, segment_ids_BS: jax.Array) -> jax.Array:
+    def enter(
+        self,
+        tokens_BS: jax.Array,
+        rope: Rope,
+        segment_ids_BS: jax.Array,
+        taps: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, Taps]:
         """What comes before the main stack: embedding, and dense layers in front of MoE layers.
 
         Returns:
-          [B, S, D] in the compute dtype.
+          [B, S, D] in the compute dtype, and the taps of these layers.
         """
         x_BSD = self.embed_tokens(tokens_BS, self.dtype)
+        found: Taps = {}
         if self.layers is not None and self.dense_layers is not None:
-            x_BSD, _ = self._scan(self.dense_layers, x_BSD, rope, segment_ids_BS)
-        return x_BSD
+            x_BSD, (_, found) = self._scan(self.dense_layers, x_BSD, rope, segment_ids_BS, taps)
+        return x_BSD, found
 
     def leave(
         self,
@@ -178,59 +196,75 @@ class Transformer(nnx.Module):
         rope: Rope,
         segment_ids_BS: jax.Array,
         next_tokens_BS: jax.Array | None,
+        taps: tuple[str, ...] = (),
     ) -> Output:
         """What comes after the main stack: the last norm and multi-token prediction.
 
-        The statistics are those of multi-token prediction alone.
+        The statistics and taps are those of multi-token prediction alone.
         """
         hidden_BSD = self.norm(x_BSD)
         if next_tokens_BS is None or not self.mtp:
             return Output(hidden_BSD, (), None)
-        mtp_hidden, stats = self._predict_ahead(hidden_BSD, next_tokens_BS, rope, segment_ids_BS)
-        return Output(hidden_BSD, mtp_hidden, jax.tree.map(lambda *s: jnp.concatenate(s), *stats))
+        mtp_hidden, layers = self._predict_ahead(
+            hidden_BSD, next_tokens_BS, rope, segment_ids_BS, taps
+        )
+        return Output(hidden_BSD, mtp_hidden, *jax.tree.map(lambda *a: jnp.concatenate(a), *layers))
 
     @property
-    def head(self) -> nnx.Variable:
-        """The weight of the output head: [D, V], or the embedding [V, D] where they are tied."""
-        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.kernel
+    def head(self) -> Head:
+        """The output head: its own weight, or the embedding where they are tied."""
+        if self.config.tie_word_embeddings:
+            return Head(self.embed_tokens.weight, tied=True)
+        return Head(self.lm_head.kernel, tied=False)
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
-        """float32 [B, S, V]. Training never calls it, but goes through the tokens in chunks."""
-        weight = whole(self.head, self.dtype)
-        kernel_DV = weight.T if self.config.tie_word_embeddings else weight
+        """float32 [B, S, V]. Training never calls it: head.py goes through the tokens in chunks."""
+        head = self.head
+        weight = whole(head.weight, self.dtype)
+        kernel_DV = weight.T if head.tied else weight
         return jnp.einsum("bsd,dv->bsv", hidden_BSD, kernel_DV, preferred_element_type=jnp.float32)
 
-    def _scan(self, stack, x_BSD, rope, segment_ids_BS):
+    def _scan(self, stack, x_BSD, rope, segment_ids_BS, taps):
+        """(x, (statistics, taps)), the latter [L, ...] over the layers of the stack."""
         graphdef, state = nnx.split(stack)
 
         def body(x_BSD, layer_state):
-            # Weights in the host's memory come one layer at a time, and again in the backward pass,
-            # because this is inside of what is rematerialised.
-            return nnx.merge(graphdef, to_device(layer_state))(x_BSD, rope, segment_ids_BS)
+            with collect(taps) as found:
+                # Weights in the host's memory come one layer at a time, and again in the backward
+                # pass, because this is inside of what is rematerialised.
+                layer = nnx.merge(graphdef, to_device(layer_state))
+                x_BSD, stats = layer(x_BSD, rope, segment_ids_BS)
+            return x_BSD, (stats, found)
 
         return jax.lax.scan(rematerialise(body, self.remat, self.offload), x_BSD, state)
 
-    def _predict_ahead(self, hidden_BSD, next_tokens_BS, rope, segment_ids_BS):
+    def _predict_ahead(self, hidden_BSD, next_tokens_BS, rope, segment_ids_BS, taps):
         """At position i, depth d reads the embedding of token i+d and the normed state of the depth before.
 
         It predicts token i+d+1.
+
+        Returns:
+          Hidden states of each depth, and (statistics, taps) of each, leaves [1, ...].
         """
-        outs, all_stats = [], []
+        outs, layers = [], []
         for mtp in self.mtp:
             graphdef, state = nnx.split(mtp)
 
             def run(state, hidden_BSD, tokens_BS, segment_ids_BS, graphdef=graphdef):
                 embedded = self.embed_tokens(jnp.maximum(tokens_BS, 0), self.dtype)
-                return nnx.merge(graphdef, state)(hidden_BSD, embedded, rope, segment_ids_BS)
+                with collect(taps) as found:
+                    layer = nnx.merge(graphdef, state)
+                    hidden_BSD, stats = layer(hidden_BSD, embedded, rope, segment_ids_BS)
+                return hidden_BSD, (stats, found)
 
             segments = jnp.where(next_tokens_BS >= 0, segment_ids_BS, 0)
-            hidden_BSD, stats = rematerialise(run, self.remat, self.offload)(
+            hidden_BSD, extra = rematerialise(run, self.remat, self.offload)(
                 state, hidden_BSD, next_tokens_BS, segments
             )
             outs.append(hidden_BSD)
-            all_stats.append(jax.tree.map(lambda s: s[None], stats))
+            layers.append(jax.tree.map(lambda a: a[None], extra))
             next_tokens_BS = tokens_ahead(next_tokens_BS, segment_ids_BS, 1, missing=-1)
-        return tuple(outs), all_stats
+        return tuple(outs), layers
 
 
 def join_layers(stats: MoEStats | None, more: MoEStats | None) -> MoEStats | None:

@@ -1,1 +1,13 @@
-"""What a run learns: the fields of its batch, its loss and what it measures."""
+"""What a run learns, as one object: the fields of its batch, frozen models, its loss as named parts, and what it measures.
+
+Enter a model's output and a batch, leave a loss and its parts. Read base.py first, then pretrain.py, the first objective.
+"""
+
+from deepseek_jax.config.options import Config
+from deepseek_jax.objectives.base import Objective
+from deepseek_jax.objectives.pretrain import Pretraining
+
+
+def make(config: Config) -> Objective:
+    """The objective of a run's options: the one maker, for training, plan and benchmarks."""
+    return Pretraining(config)

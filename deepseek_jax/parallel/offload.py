@@ -26,27 +26,26 @@ def is_stack(path: tuple) -> bool:
     return jax.tree_util.keystr(path[:1], simple=True) in STACKS
 
 
-def placed(config: Config, abstract: Any, shardings: Any) -> Any:
-    """The shardings of a state (`params`, `opt_state`) in the memory that `config.offload` gives them.
+def place_params(config: Config, shardings: Any) -> Any:
+    """The shardings of parameters in the memory that `config.offload.parameters` gives them.
 
-    Counters stay on the device, and so do embedding, output head, last norm and the layers of multi-token prediction.
-
-    Args:
-      abstract: its shapes.
+    Embedding, output head, last norm and the layers of multi-token prediction stay on the device.
     """
-    host = lambda s: s.with_memory_kind(HOST)
-    if config.offload.optimizer_state:
-        shardings = shardings._replace(
-            opt_state=jax.tree.map(
-                lambda a, s: host(s) if a.ndim else s, abstract.opt_state, shardings.opt_state
-            )
-        )
-    if config.offload.parameters:
-        stacks = jax.tree_util.tree_map_with_path(
-            lambda path, s: host(s) if is_stack(path) else s, shardings.params
-        )
-        shardings = shardings._replace(params=stacks)
-    return shardings
+    if not config.offload.parameters:
+        return shardings
+    return jax.tree_util.tree_map_with_path(
+        lambda path, s: s.with_memory_kind(HOST) if is_stack(path) else s, shardings
+    )
+
+
+def place_optimizer(config: Config, abstract: Any, shardings: Any) -> Any:
+    """The shardings of an optimizer's state (`abstract`: its shapes) in the memory that `config.offload.optimizer_state` gives it.
+
+    Counters stay on the device.
+    """
+    if not config.offload.optimizer_state:
+        return shardings
+    return jax.tree.map(lambda a, s: s.with_memory_kind(HOST) if a.ndim else s, abstract, shardings)
 
 
 def on_host(a: Any) -> bool:

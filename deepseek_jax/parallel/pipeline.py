@@ -106,18 +106,20 @@ def run(
     side: Callable,
     block: Callable,
     remat: Callable,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Any, Any]:
     """One stage's part of the pipeline, inside a shard_map over `stage`.
 
     Args:
       weights: this stage's, leaves [P, n, ...].
       x_GBSD: what goes in: micro-batch group * stages + s on stage s.
       side: micro-batch number -> what its layers need besides x.
-      block: (weights of one layer, x_BSD, side, bool: whether to work) -> (x_BSD, statistics). Without work it takes all tokens for padding.
+      block: (weights of one layer, x_BSD, side, bool: whether to work) -> (x_BSD, statistics, taps). Without work it takes all tokens
+        for padding.
       remat: function -> the same, rematerialised as the run wants.
 
     Returns:
-      What comes out, [G, B, S, D] as x_GBSD, and statistics with leaves [Q, P, n, ...]: of each tick, zeros where it did nothing.
+      What comes out, [G, B, S, D] as x_GBSD; statistics with leaves [Q, P, n, ...]: of each tick, zeros where it did nothing; and
+      the taps of all layers for the micro-batches that come out here, leaves [G, L, ...].
     """
     s, stage = schedule, lax.axis_index("stage")
     around = s.stages * s.repeats
@@ -155,15 +157,15 @@ def run(
         def layer(h_BSD, layer_weights, place):
             exists = (piece * s.stages + stage) * s.blocks + place < s.layers
             args = h_BSD, given, working & exists
-            out_BSD, stats = (
+            out_BSD, stats, taps = (
                 whole_block(layer_weights, *args)
                 if s.repeats == 1
                 else picked_block((piece, place), *args)
             )
-            return jnp.where(exists, out_BSD, h_BSD), stats
+            return jnp.where(exists, out_BSD, h_BSD), (stats, taps)
 
         only_piece = jax.tree.map(lambda w: w[0], weights) if s.repeats == 1 else None
-        h_BSD, stats = lax.scan(
+        h_BSD, (stats, taps) = lax.scan(
             lambda h, xs: layer(h, *xs), h_BSD, (only_piece, jnp.arange(s.blocks))
         )
         stats = jax.tree.map(
@@ -180,12 +182,25 @@ def run(
         y_GBSD = jnp.where(
             home, lax.dynamic_update_index_in_dim(y_GBSD, leaving_BSD, slot, 0), y_GBSD
         )
-        return (shift(h_BSD, 1), shift(coming_BSD, -1), leaving_BSD, y_GBSD), stats
+        return (shift(h_BSD, 1), shift(coming_BSD, -1), leaving_BSD, y_GBSD), (stats, taps)
 
     empty = jnp.ones_like(
         x_GBSD
     )  # not zeros: with rms_norm_eps=0 neither their norm nor its gradient is a number
-    (_, _, _, y_GBSD), stats = lax.scan(
+    (_, _, _, y_GBSD), (stats, taps) = lax.scan(
         tick, (empty[0], empty[0], empty[0], empty), jnp.arange(s.ticks)
     )
-    return y_GBSD, stats
+    return y_GBSD, stats, jax.tree.map(lambda a: _taps_at_exit(s, a), taps)
+
+
+def _taps_at_exit(schedule: Schedule, taps: jax.Array) -> jax.Array:
+    """A tap of this stage's layers by tick, [Q, n, ...], to one of all layers for the micro-batches that leave here, [G, L, ...]."""
+    s = schedule
+    # The k-th unit of work of a stage is at tick k + stage: by group, piece and the micro-batch's place in its group.
+    work = lax.dynamic_slice_in_dim(
+        taps, lax.axis_index("stage"), s.groups * s.repeats * s.stages, axis=0
+    )
+    work = work.reshape(s.groups, s.repeats, s.stages, *taps.shape[1:])
+    # Micro-batch group * stages + k leaves at stage k; there the axis is of the stages that it came through.
+    came = lax.all_to_all(work, "stage", split_axis=2, concat_axis=2, tiled=True)
+    return came.reshape(s.groups, -1, *taps.shape[2:])[:, : s.layers]

@@ -204,11 +204,12 @@ def _memory_of_layout(r: dict[str, Any]) -> list[tuple[str, str]]:
     stored, available = r["layout_bytes"], r["devices"]["memory"]
     state = sum(stored.values()) - stored["gradients"]
     residual = f" + {gb(stored['residual'])} of residuals" if "residual" in stored else ""
+    frozen = f" + {gb(stored['frozen'])} of a frozen model" if "frozen" in stored else ""
     out = [
         (
             "layout",
             f"a device stores {gb(stored['parameters'])} of parameters + "
-            f"{gb(stored['optimizer'])} of optimizer state{residual}",
+            f"{gb(stored['optimizer'])} of optimizer state{residual}{frozen}",
         ),
         (
             "",

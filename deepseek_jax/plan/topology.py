@@ -5,6 +5,7 @@ nothing is executed.
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import pathlib
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from deepseek_jax import objectives
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel import xla_options
@@ -25,8 +27,9 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.xla_options import with_known_options
 from deepseek_jax.runtime import jax_private
 from deepseek_jax.runtime.threads import enough_threads
+from deepseek_jax.train.batch import abstract_batch
 from deepseek_jax.train.state import Layout, make_layout
-from deepseek_jax.train.step import abstract_batch, make_train_step
+from deepseek_jax.train.step import make_train_step
 
 
 class Hardware(NamedTuple):
@@ -126,9 +129,8 @@ def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layo
         ) from e
     # A sharding over devices that are not here loses its memory kind; over a mesh without devices
     # it keeps it.
-    return mesh, make_layout(
-        config, mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh
-    )
+    place = mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh
+    return mesh, make_layout(config, place, objectives.make(config).frozen(place))
 
 
 def _offloads(config: Config) -> bool:
@@ -159,12 +161,18 @@ def compile_step(
         options = xla_options.xla_options(config, mesh.devices.flat[0].platform, layer_bytes)
     started = time.perf_counter()
     try:
-        train_step = jax.jit(make_train_step(config, layout), donate_argnums=0)
+        objective = objectives.make(config)
+        train_step = jax.jit(make_train_step(config, layout, objective), donate_argnums=0)
+        frozen = () if layout.frozen is None else (layout.abstract_frozen(),)
+        batch_of = functools.partial(
+            abstract_batch, objective.fields, config, step=config.train.batch_ramp_steps
+        )
         if _offloads(config) and _is_elsewhere(mesh):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 traced = train_step.trace(
                     layout.abstract_sharded(),
-                    abstract_batch(config, mesh.abstract_mesh, config.train.batch_ramp_steps),
+                    batch_of(mesh=mesh.abstract_mesh),
+                    *frozen,
                 )
                 lowered = traced.lower(lowering_platforms=("cuda",))
             lowered_at = time.perf_counter()
@@ -173,10 +181,7 @@ def compile_step(
             )
         else:
             with jax.set_mesh(mesh):
-                lowered = train_step.lower(
-                    layout.abstract_sharded(),
-                    abstract_batch(config, mesh, config.train.batch_ramp_steps),
-                )
+                lowered = train_step.lower(layout.abstract_sharded(), batch_of(mesh=mesh), *frozen)
                 lowered_at = time.perf_counter()
                 compiled = with_known_options(
                     lambda known: lowered.compile(compiler_options=known), options, _say

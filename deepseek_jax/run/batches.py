@@ -13,7 +13,7 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.data.prefetch import Rows, read_ahead
 from deepseek_jax.data.windows import Skipping, TrainRows, Window
 from deepseek_jax.run.progress import Progress
-from deepseek_jax.train.step import put_batch
+from deepseek_jax.train.batch import put_batch
 
 Batch = dict[str, jax.Array]
 

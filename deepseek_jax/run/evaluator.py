@@ -1,7 +1,6 @@
 """Held-out figures during a run."""
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,21 +8,31 @@ import jax
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.loader import Loader
+from deepseek_jax.model.layout import ModelWeights
+from deepseek_jax.objectives.base import Objective
 from deepseek_jax.run.watchdog import Watchdog
+from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import TrainState
-from deepseek_jax.train.step import put_batch
 
 
 class Evaluator:
-    """Cross-entropy on held-out text: nats per token, bits per byte where a token's bytes are known.
+    """The objective's figures on held-out data.
 
     Args:
-      loader: has the held-out rows.
-      eval_step: (params, bias, batch [b, S]) -> the sum of -log p over the batch's targets.
+      loader: has the held-out sequences.
+      eval_step: of train/step.py, (params, bias, batch [b, S], frozen weights) -> sums by name.
+      objective: makes figures of these sums.
+      frozen: weights of its frozen model, None without one.
     """
 
     def __init__(
-        self, config: Config, mesh: jax.sharding.Mesh, loader: Loader, eval_step: Callable
+        self,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        loader: Loader,
+        eval_step: Callable,
+        objective: Objective,
+        frozen: ModelWeights | None = None,
     ):
         self._loader = loader
         self._mesh = mesh
@@ -32,6 +41,8 @@ class Evaluator:
         self._rows = min(loader.num_eval_rows, config.eval.batches * config.train.batch_size)
         self._bytes = loader.tokenizer.token_bytes
         self._compiled = False
+        self._objective = objective
+        self._frozen = frozen
 
     def __call__(self, state: TrainState, watchdog: Watchdog) -> dict[str, Any]:
         """The figures; {} without held-out text.
@@ -39,21 +50,18 @@ class Evaluator:
         Args:
           watchdog: is told of every batch; the first, which compiles, may take any time.
         """
-        nll = targets = text_bytes = 0.0
+        sums = {"targets": 0.0, "text_bytes": 0.0}
         for start in range(0, self._rows, self._micro_batch):
             rows = self._loader.eval_rows(start, self._micro_batch)
             batch = jax.tree.map(lambda a: a[0], put_batch(rows, self._micro_batch, self._mesh))
             with contextlib.nullcontext() if self._compiled else watchdog.paused():
-                nll += float(self._step(state.params, state.bias, batch))
+                found = self._step(state.params, state.bias, batch, self._frozen)
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
             self._compiled = True
             watchdog.beat(int(state.step))
             scored = rows["targets"][rows["targets"] >= 0]
-            targets += scored.size
+            sums["targets"] += scored.size
             if self._bytes is not None:
-                text_bytes += self._bytes[scored].sum()
-        if not targets:
-            return {}
-        out = {"eval_loss": nll / targets, "eval_tokens": int(targets)}
-        if text_bytes:
-            out["eval_bits_per_byte"] = nll / math.log(2) / text_bytes
-        return out
+                sums["text_bytes"] += self._bytes[scored].sum()
+        return self._objective.figures(sums) if sums["targets"] else {}

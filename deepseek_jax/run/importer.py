@@ -18,10 +18,10 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.hf import names, provenance, reader, writer
 from deepseek_jax.hf.tensors import FP8, HfTensors, dump
 from deepseek_jax.inference.loaded import config_for
+from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.tensorfile.arrays import TensorSpec
 from deepseek_jax.tensorfile.files import FILE_BYTES
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import abstract_model
 
 
 def import_(source_folder: str, workdir: str) -> tuple[int, str]:

@@ -19,8 +19,9 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.hf import names, reader
 from deepseek_jax.hf.provenance import FOLDER, has_weights, read_notes, write_notes
 from deepseek_jax.hf.tensors import HfTensors
+from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import Layout, TrainState, abstract_model, state_around
+from deepseek_jax.train.state import Layout, TrainState, state_around
 
 OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")  # which this version does not train with
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.cluster.processes import Cluster
 from deepseek_jax.cluster.signals import Stopper
@@ -24,28 +25,31 @@ from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import BadNumbers, SaveFailed
 from deepseek_jax.hf.tensors import HfTensors
-from deepseek_jax.inference.generation.placed import PlacedModel
+from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.sample import check_prompt, sample
 from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.model.count import Count, count
-from deepseek_jax.objectives import pretrain
+from deepseek_jax.model.layout import ModelWeights
+from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import init_from, lock, summary
-from deepseek_jax.run.batches import LoaderBatches
+from deepseek_jax.run.batches import Batch, LoaderBatches
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
 from deepseek_jax.run.processes import JoinedElsewhere, here
 from deepseek_jax.run.profile import NoProfiler, Profiler
+from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
 from deepseek_jax.run.resume import Continuation
 from deepseek_jax.run.start import Start
 from deepseek_jax.run.watchdog import Watchdog, end_alone
 from deepseek_jax.runtime import compile_cache, environment
 from deepseek_jax.train import workdir as workdirs
+from deepseek_jax.train.batch import abstract_batch
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import Layout, TrainState, make_layout, to_tree
-from deepseek_jax.train.step import abstract_batch, make_eval_step, make_train_step
+from deepseek_jax.train.step import StepMetrics, make_eval_step, make_train_step
 
 Processes = Cluster | JoinedElsewhere
 
@@ -85,11 +89,11 @@ def train(
         config = init_from.with_what_is_known(paths.absolute_config(config), workdir)
         validate(config)
         with Job(config, workdir, processes, stopper) as job:
-            token_loss = pretrain.next_token_loss
-            mesh = job.open()
-            model = make_layout(config, mesh)
+            objective = objectives.make(config)
+            mesh = job.open(objective)
+            model = make_layout(config, mesh, objective.frozen(mesh))
             start = job.find_start(model)
-            step = job.compile(make_train_step(config, model, token_loss), start)
+            step = job.compile(make_train_step(config, model, objective), start)
             return job.loop(step, start)
 
 
@@ -136,6 +140,7 @@ class Job:
         self._source: HfTensors | None = None  # of config.init_from
         # Set by the stages.
         self._mesh: jax.sharding.Mesh
+        self._objective: Objective
         self._data: Loader
         self._checkpoints: Checkpointer
         self._compiler_options: dict[str, Any]
@@ -152,7 +157,7 @@ class Job:
         if self._processes.index == 0:
             print(text)
 
-    def open(self) -> jax.sharding.Mesh:
+    def open(self, objective: Objective) -> jax.sharding.Mesh:
         """Makes a mesh of the devices and opens the data; the workdir is this run's from here on.
 
         Everything that can be wrong is found out here, before anything is compiled.
@@ -168,7 +173,8 @@ class Job:
         self._changed = workdirs.prepare(self._workdir, config, tokenizer.name)
         if first:
             self._stack.enter_context(lock.all_locked(self._workdir, config))
-        self._data = Loader(config, tokenizer, progress=first)
+        self._objective = objective
+        self._data = Loader(config, tokenizer, progress=first, fields=objective.fields)
         if config.init_from:
             self._source = init_from.open_for_training(config, self._workdir)
         digest = contents.digest(self._data.contents)
@@ -234,19 +240,25 @@ class Job:
         """Begins to compile a step in a thread, for the batches that the run begins with.
 
         Args:
-          train_step: (state, batch) -> (state, metrics).
+          train_step: (state, batch, frozen weights or None) -> (state, metrics).
         """
         step = CompiledStep(train_step, self._mesh, self._compiler_options, self.say)
         done = start.step or 0
         if done < self._config.train.steps:
             step.compile_ahead(
-                start.layout.abstract_sharded(), abstract_batch(self._config, self._mesh, done)
+                start.layout.abstract_sharded(),
+                self._abstract_batch(done),
+                start.layout.abstract_frozen(),
             )
         return step
+
+    def _abstract_batch(self, done: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return abstract_batch(self._objective.fields, self._config, self._mesh, done)
 
     def loop(self, step: CompiledStep, start: Start) -> Result:
         """Reads the state while the step compiles, trains, and says how it ended."""
         config = self._config
+        frozen = start.layout.frozen.load() if start.layout.frozen else None
         state, progress = start.state()
         done = int(state.step)
         if done >= config.train.steps:
@@ -264,9 +276,9 @@ class Job:
         )
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some
         # processes longer to compile: all wait here instead.
-        step.program(state, abstract_batch(config, self._mesh, done))
+        step.program(state, self._abstract_batch(done), frozen)
         self._processes.agree("command", {"steps done": done})
-        result = self._make_loop(step, start, progress, done).run(state, progress)
+        result = self._make_loop(step, start, progress, frozen).run(state, progress)
         if result.stopped_by is not None:
             self.say(
                 f"Stopped by signal {result.stopped_by} after step {result.step}, saved in "
@@ -277,25 +289,35 @@ class Job:
         summary.show_end(self._workdir, result, time.perf_counter() - self._started)
         return result
 
-    def _make_loop(self, step: CompiledStep, start: Start, progress: Any, done: int) -> Loop:
+    def _make_loop(
+        self, step: CompiledStep, start: Start, progress: Progress, frozen: ModelWeights | None
+    ) -> Loop:
         config, monitor = self._config, self._processes.monitor
         watchdog = Watchdog(config.watchdog.step_timeout, monitor.hung if monitor else end_alone)
         step.compiling = watchdog.paused
         profiler = Profiler(config, self._workdir, step) if config.profile.start else NoProfiler()
-        eval_step = make_eval_step(start.layout)
+        eval_step = make_eval_step(start.layout, self._objective)
 
         def first_step() -> str:
             return summary.first_step(step, time.perf_counter() - self._started)
 
+        def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+            return step(state, batch, frozen)
+
         return Loop(
             config=config,
             workdir=self._workdir,
-            step=step,
+            step=train_step,
             batches=LoaderBatches(config, self._data, self._mesh),
-            evaluate=Evaluator(config, self._mesh, self._data, eval_step),
+            evaluate=Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen),
             checkpointer=self._checkpoints,
             report=Report(
-                config, self._workdir, done, progress.tokens_seen, self._count, first_step
+                config,
+                self._workdir,
+                start.step or 0,
+                progress.tokens_seen,
+                self._count,
+                first_step,
             ),
             restore=start.after_bad_numbers,
             profiler=profiler,
@@ -309,7 +331,7 @@ class Job:
         if not c.sample_prompt or not c.sample_tokens:
             return ""
         return sample(
-            PlacedModel(model, state.params, state.bias, self._mesh),
+            BoundModel(model.model, state.params, state.bias, self._mesh),
             self._data.tokenizer,
             c.sample_prompt,
             c.sample_tokens,

@@ -37,7 +37,8 @@ class Measured:
         """A named part of the loss; None where the objective does not report it."""
         if name == "mtp_loss" and not self.config.model.num_nextn_predict_layers:
             return None
-        return short(getattr(self.metrics.losses, name))
+        value = self.metrics.parts.get(name)
+        return None if value is None else short(value)
 
     @property
     def tflops_per_device(self) -> float:
@@ -301,7 +302,9 @@ METRICS: Mapping[str, Metric] = {m.name: m for m in _TABLE}
 def row(measured: Measured) -> dict[str, Any]:
     """The row of metrics.jsonl of a step."""
     made = {name: metric.of(measured) for name, metric in METRICS.items() if metric.of}
-    return {name: value for name, value in made.items() if value is not None}
+    # Parts of an objective that the table does not know are its own.
+    others = {n: short(v) for n, v in measured.metrics.parts.items() if n not in METRICS}
+    return {name: value for name, value in made.items() if value is not None} | others
 
 
 def terminal_text(values: Mapping[str, Any]) -> str:

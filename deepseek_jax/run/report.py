@@ -174,7 +174,7 @@ class Report:
         if step % self._config.log.every_steps == 0 or step == last or m.bad_steps:
             self._log(step, m, rows)
         self._bar.advance(step)
-        if spike := self._spikes.add(float(m.losses.loss)):
+        if spike := self._spikes.add(float(m.loss)):
             self._log_spike(step, m, rows, *spike)
         return m
 
@@ -196,7 +196,7 @@ class Report:
         self.losses[step] = values["loss"]
         if m.bad_steps:
             self.say(
-                f"step {step}: loss {float(m.losses.loss)}, gradient norm {float(m.grad_norm)}: "
+                f"step {step}: loss {float(m.loss)}, gradient norm {float(m.grad_norm)}: "
                 f"update skipped ({int(m.bad_steps)} in a row)"
             )
         left = self.clock.seconds_per_step() * (self._config.train.steps - step)
@@ -208,14 +208,14 @@ class Report:
         self._trackers.write(
             {
                 "step": step,
-                "spike_loss": short(m.losses.loss),
+                "spike_loss": short(m.loss),
                 "median_loss": median,
                 "deviations": round(above, 2),
                 "rows": [list(w) for w in rows],
             }
         )
         self.say(
-            f"step {step}: the loss {float(m.losses.loss):.4f} is a spike, {above:.0f} deviations above the "
+            f"step {step}: the loss {float(m.loss):.4f} is a spike, {above:.0f} deviations above the "
             f"median {median:.4f}. Its text: python -m deepseek_jax.data show "
             f"--workdir={self._workdir} --step={step}"
         )

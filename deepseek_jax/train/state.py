@@ -1,6 +1,5 @@
 """The training state: what it holds, how it is laid out over the mesh, how it is created."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,9 @@ from flax import nnx
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.model import transformer
+from deepseek_jax.model.layout import ModelWeights, PlacedModel, place_model
 from deepseek_jax.model.moe import SelectionBias
+from deepseek_jax.objectives.base import Frozen
 from deepseek_jax.parallel import compression, offload, sharding
 from deepseek_jax.train.loss_scale import LossScale, init_loss_scale
 from deepseek_jax.train.optimizer import make_optimizer
@@ -36,26 +37,26 @@ class TrainState(NamedTuple):
 class Layout(NamedTuple):
     """Everything about the state that is known without holding it."""
 
-    graphdef: nnx.GraphDef
-    inference_graphdef: nnx.GraphDef  # the same model, which never drops a token
+    model: PlacedModel
     abstract: TrainState  # shapes and dtypes
     shardings: TrainState
-    param_specs: nnx.State  # PartitionSpecs: of parameters between steps,
-    grad_specs: nnx.State  # of gradients,
+    grad_specs: nnx.State  # PartitionSpecs: of gradients,
     opt_specs: nnx.State  # of the parameters while the optimizer works, and so of its state
     optimizer: optax.GradientTransformation
+    frozen: Frozen | None = None  # the objective's: not part of the state, an argument of the step
 
-    def merge(self, params: nnx.State, bias: nnx.State) -> transformer.Transformer:
-        """The model with these parameters."""
-        return nnx.merge(self.graphdef, params, bias)
+    def abstract_frozen(self) -> ModelWeights | None:
+        """Shapes of the frozen weights with their shardings: the step's third argument."""
+        return None if self.frozen is None else self.frozen.model.abstract_sharded()
 
-    def merge_for_inference(self, params: nnx.State, bias: nnx.State) -> transformer.Transformer:
-        """The model for evaluation and sampling: `moe.drop` is of training only, as in a batch of few tokens it would drop many."""
-        return nnx.merge(self.inference_graphdef, params, bias)
+    @property
+    def param_specs(self) -> nnx.State:
+        """PartitionSpecs of the parameters between steps."""
+        return self.model.specs.params
 
     def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
-        """Bytes that one device holds of parameters, gradients, optimizer state and the residual of compressed gradients; of what is
-        offloaded the host has as many for it."""
+        """Bytes per device by kind: parameters, gradients, optimizer state, the residual of compressed gradients, and the weights of a
+        frozen model; "host": bytes offloaded to the device's host."""
         # Gradients are where their parameters are.
         as_stored = lambda g, p: jax.NamedSharding(p.mesh, g.spec, memory_kind=p.memory_kind)
         gradients = jax.tree.map(
@@ -68,6 +69,8 @@ class Layout(NamedTuple):
         }
         if self.abstract.residual is not None:
             held["residual"] = (self.abstract.residual, self.shardings.residual)
+        if self.frozen is not None:
+            held["frozen"] = self.frozen.model.abstract, self.frozen.model.shardings
         out = {name: sharding.bytes_per_device(*arrays) for name, arrays in held.items()}
         host = sum(
             sharding.bytes_per_device(*arrays, memory_kind=offload.HOST) for arrays in held.values()
@@ -83,30 +86,21 @@ class Layout(NamedTuple):
         )
 
 
-def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """(graphdef, parameters, selection biases) as shapes, without allocating anything."""
-    return nnx.split(
-        nnx.eval_shape(lambda: transformer.Transformer(config, nnx.Rngs(0))),
-        nnx.Param,
-        SelectionBias,
-    )
-
-
-def make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
-    """Shapes and shardings of the state of a run on a mesh, whose devices may be elsewhere."""
+def make_layout(config: Config, mesh: jax.sharding.Mesh, frozen: Frozen | None = None) -> Layout:
+    """Shapes and shardings of the state of a run on a mesh, whose devices may be elsewhere, beside a frozen model on the same mesh."""
     # Without a mesh in context jax 0.11 forgets the shardings of what eval_shape sees: moments laid out
     # unlike their parameters.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return _make_layout(config, mesh)
+        return _make_layout(config, mesh)._replace(frozen=frozen)
 
 
 def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
-    graphdef, params, bias = abstract_model(config)
-    rules = sharding.storage_rules(config)
-    param_specs, grad_specs, opt_specs = (
-        sharding.specs(params, r, config.sharding.min_weight_size) for r in rules
+    model = place_model(config, mesh)
+    params, bias = model.abstract
+    _, grad_specs, opt_specs = (
+        sharding.specs(params, r, config.sharding.min_weight_size)
+        for r in sharding.storage_rules(config)
     )
-    bias_specs = sharding.specs(bias, sharding.COMPUTE_RULES)
     optimizer = make_optimizer(config, params)
     opt_state, opt_state_specs = _optimizer_state(
         optimizer, params, sharding.shardings(opt_specs, mesh)
@@ -117,20 +111,19 @@ def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     abstract = TrainState(scalar, params, bias, opt_state, scalar, scalar, residual, scale)
     specs = TrainState(
         jax.P(),
-        param_specs,
-        bias_specs,
+        None,
+        None,
         opt_state_specs,
         jax.P(),
         jax.P(),
         residual_specs,
         jax.tree.map(lambda _: jax.P(), scale),
     )
-    never_drops = dataclasses.replace(config, moe=dataclasses.replace(config.moe, drop=False))
-    inference = abstract_model(never_drops)[0] if config.moe.drop else graphdef
-    shardings = offload.placed(config, abstract, sharding.shardings(specs, mesh))
-    return Layout(
-        graphdef, inference, abstract, shardings, param_specs, grad_specs, opt_specs, optimizer
+    shardings = sharding.shardings(specs, mesh)._replace(**model.shardings._asdict())
+    shardings = shardings._replace(
+        opt_state=offload.place_optimizer(config, opt_state, shardings.opt_state)
     )
+    return Layout(model, abstract, shardings, grad_specs, opt_specs, optimizer)
 
 
 def _optimizer_state(

@@ -35,7 +35,7 @@ from deepseek_jax.experts import dispatch
 from deepseek_jax.model.moe import Load, MoE, load_of, merge_loads
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, per_device
 from deepseek_jax.run import metrics
-from deepseek_jax.train.step import NO_LOAD
+from deepseek_jax.train.gradients import NO_LOAD
 from tests.support import conversion
 from tests.support import reference as ref
 

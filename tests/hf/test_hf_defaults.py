@@ -15,7 +15,7 @@ from deepseek_jax.hf import configuration, families, names
 from deepseek_jax.hf.families import ALIASES, FAMILIES
 from deepseek_jax.hf.families.keys import REQUIRED
 from deepseek_jax.inference.loaded import config_for
-from deepseek_jax.train.state import abstract_model
+from deepseek_jax.model.layout import abstract_model
 from tests.support import FILES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

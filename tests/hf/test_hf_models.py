@@ -19,7 +19,6 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration, exporter, names
 from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.model import moe
-from deepseek_jax.objectives import pretrain
 from tests.support import conversion
 from tests.support import hf_families as families
 from tests.support import hf_variants as deepseek
@@ -101,9 +100,7 @@ def test_logits_experts_loss_and_every_gradient(variant, folder_of, monkeypatch)
         def run(params, bias, batch):
             def loss_of(params):
                 net = conversion.Recorder(model.layout.merge(params, bias))
-                loss, _ = pretrain.pretraining_loss(
-                    net, batch, pretrain.totals(batch, 0), model.full_config, jnp.float32(0)
-                )
+                loss = conversion.loss_of(net, batch, model.full_config)
                 return loss, net.logits(net.out.hidden_BSD)
 
             if variant in WITHOUT_GRADIENTS:

@@ -14,8 +14,8 @@ from deepseek_jax import hf
 from deepseek_jax.errors import UserError
 from deepseek_jax.experts import cpu_unstacked
 from deepseek_jax.inference.generation import cache_sizes, programs
+from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
-from deepseek_jax.inference.generation.placed import PlacedModel
 from deepseek_jax.inference.generation.sampling import Sampling
 from tests.support import conversion
 from tests.support import hf_families as families
@@ -54,7 +54,7 @@ def folder_of(tmp_path_factory):
 
 
 def placed(model):
-    return PlacedModel(model.layout, model.params, model.bias, model.mesh)
+    return BoundModel(model.layout, model.params, model.bias, model.mesh)
 
 
 def prompts_of(model, *lengths):

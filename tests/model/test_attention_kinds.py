@@ -12,8 +12,8 @@ from flax import nnx
 
 from deepseek_jax.config import attention_shape
 from deepseek_jax.config.options import ModelConfig
+from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
-from deepseek_jax.inference.generation.placed import PlacedModel
 from deepseek_jax.model.attention import kinds
 from deepseek_jax.model.attention.interface import Attention, CacheShape
 from deepseek_jax.model.layers import Linear
@@ -110,7 +110,7 @@ def test_a_further_kind_is_one_class(monkeypatch):
         params, bias = jax.device_put(
             (params, bias), (layout.shardings.params, layout.shardings.bias)
         )
-        placed = PlacedModel(layout, params, bias, mesh)
+        placed = BoundModel(layout, params, bias, mesh)
         ids = [3, 5, 7]
         for _ in range(4):
             net = placed.net()

@@ -3,11 +3,9 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.objectives import pretrain
 from deepseek_jax.parallel import sharding
 from tests.support import conversion
 from tests.support import hf_variants as hf
@@ -120,8 +118,7 @@ def test_logits_loss_and_every_gradient(variant):
         def run(params, bias, batch):
             def loss_of(params):
                 net = conversion.Recorder(make(params, bias))
-                total = pretrain.totals(batch, model.num_nextn_predict_layers)
-                loss, _ = pretrain.pretraining_loss(net, batch, total, config, jnp.float32(weight))
+                loss = conversion.loss_of(net, batch, config, weight)
                 return loss, (
                     net.logits(net.out.hidden_BSD),
                     [net.logits(h) for h in net.out.mtp_hidden_BSD],

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
+from deepseek_jax import objectives
 from deepseek_jax.config.options import (
     Config,
     MeshConfig,
@@ -25,11 +25,16 @@ from deepseek_jax.config.options import (
     ShardingConfig,
     TrainConfig,
 )
+from deepseek_jax.model import head
 from deepseek_jax.model.layers import Linear, param
+from deepseek_jax.model.transformer import tokens_ahead
 from deepseek_jax.objectives import pretrain
+from deepseek_jax.objectives.forward import step_totals
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train import state, step
+from deepseek_jax.train.balance import update_bias
+from deepseek_jax.train.batch import put_batch
 from tests.support import conversion
 from tests.support import reference as ref
 
@@ -80,7 +85,7 @@ def batch_rows() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("mesh", [{}, dict(fsdp=2), dict(fsdp=2, tensor=2)], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 def test_cross_entropy_in_chunks(chunk, mesh, tied, monkeypatch):
-    monkeypatch.setattr(pretrain, "LOSS_CHUNK", chunk)
+    monkeypatch.setattr(head, "CHUNK_TOKENS", chunk)
     rng = np.random.default_rng(0)
     hidden, kernel = rng.standard_normal((2, 13, 16)), rng.standard_normal((16, 40))
     targets = rng.integers(0, 40, (2, 13))
@@ -91,11 +96,10 @@ def test_cross_entropy_in_chunks(chunk, mesh, tied, monkeypatch):
     made = make_mesh(config, jax.devices()[: math.prod(mesh.values())])
 
     def f(hidden, weight, targets):
-        head = nnx.Param(weight, out_sharding=axes, eager_sharding=False)
-        net = types.SimpleNamespace(
-            head=head, model=conversion.smaller(MODEL, tie_word_embeddings=tied)
-        )
-        return pretrain.cross_entropy_sum(hidden, net, targets)
+        variable = nnx.Param(weight, out_sharding=axes, eager_sharding=False)
+        return head.scan_vocab_sum(head.cross_entropy, hidden, head.Head(variable, tied), targets)[
+            0
+        ]
 
     with jax.set_mesh(made):
         weight = jax.device_put(
@@ -115,31 +119,37 @@ def test_cross_entropy_in_chunks(chunk, mesh, tied, monkeypatch):
     conversion.assert_close(dweight.T if tied else dweight, np.einsum("bsd,bsv->dv", hidden, wrong))
 
 
+def of_depth(depths: int) -> tuple[objectives.Objective, Config]:
+    config = conversion.config_of(conversion.smaller(MODEL, num_nextn_predict_layers=depths))
+    return objectives.make(config), config
+
+
 def test_targets_and_totals():
     """Targets of every depth are the tokens further ahead in the same document and row; totals count them."""
     rows = {k: jnp.asarray(a) for k, a in batch_rows().items()}
     counts = []
     for depth in range(4):
-        ours = pretrain.tokens_ahead(rows["targets"], rows["segment_ids"], depth, pretrain.IGNORE)
+        ours = tokens_ahead(rows["targets"], rows["segment_ids"], depth, ref.IGNORE)
         expected = ref.targets_ahead(IDS, 1 + depth, SEGMENTS)[:, :LENGTH]
         np.testing.assert_array_equal(ours, expected)
         counts.append(np.sum(expected != ref.IGNORE))
     assert counts == [12 + 4 + 2 + 6 + 3, 11 + 3 + 1 + 5 + 2, 10 + 2 + 4 + 1, 9 + 1 + 3]
     split = {k: a.reshape(2, 2, LENGTH) for k, a in rows.items()}
     for batch in (rows, split):  # with and without an axis of micro-batches
-        total = pretrain.totals(batch, 3)
+        objective, config = of_depth(3)
+        total, routing = step_totals(objective, config, batch, jnp.int32(0))
         assert (float(total.targets), total.mtp_targets.tolist()) == (counts[0], counts[1:])
-        assert (float(total.tokens), float(total.sequences)) == (
-            12 + 8 + 12,
-            3,
-        )  # a row of padding is no sequence
-    assert pretrain.totals(rows, 0).mtp_targets.shape == (0,)
+        # A row of padding is no sequence.
+        assert (float(routing.tokens), float(routing.sequences)) == (12 + 8 + 12, 3)
+        assert routing.layer_tokens(config.model).tolist() == [12 + 8 + 12, *counts[:3]]
+    objective, config = of_depth(0)
+    assert objective.totals(rows, jnp.int32(0)).mtp_targets.shape == (0,)
 
 
 # --------------------------------------------------------------------------------------------------------- the whole step
 
 
-def reference_losses(weights, model: ModelConfig, moe: MoeConfig) -> pretrain.Losses:
+def reference_losses(weights, model: ModelConfig, moe: MoeConfig) -> dict[str, float]:
     """The parts of the loss of all rows, by the reference."""
     out = ref.batch(IDS, weights, model, ref.segment_positions(SEGMENTS), SEGMENTS)
     lm = ref.cross_entropy(out.logits[:, :LENGTH], ref.targets_ahead(IDS, 1, SEGMENTS)[:, :LENGTH])
@@ -156,9 +166,13 @@ def reference_losses(weights, model: ModelConfig, moe: MoeConfig) -> pretrain.Lo
         balance.append(f(routing.scores[some], routing.chosen[some], mask, model))
         z.append(ref.router_z_loss(routing.logits[some], mask))
     loss = lm + MTP_WEIGHT * np.mean(depths) + np.sum(balance) + moe.router_z_loss_coef * np.sum(z)
-    return pretrain.Losses(
-        loss, lm, np.mean(depths), np.mean(balance) / model.aux_loss_alpha, np.mean(z)
-    )
+    return {
+        "loss": loss,
+        "lm_loss": lm,
+        "mtp_loss": np.mean(depths),
+        "balance_loss": np.mean(balance) / model.aux_loss_alpha,
+        "z_loss": np.mean(z),
+    }
 
 
 def reference_counts(weights, model: ModelConfig) -> np.ndarray:
@@ -208,9 +222,11 @@ def one_step(seq_aux: bool, accumulation: int):
     weights = conversion.random_weights(model, 0)
     with conversion.on_mesh(config) as mesh:
         layout, s = start(config, mesh, weights, keep_gradients())
-        batch = step.put_batch(batch_rows(), config.micro_batch, mesh)
+        batch = put_batch(batch_rows(), config.micro_batch, mesh)
         assert batch["tokens"].shape == (accumulation, ROWS // accumulation, LENGTH)
-        s, metrics = conversion.jit(step.make_train_step(config, layout), config)(s, batch)
+        s, metrics = conversion.jit(
+            step.make_train_step(config, layout, objectives.make(config)), config
+        )(s, batch)
     return (
         weights,
         model,
@@ -230,8 +246,9 @@ def one_step(seq_aux: bool, accumulation: int):
 def test_loss_and_gradients_match_the_reference(seq_aux):
     weights, model, grads, metrics, bias = one_step(seq_aux, 1)
     expected = reference_losses(weights, model, MOE)
-    for name, ours in metrics.losses._asdict().items():
-        conversion.assert_close(ours, getattr(expected, name), what=name)
+    assert set(metrics.parts) == set(expected)
+    for name, ours in metrics.parts.items():
+        conversion.assert_close(ours, expected[name], what=name)
     counts = reference_counts(weights, model)
     np.testing.assert_array_equal(metrics.load.expert_counts, counts)
     assert metrics.tokens == 12 + 8 + 12 and metrics.skipped_steps == 0
@@ -243,7 +260,7 @@ def test_loss_and_gradients_match_the_reference(seq_aux):
     # Experts of one layer together: a third of the time.
     together = lambda name: re.sub(r"experts\.\d+", "experts", name)
     conversion.assert_gradients(
-        lambda w: reference_losses(w, model, MOE).loss, weights, grads, group=together
+        lambda w: reference_losses(w, model, MOE)["loss"], weights, grads, group=together
     )
     norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values()))
     conversion.assert_close(metrics.grad_norm, norm)
@@ -261,8 +278,8 @@ def test_accumulation_changes_nothing(seq_aux, accumulation):
     """Micro-batches of two rows or one, one of them all padding, against the whole batch at once."""
     _, _, whole, metrics, bias = one_step(seq_aux, 1)
     _, _, grads, parts, parts_bias = one_step(seq_aux, accumulation)
-    for name, ours in parts.losses._asdict().items():
-        conversion.assert_close(ours, getattr(metrics.losses, name), what=name)
+    for name, ours in parts.parts.items():
+        conversion.assert_close(ours, metrics.parts[name], what=name)
     for name, g in grads.items():
         conversion.assert_close(g, whole[name], what=f"gradient of {name}")
     np.testing.assert_array_equal(parts.load.expert_counts, metrics.load.expert_counts)
@@ -287,23 +304,23 @@ def test_mtp_weight_switches():
     config = conversion.config_of(UNBALANCED, train=train)
     weights, seen = conversion.random_weights(MODEL, 0), []
 
-    def token_loss(model, out, batch, total, config, mtp_weight):
-        value = jnp.sum(model.norm.weight[...])
-        return mtp_weight + 0 * value, value, value
+    class Weight(pretrain.Pretraining):
+        def loss(self, model, out, batch, totals, frozen_out):
+            return totals.mtp_weight + 0 * jnp.sum(model.norm.weight[...]), {}
 
     with conversion.on_mesh(config) as mesh:
         layout, s = start(config, mesh, weights)
-        run = conversion.jit(step.make_train_step(config, layout, token_loss), config)
-        batch = step.put_batch(batch_rows(), config.micro_batch, mesh)
+        run = conversion.jit(step.make_train_step(config, layout, Weight(config)), config)
+        batch = put_batch(batch_rows(), config.micro_batch, mesh)
         for i in (0, 4, 5, 9):
-            seen.append(float(run(s._replace(step=jnp.int32(i)), batch)[1].losses.loss))
-        evaluated = conversion.jit(step.make_eval_step(layout))(
+            seen.append(float(run(s._replace(step=jnp.int32(i)), batch)[1].loss))
+        evaluated = conversion.jit(step.make_eval_step(layout, objectives.make(config)))(
             s.params, s.bias, {k: a[0] for k, a in batch.items()}
         )
     np.testing.assert_allclose(seen, [0.3, 0.3, 0.1, 0.1], rtol=1e-6)
     conversion.assert_close(
         evaluated,
-        reference_losses(weights, MODEL, MOE).lm_loss * np.sum(batch_rows()["targets"] >= 0),
+        reference_losses(weights, MODEL, MOE)["lm_loss"] * np.sum(batch_rows()["targets"] >= 0),
     )
 
 
@@ -314,16 +331,14 @@ def test_a_non_finite_step_changes_nothing():
     """A loss of NaN, an infinite one, and a finite loss with a NaN gradient: each is as if the step had not been, but counted."""
     GOOD, NAN_LOSS, INF_LOSS, NAN_GRADIENT = range(4)
 
-    def token_loss(model, out, batch, total, config, mtp_weight):
-        kind, w = batch["tokens"][0, 0], model.norm.weight[...]
-        zero = jnp.sum(
-            (w - jax.lax.stop_gradient(w)) ** 2
-        )  # 0, and so is its gradient, but sqrt's at 0 is infinite
-        value = jnp.sum(w**2) + jnp.sqrt(zero + jnp.where(kind == NAN_GRADIENT, 0.0, 1.0))
-        value = value * jnp.where(
-            kind == NAN_LOSS, jnp.nan, jnp.where(kind == INF_LOSS, jnp.inf, 1.0)
-        )
-        return value, value, value
+    class Numbers(pretrain.Pretraining):
+        def loss(self, model, out, batch, totals, frozen_out):
+            kind, w = batch["tokens"][0, 0], model.norm.weight[...]
+            # 0, and so is its gradient, but sqrt's at 0 is infinite
+            zero = jnp.sum((w - jax.lax.stop_gradient(w)) ** 2)
+            value = jnp.sum(w**2) + jnp.sqrt(zero + jnp.where(kind == NAN_GRADIENT, 0.0, 1.0))
+            bad = jnp.where(kind == NAN_LOSS, jnp.nan, jnp.where(kind == INF_LOSS, jnp.inf, 1.0))
+            return value * bad, {}
 
     config = conversion.config_of(
         UNBALANCED,
@@ -332,12 +347,12 @@ def test_a_non_finite_step_changes_nothing():
     )
     with conversion.on_mesh(config) as mesh:
         layout, s0 = start(config, mesh, conversion.random_weights(MODEL, 0))
-        run = conversion.jit(step.make_train_step(config, layout, token_loss), config)
+        run = conversion.jit(step.make_train_step(config, layout, Numbers(config)), config)
 
         def after(s, kind):
             rows = batch_rows()
             rows["tokens"][0, 0] = kind
-            return run(s, step.put_batch(rows, config.micro_batch, mesh))
+            return run(s, put_batch(rows, config.micro_batch, mesh))
 
         first, m1 = after(s0, GOOD)
         s, lrs = first, [m1.lr]
@@ -345,7 +360,7 @@ def test_a_non_finite_step_changes_nothing():
             s, metrics = after(s, kind)
             assert [int(a) for a in (s.step, s.bad_steps, s.skipped_steps)] == [1 + i, i, i]
             assert [int(a) for a in (metrics.bad_steps, metrics.skipped_steps)] == [i, i]
-            assert np.isfinite(metrics.losses.loss) == (kind == NAN_GRADIENT) and not np.isfinite(
+            assert np.isfinite(metrics.loss) == (kind == NAN_GRADIENT) and not np.isfinite(
                 metrics.grad_norm
             )
             for name in ("params", "opt_state", "bias"):
@@ -390,7 +405,7 @@ def test_bias_update(experts, centre):
     counts[:, -1] += experts * 14 - counts.sum(axis=1)  # a mean of 14, which several experts have
     assert (counts.mean(axis=1) == 14).all() and (counts == 14).any(axis=1).all()
     bias = conversion.to_state(weights, model)[1]
-    update = conversion.jit(lambda bias, counts, i: step.update_bias(bias, counts, i, config))
+    update = conversion.jit(lambda bias, counts, i: update_bias(bias, counts, i, config))
     moved = update(jax.tree.map(jnp.asarray, bias), jnp.asarray(counts), jnp.int32(4))
     ours, fixed = (
         conversion.to_hf(moved, model),
@@ -453,10 +468,7 @@ def test_gradients_keep_their_parameters_specs(strategy):
         }
 
         def loss(params, bias, batch):
-            total = pretrain.totals(batch, 2)
-            return pretrain.pretraining_loss(
-                layout.merge(params, bias), batch, total, config, jnp.float32(0.3)
-            )[0]
+            return conversion.loss_of(layout.model.merge(params, bias), batch, config, 0.3)
 
         grads = jax.eval_shape(jax.grad(loss), s.params, s.bias, batch)
     for (path, g), p in zip(
@@ -520,7 +532,9 @@ def test_the_step_keeps_the_layout_of_the_state(name):
         shape = accumulation, 8 // accumulation, LENGTH
         batch = {k: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for k in batch_rows()}
         old = layout.abstract_sharded()
-        new, metrics = jax.eval_shape(step.make_train_step(config, layout), old, batch)
+        new, metrics = jax.eval_shape(
+            step.make_train_step(config, layout, objectives.make(config)), old, batch
+        )
     assert metrics.load.expert_counts.shape == counts
     assert jax.tree.structure(new) == jax.tree.structure(old)
     for (path, a), b in zip(
@@ -544,9 +558,9 @@ def test_bfloat16_gradients_are_near_those_of_float32():
         config = conversion.config_of(model, train=train)
         with conversion.on_mesh(config) as mesh:
             layout, s = start(config, mesh, weights, keep_gradients())
-            s, _ = conversion.jit(step.make_train_step(config, layout), config)(
-                s, step.put_batch(rows, 16, mesh)
-            )
+            s, _ = conversion.jit(
+                step.make_train_step(config, layout, objectives.make(config)), config
+            )(s, put_batch(rows, 16, mesh))
         grads[dtype] = conversion.names_of(s.opt_state)
     for name, exact in grads["float32"].items():
         error = np.linalg.norm(np.asarray(grads["bfloat16"][name]) - exact) / np.linalg.norm(exact)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.memory import compression as benchmark
+from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import (
     Config,
@@ -30,6 +31,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import topology
 from deepseek_jax.run import resume
 from deepseek_jax.train import state, step
+from deepseek_jax.train.batch import put_batch
 from deepseek_jax.xla import program
 from tests.support import ROOT, conversion, invariance
 
@@ -179,12 +181,14 @@ class Run:
         self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
         with jax.set_mesh(self.mesh):
             self.layout = state.make_layout(config, self.mesh)
-            train_step = conversion.jit(step.make_train_step(config, self.layout), config)
+            train_step = conversion.jit(
+                step.make_train_step(config, self.layout, objectives.make(config)), config
+            )
             self.step = train_step.lower(self.layout.abstract_sharded(), self.batch(0)).compile()
         self.found = program.collectives(self.step.as_text(), self.mesh.shape)
 
     def batch(self, i: int) -> dict[str, jax.Array]:
-        return step.put_batch(
+        return put_batch(
             invariance.rows(i % 3), self.config.micro_batch, self.mesh
         )  # three batches, again and again: they can be learnt
 
@@ -197,7 +201,7 @@ class Run:
         losses = []
         for i in steps:
             s, metrics = self.step(s, self.batch(i))
-            losses.append(float(metrics.losses.loss))
+            losses.append(float(metrics.loss))
         return s, losses
 
 
@@ -408,7 +412,7 @@ def gradients_of(config: Config):
                 params, bias, batch, totals(batch, 1, counts), jnp.float32(0.3)
             )[0]
 
-        batch = step.put_batch(invariance.rows(0), config.micro_batch, mesh)
+        batch = put_batch(invariance.rows(0), config.micro_batch, mesh)
         out = conversion.jit(gradients)(params, bias, batch, counts)
         return [
             (conversion.path_of(path), np.asarray(g))

@@ -15,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
+from deepseek_jax import objectives
 from deepseek_jax.config.options import Config, Fp16Config, MeshConfig, OptimizerConfig, TrainConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
@@ -336,9 +337,9 @@ def test_bfloat16_accumulation_halves_the_buffer():
     def carried(t):
         """Dtypes of what the loop over micro-batches carries in the shapes of the gradients."""
         with jax.set_mesh(t.mesh):
-            jaxpr = jax.make_jaxpr(step.make_train_step(t.config, t.layout))(
-                t.layout.abstract_sharded(), t.batch(0)
-            )
+            jaxpr = jax.make_jaxpr(
+                step.make_train_step(t.config, t.layout, objectives.make(t.config))
+            )(t.layout.abstract_sharded(), t.batch(0))
         loops = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 4]
         return [
             {v.aval.dtype.name for v in e.outvars if v.aval.ndim > 1 and v.aval.dtype != jnp.int32}

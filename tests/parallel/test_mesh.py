@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax import objectives
 from deepseek_jax.config.options import MeshConfig, ShardingConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
@@ -15,6 +16,7 @@ from deepseek_jax.model import lookup
 from deepseek_jax.parallel.mesh import axes_across_hosts, make_mesh
 from deepseek_jax.parallel.pipeline import Schedule, make_schedule
 from deepseek_jax.train import state, step
+from deepseek_jax.train.batch import put_batch
 from tests.support.invariance import (
     BASE,
     MODEL,
@@ -203,9 +205,9 @@ def exchanges(remat: str) -> int:
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
-        batch = step.put_batch(rows(0), config.micro_batch, mesh)
+        batch = put_batch(rows(0), config.micro_batch, mesh)
         text = (
-            jax.jit(step.make_train_step(config, layout))
+            jax.jit(step.make_train_step(config, layout, objectives.make(config)))
             .lower(layout.abstract_sharded(), batch)
             .as_text()
         )

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import (
     Config,
@@ -22,6 +23,7 @@ from deepseek_jax.experts import cpu_grouped_matmul
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
+from deepseek_jax.train.batch import abstract_batch, put_batch
 from tests.support import conversion
 from tests.support.invariance import MODEL, rows, variant
 
@@ -60,7 +62,9 @@ def compiled(config: Config):
     return (
         mesh,
         layout,
-        conversion.jit(step.make_train_step(config, layout), config, donate_argnums=0),
+        conversion.jit(
+            step.make_train_step(config, layout, objectives.make(config)), config, donate_argnums=0
+        ),
     )
 
 
@@ -100,8 +104,8 @@ def run(config: Config) -> tuple[list[float], list[float], state.TrainState]:
         s = jax.device_put(fresh(()), layout.shardings)
         losses, norms = [], []
         for i in range(STEPS):
-            s, m = train_step(s, step.put_batch(rows(i), config.micro_batch, mesh))
-            losses.append(float(m.losses.loss))
+            s, m = train_step(s, put_batch(rows(i), config.micro_batch, mesh))
+            losses.append(float(m.loss))
             norms.append(float(m.grad_norm))
     return losses, norms, s
 
@@ -154,7 +158,10 @@ def lowered_for_gpus(config: Config) -> str:
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):
         return (
-            train_step.trace(layout.abstract_sharded(), step.abstract_batch(config, mesh, 0))
+            train_step.trace(
+                layout.abstract_sharded(),
+                abstract_batch(objectives.make(config).fields, config, mesh, 0),
+            )
             .lower(lowering_platforms=("cuda",))
             .as_text()
         )
@@ -211,7 +218,10 @@ def matmuls(remat: str) -> int:
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):
         return (
-            train_step.lower(layout.abstract_sharded(), step.abstract_batch(config, mesh, 0))
+            train_step.lower(
+                layout.abstract_sharded(),
+                abstract_batch(objectives.make(config).fields, config, mesh, 0),
+            )
             .as_text()
             .count("stablehlo.dot_general")
         )
@@ -238,7 +248,7 @@ def test_checkpoints(tmp_path):
     config = config_of(EVERYTHING)
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):
-        batch = step.put_batch(rows(7), config.micro_batch, mesh)
+        batch = put_batch(rows(7), config.micro_batch, mesh)
         checkpointer = Checkpointer(str(tmp_path))
         s = run(config)[2]
         donated = jax.device_put(jax.tree.map(np.array, jax.device_get(s)), layout.shardings)
@@ -251,7 +261,7 @@ def test_checkpoints(tmp_path):
         for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(s), strict=True):
             assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
         a, m = train_step(again, batch)
-        assert float(m.losses.loss) == float(n.losses.loss)
+        assert float(m.loss) == float(n.loss)
         assert all(
             np.array_equal(x, y)
             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -279,9 +289,13 @@ def test_evaluation_reads_offloaded_parameters():
         compiled(config_of(OffloadConfig())),
     )
     with jax.set_mesh(mesh):
-        batch = jax.tree.map(lambda a: a[0], step.put_batch(rows(0), 16, mesh))
+        batch = jax.tree.map(lambda a: a[0], put_batch(rows(0), 16, mesh))
         nll = [
-            float(conversion.jit(step.make_eval_step(l))(s.params, s.bias, batch))
+            float(
+                conversion.jit(step.make_eval_step(l, objectives.make(config_of(EVERYTHING))))(
+                    s.params, s.bias, batch
+                )
+            )
             for l in (layout, plain)
             for s in [jax.device_put(fresh(()), l.shardings)]
         ]

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from benchmarks.durability import fuzz_options
+from deepseek_jax import objectives
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import programs, sample
+from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
-from deepseek_jax.inference.generation.placed import PlacedModel
 from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train import state, step
+from deepseek_jax.train.batch import abstract_batch
 from tests.support import conversion
 from tests.support.small_runs import config_of as trainer_config
 from tests.support.small_runs import losses_of, trainer
@@ -60,15 +62,22 @@ def traced(config: Config) -> None:
     mesh = fuzz_options.accepted(config)
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
-        held, batch = layout.abstract_sharded(), step.abstract_batch(config, mesh, 0)
-        new, metrics = jax.eval_shape(step.make_train_step(config, layout), held, batch)
+        held, batch = (
+            layout.abstract_sharded(),
+            abstract_batch(objectives.make(config).fields, config, mesh, 0),
+        )
+        new, metrics = jax.eval_shape(
+            step.make_train_step(config, layout, objectives.make(config)), held, batch
+        )
         rows = jax.NamedSharding(mesh, jax.P(BATCH_AXES, None))
         micro = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=rows), batch
         )
-        total = jax.eval_shape(step.make_eval_step(layout), held.params, held.bias, micro)
+        total = jax.eval_shape(
+            step.make_eval_step(layout, objectives.make(config)), held.params, held.bias, micro
+        )
     assert [a.shape for a in jax.tree.leaves(new)] == [a.shape for a in jax.tree.leaves(held)]
-    assert metrics.losses.loss.shape == total.shape == ()
+    assert metrics.loss.shape == total.shape == ()
 
 
 ONES = {
@@ -257,7 +266,7 @@ def test_generates(model, monkeypatch):
             jax.device_put(a, s)
             for a, s in ((held.params, layout.shardings.params), (held.bias, layout.shardings.bias))
         )
-        placed = PlacedModel(layout, params, bias, mesh)
+        placed = BoundModel(layout, params, bias, mesh)
         whole = list(sample.tokens(placed, [3, 5], 5, Sampling(), 16, None))
     assert Engine(placed).generate([[3, 5]], 5) == [whole]
 

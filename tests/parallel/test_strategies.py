@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax import objectives
 from deepseek_jax.config.options import Config, ShardingConfig
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
+from deepseek_jax.train.batch import put_batch
 from deepseek_jax.xla import program
 from tests.support import conversion
 from tests.support.invariance import MODEL, rows, variant
@@ -31,8 +33,10 @@ def compiled(config: Config) -> tuple[list[program.Collective], program.Memory, 
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
-        batch = step.put_batch({k: a[:, :8] for k, a in rows(0).items()}, config.micro_batch, mesh)
-        done = conversion.jit(step.make_train_step(config, layout), config, donate_argnums=0)
+        batch = put_batch({k: a[:, :8] for k, a in rows(0).items()}, config.micro_batch, mesh)
+        done = conversion.jit(
+            step.make_train_step(config, layout, objectives.make(config)), config, donate_argnums=0
+        )
         done = done.lower(layout.abstract_sharded(), batch).compile()
         return program.collectives(done.as_text(), mesh.shape), program.memory(done), layout
 

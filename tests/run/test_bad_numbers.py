@@ -106,14 +106,17 @@ class Texts:
         return {
             "tokens": tokens,
             "targets": targets,
+            "next_tokens": np.maximum(targets, -1),
             "segment_ids": np.ones_like(tokens),
             "positions": positions,
         }
 
 
-def poisoned_loss(model, out, batch, total, config, mtp_weight):
-    parts = pretrain.next_token_loss(model, out, batch, total, config, mtp_weight)
-    return jax.tree.map(lambda x: jnp.where(jnp.any(batch["tokens"] == POISON), jnp.nan, x), parts)
+class Poisoned(pretrain.Pretraining):
+    def loss(self, model, out, batch, totals, frozen_out):
+        result = super().loss(model, out, batch, totals)
+        poison = jnp.any(batch["tokens"] == POISON)
+        return jax.tree.map(lambda x: jnp.where(poison, jnp.nan, x), result)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,7 @@ def trainer():
         eval=EvalConfig(every_steps=0),
     )
     validate(config)
-    return Trainer(config, poisoned_loss)
+    return Trainer(config, Poisoned(config))
 
 
 def train(t: Trainer, folder, texts, steps: int | None = None, **options) -> Result:
@@ -257,7 +260,7 @@ def test_a_skipped_update_is_skipped_on_all_devices(trainer):
     """
     t = trainer
     with jax.set_mesh(t.mesh):
-        from deepseek_jax.train.step import put_batch
+        from deepseek_jax.train.batch import put_batch
 
         def batch(texts):
             return put_batch(texts.train_rows(0, B), t.config.micro_batch, t.mesh)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import (
     CheckpointConfig,
@@ -108,7 +109,9 @@ def whole(tmp_path_factory):
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
         train_step = CompiledStep(
-            step.make_train_step(config, layout), mesh, conversion.quick_options()
+            step.make_train_step(config, layout, objectives.make(config)),
+            mesh,
+            conversion.quick_options(),
         )
 
     def train(workdir, read=None, **changed) -> state.TrainState:

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax import objectives
 from deepseek_jax.config.options import (
     Config,
     MeshConfig,
@@ -31,10 +32,11 @@ from deepseek_jax.config.options import (
     TrainConfig,
 )
 from deepseek_jax.config.validation import validate
+from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.model.moe import MoEStats, SelectionBias
+from deepseek_jax.objectives.forward import loss_of_batch, step_totals
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
-from deepseek_jax.train.state import abstract_model
 from tests.support import reference as ref
 
 Weights = dict[str, np.ndarray]  # Hugging Face names, [out, in], one entry an expert
@@ -277,12 +279,28 @@ def batch_of(ids: np.ndarray, segment_ids: np.ndarray | None = None) -> dict[str
     """A batch of whole sequences, or of packed ones; the last position of each document has no target."""
     segments = np.ones_like(ids) if segment_ids is None else np.asarray(segment_ids)
     targets, positions = ref.targets_ahead(ids, 1, segment_ids), ref.segment_positions(segments)
-    return dict(tokens=ids, targets=targets, segment_ids=segments, positions=positions)
+    next_tokens = np.where(targets == ref.IGNORE, -1, targets)
+    return dict(
+        tokens=ids,
+        targets=targets,
+        next_tokens=next_tokens,
+        segment_ids=segments,
+        positions=positions,
+    )
 
 
 def model_of(config: Config) -> Callable[[nnx.State, nnx.State], nnx.Module]:
     """(params, bias) -> Transformer."""
     return functools.partial(nnx.merge, abstract_model(config)[0])
+
+
+def loss_of(net: nnx.Module, batch: dict, config: Config, mtp_weight: Any = 0.0) -> jax.Array:
+    """The pretraining loss of one batch [B, S], with all its parts."""
+    objective = objectives.make(config)
+    totals = step_totals(objective, config, batch, jnp.int32(0))
+    weighted = totals.objective._replace(mtp_weight=jnp.float32(mtp_weight))
+    totals = totals._replace(objective=weighted)
+    return loss_of_batch(objective, config, net, batch, totals)[0]
 
 
 class Recorder:
@@ -318,7 +336,9 @@ def run(
         @jit
         def forward(params, bias, batch):
             net = make(params, bias)
-            out = net(batch["tokens"], batch["segment_ids"], batch["positions"], batch["targets"])
+            out = net(
+                batch["tokens"], batch["segment_ids"], batch["positions"], batch["next_tokens"]
+            )
             return (
                 net.logits(out.hidden_BSD),
                 out.hidden_BSD,

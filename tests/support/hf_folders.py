@@ -9,7 +9,7 @@ import safetensors.numpy
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.hf import configuration, names
 from deepseek_jax.inference.loaded import config_for
-from deepseek_jax.train.state import abstract_model
+from deepseek_jax.model.layout import abstract_model
 
 MODEL = ModelConfig(
     vocab_size=320,

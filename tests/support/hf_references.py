@@ -14,13 +14,11 @@ import os
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax import hf
 from deepseek_jax.hf import names
 from deepseek_jax.model import moe
-from deepseek_jax.objectives import pretrain
 from tests.support import conversion
 
 jax.config.update("jax_platforms", "cpu")
@@ -49,9 +47,7 @@ def check(folder: str) -> tuple[bool, str]:
             def run(params, bias, batch):
                 def loss_of(params):
                     net = conversion.Recorder(model.layout.merge(params, bias))
-                    loss, _ = pretrain.pretraining_loss(
-                        net, batch, pretrain.totals(batch, 0), config, jnp.float32(0)
-                    )
+                    loss = conversion.loss_of(net, batch, config)
                     return loss, net.logits(net.out.hidden_BSD)
 
                 return jax.value_and_grad(loss_of, has_aux=True)(params)

@@ -24,6 +24,7 @@ import optax
 if __name__ == "__main__":
     from tests import conftest  # noqa: F401  it makes eight devices
 
+from deepseek_jax import objectives
 from deepseek_jax.config.options import (
     Config,
     MeshConfig,
@@ -36,6 +37,7 @@ from deepseek_jax.config.options import (
 from deepseek_jax.config.validation import validate
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
+from deepseek_jax.train.batch import put_batch
 from tests.support import conversion
 
 SEQUENCES, LENGTH, STEPS = 16, 32, 5
@@ -118,6 +120,7 @@ def rows(i: int) -> dict[str, np.ndarray]:
     return dict(
         tokens=ids[:, :-1],
         targets=targets,
+        next_tokens=np.where(targets == -100, -1, targets),
         segment_ids=segments.astype(np.int32),
         positions=positions.astype(np.int32),
     )
@@ -147,7 +150,11 @@ def program(config: Config) -> tuple[jax.sharding.Mesh, state.Layout, Callable]:
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
         layout = layout._replace(optimizer=keeping_gradients(layout.optimizer))
-        return mesh, layout, conversion.jit(step.make_train_step(config, layout), config)
+        return (
+            mesh,
+            layout,
+            conversion.jit(step.make_train_step(config, layout, objectives.make(config)), config),
+        )
 
 
 def train(config: Config, steps: int = STEPS) -> Run:
@@ -167,8 +174,8 @@ def train(config: Config, steps: int = STEPS) -> Run:
         s = s._replace(opt_state=(kept, s.opt_state))
         losses, counts, gradients = [], [], []
         for i in range(steps):
-            s, m = train_step(s, step.put_batch(rows(i), config.micro_batch, mesh))
-            losses.append(float(m.losses.loss))
+            s, m = train_step(s, put_batch(rows(i), config.micro_batch, mesh))
+            losses.append(float(m.loss))
             counts.append(np.asarray(m.load.expert_counts))
             if i == 0:
                 gradients = [

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import (
     Config,
@@ -22,9 +23,9 @@ from deepseek_jax.config.options import (
     TrainConfig,
 )
 from deepseek_jax.config.validation import validate
-from deepseek_jax.objectives import pretrain
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
+from deepseek_jax.train.batch import put_batch
 from tests.support import conversion, invariance
 
 TINY = ModelConfig(
@@ -80,19 +81,20 @@ def config_of(
 class Trainer:
     """A compiled step of one config, and its state from the weights that all of these tests begin with."""
 
-    def __init__(self, config: Config, token_loss=pretrain.next_token_loss):
+    def __init__(self, config: Config, objective: objectives.Objective | None = None):
         self.config = config
         self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
+        objective = objective or objectives.make(config)
         with jax.set_mesh(self.mesh):
             self.layout = state.make_layout(config, self.mesh)
             self.compiled = (
-                conversion.jit(step.make_train_step(config, self.layout, token_loss), config)
+                conversion.jit(step.make_train_step(config, self.layout, objective), config)
                 .lower(self.layout.abstract_sharded(), self.batch(0))
                 .compile()
             )
 
     def batch(self, i: int):
-        return step.put_batch(invariance.rows(i), self.config.micro_batch, self.mesh)
+        return put_batch(invariance.rows(i), self.config.micro_batch, self.mesh)
 
     def start(self) -> state.TrainState:
         with jax.set_mesh(self.mesh):
@@ -130,7 +132,7 @@ def trainer(config: Config) -> Trainer:
 
 
 def losses_of(metrics: list[step.StepMetrics]) -> np.ndarray:
-    return np.asarray([float(m.losses.loss) for m in metrics])
+    return np.asarray([float(m.loss) for m in metrics])
 
 
 def same(a, b) -> bool:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config.options import Config, ModelConfig, OptimizerConfig, TrainConfig
+from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.train.optimizer import decay_mask, first_sequence, learning_rate, sequences_at
-from deepseek_jax.train.state import abstract_model
 
 STEPS = 1480
 PEAK = 2.2e-4

@@ -14,9 +14,9 @@ import numpy as np
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.loaded import LoadedModel
-from deepseek_jax.objectives.pretrain import token_nll
+from deepseek_jax.model.head import cross_entropy_and_rank, scan_vocab
+from deepseek_jax.model.layout import PlacedModel
 from deepseek_jax.parallel.mesh import BATCH_AXES
-from deepseek_jax.train.state import Layout
 
 BATCH_TOKENS = 4096  # of a batch per device, unless the user says how many sequences there are
 
@@ -147,11 +147,12 @@ class Scorer:
 _programs: "weakref.WeakKeyDictionary[LoadedModel, Callable]" = weakref.WeakKeyDictionary()
 
 
-def _program(layout: Layout) -> Callable:
+def _program(model: PlacedModel) -> Callable:
     def scores(params, bias, batch):
         tokens_BS, targets_BS, segment_ids_BS, positions_BS = batch
-        net = layout.merge_for_inference(params, bias)
-        return token_nll(net(tokens_BS, segment_ids_BS, positions_BS).hidden_BSD, net, targets_BS)
+        net = model.merge_for_inference(params, bias)
+        hidden_BSD = net(tokens_BS, segment_ids_BS, positions_BS).hidden_BSD
+        return scan_vocab(cross_entropy_and_rank, hidden_BSD, net.head, targets_BS)
 
     return jax.jit(scores)
 

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import cache_sizes, sampling
+from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.layer_weights import unstack
-from deepseek_jax.inference.generation.placed import PlacedModel
 from deepseek_jax.inference.generation.programs import AnswerState, Programs, Rules
 from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.inference.generation.speculative import Drafter
@@ -51,7 +51,7 @@ class Engine:
     """A model ready to generate.
 
     Args:
-      placed: the model.
+      bound: the model.
       give: its weights are not needed afterwards, and may be freed.
       vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not
         use); None: all may be.
@@ -67,12 +67,12 @@ class Engine:
 
     def __init__(
         self,
-        placed: PlacedModel,
+        bound: BoundModel,
         give: bool = False,
         vocab: int | None = None,
         note: Callable[[str], None] = lambda line: None,
     ):
-        mesh = placed.mesh
+        mesh = bound.mesh
         if wrong := [a for a in ("stage", "context") if mesh.shape[a] > 1]:
             raise UserError(
                 f"the mesh has {mesh.shape[wrong[0]]} devices along {wrong[0]}, and generation uses "
@@ -82,7 +82,7 @@ class Engine:
         self.mesh = mesh
         self._note = note
         with jax.set_mesh(mesh):
-            net = placed.net()
+            net = bound.net()
             self.config = net.config
             self.dtype = net.dtype
             self.weights = unstack(net, mesh, give)

@@ -20,13 +20,13 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import sampling
-from deepseek_jax.inference.generation.placed import PlacedModel
+from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.parallel.mesh import BATCH_AXES
 
 
 def tokens(
-    placed: PlacedModel,
+    bound: BoundModel,
     prompt: list[int],
     count: int,
     options: Sampling,
@@ -36,15 +36,15 @@ def tokens(
     """Yields up to `count` token ids after the prompt, one at a time.
 
     Args:
-      placed: the model.
+      bound: the model.
       prompt: token ids, at least one.
       count: tokens at most; the answer also ends at the model's longest sequence.
       options: how tokens are chosen.
       vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not use).
       stop: the id that ends the answer, which is not given.
     """
-    layout, params, bias, mesh = placed
-    length = min(len(prompt) + count, placed.net().config.max_position_embeddings)
+    layout, params, bias, mesh = bound
+    length = min(len(prompt) + count, bound.net().config.max_position_embeddings)
     width = -(-length // 64) * 64  # one compiled program for texts of about this length
     ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
 
@@ -75,11 +75,11 @@ def tokens(
 
 
 def sample(
-    placed: PlacedModel, tokenizer: Tokenizer, prompt: str, count: int, options: Sampling
+    bound: BoundModel, tokenizer: Tokenizer, prompt: str, count: int, options: Sampling
 ) -> str:
     """The prompt and up to `count` tokens after it, as text."""
     start = encode_prompt(tokenizer, prompt)
-    ids = list(tokens(placed, start, count, options, tokenizer.vocab_size, tokenizer.eos_id))
+    ids = list(tokens(bound, start, count, options, tokenizer.vocab_size, tokenizer.eos_id))
     return clean_text(prompt) + tokenizer.decode(ids, after=start)
 
 

@@ -1,0 +1,93 @@
+"""The fields of a batch: what each array of it is called, what it belongs to, and what it holds where there is nothing.
+
+An objective names the fields it reads (objectives/base.py); loader, step, pipeline and plan follow. Shape letters: B sequences,
+S positions, M documents of a sequence.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deepseek_jax.config.options import IGNORE
+
+Rows = dict[str, np.ndarray]  # arrays [n, ...] of n sequences
+
+
+class Field(NamedTuple):
+    """One array of a batch.
+
+    Attributes:
+      dtype: of its elements.
+      per: what has one element (of shape `trailing`): "token" [B, S, ...], "sequence" [B, ...] or "document" [B, M, ...], where
+        the document with segment id i is at i - 1.
+      trailing: sizes of the axes of one element, () for a number.
+      padding: the value where there is no token, sequence or document. What has it must count for nothing.
+      documents: M, only for per="document".
+    """
+
+    dtype: Any
+    per: str = "token"
+    trailing: tuple[int, ...] = ()
+    padding: int | float = 0
+    documents: int = 0
+
+    def shape(self, length: int) -> tuple[int, ...]:
+        """Of one sequence of `length` tokens: without the batch axis."""
+        return {"token": (length,), "sequence": (), "document": (self.documents,)}[
+            self.per
+        ] + self.trailing
+
+
+Fields = Mapping[str, Field]
+
+# What a model reads. segment_ids: 1, 2, ... by document, 0 for padding. positions: from 0 in each document.
+INPUTS = {name: Field(np.int32) for name in ("tokens", "segment_ids", "positions")}
+# What packed text has besides. targets: what is scored at each position, -100 where nothing is. next_tokens: the token that
+# follows in the same document, scored or not, -1 where there is none: what multi-token prediction reads.
+TEXT = INPUTS | {
+    "targets": Field(np.int32, padding=IGNORE),
+    "next_tokens": Field(np.int32, padding=-1),
+}
+
+
+def padding_row(fields: Fields, length: int) -> Rows:
+    """A sequence that counts for nothing."""
+    return {k: np.full(f.shape(length), f.padding, f.dtype) for k, f in fields.items()}
+
+
+def stack_rows(rows: list[Rows], fields: Fields, length: int) -> Rows:
+    """Sequences to arrays [n, ...], with exactly these fields.
+
+    Raises:
+      ValueError: a sequence lacks a field, or has it in another shape.
+    """
+    out = {}
+    for name, field in fields.items():
+        shape = field.shape(length)
+        for row in rows:
+            if name not in row:
+                raise ValueError(f"the data have no field {name!r}, which the objective reads")
+            if row[name].shape != shape:
+                raise ValueError(f"field {name!r} has shape {row[name].shape} and not {shape}")
+        arrays = [row[name] for row in rows]
+        out[name] = np.stack(arrays) if rows else np.zeros((0, *shape), field.dtype)
+    return out
+
+
+def check_batch(batch: Mapping[str, Any], fields: Fields) -> None:
+    """Checks the shapes and dtypes of a batch with any axes before those of a sequence, the same for all fields.
+
+    Raises:
+      ValueError: a field is missing, or of another shape or dtype.
+    """
+    *leading, length = batch["tokens"].shape
+    for name, field in fields.items():
+        if name not in batch:
+            raise ValueError(f"the batch has no field {name!r}, which the objective reads")
+        a, shape = batch[name], (*leading, *field.shape(length))
+        if a.shape != shape or a.dtype != field.dtype:
+            raise ValueError(
+                f"field {name!r} of the batch is {a.dtype}{list(a.shape)} and not "
+                f"{np.dtype(field.dtype)}{list(shape)}"
+            )

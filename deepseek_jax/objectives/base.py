@@ -1,0 +1,91 @@
+"""The boundary between what is learnt and how: an objective, and the models that it uses without training them.
+
+train/step.py runs any objective on any mesh, with accumulation, stages and offloading. For that an objective keeps three rules:
+  its loss and parts of a micro-batch are sums over tokens or sequences divided by totals of the whole step's batch, so that those of
+  micro-batches add up;
+  tokens of segment 0 count for nothing, and a sequence of padding (every field at its `padding`) adds nothing to any part;
+  it looks at one sequence at a time, unless what it needs of others is in the totals.
+The balance loss and the z-loss of the router are added for all objectives alike (routing.py).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from deepseek_jax.data.fields import Field, Fields
+from deepseek_jax.model.head import Head
+from deepseek_jax.model.layout import ModelWeights, PlacedModel
+from deepseek_jax.model.transformer import Output, Transformer
+
+__all__ = ["Batch", "Field", "Fields", "Frozen", "FrozenOutput", "Objective", "Parts"]
+
+Batch = dict[str, jax.Array]  # by field, [B, ...] of a micro-batch, [A, B, ...] of a step
+Parts = dict[str, jax.Array]  # named float32 scalars
+
+
+class Frozen(NamedTuple):
+    """A model that is used and not trained: a teacher, a reference.
+
+    Its weights are an argument of the step: not donated, not saved, without gradient and optimizer state.
+    """
+
+    model: PlacedModel  # on the mesh of the run, by a layout of its own
+    load: Callable[[], ModelWeights]  # reads them in their shards; called once, when a run begins
+    taps: tuple[str, ...] = ()  # of its layers (model/taps.py)
+
+
+class FrozenOutput(NamedTuple):
+    """What a frozen model makes of a batch."""
+
+    out: Output  # without statistics and multi-token prediction
+    head: Head  # for model/head.py
+
+
+class Objective(Protocol):
+    """What a run learns.
+
+    Attributes:
+      fields: of its batch, by name; tokens, segment_ids and positions among them. With `next_tokens` multi-token prediction runs.
+      taps: of the model's layers (model/taps.py), which `loss` finds in `out.taps`.
+    """
+
+    fields: Fields
+    taps: tuple[str, ...]
+
+    def frozen(self, mesh: jax.sharding.Mesh) -> Frozen | None:
+        """The frozen model, if it has one. Nothing is read before its `load` is called, so plan asks too."""
+
+    def totals(self, batch: Batch, step: jax.Array) -> Any:
+        """What the loss of a micro-batch needs of the whole step: denominators, and weights that depend on the step.
+
+        Args:
+          batch: all of the step's, with any axes before those of a sequence.
+          step: int32, finished steps.
+
+        Returns:
+          A pytree of arrays.
+        """
+
+    def loss(
+        self,
+        model: Transformer,
+        out: Output,
+        batch: Batch,
+        totals: Any,
+        frozen_out: FrozenOutput | None,
+    ) -> tuple[jax.Array, Parts]:
+        """A micro-batch's share of the loss: (float32 scalar, what is reported of it by name)."""
+
+    def measure(
+        self, model: Transformer, out: Output, batch: Batch, frozen_out: FrozenOutput | None
+    ) -> Parts:
+        """Sums over a batch of held-out data [B, ...], to be added up over batches."""
+
+    def figures(self, sums: dict[str, float]) -> dict[str, Any]:
+        """What is reported of held-out data.
+
+        Args:
+          sums: of `measure`, added up; and `targets`, the scored tokens, and `text_bytes` of these, 0 where the tokenizer does not
+            know them.
+        """

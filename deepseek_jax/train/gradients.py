@@ -1,0 +1,102 @@
+"""Forward, loss and gradients of a step's whole batch: at once, micro-batch after micro-batch, or through pipeline stages."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config.options import Config
+from deepseek_jax.model.moe import Load, merge_loads
+from deepseek_jax.objectives.base import Batch, Objective
+from deepseek_jax.objectives.forward import StepTotals, frozen_outputs, loss_of_batch, run_model
+from deepseek_jax.parallel import offload
+from deepseek_jax.parallel.sharding import reshard
+from deepseek_jax.parallel.weights import REPLICAS, copies, each_its_own, keep_whole
+from deepseek_jax.train.state import Layout
+
+NO_LOAD = Load(
+    *(np.zeros(shape, np.int32) for shape in ((0, 0), (0,), (0, 0), (0, 0), (0, 0), (0,)))
+)  # of a model without experts
+
+
+class Learner(NamedTuple):
+    """What the gradients of a run are made with."""
+
+    config: Config
+    layout: Layout
+    objective: Objective
+
+    def gradients(self, weights, frozen, batch: Batch, totals: StepTotals, scale):
+        """Of the whole batch [A, B, ...].
+
+        Args:
+          weights: (parameters, selection biases). frozen: those of the frozen model, or None.
+          scale: float32, of float16's loss; None without one.
+
+        Returns:
+          (gradients, parts, load). Gradients are of the scaled loss, summed over micro-batches, in the layout that the strategy gives
+          them; float32, or the `train.accumulation_dtype` in which several micro-batches are added up. Parts are not scaled. With
+          gradient_compression gradients are each replica's own, [R, ...] for R replicas along `data`, still to be summed.
+        """
+        one = lambda batch: self._gradients(weights, frozen, batch, totals, scale)
+        if jax.sharding.get_abstract_mesh().shape["stage"] > 1:
+            return one(batch)
+        first = jax.tree.map(lambda a: a[0], batch)
+        if batch["tokens"].shape[0] == 1:
+            return one(first)
+
+        def more(carry, micro):
+            new = one(micro)
+            load = merge_loads(jax.tree.map(lambda *a: jnp.stack(a), carry[2], new[2]))
+            add = lambda buffer, g: jnp.add(buffer, g).astype(buffer.dtype)
+            return (
+                offload.tree_map(add, carry[0], new[0]),
+                jax.tree.map(jnp.add, carry[1], new[1]),
+                load,
+            ), None
+
+        shapes = jax.eval_shape(lambda: one(first))
+        dtype = self.config.train.accumulation_dtype
+        buffers = jax.tree.map(lambda s: s.update(dtype=dtype), shapes[0])
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes[1:]
+        )
+        start = (offload.zeros(buffers, self.layout.shardings.params), *zeros)
+        return jax.lax.scan(more, start, batch)[0]
+
+    def _gradients(self, weights, frozen, batch, totals, scale):
+        """Of one micro-batch [B, ...], or of all of them with stages."""
+        params, bias = weights
+        compressed = self.config.sharding.gradient_compression != "none"
+        frozen_out = frozen_outputs(self.layout.frozen, frozen, batch)
+
+        def loss(given):
+            used = each_its_own(given) if compressed else keep_whole(params, given)
+            model = self.layout.model.merge(used, bias)
+            value, aux = loss_of_batch(
+                self.objective, self.config, model, batch, totals, frozen_out
+            )
+            return value if scale is None else value * scale, aux
+
+        # Differentiated in the layout of the gradients: slicing parameters that are whole is free.
+        given = reshard(params, self.layout.grad_specs)
+        if compressed:
+            given = copies(given, jax.sharding.get_abstract_mesh().shape[REPLICAS])
+        grads, (parts, stats) = jax.grad(loss, has_aux=True)(given)
+        return grads, parts, stats.load if stats else NO_LOAD
+
+    def expert_counts(self, weights, batch: Batch) -> jax.Array | None:
+        """int32 [L, E] of all micro-batches, by a forward pass of its own: the balance loss over the whole batch needs them first.
+
+        None where the balance loss is per sequence, or there is none.
+        """
+        m = self.config.model
+        if m.seq_aux or not m.aux_loss_alpha or not m.has_experts:
+            return None
+
+        def one(_, micro):
+            model = self.layout.model.merge(*weights)
+            return None, run_model(model, micro).stats.load.expert_counts
+
+        return jax.lax.stop_gradient(jnp.sum(jax.lax.scan(one, None, batch)[1], axis=0))

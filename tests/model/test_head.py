@@ -1,0 +1,171 @@
+"""Every function of the output head, in chunks and on a mesh, against plain autodiff of whole logits in float64.
+
+Tolerance: 1e-5 of an array's scale, for float32 sums in another order.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.config.options import IGNORE, MeshConfig, ModelConfig
+from deepseek_jax.model import head
+from deepseek_jax.parallel import sharding
+from deepseek_jax.parallel.mesh import make_mesh
+from tests.support import conversion
+
+B, S, D, TEACHER_D, V, K, T = 2, 13, 16, 12, 40, 5, 2.0
+
+
+def arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, V, (B, S))
+    targets[0, 3:6] = targets[1, 12] = IGNORE
+    teacher_hidden = rng.standard_normal((B, S, TEACHER_D))
+    teacher_kernel = rng.standard_normal((TEACHER_D, V)) / 3
+    logits = teacher_hidden @ teacher_kernel
+    ids = np.argsort(-logits, axis=-1)[..., :K]
+    lse = np.log(np.sum(np.exp(logits / T), axis=-1))
+    return dict(
+        hidden=rng.standard_normal((B, S, D)),
+        kernel=rng.standard_normal((D, V)),
+        targets=targets,
+        valid=targets != IGNORE,
+        weight=rng.random((B, S)),
+        teacher_hidden=teacher_hidden,
+        teacher_kernel=teacher_kernel,
+        ids=ids,
+        values=np.take_along_axis(logits, ids, axis=-1),
+        lse=lse,
+        all_ids=np.broadcast_to(np.arange(V)[::-1], (B, S, V)).copy(),
+        all_values=logits[..., ::-1].copy(),
+    )
+
+
+def plain(a: dict, hidden, kernel) -> dict[str, jax.Array]:
+    """Every value of every token, [B, S], from whole logits."""
+    z, t = hidden @ kernel, a["teacher_hidden"] @ a["teacher_kernel"]
+    log_p = jax.nn.log_softmax(z)
+    log_s, log_t = jax.nn.log_softmax(z / T), jax.nn.log_softmax(t / T)
+    at = lambda x, ids: jnp.take_along_axis(x, ids, axis=-1)
+    log_target = at(log_p, jnp.maximum(a["targets"], 0)[..., None])[..., 0]
+    kl = lambda p, q: jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    inside_s, inside_t = at(log_s, a["ids"]), at(log_t, a["ids"])
+    with_tail = lambda x: jnp.append(
+        x, jnp.log1p(-jnp.sum(jnp.exp(x), axis=-1, keepdims=True)), axis=-1
+    )
+    values = {
+        "cross_entropy": -log_target,
+        "weighted": -log_target * a["weight"],
+        "log_probability": log_target,
+        "entropy": -jnp.sum(jnp.exp(log_p) * log_p, axis=-1),
+        "kl": kl(log_t, log_s),
+        "reverse_kl": kl(log_s, log_t),
+        "kl_to_top": kl(with_tail(inside_t), with_tail(inside_s)),
+        "kl_to_all": kl(log_t, log_s),
+    }
+    return {name: jnp.where(a["valid"], v, 0.0) for name, v in values.items()}
+
+
+def ours(a: dict, hidden, weight: head.Head, teacher: head.Head, scan) -> dict[str, jax.Array]:
+    frozen = ((a["teacher_hidden"], teacher),)
+    targets, valid = a["targets"], a["valid"]
+    walk = lambda function, *inputs, **more: scan(function, hidden, weight, *inputs, **more)[0]
+    return {
+        "cross_entropy": walk(head.cross_entropy, targets),
+        "weighted": walk(head.weighted(head.cross_entropy), targets, a["weight"]),
+        "log_probability": walk(head.log_probability, targets),
+        "entropy": walk(head.entropy, valid),
+        "kl": walk(head.kl, valid, jnp.float32(T), frozen=frozen),
+        "reverse_kl": walk(head.reverse_kl, valid, T, frozen=frozen),
+        "kl_to_top": walk(head.kl_to_top, a["ids"], a["values"], a["lse"], valid, T),
+        "kl_to_all": walk(head.kl_to_top, a["all_ids"], a["all_values"], a["lse"], valid, T),
+    }
+
+
+@functools.cache
+def expected():
+    """(values, gradients of their sums, gradients of the sums of their sines), by function, in float64."""
+    a = arrays()
+    with jax.enable_x64(True):
+        values = plain(a, a["hidden"], a["kernel"])
+        total = lambda f, name: lambda h, k: jnp.sum(f(plain(a, h, k)[name]))
+        both = [
+            {
+                name: jax.grad(total(f, name), argnums=(0, 1))(a["hidden"], a["kernel"])
+                for name in values
+            }
+            for f in (lambda x: x, jnp.sin)
+        ]
+        return jax.tree.map(np.asarray, (values, *both))
+
+
+@pytest.mark.parametrize(
+    "mesh,chunk,tied",
+    [
+        pytest.param({}, 1024, False, id="one device", marks=pytest.mark.slow),
+        pytest.param(dict(fsdp=2, tensor=2), 5, True, id="2x2"),
+    ],
+)
+def test_functions_of_the_head(mesh, chunk, tied, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_TOKENS", chunk)
+    a = arrays()
+    config = dataclasses.replace(
+        conversion.config_of(ModelConfig()), mesh=MeshConfig(**{"fsdp": 1} | mesh)
+    )
+    axes = ("vocab", "embed") if tied else ("embed", "vocab")
+    variable = lambda w: head.Head(nnx.Param(w, out_sharding=axes, eager_sharding=False), tied)
+
+    def run(a, kernel, teacher_kernel):
+        def values(hidden, kernel, scan):
+            return ours(a, hidden, variable(kernel), variable(teacher_kernel), scan)
+
+        def gradients(f, scan):
+            one = lambda name: lambda h, k: jnp.sum(f(values(h, k, scan)[name]))
+            return {n: jax.grad(one(n), argnums=(0, 1))(a["hidden"], kernel) for n in each}
+
+        each = values(a["hidden"], kernel, head.scan_vocab)
+        sums = values(a["hidden"], kernel, head.scan_vocab_sum)
+        return (
+            each,
+            sums,
+            gradients(lambda x: x, head.scan_vocab_sum),
+            gradients(jnp.sin, head.scan_vocab),
+        )
+
+    with jax.set_mesh(make_mesh(config, jax.devices()[: math.prod(mesh.values())])):
+        spec = sharding.spec(axes, sharding.storage_rules(config)[0])
+        put = lambda w: jax.device_put(jnp.float32(w.T if tied else w), spec)
+        on_mesh = {k: conversion.put(v) for k, v in a.items() if "kernel" not in k}
+        each, sums, of_sums, of_sines = conversion.jit(run)(
+            on_mesh, put(a["kernel"]), put(a["teacher_kernel"])
+        )
+    values, plain_sums, plain_sines = expected()
+    for name, value in values.items():
+        conversion.assert_close(each[name], value, what=name)
+        conversion.assert_close(sums[name], value.sum(), what=name)
+        for found, wanted in ((of_sums, plain_sums), (of_sines, plain_sines)):
+            (dhidden, dkernel), (hidden, kernel) = found[name], wanted[name]
+            conversion.assert_close(dhidden, hidden, what=f"{name}: hidden states")
+            conversion.assert_close(dkernel.T if tied else dkernel, kernel, what=f"{name}: head")
+
+
+def test_a_student_that_is_its_teacher():
+    """KL 0 and no gradient, to the last bit."""
+    a = arrays()
+    with conversion.on_mesh(conversion.config_of(ModelConfig())):
+        kernel = jax.device_put(jnp.float32(a["kernel"]), jax.P(None, "tensor"))
+        axes = ("embed", "vocab")
+        one = head.Head(nnx.Param(kernel, out_sharding=axes, eager_sharding=False), tied=False)
+        hidden, valid = conversion.put(a["hidden"]), conversion.put(a["valid"])
+
+        def kl(h):
+            return head.scan_vocab_sum(head.kl, h, one, valid, frozen=((hidden, one),))[0]
+
+        value, gradient = conversion.jit(jax.value_and_grad(kl))(hidden)
+    assert float(value) == 0 and not np.asarray(gradient).any()
