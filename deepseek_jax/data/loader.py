@@ -91,7 +91,9 @@ class Loader:
             PackedRows(e, length, derive_seed(EVAL_SEED, PACK, i), mask, pad_last=True)
             for i, (_, e) in enumerate(sides)
         ]
-        self.train_tokens, self.eval_tokens = (sum(d.size for d in side) for side in zip(*sides))
+        self.train_tokens, self.eval_tokens = (
+            sum(d.size for d in side) for side in zip(*sides, strict=True)
+        )
         self.num_train_rows, self.num_eval_rows = sum(map(len, train)), sum(map(len, self._eval))
         self._check_size(corpora, sides, train)
         weights = weights or [t.size / self.train_tokens for t, _ in sides]
@@ -178,7 +180,7 @@ class Loader:
         )
         held = f"besides the {self.eval_tokens} held out with config.data.eval_fraction={c.data.eval_fraction}"
         repair = "Give more text, or lower config.train.batch_size or config.train.sequence_length."
-        for corpus, (documents, _), rows in zip(corpora, sides, train):
+        for corpus, (documents, _), rows in zip(corpora, sides, train, strict=True):
             if not len(rows):
                 raise UserError(
                     f"config.data.path={corpus.name!r} has {documents.size} training tokens ({held}), but one "
@@ -206,7 +208,7 @@ def _describe(
     tokenizer: Tokenizer,
 ) -> str:
     texts = []
-    for corpus, (train, held_out), weight in zip(corpora, sides, weights):
+    for corpus, (train, held_out), weight in zip(corpora, sides, weights, strict=True):
         total, count = train.size + held_out.size, len(train.starts) + len(held_out.starts)
         share = f"{weight:.0%} " if len(corpora) > 1 else ""
         if len(corpus.offsets) == 2:

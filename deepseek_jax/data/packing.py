@@ -92,7 +92,9 @@ class PackedRows:
             int(self._ends[first - 1]) if first else 0
         )  # tokens of the first document before this row
         window = np.empty(stop - start, np.int32)
-        for d, begin, end in zip(range(first, last + 1), begins.tolist(), ends.tolist()):
+        for d, begin, end in zip(
+            range(first, last + 1), begins.tolist(), ends.tolist(), strict=True
+        ):
             source = int(self._starts[d]) + (into if d == first else 0)
             window[begin:end] = self._tokens[source : source + end - begin]
         positions = np.arange(len(window), dtype=np.int32)

@@ -25,7 +25,7 @@ from deepseek_jax.experts.rounds import (
     slots_per_round,
     sort_by_expert,
 )
-from deepseek_jax.parallel.mesh import BATCH_AXES, on_cpu
+from deepseek_jax.parallel.mesh import TOKEN_AXES, on_cpu
 
 
 def drop(
@@ -86,14 +86,14 @@ def _here(x_TD, weight_TK, expert_TK, gate_up, down):
     experts = gate_up.shape[0]
     block = cpu_blocks.block_rows(*expert_TK.shape, experts)
     rows = cpu_blocks.lay_out(expert_TK, experts, block)
-    rounds = lax.pmax(jnp.any(rows.count_G > 0).astype(jnp.int32), BATCH_AXES)
+    rounds = lax.pmax(jnp.any(rows.count_G > 0).astype(jnp.int32), TOKEN_AXES)
     return cpu_blocks.compute(x_TD, weight_TK, gate_up, down, rows, block), rounds
 
 
 def _all_to_all(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
     slots = places(x_TD.shape[0])
     plan = make_plan(expert_TK, devices * gate_up.shape[0], slots)
-    rounds = lax.pmax(plan.rounds, BATCH_AXES)
+    rounds = lax.pmax(plan.rounds, TOKEN_AXES)
     if devices > 1:
         plan = plan._replace(
             rounds=rounds
@@ -110,7 +110,7 @@ def _all_gather(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
     y, rounds = _visited(*visiting, gate_up, down, places)
     with jax.named_scope("combine"):
         y = lax.psum_scatter(y, "expert", tiled=True)
-    return y, lax.pmax(rounds, BATCH_AXES)
+    return y, lax.pmax(rounds, TOKEN_AXES)
 
 
 def _ring(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
@@ -131,7 +131,7 @@ def _ring(x_TD, weight_TK, expert_TK, gate_up, down, places, devices):
     (_, _, _, y), rounds = lax.scan(
         visit, (x_TD, weight_TK, expert_TK, jnp.zeros_like(x_TD)), length=devices
     )
-    return y, lax.pmax(jnp.max(rounds), BATCH_AXES)
+    return y, lax.pmax(jnp.max(rounds), TOKEN_AXES)
 
 
 def _to_next(a: jax.Array, devices: int) -> jax.Array:

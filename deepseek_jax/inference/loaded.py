@@ -21,7 +21,7 @@ from deepseek_jax.hf import configuration, exporter, names, reader, tokenizer_fi
 from deepseek_jax.hf.provenance import Notes, notes_of
 from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.model.layout import PlacedModel, place_model
-from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
+from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, TOKENS, make_mesh
 from deepseek_jax.train import workdir as workdirs
 
 
@@ -87,9 +87,7 @@ class LoadedModel:
         rows = len(ids)
         ids = np.concatenate([ids, np.repeat(ids[:1], -rows % ways, axis=0)]).astype(np.int32)
         with jax.set_mesh(self.mesh):
-            return self._forward(
-                self.params, self.bias, jax.device_put(ids, jax.P(BATCH_AXES)), rows=rows
-            )
+            return self._forward(self.params, self.bias, jax.device_put(ids, TOKENS), rows=rows)
 
     def generate(
         self,

@@ -29,9 +29,9 @@ from flax import nnx
 from jax import lax
 
 from deepseek_jax.config.options import IGNORE
-from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
+from deepseek_jax.parallel.mesh import TOKEN_AXES, TOKENS, per_device
 from deepseek_jax.parallel.sharding import without_stage
-from deepseek_jax.parallel.weights import gathered, stored
+from deepseek_jax.parallel.weights import gather_on_device, stored_arrays
 
 CHUNK_TOKENS = 1024  # tokens of a device whose logits are alive at a time
 
@@ -46,7 +46,10 @@ class Head:
 
     def without_stage(self) -> "Head":
         """The same, whole on every stage: what enters a `shard_map` over `stage`."""
-        move = lambda w: jax.sharding.reshard(w, without_stage(w))
+
+        def move(w: jax.Array) -> jax.Array:
+            return jax.sharding.reshard(w, without_stage(w))
+
         return Head(jax.tree.map(move, self.weight), self.tied)
 
 
@@ -210,7 +213,7 @@ class _Weighted:
 
 
 def _at_temperature(logits: Logits, teacher: Logits, temperature) -> tuple[jax.Array, jax.Array]:
-    return tuple(l.scaled(1 / temperature).log_probabilities() for l in (logits, teacher))
+    return tuple(z.scaled(1 / temperature).log_probabilities() for z in (logits, teacher))
 
 
 def _log_sum_exp(a_CV: jax.Array) -> jax.Array:
@@ -251,7 +254,7 @@ def scan_vocab_sum(
     def one_device(*args):
         parts = _values_of_device(args, inputs, frozen, specs)
         sums = _sums(function, *parts)
-        return tuple(lax.psum(s, BATCH_AXES) for s in sums)
+        return tuple(lax.psum(s, TOKEN_AXES) for s in sums)
 
     args, in_specs, specs = _arguments(hidden_BSD, head, inputs, frozen)
     return per_device(one_device, in_specs, jax.P())(*args)
@@ -271,17 +274,16 @@ def scan_vocab(
         return tuple(v.reshape(args[0].shape[:2]) for v in values)
 
     args, in_specs, specs = _arguments(hidden_BSD, head, inputs, frozen)
-    return per_device(one_device, in_specs, jax.P(BATCH_AXES))(*args)
+    return per_device(one_device, in_specs, TOKENS)(*args)
 
 
 def _arguments(hidden_BSD, head: Head, inputs, frozen) -> tuple[list, tuple, list]:
     """(arrays for `per_device`, their specs, the specs of each head's arrays): hidden states, inputs, then the heads' weights."""
-    tokens = jax.P(BATCH_AXES)
     hidden = [hidden_BSD, *(h for h, _ in frozen)]
-    weights = [stored(h.weight) for h in (head, *(h for _, h in frozen))]
+    weights = [stored_arrays(h.weight) for h in (head, *(h for _, h in frozen))]
     inputs = [jnp.asarray(a) for a in inputs]
     args = [*hidden, *inputs, *(a for arrays, _ in weights for a in arrays)]
-    in_specs = [tokens] * len(hidden) + [tokens if a.ndim else jax.P() for a in inputs]
+    in_specs = [TOKENS] * len(hidden) + [TOKENS if a.ndim else jax.P() for a in inputs]
     heads = [
         (h.tied, s) for h, (_, s) in zip((head, *(h for _, h in frozen)), weights, strict=True)
     ]
@@ -298,7 +300,7 @@ def _values_of_device(args, inputs, frozen, heads) -> tuple:
     )
     pairs = []
     for h, (tied, specs) in zip(hidden, heads, strict=True):
-        weight, rest = gathered(rest[: len(specs)], specs, h.dtype), rest[len(specs) :]
+        weight, rest = gather_on_device(rest[: len(specs)], specs, h.dtype), rest[len(specs) :]
         # The gradient of the hidden states is a sum over the words, and so over the tensor axis.
         h_TD = lax.pcast(h.reshape(-1, h.shape[-1]), "tensor", to="varying")
         pairs.append((h_TD, weight.T if tied else weight))

@@ -123,7 +123,10 @@ def through_stages(
         check_vma=True,
     )
     sums, stats, mtp_stats = mapped(blocks, ends, batch, others, given)
-    in_order = lambda a: jax.sharding.reshard(a, P()).reshape(-1, *a.shape[3:])[: schedule.layers]
+
+    def in_order(a: jax.Array) -> jax.Array:
+        return jax.sharding.reshard(a, P()).reshape(-1, *a.shape[3:])[: schedule.layers]
+
     stats = jax.tree.map(in_order, stats)
     mtp_stats = merge_stats(jax.tree.map(lambda a: jax.sharding.reshard(a, P()), mtp_stats), axis=0)
     return sums, join_layers(stats, mtp_stats)

@@ -34,7 +34,10 @@ def residual(
     """(shapes, PartitionSpecs) of the residual of every parameter, laid out like each replica's gradient; (None, None) without compression."""
     if config.sharding.gradient_compression == "none":
         return None, None
-    shape = lambda w: jax.ShapeDtypeStruct((replicas, *w.shape), jnp.float32)
+
+    def shape(w: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((replicas, *w.shape), jnp.float32)
+
     return jax.tree.map(shape, params), jax.tree.map(
         lambda s: P(REPLICAS, *s), grad_specs, is_leaf=lambda s: isinstance(s, P)
     )
@@ -88,8 +91,11 @@ def sum_of_replicas(
     left_RC = (
         wanted_RC - decode(sent_RW, block) + jnp.where(mine, sum_1C - decode(sum_1W, block), 0.0)
     )
-    whole = lambda a_RC: a_RC.reshape(-1)[:size].reshape(gradient.shape)
-    return whole(sums_RC), whole(left_RC)
+
+    def unpadded(a_RC: jax.Array) -> jax.Array:
+        return a_RC.reshape(-1)[:size].reshape(gradient.shape)
+
+    return unpadded(sums_RC), unpadded(left_RC)
 
 
 def _to_int8(x_RC: jax.Array, block: int) -> jax.Array:

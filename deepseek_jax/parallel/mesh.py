@@ -17,7 +17,10 @@ from deepseek_jax.runtime import environment
 # Outermost first: devices of one host are neighbours, so `tensor`, `expert` and `fsdp` stay inside a host where they fit, while
 # `data` and `stage`, which send least, cross hosts.
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # the batch is divided over these
+BATCH_AXES = ("data", "fsdp", "expert")  # sequences are divided over these
+# The axes that tokens vary over: what a sum over all tokens is over. Where sequences are divided too, their axis joins here.
+TOKEN_AXES = BATCH_AXES
+TOKENS = jax.P(BATCH_AXES)  # the spec of an array [B, S, ...], or [T, ...] of its tokens
 
 
 def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -69,12 +72,18 @@ def per_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     if len(axes) == len(mesh.axis_names):
         return call
 
-    is_float = lambda a: jax.numpy.issubdtype(a.dtype, jax.numpy.floating)
-    is_spec = lambda s: isinstance(s, jax.P)
+    def is_float(a) -> bool:
+        return jax.numpy.issubdtype(a.dtype, jax.numpy.floating)
+
+    def is_spec(s) -> bool:
+        return isinstance(s, jax.P)
 
     def backward(args, cotangents):
         differentiated = [is_float(a) for a in args]
-        pick = lambda values: tuple(v for v, yes in zip(values, differentiated, strict=True) if yes)
+
+        def pick(values) -> tuple:
+            return tuple(v for v, yes in zip(values, differentiated, strict=True) if yes)
+
         cotangent_specs = jax.tree.leaves(
             jax.tree.broadcast(out_specs, cotangents, is_leaf=is_spec), is_leaf=is_spec
         )
@@ -102,7 +111,7 @@ def per_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
         )
         return tuple(next(gradients) if yes else None for yes in differentiated)
 
-    # Under jax.checkpoint a scan around it cannot take it apart, to compute once what does not change between its steps.
+    # jax.checkpoint stops an enclosing scan from hoisting loop-invariant parts out of the call.
     call = jax.checkpoint(call)
     again = jax.custom_vjp(lambda *args: call(*args))
     again.defvjp(lambda *args: (call(*args), args), backward)

@@ -125,9 +125,10 @@ def shardings(spec_tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def reshard(tree: Any, spec_tree: Any) -> Any:
     """Moves every array of `tree` to its spec. Slicing a whole array is free; making one whole is an all-gather."""
-    move = lambda a, spec: (
-        a if jax.typeof(a).sharding.spec == spec else jax.sharding.reshard(a, spec)
-    )
+
+    def move(a: jax.Array, spec: P) -> jax.Array:
+        return a if jax.typeof(a).sharding.spec == spec else jax.sharding.reshard(a, spec)
+
     return jax.tree.map(move, tree, spec_tree)
 
 

@@ -69,7 +69,7 @@ def show(
         s = make_schedule(config, mesh.shape["stage"])
         line(
             "pipeline",
-            f"{s.layers} blocks on {s.stages} stages in {s.repeats} piece{'s' * (s.repeats > 1)} of {s.blocks}, "
+            f"{s.layers} blocks on {s.stages} stages in {s.virtual_stages} piece{'s' * (s.virtual_stages > 1)} of {s.blocks}, "
             f"{s.micro_batches} micro-batches: bubble share {s.bubble_share:.1%}",
         )
     method = config.sharding.gradient_compression

@@ -12,7 +12,12 @@ from deepseek_jax.objectives.base import Batch, Objective
 from deepseek_jax.objectives.forward import StepTotals, frozen_outputs, loss_of_batch, run_model
 from deepseek_jax.parallel import offload
 from deepseek_jax.parallel.sharding import reshard
-from deepseek_jax.parallel.weights import REPLICAS, copies, each_its_own, keep_whole
+from deepseek_jax.parallel.weights import (
+    REPLICAS,
+    copy_per_replica,
+    per_replica_weights,
+    replicated_weights,
+)
 from deepseek_jax.train.state import Layout
 
 NO_LOAD = Load(
@@ -39,7 +44,10 @@ class Learner(NamedTuple):
           them; float32, or the `train.accumulation_dtype` in which several micro-batches are added up. Parts are not scaled. With
           gradient_compression gradients are each replica's own, [R, ...] for R replicas along `data`, still to be summed.
         """
-        one = lambda batch: self._gradients(weights, frozen, batch, totals, scale)
+
+        def one(batch: Batch):
+            return self._gradients(weights, frozen, batch, totals, scale)
+
         if jax.sharding.get_abstract_mesh().shape["stage"] > 1:
             return one(batch)
         first = jax.tree.map(lambda a: a[0], batch)
@@ -49,12 +57,8 @@ class Learner(NamedTuple):
         def more(carry, micro):
             new = one(micro)
             load = merge_loads(jax.tree.map(lambda *a: jnp.stack(a), carry[2], new[2]))
-            add = lambda buffer, g: jnp.add(buffer, g).astype(buffer.dtype)
-            return (
-                offload.tree_map(add, carry[0], new[0]),
-                jax.tree.map(jnp.add, carry[1], new[1]),
-                load,
-            ), None
+            grads = offload.tree_map(_add_to, carry[0], new[0])
+            return (grads, jax.tree.map(jnp.add, carry[1], new[1]), load), None
 
         shapes = jax.eval_shape(lambda: one(first))
         dtype = self.config.train.accumulation_dtype
@@ -72,7 +76,7 @@ class Learner(NamedTuple):
         frozen_out = frozen_outputs(self.layout.frozen, frozen, batch)
 
         def loss(given):
-            used = each_its_own(given) if compressed else keep_whole(params, given)
+            used = per_replica_weights(given) if compressed else replicated_weights(params, given)
             model = self.layout.model.merge(used, bias)
             value, aux = loss_of_batch(
                 self.objective, self.config, model, batch, totals, frozen_out
@@ -82,7 +86,7 @@ class Learner(NamedTuple):
         # Differentiated in the layout of the gradients: slicing parameters that are whole is free.
         given = reshard(params, self.layout.grad_specs)
         if compressed:
-            given = copies(given, jax.sharding.get_abstract_mesh().shape[REPLICAS])
+            given = copy_per_replica(given, jax.sharding.get_abstract_mesh().shape[REPLICAS])
         grads, (parts, stats) = jax.grad(loss, has_aux=True)(given)
         return grads, parts, stats.load if stats else NO_LOAD
 
@@ -100,3 +104,7 @@ class Learner(NamedTuple):
             return None, run_model(model, micro).stats.load.expert_counts
 
         return jax.lax.stop_gradient(jnp.sum(jax.lax.scan(one, None, batch)[1], axis=0))
+
+
+def _add_to(buffer: jax.Array, g: jax.Array) -> jax.Array:
+    return jnp.add(buffer, g).astype(buffer.dtype)

@@ -84,7 +84,9 @@ def scale_by_muon(
     stacked = stacked_dimensions(params)
 
     def update(updates, state, params=None):
-        of = lambda s, u: u if isinstance(u, optax.MaskedNode) else orthogonalised(u, s)
+        def of(s, u):
+            return u if isinstance(u, optax.MaskedNode) else orthogonalised(u, s)
+
         return jax.tree.map(of, stacked, updates), state
 
     muon = optax.chain(
@@ -109,9 +111,10 @@ def orthogonalised(update: jax.Array, stacked: Stacked) -> jax.Array:
       The same shape and layout.
     """
     spec = jax.typeof(update).sharding.spec
-    named = lambda d: (
-        () if spec[d] is None else (spec[d],) if isinstance(spec[d], str) else tuple(spec[d])
-    )
+
+    def named(d):
+        return () if spec[d] is None else (spec[d],) if isinstance(spec[d], str) else tuple(spec[d])
+
     (m, n), divided = zip(
         *((update.shape[d], named(d)) for d in range(update.ndim) if d not in stacked.dimensions),
         strict=True,
@@ -190,7 +193,10 @@ def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.Gradie
 
     def init(params):
         leaves, tree = jax.tree.flatten(params)
-        of_one = lambda p: tuple(one.init(p)[0])[1:]
+
+        def of_one(p):
+            return tuple(one.init(p)[0])[1:]
+
         statistics = [
             jax.tree.map(functools.partial(_divided_as, s, s.first(p)), s.each(of_one)(s.first(p)))
             for s, p in zip(stacked, leaves, strict=True)

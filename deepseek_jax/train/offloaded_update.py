@@ -74,11 +74,14 @@ def _is_state(node: Any) -> bool:
 
 def _of_group(tree: Any, chosen: Callable[[tuple], bool]) -> Any:
     """The tree with the chosen parameters alone in each of its States; what is not of a parameter stays."""
-    pick = lambda node: (
-        nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(node) if chosen(p)])
-        if _is_state(node)
-        else node
-    )
+
+    def pick(node):
+        return (
+            nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(node) if chosen(p)])
+            if _is_state(node)
+            else node
+        )
+
     return jax.tree.map(pick, tree, is_leaf=_is_state)
 
 

@@ -30,9 +30,10 @@ def learning_rate(config: Config) -> optax.Schedule:
     warm = min(o.warmup_steps, steps)
     rest = max(steps - warm, 1)
     end = peak * o.final_fraction
-    at = lambda share: max(
-        round(share * steps) - warm, 1
-    )  # boundaries count from the end of the warmup
+
+    def at(share):
+        return max(round(share * steps) - warm, 1)  # boundaries count from the end of the warmup
+
     if o.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif o.schedule == "cosine":
@@ -65,10 +66,13 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 def decay_mask(params: nnx.State) -> Any:
     """True for matrices; norm weights and biases are not decayed."""
-    is_variable = lambda v: isinstance(v, nnx.Variable)
-    is_matrix = lambda v: (
-        not {"norm", "heads_bias", "embed_bias"} & set(v.get_metadata()["out_sharding"])
-    )
+
+    def is_variable(v):
+        return isinstance(v, nnx.Variable)
+
+    def is_matrix(v):
+        return not {"norm", "heads_bias", "embed_bias"} & set(v.get_metadata()["out_sharding"])
+
     return jax.tree.map(lambda v: v.replace(is_matrix(v)), params, is_leaf=is_variable)
 
 

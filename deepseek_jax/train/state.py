@@ -57,8 +57,11 @@ class Layout(NamedTuple):
     def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
         """Bytes per device by kind: parameters, gradients, optimizer state, the residual of compressed gradients, and the weights of a
         frozen model; "host": bytes offloaded to the device's host."""
+
         # Gradients are where their parameters are.
-        as_stored = lambda g, p: jax.NamedSharding(p.mesh, g.spec, memory_kind=p.memory_kind)
+        def as_stored(g, p):
+            return jax.NamedSharding(p.mesh, g.spec, memory_kind=p.memory_kind)
+
         gradients = jax.tree.map(
             as_stored, sharding.shardings(self.grad_specs, mesh), self.shardings.params
         )

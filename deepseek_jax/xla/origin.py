@@ -33,11 +33,13 @@ PARTS = (
     ("model/transformer.py", r"\blogits\b", "head"),
     ("model/transformer.py", r"\bMTPLayer\b", "mtp"),
     ("model/transformer.py", r"", "other"),  # the model as a whole: never the loss that called it
+    ("model/head.py", r"", "loss"),
     ("objectives/pretrain.py", r"", "loss"),
+    ("objectives/routing.py", r"", "loss"),
     ("train/optimizer.py", r"", "optimizer"),
     ("train/muon_adafactor.py", r"", "optimizer"),
     ("train/loss_scale.py", r"", "optimizer"),
-    ("train/step.py", r"\bupdate_bias\b", "optimizer"),
+    ("train/balance.py", r"", "optimizer"),
 )
 # The names that the model gives its parts with jax.named_scope, and those of PARTS that have another name there: for the time of parts,
 # where a part is all that it computes. Bytes go by PARTS alone, which know a gather of weights from the layer that asked for it.

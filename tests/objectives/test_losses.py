@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,8 @@ from deepseek_jax.config.options import (
     ShardingConfig,
     TrainConfig,
 )
-from deepseek_jax.model.layers import Linear, param
 from deepseek_jax.model import head
+from deepseek_jax.model.layers import Linear, param
 from deepseek_jax.model.transformer import tokens_ahead
 from deepseek_jax.objectives import pretrain
 from deepseek_jax.objectives.forward import step_totals

@@ -20,7 +20,6 @@ from deepseek_jax.train.loss_scale import LossScale, adjust, may_fall
 from tests.support import conversion
 from tests.support.small_runs import (
     ADAMW,
-    TINY,
     Trainer,
     config_of,
     losses_of,

@@ -13,7 +13,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.inference.loaded import LoadedModel
 from deepseek_jax.model.head import cross_entropy_and_rank, scan_vocab
 from deepseek_jax.model.layout import PlacedModel
-from deepseek_jax.parallel.mesh import BATCH_AXES
+from deepseek_jax.parallel.mesh import BATCH_AXES, TOKENS
 
 BATCH_TOKENS = 4096  # a device's share of a batch, unless the user says how many rows there are
 
@@ -114,7 +114,7 @@ class Scorer:
         model = self._model
         with jax.set_mesh(model.mesh):
             return _programs[model](
-                model.params, model.bias, tuple(jax.device_put(a, jax.P(BATCH_AXES)) for a in batch)
+                model.params, model.bias, tuple(jax.device_put(a, TOKENS) for a in batch)
             )
 
     def _read(
