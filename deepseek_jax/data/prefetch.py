@@ -15,8 +15,8 @@ class TrainRows(Protocol):
 class Prefetcher:
     """Iterates over `source.train_rows(start, count)` for each request, at most `depth` results ahead.
 
-    A context manager: leaving it stops the thread, at the end of the read it is in. An exception of a read comes out of the
-    iteration where its rows would have.
+    A context manager: leaving it stops the thread, at the end of the read it is in. An exception of a read
+    comes out of the iteration where its rows would have.
     """
 
     def __init__(self, source: TrainRows, requests: Iterable[tuple[int, int]], depth: int = 2):

@@ -1,8 +1,9 @@
-"""The model over the stages of a pipeline: entrance, blocks, exit. Shape letters: layers.py, parallel/pipeline.py.
+"""The model over the stages of a pipeline: entrance, blocks, exit. Shape letters: layers.py,
+parallel/pipeline.py.
 
-The entrance (embedding, and dense layers in front of MoE layers) and the exit (last norm, multi-token prediction, output head
-and loss) are not on the first and the last stage, which would wait for each other: every stage does both, for its share of
-the micro-batches.
+The entrance (embedding, and dense layers in front of MoE layers) and the exit (last norm, multi-token
+prediction, output head and loss) are not on the first and the last stage, which would wait for each other:
+every stage does both, for its share of the micro-batches.
 """
 
 from collections.abc import Callable
@@ -37,10 +38,12 @@ def through_stages(
     """All micro-batches of a step through the pipeline.
 
     Args:
-      fields: by name (an array [A, B, ...] of A micro-batches, its value in a micro-batch that is missing: padding).
+      fields: by name (an array [A, B, ...] of A micro-batches, its value in a micro-batch that is missing:
+        padding).
       others: a pytree of arrays [A, ...] that `head` needs besides, of each micro-batch.
       given: arrays that `head` needs, the same on all stages.
-      head: (model, micro-batch, its Output, its part of `others`, given) -> sums to be added up over micro-batches: the loss.
+      head: (model, micro-batch, its Output, its part of `others`, given) -> sums to be added up over
+        micro-batches: the loss.
       taps: names of what layers hand out (taps.py), for `head`.
 
     Returns:

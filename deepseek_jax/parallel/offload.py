@@ -1,8 +1,9 @@
-"""Arrays in the host's memory: which they are, and work on stacked ones that brings one layer at a time to the device.
+"""Arrays in the host's memory: which they are, and work on stacked ones that brings one layer at a time to
+the device.
 
-Under jit an array's memory is part of its type, next to shape and sharding. Nothing may compute on one in the host's memory: XLA would
-do so there, slowly, or refuse. So what reads or writes such arrays is here, but for the model's scan over layers, which calls
-`to_device`. All of it leaves arrays on the device as they are.
+Under jit an array's memory is part of its type, next to shape and sharding. Nothing may compute on one in the
+host's memory: XLA would do so there, slowly, or refuse. So what reads or writes such arrays is here, but for
+the model's scan over layers, which calls `to_device`. All of it leaves arrays on the device as they are.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,8 @@ def place_params(config: Config, shardings: Any) -> Any:
 
 
 def place_optimizer(config: Config, abstract: Any, shardings: Any) -> Any:
-    """The shardings of an optimizer's state (`abstract`: its shapes) in the memory that `config.offload.optimizer_state` gives it.
+    """The shardings of an optimizer's state (`abstract`: its shapes) in the memory that
+    `config.offload.optimizer_state` gives it.
 
     Counters stay on the device.
     """
@@ -98,7 +100,9 @@ def over_layers(f: Callable, stacks: Any, *read: Any) -> Any:
 
 
 def tree_map(f: Callable, tree: Any, *rest: Any) -> Any:
-    """jax.tree.map of an elementwise f; what it makes of a stack in the host's memory is written over that stack, with its dtype."""
+    """jax.tree.map of an elementwise f; what it makes of a stack in the host's memory is written over that
+    stack, with its dtype.
+    """
     leaves, structure = jax.tree.flatten(tree)
     columns = [leaves, *(jax.tree.leaves(t) for t in rest)]
     out = [None if on_host(a) else f(a, *others) for a, *others in zip(*columns, strict=True)]
@@ -114,7 +118,7 @@ def tree_map(f: Callable, tree: Any, *rest: Any) -> Any:
 
 
 def zeros(shapes: Any, shardings: Any) -> Any:
-    """Zeros of these shapes and PartitionSpecs, float32 or as the shapes say, in the memory of `shardings`."""
+    """Zeros of these shapes, dtypes and PartitionSpecs, in the memory of `shardings`."""
 
     def one(shape, sharding):
         def of(dims, spec):

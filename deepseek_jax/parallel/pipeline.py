@@ -1,20 +1,24 @@
 """Blocks over stages: which block lies where, and the schedule by which micro-batches go through them.
 
-Stage s holds `virtual_stages` groups of `blocks` consecutive layers: its virtual stage c is layers (c * stages + s) * blocks and on. A
-micro-batch goes round the stages `virtual_stages` times; while one stage works on it the others work on its neighbours. That is the
-interleaved schedule of Megatron-LM (Narayanan et al. 2021, arXiv:2104.04473), as one program for all stages: micro-batches come in
-groups of `stages`, and what the k-th unit of work of a stage is follows from a formula, the same on every stage but for a delay of s
-ticks:
+Stage s holds `virtual_stages` groups of `blocks` consecutive layers: its virtual stage c is layers (c *
+stages + s) * blocks and on. A micro-batch goes round the stages `virtual_stages` times; while one stage works
+on it the others work on its neighbours. That is the interleaved schedule of Megatron-LM (Narayanan et al.
+2021, arXiv:2104.04473), as one program for all stages: micro-batches come in groups of `stages`, and what the
+k-th unit of work of a stage is follows from a formula, the same on every stage but for a delay of s ticks:
 
     local = tick - s
-    group, virtual, lane = local // (stages * virtual_stages), local // stages % virtual_stages, local % stages
+    group = local // (stages * virtual_stages)
+    virtual = local // stages % virtual_stages
+    lane = local % stages
 
-What leaves the last stage with virtual stage c reaches the first one just when c + 1 is due, so nothing is ever stored in between.
-A tick without work, and a slot without a layer (61 blocks on 4 stages), run on padding, which routes nowhere: other stages are at
-work then anyway. Skipping them by a `cond` would gain no time, would stop the device for the condition, and would hang where
-a collective concerns devices that take the other branch. The backward pass is the transpose: the same schedule the other way round.
+What leaves the last stage with virtual stage c reaches the first one just when c + 1 is due, so nothing is
+ever stored in between. A tick without work, and a slot without a layer (61 blocks on 4 stages), run on
+padding, which routes nowhere: other stages are at work then anyway. Skipping them by a `cond` would gain no
+time, would stop the device for the condition, and would hang where a collective concerns devices that take
+the other branch. The backward pass is the transpose: the same schedule the other way round.
 
-Shape letters: model/layers.py, and G groups of micro-batches, one micro-batch per stage; Q ticks, P virtual stages, n layers of each.
+Shape letters: model/layers.py, and G groups of micro-batches, one micro-batch per stage; Q ticks, P virtual
+stages, n layers of each.
 """
 
 from collections.abc import Callable
@@ -50,15 +54,18 @@ class Schedule(NamedTuple):
 
     @property
     def bubble_share(self) -> float:
-        """Share of the stages' time without work: filling and draining, missing micro-batches of the last group, missing layers."""
+        """Share of the stages' time without work: filling and draining, missing micro-batches of the last
+        group, missing layers.
+        """
         return 1 - self.micro_batches * self.layers / (self.stages * self.ticks * self.blocks)
 
 
 def make_schedule(config: Config, stages: int, micro_batches: int | None = None) -> Schedule:
-    """The schedule of a config on so many stages; with virtual_stages=0 the quickest of up to MOST_VIRTUAL_STAGES.
+    """The schedule of a config on so many stages; with virtual_stages=0 the quickest of up to
+    MOST_VIRTUAL_STAGES.
 
-    Without rematerialisation it is one: gathered weights are kept for backward then, once for a stage's only virtual stage, but
-    for every tick where which one it is depends on the tick.
+    Without rematerialisation it is one: gathered weights are kept for backward then, once for a stage's only
+    virtual stage, but for every tick where which one it is depends on the tick.
 
     Args:
       micro_batches: config.train.accumulation by default; fewer in the steps of a batch ramp.
@@ -81,7 +88,8 @@ def make_schedule(config: Config, stages: int, micro_batches: int | None = None)
 
 
 def to_stages(w: jax.Array, schedule: Schedule) -> jax.Array:
-    """A stacked weight [L, ...] as stored, every stage a slice of it, to [P, stages, n, ...] with each layer on its stage.
+    """A stacked weight [L, ...] as stored, every stage a slice of it, to [P, stages, n, ...] with each layer
+    on its stage.
 
     An all-to-all over the stage axis, once a step; its transpose brings the gradient back.
     """
@@ -116,13 +124,13 @@ def run(
       weights: this stage's, leaves [P, n, ...].
       x_GBSD: what goes in: micro-batch group * stages + s on stage s.
       side: micro-batch number -> what its layers need besides x.
-      block: (weights of one layer, x_BSD, side, bool: whether to work) -> (x_BSD, statistics, taps). Without work it takes all tokens
-        for padding.
+      block: (weights of one layer, x_BSD, side, bool: whether to work) -> (x_BSD, statistics, taps). Without
+        work it takes all tokens for padding.
       remat: function -> the same, rematerialised as the run wants.
 
     Returns:
-      What comes out, [G, B, S, D] as x_GBSD; statistics with leaves [Q, P, n, ...]: of each tick, zeros where it did nothing; and
-      the taps of all layers for the micro-batches that come out here, leaves [G, L, ...].
+      What comes out, [G, B, S, D] as x_GBSD; statistics with leaves [Q, P, n, ...]: of each tick, zeros where
+      it did nothing; and the taps of all layers for the micro-batches that come out here, leaves [G, L, ...].
     """
     s, stage = schedule, lax.axis_index("stage")
     around = s.stages * s.virtual_stages
@@ -137,8 +145,8 @@ def run(
         around + s.stages - 2
     )  # the tick when the last micro-batch of group 0 leaves; the others are on their way to their stages
 
-    # With several virtual stages a layer's weights are taken out of the stage's inside what is rematerialised: outside, every tick would
-    # keep the copy that it worked with.
+    # With several virtual stages a layer's weights are taken out of the stage's inside what is
+    # rematerialised: outside, every tick would keep the copy that it worked with.
     def pick(w, virtual, place):
         return lax.squeeze(
             lax.dynamic_slice(w, (virtual, place, *[0] * (w.ndim - 2)), (1, 1, *w.shape[2:])),
@@ -207,9 +215,12 @@ def run(
 
 
 def _taps_at_exit(schedule: Schedule, taps: jax.Array) -> jax.Array:
-    """A tap of this stage's layers by tick, [Q, n, ...], to one of all layers for the micro-batches that leave here, [G, L, ...]."""
+    """A tap of this stage's layers by tick, [Q, n, ...], to one of all layers for the micro-batches that
+    leave here, [G, L, ...].
+    """
     s = schedule
-    # The k-th unit of work of a stage is at tick k + stage: by group, virtual stage and the micro-batch's place in its group.
+    # The k-th unit of work of a stage is at tick k + stage: by group, virtual stage and the micro-batch's
+    # place in its group.
     work = lax.dynamic_slice_in_dim(
         taps, lax.axis_index("stage"), s.groups * s.virtual_stages * s.stages, axis=0
     )

@@ -1,20 +1,20 @@
 """How a weight gets from its layout in storage to the layer that uses it, and its gradient back.
 
-A parameter is the value of an nnx.Variable, in one of three representations, which the strategy chooses (train/gradients.py):
+A parameter is the value of an nnx.Variable, in one of three representations, chosen by train/gradients.py:
 
-    value of the variable   when                              its gradient
-    jax.Array               it is stored as its gradient is   in the layout of the array
-    ReplicatedWeight        SHARD_GRAD_OP, ZeRO-1: stored     in the layout of `part`: a reduce-scatter where it arises, layer
-                            whole, gradient divided           by layer
-    PerReplicaWeight        gradient_compression              each replica's own, [R, ...]; their sum is left to
-                                                              parallel/compression.py
+    value             when                                 its gradient
+    jax.Array         stored as its gradient is            in the layout of the array
+    ReplicatedWeight  SHARD_GRAD_OP, ZeRO-1: stored whole, in the layout of `part`: a reduce-scatter where it
+                      gradient divided                     arises, layer by layer
+    PerReplicaWeight  gradient_compression                 each replica's own, [R, ...]; compression.py sums
 
-A layer uses any of them by one of two ways, and the gradient goes back by the transpose of the way, a reduce-scatter:
+A layer uses any of them in one of two ways. The gradient goes back by the transpose, a reduce-scatter:
 
-    outside `per_device`    gather_for_use(variable)          Embed, norms, linear maps, the router: the all-gather of FULL_SHARD, one
-                            apply_weight(f, variable, ..., x)  layer at a time
-    inside `per_device`     stored_arrays(variable) outside,  experts, embedding, output head: what this device holds of experts, heads
-                            gather_on_device(arrays) inside    or words, else the whole weight
+    where                 how                               what
+    outside `per_device`  gather_for_use(variable) or       norms, linear maps, the router: the all-gather
+                          apply_weight(f, variable, ...)    of FULL_SHARD, one layer at a time
+    inside `per_device`   stored_arrays(variable) outside,  experts, embedding, output head: this device's
+                          gather_on_device(arrays) inside   experts, heads or words, else the whole weight
 """
 
 import dataclasses
@@ -38,10 +38,12 @@ WEIGHTS = "weights"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReplicatedWeight:
-    """A weight that every device holds whole while its gradient is divided: the value of a variable in place of an array.
+    """A weight that every device holds whole while its gradient is divided: the value of a variable in place
+    of an array.
 
-    Using it moves nothing, but its gradient goes to the layout of `part` where it arises, layer by layer. An array cannot say
-    that: its gradient has its own layout, so it would be summed up whole on every device, for all layers, and sliced afterwards.
+    Using it moves nothing, but its gradient goes to the layout of `part` where it arises, layer by layer. An
+    array cannot say that: its gradient has its own layout, so it would be summed up whole on every device,
+    for all layers, and sliced afterwards.
     """
 
     whole: jax.Array  # what is used
@@ -59,12 +61,14 @@ class ReplicatedWeight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PerReplicaWeight:
-    """A weight of which every replica along `data` has its own copy, and so its own gradient: the value of a variable in place of an array.
+    """A weight of which every replica along `data` has its own copy, and so its own gradient: the value of a
+    variable in place of an array.
 
     A copy is the replica's own shards of the weight, so it takes no memory and moves nothing.
     """
 
-    copies: jax.Array  # [R, ...], divided over `data`; [L, R, ...] of stacked layers, until a scan takes one of them
+    # [R, ...], divided over `data`; [L, R, ...] of stacked layers, until a scan takes one of them
+    copies: jax.Array
 
     @property
     def ndim(self) -> int:
@@ -110,7 +114,8 @@ def replicated_weights(params: nnx.State, parts: nnx.State) -> nnx.State:
 
 
 def gather_for_use(variable: nnx.Variable, dtype: Any) -> jax.Array:
-    """The weight as a layer uses it: cast to the compute dtype, then gathered, so that the gather moves few bytes.
+    """The weight as a layer uses it: cast to the compute dtype, then gathered, so that the gather moves few
+    bytes.
 
     With a leading axis of replicas if it is a `PerReplicaWeight`.
     """
@@ -131,7 +136,9 @@ def gather_for_use(variable: nnx.Variable, dtype: Any) -> jax.Array:
 def apply_weight(
     f: Callable[[jax.Array, jax.Array], jax.Array], variable: nnx.Variable, dtype: Any, x: jax.Array
 ) -> jax.Array:
-    """f(x, the gathered weight) for x [B, ...]; of a `PerReplicaWeight` each replica's sequences with its own copy."""
+    """f(x, the gathered weight) for x [B, ...]; of a `PerReplicaWeight` each replica's sequences with its own
+    copy.
+    """
     w = gather_for_use(variable, dtype)
     if not isinstance(variable.get_value(), PerReplicaWeight):
         return f(x, w)
@@ -148,7 +155,9 @@ def apply_weight(
 
 
 def stored_arrays(variable: nnx.Variable) -> tuple[list[jax.Array], list[P]]:
-    """The arrays of a variable, one or two, and their specs: to be handed to `per_device`, and there to `gather_on_device`."""
+    """The arrays of a variable, one or two, and their specs: to be handed to `per_device`, and there to
+    `gather_on_device`.
+    """
     w = variable.get_value()
     arrays = [jax.sharding.reshard(a, without_stage(a)) for a in _arrays(w)]
     return arrays, [jax.typeof(a).sharding.spec for a in arrays]
@@ -161,7 +170,9 @@ def _arrays(w: Any) -> list[jax.Array]:
 
 
 def gather_on_device(arrays: list[jax.Array], specs: list[P], dtype: Any) -> jax.Array:
-    """Inside `per_device`, a weight given as `stored_arrays`: this device's experts, heads or words, else whole; varying over TOKEN_AXES."""
+    """Inside `per_device`, a weight given as `stored_arrays`: this device's experts, heads or words, else
+    whole; varying over TOKEN_AXES.
+    """
 
     def gather(w: jax.Array, spec: P) -> jax.Array:
         return _all_gather(w.astype(dtype), spec)
@@ -185,11 +196,13 @@ def _all_gather(w: jax.Array, spec: P, held: tuple[str, ...] = ()) -> jax.Array:
         if axes
     ]
     varies = {*held, *(a for _, axes in named for a in axes)}
-    # Before the gathers, so that in backward sums over these axes are of what is left after the reduce-scatter.
+    # Before the gathers, so that in backward sums over these axes are of what is left after the
+    # reduce-scatter.
     if missing := tuple(a for a in TOKEN_AXES if a not in varies):
         w = lax.pcast(w, missing, to="varying")
     for dimension, axes in named:
-        # Experts and the tensor axis are divided in use too. Where `expert` divides dense weights, it is with others.
+        # Experts and the tensor axis are divided in use too. Where `expert` divides dense weights, it is with
+        # others.
         divided_in_use = axes in (("expert",), ("tensor",))
         # A gather over one device would only give the weight a layout that others must copy.
         if not divided_in_use and lax.axis_size(axes) > 1:

@@ -1,4 +1,6 @@
-"""Forward, loss and gradients of a step's whole batch: at once, micro-batch after micro-batch, or through pipeline stages."""
+"""Forward, loss and gradients of a step's whole batch: at once, micro-batch after micro-batch, or through
+pipeline stages.
+"""
 
 from typing import NamedTuple
 
@@ -40,9 +42,10 @@ class Learner(NamedTuple):
           scale: float32, of float16's loss; None without one.
 
         Returns:
-          (gradients, parts, load). Gradients are of the scaled loss, summed over micro-batches, in the layout that the strategy gives
-          them; float32, or the `train.accumulation_dtype` in which several micro-batches are added up. Parts are not scaled. With
-          gradient_compression gradients are each replica's own, [R, ...] for R replicas along `data`, still to be summed.
+          (gradients, parts, load). Gradients are of the scaled loss, summed over micro-batches, in the layout
+          that the strategy gives them; float32, or the `train.accumulation_dtype` in which several
+          micro-batches are added up. Parts are not scaled. With gradient_compression gradients are each
+          replica's own, [R, ...] for R replicas along `data`, still to be summed.
         """
 
         def one(batch: Batch):
@@ -91,7 +94,8 @@ class Learner(NamedTuple):
         return grads, parts, stats.load if stats else NO_LOAD
 
     def expert_counts(self, weights, batch: Batch) -> jax.Array | None:
-        """int32 [L, E] of all micro-batches, by a forward pass of its own: the balance loss over the whole batch needs them first.
+        """int32 [L, E] of all micro-batches, by a forward pass of its own: the balance loss over the whole
+        batch needs them first.
 
         None where the balance loss is per sequence, or there is none.
         """
