@@ -31,7 +31,7 @@ from deepseek_jax.inference.generation import sample
 from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.inference.generation.sampling import Sampling
-from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, make_mesh
+from deepseek_jax.parallel.mesh import AXES, TOKENS, make_mesh
 from deepseek_jax.plan import options
 from deepseek_jax.runtime.threads import enough_threads
 from deepseek_jax.train import state, step
@@ -123,7 +123,7 @@ def lowered(config: Config, mesh: jax.sharding.Mesh, layout: state.Layout) -> tu
     of_step = jax.jit(
         step.make_train_step(config, layout, objectives.make(config)), donate_argnums=0
     ).lower(abstract, batch)
-    one = jax.NamedSharding(mesh, jax.P(BATCH_AXES, None))
+    one = jax.NamedSharding(mesh, TOKENS)
     micro = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=one), batch)
     return of_step, jax.jit(step.make_eval_step(layout, objectives.make(config))).lower(
         abstract.params, abstract.bias, micro
@@ -161,7 +161,7 @@ def run_small(config: Config, mesh: jax.sharding.Mesh) -> None:
         held, metrics = train_step(
             state.init_state(config, layout), put_batch(batch, config.micro_batch, mesh)
         )
-        one = jax.NamedSharding(mesh, jax.P(BATCH_AXES, None))
+        one = jax.NamedSharding(mesh, TOKENS)
         micro = {name: jax.device_put(a[: config.micro_batch], one) for name, a in batch.items()}
         found = float(metrics.loss), float(eval_step(held.params, held.bias, micro)["nll"])
         if not np.isfinite(found).all():

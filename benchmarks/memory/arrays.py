@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.parallel.mesh import BATCH_AXES
+from deepseek_jax.parallel.mesh import TOKEN_AXES
 from deepseek_jax.xla import hlo
 
 
@@ -41,7 +41,7 @@ def too_large(text: str, config: Config, mesh_shape: Mapping[str, int]) -> dict[
     """
     m, t = config.model, config.train
     experts = m.n_routed_experts // mesh_shape["expert"]
-    tokens = config.micro_batch * t.sequence_length // math.prod(mesh_shape[a] for a in BATCH_AXES)
+    tokens = config.micro_batch * t.sequence_length // math.prod(mesh_shape[a] for a in TOKEN_AXES)
     width = m.moe_intermediate_size // mesh_shape["tensor"]
     heads, length = m.num_attention_heads // mesh_shape["tensor"], t.sequence_length
     # A dimension may hold all experts' widths side by side, as one product of a token with all

@@ -47,7 +47,7 @@ from deepseek_jax.config.configdict import base_config
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel import sharding
-from deepseek_jax.parallel.mesh import BATCH_AXES
+from deepseek_jax.parallel.mesh import TOKEN_AXES
 from deepseek_jax.plan import exchange, options, topology
 from deepseek_jax.train.state import Layout
 from deepseek_jax.xla import origin, program
@@ -262,7 +262,7 @@ def _group(c: program.Collective, phase: str, part: str, is_rows: bool) -> str |
 def least_bytes(config: Config, mesh: jax.sharding.Mesh, layout: Layout) -> dict[str, float]:
     """The least of each group, by the formulas above, for one layer (OF_MODEL: for the model)."""
     item = exchange.ITEM_BYTES[config.train.dtype]
-    batch = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    batch = math.prod(mesh.shape[a] for a in TOKEN_AXES)
     used = sharding.specs(layout.abstract.params, sharding.COMPUTE_RULES)
     forward = gradients = update = ends = 0.0
     trees = (used, layout.param_specs, layout.grad_specs, layout.opt_specs)

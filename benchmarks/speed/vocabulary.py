@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from benchmarks.speed.attention import compute_dtype
 from benchmarks.support import turns
@@ -33,7 +32,7 @@ from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.config.options import Config, MeshConfig
 from deepseek_jax.model import head
 from deepseek_jax.parallel import sharding
-from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
+from deepseek_jax.parallel.mesh import TOKENS, make_mesh
 
 BAR = 1.10
 CONFIG = Config(mesh=MeshConfig(fsdp=1))
@@ -73,9 +72,7 @@ def ours(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> ja
         kernel_DV, sharding.spec(("embed", "vocab"), sharding.storage_rules(CONFIG)[0])
     )
     weight = nnx.Param(stored, out_sharding=("embed", "vocab"), eager_sharding=False)
-    hidden_BSD, targets_BS = (
-        jax.sharding.reshard(a[None], P(BATCH_AXES)) for a in (hidden_TD, targets_T)
-    )
+    hidden_BSD, targets_BS = (jax.sharding.reshard(a[None], TOKENS) for a in (hidden_TD, targets_T))
     untied = head.Head(weight, tied=False)
     return head.scan_vocab_sum(head.cross_entropy, hidden_BSD, untied, targets_BS)[0]
 

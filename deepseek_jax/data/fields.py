@@ -1,7 +1,8 @@
-"""The fields of a batch: what each array of it is called, what it belongs to, and what it holds where there is nothing.
+"""The fields of a batch: what each array of it is called, what it belongs to, and what it holds where there
+is nothing.
 
-An objective names the fields it reads (objectives/base.py); loader, step, pipeline and plan follow. Shape letters: B sequences,
-S positions, M documents of a sequence.
+An objective names the fields it reads (objectives/base.py); loader, step, pipeline and plan follow. Shape
+letters: B sequences, S positions, M documents of a sequence.
 """
 
 from collections.abc import Mapping
@@ -19,8 +20,8 @@ class Field(NamedTuple):
 
     Attributes:
       dtype: of its elements.
-      per: what has one element (of shape `trailing`): "token" [B, S, ...], "sequence" [B, ...] or "document" [B, M, ...], where
-        the document with segment id i is at i - 1.
+      per: what has one element (of shape `trailing`): "token" [B, S, ...], "sequence" [B, ...] or "document"
+        [B, M, ...], where the document with segment id i is at i - 1.
       trailing: sizes of the axes of one element, () for a number.
       padding: the value where there is no token, sequence or document. What has it must count for nothing.
       documents: M, only for per="document".
@@ -43,8 +44,9 @@ Fields = Mapping[str, Field]
 
 # What a model reads. segment_ids: 1, 2, ... by document, 0 for padding. positions: from 0 in each document.
 INPUTS = {name: Field(np.int32) for name in ("tokens", "segment_ids", "positions")}
-# What packed text has besides. targets: what is scored at each position, -100 where nothing is. next_tokens: the token that
-# follows in the same document, scored or not, -1 where there is none: what multi-token prediction reads.
+# What packed text has besides. targets: what is scored at each position, -100 where nothing is. next_tokens:
+# the token that follows in the same document, scored or not, -1 where there is none: what multi-token
+# prediction reads.
 TEXT = INPUTS | {
     "targets": Field(np.int32, padding=IGNORE),
     "next_tokens": Field(np.int32, padding=-1),
@@ -76,7 +78,8 @@ def stack_rows(rows: list[Rows], fields: Fields, length: int) -> Rows:
 
 
 def check_batch(batch: Mapping[str, Any], fields: Fields) -> None:
-    """Checks the shapes and dtypes of a batch with any axes before those of a sequence, the same for all fields.
+    """Checks the shapes and dtypes of a batch with any axes before those of a sequence, the same for all
+    fields.
 
     Raises:
       ValueError: a field is missing, or of another shape or dtype.

@@ -1,4 +1,6 @@
-"""The loader: global training rows in an order that is a pure function of (seed, row index), and held-out rows."""
+"""The loader: global training rows in an order that is a pure function of (seed, row index), and held-out
+rows.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +20,8 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 
 PACK, SHUFFLE = 1, 2  # purposes of derived seeds
-EVAL_SEED = 0  # held-out rows do not depend on config.seed: losses of runs with different seeds can be compared
+# held-out rows do not depend on config.seed: losses of runs with different seeds can be compared
+EVAL_SEED = 0
 
 
 class Span(NamedTuple):
@@ -62,7 +65,8 @@ class Loader:
       notes: lines about what was left out or changed.
 
     Raises:
-      UserError: a source is missing, empty, unreadable or not what its name says, or all together are too short.
+      UserError: a source is missing, empty, unreadable or not what its name says, or all together are too
+        short.
     """
 
     def __init__(
@@ -89,7 +93,9 @@ class Loader:
             PackedRows(e, length, derive_seed(EVAL_SEED, PACK, i), mask, pad_last=True)
             for i, (_, e) in enumerate(sides)
         ]
-        self.train_tokens, self.eval_tokens = (sum(d.size for d in side) for side in zip(*sides))
+        self.train_tokens, self.eval_tokens = (
+            sum(d.size for d in side) for side in zip(*sides, strict=True)
+        )
         self.num_train_rows, self.num_eval_rows = sum(map(len, train)), sum(map(len, self._eval))
         self._check_size(corpora, sides, train)
         weights = weights or [t.size / self.train_tokens for t, _ in sides]
@@ -138,7 +144,8 @@ class Loader:
 
     def _ordered(self, sources: Sequence[Any]) -> grain.MapDataset:
         """The items of all sources in the global training order."""
-        # Shuffling before repeating: grain reseeds the shuffle every epoch and reads any index without the ones before.
+        # Shuffling before repeating: grain reseeds the shuffle every epoch and reads any index without the
+        # ones before.
         shuffled = [
             grain.MapDataset.source(items)
             .shuffle(seed=derive_seed(self._config.seed, SHUFFLE, i))
@@ -174,23 +181,30 @@ class Loader:
             self._config.train.batch_size,
             self._config.train.sequence_length,
         )
-        held = f"besides the {self.eval_tokens} held out with config.data.eval_fraction={c.data.eval_fraction}"
+        held = (
+            f"besides the {self.eval_tokens} held out with "
+            f"config.data.eval_fraction={c.data.eval_fraction}"
+        )
         repair = "Give more text, or lower config.train.batch_size or config.train.sequence_length."
-        for corpus, (documents, _), rows in zip(corpora, sides, train):
+        for corpus, (documents, _), rows in zip(corpora, sides, train, strict=True):
             if not len(rows):
                 raise UserError(
-                    f"config.data.path={corpus.name!r} has {documents.size} training tokens ({held}), but one "
+                    f"config.data.path={corpus.name!r} has {documents.size} training tokens ({held}), but "
+                    "one "
                     f"sequence of config.train.sequence_length={s} needs {s + 1}. {repair}"
                 )
         if self.num_train_rows < batch:
             raise UserError(
-                f"config.data.path={c.data.path!r} has {self.train_tokens} training tokens ({held}), but one batch "
+                f"config.data.path={c.data.path!r} has {self.train_tokens} training tokens ({held}), but "
+                "one batch "
                 f"of config.train.batch_size={batch} x sequence_length={s} needs {batch * s + 1}. {repair}"
             )
 
 
 def _interleave(counts: list[int]) -> np.ndarray:
-    """int64 [sum(counts), 2]: (source, row) of every row, each source spread evenly, so that a prefix is a fair sample."""
+    """int64 [sum(counts), 2]: (source, row) of every row, each source spread evenly, so that a prefix is a
+    fair sample.
+    """
     source = np.repeat(np.arange(len(counts)), counts)
     row = np.concatenate([np.arange(n) for n in counts])
     share = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
@@ -204,7 +218,7 @@ def _describe(
     tokenizer: Tokenizer,
 ) -> str:
     texts = []
-    for corpus, (train, held_out), weight in zip(corpora, sides, weights):
+    for corpus, (train, held_out), weight in zip(corpora, sides, weights, strict=True):
         total, count = train.size + held_out.size, len(train.starts) + len(held_out.starts)
         share = f"{weight:.0%} " if len(corpora) > 1 else ""
         if len(corpus.offsets) == 2:

@@ -1,7 +1,7 @@
 """Packing by virtual concatenation: documents in a random order, seen as one stream that is cut into rows.
 
-The stream is never built: a row looks up which documents it touches (binary search over their cumulative lengths) and
-reads those ranges only.
+The stream is never built: a row looks up which documents it touches (binary search over their cumulative
+lengths) and reads those ranges only.
 """
 
 import numpy as np
@@ -15,12 +15,14 @@ from deepseek_jax.data.sources import Documents
 class PackedRows:
     """Rows of `sequence_length` tokens over some documents, by index.
 
-    Row i reads stream positions i * S to i * S + S, one more than it has inputs: the last is the last input's target.
+    Row i reads stream positions i * S to i * S + S, one more than it has inputs: the last is the last input's
+    target.
 
     Args:
       documents: what to pack; their order in the stream is a pure function of their number and `seed`.
       sequence_length: S.
-      document_mask: documents are segments of their own: positions restart and no target crosses; else a row is one segment.
+      document_mask: documents are segments of their own: positions restart and no target crosses; else a row
+        is one segment.
       pad_last: keep the last partial row, padded, so that every token is predicted once; else it is dropped.
     """
 
@@ -49,7 +51,8 @@ class PackedRows:
         return self.row(index)
 
     def spans(self, index: int) -> list[tuple[int, int, int]]:
-        """Where the inputs of a row come from: (first token in the corpus, tokens, tokens of the document before them), by document.
+        """Where the inputs of a row come from: (first token in the corpus, tokens, tokens of the document
+        before them), by document.
 
         Raises:
           IndexError: there is no such row.
@@ -73,8 +76,8 @@ class PackedRows:
         """One row.
 
         Returns:
-          The fields of data/fields.py TEXT, int32 [S] each. The next token is -1, and the target -100, where it belongs to another
-          document.
+          The fields of data/fields.py TEXT, int32 [S] each. The next token is -1, and the target -100, where
+          it belongs to another document.
 
         Raises:
           IndexError: there is no such row.
@@ -92,7 +95,9 @@ class PackedRows:
             int(self._ends[first - 1]) if first else 0
         )  # tokens of the first document before this row
         window = np.empty(stop - start, np.int32)
-        for d, begin, end in zip(range(first, last + 1), begins.tolist(), ends.tolist()):
+        for d, begin, end in zip(
+            range(first, last + 1), begins.tolist(), ends.tolist(), strict=True
+        ):
             source = int(self._starts[d]) + (into if d == first else 0)
             window[begin:end] = self._tokens[source : source + end - begin]
         positions = np.arange(len(window), dtype=np.int32)

@@ -1,4 +1,6 @@
-"""Windows of the global data order that a run skips: where the data of a step lie is a pure function of (step, skipped windows)."""
+"""Windows of the global data order that a run skips: where the data of a step lie is a pure function of
+(step, skipped windows).
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
@@ -11,13 +13,17 @@ Window = tuple[int, int]  # rows first to last - 1 of the global order
 
 
 class Windows(NamedTuple):
-    """Disjoint windows in order. The row that is n-th to be trained on, from 0, is the n-th outside all of them."""
+    """Disjoint windows in order. The row that is n-th to be trained on, from 0, is the n-th outside all of
+    them.
+    """
 
     skipped: tuple[Window, ...] = ()
 
     @classmethod
     def of(cls, windows: Iterable[Iterable[int]]) -> "Windows":
-        """Of ranges in any order, some of which may touch: as a checkpoint's `extra` and metrics.jsonl have them."""
+        """Of ranges in any order, some of which may touch: as a checkpoint's `extra` and metrics.jsonl have
+        them.
+        """
         out: list[Window] = []
         for first, last in sorted((int(first), int(last)) for first, last in windows):
             if out and first <= out[-1][1]:

@@ -31,7 +31,7 @@ from deepseek_jax.experts.rounds import (
     make_plan,
     sort_by_expert,
 )
-from deepseek_jax.parallel.mesh import BATCH_AXES, on_cpu
+from deepseek_jax.parallel.mesh import TOKEN_AXES, on_cpu
 
 
 class Tokens(NamedTuple):
@@ -110,7 +110,7 @@ def _on_one_cpu(tokens: Tokens, weights: ExpertWeights) -> tuple[jax.Array, jax.
     count, top_k = tokens.expert_TK.shape
     block = cpu_grouped_matmul.block_size(count, top_k, experts)
     rows = cpu_grouped_matmul.sort_rows(tokens.expert_TK, experts, block)
-    rounds = lax.pmax(jnp.any(rows.count_G > 0).astype(jnp.int32), BATCH_AXES)
+    rounds = lax.pmax(jnp.any(rows.count_G > 0).astype(jnp.int32), TOKEN_AXES)
     y_TD = cpu_grouped_matmul.compute(tokens.x_TD, tokens.weight_TK, *weights, rows, block)
     return y_TD, rounds
 
@@ -121,7 +121,7 @@ def _all_to_all(
     devices = lax.axis_size("expert")
     capacity = capacity_of(tokens.x_TD.shape[0])
     plan = make_plan(tokens.expert_TK, devices * weights.gate_up_GDPF.shape[0], capacity)
-    rounds = lax.pmax(plan.rounds, BATCH_AXES)
+    rounds = lax.pmax(plan.rounds, TOKEN_AXES)
     if devices > 1:
         # A round is a collective: every device must run as many as the one that needs most.
         plan = plan._replace(rounds=rounds)
@@ -139,7 +139,7 @@ def _all_gather(
     y_TD, rounds = _local_experts(visiting, weights, capacity_of)
     with jax.named_scope("combine"):
         y_TD = lax.psum_scatter(y_TD, "expert", tiled=True)
-    return y_TD, lax.pmax(rounds, BATCH_AXES)
+    return y_TD, lax.pmax(rounds, TOKEN_AXES)
 
 
 def _ring(
@@ -161,7 +161,7 @@ def _ring(
 
     start = tokens, jnp.zeros_like(tokens.x_TD)
     (_, y_TD), rounds = lax.scan(visit, start, length=lax.axis_size("expert"))
-    return y_TD, lax.pmax(jnp.max(rounds), BATCH_AXES)
+    return y_TD, lax.pmax(jnp.max(rounds), TOKEN_AXES)
 
 
 METHODS = {"all_to_all": _all_to_all, "all_gather": _all_gather, "ring": _ring}

@@ -1,19 +1,24 @@
-"""The output head: logits over the vocabulary, walked in chunks of tokens, for any function of one token's logits.
+"""The output head: logits over the vocabulary, walked in chunks of tokens, for any function of one token's
+logits.
 
-The logits of a whole batch never exist: a device holds those of CHUNK_TOKENS tokens at a time, and of its part of the
-vocabulary where the tensor axis divides it. What a training objective wants of them (cross-entropy, divergence from a teacher,
-log-probability, entropy) is a chunk function:
+The logits of a whole batch never exist: a device holds those of CHUNK_TOKENS tokens at a time, and of its
+part of the vocabulary where the tensor axis divides it. What a training objective wants of them
+(cross-entropy, divergence from a teacher, log-probability, entropy) is a chunk function:
 
     function(logits, *frozen_logits, *inputs) -> (values, dlogits_CV)
 
   logits, frozen_logits: `Logits` of the chunk, of the head that is trained and of frozen ones.
-  inputs: what belongs to each token, [C] or [C, ...], or scalars that are the same for all tokens. Tokens that fill up the last
-    chunk have -100 in integers, 0 in floats and False in booleans: a function must give them the value 0.
-  values: a tuple of float32 [C], the same on all devices of the tensor axis. The first is differentiated, the others reported.
-  dlogits_CV: float32, the derivative of the first value by the logits: the hand-made gradient, 0 for tokens that do not count.
+  inputs: what belongs to each token, [C] or [C, ...], or scalars that are the same for all tokens. Tokens
+    that fill up the last chunk have -100 in integers, 0 in floats and False in booleans: a function must give
+    them the value 0.
+  values: a tuple of float32 [C], the same on all devices of the tensor axis. The first is differentiated, the
+    others reported.
+  dlogits_CV: float32, the derivative of the first value by the logits: the hand-made gradient, 0 for tokens
+    that do not count.
 
-`scan_vocab_sum` adds the values up over all tokens and makes the gradients on the way, with the logits at hand. `scan_vocab` returns
-each token's values and makes the logits again in backward: for losses that are not a sum over tokens.
+`scan_vocab_sum` adds the values up over all tokens and makes the gradients on the way, with the logits at
+hand. `scan_vocab` returns each token's values and makes the logits again in backward: for losses that are not
+a sum over tokens.
 
 Shape letters: layers.py, and C tokens of a chunk, V this device's words, K words of a teacher's list.
 """
@@ -29,9 +34,9 @@ from flax import nnx
 from jax import lax
 
 from deepseek_jax.config.options import IGNORE
-from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
+from deepseek_jax.parallel.mesh import TOKEN_AXES, TOKENS, per_device
 from deepseek_jax.parallel.sharding import without_stage
-from deepseek_jax.parallel.weights import gathered, stored
+from deepseek_jax.parallel.weights import gather_on_device, stored_arrays
 
 CHUNK_TOKENS = 1024  # tokens of a device whose logits are alive at a time
 
@@ -46,7 +51,10 @@ class Head:
 
     def without_stage(self) -> "Head":
         """The same, whole on every stage: what enters a `shard_map` over `stage`."""
-        move = lambda w: jax.sharding.reshard(w, without_stage(w))
+
+        def move(w: jax.Array) -> jax.Array:
+            return jax.sharding.reshard(w, without_stage(w))
+
         return Head(jax.tree.map(move, self.weight), self.tied)
 
 
@@ -88,7 +96,7 @@ def sum_words(a_CV: jax.Array) -> jax.Array:
     return lax.psum(jnp.sum(a_CV, axis=-1, keepdims=True), "tensor")
 
 
-# -------------------------------------------------------------------------------------------------------- chunk functions
+# -------------------------------------------------------------------------------------------- chunk functions
 
 
 def cross_entropy(logits: Logits, targets_C: jax.Array):
@@ -132,7 +140,8 @@ def entropy(logits: Logits, valid_C: jax.Array):
 def kl(logits: Logits, teacher: Logits, valid_C: jax.Array, temperature: jax.Array | float = 1.0):
     """KL(teacher || student) of both softmaxes at a temperature, in nats; not multiplied by its square.
 
-    Inputs: bool, which tokens count; the temperature. The derivative is (p_student - p_teacher) / temperature.
+    Inputs: bool, which tokens count; the temperature. The derivative is (p_student - p_teacher) /
+      temperature.
     """
     log_s_CV, log_t_CV = _at_temperature(logits, teacher, temperature)
     t_CV = jnp.exp(log_t_CV)
@@ -143,7 +152,9 @@ def kl(logits: Logits, teacher: Logits, valid_C: jax.Array, temperature: jax.Arr
 def reverse_kl(
     logits: Logits, teacher: Logits, valid_C: jax.Array, temperature: jax.Array | float = 1.0
 ):
-    """KL(student || teacher), otherwise as `kl`. The derivative is p_s (log p_s - log p_t - KL) / temperature."""
+    """KL(student || teacher), otherwise as `kl`. The derivative is p_s (log p_s - log p_t - KL) /
+    temperature.
+    """
     log_s_CV, log_t_CV = _at_temperature(logits, teacher, temperature)
     s_CV, difference_CV = jnp.exp(log_s_CV), log_s_CV - log_t_CV
     kl_C1 = sum_words(_p_log(s_CV, difference_CV))
@@ -158,10 +169,11 @@ def kl_to_top(
     valid_C: jax.Array,
     temperature: jax.Array | float = 1.0,
 ):
-    """`kl` to a teacher of which the K likeliest words are known; all others are one word, of both (a bucket for the tail).
+    """`kl` to a teacher of which the K likeliest words are known; all others are one word, of both (a bucket
+    for the tail).
 
-    KL = sum_K t log(t / s) + t' log(t' / s') with t' = 1 - sum_K t and s' likewise: the loss of `kl` with the teacher's tail spread as
-    the student's, and its gradient.
+    KL = sum_K t log(t / s) + t' log(t' / s') with t' = 1 - sum_K t and s' likewise: the loss of `kl` with the
+    teacher's tail spread as the student's, and its gradient.
 
     Args:
       ids_CK: int32, distinct words. values_CK: the teacher's logits of these.
@@ -178,7 +190,8 @@ def kl_to_top(
     log_s_CK = lax.psum(jnp.where(here_CK, log_s_CK, 0.0), "tensor")
     t_CK = jnp.exp(log_t_CK)
     tail_t_C1 = jnp.maximum(1 - jnp.sum(t_CK, axis=1, keepdims=True), 0.0)
-    # The student's tail by its own words: 1 - sum would lose all digits where the K words have nearly everything.
+    # The student's tail by its own words: 1 - sum would lose all digits where the K words have nearly
+    # everything.
     rest_CV = log_s_CV.at[row_C1, place_CK].set(-jnp.inf, mode="drop")
     log_tail_s_C1 = _log_sum_exp(rest_CV)
     has_tail_C1 = (tail_t_C1 > 0) & jnp.isfinite(log_tail_s_C1)
@@ -210,7 +223,7 @@ class _Weighted:
 
 
 def _at_temperature(logits: Logits, teacher: Logits, temperature) -> tuple[jax.Array, jax.Array]:
-    return tuple(l.scaled(1 / temperature).log_probabilities() for l in (logits, teacher))
+    return tuple(z.scaled(1 / temperature).log_probabilities() for z in (logits, teacher))
 
 
 def _log_sum_exp(a_CV: jax.Array) -> jax.Array:
@@ -229,7 +242,7 @@ def _counted(valid_C: jax.Array, value_C1: jax.Array, dlogits_CV: jax.Array):
     return (jnp.where(valid_C, value_C1[:, 0], 0.0),), jnp.where(valid_C[:, None], dlogits_CV, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the walk
+# --------------------------------------------------------------------------------------------------- the walk
 
 
 def scan_vocab_sum(
@@ -242,7 +255,8 @@ def scan_vocab_sum(
     """The sums of a chunk function's values over all tokens of the global batch, float32 scalars.
 
     Args:
-      function: a chunk function (see the top), hashable: a function of a module, or `partial` or `weighted` of one.
+      function: a chunk function (see the top), hashable: a function of a module, or `partial` or `weighted`
+        of one.
       hidden_BSD: in the compute dtype; its gradient and the head's are of the first sum.
       inputs: [B, S, ...] arrays or scalars, without gradient.
       frozen: (hidden states [B, S, D'], head) of other models, without gradient.
@@ -251,7 +265,7 @@ def scan_vocab_sum(
     def one_device(*args):
         parts = _values_of_device(args, inputs, frozen, specs)
         sums = _sums(function, *parts)
-        return tuple(lax.psum(s, BATCH_AXES) for s in sums)
+        return tuple(lax.psum(s, TOKEN_AXES) for s in sums)
 
     args, in_specs, specs = _arguments(hidden_BSD, head, inputs, frozen)
     return per_device(one_device, in_specs, jax.P())(*args)
@@ -264,24 +278,27 @@ def scan_vocab(
     *inputs: jax.Array,
     frozen: Sequence[tuple[jax.Array, Head]] = (),
 ) -> tuple[jax.Array, ...]:
-    """The values of a chunk function for each token, [B, S]. Arguments as `scan_vocab_sum`; the first value has a gradient."""
+    """The values of a chunk function for each token, [B, S]. Arguments as `scan_vocab_sum`; the first value
+    has a gradient.
+    """
 
     def one_device(*args):
         values = _each(function, *_values_of_device(args, inputs, frozen, specs))
         return tuple(v.reshape(args[0].shape[:2]) for v in values)
 
     args, in_specs, specs = _arguments(hidden_BSD, head, inputs, frozen)
-    return per_device(one_device, in_specs, jax.P(BATCH_AXES))(*args)
+    return per_device(one_device, in_specs, TOKENS)(*args)
 
 
 def _arguments(hidden_BSD, head: Head, inputs, frozen) -> tuple[list, tuple, list]:
-    """(arrays for `per_device`, their specs, the specs of each head's arrays): hidden states, inputs, then the heads' weights."""
-    tokens = jax.P(BATCH_AXES)
+    """(arrays for `per_device`, their specs, the specs of each head's arrays): hidden states, inputs, then
+    the heads' weights.
+    """
     hidden = [hidden_BSD, *(h for h, _ in frozen)]
-    weights = [stored(h.weight) for h in (head, *(h for _, h in frozen))]
+    weights = [stored_arrays(h.weight) for h in (head, *(h for _, h in frozen))]
     inputs = [jnp.asarray(a) for a in inputs]
     args = [*hidden, *inputs, *(a for arrays, _ in weights for a in arrays)]
-    in_specs = [tokens] * len(hidden) + [tokens if a.ndim else jax.P() for a in inputs]
+    in_specs = [TOKENS] * len(hidden) + [TOKENS if a.ndim else jax.P() for a in inputs]
     heads = [
         (h.tied, s) for h, (_, s) in zip((head, *(h for _, h in frozen)), weights, strict=True)
     ]
@@ -289,7 +306,9 @@ def _arguments(hidden_BSD, head: Head, inputs, frozen) -> tuple[list, tuple, lis
 
 
 def _values_of_device(args, inputs, frozen, heads) -> tuple:
-    """This device's (hidden_TD, kernel_DV, ((hidden, kernel) of the frozen heads), inputs), T its tokens and V its words."""
+    """This device's (hidden_TD, kernel_DV, ((hidden, kernel) of the frozen heads), inputs), T its tokens and
+    V its words.
+    """
     count = 1 + len(frozen)
     hidden, given, rest = (
         args[:count],
@@ -298,7 +317,7 @@ def _values_of_device(args, inputs, frozen, heads) -> tuple:
     )
     pairs = []
     for h, (tied, specs) in zip(hidden, heads, strict=True):
-        weight, rest = gathered(rest[: len(specs)], specs, h.dtype), rest[len(specs) :]
+        weight, rest = gather_on_device(rest[: len(specs)], specs, h.dtype), rest[len(specs) :]
         # The gradient of the hidden states is a sum over the words, and so over the tensor axis.
         h_TD = lax.pcast(h.reshape(-1, h.shape[-1]), "tensor", to="varying")
         pairs.append((h_TD, weight.T if tied else weight))
@@ -319,7 +338,7 @@ def _sums(function, hidden_TD, kernel_DV, frozen, inputs):
 
 
 def _sums_forward(function, hidden_TD, kernel_DV, frozen, inputs):
-    """The sums with the first one's gradients: they need the logits, which would have to be made again later."""
+    """The sums with the first one's gradients, for which the logits would have to be made again later."""
 
     def step(carry, chunk):
         totals, dkernel_DV = carry

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.model import lookup
 from deepseek_jax.parallel.mesh import per_device
-from deepseek_jax.parallel.weights import applied, gathered, stored
+from deepseek_jax.parallel.weights import apply_weight, gather_on_device, stored_arrays
 
 
 def param(
@@ -91,8 +91,8 @@ class Linear(nnx.Module):
         self.bias = param(rngs, nnx.initializers.zeros, (d_out,), (bias,)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = applied(linear, self.kernel, x.dtype, x)
-        return y if self.bias is None else applied(jnp.add, self.bias, y.dtype, y)
+        y = apply_weight(linear, self.kernel, x.dtype, x)
+        return y if self.bias is None else apply_weight(jnp.add, self.bias, y.dtype, y)
 
 
 @jax.custom_vjp
@@ -136,7 +136,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return applied(jnp.multiply, self.weight, jnp.float32, x32).astype(x.dtype)
+        return apply_weight(jnp.multiply, self.weight, jnp.float32, x32).astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -164,12 +164,12 @@ class Embedding(nnx.Module):
 
     @jax.named_scope("embed")
     def __call__(self, ids_BS: jax.Array, dtype: Any) -> jax.Array:
-        arrays, specs = stored(self.weight)
+        arrays, specs = stored_arrays(self.weight)
         batch = jax.typeof(ids_BS).sharding.spec
 
         def one_device(ids_BS, *arrays):
             """Rows that this device holds, zeros for the others, summed over the tensor axis."""
-            weight_VD = gathered(list(arrays), specs, jnp.float32)
+            weight_VD = gather_on_device(arrays, specs, jnp.float32)
             rows = weight_VD.shape[0]
             local_BS = ids_BS - jax.lax.axis_index("tensor") * rows
             here_BS1 = ((local_BS >= 0) & (local_BS < rows))[..., None]

@@ -1,4 +1,5 @@
-"""A model placed on a mesh: what is known of its weights without holding them, and how they become a model to call.
+"""A model placed on a mesh: what is known of its weights without holding them, and how they become a model to
+call.
 
 Inference and frozen models need this only; training puts the optimizer's state around it (train/state.py).
 """
@@ -16,7 +17,9 @@ from deepseek_jax.parallel import offload, sharding
 
 
 class ModelWeights(NamedTuple):
-    """Arrays of a model, or their shapes, PartitionSpecs or shardings. The selection bias is not a parameter: nothing trains it."""
+    """Arrays of a model, or their shapes, PartitionSpecs or shardings. The selection bias is not a parameter:
+    nothing trains it.
+    """
 
     params: nnx.State
     bias: nnx.State  # float32 e_score_correction_bias of every MoE layer; empty without one
@@ -36,7 +39,9 @@ class PlacedModel(NamedTuple):
         return nnx.merge(self.graphdef, params, bias)
 
     def merge_for_inference(self, params: nnx.State, bias: nnx.State) -> transformer.Transformer:
-        """The model for evaluation and sampling: `moe.drop` is of training only, as in a batch of few tokens it would drop many."""
+        """The model for evaluation and sampling: `moe.drop` is of training only, as in a batch of few tokens
+        it would drop many.
+        """
         return nnx.merge(self.inference_graphdef, params, bias)
 
     def abstract_sharded(self) -> ModelWeights:
@@ -55,7 +60,9 @@ class PlacedModel(NamedTuple):
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graphdef, parameters, selection biases) as shapes, without allocating anything."""
     return nnx.split(
-        nnx.eval_shape(lambda: transformer.Transformer(config, nnx.Rngs(0))), nnx.Param, SelectionBias
+        nnx.eval_shape(lambda: transformer.Transformer(config, nnx.Rngs(0))),
+        nnx.Param,
+        SelectionBias,
     )
 
 

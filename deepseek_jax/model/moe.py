@@ -16,8 +16,8 @@ from deepseek_jax.experts.cpu_unstacked import UnstackedExperts
 from deepseek_jax.model.layers import MLP, param
 from deepseek_jax.model.router import Routing, route
 from deepseek_jax.model.taps import ROUTER, Taps, tap, wanted
-from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
-from deepseek_jax.parallel.weights import gathered, stored, whole
+from deepseek_jax.parallel.mesh import TOKEN_AXES, TOKENS, per_device
+from deepseek_jax.parallel.weights import gather_for_use, gather_on_device, stored_arrays
 
 
 class SelectionBias(nnx.Variable):
@@ -48,7 +48,7 @@ class MoEStats(NamedTuple):
 
     Stacked over layers by the scan, leaves have a leading [L].
 
-    The sums are differentiable in the router's scores; objectives/pretrain.py turns them into losses.
+    The sums are differentiable in the router's scores; objectives/routing.py turns them into losses.
     """
 
     load: Load
@@ -137,24 +137,27 @@ class MoE(nnx.Module):
             return self._unstacked(x_BSD, valid_BS, bias_E), None
         # Expert weights enter as they are stored, and `_routed` gathers what the strategy divided:
         # the transpose of that gather is a reduce-scatter.
-        gate_up, down = stored(self.experts.gate_up_proj), stored(self.experts.down_proj)
+        gate_up, down = (
+            stored_arrays(self.experts.gate_up_proj),
+            stored_arrays(self.experts.down_proj),
+        )
         weights, specs = gate_up[0] + down[0], (gate_up[1], down[1])
-        kernel = whole(self.gate.kernel, jnp.float32)
+        kernel = gather_for_use(self.gate.kernel, jnp.float32)
         taps = tuple(name for name in ROUTER if wanted(name))
         routed = per_device(
             functools.partial(self._routed, specs=specs, taps=taps),
             in_specs=(
-                P(BATCH_AXES),
-                P(BATCH_AXES),
+                TOKENS,
+                TOKENS,
                 jax.typeof(kernel).sharding.spec,
                 P(),
                 *gate_up[1],
                 *down[1],
             ),
             out_specs=(
-                P(BATCH_AXES),
+                TOKENS,
                 MoEStats(*[P()] * len(MoEStats._fields)),
-                dict.fromkeys(taps, P(BATCH_AXES)),
+                dict.fromkeys(taps, TOKENS),
             ),
         )
         y_BSD, stats, found = routed(x_BSD, valid_BS, kernel, bias_E, *weights)
@@ -177,10 +180,13 @@ class MoE(nnx.Module):
             return y_TD.reshape(x_BSD.shape)
 
         weights = self.experts.gate_up_proj.get_value(), self.experts.down_proj.get_value()
-        routed = per_device(
-            one_device, (P(BATCH_AXES), P(BATCH_AXES), P(), P(), P(), P()), P(BATCH_AXES)
+        routed = per_device(one_device, (TOKENS, TOKENS, P(), P(), P(), P()), TOKENS)
+        y_BSD = routed(
+            x_BSD, valid_BS, gather_for_use(self.gate.kernel, jnp.float32), bias_E, *weights
         )
-        y_BSD = routed(x_BSD, valid_BS, whole(self.gate.kernel, jnp.float32), bias_E, *weights)
+        y_BSD = routed(
+            x_BSD, valid_BS, gather_for_use(self.gate.kernel, jnp.float32), bias_E, *weights
+        )
         if self.config.n_shared_experts:
             y_BSD = y_BSD + self.shared_experts(x_BSD)
         return y_BSD
@@ -215,8 +221,8 @@ class MoE(nnx.Module):
             )
         # One array or two of each: `min_weight_size` may lie between their sizes.
         first = len(specs[0])
-        gate_up = gathered(list(weights[:first]), specs[0], x_TD.dtype)
-        down = gathered(list(weights[first:]), specs[1], x_TD.dtype)
+        gate_up = gather_on_device(weights[:first], specs[0], x_TD.dtype)
+        down = gather_on_device(weights[first:], specs[1], x_TD.dtype)
         # Every device of the tensor axis computes a slice of each expert's width, and so a part of every sum.
         x_TD, weight_TK = (lax.pcast(a, "tensor", to="varying") for a in (x_TD, routing.weight_TK))
         tokens = dispatch.Tokens(x_TD, weight_TK, kept_TK)
@@ -274,7 +280,7 @@ def load_of(chosen_E: jax.Array, kept_E: jax.Array, rounds: jax.Array) -> Load:
     mine_YX = (jnp.arange(groups) == group)[:, None] & (jnp.arange(devices) == device)
 
     def total(a: jax.Array) -> jax.Array:
-        return lax.psum(a, BATCH_AXES)
+        return lax.psum(a, TOKEN_AXES)
 
     return Load(
         expert_counts=total(chosen_E),
@@ -310,7 +316,7 @@ def _statistics(
     z_T = jax.nn.logsumexp(routing.logit_TE, axis=-1) ** 2 * valid_BS1.reshape(-1)
     return MoEStats(
         load=load,
-        sequence_balance=lax.psum(jnp.sum(f_BE * p_BE), BATCH_AXES),
-        score_sum=lax.psum(jnp.sum(score_BSE, axis=(0, 1)), BATCH_AXES),
-        z_sum=lax.psum(jnp.sum(z_T), BATCH_AXES),
+        sequence_balance=lax.psum(jnp.sum(f_BE * p_BE), TOKEN_AXES),
+        score_sum=lax.psum(jnp.sum(score_BSE, axis=(0, 1)), TOKEN_AXES),
+        z_sum=lax.psum(jnp.sum(z_T), TOKEN_AXES),
     )

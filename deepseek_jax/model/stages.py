@@ -40,10 +40,12 @@ def through_stages(
     """All micro-batches of a step through the pipeline.
 
     Args:
-      fields: by name (an array [A, B, ...] of A micro-batches, its value in a micro-batch that is missing: padding).
+      fields: by name (an array [A, B, ...] of A micro-batches, its value in a micro-batch that is missing:
+        padding).
       others: a pytree of arrays [A, ...] that `head` needs besides, of each micro-batch.
       given: arrays that `head` needs, the same on all stages.
-      head: (model, micro-batch, its Output, its part of `others`, given) -> sums to be added up over micro-batches: the loss.
+      head: (model, micro-batch, its Output, its part of `others`, given) -> sums to be added up over
+        micro-batches: the loss.
       taps: names of what layers hand out (taps.py), for `head`.
 
     Returns:

@@ -1,17 +1,20 @@
-"""Taps: named arrays that layers hand out besides their output, for objectives and tools that ask for them by name.
+"""Taps: named arrays that layers hand out besides their output, for objectives and tools that ask for them by
+name.
 
-A layer calls `tap(name, value)` for what it can hand out, and `wanted(name)` before it computes what only a tap needs. Nobody asking,
-both do nothing, and the program is the one without taps. The model asks with `collect(names)` around each layer, inside what is
-scanned and rematerialised, and returns what it found as ordinary outputs: [L, ...] over the layers that have the tap, in order.
+A layer calls `tap(name, value)` for what it can hand out, and `wanted(name)` before it computes what only a
+tap needs. Nobody asking, both do nothing, and the program is the one without taps. The model asks with
+`collect(names)` around each layer, inside what is scanned and rematerialised, and returns what it found as
+ordinary outputs: [L, ...] over the layers that have the tap, in order.
 
-Inside `per_device` (a shard_map) `tap` must not be called: its arrays must leave through the outputs. model/moe.py shows how.
+Inside `per_device` (a shard_map) `tap` must not be called: its arrays must leave through the outputs.
+model/moe.py shows how.
 
     hidden           [B, S, D] compute dtype: output of the layer, all layers
     router_scores    [B, S, E] float32: scores without the selection bias, MoE layers and MTP layers
     router_choices   [B, S, K] int32: chosen experts, E for padding
     router_weights   [B, S, K] float32: their weights, normalised and scaled as applied
-    expert_norms     [B, S, K] float32: L2 norm of each chosen expert's output before its weight (REAP's and pruning's measure).
-                     Without gradient, and at the cost of running the experts once more.
+    expert_norms     [B, S, K] float32: L2 norm of each chosen expert's output before its weight,
+                     without gradient, at the cost of running the experts once more
 """
 
 import contextlib

@@ -25,7 +25,7 @@ from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.model.taps import Taps, collect, join, tap
 from deepseek_jax.parallel.offload import to_device
-from deepseek_jax.parallel.weights import whole
+from deepseek_jax.parallel.weights import gather_for_use
 
 
 class Output(NamedTuple):
@@ -220,7 +220,7 @@ class Transformer(nnx.Module):
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """float32 [B, S, V]. Training never calls it: head.py goes through the tokens in chunks."""
         head = self.head
-        weight = whole(head.weight, self.dtype)
+        weight = gather_for_use(head.weight, self.dtype)
         kernel_DV = weight.T if head.tied else weight
         return jnp.einsum("bsd,dv->bsv", hidden_BSD, kernel_DV, preferred_element_type=jnp.float32)
 

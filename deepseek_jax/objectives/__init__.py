@@ -1,6 +1,8 @@
-"""What a run learns, as one object: the fields of its batch, frozen models, its loss as named parts, and what it measures.
+"""What a run learns, as one object: the fields of its batch, frozen models, its loss as named parts, and what
+it measures.
 
-Enter a model's output and a batch, leave a loss and its parts. Read base.py first, then pretrain.py, the first objective.
+Enter a model's output and a batch, leave a loss and its parts. Read base.py first, then pretrain.py, the
+first objective.
 """
 
 from deepseek_jax.config.options import Config

@@ -1,10 +1,13 @@
-"""The boundary between what is learnt and how: an objective, and the models that it uses without training them.
+"""The boundary between what is learnt and how: an objective, and the model that it uses without training it.
 
-train/step.py runs any objective on any mesh, with accumulation, stages and offloading. For that an objective keeps three rules:
-  its loss and parts of a micro-batch are sums over tokens or sequences divided by totals of the whole step's batch, so that those of
-  micro-batches add up;
-  tokens of segment 0 count for nothing, and a sequence of padding (every field at its `padding`) adds nothing to any part;
-  it looks at one sequence at a time, unless what it needs of others is in the totals.
+train/step.py runs any objective on any mesh, with accumulation, stages and offloading. An objective keeps
+three rules for that:
+
+- Its loss and parts of a micro-batch are sums over tokens or sequences, divided by totals of the whole step's
+  batch: those of micro-batches add up.
+- Tokens of segment 0 count for nothing; a sequence of padding (every field at its `padding`) adds nothing.
+- It looks at one sequence at a time; what it needs of others is in the totals.
+
 The balance loss and the z-loss of the router are added for all objectives alike (routing.py).
 """
 
@@ -46,7 +49,8 @@ class Objective(Protocol):
     """What a run learns.
 
     Attributes:
-      fields: of its batch, by name; tokens, segment_ids and positions among them. With `next_tokens` multi-token prediction runs.
+      fields: of its batch, by name; tokens, segment_ids and positions among them. With `next_tokens`
+        multi-token prediction runs.
       taps: of the model's layers (model/taps.py), which `loss` finds in `out.taps`.
     """
 
@@ -57,7 +61,7 @@ class Objective(Protocol):
         """The frozen model, if it has one. Nothing is read before its `load` is called, so plan asks too."""
 
     def totals(self, batch: Batch, step: jax.Array) -> Any:
-        """What the loss of a micro-batch needs of the whole step: denominators, and weights that depend on the step.
+        """What the loss of a micro-batch needs of the whole step: denominators, and weights by step.
 
         Args:
           batch: all of the step's, with any axes before those of a sequence.
@@ -86,6 +90,6 @@ class Objective(Protocol):
         """What is reported of held-out data.
 
         Args:
-          sums: of `measure`, added up; and `targets`, the scored tokens, and `text_bytes` of these, 0 where the tokenizer does not
-            know them.
+          sums: of `measure`, added up; and `targets`, the scored tokens, and `text_bytes` of these, 0 where
+            the tokenizer does not know them.
         """

@@ -1,4 +1,6 @@
-"""From a model and a batch to the loss of an objective: on a mesh without stages a micro-batch, with stages all of them as a pipeline."""
+"""From a model and a batch to the loss of an objective: on a mesh without stages a micro-batch, with stages
+all of them as a pipeline.
+"""
 
 from typing import Any, NamedTuple
 
@@ -52,7 +54,9 @@ def run_frozen(frozen: Frozen, weights: ModelWeights, batch: Batch) -> FrozenOut
 def frozen_outputs(
     frozen: Frozen | None, weights: ModelWeights | None, batch: Batch
 ) -> FrozenOutput | None:
-    """`run_frozen`, or of a step's batch [A, B, S] one micro-batch after the other: hidden states [A, B, S, D] and taps [A, L, ...]."""
+    """`run_frozen`, or of a step's batch [A, B, S] one micro-batch after the other: hidden states [A, B, S,
+    D] and taps [A, L, ...].
+    """
     if frozen is None:
         return None
     if batch["tokens"].ndim == 2:
@@ -72,7 +76,8 @@ def loss_of_batch(
     """The loss with all its parts, and the routing statistics.
 
     Args:
-      batch: one micro-batch [B, ...], or with stages all of a step's [A, B, ...], which go through them as a pipeline.
+      batch: one micro-batch [B, ...], or with stages all of a step's [A, B, ...], which go through them as a
+        pipeline.
       frozen_out: of that batch.
 
     Returns:

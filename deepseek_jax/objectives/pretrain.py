@@ -1,4 +1,6 @@
-"""Pretraining: cross-entropy of the next token and, weighted, of multi-token prediction. Shape letters: model/layers.py."""
+"""Pretraining: cross-entropy of the next token and, weighted, of multi-token prediction. Shape letters:
+model/layers.py.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -60,8 +62,9 @@ class Pretraining:
         totals: Totals,
         frozen_out: FrozenOutput | None = None,
     ) -> tuple[jax.Array, Parts]:
-        """lm_loss and mtp_loss are unweighted, in nats per token; depth d of multi-token prediction is scored where the target of its
-        own position, d further on, is."""
+        """lm_loss and mtp_loss are unweighted, in nats per token; depth d of multi-token prediction is scored
+        where the target of its own position, d further on, is.
+        """
         targets = batch["targets"]
         lm = cross_entropy_sum(out.hidden_BSD, model, targets) / jnp.maximum(totals.targets, 1)
         loss, mtp = lm, jnp.float32(0)

@@ -1,4 +1,4 @@
-"""The router's own losses, the same for all objectives: balance and z-loss. Shape letters: model/layers.py."""
+"""The router's losses, the same for all objectives: balance and z-loss. Shape letters: model/layers.py."""
 
 from typing import NamedTuple
 
@@ -53,9 +53,9 @@ def count(mask: jax.Array) -> jax.Array:
 def balance_loss(stats: MoEStats, total: RoutingTotals, config: Config) -> jax.Array:
     """Unweighted balance loss, mean over layers: 1 when the load is even.
 
-    Per sequence (`seq_aux`): DeepSeek-V3 equations 17 to 20, and DeepSeek-V2's expert-level loss, which is the same formula with
-    softmax scores. Over the whole batch: as DeepSeek-V2's released code with seq_aux=False; f comes from the whole step's counts and
-    has no gradient.
+    Per sequence (`seq_aux`): DeepSeek-V3 equations 17 to 20, and DeepSeek-V2's expert-level loss, which is
+    the same formula with softmax scores. Over the whole batch: as DeepSeek-V2's released code with
+    seq_aux=False; f comes from the whole step's counts and has no gradient.
     """
     m = config.model
     if m.seq_aux:
@@ -75,7 +75,9 @@ def balance_loss(stats: MoEStats, total: RoutingTotals, config: Config) -> jax.A
 def routing_loss(
     stats: MoEStats | None, total: RoutingTotals, config: Config
 ) -> tuple[jax.Array, Parts]:
-    """(weighted sum of balance and z-loss, both unweighted as means over layers), float32. 0 for a model without experts."""
+    """(weighted sum of balance and z-loss, both unweighted as means over layers), float32. 0 for a model
+    without experts.
+    """
     if stats is None:
         return jnp.float32(0), {"balance_loss": jnp.float32(0), "z_loss": jnp.float32(0)}
     balance = balance_loss(stats, total, config)

@@ -1,16 +1,20 @@
-"""The sum of gradients over replicas in few bytes, with error feedback: `config.sharding.gradient_compression`.
+"""The sum of gradients over replicas in few bytes, with error feedback:
+`config.sharding.gradient_compression`.
 
-Replicas along `data` lie furthest apart (parallel/mesh.py), and what they exchange is the gradients' sum, once a step. Each replica
-adds to its gradient what earlier steps left over of it, and sends it in bfloat16, or in int8 with a scale for every block of
-BLOCK numbers, in two phases: an all-to-all that gives each replica a chunk of everyone's gradient, whose sum it makes in float32; and
-an all-gather of the sums. So int8 is what travels, and nothing overflows. What rounding took away stays in the residual of the
-device that rounded, in the first phase and in the second: the sum of all updates so far and of all residuals is the sum of all
-gradients. (Two phases with feedback at both: 1-bit Adam, Tang et al. 2021, arXiv:2102.02888. All-to-all of block-quantised
-gradients: qgZ of ZeRO++, Wang et al. 2023, arXiv:2306.10209. That feedback converges: Karimireddy et al. 2019, arXiv:1901.09847.)
+Replicas along `data` lie furthest apart (parallel/mesh.py), and what they exchange is the gradients' sum,
+once a step. Each replica adds to its gradient what earlier steps left over of it, and sends it in bfloat16,
+or in int8 with a scale for every block of BLOCK numbers, in two phases: an all-to-all that gives each replica
+a chunk of everyone's gradient, whose sum it makes in float32; and an all-gather of the sums. So int8 is what
+travels, and nothing overflows. What rounding took away stays in the residual of the device that rounded, in
+the first phase and in the second: the sum of all updates so far and of all residuals is the sum of all
+gradients. (Two phases with feedback at both: 1-bit Adam, Tang et al. 2021, arXiv:2102.02888. All-to-all of
+block-quantised gradients: qgZ of ZeRO++, Wang et al. 2023, arXiv:2306.10209. That feedback converges:
+Karimireddy et al. 2019, arXiv:1901.09847.)
 
 The residual is float32: in bfloat16 every step would lose some of what it is there to keep.
 
-Shape letters: R replicas, C numbers of a chunk, which is one replica's to sum; W numbers of a chunk as it travels.
+Shape letters: R replicas, C numbers of a chunk, which is one replica's to sum; W numbers of a chunk as it
+travels.
 """
 
 from typing import Any
@@ -31,10 +35,15 @@ BLOCK = 256  # numbers that share an int8 scale, a float32: 1.6% more bytes
 def residual(
     config: Config, params: nnx.State, grad_specs: nnx.State, replicas: int
 ) -> tuple[Any, Any]:
-    """(shapes, PartitionSpecs) of the residual of every parameter, laid out like each replica's gradient; (None, None) without compression."""
+    """(shapes, PartitionSpecs) of the residual of every parameter, laid out like each replica's gradient;
+    (None, None) without compression.
+    """
     if config.sharding.gradient_compression == "none":
         return None, None
-    shape = lambda w: jax.ShapeDtypeStruct((replicas, *w.shape), jnp.float32)
+
+    def shape(w: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((replicas, *w.shape), jnp.float32)
+
     return jax.tree.map(shape, params), jax.tree.map(
         lambda s: P(REPLICAS, *s), grad_specs, is_leaf=lambda s: isinstance(s, P)
     )
@@ -45,11 +54,12 @@ def summed(method: str, gradients: Any, residuals: Any) -> tuple[Any, Any]:
 
     Args:
       method: bfloat16 | int8.
-      gradients: float32 arrays [R, ...], divided over `data` along R. residuals: the same, of the step before.
+      gradients: float32 arrays [R, ...], divided over `data` along R. residuals: the same, of the step
+        before.
 
     Returns:
-      (sums [...], the same on every replica, in the layout that the gradients have inside a replica; residuals). Neither is finite
-      where a gradient is not.
+      (sums [...], the same on every replica, in the layout that the gradients have inside a replica;
+      residuals). Neither is finite where a gradient is not.
     """
     leaves, tree = jax.tree.flatten(gradients)
     specs = [jax.typeof(g).sharding.spec for g in leaves]
@@ -88,8 +98,11 @@ def sum_of_replicas(
     left_RC = (
         wanted_RC - decode(sent_RW, block) + jnp.where(mine, sum_1C - decode(sum_1W, block), 0.0)
     )
-    whole = lambda a_RC: a_RC.reshape(-1)[:size].reshape(gradient.shape)
-    return whole(sums_RC), whole(left_RC)
+
+    def unpadded(a_RC: jax.Array) -> jax.Array:
+        return a_RC.reshape(-1)[:size].reshape(gradient.shape)
+
+    return unpadded(sums_RC), unpadded(left_RC)
 
 
 def _to_int8(x_RC: jax.Array, block: int) -> jax.Array:

@@ -1,4 +1,6 @@
-"""The only place where a Mesh is made and checked, and where code goes from arrays over the mesh to one device's part of them."""
+"""The only place where a Mesh is made and checked, and where code goes from arrays over the mesh to one
+device's part of them.
+"""
 
 import functools
 import math
@@ -14,10 +16,14 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.sharding import divided_axes
 from deepseek_jax.runtime import environment
 
-# Outermost first: devices of one host are neighbours, so `tensor`, `expert` and `fsdp` stay inside a host where they fit, while
-# `data` and `stage`, which send least, cross hosts.
+# Outermost first: devices of one host are neighbours, so `tensor`, `expert` and `fsdp` stay inside a host
+# where they fit, while `data` and `stage`, which send least, cross hosts.
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # the batch is divided over these
+BATCH_AXES = ("data", "fsdp", "expert")  # sequences are divided over these
+# The axes that tokens vary over: what a sum over all tokens is over. Where sequences are divided too, their
+# axis joins here.
+TOKEN_AXES = BATCH_AXES
+TOKENS = jax.P(BATCH_AXES)  # the spec of an array [B, S, ...], or [T, ...] of its tokens
 
 
 def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -53,10 +59,12 @@ def axes_across_hosts(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
 
 
 def per_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """shard_map of f over all axes of the current mesh, replication checked: f sees one device's part of every argument, an array.
+    """shard_map of f over all axes of the current mesh, replication checked: f sees one device's part of
+    every argument, an array.
 
-    Inside a pipeline stage, where `stage` is mapped already, it maps the others. There the backward pass starts from the arguments
-    and runs f again: jax 0.10.2 cannot carry residuals that vary over the outer axis out of an inner shard_map.
+    Inside a pipeline stage, where `stage` is mapped already, it maps the others. There the backward pass
+    starts from the arguments and runs f again: jax 0.10.2 cannot carry residuals that vary over the outer
+    axis out of an inner shard_map.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = {
@@ -69,12 +77,18 @@ def per_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     if len(axes) == len(mesh.axis_names):
         return call
 
-    is_float = lambda a: jax.numpy.issubdtype(a.dtype, jax.numpy.floating)
-    is_spec = lambda s: isinstance(s, jax.P)
+    def is_float(a) -> bool:
+        return jax.numpy.issubdtype(a.dtype, jax.numpy.floating)
+
+    def is_spec(s) -> bool:
+        return isinstance(s, jax.P)
 
     def backward(args, cotangents):
         differentiated = [is_float(a) for a in args]
-        pick = lambda values: tuple(v for v, yes in zip(values, differentiated, strict=True) if yes)
+
+        def pick(values) -> tuple:
+            return tuple(v for v, yes in zip(values, differentiated, strict=True) if yes)
+
         cotangent_specs = jax.tree.leaves(
             jax.tree.broadcast(out_specs, cotangents, is_leaf=is_spec), is_leaf=is_spec
         )
@@ -102,7 +116,7 @@ def per_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
         )
         return tuple(next(gradients) if yes else None for yes in differentiated)
 
-    # Under jax.checkpoint a scan around it cannot take it apart, to compute once what does not change between its steps.
+    # jax.checkpoint stops an enclosing scan from hoisting loop-invariant parts out of the call.
     call = jax.checkpoint(call)
     again = jax.custom_vjp(lambda *args: call(*args))
     again.defvjp(lambda *args: (call(*args), args), backward)
@@ -116,11 +130,13 @@ def _resolve(config: Config, device_count: int) -> dict[str, int]:
     for axis, n in shape.items():
         if n < 1 and n != -1:
             raise UserError(
-                f"config.mesh.{axis}={n} is not a number of devices. Set it to 1 or more, or to -1 for the devices that are left."
+                f"config.mesh.{axis}={n} is not a number of devices. Set it to 1 or more, or to -1 for the "
+                "devices that are left."
             )
     if len(free) > 1:
         raise UserError(
-            f"config.mesh.{free[0]}=-1 and config.mesh.{free[1]}=-1: only one axis may take the devices that are left. "
+            f"config.mesh.{free[0]}=-1 and config.mesh.{free[1]}=-1: only one axis may take the devices "
+            "that are left. "
             f"Set one of them to a number."
         )
     asked = math.prod(n for n in shape.values() if n != -1)
@@ -134,7 +150,8 @@ def _resolve(config: Config, device_count: int) -> dict[str, int]:
     elif asked != device_count:
         raise UserError(
             f"config.mesh ({text}) has {asked} devices, but there are {device_count}. "
-            f"Set one axis, for instance config.mesh.fsdp, to -1, or make the product {device_count}{_more_on_cpu(asked)}."
+            "Set one axis, for instance config.mesh.fsdp, to -1, or make the product "
+            f"{device_count}{_more_on_cpu(asked)}."
         )
     return shape
 
@@ -153,20 +170,23 @@ def _check(config: Config, shape: dict[str, int]) -> None:
     m = config.model
     if m.has_experts and m.n_routed_experts % shape["expert"]:
         raise UserError(
-            f"n_routed_experts={m.n_routed_experts} is not divisible by the expert mesh axis ({shape['expert']} devices). "
+            f"n_routed_experts={m.n_routed_experts} is not divisible by the expert mesh axis "
+            f"({shape['expert']} devices). "
             f"Set config.mesh.expert to a divisor of {m.n_routed_experts}."
         )
     ways = math.prod(shape[a] for a in BATCH_AXES)
     if config.micro_batch % ways:
         raise UserError(
-            f"config.train.batch_size={config.train.batch_size} / accumulation {config.train.accumulation} = {config.micro_batch} "
+            f"config.train.batch_size={config.train.batch_size} / accumulation {config.train.accumulation} "
+            f"= {config.micro_batch} "
             f"sequences is not divisible by the {ways} devices of data x fsdp x expert. "
             f"Set config.train.batch_size to a multiple of {ways * config.train.accumulation}."
         )
     for name, width in _tensor_widths(m):
         if width % shape["tensor"]:
             raise UserError(
-                f"config.model.{name}={width} is not divisible by the tensor mesh axis ({shape['tensor']} devices). "
+                f"config.model.{name}={width} is not divisible by the tensor mesh axis ({shape['tensor']} "
+                "devices). "
                 f"Set config.mesh.tensor to a divisor of {width}."
             )
     _check_stages(config, shape["stage"])
@@ -190,7 +210,8 @@ def _check_stages(config: Config, stages: int) -> None:
         return
     if {"exchange", "experts_hidden"} & set(remat.removeprefix("save:").split(",")):
         raise UserError(
-            f"config.train.remat={remat} and config.mesh.stage={stages}: inside a stage the exchange is always made "
+            f"config.train.remat={remat} and config.mesh.stage={stages}: inside a stage the exchange is "
+            "always made "
             f"again in backward. Set config.train.remat to full, none or save:attention,mlp_hidden."
         )
     if stages > blocks:
@@ -217,7 +238,8 @@ def _check_compression(config: Config, shape: dict[str, int]) -> None:
         )
     if shape["stage"] > 1:
         raise UserError(
-            f"{method} and config.mesh.stage={shape['stage']}: stages sum their gradients over data as they are. "
+            f"{method} and config.mesh.stage={shape['stage']}: stages sum their gradients over data as they "
+            "are. "
             f"Set config.mesh.stage=1, or gradient_compression=none."
         )
 
@@ -234,8 +256,10 @@ def _check_divided_widths(config: Config, shape: dict[str, int]) -> None:
             named = " x ".join([*dense_axes, *(["tensor"] if tensor > 1 else [])])
             hint = "; hybrid_shard leaves config.mesh.data out" if "data" in dense_axes else ""
             raise UserError(
-                f"{name} (a width of {width}) is not divisible by the {dense * tensor} devices of {named} that weights are divided over "
-                f"(config.sharding.strategy={config.sharding.strategy}). Make the product of these axes a divisor of it{hint}."
+                f"{name} (a width of {width}) is not divisible by the {dense * tensor} devices of {named} "
+                "that weights are divided over "
+                f"(config.sharding.strategy={config.sharding.strategy}). Make the product of these axes a "
+                f"divisor of it{hint}."
             )
 
 

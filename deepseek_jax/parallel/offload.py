@@ -1,8 +1,9 @@
-"""Arrays in the host's memory: which they are, and work on stacked ones that brings one layer at a time to the device.
+"""Arrays in the host's memory: which they are, and work on stacked ones that brings one layer at a time to
+the device.
 
-Under jit an array's memory is part of its type, next to shape and sharding. Nothing may compute on one in the host's memory: XLA would
-do so there, slowly, or refuse. So what reads or writes such arrays is here, but for the model's scan over layers, which calls
-`to_device`. All of it leaves arrays on the device as they are.
+Under jit an array's memory is part of its type, next to shape and sharding. Nothing may compute on one in the
+host's memory: XLA would do so there, slowly, or refuse. So what reads or writes such arrays is here, but for
+the model's scan over layers, which calls `to_device`. All of it leaves arrays on the device as they are.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,8 @@ def place_params(config: Config, shardings: Any) -> Any:
 
 
 def place_optimizer(config: Config, abstract: Any, shardings: Any) -> Any:
-    """The shardings of an optimizer's state (`abstract`: its shapes) in the memory that `config.offload.optimizer_state` gives it.
+    """The shardings of an optimizer's state (`abstract`: its shapes) in the memory that
+    `config.offload.optimizer_state` gives it.
 
     Counters stay on the device.
     """
@@ -67,8 +69,11 @@ def to_device(tree: Any) -> Any:
 
 def to(tree: Any, shardings: Any) -> Any:
     """The tree in the memory of these shardings; under jit."""
-    host = lambda a, s: jax.device_put(a, jax.memory.Space.Host) if s.memory_kind == HOST else a
-    return jax.tree.map(host, tree, shardings)
+
+    def move(a: jax.Array, s: Any) -> jax.Array:
+        return jax.device_put(a, jax.memory.Space.Host) if s.memory_kind == HOST else a
+
+    return jax.tree.map(move, tree, shardings)
 
 
 def over_layers(f: Callable, stacks: Any, *read: Any) -> Any:
@@ -79,10 +84,13 @@ def over_layers(f: Callable, stacks: Any, *read: Any) -> Any:
       stacks: arrays [L, ...] in either memory, and scalars, which come out as they were. read: likewise.
     """
     layers = next(a.shape[0] for a in jax.tree.leaves(stacks) if a.ndim)
-    take = lambda tree, i: to_device(
-        jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i, 1) if a.ndim else a, tree)
-    )
-    write = lambda a, n, i: lax.dynamic_update_slice_in_dim(a, put(n, a), i, 0) if a.ndim else a
+
+    def take(tree, i):
+        one = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i, 1) if a.ndim else a, tree)
+        return to_device(one)
+
+    def write(a, new, i):
+        return lax.dynamic_update_slice_in_dim(a, put(new, a), i, 0) if a.ndim else a
 
     def step(stacks, i):
         new = f(take(stacks, i), *(take(tree, i) for tree in read))
@@ -92,7 +100,9 @@ def over_layers(f: Callable, stacks: Any, *read: Any) -> Any:
 
 
 def tree_map(f: Callable, tree: Any, *rest: Any) -> Any:
-    """jax.tree.map of an elementwise f; what it makes of a stack in the host's memory is written over that stack, with its dtype."""
+    """jax.tree.map of an elementwise f; what it makes of a stack in the host's memory is written over that
+    stack, with its dtype.
+    """
     leaves, structure = jax.tree.flatten(tree)
     columns = [leaves, *(jax.tree.leaves(t) for t in rest)]
     out = [None if on_host(a) else f(a, *others) for a, *others in zip(*columns, strict=True)]
@@ -108,18 +118,23 @@ def tree_map(f: Callable, tree: Any, *rest: Any) -> Any:
 
 
 def zeros(shapes: Any, shardings: Any) -> Any:
-    """Zeros of these shapes and PartitionSpecs, float32 or as the shapes say, in the memory of `shardings`."""
+    """Zeros of these shapes, dtypes and PartitionSpecs, in the memory of `shardings`."""
 
     def one(shape, sharding):
-        of = lambda dims, spec: jnp.zeros(dims, shape.dtype, out_sharding=spec)
+        def of(dims, spec):
+            return jnp.zeros(dims, shape.dtype, out_sharding=spec)
+
         if sharding.memory_kind != HOST:
             return of(shape.shape, shape.sharding.spec)
-        layer = lambda _, __: (
-            None,
-            jax.device_put(
-                of(shape.shape[1:], jax.P(*shape.sharding.spec[1:])), jax.memory.Space.Host
-            ),
-        )
+
+        def layer(_, __):
+            return (
+                None,
+                jax.device_put(
+                    of(shape.shape[1:], jax.P(*shape.sharding.spec[1:])), jax.memory.Space.Host
+                ),
+            )
+
         return lax.scan(layer, None, length=shape.shape[0])[1]
 
     return jax.tree.map(one, shapes, shardings)
@@ -134,9 +149,12 @@ def norm(tree: Any) -> jax.Array:
     total = optax.tree.norm([a for a in leaves if not on_host(a)], squared=True)
     for layers in sorted({a.shape[0] for a in stacks}):
         same = [a for a in stacks if a.shape[0] == layers]
-        of_layer = lambda total, layer: (
-            total + optax.tree.norm(to_device(layer), squared=True),
-            None,
-        )
+
+        def of_layer(total, layer):
+            return (
+                total + optax.tree.norm(to_device(layer), squared=True),
+                None,
+            )
+
         total = lax.scan(of_layer, total, same)[0]
     return jnp.sqrt(total)

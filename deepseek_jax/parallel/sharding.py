@@ -1,8 +1,8 @@
 """Logical axis names to mesh axes: the one rule table, by strategy.
 
-Every parameter is declared with logical axes (NNX metadata `out_sharding`). A name that the table lacks is an error.
-Parameters live in the layout of `storage_rules` and are used in the layout of `COMPUTE_RULES`: parallel/weights.py goes from one to
-the other.
+Every parameter is declared with logical axes (NNX metadata `out_sharding`). A name that the table lacks is an
+error. Parameters live in the layout of `storage_rules` and are used in the layout of `COMPUTE_RULES`:
+parallel/weights.py goes from one to the other.
 """
 
 import math
@@ -17,9 +17,10 @@ from deepseek_jax.config.options import Config
 
 Rules = dict[str, tuple[str, ...] | str | None]
 
-# Axes of parameters. `embed` is the axis of a dense weight that FULL_SHARD divides; an expert weight has `expert_embed`
-# there, because its experts already lie on the expert axis. `lora_heads` is the output of a low-rank projection, which
-# has no embed axis. Heads, feed-forward widths and the vocabulary lie on the tensor axis, in use as in storage.
+# Axes of parameters. `embed` is the axis of a dense weight that FULL_SHARD divides; an expert weight has
+# `expert_embed` there, because its experts already lie on the expert axis. `lora_heads` is the output of a
+# low-rank projection, which has no embed axis. Heads, feed-forward widths and the vocabulary lie on the
+# tensor axis, in use as in storage.
 COMPUTE_RULES: Rules = {
     "layers": None,
     "embed": None,
@@ -38,8 +39,8 @@ COMPUTE_RULES: Rules = {
     "embed_bias": None,
 }
 
-# strategy -> what is divided: over data x fsdp x expert, under hybrid_shard over fsdp x expert with replicas along data.
-# ZeRO-1 is the last column alone, ZeRO-2 the last two, ZeRO-3 all three.
+# strategy -> what is divided: over data x fsdp x expert, under hybrid_shard over fsdp x expert with replicas
+# along data. ZeRO-1 is the last column alone, ZeRO-2 the last two, ZeRO-3 all three.
 #                    parameters gradients optimizer state
 DIVIDED_BY = {
     "full_shard": (True, True, True),
@@ -53,13 +54,15 @@ DIVIDED_BY = {
 def storage_rules(config: Config) -> tuple[Rules, Rules, Rules]:
     """The rules of parameters, gradients and optimizer state under `config.sharding.strategy`.
 
-    A stage stores a slice of every weight, under every strategy, not its own blocks: so blocks need not divide by the stages, and
-    all stages hold the same number of bytes. `parallel/pipeline.py` brings the blocks to their stages once a step.
+    A stage stores a slice of every weight, under every strategy, not its own blocks: so blocks need not
+    divide by the stages, and all stages hold the same number of bytes. `parallel/pipeline.py` brings the
+    blocks to their stages once a step.
     """
     axes = divided_axes(config)
 
     def rules(dense: tuple[str, ...], experts: tuple[str, ...]) -> Rules:
-        # `stage` last, so that what a stage stores is one piece of what it gathers; `tensor` first, so that it stays after the gather.
+        # `stage` last, so that what a stage stores is one piece of what it gathers; `tensor` first, so that
+        # it stays after the gather.
         return COMPUTE_RULES | {
             "embed": (*dense, "stage"),
             "lora_heads": ("tensor", *dense, "stage"),
@@ -71,7 +74,9 @@ def storage_rules(config: Config) -> tuple[Rules, Rules, Rules]:
 
 
 def divided_axes(config: Config) -> tuple[str, ...]:
-    """The mesh axes that divide an expert's weights under the strategy; dense weights are divided over `expert` as well."""
+    """The mesh axes that divide an expert's weights under the strategy; dense weights are divided over
+    `expert` as well.
+    """
     return {"hybrid_shard": ("fsdp",), "no_shard": ()}.get(
         config.sharding.canonical, ("data", "fsdp")
     )
@@ -86,7 +91,8 @@ def spec(axes: tuple[str | None, ...], rules: Rules) -> P:
     for name in axes:
         if name is not None and name not in rules:
             raise KeyError(
-                f"logical axis {name!r} is not in the rule table of parallel/sharding.py, which has {sorted(rules)}"
+                f"logical axis {name!r} is not in the rule table of parallel/sharding.py, which has "
+                f"{sorted(rules)}"
             )
     return P(*(None if name is None or not rules[name] else rules[name] for name in axes))
 
@@ -96,16 +102,19 @@ def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     axes = variable.get_metadata().get("out_sharding")
     if axes is None:
         raise ValueError(
-            f"a {type(variable).__name__} of shape {variable.get_value().shape} was declared without logical axes (out_sharding)"
+            f"a {type(variable).__name__} of shape {variable.get_value().shape} was declared without "
+            "logical axes (out_sharding)"
         )
     return tuple(axes)[len(axes) - variable.get_value().ndim :]
 
 
 def specs(state: nnx.State, rules: Rules, min_weight_size: int = 0) -> nnx.State:
-    """The PartitionSpec of every variable of a state, as a tree of the state's structure with specs for leaves.
+    """The PartitionSpec of every variable of a state, as a tree of the state's structure with specs for
+    leaves.
 
     Args:
-      min_weight_size: weights with fewer elements, a layer, keep their compute layout: their messages would cost more than their bytes.
+      min_weight_size: weights with fewer elements per layer keep their compute layout: their messages would
+        cost more than their bytes.
     """
 
     def of(v: nnx.Variable) -> nnx.Variable:
@@ -124,10 +133,13 @@ def shardings(spec_tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def reshard(tree: Any, spec_tree: Any) -> Any:
-    """Moves every array of `tree` to its spec. Slicing a whole array is free; making one whole is an all-gather."""
-    move = lambda a, spec: (
-        a if jax.typeof(a).sharding.spec == spec else jax.sharding.reshard(a, spec)
-    )
+    """Moves every array of `tree` to its spec. Slicing a whole array is free; making one whole is an
+    all-gather.
+    """
+
+    def move(a: jax.Array, spec: P) -> jax.Array:
+        return a if jax.typeof(a).sharding.spec == spec else jax.sharding.reshard(a, spec)
+
     return jax.tree.map(move, tree, spec_tree)
 
 

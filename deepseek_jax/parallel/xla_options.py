@@ -1,11 +1,13 @@
 """FSDP's prefetch options as options of XLA's GPU compiler.
 
-PyTorch's FSDP issues collectives from hooks around each layer; XLA moves them in the compiled program. The counterparts:
+PyTorch's FSDP issues collectives from hooks around each layer; XLA moves them in the compiled program. The
+counterparts:
 
-    forward_prefetch       the collective pipeliner takes the gathers out of the loop over layers: iteration i gathers for i + 1
-    backward_prefetch      pre: the same for the gathers of backward, and gradients are reduced while the next layer computes;
-                           post: the latter only; none: neither
-    limit_all_gathers      one collective in flight at a time; without it UNLIMITED, each with buffers of its own
+    forward_prefetch   the collective pipeliner takes the gathers out of the loop over layers: iteration i
+                       gathers for i + 1
+    backward_prefetch  pre: the same for the gathers of backward, and gradients are reduced while the next
+                       layer computes; post: the latter only; none: neither
+    limit_all_gathers  one collective in flight at a time; without it UNLIMITED, each with its own buffers
 
 The latency-hiding scheduler puts computation between the start and the end of a collective. What is moved to another layer's time is
 combined to about one message a layer, FSDP's flat parameter; what is not stays in pieces, so that a layer can begin with the first.
@@ -91,7 +93,8 @@ def is_gpu(platform: str) -> bool:
 
 
 def bytes_of_a_layer(config: Config, params: Any, mesh: jax.sharding.Mesh) -> int:
-    """Bytes of one layer's weights on a device while the layer uses them: gathered, in the compute dtype. Of the largest kind of layer.
+    """Bytes of one layer's weights on a device while the layer uses them: gathered, in the compute dtype. Of
+    the largest kind of layer.
 
     Args:
       params: the model's parameters or their shapes, stacks with a leading "layers" axis.
@@ -109,12 +112,15 @@ def bytes_of_a_layer(config: Config, params: Any, mesh: jax.sharding.Mesh) -> in
 
 
 def notes(config: Config, platform: str) -> list[str]:
-    """A line for each option that the user set and that does not do what it says: on this platform, or with the others."""
+    """A line for each option that the user set and that does not do what it says: on this platform, or with
+    the others.
+    """
     s, default = config.sharding, ShardingConfig()
     if is_gpu(platform):
         if s.forward_prefetch != (s.backward_prefetch == "pre"):
             return [
-                f"sharding.forward_prefetch={s.forward_prefetch} with backward_prefetch={s.backward_prefetch}: XLA has one switch for the "
+                f"sharding.forward_prefetch={s.forward_prefetch} with "
+                f"backward_prefetch={s.backward_prefetch}: XLA has one switch for the "
                 f"gathers of both passes, so weights are gathered ahead in both"
             ]
         return []

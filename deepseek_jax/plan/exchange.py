@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.experts.rounds import expert_capacity
-from deepseek_jax.parallel.mesh import BATCH_AXES
+from deepseek_jax.parallel.mesh import TOKEN_AXES
 from deepseek_jax.parallel.xla_options import ITEM_BYTES
 
 
@@ -42,7 +42,7 @@ def buffers(config: Config, mesh_shape: dict[str, int]) -> Buffers | None:
     tokens = (
         config.micro_batch
         * config.train.sequence_length
-        // math.prod(mesh_shape[a] for a in BATCH_AXES)
+        // math.prod(mesh_shape[a] for a in TOKEN_AXES)
     )
     local = m.n_routed_experts // devices
     method = config.moe.dispatch if devices > 1 else "all_to_all"

@@ -65,7 +65,7 @@ def of_layout(
         "exchange": buffers._asdict() if buffers else None,
         "pipeline": {
             "stages": stages,
-            "pieces_a_stage": schedule.repeats,
+            "pieces_a_stage": schedule.virtual_stages,
             "bubble_share": schedule.bubble_share,
         }
         if schedule

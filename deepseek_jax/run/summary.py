@@ -84,7 +84,7 @@ def _devices(run: Run) -> Lines:
         lines.append(
             (
                 "pipeline",
-                f"{s.layers} blocks on {s.stages} stages in {s.repeats} piece{'s' * (s.repeats > 1)} of "
+                f"{s.layers} blocks on {s.stages} stages in {s.virtual_stages} piece{'s' * (s.virtual_stages > 1)} of "
                 f"{s.blocks}, {s.micro_batches} micro-batches: bubble share {s.bubble_share:.1%}",
             )
         )

@@ -1,4 +1,6 @@
-"""The selection bias of the router: moved once a step from the expert counts of the whole global batch, without a gradient."""
+"""The selection bias of the router: moved once a step from the expert counts of the whole global batch,
+without a gradient.
+"""
 
 from typing import Any
 
@@ -9,7 +11,8 @@ from deepseek_jax.config.options import Config
 
 
 def update_bias(bias: Any, counts_LE: jax.Array, step: jax.Array, config: Config) -> Any:
-    """Auxiliary-loss-free balancing (arXiv:2408.15664): up where an expert had less than the mean load, down where more.
+    """Auxiliary-loss-free balancing (arXiv:2408.15664): up where an expert had less than the mean load, down
+    where more.
 
     Args:
       bias: the state of `e_score_correction_bias`: [L, E] for the stacked layers, [E] for each MTP layer.

@@ -1,4 +1,6 @@
-"""A step's batch over the mesh: sequences of the global batch to arrays [A, B, ...], A micro-batches of B sequences each."""
+"""A step's batch over the mesh: sequences of the global batch to arrays [A, B, ...], A micro-batches of B
+sequences each.
+"""
 
 import jax
 import numpy as np
@@ -17,7 +19,8 @@ def batch_sharding(mesh: jax.sharding.Mesh, ndim: int) -> NamedSharding:
 
 
 def put_batch(rows: Rows, micro_batch: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Sequences of the global batch, [n, ...], to arrays [A, B, ...] over the mesh; each process hands over its own shards.
+    """Sequences of the global batch, [n, ...], to arrays [A, B, ...] over the mesh; each process hands over
+    its own shards.
 
     Raises:
       ValueError: the arrays differ in n, or it is not a multiple of the micro-batch.
@@ -26,7 +29,8 @@ def put_batch(rows: Rows, micro_batch: int, mesh: jax.sharding.Mesh) -> dict[str
     for name, n in counts.items():
         if n != next(iter(counts.values())) or n % micro_batch:
             raise ValueError(
-                f"{name!r} has {n} sequences; all fields need the same number, a multiple of the micro-batch of {micro_batch}: {counts}"
+                f"{name!r} has {n} sequences; all fields need the same number, a multiple of the "
+                f"micro-batch of {micro_batch}: {counts}"
             )
 
     def put(a: np.ndarray) -> jax.Array:

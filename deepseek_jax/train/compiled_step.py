@@ -21,7 +21,8 @@ class Program(NamedTuple):
 
 
 class CompiledStep:
-    """A train step, compiled for each shape of batch that it is called with. It donates its first argument, the state, alone.
+    """A train step, compiled for each shape of batch that it is called with. It donates its first argument,
+    the state, alone.
 
     Args:
       step: (state, batch, frozen weights or None) -> (state, metrics).
@@ -49,7 +50,9 @@ class CompiledStep:
         )  # a context in which the caller waits for a program
 
     def compile_ahead(self, state: Any, batch: Any, frozen: Any = None) -> None:
-        """Starts to compile for arguments of these shapes, dtypes and shardings, in a thread: XLA compiles a program on one core."""
+        """Starts to compile for arguments of these shapes, dtypes and shardings, in a thread: XLA compiles a
+        program on one core.
+        """
         executor = concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._ahead[_key(batch)] = executor.submit(self._compile, state, batch, frozen)
         executor.shutdown(wait=False)

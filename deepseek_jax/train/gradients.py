@@ -1,4 +1,6 @@
-"""Forward, loss and gradients of a step's whole batch: at once, micro-batch after micro-batch, or through pipeline stages."""
+"""Forward, loss and gradients of a step's whole batch: at once, micro-batch after micro-batch, or through
+pipeline stages.
+"""
 
 from typing import NamedTuple
 
@@ -12,7 +14,12 @@ from deepseek_jax.objectives.base import Batch, Objective
 from deepseek_jax.objectives.forward import StepTotals, frozen_outputs, loss_of_batch, run_model
 from deepseek_jax.parallel import offload
 from deepseek_jax.parallel.sharding import reshard
-from deepseek_jax.parallel.weights import REPLICAS, copies, each_its_own, keep_whole
+from deepseek_jax.parallel.weights import (
+    REPLICAS,
+    copy_per_replica,
+    per_replica_weights,
+    replicated_weights,
+)
 from deepseek_jax.train.state import Layout
 
 NO_LOAD = Load(
@@ -35,11 +42,15 @@ class Learner(NamedTuple):
           scale: float32, of float16's loss; None without one.
 
         Returns:
-          (gradients, parts, load). Gradients are of the scaled loss, summed over micro-batches, in the layout that the strategy gives
-          them; float32, or the `train.accumulation_dtype` in which several micro-batches are added up. Parts are not scaled. With
-          gradient_compression gradients are each replica's own, [R, ...] for R replicas along `data`, still to be summed.
+          (gradients, parts, load). Gradients are of the scaled loss, summed over micro-batches, in the layout
+          that the strategy gives them; float32, or the `train.accumulation_dtype` in which several
+          micro-batches are added up. Parts are not scaled. With gradient_compression gradients are each
+          replica's own, [R, ...] for R replicas along `data`, still to be summed.
         """
-        one = lambda batch: self._gradients(weights, frozen, batch, totals, scale)
+
+        def one(batch: Batch):
+            return self._gradients(weights, frozen, batch, totals, scale)
+
         if jax.sharding.get_abstract_mesh().shape["stage"] > 1:
             return one(batch)
         first = jax.tree.map(lambda a: a[0], batch)
@@ -49,12 +60,8 @@ class Learner(NamedTuple):
         def more(carry, micro):
             new = one(micro)
             load = merge_loads(jax.tree.map(lambda *a: jnp.stack(a), carry[2], new[2]))
-            add = lambda buffer, g: jnp.add(buffer, g).astype(buffer.dtype)
-            return (
-                offload.tree_map(add, carry[0], new[0]),
-                jax.tree.map(jnp.add, carry[1], new[1]),
-                load,
-            ), None
+            grads = offload.tree_map(_add_to, carry[0], new[0])
+            return (grads, jax.tree.map(jnp.add, carry[1], new[1]), load), None
 
         shapes = jax.eval_shape(lambda: one(first))
         dtype = self.config.train.accumulation_dtype
@@ -72,7 +79,7 @@ class Learner(NamedTuple):
         frozen_out = frozen_outputs(self.layout.frozen, frozen, batch)
 
         def loss(given):
-            used = each_its_own(given) if compressed else keep_whole(params, given)
+            used = per_replica_weights(given) if compressed else replicated_weights(params, given)
             model = self.layout.model.merge(used, bias)
             value, aux = loss_of_batch(
                 self.objective, self.config, model, batch, totals, frozen_out
@@ -82,12 +89,13 @@ class Learner(NamedTuple):
         # Differentiated in the layout of the gradients: slicing parameters that are whole is free.
         given = reshard(params, self.layout.grad_specs)
         if compressed:
-            given = copies(given, jax.sharding.get_abstract_mesh().shape[REPLICAS])
+            given = copy_per_replica(given, jax.sharding.get_abstract_mesh().shape[REPLICAS])
         grads, (parts, stats) = jax.grad(loss, has_aux=True)(given)
         return grads, parts, stats.load if stats else NO_LOAD
 
     def expert_counts(self, weights, batch: Batch) -> jax.Array | None:
-        """int32 [L, E] of all micro-batches, by a forward pass of its own: the balance loss over the whole batch needs them first.
+        """int32 [L, E] of all micro-batches, by a forward pass of its own: the balance loss over the whole
+        batch needs them first.
 
         None where the balance loss is per sequence, or there is none.
         """
@@ -100,3 +108,7 @@ class Learner(NamedTuple):
             return None, run_model(model, micro).stats.load.expert_counts
 
         return jax.lax.stop_gradient(jnp.sum(jax.lax.scan(one, None, batch)[1], axis=0))
+
+
+def _add_to(buffer: jax.Array, g: jax.Array) -> jax.Array:
+    return jnp.add(buffer, g).astype(buffer.dtype)

@@ -65,9 +65,10 @@ class History(NamedTuple):
         Raises:
           UserError: an option has the wrong type.
         """
-        pick = lambda section, names: {
-            k: v for k, v in options.get(section, {}).items() if k in names
-        }
+
+        def pick(section, names):
+            return {k: v for k, v in options.get(section, {}).items() if k in names}
+
         known = {
             "data": pick("data", [f.name for f in dataclasses.fields(DataConfig)]),
             "train": pick("train", _TRAIN),
@@ -113,8 +114,8 @@ class History(NamedTuple):
         ]
         total = 0
         for s, end in zip(self.stretches, ends, strict=True):
-            before = lambda step: first_sequence(s.options, min(step, steps))
-            total += (before(end) - before(s.first_step)) * s.options.train.sequence_length
+            first, last = (first_sequence(s.options, min(n, steps)) for n in (s.first_step, end))
+            total += (last - first) * s.options.train.sequence_length
         return total
 
     def resumed(
@@ -174,7 +175,10 @@ def _difference(last: Stretch, now: Config, contents: Contents | None) -> str:
     ):
         return f"{what}, that"
     if last.contents and contents and last.contents["weights"] != contents["weights"]:
-        shares = lambda c: ",".join(f"{w:.4g}" for w in c["weights"])
+
+        def shares(c):
+            return ",".join(f"{w:.4g}" for w in c["weights"])
+
         return (
             f"config.data.weights={now.data.weights!r} mixes by {shares(contents)} and not "
             f"{shares(last.contents)}, those"

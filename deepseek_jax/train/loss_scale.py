@@ -1,7 +1,9 @@
-"""Loss scaling for float16, whose numbers end at 65,504 and lose bits below 6e-5: DeepSpeed's `fp16` block, its words and its rules.
+"""Loss scaling for float16, whose numbers end at 65,504 and lose bits below 6e-5: DeepSpeed's `fp16` block,
+its words and its rules.
 
-The loss is multiplied by the scale before it is differentiated, so that small gradients survive in float16; the float32 gradients are
-divided by it afterwards. Where one overflows, the update is skipped and a dynamic scale falls.
+The loss is multiplied by the scale before it is differentiated, so that small gradients survive in float16;
+the float32 gradients are divided by it afterwards. Where one overflows, the update is skipped and a dynamic
+scale falls.
 """
 
 from typing import Any, NamedTuple
@@ -11,9 +13,9 @@ import jax.numpy as jnp
 
 from deepseek_jax.config.options import Config, Fp16Config
 
-MOST = (
-    2.0**32
-)  # a dynamic scale stops here: gradients that are exactly 0 would let it grow to infinity, and 0 * infinity is no number
+# a dynamic scale stops here: gradients that are exactly 0 would let it grow to infinity, and 0 * infinity
+# is no number
+MOST = 2.0**32
 
 
 class LossScale(NamedTuple):
@@ -64,9 +66,11 @@ def adjust(
     """The scale for the next step, as DeepSpeed's DynamicLossScaler.
 
     Args:
-      overflow: whether a gradient is not finite. The first `hysteresis - 1` overflows since the scale last grew leave it as it is; each
-        further one halves it, down to min_loss_scale. After loss_scale_window steps without one it doubles.
-      bad_loss: whether the loss, which the scale does not touch, is not finite: then the scale is not at fault and stays.
+      overflow: whether a gradient is not finite. The first `hysteresis - 1` overflows since the scale last
+        grew leave it as it is; each further one halves it, down to min_loss_scale. After loss_scale_window
+        steps without one it doubles.
+      bad_loss: whether the loss, which the scale does not touch, is not finite: then the scale is not at
+        fault and stays.
     """
     good = ~overflow & ~bad_loss
     overflow = overflow & ~bad_loss

@@ -1,9 +1,11 @@
 """Optimizers that see matrices: Muon and Adafactor, by optax, one matrix of a stacked weight at a time.
 
-Weights are stacked over layers, experts and the pair of gate and up projections: `[L, in, out]`, `[L, E, D, 2, F]`. An optimizer that
-looks at rows, columns or singular values must see each `[in, out]` alone, whatever the mesh divides.
+Weights are stacked over layers, experts and the pair of gate and up projections: `[L, in, out]`, `[L, E, D,
+2, F]`. An optimizer that looks at rows, columns or singular values must see each `[in, out]` alone, whatever
+the mesh divides.
 
-Sources: Muon: Jordan et al. 2024 (github.com/KellerJordan/Muon), scaled to AdamW's update size as in Moonlight (arXiv:2502.16982);
+Sources: Muon: Jordan et al. 2024 (github.com/KellerJordan/Muon), scaled to AdamW's update size as in
+  Moonlight (arXiv:2502.16982);
 Adafactor: Shazeer & Stern 2018 (arXiv:1804.04235).
 """
 
@@ -27,11 +29,14 @@ STACKED_AXES = (
     "experts",
     "pair",
 )  # logical axes along which a weight holds matrices, or vectors, of their own
-MUON_RMS = 0.2  # root mean square of Muon's update of a matrix, as AdamW's usually is: both then take the same learning rate and weight decay
-FACTORED_FROM = 128  # Adafactor keeps rows and columns of matrices whose sides are both at least this; optax's default
-CHUNK = (
-    2**24
-)  # elements of the matrices that a device orthogonalises at a time: 64 MiB in each of some five arrays; a larger matrix alone
+# root mean square of Muon's update of a matrix, as AdamW's usually is: both then take the same learning rate
+# and weight decay
+MUON_RMS = 0.2
+# Adafactor keeps rows and columns of matrices whose sides are both at least this; optax's default
+FACTORED_FROM = 128
+# elements of the matrices that a device orthogonalises at a time: 64 MiB in each of some five arrays; a
+# larger matrix alone
+CHUNK = 2**24
 
 
 def stacked_dimensions(params: nnx.State) -> Any:
@@ -64,7 +69,9 @@ class Stacked:
 
 
 def muon_labels(params: nnx.State) -> Any:
-    """ "muon" for the matrices of the layers, router included; "adamw" for norms, embedding and output head (as Moonlight's)."""
+    """ "muon" for the matrices of the layers, router included; "adamw" for norms, embedding and output head
+    (as Moonlight's).
+    """
 
     def label(v: nnx.Variable) -> nnx.Variable:
         axes = [name for name in logical_axes(v) if name not in STACKED_AXES]
@@ -76,15 +83,19 @@ def muon_labels(params: nnx.State) -> Any:
 def scale_by_muon(
     params: nnx.State, momentum: float, adamw: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalised, for what `muon_labels` calls so; `adamw`, without learning rate and decay, for the rest.
+    """Nesterov momentum, orthogonalised, for what `muon_labels` calls so; `adamw`, without learning rate and
+    decay, for the rest.
 
-    Momentum is `m = g + momentum * m`, and what is orthogonalised `g + momentum * m`: with the gradient's share (1 - momentum) of other
-    implementations both are smaller by a factor, which orthogonalisation takes out.
+    Momentum is `m = g + momentum * m`, and what is orthogonalised `g + momentum * m`: with the gradient's
+    share (1 - momentum) of other implementations both are smaller by a factor, which orthogonalisation takes
+    out.
     """
     stacked = stacked_dimensions(params)
 
     def update(updates, state, params=None):
-        of = lambda s, u: u if isinstance(u, optax.MaskedNode) else orthogonalised(u, s)
+        def of(s, u):
+            return u if isinstance(u, optax.MaskedNode) else orthogonalised(u, s)
+
         return jax.tree.map(of, stacked, updates), state
 
     muon = optax.chain(
@@ -95,12 +106,15 @@ def scale_by_muon(
 
 
 def orthogonalised(update: jax.Array, stacked: Stacked) -> jax.Array:
-    """Every matrix of a stacked update with its singular values brought near 1, and scaled to the root mean square MUON_RMS.
+    """Every matrix of a stacked update with its singular values brought near 1, and scaled to the root mean
+    square MUON_RMS.
 
-    A matrix must be whole for that. Where the mesh divides its rows or columns, an all-to-all makes each of n devices hold some whole
-    matrices instead of an n-th of each, and a second one brings the results back: as many bytes as the update has on the device, twice,
-    and no device computes what another one does but for filling up the number of matrices to a multiple of n. It goes through them CHUNK by
-    CHUNK. Over axes that do not divide the weight, all devices compute the same. 5 steps cost 5 (4 m^2 n + 2 m^3) FLOPs for a matrix of m <= n.
+    A matrix must be whole for that. Where the mesh divides its rows or columns, an all-to-all makes each of n
+    devices hold some whole matrices instead of an n-th of each, and a second one brings the results back: as
+    many bytes as the update has on the device, twice, and no device computes what another one does but for
+    filling up the number of matrices to a multiple of n. It goes through them CHUNK by CHUNK. Over axes that
+    do not divide the weight, all devices compute the same. 5 steps cost 5 (4 m^2 n + 2 m^3) FLOPs for a
+    matrix of m <= n.
 
     Args:
       update: float32, in any layout. stacked: its dimensions that are not of a matrix.
@@ -109,9 +123,10 @@ def orthogonalised(update: jax.Array, stacked: Stacked) -> jax.Array:
       The same shape and layout.
     """
     spec = jax.typeof(update).sharding.spec
-    named = lambda d: (
-        () if spec[d] is None else (spec[d],) if isinstance(spec[d], str) else tuple(spec[d])
-    )
+
+    def named(d):
+        return () if spec[d] is None else (spec[d],) if isinstance(spec[d], str) else tuple(spec[d])
+
     (m, n), divided = zip(
         *((update.shape[d], named(d)) for d in range(update.ndim) if d not in stacked.dimensions),
         strict=True,
@@ -159,7 +174,9 @@ def _orthogonalised(matrix: jax.Array) -> jax.Array:
 
 
 def _divided_as(stacked: Stacked, weight: jax.Array, statistic: jax.Array) -> jax.Array:
-    """A statistic with its stacked dimensions in the layout of the weight's, which a constant has only where a mesh is set."""
+    """A statistic with its stacked dimensions in the layout of the weight's, which a constant has only where
+    a mesh is set.
+    """
     count = len(stacked.dimensions)
     of_weight, own = ((*jax.typeof(a).sharding.spec, *[None] * a.ndim) for a in (weight, statistic))
     if of_weight[:count] == own[:count]:
@@ -171,10 +188,12 @@ def _divided_as(stacked: Stacked, weight: jax.Array, statistic: jax.Array) -> ja
 
 
 def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.GradientTransformation:
-    """Adafactor's update, without momentum, learning rate and decay: for each matrix or vector of a stacked weight by itself.
+    """Adafactor's update, without momentum, learning rate and decay: for each matrix or vector of a stacked
+    weight by itself.
 
-    The state is optax's FactoredState: v_row and v_col have a weight's stacked dimensions first, then the one that is left; v is that of
-    weights too small to be factored. What a weight has no use for is one zero a matrix.
+    The state is optax's FactoredState: v_row and v_col have a weight's stacked dimensions first, then the one
+    that is left; v is that of weights too small to be factored. What a weight has no use for is one zero a
+    matrix.
     """
     parts = [
         optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED_FROM),
@@ -190,7 +209,10 @@ def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.Gradie
 
     def init(params):
         leaves, tree = jax.tree.flatten(params)
-        of_one = lambda p: tuple(one.init(p)[0])[1:]
+
+        def of_one(p):
+            return tuple(one.init(p)[0])[1:]
+
         statistics = [
             jax.tree.map(functools.partial(_divided_as, s, s.first(p)), s.each(of_one)(s.first(p)))
             for s, p in zip(stacked, leaves, strict=True)

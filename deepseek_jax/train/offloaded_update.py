@@ -1,7 +1,8 @@
-"""The optimizer's update where part of the state is in the host's memory: of stacked weights layer by layer, of the rest one by one.
+"""The optimizer's update where part of the state is in the host's memory: of stacked weights layer by layer,
+of the rest one by one.
 
-Every optimizer of train/optimizer.py treats each layer of a stacked weight by itself. Clipping by the global norm does not, so its
-factor comes first. The device then holds what the update of one layer needs.
+Every optimizer of train/optimizer.py treats each layer of a stacked weight by itself. Clipping by the global
+norm does not, so its factor comes first. The device then holds what the update of one layer needs.
 """
 
 import dataclasses
@@ -60,7 +61,8 @@ def update(
         else:
             new = one(offload.to_device(held), offload.to_device(of_grads))
             done.append(jax.tree.map(offload.put, new, held))
-    # Counters are the same for all, but that a loop over layers leaves them as they were: the last group is one weight, the embedding's at least.
+    # Counters are the same for all, but that a loop over layers leaves them as they were: the last group is
+    # one weight, the embedding's at least.
     return jax.tree.map(
         lambda *parts: nnx.merge_state(*parts) if _is_state(parts[0]) else parts[-1],
         *done,
@@ -74,11 +76,14 @@ def _is_state(node: Any) -> bool:
 
 def _of_group(tree: Any, chosen: Callable[[tuple], bool]) -> Any:
     """The tree with the chosen parameters alone in each of its States; what is not of a parameter stays."""
-    pick = lambda node: (
-        nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(node) if chosen(p)])
-        if _is_state(node)
-        else node
-    )
+
+    def pick(node):
+        return (
+            nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(node) if chosen(p)])
+            if _is_state(node)
+            else node
+        )
+
     return jax.tree.map(pick, tree, is_leaf=_is_state)
 
 

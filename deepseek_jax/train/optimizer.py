@@ -1,7 +1,7 @@
 """AdamW with the published recipes, Muon and Adafactor, by optax.
 
-Sources: DeepSeek-V2 (arXiv:2405.04434) section 3.1.2 and DeepSeek-V3 (arXiv:2412.19437) section 4.2 for the schedules and
-the batch-size ramp; MiniCPM (arXiv:2404.06395) for warmup-stable-decay.
+Sources: DeepSeek-V2 (arXiv:2405.04434) section 3.1.2 and DeepSeek-V3 (arXiv:2412.19437) section 4.2 for the
+schedules and the batch-size ramp; MiniCPM (arXiv:2404.06395) for warmup-stable-decay.
 """
 
 import functools
@@ -22,17 +22,21 @@ V3_TOKENS = 14.8  # trillions; the V3 schedule below is in shares of them
 def learning_rate(config: Config) -> optax.Schedule:
     """Step -> learning rate. All schedules start with a linear warmup from 0.
 
-    cosine: to `final_fraction` of the peak. wsd: constant, then linear to `final_fraction` over the last `decay_fraction`.
-    deepseek_v2: x 0.316 when `decay_fraction` of the training is left (0.4; V2-Lite: 0.2), and again for the last 10%.
-    deepseek_v3: constant to 10T of 14.8T tokens, cosine to a tenth over 4.3T, constant for 333B, then x 7.3/22 for 167B.
+    cosine: to `final_fraction` of the peak. wsd: constant, then linear to `final_fraction` over the last
+      `decay_fraction`.
+    deepseek_v2: x 0.316 when `decay_fraction` of the training is left (0.4; V2-Lite: 0.2), and again for the
+      last 10%.
+    deepseek_v3: constant to 10T of 14.8T tokens, cosine to a tenth over 4.3T, constant for 333B, then x
+      7.3/22 for 167B.
     """
     o, steps, peak = config.optimizer, config.train.steps, config.optimizer.learning_rate
     warm = min(o.warmup_steps, steps)
     rest = max(steps - warm, 1)
     end = peak * o.final_fraction
-    at = lambda share: max(
-        round(share * steps) - warm, 1
-    )  # boundaries count from the end of the warmup
+
+    def at(share):
+        return max(round(share * steps) - warm, 1)  # boundaries count from the end of the warmup
+
     if o.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif o.schedule == "cosine":
@@ -65,15 +69,19 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 def decay_mask(params: nnx.State) -> Any:
     """True for matrices; norm weights and biases are not decayed."""
-    is_variable = lambda v: isinstance(v, nnx.Variable)
-    is_matrix = lambda v: (
-        not {"norm", "heads_bias", "embed_bias"} & set(v.get_metadata()["out_sharding"])
-    )
+
+    def is_variable(v):
+        return isinstance(v, nnx.Variable)
+
+    def is_matrix(v):
+        return not {"norm", "heads_bias", "embed_bias"} & set(v.get_metadata()["out_sharding"])
+
     return jax.tree.map(lambda v: v.replace(is_matrix(v)), params, is_leaf=is_variable)
 
 
 def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransformation:
-    """Clip by global norm, the optimizer's update, decoupled weight decay on matrices: lr * (update + weight_decay * weight), all alike.
+    """Clip by global norm, the optimizer's update, decoupled weight decay on matrices: lr * (update +
+    weight_decay * weight), all alike.
 
     `params` gives structure and logical axes only.
     """
@@ -103,7 +111,9 @@ def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransform
 
 
 def moments_in(dtype: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer, whose float arrays are stored in `dtype`; it computes in float32 (DeepSeek-V3, section 3.3.3, in bfloat16)."""
+    """The optimizer, whose float arrays are stored in `dtype`; it computes in float32 (DeepSeek-V3, section
+    3.3.3, in bfloat16).
+    """
 
     def cast(state: Any, dtype: Any) -> Any:
         return jax.tree.map(
@@ -118,7 +128,9 @@ def moments_in(dtype: Any, optimizer: optax.GradientTransformation) -> optax.Gra
 
 
 def sequences_at(config: Config, step: int) -> int:
-    """Batch size of a step, in sequences: batch_ramp_start growing linearly to batch_size, in whole micro-batches."""
+    """Batch size of a step, in sequences: batch_ramp_start growing linearly to batch_size, in whole
+    micro-batches.
+    """
     t, micro = config.train, config.micro_batch
     if not t.batch_ramp_start or step >= t.batch_ramp_steps:
         return t.batch_size
@@ -127,7 +139,9 @@ def sequences_at(config: Config, step: int) -> int:
 
 
 def first_sequence(config: Config, step: int) -> int:
-    """How many sequences the steps before `step` have taken: where its data begin, a pure function of the step."""
+    """How many sequences the steps before `step` have taken: where its data begin, a pure function of the
+    step.
+    """
     ramp = min(step, config.train.batch_ramp_steps if config.train.batch_ramp_start else 0)
     return int(_ramp_totals(config)[ramp]) + (step - ramp) * config.train.batch_size
 

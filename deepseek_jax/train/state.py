@@ -18,7 +18,7 @@ from deepseek_jax.train.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
-    """A pytree of arrays. The selection bias is not a parameter: no gradient, no optimizer, no weight decay."""
+    """A pytree of arrays. The selection bias is no parameter: no gradient, no optimizer, no decay."""
 
     step: jax.Array  # int32: optimizer steps taken, skipped ones included
     params: nnx.State  # float32
@@ -27,7 +27,8 @@ class TrainState(NamedTuple):
     bad_steps: jax.Array  # int32: updates skipped in a row, for a non-finite loss or gradient
     skipped_steps: jax.Array  # int32: updates skipped in all
     residual: nnx.State | None = (
-        None  # float32: what gradient_compression has not applied yet, of each parameter [R, ...] for R replicas
+        # float32: what gradient_compression has not applied yet, of each parameter [R, ...] for R replicas
+        None
     )
     loss_scale: LossScale | None = (
         None  # only where it is dynamic: other states, and their checkpoints, are without it
@@ -55,10 +56,14 @@ class Layout(NamedTuple):
         return self.model.specs.params
 
     def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
-        """Bytes per device by kind: parameters, gradients, optimizer state, the residual of compressed gradients, and the weights of a
-        frozen model; "host": bytes offloaded to the device's host."""
+        """Bytes per device by kind: parameters, gradients, optimizer state, the residual of compressed
+        gradients, and the weights of a frozen model; "host": bytes offloaded to the device's host.
+        """
+
         # Gradients are where their parameters are.
-        as_stored = lambda g, p: jax.NamedSharding(p.mesh, g.spec, memory_kind=p.memory_kind)
+        def as_stored(g, p):
+            return jax.NamedSharding(p.mesh, g.spec, memory_kind=p.memory_kind)
+
         gradients = jax.tree.map(
             as_stored, sharding.shardings(self.grad_specs, mesh), self.shardings.params
         )
@@ -87,7 +92,9 @@ class Layout(NamedTuple):
 
 
 def make_layout(config: Config, mesh: jax.sharding.Mesh, frozen: Frozen | None = None) -> Layout:
-    """Shapes and shardings of the state of a run on a mesh, whose devices may be elsewhere, beside a frozen model on the same mesh."""
+    """Shapes and shardings of the state of a run on a mesh, whose devices may be elsewhere, beside a frozen
+    model on the same mesh.
+    """
     # Without a mesh in context jax 0.11 forgets the shardings of what eval_shape sees: moments laid out
     # unlike their parameters.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -131,8 +138,8 @@ def _optimizer_state(
 ) -> tuple[Any, Any]:
     """(shapes, PartitionSpecs) of its state, for parameters laid out as they are while it works.
 
-    The specs are read from the types, as mesh axes are Explicit: moments are laid out as their parameters, row and column means over the
-    axes that divide what is left of them, counters are whole.
+    The specs are read from the types, as mesh axes are Explicit: moments are laid out as their parameters,
+    row and column means over the axes that divide what is left of them, counters are whole.
     """
     sharded = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params, shardings
@@ -143,7 +150,9 @@ def _optimizer_state(
 
 
 def init_state(config: Config, layout: Layout) -> TrainState:
-    """A fresh state, created in its shards: no device or host ever holds the whole model. The same on every mesh."""
+    """A fresh state, created in its shards: no device or host ever holds the whole model. The same on every
+    mesh.
+    """
 
     def create() -> TrainState:
         _, params, bias = nnx.split(
@@ -163,13 +172,16 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         )
         return offload.to(state, layout.shardings)
 
-    # Dozens of random weights are much code for a CPU and little work: LLVM's first level compiles it in half the time, to the same numbers.
+    # Dozens of random weights are much code for a CPU and little work: LLVM's first level compiles it in half
+    # the time, to the same numbers.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(create, out_shardings=layout.shardings, compiler_options=options)()
 
 
 def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.State) -> TrainState:
-    """A state of step 0 with weights from elsewhere, in the shards of the layout. Nothing else of a fresh state depends on them."""
+    """A state of step 0 with weights from elsewhere, in the shards of the layout. Nothing else of a fresh
+    state depends on them.
+    """
 
     def create() -> TrainState:
         zeros = jax.tree.map(

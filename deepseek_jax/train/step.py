@@ -46,10 +46,12 @@ class StepMetrics(NamedTuple):
 def make_train_step(config: Config, layout: Layout, objective: Objective) -> Callable:
     """The step function, to be jitted with the state donated.
 
-    A non-finite loss or gradient norm leaves parameters, optimizer state and bias as they were, and is counted.
+    A non-finite loss or gradient norm leaves parameters, optimizer state and bias as they were, and is
+    counted.
 
     Returns:
-      (state, batch by field [A, B, ...] of A micro-batches, weights of `layout.frozen` or None) -> (state, StepMetrics).
+      (state, batch by field [A, B, ...] of A micro-batches, weights of `layout.frozen` or None) -> (state,
+      StepMetrics).
     """
     schedule = learning_rate(config)
     learner = Learner(config, layout, objective)
@@ -135,7 +137,9 @@ def _after(
 
 
 def make_eval_step(layout: Layout, objective: Objective) -> Callable:
-    """(params, bias, batch [B, ...], frozen weights or None) -> the objective's sums over the batch; the main head only."""
+    """(params, bias, batch [B, ...], frozen weights or None) -> the objective's sums over the batch; the main
+    head only.
+    """
 
     def eval_step(
         params: nnx.State,

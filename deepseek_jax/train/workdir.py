@@ -91,7 +91,8 @@ def check_model(workdir: str, config: Config, before: dict[str, Any]) -> None:
         if name in now and was != now[name] and changes_shapes(f"model.{name}"):
             raise UserError(
                 f"config.model.{name}={now[name]} differs from {was} of the checkpoint in "
-                f"{checkpoints(workdir, config)}. Set config.model.{name}={was} to go on with it, or name another --workdir."
+                f"{checkpoints(workdir, config)}. Set config.model.{name}={was} to go on with it, or name "
+                "another --workdir."
             )
 
 
@@ -174,7 +175,8 @@ def write_config(
     run: str | None = None,
     data: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Writes WORKDIR/config.json, the resolved options and what was asked of XLA's compiler, whole or not at all.
+    """Writes WORKDIR/config.json, the resolved options and what was asked of XLA's compiler, whole or not at
+    all.
 
     Args:
       run: as `identity`. data: History.to_json, for readers of the run.

@@ -22,9 +22,9 @@ from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.hf import provenance
 from deepseek_jax.inference.loaded import config_for, stop_ids_of
 from deepseek_jax.inference.opener import encoder_of, open_model
+from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.run import importer
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.train.state import to_tree
 from tests.support.hf_folders import MODEL, source
 

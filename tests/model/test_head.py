@@ -1,4 +1,5 @@
-"""Every function of the output head, in chunks and on a mesh, against plain autodiff of whole logits in float64.
+"""Every function of the output head, in chunks and on a mesh, against plain autodiff of whole logits in
+float64.
 
 Tolerance: 1e-5 of an array's scale, for float32 sums in another order.
 """

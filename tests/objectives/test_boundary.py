@@ -1,7 +1,9 @@
-"""An objective of this file, with all that an objective may have, computes the same on every mesh, and resumes to the last bit.
+"""An objective of this file, with all that an objective may have, computes the same on every mesh, and
+resumes to the last bit.
 
-It has a weighted target, a number per sequence and one per document, a channel of K numbers per token, a tap and a frozen second model
-of other sizes, in bfloat16. Tolerance of losses and gradients: 1e-5 of an array's scale, for float32 sums in another order.
+It has a weighted target, a number per sequence and one per document, a channel of K numbers per token, a tap
+and a frozen second model of other sizes, in bfloat16. Tolerance of losses and gradients: 1e-5 of an array's
+scale, for float32 sums in another order.
 """
 
 import dataclasses
@@ -27,7 +29,8 @@ from tests.support import conversion, invariance, small_runs
 
 K, LENGTH, SEQUENCES = 3, 16, 16
 MODEL = dataclasses.replace(small_runs.TINY, aux_loss_alpha=0.01)
-# With all kinds of layers: dense ones in front, three that two stages do not divide evenly, one that predicts ahead.
+# With all kinds of layers: dense ones in front, three that two stages do not divide evenly, one that predicts
+# ahead.
 WHOLE = dataclasses.replace(
     MODEL, num_hidden_layers=4, first_k_dense_replace=1, num_nextn_predict_layers=1
 )
@@ -47,7 +50,7 @@ def config_of(accumulation: int = 1, offload: bool = False, model=MODEL, **mesh)
 
 
 class Everything:
-    """Weighted cross-entropy + divergence from a frozen model + log-probabilities times advantages + a tap."""
+    """Weighted cross-entropy, divergence from a frozen model, log-probabilities times advantages, taps."""
 
     taps = ("router_scores", "hidden")
     fields = fields.TEXT | {
@@ -245,7 +248,9 @@ def test_a_batch_of_the_wrong_shape_is_an_error():
 
 
 def test_a_masked_prompt_changes_no_hidden_state():
-    """Targets of -100 take the prompt out of the loss; what the model reads, and predicts further on, stays the same to the last bit."""
+    """Targets of -100 take the prompt out of the loss; what the model reads, and predicts further on, stays
+    the same to the last bit.
+    """
     config = config_of(model=WHOLE)
     objective = objectives.make(config)
     mesh = make_mesh(config, jax.devices()[:1])

@@ -1,4 +1,5 @@
-"""Losses, their gradients under accumulation, skipped updates and the selection bias, against the float64 reference.
+"""Losses, their gradients under accumulation, skipped updates and the selection bias, against the float64
+reference.
 
 Tolerances as in test_layers.py: 1e-5 of an array's scale for float32 sums in another order.
 """
@@ -61,8 +62,9 @@ MODEL = ModelConfig(
 UNBALANCED = dataclasses.replace(MODEL, aux_loss_alpha=0.0)  # no loss but the tokens'
 MOE = MoeConfig(router_z_loss_coef=0.01, bias_update_rate=0.01)
 ROWS, LENGTH, MTP_WEIGHT = 4, 12, 0.3
-# Rows of very unequal content, so that a mean of micro-batch means would differ: one document that goes on after the row, two
-# documents and padding, nothing but padding, three documents of which the last has one token.
+# Rows of very unequal content, so that a mean of micro-batch means would differ: one document that goes on
+# after the row, two documents and padding, nothing but padding, three documents of which the last has one
+# token.
 SEGMENTS = np.array(
     [[1] * 13, [1] * 5 + [2] * 3 + [0] * 5, [0] * 13, [1] * 7 + [2] * 4 + [3] + [4]]
 )
@@ -76,7 +78,7 @@ def batch_rows() -> dict[str, np.ndarray]:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- single losses
+# ---------------------------------------------------------------------------------------------- single losses
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_targets_and_totals():
     assert objective.totals(rows, jnp.int32(0)).mtp_targets.shape == (0,)
 
 
-# --------------------------------------------------------------------------------------------------------- the whole step
+# --------------------------------------------------------------------------------------------- the whole step
 
 
 def reference_losses(weights, model: ModelConfig, moe: MoeConfig) -> dict[str, float]:
@@ -206,8 +208,11 @@ def start(config: Config, mesh, weights, optimizer=None) -> tuple[state.Layout, 
 
 @functools.cache
 def one_step(seq_aux: bool, accumulation: int):
-    """-> (weights, model, gradients by name, StepMetrics, biases by name after the step) of one optimizer step on all rows."""
-    # One depth of prediction where the second tells nothing new: over the batch, every layer has its own number of tokens.
+    """-> (weights, model, gradients by name, StepMetrics, biases by name after the step) of one optimizer
+    step on all rows.
+    """
+    # One depth of prediction where the second tells nothing new: over the batch, every layer has its own
+    # number of tokens.
     model = conversion.smaller(MODEL, seq_aux=seq_aux, num_nextn_predict_layers=1 if seq_aux else 2)
     train = TrainConfig(
         dtype="float32",
@@ -290,7 +295,9 @@ def test_accumulation_changes_nothing(seq_aux, accumulation):
 
 @pytest.mark.slow
 def test_mtp_weight_switches():
-    """The second weight from the first step after mtp_switch_fraction of the steps; evaluation has the main head only."""
+    """The second weight from the first step after mtp_switch_fraction of the steps; evaluation has the main
+    head only.
+    """
     train = TrainConfig(
         steps=10,
         dtype="float32",
@@ -324,11 +331,13 @@ def test_mtp_weight_switches():
     )
 
 
-# --------------------------------------------------------------------------------------------------------- skipped updates
+# -------------------------------------------------------------------------------------------- skipped updates
 
 
 def test_a_non_finite_step_changes_nothing():
-    """A loss of NaN, an infinite one, and a finite loss with a NaN gradient: each is as if the step had not been, but counted."""
+    """A loss of NaN, an infinite one, and a finite loss with a NaN gradient: each is as if the step had not
+    been, but counted.
+    """
     GOOD, NAN_LOSS, INF_LOSS, NAN_GRADIENT = range(4)
 
     class Numbers(pretrain.Pretraining):
@@ -384,7 +393,7 @@ def test_a_non_finite_step_changes_nothing():
     assert not np.array_equal(*(jax.tree.leaves(t.bias)[0] for t in (s, first)))
 
 
-# ---------------------------------------------------------------------------------------------------------- selection bias
+# --------------------------------------------------------------------------------------------- selection bias
 
 
 @pytest.mark.parametrize("centre", [False, True], ids=["", "centred"])
@@ -422,7 +431,7 @@ def test_bias_update(experts, centre):
         )  # after bias_update_fraction of the steps
 
 
-# ------------------------------------------------------------------------------------------------------------ logical axes
+# ----------------------------------------------------------------------------------------------- logical axes
 
 
 class Misspelt(nnx.Module):
@@ -492,7 +501,7 @@ def test_gradients_keep_their_parameters_specs(strategy):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ other models
+# ----------------------------------------------------------------------------------------------- other models
 
 SHAPES = {  # changes, accumulation, shape of the counts
     "no experts": (dict(first_k_dense_replace=1, num_nextn_predict_layers=0), 2, (0, 0)),
@@ -520,7 +529,9 @@ def spec_of(a) -> tuple:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_step_keeps_the_layout_of_the_state(name):
-    """Traced only: state in, the same state out, in shapes, dtypes and shardings, for models without one part or another."""
+    """Traced only: state in, the same state out, in shapes, dtypes and shardings, for models without one part
+    or another.
+    """
     changes, accumulation, counts = SHAPES[name]
     train = TrainConfig(batch_size=8, accumulation=accumulation, sequence_length=LENGTH)
     config = conversion.config_of(
@@ -547,7 +558,9 @@ def test_the_step_keeps_the_layout_of_the_state(name):
 
 @pytest.mark.slow
 def test_bfloat16_gradients_are_near_those_of_float32():
-    """With tokens as unequal as in text: sums over thousands of occurrences must not be kept in bfloat16, where they stop growing."""
+    """With tokens as unequal as in text: sums over thousands of occurrences must not be kept in bfloat16,
+    where they stop growing.
+    """
     model = conversion.smaller(MODEL, num_nextn_predict_layers=1)
     weights = conversion.random_weights(model, 0)
     ids = np.minimum(np.random.default_rng(0).geometric(0.4, (16, 257)) - 1, model.vocab_size - 1)
@@ -564,5 +577,6 @@ def test_bfloat16_gradients_are_near_those_of_float32():
         grads[dtype] = conversion.names_of(s.opt_state)
     for name, exact in grads["float32"].items():
         error = np.linalg.norm(np.asarray(grads["bfloat16"][name]) - exact) / np.linalg.norm(exact)
-        # bfloat16 has 8 bits: single products are off by up to 0.4%, and a few tokens near a tie go to another expert.
+        # bfloat16 has 8 bits: single products are off by up to 0.4%, and a few tokens near a tie go to
+        # another expert.
         assert error < 0.1, f"{name}: {error:.3f}"

@@ -27,8 +27,10 @@ FLOAT16 = config_of(
 
 @pytest.mark.slow
 def test_float16_with_compressed_gradients():
-    """The scaled gradients of each replica are divided by the scale before they are rounded: what is owed does not depend on the scale, so that
-    it may change. 20 steps stay as near to float32's, whose loss falls by 1, as int8 and float16 alone do: see their own tests."""
+    """The scaled gradients of each replica are divided by the scale before they are rounded: what is owed
+    does not depend on the scale, so that it may change. 20 steps stay as near to float32's, whose loss falls
+    by 1, as int8 and float16 alone do: see their own tests.
+    """
     t, full = (
         trainer(FLOAT16),
         trainer(
@@ -93,8 +95,9 @@ OPTIMIZERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
 def test_streamed_updates_of_every_optimizer(name):
-    """The update layer by layer, from the host's memory, against that of the whole state. Float32 rounding; muon's Newton-Schulz steps
-    enlarge that of small directions."""
+    """The update layer by layer, from the host's memory, against that of the whole state. Float32 rounding;
+    muon's Newton-Schulz steps enlarge that of small directions.
+    """
     whole, streamed = (
         trainer(
             config_of(
@@ -127,7 +130,9 @@ def test_streamed_updates_of_every_optimizer(name):
 
 @pytest.mark.slow
 def test_generate_from_a_float16_run(tmp_path):
-    """The likeliest tokens after a prompt, in float16 from its checkpoint, are those that the same weights choose in float32."""
+    """The likeliest tokens after a prompt, in float16 from its checkpoint, are those that the same weights
+    choose in float32.
+    """
     t = trainer(FLOAT16)
     s, _ = t.run(t.start(), 12)
     config = dataclasses.replace(

@@ -1,4 +1,6 @@
-"""Gradient compression: the sum over replicas in int8 or bfloat16 beside the exact one, in units, in programs and in training."""
+"""Gradient compression: the sum over replicas in int8 or bfloat16 beside the exact one, in units, in programs
+and in training.
+"""
 
 import dataclasses
 import functools
@@ -81,7 +83,7 @@ def config_of(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- one sum
+# ---------------------------------------------------------------------------------------------------- one sum
 
 
 def on_replicas(replicas: int, fsdp: int = 2) -> jax.sharding.Mesh:
@@ -93,7 +95,9 @@ def on_replicas(replicas: int, fsdp: int = 2) -> jax.sharding.Mesh:
 
 
 def quantum(x: np.ndarray, block: int, method: str) -> np.ndarray:
-    """The largest error of each number of [..., C] in its code, float64: half a step of its block's int8 scale; half of bfloat16's last bit."""
+    """The largest error of each number of [..., C] in its code, float64: half a step of its block's int8
+    scale; half of bfloat16's last bit.
+    """
     if method == "bfloat16":
         return np.abs(x) * 2.0**-8
     blocks = np.abs(x).reshape(*x.shape[:-1], -1, block)
@@ -105,8 +109,10 @@ def quantum(x: np.ndarray, block: int, method: str) -> np.ndarray:
     [("int8", 4, 4 * 512), ("int8", 4, 1000), ("int8", 2, 7), ("bfloat16", 4, 1001)],
 )
 def test_error_of_one_sum_and_of_many(method, replicas, size):
-    """The first sum is within half a quantum of each replica's and half of the sum's; whatever rounding took is in the residuals, so that
-    all sums so far and the residuals are all gradients, to float32's rounding, and the sums never fall behind by more than two steps'."""
+    """The first sum is within half a quantum of each replica's and half of the sum's; whatever rounding took
+    is in the residuals, so that all sums so far and the residuals are all gradients, to float32's rounding,
+    and the sums never fall behind by more than two steps'.
+    """
     rng, steps = np.random.default_rng(0), 12
     # Magnitudes from 1e-6 to 1, so that a block's largest number matters; an axis that fsdp divides.
     shape = (2, size)
@@ -169,7 +175,7 @@ def test_what_is_not_finite_stays_so(method):
             )
 
 
-# ------------------------------------------------------------------------------------------------------------ whole steps
+# ------------------------------------------------------------------------------------------------ whole steps
 
 
 class Run:
@@ -228,7 +234,9 @@ def losses_of(method: str) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["bfloat16", "int8"])
 def test_the_loss_curve_is_float32s(method):
-    """Routing is discrete, and Adam makes whole steps of small differences, so late losses differ by more than the gradients do."""
+    """Routing is discrete, and Adam makes whole steps of small differences, so late losses differ by more
+    than the gradients do.
+    """
     exact, ours = np.array(losses_of("none")), np.array(losses_of(method))
     fall = exact[0] - exact[-1]
     assert fall > 2 and ours[0] == exact[0]  # the first loss is of the same weights
@@ -248,7 +256,9 @@ def over_data(found: list[program.Collective]) -> dict[bool, int]:
     "method, share", [pytest.param("bfloat16", 0.5, marks=pytest.mark.slow), ("int8", 0.25)]
 )
 def test_bytes_over_data(method, share):
-    """One float32 sum over two replicas receives as many bytes as the gradient has. int8's scales are 1.6% more; blocks are filled up."""
+    """One float32 sum over two replicas receives as many bytes as the gradient has. int8's scales are 1.6%
+    more; blocks are filled up.
+    """
     run = run_of(method)
     whole = run.layout.bytes_per_device(run.mesh)["gradients"]
     moved = over_data(run.found)
@@ -297,7 +307,9 @@ def test_a_skipped_update_leaves_the_residual():
 
 
 def test_a_checkpoint_of_other_replicas_or_another_method(tmp_path):
-    """What is owed is the residuals' sum: it is kept when the number of replicas changes. Compression can be switched on and off."""
+    """What is owed is the residuals' sum: it is kept when the number of replicas changes. Compression can be
+    switched on and off.
+    """
     configs = {
         "two": config_of("int8"),
         "four": config_of("bfloat16", data=4, fsdp=2),
@@ -379,9 +391,10 @@ def test_the_benchmark(capsys, monkeypatch, tmp_path):
     ) and "int8 - none" in benchmark.text([row, row])
 
 
-# ------------------------------------------------------------------------------------------------------ replicas' gradients
+# ---------------------------------------------------------------------------------------- replicas' gradients
 
-# Everything that a gradient can come from: multi-token prediction, a compressed query, z-loss, a head tied to the embedding.
+# Everything that a gradient can come from: multi-token prediction, a compressed query, z-loss, a head tied to
+# the embedding.
 ALL = dataclasses.replace(
     MODEL,
     first_k_dense_replace=1,
@@ -439,7 +452,7 @@ def test_replicas_gradients_add_up(strategy, accumulation, mesh):
         assert conversion.error_of(g[0], g[1]) > 0.05, name
 
 
-# ----------------------------------------------------------------------------------------------------------------- options
+# ---------------------------------------------------------------------------------------------------- options
 
 
 def test_without_compression_the_state_has_no_residual():

@@ -1,7 +1,8 @@
-"""Memory levers of optimizers and numbers: Muon, Adafactor, bfloat16 moments and accumulation; options that would not act.
+"""Memory levers of optimizers and numbers: Muon, Adafactor, bfloat16 moments and accumulation; options that
+would not act.
 
-Updates are compared with NumPy in float64, one matrix at a time; runs with those on one device, in float32, or before a checkpoint.
-Float16 has a file of its own.
+Updates are compared with NumPy in float64, one matrix at a time; runs with those on one device, in float32,
+or before a checkpoint. Float16 has a file of its own.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from tests.support.small_runs import (
     trainer,
 )
 
-# --------------------------------------------------------------------------------------- updates, one matrix at a time
+# ------------------------------------------------------------------------------ updates, one matrix at a time
 
 SHAPES = {
     "q_proj": ((3, 16, 24), ("layers", "embed", "heads")),
@@ -103,7 +104,9 @@ def updated(config: Config) -> tuple[dict[str, np.ndarray], tuple]:
 
 
 def reference(config: Config, one_update) -> dict[str, np.ndarray]:
-    """The same in float64: `one_update(name, gradient, weight, memory, step)` of one matrix or vector, without rate and decay."""
+    """The same in float64: `one_update(name, gradient, weight, memory, step)` of one matrix or vector,
+    without rate and decay.
+    """
     o, rate = config.optimizer, learning_rate(config)
     weights = {name: a.astype(np.float64) for name, a in numbers(0).items()}
     memory = {(name, i): {} for name in weights for i in range(len(parts_of(name)))}
@@ -174,7 +177,9 @@ def adafactor(o: OptimizerConfig, name, g, w, memory, t):
     ids=["muon", "adafactor", "adafactor absolute"],
 )
 def test_updates_are_those_of_each_matrix_alone(optimizer, mesh, monkeypatch):
-    """Weights of 0.3, updates of 0.01 a step. Newton-Schulz multiplies float32's rounding of small singular values, 1e-7, by up to 3.44^5."""
+    """Weights of 0.3, updates of 0.01 a step. Newton-Schulz multiplies float32's rounding of small singular
+    values, 1e-7, by up to 3.44^5.
+    """
     monkeypatch.setattr(muon_adafactor, "FACTORED_FROM", 8)
     monkeypatch.setattr(
         muon_adafactor, "CHUNK", 256
@@ -200,8 +205,10 @@ def test_updates_are_those_of_each_matrix_alone(optimizer, mesh, monkeypatch):
 
 
 def test_bfloat16_moments_are_rounded_once_a_step():
-    """Against NumPy that rounds where we do. A number on the edge between two bfloat16's may go either way: 2^-8 of the moment, and so of
-    the update, here and there; with float32 moments most updates differ by more than float32's rounding."""
+    """Against NumPy that rounds where we do. A number on the edge between two bfloat16's may go either way:
+    2^-8 of the moment, and so of the update, here and there; with float32 moments most updates differ by more
+    than float32's rounding.
+    """
     config = config_of(dataclasses.replace(ADAMW, moment_dtype="bfloat16"))
     ours, opt_state = updated(config)
     dtypes = {a.dtype for a in jax.tree.leaves(opt_state)}
@@ -222,7 +229,7 @@ def test_bfloat16_moments_are_rounded_once_a_step():
         assert np.mean(np.abs(exact[name] - weight) / scale > 1e-4) > 0.5, name
 
 
-# ------------------------------------------------------------------------------------------------------------ whole steps
+# ------------------------------------------------------------------------------------------------ whole steps
 
 
 def on_mesh(
@@ -256,7 +263,9 @@ def test_a_mesh_changes_nothing_and_a_checkpoint_neither(name, monkeypatch, tmp_
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_the_layout_is_the_same_where_no_mesh_is_set(name):
-    """deepseek_jax.plan lays out for devices that are not here. Adafactor does not factor such small weights: what they do not use is constant."""
+    """deepseek_jax.plan lays out for devices that are not here. Adafactor does not factor such small weights:
+    what they do not use is constant.
+    """
     config = config_of(dataclasses.replace(ADAMW, name=name), MeshConfig(fsdp=2, expert=4))
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
@@ -276,7 +285,9 @@ def test_the_layout_is_the_same_where_no_mesh_is_set(name):
 
 
 def test_bytes_of_the_optimizer_state():
-    """In bytes a parameter: AdamW 8, in bfloat16 4, Muon 4 but for norms, embedding and head, Adafactor some hundredths of large matrices."""
+    """In bytes a parameter: AdamW 8, in bfloat16 4, Muon 4 but for norms, embedding and head, Adafactor some
+    hundredths of large matrices.
+    """
     model = dataclasses.replace(
         TINY, hidden_size=256, intermediate_size=512, moe_intermediate_size=256
     )
@@ -310,13 +321,15 @@ def test_the_state_of_other_runs_has_its_old_names():
     }
 
 
-# -------------------------------------------------------------------------------------------------------- accumulation
+# ----------------------------------------------------------------------------------------------- accumulation
 
 
 @pytest.mark.slow
 def test_bfloat16_accumulation_halves_the_buffer():
-    """Four micro-batches: three roundings of 2^-9 of a sum, which Adam's update takes over. The compiled step, one device, is smaller: by up
-    to 2 bytes a parameter, of 4 that the buffer had, and by half of that where the peak is when float32 gradients are made of the buffer."""
+    """Four micro-batches: three roundings of 2^-9 of a sum, which Adam's update takes over. The compiled
+    step, one device, is smaller: by up to 2 bytes a parameter, of 4 that the buffer had, and by half of that
+    where the peak is when float32 gradients are made of the buffer.
+    """
     runs = {
         d: trainer(config_of(accumulation=4, accumulation_dtype=d)) for d in ("float32", "bfloat16")
     }
@@ -349,7 +362,7 @@ def test_bfloat16_accumulation_halves_the_buffer():
     assert carried(runs["bfloat16"]) == [{"bfloat16"}] and carried(runs["float32"]) == [{"float32"}]
 
 
-# -------------------------------------------------------------------------------------------------------------- mistakes
+# --------------------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The mesh does not change the mathematics: one config, the same numbers on every mesh, strategy, dispatch and accumulation."""
+"""The mesh does not change the mathematics: one config, the same numbers on every mesh, strategy, dispatch
+and accumulation.
+"""
 
 import dataclasses
 import re
@@ -134,7 +136,9 @@ MODELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(MODELS))
 def test_other_models_on_stages_and_tensor(name):
-    """The balance loss over the batch, tied embeddings, deeper prediction; a dense model, whose blocks are the dense layers."""
+    """The balance loss over the batch, tied embeddings, deeper prediction; a dense model, whose blocks are
+    the dense layers.
+    """
     changes, config = MODELS[name]
     model = dataclasses.replace(MODEL, **changes)
     loss, gradient, worst, counts = differences(
@@ -156,7 +160,8 @@ def test_the_same_initial_state_on_every_mesh(name):
     for (path, a), (b, sharding) in zip(
         jax.tree_util.tree_leaves_with_path(s), expected, strict=True
     ):
-        # The last bit of a normal deviate may depend on where a vector ends; what is drawn does not depend on the mesh.
+        # The last bit of a normal deviate may depend on where a vector ends; what is drawn does not depend on
+        # the mesh.
         np.testing.assert_allclose(a, b, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
         assert a.sharding == sharding
 
@@ -197,7 +202,9 @@ def test_bytes_of_each_strategy(strategy, shares):
 
 
 def exchanges(remat: str) -> int:
-    """all_to_all operations in the lowered step of one MoE layer stack: forward and backward, first and later rounds."""
+    """all_to_all operations in the lowered step of one MoE layer stack: forward and backward, first and later
+    rounds.
+    """
     config = variant(fsdp=2, expert=4, remat=remat)
     config = dataclasses.replace(
         config, model=dataclasses.replace(MODEL, num_nextn_predict_layers=0)
@@ -219,8 +226,10 @@ def exchanges(remat: str) -> int:
 
 @pytest.mark.slow
 def test_remat_policies_save_what_they_say():
-    """Forward exchanges twice a round. Backward: the output's gradient there, the input's back, one number a row each way, and in
-    later rounds the rows once more: 2 + 2 + 4 + 5. Full remat sends the first round's rows again; `exchange` saves that."""
+    """Forward exchanges twice a round. Backward: the output's gradient there, the input's back, one number a
+    row each way, and in later rounds the rows once more: 2 + 2 + 4 + 5. Full remat sends the first round's
+    rows again; `exchange` saves that.
+    """
     assert {
         remat: exchanges(remat)
         for remat in ("none", "exchange", "save:attention,exchange", "full", "save:attention")
@@ -301,7 +310,8 @@ MESH_ERRORS = [
         dict(
             mesh=MeshConfig(fsdp=1, expert=8), model=dataclasses.replace(MODEL, n_routed_experts=12)
         ),
-        "n_routed_experts=12 is not divisible by the expert mesh axis (8 devices). Set config.mesh.expert to a divisor of 12.",
+        "n_routed_experts=12 is not divisible by the expert mesh axis (8 devices). Set config.mesh.expert "
+        "to a divisor of 12.",
     ),
     (
         dict(mesh=MeshConfig(fsdp=8), train=dataclasses.replace(BASE.train, batch_size=12)),
@@ -309,7 +319,8 @@ MESH_ERRORS = [
     ),
     (
         dict(mesh=MeshConfig(fsdp=8), model=dataclasses.replace(MODEL, hidden_size=60)),
-        "config.model.hidden_size=60 (a width of 60) is not divisible by the 8 devices of fsdp that weights are divided over",
+        "config.model.hidden_size=60 (a width of 60) is not divisible by the 8 devices of fsdp that weights "
+        "are divided over",
     ),
     (
         dict(mesh=MeshConfig(data=4, fsdp=2), model=dataclasses.replace(MODEL, hidden_size=60)),
@@ -320,7 +331,8 @@ MESH_ERRORS = [
             mesh=MeshConfig(fsdp=4, tensor=2),
             model=dataclasses.replace(MODEL, num_attention_heads=3),
         ),
-        "config.model.num_attention_heads=3 is not divisible by the tensor mesh axis (2 devices). Set config.mesh.tensor to a divisor of 3.",
+        "config.model.num_attention_heads=3 is not divisible by the tensor mesh axis (2 devices). Set "
+        "config.mesh.tensor to a divisor of 3.",
     ),
     (
         dict(mesh=MeshConfig(fsdp=2, tensor=4), model=dataclasses.replace(MODEL, vocab_size=129)),

@@ -110,8 +110,9 @@ def run(config: Config) -> tuple[list[float], list[float], state.TrainState]:
     return losses, norms, s
 
 
-# Float32 rounding: the update of one layer is compiled on its own, which may fuse a multiplication with an addition or not, and the
-# gradient norm adds up its squares layer by layer. Moments hold the gradients: the first one a tenth of their running sum.
+# Float32 rounding: the update of one layer is compiled on its own, which may fuse a multiplication with an
+# addition or not, and the gradient norm adds up its squares layer by layer. Moments hold the gradients: the
+# first one a tenth of their running sum.
 @pytest.mark.parametrize(
     "offload, mesh, accumulation",
     [
@@ -168,13 +169,16 @@ def lowered_for_gpus(config: Config) -> str:
 
 
 def test_the_program_for_gpus():
-    """It takes and gives what is offloaded in the host's memory, and brings one layer of it at a time: no whole stack goes to the device."""
+    """It takes and gives what is offloaded in the host's memory, and brings one layer of it at a time: no
+    whole stack goes to the device.
+    """
     text = lowered_for_gpus(config_of(EVERYTHING, 2, **MESH))
     _, layout, _ = compiled(config_of(EVERYTHING, 2, **MESH))
     host = sum(s.memory_kind == "pinned_host" for s in jax.tree.leaves(layout.shardings))
     assert host > 50 and text.count('mhlo.memory_kind = "pinned_host"') == 2 * host
     moved = re.findall(
-        r'custom_call @annotate_device_placement\(.*_xla_buffer_placement = "(\w+)".*\(tensor<([\dx]+)x\w+>\)',
+        r'custom_call @annotate_device_placement\(.*_xla_buffer_placement = "(\w+)"'
+        r".*\(tensor<([\dx]+)x\w+>\)",
         text,
     )
     stacks = {
@@ -189,7 +193,9 @@ def test_the_program_for_gpus():
 
 
 def test_activations_are_offloaded_by_name():
-    """What a layer keeps for backward: the named arrays in the host's memory, those of remat=save: on the device, and nothing else of its size."""
+    """What a layer keeps for backward: the named arrays in the host's memory, those of remat=save: on the
+    device, and nothing else of its size.
+    """
     from jax.ad_checkpoint import checkpoint_name
 
     def layer(x, w):
@@ -237,14 +243,17 @@ def matmuls(remat: str) -> int:
     ],
 )
 def test_what_a_kept_name_spares(name, spared):
-    """Matmuls that backward does not do again, in the loops over dense and over MoE layers. Gate and up of the routed experts are one, in
-    blocks of several sizes."""
+    """Matmuls that backward does not do again, in the loops over dense and over MoE layers. Gate and up of
+    the routed experts are one, in blocks of several sizes.
+    """
     loops = 1 if name == "experts_hidden" else 2
     assert matmuls("full") - matmuls(f"save:{name}") == loops * spared
 
 
 def test_checkpoints(tmp_path):
-    """Saved from the host's memory, restored into it bit by bit, on another mesh too; the run goes on as if it had not stopped."""
+    """Saved from the host's memory, restored into it bit by bit, on another mesh too; the run goes on as if
+    it had not stopped.
+    """
     config = config_of(EVERYTHING)
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):

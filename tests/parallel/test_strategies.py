@@ -87,8 +87,10 @@ EXPECTED = {
     ],
 )
 def test_what_a_layer_communicates(name):
-    """full_shard gathers a layer's weights in forward and once more in backward; the others never. Every gradient is reduced once:
-    the experts' by a reduce-scatter where they are divided (XLA's CPU partitioner makes an all-reduce and a slice of the rest)."""
+    """full_shard gathers a layer's weights in forward and once more in backward; the others never. Every
+    gradient is reduced once: the experts' by a reduce-scatter where they are divided (XLA's CPU partitioner
+    makes an all-reduce and a slice of the rest).
+    """
     found, _, layout = compiled(strategy(name))
     gathers, divides = EXPECTED[name]
     whole = layer_bytes(layout)
@@ -165,7 +167,9 @@ def test_hybrid_shard_repeats_along_data():
 
 
 def test_one_layer_is_whole_at_a_time():
-    """Eight more layers: temporaries grow by the gradients' shards and the saved inputs, far from the layers' whole weights."""
+    """Eight more layers: temporaries grow by the gradients' shards and the saved inputs, far from the layers'
+    whole weights.
+    """
     (_, few, _), (_, many, layout) = (
         compiled(strategy("full_shard", layers=4)),
         compiled(strategy("full_shard")),
@@ -187,8 +191,10 @@ def test_one_layer_is_whole_at_a_time():
 @pytest.mark.slow
 @pytest.mark.parametrize("virtual_stages", [1, 2])
 def test_a_stage_holds_its_blocks_divided(virtual_stages):
-    """Outside of the loops only the dense layer, embedding and head are gathered over fsdp and expert, never all blocks of a stage at
-    once; the blocks' way to their stages is an all-to-all. More micro-batches need more memory for activations only."""
+    """Outside of the loops only the dense layer, embedding and head are gathered over fsdp and expert, never
+    all blocks of a stage at once; the blocks' way to their stages is an all-to-all. More micro-batches need
+    more memory for activations only.
+    """
     config = dataclasses.replace(
         strategy("full_shard", stage=2, fsdp=2, expert=2),
         sharding=ShardingConfig("full_shard", 0, virtual_stages=virtual_stages),
@@ -204,7 +210,8 @@ def test_a_stage_holds_its_blocks_divided(virtual_stages):
         n for (kind, axes), n in outside.items() if kind == "all-gather" and axes != ("stage",)
     )
     assert gathered < 0.1 * stack
-    # Two ways of 11 layers and one missing one, there in forward, back in backward; a device receives half of its part.
+    # Two ways of 11 layers and one missing one, there in forward, back in backward; a device receives half of
+    # its part.
     np.testing.assert_allclose(
         outside["all-to-all", ("stage",)], 2 * stack * 12 / 11 / 8 / 2, rtol=0.01
     )
@@ -232,7 +239,9 @@ def test_small_weights_stay_whole():
 
 
 def test_further_rounds_are_a_loop():
-    """The program is compiled without data, so its memory cannot depend on the routing; what depends on it is how often this loop runs."""
+    """The program is compiled without data, so its memory cannot depend on the routing; what depends on it is
+    how often this loop runs.
+    """
     found, memory, _ = compiled(strategy("full_shard", fsdp=2, expert=4))
     in_forward = [c for c in found if c.kind == "all-to-all" and c.phase == "forward"]
     assert memory.temporaries > 0 and {c.kind for c in found if c.further} == {"all-to-all"}

@@ -37,7 +37,9 @@ FLOAT16 = config_of(
 
 @pytest.mark.slow
 def test_float16_tracks_float32():
-    """20 steps, over which the loss falls by 1. Float16 has 11 bits: 5e-4 of an activation, some of which decide an expert otherwise."""
+    """20 steps, over which the loss falls by 1. Float16 has 11 bits: 5e-4 of an activation, some of which
+    decide an expert otherwise.
+    """
     half, full = (
         trainer(FLOAT16),
         trainer(
@@ -163,8 +165,10 @@ def test_the_scale_moves_as_deepspeeds():
 
 
 def test_the_heads_gradient_does_not_overflow_before_it_is_divided():
-    """4,096 tokens, most with the same target and like hidden states of 32: their sum is above 65,504, their mean far below. And words of a
-    probability of 1e-4 keep their gradient, which float16 alone would store in a few bits."""
+    """4,096 tokens, most with the same target and like hidden states of 32: their sum is above 65,504, their
+    mean far below. And words of a probability of 1e-4 keep their gradient, which float16 alone would store in
+    a few bits.
+    """
     rng = np.random.default_rng(0)
     tokens, width, words, scale = 4096, 16, 8192, 2.0**10
     hidden = (32 + rng.standard_normal((tokens, width))).astype(np.float16)
