@@ -18,7 +18,7 @@ A layer uses any of them in one of two ways. The gradient goes back by the trans
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -169,7 +169,7 @@ def _arrays(w: Any) -> list[jax.Array]:
     return [w.part, w.whole] if isinstance(w, ReplicatedWeight) else [w]
 
 
-def gather_on_device(arrays: list[jax.Array], specs: list[P], dtype: Any) -> jax.Array:
+def gather_on_device(arrays: Sequence[jax.Array], specs: list[P], dtype: Any) -> jax.Array:
     """Inside `per_device`, a weight given as `stored_arrays`: this device's experts, heads or words, else
     whole; varying over TOKEN_AXES.
     """
