@@ -164,8 +164,11 @@ class Origin:
     def _part(self, instruction: hlo.Instruction) -> str:
         frames = self.module.frames(instruction)
         inside = _innermost(INSIDE, frames)
-        named = NAMED.get(scope_of(instruction.op_name), "")
-        return inside or named or _innermost(AROUND, frames) or "other"
+        named = NAMED.get(scope_of(instruction.op_name), "other")
+        # Gradients are compressed inside the optimizer's scope.
+        if inside or named not in ("optimizer", "other"):
+            return inside or named
+        return _innermost(AROUND, frames) or named
 
 
 def _innermost(rules: tuple[Rule, ...], frames: list[tuple[str, str]]) -> str:

@@ -9,7 +9,7 @@ import pytest
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
 from deepseek_jax.plan import topology
 from deepseek_jax.xla import hlo, loops
-from deepseek_jax.xla.origin import AROUND, INSIDE, NAMED, scope_of
+from deepseek_jax.xla.origin import AROUND, INSIDE, NAMED, Origin, scope_of
 from tests.support import ROOT, conversion
 
 PACKAGE = ROOT / "deepseek_jax"
@@ -62,7 +62,7 @@ def test_every_rule_and_scope_is_found_in_a_compiled_step():
         num_nextn_predict_layers=1,
     )
     compressed = ShardingConfig("hybrid_shard", gradient_compression="int8")
-    frames, scopes = set(), set()
+    frames, scopes, parts = set(), set(), set()
     for mesh_config, sharding in (
         (MeshConfig(data=2, stage=2, expert=2), ShardingConfig()),
         (MeshConfig(data=2, fsdp=2, expert=2), compressed),
@@ -76,8 +76,12 @@ def test_every_rule_and_scope_is_found_in_a_compiled_step():
         mesh, layout = topology.lay_out(config, jax.devices())
         step = topology.compile_step(config, mesh, layout, conversion.quick_options())
         module = hlo.Module(step.compiled.as_text())
+        source = Origin(module)
         for _, instruction, _ in loops.visits(module, lambda i: bool(i.op_name)):
+            parts.add(source._part(instruction))
             frames.update(module.frames(instruction))
             scopes.add(scope_of(instruction.op_name))
     assert not [rule for rule in RULES if not any(rule.holds(*frame) for frame in frames)]
     assert set(NAMED) <= scopes
+    # No rule stands in the shadow of others.
+    assert {rule.part for rule in RULES} | set(NAMED.values()) <= parts
