@@ -5,7 +5,7 @@ import struct
 
 
 def head(entries: dict | bytes, data: int = 0, length: int | None = None) -> bytes:
-    """A head with its entries, raw or as JSON, and `data` zero bytes after it; `length`: what it claims to be."""
+    """A head with its entries, raw or as JSON, and `data` zero bytes; `length` is what it claims."""
     raw = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return struct.pack("<Q", len(raw) if length is None else length) + raw + b"\0" * data
 

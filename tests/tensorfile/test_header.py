@@ -71,10 +71,10 @@ def test_what_safetensors_writes_is_read(tmp_path):
     found = header.read(tmp_path / "x.safetensors")
     raw = (tmp_path / "x.safetensors").read_bytes()
     assert found.keys() == arrays.keys()
-    for name, tensor in found.items():
+    for name, read in found.items():
         want = np.asarray(arrays[name])
-        assert tensor.spec.shape == want.shape and tensor.spec.dtype == want.dtype
-        assert raw[tensor.offset : tensor.offset + want.nbytes] == want.tobytes()
+        assert read.spec.shape == want.shape and read.spec.dtype == want.dtype
+        assert raw[read.offset : read.offset + want.nbytes] == want.tobytes()
 
 
 def test_what_is_written_is_what_safetensors_reads(tmp_path):
