@@ -63,16 +63,16 @@ def main(argv: list[str], stopper: Stopper | None = None) -> int:
         processes.join(options, config.watchdog.heartbeat_timeout, stopper or Stopper())
 
         with Job(config, flags.workdir, processes, stopper) as job:
-            # ---- 3 Mesh and data ----------------------------------------------------------------
-            # The devices, as a grid with named axes (parallel/mesh.py); documents packed into
-            # sequences, in an order that is a pure function of the seed (data/loader.py). What can
-            # be wrong with options, workdir or data is found here.
-            mesh, _ = job.open()
-
-            # ---- 4 What is learnt ---------------------------------------------------------------
+            # ---- 3 What is learnt ---------------------------------------------------------------
             # The objective: the loss of the model's output that is minimised. Pretraining: the
             # cross-entropy of next tokens, multi-token prediction, expert balance (objectives/).
             token_loss = pretrain.next_token_loss
+
+            # ---- 4 Mesh and data ----------------------------------------------------------------
+            # The devices, as a grid with named axes (parallel/mesh.py); documents packed into
+            # sequences, in an order that is a pure function of the seed (data/loader.py). What can
+            # be wrong with options, workdir or data is found here.
+            mesh = job.open()
 
             # ---- 5 Model and state --------------------------------------------------------------
             # The model's parameters (model/transformer.py) and the optimizer's moments, as shapes

@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         check_output(
             "--output", args.output, itertools.chain([args.prompts], model_files(args.model))
         )
-    prompts = read_prompts(args.prompts) if args.prompts else None
+    prompts = read_prompts(args.prompts) if args.prompts else []
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     opened = open_model(args.model, args.step, dtype, parse_mesh(args.mesh))
     model = opened.model
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
             f"--draft-tokens={args.draft_tokens} needs multi-token prediction layers, and {args.model} has "
             f"none (num_nextn_predict_layers=0). Leave --draft-tokens out."
         )
-    if prompts is None and not args.chat:
+    if not args.prompts and not args.chat:
         prompts = [{"prompt": args.prompt}]
     messages = []
     if args.system is not None:
@@ -177,8 +177,8 @@ def run(args: argparse.Namespace) -> int:
             f"generation_config.json or eos_token. --stop='{end}' makes it one.",
             file=sys.stderr,
         )
-    ids = encode_all(encoder, prompts or (), args.prompts, model.config.max_position_embeddings)
-    if any("prompt" in p for p in prompts or ()):
+    ids = encode_all(encoder, prompts, args.prompts, model.config.max_position_embeddings)
+    if any("prompt" in p for p in prompts):
         encoder.say_prefix()
     cache_dir = (opened.run.compile if opened.run else CompileConfig()).cache_dir
     compile_cache.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))

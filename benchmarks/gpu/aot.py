@@ -250,7 +250,7 @@ def show_size(file: str, count: int, given: tuple[str, ...]) -> None:
         f"  mesh {' x '.join(f'{a} {n}' for a, n in mesh.shape.items() if n > 1)}\n"
         f"  {texts.gb(m.arguments)} of arguments + {texts.gb(m.temporaries)} of temporaries"
         f" = {texts.gb(m.total)} of {texts.gb(room)}: {verdict}\n"
-        f"  receives {texts.gb(sum(c.bytes_a_step for c in found))} per step: {kinds}\n"
+        f"  receives {texts.gb(sum(c.bytes_per_step for c in found))} per step: {kinds}\n"
         f"  {took}, {texts.gb(step.peak_bytes or 0)} of memory so far",
         flush=True,
     )

@@ -175,7 +175,7 @@ def measure(
                 layers = 1 if group in OF_MODEL else LAYERS
                 kinds = rows[group]["collectives"]
                 kinds[c.kind] = kinds.get(c.kind, 0) + share * c.times / layers
-                rows[group]["bytes"] += share * c.bytes_a_step / layers
+                rows[group]["bytes"] += share * c.bytes_per_step / layers
     buffers = exchange.buffers(config, mesh.shape)
     assert buffers is not None  # there is an expert axis
     return {
@@ -226,8 +226,8 @@ def _gathered_ahead(found: list[program.Collective]) -> float:
     weights = [
         c for c in found if c.kind == "all-gather" and c.phase == "forward" and c.part in WEIGHTS
     ]
-    return sum(c.bytes_a_step for c in weights if not c.loops) / (
-        sum(c.bytes_a_step for c in weights) or 1
+    return sum(c.bytes_per_step for c in weights if not c.loops) / (
+        sum(c.bytes_per_step for c in weights) or 1
     )
 
 
@@ -239,8 +239,8 @@ def _reduced_behind(found: list[program.Collective]) -> float:
         for c in found
         if c.kind == "reduce-scatter" and c.phase == "backward" and c.part in WEIGHTS
     ]
-    return sum(c.bytes_a_step for c in gradients if not c.loops) / (
-        sum(c.bytes_a_step for c in gradients) or 1
+    return sum(c.bytes_per_step for c in gradients if not c.loops) / (
+        sum(c.bytes_per_step for c in gradients) or 1
     )
 
 

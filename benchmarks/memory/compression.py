@@ -96,7 +96,7 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
             started = time.perf_counter()
 
     def total(found: list[program.Collective]) -> float:
-        return sum(c.bytes_a_step for c in found)
+        return sum(c.bytes_per_step for c in found)
 
     return {
         "gradient_compression": config.sharding.gradient_compression,

@@ -78,7 +78,7 @@ class Save:
         try:
             finish, self._finish = self._finish, None
             self._together(lambda: finish() if finish else None)
-            self._together(lambda: self._finish_alone(draft) if self._chief else None)
+            self._together(lambda: self._merge_parts(draft) if self._chief else None)
             files = self._together(lambda: self._sums(draft), everybodys=True)
             self._together(lambda: self._commit(draft, files) if self._chief else None)
         except Exception as e:
@@ -104,7 +104,7 @@ class Save:
                     self._folder.delete(step)
         self._folder.begin(self._step)
 
-    def _finish_alone(self, draft) -> None:
+    def _merge_parts(self, draft) -> None:
         self._kind.merge(draft / "state")
         integrity.write_extra(draft, self._extra)
 

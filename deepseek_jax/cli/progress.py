@@ -51,16 +51,16 @@ class Bar:
         if self._bar is None:
             if time.monotonic() - self._started < PATIENCE:
                 return
-            self._start()
+            self._bar = self._start()
         self._bar.update(self._task, completed=min(self._done, self._total))
 
-    def _start(self) -> None:
+    def _start(self) -> Progress:
         how_much = (
             (DownloadColumn(), TransferSpeedColumn())
             if self._unit == "bytes"
             else (MofNCompleteColumn(),)
         )
-        self._bar = Progress(
+        bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             *how_much,
@@ -68,8 +68,9 @@ class Bar:
             console=Console(stderr=True),
             transient=True,
         )
-        self._bar.start()
-        self._task = self._bar.add_task(self._title, total=self._total)
+        bar.start()
+        self._task = bar.add_task(self._title, total=self._total)
+        return bar
 
     def __enter__(self) -> "Bar":
         return self

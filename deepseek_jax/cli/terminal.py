@@ -71,11 +71,11 @@ def set_up(output: Output = "report") -> None:
     Replaced streams (a test's) are left alone. A second call changes `output`.
 
     Args:
-      output: what stdout is to the command, and so what happens where nobody reads it any more (`|
-        head`) or it cannot be written (a full disk). "log": it is dropped, and the work, whose
-        results are elsewhere, goes on. "report": the same of a closed pipe; another error is
-        raised. "result": both are raised, BrokenPipeError and OSError, as further work would be for
-        nobody.
+      output: what stdout is to the command. It decides what happens after its reader went away (as
+        `head` does) or where it cannot be written (a full disk).
+        "log": the text is dropped and the work goes on, as its results are elsewhere.
+        "report": the same after a closed pipe; another error is raised.
+        "result": both are raised, BrokenPipeError and OSError: nothing else would come of the work.
     """
     for fd in (0, 1, 2):  # a closed one (`>&-`) would be the number of the next file that is opened
         try:

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from deepseek_jax.cluster.wire import Connection, Hub, Refused, connect, listen
+from deepseek_jax.cluster.ports import listen
+from deepseek_jax.cluster.wire import Connection, Hub, Refused, connect
 
 # seconds that a process which knows of a mistake waits to hear whether the others have it too
 PATIENCE = 10.0
@@ -108,7 +109,9 @@ class Agreement:
         Raises:
           NoAnswer: nobody answers in time at process 0's address.
         """
-        seconds = PATIENCE if report.get("error") else None if self.met else timeout
+        seconds: float | None = None if self.met else timeout
+        if report.get("error"):
+            seconds = PATIENCE
         if self._hub is None:
             return self._ask(report, seconds)
         reports = [report, *self._hear(self._hub, seconds)]

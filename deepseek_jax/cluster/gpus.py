@@ -12,17 +12,17 @@ FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 def memory_fraction(several: bool) -> float:
-    """The share of a GPU's memory that a run lets JAX take, which is 0.75 if nobody asks for more. NCCL needs
-    some beside it."""
+    """The share of a GPU's memory that a run lets JAX take; JAX's own is 0.75. NCCL needs some beside it."""
     return 0.9 if several else 0.95
 
 
 def take_memory(several: bool, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Lets JAX take most of the GPUs' memory, if there are GPUs and nobody has said how much. Before JAX asks
-    for its devices.
+    """Lets JAX take most of the GPUs' memory, unless there are none or the user has said how much.
+    Call it before JAX asks for its devices.
 
     Args:
-      several: other processes train with this one. Several GPUs of this one count too.
+      several: other processes train with this one; several GPUs of this one count too.
+      environment: where the share is set.
     """
     gpus = visible_gpus()
     if gpus and not {FRACTION, "XLA_CLIENT_MEM_FRACTION"} & environment.keys():
@@ -30,15 +30,13 @@ def take_memory(several: bool, environment: MutableMapping[str, str] = os.enviro
 
 
 class Claim(NamedTuple):
-    """What one process sees, in the order in which it counts them."""
+    """The GPUs that one process sees, in the order in which it counts them."""
 
     host: str
-    gpus: list[
-        str
-    ]  # their UUIDs: the same in every container and whatever CUDA_VISIBLE_DEVICES calls them
-    may_share: bool = (
-        False  # a scheduler started it beside others: it may take its part of what all of them see
-    )
+    # UUIDs, which are the same in every container and whatever CUDA_VISIBLE_DEVICES calls the GPUs
+    gpus: list[str]
+    # A scheduler started it beside others: it may take its part of what all of them see.
+    may_share: bool = False
 
 
 def visible_gpus() -> list[str]:
@@ -89,7 +87,7 @@ def divide(claims: list[Claim]) -> list[list[int] | None]:
             ids = ", ".join(str(i) for i, gpu in enumerate(mine.gpus) if gpu in claims[b].gpus)
             raise UserError(
                 f"Processes {a} and {b} on {mine.host} would use the same GPUs ({ids} of the "
-                f"{len(mine.gpus)} that process {a} sees). Start one process a host, or use python "
+                f"{len(mine.gpus)} that process {a} sees). Start one process per host, or use python "
                 "-m deepseek_jax.launch, which gives each process its own GPUs."
             )
         for place, p in enumerate(beside):
@@ -101,7 +99,7 @@ def shares(visible: list[str], processes: int, each: int | None = None) -> list[
     """CUDA_VISIBLE_DEVICES of each process of a host, from what is visible there.
 
     Args:
-      each: GPUs a process; None divides all of them.
+      each: GPUs per process; None divides all of them.
 
     Raises:
       UserError: they do not divide evenly, or there are fewer than asked for.

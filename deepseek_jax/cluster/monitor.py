@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from deepseek_jax.cluster import wire
+from deepseek_jax.cluster import ports, wire
 from deepseek_jax.cluster.common_stop import CommonStop
 from deepseek_jax.cluster.signals import leave
 from deepseek_jax.errors import ExitCode, stopped_by
@@ -103,7 +103,7 @@ class Monitor:
           own, so that a process of an earlier start cannot come in.
         """
         salt = wire.new_token()
-        listener = wire.listen(bind_host, 0, self._count)
+        listener = ports.listen(bind_host, 0, self._count)
         self._hub = wire.Hub(listener, wire.derived(self._token, salt), self._count)
         return {"port": self._hub.port, "salt": salt, "host": self._host}
 

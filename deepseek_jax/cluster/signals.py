@@ -95,7 +95,8 @@ class Stopper:
     def end(self) -> None:
         """The last step is done and saved: a signal ends the process at once again."""
         with self._lock:
-            self._training, self._saved = False, True
+            self._training = False
+            self._saved = True
 
     def join(self, monitor: Any) -> None:
         """From now on all processes stop together, as a `cluster.monitor.Monitor` lets them agree."""

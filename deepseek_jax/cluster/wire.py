@@ -5,8 +5,8 @@ Process 0 has a `Hub`: a listener, and the connections of the other processes. E
 `Connection`, made by `connect`. The agreement before JAX starts and the monitor of a run both use
 them, each with a port and a key of its own.
 
-The greeting shows that both ends know the job's token, without sending it. A challenge is 16 random bytes in
-hexadecimal:
+The greeting shows that both ends know the job's token, without sending it. A challenge is 16 random
+bytes in hexadecimal:
 
     process 0 -> {"challenge": A}
     process i -> {"process": i, "host": H, "challenge": B, "proof": HMAC-SHA256(token, "process i A B")}
@@ -31,7 +31,6 @@ import contextlib
 import hashlib
 import hmac
 import json
-import random
 import secrets
 import selectors
 import socket
@@ -45,9 +44,9 @@ MAX_LINE = 1 << 22  # bytes of a message; a longer one is not from this job: dro
 MAX_GREETING = 1 << 10  # bytes, of an end that has not proved anything yet
 GREETING_TIMEOUT = 10.0  # seconds for the answer to a challenge
 SEND_TIMEOUT = 10.0  # seconds; a partner that takes nothing for longer is noticed by its silence
-# besides those of the job's processes: more that wait for their greeting are dropped, the oldest
-# first
-SPARE_CONNECTIONS = 64
+SPARE_CONNECTIONS = (
+    64  # more than the job's that may wait for their greeting; then the oldest is dropped
+)
 
 Message = dict[str, Any]
 
@@ -76,38 +75,6 @@ def new_token() -> str:
 def derived(token: bytes, salt: str) -> bytes:
     """A key for one purpose: whoever hears the salt alone cannot make it."""
     return hmac.digest(token, f"key {salt}".encode(), "sha256")
-
-
-def listen(host: str, port: int, backlog: int = 1) -> socket.socket:
-    """A listening socket; an empty host means all interfaces.
-
-    Raises:
-      OSError: this host has no such address, or the port is taken.
-    """
-    host = host.strip("[]")
-    both = host in ("", "::") and socket.has_dualstack_ipv6()
-    return socket.create_server(
-        (host, port),
-        family=socket.AF_INET6 if both or ":" in host else socket.AF_INET,
-        backlog=backlog,
-        dualstack_ipv6=both,
-    )
-
-
-def free_port() -> int:
-    """A port of this host that nobody listens on.
-
-    From 20,000 to 32,000: from 32,768 on Linux gives ports to whoever asks for any, and might give
-    this one away before it is used.
-    """
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
-        try:
-            with listen("127.0.0.1", port):
-                return port
-        except OSError:
-            continue
-    with listen("127.0.0.1", 0) as s:
-        return s.getsockname()[1]
 
 
 class Connection:
@@ -192,12 +159,16 @@ def _message(line: bytes) -> Message:
 
 
 def _proof(token: bytes, role: str, first: str, second: str) -> str:
-    return hmac.new(token, f"{role} {first} {second}".encode(), "sha256").hexdigest()
+    return hmac.new(token, _bytes(f"{role} {first} {second}"), "sha256").hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")  # JSON of strangers can spell lone surrogates
 
 
 def _is_proof(given: Any, token: bytes, role: str, first: str, second: str) -> bool:
     wanted = _proof(token, role, first, second)
-    return isinstance(given, str) and hmac.compare_digest(given.encode(), wanted.encode())
+    return isinstance(given, str) and hmac.compare_digest(_bytes(given), _bytes(wanted))
 
 
 def connect(
@@ -290,7 +261,7 @@ class Hub:
                 if self._greeted(connection):
                     self.connections.append(connection)
                     out.append((connection, []))
-            else:
+            elif connection.process is not None:  # not dropped in this turn, for others that came
                 messages = connection.read()
                 if messages is None:
                     self._ready.unregister(connection.socket)

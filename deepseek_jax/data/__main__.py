@@ -1,4 +1,5 @@
-"""`python -m deepseek_jax.data`: trains a tokenizer, writes corpora of any size as memory-mapped token files, shows what a step was trained on."""
+"""`python -m deepseek_jax.data`: trains a tokenizer, writes corpora of any size as memory-mapped
+token files, shows what a step was trained on."""
 
 import argparse
 import itertools
@@ -13,10 +14,18 @@ from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.config.paths import check_output, temporary
-from deepseek_jax.data.documents import TEXT_FORMS, File, Notes, find_files, no_text, split_paths
-from deepseek_jax.data.formats import read
+from deepseek_jax.data.documents import (
+    TEXT_FORMS,
+    DataNotes,
+    SourceFile,
+    find_files,
+    no_text,
+    split_paths,
+)
+from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.sources import encoded
-from deepseek_jax.data.tokenfile import DTYPES, TokenWriter, is_sidecar_of, sidecar_paths
+from deepseek_jax.data.token_writer import TokenWriter
+from deepseek_jax.data.tokenfile import DTYPES, is_sidecar_of, sidecar_paths
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
 
@@ -34,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. No file was written.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+    except BrokenPipeError:  # the reader has closed its end, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -53,8 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer = commands.add_parser(
         "tokenizer",
         help="train a byte-level BPE tokenizer on text",
-        description=f"Trains a byte-level BPE tokenizer whose end-of-document token is {EOS}. The same text gives the same file.",
-        epilog="example: python -m deepseek_jax.data tokenizer --path=stdlib --vocab-size=4096 --out=tokenizer.json",
+        description=f"Trains a byte-level BPE tokenizer whose end-of-document token is {EOS}. "
+        "The same text gives the same file.",
+        epilog="example: python -m deepseek_jax.data tokenizer --path=stdlib --vocab-size=4096 "
+        "--out=tokenizer.json",
     )
     tokenizer.add_argument("--path", type=arguments.path_list, required=True, help=PATH_HELP)
     tokenizer.add_argument(
@@ -71,9 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     tokenize = commands.add_parser(
         "tokenize",
         help="write text as a memory-mapped token file",
-        description="Writes a corpus of any size as token ids, for config.data.path. Beside NAME.npy or NAME.bin it writes\n"
-        "NAME.json (what the file holds) and NAME.offsets (where its documents begin); keep the three together.",
-        epilog="example: python -m deepseek_jax.data tokenize --path='text/*.jsonl' --tokenizer=tokenizer.json --out=corpus.npy",
+        description="Writes a corpus of any size as token ids, for config.data.path. "
+        "Beside NAME.npy or NAME.bin it writes\n"
+        "NAME.json (what the file holds) and NAME.offsets (where its documents begin); keep the "
+        "three together.",
+        epilog="example: python -m deepseek_jax.data tokenize --path='text/*.jsonl' "
+        "--tokenizer=tokenizer.json --out=corpus.npy",
     )
     tokenize.add_argument("--path", type=arguments.path_list, required=True, help=PATH_HELP)
     tokenize.add_argument(
@@ -100,8 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser(
         "show",
         help="print the documents that a step of a run was trained on",
-        description="Prints the documents in the rows of a step, or of the global data order, as metrics.jsonl names them for spikes of the loss,\nfor "
-        "skipped updates and for rollbacks. Reads config.json and metrics.jsonl of the run, which may be going on, and its data.",
+        description="Prints the documents in the rows of a step, or of the global data order, as "
+        "metrics.jsonl names them for spikes of the loss,\n"
+        "for skipped updates and for rollbacks. Reads config.json and metrics.jsonl of the run, "
+        "which may be going on, and its data.",
         epilog="example: python -m deepseek_jax.data show --workdir=runs/tiny --step=310",
     )
     show.add_argument("--workdir", type=arguments.path, required=True, help="folder of the run")
@@ -127,7 +143,7 @@ def show_rows(args: argparse.Namespace) -> None:
     """
     from deepseek_jax.run.data_show import (
         show,
-    )  # reads a run: what is above this package, only for this command
+    )  # above this package: only this command reads a run
 
     show(args.workdir, args.step, args.rows, args.characters)
 
@@ -142,7 +158,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         raise UserError(
             f"--vocab-size={args.vocab_size} is too small for the 256 bytes and {EOS}. Set it to 257 or more."
         )
-    notes = Notes()
+    notes = DataNotes()
     sources = _text_sources(args.path, notes)
     check_output("--out", args.out, _paths(sources))
     out = os.path.expanduser(args.out)
@@ -163,7 +179,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         nonlocal texts, characters
         for spec, files in sources:
             for file in files:
-                for piece in read(file, spec, "--path", notes):
+                for piece in read_text(file, spec, "--path", notes):
                     bar.advance(piece.read)
                     texts, characters = texts + bool(piece.text), characters + len(piece.text)
                     yield piece.text
@@ -221,7 +237,7 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
             f"--dtype={dtype} holds ids below {DTYPES[dtype]}, but --tokenizer={args.tokenizer!r} has "
             f"{tokenizer.vocab_size} tokens. Set --dtype=auto."
         )
-    notes = Notes()
+    notes = DataNotes()
     sources = _text_sources(args.path, notes)
     out = os.path.expanduser(args.out)
     inputs = itertools.chain(
@@ -251,7 +267,7 @@ def tokenize_corpus(args: argparse.Namespace) -> None:
     )
 
 
-def _text_sources(paths: str, notes: Notes) -> list[tuple[str, list[File]]]:
+def _text_sources(paths: str, notes: DataNotes) -> list[tuple[str, list[SourceFile]]]:
     sources = [(spec, find_files(spec, "--path", notes)) for spec in split_paths(paths, "--path")]
     for spec, files in sources:
         tokens = next((f.path for f in files if f.kind == "tokens"), None)
@@ -262,15 +278,15 @@ def _text_sources(paths: str, notes: Notes) -> list[tuple[str, list[File]]]:
     return sources
 
 
-def _lines(notes: Notes) -> str:
+def _lines(notes: DataNotes) -> str:
     return "".join(f"{line}\n" for line in notes.lines())
 
 
-def _paths(sources: list[tuple[str, list[File]]]) -> Iterator[str]:
+def _paths(sources: list[tuple[str, list[SourceFile]]]) -> Iterator[str]:
     return (f.path for _, files in sources for f in files)
 
 
-def _bytes(sources: list[tuple[str, list[File]]]) -> int:
+def _bytes(sources: list[tuple[str, list[SourceFile]]]) -> int:
     return sum(f.size for _, files in sources for f in files)
 
 

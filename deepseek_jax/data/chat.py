@@ -39,8 +39,10 @@ class Chat:
     """
 
     def __init__(self, folder: str, vocab_size: int | None = None):
-        """Args: folder: as of hf.load. vocab_size: of the model, where it is known; padding tokens beyond it
-        are left out.
+        """
+        Args:
+          folder: as hf.load takes it.
+          vocab_size: of the model, where it is known; padding tokens beyond it are left out.
 
         Raises:
           UserError: there is no tokenizer, or a file is damaged.
@@ -52,9 +54,9 @@ class Chat:
                 path, vocab_size=vocab_size
             )
         except (OSError, ValueError) as e:
-            what = (
-                (e.strerror if os.path.exists(path) else "missing") if isinstance(e, OSError) else e
-            )
+            what: object = e
+            if isinstance(e, OSError):
+                what = e.strerror if os.path.exists(path) else "missing"
             raise UserError(
                 f"{path} cannot be read ({what}). Copy the tokenizer.json or tiktoken.model of the "
                 f"checkpoint there, and "
@@ -65,7 +67,8 @@ class Chat:
         self.stop_ids = end_ids(folder) | ({self._eos} if self._eos is not None else set())
 
     def encode(self, chat: str | Sequence[Message], /, **options: Any) -> list[int]:
-        """Token ids: of a text as transformers' tokenizer has them (with bos where it adds one), or of a chat by `render`."""
+        """Token ids: of a text as transformers' tokenizer has them (with bos where it adds one), or
+        of a chat by `render`."""
         if not isinstance(chat, str):
             return self.tokenizer.encode(self.render(chat, **options), add_special_tokens=False).ids
         if options:
@@ -105,10 +108,11 @@ class Chat:
 
         Args:
           messages: in order, with "role" and "content", a text or a list of {"type": "text", "text": "..."}.
-          add_generation_prompt: end with what begins an answer; None: unless continue_final_message.
-          tools: JSON schemas of functions. chat_template: the name of one of several, or a template.
-            documents: {"title", "text"}, for templates that read some. continue_final_message: end within the
-              last message, which an answer goes on with.
+          add_generation_prompt: end with what begins an answer; None: yes, unless continue_final_message.
+          tools: JSON schemas of functions.
+          chat_template: the name of one of several, or a template.
+          documents: objects with "title" and "text", for templates that read some.
+          continue_final_message: end within the last message, for an answer that goes on with it.
           variables: for the template, enable_thinking=False for instance.
 
         Raises:
@@ -149,7 +153,7 @@ class Chat:
         )
 
     def unread(self, messages: Sequence[Message], chat_template: str | None = None) -> set[str]:
-        """Keys of messages that no place of the template names: they have no effect."""
+        """Keys of messages that the template does not read: they have no effect."""
         source = (
             chat_template
             if chat_template is not None and chat_template not in self._templates
@@ -170,7 +174,7 @@ class Chat:
 
     def turn_end(self) -> str | None:
         """The token that the chat template writes after an answer, if it is none of `stop_ids`: a model that
-        learnt it may go on and play the user."""
+        learnt it may go on and write the user's part too."""
         mark = "an answer"
         try:
             text = self.render(
@@ -204,7 +208,8 @@ class Chat:
         return self._templates[name]
 
     def _read_templates(self, config: dict[str, Any]) -> dict[str, str]:
-        """By name: chat_template.jinja and additional_chat_templates/, else chat_template.json, else tokenizer_config.json."""
+        """By name: chat_template.jinja and additional_chat_templates/, else chat_template.json,
+        else tokenizer_config.json."""
         out: dict[str, str] = {}
         if (text := tokenizer_folder.read_text(self.folder, "chat_template.jinja")) is not None:
             out["default"] = text

@@ -1,5 +1,4 @@
-"""What data hold, whatever they are called and wherever they lie: a few figures that a checkpoint keeps and a
-later start compares."""
+"""Figures of a run's data that do not depend on names and places: checkpoints keep them, for comparison."""
 
 import hashlib
 import json
@@ -51,7 +50,7 @@ def _blocks(array: np.ndarray | Joined) -> Iterator[np.ndarray]:
 
 
 def digest(contents: Contents) -> str:
-    """SHA-256 of the figures: two hosts that read the same have the same one."""
+    """SHA-256 of the figures: the same on two hosts if both read the same data."""
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
@@ -85,7 +84,9 @@ def check_tokenizer(trained: Contents | None, name: str | None, spec: str) -> No
     """Compares a tokenizer with that of a run.
 
     Args:
-      trained: of the run; None if not known. name: as Tokenizer.name. spec: config.data.tokenizer.
+      trained: of the run; None if not known.
+      name: as Tokenizer.name.
+      spec: config.data.tokenizer.
 
     Raises:
       UserError: they differ.

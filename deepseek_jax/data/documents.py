@@ -1,4 +1,4 @@
-"""Finds the files behind a data path, by their names; formats.py reads them."""
+"""Finds the files behind a data path, by their names; formats.py, arrow.py and tokenfile.py read them."""
 
 import glob
 import os
@@ -18,7 +18,7 @@ KINDS = {
     ".npy": "tokens",
     ".bin": "tokens",
     ".idx": "index",
-}  # what is not REFUSED either is text
+}  # other endings are text, unless REFUSED
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text and JSON
 # Names whose files are text to no reader, or text only by accident: rows of a table, not documents.
 REFUSED = {
@@ -70,15 +70,29 @@ TEXT_FORMS = (
 FORMS = f"{TEXT_FORMS}, or token files .npy and .bin"
 
 
-class File(NamedTuple):
+# Bytes of a record that are no UTF-8 become lone surrogates, as JSON can spell them; clean_text cleans both.
+ODD_BYTES = "surrogateescape"
+
+
+class SourceFile(NamedTuple):
+    """A file of a source."""
+
     path: str
     kind: str  # text | lines | json | parquet | arrow | tokens
-    explicit: bool  # named or matched by a glob: it has to be readable as what it is; in folders other files are skipped
+    explicit: bool  # the user named it, or a glob matched: unreadable is an error, in a folder it is skipped
     size: int  # bytes
     compression: str = ""  # "" or one of COMPRESSED
 
 
-class Notes:
+class TextPiece(NamedTuple):
+    """Some text of a document."""
+
+    text: str
+    last: bool  # the document ends here
+    read: float  # bytes of the file behind this piece, for progress
+
+
+class DataNotes:
     """What was left out of the data or changed in it, for people to read."""
 
     def __init__(self) -> None:
@@ -127,25 +141,25 @@ def split_paths(paths: str, option: str) -> list[str]:
     return out
 
 
-def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]:
-    """The files of one source, in an order that only their names decide. `notes` is told what a folder holds
-    beside them.
+def find_files(spec: str, option: str, notes: DataNotes | None = None) -> list[SourceFile]:
+    """The files of one source, in an order that only their names decide. `notes` is told what else a folder
+    holds.
 
     Raises:
       UserError: the path is missing, not readable, empty or of a kind that is not read, or the glob matches
         nothing.
     """
-    notes = Notes() if notes is None else notes
+    notes = DataNotes() if notes is None else notes
     if spec == "stdlib":
         files = [
             f
-            for f in _walk(sysconfig.get_paths()["stdlib"], spec, option, STDLIB_SKIP, Notes())
+            for f in _walk(sysconfig.get_paths()["stdlib"], spec, option, STDLIB_SKIP, DataNotes())
             if f.path.endswith(".py")
         ]
         if not files:
             raise UserError(
-                f"{option}={spec!r}: this Python comes without the sources of its standard library. Give another "
-                f"path."
+                f"{option}={spec!r}: this Python comes without the sources of its standard "
+                "library. Give another path."
             )
         return files
     path = os.path.expanduser(spec)
@@ -160,11 +174,13 @@ def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]
         files = [_file(p, spec, option, explicit=True) for p in _without_sidecars(matches)]
         if not files:
             raise UserError(
-                f"{option}={spec!r} matches no file. Correct the pattern (relative paths start in {os.getcwd()})."
+                f"{option}={spec!r} matches no file. Correct the pattern (relative paths start in "
+                f"{os.getcwd()})."
             )
     else:
         raise UserError(
-            f"{option}={spec!r} does not exist. Give {_forms(option)} (relative paths start in {os.getcwd()})."
+            f"{option}={spec!r} does not exist. Give {_forms(option)} (relative paths start in "
+            f"{os.getcwd()})."
         )
     files = [f for f in files if f.size]
     if not files:
@@ -172,13 +188,18 @@ def find_files(spec: str, option: str, notes: Notes | None = None) -> list[File]
     return files
 
 
-def no_text(spec: str, option: str, notes: Notes) -> UserError:
+def no_text(spec: str, option: str, notes: DataNotes) -> UserError:
     """For a source in which nothing was found."""
     skipped = f" (skipped: {notes.skipped(spec)})" if notes.skipped(spec) else ""
     return UserError(
         f"{option}={spec!r} holds no text{skipped}. Give a source with at least one document "
         f"that is not empty; the token files of a folder are named with a glob, as in 'DIR/*.npy'."
     )
+
+
+def reason(error: Exception) -> str:
+    """An error of a library in one short line."""
+    return " ".join(str(error).split())[:160]
 
 
 def unreadable(spec: str, option: str, path: str, error: OSError) -> UserError:
@@ -194,7 +215,7 @@ def _forms(option: str) -> str:
 
 
 def _endings(path: str) -> tuple[str, str]:
-    """ "x.json.gz" -> (".json", ".gz"); "x.json" -> (".json", "")."""
+    """The kind and the compression: "x.json.gz" -> (".json", ".gz"), "x.json" -> (".json", "")."""
     stem, last = os.path.splitext(os.path.basename(path).lower())
     return (os.path.splitext(stem)[1], last) if last in COMPRESSED else (last, "")
 
@@ -205,7 +226,7 @@ def _kind(path: str) -> str:
     return "refused" if compression and kind in ("parquet", "arrow", "tokens", "index") else kind
 
 
-def _file(path: str, spec: str, option: str, explicit: bool) -> File:
+def _file(path: str, spec: str, option: str, explicit: bool) -> SourceFile:
     if not os.path.isfile(path):
         raise UserError(f"{option}={spec!r} is neither a file nor a folder. Give {_forms(option)}.")
     kind, (ending, compression) = _kind(path), _endings(path)
@@ -227,7 +248,7 @@ def _file(path: str, spec: str, option: str, explicit: bool) -> File:
         size = os.stat(path).st_size
     except OSError as e:
         raise unreadable(spec, option, path, e) from None
-    return File(path, kind, explicit, size, compression)
+    return SourceFile(path, kind, explicit, size, compression)
 
 
 def _is_prefix(path: str) -> bool:
@@ -250,7 +271,9 @@ def _without_sidecars(paths: list[str]) -> list[str]:
     ]
 
 
-def _walk(folder: str, spec: str, option: str, skip: set[str], notes: Notes) -> Iterator[File]:
+def _walk(
+    folder: str, spec: str, option: str, skip: set[str], notes: DataNotes
+) -> Iterator[SourceFile]:
     """The files with text below a folder, sorted by path, without hidden ones and what belongs to token
     files."""
 

@@ -17,16 +17,21 @@ class Encoder:
     Attributes:
       prefix: what the tokenizer puts before a text: bos, or nothing.
       start_id: what can stand before a text that nothing stands before: bos, else eos.
-      stop_ids: tokens that end a text. hidden: {id: text} of the tokens that `decode` leaves out, these among
-        them.
+      stop_ids: tokens that end a text.
+      hidden: {id: text} of the tokens that `decode` leaves out, these among them.
       vocab_size: ids run from 0 to vocab_size - 1.
     """
 
     def __init__(self, source: Chat | Tokenizer, name: str, ends: Collection[int] = ()):
-        """Args: source: of a checkpoint, or of a run without one. name: of the model, for messages.
-        ends: more tokens that end a text."""
+        """
+        Args:
+          source: of a checkpoint, or of a run without one.
+          name: of the model, for messages.
+          ends: more tokens that end a text.
+        """
         self.prefix: list[int] = []
-        self._source, self._name = source, name
+        self._source = source
+        self._name = name
         if isinstance(source, Chat):
             self._inner = source.tokenizer
             encoding = self._inner.encode("a", add_special_tokens=True)
@@ -45,8 +50,11 @@ class Encoder:
                 (i for i in (*self.prefix, bos, eos, *sorted(self.stop_ids)) if i is not None), None
             )
         else:
-            self._inner, self.vocab_size, self.start_id = source, source.vocab_size, source.eos_id
-            self.stop_ids, self.hidden = source.stop_ids.union(ends), dict(source.hidden)
+            self._inner = source
+            self.vocab_size = source.vocab_size
+            self.start_id = source.eos_id
+            self.stop_ids = source.stop_ids.union(ends)
+            self.hidden = dict(source.hidden)
             self.hidden |= {i: self.decode([i]) for i in self.stop_ids - self.hidden.keys()}
 
     def say_prefix(self) -> None:
@@ -75,7 +83,8 @@ class Encoder:
         ids = self.encode(text)
         if not ids and self.start_id is None:
             raise UserError(
-                f"the prompt is empty, and the tokenizer of {self._name} has no token that begins or ends a text. Give a prompt."
+                f"the prompt is empty, and the tokenizer of {self._name} has no token that begins "
+                "or ends a text. Give a prompt."
             )
         return ids or [self.start_id]
 
@@ -88,8 +97,9 @@ class Encoder:
         """
         if not isinstance(self._source, Chat):
             raise UserError(
-                f"{self._name} has no chat template: it is a run without a Hugging Face checkpoint's tokenizer. Prompt it with a text, "
-                f"or begin the run with config.init_from."
+                f"{self._name} has no chat template: it is a run without a Hugging Face "
+                "checkpoint's tokenizer. Prompt it with a text, or begin the run with "
+                "config.init_from."
             )
         return self._source
 
@@ -97,9 +107,10 @@ class Encoder:
         """(int32 ids without prefix, UTF-8 bytes of the first one) of each text."""
         if isinstance(self._inner, Tokenizer):
             known = self._inner.token_bytes
-            size = lambda i: (
-                int(known[i]) if known is not None else len(self._inner.decode([i]).encode())
-            )
+
+            def size(i):
+                return int(known[i]) if known is not None else len(self._inner.decode([i]).encode())
+
             return [
                 (ids, size(ids[0]) if len(ids) else 0) for ids in self._inner.encode_batch(texts)
             ]

@@ -1,5 +1,5 @@
-"""Reads the text of files, piece by piece, so that no file need fit in memory. Whatever the format, what
-comes out is Unicode text."""
+"""Reads the text of files, piece by piece, so that no file need fit in memory. Whatever the format,
+Unicode text comes out."""
 
 import bz2
 import codecs
@@ -12,10 +12,18 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from deepseek_jax.cli.texts import clean_text
-from deepseek_jax.data.documents import File, Notes, unreadable
+from deepseek_jax.data import arrow
+from deepseek_jax.data.documents import (
+    ODD_BYTES,
+    DataNotes,
+    SourceFile,
+    TextPiece,
+    reason,
+    unreadable,
+)
 from deepseek_jax.errors import UserError
 
 BLOCK = 16 << 20  # bytes of a text file, or characters of a JSON file, read at a time
@@ -26,24 +34,21 @@ SAFE_CUT = re.compile(
     rb"(?<=[!-~\x80-\xff])(?<!\xc2\xa0|\xc2\x85)(?<!\xe3\x80\x80|\xe2\x80.)\n"
     rb"(?=[!-~\xc3-\xf4])(?!\xe3\x80\x80|\xe2\x80)"
 )
-# Bytes of a record that are no UTF-8 become lone surrogates, as JSON can spell them; clean_text cleans both.
-ODD_BYTES = "surrogateescape"
 _ROW = '{"text": "..."}'
 
 
-class Piece(NamedTuple):
-    text: str
-    last: bool  # the document ends here
-    read: float  # bytes of the file behind this piece, for progress
-
-
-def read(file: File, spec: str, option: str, notes: Notes | None = None) -> Iterator[Piece]:
+def read_text(
+    file: SourceFile, spec: str, option: str, notes: DataNotes | None = None
+) -> Iterator[TextPiece]:
     """The documents of a file with text. A document longer than BLOCK comes in several pieces.
 
     Pieces end at a single newline between two lines of text, where byte-level BPE never merges across; only
     in a file without such a place can a cut change the tokens around it.
 
     Args:
+      file: as documents.find_files finds it.
+      spec: the source that it belongs to, for messages.
+      option: the option that names the source, for messages.
       notes: is told of files in folders that are not what their names say, and of documents in which U+FFFD
         stands for what is no Unicode text (a byte of Latin-1 in a record, half of a surrogate pair in JSON).
 
@@ -51,20 +56,20 @@ def read(file: File, spec: str, option: str, notes: Notes | None = None) -> Iter
       UserError: the file cannot be read, or is not what its name says; the line, item or byte where it goes
         wrong.
     """
-    notes = Notes() if notes is None else notes
+    notes = DataNotes() if notes is None else notes
     where = f"{option}={spec!r}"
     reader = {
-        "text": _read_text,
+        "text": _read_plain,
         "lines": _read_lines,
         "json": _read_json,
-        "parquet": _read_parquet,
-        "arrow": _read_arrow,
+        "parquet": arrow.read_parquet,
+        "arrow": arrow.read_arrow,
     }[file.kind]
     try:
         for piece in reader(file, where, lambda why: notes.skip(spec, file.path, file.size, why)):
             text = clean_text(piece.text)
             notes.cleaned += text is not piece.text
-            yield Piece(text, piece.last, piece.read)
+            yield TextPiece(text, piece.last, piece.read)
     except (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error) as e:
         raise _damaged(file, where, e) from None
     except OSError as e:
@@ -76,23 +81,19 @@ def read(file: File, spec: str, option: str, notes: Notes | None = None) -> Iter
         ) from None
 
 
-def _damaged(file: File, where: str, error: Exception) -> UserError:
+def _damaged(file: SourceFile, where: str, error: Exception) -> UserError:
     return UserError(
-        f"{where}: {file.path} cannot be unpacked ({_short(error)}). Copy or compress it again."
+        f"{where}: {file.path} cannot be unpacked ({reason(error)}). Copy or compress it again."
     )
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
-
-
 @contextlib.contextmanager
-def _opened(file: File, where: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+def _opened(file: SourceFile, where: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """-> (the file, unpacked; how many of its bytes on the disk were read since this was last asked)."""
     with contextlib.ExitStack() as held:
         raw = stream = held.enter_context(open(file.path, "rb"))
         if file.compression == ".zst":
-            pyarrow = _pyarrow(file, where)
+            pyarrow = arrow.import_pyarrow(file, where)
             unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
             stream = held.enter_context(io.BufferedReader(unpacked, 1 << 20))
         elif file.compression:
@@ -108,7 +109,7 @@ def _opened(file: File, where: str) -> Iterator[tuple[BinaryIO, Callable[[], int
         yield stream, advanced
 
 
-def _read_text(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
+def _read_plain(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[TextPiece]:
     if not file.explicit and not _is_text(file, where):
         skip("not UTF-8 text")
         return
@@ -128,13 +129,13 @@ def _read_text(file: File, where: str, skip: Callable[[str], None]) -> Iterator[
             if not offset:
                 text = text.removeprefix("\ufeff")  # the byte order mark of Windows' editors
             if text or offset:
-                yield Piece(text, last, advanced())
+                yield TextPiece(text, last, advanced())
             if last:
                 return
             rest, offset = data[cut:], offset + cut
 
 
-def _is_text(file: File, where: str) -> bool:
+def _is_text(file: SourceFile, where: str) -> bool:
     decoder = codecs.getincrementaldecoder("utf-8")()
     with _opened(file, where) as (f, _):
         try:
@@ -160,7 +161,7 @@ def _cut(data: bytes) -> int:
     return next((p for p in range(last, max(last - 4, -1), -1) if data[p] & 0xC0 != 0x80), last)
 
 
-def _read_lines(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
+def _read_lines(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[TextPiece]:
     """A JSON object a line (.jsonl, .ndjson)."""
     del skip  # such a file is data: one that is not what its name says is an error, in a folder too
     with _opened(file, where) as (f, advanced):
@@ -173,17 +174,17 @@ def _read_lines(file: File, where: str, skip: Callable[[str], None]) -> Iterator
                 row = json.loads(line.decode(errors=ODD_BYTES))
             except (ValueError, RecursionError) as e:
                 raise UserError(
-                    f"{where}: {place} is not valid JSON ({_short(e)}). Correct or remove that "
+                    f"{where}: {place} is not valid JSON ({reason(e)}). Correct or remove that "
                     f"line."
                 ) from None
             if not _has_text(row):
                 raise UserError(
                     f"{where}: {place} has no string 'text'. Write every line as {_ROW}."
                 )
-            yield Piece(row["text"], True, advanced())
+            yield TextPiece(row["text"], True, advanced())
 
 
-def _read_json(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
+def _read_json(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[TextPiece]:
     """A JSON array of objects, or objects one after the other, on lines or not (.json)."""
     with _opened(file, where) as (f, advanced):
         items = _items(f)
@@ -194,7 +195,7 @@ def _read_json(file: File, where: str, skip: Callable[[str], None]) -> Iterator[
                 if number == 1 and not file.explicit:
                     return skip("not JSON")
                 raise UserError(
-                    f"{where}: item {number} of {file.path} is not valid JSON ({_short(e)}). "
+                    f"{where}: item {number} of {file.path} is not valid JSON ({reason(e)}). "
                     f"Correct that file."
                 ) from None
             if row is items:
@@ -206,7 +207,7 @@ def _read_json(file: File, where: str, skip: Callable[[str], None]) -> Iterator[
                     f"{where}: item {number} of {file.path} has no string 'text'. Write an array "
                     f"of objects {_ROW}, or one on each line."
                 )
-            yield Piece(row["text"], True, advanced())
+            yield TextPiece(row["text"], True, advanced())
 
 
 def _has_text(row: Any) -> bool:
@@ -267,91 +268,3 @@ def _items(f: BinaryIO) -> Iterator[Any]:
         at, first = end, False
     if array:
         raise ValueError("the array has no end")
-
-
-def _read_parquet(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
-    del skip
-    pyarrow = _pyarrow(file, where)
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file.path)
-        _check_column(pyarrow, table.schema_arrow, file, where)
-        size = file.size / max(table.metadata.num_rows, 1)
-        for batch in table.iter_batches(batch_size=256, columns=["text"]):
-            yield from (Piece(text, True, size) for text in _values(pyarrow, batch.column(0)))
-    except pyarrow.ArrowException as e:
-        raise UserError(
-            f"{where}: {file.path} is not a readable parquet file ({_short(e)}). Write it again."
-        ) from None
-
-
-def _read_arrow(file: File, where: str, skip: Callable[[str], None]) -> Iterator[Piece]:
-    """Arrow's IPC stream (`datasets` writes it) or file."""
-    del skip
-    pyarrow = _pyarrow(file, where)
-    import pyarrow.ipc
-
-    try:
-        with pyarrow.memory_map(file.path) as f:
-            is_file = f.read(6) == b"ARROW1"
-            f.seek(0)
-            table = pyarrow.ipc.open_file(f) if is_file else pyarrow.ipc.open_stream(f)
-            _check_column(pyarrow, table.schema, file, where)
-            before = 0
-            for batch in (
-                (table.get_batch(i) for i in range(table.num_record_batches)) if is_file else table
-            ):
-                size, before = (0 if is_file else f.tell() - before), (0 if is_file else f.tell())
-                values = _values(pyarrow, batch.column("text"))
-                each = file.size / table.num_record_batches if is_file else size
-                yield from (Piece(text, True, each / max(len(values), 1)) for text in values)
-    except pyarrow.ArrowException as e:
-        raise UserError(
-            f"{where}: {file.path} is not a readable Arrow file ({_short(e)}). Write it again."
-        ) from None
-
-
-def _pyarrow(file: File, where: str) -> Any:
-    try:
-        import pyarrow  # slow to import, and only some corpora need it: an optional dependency
-    except ImportError:
-        raise UserError(
-            f"{where}: {file.path} needs pyarrow to be read. Install it with pip install "
-            f"pyarrow, or convert to .jsonl."
-        ) from None
-    return pyarrow
-
-
-def _check_column(pyarrow: Any, schema: Any, file: File, where: str) -> None:
-    if "text" not in schema.names:
-        raise UserError(
-            f"{where}: {file.path} has no column 'text' (it has: {', '.join(schema.names)}). "
-            f"Rename the column that holds the text."
-        )
-    kind = schema.field("text").type
-    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if not (
-        pyarrow.types.is_string(kind)
-        or pyarrow.types.is_large_string(kind)
-        or pyarrow.types.is_string_view(kind)
-        or pyarrow.types.is_null(kind)
-    ):
-        raise UserError(
-            f"{where}: the column 'text' of {file.path} holds {kind}, not strings. Convert the "
-            f"column."
-        )
-
-
-def _values(pyarrow: Any, column: Any) -> list[str]:
-    """The strings of a column. What a file holds as strings need not be UTF-8: whoever writes it checks that
-    or does not."""
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pyarrow.types.is_string_view(column.type):
-        column = column.cast(pyarrow.large_string())
-    wide = pyarrow.types.is_large_string(column.type)
-    return [
-        (text or b"").decode(errors=ODD_BYTES)
-        for text in column.cast(pyarrow.large_binary() if wide else pyarrow.binary()).to_pylist()
-    ]

@@ -1,5 +1,5 @@
-"""Where a checkpoint is: a folder, or the hub's cache of a repository. Where there is none: what is there,
-and the repair.
+"""Where a checkpoint is: a folder, or the hub's cache of a repository. If there is none, the error says
+what was found instead and how to repair it.
 """
 
 import itertools

@@ -9,7 +9,7 @@ import numpy as np
 from deepseek_jax.cli.texts import human
 from deepseek_jax.config.options import Config
 from deepseek_jax.data import contents
-from deepseek_jax.data.documents import Notes
+from deepseek_jax.data.documents import DataNotes
 from deepseek_jax.data.order import derive_seed
 from deepseek_jax.data.packing import PackedRows, Row, padding_row
 from deepseek_jax.data.sources import Corpus, Documents, open_corpora, parse_weights, split
@@ -68,7 +68,7 @@ class Loader:
         self.tokenizer = tokenizer
         self._config = config
         weights = parse_weights(config)  # before the reading, which may take long
-        notes = Notes()
+        notes = DataNotes()
         corpora = open_corpora(config, tokenizer, progress, notes)
         self.notes = notes.lines()
         sides = [split(corpus, c.data.eval_fraction) for corpus in corpora]

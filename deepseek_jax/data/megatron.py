@@ -32,7 +32,8 @@ def read_index(path: str, where: str) -> Index | None:
     """What the NAME.idx beside NAME.bin says of it; None without one.
 
     Args:
-      path: the .bin file. where: `option=value`, for messages.
+      path: the .bin file.
+      where: `option=value`, for messages.
 
     Raises:
       UserError: it is another kind of index, of another file, or damaged.
@@ -41,10 +42,13 @@ def read_index(path: str, where: str) -> Index | None:
     place = index_path(path)
     if not path.lower().endswith(".bin") or not os.path.exists(place):
         return None
-    wrong = lambda what: UserError(
-        f"{where}: {place} beside {path} {what}. Make both again with "
-        f"Megatron-LM's preprocess_data.py, or move the .idx away."
-    )
+
+    def wrong(what):
+        return UserError(
+            f"{where}: {place} beside {path} {what}. Make both again with "
+            f"Megatron-LM's preprocess_data.py, or move the .idx away."
+        )
+
     with open(place, "rb") as f:
         head = f.read(HEADER)
     if len(head) < HEADER or not head.startswith(MAGIC):
@@ -65,7 +69,10 @@ def read_index(path: str, where: str) -> Index | None:
             f"is damaged: it has {size} bytes, and {sequences} sequences and {documents} documents "
             f"need {needed}"
         )
-    part = lambda dtype, count, at: np.fromfile(place, dtype, count, offset=at).astype(np.int64)
+
+    def part(dtype, count, at):
+        return np.fromfile(place, dtype, count, offset=at).astype(np.int64)
+
     lengths = part("<i4", sequences, HEADER)
     places = part("<i8", sequences, HEADER + 4 * sequences)
     firsts = part("<i8", documents, HEADER + 12 * sequences)

@@ -1,10 +1,10 @@
-"""Fixed hashes and orders: pure functions of integers, the same on every host and with every NumPy version."""
+"""Hashes and orders: pure functions of integers, the same on every host and with every NumPy version."""
 
 import numpy as np
 
 
 def mix64(values: np.ndarray | int) -> np.ndarray:
-    """splitmix64's finaliser (Steele et al. 2014): uint64 hashes, same shape, of integers taken modulo 2^64."""
+    """splitmix64's finaliser (Steele et al. 2014): uint64 hashes, same shape, of integers modulo 2^64."""
     z = np.atleast_1d(
         np.asarray(values if isinstance(values, np.ndarray) else values % 2**64)
     ).astype(np.uint64)
@@ -25,5 +25,6 @@ def derive_seed(seed: int, *path: int) -> int:
 
 
 def permutation(n: int, seed: int) -> np.ndarray:
-    """A random order of 0 to n - 1, int64 [n]. np.random's orders may change between NumPy versions; this one cannot."""
+    """A random order of 0 to n - 1, int64 [n]. np.random's orders may change between NumPy
+    versions; this one cannot."""
     return np.argsort(mix64(np.arange(n, dtype=np.uint64) + mix64(seed)), kind="stable")

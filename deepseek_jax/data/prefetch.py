@@ -14,8 +14,8 @@ def read_ahead(
 ) -> Generator[Rows, None, None]:
     """read(first), read(first + 1), ..., read(stop - 1), each read before it is asked for.
 
-    An exception of a read comes out where its result would have, and ends the iteration. Closing the generator ends
-    the thread after the read that it is in.
+    An exception of a read comes out where its result would have, and ends the iteration. Closing
+    the generator ends the thread after the read that it is in.
 
     Args:
       read: makes the rows of a step; called from the thread.

@@ -1,4 +1,4 @@
-"""Corpora: the token ids and document boundaries behind `config.data.path`, and which documents are held out."""
+"""Corpora: token ids and document boundaries behind `config.data.path`, and which documents are held out."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -8,8 +8,8 @@ import numpy as np
 
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.config.options import Config
-from deepseek_jax.data.documents import File, Notes, find_files, no_text, split_paths
-from deepseek_jax.data.formats import read
+from deepseek_jax.data.documents import DataNotes, SourceFile, find_files, no_text, split_paths
+from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.order import mix64
 from deepseek_jax.data.tokenfile import open_tokens
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -37,7 +37,9 @@ class Joined:
             base, end = int(self._starts[first]), min(stop, int(self._starts[first + 1]))
             out.append(self.parts[first][start - base : end - base])
             start, first = end, first + 1
-        return np.concatenate(out) if len(out) > 1 else out[0] if out else np.zeros(0, np.int32)
+        if len(out) == 1:
+            return out[0]
+        return np.concatenate(out) if out else np.zeros(0, np.int32)
 
 
 class Corpus(NamedTuple):
@@ -62,18 +64,19 @@ class Documents(NamedTuple):
 
 
 def open_corpora(
-    config: Config, tokenizer: Tokenizer, progress: bool = False, notes: Notes | None = None
+    config: Config, tokenizer: Tokenizer, progress: bool = False, notes: DataNotes | None = None
 ) -> list[Corpus]:
     """Opens every source of `config.data.path`: text is tokenised into memory, token files are memory-mapped.
 
     Args:
-      progress: show a bar on stderr if it takes long. notes: is told what is left out or changed.
+      progress: show a bar on stderr if it takes long.
+      notes: is told what is left out or changed.
 
     Raises:
       UserError: a source is missing, empty, unreadable or not what its name says, or has ids that the
         tokenizer has not.
     """
-    notes = Notes() if notes is None else notes
+    notes = DataNotes() if notes is None else notes
     size = config.model.vocab_size
     if tokenizer.vocab_size > size:
         raise UserError(
@@ -91,12 +94,18 @@ def open_corpora(
     found = [find_files(s, "config.data.path", notes) for s in specs]
     with Bar("Reading data", sum(f.size for files in found for f in files), progress) as bar:
         return [
-            _open(spec, files, config, tokenizer, bar, notes) for spec, files in zip(specs, found)
+            _open(spec, files, config, tokenizer, bar, notes)
+            for spec, files in zip(specs, found, strict=True)
         ]
 
 
 def _open(
-    spec: str, files: list[File], config: Config, tokenizer: Tokenizer, bar: Bar, notes: Notes
+    spec: str,
+    files: list[SourceFile],
+    config: Config,
+    tokenizer: Tokenizer,
+    bar: Bar,
+    notes: DataNotes,
 ) -> Corpus:
     parts, text = [], []
 
@@ -122,12 +131,14 @@ def _open(
     if len(parts) == 1:
         return Corpus(*parts[0], spec)
     bases = np.cumsum([0, *(len(tokens) for tokens, _ in parts)])
-    offsets = np.concatenate([[0], *(o[1:] + base for (_, o), base in zip(parts, bases))])
+    offsets = np.concatenate(
+        [[0], *(o[1:] + base for (_, o), base in zip(parts, bases[:-1], strict=True))]
+    )
     return Corpus(Joined([tokens for tokens, _ in parts]), offsets, spec)
 
 
 def _tokenise(
-    files: list[File], spec: str, tokenizer: Tokenizer, bar: Bar, notes: Notes
+    files: list[SourceFile], spec: str, tokenizer: Tokenizer, bar: Bar, notes: DataNotes
 ) -> tuple[np.ndarray, np.ndarray]:
     """-> tokens [n] in the smallest dtype, offsets int64 [documents + 1]."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
@@ -141,7 +152,12 @@ def _tokenise(
 
 
 def encoded(
-    files: Iterable[File], spec: str, option: str, tokenizer: Tokenizer, bar: Bar, notes: Notes
+    files: Iterable[SourceFile],
+    spec: str,
+    option: str,
+    tokenizer: Tokenizer,
+    bar: Bar,
+    notes: DataNotes,
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
     """Batches of pieces of documents: (ids int32 [n], where documents end in them: int64, from 1 to n), in
     file order.
@@ -156,7 +172,7 @@ def encoded(
     def batch() -> list[tuple[np.ndarray, np.ndarray]]:
         nonlocal ended
         out = []
-        for ids, last in zip(tokenizer.encode_batch(texts), lasts):
+        for ids, last in zip(tokenizer.encode_batch(texts), lasts, strict=True):
             spelt = (
                 np.flatnonzero(ids == eos[0]) + 1
                 if tokenizer.special_tokens
@@ -170,7 +186,7 @@ def encoded(
         return out
 
     for file in files:
-        for piece in read(file, spec, option, notes):
+        for piece in read_text(file, spec, option, notes):
             bar.advance(piece.read)
             if not piece.text and not inside:
                 continue
@@ -188,9 +204,10 @@ def encoded(
 def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
     """Divides a corpus by document into training and held-out documents.
 
-    Out of every 1 / fraction neighbouring documents one is held out, which one a fixed hash says: the share is exact, every
-    part of the corpus is in it, and documents appended later leave the others where they are. At least one is on each
-    side. A single document is cut instead: its end is held out.
+    Of every 1 / fraction neighbouring documents one is held out, chosen by a fixed hash: the share is
+    exact, every part of the corpus is represented, and documents appended later do not move the
+    others. At least one document is on each side. A single document is cut instead: its end is held
+    out.
 
     Returns:
       (training, held out); nothing is held out for fraction 0.
@@ -201,9 +218,8 @@ def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
         held_out = np.zeros(len(starts), bool)
     elif len(starts) == 1:
         total = int(lengths[0])
-        count = min(
-            max(math.ceil(total * fraction), 2), total - 1
-        )  # two tokens: one to read, one to predict
+        # At least two tokens: one to read, one to predict.
+        count = min(max(math.ceil(total * fraction), 2), total - 1)
         cut = np.array([total - count], np.int64)
         return Documents(corpus.tokens, starts, cut), Documents(
             corpus.tokens, starts + cut, lengths - cut
@@ -243,12 +259,12 @@ def parse_weights(config: Config) -> list[float] | None:
         ) from None
     if len(weights) != count:
         raise UserError(
-            f"config.data.weights={text!r} has {len(weights)} numbers, but config.data.path={config.data.path!r} "
-            f"has {count} sources. Give one weight a source."
+            f"config.data.weights={text!r} has {len(weights)} numbers, but "
+            f"config.data.path={config.data.path!r} has {count} sources. Give one weight per source."
         )
     if not all(math.isfinite(w) and w > 0 for w in weights):
         raise UserError(
-            f"config.data.weights={text!r} has a weight that is not a positive number. Set every weight above 0, or "
-            f"remove that source."
+            f"config.data.weights={text!r} has a weight that is not a positive number. Set every "
+            "weight above 0, or remove that source."
         )
     return [w / sum(weights) for w in weights]

@@ -2,7 +2,7 @@
 
 Templates are programs of whoever made the checkpoint. They run in jinja2's sandbox, see plain data only, and
 render as in transformers' `apply_chat_template`, whose environment this is: utils/chat_template_utils.py
-there. What a template cannot act on is refused, where transformers leaves it out without a word.
+there. What a template does not read is refused; transformers leaves it out silently.
 """
 
 import datetime
@@ -53,8 +53,9 @@ def render(
     """A chat as a text.
 
     Args:
-      source: of the template. where: whose it is, for messages. special: the tokenizer's special tokens by
-        name. The rest: as Chat.render.
+      source: of the template.
+      where: whose it is, for messages.
+      special: the tokenizer's special tokens by name. The other arguments: as of Chat.render.
 
     Raises:
       UserError: the messages are none, the template refuses them, or it does not read what is given.
@@ -223,18 +224,22 @@ def _by_parts(once, chat: list[dict[str, Any]]) -> str:
     A template that does not read parts raises, writes the list out or leaves it out.
     """
     in_parts = [isinstance(m.get("content"), list) and m["role"] != "tool" for m in chat]
-    lists = [m["content"] for m, yes in zip(chat, in_parts) if yes]
-    written = lambda parts, text: (
-        str(parts) not in text and all(p["text"].strip() in text for p in parts)
-    )
+    lists = [m["content"] for m, yes in zip(chat, in_parts, strict=True) if yes]
+
+    def written(parts, text):
+        return str(parts) not in text and all(p["text"].strip() in text for p in parts)
+
     try:
         text = once(chat)
         if all(written(parts, text) for parts in lists):
             return text
     except FAILURES:
         pass
-    joined = lambda m: {**m, "content": "\n".join(part["text"] for part in m["content"])}
-    return once([joined(m) if yes else m for m, yes in zip(chat, in_parts)])
+
+    def joined(m):
+        return {**m, "content": "\n".join(part["text"] for part in m["content"])}
+
+    return once([joined(m) if yes else m for m, yes in zip(chat, in_parts, strict=True)])
 
 
 def _tag(message: dict[str, Any]) -> None:
@@ -286,8 +291,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the model said; rendering, it is what stands in
-    it."""
+    """`{% generation %} ... {% endgeneration %}` marks what the model said; its contents are rendered."""
 
     tags = {"generation"}
 

@@ -43,7 +43,8 @@ def to_json(data: bytes, config: dict[str, Any]) -> str:
     """The tokenizer.json of a rank file.
 
     Args:
-      data: of tiktoken.model. config: tokenizer_config.json.
+      data: of tiktoken.model.
+      config: tokenizer_config.json.
 
     Raises:
       ValueError: it is no such file, or of a tokenizer whose pattern is not known here; says which.
@@ -60,7 +61,10 @@ def to_json(data: bytes, config: dict[str, Any]) -> str:
         )
     ranks = read_ranks(data)
     spelt = _spelling()
-    spell = lambda token: "".join(spelt[b] for b in token)
+
+    def spell(token):
+        return "".join(spelt[b] for b in token)
+
     pairs = (_pair(token, ranks) for token in sorted(ranks, key=ranks.get))
     level = {
         "type": "ByteLevel",

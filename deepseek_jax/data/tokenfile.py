@@ -1,13 +1,14 @@
-"""Token files: memory-mapped ids on disk, what our own `tokenize` command writes beside them, and how both are checked.
+"""Token files: memory-mapped ids on disk, what the `tokenize` command writes beside them, and how
+both are checked.
 
-`NAME.npy` (1-D integers) or `NAME.bin` (raw, little-endian) holds the ids, document after document, each ended by eos.
-`NAME.json` is the sidecar and `NAME.offsets` the documents' starts and the end (raw int64, documents + 1 of them).
-Files of others have neither: their documents are found by looking for eos, or in the index that Megatron-LM
-writes beside them. All their ids are looked at, at every start: at 1 to 2 GB per second from memory, that costs
-less than a run that ends at its first evaluation.
+`NAME.npy` (1-D integers) or `NAME.bin` (raw, little-endian) holds the ids, document after document,
+each ended by eos. `NAME.json` is the sidecar and `NAME.offsets` the documents' starts and the end
+(raw int64, documents + 1 of them). Files that other programs wrote have neither: their documents
+are found by looking for eos, or in the index that Megatron-LM writes beside them. All their ids are
+checked at every start: at 1 to 2 GB per second from memory, that costs less than a run that ends at
+its first evaluation. token_writer.py writes both kinds of files.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -15,14 +16,13 @@ from collections.abc import Callable
 import numpy as np
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.config.paths import temporary
-from deepseek_jax.data.documents import Notes
+from deepseek_jax.data.documents import DataNotes
 from deepseek_jax.data.megatron import read_index
 from deepseek_jax.data.tokenizer import SPECIAL, Tokenizer
 from deepseek_jax.errors import UserError
 
 FORMAT = "deepseek_jax tokens 1"
-CHUNK = 1 << 24  # tokens looked at at a time
+CHUNK = 1 << 24  # tokens checked at a time
 DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # name -> number of ids it can hold
 
 
@@ -32,12 +32,14 @@ def open_tokens(
     config: Config,
     tokenizer: Tokenizer,
     advance: Callable[[float], None] = lambda n: None,
-    notes: Notes | None = None,
+    notes: DataNotes | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Memory-maps a token file and finds its documents.
 
     Args:
-      path: a .npy or .bin file. where: `option=value`, for messages. advance: told the bytes looked at.
+      path: a .npy or .bin file.
+      where: `option=value`, for messages.
+      advance: told the bytes that were checked.
       notes: told where the documents seem to end with another token than the tokenizer's.
 
     Returns:
@@ -47,15 +49,12 @@ def open_tokens(
     Raises:
       UserError: not token ids, ids that `tokenizer` has not, or ids of another tokenizer.
     """
-    notes = Notes() if notes is None else notes
+    notes = DataNotes() if notes is None else notes
     side = _read_sidecar(path, where)
     try:
         index = None if side else read_index(path, where)
-        tokens = _map(
-            path,
-            where,
-            side["dtype"] if side else index.dtype.name if index else config.data.bin_dtype,
-        )
+        dtype = index.dtype.name if index else config.data.bin_dtype
+        tokens = _map(path, where, side["dtype"] if side else dtype)
     except OSError as e:
         raise UserError(
             f"{where}: {path} cannot be read ({e.strerror or e}). Make it readable, or give another path."
@@ -74,7 +73,9 @@ def open_tokens(
     return tokens, offsets
 
 
-def _note_ends(path: str, tokens: np.ndarray, offsets: np.ndarray, eos: int, notes: Notes) -> None:
+def _note_ends(
+    path: str, tokens: np.ndarray, offsets: np.ndarray, eos: int, notes: DataNotes
+) -> None:
     lasts = offsets[1:][np.diff(offsets) > 0]
     some = lasts[:: max(len(lasts) // 1000, 1)]
     if len(some) and not any(tokens[int(i) - 1] == eos for i in some):
@@ -95,13 +96,11 @@ def _map(path: str, where: str, dtype: str) -> np.ndarray:
         return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (
-        ValueError,
-        EOFError,
-    ):  # NumPy's own words are no help: it takes any other file for a pickle
+    except (ValueError, EOFError):
+        # NumPy's own message would mislead: it takes any other file for a pickle.
         raise UserError(
-            f"{where}: {path} is not a .npy file of token ids: it is empty, damaged or holds Python objects. Save a "
-            f"1-D integer array with np.save."
+            f"{where}: {path} is not a .npy file of token ids: it is empty, damaged or holds "
+            "Python objects. Save a 1-D integer array with np.save."
         ) from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         got = (
@@ -110,7 +109,8 @@ def _map(path: str, where: str, dtype: str) -> np.ndarray:
             else "an archive of arrays"
         )
         raise UserError(
-            f"{where}: {path} holds {got}, not a 1-D array of integers. Save the token ids as one with np.save."
+            f"{where}: {path} holds {got}, not a 1-D array of integers. Save the token ids as one "
+            "with np.save."
         )
     return tokens
 
@@ -257,96 +257,3 @@ def _check_sidecar(
     ):
         raise UserError(f"{where}: {offsets_path} does not fit {path}. {again}")
     return offsets
-
-
-class TokenWriter:
-    """Writes a token file as it grows, holding none of it. A context manager; without `finish` nothing appears.
-
-    Everything goes to temporary names first. `finish` renames the token file last, and takes an older one away before it
-    touches that one's sidecar: a token file is there only with its own sidecar.
-    """
-
-    def __init__(self, path: str, dtype: str, tokenizer: Tokenizer):
-        self._path, self._dtype, self._tokenizer = (
-            path,
-            np.dtype(dtype).newbyteorder("<"),
-            tokenizer,
-        )
-        self._temp = {p: temporary(p) for p in (*sidecar_paths(path), path)}
-        self._npy = path.lower().endswith(".npy")
-        self.tokens, self.documents, self._max = 0, 0, -1
-        self._out = open(self._temp[path], "xb")
-        try:
-            self._offsets = open(self._temp[sidecar_paths(path)[1]], "xb")
-        except OSError:
-            self._out.close()
-            os.unlink(self._temp[path])
-            raise
-        self._header_size = self._header()
-        np.zeros(1, "<i8").tofile(self._offsets)
-
-    def _header(self) -> int:
-        """Writes the .npy header for the tokens so far; NumPy pads it so that its size does not depend on their number."""
-        if self._npy:
-            spec = {
-                "descr": np.lib.format.dtype_to_descr(self._dtype),
-                "fortran_order": False,
-                "shape": (self.tokens,),
-            }
-            np.lib.format.write_array_header_1_0(self._out, spec)
-        return self._out.tell()
-
-    def write(self, ids: np.ndarray, ends: np.ndarray) -> None:
-        """Appends ids [n], in which documents end before the places `ends`."""
-        if len(ids):
-            self._max = max(self._max, int(ids.max()))
-        self._out.write(ids.astype(self._dtype).tobytes())
-        self._offsets.write((ends + self.tokens).astype("<i8").tobytes())
-        self.tokens += len(ids)
-        self.documents += len(ends)
-
-    def finish(self, source: str) -> None:
-        """Makes the file appear, with a sidecar that says what it was made of."""
-        self._out.seek(0)
-        if self._header() != self._header_size:
-            raise RuntimeError("NumPy's .npy header changed its size with the number of tokens")
-        side_path, offsets_path = sidecar_paths(self._path)
-        side = {
-            "format": FORMAT,
-            "file": os.path.basename(self._path),
-            "source": source,
-            "dtype": self._dtype.name,
-            "vocab_size": self._tokenizer.vocab_size,
-            "eos_id": self._tokenizer.eos_id,
-            "tokenizer": self._tokenizer.name,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "max_id": self._max,
-        }
-        with open(self._temp[side_path], "x", encoding="utf-8") as f:
-            json.dump(side, f, indent=2)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())
-        for f in (self._out, self._offsets):
-            f.flush()
-            os.fsync(f.fileno())
-            f.close()
-        if os.path.exists(self._path):
-            os.unlink(self._path)
-        # The sidecar first: it tells whose the others are.
-        for final in (side_path, offsets_path, self._path):
-            os.replace(self._temp[final], final)
-
-    def __enter__(self) -> "TokenWriter":
-        return self
-
-    def __exit__(self, *_) -> None:
-        for f in (self._out, self._offsets):
-            with contextlib.suppress(
-                OSError
-            ):  # on a full disk closing fails too, and the files still have to go
-                f.close()
-        for temp in self._temp.values():
-            if os.path.exists(temp):
-                os.unlink(temp)

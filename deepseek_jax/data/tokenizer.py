@@ -36,11 +36,11 @@ class Tokenizer(abc.ABC):
       name: identity that changes whenever ids could change; `bytes` or `sha256:...` of the file, with
         `+special_tokens` if it reads these.
       vocab_size: ids run from 0 to vocab_size - 1.
-      eos_id: the token that ends a document. stop_ids: it and tokenizer_config.json's eos_token: an answer
-        ends with either.
+      eos_id: the token that ends a document.
+      stop_ids: it and tokenizer_config.json's eos_token: an answer ends with either.
       hidden: {id: text} of the tokens that `decode` leaves out.
-      token_bytes: int32 [vocab_size], bytes of text that each token stands for (eos and special tokens: 0), or None if
-        it cannot be known.
+      token_bytes: int32 [vocab_size], bytes of text that each token stands for (eos and special
+        tokens: 0), or None if it cannot be known.
     """
 
     name: str
@@ -97,7 +97,11 @@ class FileTokenizer(Tokenizer):
     added tokens."""
 
     def __init__(self, path: str, option: str, special_tokens: bool = False):
-        """Raises: OSError: the file cannot be read. UserError: it is no tokenizer."""
+        """
+        Raises:
+          OSError: the file cannot be read.
+          UserError: it is no tokenizer.
+        """
         try:
             files = tokenizer_folder.read(path, specials=False)
         except ValueError as e:
@@ -106,7 +110,8 @@ class FileTokenizer(Tokenizer):
                 f"{option}={path!r} is not a {file} that can be read ({e}). Give the "
                 f"tokenizer.json or tiktoken.model of the model, or bytes."
             ) from None
-        self._inner, self.special_tokens = files.tokenizer, special_tokens
+        self._inner = files.tokenizer
+        self.special_tokens = special_tokens
         self.name = files.identity + (SPECIAL if special_tokens else "")
         self._inner.encode_special_tokens = not special_tokens  # the library's word for: as text
         added = self._inner.get_added_tokens_decoder()
@@ -122,8 +127,8 @@ class FileTokenizer(Tokenizer):
         )
         if self.eos_id < 0:
             raise UserError(
-                f"{option}={path!r} has no token that ends a document. Add one of {' '.join(EOS_NAMES)} to its "
-                f"added_tokens."
+                f"{option}={path!r} has no token that ends a document. Add one of "
+                f"{' '.join(EOS_NAMES)} to its added_tokens."
             )
         self.stop_ids = frozenset(
             {self.eos_id, vocab.get(files.special.get("eos_token"), self.eos_id)}
@@ -206,12 +211,13 @@ def load_tokenizer(
         return FileTokenizer(path, option, special_tokens)
     except FileNotFoundError:
         raise UserError(
-            f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes (relative paths start in {os.getcwd()})."
+            f"{option}={spec!r} does not exist. Give the path of a tokenizer.json, or bytes "
+            f"(relative paths start in {os.getcwd()})."
         ) from None
     except OSError as e:
         raise UserError(
-            f"{option}={spec!r} cannot be read ({e.strerror}). Make it readable, or give another tokenizer.json or "
-            f"bytes."
+            f"{option}={spec!r} cannot be read ({e.strerror}). Make it readable, or give another "
+            "tokenizer.json or bytes."
         ) from None
 
 
@@ -231,9 +237,10 @@ def _has(part: dict | None, kind: str) -> bool:
 def _byte_level_lengths(
     tree: dict, vocab: dict[str, int], special: set[int], added: dict[int, str], size: int
 ) -> np.ndarray | None:
-    """Bytes a token stands for, int32 [size]: in byte-level BPE a token is spelt with one character a byte.
+    """Bytes a token stands for, int32 [size]: in byte-level BPE a token is spelt with one character per byte.
 
-    None for any other kind, and where a space is put before the text (the sum would be off by one a document).
+    None for any other kind, and where a space is put before the text (the sum would be off by one a
+    document).
     """
     pre = tree.get("pre_tokenizer")
     model = tree["model"]

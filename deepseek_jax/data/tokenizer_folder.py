@@ -38,8 +38,10 @@ class Files(NamedTuple):
     """What a folder says.
 
     Attributes:
-      tokenizer: without truncation and padding. identity: `sha256:...` of what decides ids.
-      special: {"bos_token": "<s>", ...}. config: tokenizer_config.json.
+      tokenizer: without truncation and padding.
+      identity: `sha256:...` of what decides ids.
+      special: {"bos_token": "<s>", ...}.
+      config: tokenizer_config.json.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -65,15 +67,16 @@ def read(path: str, specials: bool = True, vocab_size: int | None = None) -> Fil
     """The tokenizer of a tokenizer.json or tiktoken.model and of what lies beside it.
 
     Args:
-      specials: bos, eos and other special tokens that no file gives an id become tokens too, with the next
-        ids, and a text begins with bos where `add_bos_token` says so: as in transformers. False: only tokens
-        with an id, as training text is encoded.
+      specials: bos, eos and other special tokens that no file gives an id become tokens too, with
+        the next ids, and a text begins with bos where `add_bos_token` says so: as in transformers.
+        False: only tokens with an id, as training text is encoded.
       vocab_size: of the model, where it is known. Padding and the like that would come after its ids are left
         out: no text needs them.
 
     Raises:
-      OSError: it cannot be read. ValueError: it is no tokenizer; says why. UserError: the files contradict
-        each other, or one is damaged.
+      OSError: it cannot be read.
+      ValueError: it is no tokenizer; says why.
+      UserError: the files contradict each other, or one is damaged.
     """
     with open(path, "rb") as f:
         data = f.read()

@@ -7,7 +7,8 @@ from typing import Any
 
 from deepseek_jax.cli import arguments
 from deepseek_jax.cluster.gpus import shares, visible_gpus
-from deepseek_jax.cluster.wire import TOKEN, free_port, new_token
+from deepseek_jax.cluster.ports import free_port
+from deepseek_jax.cluster.wire import TOKEN, new_token
 from deepseek_jax.errors import UserError
 
 

@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.model.moe import MoEStats, merge_stats
+from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
-from deepseek_jax.model.transformer import Output, Transformer, join_layers, rematerialise
+from deepseek_jax.model.transformer import Output, Transformer, join_layers
 from deepseek_jax.parallel.pipeline import Schedule, run, to_stages
 from deepseek_jax.parallel.sharding import without_stage
 from deepseek_jax.runtime.jax_private import keep_explicit_axes_through_shard_map

@@ -20,9 +20,10 @@ from deepseek_jax.model.attention.interface import Rope
 from deepseek_jax.model.attention.kinds import make_attention
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 from deepseek_jax.model.moe import MoE, MoEStats
+from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
-from deepseek_jax.parallel.offload import HOST, to_device
-from deepseek_jax.parallel.weights import WEIGHTS, whole
+from deepseek_jax.parallel.offload import to_device
+from deepseek_jax.parallel.weights import whole
 
 
 class Output(NamedTuple):
@@ -268,64 +269,3 @@ def _stack(
         return DecoderLayer(config, moe, is_moe, rngs, attention)
 
     return create(rngs)
-
-
-def rematerialise(f: Callable, remat: str, offload: str = "") -> Callable:
-    """f under `jax.checkpoint`: what a layer keeps for its backward pass, and where.
-
-    Args:
-      f: the forward pass of a layer.
-      remat: `config.train.remat`.
-      offload: `config.offload.activations`.
-    """
-    if remat == "none":
-        return jax.checkpoint(f, policy=_all_but_weights)
-    if remat == "dots":
-        return jax.checkpoint(f, policy=_dots)
-    if remat == "full":
-        names: tuple[str, ...] = ()
-    elif remat == "exchange":
-        names = ("exchange",)
-    else:
-        names = tuple(remat.removeprefix("save:").split(","))
-    if offload:
-        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=names,
-            names_which_can_be_offloaded=offload.split(","),
-            offload_src="device",
-            offload_dst=HOST,
-        )
-        return jax.checkpoint(f, policy=policy)
-    if not names:
-        return jax.checkpoint(f)
-    return jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*names))
-
-
-_MOVES = (
-    "reshard",
-    "all_gather",
-    "pcast",
-    "pvary",
-    "convert_element_type",
-    "reshape",
-    "squeeze",
-    "transpose",
-)
-
-
-def _dots(primitive, *_, **params) -> bool:
-    """A `jax.checkpoint` policy: keeps results of matmuls, and what has a name."""
-    if primitive.name == "name":
-        return params["name"] != WEIGHTS
-    return primitive.name in ("dot_general", "top_k")
-
-
-def _all_but_weights(primitive, *_, **params) -> bool:
-    """A `jax.checkpoint` policy: keeps what was computed, but no weights as they are used.
-
-    Without it every layer's weights would be kept gathered and cast, copied out of their stack and
-    into another.
-    """
-    if primitive.name == "name":
-        return params["name"] != WEIGHTS
-    return primitive.name not in _MOVES

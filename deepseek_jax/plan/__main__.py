@@ -1,15 +1,17 @@
 """What a run will need and communicate, before it is launched. No GPU is used.
 
   python -m deepseek_jax.plan --config=configs/v3.py --devices=1024
-  python -m deepseek_jax.plan --config=configs/deepseek_7b.py --devices=8 --config.mesh.fsdp=4 --config.mesh.expert=2 --json
+  python -m deepseek_jax.plan --config=configs/deepseek_7b.py --devices=8 --config.mesh.fsdp=4 --json
 
-Prints the model's size, the mesh and which of its axes stay inside a host, the bytes of a device beside its memory, and the
-bytes that each collective moves in a step: from the train step, compiled for that many GPUs with the XLA options of train.py.
-That takes half a minute to some minutes and needs JAX's CUDA plugin: `make plan CONFIG=... DEVICES=...` installs it apart, or
-pip install -e '.[gpu-aot]'. Without it: what the layout alone says. --hardware=cpu compiles for as many CPU devices instead, as
-the tests run it: the collectives of another compiler, no plugin.
+Prints the model's size, the mesh and which of its axes stay inside a host, the bytes of a device
+beside its memory, and the bytes that each collective moves in a step: from the train step, compiled
+for that many GPUs with the XLA options of train.py. That takes half a minute to some minutes and
+needs JAX's CUDA plugin: `make plan CONFIG=... DEVICES=...` installs it apart, or pip install -e
+'.[gpu-aot]'. Without it: what the layout alone says. --hardware=cpu compiles for as many CPU
+devices instead, as the tests run it: the collectives of another compiler, no plugin.
 
-Any option of train.py can follow. Exit codes: 0, also if it does not fit ("fits" in --json says so); 2 a mistake in the options.
+Any option of train.py can follow. Exit codes: 0, also if it does not fit ("fits" in --json says
+so); 2 a mistake in the options.
 """
 
 import contextlib
@@ -41,7 +43,7 @@ def main(argv: list[str]) -> int:
         choices=[*topology.HARDWARE, "cpu"],
         help="What to plan for: h200, or cpu.",
     )
-    # What little is computed here, is on the CPU: a planner must not take the memory of a GPU that is at work.
+    # On the CPU: a planner must not take the memory of a GPU that is at work.
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, argv)
     if own.devices is None:
@@ -60,8 +62,8 @@ def main(argv: list[str]) -> int:
     result = report.of_layout(config, mesh, layout, hardware, own.gpus_per_host)
     if own.hardware != "cpu" and not on_gpus:
         result["missing"] = (
-            "for temporaries and collectives, install JAX's GPU compiler: make plan CONFIG=... DEVICES=..., or "
-            f"{topology.INSTALL}"
+            "for temporaries and collectives, install JAX's GPU compiler: make plan CONFIG=... "
+            f"DEVICES=..., or {topology.INSTALL}"
         )
     else:
         with _waiting(

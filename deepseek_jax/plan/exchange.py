@@ -1,4 +1,5 @@
-"""How much memory the dispatch takes, whatever the routing, beside what an exchange of exactly the routed rows could need."""
+"""The memory that the dispatch takes, whatever the routing, and what an exchange of the routed rows
+alone could need."""
 
 import math
 from typing import NamedTuple
@@ -10,13 +11,25 @@ from deepseek_jax.parallel.xla_options import ITEM_BYTES
 
 
 class Buffers(NamedTuple):
-    """Of one MoE layer on one device: T tokens, X devices on the expert axis, G experts on each, K experts a token."""
+    """Of one MoE layer on one device, with T tokens per device, X devices on the expert axis, G
+    experts per device and K experts per token.
 
-    places: int  # C: rows of an expert and round, for the tokens of one device (all_gather: of the expert axis)
-    exchanged_rows: int  # of a round: G*X*C (all_to_all), X*T (all_gather), T at a time (ring)
-    expert_rows: int  # that the device's experts compute in a round: G*X*C (all_to_all), G*C (all_gather, ring)
-    bytes: int  # of both, in the compute dtype; fixed when the step is compiled
-    ragged_rows: int  # that a ragged exchange must be ready for: X*T*min(K, G), all tokens of the expert axis on one device
+    Attributes:
+      places: C, the capacity: rows per expert and round, for the tokens of one device (all_gather:
+        of the expert axis).
+      exchanged_rows: per round: G*X*C (all_to_all), X*T (all_gather), T at a time (ring).
+      expert_rows: that the device's experts compute per round: G*X*C (all_to_all), G*C (all_gather, ring).
+      bytes: of both, in the compute dtype; fixed when the step is compiled.
+      ragged_rows: that a ragged exchange must be ready for: X*T*min(K, G), all tokens of the expert
+        axis on one device.
+      ragged_bytes: of these.
+    """
+
+    places: int
+    exchanged_rows: int
+    expert_rows: int
+    bytes: int
+    ragged_rows: int
     ragged_bytes: int
 
 
@@ -38,7 +51,9 @@ def buffers(config: Config, mesh_shape: dict[str, int]) -> Buffers | None:
         visiting, m.num_experts_per_tok, m.n_routed_experts, config.moe.capacity_factor
     )
     expert_rows = local * places * (devices if method == "all_to_all" else 1)
-    exchanged = 0 if devices == 1 else expert_rows if method == "all_to_all" else visiting
+    exchanged = expert_rows if method == "all_to_all" else visiting
+    if devices == 1:
+        exchanged = 0
     ragged = devices * tokens * min(m.num_experts_per_tok, local)
     row = m.hidden_size * ITEM_BYTES[config.train.dtype]
     return Buffers(

@@ -8,7 +8,7 @@ from deepseek_jax.config.options import Config
 
 
 class Parser(arguments.Parser):
-    """With help as train.py has it.
+    """A parser whose --help looks like train.py's.
 
     Args:
       about: the module's docstring.

@@ -26,7 +26,7 @@ def of_layout(
     hardware: topology.Hardware,
     gpus_per_host: int,
 ) -> dict[str, Any]:
-    """All that needs no compiler."""
+    """What is known without compiling."""
     m, t = config.model, config.train
     sizes = count(m, layout.abstract.params, t.sequence_length)
     stages = mesh.shape["stage"]
@@ -51,7 +51,7 @@ def of_layout(
             "a_host": min(mesh.size, gpus_per_host),
         },
         "mesh": dict(mesh.shape),
-        "share_a_host": topology.devices_a_host(mesh, gpus_per_host),
+        "share_a_host": topology.devices_per_host(mesh, gpus_per_host),
         "strategy": config.sharding.canonical,
         "dispatch": config.moe.dispatch,
         "dtype": t.dtype,
@@ -74,13 +74,13 @@ def of_layout(
 
 
 def of_program(
-    step: topology.Step, mesh: jax.sharding.Mesh, hardware: topology.Hardware
+    step: topology.PlannedStep, mesh: jax.sharding.Mesh, hardware: topology.Hardware
 ) -> dict[str, Any]:
     """What the compiled program says."""
     memory = program.memory(step.compiled)
     found = program.collectives(step.compiled.as_text(), mesh.shape)
     once, further = [c for c in found if not c.further], [c for c in found if c.further]
-    total = sum(c.bytes_a_step for c in once)
+    total = sum(c.bytes_per_step for c in once)
     return {
         "memory": memory._asdict()
         | {
@@ -94,7 +94,7 @@ def of_program(
             {"phase": p, "part": q, "bytes": n} for (p, q), n in program.by_origin(once).items()
         ],
         "bytes": total,
-        "overlapped_bytes": sum(c.bytes_a_step for c in once if c.overlapped),
+        "overlapped_bytes": sum(c.bytes_per_step for c in once if c.overlapped),
         "compile": {
             "lower_seconds": step.lower_seconds,
             "compile_seconds": step.compile_seconds,
@@ -104,11 +104,12 @@ def of_program(
 
 
 def by_kind(found: Iterable[program.Collective]) -> list[dict[str, Any]]:
-    """One row for every kind and set of mesh axes: how often it runs a step and the bytes that a device receives, most first."""
+    """One row for every kind and set of mesh axes: how often it runs per step and the bytes that a
+    device receives, most first."""
     rows: dict[Any, list[int]] = defaultdict(lambda: [0, 0])
     for c in found:
         rows[c.kind, c.axes][0] += c.times
-        rows[c.kind, c.axes][1] += c.bytes_a_step
+        rows[c.kind, c.axes][1] += c.bytes_per_step
     out = [
         {"kind": kind, "axes": list(axes), "times": n, "bytes": b}
         for (kind, axes), (n, b) in rows.items()
@@ -127,18 +128,18 @@ def text(r: dict[str, Any]) -> str:
     if e := r["exchange"]:
         rows = f"{e['exchanged_rows']} exchanged and {e['expert_rows']} computed rows"
         lines += [
-            ("dispatch", f"{gb(e['bytes'])} a layer for {rows} a round, whatever the routing;"),
+            ("dispatch", f"{gb(e['bytes'])} per layer for {rows} per round, whatever the routing;"),
             (
                 "",
                 f"a ragged exchange must be ready for {e['ragged_rows']} rows = {gb(e['ragged_bytes'])}",
             ),
         ]
     if p := r["pipeline"]:
-        pieces = plural(p["pieces_a_stage"], "piece")
+        virtual = plural(p["pieces_a_stage"], "virtual stage")
         lines.append(
             (
                 "pipeline",
-                f"{p['stages']} stages of {pieces}, idle {p['bubble_share']:.1%} of the time",
+                f"{p['stages']} stages of {virtual} each, idle {p['bubble_share']:.1%} of the time",
             )
         )
     if "missing" in r:
@@ -147,7 +148,10 @@ def text(r: dict[str, Any]) -> str:
         return _lines(lines)
     q = r["program"]
     c = q["compile"]
-    compiled = f"traced in {c['lower_seconds']:.0f} s, compiled in {c['compile_seconds']:.0f} s, {gb(c['peak_bytes'])} of memory"
+    compiled = (
+        f"traced in {c['lower_seconds']:.0f} s, compiled in {c['compile_seconds']:.0f} s, "
+        f"{gb(c['peak_bytes'])} of memory"
+    )
     lines += [
         *_memory_of_program(q["memory"], math.prod(r["mesh"].values()) > 1),
         *_communication(q),
@@ -163,16 +167,17 @@ def _model(r: dict[str, Any]) -> list[tuple[str, str]]:
     m, b = r["model"], r["batch"]
     mtp = f", and {human(m['mtp'])} in {plural(m['mtp_layers'], 'MTP layer')}" if m["mtp"] else ""
     return [
-        ("model", f"{human(m['total'])} parameters, {human(m['active'])} active a token{mtp}"),
+        ("model", f"{human(m['total'])} parameters, {human(m['active'])} active per token{mtp}"),
         (
             "",
-            f"{m['layers']} layers ({m['dense_layers']} dense), hidden {m['hidden_size']}, {m['experts']} experts, "
-            f"{m['experts_a_token']} a token, {m['shared_experts']} shared",
+            f"{m['layers']} layers ({m['dense_layers']} dense), hidden {m['hidden_size']}, "
+            f"{m['experts']} experts, {m['experts_a_token']} per token, {m['shared_experts']} shared",
         ),
         (
             "step",
-            f"{b['sequences']} x {b['sequence_length']} tokens in {plural(b['accumulation'], 'micro-batch')}, "
-            f"{r['strategy']}, dispatch {r['dispatch']}, {r['dtype']}, remat {r['remat']}",
+            f"{b['sequences']} x {b['sequence_length']} tokens in "
+            f"{plural(b['accumulation'], 'micro-batch')}, {r['strategy']}, dispatch "
+            f"{r['dispatch']}, {r['dtype']}, remat {r['remat']}",
         ),
     ]
 
@@ -182,8 +187,11 @@ def _mesh(r: dict[str, Any]) -> list[tuple[str, str]]:
 
     def place(axis: str, share: int) -> str:
         size = r["mesh"][axis]
-        some = f"{share} of {size} on a host, the rest between hosts"
-        return f"{axis}: {'inside a host' if share == size else 'between hosts' if share == 1 else some}"
+        if share == size:
+            return f"{axis}: inside a host"
+        if share == 1:
+            return f"{axis}: between hosts"
+        return f"{axis}: {share} of {size} on a host, the rest between hosts"
 
     return [
         ("devices", f"{d['count']} x {d['kind']}, {plural(d['hosts'], 'host')} of {d['a_host']}"),
@@ -199,11 +207,13 @@ def _memory_of_layout(r: dict[str, Any]) -> list[tuple[str, str]]:
     out = [
         (
             "layout",
-            f"a device stores {gb(stored['parameters'])} of parameters + {gb(stored['optimizer'])} of optimizer state{residual}",
+            f"a device stores {gb(stored['parameters'])} of parameters + "
+            f"{gb(stored['optimizer'])} of optimizer state{residual}",
         ),
         (
             "",
-            f"and sums {gb(stored['gradients'])} of gradients: {gb(state + stored['gradients'])}{of_memory(available)}",
+            f"and sums {gb(stored['gradients'])} of gradients: "
+            f"{gb(state + stored['gradients'])}{of_memory(available)}",
         ),
     ]
     if host := stored.get("host"):
@@ -218,13 +228,9 @@ def _memory_of_layout(r: dict[str, Any]) -> list[tuple[str, str]]:
 def _memory_of_program(m: dict[str, Any], several: bool) -> list[tuple[str, str]]:
     available = m["available"]
     too_much = m["total"] - available if available else 0
-    verdict = (
-        f": does not fit, {gb(too_much)} too much"
-        if too_much > 0
-        else ": fits"
-        if available
-        else ""
-    )
+    verdict = ": fits" if available else ""
+    if too_much > 0:
+        verdict = f": does not fit, {gb(too_much)} too much"
     out = [
         (
             "memory",
@@ -245,13 +251,13 @@ def _communication(q: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "communication",
-            f"a device receives {gb(q['bytes'])} a step; {beside:.0%} of it is scheduled beside computation",
+            f"a device receives {gb(q['bytes'])} per step, {beside:.0%} of it overlapped with computation",
         )
     ]
 
 
 def _kinds(q: dict[str, Any]) -> str:
-    """Bytes a step by kind and axes, and of a further dispatch round of every layer."""
+    """Bytes per step by kind and axes, and of a further dispatch round of every layer."""
     further = {(row["kind"], *row["axes"]): gb(row["bytes"]) for row in q["further_round"]}
     rows = [["kind", "axes", "times", "bytes", "a further round"]]
     for row in q["collectives"]:
@@ -264,7 +270,7 @@ def _kinds(q: dict[str, Any]) -> str:
 
 
 def _parts(q: dict[str, Any]) -> str:
-    """Bytes a step by part of the model and pass over it."""
+    """Bytes per step by part of the model and pass over it."""
     parts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(PHASES, 0))
     for row in q["by_origin"]:
         parts[row["part"]][row["phase"]] += row["bytes"]

@@ -1,6 +1,7 @@
-"""Machines that are not here: their devices to lay a mesh over, and their compiler.
+"""Compiling for machines that are not here: their devices, to lay a mesh over, and their compiler.
 
-JAX's CUDA plugin compiles for a GPU from its description alone (h200.txtpb): no GPU is needed, and nothing is executed.
+JAX's CUDA plugin compiles for a GPU from its description alone (h200.txtpb): no GPU is needed, and
+nothing is executed.
 """
 
 import contextlib
@@ -36,13 +37,15 @@ class Hardware(NamedTuple):
     description: str  # file of this package: what XLA's GPU compiler wants to know
 
 
-# An H200 reports 150.8e9 bytes. What is above the 141 GB of its data sheet is left to CUDA, NCCL's buffers and fragmentation.
+# An H200 reports 150.8e9 bytes. What is above the 141 GB of its data sheet is left to CUDA, NCCL's
+# buffers and fragmentation.
 HARDWARE = {"h200": Hardware("NVIDIA H200", 141_000_000_000, "h200.txtpb")}
 
-INSTALL = "pip install -e '.[gpu-aot]'"  # in a virtual environment of its own: JAX looks for a GPU wherever the plugin is
+# in a virtual environment of its own: JAX looks for a GPU wherever the plugin is
+INSTALL = "pip install -e '.[gpu-aot]'"
 
 
-class Step(NamedTuple):
+class PlannedStep(NamedTuple):
     """A compiled train step."""
 
     compiled: Any  # jax.stages.Compiled
@@ -81,7 +84,8 @@ def gpu_devices(hardware: Hardware, devices: int, gpus_per_host: int) -> list[An
       UserError: as `hosts_of`.
     """
     hosts = hosts_of(devices, gpus_per_host)
-    # XLA's warnings here are of GPUs that are missing, and of kernels that it can only choose where there is one.
+    # XLA's warnings here are of GPUs that are missing, and of kernels that it can only choose where
+    # there is one.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     text = pathlib.Path(__file__).with_name(hardware.description).read_text()
     shape = f"1x{hosts}x{devices // hosts}"  # slices, hosts of one, GPUs of one
@@ -120,8 +124,8 @@ def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layo
         raise UserError(
             re.sub(r"run with JAX_NUM_CPU_DEVICES=(\d+)", r"set --devices=\1", str(e))
         ) from e
-    # A sharding over devices that are not here forgets its memory kind; over the same mesh without devices it
-    # does not.
+    # A sharding over devices that are not here loses its memory kind; over a mesh without devices
+    # it keeps it.
     return mesh, make_layout(
         config, mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh
     )
@@ -141,11 +145,11 @@ def _is_elsewhere(mesh: jax.sharding.Mesh) -> bool:
 
 def compile_step(
     config: Config, mesh: jax.sharding.Mesh, layout: Layout, options: dict[str, Any] | None = None
-) -> Step:
+) -> PlannedStep:
     """Compiles the train step for the devices of a mesh.
 
     Args:
-      options: of XLA's compiler; None: those that train.py gives it for this config and these devices.
+      options: of XLA's compiler; None: those of train.py for this config and these devices.
 
     Raises:
       UserError: XLA refuses the program.
@@ -184,7 +188,7 @@ def compile_step(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
-    return Step(compiled, lowered_at - started, time.perf_counter() - lowered_at, peak)
+    return PlannedStep(compiled, lowered_at - started, time.perf_counter() - lowered_at, peak)
 
 
 def _say(text: str) -> None:
@@ -192,7 +196,8 @@ def _say(text: str) -> None:
 
 
 class CompiledElsewhere:
-    """As much of jax.stages.Compiled as the readers of a program need, of one that was lowered over a mesh without devices."""
+    """As much of jax.stages.Compiled as the readers of a program need, of one that was lowered over
+    a mesh without devices."""
 
     def __init__(self, lowered: Any, mesh: jax.sharding.Mesh, options: dict[str, Any]):
         self._executable = jax_private.compile_for(lowered, mesh.devices.reshape(-1), options)
@@ -204,8 +209,9 @@ class CompiledElsewhere:
         return self._executable.hlo_modules()[0].to_string()
 
 
-def devices_a_host(mesh: jax.sharding.Mesh, gpus_per_host: int) -> dict[str, int]:
-    """Of every axis longer than 1: how many consecutive devices along it share a host. All of them: it stays inside."""
+def devices_per_host(mesh: jax.sharding.Mesh, gpus_per_host: int) -> dict[str, int]:
+    """Of every axis longer than 1: how many consecutive devices along it share a host. All of them:
+    it stays inside."""
     ids = np.vectorize(lambda d: d.id)(mesh.devices)
     host = np.searchsorted(np.sort(ids, axis=None), ids) // gpus_per_host
     out = {}

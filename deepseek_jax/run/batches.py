@@ -50,7 +50,7 @@ class LoaderBatches:
         self._source = source
         self._mesh = mesh
         self._progress = Progress()
-        self._next: int | None = None  # the step that is read ahead
+        self._next = 0  # the step whose rows come next out of `_ahead`
         self._ahead: Generator[Rows, None, None] | None = None
 
     def begin(self, progress: Progress) -> None:
@@ -58,8 +58,9 @@ class LoaderBatches:
         self._progress = progress
 
     def batch(self, step: int) -> Batch:
-        if step != self._next:
-            self._read_ahead_from(step)
+        if self._ahead is None or step != self._next:
+            self.close()
+            self._ahead = self._read_ahead_from(step)
         self._next = step + 1
         return put_batch(next(self._ahead), self._config.micro_batch, self._mesh)
 
@@ -70,14 +71,12 @@ class LoaderBatches:
         if self._ahead is not None:
             self._ahead.close()
         self._ahead = None
-        self._next = None
 
-    def _read_ahead_from(self, step: int) -> None:
-        self.close()
+    def _read_ahead_from(self, step: int) -> Generator[Rows, None, None]:
         history = self._progress.history
         source = Skipping(self._source, self._progress.skipped)
 
         def read(step: int) -> Rows:
             return source.train_rows(history.first_row(step), history.count(step))
 
-        self._ahead = read_ahead(read, step, self._config.train.steps)
+        return read_ahead(read, step, self._config.train.steps)

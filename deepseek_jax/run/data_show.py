@@ -54,7 +54,7 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
             )
         ranges = rows_of(workdir, history, step)
     else:
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", rows)
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", rows or "")
         if not found or int(found[2] or found[1]) < int(found[1]):
             raise UserError(
                 f"--rows={rows} is not FIRST-LAST. Give two row numbers, for instance --rows=800-807."

@@ -85,8 +85,8 @@ def train(
         config = init_from.with_what_is_known(paths.absolute_config(config), workdir)
         validate(config)
         with Job(config, workdir, processes, stopper) as job:
-            mesh, _ = job.open()
             token_loss = pretrain.next_token_loss
+            mesh = job.open()
             model = make_layout(config, mesh)
             start = job.find_start(model)
             step = job.compile(make_train_step(config, model, token_loss), start)
@@ -95,7 +95,7 @@ def train(
 
 @contextlib.contextmanager
 def ending_together(processes: Processes) -> Iterator[None]:
-    """What ends one of the processes inside ends all: a mistake with one line, however many found it."""
+    """What ends one process inside ends all: a mistake with one line, however many found it."""
     environment.check()
     with (
         contextlib.closing(processes),
@@ -152,8 +152,8 @@ class Job:
         if self._processes.index == 0:
             print(text)
 
-    def open(self) -> tuple[jax.sharding.Mesh, Loader]:
-        """The devices as a mesh, and the data; the workdir is this run's from here on.
+    def open(self) -> jax.sharding.Mesh:
+        """Makes a mesh of the devices and opens the data; the workdir is this run's from here on.
 
         Everything that can be wrong is found out here, before anything is compiled.
 
@@ -183,7 +183,7 @@ class Job:
         self._stack.enter_context(contextlib.closing(self._checkpoints))
         # A failure from here on ends this process before the line above waits for others to save.
         self._stack.enter_context(self._processes.failures(BadNumbers, SaveFailed))
-        return self._mesh, self._data
+        return self._mesh
 
     def find_start(self, model: Layout) -> Start:
         """Where the state comes from (start.py). Says what is about to happen.

@@ -95,8 +95,9 @@ class Loop:
                 try:
                     return self._train(state, progress)
                 except BadNumbers as bad:
-                    state = None  # frees its memory before another one is read
-                    state, progress = self._roll_back(bad)
+                    # Frees the state, which the traceback holds too, before another one is read.
+                    del state
+                    state, progress = self._roll_back(bad.with_traceback(None))
         finally:
             self.batches.close()
             self.watchdog.close()

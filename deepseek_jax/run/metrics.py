@@ -1,6 +1,7 @@
 """The metrics of a run: one table of names, units and meanings, and the rows that are made by it.
 
-metrics.jsonl, TensorBoard, the terminal, the tests and reports read `METRICS`.
+metrics.jsonl, TensorBoard, the terminal, the tests and reports read `METRICS`. An objective may report
+further parts of its loss by names of its own.
 """
 
 import dataclasses
@@ -31,6 +32,12 @@ class Measured:
     @functools.cached_property
     def routing(self) -> dict[str, Any]:
         return routing(self.metrics.load, self.config.moe.drop)
+
+    def part(self, name: str) -> float | None:
+        """A named part of the loss; None where the objective does not report it."""
+        if name == "mtp_loss" and not self.config.model.num_nextn_predict_layers:
+            return None
+        return short(getattr(self.metrics.losses, name))
 
     @property
     def tflops_per_device(self) -> float:
@@ -66,6 +73,10 @@ class Metric:
     of: Callable[[Measured], Any] | None = None
 
 
+def _of_part(name: str) -> Callable[[Measured], Any]:
+    return lambda m: m.part(name)
+
+
 def _of_routing(name: str) -> Callable[[Measured], Any]:
     return lambda m: m.routing.get(name)
 
@@ -79,7 +90,7 @@ _TABLE = (
         over_steps="mean",
         contract=True,
         terminal="loss {:.4f}",
-        of=lambda m: short(m.metrics.losses.loss),
+        of=_of_part("loss"),
     ),
     Metric(
         "lm_loss",
@@ -87,7 +98,7 @@ _TABLE = (
         "mean cross-entropy of the next token, over scored tokens",
         over_steps="mean",
         contract=True,
-        of=lambda m: short(m.metrics.losses.lm_loss),
+        of=_of_part("lm_loss"),
     ),
     Metric(
         "mtp_loss",
@@ -95,9 +106,7 @@ _TABLE = (
         "mean cross-entropy of multi-token prediction, over its depths, without its weight",
         over_steps="mean",
         present="with multi-token prediction layers",
-        of=lambda m: (
-            short(m.metrics.losses.mtp_loss) if m.config.model.num_nextn_predict_layers else None
-        ),
+        of=_of_part("mtp_loss"),
     ),
     Metric(
         "balance_loss",
@@ -105,14 +114,14 @@ _TABLE = (
         "auxiliary loss of expert balance, without its weight",
         over_steps="mean",
         contract=True,
-        of=lambda m: short(m.metrics.losses.balance_loss),
+        of=_of_part("balance_loss"),
     ),
     Metric(
         "z_loss",
         "",
         "auxiliary loss of large router logits, without its weight",
         over_steps="mean",
-        of=lambda m: short(m.metrics.losses.z_loss),
+        of=_of_part("z_loss"),
     ),
     Metric(
         "lr",

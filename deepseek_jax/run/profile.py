@@ -8,7 +8,7 @@ instruction was made for.
 
 import glob
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -111,10 +111,11 @@ class Profiler:
             f"profile of steps {self._before + 1} to {done}: {self._folder} "
             f"(tensorboard --logdir, or ui.perfetto.dev)"
         )
+        program = self._step.last
+        assert program is not None, "no step has run"
         try:
-            return (
-                f"{table(read(self._folder, self._step.last.compiled.as_text(), steps))}\n{where}"
-            )
+            cost = read(self._folder, program.compiled.as_text(), steps)
+            return f"{table(cost)}\n{where}"
         except (OSError, ValueError) as e:  # no reason to stop training
             return f"{where}; the time of each part is not known ({e})"
 
@@ -146,7 +147,7 @@ def read(folder: str, text: str, steps: int) -> Cost:
     Raises:
       ValueError: there is no trace, or none of this program.
     """
-    seconds: Counter = Counter()
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
     events = instructions(folder, text)
     for e in events:
         seconds[e.part, e.phase] += e.seconds

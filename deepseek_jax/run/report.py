@@ -27,9 +27,9 @@ class Clock:
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
-        # Seconds per step and tokens per second of the first step: all that is known before the
-        # second.
-        self._first: tuple[float, float] | None = None
+        self._begun = False
+        # (seconds per step, tokens per second) of the first step: all that is known until the second.
+        self._first = (0.0, 0.0)
         self._steps = 0
         self._tokens = 0
         self._seconds = 0.0
@@ -41,7 +41,8 @@ class Clock:
         now = time.perf_counter()
         seconds = now - self._last
         self._last = now
-        if self._first is None:
+        if not self._begun:
+            self._begun = True
             self._first = (seconds, tokens / seconds)
             return
         self._steps += 1

@@ -1,6 +1,7 @@
 """What a run says before it starts and after it ends."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -19,7 +20,8 @@ from deepseek_jax.train.history import History
 from deepseek_jax.train.state import Layout
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Run:
     """What is about to happen.
 
     Attributes:
@@ -155,6 +157,7 @@ def _going_on(run: Run) -> Lines:
 def first_step(train_step: CompiledStep, seconds: float) -> str:
     """The line after the first step, `seconds` after the start."""
     program = train_step.last
+    assert program is not None, "no step has run"
     how = "read from the cache" if program.cached else "compiled"
     return f"first step after {seconds:.1f} s ({how} in {program.seconds:.1f} s)"
 

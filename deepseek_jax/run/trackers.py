@@ -19,9 +19,8 @@ import numpy as np
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.moe import Load
-from deepseek_jax.run.metrics import METRICS
 
-Row = Mapping[str, Any]  # names of METRICS to numbers, all of them finite, or lists
+Row = Mapping[str, Any]  # names (metrics.METRICS) to numbers, all of them finite, or lists
 
 
 class Tracker(Protocol):
@@ -76,7 +75,6 @@ class Trackers:
 
     def write(self, values: Row, load: Load | None = None) -> None:
         """Writes one row, without what is not finite; `load` as in `Tracker.write`."""
-        assert values.keys() <= METRICS.keys(), values.keys() - METRICS.keys()
         finite = {
             name: value
             for name, value in values.items()
@@ -114,38 +112,40 @@ class JsonLines:
         self._warning = warning
         self._fd: int | None = None
         with warning.about(path):
-            self._open()
+            self._fd = self._open()
 
     def write(self, row: Row, load: Load | None) -> None:
         with self._warning.about(self._path):
             if self._fd is None:  # the disk may have room by now
-                self._open()
-            self._append(json.dumps(row).encode() + b"\n")
+                self._fd = self._open()
+            _append(self._fd, json.dumps(row).encode() + b"\n")
 
     def rewind(self, step: int) -> None:
         self.close()
         self._step = step
         with self._warning.about(self._path):
-            self._open()
+            self._fd = self._open()
 
     def close(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
-    def _open(self) -> None:
+    def _open(self) -> int:
         if os.path.exists(self._path):
             _drop_rows_after(self._path, self._step)
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
-    def _append(self, line: bytes) -> None:
-        size = os.fstat(self._fd).st_size
-        try:
-            if (written := os.write(self._fd, line)) != len(line):
-                os.write(self._fd, line[written:])  # raises the reason
-        except OSError:
-            os.ftruncate(self._fd, size)  # the next row must not join a torn one
-            raise
+
+def _append(fd: int, line: bytes) -> None:
+    """The whole line or nothing: the next row must not join a torn one."""
+    size = os.fstat(fd).st_size
+    try:
+        if (written := os.write(fd, line)) != len(line):
+            os.write(fd, line[written:])  # raises the reason
+    except OSError:
+        os.ftruncate(fd, size)
+        raise
 
 
 def _drop_rows_after(path: str, step: int) -> None:
@@ -205,7 +205,7 @@ class TensorBoard:
         self._thread.start()
 
     def _work(self, first_step: int) -> None:
-        writer = None
+        writer: Any = None
         written = flushed = time.monotonic()
         while True:
             try:

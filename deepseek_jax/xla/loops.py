@@ -32,9 +32,8 @@ COMPARISON = {
 class Visit(NamedTuple):
     """One way from the entry to a computation."""
 
-    loops: tuple[
-        int | None, ...
-    ]  # trip counts of the loops around it, outermost first; None: not known before it runs
+    # trip counts of the loops around it, outermost first; None: not known before it runs
+    loops: tuple[int | None, ...]
     caller: tuple[str, Instruction] | None  # (computation, instruction) that calls it
     conditional: bool  # below a branch of a conditional, which may not be taken
 

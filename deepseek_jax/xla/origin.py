@@ -1,12 +1,14 @@
 """Where an instruction of a compiled step comes from: which pass over the model, and which part of it.
 
-The pass is in the operation's name, which JAX builds from the transformations (jvp, transpose, rematted_computation).
-The part is in that name too, where the model has named it by jax.named_scope. But a scope holds for all that is
-called inside it, and custom gradients drop scopes: what stands inside or around a named part is told by the Python
-calls that made the instruction. tests/plan/test_origin.py checks that every name below is one of the package's, and
+The pass is in the operation's name, which JAX builds from the transformations (jvp, transpose,
+rematted_computation). The part is in that name too, where the model has named it by
+jax.named_scope. But a scope holds for all that is called inside it, and custom gradients drop
+scopes: what stands inside or around a named part is told by the Python calls that made the
+instruction. tests/plan/test_origin.py checks that every name below is one of the package's, and
 that each is found in compiled steps.
 
-An instruction that the compiler made itself has neither: it takes those of the nearest instruction that it reads.
+An instruction that the compiler made itself has neither: it takes those of the nearest instruction
+that it reads.
 """
 
 import re
@@ -30,7 +32,8 @@ class Rule(NamedTuple):
         return f".{self.name}." in f".{function}." if self.name else True
 
 
-# Before the scopes: what is called inside a named part and is another. The innermost call that matches decides.
+# Before the scopes: what is called inside a named part and is another. The innermost call that
+# matches decides.
 INSIDE = (
     Rule("experts/dispatch.py", "", "dispatch"),  # tokens to experts and back, number of rounds
     Rule("experts/rounds.py", "", "dispatch"),
@@ -61,10 +64,12 @@ AROUND = (
     Rule("parallel/pipeline.py", "", "pipeline"),
     Rule("parallel/compression.py", "", "compression"),  # the sum of gradients over replicas
 )
-# For the time of parts, where a part is all that it computes: the model's own names, and "norm", which has none.
+# For the time of parts, where a part is all that it computes: the model's own names, and "norm",
+# which has none.
 SCOPES = (*NAMED, "norm")
 _SCOPE_OF = {"router": "route", "statistics": "route"}
-# What a decoder layer is made of; "layer": weights gathered ahead of it, of which the program does not say which.
+# What a decoder layer is made of; "layer": weights gathered ahead of it, of which the program does
+# not say which.
 LAYER_PARTS = ("dispatch", "experts", "statistics", "router", "attention", "mlp", "norm", "layer")
 
 

@@ -5,7 +5,7 @@ Bytes are those that one device receives from others (it sends as many), by the 
 kind needs in a group of n:
 
     all-gather        (n-1) x operand           the others' shards
-    reduce-scatter    (n-1)/n x operand         the others' summands of its own shard, or their partial sums on a ring
+    reduce-scatter    (n-1)/n x operand         the others' summands of its own shard
     all-reduce        2(n-1)/n x operand        a reduce-scatter and an all-gather
     all-to-all        (n-1)/n x operand         a device keeps its own part
     collective-permute  operand
@@ -56,14 +56,11 @@ class Collective:
     operand_bytes: int  # put in each time
     group: int  # devices that take part with this one, itself included
     axes: tuple[str, ...]  # mesh axes along which they lie; "?" in it: not whole axes
-    loops: tuple[
-        int | None, ...
-    ]  # trip counts of the loops around it, outermost first; None: a loop of unknown length
-    times: int  # a step, if every branch is taken; a loop of unknown length counts as one round
+    loops: tuple[int | None, ...]  # trip counts around it, outermost first; None: unknown
+    times: int  # per step, if every branch is taken; a loop of unknown length counts as one round
     conditional: bool  # in a branch, which may not be taken
-    shares: tuple[
-        tuple[str, str, float], ...
-    ]  # (phase, part, share of the bytes), most first; the compiler combines collectives
+    # (phase, part, share of the bytes), most first: the compiler combines collectives
+    shares: tuple[tuple[str, str, float], ...]
     asynchronous: bool  # has a start and an end of its own
     overlapped: int  # operations of WORK that the schedule puts between them
 
@@ -74,7 +71,7 @@ class Collective:
 
     @property
     def part(self) -> str:
-        """Of the model, a name of origin.PARTS or other: of most of its bytes."""
+        """Of the model, a part of origin.py or other: of most of its bytes."""
         return self.shares[0][1]
 
     @property
@@ -83,8 +80,8 @@ class Collective:
         return None in self.loops
 
     @property
-    def bytes_a_step(self) -> int:
-        """Bytes received in a step, or in one further round of every layer."""
+    def bytes_per_step(self) -> int:
+        """Bytes received per step, or in one further round of every layer."""
         return self.bytes * self.times
 
 
@@ -123,7 +120,7 @@ def host_memory(compiled: Any) -> int:
 
 
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """All collectives of a compiled program, but for those of a device with itself.
+    """All collectives of a compiled program, except those of a device with itself.
 
     Args:
       text: `compiled.as_text()`.
@@ -139,19 +136,20 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
 
 
 def by(found: Iterable[Collective], key: Callable[[Collective], Any]) -> dict[Any, int]:
-    """Bytes a step, summed by a key, most first."""
+    """Bytes per step, summed by a key, most first."""
     total: Counter = Counter()
     for c in found:
-        total[key(c)] += c.bytes_a_step
+        total[key(c)] += c.bytes_per_step
     return dict(total.most_common())
 
 
 def by_origin(found: Iterable[Collective]) -> dict[tuple[str, str], int]:
-    """Bytes a step by (phase, part), most first; a combined collective is divided among those that it serves."""
+    """Bytes per step by (phase, part), most first; a combined collective is divided among those
+    that it serves."""
     total: Counter = Counter()
     for c in found:
         for phase, part, share in c.shares:
-            total[phase, part] += share * c.bytes_a_step
+            total[phase, part] += share * c.bytes_per_step
     return {k: round(n) for k, n in total.most_common()}
 
 
@@ -194,9 +192,8 @@ def _collective(
     here = module.computations[computation]
     operand = sum(here[name].bytes for name in instruction.operands if name in here)
     if kind == "ragged-all-to-all" and instruction.operands:
-        operand = here[
-            instruction.operands[0]
-        ].bytes  # the rest are its output buffer, offsets and sizes
+        # The other operands are its output buffer, offsets and sizes.
+        operand = here[instruction.operands[0]].bytes
     group, axes = (
         replica_groups.pairs(instruction, mesh_shape)
         if kind == "collective-permute"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 
-from deepseek_jax.cluster.wire import free_port
+from deepseek_jax.cluster.ports import free_port
 from tests.support import ROOT
 
 REPOSITORY = ROOT

@@ -1,4 +1,5 @@
-"""Finding the cluster, agreeing in it, and who gets which GPU: everything about several processes that needs no training."""
+"""Finding the cluster, agreeing in it, and who gets which GPU: everything about several processes
+that needs no training."""
 
 import contextlib
 import os
@@ -15,7 +16,8 @@ from deepseek_jax.cluster import agreement, discovery, gpus, processes, wire
 from deepseek_jax.cluster.agreement import Agreement, NoAnswer, difference, other_mistakes
 from deepseek_jax.cluster.discovery import Membership, find
 from deepseek_jax.cluster.gpus import Claim, divide, shares, visible_gpus
-from deepseek_jax.cluster.wire import TOKEN, free_port, job_token, listen
+from deepseek_jax.cluster.ports import free_port, listen
+from deepseek_jax.cluster.wire import TOKEN, job_token
 from deepseek_jax.errors import UserError
 from tests import support
 from tests.support.strangers import visit
@@ -349,7 +351,8 @@ def test_agreement_without_some(monkeypatch):
 
 
 def test_another_token(monkeypatch):
-    """A process with another token is refused, soon, and is not counted; process 0 can say where it came from."""
+    """A process with another token is refused, soon, and is not counted; process 0 can say where it
+    came from."""
     monkeypatch.setattr(agreement, "PATIENCE", 1.0)
     first_process: list[Agreement] = []
 
@@ -470,8 +473,24 @@ def test_a_process_that_does_not_come(tmp_path):
         assert text in err[0]
 
 
+@pytest.mark.slow
+def test_a_process_with_another_token_is_told_so(tmp_path, monkeypatch):
+    """Both end, each with a line; the one that is refused need not wait for the other."""
+    tokens = tmp_path / "sitecustomize.py"
+    tokens.write_text(
+        "import os, sys\nif '--process_id=1' in sys.argv:\n    os.environ['DEEPSEEK_JAX_TOKEN'] = 'b'\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", f"{tmp_path}{os.pathsep}{ROOT}")
+    codes, out, err = agree(tmp_path, "10", "10", timeout=15)
+    assert codes == [2, 2] and not out and len(err) == 2
+    absent, refused = sorted(err)
+    assert "1 of 2 processes did not come" in absent and "were refused, from 127.0.0.1." in absent
+    assert "is not of the same job" in refused and "DEEPSEEK_JAX_TOKEN" in refused
+
+
 def test_a_crash_does_not_wait_for_others(monkeypatch, capsys):
-    """JAX's exit handler would wait for the other processes, who wait in a collective. A lost process, if there is one, is said in its place."""
+    """JAX's exit handler would wait for the other processes, who wait in a collective. A lost
+    process, if there is one, is said in its place."""
     alone, told = processes.Cluster(None, 1, "program"), []
     with pytest.raises(ZeroDivisionError), alone.failures():
         raise ZeroDivisionError("alone")

@@ -1,4 +1,5 @@
-"""The watch over several processes, here threads of one: who is lost, who hangs, and the step that all stop after; restarts, signals."""
+"""The watch over several processes, here threads of one: who is lost, who hangs, and the step that
+all stop after; restarts, signals."""
 
 import signal
 import socket
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from deepseek_jax.cluster import monitor as monitors
-from deepseek_jax.cluster import wire
+from deepseek_jax.cluster import ports, wire
 from deepseek_jax.cluster.monitor import End, Monitor
 from deepseek_jax.errors import ExitCode
 from deepseek_jax.launch.restarts import Restarts, first_failed
@@ -90,7 +91,8 @@ def test_process_0_is_lost(together):
 
 
 def test_silence_is_a_lost_process(together, monkeypatch):
-    """Process 1 sends nothing any more; the others' stacks are asked for. Process 2, which is done, is not missed."""
+    """Process 1 sends nothing any more; the others' stacks are asked for. Process 2, which is done,
+    is not missed."""
     monkeypatch.setattr(
         wire.Connection,
         "send",
@@ -150,7 +152,8 @@ def test_a_mistake_in_process_0_is_not_a_loss(together):
 
 @pytest.mark.parametrize("asked", [0, 1, 3])
 def test_all_stop_after_the_same_step(together, asked):
-    """Threads that step at their own pace, at most two apart, as processes do whose device programs wait for each other."""
+    """Threads that step at their own pace, at most two apart, as processes do whose device programs
+    wait for each other."""
     ms = together(4)
     steps, stopped, turn = [0] * 4, [None] * 4, threading.Condition()
 
@@ -230,8 +233,23 @@ def test_a_message_that_is_too_long(together, monkeypatch):
     assert ms[0].ended.wait(30) and ms[0].info.process == 1
 
 
+def test_dropped_in_the_turn_in_which_they_speak(monkeypatch):
+    """Process 0 reads of several at once: one that makes room for another is not read any more."""
+    monkeypatch.setattr(wire, "SPARE_CONNECTIONS", 0)
+    hub = wire.Hub(ports.listen("127.0.0.1", 0), TOKEN, 1)
+    first = socket.create_connection(("127.0.0.1", hub.port))
+    assert hub.wait(10) == [] and len(hub._greeting) == 1
+    second = socket.create_connection(("127.0.0.1", hub.port))
+    first.sendall(b"1\n")
+    time.sleep(0.2)
+    for _ in range(3):
+        assert hub.wait(0.1) == []
+    for end in (first, second, hub):
+        end.close()
+
+
 def test_many_silent_strangers(together, monkeypatch):
-    """They are dropped, the oldest first, before they use up the files of process 0, and all after a while."""
+    """They are dropped, the oldest first, before they use up process 0's files, and all after a while."""
     monkeypatch.setattr(wire, "SPARE_CONNECTIONS", 3)
     monkeypatch.setattr(wire, "GREETING_TIMEOUT", 1.0)
     ms = together(2, 1.0)  # a beat every 0.1 s
@@ -335,7 +353,9 @@ def test_a_signal_before_the_first_step(number):
 def test_a_signal_in_training_and_a_second_one():
     program = (
         STOPPER
-        + "s.after(1); print('ready', flush=True)\nwhile s.after(2) is None: time.sleep(0.01)\nprint(s.after(3), flush=True)\n"
+        + "s.after(1); print('ready', flush=True)\n"
+        + "while s.after(2) is None: time.sleep(0.01)\n"
+        + "print(s.after(3), flush=True)\n"
     )
     once = signalled(program, signal.SIGTERM)
     assert (once.returncode, once.stdout, once.stderr) == (0, "15\n", "")
@@ -352,7 +372,9 @@ def test_only_int_and_term_end_at_once():
     SIGHUP (nohup) is none at all."""
     program = (
         STOPPER
-        + "s.after(1); print('ready', flush=True)\nwhile s.after(2) is None: time.sleep(0.01)\ntime.sleep(1.5); print(s.after(3))\n"
+        + "s.after(1); print('ready', flush=True)\n"
+        + "while s.after(2) is None: time.sleep(0.01)\n"
+        + "time.sleep(1.5); print(s.after(3))\n"
     )
     asked = (
         signal.SIGUSR1,

@@ -27,11 +27,15 @@ CHATML = """{%- if tools %}
     {%- endif %}
     {%- if loop.first and message.role != 'system' %}{{ bos_token }}{% endif %}
     {{- '<|im_start|>' + message['role'] + '\\n' }}
-    {%- if message.reasoning_content is defined and loop.index0 > ns.last %}<think>{{ message.reasoning_content }}</think>{% endif %}
+    {%- if message.reasoning_content is defined and loop.index0 > ns.last %}<think>{{
+        message.reasoning_content }}</think>{% endif %}
     {%- if message.tool_calls is defined %}
-        {%- for call in message.tool_calls %}{{ call.function.arguments | tojson(indent=1) }}{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}
+        {%- for call in message.tool_calls %}{{
+            call.function.arguments | tojson(indent=1) }}{% if loop.index > 1 %}{%
+            break %}{% endif %}{% endfor %}
     {%- endif %}
-    {%- if message.content is defined %}{% generation %}{{ message.content.strip() }}{% endgeneration %}{% endif %}
+    {%- if message.content is defined %}{% generation %}{{
+        message.content.strip() }}{% endgeneration %}{% endif %}
     {{- '<|im_end|>' }}
 {% endfor %}
 {%- if add_generation_prompt %}
@@ -75,7 +79,8 @@ TOOLS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A byte-level BPE with special tokens that puts bos in front of a text, truncating and padding as somebody left it."""
+    """A byte-level BPE with special tokens that puts bos in front of a text, truncating and padding
+    as somebody left it."""
     out = tmp_path_factory.mktemp("tokenizer")
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer, inner.decoder = (
@@ -242,9 +247,12 @@ def test_continue_final_message(template, chat, folder):
 
 def test_parts_documents_and_templates_by_text(folder):
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), hf.Chat(str(folder))
-    rendered = lambda chat, **options: theirs.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=True, **options
-    )
+
+    def rendered(chat, **options):
+        return theirs.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, **options
+        )
+
     parts, one = [{"role": "user", "content": TWO}], [{"role": "user", "content": "I\n say"}]
     assert ours.render(parts, chat_template=PARTS) == rendered(parts, chat_template=PARTS)
     silent = "{% if messages[0].content is string %}{{ messages[0].content }}{% endif %}"

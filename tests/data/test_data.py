@@ -1,4 +1,5 @@
-"""The data layer against plain loops: packing, order, held-out split, sources, tokenizers and every error message."""
+"""The data layer against plain loops: packing, order, held-out split, sources, tokenizers and every
+error message."""
 
 import dataclasses
 import json
@@ -41,7 +42,7 @@ def make_loader(config):
 
 
 def random_corpus(seed=0, documents=40, longest=30):
-    """Documents of 1 to `longest` tokens, as (Corpus, list of arrays); every token but the eos is different."""
+    """Documents of 1 to `longest` tokens, as (Corpus, list of arrays); no token but eos comes twice."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest, documents)
     out, next_id = [], 1000
@@ -99,16 +100,15 @@ def plain_rows(docs, order, length, mask, pad_last):
         segment, position, previous = 0, 0, None
         for p in range(start, start + length):
             if p >= len(stream):
-                for k, v in zip(row, (0, IGNORE, 0, 0)):
+                for k, v in zip(row, (0, IGNORE, 0, 0), strict=True):
                     row[k].append(v)
                 continue
             token, d = stream[p]
             if previous is None or (mask and d != previous):
                 segment, position = segment + 1, 0
             has_next = p + 1 < len(stream) and (not mask or stream[p + 1][1] == d)
-            for k, v in zip(
-                row, (token, stream[p + 1][0] if has_next else IGNORE, segment, position)
-            ):
+            target = stream[p + 1][0] if has_next else IGNORE
+            for k, v in zip(row, (token, target, segment, position), strict=True):
                 row[k].append(v)
             position, previous = position + 1, d
         rows.append(row)
@@ -241,7 +241,8 @@ def test_order_is_pure_and_any_requests_see_the_same_rows(tmp_path):
     assert whole["tokens"].shape == (n, 8)
     cuts = sorted(np.random.default_rng(0).integers(0, n, 9).tolist())
     parts = {
-        b: other.train_rows(a, b - a) for a, b in reversed(list(zip([0, *cuts], [*cuts, n])))
+        b: other.train_rows(a, b - a)
+        for a, b in reversed(list(zip([0, *cuts], [*cuts, n], strict=True)))
     }  # backwards: no state
     equal_rows(whole, {k: np.concatenate([parts[b][k] for b in [*cuts, n]]) for k in whole})
     assert (
@@ -260,7 +261,9 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
     # All of the training stream but its last partial row, once.
     corpus = open_corpora(make_config(tmp_path), load_tokenizer("bytes"))[0]
     train = split(corpus, 0.01)[0]
-    tokens = np.concatenate([corpus.tokens[a : a + b] for a, b in zip(train.starts, train.lengths)])
+    tokens = np.concatenate(
+        [corpus.tokens[a : a + b] for a, b in zip(train.starts, train.lengths, strict=True)]
+    )
     missing = np.bincount(tokens, minlength=257) - np.bincount(np.ravel(epochs[0]), minlength=257)
     assert missing.min() >= 0 and missing.sum() == len(tokens) - 8 * n <= 8
 
@@ -366,7 +369,7 @@ def decoded(config):
     """The documents of all sources as strings, checking that each ends with eos."""
     tokenizer, out = load_tokenizer("bytes"), []
     for corpus in open_corpora(config, tokenizer):
-        for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:]):
+        for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True):
             ids = corpus.tokens[int(a) : int(b)]
             assert ids[-1] == EOS and (ids[:-1] != EOS).all()
             out.append(tokenizer.decode(ids))
@@ -457,7 +460,8 @@ def test_npy_files_stay_memory_maps_and_are_cut_at_eos(tmp_path, monkeypatch, dt
             current = []
     docs.append(current)
     assert [
-        corpus.tokens[a:b].tolist() for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:])
+        corpus.tokens[a:b].tolist()
+        for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)
     ] == docs
     loader = make_loader(make_config(tmp_path / "x.npy", eos_token_id=eos))
     assert loader.train_rows(0, 3)["tokens"].dtype == np.int32
@@ -501,7 +505,7 @@ def test_byte_level_bpe(bpe_path):
     # The text of a special token is text; the token itself stands for no text.
     assert t.eos_id not in ids and t.token_bytes[t.eos_id] == 0
     assert t.decode([t.eos_id, *ids, -5, 10**6, t.eos_id]) == TEXT
-    for a, b in zip(t.encode_batch([TEXT, "", "x"]), [TEXT, "", "x"]):
+    for a, b in zip(t.encode_batch([TEXT, "", "x"]), [TEXT, "", "x"], strict=True):
         np.testing.assert_array_equal(a, t.encode(b))
     assert t.decode(t.encode("a\ud800b")) == "a\ufffdb"
 

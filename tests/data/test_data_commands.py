@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config.options import Config, DataConfig, ModelConfig, TrainConfig
-from deepseek_jax.data import formats, tokenfile
+from deepseek_jax.data import formats, token_writer, tokenfile
 from deepseek_jax.data.__main__ import main
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.sources import open_corpora
@@ -110,7 +110,9 @@ def test_round_trip(folder, tmp_path, name, dtype, tokenizer):
     assert isinstance(corpus.tokens, np.memmap) and corpus.tokens.dtype == (
         "uint16" if dtype == "auto" else dtype
     )
-    docs = [corpus.tokens[a:b] for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:])]
+    docs = [
+        corpus.tokens[a:b] for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)
+    ]
     assert [t.decode(d) for d in docs] == TEXTS and all(d[-1] == t.eos_id for d in docs)
     side = json.loads((tmp_path / "c.json").read_text())
     assert (side["tokenizer"], side["eos_id"], side["vocab_size"]) == (
@@ -124,10 +126,11 @@ def test_round_trip(folder, tmp_path, name, dtype, tokenizer):
         corpus.tokens.max(),
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "c.json", "c.offsets"])
+
     # The loader gives the same rows from the text and from the file, with its sidecar or without.
-    rows_of = lambda path: Loader(config_for(path, spec, bin_dtype=side["dtype"]), t).train_rows(
-        0, 50
-    )
+    def rows_of(path):
+        return Loader(config_for(path, spec, bin_dtype=side["dtype"]), t).train_rows(0, 50)
+
     read = [rows_of(folder / "texts.jsonl"), rows_of(tmp_path / name)]
     (tmp_path / "c.json").unlink()
     read.append(rows_of(tmp_path / name))
@@ -208,9 +211,9 @@ def test_a_torn_file_never_looks_finished(folder, tmp_path, monkeypatch, where):
             "replace",
             lambda a, b: die() if count.append(0) or len(count) > 3 else replace(a, b),
         )
-        monkeypatch.setattr(tokenfile.TokenWriter, "__exit__", lambda *_: None)
+        monkeypatch.setattr(token_writer.TokenWriter, "__exit__", lambda *_: None)
     else:
-        monkeypatch.setattr(tokenfile.TokenWriter, where, die)
+        monkeypatch.setattr(token_writer.TokenWriter, where, die)
     with pytest.raises(Killed):
         tokenize(folder, tmp_path / "c.npy", None)
     if where == "rename":
@@ -223,7 +226,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tokenfile.TokenWriter, "write", full)
+    monkeypatch.setattr(token_writer.TokenWriter, "write", full)
     assert tokenize(folder, tmp_path / "c.npy", "bytes") == 2
     assert "No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
@@ -375,9 +378,12 @@ def test_sidecar_errors(folder, tmp_path, change, wanted):
 
 def test_the_program_itself():
     """Help and an error, as a user sees them."""
-    run = lambda *args: subprocess.run(
-        [sys.executable, "-m", "deepseek_jax.data", *args], capture_output=True, text=True
-    )
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, "-m", "deepseek_jax.data", *args], capture_output=True, text=True
+        )
+
     shown = run("tokenize", "--help")
     assert shown.returncode == 0 and all(
         o in shown.stdout for o in ("--path", "--tokenizer", "--out", "--dtype", "example:")

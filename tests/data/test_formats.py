@@ -27,8 +27,8 @@ from deepseek_jax.config.options import (
 from deepseek_jax.config.validation import validate
 from deepseek_jax.data import formats
 from deepseek_jax.data.__main__ import main
-from deepseek_jax.data.documents import Notes, find_files
-from deepseek_jax.data.formats import read
+from deepseek_jax.data.documents import DataNotes, find_files
+from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.sources import open_corpora
 from deepseek_jax.data.tokenizer import load_tokenizer
@@ -59,7 +59,7 @@ def documents(path, notes=None):
     return [
         tokenizer.decode(c.tokens[int(a) : int(b)])
         for c in corpora
-        for a, b in zip(c.offsets[:-1], c.offsets[1:])
+        for a, b in zip(c.offsets[:-1], c.offsets[1:], strict=True)
     ]
 
 
@@ -111,7 +111,7 @@ def test_compressed(ending, tmp_path):
     expected = [*PRESENT, *PRESENT, PRESENT[2] * 1000, "text"]
     assert documents(tmp_path) == expected == documents(f"{tmp_path}/*{ending}")
     (file,) = find_files(str(tmp_path / f"c.txt{ending}"), "config.data.path")
-    assert sum(p.read for p in read(file, "", "")) == file.size
+    assert sum(p.read for p in read_text(file, "", "")) == file.size
     (tmp_path / f"a.jsonl{ending}").write_bytes(pack(b"{" + random.Random(0).randbytes(9999))[:-9])
     with pytest.raises(
         UserError, match=rf"a.jsonl\{ending} (cannot be unpacked|line 1)|line 1 of .*a.jsonl"
@@ -153,7 +153,7 @@ def test_text_that_is_not_unicode_is_cleaned_the_same_in_every_format(tmp_path):
     pq.write_table(pa.table({"text": strings}), tmp_path / "c.parquet")
     with pa.ipc.new_stream(str(tmp_path / "d.arrow"), pa.schema({"text": pa.string()})) as f:
         f.write_table(pa.table({"text": strings}))
-    notes = Notes()
+    notes = DataNotes()
     assert documents(tmp_path, notes) == wanted * 4
     assert notes.lines() == [
         "8 documents held bytes or characters that are not Unicode text: U+FFFD stands "
@@ -180,7 +180,7 @@ def test_what_a_folder_holds_beside_text_is_said(tmp_path, capsys):
         ("tokens.npy", b"x"),
     ):
         (tmp_path / name).write_bytes(data)
-    notes = Notes()
+    notes = DataNotes()
     assert documents(tmp_path, notes) == ["text"]
     (line,) = notes.lines()
     for part in (
@@ -399,7 +399,7 @@ def test_special_tokens_in_text(tmp_path, capsys):
         )
         return [
             corpus.tokens[int(a) : int(b)].tolist()
-            for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:])
+            for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)
         ]
 
     assert held(tmp_path / "chats.jsonl") == expected

@@ -343,7 +343,7 @@ def test_bytes_of_held_out_text(tmp_path):
     documents = split(*open_corpora(run, tokenizer), 0.5)[1]
     texts = [
         tokenizer.decode(documents.tokens[a : a + n])
-        for a, n in zip(documents.starts, documents.lengths)
+        for a, n in zip(documents.starts, documents.lengths, strict=True)
     ]
     first = [tokenizer.decode(documents.tokens[a : a + 1]) for a in documents.starts]
     assert result["documents"] == len(texts) > 5 and result["bytes"] == sum(

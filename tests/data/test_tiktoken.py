@@ -1,6 +1,7 @@
 """tiktoken.model against BPE by ranks written out here, and pieces by another regular expression engine."""
 
 import base64
+import itertools
 import json
 import random
 import shutil
@@ -51,7 +52,7 @@ def theirs(ranks, text):
         while True:
             pairs = [
                 (ranks[a + b], i)
-                for i, (a, b) in enumerate(zip(parts, parts[1:]))
+                for i, (a, b) in enumerate(itertools.pairwise(parts))
                 if a + b in ranks
             ]
             if not pairs:
@@ -79,7 +80,7 @@ def made(tmp_path_factory):
             vocab_size=900, show_progress=False, initial_alphabet=pre.ByteLevel.alphabet()
         ),
     )
-    byte_of = dict(zip(bytes_to_unicode(), range(256)))
+    byte_of = dict(zip(bytes_to_unicode(), range(256), strict=True))
     ranks = {bytes(byte_of[c] for c in token): i for token, i in inner.get_vocab().items()}
     ranks[b"never joined"] = len(
         ranks
@@ -89,14 +90,17 @@ def made(tmp_path_factory):
             base64.b64encode(t) + b" %d\n" % i for t, i in sorted(ranks.items(), key=lambda p: p[1])
         )
     )
-    special = lambda text, shown=False: {
-        "content": text,
-        "special": not shown,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "single_word": False,
-    }
+
+    def special(text, shown=False):
+        return {
+            "content": text,
+            "special": not shown,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "single_word": False,
+        }
+
     n = len(ranks)
     added = {
         n: special("[BOS]"),
@@ -107,7 +111,8 @@ def made(tmp_path_factory):
         n + 5: special("<|tool_call_begin|>", shown=True),
         n + 255: special("[PAD]"),
     }
-    template = "{% for m in messages %}<|im_{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}<|im_assistant|>"
+    template = "{% for m in messages %}<|im_{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}"
+    template += "<|im_assistant|>"
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
             {

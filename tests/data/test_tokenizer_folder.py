@@ -155,7 +155,10 @@ def test_special_tokens_that_no_file_gives_an_id(tmp_path):
         theirs.eos_token_id
     }
     assert load_tokenizer(folder).vocab_size == 282  # training knows only ids that a file gives
-    fits = lambda size: opener.encoder_of(folder, "", None, size, "M").vocab_size
+
+    def fits(size):
+        return opener.encoder_of(folder, "", None, size, "M").vocab_size
+
     assert fits(285) == 285
     with pytest.raises(
         UserError,

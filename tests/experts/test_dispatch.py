@@ -1,11 +1,15 @@
-"""How tokens meet experts: every method against a plain loop over tokens in NumPy float64, and what it counts and sends.
+"""How tokens meet experts: every method against a plain loop over tokens in NumPy float64, and what
+it counts and sends.
 
-Shape letters: deepseek_jax/experts/rounds.py; B all tokens of the mesh, W the devices of data x fsdp x expert.
+Shape letters: deepseek_jax/experts/rounds.py; B all tokens of the mesh, W the devices of data x
+fsdp x expert.
 
-Tolerances, relative to an array's scale: float32 1e-5, as the design states (measured: below 1e-6). bfloat16 rounds a number to
-2^-9 of itself. About 8 such roundings lie between tokens and result (gate, up, their product, the expert's and the token's
-output, or their gradients), and one more for each device whose part is added in bfloat16; (8 + devices) 2^-9, 0.02 to 0.03,
-assumes that all of them go the same way (measured: below 0.008). A missing or doubled assignment is an error of a tenth or more.
+Tolerances, relative to an array's scale: float32 1e-5, as the design states (measured: below 1e-6).
+bfloat16 rounds a number to 2^-9 of itself. About 8 such roundings lie between tokens and result
+(gate, up, their product, the expert's and the token's output, or their gradients), and one more for
+each device whose part is added in bfloat16; (8 + devices) 2^-9, 0.02 to 0.03, assumes that all of
+them go the same way (measured: below 0.008). A missing or doubled assignment is an error of a tenth
+or more.
 """
 
 import dataclasses
@@ -49,7 +53,7 @@ class Shape:
     k: int = 2
     d: int = 5
     f: int = 4
-    capacity: float = 1.25
+    capacity_factor: float = 1.25
     dtype: str = "float32"
     policy: str = ""  # of dropping; empty: none
     data: int = 1
@@ -57,7 +61,8 @@ class Shape:
     expert: int = 1
     tensor: int = 1
     stage: int = 1
-    blocks: bool = True  # where expert is 1: the experts' rows in blocks, as on CPUs, or in the slots of rounds, as on GPUs
+    # where expert is 1: the experts' rows in blocks, as on CPUs, or in rounds, as on GPUs
+    blocks: bool = True
 
     @property
     def devices(self) -> int:
@@ -70,31 +75,29 @@ class Shape:
         return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
     @property
-    def slots(self) -> int:
-        return dispatch.expert_capacity(self.tokens, self.k, self.experts, self.capacity)
+    def capacity(self) -> int:
+        return dispatch.expert_capacity(self.tokens, self.k, self.experts, self.capacity_factor)
 
 
-# ------------------------------------------------------------------------------------------------------------ the plain loop
-
-
+# --- the plain loop ---
 def keep(shape: Shape, expert_BK, weight_BK):
     """expert_BK with `experts` for what is dropped: device by device, expert by expert."""
     expert_BK = expert_BK.copy()
     for device in range(shape.devices if shape.policy else 0):
         mine = range(device * shape.tokens, (device + 1) * shape.tokens)
         for e in range(shape.experts):
-            places = [(t, k) for t in mine for k in range(shape.k) if expert_BK[t, k] == e]
+            assigned = [(t, k) for t in mine for k in range(shape.k) if expert_BK[t, k] == e]
             if shape.policy != "position":
-                places.sort(
-                    key=lambda place: -weight_BK[place]
-                )  # a stable sort: the earlier of equal ones
-            for place in places[shape.slots :]:
-                expert_BK[place] = shape.experts
+                # A stable sort: of equal weights the earlier is kept.
+                assigned.sort(key=lambda token_and_choice: -weight_BK[token_and_choice])
+            for token_and_choice in assigned[shape.capacity :]:
+                expert_BK[token_and_choice] = shape.experts
     return expert_BK
 
 
 def loop(shape: Shape, x_BD, weight_BK, expert_BK, gate_up, down, c_BD):
-    """(y, and the gradients of sum(y * c) for x, weight, gate_up and down), one token and choice at a time."""
+    """(y, and the gradients of sum(y * c) for x, weight, gate_up and down), one token and choice at
+    a time."""
     x_BD, weight_BK, gate_up, down, c_BD = (
         np.asarray(a, np.float64) for a in (x_BD, weight_BK, gate_up, down, c_BD)
     )
@@ -137,22 +140,22 @@ def count(shape: Shape, chosen_BK, kept_BK) -> Load:
             received[there] += 1
             left += there != device
     if shape.method == "all_gather":
-        slots = dispatch.expert_capacity(
-            shape.tokens * shape.expert, shape.k, shape.experts, shape.capacity
+        capacity = dispatch.expert_capacity(
+            shape.tokens * shape.expert, shape.k, shape.experts, shape.capacity_factor
         )
         fullest = kept.reshape(-1, shape.expert, shape.experts).sum(axis=1).max()
     else:
-        slots, fullest = shape.slots, kept.max()
-    rounds = int(kept.any()) if shape.expert == 1 and shape.blocks else math.ceil(fullest / slots)
+        capacity, fullest = shape.capacity, kept.max()
+    rounds = (
+        int(kept.any()) if shape.expert == 1 and shape.blocks else math.ceil(fullest / capacity)
+    )
     dropped = chosen - kept
     return Load(
         chosen.sum(axis=0), rounds, dropped.sum(axis=0), received, dropped.sum(axis=1), left
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- ours
-
-
+# --- ours ---
 def specs(shape: Shape):
     batch = P(BATCH_AXES)
     return batch, batch, batch, P("expert", None, None, "tensor"), P("expert", "tensor")
@@ -163,7 +166,7 @@ def of_device(shape: Shape):
 
     def f(x, weight, chosen, gate_up, down):
         kept = (
-            dispatch.drop(chosen, weight, shape.experts, shape.slots, shape.policy)
+            dispatch.drop(chosen, weight, shape.experts, shape.capacity, shape.policy)
             if shape.policy
             else chosen
         )
@@ -172,7 +175,7 @@ def of_device(shape: Shape):
         with mock.patch.object(dispatch, "on_cpu", lambda: shape.blocks):
             tokens = dispatch.Tokens(x, weight, kept)
             weights = dispatch.ExpertWeights(gate_up, down)
-            y, rounds = dispatch.dispatch(shape.method, tokens, weights, shape.capacity)
+            y, rounds = dispatch.dispatch(shape.method, tokens, weights, shape.capacity_factor)
         counts = (jnp.bincount(a.reshape(-1), length=shape.experts) for a in (chosen, kept))
         return lax.psum(y, "tensor"), load_of(*counts, rounds)
 
@@ -197,13 +200,17 @@ def compiled(shape: Shape):
 
 
 def numbers(shape: Shape, seed: int):
-    """x, weight, gate_up, down, c: what the dtype can represent; router weights are multiples of 1/8, so that many are equal."""
+    """x, weight, gate_up, down, c: what the dtype can represent; router weights are multiples of
+    1/8, so that many are equal."""
     rng = np.random.default_rng(seed)
     b, (e, d, f) = shape.tokens * shape.devices, (shape.experts, shape.d, shape.f)
     x, c = rng.standard_normal((2, b, d))
     gate_up, down = rng.standard_normal((e, d, 2, f)), rng.standard_normal((e, f, d))
     weight = rng.integers(1, 9, (b, shape.k)) / 8
-    exact = lambda a: np.asarray(jnp.asarray(a, shape.dtype).astype(jnp.float32))
+
+    def exact(a):
+        return np.asarray(jnp.asarray(a, shape.dtype).astype(jnp.float32))
+
     return exact(x), weight.astype(np.float32), exact(gate_up), exact(down), exact(c)
 
 
@@ -246,18 +253,20 @@ def check(shape: Shape, chosen_BK: np.ndarray, seed: int = 0) -> Load:
     return load
 
 
-# ---------------------------------------------------------------------------------------------------- random shapes and attacks
-
-
+# --- random shapes and attacks ---
 CASES = 24
 
 
 def draw(seed: int) -> tuple[Shape, np.ndarray]:
-    """A random shape and random choices: of a few groups of experts or skewed to the first ones, with padding here and there."""
+    """A random shape and random choices: of a few groups of experts or skewed to the first ones,
+    with padding here and there."""
     rng = np.random.default_rng(
         14000 + seed
     )  # a start that gives a good mixture: the test below says of what
-    pick = lambda *values: values[rng.integers(len(values))]
+
+    def pick(*values):
+        return values[rng.integers(len(values))]
+
     expert = pick(1, 2, 2, 2, 2, 3, 4, 4, 4, 5, 7, 8)
     mesh, left = dict(expert=expert), 8 // expert
     for axis in rng.permutation(["data", "fsdp", "tensor", "stage"]):
@@ -277,7 +286,7 @@ def draw(seed: int) -> tuple[Shape, np.ndarray]:
         k=int(rng.integers(1, min(usable, 5) + 1)),
         d=int(rng.integers(1, 7)),
         f=mesh["tensor"] * int(rng.integers(1, 4)),
-        capacity=pick(0.1, 0.5, 1.0, 1.25, 3.0),
+        capacity_factor=pick(0.1, 0.5, 1.0, 1.25, 3.0),
         dtype=dtype,
         policy=policy,
         blocks=seed % 2 == 0,
@@ -313,7 +322,7 @@ def test_random_shapes_see_everything():
             s.dtype for s in ours
         } == {"float32", "bfloat16"}
         assert (
-            any(s.capacity < 1 for s in ours)
+            any(s.capacity_factor < 1 for s in ours)
             and len({s.expert for s in ours}) >= 4
             and min(s.expert for s in ours) > 1
         )
@@ -355,11 +364,11 @@ def attacks(shape: Shape) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("capacity", [0.1, 1.0, 1.25, 8.0])
+@pytest.mark.parametrize("capacity_factor", [0.1, 1.0, 1.25, 8.0])
 @pytest.mark.parametrize("method", METHODS)
-def test_never_drops_whatever_the_routing(method, capacity):
-    """The same results with any number of places: memory and rounds depend on it, nothing else."""
-    shape = Shape(method, capacity=capacity, fsdp=2, expert=4)
+def test_never_drops_whatever_the_routing(method, capacity_factor):
+    """The same results with any capacity: memory and rounds depend on it, nothing else."""
+    shape = Shape(method, capacity_factor=capacity_factor, fsdp=2, expert=4)
     rounds = {}
     for name, chosen in attacks(shape).items():
         load = check(shape, chosen)
@@ -369,19 +378,20 @@ def test_never_drops_whatever_the_routing(method, capacity):
         )
         rounds[name] = int(load.rounds)
     assert rounds["padding only"] == 0
-    # The fullest expert gets all: 6 tokens of a device in places for a mean of 1.5, or 24 of four devices in places for 6.
+    # The fullest expert gets all: 6 tokens of a device at a capacity for a mean of 1.5, or 24 of
+    # four devices at a capacity for 6.
     expected = (
         {0.1: 24, 1.0: 4, 1.25: 3, 8.0: 1}
         if method == "all_gather"
         else {0.1: 6, 1.0: 3, 1.25: 3, 8.0: 1}
     )
-    assert rounds["all tokens to the same experts"] == expected[capacity]
+    assert rounds["all tokens to the same experts"] == expected[capacity_factor]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "changes",
-    [dict(experts=4, k=4), dict(experts=4, k=4, tokens=1, fsdp=2, capacity=0.1)],
+    [dict(experts=4, k=4), dict(experts=4, k=4, tokens=1, fsdp=2, capacity_factor=0.1)],
     ids=["all experts chosen", "all experts chosen, one token a device"],
 )
 def test_every_expert_chosen(method, changes):
@@ -391,11 +401,12 @@ def test_every_expert_chosen(method, changes):
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "slots"])
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "rounds"])
 def test_one_device(blocks, dtype):
-    """All methods are one where all experts are here. 80 tokens: several blocks an expert; and the attacks on both."""
+    """All methods are one where all experts are here. 80 tokens: several blocks an expert; and the
+    attacks on both."""
     for shape in (
-        Shape("all_to_all", capacity=0.7, blocks=blocks, dtype=dtype),
+        Shape("all_to_all", capacity_factor=0.7, blocks=blocks, dtype=dtype),
         Shape("ring", tokens=80, blocks=blocks, dtype=dtype),
     ):
         check(shape, spread(shape))
@@ -403,7 +414,7 @@ def test_one_device(blocks, dtype):
         check(shape, chosen)
 
 
-@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "slots"])
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "rounds"])
 def test_one_expert(blocks):
     shape = Shape("ring", experts=1, k=1, data=2, fsdp=2, blocks=blocks)
     load = check(shape, with_padding(np.zeros((24, 1), int), np.arange(24) % 5 > 0, 1))
@@ -412,18 +423,19 @@ def test_one_expert(blocks):
 
 
 def test_the_ring_adds_up_weight_gradients_in_float32():
-    """Eight visitors at expert 0, the one that backward meets first with a gradient of 256, the others with 0.5: sums in bfloat16
-    would stay at 256."""
+    """Eight visitors at expert 0, the one that backward meets first with a gradient of 256, the
+    others with 0.5: sums in bfloat16 would stay at 256."""
     shape = Shape("ring", tokens=1, k=1, d=1, f=1, dtype="bfloat16", expert=8)
-    one = lambda *sizes: np.ones(sizes, np.float32)
+
+    def one(*sizes):
+        return np.ones(sizes, np.float32)
+
     c = np.where(np.arange(8)[:, None] == 1, np.float32(256), np.float32(0.5))
     grads, _ = run(shape, one(8, 1), one(8, 1), np.zeros((8, 1)), one(8, 1, 2, 1), one(8, 1, 1), c)
     conversion.assert_close(grads[-1][0], ref.silu(np.ones((1, 1))) * 259.5, 2.0**-7)
 
 
-# ------------------------------------------------------------------------------------------------------------------- dropping
-
-
+# --- dropping ---
 WEIGHTS = np.array([[5, 1], [7, 2], [5, 3], [9, 4]], np.float32)
 CHOICES = np.array(
     [[0, 1], [0, 1], [0, 2], [3, 0]]
@@ -431,7 +443,7 @@ CHOICES = np.array(
 
 
 @pytest.mark.parametrize(
-    "policy, slots, kept",
+    "policy, capacity, kept",
     [
         ("position", 2, [[0, 1], [0, 1], [3, 2], [3, 3]]),
         ("probability", 2, [[0, 1], [0, 1], [3, 2], [3, 3]]),  # 7, then the earlier of 5 and 5
@@ -441,9 +453,9 @@ CHOICES = np.array(
         ("position", 4, CHOICES),
     ],
 )
-def test_what_dropping_keeps(policy, slots, kept):
+def test_what_dropping_keeps(policy, capacity, kept):
     np.testing.assert_array_equal(
-        dispatch.drop(jnp.asarray(CHOICES), jnp.asarray(WEIGHTS), 3, slots, policy), kept
+        dispatch.drop(jnp.asarray(CHOICES), jnp.asarray(WEIGHTS), 3, capacity, policy), kept
     )
 
 
@@ -454,12 +466,12 @@ def test_all_methods_drop_the_same(policy):
     """Skewed routing on 2 x 4 devices: `check` compares each with the loop; here the counts of all three."""
     loads = []
     for method in METHODS:
-        shape = Shape(method, capacity=1.0, policy=policy, fsdp=2, expert=4)
+        shape = Shape(method, capacity_factor=1.0, policy=policy, fsdp=2, expert=4)
         chosen = attacks(shape)["all of one device's tokens to one other device"]
         loads.append(check(shape, chosen)._replace(rounds=0))
     assert int(loads[0].dropped_from[0]) == 2 * (
         6 - 2
-    )  # two experts with 2 places each got all 6 tokens of device 0
+    )  # two experts with a capacity of 2 got all 6 tokens of device 0
     for load in loads[1:]:
         jax.tree.map(np.testing.assert_array_equal, load, loads[0])
 
@@ -475,8 +487,7 @@ def test_options():
             validate(Config(moe=moe))
 
 
-# -------------------------------------------------------------------------------------------------------- the layer on meshes
-
+# --- the layer on meshes ---
 MODEL = ModelConfig(
     hidden_size=16,
     moe_intermediate_size=12,
@@ -519,7 +530,8 @@ def run_layer(mesh: str, moe: MoeConfig, weights, bias, x_BSD, valid_BS):
 
 @functools.cache
 def layer_case():
-    """Weights, a bias, tokens whose choice no rounding changes, half of them drawn to experts 2 and 3, some of them padding."""
+    """Weights, a bias, tokens whose choice no rounding changes, half of them drawn to experts 2 and
+    3, some of them padding."""
     weights = ref.layer_weights(conversion.random_weights(MODEL, 0), 0)
     weights = {n: w for n, w in weights.items() if n.startswith("mlp.") and not n.endswith("bias")}
     rng = np.random.default_rng(1)
@@ -546,7 +558,13 @@ def test_statistics_are_exact(mesh, method, policy):
     weights, bias, x, valid, chosen, weight = layer_case()
     axes = MESHES[mesh]
     shape = Shape(
-        method, tokens=SEQUENCES * LENGTH // 8, d=16, f=12, capacity=0.8, policy=policy, **axes
+        method,
+        tokens=SEQUENCES * LENGTH // 8,
+        d=16,
+        f=12,
+        capacity_factor=0.8,
+        policy=policy,
+        **axes,
     )
     chosen = with_padding(chosen, valid.reshape(-1), 8)
     kept = keep(shape, chosen, weight)
@@ -579,7 +597,8 @@ def test_statistics_are_exact(mesh, method, policy):
     [("1", "all_to_all"), ("2x4", "all_gather"), ("4x2", "ring"), ("2x2x2", "all_to_all")],
 )
 def test_equal_scores_go_to_the_lower_expert_on_every_mesh(mesh, method):
-    """A gate of zeros makes all scores equal, a bias in binary fractions some larger: of groups (0, 1) and (4, 5), 0 and 4."""
+    """A gate of zeros makes all scores equal, a bias in binary fractions some larger: of groups (0,
+    1) and (4, 5), 0 and 4."""
     weights, _, x, valid, _, _ = layer_case()
     weights = weights | {"mlp.gate.weight": np.zeros((8, 16), np.float32)}
     for bias, wanted in (
@@ -595,7 +614,8 @@ def test_equal_scores_go_to_the_lower_expert_on_every_mesh(mesh, method):
 
 
 def test_a_dropped_token_gets_zero_and_weights_stay():
-    """All tokens to experts 2 and 3, with places for 2 of each device's 6: the first two as without dropping, the others 0."""
+    """All tokens to experts 2 and 3, with a capacity of 2 for each device's 6: the first two as without
+    dropping, the others 0."""
     weights, _, x, _, _, _ = layer_case()
     bias, every = (
         np.where(np.isin(np.arange(8), (2, 3)), np.float32(9), 0),
@@ -611,9 +631,7 @@ def test_a_dropped_token_gets_zero_and_weights_stay():
     np.testing.assert_array_equal(load.dropped_from, [8] * 8)
 
 
-# ------------------------------------------------------------------------------------------- the program: what it sends and keeps
-
-
+# --- the program: what it sends and keeps ---
 def abstract_args(shape: Shape):
     b, (e, d, f) = shape.tokens * shape.devices, (shape.experts, shape.d, shape.f)
     sizes = (b, d), (b, shape.k), (b, shape.k), (e, d, 2, f), (e, f, d), (b, d)
@@ -644,8 +662,8 @@ def sent(shape: Shape, remat=None, backward: bool = True) -> dict[str, int]:
 
 
 def test_what_forward_sends():
-    """all_to_all: there and back, in the first and in later rounds. all_gather: tokens, weights, choices; the results back.
-    ring: the same three and the sum."""
+    """all_to_all: there and back, in the first and in later rounds. all_gather: tokens, weights,
+    choices; the results back. ring: the same three and the sum."""
     assert sent(Shape("all_to_all", expert=4), backward=False) == {"all_to_all": 4}
     assert sent(Shape("all_gather", expert=4), backward=False) == {
         "all_gather": 3,
@@ -697,9 +715,10 @@ def largest(jaxpr, inside: bool = False) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_memory_is_bounded_by_places(method):
-    """Many experts, few places: no array of tokens x experts (4,096), no weights stacked over the ring's steps (2,048)."""
-    shape = Shape(method, tokens=64, experts=64, k=1, d=4, f=4, capacity=1.0, expert=4)
+def test_memory_is_bounded_by_the_capacity(method):
+    """Many experts, a small capacity: no array of tokens x experts (4,096), no weights stacked over the
+    ring's steps (2,048)."""
+    shape = Shape(method, tokens=64, experts=64, k=1, d=4, f=4, capacity_factor=1.0, expert=4)
     f = jax.grad(objective(shape), argnums=(0, 1, 3, 4), has_aux=True)
     with jax.set_mesh(shape.mesh):
         found = largest(jax.make_jaxpr(f)(*abstract_args(shape)).jaxpr)
@@ -708,9 +727,7 @@ def test_memory_is_bounded_by_places(method):
     )  # the gathered tokens are 4 x 64 x 4, the local experts 16 x 4 x 2 x 4
 
 
-# -------------------------------------------------------------------------------------------------------------------- metrics
-
-
+# --- metrics ---
 def test_merged_loads():
     a = Load(*(np.arange(n) for n in (4, 1, 4, 2, 2, 1)))
     merged = merge_loads(jax.tree.map(lambda n: jnp.stack([n, 3 * n + 1]), a))

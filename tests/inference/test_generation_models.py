@@ -1,4 +1,5 @@
-"""Generation of every kind of model against transformers' own, batches against prompts alone, meshes against one device, drafts against none."""
+"""Generation of every kind of model against transformers' own, batches against prompts alone,
+meshes against one device, drafts against none."""
 
 import functools
 import re
@@ -20,7 +21,8 @@ from tests.support import conversion
 from tests.support import hf_families as families
 
 TOKENS = 8
-# The others have no part that these have not; tests/hf_references.py's folders go through benchmarks/generate.py.
+# The others have no part that these have not; tests/hf_references.py's folders go through
+# benchmarks/generate.py.
 VARIANTS = (
     "deepseek_v2-lite",
     "deepseek_v3-yarn",
@@ -91,7 +93,8 @@ def test_greedy_tokens_are_those_of_transformers(variant, folder_of):
 
 
 def test_what_the_cache_holds(folder_of):
-    """Of MLA the latent and the shared key, nothing for each head; of grouped-query attention keys and values."""
+    """Of MLA the latent and the shared key, nothing for each head; of grouped-query attention keys
+    and values."""
     for variant, shapes in (
         ("deepseek_v2-lite", [(1, 64, 32 + 16)]),
         ("llama", [(1, 2, 64, 12)] * 2),
@@ -108,9 +111,10 @@ def test_what_the_cache_holds(folder_of):
             [a.shape for a in layer] == shapes for layer in layers
         )
         numbers = sum(a.size for layer in layers for a in layer)
-        assert cache_sizes.describe(model.config, len(layers), 1, 64, 4) == (
-            f"{numbers // len(layers) // 64} numbers per token and layer, {len(layers)} layers, {numbers * 4 / 1e3:.1f} kB for 1 x 64 tokens"
-        )
+        size = f"{numbers * 4 / 1e3:.1f} kB for 1 x 64 tokens"
+        per_token = numbers // len(layers) // 64
+        said = f"{per_token} numbers per token and layer, {len(layers)} layers, {size}"
+        assert cache_sizes.describe(model.config, len(layers), 1, 64, 4) == said
     assert [cache_sizes.bucket(n, 64) for n in (1, 64, 65, 129, 193, 257, 400)] == [
         64,
         64,
@@ -150,7 +154,8 @@ def test_a_step_copies_no_cache(variant, rows, folder_of):
 
 @pytest.fixture(scope="module")
 def mtp(folder_of):
-    """A model with two depths of multi-token prediction, and an engine that chooses from four tokens, so that some drafts are right."""
+    """A model with two depths of multi-token prediction, and an engine that chooses from four
+    tokens, so that some drafts are right."""
     _, folder = folder_of(MTP)
     model = hf.load(folder)
     with pytest.MonkeyPatch.context() as m:
@@ -169,7 +174,8 @@ SAMPLED = Sampling(0.9, 3, 0.95, seed=3)
     ],
 )
 def test_drafts_change_nothing(mtp, options):
-    """As many drafts as depths, and more; rows end at different steps, by a stop token and by their length."""
+    """As many drafts as depths, and more; rows end at different steps, by a stop token and by their
+    length."""
     _, run = mtp
     prompts = prompts_of(run.config, 5, 19, 3)
     plain = run.generate(prompts, 20, options)
@@ -189,13 +195,15 @@ def test_drafts_change_nothing(mtp, options):
 
 
 def test_a_draw_depends_on_its_prompt_alone(mtp):
-    """A prompt alone, with its number, gives what it gave in a batch; another number or seed gives something else."""
+    """A prompt alone, with its number, gives what it gave in a batch; another number or seed gives
+    something else."""
     _, run = mtp
     prompts = prompts_of(run.config, 5, 19, 3)
     together = run.generate(prompts, 20, SAMPLED)
-    alone = lambda options, number: [
-        t.id for t in run.batch([prompts[1]], 20, options, indexes=[number])
-    ]
+
+    def alone(options, number):
+        return [t.id for t in run.batch([prompts[1]], 20, options, indexes=[number])]
+
     assert alone(SAMPLED, 1) == together[1]
     assert alone(SAMPLED, 0) != together[1] and alone(SAMPLED._replace(seed=4), 1) != together[1]
 
@@ -229,7 +237,8 @@ def test_python_refuses(folder_of):
 
 @pytest.mark.parametrize("tokens", [1, 5, cpu_unstacked.FEW + 1, 300])
 def test_unstacked_experts(tokens):
-    """Against NumPy in float64; some tokens go nowhere, some experts have none. Float32 rounding of sums of 24 and 32 terms."""
+    """Against NumPy in float64; some tokens go nowhere, some experts have none. Float32 rounding of
+    sums of 24 and 32 terms."""
     rng = np.random.default_rng(0)
     experts, top_k, d, f = 6, 2, 24, 32
     gate_up, down = rng.normal(size=(experts, d, 2 * f)), rng.normal(size=(experts, f, d))

@@ -16,7 +16,7 @@ from deepseek_jax import generate
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.data.tokenizer import ByteTokenizer
-from deepseek_jax.inference.generation import programs, sampling, text
+from deepseek_jax.inference.generation import answers, programs, sampling, text
 from deepseek_jax.run import importer
 from tests.support import conversion
 from tests.support import hf_families as families
@@ -49,7 +49,7 @@ def test_distribution(temperature, top_k, top_p):
     def draws(logits_V):
         drawing = sampling.drawing(options, jnp.zeros(1, jnp.int32))
         return sampling.choose(
-            jnp.broadcast_to(logits_V, (1, n, 40)), jnp.arange(n)[None], drawing, top_k, False
+            jnp.broadcast_to(logits_V, (1, n, 40)), jnp.arange(n)[None], drawing
         )[0]
 
     counts = np.bincount(draws(logits), minlength=40)
@@ -62,7 +62,8 @@ def test_distribution(temperature, top_k, top_p):
 
 
 def test_stop_strings_and_characters_over_tokens():
-    """Byte tokens: a stop string spans as many, and of what may become one nothing is shown; nor half a character."""
+    """Byte tokens: a stop string spans as many, and of what may become one nothing is shown; nor
+    half a character."""
     encoder = Encoder(ByteTokenizer(), "a model of bytes")
 
     def shown(data, stop):
@@ -124,7 +125,7 @@ def test_prompt_stop_and_seed(folder, capsys):
     assert (
         code == 0
         and out.startswith("token ")
-        and "cache: 48 numbers a token and layer, 2 layers, 24.6 kB for 1 x 64 tokens" in err
+        and "cache: 48 numbers per token and layer, 2 layers, 24.6 kB for 1 x 64 tokens" in err
     )
     assert run(capsys, *args)[1] == out and run(capsys, *args[:3], "--seed=4")[1] != out
     answer = out.removeprefix("token ").removesuffix("\n")
@@ -136,7 +137,8 @@ def test_prompt_stop_and_seed(folder, capsys):
 
 
 def test_prompts_of_a_file(folder, capsys, tmp_path):
-    """Text and JSONL, several batches; each answer is that of the prompt with its number, whatever the batches are."""
+    """Text and JSONL, several batches; each answer is that of the prompt with its number, whatever
+    the batches are."""
     lines, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
     lines.write_text("one\n\ntwo and more\nthree\n")
     objects.write_text(
@@ -206,7 +208,7 @@ def test_interrupted(folder, capsys, monkeypatch):
     def interrupt(*_):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(generate.Stream, "add", interrupt)
+    monkeypatch.setattr(answers.Stream, "add", interrupt)
     code, _, err = run(capsys, f"--model={folder}", "--prompt=x")
     assert code == 130 and err.endswith("\ngenerate: stopped by Ctrl-C.\n")
 

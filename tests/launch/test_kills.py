@@ -1,4 +1,5 @@
-"""Runs that are killed, stopped and started again: the small version of `make storm`, and processes that come and go."""
+"""Runs that are killed, stopped and started again: the small version of `make storm`, and processes
+that come and go."""
 
 import os
 import pathlib
@@ -25,7 +26,8 @@ def env(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_small_storm(tmp_path):
-    """Two kills and two signals; losses of every step are those of the run that nobody disturbed, bit for bit."""
+    """Two kills and two signals; losses of every step are those of the run that nobody disturbed,
+    bit for bit."""
     said = []
     found = storm.run(tmp_path, ["kills", "signals"], 2, 0, 1, said.append)
     assert sum(t.tried for t in found.values()) == 4
@@ -55,8 +57,9 @@ def test_the_storm_finds_what_is_wrong(tmp_path):
 
 @pytest.mark.slow  # a minute, most of it waiting; tests/cluster/test_monitor.py has its parts
 def test_processes_that_are_lost(tmp_path, env):
-    """Two processes. Number 0 is killed, then stopped: each time it is named, the other ends, the launcher starts again, at last without it, and
-    the run goes on in one process. Losses are those of two processes that nobody disturbed."""
+    """Two processes. Number 0 is killed, then stopped: each time it is named, the other ends, the
+    launcher starts again, at last without it, and the run goes on in one process. Losses are those
+    of two processes that nobody disturbed."""
     text, options = faults.corpus(tmp_path), {"mesh__fsdp": -1, "watchdog__heartbeat_timeout": 10.0}
     with Process(
         launched(2, faults.train(tmp_path / "calm", text, train__steps=60, **options)), env
@@ -147,7 +150,8 @@ def test_a_lost_place_is_mended(tmp_path):
 
 
 def test_processes_that_do_not_fit(tmp_path):
-    """Four processes on a mesh that three do not fit: two go on. A program that fails needs no training to show it."""
+    """Four processes on a mesh that three do not fit: two go on. A program that fails needs no
+    training to show it."""
     (tmp_path / "program.py").write_text(
         "import os, sys, time\n"
         "count, me = int(os.environ['JAX_NUM_PROCESSES']), int(os.environ['JAX_PROCESS_ID'])\n"
@@ -177,7 +181,8 @@ def test_processes_that_do_not_fit(tmp_path):
     lines = [line for line in done.stderr.splitlines() if "restart" in line or "fit" in line]
     assert lines == [
         "deepseek_jax.launch: restart 1 of 5 in 1 s, with 4 processes.",
-        "deepseek_jax.launch: restart 2 of 5 in 2 s, with 3 processes without place 3, which failed twice in a row.",
+        "deepseek_jax.launch: restart 2 of 5 in 2 s, with 3 processes without place 3, which "
+        "failed twice in a row.",
         "deepseek_jax.launch: 3 processes do not fit; trying 2.",
     ]
     assert len(list(pathlib.Path(tmp_path).glob("start.2.*"))) == 2
@@ -189,7 +194,8 @@ def test_processes_that_do_not_fit(tmp_path):
 def test_what_is_started_again(tmp_path, code, starts):
     """--max_restarts=2; a mistake, bad numbers and a stop by signal would only come again."""
     (tmp_path / "program.py").write_text(
-        f"import os, signal, sys\nopen(f'start.{{os.getpid()}}', 'w')\nos.kill(os.getpid(), 9) if {code} == 137 else sys.exit({code})\n"
+        "import os, signal, sys\nopen(f'start.{os.getpid()}', 'w')\nos.kill(os.getpid(), 9) if "
+        f"{code} == 137 else sys.exit({code})\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "deepseek_jax.launch", "--max_restarts=2", "program.py"],
@@ -243,7 +249,8 @@ runpy.run_path("train.py", run_name="__main__")
 
 @pytest.mark.slow
 def test_a_step_that_hangs(tmp_path, env):
-    """One of two processes gets no data; the other waits in a collective. Both print their stacks and end, with the code that is restarted on."""
+    """One of two processes gets no data; the other waits in a collective. Both print their stacks
+    and end, with the code that is restarted on."""
     (tmp_path / "hangs.py").write_text(HANGS)
     arguments = faults.train(
         tmp_path / "run",

@@ -1,4 +1,5 @@
-"""Several processes as a user starts them: the launcher, and training over gloo that gives the losses of one process."""
+"""Several processes as a user starts them: the launcher, and training over gloo that gives the
+losses of one process."""
 
 import contextlib
 import json
@@ -13,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from deepseek_jax.cluster.wire import free_port
+from deepseek_jax.cluster.ports import free_port
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import __main__, options
 from tests import support
@@ -70,7 +71,8 @@ def worker_pids(folder) -> list[int]:
 
 @contextlib.contextmanager
 def started(command: list[str], **options):
-    """A process that is killed at the end of the block, if it still runs, or after minutes, which ends whoever reads from it."""
+    """A process that is killed at the end of the block, if it still runs, or after minutes, which
+    ends whoever reads from it."""
     options = {"env": ENV, "cwd": ROOT} | options
     p = subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
@@ -194,7 +196,7 @@ def test_a_bad_argument_is_one_line_and_exit_code_2():
 
 
 def test_the_launcher_imports_no_jax():
-    """It lives as long as the processes, and JAX would take a GPU's memory, threads and signals for itself."""
+    """It lives as long as the processes, and JAX would take a GPU's memory, threads and signals."""
     heavy = "sorted({'jax', 'flax', 'numpy', 'orbax', 'grain'} & sys.modules.keys())"
     program = f"import sys, deepseek_jax.launch.__main__; print({heavy})"
     done = result([sys.executable, "-c", program])
@@ -232,7 +234,8 @@ def test_environments(monkeypatch):
         __main__.main(["--nproc_per_node=3", "-m", "x"])
 
 
-# Training. What a step counts does not depend on config.train.steps here, so that runs of different lengths can be compared.
+# Training. What a step counts does not depend on config.train.steps here, so that runs of different
+# lengths can be compared.
 SMALL = {
     "model.hidden_size": 32,
     "model.moe_intermediate_size": 16,
@@ -330,7 +333,8 @@ def wait_for_step(p: subprocess.Popen, step: int) -> None:
 
 @pytest.mark.slow
 def test_two_processes_then_one_then_two(corpus, assert_as_one_process, tmp_path):
-    """Two processes started by hand, one of which gets SIGTERM; then one; then two of the launcher's: the losses of one run.
+    """Two processes started by hand, one of which gets SIGTERM; then one; then two of the
+    launcher's: the losses of one run.
 
     The expert axis is inside each process at first, across both in the end.
     """
@@ -372,7 +376,7 @@ def test_two_processes_then_one_then_two(corpus, assert_as_one_process, tmp_path
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_stopped_by_the_launcher(processes, corpus, assert_as_one_process, tmp_path):
-    """By SIGUSR1, as SLURM announces the end of a job. Of four, the expert axis is across pairs of processes."""
+    """By SIGUSR1, as SLURM announces the end of a job. Of four, the expert axis spans pairs of processes."""
     command = [
         *LAUNCH,
         f"--nproc_per_node={processes}",
@@ -392,7 +396,8 @@ def test_processes_stopped_by_the_launcher(processes, corpus, assert_as_one_proc
 
 
 def test_processes_that_disagree(corpus, tmp_path):
-    """In an option before anything is made, in what one of them finds afterwards: one line, exit code 2, soon."""
+    """In an option before anything is made, in what one of them finds afterwards: one line, exit
+    code 2, soon."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "text").symlink_to(corpus)
     (tmp_path / "there").mkdir()

@@ -1,7 +1,8 @@
-"""Attention in blocks against softmax attention in NumPy's float64: results and gradients, whatever the sizes of the work.
+"""Attention in blocks against softmax attention in NumPy's float64: results and gradients, whatever
+the sizes of the work.
 
-Tolerance: 1e-5 of an array's scale in float32 (rounding is 6e-8 a number, sums have up to 40 terms; measured below 1e-6).
-bfloat16 rounds to 4e-3 each of weights, score gradients and results: 2e-2.
+Tolerance: 1e-5 of an array's scale in float32 (rounding is 6e-8 a number, sums have up to 40 terms;
+measured below 1e-6). bfloat16 rounds to 4e-3 each of weights, score gradients and results: 2e-2.
 """
 
 import importlib
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig
 from deepseek_jax.model.attention import blockwise, causal, cudnn
-from deepseek_jax.model.transformer import rematerialise
+from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from tests.support import conversion
 
@@ -86,7 +87,8 @@ def test_bfloat16(monkeypatch):
 
 
 def test_on_a_mesh(monkeypatch):
-    """Sequences over data, fsdp and expert, heads over tensor: the same numbers, in the same layout, without communication."""
+    """Sequences over data, fsdp and expert, heads over tensor: the same numbers, in the same
+    layout, without communication."""
     monkeypatch.setattr(causal, "_sizes", lambda length: blockwise.Sizes(3, 3 * S))
     config = Config(
         model=ModelConfig(num_attention_heads=N, n_routed_experts=4),
@@ -123,14 +125,20 @@ def test_rematerialised(remat, times):
 
 
 def test_memory_is_linear_in_the_length():
-    """Bytes of temporaries, twice as long: at most 1.1 x twice as many. Whole scores would be four times as many."""
+    """Bytes of temporaries, twice as long: at most 1.1 x twice as many. Whole scores would be four
+    times as many."""
 
     def temporaries(length):
-        shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+        def shape(*s):
+            return jax.ShapeDtypeStruct(s, jnp.float32)
+
         q, v = shape(1, length, 2, 8), shape(1, length, 2, 6)
-        f = lambda q, k, v, dout, segments: jax.vjp(
-            lambda *a: causal.causal_attention(*a, segments, SCALE), q, k, v
-        )[1](dout)
+
+        def f(q, k, v, dout, segments):
+            return jax.vjp(lambda *a: causal.causal_attention(*a, segments, SCALE), q, k, v)[1](
+                dout
+            )
+
         segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
         return (
             conversion.jit(f)
@@ -173,9 +181,10 @@ def test_where_cudnn_cannot(version, capability, probe, said, monkeypatch, capsy
         if said:
             monkeypatch.setattr(cudnn, "forward", None)  # is not asked
             q, k, v, dout = inputs(jnp.bfloat16)
-            f = lambda method: causal.causal_attention(
-                q, k, v, jnp.ones((B, S), jnp.int32), SCALE, method
-            )
+
+            def f(method):
+                return causal.causal_attention(q, k, v, jnp.ones((B, S), jnp.int32), SCALE, method)
+
             assert str(jax.make_jaxpr(f, static_argnums=0)("cudnn")) == str(
                 jax.make_jaxpr(f, static_argnums=0)("blocks")
             ).replace("blocks", "cudnn")

@@ -1,7 +1,8 @@
 """Every part of the model against the float64 reference: results, and gradients of all inputs and weights.
 
-Tolerance: 1e-5 of an array's scale, unless a test says otherwise. float32 rounds to 6e-8 of each number and these sums have up
-to a few hundred terms in two or three layers of matrices: what is measured is below 2e-6. A wrong term shows as 1e-3 or more.
+Tolerance: 1e-5 of an array's scale, unless a test says otherwise. float32 rounds to 6e-8 of each
+number and these sums have up to a few hundred terms in two or three layers of matrices: what is
+measured is below 2e-6. A wrong term shows as 1e-3 or more.
 """
 
 import functools
@@ -83,7 +84,8 @@ def evaluate(create, weights, config, prefix, call, x, cotangent):
 
 
 def check(create, weights, prefix, call, reference, x, mask=None, model=MODEL):
-    """Our module against `reference(x, weights)`, forward and backward; rows where `mask` is False only have to be finite."""
+    """Our module against `reference(x, weights)`, forward and backward; rows where `mask` is False
+    only have to be finite."""
     mask = np.ones(x.shape[:-1], bool) if mask is None else mask
     cotangent = normal(*x.shape, seed=99) * mask[..., None]
     y, grads = evaluate(create, weights, conversion.config_of(model), prefix, call, x, cotangent)
@@ -97,21 +99,23 @@ def check(create, weights, prefix, call, reference, x, mask=None, model=MODEL):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ small parts
-
-
+# --- small parts ---
 @pytest.mark.parametrize("eps", [1e-6, 0.03])
 def test_rms_norm(eps):
     x, w = (
         normal(2, 5, 16) * 3,
         {"weight": 0.5 + np.random.default_rng(1).random(16).astype(np.float32)},
     )
-    create = lambda: RMSNorm(16, eps, nnx.Rngs(0))
+
+    def create():
+        return RMSNorm(16, eps, nnx.Rngs(0))
+
     check(create, w, "", lambda norm, x: norm(x), lambda x, w: ref.rms_norm(x, w["weight"], eps), x)
 
 
 def test_rms_norm_takes_statistics_in_float32():
-    """bfloat16 in and out; one rounding at the end, so half a unit of its 8 bits: 2^-8 relative to each number."""
+    """bfloat16 in and out; one rounding at the end, so half a unit of its 8 bits: 2^-8 relative to
+    each number."""
     config, x = conversion.config_of(MODEL), jnp.asarray(normal(4, 16) * 100, jnp.bfloat16)
     w = 0.5 + np.random.default_rng(1).random(16).astype(np.float32)
     with conversion.on_mesh(config):
@@ -127,7 +131,10 @@ def test_rms_norm_takes_statistics_in_float32():
 
 def test_mlp():
     weights = ref.layer_weights(conversion.random_weights(MODEL, 0), LAYER_DENSE)
-    create = lambda: MLP(MODEL, MODEL.intermediate_size, nnx.Rngs(0))
+
+    def create():
+        return MLP(MODEL, MODEL.intermediate_size, nnx.Rngs(0))
+
     check(create, weights, "mlp.", lambda mlp, x: mlp(x), ref.mlp, normal(2, 5, 16))
 
 
@@ -169,7 +176,7 @@ def test_summed_rows(rows, size):
     assert "scatter-add" not in str(jax.make_jaxpr(f)(row, index))
 
 
-# ----------------------------------------------------------------------------------------------------------------- rotary
+# --- rotary ---
 
 SCALINGS = {
     "default": RopeScaling(),
@@ -192,10 +199,12 @@ def test_rope_tables_and_softmax_scale(scaling):
     assert abs(MultiHeadLatentAttention.softmax_scale(model) - ref.softmax_scale(model)) < 1e-15
     positions = np.array([[0, 1, 2, 31, 32, 127, 4095]])
     for actual, expected in zip(
-        rope.rope_tables(model, jnp.asarray(positions)), ref.rope_tables(model, positions[0])
+        rope.rope_tables(model, jnp.asarray(positions)),
+        ref.rope_tables(model, positions[0]),
+        strict=True,
     ):
-        # An angle of a radians is known to a * 2^-23 in float32 (frequency and product are rounded), and cos as well as sin
-        # move by no more than that; 2^-22 for their own rounding.
+        # An angle of a radians is known to a * 2^-23 in float32 (frequency and product are
+        # rounded), and cos as well as sin move by no more than that; 2^-22 for their own rounding.
         bound = scale * (positions[0][:, None] * frequencies * 2.0**-23 + 2.0**-22)
         assert (np.abs(np.asarray(actual[0], np.float64) - expected) <= bound).all()
 
@@ -217,8 +226,7 @@ def test_apply_rope(interleave):
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
-
+# --- attention ---
 ATTENTION = {
     "plain": MODEL,
     "no q_lora, halves, yarn": conversion.smaller(
@@ -244,12 +252,13 @@ def test_attention(name, block, monkeypatch):
     def reference(x, w):
         return np.stack([ref.mla(x[b], w, model, POSITIONS[b], SEGMENTS[b]) for b in range(2)])
 
-    create = lambda: MultiHeadLatentAttention(model, nnx.Rngs(0))
+    def create():
+        return MultiHeadLatentAttention(model, nnx.Rngs(0))
+
     check(create, weights, "self_attn.", ours, reference, normal(2, 13, 16), SEGMENTS > 0, model)
 
 
-# ----------------------------------------------------------------------------------------------------------------- router
-
+# --- router ---
 V3 = conversion.smaller(MODEL, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2)
 V2 = conversion.smaller(
     V3,
@@ -311,7 +320,8 @@ def test_router(name, shift):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_router_takes_the_lower_index_of_equal_scores(name):
-    """A gate of zeros makes exactly equal scores; the bias makes some of them larger, in exact binary fractions."""
+    """A gate of zeros makes exactly equal scores; the bias makes some of them larger, in exact
+    binary fractions."""
     model, x, gate = ROUTERS[name], normal(2, 16), np.zeros((12, 16), np.float32)
     check_route(x, gate, np.zeros(12, np.float32), model)
     ours = jit_route(model)(jnp.asarray(x), jnp.asarray(gate.T), jnp.zeros(12)).expert_TK
@@ -323,8 +333,7 @@ def test_router_takes_the_lower_index_of_equal_scores(name):
         check_route(x, gate, bias.astype(np.float32), model)
 
 
-# ------------------------------------------------------------------------------------------------------------------ experts
-
+# --- experts ---
 MESHES = {"1x1x1": dict(), "1x2x2": dict(fsdp=2, expert=2), "2x1x4": dict(data=2, expert=4)}
 SEQUENCES, LENGTH = 8, 6
 
@@ -332,7 +341,8 @@ SEQUENCES, LENGTH = 8, 6
 def torch_moe(weights, x_BSD, chosen_BSK, valid_BS, model):
     """The layer in torch float64 with every expert on every token: an independent automatic differentiation.
 
-    Only the choice of experts is given. Returns (y, sequence_balance, score_sum, z_sum), as MoEStats defines them.
+    Only the choice of experts is given. Returns (y, sequence_balance, score_sum, z_sum), as
+    MoEStats defines them.
     """
     E, k = model.n_routed_experts, model.num_experts_per_tok
 
@@ -361,7 +371,8 @@ def torch_moe(weights, x_BSD, chosen_BSK, valid_BS, model):
 
 
 def expected_moe(weights, x, bias, valid, model, c):
-    """-> (outputs of torch_moe, {name: gradient of `with_cotangent`}, counts [E], chosen); the reference chooses the experts."""
+    """-> (outputs of torch_moe, {name: gradient of `with_cotangent`}, counts [E], chosen); the
+    reference chooses the experts."""
     _, chosen, _ = ref.route(x.reshape(-1, x.shape[-1]), weights["mlp.gate.weight"], bias, model)
     chosen = chosen.reshape(*x.shape[:-1], -1)
     leaves = {
@@ -430,19 +441,19 @@ def check_moe(model, mesh, capacity_factor, weights, x, bias, valid):
     for (name, actual), expected in zip(ours.items(), out, strict=True):
         conversion.assert_close(actual, expected, what=name)
     np.testing.assert_array_equal(stats.load.expert_counts, counts)
-    # A device holds len(x) / devices whole sequences; it needs a round for every C assignments of its fullest expert, or one where it
-    # has all experts.
+    # A device holds len(x) / devices whole sequences; it needs a round for every C assignments of
+    # its fullest expert, or one where it has all experts.
     devices = math.prod(MESHES[mesh].values())
     tokens = x.shape[0] // devices * x.shape[1]
-    slots = dispatch.expert_capacity(
+    capacity = dispatch.expert_capacity(
         tokens, model.num_experts_per_tok, model.n_routed_experts, capacity_factor
     )
-    parts = zip(np.split(chosen, devices), np.split(valid, devices))
+    parts = zip(np.split(chosen, devices), np.split(valid, devices), strict=True)
     fullest = max(
         ref.expert_counts(part, mask, model.n_routed_experts).max() for part, mask in parts
     )
     assert int(stats.load.rounds) == (
-        math.ceil(fullest / slots) if MESHES[mesh].get("expert", 1) > 1 else fullest > 0
+        math.ceil(fullest / capacity) if MESHES[mesh].get("expert", 1) > 1 else fullest > 0
     )
     ours = conversion.names_of(dparams, "mlp.") | {"x": np.asarray(dx)}
     assert set(ours) == set(grads)
@@ -470,7 +481,8 @@ def moe_case(model, seed=0):
 @pytest.mark.parametrize("capacity_factor", [0.1, pytest.param(1.25, marks=pytest.mark.slow), 8.0])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_experts(mesh, capacity_factor):
-    """The same results for every mesh and number of places: even and skewed routing, padding, whole sequences of padding."""
+    """The same results for every mesh and capacity: even and skewed routing, padding, whole
+    sequences of padding."""
     weights, x, bias = moe_case(MODEL)
     every = np.ones((SEQUENCES, LENGTH), bool)
     check_moe(MODEL, mesh, capacity_factor, weights, x, bias, every)
@@ -498,7 +510,8 @@ EXPERTS = {
         ),
         "2x1x4",
     ),
-    # Normalised, one expert's weight would be the constant 1 and the router's gradient rounding noise around 0.
+    # Normalised, one expert's weight would be the constant 1 and the router's gradient rounding
+    # noise around 0.
     "one expert": (
         conversion.smaller(
             MODEL,
@@ -529,9 +542,7 @@ def test_expert_capacity():
     assert dispatch.expert_capacity(48, 2, 8, 100.0) == 48  # an expert gets a token once at most
 
 
-# ------------------------------------------------------------------------------------------------------ blocks and the model
-
-
+# --- blocks and the model ---
 @pytest.mark.parametrize("layer", [LAYER_DENSE, LAYER_MOE], ids=["dense", "moe"])
 def test_decoder_layer(layer):
     dense = layer == LAYER_DENSE
@@ -550,13 +561,16 @@ def test_decoder_layer(layer):
             ]
         )
 
-    create = lambda: DecoderLayer(MODEL, MoeConfig(), not dense, nnx.Rngs(0))
+    def create():
+        return DecoderLayer(MODEL, MoeConfig(), not dense, nnx.Rngs(0))
+
     check(create, weights, "", ours, reference, normal(2, 13, 16), SEGMENTS > 0)
 
 
 @pytest.mark.slow
 def test_multi_token_prediction():
-    """Two depths on packed sequences: hidden states, logits, counts, and gradients of all weights from all outputs at once."""
+    """Two depths on packed sequences: hidden states, logits, counts, and gradients of all weights
+    from all outputs at once."""
     model = conversion.smaller(MODEL, num_nextn_predict_layers=2)
     weights = conversion.random_weights(model, 0)
     ids = np.random.default_rng(3).integers(0, model.vocab_size, SEGMENTS.shape)
@@ -610,13 +624,16 @@ def test_multi_token_prediction():
     def reference(w):
         out = ref.batch(ids, w, model, POSITIONS, SEGMENTS)
         return float(
-            sum(np.sum(h * ci) for h, ci in zip([out.hidden, *(m.hidden for m in out.mtp)], c))
+            sum(
+                np.sum(h * ci)
+                for h, ci in zip([out.hidden, *(m.hidden for m in out.mtp)], c, strict=True)
+            )
         )
 
     ours = conversion.to_hf(grads, model)
     del ours["lm_head.weight"]  # the hidden states do not depend on it
-    # Experts of one layer together: a third of the time. 2e-5, as these gradients come back through three MoE layers of large
-    # weights (measured: 5e-6).
+    # Experts of one layer together: a third of the time. 2e-5, as these gradients come back through
+    # three MoE layers of large weights (measured: 5e-6).
     conversion.assert_gradients(
         reference, weights, ours, 2e-5, group=lambda name: re.sub(r"experts\.\d+", "experts", name)
     )

@@ -45,7 +45,7 @@ def test_model_matches_transformers(variant):
     assert_same(out.logits, logits)
     assert abs(ref.cross_entropy(out.logits, ref.targets_ahead(ids)) - loss) < RTOL * loss
     assert len(seen) == len(out.routing) == config.num_hidden_layers - config.first_k_dense_replace
-    for (router_logits, weights, chosen), routing in zip(seen, out.routing):
+    for (router_logits, weights, chosen), routing in zip(seen, out.routing, strict=True):
         B, S, k = routing.chosen.shape
         router_logits, weights, chosen = (
             a.detach().numpy().reshape(B, S, -1) for a in (router_logits, weights, chosen)
@@ -74,7 +74,8 @@ def test_rope_and_softmax_scale_match_transformers(variant):
     ["deepseek_v2-group", "deepseek_v3-yarn-mscale", "deepseek_v3-tied", "deepseek_v3-mtp"],
 )
 def test_gradients_match_transformers(variant):
-    """transformers' gradients under hub names against differences of the reference's loss: both the values and the names."""
+    """transformers' gradients under hub names against differences of the reference's loss: both the
+    values and the names."""
     model, config, state, ids, _ = case(variant)
     mtp_weight = 0.3 if config.num_nextn_predict_layers else 0.0
     _, loss, grads = hf.hf_logits_loss_grads(model, ids, mtp_weight)
@@ -121,7 +122,8 @@ def test_mtp_matches_transformers():
 
 
 def test_mtp_is_fed_the_state_after_the_final_norm():
-    """transformers gives MTP hidden_states[-1] (generation/candidate_generator.py), and that is the final norm's output."""
+    """transformers gives MTP hidden_states[-1] (generation/candidate_generator.py), and that is the
+    final norm's output."""
     import torch
 
     model, config, state, ids, out = case("deepseek_v3-mtp")
@@ -181,11 +183,11 @@ def test_rotation_keeps_relative_positions():
         )
         q, k = rng.standard_normal((2, 1, 8))
 
-        def score(i, j):
-            return float(
-                ref.apply_rope(q, *ref.rope_tables(config, [i]), interleave)[0]
-                @ ref.apply_rope(k, *ref.rope_tables(config, [j]), interleave)[0]
-            )
+        def rotated(a, position, config=config, interleave=interleave):
+            return ref.apply_rope(a, *ref.rope_tables(config, [position]), interleave)[0]
+
+        def score(i, j, q=q, k=k, rotated=rotated):
+            return float(rotated(q, i) @ rotated(k, j))
 
         assert abs(score(7, 3) - score(104, 100)) < 1e-12
         assert abs(score(7, 3) - score(7, 4)) > 1e-3

@@ -13,8 +13,9 @@ from tests.support import conversion
 from tests.support import hf_variants as hf
 from tests.support import reference as ref
 
-# Relative to the largest logit or to the gradient's norm. Both sides round to float32 (6e-8) in sums of other orders through a
-# few layers: measured at most 2e-6 on logits and 3e-6 on gradients, so 1e-5 leaves room and still sees any wrong term.
+# Relative to the largest logit or to the gradient's norm. Both sides round to float32 (6e-8) in
+# sums of other orders through a few layers: measured at most 2e-6 on logits and 3e-6 on gradients,
+# so 1e-5 leaves room and still sees any wrong term.
 RTOL = 1e-5
 MTP_WEIGHT = 0.3
 MESHES = {

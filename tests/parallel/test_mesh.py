@@ -30,7 +30,7 @@ VARIANTS = {
     "2x4": variant(fsdp=2, expert=4, remat="exchange"),
     "8x1": variant(fsdp=8),
     "4x2 all_gather": variant(dispatch="all_gather", fsdp=4, expert=2, remat="none"),
-    "1x8 ring, small places": variant(dispatch="ring", expert=8, capacity_factor=0.3),
+    "1x8 ring, small capacity": variant(dispatch="ring", expert=8, capacity_factor=0.3),
     "2x2x2 hybrid_shard, two micro-batches": variant(
         "hybrid_shard", "all_gather", 2, data=2, fsdp=2, expert=2
     ),

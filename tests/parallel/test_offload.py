@@ -19,7 +19,7 @@ from deepseek_jax.config.options import (
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.experts import cpu_grouped_matmul
-from deepseek_jax.model.transformer import rematerialise
+from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
 from tests.support import conversion

@@ -1,4 +1,4 @@
-"""Which part of the model an instruction belongs to: the rules name what the package has, and each is found."""
+"""Which part of the model an instruction is of: the rules name what the package has, and each is found."""
 
 import ast
 import re
@@ -45,7 +45,8 @@ def test_every_scope_is_given_by_the_model():
 
 @pytest.mark.slow
 def test_every_rule_and_scope_is_found_in_a_compiled_step():
-    """Pipeline, experts on two devices, compressed sums, dense and MoE layers, shared experts, multi-token prediction."""
+    """Pipeline, experts on two devices, compressed sums, dense and MoE layers, shared experts,
+    multi-token prediction."""
     model = ModelConfig(
         hidden_size=32,
         vocab_size=64,
@@ -60,18 +61,23 @@ def test_every_rule_and_scope_is_found_in_a_compiled_step():
         num_experts_per_tok=2,
         num_nextn_predict_layers=1,
     )
-    config = Config(
-        model=model,
-        mesh=MeshConfig(data=2, stage=2, expert=2),
-        train=TrainConfig(batch_size=16, sequence_length=16),
-        sharding=ShardingConfig("hybrid_shard", gradient_compression="int8"),
-    )
-    mesh, layout = topology.lay_out(config, jax.devices())
-    step = topology.compile_step(config, mesh, layout, conversion.quick_options())
-    module = hlo.Module(step.compiled.as_text())
+    compressed = ShardingConfig("hybrid_shard", gradient_compression="int8")
     frames, scopes = set(), set()
-    for _, instruction, _ in loops.visits(module, lambda i: bool(i.op_name)):
-        frames.update(module.frames(instruction))
-        scopes.add(scope_of(instruction.op_name))
-    assert not {rule for rule in RULES if not any(rule.holds(*frame) for frame in frames)}
+    for mesh_config, sharding in (
+        (MeshConfig(data=2, stage=2, expert=2), ShardingConfig()),
+        (MeshConfig(data=2, fsdp=2, expert=2), compressed),
+    ):
+        config = Config(
+            model=model,
+            mesh=mesh_config,
+            train=TrainConfig(batch_size=16, sequence_length=16),
+            sharding=sharding,
+        )
+        mesh, layout = topology.lay_out(config, jax.devices())
+        step = topology.compile_step(config, mesh, layout, conversion.quick_options())
+        module = hlo.Module(step.compiled.as_text())
+        for _, instruction, _ in loops.visits(module, lambda i: bool(i.op_name)):
+            frames.update(module.frames(instruction))
+            scopes.add(scope_of(instruction.op_name))
+    assert not [rule for rule in RULES if not any(rule.holds(*frame) for frame in frames)]
     assert set(NAMED) <= scopes

@@ -31,11 +31,13 @@ BYTES = ROWS * 32 * 4
 
 @pytest.fixture(autouse=True)
 def compiled_quickly(monkeypatch):
-    """Whole steps, compiled as the other tests compile theirs: LLVM optimises less, the collectives are the same."""
+    """Whole steps, compiled as the other tests compile theirs: LLVM optimises less, the collectives
+    are the same."""
     compile_step = topology.compile_step
-    quick = lambda config, mesh, layout, options=None: compile_step(
-        config, mesh, layout, options or conversion.quick_options()
-    )
+
+    def quick(config, mesh, layout, options=None):
+        return compile_step(config, mesh, layout, options or conversion.quick_options())
+
     monkeypatch.setattr(topology, "compile_step", quick)
 
 
@@ -94,7 +96,7 @@ def test_bytes_axes_and_times(f, kind, received, group, axes):
 
     (c,) = program.collectives(text_of(nested), SHAPE)
     assert (c.kind, c.bytes, c.group, c.axes, c.times) == (kind, received, group, axes, 15)
-    assert c.loops == (5, 3) and not c.further and c.bytes_a_step == 15 * received
+    assert c.loops == (5, 3) and not c.further and c.bytes_per_step == 15 * received
 
 
 def twice_then_rounds(x):
@@ -161,7 +163,8 @@ def test_unknown_replica_groups_are_an_error():
         replica_groups.replica_groups("replica_groups=@new_spelling", 8)
 
 
-# As a GPU's scheduled program is written: starts and ends apart, a reduce-scatter wrapped in an async computation.
+# As a GPU's scheduled program is written: starts and ends apart, a reduce-scatter wrapped in an
+# async computation.
 SCHEDULED = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -172,7 +175,8 @@ SCHEDULED = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f3
 
 %wrapped (p: f32[64,4]) -> f32[8,4] {
   %p = f32[64,4]{1,0} parameter(0)
-  ROOT %rs = f32[8,4]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%add
+  ROOT %rs = f32[8,4]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, \
+to_apply=%add
 }
 
 %cond (c: (s32[], f32[64,4])) -> pred[] {
@@ -277,7 +281,8 @@ def test_exchange_buffers():
         model=model, train=TrainConfig(batch_size=8, sequence_length=100, dtype="bfloat16")
     )
     b = exchange.buffers(config, {"data": 1, "fsdp": 2, "expert": 4})
-    # 100 tokens a device choose 4 of 32: mean load 12.5, times 1.25, up. 8 experts here, places for 4 devices each.
+    # 100 tokens a device choose 4 of 32: mean load 12.5, times 1.25, up. 8 experts here, places for
+    # 4 devices each.
     assert (b.places, b.exchanged_rows, b.expert_rows) == (16, 8 * 4 * 16, 8 * 4 * 16)
     assert b.bytes == 2 * 512 * 64 * 2
     assert (b.ragged_rows, b.ragged_bytes) == (4 * 100 * 4, 4 * 100 * 4 * 64 * 2)
@@ -290,10 +295,10 @@ def test_exchange_buffers():
 def test_axes_inside_a_host():
     config = Config(mesh=MeshConfig(data=2, fsdp=2, expert=2), train=TrainConfig(batch_size=8))
     mesh, _ = topology.lay_out(config, jax.devices())
-    assert topology.devices_a_host(mesh, 4) == {"data": 1, "fsdp": 2, "expert": 2}
-    assert topology.devices_a_host(mesh, 2) == {"data": 1, "fsdp": 1, "expert": 2}
+    assert topology.devices_per_host(mesh, 4) == {"data": 1, "fsdp": 2, "expert": 2}
+    assert topology.devices_per_host(mesh, 2) == {"data": 1, "fsdp": 1, "expert": 2}
     mesh, _ = topology.lay_out(dataclasses.replace(config, mesh=MeshConfig(fsdp=8)), jax.devices())
-    assert topology.devices_a_host(mesh, 2) == {"fsdp": 2}
+    assert topology.devices_per_host(mesh, 2) == {"fsdp": 2}
 
 
 def run_plan(capsys, *argv: str) -> str:
@@ -419,7 +424,8 @@ def test_benchmarks_are_listed(capsys):
 
 
 def test_arrays_that_a_step_must_not_have():
-    """Dense experts and whole attention scores are found in a program that has them; blocks and rounds are not."""
+    """Dense experts and whole attention scores are found in a program that has them; blocks and
+    rounds are not."""
     model = ModelConfig(
         hidden_size=96,
         moe_intermediate_size=40,
@@ -431,15 +437,19 @@ def test_arrays_that_a_step_must_not_have():
     config = Config(model=model, train=TrainConfig(batch_size=2, sequence_length=64))
     shape = dict.fromkeys(("data", "stage", "fsdp", "expert", "context", "tensor"), 1)
     x, w = np.ones((128, 96), np.float32), np.ones((8, 96, 40), np.float32)
-    found = lambda f, *given: arrays.too_large(
-        jax.jit(f).lower(*given).compile().as_text(), config, shape
-    )
+
+    def found(f, *given):
+        return arrays.too_large(jax.jit(f).lower(*given).compile().as_text(), config, shape)
+
     dense = found(lambda x, w: jnp.einsum("td,edf->etf", x, w).max(1), x, w)
     assert dense["every_expert_on_every_token"] and not dense["whole_scores"]
     places = found(lambda x, w: jnp.einsum("ecd,edf->ecf", x.reshape(8, 16, 96), w).max(1), x, w)
     assert not places["every_expert_on_every_token"] and not places["whole_scores"]
     q = np.ones((2, 64, 4, 24), np.float32)
-    scores = lambda q, k: jax.nn.softmax(jnp.einsum("bqnh,bknh->bnqk", q, k)).max(-1)
+
+    def scores(q, k):
+        return jax.nn.softmax(jnp.einsum("bqnh,bknh->bnqk", q, k)).max(-1)
+
     assert found(scores, q, q)["whole_scores"] and not found(scores, q[:, :16], q)["whole_scores"]
 
 
@@ -464,8 +474,10 @@ StackFrames
 ENTRY %main (a: f32[2,30], b: f32[2,10]) -> (f32[8,30], f32[8,10]) {
   %a = f32[2,30]{1,0} parameter(0), metadata={op_name="params"}
   %b = f32[2,10]{1,0} parameter(1)
-  %slice = f32[2,10]{1,0} bitcast(%b), metadata={op_name="jit(step)/jvp()/while/body/dynamic_slice" stack_frame_id=2}
-  ROOT %g = (f32[8,30]{1,0}, f32[8,10]{1,0}) all-gather(%a, %slice), replica_groups={{0,1,2,3}}, dimensions={0}, \
+  %slice = f32[2,10]{1,0} bitcast(%b), \
+metadata={op_name="jit(step)/jvp()/while/body/dynamic_slice" stack_frame_id=2}
+  ROOT %g = (f32[8,30]{1,0}, f32[8,10]{1,0}) all-gather(%a, %slice), \
+replica_groups={{0,1,2,3}}, dimensions={0}, \
 metadata={op_name="jit(step)/jvp(embed)/gather" stack_frame_id=1}
 }
 """

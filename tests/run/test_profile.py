@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.cluster.wire import free_port
+from deepseek_jax.cluster.ports import free_port
 from deepseek_jax.config.options import MeshConfig, MoeConfig
 from deepseek_jax.run import profile
 from deepseek_jax.runtime import compile_cache

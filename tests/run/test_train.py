@@ -355,4 +355,4 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
     shown = run(["--help"])
     assert shown.returncode == 0 and "--config.model.kv_lora_rank" in shown.stdout
-    assert "--workdir" in shown.stdout
+    assert "--workdir" in shown.stdout and "143 SIGTERM" in shown.stdout

@@ -11,7 +11,9 @@ PROGRAM = """
 import json, os, sys
 from deepseek_jax.runtime.huge_pages import use_huge_pages
 use_huge_pages()
-print(json.dumps([os.getpid(), sys.argv[1:], sys.flags.dont_write_bytecode, os.environ["GLIBC_TUNABLES"], "jax" in sys.modules]))
+tunables = os.environ["GLIBC_TUNABLES"]
+flag = sys.flags.dont_write_bytecode
+print(json.dumps([os.getpid(), sys.argv[1:], flag, tunables, "jax" in sys.modules]))
 """
 
 

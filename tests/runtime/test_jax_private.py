@@ -14,7 +14,7 @@ from jax._src.clusters import ClusterEnv
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.cluster.wire import free_port
+from deepseek_jax.cluster.ports import free_port
 from deepseek_jax.runtime import jax_private
 from tests.support import ROOT
 

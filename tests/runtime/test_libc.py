@@ -11,7 +11,7 @@ import textwrap
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax.cluster.wire import free_port
+from deepseek_jax.cluster.ports import free_port
 from deepseek_jax.runtime.libc import trim_memory
 from tests.support import ROOT
 

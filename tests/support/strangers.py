@@ -22,6 +22,7 @@ STRANGERS = (
     b'{"process": 1, "count": 3, "error": "stop"}\n',
     b'{"process": 1, "challenge": 5, "proof": null}\n',
     b'{"process": 1, "challenge": "a", "proof": "\xc3\xa9"}\n',
+    b'{"process": 1, "challenge": "\\ud800", "proof": "\\ud800"}\n',
     b"[1]\n",
     b"1\n",
     b"[" * 900 + b"\n",

@@ -13,7 +13,7 @@ import numpy as np
 
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.config.options import IGNORE
-from deepseek_jax.data import rows
+from deepseek_jax.data import prompt_files
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.evaluation.scorer import Score, Scorer, TokenSpan
 from deepseek_jax.inference.loaded import LoadedModel
@@ -52,7 +52,7 @@ def read_questions(path: str, limit: int | None = None) -> list[Question]:
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit={limit} must be 1 or more.")
-    lines = rows.read_lines(path, "--questions", f"Write {_FORM} per line.")
+    lines = prompt_files.read_lines(path, "--questions", f"Write {_FORM} per line.")
     out = [
         _question(line, f"--questions={path}: line {n}")
         for n, line in itertools.islice(lines, limit)
@@ -75,12 +75,14 @@ _RESULTS = {"loglikelihoods", "tokens", "acc", "acc_norm", "acc_bytes"}
 
 
 def _question(line: str, where: str) -> Question:
-    row = rows.read_object(line, where, f"Write it as {_FORM}.")
+    row = prompt_files.read_object(line, where, f"Write it as {_FORM}.")
 
     def wrong(what: str) -> UserError:
         return UserError(f"{where} {what}. Write it as {_FORM}.")
 
-    unread = rows.unread_keys(row, where, {"prompt", "choices", "answer"}, _OPTIONS, _RESULTS)
+    unread = prompt_files.unread_keys(
+        row, where, {"prompt", "choices", "answer"}, _OPTIONS, _RESULTS
+    )
     more = {key: value for key, value in row.items() if key in unread}
     if missing := [k for k in ("prompt", "choices", "answer") if k not in row]:
         raise wrong(f"has no {missing[0]!r}")

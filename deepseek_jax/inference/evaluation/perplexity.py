@@ -10,8 +10,8 @@ import numpy as np
 
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.data import contents
-from deepseek_jax.data.documents import Notes, find_files, split_paths
-from deepseek_jax.data.formats import read
+from deepseek_jax.data.documents import DataNotes, find_files, split_paths
+from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.sources import BATCH_CHARACTERS, open_corpora, split
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
@@ -72,7 +72,7 @@ def of_text(
     Raises:
       UserError: the text is missing, unreadable or empty, or a token id is too high for the model.
     """
-    notes = Notes()
+    notes = DataNotes()
     files = [
         (spec, f) for spec in split_paths(path, "--text") for f in find_files(spec, "--text", notes)
     ]
@@ -161,7 +161,7 @@ def of_held_out(
         return _measure(pieces(), [], scorer, stride, limit, bar, "the run's held-out part")
 
 
-def _text_pieces(files: list, encoder: Encoder, notes: Notes) -> Iterator[DocumentPart]:
+def _text_pieces(files: list, encoder: Encoder, notes: DataNotes) -> Iterator[DocumentPart]:
     """The pieces of documents in file order; empty documents are left out."""
     inside = False  # a document that had tokens already goes on
 
@@ -176,7 +176,7 @@ def _text_pieces(files: list, encoder: Encoder, notes: Notes) -> Iterator[Docume
 
     texts, rest, size = [], [], 0
     for spec, file in files:
-        for piece in read(file, spec, "--text", notes):
+        for piece in read_text(file, spec, "--text", notes):
             texts.append(piece.text)
             rest.append((piece.last, piece.read))
             size += len(piece.text)

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from deepseek_jax.data import rows, template
+from deepseek_jax.data import prompt_files, template
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.errors import UserError
 
-FORM = 'Give a prompt a line, or with the ending .jsonl objects with "prompt" or "messages".'
+FORM = 'Give one prompt per line, or with the ending .jsonl objects with "prompt" or "messages".'
 # As of Chat.render.
 CHAT_KEYS = {
     "tools",
@@ -63,13 +63,13 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
       UserError: the file cannot be read, a line is no prompt, or has a key that looks as if it acted and does
         not.
     """
-    lines = rows.read_lines(path, "--prompts", FORM)
+    lines = prompt_files.read_lines(path, "--prompts", FORM)
     if not path.endswith((".jsonl", ".json")):
         return [{"prompt": line} for _, line in lines]
     out, unread = [], set()
     for number, line in lines:
         where = f"--prompts={path}: line {number}"
-        row = rows.read_object(line, where, FORM)
+        row = prompt_files.read_object(line, where, FORM)
         if ("prompt" in row) == ("messages" in row):
             both, what = ("both", "and") if "prompt" in row else ("neither", "nor")
             raise UserError(f'{where} has {both} "prompt" {what} "messages". {FORM}')
@@ -97,7 +97,9 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
                 if isinstance(variables, dict)
                 else f"{where} has chat_template_kwargs that are {type(variables).__name__} and no object."
             )
-        unread |= rows.unread_keys(row, where, {"prompt", "messages", *chat}, OPTIONS, RESULTS)
+        unread |= prompt_files.unread_keys(
+            row, where, {"prompt", "messages", *chat}, OPTIONS, RESULTS
+        )
         out.append(row)
     if unread:
         print(

@@ -52,29 +52,29 @@ class Stream:
         return "" if self.stopped else self._give(last=True)
 
     def _decoded(self, last: bool) -> None:
-        before, text = (
-            self._encoder.decode(self._window[: self._read]),
-            self._encoder.decode(self._window),
-        )
+        before = self._encoder.decode(self._window[: self._read])
+        text = self._encoder.decode(self._window)
         if not self.stopped and len(text) > len(before) and (last or not text.endswith(BROKEN)):
             self._hold(text[len(before) :], shown=True)
-            self._window, self._read = self._window[self._read :], len(self._window) - self._read
+            self._window = self._window[self._read :]
+            self._read = len(self._window)
 
     def _hold(self, text: str, shown: bool) -> None:
         self._held += text
         self._shown += [shown] * len(text)
 
     def _give(self, last: bool) -> str:
-        places = [i for i, shown in enumerate(self._shown) if shown]
-        visible = "".join(self._held[i] for i in places)
-        places.append(len(self._held))
+        shown_at = [i for i, shown in enumerate(self._shown) if shown]
+        visible = "".join(self._held[i] for i in shown_at)
+        shown_at.append(len(self._held))
         found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
-        found += [places[at] for s in self._stop if (at := visible.find(s)) >= 0]
+        found += [shown_at[at] for s in self._stop if (at := visible.find(s)) >= 0]
         begun = [len(self._held) - _begun(self._held, s) for s in self._stop]
-        begun += [places[len(visible) - _begun(visible, s)] for s in self._stop]
+        begun += [shown_at[len(visible) - _begun(visible, s)] for s in self._stop]
         count = min(found or ([] if last else begun), default=len(self._held))
         out = "".join(c for c, shown in zip(self._held[:count], self._shown, strict=False) if shown)
-        self._held, self._shown = ("", []) if found else (self._held[count:], self._shown[count:])
+        self._held = "" if found else self._held[count:]
+        self._shown = [] if found else self._shown[count:]
         self.stopped = self.stopped or bool(found)
         self.text += out
         return out

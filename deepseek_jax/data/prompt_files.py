@@ -14,7 +14,8 @@ def read_lines(path: str, option: str, form: str) -> Iterator[tuple[int, str]]:
     """(number, text without its end) of the lines of a UTF-8 file that are not blank; path - is stdin.
 
     Args:
-      option: what error messages call the file. form: what to write instead, a sentence.
+      option: what error messages call the file.
+      form: what to write instead, a sentence.
 
     Raises:
       UserError: it cannot be read, is not UTF-8, or has only blank lines.
@@ -63,8 +64,9 @@ def unread_keys(
     """The keys of a row that nothing reads: they come back with its result.
 
     Args:
-      reads: keys that act. options: {key: what does the same here} of keys that look as if they acted.
-        results: keys of the result.
+      reads: keys that act.
+      options: {key: what does the same here} of keys that look as if they acted.
+      results: keys of the result.
 
     Raises:
       UserError: a key is of `options` or `results`.
