@@ -54,17 +54,20 @@ def filled(document: str) -> str:
 
 
 def table() -> str:
+    """What has a result as rows, what has none as a list."""
     lines = ["| command | what it showed | result |", "|---|---|---|"]
+    missing = []
     for figure in FIGURES:
         file = RESULTS / f"{figure.name}.json"
-        sentence, link = "", ""
-        if file.exists():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            machine = kept.get("machine", {})
-            sentence = figure.sentence(kept["result"])
-            where = f"{machine.get('cores', '?')} cores, {kept.get('commit', '')}".rstrip(", ")
-            link = f"[{where}](../benchmarks/results/{file.name})"
+        if not file.exists():
+            missing.append(f"`{figure.command}`")
+            continue
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        sentence = figure.sentence(kept["result"])
+        link = f"[{kept['machine']['cores']} cores, {kept['commit']}](../benchmarks/results/{file.name})"
         lines.append(f"| `python -m benchmarks {figure.command}` | {sentence} | {link} |")
+    if missing:
+        lines += ["", f"Without a kept result yet: {', '.join(missing)}."]
     return "\n".join(lines)
 
 

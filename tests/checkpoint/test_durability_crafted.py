@@ -21,7 +21,7 @@ from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile.bounded_json import BadFile
 from tests.support.checkpoints import KINDS, assert_same_bits, read, values, where, write
-from tests.tensorfile.test_header import head, tensor
+from tests.support.tensorfiles import head, tensor
 
 BAD_NAMES = (
     "../x.safetensors",

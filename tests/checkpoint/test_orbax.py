@@ -13,7 +13,7 @@ from deepseek_jax.checkpoint import __main__ as commands
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import CheckpointConfig
 from deepseek_jax.tensorfile.arrays import unflatten
-from tests.checkpoint.test_checkpoint import (
+from tests.support.checkpoints import (
     abstract,
     assert_same_bits,
     explicit_mesh,

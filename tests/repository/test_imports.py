@@ -52,3 +52,10 @@ def test_names_that_users_import_stay():
 def test_the_root_holds_entries_only():
     found = {p.name for p in (ROOT / "deepseek_jax").glob("*.py")}
     assert found <= {"__init__.py", "errors.py", "generate.py", "evaluate.py"}
+
+
+def test_tests_share_by_way_of_support():
+    """No test file imports another: what they share lies in tests/support/ or a conftest.py."""
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        shared = [m for m in imports.named(file) if re.match(r"tests\..*\btest_", m)]
+        assert not shared, f"{file.relative_to(ROOT)}: {shared}"

@@ -1,7 +1,6 @@
 """Heads of safetensors files: what safetensors writes is read, what was made to do harm is refused."""
 
 import json
-import struct
 
 import numpy as np
 import pytest
@@ -10,15 +9,7 @@ import safetensors.numpy
 from deepseek_jax.tensorfile import files, header
 from deepseek_jax.tensorfile.arrays import TensorSpec, spec_of
 from deepseek_jax.tensorfile.bounded_json import BadFile
-
-
-def head(entries: dict | bytes, data: int = 0, length: int | None = None) -> bytes:
-    raw = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
-    return struct.pack("<Q", len(raw) if length is None else length) + raw + b"\0" * data
-
-
-def tensor(shape=(2,), offsets=(0, 8), dtype="F32", **more) -> dict:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)} | more
+from tests.support.tensorfiles import head, tensor
 
 
 @pytest.mark.parametrize(
@@ -80,10 +71,10 @@ def test_what_safetensors_writes_is_read(tmp_path):
     found = header.read(tmp_path / "x.safetensors")
     raw = (tmp_path / "x.safetensors").read_bytes()
     assert found.keys() == arrays.keys()
-    for name, tensor in found.items():
+    for name, read in found.items():
         want = np.asarray(arrays[name])
-        assert tensor.spec.shape == want.shape and tensor.spec.dtype == want.dtype
-        assert raw[tensor.offset : tensor.offset + want.nbytes] == want.tobytes()
+        assert read.spec.shape == want.shape and read.spec.dtype == want.dtype
+        assert raw[read.offset : read.offset + want.nbytes] == want.tobytes()
 
 
 def test_what_is_written_is_what_safetensors_reads(tmp_path):
