@@ -71,7 +71,7 @@ def ours(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> ja
         kernel_DV, sharding.spec(("embed", "vocab"), sharding.storage_rules(CONFIG)[0])
     )
     head = nnx.Param(stored, out_sharding=("embed", "vocab"), eager_sharding=False)
-    net = types.SimpleNamespace(head=head, model=ModelConfig(tie_word_embeddings=False))
+    net = types.SimpleNamespace(head=head, config=ModelConfig(tie_word_embeddings=False))
     hidden_BSD, targets_BS = (
         jax.sharding.reshard(a[None], P(BATCH_AXES)) for a in (hidden_TD, targets_T)
     )

@@ -93,7 +93,7 @@ def test_cross_entropy_in_chunks(chunk, mesh, tied, monkeypatch):
     def f(hidden, weight, targets):
         head = nnx.Param(weight, out_sharding=axes, eager_sharding=False)
         net = types.SimpleNamespace(
-            head=head, model=conversion.smaller(MODEL, tie_word_embeddings=tied)
+            head=head, config=conversion.smaller(MODEL, tie_word_embeddings=tied)
         )
         return pretrain.cross_entropy_sum(hidden, net, targets)
 

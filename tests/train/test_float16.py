@@ -174,7 +174,7 @@ def test_the_heads_gradient_does_not_overflow_before_it_is_divided():
     target = np.where(rng.random(tokens) < 0.9, 3, rng.integers(0, words, tokens)).astype(np.int32)
     with conversion.on_mesh(config_of()):
         head = nnx.Param(jnp.asarray(kernel), out_sharding=("embed", "vocab"), eager_sharding=False)
-        model = types.SimpleNamespace(model=TINY, head=head)
+        model = types.SimpleNamespace(config=TINY, head=head)
 
         def loss(hidden, kernel):
             model.head = head.replace(kernel)
