@@ -184,7 +184,7 @@ class Transformer(nnx.Module):
         next_tokens_BS: jax.Array | None,
         taps: tuple[str, ...] = (),
     ) -> Output:
-        """What comes after the main stack: the last norm and multi-token prediction, whose statistics and taps alone are in the output."""
+        """What comes after the main stack: the last norm, and multi-token prediction with its statistics and taps."""
         hidden_BSD = self.norm(x_BSD)
         if next_tokens_BS is None or not self.mtp:
             return Output(hidden_BSD, (), None)

@@ -34,6 +34,7 @@ PARTS = (
     ("model/transformer.py", r"\bMTPLayer\b", "mtp"),
     ("model/transformer.py", r"", "other"),  # the model as a whole: never the loss that called it
     ("model/head.py", r"", "loss"),
+    ("model/logit_functions.py", r"", "loss"),
     ("objectives/pretrain.py", r"", "loss"),
     ("objectives/routing.py", r"", "loss"),
     ("train/optimizer.py", r"", "optimizer"),

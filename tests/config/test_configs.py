@@ -12,8 +12,8 @@ from deepseek_jax.config.options import Config, ModelConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.count import count
+from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.train.optimizer import sequences_at
-from deepseek_jax.train.state import abstract_model
 from tests.support import ROOT
 
 CONFIGS = ROOT / "configs"

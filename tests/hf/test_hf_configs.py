@@ -11,7 +11,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration
 from deepseek_jax.inference.loaded import config_for
 from deepseek_jax.model.count import count
-from deepseek_jax.train.state import abstract_model
+from deepseek_jax.model.layout import abstract_model
 from tests.support import FILES
 
 FOLDER = os.path.join(FILES, "hf_configs")

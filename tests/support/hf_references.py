@@ -10,7 +10,6 @@ import os
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 jax.config.update("jax_platforms", "cpu")
