@@ -21,7 +21,8 @@ from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.hf import configuration
 from deepseek_jax.inference.loaded import config_for, stop_ids_of
 from deepseek_jax.inference.opener import encoder_of, open_model
-from deepseek_jax.model.layout import abstract_model, to_tree
+from deepseek_jax.model.layout import abstract_model
+from deepseek_jax.train.state import to_tree
 from deepseek_jax.run import importer
 from deepseek_jax.train import workdir as workdirs
 
