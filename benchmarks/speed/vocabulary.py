@@ -30,7 +30,7 @@ from benchmarks.support.report import Parser, machine, report
 from deepseek_jax.cli import texts
 from deepseek_jax.cli.arguments import numbers
 from deepseek_jax.config.options import Config, MeshConfig
-from deepseek_jax.model import head
+from deepseek_jax.model import head, logit_functions
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import TOKENS, make_mesh
 
@@ -74,7 +74,7 @@ def ours(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> ja
     weight = nnx.Param(stored, out_sharding=("embed", "vocab"), eager_sharding=False)
     hidden_BSD, targets_BS = (jax.sharding.reshard(a[None], TOKENS) for a in (hidden_TD, targets_T))
     untied = head.Head(weight, tied=False)
-    return head.scan_vocab_sum(head.cross_entropy, hidden_BSD, untied, targets_BS)[0]
+    return head.scan_vocab_sum(logit_functions.cross_entropy, hidden_BSD, untied, targets_BS)[0]
 
 
 def plain(hidden_TD: jax.Array, kernel_DV: jax.Array, targets_T: jax.Array) -> jax.Array:

@@ -38,7 +38,8 @@ class _Places:
     """In place of rows: (source, row)."""
 
     def __init__(self, source: int, count: int):
-        self._source, self._count = source, count
+        self._source = source
+        self._count = count
 
     def __len__(self) -> int:
         return self._count
@@ -93,16 +94,18 @@ class Loader:
             PackedRows(e, length, derive_seed(EVAL_SEED, PACK, i), mask, pad_last=True)
             for i, (_, e) in enumerate(sides)
         ]
-        self.train_tokens, self.eval_tokens = (
-            sum(d.size for d in side) for side in zip(*sides, strict=True)
-        )
-        self.num_train_rows, self.num_eval_rows = sum(map(len, train)), sum(map(len, self._eval))
+        self.train_tokens = sum(train.size for train, _ in sides)
+        self.eval_tokens = sum(held_out.size for _, held_out in sides)
+        self.num_train_rows = sum(map(len, train))
+        self.num_eval_rows = sum(map(len, self._eval))
         self._check_size(corpora, sides, train)
         weights = weights or [t.size / self.train_tokens for t, _ in sides]
         self.description = _describe(corpora, sides, weights, tokenizer)
         self.contents = contents.of(corpora, tokenizer, weights)
         self._eval_order = _interleave([len(rows) for rows in self._eval])
-        self._sources, self._rows, self._weights = corpora, train, weights
+        self._sources = corpora
+        self._rows = train
+        self._weights = weights
         self._train = self._ordered(train)
 
     def train_rows(self, start: int, count: int) -> Rows:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config.options import IGNORE, Config
 from deepseek_jax.data import fields
-from deepseek_jax.model import head
+from deepseek_jax.model import head, logit_functions
 from deepseek_jax.model.transformer import Output, Transformer, tokens_ahead
 from deepseek_jax.objectives.base import Batch, Frozen, FrozenOutput, Parts
 from deepseek_jax.objectives.routing import count
@@ -97,7 +97,7 @@ def cross_entropy_sum(
     hidden_BSD: jax.Array, model: Transformer, targets_BS: jax.Array
 ) -> jax.Array:
     """Sum of -log p(target) over positions with a target, float32; by the output head of the model."""
-    return head.scan_vocab_sum(head.cross_entropy, hidden_BSD, model.head, targets_BS)[0]
+    return head.scan_vocab_sum(logit_functions.cross_entropy, hidden_BSD, model.head, targets_BS)[0]
 
 
 def text_figures(sums: dict[str, float]) -> dict[str, Any]:

@@ -1,1 +1,4 @@
-"""Losses, optimizer, state, the one jitted step and the loop around it."""
+"""The training step: an objective, a batch and a state in, the next state and what is reported out.
+
+Read step.py first (forward, loss, gradients, clip, update, balance), then gradients.py and state.py.
+"""

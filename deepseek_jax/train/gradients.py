@@ -7,10 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from deepseek_jax.config.options import Config
+from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.model.moe import Load, merge_loads
-from deepseek_jax.objectives.base import Batch, Objective
+from deepseek_jax.objectives.base import Batch, Objective, Parts
 from deepseek_jax.objectives.forward import StepTotals, frozen_outputs, loss_of_batch, run_model
 from deepseek_jax.parallel import offload
 from deepseek_jax.parallel.sharding import reshard
@@ -22,9 +24,10 @@ from deepseek_jax.parallel.weights import (
 )
 from deepseek_jax.train.state import Layout
 
+# Of a model without experts.
 NO_LOAD = Load(
     *(np.zeros(shape, np.int32) for shape in ((0, 0), (0,), (0, 0), (0, 0), (0, 0), (0,)))
-)  # of a model without experts
+)
 
 
 class Learner(NamedTuple):
@@ -34,11 +37,19 @@ class Learner(NamedTuple):
     layout: Layout
     objective: Objective
 
-    def gradients(self, weights, frozen, batch: Batch, totals: StepTotals, scale):
+    def gradients(
+        self,
+        weights: ModelWeights,
+        frozen: ModelWeights | None,
+        batch: Batch,
+        totals: StepTotals,
+        scale: jax.Array | None,
+    ) -> tuple[nnx.State, Parts, Load]:
         """Of the whole batch [A, B, ...].
 
         Args:
-          weights: (parameters, selection biases). frozen: those of the frozen model, or None.
+          frozen: weights of the frozen model.
+          totals: of the whole batch.
           scale: float32, of float16's loss; None without one.
 
         Returns:
@@ -53,9 +64,8 @@ class Learner(NamedTuple):
 
         if jax.sharding.get_abstract_mesh().shape["stage"] > 1:
             return one(batch)
-        first = jax.tree.map(lambda a: a[0], batch)
         if batch["tokens"].shape[0] == 1:
-            return one(first)
+            return one(jax.tree.map(lambda a: a[0], batch))
 
         def more(carry, micro):
             new = one(micro)
@@ -63,7 +73,7 @@ class Learner(NamedTuple):
             grads = offload.tree_map(_add_to, carry[0], new[0])
             return (grads, jax.tree.map(jnp.add, carry[1], new[1]), load), None
 
-        shapes = jax.eval_shape(lambda: one(first))
+        shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda a: a[0], batch)))
         dtype = self.config.train.accumulation_dtype
         buffers = jax.tree.map(lambda s: s.update(dtype=dtype), shapes[0])
         zeros = jax.tree.map(
@@ -93,7 +103,7 @@ class Learner(NamedTuple):
         grads, (parts, stats) = jax.grad(loss, has_aux=True)(given)
         return grads, parts, stats.load if stats else NO_LOAD
 
-    def expert_counts(self, weights, batch: Batch) -> jax.Array | None:
+    def expert_counts(self, weights: ModelWeights, batch: Batch) -> jax.Array | None:
         """int32 [L, E] of all micro-batches, by a forward pass of its own: the balance loss over the whole
         batch needs them first.
 

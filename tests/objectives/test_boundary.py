@@ -18,7 +18,7 @@ from deepseek_jax import objectives
 from deepseek_jax.config.options import Config, MeshConfig, OffloadConfig, ShardingConfig
 from deepseek_jax.data import fields
 from deepseek_jax.data.fields import Field
-from deepseek_jax.model import head
+from deepseek_jax.model import head, logit_functions
 from deepseek_jax.model.layout import ModelWeights, place_model
 from deepseek_jax.objectives.base import Frozen
 from deepseek_jax.objectives.forward import run_model
@@ -83,14 +83,14 @@ class Everything:
         valid = batch["segment_ids"] > 0
         mean = lambda a: jnp.sum(jnp.where(valid, a, 0.0)) / totals["tokens"]
         (ce,) = head.scan_vocab_sum(
-            head.weighted(head.cross_entropy),
+            logit_functions.weighted(logit_functions.cross_entropy),
             out.hidden_BSD,
             model.head,
             batch["targets"],
             batch["loss_weight"],
         )
         (kl,) = head.scan_vocab_sum(
-            head.kl,
+            logit_functions.kl,
             out.hidden_BSD,
             model.head,
             valid,
@@ -98,7 +98,7 @@ class Everything:
             frozen=((frozen_out.out.hidden_BSD, frozen_out.head),),
         )
         (log_p,) = head.scan_vocab(
-            head.log_probability, out.hidden_BSD, model.head, batch["targets"]
+            logit_functions.log_probability, out.hidden_BSD, model.head, batch["targets"]
         )
         of_document = jnp.take_along_axis(
             batch["reward"], jnp.maximum(batch["segment_ids"] - 1, 0), axis=1
@@ -116,7 +116,7 @@ class Everything:
         }
         for hidden_BSD in out.mtp_hidden_BSD:
             (mtp,) = head.scan_vocab_sum(
-                head.cross_entropy, hidden_BSD, model.head, batch["targets"]
+                logit_functions.cross_entropy, hidden_BSD, model.head, batch["targets"]
             )
             parts["mtp"] = mtp / totals["tokens"]
         m = model.model
@@ -125,7 +125,7 @@ class Everything:
 
     def measure(self, model, out, batch, frozen_out):
         (nll,) = head.scan_vocab_sum(
-            head.cross_entropy, out.hidden_BSD, model.head, batch["targets"]
+            logit_functions.cross_entropy, out.hidden_BSD, model.head, batch["targets"]
         )
         return {"nll": nll, "teacher": jnp.sum(frozen_out.out.taps["hidden"] ** 2)}
 
@@ -267,7 +267,7 @@ def test_a_masked_prompt_changes_no_hidden_state():
             model = layout.model.merge(params, bias)
             out = run_model(model, batch)
             mtp = head.scan_vocab(
-                head.cross_entropy, out.mtp_hidden_BSD[0], model.head, batch["targets"]
+                logit_functions.cross_entropy, out.mtp_hidden_BSD[0], model.head, batch["targets"]
             )
             return out.hidden_BSD, out.mtp_hidden_BSD[0], mtp[0], out.stats.load.expert_counts
 

@@ -26,7 +26,7 @@ from deepseek_jax.config.options import (
     ShardingConfig,
     TrainConfig,
 )
-from deepseek_jax.model import head
+from deepseek_jax.model import head, logit_functions
 from deepseek_jax.model.layers import Linear, param
 from deepseek_jax.model.transformer import tokens_ahead
 from deepseek_jax.objectives import pretrain
@@ -99,9 +99,9 @@ def test_cross_entropy_in_chunks(chunk, mesh, tied, monkeypatch):
 
     def f(hidden, weight, targets):
         variable = nnx.Param(weight, out_sharding=axes, eager_sharding=False)
-        return head.scan_vocab_sum(head.cross_entropy, hidden, head.Head(variable, tied), targets)[
-            0
-        ]
+        return head.scan_vocab_sum(
+            logit_functions.cross_entropy, hidden, head.Head(variable, tied), targets
+        )[0]
 
     with jax.set_mesh(made):
         weight = jax.device_put(

@@ -27,13 +27,14 @@ from deepseek_jax.config.options import (
 )
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
-from deepseek_jax.objectives.pretrain import totals
+from deepseek_jax.objectives.forward import step_totals
 from deepseek_jax.parallel import compression
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import topology
 from deepseek_jax.run import resume
 from deepseek_jax.train import state, step
 from deepseek_jax.train.batch import put_batch
+from deepseek_jax.train.gradients import Learner
 from deepseek_jax.xla import program
 from tests.support import ROOT, conversion, invariance
 
@@ -411,7 +412,7 @@ def gradients_of(config: Config):
     )
     mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
     with jax.set_mesh(mesh):
-        layout = state.make_layout(config, mesh)
+        layout, objective = state.make_layout(config, mesh), objectives.make(config)
         no_bias = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), layout.abstract.bias)
         params, bias = jax.device_put(
             (initial_params(ALL), no_bias), (layout.shardings.params, layout.shardings.bias)
@@ -421,9 +422,9 @@ def gradients_of(config: Config):
         )
 
         def gradients(params, bias, batch, counts):
-            return step.make_gradients(config, layout)(
-                params, bias, batch, totals(batch, 1, counts), jnp.float32(0.3)
-            )[0]
+            totals = step_totals(objective, config, batch, jnp.int32(0), counts)
+            learner = Learner(config, layout, objective)
+            return learner.gradients((params, bias), None, batch, totals, None)[0]
 
         batch = put_batch(invariance.rows(0), config.micro_batch, mesh)
         out = conversion.jit(gradients)(params, bias, batch, counts)

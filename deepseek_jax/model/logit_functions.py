@@ -1,0 +1,207 @@
+"""Functions of a token's logits over the vocabulary, each with its hand-made gradient, for model/head.py.
+
+    function(logits, *frozen_logits, *inputs) -> (values, dlogits_CV)
+
+  logits, frozen_logits: `Logits` of a chunk of tokens, of the head that is trained and of frozen ones.
+  inputs: what belongs to each token, [C] or [C, ...], or scalars that are the same for all tokens. Tokens
+    that fill up the last chunk have -100 in integers, 0 in floats and False in booleans: a function must give
+    them the value 0.
+  values: a tuple of float32 [C], the same on all devices of the tensor axis. The first is differentiated, the
+    others are reported.
+  dlogits_CV: float32, the derivative of the first value by the logits, 0 for tokens that do not count.
+
+They run inside `per_device`: a device has the logits of its part of the vocabulary.
+
+Shape letters: layers.py, and C tokens of a chunk, V this device's words, K words of a teacher's list.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config.options import IGNORE
+
+
+class Logits(NamedTuple):
+    """The logits of a chunk over this device's words, and reductions over the whole vocabulary."""
+
+    logit_CV: jax.Array  # float32
+
+    @property
+    def words(self) -> int:
+        return self.logit_CV.shape[1]
+
+    @property
+    def first(self) -> jax.Array:
+        """int32: the id of the first word here."""
+        return lax.axis_index("tensor") * self.words
+
+    def scaled(self, factor: jax.Array | float) -> "Logits":
+        return Logits(self.logit_CV * factor)
+
+    def is_word(self, ids_C: jax.Array) -> jax.Array:
+        """bool [C, V]: which word here is the token's."""
+        return (ids_C - self.first)[:, None] == jnp.arange(self.words)
+
+    def softmax(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(largest logit [C, 1], exp(logit - largest) [C, V], its sum over all words [C, 1])."""
+        most_C1 = lax.pmax(jnp.max(self.logit_CV, axis=-1, keepdims=True), "tensor")
+        exp_CV = jnp.exp(self.logit_CV - most_C1)
+        return most_C1, exp_CV, sum_words(exp_CV)
+
+    def log_probabilities(self) -> jax.Array:
+        """float32 [C, V]."""
+        most_C1, _, total_C1 = self.softmax()
+        return self.logit_CV - most_C1 - jnp.log(total_C1)
+
+
+def sum_words(a_CV: jax.Array) -> jax.Array:
+    """The sum over the whole vocabulary, [C, 1]."""
+    return lax.psum(jnp.sum(a_CV, axis=-1, keepdims=True), "tensor")
+
+
+def cross_entropy(logits: Logits, targets_C: jax.Array):
+    """-log p(target) in nats. Inputs: int32 targets, -100 where there is none."""
+    nll_C, _, dlogits_CV = _cross_entropy(logits, targets_C)
+    return (nll_C,), dlogits_CV
+
+
+def cross_entropy_and_rank(logits: Logits, targets_C: jax.Array):
+    """`cross_entropy`, and whether no word is likelier than the target (bool)."""
+    nll_C, likeliest_C, dlogits_CV = _cross_entropy(logits, targets_C)
+    return (nll_C, likeliest_C), dlogits_CV
+
+
+def _cross_entropy(logits: Logits, targets_C: jax.Array):
+    most_C1, exp_CV, total_C1 = logits.softmax()
+    here_CV = logits.is_word(targets_C)
+    target_C = lax.psum(jnp.sum(jnp.where(here_CV, logits.logit_CV, 0.0), axis=-1), "tensor")
+    nll_C = jnp.log(total_C1[:, 0]) + most_C1[:, 0] - target_C
+    nll_C = jnp.where(targets_C == IGNORE, 0.0, nll_C)
+    p_CV = exp_CV / total_C1
+    dlogits_CV = jnp.where((targets_C == IGNORE)[:, None], 0.0, p_CV - here_CV)
+    return nll_C, target_C >= most_C1[:, 0], dlogits_CV
+
+
+def log_probability(logits: Logits, ids_C: jax.Array):
+    """log p(id), 0 where the id is -100. Inputs: int32 ids."""
+    (nll_C,), dlogits_CV = cross_entropy(logits, ids_C)
+    return (-nll_C,), -dlogits_CV
+
+
+def entropy(logits: Logits, valid_C: jax.Array):
+    """-sum p log p in nats. Inputs: bool, which tokens count."""
+    log_p_CV = logits.log_probabilities()
+    p_CV = jnp.exp(log_p_CV)
+    entropy_C1 = -sum_words(_p_log(p_CV, log_p_CV))
+    dlogits_CV = -p_CV * (log_p_CV + entropy_C1)
+    return _counted(valid_C, entropy_C1, dlogits_CV)
+
+
+def kl(logits: Logits, teacher: Logits, valid_C: jax.Array, temperature: jax.Array | float = 1.0):
+    """KL(teacher || student) of both softmaxes at a temperature, in nats; not multiplied by its square.
+
+    Inputs: bool, which tokens count; the temperature. The derivative is (p_student - p_teacher) /
+      temperature.
+    """
+    log_s_CV, log_t_CV = _at_temperature(logits, teacher, temperature)
+    t_CV = jnp.exp(log_t_CV)
+    kl_C1 = sum_words(_p_log(t_CV, log_t_CV - log_s_CV))
+    return _counted(valid_C, kl_C1, (jnp.exp(log_s_CV) - t_CV) / temperature)
+
+
+def reverse_kl(
+    logits: Logits, teacher: Logits, valid_C: jax.Array, temperature: jax.Array | float = 1.0
+):
+    """KL(student || teacher), otherwise as `kl`. The derivative is p_s (log p_s - log p_t - KL) /
+    temperature.
+    """
+    log_s_CV, log_t_CV = _at_temperature(logits, teacher, temperature)
+    s_CV, difference_CV = jnp.exp(log_s_CV), log_s_CV - log_t_CV
+    kl_C1 = sum_words(_p_log(s_CV, difference_CV))
+    return _counted(valid_C, kl_C1, s_CV * (difference_CV - kl_C1) / temperature)
+
+
+def kl_to_top(
+    logits: Logits,
+    ids_CK: jax.Array,
+    values_CK: jax.Array,
+    lse_C: jax.Array,
+    valid_C: jax.Array,
+    temperature: jax.Array | float = 1.0,
+):
+    """`kl` to a teacher of which the K likeliest words are known; all others are one word, of both (a bucket
+    for the tail).
+
+    KL = sum_K t log(t / s) + t' log(t' / s') with t' = 1 - sum_K t and s' likewise: the loss of `kl` with the
+    teacher's tail spread as the student's, and its gradient.
+
+    Args:
+      ids_CK: int32, distinct words. values_CK: the teacher's logits of these.
+      lse_C: float32, log-sum-exp of all its logits / temperature.
+      valid_C: bool, which tokens count.
+    """
+    log_s_CV = logits.scaled(1 / temperature).log_probabilities()
+    log_t_CK = values_CK.astype(jnp.float32) / temperature - lse_C[:, None]
+    local_CK = ids_CK - logits.first
+    here_CK = (local_CK >= 0) & (local_CK < logits.words)
+    row_C1 = jnp.arange(ids_CK.shape[0])[:, None]
+    place_CK = jnp.where(here_CK, local_CK, logits.words)  # past the end, where scatters drop it
+    log_s_CK = jnp.take_along_axis(log_s_CV, jnp.where(here_CK, local_CK, 0), axis=1)
+    log_s_CK = lax.psum(jnp.where(here_CK, log_s_CK, 0.0), "tensor")
+    t_CK = jnp.exp(log_t_CK)
+    tail_t_C1 = jnp.maximum(1 - jnp.sum(t_CK, axis=1, keepdims=True), 0.0)
+    # The student's tail by its own words: 1 - sum would lose all digits where the K words have nearly
+    # everything.
+    rest_CV = log_s_CV.at[row_C1, place_CK].set(-jnp.inf, mode="drop")
+    log_tail_s_C1 = _log_sum_exp(rest_CV)
+    has_tail_C1 = (tail_t_C1 > 0) & jnp.isfinite(log_tail_s_C1)
+    log_tail_s_C1 = jnp.where(has_tail_C1, log_tail_s_C1, 0.0)
+    tail_C1 = jnp.where(
+        has_tail_C1,
+        tail_t_C1 * (jnp.log(jnp.where(has_tail_C1, tail_t_C1, 1.0)) - log_tail_s_C1),
+        0.0,
+    )
+    kl_C1 = jnp.sum(_p_log(t_CK, log_t_CK - log_s_CK), axis=1, keepdims=True) + tail_C1
+    spread_CV = jnp.where(has_tail_C1, tail_t_C1 * jnp.exp(log_s_CV - log_tail_s_C1), 0.0)
+    t_CV = spread_CV.at[row_C1, place_CK].set(t_CK, mode="drop")
+    return _counted(valid_C, kl_C1, (jnp.exp(log_s_CV) - t_CV) / temperature)
+
+
+def weighted(function: Callable) -> Callable:
+    """A chunk function times a weight of each token: its last input, float32 [C], which has no gradient."""
+    return _Weighted(function)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weighted:
+    function: Callable
+
+    def __call__(self, *args):
+        *rest, weight_C = args
+        values, dlogits_CV = self.function(*rest)
+        return tuple(v * weight_C for v in values), dlogits_CV * weight_C[:, None]
+
+
+def _at_temperature(logits: Logits, teacher: Logits, temperature) -> tuple[jax.Array, jax.Array]:
+    return tuple(z.scaled(1 / temperature).log_probabilities() for z in (logits, teacher))
+
+
+def _log_sum_exp(a_CV: jax.Array) -> jax.Array:
+    """Over the whole vocabulary, [C, 1]; -inf where there is no word."""
+    most_C1 = lax.pmax(jnp.max(a_CV, axis=-1, keepdims=True), "tensor")
+    finite_C1 = jnp.where(jnp.isfinite(most_C1), most_C1, 0.0)
+    return jnp.log(sum_words(jnp.exp(a_CV - finite_C1))) + finite_C1
+
+
+def _p_log(p: jax.Array, log: jax.Array) -> jax.Array:
+    """p * log, 0 where p is 0: a word whose logit is -inf."""
+    return jnp.where(p > 0, p * jnp.where(p > 0, log, 0.0), 0.0)
+
+
+def _counted(valid_C: jax.Array, value_C1: jax.Array, dlogits_CV: jax.Array):
+    return (jnp.where(valid_C, value_C1[:, 0], 0.0),), jnp.where(valid_C[:, None], dlogits_CV, 0.0)
