@@ -248,7 +248,8 @@ def _expert_norms(
 ) -> jax.Array:
     """float32 [T, K]: the norm of each chosen expert's output, 0 for padding. Without gradient.
 
-    The dispatch adds up the outputs of a token's experts, so each choice goes through it alone, with weight 1.
+    The dispatch adds up the outputs of a token's experts, so each choice goes through it alone, with
+    weight 1.
     """
     x_TD, gate_up, down = lax.stop_gradient((x_TD, gate_up, down))
     one_T1 = jnp.ones_like(x_TD, jnp.float32, shape=(x_TD.shape[0], 1))

@@ -9,12 +9,12 @@ counterparts:
                        layer computes; post: the latter only; none: neither
     limit_all_gathers  one collective in flight at a time; without it UNLIMITED, each with its own buffers
 
-The latency-hiding scheduler puts computation between the start and the end of a collective. What is moved to another layer's time is
-combined to about one message a layer, FSDP's flat parameter; what is not stays in pieces, so that a layer can begin with the first.
-XLA has one switch for the gathers of both passes: where the two options differ, gathers are ahead in both (`notes` says so).
-XLA's debug options are described in xla/debug_options_flags.cc; those used here are known to jaxlib 0.10.2 to
-0.12, the pipeliner's under two names. What a compiler does not know is dropped when the step is compiled
-(train/compiled_step.py).
+The latency-hiding scheduler puts computation between the start and the end of a collective. What is moved
+to another layer's time is combined to about one message per layer, FSDP's flat parameter; what is not stays
+in pieces, so that a layer can begin with the first. XLA has one switch for the gathers of both passes: where
+the two options differ, gathers are ahead in both (`notes` says so). XLA's debug options are described in
+xla/debug_options_flags.cc; those used here are known to jaxlib 0.10.2 to 0.12, the pipeliner's under two
+names. What a compiler does not know is dropped when the step is compiled (train/compiled_step.py).
 """
 
 import os

@@ -81,11 +81,12 @@ def _devices(run: Run) -> Lines:
     lines = [("mesh", f"{axes} ({where})")]
     if mesh.shape["stage"] > 1:
         s = make_schedule(config, mesh.shape["stage"])
+        virtual = f"{s.virtual_stages} virtual stage{'s' * (s.virtual_stages > 1)}"
         lines.append(
             (
                 "pipeline",
-                f"{s.layers} blocks on {s.stages} stages in {s.virtual_stages} piece{'s' * (s.virtual_stages > 1)} of "
-                f"{s.blocks}, {s.micro_batches} micro-batches: bubble share {s.bubble_share:.1%}",
+                f"{s.layers} blocks on {s.stages} stages, each with {virtual} of {s.blocks} blocks, "
+                f"{s.micro_batches} micro-batches: bubble share {s.bubble_share:.1%}",
             )
         )
     strategy = config.sharding.canonical

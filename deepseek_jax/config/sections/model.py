@@ -280,7 +280,7 @@ class ModelConfig:
 
     @property
     def attention_kind(self) -> str:
-        """mla or grouped_query: which attention the options describe. Nothing else asks for it by other options."""
+        """mla or grouped_query: the attention that the options describe, asked for here alone."""
         return "mla" if self.num_key_value_heads is None else "grouped_query"
 
     @property

@@ -10,7 +10,7 @@ from deepseek_jax.model.transformer import Transformer
 
 
 class BoundModel(NamedTuple):
-    """A placed model and its weights, which any program can be compiled for: no optimizer, no training state."""
+    """A placed model and its weights, which any program can be compiled for."""
 
     model: PlacedModel
     params: nnx.State
