@@ -54,7 +54,8 @@ class Watched:
     left: bool = False  # it has said that it ends
 
     @property
-    def index(self) -> int | None:
+    def index(self) -> int:
+        assert self.connection.process is not None  # it has proved which one it is
         return self.connection.process
 
 
@@ -255,6 +256,7 @@ class Monitor:
     def _watch_first(self) -> None:
         """In processes other than 0."""
         first, beat = self._to_first, self._beat
+        assert first is not None  # of processes other than 0
         heard = sent = time.monotonic()
         with selectors.DefaultSelector() as ready:
             ready.register(first.socket, selectors.EVENT_READ)
@@ -281,6 +283,7 @@ class Monitor:
     def _told(self, m: wire.Message) -> None:
         """Takes a message from process 0."""
         if "ask" in m:
+            assert self._to_first is not None
             self._to_first.send(**self.stop.hold(m["ask"]))
         elif "stop_after" in m:
             self.stop.decided(m["stop_after"], m["number"])
@@ -293,6 +296,7 @@ class Monitor:
     def _watch_others(self) -> None:
         """In process 0."""
         hub, beat = self._hub, self._beat
+        assert hub is not None  # of process 0
         started = sent = time.monotonic()
         while not self._closed:
             before = time.monotonic()

@@ -217,10 +217,15 @@ class Cluster:
         if self.monitor:
             time.sleep(GRACE)
 
+    @property
+    def _count(self) -> int:
+        assert self._member is not None  # asked of a process that joins others
+        return self._member.count
+
     def _exchange(self, report: dict[str, Any]) -> dict[str, Any]:
         mine = {
             "process": self.index,
-            "count": self._member.count,
+            "count": self._count,
             "host": socket.gethostname(),
             **report,
         }
@@ -233,7 +238,7 @@ class Cluster:
     def _judge(self, reports: list[Report]) -> dict[str, Any]:
         """What process 0 tells all: whether to stop, what it prints about that, and everyone's GPUs."""
         lines: list[str] = []
-        gpus: list[list[int] | None] = [None] * self._member.count
+        gpus: list[list[int] | None] = [None] * self._count
         wrong = any(r.get("error") for r in reports)
         shared: dict[str, Any] = {}
         if wrong:
@@ -250,13 +255,13 @@ class Cluster:
             "stop": wrong or bool(lines),
             "lines": lines,
             "gpus": gpus,
-            "all_came": len(reports) == self._member.count,
+            "all_came": len(reports) == self._count,
             "ended": any(r.get("error") == ENDED for r in reports),
         } | shared
 
     def _absence(self, reports: list[Report]) -> str | None:
         """One line for processes that did not come, or have the same number."""
-        count = self._member.count
+        count = self._count
         for a, b in itertools.pairwise(reports):
             if a["process"] == b["process"]:
                 return (

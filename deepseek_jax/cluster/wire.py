@@ -293,6 +293,7 @@ class Hub:
         self._ready.close()
 
     def _accept(self) -> None:
+        assert self._listener is not None  # `wait` reported it
         try:
             s, address = self._listener.accept()
         except OSError:  # it has gone again

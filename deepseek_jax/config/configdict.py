@@ -32,7 +32,7 @@ def base_config(arg: str = "", allowed: Sequence[str] = ("",)) -> ConfigDict:
     return _defaults(Config)
 
 
-def _defaults(cls: type) -> ConfigDict:
+def _defaults(cls: Any) -> ConfigDict:
     out = ConfigDict()
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):

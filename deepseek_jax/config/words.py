@@ -1,7 +1,7 @@
 """From the words of other tools to ours: docs/words.md, and what a message says when such a word is typed."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.config.option import SYSTEMS, Alias, Option
@@ -129,8 +129,8 @@ def table() -> str:
         ]
         if rows:
             parts += [f"## {section or 'run'}", _markdown(("there", "here", "what differs"), rows)]
-    rows = [(_code(word.theirs), word.here) for word in NO_OPTION]
-    parts += ["## Without an option", _markdown(("there", "here"), rows)]
+    others = [(_code(word.theirs), word.here) for word in NO_OPTION]
+    parts += ["## Without an option", _markdown(("there", "here"), others)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -207,6 +207,6 @@ def _flag(name: str, value: Any) -> str:
     return f"--config.{name}" + ("" if value is None else f"={value}")
 
 
-def _markdown(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _markdown(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [heading, ("---",) * len(heading), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', BAR) for cell in line)} |" for line in lines)

@@ -165,7 +165,10 @@ def encoded(
     Each document ends with eos, also where special tokens are read in text and it spells eos. Empty documents
     are left out.
     """
-    texts, lasts, size, inside = [], [], 0, False
+    texts: list[str] = []
+    lasts: list[bool] = []
+    size = 0
+    inside = False
     ended = False  # whether the last token was an eos that the text spelt
     eos = np.array([tokenizer.eos_id], np.int32)
 
@@ -238,7 +241,8 @@ def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
             held_out[int(hashes[0]) % n] = True
         if held_out.all():
             held_out[0] = False
-    return tuple(Documents(corpus.tokens, starts[m], lengths[m]) for m in (~held_out, held_out))
+    kept, held = (Documents(corpus.tokens, starts[m], lengths[m]) for m in (~held_out, held_out))
+    return kept, held
 
 
 def parse_weights(config: Config) -> list[float] | None:

@@ -91,11 +91,11 @@ class TokenWriter:
             "tokens": self.tokens,
             "max_id": self._max,
         }
-        with open(self._temp[side_path], "x", encoding="utf-8") as f:
-            json.dump(side, f, indent=2)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())
+        with open(self._temp[side_path], "x", encoding="utf-8") as sidecar:
+            json.dump(side, sidecar, indent=2)
+            sidecar.write("\n")
+            sidecar.flush()
+            os.fsync(sidecar.fileno())
         for f in (self._out, self._offsets):
             f.flush()
             os.fsync(f.fileno())

@@ -131,10 +131,10 @@ class FileTokenizer(Tokenizer):
                 f"{' '.join(EOS_NAMES)} to its added_tokens."
             )
         self.stop_ids = frozenset(
-            {self.eos_id, vocab.get(files.special.get("eos_token"), self.eos_id)}
+            {self.eos_id, vocab.get(files.special.get("eos_token", ""), self.eos_id)}
         )
         special = {i for i, t in added.items() if t.special} | self.stop_ids
-        self.hidden = {i: self._inner.id_to_token(i) for i in special}
+        self.hidden = {i: self._inner.id_to_token(i) or "" for i in special}
         self._decodable = np.zeros(self.vocab_size, bool)
         self._decodable[[i for i in vocab.values() if i not in special]] = True
         plain = {i: t.content for i, t in added.items()}
@@ -246,7 +246,7 @@ def _byte_level_lengths(
     model = tree["model"]
     kind = model.get("type", "BPE" if "merges" in model else None)  # old files leave the type out
     byte_level = kind == "BPE" and _has(pre, "ByteLevel") and _has(tree.get("decoder"), "ByteLevel")
-    if not byte_level:
+    if pre is None or not byte_level:
         return None
     steps = [pre, *pre.get("pretokenizers", [])]
     if any(p.get("type") == "ByteLevel" and p.get("add_prefix_space") for p in steps):

@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import IO, cast
 
 from deepseek_jax.cluster.signals import SIGNALS, URGENT
 from deepseek_jax.errors import ExitCode, stopped_by
@@ -109,8 +110,7 @@ class Launcher:
             continue  # what is left in the pipes
         # Pipes that are still open belong to something that the processes left behind.
         for key in [k for k in self._ready.get_map().values() if k.data is not None]:
-            self._ready.unregister(key.fileobj)
-            key.fileobj.close()
+            self._forget(key)
         return first_failed(ended)
 
     def _read(self, wait: float) -> bool:
@@ -121,9 +121,13 @@ class Launcher:
                 for number in self._signals.recv(1 << 10):
                     self._signalled(number)
             elif not key.data.read(key.fileobj):
-                self._ready.unregister(key.fileobj)
-                key.fileobj.close()
+                self._forget(key)
         return bool(events)
+
+    def _forget(self, key: selectors.SelectorKey) -> None:
+        """A pipe that nobody writes to any more."""
+        self._ready.unregister(key.fileobj)
+        cast(IO[bytes], key.fileobj).close()
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGUSR2 and self._restarts.may_shrink:

@@ -59,6 +59,7 @@ def frozen_outputs(
     """
     if frozen is None:
         return None
+    assert weights is not None  # the step's argument, where the objective has a frozen model
     if batch["tokens"].ndim == 2:
         return run_frozen(frozen, weights, batch)
     out = lax.map(lambda micro: run_frozen(frozen, weights, micro).out, batch)

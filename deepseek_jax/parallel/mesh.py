@@ -92,8 +92,8 @@ def per_device(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
         cotangent_specs = jax.tree.leaves(
             jax.tree.broadcast(out_specs, cotangents, is_leaf=is_spec), is_leaf=is_spec
         )
-        pairs = zip(jax.tree.leaves(cotangents), cotangent_specs, strict=True)
-        pairs = [(c, s) for c, s in pairs if is_float(c)]
+        both = zip(jax.tree.leaves(cotangents), cotangent_specs, strict=True)
+        pairs = [(c, s) for c, s in both if is_float(c)]
 
         def transposed(args, float_cotangents):
             def float_results(*floats):

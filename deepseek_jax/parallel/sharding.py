@@ -70,7 +70,12 @@ def storage_rules(config: Config) -> tuple[Rules, Rules, Rules]:
         }
 
     divided, undivided = rules((*axes, "expert"), axes), rules((), ())
-    return tuple(divided if yes else undivided for yes in DIVIDED_BY[config.sharding.canonical])
+    params, gradients, optimizer = DIVIDED_BY[config.sharding.canonical]
+    return (
+        divided if params else undivided,
+        divided if gradients else undivided,
+        divided if optimizer else undivided,
+    )
 
 
 def divided_axes(config: Config) -> tuple[str, ...]:
@@ -155,8 +160,8 @@ def without_stage(w: jax.Array) -> P:
 
 def bytes_per_device(tree: Any, sharding_tree: Any, memory_kind: str = "device") -> int:
     """Bytes of a tree's arrays that one device holds, or that another memory holds for it."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(sharding_tree), strict=True)
-    leaves = [(a, s) for a, s in leaves if (s.memory_kind or "device") == memory_kind]
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(sharding_tree), strict=True)
+    leaves = [(a, s) for a, s in pairs if (s.memory_kind or "device") == memory_kind]
     return sum(
         jax.ShapeDtypeStruct(s.shard_shape(a.shape), a.dtype).size * a.dtype.itemsize
         for a, s in leaves

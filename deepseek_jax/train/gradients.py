@@ -115,7 +115,9 @@ class Learner(NamedTuple):
 
         def one(_, micro):
             model = self.layout.model.merge(*weights)
-            return None, run_model(model, micro).stats.load.expert_counts
+            stats = run_model(model, micro).stats
+            assert stats is not None  # has_experts
+            return None, stats.load.expert_counts
 
         return jax.lax.stop_gradient(jnp.sum(jax.lax.scan(one, None, batch)[1], axis=0))
 

@@ -13,7 +13,7 @@ that it reads.
 
 import re
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepseek_jax.xla import hlo, loops
 
@@ -98,7 +98,7 @@ class Origin:
         if len(operands) < 2 or (moves_tokens and own[1] == "dispatch"):
             return ((*own, 1.0),)
         total = sum(o.bytes for o in operands) or 1
-        shares: Counter = Counter()
+        shares: Counter[Any] = Counter()
         for o in operands:
             phase, part = self._of(computation, o, visit)
             if (

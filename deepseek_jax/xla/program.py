@@ -146,7 +146,7 @@ def by(found: Iterable[Collective], key: Callable[[Collective], Any]) -> dict[An
 def by_origin(found: Iterable[Collective]) -> dict[tuple[str, str], int]:
     """Bytes per step by (phase, part), most first; a combined collective is divided among those
     that it serves."""
-    total: Counter = Counter()
+    total: Counter[tuple[str, str]] = Counter()
     for c in found:
         for phase, part, share in c.shares:
             total[phase, part] += share * c.bytes_per_step

@@ -62,9 +62,9 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
 
 def _iota(text: str) -> np.ndarray:
     """'[4,2]<=[2,4]T(1,0)': the numbers from 0, reshaped, transposed, reshaped."""
-    shape, base, order = re.fullmatch(
-        r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
-    ).groups()
+    found = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    assert found is not None, text
+    shape, base, order = found.groups()
 
     def numbers(text: str) -> list[int]:
         return [int(n) for n in text.split(",")]

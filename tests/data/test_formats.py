@@ -37,8 +37,8 @@ from deepseek_jax.run import commandline
 from deepseek_jax.train.workdir import write_config
 from tests.support import FILES, ROOT
 
-FILES = os.path.join(FILES, "formats")
-CHATML = os.path.join(FILES, "chatml_tokenizer.json")
+FORMATS = os.path.join(FILES, "formats")
+CHATML = os.path.join(FORMATS, "chatml_tokenizer.json")
 TEXTS = ["one é", 'two\nlines [ ] { } " \\', "", "three 漢字 😀", "x" * 300]
 ROWS = [{"id": i, "text": t, "meta": {"text": ["no"]}} for i, t in enumerate(TEXTS)]
 PRESENT = [t for t in TEXTS if t]
@@ -141,7 +141,7 @@ def test_arrow(kind, tmp_path):
 def test_text_that_is_not_unicode_is_cleaned_the_same_in_every_format(tmp_path):
     """A byte of Latin-1, half of a surrogate pair: U+FFFD, and said. Text files as a whole have an encoding:
     that is to be converted."""
-    assert documents(f"{FILES}/badutf8.parquet")[7] == "caf\ufffd is latin " * 5
+    assert documents(f"{FORMATS}/badutf8.parquet")[7] == "caf\ufffd is latin " * 5
     wanted = ["caf\ufffd", "a\ufffdb", "fine"]
     lines = [b'{"text": "caf\xe9"}', b'{"text": "a\\ud800b"}', b'{"text": "fine"}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
@@ -248,9 +248,9 @@ def test_what_is_refused_by_name(name, data, wanted, tmp_path):
 )
 def test_megatron(spec):
     """By file, index, Megatron's own prefix or a glob; documents are those of the index."""
-    (corpus,) = open_corpora(config_of(f"{FILES}/{spec}"), load_tokenizer("bytes"))
+    (corpus,) = open_corpora(config_of(f"{FORMATS}/{spec}"), load_tokenizer("bytes"))
     assert isinstance(corpus.tokens, np.memmap) and corpus.tokens.dtype == np.int32
-    assert documents(f"{FILES}/{spec}") == [
+    assert documents(f"{FORMATS}/{spec}") == [
         f"document {i} says hello to the world, and again. " * 3 for i in range(40)
     ]
 
@@ -479,7 +479,7 @@ def test_show_prints_the_documents_of_every_format(name, tmp_path, monkeypatch, 
         "".join(json.dumps({"text": f"<|im_start|>{i}<|im_end|>"}) + "\n" for i in range(50))
     )
     for file in ("mega_text_document.idx", "mega_text_document.bin", "badutf8.parquet"):
-        shutil.copy(os.path.join(FILES, file), tmp_path / file)
+        shutil.copy(os.path.join(FORMATS, file), tmp_path / file)
     shutil.copy(CHATML, tmp_path / "tok.json")
     chats = name == "chats.jsonl"
     config = paths.absolute_config(

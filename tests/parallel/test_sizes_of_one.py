@@ -5,6 +5,7 @@ of size one for none.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,14 +45,13 @@ MQA, ONE_HEAD = dict(num_key_value_heads=1), dict(num_attention_heads=1, qk_rope
 
 
 def config_of(model: dict, mesh: dict, train: dict | None = None, **sections) -> Config:
-    train = TrainConfig(
-        **dict(steps=2, batch_size=8, sequence_length=8, dtype="float32", remat="none")
-        | (train or {})
+    options: dict[str, Any] = dict(
+        steps=2, batch_size=8, sequence_length=8, dtype="float32", remat="none"
     )
     return Config(
         model=dataclasses.replace(MODEL, **model),
         mesh=MeshConfig(**dict(fsdp=1) | mesh),
-        train=train,
+        train=TrainConfig(**options | (train or {})),
         sharding=ShardingConfig(min_weight_size=0),
         **sections,
     )

@@ -45,7 +45,7 @@ class Turned(Watchdog):
             clock.now += every
             return next(looks)
 
-        self._closed.wait = wait
+        self._closed.wait = wait  # type: ignore  # the clock that the thread sleeps by
         Watchdog._watch(self)
         return bool(self.found)
 

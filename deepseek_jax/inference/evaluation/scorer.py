@@ -15,8 +15,8 @@ from deepseek_jax.config.options import IGNORE
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.loaded import LoadedModel
 from deepseek_jax.model.head import scan_vocab
-from deepseek_jax.model.logit_functions import cross_entropy_and_rank
 from deepseek_jax.model.layout import PlacedModel
+from deepseek_jax.model.logit_functions import cross_entropy_and_rank
 from deepseek_jax.parallel.mesh import BATCH_AXES
 
 BATCH_TOKENS = 4096  # of a batch per device, unless the user says how many sequences there are
