@@ -32,8 +32,9 @@ def step_totals(
     expert_counts: jax.Array | None = None,
 ) -> StepTotals:
     """Of all of a step's batch; `expert_counts`: as RoutingTotals has them."""
-    routing = routing_totals(batch, config.model, expert_counts)
-    return StepTotals(objective.totals(batch, step), routing)
+    return StepTotals(
+        objective.totals(batch, step), routing_totals(batch, config.model, expert_counts)
+    )
 
 
 def run_model(model: Transformer, batch: Batch, taps: tuple[str, ...] = ()) -> Output:
