@@ -260,7 +260,8 @@ def main() -> int:
         bad += not ok
         mesh = " x ".join(f"{a} {case[a]}" for a in AXES if a in case)
         print(
-            f"{mesh:<40}{case['dispatch']:<12}{case['strategy']:<15}{case['accumulation']:>4}{case['remat']:>6}"
+            f"{mesh:<40}{case['dispatch']:<12}{case['strategy']:<15}"
+            f"{case['accumulation']:>4}{case['remat']:>6}"
             f"{loss:>10.1e}{gradient:>10.1e}  "
             f"{'equal' if counts else 'DIFFER'}{'' if ok else f'  FAILED ({name})'}  "
             f"{time.perf_counter() - start:.0f} s",
