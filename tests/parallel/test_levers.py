@@ -7,6 +7,7 @@ or before a checkpoint. Float16 has a file of its own.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +66,16 @@ def numbers(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def parts_of(name: str) -> list[tuple]:
+def parts_of(name: str) -> list[tuple[Any, ...]]:
     """The indices of a weight's matrices or vectors."""
     every = slice(None)
-    return {
+    parts: dict[str, list[tuple[Any, ...]]] = {
         "q_proj": [(i,) for i in range(3)],
         "gate_up_proj": [(i, e, every, p) for i in range(3) for e in range(4) for p in range(2)],
         "down_proj": [(e,) for e in range(4)],
         "norm": [(i,) for i in range(3)],
-    }.get(name, [()])
+    }
+    return parts.get(name, [()])
 
 
 def updated(config: Config) -> tuple[dict[str, np.ndarray], tuple]:

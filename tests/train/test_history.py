@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from deepseek_jax.train.history import History
 from tests.support import FILES
 
 TOKENIZERS = os.path.join(FILES, "resume")
-CONTENTS = {
+CONTENTS: dict[str, Any] = {
     "tokenizer": "bytes",
     "sources": [{"tokens": 10, "documents": 2, "sha256": "00"}],
     "weights": [1.0],
