@@ -81,6 +81,11 @@ class Loader:
         self.tokenizer = tokenizer
         self._config = config
         self._fields = fields
+        if missing := [name for name in fields if name not in PackedRows.fields]:
+            raise UserError(
+                f"config.data.path={config.data.path!r} gives no {', '.join(missing)}, which the objective "
+                f"of this run reads: packed text has {', '.join(PackedRows.fields)}."
+            )
         weights = parse_weights(config)  # before the reading, which may take long
         notes = DataNotes()
         corpora = open_corpora(config, tokenizer, progress, notes)

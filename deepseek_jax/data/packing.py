@@ -26,6 +26,8 @@ class PackedRows:
       pad_last: keep the last partial row, padded, so that every token is predicted once; else it is dropped.
     """
 
+    fields = TEXT  # what `row` has
+
     def __init__(
         self,
         documents: Documents,
