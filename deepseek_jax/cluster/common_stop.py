@@ -84,10 +84,12 @@ class CommonStop:
             if self._voters() - self._answers.keys():
                 return
             steps = [step for step, training in self._answers.values() if training]
-            self._stop_after = max(steps) + 1 if steps else -1
-            decision = {"stop_after": self._stop_after, "number": self._number}
-        self._send(**decision)
-        self.decided(**decision)
+            stop_after = max(steps) + 1 if steps else -1
+            number = self._number
+            assert number is not None  # `ask` sets it before process 0, a voter too, has answered
+            self._stop_after = stop_after
+        self._send(stop_after=stop_after, number=number)
+        self.decided(stop_after, number)
 
     def decided(self, stop_after: int, number: int) -> None:
         """Takes the decision; -1: no process has begun to train, and all end now."""

@@ -24,8 +24,8 @@ class Membership(NamedTuple):
 
     host: str  # of process 0
     port: int
-    count: int  # of processes
-    index: int  # of this one
+    num_processes: int
+    process_id: int  # of this one
     # Whoever started the processes put several on a host and gave each all of its GPUs.
     may_share: bool = False
     job: str = ""  # the scheduler's name of the job; "" where it has none
@@ -132,7 +132,9 @@ def _numbers(by: str, env: Mapping[str, str]) -> tuple[str | None, int | None, i
     """Address, count and index, as far as the scheduler has variables for them."""
     if by == "torchrun":
         # Its agent may listen at MASTER_PORT itself.
-        port = _number(env, "MASTER_PORT") + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+        port = _number(env, "MASTER_PORT")
+        assert port is not None  # `_starter` has found it
+        port += env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return f"{env['MASTER_ADDR']}:{port}", _number(env, "WORLD_SIZE"), _number(env, "RANK")
     if by == "SLURM":  # in an interactive step SLURM_NTASKS counts what the allocation could hold
         count = _number(env, "SLURM_STEP_NUM_TASKS")

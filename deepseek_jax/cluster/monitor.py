@@ -24,6 +24,7 @@ from typing import Any
 
 from deepseek_jax.cluster import ports, wire
 from deepseek_jax.cluster.common_stop import CommonStop
+from deepseek_jax.cluster.end import End
 from deepseek_jax.cluster.signals import leave
 from deepseek_jax.errors import ExitCode, stopped_by
 from deepseek_jax.runtime.libc import delay_abort
@@ -31,17 +32,6 @@ from deepseek_jax.runtime.libc import delay_abort
 GRACE = 6.0  # seconds that a failed process waits to hear whether another one, lost, is the reason
 CONNECT_TIMEOUT = 30.0  # seconds
 ARRIVAL_TIMEOUT = 60.0  # seconds, beside `timeout`, until all must have connected
-
-
-@dataclasses.dataclass
-class End:
-    """Why processes end: what process 0 sends, and what each says and exits with."""
-
-    why: str
-    code: int
-    process: int | None = None  # the one that was lost or made a mistake; None: a step hung
-    host: str = ""
-    stacks: bool = False  # print those of this process first
 
 
 @dataclasses.dataclass
@@ -223,15 +213,7 @@ class Monitor:
         hung = end.code == ExitCode.HUNG
         if say is None:
             say = self._index == 0 or end.process == 0 or (hung and not self._to_first)
-        text = ""
-        if hung:
-            text = f"a step does not end: {end.why}. The stacks of all processes follow."
-        elif end.code == ExitCode.LOST:
-            text = (
-                f"process {end.process} ({end.host}) was lost after step {max(self.stop.step, 0)}: "
-                f"{end.why}. "
-                f"The same command goes on from the newest checkpoint."
-            )
+        text = end.text(self.stop.step)
         if say and text:
             print(f"{self._program}: {text}", file=sys.stderr, flush=True)
         if end.stacks:

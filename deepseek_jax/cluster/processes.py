@@ -49,7 +49,7 @@ class Cluster:
         Raises:
           UserError: process 0 cannot listen.
         """
-        self.index = member.index if member else 0
+        self.index = member.process_id if member else 0
         self.together = member is not None
         self.monitor: Monitor | None = None  # once joined, where there are others
         self._member = member
@@ -63,7 +63,11 @@ class Cluster:
         self._token = job_token(os.environ, member.job)
         try:
             self._agreement = Agreement(
-                (member.host, member.port), member.count, member.index, self._token, self._bind
+                (member.host, member.port),
+                member.num_processes,
+                member.process_id,
+                self._token,
+                self._bind,
             )
         except OSError as e:
             raise UserError(
@@ -129,7 +133,7 @@ class Cluster:
         member = self._member
         if not member:
             return
-        count, index = member.count, member.index
+        count, index = member.num_processes, member.process_id
         monitor = Monitor(self._program, index, count, heartbeat_timeout, self._token)
         self._where = monitor.serve(self._bind[0]) if index == 0 else None
         verdict = self._settle(_first_report(member, command))
@@ -161,8 +165,8 @@ class Cluster:
         try:
             jax.distributed.initialize(
                 self._address,
-                member.count,
-                member.index,
+                member.num_processes,
+                member.process_id,
                 gpus,
                 "deactivate",
                 self._timeout,
@@ -220,7 +224,7 @@ class Cluster:
     @property
     def _count(self) -> int:
         assert self._member is not None  # asked of a process that joins others
-        return self._member.count
+        return self._member.num_processes
 
     def _exchange(self, report: dict[str, Any]) -> dict[str, Any]:
         mine = {
@@ -310,7 +314,7 @@ def _first_report(member: Membership, command: dict[str, Any]) -> Report:
         "JAX": jax.__version__,
         "whether a GPU is visible": bool(gpus),
     }
-    command = {"--num_processes": member.count} | command
+    command = {"--num_processes": member.num_processes} | command
     return {
         "same": {"command": command, "installation": installed},
         "gpus": gpus,

@@ -12,7 +12,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ SYSTEMS = {  # PyTorch's FSDP and DDP; NeMo and Megatron; Hugging Face's Trainer
 }
 NAMES = "NAME,..."  # at the end of a choice: any of `Option.names`, separated by commas
 _KEY = "option"  # of a field's metadata
-Words = str | tuple[str, ...]
+Words = str | Sequence[str]  # one, or several
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def options_of(cls: type, where: str = "") -> Iterator[Option]:
     for f in dataclasses.fields(cls):
         name = f"{where}.{f.name}" if where else f.name
         kind = hints[f.name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from options_of(kind, name)
             continue
         optional = isinstance(kind, types.UnionType)

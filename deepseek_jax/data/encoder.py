@@ -4,6 +4,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+import tokenizers
 
 from deepseek_jax.cli.texts import clean_text
 from deepseek_jax.data.chat import Chat
@@ -31,6 +32,7 @@ class Encoder:
         """
         self.prefix: list[int] = []
         self._source = source
+        self._inner: tokenizers.Tokenizer | Tokenizer
         self._name = name
         if isinstance(source, Chat):
             self._inner = source.tokenizer
@@ -65,7 +67,9 @@ class Encoder:
 
     def text_of(self, id: int) -> str | None:
         """A token as the vocabulary spells it."""
-        return self._inner.id_to_token(id) if isinstance(self._source, Chat) else self.decode([id])
+        if isinstance(self._source, Chat):
+            return self._source.tokenizer.id_to_token(id)
+        return self.decode([id])
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of a text, after the prefix unless it should be left out or the text begins with it."""
@@ -81,12 +85,14 @@ class Encoder:
           UserError: there is no such token.
         """
         ids = self.encode(text)
-        if not ids and self.start_id is None:
+        if ids:
+            return ids
+        if self.start_id is None:
             raise UserError(
                 f"the prompt is empty, and the tokenizer of {self._name} has no token that begins "
                 "or ends a text. Give a prompt."
             )
-        return ids or [self.start_id]
+        return [self.start_id]
 
     @property
     def chat(self) -> Chat:

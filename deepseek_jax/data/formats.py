@@ -97,8 +97,12 @@ def _opened(file: SourceFile, where: str) -> Iterator[tuple[BinaryIO, Callable[[
             unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
             stream = held.enter_context(io.BufferedReader(unpacked, 1 << 20))
         elif file.compression:
-            unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[file.compression]
-            stream = held.enter_context(unpack(raw, "rb"))
+            openers: dict[str, Callable[..., Any]] = {
+                ".gz": gzip.open,
+                ".bz2": bz2.open,
+                ".xz": lzma.open,
+            }
+            stream = held.enter_context(openers[file.compression](raw, "rb"))
         before = 0
 
         def advanced() -> int:
@@ -190,7 +194,7 @@ def _read_json(file: SourceFile, where: str, skip: Callable[[str], None]) -> Ite
         items = _items(f)
         for number in itertools.count(1):
             try:
-                row = next(items, items)
+                row: Any = next(items, items)
             except (ValueError, RecursionError) as e:
                 if number == 1 and not file.explicit:
                     return skip("not JSON")
@@ -234,7 +238,9 @@ def _items(f: BinaryIO) -> Iterator[Any]:
         """The next character that is none, or ""."""
         nonlocal at
         while True:
-            at = space.match(text, at).end()
+            white = space.match(text, at)
+            assert white is not None  # the pattern matches the empty string
+            at = white.end()
             if at < len(text) or ended:
                 return text[at : at + 1]
             more()

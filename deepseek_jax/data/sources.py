@@ -107,7 +107,8 @@ def _open(
     bar: Bar,
     notes: DataNotes,
 ) -> Corpus:
-    parts, text = [], []
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    text: list[SourceFile] = []
 
     def flush() -> None:
         if text:

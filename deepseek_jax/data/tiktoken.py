@@ -65,7 +65,7 @@ def to_json(data: bytes, config: dict[str, Any]) -> str:
     def spell(token):
         return "".join(spelt[b] for b in token)
 
-    pairs = (_pair(token, ranks) for token in sorted(ranks, key=ranks.get))
+    pairs = (_pair(token, ranks) for token in sorted(ranks, key=ranks.__getitem__))
     level = {
         "type": "ByteLevel",
         "add_prefix_space": False,

@@ -100,6 +100,7 @@ class Launcher:
             self._read(min(max(self._kill_at - time.monotonic(), 0), 60))
             for child in self._children:
                 if child.ended():
+                    assert child.code is not None  # `ended` has just set it
                     ended.append((child.place, child.code, child.killed))
                     self._after(child)
             if time.monotonic() >= self._kill_at:

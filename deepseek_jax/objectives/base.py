@@ -46,16 +46,16 @@ class FrozenOutput(NamedTuple):
 
 
 class Objective(Protocol):
-    """What a run learns.
+    """What a run learns. `fields` and `taps` may be plain attributes: they are only read."""
 
-    Attributes:
-      fields: of its batch, by name; tokens, segment_ids and positions among them. With `next_tokens`
-        multi-token prediction runs.
-      taps: of the model's layers (model/taps.py), which `loss` finds in `out.taps`.
-    """
+    @property
+    def fields(self) -> Fields:
+        """Fields of its batch, by name; tokens, segment_ids and positions among them. With `next_tokens`
+        multi-token prediction runs."""
 
-    fields: Fields
-    taps: tuple[str, ...]
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Taps of the model's layers (model/taps.py), which `loss` finds in `out.taps`."""
 
     def frozen(self, mesh: jax.sharding.Mesh) -> Frozen | None:
         """The frozen model, if it has one. Nothing is read before its `load` is called, so plan asks too."""

@@ -217,7 +217,7 @@ class CompiledElsewhere:
 def devices_per_host(mesh: jax.sharding.Mesh, gpus_per_host: int) -> dict[str, int]:
     """Of every axis longer than 1: how many consecutive devices along it share a host. All of them:
     it stays inside."""
-    ids = np.vectorize(lambda d: d.id)(mesh.devices)
+    ids: np.ndarray = np.vectorize(lambda d: d.id)(mesh.devices)
     host = np.searchsorted(np.sort(ids, axis=None), ids) // gpus_per_host
     out = {}
     for i, (axis, size) in enumerate(mesh.shape.items()):

@@ -25,8 +25,8 @@ def keep_explicit_axes_through_shard_map() -> None:
     the way to backward. The types have the right sharding; this uses it. jax 0.11 has the same
     function and no need of this, 0.12 has another: it can go when 0.11 is the oldest.
     """
-    shard_map = importlib.import_module("jax._src.shard_map")
-    lower = getattr(shard_map, "_shardy_shard_map_sharding", None)
+    shard_map: Any = importlib.import_module("jax._src.shard_map")
+    lower: Any = getattr(shard_map, "_shardy_shard_map_sharding", None)
     if not _takes(lower, "ctx", "mesh", "manual_axes", "spec", "aval_in"):
         return
 
@@ -52,8 +52,8 @@ def name_cached_programs_by(cpu_kind: Callable[[], str]) -> None:
     Args:
       cpu_kind: makes a name of this host's kind of CPU.
     """
-    cache_key = importlib.import_module("jax._src.cache_key")
-    hash_devices = getattr(cache_key, "_hash_accelerator_config", None)
+    cache_key: Any = importlib.import_module("jax._src.cache_key")
+    hash_devices: Any = getattr(cache_key, "_hash_accelerator_config", None)
     if not _takes(hash_devices, "hash_obj", "accelerators"):
         return
 

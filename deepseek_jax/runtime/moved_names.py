@@ -14,5 +14,5 @@ def install() -> None:
     def moved(name: str) -> Any:
         return getattr(importlib.import_module("deepseek_jax.config"), name)
 
-    module.__getattr__ = moved
+    vars(module)["__getattr__"] = moved  # PEP 562: called for names that the module does not have
     sys.modules[module.__name__] = module

@@ -49,6 +49,13 @@ class Instruction(NamedTuple):
             for a, many, one in _CALLED.findall(self.attributes)
         }
 
+    @property
+    def element(self) -> int:
+        """Of a get-tuple-element: which element of the tuple it takes."""
+        found = re.search(r"\bindex=(\d+)", self.attributes)
+        assert found is not None  # XLA writes it for every get-tuple-element
+        return int(found[1])
+
 
 class Module:
     """A parsed program.
@@ -135,12 +142,10 @@ class Module:
             and read[0].opcode in ("while", "parameter")
         ):
             body = read[0].called["body"][0] if read[0].opcode == "while" else computation
-            root, index = (
-                self.roots.get(body),
-                int(re.search(r"\bindex=(\d+)", instruction.attributes)[1]),
-            )
-            if root and root.opcode == "tuple" and index < len(root.operands):
-                return [(body, self.computations[body][root.operands[index]])]
+            root = self.roots.get(body)
+            element = instruction.element
+            if root and root.opcode == "tuple" and element < len(root.operands):
+                return [(body, self.computations[body][root.operands[element]])]
         return [(computation, i) for i in read]
 
 

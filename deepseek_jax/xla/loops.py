@@ -10,7 +10,7 @@ from typing import NamedTuple
 from deepseek_jax.xla.hlo import Instruction, Module
 
 MOST = 1_000_000  # turns after which a loop counts as of unknown length
-ARITHMETIC = {
+ARITHMETIC: dict[str, Callable[..., int]] = {
     "add": operator.add,
     "subtract": operator.sub,
     "multiply": operator.mul,
@@ -109,14 +109,14 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int | Non
     ):
         return None
     read = {
-        _index(i)
+        i.element
         for i in module.computations[condition].values()
         if i.opcode == "get-tuple-element"
     }
     state = {k: _value(module, computation, before.operands[k], lambda _: None) for k in read}
 
     def carried(i: Instruction) -> int | None:
-        return state.get(_index(i)) if i.opcode == "get-tuple-element" else None
+        return state.get(i.element) if i.opcode == "get-tuple-element" else None
 
     for turns in range(MOST):
         goes_on = _value(module, condition, ends.name, carried)
@@ -129,10 +129,6 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int | Non
             return None
         state = following
     return None
-
-
-def _index(instruction: Instruction) -> int:
-    return int(re.search(r"\bindex=(\d+)", instruction.attributes)[1])
 
 
 def _value(
@@ -154,7 +150,7 @@ def _value(
     if i.opcode == "get-tuple-element":
         source = module.computations[computation].get(i.operands[0])
         if source is not None and source.opcode in ("fusion", "call"):
-            return _called(module, computation, source, argument, _index(i))
+            return _called(module, computation, source, argument, i.element)
         return argument(i)
     if i.opcode == "parameter":
         return argument(i)
@@ -164,8 +160,12 @@ def _value(
         return _called(module, computation, i, argument, None)
     act = ARITHMETIC.get(i.opcode)
     if i.opcode == "compare":
-        act = COMPARISON[re.search(r"direction=(\w+)", i.attributes)[1]]
-    values = [of(o) for o in i.operands] if act else [None]
+        direction = re.search(r"direction=(\w+)", i.attributes)
+        assert direction is not None  # XLA writes it for every comparison
+        act = COMPARISON[direction[1]]
+    if act is None:
+        return None
+    values = [of(o) for o in i.operands]
     return None if None in values else int(act(*values))
 
 
@@ -177,7 +177,8 @@ def _called(
     element: int | None,
 ) -> int | None:
     """The result of a fusion or call, or one element of it."""
-    inner = (caller.called.get("calls") or caller.called.get("to_apply"))[0]
+    called = caller.called
+    inner = (called.get("calls") or called["to_apply"])[0]
     root = module.roots.get(inner)
     if root is None or (element is not None and root.opcode != "tuple"):
         return None

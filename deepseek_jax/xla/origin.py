@@ -12,8 +12,8 @@ that it reads.
 """
 
 import re
-from collections import Counter
-from typing import Any, NamedTuple
+from collections import defaultdict
+from typing import NamedTuple
 
 from deepseek_jax.xla import hlo, loops
 
@@ -98,7 +98,7 @@ class Origin:
         if len(operands) < 2 or (moves_tokens and own[1] == "dispatch"):
             return ((*own, 1.0),)
         total = sum(o.bytes for o in operands) or 1
-        shares: Counter[Any] = Counter()
+        shares: dict[tuple[str, str], float] = defaultdict(float)
         for o in operands:
             phase, part = self._of(computation, o, visit)
             if (
@@ -108,7 +108,8 @@ class Origin:
             ):
                 part = "layer"
             shares[own if part == "other" else (phase, part)] += o.bytes / total
-        return tuple((*origin, share) for origin, share in shares.most_common())
+        most_first = sorted(shares.items(), key=lambda item: item[1], reverse=True)
+        return tuple((*origin, share) for origin, share in most_first)
 
     def scope(
         self, computation: str, instruction: hlo.Instruction, visit: loops.Visit

@@ -14,7 +14,7 @@ where the operand is what one device puts in. A latency-optimal algorithm may se
 """
 
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -146,11 +146,12 @@ def by(found: Iterable[Collective], key: Callable[[Collective], Any]) -> dict[An
 def by_origin(found: Iterable[Collective]) -> dict[tuple[str, str], int]:
     """Bytes per step by (phase, part), most first; a combined collective is divided among those
     that it serves."""
-    total: Counter[tuple[str, str]] = Counter()
+    total: dict[tuple[str, str], float] = defaultdict(float)
     for c in found:
         for phase, part, share in c.shares:
             total[phase, part] += share * c.bytes_per_step
-    return {k: round(n) for k, n in total.most_common()}
+    most_first = sorted(total.items(), key=lambda item: item[1], reverse=True)
+    return {k: round(n) for k, n in most_first}
 
 
 def most_in_flight(text: str) -> int:
@@ -189,6 +190,7 @@ def _collective(
     visit: loops.Visit,
 ) -> Collective:
     kind = _kind(instruction)
+    assert kind is not None  # the caller visits collectives only
     here = module.computations[computation]
     operand = sum(here[name].bytes for name in instruction.operands if name in here)
     if kind == "ragged-all-to-all" and instruction.operands:

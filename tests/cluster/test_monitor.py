@@ -13,7 +13,8 @@ import pytest
 
 from deepseek_jax.cluster import monitor as monitors
 from deepseek_jax.cluster import ports, wire
-from deepseek_jax.cluster.monitor import End, Monitor
+from deepseek_jax.cluster.end import End
+from deepseek_jax.cluster.monitor import Monitor
 from deepseek_jax.errors import ExitCode
 from deepseek_jax.launch.restarts import Restarts, first_failed
 from tests import support

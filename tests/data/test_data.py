@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -574,7 +575,8 @@ def setup_files(tmp_path, bpe_path):
     (f / "bpe.json").write_bytes(bpe_path.read_bytes())
 
 
-ERRORS = [  # (changes to data and the rest, what the message has to say)
+# (changes to data and the rest, what the message has to say)
+ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     (dict(path="{}/nope.txt"), ["does not exist"]),
     (dict(path="{}/nope*.txt"), ["matches no file"]),
     (dict(path="{}/empty.txt"), ["is empty"]),

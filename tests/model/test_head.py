@@ -48,27 +48,36 @@ def arrays() -> dict[str, np.ndarray]:
     )
 
 
+def at(x_BSN, ids_BSN):
+    return jnp.take_along_axis(x_BSN, ids_BSN, axis=-1)
+
+
+def divergence(log_p_BSN, log_q_BSN):
+    return jnp.sum(jnp.exp(log_p_BSN) * (log_p_BSN - log_q_BSN), axis=-1)
+
+
+def with_tail(log_p_BSK):
+    """[B, S, K + 1]: the probability of all other tokens, as one more."""
+    rest_BS1 = jnp.log1p(-jnp.sum(jnp.exp(log_p_BSK), axis=-1, keepdims=True))
+    return jnp.append(log_p_BSK, rest_BS1, axis=-1)
+
+
 def plain(a: dict, hidden, kernel) -> dict[str, jax.Array]:
     """Every value of every token, [B, S], from whole logits."""
     z, t = hidden @ kernel, a["teacher_hidden"] @ a["teacher_kernel"]
     log_p = jax.nn.log_softmax(z)
     log_s, log_t = jax.nn.log_softmax(z / T), jax.nn.log_softmax(t / T)
-    at = lambda x, ids: jnp.take_along_axis(x, ids, axis=-1)
     log_target = at(log_p, jnp.maximum(a["targets"], 0)[..., None])[..., 0]
-    kl = lambda p, q: jnp.sum(jnp.exp(p) * (p - q), axis=-1)
     inside_s, inside_t = at(log_s, a["ids"]), at(log_t, a["ids"])
-    with_tail = lambda x: jnp.append(
-        x, jnp.log1p(-jnp.sum(jnp.exp(x), axis=-1, keepdims=True)), axis=-1
-    )
     values = {
         "cross_entropy": -log_target,
         "weighted": -log_target * a["weight"],
         "log_probability": log_target,
         "entropy": -jnp.sum(jnp.exp(log_p) * log_p, axis=-1),
-        "kl": kl(log_t, log_s),
-        "reverse_kl": kl(log_s, log_t),
-        "kl_to_top": kl(with_tail(inside_t), with_tail(inside_s)),
-        "kl_to_all": kl(log_t, log_s),
+        "kl": divergence(log_t, log_s),
+        "reverse_kl": divergence(log_s, log_t),
+        "kl_to_top": divergence(with_tail(inside_t), with_tail(inside_s)),
+        "kl_to_all": divergence(log_t, log_s),
     }
     return {name: jnp.where(a["valid"], v, 0.0) for name, v in values.items()}
 
@@ -76,7 +85,10 @@ def plain(a: dict, hidden, kernel) -> dict[str, jax.Array]:
 def ours(a: dict, hidden, weight: head.Head, teacher: head.Head, scan) -> dict[str, jax.Array]:
     frozen = ((a["teacher_hidden"], teacher),)
     targets, valid = a["targets"], a["valid"]
-    walk = lambda function, *inputs, **more: scan(function, hidden, weight, *inputs, **more)[0]
+
+    def walk(function, *inputs, **more) -> jax.Array:
+        return scan(function, hidden, weight, *inputs, **more)[0]
+
     return {
         "cross_entropy": walk(logit_functions.cross_entropy, targets),
         "weighted": walk(
@@ -99,10 +111,15 @@ def expected():
     a = arrays()
     with jax.enable_x64(True):
         values = plain(a, a["hidden"], a["kernel"])
-        total = lambda f, name: lambda h, k: jnp.sum(f(plain(a, h, k)[name]))
+
+        def total(f, name, hidden, kernel) -> jax.Array:
+            return jnp.sum(f(plain(a, hidden, kernel)[name]))
+
         both = [
             {
-                name: jax.grad(total(f, name), argnums=(0, 1))(a["hidden"], a["kernel"])
+                name: jax.grad(functools.partial(total, f, name), argnums=(0, 1))(
+                    a["hidden"], a["kernel"]
+                )
                 for name in values
             }
             for f in (lambda x: x, jnp.sin)
@@ -124,15 +141,22 @@ def test_functions_of_the_head(mesh, chunk, tied, monkeypatch):
         conversion.config_of(ModelConfig()), mesh=MeshConfig(**{"fsdp": 1} | mesh)
     )
     axes = ("vocab", "embed") if tied else ("embed", "vocab")
-    variable = lambda w: head.Head(nnx.Param(w, out_sharding=axes, eager_sharding=False), tied)
+
+    def variable(w) -> head.Head:
+        return head.Head(nnx.Param(w, out_sharding=axes, eager_sharding=False), tied)
 
     def run(a, kernel, teacher_kernel):
         def values(hidden, kernel, scan):
             return ours(a, hidden, variable(kernel), variable(teacher_kernel), scan)
 
         def gradients(f, scan):
-            one = lambda name: lambda h, k: jnp.sum(f(values(h, k, scan)[name]))
-            return {n: jax.grad(one(n), argnums=(0, 1))(a["hidden"], kernel) for n in each}
+            def total(name, hidden, kernel):
+                return jnp.sum(f(values(hidden, kernel, scan)[name]))
+
+            return {
+                name: jax.grad(functools.partial(total, name), argnums=(0, 1))(a["hidden"], kernel)
+                for name in each
+            }
 
         each = values(a["hidden"], kernel, head.scan_vocab)
         sums = values(a["hidden"], kernel, head.scan_vocab_sum)
@@ -145,7 +169,10 @@ def test_functions_of_the_head(mesh, chunk, tied, monkeypatch):
 
     with jax.set_mesh(make_mesh(config, jax.devices()[: math.prod(mesh.values())])):
         spec = sharding.spec(axes, sharding.storage_rules(config)[0])
-        put = lambda w: jax.device_put(jnp.float32(w.T if tied else w), spec)
+
+        def put(kernel_DV):
+            return jax.device_put(jnp.float32(kernel_DV.T if tied else kernel_DV), spec)
+
         on_mesh = {k: conversion.put(v) for k, v in a.items() if "kernel" not in k}
         each, sums, of_sums, of_sines = conversion.jit(run)(
             on_mesh, put(a["kernel"]), put(a["teacher_kernel"])

@@ -81,7 +81,10 @@ class Everything:
 
     def loss(self, model, out, batch, totals, frozen_out):
         valid = batch["segment_ids"] > 0
-        mean = lambda a: jnp.sum(jnp.where(valid, a, 0.0)) / totals["tokens"]
+
+        def mean(a_BS):
+            return jnp.sum(jnp.where(valid, a_BS, 0.0)) / totals["tokens"]
+
         (ce,) = head.scan_vocab_sum(
             logit_functions.weighted(logit_functions.cross_entropy),
             out.hidden_BSD,
@@ -136,7 +139,10 @@ class Everything:
 def rows(i: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(i)
     text = {k: a[:, :LENGTH] for k, a in invariance.rows(i).items()}
-    number = lambda *shape: rng.random((SEQUENCES, *shape), np.float32)
+
+    def number(*shape) -> np.ndarray:
+        return rng.random((SEQUENCES, *shape), np.float32)
+
     text |= dict(channel=number(LENGTH, K), advantage=number(), reward=number(2))
     return text | dict(loss_weight=number(LENGTH) * (text["targets"] >= 0))
 

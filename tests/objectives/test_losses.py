@@ -262,8 +262,11 @@ def test_loss_and_gradients_match_the_reference(seq_aux):
         np.testing.assert_allclose(
             bias[name], ref.bias_update(weights[name], row, MOE.bias_update_rate, False), atol=1e-7
         )
+
     # Experts of one layer together: a third of the time.
-    together = lambda name: re.sub(r"experts\.\d+", "experts", name)
+    def together(name: str) -> str:
+        return re.sub(r"experts\.\d+", "experts", name)
+
     conversion.assert_gradients(
         lambda w: reference_losses(w, model, MOE)["loss"], weights, grads, group=together
     )
@@ -484,15 +487,15 @@ def test_gradients_keep_their_parameters_specs(strategy):
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(s.params), strict=True
     ):
         assert spec_of(g) == spec_of(p), conversion.path_of(path)
-    axes = lambda g: [
-        a
-        for entry in g.sharding.spec
-        for a in ((entry,) if isinstance(entry, str) else entry or ())
-    ]
+
+    def axes(g) -> set[str]:
+        entries = [(e,) if isinstance(e, str) else e or () for e in g.sharding.spec]
+        return {axis for entry in entries for axis in entry}
+
     divided = [
         conversion.path_of(path)
         for path, g in jax.tree_util.tree_leaves_with_path(grads)
-        if {"fsdp", "expert"} & {*axes(g)}
+        if {"fsdp", "expert"} & axes(g)
     ]
     assert (
         all("/experts/" in name for name in divided)

@@ -46,11 +46,12 @@ def test_float16_with_compressed_gradients():
         all(a.dtype == jnp.float32 for a in owed) and max(float(jnp.abs(a).max()) for a in owed) > 0
     )
     with jax.set_mesh(t.mesh):
-        at = lambda scale: s._replace(
-            loss_scale=jax.device_put(
-                s.loss_scale._replace(scale=np.float32(scale)), t.layout.shardings.loss_scale
-            )
-        )
+
+        def at(scale: float) -> state.TrainState:
+            scaled = s.loss_scale._replace(scale=np.float32(scale))
+            placed = jax.device_put(scaled, t.layout.shardings.loss_scale)
+            return s._replace(loss_scale=placed)
+
     (low, (m,)), (usual, (n,)) = (t.run(at(2.0**power), 1, 20) for power in (14, 16))
     assert float(m.grad_norm) == pytest.approx(float(n.grad_norm), rel=1e-2)
     # A quantum of int8 either way, where float16 rounded a gradient otherwise.
@@ -145,7 +146,10 @@ def test_generate_from_a_float16_run(tmp_path):
         checkpointer.close()
     model = open_model(str(tmp_path), dtype="float16").model
     assert model.config.train.dtype == "float16"
-    is_rounded = lambda a, b: np.array_equal(a, np.asarray(b).astype(a.dtype))
+
+    def is_rounded(a, b) -> bool:
+        return np.array_equal(a, np.asarray(b).astype(a.dtype))
+
     assert all(
         is_rounded(np.asarray(a), b)
         for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(s.params), strict=True)

@@ -122,7 +122,10 @@ def test_error_of_one_sum_and_of_many(method, replicas, size):
     )
     mesh = on_replicas(replicas)
     spec = P("data", "fsdp", None)
-    put = lambda a: jax.device_put(a.astype(np.float32), NamedSharding(mesh, spec))
+
+    def put(a: np.ndarray) -> jax.Array:
+        return jax.device_put(a.astype(np.float32), NamedSharding(mesh, spec))
+
     with jax.set_mesh(mesh):
         reduce = conversion.jit(lambda g, e: compression.summed(method, {"w": g}, {"w": e}))
         residual, applied, true = put(np.zeros((replicas, *shape))), [], []
@@ -152,7 +155,10 @@ def test_error_of_one_sum_and_of_many(method, replicas, size):
         np.sum(true, 0),
         atol=steps * replicas * 2.0**-24 * np.abs(gradients).max(),
     )
-    largest = lambda a: np.abs(a).max()
+
+    def largest(a: np.ndarray) -> float:
+        return np.abs(a).max()
+
     assert largest(total - np.sum(true, 0)) < 3 * bound.max()  # a step's error, however many steps
     assert largest(total - np.sum(true, 0)) < 0.5 * sum(
         largest(a - t) for a, t in zip(applied, true, strict=True)
@@ -163,11 +169,14 @@ def test_error_of_one_sum_and_of_many(method, replicas, size):
 def test_what_is_not_finite_stays_so(method):
     """So that the step sees it and skips the update."""
     mesh = on_replicas(2)
+
+    def put(a: np.ndarray) -> jax.Array:
+        return jax.device_put(a, NamedSharding(mesh, P("data")))
+
     with jax.set_mesh(mesh):
         for bad in (np.nan, np.inf, -np.inf):
             g = np.ones((2, 600), np.float32)
             g[1, 3] = bad
-            put = lambda a: jax.device_put(a, NamedSharding(mesh, P("data")))
             out, _ = conversion.jit(functools.partial(compression.summed, method))(
                 [put(g)], [put(np.zeros_like(g))]
             )

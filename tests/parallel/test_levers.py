@@ -7,6 +7,7 @@ or before a checkpoint. Float16 has a file of its own.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,23 +66,27 @@ def numbers(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def parts_of(name: str) -> list[tuple]:
+def parts_of(name: str) -> list[tuple[Any, ...]]:
     """The indices of a weight's matrices or vectors."""
     every = slice(None)
-    return {
+    parts: dict[str, list[tuple[Any, ...]]] = {
         "q_proj": [(i,) for i in range(3)],
         "gate_up_proj": [(i, e, every, p) for i in range(3) for e in range(4) for p in range(2)],
         "down_proj": [(e,) for e in range(4)],
         "norm": [(i,) for i in range(3)],
-    }.get(name, [()])
+    }
+    return parts.get(name, [()])
 
 
 def updated(config: Config) -> tuple[dict[str, np.ndarray], tuple]:
     """The weights after STEPS updates by the optimizer of a config, on its mesh, and its last state."""
     abstract = nnx.split(nnx.eval_shape(Weights), nnx.Param)[1]
-    fill = lambda values: jax.tree_util.tree_map_with_path(
-        lambda path, _: values[conversion.path_of(path)], abstract
-    )
+
+    def fill(values: dict[str, np.ndarray]):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: values[conversion.path_of(path)], abstract
+        )
+
     mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
     with jax.set_mesh(mesh):
         params = conversion.place(fill(numbers(0)), config)
@@ -149,9 +154,11 @@ def muon(o: OptimizerConfig, name, g, w, memory, t):
 def adafactor(o: OptimizerConfig, name, g, w, memory, t):
     """Shazeer & Stern 2018, algorithms 4 and 5, factored from sides of 8 on."""
     keep, square = 1 - t**-0.8, g**2 + 1e-30
-    mean = lambda key, value: (
-        memory.update({key: keep * memory.get(key, 0) + (1 - keep) * value}) or memory[key]
-    )
+
+    def mean(key, value):
+        memory[key] = keep * memory.get(key, 0) + (1 - keep) * value
+        return memory[key]
+
     if g.ndim == 2 and min(g.shape) >= 8:
         row, column = mean("row", square.mean(axis=1)), mean("column", square.mean(axis=0))
         v = np.outer(row, column) / row.mean()
@@ -213,7 +220,10 @@ def test_bfloat16_moments_are_rounded_once_a_step():
     ours, opt_state = updated(config)
     dtypes = {a.dtype for a in jax.tree.leaves(opt_state)}
     assert dtypes == {jnp.dtype("bfloat16"), jnp.dtype("int32")}
-    store = lambda a: a.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+    def store(a: np.ndarray) -> np.ndarray:
+        return a.astype(ml_dtypes.bfloat16).astype(np.float64)
+
     expected = reference(
         config, lambda name, g, w, memory, t: adamw(config.optimizer, g, memory, t, store)
     )
@@ -270,15 +280,15 @@ def test_the_layout_is_the_same_where_no_mesh_is_set(name):
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         inside = state.make_layout(config, mesh)
-    specs = lambda layout: [
-        (a.shape, s.spec)
-        for a, s in zip(
-            jax.tree.leaves(layout.abstract), jax.tree.leaves(layout.shardings), strict=True
-        )
-    ]
-    padded = lambda layout: [
-        (shape, (*spec, *[None] * len(shape))[: len(shape)]) for shape, spec in specs(layout)
-    ]
+
+    def padded(layout) -> list[tuple]:
+        """(shape, an entry of the spec for every axis) of each array."""
+        arrays, shardings = jax.tree.leaves(layout.abstract), jax.tree.leaves(layout.shardings)
+        return [
+            (a.shape, (*s.spec, *[None] * a.ndim)[: a.ndim])
+            for a, s in zip(arrays, shardings, strict=True)
+        ]
+
     outside = state.make_layout(config, mesh)
     assert padded(outside) == padded(inside)
     assert outside.abstract_sharded().opt_state == inside.abstract_sharded().opt_state

@@ -83,8 +83,9 @@ QUICK = ("2x4", "data 2 expert 2 tensor 2 hybrid_shard ring", "stage 2, 2x2")
     [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in VARIANTS],
 )
 def test_same_numbers_on_every_mesh(name, monkeypatch):
-    """Five steps: losses and every gradient to 1e-5 relative, float32 sums in another order; counts are integers: exactly, and so is the
-    bias, on every device. The embedding's gradient is summed as on GPUs; alone, as on a CPU."""
+    """Five steps. Sums of float32 are in another order, so losses and every gradient agree to 1e-5 relative.
+    Counts are integers, so they and the bias are equal on every device. The embedding's gradient is summed as
+    on GPUs; the run on one device sums it as on a CPU."""
     one_device()
     monkeypatch.setattr(lookup, "on_cpu", lambda: False)
     run = train(VARIANTS[name])

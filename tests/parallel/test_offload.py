@@ -89,7 +89,10 @@ def kinds(tree) -> dict[str, str]:
 
 def expected_kinds(tree, params: bool) -> dict[str, str]:
     """Of parameters: the stacked layers' on the host. Of the optimizer's state: all but counters."""
-    on_host = lambda name, a: "layers/" in name if params else a.ndim > 0
+
+    def on_host(name, a) -> bool:
+        return "layers/" in name if params else a.ndim > 0
+
     leaves = [
         (conversion.path_of(path), a) for path, a in jax.tree_util.tree_leaves_with_path(tree)
     ]
@@ -205,11 +208,13 @@ def test_activations_are_offloaded_by_name():
 
     def kept(remat, offload):
         x = jax.ShapeDtypeStruct((64, 8), np.float32)
-        f = lambda x, w: jax.vjp(rematerialise(layer, remat, offload), x, w)
-        avals = jax.make_jaxpr(f)(x, jax.ShapeDtypeStruct((8, 8), np.float32)).out_avals[
-            1:
-        ]  # without the result
-        of = lambda space: sum(a.shape == (64, 8) and a.memory_space.name == space for a in avals)
+        w = jax.ShapeDtypeStruct((8, 8), np.float32)
+        forward = functools.partial(jax.vjp, rematerialise(layer, remat, offload))
+        avals = jax.make_jaxpr(forward)(x, w).out_avals[1:]  # without the result
+
+        def of(space: str) -> int:
+            return sum(a.shape == (64, 8) and a.memory_space.name == space for a in avals)
+
         return of("Device"), of("Host")
 
     assert kept("full", "") == (1, 0)
@@ -301,12 +306,12 @@ def test_evaluation_reads_offloaded_parameters():
         batch = jax.tree.map(lambda a: a[0], put_batch(rows(0), 16, mesh))
         nll = [
             float(
-                conversion.jit(step.make_eval_step(l, objectives.make(config_of(EVERYTHING))))(
+                conversion.jit(step.make_eval_step(held, objectives.make(config_of(EVERYTHING))))(
                     s.params, s.bias, batch
                 )
             )
-            for l in (layout, plain)
-            for s in [jax.device_put(fresh(()), l.shardings)]
+            for held in (layout, plain)
+            for s in [jax.device_put(fresh(()), held.shardings)]
         ]
     assert nll[0] == nll[1]
 

@@ -113,9 +113,10 @@ def held(name: str) -> dict[str, int]:
     """Bytes a device of the state's parts, from the layout, and of the program's arguments."""
     _, memory, layout = compiled(strategy(name))
     mesh = jax.tree.leaves(layout.shardings.params)[0].mesh
-    bytes_of = lambda specs: sharding.bytes_per_device(
-        layout.abstract.params, sharding.shardings(specs, mesh)
-    )
+
+    def bytes_of(specs) -> int:
+        return sharding.bytes_per_device(layout.abstract.params, sharding.shardings(specs, mesh))
+
     return {
         "parameters": bytes_of(layout.param_specs),
         "gradients": bytes_of(layout.grad_specs),

@@ -160,9 +160,9 @@ def test_a_step_and_a_plan_drop_what_is_not_known(capsys, monkeypatch):
 
 
 def test_what_is_said():
-    said = lambda platform, **given: xla_options.notes(
-        Config(sharding=ShardingConfig(**given)), platform
-    )
+    def said(platform, **given) -> list[str]:
+        return xla_options.notes(Config(sharding=ShardingConfig(**given)), platform)
+
     assert said("cpu") == said("gpu") == []
     assert said("cpu", backward_prefetch="post", limit_all_gathers=False) == [
         "has no effect on CPU: sharding.backward_prefetch=post, sharding.limit_all_gathers=False"

@@ -126,7 +126,7 @@ with jax.set_mesh(mesh):
 print("\\nFOUND", float(total), getattr(compilation._this_thread, "hits", 0))
 """
 
-    def start() -> list[list[str]]:
+    def start() -> list[tuple[str, ...]]:
         port = free_port()
 
         def args(i):

@@ -264,11 +264,11 @@ def shared(tmp_path_factory):
     return tmp_path_factory.mktemp("moves")
 
 
-SLOW = ("8 devices to 4", "full_shard to hybrid_shard", "1 device to 8")
+SLOW_MOVES = ("8 devices to 4", "full_shard to hybrid_shard", "1 device to 8")
 
 
 @pytest.mark.parametrize(
-    "move", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MOVES]
+    "move", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW_MOVES else []) for m in MOVES]
 )
 def test_another_mesh(move, shared):
     """20 steps, the second half on another mesh: within 1e-5, well above what other orders of sums do."""

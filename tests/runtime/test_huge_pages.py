@@ -1,4 +1,4 @@
-"""A program asks for huge pages by starting again: once, as the same process, with what it was started with."""
+"""A program asks for huge pages by starting again: once, as the same process, with the same command line."""
 
 import json
 import os

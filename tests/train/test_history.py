@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from deepseek_jax.train.history import History
 from tests.support import FILES
 
 TOKENIZERS = os.path.join(FILES, "resume")
-CONTENTS = {
+CONTENTS: dict[str, Any] = {
     "tokenizer": "bytes",
     "sources": [{"tokens": 10, "documents": 2, "sha256": "00"}],
     "weights": [1.0],
@@ -231,7 +232,10 @@ def test_a_new_pass_with_another_length_reads_every_token_once(tmp_path):
 
 def test_contents_not_names(tmp_path, monkeypatch):
     docs = write_docs(tmp_path / "docs")
-    of = lambda path, **options: loader_of(path, **options)[0].contents
+
+    def of(path, **options) -> dict[str, Any]:
+        return loader_of(path, **options)[0].contents
+
     first = of(docs)
     shutil.copytree(docs, tmp_path / "moved")
     os.utime(tmp_path / "moved" / "00.txt", (1, 1))
@@ -409,9 +413,10 @@ def test_whose_checkpoints(tmp_path):
     # escaped before: no WORKDIR/checkpoints
     with pytest.raises(UserError, match="hidden_size=96 differs from"):
         workdir.prepare(str(mine), wider, "bytes")
-    taking = lambda c: dataclasses.replace(
-        c, checkpoint=dataclasses.replace(c.checkpoint, take_over=True)
-    )
+
+    def taking(c: Config) -> Config:
+        return dataclasses.replace(c, checkpoint=dataclasses.replace(c.checkpoint, take_over=True))
+
     # the checkpoint says it, where there is no config.json
     with pytest.raises(UserError, match="hidden_size=96 differs from"):
         workdir.prepare(str(other), taking(wider), "bytes")
@@ -467,9 +472,11 @@ def test_checkpoints_on_local_disks_are_compared_too(tmp_path):
 
 def test_the_lock_covers_the_checkpoints(tmp_path):
     """From whichever workdir a second run comes, and whether the folder is a workdir's own or elsewhere."""
-    of = lambda folder: dataclasses.replace(
-        config_of(), checkpoint=CheckpointConfig(dir=str(folder) if folder else "")
-    )
+
+    def of(folder) -> Config:
+        checkpoint = CheckpointConfig(dir=str(folder) if folder else "")
+        return dataclasses.replace(config_of(), checkpoint=checkpoint)
+
     for name in "abc":
         (tmp_path / name).mkdir()
     a, b, c = (str(tmp_path / name) for name in "abc")

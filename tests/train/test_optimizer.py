@@ -1,4 +1,4 @@
-"""Schedules, batch-size ramp, weight-decay mask: against the published numbers, by arithmetic of their own."""
+"""Schedules, batch-size ramp and weight-decay mask against the published numbers, by separate arithmetic."""
 
 import dataclasses
 import math
