@@ -4,16 +4,10 @@ import pytest
 
 from benchmarks.repository import imports, measures
 
-# test_imports.py has the others. Of these the packages are not all there yet: take a name out when it is met.
-NOT_YET = {"wide", "longest"}
 
-
+# test_imports.py has the others.
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True) if name in NOT_YET else ())
-        for name in ("width", "wide", "parameters", "longest", "private", "token_axes")
-    ],
+    "name", ["width", "wide", "parameters", "longest", "private", "token_axes"]
 )
 def test_measure(name):
     m = measures.MEASURES[name]()
