@@ -52,6 +52,7 @@ from deepseek_jax.run.watchdog import Watchdog, end_alone
 from deepseek_jax.runtime import compile_cache
 from deepseek_jax.train import workdir
 from deepseek_jax.train.batch import abstract_batch
+from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import TrainState, init_state, make_layout, to_tree
 from deepseek_jax.train.step import make_eval_step, make_train_step
 
@@ -137,7 +138,7 @@ def train(argv: list[str], cluster: Cluster, held: contextlib.ExitStack) -> int:
             progress.history,
         )
 
-        train_step = compile_cache.CompiledStep(
+        train_step = CompiledStep(
             make_train_step(config, layout, objective), mesh, compiler_options, say
         )
         if (resume_step or 0) < config.train.steps:

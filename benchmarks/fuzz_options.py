@@ -159,12 +159,22 @@ def run_small(config: Config, mesh: jax.sharding.Mesh) -> None:
         prompt = text[0, :1].tolist()
         list(
             sample.tokens(
-                layout, held.params, held.bias, mesh, prompt, 2, m.vocab_size, None, 0.0, 1.0, 0
+                layout.model,
+                held.params,
+                held.bias,
+                mesh,
+                prompt,
+                2,
+                m.vocab_size,
+                None,
+                0.0,
+                1.0,
+                0,
             )
         )
     if mesh.shape["stage"] == 1 and not config.offload.parameters:
         drafts = min(1, m.num_nextn_predict_layers)
-        Engine(layout, mesh, held.params, held.bias).generate(
+        Engine(layout.model, mesh, held.params, held.bias).generate(
             [prompt, text[-1].tolist()], 2, draft_tokens=drafts
         )
 

@@ -14,7 +14,7 @@ another layer's time is combined to about one message per layer, FSDP's flat par
 pieces, so that a layer can begin with the first. XLA has one switch for the gathers of both passes: where the
 two options differ, gathers are ahead in both (`notes` says so). XLA's debug options are described in
 xla/debug_options_flags.cc; those used here are known to jaxlib 0.10.2 to 0.12, the pipeliner's under two
-names. What a compiler does not know is dropped when the step is compiled (compilation.py).
+names. What a compiler does not know is dropped when the step is compiled (train/compiled_step.py).
 """
 
 import os

@@ -412,7 +412,7 @@ def test_a_crash_does_not_wait_for_others(monkeypatch, capsys):
     with pytest.raises(ZeroDivisionError), alone.failures():
         raise ZeroDivisionError("alone")
     alone.monitor = types.SimpleNamespace(failed=told.append)
-    monkeypatch.setattr(processes.stopping, "leave", sys.exit)
+    monkeypatch.setattr(processes.signals, "leave", sys.exit)
     for error in (
         ZeroDivisionError("among others"),
         OSError(5, "Input/output error", "corpus.txt"),

@@ -97,7 +97,7 @@ def parsers():
         "deepseek_jax.evaluate",
         "deepseek_jax.hf.__main__",
         "deepseek_jax.checkpoint.__main__",
-        "deepseek_jax.launch",
+        "deepseek_jax.launch.__main__",
         *(
             f"benchmarks.{p.stem}"
             for p in sorted((ROOT / "benchmarks").glob("*.py"))
@@ -116,7 +116,7 @@ def parsers():
             patch.setattr(argparse.ArgumentParser, "parse_args", catch)
             patch.setattr(argparse.ArgumentParser, "parse_known_args", catch)
             patch.setattr(sys, "argv", [name])
-            module.parse([]) if name.endswith("launch") else module.main()
+            module.parse([]) if ".launch." in name else module.main()
         yield name, caught[0]
 
 

@@ -55,7 +55,7 @@ def command(monkeypatch, capsys):
             generate, "open_model", lambda *_: opener.Opened(model, None, False, folder)
         )
         monkeypatch.setattr(generate, "Engine", lambda *_, **__: Engine())
-        monkeypatch.setattr(generate.compilation, "use_cache", lambda *_, **__: "")
+        monkeypatch.setattr(generate.compile_cache, "use_cache", lambda *_, **__: "")
         code = generate.main([f"--model={folder}", *argv])
         return code, *capsys.readouterr(), prompts
 

@@ -16,7 +16,7 @@ import transformers
 
 from deepseek_jax import hf
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import configuration, names
+from deepseek_jax.hf import configuration, exporter, names
 from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.model import moe
 from tests.support import conversion
@@ -270,7 +270,7 @@ def test_round_trip_is_exact_in_the_stored_dtype(dtype, folder_of, tmp_path):
         for leaf in names.leaves(state, model.family, model.model)
     ]
     get = iter(arrays.values())
-    hf.exporting.export(
+    exporter.export(
         str(tmp_path / "out"),
         model.model,
         model.family,

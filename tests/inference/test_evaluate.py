@@ -267,7 +267,7 @@ def test_runs(made, opened, tmp_path, capsys, monkeypatch):
         assert evaluate.main() == 0
         return capsys.readouterr().out
 
-    monkeypatch.setattr(evaluate.compilation, "use_cache", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate.compile_cache, "use_cache", lambda *_, **__: None)
     imported = json.loads(command("--json", f"--output={tmp_path / 'out.json'}"))
     assert (
         imported["documents"] == 10 and json.loads((tmp_path / "out.json").read_text()) == imported

@@ -26,7 +26,7 @@ from tests.support import hf_families as families
 def compiled_quickly(monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "jit", conversion.jit)
     monkeypatch.setattr(weights, "jit", conversion.jit)
-    monkeypatch.setattr(generate.compilation, "use_cache", lambda *_, **__: "")
+    monkeypatch.setattr(generate.compile_cache, "use_cache", lambda *_, **__: "")
 
 
 @pytest.mark.parametrize(

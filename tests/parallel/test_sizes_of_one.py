@@ -74,7 +74,7 @@ def traced(config: Config) -> None:
             step.make_eval_step(layout, objectives.make(config)), held.params, held.bias, micro
         )
     assert [a.shape for a in jax.tree.leaves(new)] == [a.shape for a in jax.tree.leaves(held)]
-    assert metrics.loss.shape == total.shape == ()
+    assert metrics.loss.shape == total["nll"].shape == ()
 
 
 ONES = {
@@ -264,8 +264,10 @@ def test_generates(model, monkeypatch):
             jax.device_put(a, s)
             for a, s in ((held.params, layout.shardings.params), (held.bias, layout.shardings.bias))
         )
-        whole = list(sample.tokens(layout, params, bias, mesh, [3, 5], 5, 16, None, 0.0, 1.0, 0))
-    assert engine.Engine(layout, mesh, params, bias).generate([[3, 5]], 5) == [whole]
+        whole = list(
+            sample.tokens(layout.model, params, bias, mesh, [3, 5], 5, 16, None, 0.0, 1.0, 0)
+        )
+    assert engine.Engine(layout.model, mesh, params, bias).generate([[3, 5]], 5) == [whole]
 
 
 def test_fuzz_of_options():

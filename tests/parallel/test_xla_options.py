@@ -12,7 +12,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import topology
-from deepseek_jax.runtime import compile_cache
+from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import make_layout
 
 AHEAD, SCATTER, REDUCE = (
@@ -80,7 +80,7 @@ def compiled(options) -> tuple[float, list[str]]:
     said = []
     lowered = jax.jit(lambda x: 2 * x).lower(1.0)
     return float(
-        compile_cache.with_known_options(
+        xla_options.with_known_options(
             lambda known: lowered.compile(compiler_options=known), options, said.append
         )(3.0)
     ), said
@@ -123,7 +123,7 @@ def test_what_the_compiler_does_not_know_is_dropped():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
-        compile_cache.with_known_options(fails, {"a": 1}, print)
+        xla_options.with_known_options(fails, {"a": 1}, print)
 
 
 def test_a_step_and_a_plan_drop_what_is_not_known(capsys, monkeypatch):
@@ -131,12 +131,15 @@ def test_a_step_and_a_plan_drop_what_is_not_known(capsys, monkeypatch):
     monkeypatch.setattr(
         topology,
         "make_train_step",
-        lambda config, layout: lambda state, batch: (state, batch["tokens"]),
+        lambda config, layout, objective: lambda state, batch: (state, batch["tokens"]),
     )
     said = []
     mesh = make_mesh(Config(), jax.devices()[:1])
-    step = compile_cache.CompiledStep(
-        lambda state, batch: (state + batch, batch), mesh, {"xla_gpu_no_such_thing": 1}, said.append
+    step = CompiledStep(
+        lambda state, batch, frozen: (state + batch, batch),
+        mesh,
+        {"xla_gpu_no_such_thing": 1},
+        said.append,
     )
     with jax.set_mesh(mesh):
         assert int(step(jax.numpy.int32(1), jax.numpy.int32(2))[0]) == 3 and len(said) == 1
