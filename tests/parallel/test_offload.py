@@ -297,6 +297,10 @@ def test_checkpoints(tmp_path):
     checkpointer.close()
 
 
+def evaluate(layout):
+    return conversion.jit(step.make_eval_step(layout, objectives.make(config_of(EVERYTHING))))
+
+
 def test_evaluation_reads_offloaded_parameters():
     (mesh, layout, _), (_, plain, _) = (
         compiled(config_of(EVERYTHING)),
@@ -305,13 +309,9 @@ def test_evaluation_reads_offloaded_parameters():
     with jax.set_mesh(mesh):
         batch = jax.tree.map(lambda a: a[0], put_batch(rows(0), 16, mesh))
         nll = [
-            float(
-                conversion.jit(step.make_eval_step(held, objectives.make(config_of(EVERYTHING))))(
-                    s.params, s.bias, batch
-                )
-            )
-            for held in (layout, plain)
-            for s in [jax.device_put(fresh(()), held.shardings)]
+            float(evaluate(placed)(s.params, s.bias, batch)["nll"])
+            for placed in (layout, plain)
+            for s in [jax.device_put(fresh(()), placed.shardings)]
         ]
     assert nll[0] == nll[1]
 

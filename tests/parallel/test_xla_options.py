@@ -131,12 +131,15 @@ def test_a_step_and_a_plan_drop_what_is_not_known(capsys, monkeypatch):
     monkeypatch.setattr(
         topology,
         "make_train_step",
-        lambda config, layout: lambda state, batch: (state, batch["tokens"]),
+        lambda config, layout, objective: lambda state, batch: (state, batch["tokens"]),
     )
     said = []
     mesh = make_mesh(Config(), jax.devices()[:1])
     step = CompiledStep(
-        lambda state, batch: (state + batch, batch), mesh, {"xla_gpu_no_such_thing": 1}, said.append
+        lambda state, batch, frozen: (state + batch, batch),
+        mesh,
+        {"xla_gpu_no_such_thing": 1},
+        said.append,
     )
     with jax.set_mesh(mesh):
         assert int(step(jax.numpy.int32(1), jax.numpy.int32(2))[0]) == 3 and len(said) == 1

@@ -89,7 +89,7 @@ class Trainer:
             self.layout = state.make_layout(config, self.mesh)
             self.compiled = (
                 conversion.jit(step.make_train_step(config, self.layout, objective), config)
-                .lower(self.layout.abstract_sharded(), self.batch(0))
+                .lower(self.layout.abstract_sharded(), self.batch(0), None)
                 .compile()
             )
 
@@ -119,9 +119,8 @@ class Trainer:
         out = []
         with jax.set_mesh(self.mesh):
             for i in range(first, first + steps):
-                s, metrics = self.compiled(
-                    s, self.batch(i % 4)
-                )  # which refuses a state that is laid out otherwise than it was
+                # The program refuses a state that is laid out otherwise than it was.
+                s, metrics = self.compiled(s, self.batch(i % 4), None)
                 out.append(metrics)
         return s, out
 
