@@ -122,7 +122,7 @@ class Everything:
                 logit_functions.cross_entropy, hidden_BSD, model.head, batch["targets"]
             )
             parts["mtp"] = mtp / totals["tokens"]
-        m = model.model
+        m = model.config
         assert out.taps["hidden"].shape[0] == m.num_hidden_layers + m.num_nextn_predict_layers
         return sum(parts.values()), parts
 
