@@ -50,7 +50,7 @@ def command(monkeypatch, capsys):
             max_position_embeddings=500, num_nextn_predict_layers=0, vocab_size=400
         )
         model = types.SimpleNamespace(
-            model=options, source=folder, layout=None, mesh=None, params=None, bias=None
+            config=options, source=folder, layout=None, mesh=None, params=None, bias=None
         )
         monkeypatch.setattr(
             generate, "open_model", lambda *_: opener.Opened(model, None, False, folder)
@@ -299,7 +299,7 @@ def test_lone_surrogates(command, tmp_path, monkeypatch):
     )
     questions = choices.read_questions(f"{DATA}/surrogate/questions.jsonl")
     assert questions[0].prompt == "2 + 2 = \ufffd" and questions[1].choices == [" 4\ufffd", " 5"]
-    model = types.SimpleNamespace(model=types.SimpleNamespace(max_position_embeddings=100))
+    model = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=100))
     opened = types.SimpleNamespace(model=model, encoder=lambda: Encoder(chat, "M"))
     monkeypatch.setattr(
         choices,
