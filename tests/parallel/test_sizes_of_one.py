@@ -266,7 +266,7 @@ def test_generates(model, monkeypatch):
             jax.device_put(a, s)
             for a, s in ((held.params, layout.shardings.params), (held.bias, layout.shardings.bias))
         )
-        placed = BoundModel(layout, params, bias, mesh)
+        placed = BoundModel(layout.model, params, bias, mesh)
         whole = list(sample.tokens(placed, [3, 5], 5, Sampling(), 16, None))
     assert Engine(placed).generate([[3, 5]], 5) == [whole]
 

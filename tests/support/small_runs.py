@@ -89,7 +89,7 @@ class Trainer:
             self.layout = state.make_layout(config, self.mesh)
             self.compiled = (
                 conversion.jit(step.make_train_step(config, self.layout, objective), config)
-                .lower(self.layout.abstract_sharded(), self.batch(0), None)
+                .lower(self.layout.abstract_sharded(), self.batch(0))
                 .compile()
             )
 
@@ -120,7 +120,7 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             for i in range(first, first + steps):
                 # The program refuses a state that is laid out otherwise than it was.
-                s, metrics = self.compiled(s, self.batch(i % 4), None)
+                s, metrics = self.compiled(s, self.batch(i % 4))
                 out.append(metrics)
         return s, out
 
