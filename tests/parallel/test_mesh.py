@@ -18,7 +18,7 @@ from deepseek_jax.model import lookup
 from deepseek_jax.parallel.mesh import axes_across_hosts, make_mesh
 from deepseek_jax.parallel.pipeline import Schedule, make_schedule
 from deepseek_jax.train import state, step
-from deepseek_jax.train.batch import put_batch
+from deepseek_jax.train.batch import abstract_batch, put_batch
 from tests.support.invariance import (
     BASE,
     MODEL,
@@ -107,8 +107,10 @@ def test_no_sum_of_floats_is_left_to_a_scatter(monkeypatch):
     mesh = make_mesh(BASE, jax.devices()[:1])
     with jax.set_mesh(mesh):
         layout = state.make_layout(BASE, mesh)
-        traced = jax.make_jaxpr(step.make_train_step(BASE, layout))
-        program = str(traced(layout.abstract_sharded(), step.abstract_batch(BASE, mesh, 0)))
+        objective = objectives.make(BASE)
+        traced = jax.make_jaxpr(step.make_train_step(BASE, layout, objective))
+        batch = abstract_batch(objective.fields, BASE, mesh, 0)
+        program = str(traced(layout.abstract_sharded(), batch))
     tokens = BASE.train.batch_size * BASE.train.sequence_length
     sums = set(re.findall(r":(f\w+\[[^\]]*\])\S* = scatter-add\[", program))
     assert sums == {f"f32[{tokens},{MODEL.n_routed_experts}]"}
