@@ -39,7 +39,7 @@ def test_one_place_asks_which_attention_a_model_has():
         for line in path.read_text(encoding="utf-8").splitlines()
         if QUESTION.search(line)
     ]
-    assert asking == ["deepseek_jax/config/options.py"]
+    assert asking == ["deepseek_jax/config/sections/model.py"]
 
 
 def test_every_kind_has_widths_and_a_class():
