@@ -40,7 +40,8 @@ from tests.support import conversion
 RESULT = {"machine": {"device": "cpu", "cores": 2}, "dtype": "float32"}
 
 
-@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("everything", [False, True])
 def test_gpu_bench(everything, tmp_path, monkeypatch, capsys):
     """Parts that need no PyTorch, at toy size: lines as they come, and files that are whole after each.
     `everything`: three programs, not one."""

@@ -80,7 +80,15 @@ WITHOUT_GRADIENTS = (
     "youtu",
     "dots1",
 )  # compiling takes long; others have all their parts
-SLOW = ("mistral", "seed_oss", "solar_open", "mixtral", "glm4_moe", "qwen3_moe-nonorm")
+SLOW = (
+    "mistral",
+    "seed_oss",
+    "solar_open",
+    "mixtral",
+    "glm4_moe",
+    "glm4_moe-qknorm-group",
+    "qwen3_moe-nonorm",
+)
 
 
 @pytest.mark.parametrize(

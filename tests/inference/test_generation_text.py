@@ -194,6 +194,7 @@ def test_chat_through_a_pipe(folder, capsys, monkeypatch):
     assert out.startswith(answer + "\n") and out.endswith("\n")
 
 
+@pytest.mark.slow
 def test_an_imported_run(folder, capsys, tmp_path):
     """A WORKDIR speaks as its checkpoint does, chat template and all, over two devices too."""
     importer.import_(folder, str(tmp_path / "w"))

@@ -197,9 +197,13 @@ def first_step(config: Config):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(dict(fsdp=4, expert=2), id="4x2"),
+        pytest.param(dict(fsdp=4, expert=2), id="4x2", marks=pytest.mark.slow),
         pytest.param(dict(stage=2, accumulation=4), id="stages"),
-        pytest.param(dict(accumulation=4, offload=True), id="accumulation, offloaded"),
+        pytest.param(
+            dict(accumulation=4, offload=True),
+            id="accumulation, offloaded",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(dict(accumulation=4), id="accumulation", marks=pytest.mark.slow),
         pytest.param(dict(fsdp=2, tensor=2), id="tensor", marks=pytest.mark.slow),
         pytest.param(

@@ -274,7 +274,8 @@ def test_loss_and_gradients_match_the_reference(seq_aux):
     conversion.assert_close(metrics.grad_norm, norm)
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [2, 4])
 @pytest.mark.parametrize(
     "seq_aux",
     [

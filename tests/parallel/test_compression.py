@@ -263,7 +263,8 @@ def over_data(found: list[program.Collective]) -> dict[bool, int]:
 
 
 @pytest.mark.parametrize(
-    "method, share", [pytest.param("bfloat16", 0.5, marks=pytest.mark.slow), ("int8", 0.25)]
+    "method, share",
+    [pytest.param(m, n, marks=pytest.mark.slow) for m, n in (("bfloat16", 0.5), ("int8", 0.25))],
 )
 def test_bytes_over_data(method, share):
     """One float32 sum over two replicas receives as many bytes as the gradient has. int8's scales are 1.6%
@@ -284,6 +285,7 @@ def test_bytes_over_data(method, share):
     assert over_data(run_of("none").found)[False] > 2 * whole
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_residual(tmp_path):
     """Training goes on from it with the same bits."""
     run = run_of("int8")

@@ -271,6 +271,7 @@ def test_generates(model, monkeypatch):
     assert Engine(placed).generate([[3, 5]], 5) == [whole]
 
 
+@pytest.mark.slow
 def test_fuzz_of_options():
     """A few sets of a fixed seed; `make fuzz-options` is the whole."""
     result = fuzz_options.run(2, seed=3, seconds=240, compiled=0)

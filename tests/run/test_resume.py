@@ -147,6 +147,7 @@ def figures(workdir) -> list[dict]:
     ]
 
 
+@pytest.mark.slow  # test_train.py resumes the program itself, test_boundary.py an objective with everything
 @pytest.mark.parametrize("at", [1, 3, 7, 11])
 def test_any_step_with_everything(whole, at, tmp_path):
     train, folder, expected = whole

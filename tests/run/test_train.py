@@ -103,6 +103,7 @@ def test_resume_is_bit_exact(whole_run, corpus, tmp_path):
     assert finished.returncode == 0 and "is done already" in finished.stdout
 
 
+@pytest.mark.slow
 def test_damage_costs_one_interval(whole_run, corpus, tmp_path):
     """The newest checkpoint has a bad byte: the run goes on from the one before, with the same losses.
 

@@ -64,6 +64,7 @@ def test_float16_tracks_float32():
     assert row(last)["loss_scale"] == 65536 and "loss_scale" not in row(exact[-1])
 
 
+@pytest.mark.slow
 def test_an_overflow_halves_the_scale_and_changes_nothing_else():
     t = trainer(FLOAT16)
     first, _ = t.run(t.start(), 3)
