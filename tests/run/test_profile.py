@@ -150,9 +150,10 @@ print("\\nFOUND", float(total), getattr(compilation._this_thread, "hits", 0))
         ]  # Gloo prints too
 
     expected = np.sum(np.sin(np.arange(32.0).reshape(8, 4)) * np.arange(4.0))
-    for hits in ("0", "1"):
-        for total, found in start():
-            assert abs(float(total) - expected) < 1e-4 and found == hits, (total, found, hits)
+    # On a busy machine process 1 may come to compile after process 0 has written, at the first start too.
+    for hits in (("0",), ("0", "1")), (("1",), ("1",)):
+        for allowed, (total, found) in zip(hits, start(), strict=True):
+            assert abs(float(total) - expected) < 1e-4 and found in allowed, (total, found, hits)
     assert len(glob.glob(f"{tmp_path}/cpu-*/jit__lambda*-cache")) == 1
 
 

@@ -98,7 +98,8 @@ def test_a_slow_disk_costs_rows_of_tensorboard_and_not_the_run(tmp_path, monkeyp
     writer.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 99
     steps = [e.step for e in events_of(tmp_path / "tensorboard") if e.summary.value]
-    assert 5 <= len(steps) <= 7 and steps == list(range(1, len(steps) + 1))
+    # The first five are queued; which come after them depends on when the thread takes its first.
+    assert 5 <= len(steps) <= 7 and steps == sorted(steps) and steps[:5] == [1, 2, 3, 4, 5]
 
 
 def test_a_full_disk_costs_rows_and_not_the_run(tmp_path, monkeypatch, capsys):
