@@ -110,7 +110,7 @@ def test_a_further_kind_is_one_class(monkeypatch):
         params, bias = jax.device_put(
             (params, bias), (layout.shardings.params, layout.shardings.bias)
         )
-        placed = BoundModel(layout, params, bias, mesh)
+        placed = BoundModel(layout.model, params, bias, mesh)
         ids = [3, 5, 7]
         for _ in range(4):
             net = placed.net()
