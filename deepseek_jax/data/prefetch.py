@@ -4,9 +4,8 @@ import contextlib
 from collections.abc import Callable, Generator
 
 import grain
-import numpy as np
 
-Rows = dict[str, np.ndarray]
+from deepseek_jax.data.fields import Rows
 
 
 def read_ahead(

@@ -10,7 +10,8 @@ from typing import Protocol
 import jax
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.data.prefetch import Rows, read_ahead
+from deepseek_jax.data.fields import Rows
+from deepseek_jax.data.prefetch import read_ahead
 from deepseek_jax.data.windows import Skipping, TrainRows, Window
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.train.batch import put_batch

@@ -281,7 +281,7 @@ def test_exchange_buffers():
         model=model, train=TrainConfig(batch_size=8, sequence_length=100, dtype="bfloat16")
     )
     b = exchange.buffers(config, {"data": 1, "fsdp": 2, "expert": 4})
-    # 100 tokens a device choose 4 of 32: mean load 12.5, times 1.25, up. 8 experts here, places for
+    # 100 tokens per device choose 4 of 32: mean load 12.5, times 1.25, up. 8 experts here, places for
     # 4 devices each.
     assert (b.places, b.exchanged_rows, b.expert_rows) == (16, 8 * 4 * 16, 8 * 4 * 16)
     assert b.bytes == 2 * 512 * 64 * 2
