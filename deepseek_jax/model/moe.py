@@ -184,9 +184,6 @@ class MoE(nnx.Module):
         y_BSD = routed(
             x_BSD, valid_BS, gather_for_use(self.gate.kernel, jnp.float32), bias_E, *weights
         )
-        y_BSD = routed(
-            x_BSD, valid_BS, gather_for_use(self.gate.kernel, jnp.float32), bias_E, *weights
-        )
         if self.config.n_shared_experts:
             y_BSD = y_BSD + self.shared_experts(x_BSD)
         return y_BSD
