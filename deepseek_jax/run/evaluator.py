@@ -55,7 +55,7 @@ class Evaluator:
             rows = self._loader.eval_rows(start, self._micro_batch)
             batch = jax.tree.map(lambda a: a[0], put_batch(rows, self._micro_batch, self._mesh))
             with contextlib.nullcontext() if self._compiled else watchdog.paused():
-                found = self._step(state.params, state.bias, batch, self._frozen)
+                found = self._step(*state.weights(), batch, self._frozen)
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
             self._compiled = True

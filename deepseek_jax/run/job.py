@@ -201,10 +201,10 @@ class Job:
           UserError: the newest checkpoint is of another run, model or tokenizer, or of other data.
         """
         config, mesh = self._config, self._mesh
-        bytes_per_layer = xla_options.bytes_of_a_layer(config, model.abstract.params, mesh)
+        bytes_per_layer = xla_options.bytes_of_a_layer(config, model.model.abstract.params, mesh)
         platform = mesh.devices.flat[0].platform
         self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
-        self._count = count(config.model, model.abstract.params, config.train.sequence_length)
+        self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
         step = self._checkpoints.newest_good(to_tree(model.abstract_sharded()))
         self._processes.agree(
             "folder, one that all hosts see", {"the newest checkpoint in --workdir": step}
@@ -331,7 +331,7 @@ class Job:
         if not c.sample_prompt or not c.sample_tokens:
             return ""
         return sample(
-            BoundModel(model.model, state.params, state.bias, self._mesh),
+            BoundModel(model.model, *state.weights(), self._mesh),
             self._data.tokenizer,
             c.sample_prompt,
             c.sample_tokens,
