@@ -25,14 +25,16 @@ from deepseek_jax.parallel.weights import apply_weight, gather_on_device, stored
 
 
 def param(
-    rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]
+    rngs: nnx.Rngs,
+    init: Callable,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    kind: type[nnx.Param] = nnx.Param,
 ) -> nnx.Param:
     """A float32 parameter declared with its logical axes, one name per dimension."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and logical axes {axes} differ in length")
-    return nnx.Param(
-        init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False
-    )
+    return kind(init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False)
 
 
 def reshaped(x: jax.Array, shape: tuple[int, ...], spec: Sequence[Any]) -> jax.Array:

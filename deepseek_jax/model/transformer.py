@@ -20,6 +20,7 @@ from deepseek_jax.model.attention.interface import Rope
 from deepseek_jax.model.attention.kinds import make_attention
 from deepseek_jax.model.head import Head
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
+from deepseek_jax.model.lora import adapt
 from deepseek_jax.model.moe import MoE, MoEStats
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
@@ -124,9 +125,9 @@ class Transformer(nnx.Module):
         self.dtype = jnp.dtype(options.train.dtype)
         dense = config.first_k_dense_replace
         self.embed_tokens = Embedding(config, rngs)
-        self.dense_layers = _stack(config, moe, False, dense, rngs, attention) if dense else None
+        self.dense_layers = _stack(options, False, dense, rngs) if dense else None
         routed = config.num_hidden_layers - dense
-        self.layers = _stack(config, moe, True, routed, rngs, attention) if routed else None
+        self.layers = _stack(options, True, routed, rngs) if routed else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(
@@ -292,14 +293,15 @@ def tokens_ahead(
     return jnp.where(ahead(segment_ids_BS, -1) == segment_ids_BS, ahead(ids_BS, missing), missing)
 
 
-def _stack(
-    config: ModelConfig, moe: MoeConfig, is_moe: bool, count: int, rngs: nnx.Rngs, attention: str
-) -> DecoderLayer:
+def _stack(options: Config, is_moe: bool, count: int, rngs: nnx.Rngs) -> DecoderLayer:
     """`count` decoder layers as one module with a leading "layers" axis on every variable."""
+    config, moe, attention = options.model, options.moe, options.train.attention
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
     def create(rngs: nnx.Rngs) -> DecoderLayer:
-        return DecoderLayer(config, moe, is_moe, rngs, attention)
+        layer = DecoderLayer(config, moe, is_moe, rngs, attention)
+        adapt(layer, config, options.lora, rngs)
+        return layer
 
     return create(rngs)

@@ -89,7 +89,9 @@ class Int8Weight(QuantizedWeight):
 class Nf4Weight(QuantizedWeight):
     """4 bits in blocks of 64 inputs."""
 
-    codes: jax.Array  # uint8 [..., I / 64, 32, ...]: input j of a block in the high bits, j + 32 in the low
+    codes: (
+        jax.Array
+    )  # uint8 [..., I / 64, 32, ...]: input j of a block in the high bits, j + 32 in the low
     largest: jax.Array  # int8 [..., I / 64, ...]: of each block, from `mean` on in steps of `step`
     step: jax.Array  # float32, with one input
     mean: jax.Array  # float32, with one input
@@ -181,12 +183,16 @@ def dequantized(parts: Sequence[jax.Array], dtype: Any, spec: Any = None) -> jax
         values, scale = parts
         return (values.astype(jnp.float32) * scale).astype(dtype)
     codes, largest, step, mean = parts
-    inputs = -3 if largest.ndim == 4 else -2  # gate and up together, [E, I, 2, O], or [I, O], [E, I, O]
+    inputs = (
+        -3 if largest.ndim == 4 else -2
+    )  # gate and up together, [E, I, 2, O], or [I, O], [E, I, O]
     scale = jnp.expand_dims(largest.astype(jnp.float32) * step + mean, inputs)
     halves = [(_number_of(code) * scale).astype(dtype) for code in (codes >> 4, codes & 15)]
     blocks = jnp.concatenate(halves, axis=inputs)
     shape = _at(largest.shape, inputs, largest.shape[inputs] * BLOCK)
-    return blocks.reshape(shape) if spec is None else jax.lax.reshape(blocks, shape, out_sharding=spec)
+    return (
+        blocks.reshape(shape) if spec is None else jax.lax.reshape(blocks, shape, out_sharding=spec)
+    )
 
 
 def _number_of(code: jax.Array) -> jax.Array:

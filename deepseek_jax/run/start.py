@@ -14,7 +14,7 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.run import init_from, resume
 from deepseek_jax.run.progress import Progress
-from deepseek_jax.train.state import Layout, TrainState, init_state, to_tree
+from deepseek_jax.train.state import Layout, TrainState, init_state, saved, to_tree
 
 
 @dataclasses.dataclass
@@ -48,7 +48,7 @@ class Start:
 
     def after_bad_numbers(self) -> tuple[TrainState, Progress]:
         """The same once more, from what is the newest good checkpoint by now."""
-        abstract = to_tree(self.layout.abstract_sharded())
+        abstract = to_tree(saved(self.layout.abstract_sharded()))
         return self._state(self.checkpoints.newest_good(abstract))
 
     def _state(self, step: int | None) -> tuple[TrainState, Progress]:

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.model import transformer
+from deepseek_jax.model import lora, transformer
 from deepseek_jax.model.layout import ModelWeights, PlacedModel, place_model
 from deepseek_jax.model.moe import SelectionBias
 from deepseek_jax.objectives.base import Frozen
@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
     loss_scale: LossScale | None = (
         None  # only where it is dynamic: other states, and their checkpoints, are without it
     )
-    # the other parameters (trainable.py): a checkpoint holds them among `params`
+    # the other parameters (trainable.py): a checkpoint holds them among `params`, but for the base of LoRA
     frozen: nnx.State = trainable.NONE
 
     def weights(self) -> ModelWeights:
@@ -187,7 +187,7 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         _, params, bias = nnx.split(
             transformer.Transformer(config, nnx.Rngs(config.seed)), nnx.Param, SelectionBias
         )
-        params, frozen = layout.split(params)
+        params, frozen = layout.split(lora.held(config.lora, params))
         frozen = sharding.reshard(frozen, layout.split(layout.model.specs.params)[1])
         params = sharding.reshard(params, layout.opt_specs)
         opt_state = layout.optimizer.init(params)
@@ -239,6 +239,12 @@ def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.St
     return rest._replace(params=params, bias=bias, frozen=frozen)
 
 
+def saved(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state: with LoRA the base is not in it, which nothing changes."""
+    factors = any(lora.is_factor(path) for path, _ in nnx.to_flat_state(state.params))
+    return state._replace(frozen=trainable.NONE) if factors else state
+
+
 def zero_params(layout: Layout) -> nnx.State:
     """Zeros laid out as the parameters while the optimizer works: its fresh state depends on no more."""
     return jax.tree.map(
@@ -251,7 +257,9 @@ def zero_params(layout: Layout) -> nnx.State:
 def _parts(path: tuple) -> list[str]:
     """Names along a tree path, without the attribute that a Variable keeps its array in."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    if names[0] == "frozen":  # of a TrainState: which parameters learn is no property of a checkpoint
+    if (
+        names[0] == "frozen"
+    ):  # of a TrainState: which parameters learn is no property of a checkpoint
         names[0] = "params"
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 

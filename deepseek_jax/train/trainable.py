@@ -13,7 +13,7 @@ import difflib
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.hf import names
 from deepseek_jax.hf.configuration import find_family
 from deepseek_jax.hf.names import Leaf
+from deepseek_jax.model import lora
 
 Path = tuple[Any, ...]  # of a variable in a state: ("layers", "mlp", "gate", "kernel")
 
@@ -63,7 +64,9 @@ class Multipliers:
         if not any(factor == 0 for factor in self.factors.values()):
             return params, NONE
         flat = nnx.to_flat_state(params)
-        learns, frozen = ([(p, v) for p, v in flat if bool(self.of(p)) == yes] for yes in (True, False))
+        learns, frozen = (
+            [(p, v) for p, v in flat if bool(self.of(p)) == yes] for yes in (True, False)
+        )
         return nnx.from_flat_state(learns), nnx.from_flat_state(frozen)
 
     def scale(self) -> optax.GradientTransformation | None:
@@ -112,9 +115,13 @@ def multipliers(config: Config, params: nnx.State) -> Multipliers:
     """
     rules = text.parse(config.optimizer.lr_multipliers)
     default = config.optimizer.default_lr_multiplier
-    if not rules and default == 1:
+    if not rules and default == 1 and not config.lora.r:
         return Multipliers()
     weights = _weights(config, params)
+    base: dict[Path, _Weight] = {}
+    if config.lora.r:  # patterns are for what learns besides the base
+        base = {p: w for p, w in weights.items() if not lora.learns(p, config.lora)}
+        weights = {p: w for p, w in weights.items() if p not in base}
     left, groups = dict(weights), []
     for pattern, factor in rules:
         chosen = {path: w for path, w in left.items() if w.matches(pattern)}
@@ -124,14 +131,17 @@ def multipliers(config: Config, params: nnx.State) -> Multipliers:
         left = {path: w for path, w in left.items() if path not in chosen}
         weights |= {path: w._replace(factor=factor) for path, w in chosen.items()}
     weights |= {path: w._replace(factor=default) for path, w in left.items()}
-    if left:
-        groups.append(_group("", default, left.values()))
+    for name, chosen in _rest(left, config):
+        groups.append(_group(name, default, chosen.values()))
     if not any(w.factor for w in weights.values()):
         raise UserError(
             f"{text.OPTION}={config.optimizer.lr_multipliers!r} and "
             f"config.optimizer.default_lr_multiplier={default:g} freeze every weight of this model. Give one "
             f"a factor above 0."
         )
+    if base:
+        groups.append(_group(f"(base, {config.lora.base_dtype})", 0.0, base.values()))
+        weights |= {path: w._replace(factor=0.0) for path, w in base.items()}
     return Multipliers({path: w.factor for path, w in weights.items()}, tuple(groups))
 
 
@@ -164,6 +174,16 @@ class _Weight(NamedTuple):
                 f"as {self.path} does, or none."
             )
         return False
+
+
+def _rest(left: dict[Path, _Weight], config: Config) -> Iterator[tuple[str, dict[Path, _Weight]]]:
+    """What no pattern matches, by its name in the table."""
+    factors = {path: w for path, w in left.items() if lora.is_factor(path)}
+    others = {path: w for path, w in left.items() if path not in factors}
+    if factors:
+        yield f"(LoRA, r={config.lora.r})", factors
+    if others:
+        yield "(modules_to_save)" if config.lora.r else "", others
 
 
 def _weights(config: Config, params: nnx.State) -> dict[Path, _Weight]:

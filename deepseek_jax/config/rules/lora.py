@@ -13,7 +13,14 @@ def check(config: Config) -> None:
     """Raises UserError: the first options that do not go together."""
     lora = config.lora
     if not lora.r:
-        options = ("alpha", "dropout", "use_rslora", "target_modules", "modules_to_save", "base_dtype")
+        options = (
+            "alpha",
+            "dropout",
+            "use_rslora",
+            "target_modules",
+            "modules_to_save",
+            "base_dtype",
+        )
         why = "with config.lora.r=0, which trains all weights"
         without_effect(config, [f"lora.{name}" for name in options], why, "config.lora.r")
         return
@@ -43,7 +50,9 @@ def _check_targets(config: Config) -> None:
         return
     given = names(lora.target_modules)
     if not given:
-        raise UserError(f"{text} names nothing. Set it to {ALL_LINEAR}, or to names of {', '.join(there)}.")
+        raise UserError(
+            f"{text} names nothing. Set it to {ALL_LINEAR}, or to names of {', '.join(there)}."
+        )
     for name in given:
         last = name.rpartition(".")[2]
         if last in SAVED:
@@ -71,7 +80,9 @@ def _check_saved(config: Config) -> None:
     text = f"config.lora.modules_to_save={config.lora.modules_to_save}"
     for name in saved:
         if name not in SAVED:
-            raise UserError(f"{text}: {name!r} is not one of {', '.join(SAVED)}. Set names of these.")
+            raise UserError(
+                f"{text}: {name!r} is not one of {', '.join(SAVED)}. Set names of these."
+            )
     if "lm_head" in saved and config.model.tie_word_embeddings:
         raise UserError(
             f"{text}: the output head of this model is its embedding "
