@@ -52,6 +52,10 @@ TEXT = INPUTS | {
     "next_tokens": Field(np.int32, padding=-1),
 }
 
+# What examples have besides. row: the number of a training row in the infinite data order, which noise is
+# drawn by; -1 for rows that are held out, and padding.
+EXAMPLES = TEXT | {"row": Field(np.int32, per="sequence", padding=-1)}
+
 
 def padding_row(fields: Fields, length: int) -> Rows:
     """A sequence that counts for nothing."""
