@@ -59,7 +59,7 @@ def absolute_config(config: Config) -> Config:
 
 
 def _absolute(path: str, option: Option) -> str:
-    if not path or path in option.choices or "://" in path:
+    if not path or path in option.choices or option.is_text(path) or "://" in path:
         return path
     return os.path.abspath(expanded(path, option.full_name))
 
