@@ -52,8 +52,8 @@ TEXT = INPUTS | {
     "next_tokens": Field(np.int32, padding=-1),
 }
 
-# What examples have besides. row: the number of a training row in the infinite data order, which noise is
-# drawn by; -1 for rows that are held out, and padding.
+# Of examples for fine-tuning (example_loader.py). row: the row's number in the infinite global order of
+# training, by which noise can be drawn; -1 for held-out rows and padding.
 EXAMPLES = TEXT | {"row": Field(np.int32, per="sequence", padding=-1)}
 
 
