@@ -121,13 +121,18 @@ def summary(choice: Choice, examples: ExampleSet, config: Config, stop: str) -> 
     held = choice.numbers(held_out=True)
     first = f"{len(choice.kept):,} examples: {len(train):,} to train on, {len(held):,} held out"
     if choice.too_long:
-        first += f", {choice.too_long:,} left out as longer than {length} (config.sft.truncation=drop)"
+        first += (
+            f", {choice.too_long:,} left out as longer than {length} (config.sft.truncation=drop)"
+        )
     if choice.unscored:
         first += f", {choice.unscored:,} left out without a trained token"
     if choice.cut:
         first += f"; {choice.cut:,} cut off at {length} tokens"
     kept, trained = int(choice.kept[train].sum()), int(choice.trained[train].sum())
-    lines = [first, f"{human(trained)} of {human(kept)} tokens are trained on ({trained / kept:.0%})"]
+    lines = [
+        first,
+        f"{human(trained)} of {human(kept)} tokens are trained on ({trained / kept:.0%})",
+    ]
     if stop:
         ends = int(choice.stops[train].sum())
         lines.append(f"the stop token {stop} is trained in {ends:,} of {len(train):,} examples")

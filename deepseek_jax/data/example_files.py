@@ -34,7 +34,9 @@ class ExampleSet(NamedTuple):
     tokens: np.ndarray  # uint16 or int32 [N]
     scored: np.ndarray  # uint8 [N], 1 where a token is a training target; never an example's first
     offsets: np.ndarray  # int64 [n + 1]
-    sources: np.ndarray  # int64 [sources + 1]: source s has examples sources[s] to sources[s + 1] - 1
+    sources: (
+        np.ndarray
+    )  # int64 [sources + 1]: source s has examples sources[s] to sources[s + 1] - 1
     dropped_reasoning: int  # messages whose reasoning the template left out
     about: tuple[str, ...]  # what was scored, in words
     notes: tuple[str, ...]  # what was left out or changed in reading
@@ -112,7 +114,9 @@ class ExampleWriter:
         """The examples that follow are of the next source."""
         self._sources.append(self.examples)
 
-    def finish(self, dropped_reasoning: int, about: Sequence[str], notes: Sequence[str]) -> ExampleSet:
+    def finish(
+        self, dropped_reasoning: int, about: Sequence[str], notes: Sequence[str]
+    ) -> ExampleSet:
         """All that was written, memory-mapped. Named files appear, the one that vouches for them last."""
         head = {
             "format": FORMAT,

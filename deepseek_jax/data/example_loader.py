@@ -54,7 +54,8 @@ class ExampleLoader:
     Attributes:
       num_train_rows: rows of one epoch. num_eval_rows: held-out rows, 0 for eval_fraction=0.
       train_tokens, eval_tokens: tokens in the examples of each side, without what is cut off.
-      description: the data in a few words. contents: what a later start compares.
+      encoder: made ids of their rows. description: the data in a few words. contents: what a later start
+        compares.
       notes: lines about what was left out or changed in reading. summary: what is trained, line by line.
 
     Raises:
@@ -72,6 +73,7 @@ class ExampleLoader:
         fields: Fields = EXAMPLES,
     ):
         self.tokenizer = tokenizer
+        self.encoder = encoder
         self._config = config
         self._fields = fields
         if missing := [name for name in fields if name not in EXAMPLES]:
@@ -152,6 +154,15 @@ class ExampleLoader:
             out.append((ids, self._examples.scored[some] != 0))
         return out
 
+    def trained_stops(self) -> list[int]:
+        """The stop tokens among the scored ones of the first thousand examples, the most frequent first."""
+        end = int(self._examples.offsets[min(1000, len(self._choice.kept))])
+        scored = self._examples.tokens[:end][self._examples.scored[:end] != 0]
+        ids, counts = np.unique(
+            scored[np.isin(scored, sorted(self.encoder.stop_ids))], return_counts=True
+        )
+        return ids[np.argsort(-counts, kind="stable")].tolist()
+
     def origin(self, index: int) -> list[Span]:
         """What row `index` of the global training order is made of, example by example, with what of it is
         trained on.
@@ -165,7 +176,9 @@ class ExampleLoader:
         start = int(examples.offsets[example]) + piece.first
         ids = np.asarray(examples.tokens[start : start + piece.tokens])
         before = np.asarray(examples.tokens[start - min(piece.first, 32) : start])
-        parts = marked(self.tokenizer, ids, examples.scored[start : start + piece.tokens] != 0, before)
+        parts = marked(
+            self.tokenizer, ids, examples.scored[start : start + piece.tokens] != 0, before
+        )
         return Span(
             split_paths(self._config.data.path, "config.data.path")[source],
             example - int(examples.sources[source]),
@@ -182,9 +195,7 @@ class ExampleLoader:
         for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             numbers = choice.numbers(held_out, first, last)
             length, packing = self._config.train.sequence_length, self._config.sft.packing_strategy
-            out.append(
-                ExampleRows(self._examples, numbers, choice.kept[numbers], length, packing)
-            )
+            out.append(ExampleRows(self._examples, numbers, choice.kept[numbers], length, packing))
         return out
 
     def _stack(self, rows: list[Rows]) -> Rows:
@@ -200,7 +211,9 @@ class ExampleLoader:
 
     def _check_size(self, edges: np.ndarray) -> None:
         c, batch = self._config, self._config.train.batch_size
-        repair = "Give more examples, or lower config.train.batch_size or config.data.eval_fraction."
+        repair = (
+            "Give more examples, or lower config.train.batch_size or config.data.eval_fraction."
+        )
         specs = split_paths(c.data.path, "config.data.path")
         for spec, rows in zip(specs if len(edges) > 2 else [c.data.path], self._rows, strict=True):
             if not len(rows):

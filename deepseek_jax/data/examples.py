@@ -146,9 +146,7 @@ def find_sources(paths: str, notes: DataNotes) -> Sources:
     return out
 
 
-def key_of(
-    sources: Sources, tokenizer: Tokenizer, encoder: Encoder, progress: bool = False
-) -> str:
+def key_of(sources: Sources, tokenizer: Tokenizer, encoder: Encoder, progress: bool = False) -> str:
     """SHA-256 of all that the examples depend on: the bytes of the files, tokenizer, encoder, this program.
 
     Raises:
@@ -193,7 +191,9 @@ def _make(
                 bar.advance(sum(record.read for record in batch))
             writer.end_source()
         if not writer.examples:
-            raise UserError(f"{OPTION}={', '.join(s for s, _ in sources)!r} holds no examples. Give {FORMS}.")
+            raise UserError(
+                f"{OPTION}={', '.join(s for s, _ in sources)!r} holds no examples. Give {FORMS}."
+            )
         return writer.finish(dropped, encoder.describe(), notes.lines())
 
 

@@ -109,7 +109,7 @@ def read_records(
         if row is None:
             raise UserError(
                 f"{option}={spec!r}: {record.place} is no object with columns, or one nested too deeply. "
-                "Write every row as a JSON object, as {\"messages\": [...]}."
+                'Write every row as a JSON object, as {"messages": [...]}.'
             )
         notes.cleaned += row != record.row
         yield record._replace(row=row)

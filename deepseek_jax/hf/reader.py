@@ -157,7 +157,7 @@ def state_of(
       source: the checkpoint.
       config: of the model.
       family: of the checkpoint.
-      layout: where the arrays go (train.state.Layout).
+      layout: where the arrays go (model.layout.PlacedModel).
       dtype: as `read_state`.
 
     Raises:

@@ -45,7 +45,9 @@ class EmbeddingNoise:
             length_BS1 = lengths(segment_ids_BS)[..., None]
             uniform_BSD = jax.vmap(lambda row: _of_row(key, row, length_BS1.shape[1], width))(row_B)
             noisy_BS1 = (length_BS1 > 0) & (row_B >= 0)[:, None, None]
-            scale_BS1 = self.alpha * jax.lax.rsqrt(jnp.maximum(length_BS1, 1).astype(jnp.float32) * width)
+            scale_BS1 = self.alpha * jax.lax.rsqrt(
+                jnp.maximum(length_BS1, 1).astype(jnp.float32) * width
+            )
             return jnp.where(noisy_BS1, uniform_BSD * scale_BS1, 0.0)
 
         draw = per_device(one_device, in_specs=(batch, jax.P(batch[0])), out_specs=spec)

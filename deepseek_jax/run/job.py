@@ -21,19 +21,19 @@ from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import Config
 from deepseek_jax.config.validation import validate
 from deepseek_jax.data import contents
-from deepseek_jax.data.open import Data, open_data
+from deepseek_jax.data.example_loader import ExampleLoader
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.open import open_data
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import BadNumbers, SaveFailed
 from deepseek_jax.hf.tensors import HfTensors
-from deepseek_jax.inference.generation.bound import BoundModel
-from deepseek_jax.inference.generation.sample import check_prompt, sample
-from deepseek_jax.inference.generation.sampling import Sampling
+from deepseek_jax.inference.generation.sample import check_prompt
 from deepseek_jax.model.count import Count, count
 from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.run import init_from, lock, passes, summary
+from deepseek_jax.run import answers, init_from, lock, passes, summary
 from deepseek_jax.run.batches import Batch, LoaderBatches
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
@@ -141,7 +141,8 @@ class Job:
         # Set by the stages.
         self._mesh: jax.sharding.Mesh
         self._objective: Objective
-        self._data: Data
+        self._data: Loader | ExampleLoader
+        self._prompts: list[answers.Prompt]  # that evaluations answer
         self._checkpoints: Checkpointer
         self._compiler_options: dict[str, Any]
         self._count: Count
@@ -178,7 +179,8 @@ class Job:
         if first:
             self._stack.enter_context(lock.all_locked(self._workdir, config))
         fields = objectives.make(config).fields  # whatever the number of steps
-        self._data = open_data(config, tokenizer, progress=first, fields=fields)
+        self._data = open_data(config, tokenizer, fields, self._workdir, progress=first)
+        self._prompts = answers.prompts_of_run(config, self._data)
         if config.init_from:
             self._source = init_from.open_for_training(config, self._workdir)
         digest = contents.digest(self._data.contents)
@@ -213,10 +215,10 @@ class Job:
         """
         config, mesh = self._config, self._mesh
         self._objective = objective
-        bytes_per_layer = xla_options.bytes_of_a_layer(config, model.abstract.params, mesh)
+        bytes_per_layer = xla_options.bytes_of_a_layer(config, model.model.abstract.params, mesh)
         platform = mesh.devices.flat[0].platform
         self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
-        self._count = count(config.model, model.abstract.params, config.train.sequence_length)
+        self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
         step = self._checkpoints.newest_good(to_tree(model.abstract_sharded()))
         self._processes.agree(
             "folder, one that all hosts see", {"the newest checkpoint in --workdir": step}
@@ -272,6 +274,7 @@ class Job:
         config = self._config
         frozen = start.layout.frozen.load() if start.layout.frozen else None
         state, progress = start.state()
+        start.write_files(self._data)
         done = int(state.step)
         if done >= config.train.steps:
             self.say(
@@ -299,7 +302,10 @@ class Job:
                 f"{result.checkpoint}. The same command goes on from there."
             )
             return result
-        result = result._replace(sample=self._sample(start.layout, result.state))
+        sample = answers.sample_text(
+            config, start.layout.model, self._mesh, result.state, self._data.tokenizer
+        )
+        result = result._replace(sample=sample)
         summary.show_end(self._workdir, result, time.perf_counter() - self._started)
         return result
 
@@ -311,6 +317,11 @@ class Job:
         step.compiling = watchdog.paused
         profiler = Profiler(config, self._workdir, step) if config.profile.start else NoProfiler()
         eval_step = make_eval_step(start.layout, self._objective)
+        evaluator = Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen)
+        if self._prompts:
+            evaluator.answering = answers.Answering(
+                config, self._workdir, start.layout.model, self._mesh, self._data, self._prompts
+            )
 
         def first_step() -> str:
             return summary.first_step(step, time.perf_counter() - self._started)
@@ -323,7 +334,7 @@ class Job:
             workdir=self._workdir,
             step=train_step,
             batches=LoaderBatches(config, self._data, self._mesh),
-            evaluate=Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen),
+            evaluate=evaluator,
             checkpointer=self._checkpoints,
             report=Report(
                 config,
@@ -337,17 +348,4 @@ class Job:
             profiler=profiler,
             stopper=self._stopper,
             watchdog=watchdog,
-        )
-
-    def _sample(self, model: Layout, state: TrainState) -> str:
-        """Text that the model writes after config.eval.sample_prompt; "" if none is asked for."""
-        c = self._config.eval
-        if not c.sample_prompt or not c.sample_tokens:
-            return ""
-        return sample(
-            BoundModel(model.model, state.params, state.bias, self._mesh),
-            self._data.tokenizer,
-            c.sample_prompt,
-            c.sample_tokens,
-            Sampling(temperature=0.7, top_p=0.95, seed=self._config.seed),
         )

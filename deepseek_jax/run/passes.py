@@ -1,6 +1,7 @@
 """From config.train.epochs to steps: where a run ends that is told how often it reads its data."""
 
 import math
+from fractions import Fraction
 
 from deepseek_jax.config.options import Config, replaced
 from deepseek_jax.data.contents import Contents
@@ -26,7 +27,7 @@ def with_steps(config: Config, workdir: str, rows: int, contents: Contents) -> C
     """
     if config.train.steps:
         return config
-    wanted = math.ceil(round(config.train.epochs * rows, 6))
+    wanted = math.ceil(Fraction(repr(config.train.epochs)) * rows)  # 0.1 is a tenth
     steps = _first_step_after(_history(config, workdir, contents), wanted)
     out = replaced(config, "train.steps", steps)
     if config.profile.start > steps:

@@ -107,7 +107,7 @@ def _devices(run: Run) -> Lines:
     lines += [("prefetch", note) for note in notes]
     state_bytes = run.layout.bytes_per_device(mesh)
     host = state_bytes.pop("host", 0)
-    parts = " + ".join(f"{human(n)} {name}" for name, n in state_bytes.items())
+    parts = " + ".join(f"{human(n)} {name.replace('_', ' ')}" for name, n in state_bytes.items())
     memory = f"{parts} = {human(sum(state_bytes.values()))}"
     if host:
         memory += f", and {human(host)} in the memory of its host"
@@ -123,6 +123,7 @@ def _training(run: Run) -> Lines:
     return [
         ("data", run.data.description),
         *[("", note) for note in run.data.notes],
+        *_learning(run.layout),
         (
             "training",
             f"{t.steps} steps of {t.batch_size} x {t.sequence_length} tokens = {human(tokens)} tokens "
@@ -130,6 +131,12 @@ def _training(run: Run) -> Lines:
         ),
         ("compute", f"{human(flops)} FLOPs per token, {human(flops * tokens)} in all"),
     ]
+
+
+def _learning(layout: Layout) -> Lines:
+    """Which weights learn, where that is not all of them alike."""
+    lines = layout.multipliers.table()
+    return list(zip(["weights", *[""] * len(lines)], lines, strict=False))
 
 
 def _going_on(run: Run) -> Lines:

@@ -46,9 +46,7 @@ def test_messages_become_rows(tmp_path):
 
     def row(texts, answers):
         ids = [[ord(c) if c != "." else STOP for c in t] for t in texts]
-        targets = [
-            [ord(c) if c != "." else STOP for c in t[1:]] + [IGNORE] for t in answers
-        ]
+        targets = [[ord(c) if c != "." else STOP for c in t[1:]] + [IGNORE] for t in answers]
         n = sum(map(len, ids))
         return {
             "tokens": sum(ids, []) + [0] * (20 - n),
@@ -112,7 +110,9 @@ def test_held_out_examples_are_never_trained_on(path, packing):
     mask = held_out_of(200, 0.1)
     numbers = [int(bytes(e[2:6]).decode().split()[0]) for e in all_examples]
     sides = [
-        sorted(itertools.chain(*(e for e, n in zip(expected, numbers, strict=True) if mask[n] == side)))
+        sorted(
+            itertools.chain(*(e for e, n in zip(expected, numbers, strict=True) if mask[n] == side))
+        )
         for side in (False, True)
     ]
     assert tokens(train).tolist() == sides[0]

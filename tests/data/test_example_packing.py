@@ -125,7 +125,9 @@ def test_bug_06_packed_rows_have_the_targets_of_unpacked_ones(strategy):
     lengths, length = random_lengths(5), 12
     examples = set_of(lengths)
     rows = rows_of(examples, length, strategy)
-    found = np.concatenate([r["targets"][r["targets"] != IGNORE] for r in map(rows.row, range(len(rows)))])
+    found = np.concatenate(
+        [r["targets"][r["targets"] != IGNORE] for r in map(rows.row, range(len(rows)))]
+    )
     scored = examples.scored != 0
     if strategy in ("bfd", "none"):
         scored &= np.concatenate([np.arange(n) < length for n in lengths])

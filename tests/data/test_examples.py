@@ -22,7 +22,9 @@ TOOL = {"name": "add", "parameters": {"x": {"type": "int"}}}
 def read(path, folder=None, encoder=None, notes=None):
     tokenizer = load_tokenizer("bytes")
     folder = folder and str(folder)
-    return open_examples(make_config(path), tokenizer, encoder or ByteEncoder(), folder, notes=notes)
+    return open_examples(
+        make_config(path), tokenizer, encoder or ByteEncoder(), folder, notes=notes
+    )
 
 
 def texts(examples):
@@ -33,7 +35,10 @@ def texts(examples):
 
 
 def same(a, b):
-    arrays = all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("tokens", "scored", "offsets", "sources"))
+    arrays = all(
+        np.array_equal(getattr(a, n), getattr(b, n))
+        for n in ("tokens", "scored", "offsets", "sources")
+    )
     return arrays and a[4:] == b[4:]
 
 
@@ -66,7 +71,15 @@ def test_rows_come_with_all_their_columns_from_every_kind_of_file(tmp_path):
         f.write_table(table)
     with pa.ipc.new_file(str(tmp_path / "f.arrow"), table.schema) as f:
         f.write_table(table)
-    for name in ("a.jsonl", "a.json", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.arrow", "f.arrow"):
+    for name in (
+        "a.jsonl",
+        "a.json",
+        "b.jsonl.gz",
+        "c.jsonl.zst",
+        "d.parquet",
+        "e.arrow",
+        "f.arrow",
+    ):
         encoder = Rows()
         examples = read(tmp_path / name, encoder=encoder)
         # Arrow gives every row all keys: what no JSON file would hold is left out again
@@ -210,4 +223,7 @@ def test_kept_files_hold_plain_arrays(tmp_path):
     assert np.array_equal(np.fromfile(f"{stem}.tokens", "<u2"), examples.tokens)
     assert np.array_equal(np.fromfile(f"{stem}.scored", "u1"), examples.scored)
     assert np.array_equal(np.fromfile(f"{stem}.offsets", "<i8"), examples.offsets)
-    assert json.loads((tmp_path / "kept" / f"{stem.name}.json").read_text())["format"] == example_files.FORMAT
+    assert (
+        json.loads((tmp_path / "kept" / f"{stem.name}.json").read_text())["format"]
+        == example_files.FORMAT
+    )

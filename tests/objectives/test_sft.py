@@ -102,8 +102,9 @@ def test_losses_against_trl_and_transformers(loss):
     expected = {
         "nll": lambda: nll,
         "dft": lambda: dft_loss(Outputs, shifted(labels, -100), num_items_in_batch=1),
-        "smoothed": lambda: count
-        * LabelSmoother(SMOOTHING)({"logits": logits}, labels.clone(), shift_labels=False),
+        "smoothed": lambda: (
+            count * LabelSmoother(SMOOTHING)({"logits": logits}, labels.clone(), shift_labels=False)
+        ),
     }[loss]()
     expected.backward()
     conversion.assert_close(values[0], expected.item(), what=loss)

@@ -82,7 +82,9 @@ def make_config(path, batch=2, length=48, seed=0, sft=None, data=None, **train) 
         seed=seed,
         objective="sft",
         model=ModelConfig(vocab_size=320),
-        data=DataConfig(path=str(path), **{"tokenizer": "bytes", "eval_fraction": 0.0} | (data or {})),
+        data=DataConfig(
+            path=str(path), **{"tokenizer": "bytes", "eval_fraction": 0.0} | (data or {})
+        ),
         train=TrainConfig(batch_size=batch, sequence_length=length, **train),
         sft=SftConfig(**sft or {}),
     )

@@ -116,7 +116,10 @@ def _check_answers(config: Config) -> None:
     s, name = config.sft, "config.sft.eval_prompts"
     if not s.eval_prompts:
         without_effect(
-            config, ["sft.eval_tokens"], f"with {name}=0", f"{name} to how many prompts are answered"
+            config,
+            ["sft.eval_tokens"],
+            f"with {name}=0",
+            f"{name} to how many prompts are answered",
         )
         return
     if s.format in ("text", "tokenized"):

@@ -26,7 +26,8 @@ class SftConfig:
     )
     chat_template: str = option(
         "",
-        "Template of the messages: the path of a file, or the template itself; empty: the model's.",
+        "Template of the messages: the path of a file, the name of one of the model's, or the template itself; "
+        "empty: the model's.",
         path=True,
         or_text=True,
         on_resume="new pass",
