@@ -3,8 +3,8 @@
   python train.py --config=configs/post/sft.py --config.init_from=MODEL --config.data.path=chats.jsonl \\
     --workdir=runs/sft
 
-The model and its tokenizer are those of init_from, a folder with config.json and safetensors. The examples are
-JSONL or Parquet, with messages, prompt and completion, instruction and output, conversations, text, or
+The model and its tokenizer are those of init_from, a folder with config.json and safetensors. The examples
+are JSONL or Parquet, with messages, prompt and completion, instruction and output, conversations, text, or
 input_ids and labels (config.sft.format; docs/data.md). Before the first step the run says what is scored.
 
 Hardware: by the model; a dense one of 0.1B trains on 2 CPU cores. Full fine-tuning holds 16 bytes per

@@ -1,5 +1,5 @@
-"""What a fine-tuned run learnt to read and to end with, in its own files: WORKDIR/hf, which answers and exports
-are made with.
+"""What a fine-tuned run learnt to read and to end with, in its own files: WORKDIR/hf, which answers and
+exports are made with.
 """
 
 import os

@@ -100,8 +100,8 @@ def tokenizer_of(
 
 
 def ends_of(saved: Config, tokenizer: str) -> tuple[int, ...]:
-    """The tokens that ended a run's documents, by its options and by its tokenizer, as `tokenizer_of`. What ends
-    the answers of a fine-tuned run stands in its files (fine_tuned.py).
+    """The tokens that ended a run's documents, by its options and by its tokenizer, as `tokenizer_of`. What
+    ends the answers of a fine-tuned run stands in its files (fine_tuned.py).
 
     Raises:
       UserError: the tokenizer cannot be read.

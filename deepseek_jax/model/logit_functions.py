@@ -77,8 +77,8 @@ def cross_entropy_and_rank(logits: Logits, targets_C: jax.Array):
 
 
 def scored_tokens(logits: Logits, targets_C: jax.Array):
-    """`cross_entropy`, and what is reported beside it of tokens with a target: 1 where no word is likelier, and
-    the entropy of all words in nats.
+    """`cross_entropy`, and what is reported beside it of tokens with a target: 1 where no word is likelier,
+    and the entropy of all words in nats.
     """
     found = _targets(logits, targets_C)
     return (found.nll_C, *_reported(logits, found)), found.dlogits_CV

@@ -38,7 +38,7 @@ def step_totals(
 
 
 def run_model(model: Transformer, batch: Batch, taps: tuple[str, ...] = ()) -> Output:
-    """The model's output for a batch [B, S]. Its `next_tokens` and `row`, where it has them, are of training."""
+    """The model's output for a batch [B, S]. Its `next_tokens` and `row`, if there, are of training."""
     return model(
         batch["tokens"],
         batch["segment_ids"],

@@ -35,8 +35,8 @@ class FineTuning(Pretraining):
         totals: Totals,
         frozen_out: FrozenOutput | None = None,
     ) -> tuple[jax.Array, Parts]:
-        """As Pretraining; lm_loss is the cross-entropy whatever is minimised, token_accuracy the share of scored
-        tokens that no word is likelier than, entropy that of the predictions, in nats.
+        """As Pretraining; lm_loss is the cross-entropy whatever is minimised, token_accuracy the share of
+        scored tokens that no word is likelier than, entropy that of the predictions, in nats.
         """
         loss, lm, accuracy, entropy = (
             s / jnp.maximum(totals.targets, 1) for s in self._sums(model, out, batch["targets"])

@@ -84,8 +84,8 @@ class Answering:
     """Answers the same prompts at every evaluation, by the likeliest tokens.
 
     One process with the model on its devices has a cache, and for a while the weights once more in another
-    form (on CPUs they are the same memory). Several processes, stages and weights in the host's memory compute
-    every token from the whole text.
+    form (on CPUs they are the same memory). Several processes, stages and weights in the host's memory
+    compute every token from the whole text.
 
     Args:
       workdir: of the run.

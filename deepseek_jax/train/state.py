@@ -251,9 +251,7 @@ def zero_params(layout: Layout) -> nnx.State:
 def _parts(path: tuple) -> list[str]:
     """Names along a tree path, without the attribute that a Variable keeps its array in."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    if (
-        names[0] == "frozen"
-    ):  # of a TrainState: which parameters learn is no property of a checkpoint
+    if names[0] == "frozen":  # of a TrainState: which parameters learn is no property of a checkpoint
         names[0] = "params"
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 

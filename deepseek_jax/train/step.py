@@ -25,7 +25,6 @@ from deepseek_jax.train.gradients import Learner
 from deepseek_jax.train.optimizer import learning_rate
 from deepseek_jax.train.state import Layout, TrainState
 
-
 OF_TRAINING = ("next_tokens", "row")  # multi-token prediction, noise
 
 

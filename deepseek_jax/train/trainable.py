@@ -63,9 +63,7 @@ class Multipliers:
         if not any(factor == 0 for factor in self.factors.values()):
             return params, NONE
         flat = nnx.to_flat_state(params)
-        learns, frozen = (
-            [(p, v) for p, v in flat if bool(self.of(p)) == yes] for yes in (True, False)
-        )
+        learns, frozen = ([(p, v) for p, v in flat if bool(self.of(p)) == yes] for yes in (True, False))
         return nnx.from_flat_state(learns), nnx.from_flat_state(frozen)
 
     def scale(self) -> optax.GradientTransformation | None:

@@ -220,9 +220,10 @@ def test_changed_options_and_data_are_noticed(path, tmp_path):
     assert contents.difference(of(packing="bfd-requeue"), of(packing="bfd_split")) == ""
 
     class System(ByteEncoder):
-        def encode_batch(self, rows):
+        def encode_batch(self, rows, names=(), arrow=False):
             extra = {"role": "system", "content": "be brief"}
-            return super().encode_batch([{"messages": [extra, *r["messages"]]} for r in rows])
+            rows = [{"messages": [extra, *r["messages"]]} for r in rows]
+            return super().encode_batch(rows, names)
 
     assert contents.difference(before, of(encoder=System(), system_prompt="be brief")) == (
         "config.sft.system_prompt='be brief' differs from ''"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config.options import IGNORE
-from deepseek_jax.data.example_files import ExampleSet
+from deepseek_jax.data.example_files import ExampleSet, Facts
 from deepseek_jax.data.example_packing import PACKERS, ExampleRows, pack
 
 STRATEGIES = tuple(PACKERS)
@@ -21,7 +21,7 @@ def set_of(lengths, seed=0):
     scored = np.random.default_rng(seed).integers(0, 2, offsets[-1]).astype(np.uint8)
     scored[offsets[:-1][lengths > 0]] = 0
     tokens = np.arange(1000, 1000 + offsets[-1], dtype=np.int32)
-    return ExampleSet(tokens, scored, offsets, np.array([0, len(lengths)]), 0, (), ())
+    return ExampleSet(tokens, scored, offsets, np.array([0, len(lengths)]), Facts())
 
 
 def rows_of(examples, length, strategy):

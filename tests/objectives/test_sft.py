@@ -1,5 +1,5 @@
-"""Fine-tuning: its losses against torch, TRL and transformers; the same on every mesh and for every accumulation,
-whatever lies beside an example; noise.
+"""Fine-tuning: its losses against torch, TRL and transformers; the same on every mesh and for every
+accumulation, whatever lies beside an example; noise.
 
 Tolerances as in test_layers.py: 1e-5 of an array's scale for float32 sums in another order.
 """
@@ -69,7 +69,7 @@ def losses_of(function, hidden, kernel, targets, *inputs):
 
 @pytest.mark.parametrize("loss", ["nll", "dft", "smoothed"])
 def test_losses_against_trl_and_transformers(loss):
-    """Values and gradients in float64 of TRL's dft_loss, of transformers' LabelSmoother and of torch; accuracy and
+    """Values and gradients in float64 of TRL's dft_loss, transformers' LabelSmoother and torch; accuracy and
     entropy beside them.
     """
     from transformers.trainer_pt_utils import LabelSmoother
@@ -175,8 +175,8 @@ def their_loss_and_gradients(theirs, ids):
 
 @pytest.mark.parametrize("variant", ["qwen3_moe", "deepseek_v3"])
 def test_bug_06_packed_is_the_sum_of_transformers_unpacked(variant, tmp_path):
-    """The loss of packed rows in two micro-batches, and its gradients, are transformers' of each example alone
-    with num_items_in_batch.
+    """The loss of packed rows in two micro-batches, and its gradients, are transformers' of each example
+    alone with num_items_in_batch.
     """
     theirs = families.save(variant, tmp_path)
     ids = families.pick_ids(theirs, batch=4, seq=S)
@@ -219,7 +219,7 @@ def test_bug_06_packed_is_the_sum_of_transformers_unpacked(variant, tmp_path):
 
 
 def rows_of_examples(i: int) -> dict[str, np.ndarray]:
-    """The rows of invariance.py with prompts that are not scored, of very unequal numbers, and numbers of rows."""
+    """The rows of invariance.py with prompts of very unequal lengths that are not scored, and row numbers."""
     rows = dict(invariance.rows(i))
     targets, rng = rows["targets"].copy(), np.random.default_rng(i)
     for row in targets:
@@ -321,8 +321,8 @@ def noise_of(segments, rows, alpha=5.0, seed=0, devices=1):
 
 
 def test_noise_is_neftunes():
-    """U(-1, 1) * alpha / sqrt(n D) by the length n of each example: the factor of transformers, which takes the
-    length of a batch, for an example alone in its batch."""
+    """U(-1, 1) * alpha / sqrt(n D) by the length n of each example: the factor of transformers, which takes
+    the length of a batch, for an example alone in its batch."""
     from transformers.integrations.neftune import neftune_post_forward_hook
 
     segments = np.array([[1] * 4 + [2] * 16 + [0] * 4, [1] * S])

@@ -108,7 +108,7 @@ def _check_loss(config: Config) -> None:
     if s.loss_type == "dft" and s.label_smoothing:
         raise UserError(
             f"config.sft.label_smoothing={s.label_smoothing} and config.sft.loss_type=dft, which weights by "
-            "the probability of the one target. Set config.sft.label_smoothing=0, or config.sft.loss_type=nll."
+            "the probability of the one target. Set config.sft.label_smoothing=0, or loss_type=nll."
         )
 
 

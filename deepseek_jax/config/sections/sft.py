@@ -7,7 +7,7 @@ from deepseek_jax.config.option import Alias, option
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Fine-tuning (objective=sft) in the words of TRL's SFTTrainer. A row has train.sequence_length tokens."""
+    """Fine-tuning (objective=sft) in words of TRL's SFTTrainer. A row has train.sequence_length tokens."""
 
     # ---- what an example is
     format: str = option(
@@ -26,8 +26,8 @@ class SftConfig:
     )
     chat_template: str = option(
         "",
-        "Template of the messages: the path of a file, the name of one of the model's, or the template itself; "
-        "empty: the model's.",
+        "Template of the messages: the path of a file, the name of one of the model's, or the template "
+        "itself; empty: the model's.",
         path=True,
         or_text=True,
         on_resume="new pass",
