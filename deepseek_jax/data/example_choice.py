@@ -10,8 +10,12 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.data.example_files import ExampleSet
 from deepseek_jax.data.example_packing import kept_tokens
 from deepseek_jax.data.sources import held_out_of
+from deepseek_jax.data.token_marks import token_text
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 
+# Formats of rows in which something answers: it has to end.
+ANSWERS = ("messages", "conversations", "prompt_completion", "instruction_output")
 BLOCK = 1 << 20  # tokens that are looked at together
 
 
@@ -64,8 +68,8 @@ def choose(examples: ExampleSet, config: Config, stop_ids: Collection[int]) -> C
 def count_scored(
     examples: ExampleSet, kept: np.ndarray, stop_ids: Collection[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each example's first `kept` tokens [n]: how many are scored, int64 [n], and whether one of these is a
-    stop token, bool [n]. A block at a time: as much memory whatever there is.
+    """Of each example's first `kept` tokens [n]: how many are scored, int64 [n], and whether one of these is
+    a stop token, bool [n]. A block at a time: as much memory whatever there is.
     """
     n = len(kept)
     trained, stops = np.zeros(n, np.int64), np.zeros(n, bool)
@@ -91,8 +95,14 @@ def _blocks(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def check(choice: Choice, config: Config) -> None:
-    """Raises UserError: there is nothing to train on, or to end an answer with."""
+def check(
+    choice: Choice,
+    examples: ExampleSet,
+    config: Config,
+    tokenizer: Tokenizer,
+    stop_ids: Collection[int],
+) -> None:
+    """Raises UserError: there is nothing to train on, or an answer's end is not."""
     where, n = f"config.data.path={config.data.path!r}", len(choice.kept)
     length = config.train.sequence_length
     if choice.too_long == n:
@@ -102,38 +112,63 @@ def check(choice: Choice, config: Config) -> None:
             "config.sft.truncation=keep_start."
         )
     if not choice.trained.any():
+        if (examples.lengths > length).any():
+            why = (
+                f"in the first config.train.sequence_length={length} of any. Raise the length if the answers "
+                "lie behind it"
+            )
+        else:
+            why = "in any. Give examples with answers"
         raise UserError(
-            f"{where} has {plural(n, 'example')} and no trained token in the first "
-            f"config.train.sequence_length={length} of any. Raise the length if the answers lie behind it; "
-            "else give examples with answers, or set config.sft.assistant_only_loss=false and "
-            "config.sft.completion_only_loss=false."
+            f"{where} has {plural(n, 'example')} and no trained token {why}, or set "
+            "config.sft.assistant_only_loss or completion_only_loss to false to train on all of it."
         )
+    if examples.facts.format not in ANSWERS or choice.stops.any():
+        return
+    first = int(np.flatnonzero(choice.trained)[0])
+    start = int(examples.offsets[first])
+    last = start + int(np.flatnonzero(examples.scored[start : start + int(choice.kept[first])])[-1])
+    names = " or ".join(token_text(tokenizer, i) for i in sorted(stop_ids))
+    raise UserError(
+        f"{where}: the stop token {names} is never trained, so that answers would not end; the last trained "
+        f"token of the first example is {token_text(tokenizer, int(examples.tokens[last]))!r}. Set "
+        "config.sft.eos_token to the token that ends an answer, or raise config.train.sequence_length."
+    )
 
 
-def summary(choice: Choice, examples: ExampleSet, config: Config, stop: str) -> list[str]:
-    """What is known of the examples before the first step, a line each.
-
-    Args:
-      stop: the stop tokens in words, "" where answers have none.
-    """
-    s, length = config.sft, config.train.sequence_length
+def summary(
+    choice: Choice,
+    examples: ExampleSet,
+    config: Config,
+    tokenizer: Tokenizer,
+    stop_ids: Collection[int],
+) -> list[str]:
+    """What is known of the examples before the first step, a line each."""
+    length, facts = config.train.sequence_length, examples.facts
     train = choice.numbers(held_out=False)
     held = choice.numbers(held_out=True)
     first = f"{len(choice.kept):,} examples: {len(train):,} to train on, {len(held):,} held out"
     if choice.too_long:
-        first += f", {choice.too_long:,} left out as longer than {length} (config.sft.truncation=drop)"
+        first += (
+            f", {choice.too_long:,} left out as longer than {length} (config.sft.truncation=drop)"
+        )
     if choice.unscored:
         first += f", {choice.unscored:,} left out without a trained token"
     if choice.cut:
         first += f"; {choice.cut:,} cut off at {length} tokens"
     kept, trained = int(choice.kept[train].sum()), int(choice.trained[train].sum())
-    lines = [first, f"{human(trained)} of {human(kept)} tokens are trained on ({trained / kept:.0%})"]
-    if stop:
+    share = trained / max(kept, 1)
+    lines = [first, f"{human(trained)} of {human(kept)} tokens are trained on ({share:.0%})"]
+    if stop_ids:
+        names = " or ".join(token_text(tokenizer, i) for i in sorted(stop_ids))
         ends = int(choice.stops[train].sum())
-        lines.append(f"the stop token {stop} is trained in {ends:,} of {len(train):,} examples")
-    if examples.dropped_reasoning:
+        lines.append(f"the stop token {names} is trained in {ends:,} of {len(train):,} examples")
+    if facts.dropped_reasoning:
+        messages = plural(facts.dropped_reasoning, "message")
+        lines.append(f"the chat template leaves out the reasoning of {messages}")
+    if facts.prompts_differ:
         lines.append(
-            f"the chat template leaves out the reasoning of {plural(examples.dropped_reasoning, 'message')}"
+            f"the prompts of {plural(facts.prompts_differ, 'example')} by themselves are rendered otherwise "
+            "than in the whole chat: a model is asked in other words than it learnt from"
         )
-    del s
-    return [*lines, *examples.about]
+    return [*lines, *facts.about]

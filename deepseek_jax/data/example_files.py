@@ -28,16 +28,26 @@ BLOCK = 1 << 22  # bytes that are hashed at a time
 MAX_JSON = 1 << 24  # bytes
 
 
+class Facts(NamedTuple):
+    """What is known of the examples besides."""
+
+    format: str = ""  # of the rows, as config.sft.format
+    dropped_reasoning: int = 0  # messages whose reasoning the template left out
+    prompts_differ: int = 0  # examples whose prompt by itself is not rendered as in the whole chat
+    about: tuple[str, ...] = ()  # what was scored, in words
+    notes: tuple[str, ...] = ()  # what was left out or changed in reading
+
+
 class ExampleSet(NamedTuple):
     """Examples in the order of their files. Example i is tokens[offsets[i]:offsets[i + 1]]."""
 
     tokens: np.ndarray  # uint16 or int32 [N]
     scored: np.ndarray  # uint8 [N], 1 where a token is a training target; never an example's first
     offsets: np.ndarray  # int64 [n + 1]
-    sources: np.ndarray  # int64 [sources + 1]: source s has examples sources[s] to sources[s + 1] - 1
-    dropped_reasoning: int  # messages whose reasoning the template left out
-    about: tuple[str, ...]  # what was scored, in words
-    notes: tuple[str, ...]  # what was left out or changed in reading
+    sources: (
+        np.ndarray
+    )  # int64 [sources + 1]: source s has examples sources[s] to sources[s + 1] - 1
+    facts: Facts
 
     @property
     def lengths(self) -> np.ndarray:
@@ -112,7 +122,7 @@ class ExampleWriter:
         """The examples that follow are of the next source."""
         self._sources.append(self.examples)
 
-    def finish(self, dropped_reasoning: int, about: Sequence[str], notes: Sequence[str]) -> ExampleSet:
+    def finish(self, facts: Facts) -> ExampleSet:
         """All that was written, memory-mapped. Named files appear, the one that vouches for them last."""
         head = {
             "format": FORMAT,
@@ -121,9 +131,7 @@ class ExampleWriter:
             "sizes": self._sizes,
             "sha256": {name: h.hexdigest() for name, h in self._hashes.items()},
             "sources": self._sources,
-            "dropped_reasoning": dropped_reasoning,
-            "about": list(about),
-            "notes": list(notes),
+            "facts": facts._asdict(),
         }
         for file in self._files.values():
             file.flush()
@@ -205,13 +213,10 @@ def _map(file: IO[bytes], dtype: np.dtype, size: int) -> np.ndarray:
 
 
 def _set_of(arrays: Sequence[np.ndarray], head: dict[str, Any]) -> ExampleSet:
-    return ExampleSet(
-        *arrays,
-        sources=np.array(head["sources"], np.int64),
-        dropped_reasoning=int(head["dropped_reasoning"]),
-        about=tuple(map(str, head["about"])),
-        notes=tuple(map(str, head["notes"])),
-    )
+    known = head["facts"]
+    lines = {name: tuple(map(str, known[name])) for name in ("about", "notes")}
+    facts = Facts(**known)._replace(**lines)
+    return ExampleSet(*arrays, sources=np.array(head["sources"], np.int64), facts=facts)
 
 
 def _fits(found: ExampleSet) -> bool:

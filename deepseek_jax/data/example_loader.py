@@ -14,7 +14,6 @@ from deepseek_jax.cli.texts import human
 from deepseek_jax.config.options import Config
 from deepseek_jax.data import contents, example_choice
 from deepseek_jax.data.documents import DataNotes, split_paths
-from deepseek_jax.data.example_files import ExampleSet
 from deepseek_jax.data.example_packing import ExampleRows, Piece
 from deepseek_jax.data.examples import Encoder, open_examples
 from deepseek_jax.data.fields import EXAMPLES, Fields, Rows, padding_row, stack_rows
@@ -29,6 +28,7 @@ from deepseek_jax.data.loader import (
 )
 from deepseek_jax.data.order import derive_seed, permutation
 from deepseek_jax.data.sources import parse_weights
+from deepseek_jax.data.token_marks import marked
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 
@@ -58,8 +58,8 @@ class ExampleLoader:
       notes: lines about what was left out or changed in reading. summary: what is trained, line by line.
 
     Raises:
-      UserError: a source is missing, unreadable or holds no examples; nothing is trained on; there are too few
-        examples for a batch.
+      UserError: a source is missing, unreadable or holds no examples; nothing is trained on; there are too
+        few examples for a batch.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class ExampleLoader:
         _check_epochs(config)
         notes = DataNotes()
         self._examples = open_examples(config, tokenizer, encoder, folder, progress, notes)
-        self.notes = [*notes.lines(), *self._examples.notes]
+        self.notes = [*notes.lines(), *self._examples.facts.notes]
         choice = example_choice.choose(self._examples, config, encoder.stop_ids)
-        example_choice.check(choice, config)
+        example_choice.check(choice, self._examples, config, tokenizer, encoder.stop_ids)
         # Without weights all sources are one: an epoch has every example once.
         sources = self._examples.sources
         edges = sources if weights else sources[[0, -1]]
@@ -100,10 +100,8 @@ class ExampleLoader:
         self._weights = weights or [1.0]
         self.contents = contents.of_examples(self._examples, tokenizer, self._weights, config)
         self.description = self._describe(weights)
-        self.summary = [
-            *example_choice.summary(choice, self._examples, config, self._stop_text(encoder)),
-            self._rows_text(),
-        ]
+        said = example_choice.summary(choice, self._examples, config, tokenizer, encoder.stop_ids)
+        self.summary = [*said, self._rows_text()]
         self._order = in_global_order(
             [Places(i, len(rows)) for i, rows in enumerate(self._rows)], self._weights, config.seed
         )
@@ -165,7 +163,9 @@ class ExampleLoader:
         start = int(examples.offsets[example]) + piece.first
         ids = np.asarray(examples.tokens[start : start + piece.tokens])
         before = np.asarray(examples.tokens[start - min(piece.first, 32) : start])
-        parts = marked(self.tokenizer, ids, examples.scored[start : start + piece.tokens] != 0, before)
+        parts = marked(
+            self.tokenizer, ids, examples.scored[start : start + piece.tokens] != 0, before
+        )
         return Span(
             split_paths(self._config.data.path, "config.data.path")[source],
             example - int(examples.sources[source]),
@@ -182,9 +182,7 @@ class ExampleLoader:
         for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             numbers = choice.numbers(held_out, first, last)
             length, packing = self._config.train.sequence_length, self._config.sft.packing_strategy
-            out.append(
-                ExampleRows(self._examples, numbers, choice.kept[numbers], length, packing)
-            )
+            out.append(ExampleRows(self._examples, numbers, choice.kept[numbers], length, packing))
         return out
 
     def _stack(self, rows: list[Rows]) -> Rows:
@@ -200,7 +198,9 @@ class ExampleLoader:
 
     def _check_size(self, edges: np.ndarray) -> None:
         c, batch = self._config, self._config.train.batch_size
-        repair = "Give more examples, or lower config.train.batch_size or config.data.eval_fraction."
+        repair = (
+            "Give more examples, or lower config.train.batch_size or config.data.eval_fraction."
+        )
         specs = split_paths(c.data.path, "config.data.path")
         for spec, rows in zip(specs if len(edges) > 2 else [c.data.path], self._rows, strict=True):
             if not len(rows):
@@ -223,9 +223,6 @@ class ExampleLoader:
         name, size = self.tokenizer.name[:14], self.tokenizer.vocab_size
         return "; ".join(texts) + f"; tokenizer {name}, {size:,} ids"
 
-    def _stop_text(self, encoder: Encoder) -> str:
-        return " or ".join(token_text(self.tokenizer, i) for i in sorted(encoder.stop_ids))
-
     def _rows_text(self) -> str:
         length = self._config.train.sequence_length
         padding = 1 - self.train_tokens / (self.num_train_rows * length)
@@ -233,37 +230,6 @@ class ExampleLoader:
             f"an epoch is {self.num_train_rows:,} rows of {length} tokens, packing "
             f"{self._config.sft.packing_strategy}, {padding:.1%} padding"
         )
-
-
-def marked(
-    tokenizer: Tokenizer, ids: np.ndarray, scored: np.ndarray, before: np.ndarray
-) -> tuple[tuple[str, bool], ...]:
-    """The text of some ids in pieces, each with whether it is scored. Special tokens are spelt.
-
-    Args:
-      before: ids that stand before them.
-    """
-    kinds = scored * 2 + np.isin(ids, list(tokenizer.hidden))
-    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
-    out: list[tuple[str, bool]] = []
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
-        run = ids[first:last]
-        if kinds[first:last].any() and kinds[first] % 2:
-            text = "".join(token_text(tokenizer, int(i)) for i in run)
-        else:
-            text = tokenizer.decode(run, np.concatenate([before, ids[:first]])[-32:])
-        is_scored = bool(len(run) and scored[first])
-        if out and out[-1][1] == is_scored:
-            text = out.pop()[0] + text
-        out.append((text, is_scored))
-    return tuple(out)
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token by itself, spelt if it is special."""
-    if token in tokenizer.hidden:
-        return tokenizer.hidden[token] or f"<{token}>"
-    return tokenizer.decode([token])
 
 
 def _check_epochs(config: Config) -> None:

@@ -114,7 +114,9 @@ def best_fit_decreasing(sizes: np.ndarray, row_length: int) -> tuple[np.ndarray,
       Pieces of each row, int64 [rows], and the pieces row after row, int64 [pieces].
     """
     order = np.argsort(-sizes, kind="stable")
-    rooms: list[int] = []  # room that is left in some row, ascending, each once: C's bisect finds the least
+    rooms: list[
+        int
+    ] = []  # room that is left in some row, ascending, each once: C's bisect finds the least
     waiting: dict[int, collections.deque[list[int]]] = collections.defaultdict(collections.deque)
     rows: list[list[int]] = []
     for piece, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
@@ -194,7 +196,9 @@ class ExampleRows:
         some = self._slice(index)
         numbers = self._numbers[self._packed.example[some]]
         first, lengths = self._packed.first[some], self._packed.lengths[some]
-        return [Piece(*p) for p in zip(numbers.tolist(), first.tolist(), lengths.tolist(), strict=True)]
+        return [
+            Piece(*p) for p in zip(numbers.tolist(), first.tolist(), lengths.tolist(), strict=True)
+        ]
 
     def row(self, index: int) -> Rows:
         """One row.

@@ -11,8 +11,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from deepseek_jax import __version__
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.config.options import Config
@@ -29,11 +27,13 @@ from deepseek_jax.data.example_files import (
     FORMAT,
     ExampleSet,
     ExampleWriter,
+    Facts,
     only_one,
     open_kept,
     sha256_of,
 )
-from deepseek_jax.data.formats import read_records
+from deepseek_jax.data.records import read_records
+from deepseek_jax.data.scoring import Encoded
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 
@@ -45,26 +45,24 @@ BATCH_BYTES = 1 << 23  # of their files, at most
 Sources = Sequence[tuple[str, Sequence[SourceFile]]]  # as config.data.path names it, its files
 
 
-class EncodedExample(Protocol):
-    """What an encoder makes of a row."""
-
-    ids: np.ndarray  # int32 [n]
-    scored: np.ndarray  # bool [n], where a token is a training target
-    dropped_reasoning: int  # messages whose reasoning the template left out
-
-
 class Encoder(Protocol):
-    """Makes token ids of rows."""
+    """Makes token ids of rows: scoring.ExampleEncoder."""
 
     @property
-    def identity(self) -> Mapping[str, Any]:
-        """JSON values that change whenever the ids or the scored tokens of some row could."""
+    def identity(self) -> str:
+        """Changes whenever the ids or the scored tokens of some row could."""
+
+    @property
+    def format(self) -> str:
+        """Of the rows, "" before the first."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
 
-    def encode_batch(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[EncodedExample]:
+    def encode_batch(
+        self, rows: Sequence[Mapping[str, Any]], names: Sequence[str] = (), arrow: bool = False
+    ) -> Sequence[Encoded]:
         """Every row, whole.
 
         Raises:
@@ -146,9 +144,7 @@ def find_sources(paths: str, notes: DataNotes) -> Sources:
     return out
 
 
-def key_of(
-    sources: Sources, tokenizer: Tokenizer, encoder: Encoder, progress: bool = False
-) -> str:
+def key_of(sources: Sources, tokenizer: Tokenizer, encoder: Encoder, progress: bool = False) -> str:
     """SHA-256 of all that the examples depend on: the bytes of the files, tokenizer, encoder, this program.
 
     Raises:
@@ -178,28 +174,28 @@ def key_of(
 def _make(
     sources: Sources, tokenizer: Tokenizer, encoder: Encoder, stem: str | None, progress: bool
 ) -> ExampleSet:
-    notes, dropped = DataNotes(), 0
+    notes, dropped, differ = DataNotes(), 0, 0
     total = sum(f.size for _, files in sources for f in files)
     with (
         Bar("Tokenizing", total, progress) as bar,
         ExampleWriter(stem, tokenizer.vocab_size) as writer,
     ):
         for spec, files in sources:
-            for batch in _batches(_records(spec, files, notes)):
-                encoded = _encode(batch, f"{OPTION}={spec!r}", encoder)
-                _check_ids(batch, encoded, spec, tokenizer)
-                writer.write([(e.ids, e.scored) for e in encoded])
-                dropped += sum(e.dropped_reasoning for e in encoded)
-                bar.advance(sum(record.read for record in batch))
+            for file in files:
+                for batch in _batches(read_records(file, spec, OPTION, notes)):
+                    encoded = _encode(batch, f"{OPTION}={spec!r}", encoder, file)
+                    _check_ids(batch, encoded, spec, tokenizer)
+                    writer.write([(e.ids, e.scored) for e in encoded])
+                    dropped += sum(e.dropped_reasoning for e in encoded)
+                    differ += sum(e.prompt_differs for e in encoded)
+                    bar.advance(sum(record.read for record in batch))
             writer.end_source()
         if not writer.examples:
-            raise UserError(f"{OPTION}={', '.join(s for s, _ in sources)!r} holds no examples. Give {FORMS}.")
-        return writer.finish(dropped, encoder.describe(), notes.lines())
-
-
-def _records(spec: str, files: Sequence[SourceFile], notes: DataNotes) -> Iterator[Record]:
-    for file in files:
-        yield from read_records(file, spec, OPTION, notes)
+            raise UserError(
+                f"{OPTION}={','.join(s for s, _ in sources)!r} holds no examples. Give {FORMS}."
+            )
+        about, lines = tuple(encoder.describe()), tuple(notes.lines())
+        return writer.finish(Facts(encoder.format, dropped, differ, about, lines))
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -215,28 +211,26 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _encode(batch: list[Record], where: str, encoder: Encoder) -> Sequence[EncodedExample]:
+def _encode(
+    batch: list[Record], where: str, encoder: Encoder, file: SourceFile
+) -> Sequence[Encoded]:
+    rows, names = [r.row for r in batch], [r.place for r in batch]
     try:
-        return encoder.encode_batch([record.row for record in batch])
-    except UserError as error:
-        for record in batch:  # which of them it is
-            try:
-                encoder.encode_batch([record.row])
-            except UserError as e:
-                raise UserError(f"{where}, {record.place}: {e}") from None
-        raise error
+        return encoder.encode_batch(rows, names, arrow=file.kind in ("parquet", "arrow"))
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
 
 
 def _check_ids(
-    batch: list[Record], encoded: Sequence[EncodedExample], spec: str, tokenizer: Tokenizer
+    batch: list[Record], encoded: Sequence[Encoded], spec: str, tokenizer: Tokenizer
 ) -> None:
     size = tokenizer.vocab_size
     for record, example in zip(batch, encoded, strict=True):
         if len(example.ids) and not 0 <= example.ids.min() <= example.ids.max() < size:
             bad = next(int(i) for i in example.ids if not 0 <= i < size)
             raise UserError(
-                f"{OPTION}={spec!r}, {record.place}: it has the token id {bad}, but config.data.tokenizer has "
-                f"the ids 0 to {size - 1}. Give the tokenizer that the ids are of."
+                f"{OPTION}={spec!r}, {record.place}: it has the token id {bad}, but config.data.tokenizer "
+                f"has the ids 0 to {size - 1}. Give the tokenizer that the ids are of."
             )
 
 

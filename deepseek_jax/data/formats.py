@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
-from deepseek_jax.cli.texts import clean, clean_text
+from deepseek_jax.cli.texts import clean_text
 from deepseek_jax.data import arrow
 from deepseek_jax.data.documents import (
     ODD_BYTES,
@@ -36,10 +36,6 @@ SAFE_CUT = re.compile(
     rb"(?=[!-~\xc3-\xf4])(?!\xe3\x80\x80|\xe2\x80)"
 )
 _ROW = '{"text": "..."}'
-# One of these every row of examples has; the .json files of a folder may be something else.
-EXAMPLE_COLUMNS = frozenset(
-    ("messages", "prompt", "instruction", "conversations", "text", "input_ids")
-)
 
 T = TypeVar("T")
 # (file, "option=value" for messages, what to call with the reason where a file is left out)
@@ -73,49 +69,13 @@ def read_text(
         "parquet": arrow.read_parquet,
         "arrow": arrow.read_arrow,
     }[file.kind]
-    for piece in _read(reader, file, spec, option, notes):
+    for piece in watched(reader, file, spec, option, notes):
         text = clean_text(piece.text)
         notes.cleaned += text is not piece.text
         yield TextPiece(text, piece.last, piece.read)
 
 
-def read_records(
-    file: SourceFile, spec: str, option: str, notes: DataNotes | None = None
-) -> Iterator[Record]:
-    """The rows of a file of JSON, parquet or Arrow, with all their columns.
-
-    Args: as `read_text`.
-
-    Raises:
-      UserError: as `read_text`, or a row is no object.
-    """
-    notes = DataNotes() if notes is None else notes
-    readers: dict[str, Reader[Record]] = {
-        "lines": _lines,
-        "json": _json_records,
-        "parquet": arrow.parquet_records,
-        "arrow": arrow.arrow_records,
-    }
-    if file.kind not in readers:
-        raise UserError(
-            f"{option}={spec!r}: {file.path} holds no rows with columns. Give .jsonl, .json, .parquet or "
-            ".arrow files."
-        )
-    for record in _read(readers[file.kind], file, spec, option, notes):
-        try:
-            row = clean(record.row) if isinstance(record.row, dict) else None
-        except RecursionError:
-            row = None
-        if row is None:
-            raise UserError(
-                f"{option}={spec!r}: {record.place} is no object with columns, or one nested too deeply. "
-                "Write every row as a JSON object, as {\"messages\": [...]}."
-            )
-        notes.cleaned += row != record.row
-        yield record._replace(row=row)
-
-
-def _read(
+def watched(
     reader: Reader[T], file: SourceFile, spec: str, option: str, notes: DataNotes
 ) -> Iterator[T]:
     """What a reader reads, with the errors of libraries as the user's mistakes."""
@@ -219,13 +179,14 @@ def _cut(data: bytes) -> int:
 
 def _read_lines(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[TextPiece]:
     """A JSON object a line (.jsonl, .ndjson)."""
-    for place, row, read in _lines(file, where, skip):
+    for place, row, read in lines(file, where, skip):
         if not _has_text(row):
             raise UserError(f"{where}: {place} has no string 'text'. Write every line as {_ROW}.")
         yield TextPiece(row["text"], True, read)
 
 
-def _lines(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[Record]:
+def lines(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[Record]:
+    """The values of a file with JSON on every line."""
     del skip  # such a file is data: one that is not what its name says is an error, in a folder too
     with _opened(file, where) as (f, advanced):
         for number, line in enumerate(f, 1):
@@ -245,7 +206,7 @@ def _lines(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterato
 
 def _read_json(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[TextPiece]:
     """A JSON array of objects, or objects one after the other, on lines or not (.json)."""
-    for number, (place, row, read) in enumerate(_json_items(file, where, skip), 1):
+    for number, (place, row, read) in enumerate(json_items(file, where, skip), 1):
         if not _has_text(row):
             if number == 1 and not file.explicit:
                 return skip("JSON without objects that have a string 'text'")
@@ -256,7 +217,8 @@ def _read_json(file: SourceFile, where: str, skip: Callable[[str], None]) -> Ite
         yield TextPiece(row["text"], True, read)
 
 
-def _json_items(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[Record]:
+def json_items(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[Record]:
+    """The items of a JSON array, or the values of a file one after the other."""
     with _opened(file, where) as (f, advanced):
         items = _items(f)
         for number in itertools.count(1):
@@ -272,14 +234,6 @@ def _json_items(file: SourceFile, where: str, skip: Callable[[str], None]) -> It
             if row is items:
                 return
             yield Record(place, row, advanced())
-
-
-def _json_records(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[Record]:
-    for number, record in enumerate(_json_items(file, where, skip), 1):
-        known = isinstance(record.row, dict) and not EXAMPLE_COLUMNS.isdisjoint(record.row)
-        if number == 1 and not file.explicit and not known:
-            return skip("JSON without rows of examples")
-        yield record
 
 
 def _has_text(row: Any) -> bool:

@@ -46,9 +46,7 @@ def test_messages_become_rows(tmp_path):
 
     def row(texts, answers):
         ids = [[ord(c) if c != "." else STOP for c in t] for t in texts]
-        targets = [
-            [ord(c) if c != "." else STOP for c in t[1:]] + [IGNORE] for t in answers
-        ]
+        targets = [[ord(c) if c != "." else STOP for c in t[1:]] + [IGNORE] for t in answers]
         n = sum(map(len, ids))
         return {
             "tokens": sum(ids, []) + [0] * (20 - n),
@@ -112,7 +110,9 @@ def test_held_out_examples_are_never_trained_on(path, packing):
     mask = held_out_of(200, 0.1)
     numbers = [int(bytes(e[2:6]).decode().split()[0]) for e in all_examples]
     sides = [
-        sorted(itertools.chain(*(e for e, n in zip(expected, numbers, strict=True) if mask[n] == side)))
+        sorted(
+            itertools.chain(*(e for e, n in zip(expected, numbers, strict=True) if mask[n] == side))
+        )
         for side in (False, True)
     ]
     assert tokens(train).tolist() == sides[0]
@@ -220,9 +220,10 @@ def test_changed_options_and_data_are_noticed(path, tmp_path):
     assert contents.difference(of(packing="bfd-requeue"), of(packing="bfd_split")) == ""
 
     class System(ByteEncoder):
-        def encode_batch(self, rows):
+        def encode_batch(self, rows, names=(), arrow=False):
             extra = {"role": "system", "content": "be brief"}
-            return super().encode_batch([{"messages": [extra, *r["messages"]]} for r in rows])
+            rows = [{"messages": [extra, *r["messages"]]} for r in rows]
+            return super().encode_batch(rows, names)
 
     assert contents.difference(before, of(encoder=System(), system_prompt="be brief")) == (
         "config.sft.system_prompt='be brief' differs from ''"

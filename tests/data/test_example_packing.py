@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config.options import IGNORE
-from deepseek_jax.data.example_files import ExampleSet
+from deepseek_jax.data.example_files import ExampleSet, Facts
 from deepseek_jax.data.example_packing import PACKERS, ExampleRows, pack
 
 STRATEGIES = tuple(PACKERS)
@@ -21,7 +21,7 @@ def set_of(lengths, seed=0):
     scored = np.random.default_rng(seed).integers(0, 2, offsets[-1]).astype(np.uint8)
     scored[offsets[:-1][lengths > 0]] = 0
     tokens = np.arange(1000, 1000 + offsets[-1], dtype=np.int32)
-    return ExampleSet(tokens, scored, offsets, np.array([0, len(lengths)]), 0, (), ())
+    return ExampleSet(tokens, scored, offsets, np.array([0, len(lengths)]), Facts())
 
 
 def rows_of(examples, length, strategy):
@@ -125,7 +125,9 @@ def test_bug_06_packed_rows_have_the_targets_of_unpacked_ones(strategy):
     lengths, length = random_lengths(5), 12
     examples = set_of(lengths)
     rows = rows_of(examples, length, strategy)
-    found = np.concatenate([r["targets"][r["targets"] != IGNORE] for r in map(rows.row, range(len(rows)))])
+    found = np.concatenate(
+        [r["targets"][r["targets"] != IGNORE] for r in map(rows.row, range(len(rows)))]
+    )
     scored = examples.scored != 0
     if strategy in ("bfd", "none"):
         scored &= np.concatenate([np.arange(n) < length for n in lengths])

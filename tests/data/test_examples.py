@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepseek_jax.data import example_files
+from deepseek_jax.data.conversations import drop_none
 from deepseek_jax.data.documents import DataNotes
 from deepseek_jax.data.examples import open_examples
 from deepseek_jax.data.tokenizer import load_tokenizer
@@ -22,7 +23,9 @@ TOOL = {"name": "add", "parameters": {"x": {"type": "int"}}}
 def read(path, folder=None, encoder=None, notes=None):
     tokenizer = load_tokenizer("bytes")
     folder = folder and str(folder)
-    return open_examples(make_config(path), tokenizer, encoder or ByteEncoder(), folder, notes=notes)
+    return open_examples(
+        make_config(path), tokenizer, encoder or ByteEncoder(), folder, notes=notes
+    )
 
 
 def texts(examples):
@@ -33,8 +36,11 @@ def texts(examples):
 
 
 def same(a, b):
-    arrays = all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("tokens", "scored", "offsets", "sources"))
-    return arrays and a[4:] == b[4:]
+    arrays = all(
+        np.array_equal(getattr(a, n), getattr(b, n))
+        for n in ("tokens", "scored", "offsets", "sources")
+    )
+    return arrays and a.facts == b.facts
 
 
 class Rows(ByteEncoder):
@@ -43,10 +49,12 @@ class Rows(ByteEncoder):
     def __init__(self):
         super().__init__()
         self.rows = []
+        self.arrow = None
 
-    def encode_batch(self, rows):
+    def encode_batch(self, rows, names=(), arrow=False):
         self.rows += rows
-        return super().encode_batch(rows)
+        self.arrow = arrow
+        return super().encode_batch(rows, names)
 
 
 def test_rows_come_with_all_their_columns_from_every_kind_of_file(tmp_path):
@@ -55,7 +63,7 @@ def test_rows_come_with_all_their_columns_from_every_kind_of_file(tmp_path):
         chat("c", "é") | {"tools": [{"name": "sub"}], "id": 7},
     ]
     write_jsonl(tmp_path / "a.jsonl", rows)
-    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "c.json").write_text(json.dumps(rows))
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as f:
         f.write("".join(json.dumps(r) + "\n\n" for r in rows))
     with pa.CompressedOutputStream(str(tmp_path / "c.jsonl.zst"), "zstd") as f:
@@ -66,11 +74,20 @@ def test_rows_come_with_all_their_columns_from_every_kind_of_file(tmp_path):
         f.write_table(table)
     with pa.ipc.new_file(str(tmp_path / "f.arrow"), table.schema) as f:
         f.write_table(table)
-    for name in ("a.jsonl", "a.json", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.arrow", "f.arrow"):
+    for name in (
+        "a.jsonl",
+        "c.json",
+        "b.jsonl.gz",
+        "c.jsonl.zst",
+        "d.parquet",
+        "e.arrow",
+        "f.arrow",
+    ):
         encoder = Rows()
         examples = read(tmp_path / name, encoder=encoder)
-        # Arrow gives every row all keys: what no JSON file would hold is left out again
-        assert encoder.rows == rows, name
+        assert encoder.arrow == (name[0] in "def")
+        # a table gives every row all keys, and the encoder is told
+        assert (drop_none(encoder.rows) if encoder.arrow else encoder.rows) == rows, name
         assert texts(examples) == ["u:aa:b", "u:ca:é"]
         assert examples.scored.sum() == 2 + 3
     both = read(f"{tmp_path}/a.jsonl,{tmp_path}/[de].*")
@@ -85,7 +102,9 @@ def test_a_folder_is_read_without_what_holds_no_examples(tmp_path):
     examples = read(tmp_path, notes=notes)
     assert len(examples.lengths) == 3
     assert "README" in notes.lines()[0] or ".md" in notes.lines()[0]
-    assert ".json" in examples.notes[0] and "without rows of examples" in examples.notes[0]
+    assert (
+        ".json" in examples.facts.notes[0] and "without rows of examples" in examples.facts.notes[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,8 +138,8 @@ def test_the_place_of_a_mistake_within_a_batch(tmp_path):
 
 def test_ids_that_the_tokenizer_has_not(tmp_path):
     class Beyond(ByteEncoder):
-        def encode_batch(self, rows):
-            return [e._replace(ids=e.ids + 100) for e in super().encode_batch(rows)]
+        def encode_batch(self, rows, names=(), arrow=False):
+            return [e._replace(ids=e.ids + 100) for e in super().encode_batch(rows, names)]
 
     with pytest.raises(UserError, match="line 1 of .* token id 356, but .* 0 to 256"):
         read(write_jsonl(tmp_path / "a.jsonl", random_chats(2)), encoder=Beyond())
@@ -131,7 +150,7 @@ def test_lone_surrogates_become_replacement_characters(tmp_path):
     path.write_text('{"messages": [{"role": "user", "content": "x\\ud800"}]}\n')
     examples = read(path)
     assert texts(examples) == ["u:x\ufffd"]
-    assert "not Unicode" in examples.notes[0]
+    assert "not Unicode" in examples.facts.notes[0]
 
 
 def test_examples_are_tokenised_once(tmp_path):
@@ -141,7 +160,9 @@ def test_examples_are_tokenised_once(tmp_path):
     assert encoder.calls == 300
     assert same(read(path, folder, encoder), first) and encoder.calls == 300
     assert same(read(path), first)  # nowhere kept
-    assert first.tokens.dtype == np.uint16 and first.about == ("assistant messages are trained",)
+    assert first.tokens.dtype == np.uint16 and first.facts.about == (
+        "assistant messages are trained",
+    )
     endings = sorted(name.split(".", 1)[1] for name in os.listdir(folder))
     assert endings == ["json", "lock", "offsets", "scored", "tokens"]
     os.rename(path, tmp_path / "b.jsonl")  # what it is called is not what it holds
@@ -210,4 +231,7 @@ def test_kept_files_hold_plain_arrays(tmp_path):
     assert np.array_equal(np.fromfile(f"{stem}.tokens", "<u2"), examples.tokens)
     assert np.array_equal(np.fromfile(f"{stem}.scored", "u1"), examples.scored)
     assert np.array_equal(np.fromfile(f"{stem}.offsets", "<i8"), examples.offsets)
-    assert json.loads((tmp_path / "kept" / f"{stem.name}.json").read_text())["format"] == example_files.FORMAT
+    assert (
+        json.loads((tmp_path / "kept" / f"{stem.name}.json").read_text())["format"]
+        == example_files.FORMAT
+    )

@@ -17,6 +17,7 @@ class Bytes(NamedTuple):
     ids: np.ndarray
     scored: np.ndarray
     dropped_reasoning: int = 0
+    prompt_differs: bool = False
 
 
 class ByteEncoder:
@@ -29,22 +30,23 @@ class ByteEncoder:
     stop_ids = frozenset([STOP])
 
     def __init__(self, name="bytes", trains_stop=True):
-        self.identity = {"name": name}
+        self.identity = name
+        self.format = "messages"
         self.calls = 0
         self._trains_stop = trains_stop
 
-    def encode_batch(self, rows):
-        return [self._encode(row) for row in rows]
+    def encode_batch(self, rows, names=(), arrow=False):
+        return [self._encode(row, name) for row, name in zip(rows, names, strict=True)]
 
     def describe(self):
         return ["assistant messages are trained"]
 
-    def _encode(self, row: dict[str, Any]) -> Bytes:
+    def _encode(self, row: dict[str, Any], name: str) -> Bytes:
         self.calls += 1
         ids, scored = [], []
         for message in row.get("messages", ()):
             if "content" not in message:
-                raise UserError("a message has no content. Give one.")
+                raise UserError(f"{name} has a message and no content. Give one.")
             text = list(message["content"].encode())
             ids += [ord(message["role"][0]), ord(":"), *text, STOP]
             answer = message["role"] == "assistant"
@@ -82,7 +84,9 @@ def make_config(path, batch=2, length=48, seed=0, sft=None, data=None, **train) 
         seed=seed,
         objective="sft",
         model=ModelConfig(vocab_size=320),
-        data=DataConfig(path=str(path), **{"tokenizer": "bytes", "eval_fraction": 0.0} | (data or {})),
+        data=DataConfig(
+            path=str(path), **{"tokenizer": "bytes", "eval_fraction": 0.0} | (data or {})
+        ),
         train=TrainConfig(batch_size=batch, sequence_length=length, **train),
         sft=SftConfig(**sft or {}),
     )
