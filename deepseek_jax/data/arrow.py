@@ -98,16 +98,7 @@ def _records(batches: Batches, file: SourceFile, where: str) -> Iterator[Record]
             for row in rows:
                 number += 1
                 place = f"row {number} of {file.path}"
-                yield Record(place, without_none(row), size / batch.num_rows)
-
-
-def without_none(value: Any) -> Any:
-    """A value without the keys that are None: Arrow gives every row all the keys that any row has (a tool all
-    parameters of any other tool), and cannot tell one that is None from one that is not there.
-    """
-    if isinstance(value, dict):
-        return {k: without_none(v) for k, v in value.items() if v is not None}
-    return [without_none(v) for v in value] if isinstance(value, list) else value
+                yield Record(place, row, size / batch.num_rows)
 
 
 def import_pyarrow(file: SourceFile, where: str) -> Any:

@@ -93,7 +93,7 @@ class TextPiece(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A row with all its columns."""
+    """A row with all its columns. One of a table (parquet, Arrow) has all keys of the others, with None."""
 
     place: str  # where it stands, for messages
     row: Any  # a dict, where the file is what it should be

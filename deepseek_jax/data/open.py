@@ -3,6 +3,7 @@
 import os
 
 from deepseek_jax.config.options import Config
+from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.fields import Fields
@@ -33,7 +34,10 @@ def open_data(
     """
     if config.objective == "pretrain":
         return Loader(config, tokenizer, progress, fields)
-    chat = Chat(os.path.dirname(config.data.tokenizer), config.model.vocab_size)
-    encoder = ExampleEncoder(config.sft, chat)
-    folder = None if workdir is None else os.path.join(workdir, FOLDER)
-    return ExampleLoader(config, tokenizer, encoder, folder, progress, fields)
+    size = config.model.vocab_size
+    folder, name = os.path.split(tokenizer_folder.file_of(config.data.tokenizer))
+    # one by itself, under another name, has no template beside it
+    of_folder = name in (tokenizer_folder.JSON, tokenizer_folder.RANKS)
+    encoder = ExampleEncoder(config.sft, Chat(folder, size) if of_folder else tokenizer, size)
+    kept = None if workdir is None else os.path.join(workdir, FOLDER)
+    return ExampleLoader(config, tokenizer, encoder, kept, progress, fields)
