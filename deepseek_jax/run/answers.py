@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.data.example_loader import ExampleLoader, marked
+from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.token_marks import marked
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import sample
@@ -149,9 +150,9 @@ class Answering:
 
     def _row(self, prompt: Prompt, answer: list[int]) -> dict[str, Any]:
         ids, nothing = np.array(prompt.ids), np.zeros(0, np.int32)
-        with_special = marked(self._tokenizer, ids, np.zeros(len(ids), bool), nothing)
+        spelled = marked(self._tokenizer, ids, np.ones(len(ids), bool), nothing)
         return {
-            "prompt": "".join(text for text, _ in with_special),
+            "prompt": "".join(text for text, _ in spelled),
             "answer": self._tokenizer.decode(answer, after=prompt.ids),
             "reference": self._tokenizer.decode(prompt.reference, after=prompt.ids),
             "tokens": len(answer),

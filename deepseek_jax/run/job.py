@@ -306,7 +306,7 @@ class Job:
             config, start.layout.model, self._mesh, result.state, self._data.tokenizer
         )
         result = result._replace(sample=sample)
-        summary.show_end(self._workdir, result, time.perf_counter() - self._started)
+        summary.show_end(config, self._workdir, result, time.perf_counter() - self._started)
         return result
 
     def _make_loop(

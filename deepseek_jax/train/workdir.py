@@ -201,8 +201,12 @@ def write_config(
         path = os.path.join(workdir, "config.json")
         try:
             with open(path + ".tmp", "w", encoding="utf-8") as f:
-                more = {"xla_options": xla_options or {}, RUN: run, HISTORY: data or []}
-                more[LAST_STEP] = config.train.steps if last_step is None else last_step
+                more = {
+                    "xla_options": xla_options or {},
+                    RUN: run,
+                    HISTORY: data or [],
+                    LAST_STEP: config.train.steps if last_step is None else last_step,
+                }
                 json.dump(config.to_json() | more, f, indent=2)
             os.replace(path + ".tmp", path)
         except OSError as e:

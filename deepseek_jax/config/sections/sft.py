@@ -51,8 +51,7 @@ class SftConfig:
     )
     eos_token: str = option(
         "",
-        "The token that ends an answer; empty: the one that the template ends a turn with, else the "
-        "tokenizer's.",
+        "The token that ends an answer; empty: the tokenizer's eos_token.",
         on_resume="new pass",
         aliases={"hf": "eos_token"},
     )
