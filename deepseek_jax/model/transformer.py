@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config.options import Config, ModelConfig, MoeConfig
 from deepseek_jax.model.attention.interface import Rope
 from deepseek_jax.model.attention.kinds import make_attention
+from deepseek_jax.model.embedding_noise import EmbeddingNoise
 from deepseek_jax.model.head import Head
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 from deepseek_jax.model.lora import adapt
@@ -123,6 +124,8 @@ class Transformer(nnx.Module):
         self.remat = options.train.remat
         self.offload = options.offload.activations
         self.dtype = jnp.dtype(options.train.dtype)
+        alpha = options.sft.neftune_noise_alpha
+        self.noise = EmbeddingNoise(alpha, options.seed) if alpha else None
         dense = config.first_k_dense_replace
         self.embed_tokens = Embedding(config, rngs)
         self.dense_layers = _stack(options, False, dense, rngs) if dense else None
@@ -144,6 +147,7 @@ class Transformer(nnx.Module):
         positions_BS: jax.Array,
         next_tokens_BS: jax.Array | None = None,
         taps: tuple[str, ...] = (),
+        row_B: jax.Array | None = None,
     ) -> Output:
         """The forward pass.
 
@@ -156,12 +160,14 @@ class Transformer(nnx.Module):
             Positions without a token to read are padding there. It is what is read, not what is
             scored: a masked target is still a next token.
           taps: names of what layers are to hand out besides (taps.py).
+          row_B: int32, the number of each sequence in the data order, for the noise of training; None:
+            without noise.
         """
         chex.assert_rank(tokens_BS, 2)
         chex.assert_equal_shape([tokens_BS, segment_ids_BS, positions_BS])
         chex.assert_type([tokens_BS, segment_ids_BS, positions_BS], jnp.int32)
         rope = rope_tables(self.config, positions_BS)
-        x_BSD, first = self.enter(tokens_BS, rope, segment_ids_BS, taps)
+        x_BSD, first = self.enter(tokens_BS, rope, segment_ids_BS, taps, row_B)
         x_BSD, (stats, found) = self._scan(
             getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS, taps
         )
@@ -179,6 +185,7 @@ class Transformer(nnx.Module):
         rope: Rope,
         segment_ids_BS: jax.Array,
         taps: tuple[str, ...] = (),
+        row_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Taps]:
         """What comes before the main stack: embedding, and dense layers in front of MoE layers.
 
@@ -186,6 +193,8 @@ class Transformer(nnx.Module):
           [B, S, D] in the compute dtype, and the taps of these layers.
         """
         x_BSD = self.embed_tokens(tokens_BS, self.dtype)
+        if self.noise is not None and row_B is not None:
+            x_BSD = self.noise.add(x_BSD, segment_ids_BS, row_B)
         found: Taps = {}
         if self.layers is not None and self.dense_layers is not None:
             x_BSD, (_, found) = self._scan(self.dense_layers, x_BSD, rope, segment_ids_BS, taps)
