@@ -19,6 +19,7 @@ from deepseek_jax.model.layers import MLP, LowRank, param
 from deepseek_jax.model.router import Routing, route
 from deepseek_jax.model.taps import ROUTER, Taps, tap, wanted
 from deepseek_jax.parallel.mesh import TOKEN_AXES, TOKENS, per_device
+from deepseek_jax.parallel.quantized import QuantizedWeight
 from deepseek_jax.parallel.weights import gather_for_use, gather_on_device, stored_arrays
 
 # The weights of experts in the order in which they are handed to devices: the last four with LoRA.
@@ -117,6 +118,12 @@ class Experts(nnx.Module):
             rngs, init, (e, d, 2, f), ("experts", "expert_embed", "pair", "expert_mlp")
         )
         self.down_proj = param(rngs, init, (e, f, d), ("experts", "expert_mlp", "expert_embed"))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each weight is one array, to which nothing is added."""
+        w = self.gate_up_proj.get_value()
+        return self.lora is None and not isinstance(w, QuantizedWeight)
 
     def stored(self) -> tuple[list[jax.Array], tuple[tuple[str, list[P]], ...]]:
         """The arrays of all weights, to be handed to `per_device`, and (name, specs) of each weight."""

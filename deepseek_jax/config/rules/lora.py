@@ -34,10 +34,20 @@ def check(config: Config) -> None:
             f"adapter has no place for the router's selection bias, so it must stay as it is. Set "
             f"config.moe.bias_update_rate=0."
         )
+    if lora.dropout and config.objective != "sft":
+        raise UserError(
+            f"config.lora.dropout={lora.dropout} and config.objective={config.objective}: what is dropped "
+            f"follows from the numbers of examples. Set config.lora.dropout=0, or config.objective=sft."
+        )
     if lora.dropout and config.mesh.stage > 1:
         raise UserError(
             f"config.lora.dropout={lora.dropout} and config.mesh.stage={config.mesh.stage}: layers in a "
             f"pipeline do not know which rows they see. Set config.lora.dropout=0, or config.mesh.stage=1."
+        )
+    if lora.base_dtype in ("int8", "nf4") and config.offload.parameters:
+        raise UserError(
+            f"config.lora.base_dtype={lora.base_dtype} and config.offload.parameters=True: weights in few "
+            f"bits stay on the devices. Set config.offload.parameters=False, or config.lora.base_dtype=bfloat16."
         )
     if lora.base_dtype == "nf4":
         _check_blocks(config)
