@@ -239,8 +239,8 @@ def load(
       adapter: the folder of an adapter as PEFT writes it, which is merged into the weights in float32.
 
     Raises:
-      UserError: checkpoint or adapter cannot be read, do not fit each other or is not of a model that this version has; dtype or mesh do
-        not fit.
+      UserError: checkpoint or adapter cannot be read, do not fit each other or are not of a model that this
+        version has; dtype or mesh do not fit.
     """
     source, model, family = reader.open_source(path)
     config, mesh = config_for(model, mesh, dtype)

@@ -137,8 +137,8 @@ def _open_run(
         return Opened(model, saved, False, model.source)
     if adapter:
         raise UserError(
-            f"--adapter={adapter} is of a Hugging Face checkpoint, and {workdir} is a run that has weights of "
-            f"its own. Export it first, or leave --adapter out."
+            f"--adapter={adapter} is of a Hugging Face checkpoint, and {workdir} is a run that has weights "
+            f"of its own. Export it first, or leave --adapter out."
         )
     config, mesh = config_for(saved.model, mesh, dtype)
     config = dataclasses.replace(config, moe=saved.moe)

@@ -107,7 +107,7 @@ def is_factor(path: Path) -> bool:
 
 
 def adapted(path: str) -> str:
-    """What a factor is of, without the end of its name: "layers/mlp/experts/gate_up". Other paths as they are."""
+    """A factor's path without its end, "layers/mlp/experts/gate_up"; another path as it is."""
     return re.sub(rf"[/_]({A}|{B})$", "", path)
 
 

@@ -47,7 +47,7 @@ def check(config: Config) -> None:
     if lora.base_dtype in ("int8", "nf4") and config.offload.parameters:
         raise UserError(
             f"config.lora.base_dtype={lora.base_dtype} and config.offload.parameters=True: weights in few "
-            f"bits stay on the devices. Set config.offload.parameters=False, or config.lora.base_dtype=bfloat16."
+            f"bits stay on the devices. Set config.offload.parameters=False, or base_dtype=bfloat16."
         )
     if lora.base_dtype == "nf4":
         _check_blocks(config)
