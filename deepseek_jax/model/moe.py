@@ -148,14 +148,14 @@ class Experts(nnx.Module):
     def _pair(self, found: dict[str, jax.Array], name: str) -> Pair | None:
         if self.lora is None or f"{name}_lora_A" not in found:
             return None
-        # The tensor axis divides one side of a factor or the other: here both differ over it, and the
-        # gradient of what is the same everywhere is summed.
-        a, b = (_varying_over_tensor(found[f"{name}_lora_{side}"]) for side in "AB")
+        a, b = (found[f"{name}_lora_{side}"] for side in "AB")
+        # The tensor axis divides the width of an expert, which is a side of one factor only: the other has
+        # a part of its gradient on each of its devices.
+        if name == "gate_up":
+            a = lax.pcast(a, "tensor", to="varying")
+        else:
+            b = lax.pcast(b, "tensor", to="varying")
         return Pair(a * self.lora.scale, b)
-
-
-def _varying_over_tensor(a: jax.Array) -> jax.Array:
-    return a if "tensor" in jax.typeof(a).vma else lax.pcast(a, "tensor", to="varying")
 
 
 class MoE(nnx.Module):

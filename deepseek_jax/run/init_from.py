@@ -54,11 +54,6 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
         # weights.
         config = dataclasses.replace(config, init_from=str(before.get("init_from") or ""))
     config = _with_adapter(with_model_of_source(config, workdir, argv), before)
-    if config.lora.r and not config.init_from:
-        raise UserError(
-            f"config.lora.r={config.lora.r} and config.init_from='': there is no base to adapt. Set "
-            f"config.init_from to the folder of a Hugging Face checkpoint."
-        )
     if config.data.tokenizer == "auto":
         tokenizer = _known_tokenizer(config, workdir, before)
         config = dataclasses.replace(
@@ -171,6 +166,11 @@ def open_for_training(config: Config, workdir: str) -> HfTensors | None:
       UserError: it cannot be read or does not fit, or its notes would replace a folder that is
         somebody else's.
     """
+    if not config.init_from:
+        raise UserError(
+            f"config.lora.r={config.lora.r} and config.init_from='': there is no base to adapt. Set "
+            f"config.init_from to the folder of a Hugging Face checkpoint."
+        )
     folder = os.path.join(workdir, FOLDER)
     if os.path.lexists(folder) and not has_weights(workdir) and read_notes(workdir) is None:
         raise UserError(

@@ -172,7 +172,7 @@ def test_refused_with_others():
 
 
 def test_initial_factors():
-    """A as PEFT's kaiming_uniform_(a=sqrt(5)), U(-1/sqrt(in), 1/sqrt(in)); B zero; the base without change."""
+    """A as PEFT's kaiming_uniform_(a=sqrt(5)), U(-1/sqrt(in), 1/sqrt(in)); B zero; the base as it was."""
     config = variant()
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):

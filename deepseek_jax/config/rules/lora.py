@@ -28,12 +28,13 @@ def check(config: Config) -> None:
     _check_saved(config)
     m = config.model
     routed = m.num_hidden_layers > m.first_k_dense_replace
-    if routed and m.topk_method == "noaux_tc" and config.moe.bias_update_rate:
-        raise UserError(
-            f"config.moe.bias_update_rate={config.moe.bias_update_rate} and config.lora.r={lora.r}: an "
-            f"adapter has no place for the router's selection bias, so it must stay as it is. Set "
-            f"config.moe.bias_update_rate=0."
-        )
+    if routed and m.topk_method == "noaux_tc":
+        for name in ("bias_update_rate", "bias_centre"):
+            if value := getattr(config.moe, name):
+                raise UserError(
+                    f"config.moe.{name}={value} and config.lora.r={lora.r}: an adapter has no place for the "
+                    f"router's selection bias, so it must stay as it is. Set config.moe.{name}={type(value)()}."
+                )
     if lora.dropout and config.objective != "sft":
         raise UserError(
             f"config.lora.dropout={lora.dropout} and config.objective={config.objective}: what is dropped "
