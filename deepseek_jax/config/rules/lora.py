@@ -33,7 +33,8 @@ def check(config: Config) -> None:
             if value := getattr(config.moe, name):
                 raise UserError(
                     f"config.moe.{name}={value} and config.lora.r={lora.r}: an adapter has no place for the "
-                    f"router's selection bias, so it must stay as it is. Set config.moe.{name}={type(value)()}."
+                    f"router's selection bias, so it must stay as it is. Set config.moe.{name}="
+                    f"{type(value)()}."
                 )
     if lora.dropout and config.objective != "sft":
         raise UserError(
