@@ -2,7 +2,7 @@
 for."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -119,8 +119,8 @@ def spellings(chat: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def arguments_as_objects(chat: list[dict[str, Any]], text: str) -> list[dict[str, Any]] | None:
-    """The chat with arguments of tool calls as objects, if they were given as JSON text, as OpenAI has it, and
-    the template wrote that text as a JSON string within JSON; else None."""
+    """The chat with arguments of tool calls as objects, if they were given as JSON text, as OpenAI has it,
+    and the template wrote that text as a JSON string within JSON; else None."""
     given = [
         call.get("function", call).get("arguments")
         for m in chat

@@ -245,7 +245,7 @@ class _Notes(jinja2.visitor.NodeTransformer):
             return node
         depth = self._depth
         self._depth += 1
-        node = self.generic_visit(node)
+        self.generic_visit(node)  # in place
         self._depth -= 1
         item = (
             nodes.Name(node.target.name, "load")

@@ -55,6 +55,7 @@ class TurnFinder:
         source: str,
         where: str,
         special: Mapping[str, str],
+        added: Sequence[str],
         stops: Sequence[str],
         train_on_header: bool,
     ):
@@ -63,7 +64,8 @@ class TurnFinder:
           source: of the template.
           where: whose it is, for messages.
           special: the tokenizer's special tokens by name.
-          stops: tokens that end an answer. Templates like GLM's write them with the next message.
+          added: tokens that the tokenizer finds in a text before it is split.
+          stops: those that end an answer. Templates like GLM's write them with the next message.
 
         Raises:
           UserError: it is no template, or marks what the model says where that cannot be told.
@@ -72,6 +74,7 @@ class TurnFinder:
         self.where = where
         self.marked = template_program.marks(source, where)
         self._special = special
+        self._added = added
         self._stops = tuple(s for s in stops if s)
         self._train_on_header = train_on_header
         self._headers = functools.lru_cache(64)(self._find_headers)
@@ -120,6 +123,29 @@ class TurnFinder:
         said = [r for r in said if r[0] < r[1]]
         return Turns(rendered.text, said, completion, masked, dropped, differs)
 
+    def turn_end(self) -> str | None:
+        """The first token that a template writes after an answer and that is found in a text before it is
+        split; None: there is none, or it refuses a chat that tells."""
+        chat = Conversation(_probe(False), [True] * 4, None, None, {})
+        try:
+            text = self._render(chat.messages, chat).text
+        except UserError:
+            return None
+        after = text[text.rfind(ANSWER[1]) + len(ANSWER[1]) :]
+        places = {token: after.find(token) for token in self._added if token in after}
+        return min(places, key=lambda token: (places[token], -len(token)), default=None)
+
+    def describe(self) -> list[str]:
+        """How it is told what the model says, in lines for people."""
+        how = "marks by {% generation %}" if self.marked else "is watched for"
+        lines = [f"the chat template of {self.where} {how} what the assistant says"]
+        if "strftime_now" in template_program.names_read(self.source, self.where)[0]:
+            lines.append(
+                "it may write the date of the day: config.sft.chat_template_kwargs fixes it, as in "
+                '{"date_string": "26 Jul 2024"}'
+            )
+        return lines
+
     def _render(
         self, messages: Sequence[Message], chat: Conversation, begins: bool = False
     ) -> Rendered:
@@ -141,9 +167,9 @@ class TurnFinder:
         for start, end, owner in rendered.marked:
             if owner < 0 and not all(chat.trained):
                 raise UserError(
-                    f"the chat template of {self.where} marks what the model says outside a loop over messages, "
-                    f"so that which message it belongs to is not known, and one of them is not to be trained. "
-                    f"Leave out the mask, or give another config.sft.chat_template."
+                    f"the chat template of {self.where} marks what the model says outside a loop over "
+                    f"messages, so that it is not known which of them has the mask that a message has. Leave "
+                    f"the mask out, or give another template as config.sft.chat_template."
                 )
             if owner < 0 or chat.trained[owner]:
                 out.append((max(start, bodies.get(owner, 0)) if owner >= 0 else start, end))
@@ -208,8 +234,8 @@ class TurnFinder:
             inside = rendered.text[slice(*turns[i])] if i in turns else ""
             if not inside.strip() or last not in inside and not self._tells(variables):
                 raise UserError(
-                    f"the chat template of {self.where} does not show where it writes message {i + 1}, an answer. "
-                    f"{REMEDY}"
+                    f"the chat template of {self.where} does not show where it writes messages[{i}], an "
+                    f"answer. {REMEDY}"
                 )
 
     def _answers_are_found(self, variables: str) -> bool:
@@ -271,4 +297,5 @@ def _drops_reasoning(message: Message, written: str) -> bool:
     reasoning = next((message[key] for key in REASONING if isinstance(message.get(key), str)), None)
     if reasoning is None and isinstance(content, str) and "</think>" in content:
         reasoning = content.split("</think>")[0].split("<think>")[-1]
-    return bool(reasoning and reasoning.strip()) and reasoning.strip() not in written
+    kept = (reasoning or "").strip()
+    return bool(kept) and kept not in written
