@@ -1,6 +1,5 @@
 """The loader of fine-tuning: order, epochs, held-out examples, what is left out, and what is said."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -8,8 +7,9 @@ import pytest
 
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.data import contents, fields
-from deepseek_jax.data.example_loader import steps_of_epochs
+from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.sources import held_out_of
+from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
 from tests.support.examples import (
     STOP,
@@ -241,6 +241,8 @@ def test_origin_says_what_is_trained(path):
     spans = loader.origin(7)
     assert [s.tokens for s in spans] == np.bincount(row["segment_ids"][0])[1:].tolist()
     assert len(spans) > 1
+    targets = [row["targets"][0][row["segment_ids"][0] == i] for i in range(1, len(spans) + 1)]
+    assert [s.trained for s in spans] == [int((t != IGNORE).sum()) for t in targets]
     for span in spans:
         assert [trained for _, trained in span.parts] == [False, True]
         asked, answer = (text for text, _ in span.parts)
@@ -248,19 +250,7 @@ def test_origin_says_what_is_trained(path):
         assert answer.endswith("<256>") and span.text == asked + answer
 
 
-def test_steps_of_epochs():
-    assert steps_of_epochs(rows=30, epochs=1, batch_size=8) == 4
-    assert steps_of_epochs(rows=32, epochs=3, batch_size=8) == 12
-    assert steps_of_epochs(rows=100, epochs=0.1, batch_size=5) == 2
-    assert steps_of_epochs(rows=10, epochs=0.7, batch_size=1) == 7  # 0.7 * 10 is above 7 in binary
-
-
 def test_fields_that_examples_have_not(path):
-    config = make_config(path)
+    wanted = fields.EXAMPLES | {"teacher_ids": fields.Field(np.int32)}
     with pytest.raises(UserError, match="gives no teacher_ids"):
-        from deepseek_jax.data.example_loader import ExampleLoader
-        from deepseek_jax.data.tokenizer import load_tokenizer
-
-        wanted = fields.EXAMPLES | {"teacher_ids": fields.Field(np.int32)}
-        ExampleLoader(config, load_tokenizer("bytes"), ByteEncoder(), fields=wanted)
-    assert dataclasses.replace(config).objective == "sft"
+        ExampleLoader(make_config(path), load_tokenizer("bytes"), ByteEncoder(), fields=wanted)
