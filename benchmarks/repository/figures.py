@@ -153,10 +153,10 @@ def hf_copy(r: dict[str, Any]) -> str:
 
 def pack(r: dict[str, Any]) -> str:
     ours, trl = r["ours"], r["trl"]
+    times = [f"{p['pack_s']:.1f} s and {texts.gb(p['pack_bytes'])} of memory" for p in (ours, trl)]
     return (
-        f"{r['examples']:,} tokenised chats, {texts.human(r['tokens'])} tokens, packed in "
-        f"{ours['pack_s']:.1f} s and {texts.gb(ours['pack_bytes'])}; trl.pack_dataset takes {trl['pack_s']:.1f} s and "
-        f"{texts.gb(trl['pack_bytes'])} for the same rows"
+        f"{r['examples']:,} tokenised chats, {texts.human(r['tokens'])} tokens, packed in {times[0]}; "
+        f"trl.pack_dataset makes the same rows in {times[1]}"
     )
 
 
