@@ -169,7 +169,11 @@ def test_bug_07_an_answer_that_is_cut_off_is_counted_and_left_out(tmp_path):
     dropped = make_loader(make_config(path, length=40, sft={"truncation": "drop"}))
     assert "3 left out as longer than 40" in dropped.summary[0]
     split = make_loader(make_config(path, length=40, sft={"packing": "bfd_split"}))
-    assert "33 to train on" in split.summary[0]  # nothing of these is cut off
+    # nothing of these is cut off
+    assert (
+        "33 to train on" in split.summary[0]
+        and "3 longer than 40 tokens are split" in split.summary[0]
+    )
 
 
 def test_bug_07_nothing_but_cut_off_answers_is_refused(tmp_path):
@@ -184,7 +188,7 @@ def test_bug_03_a_stop_token_that_is_never_trained_is_refused(path):
     """trl #1623, #3091; open-r1 #492: a model that never learns to stop answers without end."""
     with pytest.raises(UserError, match=r"stop token <256>.*never"):
         make_loader(make_config(path), encoder=ByteEncoder(trains_stop=False))
-    said = "\n".join(make_loader(make_config(path)).summary)
+    said = "\n".join(make_loader(make_config(path, length=64)).summary)
     assert "stop token <256> is trained in 200 of 200 examples" in said
 
 
