@@ -59,8 +59,8 @@ class Rows(ByteEncoder):
 
 def test_rows_come_with_all_their_columns_from_every_kind_of_file(tmp_path):
     rows = [
-        chat("a", "b") | {"tools": [TOOL]},
-        chat("c", "é") | {"tools": [{"name": "sub"}], "id": 7},
+        chat("a", "b") | {"tools": [TOOL], "id": 7},
+        chat("c", "é") | {"tools": [{"name": "sub"}]},
     ]
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "c.json").write_text(json.dumps(rows))
@@ -178,20 +178,24 @@ def test_kept_examples_that_are_damaged_are_made_anew(tmp_path):
     path, folder = write_jsonl(tmp_path / "a.jsonl", random_chats(30)), tmp_path / "kept"
     first = read(path, folder)
 
+    def put(file, data):  # beside the file that `first` maps
+        file.unlink()
+        file.write_bytes(data)
+
     def flip(file):
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
-        file.write_bytes(data)
+        put(file, data)
 
     def cut(file):
-        file.write_bytes(file.read_bytes()[:-1])
+        put(file, file.read_bytes()[:-1])
 
     def change(file):
         head = json.loads(file.read_text())
-        file.write_text(json.dumps(head | {"sources": [0, 31]}))
+        put(file, json.dumps(head | {"sources": [0, 31]}).encode())
 
     def foreign(file):
-        file.write_text("[" * 100_000)
+        put(file, b"[" * 100_000)
 
     for ending, damages in (
         ("tokens", (flip, cut, os.unlink)),
