@@ -35,6 +35,8 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+# Words of the template that are not a row's to choose.
+RESERVED = {"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"}
 SYSTEM = ("system", "developer")
 INSTRUCTION = (
     "You are an AI assistant, developed by DeepSeek Company. For politically sensitive questions, "
@@ -166,9 +168,11 @@ def _conversation(row: Row, kind: str, name: str, system_prompt: str, arrow: boo
             f"a list as JSON text."
         )
     variables = _read(row.get("chat_template_kwargs")) or {}
-    if not isinstance(variables, Mapping):
+    if not isinstance(variables, Mapping) or (taken := variables.keys() & RESERVED):
+        why = f"the key {min(taken)!r}" if isinstance(variables, Mapping) else "no object"
         raise UserError(
-            f"{name} has chat_template_kwargs that are a {type(variables).__name__} and not an object."
+            f"{name} has chat_template_kwargs with {why}. Give an object of a template's words, such as "
+            f'{{"enable_thinking": false}}.'
         )
     return Conversation(
         [{k: v for k, v in m.items() if k not in ("mask", "weight")} for m in messages],

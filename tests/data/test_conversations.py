@@ -128,7 +128,12 @@ def test_tools_and_words_for_the_template():
         {"type": "function", "function": {"name": "f"}}
     ]
     assert normalise({"messages": CHAT, "tools": []}, "messages", "row 1").tools is None
-    for key, value in (("tools", "f"), ("tools", 3), ("chat_template_kwargs", [1])):
+    for key, value in (
+        ("tools", "f"),
+        ("tools", 3),
+        ("chat_template_kwargs", [1]),
+        ("chat_template_kwargs", {"add_generation_prompt": True}),
+    ):
         with pytest.raises(UserError, match=f"row 1 has {key}"):
             normalise({"messages": CHAT, key: value}, "messages", "row 1")
 

@@ -164,6 +164,33 @@ def test_a_content_is_not_taken_for_the_header(folders):
         assert chats.scored_texts(folder, example) == ["<thin air><｜end▁of▁sentence｜>"]
 
 
+TURN = "{{ '<|im_start|>' + m.role + ':' + m.content + '<|im_end|>' }}"
+BEGIN = "{{ '<|im_start|>assistant:' }}"
+PLACES = {  # where a template writes what a generation prompt says
+    "after the loop": "{% for m in messages %}" + TURN + "{% endfor %}"
+    "{% if add_generation_prompt %}" + BEGIN + "{% endif %}",
+    "within the last message": "{% for m in messages %}" + TURN +
+    "{% if loop.last and add_generation_prompt %}" + BEGIN + "{% endif %}{% endfor %}",
+    "with each question": "{% for m in messages %}{% if m.role == 'user' %}" + TURN + BEGIN +
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}",
+    "instead of eos": "{% for m in messages %}" + TURN + "{% endfor %}"
+    "{% if add_generation_prompt %}" + BEGIN + "{% else %}{{ '<|im_end|>' }}{% endif %}",
+    "with more than a turn has": "{% for m in messages %}{% if m.role == 'user' %}" + TURN + "{% else %}"
+    + BEGIN + "{{ '</think>' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}" + BEGIN + "{{ '<think>' }}{% endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_headers_wherever_a_template_writes_them(place, folders):
+    folder = folders(PLACES[place])
+    (example,) = chats.encode(folder, [{"messages": messages("q", "one", "r", "two")}])
+    more = (
+        "</think>" if place.startswith("with more") else ""
+    )  # the model says it: it was asked with <think>
+    assert chats.scored_texts(folder, example) == [f"{more}{a}<|im_end|>" for a in ("one", "two")]
+
+
 def test_bug_11_a_prompt_that_is_no_prefix_is_counted(folders):
     """The completion is what the template wrote at its messages, and the row says that inference differs."""
     pytest.importorskip("trl")
@@ -432,6 +459,7 @@ def test_options_that_cannot_act_are_refused(folders):
         (chat, {"completion_only_loss": "true"}, "completion_only_loss"),
         (chat, {"completion_only_loss": "maybe"}, "completion_only_loss='maybe'"),
         (chat, {"chat_template_kwargs": "[1]"}, "chat_template_kwargs"),
+        (chat, {"chat_template_kwargs": '{"tools": []}'}, "chat_template_kwargs.*has 'tools'"),
         ({"input_ids": [1]}, {"assistant_only_loss": True}, "assistant_only_loss"),
     ):
         with pytest.raises(UserError, match=f"config.sft.{name}"):
