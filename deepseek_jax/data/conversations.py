@@ -115,7 +115,7 @@ def normalise(
       name: of the row, for messages: "chats.jsonl, line 3".
       system_prompt: put first in a chat that has no system message.
       arrow: the row comes from a table (Parquet, Arrow), whose structs have a value for every key: None is
-        left out of tools and tool calls.
+        left out of tools and messages.
 
     Raises:
       UserError: the row is not of that format.
@@ -192,7 +192,7 @@ def _messages(value: Any, key: str, name: str, arrow: bool) -> list[dict[str, An
         raise UserError(f"{name} has an empty list of {key}. Give {FORM}")
     out = []
     for i, given in enumerate(value):
-        message = dict(given)
+        message = drop_none(given) if arrow else dict(given)
         if message.get("role") is None and "from" in message:
             message["role"] = message.pop("from")
             message["role"] = ROLES.get(message["role"], message["role"])
@@ -202,8 +202,8 @@ def _messages(value: Any, key: str, name: str, arrow: bool) -> list[dict[str, An
             raise UserError(
                 f"{name}: {key}[{i}] has the keys {_keys(message)} and no 'role'. Give {FORM}"
             )
-        calls = _read(message.get("tool_calls"))
-        if calls is not None:
+        # Templates ask whether there is the key: DeepSeek-V3's then writes calls, and no content.
+        if calls := _read(message.pop("tool_calls", None)):
             message["tool_calls"] = drop_none(calls) if arrow else calls
         out.append(message)
     return out

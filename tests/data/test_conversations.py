@@ -67,6 +67,7 @@ def test_the_same_chat_in_every_spelling():
         {"conversations": ROWS["conversations"]["conversations"]},
         {"conversations": CHAT},
         {"messages": [m | {"tool_calls": None, "name": None} for m in CHAT]},
+        {"messages": [m | {"tool_calls": []} for m in CHAT]},
     ):
         kind = find_format(row, "row 1")
         given = normalise(row, kind, "row 1")

@@ -120,6 +120,13 @@ def test_lookahead_and_inner_loops_do_not_move_a_turn(folders):
     (example,) = chats.encode(folder, [{"messages": chat}])
     said = ["01two<|im_end|>useruser<|im_end|>", "01four" + "user<|im_end|>"]
     assert chats.scored_texts(folder, example) == said
+    filtered = (
+        "{% for m in messages if m.role != 'system' %}{{ m.content + EOS }}"
+        "{% if loop.nextitem %}{{ loop.nextitem.role }}{% endif %}{% endfor %}"
+    ).replace("EOS", "'<|im_end|>'")
+    chat.insert(0, {"role": "system", "content": "no"})
+    (example,) = chats.encode(folders(filtered), [{"messages": chat}])
+    assert chats.scored_texts(folders(filtered), example) == ["two<|im_end|>user", "four<|im_end|>"]
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}])
@@ -322,6 +329,15 @@ def test_tool_calls_in_the_spelling_that_a_template_takes(folders):
                 (example,) = chats.encode(folder, [{"messages": chat}])
                 text = "".join(chats.scored_texts(folder, example))
                 assert "lookup" in text and text.count("b") >= 1 and '\\"' not in text
+
+
+def test_no_tool_calls_are_no_key(folders):
+    """DeepSeek-V3's template asks whether there is the key, and then leaves the content out."""
+    pytest.importorskip("trl")
+    folder = folders(chats.trl_template("deepseekv3"), eos="<｜end▁of▁sentence｜>")
+    for calls in ([], None):
+        (example,) = chats.encode(folder, [{"messages": messages("q", "a", tool_calls=calls)}])
+        assert chats.scored_texts(folder, example) == ["a<｜end▁of▁sentence｜>"]
 
 
 def test_an_answer_that_is_not_written_is_refused(folders):
