@@ -73,9 +73,9 @@ class Probe:
                 found.add(_shared(header, turn[:at]))
         return sorted(found - {""}, key=len, reverse=True)
 
-    def _tells(self, tool: bool) -> bool:
-        """Whether a probe's answers, and nothing else of it, are where the template is at them. A template
-        that refuses a tool's result, but not other messages, is believed.
+    def _tells(self, tool: bool) -> bool | None:
+        """Whether a probe's answers, and nothing else of it, are where the template is at them; None: it
+        refuses the probe. Of one that refuses a tool's result: by the other messages.
 
         Args:
           tool: with a tool's result.
@@ -84,7 +84,7 @@ class Probe:
         try:
             rendered = self._render(chat)
         except UserError:
-            return tool and self.tells(False)
+            return self.tells(False) if tool else None
         words = [(i, m["content"]) for i, m in enumerate(chat) if m["content"]]
         answers = [i for i, m in enumerate(chat) if m["role"] == "assistant"]
         return all((word in rendered.of(i)) == (i == k) for i in answers for k, word in words)

@@ -331,6 +331,20 @@ def test_tool_calls_in_the_spelling_that_a_template_takes(folders):
                 assert "lookup" in text and text.count("b") >= 1 and '\\"' not in text
 
 
+def test_a_template_that_refuses_the_probe_is_judged_by_the_row(folders):
+    """It asks for a system message, and changes contents: "a" is "A" then, which is not what was given."""
+    wants = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    loop = "{% for m in messages %}{{ m.role + ':' + CONTENT + '<|im_end|>' }}{% endfor %}"
+    chat = [{"role": "system", "content": "s"}, *messages("q", "answer")]
+    folder = folders(wants + loop.replace("CONTENT", "m.content"))
+    (example,) = chats.encode(folder, [{"messages": chat}])
+    assert chats.scored_texts(folder, example) == ["assistant:answer<|im_end|>"]
+    with pytest.raises(UserError, match="does not write the content of messages"):
+        chats.encode(
+            folders(wants + loop.replace("CONTENT", "m.content | upper")), [{"messages": chat}]
+        )
+
+
 def test_no_tool_calls_are_no_key(folders):
     """DeepSeek-V3's template asks whether there is the key, and then leaves the content out."""
     pytest.importorskip("trl")
