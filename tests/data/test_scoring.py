@@ -426,6 +426,13 @@ def test_texts_and_tokens(folders):
     """Without a template: eos once, headers of instructions, ids as given, masks by their options."""
     folder = folders(None, more=("<|EOT|>",))
     tokenizer = Chat(folder).tokenizer
+    ends = {tokenizer.token_to_id(t) for t in (EOS, "<|EOT|>")}
+    for kind, stops in (
+        ("auto", ends),
+        ("instruction_output", ends),
+        ("text", {tokenizer.token_to_id(EOS)}),
+    ):
+        assert ExampleEncoder(chats.options(format=kind), Chat(folder)).stop_ids == stops
     for text in ("hello", "hello" + EOS):
         (example,) = chats.encode(folder, [{"text": text}])
         assert example.ids.tolist() == tokenizer.encode("hello" + EOS).ids
