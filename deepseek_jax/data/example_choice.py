@@ -154,6 +154,8 @@ def summary(
         )
     if choice.unscored:
         first += f", {choice.unscored:,} left out without a trained token"
+        if config.sft.packing != "none":
+            first += " (TRL keeps such where it packs)"
     if choice.cut:
         first += f"; {choice.cut:,} cut off at {length} tokens"
     if config.sft.packing_strategy == "bfd_split" and (n := int((choice.kept > length).sum())):

@@ -3,13 +3,14 @@
 import gzip
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepseek_jax.data import example_files
+from deepseek_jax.data import example_choice, example_files
 from deepseek_jax.data.conversations import drop_none
 from deepseek_jax.data.documents import DataNotes
 from deepseek_jax.data.examples import open_examples
@@ -226,6 +227,23 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "kept").write_text("a file")
     with pytest.raises(UserError, match="kept cannot be written"):
         read(path, tmp_path / "kept")
+
+
+def test_memory_does_not_grow_with_the_examples(tmp_path):
+    """Twice as many, 4 MB of arrays more: no more memory than a few numbers of each need."""
+
+    def peak(count):
+        path = write_jsonl(tmp_path / f"{count}.jsonl", [chat("a" * 1000, "b" * 1000)] * count)
+        tracemalloc.start()
+        examples = read(path, tmp_path / "kept")
+        example_choice.choose(examples, make_config(path, length=4096), {256})
+        out = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return out
+
+    peak(10)
+    few, many = peak(700), peak(1400)
+    assert many - few < 700 * 200  # bytes; the arrays have 6 kB of each
 
 
 def test_kept_files_hold_plain_arrays(tmp_path):
