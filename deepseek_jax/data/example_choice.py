@@ -16,7 +16,7 @@ from deepseek_jax.errors import UserError
 
 # Formats of rows in which something answers: it has to end.
 ANSWERS = ("messages", "conversations", "prompt_completion", "instruction_output")
-BLOCK = 1 << 20  # tokens that are looked at together
+BLOCK = 1 << 18  # tokens that are looked at together
 
 
 class Choice(NamedTuple):

@@ -24,7 +24,7 @@ from deepseek_jax.config.paths import temporary
 
 FORMAT = "deepseek_jax examples 1"
 ARRAYS = ("tokens", "scored", "offsets")
-BLOCK = 1 << 20  # bytes that are hashed at a time
+BLOCK = 1 << 18  # bytes that are hashed at a time
 MAX_JSON = 1 << 24  # bytes
 
 
