@@ -14,6 +14,7 @@ from typing import Any
 
 from deepseek_jax.config.option import Option, option, options_of, section
 from deepseek_jax.config.sections.data import DataConfig, EvalConfig
+from deepseek_jax.config.sections.esft import EsftConfig
 from deepseek_jax.config.sections.model import ModelConfig
 from deepseek_jax.config.sections.moe import MoeConfig
 from deepseek_jax.config.sections.optimizer import OptimizerConfig
@@ -46,6 +47,7 @@ __all__ = [
     "CompileConfig",
     "Config",
     "DataConfig",
+    "EsftConfig",
     "EvalConfig",
     "Fp16Config",
     "LogConfig",
@@ -95,6 +97,7 @@ class Config:
     train: TrainConfig = section(TrainConfig)
     fp16: Fp16Config = section(Fp16Config)
     optimizer: OptimizerConfig = section(OptimizerConfig)
+    esft: EsftConfig = section(EsftConfig)
     offload: OffloadConfig = section(OffloadConfig)
     eval: EvalConfig = section(EvalConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
