@@ -165,7 +165,8 @@ def _by_pattern(
     weights: dict[Path, Weight], rules: Sequence[tuple[str, float]], default: float
 ) -> dict[Path, Weight]:
     """The weights with the pattern and the factor that each gets."""
-    out, left = {}, weights
+    out: dict[Path, Weight] = {}
+    left = weights
     for pattern, factor in rules:
         chosen = {path: w for path, w in left.items() if w.matches(pattern)}
         if not chosen:

@@ -56,13 +56,19 @@ def write(folder: pathlib.Path, table: dict, name: str = "experts.json") -> str:
     ("table", "said"),
     [
         ([], "it has no object `experts`"),
-        ({"experts": {"2": [0]}}, "layer '2' has no routed experts: those of this model that have are 0 to 1"),
+        (
+            {"experts": {"2": [0]}},
+            "layer '2' has no routed experts: those of this model that have are 0 to 1",
+        ),
         ({"experts": {"0": [4]}}, "layer 0 does not have different numbers of experts, 0 to 3"),
         ({"experts": {"0": [1, 1]}}, "layer 0 does not have different numbers"),
         ({"experts": {"0": [True]}}, "layer 0 does not have different numbers"),
         ({"experts": {"0": []}}, "nothing learns"),
         ({"experts": {"0": [1]}, "shared_expert": True}, "'shared_expert' is not known"),
-        ({"experts": {"0": [1]}, "shared_experts": 1}, "shared_experts is 1, and not true or false"),
+        (
+            {"experts": {"0": [1]}, "shared_experts": 1},
+            "shared_experts is 1, and not true or false",
+        ),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path, table, said):
@@ -154,7 +160,9 @@ def test_scores_are_of_the_models_own_router(tmp_path, capsys):
     folder.mkdir()
     theirs = evaluation.write_model(folder)
     data = tmp_path / "task.jsonl"
-    data.write_text("".join(json.dumps({"text": TEXT[i : i + 90]}) + "\n" for i in range(0, 300, 30)))
+    data.write_text(
+        "".join(json.dumps({"text": TEXT[i : i + 90]}) + "\n" for i in range(0, 300, 30))
+    )
     out = str(tmp_path / "experts.json")
     args = ["score", str(folder), f"--data={data}", f"--out={out}", "--dtype=float32"]
     assert command.main([*args, "--sequence-length=48", "--tokens=0", "--batch-size=3"]) == 0
@@ -195,7 +203,10 @@ def file_of(table: str) -> str:
 
 
 def esft(
-    table: dict = TABLE, optimizer: OptimizerConfig = ADAMW, mesh: MeshConfig | None = None, **others
+    table: dict = TABLE,
+    optimizer: OptimizerConfig = ADAMW,
+    mesh: MeshConfig | None = None,
+    **others,
 ) -> Config:
     config = config_of(optimizer, mesh or MeshConfig(fsdp=1), **others)
     config = dataclasses.replace(config, esft=EsftConfig(file_of(json.dumps(table))))
@@ -205,8 +216,7 @@ def esft(
 
 def by_path(params: nnx.State) -> dict[str, np.ndarray]:
     return {
-        conversion.path_of(p): np.asarray(a)
-        for p, a in jax.tree_util.tree_leaves_with_path(params)
+        conversion.path_of(p): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(params)
     }
 
 
@@ -352,7 +362,9 @@ def test_memory_and_the_table_at_the_start():
     t, everything = trainer(esft()), trainer(config_of(ADAMW))
     held, all_of_it = (x.layout.bytes_per_device(x.mesh) for x in (t, everything))
     experts = sum(
-        a.nbytes for p, a in by_path(invariance.initial_state(TINY).params).items() if "/experts/" in p
+        a.nbytes
+        for p, a in by_path(invariance.initial_state(TINY).params).items()
+        if "/experts/" in p
     )
     assert held["frozen_parameters"] == all_of_it["parameters"]
     assert held["parameters"] == held["gradients"] == experts // 2
