@@ -14,6 +14,7 @@ from typing import Any
 
 from deepseek_jax.config.option import Alias, Option, option, options_of, section
 from deepseek_jax.config.sections.data import DataConfig, EvalConfig
+from deepseek_jax.config.sections.esft import EsftConfig
 from deepseek_jax.config.sections.model import ModelConfig
 from deepseek_jax.config.sections.moe import MoeConfig
 from deepseek_jax.config.sections.optimizer import OptimizerConfig
@@ -47,6 +48,7 @@ __all__ = [
     "CompileConfig",
     "Config",
     "DataConfig",
+    "EsftConfig",
     "EvalConfig",
     "Fp16Config",
     "LogConfig",
@@ -108,6 +110,7 @@ class Config:
     fp16: Fp16Config = section(Fp16Config)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     sft: SftConfig = section(SftConfig)
+    esft: EsftConfig = section(EsftConfig)
     offload: OffloadConfig = section(OffloadConfig)
     eval: EvalConfig = section(EvalConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
