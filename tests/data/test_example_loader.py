@@ -1,6 +1,5 @@
 """The loader of fine-tuning: order, epochs, held-out examples, what is left out, and what is said."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -8,8 +7,9 @@ import pytest
 
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.data import contents, fields
-from deepseek_jax.data.example_loader import steps_of_epochs
+from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.sources import held_out_of
+from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
 from tests.support.examples import (
     STOP,
@@ -35,6 +35,11 @@ def examples_in(rows):
     for tokens, segments in zip(rows["tokens"], rows["segment_ids"], strict=True):
         out += [tuple(tokens[segments == s].tolist()) for s in range(1, segments.max() + 1)]
     return out
+
+
+def number(ids):
+    """Which example of `random_chats` it is: its question begins with that."""
+    return int(bytes(i for i in ids[2:] if i < 256).decode().split()[0])
 
 
 def test_messages_become_rows(tmp_path):
@@ -99,7 +104,7 @@ def test_held_out_examples_are_never_trained_on(path, packing):
     loader = make_loader(config)
     train = loader.train_rows(0, loader.num_train_rows)
     held = loader.eval_rows(0, loader.num_eval_rows + 3)
-    everything = make_loader(make_config(path, length=4096, batch=1)).train_rows(0, 1)
+    everything = make_loader(make_config(path, length=8192, batch=1)).train_rows(0, 1)
     all_examples = examples_in(everything)
     assert len(all_examples) == 200
 
@@ -108,7 +113,7 @@ def test_held_out_examples_are_never_trained_on(path, packing):
 
     expected = [e[:48] if packing in ("bfd", "none") else e for e in all_examples]
     mask = held_out_of(200, 0.1)
-    numbers = [int(bytes(e[2:6]).decode().split()[0]) for e in all_examples]
+    numbers = [number(e) for e in all_examples]
     sides = [
         sorted(
             itertools.chain(*(e for e, n in zip(expected, numbers, strict=True) if mask[n] == side))
@@ -122,7 +127,7 @@ def test_held_out_examples_are_never_trained_on(path, packing):
     assert loader.eval_tokens == len(sides[1]) and loader.train_tokens == len(sides[0])
     ids, scored = loader.eval_examples(2)[1]
     second = int(np.flatnonzero(mask)[1])
-    assert bytes(ids[2:6].tolist()).decode().split()[0] == str(second)
+    assert number(ids.tolist()) == second
     assert scored[-1] and not scored[:4].any()
 
 
@@ -169,7 +174,11 @@ def test_bug_07_an_answer_that_is_cut_off_is_counted_and_left_out(tmp_path):
     dropped = make_loader(make_config(path, length=40, sft={"truncation": "drop"}))
     assert "3 left out as longer than 40" in dropped.summary[0]
     split = make_loader(make_config(path, length=40, sft={"packing": "bfd_split"}))
-    assert "33 to train on" in split.summary[0]  # nothing of these is cut off
+    # nothing of these is cut off
+    assert (
+        "33 to train on" in split.summary[0]
+        and "3 longer than 40 tokens are split" in split.summary[0]
+    )
 
 
 def test_bug_07_nothing_but_cut_off_answers_is_refused(tmp_path):
@@ -184,7 +193,7 @@ def test_bug_03_a_stop_token_that_is_never_trained_is_refused(path):
     """trl #1623, #3091; open-r1 #492: a model that never learns to stop answers without end."""
     with pytest.raises(UserError, match=r"stop token <256>.*never"):
         make_loader(make_config(path), encoder=ByteEncoder(trains_stop=False))
-    said = "\n".join(make_loader(make_config(path)).summary)
+    said = "\n".join(make_loader(make_config(path, length=64)).summary)
     assert "stop token <256> is trained in 200 of 200 examples" in said
 
 
@@ -241,6 +250,8 @@ def test_origin_says_what_is_trained(path):
     spans = loader.origin(7)
     assert [s.tokens for s in spans] == np.bincount(row["segment_ids"][0])[1:].tolist()
     assert len(spans) > 1
+    targets = [row["targets"][0][row["segment_ids"][0] == i] for i in range(1, len(spans) + 1)]
+    assert [s.trained for s in spans] == [int((t != IGNORE).sum()) for t in targets]
     for span in spans:
         assert [trained for _, trained in span.parts] == [False, True]
         asked, answer = (text for text, _ in span.parts)
@@ -248,19 +259,7 @@ def test_origin_says_what_is_trained(path):
         assert answer.endswith("<256>") and span.text == asked + answer
 
 
-def test_steps_of_epochs():
-    assert steps_of_epochs(rows=30, epochs=1, batch_size=8) == 4
-    assert steps_of_epochs(rows=32, epochs=3, batch_size=8) == 12
-    assert steps_of_epochs(rows=100, epochs=0.1, batch_size=5) == 2
-    assert steps_of_epochs(rows=10, epochs=0.7, batch_size=1) == 7  # 0.7 * 10 is above 7 in binary
-
-
 def test_fields_that_examples_have_not(path):
-    config = make_config(path)
+    wanted = fields.EXAMPLES | {"teacher_ids": fields.Field(np.int32)}
     with pytest.raises(UserError, match="gives no teacher_ids"):
-        from deepseek_jax.data.example_loader import ExampleLoader
-        from deepseek_jax.data.tokenizer import load_tokenizer
-
-        wanted = fields.EXAMPLES | {"teacher_ids": fields.Field(np.int32)}
-        ExampleLoader(config, load_tokenizer("bytes"), ByteEncoder(), fields=wanted)
-    assert dataclasses.replace(config).objective == "sft"
+        ExampleLoader(make_config(path), load_tokenizer("bytes"), ByteEncoder(), fields=wanted)

@@ -108,8 +108,18 @@ class Trainer:
                 zeros(self.layout.abstract.residual),
             )  # of all three optimizers
             scale = self.layout.abstract.loss_scale and state.init_loss_scale(self.config)
+            whole = jax.device_put(same.params, self.layout.model.shardings.params)
+            params, frozen = self.layout.begin(whole)
+            esft = dict(self.layout.multipliers.experts) or None
             return jax.device_put(
-                same._replace(opt_state=opt_state, residual=residual, loss_scale=scale),
+                same._replace(
+                    params=params,
+                    frozen=frozen,
+                    esft=esft,
+                    opt_state=opt_state,
+                    residual=residual,
+                    loss_scale=scale,
+                ),
                 self.layout.shardings,
             )
 

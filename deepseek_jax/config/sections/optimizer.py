@@ -175,7 +175,11 @@ class OptimizerConfig:
         example="experts=1.0,embed|lm_head=0.1,norm=0",
         on_resume="free",
         aliases={
-            "hf": ("parameter_lr_multipliers", "param.requires_grad = False", "optimizer_grouped_parameters"),
+            "hf": (
+                "parameter_lr_multipliers",
+                "param.requires_grad = False",
+                "optimizer_grouped_parameters",
+            ),
             "nemo": "scale_lr_cond",
         },
     )
