@@ -28,7 +28,7 @@ def of_layout(
 ) -> dict[str, Any]:
     """What is known without compiling."""
     m, t = config.model, config.train
-    sizes = count(m, layout.abstract.params, t.sequence_length)
+    sizes = count(m, layout.model.abstract.params, t.sequence_length)
     stages = mesh.shape["stage"]
     schedule = make_schedule(config, stages) if stages > 1 else None
     buffers = exchange.buffers(config, mesh.shape)
@@ -205,6 +205,8 @@ def _memory_of_layout(r: dict[str, Any]) -> list[tuple[str, str]]:
     state = sum(stored.values()) - stored["gradients"]
     residual = f" + {gb(stored['residual'])} of residuals" if "residual" in stored else ""
     frozen = f" + {gb(stored['frozen'])} of a frozen model" if "frozen" in stored else ""
+    if "frozen_parameters" in stored:
+        frozen = f" + {gb(stored['frozen_parameters'])} of frozen parameters{frozen}"
     out = [
         (
             "layout",

@@ -157,7 +157,7 @@ def compile_step(
       UserError: XLA refuses the program.
     """
     if options is None:
-        layer_bytes = xla_options.bytes_of_a_layer(config, layout.abstract.params, mesh)
+        layer_bytes = xla_options.bytes_of_a_layer(config, layout.model.abstract.params, mesh)
         options = xla_options.xla_options(config, mesh.devices.flat[0].platform, layer_bytes)
     started = time.perf_counter()
     try:

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 
 from deepseek_jax.config.options import Config
+from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Objective
+from deepseek_jax.run.answers import Answering
 from deepseek_jax.run.watchdog import Watchdog
 from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import TrainState
@@ -23,13 +25,18 @@ class Evaluator:
       eval_step: of train/step.py, (params, bias, batch [b, S], frozen weights) -> sums by name.
       objective: makes figures of these sums.
       frozen: weights of its frozen model, None without one.
+
+    Attributes:
+      answering: answers held-out prompts besides; None: nothing does.
     """
+
+    answering: Answering | None = None
 
     def __init__(
         self,
         config: Config,
         mesh: jax.sharding.Mesh,
-        loader: Loader,
+        loader: Loader | ExampleLoader,
         eval_step: Callable,
         objective: Objective,
         frozen: ModelWeights | None = None,
@@ -55,7 +62,7 @@ class Evaluator:
             rows = self._loader.eval_rows(start, self._micro_batch)
             batch = jax.tree.map(lambda a: a[0], put_batch(rows, self._micro_batch, self._mesh))
             with contextlib.nullcontext() if self._compiled else watchdog.paused():
-                found = self._step(state.params, state.bias, batch, self._frozen)
+                found = self._step(*state.weights(), batch, self._frozen)
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
             self._compiled = True
@@ -64,4 +71,7 @@ class Evaluator:
             sums["targets"] += scored.size
             if self._bytes is not None:
                 sums["text_bytes"] += self._bytes[scored].sum()
+        if self.answering is not None:
+            with watchdog.paused():
+                self.answering.write(int(state.step), state.weights())
         return self._objective.figures(sums) if sums["targets"] else {}

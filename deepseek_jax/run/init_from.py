@@ -162,7 +162,7 @@ def initial_state(
             f"from. Name the folder of the Hugging Face checkpoint."
         )
     _, model, family = reader.open_source(config.init_from)
-    params, bias = reader.state_of(source, config, family, layout)
+    params, bias = reader.state_of(source, config, family, layout.model)
     folder = os.path.join(workdir, FOLDER)
     if jax.process_index() == 0 and not has_weights(workdir):
         temporary = paths.scratch(folder)

@@ -1,18 +1,22 @@
 """From a checkpoint to the state of this run, which may have other options than the run that wrote it."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.contents import Contents
+from deepseek_jax.parallel import offload
 from deepseek_jax.parallel.weights import REPLICAS
 from deepseek_jax.run.progress import Progress
+from deepseek_jax.tensorfile.arrays import Tree, flatten
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import Layout, TrainState, from_tree, to_tree
+from deepseek_jax.train.state import Layout, TrainState, from_tree, saved, to_tree, zero_params
 
 
 class Continuation:
@@ -56,20 +60,36 @@ class Continuation:
 
 
 def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint, in the shards of this mesh, and its `extra`.
+    """The newest checkpoint, in the shards of this mesh, and its `extra`. The base of LoRA is not in it.
 
     The residual of compressed gradients follows the options: without compression it is left out;
-    where the
-    checkpoint has none it is zero; with another number of replicas each gets an equal share of the
-    sum, which is what the updates still owe.
+    where the checkpoint has none it is zero; with another number of replicas each gets an equal share
+    of the sum, which is what the updates still owe.
+
+    Where other parameters learn than did (config.optimizer.lr_multipliers), the optimizer begins anew
+    for all of them, and its residual: moments of weights that have just begun to learn would need a
+    correction of their own. The learning rate goes on where it was.
 
     Raises:
       UserError: as `Checkpointer.restore`.
     """
-    abstract = layout.abstract_sharded()
-    saved = checkpoints.shapes().get("residual")
+    abstract = saved(layout.abstract_sharded())
+    stored = checkpoints.shapes()
     residual = abstract.residual
-    before = None if saved is None else _replicas(saved)
+    if _others_learn(stored, to_tree(abstract)):
+        read = abstract._replace(opt_state=None, residual=None)
+        state = from_tree(checkpoints.restore_params(to_tree(read)), read)
+        opt_state = _fresh_optimizer(layout, state.step - state.skipped_steps)
+        residual = None if residual is None else _residual_of(None, residual)
+        if jax.process_index() == 0:
+            print(
+                f"{'optimizer':<17}begins anew: other weights learn than in the checkpoint "
+                "(config.optimizer.lr_multipliers)"
+            )
+        return state._replace(opt_state=opt_state, residual=residual), checkpoints.read_extra()
+
+    residual_there = stored.get("residual")
+    before = None if residual_there is None else _replicas(residual_there)
     now = None if residual is None else _replicas(residual)
     if before == now:
         tree, extra = checkpoints.restore(to_tree(abstract))
@@ -82,6 +102,41 @@ def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict
     if residual is not None:
         state = state._replace(residual=_residual_of(state.residual, residual))
     return state, checkpoints.read_extra()
+
+
+def _others_learn(stored: Tree, wanted: Tree) -> bool:
+    """Whether a checkpoint has the state of this optimizer, but of other parameters."""
+    there, here = (flatten(tree.get("opt_state", {})).keys() for tree in (stored, wanted))
+    if there == here:
+        return False
+    weights = flatten(wanted["params"]).keys()
+
+    def kinds(names: Iterable[str]) -> set[str]:
+        """What the optimizer holds of any parameter: "1/0/mu"."""
+        parts = [name.split("/") for name in names]
+        ends = [{"/".join(p[i:]): i for i in range(len(p))} for p in parts]
+        cut = [min((i for end, i in e.items() if end in weights), default=len(e)) for e in ends]
+        return {"/".join(p[:i]) for p, i in zip(parts, cut, strict=True)}
+
+    return kinds(there) <= kinds(here) or kinds(here) <= kinds(there)
+
+
+def _fresh_optimizer(layout: Layout, updates: jax.Array) -> Any:
+    """The optimizer's state at its beginning, but for its schedule, which is after so many updates."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def create(updates: jax.Array) -> Any:
+        fresh = layout.optimizer.init(zero_params(layout))
+        fresh = jax.tree.map(
+            lambda node: node._replace(count=updates) if is_schedule(node) else node,
+            fresh,
+            is_leaf=is_schedule,
+        )
+        return offload.to(fresh, layout.shardings.opt_state)
+
+    return jax.jit(create, out_shardings=layout.shardings.opt_state)(updates)
 
 
 def _replicas(residual: Any) -> int:

@@ -8,13 +8,22 @@
 """
 
 import dataclasses
+import os
+
+import jax
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import Config
+from deepseek_jax.data.chat import Chat
+from deepseek_jax.data.example_loader import ExampleLoader
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.errors import UserError
+from deepseek_jax.hf import fine_tuned
+from deepseek_jax.hf.provenance import FOLDER
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.run import init_from, resume
 from deepseek_jax.run.progress import Progress
-from deepseek_jax.train.state import Layout, TrainState, init_state, to_tree
+from deepseek_jax.train.state import Layout, TrainState, init_state, saved, to_tree
 
 
 @dataclasses.dataclass
@@ -48,8 +57,30 @@ class Start:
 
     def after_bad_numbers(self) -> tuple[TrainState, Progress]:
         """The same once more, from what is the newest good checkpoint by now."""
-        abstract = to_tree(self.layout.abstract_sharded())
+        abstract = to_tree(saved(self.layout.abstract_sharded()))
         return self._state(self.checkpoints.newest_good(abstract))
+
+    def write_files(self, data: Loader | ExampleLoader) -> None:
+        """Makes WORKDIR/hf say how a fine-tuned model is asked and where its answers end, in process 0.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        folder, sft = os.path.join(self.workdir, FOLDER), self.config.sft
+        if not isinstance(data, ExampleLoader) or not os.path.isdir(folder):
+            return
+        if jax.process_index() != 0:
+            return
+        template = None
+        if sft.chat_template:
+            chat = Chat(os.path.dirname(self.config.data.tokenizer))
+            template, _ = chat.source(sft.chat_template, False, "config.sft.chat_template")
+        try:
+            fine_tuned.state(folder, template, data.trained_stops(), sft.eos_token)
+        except OSError as e:
+            raise UserError(
+                f"{folder} cannot be written ({e.strerror}). Make room, or name another --workdir."
+            ) from e
 
     def _state(self, step: int | None) -> tuple[TrainState, Progress]:
         if step is not None:

@@ -22,6 +22,7 @@ from deepseek_jax.parallel.weights import (
     per_replica_weights,
     replicated_weights,
 )
+from deepseek_jax.train import trainable
 from deepseek_jax.train.state import Layout
 
 # Of a model without experts.
@@ -53,7 +54,7 @@ class Learner(NamedTuple):
           scale: float32, of float16's loss; None without one.
 
         Returns:
-          (gradients, parts, load). Gradients are of the scaled loss, summed over micro-batches, in the layout
+          (gradients of the parameters that learn, parts, load). Gradients are of the scaled loss, summed over micro-batches, in the layout
           that the strategy gives them; float32, or the `train.accumulation_dtype` in which several
           micro-batches are added up. Parts are not scaled. With gradient_compression gradients are each
           replica's own, [R, ...] for R replicas along `data`, still to be summed.
@@ -84,13 +85,14 @@ class Learner(NamedTuple):
 
     def _gradients(self, weights, frozen, batch, totals, scale):
         """Of one micro-batch [B, ...], or of all of them with stages."""
-        params, bias = weights
+        (params, others), bias = self.layout.split(weights[0]), weights[1]
         compressed = self.config.sharding.gradient_compression != "none"
         frozen_out = frozen_outputs(self.layout.frozen, frozen, batch)
 
         def loss(given):
             used = per_replica_weights(given) if compressed else replicated_weights(params, given)
-            model = self.layout.model.merge(used, bias)
+            # The others are no argument of what is differentiated: nothing of their gradients is computed.
+            model = self.layout.model.merge(trainable.join(used, others), bias)
             value, aux = loss_of_batch(
                 self.objective, self.config, model, batch, totals, frozen_out
             )

@@ -17,10 +17,12 @@ from flax import nnx
 from deepseek_jax.config.options import Config
 from deepseek_jax.parallel import offload
 from deepseek_jax.train.optimizer import make_optimizer
+from deepseek_jax.train.trainable import Multipliers
 
 
 def update(
     config: Config,
+    multipliers: Multipliers,
     grads: nnx.State,
     opt_state: Any,
     params: nnx.State,
@@ -30,7 +32,8 @@ def update(
     """What the whole optimizer's `update` and `optax.apply_updates` do, each array in the memory where it is.
 
     Args:
-      grads, params: in the layout of the optimizer's state. opt_state: of `make_optimizer(config, params)`.
+      multipliers: of the learning rate.
+      grads, params: in the layout of the optimizer's state. opt_state: of `make_optimizer`.
       grad_norm: float32, the global norm of the gradients. ok: bool, whether to update at all.
 
     Returns:
@@ -43,7 +46,7 @@ def update(
     def one(held, grads):
         """The update of a group of parameters, or of one layer of it; all arrays are on the device."""
         params, opt_state = held
-        optimizer = make_optimizer(no_clip, params)
+        optimizer = make_optimizer(no_clip, params, multipliers)
         grads = jax.tree.map(lambda g: _clipped(g, grad_norm, config.optimizer.grad_clip), grads)
         updates, new_state = optimizer.update(grads, opt_state, params)
         new = optax.apply_updates(params, updates), new_state
@@ -54,15 +57,15 @@ def update(
     groups = [lambda p, name=name: p[0] == name for name in stacks]
     singles = [lambda p, path=path: p == path for path in paths if path[0] not in stacks]
     done = []
-    for chosen in (*groups, *singles):
+    # Counters are the same for all, but that a loop over layers leaves them as they were: a group without
+    # weights moves them where stacks are all that learns.
+    for chosen in (*groups, *(singles or [lambda p: False])):
         held, of_grads = (_of_group((params, opt_state), chosen), _of_group(grads, chosen))
         if chosen in groups:
             done.append(offload.over_layers(one, held, of_grads))
         else:
             new = one(offload.to_device(held), offload.to_device(of_grads))
             done.append(jax.tree.map(offload.put, new, held))
-    # Counters are the same for all, but that a loop over layers leaves them as they were: the last group is
-    # one weight, the embedding's at least.
     return jax.tree.map(
         lambda *parts: nnx.merge_state(*parts) if _is_state(parts[0]) else parts[-1],
         *done,

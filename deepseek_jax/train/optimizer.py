@@ -15,6 +15,7 @@ from flax import nnx
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.train.muon_adafactor import scale_by_adafactor, scale_by_muon
+from deepseek_jax.train.trainable import Multipliers
 
 V3_TOKENS = 14.8  # trillions; the V3 schedule below is in shares of them
 
@@ -79,11 +80,15 @@ def decay_mask(params: nnx.State) -> Any:
     return jax.tree.map(lambda v: v.replace(is_matrix(v)), params, is_leaf=is_variable)
 
 
-def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Config, params: nnx.State, multipliers: Multipliers | None = None
+) -> optax.GradientTransformation:
     """Clip by global norm, the optimizer's update, decoupled weight decay on matrices: lr * (update +
-    weight_decay * weight), all alike.
+    weight_decay * weight), all alike, each weight with its factor of the learning rate.
 
-    `params` gives structure and logical axes only.
+    Args:
+      params: those that learn; they give structure and logical axes only.
+      multipliers: of the learning rate; None: all 1.
     """
     o = config.optimizer
     clip = optax.clip_by_global_norm(o.grad_clip) if o.grad_clip else optax.identity()
@@ -104,9 +109,11 @@ def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransform
         )
         decay = optax.add_decayed_weights(o.weight_decay, decay_mask(params))
         update = optax.chain(scale, decay, optax.scale_by_learning_rate(learning_rate(config)))
+    scaled = None if multipliers is None else multipliers.scale()
     return optax.chain(
         clip,
         update if o.moment_dtype == "float32" else moments_in(jnp.dtype(o.moment_dtype), update),
+        *([] if scaled is None else [scaled]),
     )
 
 

@@ -8,11 +8,12 @@ import optax
 from flax import nnx
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.model import transformer
+from deepseek_jax.model import lora, transformer
 from deepseek_jax.model.layout import ModelWeights, PlacedModel, place_model
 from deepseek_jax.model.moe import SelectionBias
 from deepseek_jax.objectives.base import Frozen
 from deepseek_jax.parallel import compression, offload, sharding
+from deepseek_jax.train import trainable
 from deepseek_jax.train.loss_scale import LossScale, init_loss_scale
 from deepseek_jax.train.optimizer import make_optimizer
 
@@ -21,7 +22,7 @@ class TrainState(NamedTuple):
     """A pytree of arrays. The selection bias is no parameter: no gradient, no optimizer, no decay."""
 
     step: jax.Array  # int32: optimizer steps taken, skipped ones included
-    params: nnx.State  # float32
+    params: nnx.State  # float32: the parameters that learn
     bias: nnx.State  # float32 e_score_correction_bias of every MoE layer; empty without one
     opt_state: Any
     bad_steps: jax.Array  # int32: updates skipped in a row, for a non-finite loss or gradient
@@ -33,6 +34,12 @@ class TrainState(NamedTuple):
     loss_scale: LossScale | None = (
         None  # only where it is dynamic: other states, and their checkpoints, are without it
     )
+    # the other parameters (trainable.py): a checkpoint holds them among `params`, but for the base of LoRA
+    frozen: nnx.State = trainable.NONE
+
+    def weights(self) -> ModelWeights:
+        """Those of the model, all of them."""
+        return ModelWeights(trainable.join(self.params, self.frozen), self.bias)
 
 
 class Layout(NamedTuple):
@@ -45,6 +52,7 @@ class Layout(NamedTuple):
     opt_specs: nnx.State  # of the parameters while the optimizer works, and so of its state
     optimizer: optax.GradientTransformation
     frozen: Frozen | None = None  # the objective's: not part of the state, an argument of the step
+    multipliers: trainable.Multipliers = trainable.Multipliers()  # which parameters learn
 
     def abstract_frozen(self) -> ModelWeights | None:
         """Shapes of the frozen weights with their shardings: the step's third argument."""
@@ -52,12 +60,17 @@ class Layout(NamedTuple):
 
     @property
     def param_specs(self) -> nnx.State:
-        """PartitionSpecs of the parameters between steps."""
-        return self.model.specs.params
+        """PartitionSpecs of the parameters that learn, between steps."""
+        return self.split(self.model.specs.params)[0]
+
+    def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
+        """(those that learn, frozen ones) of all parameters, or of their shapes, specs or shardings."""
+        return self.multipliers.split(params)
 
     def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
-        """Bytes per device by kind: parameters, gradients, optimizer state, the residual of compressed
-        gradients, and the weights of a frozen model; "host": bytes offloaded to the device's host.
+        """Bytes per device by kind: parameters that learn, the others, gradients, optimizer state, the
+        residual of compressed gradients, and the weights of a frozen model; "host": bytes offloaded to the
+        device's host.
         """
 
         # Gradients are where their parameters are.
@@ -72,6 +85,8 @@ class Layout(NamedTuple):
             "gradients": (self.abstract.params, gradients),
             "optimizer": (self.abstract.opt_state, self.shardings.opt_state),
         }
+        if self.abstract.frozen:
+            held["frozen_parameters"] = (self.abstract.frozen, self.shardings.frozen)
         if self.abstract.residual is not None:
             held["residual"] = (self.abstract.residual, self.shardings.residual)
         if self.frozen is not None:
@@ -103,19 +118,21 @@ def make_layout(config: Config, mesh: jax.sharding.Mesh, frozen: Frozen | None =
 
 def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     model = place_model(config, mesh)
-    params, bias = model.abstract
+    multipliers = trainable.multipliers(config, model.abstract.params)
+    params, frozen = multipliers.split(model.abstract.params)
     _, grad_specs, opt_specs = (
         sharding.specs(params, r, config.sharding.min_weight_size)
         for r in sharding.storage_rules(config)
     )
-    optimizer = make_optimizer(config, params)
+    optimizer = make_optimizer(config, params, multipliers)
     opt_state, opt_state_specs = _optimizer_state(
         optimizer, params, sharding.shardings(opt_specs, mesh)
     )
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     residual, residual_specs = compression.residual(config, params, grad_specs, mesh.shape["data"])
     scale = jax.eval_shape(lambda: init_loss_scale(config))
-    abstract = TrainState(scalar, params, bias, opt_state, scalar, scalar, residual, scale)
+    bias = model.abstract.bias
+    abstract = TrainState(scalar, params, bias, opt_state, scalar, scalar, residual, scale, frozen)
     specs = TrainState(
         jax.P(),
         None,
@@ -126,11 +143,23 @@ def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
         residual_specs,
         jax.tree.map(lambda _: jax.P(), scale),
     )
-    shardings = sharding.shardings(specs, mesh)._replace(**model.shardings._asdict())
+    shardings = sharding.shardings(specs, mesh)
+    params, frozen = multipliers.split(model.shardings.params)
     shardings = shardings._replace(
-        opt_state=offload.place_optimizer(config, opt_state, shardings.opt_state)
+        params=params,
+        frozen=frozen,
+        bias=model.shardings.bias,
+        opt_state=offload.place_optimizer(config, opt_state, shardings.opt_state),
     )
-    return Layout(model, abstract, shardings, grad_specs, opt_specs, optimizer)
+    return Layout(
+        model,
+        abstract,
+        shardings,
+        grad_specs,
+        opt_specs,
+        optimizer,
+        multipliers=multipliers,
+    )
 
 
 def _optimizer_state(
@@ -158,6 +187,8 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         _, params, bias = nnx.split(
             transformer.Transformer(config, nnx.Rngs(config.seed)), nnx.Param, SelectionBias
         )
+        params, frozen = layout.split(lora.held(config.lora, params))
+        frozen = sharding.reshard(frozen, layout.split(layout.model.specs.params)[1])
         params = sharding.reshard(params, layout.opt_specs)
         opt_state = layout.optimizer.init(params)
         zero = jnp.zeros((), jnp.int32)
@@ -167,9 +198,8 @@ def init_state(config: Config, layout: Layout) -> TrainState:
             layout.shardings.residual,
         )
         params = sharding.reshard(params, layout.param_specs)
-        state = TrainState(
-            zero, params, bias, opt_state, zero, zero, residual, init_loss_scale(config)
-        )
+        scale = init_loss_scale(config)
+        state = TrainState(zero, params, bias, opt_state, zero, zero, residual, scale, frozen)
         return offload.to(state, layout.shardings)
 
     # Dozens of random weights are much code for a CPU and little work: LLVM's first level compiles it in half
@@ -184,11 +214,6 @@ def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.St
     """
 
     def create() -> TrainState:
-        zeros = jax.tree.map(
-            lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s),
-            layout.abstract.params,
-            layout.opt_specs,
-        )
         zero = jnp.zeros((), jnp.int32)
         residual = jax.tree.map(
             lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s),
@@ -199,21 +224,43 @@ def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.St
             zero,
             None,
             None,
-            layout.optimizer.init(zeros),
+            layout.optimizer.init(zero_params(layout)),
             zero,
             zero,
             residual,
             init_loss_scale(config),
+            None,
         )
         return offload.to(state, shardings)
 
-    shardings = layout.shardings._replace(params=None, bias=None)
-    return jax.jit(create, out_shardings=shardings)()._replace(params=params, bias=bias)
+    shardings = layout.shardings._replace(params=None, bias=None, frozen=None)
+    params, frozen = layout.split(params)
+    rest = jax.jit(create, out_shardings=shardings)()
+    return rest._replace(params=params, bias=bias, frozen=frozen)
+
+
+def saved(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state: with LoRA the base is not in it, which nothing changes."""
+    factors = any(lora.is_factor(path) for path, _ in nnx.to_flat_state(state.params))
+    return state._replace(frozen=trainable.NONE) if factors else state
+
+
+def zero_params(layout: Layout) -> nnx.State:
+    """Zeros laid out as the parameters while the optimizer works: its fresh state depends on no more."""
+    return jax.tree.map(
+        lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s),
+        layout.abstract.params,
+        layout.opt_specs,
+    )
 
 
 def _parts(path: tuple) -> list[str]:
     """Names along a tree path, without the attribute that a Variable keeps its array in."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if (
+        names[0] == "frozen"
+    ):  # of a TrainState: which parameters learn is no property of a checkpoint
+        names[0] = "params"
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
 

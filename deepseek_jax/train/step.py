@@ -25,6 +25,8 @@ from deepseek_jax.train.gradients import Learner
 from deepseek_jax.train.optimizer import learning_rate
 from deepseek_jax.train.state import Layout, TrainState
 
+OF_TRAINING = ("next_tokens", "row")  # multi-token prediction, noise
+
 
 class StepMetrics(NamedTuple):
     """What a step reports, for the global batch, the same on every device."""
@@ -60,7 +62,7 @@ def make_train_step(config: Config, layout: Layout, objective: Objective) -> Cal
         state: TrainState, batch: Batch, frozen_weights: ModelWeights | None = None
     ) -> tuple[TrainState, StepMetrics]:
         check_batch(batch, objective.fields)
-        weights = ModelWeights(state.params, state.bias)
+        weights = state.weights()
         counts = learner.expert_counts(weights, batch)
         totals = step_totals(objective, config, batch, state.step, counts)
         scale = loss_scale.scale_of(config, state.loss_scale)
@@ -76,7 +78,7 @@ def make_train_step(config: Config, layout: Layout, objective: Objective) -> Cal
         skipped = state.skipped_steps + jnp.where(ok, 0, 1)
         lr = schedule(state.step - state.skipped_steps)  # the optimizer counts the updates it made
         state = TrainState(
-            state.step + 1, params, bias, opt_state, bad, skipped, residual, new_scale
+            state.step + 1, params, bias, opt_state, bad, skipped, residual, new_scale, state.frozen
         )
         tokens = totals.routing.tokens
         return state, StepMetrics(parts, lr, grad_norm, load, tokens, bad, skipped, scale)
@@ -106,13 +108,13 @@ def _update(
     grad_norm: jax.Array,
     ok: jax.Array,
 ) -> tuple[nnx.State, Any]:
-    """(parameters, optimizer state) after clipping and the optimizer's update; as they were if not ok."""
+    """(parameters that learn, optimizer state) after clipping and the optimizer's update; as they were if not ok."""
     # Under ZeRO-1 and 2 this slices whole parameters (free) and gathers them again after the update.
     params = reshard(state.params, layout.opt_specs)
     grads = reshard(grads, layout.opt_specs)
     if config.offload.optimizer_state or config.offload.parameters:
         params, opt_state = offloaded_update.update(
-            config, grads, state.opt_state, params, grad_norm, ok
+            config, layout.multipliers, grads, state.opt_state, params, grad_norm, ok
         )
     else:
         updates, opt_state = layout.optimizer.update(grads, state.opt_state, params)
@@ -149,7 +151,7 @@ def make_eval_step(layout: Layout, objective: Objective) -> Callable:
     ) -> Parts:
         check_batch(batch, objective.fields)
         net = layout.model.merge_for_inference(params, bias)
-        main = {name: a for name, a in batch.items() if name != "next_tokens"}
+        main = {name: a for name, a in batch.items() if name not in OF_TRAINING}
         out = run_model(net, main, objective.taps)
         frozen_out = frozen_outputs(layout.frozen, frozen_weights, batch)
         return objective.measure(net, out, batch, frozen_out)

@@ -1,5 +1,6 @@
 """Rules between the options of the optimizer."""
 
+from deepseek_jax.config import multipliers
 from deepseek_jax.config.options import Config
 from deepseek_jax.config.rules.common import without_effect
 from deepseek_jax.errors import UserError
@@ -26,6 +27,12 @@ def check(config: Config) -> None:
                 f"with config.optimizer.name={o.name}",
                 f"config.optimizer.name={readers[0]}",
             )
+    rules = multipliers.parse(o.lr_multipliers)
+    if not o.default_lr_multiplier and not any(factor for _, factor in rules):
+        raise UserError(
+            f"config.optimizer.default_lr_multiplier={o.default_lr_multiplier:g} and "
+            f"{multipliers.OPTION}={o.lr_multipliers!r} freeze every weight. Give a weight a factor above 0."
+        )
     # A moment changes by (1 - b) of itself per step; numbers of bfloat16 are up to 2^-7 of themselves apart,
     # and half of that rounds to nothing.
     for name in ("b1", "b2", *(("momentum",) if o.name == "muon" else ())):

@@ -166,3 +166,24 @@ class OptimizerConfig:
         at_most=1,
         on_resume="free",
     )
+    lr_multipliers: str = option(
+        "",
+        "PATTERN=FACTOR, separated by commas: what the learning rate of weights is multiplied by. A pattern "
+        "is a regular expression, searched in a weight's path here (layers/mlp/gate/kernel) and in its "
+        "Hugging Face names; the first that matches wins; 0 freezes a weight: no gradient, no optimizer "
+        "state.",
+        example="experts=1.0,embed|lm_head=0.1,norm=0",
+        on_resume="free",
+        aliases={
+            "hf": ("parameter_lr_multipliers", "param.requires_grad = False", "optimizer_grouped_parameters"),
+            "nemo": "scale_lr_cond",
+        },
+    )
+    default_lr_multiplier: float = option(
+        1.0,
+        "The same factor for weights that no pattern of lr_multipliers matches.",
+        at_least=0,
+        example=1.0,
+        on_resume="free",
+        aliases={"hf": "default_lr_multiplier"},
+    )

@@ -28,6 +28,10 @@ class Ends(NamedTuple):
     treedef: Any
     leaves: list[jax.Array]
 
+    def bare(self) -> "Ends":
+        """Without arrays: how to put them together."""
+        return self._replace(leaves=[])
+
     def net(self, leaves: list[jax.Array]) -> Transformer:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
@@ -38,6 +42,10 @@ class Group(NamedTuple):
     graphdef: nnx.GraphDef  # of a layer
     treedef: Any  # of a layer's (state, Attention.decoding_weights)
     leaves: list[list[jax.Array]]  # of each layer
+
+    def bare(self) -> "Group":
+        """Without arrays: how to put them together."""
+        return self._replace(leaves=[])
 
     def layer(self, leaves: list[jax.Array]) -> tuple[Any, tuple[jax.Array, ...]]:
         """The module and its decoding weights, from leaves."""

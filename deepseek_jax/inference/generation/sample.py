@@ -7,7 +7,7 @@ weights in the host's memory. Shape letters: model/layers.py.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def tokens(
     count: int,
     options: Sampling,
     vocab: int,
-    stop: int | None,
+    stop: Collection[int],
 ) -> Iterator[int]:
     """Yields up to `count` token ids after the prompt, one at a time.
 
@@ -41,7 +41,7 @@ def tokens(
       count: tokens at most; the answer also ends at the model's longest sequence.
       options: how tokens are chosen.
       vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not use).
-      stop: the id that ends the answer, which is not given.
+      stop: ids that end the answer, which are not given.
     """
     layout, params, bias, mesh = bound
     length = min(len(prompt) + count, bound.net().config.max_position_embeddings)
@@ -69,7 +69,7 @@ def tokens(
     buffer = jax.device_put(np.pad(np.asarray(prompt, np.int32), (0, width - len(prompt))), whole)
     for used in range(len(prompt), length):
         buffer, chosen = step(params, bias, buffer, jnp.int32(used))
-        if int(chosen) == stop:
+        if int(chosen) in stop:
             return
         yield int(chosen)
 
@@ -79,7 +79,7 @@ def sample(
 ) -> str:
     """The prompt and up to `count` tokens after it, as text."""
     start = encode_prompt(tokenizer, prompt)
-    ids = list(tokens(bound, start, count, options, tokenizer.vocab_size, tokenizer.eos_id))
+    ids = list(tokens(bound, start, count, options, tokenizer.vocab_size, {tokenizer.eos_id}))
     return clean_text(prompt) + tokenizer.decode(ids, after=start)
 
 
