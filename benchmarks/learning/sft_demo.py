@@ -9,13 +9,16 @@ Every stage is a command that is printed before it runs, so that it can be repea
 command again goes on where it was stopped.
 """
 
+import functools
 import json
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from benchmarks import ROOT
 from benchmarks.learning import smollm2
@@ -23,8 +26,11 @@ from benchmarks.learning.arithmetic import Task, last_number, worked
 from benchmarks.support.report import Parser, report
 from deepseek_jax.cli import arguments, texts
 from deepseek_jax.cli.progress import Bar
+from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.errors import Failure
+from deepseek_jax.plan import topology
+from deepseek_jax.train import workdir as workdirs
 
 MODEL = "SmolLM2-135M-Instruct"
 LEARN, HELD_OUT, SECONDS = "learn.jsonl", "held_out.jsonl", "seconds.json"
@@ -35,7 +41,6 @@ TRAINING = {
     "train.epochs": 1,
     "train.dtype": "float32",
     "train.remat": "none",
-    "train.log_every": 5,
     "checkpoint.every_steps": 25,
     "eval.every_steps": 50,
 }
@@ -163,12 +168,8 @@ class Demo:
         for name in RUNS:
             target = self.folder / f"{name}-export"
             if not (target / "config.json").exists():
-                self.stage(
-                    f"export {name}",
-                    lambda name=name, target=target: self.command(
-                        "-m", "deepseek_jax.hf", "export", str(self.folder / name), str(target)
-                    ),
-                )
+                words = ["-m", "deepseek_jax.hf", "export", str(self.folder / name), str(target)]
+                self.stage(f"export {name}", functools.partial(self.command, *words))
             ours, theirs = self.answers(name, self.folder / name), self.answers(target.name, target)
             same[name] = [a["text"] for a in ours] == [a["text"] for a in theirs]
         return same
@@ -185,7 +186,7 @@ class Demo:
     def measured(self, name: str, model: pathlib.Path) -> dict[str, Any]:
         """A row of the table: the marks of a model's answers."""
         answers = self.answers(name, model)
-        pairs = [(a, p) for a, p in zip(answers, self.problems, strict=True)]
+        pairs = list(zip(answers, self.problems, strict=True))
         scores = [self.task.score(a["text"], p) for a, p in pairs]
         return {
             "model": name,
@@ -195,8 +196,24 @@ class Demo:
             / len(pairs),
             "stopped": sum(a["finish_reason"] == "stop" for a, _ in pairs) / len(pairs),
             "seconds": self._seconds.get(f"train {name}", 0.0),
-            **run_figures(self.folder / name),
+            **self.figures(name),
         }
+
+    def figures(self, name: str) -> dict[str, Any]:
+        """Of a run: which share of the parameters learnt, and the last loss on held-out chats."""
+        workdir = self.folder / name
+        if name not in RUNS:
+            return {"learns": ""}
+        config = from_config_dict(workdirs.read_config(str(workdir)))
+        _, layout = topology.lay_out(config, jax.devices()[:1])
+        learning, frozen = (
+            sum(a.size for a in jax.tree.leaves(part))
+            for part in layout.split(layout.abstract.params)
+        )
+        share = learning / (learning + frozen)
+        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [row["eval_loss"] for line in lines if "eval_loss" in (row := json.loads(line))]
+        return {"learns": f"{texts.human(learning)} ({share:.1%})", "eval_loss": losses[-1]}
 
     # ---- commands
 
@@ -250,26 +267,13 @@ def write_lines(path: pathlib.Path, rows: Any) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def run_figures(workdir: pathlib.Path) -> dict[str, Any]:
-    """Of a run's metrics.jsonl: the first and the last loss on held-out chats."""
-    file = workdir / "metrics.jsonl"
-    losses = list(evaluations(file)) if file.exists() else []
-    return {"eval_loss": losses[-1]} if losses else {}
-
-
-def evaluations(file: pathlib.Path) -> Iterator[float]:
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if "eval_loss" in (row := json.loads(line)):
-            yield row["eval_loss"]
-
-
 def text(r: dict[str, Any]) -> str:
     """The table, one chat and what the exports do."""
-    rows = [["", "right", "last number right", "ended by itself", "training"]]
+    rows = [["", "right", "last number right", "ended by itself", "learns", "training"]]
     for row in r["rows"]:
         shares = [f"{row[key]:.0%}" for key in ("accuracy", "last_number_right", "stopped")]
         took = f"{row['seconds'] / 60:.1f} min" if row["seconds"] else ""
-        rows.append([row["model"], *shares, took])
+        rows.append([row["model"], *shares, row["learns"], took])
     lines = [
         f"{r['model']}: {r['chats']:,} chats of {r['tokens']:,} tokens, {r['held_out']} held-out problems",
         texts.table(rows, "  "),

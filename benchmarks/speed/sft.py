@@ -32,13 +32,14 @@ from typing import Any
 import jax
 import numpy as np
 import tokenizers
-from deepseek_jax.data.open import open_data
 
 from benchmarks.speed.step import PEER_STEPS_BEFORE, run_json
 from benchmarks.support import shapes
 from benchmarks.support.report import Parser, report
+from deepseek_jax import objectives
 from deepseek_jax.cli import arguments, texts
 from deepseek_jax.config.options import IGNORE, Config, SftConfig
+from deepseek_jax.data.open import open_data
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration
@@ -158,7 +159,8 @@ def measure(own: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     """One turn of ours, on one device."""
     config = config_of(own, folder)
     mesh, layout = topology.lay_out(config, jax.devices()[:1])
-    data = open_data(config, load_tokenizer(config.data.tokenizer))
+    fields = objectives.make(config).fields
+    data = open_data(config, load_tokenizer(config.data.tokenizer), fields)
     started = time.perf_counter()
     step = topology.compile_step(config, mesh, layout)
     compiled = time.perf_counter() - started
