@@ -22,6 +22,7 @@ GROUPS = {
         "vocabulary": "the chunked loss against whole logits: time and temporary bytes",
         "compile": "compile time of 61 layers against 8",
         "generate": "generation beside transformers in PyTorch: prefill and decoding, tokens per second",
+        "pack": "packing tokenised chats into rows, beside TRL: seconds and memory",
         "hf_copy": "import and export of a Hugging Face checkpoint beside a plain copy of its bytes",
     },
     "memory": {

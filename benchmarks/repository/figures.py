@@ -170,6 +170,15 @@ def hf_copy(r: dict[str, Any]) -> str:
     return f"{texts.gb(r['bytes'])}: times of a plain copy, and memory: {', '.join(parts)}"
 
 
+def pack(r: dict[str, Any]) -> str:
+    ours, trl = r["ours"], r["trl"]
+    times = [f"{p['pack_s']:.1f} s and {texts.gb(p['pack_bytes'])} of memory" for p in (ours, trl)]
+    return (
+        f"{r['examples']:,} tokenised chats, {texts.human(r['tokens'])} tokens, packed in {times[0]}; "
+        f"trl.pack_dataset makes the same rows in {times[1]}"
+    )
+
+
 def generate(r: dict[str, Any]) -> str:
     said = [
         f"{row['texts']} text(s): decodes {row['decode']['ratio']:.1f}, prefill {row['prefill']['ratio']:.1f}"
@@ -281,6 +290,7 @@ FIGURES = [
     Figure("vocabulary", "vocabulary", vocabulary),
     Figure("compile", "compile", compile_time),
     Figure("overhead", "overhead", overhead),
+    Figure("pack", "pack", pack),
     Figure("hf_copy", "hf_copy", hf_copy),
     Figure("generate", "generate", generate),
     Figure("checkpoint", "checkpoint", checkpoint),

@@ -10,7 +10,6 @@ from deepseek_jax.data.messages import REASONING, Message
 from deepseek_jax.data.tokenizer import decode_after
 from deepseek_jax.errors import UserError
 
-
 JINJA = "chat_template.jinja"
 
 
@@ -182,9 +181,9 @@ class Chat:
         """(a chat template, whose it is, for messages).
 
         Args:
-          chat_template: the name of one of the folder's, or a template; None: the folder's, of several the one
-            for tools if there are tools.
-          option: what error messages call it. Of a config, it may also be the path of a file or of a folder.
+          chat_template: the name of one of the folder's, or a template; None: the folder's, of several the
+            one for tools if there are tools.
+          option: what error messages call it. An option of a config may also be the path of a file or folder.
 
         Raises:
           UserError: there is none.
@@ -205,8 +204,8 @@ class Chat:
         text = tokenizer_folder.read_text(folder, file)
         if text is None:
             raise UserError(
-                f"{option}={chat_template!r} is no file, nor a folder with a {JINJA}. Give the path of one, or a "
-                f"template."
+                f"{option}={chat_template!r} is no file, nor a folder with a {JINJA}. Give the path of one, "
+                f"or a template."
             )
         return text, path
 

@@ -55,8 +55,8 @@ class Conversation(NamedTuple):
       variables: for the template (chat_template_kwargs).
     """
 
-    messages: list[Message]
-    trained: list[bool]
+    messages: Sequence[Message]
+    trained: Sequence[bool]
     prompt: int | None
     tools: list[Mapping[str, Any]] | None
     variables: Mapping[str, Any]
@@ -112,16 +112,16 @@ def normalise(
       kind: of FORMATS.
       name: of the row, for messages: "chats.jsonl, line 3".
       system_prompt: put first in a chat that has no system message.
-      arrow: the row comes from a table (Parquet, Arrow), whose structs have a value for every key: None is left
-        out of tools and tool calls.
+      arrow: the row comes from a table (Parquet, Arrow), whose structs have a value for every key: None is
+        left out of tools and tool calls.
 
     Raises:
       UserError: the row is not of that format.
     """
     if missing := [key for key in FORMATS[kind] if row.get(key) is None]:
         raise UserError(
-            f"{name} has the keys {_keys(row)}; config.sft.format={kind} needs {missing[0]!r} too. Rows of one "
-            f"source have one format: correct the row, or set config.sft.format."
+            f"{name} has the keys {_keys(row)}; config.sft.format={kind} needs {missing[0]!r}. Rows of one "
+            f"run have one format: correct the row, or set config.sft.format."
         )
     if kind == "tokenized":
         return _tokens(row, name)
@@ -135,8 +135,8 @@ def normalise(
             return Passage(row["prompt"], row["completion"])
         if any(texts):
             raise UserError(
-                f"{name} has a prompt and a completion of which one is a text and one is not. Make both texts, "
-                f"or both lists of messages."
+                f"{name} has a prompt and a completion of which one is a text and one is not. Make "
+                f"both texts, or both lists of messages."
             )
     return _conversation(row, kind, name, system_prompt, arrow)
 
@@ -162,8 +162,8 @@ def _conversation(row: Row, kind: str, name: str, system_prompt: str, arrow: boo
     tools = _read(row.get("tools"))
     if not isinstance(tools, (list, tuple, type(None))):
         raise UserError(
-            f"{name} has tools that are a {type(tools).__name__} and not a list of JSON schemas, or such a list "
-            f"as JSON text."
+            f"{name} has tools that are a {type(tools).__name__} and not a list of JSON schemas, or such "
+            f"a list as JSON text."
         )
     variables = _read(row.get("chat_template_kwargs")) or {}
     if not isinstance(variables, Mapping):
@@ -211,8 +211,8 @@ def _trained(message: Mapping[str, Any], name: str) -> bool:
     for key, value in (("mask", mask), ("weight", weight)):
         if value not in (None, 0, 1):
             raise UserError(
-                f"{name} has a message with {key}={value!r}. Give 0 or 1: mask 1, or weight 0, for an answer that "
-                f"is not trained."
+                f"{name} has a message with {key}={value!r}. Give 0 or 1: mask 1, or weight 0, for an "
+                f"answer that is not trained."
             )
     return message["role"] != "assistant" or (mask != 1 and weight != 0)
 
@@ -220,8 +220,8 @@ def _trained(message: Mapping[str, Any], name: str) -> bool:
 def _instruction(row: Row, name: str) -> Passage:
     if row.get("history"):
         raise UserError(
-            f"{name} has the key 'history', which is not read with instruction and output. Give earlier turns "
-            f"as messages."
+            f"{name} has the key 'history', which is not read with instruction and output. Give earlier "
+            f"turns as messages."
         )
     given = _text(row, "input", name).strip() if row.get("input") is not None else ""
     prompt = INSTRUCTION.format(
@@ -233,13 +233,13 @@ def _instruction(row: Row, name: str) -> Passage:
 
 def _tokens(row: Row, name: str) -> Tokens:
     ids = _integers(row["input_ids"], "input_ids", name)
-    masks = {}
+    masks: dict[str, np.ndarray | None] = {}
     for key in ("labels", "completion_mask", "assistant_masks"):
         value = row.get(key)
-        masks[key] = None if value is None else _integers(value, key, name)
-        if value is not None and len(masks[key]) != len(ids):
+        mask = masks[key] = None if value is None else _integers(value, key, name)
+        if mask is not None and len(mask) != len(ids):
             raise UserError(
-                f"{name} has {len(ids)} input_ids and {len(masks[key])} {key}. Give one for each token."
+                f"{name} has {len(ids)} input_ids and {len(mask)} {key}. Give one for each token."
             )
     labels = masks.pop("labels")
     if labels is not None:
@@ -247,8 +247,8 @@ def _tokens(row: Row, name: str) -> Tokens:
         if wrong.any():
             at = int(wrong.argmax())
             raise UserError(
-                f"{name}: labels[{at}] is {labels[at]} and input_ids[{at}] is {ids[at]}. Labels are the ids of "
-                f"the same places, or {IGNORE}: do not shift them."
+                f"{name}: labels[{at}] is {labels[at]} and input_ids[{at}] is {ids[at]}. Labels are the "
+                f"ids of the same places, or {IGNORE}: do not shift them."
             )
     for key, mask in masks.items():
         if mask is not None and not np.isin(mask, (0, 1)).all():

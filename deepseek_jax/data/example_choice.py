@@ -156,6 +156,8 @@ def summary(
         first += f", {choice.unscored:,} left out without a trained token"
     if choice.cut:
         first += f"; {choice.cut:,} cut off at {length} tokens"
+    if config.sft.packing_strategy == "bfd_split" and (n := int((choice.kept > length).sum())):
+        first += f"; {n:,} longer than {length} tokens are split"
     kept, trained = int(choice.kept[train].sum()), int(choice.trained[train].sum())
     share = trained / max(kept, 1)
     lines = [first, f"{human(trained)} of {human(kept)} tokens are trained on ({share:.0%})"]

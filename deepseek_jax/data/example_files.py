@@ -88,12 +88,16 @@ class ExampleWriter:
         self._tokens = 0
 
     def __enter__(self) -> "ExampleWriter":
-        for name in ARRAYS:
-            if self._stem is None:
-                self._files[name] = tempfile.TemporaryFile()
-            else:
-                self._files[name] = open(self._temp[name], "x+b")
-        self._append("offsets", np.zeros(1))
+        try:
+            for name in ARRAYS:
+                if self._stem is None:
+                    self._files[name] = tempfile.TemporaryFile()
+                else:
+                    self._files[name] = open(self._temp[name], "x+b")
+            self._append("offsets", np.zeros(1))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

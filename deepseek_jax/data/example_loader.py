@@ -5,9 +5,6 @@ Examples are packed once, in the order of their files. An epoch is all of these 
 which examples a step reads follows from the numbers of its rows.
 """
 
-import math
-from fractions import Fraction
-
 import numpy as np
 
 from deepseek_jax.cli.texts import human
@@ -31,11 +28,6 @@ from deepseek_jax.data.sources import parse_weights
 from deepseek_jax.data.token_marks import marked
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
-
-
-def steps_of_epochs(rows: int, epochs: float, batch_size: int) -> int:
-    """Steps of `batch_size` rows that read `epochs` passes over `rows` rows; the last may begin another."""
-    return math.ceil(Fraction(repr(float(epochs))) * rows / batch_size)  # 0.1 is a tenth
 
 
 class ExampleLoader:
@@ -173,15 +165,15 @@ class ExampleLoader:
         start = int(examples.offsets[example]) + piece.first
         ids = np.asarray(examples.tokens[start : start + piece.tokens])
         before = np.asarray(examples.tokens[start - min(piece.first, 32) : start])
-        parts = marked(
-            self.tokenizer, ids, examples.scored[start : start + piece.tokens] != 0, before
-        )
+        scored = examples.scored[start : start + piece.tokens] != 0
+        parts = marked(self.tokenizer, ids, scored, before)
         return Span(
             split_paths(self._config.data.path, "config.data.path")[source],
             example - int(examples.sources[source]),
             piece.first,
             piece.tokens,
             "".join(text for text, _ in parts),
+            int(scored.sum()),
             parts,
         )
 

@@ -158,8 +158,6 @@ class ExampleRows:
       strategy: as `pack`.
     """
 
-    fields = TEXT  # what `row` has
-
     def __init__(
         self,
         examples: ExampleSet,

@@ -32,7 +32,8 @@ class Span(NamedTuple):
     first_token: int  # tokens of the document before this piece
     tokens: int
     text: str
-    # of examples: the text in order, in pieces that are trained on and that are not
+    # of examples: how many of its tokens are trained on, and the text in pieces that are and that are not
+    trained: int | None = None
     parts: tuple[tuple[str, bool], ...] = ()
 
 

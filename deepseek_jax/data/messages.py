@@ -2,7 +2,7 @@
 for."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -103,14 +103,31 @@ def objects(value: Any, name: str) -> list[dict[str, Any]] | None:
     return out
 
 
+def functions(message: Message) -> list[Mapping[str, Any]]:
+    """The functions that a message calls: objects with "name" and "arguments"."""
+    calls = message.get("tool_calls")
+    found = [
+        call.get("function", call)
+        for call in (calls if isinstance(calls, (list, tuple)) else ())
+        if isinstance(call, Mapping)
+    ]
+    return [f for f in found if isinstance(f, Mapping)]
+
+
+def unwritten_call(message: Message, text: str) -> str | None:
+    """The name of a function that a message calls and that is not in what a template wrote."""
+    names = [f["name"] for f in functions(message) if isinstance(f.get("name"), str)]
+    return next((name for name in names if name not in text), None)
+
+
 def spellings(chat: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """A chat as it is, and, if it has tool calls, in other spellings of the same: content None where there is
-    none (DeepSeek's templates ask for that), arguments as JSON text and not as objects (DeepSeek's put
-    strings together)."""
+    none (DeepSeek-R1's template leaves the calls out else), arguments as JSON text and not as objects
+    (DeepSeek-V3's puts strings together)."""
     yield chat
     if not any(m.get("tool_calls") for m in chat):
         return
-    none = [{"content": None, **m} if m.get("tool_calls") else m for m in chat]
+    none = [{**m, "content": m.get("content") or None} if m.get("tool_calls") else m for m in chat]
     if none != chat:
         yield none
     text = [_with_arguments(m, lambda a: a if isinstance(a, str) else _json(a)) for m in none]
@@ -119,14 +136,9 @@ def spellings(chat: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def arguments_as_objects(chat: list[dict[str, Any]], text: str) -> list[dict[str, Any]] | None:
-    """The chat with arguments of tool calls as objects, if they were given as JSON text, as OpenAI has it, and
-    the template wrote that text as a JSON string within JSON; else None."""
-    given = [
-        call.get("function", call).get("arguments")
-        for m in chat
-        for call in m.get("tool_calls") or ()
-        if isinstance(call, dict) and isinstance(call.get("function", call), dict)
-    ]
+    """The chat with arguments of tool calls as objects, if they were given as JSON text, as OpenAI has it,
+    and the template wrote that text as a JSON string within JSON; else None."""
+    given = [f.get("arguments") for m in chat for f in functions(m)]
     if not any(isinstance(a, str) and a not in text and _json(a) in text for a in given):
         return None
 

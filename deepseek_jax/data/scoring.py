@@ -9,8 +9,8 @@ would put out of step.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from deepseek_jax.cli.texts import clean_text
 from deepseek_jax.data import conversations
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.conversations import Conversation, Passage, Row, Tokens
-from deepseek_jax.data.template_program import names_read
+from deepseek_jax.data.scoring_options import Choices, Options
 from deepseek_jax.data.text_encoder import Placed, TextEncoder
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.data.turns import TurnFinder
@@ -44,35 +44,12 @@ class Encoded(NamedTuple):
     prompt_differs: bool = False
 
 
-class Options(Protocol):
-    """What is read of config.sft."""
-
-    @property
-    def format(self) -> str: ...
-    @property
-    def assistant_only_loss(self) -> Any: ...
-    @property
-    def completion_only_loss(self) -> Any: ...
-    @property
-    def train_on_header(self) -> bool: ...
-    @property
-    def chat_template(self) -> str: ...
-    @property
-    def chat_template_kwargs(self) -> str: ...
-    @property
-    def system_prompt(self) -> str: ...
-    @property
-    def eos_token(self) -> str: ...
-
-
 class ExampleEncoder:
     """Encodes rows of one format.
 
     Attributes:
       format: of conversations.FORMATS; of the first row that was encoded where config.sft.format is auto, ""
         before.
-      stop_ids: tokens that end an answer: the model's, config.sft.eos_token, and what ends an output of
-        instruction_output.
       identity: changes whenever ids or what is scored could change.
     """
 
@@ -86,41 +63,42 @@ class ExampleEncoder:
         Raises:
           UserError: an option is wrong by itself, or with this tokenizer.
         """
-        self._options = options
         self._chat = chat
+        self._choices = Choices.of(options)
         self._encoder = TextEncoder(chat)
         self._vocab_size = vocab_size
-        self.format = "" if options.format == "auto" else options.format
-        self._assistant_only = _choice(options.assistant_only_loss, "assistant_only_loss")
-        self._completion_only = _choice(options.completion_only_loss, "completion_only_loss")
-        self._variables = _kwargs(options.chat_template_kwargs)
-        self._special = dict(chat.special) if isinstance(chat, Chat) else {}
-        ids = self._encoder.added()
-        eos = options.eos_token
-        if eos and eos not in ids:
-            raise UserError(
-                f"config.sft.eos_token={eos!r} is no token of the tokenizer. Give one that it has, or leave the "
-                f"option out."
-            )
-        # The token that ends a text, as text where the tokenizer finds it in one, else by its id.
-        named = self._special if isinstance(chat, Chat) else {"eos_token": chat.hidden[chat.eos_id]}
-        self._eos = eos or named.get("eos_token", "")
-        if self._eos:
-            self._special["eos_token"] = self._eos
-        own = chat.eos_id if isinstance(chat, Tokenizer) else None
-        self._eos_id = ids.get(self._eos, own)
-        if self._eos_id is None and isinstance(chat, Chat):
-            self._eos_id = chat.tokenizer.token_to_id(self._eos)
-        self._instruction_end = eos or (
-            conversations.INSTRUCTION_END if conversations.INSTRUCTION_END in ids else self._eos
-        )
-        stops = set(chat.stop_ids)
-        stops |= {i for i in (self._eos_id, ids.get(self._instruction_end)) if i is not None}
-        self.stop_ids = frozenset(stops)
         self._finders: dict[str, TurnFinder] = {}
+        self.format = "" if options.format == "auto" else options.format
+        self._special = dict(chat.special) if isinstance(chat, Chat) else {}
+        known = self._encoder.added
+        eos = options.eos_token
+        if eos and eos not in known:
+            raise UserError(
+                f"config.sft.eos_token={eos!r} is no token of the tokenizer. Give one that it has, or leave "
+                f"the option out."
+            )
+        if isinstance(chat, Chat):
+            self._end = eos or self._special.get("eos_token", "")
+            self._end_id = chat.tokenizer.token_to_id(self._end)
+            self._special |= {"eos_token": self._end} if self._end else {}
+        else:
+            self._end = eos or chat.hidden[chat.eos_id]
+            self._end_id = known.get(self._end, chat.eos_id)
+        self._output_end = self._end
+        if not eos and conversations.INSTRUCTION_END in known:
+            self._output_end = conversations.INSTRUCTION_END
         self.identity = self._identity()
         if self.format:
-            self._check_options()
+            self._choices.check(self.format)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the model's, config.sft.eos_token, and what ends an output of
+        instruction_output."""
+        more = {self._end_id}
+        if self.format == "instruction_output":
+            more.add(self._encoder.added.get(self._output_end))
+        return self._chat.stop_ids | {i for i in more if i is not None}
 
     def encode_batch(
         self, rows: Sequence[Row], names: Sequence[str] = (), arrow: bool = False
@@ -138,11 +116,11 @@ class ExampleEncoder:
         names = names or [f"row {i}" for i in range(1, len(rows) + 1)]
         if not self.format and rows:
             self.format = conversations.find_format(rows[0], names[0])
-            self._check_options()
+            self._choices.check(self.format)
         plans = []
         for row, name in zip(rows, names, strict=True):
             example = conversations.normalise(
-                row, self.format, name, self._options.system_prompt, arrow
+                row, self.format, name, self._choices.system_prompt, arrow
             )
             try:
                 plans.append(self._plan(example))
@@ -162,42 +140,19 @@ class ExampleEncoder:
         """What is scored, in lines for people, and where TRL's default differs. Once the format is known."""
         if not self.format:
             return []
-        lines = [f"{self.format} ({', '.join(conversations.FORMATS[self.format])})"]
-        end = self._eos or "eos"
-        if self.format == "tokenized":
-            return [
-                *lines,
-                "scored are the tokens with labels, completion_mask and assistant_masks",
-            ]
-        if self.format == "text":
-            return [*lines, f"every token is scored, {end} at the end too"]
-        header = "with the header of each turn" if self._options.train_on_header else "no headers"
-        if self.format in CHATS:
-            if self._assistant_only is False:
-                lines.append("every token is scored")
-            else:
-                lines.append(
-                    f"assistant turns are scored with their stop token, {header} (TRL's default is every token: "
-                    f"config.sft.assistant_only_loss=False)"
-                )
-        else:
-            if self.format == "instruction_output":
-                end = self._instruction_end or "eos"
-            ending = "" if self.format == "prompt_completion" else f" with {end} at the end"
-            lines.append(
-                "every token is scored, prompts too (TRL's default is the completion)"
-                if self._completion_only is False
-                else f"the {'completion' if not ending else 'output'} is scored{ending}"
-            )
+        end = self._output_end if self.format == "instruction_output" else self._end
+        lines = self._choices.describe(self.format, end or "eos")
         for finder in self._finders.values():
-            how = "marks by {% generation %}" if finder.marked else "was watched for"
-            lines.append(f"the chat template of {finder.where} {how} what the model says")
-            if "strftime_now" in names_read(finder.source, finder.where)[0]:
-                lines.append(
-                    "this template may write the date of today: set what it reads instead, such as "
-                    "date_string, in config.sft.chat_template_kwargs"
-                )
+            lines += finder.describe()
         return lines
+
+    @property
+    def turn_end(self) -> str | None:
+        """The token that the chat template writes after an answer, if it is none of `stop_ids`: a model that
+        learns it does not end with it, unless it is given as config.sft.eos_token."""
+        ends = [finder.turn_end() for finder in self._finders.values()]
+        known = self._encoder.added
+        return next((e for e in ends if e and known[e] not in self.stop_ids), None)
 
     def _plan(self, example: Conversation | Passage | Tokens) -> "_Plan | Encoded":
         if isinstance(example, Tokens):
@@ -207,15 +162,13 @@ class ExampleEncoder:
         return self._conversation(example)
 
     def _conversation(self, given: Conversation) -> "_Plan":
-        chat = given._replace(variables={**self._variables, **given.variables})
+        chat = given._replace(variables={**self._choices.variables, **given.variables})
         finder = self._finder(chat)
-        by_turns = self._assistant_only is not False and (
-            chat.prompt is None or self._assistant_only is True
-        )
+        by_turns = self._choices.by_turns(chat.prompt is not None)
         turns = finder.find(chat, by_turns)
         whole = [(0, len(turns.text))]
         regions = turns.said if by_turns else whole
-        within = turns.completion if self._completion_only is not False else None
+        within = turns.completion if self._choices.completion_only is not False else None
         return _Plan(
             turns.text,
             False,
@@ -227,95 +180,72 @@ class ExampleEncoder:
         )
 
     def _passage(self, passage: Passage) -> "_Plan":
-        end = self._instruction_end if self.format == "instruction_output" else self._eos
-        written = end in self._encoder.added()
-        text, begins = passage.text, clean_text(passage.prompt or "")
-        if written and not text.endswith(end):
-            text += end
-        text = begins + clean_text(text)
-        ids = self._encoder.added()
-        append = None if written else self._eos_id
-        if append is None and ids.get(end) is None:
+        end, known = self._end, self._encoder.added
+        if self.format == "instruction_output":
+            end = self._output_end
+        if end not in known and self._end_id is None:
             raise UserError(
                 "the tokenizer has no eos_token to end a text with. Give one as config.sft.eos_token."
             )
-        whole = passage.prompt is None or self._completion_only is False
-        region = (0 if whole else len(begins), len(text) + 1)
-        return _Plan(text, True, [region], None, [], append)
+        prompt, text = clean_text(passage.prompt or ""), clean_text(passage.text)
+        # As text where the tokenizer finds it in one, so that it is treated as there; else its id.
+        spelt = end in known
+        if spelt and not text.endswith(end):
+            text += end
+        text = prompt + text
+        whole = passage.prompt is None or self._choices.completion_only is False
+        region = (0 if whole else len(prompt), len(text) + 1)
+        return _Plan(text, True, [region], append=None if spelt else self._end_id)
 
     def _tokenized(self, row: Tokens) -> Encoded:
         size = self._vocab_size or 1 << 31
         if (wrong := (row.ids < 0) | (row.ids >= size)).any():
             at = int(wrong.argmax())
             raise UserError(f"input_ids[{at}] is {row.ids[at]}, and the vocabulary has {size} ids.")
-        scored = np.ones(len(row.ids), bool)
-        for mask, choice, key in (
-            (row.completion, self._completion_only, "completion_mask"),
-            (row.assistant, self._assistant_only, "assistant_masks"),
+        scored = np.ones(len(row.ids), bool) if row.labels is None else row.labels.copy()
+        for mask, choice, option, key in (
+            (
+                row.completion,
+                self._choices.completion_only,
+                "completion_only_loss",
+                "completion_mask",
+            ),
+            (row.assistant, self._choices.assistant_only, "assistant_only_loss", "assistant_masks"),
         ):
             if mask is None and choice is True:
-                option = key.split("_")[0] + "_only_loss"
                 raise UserError(f"config.sft.{option}=True needs {key} in a tokenized row.")
-            if mask is not None and choice is not False:
+            if mask is not None and (choice or choice is None and row.labels is None):
                 scored &= mask
-        if row.labels is not None:
-            scored &= row.labels
         scored[0] = False
         return Encoded(row.ids, scored)
 
     def _finder(self, chat: Conversation) -> TurnFinder:
         if not isinstance(self._chat, Chat):
             raise UserError(
-                f"messages need a chat template, and the tokenizer {self._chat.name!r} is not of a checkpoint with "
-                f"one. Set config.init_from or config.data.tokenizer to a folder with a tokenizer and its chat "
-                f"template, or train on text or prompt and completion."
+                f"messages need a chat template, and the tokenizer {self._chat.name!r} is of no checkpoint "
+                f"with one. Begin from a model with config.init_from, give a folder with a tokenizer and its "
+                f"chat template as config.data.tokenizer, or train on text or prompt and completion."
             )
         source, where = self._chat.source(
-            self._options.chat_template or None, chat.tools is not None, "config.sft.chat_template"
+            self._choices.chat_template or None, chat.tools is not None, "config.sft.chat_template"
         )
         if source not in self._finders:
-            added = self._encoder.added()
-            stops = [text for text, i in added.items() if i in self.stop_ids]
+            known = self._encoder.added
+            stops = [text for text, i in known.items() if i in self.stop_ids]
             self._finders[source] = TurnFinder(
-                source, where, self._special, stops, self._options.train_on_header
+                source, where, self._special, list(known), stops, self._choices.train_on_header
             )
         return self._finders[source]
-
-    def _check_options(self) -> None:
-        """Raises UserError where an option cannot act on the format."""
-        wants = {
-            "assistant_only_loss": (*CHATS, "prompt_completion", "tokenized"),
-            "completion_only_loss": ("prompt_completion", "instruction_output", "tokenized"),
-        }
-        given = {
-            "assistant_only_loss": self._assistant_only,
-            "completion_only_loss": self._completion_only,
-        }
-        for option, formats in wants.items():
-            if given[option] is True and self.format not in formats:
-                raise UserError(
-                    f"config.sft.{option}=True acts on {', '.join(formats)}, and the rows are "
-                    f"{self.format}. Leave it at auto."
-                )
-        chats = (*CHATS, "prompt_completion")
-        for option in ("chat_template", "chat_template_kwargs", "system_prompt"):
-            if getattr(self._options, option) and self.format not in chats:
-                raise UserError(
-                    f"config.sft.{option} acts on chats, and the rows are {self.format}. Leave it out."
-                )
 
     def _identity(self) -> str:
         what: list[Any] = [
             self._chat.identity if isinstance(self._chat, Chat) else self._chat.name,
             sorted(self._special.items()),
-            self._encoder.prefix,
-            self._encoder.suffix,
-            sorted(self.stop_ids),
-            [str(self._assistant_only), str(self._completion_only), self._variables],
-            [self._options.format, self._options.train_on_header, self._options.system_prompt],
+            [self._encoder.prefix, self._encoder.suffix, sorted(self._chat.stop_ids)],
+            self._choices._replace(chat_template=""),
         ]
         if isinstance(self._chat, Chat):
-            what.append(self._chat.sources(self._options.chat_template or None))
+            what.append(self._chat.sources(self._choices.chat_template or None))
         return "sha256:" + hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
@@ -333,8 +263,8 @@ class _Plan(NamedTuple):
     text: str
     bounds: bool
     regions: Sequence[tuple[int, int]]
-    within: tuple[int, int] | None
-    without: Sequence[tuple[int, int]]
+    within: tuple[int, int] | None = None
+    without: Sequence[tuple[int, int]] = ()
     append: int | None = None
     dropped_reasoning: int = 0
     prompt_differs: bool = False
@@ -350,29 +280,3 @@ class _Plan(NamedTuple):
             ids, scored = np.append(ids, np.int32(self.append)), np.append(scored, True)
         scored[:1] = False
         return Encoded(ids, scored, self.dropped_reasoning, self.prompt_differs)
-
-
-def _choice(value: Any, option: str) -> bool | None:
-    """auto, true or false, in any case, or a bool; None: auto."""
-    known = {"auto": None, "true": True, "false": False}
-    word = str(value).lower()
-    if word not in known:
-        raise UserError(f"config.sft.{option}={value!r}: choose auto, true or false.")
-    return known[word]
-
-
-def _kwargs(text: str) -> Mapping[str, Any]:
-    """config.sft.chat_template_kwargs."""
-    try:
-        value = json.loads(text) if text else {}
-    except (ValueError, RecursionError) as e:
-        raise UserError(
-            f"config.sft.chat_template_kwargs={text!r} is not JSON ({str(e)[:100]}). Give an object, such as "
-            f'{{"enable_thinking": false}}.'
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(
-            f"config.sft.chat_template_kwargs={text!r} is no object. Give one, such as "
-            f'{{"enable_thinking": false}}.'
-        )
-    return value

@@ -6,7 +6,7 @@ refused; transformers leaves it out silently.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from deepseek_jax.data import template_program
 from deepseek_jax.data.messages import (
@@ -16,14 +16,13 @@ from deepseek_jax.data.messages import (
     objects,
     plain,
     spellings,
+    unwritten_call,
     with_reasoning,
 )
 from deepseek_jax.data.template_program import FAILURES, Rendered, names_read
 from deepseek_jax.errors import UserError
 
 TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own
-
-T = TypeVar("T", str, Rendered)
 
 
 def render(
@@ -68,15 +67,10 @@ def render(
         not continue_final_message if add_generation_prompt is None else bool(add_generation_prompt)
     )
     given = _given(source, where, {"tools": tools, "documents": documents, **variables})
+    shared = {"add_generation_prompt": begins, **special, **given}
     text = _rendered(
-        lambda shown: template_program.run(
-            source,
-            {"messages": shown, "add_generation_prompt": begins, **special, **given},
-        ),
-        lambda text: text,
-        chat,
-        where,
-    )
+        lambda shown: template_program.run(source, {"messages": shown, **shared}), chat, where
+    ).text
     return _cut(text, chat[-1], where) if continue_final_message else text
 
 
@@ -97,18 +91,9 @@ def render_watched(
       UserError: as of `render`.
     """
     given = _given(source, where, {"tools": tools, **variables})
+    shared = {"add_generation_prompt": add_generation_prompt, **special, **given}
     return _rendered(
-        lambda shown: template_program.run_watched(
-            source,
-            shown,
-            {
-                "messages": shown,
-                "add_generation_prompt": add_generation_prompt,
-                **special,
-                **given,
-            },
-        ),
-        lambda rendered: rendered.text,
+        lambda shown: template_program.run_watched(source, shown, {"messages": shown, **shared}),
         checked(messages),
         where,
     )
@@ -130,22 +115,28 @@ def _given(source: str, where: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rendered(
-    program: Callable[[list[dict[str, Any]]], T],
-    text_of: Callable[[T], str],
-    chat: list[dict[str, Any]],
-    where: str,
-) -> T:
-    """What a program makes of a chat, in the first of its spellings that the template takes."""
+    program: Callable[[list[dict[str, Any]]], Rendered], chat: list[dict[str, Any]], where: str
+) -> Rendered:
+    """What a program makes of a chat, in the first of its spellings that the template takes and of which it
+    writes the tool calls; else in the first that it takes."""
     first: Exception | None = None
+    taken: Rendered | None = None
     for spelling in spellings(chat):
         try:
             if any(isinstance(m.get("content"), list) for m in spelling):
-                return _by_parts(program, text_of, spelling)
-            out = program([with_reasoning(m) for m in spelling])
-            read = arguments_as_objects(spelling, text_of(out))
-            return out if read is None else program([with_reasoning(m) for m in read])
+                out = _by_parts(program, spelling)
+            else:
+                out = program([with_reasoning(m) for m in spelling])
+            if (read := arguments_as_objects(spelling, out.text)) is not None:
+                out = program([with_reasoning(m) for m in read])
         except FAILURES as e:
             first = first or e
+            continue
+        if all(unwritten_call(m, out.of(i)) is None for i, m in enumerate(chat)):
+            return out
+        taken = out if taken is None else taken
+    if taken is not None:
+        return taken
     raise UserError(
         f"the chat template of {where} refuses these messages "
         f"({' '.join(str(first).split())[:200] or type(first).__name__}). "
@@ -154,10 +145,8 @@ def _rendered(
 
 
 def _by_parts(
-    program: Callable[[list[dict[str, Any]]], T],
-    text_of: Callable[[T], str],
-    chat: list[dict[str, Any]],
-) -> T:
+    program: Callable[[list[dict[str, Any]]], Rendered], chat: list[dict[str, Any]]
+) -> Rendered:
     """A chat with contents that are lists of parts: as they are where the template reads parts, else as one
     text each, as vLLM makes it.
 
@@ -171,7 +160,7 @@ def _by_parts(
 
     try:
         out = program([with_reasoning(m) for m in chat])
-        if all(written(parts, text_of(out)) for parts in lists):
+        if all(written(parts, out.text) for parts in lists):
             return out
     except FAILURES:
         pass

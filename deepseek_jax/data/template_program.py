@@ -56,6 +56,11 @@ class Rendered(NamedTuple):
     owned: list[Span]
     marked: list[Span]
 
+    def of(self, message: int) -> str:
+        """What was written at a message; all of the text where that is not known."""
+        parts = [self.text[s.start : s.end] for s in self.owned if s.owner == message]
+        return "".join(parts) if parts else self.text
+
 
 class _Watch:
     """Where the output of a running template is, and at which message the template is."""
@@ -94,9 +99,9 @@ class _Watch:
 _watch: contextvars.ContextVar[_Watch | None] = contextvars.ContextVar("_watch", default=None)
 
 
-def run(source: str, variables: Mapping[str, Any]) -> str:
-    """The output of a template. Raises one of FAILURES."""
-    return _compiled(source).render(**variables)
+def run(source: str, variables: Mapping[str, Any]) -> Rendered:
+    """The output of a template, without who owns what. Raises one of FAILURES."""
+    return Rendered(_compiled(source).render(**variables), [], [])
 
 
 def run_watched(
@@ -245,7 +250,7 @@ class _Notes(jinja2.visitor.NodeTransformer):
             return node
         depth = self._depth
         self._depth += 1
-        node = self.generic_visit(node)
+        self.generic_visit(node)  # in place
         self._depth -= 1
         item = (
             nodes.Name(node.target.name, "load")

@@ -17,8 +17,8 @@ class Placed(NamedTuple):
 
     Attributes:
       ids: int32 [n].
-      starts: int32 [n], the first character of each, counted in Python's characters. It follows the last one of
-        the token before: some tokenizers leave the space that a token begins with out of its offsets.
+      starts: int32 [n], the first character of each, in Python's counting. It follows the last one of the
+        token before: some tokenizers leave the space that a token begins with out of its offsets.
       ends: int32 [n], after the last character. What a tokenizer puts before a text (bos) ends at 0; what it
         puts after it stands for one character beyond its end.
     """
@@ -43,12 +43,14 @@ class TextEncoder:
     Attributes:
       prefix: ids that the tokenizer puts before a text by itself: bos, or nothing.
       suffix: and after it.
+      added: {text: id} of the tokens that are found in a text before it is split.
     """
 
     def __init__(self, source: Chat | Tokenizer):
         self._inner: tokenizers.Tokenizer | None = None
         self.prefix: list[int] = []
         self.suffix: list[int] = []
+        self.added: dict[str, int] = {}
         if isinstance(source, Chat):
             self._inner = source.tokenizer
         elif isinstance(source, FileTokenizer):
@@ -62,13 +64,7 @@ class TextEncoder:
                 self.prefix = encoding.ids[: special.index(0)]
                 self.suffix = encoding.ids[len(special) - special[::-1].index(0) :]
             added = self._inner.get_added_tokens_decoder()
-            self._added = {t.content: i for i, t in added.items()}
-        else:
-            self._added = {}
-
-    def added(self) -> dict[str, int]:
-        """Text -> id of the tokens that are found in a text before it is split."""
-        return self._added
+            self.added = {t.content: i for i, t in added.items()}
 
     def encode(self, texts: Sequence[str], bounds: bool) -> list[Placed]:
         """The tokens of some texts.
@@ -91,10 +87,14 @@ class TextEncoder:
         after = [] if self.suffix and ids[-len(self.suffix) :] == self.suffix else self.suffix
         zeros, ends = [0] * len(before), [length] * len(after)
         return Placed(
-            np.concatenate([np.int32(before), placed.ids, np.int32(after)]),
-            np.concatenate([np.int32(zeros), placed.starts, np.int32(ends)]),
-            np.concatenate([np.int32(zeros), placed.ends, np.int32(ends) + np.int32(1)]),
+            _joined(before, placed.ids, after),
+            _joined(zeros, placed.starts, ends),
+            _joined(zeros, placed.ends, [e + 1 for e in ends]),
         )
+
+
+def _joined(before: list[int], values: np.ndarray, after: list[int]) -> np.ndarray:
+    return np.concatenate([np.array(before, np.int32), values, np.array(after, np.int32)])
 
 
 def _placed(encoding: tokenizers.Encoding) -> Placed:

@@ -5,15 +5,15 @@ what it writes at an assistant's message is that turn. Of both, what a generatio
 answer with, the header, is cut: at inference the model is given it.
 """
 
-import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from deepseek_jax.data import template, template_program
 from deepseek_jax.data.conversations import Conversation
-from deepseek_jax.data.messages import REASONING, Message
+from deepseek_jax.data.messages import REASONING, Message, unwritten_call
+from deepseek_jax.data.template_probe import Probe
 from deepseek_jax.data.template_program import Rendered
 from deepseek_jax.errors import UserError
 
@@ -21,9 +21,6 @@ REMEDY = (
     "Give a template that marks what the model says by {% generation %} ... {% endgeneration %} as "
     "config.sft.chat_template."
 )
-# Words that no template writes by itself.
-QUESTION, ANSWER = ("questionone", "questiontwo"), ("answerone", "answertwo")
-
 Region = tuple[int, int]  # characters from, to
 
 
@@ -55,6 +52,7 @@ class TurnFinder:
         source: str,
         where: str,
         special: Mapping[str, str],
+        added: Sequence[str],
         stops: Sequence[str],
         train_on_header: bool,
     ):
@@ -63,7 +61,8 @@ class TurnFinder:
           source: of the template.
           where: whose it is, for messages.
           special: the tokenizer's special tokens by name.
-          stops: tokens that end an answer. Templates like GLM's write them with the next message.
+          added: tokens that the tokenizer finds in a text before it is split.
+          stops: those that end an answer. Templates like GLM's write them with the next message.
 
         Raises:
           UserError: it is no template, or marks what the model says where that cannot be told.
@@ -72,10 +71,10 @@ class TurnFinder:
         self.where = where
         self.marked = template_program.marks(source, where)
         self._special = special
+        self._added = tuple(a for a in added if a)
         self._stops = tuple(s for s in stops if s)
         self._train_on_header = train_on_header
-        self._headers = functools.lru_cache(64)(self._find_headers)
-        self._tells = functools.lru_cache(64)(self._answers_are_found)
+        self._probe = Probe(source, where, special)
 
     def find(self, chat: Conversation, all_said: bool) -> Turns:
         """The turns of a chat.
@@ -91,18 +90,17 @@ class TurnFinder:
         for span in rendered.owned:
             start = turns.get(span.owner, span)[0]
             turns[span.owner] = (start, span.end)
-        variables = json.dumps([chat.tools, chat.variables], sort_keys=True, default=str)
+        variables = json.dumps({"tools": chat.tools, **chat.variables}, sort_keys=True, default=str)
         headers = {}
         for i, message in enumerate(chat.messages):
             if message["role"] == "assistant" and i in turns:
                 after_tool = i > 0 and chat.messages[i - 1]["role"] == "tool"
                 headers[i] = self._body(rendered.text, turns[i], variables, after_tool)
         bodies = {i: (turns[i][0] if self._train_on_header else at) for i, at in headers.items()}
+        self._check(rendered, chat, turns, all_said)
         if self.marked:
             said = self._said_by_marks(rendered, chat, bodies)
         else:
-            if all_said:
-                self._check(rendered, chat, turns, variables)
             said = [
                 (start, self._end(rendered.text, *turns[i]))
                 for i, start in bodies.items()
@@ -119,6 +117,22 @@ class TurnFinder:
             completion, differs = self._completion(rendered.text, chat, turns, headers)
         said = [r for r in said if r[0] < r[1]]
         return Turns(rendered.text, said, completion, masked, dropped, differs)
+
+    def turn_end(self) -> str | None:
+        """The first token that the template writes after an answer and that is found in a text before it is
+        split; None: there is none, or it refuses a chat that tells."""
+        return self._probe.turn_end(self._added)
+
+    def describe(self) -> list[str]:
+        """How it is told what the model says, in lines for people."""
+        how = "marks by {% generation %}" if self.marked else "is watched for"
+        lines = [f"the chat template of {self.where} {how} what the assistant says"]
+        if "strftime_now" in template_program.names_read(self.source, self.where)[0]:
+            lines.append(
+                "it may write the date of the day: config.sft.chat_template_kwargs fixes it, as in "
+                '{"date_string": "26 Jul 2024"}'
+            )
+        return lines
 
     def _render(
         self, messages: Sequence[Message], chat: Conversation, begins: bool = False
@@ -141,9 +155,9 @@ class TurnFinder:
         for start, end, owner in rendered.marked:
             if owner < 0 and not all(chat.trained):
                 raise UserError(
-                    f"the chat template of {self.where} marks what the model says outside a loop over messages, "
-                    f"so that which message it belongs to is not known, and one of them is not to be trained. "
-                    f"Leave out the mask, or give another config.sft.chat_template."
+                    f"the chat template of {self.where} marks what the model says outside a loop over "
+                    f"messages, so that it is not known which of them has the mask that a message has. Leave "
+                    f"the mask out, or give another template as config.sft.chat_template."
                 )
             if owner < 0 or chat.trained[owner]:
                 out.append((max(start, bodies.get(owner, 0)) if owner >= 0 else start, end))
@@ -152,80 +166,45 @@ class TurnFinder:
     def _end(self, text: str, start: int, end: int) -> int:
         """The end of a turn: after its stop token, without line breaks that only part it from the next."""
         written = start + len(text[start:end].rstrip())
-        if text.endswith(self._stops, start, written):
+        if text.endswith(self._added, start, written):
             return written
         following = next((s for s in self._stops if text.startswith(s, end)), None)
         return written if following is None else end + len(following)
 
     def _body(self, text: str, turn: Region, variables: str, after_tool: bool) -> int:
         """Where what the model says begins in a turn: after its header."""
-        found = self._headers(variables, after_tool)
+        found = self._probe.headers(variables, after_tool)
         return turn[0] + next((len(h) for h in found if text.startswith(h, *turn)), 0)
 
-    def _find_headers(self, variables: str, after_tool: bool) -> list[str]:
-        """What a turn can begin with of what a generation prompt ends with, the longest first.
-
-        A generation prompt may say more than a turn begins with ("<think>" where the turn has no reasoning),
-        so parts that turns of a probe begin with, up to their content, are headers too.
-        """
-        tools, given = json.loads(variables)
-        probe = _probe(after_tool)
-
-        def rendered(messages, begins=False):
-            chat = Conversation(messages, [True] * len(messages), None, tools, given)
-            return self._render(messages, chat, begins)
-
-        try:
-            whole, prompt = rendered(probe), rendered(probe[:-1], begins=True)
-        except UserError:
-            return self._headers(variables, False) if after_tool else []
-        if not prompt.owned:
-            return []
-        header = prompt.text[prompt.owned[-1].end :]
-        found = {header}
-        for span in whole.owned:
-            turn = whole.text[span.start : span.end]
-            at = min((at for word in ANSWER if (at := turn.find(word)) >= 0), default=-1)
-            if probe[span.owner]["role"] == "assistant" and at >= 0:
-                found.add(os.path.commonprefix([header, turn[:at]]))
-        if after_tool:
-            found |= set(self._headers(variables, False))
-        return sorted(found - {""}, key=len, reverse=True)
-
     def _check(
-        self,
-        rendered: Rendered,
-        chat: Conversation,
-        turns: Mapping[int, Region],
-        variables: str,
+        self, rendered: Rendered, chat: Conversation, turns: Mapping[int, Region], all_said: bool
     ) -> None:
-        """Raises UserError unless every turn of the model is found with its content in it."""
+        """Raises UserError unless every answer is written out, and, if it has to be told from the rest and is
+        not marked, where its turn is found and without other messages in it."""
+        watched = all_said and not self.marked
         for i, message in enumerate(chat.messages):
-            if message["role"] != "assistant" or not chat.trained[i]:
+            if message["role"] != "assistant":
                 continue
-            content = message.get("content")
-            last = content.split("</think>")[-1].strip() if isinstance(content, str) else ""
-            inside = rendered.text[slice(*turns[i])] if i in turns else ""
-            if not inside.strip() or last not in inside and not self._tells(variables):
+            needed = watched or not chat.trained[i] and not (all_said and self.marked)
+            if needed and not (i in turns and rendered.of(i).strip()):
                 raise UserError(
-                    f"the chat template of {self.where} does not show where it writes message {i + 1}, an answer. "
-                    f"{REMEDY}"
+                    f"the chat template of {self.where} does not show where it writes messages[{i}], an "
+                    f"answer. {REMEDY}"
                 )
-
-    def _answers_are_found(self, variables: str) -> bool:
-        """Whether a probe's answers, and nothing else of it, are where they are looked for."""
-        tools, given = json.loads(variables)
-        probe = _probe(False)
-        chat = Conversation(probe, [True] * len(probe), None, tools, given)
-        try:
-            rendered = self._render(probe, chat)
-        except UserError:
-            return False
-        written = {i: "" for i in range(len(probe))}
-        for start, end, owner in rendered.owned:
-            written[owner] += rendered.text[start:end]
-        words = [m["content"] for m in probe]
-        return all((word in written[i]) == (i == k) for i in (1, 3) for k, word in enumerate(words))
+            content, inside = message.get("content"), rendered.of(i)
+            last = content.split("</think>")[-1].strip() if isinstance(content, str) else ""
+            name = unwritten_call(message, inside)
+            if name is not None or last not in inside and not self._probe.tells(False):
+                what = "content" if name is None else f"call of {name!r}"
+                raise UserError(
+                    f"the chat template of {self.where} does not write the {what} of messages[{i}]. Give one "
+                    f"that does as config.sft.chat_template."
+                )
+        if watched and not self._probe.tells(any(m["role"] == "tool" for m in chat.messages)):
+            raise UserError(
+                f"the chat template of {self.where} writes other messages' contents where it is at an "
+                f"answer, so that they cannot be told apart. {REMEDY}"
+            )
 
     def _completion(
         self,
@@ -247,28 +226,11 @@ class TurnFinder:
         return (begins if self._train_on_header else start, len(text)), not whole
 
 
-def _probe(after_tool: bool) -> list[dict[str, Any]]:
-    """A chat whose contents are known words; its last message is an answer."""
-    chat: list[dict[str, Any]] = []
-    for question, answer in zip(QUESTION, ANSWER, strict=True):
-        chat.append({"role": "user", "content": question})
-        chat.append({"role": "assistant", "content": answer})
-    if not after_tool:
-        return chat
-    function = {"name": "f", "arguments": {"a": "b"}}
-    call = {"id": "abcdefghi", "type": "function", "function": function}
-    return [
-        chat[0],
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "name": "f", "tool_call_id": "abcdefghi", "content": "result"},
-        chat[3],
-    ]
-
-
 def _drops_reasoning(message: Message, written: str) -> bool:
     """Whether an answer's reasoning is not in what the template wrote."""
     content = message.get("content")
     reasoning = next((message[key] for key in REASONING if isinstance(message.get(key), str)), None)
     if reasoning is None and isinstance(content, str) and "</think>" in content:
         reasoning = content.split("</think>")[0].split("<think>")[-1]
-    return bool(reasoning and reasoning.strip()) and reasoning.strip() not in written
+    kept = (reasoning or "").strip()
+    return bool(kept) and kept not in written

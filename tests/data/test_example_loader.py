@@ -1,6 +1,5 @@
 """The loader of fine-tuning: order, epochs, held-out examples, what is left out, and what is said."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -8,8 +7,9 @@ import pytest
 
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.data import contents, fields
-from deepseek_jax.data.example_loader import steps_of_epochs
+from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.sources import held_out_of
+from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
 from tests.support.examples import (
     STOP,
@@ -169,7 +169,11 @@ def test_bug_07_an_answer_that_is_cut_off_is_counted_and_left_out(tmp_path):
     dropped = make_loader(make_config(path, length=40, sft={"truncation": "drop"}))
     assert "3 left out as longer than 40" in dropped.summary[0]
     split = make_loader(make_config(path, length=40, sft={"packing": "bfd_split"}))
-    assert "33 to train on" in split.summary[0]  # nothing of these is cut off
+    # nothing of these is cut off
+    assert (
+        "33 to train on" in split.summary[0]
+        and "3 longer than 40 tokens are split" in split.summary[0]
+    )
 
 
 def test_bug_07_nothing_but_cut_off_answers_is_refused(tmp_path):
@@ -184,7 +188,7 @@ def test_bug_03_a_stop_token_that_is_never_trained_is_refused(path):
     """trl #1623, #3091; open-r1 #492: a model that never learns to stop answers without end."""
     with pytest.raises(UserError, match=r"stop token <256>.*never"):
         make_loader(make_config(path), encoder=ByteEncoder(trains_stop=False))
-    said = "\n".join(make_loader(make_config(path)).summary)
+    said = "\n".join(make_loader(make_config(path, length=64)).summary)
     assert "stop token <256> is trained in 200 of 200 examples" in said
 
 
@@ -241,6 +245,8 @@ def test_origin_says_what_is_trained(path):
     spans = loader.origin(7)
     assert [s.tokens for s in spans] == np.bincount(row["segment_ids"][0])[1:].tolist()
     assert len(spans) > 1
+    targets = [row["targets"][0][row["segment_ids"][0] == i] for i in range(1, len(spans) + 1)]
+    assert [s.trained for s in spans] == [int((t != IGNORE).sum()) for t in targets]
     for span in spans:
         assert [trained for _, trained in span.parts] == [False, True]
         asked, answer = (text for text, _ in span.parts)
@@ -248,19 +254,7 @@ def test_origin_says_what_is_trained(path):
         assert answer.endswith("<256>") and span.text == asked + answer
 
 
-def test_steps_of_epochs():
-    assert steps_of_epochs(rows=30, epochs=1, batch_size=8) == 4
-    assert steps_of_epochs(rows=32, epochs=3, batch_size=8) == 12
-    assert steps_of_epochs(rows=100, epochs=0.1, batch_size=5) == 2
-    assert steps_of_epochs(rows=10, epochs=0.7, batch_size=1) == 7  # 0.7 * 10 is above 7 in binary
-
-
 def test_fields_that_examples_have_not(path):
-    config = make_config(path)
+    wanted = fields.EXAMPLES | {"teacher_ids": fields.Field(np.int32)}
     with pytest.raises(UserError, match="gives no teacher_ids"):
-        from deepseek_jax.data.example_loader import ExampleLoader
-        from deepseek_jax.data.tokenizer import load_tokenizer
-
-        wanted = fields.EXAMPLES | {"teacher_ids": fields.Field(np.int32)}
-        ExampleLoader(config, load_tokenizer("bytes"), ByteEncoder(), fields=wanted)
-    assert dataclasses.replace(config).objective == "sft"
+        ExampleLoader(make_config(path), load_tokenizer("bytes"), ByteEncoder(), fields=wanted)
