@@ -135,8 +135,8 @@ class ExampleLoader:
                 rows.append(nothing)
         return self._stack(rows)
 
-    def eval_examples(self, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The first held-out examples, whole: (ids int32 [n], scored bool [n]) of each."""
+    def eval_examples(self, count: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The first held-out examples, or all of them, whole: (ids int32 [n], scored bool [n]) of each."""
         out = []
         for example in self._choice.numbers(held_out=True)[:count].tolist():
             some = slice(*self._examples.offsets[example : example + 2].tolist())

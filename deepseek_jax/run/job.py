@@ -189,9 +189,6 @@ class Job:
         self._config = passes.with_steps(
             config, self._workdir, self._data.num_train_rows, self._data.contents
         )
-        self._processes.agree(
-            "folder, one that all hosts see", {"the last step": self._config.train.steps}
-        )
 
         self._checkpoints = Checkpointer(
             workdirs.checkpoints(self._workdir, config), options=config.checkpoint
@@ -220,9 +217,8 @@ class Job:
         self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
         self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
         step = self._checkpoints.newest_good(to_tree(saved(model.abstract_sharded())))
-        self._processes.agree(
-            "folder, one that all hosts see", {"the newest checkpoint in --workdir": step}
-        )
+        seen = {"the newest checkpoint in --workdir": step, "the last step": config.train.steps}
+        self._processes.agree("folder, one that all hosts see", seen)
         continuation = Continuation(self._checkpoints, self._workdir, config, self._data.contents)
         start = Start(
             config=config,

@@ -14,6 +14,7 @@ import jax
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import Config
+from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
@@ -73,7 +74,8 @@ class Start:
             return
         template = None
         if sft.chat_template:
-            chat = Chat(os.path.dirname(self.config.data.tokenizer))
+            file = tokenizer_folder.file_of(self.config.data.tokenizer)
+            chat = Chat(os.path.dirname(file))
             template, _ = chat.source(sft.chat_template, False, "config.sft.chat_template")
         try:
             fine_tuned.state(folder, template, data.trained_stops(), sft.eos_token)

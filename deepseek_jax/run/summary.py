@@ -109,9 +109,7 @@ def _devices(run: Run) -> Lines:
     lines += [("prefetch", note) for note in notes]
     state_bytes = run.layout.bytes_per_device(mesh)
     host = state_bytes.pop("host", 0)
-    parts = " + ".join(
-        f"{human(n)} {name.replace('_', ' ')}" for name, n in state_bytes.items()
-    )
+    parts = " + ".join(f"{human(n)} {name.replace('_', ' ')}" for name, n in state_bytes.items())
     memory = f"{parts} = {human(sum(state_bytes.values()))}"
     if host:
         memory += f", and {human(host)} in the memory of its host"
