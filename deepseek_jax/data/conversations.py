@@ -35,6 +35,8 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+# Words of the template that are not a row's to choose.
+RESERVED = {"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"}
 SYSTEM = ("system", "developer")
 INSTRUCTION = (
     "You are an AI assistant, developed by DeepSeek Company. For politically sensitive questions, "
@@ -113,7 +115,7 @@ def normalise(
       name: of the row, for messages: "chats.jsonl, line 3".
       system_prompt: put first in a chat that has no system message.
       arrow: the row comes from a table (Parquet, Arrow), whose structs have a value for every key: None is
-        left out of tools and tool calls.
+        left out of tools and messages.
 
     Raises:
       UserError: the row is not of that format.
@@ -166,9 +168,11 @@ def _conversation(row: Row, kind: str, name: str, system_prompt: str, arrow: boo
             f"a list as JSON text."
         )
     variables = _read(row.get("chat_template_kwargs")) or {}
-    if not isinstance(variables, Mapping):
+    if not isinstance(variables, Mapping) or (taken := variables.keys() & RESERVED):
+        why = f"the key {min(taken)!r}" if isinstance(variables, Mapping) else "no object"
         raise UserError(
-            f"{name} has chat_template_kwargs that are a {type(variables).__name__} and not an object."
+            f"{name} has chat_template_kwargs with {why}. Give an object of a template's words, such as "
+            f'{{"enable_thinking": false}}.'
         )
     return Conversation(
         [{k: v for k, v in m.items() if k not in ("mask", "weight")} for m in messages],
@@ -188,7 +192,7 @@ def _messages(value: Any, key: str, name: str, arrow: bool) -> list[dict[str, An
         raise UserError(f"{name} has an empty list of {key}. Give {FORM}")
     out = []
     for i, given in enumerate(value):
-        message = dict(given)
+        message = drop_none(given) if arrow else dict(given)
         if message.get("role") is None and "from" in message:
             message["role"] = message.pop("from")
             message["role"] = ROLES.get(message["role"], message["role"])
@@ -198,8 +202,8 @@ def _messages(value: Any, key: str, name: str, arrow: bool) -> list[dict[str, An
             raise UserError(
                 f"{name}: {key}[{i}] has the keys {_keys(message)} and no 'role'. Give {FORM}"
             )
-        calls = _read(message.get("tool_calls"))
-        if calls is not None:
+        # Templates ask whether there is the key: DeepSeek-V3's then writes calls, and no content.
+        if calls := _read(message.pop("tool_calls", None)):
             message["tool_calls"] = drop_none(calls) if arrow else calls
         out.append(message)
     return out

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-from deepseek_jax.data.conversations import FORMATS
+from deepseek_jax.data.conversations import FORMATS, RESERVED
 from deepseek_jax.errors import UserError
 
 CHATS = ("messages", "conversations")
@@ -118,7 +118,11 @@ class Choices(NamedTuple):
         if self.completion_only is False:
             lines.append(f"every token is scored (TRL's default is the {what})")
         else:
-            lines.append(f"the {what} is scored, to {end} at its end")
+            lines.append(
+                f"the {what} is scored, with {end} or the stop token of its chat at the end"
+                if kind == "prompt_completion"
+                else f"the output is scored, with {end} at its end"
+            )
         if self.assistant_only is True:
             lines.append("and of messages only what the assistant says")
         return lines
@@ -140,9 +144,10 @@ def _kwargs(text: str) -> Mapping[str, Any]:
         value = json.loads(text) if text else {}
     except (ValueError, RecursionError) as e:
         value, why = None, f" ({str(e)[:100]})"
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or (taken := value.keys() & RESERVED):
+        what = f"has {min(taken)!r}" if isinstance(value, dict) else f"is no JSON object{why}"
         raise UserError(
-            f"config.sft.chat_template_kwargs={text!r} is no JSON object{why}. Give one, such as "
-            f'{{"enable_thinking": false}}.'
+            f"config.sft.chat_template_kwargs={text!r} {what}. Give an object of the template's words, such "
+            f'as {{"enable_thinking": false}}.'
         )
     return value

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from deepseek_jax.errors import UserError
 QUESTIONS = ("questionone", "questiontwo")
 ANSWERS = ("answerone", "answertwo")
 RESULT = "resultone"
+OPENED = re.compile(r"<[^<>]*$")
 
 
 class Probe:
@@ -56,23 +58,24 @@ class Probe:
         chat = _chat(after_tool)
         try:
             whole = self._render(chat, variables)
+            without = self._render(chat[:-1], variables).text
             prompt = self._render(chat[:-1], variables, begins=True)
         except UserError:
             return others
-        if not prompt.owned:
-            return others
-        header = prompt.text[prompt.owned[-1].end :]
+        header = prompt.text[prompt.owned[-1].end :] if prompt.owned else ""
+        if not header:  # written with the last message, or at none
+            header = prompt.text[len(_shared(prompt.text, without)) :]
         found = {header, *others}
         for span in whole.owned:
             turn = whole.text[span.start : span.end]
             at = min((at for word in ANSWERS if (at := turn.find(word)) >= 0), default=-1)
             if chat[span.owner]["role"] == "assistant" and at >= 0:
-                found.add(os.path.commonprefix([header, turn[:at]]))
+                found.add(_shared(header, turn[:at]))
         return sorted(found - {""}, key=len, reverse=True)
 
-    def _tells(self, tool: bool) -> bool:
-        """Whether a probe's answers, and nothing else of it, are where the template is at them. A template
-        that refuses a tool's result, but not other messages, is believed.
+    def _tells(self, tool: bool) -> bool | None:
+        """Whether a probe's answers, and nothing else of it, are where the template is at them; None: it
+        refuses the probe. Of one that refuses a tool's result: by the other messages.
 
         Args:
           tool: with a tool's result.
@@ -81,7 +84,7 @@ class Probe:
         try:
             rendered = self._render(chat)
         except UserError:
-            return tool and self.tells(False)
+            return self.tells(False) if tool else None
         words = [(i, m["content"]) for i, m in enumerate(chat) if m["content"]]
         answers = [i for i, m in enumerate(chat) if m["role"] == "assistant"]
         return all((word in rendered.of(i)) == (i == k) for i in answers for k, word in words)
@@ -96,6 +99,13 @@ class Probe:
         after = text[text.rfind(ANSWERS[1]) + len(ANSWERS[1]) :]
         places = {token: after.find(token) for token in added if token in after}
         return min(places, key=lambda token: (places[token], -len(token)), default=None)
+
+
+def _shared(a: str, b: str) -> str:
+    """What two texts begin with, without a part of a tag: <think> and </think> share a letter, which says
+    nothing."""
+    shared = os.path.commonprefix([a, b])
+    return shared if shared in (a, b) else OPENED.sub("", shared)
 
 
 def _chat(tool: bool) -> list[dict[str, Any]]:

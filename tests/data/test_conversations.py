@@ -67,6 +67,7 @@ def test_the_same_chat_in_every_spelling():
         {"conversations": ROWS["conversations"]["conversations"]},
         {"conversations": CHAT},
         {"messages": [m | {"tool_calls": None, "name": None} for m in CHAT]},
+        {"messages": [m | {"tool_calls": []} for m in CHAT]},
     ):
         kind = find_format(row, "row 1")
         given = normalise(row, kind, "row 1")
@@ -128,7 +129,12 @@ def test_tools_and_words_for_the_template():
         {"type": "function", "function": {"name": "f"}}
     ]
     assert normalise({"messages": CHAT, "tools": []}, "messages", "row 1").tools is None
-    for key, value in (("tools", "f"), ("tools", 3), ("chat_template_kwargs", [1])):
+    for key, value in (
+        ("tools", "f"),
+        ("tools", 3),
+        ("chat_template_kwargs", [1]),
+        ("chat_template_kwargs", {"add_generation_prompt": True}),
+    ):
         with pytest.raises(UserError, match=f"row 1 has {key}"):
             normalise({"messages": CHAT, key: value}, "messages", "row 1")
 

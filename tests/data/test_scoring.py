@@ -120,6 +120,13 @@ def test_lookahead_and_inner_loops_do_not_move_a_turn(folders):
     (example,) = chats.encode(folder, [{"messages": chat}])
     said = ["01two<|im_end|>useruser<|im_end|>", "01four" + "user<|im_end|>"]
     assert chats.scored_texts(folder, example) == said
+    filtered = (
+        "{% for m in messages if m.role != 'system' %}{{ m.content + EOS }}"
+        "{% if loop.nextitem %}{{ loop.nextitem.role }}{% endif %}{% endfor %}"
+    ).replace("EOS", "'<|im_end|>'")
+    chat.insert(0, {"role": "system", "content": "no"})
+    (example,) = chats.encode(folders(filtered), [{"messages": chat}])
+    assert chats.scored_texts(folders(filtered), example) == ["two<|im_end|>user", "four<|im_end|>"]
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}])
@@ -162,6 +169,33 @@ def test_a_content_is_not_taken_for_the_header(folders):
     for row in ({"messages": chat}, {"prompt": chat[:1], "completion": chat[1:]}):
         (example,) = chats.encode(folder, [row])
         assert chats.scored_texts(folder, example) == ["<thin air><｜end▁of▁sentence｜>"]
+
+
+TURN = "{{ '<|im_start|>' + m.role + ':' + m.content + '<|im_end|>' }}"
+BEGIN = "{{ '<|im_start|>assistant:' }}"
+PLACES = {  # where a template writes what a generation prompt says
+    "after the loop": "{% for m in messages %}" + TURN + "{% endfor %}"
+    "{% if add_generation_prompt %}" + BEGIN + "{% endif %}",
+    "within the last message": "{% for m in messages %}" + TURN +
+    "{% if loop.last and add_generation_prompt %}" + BEGIN + "{% endif %}{% endfor %}",
+    "with each question": "{% for m in messages %}{% if m.role == 'user' %}" + TURN + BEGIN +
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}",
+    "instead of eos": "{% for m in messages %}" + TURN + "{% endfor %}"
+    "{% if add_generation_prompt %}" + BEGIN + "{% else %}{{ '<|im_end|>' }}{% endif %}",
+    "with more than a turn has": "{% for m in messages %}{% if m.role == 'user' %}" + TURN + "{% else %}"
+    + BEGIN + "{{ '</think>' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}" + BEGIN + "{{ '<think>' }}{% endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_headers_wherever_a_template_writes_them(place, folders):
+    folder = folders(PLACES[place])
+    (example,) = chats.encode(folder, [{"messages": messages("q", "one", "r", "two")}])
+    more = (
+        "</think>" if place.startswith("with more") else ""
+    )  # the model says it: it was asked with <think>
+    assert chats.scored_texts(folder, example) == [f"{more}{a}<|im_end|>" for a in ("one", "two")]
 
 
 def test_bug_11_a_prompt_that_is_no_prefix_is_counted(folders):
@@ -295,6 +329,29 @@ def test_tool_calls_in_the_spelling_that_a_template_takes(folders):
                 (example,) = chats.encode(folder, [{"messages": chat}])
                 text = "".join(chats.scored_texts(folder, example))
                 assert "lookup" in text and text.count("b") >= 1 and '\\"' not in text
+
+
+def test_a_template_that_refuses_the_probe_is_judged_by_the_row(folders):
+    """It asks for a system message, and changes contents: "a" is "A" then, which is not what was given."""
+    wants = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    loop = "{% for m in messages %}{{ m.role + ':' + CONTENT + '<|im_end|>' }}{% endfor %}"
+    chat = [{"role": "system", "content": "s"}, *messages("q", "answer")]
+    folder = folders(wants + loop.replace("CONTENT", "m.content"))
+    (example,) = chats.encode(folder, [{"messages": chat}])
+    assert chats.scored_texts(folder, example) == ["assistant:answer<|im_end|>"]
+    with pytest.raises(UserError, match="does not write the content of messages"):
+        chats.encode(
+            folders(wants + loop.replace("CONTENT", "m.content | upper")), [{"messages": chat}]
+        )
+
+
+def test_no_tool_calls_are_no_key(folders):
+    """DeepSeek-V3's template asks whether there is the key, and then leaves the content out."""
+    pytest.importorskip("trl")
+    folder = folders(chats.trl_template("deepseekv3"), eos="<｜end▁of▁sentence｜>")
+    for calls in ([], None):
+        (example,) = chats.encode(folder, [{"messages": messages("q", "a", tool_calls=calls)}])
+        assert chats.scored_texts(folder, example) == ["a<｜end▁of▁sentence｜>"]
 
 
 def test_an_answer_that_is_not_written_is_refused(folders):
@@ -432,6 +489,7 @@ def test_options_that_cannot_act_are_refused(folders):
         (chat, {"completion_only_loss": "true"}, "completion_only_loss"),
         (chat, {"completion_only_loss": "maybe"}, "completion_only_loss='maybe'"),
         (chat, {"chat_template_kwargs": "[1]"}, "chat_template_kwargs"),
+        (chat, {"chat_template_kwargs": '{"tools": []}'}, "chat_template_kwargs.*has 'tools'"),
         ({"input_ids": [1]}, {"assistant_only_loss": True}, "assistant_only_loss"),
     ):
         with pytest.raises(UserError, match=f"config.sft.{name}"):
