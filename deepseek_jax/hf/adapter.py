@@ -1,4 +1,4 @@
-"""An adapter in the host's memory: low-rank updates of a checkpoint's tensors, and tensors in place of its own.
+"""An adapter in the host's memory: low-rank updates of a checkpoint's tensors, and tensors in their place.
 
 It stands between three forms: the stacked factors of a run (model/lora.py), files as PEFT writes them
 (peft.py), and weights with the updates added, which inference and export read (reader.read_part).
@@ -218,6 +218,23 @@ def _stacked_shapes(leaf: Leaf, r: int) -> tuple[tuple[int, ...], tuple[int, ...
         return (count, e, d, pair, r), (count, e, pair, r, f)
     *lead, i, o = leaf.shape
     return (*lead, i, r), (*lead, r, o)
+
+
+@functools.cache
+def expert_names(model: ModelConfig, family: str) -> dict[int, dict[str, str]]:
+    """By layer, the names of the tensors of a routed expert, with {e} for its number, by linear map."""
+    out: dict[int, dict[str, str]] = {}
+    for leaf, maps in _targets(model, family):
+        if leaf.path.rpartition("/")[2] not in EXPERT_WEIGHTS:
+            continue
+        for prefix in leaf.prefixes:
+            found = zip(
+                (path.rpartition(".")[2] for path in maps),
+                names.names_of(leaf, prefix),
+                strict=True,
+            )
+            out.setdefault(int(prefix.split(".")[2]), {}).update(found)
+    return out
 
 
 def targets_of(adapter: Adapter, model: ModelConfig, family: str) -> tuple[str, ...]:

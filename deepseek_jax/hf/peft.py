@@ -28,7 +28,7 @@ from etils import epath
 from deepseek_jax.config.lora_targets import EXPERTS
 from deepseek_jax.config.options import LoraConfig, ModelConfig
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf.adapter import Adapter, Factors
+from deepseek_jax.hf.adapter import Adapter, Factors, expert_names
 from deepseek_jax.hf.peft_config import CONFIG, read_config, scale_of
 from deepseek_jax.hf.tensors import FLOATS, finite
 from deepseek_jax.tensorfile import files, header, regions
@@ -37,6 +37,9 @@ from deepseek_jax.tensorfile.bounded_json import BadFile
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+_EXPERTS = re.compile(
+    r"(?P<module>model\.layers\.(?P<layer>\d{1,6})\.(.*\.)?experts)(\.base_layer)?"
+)
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 
 
@@ -71,9 +74,9 @@ def read(folder: str, model: ModelConfig, family: str) -> Adapter:
             raise UserError(
                 f"{folder}/{WEIGHTS}: {module[:120]} has not two matrices, lora_A and lora_B."
             )
-        is_expert = re.fullmatch(rf"(.*\.{re.escape(EXPERTS)})(\.base_layer)?", module)
-        if is_expert:
-            factors |= _of_experts(config, is_expert[1], pair["A"], pair["B"], model, folder)
+        if experts := _EXPERTS.fullmatch(module):
+            there = expert_names(model, family).get(int(experts["layer"]), {})
+            factors |= _of_experts(config, experts, pair, model, there, folder)
             continue
         r = len(pair["A"])
         if pair["B"].shape[1] != r:
@@ -127,15 +130,25 @@ def _bad_rank(folder: str, module: str, a: np.ndarray, b: np.ndarray) -> UserErr
 
 def _of_experts(
     config: Mapping[str, Any],
-    module: str,
-    a: np.ndarray,
-    b: np.ndarray,
+    found: re.Match,
+    pair: dict[str, np.ndarray],
     m: ModelConfig,
+    names: dict[str, str],
     folder: str,
 ) -> dict[str, Factors]:
-    """All experts of a layer from one pair: which parameter it is of, its shape says."""
+    """All experts of a layer from one pair: which parameter it is of, its shape says.
+
+    Args:
+      config: adapter_config.json.
+      found: the name of the pair, as _EXPERTS.
+      pair: A and B.
+      m: the options of the model.
+      names: of the tensors of an expert of this layer, as `expert_names`.
+      folder: for messages.
+    """
     e, d, f = m.n_routed_experts, m.hidden_size, m.moe_intermediate_size
-    if len(a) % e or len(a) != b.shape[1]:
+    a, b, module = pair["A"], pair["B"], found["module"]
+    if not names or len(a) % e or len(a) != b.shape[1]:
         raise _bad_rank(folder, module, a, b)
     r = len(a) // e
     a_ERI, b_EOR = a.reshape(e, r, -1), b.reshape(len(b), r, e).transpose(2, 0, 1)
@@ -146,21 +159,21 @@ def _of_experts(
         shape = shape[::-1]
     if shape == (f, d):
         scale = scale_of(config, f"{module}.down_proj", r, folder)
-        return {
-            f"{module}.{i}.down_proj.weight": Factors(a_ERI[i], b_EOR[i], scale) for i in range(e)
-        }
+        down = names["down_proj"]
+        return {down.format(e=i): Factors(a_ERI[i], b_EOR[i], scale) for i in range(e)}
     if shape != (d, 2 * f):
         raise _bad_rank(folder, module, a, b)
     scale = scale_of(config, f"{module}.gate_up_proj", r, folder)
     halves = b_EOR[:, :f], b_EOR[:, f:]
-    # Block-diagonal: gate has the first half of the rank, up the second.
+    # Block-diagonal: gate has the first half of the rank, up the second. B of a fresh adapter is zero.
     h = r // 2
     apart = not r % 2 and not halves[0][:, :, h:].any() and not halves[1][:, :, :h].any()
+    apart = apart and (b.any() or r == 2 * config["r"])
     out = {}
     for j, (name, half) in enumerate(zip(("gate_proj", "up_proj"), halves, strict=True)):
         part = slice(j * h, (j + 1) * h) if apart and h else slice(None)
         for i in range(e):
-            out[f"{module}.{i}.{name}.weight"] = Factors(a_ERI[i, part], half[i][:, part], scale)
+            out[names[name].format(e=i)] = Factors(a_ERI[i, part], half[i][:, part], scale)
     return out
 
 

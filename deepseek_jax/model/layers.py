@@ -10,6 +10,7 @@ Hugging Face names.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,13 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.model import lookup, noise
 from deepseek_jax.parallel.mesh import per_device
-from deepseek_jax.parallel.weights import apply_weight, gather_on_device, stored_arrays
+from deepseek_jax.parallel.quantized import QuantizedWeight
+from deepseek_jax.parallel.weights import (
+    apply_weight,
+    gather_for_use,
+    gather_on_device,
+    stored_arrays,
+)
 
 
 def param(
@@ -114,6 +121,24 @@ class Linear(nnx.Module):
             low = apply_weight(linear, self.lora_A, x.dtype, kept) * self.lora.scale
             y = y + apply_weight(linear, self.lora_B, x.dtype, low)
         return y if self.bias is None else apply_weight(jnp.add, self.bias, y.dtype, y)
+
+
+def merged_kernel(module: Linear) -> jax.Array:
+    """The weight as it acts, outside of jit: with what LoRA adds, and out of few bits."""
+    if module.lora is None and not isinstance(module.kernel.get_value(), QuantizedWeight):
+        return module.kernel.get_value()
+    graphdef, state = nnx.split(module)
+    return _merged(graphdef, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merged(graphdef: nnx.GraphDef, state: nnx.State) -> jax.Array:
+    module = nnx.merge(graphdef, state)
+    kernel = gather_for_use(module.kernel, jnp.float32)
+    if module.lora is not None:
+        a, b = (gather_for_use(f, jnp.float32) for f in (module.lora_A, module.lora_B))
+        kernel = kernel + linear(a, b) * module.lora.scale
+    return kernel
 
 
 @jax.custom_vjp

@@ -9,6 +9,7 @@ The base is held in config.lora.base_dtype and nothing trains it (train/trainabl
 and the selection bias stay float32; embedding and output head are not brought below bfloat16.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,6 +104,11 @@ def _uniform(bound: float) -> Callable:
 def is_factor(path: Path) -> bool:
     """Whether a path in a state is of a factor."""
     return str(path[-1]).endswith((A, B))
+
+
+def adapted(path: str) -> str:
+    """A factor's path without its end, "layers/mlp/experts/gate_up"; another path as it is."""
+    return re.sub(rf"[/_]({A}|{B})$", "", path)
 
 
 def learns(path: Path, lora: LoraConfig) -> bool:

@@ -19,6 +19,7 @@ from deepseek_jax.model.layers import MLP, LowRank, param
 from deepseek_jax.model.router import Routing, route
 from deepseek_jax.model.taps import ROUTER, Taps, tap, wanted
 from deepseek_jax.parallel.mesh import TOKEN_AXES, TOKENS, per_device
+from deepseek_jax.parallel.quantized import QuantizedWeight
 from deepseek_jax.parallel.weights import gather_for_use, gather_on_device, stored_arrays
 
 # The weights of experts in the order in which they are handed to devices: the last four with LoRA.
@@ -118,6 +119,12 @@ class Experts(nnx.Module):
         )
         self.down_proj = param(rngs, init, (e, f, d), ("experts", "expert_mlp", "expert_embed"))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each weight is one array, to which nothing is added."""
+        w = self.gate_up_proj.get_value()
+        return self.lora is None and not isinstance(w, QuantizedWeight)
+
     def stored(self) -> tuple[list[jax.Array], tuple[tuple[str, list[P]], ...]]:
         """The arrays of all weights, to be handed to `per_device`, and (name, specs) of each weight."""
         arrays, specs = [], []
@@ -141,14 +148,14 @@ class Experts(nnx.Module):
     def _pair(self, found: dict[str, jax.Array], name: str) -> Pair | None:
         if self.lora is None or f"{name}_lora_A" not in found:
             return None
-        # The tensor axis divides one side of a factor or the other: here both differ over it, and the
-        # gradient of what is the same everywhere is summed.
-        a, b = (_varying_over_tensor(found[f"{name}_lora_{side}"]) for side in "AB")
+        a, b = (found[f"{name}_lora_{side}"] for side in "AB")
+        # The tensor axis divides the width of an expert, which is a side of one factor only: the other has
+        # a part of its gradient on each of its devices.
+        if name == "gate_up":
+            a = lax.pcast(a, "tensor", to="varying")
+        else:
+            b = lax.pcast(b, "tensor", to="varying")
         return Pair(a * self.lora.scale, b)
-
-
-def _varying_over_tensor(a: jax.Array) -> jax.Array:
-    return a if "tensor" in jax.typeof(a).vma else lax.pcast(a, "tensor", to="varying")
 
 
 class MoE(nnx.Module):

@@ -62,7 +62,7 @@ def dropped(x_BSF: jax.Array, rate: float, site: int) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), _PURPOSE)
         key = jax.random.fold_in(jax.random.fold_in(key, layer), site)
         # Widths that the tensor axis divides are drawn whole, so that no mesh changes what is drawn.
-        divided = "tensor" in jax.typeof(x_BSF).vma and spec[-1] is not None
+        divided = spec[-1] is not None
         width = x_BSF.shape[-1]
         first = jax.lax.axis_index("tensor") * width if divided else 0
         drawn = width * jax.lax.axis_size("tensor") if divided else width

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config.options import Config, ModelConfig, MoeConfig
+from deepseek_jax.model import noise
 from deepseek_jax.model.attention.interface import Rope
 from deepseek_jax.model.attention.kinds import make_attention
 from deepseek_jax.model.embedding_noise import EmbeddingNoise
@@ -126,6 +127,7 @@ class Transformer(nnx.Module):
         self.dtype = jnp.dtype(options.train.dtype)
         alpha = options.sft.neftune_noise_alpha
         self.noise = EmbeddingNoise(alpha, options.seed) if alpha else None
+        self.dropout_seed = options.seed if options.lora.r and options.lora.dropout else None
         dense = config.first_k_dense_replace
         self.embed_tokens = Embedding(config, rngs)
         self.dense_layers = _stack(options, False, dense, rngs) if dense else None
@@ -169,7 +171,7 @@ class Transformer(nnx.Module):
         rope = rope_tables(self.config, positions_BS)
         x_BSD, first = self.enter(tokens_BS, rope, segment_ids_BS, taps, row_B)
         x_BSD, (stats, found) = self._scan(
-            getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS, taps
+            getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS, taps, row_B
         )
         out = self.leave(x_BSD, rope, segment_ids_BS, next_tokens_BS, taps)
         return out._replace(stats=join_layers(stats, out.stats), taps=join(first, found, out.taps))
@@ -197,7 +199,9 @@ class Transformer(nnx.Module):
             x_BSD = self.noise.add(x_BSD, segment_ids_BS, row_B)
         found: Taps = {}
         if self.layers is not None and self.dense_layers is not None:
-            x_BSD, (_, found) = self._scan(self.dense_layers, x_BSD, rope, segment_ids_BS, taps)
+            x_BSD, (_, found) = self._scan(
+                self.dense_layers, x_BSD, rope, segment_ids_BS, taps, row_B
+            )
         return x_BSD, found
 
     def leave(
@@ -234,19 +238,33 @@ class Transformer(nnx.Module):
         kernel_DV = weight.T if head.tied else weight
         return jnp.einsum("bsd,dv->bsv", hidden_BSD, kernel_DV, preferred_element_type=jnp.float32)
 
-    def _scan(self, stack, x_BSD, rope, segment_ids_BS, taps):
+    def _scan(self, stack, x_BSD, rope, segment_ids_BS, taps, row_B=None):
         """(x, (statistics, taps)), the latter [L, ...] over the layers of the stack."""
         graphdef, state = nnx.split(stack)
+        numbers = None if row_B is None else self._numbers_of_layers(stack)
 
         def body(x_BSD, layer_state):
-            with collect(taps) as found:
+            layer_state, number = layer_state
+            place = None if number is None else noise.Place(self.dropout_seed, row_B, number)
+            with collect(taps) as found, noise.of_layer(place):
                 # Weights in the host's memory come one layer at a time, and again in the backward
                 # pass, because this is inside of what is rematerialised.
                 layer = nnx.merge(graphdef, to_device(layer_state))
                 x_BSD, stats = layer(x_BSD, rope, segment_ids_BS)
             return x_BSD, (stats, found)
 
-        return jax.lax.scan(rematerialise(body, self.remat, self.offload), x_BSD, state)
+        body = rematerialise(body, self.remat, self.offload)
+        return jax.lax.scan(body, x_BSD, (state, numbers))
+
+    def _numbers_of_layers(self, stack: DecoderLayer) -> jax.Array | None:
+        """int32 [L] of a stack's layers, by which they draw what dropout drops; None without it."""
+        if self.dropout_seed is None:
+            return None
+        m = self.config
+        layers = range(m.num_hidden_layers)
+        dense = stack is self.dense_layers
+        here = layers[: m.first_k_dense_replace] if dense else layers[m.first_k_dense_replace :]
+        return jnp.asarray(here, jnp.int32)
 
     def _predict_ahead(self, hidden_BSD, next_tokens_BS, rope, segment_ids_BS, taps):
         """At position i, depth d reads the embedding of token i+d and the normed state of the depth before.

@@ -181,7 +181,7 @@ class Job:
         fields = objectives.make(config).fields  # whatever the number of steps
         self._data = open_data(config, tokenizer, fields, self._workdir, progress=first)
         self._prompts = answers.prompts_of_run(config, self._data)
-        if config.init_from:
+        if config.init_from or config.lora.r:
             self._source = init_from.open_for_training(config, self._workdir)
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"

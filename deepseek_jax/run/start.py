@@ -19,10 +19,12 @@ from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.errors import UserError
+from deepseek_jax.hf import base as identity
 from deepseek_jax.hf import fine_tuned
+from deepseek_jax.hf.configuration import family_of
 from deepseek_jax.hf.provenance import FOLDER
 from deepseek_jax.hf.tensors import HfTensors
-from deepseek_jax.run import init_from, resume
+from deepseek_jax.run import base, init_from, resume
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.train.state import Layout, TrainState, init_state, saved, to_tree
 
@@ -87,9 +89,27 @@ class Start:
     def _state(self, step: int | None) -> tuple[TrainState, Progress]:
         if step is not None:
             state, _ = resume.restore(self.checkpoints, self.layout)
-            return state, self.continuation.progress(int(state.step))
+            progress = self.continuation.progress(int(state.step))
+            return self._with_base(state), self._with_identity(progress)
         if self.config.init_from:
             state = init_from.initial_state(self.source, self.config, self.layout, self.workdir)
         else:
             state = init_state(self.config, self.layout)
-        return state, self.continuation.progress(None)
+        return state, self._with_identity(self.continuation.progress(None))
+
+    def _with_identity(self, progress: Progress) -> Progress:
+        """The progress with what its base is known by, which is the one that it began with."""
+        if not self.config.lora.r:
+            return progress
+        return progress._replace(base=identity.check(self.config, self.source, progress.base))
+
+    def _with_base(self, state: TrainState) -> TrainState:
+        """A restored state with the base of LoRA, which its checkpoint does not hold."""
+        if not self.config.lora.r:
+            return state
+        self._with_identity(self.progress)  # before all of it is read
+        assert self.source is not None
+        family = family_of(self.source.config)
+        weights = base.read(self.source, self.config, family, self.layout.model, everything=False)
+        self.source.close()
+        return state._replace(frozen=weights.params)

@@ -132,7 +132,8 @@ def multipliers(config: Config, params: nnx.State) -> Multipliers:
         weights |= {path: w._replace(factor=factor) for path, w in chosen.items()}
     weights |= {path: w._replace(factor=default) for path, w in left.items()}
     for name, chosen in _rest(left, config):
-        groups.append(_group(name, default, chosen.values()))
+        group = _group(name, default, chosen.values())
+        groups.append(group._replace(paths=tuple(dict.fromkeys(map(lora.adapted, group.paths)))))
     if not any(w.factor for w in weights.values()):
         raise UserError(
             f"{text.OPTION}={config.optimizer.lr_multipliers!r} and "
@@ -140,7 +141,8 @@ def multipliers(config: Config, params: nnx.State) -> Multipliers:
             f"a factor above 0."
         )
     if base:
-        groups.append(_group(f"(base, {config.lora.base_dtype})", 0.0, base.values()))
+        group = _group(f"(base, {config.lora.base_dtype})", 0.0, base.values())
+        groups.append(group._replace(paths=("all others",)))
         weights |= {path: w._replace(factor=0.0) for path, w in base.items()}
     return Multipliers({path: w.factor for path, w in weights.items()}, tuple(groups))
 

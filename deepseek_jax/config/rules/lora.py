@@ -28,16 +28,28 @@ def check(config: Config) -> None:
     _check_saved(config)
     m = config.model
     routed = m.num_hidden_layers > m.first_k_dense_replace
-    if routed and m.topk_method == "noaux_tc" and config.moe.bias_update_rate:
+    if routed and m.topk_method == "noaux_tc":
+        for name in ("bias_update_rate", "bias_centre"):
+            if value := getattr(config.moe, name):
+                raise UserError(
+                    f"config.moe.{name}={value} and config.lora.r={lora.r}: an adapter has no place for the "
+                    f"router's selection bias, so it must stay as it is. Set config.moe.{name}="
+                    f"{type(value)()}."
+                )
+    if lora.dropout and config.objective != "sft":
         raise UserError(
-            f"config.moe.bias_update_rate={config.moe.bias_update_rate} and config.lora.r={lora.r}: an "
-            f"adapter has no place for the router's selection bias, so it must stay as it is. Set "
-            f"config.moe.bias_update_rate=0."
+            f"config.lora.dropout={lora.dropout} and config.objective={config.objective}: what is dropped "
+            f"follows from the numbers of examples. Set config.lora.dropout=0, or config.objective=sft."
         )
     if lora.dropout and config.mesh.stage > 1:
         raise UserError(
             f"config.lora.dropout={lora.dropout} and config.mesh.stage={config.mesh.stage}: layers in a "
             f"pipeline do not know which rows they see. Set config.lora.dropout=0, or config.mesh.stage=1."
+        )
+    if lora.base_dtype in ("int8", "nf4") and config.offload.parameters:
+        raise UserError(
+            f"config.lora.base_dtype={lora.base_dtype} and config.offload.parameters=True: weights in few "
+            f"bits stay on the devices. Set config.offload.parameters=False, or base_dtype=bfloat16."
         )
     if lora.base_dtype == "nf4":
         _check_blocks(config)
