@@ -213,7 +213,7 @@ def _trained(message: Mapping[str, Any], name: str) -> bool:
     """Whether a message may be trained: no answer with DeepSeek's `mask: 1`, or with OpenAI's `weight: 0`."""
     mask, weight = message.get("mask"), message.get("weight")
     for key, value in (("mask", mask), ("weight", weight)):
-        if value not in (None, 0, 1):
+        if not isinstance(value, (int, float, type(None))) or value not in (None, 0, 1):
             raise UserError(
                 f"{name} has a message with {key}={value!r}. Give 0 or 1: mask 1, or weight 0, for an "
                 f"answer that is not trained."
@@ -265,7 +265,10 @@ def _tokens(row: Row, name: str) -> Tokens:
 
 
 def _integers(value: Any, key: str, name: str) -> np.ndarray:
-    array = np.asarray(value if isinstance(value, (list, tuple, np.ndarray)) else [])
+    try:
+        array = np.asarray(value if isinstance(value, (list, tuple, np.ndarray)) else [])
+    except ValueError:  # lists of several lengths
+        array = np.asarray([])
     if array.dtype == bool:
         array = array.astype(np.int64)
     if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":

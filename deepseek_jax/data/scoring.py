@@ -49,7 +49,7 @@ class ExampleEncoder:
 
     Attributes:
       format: of conversations.FORMATS; of the first row that was encoded where config.sft.format is auto, ""
-        before.
+        before. Whoever reads examples back that were encoded earlier sets it.
       identity: changes whenever ids or what is scored could change.
     """
 
@@ -94,9 +94,9 @@ class ExampleEncoder:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the model's, config.sft.eos_token, and what ends an output of
-        instruction_output."""
+        instruction_output, if the format is that or not known yet."""
         more = {self._end_id}
-        if self.format == "instruction_output":
+        if self.format in ("", "instruction_output"):
             more.add(self._encoder.added.get(self._output_end))
         return self._chat.stop_ids | {i for i in more if i is not None}
 

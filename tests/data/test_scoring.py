@@ -10,6 +10,7 @@ import transformers
 
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.scoring import ExampleEncoder
+from deepseek_jax.data.template import render, render_watched
 from deepseek_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from deepseek_jax.errors import UserError
 from tests.support import chats
@@ -72,7 +73,6 @@ VERBATIM = {  # stock templates without marks that write a content as it is or s
 @pytest.mark.parametrize("name", VERBATIM)
 def test_bug_9_stock_templates_have_no_marks(name, folders):
     """Where others' masks are all zero: scored are the answers, each with its stop token, to the letter."""
-    pytest.importorskip("trl")
     folder = folders(chats.trl_template(name), eos=VERBATIM[name])
     rows = chats.random_chats(1, 40, system=name != "gemma3")
     encoded = chats.encode(folder, [{"messages": c} for c in rows])
@@ -136,7 +136,6 @@ def test_lookahead_and_inner_loops_do_not_move_a_turn(folders):
 def test_bug_10_what_a_generation_prompt_says_is_not_trained(name, kwargs, folders):
     """The text up to an answer's first scored token is the prompt with the generation prompt, what the model
     is given at inference, as far as the answer begins with that."""
-    pytest.importorskip("trl")
     if name == "deepseekv3_training" and kwargs:
         return  # it reads no such word
     folder = folders(chats.trl_template(name))
@@ -163,7 +162,6 @@ def test_bug_10_what_a_generation_prompt_says_is_not_trained(name, kwargs, folde
 
 def test_a_content_is_not_taken_for_the_header(folders):
     """The generation prompt ends in <think>; an answer that begins with "<thin" keeps these letters."""
-    pytest.importorskip("trl")
     folder = folders(chats.trl_template("deepseekv3"), eos="<｜end▁of▁sentence｜>")
     chat = messages("q", "<thin air>")
     for row in ({"messages": chat}, {"prompt": chat[:1], "completion": chat[1:]}):
@@ -200,7 +198,6 @@ def test_headers_wherever_a_template_writes_them(place, folders):
 
 def test_bug_11_a_prompt_that_is_no_prefix_is_counted(folders):
     """The completion is what the template wrote at its messages, and the row says that inference differs."""
-    pytest.importorskip("trl")
     folder = folders(chats.trl_template("deepseekv3"), eos="<｜end▁of▁sentence｜>")
     chat = messages("q", "answer")
     (example,) = chats.encode(folder, [{"prompt": chat[:1], "completion": chat[1:]}])
@@ -213,7 +210,6 @@ def test_bug_11_a_prompt_that_is_no_prefix_is_counted(folders):
 
 def test_bug_12_reasoning_that_the_template_drops(folders):
     """Ids and mask come from one text; messages whose reasoning is not in it are counted."""
-    pytest.importorskip("trl")
     thought = "<think>\nfirst\n</think>\n\none", "<think>\nsecond\n</think>\n\ntwo"
     chat = messages("q", thought[0], "r", thought[1])
     split = [dict(m) for m in chat]
@@ -311,7 +307,6 @@ def call(**arguments):
 def test_tool_calls_in_the_spelling_that_a_template_takes(folders):
     """DeepSeek-V3's puts texts together, DeepSeek-R1's writes calls only without content, Qwen's makes JSON
     of objects: the call is written once, in JSON, and scored."""
-    pytest.importorskip("trl")
     for name in ("deepseekv3", "deepseek_r1_distill", "qwen2_5", "qwen3", "glm4moe", "gptoss"):
         folder = folders(
             chats.trl_template(name), eos="<｜end▁of▁sentence｜>" if "deep" in name else EOS
@@ -347,7 +342,6 @@ def test_a_template_that_refuses_the_probe_is_judged_by_the_row(folders):
 
 def test_no_tool_calls_are_no_key(folders):
     """DeepSeek-V3's template asks whether there is the key, and then leaves the content out."""
-    pytest.importorskip("trl")
     folder = folders(chats.trl_template("deepseekv3"), eos="<｜end▁of▁sentence｜>")
     for calls in ([], None):
         (example,) = chats.encode(folder, [{"messages": messages("q", "a", tool_calls=calls)}])
@@ -356,7 +350,6 @@ def test_no_tool_calls_are_no_key(folders):
 
 def test_an_answer_that_is_not_written_is_refused(folders):
     """Llama 3's template knows no tool calls: the model would learn to say nothing. idefics' wants parts."""
-    pytest.importorskip("trl")
     chat = messages("q", "", tool_calls=call(a="b"))
     with pytest.raises(UserError, match="row 1.*does not write the call of 'lookup'"):
         chats.encode(folders(chats.trl_template("llama3"), eos="<|eot_id|>"), [{"messages": chat}])
@@ -367,7 +360,6 @@ def test_an_answer_that_is_not_written_is_refused(folders):
 
 def test_a_tool_result_in_a_turn_is_refused_unless_marked(folders):
     """Gemma 4's template writes the result within the turn that called."""
-    pytest.importorskip("trl")
     chat = [
         *messages("q", "", tool_calls=call(a="b")),
         {"role": "tool", "name": "lookup", "tool_call_id": "abcdefghi", "content": "sunny"},
@@ -383,7 +375,6 @@ def test_a_tool_result_in_a_turn_is_refused_unless_marked(folders):
 
 def test_a_stop_token_that_comes_with_the_next_message(folders):
     """GLM's answers end with the role of the next one."""
-    pytest.importorskip("trl")
     folder = folders(chats.trl_template("glm4moe"), eos="<|user|>")
     (example,) = chats.encode(folder, [{"messages": messages("q", "one", "r", "two")}])
     said = ["\n<think></think>\none<|user|>", "\n<think></think>\ntwo"]
@@ -435,6 +426,13 @@ def test_texts_and_tokens(folders):
     """Without a template: eos once, headers of instructions, ids as given, masks by their options."""
     folder = folders(None, more=("<|EOT|>",))
     tokenizer = Chat(folder).tokenizer
+    ends = {tokenizer.token_to_id(t) for t in (EOS, "<|EOT|>")}
+    for kind, stops in (
+        ("auto", ends),
+        ("instruction_output", ends),
+        ("text", {tokenizer.token_to_id(EOS)}),
+    ):
+        assert ExampleEncoder(chats.options(format=kind), Chat(folder)).stop_ids == stops
     for text in ("hello", "hello" + EOS):
         (example,) = chats.encode(folder, [{"text": text}])
         assert example.ids.tolist() == tokenizer.encode("hello" + EOS).ids
@@ -530,3 +528,57 @@ def test_a_batch_is_its_rows(folders):
         assert alone.ids.dtype == np.int32 and alone.scored.dtype == bool
     with pytest.raises(UserError, match="^chats.jsonl, line 7 has the keys x;"):
         encoder.encode_batch([{"x": 1}], ["chats.jsonl, line 7"])
+
+
+def test_garbage_is_refused_in_one_line(folders):
+    """Whatever JSON can say in place of what belongs there: an example, or a message of one line."""
+    rng = random.Random(0)
+    encoder = ExampleEncoder(chats.options(format="messages"), Chat(folders(chats.CHATML)))
+    refused = 0
+
+    def junk(depth=0):
+        leaf = rng.choice(["", "user", "[1]", "{", "\ud800", 0, -1, 2**70, 0.5, True, None])
+        if depth > 2 or rng.random() < 0.5:
+            return leaf
+        some = range(rng.randrange(3))
+        if rng.random() < 0.5:
+            return [junk(depth + 1) for _ in some]
+        return {rng.choice(["role", "content", "function", "text"]): junk(depth + 1) for _ in some}
+
+    keys = ("role", "content", "tool_calls", "mask", "weight", "reasoning_content", "name")
+    for chat in chats.random_chats(5, 300):
+        row = {"messages": chat}
+        rng.choice(chat)[rng.choice(keys)] = junk()
+        if rng.random() < 0.3:
+            row[rng.choice(["tools", "chat_template_kwargs", "messages", "system"])] = junk()
+        try:
+            (example,) = encoder.encode_batch([row], arrow=rng.random() < 0.5)
+            assert len(example.ids) == len(example.scored)
+        except UserError as e:
+            refused += 1
+            assert str(e).startswith("row 1") and "\n" not in str(e)
+    assert 30 < refused < 270
+
+
+@pytest.mark.slow
+def test_watching_a_template_changes_no_text():
+    """Every template that TRL ships, with and without marks, tools and a generation prompt."""
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    rows = [c[-2:] for c in chats.random_chats(6, 3)]
+    rendered = 0
+    for path in sorted(chats.trl_templates().glob("*.jinja")):
+        for chat in rows:
+            for begins in (False, True):
+                given = {"add_generation_prompt": begins}
+                source = path.read_text(encoding="utf-8")
+                try:
+                    text = render(source, path.stem, chat, special, **given)
+                except UserError:
+                    continue  # it is of images
+                watched = render_watched(source, path.stem, chat, special, **given)
+                assert watched.text == text
+                assert all(
+                    a.end <= b.start for a, b in zip(watched.owned, watched.owned[1:], strict=False)
+                )
+                rendered += 1
+    assert rendered > 300

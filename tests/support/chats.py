@@ -9,6 +9,7 @@ import random
 import re
 import types
 
+import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -47,10 +48,17 @@ def options(**given):
     return types.SimpleNamespace(**(defaults | given))
 
 
+def trl_templates():
+    """The folder of chat templates that TRL ships. It takes seconds to import, and need not be for them."""
+    found = importlib.util.find_spec("trl")
+    if found is None:
+        pytest.skip("TRL is not installed")
+    return pathlib.Path(found.origin).parent / "chat_templates"
+
+
 def trl_template(name):
-    """A chat template that TRL ships."""
-    root = pathlib.Path(importlib.util.find_spec("trl").origin).parent
-    return (root / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    """One of them."""
+    return (trl_templates() / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def make_tokenizer(kind, special):
