@@ -71,7 +71,7 @@ def measure(examples: int, tokens: int, length: int, turns: int, folder: str) ->
     same = {one["sha256"] for of in rows.values() for one in of}
     if len(same) != 1:
         raise ValueError(f"the rows differ: {rows}")
-    figures = ("pack_s", "pack_bytes", "rows_s")
+    figures = ("pack_s", "pack_cpu_s", "pack_bytes", "rows_s")
     out = {
         name: {key: statistics.median(one[key] for one in of) for key in figures}
         for name, of in rows.items()
@@ -103,7 +103,7 @@ def make(examples: int, tokens: int, folder: str) -> int:
     with ExampleWriter(os.path.join(folder, OURS), VOCABULARY) as writer:
         for start in range(0, examples, 1_000):
             some = ids[start : start + 1_000]
-            writer.write([(one, np.arange(len(one)) >= len(one) // 2) for one in some])
+            writer.write([(one, np.arange(len(one)) % 2) for one in some])
         writer.end_source()
         writer.finish(Facts())
     datasets.disable_progress_bars()
@@ -115,10 +115,10 @@ def timed(name: str, folder: str, length: int) -> dict[str, Any]:
     """Packs in this process, and makes every row."""
     pack = {OURS: _ours, THEIRS: _trl}[name](os.path.join(folder, name), length)
     with _Memory() as memory:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         rows, row = pack()
-        pack_s = time.perf_counter() - started
-    out = {"pack_s": pack_s, "pack_bytes": memory.peak, "rows": rows}
+        pack_s, pack_cpu_s = time.perf_counter() - started, time.process_time() - used
+    out = {"pack_s": pack_s, "pack_cpu_s": pack_cpu_s, "pack_bytes": memory.peak, "rows": rows}
     started = time.perf_counter()
     for i in range(rows):
         row(i)
@@ -165,13 +165,13 @@ def _ours(stem: str, length: int) -> Callable[[], Rows]:
 
 def _trl(folder: str, length: int) -> Callable[[], Rows]:
     import datasets
-    import trl
+    from trl import pack_dataset
 
     datasets.disable_progress_bars()
 
     def pack() -> Rows:
         data = datasets.load_from_disk(folder)
-        packed = trl.pack_dataset(data, length, "bfd", {"load_from_cache_file": False})
+        packed = pack_dataset(data, length, "bfd", {"load_from_cache_file": False})
         column = packed.with_format("numpy")
         return len(packed), lambda i: column[i]["input_ids"]
 
@@ -213,11 +213,16 @@ def _in_a_process(name: str, folder: str, length: int) -> dict[str, Any]:
 
 def text(r: dict[str, Any]) -> str:
     """The table for a person."""
-    lines = [["", "packed in", "memory", "every row made in"]]
+    lines = [["", "packed in", "of a core", "memory", "every row made in"]]
     for name in (OURS, THEIRS):
         p = r[name]
         lines.append(
-            [name, f"{p['pack_s']:.2f} s", texts.gb(p["pack_bytes"]), f"{p['rows_s']:.2f} s"]
+            [
+                name,
+                *(f"{p[key]:.2f} s" for key in ("pack_s", "pack_cpu_s")),
+                texts.gb(p["pack_bytes"]),
+                f"{p['rows_s']:.2f} s",
+            ]
         )
     said = "met" if r["met"] else "MISSED"
     return (

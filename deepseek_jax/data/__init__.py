@@ -7,6 +7,7 @@ documents.py finds them, formats.py, arrow.py and tokenfile.py read them), packi
 sequences), order.py and windows.py (which come when). Of examples for fine-tuning: an
 `example_loader.ExampleLoader`; then examples.py (rows of records.py to token ids, kept on disk by
 example_files.py), example_choice.py (what is trained on, held out, left out) and example_packing.py.
-conversations.py and scoring.py make token ids of a row and say what of it is scored. tokenizer.py and its
-neighbours read tokenizers of others, chat.py and template.py their chat templates.
+scoring.py makes tokens and a mask of a row: conversations.py reads its format, turns.py finds what the
+model says in a rendered chat. tokenizer.py and its neighbours read tokenizers of others, chat.py and
+template.py their chat templates.
 """

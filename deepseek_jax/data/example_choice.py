@@ -16,7 +16,7 @@ from deepseek_jax.errors import UserError
 
 # Formats of rows in which something answers: it has to end.
 ANSWERS = ("messages", "conversations", "prompt_completion", "instruction_output")
-BLOCK = 1 << 20  # tokens that are looked at together
+BLOCK = 1 << 18  # tokens that are looked at together
 
 
 class Choice(NamedTuple):
@@ -154,6 +154,8 @@ def summary(
         )
     if choice.unscored:
         first += f", {choice.unscored:,} left out without a trained token"
+        if config.sft.packing != "none":
+            first += " (TRL keeps such where it packs)"
     if choice.cut:
         first += f"; {choice.cut:,} cut off at {length} tokens"
     if config.sft.packing_strategy == "bfd_split" and (n := int((choice.kept > length).sum())):

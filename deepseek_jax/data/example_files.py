@@ -24,7 +24,7 @@ from deepseek_jax.config.paths import temporary
 
 FORMAT = "deepseek_jax examples 1"
 ARRAYS = ("tokens", "scored", "offsets")
-BLOCK = 1 << 22  # bytes that are hashed at a time
+BLOCK = 1 << 18  # bytes that are hashed at a time
 MAX_JSON = 1 << 24  # bytes
 
 
@@ -141,10 +141,10 @@ class ExampleWriter:
             file.flush()
         arrays = [_map(self._files[n], self._dtypes[n], self._sizes[n]) for n in ARRAYS]
         if self._stem is not None:
-            with open(self._temp["json"], "x", encoding="utf-8") as file:
-                json.dump(head, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            with open(self._temp["json"], "x", encoding="utf-8") as out:
+                json.dump(head, out, indent=1)
+                out.flush()
+                os.fsync(out.fileno())
             for name in ARRAYS:
                 os.fsync(self._files[name].fileno())
             for name in (*ARRAYS, "json"):
@@ -217,10 +217,11 @@ def _map(file: IO[bytes], dtype: np.dtype, size: int) -> np.ndarray:
 
 
 def _set_of(arrays: Sequence[np.ndarray], head: dict[str, Any]) -> ExampleSet:
-    known = head["facts"]
-    lines = {name: tuple(map(str, known[name])) for name in ("about", "notes")}
-    facts = Facts(**known)._replace(**lines)
-    return ExampleSet(*arrays, sources=np.array(head["sources"], np.int64), facts=facts)
+    known = dict(head["facts"])
+    about, notes = (tuple(map(str, known.pop(name))) for name in ("about", "notes"))
+    facts = Facts(**known, about=about, notes=notes)
+    tokens, scored, offsets = arrays
+    return ExampleSet(tokens, scored, offsets, np.array(head["sources"], np.int64), facts)
 
 
 def _fits(found: ExampleSet) -> bool:

@@ -150,7 +150,7 @@ def key_of(sources: Sources, tokenizer: Tokenizer, encoder: Encoder, progress: b
     Raises:
       UserError: a file cannot be read.
     """
-    digests = []
+    digests: list[list[tuple[str, str, str]]] = []
     total = sum(f.size for _, files in sources for f in files)
     with Bar("Comparing examples", total, progress) as bar:
         for spec, files in sources:

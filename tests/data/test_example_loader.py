@@ -37,6 +37,11 @@ def examples_in(rows):
     return out
 
 
+def number(ids):
+    """Which example of `random_chats` it is: its question begins with that."""
+    return int(bytes(i for i in ids[2:] if i < 256).decode().split()[0])
+
+
 def test_messages_become_rows(tmp_path):
     """The whole way, by hand: two chats fit in one row, the answers and their stop tokens are scored."""
     rows = [chat("ab", "c"), chat("d", "ef"), chat("ghijk", "l")]
@@ -99,7 +104,7 @@ def test_held_out_examples_are_never_trained_on(path, packing):
     loader = make_loader(config)
     train = loader.train_rows(0, loader.num_train_rows)
     held = loader.eval_rows(0, loader.num_eval_rows + 3)
-    everything = make_loader(make_config(path, length=4096, batch=1)).train_rows(0, 1)
+    everything = make_loader(make_config(path, length=8192, batch=1)).train_rows(0, 1)
     all_examples = examples_in(everything)
     assert len(all_examples) == 200
 
@@ -108,7 +113,7 @@ def test_held_out_examples_are_never_trained_on(path, packing):
 
     expected = [e[:48] if packing in ("bfd", "none") else e for e in all_examples]
     mask = held_out_of(200, 0.1)
-    numbers = [int(bytes(e[2:6]).decode().split()[0]) for e in all_examples]
+    numbers = [number(e) for e in all_examples]
     sides = [
         sorted(
             itertools.chain(*(e for e, n in zip(expected, numbers, strict=True) if mask[n] == side))
@@ -122,7 +127,7 @@ def test_held_out_examples_are_never_trained_on(path, packing):
     assert loader.eval_tokens == len(sides[1]) and loader.train_tokens == len(sides[0])
     ids, scored = loader.eval_examples(2)[1]
     second = int(np.flatnonzero(mask)[1])
-    assert bytes(ids[2:6].tolist()).decode().split()[0] == str(second)
+    assert number(ids.tolist()) == second
     assert scored[-1] and not scored[:4].any()
 
 

@@ -3,13 +3,14 @@
 import gzip
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepseek_jax.data import example_files
+from deepseek_jax.data import example_choice, example_files
 from deepseek_jax.data.conversations import drop_none
 from deepseek_jax.data.documents import DataNotes
 from deepseek_jax.data.examples import open_examples
@@ -59,8 +60,8 @@ class Rows(ByteEncoder):
 
 def test_rows_come_with_all_their_columns_from_every_kind_of_file(tmp_path):
     rows = [
-        chat("a", "b") | {"tools": [TOOL]},
-        chat("c", "é") | {"tools": [{"name": "sub"}], "id": 7},
+        chat("a", "b") | {"tools": [TOOL], "id": 7},
+        chat("c", "é") | {"tools": [{"name": "sub"}]},
     ]
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "c.json").write_text(json.dumps(rows))
@@ -178,20 +179,24 @@ def test_kept_examples_that_are_damaged_are_made_anew(tmp_path):
     path, folder = write_jsonl(tmp_path / "a.jsonl", random_chats(30)), tmp_path / "kept"
     first = read(path, folder)
 
+    def put(file, data):  # beside the file that `first` maps
+        file.unlink()
+        file.write_bytes(data)
+
     def flip(file):
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
-        file.write_bytes(data)
+        put(file, data)
 
     def cut(file):
-        file.write_bytes(file.read_bytes()[:-1])
+        put(file, file.read_bytes()[:-1])
 
     def change(file):
         head = json.loads(file.read_text())
-        file.write_text(json.dumps(head | {"sources": [0, 31]}))
+        put(file, json.dumps(head | {"sources": [0, 31]}).encode())
 
     def foreign(file):
-        file.write_text("[" * 100_000)
+        put(file, b"[" * 100_000)
 
     for ending, damages in (
         ("tokens", (flip, cut, os.unlink)),
@@ -222,6 +227,23 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "kept").write_text("a file")
     with pytest.raises(UserError, match="kept cannot be written"):
         read(path, tmp_path / "kept")
+
+
+def test_memory_does_not_grow_with_the_examples(tmp_path):
+    """Twice as many, 3 MB of arrays more: no more memory than a few numbers of each need."""
+
+    def peak(count):
+        path = write_jsonl(tmp_path / f"{count}.jsonl", [chat("a" * 1000, "b" * 1000)] * count)
+        tracemalloc.start()
+        examples = read(path, tmp_path / "kept")
+        example_choice.choose(examples, make_config(path, length=4096), {256})
+        out = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return out
+
+    peak(10)
+    few, many = peak(500), peak(1000)
+    assert many - few < 500 * 200  # bytes; the arrays have 6 kB of each
 
 
 def test_kept_files_hold_plain_arrays(tmp_path):
