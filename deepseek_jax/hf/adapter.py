@@ -103,7 +103,8 @@ def _other_model(where: str, name: str, found: tuple, wanted: tuple | None) -> U
 def _shapes(model: ModelConfig, family: str) -> dict[str, tuple[int, ...]]:
     """Of what an adapter may change."""
     m = model
-    out = {"model.embed_tokens.weight": (m.vocab_size, m.hidden_size)}
+    out: dict[str, tuple[int, ...]] = {}
+    out["model.embed_tokens.weight"] = (m.vocab_size, m.hidden_size)
     if not m.tie_word_embeddings:
         out["lm_head.weight"] = (m.vocab_size, m.hidden_size)
     for leaf, _ in _targets(model, family):

@@ -167,8 +167,8 @@ def _of_experts(
     halves = b_EOR[:, :f], b_EOR[:, f:]
     # Block-diagonal: gate has the first half of the rank, up the second. B of a fresh adapter is zero.
     h = r // 2
-    apart = not r % 2 and not halves[0][:, :, h:].any() and not halves[1][:, :, :h].any()
-    apart = apart and (b.any() or r == 2 * config["r"])
+    apart = not r % 2 and not bool(halves[0][:, :, h:].any() or halves[1][:, :, :h].any())
+    apart = apart and (bool(b.any()) or r == 2 * config["r"])
     out = {}
     for j, (name, half) in enumerate(zip(("gate_proj", "up_proj"), halves, strict=True)):
         part = slice(j * h, (j + 1) * h) if apart and h else slice(None)

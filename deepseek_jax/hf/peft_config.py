@@ -97,7 +97,7 @@ def read_config(folder: str) -> dict[str, Any]:
 
 
 def _number(values: Mapping[str, Any], key: str, path: str) -> float:
-    value = values.get(key)
+    value: Any = values.get(key)
     if type(value) not in (int, float) or not 0 < value < 1e6:
         raise UserError(f"{path}: {key}={value!r} is no number above 0. Correct it.")
     return value

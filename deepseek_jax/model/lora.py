@@ -81,12 +81,11 @@ def _add(
     rngs: nnx.Rngs,
 ) -> None:
     """The factors of one weight: of [I, O], or of experts [E, I, O] or [E, I, 2, O]."""
+    *lead, i, o = shape
+    a, b = (*lead, i, r), (*lead, r, o)
     if len(shape) == 4:
         e, i, pair, o = shape
         a, b = (e, i, pair, r), (e, pair, r, o)
-    else:
-        *experts, i, o = shape
-        a, b = (*experts, i, r), (*experts, r, o)
     init = _uniform(i**-0.5)
     setattr(module, prefix + A, param(rngs, init, a, axes[0], LoraParam))
     setattr(module, prefix + B, param(rngs, nnx.initializers.zeros, b, axes[1], LoraParam))

@@ -245,7 +245,9 @@ class Transformer(nnx.Module):
 
         def body(x_BSD, layer_state):
             layer_state, number = layer_state
-            place = None if number is None else noise.Place(self.dropout_seed, row_B, number)
+            place = None
+            if number is not None and self.dropout_seed is not None:
+                place = noise.Place(self.dropout_seed, row_B, number)
             with collect(taps) as found, noise.of_layer(place):
                 # Weights in the host's memory come one layer at a time, and again in the backward
                 # pass, because this is inside of what is rematerialised.

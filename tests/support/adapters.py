@@ -20,19 +20,20 @@ from tests.support import conversion
 
 def adapted(model: ModelConfig, moe: MoeConfig | None = None, **lora: Any) -> Config:
     """A float32 run of a model with LoRA."""
-    options = LoraConfig(**{"base_dtype": "float32", "r": 4, "alpha": 6.0} | lora)
+    small: dict[str, Any] = {"base_dtype": "float32", "r": 4, "alpha": 6.0}
+    options = LoraConfig(**small | lora)
     moe = moe or MoeConfig(bias_update_rate=0.0)
     return conversion.config_of(model, lora=options, moe=moe)
 
 
 def random_factors(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """Factors that change the model by about as much as its weights are."""
+    """Factors that change what a weight makes of its input by some tenths."""
     rng = np.random.default_rng(seed)
     out = {}
     for path, variable in nnx.to_flat_state(abstract_model(config)[1]):
         if is_factor(path):
             shape = variable.get_value().shape
-            out["/".join(map(str, path))] = (rng.standard_normal(shape) * 0.3).astype(np.float32)
+            out["/".join(map(str, path))] = (rng.standard_normal(shape) * 0.1).astype(np.float32)
     return out
 
 
