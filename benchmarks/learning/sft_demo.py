@@ -42,6 +42,7 @@ TRAINING = {
     "train.dtype": "float32",
     "train.remat": "none",
     "checkpoint.every_steps": 25,
+    "checkpoint.keep": 1,
     "eval.every_steps": 50,
 }
 # What each run has on top, and its learning rate: adapters take ten times that of whole weights.

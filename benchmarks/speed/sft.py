@@ -121,8 +121,8 @@ def write_inputs(own: argparse.Namespace, folder: pathlib.Path) -> None:
     with open(folder / CHATS, "w", encoding="utf-8") as f:
         for ids, labels in chats(count, t.sequence_length, vocab):
             f.write(json.dumps({"input_ids": ids.tolist(), "labels": labels.tolist()}) + "\n")
-    words = {f"w{i}": i for i in range(vocab)}
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save(
+    words = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocab)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>")).save(
         str(folder / TOKENIZER)
     )
     keys = configuration.from_model(config.model, "deepseek_v3")
