@@ -143,8 +143,13 @@ class Demo:
             ),
         )
 
-    def answers(self, name: str, model: pathlib.Path) -> list[dict[str, Any]]:
-        """What a model says to the held-out questions, by its likeliest tokens."""
+    def answers(self, name: str, *model: str) -> list[dict[str, Any]]:
+        """What a model says to the held-out questions, by its likeliest tokens.
+
+        Args:
+          name: of the answers.
+          model: flags of generate.
+        """
         out = self.folder / f"{name}.jsonl"
         if not out.exists():
             part = out.with_suffix(".part.jsonl")
@@ -154,7 +159,7 @@ class Demo:
                 lambda: self.command(
                     "-m",
                     "deepseek_jax.generate",
-                    f"--model={model}",
+                    *model,
                     f"--prompts={self.folder / HELD_OUT}",
                     f"--output={part}",
                     "--temperature=0",
@@ -167,29 +172,38 @@ class Demo:
         return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
     def exports(self) -> dict[str, bool]:
-        """Whether the exported models give the answers that the runs give, to every held-out question."""
+        """Whether what is exported gives the answers that the runs give, to every held-out question."""
+        adapter = self.folder / "lora-adapter"
+        made = {
+            "full-export": ("full", [], [f"--model={self.folder / 'full-export'}"]),
+            "lora-export": ("lora", [], [f"--model={self.folder / 'lora-export'}"]),
+            adapter.name: (
+                "lora",
+                ["--adapter"],
+                [f"--model={self.folder / MODEL}", f"--adapter={adapter}"],
+            ),
+        }
         same = {}
-        for name in RUNS:
-            target = self.folder / f"{name}-export"
-            if not (target / "config.json").exists():
-                words = ["-m", "deepseek_jax.hf", "export", str(self.folder / name), str(target)]
-                self.stage(f"export {name}", functools.partial(self.command, *words))
-            ours, theirs = self.answers(name, self.folder / name), self.answers(target.name, target)
-            same[name] = [a["text"] for a in ours] == [a["text"] for a in theirs]
+        for target, (run, flags, model) in made.items():
+            to = self.folder / target
+            if not any((to / file).exists() for file in ("config.json", "adapter_config.json")):
+                words = ["-m", "deepseek_jax.hf", "export", str(self.folder / run), str(to), *flags]
+                self.stage(f"export {target}", functools.partial(self.command, *words))
+            ours, theirs = self.answers(run), self.answers(target, *model)
+            same[target] = [a["text"] for a in ours] == [a["text"] for a in theirs]
         return same
 
     def chat(self) -> dict[str, Any]:
-        """One held-out question, of the most terms, and what each model says to it."""
-        hardest = max(range(len(self.problems)), key=lambda i: len(self.problems[i].expression))
-        names = ["before", *RUNS]
-        said = {name: self.answers(name, self.folder / name)[hardest]["text"] for name in names}
-        return {"question": self.problems[hardest].question, "answers": said}
+        """One held-out question, of the longest, and what each model says to it."""
+        longest = max(range(len(self.problems)), key=lambda i: len(self.problems[i].expression))
+        said = {name: self.answers(name)[longest]["text"] for name in ("before", *RUNS)}
+        return {"question": self.problems[longest].question, "answers": said}
 
     # ---- figures
 
     def measured(self, name: str, model: pathlib.Path) -> dict[str, Any]:
         """A row of the table: the marks of a model's answers."""
-        answers = self.answers(name, model)
+        answers = self.answers(name, f"--model={model}")
         pairs = list(zip(answers, self.problems, strict=True))
         scores = [self.task.score(a["text"], p) for a, p in pairs]
         return {
@@ -286,5 +300,5 @@ def text(r: dict[str, Any]) -> str:
     for name, answer in r["chat"]["answers"].items():
         lines += [f"{name}:", *("  " + line for line in answer.splitlines())]
     for name, same in r["exports_answer_the_same"].items():
-        lines.append(f"export of {name}: {'the same answers' if same else 'OTHER ANSWERS'}")
+        lines.append(f"{name}: {'the same answers' if same else 'OTHER ANSWERS'}")
     return "\n".join([*lines, f"{r['minutes']:.0f} minutes in all"])

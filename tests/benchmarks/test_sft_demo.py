@@ -205,15 +205,16 @@ class Recorded(sft_demo.Demo):
         if self.fails and self.fails in " ".join(words):
             raise sft_demo.CommandFailed("it failed", 3)
         if "deepseek_jax.generate" in words:
-            learnt = not words[2].endswith(sft_demo.MODEL)
+            learnt = not words[2].endswith(sft_demo.MODEL) or "--adapter" in words[3]
             said = [arithmetic.worked(p) if learnt else f"It is {p.answer}" for p in self.problems]
             said[0] = "?"
             rows = [{"text": t, "finish_reason": "stop" if learnt else "length"} for t in said]
             sft_demo.write_lines(grows, rows)
         if "export" in words:
-            folder = self.folder / words[-1].rpartition("/")[2]
+            folder = self.folder / words[4].rpartition("/")[2]
             folder.mkdir()
-            (folder / "config.json").touch()
+            adapter = "--adapter" in words
+            (folder / ("adapter_config.json" if adapter else "config.json")).touch()
 
 
 def test_the_stages_go_on_where_they_were_stopped(package, tmp_path):
@@ -229,10 +230,11 @@ def test_the_stages_go_on_where_they_were_stopped(package, tmp_path):
     before, full, lora = result["rows"]
     assert (before["accuracy"], before["last_number_right"], before["stopped"]) == (0, 0.9, 0)
     assert full["accuracy"] == lora["accuracy"] == 0.9 and full["stopped"] == 1
-    assert result["exports_answer_the_same"] == {"full": True, "lora": True}
+    same = result["exports_answer_the_same"]
+    assert same == {"full-export": True, "lora-export": True, "lora-adapter": True}
     assert result["minutes"] > 0 and full["seconds"] > 0
     text = sft_demo.text(result)
-    assert "90%" in text and text.count("the same answers") == 2
+    assert "90%" in text and text.count("the same answers") == 3
     table = figures.sft_demo_table(result, "[here](there)")
     assert table.count("\n| ") == 4 and "90% full" in figures.sft_demo(result)
     json.dumps(result)
