@@ -14,6 +14,7 @@ positions, K choices.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,11 +22,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.config.options import Config, DataConfig
+from deepseek_jax.config.options import Config, DataConfig, SftConfig
 from deepseek_jax.data import fields
-from deepseek_jax.data.documents import DataNotes
+from deepseek_jax.data.conversations import find_format
+from deepseek_jax.data.documents import DataNotes, find_files, split_paths
 from deepseek_jax.data.fields import Rows
+from deepseek_jax.data.open import open_data
 from deepseek_jax.data.packing import PackedRows
+from deepseek_jax.data.records import read_records
 from deepseek_jax.data.sources import open_corpora, split
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
@@ -95,13 +99,41 @@ def packed(config: Config, tokenizer: Tokenizer, tokens: int, batch: int) -> Ite
     tokens.
 
     Args:
-      config: reads data, train.sequence_length and seed.
+      config: reads objective, data, sft, train.sequence_length and seed.
       tokens: at least; 0: all there are.
       batch: sequences of a batch; padding fills the last.
+
+    Returns:
+      Fields int32 [batch, train.sequence_length]: what a model reads, with next_tokens where it predicts
+      several tokens ahead.
 
     Raises:
       UserError: the data cannot be read, or are none.
     """
+    length = config.train.sequence_length
+    wanted = fields.INPUTS if not config.model.num_nextn_predict_layers else fields.TEXT
+    names = [name for name in wanted if name != "targets"]
+    rows = _examples if config.objective == "sft" else _documents
+    drawn = rows(config, tokenizer, tokens)
+    while here := list(itertools.islice(drawn, batch)):
+        here += [fields.padding_row(fields.TEXT, length)] * (batch - len(here))
+        yield {name: np.stack([row[name] for row in here]) for name in names}
+
+
+def _examples(config: Config, tokenizer: Tokenizer, tokens: int) -> Iterator[Rows]:
+    """Rows of examples as fine-tuning packs them."""
+    data = open_data(config, tokenizer, fields.TEXT)
+    read = 0
+    for i in range(data.num_train_rows):
+        row = {name: a[0] for name, a in data.train_rows(i, 1).items()}
+        yield row
+        read += int(np.sum(row["segment_ids"] > 0))
+        if tokens and read >= tokens:
+            break
+
+
+def _documents(config: Config, tokenizer: Tokenizer, tokens: int) -> Iterator[Rows]:
+    """Rows of text."""
     length = config.train.sequence_length
     notes = DataNotes()
     corpora = open_corpora(config, tokenizer, True, notes)
@@ -112,22 +144,39 @@ def packed(config: Config, tokenizer: Tokenizer, tokens: int, batch: int) -> Ite
     order = np.random.default_rng(config.seed).permutation(len(places))
     if tokens:
         order = order[: math.ceil(tokens / length)]
-    wanted = fields.INPUTS if not config.model.num_nextn_predict_layers else fields.TEXT
-    names = [name for name in wanted if name != "targets"]
-    for at in range(0, len(order), batch):
-        here = [rows[i].row(j) for i, j in (places[n] for n in order[at : at + batch])]
-        here += [fields.padding_row(fields.TEXT, length)] * (batch - len(here))
-        yield {name: np.stack([row[name] for row in here]) for name in names}
+    for n in order:
+        i, j = places[n]
+        yield rows[i].row(j)
+
+
+def is_examples(paths: str) -> bool:
+    """Whether a task's data, by their first row, are chats or other examples, and not texts.
+
+    Raises:
+      UserError: the first row cannot be read, or is neither.
+    """
+    for spec in split_paths(paths, "--data"):
+        for file in find_files(spec, "--data"):
+            if file.kind not in ("lines", "json", "parquet", "arrow"):
+                return False
+            for record in read_records(file, spec, "--data"):
+                return find_format(record.row, record.place) != "text"
+    return False
 
 
 def data_config(
     model: LoadedModel, path: str, tokenizer: str, length: int, seed: int = 0
 ) -> Config:
-    """Options to read a task's data with."""
+    """Options to read a task's data with: examples with the chat template of the run, or of the checkpoint,
+    and as many tokens of each as a sequence has."""
     config = model.full_config
+    examples = is_examples(path)
+    sft = config.sft if config.objective == "sft" else SftConfig()
     return dataclasses.replace(
         config,
         seed=seed,
+        objective="sft" if examples else "pretrain",
+        sft=dataclasses.replace(sft, format="auto") if examples else SftConfig(),
         data=DataConfig(path=path, tokenizer=tokenizer, eval_fraction=0.0),
-        train=dataclasses.replace(config.train, sequence_length=length),
+        train=dataclasses.replace(config.train, sequence_length=length, batch_size=1),
     )

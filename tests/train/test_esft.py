@@ -20,15 +20,18 @@ from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import (
     Config,
+    DataConfig,
     EsftConfig,
     MeshConfig,
     MoeConfig,
     OffloadConfig,
     OptimizerConfig,
     ShardingConfig,
+    TrainConfig,
 )
 from deepseek_jax.config.validation import validate
 from deepseek_jax.data import tokenizer_folder
+from deepseek_jax.data.open import open_data
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.esft import __main__ as command
@@ -39,7 +42,7 @@ from deepseek_jax.run import resume
 from deepseek_jax.train import expert_table, state, step
 from deepseek_jax.train.expert_table import ExpertTable
 from deepseek_jax.train.optimizer import decay_mask, learning_rate
-from tests.support import conversion, evaluation, invariance
+from tests.support import chat_folders, conversion, evaluation, hf_folders, invariance
 from tests.support.small_runs import ADAMW, TINY, config_of, same, trainer
 
 TABLE = {"experts": {"0": [2], "1": [3, 0]}}  # of TINY: two layers of four experts
@@ -154,6 +157,31 @@ def theirs_of(model, rows: dict[str, np.ndarray]) -> np.ndarray:
             np.add.at(out[0], chosen, weight)
             np.add.at(out[1], chosen, 1)
     return out
+
+
+def test_a_tasks_data_may_be_chats(tmp_path):
+    """They are what fine-tuning trains on: by the template, each by itself."""
+    folder = chat_folders.model(tmp_path / "model")
+    chats = chat_folders.chats(tmp_path / "chats.jsonl", 40)
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a"}\n')
+    assert scores.is_examples(chats) and not scores.is_examples(str(text))
+    tokenizer = load_tokenizer(f"{folder}/tokenizer.json")
+    config = Config(
+        objective="sft",
+        model=hf_folders.MODEL,
+        data=DataConfig(path=chats, tokenizer=f"{folder}/tokenizer.json", eval_fraction=0.0),
+        train=TrainConfig(sequence_length=80, batch_size=1),
+    )
+    every = list(scores.packed(config, tokenizer, 0, 3))
+    assert all(a.shape == (3, 80) for rows in every for a in rows.values())
+    assert {"tokens", "segment_ids", "positions"} <= every[0].keys()
+    examples = open_data(config, tokenizer)
+    assert sum(int((rows["segment_ids"] > 0).sum()) for rows in every) == examples.train_tokens
+    few = list(scores.packed(config, tokenizer, 150, 3))
+    assert (
+        len(few) == 1 and (few[0]["tokens"] != every[0]["tokens"]).sum() < 80
+    )  # of three rows the first two
 
 
 def test_scores_are_of_the_models_own_router(tmp_path, capsys):
