@@ -138,7 +138,8 @@ class SftConfig:
     # ---- what is shown of the held-out examples
     eval_prompts: int = option(
         0,
-        "Held-out prompts that are answered at each evaluation, into WORKDIR/answers/STEP.jsonl.",
+        "Held-out prompts that are answered at each evaluation, into WORKDIR/answers/STEP.jsonl; on GPUs "
+        "this needs the weights a second time for a while.",
         unit="prompts",
         at_least=0,
         special={0: "none"},
