@@ -111,6 +111,7 @@ class SftConfig:
         "nll",
         "Loss of a scored token of probability p.",
         choices={"nll": "-log p", "dft": "-log p, weighted by p (arXiv:2508.05629)"},
+        synonyms={"chunked_nll": "nll"},
         on_resume="free",
         aliases={"hf": "loss_type"},
     )
