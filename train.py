@@ -2,6 +2,8 @@
 
   python train.py --config=configs/tiny.py --workdir=runs/tiny
   python train.py --config=configs/v3.py --workdir=DIR --config.mesh.expert=8
+  python train.py --config=configs/post/sft.py --config.init_from=MODEL --config.data.path=chats.jsonl \
+    --workdir=runs/sft
 
 The config is a Python file; any option can be overridden as --config.section.key=value. --help lists
 them all, --print_config shows them resolved. The same command run again resumes from the newest
@@ -63,17 +65,18 @@ def main(argv: list[str], stopper: Stopper | None = None) -> int:
         processes.join(options, config.watchdog.heartbeat_timeout, stopper or Stopper())
 
         with Job(config, flags.workdir, processes, stopper) as job:
-            # ---- 3 What is learnt ---------------------------------------------------------------
+            # ---- 3 Mesh and data ----------------------------------------------------------------
+            # The devices, as a grid with named axes (parallel/mesh.py); documents packed into
+            # sequences, or examples into rows, in an order that is a pure function of the seed
+            # (data/open.py). What can be wrong with options, workdir or data is found here, and
+            # where train.epochs says how often they are read, the steps that this takes.
+            mesh, config = job.open()
+
+            # ---- 4 What is learnt ---------------------------------------------------------------
             # The objective: the fields of a batch, the loss of the model's output that is minimised
             # and what is measured on held-out data. Pretraining: cross-entropy of the next tokens,
-            # multi-token prediction (objectives/).
+            # multi-token prediction. Fine-tuning: of the scored tokens of examples (objectives/).
             objective = objectives.make(config)
-
-            # ---- 4 Mesh and data ----------------------------------------------------------------
-            # The devices, as a grid with named axes (parallel/mesh.py); documents packed into
-            # sequences, in an order that is a pure function of the seed (data/loader.py). What can
-            # be wrong with options, workdir or data is found here.
-            mesh = job.open(objective)
 
             # ---- 5 Model and state --------------------------------------------------------------
             # The model's parameters (model/transformer.py) and the optimizer's moments, as shapes
@@ -81,7 +84,7 @@ def main(argv: list[str], stopper: Stopper | None = None) -> int:
             # of these that there is: the newest good checkpoint of this run, config.init_from, a
             # checkpoint imported into the workdir, random numbers (run/start.py).
             model = make_layout(config, mesh, objective.frozen(mesh))
-            start = job.find_start(model)
+            start = job.find_start(model, objective)
 
             # ---- 6 Step -------------------------------------------------------------------------
             # One program, (state, batch, frozen) -> (state, metrics): forward pass, loss, its gradients

@@ -14,6 +14,7 @@ from deepseek_jax.runtime.huge_pages import use_huge_pages
 GROUPS = {
     "speed": {
         "step": "time of a train step and its share of the best matmul; --peer: beside PyTorch",
+        "sft": "fine-tuning on short chats, packed, beside TRL's SFTTrainer, which pads",
         "floor": "the parts of a step on a CPU, and the least that each could cost",
         "overhead": "what the training loop costs beside the compiled step",
         "attention": "attention against plain softmax attention: time and temporary bytes by length",
@@ -21,6 +22,7 @@ GROUPS = {
         "vocabulary": "the chunked loss against whole logits: time and temporary bytes",
         "compile": "compile time of 61 layers against 8",
         "generate": "generation beside transformers in PyTorch: prefill and decoding, tokens per second",
+        "pack": "packing tokenised chats into rows, beside TRL: seconds and memory",
         "hf_copy": "import and export of a Hugging Face checkpoint beside a plain copy of its bytes",
     },
     "memory": {
@@ -42,11 +44,12 @@ GROUPS = {
     },
     "learning": {
         "tiny": "trains configs/tiny.py whole and checks its loss (make prove)",
+        "sft_demo": "a real chat model learns sums, whole and by LoRA: marks before and after (make sft)",
         "picture": "draws the loss and the expert load of a run from its metrics.jsonl",
     },
     "repository": {
         "measures": "the repository's own measures: width, imports, parameters, files",
-        "figures": "writes the figures of docs/speed.md from results/ (make docs)",
+        "figures": "writes the figures of docs/ from results/ (make docs)",
     },
 }
 ABOUT = {name: about for group in GROUPS.values() for name, about in group.items()}

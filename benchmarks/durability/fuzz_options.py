@@ -168,7 +168,7 @@ def run_small(config: Config, mesh: jax.sharding.Mesh) -> None:
             raise FloatingPointError(f"losses {found}")
         prompt = text[0, :1].tolist()
         placed = BoundModel(layout.model, held.params, held.bias, mesh)
-        list(sample.tokens(placed, prompt, 2, Sampling(), m.vocab_size, None))
+        list(sample.tokens(placed, prompt, 2, Sampling(), m.vocab_size, ()))
     if mesh.shape["stage"] == 1 and not config.offload.parameters:
         drafts = min(1, m.num_nextn_predict_layers)
         Engine(placed).generate([prompt, text[-1].tolist()], 2, draft_tokens=drafts)

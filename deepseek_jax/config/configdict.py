@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from deepseek_jax.config import suggestions
-from deepseek_jax.config.options import Config
+from deepseek_jax.config.options import OPTIONS, Config
 from deepseek_jax.errors import UserError
 
 
@@ -32,8 +32,18 @@ def base_config(arg: str = "", allowed: Sequence[str] = ("",)) -> ConfigDict:
     return _defaults(Config)
 
 
+class _Section(ConfigDict):
+    """Takes True and False where "true" and "false" stand beside "auto"."""
+
+    _KEYS = frozenset(o.name.rpartition(".")[2] for o in OPTIONS.values() if o.takes_bools)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        as_text = isinstance(value, bool) and key in self._KEYS
+        super().__setitem__(key, str(value).lower() if as_text else value)
+
+
 def _defaults(cls: Any) -> ConfigDict:
-    out = ConfigDict()
+    out = _Section()
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         kind = hints[f.name]
@@ -101,6 +111,8 @@ def _value(kind: Any, value: Any, full: str) -> Any:
         value = float(value)
     if types.NoneType in allowed and value == 0:
         value = None  # a flag cannot spell None
+    if isinstance(value, bool) and OPTIONS[full.removeprefix("config.")].takes_bools:
+        value = str(value).lower()
     if type(value) not in allowed:
         wanted = " or ".join("None" if a is types.NoneType else a.__name__ for a in allowed)
         raise UserError(

@@ -78,6 +78,7 @@ class Option:
     on_resume: str = ""
     path: bool = False  # names a file or folder; its choices are words that name none
     several: bool = False  # several paths, separated by commas
+    or_text: bool = False  # what has { or a line break is no path, but what its file would hold
     aliases: tuple[Alias, ...] = ()
 
     @property
@@ -95,6 +96,15 @@ class Option:
             self._check_choice(value)
         elif value is not None and not isinstance(value, bool):
             self._check_range(value)
+
+    @property
+    def takes_bools(self) -> bool:
+        """Whether True and False are choices, beside words such as auto."""
+        return self.any_case and {"true", "false"} <= self.choices.keys()
+
+    def is_text(self, value: str) -> bool:
+        """Whether a value is what a file would hold, and not its path."""
+        return self.or_text and ("{" in value or "\n" in value)
 
     def limits(self) -> str:
         """The range in words, "" without one: "1 or more", "above 0 and below 1"."""

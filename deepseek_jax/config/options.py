@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from deepseek_jax.config.option import Option, option, options_of, section
+from deepseek_jax.config.option import Alias, Option, option, options_of, section
 from deepseek_jax.config.sections.data import DataConfig, EvalConfig
 from deepseek_jax.config.sections.esft import EsftConfig
+from deepseek_jax.config.sections.lora import LoraConfig
 from deepseek_jax.config.sections.model import ModelConfig
 from deepseek_jax.config.sections.moe import MoeConfig
 from deepseek_jax.config.sections.optimizer import OptimizerConfig
@@ -32,6 +33,7 @@ from deepseek_jax.config.sections.running import (
     ProfileConfig,
     WatchdogConfig,
 )
+from deepseek_jax.config.sections.sft import SftConfig
 from deepseek_jax.config.sections.training import REMAT_NAMES, Fp16Config, TrainConfig
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "EvalConfig",
     "Fp16Config",
     "LogConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "MoeConfig",
@@ -58,6 +61,7 @@ __all__ = [
     "OptimizerConfig",
     "ProfileConfig",
     "RopeScaling",
+    "SftConfig",
     "ShardingConfig",
     "TrainConfig",
     "WatchdogConfig",
@@ -82,6 +86,16 @@ class Config:
         on_resume="new pass",
         aliases={"hf": "seed", "nemo": "seed"},
     )
+    objective: str = option(
+        "pretrain",
+        "What is learnt.",
+        choices={
+            "pretrain": "the next token of documents",
+            "sft": "the answers of examples (config.sft)",
+        },
+        on_resume="refused",
+        aliases=[Alias("sft", hf="SFTTrainer", nemo="finetune")],
+    )
     init_from: str = option(
         "",
         "Folder of a Hugging Face checkpoint to begin with; its config.json sets config.model; empty: "
@@ -97,7 +111,9 @@ class Config:
     train: TrainConfig = section(TrainConfig)
     fp16: Fp16Config = section(Fp16Config)
     optimizer: OptimizerConfig = section(OptimizerConfig)
+    sft: SftConfig = section(SftConfig)
     esft: EsftConfig = section(EsftConfig)
+    lora: LoraConfig = section(LoraConfig)
     offload: OffloadConfig = section(OffloadConfig)
     eval: EvalConfig = section(EvalConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)

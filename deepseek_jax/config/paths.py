@@ -59,9 +59,10 @@ def absolute_config(config: Config) -> Config:
 
 
 def _absolute(path: str, option: Option) -> str:
-    if not path or path in option.choices or "://" in path:
+    if not path or path in option.choices or option.is_text(path) or "://" in path:
         return path
-    return os.path.abspath(expanded(path, option.full_name))
+    out = os.path.abspath(expanded(path, option.full_name))
+    return path if option.or_text and not os.path.exists(out) else out  # the name of a template
 
 
 def temporary(path: str) -> str:

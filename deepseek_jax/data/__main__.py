@@ -4,6 +4,7 @@ token files, shows what a step was trained on."""
 import argparse
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -39,7 +40,7 @@ PATH_HELP = (
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, or 2 after one line on stderr about the user's mistake."""
     try:
-        return exit_code("data", lambda: run(_parser().parse_args(argv)))
+        return exit_code("data", lambda: run(*_parser().parse_known_args(argv)))
     except KeyboardInterrupt:
         print("Stopped. No file was written.", file=sys.stderr)
         return 130
@@ -48,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Runs a command with what it knows of a command line, and the rest of that."""
+    args.overrides = [a for a in rest if re.match("--?config[.]", a)]
+    if unknown := [a for a in rest if args.command is not show_rows or a not in args.overrides]:
+        _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     args.command(args)
     return 0
 
@@ -113,14 +118,23 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser(
         "show",
-        help="print the documents that a step of a run was trained on",
-        description="Prints the documents in the rows of a step, or of the global data order, as "
-        "metrics.jsonl names them for spikes of the loss,\n"
-        "for skipped updates and for rollbacks. Reads config.json and metrics.jsonl of the run, "
-        "which may be going on, and its data.",
-        epilog="example: python -m deepseek_jax.data show --workdir=runs/tiny --step=310",
+        help="print the documents or examples that a run is trained on",
+        description="Prints the documents or examples in the rows of a step, or of the global data "
+        "order, as metrics.jsonl names them for spikes\n"
+        "of the loss, for skipped updates and for rollbacks. Reads config.json and metrics.jsonl of "
+        "the run, which may be going on, and its\n"
+        "data. With --config instead of --workdir: the first rows of a run that is to begin. Of "
+        "examples for fine-tuning the trained tokens\n"
+        "are in colour, or between marks where there is no colour.",
+        epilog="examples: python -m deepseek_jax.data show --workdir=runs/tiny --step=310\n"
+        "          python -m deepseek_jax.data show --config=configs/post/sft.py "
+        "--config.init_from=MODEL --config.data.path=chats.jsonl",
     )
-    show.add_argument("--workdir", type=arguments.path, required=True, help="folder of the run")
+    show.add_argument("--workdir", type=arguments.path, help="folder of the run")
+    show.add_argument(
+        "--config",
+        help="in its place: a config file; --config.KEY=VALUE overrides a key, as for train.py",
+    )
     show.add_argument("--step", type=int, help="the step, from 1")
     show.add_argument(
         "--rows", help="in place of --step: rows FIRST-LAST of the global order, or one row"
@@ -141,11 +155,21 @@ def show_rows(args: argparse.Namespace) -> None:
     Raises:
       UserError: about an argument, the run's folder or its data.
     """
-    from deepseek_jax.run.data_show import (
-        show,
-    )  # above this package: only this command reads a run
+    # above this package: only this command reads a run
+    from deepseek_jax.run import commandline, data_show
 
-    show(args.workdir, args.step, args.rows, args.characters)
+    if args.config is None and args.workdir is not None and not args.overrides:
+        data_show.show(args.workdir, args.step, args.rows, args.characters)
+        return
+    if args.workdir is not None or args.config is None:
+        raise UserError(
+            "--workdir and --config: give one of them, the folder of a run or the config file of one that "
+            "is to begin."
+        )
+    if args.step is not None:
+        raise UserError(f"--step={args.step} is of a run. Give its --workdir, or --rows.")
+    flags = commandline.parse(["data show", f"--config={args.config}", *args.overrides])
+    data_show.show_config(commandline.read_config(flags), args.rows, args.characters)
 
 
 def train_tokenizer(args: argparse.Namespace) -> None:

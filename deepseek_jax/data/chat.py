@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.cli.texts import clean_text
-from deepseek_jax.data import hub_cache, template, tokenizer_folder
-from deepseek_jax.data.template import Message
+from deepseek_jax.data import hub_cache, template, template_program, tokenizer_folder
+from deepseek_jax.data.messages import REASONING, Message
 from deepseek_jax.data.tokenizer import decode_after
 from deepseek_jax.errors import UserError
+
+JINJA = "chat_template.jinja"
 
 
 def end_ids(folder: str) -> frozenset[int]:
@@ -34,6 +36,7 @@ class Chat:
     Attributes:
       tokenizer: of the `tokenizers` library, without truncation and padding, with all tokens that the
         folder's files name.
+      identity: changes whenever ids could change.
       special: {"bos_token": "<s>", ...} as far as tokenizer_config.json, special_tokens_map.json say.
       stop_ids: tokens that end an answer: generation_config.json's, or else config.json's, and eos_token.
     """
@@ -50,7 +53,7 @@ class Chat:
         self.folder = folder = hub_cache.folder_of(folder)
         path = tokenizer_folder.find(folder) or os.path.join(folder, tokenizer_folder.JSON)
         try:
-            self.tokenizer, _, self.special, config = tokenizer_folder.read(
+            self.tokenizer, self.identity, self.special, config = tokenizer_folder.read(
                 path, vocab_size=vocab_size
             )
         except (OSError, ValueError) as e:
@@ -119,25 +122,7 @@ class Chat:
           UserError: there is no (such) template, it refuses these messages, or it does not read what is
             given.
         """
-        if not isinstance(chat_template, str | None):
-            raise UserError(
-                f"chat_template is a {type(chat_template).__name__}, and neither a template nor the name of "
-                f"one."
-            )
-        if (
-            chat_template is not None
-            and chat_template not in self._templates
-            and "{" in chat_template
-        ):
-            source, where = clean_text(chat_template), "chat_template"
-        else:
-            source, where = (
-                self.template(
-                    chat_template
-                    or ("tool_use" if tools is not None and "tool_use" in self._templates else None)
-                ),
-                self.folder,
-            )
+        source, where = self.source(chat_template, tools is not None)
         if "template" in variables:
             raise UserError("template= is called chat_template= now.")
         return template.render(
@@ -159,11 +144,11 @@ class Chat:
             if chat_template is not None and chat_template not in self._templates
             else self.template(chat_template)
         )
-        known = template.names_read(source, self.folder)[1]
+        known = template_program.names_read(source, self.folder)[1]
         known |= {
             "role",
             "content",
-            *(template.REASONING if known & set(template.REASONING) else ()),
+            *(REASONING if known & set(REASONING) else ()),
         }
         return {
             str(k)
@@ -190,6 +175,50 @@ class Chat:
         first = next((i for i in ids if i in added), None)
         return None if first is None or self.stop_ids & set(ids) else added[first].content
 
+    def source(
+        self, chat_template: str | None, with_tools: bool, option: str = "chat_template"
+    ) -> tuple[str, str]:
+        """(a chat template, whose it is, for messages).
+
+        Args:
+          chat_template: the name of one of the folder's, or a template; None: the folder's, of several the
+            one for tools if there are tools.
+          option: what error messages call it. An option of a config may also be the path of a file or folder.
+
+        Raises:
+          UserError: there is none.
+        """
+        if not isinstance(chat_template, str | None):
+            raise UserError(
+                f"{option} is a {type(chat_template).__name__}, and neither a template nor the name of one."
+            )
+        if chat_template is None or chat_template in self._templates:
+            for_tools = "tool_use" if with_tools and "tool_use" in self._templates else None
+            return self.template(chat_template or for_tools), self.folder
+        if "{" in chat_template:
+            return clean_text(chat_template), option
+        if not option.startswith("config."):
+            return self.template(chat_template), self.folder
+        path = os.path.expanduser(chat_template)
+        folder, file = (path, JINJA) if os.path.isdir(path) else os.path.split(path)
+        text = tokenizer_folder.read_text(folder, file)
+        if text is None:
+            raise UserError(
+                f"{option}={chat_template!r} is no file, nor a folder with a {JINJA}. Give the path of one, "
+                f"or a template."
+            )
+        return text, path
+
+    def sources(self, chat_template: str | None) -> dict[str, str]:
+        """All templates that `source` can give, by whether there are tools and for config.sft."""
+        found = {}
+        for tools in (False, True):
+            try:
+                found[str(tools)] = self.source(chat_template, tools, "config.sft.chat_template")[0]
+            except UserError:
+                pass
+        return found
+
     def template(self, name: str | None = None) -> str:
         """A chat template's text: the default one, or one of several by name.
 
@@ -203,7 +232,7 @@ class Chat:
             )
             raise UserError(
                 f"{self.folder} has {there}, and not {name!r}. Prompt it with a text, or add "
-                f"chat_template.jinja."
+                f"{JINJA}."
             )
         return self._templates[name]
 
@@ -211,7 +240,7 @@ class Chat:
         """By name: chat_template.jinja and additional_chat_templates/, else chat_template.json,
         else tokenizer_config.json."""
         out: dict[str, str] = {}
-        if (text := tokenizer_folder.read_text(self.folder, "chat_template.jinja")) is not None:
+        if (text := tokenizer_folder.read_text(self.folder, JINJA)) is not None:
             out["default"] = text
         more = os.path.join(self.folder, "additional_chat_templates")
         for file in sorted(os.listdir(more)) if os.path.isdir(more) else ():

@@ -4,7 +4,7 @@ import glob
 import os
 import sysconfig
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepseek_jax.cli.texts import gb, plural
 from deepseek_jax.errors import UserError
@@ -90,6 +90,14 @@ class TextPiece(NamedTuple):
     text: str
     last: bool  # the document ends here
     read: float  # bytes of the file behind this piece, for progress
+
+
+class Record(NamedTuple):
+    """A row with all its columns. One of a table (parquet, Arrow) has all keys of the others, with None."""
+
+    place: str  # where it stands, for messages
+    row: Any  # a dict, where the file is what it should be
+    read: float  # bytes of the file behind this row, for progress
 
 
 class DataNotes:

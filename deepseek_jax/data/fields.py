@@ -52,6 +52,10 @@ TEXT = INPUTS | {
     "next_tokens": Field(np.int32, padding=-1),
 }
 
+# Of examples for fine-tuning (example_loader.py). row: the row's number in the infinite global order of
+# training, by which noise can be drawn; -1 for held-out rows and padding.
+EXAMPLES = TEXT | {"row": Field(np.int32, per="sequence", padding=-1)}
+
 
 def padding_row(fields: Fields, length: int) -> Rows:
     """A sequence that counts for nothing."""

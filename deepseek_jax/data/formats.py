@@ -12,13 +12,14 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from deepseek_jax.cli.texts import clean_text
 from deepseek_jax.data import arrow
 from deepseek_jax.data.documents import (
     ODD_BYTES,
     DataNotes,
+    Record,
     SourceFile,
     TextPiece,
     reason,
@@ -35,6 +36,10 @@ SAFE_CUT = re.compile(
     rb"(?=[!-~\xc3-\xf4])(?!\xe3\x80\x80|\xe2\x80)"
 )
 _ROW = '{"text": "..."}'
+
+T = TypeVar("T")
+# (file, "option=value" for messages, what to call with the reason where a file is left out)
+Reader = Callable[[SourceFile, str, Callable[[str], None]], Iterator[T]]
 
 
 def read_text(
@@ -57,7 +62,6 @@ def read_text(
         wrong.
     """
     notes = DataNotes() if notes is None else notes
-    where = f"{option}={spec!r}"
     reader = {
         "text": _read_plain,
         "lines": _read_lines,
@@ -65,11 +69,19 @@ def read_text(
         "parquet": arrow.read_parquet,
         "arrow": arrow.read_arrow,
     }[file.kind]
+    for piece in watched(reader, file, spec, option, notes):
+        text = clean_text(piece.text)
+        notes.cleaned += text is not piece.text
+        yield TextPiece(text, piece.last, piece.read)
+
+
+def watched(
+    reader: Reader[T], file: SourceFile, spec: str, option: str, notes: DataNotes
+) -> Iterator[T]:
+    """What a reader reads, with the errors of libraries as the user's mistakes."""
+    where = f"{option}={spec!r}"
     try:
-        for piece in reader(file, where, lambda why: notes.skip(spec, file.path, file.size, why)):
-            text = clean_text(piece.text)
-            notes.cleaned += text is not piece.text
-            yield TextPiece(text, piece.last, piece.read)
+        yield from reader(file, where, lambda why: notes.skip(spec, file.path, file.size, why))
     except (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error) as e:
         raise _damaged(file, where, e) from None
     except OSError as e:
@@ -167,6 +179,14 @@ def _cut(data: bytes) -> int:
 
 def _read_lines(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[TextPiece]:
     """A JSON object a line (.jsonl, .ndjson)."""
+    for place, row, read in lines(file, where, skip):
+        if not _has_text(row):
+            raise UserError(f"{where}: {place} has no string 'text'. Write every line as {_ROW}.")
+        yield TextPiece(row["text"], True, read)
+
+
+def lines(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[Record]:
+    """The values of a file with JSON on every line."""
     del skip  # such a file is data: one that is not what its name says is an error, in a folder too
     with _opened(file, where) as (f, advanced):
         for number, line in enumerate(f, 1):
@@ -181,37 +201,39 @@ def _read_lines(file: SourceFile, where: str, skip: Callable[[str], None]) -> It
                     f"{where}: {place} is not valid JSON ({reason(e)}). Correct or remove that "
                     f"line."
                 ) from None
-            if not _has_text(row):
-                raise UserError(
-                    f"{where}: {place} has no string 'text'. Write every line as {_ROW}."
-                )
-            yield TextPiece(row["text"], True, advanced())
+            yield Record(place, row, advanced())
 
 
 def _read_json(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[TextPiece]:
     """A JSON array of objects, or objects one after the other, on lines or not (.json)."""
+    for number, (place, row, read) in enumerate(json_items(file, where, skip), 1):
+        if not _has_text(row):
+            if number == 1 and not file.explicit:
+                return skip("JSON without objects that have a string 'text'")
+            raise UserError(
+                f"{where}: {place} has no string 'text'. Write an array "
+                f"of objects {_ROW}, or one on each line."
+            )
+        yield TextPiece(row["text"], True, read)
+
+
+def json_items(file: SourceFile, where: str, skip: Callable[[str], None]) -> Iterator[Record]:
+    """The items of a JSON array, or the values of a file one after the other."""
     with _opened(file, where) as (f, advanced):
         items = _items(f)
         for number in itertools.count(1):
+            place = f"item {number} of {file.path}"
             try:
                 row: Any = next(items, items)
             except (ValueError, RecursionError) as e:
                 if number == 1 and not file.explicit:
                     return skip("not JSON")
                 raise UserError(
-                    f"{where}: item {number} of {file.path} is not valid JSON ({reason(e)}). "
-                    f"Correct that file."
+                    f"{where}: {place} is not valid JSON ({reason(e)}). Correct that file."
                 ) from None
             if row is items:
                 return
-            if not _has_text(row):
-                if number == 1 and not file.explicit:
-                    return skip("JSON without objects that have a string 'text'")
-                raise UserError(
-                    f"{where}: item {number} of {file.path} has no string 'text'. Write an array "
-                    f"of objects {_ROW}, or one on each line."
-                )
-            yield TextPiece(row["text"], True, advanced())
+            yield Record(place, row, advanced())
 
 
 def _has_text(row: Any) -> bool:

@@ -32,9 +32,12 @@ class Span(NamedTuple):
     first_token: int  # tokens of the document before this piece
     tokens: int
     text: str
+    # of examples: how many of its tokens are trained on, and the text in pieces that are and that are not
+    trained: int | None = None
+    parts: tuple[tuple[str, bool], ...] = ()
 
 
-class _Places:
+class Places:
     """In place of rows: (source, row)."""
 
     def __init__(self, source: int, count: int):
@@ -46,6 +49,45 @@ class _Places:
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         return self._source, int(index)
+
+
+def in_global_order(
+    sources: Sequence[Any], weights: Sequence[float], seed: int
+) -> grain.MapDataset:
+    """The items of all sources in the global training order, without end: those of each in a new order every
+    epoch, mixed by weight.
+    """
+    # Shuffling before repeating: grain reseeds the shuffle every epoch and reads any index without the
+    # ones before.
+    shuffled = [
+        grain.MapDataset.source(items).shuffle(seed=derive_seed(seed, SHUFFLE, i)).repeat()
+        for i, items in enumerate(sources)
+    ]
+    # Grain spreads the sources evenly, with weights rounded to within one percent.
+    return grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
+
+
+def interleave(counts: list[int]) -> np.ndarray:
+    """int64 [sum(counts), 2]: (source, row) of every row, each source spread evenly, so that a prefix is a
+    fair sample.
+    """
+    source = np.repeat(np.arange(len(counts)), counts)
+    row = np.concatenate([np.arange(n) for n in counts])
+    share = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
+    return np.stack([source, row], axis=1)[np.argsort(share, kind="stable")]
+
+
+def bad_id(rows: Rows, size: int) -> int | None:
+    """A token id of some rows that is none of 0 to size - 1, if there is one. The embedding and tables by id
+    would not complain.
+    """
+    ids = [rows[name] for name in ("tokens", "targets", "next_tokens") if name in rows]
+    if not rows["tokens"].size:
+        return None
+    if (least := rows["tokens"].min()) < 0:
+        return int(least)
+    most = max(a.max() for a in ids)
+    return int(most) if most >= size else None
 
 
 class Loader:
@@ -107,7 +149,7 @@ class Loader:
         weights = weights or [t.size / self.train_tokens for t, _ in sides]
         self.description = _describe(corpora, sides, weights, tokenizer)
         self.contents = contents.of(corpora, tokenizer, weights)
-        self._eval_order = _interleave([len(rows) for rows in self._eval])
+        self._eval_order = interleave([len(rows) for rows in self._eval])
         self._sources = corpora
         self._rows = train
         self._weights = weights
@@ -126,7 +168,7 @@ class Loader:
 
     def origin(self, index: int) -> list[Span]:
         """Where the inputs of row `index` of the global training order come from, document by document."""
-        source, row = self._ordered([_Places(i, len(rows)) for i, rows in enumerate(self._rows)])[
+        source, row = self._ordered([Places(i, len(rows)) for i, rows in enumerate(self._rows)])[
             index
         ]
         corpus, out = self._sources[source], []
@@ -151,26 +193,13 @@ class Loader:
         return self._stack(rows)
 
     def _ordered(self, sources: Sequence[Any]) -> grain.MapDataset:
-        """The items of all sources in the global training order."""
-        # Shuffling before repeating: grain reseeds the shuffle every epoch and reads any index without the
-        # ones before.
-        shuffled = [
-            grain.MapDataset.source(items)
-            .shuffle(seed=derive_seed(self._config.seed, SHUFFLE, i))
-            .repeat()
-            for i, items in enumerate(sources)
-        ]
-        # Grain spreads the sources evenly, with weights rounded to within one percent.
-        return grain.MapDataset.mix(shuffled, self._weights) if len(shuffled) > 1 else shuffled[0]
+        return in_global_order(sources, self._weights, self._config.seed)
 
     def _stack(self, rows: list[Rows]) -> Rows:
         size = self.tokenizer.vocab_size
         out = stack_rows(rows, self._fields, self._config.train.sequence_length)
-        # Start-up trusts the sidecar of a token file; a damaged file must not reach the embedding and tables
-        # by id, which would not complain.
-        ids = [out[name] for name in ("tokens", "targets", "next_tokens") if name in out]
-        if rows and not (0 <= out["tokens"].min() and max(a.max() for a in ids) < size):
-            bad = max(*(a.max() for a in ids), -out["tokens"].min())
+        # Start-up trusts the sidecar of a token file; a damaged file must not reach the model.
+        if (bad := bad_id(out, size)) is not None:
             raise UserError(
                 f"config.data.path={self._config.data.path!r} has the token id {bad}, but "
                 f"config.data.tokenizer={self._config.data.tokenizer!r} has {size} ids: the "
@@ -207,16 +236,6 @@ class Loader:
                 "one batch "
                 f"of config.train.batch_size={batch} x sequence_length={s} needs {batch * s + 1}. {repair}"
             )
-
-
-def _interleave(counts: list[int]) -> np.ndarray:
-    """int64 [sum(counts), 2]: (source, row) of every row, each source spread evenly, so that a prefix is a
-    fair sample.
-    """
-    source = np.repeat(np.arange(len(counts)), counts)
-    row = np.concatenate([np.arange(n) for n in counts])
-    share = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
-    return np.stack([source, row], axis=1)[np.argsort(share, kind="stable")]
 
 
 def _describe(

@@ -218,9 +218,7 @@ def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
     """
     lengths = np.diff(corpus.offsets)
     starts, lengths = corpus.offsets[:-1][lengths > 0], lengths[lengths > 0]
-    if fraction == 0:
-        held_out = np.zeros(len(starts), bool)
-    elif len(starts) == 1:
+    if fraction and len(starts) == 1:
         total = int(lengths[0])
         # At least two tokens: one to read, one to predict.
         count = min(max(math.ceil(total * fraction), 2), total - 1)
@@ -228,22 +226,29 @@ def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
         return Documents(corpus.tokens, starts, cut), Documents(
             corpus.tokens, starts + cut, lengths - cut
         )
-    else:
-        n = len(starts)
-        blocks = np.arange(math.ceil(n * fraction) + 1, dtype=np.int64)
-        begins = np.minimum(np.ceil(blocks / fraction), 2.0**53).astype(np.int64)
-        hashes = mix64(blocks[:-1].astype(np.uint64) + mix64(HELD_OUT_SALT))
-        picks = begins[:-1] + (hashes % np.maximum(np.diff(begins), 1).astype(np.uint64)).astype(
-            np.int64
-        )
-        held_out = np.zeros(n, bool)
-        held_out[picks[picks < n]] = True
-        if not held_out.any():
-            held_out[int(hashes[0]) % n] = True
-        if held_out.all():
-            held_out[0] = False
+    held_out = held_out_of(len(starts), fraction)
     kept, held = (Documents(corpus.tokens, starts[m], lengths[m]) for m in (~held_out, held_out))
     return kept, held
+
+
+def held_out_of(n: int, fraction: float) -> np.ndarray:
+    """Which of n documents are held out, bool [n]: one of every 1 / fraction neighbours; none of a single
+    one.
+    """
+    held_out = np.zeros(n, bool)
+    if not fraction or n < 2:
+        return held_out
+    blocks = np.arange(math.ceil(n * fraction) + 1, dtype=np.int64)
+    begins = np.minimum(np.ceil(blocks / fraction), 2.0**53).astype(np.int64)
+    hashes = mix64(blocks[:-1].astype(np.uint64) + mix64(HELD_OUT_SALT))
+    sizes = np.maximum(np.diff(begins), 1).astype(np.uint64)
+    picks = begins[:-1] + (hashes % sizes).astype(np.int64)
+    held_out[picks[picks < n]] = True
+    if not held_out.any():
+        held_out[int(hashes[0]) % n] = True
+    if held_out.all():
+        held_out[0] = False
+    return held_out
 
 
 def parse_weights(config: Config) -> list[float] | None:

@@ -156,6 +156,12 @@ class FileTokenizer(Tokenizer):
         self._inner.save(path)
         self._inner.encode_special_tokens = not self.special_tokens
 
+    def with_special_tokens(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer for texts in which special tokens are spelt, a copy."""
+        copy = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        copy.encode_special_tokens = False
+        return copy
+
     def _decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids, np.int64)
         ids = ids[(ids >= 0) & (ids < self.vocab_size)]

@@ -100,11 +100,14 @@ def tokenizer_of(
 
 
 def ends_of(saved: Config, tokenizer: str) -> tuple[int, ...]:
-    """The tokens that ended a run's documents, by its options and by its tokenizer, as `tokenizer_of`.
+    """The tokens that ended a run's documents, by its options and by its tokenizer, as `tokenizer_of`. What
+    ends the answers of a fine-tuned run stands in its files (fine_tuned.py).
 
     Raises:
       UserError: the tokenizer cannot be read.
     """
+    if saved.objective == "sft":
+        return ()
     stated = (saved.data.eos_token_id,) if saved.data.eos_token_id >= 0 else ()
     return tuple(dict.fromkeys((*stated, load_tokenizer(tokenizer).eos_id)))
 

@@ -66,25 +66,87 @@ def sum_words(a_CV: jax.Array) -> jax.Array:
 
 def cross_entropy(logits: Logits, targets_C: jax.Array):
     """-log p(target) in nats. Inputs: int32 targets, -100 where there is none."""
-    nll_C, _, dlogits_CV = _cross_entropy(logits, targets_C)
-    return (nll_C,), dlogits_CV
+    found = _targets(logits, targets_C)
+    return (found.nll_C,), found.dlogits_CV
 
 
 def cross_entropy_and_rank(logits: Logits, targets_C: jax.Array):
     """`cross_entropy`, and whether no word is likelier than the target (bool)."""
-    nll_C, likeliest_C, dlogits_CV = _cross_entropy(logits, targets_C)
-    return (nll_C, likeliest_C), dlogits_CV
+    found = _targets(logits, targets_C)
+    return (found.nll_C, found.likeliest_C), found.dlogits_CV
 
 
-def _cross_entropy(logits: Logits, targets_C: jax.Array):
+def scored_tokens(logits: Logits, targets_C: jax.Array):
+    """`cross_entropy`, and what is reported beside it of tokens with a target: 1 where no word is likelier,
+    and the entropy of all words in nats.
+    """
+    found = _targets(logits, targets_C)
+    return (found.nll_C, *_reported(logits, found)), found.dlogits_CV
+
+
+def dynamic_fine_tuning(logits: Logits, targets_C: jax.Array):
+    """-p log p of the target, where the first p has no gradient (arXiv:2508.05629); then the values of
+    `scored_tokens`.
+
+    The derivative is p times that of the cross-entropy: unlikely targets pull less.
+    """
+    found = _targets(logits, targets_C)
+    p_C = jnp.exp(-found.nll_C)
+    reported = _reported(logits, found)
+    return (p_C * found.nll_C, found.nll_C, *reported), p_C[:, None] * found.dlogits_CV
+
+
+def smoothed_cross_entropy(logits: Logits, targets_C: jax.Array, smoothing: jax.Array | float):
+    """Cross-entropy with a target of 1 - smoothing on one word and smoothing / V on each of all V, as
+    transformers' LabelSmoother has it; then the values of `scored_tokens`.
+
+    Inputs: the targets; smoothing, a scalar.
+    """
+    found = _targets(logits, targets_C)
+    words = logits.words * lax.axis_size("tensor")
+    uniform_C = found.log_total_C - sum_words(logits.logit_CV)[:, 0] / words  # the mean of -log p
+    uniform_C = jnp.where(found.counts_C, uniform_C, 0.0)
+    loss_C = (1 - smoothing) * found.nll_C + smoothing * uniform_C
+    moved_CV = jnp.where(found.counts_C[:, None], found.here_CV - 1 / words, 0.0)
+    dlogits_CV = found.dlogits_CV + smoothing * moved_CV
+    return (loss_C, found.nll_C, *_reported(logits, found)), dlogits_CV
+
+
+class _Targets(NamedTuple):
+    """Targets among all words. What nobody reads is not computed."""
+
+    counts_C: jax.Array  # bool: whether there is a target
+    nll_C: jax.Array  # -log p(target)
+    likeliest_C: jax.Array  # bool: no word is likelier
+    dlogits_CV: jax.Array  # the derivative of nll_C
+    log_total_C: jax.Array  # log of the sum of exp(logit)
+    p_CV: jax.Array
+    here_CV: jax.Array  # bool: which word here is the target
+
+
+def _targets(logits: Logits, targets_C: jax.Array) -> _Targets:
+    counts_C = targets_C != IGNORE
     most_C1, exp_CV, total_C1 = logits.softmax()
     here_CV = logits.is_word(targets_C)
     target_C = lax.psum(jnp.sum(jnp.where(here_CV, logits.logit_CV, 0.0), axis=-1), "tensor")
-    nll_C = jnp.log(total_C1[:, 0]) + most_C1[:, 0] - target_C
-    nll_C = jnp.where(targets_C == IGNORE, 0.0, nll_C)
+    log_total_C = jnp.log(total_C1[:, 0]) + most_C1[:, 0]
     p_CV = exp_CV / total_C1
-    dlogits_CV = jnp.where((targets_C == IGNORE)[:, None], 0.0, p_CV - here_CV)
-    return nll_C, target_C >= most_C1[:, 0], dlogits_CV
+    return _Targets(
+        counts_C,
+        jnp.where(counts_C, log_total_C - target_C, 0.0),
+        target_C >= most_C1[:, 0],
+        jnp.where(counts_C[:, None], p_CV - here_CV, 0.0),
+        log_total_C,
+        p_CV,
+        here_CV,
+    )
+
+
+def _reported(logits: Logits, found: _Targets) -> tuple[jax.Array, jax.Array]:
+    """(1 where no word is likelier than the target, entropy in nats), float32, 0 without a target."""
+    mean_logit_C = sum_words(_p_log(found.p_CV, logits.logit_CV))[:, 0]
+    entropy_C = jnp.where(found.counts_C, found.log_total_C - mean_logit_C, 0.0)
+    return jnp.where(found.counts_C & found.likeliest_C, 1.0, 0.0), entropy_C
 
 
 def log_probability(logits: Logits, ids_C: jax.Array):

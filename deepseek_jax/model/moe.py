@@ -1,6 +1,7 @@
 """The mixture-of-experts layer. Shape letters: layers.py, experts/rounds.py."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -13,11 +14,23 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config.options import ModelConfig, MoeConfig
 from deepseek_jax.experts import cpu_unstacked, dispatch
 from deepseek_jax.experts.cpu_unstacked import UnstackedExperts
-from deepseek_jax.model.layers import MLP, param
+from deepseek_jax.experts.low_rank import ExpertWeights, Pair
+from deepseek_jax.model.layers import MLP, LowRank, param
 from deepseek_jax.model.router import Routing, route
 from deepseek_jax.model.taps import ROUTER, Taps, tap, wanted
 from deepseek_jax.parallel.mesh import TOKEN_AXES, TOKENS, per_device
+from deepseek_jax.parallel.quantized import QuantizedWeight
 from deepseek_jax.parallel.weights import gather_for_use, gather_on_device, stored_arrays
+
+# The weights of experts in the order in which they are handed to devices: the last four with LoRA.
+WEIGHTS = (
+    "gate_up_proj",
+    "down_proj",
+    "gate_up_lora_A",
+    "gate_up_lora_B",
+    "down_lora_A",
+    "down_lora_B",
+)
 
 
 class SelectionBias(nnx.Variable):
@@ -91,7 +104,12 @@ class Gate(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """All routed experts' weights: gate and up together as [E, D, 2, F], down as [E, F, D]."""
+    """All routed experts' weights: gate and up together as [E, D, 2, F], down as [E, F, D].
+
+    With LoRA (model/lora.py) factors of both or one of them too, and `lora`, which says the scale.
+    """
+
+    lora: LowRank | None = None
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         e, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -100,6 +118,44 @@ class Experts(nnx.Module):
             rngs, init, (e, d, 2, f), ("experts", "expert_embed", "pair", "expert_mlp")
         )
         self.down_proj = param(rngs, init, (e, f, d), ("experts", "expert_mlp", "expert_embed"))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each weight is one array, to which nothing is added."""
+        w = self.gate_up_proj.get_value()
+        return self.lora is None and not isinstance(w, QuantizedWeight)
+
+    def stored(self) -> tuple[list[jax.Array], tuple[tuple[str, list[P]], ...]]:
+        """The arrays of all weights, to be handed to `per_device`, and (name, specs) of each weight."""
+        arrays, specs = [], []
+        for name in WEIGHTS:
+            if (variable := getattr(self, name, None)) is not None:
+                of_one, of_one_specs = stored_arrays(variable)
+                arrays += of_one
+                specs.append((name, of_one_specs))
+        return arrays, tuple(specs)
+
+    def on_device(self, arrays: Sequence[jax.Array], specs, dtype) -> ExpertWeights:
+        """Inside `per_device`, this device's experts, from what `stored` made."""
+        found: dict[str, jax.Array] = {}
+        for name, of_one in specs:
+            # Several arrays where a weight is held in several layouts, or in few bits.
+            found[name] = gather_on_device(arrays[: len(of_one)], of_one, dtype)
+            arrays = arrays[len(of_one) :]
+        pairs = [self._pair(found, name) for name in ("gate_up", "down")]
+        return ExpertWeights(found["gate_up_proj"], found["down_proj"], *pairs)
+
+    def _pair(self, found: dict[str, jax.Array], name: str) -> Pair | None:
+        if self.lora is None or f"{name}_lora_A" not in found:
+            return None
+        a, b = (found[f"{name}_lora_{side}"] for side in "AB")
+        # The tensor axis divides the width of an expert, which is a side of one factor only: the other has
+        # a part of its gradient on each of its devices.
+        if name == "gate_up":
+            a = lax.pcast(a, "tensor", to="varying")
+        else:
+            b = lax.pcast(b, "tensor", to="varying")
+        return Pair(a * self.lora.scale, b)
 
 
 class MoE(nnx.Module):
@@ -137,11 +193,7 @@ class MoE(nnx.Module):
             return self._unstacked(x_BSD, valid_BS, bias_E), None
         # Expert weights enter as they are stored, and `_routed` gathers what the strategy divided:
         # the transpose of that gather is a reduce-scatter.
-        gate_up, down = (
-            stored_arrays(self.experts.gate_up_proj),
-            stored_arrays(self.experts.down_proj),
-        )
-        weights, specs = gate_up[0] + down[0], (gate_up[1], down[1])
+        weights, specs = self.experts.stored()
         kernel = gather_for_use(self.gate.kernel, jnp.float32)
         taps = tuple(name for name in ROUTER if wanted(name))
         routed = per_device(
@@ -151,8 +203,7 @@ class MoE(nnx.Module):
                 TOKENS,
                 jax.typeof(kernel).sharding.spec,
                 P(),
-                *gate_up[1],
-                *down[1],
+                *(spec for _, of_one in specs for spec in of_one),
             ),
             out_specs=(
                 TOKENS,
@@ -198,8 +249,8 @@ class MoE(nnx.Module):
           valid_BS: as of `__call__`.
           kernel: float32 [D, E], perhaps after an axis of replicas: the router's weight.
           bias_E: float32, added to scores for choosing only.
-          weights: arrays of gate_up and then of down, as they are stored.
-          specs: PartitionSpecs of those of gate_up, and of those of down.
+          weights: arrays of the experts, as they are stored.
+          specs: what they are, as `Experts.stored`.
           taps: names of what is handed out besides (taps.py).
         """
         m, moe = self.config, self.moe
@@ -216,14 +267,10 @@ class MoE(nnx.Module):
             kept_TK = dispatch.drop(
                 chosen_TK, routing.weight_TK, m.n_routed_experts, capacity, moe.drop_policy
             )
-        # One array or two of each: `min_weight_size` may lie between their sizes.
-        first = len(specs[0])
-        gate_up = gather_on_device(weights[:first], specs[0], x_TD.dtype)
-        down = gather_on_device(weights[first:], specs[1], x_TD.dtype)
+        experts = self.experts.on_device(weights, specs, x_TD.dtype)
         # Every device of the tensor axis computes a slice of each expert's width, and so a part of every sum.
         x_TD, weight_TK = (lax.pcast(a, "tensor", to="varying") for a in (x_TD, routing.weight_TK))
         tokens = dispatch.Tokens(x_TD, weight_TK, kept_TK)
-        experts = dispatch.ExpertWeights(gate_up, down)
         y_TD, rounds = dispatch.dispatch(moe.dispatch, tokens, experts, moe.capacity_factor)
         y_TD = lax.psum(y_TD, "tensor")
         count_BE = _count(chosen_TK.reshape(b, -1), m.n_routed_experts)
@@ -235,27 +282,27 @@ class MoE(nnx.Module):
             "router_scores": lambda: routing.score_TE,
             "router_choices": lambda: chosen_TK,
             "router_weights": lambda: routing.weight_TK,
-            "expert_norms": lambda: _expert_norms(moe, x_TD, chosen_TK, gate_up, down),
+            "expert_norms": lambda: _expert_norms(moe, x_TD, chosen_TK, experts),
         }
         return y_BSD, stats, {n: found[n]().reshape(b, s, -1) for n in taps}
 
 
 def _expert_norms(
-    moe: MoeConfig, x_TD: jax.Array, chosen_TK: jax.Array, gate_up: jax.Array, down: jax.Array
+    moe: MoeConfig, x_TD: jax.Array, chosen_TK: jax.Array, experts: ExpertWeights
 ) -> jax.Array:
     """float32 [T, K]: the norm of each chosen expert's output, 0 for padding. Without gradient.
 
     The dispatch adds up the outputs of a token's experts, so each choice goes through it alone, with
     weight 1.
     """
-    x_TD, gate_up, down = lax.stop_gradient((x_TD, gate_up, down))
+    x_TD, experts = lax.stop_gradient((x_TD, experts))
     one_T1 = jnp.ones_like(x_TD, jnp.float32, shape=(x_TD.shape[0], 1))
 
     def norm(_, chosen_T):
         y_TD, _ = dispatch.dispatch(
             moe.dispatch,
             dispatch.Tokens(x_TD, one_T1, chosen_T[:, None]),
-            dispatch.ExpertWeights(gate_up, down),
+            experts,
             moe.capacity_factor,
         )
         return None, jnp.linalg.norm(lax.psum(y_TD, "tensor").astype(jnp.float32), axis=-1)

@@ -92,7 +92,7 @@ def through_stages(
 
         def entrance(m):
             micro = micro_batch(m)
-            return model.enter(micro["tokens"], *side(m), taps)
+            return model.enter(micro["tokens"], *side(m), taps, micro.get("row"))
 
         def exit(m, x_BSD, first, found):
             micro = micro_batch(m)

@@ -2,14 +2,17 @@
 it measures.
 
 Enter a model's output and a batch, leave a loss and its parts. Read base.py first, then pretrain.py, the
-first objective.
+first objective, and sft.py.
 """
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.objectives.base import Objective
 from deepseek_jax.objectives.pretrain import Pretraining
+from deepseek_jax.objectives.sft import FineTuning
+
+_MADE_BY = {"pretrain": Pretraining, "sft": FineTuning}  # by config.objective
 
 
 def make(config: Config) -> Objective:
     """The objective of a run's options: the one maker, for training, plan and benchmarks."""
-    return Pretraining(config)
+    return _MADE_BY[config.objective](config)

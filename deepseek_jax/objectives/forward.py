@@ -38,9 +38,14 @@ def step_totals(
 
 
 def run_model(model: Transformer, batch: Batch, taps: tuple[str, ...] = ()) -> Output:
-    """The model's output for a batch [B, S]."""
+    """The model's output for a batch [B, S]. Its `next_tokens` and `row`, if there, are of training."""
     return model(
-        batch["tokens"], batch["segment_ids"], batch["positions"], batch.get("next_tokens"), taps
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        batch.get("next_tokens"),
+        taps,
+        batch.get("row"),
     )
 
 

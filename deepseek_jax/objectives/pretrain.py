@@ -65,19 +65,26 @@ class Pretraining:
         """lm_loss and mtp_loss are unweighted, in nats per token; depth d of multi-token prediction is scored
         where the target of its own position, d further on, is.
         """
-        targets = batch["targets"]
-        lm = cross_entropy_sum(out.hidden_BSD, model, targets) / jnp.maximum(totals.targets, 1)
-        loss, mtp = lm, jnp.float32(0)
+        total = cross_entropy_sum(out.hidden_BSD, model, batch["targets"])
+        lm = total / jnp.maximum(totals.targets, 1)
+        if not out.mtp_hidden_BSD:
+            return lm, {"lm_loss": lm}
+        mtp = self.multi_token_prediction(model, out, batch, totals)
+        return lm + totals.mtp_weight * mtp, {"lm_loss": lm, "mtp_loss": mtp}
+
+    def multi_token_prediction(
+        self, model: Transformer, out: Output, batch: Batch, totals: Totals
+    ) -> jax.Array:
+        """A micro-batch's share of its loss: the mean over the depths, unweighted."""
+        mtp = jnp.float32(0)
         for depth, hidden in enumerate(out.mtp_hidden_BSD):
-            ahead = tokens_ahead(targets, batch["segment_ids"], depth + 1, IGNORE)
+            ahead = tokens_ahead(batch["targets"], batch["segment_ids"], depth + 1, IGNORE)
             mtp += (
                 cross_entropy_sum(hidden, model, ahead)
                 / jnp.maximum(totals.mtp_targets[depth], 1)
                 / len(out.mtp_hidden_BSD)
             )
-        if not out.mtp_hidden_BSD:
-            return loss, {"lm_loss": lm}
-        return loss + totals.mtp_weight * mtp, {"lm_loss": lm, "mtp_loss": mtp}
+        return mtp
 
     def measure(
         self,

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 
 from deepseek_jax.config.options import Config
+from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Objective
+from deepseek_jax.run.answers import Answering
 from deepseek_jax.run.watchdog import Watchdog
 from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import TrainState
@@ -23,13 +25,18 @@ class Evaluator:
       eval_step: of train/step.py, (params, bias, batch [b, S], frozen weights) -> sums by name.
       objective: makes figures of these sums.
       frozen: weights of its frozen model, None without one.
+
+    Attributes:
+      answering: answers held-out prompts besides; None: nothing does.
     """
+
+    answering: Answering | None = None
 
     def __init__(
         self,
         config: Config,
         mesh: jax.sharding.Mesh,
-        loader: Loader,
+        loader: Loader | ExampleLoader,
         eval_step: Callable,
         objective: Objective,
         frozen: ModelWeights | None = None,
@@ -64,4 +71,7 @@ class Evaluator:
             sums["targets"] += scored.size
             if self._bytes is not None:
                 sums["text_bytes"] += self._bytes[scored].sum()
+        if self.answering is not None:
+            with watchdog.paused():
+                self.answering.write(int(state.step), state.weights())
         return self._objective.figures(sums) if sums["targets"] else {}

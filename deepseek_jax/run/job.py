@@ -21,19 +21,19 @@ from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import Config
 from deepseek_jax.config.validation import validate
 from deepseek_jax.data import contents
+from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.open import open_data
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import BadNumbers, SaveFailed
 from deepseek_jax.hf.tensors import HfTensors
-from deepseek_jax.inference.generation.bound import BoundModel
-from deepseek_jax.inference.generation.sample import check_prompt, sample
-from deepseek_jax.inference.generation.sampling import Sampling
+from deepseek_jax.inference.generation.sample import check_prompt
 from deepseek_jax.model.count import Count, count
 from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.run import init_from, lock, summary
+from deepseek_jax.run import answers, init_from, lock, passes, summary
 from deepseek_jax.run.batches import Batch, LoaderBatches
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
@@ -48,7 +48,7 @@ from deepseek_jax.runtime import compile_cache, environment
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.batch import abstract_batch
 from deepseek_jax.train.compiled_step import CompiledStep
-from deepseek_jax.train.state import Layout, TrainState, make_layout, to_tree
+from deepseek_jax.train.state import Layout, TrainState, make_layout, saved, to_tree
 from deepseek_jax.train.step import StepMetrics, make_eval_step, make_train_step
 
 Processes = Cluster | JoinedElsewhere
@@ -89,10 +89,10 @@ def train(
         config = init_from.with_what_is_known(paths.absolute_config(config), workdir)
         validate(config)
         with Job(config, workdir, processes, stopper) as job:
+            mesh, config = job.open()
             objective = objectives.make(config)
-            mesh = job.open(objective)
             model = make_layout(config, mesh, objective.frozen(mesh))
-            start = job.find_start(model)
+            start = job.find_start(model, objective)
             step = job.compile(make_train_step(config, model, objective), start)
             return job.loop(step, start)
 
@@ -130,7 +130,7 @@ class Job:
         processes: Processes,
         stopper: Stopper | None = None,
     ):
-        self._config = config
+        self._config = self._given = config
         self._workdir = workdir
         self._processes = processes
         self._stopper = stopper or Stopper()
@@ -141,7 +141,8 @@ class Job:
         # Set by the stages.
         self._mesh: jax.sharding.Mesh
         self._objective: Objective
-        self._data: Loader
+        self._data: Loader | ExampleLoader
+        self._prompts: list[answers.Prompt]  # that evaluations answer
         self._checkpoints: Checkpointer
         self._compiler_options: dict[str, Any]
         self._count: Count
@@ -157,10 +158,14 @@ class Job:
         if self._processes.index == 0:
             print(text)
 
-    def open(self, objective: Objective) -> jax.sharding.Mesh:
+    def open(self) -> tuple[jax.sharding.Mesh, Config]:
         """Makes a mesh of the devices and opens the data; the workdir is this run's from here on.
 
         Everything that can be wrong is found out here, before anything is compiled.
+
+        Returns:
+          The mesh, and the options with config.train.steps, where config.train.epochs says how often the
+          data are read.
 
         Raises:
           UserError: something is.
@@ -173,13 +178,17 @@ class Job:
         self._changed = workdirs.prepare(self._workdir, config, tokenizer.name)
         if first:
             self._stack.enter_context(lock.all_locked(self._workdir, config))
-        self._objective = objective
-        self._data = Loader(config, tokenizer, progress=first, fields=objective.fields)
-        if config.init_from:
+        fields = objectives.make(config).fields  # whatever the number of steps
+        self._data = open_data(config, tokenizer, fields, self._workdir, progress=first)
+        self._prompts = answers.prompts_of_run(config, self._data)
+        if config.init_from or config.lora.r:
             self._source = init_from.open_for_training(config, self._workdir)
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"
         self._processes.agree("data files", {"what config.data reads": what})
+        self._config = passes.with_steps(
+            config, self._workdir, self._data.num_train_rows, self._data.contents
+        )
 
         self._checkpoints = Checkpointer(
             workdirs.checkpoints(self._workdir, config), options=config.checkpoint
@@ -189,26 +198,27 @@ class Job:
         self._stack.enter_context(contextlib.closing(self._checkpoints))
         # A failure from here on ends this process before the line above waits for others to save.
         self._stack.enter_context(self._processes.failures(BadNumbers, SaveFailed))
-        return self._mesh
+        return self._mesh, self._config
 
-    def find_start(self, model: Layout) -> Start:
+    def find_start(self, model: Layout, objective: Objective) -> Start:
         """Where the state comes from (start.py). Says what is about to happen.
 
         Args:
           model: the model's parameters and the optimizer's state, laid out over the mesh.
+          objective: what is learnt.
 
         Raises:
           UserError: the newest checkpoint is of another run, model or tokenizer, or of other data.
         """
         config, mesh = self._config, self._mesh
+        self._objective = objective
         bytes_per_layer = xla_options.bytes_of_a_layer(config, model.model.abstract.params, mesh)
         platform = mesh.devices.flat[0].platform
         self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
         self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
-        step = self._checkpoints.newest_good(to_tree(model.abstract_sharded()))
-        self._processes.agree(
-            "folder, one that all hosts see", {"the newest checkpoint in --workdir": step}
-        )
+        step = self._checkpoints.newest_good(to_tree(saved(model.abstract_sharded())))
+        seen = {"the newest checkpoint in --workdir": step, "the last step": config.train.steps}
+        self._processes.agree("folder, one that all hosts see", seen)
         continuation = Continuation(self._checkpoints, self._workdir, config, self._data.contents)
         start = Start(
             config=config,
@@ -260,19 +270,22 @@ class Job:
         config = self._config
         frozen = start.layout.frozen.load() if start.layout.frozen else None
         state, progress = start.state()
+        start.write_files(self._data)
         done = int(state.step)
         if done >= config.train.steps:
             self.say(
-                f"Step {done} of {config.train.steps} is done already. To go on, raise config.train.steps."
+                f"Step {done} of {config.train.steps} is done already. To go on, raise config.train."
+                f"{'steps' if self._given.train.steps else 'epochs'}."
             )
             return Result(state, done, {}, {}, None, self._checkpoints.path(done))
 
         workdirs.write_config(
             self._workdir,
-            config,
+            self._given,
             self._compiler_options,
             progress.run,
             progress.history.to_json(),
+            config.train.steps,
         )
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some
         # processes longer to compile: all wait here instead.
@@ -285,8 +298,11 @@ class Job:
                 f"{result.checkpoint}. The same command goes on from there."
             )
             return result
-        result = result._replace(sample=self._sample(start.layout, result.state))
-        summary.show_end(self._workdir, result, time.perf_counter() - self._started)
+        sample = answers.sample_text(
+            config, start.layout.model, self._mesh, result.state, self._data.tokenizer
+        )
+        result = result._replace(sample=sample)
+        summary.show_end(config, self._workdir, result, time.perf_counter() - self._started)
         return result
 
     def _make_loop(
@@ -297,6 +313,11 @@ class Job:
         step.compiling = watchdog.paused
         profiler = Profiler(config, self._workdir, step) if config.profile.start else NoProfiler()
         eval_step = make_eval_step(start.layout, self._objective)
+        evaluator = Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen)
+        if self._prompts:
+            evaluator.answering = answers.Answering(
+                config, self._workdir, start.layout.model, self._mesh, self._data, self._prompts
+            )
 
         def first_step() -> str:
             return summary.first_step(step, time.perf_counter() - self._started)
@@ -309,7 +330,7 @@ class Job:
             workdir=self._workdir,
             step=train_step,
             batches=LoaderBatches(config, self._data, self._mesh),
-            evaluate=Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen),
+            evaluate=evaluator,
             checkpointer=self._checkpoints,
             report=Report(
                 config,
@@ -323,17 +344,4 @@ class Job:
             profiler=profiler,
             stopper=self._stopper,
             watchdog=watchdog,
-        )
-
-    def _sample(self, model: Layout, state: TrainState) -> str:
-        """Text that the model writes after config.eval.sample_prompt; "" if none is asked for."""
-        c = self._config.eval
-        if not c.sample_prompt or not c.sample_tokens:
-            return ""
-        return sample(
-            BoundModel(model.model, *state.weights(), self._mesh),
-            self._data.tokenizer,
-            c.sample_prompt,
-            c.sample_tokens,
-            Sampling(temperature=0.7, top_p=0.95, seed=self._config.seed),
         )

@@ -8,13 +8,25 @@
 """
 
 import dataclasses
+import os
+
+import jax
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import Config
+from deepseek_jax.data import tokenizer_folder
+from deepseek_jax.data.chat import Chat
+from deepseek_jax.data.example_loader import ExampleLoader
+from deepseek_jax.data.loader import Loader
+from deepseek_jax.errors import UserError
+from deepseek_jax.hf import base as identity
+from deepseek_jax.hf import fine_tuned
+from deepseek_jax.hf.configuration import family_of
+from deepseek_jax.hf.provenance import FOLDER
 from deepseek_jax.hf.tensors import HfTensors
-from deepseek_jax.run import init_from, resume
+from deepseek_jax.run import base, init_from, resume
 from deepseek_jax.run.progress import Progress
-from deepseek_jax.train.state import Layout, TrainState, init_state, to_tree
+from deepseek_jax.train.state import Layout, TrainState, init_state, saved, to_tree
 
 
 @dataclasses.dataclass
@@ -38,6 +50,16 @@ class Start:
     step: int | None
     progress: Progress
 
+    def __post_init__(self) -> None:
+        """The base of LoRA is looked at before anything is compiled.
+
+        Raises:
+          UserError: it is gone, or another one than the run began with.
+        """
+        if self.config.lora.r:
+            found = identity.check(self.config, self.source, self.progress.base)
+            self.progress = self.progress._replace(base=found)
+
     def state(self) -> tuple[TrainState, Progress]:
         """The state to begin with, in the shards of the mesh, and the progress up to it.
 
@@ -48,15 +70,53 @@ class Start:
 
     def after_bad_numbers(self) -> tuple[TrainState, Progress]:
         """The same once more, from what is the newest good checkpoint by now."""
-        abstract = to_tree(self.layout.abstract_sharded())
+        abstract = to_tree(saved(self.layout.abstract_sharded()))
         return self._state(self.checkpoints.newest_good(abstract))
+
+    def write_files(self, data: Loader | ExampleLoader) -> None:
+        """Makes WORKDIR/hf say how a fine-tuned model is asked and where its answers end, in process 0.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        folder, sft = os.path.join(self.workdir, FOLDER), self.config.sft
+        if not isinstance(data, ExampleLoader) or not os.path.isdir(folder):
+            return
+        if jax.process_index() != 0:
+            return
+        template = None
+        if sft.chat_template:
+            file = tokenizer_folder.file_of(self.config.data.tokenizer)
+            chat = Chat(os.path.dirname(file))
+            template, _ = chat.source(sft.chat_template, False, "config.sft.chat_template")
+        try:
+            fine_tuned.state(folder, template, data.trained_stops(), sft.eos_token)
+        except OSError as e:
+            raise UserError(
+                f"{folder} cannot be written ({e.strerror}). Make room, or name another --workdir."
+            ) from e
 
     def _state(self, step: int | None) -> tuple[TrainState, Progress]:
         if step is not None:
             state, _ = resume.restore(self.checkpoints, self.layout)
-            return state, self.continuation.progress(int(state.step))
+            progress = self.continuation.progress(int(state.step))
+            return self._with_base(state), self._with_identity(progress)
         if self.config.init_from:
             state = init_from.initial_state(self.source, self.config, self.layout, self.workdir)
         else:
             state = init_state(self.config, self.layout)
-        return state, self.continuation.progress(None)
+        return state, self._with_identity(self.continuation.progress(None))
+
+    def _with_identity(self, progress: Progress) -> Progress:
+        """The progress with what the base of LoRA is known by."""
+        return progress._replace(base=self.progress.base)
+
+    def _with_base(self, state: TrainState) -> TrainState:
+        """A restored state with the base of LoRA, which its checkpoint does not hold."""
+        if not self.config.lora.r:
+            return state
+        assert self.source is not None
+        family = family_of(self.source.config)
+        weights = base.read(self.source, self.config, family, self.layout.model, everything=False)
+        self.source.close()
+        return state._replace(frozen=weights.params)

@@ -7,12 +7,15 @@ import jax
 from rich.console import Console
 
 from deepseek_jax.cli.texts import human
+from deepseek_jax.config.lora_targets import EXPERTS, targets
 from deepseek_jax.config.options import Config
+from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model.count import Count
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import axes_across_hosts
 from deepseek_jax.parallel.pipeline import make_schedule
+from deepseek_jax.run import answers
 from deepseek_jax.run.loop import Result
 from deepseek_jax.run.report import held_out_text
 from deepseek_jax.train.compiled_step import CompiledStep
@@ -36,7 +39,7 @@ class Run:
     mesh: jax.sharding.Mesh
     layout: Layout
     count: Count
-    data: Loader
+    data: Loader | ExampleLoader
     workdir: str
     resume_step: int | None
     changed: list[str]
@@ -118,24 +121,45 @@ def _devices(run: Run) -> Lines:
 def _training(run: Run) -> Lines:
     t = run.config.train
     tokens = run.history.tokens(t.steps)
-    passes = tokens / max(run.data.train_tokens, 1)
+    passes = tokens / max(run.data.num_train_rows * t.sequence_length, 1)
     flops = run.count.flops_per_token
     return [
         ("data", run.data.description),
         *[("", note) for note in run.data.notes],
-        *_learning(run.layout),
+        *_scored(run.data),
+        *_learning(run),
         (
             "training",
             f"{t.steps} steps of {t.batch_size} x {t.sequence_length} tokens = {human(tokens)} tokens "
-            f"({passes:.2f} passes over the data)",
+            f"({passes:.2f} passes over the data{_not_asked(run, passes)})",
         ),
         ("compute", f"{human(flops)} FLOPs per token, {human(flops * tokens)} in all"),
     ]
 
 
-def _learning(layout: Layout) -> Lines:
+def _not_asked(run: Run, passes: float) -> str:
+    """Whether config.train.steps wins over epochs that were named, too."""
+    t = run.config.train
+    too_far = abs(passes - t.epochs) * run.data.num_train_rows > t.batch_size
+    if not t.epochs or not too_far:
+        return ""
+    return f": config.train.steps wins over config.train.epochs={t.epochs:g}"
+
+
+def _scored(data: Loader | ExampleLoader) -> Lines:
+    """What of the examples is scored, where not all of the data are."""
+    lines = data.summary if isinstance(data, ExampleLoader) else []
+    return list(zip(["scored", *[""] * len(lines)], lines, strict=False))
+
+
+def _learning(run: Run) -> Lines:
     """Which weights learn, where that is not all of them alike."""
-    lines = layout.multipliers.table()
+    lora, lines = run.config.lora, run.layout.multipliers.table()
+    adapted = targets(run.config.model, lora.target_modules) if lora.r else ()
+    if lora.dropout and any(path.startswith(EXPERTS) for path in adapted):
+        lines.append(
+            f"dropout {lora.dropout:g} is of linear maps; routed experts have none, as in PEFT"
+        )
     return list(zip(["weights", *[""] * len(lines)], lines, strict=False))
 
 
@@ -170,7 +194,7 @@ def first_step(train_step: CompiledStep, seconds: float) -> str:
     return f"first step after {seconds:.1f} s ({how} in {program.seconds:.1f} s)"
 
 
-def show_end(workdir: str, result: Result, seconds: float) -> None:
+def show_end(config: Config, workdir: str, result: Result, seconds: float) -> None:
     """Prints the sample, the held-out loss and where everything is. In process 0 only.
 
     Args:
@@ -187,8 +211,14 @@ def show_end(workdir: str, result: Result, seconds: float) -> None:
         ("took", f"{seconds / 60:.1f} min"),
         ("checkpoint", result.checkpoint),
         ("metrics", f"{workdir}/metrics.jsonl  (tensorboard --logdir {workdir}/tensorboard)"),
-        ("more text", f"python -m deepseek_jax.generate --workdir={workdir} --prompt='class '"),
     ]
+    generate = f"python -m deepseek_jax.generate --workdir={workdir}"
+    if config.objective == "sft":
+        lines.append(("chat", f"{generate} --chat"))
+    else:
+        lines.append(("more text", f"{generate} --prompt='class '"))
+    if config.sft.eval_prompts:
+        lines.append(("answers", f"{workdir}/{answers.FOLDER}/{result.step}.jsonl"))
     if result.evaluation:
         lines.insert(0, ("held-out loss", held_out_text(result.evaluation)))
     for name, text in lines:

@@ -9,7 +9,8 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from deepseek_jax.config.configdict import from_config_dict
-from deepseek_jax.config.options import Config, DataConfig, TrainConfig
+from deepseek_jax.config.option import options_of
+from deepseek_jax.config.options import Config, DataConfig, SftConfig, TrainConfig
 from deepseek_jax.data import contents as contents_
 from deepseek_jax.data.contents import Contents, check_tokenizer
 from deepseek_jax.data.sources import split_paths
@@ -17,6 +18,9 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.train.optimizer import first_sequence, sequences_at
 
 _TRAIN = ("batch_size", "accumulation", "batch_ramp_start", "batch_ramp_steps", "sequence_length")
+_SFT = [
+    o.name.removeprefix("sft.") for o in options_of(SftConfig, "sft") if o.on_resume == "new pass"
+]
 _NOT_OF_ROWS = "on_change"  # of config.data
 
 
@@ -26,7 +30,7 @@ class Stretch(NamedTuple):
     first_step: int  # steps that were done before
     # the first to be read, in the global order without the rows that rollbacks left out; 0 begins an order
     first_row: int
-    options: Config  # seed, data, and what of train decides on rows; the rest at its defaults
+    options: Config  # seed, objective, data, what of train and sft decides on rows; the rest at its defaults
     contents: (
         Contents | None
     )  # of the data; None: written by an earlier version, which did not look
@@ -189,10 +193,15 @@ def _difference(last: Stretch, now: Config, contents: Contents | None) -> str:
 def _of_rows(config: Config) -> Config:
     data = dataclasses.replace(config.data, **{_NOT_OF_ROWS: getattr(DataConfig(), _NOT_OF_ROWS)})
     train = TrainConfig(**{name: getattr(config.train, name) for name in _TRAIN})
-    return Config(seed=config.seed, data=data, train=train)
+    sft = SftConfig(**{name: getattr(config.sft, name) for name in _SFT})
+    return Config(seed=config.seed, objective=config.objective, data=data, train=train, sft=sft)
 
 
 def _to_json(options: Config) -> dict[str, Any]:
     data = {k: v for k, v in dataclasses.asdict(options.data).items() if k != _NOT_OF_ROWS}
     train = {name: getattr(options.train, name) for name in _TRAIN}
-    return {"seed": options.seed, "data": data, "train": train}
+    out = {"seed": options.seed, "data": data, "train": train}
+    if options.objective == "sft":
+        sft = {name: getattr(options.sft, name) for name in _SFT}
+        out |= {"objective": options.objective, "sft": sft}
+    return out

@@ -25,6 +25,8 @@ from deepseek_jax.train.gradients import Learner
 from deepseek_jax.train.optimizer import learning_rate
 from deepseek_jax.train.state import Layout, TrainState
 
+OF_TRAINING = ("next_tokens", "row")  # multi-token prediction, noise
+
 
 class StepMetrics(NamedTuple):
     """What a step reports, for the global batch, the same on every device."""
@@ -151,7 +153,7 @@ def make_eval_step(layout: Layout, objective: Objective) -> Callable:
     ) -> Parts:
         check_batch(batch, objective.fields)
         net = layout.model.merge_for_inference(params, bias)
-        main = {name: a for name, a in batch.items() if name != "next_tokens"}
+        main = {name: a for name, a in batch.items() if name not in OF_TRAINING}
         out = run_model(net, main, objective.taps)
         frozen_out = frozen_outputs(layout.frozen, frozen_weights, batch)
         return objective.measure(net, out, batch, frozen_out)

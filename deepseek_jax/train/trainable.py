@@ -26,6 +26,7 @@ from deepseek_jax.cli.texts import human, table
 from deepseek_jax.config import multipliers as text
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
+from deepseek_jax.model import lora
 from deepseek_jax.train import expert_table
 from deepseek_jax.train.expert_table import ExpertTable
 from deepseek_jax.train.patterns import Path, Weight, matches_nothing, weights_of
@@ -156,9 +157,14 @@ def multipliers(config: Config, params: nnx.State) -> Multipliers:
     """
     rules = text.parse(config.optimizer.lr_multipliers)
     default, file = config.optimizer.default_lr_multiplier, config.esft.experts
-    if not rules and default == 1 and not file:
+    if not rules and default == 1 and not file and not config.lora.r:
         return Multipliers()
-    weights = _by_pattern(weights_of(config, params), rules, default)
+    weights = weights_of(config, params)
+    base: dict[Path, Weight] = {}
+    if config.lora.r:  # patterns are for what learns beside the base
+        base = {p: w for p, w in weights.items() if not lora.learns(p, config.lora)}
+        weights = {p: w for p, w in weights.items() if p not in base}
+    weights = _by_pattern(weights, rules, default)
     experts: Mapping[str, np.ndarray] = {}
     if file:
         table = expert_table.read(file, config.model)
@@ -177,11 +183,15 @@ def multipliers(config: Config, params: nnx.State) -> Multipliers:
             f"config.optimizer.default_lr_multiplier={default:g} freeze every weight of this model{of_table}."
             f" Give one a factor above 0."
         )
+    patterns = [pattern for pattern, _ in rules]
+    if config.lora.r:
+        weights = _of_lora(weights, base, config)
+        patterns = [*dict.fromkeys([*patterns, *(w.group for w in weights.values())])]
     factors = {path: w.factor for path, w in weights.items()}
     stacks = {stack_of(path) for path, factor in factors.items() if factor}
     return Multipliers(
         factors,
-        _groups(weights.values(), [pattern for pattern, _ in rules]),
+        _groups(weights.values(), patterns),
         {stack: index for stack, index in experts.items() if stack in stacks},
     )
 
@@ -200,6 +210,20 @@ def _by_pattern(
         out |= {p: w._replace(group=pattern, factor=factor) for p, w in chosen.items()}
     out |= {path: w._replace(factor=default) for path, w in left.items()}
     return {path: out[path] for path in weights}
+
+
+def _of_lora(
+    weights: dict[Path, Weight], base: dict[Path, Weight], config: Config
+) -> dict[Path, Weight]:
+    """What learns and the base, under the names that the table has for them."""
+    out = {}
+    for path, w in weights.items():
+        kind = f"(LoRA, r={config.lora.r})" if lora.is_factor(path) else "(modules_to_save)"
+        out[path] = w._replace(group=w.group or kind, path=lora.adapted(w.path))
+    held = f"(base, {config.lora.base_dtype})"
+    return out | {
+        path: w._replace(group=held, factor=0.0, path="all others") for path, w in base.items()
+    }
 
 
 def _of_table(
@@ -225,7 +249,7 @@ def _groups(weights: Iterable[Weight], patterns: Sequence[str]) -> tuple[Group, 
             if count:
                 key = w.group, factor
                 group = found.get(key, Group(w.group, factor, (), 0))
-                paths = (*group.paths, w.path)
+                paths = tuple(dict.fromkeys([*group.paths, w.path]))
                 found[key] = group._replace(paths=paths, parameters=group.parameters + count)
     order = [*patterns, ""]
     return tuple(sorted(found.values(), key=lambda g: (order.index(g.pattern), -g.factor)))

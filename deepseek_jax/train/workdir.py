@@ -13,14 +13,21 @@ from deepseek_jax.checkpoint import integrity
 from deepseek_jax.checkpoint.finder import has_steps
 from deepseek_jax.checkpoint.folder import Folder, steps_in
 from deepseek_jax.cluster.exchange import from_first
-from deepseek_jax.config.options import Config, ModelConfig, changes_shapes
+from deepseek_jax.config.options import (
+    OPTIONS,
+    Config,
+    ModelConfig,
+    changes_shapes,
+    value_of,
+)
 from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.train import history
 
 RUN, HISTORY = "run", "data_history"  # in config.json: the name of the run, and what its steps read
+LAST_STEP = "last_step"  # in config.json: config.train.steps, or what config.train.epochs came to
 # in config.json: what followed from the options, and what is known of the run
-_NOT_OPTIONS = ("xla_options", RUN, HISTORY)
+_NOT_OPTIONS = ("xla_options", RUN, HISTORY, LAST_STEP)
 
 
 def prepare(workdir: str, config: Config, tokenizer: str | None = None) -> list[str]:
@@ -62,6 +69,20 @@ def prepare(workdir: str, config: Config, tokenizer: str | None = None) -> list[
         model = dataclasses.asdict(config.model)
         return _differences(extra.get("model", model), model, "config.model")
     check_model(workdir, config, before)
+    if before["objective"] != config.objective:
+        raise UserError(
+            f"config.objective={config.objective} differs from {before['objective']} of the run of "
+            f"--workdir={workdir}. Name another --workdir, and give it this run's model by config.init_from."
+        )
+    for o in OPTIONS.values():
+        if o.name.startswith("lora.") and o.on_resume == "refused":
+            was, now = before["lora"][o.name.removeprefix("lora.")], value_of(config, o.name)
+            if was != now:
+                raise UserError(
+                    f"{o.full_name}={now!r} differs from {was!r} of the run of --workdir={workdir}: its "
+                    f"checkpoints mean another model with it. Set {o.full_name}={was!r}, or name another "
+                    f"--workdir."
+                )
     return _differences(before, config.to_json(), "config")
 
 
@@ -100,10 +121,15 @@ def newest_extra(folder: str) -> dict[str, Any]:
     """What the newest checkpoint of a folder that can be read says besides the state; nothing is checked. {}
     without one.
     """
+    return newest(folder)[1]
+
+
+def newest(folder: str) -> tuple[int, dict[str, Any]]:
+    """(its step, the same); (0, {}) without one."""
     for step in reversed(steps_in(folder)):
         with contextlib.suppress(BadFile, OSError):
-            return integrity.read_extra(Folder(folder, read_only=True).at(step))
-    return {}
+            return step, integrity.read_extra(Folder(folder, read_only=True).at(step))
+    return 0, {}
 
 
 def check_owner(workdir: str, config: Config, extra: dict[str, Any]) -> None:
@@ -174,12 +200,14 @@ def write_config(
     xla_options: dict[str, Any] | None = None,
     run: str | None = None,
     data: list[dict[str, Any]] | None = None,
+    last_step: int | None = None,
 ) -> None:
     """Writes WORKDIR/config.json, the resolved options and what was asked of XLA's compiler, whole or not at
     all.
 
     Args:
       run: as `identity`. data: History.to_json, for readers of the run.
+      last_step: of the run; None: config.train.steps.
 
     Raises:
       UserError: it cannot be written.
@@ -188,7 +216,12 @@ def write_config(
         path = os.path.join(workdir, "config.json")
         try:
             with open(path + ".tmp", "w", encoding="utf-8") as f:
-                more = {"xla_options": xla_options or {}, RUN: run, HISTORY: data or []}
+                more = {
+                    "xla_options": xla_options or {},
+                    RUN: run,
+                    HISTORY: data or [],
+                    LAST_STEP: config.train.steps if last_step is None else last_step,
+                }
                 json.dump(config.to_json() | more, f, indent=2)
             os.replace(path + ".tmp", path)
         except OSError as e:
@@ -212,7 +245,7 @@ def has_checkpoints(workdir: str, config: Config) -> bool:
 
 
 def read_config(workdir: str) -> dict[str, Any]:
-    """The options of the run in a folder, as nested dicts.
+    """The options of the run in a folder, as nested dicts; train.steps is what config.train.epochs came to.
 
     Raises:
       UserError: there is no run, or its config.json is damaged.
@@ -222,7 +255,11 @@ def read_config(workdir: str) -> dict[str, Any]:
         raise UserError(
             f"--workdir={workdir} holds no run: there is no {path}. Name a folder that train.py wrote."
         )
-    return _read(path)
+    out = _read(path, everything=True)
+    last_step, train = out.get(LAST_STEP), out.get("train")
+    if isinstance(train, dict) and train.get("steps") == 0 and last_step:
+        out["train"] = train | {"steps": last_step}
+    return {k: v for k, v in out.items() if k not in _NOT_OPTIONS}
 
 
 def read_history(workdir: str) -> tuple[history.History, bool]:

@@ -80,7 +80,7 @@ def test_a_config_file_that_makes_a_mistake(tmp_path):
     for text, said in (
         ("c.train.stepz = 3", "config.train.stepz is not an option. Did you mean steps?"),
         ("c.trian.steps = 3", "cannot be used: AttributeError"),
-        ("c.train.steps = 0", "config.train.steps=0 is below 1. Set it to 1 or more."),
+        ("c.train.steps = -1", "config.train.steps=-1 is below 0. Set it to 0 or more."),
     ):
         file = tmp_path / "mine.py"
         file.write_text(

@@ -68,7 +68,8 @@ def test_limits_and_choices_are_checked(o):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("train.steps", 0, "=0 is below 1. Set it to 1 or more."),
+        ("train.batch_size", 0, "=0 is below 1. Set it to 1 up to 2147483647."),
+        ("train.steps", 0, "=0 and config.train.epochs=0.0: a run needs an end. Set config.train"),
         (
             "optimizer.b1",
             1.0,

@@ -267,7 +267,7 @@ def test_generates(model, monkeypatch):
             for a, s in ((held.params, layout.shardings.params), (held.bias, layout.shardings.bias))
         )
         placed = BoundModel(layout.model, params, bias, mesh)
-        whole = list(sample.tokens(placed, [3, 5], 5, Sampling(), 16, None))
+        whole = list(sample.tokens(placed, [3, 5], 5, Sampling(), 16, ()))
     assert Engine(placed).generate([[3, 5]], 5) == [whole]
 
 

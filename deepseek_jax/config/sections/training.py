@@ -26,10 +26,20 @@ class TrainConfig:
 
     steps: int = option(
         1000,
-        "Optimizer steps.",
+        "Optimizer steps; above 0 they win over epochs.",
         unit="steps",
-        at_least=1,
+        at_least=0,
+        special={0: "as many as train.epochs needs"},
         aliases={"nemo": "max_steps", "hf": "max_steps"},
+    )
+    epochs: float = option(
+        0.0,
+        "Passes over the training data, each in an order of its own, where steps is 0.",
+        unit="passes",
+        at_least=0,
+        special={0: "by train.steps"},
+        example=3.0,
+        aliases={"nemo": "max_epochs", "hf": "num_train_epochs"},
     )
     batch_size: int = option(
         8,

@@ -15,6 +15,7 @@ from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.sources import BATCH_CHARACTERS, open_corpora, split
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
+from deepseek_jax.inference.evaluation import held_out_examples
 from deepseek_jax.inference.evaluation.scorer import Scorer, TokenSpan, windows
 from deepseek_jax.inference.opener import Encoder, Opened
 
@@ -112,6 +113,8 @@ def of_held_out(
     """
     run = opened.run
     assert run is not None
+    if run.objective == "sft":
+        return held_out_examples.evaluate(opened, scorer, limit, progress)
     if run.data.eval_fraction == 0:
         raise UserError(
             "--text is missing, and this run holds no documents out: config.data.eval_fraction=0. Name a "

@@ -56,6 +56,7 @@ class Engine:
       vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not
         use); None: all may be.
       note: what to do with the line that tells the size of a cache.
+      programs: of an engine of the same model, with other weights; None: compiled anew.
 
     Attributes:
       config: the model's options.
@@ -71,6 +72,7 @@ class Engine:
         give: bool = False,
         vocab: int | None = None,
         note: Callable[[str], None] = lambda line: None,
+        programs: Programs | None = None,
     ):
         mesh = bound.mesh
         if wrong := [a for a in ("stage", "context") if mesh.shape[a] > 1]:
@@ -87,7 +89,7 @@ class Engine:
             self.dtype = net.dtype
             self.weights = unstack(net, mesh, give)
         vocab = min(vocab or self.config.vocab_size, self.config.vocab_size)
-        self.programs = Programs(self.weights, self.config, self.dtype, vocab)
+        self.programs = programs or Programs(self.weights, self.config, self.dtype, vocab)
         self.drafted = 0
         self.accepted = 0
         self._noted: set[str] = set()

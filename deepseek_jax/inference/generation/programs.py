@@ -53,7 +53,7 @@ class Programs:
           dtype: of the computation.
           vocab: ids from here on are never chosen.
         """
-        self.ends = weights.ends
+        self.ends = weights.ends.bare()  # programs outlive the weights of a model in training
         self.config = config
         self.dtype = dtype
         self.vocab = vocab
@@ -90,6 +90,8 @@ class Programs:
     def prefill(self, group: Group) -> Callable:
         """(leaves, x, rope, length_B, slots) -> (x, caches): whole prompts through the layers of a group."""
 
+        group = group.bare()
+
         def make():
             @functools.partial(jit, static_argnames="slots")
             def run(leaves, x_BSD, rope, length_B, slots):
@@ -110,6 +112,8 @@ class Programs:
 
         The new caches are in the memory of the old.
         """
+
+        group = group.bare()
 
         def make():
             @functools.partial(jit, donate_argnums=1)

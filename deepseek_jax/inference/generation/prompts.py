@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from deepseek_jax.data import prompt_files, template
+from deepseek_jax.data import messages, prompt_files
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.errors import UserError
 
@@ -80,7 +80,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
         if isinstance(row.get("messages"), str):
             raise UserError(
                 f'{where} has "messages" that are a text and not a list. Give it as "prompt", or as '
-                f"{template.FORM}"
+                f"{messages.FORM}"
             )
         chat = CHAT_KEYS | {"chat_template_kwargs"}
         if "prompt" in row and (given := sorted(row.keys() & chat)):

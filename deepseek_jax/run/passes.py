@@ -1,0 +1,59 @@
+"""From config.train.epochs to steps: where a run ends that is told how often it reads its data."""
+
+import math
+from fractions import Fraction
+
+from deepseek_jax.config.options import Config, replaced
+from deepseek_jax.data.contents import Contents
+from deepseek_jax.errors import UserError
+from deepseek_jax.train import workdir as workdirs
+from deepseek_jax.train.history import History
+
+
+def with_steps(config: Config, workdir: str, rows: int, contents: Contents) -> Config:
+    """The options with config.train.steps, which stays as it is where it is above 0.
+
+    Else it is the first step after which at least config.train.epochs x rows were read, in batches of the
+    sizes that each start of the run had. The same options and data give the same number at every start.
+
+    Args:
+      config: of this start.
+      workdir: of the run.
+      rows: of one pass over the training data.
+      contents: of the data.
+
+    Raises:
+      UserError: the data are others than those of the run's checkpoint, or the profile begins after the end.
+    """
+    if config.train.steps:
+        return config
+    wanted = math.ceil(Fraction(repr(config.train.epochs)) * rows)  # 0.1 is a tenth
+    steps = _first_step_after(_history(config, workdir, contents), wanted)
+    out = replaced(config, "train.steps", steps)
+    if config.profile.start > steps:
+        raise UserError(
+            f"config.profile.start={config.profile.start} is after the last step, {steps}, which "
+            f"config.train.epochs={config.train.epochs} comes to. Lower it."
+        )
+    return out
+
+
+def _history(config: Config, workdir: str, contents: Contents) -> History:
+    """What steps read, this start's options included. By the newest checkpoint that can be read: which one is
+    whole is known only when the state's shapes are.
+    """
+    step, extra = workdirs.newest(workdirs.checkpoints(workdir, config))
+    history = History.of_json(extra.get("data", ()))
+    return history.resumed(step, config, contents)
+
+
+def _first_step_after(history: History, rows: int) -> int:
+    """The first step before which so many rows of the last order were read, at least one."""
+    begun = max(s.first_step for s in history.stretches if not s.first_row)
+    low, high = begun, begun + 1
+    while history.first_row(high) < rows:
+        low, high = high, begun + 2 * (high - begun)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if history.first_row(middle) < rows else (low, middle)
+    return high
