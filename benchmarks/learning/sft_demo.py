@@ -226,7 +226,7 @@ class Demo:
         _, layout = topology.lay_out(config, jax.devices()[:1])
         learning, frozen = (
             sum(a.size for a in jax.tree.leaves(part))
-            for part in layout.split(layout.abstract.params)
+            for part in (layout.abstract.params, layout.abstract.frozen)
         )
         share = learning / (learning + frozen)
         lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -39,7 +39,7 @@ from deepseek_jax.run import resume
 from deepseek_jax.train import expert_table, state, step
 from deepseek_jax.train.expert_table import ExpertTable
 from deepseek_jax.train.optimizer import decay_mask, learning_rate
-from tests.support import conversion, evaluation, invariance
+from tests.support import chat_folders, conversion, evaluation, invariance
 from tests.support.small_runs import ADAMW, TINY, config_of, same, trainer
 
 TABLE = {"experts": {"0": [2], "1": [3, 0]}}  # of TINY: two layers of four experts
@@ -189,6 +189,22 @@ def test_scores_are_of_the_models_own_router(tmp_path, capsys):
 
     with pytest.raises(UserError, match="--top-p=0.0 is not above 0"):
         command.main([*args, "--top-p=0"])
+
+
+def test_chats_are_scored_as_fine_tuning_reads_them(tmp_path, capsys):
+    """Rendered by the model's template, one token for a byte or a marker of a turn; every token counts."""
+    folder = chat_folders.model(tmp_path / "model")
+    data, out = chat_folders.chats(tmp_path / "chats.jsonl", 20), tmp_path / "experts.json"
+    args = ["score", folder, f"--data={data}", f"--out={out}", "--score=token", "--tokens=0"]
+    assert command.main([*args, "--sequence-length=64", "--non-expert-modules"]) == 0
+    table = json.loads(out.read_text())
+    chats = [json.loads(line)["messages"] for line in open(data, encoding="utf-8")]
+    parts = [m for chat in chats for m in chat]
+    assert table["tokens"] == sum(len(m["role"]) + len(m["content"]) + 4 for m in parts)
+    assert table["non_expert_modules"] and not table["shared_experts"]
+    for shares in table["scores"].values():
+        assert sum(shares) == pytest.approx(1, abs=1e-6)
+    assert "of the score" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------- the training
