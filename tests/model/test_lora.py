@@ -325,6 +325,7 @@ def test_few_bits_on_a_mesh():
     np.testing.assert_array_equal(used, quantized.dequantized(kernel.parts, jnp.float32))
 
 
+@pytest.mark.slow
 def test_gradients_of_the_base_are_not_made():
     """FLOPs of the lowered step: less than those of full training, by about a third of the products."""
     flops = {}
