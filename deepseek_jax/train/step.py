@@ -73,6 +73,7 @@ def make_train_step(config: Config, layout: Layout, objective: Objective) -> Cal
             params, opt_state = _update(config, layout, state, grads, grad_norm, ok)
             frozen = some_experts.written(layout.multipliers, state.frozen, params, state.esft)
             bias = update_bias(state.bias, load.expert_counts, state.step, config)
+            bias = layout.multipliers.hold_bias(bias, state.bias)
             residual, bias = _if(ok, (residual, bias), (state.residual, state.bias))
         bad, new_scale = _after(config, state, ok, parts["loss"], grad_norm)
         skipped = state.skipped_steps + jnp.where(ok, 0, 1)

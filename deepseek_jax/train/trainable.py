@@ -12,6 +12,7 @@ a learning rate of their own do.
 
 import dataclasses
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -76,6 +77,14 @@ class Multipliers:
         rest = [(p, v) for p, v in flat if not self.of(p) or self.stack_of(p)]
         return nnx.from_flat_state(learns), nnx.from_flat_state(rest)
 
+    def hold_bias(self, new: nnx.State, old: nnx.State) -> nnx.State:
+        """The selection biases after a step: of a frozen router the old ones."""
+        held = [(*path[:-1], "kernel") for path, _ in nnx.to_flat_state(new)]
+        if all(map(self.of, held)):
+            return new
+        pairs = zip(held, nnx.to_flat_state(new), nnx.to_flat_state(old), strict=True)
+        return nnx.from_flat_state([n if self.of(kernel) else o for kernel, n, o in pairs])
+
     def scale(self) -> optax.GradientTransformation | None:
         """The last part of an optimizer: updates times their factors. None where all are 1."""
         if not any(factor not in (0, 1) for factor in self.factors.values()):
@@ -92,11 +101,16 @@ class Multipliers:
         if not self.groups:
             return []
         rows = [["pattern", "factor", "parameters", "weights"]]
+        everything = _places(path for group in self.groups for path in group.paths)
         for group in self.groups:
             factor = f"{group.factor:g}" if group.factor else "frozen"
-            cells = [group.pattern or "(all others)", factor, human(group.parameters)]
-            short = (p.removesuffix("/kernel").removesuffix("/weight") for p in group.paths)
-            for line in textwrap.wrap(", ".join(short), 60, break_on_hyphens=False):
+            others = "(all others)" if any(g.pattern for g in self.groups) else "(all)"
+            cells = [group.pattern or others, factor, human(group.parameters)]
+            short = [
+                name if stacks == everything[name] else f"{name} of {' and '.join(sorted(stacks))}"
+                for name, stacks in _places(group.paths).items()
+            ]
+            for line in textwrap.wrap(", ".join(short), 70, break_on_hyphens=False):
                 rows.append([*cells, line])
                 cells = [""] * 3
         total = sum(g.parameters for g in self.groups)
@@ -108,6 +122,17 @@ class Multipliers:
             )
             said += f"; {counts.min()} to {counts.max()} experts of a layer, {counts.mean():.1f} on average"
         return [*table(rows, right=False).splitlines(), said]
+
+
+def _places(paths: Iterable[str]) -> dict[str, set[str]]:
+    """Short names of weights, and the stacks of layers in which they are."""
+    out: dict[str, set[str]] = {}
+    for path in paths:
+        short = path.removesuffix("/kernel").removesuffix("/weight")
+        found = re.match(r"(dense_layers|layers|mtp/\d+)/(?:layer/)?(.*)", short)
+        stack, name = (found[1], found[2]) if found else ("", short)
+        out.setdefault(name, set()).add(stack)
+    return out
 
 
 def stack_of(path: Path) -> str:
