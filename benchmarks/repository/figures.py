@@ -83,7 +83,10 @@ def table() -> str:
             continue
         kept = json.loads(file.read_text(encoding="utf-8"))
         sentence = figure.sentence(kept["result"])
-        link = f"[{kept['machine']['cores']} cores, {kept['commit']}](../benchmarks/results/{file.name})"
+        machine = f"{kept['machine']['cores']} cores"
+        if cpu := kept["machine"].get("cpu"):
+            machine += f" of {cpu}"
+        link = f"[{machine}, {kept['commit']}](../benchmarks/results/{file.name})"
         lines.append(f"| `python -m benchmarks {figure.command}` | {sentence} | {link} |")
     if missing:
         lines += ["", f"Without a kept result yet: {', '.join(missing)}."]

@@ -25,9 +25,7 @@ def parse(text: str) -> tuple[tuple[str, float], ...]:
     while text[at:].strip():
         entry = _ENTRY.match(text, at)
         if entry is None:
-            raise UserError(
-                f"{OPTION}={text!r}: {text[at:].strip()!r} has no factor. {_EXAMPLE}"
-            )
+            raise UserError(f"{OPTION}={text!r}: {text[at:].strip()!r} has no factor. {_EXAMPLE}")
         out.append((entry["pattern"], _factor(text, entry)))
         at = entry.end()
     return tuple(out)

@@ -14,6 +14,7 @@ from typing import Any
 
 from deepseek_jax.config.option import Alias, Option, option, options_of, section
 from deepseek_jax.config.sections.data import DataConfig, EvalConfig
+from deepseek_jax.config.sections.esft import EsftConfig
 from deepseek_jax.config.sections.lora import LoraConfig
 from deepseek_jax.config.sections.model import ModelConfig
 from deepseek_jax.config.sections.moe import MoeConfig
@@ -48,6 +49,7 @@ __all__ = [
     "CompileConfig",
     "Config",
     "DataConfig",
+    "EsftConfig",
     "EvalConfig",
     "Fp16Config",
     "LogConfig",
@@ -110,6 +112,7 @@ class Config:
     fp16: Fp16Config = section(Fp16Config)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     sft: SftConfig = section(SftConfig)
+    esft: EsftConfig = section(EsftConfig)
     lora: LoraConfig = section(LoraConfig)
     offload: OffloadConfig = section(OffloadConfig)
     eval: EvalConfig = section(EvalConfig)

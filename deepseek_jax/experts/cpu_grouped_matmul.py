@@ -72,6 +72,7 @@ def matmul(
     block: int,
     transpose: bool = False,
     into: jax.Array | None = None,
+    blocks: tuple[int, ...] = BLOCKS_PER_PRODUCT,
 ) -> jax.Array:
     """[J, O]: each row times the matrix of its expert.
 
@@ -83,6 +84,7 @@ def matmul(
       transpose: multiply by the transposed matrices.
       into: [J, O], not needed afterwards, with zeros in rows of no expert: its memory is used, and
         need not be cleared.
+      blocks: that a product takes at once, falling to 1.
     """
     if into is None:
         width = weight_GIO.shape[1 if transpose else 2]
@@ -98,7 +100,7 @@ def matmul(
             return lax.dynamic_update_slice_in_dim(out, here, start + done, 0)
 
         done = jnp.zeros_like(count)
-        for size in (n * block for n in BLOCKS_PER_PRODUCT):
+        for size in (n * block for n in blocks):
             if size > len(rows_JI):
                 continue  # a slice of more rows than there are is an error, though it would never run
 
@@ -116,11 +118,15 @@ def matmul(
 
 
 def weight_gradient(
-    rows_JI: jax.Array, rows_JO: jax.Array, rows: SortedRows, block: int
+    rows_JI: jax.Array,
+    rows_JO: jax.Array,
+    rows: SortedRows,
+    block: int,
+    blocks: int = BLOCKS_PER_GRADIENT,
 ) -> jax.Array:
     """float32 [G, I, O]: sum over an expert's rows of their outer products."""
     zeros_IO = jnp.zeros_like(rows_JI, jnp.float32, shape=(rows_JI.shape[1], rows_JO.shape[1]))
-    blocks = min(BLOCKS_PER_GRADIENT, len(rows_JI) // block)
+    blocks = min(blocks, len(rows_JI) // block)
     most = blocks * block
 
     def product(start, count, size):
@@ -197,13 +203,13 @@ def _flat(gate_up_GDPF: jax.Array) -> jax.Array:
 
 
 def _products(rows: SortedRows, block: int) -> tuple[low_rank.Multiply, low_rank.Outer]:
-    """As low_rank.py wants them."""
+    """As low_rank.py wants them: few FLOPs each, so that one size of product does."""
 
     def multiply(rows_JI, weight_GIO, transpose=False):
-        return matmul(rows_JI, weight_GIO, rows, block, transpose)
+        return matmul(rows_JI, weight_GIO, rows, block, transpose, blocks=(1,))
 
     def outer(rows_JI, rows_JO):
-        return weight_gradient(rows_JI, rows_JO, rows, block)
+        return weight_gradient(rows_JI, rows_JO, rows, block, blocks=1)
 
     return multiply, outer
 

@@ -4,6 +4,10 @@ So a step computes the same on every mesh and for every accumulation, the backwa
 pass drew, and the next epoch draws anew. The model says which layer it is in around each one, as taps.py is
 told what is asked for; outside of training nothing is said, and nothing is dropped.
 
+The bits of a number are a hash of where it is, PCG4D of Jarzynski and Olano (Hash Functions for GPU Rendering,
+JCGT 9(3), 2020): a few integer operations on each number, wherever it lies, that fuse with what reads it.
+JAX's generator takes some hundred, and a key for each token to be the same on every mesh.
+
 Shape letters: layers.py.
 """
 
@@ -14,8 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from deepseek_jax.parallel.mesh import per_device
+from jax import lax
 
 _PURPOSE = 0x4C6F5241  # among all that is drawn by the run's seed
 
@@ -56,27 +59,25 @@ def dropped(x_BSF: jax.Array, rate: float, site: int) -> jax.Array:
     if not rate or place is None:
         return x_BSF
     spec = jax.typeof(x_BSF).sharding.spec
-    seed = place.seed
 
-    def one_device(x_BSF: jax.Array, row_B: jax.Array, layer: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), _PURPOSE)
-        key = jax.random.fold_in(jax.random.fold_in(key, layer), site)
-        # Widths that the tensor axis divides are drawn whole, so that no mesh changes what is drawn.
-        divided = spec[-1] is not None
-        width = x_BSF.shape[-1]
-        first = jax.lax.axis_index("tensor") * width if divided else 0
-        drawn = width * jax.lax.axis_size("tensor") if divided else width
+    def index(axis: int) -> jax.Array:
+        return lax.broadcasted_iota(jnp.uint32, x_BSF.shape, axis, out_sharding=spec)
 
-        def of_token(row: jax.Array, token: jax.Array) -> jax.Array:
-            of_one = jax.random.fold_in(jax.random.fold_in(key, row), token)
-            kept = jax.random.bernoulli(of_one, 1 - rate, (drawn,))
-            return jax.lax.dynamic_slice_in_dim(kept, first, width) if divided else kept
+    layer = place.layer.astype(jnp.uint32)
+    a, b, c, d = _hash(jnp.uint32(place.seed), layer, jnp.uint32(site), jnp.uint32(_PURPOSE))
+    row_B11 = place.row_B[:, None, None]
+    bits_BSF = _hash(row_B11.astype(jnp.uint32) ^ a, index(1) ^ b, index(2) ^ c, d)[0]
+    kept_BSF = (bits_BSF >= jnp.uint32(round(rate * 2**32))) | (row_B11 < 0)
+    scale_B11 = jnp.where(row_B11 < 0, 1.0, 1 / (1 - rate)).astype(x_BSF.dtype)
+    return jnp.where(kept_BSF, x_BSF * scale_B11, 0).astype(x_BSF.dtype)
 
-        tokens_S = jnp.arange(x_BSF.shape[1])
-        kept_BSF = jax.vmap(lambda row: jax.vmap(lambda t: of_token(row, t))(tokens_S))(row_B)
-        trains_B11 = (row_B >= 0)[:, None, None]
-        scaled_BSF = jnp.where(kept_BSF, x_BSF / (1 - rate), 0).astype(x_BSF.dtype)
-        return jnp.where(trains_B11, scaled_BSF, x_BSF)
 
-    draw = per_device(one_device, (spec, jax.P(spec[0]), jax.P()), spec)
-    return draw(x_BSF, place.row_B, place.layer)
+def _hash(*v: jax.Array) -> tuple[jax.Array, ...]:
+    """Four uint32 of four, which broadcast with each other."""
+    x, y, z, w = (n * jnp.uint32(1664525) + jnp.uint32(1013904223) for n in v)
+    for last in (False, True):
+        x, y = x + y * w, y + z * (x + y * w)
+        z, w = z + x * y, w + y * (z + x * y)
+        if not last:
+            x, y, z, w = (n ^ (n >> 16) for n in (x, y, z, w))
+    return x, y, z, w

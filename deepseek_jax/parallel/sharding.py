@@ -19,15 +19,17 @@ from deepseek_jax.parallel.quantized import QuantizedWeight
 Rules = dict[str, tuple[str, ...] | str | None]
 
 # Axes of parameters. `embed` is the axis of a dense weight that FULL_SHARD divides; an expert weight has
-# `expert_embed` there, because its experts already lie on the expert axis. `lora_heads` is the output of a
-# low-rank projection, which has no embed axis, and `lora_expert_mlp` the side of an expert's adapter that
-# has none. Heads, feed-forward widths and the vocabulary lie on the
+# `expert_embed` there, because its experts already lie on the expert axis; a stack of some experts
+# (expert_rows.py) is divided as a dense weight. `lora_heads` is the output of a low-rank projection, which
+# has no embed axis, and `lora_expert_mlp` the side of an expert's adapter that has none. Heads, feed-forward
+# widths and the vocabulary lie on the
 # tensor axis, in use as in storage.
 COMPUTE_RULES: Rules = {
     "layers": None,
     "embed": None,
     "lora_heads": "tensor",
     "experts": "expert",
+    "some_experts": None,
     "expert_embed": None,
     "expert_mlp": "tensor",
     "lora_expert_mlp": "tensor",

@@ -1,12 +1,14 @@
 """How a weight gets from its layout in storage to the layer that uses it, and its gradient back.
 
-A parameter is the value of an nnx.Variable, in one of four representations, chosen by train/gradients.py:
+A parameter is the value of an nnx.Variable, in one of several representations, chosen by train/gradients.py:
 
     value             when                                 its gradient
     jax.Array         stored as its gradient is            in the layout of the array
     ReplicatedWeight  SHARD_GRAD_OP, ZeRO-1: stored whole, in the layout of `part`: a reduce-scatter where it
                       gradient divided                     arises, layer by layer
     PerReplicaWeight  gradient_compression                 each replica's own, [R, ...]; compression.py sums
+    SomeExperts       esft: of a layer's experts some      of those alone, in the layout of their own stack
+                      learn
     QuantizedWeight   frozen, in 8 or 4 bits               none; they travel as they are held (quantized.py)
 
 A layer uses any of them in one of two ways. The gradient goes back by the transpose, a reduce-scatter:
@@ -28,6 +30,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.parallel import expert_rows
 from deepseek_jax.parallel.mesh import TOKEN_AXES
 from deepseek_jax.parallel.quantized import QuantizedWeight, dequantized, is_quantized
 from deepseek_jax.parallel.sharding import COMPUTE_RULES, logical_axes, spec, without_stage
@@ -75,6 +78,23 @@ class PerReplicaWeight:
     @property
     def ndim(self) -> int:
         return self.copies.ndim - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SomeExperts:
+    """The experts of a layer, of which some learn: the value of a variable in place of an array.
+
+    What is used is `whole`, where those that learn are up to date; their gradient goes to their stack.
+    """
+
+    whole: jax.Array  # [E, ...]: all experts
+    part: Any  # jax.Array [N, ...] or PerReplicaWeight: those that learn, what is differentiated
+    index_N: jax.Array  # int32: which they are (expert_rows.py)
+
+    @property
+    def ndim(self) -> int:
+        return self.whole.ndim
 
 
 def copy_per_replica(params: nnx.State, replicas: int) -> nnx.State:
@@ -180,6 +200,8 @@ def _arrays(w: Any) -> list[jax.Array]:
         return [w.copies]
     if isinstance(w, QuantizedWeight):
         return w.parts
+    if isinstance(w, SomeExperts):
+        return [*_arrays(w.part), w.whole, w.index_N]
     return [w.part, w.whole] if isinstance(w, ReplicatedWeight) else [w]
 
 
@@ -194,6 +216,14 @@ def gather_on_device(arrays: Sequence[jax.Array], specs: list[P], dtype: Any) ->
     if is_quantized(arrays):
         parts = [_all_gather(a, s) for a, s in zip(arrays, specs, strict=True)]
         w = dequantized(parts, dtype)
+    elif len(arrays) == 3:  # SomeExperts
+        all_experts = gather(arrays[1], specs[1])
+
+        def among_all(part: jax.Array, index_N: jax.Array) -> jax.Array:
+            rows = gather_on_device([part], specs[:1], dtype)
+            return expert_rows.among_all(rows, index_N, all_experts.shape[0])
+
+        w = _with_gradient_of(among_all, arrays[0], all_experts, arrays[2])
     elif specs[0][0] == REPLICAS:  # no spec of a whole weight begins with this axis alone
         w = _all_gather(arrays[0][0].astype(dtype), specs[0][1:], held=(REPLICAS,))
     elif len(arrays) == 1:
@@ -228,18 +258,22 @@ def _all_gather(w: jax.Array, spec: P, held: tuple[str, ...] = ()) -> jax.Array:
     return w
 
 
-def _with_gradient_of(gather: Callable, part: jax.Array, whole: jax.Array) -> jax.Array:
-    """`whole`, whose gradient goes to `part` by the transpose of `gather`."""
+def _with_gradient_of(
+    gather: Callable, part: jax.Array, whole: jax.Array, *given: jax.Array
+) -> jax.Array:
+    """`whole`, whose gradient goes to `part` by the transpose of `gather`, a function of it and `given`."""
 
     @jax.custom_vjp
-    def use(part, whole):
+    def use(part, whole, *given):
         return whole
 
-    def forward(part, whole):
-        return whole, part
+    def forward(part, whole, *given):
+        return whole, (part, given)
 
-    def backward(part, cotangent):
-        return jax.vjp(gather, part)[1](cotangent)[0], None
+    def backward(residuals, cotangent):
+        part, given = residuals
+        found = jax.vjp(lambda part: gather(part, *given), part)[1](cotangent)
+        return (*found, None, *[None] * len(given))
 
     use.defvjp(forward, backward)
-    return use(part, whole)
+    return use(part, whole, *given)

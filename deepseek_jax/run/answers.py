@@ -114,6 +114,8 @@ class Answering:
         elsewhere = mesh.shape["stage"] > 1 or config.offload.parameters
         self._has_cache = jax.process_count() == 1 and not elsewhere
         self._programs: Programs | None = None  # of the first time
+        vocab = data.tokenizer.vocab_size
+        self._sampler = sample.Sampler(model, mesh, GREEDY, vocab)  # without a cache
 
     def write(self, step: int, weights: ModelWeights) -> None:
         """Writes WORKDIR/answers/STEP.jsonl. Every process calls it; a disk that is full stops nothing."""
@@ -137,14 +139,13 @@ class Answering:
 
     def answers(self, weights: ModelWeights) -> list[list[int]]:
         """Ids of the answers, without stop tokens."""
-        bound = BoundModel(self._model, *weights, self._mesh)
-        prompts, vocab = [p.ids for p in self._prompts], self._tokenizer.vocab_size
+        prompts = [p.ids for p in self._prompts]
         if not self._has_cache:
             return [
-                list(sample.tokens(bound, p, self._count, GREEDY, vocab, self._stop))
-                for p in prompts
+                list(self._sampler.tokens(weights, p, self._count, self._stop)) for p in prompts
             ]
-        engine = Engine(bound, vocab=vocab, programs=self._programs)
+        bound = BoundModel(self._model, *weights, self._mesh)
+        engine = Engine(bound, vocab=self._tokenizer.vocab_size, programs=self._programs)
         self._programs = engine.programs
         return engine.generate(prompts, self._count, GREEDY, self._stop)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
@@ -66,9 +67,9 @@ def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict
     where the checkpoint has none it is zero; with another number of replicas each gets an equal share
     of the sum, which is what the updates still owe.
 
-    Where other parameters learn than did (config.optimizer.lr_multipliers), the optimizer begins anew
-    for all of them, and its residual: moments of weights that have just begun to learn would need a
-    correction of their own. The learning rate goes on where it was.
+    Where other parameters learn than did (config.optimizer.lr_multipliers, config.esft.experts), the
+    optimizer begins anew for all of them, and the residual: moments of weights that have just begun to
+    learn would need a correction of their own. The learning rate goes on where it was.
 
     Raises:
       UserError: as `Checkpointer.restore`.
@@ -76,15 +77,15 @@ def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict
     abstract = saved(layout.abstract_sharded())
     stored = checkpoints.shapes()
     residual = abstract.residual
-    if _others_learn(stored, to_tree(abstract)):
-        read = abstract._replace(opt_state=None, residual=None)
-        state = from_tree(checkpoints.restore_params(to_tree(read)), read)
+    if _others_learn(checkpoints, stored, layout):
+        read = abstract._replace(opt_state=None, residual=None, esft=None)
+        state = _begin(layout, from_tree(checkpoints.restore_params(to_tree(read)), read))
         opt_state = _fresh_optimizer(layout, state.step - state.skipped_steps)
         residual = None if residual is None else _residual_of(None, residual)
         if jax.process_index() == 0:
             print(
                 f"{'optimizer':<17}begins anew: other weights learn than in the checkpoint "
-                "(config.optimizer.lr_multipliers)"
+                "(config.optimizer.lr_multipliers, config.esft.experts)"
             )
         return state._replace(opt_state=opt_state, residual=residual), checkpoints.read_extra()
 
@@ -93,21 +94,31 @@ def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict
     now = None if residual is None else _replicas(residual)
     if before == now:
         tree, extra = checkpoints.restore(to_tree(abstract))
-        return from_tree(tree, abstract), extra
+        return _begin(layout, from_tree(tree, abstract)), extra
 
     read = abstract._replace(residual=None)
     if before is not None and now is not None:
         read = abstract._replace(residual=jax.tree.map(lambda a: _of_replicas(a, before), residual))
-    state = from_tree(checkpoints.restore_params(to_tree(read)), read)
+    state = _begin(layout, from_tree(checkpoints.restore_params(to_tree(read)), read))
     if residual is not None:
         state = state._replace(residual=_residual_of(state.residual, residual))
     return state, checkpoints.read_extra()
 
 
-def _others_learn(stored: Tree, wanted: Tree) -> bool:
+def _begin(layout: Layout, state: TrainState) -> TrainState:
+    """The state with the stacks of the experts that learn, which a checkpoint has among all others."""
+    if not layout.multipliers.experts:
+        return state
+    params, frozen = layout.begin(state.weights().params)
+    index = jax.device_put(dict(layout.multipliers.experts), layout.shardings.esft)
+    return state._replace(params=params, frozen=frozen, esft=index)
+
+
+def _others_learn(checkpoints: Checkpointer, stored: Tree, layout: Layout) -> bool:
     """Whether a checkpoint has the state of this optimizer, but of other parameters."""
+    wanted = to_tree(layout.abstract_sharded())
     there, here = (flatten(tree.get("opt_state", {})).keys() for tree in (stored, wanted))
-    if there == here:
+    if there == here and _same_experts(checkpoints, stored, layout):
         return False
     weights = flatten(wanted["params"]).keys()
 
@@ -119,6 +130,20 @@ def _others_learn(stored: Tree, wanted: Tree) -> bool:
         return {"/".join(p[:i]) for p, i in zip(parts, cut, strict=True)}
 
     return kinds(there) <= kinds(here) or kinds(here) <= kinds(there)
+
+
+def _same_experts(checkpoints: Checkpointer, stored: Tree, layout: Layout) -> bool:
+    """Whether the experts that learn are those of the checkpoint."""
+    experts, there = layout.multipliers.experts, flatten(stored.get("esft", {}))
+    if {name: tuple(leaf.shape) for name, leaf in there.items()} != {
+        name: index.shape for name, index in experts.items()
+    }:
+        return False
+    if not experts:
+        return True
+    wanted = {"esft": layout.abstract_sharded().esft}
+    found = checkpoints.restore_params(wanted)["esft"]
+    return all(np.array_equal(jax.device_get(found[name]), experts[name]) for name in experts)
 
 
 def _fresh_optimizer(layout: Layout, updates: jax.Array) -> Any:

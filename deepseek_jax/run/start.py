@@ -50,6 +50,16 @@ class Start:
     step: int | None
     progress: Progress
 
+    def __post_init__(self) -> None:
+        """The base of LoRA is looked at before anything is compiled.
+
+        Raises:
+          UserError: it is gone, or another one than the run began with.
+        """
+        if self.config.lora.r:
+            found = identity.check(self.config, self.source, self.progress.base)
+            self.progress = self.progress._replace(base=found)
+
     def state(self) -> tuple[TrainState, Progress]:
         """The state to begin with, in the shards of the mesh, and the progress up to it.
 
@@ -98,16 +108,13 @@ class Start:
         return state, self._with_identity(self.continuation.progress(None))
 
     def _with_identity(self, progress: Progress) -> Progress:
-        """The progress with what its base is known by, which is the one that it began with."""
-        if not self.config.lora.r:
-            return progress
-        return progress._replace(base=identity.check(self.config, self.source, progress.base))
+        """The progress with what the base of LoRA is known by."""
+        return progress._replace(base=self.progress.base)
 
     def _with_base(self, state: TrainState) -> TrainState:
         """A restored state with the base of LoRA, which its checkpoint does not hold."""
         if not self.config.lora.r:
             return state
-        self._with_identity(self.progress)  # before all of it is read
         assert self.source is not None
         family = family_of(self.source.config)
         weights = base.read(self.source, self.config, family, self.layout.model, everything=False)

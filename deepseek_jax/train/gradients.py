@@ -22,8 +22,8 @@ from deepseek_jax.parallel.weights import (
     per_replica_weights,
     replicated_weights,
 )
-from deepseek_jax.train import trainable
-from deepseek_jax.train.state import Layout
+from deepseek_jax.train import some_experts
+from deepseek_jax.train.state import Layout, TrainState
 
 # Of a model without experts.
 NO_LOAD = Load(
@@ -40,7 +40,7 @@ class Learner(NamedTuple):
 
     def gradients(
         self,
-        weights: ModelWeights,
+        state: TrainState,
         frozen: ModelWeights | None,
         batch: Batch,
         totals: StepTotals,
@@ -49,19 +49,21 @@ class Learner(NamedTuple):
         """Of the whole batch [A, B, ...].
 
         Args:
+          state: its parameters, those that learn and the others, and the selection bias.
           frozen: weights of the frozen model.
           totals: of the whole batch.
           scale: float32, of float16's loss; None without one.
 
         Returns:
-          (gradients of the parameters that learn, parts, load). Gradients are of the scaled loss, summed over micro-batches, in the layout
-          that the strategy gives them; float32, or the `train.accumulation_dtype` in which several
-          micro-batches are added up. Parts are not scaled. With gradient_compression gradients are each
-          replica's own, [R, ...] for R replicas along `data`, still to be summed.
+          (gradients of the parameters that learn, parts, load). Gradients are of the scaled loss, summed over
+          micro-batches, in the layout that the strategy gives them; float32, or the
+          `train.accumulation_dtype` in which several micro-batches are added up. Parts are not scaled. With
+          gradient_compression gradients are each replica's own, [R, ...] for R replicas along `data`, still
+          to be summed.
         """
 
         def one(batch: Batch):
-            return self._gradients(weights, frozen, batch, totals, scale)
+            return self._gradients(state, frozen, batch, totals, scale)
 
         if jax.sharding.get_abstract_mesh().shape["stage"] > 1:
             return one(batch)
@@ -83,16 +85,17 @@ class Learner(NamedTuple):
         start = (offload.zeros(buffers, self.layout.shardings.params), *zeros)
         return jax.lax.scan(more, start, batch)[0]
 
-    def _gradients(self, weights, frozen, batch, totals, scale):
+    def _gradients(self, state, frozen, batch, totals, scale):
         """Of one micro-batch [B, ...], or of all of them with stages."""
-        (params, others), bias = self.layout.split(weights[0]), weights[1]
+        params, multipliers = state.params, self.layout.multipliers
         compressed = self.config.sharding.gradient_compression != "none"
         frozen_out = frozen_outputs(self.layout.frozen, frozen, batch)
 
         def loss(given):
             used = per_replica_weights(given) if compressed else replicated_weights(params, given)
-            # The others are no argument of what is differentiated: nothing of their gradients is computed.
-            model = self.layout.model.merge(trainable.join(used, others), bias)
+            # Those that are frozen are no argument: nothing of their gradients is computed.
+            used = some_experts.in_use(multipliers, used, state.frozen, state.esft)
+            model = self.layout.model.merge(used, state.bias)
             value, aux = loss_of_batch(
                 self.objective, self.config, model, batch, totals, frozen_out
             )

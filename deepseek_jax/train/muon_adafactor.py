@@ -27,6 +27,7 @@ from deepseek_jax.parallel.sharding import logical_axes
 STACKED_AXES = (
     "layers",
     "experts",
+    "some_experts",
     "pair",
 )  # logical axes along which a weight holds matrices, or vectors, of their own
 # root mean square of Muon's update of a matrix, as AdamW's usually is: both then take the same learning rate

@@ -56,10 +56,11 @@ def update(
     stacks = [name for name in offload.STACKS if any(p[0] == name for p in paths)]
     groups = [lambda p, name=name: p[0] == name for name in stacks]
     singles = [lambda p, path=path: p == path for path in paths if path[0] not in stacks]
-    done = []
     # Counters are the same for all, but that a loop over layers leaves them as they were: a group without
     # weights moves them where stacks are all that learns.
-    for chosen in (*groups, *(singles or [lambda p: False])):
+    singles = singles or [lambda p, path=(): p == path]
+    done = []
+    for chosen in (*groups, *singles):
         held, of_grads = (_of_group((params, opt_state), chosen), _of_group(grads, chosen))
         if chosen in groups:
             done.append(offload.over_layers(one, held, of_grads))

@@ -13,7 +13,7 @@ from deepseek_jax.model.layout import ModelWeights, PlacedModel, place_model
 from deepseek_jax.model.moe import SelectionBias
 from deepseek_jax.objectives.base import Frozen
 from deepseek_jax.parallel import compression, offload, sharding
-from deepseek_jax.train import trainable
+from deepseek_jax.train import some_experts, trainable
 from deepseek_jax.train.loss_scale import LossScale, init_loss_scale
 from deepseek_jax.train.optimizer import make_optimizer
 
@@ -36,6 +36,7 @@ class TrainState(NamedTuple):
     )
     # the other parameters (trainable.py): a checkpoint holds them among `params`, but for the base of LoRA
     frozen: nnx.State = trainable.NONE
+    esft: dict[str, jax.Array] | None = None  # which experts `params` holds (some_experts.py)
 
     def weights(self) -> ModelWeights:
         """Those of the model, all of them."""
@@ -48,8 +49,9 @@ class Layout(NamedTuple):
     model: PlacedModel
     abstract: TrainState  # shapes and dtypes
     shardings: TrainState
-    grad_specs: nnx.State  # PartitionSpecs: of gradients,
-    opt_specs: nnx.State  # of the parameters while the optimizer works, and so of its state
+    param_specs: nnx.State  # PartitionSpecs: of the parameters that learn, between steps,
+    grad_specs: nnx.State  # of their gradients,
+    opt_specs: nnx.State  # and of them while the optimizer works, and so of its state
     optimizer: optax.GradientTransformation
     frozen: Frozen | None = None  # the objective's: not part of the state, an argument of the step
     multipliers: trainable.Multipliers = trainable.Multipliers()  # which parameters learn
@@ -58,14 +60,23 @@ class Layout(NamedTuple):
         """Shapes of the frozen weights with their shardings: the step's third argument."""
         return None if self.frozen is None else self.frozen.model.abstract_sharded()
 
-    @property
-    def param_specs(self) -> nnx.State:
-        """PartitionSpecs of the parameters that learn, between steps."""
-        return self.split(self.model.specs.params)[0]
+    def begin(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
+        """(those that learn, frozen ones) of all parameters, in their shards."""
+        learns, frozen = self.multipliers.split(params)
+        if not self.multipliers.experts:
+            return learns, frozen
 
-    def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
-        """(those that learn, frozen ones) of all parameters, or of their shapes, specs or shardings."""
-        return self.multipliers.split(params)
+        def create(frozen: nnx.State) -> nnx.State:
+            index = some_experts.index_of(self.multipliers)
+            return some_experts.stacks(self.multipliers, frozen, index)
+
+        where = [
+            (p, s)
+            for p, s in nnx.to_flat_state(self.shardings.params)
+            if self.multipliers.stack_of(p)
+        ]
+        stacks = jax.jit(create, out_shardings=nnx.from_flat_state(where))(frozen)
+        return trainable.join(learns, stacks), frozen
 
     def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
         """Bytes per device by kind: parameters that learn, the others, gradients, optimizer state, the
@@ -120,7 +131,10 @@ def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     model = place_model(config, mesh)
     multipliers = trainable.multipliers(config, model.abstract.params)
     params, frozen = multipliers.split(model.abstract.params)
-    _, grad_specs, opt_specs = (
+    index = dict(multipliers.experts)
+    params = trainable.join(params, some_experts.stacks(multipliers, frozen, index))
+    esft = {s: jax.ShapeDtypeStruct(a.shape, a.dtype) for s, a in index.items()} or None
+    param_specs, grad_specs, opt_specs = (
         sharding.specs(params, r, config.sharding.min_weight_size)
         for r in sharding.storage_rules(config)
     )
@@ -132,7 +146,9 @@ def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
     residual, residual_specs = compression.residual(config, params, grad_specs, mesh.shape["data"])
     scale = jax.eval_shape(lambda: init_loss_scale(config))
     bias = model.abstract.bias
-    abstract = TrainState(scalar, params, bias, opt_state, scalar, scalar, residual, scale, frozen)
+    abstract = TrainState(
+        scalar, params, bias, opt_state, scalar, scalar, residual, scale, frozen, esft
+    )
     specs = TrainState(
         jax.P(),
         None,
@@ -142,12 +158,13 @@ def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
         jax.P(),
         residual_specs,
         jax.tree.map(lambda _: jax.P(), scale),
+        trainable.NONE,
+        jax.tree.map(lambda _: jax.P(), esft),
     )
     shardings = sharding.shardings(specs, mesh)
-    params, frozen = multipliers.split(model.shardings.params)
     shardings = shardings._replace(
-        params=params,
-        frozen=frozen,
+        params=offload.place_params(config, sharding.shardings(param_specs, mesh)),
+        frozen=multipliers.split(model.shardings.params)[1],
         bias=model.shardings.bias,
         opt_state=offload.place_optimizer(config, opt_state, shardings.opt_state),
     )
@@ -155,6 +172,7 @@ def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
         model,
         abstract,
         shardings,
+        param_specs,
         grad_specs,
         opt_specs,
         optimizer,
@@ -187,8 +205,11 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         _, params, bias = nnx.split(
             transformer.Transformer(config, nnx.Rngs(config.seed)), nnx.Param, SelectionBias
         )
-        params, frozen = layout.split(lora.held(config.lora, params))
-        frozen = sharding.reshard(frozen, layout.split(layout.model.specs.params)[1])
+        multipliers = layout.multipliers
+        params, frozen = multipliers.split(lora.held(config.lora, params))
+        frozen = sharding.reshard(frozen, multipliers.split(layout.model.specs.params)[1])
+        esft = some_experts.index_of(multipliers)
+        params = trainable.join(params, some_experts.stacks(multipliers, frozen, esft))
         params = sharding.reshard(params, layout.opt_specs)
         opt_state = layout.optimizer.init(params)
         zero = jnp.zeros((), jnp.int32)
@@ -199,7 +220,7 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         )
         params = sharding.reshard(params, layout.param_specs)
         scale = init_loss_scale(config)
-        state = TrainState(zero, params, bias, opt_state, zero, zero, residual, scale, frozen)
+        state = TrainState(zero, params, bias, opt_state, zero, zero, residual, scale, frozen, esft)
         return offload.to(state, layout.shardings)
 
     # Dozens of random weights are much code for a CPU and little work: LLVM's first level compiles it in half
@@ -230,11 +251,12 @@ def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.St
             residual,
             init_loss_scale(config),
             None,
+            some_experts.index_of(layout.multipliers),
         )
         return offload.to(state, shardings)
 
     shardings = layout.shardings._replace(params=None, bias=None, frozen=None)
-    params, frozen = layout.split(params)
+    params, frozen = layout.begin(params)
     rest = jax.jit(create, out_shardings=shardings)()
     return rest._replace(params=params, bias=bias, frozen=frozen)
 
@@ -257,10 +279,9 @@ def zero_params(layout: Layout) -> nnx.State:
 def _parts(path: tuple) -> list[str]:
     """Names along a tree path, without the attribute that a Variable keeps its array in."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    if (
-        names[0] == "frozen"
-    ):  # of a TrainState: which parameters learn is no property of a checkpoint
-        names[0] = "params"
+    # Which parameters learn is no property of a checkpoint. Of experts of which some learn it has all: in a
+    # TrainState these come after the stack of those that do.
+    names[0] = "params" if names[0] == "frozen" else names[0]
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
 

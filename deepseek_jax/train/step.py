@@ -19,7 +19,7 @@ from deepseek_jax.objectives.base import Batch, Objective, Parts
 from deepseek_jax.objectives.forward import frozen_outputs, run_model, step_totals
 from deepseek_jax.parallel import compression, offload
 from deepseek_jax.parallel.sharding import reshard
-from deepseek_jax.train import loss_scale, offloaded_update
+from deepseek_jax.train import loss_scale, offloaded_update, some_experts
 from deepseek_jax.train.balance import update_bias
 from deepseek_jax.train.gradients import Learner
 from deepseek_jax.train.optimizer import learning_rate
@@ -62,24 +62,24 @@ def make_train_step(config: Config, layout: Layout, objective: Objective) -> Cal
         state: TrainState, batch: Batch, frozen_weights: ModelWeights | None = None
     ) -> tuple[TrainState, StepMetrics]:
         check_batch(batch, objective.fields)
-        weights = state.weights()
-        counts = learner.expert_counts(weights, batch)
+        counts = learner.expert_counts(state.weights(), batch)
         totals = step_totals(objective, config, batch, state.step, counts)
         scale = loss_scale.scale_of(config, state.loss_scale)
-        grads, parts, load = learner.gradients(weights, frozen_weights, batch, totals, scale)
+        grads, parts, load = learner.gradients(state, frozen_weights, batch, totals, scale)
         with jax.named_scope("optimizer"):
             grads, residual = _whole_gradients(config, grads, scale, state.residual)
             grad_norm = offload.norm(grads)
             ok = jnp.isfinite(parts["loss"]) & jnp.isfinite(grad_norm)
             params, opt_state = _update(config, layout, state, grads, grad_norm, ok)
+            frozen = some_experts.written(layout.multipliers, state.frozen, params, state.esft)
             bias = update_bias(state.bias, load.expert_counts, state.step, config)
+            bias = layout.multipliers.hold_bias(bias, state.bias)
             residual, bias = _if(ok, (residual, bias), (state.residual, state.bias))
         bad, new_scale = _after(config, state, ok, parts["loss"], grad_norm)
         skipped = state.skipped_steps + jnp.where(ok, 0, 1)
         lr = schedule(state.step - state.skipped_steps)  # the optimizer counts the updates it made
-        state = TrainState(
-            state.step + 1, params, bias, opt_state, bad, skipped, residual, new_scale, state.frozen
-        )
+        done = state.step + 1, params, bias, opt_state, bad, skipped, residual, new_scale
+        state = TrainState(*done, frozen, state.esft)
         tokens = totals.routing.tokens
         return state, StepMetrics(parts, lr, grad_norm, load, tokens, bad, skipped, scale)
 
@@ -108,7 +108,9 @@ def _update(
     grad_norm: jax.Array,
     ok: jax.Array,
 ) -> tuple[nnx.State, Any]:
-    """(parameters that learn, optimizer state) after clipping and the optimizer's update; as they were if not ok."""
+    """(parameters that learn, optimizer state) after clipping and the optimizer's update; as they were if not
+    ok.
+    """
     # Under ZeRO-1 and 2 this slices whole parameters (free) and gathers them again after the update.
     params = reshard(state.params, layout.opt_specs)
     grads = reshard(grads, layout.opt_specs)

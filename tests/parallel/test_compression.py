@@ -433,9 +433,11 @@ def gradients_of(config: Config):
         )
 
         def gradients(params, bias, batch, counts):
-            totals = step_totals(objective, config, batch, jnp.int32(0), counts)
+            zero = jnp.int32(0)
+            totals = step_totals(objective, config, batch, zero, counts)
             learner = Learner(config, layout, objective)
-            return learner.gradients((params, bias), None, batch, totals, None)[0]
+            held = state.TrainState(zero, params, bias, None, zero, zero)
+            return learner.gradients(held, None, batch, totals, None)[0]
 
         batch = put_batch(invariance.rows(0), config.micro_batch, mesh)
         out = conversion.jit(gradients)(params, bias, batch, counts)

@@ -1,6 +1,7 @@
 """Fine-tuning from a checkpoint and a file of chats to a model that is asked and exported."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax import evaluate, run
+from deepseek_jax import evaluate, objectives, run
 from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import (
     CheckpointConfig,
@@ -24,12 +25,16 @@ from deepseek_jax.config.options import (
     SftConfig,
     TrainConfig,
 )
+from deepseek_jax.data.open import open_data
+from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.data.tokenizer_folder import read_json
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import __main__ as hf_commands
 from deepseek_jax.hf import fine_tuned
 from deepseek_jax.inference.opener import open_model
-from deepseek_jax.run import answers, metrics, passes
+from deepseek_jax.model.layout import ModelWeights
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.run import answers, init_from, job, metrics, passes
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.history import History
 from tests.support import ROOT, chat_folders
@@ -58,11 +63,19 @@ def config(tmp_path_factory) -> Config:
     )
 
 
+def train(config: Config, workdir: str, **options):
+    """On one of the devices: other meshes are of other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        one = functools.partial(make_mesh, devices=jax.devices()[:1])
+        patch.setattr(job, "make_mesh", one)
+        return run.train(config, workdir, **options)
+
+
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
     """(workdir, result, what was printed) of a run that nobody disturbed."""
     workdir = str(tmp_path_factory.mktemp("whole") / "run")
-    return workdir, run.train(config, workdir)
+    return workdir, train(config, workdir)
 
 
 class StopAfter(Stopper):
@@ -114,8 +127,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, whole, tmp_path):
         eval=EvalConfig(every_steps=0, batches=0, sample_tokens=0),
         sft=dataclasses.replace(config.sft, eval_prompts=0, eval_tokens=256),
     )
-    run.train(silent, parts, stopper=StopAfter(3))
-    second = run.train(silent, parts)
+    train(silent, parts, stopper=StopAfter(3))
+    second = train(silent, parts)
     assert second.step == result.step and second.losses.keys() == {4, 5, 6, 7}
     for a, b in zip(jax.tree.leaves(result.state), jax.tree.leaves(second.state), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -143,6 +156,16 @@ def test_answers_are_those_of_generate(config, whole):
         ids = opened.model.generate(encoder.chat.encode(asked_messages(question)), max_tokens=3)
         assert encoder.decode(ids) == row["answer"] and row["tokens"] == len(ids)
         assert row["finish_reason"] == ("stop" if len(ids) < 3 else "length")
+    known = init_from.with_what_is_known(config, workdir)
+    fields = objectives.make(known).fields
+    data = open_data(known, load_tokenizer(known.data.tokenizer), fields)
+    model = opened.model
+    prompts = answers.prompts_of_run(known, data)
+    without = answers.Answering(known, workdir, model.layout, model.mesh, data, prompts)
+    without._has_cache = False
+    with jax.set_mesh(model.mesh):
+        found_ids = without.answers(ModelWeights(model.params, model.bias))
+    assert [encoder.decode(ids) for ids in found_ids] == [row["answer"] for row in found]
 
 
 def asked_messages(question: str) -> list[dict]:
@@ -198,7 +221,7 @@ def test_bug_03_a_stop_token_that_is_never_trained_is_refused(config, tmp_path):
     base = chat_folders.model(tmp_path / "base", eos_token="<|endoftext|>")
     wrong = dataclasses.replace(config, init_from=base)
     with pytest.raises(UserError, match="stop token .*endoftext.* is never trained"):
-        run.train(wrong, str(tmp_path / "run"))
+        train(wrong, str(tmp_path / "run"))
 
 
 def test_bug_04_padding_is_no_stop_token(tmp_path):

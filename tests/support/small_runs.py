@@ -84,14 +84,16 @@ class Trainer:
     def __init__(self, config: Config, objective: objectives.Objective | None = None):
         self.config = config
         self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
-        objective = objective or objectives.make(config)
+        self.objective = objective or objectives.make(config)
         with jax.set_mesh(self.mesh):
             self.layout = state.make_layout(config, self.mesh)
-            self.compiled = (
-                conversion.jit(step.make_train_step(config, self.layout, objective), config)
-                .lower(self.layout.abstract_sharded(), self.batch(0))
-                .compile()
-            )
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        with jax.set_mesh(self.mesh):
+            train_step = step.make_train_step(self.config, self.layout, self.objective)
+            step_ = conversion.jit(train_step, self.config)
+            return step_.lower(self.layout.abstract_sharded(), self.batch(0)).compile()
 
     def batch(self, i: int):
         return put_batch(invariance.rows(i), self.config.micro_batch, self.mesh)
@@ -108,8 +110,18 @@ class Trainer:
                 zeros(self.layout.abstract.residual),
             )  # of all three optimizers
             scale = self.layout.abstract.loss_scale and state.init_loss_scale(self.config)
+            whole = jax.device_put(same.params, self.layout.model.shardings.params)
+            params, frozen = self.layout.begin(whole)
+            esft = dict(self.layout.multipliers.experts) or None
             return jax.device_put(
-                same._replace(opt_state=opt_state, residual=residual, loss_scale=scale),
+                same._replace(
+                    params=params,
+                    frozen=frozen,
+                    esft=esft,
+                    opt_state=opt_state,
+                    residual=residual,
+                    loss_scale=scale,
+                ),
                 self.layout.shardings,
             )
 

@@ -36,6 +36,11 @@ def check(config: Config) -> None:
                     f"router's selection bias, so it must stay as it is. Set config.moe.{name}="
                     f"{type(value)()}."
                 )
+    if config.esft.experts:
+        raise UserError(
+            f"config.esft.experts={config.esft.experts} and config.lora.r={lora.r}: the experts of the table "
+            f"are trained whole. Set config.lora.r=0, or config.esft.experts=''."
+        )
     if lora.dropout and config.objective != "sft":
         raise UserError(
             f"config.lora.dropout={lora.dropout} and config.objective={config.objective}: what is dropped "

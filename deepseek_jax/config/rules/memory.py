@@ -23,6 +23,11 @@ def check(config: Config) -> None:
 
 def _check_offloaded_parameters(config: Config) -> None:
     strategy, stages = config.sharding.strategy, config.mesh.stage
+    if config.esft.experts:
+        raise UserError(
+            f"config.offload.parameters=True and config.esft.experts={config.esft.experts}: the experts that "
+            "learn are written among all of them on the device. Set config.offload.parameters=False."
+        )
     if config.sharding.canonical in ("shard_grad_op", "zero1"):
         raise UserError(
             f"config.offload.parameters=True and config.sharding.strategy={strategy}: that strategy "

@@ -22,7 +22,60 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import sampling
 from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.sampling import Sampling
+from deepseek_jax.model.layout import ModelWeights, PlacedModel
 from deepseek_jax.parallel.mesh import BATCH_AXES
+
+
+class Sampler:
+    """Continues texts with a model whose weights change: what is compiled for a length is kept.
+
+    Args:
+      layout: the model, laid out over the mesh.
+      options: how tokens are chosen.
+      vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not use).
+    """
+
+    def __init__(self, layout: PlacedModel, mesh: jax.sharding.Mesh, options: Sampling, vocab: int):
+        self._layout = layout
+        self._mesh = mesh
+        self._options = options
+        self._vocab = vocab
+        self._step = jax.jit(self._next)
+
+    def tokens(
+        self, weights: ModelWeights, prompt: list[int], count: int, stop: Collection[int]
+    ) -> Iterator[int]:
+        """As the function `tokens`."""
+        net = self._layout.merge_for_inference(*weights)
+        length = min(len(prompt) + count, net.config.max_position_embeddings)
+        width = -(-length // 64) * 64  # one compiled program for texts of about this length
+        padded = np.pad(np.asarray(prompt, np.int32), (0, width - len(prompt)))
+        buffer = jax.device_put(padded, NamedSharding(self._mesh, P()))
+        for used in range(len(prompt), length):
+            buffer, chosen = self._step(*weights, buffer, jnp.int32(used))
+            if int(chosen) in stop:
+                return
+            yield int(chosen)
+
+    def _next(self, params, bias, tokens_S, used):
+        """(the text with one more token, that token)."""
+        width = tokens_S.shape[0]
+        ways = math.prod(self._mesh.shape[a] for a in BATCH_AXES)
+
+        def batch(a_S: jax.Array) -> jax.Array:
+            """A copy for every device, because the mesh must divide a batch."""
+            return jax.sharding.reshard(jnp.broadcast_to(a_S, (ways, width)), P(BATCH_AXES, None))
+
+        place_S = jnp.arange(width, dtype=jnp.int32)
+        net = self._layout.merge_for_inference(params, bias)
+        segments_S = (place_S < used).astype(jnp.int32)
+        out = net(batch(tokens_S), batch(segments_S), batch(place_S))
+        last_B1D = jax.lax.dynamic_slice_in_dim(out.hidden_BSD, used - 1, 1, axis=1)
+        logits_V = jax.sharding.reshard(net.logits(last_B1D)[:, 0], P(None, None))[0]
+        logits_V = jnp.where(jnp.arange(logits_V.shape[0]) < self._vocab, logits_V, -jnp.inf)
+        drawing = sampling.drawing(self._options, jnp.zeros(1, jnp.int32))
+        chosen = sampling.choose(logits_V[None, None], used[None, None], drawing)[0, 0]
+        return tokens_S.at[used].set(chosen, mode="drop"), chosen
 
 
 def tokens(
@@ -39,39 +92,11 @@ def tokens(
       bound: the model.
       prompt: token ids, at least one.
       count: tokens at most; the answer also ends at the model's longest sequence.
-      options: how tokens are chosen.
-      vocab: ids from here on are never chosen (rows of the embedding that the tokenizer does not use).
+      options, vocab: as Sampler.
       stop: ids that end the answer, which are not given.
     """
-    layout, params, bias, mesh = bound
-    length = min(len(prompt) + count, bound.net().config.max_position_embeddings)
-    width = -(-length // 64) * 64  # one compiled program for texts of about this length
-    ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
-
-    @jax.jit
-    def step(params, bias, tokens_S, used):
-        def batch(a_S: jax.Array) -> jax.Array:
-            """A copy for every device, because the mesh must divide a batch."""
-            return jax.sharding.reshard(jnp.broadcast_to(a_S, (ways, width)), P(BATCH_AXES, None))
-
-        place_S = jnp.arange(width, dtype=jnp.int32)
-        net = layout.merge_for_inference(params, bias)
-        segments_S = (place_S < used).astype(jnp.int32)
-        out = net(batch(tokens_S), batch(segments_S), batch(place_S))
-        last_B1D = jax.lax.dynamic_slice_in_dim(out.hidden_BSD, used - 1, 1, axis=1)
-        logits_V = jax.sharding.reshard(net.logits(last_B1D)[:, 0], P(None, None))[0]
-        logits_V = jnp.where(jnp.arange(logits_V.shape[0]) < vocab, logits_V, -jnp.inf)
-        drawing = sampling.drawing(options, jnp.zeros(1, jnp.int32))
-        chosen = sampling.choose(logits_V[None, None], used[None, None], drawing)[0, 0]
-        return tokens_S.at[used].set(chosen, mode="drop"), chosen
-
-    whole = NamedSharding(mesh, P())
-    buffer = jax.device_put(np.pad(np.asarray(prompt, np.int32), (0, width - len(prompt))), whole)
-    for used in range(len(prompt), length):
-        buffer, chosen = step(params, bias, buffer, jnp.int32(used))
-        if int(chosen) in stop:
-            return
-        yield int(chosen)
+    sampler = Sampler(bound.model, bound.mesh, options, vocab)
+    return sampler.tokens(ModelWeights(bound.params, bound.bias), prompt, count, stop)
 
 
 def sample(
