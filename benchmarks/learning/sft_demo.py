@@ -45,9 +45,9 @@ TRAINING = {
     "checkpoint.keep": 1,
     "eval.every_steps": 50,
 }
-# What each run has on top, and its learning rate: adapters take ten times that of whole weights.
+# What each run has on top, and its learning rate: adapters take several times that of whole weights.
 RUNS: dict[str, dict[str, Any]] = {
-    "full": {"optimizer.learning_rate": 1e-4},
+    "full": {"optimizer.learning_rate": 2e-4},
     "lora": {"optimizer.learning_rate": 1e-3, "lora.r": 16, "lora.base_dtype": "float32"},
 }
 
