@@ -63,7 +63,11 @@ def main() -> int:
     parser.add_argument("--held-out", type=int, default=200, help="Problems to measure with.")
     own = parser.parse_args()
     demo = Demo(pathlib.Path(own.workdir), own.tokens, own.held_out)
-    report(own, demo.run(), text)
+    try:
+        report(own, demo.run(), text)
+    except CommandFailed as failed:
+        print(f"sft_demo: {failed}", file=sys.stderr)
+        return failed.ended_with
     return 0
 
 
@@ -124,7 +128,7 @@ class Demo:
             tokens += length
             chats.append({"messages": messages})
         write_lines(self.folder / LEARN, chats)
-        questions = ({"messages": p.asked(), "answer": p.answer} for p in self.problems)
+        questions = ({"messages": p.asked()} for p in self.problems)
         write_lines(self.folder / HELD_OUT, questions)
         return len(chats), tokens
 
@@ -226,7 +230,7 @@ class Demo:
         _, layout = topology.lay_out(config, jax.devices()[:1])
         learning, frozen = (
             sum(a.size for a in jax.tree.leaves(part))
-            for part in layout.split(layout.abstract.params)
+            for part in (layout.abstract.params, layout.abstract.frozen)
         )
         share = learning / (learning + frozen)
         lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -251,7 +255,7 @@ class Demo:
           grows: a file to which it adds a line for each held-out problem: a bar shows how many.
 
         Raises:
-          Failure: it has failed, and said why; with its exit code.
+          CommandFailed: it has failed, and said why.
         """
         print("$ python " + " ".join(words), file=sys.stderr, flush=True)
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT)
@@ -275,9 +279,15 @@ class Demo:
 
 
 class CommandFailed(Failure):
-    def __init__(self, message: str, code: int):
+    """A command has failed, and said why.
+
+    Attributes:
+      ended_with: its exit code.
+    """
+
+    def __init__(self, message: str, ended_with: int):
         super().__init__(message)
-        self.code = code
+        self.ended_with = ended_with
 
 
 def write_lines(path: pathlib.Path, rows: Any) -> None:
