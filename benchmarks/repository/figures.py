@@ -1,13 +1,15 @@
-"""Writes the figures of docs/speed.md from the results that the benchmarks have kept.
+"""Writes the figures of the documentation from the results that the benchmarks have kept.
 
   python -m benchmarks figures [--check]
 
 Every figure is made here from a JSON file of benchmarks/results/, which a benchmark has written with
---out. What has no result is listed without a figure. --check: exit code 1 if the document is not what
-would be written.
+--out. docs/speed.md has all of them in a table; what has no result is listed there without a figure.
+docs/finetuning.md shows some in full, between marks that name them. --check: exit code 1 if a page is
+not what would be written.
 """
 
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,6 +22,8 @@ from deepseek_jax.plan import options
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- figures: make docs -->", "<!-- end of figures -->"
+PAGE = ROOT / "docs" / "finetuning.md"
+SHOWN = re.compile(r"(<!-- figure (\w+): make docs -->\n).*?(<!-- end of figure -->)", re.DOTALL)
 
 
 class Figure(NamedTuple):
@@ -34,16 +38,31 @@ def main() -> int:
     parser = options.Parser(__doc__, json=False)
     parser.add_argument("--check", action="store_true", help="Write nothing; compare.")
     own = parser.parse_args()
-    before = DOCUMENT.read_text(encoding="utf-8")
-    after = filled(before)
-    if own.check:
-        if before != after:
-            print(
-                "docs/speed.md is not what benchmarks/results has. Run: make docs", file=sys.stderr
-            )
-        return int(before != after)
-    DOCUMENT.write_text(after, encoding="utf-8")
-    return 0
+    differ = 0
+    for page, fill in ((DOCUMENT, filled), (PAGE, shown)):
+        before = page.read_text(encoding="utf-8")
+        after = fill(before)
+        differ += before != after
+        if not own.check:
+            page.write_text(after, encoding="utf-8")
+        elif before != after:
+            name = page.relative_to(ROOT).as_posix()
+            print(f"{name} is not what benchmarks/results has. Run: make docs", file=sys.stderr)
+    return int(own.check and differ > 0)
+
+
+def shown(page: str) -> str:
+    """The page with today's results between the marks that name them, or without where there is none."""
+
+    def put(found: re.Match[str]) -> str:
+        file = RESULTS / f"{found[2]}.json"
+        if not file.exists():
+            return f"{found[1]}(No result is kept yet.)\n{found[3]}"
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        link = f"[{kept['machine']['cores']} cores, {kept['commit']}](../benchmarks/results/{file.name})"
+        return f"{found[1]}{BLOCKS[found[2]](kept['result'], link)}\n{found[3]}"
+
+    return SHOWN.sub(put, page)
 
 
 def filled(document: str) -> str:
@@ -64,7 +83,10 @@ def table() -> str:
             continue
         kept = json.loads(file.read_text(encoding="utf-8"))
         sentence = figure.sentence(kept["result"])
-        link = f"[{kept['machine']['cores']} cores, {kept['commit']}](../benchmarks/results/{file.name})"
+        machine = f"{kept['machine']['cores']} cores"
+        if cpu := kept["machine"].get("cpu"):
+            machine += f" of {cpu}"
+        link = f"[{machine}, {kept['commit']}](../benchmarks/results/{file.name})"
         lines.append(f"| `python -m benchmarks {figure.command}` | {sentence} | {link} |")
     if missing:
         lines += ["", f"Without a kept result yet: {', '.join(missing)}."]
@@ -217,6 +239,50 @@ def levers(r: list[dict[str, Any]]) -> str:
     )
 
 
+def sft_demo(r: dict[str, Any]) -> str:
+    said = [f"{row['accuracy']:.0%} {row['model']}" for row in r["rows"]]
+    return (
+        f"{r['model']} on sums: right are {', '.join(said)}, of {r['held_out']} held-out problems; "
+        f"{r['tokens']:,} tokens each, {r['minutes']:.0f} minutes in all"
+    )
+
+
+def sft(r: dict[str, Any]) -> str:
+    said = f"{r['ours']['scored_per_cpu_second']:,.0f} scored tokens per CPU second"
+    if p := r.get("peer"):
+        ratio = r["ratio"]
+        said += (
+            f"; {ratio['scored_per_cpu_second']:.1f} times {p['name']}, which pads "
+            f"({ratio['computed_per_cpu_second']:.1f} per computed token)"
+        )
+    return said
+
+
+def sft_demo_table(r: dict[str, Any], link: str) -> str:
+    """Marks before and after, and what the models say to one held-out question."""
+    lines = [
+        f"{r['model']}, {r['chats']:,} chats of {r['tokens']:,} tokens in all, {r['held_out']} held-out "
+        f"problems, {r['minutes']:.0f} minutes ({link}):",
+        "",
+        "| | right | last number right | ended by itself | learns | training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in r["rows"]:
+        shares = [f"{row[key]:.0%}" for key in ("accuracy", "last_number_right", "stopped")]
+        took = f"{row['seconds'] / 60:.1f} min" if row["seconds"] else ""
+        lines.append(f"| {' | '.join([row['model'], *shares, row['learns'], took])} |")
+    lines += ["", f"    > {r['chat']['question']}"]
+    for name, answer in r["chat"]["answers"].items():
+        lines += [
+            f"    {name}:",
+            *(f"        {line}" for line in answer.splitlines() if line.strip()),
+        ]
+    return "\n".join(lines)
+
+
+# Figures that a page shows in full, by the name of their result.
+BLOCKS: dict[str, Callable[[Any, str], str]] = {"sft_demo": sft_demo_table}
+
 FIGURES = [
     Figure("step_mid", "step --shape=mid --peer=SCRIPT", step),
     Figure("step_fine", "step --shape=fine --peer=SCRIPT", step),
@@ -235,4 +301,7 @@ FIGURES = [
     Figure("collectives", "collectives", collectives),
     Figure("strategies", "strategies --no-time", strategies),
     Figure("levers", "levers --steps=0", levers),
+    Figure("sft_small", "sft --shape=small --peer=benchmarks/speed/trl_sft.py", sft),
+    Figure("sft_mid", "sft --shape=mid --peer=benchmarks/speed/trl_sft.py", sft),
+    Figure("sft_demo", "sft_demo", sft_demo),
 ]

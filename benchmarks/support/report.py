@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pathlib
+import platform
 import shlex
 import subprocess
 import sys
@@ -68,10 +69,26 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def cpu_name() -> str:
+    """The model of the CPU, "" where the system does not say it: ratios of two programs depend on it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    found = {name.strip(): value.strip() for name, _, value in (s.partition(":") for s in lines)}
+    # Hypervisors may hide the product's number: family and model still tell generations apart.
+    numbers = f"family {found.get('cpu family', '?')} model {found.get('model', '?')}"
+    return f"{found['model name']} ({numbers})" if "model name" in found else platform.processor()
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, Any] = {"cores": cores, "python": sys.version.split()[0]}
+    found: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "cores": cores,
+        "python": sys.version.split()[0],
+    }
     if jax := sys.modules.get("jax"):  # a benchmark that does not use it must not start it
         found |= {
             "device": jax.devices()[0].device_kind,

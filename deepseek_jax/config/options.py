@@ -15,6 +15,7 @@ from typing import Any
 from deepseek_jax.config.option import Alias, Option, option, options_of, section
 from deepseek_jax.config.sections.data import DataConfig, EvalConfig
 from deepseek_jax.config.sections.esft import EsftConfig
+from deepseek_jax.config.sections.lora import LoraConfig
 from deepseek_jax.config.sections.model import ModelConfig
 from deepseek_jax.config.sections.moe import MoeConfig
 from deepseek_jax.config.sections.optimizer import OptimizerConfig
@@ -52,6 +53,7 @@ __all__ = [
     "EvalConfig",
     "Fp16Config",
     "LogConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "MoeConfig",
@@ -111,6 +113,7 @@ class Config:
     optimizer: OptimizerConfig = section(OptimizerConfig)
     sft: SftConfig = section(SftConfig)
     esft: EsftConfig = section(EsftConfig)
+    lora: LoraConfig = section(LoraConfig)
     offload: OffloadConfig = section(OffloadConfig)
     eval: EvalConfig = section(EvalConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)

@@ -5,10 +5,11 @@
   python train.py --config=... --config.init_from=MODEL --config.esft.experts=experts.json
       trains these experts and nothing else
 
-MODEL is a checkpoint of Hugging Face or the folder of a run; FILE as config.data.path. The table is ESFT's
-expert_cfg.json with the scores beside it. An expert's score is its share in its layer: of the weights that
-tokens give to their experts (gate), or of their choices (token). Experts are taken in falling score until
-their sum reaches top_p. DeepSeek's script divides by the sum over layers instead: its top_p is another.
+MODEL is a checkpoint of Hugging Face or the folder of a run; FILE as config.data.path: texts, token files, or
+examples in any format of fine-tuning (chats by the model's template), by what its first row is. The table is
+ESFT's expert_cfg.json with the scores beside it. An expert's score is its share in its layer: of the weights
+that tokens give to their experts (gate), or of their choices (token). Experts are taken in falling score
+until their sum reaches top_p. DeepSeek's script divides by the sum over layers instead: its top_p is another.
 
 Exit codes: 0 done; 2 a mistake, said in one line.
 """

@@ -14,6 +14,7 @@ positions, K choices.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,10 +23,14 @@ import jax
 import numpy as np
 
 from deepseek_jax.config.options import Config, DataConfig
+from deepseek_jax.config.sections.sft import SftConfig
 from deepseek_jax.data import fields
-from deepseek_jax.data.documents import DataNotes
+from deepseek_jax.data.conversations import find_format
+from deepseek_jax.data.documents import DataNotes, find_files, split_paths
 from deepseek_jax.data.fields import Rows
+from deepseek_jax.data.open import open_data
 from deepseek_jax.data.packing import PackedRows
+from deepseek_jax.data.records import read_records
 from deepseek_jax.data.sources import open_corpora, split
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
@@ -95,7 +100,7 @@ def packed(config: Config, tokenizer: Tokenizer, tokens: int, batch: int) -> Ite
     tokens.
 
     Args:
-      config: reads data, train.sequence_length and seed.
+      config: as `data_config`.
       tokens: at least; 0: all there are.
       batch: sequences of a batch; padding fills the last.
 
@@ -103,21 +108,50 @@ def packed(config: Config, tokenizer: Tokenizer, tokens: int, batch: int) -> Ite
       UserError: the data cannot be read, or are none.
     """
     length = config.train.sequence_length
-    notes = DataNotes()
-    corpora = open_corpora(config, tokenizer, True, notes)
+    rows = _examples(config, tokenizer) if config.objective == "sft" else _texts(config, tokenizer)
+    wanted = fields.TEXT if config.model.num_nextn_predict_layers else fields.INPUTS
+    names = [name for name in wanted if name != "targets"]
+    count = math.ceil(tokens / length) if tokens else None
+    taken = itertools.islice(rows, count)
+    while here := list(itertools.islice(taken, batch)):
+        here += [fields.padding_row(fields.TEXT, length)] * (batch - len(here))
+        yield {name: np.stack([row[name] for row in here]) for name in names}
+
+
+def _texts(config: Config, tokenizer: Tokenizer) -> Iterator[Rows]:
+    """The sequences of texts or token files in a random order, to the last token."""
+    corpora = open_corpora(config, tokenizer, True, DataNotes())
+    length = config.train.sequence_length
     rows = [PackedRows(split(c, 0.0)[0], length, config.seed, True, pad_last=True) for c in corpora]
     places = [(i, j) for i, of in enumerate(rows) for j in range(len(of))]
     if not places:
         raise UserError(f"--data={config.data.path} has no text. Name a file that has.")
-    order = np.random.default_rng(config.seed).permutation(len(places))
-    if tokens:
-        order = order[: math.ceil(tokens / length)]
-    wanted = fields.INPUTS if not config.model.num_nextn_predict_layers else fields.TEXT
-    names = [name for name in wanted if name != "targets"]
-    for at in range(0, len(order), batch):
-        here = [rows[i].row(j) for i, j in (places[n] for n in order[at : at + batch])]
-        here += [fields.padding_row(fields.TEXT, length)] * (batch - len(here))
-        yield {name: np.stack([row[name] for row in here]) for name in names}
+    for n in np.random.default_rng(config.seed).permutation(len(places)):
+        source, row = places[n]
+        yield rows[source].row(row)
+
+
+def _examples(config: Config, tokenizer: Tokenizer) -> Iterator[Rows]:
+    """The sequences of one epoch of examples, as fine-tuning packs them."""
+    loader = open_data(config, tokenizer, progress=True)
+    for i in range(loader.num_train_rows):
+        yield {name: a[0] for name, a in loader.train_rows(i, 1).items()}
+
+
+def objective_of(path: str) -> str:
+    """What a task's data are for, by their first row: `pretrain` for texts and token files, `sft` for
+    examples.
+
+    Raises:
+      UserError: there are no such files, or a row has no format that is known.
+    """
+    spec = split_paths(path, "--data")[0]
+    file = find_files(spec, "--data")[0]
+    if file.kind not in ("lines", "json", "parquet", "arrow"):
+        return "pretrain"
+    for record in read_records(file, spec, "--data"):
+        return "pretrain" if find_format(record.row, record.place) == "text" else "sft"
+    raise UserError(f"--data={path}: {file.path} has no rows. Name a file that has.")
 
 
 def data_config(
@@ -125,9 +159,12 @@ def data_config(
 ) -> Config:
     """Options to read a task's data with."""
     config = model.full_config
+    everything = SftConfig(assistant_only_loss="false", completion_only_loss="false")
     return dataclasses.replace(
         config,
+        objective=objective_of(path),
         seed=seed,
         data=DataConfig(path=path, tokenizer=tokenizer, eval_fraction=0.0),
-        train=dataclasses.replace(config.train, sequence_length=length),
+        sft=everything,  # whose tokens count does not depend on what is trained
+        train=dataclasses.replace(config.train, sequence_length=length, batch_size=1),
     )

@@ -21,6 +21,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.experts import low_rank
+from deepseek_jax.experts.low_rank import ExpertWeights
 from deepseek_jax.experts.rounds import sort_by_expert
 
 # A product takes so many blocks at once, where an expert has rows in all of them.
@@ -70,6 +72,7 @@ def matmul(
     block: int,
     transpose: bool = False,
     into: jax.Array | None = None,
+    blocks: tuple[int, ...] = BLOCKS_PER_PRODUCT,
 ) -> jax.Array:
     """[J, O]: each row times the matrix of its expert.
 
@@ -81,6 +84,7 @@ def matmul(
       transpose: multiply by the transposed matrices.
       into: [J, O], not needed afterwards, with zeros in rows of no expert: its memory is used, and
         need not be cleared.
+      blocks: that a product takes at once, falling to 1.
     """
     if into is None:
         width = weight_GIO.shape[1 if transpose else 2]
@@ -96,7 +100,7 @@ def matmul(
             return lax.dynamic_update_slice_in_dim(out, here, start + done, 0)
 
         done = jnp.zeros_like(count)
-        for size in (n * block for n in BLOCKS_PER_PRODUCT):
+        for size in (n * block for n in blocks):
             if size > len(rows_JI):
                 continue  # a slice of more rows than there are is an error, though it would never run
 
@@ -114,11 +118,15 @@ def matmul(
 
 
 def weight_gradient(
-    rows_JI: jax.Array, rows_JO: jax.Array, rows: SortedRows, block: int
+    rows_JI: jax.Array,
+    rows_JO: jax.Array,
+    rows: SortedRows,
+    block: int,
+    blocks: int = BLOCKS_PER_GRADIENT,
 ) -> jax.Array:
     """float32 [G, I, O]: sum over an expert's rows of their outer products."""
     zeros_IO = jnp.zeros_like(rows_JI, jnp.float32, shape=(rows_JI.shape[1], rows_JO.shape[1]))
-    blocks = min(BLOCKS_PER_GRADIENT, len(rows_JI) // block)
+    blocks = min(blocks, len(rows_JI) // block)
     most = blocks * block
 
     def product(start, count, size):
@@ -166,12 +174,11 @@ def combine(rows_JD: jax.Array, rows: SortedRows, weight_TK: jax.Array | None) -
     return total
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def compute(
     x_TD: jax.Array,
     weight_TK: jax.Array,
-    gate_up_GDPF: jax.Array,
-    down_GFD: jax.Array,
+    weights: ExpertWeights,
     rows: SortedRows,
     block: int,
 ) -> jax.Array:
@@ -180,15 +187,14 @@ def compute(
     Args:
       x_TD: the tokens, in the compute dtype.
       weight_TK: float32 weights of the choices.
-      gate_up_GDPF: [G, D, 2, F], gate first, of all experts, in the compute dtype.
-      down_GFD: [G, F, D], likewise.
+      weights: of all experts.
       rows: from `sort_rows`, with the same block.
       block: rows per block.
 
     Returns:
       [T, D] in the dtype of x_TD.
     """
-    return _forward(x_TD, weight_TK, gate_up_GDPF, down_GFD, rows, block)[0]
+    return _forward(x_TD, weight_TK, weights, rows, block)[0]
 
 
 def _flat(gate_up_GDPF: jax.Array) -> jax.Array:
@@ -196,22 +202,43 @@ def _flat(gate_up_GDPF: jax.Array) -> jax.Array:
     return gate_up_GDPF.reshape(*gate_up_GDPF.shape[:2], -1)
 
 
-def _forward(x_TD, weight_TK, gate_up, down, rows, block):
+def _products(rows: SortedRows, block: int) -> tuple[low_rank.Multiply, low_rank.Outer]:
+    """As low_rank.py wants them: few FLOPs each, so that one size of product does."""
+
+    def multiply(rows_JI, weight_GIO, transpose=False):
+        return matmul(rows_JI, weight_GIO, rows, block, transpose, blocks=(1,))
+
+    def outer(rows_JI, rows_JO):
+        return weight_gradient(rows_JI, rows_JO, rows, block, blocks=1)
+
+    return multiply, outer
+
+
+def _forward(x_TD, weight_TK, weights, rows, block):
     top_k = weight_TK.shape[1]
+    multiply, _ = _products(rows, block)
     with jax.named_scope("dispatch"):
         x_JD = take(x_TD, rows, top_k)
     with jax.named_scope("experts"):
-        hidden = checkpoint_name(matmul(x_JD, _flat(gate_up), rows, block), "experts_hidden")
+        hidden = matmul(x_JD, _flat(weights.gate_up_GDPF), rows, block)
+        if weights.gate_up_lora:
+            hidden = hidden + low_rank.gate_up(multiply, x_JD, weights.gate_up_lora)
+        hidden = checkpoint_name(hidden, "experts_hidden")
         gate_JF, up_JF = jnp.split(hidden, 2, axis=1)
-        out_JD = matmul(jax.nn.silu(gate_JF) * up_JF, down, rows, block, into=x_JD)
+        act_JF = jax.nn.silu(gate_JF) * up_JF
+        out_JD = matmul(act_JF, weights.down_GFD, rows, block, into=x_JD)
+        if weights.down_lora:
+            out_JD = out_JD + low_rank.down(multiply, act_JF, weights.down_lora)
     with jax.named_scope("combine"):
         y_TD = combine(out_JD, rows, weight_TK).astype(x_TD.dtype)
-    return y_TD, (x_TD, weight_TK, gate_up, down, rows, hidden)
+    return y_TD, (x_TD, weight_TK, weights, rows, hidden)
 
 
 def _backward(block, residuals, dy_TD):
-    x_TD, weight_TK, gate_up, down, rows, hidden = residuals
+    x_TD, weight_TK, weights, rows, hidden = residuals
+    gate_up, down, gate_up_lora, down_lora = weights
     top_k = weight_TK.shape[1]
+    multiply, outer = _products(rows, block)
     with jax.named_scope("dispatch"):
         x_JD, dy_JD = take(x_TD, rows, top_k), take(dy_TD, rows, top_k)
         w_J1 = weight_TK.reshape(-1).at[rows.assignment_J].get(mode="fill", fill_value=0)[:, None]
@@ -220,20 +247,35 @@ def _backward(block, residuals, dy_TD):
         sig_JF = jax.nn.sigmoid(gate_JF)
         act_JF = gate_JF * sig_JF * up_JF
         dact_JF = matmul(dy_JD, down, rows, block, transpose=True).astype(jnp.float32)
+        if down_lora:
+            more_JF, dlow_JR = low_rank.down_transposed(multiply, dy_JD, down_lora)
+            dact_JF = dact_JF + more_JF
         dw_J = jnp.sum(dact_JF * act_JF, axis=1)
         dact_JF = dact_JF * w_J1
         dgate_JF = dact_JF * up_JF * sig_JF * (1 + gate_JF * (1 - sig_JF))
         dup_JF = dact_JF * gate_JF * sig_JF
         dhidden = jnp.concatenate([dgate_JF, dup_JF], axis=1).astype(x_TD.dtype)
-        ddown = weight_gradient((act_JF * w_J1).astype(x_TD.dtype), dy_JD, rows, block)
+        weighted_JF = (act_JF * w_J1).astype(x_TD.dtype)
+        ddown = weight_gradient(weighted_JF, dy_JD, rows, block)
         dgate_up = weight_gradient(x_JD, dhidden, rows, block).reshape(gate_up.shape)
+        dweights = ExpertWeights(dgate_up, ddown)
+        if down_lora:
+            args = weighted_JF, dy_JD, dlow_JR, down_lora
+            dweights = dweights._replace(down_lora=low_rank.down_gradients(multiply, outer, *args))
         dx_JD = matmul(dhidden, _flat(gate_up), rows, block, transpose=True, into=dy_JD)
+        if gate_up_lora:
+            more_JD, dpair = low_rank.gate_up_gradients(
+                multiply, outer, x_JD, dhidden, gate_up_lora
+            )
+            dx_JD = dx_JD + more_JD
+            dweights = dweights._replace(gate_up_lora=dpair)
     with jax.named_scope("combine"):
         dx_TD = combine(dx_JD, rows, None).astype(x_TD.dtype)
         dw_TK = dw_J.at[rows.row_TK].get(mode="fill", fill_value=0).astype(weight_TK.dtype)
     # Integers have no gradient.
     drows = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), rows)
-    return dx_TD, dw_TK, dgate_up.astype(gate_up.dtype), ddown.astype(down.dtype), drows
+    dweights = jax.tree.map(lambda g, w: g.astype(w.dtype), dweights, weights)
+    return dx_TD, dw_TK, dweights, drows
 
 
 compute.defvjp(_forward, _backward)

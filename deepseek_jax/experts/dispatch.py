@@ -25,6 +25,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.experts import cpu_grouped_matmul
+from deepseek_jax.experts.low_rank import ExpertWeights
 from deepseek_jax.experts.rounds import (
     exchange_and_compute,
     expert_capacity,
@@ -40,13 +41,6 @@ class Tokens(NamedTuple):
     x_TD: jax.Array  # in the compute dtype
     weight_TK: jax.Array  # float32: weights of the choices
     expert_TK: jax.Array  # int32 in [0, E]; E means nowhere and costs nothing
-
-
-class ExpertWeights(NamedTuple):
-    """This device's experts, in the compute dtype."""
-
-    gate_up_GDPF: jax.Array  # [G, D, 2, F], gate first
-    down_GFD: jax.Array
 
 
 def drop(
@@ -88,7 +82,7 @@ def dispatch(
       [T, D] in the dtype of x_TD; int32 [], the most rounds that any device ran (in the ring: for one
       device's tokens).
     """
-    chex.assert_rank([*tokens, *weights], [2, 2, 2, 4, 3])
+    chex.assert_rank([*tokens, *weights[:2]], [2, 2, 2, 4, 3])
     chex.assert_equal_shape([tokens.weight_TK, tokens.expert_TK])
     chex.assert_type([tokens.weight_TK, tokens.expert_TK], [jnp.float32, jnp.int32])
     devices = lax.axis_size("expert")
@@ -111,7 +105,7 @@ def _on_one_cpu(tokens: Tokens, weights: ExpertWeights) -> tuple[jax.Array, jax.
     block = cpu_grouped_matmul.block_size(count, top_k, experts)
     rows = cpu_grouped_matmul.sort_rows(tokens.expert_TK, experts, block)
     rounds = lax.pmax(jnp.any(rows.count_G > 0).astype(jnp.int32), TOKEN_AXES)
-    y_TD = cpu_grouped_matmul.compute(tokens.x_TD, tokens.weight_TK, *weights, rows, block)
+    y_TD = cpu_grouped_matmul.compute(tokens.x_TD, tokens.weight_TK, weights, rows, block)
     return y_TD, rounds
 
 
@@ -125,7 +119,7 @@ def _all_to_all(
     if devices > 1:
         # A round is a collective: every device must run as many as the one that needs most.
         plan = plan._replace(rounds=rounds)
-    y_TD = exchange_and_compute(tokens.x_TD, tokens.weight_TK, *weights, plan, capacity, devices)
+    y_TD = exchange_and_compute(tokens.x_TD, tokens.weight_TK, weights, plan, capacity, devices)
     return y_TD, rounds
 
 
@@ -147,11 +141,11 @@ def _ring(
 ) -> tuple[jax.Array, jax.Array]:
     # In float32, because the scan adds up the weights' gradients over its steps in the dtype it
     # holds them in.
-    held = ExpertWeights(*(w.astype(jnp.float32) for w in weights))
+    held = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
 
     def visit(travelling, _):
         visiting, y_TD = travelling
-        here = ExpertWeights(*(w.astype(visiting.x_TD.dtype) for w in held))
+        here = jax.tree.map(lambda w: w.astype(visiting.x_TD.dtype), held)
         more_TD, rounds = _local_experts(visiting, here, capacity_of)
         with jax.named_scope("dispatch"):
             visiting = Tokens(*(checkpoint_name(_to_next(a), "exchange") for a in visiting))
@@ -185,5 +179,5 @@ def _local_experts(
     here_TK = jnp.where((here_TK >= 0) & (here_TK < local), here_TK, local)
     capacity = capacity_of(tokens.x_TD.shape[0])
     plan = make_plan(here_TK, local, capacity)
-    y_TD = exchange_and_compute(tokens.x_TD, tokens.weight_TK, *weights, plan, capacity, 1)
+    y_TD = exchange_and_compute(tokens.x_TD, tokens.weight_TK, weights, plan, capacity, 1)
     return y_TD, plan.rounds

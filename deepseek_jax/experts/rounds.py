@@ -28,6 +28,9 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.experts import low_rank
+from deepseek_jax.experts.low_rank import ExpertWeights
+
 
 class Plan(NamedTuple):
     """This device's assignments, sorted by expert, and within an expert in token order."""
@@ -101,12 +104,11 @@ def make_plan(expert_TK: jax.Array, experts: int, capacity: int) -> Plan:
     return Plan(order_M, rank_TK, expert_TK, bound[:-1], count_E, rounds)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def exchange_and_compute(
     x_TD: jax.Array,
     weight_TK: jax.Array,
-    gate_up_GDPF: jax.Array,
-    down_GFD: jax.Array,
+    weights: ExpertWeights,
     plan: Plan,
     capacity: int,
     devices: int,
@@ -119,8 +121,7 @@ def exchange_and_compute(
     Args:
       x_TD: the tokens, in the compute dtype.
       weight_TK: float32 weights of the choices.
-      gate_up_GDPF: [G, D, 2, F], gate first, of this device's experts, in the compute dtype.
-      down_GFD: [G, F, D], likewise.
+      weights: of this device's experts.
       plan: from `make_plan`, with the same capacity.
       capacity: C.
       devices: X, over which the experts of the plan are divided; 1 where all of them are here.
@@ -128,20 +129,22 @@ def exchange_and_compute(
     Returns:
       [T, D] in the dtype of x_TD.
     """
-    return _forward(x_TD, weight_TK, gate_up_GDPF, down_GFD, plan, capacity, devices)[0]
+    return _forward(x_TD, weight_TK, weights, plan, capacity, devices)[0]
 
 
-def _forward(x_TD, weight_TK, gate_up, down, plan, capacity, devices):
+def _forward(x_TD, weight_TK, weights, plan, capacity, devices):
     def one_round(number, y_TD):
         """dispatch > experts > combine; also what backward reads."""
         round_ = Round(plan, number, capacity, devices)
         rows_GJD = _dispatch(x_TD, round_)
         if devices > 1:  # rows that did not travel are cheaper to gather again than to keep
             rows_GJD = checkpoint_name(rows_GJD, "exchange")
-        hidden_GJPF = checkpoint_name(_hidden(rows_GJD, gate_up), "experts_hidden")
+        hidden_GJPF = checkpoint_name(_hidden(rows_GJD, weights), "experts_hidden")
         with jax.named_scope("experts"):
             act_GJF = jax.nn.silu(hidden_GJPF[:, :, 0]) * hidden_GJPF[:, :, 1]
-            out_GJD = jnp.einsum("gjf,gfd->gjd", act_GJF, down)
+            out_GJD = jnp.einsum("gjf,gfd->gjd", act_GJF, weights.down_GFD)
+            if weights.down_lora:
+                out_GJD = out_GJD + low_rank.down(_multiply, act_GJF, weights.down_lora)
         y_TD = _combine(y_TD, _from_experts(out_GJD, devices), round_, weight_TK)
         return y_TD, rows_GJD, hidden_GJPF
 
@@ -152,14 +155,16 @@ def _forward(x_TD, weight_TK, gate_up, down, plan, capacity, devices):
         return number + 1, one_round(number, y_TD)[0]
 
     _, y_TD = lax.while_loop(lambda carry: carry[0] < plan.rounds, more, (_second(plan), y_TD))
-    return y_TD.astype(x_TD.dtype), (x_TD, weight_TK, gate_up, down, plan, rows_GJD, hidden_GJPF)
+    return y_TD.astype(x_TD.dtype), (x_TD, weight_TK, weights, plan, rows_GJD, hidden_GJPF)
 
 
 def _backward(capacity, devices, residuals, dy_TD):
-    x_TD, weight_TK, gate_up, down, plan, rows, hidden = residuals
+    x_TD, weight_TK, weights, plan, rows, hidden = residuals
+    gate_up, down, gate_up_lora, down_lora = weights
     g, d, _, f = gate_up.shape
 
     def one_round(round_, rows_GJD, hidden_GJPF, dx_TD, dw_TK):
+        """(gradients of tokens, of their weights, float32 ones of the experts)."""
         dy_GJD = _dispatch(dy_TD, round_)
         with jax.named_scope("dispatch"):
             assignment_EC, filled_EC = _assignments(round_)
@@ -174,6 +179,9 @@ def _backward(capacity, devices, residuals, dy_TD):
             # expert(x)> = <dy down^T, act> is found there and returns as one number per row: the
             # results themselves need no second exchange.
             dact = jnp.einsum("gjd,gfd->gjf", dy_GJD, down, preferred_element_type=jnp.float32)
+            if down_lora:
+                more, dlow = low_rank.down_transposed(_multiply, dy_GJD, down_lora)
+                dact = dact + more
             dw_GJ1 = jnp.sum(dact * act_GJF, axis=-1, keepdims=True)
             dact = dact * w_GJ1
             dgate = dact * up * sig * (1 + gate * (1 - sig))
@@ -186,25 +194,37 @@ def _backward(capacity, devices, residuals, dy_TD):
                 "gjd,gjf->gdf", rows_GJD, dhidden, preferred_element_type=jnp.float32
             )
             drows_GJD = jnp.einsum("gjf,gdf->gjd", dhidden, gate_up.reshape(g, d, 2 * f))
+            dweights = ExpertWeights(dgate_up, ddown)
+            if down_lora:
+                args = weighted_act, dy_GJD, dlow, down_lora
+                dweights = dweights._replace(
+                    down_lora=low_rank.down_gradients(_multiply, _outer, *args)
+                )
+            if gate_up_lora:
+                more, dpair = low_rank.gate_up_gradients(
+                    _multiply, _outer, rows_GJD, dhidden, gate_up_lora
+                )
+                drows_GJD = drows_GJD + more
+                dweights = dweights._replace(gate_up_lora=dpair)
         dx_TD = _combine(dx_TD, _from_experts(drows_GJD, devices), round_, None)
         dw_EC = _from_experts(dw_GJ1, devices)
         with jax.named_scope("combine"):
             index_TK, here_TK = _rows_of(round_)
             dw_TK = dw_TK + jnp.where(here_TK, dw_EC.reshape(-1)[index_TK], 0.0)
-        return dx_TD, dw_TK, dgate_up, ddown
+        return dx_TD, dw_TK, dweights
 
     zeros = jnp.zeros_like(x_TD, jnp.float32), jnp.zeros_like(weight_TK)
     grads = one_round(Round(plan, jnp.int32(0), capacity, devices), rows, hidden, *zeros)
 
     def more(carry):
-        number, (dx, dw, dgate_up, ddown) = carry
+        number, (dx, dw, dweights) = carry
         round_ = Round(plan, number, capacity, devices)
         rows = _dispatch(x_TD, round_)
-        dx, dw, dgate_up_r, ddown_r = one_round(round_, rows, _hidden(rows, gate_up), dx, dw)
+        dx, dw, dweights_r = one_round(round_, rows, _hidden(rows, weights), dx, dw)
         with jax.named_scope("experts"):
-            return number + 1, (dx, dw, dgate_up + dgate_up_r, ddown + ddown_r)
+            return number + 1, (dx, dw, jax.tree.map(jnp.add, dweights, dweights_r))
 
-    _, (dx, dw, dgate_up, ddown) = lax.while_loop(
+    _, (dx, dw, dweights) = lax.while_loop(
         lambda carry: carry[0] < plan.rounds, more, (_second(plan), grads)
     )
     # Integers have no gradient.
@@ -212,8 +232,7 @@ def _backward(capacity, devices, residuals, dy_TD):
     return (
         dx.astype(x_TD.dtype),
         dw.astype(weight_TK.dtype),
-        dgate_up.reshape(gate_up.shape).astype(gate_up.dtype),
-        ddown.astype(down.dtype),
+        jax.tree.map(lambda g, w: g.reshape(w.shape).astype(w.dtype), dweights, weights),
         dplan,
     )
 
@@ -238,11 +257,23 @@ def _dispatch(x_TD: jax.Array, round_: Round) -> jax.Array:
 
 
 @jax.named_scope("experts")
-def _hidden(rows_GJD: jax.Array, gate_up_GDPF: jax.Array) -> jax.Array:
+def _hidden(rows_GJD: jax.Array, weights: ExpertWeights) -> jax.Array:
     """Gate and up projections in one matmul: [G, J, 2, F]."""
-    g, d, _, f = gate_up_GDPF.shape
-    hidden = jnp.einsum("gjd,gdf->gjf", rows_GJD, gate_up_GDPF.reshape(g, d, 2 * f))
+    g, d, _, f = weights.gate_up_GDPF.shape
+    hidden = jnp.einsum("gjd,gdf->gjf", rows_GJD, weights.gate_up_GDPF.reshape(g, d, 2 * f))
+    if weights.gate_up_lora:
+        hidden = hidden + low_rank.gate_up(_multiply, rows_GJD, weights.gate_up_lora)
     return hidden.reshape(g, -1, 2, f)
+
+
+def _multiply(rows_GJI: jax.Array, weights_GIO: jax.Array, transpose: bool = False) -> jax.Array:
+    """[G, J, O]."""
+    return jnp.einsum("gji,goi->gjo" if transpose else "gji,gio->gjo", rows_GJI, weights_GIO)
+
+
+def _outer(rows_GJI: jax.Array, rows_GJO: jax.Array) -> jax.Array:
+    """float32 [G, I, O]."""
+    return jnp.einsum("gji,gjo->gio", rows_GJI, rows_GJO, preferred_element_type=jnp.float32)
 
 
 @jax.named_scope("combine")

@@ -2,10 +2,11 @@
 
   python -m deepseek_jax.hf import SRC WORKDIR     a run's folder from a checkpoint, for train.py and generate
   python -m deepseek_jax.hf export WORKDIR DST     a checkpoint from a run, for transformers and others
+  python -m deepseek_jax.hf export WORKDIR DST --adapter     what a LoRA run has trained, for PEFT
 
 Import checks the checkpoint and copies it to WORKDIR/hf, without FP8. `train.py --workdir=WORKDIR` begins
 with it, and generate speaks with it. Export writes the dtypes that the checkpoint came with, float32 where
-there was none.
+there was none. Without --adapter it adds what a LoRA run has trained to its base.
 """
 
 if __name__ == "__main__":
@@ -13,6 +14,7 @@ if __name__ == "__main__":
 
     use_huge_pages()  # first of all: it starts the program again
 
+import contextlib
 import os
 import sys
 import time
@@ -28,7 +30,16 @@ from deepseek_jax.cli.command import exit_code
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import DTYPES, Config
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import configuration, exporter, names, provenance, reader, tokenizer_files
+from deepseek_jax.hf import (
+    adapter_export,
+    base,
+    configuration,
+    exporter,
+    names,
+    provenance,
+    reader,
+    tokenizer_files,
+)
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.hf.tokenizer_files import Companions, contents_of, tokenizer_of
 from deepseek_jax.inference.loaded import config_for
@@ -76,10 +87,17 @@ def main() -> int:
         metavar="PATH",
         help="the run's tokenizer.json, if it is not where config.data.tokenizer says any more",
     )
+    one.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a LoRA run the adapter alone, as PEFT writes it (default: merged into its base)",
+    )
     args = parser.parse_args()
     begun = time.perf_counter()
     if args.command == "import":
         bytes_, model = importer.import_(args.source, args.workdir)
+    elif args.adapter:
+        bytes_, model = export_adapter(args.workdir, args.target, args.step)
     else:
         bytes_, model = export(
             args.workdir, args.target, args.step, args.dtype, args.max_shard_size, args.tokenizer
@@ -87,6 +105,16 @@ def main() -> int:
     seconds = time.perf_counter() - begun
     print(f"{args.command}: {model}, {bytes_ / 1e9:.3g} GB in {seconds:.1f} s")
     return 0
+
+
+def export_adapter(workdir: str, target: str, step: int | None = None) -> tuple[int, str]:
+    """Writes what a LoRA run has trained, as adapter_export.export."""
+    saved = from_config_dict(workdirs.read_config(workdir))
+    folder = workdirs.checkpoints(workdir, saved)
+    with contextlib.closing(
+        Checkpointer(folder, read_only=True, options=saved.checkpoint)
+    ) as checkpoints:
+        return adapter_export.export(workdir, target, saved, checkpoints, step)
 
 
 def export(
@@ -130,12 +158,15 @@ def export(
         get = _from_import(source)
     else:
         checkpoints = Checkpointer(folder, read_only=True, options=saved.checkpoint)
-        stored = checkpoints.source(step)
         contents = contents_of(checkpoints.read_extra(step))
         spec = tokenizer_of(workdir, saved, contents, tokenizer)
         companions = tokenizer_files.of_run(saved, workdir, spec)
-        _check_shapes(stored, leaves, folder, workdir)
-        get = _from_checkpoint(stored)
+        if saved.lora.r:
+            get = _from_base(base.open_run(saved, checkpoints, step))
+        else:
+            stored = checkpoints.source(step)
+            _check_shapes(stored, leaves, folder, workdir)
+            get = _from_checkpoint(stored)
     what = exporter.Export(
         model=saved.model,
         family=family,
@@ -171,6 +202,15 @@ def _from_import(source: HfTensors) -> Callable[[names.Leaf], Iterable[reader.Pa
         dtypes = {source.stored_dtype(name) for name in names.tensors(leaf, source.tensors)}
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         return reader.parts_of(source, leaf, dtype)
+
+    return get
+
+
+def _from_base(opened: base.AdaptedBase) -> Callable[[names.Leaf], Iterable[reader.Part]]:
+    """Arrays of a LoRA run's base with what it has trained, float32."""
+
+    def get(leaf: names.Leaf) -> Iterable[reader.Part]:
+        return reader.parts_of(opened.source, leaf, np.dtype(np.float32), opened.adapter)
 
     return get
 

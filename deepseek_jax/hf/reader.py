@@ -16,6 +16,7 @@ import numpy as np
 
 from deepseek_jax.config.options import Config, ModelConfig
 from deepseek_jax.hf import names, numpy_copy
+from deepseek_jax.hf.adapter import Adapter
 from deepseek_jax.hf.configuration import family_of, to_model
 from deepseek_jax.hf.names import Leaf, TensorRegion
 from deepseek_jax.hf.tensors import HfTensors
@@ -77,6 +78,7 @@ def read_state(
     state: Any,
     shardings: Any,
     dtype: Any = None,
+    adapter: Adapter | None = None,
 ) -> Any:
     """A state of Transformer, parameters or selection biases, in its shards.
 
@@ -87,6 +89,7 @@ def read_state(
       state: shapes and dtypes.
       shardings: the same tree.
       dtype: of arrays that follow it (names.follows_dtype), in place of theirs.
+      adapter: what changes the weights.
 
     Raises:
       UserError: a tensor cannot be read or holds numbers that are not finite.
@@ -97,13 +100,17 @@ def read_state(
         leaf = next(leaves)
         follows = names.follows_dtype(leaf.path, len(leaf.shape) - leaf.stacked)
         wanted = dtype if dtype is not None and follows else shape.dtype
-        return read_leaf(source, leaf, sharding, np.dtype(wanted))
+        return read_leaf(source, leaf, sharding, np.dtype(wanted), adapter)
 
     return jax.tree.map(one, state, shardings)
 
 
 def read_leaf(
-    source: HfTensors, leaf: Leaf, sharding: jax.sharding.Sharding, dtype: np.dtype
+    source: HfTensors,
+    leaf: Leaf,
+    sharding: jax.sharding.Sharding,
+    dtype: np.dtype,
+    adapter: Adapter | None = None,
 ) -> jax.Array:
     """One array, in the shards that this process has."""
     shards: list[jax.Array] = []
@@ -114,15 +121,25 @@ def read_leaf(
         if key in made:  # a copy of another device's shard
             host = np.asarray(made[key])
         else:
-            host = read_part(source, leaf, part, dtype)
+            host = read_part(source, leaf, part, dtype, adapter)
         target = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
         shards.append(jax.block_until_ready(jax.device_put(host, target)))
         made[key] = shards[-1]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def read_part(source: HfTensors, leaf: Leaf, index: regions.Index, dtype: np.dtype) -> np.ndarray:
-    """A part of an array, by several threads."""
+def read_part(
+    source: HfTensors,
+    leaf: Leaf,
+    index: regions.Index,
+    dtype: np.dtype,
+    adapter: Adapter | None = None,
+) -> np.ndarray:
+    """A part of an array, by several threads. What an adapter adds is added in float32."""
+    if adapter is not None and adapter.changes(leaf, index):
+        exact = read_part(source, leaf, index, np.dtype(np.float32))
+        adapter.change(leaf, index, exact)
+        return exact.astype(dtype)
     out = numpy_copy.empty(regions.size(index), dtype)
     pieces = list(names.tensor_regions(leaf, index, source.tensors))
 
@@ -138,18 +155,25 @@ def read_part(source: HfTensors, leaf: Leaf, index: regions.Index, dtype: np.dty
     return out
 
 
-def parts_of(source: HfTensors, leaf: Leaf, dtype: np.dtype) -> Iterator[Part]:
+def parts_of(
+    source: HfTensors, leaf: Leaf, dtype: np.dtype, adapter: Adapter | None = None
+) -> Iterator[Part]:
     """An array in parts, a layer at a time where it holds several, each read when it is asked for."""
     whole = regions.whole(leaf.shape)
     parts = [whole]
     if leaf.stacked:
         parts = [(slice(i, i + 1), *whole[1:]) for i in range(leaf.shape[0])]
     for index in parts:
-        yield read_part(source, leaf, index, dtype), index
+        yield read_part(source, leaf, index, dtype, adapter), index
 
 
 def state_of(
-    source: HfTensors, config: Config, family: str, layout: Any, dtype: Any = None
+    source: HfTensors,
+    config: Config,
+    family: str,
+    layout: Any,
+    dtype: Any = None,
+    adapter: Adapter | None = None,
 ) -> tuple[Any, Any]:
     """(parameters, selection biases) from a checkpoint, after all its names and shapes were checked.
 
@@ -158,7 +182,7 @@ def state_of(
       config: of the model.
       family: of the checkpoint.
       layout: where the arrays go (model.layout.PlacedModel).
-      dtype: as `read_state`.
+      dtype, adapter: as `read_state`.
 
     Raises:
       UserError: the checkpoint does not fit, or cannot be read.
@@ -172,6 +196,6 @@ def state_of(
     check(source, config.model, leaves)
 
     def read_one(state: Any, where: Any) -> Any:
-        return read_state(source, config.model, family, state, where, dtype)
+        return read_state(source, config.model, family, state, where, dtype, adapter)
 
     return read_one(abstract.params, shardings.params), read_one(abstract.bias, shardings.bias)

@@ -18,7 +18,7 @@ from deepseek_jax.config.validation import validate
 from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.chat import Chat, end_ids
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import configuration, exporter, names, reader, tokenizer_files
+from deepseek_jax.hf import configuration, exporter, names, peft, reader, tokenizer_files
 from deepseek_jax.hf.provenance import SourceNotes, notes_of
 from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.model.layout import PlacedModel, place_model
@@ -222,7 +222,12 @@ class LoadedModel:
         return jax.sharding.reshard(logits_BSV, jax.P())[:count]
 
 
-def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> LoadedModel:
+def load(
+    path: str,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    adapter: str = "",
+) -> LoadedModel:
     """A Hugging Face checkpoint as a model.
 
     Args:
@@ -231,16 +236,18 @@ def load(path: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = Non
         float32.
       mesh: with the axes of parallel/mesh.py (any missing ones have size 1); all weights are sharded over it.
         None: the first device.
+      adapter: the folder of an adapter as PEFT writes it, which is merged into the weights in float32.
 
     Raises:
-      UserError: the checkpoint cannot be read or is not of a model that this version has; dtype or mesh do
-        not fit.
+      UserError: checkpoint or adapter cannot be read, do not fit each other or are not of a model that this
+        version has; dtype or mesh do not fit.
     """
     source, model, family = reader.open_source(path)
     config, mesh = config_for(model, mesh, dtype)
     with jax.set_mesh(mesh):
         layout = place_model(config, mesh)
-        params, bias = reader.state_of(source, config, family, layout, dtype)
+        merged = peft.read(adapter, model, family) if adapter else None
+        params, bias = reader.state_of(source, config, family, layout, dtype, merged)
     source.close()
     origin = Origin(source.folder, notes_of(source, model, family))
     return LoadedModel(config, mesh, layout, params, bias, origin)

@@ -17,7 +17,7 @@ from deepseek_jax.data.contents import Contents
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import configuration, names, provenance
+from deepseek_jax.hf import base, configuration, names, provenance, reader
 from deepseek_jax.hf.provenance import SourceNotes
 from deepseek_jax.hf.tensors import read_config
 from deepseek_jax.hf.tokenizer_files import contents_of, ends_of, tokenizer_of
@@ -95,17 +95,18 @@ def open_model(
     step: int | None = None,
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
+    adapter: str | None = None,
 ) -> Opened:
-    """The model in a folder.
+    """The model in a folder. What a LoRA run has trained is merged into its base.
 
     Args:
       path: a Hugging Face checkpoint (or its folder in the hub's cache), or the folder of a run of train.py
         or of import.
       step: checkpoint of the run; None: its newest.
-      dtype, mesh: as hf.load.
+      dtype, mesh, adapter: as hf.load.
 
     Raises:
-      UserError: there is no model, it cannot be read, or dtype or mesh do not fit.
+      UserError: there is no model, it cannot be read, or dtype, mesh or adapter do not fit.
     """
     given, path = path, hub_cache.folder_of(path)
     if not os.path.isfile(os.path.join(path, "config.json")):
@@ -116,18 +117,29 @@ def open_model(
                 f"--step={step}: {path} is a checkpoint itself, and not a run that has some. Leave it "
                 f"out."
             )
-        model = load(path, dtype, mesh)
+        model = load(path, dtype, mesh, adapter or "")
         return Opened(model, None, False, model.source)
-    return _open_run(path, step, dtype, mesh)
+    return _open_run(path, step, dtype, mesh, adapter or "")
 
 
-def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mesh | None) -> Opened:
+def _open_run(
+    workdir: str,
+    step: int | None,
+    dtype: str,
+    mesh: jax.sharding.Mesh | None,
+    adapter: str,
+) -> Opened:
     saved = from_config_dict(workdirs.read_config(workdir))
     folder, files = workdirs.checkpoints(workdir, saved), os.path.join(workdir, provenance.FOLDER)
     local_dir = saved.checkpoint.local_dir
     if step is None and provenance.is_untrained(workdir, folder, local_dir):
-        model = load(files, dtype, mesh)
+        model = load(files, dtype, mesh, adapter)
         return Opened(model, saved, False, model.source)
+    if adapter:
+        raise UserError(
+            f"--adapter={adapter} is of a Hugging Face checkpoint, and {workdir} is a run that has weights "
+            f"of its own. Export it first, or leave --adapter out."
+        )
     config, mesh = config_for(saved.model, mesh, dtype)
     config = dataclasses.replace(config, moe=saved.moe)
     with jax.set_mesh(mesh):
@@ -136,9 +148,15 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
         checkpoints = Checkpointer(folder, read_only=True, options=saved.checkpoint)
         trained = contents_of(checkpoints.read_extra(step))
         tokenizer = tokenizer_of(workdir, saved, trained)
-        weights = from_tree(checkpoints.restore_params(to_tree(wanted), step), wanted)
+        if saved.lora.r:
+            run = base.open_run(saved, checkpoints, step)
+            args = run.source, config, run.family, layout, dtype, run.adapter
+            params, bias = reader.state_of(*args)
+            run.source.close()
+        else:
+            weights = from_tree(checkpoints.restore_params(to_tree(wanted), step), wanted)
+            params, bias = _cast(weights.params, np.dtype(dtype)), weights.bias
         checkpoints.close()
-        params = _cast(weights.params, np.dtype(dtype))
     try:
         notes = provenance.read_notes(workdir) or SourceNotes(
             configuration.find_family(saved.model), saved.model, {}
@@ -151,7 +169,7 @@ def _open_run(workdir: str, step: int | None, dtype: str, mesh: jax.sharding.Mes
         return encoder_of(text, tokenizer, saved, saved.model.vocab_size, workdir).stop_ids
 
     origin = Origin(workdir, notes, tokenizer, find_stop_ids)
-    model = LoadedModel(config, mesh, layout, params, weights.bias, origin)
+    model = LoadedModel(config, mesh, layout, params, bias, origin)
     return Opened(model, saved, True, text, tokenizer, trained)
 
 

@@ -1,11 +1,12 @@
 """Parameters and floating point operations of a model, from its shapes alone."""
 
+import math
 from typing import NamedTuple
 
-import jax
 from flax import nnx
 
 from deepseek_jax.config.options import ModelConfig
+from deepseek_jax.model.lora import is_factor
 
 
 class Count(NamedTuple):
@@ -24,21 +25,25 @@ def count(config: ModelConfig, params: nnx.State, sequence_length: int) -> Count
 
     Args:
       config: the model's options.
-      params: arrays or shapes of `model.transformer.Transformer`.
+      params: arrays or shapes of `model.transformer.Transformer`. Factors of LoRA are in the FLOPs only, of
+        which a weight of the base has 4.
       sequence_length: in tokens, which attention depends on.
     """
-    total = mtp = idle = not_matmul = mtp_active = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    total = mtp = idle = not_matmul = mtp_active = adapters = 0
+    for path, variable in nnx.to_flat_state(params):
+        name, size = "/".join(map(str, path)), math.prod(variable.get_value().shape)
         ahead = name.startswith("mtp/")
         unused = 0
         if "/experts/" in name:
-            unused = leaf.size - leaf.size * config.num_experts_per_tok // config.n_routed_experts
+            unused = size - size * config.num_experts_per_tok // config.n_routed_experts
+        if is_factor(path):
+            adapters += size - unused
+            continue
         if ahead:
-            mtp += leaf.size
-            mtp_active += leaf.size - unused
+            mtp += size
+            mtp_active += size - unused
         else:
-            total += leaf.size
+            total += size
             idle += unused
         if (
             "norm" in name
@@ -46,11 +51,13 @@ def count(config: ModelConfig, params: nnx.State, sequence_length: int) -> Count
             or name.endswith("_proj/bias")
             or (name.startswith("embed_tokens") and not config.tie_word_embeddings)
         ):
-            not_matmul += leaf.size
+            not_matmul += size
     depth = config.num_nextn_predict_layers
     matmul = total - idle + mtp_active - not_matmul + depth * config.vocab_size * config.hidden_size
     width = config.qk_head_dim + config.value_head_dim
     attention = (
         (config.num_hidden_layers + depth) * config.num_attention_heads * width * sequence_length
     )
-    return Count(total, total - idle, mtp, 6.0 * matmul + 3.0 * attention)
+    # The gradients of a base's weights are not made.
+    products = 4.0 * matmul + 6.0 * adapters if adapters else 6.0 * matmul
+    return Count(total, total - idle, mtp, products + 3.0 * attention)

@@ -9,6 +9,8 @@ A `kernel` is [in, out]: the transpose of the Hugging Face `weight` of the same 
 Hugging Face names.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,20 +20,28 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config.options import ModelConfig
-from deepseek_jax.model import lookup
+from deepseek_jax.model import lookup, noise
 from deepseek_jax.parallel.mesh import per_device
-from deepseek_jax.parallel.weights import apply_weight, gather_on_device, stored_arrays
+from deepseek_jax.parallel.quantized import QuantizedWeight
+from deepseek_jax.parallel.weights import (
+    apply_weight,
+    gather_for_use,
+    gather_on_device,
+    stored_arrays,
+)
 
 
 def param(
-    rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]
+    rngs: nnx.Rngs,
+    init: Callable,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    kind: type[nnx.Param] = nnx.Param,
 ) -> nnx.Param:
     """A float32 parameter declared with its logical axes, one name per dimension."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and logical axes {axes} differ in length")
-    return nnx.Param(
-        init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False
-    )
+    return kind(init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False)
 
 
 def reshaped(x: jax.Array, shape: tuple[int, ...], spec: Sequence[Any]) -> jax.Array:
@@ -73,8 +83,22 @@ def join_heads(x_BSNH: jax.Array) -> jax.Array:
     return reshaped(x_BSNH, (*rest, heads * width), jax.typeof(x_BSNH).sharding.spec[:-1])
 
 
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """What a module knows of the LoRA update of its weight, besides the factors (lora.py)."""
+
+    scale: float
+    dropout: float = 0.0  # share of its inputs that are dropped in training
+    site: int = 0  # tells the linear maps of a layer apart: each drops others
+
+
 class Linear(nnx.Module):
-    """y = x @ kernel, plus bias if it has a logical axis, in the dtype of x."""
+    """y = x @ kernel, plus bias if it has a logical axis, in the dtype of x.
+
+    With LoRA plus scale * dropout(x) @ lora_A @ lora_B.
+    """
+
+    lora: LowRank | None = None
 
     def __init__(
         self,
@@ -92,7 +116,29 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = apply_weight(linear, self.kernel, x.dtype, x)
+        if self.lora is not None:
+            kept = noise.dropped(x, self.lora.dropout, self.lora.site)
+            low = apply_weight(linear, self.lora_A, x.dtype, kept) * self.lora.scale
+            y = y + apply_weight(linear, self.lora_B, x.dtype, low)
         return y if self.bias is None else apply_weight(jnp.add, self.bias, y.dtype, y)
+
+
+def merged_kernel(module: Linear) -> jax.Array:
+    """The weight as it acts, outside of jit: with what LoRA adds, and out of few bits."""
+    if module.lora is None and not isinstance(module.kernel.get_value(), QuantizedWeight):
+        return module.kernel.get_value()
+    graphdef, state = nnx.split(module)
+    return _merged(graphdef, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merged(graphdef: nnx.GraphDef, state: nnx.State) -> jax.Array:
+    module = nnx.merge(graphdef, state)
+    kernel = gather_for_use(module.kernel, jnp.float32)
+    if module.lora is not None:
+        a, b = (gather_for_use(f, jnp.float32) for f in (module.lora_A, module.lora_B))
+        kernel = kernel + linear(a, b) * module.lora.scale
+    return kernel
 
 
 @jax.custom_vjp

@@ -5,13 +5,14 @@ Inference and frozen models need this only; training puts the optimizer's state 
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.model import transformer
+from deepseek_jax.model import lora, transformer
 from deepseek_jax.model.moe import SelectionBias
 from deepseek_jax.parallel import offload, sharding
 
@@ -70,12 +71,15 @@ def place_model(config: Config, mesh: jax.sharding.Mesh, dtype: Any = None) -> P
     """The model of a config on a mesh, whose devices may be elsewhere.
 
     Args:
-      dtype: of the parameters; float32 as they are trained by default. A frozen model's are in its own.
+      dtype: of the parameters; as they are trained by default, float32 but for the base of LoRA. A frozen
+        model's are in its own.
     """
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         graphdef, params, bias = abstract_model(config)
         if dtype is not None:
             params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), params)
+        elif config.lora.r:
+            params = jax.eval_shape(functools.partial(lora.held, config.lora), params)
         rules = sharding.storage_rules(config)[0]
         specs = ModelWeights(
             sharding.specs(params, rules, config.sharding.min_weight_size),

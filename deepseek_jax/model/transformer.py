@@ -16,12 +16,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config.options import Config, ModelConfig, MoeConfig
+from deepseek_jax.model import noise
 from deepseek_jax.model.attention.interface import Rope
 from deepseek_jax.model.attention.kinds import make_attention
 from deepseek_jax.model.embedding_noise import EmbeddingNoise
 from deepseek_jax.model.head import Head
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
-from deepseek_jax.model.moe import MoE, MoEStats
+from deepseek_jax.model.lora import adapt
+from deepseek_jax.model.moe import MoE
+from deepseek_jax.model.moe_statistics import MoEStats
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.model.taps import Taps, collect, join, tap
@@ -125,11 +128,12 @@ class Transformer(nnx.Module):
         self.dtype = jnp.dtype(options.train.dtype)
         alpha = options.sft.neftune_noise_alpha
         self.noise = EmbeddingNoise(alpha, options.seed) if alpha else None
+        self.dropout_seed = options.seed if options.lora.r and options.lora.dropout else None
         dense = config.first_k_dense_replace
         self.embed_tokens = Embedding(config, rngs)
-        self.dense_layers = _stack(config, moe, False, dense, rngs, attention) if dense else None
+        self.dense_layers = _stack(options, False, dense, rngs) if dense else None
         routed = config.num_hidden_layers - dense
-        self.layers = _stack(config, moe, True, routed, rngs, attention) if routed else None
+        self.layers = _stack(options, True, routed, rngs) if routed else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(
@@ -168,7 +172,7 @@ class Transformer(nnx.Module):
         rope = rope_tables(self.config, positions_BS)
         x_BSD, first = self.enter(tokens_BS, rope, segment_ids_BS, taps, row_B)
         x_BSD, (stats, found) = self._scan(
-            getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS, taps
+            getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS, taps, row_B
         )
         out = self.leave(x_BSD, rope, segment_ids_BS, next_tokens_BS, taps)
         return out._replace(stats=join_layers(stats, out.stats), taps=join(first, found, out.taps))
@@ -196,7 +200,9 @@ class Transformer(nnx.Module):
             x_BSD = self.noise.add(x_BSD, segment_ids_BS, row_B)
         found: Taps = {}
         if self.layers is not None and self.dense_layers is not None:
-            x_BSD, (_, found) = self._scan(self.dense_layers, x_BSD, rope, segment_ids_BS, taps)
+            x_BSD, (_, found) = self._scan(
+                self.dense_layers, x_BSD, rope, segment_ids_BS, taps, row_B
+            )
         return x_BSD, found
 
     def leave(
@@ -233,19 +239,35 @@ class Transformer(nnx.Module):
         kernel_DV = weight.T if head.tied else weight
         return jnp.einsum("bsd,dv->bsv", hidden_BSD, kernel_DV, preferred_element_type=jnp.float32)
 
-    def _scan(self, stack, x_BSD, rope, segment_ids_BS, taps):
+    def _scan(self, stack, x_BSD, rope, segment_ids_BS, taps, row_B=None):
         """(x, (statistics, taps)), the latter [L, ...] over the layers of the stack."""
         graphdef, state = nnx.split(stack)
+        numbers = None if row_B is None else self._numbers_of_layers(stack)
 
         def body(x_BSD, layer_state):
-            with collect(taps) as found:
+            layer_state, number = layer_state
+            place = None
+            if number is not None and self.dropout_seed is not None:
+                place = noise.Place(self.dropout_seed, row_B, number)
+            with collect(taps) as found, noise.of_layer(place):
                 # Weights in the host's memory come one layer at a time, and again in the backward
                 # pass, because this is inside of what is rematerialised.
                 layer = nnx.merge(graphdef, to_device(layer_state))
                 x_BSD, stats = layer(x_BSD, rope, segment_ids_BS)
             return x_BSD, (stats, found)
 
-        return jax.lax.scan(rematerialise(body, self.remat, self.offload), x_BSD, state)
+        body = rematerialise(body, self.remat, self.offload)
+        return jax.lax.scan(body, x_BSD, (state, numbers))
+
+    def _numbers_of_layers(self, stack: DecoderLayer) -> jax.Array | None:
+        """int32 [L] of a stack's layers, by which they draw what dropout drops; None without it."""
+        if self.dropout_seed is None:
+            return None
+        m = self.config
+        layers = range(m.num_hidden_layers)
+        dense = stack is self.dense_layers
+        here = layers[: m.first_k_dense_replace] if dense else layers[m.first_k_dense_replace :]
+        return jnp.asarray(here, jnp.int32)
 
     def _predict_ahead(self, hidden_BSD, next_tokens_BS, rope, segment_ids_BS, taps):
         """At position i, depth d reads the embedding of token i+d and the normed state of the depth before.
@@ -301,14 +323,15 @@ def tokens_ahead(
     return jnp.where(ahead(segment_ids_BS, -1) == segment_ids_BS, ahead(ids_BS, missing), missing)
 
 
-def _stack(
-    config: ModelConfig, moe: MoeConfig, is_moe: bool, count: int, rngs: nnx.Rngs, attention: str
-) -> DecoderLayer:
+def _stack(options: Config, is_moe: bool, count: int, rngs: nnx.Rngs) -> DecoderLayer:
     """`count` decoder layers as one module with a leading "layers" axis on every variable."""
+    config, moe, attention = options.model, options.moe, options.train.attention
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
     def create(rngs: nnx.Rngs) -> DecoderLayer:
-        return DecoderLayer(config, moe, is_moe, rngs, attention)
+        layer = DecoderLayer(config, moe, is_moe, rngs, attention)
+        adapt(layer, config, options.lora, rngs)
+        return layer
 
     return create(rngs)

@@ -23,7 +23,7 @@ class FineTuning(Pretraining):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        if config.sft.neftune_noise_alpha:
+        if config.sft.neftune_noise_alpha or config.lora.dropout:
             self.fields |= {"row": fields.EXAMPLES["row"]}
 
     @jax.named_scope("loss")

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
+from deepseek_jax.config.lora_targets import EXPERTS, targets
 from deepseek_jax.config.options import Config, ModelConfig
 from deepseek_jax.errors import UserError
-from deepseek_jax.parallel.sharding import divided_axes
+from deepseek_jax.parallel.quantized import BLOCK
+from deepseek_jax.parallel.sharding import DIVIDED_BY, divided_axes
 from deepseek_jax.runtime import environment
 
 # Outermost first: devices of one host are neighbours, so `tensor`, `expert` and `fsdp` stay inside a host
@@ -192,6 +194,8 @@ def _check(config: Config, shape: dict[str, int]) -> None:
     _check_stages(config, shape["stage"])
     _check_compression(config, shape)
     _check_divided_widths(config, shape)
+    if config.lora.r:
+        _check_lora(config, shape)
 
 
 def _check_stages(config: Config, stages: int) -> None:
@@ -260,6 +264,39 @@ def _check_divided_widths(config: Config, shape: dict[str, int]) -> None:
                 "that weights are divided over "
                 f"(config.sharding.strategy={config.sharding.strategy}). Make the product of these axes a "
                 f"divisor of it{hint}."
+            )
+
+
+def _check_lora(config: Config, shape: dict[str, int]) -> None:
+    """What the mesh divides of adapters and of a base in blocks, beside the widths of weights."""
+    m, axes = config.model, divided_axes(config)
+    adapted = targets(m, config.lora.target_modules)
+    experts = [a for a in ("tensor", *axes, "stage") if shape[a] > 1]
+    ways = math.prod(shape[a] for a in experts)
+    if any(path.startswith(EXPERTS) for path in adapted) and m.moe_intermediate_size % ways:
+        raise UserError(
+            f"config.model.moe_intermediate_size={m.moe_intermediate_size} is not divisible by the {ways} "
+            f"devices of {' x '.join(experts)} that the experts' adapters are divided over "
+            f"(config.sharding.strategy={config.sharding.strategy}). Make the product of these axes a "
+            f"divisor of it, or leave experts out of config.lora.target_modules."
+        )
+    if config.lora.base_dtype != "nf4":
+        return
+    divided = (*axes, "expert") if axes and DIVIDED_BY[config.sharding.canonical][0] else ()
+    dense = [a for a in (*divided, "stage") if shape[a] > 1]
+    heads = ("num_attention_heads x a head", m.num_attention_heads * m.value_head_dim)
+    widths = [("hidden_size", m.hidden_size, dense), (*heads, ["tensor"])]
+    if m.first_k_dense_replace:
+        widths.append(("intermediate_size", m.intermediate_size, ["tensor"]))
+    if m.has_experts:
+        widths.append(("moe_intermediate_size", m.moe_intermediate_size, ["tensor"]))
+    for name, width, over in widths:
+        ways = math.prod(shape[a] for a in over)
+        if width % (BLOCK * ways):
+            raise UserError(
+                f"config.lora.base_dtype=nf4 has blocks of {BLOCK} numbers, and the {ways} devices of "
+                f"{' x '.join(over)} would divide config.model.{name}={width} within one. Make the product "
+                f"of these axes a divisor of {width // BLOCK}, or set config.lora.base_dtype=int8."
             )
 
 

@@ -14,13 +14,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import Config
+from deepseek_jax.parallel.quantized import QuantizedWeight
 
 Rules = dict[str, tuple[str, ...] | str | None]
 
 # Axes of parameters. `embed` is the axis of a dense weight that FULL_SHARD divides; an expert weight has
 # `expert_embed` there, because its experts already lie on the expert axis; a stack of some experts
-# (expert_rows.py) is divided as a dense weight. `lora_heads` is the output of a
-# low-rank projection, which has no embed axis. Heads, feed-forward widths and the vocabulary lie on the
+# (expert_rows.py) is divided as a dense weight. `lora_heads` is the output of a low-rank projection, which
+# has no embed axis, and `lora_expert_mlp` the side of an expert's adapter that has none. Heads, feed-forward
+# widths and the vocabulary lie on the
 # tensor axis, in use as in storage.
 COMPUTE_RULES: Rules = {
     "layers": None,
@@ -30,6 +32,7 @@ COMPUTE_RULES: Rules = {
     "some_experts": None,
     "expert_embed": None,
     "expert_mlp": "tensor",
+    "lora_expert_mlp": "tensor",
     "vocab": "tensor",
     "heads": "tensor",
     "mlp": "tensor",
@@ -69,6 +72,7 @@ def storage_rules(config: Config) -> tuple[Rules, Rules, Rules]:
             "embed": (*dense, "stage"),
             "lora_heads": ("tensor", *dense, "stage"),
             "expert_embed": (*experts, "stage"),
+            "lora_expert_mlp": ("tensor", *experts, "stage"),
         }
 
     divided, undivided = rules((*axes, "expert"), axes), rules((), ())
@@ -125,9 +129,13 @@ def specs(state: nnx.State, rules: Rules, min_weight_size: int = 0) -> nnx.State
     """
 
     def of(v: nnx.Variable) -> nnx.Variable:
-        axes, shape = logical_axes(v), v.get_value().shape
-        size = math.prod(shape) // (shape[0] if axes[0] == "layers" else 1)
-        return v.replace(spec(axes, COMPUTE_RULES if size < min_weight_size else rules))
+        axes, w = logical_axes(v), v.get_value()
+        size = math.prod(w.shape) // (w.shape[0] if axes[0] == "layers" else 1)
+        chosen = COMPUTE_RULES if size < min_weight_size else rules
+        if isinstance(w, QuantizedWeight):
+            _, structure = jax.tree.flatten(w)
+            return v.replace(structure.unflatten([spec(a, chosen) for a in w.axes(axes)]))
+        return v.replace(spec(axes, chosen))
 
     return jax.tree.map(of, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 

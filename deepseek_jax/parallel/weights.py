@@ -1,6 +1,6 @@
 """How a weight gets from its layout in storage to the layer that uses it, and its gradient back.
 
-A parameter is the value of an nnx.Variable, in one of four representations, chosen by train/gradients.py:
+A parameter is the value of an nnx.Variable, in one of several representations, chosen by train/gradients.py:
 
     value             when                                 its gradient
     jax.Array         stored as its gradient is            in the layout of the array
@@ -9,6 +9,7 @@ A parameter is the value of an nnx.Variable, in one of four representations, cho
     PerReplicaWeight  gradient_compression                 each replica's own, [R, ...]; compression.py sums
     SomeExperts       esft: of a layer's experts some      of those alone, in the layout of their own stack
                       learn
+    QuantizedWeight   frozen, in 8 or 4 bits               none; they travel as they are held (quantized.py)
 
 A layer uses any of them in one of two ways. The gradient goes back by the transpose, a reduce-scatter:
 
@@ -31,6 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.parallel import expert_rows
 from deepseek_jax.parallel.mesh import TOKEN_AXES
+from deepseek_jax.parallel.quantized import QuantizedWeight, dequantized, is_quantized
 from deepseek_jax.parallel.sharding import COMPUTE_RULES, logical_axes, spec, without_stage
 
 REPLICAS = "data"  # the axis along which the strategies that do not divide over it have replicas
@@ -139,7 +141,8 @@ def gather_for_use(variable: nnx.Variable, dtype: Any) -> jax.Array:
 
     With a leading axis of replicas if it is a `PerReplicaWeight`.
     """
-    target, w = spec(logical_axes(variable), COMPUTE_RULES), variable.get_value()
+    axes, w = logical_axes(variable), variable.get_value()
+    target = spec(axes, COMPUTE_RULES)
 
     def gather(w: jax.Array) -> jax.Array:
         return jax.sharding.reshard(w.astype(dtype), target)
@@ -148,6 +151,15 @@ def gather_for_use(variable: nnx.Variable, dtype: Any) -> jax.Array:
         used = jax.sharding.reshard(w.copies.astype(dtype), P(REPLICAS, *target))
     elif isinstance(w, ReplicatedWeight):
         used = _with_gradient_of(gather, w.part, gather(w.whole))
+    elif isinstance(w, QuantizedWeight):
+        used = dequantized(
+            [
+                jax.sharding.reshard(part, spec(axes, COMPUTE_RULES))
+                for part, axes in zip(w.parts, w.axes(axes), strict=True)
+            ],
+            dtype,
+            target,
+        )
     else:
         used = gather(w)
     return checkpoint_name(used, WEIGHTS)
@@ -175,7 +187,7 @@ def apply_weight(
 
 
 def stored_arrays(variable: nnx.Variable) -> tuple[list[jax.Array], list[P]]:
-    """The arrays of a variable, one to three, and their specs: to be handed to `per_device`, and there to
+    """The arrays of a variable, one or several, and their specs: to be handed to `per_device`, and there to
     `gather_on_device`.
     """
     w = variable.get_value()
@@ -186,6 +198,8 @@ def stored_arrays(variable: nnx.Variable) -> tuple[list[jax.Array], list[P]]:
 def _arrays(w: Any) -> list[jax.Array]:
     if isinstance(w, PerReplicaWeight):
         return [w.copies]
+    if isinstance(w, QuantizedWeight):
+        return w.parts
     if isinstance(w, SomeExperts):
         return [*_arrays(w.part), w.whole, w.index_N]
     return [w.part, w.whole] if isinstance(w, ReplicatedWeight) else [w]
@@ -199,7 +213,10 @@ def gather_on_device(arrays: Sequence[jax.Array], specs: list[P], dtype: Any) ->
     def gather(w: jax.Array, spec: P) -> jax.Array:
         return _all_gather(w.astype(dtype), spec)
 
-    if len(arrays) == 3:  # SomeExperts
+    if is_quantized(arrays):
+        parts = [_all_gather(a, s) for a, s in zip(arrays, specs, strict=True)]
+        w = dequantized(parts, dtype)
+    elif len(arrays) == 3:  # SomeExperts
         all_experts = gather(arrays[1], specs[1])
 
         def among_all(part: jax.Array, index_N: jax.Array) -> jax.Array:
@@ -232,8 +249,9 @@ def _all_gather(w: jax.Array, spec: P, held: tuple[str, ...] = ()) -> jax.Array:
         w = lax.pcast(w, missing, to="varying")
     for dimension, axes in named:
         # Experts and the tensor axis are divided in use too. Where `expert` divides dense weights, it is with
-        # others.
-        divided_in_use = axes in (("expert",), ("tensor",))
+        # others; `tensor` is the outermost of several, so that its part stays in one piece.
+        axes = axes[1:] if axes[0] == "tensor" else axes
+        divided_in_use = axes in (("expert",), ())
         # A gather over one device would only give the weight a layout that others must copy.
         if not divided_in_use and lax.axis_size(axes) > 1:
             w = lax.all_gather(w, axes, axis=dimension, tiled=True)

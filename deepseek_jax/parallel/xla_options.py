@@ -106,8 +106,9 @@ def bytes_of_a_layer(config: Config, params: Any, mesh: jax.sharding.Mesh) -> in
     ):
         if layers:
             used = sharding.shardings(sharding.specs(params[name], sharding.COMPUTE_RULES), mesh)
-            float32 = sharding.bytes_per_device(params[name], used) // layers
-            most = max(most, float32 * ITEM_BYTES[config.train.dtype] // 4)
+            held = sharding.bytes_per_device(params[name], used) // layers
+            # The base of LoRA travels as it is held.
+            most = max(most, held if config.lora.r else held * ITEM_BYTES[config.train.dtype] // 4)
     return most
 
 

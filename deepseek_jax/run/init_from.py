@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 
 from deepseek_jax.config import paths
-from deepseek_jax.config.options import Config, RopeScaling, changes_shapes
+from deepseek_jax.config.options import Config, LoraConfig, RopeScaling, changes_shapes
 from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import names, reader
+from deepseek_jax.hf import adapter, names, peft, reader
+from deepseek_jax.hf.configuration import find_family
 from deepseek_jax.hf.provenance import FOLDER, has_weights, read_notes, write_notes
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.model.layout import abstract_model
+from deepseek_jax.run import base
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, TrainState, state_around
 
@@ -50,13 +53,45 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
         # The run began with a checkpoint: a start before the first of its own must not draw random
         # weights.
         config = dataclasses.replace(config, init_from=str(before.get("init_from") or ""))
-    config = with_model_of_source(config, workdir, argv)
+    config = _with_adapter(with_model_of_source(config, workdir, argv), before)
     if config.data.tokenizer == "auto":
         tokenizer = _known_tokenizer(config, workdir, before)
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, tokenizer=tokenizer)
         )
     return paths.absolute_config(config)  # runs of earlier versions kept paths as they were given
+
+
+def _with_adapter(config: Config, before: dict[str, Any]) -> Config:
+    """The options with those of LoRA that config.lora.adapter sets.
+
+    Args:
+      before: the options of the run in the workdir, for an adapter that is gone by now.
+
+    Raises:
+      UserError: the adapter cannot be read or is not of this model, or config.lora.r differs from its rank.
+    """
+    given = config.lora.adapter
+    if not given:
+        return config
+    if not os.path.isdir(os.path.expanduser(given)) and before.get("lora", {}).get("r"):
+        return dataclasses.replace(config, lora=LoraConfig(**before["lora"]))
+    family = find_family(config.model)
+    found = peft.read(given, config.model, family)
+    if config.lora.r not in (0, found.lora.r):
+        raise UserError(
+            f"config.lora.r={config.lora.r} differs from r={found.lora.r} of config.lora.adapter={given}. "
+            f"Leave config.lora.r out: the adapter sets it."
+        )
+    ours = dataclasses.replace(
+        config.lora,
+        r=found.lora.r,
+        alpha=found.lora.alpha,
+        use_rslora=found.lora.use_rslora,
+        target_modules=",".join(adapter.targets_of(found, config.model, family)),
+        modules_to_save=found.lora.modules_to_save,
+    )
+    return dataclasses.replace(config, lora=ours)
 
 
 def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]) -> str:
@@ -131,6 +166,11 @@ def open_for_training(config: Config, workdir: str) -> HfTensors | None:
       UserError: it cannot be read or does not fit, or its notes would replace a folder that is
         somebody else's.
     """
+    if not config.init_from:
+        raise UserError(
+            f"config.lora.r={config.lora.r} and config.init_from='': there is no base to adapt. Set "
+            f"config.init_from to the folder of a Hugging Face checkpoint."
+        )
     folder = os.path.join(workdir, FOLDER)
     if os.path.lexists(folder) and not has_weights(workdir) and read_notes(workdir) is None:
         raise UserError(
@@ -140,7 +180,7 @@ def open_for_training(config: Config, workdir: str) -> HfTensors | None:
     if not os.path.isdir(os.path.expanduser(config.init_from)) and read_notes(workdir) is not None:
         return None
     source, _, family = reader.open_source(config.init_from)
-    _, params, bias = abstract_model(config)
+    _, params, bias = abstract_model(dataclasses.replace(config, lora=LoraConfig()))
     leaves = [
         leaf for state in (params, bias) for leaf in names.leaves(state, family, config.model)
     ]
@@ -162,7 +202,11 @@ def initial_state(
             f"from. Name the folder of the Hugging Face checkpoint."
         )
     _, model, family = reader.open_source(config.init_from)
-    params, bias = reader.state_of(source, config, family, layout.model)
+    if config.lora.r:
+        params, bias = base.read(source, config, family, layout.model, everything=True)
+        params = nnx.merge_state(params, base.factors(config, layout.model, family))
+    else:
+        params, bias = reader.state_of(source, config, family, layout.model)
     folder = os.path.join(workdir, FOLDER)
     if jax.process_index() == 0 and not has_weights(workdir):
         temporary = paths.scratch(folder)

@@ -48,7 +48,7 @@ from deepseek_jax.runtime import compile_cache, environment
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.batch import abstract_batch
 from deepseek_jax.train.compiled_step import CompiledStep
-from deepseek_jax.train.state import Layout, TrainState, make_layout, to_tree
+from deepseek_jax.train.state import Layout, TrainState, make_layout, saved, to_tree
 from deepseek_jax.train.step import StepMetrics, make_eval_step, make_train_step
 
 Processes = Cluster | JoinedElsewhere
@@ -181,7 +181,7 @@ class Job:
         fields = objectives.make(config).fields  # whatever the number of steps
         self._data = open_data(config, tokenizer, fields, self._workdir, progress=first)
         self._prompts = answers.prompts_of_run(config, self._data)
-        if config.init_from:
+        if config.init_from or config.lora.r:
             self._source = init_from.open_for_training(config, self._workdir)
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"
@@ -216,7 +216,7 @@ class Job:
         platform = mesh.devices.flat[0].platform
         self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
         self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
-        step = self._checkpoints.newest_good(to_tree(model.abstract_sharded()))
+        step = self._checkpoints.newest_good(to_tree(saved(model.abstract_sharded())))
         seen = {"the newest checkpoint in --workdir": step, "the last step": config.train.steps}
         self._processes.agree("folder, one that all hosts see", seen)
         continuation = Continuation(self._checkpoints, self._workdir, config, self._data.contents)

@@ -16,7 +16,7 @@ from deepseek_jax.run.profile import NoProfiler, Profiler
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
 from deepseek_jax.run.watchdog import Watchdog
-from deepseek_jax.train.state import TrainState, to_tree
+from deepseek_jax.train.state import TrainState, saved, to_tree
 from deepseek_jax.train.step import StepMetrics
 
 
@@ -165,7 +165,7 @@ class Loop:
         extra["model"] = dataclasses.asdict(self.config.model)
         eval_loss = evaluation.get("eval_loss") if evaluation.get("step") == step else None
         with self.watchdog.paused():
-            self.checkpointer.save(step, to_tree(state), extra, eval_loss, final=final)
+            self.checkpointer.save(step, to_tree(saved(state)), extra, eval_loss, final=final)
 
     def _finished(self, step: int, step_metrics: StepMetrics) -> bool:
         """Logs a finished step; True if its update was made.

@@ -15,6 +15,7 @@ class Progress(NamedTuple):
     rollbacks: how many there were.
     history: which rows every step reads.
     run: the name of the run, `workdir.identity`.
+    base: with LoRA what identifies its base, `base.identity`.
     """
 
     tokens_seen: int = 0
@@ -22,13 +23,14 @@ class Progress(NamedTuple):
     rollbacks: int = 0
     history: History = History()
     run: str = ""
+    base: str = ""
 
     def to_extra(self) -> dict[str, Any]:
         out = {"tokens_seen": self.tokens_seen, "data": self.history.to_json(), "run": self.run}
         if self.rollbacks:
             out["skipped_rows"] = [list(w) for w in self.skipped.skipped]
             out["rollbacks"] = self.rollbacks
-        return out
+        return out | ({"base": self.base} if self.base else {})
 
     @classmethod
     def of_extra(cls, extra: dict[str, Any]) -> "Progress":
@@ -38,6 +40,7 @@ class Progress(NamedTuple):
             rollbacks=extra.get("rollbacks", 0),
             history=History.of_json(extra.get("data", ())),
             run=extra.get("run") or "",
+            base=extra.get("base") or "",
         )
 
     def resumed(

@@ -17,7 +17,7 @@ from deepseek_jax.parallel.weights import REPLICAS
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.tensorfile.arrays import Tree, flatten
 from deepseek_jax.train import workdir as workdirs
-from deepseek_jax.train.state import Layout, TrainState, from_tree, to_tree, zero_params
+from deepseek_jax.train.state import Layout, TrainState, from_tree, saved, to_tree, zero_params
 
 
 class Continuation:
@@ -61,7 +61,7 @@ class Continuation:
 
 
 def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint, in the shards of this mesh, and its `extra`.
+    """The newest checkpoint, in the shards of this mesh, and its `extra`. The base of LoRA is not in it.
 
     The residual of compressed gradients follows the options: without compression it is left out;
     where the checkpoint has none it is zero; with another number of replicas each gets an equal share
@@ -74,7 +74,7 @@ def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict
     Raises:
       UserError: as `Checkpointer.restore`.
     """
-    abstract = layout.abstract_sharded()
+    abstract = saved(layout.abstract_sharded())
     stored = checkpoints.shapes()
     residual = abstract.residual
     if _others_learn(checkpoints, stored, layout):
@@ -89,8 +89,8 @@ def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict
             )
         return state._replace(opt_state=opt_state, residual=residual), checkpoints.read_extra()
 
-    saved = stored.get("residual")
-    before = None if saved is None else _replicas(saved)
+    residual_there = stored.get("residual")
+    before = None if residual_there is None else _replicas(residual_there)
     now = None if residual is None else _replicas(residual)
     if before == now:
         tree, extra = checkpoints.restore(to_tree(abstract))

@@ -19,12 +19,14 @@ from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.errors import UserError
+from deepseek_jax.hf import base as identity
 from deepseek_jax.hf import fine_tuned
+from deepseek_jax.hf.configuration import family_of
 from deepseek_jax.hf.provenance import FOLDER
 from deepseek_jax.hf.tensors import HfTensors
-from deepseek_jax.run import init_from, resume
+from deepseek_jax.run import base, init_from, resume
 from deepseek_jax.run.progress import Progress
-from deepseek_jax.train.state import Layout, TrainState, init_state, to_tree
+from deepseek_jax.train.state import Layout, TrainState, init_state, saved, to_tree
 
 
 @dataclasses.dataclass
@@ -48,6 +50,16 @@ class Start:
     step: int | None
     progress: Progress
 
+    def __post_init__(self) -> None:
+        """The base of LoRA is looked at before anything is compiled.
+
+        Raises:
+          UserError: it is gone, or another one than the run began with.
+        """
+        if self.config.lora.r:
+            found = identity.check(self.config, self.source, self.progress.base)
+            self.progress = self.progress._replace(base=found)
+
     def state(self) -> tuple[TrainState, Progress]:
         """The state to begin with, in the shards of the mesh, and the progress up to it.
 
@@ -58,7 +70,7 @@ class Start:
 
     def after_bad_numbers(self) -> tuple[TrainState, Progress]:
         """The same once more, from what is the newest good checkpoint by now."""
-        abstract = to_tree(self.layout.abstract_sharded())
+        abstract = to_tree(saved(self.layout.abstract_sharded()))
         return self._state(self.checkpoints.newest_good(abstract))
 
     def write_files(self, data: Loader | ExampleLoader) -> None:
@@ -92,9 +104,24 @@ class Start:
     def _state(self, step: int | None) -> tuple[TrainState, Progress]:
         if step is not None:
             state, _ = resume.restore(self.checkpoints, self.layout)
-            return state, self.continuation.progress(int(state.step))
+            progress = self.continuation.progress(int(state.step))
+            return self._with_base(state), self._with_identity(progress)
         if self.config.init_from:
             state = init_from.initial_state(self.source, self.config, self.layout, self.workdir)
         else:
             state = init_state(self.config, self.layout)
-        return state, self.continuation.progress(None)
+        return state, self._with_identity(self.continuation.progress(None))
+
+    def _with_identity(self, progress: Progress) -> Progress:
+        """The progress with what the base of LoRA is known by."""
+        return progress._replace(base=self.progress.base)
+
+    def _with_base(self, state: TrainState) -> TrainState:
+        """A restored state with the base of LoRA, which its checkpoint does not hold."""
+        if not self.config.lora.r:
+            return state
+        assert self.source is not None
+        family = family_of(self.source.config)
+        weights = base.read(self.source, self.config, family, self.layout.model, everything=False)
+        self.source.close()
+        return state._replace(frozen=weights.params)

@@ -7,6 +7,7 @@ import jax
 from rich.console import Console
 
 from deepseek_jax.cli.texts import human
+from deepseek_jax.config.lora_targets import EXPERTS, targets
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
@@ -127,7 +128,7 @@ def _training(run: Run) -> Lines:
         *[("", note) for note in run.data.notes],
         *_scored(run.data),
         *_router(run.config),
-        *_learning(run.layout),
+        *_learning(run),
         (
             "training",
             f"{t.steps} steps of {t.batch_size} x {t.sequence_length} tokens = {human(tokens)} tokens "
@@ -167,9 +168,14 @@ def _router(config: Config) -> Lines:
     return [("router", text)]
 
 
-def _learning(layout: Layout) -> Lines:
+def _learning(run: Run) -> Lines:
     """Which weights learn, where that is not all of them alike."""
-    lines = layout.multipliers.table()
+    lora, lines = run.config.lora, run.layout.multipliers.table()
+    adapted = targets(run.config.model, lora.target_modules) if lora.r else ()
+    if lora.dropout and any(path.startswith(EXPERTS) for path in adapted):
+        lines.append(
+            f"dropout {lora.dropout:g} is of linear maps; routed experts have none, as in PEFT"
+        )
     return list(zip(["weights", *[""] * len(lines)], lines, strict=False))
 
 

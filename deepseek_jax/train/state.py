@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.model import transformer
+from deepseek_jax.model import lora, transformer
 from deepseek_jax.model.layout import ModelWeights, PlacedModel, place_model
 from deepseek_jax.model.moe import SelectionBias
 from deepseek_jax.objectives.base import Frozen
@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
     loss_scale: LossScale | None = (
         None  # only where it is dynamic: other states, and their checkpoints, are without it
     )
-    # the other parameters (trainable.py): a checkpoint holds them among `params`
+    # the other parameters (trainable.py): a checkpoint holds them among `params`, but for the base of LoRA
     frozen: nnx.State = trainable.NONE
     esft: dict[str, jax.Array] | None = None  # which experts `params` holds (some_experts.py)
 
@@ -206,7 +206,7 @@ def init_state(config: Config, layout: Layout) -> TrainState:
             transformer.Transformer(config, nnx.Rngs(config.seed)), nnx.Param, SelectionBias
         )
         multipliers = layout.multipliers
-        params, frozen = multipliers.split(params)
+        params, frozen = multipliers.split(lora.held(config.lora, params))
         frozen = sharding.reshard(frozen, multipliers.split(layout.model.specs.params)[1])
         esft = some_experts.index_of(multipliers)
         params = trainable.join(params, some_experts.stacks(multipliers, frozen, esft))
@@ -259,6 +259,12 @@ def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.St
     params, frozen = layout.begin(params)
     rest = jax.jit(create, out_shardings=shardings)()
     return rest._replace(params=params, bias=bias, frozen=frozen)
+
+
+def saved(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state: with LoRA the base is not in it, which nothing changes."""
+    factors = any(lora.is_factor(path) for path, _ in nnx.to_flat_state(state.params))
+    return state._replace(frozen=trainable.NONE) if factors else state
 
 
 def zero_params(layout: Layout) -> nnx.State:

@@ -14,7 +14,7 @@ from flax import nnx
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.fields import check_batch
 from deepseek_jax.model.layout import ModelWeights
-from deepseek_jax.model.moe import Load
+from deepseek_jax.model.moe_statistics import Load
 from deepseek_jax.objectives.base import Batch, Objective, Parts
 from deepseek_jax.objectives.forward import frozen_outputs, run_model, step_totals
 from deepseek_jax.parallel import compression, offload
@@ -73,6 +73,7 @@ def make_train_step(config: Config, layout: Layout, objective: Objective) -> Cal
             params, opt_state = _update(config, layout, state, grads, grad_norm, ok)
             frozen = some_experts.written(layout.multipliers, state.frozen, params, state.esft)
             bias = update_bias(state.bias, load.expert_counts, state.step, config)
+            bias = layout.multipliers.hold_bias(bias, state.bias)
             residual, bias = _if(ok, (residual, bias), (state.residual, state.bias))
         bad, new_scale = _after(config, state, ok, parts["loss"], grad_norm)
         skipped = state.skipped_steps + jnp.where(ok, 0, 1)

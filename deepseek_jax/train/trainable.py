@@ -12,6 +12,7 @@ a learning rate of their own do.
 
 import dataclasses
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from deepseek_jax.cli.texts import human, table
 from deepseek_jax.config import multipliers as text
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
+from deepseek_jax.model import lora
 from deepseek_jax.train import expert_table
 from deepseek_jax.train.expert_table import ExpertTable
 from deepseek_jax.train.patterns import Path, Weight, matches_nothing, weights_of
@@ -75,6 +77,14 @@ class Multipliers:
         rest = [(p, v) for p, v in flat if not self.of(p) or self.stack_of(p)]
         return nnx.from_flat_state(learns), nnx.from_flat_state(rest)
 
+    def hold_bias(self, new: nnx.State, old: nnx.State) -> nnx.State:
+        """The selection biases after a step: of a frozen router the old ones."""
+        held = [(*path[:-1], "kernel") for path, _ in nnx.to_flat_state(new)]
+        if all(map(self.of, held)):
+            return new
+        pairs = zip(held, nnx.to_flat_state(new), nnx.to_flat_state(old), strict=True)
+        return nnx.from_flat_state([n if self.of(kernel) else o for kernel, n, o in pairs])
+
     def scale(self) -> optax.GradientTransformation | None:
         """The last part of an optimizer: updates times their factors. None where all are 1."""
         if not any(factor not in (0, 1) for factor in self.factors.values()):
@@ -91,11 +101,16 @@ class Multipliers:
         if not self.groups:
             return []
         rows = [["pattern", "factor", "parameters", "weights"]]
+        everything = _places(path for group in self.groups for path in group.paths)
         for group in self.groups:
             factor = f"{group.factor:g}" if group.factor else "frozen"
-            cells = [group.pattern or "(all others)", factor, human(group.parameters)]
-            short = (p.removesuffix("/kernel").removesuffix("/weight") for p in group.paths)
-            for line in textwrap.wrap(", ".join(short), 60, break_on_hyphens=False):
+            others = "(all others)" if any(g.pattern for g in self.groups) else "(all)"
+            cells = [group.pattern or others, factor, human(group.parameters)]
+            short = [
+                name if stacks == everything[name] else f"{name} of {' and '.join(sorted(stacks))}"
+                for name, stacks in _places(group.paths).items()
+            ]
+            for line in textwrap.wrap(", ".join(short), 70, break_on_hyphens=False):
                 rows.append([*cells, line])
                 cells = [""] * 3
         total = sum(g.parameters for g in self.groups)
@@ -107,6 +122,17 @@ class Multipliers:
             )
             said += f"; {counts.min()} to {counts.max()} experts of a layer, {counts.mean():.1f} on average"
         return [*table(rows, right=False).splitlines(), said]
+
+
+def _places(paths: Iterable[str]) -> dict[str, set[str]]:
+    """Short names of weights, and the stacks of layers in which they are."""
+    out: dict[str, set[str]] = {}
+    for path in paths:
+        short = path.removesuffix("/kernel").removesuffix("/weight")
+        found = re.match(r"(dense_layers|layers|mtp/\d+)/(?:layer/)?(.*)", short)
+        stack, name = (found[1], found[2]) if found else ("", short)
+        out.setdefault(name, set()).add(stack)
+    return out
 
 
 def stack_of(path: Path) -> str:
@@ -131,9 +157,14 @@ def multipliers(config: Config, params: nnx.State) -> Multipliers:
     """
     rules = text.parse(config.optimizer.lr_multipliers)
     default, file = config.optimizer.default_lr_multiplier, config.esft.experts
-    if not rules and default == 1 and not file:
+    if not rules and default == 1 and not file and not config.lora.r:
         return Multipliers()
-    weights = _by_pattern(weights_of(config, params), rules, default)
+    weights = weights_of(config, params)
+    base: dict[Path, Weight] = {}
+    if config.lora.r:  # patterns are for what learns beside the base
+        base = {p: w for p, w in weights.items() if not lora.learns(p, config.lora)}
+        weights = {p: w for p, w in weights.items() if p not in base}
+    weights = _by_pattern(weights, rules, default)
     experts: Mapping[str, np.ndarray] = {}
     if file:
         table = expert_table.read(file, config.model)
@@ -152,11 +183,15 @@ def multipliers(config: Config, params: nnx.State) -> Multipliers:
             f"config.optimizer.default_lr_multiplier={default:g} freeze every weight of this model{of_table}."
             f" Give one a factor above 0."
         )
+    patterns = [pattern for pattern, _ in rules]
+    if config.lora.r:
+        weights = _of_lora(weights, base, config)
+        patterns = [*dict.fromkeys([*patterns, *(w.group for w in weights.values())])]
     factors = {path: w.factor for path, w in weights.items()}
     stacks = {stack_of(path) for path, factor in factors.items() if factor}
     return Multipliers(
         factors,
-        _groups(weights.values(), [pattern for pattern, _ in rules]),
+        _groups(weights.values(), patterns),
         {stack: index for stack, index in experts.items() if stack in stacks},
     )
 
@@ -175,6 +210,20 @@ def _by_pattern(
         out |= {p: w._replace(group=pattern, factor=factor) for p, w in chosen.items()}
     out |= {path: w._replace(factor=default) for path, w in left.items()}
     return {path: out[path] for path in weights}
+
+
+def _of_lora(
+    weights: dict[Path, Weight], base: dict[Path, Weight], config: Config
+) -> dict[Path, Weight]:
+    """What learns and the base, under the names that the table has for them."""
+    out = {}
+    for path, w in weights.items():
+        kind = f"(LoRA, r={config.lora.r})" if lora.is_factor(path) else "(modules_to_save)"
+        out[path] = w._replace(group=w.group or kind, path=lora.adapted(w.path))
+    held = f"(base, {config.lora.base_dtype})"
+    return out | {
+        path: w._replace(group=held, factor=0.0, path="all others") for path, w in base.items()
+    }
 
 
 def _of_table(
@@ -200,7 +249,7 @@ def _groups(weights: Iterable[Weight], patterns: Sequence[str]) -> tuple[Group, 
             if count:
                 key = w.group, factor
                 group = found.get(key, Group(w.group, factor, (), 0))
-                paths = (*group.paths, w.path)
+                paths = tuple(dict.fromkeys([*group.paths, w.path]))
                 found[key] = group._replace(paths=paths, parameters=group.parameters + count)
     order = [*patterns, ""]
     return tuple(sorted(found.values(), key=lambda g: (order.index(g.pattern), -g.factor)))

@@ -13,7 +13,13 @@ from deepseek_jax.checkpoint import integrity
 from deepseek_jax.checkpoint.finder import has_steps
 from deepseek_jax.checkpoint.folder import Folder, steps_in
 from deepseek_jax.cluster.exchange import from_first
-from deepseek_jax.config.options import Config, ModelConfig, changes_shapes
+from deepseek_jax.config.options import (
+    OPTIONS,
+    Config,
+    ModelConfig,
+    changes_shapes,
+    value_of,
+)
 from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.train import history
@@ -68,6 +74,15 @@ def prepare(workdir: str, config: Config, tokenizer: str | None = None) -> list[
             f"config.objective={config.objective} differs from {before['objective']} of the run of "
             f"--workdir={workdir}. Name another --workdir, and give it this run's model by config.init_from."
         )
+    for o in OPTIONS.values():
+        if o.name.startswith("lora.") and o.on_resume == "refused":
+            was, now = before["lora"][o.name.removeprefix("lora.")], value_of(config, o.name)
+            if was != now:
+                raise UserError(
+                    f"{o.full_name}={now!r} differs from {was!r} of the run of --workdir={workdir}: its "
+                    f"checkpoints mean another model with it. Set {o.full_name}={was!r}, or name another "
+                    f"--workdir."
+                )
     return _differences(before, config.to_json(), "config")
 
 

@@ -98,6 +98,7 @@ def parsers():
         "deepseek_jax.evaluate",
         "deepseek_jax.hf.__main__",
         "deepseek_jax.checkpoint.__main__",
+        "deepseek_jax.esft.__main__",
         "deepseek_jax.launch.__main__",
         *(
             f"benchmarks.{p.parent.name}.{p.stem}"

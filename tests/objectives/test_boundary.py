@@ -139,6 +139,8 @@ class Everything:
 def rows(i: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(i)
     text = {k: a[:, :LENGTH] for k, a in invariance.rows(i).items()}
+    for name, nothing in (("segment_ids", 0), ("targets", -100), ("next_tokens", -1)):
+        text[name][[0, 1, 2, 5], 12:] = nothing  # micro-batches have different numbers of tokens
 
     def number(*shape) -> np.ndarray:
         return rng.random((SEQUENCES, *shape), np.float32)
@@ -226,6 +228,16 @@ def test_the_same_on_every_mesh(options):
     assert len(moments) > 15
     for (name, a), (_, b) in zip(found, moments, strict=True):
         conversion.assert_close(a, b, what=name)
+
+
+def test_bug_02_a_distillation_loss_adds_up_over_accumulation():
+    """The divergence from a frozen model, whose micro-batches have different numbers of tokens, is divided
+    by those of the whole step; a mean over the means of micro-batches is another number.
+    """
+    (whole, _), (ours, _) = first_step(config_of()), first_step(config_of(stage=2, accumulation=4))
+    conversion.assert_close(ours.parts["kl"], whole.parts["kl"])
+    tokens = (rows(0)["segment_ids"] > 0).reshape(4, -1).sum(1)
+    assert len(set(tokens.tolist())) > 1 and whole.tokens == tokens.sum()
 
 
 def test_it_resumes_to_the_last_bit(tmp_path):

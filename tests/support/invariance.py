@@ -27,6 +27,7 @@ if __name__ == "__main__":
 from deepseek_jax import objectives
 from deepseek_jax.config.options import (
     Config,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     MoeConfig,
@@ -126,14 +127,25 @@ def rows(i: int) -> dict[str, np.ndarray]:
     )
 
 
+NO_LORA = LoraConfig()
+
+
 @functools.cache
-def initial_state(model: ModelConfig = MODEL) -> state.TrainState:
+def initial_state(model: ModelConfig = MODEL, lora: LoraConfig = NO_LORA) -> state.TrainState:
     """Created on one device and held on the host: compiling its creation anew for every mesh would
-    take half of the time."""
-    config = dataclasses.replace(variant(), model=model)
+    take half of the time. With LoRA no factor is zero."""
+    config = dataclasses.replace(variant(), model=model, lora=lora)
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return jax.device_get(state.init_state(config, state.make_layout(config, mesh)))
+        start = jax.device_get(state.init_state(config, state.make_layout(config, mesh)))
+    if not lora.r:
+        return start
+    rng = np.random.default_rng(0)
+
+    def filled(a: np.ndarray) -> np.ndarray:
+        return a if a.any() else (rng.standard_normal(a.shape) * 0.1).astype(a.dtype)
+
+    return start._replace(params=jax.tree.map(filled, start.params))
 
 
 def keeping_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -161,7 +173,7 @@ def train(config: Config, steps: int = STEPS) -> Run:
     """Trains from `initial_state`."""
     mesh, layout, train_step = program(config)
     with jax.set_mesh(mesh):
-        start = initial_state(config.model)
+        start = initial_state(config.model, config.lora)
         s = jax.device_put(start, layout.shardings)
         kept = jax.device_put(
             jax.tree.map(jnp.zeros_like, start.params),

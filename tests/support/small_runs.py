@@ -84,14 +84,16 @@ class Trainer:
     def __init__(self, config: Config, objective: objectives.Objective | None = None):
         self.config = config
         self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
-        objective = objective or objectives.make(config)
+        self.objective = objective or objectives.make(config)
         with jax.set_mesh(self.mesh):
             self.layout = state.make_layout(config, self.mesh)
-            self.compiled = (
-                conversion.jit(step.make_train_step(config, self.layout, objective), config)
-                .lower(self.layout.abstract_sharded(), self.batch(0))
-                .compile()
-            )
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        with jax.set_mesh(self.mesh):
+            train_step = step.make_train_step(self.config, self.layout, self.objective)
+            step_ = conversion.jit(train_step, self.config)
+            return step_.lower(self.layout.abstract_sharded(), self.batch(0)).compile()
 
     def batch(self, i: int):
         return put_batch(invariance.rows(i), self.config.micro_batch, self.mesh)

@@ -22,7 +22,7 @@ from deepseek_jax.config.options import (
     Config,
     EsftConfig,
     MeshConfig,
-    ModelConfig,
+    MoeConfig,
     OffloadConfig,
     OptimizerConfig,
     ShardingConfig,
@@ -34,12 +34,13 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.esft import __main__ as command
 from deepseek_jax.esft import scores
 from deepseek_jax.inference.loaded import load
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import resume
 from deepseek_jax.train import expert_table, state, step
 from deepseek_jax.train.expert_table import ExpertTable
 from deepseek_jax.train.optimizer import decay_mask, learning_rate
-from tests.support import conversion, evaluation, invariance
-from tests.support.small_runs import ADAMW, TINY, config_of, restored, same, trainer
+from tests.support import chat_folders, conversion, evaluation, invariance
+from tests.support.small_runs import ADAMW, TINY, config_of, same, trainer
 
 TABLE = {"experts": {"0": [2], "1": [3, 0]}}  # of TINY: two layers of four experts
 
@@ -190,6 +191,22 @@ def test_scores_are_of_the_models_own_router(tmp_path, capsys):
         command.main([*args, "--top-p=0"])
 
 
+def test_chats_are_scored_as_fine_tuning_reads_them(tmp_path, capsys):
+    """Rendered by the model's template, one token for a byte or a marker of a turn; every token counts."""
+    folder = chat_folders.model(tmp_path / "model")
+    data, out = chat_folders.chats(tmp_path / "chats.jsonl", 20), tmp_path / "experts.json"
+    args = ["score", folder, f"--data={data}", f"--out={out}", "--score=token", "--tokens=0"]
+    assert command.main([*args, "--sequence-length=64", "--non-expert-modules"]) == 0
+    table = json.loads(out.read_text())
+    chats = [json.loads(line)["messages"] for line in open(data, encoding="utf-8")]
+    parts = [m for chat in chats for m in chat]
+    assert table["tokens"] == sum(len(m["role"]) + len(m["content"]) + 4 for m in parts)
+    assert table["non_expert_modules"] and not table["shared_experts"]
+    for shares in table["scores"].values():
+        assert sum(shares) == pytest.approx(1, abs=1e-6)
+    assert "of the score" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------- the training
 
 
@@ -246,6 +263,8 @@ def run_of(config: Config, steps: int = 3):
 def masked_run(table: str):
     """Three steps of a program that differentiates everything, with masks on gradients and updates."""
     config = config_of(ADAMW)
+    if not json.loads(table).get("non_expert_modules"):  # a frozen router's selection bias stays
+        config = dataclasses.replace(config, moe=MoeConfig(bias_update_rate=0.0))
     o = config.optimizer
     t = trainer(config)
 
@@ -286,6 +305,8 @@ def check(config: Config, table: dict) -> None:
     np.testing.assert_allclose(losses, their_losses, rtol=1e-6)
     ours, start = by_path(s.weights().params), by_path(invariance.initial_state(TINY).params)
     assert ours.keys() == theirs.keys() == start.keys()
+    bias_moved = not same(s.bias, invariance.initial_state(TINY).bias)
+    assert bias_moved == table.get("non_expert_modules", False)
     for path, a in ours.items():
         mask = learns(path, a.shape, table)
         np.testing.assert_array_equal(a[~mask], start[path][~mask])
@@ -295,13 +316,12 @@ def check(config: Config, table: dict) -> None:
             np.testing.assert_allclose(a, theirs[path], atol=1e-3 * moved + 1e-7, rtol=1e-6)
 
 
+MESH = MeshConfig(fsdp=2, expert=4)
+
+
 def test_training_is_that_of_masked_gradients():
-    check(esft(), TABLE)
-
-
-def test_on_an_expert_axis_too():
-    """Two by four devices: every device has one expert, the stack of those that learn lies over all."""
-    config = esft(mesh=MeshConfig(fsdp=2, expert=4))
+    """On two by four devices: each has one expert, and the stack of those that learn lies over all."""
+    config = esft(mesh=MESH)
     check(config, TABLE)
     layout = trainer(config).layout
     rows = layout.abstract.params["layers"]["mlp"]["experts"]["gate_up_proj"].get_value()
@@ -318,6 +338,7 @@ ALL = TABLE | {"shared_experts": True, "non_expert_modules": True}
 @pytest.mark.parametrize(
     "case",
     [
+        dict(),
         dict(mesh=MeshConfig(fsdp=2, expert=2, tensor=2), accumulation=2),
         dict(mesh=MeshConfig(stage=2, expert=2, fsdp=2), accumulation=2),
         dict(mesh=MeshConfig(fsdp=4, expert=2), sharding=ShardingConfig("shard_grad_op", 0)),
@@ -333,7 +354,7 @@ def test_every_layout_computes_the_same(case, table):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["all_gather", "ring"])
 def test_every_dispatch_computes_the_same(method):
-    config = esft(mesh=MeshConfig(fsdp=2, expert=4))
+    config = esft(mesh=MESH)
     check(dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch=method)), TABLE)
 
 
@@ -388,8 +409,8 @@ def test_factors_of_the_learning_rate_go_with_a_table(tmp_path):
 
 
 def test_a_checkpoint_has_whole_experts_and_resumes_bit_for_bit(tmp_path, capsys):
-    config = esft()
-    t, everything = trainer(config), trainer(config_of(ADAMW))
+    config = esft(mesh=MESH)
+    t, everything = trainer(config), trainer(config_of(ADAMW, MESH))
     s, _ = t.run(t.start(), 2)
     tree = state.to_tree(s)
     assert jax.tree.structure(tree["params"]) == jax.tree.structure(
@@ -408,7 +429,7 @@ def test_a_checkpoint_has_whole_experts_and_resumes_bit_for_bit(tmp_path, capsys
 
         # The same number of other experts: their moments are not in there.
         other = {"experts": {"0": [1], "1": [3, 1]}}
-        elsewhere = state.make_layout(esft(other), t.mesh)
+        elsewhere = state.make_layout(esft(other, mesh=MESH), t.mesh)
         begun, _ = resume.restore(checkpoints, elsewhere)
         assert "begins anew" in capsys.readouterr().out
         assert same(begun.weights(), s.weights())
@@ -422,24 +443,30 @@ def test_a_checkpoint_has_whole_experts_and_resumes_bit_for_bit(tmp_path, capsys
 
 
 def test_a_model_with_multi_token_prediction_trains_its_experts_too():
-    model: ModelConfig = invariance.MODEL
+    """The stack of a layer of multi-token prediction has no axis of layers. What `begin` takes out of all
+    experts on two by two devices is what is there, negative zeros too."""
     table = {"experts": {"2": [7], "6": [5, 1]}}
     config = dataclasses.replace(
         invariance.variant(fsdp=2, expert=2), esft=EsftConfig(file_of(json.dumps(table)))
     )
-    mesh = jax.make_mesh((1,), ("x",))
-    del mesh
-    from deepseek_jax.parallel.mesh import make_mesh
-
     mesh = make_mesh(config, jax.devices()[:4])
+    rng = np.random.default_rng(0)
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
-        rows = layout.abstract.params["mtp"][0]["layer"]["mlp"]["experts"]["down_proj"].get_value()
-        assert rows.shape == (2, model.moe_intermediate_size, model.hidden_size)
-        whole = jax.device_put(
-            invariance.initial_state(model).params, layout.model.shardings.params
+        whole = jax.tree.map(
+            lambda a: np.round(rng.standard_normal(a.shape)).astype(np.float32) * np.float32(-1),
+            layout.model.abstract.params,
         )
-        params, _ = layout.begin(whole)
-        found = params["mtp"][0]["layer"]["mlp"]["experts"]["down_proj"].get_value()
-        there = whole["mtp"][0]["layer"]["mlp"]["experts"]["down_proj"].get_value()
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(there)[[1, 5]])
+        params, frozen = layout.begin(jax.device_put(whole, layout.model.shardings.params))
+    assert same(frozen, whole)
+    for path, of_layer, experts in (
+        (("layers", "mlp"), 1, [7]),
+        (("mtp", 0, "layer", "mlp"), ..., [1, 5]),
+    ):
+        found, there = params, whole
+        for key in (*path, "experts", "down_proj"):
+            found, there = found[key], there[key]
+        found, there = np.asarray(found.get_value()), there.get_value()
+        assert found.shape == (*there.shape[: there.ndim - 3], len(experts), *there.shape[-2:])
+        assert found[of_layer].tobytes() == there[of_layer][experts].tobytes()
+        assert path[0] != "layers" or not found[[0, 2, 3, 4]].any()

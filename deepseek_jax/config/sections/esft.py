@@ -11,7 +11,7 @@ class EsftConfig:
 
     experts: str = option(
         "",
-        "JSON file with the routed experts that learn, as ESFT's expert_cfg.json; `python -m "
+        "Path of a JSON file with the routed experts that learn, as ESFT's expert_cfg.json; `python -m "
         "deepseek_jax.esft score` makes one. Empty: lr_multipliers alone say what learns.",
         path=True,
         on_resume="free",

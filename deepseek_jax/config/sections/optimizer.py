@@ -171,7 +171,7 @@ class OptimizerConfig:
         "PATTERN=FACTOR, separated by commas: what the learning rate of weights is multiplied by. A pattern "
         "is a regular expression, searched in a weight's path here (layers/mlp/gate/kernel) and in its "
         "Hugging Face names; the first that matches wins; 0 freezes a weight: no gradient, no optimizer "
-        "state.",
+        "state (and a router's selection bias stays).",
         example="experts=1.0,embed|lm_head=0.1,norm=0",
         on_resume="free",
         aliases={

@@ -86,18 +86,26 @@ def _groups(
     stack: DecoderLayer, config: ModelConfig, mesh: jax.sharding.Mesh, give: bool
 ) -> list[Group]:
     """The layers of a stack, in groups."""
-    unstacks_experts = isinstance(stack.mlp, MoE) and _is_one_cpu(mesh)
+    unstacks_experts = (
+        isinstance(stack.mlp, MoE) and stack.mlp.experts.is_plain and _is_one_cpu(mesh)
+    )
     graphdef, state = nnx.split(stack)
     variables, treedef = jax.tree.flatten(state, is_leaf=_is_variable)
     by_layer: list[list[nnx.Variable]] = [[] for _ in range(config.num_hidden_layers)]
     for v in variables:
         w = v.get_value()
         of_experts = v.get_metadata()["out_sharding"][1] == "experts"
-        parts = _experts_of(w, mesh) if unstacks_experts and of_experts else _layers_of(w, mesh)
+        if unstacks_experts and of_experts:
+            parts: list[Any] = list(_experts_of(w, mesh))
+        else:  # one array, or several of a weight in few bits
+            arrays, structure = jax.tree.flatten(w)
+            by_array = [_layers_of(a, mesh) for a in arrays]
+            parts = [structure.unflatten(of_one) for of_one in zip(*by_array, strict=True)]
         for i, part in enumerate(parts):
             by_layer[i].append(v.replace(part))
         if give and not _on_cpu(mesh):
-            w.delete()
+            for a in jax.tree.leaves(w):
+                a.delete()
     layers = [jax.tree.unflatten(treedef, layer) for layer in by_layer if layer]
     groups = -(-len(layers) // GROUP)
     size = 1 if unstacks_experts else -(-len(layers) // groups)
@@ -120,7 +128,7 @@ def _group(layers: list[nnx.Module], mesh: jax.sharding.Mesh) -> Group:
 
 def _with_unstacked_experts(mtp: MTPLayer, mesh: jax.sharding.Mesh) -> MTPLayer:
     """The layer with its experts one by one, where the mesh is one CPU."""
-    if not _is_one_cpu(mesh):
+    if not _is_one_cpu(mesh) or not mtp.layer.mlp.experts.is_plain:
         return mtp
     graphdef, state = nnx.split(mtp)
 

@@ -24,7 +24,14 @@ from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.model.attention import kv_cache
 from deepseek_jax.model.attention.causal import causal_attention
 from deepseek_jax.model.attention.interface import CacheShape, LayerCache, Rope
-from deepseek_jax.model.layers import Linear, RMSNorm, join_heads, split_heads, split_width
+from deepseek_jax.model.layers import (
+    Linear,
+    RMSNorm,
+    join_heads,
+    merged_kernel,
+    split_heads,
+    split_width,
+)
 from deepseek_jax.model.rope import apply_rope, yarn_temperature
 from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
 
@@ -130,7 +137,7 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
         latent = BATCH_AXES if self.config.kv_lora_rank % ways == 0 else None
-        return _split_expansion(self.kv_b_proj.kernel.get_value(), self.config, latent)
+        return _split_expansion(merged_kernel(self.kv_b_proj), self.config, latent)
 
     @jax.named_scope("attention")
     def decode(
