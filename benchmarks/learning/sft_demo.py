@@ -45,9 +45,9 @@ TRAINING = {
     "checkpoint.keep": 1,
     "eval.every_steps": 50,
 }
-# What each run has on top, and its learning rate: adapters take ten times that of whole weights.
+# What each run has on top, and its learning rate: adapters take several times that of whole weights.
 RUNS: dict[str, dict[str, Any]] = {
-    "full": {"optimizer.learning_rate": 1e-4},
+    "full": {"optimizer.learning_rate": 2e-4},
     "lora": {"optimizer.learning_rate": 1e-3, "lora.r": 16, "lora.base_dtype": "float32"},
 }
 
@@ -63,7 +63,11 @@ def main() -> int:
     parser.add_argument("--held-out", type=int, default=200, help="Problems to measure with.")
     own = parser.parse_args()
     demo = Demo(pathlib.Path(own.workdir), own.tokens, own.held_out)
-    report(own, demo.run(), text)
+    try:
+        report(own, demo.run(), text)
+    except CommandFailed as failed:
+        print(f"sft_demo: {failed}", file=sys.stderr)
+        return failed.ended_with
     return 0
 
 
@@ -124,7 +128,7 @@ class Demo:
             tokens += length
             chats.append({"messages": messages})
         write_lines(self.folder / LEARN, chats)
-        questions = ({"messages": p.asked(), "answer": p.answer} for p in self.problems)
+        questions = ({"messages": p.asked()} for p in self.problems)
         write_lines(self.folder / HELD_OUT, questions)
         return len(chats), tokens
 
@@ -251,7 +255,7 @@ class Demo:
           grows: a file to which it adds a line for each held-out problem: a bar shows how many.
 
         Raises:
-          Failure: it has failed, and said why; with its exit code.
+          CommandFailed: it has failed, and said why.
         """
         print("$ python " + " ".join(words), file=sys.stderr, flush=True)
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT)
@@ -275,9 +279,15 @@ class Demo:
 
 
 class CommandFailed(Failure):
-    def __init__(self, message: str, code: int):
+    """A command has failed, and said why.
+
+    Attributes:
+      ended_with: its exit code.
+    """
+
+    def __init__(self, message: str, ended_with: int):
         super().__init__(message)
-        self.code = code
+        self.ended_with = ended_with
 
 
 def write_lines(path: pathlib.Path, rows: Any) -> None:

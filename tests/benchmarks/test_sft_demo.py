@@ -221,7 +221,7 @@ def test_the_stages_go_on_where_they_were_stopped(package, tmp_path):
     Recorded.commands, Recorded.fails = [], "lora"
     with pytest.raises(sft_demo.CommandFailed) as failed:
         Recorded(tmp_path / "run", 1000, 10).run()
-    assert failed.value.code == 3
+    assert failed.value.ended_with == 3
     done = len(Recorded.commands)
     Recorded.fails = ""
     result = Recorded(tmp_path / "run", 1000, 10).run()

@@ -126,7 +126,8 @@ class SftConfig:
     )
     neftune_noise_alpha: float = option(
         0.0,
-        "NEFTune (arXiv:2310.05914): uniform noise on the embeddings of training.",
+        "NEFTune (arXiv:2310.05914): uniform noise on the embeddings of training, of the same expected norm "
+        "for every example.",
         at_least=0,
         special={0: "off"},
         example=5.0,
