@@ -100,7 +100,7 @@ class Choices(NamedTuple):
         Args:
           end: what ends a text.
         """
-        lines = [f"{kind} ({', '.join(FORMATS[kind])})"]
+        lines = [f"the examples have {' and '.join(FORMATS[kind])} (config.sft.format={kind})"]
         if kind == "text":
             return [*lines, f"every token is scored, with {end} at the end"]
         if kind == "tokenized":

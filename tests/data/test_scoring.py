@@ -121,7 +121,7 @@ def test_lookahead_and_inner_loops_do_not_move_a_turn(folders):
     said = ["01two<|im_end|>useruser<|im_end|>", "01four" + "user<|im_end|>"]
     assert chats.scored_texts(folder, example) == said
     filtered = (
-        "{% for m in messages if m.role != 'system' %}{{ m.content + EOS }}"
+        "{{ messages[0].content }}{% for m in messages if m.role != 'system' %}{{ m.content + EOS }}"
         "{% if loop.nextitem %}{{ loop.nextitem.role }}{% endif %}{% endfor %}"
     ).replace("EOS", "'<|im_end|>'")
     chat.insert(0, {"role": "system", "content": "no"})
@@ -356,6 +356,21 @@ def test_an_answer_that_is_not_written_is_refused(folders):
     for name in ("idefics3", "idefics3_training"):
         with pytest.raises(UserError, match="row 1.*does not write the content"):
             chats.encode(folders(chats.trl_template(name)), [{"messages": messages("q", "answer")}])
+
+
+def test_a_message_that_is_not_written_is_refused(folders):
+    """Most templates pass over a role that they do not know, with all that it says."""
+    known = (
+        "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.role + m.content + '</s>' }}"
+        "{% endif %}{% endfor %}"
+    )
+    folder = folders(known)
+    for role in ("ipython", "system"):
+        rows = [{"messages": [{"role": role, "content": "4 8 15"}, *messages("q", "a")]}]
+        with pytest.raises(UserError, match=f"row 1.*does not write messages.0., .*'{role}'"):
+            chats.encode(folder, rows)
+    before = "{{ messages[0].content if messages[0].role == 'system' }}" + known
+    chats.encode(folders(before), rows)
 
 
 def test_a_tool_result_in_a_turn_is_refused_unless_marked(folders):
