@@ -2,7 +2,7 @@
 
   python train.py --config=configs/tiny.py --workdir=runs/tiny
   python train.py --config=configs/v3.py --workdir=DIR --config.mesh.expert=8
-  python train.py --config=configs/post/sft.py --config.init_from=MODEL --config.data.path=chats.jsonl \
+  python train.py --config=configs/post/sft.py --config.init_from=MODEL --config.data.path=chats.jsonl \\
     --workdir=runs/sft
 
 The config is a Python file; any option can be overridden as --config.section.key=value. --help lists

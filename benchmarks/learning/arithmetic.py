@@ -70,7 +70,7 @@ class Task:
 
     def _distinct(self, seed: int, count: int, known: set[str]) -> list[Problem]:
         known = set(known)
-        out = []
+        out: list[Problem] = []
         for problem in self._problems(seed):
             if len(out) == count:
                 return out

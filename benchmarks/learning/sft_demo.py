@@ -28,12 +28,13 @@ from deepseek_jax.cli import arguments, texts
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.data.chat import Chat
-from deepseek_jax.errors import Failure
+from deepseek_jax.errors import Failure, UserError
 from deepseek_jax.plan import topology
 from deepseek_jax.train import workdir as workdirs
 
 MODEL = "SmolLM2-135M-Instruct"
-LEARN, HELD_OUT, SECONDS = "learn.jsonl", "held_out.jsonl", "seconds.json"
+LEARN, HELD_OUT = "learn.jsonl", "held_out.jsonl"
+SECONDS, SETTINGS = "seconds.json", "settings.json"
 ANSWER_TOKENS = 96  # the longest worked answer has 53
 TRAINING = {
     "train.sequence_length": 512,
@@ -45,9 +46,9 @@ TRAINING = {
     "checkpoint.keep": 1,
     "eval.every_steps": 50,
 }
-# What each run has on top, and its learning rate: adapters take ten times that of whole weights.
+# What each run has on top, and its learning rate: adapters take several times that of whole weights.
 RUNS: dict[str, dict[str, Any]] = {
-    "full": {"optimizer.learning_rate": 1e-4},
+    "full": {"optimizer.learning_rate": 2e-4},
     "lora": {"optimizer.learning_rate": 1e-3, "lora.r": 16, "lora.base_dtype": "float32"},
 }
 
@@ -63,7 +64,11 @@ def main() -> int:
     parser.add_argument("--held-out", type=int, default=200, help="Problems to measure with.")
     own = parser.parse_args()
     demo = Demo(pathlib.Path(own.workdir), own.tokens, own.held_out)
-    report(own, demo.run(), text)
+    try:
+        report(own, demo.run(), text)
+    except CommandFailed as failed:
+        print(f"sft_demo: {failed}", file=sys.stderr)
+        return failed.ended_with
     return 0
 
 
@@ -74,6 +79,9 @@ class Demo:
       folder: of model, data, runs and answers.
       tokens: of the chats to learn from, at most.
       held_out: number of problems to measure with.
+
+    Raises:
+      UserError: reasoning-gym is not installed.
     """
 
     def __init__(self, folder: pathlib.Path, tokens: int, held_out: int):
@@ -84,7 +92,7 @@ class Demo:
         self._seconds: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.begin()
         if (kept := self.folder / SECONDS).exists():
             self._seconds = json.loads(kept.read_text())
         self.stage("model", self.make_model)
@@ -106,6 +114,18 @@ class Demo:
 
     # ---- stages
 
+    def begin(self) -> None:
+        """Makes the folder. Raises UserError: it is there, and of other settings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = {"tokens": self._tokens, "held-out": len(self.problems)}
+        file = self.folder / SETTINGS
+        if file.exists() and (before := json.loads(file.read_text())) != settings:
+            flags = " ".join(f"--{name}={value}" for name, value in before.items())
+            raise UserError(
+                f"--workdir={self.folder} was begun with {flags}. Give these, or name another folder."
+            )
+        file.write_text(json.dumps(settings))
+
     def make_model(self) -> None:
         if not (self.folder / MODEL / "config.json").exists():
             count = smollm2.write_folder(smollm2.packaged(), self.folder / MODEL)
@@ -124,12 +144,14 @@ class Demo:
             tokens += length
             chats.append({"messages": messages})
         write_lines(self.folder / LEARN, chats)
-        questions = ({"messages": p.asked(), "answer": p.answer} for p in self.problems)
+        questions = ({"messages": p.asked()} for p in self.problems)
         write_lines(self.folder / HELD_OUT, questions)
         return len(chats), tokens
 
     def train(self, name: str) -> None:
-        """One run of train.py, which resumes by itself."""
+        """One run of train.py, which resumes by itself. It is over where the run has been measured."""
+        if (self.folder / f"{name}.jsonl").exists():
+            return
         options = TRAINING | RUNS[name]
         self.stage(
             f"train {name}",
@@ -226,7 +248,7 @@ class Demo:
         _, layout = topology.lay_out(config, jax.devices()[:1])
         learning, frozen = (
             sum(a.size for a in jax.tree.leaves(part))
-            for part in layout.split(layout.abstract.params)
+            for part in (layout.abstract.params, layout.abstract.frozen)
         )
         share = learning / (learning + frozen)
         lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -251,7 +273,7 @@ class Demo:
           grows: a file to which it adds a line for each held-out problem: a bar shows how many.
 
         Raises:
-          Failure: it has failed, and said why; with its exit code.
+          CommandFailed: it has failed, and said why.
         """
         print("$ python " + " ".join(words), file=sys.stderr, flush=True)
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT)
@@ -275,9 +297,15 @@ class Demo:
 
 
 class CommandFailed(Failure):
-    def __init__(self, message: str, code: int):
+    """A command has failed, and said why.
+
+    Attributes:
+      ended_with: its exit code.
+    """
+
+    def __init__(self, message: str, ended_with: int):
         super().__init__(message)
-        self.code = code
+        self.ended_with = ended_with
 
 
 def write_lines(path: pathlib.Path, rows: Any) -> None:

@@ -1,17 +1,20 @@
 """The time of fine-tuning on short chats, packed here and padded there: CPU seconds per scored token
 beside TRL's SFTTrainer.
 
-  python -m benchmarks sft [--shape=small] [--steps=6] [--turns=3] [--dtype=float32] [--remat=dots]
-                           [--peer=benchmarks/speed/trl_sft.py] [--threads=1] [--json]
+  python -m benchmarks sft [--shape=small] [--steps=6] [--turns=3] [--spread=0.8] [--dtype=float32]
+                           [--remat=dots] [--peer=benchmarks/speed/trl_sft.py] [--threads=1] [--json]
 
 The models are those of `python -m benchmarks step`: DeepSeek-V3 made small, with random weights. The
-chats are random too: ids with their labels, a quarter of a row long on average (the length is
-log-normal), each a prompt and an answer, of which the answer is scored. They go as pretokenised JSONL
+chats are random too: ids with their labels, a quarter of a row long on average, each a prompt and an
+answer, of which the answer is scored. Lengths are log-normal; --spread is the standard deviation of
+their logarithm. With 0.8, chats of many kinds, the mean is 1.4 times the median; one narrow task has
+0.4 or less, and less is padded there. They go as pretokenised JSONL
 through the data path of a run, packing `bfd`. Each turn is a process of its own, which compiles the
 step, makes one that does not count and times `steps` of them, packing and copies to the device
 included. With --peer, SCRIPT does the same number of chats per update, in micro-batches of as many
-chats as a row has places, padded to their longest; it runs in turns with ours. PyTorch's threads
-spin while they wait, which costs CPU seconds and no work: one thread is what suits it best.
+chats as a row has places, padded to their longest; it runs in turns with ours. Both are held to as
+many cores as --threads says: one by default, where no thread waits for another and a CPU second is one of
+work for both.
 Ratios are medians over pairs of turns. Per scored token is what a user waits for; per computed
 token, padding counted, leaves out what packing brings.
 """
@@ -49,7 +52,6 @@ from deepseek_jax.train.state import init_state
 
 BAR = 2.0  # times the peer's speed, by CPU seconds per scored token
 CHATS_PER_ROW = 4  # a chat's mean length is this share of a row
-SPREAD = 0.6  # of the logarithm of a length
 SCORED = 0.5  # of a chat, on average
 CHATS, TOKENIZER = "chats.jsonl", "tokenizer.json"
 
@@ -69,7 +71,8 @@ def main() -> int:
         metavar="SCRIPT",
         help="Timed in turns with ours: benchmarks/speed/trl_sft.py, or what takes its options.",
     )
-    parser.add_argument("--threads", type=int, default=1, help="Of the peer.")
+    parser.add_argument("--spread", type=float, default=0.8, help="Of the chats' lengths.")
+    parser.add_argument("--threads", type=int, default=1, help="Threads, and cores, of either.")
     parser.add_argument("--once", help=argparse.SUPPRESS)
     own = parser.parse_args()
     if own.once:
@@ -79,6 +82,7 @@ def main() -> int:
         raise UserError(
             f"--peer={own.peer} does not exist. Name the script that times the other program."
         )
+    hold_to(own.threads)
     turns = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
@@ -92,6 +96,12 @@ def main() -> int:
             turns.append((ours, own.peer and run_json(peer_command(own, folder))))
     report(own, summary(own, turns), text)
     return 0
+
+
+def hold_to(cores: int) -> None:
+    """Keeps this process, and those that it starts, on so many cores, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
 
 
 def peer_command(own: argparse.Namespace, folder: pathlib.Path) -> list[str]:
@@ -119,7 +129,7 @@ def write_inputs(own: argparse.Namespace, folder: pathlib.Path) -> None:
     t, vocab = config.train, config.model.vocab_size
     count = (own.steps + PEER_STEPS_BEFORE + 1) * t.batch_size * CHATS_PER_ROW
     with open(folder / CHATS, "w", encoding="utf-8") as f:
-        for ids, labels in chats(count, t.sequence_length, vocab):
+        for ids, labels in chats(count, t.sequence_length, vocab, own.spread):
             f.write(json.dumps({"input_ids": ids.tolist(), "labels": labels.tolist()}) + "\n")
     words = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocab)}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>")).save(
@@ -130,7 +140,7 @@ def write_inputs(own: argparse.Namespace, folder: pathlib.Path) -> None:
 
 
 def chats(
-    count: int, length: int, vocab: int, seed: int = 0
+    count: int, length: int, vocab: int, spread: float, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Random chats.
 
@@ -138,14 +148,15 @@ def chats(
       count: how many.
       length: of a row; a chat has a quarter of it on average, and all of it at most.
       vocab: ids are below it.
+      spread: standard deviation of the logarithm of a length.
 
     Yields:
       (ids int64 [n], labels int64 [n]): the answer's ids, -100 in the prompt before it.
     """
     rng = np.random.default_rng(seed)
-    center = np.log(length / CHATS_PER_ROW) - SPREAD**2 / 2  # so that the mean is what it should be
+    center = np.log(length / CHATS_PER_ROW) - spread**2 / 2  # so that the mean is what it should be
     for _ in range(count):
-        n = int(np.clip(np.exp(rng.normal(center, SPREAD)), 8, length))
+        n = int(np.clip(np.exp(rng.normal(center, spread)), 8, length))
         ids = rng.integers(2, vocab, n)
         prompt = int(np.clip(n * rng.normal(1 - SCORED, 0.15), 1, n - 1))
         labels = np.where(np.arange(n) < prompt, -100, ids)
@@ -228,6 +239,7 @@ def summary(own: argparse.Namespace, turns: list[tuple[dict, dict | None]]) -> d
         "shape": own.shape,
         "dtype": own.dtype,
         "remat": own.remat,
+        "spread": own.spread,
         "ours": medians(ours),
     }
     theirs = [rates(turn) for _, turn in turns if turn]
@@ -252,7 +264,7 @@ def text(r: dict[str, Any]) -> str:
         )
 
     lines = [
-        f"{r['shape']}, {r['dtype']}: chats of a quarter of a row",
+        f"{r['shape']}, {r['dtype']}: chats of a quarter of a row, spread {r['spread']:g}",
         line("packed here", r["ours"]),
     ]
     if p := r.get("peer"):

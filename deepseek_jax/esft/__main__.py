@@ -5,11 +5,11 @@
   python train.py --config=... --config.init_from=MODEL --config.esft.experts=experts.json
       trains these experts and nothing else
 
-MODEL is a checkpoint of Hugging Face or the folder of a run; FILE as config.data.path, with texts, or with
-chats or other examples as fine-tuning reads them. The table is ESFT's expert_cfg.json with the scores beside
-it. An expert's score is its share in its layer: of the weights that tokens give to their experts (gate), or
-of their choices (token). Experts are taken in falling score until their sum reaches top_p. DeepSeek's script
-divides by the sum over layers instead: its top_p is another.
+MODEL is a checkpoint of Hugging Face or the folder of a run; FILE as config.data.path: texts, token files, or
+examples in any format of fine-tuning (chats by the model's template), by what its first row is. The table is
+ESFT's expert_cfg.json with the scores beside it. An expert's score is its share in its layer: of the weights
+that tokens give to their experts (gate), or of their choices (token). Experts are taken in falling score
+until their sum reaches top_p. DeepSeek's script divides by the sum over layers instead: its top_p is another.
 
 Exit codes: 0 done; 2 a mistake, said in one line.
 """
@@ -55,11 +55,7 @@ def parser() -> arguments.Parser:
     p.add_argument("model", type=arguments.path, metavar="MODEL", help="folder with the model")
     p.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
     p.add_argument(
-        "--data",
-        type=arguments.path_list,
-        required=True,
-        metavar="FILE",
-        help="the task's texts, or its examples as of fine-tuning",
+        "--data", type=arguments.path_list, required=True, metavar="FILE", help="the task's texts"
     )
     p.add_argument("--out", type=arguments.path, required=True, metavar="FILE", help="the table")
     p.add_argument(
@@ -167,11 +163,8 @@ def _usage(opened: Opened, args: argparse.Namespace) -> scores.Usage:
             f"{args.model} has no {tokenizer_folder.JSON}. Put the model's beside its config.json."
         )
     tokenizer = load_tokenizer(path, special_tokens=special)
-    try:
-        config = scores.data_config(opened.model, args.data, path, length, args.seed)
-        return scores.usage(opened.model, scores.packed(config, tokenizer, args.tokens, batch))
-    except UserError as e:
-        raise UserError(str(e).replace("config.data.path", "--data")) from e
+    config = scores.data_config(model, args.data, path, length, args.seed)
+    return scores.usage(model, scores.packed(config, tokenizer, args.tokens, batch))
 
 
 def text(table: ExpertTable, scores_LE: np.ndarray, tokens: int) -> str:

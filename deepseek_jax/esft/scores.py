@@ -22,7 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.config.options import Config, DataConfig, SftConfig
+from deepseek_jax.config.options import Config, DataConfig
+from deepseek_jax.config.sections.sft import SftConfig
 from deepseek_jax.data import fields
 from deepseek_jax.data.conversations import find_format
 from deepseek_jax.data.documents import DataNotes, find_files, split_paths
@@ -99,84 +100,71 @@ def packed(config: Config, tokenizer: Tokenizer, tokens: int, batch: int) -> Ite
     tokens.
 
     Args:
-      config: reads objective, data, sft, train.sequence_length and seed.
+      config: as `data_config`.
       tokens: at least; 0: all there are.
       batch: sequences of a batch; padding fills the last.
-
-    Returns:
-      Fields int32 [batch, train.sequence_length]: what a model reads, with next_tokens where it predicts
-      several tokens ahead.
 
     Raises:
       UserError: the data cannot be read, or are none.
     """
     length = config.train.sequence_length
-    wanted = fields.INPUTS if not config.model.num_nextn_predict_layers else fields.TEXT
+    rows = _examples(config, tokenizer) if config.objective == "sft" else _texts(config, tokenizer)
+    wanted = fields.TEXT if config.model.num_nextn_predict_layers else fields.INPUTS
     names = [name for name in wanted if name != "targets"]
-    rows = _examples if config.objective == "sft" else _documents
-    drawn = rows(config, tokenizer, tokens)
-    while here := list(itertools.islice(drawn, batch)):
+    count = math.ceil(tokens / length) if tokens else None
+    taken = itertools.islice(rows, count)
+    while here := list(itertools.islice(taken, batch)):
         here += [fields.padding_row(fields.TEXT, length)] * (batch - len(here))
         yield {name: np.stack([row[name] for row in here]) for name in names}
 
 
-def _examples(config: Config, tokenizer: Tokenizer, tokens: int) -> Iterator[Rows]:
-    """Rows of examples as fine-tuning packs them."""
-    data = open_data(config, tokenizer, fields.TEXT)
-    read = 0
-    for i in range(data.num_train_rows):
-        row = {name: a[0] for name, a in data.train_rows(i, 1).items()}
-        yield row
-        read += int(np.sum(row["segment_ids"] > 0))
-        if tokens and read >= tokens:
-            break
-
-
-def _documents(config: Config, tokenizer: Tokenizer, tokens: int) -> Iterator[Rows]:
-    """Rows of text."""
+def _texts(config: Config, tokenizer: Tokenizer) -> Iterator[Rows]:
+    """The sequences of texts or token files in a random order, to the last token."""
+    corpora = open_corpora(config, tokenizer, True, DataNotes())
     length = config.train.sequence_length
-    notes = DataNotes()
-    corpora = open_corpora(config, tokenizer, True, notes)
     rows = [PackedRows(split(c, 0.0)[0], length, config.seed, True, pad_last=True) for c in corpora]
     places = [(i, j) for i, of in enumerate(rows) for j in range(len(of))]
     if not places:
         raise UserError(f"--data={config.data.path} has no text. Name a file that has.")
-    order = np.random.default_rng(config.seed).permutation(len(places))
-    if tokens:
-        order = order[: math.ceil(tokens / length)]
-    for n in order:
-        i, j = places[n]
-        yield rows[i].row(j)
+    for n in np.random.default_rng(config.seed).permutation(len(places)):
+        source, row = places[n]
+        yield rows[source].row(row)
 
 
-def is_examples(paths: str) -> bool:
-    """Whether a task's data, by their first row, are chats or other examples, and not texts.
+def _examples(config: Config, tokenizer: Tokenizer) -> Iterator[Rows]:
+    """The sequences of one epoch of examples, as fine-tuning packs them."""
+    loader = open_data(config, tokenizer, progress=True)
+    for i in range(loader.num_train_rows):
+        yield {name: a[0] for name, a in loader.train_rows(i, 1).items()}
+
+
+def objective_of(path: str) -> str:
+    """What a task's data are for, by their first row: `pretrain` for texts and token files, `sft` for
+    examples.
 
     Raises:
-      UserError: the first row cannot be read, or is neither.
+      UserError: there are no such files, or a row has no format that is known.
     """
-    for spec in split_paths(paths, "--data"):
-        for file in find_files(spec, "--data"):
-            if file.kind not in ("lines", "json", "parquet", "arrow"):
-                return False
-            for record in read_records(file, spec, "--data"):
-                return find_format(record.row, record.place) != "text"
-    return False
+    spec = split_paths(path, "--data")[0]
+    file = find_files(spec, "--data")[0]
+    if file.kind not in ("lines", "json", "parquet", "arrow"):
+        return "pretrain"
+    for record in read_records(file, spec, "--data"):
+        return "pretrain" if find_format(record.row, record.place) == "text" else "sft"
+    raise UserError(f"--data={path}: {file.path} has no rows. Name a file that has.")
 
 
 def data_config(
     model: LoadedModel, path: str, tokenizer: str, length: int, seed: int = 0
 ) -> Config:
-    """Options to read a task's data with: examples with the chat template of the run, or of the checkpoint,
-    and as many tokens of each as a sequence has."""
+    """Options to read a task's data with."""
     config = model.full_config
-    examples = is_examples(path)
-    sft = config.sft if config.objective == "sft" else SftConfig()
+    everything = SftConfig(assistant_only_loss="false", completion_only_loss="false")
     return dataclasses.replace(
         config,
+        objective=objective_of(path),
         seed=seed,
-        objective="sft" if examples else "pretrain",
-        sft=dataclasses.replace(sft, format="auto") if examples else SftConfig(),
         data=DataConfig(path=path, tokenizer=tokenizer, eval_fraction=0.0),
+        sft=everything,  # whose tokens count does not depend on what is trained
         train=dataclasses.replace(config.train, sequence_length=length, batch_size=1),
     )

@@ -9,6 +9,9 @@ from typing import Any
 from deepseek_jax.config import paths
 from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.chat import Chat, end_ids
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.errors import UserError
+from deepseek_jax.hf import provenance, tokenizer_files
 from deepseek_jax.hf.tensors import dump
 
 TEMPLATE = "chat_template.jinja"
@@ -31,7 +34,7 @@ def state(folder: str, template: str | None, stop_ids: Sequence[int], eos_token:
       UserError: a file is damaged.
       OSError: a file cannot be written.
     """
-    if template is not None:
+    if template is not None and template != template_of(folder):
         _put(folder, TEMPLATE, template)
         _change(folder, tokenizer_folder.CONFIG, lambda c: c.pop("chat_template", None))
         _change(folder, "chat_template.json", lambda c: c.pop("chat_template", None))
@@ -43,6 +46,41 @@ def state(folder: str, template: str | None, stop_ids: Sequence[int], eos_token:
     value = ends if len(ends) > 1 else ends[0]
     _change(folder, "generation_config.json", lambda c: c.update(eos_token_id=value), True)
     _change(folder, "config.json", lambda c: c.update(eos_token_id=value))
+
+
+def take_tokenizer(folder: str, path: str) -> None:
+    """Puts the tokenizer that a run was trained with, and what lies beside it, in place of the checkpoint's,
+    if that is another one. What the checkpoint said of its stop tokens goes too: the ids mean other text now.
+
+    Args:
+      folder: with the checkpoint's config.json.
+      path: a tokenizer.json or tiktoken.model.
+
+    Raises:
+      UserError: one of the two cannot be read.
+      OSError: a file cannot be written.
+    """
+    kept = tokenizer_folder.find(folder)
+    if kept and load_tokenizer(kept).name == load_tokenizer(path).name:
+        return
+    tokenizer_files.remove(folder)
+    provenance.copy_files(os.path.dirname(path), folder, tokenizer_files.FILES)
+    for name in ("generation_config.json", "config.json"):
+        _change(folder, name, lambda c: c.pop("eos_token_id", None))
+
+
+def template_of(folder: str) -> str | None:
+    """The default chat template of a folder; None where it has none.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    if not tokenizer_folder.find(folder):
+        return None
+    try:
+        return Chat(folder).template()
+    except UserError:
+        return None
 
 
 def _ends(folder: str, stop_ids: Sequence[int]) -> list[int]:

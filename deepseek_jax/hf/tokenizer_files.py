@@ -189,6 +189,14 @@ def write(
     return config
 
 
+def remove(folder: str) -> None:
+    """Removes a tokenizer with its chat templates."""
+    for name in FILES:
+        if os.path.exists(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
+    shutil.rmtree(os.path.join(folder, provenance.TEMPLATES), ignore_errors=True)
+
+
 def byte_tokenizer() -> tokenizers.Tokenizer:
     """data.tokenizer=bytes for all: byte-level BPE without merges, ids 0 to 255 the bytes, 256 the end."""
     # GPT-2's table: printable characters stand for themselves.
@@ -204,10 +212,7 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 
 def _replace(folder: str, spec: str, ends: tuple[int, ...], max_length: int) -> None:
     """A run's tokenizer in place of the one there, with what lies beside a file called tokenizer.json."""
-    for name in FILES:
-        if os.path.exists(os.path.join(folder, name)):
-            os.remove(os.path.join(folder, name))
-    shutil.rmtree(os.path.join(folder, provenance.TEMPLATES), ignore_errors=True)
+    remove(folder)
     target = os.path.join(folder, "tokenizer.json")
     if spec == "bytes":
         byte_tokenizer().save(target)

@@ -120,7 +120,8 @@ class _Targets(NamedTuple):
     likeliest_C: jax.Array  # bool: no word is likelier
     dlogits_CV: jax.Array  # the derivative of nll_C
     log_total_C: jax.Array  # log of the sum of exp(logit)
-    p_CV: jax.Array
+    exp_CV: jax.Array  # exp(logit - largest),
+    total_C1: jax.Array  # and its sum over all words
     here_CV: jax.Array  # bool: which word here is the target
 
 
@@ -130,22 +131,22 @@ def _targets(logits: Logits, targets_C: jax.Array) -> _Targets:
     here_CV = logits.is_word(targets_C)
     target_C = lax.psum(jnp.sum(jnp.where(here_CV, logits.logit_CV, 0.0), axis=-1), "tensor")
     log_total_C = jnp.log(total_C1[:, 0]) + most_C1[:, 0]
-    p_CV = exp_CV / total_C1
     return _Targets(
         counts_C,
         jnp.where(counts_C, log_total_C - target_C, 0.0),
         target_C >= most_C1[:, 0],
-        jnp.where(counts_C[:, None], p_CV - here_CV, 0.0),
+        jnp.where(counts_C[:, None], exp_CV / total_C1 - here_CV, 0.0),
         log_total_C,
-        p_CV,
+        exp_CV,
+        total_C1,
         here_CV,
     )
 
 
 def _reported(logits: Logits, found: _Targets) -> tuple[jax.Array, jax.Array]:
     """(1 where no word is likelier than the target, entropy in nats), float32, 0 without a target."""
-    mean_logit_C = sum_words(_p_log(found.p_CV, logits.logit_CV))[:, 0]
-    entropy_C = jnp.where(found.counts_C, found.log_total_C - mean_logit_C, 0.0)
+    mean_logit_C1 = sum_words(_p_log(found.exp_CV, logits.logit_CV)) / found.total_C1
+    entropy_C = jnp.where(found.counts_C, found.log_total_C - mean_logit_C1[:, 0], 0.0)
     return jnp.where(found.counts_C & found.likeliest_C, 1.0, 0.0), entropy_C
 
 

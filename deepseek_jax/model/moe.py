@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import chex
 import jax
@@ -16,9 +15,15 @@ from deepseek_jax.experts import cpu_unstacked, dispatch
 from deepseek_jax.experts.cpu_unstacked import UnstackedExperts
 from deepseek_jax.experts.low_rank import ExpertWeights, Pair
 from deepseek_jax.model.layers import MLP, LowRank, param
-from deepseek_jax.model.router import Routing, route
+from deepseek_jax.model.moe_statistics import (
+    MoEStats,
+    count_per_sequence,
+    load_of,
+    statistics_of,
+)
+from deepseek_jax.model.router import route
 from deepseek_jax.model.taps import ROUTER, Taps, tap, wanted
-from deepseek_jax.parallel.mesh import TOKEN_AXES, TOKENS, per_device
+from deepseek_jax.parallel.mesh import TOKENS, per_device
 from deepseek_jax.parallel.quantized import QuantizedWeight
 from deepseek_jax.parallel.weights import gather_for_use, gather_on_device, stored_arrays
 
@@ -38,53 +43,6 @@ class SelectionBias(nnx.Variable):
 
     It is not trained: train/step.py moves it.
     """
-
-
-class Load(NamedTuple):
-    """Where the assignments of the global batch went: integers, the same on every device, without gradient.
-
-    W: the devices of data x fsdp x expert, row-major. Padding counts nowhere. Stacked over layers,
-    leaves have a leading [L].
-    """
-
-    expert_counts: jax.Array  # int32 [E]: assignments as the router chose, dropped ones included
-    rounds: jax.Array  # int32 []: most dispatch rounds that any device ran
-    dropped_counts: jax.Array  # int32 [E]: assignments dropped, by expert
-    received: jax.Array  # int32 [W]: assignments that arrived at each device's experts
-    dropped_from: jax.Array  # int32 [W]: assignments dropped, by the device of their token
-    # int32 []: assignments, not dropped, whose expert lies on another device than their token
-    left: jax.Array
-
-
-class MoEStats(NamedTuple):
-    """Routing statistics of the global batch: summed over all devices, the same on each.
-
-    Stacked over layers by the scan, leaves have a leading [L].
-
-    The sums are differentiable in the router's scores; objectives/routing.py turns them into losses.
-    """
-
-    load: Load
-    # float32 []: sum over sequences of sum_i f_i P_i (V3, equations 17 to 20)
-    sequence_balance: jax.Array
-    score_sum: jax.Array  # float32 [E]: sum over tokens of the normalised scores
-    z_sum: jax.Array  # float32 []: sum over tokens of logsumexp(logits)^2
-
-
-def merge_loads(loads: Load, axis: int = 0) -> Load:
-    """The load of several micro-batches, stacked along `axis`, as one: sums; of the rounds the most."""
-    return jax.tree.map(lambda a: jnp.sum(a, axis=axis), loads)._replace(
-        rounds=jnp.max(loads.rounds, axis=axis)
-    )
-
-
-def merge_stats(stats: MoEStats | None, axis: int) -> MoEStats | None:
-    """Statistics of parts of a batch, stacked along an axis, to those of all of it."""
-    if stats is None:
-        return None
-    return jax.tree.map(lambda a: jnp.sum(a, axis), stats)._replace(
-        load=merge_loads(stats.load, axis)
-    )
 
 
 class Gate(nnx.Module):
@@ -273,11 +231,15 @@ class MoE(nnx.Module):
         tokens = dispatch.Tokens(x_TD, weight_TK, kept_TK)
         y_TD, rounds = dispatch.dispatch(moe.dispatch, tokens, experts, moe.capacity_factor)
         y_TD = lax.psum(y_TD, "tensor")
-        count_BE = _count(chosen_TK.reshape(b, -1), m.n_routed_experts)
+        count_BE = count_per_sequence(chosen_TK.reshape(b, -1), m.n_routed_experts)
         chosen_E = jnp.sum(count_BE, axis=0)
-        kept_E = _count(kept_TK.reshape(1, -1), m.n_routed_experts)[0] if moe.drop else chosen_E
+        kept_E = (
+            count_per_sequence(kept_TK.reshape(1, -1), m.n_routed_experts)[0]
+            if moe.drop
+            else chosen_E
+        )
         y_BSD = y_TD.reshape(b, s, d)
-        stats = _statistics(routing, count_BE, valid_BS, load_of(chosen_E, kept_E, rounds), m)
+        stats = statistics_of(routing, count_BE, valid_BS, load_of(chosen_E, kept_E, rounds), m)
         found = {
             "router_scores": lambda: routing.score_TE,
             "router_choices": lambda: chosen_TK,
@@ -308,60 +270,3 @@ def _expert_norms(
         return None, jnp.linalg.norm(lax.psum(y_TD, "tensor").astype(jnp.float32), axis=-1)
 
     return lax.scan(norm, None, chosen_TK.T)[1].T
-
-
-def load_of(chosen_E: jax.Array, kept_E: jax.Array, rounds: jax.Array) -> Load:
-    """The global load.
-
-    Args:
-      chosen_E: int32, this device's assignments of each expert.
-      kept_E: int32, those not dropped.
-      rounds: int32 [], the most that any device ran.
-    """
-    groups, devices = lax.axis_size(("data", "fsdp")), lax.axis_size("expert")
-    group, device = lax.axis_index(("data", "fsdp")), lax.axis_index("expert")
-    # To each device of this one's expert group.
-    sent_X = jnp.sum(kept_E.reshape(devices, -1), axis=1)
-    mine_YX = (jnp.arange(groups) == group)[:, None] & (jnp.arange(devices) == device)
-
-    def total(a: jax.Array) -> jax.Array:
-        return lax.psum(a, TOKEN_AXES)
-
-    return Load(
-        expert_counts=total(chosen_E),
-        rounds=rounds,
-        dropped_counts=total(chosen_E - kept_E),
-        received=total(jnp.where((jnp.arange(groups) == group)[:, None], sent_X, 0).reshape(-1)),
-        dropped_from=total(jnp.where(mine_YX, jnp.sum(chosen_E - kept_E), 0).reshape(-1)),
-        left=total(jnp.sum(sent_X) - sent_X[device]),
-    )
-
-
-def _count(expert_BN: jax.Array, experts: int) -> jax.Array:
-    """int32 [B, E]: how often each expert is in each sequence; numbers out of range are not counted."""
-    sequences = expert_BN.shape[0]
-    sequence_B1 = jnp.arange(sequences, dtype=jnp.int32)[:, None]
-    sequence_BN = jnp.broadcast_to(sequence_B1, expert_BN.shape)
-    zeros_BE = jnp.zeros_like(expert_BN, shape=(sequences, experts))
-    return zeros_BE.at[sequence_BN, expert_BN].add(1, mode="drop")
-
-
-@jax.named_scope("route")
-def _statistics(
-    routing: Routing, count_BE: jax.Array, valid_BS: jax.Array, load: Load, m: ModelConfig
-) -> MoEStats:
-    b, s = valid_BS.shape
-    valid_BS1 = valid_BS[:, :, None].astype(jnp.float32)
-    score_BSE = (
-        routing.score_TE / (jnp.sum(routing.score_TE, axis=-1, keepdims=True) + 1e-20)
-    ).reshape(b, s, -1) * valid_BS1
-    length_B1 = jnp.maximum(jnp.sum(valid_BS1, axis=1), 1.0)
-    f_BE = count_BE.astype(jnp.float32) * m.n_routed_experts / (m.num_experts_per_tok * length_B1)
-    p_BE = jnp.sum(score_BSE, axis=1) / length_B1
-    z_T = jax.nn.logsumexp(routing.logit_TE, axis=-1) ** 2 * valid_BS1.reshape(-1)
-    return MoEStats(
-        load=load,
-        sequence_balance=lax.psum(jnp.sum(f_BE * p_BE), TOKEN_AXES),
-        score_sum=lax.psum(jnp.sum(score_BSE, axis=(0, 1)), TOKEN_AXES),
-        z_sum=lax.psum(jnp.sum(z_T), TOKEN_AXES),
-    )

@@ -4,9 +4,9 @@ So a step computes the same on every mesh and for every accumulation, the backwa
 pass drew, and the next epoch draws anew. The model says which layer it is in around each one, as taps.py is
 told what is asked for; outside of training nothing is said, and nothing is dropped.
 
-The bits of a number are a hash of where it is: PCG4D of Jarzynski and Olano (Hash Functions for GPU
-Rendering, JCGT 9(3), 2020), a few integer operations on each number, that fuse with what reads it.
-JAX's generator takes some hundred, and a key for each token to be the same on every mesh.
+The bits of a number are a hash of where it is, PCG4D of Jarzynski and Olano (Hash Functions for GPU
+Rendering, JCGT 9(3), 2020): a few integer operations on each number, wherever it lies, that fuse with what
+reads it. JAX's generator takes some hundred, and a key for each token to be the same on every mesh.
 
 Shape letters: layers.py.
 """

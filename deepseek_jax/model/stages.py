@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.model.moe import MoEStats, merge_stats
+from deepseek_jax.model.moe_statistics import MoEStats, merge_stats
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.model.taps import collect, join

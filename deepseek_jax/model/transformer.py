@@ -23,7 +23,8 @@ from deepseek_jax.model.embedding_noise import EmbeddingNoise
 from deepseek_jax.model.head import Head
 from deepseek_jax.model.layers import MLP, Embedding, Linear, RMSNorm
 from deepseek_jax.model.lora import adapt
-from deepseek_jax.model.moe import MoE, MoEStats
+from deepseek_jax.model.moe import MoE
+from deepseek_jax.model.moe_statistics import MoEStats
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.model.taps import Taps, collect, join, tap

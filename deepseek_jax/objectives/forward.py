@@ -9,7 +9,7 @@ from jax import lax
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.layout import ModelWeights
-from deepseek_jax.model.moe import MoEStats
+from deepseek_jax.model.moe_statistics import MoEStats
 from deepseek_jax.model.stages import through_stages
 from deepseek_jax.model.transformer import Output, Transformer
 from deepseek_jax.objectives.base import Batch, Frozen, FrozenOutput, Objective, Parts

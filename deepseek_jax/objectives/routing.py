@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config.options import Config, ModelConfig
-from deepseek_jax.model.moe import MoEStats
+from deepseek_jax.model.moe_statistics import MoEStats
 from deepseek_jax.model.transformer import tokens_ahead
 from deepseek_jax.objectives.base import Batch, Parts
 

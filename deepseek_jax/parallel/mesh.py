@@ -15,7 +15,7 @@ from deepseek_jax.config.lora_targets import EXPERTS, targets
 from deepseek_jax.config.options import Config, ModelConfig
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.quantized import BLOCK
-from deepseek_jax.parallel.sharding import divided_axes
+from deepseek_jax.parallel.sharding import DIVIDED_BY, divided_axes
 from deepseek_jax.runtime import environment
 
 # Outermost first: devices of one host are neighbours, so `tensor`, `expert` and `fsdp` stay inside a host
@@ -282,7 +282,8 @@ def _check_lora(config: Config, shape: dict[str, int]) -> None:
         )
     if config.lora.base_dtype != "nf4":
         return
-    dense = [a for a in (*axes, *(("expert",) if axes else ()), "stage") if shape[a] > 1]
+    divided = (*axes, "expert") if axes and DIVIDED_BY[config.sharding.canonical][0] else ()
+    dense = [a for a in (*divided, "stage") if shape[a] > 1]
     heads = ("num_attention_heads x a head", m.num_attention_heads * m.value_head_dim)
     widths = [("hidden_size", m.hidden_size, dense), (*heads, ["tensor"])]
     if m.first_k_dense_replace:

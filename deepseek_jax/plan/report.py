@@ -61,6 +61,7 @@ def of_layout(
             "sequence_length": t.sequence_length,
             "accumulation": t.accumulation,
         },
+        "learning": layout.multipliers.table(),
         "layout_bytes": layout.bytes_per_device(mesh),
         "exchange": buffers._asdict() if buffers else None,
         "pipeline": {
@@ -173,6 +174,7 @@ def _model(r: dict[str, Any]) -> list[tuple[str, str]]:
             f"{m['layers']} layers ({m['dense_layers']} dense), hidden {m['hidden_size']}, "
             f"{m['experts']} experts, {m['experts_a_token']} per token, {m['shared_experts']} shared",
         ),
+        *[("", said) for said in r["learning"][-1:]],
         (
             "step",
             f"{b['sequences']} x {b['sequence_length']} tokens in "

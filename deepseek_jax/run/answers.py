@@ -111,6 +111,7 @@ class Answering:
         self._stop = data.encoder.stop_ids
         self._prompts = prompts
         self._count = config.sft.eval_tokens
+        self._longest = config.model.max_position_embeddings
         elsewhere = mesh.shape["stage"] > 1 or config.offload.parameters
         self._has_cache = jax.process_count() == 1 and not elsewhere
         self._programs: Programs | None = None  # of the first time
@@ -151,13 +152,14 @@ class Answering:
 
     def _row(self, prompt: Prompt, answer: list[int]) -> dict[str, Any]:
         ids, nothing = np.array(prompt.ids), np.zeros(0, np.int32)
+        room = min(self._count, self._longest - len(prompt.ids))
         spelled = marked(self._tokenizer, ids, np.ones(len(ids), bool), nothing)
         return {
             "prompt": "".join(text for text, _ in spelled),
             "answer": self._tokenizer.decode(answer, after=prompt.ids),
             "reference": self._tokenizer.decode(prompt.reference, after=prompt.ids),
             "tokens": len(answer),
-            "finish_reason": "length" if len(answer) >= self._count else "stop",
+            "finish_reason": "length" if len(answer) >= room else "stop",
         }
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.model.moe import Load
+from deepseek_jax.model.moe_statistics import Load
 
 # Dense bfloat16 and float16 peak of one device in TFLOP/s, from the vendors' data sheets; the first
 # name found in device_kind wins.

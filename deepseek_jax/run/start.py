@@ -84,12 +84,17 @@ class Start:
             return
         if jax.process_index() != 0:
             return
+        used = tokenizer_folder.file_of(self.config.data.tokenizer)
+        of_folder = os.path.basename(used) in (tokenizer_folder.JSON, tokenizer_folder.RANKS)
         template = None
         if sft.chat_template:
-            file = tokenizer_folder.file_of(self.config.data.tokenizer)
-            chat = Chat(os.path.dirname(file))
+            chat = Chat(os.path.dirname(used))
             template, _ = chat.source(sft.chat_template, False, "config.sft.chat_template")
+        elif of_folder:
+            template = fine_tuned.template_of(os.path.dirname(used))
         try:
+            if of_folder:
+                fine_tuned.take_tokenizer(folder, used)
             fine_tuned.state(folder, template, data.trained_stops(), sft.eos_token)
         except OSError as e:
             raise UserError(

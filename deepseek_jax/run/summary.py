@@ -127,6 +127,7 @@ def _training(run: Run) -> Lines:
         ("data", run.data.description),
         *[("", note) for note in run.data.notes],
         *_scored(run.data),
+        *_router(run.config),
         *_learning(run),
         (
             "training",
@@ -150,6 +151,21 @@ def _scored(data: Loader | ExampleLoader) -> Lines:
     """What of the examples is scored, where not all of the data are."""
     lines = data.summary if isinstance(data, ExampleLoader) else []
     return list(zip(["scored", *[""] * len(lines)], lines, strict=False))
+
+
+def _router(config: Config) -> Lines:
+    """What fine-tuning does to the balance of experts."""
+    m, rate = config.model, config.moe.bias_update_rate
+    if config.objective != "sft" or not m.has_experts:
+        return []
+    text = f"balance loss x {m.aux_loss_alpha:g}"
+    if m.topk_method == "noaux_tc":
+        text += (
+            f", selection bias moved by {rate:g} a step"
+            if rate
+            else ", selection bias as it came (config.moe.bias_update_rate=0)"
+        )
+    return [("router", text)]
 
 
 def _learning(run: Run) -> Lines:

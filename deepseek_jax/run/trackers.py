@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.model.moe import Load
+from deepseek_jax.model.moe_statistics import Load
 
 Row = Mapping[str, Any]  # names (metrics.METRICS) to numbers, all of them finite, or lists
 

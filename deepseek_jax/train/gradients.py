@@ -11,7 +11,7 @@ from flax import nnx
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.layout import ModelWeights
-from deepseek_jax.model.moe import Load, merge_loads
+from deepseek_jax.model.moe_statistics import Load, merge_loads
 from deepseek_jax.objectives.base import Batch, Objective, Parts
 from deepseek_jax.objectives.forward import StepTotals, frozen_outputs, loss_of_batch, run_model
 from deepseek_jax.parallel import offload

@@ -14,7 +14,7 @@ from flax import nnx
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.fields import check_batch
 from deepseek_jax.model.layout import ModelWeights
-from deepseek_jax.model.moe import Load
+from deepseek_jax.model.moe_statistics import Load
 from deepseek_jax.objectives.base import Batch, Objective, Parts
 from deepseek_jax.objectives.forward import frozen_outputs, run_model, step_totals
 from deepseek_jax.parallel import compression, offload

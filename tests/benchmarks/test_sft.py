@@ -28,7 +28,7 @@ TINY = dict(
 
 
 def test_chats_have_a_quarter_of_a_row_on_average():
-    found = list(sft.chats(4000, 256, 2048))
+    found = list(sft.chats(4000, 256, 2048, 0.6))
     lengths = np.array([len(ids) for ids, _ in found])
     assert lengths.mean() == pytest.approx(64, rel=0.05) and lengths.max() <= 256
     scored = np.array([np.sum(labels != -100) for _, labels in found])
@@ -42,7 +42,7 @@ def test_ratios_are_of_tokens_per_cpu_second():
     ours = {"seconds": [1.0, 1.0], "cpu_seconds": [2.0, 2.0], "scored": 800, "computed": 1600}
     theirs = {"seconds": [4.0], "cpu_seconds": [4.0], "scored": 400, "computed": 1600}
     theirs |= {"peer": "TRL", "threads": 1, "peak_memory": 2e9}
-    own = argparse.Namespace(shape="small", dtype="float32", remat="dots")
+    own = argparse.Namespace(shape="small", dtype="float32", remat="dots", spread=0.8)
     r = sft.summary(own, [(ours | {"peak_memory": 1e9}, theirs)] * 3)
     assert r["ratio"]["scored_per_cpu_second"] == 2.0 and r["met"]
     assert r["ratio"]["computed_per_cpu_second"] == 1.0
@@ -54,6 +54,7 @@ def inputs(tmp_path, monkeypatch):
     monkeypatch.setitem(shapes._SHAPES, "small", TINY)
     monkeypatch.setitem(shapes._TOKENS, "small", (2, 32))
     own = argparse.Namespace(shape="small", steps=2, dtype="float32", remat="none", threads=1)
+    own.spread = 0.6
     sft.write_inputs(own, tmp_path)
     return own, tmp_path
 

@@ -4,11 +4,14 @@ import dataclasses
 
 import pytest
 
+from deepseek_jax.cli import packaged
 from deepseek_jax.config import paths
 from deepseek_jax.config.configdict import base_config, from_config_dict
 from deepseek_jax.config.options import Config, replaced
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
+from deepseek_jax.run import commandline
+from tests.support import ROOT, chat_folders
 
 GOOD = from_config_dict(
     {
@@ -105,6 +108,24 @@ def test_what_cannot_act_is_refused(options, said):
         validate(with_options(GOOD, **options))
     text = str(error.value)
     assert said in text and "\n" not in text and " Set " in text
+
+
+def test_the_config_file(tmp_path):
+    """The model is that of init_from; without one it is refused. By its short name it is found, too."""
+    model = chat_folders.model(tmp_path / "model")
+    argv = ["train.py", "--config=configs/post/sft.py", "--config.train.sequence_length=64"]
+    config = commandline.read_config(commandline.parse([*argv, f"--config.init_from={model}"]))
+    assert (config.objective, config.train.steps, config.train.epochs) == ("sft", 0, 3.0)
+    assert config.model.hidden_size == 16 and config.moe.bias_update_rate == 0
+    assert config.data.tokenizer == f"{model}/tokenizer.json"
+    with pytest.raises(UserError, match="config.init_from='': there is no model"):
+        commandline.read_config(commandline.parse(argv))
+    with pytest.raises(UserError, match="the argument 'x' of this config is not known"):
+        commandline.parse(["train.py", "--config=configs/post/sft.py:x"])
+    (found,) = packaged.with_config_file(["--config=post/sft"])
+    assert found == f"--config={ROOT / 'configs/post/sft.py'}"
+    text = (ROOT / "configs/post/sft.py").read_text()
+    assert "python train.py --config=configs/post/sft.py" in text
 
 
 def test_epochs_in_place_of_steps():

@@ -32,7 +32,8 @@ from deepseek_jax.config.options import Config, ModelConfig, MoeConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.experts import dispatch
-from deepseek_jax.model.moe import Load, MoE, load_of, merge_loads
+from deepseek_jax.model.moe import MoE
+from deepseek_jax.model.moe_statistics import Load, load_of, merge_loads
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, per_device
 from deepseek_jax.run import metrics
 from deepseek_jax.train.gradients import NO_LOAD

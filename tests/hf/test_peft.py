@@ -26,7 +26,9 @@ RTOL = 1e-5  # float32 sums in another order, of the largest number of an array
 R, ALPHA = 4, 6.0
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("qwen3_moe", marks=pytest.mark.slow), "deepseek_v3"]
+)
 def case(request, tmp_path_factory):
     """A checkpoint, an adapter of it that we wrote, and the model of PEFT with both."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -19,6 +19,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.model import lora, noise
 from deepseek_jax.model.count import count
 from deepseek_jax.model.layout import abstract_model
+from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel import quantized, sharding, weights
 from deepseek_jax.parallel.mesh import make_mesh, per_device
 from deepseek_jax.train import state, step
@@ -47,7 +48,6 @@ MODEL = ModelConfig(
     initializer_range=0.1,
 )
 LORA = LoraConfig(r=4, alpha=6.0, base_dtype="float32")
-INT8 = dataclasses.replace(LORA, base_dtype="int8")
 
 
 def variant(lora_options=LORA, **mesh):
@@ -187,11 +187,13 @@ def test_refused_with_others():
 
 def test_initial_factors():
     """A as PEFT's kaiming_uniform_(a=sqrt(5)), U(-1/sqrt(in), 1/sqrt(in)); B zero."""
-    config = variant()
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        start = jax.device_get(state.init_state(config, state.make_layout(config, mesh)))
-    for path, w in flat(start.params).items():
+
+    def create():
+        return lora.factors_of(nnx.state(Transformer(variant(), nnx.Rngs(0)), nnx.Param))
+
+    with jax.set_mesh(one_mesh()):
+        start = flat(jax.device_get(conversion.jit(create, variant())()))
+    for path, w in start.items():
         if path.endswith("lora_B"):
             assert not w.any(), path
             continue
@@ -200,29 +202,8 @@ def test_initial_factors():
         # of 1,000 numbers and more; the standard error of a root mean square is below 2%
         if w.size > 1000:
             assert abs(np.sqrt(np.mean(w**2)) - (3 * inputs) ** -0.5) < 0.1 * inputs**-0.5, path
-    stacks = [
-        flat(start.params)[f"{stack}/self_attn/o_proj/lora_A"]
-        for stack in ("layers", "dense_layers")
-    ]
+    stacks = [start[f"{stack}/self_attn/o_proj/lora_A"] for stack in ("layers", "dense_layers")]
     assert not np.array_equal(*stacks)
-
-
-def test_the_base_stays():
-    """Three steps with weight decay: the base is bit for bit what it was, the rest moves, and nothing of the
-    optimizer's state is of the base."""
-    options = dataclasses.replace(LORA, base_dtype="nf4", modules_to_save="embed_tokens")
-    run = invariance.train(variant(options), 3)
-    before = invariance.initial_state(MODEL, options)
-    for a, b in zip(jax.tree.leaves(run.state.frozen), jax.tree.leaves(before.frozen), strict=True):
-        np.testing.assert_array_equal(a, b)
-    after, start = flat(run.state.params), flat(before.params)
-    for path, w in after.items():
-        assert not np.array_equal(w, start[path]), path
-    assert set(after) == {name for name, _ in run.gradients}
-    assert "embed_tokens/weight" in after and "lm_head/kernel" not in after
-    assert np.isfinite(run.losses).all() and run.losses[2] != run.losses[1]
-    held = flat(run.state.frozen)
-    assert isinstance(held["layers/mlp/experts/gate_up_proj"], quantized.Nf4Weight)
 
 
 def test_what_the_base_is_held_in():
@@ -244,29 +225,89 @@ def test_what_the_base_is_held_in():
                 assert w.dtype == (jnp.float32 if base_dtype == "float32" else jnp.bfloat16), path
 
 
+SMALL = dataclasses.replace(MODEL, num_hidden_layers=1, first_k_dense_replace=0)
+INT8 = dataclasses.replace(LORA, base_dtype="int8", modules_to_save="embed_tokens")
+
+
+def trained(lora_options, model=SMALL, **mesh):
+    config = variant(lora_options, **{"remat": "none"} | mesh)
+    return invariance.train(dataclasses.replace(config, model=model), 2)
+
+
 @functools.cache
 def one_device():
-    return invariance.train(variant(INT8), 2)
+    return trained(INT8)
+
+
+def assert_the_base_stays(run, options):
+    before = invariance.initial_state(SMALL, options)
+    for a, b in zip(jax.tree.leaves(run.state.frozen), jax.tree.leaves(before.frozen), strict=True):
+        np.testing.assert_array_equal(a, b)
+    after, start = flat(run.state.params), flat(before.params)
+    for path, w in after.items():
+        assert not np.array_equal(w, start[path]), path
+    assert set(after) == {name for name, _ in run.gradients}
+    assert "embed_tokens/weight" in after and "lm_head/kernel" not in after
+    assert np.isfinite(run.losses).all() and run.losses[0] != run.losses[1]
+
+
+def test_the_base_stays():
+    """Steps with weight decay: the base is bit for bit what it was, the rest moves, and nothing of the
+    optimizer's state is of the base."""
+    assert_the_base_stays(one_device(), INT8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base_dtype", ["bfloat16", "nf4"])
+def test_other_bases_stay(base_dtype):
+    options = dataclasses.replace(INT8, base_dtype=base_dtype)
+    assert_the_base_stays(trained(options, remat="full"), options)
 
 
 @pytest.mark.parametrize(
     "mesh",
     [
         dict(fsdp=4, expert=2, capacity_factor=0.5),  # more than one round
-        dict(fsdp=2, expert=2, tensor=2, dispatch="ring", strategy="shard_grad_op", accumulation=2),
+        pytest.param(
+            dict(
+                fsdp=2,
+                expert=2,
+                tensor=2,
+                dispatch="ring",
+                strategy="shard_grad_op",
+                accumulation=2,
+                remat="full",
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_meshes(mesh):
     """Losses and gradients of one device, to rounding; the same choices of experts."""
-    run = invariance.train(variant(INT8, **mesh), 2)
-    loss, gradient, name, counts = invariance.differences(run, one_device())
+    loss, gradient, name, counts = invariance.differences(trained(INT8, **mesh), one_device())
     assert loss < 1e-5 and gradient < 1e-5 and counts, (loss, gradient, name)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_few_bits_on_a_mesh(kind):
+@pytest.mark.slow
+def test_stages():
+    """Layers over stages, the dense one in front of them, with a base of 4 bits."""
+    model = dataclasses.replace(
+        MODEL,
+        num_hidden_layers=3,
+        hidden_size=128,
+        num_attention_heads=8,
+        moe_intermediate_size=128,
+    )
+    options = dataclasses.replace(INT8, base_dtype="nf4")
+    mesh = dict(data=2, stage=2, tensor=2, dispatch="all_gather", strategy="zero1", accumulation=2)
+    run = trained(options, model, **mesh)
+    loss, gradient, name, counts = invariance.differences(run, trained(options, model))
+    assert loss < 1e-5 and gradient < 1e-5 and counts, (loss, gradient, name)
+
+
+def test_few_bits_on_a_mesh():
     """A weight is the same to the bit on devices that hold parts of it, in both ways that layers take it."""
-    w = matrix((2, 256, 2, 128)) if kind == "int8" else matrix((2, 256, 2, 64))
+    kind, w = "nf4", matrix((2, 256, 2, 64))
     axes = ("experts", "expert_embed", "pair", "expert_mlp")
     config = variant(fsdp=2, expert=2, tensor=2)
     whole = quantized.quantize(kind, jnp.asarray(w), -3)
@@ -301,12 +342,13 @@ def test_few_bits_on_a_mesh(kind):
     np.testing.assert_array_equal(used, quantized.dequantized(kernel.parts, jnp.float32))
 
 
+@pytest.mark.slow
 def test_gradients_of_the_base_are_not_made():
     """FLOPs of the lowered step: less than those of full training, by about a third of the products."""
     flops = {}
     for name, options in {"full": LoraConfig(), "lora": dataclasses.replace(LORA, r=1)}.items():
-        config = variant(options)
-        mesh = make_mesh(config, jax.devices()[:1])
+        config = dataclasses.replace(variant(options), model=SMALL)
+        mesh = one_mesh()
         with jax.set_mesh(mesh):
             layout = state.make_layout(config, mesh)
             train_step = jax.jit(step.make_train_step(config, layout, objectives.make(config)))
@@ -355,9 +397,13 @@ def matrix(shape, seed=0):
 
 
 def held(kind, w, inputs):
-    out = quantized.quantize(kind, jnp.asarray(w), inputs)
-    assert out.shape == w.shape and out.ndim == w.ndim
-    return np.asarray(quantized.dequantized(out.parts, jnp.float32), np.float64)
+    @conversion.jit
+    def through(w):
+        out = quantized.quantize(kind, w, inputs)
+        assert out.shape == w.shape and out.ndim == w.ndim
+        return quantized.dequantized(out.parts, jnp.float32)
+
+    return np.asarray(through(w), np.float64)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,14 @@ from deepseek_jax.tensorfile.arrays import flatten
 from deepseek_jax.train.state import make_layout
 from tests.support import chat_folders, conversion, hf_folders
 
-LORA = LoraConfig(r=4, alpha=8.0, base_dtype="int8", modules_to_save="lm_head", dropout=0.1)
+LORA = LoraConfig(
+    r=4,
+    alpha=8.0,
+    dropout=0.1,
+    target_modules="kv_b_proj,down_proj,experts",
+    modules_to_save="lm_head",
+    base_dtype="int8",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,7 +166,12 @@ def test_going_on_with_an_adapter(run, source, corpus, tmp_path):
     known = init_from.with_what_is_known(given, str(tmp_path / "next"))
     assert (known.lora.r, known.lora.scale, known.lora.saved) == (4, 2.0, ("lm_head",))
     maps = set(known.lora.target_modules.split(","))
-    assert maps >= {"self_attn.kv_b_proj", "mlp.experts.up_proj", "mlp.shared_experts.up_proj"}
+    experts = {f"mlp.experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+    assert maps == experts | {
+        "self_attn.kv_b_proj",
+        "mlp.down_proj",
+        "mlp.shared_experts.down_proj",
+    }
     wrong = dataclasses.replace(given, lora=dataclasses.replace(given.lora, r=8))
     with pytest.raises(UserError, match="config.lora.r=8 differs from r=4 of config.lora.adapter"):
         init_from.with_what_is_known(wrong, str(tmp_path / "next"))

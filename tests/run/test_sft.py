@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from deepseek_jax import evaluate, objectives, run
 from deepseek_jax.cluster.signals import Stopper
@@ -240,6 +241,23 @@ def test_bug_04_padding_is_no_stop_token(tmp_path):
     assert "chat_template" not in read_json(folder, "tokenizer_config.json")
     with open(f"{folder}/chat_template.jinja") as f:
         assert f.read() == OTHER_TEMPLATE
+
+
+def test_files_are_those_of_the_tokenizer_that_was_used(tmp_path):
+    """Of another tokenizer, the stop tokens that the checkpoint named are other text, and go."""
+    folder = chat_folders.model(tmp_path / "model", eos_token_id=[7])
+    other = chat_folders.model(tmp_path / "other", eos_token="<|endoftext|>")
+    before = {n: open(f"{folder}/{n}", "rb").read() for n in os.listdir(folder)}
+    fine_tuned.take_tokenizer(folder, f"{other}/tokenizer.json")  # the same ids
+    assert before == {n: open(f"{folder}/{n}", "rb").read() for n in os.listdir(folder)}
+    inner = tokenizers.Tokenizer.from_file(f"{other}/tokenizer.json")
+    inner.add_special_tokens(["<|tool|>"])
+    inner.save(f"{other}/tokenizer.json")
+    fine_tuned.take_tokenizer(folder, f"{other}/tokenizer.json")
+    fine_tuned.state(folder, fine_tuned.template_of(other), [258])
+    assert read_json(folder, "generation_config.json")["eos_token_id"] == 258
+    assert read_json(folder, "tokenizer_config.json")["eos_token"] == "<|endoftext|>"
+    assert fine_tuned.template_of(folder) == chat_folders.TEMPLATE
 
 
 def test_bug_13_a_full_example_has_no_generation_prompt(config):

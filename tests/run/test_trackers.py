@@ -12,7 +12,7 @@ import threading
 import numpy as np
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.model.moe import Load
+from deepseek_jax.model.moe_statistics import Load
 from deepseek_jax.run import metrics, trackers
 from tests.support import ROOT
 from tests.support.runs import CONTRACT_KEYS

@@ -33,7 +33,8 @@ from deepseek_jax.config.options import (
 )
 from deepseek_jax.config.validation import validate
 from deepseek_jax.model.layout import abstract_model
-from deepseek_jax.model.moe import MoEStats, SelectionBias
+from deepseek_jax.model.moe import SelectionBias
+from deepseek_jax.model.moe_statistics import MoEStats
 from deepseek_jax.objectives.forward import loss_of_batch, step_totals
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh

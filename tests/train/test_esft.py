@@ -20,18 +20,15 @@ from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import (
     Config,
-    DataConfig,
     EsftConfig,
     MeshConfig,
     MoeConfig,
     OffloadConfig,
     OptimizerConfig,
     ShardingConfig,
-    TrainConfig,
 )
 from deepseek_jax.config.validation import validate
 from deepseek_jax.data import tokenizer_folder
-from deepseek_jax.data.open import open_data
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.esft import __main__ as command
@@ -42,7 +39,7 @@ from deepseek_jax.run import resume
 from deepseek_jax.train import expert_table, state, step
 from deepseek_jax.train.expert_table import ExpertTable
 from deepseek_jax.train.optimizer import decay_mask, learning_rate
-from tests.support import chat_folders, conversion, evaluation, hf_folders, invariance
+from tests.support import chat_folders, conversion, evaluation, invariance
 from tests.support.small_runs import ADAMW, TINY, config_of, same, trainer
 
 TABLE = {"experts": {"0": [2], "1": [3, 0]}}  # of TINY: two layers of four experts
@@ -64,9 +61,9 @@ def write(folder: pathlib.Path, table: dict, name: str = "experts.json") -> str:
             {"experts": {"2": [0]}},
             "layer '2' has no routed experts: those of this model that have are 0 to 1",
         ),
-        ({"experts": {"0": [4]}}, "layer 0 does not have different numbers of experts, 0 to 3"),
-        ({"experts": {"0": [1, 1]}}, "layer 0 does not have different numbers"),
-        ({"experts": {"0": [True]}}, "layer 0 does not have different numbers"),
+        ({"experts": {"0": [4]}}, "layer 0 needs a list of different experts, numbers from 0 to 3"),
+        ({"experts": {"0": [1, 1]}}, "layer 0 needs a list of different experts"),
+        ({"experts": {"0": [True]}}, "layer 0 needs a list of different experts"),
         ({"experts": {"0": []}}, "nothing learns"),
         ({"experts": {"0": [1]}, "shared_expert": True}, "'shared_expert' is not known"),
         (
@@ -159,31 +156,6 @@ def theirs_of(model, rows: dict[str, np.ndarray]) -> np.ndarray:
     return out
 
 
-def test_a_tasks_data_may_be_chats(tmp_path):
-    """They are what fine-tuning trains on: by the template, each by itself."""
-    folder = chat_folders.model(tmp_path / "model")
-    chats = chat_folders.chats(tmp_path / "chats.jsonl", 40)
-    text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "a"}\n')
-    assert scores.is_examples(chats) and not scores.is_examples(str(text))
-    tokenizer = load_tokenizer(f"{folder}/tokenizer.json")
-    config = Config(
-        objective="sft",
-        model=hf_folders.MODEL,
-        data=DataConfig(path=chats, tokenizer=f"{folder}/tokenizer.json", eval_fraction=0.0),
-        train=TrainConfig(sequence_length=80, batch_size=1),
-    )
-    every = list(scores.packed(config, tokenizer, 0, 3))
-    assert all(a.shape == (3, 80) for rows in every for a in rows.values())
-    assert {"tokens", "segment_ids", "positions"} <= every[0].keys()
-    examples = open_data(config, tokenizer)
-    assert sum(int((rows["segment_ids"] > 0).sum()) for rows in every) == examples.train_tokens
-    few = list(scores.packed(config, tokenizer, 150, 3))
-    assert (
-        len(few) == 1 and (few[0]["tokens"] != every[0]["tokens"]).sum() < 80
-    )  # of three rows the first two
-
-
 def test_scores_are_of_the_models_own_router(tmp_path, capsys):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -217,6 +189,22 @@ def test_scores_are_of_the_models_own_router(tmp_path, capsys):
 
     with pytest.raises(UserError, match="--top-p=0.0 is not above 0"):
         command.main([*args, "--top-p=0"])
+
+
+def test_chats_are_scored_as_fine_tuning_reads_them(tmp_path, capsys):
+    """Rendered by the model's template, one token for a byte or a marker of a turn; every token counts."""
+    folder = chat_folders.model(tmp_path / "model")
+    data, out = chat_folders.chats(tmp_path / "chats.jsonl", 20), tmp_path / "experts.json"
+    args = ["score", folder, f"--data={data}", f"--out={out}", "--score=token", "--tokens=0"]
+    assert command.main([*args, "--sequence-length=64", "--non-expert-modules"]) == 0
+    table = json.loads(out.read_text())
+    chats = [json.loads(line)["messages"] for line in open(data, encoding="utf-8")]
+    parts = [m for chat in chats for m in chat]
+    assert table["tokens"] == sum(len(m["role"]) + len(m["content"]) + 4 for m in parts)
+    assert table["non_expert_modules"] and not table["shared_experts"]
+    for shares in table["scores"].values():
+        assert sum(shares) == pytest.approx(1, abs=1e-6)
+    assert "of the score" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------- the training

@@ -111,6 +111,7 @@ class SftConfig:
         "nll",
         "Loss of a scored token of probability p.",
         choices={"nll": "-log p", "dft": "-log p, weighted by p (arXiv:2508.05629)"},
+        synonyms={"chunked_nll": "nll"},
         on_resume="free",
         aliases={"hf": "loss_type"},
     )
@@ -126,7 +127,8 @@ class SftConfig:
     )
     neftune_noise_alpha: float = option(
         0.0,
-        "NEFTune (arXiv:2310.05914): uniform noise on the embeddings of training.",
+        "NEFTune (arXiv:2310.05914): uniform noise on the embeddings of training, of the same expected norm "
+        "for every example.",
         at_least=0,
         special={0: "off"},
         example=5.0,
@@ -137,7 +139,8 @@ class SftConfig:
     # ---- what is shown of the held-out examples
     eval_prompts: int = option(
         0,
-        "Held-out prompts that are answered at each evaluation, into WORKDIR/answers/STEP.jsonl.",
+        "Held-out prompts that are answered at each evaluation, into WORKDIR/answers/STEP.jsonl; on GPUs "
+        "this needs the weights a second time for a while.",
         unit="prompts",
         at_least=0,
         special={0: "none"},
