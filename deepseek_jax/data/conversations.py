@@ -25,6 +25,16 @@ FORMATS = {
     "instruction_output": ("instruction", "output"),
     "text": ("text",),
 }
+_OF_CHATS = ("tools", "chat_template_kwargs")
+# What else of a row is read.
+ALSO_READ = {
+    "tokenized": ("labels", "completion_mask", "assistant_masks", "attention_mask"),
+    "messages": (*_OF_CHATS, "system"),
+    "conversations": (*_OF_CHATS, "system"),
+    "prompt_completion": _OF_CHATS,
+    "instruction_output": ("input", "history"),
+    "text": (),
+}
 # The names of ShareGPT's roles. TRL gives them to the template as they are, which knows none of them.
 ROLES = {
     "human": "user",
@@ -245,6 +255,11 @@ def _tokens(row: Row, name: str) -> Tokens:
             raise UserError(
                 f"{name} has {len(ids)} input_ids and {len(mask)} {key}. Give one for each token."
             )
+    attention = row.get("attention_mask")
+    if attention is not None and 0 in _integers(attention, "attention_mask", name):
+        raise UserError(
+            f"{name} has an attention_mask with 0: padding is made here. Leave those input_ids out."
+        )
     labels = masks.pop("labels")
     if labels is not None:
         wrong = (labels != IGNORE) & (labels != ids)

@@ -68,6 +68,9 @@ class ExampleEncoder:
         self._encoder = TextEncoder(chat)
         self._vocab_size = vocab_size
         self._finders: dict[str, TurnFinder] = {}
+        # what nothing reads, in the order in which it came
+        self._columns: dict[str, None] = {}
+        self._keys: dict[str, None] = {}
         self.format = "" if options.format == "auto" else options.format
         self._special = dict(chat.special) if isinstance(chat, Chat) else {}
         known = self._encoder.added
@@ -117,8 +120,11 @@ class ExampleEncoder:
         if not self.format and rows:
             self.format = conversations.find_format(rows[0], names[0])
             self._choices.check(self.format)
+        kind = self.format
+        reads = {*conversations.FORMATS.get(kind, ()), *conversations.ALSO_READ.get(kind, ())}
         plans = []
         for row, name in zip(rows, names, strict=True):
+            self._columns |= dict.fromkeys(k for k in row if k not in reads and row[k] is not None)
             example = conversations.normalise(
                 row, self.format, name, self._choices.system_prompt, arrow
             )
@@ -144,6 +150,13 @@ class ExampleEncoder:
         lines = self._choices.describe(self.format, end or "eos")
         for finder in self._finders.values():
             lines += finder.describe()
+        for what, names in (
+            ("nothing reads the columns", self._columns),
+            ("the chat template does not read these keys of messages:", self._keys),
+        ):
+            if names:
+                more = ", ..." if len(names) > 8 else ""
+                lines.append(f"{what} {', '.join(str(n)[:40] for n in list(names)[:8])}{more}")
         return lines
 
     @property
@@ -164,6 +177,7 @@ class ExampleEncoder:
     def _conversation(self, given: Conversation) -> "_Plan":
         chat = given._replace(variables={**self._choices.variables, **given.variables})
         finder = self._finder(chat)
+        self._keys |= dict.fromkeys(sorted(finder.unread(chat.messages)))
         by_turns = self._choices.by_turns(chat.prompt is not None)
         turns = finder.find(chat, by_turns)
         whole = [(0, len(turns.text))]

@@ -121,6 +121,13 @@ class TurnFinder:
         said = [r for r in said if r[0] < r[1]]
         return Turns(rendered.text, said, completion, masked, dropped, differs)
 
+    def unread(self, messages: Sequence[Message]) -> set[str]:
+        """Keys of messages that the template does not read: they have no effect."""
+        known = template_program.names_read(self.source, self.where)[1]
+        reasoning = REASONING if known & set(REASONING) else ()
+        keys = {key for m in messages for key, value in m.items() if value not in (None, [], {})}
+        return keys - known - {"role", "content", *reasoning}
+
     def turn_end(self) -> str | None:
         """The first token that the template writes after an answer and that is found in a text before it is
         split; None: there is none, or it refuses a chat that tells."""

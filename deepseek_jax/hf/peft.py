@@ -15,6 +15,7 @@ experts there are three forms, all read:
 Nothing of a folder is run: tensors come from safetensors, patterns of names are plain ones.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from deepseek_jax.tensorfile.bounded_json import BadFile
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_NAME = 300  # characters: patterns of adapter_config.json take long on longer ones
 _EXPERTS = re.compile(
     r"(?P<module>model\.layers\.(?P<layer>\d{1,6})\.(.*\.)?experts)(\.base_layer)?"
@@ -64,7 +66,7 @@ def read(folder: str, model: ModelConfig, family: str) -> Adapter:
         found = _FACTOR.fullmatch(name) if len(name) <= MAX_NAME else None
         if found:
             sides.setdefault(found["module"], {})[found["side"]] = tensor
-        elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+        elif name in (EMBEDDING, HEAD):
             saved[name] = tensor
         else:
             raise UserError(
@@ -88,6 +90,16 @@ def read(folder: str, model: ModelConfig, family: str) -> Adapter:
         )
     if not factors and not saved:
         raise UserError(f"{folder}/{WEIGHTS} holds nothing. Copy it again from where it came from.")
+    if model.tie_word_embeddings:
+        head, embedding = saved.pop(HEAD, None), saved.get(EMBEDDING)
+        nothing = np.zeros(0)
+        if not np.array_equal(
+            nothing if head is None else head, nothing if embedding is None else embedding
+        ):
+            raise UserError(
+                f"{folder}/{WEIGHTS}: the output head of this model is its embedding, and the adapter makes "
+                f"two weights of them. Merge it with PEFT."
+            )
     lora = _options(config, factors, saved)
     adapter = Adapter(lora, factors, saved, str(config.get("base_model_name_or_path") or ""))
     adapter.check(model, family, folder)
@@ -203,6 +215,11 @@ def write(folder: str, adapter: Adapter, model: ModelConfig) -> int:
     Raises:
       OSError: a file cannot be written.
     """
+    if model.tie_word_embeddings and EMBEDDING in adapter.saved:
+        # PEFT parts the two: the head would stay the base's.
+        adapter = dataclasses.replace(
+            adapter, saved=adapter.saved | {HEAD: adapter.saved[EMBEDDING]}
+        )
     tensors = dict(_written(adapter))
     specs = {name: TensorSpec(t.shape, np.dtype(np.float32)) for name, t in tensors.items()}
 

@@ -531,6 +531,20 @@ def test_what_is_said_and_what_identifies_it(folders):
     assert len(set(same)) == 1 and len({*same, *others}) == 4
 
 
+def test_what_nothing_reads_is_named(folders):
+    encoder = ExampleEncoder(chats.options(), Chat(folders(chats.CHATML)))
+    chat = [{"role": "user", "content": "q", "name": "Ann", "id": None}, *messages("a", "b")[1:]]
+    encoder.encode_batch([{"messages": chat, "source": "web", "tools": None, "score": None}])
+    assert encoder.describe()[-2:] == [
+        "nothing reads the columns source",
+        "the chat template does not read these keys of messages: name",
+    ]
+    padded = {"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}
+    with pytest.raises(UserError, match="row 1 has an attention_mask with 0"):
+        ExampleEncoder(chats.options(), Chat(folders(chats.CHATML))).encode_batch([padded])
+    assert ExampleEncoder(chats.options(), Chat(folders(chats.CHATML))).encode_batch([]) == []
+
+
 def test_a_batch_is_its_rows(folders):
     """Rows of a batch do not depend on each other, and errors name the row."""
     folder = folders(chats.CHATML)
