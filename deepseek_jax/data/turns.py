@@ -228,8 +228,8 @@ class TurnFinder:
             return
         raise UserError(
             f"the chat template of {self.where} does not write messages[{i}], whose role is "
-            f"{message['role'][:40]!r}. Give it a role that the template knows, leave it out, or give another "
-            f"template as config.sft.chat_template."
+            f"{message['role'][:40]!r}. Give it a role that the template knows, leave it out, or give "
+            f"another template as config.sft.chat_template."
         )
 
     def _writes(self, content: str, inside: str) -> bool:
