@@ -222,9 +222,10 @@ class TurnFinder:
         if not isinstance(content, str) or where and rendered.text[slice(*where)].strip():
             return
         known = message["role"] in KNOWN_ROLES or self._probe.tells(False) is not True
-        if (
-            known and clean_text(content).strip() in rendered.text
-        ):  # some are written before the loop
+        written = (
+            clean_text(content).strip() in rendered.text
+        )  # before the loop over messages, perhaps
+        if known and written:
             return
         raise UserError(
             f"the chat template of {self.where} does not write messages[{i}], whose role is "

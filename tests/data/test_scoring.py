@@ -495,6 +495,7 @@ def test_tokenizers_without_a_template(made, folders):
 def test_options_that_cannot_act_are_refused(folders):
     folder = folders(chats.CHATML)
     text, chat = {"text": "a"}, {"messages": messages("q", "a")}
+    passage = {"prompt": "a", "completion": "b"}
     for row, given, name in (
         (text, {"assistant_only_loss": True}, "assistant_only_loss"),
         (text, {"system_prompt": "x"}, "system_prompt"),
@@ -504,6 +505,8 @@ def test_options_that_cannot_act_are_refused(folders):
         (chat, {"chat_template_kwargs": "[1]"}, "chat_template_kwargs"),
         (chat, {"chat_template_kwargs": '{"tools": []}'}, "chat_template_kwargs.*has 'tools'"),
         ({"input_ids": [1]}, {"assistant_only_loss": True}, "assistant_only_loss"),
+        (passage, {"assistant_only_loss": True}, "assistant_only_loss .* are texts"),
+        (passage, {"chat_template": chats.CHATML}, "chat_template .* are texts"),
     ):
         with pytest.raises(UserError, match=f"config.sft.{name}"):
             chats.encode(folder, [row], **given)
