@@ -162,7 +162,7 @@ def export(
         spec = tokenizer_of(workdir, saved, contents, tokenizer)
         companions = tokenizer_files.of_run(saved, workdir, spec)
         if saved.lora.r:
-            get = _from_base(base.open_run(saved, checkpoints, step))
+            get = _from_base(base.open_run(workdir, saved, checkpoints, step))
         else:
             stored = checkpoints.source(step)
             _check_shapes(stored, leaves, folder, workdir)

@@ -44,7 +44,7 @@ def export(
     target = os.path.abspath(os.path.expanduser(target))
     if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
         raise UserError(f"{target} exists already. Name a new folder.")
-    opened = base.open_run(config, checkpoints, step)
+    opened = base.open_run(workdir, config, checkpoints, step)
     opened.source.close()
     temporary = paths.scratch(target)
     try:

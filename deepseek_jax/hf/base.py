@@ -14,7 +14,7 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import Config
 from deepseek_jax.data import hub_cache
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import adapter, reader
+from deepseek_jax.hf import adapter, provenance, reader
 from deepseek_jax.hf.adapter import Adapter
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.tensorfile import regions
@@ -60,7 +60,8 @@ def check(config: Config, source: HfTensors | None, before: str) -> str:
     if source is None:
         raise UserError(
             f"config.init_from={config.init_from!r} is not there: it is the base of config.lora.r="
-            f"{config.lora.r}, which checkpoints do not hold. Name the folder that it is in now."
+            f"{config.lora.r}, which checkpoints do not hold. Put it back, or go on with train.py and "
+            f"config.init_from where it is now."
         )
     found = identity(source)
     if before and found != before:
@@ -71,21 +72,26 @@ def check(config: Config, source: HfTensors | None, before: str) -> str:
     return found
 
 
-def open_run(config: Config, checkpoints: Checkpointer, step: int | None = None) -> AdaptedBase:
-    """A LoRA run's adapter and its base.
+def open_run(
+    workdir: str, config: Config, checkpoints: Checkpointer, step: int | None = None
+) -> AdaptedBase:
+    """A LoRA run's adapter and its base: config.init_from, or what was imported into the workdir.
 
     Args:
-      config: the options of the run.
+      workdir: of the run, which may have been moved since.
+      config: its options.
       checkpoints: of the run.
       step: of the checkpoint; None: the newest.
 
     Raises:
       UserError: there is no such checkpoint, or the base is gone or another one.
     """
-    there = os.path.isdir(hub_cache.folder_of(os.path.expanduser(config.init_from)))
-    if not there:
+    folder = hub_cache.folder_of(os.path.expanduser(config.init_from))
+    if not os.path.isdir(folder) and provenance.has_weights(workdir):
+        folder = os.path.join(workdir, provenance.FOLDER)
+    if not os.path.isdir(folder):
         check(config, None, "")
-    source, _, family = reader.open_source(config.init_from)
+    source, _, family = reader.open_source(folder)
     check(config, source, str(checkpoints.read_extra(step).get("base") or ""))
     stored, arrays = checkpoints.source(step), {}
     for name, spec in stored.shapes.items():

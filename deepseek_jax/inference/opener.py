@@ -149,7 +149,7 @@ def _open_run(
         trained = contents_of(checkpoints.read_extra(step))
         tokenizer = tokenizer_of(workdir, saved, trained)
         if saved.lora.r:
-            run = base.open_run(saved, checkpoints, step)
+            run = base.open_run(workdir, saved, checkpoints, step)
             args = run.source, config, run.family, layout, dtype, run.adapter
             params, bias = reader.state_of(*args)
             run.source.close()

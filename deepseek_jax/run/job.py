@@ -217,7 +217,8 @@ class Job:
         self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
         self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
         step = self._checkpoints.newest_good(to_tree(saved(model.abstract_sharded())))
-        seen = {"the newest checkpoint in --workdir": step, "the last step": config.train.steps}
+        seen: dict[str, Any] = {"the newest checkpoint in --workdir": step}
+        seen |= {"the last step": config.train.steps, "config.esft": model.multipliers.digest}
         self._processes.agree("folder, one that all hosts see", seen)
         continuation = Continuation(self._checkpoints, self._workdir, config, self._data.contents)
         start = Start(

@@ -11,6 +11,8 @@ a learning rate of their own do.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import re
 import textwrap
@@ -60,6 +62,12 @@ class Multipliers:
     def of(self, path: Path) -> float:
         """The factor of a parameter."""
         return self.factors.get(path, 1.0)
+
+    @property
+    def digest(self) -> str:
+        """The start of a SHA-256 of the experts that learn; "" where none are chosen."""
+        found = {stack: index.tolist() for stack, index in sorted(self.experts.items())}
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12] if found else ""
 
     def stack_of(self, path: Path) -> str:
         """The key in `experts` of a parameter of experts of which some learn; "" for all others."""
