@@ -163,11 +163,11 @@ def run_small(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
         one = jax.NamedSharding(mesh, TOKENS)
         micro = {name: jax.device_put(a[: config.micro_batch], one) for name, a in batch.items()}
-        found = float(metrics.loss), float(eval_step(held.params, held.bias, micro)["nll"])
+        found = float(metrics.loss), float(eval_step(*held.weights(), micro)["nll"])
         if not np.isfinite(found).all():
             raise FloatingPointError(f"losses {found}")
         prompt = text[0, :1].tolist()
-        placed = BoundModel(layout.model, held.params, held.bias, mesh)
+        placed = BoundModel(layout.model, *held.weights(), mesh)
         list(sample.tokens(placed, prompt, 2, Sampling(), m.vocab_size, ()))
     if mesh.shape["stage"] == 1 and not config.offload.parameters:
         drafts = min(1, m.num_nextn_predict_layers)

@@ -28,12 +28,13 @@ from deepseek_jax.cli import arguments, texts
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.data.chat import Chat
-from deepseek_jax.errors import Failure
+from deepseek_jax.errors import Failure, UserError
 from deepseek_jax.plan import topology
 from deepseek_jax.train import workdir as workdirs
 
 MODEL = "SmolLM2-135M-Instruct"
-LEARN, HELD_OUT, SECONDS = "learn.jsonl", "held_out.jsonl", "seconds.json"
+LEARN, HELD_OUT = "learn.jsonl", "held_out.jsonl"
+SECONDS, SETTINGS = "seconds.json", "settings.json"
 ANSWER_TOKENS = 96  # the longest worked answer has 53
 TRAINING = {
     "train.sequence_length": 512,
@@ -78,6 +79,9 @@ class Demo:
       folder: of model, data, runs and answers.
       tokens: of the chats to learn from, at most.
       held_out: number of problems to measure with.
+
+    Raises:
+      UserError: reasoning-gym is not installed.
     """
 
     def __init__(self, folder: pathlib.Path, tokens: int, held_out: int):
@@ -88,7 +92,7 @@ class Demo:
         self._seconds: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.begin()
         if (kept := self.folder / SECONDS).exists():
             self._seconds = json.loads(kept.read_text())
         self.stage("model", self.make_model)
@@ -109,6 +113,18 @@ class Demo:
         }
 
     # ---- stages
+
+    def begin(self) -> None:
+        """Makes the folder. Raises UserError: it is there, and of other settings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = {"tokens": self._tokens, "held-out": len(self.problems)}
+        file = self.folder / SETTINGS
+        if file.exists() and (before := json.loads(file.read_text())) != settings:
+            flags = " ".join(f"--{name}={value}" for name, value in before.items())
+            raise UserError(
+                f"--workdir={self.folder} was begun with {flags}. Give these, or name another folder."
+            )
+        file.write_text(json.dumps(settings))
 
     def make_model(self) -> None:
         if not (self.folder / MODEL / "config.json").exists():
@@ -133,7 +149,9 @@ class Demo:
         return len(chats), tokens
 
     def train(self, name: str) -> None:
-        """One run of train.py, which resumes by itself."""
+        """One run of train.py, which resumes by itself. It is over where the run has been measured."""
+        if (self.folder / f"{name}.jsonl").exists():
+            return
         options = TRAINING | RUNS[name]
         self.stage(
             f"train {name}",

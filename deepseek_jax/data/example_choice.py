@@ -16,6 +16,8 @@ from deepseek_jax.errors import UserError
 
 # Formats of rows in which something answers: it has to end.
 ANSWERS = ("messages", "conversations", "prompt_completion", "instruction_output")
+# What has to be there for a token to be scored, in the other formats.
+NEEDED = {"text": "texts of two tokens or more", "tokenized": "labels other than -100"}
 BLOCK = 1 << 18  # tokens that are looked at together
 
 
@@ -118,11 +120,13 @@ def check(
                 "lie behind it"
             )
         else:
-            why = "in any. Give examples with answers"
-        raise UserError(
-            f"{where} has {plural(n, 'example')} and no trained token {why}, or set "
-            "config.sft.assistant_only_loss or completion_only_loss to false to train on all of it."
-        )
+            why = f"in any. Give examples with {NEEDED.get(examples.facts.format, 'answers')}"
+        if examples.facts.format in ANSWERS:
+            why += (
+                ", or set config.sft.assistant_only_loss or completion_only_loss to false to train on all "
+                "of it"
+            )
+        raise UserError(f"{where} has {plural(n, 'example')} and no trained token {why}.")
     if examples.facts.format not in ANSWERS or choice.stops.any():
         return
     first = int(np.flatnonzero(choice.trained)[0])
@@ -147,7 +151,9 @@ def summary(
     length, facts = config.train.sequence_length, examples.facts
     train = choice.numbers(held_out=False)
     held = choice.numbers(held_out=True)
-    first = f"{len(choice.kept):,} examples: {len(train):,} to train on, {len(held):,} held out"
+    first = (
+        f"{plural(len(choice.kept), 'example')}: {len(train):,} to train on, {len(held):,} held out"
+    )
     if choice.too_long:
         first += (
             f", {choice.too_long:,} left out as longer than {length} (config.sft.truncation=drop)"

@@ -77,6 +77,9 @@ class ExampleLoader:
         _check_epochs(config)
         notes = DataNotes()
         self._examples = open_examples(config, tokenizer, encoder, folder, progress, notes)
+        encoder.format = (
+            self._examples.facts.format
+        )  # also where kept examples were not encoded now
         self.notes = [*notes.lines(), *self._examples.facts.notes]
         choice = example_choice.choose(self._examples, config, encoder.stop_ids)
         example_choice.check(choice, self._examples, config, tokenizer, encoder.stop_ids)

@@ -46,15 +46,18 @@ Sources = Sequence[tuple[str, Sequence[SourceFile]]]  # as config.data.path name
 
 
 class Encoder(Protocol):
-    """Makes token ids of rows: scoring.ExampleEncoder."""
+    """Makes token ids of rows: scoring.ExampleEncoder.
+
+    Attributes:
+      format: of the rows, "" before the first. Kept examples are of rows that the encoder has not seen:
+        whoever opens them sets it.
+    """
+
+    format: str
 
     @property
     def identity(self) -> str:
         """Changes whenever the ids or the scored tokens of some row could."""
-
-    @property
-    def format(self) -> str:
-        """Of the rows, "" before the first."""
 
     @property
     def stop_ids(self) -> frozenset[int]:

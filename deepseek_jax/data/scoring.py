@@ -181,6 +181,8 @@ class ExampleEncoder:
 
     def _passage(self, passage: Passage) -> "_Plan":
         end, known = self._end, self._encoder.added
+        if self.format == "prompt_completion":
+            self._choices.check_texts()
         if self.format == "instruction_output":
             end = self._output_end
         if end not in known and self._end_id is None:

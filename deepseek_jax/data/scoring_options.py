@@ -75,20 +75,32 @@ class Choices(NamedTuple):
 
     def check(self, kind: str) -> None:
         """Raises UserError where an option that is set does not act on rows of a format."""
-        given = {
-            "assistant_only_loss": self.assistant_only is True,
-            "completion_only_loss": self.completion_only is True,
-            "chat_template": self.chat_template,
-            "chat_template_kwargs": self.variables,
-            "system_prompt": self.system_prompt,
-            "train_on_header": self.train_on_header,
-        }
+        given = self._of_messages() | {"completion_only_loss": self.completion_only is True}
         for option, value in given.items():
             if value and kind not in ACTS_ON[option]:
                 raise UserError(
                     f"config.sft.{option} is set and acts on {', '.join(ACTS_ON[option])}; the rows are "
                     f"{kind}. Leave it out, or name the rows' format as config.sft.format."
                 )
+
+    def check_texts(self) -> None:
+        """Raises UserError where an option that is set does not act on a prompt and completion as texts."""
+        for option, value in self._of_messages().items():
+            if value:
+                raise UserError(
+                    f"config.sft.{option} is set and acts on messages; this prompt and its completion are "
+                    f"texts. Leave it out, or give both as lists of messages."
+                )
+
+    def _of_messages(self) -> dict[str, Any]:
+        """The options that act on messages alone, by name: what is there is set."""
+        return {
+            "assistant_only_loss": self.assistant_only is True,
+            "chat_template": self.chat_template,
+            "chat_template_kwargs": self.variables,
+            "system_prompt": self.system_prompt,
+            "train_on_header": self.train_on_header,
+        }
 
     def by_turns(self, prompt: bool) -> bool:
         """Whether only what the model says is scored, in a chat with or without a prompt of its own."""
@@ -100,7 +112,7 @@ class Choices(NamedTuple):
         Args:
           end: what ends a text.
         """
-        lines = [f"{kind} ({', '.join(FORMATS[kind])})"]
+        lines = [f"the examples have {' and '.join(FORMATS[kind])} (config.sft.format={kind})"]
         if kind == "text":
             return [*lines, f"every token is scored, with {end} at the end"]
         if kind == "tokenized":

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from deepseek_jax.cli.texts import clean_text
 from deepseek_jax.data import template, template_program
 from deepseek_jax.data.conversations import Conversation
 from deepseek_jax.data.messages import REASONING, Message, unwritten_call
@@ -21,6 +22,8 @@ REMEDY = (
     "Give a template that marks what the model says by {% generation %} ... {% endgeneration %} as "
     "config.sft.chat_template."
 )
+# Of messages that a template may write elsewhere than in its loop over them.
+KNOWN_ROLES = ("system", "developer", "user", "tool")
 Region = tuple[int, int]  # characters from, to
 
 
@@ -179,8 +182,8 @@ class TurnFinder:
     def _check(
         self, rendered: Rendered, chat: Conversation, turns: Mapping[int, Region], all_said: bool
     ) -> None:
-        """Raises UserError unless every answer is written out, and, if it has to be told from the rest and is
-        not marked, where its turn is found and without other messages in it."""
+        """Raises UserError unless every message is written out, and every answer, if it has to be told from
+        the rest and is not marked, where its turn is found and without other messages in it."""
         watched = all_said and not self.marked
         for i, message in enumerate(chat.messages):
             if message["role"] != "assistant":
@@ -206,6 +209,29 @@ class TurnFinder:
                 f"the chat template of {self.where} writes other messages' contents where it is at an "
                 f"answer, so that they cannot be told apart. {REMEDY}"
             )
+        for i, message in enumerate(chat.messages):
+            if message["role"] != "assistant":
+                self._check_written(rendered, i, message, turns)
+
+    def _check_written(
+        self, rendered: Rendered, i: int, message: Message, turns: Mapping[int, Region]
+    ) -> None:
+        """Raises UserError if the template leaves out a message that is no answer, as most do with a role
+        that they do not know."""
+        content, where = message.get("content"), turns.get(i)
+        if not isinstance(content, str) or where and rendered.text[slice(*where)].strip():
+            return
+        known = message["role"] in KNOWN_ROLES or self._probe.tells(False) is not True
+        written = (
+            clean_text(content).strip() in rendered.text
+        )  # before the loop over messages, perhaps
+        if known and written:
+            return
+        raise UserError(
+            f"the chat template of {self.where} does not write messages[{i}], whose role is "
+            f"{message['role'][:40]!r}. Give it a role that the template knows, leave it out, or give "
+            f"another template as config.sft.chat_template."
+        )
 
     def _writes(self, content: str, inside: str) -> bool:
         """Whether a content is in what a template wrote, in some form: one that writes those of a probe as

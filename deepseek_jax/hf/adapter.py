@@ -181,10 +181,17 @@ def for_run(adapter: Adapter, model: ModelConfig, family: str, where: str) -> di
     """The inverse of `of_run`: stacked arrays by path, to go on training with.
 
     Raises:
-      UserError: the layers differ in what is adapted, or in ranks or scales, which one stack cannot hold.
+      UserError: the layers differ in what is adapted, or in ranks or scales, which one stack cannot hold; or
+        embedding or output head have factors.
     """
     out: dict[str, np.ndarray] = {}
     lora = adapter.lora
+    places = {name for leaf, _ in _targets(model, family) for name, _, _ in _parts(leaf)}
+    if elsewhere := [name for name in adapter.factors if name not in places]:
+        raise UserError(
+            f"{where}: it has a low-rank update of {elsewhere[0]}, which training here holds whole. Merge "
+            f"this adapter with PEFT, and begin a new one on the result."
+        )
     for leaf, maps in _targets(model, family):
         parts = [(name, at_a, at_b) for name, at_a, at_b in _parts(leaf)]
         here = [name for name, _, _ in parts if name in adapter.factors]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deepseek_jax.config import paths
+from deepseek_jax.config import lora_targets, paths
 from deepseek_jax.config.options import Config, LoraConfig, RopeScaling, changes_shapes
 from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.errors import UserError
@@ -69,7 +69,8 @@ def _with_adapter(config: Config, before: dict[str, Any]) -> Config:
       before: the options of the run in the workdir, for an adapter that is gone by now.
 
     Raises:
-      UserError: the adapter cannot be read or is not of this model, or config.lora.r differs from its rank.
+      UserError: the adapter cannot be read or is not of this model, or an option that it sets has another
+        value.
     """
     given = config.lora.adapter
     if not given:
@@ -91,7 +92,26 @@ def _with_adapter(config: Config, before: dict[str, Any]) -> Config:
         target_modules=",".join(adapter.targets_of(found, config.model, family)),
         modules_to_save=found.lora.modules_to_save,
     )
+    _check_same(config, ours)
     return dataclasses.replace(config, lora=ours)
+
+
+def _check_same(config: Config, ours: LoraConfig) -> None:
+    """Raises UserError: an option of LoRA is set to other than the adapter's."""
+    given, defaults, model = config.lora, LoraConfig(), config.model
+
+    def meant(lora: LoraConfig, name: str) -> Any:
+        if name == "target_modules":
+            return set(lora_targets.targets(model, lora.target_modules))
+        return set(lora.saved) if name == "modules_to_save" else getattr(lora, name)
+
+    for name in ("alpha", "use_rslora", "target_modules", "modules_to_save"):
+        value = getattr(given, name)
+        if value != getattr(defaults, name) and meant(given, name) != meant(ours, name):
+            raise UserError(
+                f"config.lora.{name}={value} differs from {getattr(ours, name)} of config.lora.adapter="
+                f"{given.adapter}. Leave config.lora.{name} out: the adapter sets it."
+            )
 
 
 def _known_tokenizer(config: Config, workdir: str | None, before: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ def _checked(where: str, given: Any, model: ModelConfig) -> ExpertTable:
     layers = expert_layers(model)
     experts = {}
     for key, chosen in given["experts"].items():
-        if not key.isdecimal() or int(key) not in layers:
+        if not key.isdecimal() or str(int(key)) != key or int(key) not in layers:
             raise bad(
                 f"layer {key[:80]!r} has no routed experts: those of this model that have are "
                 f"{layers.start} to {layers.stop - 1}"
@@ -80,7 +80,7 @@ def _checked(where: str, given: Any, model: ModelConfig) -> ExpertTable:
         )
         if not known or len(set(chosen)) < len(chosen):
             raise bad(
-                f"layer {key} does not have different numbers of experts, 0 to "
+                f"layer {key} needs a list of different experts, numbers from 0 to "
                 f"{model.n_routed_experts - 1}"
             )
         experts[int(key)] = tuple(chosen)

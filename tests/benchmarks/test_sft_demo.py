@@ -227,6 +227,9 @@ def test_the_stages_go_on_where_they_were_stopped(package, tmp_path):
     result = Recorded(tmp_path / "run", 1000, 10).run()
     again = Recorded.commands[done:]
     assert not any("before" in " ".join(words) for words in again), "the first answers are kept"
+    assert [words[2] for words in again if words[0] == "train.py"] == [
+        f"--workdir={tmp_path / 'run' / 'lora'}"
+    ]
     before, full, lora = result["rows"]
     assert (before["accuracy"], before["last_number_right"], before["stopped"]) == (0, 0.9, 0)
     assert full["accuracy"] == lora["accuracy"] == 0.9 and full["stopped"] == 1
@@ -238,6 +241,8 @@ def test_the_stages_go_on_where_they_were_stopped(package, tmp_path):
     table = figures.sft_demo_table(result, "[here](there)")
     assert table.count("\n| ") == 4 and "90% full" in figures.sft_demo(result)
     json.dumps(result)
+    with pytest.raises(UserError, match="begun with --tokens=1000 --held-out=10"):
+        Recorded(tmp_path / "run", 2000, 10).run()
 
 
 def test_a_page_shows_the_result_between_its_marks(tmp_path, monkeypatch):

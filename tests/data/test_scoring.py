@@ -121,7 +121,7 @@ def test_lookahead_and_inner_loops_do_not_move_a_turn(folders):
     said = ["01two<|im_end|>useruser<|im_end|>", "01four" + "user<|im_end|>"]
     assert chats.scored_texts(folder, example) == said
     filtered = (
-        "{% for m in messages if m.role != 'system' %}{{ m.content + EOS }}"
+        "{{ messages[0].content }}{% for m in messages if m.role != 'system' %}{{ m.content + EOS }}"
         "{% if loop.nextitem %}{{ loop.nextitem.role }}{% endif %}{% endfor %}"
     ).replace("EOS", "'<|im_end|>'")
     chat.insert(0, {"role": "system", "content": "no"})
@@ -358,6 +358,21 @@ def test_an_answer_that_is_not_written_is_refused(folders):
             chats.encode(folders(chats.trl_template(name)), [{"messages": messages("q", "answer")}])
 
 
+def test_a_message_that_is_not_written_is_refused(folders):
+    """Most templates pass over a role that they do not know, with all that it says."""
+    known = (
+        "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.role + m.content + '</s>' }}"
+        "{% endif %}{% endfor %}"
+    )
+    folder = folders(known)
+    for role in ("ipython", "system"):
+        rows = [{"messages": [{"role": role, "content": "4 8 15"}, *messages("q", "a")]}]
+        with pytest.raises(UserError, match=f"row 1.*does not write messages.0., .*'{role}'"):
+            chats.encode(folder, rows)
+    before = "{{ messages[0].content if messages[0].role == 'system' }}" + known
+    chats.encode(folders(before), rows)
+
+
 def test_a_tool_result_in_a_turn_is_refused_unless_marked(folders):
     """Gemma 4's template writes the result within the turn that called."""
     chat = [
@@ -480,6 +495,7 @@ def test_tokenizers_without_a_template(made, folders):
 def test_options_that_cannot_act_are_refused(folders):
     folder = folders(chats.CHATML)
     text, chat = {"text": "a"}, {"messages": messages("q", "a")}
+    passage = {"prompt": "a", "completion": "b"}
     for row, given, name in (
         (text, {"assistant_only_loss": True}, "assistant_only_loss"),
         (text, {"system_prompt": "x"}, "system_prompt"),
@@ -489,6 +505,8 @@ def test_options_that_cannot_act_are_refused(folders):
         (chat, {"chat_template_kwargs": "[1]"}, "chat_template_kwargs"),
         (chat, {"chat_template_kwargs": '{"tools": []}'}, "chat_template_kwargs.*has 'tools'"),
         ({"input_ids": [1]}, {"assistant_only_loss": True}, "assistant_only_loss"),
+        (passage, {"assistant_only_loss": True}, "assistant_only_loss .* are texts"),
+        (passage, {"chat_template": chats.CHATML}, "chat_template .* are texts"),
     ):
         with pytest.raises(UserError, match=f"config.sft.{name}"):
             chats.encode(folder, [row], **given)

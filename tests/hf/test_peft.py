@@ -295,6 +295,24 @@ def test_refused_tensors(tensors, said, case, tmp_path):
         files.read(folder, case.model, case.family)
 
 
+def test_a_head_with_factors_is_merged_and_not_trained(case, tmp_path):
+    """Which training could only leave out."""
+    d, v = case.model.hidden_size, case.model.vocab_size
+    head = "base_model.model.lm_head"
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"{head}.lora_A.weight": rng.normal(size=(R, d)).astype(np.float32),
+        f"{head}.lora_B.weight": rng.normal(size=(v, R)).astype(np.float32),
+    }
+    given = files.read(write(tmp_path, tensors, r=R, lora_alpha=8), case.model, case.family)
+    a, b = tensors.values()
+    before = merged(case.folder, case.model, case.family, None)["lm_head.weight"]
+    after = merged(case.folder, case.model, case.family, given)["lm_head.weight"]
+    np.testing.assert_allclose(after - before, 2 * b @ a, atol=1e-4)  # 8 / R; differences of ones
+    with pytest.raises(UserError, match="HERE: it has a low-rank update of lm_head.weight"):
+        adapter.for_run(given, case.model, case.family, "HERE")
+
+
 def test_refused_files(case, tmp_path):
     """A pickle may run code: it is named, and not opened."""
     with pytest.raises(UserError, match="holds no adapter"):

@@ -146,6 +146,10 @@ def test_names_are_those_of_the_model():
         (dict(modules_to_save="norm"), "'norm' is not one of embed_tokens, lm_head"),
         (dict(r=0), "config.lora.alpha=6.0 has no effect"),
         (dict(dropout=0.1), "config.lora.dropout=0.1 and config.objective=pretrain"),
+        (
+            dict(dropout=0.1, target_modules="experts"),
+            "dropout=0.1 .*=experts: routed experts have none",
+        ),
         (dict(base_dtype="int4"), "config.lora.base_dtype='int4' is not known"),
     ],
 )

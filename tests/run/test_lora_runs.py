@@ -175,6 +175,20 @@ def test_going_on_with_an_adapter(run, source, corpus, tmp_path):
     wrong = dataclasses.replace(given, lora=dataclasses.replace(given.lora, r=8))
     with pytest.raises(UserError, match="config.lora.r=8 differs from r=4 of config.lora.adapter"):
         init_from.with_what_is_known(wrong, str(tmp_path / "next"))
+    for name, value in (
+        ("alpha", 16.0),
+        ("target_modules", "experts"),
+        ("modules_to_save", "embed_tokens"),
+    ):
+        wrong = dataclasses.replace(given, lora=dataclasses.replace(given.lora, **{name: value}))
+        with pytest.raises(UserError, match=f"config.lora.{name}={value} differs from "):
+            init_from.with_what_is_known(wrong, str(tmp_path / "next"))
+    said = dataclasses.replace(
+        known.lora, target_modules="self_attn.kv_b_proj," + known.lora.target_modules
+    )
+    assert (
+        init_from.with_what_is_known(dataclasses.replace(given, lora=said), None).lora == known.lora
+    )
     mesh = make_mesh(known)
     with jax.set_mesh(mesh):
         layout = make_layout(known, mesh)

@@ -61,9 +61,9 @@ def write(folder: pathlib.Path, table: dict, name: str = "experts.json") -> str:
             {"experts": {"2": [0]}},
             "layer '2' has no routed experts: those of this model that have are 0 to 1",
         ),
-        ({"experts": {"0": [4]}}, "layer 0 does not have different numbers of experts, 0 to 3"),
-        ({"experts": {"0": [1, 1]}}, "layer 0 does not have different numbers"),
-        ({"experts": {"0": [True]}}, "layer 0 does not have different numbers"),
+        ({"experts": {"0": [4]}}, "layer 0 needs a list of different experts, numbers from 0 to 3"),
+        ({"experts": {"0": [1, 1]}}, "layer 0 needs a list of different experts"),
+        ({"experts": {"0": [True]}}, "layer 0 needs a list of different experts"),
         ({"experts": {"0": []}}, "nothing learns"),
         ({"experts": {"0": [1]}, "shared_expert": True}, "'shared_expert' is not known"),
         (

@@ -39,5 +39,6 @@ def without_effect(config: Config, names: Iterable[str], why: str, repair: str) 
         value, default = value_of(config, name), of(name).default
         if value != default:
             raise UserError(
-                f"config.{name}={value} has no effect {why}. Set it to {default}, its default, or {repair}."
+                f"config.{name}={value} has no effect {why}. Set it to "
+                f"{default if default != '' else repr('')}, its default, or {repair}."
             )

@@ -41,6 +41,14 @@ def check(config: Config) -> None:
             f"config.esft.experts={config.esft.experts} and config.lora.r={lora.r}: the experts of the table "
             f"are trained whole. Set config.lora.r=0, or config.esft.experts=''."
         )
+    chosen = targets(m, lora.target_modules)
+    if lora.dropout and all(path.startswith(f"{EXPERTS}.") for path in chosen):
+        without_effect(
+            config,
+            ["lora.dropout"],
+            f"with config.lora.target_modules={lora.target_modules}: routed experts have none",
+            "config.lora.target_modules to linear maps besides",
+        )
     if lora.dropout and config.objective != "sft":
         raise UserError(
             f"config.lora.dropout={lora.dropout} and config.objective={config.objective}: what is dropped "
