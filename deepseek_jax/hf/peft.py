@@ -37,6 +37,7 @@ from deepseek_jax.tensorfile.bounded_json import BadFile
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+MAX_NAME = 300  # characters: patterns of adapter_config.json take long on longer ones
 _EXPERTS = re.compile(
     r"(?P<module>model\.layers\.(?P<layer>\d{1,6})\.(.*\.)?experts)(\.base_layer)?"
 )
@@ -60,7 +61,8 @@ def read(folder: str, model: ModelConfig, family: str) -> Adapter:
     saved: dict[str, np.ndarray] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        if found := _FACTOR.fullmatch(name):
+        found = _FACTOR.fullmatch(name) if len(name) <= MAX_NAME else None
+        if found:
             sides.setdefault(found["module"], {})[found["side"]] = tensor
         elif name in ("model.embed_tokens.weight", "lm_head.weight"):
             saved[name] = tensor

@@ -250,4 +250,6 @@ def held_out_text(figures: dict[str, Any]) -> str:
     text = f"{figures['eval_loss']:.4f} nats per token"
     if "eval_bits_per_byte" in figures:
         text += f" = {figures['eval_bits_per_byte']:.4f} bits per byte"
+    if "eval_token_accuracy" in figures:
+        text += f", accuracy {figures['eval_token_accuracy']:.3f}"
     return text

@@ -285,6 +285,7 @@ def test_refused_configs(config, said, case, tmp_path):
         ({f"{Q}.lora_A.weight": (R, 3)}, "not two matrices"),
         ({f"{Q}.lora_A.weight": (R, 3), f"{Q}.lora_B.weight": (5, 2)}, "do not fit"),
         ({f"{Q}.lora_magnitude_vector": (3,)}, "is not known"),
+        ({f"{Q}.{'a.' * 999}lora_A.weight": (R, 3)}, "is not known"),
         ({"base_model.model.model.layers.99.mlp.experts.lora_A.weight": (R, 3)}, "not two"),
     ],
 )
