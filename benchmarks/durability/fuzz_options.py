@@ -167,7 +167,8 @@ def run_small(config: Config, mesh: jax.sharding.Mesh) -> None:
         if not np.isfinite(found).all():
             raise FloatingPointError(f"losses {found}")
         prompt = text[0, :1].tolist()
-        placed = BoundModel(layout.model, *held.weights(), mesh)
+        weights = held.weights()
+        placed = BoundModel(layout.model, weights.params, weights.bias, mesh)
         list(sample.tokens(placed, prompt, 2, Sampling(), m.vocab_size, ()))
     if mesh.shape["stage"] == 1 and not config.offload.parameters:
         drafts = min(1, m.num_nextn_predict_layers)
