@@ -109,7 +109,7 @@ def peer_command(own: argparse.Namespace, folder: pathlib.Path) -> list[str]:
     return [
         own.peer,
         f"--data={folder / CHATS}",
-        f"--model={folder / 'config.json'}",
+        f"--model_config={folder / 'config.json'}",
         f"--length={t.sequence_length}",
         f"--batch={t.batch_size}",
         f"--accumulation={CHATS_PER_ROW}",

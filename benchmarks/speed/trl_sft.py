@@ -1,7 +1,7 @@
 """TRL's SFTTrainer on the same model, chats and number of chats per update as `python -m benchmarks
 sft` trains: its peer there.
 
-  python benchmarks/speed/trl_sft.py --data=chats.jsonl --model=config.json --length=256 --batch=8
+  python benchmarks/speed/trl_sft.py --data=chats.jsonl --model_config=config.json --length=256 --batch=8
                                      --accumulation=4 --steps=4 --warmup=2 --threads=1 [--dtype=bf16]
 
 Prints one line of JSON. TRL as it comes (padding to the longest chat of a micro-batch, its own fused
@@ -25,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="JSONL with input_ids and labels")
-    parser.add_argument("--model", required=True, help="a config.json")
+    parser.add_argument("--model_config", required=True, help="a config.json")
     for name in ("length", "batch", "accumulation", "steps", "warmup", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
@@ -41,7 +41,7 @@ def main() -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     with open(own.data, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
-    with open(own.model, encoding="utf-8") as f:
+    with open(own.model_config, encoding="utf-8") as f:
         keys = json.load(f)
     config = transformers.AutoConfig.for_model(keys.pop("model_type"), **keys)
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ class EmbeddingNoise:
     alpha: float
     seed: int
 
-    @jax.named_scope("neftune")
+    @jax.named_scope("embed")
     def add(self, x_BSD: jax.Array, segment_ids_BS: jax.Array, row_B: jax.Array) -> jax.Array:
         """Embeddings with noise.
 

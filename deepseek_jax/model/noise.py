@@ -46,7 +46,6 @@ def of_layer(place: Place | None) -> Iterator[None]:
         _place.reset(before)
 
 
-@jax.named_scope("dropout")
 def dropped(x_BSF: jax.Array, rate: float, site: int) -> jax.Array:
     """x with a share `rate` of its numbers 0 and the others divided by 1 - rate.
 

@@ -201,8 +201,11 @@ def test_bug_06_packed_is_the_sum_of_transformers_unpacked(variant, tmp_path):
 
             def loss_of(params):
                 net = model.layout.merge(params, bias)
-                micro = [jax.tree.map(lambda a, i=i: a[i], batch) for i in range(2)]
-                return sum(loss_of_batch(objective, config, net, m, totals)[0] for m in micro)
+
+                def of_micro_batch(micro):
+                    return loss_of_batch(objective, config, net, micro, totals)[0]
+
+                return jnp.sum(jax.lax.map(of_micro_batch, batch))
 
             return jax.value_and_grad(loss_of)(params)
 

@@ -365,7 +365,7 @@ def test_origin_is_where_the_rows_come_from(tmp_path):
 @pytest.mark.parametrize(
     "options, text",
     [
-        (["--workdir=X"], "--step and --rows: give one of them"),
+        (["--workdir=X", "--step=1", "--rows=1-2"], "--step and --rows: give one of them"),
         (["--workdir=X", "--step=0"], "--step=0 is not a step of this run"),
         (["--workdir=X", "--rows=5-3"], "--rows=5-3 is not FIRST-LAST"),
         (["--workdir=X/nowhere", "--step=1"], "holds no run"),

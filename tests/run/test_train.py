@@ -195,7 +195,11 @@ BAD = [
     ([TINY, "--config.train.steps=1.5"], "--config.train.steps=1.5"),
     ([TINY, "steps=3"], "'steps=3' is not an option"),
     ([TINY, "--config.data.document_mask=perhaps"], "--config.data.document_mask=perhaps"),
-    ([TINY, "--config.train.steps=0"], "config.train.steps=0 is below 1. Set it to 1 or more."),
+    ([TINY, "--config.train.steps=-1"], "config.train.steps=-1 is below 0. Set it to 0 or more."),
+    (
+        [TINY, "--config.train.steps=0"],
+        "config.train.steps=0 and config.train.epochs=0.0: a run needs an end.",
+    ),
     (
         [TINY, "--config.optimizer.learning_rate=nan"],
         "config.optimizer.learning_rate=nan is not a finite number",
