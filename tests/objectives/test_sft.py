@@ -179,7 +179,9 @@ def their_loss_and_gradients(theirs, ids):
     return total, families.hub_names(theirs, named)
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "deepseek_v3"]
+)
 def test_bug_06_packed_is_the_sum_of_transformers_unpacked(variant, tmp_path):
     """The loss of packed rows in two micro-batches, and its gradients, are transformers' of each example
     alone with num_items_in_batch; what lies beside an example in its row does not matter.
