@@ -50,7 +50,7 @@ venv: $(STAMP) ## create .venv with the package in it
 train: $(STAMP) ## train the tiny model (the same command again resumes it)
 	$(VENV)/bin/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
-sft: $(SFT_STAMP) ## fine-tune a real chat model on sums, whole and by LoRA, in 40 minutes (the same command again goes on)
+sft: $(SFT_STAMP) ## fine-tune a real chat model on sums, whole and by LoRA (the same command again goes on)
 	$(VENV)/bin/python -m benchmarks sft_demo $(ARGS)
 
 test: $(TEST_STAMP) ## run the tests

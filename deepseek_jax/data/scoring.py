@@ -159,14 +159,6 @@ class ExampleEncoder:
                 lines.append(f"{what} {', '.join(str(n)[:40] for n in list(names)[:8])}{more}")
         return lines
 
-    @property
-    def turn_end(self) -> str | None:
-        """The token that the chat template writes after an answer, if it is none of `stop_ids`: a model that
-        learns it does not end with it, unless it is given as config.sft.eos_token."""
-        ends = [finder.turn_end() for finder in self._finders.values()]
-        known = self._encoder.added
-        return next((e for e in ends if e and known[e] not in self.stop_ids), None)
-
     def _plan(self, example: Conversation | Passage | Tokens) -> "_Plan | Encoded":
         if isinstance(example, Tokens):
             return self._tokenized(example)

@@ -89,17 +89,6 @@ class Probe:
         answers = [i for i, m in enumerate(chat) if m["role"] == "assistant"]
         return all((word in rendered.of(i)) == (i == k) for i in answers for k, word in words)
 
-    def turn_end(self, added: Sequence[str]) -> str | None:
-        """The first of some tokens that the template writes after an answer; None: there is none, or it
-        refuses the probe."""
-        try:
-            text = self._render(_chat(False)).text
-        except UserError:
-            return None
-        after = text[text.rfind(ANSWERS[1]) + len(ANSWERS[1]) :]
-        places = {token: after.find(token) for token in added if token in after}
-        return min(places, key=lambda token: (places[token], -len(token)), default=None)
-
 
 def _shared(a: str, b: str) -> str:
     """What two texts begin with, without a part of a tag: <think> and </think> share a letter, which says

@@ -128,11 +128,6 @@ class TurnFinder:
         keys = {key for m in messages for key, value in m.items() if value not in (None, [], {})}
         return keys - known - {"role", "content", *reasoning}
 
-    def turn_end(self) -> str | None:
-        """The first token that the template writes after an answer and that is found in a text before it is
-        split; None: there is none, or it refuses a chat that tells."""
-        return self._probe.turn_end(self._added)
-
     def describe(self) -> list[str]:
         """How it is told what the model says, in lines for people."""
         how = "marks by {% generation %}" if self.marked else "is watched for"

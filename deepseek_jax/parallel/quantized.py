@@ -12,6 +12,7 @@ between two terms of one sum in int8, and blocks of nf4 lie along the inputs, as
            and twice as coarse at the ends. 4.1 bits for each number.
 """
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +44,7 @@ STACKED = ("layers", "experts")  # logical axes before those of a matrix
 Axes = tuple[str | None, ...]
 
 
-class QuantizedWeight:
+class QuantizedWeight(abc.ABC):
     """What both kinds have in common: `parts`, arrays of which the first says the kind by its dtype."""
 
     @property
@@ -52,9 +53,9 @@ class QuantizedWeight:
         return jax.tree.leaves(self, is_leaf=lambda a: a is not self)
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
-        raise NotImplementedError
 
     @property
     def ndim(self) -> int:
@@ -62,9 +63,9 @@ class QuantizedWeight:
         return len(self.shape)
 
     @staticmethod
+    @abc.abstractmethod
     def axes(axes: Axes) -> list[Axes]:
         """The logical axes of the parts, from the weight's."""
-        raise NotImplementedError
 
 
 @jax.tree_util.register_dataclass

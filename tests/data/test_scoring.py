@@ -396,17 +396,15 @@ def test_a_stop_token_that_comes_with_the_next_message(folders):
     assert chats.scored_texts(folder, example) == said
 
 
-def test_stop_tokens_and_the_one_that_the_template_writes(folders):
-    """A base model's eos is another than the template's: said, until it is named."""
+def test_stop_tokens_are_eos_and_the_one_that_is_named(folders):
+    """A base model's eos is another than the template's, which config.sft.eos_token names."""
     folder = folders(chats.CHATML, eos="</s>")
     chat, rows = Chat(folder), [{"messages": messages("q", "a")}]
     encoder = ExampleEncoder(chats.options(), chat)
     encoder.encode_batch(rows)
-    assert encoder.turn_end == "<|im_end|>"
     assert encoder.stop_ids == {chat.tokenizer.token_to_id("</s>")}
     encoder = ExampleEncoder(chats.options(eos_token="<|im_end|>"), chat)
     (example,) = encoder.encode_batch(rows)
-    assert encoder.turn_end is None
     assert encoder.stop_ids == {chat.tokenizer.token_to_id(t) for t in ("</s>", "<|im_end|>")}
     assert encoder.stop_ids & set(example.ids[example.scored].tolist())
     with pytest.raises(UserError, match="config.sft.eos_token='<|none|>'"):

@@ -297,7 +297,7 @@ def test_steps_of_epochs(tmp_path):
     assert steps() == 8  # 31.5 rows in batches of 4
     assert steps(steps=3) == 3  # wins
     assert steps(epochs=0.1) == 1 and steps(epochs=2.0) == 11
-    # 2 rows a step up to 4 within 8 steps: 2 + 2 + 2 + 2 + 3 + 3 + 3 + 3, and then 4 a step
+    # 2 rows per step up to 4 within 8 steps: 2 + 2 + 2 + 2 + 3 + 3 + 3 + 3, and then 4 per step
     assert steps(accumulation=4, batch_ramp_start=2, batch_ramp_steps=8) == 11
     with pytest.raises(UserError, match="config.profile.start=30 is after the last step, 8, which"):
         late = dataclasses.replace(config, profile=dataclasses.replace(config.profile, start=30))
