@@ -1,25 +1,30 @@
 """Adapters in PEFT's files: what we write PEFT loads, with the same logits, gradients and merged weights;
 what PEFT writes, in any form, we load."""
 
+import copy
 import dataclasses
 import json
 import types
 
 import jax
 import numpy as np
+import optax
 import peft
 import pytest
 import safetensors.numpy
 import torch
 import transformers
+from flax import nnx
 
 from deepseek_jax import hf
-from deepseek_jax.config.options import LoraConfig
+from deepseek_jax.config.options import LoraConfig, OptimizerConfig
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import adapter, names, reader
 from deepseek_jax.hf import peft as files
+from deepseek_jax.model import lora
 from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.tensorfile import regions
+from deepseek_jax.train.optimizer import make_optimizer
 from tests.support import adapters, conversion, hf_families, hf_variants
 
 RTOL = 1e-5  # float32 sums in another order, of the largest number of an array
@@ -89,49 +94,75 @@ def test_every_factor_is_loaded(case):
         np.testing.assert_array_equal(b, case.ours.factors[name].b, err_msg=name)
 
 
-def test_logits_and_gradients(case):
-    """Of the model with the adapter beside its weights: in PEFT in the form that it makes of experts for
-    transformers 5, gate and up fused with a block-diagonal B and twice the rank and alpha."""
+def gradients_of_peft(theirs, case):
+    """(loss, logits, {hub name: gradients of A and B}) of PEFT's model: in the form that it makes of experts
+    for transformers 5, gate and up fused with a block-diagonal B and twice the rank and alpha."""
     ids = torch.as_tensor(case.ids)
-    case.theirs.zero_grad()
-    out = case.theirs(input_ids=ids, labels=ids, use_cache=False)
+    theirs.zero_grad()
+    out = theirs(input_ids=ids, labels=ids, use_cache=False)
     out.loss.backward()
-    wanted = adapters.of_peft(
-        ((n, p.grad) for n, p in case.theirs.named_parameters() if p.grad is not None), case.model
-    )
+    grads = ((name, p.grad) for name, p in theirs.named_parameters() if p.grad is not None)
+    return out.loss.item(), out.logits.detach().numpy(), adapters.of_peft(grads, case.model)
 
-    config = case.config
-    model = hf.load(str(case.folder))
+
+def test_logits_and_gradients_over_a_step(case):
+    """Of the model with the adapter beside its weights, before and after an update by each side's AdamW.
+
+    eps is large: where a gradient is nearly 0, the first update of Adam is its sign otherwise, and so the
+    rounding error of either side.
+    """
+    o = OptimizerConfig(
+        learning_rate=1e-2,
+        schedule="constant",
+        warmup_steps=0,
+        weight_decay=0.1,
+        eps=1e-3,
+        grad_clip=0.0,
+    )
+    config = dataclasses.replace(
+        case.config, model=conversion.smaller(case.model, aux_loss_alpha=0.0), optimizer=o
+    )
+    theirs, ours = copy.deepcopy(case.theirs), hf.load(str(case.folder))
+    factors = [p for name, p in theirs.named_parameters() if "lora_" in name]
+    adamw = torch.optim.AdamW(factors, o.learning_rate, (o.b1, o.b2), o.eps, o.weight_decay)
+
+    def run(params, bias, batch):
+        def loss_of(params):
+            net = conversion.Recorder(conversion.model_of(config)(params, bias))
+            loss = conversion.loss_of(net, batch, config)
+            return loss, net.logits(net.out.hidden_BSD)
+
+        return jax.value_and_grad(loss_of, has_aux=True)(params)
+
+    def updated(params, grads):
+        optimizer = make_optimizer(config, params)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        new = nnx.to_flat_state(optax.apply_updates(params, updates))
+        learns = [(path, v) for path, v in new if lora.is_factor(path)]
+        return nnx.merge_state(params, nnx.from_flat_state(learns))
+
     with conversion.on_mesh(config):
-        params = adapters.with_factors(model.params, case.arrays, config)
+        params = adapters.with_factors(ours.params, case.arrays, config)
         params = conversion.place(params, config)
-        make = conversion.model_of(config)
-        zero_aux = dataclasses.replace(
-            config, model=conversion.smaller(case.model, aux_loss_alpha=0.0)
-        )
         rows = conversion.batch_of(case.ids.astype(np.int32))
         batch = {k: conversion.put(np.asarray(a)) for k, a in rows.items()}
-
-        def run(params, bias, batch):
-            def loss_of(params):
-                net = conversion.Recorder(make(params, bias))
-                loss = conversion.loss_of(net, batch, zero_aux)
-                return loss, net.logits(net.out.hidden_BSD)
-
-            return jax.value_and_grad(loss_of, has_aux=True)(params)
-
         compiled = conversion.jit(run, config)
-        (loss, logits), grads = jax.device_get(compiled(params, model.bias, batch))
-    conversion.assert_close(logits, out.logits.detach().numpy(), RTOL, "logits")
-    assert abs(loss - out.loss.item()) < RTOL * out.loss.item()
-    flat = {
-        conversion.path_of(p): np.asarray(g) for p, g in jax.tree_util.tree_leaves_with_path(grads)
-    }
-    ours = adapter.of_run(flat, config.lora, case.model, case.family)
-    assert ours.factors.keys() == wanted.keys()
-    for name, (a, b) in wanted.items():
-        conversion.assert_close(ours.factors[name].a, a, RTOL, f"A of {name}")
-        conversion.assert_close(ours.factors[name].b, b, RTOL, f"B of {name}")
+        for _ in range(2):
+            wanted_loss, wanted_logits, wanted = gradients_of_peft(theirs, case)
+            (loss, logits), grads = compiled(params, ours.bias, batch)
+            conversion.assert_close(logits, wanted_logits, RTOL, "logits")
+            assert abs(loss - wanted_loss) < RTOL * wanted_loss
+            flat = {
+                conversion.path_of(path): np.asarray(g)
+                for path, g in jax.tree_util.tree_leaves_with_path(grads)
+            }
+            found = adapter.of_run(flat, config.lora, case.model, case.family)
+            assert found.factors.keys() == wanted.keys()
+            for name, (a, b) in wanted.items():
+                conversion.assert_close(found.factors[name].a, a, RTOL, f"A of {name}")
+                conversion.assert_close(found.factors[name].b, b, RTOL, f"B of {name}")
+            adamw.step()
+            params = conversion.jit(updated, config)(params, grads)
 
 
 def test_merged_weights(case):

@@ -373,7 +373,12 @@ def test_killed_and_started_again(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(config, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--config.lora.r=2", "--config.lora.base_dtype=int8")],
+    ids=["all weights", "LoRA"],
+)
+def test_two_processes(config, more, tmp_path):
     """Two processes of one device each: the losses of one process with two, and answers to prompts."""
     outs = []
     for folder, before in (
@@ -381,7 +386,7 @@ def test_two_processes(config, tmp_path):
         ("two", ["-m", "deepseek_jax.launch", "--nproc_per_node=2"]),
     ):
         done = subprocess.run(
-            [sys.executable, *before, "train.py", *command(config, tmp_path / folder)],
+            [sys.executable, *before, "train.py", *command(config, tmp_path / folder, *more)],
             cwd=ROOT,
             env=environment(1 if before else 2),
             capture_output=True,
