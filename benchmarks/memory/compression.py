@@ -21,10 +21,11 @@ from typing import Any
 import jax
 
 from benchmarks.support.report import Parser, report
+from deepseek_jax import objectives
 from deepseek_jax.cli import texts
 from deepseek_jax.config.options import GRADIENT_COMPRESSIONS, Config
 from deepseek_jax.config.validation import validate
-from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.open import open_data
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.plan import options, topology
 from deepseek_jax.run.batches import LoaderBatches
@@ -80,9 +81,8 @@ def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:
         if "data" in c.axes and not c.further
     ]
     gradients = [c for c in along if c.phase == "backward" or c.part == "compression"]
-    loader = Loader(
-        config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
-    )
+    tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
+    loader = open_data(config, tokenizer, objectives.make(config).fields)
     losses, seconds = [], []
     source = LoaderBatches(config, loader, mesh)
     source.begin(Progress().resumed(0, config, None))

@@ -41,7 +41,9 @@ from benchmarks.support.report import Parser, machine, report
 from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import CheckpointConfig, Config, MeshConfig
+from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
+from deepseek_jax.data.open import open_data
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.model.count import count
 from deepseek_jax.parallel import xla_options
@@ -148,9 +150,8 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
     """Medians over the steps of all rounds, in seconds per step."""
     use_cache(config.compile.cache_dir, warn=lambda line: print(line, file=sys.stderr))
     mesh = make_mesh(config, jax.devices()[:1] if config.mesh.fsdp == 1 else None)
-    loader = Loader(
-        config, load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
-    )
+    tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
+    loader = open_data(config, tokenizer, objectives.make(config).fields)
     loops: list[dict[str, Any]] = []
     bare: list[tuple[float, float]] = []
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as workdir:
@@ -227,7 +228,7 @@ def _loop(
     mesh: jax.sharding.Mesh,
     state: TrainState,
     step: CompiledStep,
-    loader: Loader,
+    loader: Loader | ExampleLoader,
     checkpoints: Checkpointer,
     sizes: Any,
     steps: int,

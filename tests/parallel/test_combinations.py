@@ -11,6 +11,7 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import MeshConfig, OffloadConfig, OptimizerConfig, ShardingConfig
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.opener import open_model
+from deepseek_jax.model.layout import place_model
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train import loss_scale, state, workdir
 from tests.support import conversion
@@ -145,7 +146,7 @@ def test_generate_from_a_float16_run(tmp_path):
         checkpointer.save(12, state.to_tree(s), {"tokens_seen": 1})
         checkpointer.close()
     model = open_model(str(tmp_path), dtype="float16").model
-    assert model.config.train.dtype == "float16"
+    assert model.full_config.train.dtype == "float16"
 
     def is_rounded(a, b) -> bool:
         return np.array_equal(a, np.asarray(b).astype(a.dtype))
@@ -157,12 +158,9 @@ def test_generate_from_a_float16_run(tmp_path):
     prompt = [5, 17, 3]
     ids = model.generate(prompt, max_tokens=8, stop_ids=())
     with jax.set_mesh(model.mesh):
-        exact = state.make_layout(
-            dataclasses.replace(
-                model.config, train=dataclasses.replace(model.config.train, dtype="float32")
-            ),
-            model.mesh,
-        )
+        c = model.full_config
+        train = dataclasses.replace(c.train, dtype="float32")
+        exact = place_model(dataclasses.replace(c, train=train), model.mesh)
 
         @conversion.jit
         def logits(params, bias, tokens):
