@@ -27,6 +27,7 @@ GROUPS = {
     },
     "memory": {
         "strategies": "memory, communication and step time of every sharding strategy",
+        "fits": "bytes of LoRA and of distillation on GPUs that are not here, as their compiler allots them",
         "levers": "memory and step time with every memory lever: dtypes, remat, offload, optimizers, ...",
         "collectives": "what one layer communicates, beside the least it could",
         "compression": "loss and bytes of gradients summed in float32, bfloat16 and int8",
@@ -44,6 +45,7 @@ GROUPS = {
     },
     "learning": {
         "tiny": "trains configs/tiny.py whole and checks its loss (make prove)",
+        "distil_demo": "half of the experts pruned, and won back: cross-entropy, distillation (make distil)",
         "sft_demo": "a real chat model learns sums, whole and by LoRA: marks before and after (make sft)",
         "picture": "draws the loss and the expert load of a run from its metrics.jsonl",
     },

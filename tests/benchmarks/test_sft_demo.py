@@ -200,7 +200,7 @@ class Recorded(sft_demo.Demo):
     def figures(self, name):
         return {"learns": "1 of 2"}
 
-    def command(self, *words, grows=None):
+    def command(self, *words, grows=None, lines=0):
         self.commands.append(words)
         if self.fails and self.fails in " ".join(words):
             raise sft_demo.CommandFailed("it failed", 3)
