@@ -15,6 +15,7 @@ GROUPS = {
     "speed": {
         "step": "time of a train step and its share of the best matmul; --peer: beside PyTorch",
         "sft": "fine-tuning on short chats, packed, beside TRL's SFTTrainer, which pads",
+        "distill": "what a teacher costs a step: online, by its likeliest words, from a cache",
         "floor": "the parts of a step on a CPU, and the least that each could cost",
         "overhead": "what the training loop costs beside the compiled step",
         "attention": "attention against plain softmax attention: time and temporary bytes by length",

@@ -9,6 +9,7 @@ are needed, no weights. Each row takes some minutes and some GB of memory; a row
 already, of the same commit, is not compiled again. Needs JAX's GPU compiler (make plan installs it).
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -19,8 +20,9 @@ import jax
 
 from benchmarks.support.report import Parser, report
 from deepseek_jax.cli import texts
-from deepseek_jax.config.options import Config
+from deepseek_jax.config.options import Config, ModelConfig
 from deepseek_jax.errors import UserError
+from deepseek_jax.hf import configuration
 from deepseek_jax.plan import options, topology
 from deepseek_jax.plan import report as plan_report
 
@@ -177,17 +179,16 @@ def measure(case: Case, name: str, scratch: pathlib.Path) -> dict[str, Any]:
 
 
 def config_of(case: Case, name: str, scratch: pathlib.Path) -> Config:
-    """The options of a row. Teacher and student are folders with a config.json and no weights."""
-    given = [flag.format(teacher=scratch / "teacher") for flag in (*case.given, *case.rows[name])]
+    """The options of a row. The teacher is a folder with a config.json and no weights."""
+    given = [flag.format(teacher=scratch) for flag in (*case.given, *case.rows[name])]
     if case.config.endswith("distil.py"):
-        for folder, experts in (
-            ("teacher", QWEN3_30B["num_experts"]),
-            ("student", STUDENT_EXPERTS),
-        ):
-            (scratch / folder).mkdir(exist_ok=True)
-            keys = QWEN3_30B | {"num_experts": experts}
-            (scratch / folder / "config.json").write_text(json.dumps(keys), encoding="utf-8")
-        given.append(f"--config.init_from={scratch / 'student'}")
+        (scratch / "config.json").write_text(json.dumps(QWEN3_30B), encoding="utf-8")
+        student = configuration.to_model(QWEN3_30B | {"num_experts": STUDENT_EXPERTS})
+        given += [
+            f"--config.model.{field.name}={getattr(student, field.name)}"
+            for field in dataclasses.fields(student)
+            if getattr(student, field.name) != getattr(ModelConfig(), field.name)
+        ]
     _, config = options.read(options.Parser(), [f"--config={case.config}", *given])
     return config
 
