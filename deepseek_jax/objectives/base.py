@@ -15,10 +15,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from flax import nnx
 
 from deepseek_jax.data.fields import Field, Fields
 from deepseek_jax.model.head import Head
 from deepseek_jax.model.layout import ModelWeights, PlacedModel
+from deepseek_jax.model.taps import Asked
 from deepseek_jax.model.transformer import Output, Transformer
 
 __all__ = ["Batch", "Field", "Fields", "Frozen", "FrozenOutput", "Objective", "Parts"]
@@ -35,7 +37,10 @@ class Frozen(NamedTuple):
 
     model: PlacedModel  # on the mesh of the run, by a layout of its own
     load: Callable[[], ModelWeights]  # reads them in their shards; called once, when a run begins
-    taps: tuple[str, ...] = ()  # of its layers (model/taps.py)
+    taps: Asked = ()  # of its layers (model/taps.py)
+    # makes the map from the trained model's hidden states to its own, where they differ: parameters that
+    # learn, belong to the run and are in no export (train/projection.py)
+    projection: Callable[[nnx.Rngs], nnx.Module] | None = None
 
 
 class FrozenOutput(NamedTuple):
@@ -43,6 +48,7 @@ class FrozenOutput(NamedTuple):
 
     out: Output  # without statistics and multi-token prediction
     head: Head  # for model/head.py
+    projection: nnx.State | None = None  # of Frozen.projection, in training: the loss has its gradient
 
 
 class Objective(Protocol):
@@ -54,7 +60,7 @@ class Objective(Protocol):
         multi-token prediction runs."""
 
     @property
-    def taps(self) -> tuple[str, ...]:
+    def taps(self) -> Asked:
         """Taps of the model's layers (model/taps.py), which `loss` finds in `out.taps`."""
 
     def frozen(self, mesh: jax.sharding.Mesh) -> Frozen | None:

@@ -16,6 +16,7 @@ from deepseek_jax.parallel import offload
 from deepseek_jax.parallel.weights import REPLICAS
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.tensorfile.arrays import Tree, flatten
+from deepseek_jax.train import projection, trainable
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, TrainState, from_tree, saved, to_tree, zero_params
 
@@ -110,6 +111,7 @@ def _begin(layout: Layout, state: TrainState) -> TrainState:
     if not layout.multipliers.experts:
         return state
     params, frozen = layout.begin(state.weights().params)
+    params = trainable.join(params, projection.split(state.params)[1])
     index = jax.device_put(dict(layout.multipliers.experts), layout.shardings.esft)
     return state._replace(params=params, frozen=frozen, esft=index)
 
