@@ -40,7 +40,7 @@ class Frozen(NamedTuple):
     taps: Asked = ()  # of its layers (model/taps.py)
     # makes the map from the trained model's hidden states to its own, where they differ: parameters that
     # learn, belong to the run and are in no export (train/projection.py)
-    projection: Callable[[nnx.Rngs], nnx.Module] | None = None
+    projection: Callable[[], nnx.Module] | None = None
 
 
 class FrozenOutput(NamedTuple):
@@ -48,7 +48,9 @@ class FrozenOutput(NamedTuple):
 
     out: Output  # without statistics and multi-token prediction
     head: Head  # for model/head.py
-    projection: nnx.State | None = None  # of Frozen.projection, in training: the loss has its gradient
+    projection: nnx.State | None = (
+        None  # of Frozen.projection, in training: the loss has its gradient
+    )
 
 
 class Objective(Protocol):

@@ -20,7 +20,9 @@ Shape letters: model/layers.py, and N pairs of layers, G teachers of a merged ex
 primed in comments.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -72,7 +74,9 @@ class Router(NamedTuple):
 
     weight: float
     scoring: tuple[str, str]  # scoring_func of student and teacher
-    layers: tuple[int, ...]  # of each MoE layer of the student the number of the teacher's among its own
+    layers: tuple[
+        int, ...
+    ]  # of each MoE layer of the student the number of the teacher's among its own
     teachers_LEG: np.ndarray  # int32: experts of the teacher, NO_TEACHER after the last
 
 
@@ -96,14 +100,14 @@ class Features(NamedTuple):
         of_hidden = (Tap("hidden", layers),) if layers else ()
         return (*of_hidden, *(("router_logits",) if self.router else ()))
 
-    @property
-    def needs_projection(self) -> bool:
-        return self.hidden is not None and self.hidden.widths[0] != self.hidden.widths[1]
-
-    def projection(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The maps from the student's hidden states to the teacher's, for Frozen.projection."""
-        assert self.hidden is not None
-        return Projection(len(self.hidden.pairs), *self.hidden.widths, rngs)
+    def projection(self, seed: int) -> Callable[[], nnx.Module] | None:
+        """Makes the maps from the student's hidden states to the teacher's, for Frozen.projection; None where
+        these are of the same width.
+        """
+        h = self.hidden
+        if h is None or h.widths[0] == h.widths[1]:
+            return None
+        return functools.partial(Projection, len(h.pairs), *h.widths, seed)
 
     def totals(self, batch: Batch) -> Totals:
         """Of a whole batch, whose arrays may have any axes before S."""
@@ -148,7 +152,9 @@ class Projection(nnx.Module):
     They begin with a standard deviation of D^-0.5, which keeps the size of what they map.
     """
 
-    def __init__(self, pairs: int, width: int, teacher_width: int, rngs: nnx.Rngs):
+    def __init__(self, pairs: int, width: int, teacher_width: int, seed: int):
+        # Not the key with which the model's first weight is drawn.
+        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
         init = nnx.initializers.normal(width**-0.5)
         self.kernel = param(rngs, init, (pairs, width, teacher_width), ("layers", "embed", "lora"))
 
@@ -323,7 +329,9 @@ def layer_pairs(
         pairs.append(pair)
     students = [s for s, _ in pairs]
     if twice := [s for s in students if students.count(s) > 1]:
-        raise UserError(f"{option}: layer {twice[0]} of the student stands in two pairs. Leave one.")
+        raise UserError(
+            f"{option}: layer {twice[0]} of the student stands in two pairs. Leave one."
+        )
     return tuple(sorted(pairs))
 
 
@@ -353,7 +361,7 @@ def _router_of(config: Config, teacher: ModelConfig, found: CompressionMap | Non
                     f"experts. Set it to 0."
                 )
         layers = tuple(layer - of_teacher for layer in chosen)
-        experts = [[list(e) for e in layer] for layer in found.expert_map]
+        experts = [[list(e) for e in layer] for layer in found.expert_map[: len(layers)]]
     most = max(len(e) for layer in experts for e in layer)
     full = [[[*e, *[NO_TEACHER] * (most - len(e))] for e in layer] for layer in experts]
     scoring = m.scoring_func, teacher.scoring_func
@@ -370,7 +378,9 @@ def _check_map(config: Config, teacher: ModelConfig, found: CompressionMap) -> N
     ):
         if said != has:
             raise UserError(f"{where} is of {said} {what}, and {who} has {has}. {other}")
-    if outside := [layer for layer in found.layer_map if not 0 <= layer < teacher.num_hidden_layers]:
+    if outside := [
+        layer for layer in found.layer_map if not 0 <= layer < teacher.num_hidden_layers
+    ]:
         raise UserError(
             f"{where} names layer {outside[0]}, and the teacher has {teacher.num_hidden_layers}. {other}"
         )
@@ -382,12 +392,13 @@ def _check_map(config: Config, teacher: ModelConfig, found: CompressionMap) -> N
             f"{where} is of {found.num_experts} experts, and the teacher has {teacher.n_routed_experts}. "
             f"{other}"
         )
-    if len(found.expert_map) != moe_layers:
+    if len(found.expert_map) not in (moe_layers, moe_layers + m.num_nextn_predict_layers):
         raise UserError(
             f"{where} has experts of {len(found.expert_map)} layers, and this model has {moe_layers} with "
             f"experts. {other}"
         )
-    for layer, experts in enumerate(found.expert_map, m.first_k_dense_replace):
+    # Rows of multi-token prediction come after those of the main layers.
+    for layer, experts in enumerate(found.expert_map[:moe_layers], m.first_k_dense_replace):
         if len(experts) != m.n_routed_experts:
             raise UserError(
                 f"{where} has {len(experts)} experts in layer {layer}, and this model has "
@@ -396,7 +407,9 @@ def _check_map(config: Config, teacher: ModelConfig, found: CompressionMap) -> N
         named = [e for of_one in experts for e in of_one]
         bad = [e for e in named if not 0 <= e < found.num_experts or named.count(e) > 1]
         if bad or not all(experts):
-            said = f"expert {bad[0]} twice, or is not there" if bad else "an expert without a teacher"
+            said = (
+                f"expert {bad[0]} twice, or is not there" if bad else "an expert without a teacher"
+            )
             raise UserError(
                 f"{where}: layer {layer} has {said}. Each expert stands for other experts of the teacher: "
                 f"make the file again with python -m deepseek_jax.compress."

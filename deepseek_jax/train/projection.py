@@ -15,19 +15,17 @@ from deepseek_jax.train import trainable
 NAME = "projection"  # no attribute of the model is called so
 
 
-def create(frozen: Frozen | None, seed: int) -> nnx.State:
+def create(frozen: Frozen | None) -> nnx.State:
     """The parameters as a run begins with them, under NAME; none without a projection."""
     if frozen is None or frozen.projection is None:
         return trainable.NONE
-    # Not the key with which the model's first weight is drawn.
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    drawn = nnx.to_flat_state(nnx.state(frozen.projection(nnx.Rngs(key)), nnx.Param))
+    drawn = nnx.to_flat_state(nnx.state(frozen.projection(), nnx.Param))
     return nnx.from_flat_state([((NAME, *path), v) for path, v in drawn])
 
 
 def abstract(frozen: Frozen | None) -> nnx.State:
     """Their shapes."""
-    return jax.eval_shape(lambda: create(frozen, 0))
+    return jax.eval_shape(lambda: create(frozen))
 
 
 def split(params: nnx.State) -> tuple[nnx.State, nnx.State]:

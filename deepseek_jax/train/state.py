@@ -79,6 +79,13 @@ class Layout(NamedTuple):
         stacks = jax.jit(create, out_shardings=nnx.from_flat_state(where))(frozen)
         return trainable.join(learns, stacks), frozen
 
+    def new_projection(self) -> nnx.State:
+        """The parameters of projection.py as a run begins with them, in their shards."""
+        _, where = projection.split(self.shardings.params)
+        if not where:
+            return trainable.NONE
+        return jax.jit(lambda: projection.create(self.frozen), out_shardings=where)()
+
     def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
         """Bytes per device by kind: parameters that learn, the others, gradients, optimizer state, the
         residual of compressed gradients, and the weights of a frozen model; "host": bytes offloaded to the
@@ -213,7 +220,7 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         frozen = sharding.reshard(frozen, multipliers.split(layout.model.specs.params)[1])
         esft = some_experts.index_of(multipliers)
         params = trainable.join(params, some_experts.stacks(multipliers, frozen, esft))
-        params = trainable.join(params, projection.create(layout.frozen, config.seed))
+        params = trainable.join(params, projection.create(layout.frozen))
         params = sharding.reshard(params, layout.opt_specs)
         opt_state = layout.optimizer.init(params)
         zero = jnp.zeros((), jnp.int32)
@@ -237,13 +244,8 @@ def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.St
     """A state of step 0 with weights from elsewhere, in the shards of the layout. Nothing else of a fresh
     state depends on them.
     """
-    own = projection.split(layout.shardings.params)[1] or None
 
     def create() -> TrainState:
-        drawn = None
-        if own:
-            drawn = projection.create(layout.frozen, config.seed)
-            drawn = sharding.reshard(drawn, projection.split(layout.param_specs)[1])
         zero = jnp.zeros((), jnp.int32)
         residual = jax.tree.map(
             lambda a, s: jnp.zeros(a.shape, a.dtype, out_sharding=s),
@@ -252,7 +254,7 @@ def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.St
         )
         state = TrainState(
             zero,
-            drawn,
+            None,
             None,
             layout.optimizer.init(zero_params(layout)),
             zero,
@@ -264,10 +266,10 @@ def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.St
         )
         return offload.to(state, shardings)
 
-    shardings = layout.shardings._replace(params=own, bias=None, frozen=None)
+    shardings = layout.shardings._replace(params=None, bias=None, frozen=None)
     params, frozen = layout.begin(params)
+    params = trainable.join(params, layout.new_projection())
     rest = jax.jit(create, out_shardings=shardings)()
-    params = trainable.join(params, rest.params)
     return rest._replace(params=params, bias=bias, frozen=frozen)
 
 
