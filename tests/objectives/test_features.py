@@ -15,7 +15,7 @@ import pytest
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf.compression_map import CompressionMap
-from deepseek_jax.objectives import features
+from deepseek_jax.objectives import correspondence, features
 from deepseek_jax.objectives.features import Features
 from tests.support import conversion
 
@@ -108,7 +108,9 @@ def test_router_divergence_is_pytorchs(scoring, members):
 
 def _padded(experts) -> np.ndarray:
     most = max(map(len, experts))
-    return np.asarray([[*e, *[features.NO_TEACHER] * (most - len(e))] for e in experts], np.int32)
+    return np.asarray(
+        [[*e, *[correspondence.NO_TEACHER] * (most - len(e))] for e in experts], np.int32
+    )
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
@@ -185,7 +187,7 @@ def test_evenly_spread_layers_are_all_there():
                 dataclasses.replace(STUDENT, num_hidden_layers=n, first_k_dense_replace=0)
                 for n in (ours, theirs)
             )
-            pairs = features.layer_pairs(asked(student), teacher, None)
+            pairs = correspondence.layer_pairs(asked(student), teacher, None)
             chosen = [t for _, t in pairs]
             assert chosen == sorted(chosen) and 0 <= chosen[0] and chosen[-1] == theirs - 1
             if ours == theirs:

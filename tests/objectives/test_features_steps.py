@@ -17,7 +17,7 @@ from deepseek_jax.config.options import Config, MeshConfig, OffloadConfig, Shard
 from deepseek_jax.hf.compression_map import CompressionMap
 from deepseek_jax.model.layout import ModelWeights, place_model
 from deepseek_jax.model.taps import Tap
-from deepseek_jax.objectives import features
+from deepseek_jax.objectives import correspondence, features
 from deepseek_jax.objectives.base import Frozen
 from deepseek_jax.objectives.forward import run_model
 from deepseek_jax.objectives.pretrain import Pretraining
@@ -71,13 +71,13 @@ def config_of(accumulation: int = 1, offload: bool = False, **mesh) -> Config:
 
 
 WIDTHS = STUDENT.hidden_size, TEACHER.hidden_size
-GROUPS = np.full((2, 4, 3), features.NO_TEACHER, np.int32)
+GROUPS = np.full((2, 4, 3), correspondence.NO_TEACHER, np.int32)
 for layer, experts in enumerate(MAP.expert_map):
     for e, members in enumerate(experts):
         GROUPS[layer, e, : len(members)] = members
 FEATURES = features.Features(
-    features.Hidden(0.5, "cosine", PAIRS, WIDTHS),
-    features.Router(0.2, ("sigmoid", "softmax"), (1, 3), GROUPS),
+    correspondence.Hidden(0.5, "cosine", PAIRS, WIDTHS),
+    correspondence.Router(0.2, ("sigmoid", "softmax"), (1, 3), GROUPS),
 )
 
 
