@@ -38,7 +38,7 @@ class Router(NamedTuple):
     scoring: tuple[str, str]  # scoring_func of student and teacher
     layers: tuple[
         int, ...
-    ]  # of each MoE layer of the student the number of the teacher's among its own
+    ]  # of each MoE layer of the student: the teacher's, counted from its first
     teachers_LEG: np.ndarray  # int32: experts of the teacher, NO_TEACHER after the last
 
 
@@ -119,12 +119,12 @@ def check_map(config: Config, teacher: ModelConfig, found: CompressionMap) -> No
     """Raises UserError: the map is not of this student and this teacher."""
     m, where = config.model, f"config.distill.map={config.distill.map or config.init_from}"
     other = "Name the compression.json of this model, and the teacher that it was made from."
-    for what, said, has, who in (
-        ("layers", found.num_hidden_layers, teacher.num_hidden_layers, "the teacher"),
-        ("layers", len(found.layer_map), m.num_hidden_layers, "this model"),
+    for layers, has, who in (
+        (found.num_hidden_layers, teacher.num_hidden_layers, "the teacher"),
+        (len(found.layer_map), m.num_hidden_layers, "this model"),
     ):
-        if said != has:
-            raise UserError(f"{where} is of {said} {what}, and {who} has {has}. {other}")
+        if layers != has:
+            raise UserError(f"{where} is of {layers} layers, and {who} has {has}. {other}")
     if outside := [
         layer for layer in found.layer_map if not 0 <= layer < teacher.num_hidden_layers
     ]:
@@ -145,7 +145,8 @@ def check_map(config: Config, teacher: ModelConfig, found: CompressionMap) -> No
             f"experts. {other}"
         )
     # Rows of multi-token prediction come after those of the main layers.
-    for layer, experts in enumerate(found.expert_map[:moe_layers], m.first_k_dense_replace):
+    rows = found.expert_map[:moe_layers]
+    for layer, experts in enumerate(rows, m.first_k_dense_replace):
         if len(experts) != m.n_routed_experts:
             raise UserError(
                 f"{where} has {len(experts)} experts in layer {layer}, and this model has "
