@@ -223,6 +223,8 @@ class Job:
         platform = mesh.devices.flat[0].platform
         self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
         self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
+        if self.teacher is not None:
+            self._count = self._count.beside(self.teacher.count)
         step = self._checkpoints.newest_good(to_tree(saved(model.abstract_sharded())))
         seen: dict[str, Any] = {"the newest checkpoint in --workdir": step}
         seen |= {"the last step": config.train.steps, "config.esft": model.multipliers.digest}

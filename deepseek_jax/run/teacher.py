@@ -38,6 +38,7 @@ from deepseek_jax.hf.configuration import to_model
 from deepseek_jax.hf.names import leaves
 from deepseek_jax.hf.tensors import read_config
 from deepseek_jax.hf.tokenizer_files import byte_tokenizer, contents_of, tokenizer_of
+from deepseek_jax.model.count import Count, count
 from deepseek_jax.model.layout import ModelWeights, PlacedModel, abstract_model, place_model
 from deepseek_jax.parallel.mesh import BATCH_AXES, check_model
 from deepseek_jax.parallel.quantized import QuantizedWeight, inputs_of, quantize
@@ -83,15 +84,20 @@ class Teacher:
         self._progress = progress
 
     @functools.cached_property
+    def count(self) -> Count:
+        """Its parameters and FLOPs."""
+        length = self.config.train.sequence_length
+        return count(self.config.model, abstract_model(self.config)[1], length)
+
+    @property
     def description(self) -> str:
         """Its folder, size and dtype, for people."""
         m = self.config.model
-        params = abstract_model(self.config)[1]
         shape = f"{m.num_hidden_layers} layers, hidden {m.hidden_size}"
         if m.has_experts:
             shape += f", {m.n_routed_experts} experts, {m.num_experts_per_tok} per token"
-        size = human(sum(a.size for a in jax.tree.leaves(params)))
-        return f"{self._found.folder}: {size} parameters in {self.config.lora.base_dtype}, {shape}"
+        size = f"{human(self.count.total)} parameters in {self.config.lora.base_dtype}"
+        return f"{self._found.folder}: {size}, {shape}"
 
     def place(self, mesh: jax.sharding.Mesh) -> PlacedModel:
         """Raises UserError: the mesh does not divide it."""
