@@ -239,7 +239,10 @@ class Job:
             continuation=continuation,
             step=step,
             progress=continuation.progress(step),
+            teacher=self.teacher,
         )
+        if start.other_teacher:
+            self._changed.append("the teacher has other weights than it had before")
         summary.show(
             summary.Run(
                 config=config,
