@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from flax import nnx
 
+from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.data.fields import Field, Fields
+from deepseek_jax.hf.compression_map import CompressionMap
 from deepseek_jax.model.head import Head
 from deepseek_jax.model.layout import ModelWeights, PlacedModel
 from deepseek_jax.model.taps import Asked
@@ -42,6 +44,14 @@ class FrozenSource(Protocol):
     """Where a frozen model comes from, before there is a mesh. Whoever starts a run opens it
     (run/teacher.py): what an objective does with a model does not depend on the files that hold it.
     """
+
+    @property
+    def model(self) -> ModelConfig:
+        """Its options, by which layers and experts are compared."""
+
+    @property
+    def map(self) -> CompressionMap | None:
+        """Which of its layers and experts the student's stand for; None: nothing says so."""
 
     @property
     def vocab_size(self) -> int:

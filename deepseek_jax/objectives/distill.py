@@ -18,6 +18,7 @@ from deepseek_jax.data import fields
 from deepseek_jax.model import head
 from deepseek_jax.model.divergences import TopTeacher, WholeTeacher, kind_of
 from deepseek_jax.model.transformer import Output, Transformer, tokens_ahead
+from deepseek_jax.objectives import features
 from deepseek_jax.objectives.base import Batch, Frozen, FrozenOutput, FrozenSource, Parts
 from deepseek_jax.objectives.pretrain import Pretraining, text_figures
 from deepseek_jax.objectives.pretrain import Totals as TextTotals
@@ -30,6 +31,7 @@ class Totals(NamedTuple):
     alpha: jax.Array  # float32, at this step, as the next two
     temperature: jax.Array
     beta: jax.Array
+    inside: features.Totals
 
 
 class Teacher(NamedTuple):
@@ -55,8 +57,6 @@ class Distillation:
     further on, from what the teacher's main head predicts there.
     """
 
-    taps: tuple[str, ...] = ()
-
     def __init__(self, config: Config, teacher: FrozenSource | None = None):
         """
         Args:
@@ -77,6 +77,10 @@ class Distillation:
         words = None
         if teacher is not None and teacher.vocab_size < config.model.vocab_size:
             words = teacher.vocab_size  # the student's others are padding
+        self._inside = features.Features(None, None)
+        if teacher is not None and not self.recorded:
+            self._inside = features.features_of(config, teacher.model, teacher.map)
+        self.taps = self._inside.taps
         self._function = (
             TopTeacher(kind, d.tail_kind) if self.recorded else WholeTeacher(kind, words)
         )
@@ -85,13 +89,18 @@ class Distillation:
         if self._source is None or self.recorded:
             return None
         placed = self._source.place(mesh)
-        return Frozen(placed, functools.partial(self._source.load, placed))
+        return Frozen(
+            placed,
+            functools.partial(self._source.load, placed),
+            self._inside.teacher_taps,
+            self._inside.projection(self.config.seed),
+        )
 
     def totals(self, batch: Batch, step: jax.Array) -> Totals:
-        return Totals(
-            self._text.totals(batch, step),
-            *(scheduled(self.config, name, step) for name in ("alpha", "temperature", "beta")),
-        )
+        names = "alpha", "temperature", "beta"
+        alpha, temperature, beta = (scheduled(self.config, name, step) for name in names)
+        text, inside = self._text.totals(batch, step), self._inside.totals(batch)
+        return Totals(text, alpha, temperature, beta, inside)
 
     @jax.named_scope("loss")
     def loss(
@@ -104,6 +113,7 @@ class Distillation:
     ) -> tuple[jax.Array, Parts]:
         """lm_loss: CE; kl: the divergence D, unweighted; token_accuracy; teacher_loss: the teacher's CE,
         where all its logits are there. mtp_loss: the loss of multi-token prediction, without its weight.
+        hidden_loss and router_loss: as features.py has them.
         """
         teacher, text = self._teacher(batch, frozen_out), totals.text
         sums = self._sums(model, out.hidden_BSD, teacher, batch["targets"], totals)
@@ -114,7 +124,10 @@ class Distillation:
         if out.mtp_hidden_BSD:
             mtp = self._multi_token_prediction(model, out, batch, teacher, totals)
             loss, parts = loss + text.mtp_weight * mtp, parts | {"mtp_loss": mtp}
-        return loss, parts
+        if frozen_out is None:
+            return loss, parts
+        inside, found = self._inside.loss(out, batch, totals.inside, frozen_out)
+        return loss + inside, parts | found
 
     def _multi_token_prediction(
         self, model: Transformer, out: Output, batch: Batch, teacher: Teacher, totals: Totals

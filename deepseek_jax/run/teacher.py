@@ -34,6 +34,7 @@ from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import base as adapted
 from deepseek_jax.hf import provenance, reader
+from deepseek_jax.hf.compression_map import CompressionMap
 from deepseek_jax.hf.configuration import to_model
 from deepseek_jax.hf.names import leaves
 from deepseek_jax.hf.tensors import read_config
@@ -43,6 +44,7 @@ from deepseek_jax.model.layout import ModelWeights, PlacedModel, abstract_model,
 from deepseek_jax.parallel.mesh import BATCH_AXES, check_model
 from deepseek_jax.parallel.quantized import QuantizedWeight, inputs_of, quantize
 from deepseek_jax.run import base
+from deepseek_jax.run.student_map import map_of
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import from_tree, to_tree
 
@@ -62,16 +64,23 @@ class Teacher:
 
     Attributes:
       config: to run it with, on the mesh of the run: its model with the student's vocab_size.
+      map: which of its layers and experts the student's are; None: no compression.json says so.
       vocab_size: ids that its own embedding and head have.
       identity: tells its weights from others.
     """
 
     def __init__(
-        self, config: Config, found: Found, weights: "Weights | None" = None, progress: bool = False
+        self,
+        config: Config,
+        found: Found,
+        weights: "Weights | None" = None,
+        compression: CompressionMap | None = None,
+        progress: bool = False,
     ):
         """
         Args:
           config: of the run.
+          compression: as `map`.
           weights: what they are known by; None: they are not there.
           progress: show a bar on stderr when its weights are read.
         """
@@ -83,6 +92,8 @@ class Teacher:
         self.config = dataclasses.replace(
             config, model=model, lora=LoraConfig(base_dtype=held), offload=OffloadConfig()
         )
+        self.model = model
+        self.map = compression
         self.vocab_size = found.model.vocab_size
         self.identity = weights.identity if weights else ""
         self._step = weights.step if weights else None
@@ -239,7 +250,9 @@ def find(config: Config) -> Found:
 
 def planned(config: Config) -> Teacher | None:
     """The teacher of a run that is only planned: a config.json is enough, and `load` is not for it."""
-    return Teacher(config, find(config)) if config.distill.teacher else None
+    if not config.distill.teacher:
+        return None
+    return Teacher(config, find(config), compression=map_of(config))
 
 
 def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teacher | None:
@@ -268,7 +281,7 @@ def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teache
         )
     weights = _check_weights(found, given)
     _check_tokenizer(config, found, weights.tokenizer)
-    return Teacher(config, found, weights, progress)
+    return Teacher(config, found, weights, map_of(config, workdir), progress)
 
 
 class Weights(NamedTuple):

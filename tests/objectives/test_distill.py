@@ -67,9 +67,12 @@ def config_of(
 class InMemory:
     """A teacher (objectives/base.py: FrozenSource) whose weights are numbers of a seed."""
 
+    map = None
+
     def __init__(self, config: Config, model=TEACHER):
         held = LoraConfig(base_dtype="float32")
         self.config = dataclasses.replace(config, model=model, lora=held, offload=OffloadConfig())
+        self.model = model
         self.vocab_size = model.vocab_size
 
     def place(self, mesh):

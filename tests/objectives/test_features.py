@@ -5,14 +5,13 @@ for sums in another order.
 """
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config.options import ModelConfig
+from deepseek_jax.config.options import Config, DistillConfig, ModelConfig
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf.compression_map import CompressionMap
 from deepseek_jax.objectives import correspondence, features
@@ -159,10 +158,8 @@ MAP = CompressionMap(
 )
 
 
-def asked(model=STUDENT, **distill) -> types.SimpleNamespace:
-    given = dict(hidden_weight=0.0, hidden_layers="", hidden_loss="cosine", router_weight=0.0)
-    options = types.SimpleNamespace(**given | dict(map="m/compression.json") | distill)
-    return types.SimpleNamespace(model=model, distill=options, init_from="")
+def asked(model=STUDENT, **distill) -> Config:
+    return Config(model=model, distill=DistillConfig(map="m/compression.json", **distill))
 
 
 @pytest.mark.parametrize(
