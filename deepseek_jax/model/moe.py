@@ -242,6 +242,7 @@ class MoE(nnx.Module):
         stats = statistics_of(routing, count_BE, valid_BS, load_of(chosen_E, kept_E, rounds), m)
         found = {
             "router_scores": lambda: routing.score_TE,
+            "router_logits": lambda: routing.logit_TE,
             "router_choices": lambda: chosen_TK,
             "router_weights": lambda: routing.weight_TK,
             "expert_norms": lambda: _expert_norms(moe, x_TD, chosen_TK, experts),
