@@ -1,0 +1,127 @@
+"""A teacher's logits, kept on disk for the runs that learn from them.
+
+  python -m deepseek_jax.distill cache --config=configs/post/distil.py --config.init_from=STUDENT \\
+      --config.data.path=FILE --teacher=TEACHER --top-k=64 --temperatures=1,2 --out=DIR
+      asks TEACHER about every token of the run's data and keeps its K likeliest words; the same command goes
+      on after a kill, and several with --worker=0/4 ... --worker=3/4 make a part each
+  python train.py --config=configs/post/distil.py ... --config.distill.cache=DIR
+      learns from what was kept, without the teacher
+  python -m deepseek_jax.distill show DIR       what a cache is of, how much of it is there, what makes the rest
+  python -m deepseek_jax.distill verify DIR     reads all of it, and names what is missing or damaged
+
+--config with its options, or --workdir of a run, says which data, tokenizer, seed and sequence_length: those
+of the training that is to read the cache, which refuses another. TEACHER is a Hugging Face checkpoint or the
+workdir of a run. A record is K ids of 2 bytes (3 for vocabularies above 65,536), K logits of float16 and the
+log-sum-exp of all logits at each temperature, so that the probability of all other words is exact: 328 bytes
+for K=64, 3 and two temperatures. Training can take fewer words, and any of these temperatures.
+
+Several hosts: python -m deepseek_jax.launch ... -m deepseek_jax.distill cache ..., as for train.py.
+
+Exit codes: 0 done; 1 verify found damage, or that shards are missing; 2 a mistake, said in one line.
+"""
+
+if __name__ == "__main__":
+    from deepseek_jax.runtime.huge_pages import use_huge_pages
+
+    use_huge_pages()  # before all other work: it starts the program again
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+
+from deepseek_jax.cli import arguments
+from deepseek_jax.cli.command import exit_code
+from deepseek_jax.distill import cache_command, commands
+from deepseek_jax.distill.maker import Worker
+
+PROGRAM = "python -m deepseek_jax.distill"
+
+
+def parser() -> arguments.Parser:
+    top = arguments.Parser(prog=PROGRAM, description=__doc__)
+    of = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    p = of.add_parser("cache", description=__doc__)
+    p.add_argument("--teacher", type=arguments.path, required=True, metavar="DIR", help="the model")
+    p.add_argument(
+        "--top-k", type=int, default=64, metavar="K", help="words per token (default %(default)s)"
+    )
+    p.add_argument(
+        "--temperatures",
+        type=temperatures,
+        default=(1.0, 2.0),
+        metavar="T,...",
+        help="of the log-sum-exps; 1 is always among them (default 1,2)",
+    )
+    p.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="the cache")
+    p.add_argument(
+        "--worker", type=worker, default=Worker(), metavar="I/N", help="make every N-th shard, from I on"
+    )
+    p.add_argument(
+        "--rows-per-call",
+        type=int,
+        metavar="N",
+        help="rows of a forward pass, over the whole mesh (default: one for each device of the batch axes, "
+        "as training does; more are faster where rows are short, and records differ in rounding then)",
+    )
+    p.add_argument(
+        "--rows-per-shard", type=int, metavar="N", help="rows of a file (default: 64 MiB of them)"
+    )
+    for name, text in (("show", "what a cache is of"), ("verify", "whether it is whole")):
+        p = of.add_parser(name, description=text)
+        p.add_argument("dir", type=arguments.path, metavar="DIR")
+        p.add_argument("--json", action="store_true", help="print JSON")
+    return top
+
+
+def temperatures(text: str) -> tuple[float, ...]:
+    """The type of --temperatures: "1,2"."""
+    try:
+        out = {float(t) for t in text.split(",")} | {1.0}
+    except ValueError:
+        out = set()
+    if not out or not all(0 < t < float("inf") for t in out):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of numbers above 0. Write it as 1,2"
+        )
+    return tuple(sorted(out))
+
+
+def worker(text: str) -> Worker:
+    """The type of --worker: "0/4"."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of some workers. Write the first of 4 as 0/4, the last as 3/4"
+        )
+    return Worker(int(found[1]), int(found[2]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    args, rest = parser().parse_known_args(given)
+    if args.command == "cache":
+        kept = [a for a in _joined(given) if not a.startswith("--worker")]
+        return cache_command.run(args, rest, shlex.join([*PROGRAM.split(), *kept]))
+    if rest:
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    code, result, lines = getattr(commands, args.command)(args.dir)
+    print(json.dumps(result, indent=2) if args.json else "\n".join(lines))
+    return code
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--worker 0/4` as `--worker=0/4`."""
+    out: list[str] = []
+    for argument in argv:
+        if out and out[-1] == "--worker":
+            out[-1] += f"={argument}"
+        else:
+            out.append(argument)
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("distill", main))
