@@ -72,7 +72,8 @@ def of_teacher(k: int) -> dict[str, Field]:
     """The fields of OF_TEACHER for lists of k words."""
     kinds = (np.int32, k), (np.float16, k), (np.float32, 2)
     return {
-        name: Field(dtype, trailing=(n,)) for name, (dtype, n) in zip(OF_TEACHER, kinds, strict=True)
+        name: Field(dtype, trailing=(n,))
+        for name, (dtype, n) in zip(OF_TEACHER, kinds, strict=True)
     }
 
 

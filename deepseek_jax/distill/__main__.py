@@ -6,7 +6,7 @@
       on after a kill, and several with --worker=0/4 ... --worker=3/4 make a part each
   python train.py --config=configs/post/distil.py ... --config.distill.cache=DIR
       learns from what was kept, without the teacher
-  python -m deepseek_jax.distill show DIR       what a cache is of, how much of it is there, what makes the rest
+  python -m deepseek_jax.distill show DIR       what a cache is of, how much of it is there, its command
   python -m deepseek_jax.distill verify DIR     reads all of it, and names what is missing or damaged
 
 --config with its options, or --workdir of a run, says which data, tokenizer, seed and sequence_length: those
@@ -31,11 +31,22 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
-from deepseek_jax.distill import cache_command, commands
+from deepseek_jax.cluster import gpus
+from deepseek_jax.cluster.signals import Stopper
+from deepseek_jax.config import paths
+from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.config.options import OPTIONS, Config, replaced, value_of
+from deepseek_jax.config.validation import validate
+from deepseek_jax.distill import commands
 from deepseek_jax.distill.maker import Worker
+from deepseek_jax.errors import UserError
+from deepseek_jax.run import caching, commandline
+from deepseek_jax.run.job import ending_together
+from deepseek_jax.train import workdir as workdirs
 
 PROGRAM = "python -m deepseek_jax.distill"
 
@@ -57,7 +68,11 @@ def parser() -> arguments.Parser:
     )
     p.add_argument("--out", type=arguments.path, required=True, metavar="DIR", help="the cache")
     p.add_argument(
-        "--worker", type=worker, default=Worker(), metavar="I/N", help="make every N-th shard, from I on"
+        "--worker",
+        type=worker,
+        default=Worker(),
+        metavar="I/N",
+        help="make every N-th shard, from I on",
     )
     p.add_argument(
         "--rows-per-call",
@@ -103,13 +118,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser().parse_known_args(given)
     if args.command == "cache":
-        kept = [a for a in _joined(given) if not a.startswith("--worker")]
-        return cache_command.run(args, rest, shlex.join([*PROGRAM.split(), *kept]))
+        kept = [a for a in _joined(given) if not a.startswith("--worker=")]
+        cache(args, rest, shlex.join([*PROGRAM.split(), *kept]))
+        return 0
     if rest:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     code, result, lines = getattr(commands, args.command)(args.dir)
     print(json.dumps(result, indent=2) if args.json else "\n".join(lines))
     return code
+
+
+def cache(args: argparse.Namespace, rest: Sequence[str], command: str) -> None:
+    """Makes a cache, or goes on with one.
+
+    Args:
+      rest: of the command line: config, workdir, processes.
+      command: the whole line, without the worker.
+
+    Raises:
+      UserError: about an argument, the config, data or teacher.
+    """
+    processes = commandline.find_cluster([PROGRAM, *rest])
+    with ending_together(processes):
+        of_config = {"distill.teacher": args.teacher, "distill.top_k": args.top_k}
+        overrides = {"objective": "distill", "distill.cache": ""} | of_config
+        given = commandline.parse(
+            [PROGRAM, *rest, *(_flags(overrides) if _has_config(rest) else ())]
+        )
+        config = _config(given, overrides)
+        gpus.take_memory(processes.together)
+        asked = {f"--{name}": str(value) for name, value in vars(args).items()}
+        for name, option in OPTIONS.items():
+            if not option.path:  # relative ones may begin in other folders on other hosts
+                asked[option.full_name] = value_of(config, name)
+        processes.join(asked, config.watchdog.heartbeat_timeout, Stopper())
+        request = caching.Request(
+            args.out,
+            args.temperatures,
+            args.worker,
+            args.rows_per_call,
+            args.rows_per_shard,
+            command,
+            given.workdir,
+        )
+        caching.cache_teacher(config, request, processes)
+
+
+def _has_config(arguments: Sequence[str]) -> bool:
+    return any(re.match(r"--?config(=|$)", a) for a in arguments)
+
+
+def _flags(overrides: dict[str, Any]) -> list[str]:
+    return [f"--config.{name}={value}" for name, value in overrides.items()]
+
+
+def _config(given: Any, overrides: dict[str, Any]) -> Config:
+    """The options of the training, of a config file or of a run."""
+    if given.config is not None:
+        return commandline.read_config(given)
+    if not given.workdir:
+        raise UserError(
+            "--config and --workdir are missing: they say what data are read. Name the config file of the "
+            "training, with its options, or the folder of its run."
+        )
+    config = from_config_dict(workdirs.read_config(given.workdir))
+    for name, value in overrides.items():
+        config = replaced(config, name, value)
+    config = paths.absolute_config(config)
+    validate(config)
+    return config
 
 
 def _joined(argv: list[str]) -> list[str]:

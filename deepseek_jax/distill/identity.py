@@ -46,7 +46,9 @@ def _of_run(checkpoints: Checkpointer) -> str:
     try:
         found = manifest.read(checkpoints.path(step or 0))
     except (BadFile, manifest.NewerFormat, OSError) as e:
-        raise UserError(f"The checkpoint {checkpoints.path(step or 0)} cannot be read ({e}).") from e
+        raise UserError(
+            f"The checkpoint {checkpoints.path(step or 0)} cannot be read ({e})."
+        ) from e
     files = found.files if found else {}
     text = json.dumps(known | {"files": files}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

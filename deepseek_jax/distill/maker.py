@@ -81,9 +81,11 @@ def make(
     Raises:
       UserError: a shard cannot be written.
     """
-    gone = set(shards.missing(folder, manifest))
-    mine = [i for i in worker.shards(manifest) if i in gone]
-    todo = json.loads(from_first(CHANNEL, json.dumps(mine)))
+    todo: list[int] = []
+    if jax.process_index() == 0:
+        gone = set(shards.missing(folder, manifest))
+        todo = [i for i in worker.shards(manifest) if i in gone]
+    todo = json.loads(from_first(CHANNEL, json.dumps(todo)))
     total = sum(len(manifest.rows_of(i)) for i in todo) * manifest.length
     made = 0
     with Bar("Asking the teacher", total, progress, "tokens") as bar:

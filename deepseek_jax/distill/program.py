@@ -69,9 +69,7 @@ class RecordProgram:
     def compiled(self) -> jax.stages.Compiled:
         return self._lowered.compile()
 
-    def of_batch(
-        self, weights: ModelWeights, batch: Batch, temperatures: Sequence[float]
-    ) -> Batch:
+    def of_batch(self, weights: ModelWeights, batch: Batch, temperatures: Sequence[float]) -> Batch:
         """The records of a step's batch [A, B, S]: [A, B, S, ...], laid out as it is."""
         given = {name: batch[name] for name in INPUTS}
         scales = self._temperatures(temperatures)
