@@ -6,13 +6,20 @@ letters: B sequences, S positions, M documents of a sequence.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from deepseek_jax.config.options import IGNORE
 
 Rows = dict[str, np.ndarray]  # arrays [n, ...] of n sequences
+
+
+class TeacherRows(Protocol):
+    """A cached teacher (distill/reader.py)."""
+
+    def add_to(self, rows: Rows) -> Rows:
+        """The rows with OF_TEACHER, in place of `record`."""
 
 
 class Field(NamedTuple):
@@ -57,9 +64,8 @@ TEXT = INPUTS | {
 EXAMPLES = TEXT | {"row": Field(np.int32, per="sequence", padding=-1)}
 
 # Which row of all that there are a sequence is, in whatever order it comes: training rows as they are packed,
-# then held-out ones. A cached teacher is read by it (teacher_cache.py). -1 for padding.
+# then held-out ones. A cached teacher is read by it (distill/). -1 for padding.
 RECORD = {"record": Field(np.int32, per="sequence", padding=-1)}
-
 
 # Of a teacher of which the K likeliest words are known; no data hold them, they are made for each batch
 # (objectives/distill.py). teacher_ids: these words. teacher_values: their logits, but for a constant of the

@@ -3,7 +3,6 @@ line.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from deepseek_jax.config.options import Config, value_of
@@ -11,8 +10,8 @@ from deepseek_jax.data import contents as contents_
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.sources import split_paths
+from deepseek_jax.distill import identity, shards
 from deepseek_jax.distill import manifest as manifests
-from deepseek_jax.distill import shards
 from deepseek_jax.distill.manifest import Manifest
 from deepseek_jax.distill.reader import CachedTeacher
 from deepseek_jax.errors import UserError
@@ -36,11 +35,13 @@ def contents_of_rows(data: Loader | ExampleLoader) -> contents_.Contents:
     return {name: value for name, value in data.contents.items() if name != "weights"}
 
 
-def with_cache(config: Config, temperatures: Sequence[float]) -> Config:
-    """The options with config.distill.top_k of a cached teacher, where they name one.
+def temperatures_of(config: Config) -> tuple[float, float]:
+    """That a step and a held-out measure need log-sum-exps at: fields.OF_TEACHER."""
+    return 1.0, config.distill.temperature
 
-    Args:
-      temperatures: that the loss needs.
+
+def with_cache(config: Config) -> Config:
+    """The options with config.distill.top_k of a cached teacher, where they name one.
 
     Raises:
       UserError: the cache has fewer words, or not these temperatures; or there is no cache.
@@ -56,7 +57,7 @@ def with_cache(config: Config, temperatures: Sequence[float]) -> Config:
             f"Set config.distill.top_k to {found.top} or less."
         )
     stored = ", ".join(f"{t:g}" for t in found.temperatures)
-    if other := [t for t in temperatures if t not in found.temperatures]:
+    if other := [t for t in temperatures_of(config) if t not in found.temperatures]:
         raise UserError(
             f"config.distill.temperature={d.temperature:g} needs log-sum-exps at {other[0]:g}, and {where} "
             f"has those at {stored}. Set config.distill.temperature to one of these, or make a cache with "
@@ -65,26 +66,24 @@ def with_cache(config: Config, temperatures: Sequence[float]) -> Config:
     return dataclasses.replace(config, distill=dataclasses.replace(d, top_k=d.top_k or found.top))
 
 
-def open_cache(
-    config: Config, data: Loader | ExampleLoader, teacher: str, temperatures: Sequence[float]
-) -> CachedTeacher:
-    """The cached teacher of a run.
+def open_cache(config: Config, data: Loader | ExampleLoader) -> CachedTeacher | None:
+    """The cached teacher of a run; None where it names none.
 
     Args:
       config: as `with_cache` returned it.
       data: what the run reads.
-      teacher: identity of config.distill.teacher; "" where none is named.
-      temperatures: that the loss needs.
 
     Raises:
       UserError: it is of other rows, data or teacher, or it is not complete.
     """
-    folder = config.distill.cache
+    folder, teacher = config.distill.cache, config.distill.teacher
+    if config.objective != "distill" or not folder:
+        return None
     found = manifests.read(folder, OPTION)
     check_rows(found, config, data)
-    if teacher and teacher != found.teacher:
+    if teacher and identity.of_teacher(teacher) != found.teacher:
         raise UserError(
-            f"config.distill.teacher={config.distill.teacher} is another model than the one that "
+            f"config.distill.teacher={teacher} is another model than the one that "
             f"{OPTION}={folder} was made of ({found.teacher[:19]}). Name that one, or none, or make a cache "
             "of this one."
         )
@@ -93,7 +92,7 @@ def open_cache(
             f"{OPTION}={folder} is not complete: {found.shards - len(gone)} of {found.shards} shards are "
             f"there. Go on with: {found.command}"
         )
-    return CachedTeacher(folder, found, config.distill.top_k, tuple(temperatures))
+    return CachedTeacher(folder, found, config.distill.top_k, temperatures_of(config))
 
 
 def check_rows(found: Manifest, config: Config, data: Loader | ExampleLoader) -> None:

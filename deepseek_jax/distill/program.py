@@ -64,22 +64,25 @@ class RecordProgram:
         scales = jax.ShapeDtypeStruct((temperatures,), jnp.float32, sharding=whole)
         jitted = jax.jit(functools.partial(teacher_record, frozen, top, words))
         self._lowered = jitted.lower(frozen.model.abstract_sharded(), batch, scales)
+        self._compiled: jax.stages.Compiled | None = None
 
-    @functools.cached_property
-    def compiled(self) -> jax.stages.Compiled:
-        return self._lowered.compile()
+    def compile(self) -> jax.stages.Compiled:
+        """The program, compiled when it is asked for first."""
+        self._compiled = self._compiled or self._lowered.compile()
+        return self._compiled
 
     def of_batch(self, weights: ModelWeights, batch: Batch, temperatures: Sequence[float]) -> Batch:
         """The records of a step's batch [A, B, S]: [A, B, S, ...], laid out as it is."""
         given = {name: batch[name] for name in INPUTS}
         scales = self._temperatures(temperatures)
-        found = [self.compiled(weights, group, scales) for group in _groups(given)]
+        program = self.compile()
+        found = [program(weights, group, scales) for group in _groups(given)]
         return _joined(found, len(batch["tokens"]))
 
     def of_rows(self, weights: ModelWeights, rows: Rows, temperatures: Sequence[float]) -> Batch:
         """The records of as many rows as a call takes, whole on every device."""
         batch = put_batch({name: rows[name] for name in INPUTS}, self.rows, self._mesh)
-        found = self.compiled(weights, _first(batch), self._temperatures(temperatures))
+        found = self.compile()(weights, _first(batch), self._temperatures(temperatures))
         return _whole(found)
 
     def _temperatures(self, values: Sequence[float]) -> jax.Array:

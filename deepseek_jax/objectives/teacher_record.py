@@ -39,7 +39,7 @@ def teacher_record(
     ids, values, lse = head.scan_vocab_top(
         found.out.hidden_BSD, found.head, top, words, temperatures_N
     )
-    # A logit of -inf is one that no probability is left of.
+    # Float16 would make it -inf; either leaves no probability.
     values = jnp.maximum(values, -float(jnp.finfo(jnp.float16).max))
     counts_BS1 = batch["segment_ids"][..., None] > 0
     made = ids, values.astype(jnp.float16), lse

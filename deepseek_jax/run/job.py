@@ -23,8 +23,9 @@ from deepseek_jax.config.validation import validate
 from deepseek_jax.data import contents
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
-from deepseek_jax.data.open import open_data
+from deepseek_jax.data.open import open_data, settled
 from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.distill import checks
 from deepseek_jax.errors import BadNumbers, SaveFailed
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.inference.generation.sample import check_prompt
@@ -34,7 +35,7 @@ from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import answers, init_from, lock, passes, summary
-from deepseek_jax.run.batches import Batch, LoaderBatches
+from deepseek_jax.run.batches import Batch, Batches, LoaderBatches
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
 from deepseek_jax.run.processes import JoinedElsewhere, here
@@ -43,6 +44,8 @@ from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
 from deepseek_jax.run.resume import Continuation
 from deepseek_jax.run.start import Start
+from deepseek_jax.run.teacher import Teacher, open_teacher
+from deepseek_jax.run.teacher_records import AskedBatches, AskedTeacher
 from deepseek_jax.run.watchdog import Watchdog, end_alone
 from deepseek_jax.runtime import compile_cache, environment
 from deepseek_jax.train import workdir as workdirs
@@ -90,7 +93,7 @@ def train(
         validate(config)
         with Job(config, workdir, processes, stopper) as job:
             mesh, config = job.open()
-            objective = objectives.make(config)
+            objective = objectives.make(config, job.teacher)
             model = make_layout(config, mesh, objective.frozen(mesh))
             start = job.find_start(model, objective)
             step = job.compile(make_train_step(config, model, objective), start)
@@ -121,7 +124,12 @@ class Job:
       workdir: the folder of the run.
       processes: that take part, joined.
       stopper: says after which step to stop early.
+
+    Attributes:
+      teacher: of a distillation, from `open` on; None where there is none.
     """
+
+    teacher: Teacher | None = None
 
     def __init__(
         self,
@@ -138,6 +146,7 @@ class Job:
         self._stack = contextlib.ExitStack()
         self._changed: list[str] = []  # options that differ from the last start's
         self._source: HfTensors | None = None  # of config.init_from
+        self._asked: AskedTeacher | None = None  # an online teacher of which records are kept
         # Set by the stages.
         self._mesh: jax.sharding.Mesh
         self._objective: Objective
@@ -170,7 +179,7 @@ class Job:
         Raises:
           UserError: something is.
         """
-        config = self._config
+        config = self._config = self._given = settled(self._config)
         first = self._processes.index == 0
         self._mesh = make_mesh(config)
         tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
@@ -183,6 +192,8 @@ class Job:
         self._prompts = answers.prompts_of_run(config, self._data)
         if config.init_from or config.lora.r:
             self._source = init_from.open_for_training(config, self._workdir)
+        self.teacher = open_teacher(config, self._workdir, progress=first)
+        self._data.teacher = checks.open_cache(config, self._data)
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"
         self._processes.agree("data files", {"what config.data reads": what})
@@ -215,6 +226,8 @@ class Job:
         bytes_per_layer = xla_options.bytes_of_a_layer(config, model.model.abstract.params, mesh)
         platform = mesh.devices.flat[0].platform
         self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
+        if self.teacher is not None and config.distill.top_k:
+            self._asked = AskedTeacher(config, self.teacher, mesh)
         self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
         step = self._checkpoints.newest_good(to_tree(saved(model.abstract_sharded())))
         seen: dict[str, Any] = {"the newest checkpoint in --workdir": step}
@@ -241,6 +254,7 @@ class Job:
                 workdir=self._workdir,
                 resume_step=step,
                 changed=self._changed,
+                teacher=self.teacher,
                 compiler_options=self._compiler_options,
                 history=start.progress.history,
             )
@@ -291,6 +305,8 @@ class Job:
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some
         # processes longer to compile: all wait here instead.
         step.program(state, self._abstract_batch(done), frozen)
+        if self._asked is not None:
+            self._asked.load()
         self._processes.agree("command", {"steps done": done})
         result = self._make_loop(step, start, progress, frozen).run(state, progress)
         if result.stopped_by is not None:
@@ -315,6 +331,10 @@ class Job:
         profiler = Profiler(config, self._workdir, step) if config.profile.start else NoProfiler()
         eval_step = make_eval_step(start.layout, self._objective)
         evaluator = Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen)
+        batches: Batches = LoaderBatches(config, self._data, self._mesh)
+        if self._asked is not None:
+            evaluator.asked = self._asked
+            batches = AskedBatches(batches, self._asked)
         if self._prompts:
             evaluator.answering = answers.Answering(
                 config, self._workdir, start.layout.model, self._mesh, self._data, self._prompts
@@ -330,7 +350,7 @@ class Job:
             config=config,
             workdir=self._workdir,
             step=train_step,
-            batches=LoaderBatches(config, self._data, self._mesh),
+            batches=batches,
             evaluate=evaluator,
             checkpointer=self._checkpoints,
             report=Report(
