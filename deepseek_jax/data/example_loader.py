@@ -18,7 +18,6 @@ from deepseek_jax.data.fields import (
     RECORD,
     Fields,
     Rows,
-    TeacherRows,
     join_rows,
     padding_row,
     stack_rows,
@@ -58,14 +57,11 @@ class ExampleLoader:
       encoder: made ids of their rows. description: the data in a few words. contents: what a later start
         compares.
       notes: lines about what was left out or changed in reading. summary: what is trained, line by line.
-      teacher: as Loader's.
 
     Raises:
       UserError: a source is missing, unreadable or holds no examples; nothing is trained on; there are too
         few examples for a batch.
     """
-
-    teacher: TeacherRows | None = None
 
     def __init__(
         self,
@@ -227,7 +223,7 @@ class ExampleLoader:
                 f"config.data.tokenizer={self._config.data.tokenizer!r} has {size} ids: the examples that "
                 "were kept are damaged. Remove the folder examples of the workdir."
             )
-        return out if self.teacher is None else self.teacher.add_to(out)
+        return out
 
     def _check_size(self, edges: np.ndarray) -> None:
         c, batch = self._config, self._config.train.batch_size

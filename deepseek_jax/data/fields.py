@@ -6,20 +6,13 @@ letters: B sequences, S positions, M documents of a sequence.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deepseek_jax.config.options import IGNORE
 
 Rows = dict[str, np.ndarray]  # arrays [n, ...] of n sequences
-
-
-class TeacherRows(Protocol):
-    """A cached teacher (distill/reader.py)."""
-
-    def add_to(self, rows: Rows) -> Rows:
-        """The rows with OF_TEACHER, in place of `record`."""
 
 
 class Field(NamedTuple):

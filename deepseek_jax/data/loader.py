@@ -17,7 +17,6 @@ from deepseek_jax.data.fields import (
     TEXT,
     Fields,
     Rows,
-    TeacherRows,
     join_rows,
     padding_row,
     stack_rows,
@@ -116,14 +115,11 @@ class Loader:
       description: the data in a few words. contents: what a later start compares.
       notes: lines about what was left out or changed.
 
-      teacher: adds what it says of each token to all rows that leave here; None: there is none.
 
     Raises:
       UserError: a source is missing, empty, unreadable or not what its name says, or all together are too
         short.
     """
-
-    teacher: TeacherRows | None = None
 
     def __init__(
         self,
@@ -232,7 +228,7 @@ class Loader:
                 f"config.data.tokenizer={self._config.data.tokenizer!r} has {size} ids: the "
                 f"token file is damaged. Tokenize again."
             )
-        return out if self.teacher is None else self.teacher.add_to(out)
+        return out
 
     def _check_size(
         self,

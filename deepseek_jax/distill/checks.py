@@ -5,6 +5,8 @@ line.
 import dataclasses
 from typing import Any
 
+import jax
+
 from deepseek_jax.config.options import Config, value_of
 from deepseek_jax.data import contents as contents_
 from deepseek_jax.data.example_loader import ExampleLoader
@@ -15,6 +17,7 @@ from deepseek_jax.distill import manifest as manifests
 from deepseek_jax.distill.manifest import Manifest
 from deepseek_jax.distill.reader import CachedTeacher
 from deepseek_jax.errors import UserError
+from deepseek_jax.train.batch import rows_here
 
 OPTION = "config.distill.cache"
 # Other values make other rows of the same data; what contents.py knows of examples besides.
@@ -66,12 +69,14 @@ def with_cache(config: Config) -> Config:
     return dataclasses.replace(config, distill=dataclasses.replace(d, top_k=d.top_k or found.top))
 
 
-def open_cache(config: Config, data: Loader | ExampleLoader) -> CachedTeacher | None:
+def open_cache(
+    config: Config, data: Loader | ExampleLoader, mesh: jax.sharding.Mesh
+) -> CachedTeacher | None:
     """The cached teacher of a run; None where it names none.
 
     Args:
       config: as `with_cache` returned it.
-      data: what the run reads.
+      data: what the run reads. mesh: of the run.
 
     Raises:
       UserError: it is of other rows, data or teacher, or it is not complete.
@@ -92,7 +97,8 @@ def open_cache(config: Config, data: Loader | ExampleLoader) -> CachedTeacher | 
             f"{OPTION}={folder} is not complete: {found.shards - len(gone)} of {found.shards} shards are "
             f"there. Go on with: {found.command}"
         )
-    return CachedTeacher(folder, found, config.distill.top_k, temperatures_of(config))
+    here = rows_here(config.micro_batch, mesh)
+    return CachedTeacher(folder, found, config.distill.top_k, temperatures_of(config), here)
 
 
 def check_rows(found: Manifest, config: Config, data: Loader | ExampleLoader) -> None:

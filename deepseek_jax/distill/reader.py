@@ -7,6 +7,7 @@ not grow with the cache; what the kernel keeps of them is its own affair.
 import collections
 import mmap
 import os
+import threading
 import zlib
 
 import numpy as np
@@ -22,25 +23,38 @@ OPEN = 64  # shards that are mapped at a time
 
 
 class CachedTeacher:
-    """Adds to rows what a teacher says of them. For one thread at a time.
+    """Adds to rows what a teacher says of them. Threads may share it.
 
     Args:
       folder: of a complete cache.
       manifest: of it.
       top: words that are read of each record: the first ones.
       temperatures: whose log-sum-exp is read, two, in this order; they are stored.
+      here: bool [micro-batch], the sequences of each micro-batch that this process needs; None: all.
     """
 
-    def __init__(self, folder: str, manifest: Manifest, top: int, temperatures: tuple[float, ...]):
+    def __init__(
+        self,
+        folder: str,
+        manifest: Manifest,
+        top: int,
+        temperatures: tuple[float, ...],
+        here: np.ndarray | None = None,
+    ):
         self.manifest = manifest
         self._folder = folder
         self._top = top
         self._columns = [manifest.temperatures.index(t) for t in temperatures]
         self._fields = of_teacher(top)
+        self._here = np.ones(1, bool) if here is None else here
+        self._lock = threading.Lock()
         self._open: collections.OrderedDict[int, tuple[mmap.mmap, Sums]] = collections.OrderedDict()
 
     def add_to(self, rows: Rows) -> Rows:
         """The rows with what the teacher says of them, in place of `record`.
+
+        Args:
+          rows: of whole micro-batches. Of those that other processes need zeros are said.
 
         Raises:
           UserError: a row is not in the cache, or its bytes are not those that were written.
@@ -52,7 +66,7 @@ class CachedTeacher:
             for name, field in self._fields.items()
         }
         for i, record in enumerate(records):
-            if record >= 0:
+            if record >= 0 and self._here[i % len(self._here)]:
                 ids, values, lse = self.row(record)
                 out["teacher_ids"][i], out["teacher_values"][i] = ids, values
                 out["teacher_lse"][i] = lse
@@ -71,11 +85,12 @@ class CachedTeacher:
                 "for these data."
             )
         shard, row = divmod(record, m.rows_per_shard)
-        mapped, sums = self._mapped(shard)
         start = row * m.row_bytes
-        raw = np.frombuffer(mapped[start : start + m.row_bytes], np.uint8)  # a copy
         first = start - start % mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_DONTNEED, first, start + m.row_bytes - first)
+        with self._lock:
+            mapped, sums = self._mapped(shard)
+            raw = np.frombuffer(mapped[start : start + m.row_bytes], np.uint8)  # a copy
+            mapped.madvise(mmap.MADV_DONTNEED, first, start + m.row_bytes - first)
         if zlib.crc32(raw) != sums.rows[row]:
             raise damaged(
                 self._folder, f"{shards.name_of(shard)}.bin", f"row {row} is not as written"

@@ -9,6 +9,7 @@ import jax
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
+from deepseek_jax.distill.reader import CachedTeacher
 from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Objective
 from deepseek_jax.run.answers import Answering
@@ -30,10 +31,12 @@ class Evaluator:
     Attributes:
       answering: answers held-out prompts besides; None: nothing does.
       asked: adds to batches what an online teacher says; None: there is none.
+      cached: adds to rows what a teacher has said; None: there is none.
     """
 
     answering: Answering | None = None
     asked: AskedTeacher | None = None
+    cached: CachedTeacher | None = None
 
     def __init__(
         self,
@@ -63,6 +66,8 @@ class Evaluator:
         sums = {"targets": 0.0, "text_bytes": 0.0}
         for start in range(0, self._rows, self._micro_batch):
             rows = self._loader.eval_rows(start, self._micro_batch)
+            if self.cached is not None:
+                rows = self.cached.add_to(rows)
             batch = put_batch(rows, self._micro_batch, self._mesh)
             if self.asked is not None:
                 batch = self.asked.add_to(batch, int(state.step))

@@ -26,6 +26,7 @@ from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.open import open_data, settled
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.distill import checks
+from deepseek_jax.distill.reader import CachedTeacher
 from deepseek_jax.errors import BadNumbers, SaveFailed
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.inference.generation.sample import check_prompt
@@ -147,6 +148,7 @@ class Job:
         self._changed: list[str] = []  # options that differ from the last start's
         self._source: HfTensors | None = None  # of config.init_from
         self._asked: AskedTeacher | None = None  # an online teacher of which records are kept
+        self._cached: CachedTeacher | None = None  # one that was asked before
         # Set by the stages.
         self._mesh: jax.sharding.Mesh
         self._objective: Objective
@@ -193,7 +195,7 @@ class Job:
         if config.init_from or config.lora.r:
             self._source = init_from.open_for_training(config, self._workdir)
         self.teacher = open_teacher(config, self._workdir, progress=first)
-        self._data.teacher = checks.open_cache(config, self._data)
+        self._cached = checks.open_cache(config, self._data, self._mesh)
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"
         self._processes.agree("data files", {"what config.data reads": what})
@@ -331,7 +333,8 @@ class Job:
         profiler = Profiler(config, self._workdir, step) if config.profile.start else NoProfiler()
         eval_step = make_eval_step(start.layout, self._objective)
         evaluator = Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen)
-        batches: Batches = LoaderBatches(config, self._data, self._mesh)
+        batches: Batches = LoaderBatches(config, self._data, self._mesh, self._cached)
+        evaluator.cached = self._cached
         if self._asked is not None:
             evaluator.asked = self._asked
             batches = AskedBatches(batches, self._asked)

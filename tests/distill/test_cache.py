@@ -4,10 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 
 import jax
 import numpy as np
@@ -28,14 +25,16 @@ from deepseek_jax.config.options import (
     replaced,
 )
 from deepseek_jax.config.validation import validate
-from deepseek_jax.distill import commands, shards
+from deepseek_jax.data.open import open_data
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.distill import __main__, checks, commands
 from deepseek_jax.distill import manifest as manifests
 from deepseek_jax.distill.maker import Worker
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import caching, job
 from deepseek_jax.run.processes import here
-from tests.support import ROOT, chat_folders, hf_folders
+from tests.support import chat_folders, hf_folders
 
 STUDENT = dataclasses.replace(hf_folders.MODEL, num_hidden_layers=1)
 TOP = 6
@@ -132,7 +131,9 @@ def test_training_from_a_cache_equals_the_teacher(config, made, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["chats", "text"])
 def test_the_same_on_a_mesh(kind, config, on_text, tmp_path):
-    """On 4 x 2 devices, all weights divided, experts exchanged: other rows meet in the cache and in training."""
+    """On 4 x 2 devices, all weights divided, experts exchanged: in training other rows meet than in the
+    cache.
+    """
     config = dataclasses.replace(
         config if kind == "chats" else on_text,
         mesh=MeshConfig(fsdp=4, expert=2),
@@ -143,3 +144,123 @@ def test_the_same_on_a_mesh(kind, config, on_text, tmp_path):
     online = run.train(config, str(tmp_path / "online"))
     cached = run.train(reading(config, folder), str(tmp_path / "cached"))
     assert_same_runs(online, cached)
+
+
+def opened(config: Config):
+    """What a run does with its cache before anything is compiled."""
+    config = checks.with_cache(config)
+    validate(config)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    mesh = make_mesh(config, jax.devices()[:1])
+    return checks.open_cache(config, open_data(config, tokenizer), mesh)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"train.sequence_length": 64},
+            "config.train.sequence_length=64 differs from 80 of config.d",
+        ),
+        ({"seed": 3}, "config.seed=3 differs from 0 of config.distill.cache=.*Set config.seed=0"),
+        ({"data.eval_fraction": 0.3}, "config.data.eval_fraction=0.3 differs from 0.2"),
+        ({"sft.packing": "none"}, "config.sft.packing='none' differs from 'bfd'"),
+        ({"sft.train_on_header": True}, "config.sft.train_on_header=True differs from False"),
+        ({"data.path": "OTHER"}, "holds .* tokens in 9 documents .* and not .* in 40 documents"),
+        ({"data.path": "TEXT"}, "config.distill.data='text' differs from 'examples'"),
+        ({"data.tokenizer": "bytes"}, "config.data.tokenizer='bytes' is bytes, but"),
+        ({"distill.top_k": TOP + 1}, f"top_k={TOP + 1} is above the {TOP} words"),
+        ({"distill.temperature": 3.0}, "temperature=3 needs log-sum-exps at 3, .* at 1, 2"),
+        (
+            {"distill.temperature_schedule": "linear"},
+            "config.distill.temperature_schedule=linear and config.distill.cache=",
+        ),
+        ({"distill.teacher": "OTHER"}, "distill.teacher=.*is another model than the one"),
+        ({"distill.cache": "NOTHING"}, r"has no manifest\.json of a cached teacher"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(options, message, config, on_text, made, tmp_path):
+    known = {
+        ("data.path", "OTHER"): lambda: chat_folders.chats(tmp_path / "other.jsonl", 9),
+        ("data.path", "TEXT"): lambda: on_text.data.path,
+        ("distill.teacher", "OTHER"): lambda: hf_folders.source(tmp_path / "zeros"),
+        ("distill.cache", "NOTHING"): lambda: str(tmp_path),
+    }
+    given = {name: known.get((name, value), lambda v=value: v)() for name, value in options.items()}
+    with pytest.raises(UserError, match=message) as raised:
+        opened(reading(config, made, **given))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_part_of_a_cache_is_refused_with_the_command_that_goes_on(config, made, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(made, part)
+    os.remove(part / "shard-00001.json")
+    count = manifests.read(made, "DIR").shards
+    with pytest.raises(
+        UserError, match=rf"{count - 1} of {count} shards are there\. Go on with: make it"
+    ):
+        opened(reading(config, str(part)))
+
+
+def test_what_is_free(config, made, tmp_path):
+    """The mixture's order, batch size and fewer words change no row; the tail is that of all words."""
+    free = {"top_k": 3, "temperature": 1.0, "train.batch_size": 4}
+    few, all_ = opened(reading(config, made, **free)), opened(reading(config, made))
+    assert few is not None and all_ is not None
+    for a, b in zip(few.row(1), all_.row(1), strict=True):
+        columns = slice(3) if a.shape[-1] == 3 else [0, 0]
+        np.testing.assert_array_equal(a, b[:, columns])
+
+
+@pytest.mark.parametrize(
+    ("request_", "top", "message"),
+    [
+        ({}, 321, "--top-k=321 is not between 1 and the 320 words"),
+        ({"rows_per_call": 3}, TOP, "--rows-per-call=3 is not divisible by the 2 devices"),
+        ({"rows_per_shard": 5}, TOP, "--rows-per-shard=5 is not a multiple of the 2 rows"),
+        ({"out": "MADE"}, 5, "holds another cache: .* differs from .* of it"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_made(request_, top, message, config, made, tmp_path):
+    config = replaced(replaced(config, "mesh.fsdp", 2), "distill.top_k", top)
+    out = made if request_.pop("out", "") else tmp_path / "out"
+    with pytest.raises(UserError, match=message):
+        caching.cache_teacher(config, caching.Request(str(out), (1.0, 2.0), **request_), here())
+
+
+def test_workers_share_the_work(config, made, tmp_path, capsys):
+    """Bytes do not depend on how many there are, nor on what was there."""
+    folder = tmp_path / "workers"
+    for i in (1, 2, 0):
+        cache(config, folder, worker=Worker(i, 3), rows_per_shard=2)
+        assert ("which is complete" in capsys.readouterr().out) == (i == 0)
+    assert files(str(folder)) == files(made)
+    os.remove(folder / "shard-00002.json")
+    cache(config, folder, rows_per_shard=2)
+    said = capsys.readouterr().out
+    count = manifests.read(made, "DIR").shards
+    assert f"{count} shards, {count - 1} of them there already" in said
+    assert files(str(folder)) == files(made)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["cache", "--teacher=T"], "--out"),
+        (["cache", "--teacher=T", "--out=O", "--worker=4/4"], "'4/4' is not one of some workers"),
+        (
+            ["cache", "--teacher=T", "--out=O", "--temperatures=0,1"],
+            "not a list of numbers above 0",
+        ),
+        (["cache", "--teacher=T", "--out=O"], "--config and --workdir are missing"),
+        (["verify", "nowhere"], "nowhere has no manifest.json"),
+        (["show", "nowhere", "--more"], "unrecognized arguments: --more"),
+    ],
+    ids=str,
+)
+def test_mistakes_on_the_command_line(argv, message):
+    with pytest.raises(UserError, match=message):
+        __main__.main(argv)

@@ -3,13 +3,17 @@
 import dataclasses
 import os
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from deepseek_jax.distill import commands, maker, manifest, reader, shards
+from deepseek_jax.distill.maker import Worker
 from deepseek_jax.distill.manifest import Manifest
 from deepseek_jax.errors import UserError
+from tests.support import ROOT, cache_kills
 
 LENGTH, TOP = 24, 5
 
@@ -211,3 +215,19 @@ def test_reading_does_not_enter_memory(tmp_path):
 def _resident() -> int:
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_instant_it_goes_on(kills, tmp_path):
+    """Bytes and names are those of a cache that nobody disturbed, whatever workers were killed."""
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    cache_kills.make(str(calm), Worker())
+    args = [sys.executable, "-m", "tests.support.cache_kills", str(killed), str(kills), "1"]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > kills / 3
+    assert files(calm) == files(killed) and len(files(calm)) == 1 + 2 * cache_kills.MANIFEST.shards
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
