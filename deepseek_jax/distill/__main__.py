@@ -45,7 +45,7 @@ from deepseek_jax.distill import commands
 from deepseek_jax.distill.maker import Worker
 from deepseek_jax.errors import UserError
 from deepseek_jax.run import caching, commandline
-from deepseek_jax.run.job import ending_together
+from deepseek_jax.run.processes import ending_together
 from deepseek_jax.train import workdir as workdirs
 
 PROGRAM = "python -m deepseek_jax.distill"

@@ -12,8 +12,8 @@ from deepseek_jax.data import contents as contents_
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.sources import split_paths
-from deepseek_jax.distill import identity, shards
 from deepseek_jax.distill import manifest as manifests
+from deepseek_jax.distill import shards
 from deepseek_jax.distill.manifest import Manifest
 from deepseek_jax.distill.reader import CachedTeacher
 from deepseek_jax.errors import UserError
@@ -70,25 +70,26 @@ def with_cache(config: Config) -> Config:
 
 
 def open_cache(
-    config: Config, data: Loader | ExampleLoader, mesh: jax.sharding.Mesh
+    config: Config, data: Loader | ExampleLoader, mesh: jax.sharding.Mesh, teacher: str = ""
 ) -> CachedTeacher | None:
     """The cached teacher of a run; None where it names none.
 
     Args:
       config: as `with_cache` returned it.
       data: what the run reads. mesh: of the run.
+      teacher: identity of config.distill.teacher, "" where none is named.
 
     Raises:
       UserError: it is of other rows, data or teacher, or it is not complete.
     """
-    folder, teacher = config.distill.cache, config.distill.teacher
+    folder = config.distill.cache
     if config.objective != "distill" or not folder:
         return None
     found = manifests.read(folder, OPTION)
     check_rows(found, config, data)
-    if teacher and identity.of_teacher(teacher) != found.teacher:
+    if teacher and teacher != found.teacher:
         raise UserError(
-            f"config.distill.teacher={teacher} is another model than the one that "
+            f"config.distill.teacher={config.distill.teacher} is another model than the one that "
             f"{OPTION}={folder} was made of ({found.teacher[:19]}). Name that one, or none, or make a cache "
             "of this one."
         )

@@ -15,7 +15,7 @@ from deepseek_jax.data.fields import INPUTS, RECORD
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.open import open_data, settled
 from deepseek_jax.data.tokenizer import load_tokenizer
-from deepseek_jax.distill import checks, identity, maker, manifest, shards
+from deepseek_jax.distill import checks, maker, manifest, shards
 from deepseek_jax.distill.commands import describe
 from deepseek_jax.distill.maker import Worker
 from deepseek_jax.distill.manifest import Manifest
@@ -23,7 +23,7 @@ from deepseek_jax.distill.program import RecordProgram, devices_of_batch
 from deepseek_jax.errors import UserError
 from deepseek_jax.objectives.base import Frozen
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.run.job import Processes
+from deepseek_jax.run.processes import Processes
 from deepseek_jax.run.teacher import Teacher, open_teacher
 from deepseek_jax.runtime import compile_cache
 
@@ -121,7 +121,7 @@ def _manifest(
         top=top,
         temperatures=request.temperatures,
         vocab_size=words,
-        teacher=identity.of_teacher(config.distill.teacher),
+        teacher=teacher.identity,
         dtype=teacher.config.lora.base_dtype,
         program=_program(config, mesh, rows),
         options=options,

@@ -233,7 +233,7 @@ _TABLE = (
     Metric(
         "model_tflops_per_device",
         "TFLOP/s",
-        "floating point operations of the model, recomputation not counted",
+        "floating point operations of the model, and of a teacher's forward pass; recomputation not counted",
         over_steps="mean",
         over_processes="first",
         of=lambda m: round(m.tflops_per_device, 6),

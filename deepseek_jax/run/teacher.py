@@ -38,6 +38,7 @@ from deepseek_jax.hf.configuration import to_model
 from deepseek_jax.hf.names import leaves
 from deepseek_jax.hf.tensors import read_config
 from deepseek_jax.hf.tokenizer_files import byte_tokenizer, contents_of, tokenizer_of
+from deepseek_jax.model.count import Count, count
 from deepseek_jax.model.layout import ModelWeights, PlacedModel, abstract_model, place_model
 from deepseek_jax.parallel.mesh import BATCH_AXES, check_model
 from deepseek_jax.parallel.quantized import QuantizedWeight, inputs_of, quantize
@@ -62,12 +63,16 @@ class Teacher:
     Attributes:
       config: to run it with, on the mesh of the run: its model with the student's vocab_size.
       vocab_size: ids that its own embedding and head have.
+      identity: tells its weights from others.
     """
 
-    def __init__(self, config: Config, found: Found, progress: bool = False):
+    def __init__(
+        self, config: Config, found: Found, weights: "Weights | None" = None, progress: bool = False
+    ):
         """
         Args:
           config: of the run.
+          weights: what they are known by; None: they are not there.
           progress: show a bar on stderr when its weights are read.
         """
         held = config.distill.teacher_dtype or config.train.dtype
@@ -79,19 +84,26 @@ class Teacher:
             config, model=model, lora=LoraConfig(base_dtype=held), offload=OffloadConfig()
         )
         self.vocab_size = found.model.vocab_size
+        self.identity = weights.identity if weights else ""
+        self._step = weights.step if weights else None
         self._found = found
         self._progress = progress
 
     @functools.cached_property
+    def count(self) -> Count:
+        """Its parameters and FLOPs."""
+        length = self.config.train.sequence_length
+        return count(self.config.model, abstract_model(self.config)[1], length)
+
+    @property
     def description(self) -> str:
         """Its folder, size and dtype, for people."""
         m = self.config.model
-        params = abstract_model(self.config)[1]
         shape = f"{m.num_hidden_layers} layers, hidden {m.hidden_size}"
         if m.has_experts:
             shape += f", {m.n_routed_experts} experts, {m.num_experts_per_tok} per token"
-        size = human(sum(a.size for a in jax.tree.leaves(params)))
-        return f"{self._found.folder}: {size} parameters in {self.config.lora.base_dtype}, {shape}"
+        size = f"{human(self.count.total)} parameters in {self.config.lora.base_dtype}"
+        return f"{self._found.folder}: {size}, {shape}"
 
     def place(self, mesh: jax.sharding.Mesh) -> PlacedModel:
         """Raises UserError: the mesh does not divide it."""
@@ -143,14 +155,14 @@ class Teacher:
         config = dataclasses.replace(self.config, model=model, lora=LoraConfig())
         own = place_model(config, mesh)
         if run.lora.r:
-            opened = adapted.open_run(workdir, run, checkpoints)
+            opened = adapted.open_run(workdir, run, checkpoints, self._step)
             weights = ModelWeights(
                 *reader.state_of(opened.source, config, opened.family, own, None, opened.adapter)
             )
             opened.source.close()
         else:
             wanted = own.abstract_sharded()
-            weights = from_tree(checkpoints.restore_params(to_tree(wanted)), wanted)
+            weights = from_tree(checkpoints.restore_params(to_tree(wanted), self._step), wanted)
         checkpoints.close()
         return ModelWeights(held_as(weights.params, placed, done), _matching(weights.bias, placed))
 
@@ -232,7 +244,7 @@ def planned(config: Config) -> Teacher | None:
 
 
 def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teacher | None:
-    """The teacher of a run; None where it has none, or reads what one has said.
+    """The teacher of a run; None where it has none.
 
     Args:
       config: its options, with the tokenizer that it reads with.
@@ -244,7 +256,7 @@ def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teache
         positions for shorter sequences.
     """
     given = config.distill.teacher
-    if not given or config.distill.cache:
+    if not given:
         return None
     found = find(config)
     if os.path.realpath(found.folder) == os.path.realpath(workdir):
@@ -255,31 +267,43 @@ def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teache
             f"{OPTION}={given} has max_position_embeddings={longest}, below config.train.sequence_length="
             f"{length}. Lower config.train.sequence_length to {longest}."
         )
-    tokenizer = _check_weights(found, given)
-    _check_tokenizer(config, found, tokenizer)
-    return Teacher(config, found, progress)
+    weights = _check_weights(found, given)
+    _check_tokenizer(config, found, weights.tokenizer)
+    return Teacher(config, found, weights, progress)
 
 
-def _check_weights(found: Found, given: str) -> str | None:
-    """Looks at the names and shapes of its weights, and finds its tokenizer: bytes, a path, or None."""
+class Weights(NamedTuple):
+    """What a look at a teacher's files says."""
+
+    identity: str  # tells them from others
+    tokenizer: str | None  # bytes, a path, or None: not known
+    step: int | None = None  # of a run's checkpoint
+
+
+def _check_weights(found: Found, given: str) -> Weights:
+    """Looks at the names and shapes of its weights."""
     try:
         if found.run is None:
             source, model, family = reader.open_source(found.folder)
             _, params, bias = abstract_model(Config(model=model))
             every = [leaf for state in (params, bias) for leaf in leaves(state, family, model)]
             reader.check(source, model, every)
+            identity = adapted.identity(source)
             source.close()
-            return tokenizer_folder.find(found.folder)
+            return Weights(identity, tokenizer_folder.find(found.folder))
         checkpoints = Checkpointer(
             workdirs.checkpoints(found.folder, found.run),
             read_only=True,
             options=found.run.checkpoint,
         )
         try:
-            trained = contents_of(checkpoints.read_extra())
+            step = checkpoints.newest_good()
+            extra = checkpoints.read_extra(step)
         finally:
             checkpoints.close()
-        return tokenizer_of(found.folder, found.run, trained)
+        tokenizer = tokenizer_of(found.folder, found.run, contents_of(extra))
+        # A run may go on while it teaches: its checkpoint of now stays.
+        return Weights(f"{extra.get(workdirs.RUN)} step {step}", tokenizer, step)
     except UserError as e:
         raise UserError(f"{OPTION}={given}: {e}") from e
 

@@ -34,6 +34,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import caching, job
 from deepseek_jax.run.processes import here
+from deepseek_jax.run.teacher import open_teacher
 from tests.support import chat_folders, hf_folders
 
 STUDENT = dataclasses.replace(hf_folders.MODEL, num_hidden_layers=1)
@@ -152,7 +153,9 @@ def opened(config: Config):
     validate(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     mesh = make_mesh(config, jax.devices()[:1])
-    return checks.open_cache(config, open_data(config, tokenizer), mesh)
+    teacher = open_teacher(config, "nowhere")
+    named = teacher.identity if teacher else ""
+    return checks.open_cache(config, open_data(config, tokenizer), mesh, named)
 
 
 @pytest.mark.parametrize(
