@@ -4,7 +4,12 @@ import dataclasses
 import functools
 import json
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -35,7 +40,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import caching, job
 from deepseek_jax.run.processes import here
 from deepseek_jax.run.teacher import open_teacher
-from tests.support import chat_folders, hf_folders
+from tests.support import ROOT, chat_folders, hf_folders
 
 STUDENT = dataclasses.replace(hf_folders.MODEL, num_hidden_layers=1)
 TOP = 6
@@ -267,3 +272,57 @@ def test_workers_share_the_work(config, made, tmp_path, capsys):
 def test_mistakes_on_the_command_line(argv, message):
     with pytest.raises(UserError, match=message):
         __main__.main(argv)
+
+
+@pytest.mark.slow
+def test_the_command_killed_20_times(config, on_text, tmp_path):
+    """The program as a user runs it, killed at random instants after it has written something: the bytes of
+    one that nobody disturbed. Then verify and show.
+    """
+
+    def command(out, *more: str) -> list[str]:
+        return [
+            *(sys.executable, "-m", "deepseek_jax.distill", "cache", "--config=configs/tiny.py"),
+            f"--teacher={config.distill.teacher}",
+            f"--out={out}",
+            *("--top-k=4", "--temperatures=2", "--rows-per-shard=1"),
+            f"--config.data.path={on_text.data.path}",
+            f"--config.data.tokenizer={config.data.tokenizer}",
+            *("--config.model.vocab_size=320", "--config.train.sequence_length=16"),
+            *("--config.train.dtype=float32", "--config.mesh.fsdp=1", *more),
+        ]
+
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    start = functools.partial(
+        subprocess.Popen, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+    def count() -> int:
+        return len(os.listdir(killed)) if killed.exists() else 0
+
+    draw, calm, killed, stopped = random.Random(0), tmp_path / "calm", tmp_path / "killed", 0
+    undisturbed = start(command(calm))
+    assert undisturbed.wait(300) == 0, undisturbed.stderr.read()
+    for i in range(20):
+        before = count()
+        process = start(command(killed, f"--worker={i % 2}/2" if i % 3 else "--worker=0/1"))
+        while process.poll() is None and count() <= before + 1:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        stopped += process.wait(60) == -signal.SIGKILL
+        process.stdout.close(), process.stderr.close()
+    assert stopped >= 15
+    last = start(command(killed))
+    out, err = last.communicate(timeout=300)
+    assert last.returncode == 0, err
+    assert b"which is complete" in out and b"tokens per second" in out
+    names = set(os.listdir(calm)) - {"manifest.json"}
+    assert set(os.listdir(killed)) == names | {"manifest.json"}
+    assert all((calm / name).read_bytes() == (killed / name).read_bytes() for name in names)
+    assert not manifests.read(str(calm), "").difference(manifests.read(str(killed), ""))
+    assert commands.verify(str(killed))[0] == 0
+    shown = commands.show(str(killed))[1]
+    assert (
+        shown["complete"] == shown["shards"] == shown["rows"] and "--worker" not in shown["command"]
+    )
