@@ -114,12 +114,12 @@ def worker(text: str) -> Worker:
     return Worker(int(found[1]), int(found[2]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, stopper: Stopper | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser().parse_known_args(given)
     if args.command == "cache":
         kept = [a for a in _joined(given) if not a.startswith("--worker=")]
-        cache(args, rest, shlex.join([*PROGRAM.split(), *kept]))
+        cache(args, rest, shlex.join([*PROGRAM.split(), *kept]), stopper or Stopper())
         return 0
     if rest:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def cache(args: argparse.Namespace, rest: Sequence[str], command: str) -> None:
+def cache(args: argparse.Namespace, rest: Sequence[str], command: str, stopper: Stopper) -> None:
     """Makes a cache, or goes on with one.
 
     Args:
@@ -138,7 +138,7 @@ def cache(args: argparse.Namespace, rest: Sequence[str], command: str) -> None:
     Raises:
       UserError: about an argument, the config, data or teacher.
     """
-    processes = commandline.find_cluster([PROGRAM, *rest])
+    processes = commandline.find_cluster(["distill", *rest])
     with ending_together(processes):
         of_config = {"distill.teacher": args.teacher, "distill.top_k": args.top_k}
         overrides = {"objective": "distill", "distill.cache": ""} | of_config
@@ -151,7 +151,7 @@ def cache(args: argparse.Namespace, rest: Sequence[str], command: str) -> None:
         for name, option in OPTIONS.items():
             if not option.path:  # relative ones may begin in other folders on other hosts
                 asked[option.full_name] = value_of(config, name)
-        processes.join(asked, config.watchdog.heartbeat_timeout, Stopper())
+        processes.join(asked, config.watchdog.heartbeat_timeout, stopper)
         request = caching.Request(
             args.out,
             args.temperatures,
@@ -201,4 +201,6 @@ def _joined(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("distill", main))
+    # Nothing has to be saved: a signal ends it in one line, as a kill would.
+    listening = Stopper("distill").install()
+    sys.exit(exit_code("distill", lambda: main(None, listening)))

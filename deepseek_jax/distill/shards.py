@@ -64,7 +64,9 @@ def decoded(raw_SB: np.ndarray, manifest: Manifest, top: int) -> tuple[np.ndarra
     """The first `top` words of a row's records: int32 [S, top], float16 [S, top], float32 [S, N]."""
     s, k, width = len(raw_SB), manifest.top, manifest.id_bytes
     ids = np.zeros((s, top, 4), np.uint8)
-    ids[..., :width] = raw_SB[:, : top * width].reshape(s, top, width)
+    given = raw_SB[:, : top * width].reshape(s, top, width)
+    for byte in range(width):  # NumPy copies one byte of each faster than three
+        ids[..., byte] = given[..., byte]
     values_at, lse_at = k * width, k * (width + 2)
     values = np.ascontiguousarray(raw_SB[:, values_at : values_at + 2 * top])
     lse = np.ascontiguousarray(raw_SB[:, lse_at:])
