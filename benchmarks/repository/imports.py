@@ -12,7 +12,7 @@ from benchmarks import ROOT
 
 # From the top. A module may import its own package and what stands below it.
 ORDER = (
-    "entries plan launch run compress esft inference train objectives hf checkpoint tensorfile data model "
+    "entries plan launch run compress distill esft inference train objectives hf checkpoint tensorfile data model "
     "experts parallel cluster xla cli config runtime errors"
 ).split()
 SIDE_BY_SIDE = {"plan", "launch"}  # tools: none imports another

@@ -26,6 +26,7 @@ COMMANDS = {
     "data": ("prepare and show training data", "deepseek_jax.data"),
     "compress": ("prune, merge and narrow experts, drop layers", "deepseek_jax.compress"),
     "esft": ("find the experts that a task uses", "deepseek_jax.esft"),
+    "distill": ("keep a teacher's logits for training", "deepseek_jax.distill"),
     "checkpoint": ("list, verify, convert checkpoints", "deepseek_jax.checkpoint"),
 }
 

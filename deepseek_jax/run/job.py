@@ -6,7 +6,7 @@ train.py goes through the stages where a reader begins, after the command line a
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.cluster.processes import Cluster
 from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config import paths
 from deepseek_jax.config.configdict import from_config_dict
@@ -34,25 +33,24 @@ from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import answers, init_from, lock, passes, summary
-from deepseek_jax.run.batches import Batch, LoaderBatches
+from deepseek_jax.run.batches import Batch
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
-from deepseek_jax.run.processes import JoinedElsewhere, here
+from deepseek_jax.run.processes import Processes, ending_together, here
 from deepseek_jax.run.profile import NoProfiler, Profiler
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
 from deepseek_jax.run.resume import Continuation
 from deepseek_jax.run.start import Start
-from deepseek_jax.run.teacher import Teacher, open_teacher
+from deepseek_jax.run.teacher import Teacher
+from deepseek_jax.run.teacher_records import TeacherRecords
 from deepseek_jax.run.watchdog import Watchdog, end_alone
-from deepseek_jax.runtime import compile_cache, environment
+from deepseek_jax.runtime import compile_cache
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.batch import abstract_batch
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import Layout, TrainState, make_layout, saved, to_tree
 from deepseek_jax.train.step import StepMetrics, make_eval_step, make_train_step
-
-Processes = Cluster | JoinedElsewhere
 
 
 def train(
@@ -98,19 +96,6 @@ def train(
             return job.loop(step, start)
 
 
-@contextlib.contextmanager
-def ending_together(processes: Processes) -> Iterator[None]:
-    """What ends one process inside ends all: a mistake with one line, however many found it."""
-    environment.check()
-    with (
-        contextlib.closing(processes),
-        processes.failures(BadNumbers, SaveFailed),
-        processes.mistakes(),
-        environment.mistakes(),
-    ):
-        yield
-
-
 class Job:
     """The stages of a run, to be gone through in order: open, find_start, compile, loop.
 
@@ -149,6 +134,7 @@ class Job:
         self._objective: Objective
         self._data: Loader | ExampleLoader
         self._prompts: list[answers.Prompt]  # that evaluations answer
+        self._records: TeacherRecords
         self._checkpoints: Checkpointer
         self._compiler_options: dict[str, Any]
         self._count: Count
@@ -189,7 +175,8 @@ class Job:
         self._prompts = answers.prompts_of_run(config, self._data)
         if config.init_from or config.lora.r:
             self._source = init_from.open_for_training(config, self._workdir)
-        self.teacher = open_teacher(config, self._workdir, progress=first)
+        self._records = TeacherRecords(config, self._workdir, self._data, self._mesh, first)
+        self.teacher = self._records.teacher
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"
         self._processes.agree("data files", {"what config.data reads": what})
@@ -304,6 +291,7 @@ class Job:
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some
         # processes longer to compile: all wait here instead.
         step.program(state, self._abstract_batch(done), frozen)
+        self._records.load()
         self._processes.agree("command", {"steps done": done})
         result = self._make_loop(step, start, progress, frozen).run(state, progress)
         if result.stopped_by is not None:
@@ -328,6 +316,7 @@ class Job:
         profiler = Profiler(config, self._workdir, step) if config.profile.start else NoProfiler()
         eval_step = make_eval_step(start.layout, self._objective)
         evaluator = Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen)
+        evaluator.records = self._records
         if self._prompts:
             evaluator.answering = answers.Answering(
                 config, self._workdir, start.layout.model, self._mesh, self._data, self._prompts
@@ -343,7 +332,7 @@ class Job:
             config=config,
             workdir=self._workdir,
             step=train_step,
-            batches=LoaderBatches(config, self._data, self._mesh),
+            batches=self._records.batches(self._data),
             evaluate=evaluator,
             checkpointer=self._checkpoints,
             report=Report(

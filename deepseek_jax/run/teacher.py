@@ -250,7 +250,8 @@ def find(config: Config) -> Found:
 
 def planned(config: Config) -> Teacher | None:
     """The teacher of a run that is only planned: a config.json is enough, and `load` is not for it."""
-    if not config.distill.teacher:
+    d = config.distill
+    if not d.teacher or d.cache:
         return None
     return Teacher(config, find(config), compression=map_of(config))
 
