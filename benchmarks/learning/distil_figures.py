@@ -4,13 +4,13 @@ import re
 import statistics
 from typing import Any
 
-from benchmarks.learning import picture
-from deepseek_jax.cli import texts
+from deepseek_jax.cli import svg, texts
 
+HEIGHT, TOP, BLACK = 420, 40, "#333333"
 COLORS = {
-    "cross-entropy": picture.GREY,
-    "distilled": picture.BLUE,
-    "distilled, router": picture.ORANGE,
+    "cross-entropy": svg.GREY,
+    "distilled": svg.BLUE,
+    "distilled, router": svg.ORANGE,
 }
 
 
@@ -80,10 +80,9 @@ def text(r: dict[str, Any]) -> str:
 def drawn(r: dict[str, Any]) -> str:
     """The SVG: above, held-out loss by step, a curve for each seed; below, by how much less it is than
     that of cross-entropy on the same text."""
-    p, last = picture, float(r["steps"])
-    curves = r["curves"]
+    last, curves = float(r["steps"]), r["curves"]
     values = [loss for way in curves.values() for curve in way for _, loss in curve]
-    upper = p.Panel(p.TOP, 245, *p.span([r["teacher"], *values], floor=None), last)
+    upper = svg.Panel(TOP, 245, *svg.span([r["teacher"], *values], floor=None), last)
     gains = {
         way: [
             [(step, theirs - ours) for (step, ours), (_, theirs) in zip(*pair, strict=True)]
@@ -92,26 +91,18 @@ def drawn(r: dict[str, Any]) -> str:
         for way in curves
         if way != "cross-entropy"
     }
-    low, high = p.span([g for way in gains.values() for c in way for _, g in c] + [0.0], floor=None)
-    lower = p.Panel(285, p.HEIGHT - 36, low, high, last)
-    before, kept = r["experts"]
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {p.WIDTH} {p.HEIGHT}"'
-        f' width="{p.WIDTH}" height="{p.HEIGHT}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{p.WIDTH}" height="{p.HEIGHT}" fill="white"/>',
-        p.label(p.LEFT, 20, f"make distil: {kept} of {before} experts kept, then trained", size=14),
-        *p.axes(upper),
-        p.line(p.LEFT, upper.y(r["teacher"]), p.WIDTH - p.RIGHT, upper.y(r["teacher"]), "#222222"),
-    ]
+    found = [gain for way in gains.values() for curve in way for _, gain in curve]
+    lower = svg.Panel(285, HEIGHT - 36, *svg.span([0.0, *found], floor=None), last)
+    right, teacher = svg.WIDTH - svg.RIGHT, upper.y(r["teacher"])
+    parts = [*svg.axes(upper), svg.line(svg.LEFT, teacher, right, teacher, BLACK)]
     for way, several in curves.items():
-        parts += [p.curve(upper, [(s, v) for s, v in c], COLORS[way]) for c in several]
-    names = [("held-out loss, nats per token", "#333333"), *COLORS.items(), ("teacher", "#222222")]
-    parts += [*p.legend(upper, names), *p.axes(lower, numbered=True)]
+        parts += [svg.curve(upper, [(s, v) for s, v in c], COLORS[way]) for c in several]
+    names = [("held-out loss, nats per token", BLACK), *COLORS.items(), ("line: teacher", BLACK)]
+    parts += [*svg.legend(upper, names), *svg.axes(lower, numbered=True)]
     for way, lines in gains.items():
-        parts += [p.curve(lower, c, COLORS[way]) for c in lines]
-    parts += [
-        *p.legend(lower, [("less than by cross-entropy on the same text", "#333333")]),
-        p.label(p.WIDTH - p.RIGHT, p.HEIGHT - 4, "step", anchor="end"),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
+        parts += [svg.curve(lower, c, COLORS[way]) for c in lines]
+    below = [("by how much less than by cross-entropy on the same text", BLACK)]
+    parts += [*svg.legend(lower, below), svg.label(right, HEIGHT - 4, "step", anchor="end")]
+    before, kept = r["experts"]
+    title = f"make distil: {kept} of {before} experts kept, then trained"
+    return svg.picture(HEIGHT, title, parts)
