@@ -86,7 +86,9 @@ def student_of(own: argparse.Namespace) -> Config:
     """The options of the student by cross-entropy: half of the teacher's experts."""
     config = shapes.config(own.shape, own.dtype, own.remat)
     m = config.model
-    groups = {"n_group": m.n_group // 2, "topk_group": m.topk_group // 2} if m.n_group > 1 else {}
+    groups: dict[str, Any] = {}
+    if m.n_group > 1:
+        groups = {"n_group": m.n_group // 2, "topk_group": m.topk_group // 2}
     model = dataclasses.replace(m, n_routed_experts=m.n_routed_experts // 2, **groups)
     return dataclasses.replace(config, model=model)
 
