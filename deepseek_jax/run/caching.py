@@ -148,7 +148,6 @@ def _program(config: Config, mesh: jax.sharding.Mesh, rows: int) -> dict[str, An
         "platform": mesh.devices.flat[0].platform,
         "dtype": config.train.dtype,
         "attention": config.train.attention,
-        "dispatch": config.moe.dispatch,
         "capacity_factor": config.moe.capacity_factor,
         "strategy": config.sharding.strategy,
     }

@@ -101,7 +101,8 @@ def cache(config: Config, out, **request) -> str:
 def reading(config: Config, folder: str, **options) -> Config:
     """The options of a run that reads a cache."""
     for name, value in ({"teacher": "", "top_k": 0, "cache": folder} | options).items():
-        config = replaced(config, name if "." in name else f"distill.{name}", value)
+        known = "." in name or name == "seed"
+        config = replaced(config, name if known else f"distill.{name}", value)
     return config
 
 
