@@ -175,7 +175,7 @@ def opened(config: Config):
         ({"data.eval_fraction": 0.3}, "config.data.eval_fraction=0.3 differs from 0.2"),
         ({"sft.packing": "none"}, "config.sft.packing='none' differs from 'bfd'"),
         ({"sft.train_on_header": True}, "config.sft.train_on_header=True differs from False"),
-        ({"data.path": "OTHER"}, "holds .* tokens in 9 documents .* and not .* in 40 documents"),
+        ({"data.path": "OTHER"}, "holds .* tokens in 41 documents .* and not .* in 40 documents"),
         ({"data.path": "TEXT"}, "config.distill.data='text' differs from 'examples'"),
         ({"data.tokenizer": "OTHER"}, "config.data.tokenizer=.* is sha256:.* are of sha256:"),
         ({"distill.top_k": TOP + 1}, f"top_k={TOP + 1} is above the {TOP} words"),
@@ -191,7 +191,7 @@ def opened(config: Config):
 )
 def test_what_is_refused(options, message, config, on_text, made, tmp_path):
     known = {
-        ("data.path", "OTHER"): lambda: chat_folders.chats(tmp_path / "other.jsonl", 9),
+        ("data.path", "OTHER"): lambda: chat_folders.chats(tmp_path / "other.jsonl", 41),
         ("data.path", "TEXT"): lambda: on_text.data.path,
         ("data.tokenizer", "OTHER"): lambda: other_tokenizer(config, tmp_path),
         ("distill.teacher", "OTHER"): lambda: hf_folders.source(tmp_path / "zeros"),
