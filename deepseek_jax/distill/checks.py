@@ -106,7 +106,12 @@ def check_rows(found: Manifest, config: Config, data: Loader | ExampleLoader) ->
     """Raises UserError: a cache is of other rows than a run's."""
     of_cache = f"of {OPTION}={config.distill.cache}"
     names = split_paths(config.data.path, "config.data.path")
-    contents_.check_tokenizer(found.contents, data.tokenizer.name, config.data.tokenizer)
+    if (used := found.contents["tokenizer"]) != data.tokenizer.name:
+        raise UserError(
+            f"config.data.tokenizer={config.data.tokenizer} is {data.tokenizer.name[:19]}, and the rows "
+            f"{of_cache} are of {used[:19]}: ids would mean other text. Name that tokenizer, or make a cache "
+            "with this one."
+        )
     for name, now in options_of_rows(config, data).items():
         was = found.options.get(name)
         if was != now and name == PACKED_APART:

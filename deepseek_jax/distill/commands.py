@@ -3,7 +3,7 @@
 from typing import Any
 
 from deepseek_jax.cli.progress import Bar
-from deepseek_jax.cli.texts import gb
+from deepseek_jax.cli.texts import gb, plural
 from deepseek_jax.distill import manifest as manifests
 from deepseek_jax.distill import shards
 from deepseek_jax.distill.manifest import Manifest
@@ -21,7 +21,8 @@ def describe(manifest: Manifest) -> list[str]:
         "out",
         f"{'record':<15}{m.token_bytes} bytes per token: {m.top} ids of {m.id_bytes} bytes, logits of "
         f"float16, log-sum-exp at {scales}",
-        f"{'size':<15}{gb(m.bytes)} in {m.shards:,} shards of {m.rows_per_shard:,} rows",
+        f"{'size':<15}{gb(m.total_bytes)} in {plural(m.shards, 'shard')} of "
+        f"{plural(m.rows_per_shard, 'row')}",
         f"{'teacher':<15}{m.teacher[:19]}, {m.vocab_size:,} words, {m.dtype}",
         f"{'program':<15}{m.program['rows_per_call']} rows per call on {mesh} ({m.program['platform']})",
         f"{'tokenizer':<15}{m.contents['tokenizer'][:19]}",
@@ -34,7 +35,7 @@ def show(folder: str) -> Answer:
     there = found.shards - len(gone)
     lines = [
         *describe(found),
-        *(f"{name:<15}{value}" for name, value in sorted(found.options.items())),
+        *(f"{name:<23}{value}" for name, value in sorted(found.options.items())),
         f"{'complete':<15}{there:,} of {found.shards:,} shards",
         f"{'made by':<15}{found.command}",
     ]
@@ -44,7 +45,7 @@ def show(folder: str) -> Answer:
         "top_k": found.top,
         "temperatures": list(found.temperatures),
         "token_bytes": found.token_bytes,
-        "bytes": found.bytes,
+        "bytes": found.total_bytes,
         "shards": found.shards,
         "complete": there,
         "teacher": found.teacher,
@@ -62,7 +63,7 @@ def verify(folder: str) -> Answer:
     gone = set(shards.missing(folder, found))
     bad = []
     there = [i for i in range(found.shards)]
-    with Bar("Comparing", found.bytes, True) as bar:
+    with Bar("Comparing", found.total_bytes, True) as bar:
         for size, file, what in shards.verify(folder, found, there):
             bar.advance(size)
             if what:

@@ -3,8 +3,8 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -12,33 +12,48 @@ import numpy as np
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.cli.texts import gb
 from deepseek_jax.cluster.exchange import from_first
-from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.fields import Rows
-from deepseek_jax.data.loader import Loader
 from deepseek_jax.distill import shards
 from deepseek_jax.distill.manifest import Manifest
-from deepseek_jax.distill.program import RecordProgram
 from deepseek_jax.errors import UserError, one_line
 from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Batch
 
 SHARD_BYTES = 1 << 26  # of a shard, where a row is not longer
+SHARDS = 64  # at least, where there are as many calls of the program
 CHANNEL = "distill"  # of what process 0 decides
 
 
 class Worker(NamedTuple):
-    """One of some that make a cache together: shards index, index + count, ... are its own."""
+    """One of some that make a cache together: shards number, number + workers, ... are its own."""
 
-    index: int = 0
-    count: int = 1
+    number: int = 0
+    workers: int = 1
 
     def shards(self, manifest: Manifest) -> range:
-        return range(self.index, manifest.shards, self.count)
+        return range(self.number, manifest.shards, self.workers)
 
 
-def rows_per_shard(row_bytes: int, rows_per_call: int) -> int:
-    """As many rows as a shard has room for, in whole calls of the program."""
-    return max(SHARD_BYTES // row_bytes // rows_per_call, 1) * rows_per_call
+class RowSource(Protocol):
+    """A loader."""
+
+    def record_rows(self, start: int, count: int) -> Rows: ...
+
+
+class Records(Protocol):
+    """RecordProgram."""
+
+    rows: int
+
+    def of_rows(self, weights: Any, rows: Rows, temperatures: Sequence[float]) -> Batch: ...
+
+
+def rows_per_shard(rows: int, row_bytes: int, rows_per_call: int) -> int:
+    """As many rows as a shard has room for, or fewer where these would be few shards for workers to share; in
+    whole calls of the program.
+    """
+    calls = min(SHARD_BYTES // row_bytes // rows_per_call, -(-rows // rows_per_call // SHARDS))
+    return max(calls, 1) * rows_per_call
 
 
 def check_room(folder: str, manifest: Manifest) -> str:
@@ -62,9 +77,9 @@ def check_room(folder: str, manifest: Manifest) -> str:
 def make(
     folder: str,
     manifest: Manifest,
-    data: Loader | ExampleLoader,
-    program: RecordProgram,
-    weights: ModelWeights,
+    data: RowSource,
+    program: Records,
+    weights: ModelWeights | None,
     worker: Worker,
     progress: bool,
 ) -> int:
@@ -131,9 +146,9 @@ def _claimed(folder: str, shard: int, manifest: Manifest) -> Iterator[shards.Wri
 def _records(
     shard: int,
     manifest: Manifest,
-    data: Loader | ExampleLoader,
-    program: RecordProgram,
-    weights: ModelWeights,
+    data: RowSource,
+    program: Records,
+    weights: ModelWeights | None,
 ) -> Iterator[tuple[int, Batch]]:
     """(how many rows, the records of these and of padding) of each call, in order."""
     rows = manifest.rows_of(shard)

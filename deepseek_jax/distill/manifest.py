@@ -79,7 +79,7 @@ class Manifest:
         return self.length * self.token_bytes
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Of all shards."""
         return self.rows * self.row_bytes
 

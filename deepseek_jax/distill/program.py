@@ -86,7 +86,7 @@ class RecordProgram:
         return _whole(found)
 
     def _temperatures(self, values: Sequence[float]) -> jax.Array:
-        return jax.device_put(np.float32(values), jax.NamedSharding(self._mesh, P()))
+        return jax.device_put(np.asarray(values, np.float32), jax.NamedSharding(self._mesh, P()))
 
 
 @jax.jit

@@ -86,6 +86,7 @@ def cache_teacher(config: Config, request: Request, processes: Processes) -> Non
             frozen, top, words, wanted.length, mesh, rows, len(wanted.temperatures)
         )
         processes.agree("cache", {"manifest": wanted.to_bytes().decode()})
+        program.compile()
         weights, started = frozen.load(), time.perf_counter()
         made = maker.make(request.out, wanted, data, program, weights, request.worker, first)
     if first:
@@ -131,7 +132,7 @@ def _manifest(
         rows_per_shard=rows,
         command=request.command,
     )
-    of_shard = request.rows_per_shard or maker.rows_per_shard(out.row_bytes, rows)
+    of_shard = request.rows_per_shard or maker.rows_per_shard(out.rows, out.row_bytes, rows)
     if of_shard < 1 or of_shard % rows:
         raise UserError(
             f"--rows-per-shard={of_shard} is not a multiple of the {rows} rows of a forward pass. Set it to "
@@ -148,7 +149,6 @@ def _program(config: Config, mesh: jax.sharding.Mesh, rows: int) -> dict[str, An
         "platform": mesh.devices.flat[0].platform,
         "dtype": config.train.dtype,
         "attention": config.train.attention,
-        "dispatch": config.moe.dispatch,
         "capacity_factor": config.moe.capacity_factor,
         "strategy": config.sharding.strategy,
     }
@@ -159,7 +159,7 @@ def _about(request: Request, wanted: Manifest, config: Config) -> list[str]:
     gone = set(shards.missing(request.out, wanted))
     done = sum(i not in gone for i in mine)
     lines = [*describe(wanted), f"{'disk':<15}{maker.check_room(request.out, wanted)}"]
-    of = f"{request.worker.index} of {request.worker.count}"
+    of = f"{request.worker.number} of {request.worker.workers}"
     lines.append(f"{'worker':<15}{of}: {plural(len(mine), 'shard')}, {done} of them there already")
     return lines
 

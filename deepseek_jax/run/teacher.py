@@ -94,6 +94,11 @@ class Teacher:
         )
         self.model = model
         self.map = compression
+        if config.distill.top_k:
+            # The other methods add up a token's experts in an order that follows from the rows beside it,
+            # which for a record must not count (distill/program.py).
+            moe = dataclasses.replace(config.moe, dispatch="all_to_all")
+            self.config = dataclasses.replace(self.config, moe=moe)
         self.vocab_size = found.model.vocab_size
         self.identity = weights.identity if weights else ""
         self._step = weights.step if weights else None

@@ -101,7 +101,8 @@ def cache(config: Config, out, **request) -> str:
 def reading(config: Config, folder: str, **options) -> Config:
     """The options of a run that reads a cache."""
     for name, value in ({"teacher": "", "top_k": 0, "cache": folder} | options).items():
-        config = replaced(config, name if "." in name else f"distill.{name}", value)
+        known = "." in name or name == "seed"
+        config = replaced(config, name if known else f"distill.{name}", value)
     return config
 
 
@@ -174,9 +175,9 @@ def opened(config: Config):
         ({"data.eval_fraction": 0.3}, "config.data.eval_fraction=0.3 differs from 0.2"),
         ({"sft.packing": "none"}, "config.sft.packing='none' differs from 'bfd'"),
         ({"sft.train_on_header": True}, "config.sft.train_on_header=True differs from False"),
-        ({"data.path": "OTHER"}, "holds .* tokens in 9 documents .* and not .* in 40 documents"),
+        ({"data.path": "OTHER"}, "holds .* tokens in 41 documents .* and not .* in 40 documents"),
         ({"data.path": "TEXT"}, "config.distill.data='text' differs from 'examples'"),
-        ({"data.tokenizer": "bytes"}, "config.data.tokenizer='bytes' is bytes, but"),
+        ({"data.tokenizer": "OTHER"}, "config.data.tokenizer=.* is sha256:.* are of sha256:"),
         ({"distill.top_k": TOP + 1}, f"top_k={TOP + 1} is above the {TOP} words"),
         ({"distill.temperature": 3.0}, "temperature=3 needs log-sum-exps at 3, .* at 1, 2"),
         (
@@ -190,8 +191,9 @@ def opened(config: Config):
 )
 def test_what_is_refused(options, message, config, on_text, made, tmp_path):
     known = {
-        ("data.path", "OTHER"): lambda: chat_folders.chats(tmp_path / "other.jsonl", 9),
+        ("data.path", "OTHER"): lambda: chat_folders.chats(tmp_path / "other.jsonl", 41),
         ("data.path", "TEXT"): lambda: on_text.data.path,
+        ("data.tokenizer", "OTHER"): lambda: other_tokenizer(config, tmp_path),
         ("distill.teacher", "OTHER"): lambda: hf_folders.source(tmp_path / "zeros"),
         ("distill.cache", "NOTHING"): lambda: str(tmp_path),
     }
@@ -199,6 +201,14 @@ def test_what_is_refused(options, message, config, on_text, made, tmp_path):
     with pytest.raises(UserError, match=message) as raised:
         opened(reading(config, made, **given))
     assert "\n" not in str(raised.value)
+
+
+def other_tokenizer(config: Config, folder) -> str:
+    """The same text in another file: what a tokenizer does is known by its bytes."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        source = os.path.join(os.path.dirname(config.data.tokenizer), name)
+        (folder / name).write_text(open(source).read() + "\n")
+    return str(folder / "tokenizer.json")
 
 
 def test_a_part_of_a_cache_is_refused_with_the_command_that_goes_on(config, made, tmp_path):
@@ -225,7 +235,7 @@ def test_what_is_free(config, made, tmp_path):
 @pytest.mark.parametrize(
     ("request_", "top", "message"),
     [
-        ({}, 321, "--top-k=321 is not between 1 and the 320 words"),
+        ({}, 321, "top_k=321 is above config.model.vocab_size=320"),
         ({"rows_per_call": 3}, TOP, "--rows-per-call=3 is not divisible by the 2 devices"),
         ({"rows_per_shard": 5}, TOP, "--rows-per-shard=5 is not a multiple of the 2 rows"),
         ({"out": "MADE"}, 5, "holds another cache: .* differs from .* of it"),

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ LENGTH, TOP = 24, 5
 
 
 def manifest_of(**given) -> Manifest:
-    known = {
+    known: dict[str, Any] = {
         "top": TOP,
         "temperatures": (1.0, 2.0),
         "vocab_size": 300,
@@ -202,7 +203,7 @@ def test_reading_does_not_enter_memory(tmp_path):
             for _ in m.rows_of(i):
                 writer.write(row)
             writer.finish()
-    assert m.bytes > 2.5e8
+    assert m.total_bytes > 2.5e8
     teacher = reader.CachedTeacher(folder, m, 64, (1.0, 2.0))
     teacher.row(0)
     before, most = _resident(), 0
