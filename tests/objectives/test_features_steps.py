@@ -192,17 +192,20 @@ def first_step(config: Config):
     return jax.tree.map(np.asarray, metrics), moments
 
 
-@functools.cache
 def forward():
-    """(taps of all layers of the student, of the teacher, in float64; parts of the loss), of one batch."""
+    """(taps of all layers of the student, of the teacher, the projection, in float64; parts of the loss), of
+    one batch.
+    """
     config = dataclasses.replace(config_of(), model=PLAIN)
     mesh = make_mesh(config, jax.devices()[:1])
     objective = Inside(config)
     with jax.set_mesh(mesh):
         frozen = objective.frozen(mesh)
-        student, given = place_model(config, mesh), frozen.load()
-        s = invariance.initial_state(PLAIN)
-        weights = jax.device_put(ModelWeights(s.params, s.bias), student.shardings)
+        student = place_model(config, mesh)
+        weights, given = (
+            jax.device_put(drawn(placed.abstract), placed.shardings)
+            for placed in (student, frozen.model)
+        )
         batch = put_batch({k: rows(0)[k] for k in objective.fields}, SEQUENCES, mesh)
         batch = jax.tree.map(lambda a: a[0], batch)
 
@@ -219,9 +222,17 @@ def forward():
             chosen = run_model(model, batch, objective.taps)
             return all_taps, objective.loss(model, chosen, batch, totals, out)
 
-        taps, (loss, parts) = run(weights, given, jax.device_put(own()), batch)
+        map_to_teacher = drawn(projection.abstract(frozen))
+        taps, (loss, parts) = run(weights, given, map_to_teacher, batch)
+    kernel = np.asarray(jax.tree.leaves(map_to_teacher)[0], np.float64)
     taps = [{k: np.asarray(a, np.float64) for k, a in of_one.items()} for of_one in taps]
-    return (*taps, parts | {"loss": loss})
+    return (*taps, kernel, parts | {"loss": loss})
+
+
+def drawn(abstract):
+    """Numbers for shapes, without a program that makes them."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda a: 0.2 * rng.standard_normal(a.shape).astype(np.float32), abstract)
 
 
 def shares(logits, scoring):
@@ -230,8 +241,8 @@ def shares(logits, scoring):
 
 
 def test_the_parts_are_what_numpy_makes_of_the_taps():
-    student, teacher, parts = forward()
-    batch, kernel = rows(0), np.asarray(jax.tree.leaves(own())[0], np.float64)
+    student, teacher, kernel, parts = forward()
+    batch = rows(0)
     scored, tokens = batch["targets"] != -100, batch["segment_ids"] > 0
     hidden = []
     for i, (s, t) in enumerate(PAIRS):
@@ -302,12 +313,15 @@ def test_the_projection_resumes_to_the_last_bit_and_is_no_weight_of_the_model(tm
 
 
 def test_the_projection_lies_where_the_rule_table_says():
-    t = Job(config_of(fsdp=4, expert=2))
-    _, spec = projection.split(t.layout.param_specs)
+    config = config_of(fsdp=4, expert=2)
+    mesh = make_mesh(config, jax.devices())
+    with jax.set_mesh(mesh):
+        layout = state.make_layout(config, mesh, Inside(config).frozen(mesh))
+    _, spec = projection.split(layout.param_specs)
     assert jax.tree.leaves(spec)[0] == jax.P(None, ("data", "fsdp", "expert", "stage"), None)
     whole, where = (
         jax.tree.leaves(projection.split(tree.params)[1])[0]
-        for tree in (t.layout.abstract, t.layout.shardings)
+        for tree in (layout.abstract, layout.shardings)
     )
     assert 8 * np.prod(where.shard_shape(whole.shape)) == np.prod(whole.shape)
 
