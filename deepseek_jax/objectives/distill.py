@@ -31,7 +31,7 @@ class Totals(NamedTuple):
     alpha: jax.Array  # float32, at this step, as the next two
     temperature: jax.Array
     beta: jax.Array
-    inside: features.Totals
+    inside: features.Totals | None
 
 
 class Teacher(NamedTuple):
@@ -77,10 +77,10 @@ class Distillation:
         words = None
         if teacher is not None and teacher.vocab_size < config.model.vocab_size:
             words = teacher.vocab_size  # the student's others are padding
-        self._inside = features.Features(None, None)
+        self._inside = None
         if teacher is not None and not self.recorded:
             self._inside = features.features_of(config, teacher.model, teacher.map)
-        self.taps = self._inside.taps
+        self.taps = self._inside.taps if self._inside else ()
         self._function = (
             TopTeacher(kind, d.tail_kind) if self.recorded else WholeTeacher(kind, words)
         )
@@ -89,18 +89,14 @@ class Distillation:
         if self._source is None or self.recorded:
             return None
         placed = self._source.place(mesh)
-        return Frozen(
-            placed,
-            functools.partial(self._source.load, placed),
-            self._inside.teacher_taps,
-            self._inside.projection(self.config.seed),
-        )
+        frozen = Frozen(placed, functools.partial(self._source.load, placed))
+        return self._inside.ask(frozen, self.config.seed) if self._inside else frozen
 
     def totals(self, batch: Batch, step: jax.Array) -> Totals:
         names = "alpha", "temperature", "beta"
         alpha, temperature, beta = (scheduled(self.config, name, step) for name in names)
-        text, inside = self._text.totals(batch, step), self._inside.totals(batch)
-        return Totals(text, alpha, temperature, beta, inside)
+        inside = self._inside.totals(batch) if self._inside else None
+        return Totals(self._text.totals(batch, step), alpha, temperature, beta, inside)
 
     @jax.named_scope("loss")
     def loss(
@@ -124,8 +120,9 @@ class Distillation:
         if out.mtp_hidden_BSD:
             mtp = self._multi_token_prediction(model, out, batch, teacher, totals)
             loss, parts = loss + text.mtp_weight * mtp, parts | {"mtp_loss": mtp}
-        if frozen_out is None:
+        if self._inside is None:
             return loss, parts
+        assert frozen_out is not None and totals.inside is not None
         inside, found = self._inside.loss(out, batch, totals.inside, frozen_out)
         return loss + inside, parts | found
 

@@ -21,7 +21,6 @@ primed in comments.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -35,7 +34,7 @@ from deepseek_jax.hf.compression_map import CompressionMap
 from deepseek_jax.model.layers import linear, param
 from deepseek_jax.model.taps import Asked, Tap
 from deepseek_jax.model.transformer import Output
-from deepseek_jax.objectives.base import Batch, FrozenOutput, Parts
+from deepseek_jax.objectives.base import Batch, Frozen, FrozenOutput, Parts
 from deepseek_jax.objectives.correspondence import Hidden, Router, check_map, layer_pairs, router_of
 from deepseek_jax.objectives.routing import count
 from deepseek_jax.parallel.mesh import TOKEN_AXES, TOKENS, per_device
@@ -50,7 +49,7 @@ class Totals(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What of the inside is distilled: a part of an objective."""
+    """What of the inside is distilled, one of the two or both: a part of an objective."""
 
     hidden: Hidden | None
     router: Router | None
@@ -60,23 +59,18 @@ class Features(NamedTuple):
         """Of the student's layers."""
         return self._taps(self.hidden and self.hidden.student_layers)
 
-    @property
-    def teacher_taps(self) -> Asked:
-        """Of the teacher's layers."""
-        return self._taps(self.hidden and self.hidden.teacher_layers)
+    def ask(self, teacher: Frozen, seed: int) -> Frozen:
+        """The teacher, asked for what is compared: taps, and where the widths differ a projection."""
+        h = self.hidden
+        taps = self._taps(h and h.teacher_layers)
+        if h is None or h.widths[0] == h.widths[1]:
+            return teacher._replace(taps=taps)
+        made = functools.partial(Projection, len(h.pairs), *h.widths, seed)
+        return teacher._replace(taps=taps, projection=made)
 
     def _taps(self, layers: tuple[int, ...] | None) -> Asked:
         of_hidden = (Tap("hidden", layers),) if layers else ()
         return (*of_hidden, *(("router_logits",) if self.router else ()))
-
-    def projection(self, seed: int) -> Callable[[], nnx.Module] | None:
-        """Makes the maps from the student's hidden states to the teacher's, for Frozen.projection; None where
-        these are of the same width.
-        """
-        h = self.hidden
-        if h is None or h.widths[0] == h.widths[1]:
-            return None
-        return functools.partial(Projection, len(h.pairs), *h.widths, seed)
 
     def totals(self, batch: Batch) -> Totals:
         """Of a whole batch, whose arrays may have any axes before S."""
@@ -128,8 +122,10 @@ class Projection(nnx.Module):
         self.kernel = param(rngs, init, (pairs, width, teacher_width), ("layers", "embed", "lora"))
 
 
-def features_of(config: Config, teacher: ModelConfig, found: CompressionMap | None) -> Features:
-    """What config.distill asks for of the inside.
+def features_of(
+    config: Config, teacher: ModelConfig, found: CompressionMap | None
+) -> Features | None:
+    """What config.distill asks for of the inside; None: nothing.
 
     Args:
       config: the options.
@@ -140,7 +136,9 @@ def features_of(config: Config, teacher: ModelConfig, found: CompressionMap | No
       UserError: layers or experts of the two do not go together.
     """
     d = config.distill
-    if found is not None and (d.hidden_weight or d.router_weight):
+    if not d.hidden_weight and not d.router_weight:
+        return None
+    if found is not None:
         check_map(config, teacher, found)
     hidden = router = None
     if d.hidden_weight:
