@@ -28,9 +28,10 @@ def summary(
     }
 
 
+_NUMBER = r"(\d+\.\d+)"
 STATED = re.compile(
-    r"teacher ([\d.]+), pruned ([\d.]+), by cross-entropy ([\d.]+), distilled ([\d.]+), with the router "
-    r"too ([\d.]+), each within ([\d.]+)\. .*?[Dd]istillation wins by at least ([\d.]+)"
+    f"teacher {_NUMBER}, pruned {_NUMBER}, by cross-entropy {_NUMBER}, distilled {_NUMBER}, with the router "
+    f"too {_NUMBER}, each within {_NUMBER}. .*?[Dd]istillation wins by at least {_NUMBER}"
 )
 
 

@@ -20,7 +20,7 @@ def distil_demo_table(r: dict[str, Any], link: str) -> str:
         lines.append(f"| {' | '.join(row)} |")
         if not n:
             lines.append("|---" * len(row) + "|")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"![Held-out loss after pruning]({PICTURES['distil_demo'][0]})"])
 
 
 def fits_table(r: dict[str, Any], link: str) -> str:
@@ -66,4 +66,9 @@ BLOCKS: dict[str, Callable[[Any, str], str]] = {
     "distil_demo": distil_demo_table,
     "lora_v2_lite": fits_table,
     "distil_qwen3_30b": fits_table,
+}
+
+# Pictures in docs/: by the name of the result, the file and what draws it.
+PICTURES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "distil_demo": ("distil.svg", distil_figures.drawn),
 }

@@ -9,6 +9,7 @@ what would be written.
 """
 
 import json
+import pathlib
 import re
 import statistics
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks import ROOT
-from benchmarks.repository.blocks import BLOCKS
+from benchmarks.repository.blocks import BLOCKS, PICTURES
 from deepseek_jax.cli import texts
 from deepseek_jax.plan import options
 
@@ -49,7 +50,20 @@ def main() -> int:
         elif before != after:
             name = page.relative_to(ROOT).as_posix()
             print(f"{name} is not what benchmarks/results has. Run: make docs", file=sys.stderr)
+    if not own.check:
+        for picture, text in pictures().items():
+            picture.write_text(text, encoding="utf-8")
     return int(own.check and differ > 0)
+
+
+def pictures() -> dict[pathlib.Path, str]:
+    """The pictures of docs/ that are drawn from a result, with what they should hold."""
+    kept = {name: RESULTS / f"{name}.json" for name in PICTURES}
+    return {
+        ROOT / "docs" / PICTURES[name][0]: PICTURES[name][1](json.loads(file.read_text())["result"])
+        for name, file in kept.items()
+        if file.exists()
+    }
 
 
 def shown(page: str) -> str:

@@ -82,7 +82,7 @@ def test_the_stages_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     svg = distil_figures.drawn(result)
     assert svg.count("<polyline") == 3 * 2 + 2 * 2  # losses of every seed, and what two ways win
     assert "+0.1000" in distil_figures.text(result)
-    assert blocks.distil_demo_table(result, "[a](b)").count("\n| ") == 6 - 1
+    assert blocks.distil_demo_table(result, "[a](b)").count("\n| ") == 6
     assert "wins by 0.110" in figures.distil_demo(result)
 
 
