@@ -219,7 +219,7 @@ def _watch(args: argparse.Namespace, measurement: Measurement) -> int:
         )
     if not os.path.isdir(args.model):
         raise UserError(
-            f"--watch: there is no folder {args.model}. Name the --workdir of a run, or make it if the run is "
+            f"--watch: there is no folder {args.model}. Name the --workdir of a run, or make it if that is "
             f"still to begin."
         )
     output = args.output or os.path.join(args.model, watch.ROWS)

@@ -31,7 +31,10 @@ GOLD = (
 )  # columns with the right answer, in this order
 
 # TRL's and open-r1's accuracy_reward read the last \boxed{}; GSM8K's answers end in "#### 42".
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|[-+]?\.\d+")
+# A number; in 10-3 the last one is 3.
+_NUMBER = re.compile(
+    r"(?:(?<![\d.)])[-+])?(?<!\d)(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+)"
+)
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -86,7 +89,7 @@ def extract(text: str, bare: bool = False) -> str | None:
         return _plain(inner) if number(_plain(inner)) is not None else extract(inner, bare=True)
     if "####" in text:
         return _plain(text.rpartition("####")[2].strip().partition("\n")[0])
-    if bare and not _mostly_prose(text):
+    if bare and text.strip() and not _mostly_prose(text):
         return _plain(text)
     found = _NUMBER.findall(text)
     if found:
