@@ -293,8 +293,8 @@ class Upcycled:
         if not self._noise:
             return values
         rng = np.random.default_rng([self._seed, _NOISE, layer, e, int(is_down)])
-        std = values.std(axis=0 if is_down else (0, 2), keepdims=True, dtype=np.float64)
-        std = std.mean() if is_down else std  # of a matrix, gate and up each
+        # of a matrix: gate and up each, or down
+        std = values.std(axis=None if is_down else (0, 2), keepdims=True, dtype=np.float64)
         noise = rng.standard_normal(values.shape, np.float32) * (self._noise * std)
         return (values + noise).astype(np.float32)
 

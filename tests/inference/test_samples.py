@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from deepseek_jax import generate
@@ -61,8 +62,10 @@ def test_draw_numbers():
     """All different for a million prompts and 64 samples, and the prompt's own for the first."""
     assert [samples.draw_number(p, 0) for p in (0, 7, 10**6)] == [0, 7, 10**6]
     starts = sorted(samples.draw_number(0, s) for s in range(64))
-    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
-    assert min(gaps) > 10**6 and starts[0] >= -(2**31) and starts[-1] + 10**6 < 2**31
+    assert -(2**31) <= starts[0] and starts[-1] < 2**31
+    gaps = [b - a for a, b in zip(starts, [*starts[1:], starts[0] + 2**32], strict=True)]
+    assert min(gaps) > 10**6
+    np.array(starts, np.int32)  # raises where one does not fit
 
 
 def test_rows_and_what_draws_depend_on(folder, prompts, tmp_path, capsys):
