@@ -1,5 +1,6 @@
 """Several answers to each prompt: what is drawn, what a kill leaves, and rows that fine-tuning reads."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,30 +8,54 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from deepseek_jax import generate
 from deepseek_jax.data.conversations import find_format, normalise
+from deepseek_jax.errors import UserError
 from deepseek_jax.inference.generation import answers, programs, samples
-from tests.support import ROOT, chat_folders, conversion
-
-
-@pytest.fixture(autouse=True)
-def compiled_quickly(monkeypatch):
-    monkeypatch.setattr(programs, "jit", conversion.jit)
-    monkeypatch.setattr(generate.compile_cache, "use_cache", lambda *_, **__: "")
+from deepseek_jax.inference.generation import prompts as prompts_
+from deepseek_jax.inference.generation.bound import BoundModel
+from deepseek_jax.inference.generation.engine import Engine
+from deepseek_jax.inference.generation.sampling import Sampling
+from deepseek_jax.inference.opener import open_model, parse_mesh
+from tests.support import ROOT, chat_folders, conversion, hf_folders
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return chat_folders.model(tmp_path_factory.mktemp("model") / "m")
+    """A model of one dense layer, which compiles quickly."""
+    with pytest.MonkeyPatch.context() as m:
+        small = dataclasses.replace(hf_folders.MODEL, num_hidden_layers=1, first_k_dense_replace=1)
+        m.setattr(hf_folders, "MODEL", small)
+        return chat_folders.model(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(programs, "jit", conversion.jit)
+        m.setattr(generate.compile_cache, "use_cache", lambda *_, **__: "")
+        yield
+
+
+@pytest.fixture(scope="module")
+def answering(folder):
+    """(what answers, the prompts' tokens), compiled once for all tests."""
+    opened = open_model(folder)
+    model, encoder = opened.model, opened.encoder()
+    ids = prompts_.encode_all(encoder, PROMPTS, "prompts", model.config.max_position_embeddings)
+    bound = BoundModel(model.layout, model.params, model.bias, model.mesh)
+    engine = Engine(bound, vocab=encoder.vocab_size)
+    return answers.Answers(engine, encoder, Sampling(1.0, 0, 0.95, 0), [], 12, 0), ids
 
 
 PROMPTS = [
     {"messages": [{"role": "user", "content": "1+2"}], "answer": "3"},
     {"prompt": "3+4=", "answer": "7"},
-    {"messages": [{"role": "user", "content": "a much longer question than the others"}]},
+    {"messages": [{"role": "user", "content": "two"}]},
     {"messages": [{"role": "user", "content": "5"}, {"role": "assistant", "content": "The answer"}],
      "continue_final_message": True},
 ]  # fmt: skip
@@ -68,12 +93,31 @@ def test_draw_numbers():
     np.array(starts, np.int32)  # raises where one does not fit
 
 
-def test_rows_and_what_draws_depend_on(folder, prompts, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def wide(answering):
+    """The same with a longer prompt in each batch."""
+    made, ids = answering
+    return made, [ids[0], ids[1], ids[2] * 3, ids[3]]
+
+
+def written(answering, path, count, batch_size, made_of=()):
+    output = samples.Output(str(path), dict(made_of))
+    if not output.is_complete():
+        output.begin("weights")
+        samples.write(answering[0], PROMPTS, answering[1], count, batch_size, output)
+
+
+@pytest.mark.parametrize(
+    "given, batch", [("answering", 4), pytest.param("wide", 1, marks=pytest.mark.slow)]
+)
+def test_rows_and_what_draws_depend_on(given, batch, request, tmp_path, capsys):
     """Samples do not depend on how many there are, on their neighbours or on the size of a batch; the first
     is the answer without samples. Rows are what fine-tuning reads, with all their columns."""
+    answering = request.getfixturevalue(given)
     out = tmp_path / "three.jsonl"
-    code, stdout, err = run(capsys, folder, prompts, out, "--samples=3", "--batch-size=4")
-    assert code == 0 and not stdout and "12 to 4 prompts" in err and "tokens per second" in err
+    written(answering, out, 3, 4)
+    stdout, err = capsys.readouterr()
+    assert not stdout and "12 to 4 prompts" in err and "tokens per second" in err
     rows = rows_of(out)
     assert [(r["index"], r["sample"]) for r in rows] == [(p, s) for p in range(4) for s in range(3)]
     for row in rows:
@@ -92,54 +136,71 @@ def test_rows_and_what_draws_depend_on(folder, prompts, tmp_path, capsys):
             assert row["messages"][-1]["role"] == "assistant"
     assert all(len({text_of(r) for r in rows if r["index"] == p}) > 1 for p in range(4))
 
-    code, _, _ = run(
-        capsys, folder, prompts, tmp_path / "two.jsonl", "--samples=2", "--batch-size=1"
-    )
-    assert code == 0 and rows_of(tmp_path / "two.jsonl") == [r for r in rows if r["sample"] < 2]
-    code, _, _ = run(capsys, folder, prompts, tmp_path / "plain.jsonl")
+    written(answering, tmp_path / "two.jsonl", 2, batch)
+    assert rows_of(tmp_path / "two.jsonl") == [r for r in rows if r["sample"] < 2]
+    answering[0].write(PROMPTS, answering[1], 4, str(tmp_path / "plain.jsonl"))
     for one, row in zip(rows_of(tmp_path / "plain.jsonl"), rows[::3], strict=True):
         assert text_of(row).endswith(one["text"]) and one["finish_reason"] == row["finish_reason"]
 
 
-def test_killed_and_resumed(folder, prompts, tmp_path, capsys, monkeypatch):
+def test_killed_and_resumed(answering, tmp_path, capsys, monkeypatch):
     """At every number of batches, with half a line at the end: the same bytes, and nothing made twice."""
-    whole = tmp_path / "whole.jsonl"
-    assert run(capsys, folder, prompts, whole, "--samples=3", "--batch-size=4")[0] == 0
-    wanted = whole.read_bytes()
-    real, out = answers.Answers.whole, tmp_path / "out.jsonl"
-    calls = []
-    for batches in (0, 1, 2):
 
-        def dies(self, ids, draws, batches=batches):
-            if len(calls) == batches:
-                raise KeyboardInterrupt
-            calls.append(draws)
-            return real(self, ids, draws)
+    class Given:
+        """An answer that tells of all that it depends on."""
 
-        for path in (out, tmp_path / "out.jsonl.part", tmp_path / "out.jsonl.run.json"):
-            path.unlink(missing_ok=True)
-        calls.clear()
-        monkeypatch.setattr(answers.Answers, "whole", dies)
-        assert run(capsys, folder, prompts, out, "--samples=3", "--batch-size=4")[0] == 130
-        assert not out.exists()
-        part = tmp_path / "out.jsonl.part"
-        assert part.read_bytes() == b"".join(wanted.splitlines(keepends=True)[: 4 * batches])
+        stopped = False
+
+        def __init__(self, ids, draw):
+            self.ids = [1] * (1 + draw % 5)
+            self.text = f"answer to {ids[:4]} drawn by {draw}"
+
+    made, most = [], 99
+
+    def whole(self, ids, draws):
+        if len(made) == most:
+            raise KeyboardInterrupt
+        made.append(len(ids))
+        return [Given(*one) for one in zip(ids, draws, strict=True)]
+
+    monkeypatch.setattr(answers.Answers, "whole", whole)
+    written(answering, tmp_path / "whole.jsonl", 3, 4)
+    wanted = (tmp_path / "whole.jsonl").read_bytes()
+    lines = wanted.splitlines(keepends=True)
+    assert len(lines) == 12
+    for batches in range(3):
+        out, part = tmp_path / f"out{batches}.jsonl", tmp_path / f"out{batches}.jsonl.part"
+        made, most = [], batches
+        with pytest.raises(KeyboardInterrupt):
+            written(answering, out, 3, 4)
+        assert not out.exists() and part.read_bytes() == b"".join(lines[: 4 * batches])
         with open(part, "ab") as f:  # a kill in the middle of a batch
-            f.write(
-                b"".join(wanted.splitlines(keepends=True)[4 * batches :][:2]) + b'{"index": 1, "sam'
-            )
+            f.write(b"".join(lines[4 * batches :][:2]) + b'{"index": 1, "sam')
+        made, most = [], 99
+        written(answering, out, 3, 4)
+        assert out.read_bytes() == wanted and not part.exists()
+        assert f"after {4 * batches + 2} of 12" in capsys.readouterr().err
+        assert sum(made) == 12 - 4 * batches
         made = []
+        written(answering, out, 3, 4)
+        assert not made and out.read_bytes() == wanted
 
-        def counts(self, ids, draws, made=made):
-            made.append(len(ids))
-            return real(self, ids, draws)
 
-        monkeypatch.setattr(answers.Answers, "whole", counts)
-        code, _, err = run(capsys, folder, prompts, out, "--samples=3", "--batch-size=4")
-        assert code == 0 and out.read_bytes() == wanted and not part.exists()
-        assert f"after {4 * batches + 2} of 12" in err and sum(made) == 12 - 4 * batches
-    code, _, err = run(capsys, folder, prompts, out, "--samples=3", "--batch-size=4")
-    assert code == 0 and "is complete" in err and out.read_bytes() == wanted
+@pytest.mark.slow
+def test_the_command(folder, prompts, tmp_path, capsys):
+    """It goes on with what is there, and tells when all is."""
+    out = tmp_path / "out.jsonl"
+    for _ in range(2):
+        code, stdout, err = run(capsys, folder, prompts, out, "--samples=2", "--max-tokens=3")
+        assert code == 0 and not stdout and not list(tmp_path.glob("*.part"))
+    assert "is complete" in err
+    rows = rows_of(out)
+    assert len(rows) == 8
+    # what a kill after five rows leaves
+    (tmp_path / "out.jsonl.part").write_text("".join(out.read_text().splitlines(True)[:5]))
+    out.unlink()
+    code, _, err = run(capsys, folder, prompts, out, "--samples=2", "--max-tokens=3")
+    assert code == 0 and "after 5 of 8" in err and rows_of(out) == rows
 
 
 @pytest.mark.slow
@@ -179,24 +240,18 @@ def test_an_answer_that_the_template_began(folder):
     assert made["messages"][-1] == {"role": "assistant", "content": "<think>\nso</think>4"}
 
 
-def test_mistakes_are_one_line(folder, prompts, tmp_path, capsys):
+def test_mistakes_are_one_line(folder, prompts, answering, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    assert run(capsys, folder, prompts, out, "--samples=1", "--max-tokens=2")[0] == 0
+    samples.Output(str(out), {}).begin("weights")
     (tmp_path / "taken.jsonl").write_text("mine\n")
     (tmp_path / "other.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
+    with_out = [folder, f"--prompts={prompts}", f"--out={out}"]
     for argv, message in (
         ([folder, f"--prompts={prompts}", "--samples=2"], "--samples has no effect without --out"),
         ([folder, "--prompt=x", "--samples=2"], "--samples has no effect without --prompts"),
-        ([folder, f"--prompts={prompts}", f"--out={out}", "--samples=0"], "--samples=0 with"),
-        (
-            [folder, f"--prompts={prompts}", f"--out={out}", "--samples=2", "--temperature=0"],
-            "only with a temperature above 0",
-        ),
-        (
-            [folder, f"--prompts={prompts}", f"--out={out}", "--samples=1", "--max-tokens=3",
-             "--temperature=1"],
-            "--max-tokens=3 is not 2 as when it was begun",
-        ),
+        ([*with_out, "--samples=0"], "--samples=0 with"),
+        ([*with_out, "--samples=2", "--temperature=0"], "only with a temperature above 0"),
+        ([*with_out, "--samples=1"], "is not None as when it was begun"),
         (
             [folder, f"--prompts={prompts}", f"--out={tmp_path}/taken.jsonl", "--samples=1"],
             "says what it was made of",
@@ -207,20 +262,42 @@ def test_mistakes_are_one_line(folder, prompts, tmp_path, capsys):
         ),
         (["--prompt=x"], "the model is the first argument or --model"),
         ([folder, f"--model={folder}", "--prompt=x"], "the model is the first argument or --model"),
-    ):  # fmt: skip
+    ):
         code = generate.main(argv)
         stdout, err = capsys.readouterr()
-        assert code == 2 and message in err and err.count("\n") == err.count("nothing reads") + 1, (
-            err
-        )
+        assert code == 2 and message in err, err
+        assert err.count("\n") == err.count("nothing reads") + 1, err
     assert (tmp_path / "taken.jsonl").read_text() == "mine\n"
 
 
-def test_other_weights_are_refused(folder, prompts, tmp_path, capsys):
-    out = tmp_path / "out.jsonl"
-    assert run(capsys, folder, prompts, out, "--samples=1", "--max-tokens=2")[0] == 0
-    os.rename(out, f"{out}.part")
-    notes = json.loads((tmp_path / "out.jsonl.run.json").read_text())
-    (tmp_path / "out.jsonl.run.json").write_text(json.dumps(notes | {"weights": "0"}))
-    code, _, err = run(capsys, folder, prompts, out, "--samples=1", "--max-tokens=2")
-    assert code == 2 and "the model has other weights than when it was begun" in err
+def test_what_was_begun_with_something_else_is_refused(tmp_path):
+    path = str(tmp_path / "out.jsonl")
+    samples.Output(path, {"prompts": "p", "seed": 1}).begin("w")
+    again = samples.Output(path, {"prompts": "p", "seed": 1})
+    assert not again.is_complete()
+    again.begin("w")
+    for made_of, weights, message in (
+        (
+            {"prompts": "p", "seed": 1},
+            "other",
+            "the model has other weights than when it was begun",
+        ),
+        ({"prompts": "q", "seed": 1}, "w", "--prompts holds other prompts than when"),
+        ({"prompts": "p", "seed": 2}, "w", "--seed=2 is not 1 as when it was begun"),
+    ):
+        with pytest.raises(UserError, match=message):
+            output = samples.Output(path, made_of)
+            output.is_complete()
+            output.begin(weights)
+    (tmp_path / "out.jsonl.run.json").write_text("[")
+    with pytest.raises(UserError, match="out.jsonl.run.json cannot be read"):
+        samples.Output(path, {})
+
+
+def test_a_fingerprint_is_of_the_weights(folder):
+    """The same on another mesh, another for other weights."""
+    model = open_model(folder).model
+    wide = open_model(folder, mesh=parse_mesh("fsdp=2,tensor=2")).model
+    assert samples.fingerprint(model) == samples.fingerprint(wide)
+    model.params = jax.tree.map(lambda a: a * 2, model.params)
+    assert samples.fingerprint(model) != samples.fingerprint(wide)
