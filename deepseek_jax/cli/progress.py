@@ -69,7 +69,8 @@ class Bar:
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
-    def advance(self, count: float) -> None:
+    def advance(self, count: float, note: str = "") -> None:
+        """So much more is done. `note`: stands behind the bar from now on."""
         self._done += count
         if not self._show:
             return
@@ -77,7 +78,7 @@ class Bar:
             if time.monotonic() - self._started < PATIENCE:
                 return
             self._bar = self._start()
-        self._bar.update(self._task, completed=min(self._done, self._total))
+        self._bar.update(self._task, completed=min(self._done, self._total), note=note)
 
     def _start(self) -> Progress:
         bar = Progress(
@@ -85,11 +86,12 @@ class Bar:
             BarColumn(),
             *HOW_MUCH[self._unit](),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
             transient=True,
         )
         bar.start()
-        self._task = bar.add_task(self._title, total=self._total)
+        self._task = bar.add_task(self._title, total=self._total, note="")
         return bar
 
     def __enter__(self) -> "Bar":

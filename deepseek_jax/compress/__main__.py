@@ -4,6 +4,7 @@
   python -m deepseek_jax.compress prune MODEL OUT --method=reap --experts=32 --text=FILE
   python -m deepseek_jax.compress layers MODEL OUT --drop=4 --text=FILE
   python -m deepseek_jax.compress width MODEL OUT --moe-intermediate=512 --text=FILE
+  python -m deepseek_jax.compress upcycle MODEL OUT --experts=8 --experts-per-token=2
 
 MODEL is a checkpoint of Hugging Face or the folder of a run. OUT is a Hugging Face folder that transformers
 loads, with compression.json beside the weights: what was done, which layers and experts are left, and the
@@ -23,7 +24,7 @@ from types import ModuleType
 
 from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
-from deepseek_jax.compress import layers, prune, score, width
+from deepseek_jax.compress import layers, prune, score, upcycle, width
 from deepseek_jax.config.options import CompileConfig
 from deepseek_jax.runtime import compile_cache
 
@@ -34,6 +35,7 @@ COMMANDS: dict[str, ModuleType] = {
     "prune": prune,
     "layers": layers,
     "width": width,
+    "upcycle": upcycle,
 }
 
 
