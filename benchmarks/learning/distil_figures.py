@@ -28,6 +28,7 @@ def summary(
     }
 
 
+TOLERANCE = 0.05  # nats: other seeds, and Pythons whose sources are a little different
 _NUMBER = r"(\d+\.\d+)"
 STATED = re.compile(
     f"teacher {_NUMBER}, pruned {_NUMBER}, by cross-entropy {_NUMBER}, distilled {_NUMBER}, with the router "
@@ -35,10 +36,23 @@ STATED = re.compile(
 )
 
 
+def sentence(result: dict[str, Any]) -> str:
+    """What a text may state of a run, for `differences` to read: half of what was won is asked for."""
+    ways = result["ways"]
+    losses = [result["teacher"], result["pruned"], *(s["loss"] for s in ways.values())]
+    teacher, pruned, plain, distilled, router = (f"{loss:.3f}" for loss in losses)
+    least = min(s["gain"] for way, s in ways.items() if way != "cross-entropy") / 2
+    return (
+        f"teacher {teacher}, pruned {pruned}, by cross-entropy {plain}, distilled {distilled}, with the router "
+        f"too {router}, each within {TOLERANCE}. Distillation wins by at least {least:.3f}."
+    )
+
+
 def differences(result: dict[str, Any], docstring: str) -> list[str]:
     """What is not as the text states, a line each; lines of the text may be broken anywhere."""
     found = STATED.search(" ".join(docstring.split()))
-    assert found, "the text states no losses"
+    if not found:
+        return [f"no losses are stated. Of this run: {sentence(result)}"]
     *stated, tolerance, least = (float(n) for n in found.groups())
     losses = {name: result[name] for name in ("teacher", "pruned")}
     losses |= {way: s["loss"] for way, s in result["ways"].items()}

@@ -134,3 +134,7 @@ def test_what_is_not_as_stated_is_named():
     result["ways"]["distilled"] = {"loss": 1.46, "gain": 0.04}
     wrong = distil_figures.differences(result, stated)
     assert len(wrong) == 2 and re.search("1.4600, stated 1.4", wrong[0]) and "wins by" in wrong[1]
+    (missing,) = distil_figures.differences(result, "nothing")
+    result["ways"]["distilled"] = {"loss": 1.4, "gain": 0.1}
+    assert "no losses are stated" in missing
+    assert distil_figures.differences(result, distil_figures.sentence(result)) == []
