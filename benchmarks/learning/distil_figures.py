@@ -43,8 +43,8 @@ def sentence(result: dict[str, Any]) -> str:
     teacher, pruned, plain, distilled, router = (f"{loss:.3f}" for loss in losses)
     least = min(s["gain"] for way, s in ways.items() if way != "cross-entropy") / 2
     return (
-        f"teacher {teacher}, pruned {pruned}, by cross-entropy {plain}, distilled {distilled}, with the router "
-        f"too {router}, each within {TOLERANCE}. Distillation wins by at least {least:.3f}."
+        f"teacher {teacher}, pruned {pruned}, by cross-entropy {plain}, distilled {distilled}, with the "
+        f"router too {router}, each within {TOLERANCE}. Distillation wins by at least {least:.3f}."
     )
 
 
