@@ -39,7 +39,12 @@ from tests.support import chat_folders, hf_folders
 
 # One of the teacher's two layers, half of its experts.
 STUDENT = dataclasses.replace(
-    hf_folders.MODEL, hidden_size=12, num_hidden_layers=1, n_routed_experts=2, num_experts_per_tok=1
+    hf_folders.MODEL,
+    hidden_size=12,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    n_routed_experts=2,
+    num_experts_per_tok=1,
 )
 MAP = CompressionMap(
     layer_map=(1,), expert_map=(((0, 3), (2,)),), num_experts=4, num_hidden_layers=2
@@ -86,7 +91,8 @@ def test_a_run_that_goes_on_and_is_exported(config, tmp_path, capsys):
     for row in steps:
         ce, kl = 0.5 * row["lm_loss"], 0.5 * 4 * row["kl"]
         inside = 0.5 * row["hidden_loss"] + 0.1 * row["router_loss"]
-        assert row["loss"] == pytest.approx(ce + kl + inside, rel=1e-5)
+        balance = config.model.aux_loss_alpha * row["balance_loss"]
+        assert row["loss"] == pytest.approx(ce + kl + inside + balance, rel=1e-5)
     assert steps[-1]["hidden_loss"] < steps[0]["hidden_loss"]
     _, own = projection.split(result.state.params)
     (kernel,) = jax.tree.leaves(own)
