@@ -13,6 +13,7 @@ from deepseek_jax.config.sections.distill import SCHEDULED
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model.count import Count
+from deepseek_jax.objectives.features import features_of
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import axes_across_hosts
 from deepseek_jax.parallel.pipeline import make_schedule
@@ -20,6 +21,7 @@ from deepseek_jax.run import answers
 from deepseek_jax.run.loop import Result
 from deepseek_jax.run.report import held_out_text
 from deepseek_jax.run.teacher import Teacher
+from deepseek_jax.train import projection
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.history import History
 from deepseek_jax.train.state import Layout
@@ -92,7 +94,24 @@ def _distillation(run: Run) -> Lines:
         return f"{name} {first:g}{last}"
 
     words = f"its {d.top_k} likeliest words, tail {d.tail}" if d.top_k else "all words"
-    return [*teacher, ("distillation", f"{', '.join(map(text, SCHEDULED))}; of {words}")]
+    said = f"{', '.join(map(text, SCHEDULED))}; of {words}"
+    return [*teacher, ("distillation", said), *_inside(run)]
+
+
+def _inside(run: Run) -> Lines:
+    """Which hidden states and routers are compared with the teacher's."""
+    asked = run.teacher and features_of(run.config, run.teacher.model, run.teacher.map)
+    lines: Lines = []
+    if asked and (h := asked.hidden):
+        first, last = (f"{s}:{t}" for s, t in (h.pairs[0], h.pairs[-1]))
+        pairs = first if len(h.pairs) == 1 else f"{len(h.pairs)} pairs of layers, {first} to {last}"
+        said = f"hidden states x {h.weight:g}, {h.kind}: {pairs}"
+        if own := jax.tree.leaves(projection.split(run.layout.abstract.params)[1]):
+            said += f", by {human(sum(a.size for a in own))} parameters that no export has"
+        lines.append(("", said))
+    if asked and (r := asked.router):
+        lines.append(("", f"router x {r.weight:g}: of {len(r.layers)} layers"))
+    return lines
 
 
 def _devices(run: Run) -> Lines:

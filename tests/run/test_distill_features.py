@@ -39,7 +39,12 @@ from tests.support import chat_folders, hf_folders
 
 # One of the teacher's two layers, half of its experts.
 STUDENT = dataclasses.replace(
-    hf_folders.MODEL, hidden_size=12, num_hidden_layers=1, n_routed_experts=2, num_experts_per_tok=1
+    hf_folders.MODEL,
+    hidden_size=12,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    n_routed_experts=2,
+    num_experts_per_tok=1,
 )
 MAP = CompressionMap(
     layer_map=(1,), expert_map=(((0, 3), (2,)),), num_experts=4, num_hidden_layers=2
@@ -82,11 +87,15 @@ def one_device():
 def test_a_run_that_goes_on_and_is_exported(config, tmp_path, capsys):
     workdir, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     result = run.train(config, workdir)
+    said = capsys.readouterr().out
+    assert "hidden states x 0.5, cosine: 0:1, by 192 parameters that no export has" in said
+    assert "router x 0.1: of 1 layers" in said
     steps = [r for r in rows(workdir) if "loss" in r]
     for row in steps:
         ce, kl = 0.5 * row["lm_loss"], 0.5 * 4 * row["kl"]
         inside = 0.5 * row["hidden_loss"] + 0.1 * row["router_loss"]
-        assert row["loss"] == pytest.approx(ce + kl + inside, rel=1e-5)
+        balance = config.model.aux_loss_alpha * row["balance_loss"]
+        assert row["loss"] == pytest.approx(ce + kl + inside + balance, rel=1e-5)
     assert steps[-1]["hidden_loss"] < steps[0]["hidden_loss"]
     _, own = projection.split(result.state.params)
     (kernel,) = jax.tree.leaves(own)
@@ -109,7 +118,8 @@ def test_a_run_that_goes_on_and_is_exported(config, tmp_path, capsys):
     tensors = safetensors.numpy.load_file(os.path.join(out, "model.safetensors"))
     assert tensors and not any("projection" in name for name in tensors)
     tokens = np.arange(8, dtype=np.int32)[None]
-    np.testing.assert_array_equal(open_model(workdir)(tokens), open_model(out)(tokens))
+    ours, theirs = (open_model(folder).model(tokens) for folder in (workdir, out))
+    np.testing.assert_array_equal(ours, theirs)
 
     # With other pairs of layers the projection and the optimizer begin anew; without hidden states it goes.
     longer = replaced(config, "train.steps", 5)
