@@ -5,6 +5,7 @@ not grow with the cache; what the kernel keeps of them is its own affair.
 """
 
 import collections
+import concurrent.futures
 import mmap
 import os
 import threading
@@ -20,6 +21,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
 OPEN = 64  # shards that are mapped at a time
+THREADS = 4  # rows that are read at a time: disks are slow one by one
 
 
 class CachedTeacher:
@@ -47,7 +49,8 @@ class CachedTeacher:
         self._columns = [manifest.temperatures.index(t) for t in temperatures]
         self._fields = of_teacher(top)
         self._here = np.ones(1, bool) if here is None else here
-        self._lock = threading.Lock()
+        self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, "cached teacher")
+        self._lock = threading.Lock()  # of `_open`
         self._open: collections.OrderedDict[int, tuple[mmap.mmap, Sums]] = collections.OrderedDict()
 
     def add_to(self, rows: Rows) -> Rows:
@@ -65,11 +68,15 @@ class CachedTeacher:
             name: np.zeros((len(records), *field.shape(length)), field.dtype)
             for name, field in self._fields.items()
         }
-        for i, record in enumerate(records):
-            if record >= 0 and self._here[i % len(self._here)]:
-                ids, values, lse = self.row(record)
-                out["teacher_ids"][i], out["teacher_values"][i] = ids, values
-                out["teacher_lse"][i] = lse
+
+        def read(i: int) -> None:
+            for array, of_row in zip(out.values(), self.row(records[i]), strict=True):
+                array[i] = of_row
+
+        here = self._here
+        wanted = [i for i, r in enumerate(records) if r >= 0 and here[i % len(here)]]
+        for _ in self._threads.map(read, wanted):
+            pass  # an error of a thread is raised here
         return {name: a for name, a in rows.items() if name != "record"} | out
 
     def row(self, record: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -89,8 +96,9 @@ class CachedTeacher:
         first = start - start % mmap.PAGESIZE
         with self._lock:
             mapped, sums = self._mapped(shard)
-            raw = np.frombuffer(mapped[start : start + m.row_bytes], np.uint8)  # a copy
-            mapped.madvise(mmap.MADV_DONTNEED, first, start + m.row_bytes - first)
+        # NumPy copies without the GIL: nobody waits for the disk but this thread.
+        raw = np.frombuffer(mapped, np.uint8, m.row_bytes, start).copy()
+        mapped.madvise(mmap.MADV_DONTNEED, first, start + m.row_bytes - first)
         if zlib.crc32(raw) != sums.rows[row]:
             raise damaged(
                 self._folder, f"{shards.name_of(shard)}.bin", f"row {row} is not as written"
@@ -115,7 +123,7 @@ class CachedTeacher:
         except OSError as e:
             raise damaged(self._folder, name, e.strerror or str(e)) from e
         if len(self._open) >= OPEN:
-            self._open.popitem(last=False)[1][0].close()
+            self._open.popitem(last=False)  # closed when no thread reads it any more
         self._open[shard] = mapped, sums
         return mapped, sums
 

@@ -40,7 +40,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import caching, job
 from deepseek_jax.run.processes import here
 from deepseek_jax.run.teacher import open_teacher
-from tests.support import ROOT, chat_folders, hf_folders
+from tests.support import ROOT, chat_folders, hf_folders, runs
 
 STUDENT = dataclasses.replace(hf_folders.MODEL, num_hidden_layers=1)
 TOP = 6
@@ -336,3 +336,36 @@ def test_the_command_killed_20_times(config, on_text, tmp_path):
     assert (
         shown["complete"] == shown["shards"] == shown["rows"] and "--worker" not in shown["command"]
     )
+
+
+@pytest.mark.slow
+def test_two_processes(config, on_text, tmp_path):
+    """They make the bytes of one process with as many devices, and each reads the records of its own rows: the
+    losses are those of one.
+    """
+    common = [
+        f"--config.data.path={on_text.data.path}",
+        f"--config.data.tokenizer={config.data.tokenizer}",
+        *("--config.model.vocab_size=320", "--config.train.sequence_length=64"),
+        *("--config.train.batch_size=8", "--config.train.accumulation=2", "--config.train.steps=3"),
+        *("--config.train.dtype=float32", "--config.mesh.fsdp=2", "--config.log.every_steps=1"),
+        *("--config.eval.sample_tokens=0", "--config.model.num_hidden_layers=2"),
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch = ("-m", "deepseek_jax.launch", "--nproc_per_node=2")
+    for folder, devices, before in ((one, 2, ()), (two, 1, launch)):
+        args = ["cache", "--config=configs/tiny.py", f"--teacher={config.distill.teacher}"]
+        args += [*common, f"--out={folder}", "--top-k=4", "--rows-per-shard=10"]
+        done = runs.run(args, devices, (*before, "-m", "deepseek_jax.distill"))
+        assert done.returncode == 0, done.stderr
+    shards = sorted(path.name for path in one.glob("shard-*"))
+    assert shards and all((one / n).read_bytes() == (two / n).read_bytes() for n in shards)
+    for devices, before in ((2, ()), (1, launch)):
+        args = ["--config=configs/tiny.py", f"--workdir={tmp_path / f'run{devices}'}", *common]
+        args += ["--config.objective=distill", f"--config.distill.cache={one}"]
+        done = runs.run(args, devices, (*before, "train.py"))
+        assert done.returncode == 0, done.stderr
+    found = [runs.losses(tmp_path / f"run{devices}") for devices in (1, 2)]
+    # Gloo and one process add up gradients in another order.
+    assert found[0].keys() == found[1].keys() == {1, 2, 3}
+    np.testing.assert_allclose(list(found[0].values()), list(found[1].values()), rtol=1e-5)
