@@ -1,6 +1,7 @@
 """compress prune, layers and width: what is written, what stays bit for bit, and what is refused."""
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -8,17 +9,20 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from deepseek_jax import hf
-from deepseek_jax.compress import prune, scores
+from deepseek_jax.compress import calibration, prune, scores
 from deepseek_jax.compress.scores import SUMS, Scores
 from deepseek_jax.compress.source import open_source
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import compression_map
+from deepseek_jax.hf import __main__ as commands
+from deepseek_jax.hf import compression_map, exporter
 from deepseek_jax.hf.reader import open_source as open_checkpoint
-from tests.support import compression, conversion
+from deepseek_jax.run import importer
+from tests.support import chat_folders, compression, conversion, runs
 from tests.support import reference as ref
 from tests.support.compression import GROUPED, SIGMOID, SOFTMAX
 
@@ -136,8 +140,6 @@ def test_errors_are_those_of_the_reference(tmp_path):
     args = compression.args_of(
         "prune", folder, "x", "--experts=4", f"--text={text}", *QUICK, "--tokens=0"
     )
-    from deepseek_jax.compress import calibration
-
     opened = calibration.open_for(args)
     batch = calibration.read(opened, args).batches[0]
     after, model = compression.tensors(out), open_checkpoint(str(out))[1]
@@ -318,3 +320,65 @@ def test_a_kill_in_the_middle_leaves_no_output(tmp_path):
     assert not out.exists()
     compression.run(*args)
     assert out.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.slow
+def test_runs_are_compressed_like_their_exports(tmp_path):
+    """Of train.py and of import: the same tensors as from the checkpoint that export writes of them."""
+    workdir, text = str(tmp_path / "run"), compression.text(tmp_path / "text.jsonl")
+    done = runs.run(runs.command(workdir, text, "--config.train.steps=2"))
+    assert done.returncode == 0, done.stderr
+    commands.export(workdir, str(tmp_path / "exported"))
+    importer.import_(str(tmp_path / "exported"), str(tmp_path / "imported"))
+    found = []
+    for name in ("run", "exported", "imported"):
+        out = tmp_path / f"{name}-out"
+        compression.run("prune", tmp_path / name, out, "--experts=4", "--method=router_norm")
+        found.append((compression.tensors(out), compression_map.read_document(str(out))))
+    for weights, document in found[1:]:
+        assert document == found[0][1]
+        assert weights.keys() == found[0][0].keys()
+        for name, a in weights.items():
+            np.testing.assert_array_equal(a, found[0][0][name], err_msg=name)
+    # What is trained from a compressed model keeps the map: import and export carry it on.
+    importer.import_(str(tmp_path / "run-out"), str(tmp_path / "next"))
+    compression.run("prune", tmp_path / "next", tmp_path / "last", "--experts=4", "--method=random")
+    assert len(compression_map.read_document(str(tmp_path / "last")).operations) == 2
+
+
+@pytest.mark.slow
+def test_one_model_at_a_time_is_in_memory(tmp_path, monkeypatch):
+    """When weights are written the model that was scored is gone from the devices."""
+    folder = compression.folder(tmp_path / "model", SIGMOID)
+    text, held = compression.text(tmp_path / "text.jsonl", 3), []
+    export = exporter.export
+
+    def watched(*args):
+        gc.collect()
+        held.append(sum(a.nbytes for a in jax.live_arrays()))
+        return export(*args)
+
+    monkeypatch.setattr(exporter, "export", watched)
+    gc.collect()
+    before = sum(a.nbytes for a in jax.live_arrays())
+    args = ["--experts=4", f"--text={text}", *QUICK]
+    compression.run("prune", folder, tmp_path / "out", *args)
+    weights = sum(a.nbytes for a in compression.tensors(folder).values())
+    assert held[0] - before < weights / 10
+
+
+@pytest.mark.slow
+def test_chats_are_calibration_text(tmp_path, capsys):
+    """By the model's template, as fine-tuning reads them; every token counts."""
+    folder = chat_folders.model(tmp_path / "model")
+    data = chat_folders.chats(tmp_path / "chats.jsonl", 10)
+    compression.run(
+        "prune", folder, tmp_path / "out", "--experts=2", f"--text={data}", "--tokens=0"
+    )
+    chats = [json.loads(line)["messages"] for line in open(data, encoding="utf-8")]
+    parts = [m for chat in chats for m in chat]
+    read = operation_of(tmp_path / "out")["calibration"]
+    assert read["tokens"] == sum(len(m["role"]) + len(m["content"]) + 4 for m in parts)
+    assert read["files"][0]["name"] == "chats.jsonl" and len(read["files"][0]["sha256"]) == 64
+    with open(tmp_path / "out" / "tokenizer_config.json", encoding="utf-8") as f:
+        assert json.load(f)["chat_template"] == chat_folders.TEMPLATE
