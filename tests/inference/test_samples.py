@@ -294,6 +294,7 @@ def test_what_was_begun_with_something_else_is_refused(tmp_path):
         samples.Output(path, {})
 
 
+@pytest.mark.slow
 def test_a_fingerprint_is_of_the_weights(folder):
     """The same on another mesh, another for other weights."""
     model = open_model(folder).model

@@ -16,6 +16,7 @@ import pytest
 from deepseek_jax import evaluate
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.cli.command import exit_code
+from deepseek_jax.config.options import Config, TrainConfig
 from deepseek_jax.inference import opener
 from deepseek_jax.inference.evaluation import perplexity, scorer, watch
 from deepseek_jax.inference.evaluation.scorer import Scorer
@@ -75,13 +76,50 @@ def made_run(made, tmp_path_factory):
     return work, stored, text
 
 
-@pytest.fixture
-def run(made_run, tmp_path):
-    """A copy of the run, with an empty folder for its checkpoints."""
-    work, stored, text = made_run
+def copied(made, tmp_path):
+    """A copy of a run, with an empty folder for its checkpoints."""
+    work, *rest = made
     shutil.copytree(work, tmp_path / "run")
     (tmp_path / "run" / "checkpoints").mkdir(exist_ok=True)
-    return tmp_path / "run", stored, text
+    return tmp_path / "run", *rest
+
+
+@pytest.fixture
+def real_run(made_run, tmp_path):
+    return copied(made_run, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bare_run(tmp_path_factory):
+    """As made_run, of whole checkpoints with nothing of a model in them, and without a text."""
+    top = tmp_path_factory.mktemp("bare")
+    (top / "work" / "hf").mkdir(parents=True)
+    (top / "work" / "hf" / "model.safetensors").write_text("a baseline")
+    config = Config(train=TrainConfig(steps=STEPS[-1]))
+    (top / "work" / "config.json").write_text(json.dumps(config.to_json()))
+    checkpoints = Checkpointer(str(top / "stored"))
+    for step in STEPS:
+        checkpoints.save(step, {"params": {"a": jax.numpy.arange(4096.0)}}, {})
+    checkpoints.close()
+    return top / "work", top / "stored"
+
+
+@pytest.fixture
+def run(bare_run, tmp_path):
+    return copied(bare_run, tmp_path)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Checkpoints are read and checked, and nothing is computed with them."""
+
+    def of_path(self, path, step, run=""):
+        if step is not None:
+            Checkpointer(f"{path}/checkpoints", read_only=True).read_extra(step)
+        names = ("perplexity", "nats_per_token", "documents", "tokens", "bytes", "window", "stride")
+        return dict.fromkeys(names, step or 0) | {"bits_per_byte": None, "seconds": 0.0}
+
+    monkeypatch.setattr(evaluate.Measurement, "of_path", of_path)
 
 
 def start_writer(stored, run, keep=9, pause=0.0):
@@ -114,42 +152,24 @@ def direct(run, step, text):
     return perplexity.of_text(opened, str(text), Scorer(opened.model, 32, 4), 16)["perplexity"]
 
 
-def test_a_run_in_another_process(run, capsys):
-    """The baseline first, then every checkpoint once and in order; done when the last step is reached. What
-    it held out is read for all of them."""
-    folder, stored, text = run
-    before = os.stat(folder / "config.json").st_mtime_ns
-    writer = start_writer(stored, folder, pause=0.5)
+def test_a_run_in_another_process(run, stub, capsys):
+    """The baseline first, then every checkpoint once and in order; done when the last step is reached."""
+    folder, stored = run
+    writer = start_writer(stored, folder, pause=0.3)
     assert command(folder) == 0
     assert writer.wait(20) == 0
     out, err = capsys.readouterr()
     rows = rows_of(folder / watch.ROWS)
-    assert [r["step"] for r in rows] == [0, *STEPS]
-    assert all(r["documents"] == 10 and r["measured"]["window"] == 32 for r in rows)
-    assert len({r["perplexity"] for r in rows}) == 4
+    assert [(r["step"], r["perplexity"]) for r in rows] == [(0, 0), (2, 2), (4, 4), (6, 6)]
+    assert rows[0]["model"] == str(folder / "hf") and rows[1]["model"] == str(folder)
     assert out.count("perplexity") == 4 and "the run has come to its last step, 6" in err
-    assert os.stat(folder / "config.json").st_mtime_ns == before
-    assert sorted(os.listdir(folder / "checkpoints")) == ["2", "4", "6"]
     # a second watcher has nothing to do
     assert command(folder) == 0 and rows_of(folder / watch.ROWS) == rows
 
 
-def test_of_text_as_evaluated_directly(run, capsys):
-    folder, stored, text = run
-    assert start_writer(stored, folder).wait(20) == 0
-    assert command(folder, f"--text={text}", f"--output={folder}/rows") == 0
-    rows = rows_of(folder / "rows")
-    assert [r["step"] for r in rows] == [0, *STEPS]
-    np.testing.assert_allclose(rows[2]["perplexity"], direct(folder, 4, text), rtol=1e-6)
-    # rows of other figures
-    assert command(folder, f"--output={folder}/rows") == 2
-    err = capsys.readouterr().err
-    assert "holds rows of other figures" in err.splitlines()[-1]
-
-
-def test_killed_and_started_again(run, capsys, monkeypatch):
+def test_killed_and_started_again(run, stub, capsys, monkeypatch):
     """After each number of rows, with half a row at the end."""
-    folder, stored, text = run
+    folder, stored = run
     assert start_writer(stored, folder).wait(20) == 0
     real = watch.RowFile.append
     for kills in range(3):
@@ -175,9 +195,9 @@ def test_killed_and_started_again(run, capsys, monkeypatch):
         assert [r["step"] for r in rows] == [0, *STEPS] and rows[: kills + 1] == kept
 
 
-def test_deleted_and_damaged_checkpoints(run, capsys, monkeypatch):
+def test_deleted_and_damaged_checkpoints(run, stub, capsys, monkeypatch):
     """One that goes while it is about to be read, and one with other bytes, are passed over in a line."""
-    folder, stored, _ = run
+    folder, stored = run
     assert start_writer(stored, folder).wait(20) == 0
     damaged = max(
         (folder / "checkpoints" / "4").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size
@@ -198,9 +218,9 @@ def test_deleted_and_damaged_checkpoints(run, capsys, monkeypatch):
     assert [r["step"] for r in rows_of(folder / watch.ROWS)] == [0, 6]
 
 
-def test_a_run_that_keeps_two(run, capsys):
+def test_a_run_that_keeps_two(run, stub, capsys):
     """Whatever is gone by the time it is looked at: no step twice, in order, and the last one is there."""
-    folder, stored, _ = run
+    folder, stored = run
     writer = start_writer(stored, folder, keep=1, pause=0.2)
     assert command(folder) == 0
     assert writer.wait(20) == 0
@@ -208,7 +228,7 @@ def test_a_run_that_keeps_two(run, capsys):
     assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == 6
 
 
-def test_timeout_and_a_run_that_has_not_begun(tmp_path, run, capsys):
+def test_timeout_and_a_run_that_has_not_begun(tmp_path, run, stub, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     begun = time.monotonic()
@@ -217,24 +237,26 @@ def test_timeout_and_a_run_that_has_not_begun(tmp_path, run, capsys):
     assert (
         "waiting        for" in err and "nothing new for" in err and time.monotonic() - begun < 10
     )
-    folder, stored, _ = run
+    folder, stored = run
     shutil.copytree(stored / "2", folder / "checkpoints" / "2")
     assert command(folder, "--watch-timeout=0.3") == 0
     assert "nothing new for" in capsys.readouterr().err
     assert [r["step"] for r in rows_of(folder / watch.ROWS)] == [0, 2]
 
 
-def test_two_watchers_of_one_file(run, capsys):
-    folder, _, _ = run
+def test_two_watchers_of_one_file(run, stub, capsys):
+    folder, _ = run
     with watch.RowFile(str(folder / watch.ROWS), "--output"):
         assert command(folder) == 2
     assert "another process is writing" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line(made, run, tmp_path, capsys):
-    folder, _, _ = run
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+    folder, _ = run
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     for argv, message in (
-        ([str(made[1]), "--watch"], "--watch is for the folder of a run"),
+        ([f"{tmp_path}/model", "--watch"], "--watch is for the folder of a run"),
         ([f"{tmp_path}/nothing", "--watch"], "there is no folder"),
         ([str(folder), "--watch", "--step=2"], "--step=2 does not go with --watch"),
         ([str(folder), "--watch", "--adapter=x"], "does not go with --watch"),
@@ -246,6 +268,41 @@ def test_mistakes_are_one_line(made, run, tmp_path, capsys):
         code = exit_code("evaluate", lambda: evaluate.main(argv))  # noqa: B023
         err = capsys.readouterr().err
         assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+@pytest.mark.slow
+def test_what_a_run_held_out(real_run, capsys):
+    """The baseline first, then every checkpoint once and in order; done when the last step is reached. What
+    it held out is read for all of them."""
+    folder, stored, text = real_run
+    before = os.stat(folder / "config.json").st_mtime_ns
+    writer = start_writer(stored, folder, pause=0.5)
+    assert command(folder) == 0
+    assert writer.wait(20) == 0
+    out, err = capsys.readouterr()
+    rows = rows_of(folder / watch.ROWS)
+    assert [r["step"] for r in rows] == [0, *STEPS]
+    assert all(r["documents"] == 10 and r["measured"]["window"] == 32 for r in rows)
+    assert len({r["perplexity"] for r in rows}) == 4
+    assert out.count("perplexity") == 4 and "the run has come to its last step, 6" in err
+    assert os.stat(folder / "config.json").st_mtime_ns == before
+    assert sorted(os.listdir(folder / "checkpoints")) == ["2", "4", "6"]
+    # a second watcher has nothing to do
+    assert command(folder) == 0 and rows_of(folder / watch.ROWS) == rows
+
+
+@pytest.mark.slow
+def test_of_text_as_evaluated_directly(real_run, capsys):
+    folder, stored, text = real_run
+    assert start_writer(stored, folder).wait(20) == 0
+    assert command(folder, f"--text={text}", f"--output={folder}/rows") == 0
+    rows = rows_of(folder / "rows")
+    assert [r["step"] for r in rows] == [0, *STEPS]
+    np.testing.assert_allclose(rows[2]["perplexity"], direct(folder, 4, text), rtol=1e-6)
+    # rows of other figures
+    assert command(folder, f"--output={folder}/rows") == 2
+    err = capsys.readouterr().err
+    assert "holds rows of other figures" in err.splitlines()[-1]
 
 
 @pytest.mark.slow
