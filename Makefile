@@ -38,7 +38,7 @@ FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_cra
 	tests/parallel/test_strategies.py::test_what_a_layer_communicates tests/run/test_train.py::test_main_job \
 	tests/run/test_train.py::test_resume_is_bit_exact 'tests/parallel/test_mesh.py::test_same_numbers_on_every_mesh[2x4]'
 
-.PHONY: help venv remade train sft check measures docs test test-fast test-slow prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
+.PHONY: help venv remade train sft distil check measures docs test test-fast test-slow prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ train: $(STAMP) ## train the tiny model (the same command again resumes it)
 
 sft: $(SFT_STAMP) ## fine-tune a real chat model on sums, whole and by LoRA (the same command again goes on)
 	$(VENV)/bin/python -m benchmarks sft_demo $(ARGS)
+
+distil: $(STAMP) ## prune half of the tiny model's experts and win the loss back by distillation (the same command again goes on)
+	$(VENV)/bin/python -m benchmarks distil_demo $(ARGS)
 
 test: $(TEST_STAMP) ## run the tests
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)

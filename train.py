@@ -32,7 +32,8 @@ from deepseek_jax.cli.command import exit_code
 from deepseek_jax.cluster import gpus
 from deepseek_jax.errors import ExitCode, UserError, exit_codes
 from deepseek_jax.run import commandline
-from deepseek_jax.run.job import Job, ending_together
+from deepseek_jax.run.job import Job
+from deepseek_jax.run.processes import ending_together
 from deepseek_jax.train.state import make_layout
 from deepseek_jax.train.step import make_train_step
 
@@ -75,8 +76,9 @@ def main(argv: list[str], stopper: Stopper | None = None) -> int:
             # ---- 4 What is learnt ---------------------------------------------------------------
             # The objective: the fields of a batch, the loss of the model's output that is minimised
             # and what is measured on held-out data. Pretraining: cross-entropy of the next tokens,
-            # multi-token prediction. Fine-tuning: of the scored tokens of examples (objectives/).
-            objective = objectives.make(config)
+            # multi-token prediction. Fine-tuning: of the scored tokens of examples. Distillation:
+            # with the divergence from a teacher, whose weights lie on the same mesh (objectives/).
+            objective = objectives.make(config, job.teacher)
 
             # ---- 5 Model and state --------------------------------------------------------------
             # The model's parameters (model/transformer.py) and the optimizer's moments, as shapes

@@ -15,6 +15,7 @@ GROUPS = {
     "speed": {
         "step": "time of a train step and its share of the best matmul; --peer: beside PyTorch",
         "sft": "fine-tuning on short chats, packed, beside TRL's SFTTrainer, which pads",
+        "distill": "what a teacher costs a step: online, by its likeliest words, from a cache",
         "floor": "the parts of a step on a CPU, and the least that each could cost",
         "overhead": "what the training loop costs beside the compiled step",
         "attention": "attention against plain softmax attention: time and temporary bytes by length",
@@ -27,6 +28,7 @@ GROUPS = {
     },
     "memory": {
         "strategies": "memory, communication and step time of every sharding strategy",
+        "fits": "bytes of LoRA and of distillation on GPUs that are not here, as their compiler allots them",
         "levers": "memory and step time with every memory lever: dtypes, remat, offload, optimizers, ...",
         "collectives": "what one layer communicates, beside the least it could",
         "compression": "loss and bytes of gradients summed in float32, bfloat16 and int8",
@@ -44,6 +46,7 @@ GROUPS = {
     },
     "learning": {
         "tiny": "trains configs/tiny.py whole and checks its loss (make prove)",
+        "distil_demo": "half of the experts pruned, and won back: cross-entropy, distillation (make distil)",
         "sft_demo": "a real chat model learns sums, whole and by LoRA: marks before and after (make sft)",
         "picture": "draws the loss and the expert load of a run from its metrics.jsonl",
     },

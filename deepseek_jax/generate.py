@@ -1,18 +1,23 @@
 """Text from a model: a Hugging Face checkpoint, or the folder of a run.
 
-  python -m deepseek_jax.generate --model=PATH --prompt=TEXT          one text, as it comes
-  python -m deepseek_jax.generate --model=PATH --chat                 a conversation; Ctrl-D ends it
-  python -m deepseek_jax.generate --model=PATH --prompts=FILE         many; JSONL to stdout or --output
+  python -m deepseek_jax.generate MODEL --prompt=TEXT          one text, as it comes
+  python -m deepseek_jax.generate MODEL --chat                 a conversation; Ctrl-D ends it
+  python -m deepseek_jax.generate MODEL --prompts=FILE         many; JSONL to stdout or --out
+  python -m deepseek_jax.generate MODEL --prompts=FILE --samples=N --out=FILE
+      N answers to each prompt, as rows that fine-tuning reads (messages, or prompt and completion); the same
+      command goes on after a kill. `python -m deepseek_jax.data filter` keeps the good ones.
 
-PATH is a folder with config.json and safetensors, a WORKDIR of train.py, or one of `python -m
+MODEL is a folder with config.json and safetensors, a WORKDIR of train.py, or one of `python -m
 deepseek_jax.hf import`.
 """
 
 import argparse
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -23,6 +28,7 @@ from deepseek_jax.config.options import DTYPES, CompileConfig
 from deepseek_jax.config.paths import check_output
 from deepseek_jax.errors import UserError, stopped_by
 from deepseek_jax.hf.provenance import model_files
+from deepseek_jax.inference.generation import samples
 from deepseek_jax.inference.generation.answers import Answers
 from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
@@ -37,14 +43,7 @@ __all__ = ["check_prompt", "encode_prompt", "main", "sample", "tokens"]
 
 def parser() -> argparse.ArgumentParser:
     p = arguments.Parser(prog="python -m deepseek_jax.generate", description=__doc__)
-    p.add_argument(
-        "--model",
-        "--workdir",
-        type=arguments.path,
-        required=True,
-        metavar="PATH",
-        help="checkpoint, or folder of a run",
-    )
+    arguments.add_model(p, "checkpoint, or folder of a run", "--workdir")
     p.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     p.add_argument(
         "--adapter",
@@ -70,10 +69,20 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--system", help="with --chat: the system message")
     p.add_argument(
+        "--out",
         "--output",
+        dest="output",
         type=arguments.path,
         metavar="FILE",
         help="with --prompts: where results go (default: stdout)",
+    )
+    p.add_argument(
+        "--samples",
+        "--num-return-sequences",
+        "--num_return_sequences",
+        type=int,
+        metavar="N",
+        help="with --prompts and --out: so many answers to each prompt, as rows for fine-tuning",
     )
     p.add_argument(
         "--batch-size",
@@ -120,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         default=0,
-        help="an answer depends on it, its prompt and the prompt's number in the file alone",
+        help="an answer depends on it, its prompt, the prompt's number in the file and the sample's alone",
     )
     p.add_argument(
         "--draft-tokens",
@@ -152,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    arguments.take_model(args)
     check(args)
     args.prompt = clean_text(args.prompt)
     args.stop = [clean_text(s) for s in args.stop]
@@ -164,6 +174,12 @@ def run(args: argparse.Namespace) -> int:
             ),
         )
     prompts = read_prompts(args.prompts) if args.prompts else []
+    output = None
+    if args.samples:
+        output = samples_output(args, prompts)
+        if output.is_complete():
+            print(f"{args.output} is complete. Delete it for new answers.", file=sys.stderr)
+            return 0
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     opened = open_model(args.model, args.step, dtype, parse_mesh(args.mesh), args.adapter)
     model = opened.model
@@ -190,6 +206,8 @@ def run(args: argparse.Namespace) -> int:
     ids = encode_all(encoder, prompts, args.prompts, model.config.max_position_embeddings)
     if any("prompt" in p for p in prompts):
         encoder.say_prefix()
+    if output:
+        output.begin(samples.fingerprint(model))
     cache_dir = (opened.run.compile if opened.run else CompileConfig()).cache_dir
     compile_cache.use_cache(cache_dir, warn=lambda line: print(line, file=sys.stderr))
     engine = Engine(
@@ -209,6 +227,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.chat:
         answers.chat(messages)
+    elif output:
+        samples.write(answers, prompts, ids, args.samples, args.batch_size, output)
     elif args.prompts:
         answers.write(prompts, ids, args.batch_size, args.output)
     else:
@@ -217,6 +237,27 @@ def run(args: argparse.Namespace) -> int:
     if args.draft_tokens:
         print(engine.acceptance, file=sys.stderr)
     return 0
+
+
+def samples_output(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> samples.Output:
+    """Where the rows of --samples go, and what they are made of."""
+    samples.check_prompts(prompts, args.prompts)
+    return samples.Output(
+        args.output,
+        {
+            "model": os.path.abspath(args.model),
+            "step": args.step,
+            "adapter": args.adapter,
+            "prompts": samples.digest(prompts),
+            "samples": args.samples,
+            "seed": args.seed,
+            "temperature": args.temperature,
+            "top-k": args.top_k,
+            "top-p": args.top_p,
+            "max-tokens": args.max_tokens,
+            "stop": args.stop,
+        },
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -240,9 +281,18 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             "--stop is empty, and every text ends before that. Give the text to stop before."
         )
+    if args.samples is not None and (
+        args.samples < 1 or args.samples > 1 and args.temperature == 0
+    ):
+        raise UserError(
+            f"--samples={args.samples} with --temperature={args.temperature:g}: give 1 or more, and several "
+            f"only with a temperature above 0, without which they are the same."
+        )
     for name, needs, given in (
         ("--system", "--chat", args.system is not None and not args.chat),
         ("--output", "--prompts", args.output and not args.prompts),
+        ("--samples", "--prompts", args.samples and not args.prompts),
+        ("--samples", "--out", args.samples and not args.output),
     ):
         if given:
             raise UserError(

@@ -12,29 +12,23 @@ command again goes on where it was stopped.
 import functools
 import json
 import pathlib
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from benchmarks import ROOT
 from benchmarks.learning import smollm2
 from benchmarks.learning.arithmetic import Task, last_number, worked
+from benchmarks.learning.stages import CommandFailed, Stages, metrics
 from benchmarks.support.report import Parser, report
 from deepseek_jax.cli import arguments, texts
-from deepseek_jax.cli.progress import Bar
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.data.chat import Chat
-from deepseek_jax.errors import Failure, UserError
 from deepseek_jax.plan import topology
 from deepseek_jax.train import workdir as workdirs
 
 MODEL = "SmolLM2-135M-Instruct"
 LEARN, HELD_OUT = "learn.jsonl", "held_out.jsonl"
-SECONDS, SETTINGS = "seconds.json", "settings.json"
 ANSWER_TOKENS = 96  # the longest worked answer has 53
 TRAINING = {
     "train.sequence_length": 512,
@@ -72,8 +66,8 @@ def main() -> int:
     return 0
 
 
-class Demo:
-    """The stages, each skipped where its result lies in the folder already.
+class Demo(Stages):
+    """The stages.
 
     Args:
       folder: of model, data, runs and answers.
@@ -85,16 +79,13 @@ class Demo:
     """
 
     def __init__(self, folder: pathlib.Path, tokens: int, held_out: int):
-        self.folder = folder
         self.task = Task()
         self.problems = self.task.held_out(held_out)
+        super().__init__(folder, {"tokens": tokens, "held-out": len(self.problems)})
         self._tokens = tokens
-        self._seconds: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
         self.begin()
-        if (kept := self.folder / SECONDS).exists():
-            self._seconds = json.loads(kept.read_text())
         self.stage("model", self.make_model)
         chats, tokens = self.make_data()
         rows = [self.measured("before", self.folder / MODEL)]
@@ -109,22 +100,10 @@ class Demo:
             "rows": rows,
             "exports_answer_the_same": self.exports(),
             "chat": self.chat(),
-            "minutes": sum(self._seconds.values()) / 60,
+            "minutes": self.minutes,
         }
 
     # ---- stages
-
-    def begin(self) -> None:
-        """Makes the folder. Raises UserError: it is there, and of other settings."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        settings = {"tokens": self._tokens, "held-out": len(self.problems)}
-        file = self.folder / SETTINGS
-        if file.exists() and (before := json.loads(file.read_text())) != settings:
-            flags = " ".join(f"--{name}={value}" for name, value in before.items())
-            raise UserError(
-                f"--workdir={self.folder} was begun with {flags}. Give these, or name another folder."
-            )
-        file.write_text(json.dumps(settings))
 
     def make_model(self) -> None:
         if not (self.folder / MODEL / "config.json").exists():
@@ -188,6 +167,7 @@ class Demo:
                     f"--max-tokens={ANSWER_TOKENS}",
                     "--batch-size=25",
                     grows=part,
+                    lines=len(self.problems),
                 ),
             )
             part.rename(out)
@@ -235,7 +215,7 @@ class Demo:
             "last_number_right": sum(last_number(a["text"]) == p.answer for a, p in pairs)
             / len(pairs),
             "stopped": sum(a["finish_reason"] == "stop" for a, _ in pairs) / len(pairs),
-            "seconds": self._seconds.get(f"train {name}", 0.0),
+            "seconds": self.seconds_of(f"train {name}"),
             **self.figures(name),
         }
 
@@ -251,61 +231,8 @@ class Demo:
             for part in (layout.abstract.params, layout.abstract.frozen)
         )
         share = learning / (learning + frozen)
-        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses = [row["eval_loss"] for line in lines if "eval_loss" in (row := json.loads(line))]
+        losses = [row["eval_loss"] for row in metrics(workdir) if "eval_loss" in row]
         return {"learns": f"{texts.human(learning)} ({share:.1%})", "eval_loss": losses[-1]}
-
-    # ---- commands
-
-    def stage(self, name: str, work: Callable[[], None]) -> None:
-        """Does something and adds its seconds to those that it has taken before it was stopped."""
-        started, before = time.monotonic(), self._seconds.get(name, 0.0)
-        try:
-            work()
-        finally:
-            self._seconds[name] = before + time.monotonic() - started
-            (self.folder / SECONDS).write_text(json.dumps(self._seconds))
-
-    def command(self, *words: str, grows: pathlib.Path | None = None) -> None:
-        """Runs a Python program of the repository, printed first.
-
-        Args:
-          grows: a file to which it adds a line for each held-out problem: a bar shows how many.
-
-        Raises:
-          CommandFailed: it has failed, and said why.
-        """
-        print("$ python " + " ".join(words), file=sys.stderr, flush=True)
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT)
-        try:
-            if grows is not None:
-                self.watch(process, grows)
-            code = process.wait()
-        except KeyboardInterrupt:
-            code = process.wait()  # it has the signal too, and writes its checkpoint
-        if code:
-            raise CommandFailed(f"{words[0]} ended with {code}. The same command goes on.", code)
-
-    def watch(self, process: subprocess.Popen, file: pathlib.Path) -> None:
-        done = 0
-        with Bar("answers", len(self.problems), True, unit="items") as bar:
-            while process.poll() is None:
-                lines = file.read_bytes().count(b"\n") if file.exists() else 0
-                bar.advance(lines - done)
-                done = lines
-                time.sleep(0.5)
-
-
-class CommandFailed(Failure):
-    """A command has failed, and said why.
-
-    Attributes:
-      ended_with: its exit code.
-    """
-
-    def __init__(self, message: str, ended_with: int):
-        super().__init__(message)
-        self.ended_with = ended_with
 
 
 def write_lines(path: pathlib.Path, rows: Any) -> None:

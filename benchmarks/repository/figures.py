@@ -4,11 +4,12 @@
 
 Every figure is made here from a JSON file of benchmarks/results/, which a benchmark has written with
 --out. docs/speed.md has all of them in a table; what has no result is listed there without a figure.
-docs/finetuning.md shows some in full, between marks that name them. --check: exit code 1 if a page is
-not what would be written.
+Other pages show some in full, between marks that name them. --check: exit code 1 if a page is not
+what would be written.
 """
 
 import json
+import pathlib
 import re
 import statistics
 import sys
@@ -16,13 +17,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks import ROOT
+from benchmarks.repository.blocks import BLOCKS, PICTURES
 from deepseek_jax.cli import texts
 from deepseek_jax.plan import options
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- figures: make docs -->", "<!-- end of figures -->"
-PAGE = ROOT / "docs" / "finetuning.md"
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("finetuning", "lora", "distillation")]
 SHOWN = re.compile(r"(<!-- figure (\w+): make docs -->\n).*?(<!-- end of figure -->)", re.DOTALL)
 
 
@@ -39,7 +41,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="Write nothing; compare.")
     own = parser.parse_args()
     differ = 0
-    for page, fill in ((DOCUMENT, filled), (PAGE, shown)):
+    for page, fill in ((DOCUMENT, filled), *((page, shown) for page in PAGES)):
         before = page.read_text(encoding="utf-8")
         after = fill(before)
         differ += before != after
@@ -48,7 +50,20 @@ def main() -> int:
         elif before != after:
             name = page.relative_to(ROOT).as_posix()
             print(f"{name} is not what benchmarks/results has. Run: make docs", file=sys.stderr)
+    if not own.check:
+        for picture, text in pictures().items():
+            picture.write_text(text, encoding="utf-8")
     return int(own.check and differ > 0)
+
+
+def pictures() -> dict[pathlib.Path, str]:
+    """The pictures of docs/ that are drawn from a result, with what they should hold."""
+    kept = {name: RESULTS / f"{name}.json" for name in PICTURES}
+    return {
+        ROOT / "docs" / PICTURES[name][0]: PICTURES[name][1](json.loads(file.read_text())["result"])
+        for name, file in kept.items()
+        if file.exists()
+    }
 
 
 def shown(page: str) -> str:
@@ -258,30 +273,27 @@ def sft(r: dict[str, Any]) -> str:
     return said
 
 
-def sft_demo_table(r: dict[str, Any], link: str) -> str:
-    """Marks before and after, and what the models say to one held-out question."""
-    lines = [
-        f"{r['model']}, {r['chats']:,} chats of {r['tokens']:,} tokens in all, {r['held_out']} held-out "
-        f"problems, {r['minutes']:.0f} minutes ({link}):",
-        "",
-        "| | right | last number right | ended by itself | learns | training |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in r["rows"]:
-        shares = [f"{row[key]:.0%}" for key in ("accuracy", "last_number_right", "stopped")]
-        took = f"{row['seconds'] / 60:.1f} min" if row["seconds"] else ""
-        lines.append(f"| {' | '.join([row['model'], *shares, row['learns'], took])} |")
-    lines += ["", f"    > {r['chat']['question']}"]
-    for name, answer in r["chat"]["answers"].items():
-        lines += [
-            f"    {name}:",
-            *(f"        {line}" for line in answer.splitlines() if line.strip()),
-        ]
-    return "\n".join(lines)
+def distil_demo(r: dict[str, Any]) -> str:
+    said = [f"{way} {s['loss']:.3f}" for way, s in r["ways"].items()]
+    best = max(s["gain"] for s in r["ways"].values())
+    return (
+        f"held-out nats per token: teacher {r['teacher']:.3f}, half of its experts pruned {r['pruned']:.3f}, "
+        f"after {r['tokens']:,} tokens {', '.join(said)}; distillation wins by {best:.3f}"
+    )
 
 
-# Figures that a page shows in full, by the name of their result.
-BLOCKS: dict[str, Callable[[Any, str], str]] = {"sft_demo": sft_demo_table}
+def distill(r: dict[str, Any]) -> str:
+    said = [f"{name} {row['times']:.2f}" for name, row in r["rows"].items()]
+    return (
+        f"times of the student's step and the teacher's forward pass: {', '.join(said)}; a step from the "
+        f"cache takes {r['cache']['times']:.2f} times one of cross-entropy"
+    )
+
+
+def fits(r: dict[str, Any]) -> str:
+    said = [f"{name} {texts.gb(row['total'])}" for name, row in r["rows"].items()]
+    return f"{r['about']}: bytes per GPU by XLA's compiler for H200s: {', '.join(said)}"
+
 
 FIGURES = [
     Figure("step_mid", "step --shape=mid --peer=SCRIPT", step),
@@ -304,4 +316,8 @@ FIGURES = [
     Figure("sft_small", "sft --shape=small --peer=benchmarks/speed/trl_sft.py", sft),
     Figure("sft_mid", "sft --shape=mid --peer=benchmarks/speed/trl_sft.py", sft),
     Figure("sft_demo", "sft_demo", sft_demo),
+    Figure("distil_demo", "distil_demo", distil_demo),
+    Figure("distill", "distill", distill),
+    Figure("lora_v2_lite", "fits lora_v2_lite", fits),
+    Figure("distil_qwen3_30b", "fits distil_qwen3_30b", fits),
 ]

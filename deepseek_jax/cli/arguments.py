@@ -23,6 +23,32 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See --help.")
 
 
+def add_model(parser: argparse.ArgumentParser, what: str, *aliases: str) -> None:
+    """The model of a command: its first argument, or --model.
+
+    Args:
+      parser: of the command.
+      what: it can be, for --help.
+      aliases: of --model.
+    """
+    parser.add_argument("folder", nargs="?", type=path, metavar="MODEL", help=what)
+    parser.add_argument("--model", *aliases, type=path, metavar="MODEL", help="the same")
+
+
+def take_model(args: argparse.Namespace) -> None:
+    """Sets `args.model` of a command with `add_model`.
+
+    Raises:
+      UserError: the model is missing, or given twice.
+    """
+    if (args.folder is None) == (args.model is None):
+        given = f"{args.folder} and --model={args.model}" if args.folder else "neither is there"
+        raise UserError(
+            f"the model is the first argument or --model, and one of them: {given}. See --help."
+        )
+    args.model = args.model or args.folder
+
+
 def path(text: str) -> str:
     """The type of an argument that names a file or folder."""
     return _expanded(paths.expanded, text)

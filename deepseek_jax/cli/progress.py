@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from rich.console import Console
@@ -11,13 +12,33 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
+
+from deepseek_jax.cli.texts import human
 
 PATIENCE = 1.0  # seconds of silence before a bar appears
+
+
+class TokensColumn(ProgressColumn):
+    """How many tokens are done of how many, and how many a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = f", {human(task.speed)}/s" if task.speed else ""
+        return Text(f"{human(task.completed)} of {human(task.total or 0)} tokens{speed}")
+
+
+HOW_MUCH: dict[str, Callable[[], tuple[ProgressColumn, ...]]] = {
+    "bytes": lambda: (DownloadColumn(), TransferSpeedColumn()),
+    "items": lambda: (MofNCompleteColumn(),),
+    "tokens": lambda: (TokensColumn(),),
+}
 
 
 class Bar:
@@ -33,7 +54,11 @@ class Bar:
     """
 
     def __init__(
-        self, title: str, total: float, show: bool, unit: Literal["bytes", "items"] = "bytes"
+        self,
+        title: str,
+        total: float,
+        show: bool,
+        unit: Literal["bytes", "items", "tokens"] = "bytes",
     ):
         self._title = title
         self._total = total
@@ -44,7 +69,8 @@ class Bar:
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
-    def advance(self, count: float) -> None:
+    def advance(self, count: float, note: str = "") -> None:
+        """So much more is done. `note`: stands behind the bar from now on."""
         self._done += count
         if not self._show:
             return
@@ -52,24 +78,20 @@ class Bar:
             if time.monotonic() - self._started < PATIENCE:
                 return
             self._bar = self._start()
-        self._bar.update(self._task, completed=min(self._done, self._total))
+        self._bar.update(self._task, completed=min(self._done, self._total), note=note)
 
     def _start(self) -> Progress:
-        how_much = (
-            (DownloadColumn(), TransferSpeedColumn())
-            if self._unit == "bytes"
-            else (MofNCompleteColumn(),)
-        )
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            *how_much,
+            *HOW_MUCH[self._unit](),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
             transient=True,
         )
         bar.start()
-        self._task = bar.add_task(self._title, total=self._total)
+        self._task = bar.add_task(self._title, total=self._total, note="")
         return bar
 
     def __enter__(self) -> "Bar":

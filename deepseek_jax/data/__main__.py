@@ -1,5 +1,5 @@
 """`python -m deepseek_jax.data`: trains a tokenizer, writes corpora of any size as memory-mapped
-token files, shows what a step was trained on."""
+token files, shows what a step was trained on, keeps the good ones of generated answers."""
 
 import argparse
 import itertools
@@ -15,6 +15,7 @@ from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.config.paths import check_output, temporary
+from deepseek_jax.data import answer_filter
 from deepseek_jax.data.documents import (
     TEXT_FORMS,
     DataNotes,
@@ -146,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of each document's piece to print; 0: all (default: 300)",
     )
     show.set_defaults(command=show_rows)
+    answer_filter.add_parser(commands)
     return parser
 
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.model.moe_statistics import MoEStats, merge_stats
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
-from deepseek_jax.model.taps import collect, join
+from deepseek_jax.model.taps import Asked, chosen, collect, join, of_layers
 from deepseek_jax.model.transformer import Output, Transformer, join_layers
 from deepseek_jax.parallel.pipeline import Schedule, run, to_stages
 from deepseek_jax.parallel.sharding import without_stage
@@ -35,7 +35,7 @@ def through_stages(
     others: Any,
     given: Any,
     head: Callable[..., Any],
-    taps: tuple[str, ...] = (),
+    taps: Asked = (),
 ) -> tuple[Any, MoEStats | None]:
     """All micro-batches of a step through the pipeline.
 
@@ -52,6 +52,8 @@ def through_stages(
       (the sums, statistics as Transformer returns them, added up over micro-batches).
     """
     name = model.blocks_name
+    here = model.layers_of(getattr(model, name))
+    of_blocks = of_layers(taps, here.start, here.stop)
     graphdef, blocks, ends = nnx.split(model, lambda path, _: path[0] == name, ...)
     blocks = jax.tree.map(lambda w: to_stages(w, schedule), blocks)
     ends = jax.tree.map(lambda w: jax.sharding.reshard(w, without_stage(w)), ends)
@@ -84,7 +86,7 @@ def through_stages(
 
         def block(weights, x_BSD, side, works):
             rope, segment_ids_BS = side
-            with collect(taps) as found:
+            with collect(of_blocks) as found:
                 x_BSD, stats = nnx.merge(layer_graphdef, weights)(
                     x_BSD, rope, jnp.where(works, segment_ids_BS, 0)
                 )
@@ -111,6 +113,7 @@ def through_stages(
             block,
             lambda f: rematerialise(f, model.remat, model.offload),
         )
+        found = chosen(of_blocks, found, axis=1)
         sums, mtp_stats = lax.map(lambda a: exit(*a), (mine, x_GBSD, first, found))
         sums = jax.tree.map(lambda a: lax.psum(jnp.sum(a, axis=0), "stage"), sums)
         stats, mtp_stats = merge_stats(stats, axis=0), merge_stats(mtp_stats, axis=0)

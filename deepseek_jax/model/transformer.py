@@ -27,7 +27,17 @@ from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.moe_statistics import MoEStats
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
-from deepseek_jax.model.taps import Taps, collect, join, tap
+from deepseek_jax.model.taps import (
+    Asked,
+    Held,
+    Taps,
+    collect,
+    cosines,
+    join,
+    of_layers,
+    tap,
+    wanted,
+)
 from deepseek_jax.parallel.offload import to_device
 from deepseek_jax.parallel.weights import gather_for_use
 
@@ -75,6 +85,7 @@ class DecoderLayer(nnx.Module):
             generation's, with a cache.
         """
         x_BSD = checkpoint_name(x_BSD, "layer_input")
+        entered_BSD = x_BSD
         attention = self.self_attn if attend is None else functools.partial(attend, self.self_attn)
         x_BSD = x_BSD + attention(self.input_layernorm(x_BSD), rope, segment_ids_BS)
         h_BSD = self.post_attention_layernorm(x_BSD)
@@ -84,6 +95,8 @@ class DecoderLayer(nnx.Module):
             y_BSD, stats = self.mlp(h_BSD), None
         x_BSD = x_BSD + y_BSD
         tap("hidden", x_BSD)
+        if wanted("layer_cosines"):
+            tap("layer_cosines", cosines(entered_BSD, x_BSD))
         return x_BSD, stats
 
 
@@ -149,7 +162,7 @@ class Transformer(nnx.Module):
         segment_ids_BS: jax.Array,
         positions_BS: jax.Array,
         next_tokens_BS: jax.Array | None = None,
-        taps: tuple[str, ...] = (),
+        taps: Asked = (),
         row_B: jax.Array | None = None,
     ) -> Output:
         """The forward pass.
@@ -171,9 +184,8 @@ class Transformer(nnx.Module):
         chex.assert_type([tokens_BS, segment_ids_BS, positions_BS], jnp.int32)
         rope = rope_tables(self.config, positions_BS)
         x_BSD, first = self.enter(tokens_BS, rope, segment_ids_BS, taps, row_B)
-        x_BSD, (stats, found) = self._scan(
-            getattr(self, self.blocks_name), x_BSD, rope, segment_ids_BS, taps, row_B
-        )
+        blocks = getattr(self, self.blocks_name)
+        x_BSD, (stats, found) = self._scan(blocks, x_BSD, rope, segment_ids_BS, taps, row_B)
         out = self.leave(x_BSD, rope, segment_ids_BS, next_tokens_BS, taps)
         return out._replace(stats=join_layers(stats, out.stats), taps=join(first, found, out.taps))
 
@@ -187,7 +199,7 @@ class Transformer(nnx.Module):
         tokens_BS: jax.Array,
         rope: Rope,
         segment_ids_BS: jax.Array,
-        taps: tuple[str, ...] = (),
+        taps: Asked = (),
         row_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Taps]:
         """What comes before the main stack: embedding, and dense layers in front of MoE layers.
@@ -211,7 +223,7 @@ class Transformer(nnx.Module):
         rope: Rope,
         segment_ids_BS: jax.Array,
         next_tokens_BS: jax.Array | None,
-        taps: tuple[str, ...] = (),
+        taps: Asked = (),
     ) -> Output:
         """What comes after the main stack: the last norm and multi-token prediction.
 
@@ -224,6 +236,13 @@ class Transformer(nnx.Module):
             hidden_BSD, next_tokens_BS, rope, segment_ids_BS, taps
         )
         return Output(hidden_BSD, mtp_hidden, *jax.tree.map(lambda *a: jnp.concatenate(a), *layers))
+
+    def layers_of(self, stack: DecoderLayer) -> range:
+        """The numbers of a stack's layers."""
+        m = self.config
+        dense = stack is self.dense_layers
+        layers = range(m.num_hidden_layers)
+        return layers[: m.first_k_dense_replace] if dense else layers[m.first_k_dense_replace :]
 
     @property
     def head(self) -> Head:
@@ -243,8 +262,11 @@ class Transformer(nnx.Module):
         """(x, (statistics, taps)), the latter [L, ...] over the layers of the stack."""
         graphdef, state = nnx.split(stack)
         numbers = None if row_B is None else self._numbers_of_layers(stack)
+        here = self.layers_of(stack)
+        taps = of_layers(taps, here.start, here.stop)
+        some = Held(taps, len(here))
 
-        def body(x_BSD, layer_state):
+        def layer(x_BSD, layer_state):
             layer_state, number = layer_state
             place = None
             if number is not None and self.dropout_seed is not None:
@@ -252,22 +274,24 @@ class Transformer(nnx.Module):
             with collect(taps) as found, noise.of_layer(place):
                 # Weights in the host's memory come one layer at a time, and again in the backward
                 # pass, because this is inside of what is rematerialised.
-                layer = nnx.merge(graphdef, to_device(layer_state))
-                x_BSD, stats = layer(x_BSD, rope, segment_ids_BS)
+                module = nnx.merge(graphdef, to_device(layer_state))
+                x_BSD, stats = module(x_BSD, rope, segment_ids_BS)
             return x_BSD, (stats, found)
 
-        body = rematerialise(body, self.remat, self.offload)
-        return jax.lax.scan(body, x_BSD, (state, numbers))
+        layer = rematerialise(layer, self.remat, self.offload)
+
+        def body(carry, xs):
+            (x_BSD, held), (layer_state, place) = carry, xs
+            x_BSD, (stats, found) = layer(x_BSD, layer_state)
+            return (x_BSD, some.put(held, found, place)), (stats, found)
+
+        start = x_BSD, some.start(x_BSD)
+        (x_BSD, held), (stats, found) = jax.lax.scan(body, start, ((state, numbers), some.places))
+        return x_BSD, (stats, found | some.taps(held))
 
     def _numbers_of_layers(self, stack: DecoderLayer) -> jax.Array | None:
         """int32 [L] of a stack's layers, by which they draw what dropout drops; None without it."""
-        if self.dropout_seed is None:
-            return None
-        m = self.config
-        layers = range(m.num_hidden_layers)
-        dense = stack is self.dense_layers
-        here = layers[: m.first_k_dense_replace] if dense else layers[m.first_k_dense_replace :]
-        return jnp.asarray(here, jnp.int32)
+        return None if self.dropout_seed is None else jnp.asarray(self.layers_of(stack), jnp.int32)
 
     def _predict_ahead(self, hidden_BSD, next_tokens_BS, rope, segment_ids_BS, taps):
         """At position i, depth d reads the embedding of token i+d and the normed state of the depth before.
@@ -278,6 +302,7 @@ class Transformer(nnx.Module):
           Hidden states of each depth, and (statistics, taps) of each, leaves [1, ...].
         """
         outs, layers = [], []
+        taps = of_layers(taps, 0, 0)  # what is asked of some layers is of the main ones
         for mtp in self.mtp:
             graphdef, state = nnx.split(mtp)
 

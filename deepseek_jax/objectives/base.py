@@ -15,16 +15,53 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from flax import nnx
 
+from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.data.fields import Field, Fields
+from deepseek_jax.hf.compression_map import CompressionMap
 from deepseek_jax.model.head import Head
 from deepseek_jax.model.layout import ModelWeights, PlacedModel
+from deepseek_jax.model.taps import Asked
 from deepseek_jax.model.transformer import Output, Transformer
 
-__all__ = ["Batch", "Field", "Fields", "Frozen", "FrozenOutput", "Objective", "Parts"]
+__all__ = [
+    "Batch",
+    "Field",
+    "Fields",
+    "Frozen",
+    "FrozenOutput",
+    "FrozenSource",
+    "Objective",
+    "Parts",
+]
 
 Batch = dict[str, jax.Array]  # by field, [B, ...] of a micro-batch, [A, B, ...] of a step
 Parts = dict[str, jax.Array]  # named float32 scalars
+
+
+class FrozenSource(Protocol):
+    """Where a frozen model comes from, before there is a mesh. Whoever starts a run opens it
+    (run/teacher.py): what an objective does with a model does not depend on the files that hold it.
+    """
+
+    @property
+    def model(self) -> ModelConfig:
+        """Its options, by which layers and experts are compared."""
+
+    @property
+    def map(self) -> CompressionMap | None:
+        """Which of its layers and experts the student's stand for; None: nothing says so."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that it has. Its embedding and head get the student's number: cut, or with zeros behind."""
+
+    def place(self, mesh: jax.sharding.Mesh) -> PlacedModel:
+        """Its shapes on the mesh of the run."""
+
+    def load(self, placed: PlacedModel) -> ModelWeights:
+        """Its weights, in their shards."""
 
 
 class Frozen(NamedTuple):
@@ -35,7 +72,10 @@ class Frozen(NamedTuple):
 
     model: PlacedModel  # on the mesh of the run, by a layout of its own
     load: Callable[[], ModelWeights]  # reads them in their shards; called once, when a run begins
-    taps: tuple[str, ...] = ()  # of its layers (model/taps.py)
+    taps: Asked = ()  # of its layers (model/taps.py)
+    # makes the map from the trained model's hidden states to its own, where they differ: parameters that
+    # learn, belong to the run and are in no export (train/projection.py)
+    projection: Callable[[], nnx.Module] | None = None
 
 
 class FrozenOutput(NamedTuple):
@@ -43,6 +83,9 @@ class FrozenOutput(NamedTuple):
 
     out: Output  # without statistics and multi-token prediction
     head: Head  # for model/head.py
+    projection: nnx.State | None = (
+        None  # of Frozen.projection, in training: the loss has its gradient
+    )
 
 
 class Objective(Protocol):
@@ -54,7 +97,7 @@ class Objective(Protocol):
         multi-token prediction runs."""
 
     @property
-    def taps(self) -> tuple[str, ...]:
+    def taps(self) -> Asked:
         """Taps of the model's layers (model/taps.py), which `loss` finds in `out.taps`."""
 
     def frozen(self, mesh: jax.sharding.Mesh) -> Frozen | None:

@@ -11,10 +11,12 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.model.moe_statistics import MoEStats
 from deepseek_jax.model.stages import through_stages
+from deepseek_jax.model.taps import Asked
 from deepseek_jax.model.transformer import Output, Transformer
 from deepseek_jax.objectives.base import Batch, Frozen, FrozenOutput, Objective, Parts
 from deepseek_jax.objectives.routing import RoutingTotals, routing_loss, routing_totals
 from deepseek_jax.parallel.pipeline import make_schedule
+from deepseek_jax.parallel.sharding import without_stage
 
 
 class StepTotals(NamedTuple):
@@ -37,7 +39,7 @@ def step_totals(
     )
 
 
-def run_model(model: Transformer, batch: Batch, taps: tuple[str, ...] = ()) -> Output:
+def run_model(model: Transformer, batch: Batch, taps: Asked = ()) -> Output:
     """The model's output for a batch [B, S]. Its `next_tokens` and `row`, if there, are of training."""
     return model(
         batch["tokens"],
@@ -104,13 +106,14 @@ def loss_of_batch(
 
 
 def _through_stages(objective, config, model, batch, totals, frozen_out):
-    frozen, head = None, None
+    frozen, head, projection = None, None, None
     if frozen_out is not None:
         frozen, head = frozen_out.out, frozen_out.head.without_stage()
+        projection = jax.tree.map(_without_stage, frozen_out.projection)
 
     def exit_loss(model, micro, out, frozen, given):
-        totals, head = given
-        frozen_out = None if head is None else FrozenOutput(frozen, head)
+        totals, head, projection = given
+        frozen_out = None if head is None else FrozenOutput(frozen, head, projection)
         return objective.loss(model, out, micro, totals, frozen_out)
 
     stages = jax.sharding.get_abstract_mesh().shape["stage"]
@@ -119,7 +122,12 @@ def _through_stages(objective, config, model, batch, totals, frozen_out):
         make_schedule(config, stages, batch["tokens"].shape[0]),
         {name: (batch[name], field.padding) for name, field in objective.fields.items()},
         frozen,
-        (totals, head),
+        (totals, head, projection),
         exit_loss,
         objective.taps,
     )
+
+
+def _without_stage(w: jax.Array) -> jax.Array:
+    """A weight whole on every stage: what enters a `shard_map` over `stage`."""
+    return jax.sharding.reshard(w, without_stage(w))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from deepseek_jax.config.options import IGNORE, Config
 from deepseek_jax.data import fields
 from deepseek_jax.model import head, logit_functions
+from deepseek_jax.model.taps import Asked
 from deepseek_jax.model.transformer import Output, Transformer, tokens_ahead
 from deepseek_jax.objectives.base import Batch, Frozen, FrozenOutput, Parts
 from deepseek_jax.objectives.routing import count
@@ -27,7 +28,7 @@ class Totals(NamedTuple):
 class Pretraining:
     """Mean cross-entropy over the scored tokens (`targets`) of a step's batch."""
 
-    taps: tuple[str, ...] = ()
+    taps: Asked = ()
 
     def __init__(self, config: Config):
         self.config = config

@@ -6,7 +6,7 @@ train.py goes through the stages where a reader begins, after the command line a
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.cluster.processes import Cluster
 from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config import paths
 from deepseek_jax.config.configdict import from_config_dict
@@ -23,7 +22,7 @@ from deepseek_jax.config.validation import validate
 from deepseek_jax.data import contents
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
-from deepseek_jax.data.open import open_data
+from deepseek_jax.data.open import open_data, settled
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import BadNumbers, SaveFailed
 from deepseek_jax.hf.tensors import HfTensors
@@ -34,24 +33,24 @@ from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import answers, init_from, lock, passes, summary
-from deepseek_jax.run.batches import Batch, LoaderBatches
+from deepseek_jax.run.batches import Batch
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
-from deepseek_jax.run.processes import JoinedElsewhere, here
+from deepseek_jax.run.processes import Processes, ending_together, here
 from deepseek_jax.run.profile import NoProfiler, Profiler
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
 from deepseek_jax.run.resume import Continuation
 from deepseek_jax.run.start import Start
+from deepseek_jax.run.teacher import Teacher
+from deepseek_jax.run.teacher_records import TeacherRecords
 from deepseek_jax.run.watchdog import Watchdog, end_alone
-from deepseek_jax.runtime import compile_cache, environment
+from deepseek_jax.runtime import compile_cache
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.batch import abstract_batch
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import Layout, TrainState, make_layout, saved, to_tree
 from deepseek_jax.train.step import StepMetrics, make_eval_step, make_train_step
-
-Processes = Cluster | JoinedElsewhere
 
 
 def train(
@@ -90,24 +89,11 @@ def train(
         validate(config)
         with Job(config, workdir, processes, stopper) as job:
             mesh, config = job.open()
-            objective = objectives.make(config)
+            objective = objectives.make(config, job.teacher)
             model = make_layout(config, mesh, objective.frozen(mesh))
             start = job.find_start(model, objective)
             step = job.compile(make_train_step(config, model, objective), start)
             return job.loop(step, start)
-
-
-@contextlib.contextmanager
-def ending_together(processes: Processes) -> Iterator[None]:
-    """What ends one process inside ends all: a mistake with one line, however many found it."""
-    environment.check()
-    with (
-        contextlib.closing(processes),
-        processes.failures(BadNumbers, SaveFailed),
-        processes.mistakes(),
-        environment.mistakes(),
-    ):
-        yield
 
 
 class Job:
@@ -121,7 +107,12 @@ class Job:
       workdir: the folder of the run.
       processes: that take part, joined.
       stopper: says after which step to stop early.
+
+    Attributes:
+      teacher: of a distillation, from `open` on; None where there is none.
     """
+
+    teacher: Teacher | None = None
 
     def __init__(
         self,
@@ -143,6 +134,7 @@ class Job:
         self._objective: Objective
         self._data: Loader | ExampleLoader
         self._prompts: list[answers.Prompt]  # that evaluations answer
+        self._records: TeacherRecords
         self._checkpoints: Checkpointer
         self._compiler_options: dict[str, Any]
         self._count: Count
@@ -170,7 +162,7 @@ class Job:
         Raises:
           UserError: something is.
         """
-        config = self._config
+        config = self._config = self._given = settled(self._config)
         first = self._processes.index == 0
         self._mesh = make_mesh(config)
         tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
@@ -183,6 +175,8 @@ class Job:
         self._prompts = answers.prompts_of_run(config, self._data)
         if config.init_from or config.lora.r:
             self._source = init_from.open_for_training(config, self._workdir)
+        self._records = TeacherRecords(config, self._workdir, self._data, self._mesh, first)
+        self.teacher = self._records.teacher
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"
         self._processes.agree("data files", {"what config.data reads": what})
@@ -216,6 +210,8 @@ class Job:
         platform = mesh.devices.flat[0].platform
         self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
         self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
+        if self.teacher is not None:
+            self._count = self._count.beside(self.teacher.count)
         step = self._checkpoints.newest_good(to_tree(saved(model.abstract_sharded())))
         seen: dict[str, Any] = {"the newest checkpoint in --workdir": step}
         seen |= {"the last step": config.train.steps, "config.esft": model.multipliers.digest}
@@ -230,7 +226,10 @@ class Job:
             continuation=continuation,
             step=step,
             progress=continuation.progress(step),
+            teacher=self.teacher,
         )
+        if start.other_teacher:
+            self._changed.append("the teacher has other weights than it had before")
         summary.show(
             summary.Run(
                 config=config,
@@ -241,6 +240,7 @@ class Job:
                 workdir=self._workdir,
                 resume_step=step,
                 changed=self._changed,
+                teacher=self.teacher,
                 compiler_options=self._compiler_options,
                 history=start.progress.history,
             )
@@ -291,6 +291,7 @@ class Job:
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some
         # processes longer to compile: all wait here instead.
         step.program(state, self._abstract_batch(done), frozen)
+        self._records.load()
         self._processes.agree("command", {"steps done": done})
         result = self._make_loop(step, start, progress, frozen).run(state, progress)
         if result.stopped_by is not None:
@@ -315,6 +316,7 @@ class Job:
         profiler = Profiler(config, self._workdir, step) if config.profile.start else NoProfiler()
         eval_step = make_eval_step(start.layout, self._objective)
         evaluator = Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen)
+        evaluator.records = self._records
         if self._prompts:
             evaluator.answering = answers.Answering(
                 config, self._workdir, start.layout.model, self._mesh, self._data, self._prompts
@@ -330,7 +332,7 @@ class Job:
             config=config,
             workdir=self._workdir,
             step=train_step,
-            batches=LoaderBatches(config, self._data, self._mesh),
+            batches=self._records.batches(self._data),
             evaluate=evaluator,
             checkpointer=self._checkpoints,
             report=Report(

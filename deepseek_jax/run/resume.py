@@ -16,6 +16,7 @@ from deepseek_jax.parallel import offload
 from deepseek_jax.parallel.weights import REPLICAS
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.tensorfile.arrays import Tree, flatten
+from deepseek_jax.train import projection, trainable
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, TrainState, from_tree, saved, to_tree, zero_params
 
@@ -69,7 +70,8 @@ def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict
 
     Where other parameters learn than did (config.optimizer.lr_multipliers, config.esft.experts), the
     optimizer begins anew for all of them, and the residual: moments of weights that have just begun to
-    learn would need a correction of their own. The learning rate goes on where it was.
+    learn would need a correction of their own. The learning rate goes on where it was. So too where the
+    projection to a teacher's hidden states has come, gone or changed its shape; a new one is drawn.
 
     Raises:
       UserError: as `Checkpointer.restore`.
@@ -77,15 +79,21 @@ def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict
     abstract = saved(layout.abstract_sharded())
     stored = checkpoints.shapes()
     residual = abstract.residual
-    if _others_learn(checkpoints, stored, layout):
+    same_projection = _same_projection(stored, layout)
+    if not same_projection or _others_learn(checkpoints, stored, layout):
         read = abstract._replace(opt_state=None, residual=None, esft=None)
+        if not same_projection:
+            read = read._replace(params=projection.split(read.params)[0])
         state = _begin(layout, from_tree(checkpoints.restore_params(to_tree(read)), read))
+        if not same_projection:
+            params = trainable.join(state.params, layout.new_projection())
+            state = state._replace(params=params)
         opt_state = _fresh_optimizer(layout, state.step - state.skipped_steps)
         residual = None if residual is None else _residual_of(None, residual)
         if jax.process_index() == 0:
             print(
                 f"{'optimizer':<17}begins anew: other weights learn than in the checkpoint "
-                "(config.optimizer.lr_multipliers, config.esft.experts)"
+                "(config.optimizer.lr_multipliers, config.esft.experts, config.distill.hidden_layers)"
             )
         return state._replace(opt_state=opt_state, residual=residual), checkpoints.read_extra()
 
@@ -110,6 +118,7 @@ def _begin(layout: Layout, state: TrainState) -> TrainState:
     if not layout.multipliers.experts:
         return state
     params, frozen = layout.begin(state.weights().params)
+    params = trainable.join(params, projection.split(state.params)[1])
     index = jax.device_put(dict(layout.multipliers.experts), layout.shardings.esft)
     return state._replace(params=params, frozen=frozen, esft=index)
 
@@ -130,6 +139,16 @@ def _others_learn(checkpoints: Checkpointer, stored: Tree, layout: Layout) -> bo
         return {"/".join(p[:i]) for p, i in zip(parts, cut, strict=True)}
 
     return kinds(there) <= kinds(here) or kinds(here) <= kinds(there)
+
+
+def _same_projection(stored: Tree, layout: Layout) -> bool:
+    """Whether a checkpoint has the projection (train/projection.py) of this run, or both have none."""
+    wanted = to_tree(layout.abstract_sharded())["params"]
+    there, here = (
+        {name: tuple(a.shape) for name, a in flatten(params.get(projection.NAME, {})).items()}
+        for params in (stored.get("params", {}), wanted)
+    )
+    return there == here
 
 
 def _same_experts(checkpoints: Checkpointer, stored: Tree, layout: Layout) -> bool:

@@ -22,7 +22,7 @@ from deepseek_jax.parallel.weights import (
     per_replica_weights,
     replicated_weights,
 )
-from deepseek_jax.train import some_experts
+from deepseek_jax.train import projection, some_experts
 from deepseek_jax.train.state import Layout, TrainState
 
 # Of a model without experts.
@@ -95,9 +95,15 @@ class Learner(NamedTuple):
             used = per_replica_weights(given) if compressed else replicated_weights(params, given)
             # Those that are frozen are no argument: nothing of their gradients is computed.
             used = some_experts.in_use(multipliers, used, state.frozen, state.esft)
+            used, own = projection.split(used)
             model = self.layout.model.merge(used, state.bias)
             value, aux = loss_of_batch(
-                self.objective, self.config, model, batch, totals, frozen_out
+                self.objective,
+                self.config,
+                model,
+                batch,
+                totals,
+                projection.with_output(frozen_out, own),
             )
             return value if scale is None else value * scale, aux
 

@@ -13,7 +13,7 @@ from deepseek_jax.model.layout import ModelWeights, PlacedModel, place_model
 from deepseek_jax.model.moe import SelectionBias
 from deepseek_jax.objectives.base import Frozen
 from deepseek_jax.parallel import compression, offload, sharding
-from deepseek_jax.train import some_experts, trainable
+from deepseek_jax.train import projection, some_experts, trainable
 from deepseek_jax.train.loss_scale import LossScale, init_loss_scale
 from deepseek_jax.train.optimizer import make_optimizer
 
@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
     """A pytree of arrays. The selection bias is no parameter: no gradient, no optimizer, no decay."""
 
     step: jax.Array  # int32: optimizer steps taken, skipped ones included
-    params: nnx.State  # float32: the parameters that learn
+    params: nnx.State  # float32: the parameters that learn; the model's, and those of projection.py
     bias: nnx.State  # float32 e_score_correction_bias of every MoE layer; empty without one
     opt_state: Any
     bad_steps: jax.Array  # int32: updates skipped in a row, for a non-finite loss or gradient
@@ -40,7 +40,8 @@ class TrainState(NamedTuple):
 
     def weights(self) -> ModelWeights:
         """Those of the model, all of them."""
-        return ModelWeights(trainable.join(self.params, self.frozen), self.bias)
+        params, _ = projection.split(self.params)
+        return ModelWeights(trainable.join(params, self.frozen), self.bias)
 
 
 class Layout(NamedTuple):
@@ -61,7 +62,7 @@ class Layout(NamedTuple):
         return None if self.frozen is None else self.frozen.model.abstract_sharded()
 
     def begin(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
-        """(those that learn, frozen ones) of all parameters, in their shards."""
+        """(those that learn, frozen ones) of all parameters of the model, in their shards."""
         learns, frozen = self.multipliers.split(params)
         if not self.multipliers.experts:
             return learns, frozen
@@ -77,6 +78,13 @@ class Layout(NamedTuple):
         ]
         stacks = jax.jit(create, out_shardings=nnx.from_flat_state(where))(frozen)
         return trainable.join(learns, stacks), frozen
+
+    def new_projection(self) -> nnx.State:
+        """The parameters of projection.py as a run begins with them, in their shards."""
+        _, where = projection.split(self.shardings.params)
+        if not where:
+            return trainable.NONE
+        return jax.jit(lambda: projection.create(self.frozen), out_shardings=where)()
 
     def bytes_per_device(self, mesh: jax.sharding.Mesh) -> dict[str, int]:
         """Bytes per device by kind: parameters that learn, the others, gradients, optimizer state, the
@@ -124,15 +132,16 @@ def make_layout(config: Config, mesh: jax.sharding.Mesh, frozen: Frozen | None =
     # Without a mesh in context jax 0.11 forgets the shardings of what eval_shape sees: moments laid out
     # unlike their parameters.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return _make_layout(config, mesh)._replace(frozen=frozen)
+        return _make_layout(config, mesh, frozen)
 
 
-def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
+def _make_layout(config: Config, mesh: jax.sharding.Mesh, frozen_model: Frozen | None) -> Layout:
     model = place_model(config, mesh)
     multipliers = trainable.multipliers(config, model.abstract.params)
     params, frozen = multipliers.split(model.abstract.params)
     index = dict(multipliers.experts)
     params = trainable.join(params, some_experts.stacks(multipliers, frozen, index))
+    params = trainable.join(params, projection.abstract(frozen_model))
     esft = {s: jax.ShapeDtypeStruct(a.shape, a.dtype) for s, a in index.items()} or None
     param_specs, grad_specs, opt_specs = (
         sharding.specs(params, r, config.sharding.min_weight_size)
@@ -176,7 +185,8 @@ def _make_layout(config: Config, mesh: jax.sharding.Mesh) -> Layout:
         grad_specs,
         opt_specs,
         optimizer,
-        multipliers=multipliers,
+        frozen_model,
+        multipliers,
     )
 
 
@@ -210,6 +220,7 @@ def init_state(config: Config, layout: Layout) -> TrainState:
         frozen = sharding.reshard(frozen, multipliers.split(layout.model.specs.params)[1])
         esft = some_experts.index_of(multipliers)
         params = trainable.join(params, some_experts.stacks(multipliers, frozen, esft))
+        params = trainable.join(params, projection.create(layout.frozen))
         params = sharding.reshard(params, layout.opt_specs)
         opt_state = layout.optimizer.init(params)
         zero = jnp.zeros((), jnp.int32)
@@ -257,6 +268,7 @@ def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.St
 
     shardings = layout.shardings._replace(params=None, bias=None, frozen=None)
     params, frozen = layout.begin(params)
+    params = trainable.join(params, layout.new_projection())
     rest = jax.jit(create, out_shardings=shardings)()
     return rest._replace(params=params, bias=bias, frozen=frozen)
 

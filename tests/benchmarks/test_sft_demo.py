@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.learning import arithmetic, sft_demo, smollm2
-from benchmarks.repository import figures
+from benchmarks.repository import blocks, figures
 from deepseek_jax import hf
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.errors import UserError
@@ -200,7 +200,7 @@ class Recorded(sft_demo.Demo):
     def figures(self, name):
         return {"learns": "1 of 2"}
 
-    def command(self, *words, grows=None):
+    def command(self, *words, grows=None, lines=0):
         self.commands.append(words)
         if self.fails and self.fails in " ".join(words):
             raise sft_demo.CommandFailed("it failed", 3)
@@ -238,7 +238,7 @@ def test_the_stages_go_on_where_they_were_stopped(package, tmp_path):
     assert result["minutes"] > 0 and full["seconds"] > 0
     text = sft_demo.text(result)
     assert "90%" in text and text.count("the same answers") == 3
-    table = figures.sft_demo_table(result, "[here](there)")
+    table = blocks.sft_demo_table(result, "[here](there)")
     assert table.count("\n| ") == 4 and "90% full" in figures.sft_demo(result)
     json.dumps(result)
     with pytest.raises(UserError, match="begun with --tokens=1000 --held-out=10"):

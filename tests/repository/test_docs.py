@@ -33,6 +33,9 @@ def test_what_a_page_names_is_there(page):
 def test_the_figures_are_those_of_the_results():
     document = figures.DOCUMENT.read_text(encoding="utf-8")
     assert figures.filled(document) == document, "run: make docs"
+    for page in figures.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert figures.shown(text) == text, f"{page.name}: run make docs"
 
 
 def test_the_picture_is_that_of_the_kept_run():
@@ -40,6 +43,13 @@ def test_the_picture_is_that_of_the_kept_run():
     svg = (ROOT / "docs" / "tiny.svg").read_text(encoding="utf-8")
     title = re.search(r'font-size="14">(.*)</text>', svg)
     assert title and picture.drawn([json.loads(line) for line in lines], title[1]) == svg
+
+
+def test_pictures_are_drawn_from_the_results():
+    for picture_file, text in figures.pictures().items():
+        assert picture_file.read_text(encoding="utf-8") == text, (
+            f"{picture_file.name}: run make docs"
+        )
 
 
 def test_every_result_is_quoted_and_names_no_path():
@@ -85,4 +95,16 @@ def test_every_defect_in_the_wild_names_the_tests_that_forbid_it():
         assert tests, f"row {number} names no test"
         for file, test in tests:
             assert re.match(rf"test_bug_0?{number}_", test), f"{test} is in row {number}"
+            assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+@pytest.mark.parametrize("name", ["distillation", "compression"])
+def test_defects_of_others_name_tests_that_there_are(name):
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    rows = page.partition("## Defects in the wild")[2].partition("\n|---")[2].splitlines()[1:]
+    assert len(rows) > 5
+    for row in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert tests, row
+        for file, test in tests:
             assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"

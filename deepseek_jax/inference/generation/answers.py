@@ -34,12 +34,14 @@ class Answers:
     max_tokens: int
     draft_tokens: int
 
-    def stream(self, ids: Sequence[Sequence[int]], first: int) -> Iterator[tuple[int, str, Stream]]:
+    def stream(
+        self, ids: Sequence[Sequence[int]], draws: Sequence[int]
+    ) -> Iterator[tuple[int, str, Stream]]:
         """Answers to prompts, as their tokens come.
 
         Args:
           ids: the prompts' tokens.
-          first: number of the first of them among all prompts, for the seed.
+          draws: int32, the number of each, all different: with the seed it decides what is drawn.
 
         Yields:
           (number of the prompt in `ids`, text to show, its Stream); at the end of each answer once
@@ -47,17 +49,17 @@ class Answers:
         """
         streams = [Stream(self.encoder, self.stop, prompt) for prompt in ids]
         stopped: set[int] = set()
-        indexes = range(first, first + len(ids))
+        row_of = {draw: row for row, draw in enumerate(draws)}
         for token in self.engine.batch(
             ids,
             self.max_tokens,
             self.sampling,
             self.encoder.stop_ids,
-            indexes,
+            draws,
             stopped,
             self.draft_tokens,
         ):
-            row = token.number - first
+            row = row_of[token.number]
             stream = streams[row]
             if stream.stopped:
                 continue
@@ -69,10 +71,20 @@ class Answers:
         for row, stream in enumerate(streams):
             yield row, stream.end(), stream
 
+    def whole(self, ids: Sequence[Sequence[int]], draws: Sequence[int]) -> list[Stream]:
+        """The answers of `stream`, ended."""
+        streams = {row: stream for row, _, stream in self.stream(ids, draws)}
+        return [streams[row] for row in range(len(ids))]
+
+    def finish_reason(self, stream: Stream) -> str:
+        """ "stop": by a stop token or a stop text; "length": there was no room for more."""
+        ended = stream.stopped or stream.ids[-1] in self.encoder.stop_ids
+        return "stop" if ended else "length"
+
     def show(self, ids: Sequence[int], index: int) -> str:
         """Prints an answer as it comes; returns it. `index`: number of the prompt, for the seed."""
         answer = ""
-        for _, text, stream in self.stream([ids], index):
+        for _, text, stream in self.stream([ids], [index]):
             print(text, end="", flush=True)
             answer = stream.text
         print()
@@ -129,15 +141,13 @@ class Answers:
         try:
             for first in range(0, len(ids), batch_size):
                 part = ids[first : first + batch_size]
-                streams = {row: stream for row, _, stream in self.stream(part, first)}
-                for row, stream in sorted(streams.items()):
-                    ended = stream.stopped or stream.ids[-1] in self.encoder.stop_ids
+                for row, stream in enumerate(self.whole(part, range(first, first + len(part)))):
                     result = {
                         "index": first + row,
                         **prompts[first + row],
                         "text": stream.text,
                         "tokens": len(stream.ids),
-                        "finish_reason": "stop" if ended else "length",
+                        "finish_reason": self.finish_reason(stream),
                     }
                     print(json.dumps(result, ensure_ascii=False), file=out, flush=True)
         finally:
