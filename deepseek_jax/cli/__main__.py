@@ -24,6 +24,7 @@ COMMANDS = {
     "launch": ("start the processes of a run", "deepseek_jax.launch"),
     "hf": ("Hugging Face checkpoints in and out", "deepseek_jax.hf"),
     "data": ("prepare and show training data", "deepseek_jax.data"),
+    "compress": ("prune, merge and narrow experts, drop layers", "deepseek_jax.compress"),
     "esft": ("find the experts that a task uses", "deepseek_jax.esft"),
     "checkpoint": ("list, verify, convert checkpoints", "deepseek_jax.checkpoint"),
 }

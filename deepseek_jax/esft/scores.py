@@ -95,7 +95,9 @@ def chosen(scores_E: np.ndarray, top_p: float) -> tuple[int, ...]:
     return tuple(int(e) for e in order[:count])
 
 
-def packed(config: Config, tokenizer: Tokenizer, tokens: int, batch: int) -> Iterator[Rows]:
+def packed(
+    config: Config, tokenizer: Tokenizer, tokens: int, batch: int, option: str = "--data"
+) -> Iterator[Rows]:
     """Batches of packed sequences of a task's data, drawn at random from all of them, as many as have so many
     tokens.
 
@@ -103,12 +105,17 @@ def packed(config: Config, tokenizer: Tokenizer, tokens: int, batch: int) -> Ite
       config: as `data_config`.
       tokens: at least; 0: all there are.
       batch: sequences of a batch; padding fills the last.
+      option: what messages call the data.
 
     Raises:
       UserError: the data cannot be read, or are none.
     """
     length = config.train.sequence_length
-    rows = _examples(config, tokenizer) if config.objective == "sft" else _texts(config, tokenizer)
+    rows = (
+        _examples(config, tokenizer)
+        if config.objective == "sft"
+        else _texts(config, tokenizer, option)
+    )
     wanted = fields.TEXT if config.model.num_nextn_predict_layers else fields.INPUTS
     names = [name for name in wanted if name != "targets"]
     count = math.ceil(tokens / length) if tokens else None
@@ -118,14 +125,14 @@ def packed(config: Config, tokenizer: Tokenizer, tokens: int, batch: int) -> Ite
         yield {name: np.stack([row[name] for row in here]) for name in names}
 
 
-def _texts(config: Config, tokenizer: Tokenizer) -> Iterator[Rows]:
+def _texts(config: Config, tokenizer: Tokenizer, option: str) -> Iterator[Rows]:
     """The sequences of texts or token files in a random order, to the last token."""
     corpora = open_corpora(config, tokenizer, True, DataNotes())
     length = config.train.sequence_length
     rows = [PackedRows(split(c, 0.0)[0], length, config.seed, True, pad_last=True) for c in corpora]
     places = [(i, j) for i, of in enumerate(rows) for j in range(len(of))]
     if not places:
-        raise UserError(f"--data={config.data.path} has no text. Name a file that has.")
+        raise UserError(f"{option}={config.data.path} has no text. Name a file that has.")
     for n in np.random.default_rng(config.seed).permutation(len(places)):
         source, row = places[n]
         yield rows[source].row(row)
@@ -138,31 +145,36 @@ def _examples(config: Config, tokenizer: Tokenizer) -> Iterator[Rows]:
         yield {name: a[0] for name, a in loader.train_rows(i, 1).items()}
 
 
-def objective_of(path: str) -> str:
+def objective_of(path: str, option: str = "--data") -> str:
     """What a task's data are for, by their first row: `pretrain` for texts and token files, `sft` for
     examples.
 
     Raises:
       UserError: there are no such files, or a row has no format that is known.
     """
-    spec = split_paths(path, "--data")[0]
-    file = find_files(spec, "--data")[0]
+    spec = split_paths(path, option)[0]
+    file = find_files(spec, option)[0]
     if file.kind not in ("lines", "json", "parquet", "arrow"):
         return "pretrain"
-    for record in read_records(file, spec, "--data"):
+    for record in read_records(file, spec, option):
         return "pretrain" if find_format(record.row, record.place) == "text" else "sft"
-    raise UserError(f"--data={path}: {file.path} has no rows. Name a file that has.")
+    raise UserError(f"{option}={path}: {file.path} has no rows. Name a file that has.")
 
 
 def data_config(
-    model: LoadedModel, path: str, tokenizer: str, length: int, seed: int = 0
+    model: LoadedModel,
+    path: str,
+    tokenizer: str,
+    length: int,
+    seed: int = 0,
+    option: str = "--data",
 ) -> Config:
-    """Options to read a task's data with."""
+    """Options to read a task's data with; `option` is what messages call them."""
     config = model.full_config
     everything = SftConfig(assistant_only_loss="false", completion_only_loss="false")
     return dataclasses.replace(
         config,
-        objective=objective_of(path),
+        objective=objective_of(path, option),
         seed=seed,
         data=DataConfig(path=path, tokenizer=tokenizer, eval_fraction=0.0),
         sft=everything,  # whose tokens count does not depend on what is trained

@@ -48,6 +48,8 @@ class Export:
       file_bytes: of one file, at most.
       source: a checkpoint with the same numbers: what it holds under the same name and dtype is copied, and
         its arrays are not asked for.
+      finish: called with the folder when all tensors are written and before it gets its name, by one process:
+        it may look at them, and write further files.
     """
 
     model: ModelConfig
@@ -59,6 +61,7 @@ class Export:
     dtype: str | None = None
     file_bytes: int = FILE_BYTES
     source: HfTensors | None = None
+    finish: Callable[[str], None] | None = None
 
     def specs(self) -> dict[str, TensorSpec]:
         """Of all tensors, layer by layer."""
@@ -105,6 +108,8 @@ def export(target: str, what: Export) -> None:
                 flusher.flush(write_leaf(temporary, leaf, what.get(leaf), places, what.model))
         _wait("written")
         if chief:
+            if what.finish is not None:
+                what.finish(temporary)
             _finish(temporary, target, {place.file for place in places.values()})
         _wait("renamed")
     except OSError as e:

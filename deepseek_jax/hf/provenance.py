@@ -27,6 +27,7 @@ NOTES = "source.json"
 FILES = (
     "config.json",
     "generation_config.json",
+    "compression.json",  # hf/compression_map.py: it stays true of what is trained from a compressed model
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
