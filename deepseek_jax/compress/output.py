@@ -22,7 +22,7 @@ class Compressed:
 
     Attributes:
       model: its options.
-      parts: an array of it in parts, each made when it is asked for (source.copied; hf/exporter.py).
+      parts: an array of it in parts, each made when it is asked for (parts.py).
       map: its layers and experts, of the first source: `source.document.map` after the operation.
       operation: what compression.json says of the operation: `kind` and more, of JSON's types.
       family: that it is saved as; "": the source's.

@@ -8,7 +8,7 @@ whatever their files are called. No device holds them, and of the whole model no
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -30,7 +30,6 @@ from deepseek_jax.hf import (
 from deepseek_jax.hf.compression_map import Document
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.provenance import SourceNotes, notes_of
-from deepseek_jax.hf.reader import Part
 from deepseek_jax.hf.tensors import FP8, HfTensors, read_config
 from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.inference.loaded import config_for
@@ -38,7 +37,6 @@ from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.tensorfile import regions
 from deepseek_jax.train import workdir as workdirs
 
-BYTES = 1 << 28  # of a part, about
 FLOAT32 = np.dtype(np.float32)
 
 Read = Callable[[Leaf, regions.Index], np.ndarray]
@@ -169,38 +167,6 @@ def leaves_of(model: ModelConfig, family: str) -> list[Leaf]:
     with jax.set_mesh(mesh):
         _, params, bias = abstract_model(run)
     return [leaf for state in (params, bias) for leaf in names.leaves(state, family, model)]
-
-
-def groups(count: int, nbytes: int) -> Iterator[slice]:
-    """Neighbouring experts that are read together.
-
-    Args:
-      count: of experts.
-      nbytes: of one.
-    """
-    step = max(1, BYTES // max(1, nbytes))
-    for begin in range(0, count, step):
-        yield slice(begin, min(begin + step, count))
-
-
-def copied(source: Source, model: ModelConfig, leaf: Leaf, layers: Sequence[int]) -> Iterator[Part]:
-    """An array of a new model as the source has it, a layer at a time.
-
-    Args:
-      source: it has the array in the same shape, but for the axis of layers.
-      model: the options of the new model.
-      leaf: of the new model.
-      layers: the source's layer of each layer of the new one, multi-token prediction included.
-    """
-    here, rest = layers_of(model, leaf)
-    if not here:
-        yield source.part(leaf.path, regions.whole(leaf.shape)), regions.whole(leaf.shape)
-    elif not leaf.stacked:
-        yield source.layer(layers[here[0]], rest), regions.whole(leaf.shape)
-    else:
-        for i, number in enumerate(here):
-            index = (slice(i, i + 1), *regions.whole(leaf.shape[1:]))
-            yield source.layer(layers[number], rest)[None], index
 
 
 def open_source(folder: str, step: int | None = None) -> Source:
