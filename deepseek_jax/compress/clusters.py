@@ -33,7 +33,7 @@ def average_linkage(features_EF: np.ndarray, order_E: np.ndarray, count: int) ->
         joined = hierarchy.linkage(distance.pdist(features_EF.astype(np.float64)), "average")
         for i, (a, b, _, _) in enumerate(joined[: experts - count]):
             parts[experts + i] = parts.pop(int(a)) + parts.pop(int(b))
-    return _named(parts.values(), order_E)
+    return _named(list(parts.values()), order_E)
 
 
 def nearest(similarity_EE: np.ndarray, order_E: np.ndarray, count: int) -> list[Cluster]:

@@ -1,5 +1,5 @@
-"""Where the fit of a shared core begins, in closed form: the mean of the experts, and for each expert the best
-wrappers around it, one side after the other.
+"""Where the fit of a shared core begins, in closed form: the mean of the experts, and for each expert the
+best wrappers around it, one side after the other.
 
 With the outer side fixed, a wrapper is a reduced-rank regression: of all P Q^T of rank R the one that
 minimises |T - M P Q^T| is known (Eckart and Young, after T is projected onto what M can reach). Each side is
@@ -116,7 +116,7 @@ def _balanced(p_BR: jax.Array, q_CR: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def alive(u_WR: jax.Array, v_WR: jax.Array, random_WR: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Wrappers in which a column of zeros on both sides, that no gradient would ever reach, has a random V."""
+    """The same wrappers, with a random V where a column is zero on both sides: no gradient would reach it."""
     dead_R = jnp.linalg.norm(v_WR, axis=0) < 1e-12
     return jnp.where(dead_R, 0, u_WR), jnp.where(dead_R, random_WR, v_WR)
 
