@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> None:
     found = scores.read(args.scores, source) if args.scores else None
     before: Reference | None = None
     if args.text:
-        config_for(source.model, parse_mesh(args.mesh), args.dtype)
+        # Whether the mesh fits what is left, too: as many layers, whichever they are.
+        left = shallower(source.model, range(source.model.num_hidden_layers - args.drop))
+        config_for(left, parse_mesh(args.mesh), args.dtype)
         opened = calibration.open_for(args)
         text = calibration.read(opened, args)
         before = errors_of_layers.reference(opened.model, text)
@@ -108,7 +110,7 @@ def check_count(model: ModelConfig, drop: int, dense: bool) -> None:
     free = len(_candidates(model, dense))
     if not 0 <= drop < free:
         raise UserError(
-            f"--drop={drop} is not between 0 and {free - 1}: one of the {free} layers that may go has to stay. "
+            f"--drop={drop} is not between 0 and {free - 1}: of {free} layers that may go one has to stay. "
             f"Name fewer{'' if dense or not model.first_k_dense_replace else ', or give --dense'}."
         )
 

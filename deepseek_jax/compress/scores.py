@@ -106,13 +106,15 @@ class Scores:
 
     def super_experts(self) -> np.ndarray:
         """bool [L, E]: experts of huge activations, that REAP's script can keep: above the 99.5th percentile
-        of max_activation and a tenth of the largest, in the first three quarters of the layers.
+        of max_activation and a tenth of the largest, in the first three quarters of the layers, those of
+        multi-token prediction not counted.
         """
         peak_LE = self.arrays["max_activation"]
         if not peak_LE.size:
             return np.zeros(peak_LE.shape, bool)
-        early_L = np.arange(len(peak_LE)) < 0.75 * len(peak_LE)
-        high = max(np.quantile(peak_LE, 0.995), peak_LE.max() / 10)
+        main = sum(layer < len(self.influence) for layer in self.layers)
+        early_L = np.arange(len(peak_LE)) < int(0.75 * main)
+        high = max(np.quantile(peak_LE[:main], 0.995), peak_LE[:main].max() / 10)
         return (peak_LE > high) & early_L[:, None]
 
     def warning(self) -> str:
