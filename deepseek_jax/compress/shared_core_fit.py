@@ -69,7 +69,8 @@ def fit(
         begin, start = shared_core_start.guide(w_EIO, rank, key), mean
     rates = jax.tree.map(lambda a: lr * _rms(a) / RMS, begin)
     adam = optax.scale_by_adam().init(begin)
-    state = _State(begin, adam, begin, jnp.float32(start * total))
+    # Copies, since the loop is given its state's memory.
+    state = _State(begin, adam, jax.tree.map(jnp.copy, begin), jnp.float32(start * total))
     for done in range(0, steps, CHUNK):
         count = min(CHUNK, steps - done)
         state = _run(state, w_EIO, rates, jnp.asarray([done, done + count]), jnp.float32(steps))

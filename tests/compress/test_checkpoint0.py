@@ -1,5 +1,5 @@
-"""Models with a shared core in and out, against the guide's own format in torch (tests/support/checkpoint0.py):
-the same numbers read, written, trained on, multiplied out."""
+"""Models with a shared core in and out, against the guide's own format in torch
+(tests/support/checkpoint0.py): the same numbers read, written, differentiated, multiplied out."""
 
 import copy
 import json

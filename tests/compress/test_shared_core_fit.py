@@ -123,7 +123,7 @@ def run(*argv) -> None:
 
 
 def test_a_stopped_fit_goes_on(model, tmp_path, monkeypatch, capsys):
-    """Stopped after a projection; the folder is that of a fit that was not, to the bit. So is that of workers."""
+    """Stopped after a projection, the folder is that of a fit that was not, to the bit; so is workers'."""
     argv = ("shared-core", model[1], "--rank=3", "--steps=30")
     run(*argv[:2], tmp_path / "one", *argv[2:])
     fit, done = shared_core_fit.fit, []

@@ -1,5 +1,5 @@
-"""Experts around a shared core: the product, the same on every mesh, counts, what is refused. That a whole model
-computes the formula: tests/compress/test_checkpoint0.py."""
+"""Experts around a shared core: the product, the same on every mesh, counts, what is refused. That a whole
+model computes the formula: tests/compress/test_checkpoint0.py."""
 
 import dataclasses
 import math

@@ -1,5 +1,5 @@
-"""MoE_Factorize_Compress's student in plain torch, by its format alone: a Qwen3-MoE whose experts share a core
-for each projection, W = (I + U_out V_out^T) C (I + U_in V_in^T). Its state_dict has the names of that
+"""MoE_Factorize_Compress's student in plain torch, by its format alone: a Qwen3-MoE whose experts share a
+core for each projection, W = (I + U_out V_out^T) C (I + U_in V_in^T). Its state_dict has the names of that
 program's `checkpoint-0`.
 
     student = build(theirs, rank=3, seed=0)     # from a transformers model, with random factors
