@@ -91,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
         calibration.find(args.text)
     source = open_source(args.model, args.step)
     given = _given(source, args)
-    rank = given.model.shared_core_rank if given else args.rank or 64
+    rank = 64 if args.rank is None else args.rank
+    if given is not None:
+        rank = given.model.shared_core_rank
     check(source.model, rank, args)
     operation: dict[str, Any] = {"kind": "shared_core", "rank": rank, "multiplied_out": False}
     fitted = None

@@ -232,8 +232,8 @@ def test_factors_of_a_checkpoint_0_with_the_rest_of_its_model(model, tmp_path):
     [
         (["--rank=17"], "--rank=17 is not between 1 and 16"),
         (["--rank=0"], "--rank=0 is not between 1 and 16"),
-        (["--steps=-1"], "--steps=-1 is below 0"),
-        (["--lr=0"], "--lr=0.0 is not above 0"),
+        (["--rank=4", "--steps=-1"], "--steps=-1 is below 0"),
+        (["--rank=4", "--lr=0"], "--lr=0.0 is not above 0"),
         (["--factors-from=."], "holds no model"),
         (["--worker=2/2"], "'2/2' is not I/N"),
     ],
