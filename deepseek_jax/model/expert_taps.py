@@ -58,15 +58,14 @@ def unit_sums(
 
     def some_units(first):
         selected_FD = (unit_F[:, None] == first + jnp.arange(d)).astype(x_TD.dtype)
-        selected_GFD = _varying(
-            jnp.broadcast_to(selected_FD, experts.down_GFD.shape), experts.down_GFD
-        )
+        selected_GFD = jnp.broadcast_to(selected_FD, experts.down_GFD.shape)
+        selected_GFD = lax.pcast(selected_GFD, TOKEN_AXES, to="varying")  # as the weights are
         weights = experts._replace(down_GFD=selected_GFD, down_lora=None)
 
         def add(sum_ED, chosen_T):
             return sum_ED.at[chosen_T].add(jnp.abs(run(chosen_T, weights)), mode="drop"), None
 
-        start_ED = _varying(jnp.zeros((count, d), jnp.float32), chosen_TK)
+        start_ED = lax.pcast(jnp.zeros((count, d), jnp.float32), TOKEN_AXES, to="varying")
         return lax.psum(lax.scan(add, start_ED, chosen_TK.T)[0], TOKEN_AXES)
 
     passes = [some_units(first) for first in range(0, whole, d)]
@@ -109,9 +108,3 @@ def _runner(moe: MoeConfig, x_TD: jax.Array) -> Callable[[jax.Array, ExpertWeigh
         return lax.psum(y_TD, "tensor").astype(jnp.float32)
 
     return run
-
-
-def _varying(a: jax.Array, like: jax.Array) -> jax.Array:
-    """The same on every device, but of the type of what differs from device to device."""
-    axes = jax.typeof(like).vma - jax.typeof(a).vma
-    return lax.pcast(a, tuple(sorted(axes)), to="varying") if axes else a

@@ -41,7 +41,6 @@ SIGMOID = dataclasses.replace(
 SOFTMAX = dataclasses.replace(
     SIGMOID, scoring_func="softmax", topk_method="greedy", routed_scaling_factor=1.0
 )
-FAMILIES = {"deepseek_v3": (GROUPED, SIGMOID), "deepseek_v2": (SOFTMAX,)}
 WORDS = "the quick brown fox jumps over a lazy dog and then some more of it ".split()
 
 
@@ -49,7 +48,9 @@ def family_of(model: ModelConfig) -> str:
     return "deepseek_v2" if model.scoring_func == "softmax" else "deepseek_v3"
 
 
-def folder(path, model: ModelConfig, seed: int = 0, weights=None, dtype="float32") -> str:
+def folder(
+    path, model: ModelConfig, seed: int = 0, weights=None, dtype="float32", family=""
+) -> str:
     """A checkpoint of a model with random weights, or these, and a tokenizer of bytes."""
     os.makedirs(path)
     weights = conversion.random_weights(model, seed) if weights is None else weights
@@ -62,7 +63,7 @@ def folder(path, model: ModelConfig, seed: int = 0, weights=None, dtype="float32
         os.path.join(path, "model.safetensors"),
         {"format": "pt"},
     )
-    config = configuration.from_model(model, family_of(model))
+    config = configuration.from_model(model, family or family_of(model))
     files = {
         "config.json": json.dumps(config),
         "tokenizer.json": byte_tokenizer().to_str(),
