@@ -91,7 +91,8 @@ def output_sums(
         chosen_T = jnp.where(valid_T, (place_T + turn) % count, count)
         return sum_ED.at[chosen_T].add(run(chosen_T, experts), mode="drop"), None
 
-    start_ED = _varying(jnp.zeros((count, x_TD.shape[1]), jnp.float32), valid_T)
+    start_ED = jnp.zeros((count, x_TD.shape[1]), jnp.float32)
+    start_ED = lax.pcast(start_ED, TOKEN_AXES, to="varying")
     turns = jnp.arange(count, dtype=jnp.int32)
     return lax.psum(lax.scan(add, start_ED, turns)[0], TOKEN_AXES)
 

@@ -96,6 +96,7 @@ def duplicated(model, folder):
     return compression.folder(folder, model, weights=out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["hc-smoe", "ream", "m-smoe"])
 def test_copies_merge_without_loss(method, tmp_path):
     """The sigmoid router scores each expert alone: what no token chooses can go."""
@@ -127,11 +128,12 @@ def test_copies_merge_without_loss(method, tmp_path):
 @pytest.mark.parametrize(
     "model, argv",
     [
-        (compression.GROUPED, ["--method=hc-smoe"]),
-        pytest.param(compression.SOFTMAX, ["--method=ream", "--align"], marks=pytest.mark.slow),
+        (dataclasses.replace(compression.GROUPED, n_group=2, topk_group=1), ["--method=hc-smoe"]),
+        (compression.SOFTMAX, ["--method=ream", "--align"]),
     ],
     ids=["hc-smoe", "ream"],
 )
+@pytest.mark.slow
 def test_merged_weights_are_the_averages(model, argv, tmp_path):
     """By the written clusters and a NumPy count of choices; transformers gives our logits."""
     folder = compression.folder(tmp_path / "model", model)
@@ -171,6 +173,7 @@ def test_merged_weights_are_the_averages(model, argv, tmp_path):
     conversion.assert_close(ours(IDS), logits, 1e-4, "logits")
 
 
+@pytest.mark.slow
 def test_mean_outputs_are_those_of_every_expert_on_every_token(tmp_path):
     """Against transformers' input of the layer and a loop over experts in float64, on one device and on a
     mesh; padding counts for nothing."""

@@ -78,8 +78,15 @@ def plain_adam(weights: np.ndarray, rank: int, steps: int, lr: float) -> float:
     return float(loss().detach() / (w**2).sum())
 
 
-@pytest.mark.parametrize("kind", ["unlike", "bent"])
-@pytest.mark.parametrize("inputs, outputs", [(24, 16), (16, 24)])
+@pytest.mark.parametrize(
+    "kind, inputs, outputs",
+    [
+        ("bent", 24, 16),
+        pytest.param("unlike", 24, 16, marks=pytest.mark.slow),
+        pytest.param("bent", 16, 24, marks=pytest.mark.slow),
+        pytest.param("unlike", 16, 24, marks=pytest.mark.slow),
+    ],
+)
 def test_the_fit_is_at_least_as_good_as_plain_adam(kind, inputs, outputs):
     """After as many steps, and with none it is no worse than the mean, where that begins."""
     weights = experts(kind, inputs=inputs, outputs=outputs)
@@ -94,6 +101,7 @@ def test_the_fit_is_at_least_as_good_as_plain_adam(kind, inputs, outputs):
     assert losses.start < 0.8 * losses.mean
 
 
+@pytest.mark.slow
 def test_the_start_is_the_best_wrapper_of_one_side():
     """Where a core of full rank lets one side reach everything: the singular values say what is left."""
     weights = experts("unlike", inputs=24, outputs=16)
@@ -104,6 +112,7 @@ def test_the_start_is_the_best_wrapper_of_one_side():
     assert left == pytest.approx(np.linalg.norm(singular[5:]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_experts_that_are_one_lose_nothing_and_can_learn():
     weights = np.repeat(experts("unlike", count=1), 4, axis=0)
     factors, losses = shared_core_fit.fit(weights, 2, 10, 1e-3)
@@ -122,6 +131,7 @@ def run(*argv) -> None:
     assert compress.main([str(a) for a in argv]) == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_fit_goes_on(model, tmp_path, monkeypatch, capsys):
     """Stopped after a projection, the folder is that of a fit that was not, to the bit; so is workers'."""
     argv = ("shared-core", model[1], "--rank=3", "--steps=30")
@@ -158,6 +168,7 @@ def test_a_stopped_fit_goes_on(model, tmp_path, monkeypatch, capsys):
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".fit")]
 
 
+@pytest.mark.slow
 def test_what_is_written(model, tmp_path, capsys):
     """Factors in the guide's names, other tensors as they were; losses that the file itself has; the same
     model multiplied out."""
@@ -201,6 +212,7 @@ def test_what_is_written(model, tmp_path, capsys):
     assert operation["kept"] == pytest.approx(kept) and f"{kept:.1%}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_factors_of_a_checkpoint_0_with_the_rest_of_its_model(model, tmp_path):
     """The guide's program saves experts alone: all other weights of its checkpoint-0 are random."""
     (tmp_path / "checkpoint-0").mkdir()

@@ -19,7 +19,12 @@ from deepseek_jax.parallel.mesh import make_mesh
 from tests.support import conversion, invariance
 
 RANK = 4
-MODEL = conversion.smaller(invariance.MODEL, num_hidden_layers=3, shared_core_rank=RANK)
+# A dense layer, two with experts, and for counts one of multi-token prediction.
+MODEL = conversion.smaller(
+    invariance.MODEL, num_hidden_layers=3, num_nextn_predict_layers=0, shared_core_rank=RANK
+)
+WITH_MTP = dataclasses.replace(MODEL, num_nextn_predict_layers=1)
+STEPS = 2
 
 
 def random_factors(inputs, outputs, experts=3, rank=2):
@@ -28,7 +33,7 @@ def random_factors(inputs, outputs, experts=3, rank=2):
     return [rng.standard_normal(shape) for shape in shapes]
 
 
-@pytest.mark.parametrize("inputs, outputs", [(6, 5), (5, 6)])
+@pytest.mark.parametrize("inputs, outputs", [(6, 5), pytest.param(5, 6, marks=pytest.mark.slow)])
 def test_product_and_gradient_are_those_of_the_formula(inputs, outputs):
     """float32 against float64, to rounding."""
     factors = random_factors(inputs, outputs)
@@ -65,37 +70,35 @@ def variant(**options) -> Config:
     return dataclasses.replace(invariance.variant(**options), model=MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         dict(fsdp=4, expert=2),
-        pytest.param(dict(fsdp=2, expert=2, tensor=2, dispatch="ring"), marks=pytest.mark.slow),
-        pytest.param(
-            dict(data=2, expert=4, strategy="shard_grad_op", dispatch="all_gather"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(dict(stage=2, fsdp=2, expert=2), marks=pytest.mark.slow),
-        pytest.param(dict(fsdp=2, tensor=2, remat="none", accumulation=2), marks=pytest.mark.slow),
-        pytest.param(
-            dict(data=4, fsdp=2, strategy="hybrid_shard", remat="dots"), marks=pytest.mark.slow
-        ),
+        dict(fsdp=2, expert=2, tensor=2, dispatch="ring"),
+        dict(data=2, expert=4, strategy="shard_grad_op", dispatch="all_gather"),
+        dict(stage=2, fsdp=2, expert=2),
+        dict(fsdp=2, tensor=2, remat="none", accumulation=2),
+        dict(data=4, fsdp=2, strategy="hybrid_shard", remat="dots"),
     ],
     ids=str,
 )
 def test_the_mesh_does_not_change_the_numbers(options):
-    """Five steps: losses, gradients of the first, experts chosen."""
-    one = invariance.one_device(MODEL)
+    """Losses, gradients of the first step, experts chosen."""
+    one = invariance.one_device(MODEL, STEPS)
     assert any(np.any(g) for name, g in one.gradients if name.endswith("input_wrapper/U"))
     assert any(np.any(g) for name, g in one.gradients if name.endswith("output_wrapper/V"))
-    loss, gradient, name, counts = invariance.differences(invariance.train(variant(**options)), one)
+    loss, gradient, name, counts = invariance.differences(
+        invariance.train(variant(**options), STEPS), one
+    )
     assert loss < 1e-5 and gradient < 1e-5 and counts, (loss, gradient, name)
 
 
 def test_counts():
     """By hand: core and factors among the parameters; FLOPs of experts as if each had its own weights."""
-    config = variant()
-    shared = count(MODEL, abstract_model(config)[1], 32)
-    plain_model = dataclasses.replace(MODEL, shared_core_rank=0)
+    config = dataclasses.replace(variant(), model=WITH_MTP)
+    shared = count(WITH_MTP, abstract_model(config)[1], 32)
+    plain_model = dataclasses.replace(WITH_MTP, shared_core_rank=0)
     plain = count(
         plain_model, abstract_model(dataclasses.replace(config, model=plain_model))[1], 32
     )
