@@ -207,6 +207,13 @@ def test_mean_outputs_are_those_of_every_expert_on_every_token(tmp_path):
         conversion.assert_close(found[0], np.stack(wanted), 1e-5, str(mesh))
 
 
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    """(a model's folder, text)."""
+    folder = tmp_path_factory.mktemp("grouped")
+    return compression.folder(folder / "model", compression.GROUPED), compression.text(folder / "t")
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
@@ -217,9 +224,8 @@ def test_mean_outputs_are_those_of_every_expert_on_every_token(tmp_path):
         (["--experts=4", "--text=gone"], "gone"),
     ],
 )
-def test_bad_options_are_refused(argv, said, tmp_path):
-    folder = compression.folder(tmp_path / "model", compression.GROUPED)
-    text = compression.text(tmp_path / "text.txt")
+def test_bad_options_are_refused(argv, said, grouped, tmp_path):
+    folder, text = grouped
     argv = [a.replace("TEXT", text) for a in argv]
     with pytest.raises(UserError, match=said):
         compression.run("merge", folder, tmp_path / "out", *argv)

@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 from deepseek_jax.config.options import Config, LoraConfig, MeshConfig
@@ -48,22 +49,24 @@ def test_product_and_gradient_are_those_of_the_formula(inputs, outputs):
             for e in range(3)
         ]
     )
-    given = [a.astype(np.float32) for a in factors]
-    conversion.assert_close(shared_core.product(*given), wanted, 1e-6)
     weight = np.random.default_rng(1).standard_normal(wanted.shape)
 
-    def naive(core, u_in, v_in, u_out, v_out):
-        eye = jax.numpy.eye
-        out = eye(outputs) + jax.numpy.einsum("eor,epr->eop", u_out, v_out)
-        first = eye(inputs) + jax.numpy.einsum("eir,ejr->eij", u_in, v_in)
-        w = jax.numpy.einsum("eop,jp,eji->eio", out, core, first)
-        return (w * weight).sum()
+    @conversion.jit
+    def run(*given):
+        def weighted(*given):
+            out = shared_core.product(*given)
+            return (out * weight).sum(), out
 
-    found = jax.grad(lambda *a: (shared_core.product(*a) * weight).sum(), range(5))(*given)
-    with jax.enable_x64(True):
-        exact = jax.grad(naive, range(5))(*factors)
+        return jax.grad(weighted, range(5), has_aux=True)(*given)
+
+    found, made = run(*(a.astype(np.float32) for a in factors))
+    conversion.assert_close(made, wanted, 1e-6)
+    core, u_in, v_in, u_out, v_out = exact = [torch.tensor(a).requires_grad_() for a in factors]
+    first = torch.eye(inputs).double() + u_in @ v_in.mT
+    last = torch.eye(outputs).double() + u_out @ v_out.mT
+    ((last @ core.T @ first).mT * torch.tensor(weight)).sum().backward()
     for a, b in zip(found, exact, strict=True):
-        conversion.assert_close(a, np.asarray(b), 1e-5)
+        conversion.assert_close(a, b.grad.numpy(), 1e-5)
 
 
 def variant(**options) -> Config:
