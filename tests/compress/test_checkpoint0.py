@@ -157,3 +157,14 @@ def test_wrong_files_are_refused(student, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(without))
     with pytest.raises(UserError, match="are missing"):
         hf.load(str(tmp_path))
+
+
+def test_random_weights_around_the_experts_are_not_taken_for_a_model(student, tmp_path):
+    """The guide's program saves a fresh model with its experts filled in."""
+    config = (student[1] / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    tensors = safetensors.torch.load_file(student[1] / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones_like(tensors["model.norm.weight"])
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="of a fresh model.*shared-core MODEL OUT --factors-from="):
+        hf.load(str(tmp_path))
