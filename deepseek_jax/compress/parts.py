@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.compress.source import Source, layers_of
+from deepseek_jax.compress.source import Source, copied, layers_of
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.reader import Part
@@ -43,18 +43,12 @@ class Plan(NamedTuple):
     def parts(self, leaf: Leaf) -> Iterator[Part]:
         """An array of the new model, in parts, for Compressed.parts."""
         here, rest = layers_of(self.model, leaf)
-        if not here:
-            yield self.source.part(leaf.path, regions.whole(leaf.shape)), regions.whole(leaf.shape)
+        if not here or rest not in self.made:
+            yield from copied(self.source, self.model, leaf, self.layers)
+            return
         for i, layer in enumerate(here):
-            for array, index in self.made.get(rest, self._copied(rest))(layer):
+            for array, index in self.made[rest](layer):
                 yield (array[None], (slice(i, i + 1), *index)) if leaf.stacked else (array, index)
-
-    def _copied(self, rest: str) -> Make:
-        def make(layer: int) -> Iterator[Part]:
-            array = self.source.layer(self.layers[layer], rest)
-            yield array, regions.whole(array.shape)
-
-        return make
 
 
 def all_layers(model: ModelConfig) -> range:

@@ -8,7 +8,7 @@ whatever their files are called. No device holds them, and of the whole model no
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ from deepseek_jax.hf import (
 from deepseek_jax.hf.compression_map import Document
 from deepseek_jax.hf.names import Leaf
 from deepseek_jax.hf.provenance import SourceNotes, notes_of
+from deepseek_jax.hf.reader import Part
 from deepseek_jax.hf.tensors import FP8, HfTensors, read_config
 from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.inference.loaded import config_for
@@ -181,6 +182,26 @@ def leaves_of(model: ModelConfig, family: str) -> list[Leaf]:
     with jax.set_mesh(mesh):
         _, params, bias = abstract_model(run)
     return [leaf for state in (params, bias) for leaf in names.leaves(state, family, model)]
+
+
+def copied(source: Source, model: ModelConfig, leaf: Leaf, layers: Sequence[int]) -> Iterator[Part]:
+    """An array of a new model as the source has it, a layer at a time.
+
+    Args:
+      source: it has the array in the same shape, but for the axis of layers.
+      model: the options of the new model.
+      leaf: of the new model.
+      layers: the source's layer of each layer of the new one, multi-token prediction included.
+    """
+    here, rest = layers_of(model, leaf)
+    if not here:
+        yield source.part(leaf.path, regions.whole(leaf.shape)), regions.whole(leaf.shape)
+    elif not leaf.stacked:
+        yield source.layer(layers[here[0]], rest), regions.whole(leaf.shape)
+    else:
+        for i, number in enumerate(here):
+            index = (slice(i, i + 1), *regions.whole(leaf.shape[1:]))
+            yield source.layer(layers[number], rest)[None], index
 
 
 def open_source(folder: str, step: int | None = None, factors: bool = False) -> Source:

@@ -1,6 +1,7 @@
 """compress prune, layers and width: what is written, what stays bit for bit, and what is refused."""
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -8,21 +9,29 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from deepseek_jax import hf
-from deepseek_jax.compress import prune, scores
+from deepseek_jax.compress import calibration, prune, scores
 from deepseek_jax.compress.scores import SUMS, Scores
 from deepseek_jax.compress.source import open_source
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import compression_map
+from deepseek_jax.hf import __main__ as commands
+from deepseek_jax.hf import compression_map, exporter
 from deepseek_jax.hf.reader import open_source as open_checkpoint
-from tests.support import compression, conversion
+from deepseek_jax.run import importer
+from tests.support import chat_folders, compression, conversion, runs
 from tests.support import reference as ref
 from tests.support.compression import GROUPED, SIGMOID, SOFTMAX
 
 QUICK = ("--sequence-length=24", "--batch-size=3", "--dtype=float32")
+
+
+@pytest.fixture(scope="module")
+def sigmoid(tmp_path_factory):
+    return compression.folder(tmp_path_factory.mktemp("sigmoid") / "model", SIGMOID)
 
 
 def config_of(folder) -> dict:
@@ -56,7 +65,7 @@ def check_kept(before, after, mapped, model):
                 np.testing.assert_array_equal(after[name], before[name][kept])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_keeping_all_experts_is_bit_identical(tmp_path, dtype):
     folder = compression.folder(tmp_path / "model", GROUPED, dtype=dtype)
     out = tmp_path / "out"
@@ -73,6 +82,7 @@ def test_keeping_all_experts_is_bit_identical(tmp_path, dtype):
         assert (tmp_path / "out" / name).exists()
 
 
+@pytest.mark.slow
 def test_experts_are_pruned_by_reap(tmp_path, capsys):
     """Of every group the best, in ascending order; multi-token prediction by scores of its own."""
     folder = compression.folder(tmp_path / "model", GROUPED)
@@ -120,6 +130,7 @@ def test_experts_are_pruned_by_reap(tmp_path, capsys):
     hf.load(str(again))([[1, 2, 3]])
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_reference(tmp_path):
     """Hidden states of both models in NumPy, over the same tokens."""
     weights = conversion.random_weights(SIGMOID, 5)
@@ -129,8 +140,6 @@ def test_errors_are_those_of_the_reference(tmp_path):
     args = compression.args_of(
         "prune", folder, "x", "--experts=4", f"--text={text}", *QUICK, "--tokens=0"
     )
-    from deepseek_jax.compress import calibration
-
     opened = calibration.open_for(args)
     batch = calibration.read(opened, args).batches[0]
     after, model = compression.tensors(out), open_checkpoint(str(out))[1]
@@ -153,6 +162,7 @@ def test_errors_are_those_of_the_reference(tmp_path):
     np.testing.assert_allclose(operation_of(out)["layer_errors"], errors, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_softmax_router_can_be_scaled(tmp_path, capsys):
     """Without renormalisation weights of kept experts rise by what the others had, on average."""
     folder = compression.folder(tmp_path / "model", SOFTMAX)
@@ -175,6 +185,7 @@ def test_a_softmax_router_can_be_scaled(tmp_path, capsys):
         compression.run("prune", other, tmp_path / "x", *args, "--scale")
 
 
+@pytest.mark.slow
 def test_layers_of_least_influence_are_dropped(tmp_path, capsys):
     folder = compression.folder(tmp_path / "model", GROUPED)
     text, out = compression.text(tmp_path / "text.jsonl"), tmp_path / "out"
@@ -208,6 +219,7 @@ def test_layers_of_least_influence_are_dropped(tmp_path, capsys):
     assert config["num_hidden_layers"] == 1 and config["first_k_dense_replace"] == 0
 
 
+@pytest.mark.slow
 def test_experts_are_made_narrower(tmp_path):
     folder = compression.folder(tmp_path / "model", GROUPED)
     text, out = compression.text(tmp_path / "text.jsonl"), tmp_path / "out"
@@ -249,12 +261,11 @@ def test_experts_are_made_narrower(tmp_path):
         (["--experts=4", "--method=best"], "invalid choice"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(tmp_path, args, said):
-    folder = compression.folder(tmp_path / "model", SIGMOID)
+def test_what_cannot_be_is_refused_in_one_line(tmp_path, sigmoid, args, said):
     with pytest.raises(UserError) as error:
-        compression.run("prune", folder, tmp_path / "out", *args)
+        compression.run("prune", sigmoid, tmp_path / "out", *args)
     assert said in str(error.value) and "\n" not in str(error.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
@@ -300,6 +311,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_no_output(tmp_path):
     folder, out = compression.folder(tmp_path / "model", SIGMOID), tmp_path / "out"
     args = ["prune", folder, str(out), "--experts=4", "--method=random"]
@@ -308,3 +320,65 @@ def test_a_kill_in_the_middle_leaves_no_output(tmp_path):
     assert not out.exists()
     compression.run(*args)
     assert out.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.slow
+def test_runs_are_compressed_like_their_exports(tmp_path):
+    """Of train.py and of import: the same tensors as from the checkpoint that export writes of them."""
+    workdir, text = str(tmp_path / "run"), compression.text(tmp_path / "text.jsonl", 400)
+    done = runs.run(runs.command(workdir, text, "--config.train.steps=2"))
+    assert done.returncode == 0, done.stderr
+    commands.export(workdir, str(tmp_path / "exported"))
+    importer.import_(str(tmp_path / "exported"), str(tmp_path / "imported"))
+    found = []
+    for name in ("run", "exported", "imported"):
+        out = tmp_path / f"{name}-out"
+        compression.run("prune", tmp_path / name, out, "--experts=4", "--method=router_norm")
+        found.append((compression.tensors(out), compression_map.read_document(str(out))))
+    for weights, document in found[1:]:
+        assert document == found[0][1]
+        assert weights.keys() == found[0][0].keys()
+        for name, a in weights.items():
+            np.testing.assert_array_equal(a, found[0][0][name], err_msg=name)
+    # What is trained from a compressed model keeps the map: import and export carry it on.
+    importer.import_(str(tmp_path / "run-out"), str(tmp_path / "next"))
+    compression.run("prune", tmp_path / "next", tmp_path / "last", "--experts=4", "--method=random")
+    assert len(compression_map.read_document(str(tmp_path / "last")).operations) == 2
+
+
+@pytest.mark.slow
+def test_one_model_at_a_time_is_in_memory(tmp_path, monkeypatch):
+    """When weights are written the model that was scored is gone from the devices."""
+    folder = compression.folder(tmp_path / "model", SIGMOID)
+    text, held = compression.text(tmp_path / "text.jsonl", 3), []
+    export = exporter.export
+
+    def watched(*args):
+        gc.collect()
+        held.append(sum(a.nbytes for a in jax.live_arrays()))
+        return export(*args)
+
+    monkeypatch.setattr(exporter, "export", watched)
+    gc.collect()
+    before = sum(a.nbytes for a in jax.live_arrays())
+    args = ["--experts=4", f"--text={text}", *QUICK]
+    compression.run("prune", folder, tmp_path / "out", *args)
+    weights = sum(a.nbytes for a in compression.tensors(folder).values())
+    assert held[0] - before < weights / 10
+
+
+@pytest.mark.slow
+def test_chats_are_calibration_text(tmp_path, capsys):
+    """By the model's template, as fine-tuning reads them; every token counts."""
+    folder = chat_folders.model(tmp_path / "model")
+    data = chat_folders.chats(tmp_path / "chats.jsonl", 10)
+    compression.run(
+        "prune", folder, tmp_path / "out", "--experts=2", f"--text={data}", "--tokens=0"
+    )
+    chats = [json.loads(line)["messages"] for line in open(data, encoding="utf-8")]
+    parts = [m for chat in chats for m in chat]
+    read = operation_of(tmp_path / "out")["calibration"]
+    assert read["tokens"] == sum(len(m["role"]) + len(m["content"]) + 4 for m in parts)
+    assert read["files"][0]["name"] == "chats.jsonl" and len(read["files"][0]["sha256"]) == 64
+    with open(tmp_path / "out" / "tokenizer_config.json", encoding="utf-8") as f:
+        assert json.load(f)["chat_template"] == chat_folders.TEMPLATE
