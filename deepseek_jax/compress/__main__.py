@@ -2,8 +2,11 @@
 
   python -m deepseek_jax.compress score MODEL OUT.safetensors --text=FILE --tokens=1M
   python -m deepseek_jax.compress prune MODEL OUT --method=reap --experts=32 --text=FILE
+  python -m deepseek_jax.compress merge MODEL OUT --method=hc-smoe --experts=32 --text=FILE
   python -m deepseek_jax.compress layers MODEL OUT --drop=4 --text=FILE
   python -m deepseek_jax.compress width MODEL OUT --moe-intermediate=512 --text=FILE
+  python -m deepseek_jax.compress shared-core MODEL OUT --rank=64
+  python -m deepseek_jax.compress multiply-out MODEL OUT
   python -m deepseek_jax.compress upcycle MODEL OUT --experts=8 --experts-per-token=2
 
 MODEL is a checkpoint of Hugging Face or the folder of a run. OUT is a Hugging Face folder that transformers
@@ -24,7 +27,16 @@ from types import ModuleType
 
 from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
-from deepseek_jax.compress import layers, prune, score, upcycle, width
+from deepseek_jax.compress import (
+    layers,
+    merge,
+    multiply_out,
+    prune,
+    score,
+    shared_core,
+    upcycle,
+    width,
+)
 from deepseek_jax.config.options import CompileConfig
 from deepseek_jax.runtime import compile_cache
 
@@ -33,8 +45,11 @@ from deepseek_jax.runtime import compile_cache
 COMMANDS: dict[str, ModuleType] = {
     "score": score,
     "prune": prune,
+    "merge": merge,
     "layers": layers,
     "width": width,
+    "shared-core": shared_core,
+    "multiply-out": multiply_out,
     "upcycle": upcycle,
 }
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
+from deepseek_jax.compress import multiplied_out
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import Config, ModelConfig
 from deepseek_jax.data import hub_cache
@@ -114,6 +115,19 @@ class Source:
             out.update(values.astype(np.float32).tobytes())
         return out.hexdigest()
 
+    def multiplied_out(self) -> "Source":
+        """The same model, whose experts have weights of their own in place of a shared core."""
+        model = dataclasses.replace(self.model, shared_core_rank=0)
+        leaves = list(self.leaves.values())
+        return Source(
+            self.folder,
+            model,
+            self.family,
+            multiplied_out.reading(self._read, self.leaves),
+            self.companions,
+            multiplied_out.stored_as(self.notes, leaves, leaves_of(model, self.family)),
+        )
+
     def _document(self) -> Document:
         files = self.companions.files_from
         before = os.path.join(files or self.folder, compression_map.FILE)
@@ -190,16 +204,25 @@ def copied(source: Source, model: ModelConfig, leaf: Leaf, layers: Sequence[int]
             yield source.layer(layers[number], rest)[None], index
 
 
-def open_source(folder: str, step: int | None = None) -> Source:
+def open_source(folder: str, step: int | None = None, factors: bool = False) -> Source:
     """Opens what holds a model, without reading its weights. What a LoRA run has trained is merged.
 
     Args:
       folder: a Hugging Face checkpoint, or a workdir of train.py or of import.
       step: checkpoint of the run; None: its newest.
+      factors: whether experts around a shared core are left so; else they are multiplied out as they are
+        read.
 
     Raises:
       UserError: there is no model, or it cannot be read.
     """
+    source = _open(folder, step)
+    if factors or not source.model.shared_core_rank:
+        return source
+    return source.multiplied_out()
+
+
+def _open(folder: str, step: int | None) -> Source:
     path = hub_cache.folder_of(folder)
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise UserError(f"{folder} holds no model: {hub_cache.no_config(path)}")

@@ -10,6 +10,7 @@ from typing import Any
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf.families import Family
 from deepseek_jax.hf.families.keys import HARMLESS, ONLY
+from deepseek_jax.hf.shared_core import KEY
 
 
 def check_keys(given: dict[str, Any], family: Family) -> None:
@@ -27,7 +28,14 @@ def check_keys(given: dict[str, Any], family: Family) -> None:
         for key, values in (ONLY | family.only).items()
         if key not in family.options and key not in family.harmless
     }
-    known = HARMLESS | set(family.options) | set(family.renamed) | set(only) | set(family.harmless)
+    known = (
+        {KEY}
+        | HARMLESS
+        | set(family.options)
+        | set(family.renamed)
+        | set(only)
+        | set(family.harmless)
+    )
     for key, value in given.items():
         if key not in known and not key.startswith("_") and not key.endswith("_token_id"):
             raise UserError(

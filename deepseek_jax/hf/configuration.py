@@ -10,7 +10,7 @@ from typing import Any
 
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import rotation
+from deepseek_jax.hf import rotation, shared_core
 from deepseek_jax.hf.config_checks import check_keys, check_quantisation, check_window
 from deepseek_jax.hf.families import ALIASES, FAMILIES, Family
 from deepseek_jax.hf.families.keys import (
@@ -53,6 +53,7 @@ def to_model(config: dict[str, Any]) -> ModelConfig:
     if family.dense:
         options["first_k_dense_replace"] = given.get("num_hidden_layers", 0)
     family.complete(given, options)
+    options["shared_core_rank"] = shared_core.rank_of(given, family)
     if missing := [k for k in (*REQUIRED, *family.options) if k not in options]:
         raise UserError(
             f"config.json: {missing[0]} is missing. Copy config.json again from where the "
@@ -129,6 +130,8 @@ def from_model(model: ModelConfig, kind: str) -> dict[str, Any]:
         if option not in family.options
     }
     out |= family.extra_keys(model)
+    if model.shared_core_rank:
+        out[shared_core.KEY] = {"rank": model.shared_core_rank}
     if family.window is not None:
         out["sliding_window"] = None
     if "head_dim" in out:
@@ -171,7 +174,7 @@ def computes(model: ModelConfig, option: str) -> bool:
         return False  # qk_head_dim tells
     if option in model.attention_shape.unread:
         return False
-    routing = (*DEEPSEEK_EXPERT_OPTIONS, "scoring_func", "topk_method")
+    routing = (*DEEPSEEK_EXPERT_OPTIONS, "scoring_func", "topk_method", "shared_core_rank")
     if option in routing and option != "first_k_dense_replace" and not model.has_experts:
         return False
     if option == "intermediate_size" and not model.first_k_dense_replace:

@@ -28,6 +28,17 @@ MTP_COPIES = {
 }
 
 
+# By the end of an array's path; all others are as their tensors.
+_KINDS = {
+    "kernel": "matrix",
+    "core": "matrix",
+    "gate_up_proj": "gate_up",
+    "down_proj": "down",
+    "U": "factor",
+    "V": "factor",
+}
+
+
 class Leaf(NamedTuple):
     """An array of the model and the tensors that it is made of."""
 
@@ -40,18 +51,17 @@ class Leaf(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """plain (as the tensor), matrix ([in, out], transposed), gate_up [E, D, 2, F] or down [E, F, D]."""
-        last = self.path.rpartition("/")[2]
-        return {"kernel": "matrix", "gate_up_proj": "gate_up", "down_proj": "down"}.get(
-            last, "plain"
-        )
+        """plain (as the tensor), matrix ([in, out], transposed), gate_up [E, D, 2, F], down [E, F, D] or
+        factor (of a shared core, [E, width, R], as the tensor of each expert).
+        """
+        return _KINDS.get(self.path.rpartition("/")[2], "plain")
 
 
 class TensorRegion(NamedTuple):
     """A part of an array that is a region of one tensor."""
 
     # Leading index of a vector or a matrix in the part of the array that was asked for; of gate_up (layer,
-    # expert, pair).
+    # expert, pair), of down and factors (layer, expert).
     at: tuple[int, ...]
     name: str
     region: regions.Index  # of the tensor
@@ -137,6 +147,9 @@ def tensor_regions(
             yield TensorRegion(at, names[0], body[::-1], shape[::-1])
         elif leaf.kind == "gate_up":
             yield from _gate_up_regions(names, at, body, shape)
+        elif leaf.kind == "factor":
+            for j, e in enumerate(range(body[0].start, body[0].stop)):
+                yield TensorRegion((*at, j), names[0].format(e=e), body[1:], shape[1:])
         else:
             yield from _down_regions(names, at, body, shape)
 
@@ -172,7 +185,7 @@ def _down_regions(
 
 def view(array: Any, leaf: Leaf, at: tuple[int, ...]) -> Any:
     """The part of an array that a TensorRegion is about, as its tensor lies: a vector or [rows, columns]."""
-    if leaf.kind == "plain":
+    if leaf.kind in ("plain", "factor"):
         return array[at]
     if leaf.kind == "gate_up":
         *lead, pair = at

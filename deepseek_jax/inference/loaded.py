@@ -18,7 +18,15 @@ from deepseek_jax.config.validation import validate
 from deepseek_jax.data import tokenizer_folder
 from deepseek_jax.data.chat import Chat, end_ids
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import configuration, exporter, names, peft, reader, tokenizer_files
+from deepseek_jax.hf import (
+    configuration,
+    exporter,
+    names,
+    peft,
+    reader,
+    shared_core,
+    tokenizer_files,
+)
 from deepseek_jax.hf.provenance import SourceNotes, notes_of
 from deepseek_jax.hf.tokenizer_files import Companions
 from deepseek_jax.model.layout import PlacedModel, place_model
@@ -243,6 +251,7 @@ def load(
         version has; dtype or mesh do not fit.
     """
     source, model, family = reader.open_source(path)
+    shared_core.check_trained(source)
     config, mesh = config_for(model, mesh, dtype)
     with jax.set_mesh(mesh):
         layout = place_model(config, mesh)

@@ -30,15 +30,18 @@ def count(config: ModelConfig, params: nnx.State, sequence_length: int) -> Count
     Args:
       config: the model's options.
       params: arrays or shapes of `model.transformer.Transformer`. Factors of LoRA are in the FLOPs only, of
-        which a weight of the base has 4.
+        which a weight of the base has 4. A token uses a shared core once among the parameters, and in the
+        FLOPs once for each of its experts, as they are multiplied out for all tokens (shared_core.py).
       sequence_length: in tokens, which attention depends on.
     """
-    total = mtp = idle = not_matmul = mtp_active = adapters = 0
+    total = mtp = idle = not_matmul = mtp_active = adapters = again = 0
     for path, variable in nnx.to_flat_state(params):
         name, size = "/".join(map(str, path)), math.prod(variable.get_value().shape)
         ahead = name.startswith("mtp/")
         unused = 0
-        if "/experts/" in name:
+        if name.endswith("_shared_core/core"):
+            again += size * (config.num_experts_per_tok - 1)
+        elif "/experts/" in name:
             unused = size - size * config.num_experts_per_tok // config.n_routed_experts
         if is_factor(path):
             adapters += size - unused
@@ -52,12 +55,13 @@ def count(config: ModelConfig, params: nnx.State, sequence_length: int) -> Count
         if (
             "norm" in name
             or "/gate/" in name
-            or name.endswith("_proj/bias")
+            or name.endswith(("_proj/bias", "_wrapper/U", "_wrapper/V"))
             or (name.startswith("embed_tokens") and not config.tie_word_embeddings)
         ):
-            not_matmul += size
+            not_matmul += size - unused
     depth = config.num_nextn_predict_layers
-    matmul = total - idle + mtp_active - not_matmul + depth * config.vocab_size * config.hidden_size
+    matmul = total - idle + mtp_active - not_matmul + again
+    matmul += depth * config.vocab_size * config.hidden_size
     width = config.qk_head_dim + config.value_head_dim
     attention = (
         (config.num_hidden_layers + depth) * config.num_attention_heads * width * sequence_length

@@ -72,6 +72,31 @@ def unit_sums(
     return jnp.concatenate(passes, axis=1)[:, :whole]
 
 
+def output_sums(
+    moe: MoeConfig, x_TD: jax.Array, valid_T: jax.Array, experts: ExpertWeights, count: int
+) -> jax.Array:
+    """float32 [E, D]: the sum of each expert's outputs over all tokens, whether they chose it or not.
+
+    In each of E passes a token goes to the expert after its last: so every pass gives every expert the same
+    number of tokens, which is one round of any dispatch.
+
+    Args:
+      moe, x_TD, experts, count: as `unit_sums`.
+      valid_T: bool, False for padding.
+    """
+    run = _runner(moe, x_TD)
+    place_T = jnp.arange(x_TD.shape[0], dtype=jnp.int32)
+
+    def add(sum_ED, turn):
+        chosen_T = jnp.where(valid_T, (place_T + turn) % count, count)
+        return sum_ED.at[chosen_T].add(run(chosen_T, experts), mode="drop"), None
+
+    start_ED = jnp.zeros((count, x_TD.shape[1]), jnp.float32)
+    start_ED = lax.pcast(start_ED, TOKEN_AXES, to="varying")
+    turns = jnp.arange(count, dtype=jnp.int32)
+    return lax.psum(lax.scan(add, start_ED, turns)[0], TOKEN_AXES)
+
+
 def _runner(moe: MoeConfig, x_TD: jax.Array) -> Callable[[jax.Array, ExpertWeights], jax.Array]:
     """A function: float32 [T, D], the output of one expert for each token, zeros for padding."""
     x_TD = lax.stop_gradient(x_TD)

@@ -23,6 +23,7 @@ from deepseek_jax.model.moe_statistics import (
     statistics_of,
 )
 from deepseek_jax.model.router import route
+from deepseek_jax.model.shared_core import SharedCoreExperts
 from deepseek_jax.model.taps import PER_TOKEN, ROUTED, Taps, tap, wanted
 from deepseek_jax.parallel.mesh import TOKENS, per_device
 from deepseek_jax.parallel.quantized import QuantizedWeight
@@ -84,6 +85,11 @@ class Experts(nnx.Module):
         w = self.gate_up_proj.get_value()
         return self.lora is None and not isinstance(w, QuantizedWeight)
 
+    @property
+    def is_unstacked(self) -> bool:
+        """Whether generation holds each expert as an array of its own."""
+        return isinstance(self.gate_up_proj.get_value(), UnstackedExperts)
+
     def stored(self) -> tuple[list[jax.Array], tuple[tuple[str, list[P]], ...]]:
         """The arrays of all weights, to be handed to `per_device`, and (name, specs) of each weight."""
         arrays, specs = [], []
@@ -124,7 +130,9 @@ class MoE(nnx.Module):
         self.config = config
         self.moe = moe
         self.gate = Gate(config, rngs)
-        self.experts = Experts(config, rngs)
+        self.experts: Experts | SharedCoreExperts = (
+            SharedCoreExperts if config.shared_core_rank else Experts
+        )(config, rngs)
         if config.n_shared_experts:
             self.shared_experts = MLP(
                 config, config.n_shared_experts * config.moe_intermediate_size, rngs
@@ -148,7 +156,7 @@ class MoE(nnx.Module):
             if self.config.topk_method == "noaux_tc"
             else jnp.zeros((self.config.n_routed_experts,))
         )
-        if isinstance(self.experts.gate_up_proj.get_value(), UnstackedExperts):
+        if self.experts.is_unstacked:
             return self._unstacked(x_BSD, valid_BS, bias_E), None
         # Expert weights enter as they are stored, and `_routed` gathers what the strategy divided:
         # the transpose of that gather is a reduce-scatter.
@@ -191,6 +199,7 @@ class MoE(nnx.Module):
             y_TD = cpu_unstacked.compute(x_TD, routing.weight_TK, chosen_TK, gate_up, down)
             return y_TD.reshape(x_BSD.shape)
 
+        assert isinstance(self.experts, Experts)
         weights = self.experts.gate_up_proj.get_value(), self.experts.down_proj.get_value()
         routed = per_device(one_device, (TOKENS, TOKENS, P(), P(), P(), P()), TOKENS)
         y_BSD = routed(
@@ -253,6 +262,11 @@ class MoE(nnx.Module):
             "expert_peaks": lambda: alone()[1],
         }
         out = {n: found[n]().reshape(b, s, -1) for n in taps if n in found}
+        if "expert_outputs" in taps:
+            valid_T = valid_BS.reshape(-1)
+            out["expert_outputs"] = expert_taps.output_sums(
+                moe, x_TD, valid_T, experts, m.n_routed_experts
+            )
         if "expert_units" in taps:
             out["expert_units"] = expert_taps.unit_sums(
                 moe, x_TD, chosen_TK, experts, m.n_routed_experts

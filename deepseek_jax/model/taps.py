@@ -22,6 +22,8 @@ model/moe.py shows how.
     expert_peaks     [B, S, K] float32: largest absolute value of that output, likewise
     expert_units     [E, F] float32: sum of |silu(gate) * up| of each expert's inner units over all tokens
                      of the batch that chose it, likewise
+    expert_outputs   [E, D] float32: sum of each expert's outputs over all tokens of the batch but padding,
+                     whether they chose it or not, without gradient, at the cost of all experts for each
     shared_units     [F] float32: the same of the shared experts, over all tokens but padding
 """
 
@@ -45,7 +47,7 @@ PER_TOKEN = (
     "expert_norms",
     "expert_peaks",
 )
-ROUTED = (*PER_TOKEN, "expert_units")
+ROUTED = (*PER_TOKEN, "expert_units", "expert_outputs")
 NAMES = ("hidden", "layer_cosines", *ROUTED, "shared_units")
 
 

@@ -199,6 +199,8 @@ def check_model(config: Config, shape: dict[str, int]) -> None:
     _check_stages(config, shape["stage"])
     _check_compression(config, shape)
     _check_divided_widths(config, shape)
+    if m.shared_core_rank:
+        _check_factors(config, shape, "wrappers", "")
     if config.lora.r:
         _check_lora(config, shape)
 
@@ -275,16 +277,9 @@ def _check_divided_widths(config: Config, shape: dict[str, int]) -> None:
 def _check_lora(config: Config, shape: dict[str, int]) -> None:
     """What the mesh divides of adapters and of a base in blocks, beside the widths of weights."""
     m, axes = config.model, divided_axes(config)
-    adapted = targets(m, config.lora.target_modules)
-    experts = [a for a in ("tensor", *axes, "stage") if shape[a] > 1]
-    ways = math.prod(shape[a] for a in experts)
-    if any(path.startswith(EXPERTS) for path in adapted) and m.moe_intermediate_size % ways:
-        raise UserError(
-            f"config.model.moe_intermediate_size={m.moe_intermediate_size} is not divisible by the {ways} "
-            f"devices of {' x '.join(experts)} that the experts' adapters are divided over "
-            f"(config.sharding.strategy={config.sharding.strategy}). Make the product of these axes a "
-            f"divisor of it, or leave experts out of config.lora.target_modules."
-        )
+    if any(path.startswith(EXPERTS) for path in targets(m, config.lora.target_modules)):
+        repair = ", or leave experts out of config.lora.target_modules"
+        _check_factors(config, shape, "adapters", repair)
     if config.lora.base_dtype != "nf4":
         return
     divided = (*axes, "expert") if axes and DIVIDED_BY[config.sharding.canonical][0] else ()
@@ -303,6 +298,20 @@ def _check_lora(config: Config, shape: dict[str, int]) -> None:
                 f"{' x '.join(over)} would divide config.model.{name}={width} within one. Make the product "
                 f"of these axes a divisor of {width // BLOCK}, or set config.lora.base_dtype=int8."
             )
+
+
+def _check_factors(config: Config, shape: dict[str, int], what: str, repair: str) -> None:
+    """The width of an expert, which has no embed axis beside it in a factor, by what divides it there."""
+    width = config.model.moe_intermediate_size
+    experts = [a for a in ("tensor", *divided_axes(config), "stage") if shape[a] > 1]
+    ways = math.prod(shape[a] for a in experts)
+    if width % ways:
+        raise UserError(
+            f"config.model.moe_intermediate_size={width} is not divisible by the {ways} devices of "
+            f"{' x '.join(experts)} that the experts' {what} are divided over "
+            f"(config.sharding.strategy={config.sharding.strategy}). Make the product of these axes a "
+            f"divisor of it{repair}."
+        )
 
 
 def _tensor_widths(m: ModelConfig) -> list[tuple[str, int]]:

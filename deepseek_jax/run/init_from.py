@@ -18,7 +18,7 @@ from deepseek_jax.config.options import Config, LoraConfig, RopeScaling, changes
 from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.distill import checks
 from deepseek_jax.errors import UserError
-from deepseek_jax.hf import adapter, names, peft, reader
+from deepseek_jax.hf import adapter, names, peft, reader, shared_core
 from deepseek_jax.hf.configuration import find_family
 from deepseek_jax.hf.provenance import FOLDER, has_weights, read_notes, write_notes
 from deepseek_jax.hf.tensors import HfTensors
@@ -207,6 +207,7 @@ def open_for_training(config: Config, workdir: str) -> HfTensors | None:
         leaf for state in (params, bias) for leaf in names.leaves(state, family, config.model)
     ]
     reader.check(source, config.model, leaves)
+    shared_core.check_trained(source)
     return source
 
 

@@ -325,7 +325,7 @@ def test_a_kill_in_the_middle_leaves_no_output(tmp_path):
 @pytest.mark.slow
 def test_runs_are_compressed_like_their_exports(tmp_path):
     """Of train.py and of import: the same tensors as from the checkpoint that export writes of them."""
-    workdir, text = str(tmp_path / "run"), compression.text(tmp_path / "text.jsonl")
+    workdir, text = str(tmp_path / "run"), compression.text(tmp_path / "text.jsonl", 400)
     done = runs.run(runs.command(workdir, text, "--config.train.steps=2"))
     assert done.returncode == 0, done.stderr
     commands.export(workdir, str(tmp_path / "exported"))

@@ -133,12 +133,12 @@ NO_LORA = LoraConfig()
 @functools.cache
 def initial_state(model: ModelConfig = MODEL, lora: LoraConfig = NO_LORA) -> state.TrainState:
     """Created on one device and held on the host: compiling its creation anew for every mesh would
-    take half of the time. With LoRA no factor is zero."""
+    take half of the time. With LoRA, or a shared core, no factor is zero."""
     config = dataclasses.replace(variant(), model=model, lora=lora)
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
         start = jax.device_get(state.init_state(config, state.make_layout(config, mesh)))
-    if not lora.r:
+    if not lora.r and not model.shared_core_rank:
         return start
     rng = np.random.default_rng(0)
 

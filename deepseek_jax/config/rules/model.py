@@ -29,6 +29,7 @@ def check(config: Config) -> None:
         )
     _check_grouped_query(config)
     _check_routing(config)
+    _check_shared_core(config)
     _check_rope_scaling(m)
 
 
@@ -79,6 +80,35 @@ def _check_routing(config: Config) -> None:
             f"config.model.n_group={m.n_group} leaves one expert per group, but topk_method=noaux_tc "
             "sums the top two. "
             f"Set n_group to at most {m.n_routed_experts // 2}."
+        )
+
+
+def _check_shared_core(config: Config) -> None:
+    m, rank = config.model, config.model.shared_core_rank
+    if not rank:
+        return
+    text = f"config.model.shared_core_rank={rank}"
+    if not m.has_experts:
+        raise UserError(
+            f"{text} is of routed experts, and no layer has any (config.model.first_k_dense_replace="
+            f"{m.first_k_dense_replace}). Set config.model.shared_core_rank=0."
+        )
+    for name in ("hidden_size", "moe_intermediate_size"):
+        if rank > getattr(m, name):
+            raise UserError(
+                f"{text} is above config.model.{name}={getattr(m, name)}, a side of an expert. Set it to at "
+                f"most {min(m.hidden_size, m.moe_intermediate_size)}."
+            )
+    if config.lora.r:
+        raise UserError(
+            f"{text} and config.lora.r={config.lora.r}: experts around a shared core are factors already, "
+            f"and no adapter is made beside them. Set config.lora.r=0, or multiply the experts out: python "
+            f"-m deepseek_jax.compress multiply-out MODEL OUT."
+        )
+    if config.esft.experts:
+        raise UserError(
+            f"{text} and config.esft.experts={config.esft.experts}: experts share their core, so that one "
+            f"cannot learn without the others. Set config.esft.experts=''."
         )
 
 

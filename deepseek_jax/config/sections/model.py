@@ -271,6 +271,15 @@ class ModelConfig:
         changes_shapes=False,
         aliases={"nemo": "init_method_std"},
     )
+    shared_core_rank: int = option(
+        0,
+        "Rank of what turns one core into each routed expert, (I + U_out V_out^T) core (I + U_in V_in^T) for "
+        "each projection: core, U and V are what is stored and trained.",
+        at_least=0,
+        changes_shapes=True,
+        special={0: "every expert has weights of its own"},
+        aliases={"hf": "compression_config.rank"},
+    )
     tie_word_embeddings: bool = option(
         False,
         "The output head is the embedding, transposed.",

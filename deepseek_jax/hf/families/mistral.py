@@ -10,9 +10,9 @@ from deepseek_jax.hf.families.keys import (
     GROUPED_QUERY_OPTIONS,
     SOFTMAX_ROUTING,
 )
-from deepseek_jax.hf.families.name_tables import DENSE, GROUPED_QUERY, NORMS, NameTable
+from deepseek_jax.hf.families.name_tables import DENSE, GROUPED_QUERY, NORMS, NameTable, shared_core
 
-MIXTRAL_EXPERTS: NameTable = {
+MIXTRAL_EXPERTS: NameTable = shared_core("block_sparse_moe.experts") | {
     "mlp/gate/kernel": (("block_sparse_moe.gate.weight",), ("mlp.gate.weight",)),
     "mlp/experts/gate_up_proj": (
         ("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"),

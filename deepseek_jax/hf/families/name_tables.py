@@ -47,7 +47,27 @@ DENSE: NameTable = {
     "mlp/up_proj/kernel": one_name("mlp.up_proj.weight"),
     "mlp/down_proj/kernel": one_name("mlp.down_proj.weight"),
 }
-EXPERTS: NameTable = {
+
+
+def shared_core(block: str) -> NameTable:
+    """Experts around a shared core (model/shared_core.py), as MoE_Factorize_Compress names them.
+
+    Args:
+      block: what the names of a layer's routed experts begin with, "mlp.experts".
+    """
+    cores = [f"{projection}_shared_core" for projection in ("gate", "up", "down")]
+    out = {f"mlp/experts/{core}/core": one_name(f"{block}.{core}.core") for core in cores}
+    return out | {
+        f"mlp/experts/{core}/{wrapper}/{factor}": one_name(
+            f"{block}.{core}.experts.{{e}}.{wrapper}.{factor}"
+        )
+        for core in cores
+        for wrapper in ("input_wrapper", "output_wrapper")
+        for factor in "UV"
+    }
+
+
+EXPERTS: NameTable = shared_core("mlp.experts") | {
     "mlp/gate/kernel": one_name("mlp.gate.weight"),
     "mlp/experts/gate_up_proj": (
         ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),

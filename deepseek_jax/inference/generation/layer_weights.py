@@ -16,6 +16,7 @@ from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.experts.cpu_unstacked import UnstackedExperts
 from deepseek_jax.model.attention.interface import Attention
 from deepseek_jax.model.moe import MoE
+from deepseek_jax.model.multiplied_out import multiply_out
 from deepseek_jax.model.transformer import DecoderLayer, MTPLayer, Transformer
 
 GROUP = 8  # most layers of one program: compile time does not grow with depth, and a step stays a few calls
@@ -73,6 +74,8 @@ def unstack(net: Transformer, mesh: jax.sharding.Mesh, give: bool) -> LayerWeigh
     mtp = list(net.mtp)
     net.dense_layers = net.layers = None
     net.mtp = nnx.List([])
+    for layer in [*stacks, *(m.layer for m in mtp)]:
+        multiply_out(layer, net.config)  # once, and not in every step
     graphdef, state = nnx.split(net)
     leaves, treedef = jax.tree.flatten(state)
     return LayerWeights(
