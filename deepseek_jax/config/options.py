@@ -14,6 +14,7 @@ from typing import Any
 
 from deepseek_jax.config.option import Alias, Option, option, options_of, section
 from deepseek_jax.config.sections.data import DataConfig, EvalConfig
+from deepseek_jax.config.sections.distill import DistillConfig
 from deepseek_jax.config.sections.esft import EsftConfig
 from deepseek_jax.config.sections.lora import LoraConfig
 from deepseek_jax.config.sections.model import ModelConfig
@@ -49,6 +50,7 @@ __all__ = [
     "CompileConfig",
     "Config",
     "DataConfig",
+    "DistillConfig",
     "EsftConfig",
     "EvalConfig",
     "Fp16Config",
@@ -112,6 +114,7 @@ class Config:
     fp16: Fp16Config = section(Fp16Config)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     sft: SftConfig = section(SftConfig)
+    distill: DistillConfig = section(DistillConfig)
     esft: EsftConfig = section(EsftConfig)
     lora: LoraConfig = section(LoraConfig)
     offload: OffloadConfig = section(OffloadConfig)

@@ -1,5 +1,6 @@
 """How far a run has come, besides its state: what a checkpoint keeps as its `extra`."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.config.options import Config
@@ -16,6 +17,7 @@ class Progress(NamedTuple):
     history: which rows every step reads.
     run: the name of the run, `workdir.identity`.
     base: with LoRA what identifies its base, `base.identity`.
+    stages: those that have begun, stages.begun; empty for a run without.
     """
 
     tokens_seen: int = 0
@@ -24,13 +26,15 @@ class Progress(NamedTuple):
     history: History = History()
     run: str = ""
     base: str = ""
+    stages: Sequence[dict[str, Any]] = ()
 
     def to_extra(self) -> dict[str, Any]:
         out = {"tokens_seen": self.tokens_seen, "data": self.history.to_json(), "run": self.run}
         if self.rollbacks:
             out["skipped_rows"] = [list(w) for w in self.skipped.skipped]
             out["rollbacks"] = self.rollbacks
-        return out | ({"base": self.base} if self.base else {})
+        out |= {"base": self.base} if self.base else {}
+        return out | ({"stages": list(self.stages)} if self.stages else {})
 
     @classmethod
     def of_extra(cls, extra: dict[str, Any]) -> "Progress":
@@ -41,6 +45,7 @@ class Progress(NamedTuple):
             history=History.of_json(extra.get("data", ())),
             run=extra.get("run") or "",
             base=extra.get("base") or "",
+            stages=extra.get("stages", ()),
         )
 
     def resumed(
