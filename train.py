@@ -75,9 +75,9 @@ def main(argv: list[str], stopper: Stopper | None = None) -> int:
             # ---- 4 What is learnt ---------------------------------------------------------------
             # The objective: the fields of a batch, the loss of the model's output that is minimised
             # and what is measured on held-out data. Pretraining: cross-entropy of the next tokens,
-            # multi-token prediction. Fine-tuning: of the scored tokens of examples (objectives/).
-            # A frozen model may help: a teacher.
-            objective = objectives.make(config)
+            # multi-token prediction. Fine-tuning: of the scored tokens of examples. Distillation:
+            # with the divergence from a teacher, whose weights lie on the same mesh (objectives/).
+            objective = objectives.make(config, job.teacher)
             frozen = objective.frozen(mesh)
 
             # What follows is done once, or for each stage of config.distill.stages, which differ in

@@ -11,9 +11,9 @@ NO_OPTION = (
     # ---- the loss
     Word(
         ("loss.kl_reduction",),
-        f"{NOTHING} the divergence is a mean over the scored tokens of the whole batch of a step, whatever the "
-        "accumulation and the devices. `batchmean` there is a mean over each micro-batch, `mean` also divides "
-        "by padding, and `sum` grows with the batch",
+        f"{NOTHING} the divergence is a mean over the scored tokens of the whole batch of a step, whatever "
+        "the accumulation and the devices. `batchmean` there is a mean over each micro-batch, `mean` also "
+        "divides by padding, and `sum` grows with the batch",
         ("kl_reduction",),
     ),
     # ---- a cache of the teacher's logits

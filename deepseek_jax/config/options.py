@@ -94,16 +94,23 @@ class Config:
         choices={
             "pretrain": "the next token of documents",
             "sft": "the answers of examples (config.sft)",
+            "distill": "a teacher's probabilities, on text or examples (config.distill)",
         },
         on_resume="refused",
-        aliases=[Alias("sft", hf="SFTTrainer", nemo="finetune")],
+        aliases=[
+            Alias("sft", hf="SFTTrainer", nemo="finetune"),
+            Alias("distill", hf="GKDTrainer", nemo="distill"),
+        ],
     )
     init_from: str = option(
         "",
         "Folder of a Hugging Face checkpoint to begin with; its config.json sets config.model; empty: "
         "random weights.",
         path=True,
-        aliases={"hf": ("model_name_or_path", "AutoModelForCausalLM.from_pretrained(DIR)")},
+        aliases={
+            "hf": ("model_name_or_path", "AutoModelForCausalLM.from_pretrained(DIR)"),
+            "mfc": "student.model_path",
+        },
     )
     model: ModelConfig = section(ModelConfig)
     mesh: MeshConfig = section(MeshConfig)
@@ -133,6 +140,15 @@ class Config:
     def micro_batch(self) -> int:
         """Sequences in one forward and backward pass, over the whole mesh."""
         return self.train.batch_size // self.train.accumulation
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether the data are examples, of which some tokens are scored, and not documents. Of
+        distill.data=auto, which is settled before a run begins (run/init_from.py), nothing is known.
+        """
+        return self.objective == "sft" or (
+            self.objective == "distill" and self.distill.data == "examples"
+        )
 
     @property
     def pipelined_blocks(self) -> int:

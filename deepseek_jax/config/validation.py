@@ -3,6 +3,7 @@
 from deepseek_jax.config.options import OPTIONS, Config, value_of
 from deepseek_jax.config.rules import (
     checkpoint,
+    distill,
     lora,
     memory,
     model,
@@ -21,5 +22,5 @@ def validate(config: Config) -> None:
     """
     for name, option in OPTIONS.items():
         option.check(value_of(config, name))
-    for rules in (model, training, sft, memory, optimizer, lora, stages, checkpoint):
+    for rules in (model, training, sft, distill, memory, optimizer, lora, stages, checkpoint):
         rules.check(config)

@@ -103,9 +103,9 @@ NO_OPTION = (
 HEAD = f"""# From your words to ours
 
 Words of PyTorch's FSDP and DDP, DeepSpeed, NeMo and Megatron, Hugging Face's Trainer and Accelerate, and
-MoE_Factorize_Compress ([its words](guide_words.md) in one place), and the option that means the same here. The
-options of a model are keys of a Hugging Face `config.json` as they are, so that only the words of others are
-listed. `python train.py --help` has every option with its unit, limits and choices.
+MoE_Factorize_Compress ([its words](guide_words.md) in one place), and the option that means the same here.
+The options of a model are keys of a Hugging Face `config.json` as they are, so that only the words of others
+are listed. `python train.py --help` has every option with its unit, limits and choices.
 
 Made from the table of options: `{MAKE}`.
 """

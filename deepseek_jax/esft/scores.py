@@ -25,12 +25,10 @@ import numpy as np
 from deepseek_jax.config.options import Config, DataConfig
 from deepseek_jax.config.sections.sft import SftConfig
 from deepseek_jax.data import fields
-from deepseek_jax.data.conversations import find_format
-from deepseek_jax.data.documents import DataNotes, find_files, split_paths
+from deepseek_jax.data.documents import DataNotes
 from deepseek_jax.data.fields import Rows
-from deepseek_jax.data.open import open_data
+from deepseek_jax.data.open import objective_of, open_data
 from deepseek_jax.data.packing import PackedRows
-from deepseek_jax.data.records import read_records
 from deepseek_jax.data.sources import open_corpora, split
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
@@ -138,22 +136,6 @@ def _examples(config: Config, tokenizer: Tokenizer) -> Iterator[Rows]:
         yield {name: a[0] for name, a in loader.train_rows(i, 1).items()}
 
 
-def objective_of(path: str) -> str:
-    """What a task's data are for, by their first row: `pretrain` for texts and token files, `sft` for
-    examples.
-
-    Raises:
-      UserError: there are no such files, or a row has no format that is known.
-    """
-    spec = split_paths(path, "--data")[0]
-    file = find_files(spec, "--data")[0]
-    if file.kind not in ("lines", "json", "parquet", "arrow"):
-        return "pretrain"
-    for record in read_records(file, spec, "--data"):
-        return "pretrain" if find_format(record.row, record.place) == "text" else "sft"
-    raise UserError(f"--data={path}: {file.path} has no rows. Name a file that has.")
-
-
 def data_config(
     model: LoadedModel, path: str, tokenizer: str, length: int, seed: int = 0
 ) -> Config:
@@ -162,7 +144,7 @@ def data_config(
     everything = SftConfig(assistant_only_loss="false", completion_only_loss="false")
     return dataclasses.replace(
         config,
-        objective=objective_of(path),
+        objective=objective_of(path, "--data"),
         seed=seed,
         data=DataConfig(path=path, tokenizer=tokenizer, eval_fraction=0.0),
         sft=everything,  # whose tokens count does not depend on what is trained

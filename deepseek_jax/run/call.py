@@ -52,7 +52,7 @@ def train(
         validate(config)
         with Job(config, workdir, processes, stopper) as job:
             mesh, config = job.open()
-            objective = objectives.make(config)
+            objective = objectives.make(config, job.teacher)
             frozen = objective.frozen(mesh)
             for stage_config in job.stages():
                 model = make_layout(stage_config, mesh, frozen)

@@ -19,7 +19,7 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.data import contents
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
-from deepseek_jax.data.open import open_data
+from deepseek_jax.data.open import open_data, settled
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import BadNumbers, SaveFailed
 from deepseek_jax.hf.tensors import HfTensors
@@ -40,6 +40,7 @@ from deepseek_jax.run.report import Report
 from deepseek_jax.run.resume import Continuation
 from deepseek_jax.run.staged import StagedRun
 from deepseek_jax.run.start import Start
+from deepseek_jax.run.teacher import Teacher, open_teacher
 from deepseek_jax.run.watchdog import Watchdog, end_alone
 from deepseek_jax.runtime import compile_cache, environment
 from deepseek_jax.train import workdir as workdirs
@@ -76,7 +77,12 @@ class Job:
       workdir: the folder of the run.
       processes: that take part, joined.
       stopper: says after which step to stop early.
+
+    Attributes:
+      teacher: of a distillation, from `open` on; None where there is none.
     """
+
+    teacher: Teacher | None = None
 
     def __init__(
         self,
@@ -128,7 +134,7 @@ class Job:
         Raises:
           UserError: something is.
         """
-        config = self._config
+        config = self._config = self._given = settled(self._config)
         first = self._processes.index == 0
         self._mesh = make_mesh(config)
         tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
@@ -141,6 +147,7 @@ class Job:
         self._prompts = answers.prompts_of_run(config, self._data)
         if config.init_from or config.lora.r:
             self._source = init_from.open_for_training(config, self._workdir)
+        self.teacher = open_teacher(config, self._workdir, progress=first)
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"
         self._processes.agree("data files", {"what config.data reads": what})
@@ -187,6 +194,8 @@ class Job:
         platform = mesh.devices.flat[0].platform
         self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
         self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
+        if self.teacher is not None:
+            self._count = self._count.beside(self.teacher.count)
         staged = self._staged
         step = (
             staged.newest
@@ -206,8 +215,11 @@ class Job:
             continuation=continuation,
             step=step,
             progress=continuation.progress(step)._replace(stages=staged.begun if staged else ()),
+            teacher=self.teacher,
             stage=staged.stage if staged else None,
         )
+        if start.other_teacher:
+            self._changed.append("the teacher has other weights than it had before")
         summary.show(
             summary.Run(
                 config=config,
@@ -218,6 +230,7 @@ class Job:
                 workdir=self._workdir,
                 resume_step=step,
                 changed=self._changed,
+                teacher=self.teacher,
                 compiler_options=self._compiler_options,
                 history=start.progress.history,
                 stages=staged.lines if staged else [],

@@ -17,6 +17,7 @@ class Progress(NamedTuple):
     history: which rows every step reads.
     run: the name of the run, `workdir.identity`.
     base: with LoRA what identifies its base, `base.identity`.
+    teacher: in distillation what identifies the teacher, `Teacher.identity`.
     stages: those that have begun, stages.begun; empty for a run without.
     """
 
@@ -26,6 +27,7 @@ class Progress(NamedTuple):
     history: History = History()
     run: str = ""
     base: str = ""
+    teacher: str = ""
     stages: Sequence[dict[str, Any]] = ()
 
     def to_extra(self) -> dict[str, Any]:
@@ -33,8 +35,8 @@ class Progress(NamedTuple):
         if self.rollbacks:
             out["skipped_rows"] = [list(w) for w in self.skipped.skipped]
             out["rollbacks"] = self.rollbacks
-        out |= {"base": self.base} if self.base else {}
-        return out | ({"stages": list(self.stages)} if self.stages else {})
+        known = {"base": self.base, "teacher": self.teacher, "stages": list(self.stages)}
+        return out | {name: value for name, value in known.items() if value}
 
     @classmethod
     def of_extra(cls, extra: dict[str, Any]) -> "Progress":
@@ -45,6 +47,7 @@ class Progress(NamedTuple):
             history=History.of_json(extra.get("data", ())),
             run=extra.get("run") or "",
             base=extra.get("base") or "",
+            teacher=extra.get("teacher") or "",
             stages=extra.get("stages", ()),
         )
 
