@@ -9,6 +9,10 @@ import json
 import math
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -31,17 +35,19 @@ from deepseek_jax.config.options import (
 )
 from deepseek_jax.config.stages import StageOptions
 from deepseek_jax.data.example_loader import ExampleLoader
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import BadNumbers, UserError
 from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import __main__ as plan
 from deepseek_jax.run import init_from, job, stages
+from deepseek_jax.run.loop import Loop
+from deepseek_jax.run.teacher import Teacher
 from deepseek_jax.tensorfile.arrays import flatten
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.history import History
 from deepseek_jax.train.state import to_tree
-from tests.support import chat_folders
+from tests.support import ROOT, chat_folders, runs
 
 STAGES = [
     {"name": "experts", "steps": 3, "lr_multipliers": "experts=1,.=0"},
@@ -367,3 +373,135 @@ def test_plan_is_of_the_stage_that_needs_most(tmp_path, capsys):
     stored = found["layout_bytes"]
     assert small < large == sum(stored.values()) and "frozen_parameters" not in stored
     assert "2 all, 4 steps: " in text and "needs most: the rest of this report is of it" in text
+
+
+# -------------------------------------------------------------------------------- disturbed in other ways
+
+
+def test_a_rollback_goes_back_to_the_boundary(config, whole, tmp_path, monkeypatch):
+    """Bad numbers in the first step of the second stage: it begins anew, without the rows of that step."""
+    workdir, _ = whole
+    again = from_step(workdir, 3, tmp_path / "run")
+    own, fired = Loop._finished, []
+
+    def once(self, step, metrics):
+        if step == 4 and not fired:
+            fired.append(step)
+            raise BadNumbers("bad", step)
+        return own(self, step, metrics)
+
+    monkeypatch.setattr(Loop, "_finished", once)
+    train(replaced(config, "train.on_bad_steps", "rollback"), again)
+    found = rows(again)
+    (rolled_back,) = [row for row in found if "rollback" in row]
+    assert rolled_back["step"] == 4 and rolled_back["skipped_rows"] == [[24, 32]]
+    before = [r["lr"] for r in rows(workdir) if "loss" in r]
+    assert [
+        r["lr"] for r in found if "loss" in r
+    ] == before  # the schedule of the stage, from its beginning
+    checkpoints = Checkpointer(os.path.join(again, "checkpoints"), read_only=True)
+    extra = checkpoints.read_extra()
+    checkpoints.close()
+    assert [s["name"] for s in extra["stages"]] == ["experts", "all"] and extra["rollbacks"] == 1
+
+
+@pytest.mark.slow
+def test_a_damaged_boundary_is_passed_over(config, whole, tmp_path, capsys):
+    """The run goes on in the stage before, whose checkpoint is the newest that is good."""
+    workdir, result = whole
+    again = from_step(workdir, 3, tmp_path / "run")
+    folder = os.path.join(again, "checkpoints", "3")
+    (largest,) = sorted(
+        (os.path.join(d, f) for d, _, files in os.walk(folder) for f in files),
+        key=os.path.getsize,
+    )[-1:]
+    with open(largest, "r+b") as f:
+        f.seek(-8, os.SEEK_END)
+        f.write(b"\xff" * 8)
+    second = train(config, again)
+    text = capsys.readouterr().out
+    assert "resuming after step 2" in text and "1 of 2, experts" in text
+    same(second.state, result.state)
+
+
+@pytest.mark.slow
+def test_a_teacher_is_read_once(config, tmp_path, monkeypatch):
+    """Distillation with stages: a student that is its teacher, frozen but for its experts at first."""
+    loads = []
+    own = Teacher.load
+    monkeypatch.setattr(Teacher, "load", lambda self, placed: loads.append(1) or own(self, placed))
+    distil = dataclasses.replace(
+        config,
+        objective="distill",
+        distill=dataclasses.replace(config.distill, teacher=config.init_from),
+    )
+    whole = train(distil, tmp_path / "whole")
+    assert len(loads) == 1 and whole.step == 7
+    found = [r for r in rows(tmp_path / "whole") if "loss" in r]
+    assert found[0]["kl"] < 1e-6 < found[-1]["kl"]
+    for at in (2, 3, 5):
+        again = from_step(tmp_path / "whole", at, tmp_path / str(at))
+        same(train(distil, again).state, whole.state)
+        assert figures(again) == figures(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sharded", "full", "local"])
+def test_killed_on_a_mesh(corpus, tmp_path, kind):
+    """train.py on 4 x 2 devices, killed inside each stage and at the boundary: all rows and weights are those
+    of a run that nobody disturbed."""
+    more = [
+        f"--config.distill.stages={json.dumps(STAGES)}",
+        "--config.mesh.fsdp=4",
+        "--config.mesh.expert=2",
+        "--config.sharding.min_weight_size=0",
+        "--config.checkpoint.every_steps=1",
+        "--config.checkpoint.keep=0",
+        f"--config.checkpoint.kind={kind}",
+    ]
+    if kind == "local":
+        more.append(f"--config.checkpoint.local_dir={tmp_path}/local")
+    calm = runs.run(runs.command(tmp_path / "calm", corpus, *more), devices=8)
+    assert calm.returncode == 0, calm.stderr
+    args = runs.command(tmp_path / "run", corpus, *more)
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    for kill_at in (2, 3, 5):
+        process = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, env=env)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if os.path.exists(tmp_path / "run" / "metrics.jsonl"):
+                done = [r["step"] for r in _whole_rows(tmp_path / "run") if "loss" in r]
+                if done and done[-1] >= kill_at:
+                    break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = runs.run(args, devices=8)
+    assert last.returncode == 0, last.stderr
+    assert figures(tmp_path / "run") == figures(tmp_path / "calm")
+    if kind != "local":
+        same(weights(tmp_path / "run", 7), weights(tmp_path / "calm", 7))
+
+
+def _whole_rows(workdir) -> list[dict]:
+    with open(os.path.join(workdir, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+@pytest.mark.slow
+def test_two_processes(corpus, tmp_path):
+    """Each with two devices, over the boundary and from it: what one process with four computes."""
+    more = [
+        f"--config.distill.stages={json.dumps(STAGES)}",
+        "--config.mesh.fsdp=4",
+        "--config.checkpoint.every_steps=1",
+    ]
+    one = runs.run(runs.command(tmp_path / "one", corpus, *more), devices=4)
+    assert one.returncode == 0, one.stderr
+    launch = ("-m", "deepseek_jax.launch", "--nproc_per_node=2", "train.py")
+    args = runs.command(tmp_path / "two", corpus, *more)
+    two = runs.run(args, devices=2, module=launch)
+    assert two.returncode == 0, two.stderr
+    found, expected = runs.losses(tmp_path / "two"), runs.losses(tmp_path / "one")
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=2e-5)
