@@ -34,7 +34,7 @@ from deepseek_jax.run.batches import Batch, LoaderBatches
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
 from deepseek_jax.run.processes import JoinedElsewhere
-from deepseek_jax.run.profile import NoProfiler, Profiler
+from deepseek_jax.run.profile import make_profiler
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
 from deepseek_jax.run.resume import Continuation
@@ -165,8 +165,8 @@ class Job:
         # A failure from here on ends this process before the line above waits for others to save.
         self._stack.enter_context(self._processes.failures(BadNumbers, SaveFailed))
         if config.distill.stages:
+            self._processes.agree("stages", {"config.distill.stages": config.distill.stages})
             self._staged = StagedRun(config, self._mesh, self._checkpoints, self._data)
-            self._processes.agree("config.distill.stages", {"stages": self._staged.lines})
             self._config = self._staged.config
         return self._mesh, self._config
 
@@ -310,7 +310,7 @@ class Job:
         config, monitor = self._config, self._processes.monitor
         watchdog = Watchdog(config.watchdog.step_timeout, monitor.hung if monitor else end_alone)
         step.compiling = watchdog.paused
-        profiler = Profiler(config, self._workdir, step) if config.profile.start else NoProfiler()
+        last = start.stage.last_step if start.stage else config.train.steps
         eval_step = make_eval_step(start.layout, self._objective)
         evaluator = Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen)
         if self._prompts:
@@ -341,8 +341,8 @@ class Job:
                 start.stage,
             ),
             restore=start.after_bad_numbers,
-            last=start.stage.last_step if start.stage else None,
-            profiler=profiler,
+            last=last,
+            profiler=make_profiler(config, self._workdir, step, last),
             stopper=self._stopper,
             watchdog=watchdog,
         )
