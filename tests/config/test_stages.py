@@ -141,7 +141,7 @@ def test_options_that_do_not_go_together():
             config = replaced(config, "optimizer.default_lr_multiplier", 0.0)
             said = said.replace("=1 freeze", "=0 freeze")
         with pytest.raises(UserError) as error:
-            validate(config)
+            rules.check(config)
         assert said in str(error.value) and "\n" not in str(error.value)
     mixed = replaced(given, "data.weights", "1,2")
     validate(mixed)  # documents go round and round
