@@ -210,14 +210,15 @@ def test_a_student_that_is_its_teacher(kind, beta):
     a = arrays()
     with conversion.on_mesh(conversion.config_of(ModelConfig())):
         kernel = jax.device_put(jnp.float32(a["kernel"]), jax.P(None, "tensor"))
-        axes = ("embed", "vocab")
-        one = head.Head(nnx.Param(kernel, out_sharding=axes, eager_sharding=False), tied=False)
         hidden, targets = conversion.put(a["hidden"]), conversion.put(a["targets"])
 
-        def loss(h):
+        # All are arguments: XLA works out products of constants by other code.
+        def loss(h, hidden, kernel):
+            axes = ("embed", "vocab")
+            one = head.Head(nnx.Param(kernel, out_sharding=axes, eager_sharding=False), tied=False)
             return head.scan_vocab_sum(
                 WholeTeacher(kind), h, one, targets, 1.0, T, beta, frozen=((hidden, one),)
             )[0]
 
-        value, gradient = conversion.jit(jax.value_and_grad(loss))(hidden)
+        value, gradient = conversion.jit(jax.value_and_grad(loss))(hidden, hidden, kernel)
     assert float(value) == 0 and not np.asarray(gradient).any()
