@@ -202,8 +202,8 @@ class DistillConfig:
         "",
         "Stages of the run, one after the other, with any objective: a JSON list of {name, epochs or steps, "
         "lr_multipliers, learning_rate}, as text, the path of a file, or dicts in a config file. Each has "
-        "weights that learn, a schedule and an optimizer of its own; how long they are is how long the run is, "
-        "whatever train.steps and train.epochs say. Empty: one.",
+        "weights that learn, a schedule and an optimizer of its own; how long they are is how long the run "
+        "is, whatever train.steps and train.epochs say. Empty: one.",
         path=True,
         or_text=True,
         json=True,
