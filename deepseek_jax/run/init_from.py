@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deepseek_jax.config import lora_targets, paths
+from deepseek_jax.config import lora_targets, paths, stages
 from deepseek_jax.config.options import Config, LoraConfig, RopeScaling, changes_shapes
 from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.distill import checks
@@ -60,7 +60,7 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, tokenizer=tokenizer)
         )
-    config = checks.with_cache(config)
+    config = checks.with_cache(stages.read(config))
     return paths.absolute_config(config)  # runs of earlier versions kept paths as they were given
 
 

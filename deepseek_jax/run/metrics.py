@@ -14,6 +14,7 @@ import jax
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.count import Count
 from deepseek_jax.run.figures import device_peak, memory_gb, routing, short
+from deepseek_jax.run.stages import Stage
 from deepseek_jax.train.step import StepMetrics
 
 
@@ -28,6 +29,7 @@ class Measured:
     tokens_seen: int
     config: Config
     count: Count
+    stage: Stage | None = None  # of a run with stages
 
     @functools.cached_property
     def routing(self) -> dict[str, Any]:
@@ -84,6 +86,20 @@ def _of_routing(name: str) -> Callable[[Measured], Any]:
 
 _TABLE = (
     Metric("step", "steps", "finished steps", contract=True, of=lambda m: m.step),
+    Metric(
+        "stage",
+        "",
+        "number of the stage, from 1",
+        present="with config.distill.stages, in rows of evaluations too",
+        of=lambda m: m.stage and m.stage.number,
+    ),
+    Metric(
+        "stage_name",
+        "",
+        "text: the stage as config.distill.stages names it",
+        present="with config.distill.stages, in rows of evaluations too",
+        of=lambda m: m.stage and m.stage.name,
+    ),
     Metric(
         "loss",
         "nats per token",
