@@ -340,8 +340,8 @@ def test_the_command_killed_20_times(config, on_text, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(config, on_text, tmp_path):
-    """They make the bytes of one process with as many devices, and each reads the records of its own rows: the
-    losses are those of one.
+    """They make the bytes of one process with as many devices, and each reads the records of its own rows:
+    the losses are those of one.
     """
     common = [
         f"--config.data.path={on_text.data.path}",

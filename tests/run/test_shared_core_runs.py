@@ -27,7 +27,7 @@ from deepseek_jax.config.options import (
 )
 from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.inference.opener import open_model
-from deepseek_jax.run.job import train
+from deepseek_jax.run.call import train
 from tests.support import checkpoint0, compression, conversion, evaluation
 
 IDS = np.random.default_rng(0).integers(0, 300, (2, 16))
