@@ -107,8 +107,11 @@ MESHES = [
     {"fsdp": 4},
     {"fsdp": 4, "expert": 2},
     {"fsdp": 2, "tensor": 2},
-    {"fsdp": 2, "expert": 2, "capacity_factor": 0.5},
     {"fsdp": 2, "expert": 2, "dtype": "bfloat16"},
+]
+MESHES = [
+    {"fsdp": 2, "expert": 2, "capacity_factor": 0.5},  # several rounds
+    *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES),
 ]
 
 
