@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 
 from deepseek_jax import run
+from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import (
     CheckpointConfig,
     Config,
@@ -36,7 +37,6 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.quantized import QuantizedWeight
 from deepseek_jax.run import job, metrics
 from deepseek_jax.run import teacher as teachers
-from tests.run.test_sft import StopAfter, rows
 from tests.support import chat_folders, hf_folders
 
 STUDENT = dataclasses.replace(
@@ -77,6 +77,22 @@ def whole(config, tmp_path_factory):
     """(workdir, result) of a run that nobody disturbed."""
     workdir = str(tmp_path_factory.mktemp("whole") / "run")
     return workdir, run.train(config, workdir)
+
+
+class StopAfter(Stopper):
+    """As if a signal came during a step."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self._step = step
+
+    def after(self, step: int) -> int | None:
+        return 15 if step == self._step else None
+
+
+def rows(workdir) -> list[dict]:
+    with open(os.path.join(workdir, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
 
 
 @pytest.mark.slow
