@@ -129,6 +129,8 @@ def _devices(run: Run) -> Lines:
     notes = xla_options.notes(config, mesh.devices.flat[0].platform)
     lines += [("prefetch", note) for note in notes]
     state_bytes = run.layout.bytes_per_device(mesh)
+    if run.teacher is not None and run.layout.frozen is None:  # asked before the step, not in it
+        state_bytes["teacher"] = run.teacher.place(mesh).bytes_per_device()
     host = state_bytes.pop("host", 0)
     parts = " + ".join(f"{human(n)} {name.replace('_', ' ')}" for name, n in state_bytes.items())
     memory = f"{parts} = {human(sum(state_bytes.values()))}"

@@ -137,8 +137,8 @@ def assert_same_runs(a: run.Result, b: run.Result) -> None:
 
 
 def test_a_cache_equals_the_teacher(config, made):
-    """The fields of batches of three epochs and of held-out rows, in two micro-batches, bit for bit: a step can
-    not tell a cached teacher from one that is asked.
+    """The fields of batches of three epochs and of held-out rows, in two micro-batches, bit for bit: a step
+    cannot tell a cached teacher from one that is asked.
     """
     mesh = make_mesh(config, jax.devices()[:1])
     data = open_data(config, load_tokenizer(config.data.tokenizer), INPUTS | RECORD)
