@@ -93,6 +93,8 @@ class _Asked:
         self._weights: ModelWeights | None = None
 
     def load(self) -> None:
+        if self._weights is not None:  # for a stage before
+            return
         length, top = self._config.train.sequence_length, self._config.distill.top_k
         self._program = RecordProgram(self._frozen, top, self._words, length, self._mesh)
         self._program.compile()
