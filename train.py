@@ -75,8 +75,9 @@ def main(argv: list[str], stopper: Stopper | None = None) -> int:
             # ---- 4 What is learnt ---------------------------------------------------------------
             # The objective: the fields of a batch, the loss of the model's output that is minimised
             # and what is measured on held-out data. Pretraining: cross-entropy of the next tokens,
-            # multi-token prediction. Fine-tuning: of the scored tokens of examples (objectives/).
-            objective = objectives.make(config)
+            # multi-token prediction. Fine-tuning: of the scored tokens of examples. Distillation:
+            # with the divergence from a teacher, whose weights lie on the same mesh (objectives/).
+            objective = objectives.make(config, job.teacher)
 
             # ---- 5 Model and state --------------------------------------------------------------
             # The model's parameters (model/transformer.py) and the optimizer's moments, as shapes

@@ -167,7 +167,7 @@ class Option:
             if prefix != choice and text.startswith(prefix):
                 self._check_names(value, text.removeprefix(prefix))
                 return
-        allowed = (*self.choices, *self.synonyms)
+        allowed = [c or "''" for c in (*self.choices, *self.synonyms)]
         raise UserError(
             f"{self.full_name}={value!r} is not known. {self._meant(text, allowed)}"
             f"Set {self.full_name} to one of: {', '.join(allowed)}."

@@ -14,6 +14,7 @@ from typing import Any
 
 from deepseek_jax.config.option import Alias, Option, option, options_of, section
 from deepseek_jax.config.sections.data import DataConfig, EvalConfig
+from deepseek_jax.config.sections.distill import DistillConfig
 from deepseek_jax.config.sections.esft import EsftConfig
 from deepseek_jax.config.sections.lora import LoraConfig
 from deepseek_jax.config.sections.model import ModelConfig
@@ -49,6 +50,7 @@ __all__ = [
     "CompileConfig",
     "Config",
     "DataConfig",
+    "DistillConfig",
     "EsftConfig",
     "EvalConfig",
     "Fp16Config",
@@ -92,9 +94,13 @@ class Config:
         choices={
             "pretrain": "the next token of documents",
             "sft": "the answers of examples (config.sft)",
+            "distill": "a teacher's probabilities, on text or examples (config.distill)",
         },
         on_resume="refused",
-        aliases=[Alias("sft", hf="SFTTrainer", nemo="finetune")],
+        aliases=[
+            Alias("sft", hf="SFTTrainer", nemo="finetune"),
+            Alias("distill", hf="GKDTrainer", nemo="distill"),
+        ],
     )
     init_from: str = option(
         "",
@@ -112,6 +118,7 @@ class Config:
     fp16: Fp16Config = section(Fp16Config)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     sft: SftConfig = section(SftConfig)
+    distill: DistillConfig = section(DistillConfig)
     esft: EsftConfig = section(EsftConfig)
     lora: LoraConfig = section(LoraConfig)
     offload: OffloadConfig = section(OffloadConfig)
@@ -130,6 +137,15 @@ class Config:
     def micro_batch(self) -> int:
         """Sequences in one forward and backward pass, over the whole mesh."""
         return self.train.batch_size // self.train.accumulation
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether the data are examples, of which some tokens are scored, and not documents. Of
+        distill.data=auto, which is settled before a run begins (run/init_from.py), nothing is known.
+        """
+        return self.objective == "sft" or (
+            self.objective == "distill" and self.distill.data == "examples"
+        )
 
     @property
     def pipelined_blocks(self) -> int:

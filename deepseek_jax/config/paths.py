@@ -10,6 +10,8 @@ from deepseek_jax.config.option import Option
 from deepseek_jax.config.options import OPTIONS, Config, replaced, value_of
 from deepseek_jax.errors import UserError
 
+MODELS = ("init_from", "distill.teacher")
+
 
 def expanded(path: str, option: str) -> str:
     """A path with the user's folder in place of a leading `~`. Shells expand it at the beginning of a word
@@ -42,7 +44,7 @@ def each_expanded(paths: str, option: str) -> str:
 
 def absolute_config(config: Config) -> Config:
     """The options with every path absolute, as WORKDIR/config.json keeps them for later commands. Words that
-    stand for no path and gs://... stay, and so does an `init_from` that is not found: messages quote it.
+    stand for no path and gs://... stay, and so does a model's folder that is not found: messages quote it.
 
     Raises:
       UserError: as `expanded`.
@@ -53,7 +55,7 @@ def absolute_config(config: Config) -> Config:
         value = value_of(config, name)
         given = [path.strip() for path in value.split(",")] if option.several else [value]
         new = ",".join(_absolute(path, option) for path in given)
-        if new != value and (name != "init_from" or os.path.exists(new)):
+        if new != value and (name not in MODELS or os.path.exists(new)):
             config = replaced(config, name, new)
     return config
 

@@ -1,7 +1,16 @@
 """Everything that can be checked without looking at devices, data or the workdir."""
 
 from deepseek_jax.config.options import OPTIONS, Config, value_of
-from deepseek_jax.config.rules import checkpoint, lora, memory, model, optimizer, sft, training
+from deepseek_jax.config.rules import (
+    checkpoint,
+    distill,
+    lora,
+    memory,
+    model,
+    optimizer,
+    sft,
+    training,
+)
 
 
 def validate(config: Config) -> None:
@@ -12,5 +21,5 @@ def validate(config: Config) -> None:
     """
     for name, option in OPTIONS.items():
         option.check(value_of(config, name))
-    for rules in (model, training, sft, memory, optimizer, lora, checkpoint):
+    for rules in (model, training, sft, distill, memory, optimizer, lora, checkpoint):
         rules.check(config)

@@ -18,7 +18,7 @@ from deepseek_jax.errors import UserError
 BLOCKS, BLOCK = 256, 1 << 16
 
 # Of a run without examples, as `rows` of one with them.
-OF_TEXT = {"objective": "pretrain"}
+OF_TEXT = {"objective": "pretrain", "distill.data": "text"}
 OF_ROWS = ("sft.packing", "sft.truncation")
 
 # tokenizer: its name; sources: [{tokens, documents, sha256}]; weights: floats, adding up to 1; of examples
@@ -59,7 +59,9 @@ def of_examples(
         for name, option in OPTIONS.items()
         if name.startswith("sft.") and option.on_resume == "new pass"
     }
-    rows = {"objective": config.objective} | {name: options.pop(name) for name in OF_ROWS}
+    of_distillation = config.objective == "distill"
+    rows = {"distill.data": "examples"} if of_distillation else {"objective": config.objective}
+    rows |= {name: options.pop(name) for name in OF_ROWS}
     rows["sft.packing"] = config.sft.packing_strategy  # it has several names
     return {
         "tokenizer": tokenizer.name,

@@ -70,8 +70,8 @@ class ExampleLoader:
         self._fields = fields
         if missing := [name for name in fields if name not in EXAMPLES]:
             raise UserError(
-                f"config.objective=sft gives no {', '.join(missing)}, which the objective of this run reads: "
-                f"rows of examples have {', '.join(EXAMPLES)}."
+                f"config.data.path={config.data.path!r} gives no {', '.join(missing)}, which the objective "
+                f"of this run reads: rows of examples have {', '.join(EXAMPLES)}."
             )
         weights = parse_weights(config)  # before the reading, which may take long
         _check_epochs(config)

@@ -128,7 +128,7 @@ def find_sources(paths: str, notes: DataNotes) -> Sources:
     for spec in split_paths(paths, OPTION):
         if spec == "stdlib":
             raise UserError(
-                f"{OPTION}={spec!r} is text, and config.objective=sft learns from examples. Give {FORMS}."
+                f"{OPTION}={spec!r} is text, and this run learns from examples. Give {FORMS}."
             )
         rows = []
         for file in find_files(spec, OPTION, notes):
@@ -136,7 +136,7 @@ def find_sources(paths: str, notes: DataNotes) -> Sources:
                 rows.append(file)
             elif file.explicit:
                 raise UserError(
-                    f"{OPTION}={spec!r}: {file.path} holds {file.kind}, and config.objective=sft learns "
+                    f"{OPTION}={spec!r}: {file.path} holds {file.kind}, and this run learns "
                     f"from rows of examples. Give {FORMS}."
                 )
             else:

@@ -57,6 +57,22 @@ TEXT = INPUTS | {
 EXAMPLES = TEXT | {"row": Field(np.int32, per="sequence", padding=-1)}
 
 
+# Of a teacher of which the K likeliest words are known; no data hold them, they are made for each batch
+# (objectives/distill.py). teacher_ids: these words. teacher_values: their logits, but for a constant of the
+# token (with the largest at 0 float16 loses the least). teacher_lse: log-sum-exp of all logits, with the same
+# constant, at temperature 1 and of all logits / temperature at the temperature of the step.
+OF_TEACHER = ("teacher_ids", "teacher_values", "teacher_lse")
+
+
+def of_teacher(k: int) -> dict[str, Field]:
+    """The fields of OF_TEACHER for lists of k words."""
+    kinds = (np.int32, k), (np.float16, k), (np.float32, 2)
+    return {
+        name: Field(dtype, trailing=(n,))
+        for name, (dtype, n) in zip(OF_TEACHER, kinds, strict=True)
+    }
+
+
 def padding_row(fields: Fields, length: int) -> Rows:
     """A sequence that counts for nothing."""
     return {k: np.full(f.shape(length), f.padding, f.dtype) for k, f in fields.items()}

@@ -25,12 +25,10 @@ import numpy as np
 from deepseek_jax.config.options import Config, DataConfig
 from deepseek_jax.config.sections.sft import SftConfig
 from deepseek_jax.data import fields
-from deepseek_jax.data.conversations import find_format
-from deepseek_jax.data.documents import DataNotes, find_files, split_paths
+from deepseek_jax.data.documents import DataNotes
 from deepseek_jax.data.fields import Rows
-from deepseek_jax.data.open import open_data
+from deepseek_jax.data.open import objective_of, open_data
 from deepseek_jax.data.packing import PackedRows
-from deepseek_jax.data.records import read_records
 from deepseek_jax.data.sources import open_corpora, split
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
@@ -143,22 +141,6 @@ def _examples(config: Config, tokenizer: Tokenizer) -> Iterator[Rows]:
     loader = open_data(config, tokenizer, progress=True)
     for i in range(loader.num_train_rows):
         yield {name: a[0] for name, a in loader.train_rows(i, 1).items()}
-
-
-def objective_of(path: str, option: str = "--data") -> str:
-    """What a task's data are for, by their first row: `pretrain` for texts and token files, `sft` for
-    examples.
-
-    Raises:
-      UserError: there are no such files, or a row has no format that is known.
-    """
-    spec = split_paths(path, option)[0]
-    file = find_files(spec, option)[0]
-    if file.kind not in ("lines", "json", "parquet", "arrow"):
-        return "pretrain"
-    for record in read_records(file, spec, option):
-        return "pretrain" if find_format(record.row, record.place) == "text" else "sft"
-    raise UserError(f"{option}={path}: {file.path} has no rows. Name a file that has.")
 
 
 def data_config(

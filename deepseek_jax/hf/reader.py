@@ -111,8 +111,13 @@ def read_leaf(
     sharding: jax.sharding.Sharding,
     dtype: np.dtype,
     adapter: Adapter | None = None,
+    words: int | None = None,
 ) -> jax.Array:
-    """One array, in the shards that this process has."""
+    """One array, in the shards that this process has.
+
+    Args:
+      words: of an embedding or output head whose tensor has so many; those that the array has more are zeros.
+    """
     shards: list[jax.Array] = []
     made: dict[Any, jax.Array] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -120,12 +125,28 @@ def read_leaf(
         key = regions.key(part)
         if key in made:  # a copy of another device's shard
             host = np.asarray(made[key])
+        elif words is not None:
+            host = _read_words(source, leaf, part, dtype, words)
         else:
             host = read_part(source, leaf, part, dtype, adapter)
         target = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
         shards.append(jax.block_until_ready(jax.device_put(host, target)))
         made[key] = shards[-1]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+def _read_words(
+    source: HfTensors, leaf: Leaf, index: regions.Index, dtype: np.dtype, words: int
+) -> np.ndarray:
+    """`read_part` of an embedding [V, D] or head [D, V] with other words than its tensor."""
+    axis = 1 if leaf.kind == "matrix" else 0
+    start, stop = (min(n, words) for n in (index[axis].start, index[axis].stop))
+    out = np.zeros(regions.size(index), dtype)
+    if start < stop:
+        there = (*index[:axis], slice(start, stop), *index[axis + 1 :])
+        inside = (slice(None),) * axis + (slice(0, stop - start),)
+        out[inside] = read_part(source, leaf, there, dtype)
+    return out
 
 
 def read_part(

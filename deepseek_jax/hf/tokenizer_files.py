@@ -106,7 +106,7 @@ def ends_of(saved: Config, tokenizer: str) -> tuple[int, ...]:
     Raises:
       UserError: the tokenizer cannot be read.
     """
-    if saved.objective == "sft":
+    if saved.reads_examples:
         return ()
     stated = (saved.data.eos_token_id,) if saved.data.eos_token_id >= 0 else ()
     return tuple(dict.fromkeys((*stated, load_tokenizer(tokenizer).eos_id)))

@@ -67,19 +67,21 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     )
 
 
-def place_model(config: Config, mesh: jax.sharding.Mesh, dtype: Any = None) -> PlacedModel:
+def place_model(
+    config: Config, mesh: jax.sharding.Mesh, dtype: Any = None, frozen: bool = False
+) -> PlacedModel:
     """The model of a config on a mesh, whose devices may be elsewhere.
 
     Args:
-      dtype: of the parameters; as they are trained by default, float32 but for the base of LoRA. A frozen
-        model's are in its own.
+      dtype: of the parameters; as they are trained by default, float32 but for the base of LoRA.
+      frozen: nothing of it is trained: its matrices are in config.lora.base_dtype, as the base of LoRA.
     """
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         graphdef, params, bias = abstract_model(config)
         if dtype is not None:
             params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), params)
-        elif config.lora.r:
-            params = jax.eval_shape(functools.partial(lora.held, config.lora), params)
+        elif config.lora.r or frozen:
+            params = jax.eval_shape(functools.partial(lora.in_base_dtype, config.lora), params)
         rules = sharding.storage_rules(config)[0]
         specs = ModelWeights(
             sharding.specs(params, rules, config.sharding.min_weight_size),

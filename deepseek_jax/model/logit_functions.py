@@ -12,7 +12,8 @@
 
 They run inside `per_device`: a device has the logits of its part of the vocabulary.
 
-Shape letters: layers.py, and C tokens of a chunk, V this device's words, K words of a teacher's list.
+Shape letters: layers.py, and C tokens of a chunk, V this device's words. Divergences from a
+teacher: divergences.py.
 """
 
 import dataclasses
@@ -24,6 +25,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config.options import IGNORE
+
+NEVER = (
+    -1e30
+)  # the logit of a word without probability: finite, so that differences of two are none
 
 
 class Logits(NamedTuple):
@@ -42,6 +47,13 @@ class Logits(NamedTuple):
 
     def scaled(self, factor: jax.Array | float) -> "Logits":
         return Logits(self.logit_CV * factor)
+
+    def cut(self, words: int | None) -> "Logits":
+        """Without the words from this id on, whose probability becomes 0; None: with all."""
+        if words is None:
+            return self
+        inside_V = self.first + jnp.arange(self.words) < words
+        return Logits(jnp.where(inside_V, self.logit_CV, NEVER))
 
     def is_word(self, ids_C: jax.Array) -> jax.Array:
         """bool [C, V]: which word here is the token's."""
@@ -66,13 +78,13 @@ def sum_words(a_CV: jax.Array) -> jax.Array:
 
 def cross_entropy(logits: Logits, targets_C: jax.Array):
     """-log p(target) in nats. Inputs: int32 targets, -100 where there is none."""
-    found = _targets(logits, targets_C)
+    found = of_targets(logits, targets_C)
     return (found.nll_C,), found.dlogits_CV
 
 
 def cross_entropy_and_rank(logits: Logits, targets_C: jax.Array):
     """`cross_entropy`, and whether no word is likelier than the target (bool)."""
-    found = _targets(logits, targets_C)
+    found = of_targets(logits, targets_C)
     return (found.nll_C, found.likeliest_C), found.dlogits_CV
 
 
@@ -80,7 +92,7 @@ def scored_tokens(logits: Logits, targets_C: jax.Array):
     """`cross_entropy`, and what is reported beside it of tokens with a target: 1 where no word is likelier,
     and the entropy of all words in nats.
     """
-    found = _targets(logits, targets_C)
+    found = of_targets(logits, targets_C)
     return (found.nll_C, *_reported(logits, found)), found.dlogits_CV
 
 
@@ -90,7 +102,7 @@ def dynamic_fine_tuning(logits: Logits, targets_C: jax.Array):
 
     The derivative is p times that of the cross-entropy: unlikely targets pull less.
     """
-    found = _targets(logits, targets_C)
+    found = of_targets(logits, targets_C)
     p_C = jnp.exp(-found.nll_C)
     reported = _reported(logits, found)
     return (p_C * found.nll_C, found.nll_C, *reported), p_C[:, None] * found.dlogits_CV
@@ -102,7 +114,7 @@ def smoothed_cross_entropy(logits: Logits, targets_C: jax.Array, smoothing: jax.
 
     Inputs: the targets; smoothing, a scalar.
     """
-    found = _targets(logits, targets_C)
+    found = of_targets(logits, targets_C)
     words = logits.words * lax.axis_size("tensor")
     uniform_C = found.log_total_C - sum_words(logits.logit_CV)[:, 0] / words  # the mean of -log p
     uniform_C = jnp.where(found.counts_C, uniform_C, 0.0)
@@ -112,7 +124,7 @@ def smoothed_cross_entropy(logits: Logits, targets_C: jax.Array, smoothing: jax.
     return (loss_C, found.nll_C, *_reported(logits, found)), dlogits_CV
 
 
-class _Targets(NamedTuple):
+class Targets(NamedTuple):
     """Targets among all words. What nobody reads is not computed."""
 
     counts_C: jax.Array  # bool: whether there is a target
@@ -125,13 +137,13 @@ class _Targets(NamedTuple):
     here_CV: jax.Array  # bool: which word here is the target
 
 
-def _targets(logits: Logits, targets_C: jax.Array) -> _Targets:
+def of_targets(logits: Logits, targets_C: jax.Array) -> Targets:
     counts_C = targets_C != IGNORE
     most_C1, exp_CV, total_C1 = logits.softmax()
     here_CV = logits.is_word(targets_C)
     target_C = lax.psum(jnp.sum(jnp.where(here_CV, logits.logit_CV, 0.0), axis=-1), "tensor")
     log_total_C = jnp.log(total_C1[:, 0]) + most_C1[:, 0]
-    return _Targets(
+    return Targets(
         counts_C,
         jnp.where(counts_C, log_total_C - target_C, 0.0),
         target_C >= most_C1[:, 0],
@@ -143,9 +155,9 @@ def _targets(logits: Logits, targets_C: jax.Array) -> _Targets:
     )
 
 
-def _reported(logits: Logits, found: _Targets) -> tuple[jax.Array, jax.Array]:
+def _reported(logits: Logits, found: Targets) -> tuple[jax.Array, jax.Array]:
     """(1 where no word is likelier than the target, entropy in nats), float32, 0 without a target."""
-    mean_logit_C1 = sum_words(_p_log(found.exp_CV, logits.logit_CV)) / found.total_C1
+    mean_logit_C1 = sum_words(p_log(found.exp_CV, logits.logit_CV)) / found.total_C1
     entropy_C = jnp.where(found.counts_C, found.log_total_C - mean_logit_C1[:, 0], 0.0)
     return jnp.where(found.counts_C & found.likeliest_C, 1.0, 0.0), entropy_C
 
@@ -160,79 +172,9 @@ def entropy(logits: Logits, valid_C: jax.Array):
     """-sum p log p in nats. Inputs: bool, which tokens count."""
     log_p_CV = logits.log_probabilities()
     p_CV = jnp.exp(log_p_CV)
-    entropy_C1 = -sum_words(_p_log(p_CV, log_p_CV))
+    entropy_C1 = -sum_words(p_log(p_CV, log_p_CV))
     dlogits_CV = -p_CV * (log_p_CV + entropy_C1)
     return _counted(valid_C, entropy_C1, dlogits_CV)
-
-
-def kl(logits: Logits, teacher: Logits, valid_C: jax.Array, temperature: jax.Array | float = 1.0):
-    """KL(teacher || student) of both softmaxes at a temperature, in nats; not multiplied by its square.
-
-    Inputs: bool, which tokens count; the temperature. The derivative is (p_student - p_teacher) /
-      temperature.
-    """
-    log_s_CV, log_t_CV = _at_temperature(logits, teacher, temperature)
-    t_CV = jnp.exp(log_t_CV)
-    kl_C1 = sum_words(_p_log(t_CV, log_t_CV - log_s_CV))
-    return _counted(valid_C, kl_C1, (jnp.exp(log_s_CV) - t_CV) / temperature)
-
-
-def reverse_kl(
-    logits: Logits, teacher: Logits, valid_C: jax.Array, temperature: jax.Array | float = 1.0
-):
-    """KL(student || teacher), otherwise as `kl`. The derivative is p_s (log p_s - log p_t - KL) /
-    temperature.
-    """
-    log_s_CV, log_t_CV = _at_temperature(logits, teacher, temperature)
-    s_CV, difference_CV = jnp.exp(log_s_CV), log_s_CV - log_t_CV
-    kl_C1 = sum_words(_p_log(s_CV, difference_CV))
-    return _counted(valid_C, kl_C1, s_CV * (difference_CV - kl_C1) / temperature)
-
-
-def kl_to_top(
-    logits: Logits,
-    ids_CK: jax.Array,
-    values_CK: jax.Array,
-    lse_C: jax.Array,
-    valid_C: jax.Array,
-    temperature: jax.Array | float = 1.0,
-):
-    """`kl` to a teacher of which the K likeliest words are known; all others are one word, of both (a bucket
-    for the tail).
-
-    KL = sum_K t log(t / s) + t' log(t' / s') with t' = 1 - sum_K t and s' likewise: the loss of `kl` with the
-    teacher's tail spread as the student's, and its gradient.
-
-    Args:
-      ids_CK: int32, distinct words. values_CK: the teacher's logits of these.
-      lse_C: float32, log-sum-exp of all its logits / temperature.
-      valid_C: bool, which tokens count.
-    """
-    log_s_CV = logits.scaled(1 / temperature).log_probabilities()
-    log_t_CK = values_CK.astype(jnp.float32) / temperature - lse_C[:, None]
-    local_CK = ids_CK - logits.first
-    here_CK = (local_CK >= 0) & (local_CK < logits.words)
-    row_C1 = jnp.arange(ids_CK.shape[0])[:, None]
-    place_CK = jnp.where(here_CK, local_CK, logits.words)  # past the end, where scatters drop it
-    log_s_CK = jnp.take_along_axis(log_s_CV, jnp.where(here_CK, local_CK, 0), axis=1)
-    log_s_CK = lax.psum(jnp.where(here_CK, log_s_CK, 0.0), "tensor")
-    t_CK = jnp.exp(log_t_CK)
-    tail_t_C1 = jnp.maximum(1 - jnp.sum(t_CK, axis=1, keepdims=True), 0.0)
-    # The student's tail by its own words: 1 - sum would lose all digits where the K words have nearly
-    # everything.
-    rest_CV = log_s_CV.at[row_C1, place_CK].set(-jnp.inf, mode="drop")
-    log_tail_s_C1 = _log_sum_exp(rest_CV)
-    has_tail_C1 = (tail_t_C1 > 0) & jnp.isfinite(log_tail_s_C1)
-    log_tail_s_C1 = jnp.where(has_tail_C1, log_tail_s_C1, 0.0)
-    tail_C1 = jnp.where(
-        has_tail_C1,
-        tail_t_C1 * (jnp.log(jnp.where(has_tail_C1, tail_t_C1, 1.0)) - log_tail_s_C1),
-        0.0,
-    )
-    kl_C1 = jnp.sum(_p_log(t_CK, log_t_CK - log_s_CK), axis=1, keepdims=True) + tail_C1
-    spread_CV = jnp.where(has_tail_C1, tail_t_C1 * jnp.exp(log_s_CV - log_tail_s_C1), 0.0)
-    t_CV = spread_CV.at[row_C1, place_CK].set(t_CK, mode="drop")
-    return _counted(valid_C, kl_C1, (jnp.exp(log_s_CV) - t_CV) / temperature)
 
 
 def weighted(function: Callable) -> Callable:
@@ -250,18 +192,14 @@ class _Weighted:
         return tuple(v * weight_C for v in values), dlogits_CV * weight_C[:, None]
 
 
-def _at_temperature(logits: Logits, teacher: Logits, temperature) -> tuple[jax.Array, jax.Array]:
-    return tuple(z.scaled(1 / temperature).log_probabilities() for z in (logits, teacher))
-
-
-def _log_sum_exp(a_CV: jax.Array) -> jax.Array:
+def log_sum_exp(a_CV: jax.Array) -> jax.Array:
     """Over the whole vocabulary, [C, 1]; -inf where there is no word."""
     most_C1 = lax.pmax(jnp.max(a_CV, axis=-1, keepdims=True), "tensor")
     finite_C1 = jnp.where(jnp.isfinite(most_C1), most_C1, 0.0)
     return jnp.log(sum_words(jnp.exp(a_CV - finite_C1))) + finite_C1
 
 
-def _p_log(p: jax.Array, log: jax.Array) -> jax.Array:
+def p_log(p: jax.Array, log: jax.Array) -> jax.Array:
     """p * log, 0 where p is 0: a word whose logit is -inf."""
     return jnp.where(p > 0, p * jnp.where(p > 0, log, 0.0), 0.0)
 

@@ -120,8 +120,13 @@ def held(lora: LoraConfig, params: nnx.State) -> nnx.State:
 
     To be jitted, or called under `jax.eval_shape`.
     """
-    if not lora.r:
-        return params
+    return in_base_dtype(lora, params) if lora.r else params
+
+
+def in_base_dtype(lora: LoraConfig, params: nnx.State) -> nnx.State:
+    """Parameters of which those that do not learn are in config.lora.base_dtype, as `held`; without factors
+    all are of that kind: a frozen model's.
+    """
     flat = nnx.to_flat_state(params)
     return nnx.from_flat_state([(path, _held(path, v, lora)) for path, v in flat])
 

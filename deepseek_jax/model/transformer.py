@@ -27,7 +27,7 @@ from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.moe_statistics import MoEStats
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
-from deepseek_jax.model.taps import Taps, collect, join, tap
+from deepseek_jax.model.taps import Taps, collect, cosines, join, tap, wanted
 from deepseek_jax.parallel.offload import to_device
 from deepseek_jax.parallel.weights import gather_for_use
 
@@ -75,6 +75,7 @@ class DecoderLayer(nnx.Module):
             generation's, with a cache.
         """
         x_BSD = checkpoint_name(x_BSD, "layer_input")
+        entered_BSD = x_BSD
         attention = self.self_attn if attend is None else functools.partial(attend, self.self_attn)
         x_BSD = x_BSD + attention(self.input_layernorm(x_BSD), rope, segment_ids_BS)
         h_BSD = self.post_attention_layernorm(x_BSD)
@@ -84,6 +85,8 @@ class DecoderLayer(nnx.Module):
             y_BSD, stats = self.mlp(h_BSD), None
         x_BSD = x_BSD + y_BSD
         tap("hidden", x_BSD)
+        if wanted("layer_cosines"):
+            tap("layer_cosines", cosines(entered_BSD, x_BSD))
         return x_BSD, stats
 
 

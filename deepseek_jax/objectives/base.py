@@ -21,10 +21,35 @@ from deepseek_jax.model.head import Head
 from deepseek_jax.model.layout import ModelWeights, PlacedModel
 from deepseek_jax.model.transformer import Output, Transformer
 
-__all__ = ["Batch", "Field", "Fields", "Frozen", "FrozenOutput", "Objective", "Parts"]
+__all__ = [
+    "Batch",
+    "Field",
+    "Fields",
+    "Frozen",
+    "FrozenOutput",
+    "FrozenSource",
+    "Objective",
+    "Parts",
+]
 
 Batch = dict[str, jax.Array]  # by field, [B, ...] of a micro-batch, [A, B, ...] of a step
 Parts = dict[str, jax.Array]  # named float32 scalars
+
+
+class FrozenSource(Protocol):
+    """Where a frozen model comes from, before there is a mesh. Whoever starts a run opens it
+    (run/teacher.py): what an objective does with a model does not depend on the files that hold it.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that it has. Its embedding and head get the student's number: cut, or with zeros behind."""
+
+    def place(self, mesh: jax.sharding.Mesh) -> PlacedModel:
+        """Its shapes on the mesh of the run."""
+
+    def load(self, placed: PlacedModel) -> ModelWeights:
+        """Its weights, in their shards."""
 
 
 class Frozen(NamedTuple):

@@ -46,7 +46,7 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sh
             f"Set config.train.attention=auto."
         )
     shape = _resolve(config, len(devices))
-    _check(config, shape)
+    check_model(config, shape)
     by_host = sorted(
         devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id)
     )
@@ -168,7 +168,12 @@ def _more_on_cpu(wanted: int) -> str:
     return f", or run with JAX_NUM_CPU_DEVICES={wanted}" if jax.default_backend() == "cpu" else ""
 
 
-def _check(config: Config, shape: dict[str, int]) -> None:
+def check_model(config: Config, shape: dict[str, int]) -> None:
+    """Whether a model and a batch fit a mesh of this shape.
+
+    Raises:
+      UserError: the mesh does not divide the experts, the batch or the weights.
+    """
     m = config.model
     if m.has_experts and m.n_routed_experts % shape["expert"]:
         raise UserError(

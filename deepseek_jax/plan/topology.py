@@ -25,6 +25,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.xla_options import with_known_options
+from deepseek_jax.run import teacher
 from deepseek_jax.runtime import jax_private
 from deepseek_jax.runtime.threads import enough_threads
 from deepseek_jax.train.batch import abstract_batch
@@ -130,7 +131,8 @@ def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layo
     # A sharding over devices that are not here loses its memory kind; over a mesh without devices
     # it keeps it.
     place = mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh
-    return mesh, make_layout(config, place, objectives.make(config).frozen(place))
+    objective = objectives.make(config, teacher.planned(config))
+    return mesh, make_layout(config, place, objective.frozen(place))
 
 
 def _offloads(config: Config) -> bool:
@@ -161,7 +163,7 @@ def compile_step(
         options = xla_options.xla_options(config, mesh.devices.flat[0].platform, layer_bytes)
     started = time.perf_counter()
     try:
-        objective = objectives.make(config)
+        objective = objectives.make(config, teacher.planned(config))
         train_step = jax.jit(make_train_step(config, layout, objective), donate_argnums=0)
         frozen = () if layout.frozen is None else (layout.abstract_frozen(),)
         batch_of = functools.partial(

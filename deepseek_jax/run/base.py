@@ -5,6 +5,7 @@ from config.init_from at every start, and one line says so if it is gone or anot
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +26,15 @@ from deepseek_jax.parallel.sharding import COMPUTE_RULES, spec
 
 
 def read(
-    source: HfTensors, config: Config, family: str, model: PlacedModel, everything: bool
+    source: HfTensors,
+    config: Config,
+    family: str,
+    model: PlacedModel,
+    everything: bool,
+    words: int | None = None,
+    done: Callable[[int], None] | None = None,
 ) -> ModelWeights:
-    """The base in its shards, without factors.
+    """The base in its shards, without factors; or a frozen model, held as one.
 
     Args:
       source: the checkpoint, whose names and shapes are checked.
@@ -35,6 +42,8 @@ def read(
       family: of the checkpoint.
       model: the model, laid out over the mesh.
       everything: with what modules_to_save names, which a checkpoint of the run has too.
+      words: of the checkpoint's embedding and head, where the model has another number.
+      done: is told of the bytes of each array that is there.
     """
     shardings = dict(nnx.to_flat_state(model.shardings.params))
     out = []
@@ -48,8 +57,11 @@ def read(
             axes = tuple(variable.get_metadata()["out_sharding"])
             held = _quantized(source, leaf, config.lora.base_dtype, axes, w, where)
         else:
-            held = reader.read_leaf(source, leaf, where, np.dtype(w.dtype))
+            other = words if "vocab" in variable.get_metadata()["out_sharding"] else None
+            held = reader.read_leaf(source, leaf, where, np.dtype(w.dtype), words=other)
         out.append((path, variable.replace(held)))
+        if done is not None:
+            done(sum(a.nbytes for a in jax.tree.leaves(held)))
     bias = reader.read_state(
         source, config.model, family, model.abstract.bias, model.shardings.bias
     )

@@ -84,6 +84,7 @@ def show(workdir: str, step: int | None, rows: str | None, characters: int) -> N
         data=then.data,
         train=then.train,
         sft=then.sft,
+        distill=dataclasses.replace(config.distill, data=then.distill.data),
     )
     loader = opened(config, workdir if os.access(workdir, os.W_OK) else None, stretch.contents)
     if what := contents.difference(

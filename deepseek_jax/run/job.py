@@ -23,7 +23,7 @@ from deepseek_jax.config.validation import validate
 from deepseek_jax.data import contents
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
-from deepseek_jax.data.open import open_data
+from deepseek_jax.data.open import open_data, settled
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import BadNumbers, SaveFailed
 from deepseek_jax.hf.tensors import HfTensors
@@ -43,6 +43,7 @@ from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
 from deepseek_jax.run.resume import Continuation
 from deepseek_jax.run.start import Start
+from deepseek_jax.run.teacher import Teacher, open_teacher
 from deepseek_jax.run.watchdog import Watchdog, end_alone
 from deepseek_jax.runtime import compile_cache, environment
 from deepseek_jax.train import workdir as workdirs
@@ -90,7 +91,7 @@ def train(
         validate(config)
         with Job(config, workdir, processes, stopper) as job:
             mesh, config = job.open()
-            objective = objectives.make(config)
+            objective = objectives.make(config, job.teacher)
             model = make_layout(config, mesh, objective.frozen(mesh))
             start = job.find_start(model, objective)
             step = job.compile(make_train_step(config, model, objective), start)
@@ -121,7 +122,12 @@ class Job:
       workdir: the folder of the run.
       processes: that take part, joined.
       stopper: says after which step to stop early.
+
+    Attributes:
+      teacher: of a distillation, from `open` on; None where there is none.
     """
+
+    teacher: Teacher | None = None
 
     def __init__(
         self,
@@ -170,7 +176,7 @@ class Job:
         Raises:
           UserError: something is.
         """
-        config = self._config
+        config = self._config = self._given = settled(self._config)
         first = self._processes.index == 0
         self._mesh = make_mesh(config)
         tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
@@ -183,6 +189,7 @@ class Job:
         self._prompts = answers.prompts_of_run(config, self._data)
         if config.init_from or config.lora.r:
             self._source = init_from.open_for_training(config, self._workdir)
+        self.teacher = open_teacher(config, self._workdir, progress=first)
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"
         self._processes.agree("data files", {"what config.data reads": what})
@@ -216,6 +223,8 @@ class Job:
         platform = mesh.devices.flat[0].platform
         self._compiler_options = xla_options.xla_options(config, platform, bytes_per_layer)
         self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
+        if self.teacher is not None:
+            self._count = self._count.beside(self.teacher.count)
         step = self._checkpoints.newest_good(to_tree(saved(model.abstract_sharded())))
         seen: dict[str, Any] = {"the newest checkpoint in --workdir": step}
         seen |= {"the last step": config.train.steps, "config.esft": model.multipliers.digest}
@@ -230,7 +239,10 @@ class Job:
             continuation=continuation,
             step=step,
             progress=continuation.progress(step),
+            teacher=self.teacher,
         )
+        if start.other_teacher:
+            self._changed.append("the teacher has other weights than it had before")
         summary.show(
             summary.Run(
                 config=config,
@@ -241,6 +253,7 @@ class Job:
                 workdir=self._workdir,
                 resume_step=step,
                 changed=self._changed,
+                teacher=self.teacher,
                 compiler_options=self._compiler_options,
                 history=start.progress.history,
             )

@@ -16,6 +16,7 @@ class Progress(NamedTuple):
     history: which rows every step reads.
     run: the name of the run, `workdir.identity`.
     base: with LoRA what identifies its base, `base.identity`.
+    teacher: in distillation what identifies the teacher, `Teacher.identity`.
     """
 
     tokens_seen: int = 0
@@ -24,13 +25,15 @@ class Progress(NamedTuple):
     history: History = History()
     run: str = ""
     base: str = ""
+    teacher: str = ""
 
     def to_extra(self) -> dict[str, Any]:
         out = {"tokens_seen": self.tokens_seen, "data": self.history.to_json(), "run": self.run}
         if self.rollbacks:
             out["skipped_rows"] = [list(w) for w in self.skipped.skipped]
             out["rollbacks"] = self.rollbacks
-        return out | ({"base": self.base} if self.base else {})
+        known = {"base": self.base, "teacher": self.teacher}
+        return out | {name: value for name, value in known.items() if value}
 
     @classmethod
     def of_extra(cls, extra: dict[str, Any]) -> "Progress":
@@ -41,6 +44,7 @@ class Progress(NamedTuple):
             history=History.of_json(extra.get("data", ())),
             run=extra.get("run") or "",
             base=extra.get("base") or "",
+            teacher=extra.get("teacher") or "",
         )
 
     def resumed(

@@ -26,6 +26,7 @@ from deepseek_jax.hf.provenance import FOLDER
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.run import base, init_from, resume
 from deepseek_jax.run.progress import Progress
+from deepseek_jax.run.teacher import Teacher
 from deepseek_jax.train.state import Layout, TrainState, init_state, saved, to_tree
 
 
@@ -39,6 +40,8 @@ class Start:
       continuation: what goes on besides the state.
       step: of the checkpoint that the run goes on from; None: from its beginning.
       progress: up to `step`.
+      teacher: of a distillation.
+      other_teacher: whether its weights are not those that the run had so far.
     """
 
     config: Config
@@ -49,6 +52,7 @@ class Start:
     continuation: resume.Continuation
     step: int | None
     progress: Progress
+    teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         """The base of LoRA is looked at before anything is compiled.
@@ -59,6 +63,10 @@ class Start:
         if self.config.lora.r:
             found = identity.check(self.config, self.source, self.progress.base)
             self.progress = self.progress._replace(base=found)
+        before = self.progress.teacher
+        now = self.teacher.identity if self.teacher else before
+        self.other_teacher = before not in ("", now)
+        self.progress = self.progress._replace(teacher=now)
 
     def state(self) -> tuple[TrainState, Progress]:
         """The state to begin with, in the shards of the mesh, and the progress up to it.
@@ -113,8 +121,8 @@ class Start:
         return state, self._with_identity(self.continuation.progress(None))
 
     def _with_identity(self, progress: Progress) -> Progress:
-        """The progress with what the base of LoRA is known by."""
-        return progress._replace(base=self.progress.base)
+        """The progress with what the base of LoRA and a teacher are known by."""
+        return progress._replace(base=self.progress.base, teacher=self.progress.teacher)
 
     def _with_base(self, state: TrainState) -> TrainState:
         """A restored state with the base of LoRA, which its checkpoint does not hold."""

@@ -9,6 +9,7 @@ from rich.console import Console
 from deepseek_jax.cli.texts import human
 from deepseek_jax.config.lora_targets import EXPERTS, targets
 from deepseek_jax.config.options import Config
+from deepseek_jax.config.sections.distill import SCHEDULED
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.model.count import Count
@@ -18,6 +19,7 @@ from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.run import answers
 from deepseek_jax.run.loop import Result
 from deepseek_jax.run.report import held_out_text
+from deepseek_jax.run.teacher import Teacher
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.history import History
 from deepseek_jax.train.state import Layout
@@ -30,6 +32,7 @@ class Run:
     Attributes:
       count: parameters and FLOPs of the model.
       resume_step: of the checkpoint that the run goes on from, or None.
+      teacher: of a distillation.
       changed: a line for each option that differs from the last start's.
       compiler_options: of XLA.
       history: which rows of the data every step reads.
@@ -43,6 +46,7 @@ class Run:
     workdir: str
     resume_step: int | None
     changed: list[str]
+    teacher: Teacher | None
     compiler_options: dict[str, Any]
     history: History
 
@@ -72,7 +76,23 @@ def _model(run: Run) -> Lines:
             f", {m.n_routed_experts} experts, {m.num_experts_per_tok} per token, "
             f"{m.n_shared_experts} shared"
         )
-    return [("model", parameters), ("", shape)]
+    return [("model", parameters), ("", shape), *_distillation(run)]
+
+
+def _distillation(run: Run) -> Lines:
+    """The teacher, and what is learnt from it."""
+    d = run.config.distill
+    if run.config.objective != "distill":
+        return []
+    teacher = [] if run.teacher is None else [("teacher", run.teacher.description)]
+
+    def text(name: str) -> str:
+        first, kind = getattr(d, name), getattr(d, f"{name}_schedule")
+        last = f" to {getattr(d, f'{name}_final'):g} ({kind})" if kind != "constant" else ""
+        return f"{name} {first:g}{last}"
+
+    words = f"its {d.top_k} likeliest words, tail {d.tail}" if d.top_k else "all words"
+    return [*teacher, ("distillation", f"{', '.join(map(text, SCHEDULED))}; of {words}")]
 
 
 def _devices(run: Run) -> Lines:
@@ -154,9 +174,9 @@ def _scored(data: Loader | ExampleLoader) -> Lines:
 
 
 def _router(config: Config) -> Lines:
-    """What fine-tuning does to the balance of experts."""
+    """What fine-tuning and distillation do to the balance of experts."""
     m, rate = config.model, config.moe.bias_update_rate
-    if config.objective != "sft" or not m.has_experts:
+    if config.objective == "pretrain" or not m.has_experts:
         return []
     text = f"balance loss x {m.aux_loss_alpha:g}"
     if m.topk_method == "noaux_tc":
@@ -229,7 +249,7 @@ def show_end(config: Config, workdir: str, result: Result, seconds: float) -> No
         ("metrics", f"{workdir}/metrics.jsonl  (tensorboard --logdir {workdir}/tensorboard)"),
     ]
     generate = f"python -m deepseek_jax.generate --workdir={workdir}"
-    if config.objective == "sft":
+    if config.reads_examples:
         lines.append(("chat", f"{generate} --chat"))
     else:
         lines.append(("more text", f"{generate} --prompt='class '"))

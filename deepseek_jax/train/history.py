@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.option import options_of
-from deepseek_jax.config.options import Config, DataConfig, SftConfig, TrainConfig
+from deepseek_jax.config.options import (
+    Config,
+    DataConfig,
+    DistillConfig,
+    SftConfig,
+    TrainConfig,
+)
 from deepseek_jax.data import contents as contents_
 from deepseek_jax.data.contents import Contents, check_tokenizer
 from deepseek_jax.data.sources import split_paths
@@ -194,14 +200,25 @@ def _of_rows(config: Config) -> Config:
     data = dataclasses.replace(config.data, **{_NOT_OF_ROWS: getattr(DataConfig(), _NOT_OF_ROWS)})
     train = TrainConfig(**{name: getattr(config.train, name) for name in _TRAIN})
     sft = SftConfig(**{name: getattr(config.sft, name) for name in _SFT})
-    return Config(seed=config.seed, objective=config.objective, data=data, train=train, sft=sft)
+    distill = DistillConfig(data=config.distill.data)
+    return Config(
+        seed=config.seed,
+        objective=config.objective,
+        data=data,
+        train=train,
+        sft=sft,
+        distill=distill,
+    )
 
 
 def _to_json(options: Config) -> dict[str, Any]:
     data = {k: v for k, v in dataclasses.asdict(options.data).items() if k != _NOT_OF_ROWS}
     train = {name: getattr(options.train, name) for name in _TRAIN}
     out = {"seed": options.seed, "data": data, "train": train}
-    if options.objective == "sft":
-        sft = {name: getattr(options.sft, name) for name in _SFT}
-        out |= {"objective": options.objective, "sft": sft}
+    if options.objective != "pretrain":
+        out["objective"] = options.objective
+    if options.objective == "distill":
+        out["distill"] = {"data": options.distill.data}
+    if options.reads_examples:
+        out["sft"] = {name: getattr(options.sft, name) for name in _SFT}
     return out

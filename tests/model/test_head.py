@@ -16,11 +16,12 @@ from flax import nnx
 
 from deepseek_jax.config.options import IGNORE, MeshConfig, ModelConfig
 from deepseek_jax.model import head, logit_functions
+from deepseek_jax.model.divergences import TopTeacher, WholeTeacher
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import make_mesh
 from tests.support import conversion
 
-B, S, D, TEACHER_D, V, K, T = 2, 13, 16, 12, 40, 5, 2.0
+B, S, D, TEACHER_D, V, K, T, BETA = 2, 13, 16, 12, 40, 5, 2.0, 0.3
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -56,6 +57,11 @@ def divergence(log_p_BSN, log_q_BSN):
     return jnp.sum(jnp.exp(log_p_BSN) * (log_p_BSN - log_q_BSN), axis=-1)
 
 
+def mixture(log_t_BSN, log_s_BSN):
+    log_m = jnp.log(BETA * jnp.exp(log_t_BSN) + (1 - BETA) * jnp.exp(log_s_BSN))
+    return BETA * divergence(log_t_BSN, log_m) + (1 - BETA) * divergence(log_s_BSN, log_m)
+
+
 def with_tail(log_p_BSK):
     """[B, S, K + 1]: the probability of all other tokens, as one more."""
     rest_BS1 = jnp.log1p(-jnp.sum(jnp.exp(log_p_BSK), axis=-1, keepdims=True))
@@ -74,10 +80,15 @@ def plain(a: dict, hidden, kernel) -> dict[str, jax.Array]:
         "weighted": -log_target * a["weight"],
         "log_probability": log_target,
         "entropy": -jnp.sum(jnp.exp(log_p) * log_p, axis=-1),
-        "kl": divergence(log_t, log_s),
-        "reverse_kl": divergence(log_s, log_t),
-        "kl_to_top": divergence(with_tail(inside_t), with_tail(inside_s)),
-        "kl_to_all": divergence(log_t, log_s),
+        "kl": T**2 * divergence(log_t, log_s),
+        "reverse_kl": T**2 * divergence(log_s, log_t),
+        "mixture": -0.4 * log_target + 0.6 * T**2 * mixture(log_t, log_s),
+        "kl_to_top": T**2 * divergence(with_tail(inside_t), with_tail(inside_s)),
+        "reverse_kl_to_top": T**2 * divergence(with_tail(inside_s), with_tail(inside_t)),
+        "mixture_of_top": -0.4 * log_target
+        + 0.6 * T**2 * mixture(with_tail(inside_t), with_tail(inside_s)),
+        "renormalised": T**2 * mixture(jax.nn.log_softmax(inside_t), jax.nn.log_softmax(inside_s)),
+        "kl_to_all": T**2 * divergence(log_t, log_s),
     }
     return {name: jnp.where(a["valid"], v, 0.0) for name, v in values.items()}
 
@@ -85,6 +96,8 @@ def plain(a: dict, hidden, kernel) -> dict[str, jax.Array]:
 def ours(a: dict, hidden, weight: head.Head, teacher: head.Head, scan) -> dict[str, jax.Array]:
     frozen = ((a["teacher_hidden"], teacher),)
     targets, valid = a["targets"], a["valid"]
+    alone, mixed = (1.0, jnp.float32(T), 0.0), (0.6, jnp.float32(T), BETA)  # alpha, T, beta
+    top = a["ids"], a["values"], a["lse"], targets
 
     def walk(function, *inputs, **more) -> jax.Array:
         return scan(function, hidden, weight, *inputs, **more)[0]
@@ -96,11 +109,15 @@ def ours(a: dict, hidden, weight: head.Head, teacher: head.Head, scan) -> dict[s
         ),
         "log_probability": walk(logit_functions.log_probability, targets),
         "entropy": walk(logit_functions.entropy, valid),
-        "kl": walk(logit_functions.kl, valid, jnp.float32(T), frozen=frozen),
-        "reverse_kl": walk(logit_functions.reverse_kl, valid, T, frozen=frozen),
-        "kl_to_top": walk(logit_functions.kl_to_top, a["ids"], a["values"], a["lse"], valid, T),
+        "kl": walk(WholeTeacher("forward"), targets, *alone, frozen=frozen),
+        "reverse_kl": walk(WholeTeacher("reverse"), targets, *alone, frozen=frozen),
+        "mixture": walk(WholeTeacher("mixture"), targets, *mixed, frozen=frozen),
+        "kl_to_top": walk(TopTeacher("forward"), *top, *alone),
+        "reverse_kl_to_top": walk(TopTeacher("reverse"), *top, *alone),
+        "mixture_of_top": walk(TopTeacher("mixture"), *top, *mixed),
+        "renormalised": walk(TopTeacher("mixture", "renormalise"), *top, 1.0, T, BETA),
         "kl_to_all": walk(
-            logit_functions.kl_to_top, a["all_ids"], a["all_values"], a["lse"], valid, T
+            TopTeacher("forward"), a["all_ids"], a["all_values"], a["lse"], targets, *alone
         ),
     }
 
@@ -187,19 +204,21 @@ def test_functions_of_the_head(mesh, chunk, tied, monkeypatch):
             conversion.assert_close(dkernel.T if tied else dkernel, kernel, what=f"{name}: head")
 
 
-def test_a_student_that_is_its_teacher():
-    """No divergence and no gradient, to the rounding of single numbers."""
+@pytest.mark.parametrize("kind,beta", [("forward", 0), ("reverse", 1), ("mixture", 0.3)])
+def test_a_student_that_is_its_teacher(kind, beta):
+    """No divergence and no gradient, to the last bit: their logits are made in one program."""
     a = arrays()
     with conversion.on_mesh(conversion.config_of(ModelConfig())):
         kernel = jax.device_put(jnp.float32(a["kernel"]), jax.P(None, "tensor"))
-        axes = ("embed", "vocab")
-        one = head.Head(nnx.Param(kernel, out_sharding=axes, eager_sharding=False), tied=False)
-        hidden, valid = conversion.put(a["hidden"]), conversion.put(a["valid"])
+        hidden, targets = conversion.put(a["hidden"]), conversion.put(a["targets"])
 
-        def kl(h):
-            return head.scan_vocab_sum(logit_functions.kl, h, one, valid, frozen=((hidden, one),))[
-                0
-            ]
+        # All are arguments: XLA works out products of constants by other code.
+        def loss(h, hidden, kernel):
+            axes = ("embed", "vocab")
+            one = head.Head(nnx.Param(kernel, out_sharding=axes, eager_sharding=False), tied=False)
+            return head.scan_vocab_sum(
+                WholeTeacher(kind), h, one, targets, 1.0, T, beta, frozen=((hidden, one),)
+            )[0]
 
-        value, gradient = conversion.jit(jax.value_and_grad(kl))(hidden)
-    assert abs(float(value)) < 1e-6 and np.abs(np.asarray(gradient)).max() < 1e-6
+        value, gradient = conversion.jit(jax.value_and_grad(loss))(hidden, hidden, kernel)
+    assert float(value) == 0 and not np.asarray(gradient).any()

@@ -18,7 +18,7 @@ from deepseek_jax import objectives
 from deepseek_jax.config.options import Config, MeshConfig, OffloadConfig, ShardingConfig
 from deepseek_jax.data import fields
 from deepseek_jax.data.fields import Field
-from deepseek_jax.model import head, logit_functions
+from deepseek_jax.model import divergences, head, logit_functions
 from deepseek_jax.model.layout import ModelWeights, place_model
 from deepseek_jax.objectives.base import Frozen
 from deepseek_jax.objectives.forward import run_model
@@ -92,12 +92,14 @@ class Everything:
             batch["targets"],
             batch["loss_weight"],
         )
-        (kl,) = head.scan_vocab_sum(
-            logit_functions.kl,
+        _, _, kl, *_ = head.scan_vocab_sum(
+            divergences.WholeTeacher("forward"),
             out.hidden_BSD,
             model.head,
-            valid,
+            jnp.where(valid, 0, -100),
+            1.0,
             jnp.float32(2),
+            0.0,
             frozen=((frozen_out.out.hidden_BSD, frozen_out.head),),
         )
         (log_p,) = head.scan_vocab(

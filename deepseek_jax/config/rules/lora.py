@@ -49,9 +49,11 @@ def check(config: Config) -> None:
             f"with config.lora.target_modules={lora.target_modules}: routed experts have none",
             "config.lora.target_modules to linear maps besides",
         )
-    if lora.dropout and config.objective != "sft":
+    of_text = config.objective == "distill" and config.distill.data == "text"
+    if lora.dropout and (config.objective == "pretrain" or of_text):
+        asked = "config.distill.data=text" if of_text else f"config.objective={config.objective}"
         raise UserError(
-            f"config.lora.dropout={lora.dropout} and config.objective={config.objective}: what is dropped "
+            f"config.lora.dropout={lora.dropout} and {asked}: what is dropped "
             f"follows from the numbers of examples. Set config.lora.dropout=0, or config.objective=sft."
         )
     if lora.dropout and config.mesh.stage > 1:

@@ -20,19 +20,22 @@ OF_TEMPLATES = (
 
 def check(config: Config) -> None:
     """Raises UserError: the first options that do not go together."""
-    if config.objective != "sft":
-        without_effect(
-            config,
-            [name for name in OPTIONS if name.startswith("sft.")],
-            f"with config.objective={config.objective}",
-            "config.objective=sft",
-        )
-        return
-    _check_model(config)
-    _check_data(config)
-    _check_scored(config)
-    _check_loss(config)
-    _check_answers(config)
+    if config.objective == "distill":
+        if config.distill.data == "text":
+            _refuse_all(config, "with config.distill.data=text", "config.distill.data=examples")
+    elif config.objective != "sft":
+        _refuse_all(config, f"with config.objective={config.objective}", "config.objective=sft")
+    else:
+        _check_model(config)
+        _check_loss(config)
+    if config.reads_examples:
+        _check_data(config)
+        _check_scored(config)
+        _check_answers(config)
+
+
+def _refuse_all(config: Config, why: str, repair: str) -> None:
+    without_effect(config, [name for name in OPTIONS if name.startswith("sft.")], why, repair)
 
 
 def _check_model(config: Config) -> None:
@@ -45,20 +48,20 @@ def _check_model(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     s, d = config.sft, config.data
+    asked, text = "config.objective=sft", "config.objective=pretrain"
+    if config.objective == "distill":
+        asked, text = "config.distill.data=examples", "config.distill.data=text"
     if d.path == "stdlib":
         raise UserError(
-            "config.objective=sft and config.data.path=stdlib, which are programs and not examples. Set "
+            f"{asked} and config.data.path=stdlib, which are programs and not examples. Set "
             "config.data.path to a .jsonl or .parquet file of examples."
         )
     without_effect(
-        config,
-        OF_DOCUMENTS,
-        "with config.objective=sft: examples are encoded by their template",
-        "config.objective=pretrain",
+        config, OF_DOCUMENTS, f"with {asked}: examples are encoded by their template", text
     )
     if not d.document_mask:
         raise UserError(
-            "config.data.document_mask=False and config.objective=sft: an example would see the others of "
+            f"config.data.document_mask=False and {asked}: an example would see the others of "
             "its row. Set config.data.document_mask=True."
         )
     if s.packing_strategy in ("bfd_split", "wrapped"):

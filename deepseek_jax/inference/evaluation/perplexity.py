@@ -113,7 +113,7 @@ def of_held_out(
     """
     run = opened.run
     assert run is not None
-    if run.objective == "sft":
+    if run.reads_examples:
         return held_out_examples.evaluate(opened, scorer, limit, progress)
     if run.data.eval_fraction == 0:
         raise UserError(
