@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.cli import arguments
-from deepseek_jax.cli.progress import Bar
 from deepseek_jax.compress import output, source, upcycle_plan
 from deepseek_jax.compress.source import Source
 from deepseek_jax.compress.upcycle_plan import Wanted
@@ -123,8 +122,7 @@ def run(args: argparse.Namespace) -> None:
     )
     made = Upcycled(dense, wanted, args.noise, args.router_std, args.seed)
     print("\n".join(made.lines()))
-    with Bar("Upcycling", made.bytes, True) as bar:
-        made.write(args.out, bar)
+    made.write(args.out)
     print(f"wrote          {args.out}")
 
 
@@ -140,7 +138,6 @@ class Upcycled:
 
     Attributes:
       plan: how.
-      bytes: that are written of experts, about.
 
     Raises:
       UserError: as upcycle_plan.make.
@@ -171,8 +168,6 @@ class Upcycled:
             "exact": self.plan.is_exact and not noise,
         }
         m = self.plan.model
-        self.bytes = 3 * len(expert_rows(m)) * m.n_routed_experts * m.moe_intermediate_size
-        self.bytes *= m.hidden_size * 4
         self._scales: dict[int, float] = {}
         self._deviation = 0.0
         if not self.plan.is_exact:
@@ -219,7 +214,7 @@ class Upcycled:
             out.append(f"first loss     the dense model's: weights sum to 1{scale}")
         return out
 
-    def write(self, out: str, bar: Bar | None = None) -> None:
+    def write(self, out: str) -> None:
         """Writes it as a Hugging Face folder.
 
         Raises:
@@ -232,18 +227,8 @@ class Upcycled:
         # No expert stands for one of the dense model, which has none.
         row: tuple[tuple[int, ...], ...] = ((),) * model.n_routed_experts
         mapped = dense.document.map._replace(expert_map=(row,) * len(expert_rows(model)))
-
-        def parts(leaf: Leaf) -> Iterator[Part]:
-            for part in self.parts(leaf):
-                if bar is not None and "/mlp/" in leaf.path:
-                    bar.advance(part[0].nbytes)
-                yield part
-
-        output.write(
-            out,
-            dense,
-            output.Compressed(model, parts, mapped, self._operation, self.plan.family),
-        )
+        made = output.Compressed(model, self.parts, mapped, self._operation, self.plan.family)
+        output.write(out, dense, made)
 
     def _dtypes(self) -> dict[str, str]:
         """What the new tensors are stored as: the dense MLP's dtype."""

@@ -25,6 +25,20 @@ TRAIN = [
 ]  # fmt: skip
 
 
+def whole(argv, env):
+    """The script to its end; what it began ends with it."""
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=900)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
 @pytest.mark.slow
 def test_from_prompts_to_a_student(tmp_path):
     model = chat_folders.model(tmp_path / "model")
@@ -52,7 +66,7 @@ def test_from_prompts_to_a_student(tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
 
-    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = whole(argv, env)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in (work / "answers.jsonl").read_text().splitlines()]
     kept = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()]
@@ -67,5 +81,5 @@ def test_from_prompts_to_a_student(tmp_path):
     assert any("loss" in row for row in losses)
 
     # Once more: nothing is made again.
-    again = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    again = whole(argv, env)
     assert again.returncode == 0 and "is complete" in again.stderr
