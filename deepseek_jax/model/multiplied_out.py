@@ -9,9 +9,9 @@ from flax import nnx
 from jax import lax
 
 from deepseek_jax.config.options import ModelConfig
+from deepseek_jax.model.decoder import DecoderLayer
 from deepseek_jax.model.moe import Experts, MoE
 from deepseek_jax.model.shared_core import SharedCoreExperts
-from deepseek_jax.model.transformer import DecoderLayer
 
 
 def multiply_out(layer: DecoderLayer, config: ModelConfig) -> None:

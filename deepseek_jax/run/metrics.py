@@ -4,85 +4,13 @@ metrics.jsonl, TensorBoard, the terminal, the tests and reports read `METRICS`. 
 further parts of its loss by names of its own.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-import jax
+from deepseek_jax.run.figures import device_peak, memory_gb, short
+from deepseek_jax.run.metric import Measured, Metric, of_part, of_routing
 
-from deepseek_jax.config.options import Config
-from deepseek_jax.model.count import Count
-from deepseek_jax.run.figures import device_peak, memory_gb, routing, short
-from deepseek_jax.run.stages import Stage
-from deepseek_jax.train.step import StepMetrics
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What the row of a step is made from."""
-
-    step: int  # finished steps
-    metrics: StepMetrics  # on the host
-    step_time: float  # seconds per step since the last row
-    tokens_per_sec: float
-    tokens_seen: int
-    config: Config
-    count: Count
-    stage: Stage | None = None  # of a run with stages
-
-    @functools.cached_property
-    def routing(self) -> dict[str, Any]:
-        return routing(self.metrics.load, self.config.moe.drop)
-
-    def part(self, name: str) -> float | None:
-        """A named part of the loss; None where the objective does not report it."""
-        if name == "mtp_loss" and not self.config.model.num_nextn_predict_layers:
-            return None
-        value = self.metrics.parts.get(name)
-        return None if value is None else short(value)
-
-    @property
-    def tflops_per_device(self) -> float:
-        return self.count.flops_per_token * self.tokens_per_sec / 1e12 / jax.device_count()
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """One name in the rows of metrics.jsonl.
-
-    Attributes:
-      unit: of the number; "" where it has none.
-      over_steps: how one number stands for the rows of several steps.
-      over_processes: "same" where every process has the number of the whole step; "first" where it
-        is process 0's own, as its clock.
-      row: the kind of row that has it.
-      present: when, in words; "" in every row of its kind.
-      contract: tools outside this repository rely on it.
-      terminal: how the terminal shows it, as a format of the number; "" not at all.
-      of: makes the number of a step's row, None where it is absent. Rows of other kinds bring their
-        numbers.
-    """
-
-    name: str
-    unit: str
-    help: str
-    over_steps: Literal["mean", "max", "sum", "last"] = "last"
-    over_processes: Literal["same", "first"] = "same"
-    row: Literal["step", "evaluation", "spike", "rollback"] = "step"
-    present: str = ""
-    contract: bool = False
-    terminal: str = ""
-    of: Callable[[Measured], Any] | None = None
-
-
-def _of_part(name: str) -> Callable[[Measured], Any]:
-    return lambda m: m.part(name)
-
-
-def _of_routing(name: str) -> Callable[[Measured], Any]:
-    return lambda m: m.routing.get(name)
-
+__all__ = ["METRICS", "Measured", "Metric", "row", "terminal_text"]
 
 _TABLE = (
     Metric("step", "steps", "finished steps", contract=True, of=lambda m: m.step),
@@ -107,7 +35,7 @@ _TABLE = (
         over_steps="mean",
         contract=True,
         terminal="loss {:.4f}",
-        of=_of_part("loss"),
+        of=of_part("loss"),
     ),
     Metric(
         "lm_loss",
@@ -115,7 +43,7 @@ _TABLE = (
         "mean cross-entropy of the next token, over scored tokens",
         over_steps="mean",
         contract=True,
-        of=_of_part("lm_loss"),
+        of=of_part("lm_loss"),
     ),
     Metric(
         "token_accuracy",
@@ -124,7 +52,7 @@ _TABLE = (
         over_steps="mean",
         present="in fine-tuning and distillation",
         terminal="accuracy {:.3f}",
-        of=_of_part("token_accuracy"),
+        of=of_part("token_accuracy"),
     ),
     Metric(
         "entropy",
@@ -132,7 +60,7 @@ _TABLE = (
         "mean entropy of what is predicted at scored tokens",
         over_steps="mean",
         present="in fine-tuning",
-        of=_of_part("entropy"),
+        of=of_part("entropy"),
     ),
     Metric(
         "kl",
@@ -142,7 +70,7 @@ _TABLE = (
         over_steps="mean",
         present="in distillation",
         terminal="kl {:.4f}",
-        of=_of_part("kl"),
+        of=of_part("kl"),
     ),
     Metric(
         "teacher_loss",
@@ -150,7 +78,7 @@ _TABLE = (
         "the teacher's mean cross-entropy, over scored tokens",
         over_steps="mean",
         present="in distillation from all of the teacher's logits",
-        of=_of_part("teacher_loss"),
+        of=of_part("teacher_loss"),
     ),
     Metric(
         "hidden_loss",
@@ -158,7 +86,7 @@ _TABLE = (
         "distance between hidden states of student and teacher, without its weight",
         over_steps="mean",
         present="with config.distill.hidden_weight",
-        of=_of_part("hidden_loss"),
+        of=of_part("hidden_loss"),
     ),
     Metric(
         "router_loss",
@@ -166,7 +94,7 @@ _TABLE = (
         "divergence of the student's routers from the teacher's, without its weight",
         over_steps="mean",
         present="with config.distill.router_weight",
-        of=_of_part("router_loss"),
+        of=of_part("router_loss"),
     ),
     Metric(
         "mtp_loss",
@@ -175,7 +103,7 @@ _TABLE = (
         "depths, without its weight",
         over_steps="mean",
         present="with multi-token prediction layers",
-        of=_of_part("mtp_loss"),
+        of=of_part("mtp_loss"),
     ),
     Metric(
         "balance_loss",
@@ -183,14 +111,14 @@ _TABLE = (
         "auxiliary loss of expert balance, without its weight",
         over_steps="mean",
         contract=True,
-        of=_of_part("balance_loss"),
+        of=of_part("balance_loss"),
     ),
     Metric(
         "z_loss",
         "",
         "auxiliary loss of large router logits, without its weight",
         over_steps="mean",
-        of=_of_part("z_loss"),
+        of=of_part("z_loss"),
     ),
     Metric(
         "lr",
@@ -280,14 +208,14 @@ _TABLE = (
         over_steps="max",
         contract=True,
         terminal="max violation {:.2f}",
-        of=_of_routing("max_violation"),
+        of=of_routing("max_violation"),
     ),
     Metric(
         "routing_entropy",
         "",
         "1 where all experts of a layer have the same load, 0 where one has all; mean over layers",
         over_steps="mean",
-        of=_of_routing("routing_entropy"),
+        of=of_routing("routing_entropy"),
     ),
     Metric(
         "dispatch_rounds",
@@ -296,28 +224,28 @@ _TABLE = (
         over_steps="max",
         contract=True,
         terminal="rounds {}",
-        of=_of_routing("dispatch_rounds"),
+        of=of_routing("dispatch_rounds"),
     ),
     Metric(
         "left_device_share",
         "",
         "of the assignments not dropped, those whose expert is on another device than their token",
         over_steps="mean",
-        of=_of_routing("left_device_share"),
+        of=of_routing("left_device_share"),
     ),
     Metric(
         "device_imbalance",
         "",
         "the most tokens that a device's experts received / the mean - 1, in the worst layer",
         over_steps="max",
-        of=_of_routing("device_imbalance"),
+        of=of_routing("device_imbalance"),
     ),
     Metric(
         "received_by_device",
         "tokens",
         "a list: what the experts of each device received, over all layers",
         over_steps="sum",
-        of=_of_routing("received_by_device"),
+        of=of_routing("received_by_device"),
     ),
     Metric(
         "dropped_tokens",
@@ -325,7 +253,7 @@ _TABLE = (
         "assignments of a token to an expert that were dropped, over all layers",
         over_steps="sum",
         contract=True,
-        of=_of_routing("dropped_tokens"),
+        of=of_routing("dropped_tokens"),
     ),
     Metric(
         "dropped_by_device",
@@ -333,7 +261,7 @@ _TABLE = (
         "a list by layer: what was dropped, by the device of its token",
         over_steps="sum",
         present="with config.moe.drop",
-        of=_of_routing("dropped_by_device"),
+        of=of_routing("dropped_by_device"),
     ),
     Metric(
         "rows",

@@ -56,7 +56,8 @@ NAMED = {
 AROUND = (
     Rule("model/moe.py", "MoE._routed", "dispatch"),  # a custom gradient hides the calls below it
     Rule("model/moe.py", "MoE", "router"),
-    Rule("model/transformer.py", "MTPLayer", "mtp"),
+    Rule("model/decoder.py", "MTPLayer", "mtp"),
+    Rule("model/decoder.py", "", "other"),
     Rule("model/transformer.py", "", "other"),  # the model as a whole, not the loss that calls it
     Rule("objectives/", "", "loss"),
     Rule("model/stages.py", "", "pipeline"),

@@ -21,9 +21,9 @@ from deepseek_jax.experts import dispatch
 from deepseek_jax.model import lookup, rope, router
 from deepseek_jax.model.attention import causal
 from deepseek_jax.model.attention.mla import MultiHeadLatentAttention
+from deepseek_jax.model.decoder import DecoderLayer
 from deepseek_jax.model.layers import MLP, Embedding, RMSNorm
 from deepseek_jax.model.moe import MoE
-from deepseek_jax.model.transformer import DecoderLayer
 from deepseek_jax.parallel import sharding
 from tests.support import conversion
 from tests.support import reference as ref

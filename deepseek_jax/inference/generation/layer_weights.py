@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.experts.cpu_unstacked import UnstackedExperts
 from deepseek_jax.model.attention.interface import Attention
+from deepseek_jax.model.decoder import DecoderLayer, MTPLayer
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.multiplied_out import multiply_out
-from deepseek_jax.model.transformer import DecoderLayer, MTPLayer, Transformer
+from deepseek_jax.model.transformer import Transformer
 
 GROUP = 8  # most layers of one program: compile time does not grow with depth, and a step stays a few calls
 
