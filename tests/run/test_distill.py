@@ -14,7 +14,6 @@ import pytest
 import tokenizers
 
 from deepseek_jax import run
-from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import (
     CheckpointConfig,
     Config,
@@ -39,6 +38,7 @@ from deepseek_jax.plan import topology
 from deepseek_jax.run import job, metrics
 from deepseek_jax.run import teacher as teachers
 from tests.support import chat_folders, hf_folders
+from tests.support.stopped_runs import StopAfter, rows
 
 STUDENT = dataclasses.replace(
     hf_folders.MODEL, num_hidden_layers=1, num_nextn_predict_layers=1, aux_loss_alpha=0.0
@@ -78,22 +78,6 @@ def whole(config, tmp_path_factory):
     """(workdir, result) of a run that nobody disturbed."""
     workdir = str(tmp_path_factory.mktemp("whole") / "run")
     return workdir, run.train(config, workdir)
-
-
-class StopAfter(Stopper):
-    """As if a signal came during a step."""
-
-    def __init__(self, step: int):
-        super().__init__()
-        self._step = step
-
-    def after(self, step: int) -> int | None:
-        return 15 if step == self._step else None
-
-
-def rows(workdir) -> list[dict]:
-    with open(os.path.join(workdir, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
 
 
 @pytest.mark.slow

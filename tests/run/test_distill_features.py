@@ -4,7 +4,6 @@ teacher's experts, by a compression.json.
 
 import dataclasses
 import functools
-import json
 import os
 
 import jax
@@ -14,7 +13,6 @@ import safetensors.numpy
 
 from deepseek_jax import objectives, run
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import (
     CheckpointConfig,
     Config,
@@ -37,6 +35,7 @@ from deepseek_jax.run import teacher as teachers
 from deepseek_jax.tensorfile.arrays import flatten
 from deepseek_jax.train import projection
 from tests.support import chat_folders, hf_folders
+from tests.support.stopped_runs import StopAfter, rows
 
 # One of the teacher's two layers, half of its experts.
 STUDENT = dataclasses.replace(
@@ -82,22 +81,6 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
         yield
-
-
-class StopAfter(Stopper):
-    """As if a signal came during a step."""
-
-    def __init__(self, step: int):
-        super().__init__()
-        self._step = step
-
-    def after(self, step: int) -> int | None:
-        return 15 if step == self._step else None
-
-
-def rows(workdir) -> list[dict]:
-    with open(os.path.join(workdir, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
 
 
 @pytest.mark.slow

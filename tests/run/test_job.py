@@ -19,7 +19,6 @@ import pytest
 
 import train as train_py
 from deepseek_jax import run
-from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.configdict import base_config
 from deepseek_jax.config.options import (
     CheckpointConfig,
@@ -34,6 +33,7 @@ from deepseek_jax.errors import BadNumbers, ExitCode, UserError, stopped_by
 from deepseek_jax.run import job, metrics
 from tests.support import ROOT
 from tests.support.small_runs import ADAMW, TINY
+from tests.support.stopped_runs import StopAfter
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +51,6 @@ def config(tmp_path_factory) -> Config:
         checkpoint=CheckpointConfig(every_steps=2, keep=0),
         log=LogConfig(every_steps=1),
     )
-
-
-class StopAfter(Stopper):
-    """As if a signal came during a step."""
-
-    def __init__(self, step: int):
-        super().__init__()
-        self._step = step
-
-    def after(self, step: int) -> int | None:
-        return 15 if step == self._step else None
 
 
 def in_a_thread(call):

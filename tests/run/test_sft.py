@@ -15,7 +15,6 @@ import pytest
 import tokenizers
 
 from deepseek_jax import evaluate, objectives, run
-from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import (
     CheckpointConfig,
     Config,
@@ -40,6 +39,7 @@ from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.history import History
 from tests.support import ROOT, chat_folders
 from tests.support.examples import make_config
+from tests.support.stopped_runs import StopAfter, rows
 
 OTHER_TEMPLATE = chat_folders.TEMPLATE.replace("<|im_start|>", "<|im_start|>the ")
 
@@ -77,22 +77,6 @@ def whole(config, tmp_path_factory):
     """(workdir, result, what was printed) of a run that nobody disturbed."""
     workdir = str(tmp_path_factory.mktemp("whole") / "run")
     return workdir, train(config, workdir)
-
-
-class StopAfter(Stopper):
-    """As if a signal came during a step."""
-
-    def __init__(self, step: int):
-        super().__init__()
-        self._step = step
-
-    def after(self, step: int) -> int | None:
-        return 15 if step == self._step else None
-
-
-def rows(workdir) -> list[dict]:
-    with open(os.path.join(workdir, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
 
 
 def test_epochs_come_to_steps(config, whole):

@@ -20,7 +20,6 @@ import pytest
 
 from deepseek_jax import run
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import (
     CheckpointConfig,
     CompileConfig,
@@ -49,6 +48,7 @@ from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.history import History
 from deepseek_jax.train.state import to_tree
 from tests.support import ROOT, chat_folders, runs
+from tests.support.stopped_runs import StopAfter, rows
 
 STAGES = [
     {"name": "experts", "steps": 3, "lr_multipliers": "experts=1,.=0"},
@@ -117,11 +117,6 @@ def whole(config, tmp_path_factory):
     """(workdir, result) of a run that nobody disturbed."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     return workdir, train(config, workdir)
-
-
-def rows(workdir) -> list[dict]:
-    with open(os.path.join(workdir, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
 
 
 def figures(workdir) -> list[dict]:
@@ -246,17 +241,6 @@ def check_resumed(config, workdir, result, at, tmp_path) -> None:
     same(second.state, result.state)
     assert figures(again) == figures(workdir)
     assert second.losses == {s: loss for s, loss in result.losses.items() if s > at}
-
-
-class StopAfter(Stopper):
-    """As if a signal came during a step."""
-
-    def __init__(self, step: int):
-        super().__init__()
-        self._step = step
-
-    def after(self, step: int) -> int | None:
-        return 15 if step == self._step else None
 
 
 @pytest.mark.slow
