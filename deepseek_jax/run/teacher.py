@@ -34,7 +34,6 @@ from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import base as adapted
 from deepseek_jax.hf import provenance, reader
-from deepseek_jax.hf.compression_map import CompressionMap
 from deepseek_jax.hf.configuration import to_model
 from deepseek_jax.hf.names import leaves
 from deepseek_jax.hf.tensors import read_config
@@ -44,7 +43,7 @@ from deepseek_jax.model.layout import ModelWeights, PlacedModel, abstract_model,
 from deepseek_jax.parallel.mesh import BATCH_AXES, check_model
 from deepseek_jax.parallel.quantized import QuantizedWeight, inputs_of, quantize
 from deepseek_jax.run import base
-from deepseek_jax.run.student_map import map_of
+from deepseek_jax.run.student_map import CompressionMap, map_of
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import from_tree, to_tree
 
@@ -57,6 +56,7 @@ class Found(NamedTuple):
     folder: str
     model: ModelConfig
     run: Config | None  # the options of the run, where it is the workdir of one that has trained
+    map: CompressionMap | None = None  # of the student
 
 
 class Teacher:
@@ -64,23 +64,16 @@ class Teacher:
 
     Attributes:
       config: to run it with, on the mesh of the run: its model with the student's vocab_size.
-      map: which of its layers and experts the student's are; None: no compression.json says so.
       vocab_size: ids that its own embedding and head have.
       identity: tells its weights from others.
     """
 
     def __init__(
-        self,
-        config: Config,
-        found: Found,
-        weights: "Weights | None" = None,
-        compression: CompressionMap | None = None,
-        progress: bool = False,
+        self, config: Config, found: Found, weights: "Weights | None" = None, progress: bool = False
     ):
         """
         Args:
           config: of the run.
-          compression: as `map`.
           weights: what they are known by; None: they are not there.
           progress: show a bar on stderr when its weights are read.
         """
@@ -92,8 +85,7 @@ class Teacher:
         self.config = dataclasses.replace(
             config, model=model, lora=LoraConfig(base_dtype=held), offload=OffloadConfig()
         )
-        self.model = model
-        self.map = compression
+        self.map = found.map
         self.vocab_size = found.model.vocab_size
         self.identity = weights.identity if weights else ""
         self._step = weights.step if weights else None
@@ -252,7 +244,7 @@ def planned(config: Config) -> Teacher | None:
     """The teacher of a run that is only planned: a config.json is enough, and `load` is not for it."""
     if not config.distill.teacher:
         return None
-    return Teacher(config, find(config), compression=map_of(config))
+    return Teacher(config, find(config)._replace(map=map_of(config)))
 
 
 def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teacher | None:
@@ -270,7 +262,7 @@ def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teache
     given = config.distill.teacher
     if not given:
         return None
-    found = find(config)
+    found = find(config)._replace(map=map_of(config, workdir))
     if os.path.realpath(found.folder) == os.path.realpath(workdir):
         raise UserError(f"{OPTION}={given} is this run's own --workdir. Name another model.")
     longest, length = found.model.max_position_embeddings, config.train.sequence_length
@@ -281,7 +273,7 @@ def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teache
         )
     weights = _check_weights(found, given)
     _check_tokenizer(config, found, weights.tokenizer)
-    return Teacher(config, found, weights, map_of(config, workdir), progress)
+    return Teacher(config, found, weights, progress)
 
 
 class Weights(NamedTuple):
