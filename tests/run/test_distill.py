@@ -35,6 +35,7 @@ from deepseek_jax.hf import reader
 from deepseek_jax.model.layout import place_model
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.quantized import QuantizedWeight
+from deepseek_jax.plan import topology
 from deepseek_jax.run import job, metrics
 from deepseek_jax.run import teacher as teachers
 from tests.support import chat_folders, hf_folders
@@ -254,8 +255,12 @@ def test_bad_teachers_are_refused_in_a_line(config, tmp_path):
 
     os.remove(os.path.join(copy, "model.safetensors"))
     refused("model.safetensors is missing", distill__teacher=copy)
-    planned = teachers.planned(replaced(config, "distill.teacher", copy))  # a config.json is enough
-    assert planned.vocab_size == 320
+    # To plan with, a config.json is enough.
+    of_plan = replaced(config, "distill.teacher", copy)
+    mesh, layout = topology.lay_out(of_plan, jax.devices()[:1])
+    numbers = sum(w.size for w in own_weights(config).values())
+    bias = sum(a.size for a in jax.tree.leaves(layout.frozen.model.abstract.bias))
+    assert layout.bytes_per_device(mesh)["frozen"] == 4 * (numbers + bias)
 
 
 def test_a_teacher_that_the_mesh_does_not_divide(config):
