@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from flax import nnx
 
-from deepseek_jax.config.options import ModelConfig
+from deepseek_jax.config.options import Config
 from deepseek_jax.data.fields import Field, Fields
 from deepseek_jax.hf.compression_map import CompressionMap
 from deepseek_jax.model.head import Head
@@ -46,8 +46,8 @@ class FrozenSource(Protocol):
     """
 
     @property
-    def model(self) -> ModelConfig:
-        """Its options, by which layers and experts are compared."""
+    def config(self) -> Config:
+        """To run it with: the run's options, with its own model."""
 
     @property
     def map(self) -> CompressionMap | None:

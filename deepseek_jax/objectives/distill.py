@@ -79,7 +79,7 @@ class Distillation:
             words = teacher.vocab_size  # the student's others are padding
         self._inside = None
         if teacher is not None and not self.recorded:
-            self._inside = features.features_of(config, teacher.model, teacher.map)
+            self._inside = features.features_of(config, teacher.config.model, teacher.map)
         self.taps = self._inside.taps if self._inside else ()
         self._function = (
             TopTeacher(kind, d.tail_kind) if self.recorded else WholeTeacher(kind, words)

@@ -10,6 +10,8 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.hf import compression_map, provenance
 from deepseek_jax.hf.compression_map import CompressionMap
 
+__all__ = ["CompressionMap", "map_of"]
+
 
 def map_of(config: Config, workdir: str = "") -> CompressionMap | None:
     """What compression wrote of the student: config.distill.map, or in the folder of config.init_from, or in

@@ -111,7 +111,7 @@ def _distillation(run: Run) -> Lines:
 
 def _inside(run: Run) -> Lines:
     """Which hidden states and routers are compared with the teacher's."""
-    asked = run.teacher and features_of(run.config, run.teacher.model, run.teacher.map)
+    asked = run.teacher and features_of(run.config, run.teacher.config.model, run.teacher.map)
     lines: Lines = []
     if asked and (h := asked.hidden):
         first, last = (f"{s}:{t}" for s, t in (h.pairs[0], h.pairs[-1]))

@@ -29,7 +29,6 @@ from deepseek_jax.config.options import (
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import base as adapted
 from deepseek_jax.hf import reader
-from deepseek_jax.hf.compression_map import CompressionMap
 from deepseek_jax.model.count import Count, count
 from deepseek_jax.model.layout import ModelWeights, PlacedModel, abstract_model, place_model
 from deepseek_jax.parallel.mesh import BATCH_AXES, check_model
@@ -53,23 +52,16 @@ class Teacher:
 
     Attributes:
       config: to run it with, on the mesh of the run: its model with the student's vocab_size.
-      map: which of its layers and experts the student's are; None: no compression.json says so.
       vocab_size: ids that its own embedding and head have.
       identity: tells its weights from others.
     """
 
     def __init__(
-        self,
-        config: Config,
-        found: Found,
-        weights: Weights | None = None,
-        compression: CompressionMap | None = None,
-        progress: bool = False,
+        self, config: Config, found: Found, weights: Weights | None = None, progress: bool = False
     ):
         """
         Args:
           config: of the run.
-          compression: as `map`.
           weights: what they are known by; None: they are not there.
           progress: show a bar on stderr when its weights are read.
         """
@@ -81,8 +73,7 @@ class Teacher:
         self.config = dataclasses.replace(
             config, model=model, lora=LoraConfig(base_dtype=held), offload=OffloadConfig()
         )
-        self.model = model
-        self.map = compression
+        self.map = found.map
         if config.distill.top_k:
             # The other methods add up a token's experts in an order that follows from the rows beside it,
             # which for a record must not count (distill/program.py).
@@ -223,7 +214,7 @@ def planned(config: Config) -> Teacher | None:
     d = config.distill
     if not d.teacher or d.cache:
         return None
-    return Teacher(config, find(config), compression=map_of(config))
+    return Teacher(config, find(config)._replace(map=map_of(config)))
 
 
 def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teacher | None:
@@ -241,7 +232,7 @@ def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teache
     given = config.distill.teacher
     if not given:
         return None
-    found = find(config)
+    found = find(config)._replace(map=map_of(config, workdir))
     if os.path.realpath(found.folder) == os.path.realpath(workdir):
         raise UserError(f"{OPTION}={given} is this run's own --workdir. Name another model.")
     longest, length = found.model.max_position_embeddings, config.train.sequence_length
@@ -252,4 +243,4 @@ def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teache
         )
     weights = check_weights(found, given)
     check_tokenizer(config, found, weights.tokenizer)
-    return Teacher(config, found, weights, map_of(config, workdir), progress)
+    return Teacher(config, found, weights, progress)

@@ -13,6 +13,7 @@ from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import base as adapted
 from deepseek_jax.hf import provenance, reader
+from deepseek_jax.hf.compression_map import CompressionMap
 from deepseek_jax.hf.configuration import to_model
 from deepseek_jax.hf.names import leaves
 from deepseek_jax.hf.tensors import read_config
@@ -29,6 +30,7 @@ class Found(NamedTuple):
     folder: str
     model: ModelConfig
     run: Config | None  # the options of the run, where it is the workdir of one that has trained
+    map: CompressionMap | None = None  # of the student
 
 
 def find(config: Config) -> Found:

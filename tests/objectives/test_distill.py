@@ -77,7 +77,6 @@ class InMemory:
     def __init__(self, config: Config, model=TEACHER):
         held = LoraConfig(base_dtype="float32")
         self.config = dataclasses.replace(config, model=model, lora=held, offload=OffloadConfig())
-        self.model = model
         self.vocab_size = model.vocab_size
 
     def place(self, mesh):
