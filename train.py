@@ -78,24 +78,31 @@ def main(argv: list[str], stopper: Stopper | None = None) -> int:
             # multi-token prediction. Fine-tuning: of the scored tokens of examples. Distillation:
             # with the divergence from a teacher, whose weights lie on the same mesh (objectives/).
             objective = objectives.make(config, job.teacher)
+            frozen = objective.frozen(mesh)
 
-            # ---- 5 Model and state --------------------------------------------------------------
-            # The model's parameters (model/transformer.py) and the optimizer's moments, as shapes
-            # laid out over the mesh; nothing is allocated yet. Their numbers come from the first
-            # of these that there is: the newest good checkpoint of this run, config.init_from, a
-            # checkpoint imported into the workdir, random numbers (run/start.py).
-            model = make_layout(config, mesh, objective.frozen(mesh))
-            start = job.find_start(model, objective)
+            # What follows is done once, or for each stage of config.distill.stages, which differ in
+            # the weights that learn (run/stages.py).
+            for stage_config in job.stages():
+                # ---- 5 Model and state ----------------------------------------------------------
+                # The model's parameters (model/transformer.py) and the optimizer's moments, as
+                # shapes laid out over the mesh; nothing is allocated yet. Their numbers come from
+                # the first of these that there is: the newest good checkpoint of this run,
+                # config.init_from, a checkpoint imported into the workdir, random numbers
+                # (run/start.py).
+                model = make_layout(stage_config, mesh, frozen)
+                start = job.find_start(model, objective)
 
-            # ---- 6 Step -------------------------------------------------------------------------
-            # One program, (state, batch, frozen) -> (state, metrics): forward pass, loss, its gradients
-            # summed over micro-batches and clipped, the optimizer's update of the parameters, the
-            # bias that balances experts (train/step.py). It compiles while the state is read.
-            step = job.compile(make_train_step(config, model, objective), start)
+                # ---- 6 Step ---------------------------------------------------------------------
+                # One program, (state, batch, frozen) -> (state, metrics): forward pass, loss, its
+                # gradients summed over micro-batches and clipped, the optimizer's update of the
+                # parameters, the bias that balances experts (train/step.py). It compiles while the
+                # state is read.
+                step = job.compile(make_train_step(stage_config, model, objective), start)
 
-            # ---- 7 Loop -------------------------------------------------------------------------
-            # Batches in, metrics out; evaluation, checkpoints, signals, bad numbers (run/loop.py).
-            result = job.loop(step, start)
+                # ---- 7 Loop ---------------------------------------------------------------------
+                # Batches in, metrics out; evaluation, checkpoints, signals, bad numbers
+                # (run/loop.py).
+                result = job.loop(step, start)
     return result.exit_code
 
 

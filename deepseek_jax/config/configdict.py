@@ -1,6 +1,7 @@
 """Options as an ml_collections.ConfigDict, which config files and flags change, and back."""
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -33,13 +34,25 @@ def base_config(arg: str = "", allowed: Sequence[str] = ("",)) -> ConfigDict:
 
 
 class _Section(ConfigDict):
-    """Takes True and False where "true" and "false" stand beside "auto"."""
+    """Takes True and False where "true" and "false" stand beside "auto", and lists for JSON text."""
 
-    _KEYS = frozenset(o.name.rpartition(".")[2] for o in OPTIONS.values() if o.takes_bools)
+    _BOOLS = frozenset(o.name.rpartition(".")[2] for o in OPTIONS.values() if o.takes_bools)
+    _JSON = frozenset(o.name.rpartition(".")[2] for o in OPTIONS.values() if o.json)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        as_text = isinstance(value, bool) and key in self._KEYS
-        super().__setitem__(key, str(value).lower() if as_text else value)
+        if isinstance(value, bool) and key in self._BOOLS:
+            value = str(value).lower()
+        if isinstance(value, (list, tuple)) and key in self._JSON:
+            value = _as_json(value, key)
+        super().__setitem__(key, value)
+
+
+def _as_json(value: Any, name: str) -> str:
+    """JSON text of lists and dicts, those of ml_collections among them."""
+    try:
+        return json.dumps(value, default=lambda d: d.to_dict())
+    except (AttributeError, TypeError, ValueError) as e:
+        raise UserError(f"{name}={value!r} cannot be written as JSON ({e}).") from e
 
 
 def _defaults(cls: Any) -> ConfigDict:
@@ -111,8 +124,11 @@ def _value(kind: Any, value: Any, full: str) -> Any:
         value = float(value)
     if types.NoneType in allowed and value == 0:
         value = None  # a flag cannot spell None
-    if isinstance(value, bool) and OPTIONS[full.removeprefix("config.")].takes_bools:
+    option = OPTIONS[full.removeprefix("config.")]
+    if isinstance(value, bool) and option.takes_bools:
         value = str(value).lower()
+    if isinstance(value, (list, tuple)) and option.json:
+        value = _as_json(value, full)
     if type(value) not in allowed:
         wanted = " or ".join("None" if a is types.NoneType else a.__name__ for a in allowed)
         raise UserError(

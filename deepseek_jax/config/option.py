@@ -14,15 +14,18 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepseek_jax.errors import UserError
 
-SYSTEMS = {  # PyTorch's FSDP and DDP; NeMo and Megatron; Hugging Face's Trainer, Accelerate and models
+# PyTorch's FSDP and DDP; NeMo and Megatron; Hugging Face's Trainer, Accelerate and models; the files of
+# github.com/LawrenceRLiu/MoE_Factorize_Compress, whose guide many distil by
+SYSTEMS = {
     "fsdp": "PyTorch",
     "deepspeed": "DeepSpeed",
     "nemo": "NeMo",
     "hf": "Hugging Face",
+    "mfc": "MoE_Factorize_Compress",
 }
 NAMES = "NAME,..."  # at the end of a choice: any of `Option.names`, separated by commas
 _KEY = "option"  # of a field's metadata
@@ -42,6 +45,7 @@ class Alias:
     deepspeed: Words = ()
     nemo: Words = ()
     hf: Words = ()
+    mfc: Words = ()
     also: Mapping[str, Any] = field(default_factory=dict)  # other options to set: {"mesh.data": 2}
     note: str = ""  # what differs, as the end of a sentence
 
@@ -51,6 +55,14 @@ class Alias:
             words = getattr(self, system)
             for word in (words,) if isinstance(words, str) else words:
                 yield system, word
+
+
+class Word(NamedTuple):
+    """Words of other tools that no option here stands for: a row of docs/words.md, too."""
+
+    theirs: tuple[str, ...]
+    here: str  # what to do instead
+    keys: tuple[str, ...] = ()  # further spellings that a user may type as an option
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,7 @@ class Option:
     path: bool = False  # names a file or folder; its choices are words that name none
     several: bool = False  # several paths, separated by commas
     or_text: bool = False  # what has { or a line break is no path, but what its file would hold
+    json: bool = False  # a config file may write lists and dicts: they become JSON text
     aliases: tuple[Alias, ...] = ()
 
     @property

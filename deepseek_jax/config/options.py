@@ -107,7 +107,10 @@ class Config:
         "Folder of a Hugging Face checkpoint to begin with; its config.json sets config.model; empty: "
         "random weights.",
         path=True,
-        aliases={"hf": ("model_name_or_path", "AutoModelForCausalLM.from_pretrained(DIR)")},
+        aliases={
+            "hf": ("model_name_or_path", "AutoModelForCausalLM.from_pretrained(DIR)"),
+            "mfc": "student.model_path",
+        },
     )
     model: ModelConfig = section(ModelConfig)
     mesh: MeshConfig = section(MeshConfig)

@@ -39,6 +39,8 @@ def suggestion(name: str) -> str:
     """
     if name in RENAMED:
         return f"It is config.{RENAMED[name]} now."
+    if found := words.find_path(name):
+        return found
     section, _, key = name.rpartition(".")
     elsewhere = [f"config.{o}" for o in OPTIONS if o.rpartition(".")[2] == key and o != name]
     if elsewhere:

@@ -9,6 +9,7 @@ from deepseek_jax.config.rules import (
     model,
     optimizer,
     sft,
+    stages,
     training,
 )
 
@@ -21,5 +22,5 @@ def validate(config: Config) -> None:
     """
     for name, option in OPTIONS.items():
         option.check(value_of(config, name))
-    for rules in (model, training, sft, distill, memory, optimizer, lora, checkpoint):
+    for rules in (model, training, sft, distill, memory, optimizer, lora, stages, checkpoint):
         rules.check(config)

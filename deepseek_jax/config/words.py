@@ -2,20 +2,13 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from deepseek_jax.config.option import SYSTEMS, Alias, Option
+from deepseek_jax.config import guide_words
+from deepseek_jax.config.option import SYSTEMS, Alias, Option, Word
 from deepseek_jax.config.options import OPTIONS
 
 MAKE = "python -m deepseek_jax.config words --out=docs/words.md"
-
-
-class Word(NamedTuple):
-    """Words of other tools that no option here stands for."""
-
-    theirs: tuple[str, ...]
-    here: str  # what to do instead
-    keys: tuple[str, ...] = ()  # further spellings that a user may type as an option
 
 
 BAR = r"\|"  # in a cell of a table
@@ -104,14 +97,15 @@ NO_OPTION = (
         ("YAML files",),
         "Python files in `configs/`; any key by flag: `--config.train.steps=100`; a typo is an error",
     ),
+    *guide_words.NO_OPTION,
 )
 
 HEAD = f"""# From your words to ours
 
-Words of PyTorch's FSDP and DDP, DeepSpeed, NeMo and Megatron, and Hugging Face's Trainer and Accelerate,
-and the option that means the same here. The options of a model are keys of a Hugging Face `config.json` as
-they are, so that only the words of others are listed. `python train.py --help` has every option with its
-unit, limits and choices.
+Words of PyTorch's FSDP and DDP, DeepSpeed, NeMo and Megatron, Hugging Face's Trainer and Accelerate, and
+MoE_Factorize_Compress ([its words](guide_words.md) in one place), and the option that means the same here.
+The options of a model are keys of a Hugging Face `config.json` as they are, so that only the words of others
+are listed. `python train.py --help` has every option with its unit, limits and choices.
 
 Made from the table of options: `{MAKE}`.
 """
@@ -140,6 +134,8 @@ def find(key: str) -> str:
     Args:
       key: "gradient_accumulation_steps", with or without its section.
     """
+    if exact := find_path(key):
+        return exact
     leaf = key.rpartition(".")[2].lower()
     found: dict[str, list[tuple[Alias, str, str]]] = {}
     for o, alias, system, word in each_alias():
@@ -159,6 +155,28 @@ def find(key: str) -> str:
         if leaf in no_option.keys or leaf in [w.partition(":")[0] for w in no_option.theirs]:
             here = no_option.here.replace("`", "")
             return f"Here: {here}."
+    return ""
+
+
+def find_path(key: str) -> str:
+    """The same of a word with its path, typed in full, and what differs: "loss.alpha", "teacher.cache_dir";
+    what stands before it is left out.
+
+    Args:
+      key: "distillation.loss.alpha".
+    """
+
+    def is_it(word: str) -> bool:
+        path = word.partition(":")[0].strip()
+        return "." in path and f".{key.lower()}".endswith(f".{path.lower()}")
+
+    for o, alias, system, word in each_alias():
+        if is_it(word):
+            note = f"; {alias.note.replace('`', '')}" if alias.note else ""
+            return f"{word} ({SYSTEMS[system]}) is {o.full_name} here{note}."
+    for no_option in NO_OPTION:
+        if any(map(is_it, (*no_option.theirs, *no_option.keys))):
+            return f"Here: {no_option.here.replace('`', '')}."
     return ""
 
 

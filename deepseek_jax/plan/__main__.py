@@ -5,10 +5,11 @@
 
 Prints the model's size, the mesh and which of its axes stay inside a host, the bytes of a device
 beside its memory, and the bytes that each collective moves in a step: from the train step, compiled
-for that many GPUs with the XLA options of train.py. That takes half a minute to some minutes and
-needs JAX's CUDA plugin: `make plan CONFIG=... DEVICES=...` installs it apart, or pip install -e
-'.[gpu-aot]'. Without it: what the layout alone says. --hardware=cpu compiles for as many CPU
-devices instead, as the tests run it: the collectives of another compiler, no plugin.
+for that many GPUs with the XLA options of train.py; of a run with stages (config.distill.stages) from
+that of the stage that needs most. That takes half a minute to some minutes and needs JAX's CUDA
+plugin: `make plan CONFIG=... DEVICES=...` installs it apart, or pip install -e '.[gpu-aot]'. Without
+it: what the layout alone says. --hardware=cpu compiles for as many CPU devices instead, as the tests
+run it: the collectives of another compiler, no plugin.
 
 Any option of train.py can follow. Exit codes: 0, also if it does not fit ("fits" in --json says
 so); 2 a mistake in the options.
@@ -25,7 +26,7 @@ from rich.console import Console
 
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
-from deepseek_jax.plan import options, report, topology
+from deepseek_jax.plan import options, report, staged, topology
 from deepseek_jax.run import commandline
 
 CPU = topology.Hardware("CPU device", None, "")
@@ -58,8 +59,9 @@ def main(argv: list[str]) -> int:
         if on_gpus
         else topology.cpu_devices(own.devices)
     )
-    mesh, layout = topology.lay_out(config, devices)
+    config, mesh, layout, stages = staged.lay_out(config, devices)
     result = report.of_layout(config, mesh, layout, hardware, own.gpus_per_host)
+    result["stages"] = stages
     if own.hardware != "cpu" and not on_gpus:
         result["missing"] = (
             "for temporaries and collectives, install JAX's GPU compiler: make plan CONFIG=... "

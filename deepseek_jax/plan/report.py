@@ -125,7 +125,7 @@ def of_memory(available: int | None) -> str:
 
 def text(r: dict[str, Any]) -> str:
     """The report for a person."""
-    lines = [*_model(r), *_mesh(r), *_memory_of_layout(r)]
+    lines = [*_model(r), *_stages(r), *_mesh(r), *_memory_of_layout(r)]
     if e := r["exchange"]:
         rows = f"{e['exchanged_rows']} exchanged and {e['expert_rows']} computed rows"
         lines += [
@@ -182,6 +182,19 @@ def _model(r: dict[str, Any]) -> list[tuple[str, str]]:
             f"{r['dispatch']}, {r['dtype']}, remat {r['remat']}",
         ),
     ]
+
+
+def _stages(r: dict[str, Any]) -> list[tuple[str, str]]:
+    """What each stage stores, and of which one all the rest is."""
+    out: list[tuple[str, str]] = []
+    for s in r.get("stages", []):
+        learn = f"{human(s['parameters_that_learn'])} of {human(s['parameters'])} parameters learn"
+        most = "; needs most: the rest of this report is of it" if s["needs_most"] else ""
+        said = (
+            f"{s['number']} {s['name']}, {s['length']}: {learn}, {gb(s['bytes'])} on a device{most}"
+        )
+        out.append(("" if out else "stages", said))
+    return out
 
 
 def _mesh(r: dict[str, Any]) -> list[tuple[str, str]]:

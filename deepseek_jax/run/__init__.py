@@ -11,15 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepseek_jax.run.call import train as train
     from deepseek_jax.run.job import Job as Job
-    from deepseek_jax.run.job import train as train
     from deepseek_jax.run.loop import Result as Result
 
 # Looked up when they are asked for: who reads a lock or a profile does not load the model.
 _FACE = {
     "Job": "deepseek_jax.run.job",
     "Result": "deepseek_jax.run.loop",
-    "train": "deepseek_jax.run.job",
+    "train": "deepseek_jax.run.call",
 }
 __all__ = ["Job", "Result", "train"]
 

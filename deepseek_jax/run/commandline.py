@@ -9,7 +9,7 @@ from ml_collections import config_flags
 
 from deepseek_jax.cluster.discovery import find
 from deepseek_jax.cluster.processes import Cluster
-from deepseek_jax.config import paths, suggestions
+from deepseek_jax.config import paths, suggestions, words
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.help import describe
 from deepseek_jax.config.options import OPTIONS, Config, value_of
@@ -101,8 +101,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
     except Exception as e:  # a config file is a program, which may raise anything: one line of it
         raise UserError(_explain(e, argv)) from e
     if rest:
+        meant = words.find_path(rest[0].partition("=")[0])  # as Hydra takes them
         raise UserError(
-            f"{rest[0]!r} is not an option. Options look like --config.train.steps=100. See --help."
+            f"{rest[0]!r} is not an option. {meant}{' ' if meant else ''}Options look like "
+            "--config.train.steps=100. See --help."
         )
     if given.workdir:
         given.workdir = paths.expanded(given.workdir, "--workdir")

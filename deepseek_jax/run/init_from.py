@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deepseek_jax.config import lora_targets, paths
+from deepseek_jax.config import lora_targets, paths, stages
 from deepseek_jax.config.options import Config, LoraConfig, RopeScaling, changes_shapes
 from deepseek_jax.data import hub_cache, tokenizer_folder
 from deepseek_jax.errors import UserError
@@ -59,6 +59,7 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, tokenizer=tokenizer)
         )
+    config = stages.read(config)
     return paths.absolute_config(config)  # runs of earlier versions kept paths as they were given
 
 

@@ -1,7 +1,7 @@
-"""A run, stage by stage.
+"""A run, part by part.
 
-train.py goes through the stages where a reader begins, after the command line and the processes.
-`train` does so for callers from Python: a notebook, a test, another launcher.
+train.py goes through the parts where a reader begins, after the command line and the processes; call.py
+does so for callers from Python.
 """
 
 import contextlib
@@ -10,16 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.cluster.processes import Cluster
 from deepseek_jax.cluster.signals import Stopper
-from deepseek_jax.config import paths
-from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import Config
-from deepseek_jax.config.validation import validate
 from deepseek_jax.data import contents
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
@@ -37,11 +33,12 @@ from deepseek_jax.run import answers, init_from, lock, passes, summary
 from deepseek_jax.run.batches import Batch, LoaderBatches
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
-from deepseek_jax.run.processes import JoinedElsewhere, here
-from deepseek_jax.run.profile import NoProfiler, Profiler
+from deepseek_jax.run.processes import JoinedElsewhere
+from deepseek_jax.run.profile import make_profiler
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
 from deepseek_jax.run.resume import Continuation
+from deepseek_jax.run.staged import StagedRun
 from deepseek_jax.run.start import Start
 from deepseek_jax.run.teacher import Teacher, open_teacher
 from deepseek_jax.run.watchdog import Watchdog, end_alone
@@ -49,53 +46,10 @@ from deepseek_jax.runtime import compile_cache, environment
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.batch import abstract_batch
 from deepseek_jax.train.compiled_step import CompiledStep
-from deepseek_jax.train.state import Layout, TrainState, make_layout, saved, to_tree
-from deepseek_jax.train.step import StepMetrics, make_eval_step, make_train_step
+from deepseek_jax.train.state import Layout, TrainState, saved, to_tree
+from deepseek_jax.train.step import StepMetrics, make_eval_step
 
 Processes = Cluster | JoinedElsewhere
-
-
-def train(
-    config: Config | ConfigDict,
-    workdir: str,
-    *,
-    processes: Processes | None = None,
-    stopper: Stopper | None = None,
-) -> Result:
-    """Trains, or goes on with the run in a folder. The same as train.py, without its command line.
-
-    It may be called from any thread, and again in the same process. It reads no arguments of the
-    program and takes over no signals. All processes that jax.distributed has joined call it.
-
-    Args:
-      config: the options, as `configs/tiny.py` makes them.
-      workdir: the folder of the run.
-      processes: that take part; without, those that JAX knows of.
-      stopper: says after which step to stop early; in the main thread `Stopper().install()` listens
-        to signals. Several processes must stop after the same step.
-
-    Returns:
-      How the run ended. Its `state` stays on the devices as long as the result is kept.
-
-    Raises:
-      UserError: a mistake in options, data or workdir, before anything is compiled.
-      BadNumbers: too many updates in a row were not finite.
-      SaveFailed: the last checkpoint could not be written.
-    """
-    if isinstance(config, ConfigDict):
-        config = from_config_dict(config)
-    workdir = paths.expanded(workdir, "workdir")
-    processes = processes or here()
-    with ending_together(processes):
-        config = init_from.with_what_is_known(paths.absolute_config(config), workdir)
-        validate(config)
-        with Job(config, workdir, processes, stopper) as job:
-            mesh, config = job.open()
-            objective = objectives.make(config, job.teacher)
-            model = make_layout(config, mesh, objective.frozen(mesh))
-            start = job.find_start(model, objective)
-            step = job.compile(make_train_step(config, model, objective), start)
-            return job.loop(step, start)
 
 
 @contextlib.contextmanager
@@ -112,7 +66,8 @@ def ending_together(processes: Processes) -> Iterator[None]:
 
 
 class Job:
-    """The stages of a run, to be gone through in order: open, find_start, compile, loop.
+    """A run, to be gone through in this order: open, and then, for the options of each of its `stages`,
+    find_start, compile, loop.
 
     A context manager: leaving it waits for checkpoints that are being written and gives up the
     workdir.
@@ -144,7 +99,10 @@ class Job:
         self._stack = contextlib.ExitStack()
         self._changed: list[str] = []  # options that differ from the last start's
         self._source: HfTensors | None = None  # of config.init_from
-        # Set by the stages.
+        self._staged: StagedRun | None = None  # with config.distill.stages
+        self._frozen: ModelWeights | None = None  # the objective's: read once for all stages
+        self._result: Result | None = None  # of the last loop
+        # Set on the way.
         self._mesh: jax.sharding.Mesh
         self._objective: Objective
         self._data: Loader | ExampleLoader
@@ -193,9 +151,10 @@ class Job:
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"
         self._processes.agree("data files", {"what config.data reads": what})
-        self._config = passes.with_steps(
-            config, self._workdir, self._data.num_train_rows, self._data.contents
-        )
+        if not config.distill.stages:
+            self._config = passes.with_steps(
+                config, self._workdir, self._data.num_train_rows, self._data.contents
+            )
 
         self._checkpoints = Checkpointer(
             workdirs.checkpoints(self._workdir, config), options=config.checkpoint
@@ -205,7 +164,19 @@ class Job:
         self._stack.enter_context(contextlib.closing(self._checkpoints))
         # A failure from here on ends this process before the line above waits for others to save.
         self._stack.enter_context(self._processes.failures(BadNumbers, SaveFailed))
+        if config.distill.stages:
+            self._processes.agree("stages", {"config.distill.stages": config.distill.stages})
+            self._staged = StagedRun(config, self._mesh, self._checkpoints, self._data)
+            self._config = self._staged.config
         return self._mesh, self._config
+
+    def stages(self) -> Iterator[Config]:
+        """The options of each stage that is left (stages.py); of a run without stages its own."""
+        if self._staged is None:
+            yield self._config
+            return
+        while self._staged.begin(self._result):
+            yield self._staged.stage.options
 
     def find_start(self, model: Layout, objective: Objective) -> Start:
         """Where the state comes from (start.py). Says what is about to happen.
@@ -225,7 +196,12 @@ class Job:
         self._count = count(config.model, model.model.abstract.params, config.train.sequence_length)
         if self.teacher is not None:
             self._count = self._count.beside(self.teacher.count)
-        step = self._checkpoints.newest_good(to_tree(saved(model.abstract_sharded())))
+        staged = self._staged
+        step = (
+            staged.newest
+            if staged
+            else self._checkpoints.newest_good(to_tree(saved(model.abstract_sharded())))
+        )
         seen: dict[str, Any] = {"the newest checkpoint in --workdir": step}
         seen |= {"the last step": config.train.steps, "config.esft": model.multipliers.digest}
         self._processes.agree("folder, one that all hosts see", seen)
@@ -238,8 +214,9 @@ class Job:
             source=self._source,
             continuation=continuation,
             step=step,
-            progress=continuation.progress(step),
+            progress=continuation.progress(step)._replace(stages=staged.begun if staged else ()),
             teacher=self.teacher,
+            stage=staged.stage if staged else None,
         )
         if start.other_teacher:
             self._changed.append("the teacher has other weights than it had before")
@@ -256,7 +233,10 @@ class Job:
                 teacher=self.teacher,
                 compiler_options=self._compiler_options,
                 history=start.progress.history,
-            )
+                stages=staged.lines if staged else [],
+                stage=start.stage,
+            ),
+            brief=self._result is not None,
         )
         return start
 
@@ -282,16 +262,17 @@ class Job:
     def loop(self, step: CompiledStep, start: Start) -> Result:
         """Reads the state while the step compiles, trains, and says how it ended."""
         config = self._config
-        frozen = start.layout.frozen.load() if start.layout.frozen else None
+        if start.layout.frozen and self._frozen is None:
+            self._frozen = start.layout.frozen.load()
         state, progress = start.state()
         start.write_files(self._data)
         done = int(state.step)
         if done >= config.train.steps:
-            self.say(
-                f"Step {done} of {config.train.steps} is done already. To go on, raise config.train."
-                f"{'steps' if self._given.train.steps else 'epochs'}."
-            )
-            return Result(state, done, {}, {}, None, self._checkpoints.path(done))
+            longer = f"raise config.train.{'steps' if self._given.train.steps else 'epochs'}"
+            longer = "add a stage to config.distill.stages" if self._staged else longer
+            self.say(f"Step {done} of {config.train.steps} is done already. To go on, {longer}.")
+            self._result = Result(state, done, {}, {}, None, self._checkpoints.path(done))
+            return self._result
 
         workdirs.write_config(
             self._workdir,
@@ -303,14 +284,18 @@ class Job:
         )
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some
         # processes longer to compile: all wait here instead.
-        step.program(state, self._abstract_batch(done), frozen)
+        step.program(state, self._abstract_batch(done), self._frozen)
         self._processes.agree("command", {"steps done": done})
-        result = self._make_loop(step, start, progress, frozen).run(state, progress)
+        result = self._make_loop(step, start, progress, self._frozen).run(state, progress)
+        earlier = self._result.losses if self._result else {}  # of stages before
+        self._result = result = result._replace(losses=earlier | result.losses)
         if result.stopped_by is not None:
             self.say(
                 f"Stopped by signal {result.stopped_by} after step {result.step}, saved in "
                 f"{result.checkpoint}. The same command goes on from there."
             )
+            return result
+        if result.step < config.train.steps:  # of a stage
             return result
         sample = answers.sample_text(
             config, start.layout.model, self._mesh, result.state, self._data.tokenizer
@@ -325,7 +310,7 @@ class Job:
         config, monitor = self._config, self._processes.monitor
         watchdog = Watchdog(config.watchdog.step_timeout, monitor.hung if monitor else end_alone)
         step.compiling = watchdog.paused
-        profiler = Profiler(config, self._workdir, step) if config.profile.start else NoProfiler()
+        last = start.stage.last_step if start.stage else config.train.steps
         eval_step = make_eval_step(start.layout, self._objective)
         evaluator = Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen)
         if self._prompts:
@@ -353,9 +338,11 @@ class Job:
                 progress.tokens_seen,
                 self._count,
                 first_step,
+                start.stage,
             ),
             restore=start.after_bad_numbers,
-            profiler=profiler,
+            last=last,
+            profiler=make_profiler(config, self._workdir, step, last),
             stopper=self._stopper,
             watchdog=watchdog,
         )

@@ -57,6 +57,7 @@ class Loop:
       report: is told of every step.
       restore: reads the newest good checkpoint, or makes the first state where there is none;
         without it a run is not rolled back.
+      last: the step after which it ends; None: the last of the run. Stages of a run end before.
       profiler, stopper, watchdog: as they are by default, they do nothing.
     """
 
@@ -68,13 +69,14 @@ class Loop:
     checkpointer: Checkpointer
     report: Report
     restore: Callable[[], tuple[TrainState, Progress]] | None = None
+    last: int | None = None
     profiler: Profiler | NoProfiler = dataclasses.field(default_factory=NoProfiler)
     stopper: Stopper = dataclasses.field(default_factory=Stopper)
     watchdog: Watchdog = dataclasses.field(default_factory=lambda: Watchdog(0))
     _progress: Progress = dataclasses.field(default=Progress(), init=False)
 
     def run(self, state: TrainState, progress: Progress) -> Result:
-        """Trains from state.step to config.train.steps, or until a signal.
+        """Trains from state.step to `last`, or until a signal.
 
         Args:
           state: is donated to the first step.
@@ -105,7 +107,7 @@ class Loop:
             self.report.close()
 
     def _train(self, state: TrainState, progress: Progress) -> Result:
-        last = self.config.train.steps
+        last = self.config.train.steps if self.last is None else self.last
         step = int(state.step)
         self._progress = progress
         self.batches.begin(progress)
@@ -144,7 +146,7 @@ class Loop:
             step=step,
             losses=self.report.losses,
             evaluation=evaluation,
-            stopped_by=stopping if step < last else None,
+            stopped_by=stopping if step < self.config.train.steps else None,
             checkpoint=self.checkpointer.path(step),
         )
 
@@ -219,13 +221,7 @@ class Loop:
         first = good.history.first_row(step)
         count = before.history.first_row(bad.step) - first
         skipped = before.skipped.without(first, count)
-        progress = Progress(
-            tokens_seen=good.tokens_seen,
-            skipped=skipped,
-            rollbacks=before.rollbacks + 1,
-            history=good.history,
-            run=before.run,
-        )
+        progress = good._replace(skipped=skipped, rollbacks=before.rollbacks + 1, run=before.run)
         row = {
             "step": step + 1,
             "rollback": progress.rollbacks,

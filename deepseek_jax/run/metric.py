@@ -10,6 +10,7 @@ import jax
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.count import Count
 from deepseek_jax.run.figures import routing, short
+from deepseek_jax.run.stages import Stage
 from deepseek_jax.train.step import StepMetrics
 
 
@@ -24,6 +25,7 @@ class Measured:
     tokens_seen: int
     config: Config
     count: Count
+    stage: Stage | None = None  # of a run with stages
 
     @functools.cached_property
     def routing(self) -> dict[str, Any]:

@@ -22,6 +22,20 @@ def _of_routing(name: str) -> Callable[[Measured], Any]:
 _TABLE = (
     Metric("step", "steps", "finished steps", contract=True, of=lambda m: m.step),
     Metric(
+        "stage",
+        "",
+        "number of the stage, from 1",
+        present="with config.distill.stages, in rows of evaluations too",
+        of=lambda m: m.stage and m.stage.number,
+    ),
+    Metric(
+        "stage_name",
+        "",
+        "text: the stage as config.distill.stages names it",
+        present="with config.distill.stages, in rows of evaluations too",
+        of=lambda m: m.stage and m.stage.name,
+    ),
+    Metric(
         "loss",
         "nats per token",
         "what is minimised: all weighted parts",

@@ -28,7 +28,7 @@ def with_steps(config: Config, workdir: str, rows: int, contents: Contents) -> C
     if config.train.steps:
         return config
     wanted = math.ceil(Fraction(repr(config.train.epochs)) * rows)  # 0.1 is a tenth
-    steps = _first_step_after(_history(config, workdir, contents), wanted)
+    steps = first_step_after(_history(config, workdir, contents), wanted)
     out = replaced(config, "train.steps", steps)
     if config.profile.start > steps:
         raise UserError(
@@ -47,9 +47,12 @@ def _history(config: Config, workdir: str, contents: Contents) -> History:
     return history.resumed(step, config, contents)
 
 
-def _first_step_after(history: History, rows: int) -> int:
-    """The first step before which so many rows of the last order were read, at least one."""
-    begun = max(s.first_step for s in history.stretches if not s.first_row)
+def first_step_after(history: History, rows: int, begin: int = 0) -> int:
+    """The first step before which so many rows of the last order were read, after those of the first `begin`
+    steps; at least one.
+    """
+    begun = max(begin, *(s.first_step for s in history.stretches if not s.first_row))
+    rows += history.first_row(begun)
     low, high = begun, begun + 1
     while history.first_row(high) < rows:
         low, high = high, begun + 2 * (high - begun)

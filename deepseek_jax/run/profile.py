@@ -72,12 +72,13 @@ class Profiler:
 
     Args:
       step: the step that runs.
+      last: the step after which another one runs, or none; None: the last of the run.
     """
 
-    def __init__(self, config: Config, workdir: str, step: CompiledStep):
+    def __init__(self, config: Config, workdir: str, step: CompiledStep, last: int | None = None):
         first = config.profile.start
         self._before = first - 1
-        self._last = min(first + config.profile.steps - 1, config.train.steps)
+        self._last = min(first + config.profile.steps - 1, last or config.train.steps)
         self._step = step
         self._active = False
         self._folder = os.path.join(workdir, "profile")
@@ -124,6 +125,13 @@ class Profiler:
         if self._active:
             self._active = False
             jax.profiler.stop_trace()
+
+
+def make_profiler(
+    config: Config, workdir: str, step: CompiledStep, last: int
+) -> Profiler | NoProfiler:
+    """The profiler that `config.profile` asks for. Arguments: as Profiler."""
+    return Profiler(config, workdir, step, last) if config.profile.start else NoProfiler()
 
 
 class Event(NamedTuple):

@@ -1,5 +1,6 @@
 """How far a run has come, besides its state: what a checkpoint keeps as its `extra`."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.config.options import Config
@@ -17,6 +18,7 @@ class Progress(NamedTuple):
     run: the name of the run, `workdir.identity`.
     base: with LoRA what identifies its base, `base.identity`.
     teacher: in distillation what identifies the teacher, `Teacher.identity`.
+    stages: those that have begun, stages.begun; empty for a run without.
     """
 
     tokens_seen: int = 0
@@ -26,13 +28,14 @@ class Progress(NamedTuple):
     run: str = ""
     base: str = ""
     teacher: str = ""
+    stages: Sequence[dict[str, Any]] = ()
 
     def to_extra(self) -> dict[str, Any]:
         out = {"tokens_seen": self.tokens_seen, "data": self.history.to_json(), "run": self.run}
         if self.rollbacks:
             out["skipped_rows"] = [list(w) for w in self.skipped.skipped]
             out["rollbacks"] = self.rollbacks
-        known = {"base": self.base, "teacher": self.teacher}
+        known = {"base": self.base, "teacher": self.teacher, "stages": list(self.stages)}
         return out | {name: value for name, value in known.items() if value}
 
     @classmethod
@@ -45,6 +48,7 @@ class Progress(NamedTuple):
             run=extra.get("run") or "",
             base=extra.get("base") or "",
             teacher=extra.get("teacher") or "",
+            stages=extra.get("stages", ()),
         )
 
     def resumed(

@@ -15,6 +15,7 @@ from deepseek_jax.data.windows import Window
 from deepseek_jax.model.count import Count
 from deepseek_jax.run import metrics
 from deepseek_jax.run.figures import short
+from deepseek_jax.run.stages import Stage
 from deepseek_jax.run.trackers import Trackers
 from deepseek_jax.train.step import StepMetrics
 
@@ -117,6 +118,7 @@ class Report:
       step, tokens_seen: of the state that the run begins with.
       count: parameters and FLOPs of the model.
       first_step: makes the line that is said after the first step.
+      stage: of a run with stages.
 
     Attributes:
       tokens_seen: so far, padding left out.
@@ -132,6 +134,7 @@ class Report:
         tokens_seen: int,
         count: Count,
         first_step: Callable[[], str] | None = None,
+        stage: Stage | None = None,
     ):
         self.tokens_seen = tokens_seen
         self.clock = Clock()
@@ -140,6 +143,7 @@ class Report:
         self._workdir = workdir
         self._count = count
         self._first_step = first_step
+        self._stage = stage
         self._trackers = Trackers(workdir, config, step)
         self._bar = StepBar(config.train.steps, step, show=jax.process_index() == 0)
         self._find_spikes()
@@ -189,6 +193,7 @@ class Report:
                 tokens_seen=self.tokens_seen,
                 config=self._config,
                 count=self._count,
+                stage=self._stage,
             )
         )
         where = {"rows": [list(w) for w in rows]} if m.bad_steps else {}
@@ -222,7 +227,10 @@ class Report:
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> dict[str, Any]:
         """Logs held-out figures; returns their row."""
-        row = {"step": step, **figures}
+        of_stage = (
+            {"stage": self._stage.number, "stage_name": self._stage.name} if self._stage else {}
+        )
+        row = {"step": step, **of_stage, **figures}
         self._trackers.write(row)
         self.say(f"step {step}: held-out loss {held_out_text(figures)}")
         return row

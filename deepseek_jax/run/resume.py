@@ -11,9 +11,11 @@ import optax
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import Config
+from deepseek_jax.config.stages import of_config
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.parallel import offload
 from deepseek_jax.parallel.weights import REPLICAS
+from deepseek_jax.run import stages
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.tensorfile.arrays import Tree, flatten
 from deepseek_jax.train import workdir as workdirs
@@ -52,6 +54,7 @@ class Continuation:
         if step is not None:
             workdirs.check_owner(self._workdir, self._config, extra)
             workdirs.check_model(self._workdir, self._config, extra)
+            stages.check(of_config(self._config), extra.get("stages", ()), step)
         if self._run is None:
             self._run = workdirs.identity(self._workdir, self._config, extra)
         before = Progress() if step is None else Progress.of_extra(extra)
@@ -60,7 +63,9 @@ class Continuation:
         )
 
 
-def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict[str, Any]]:
+def restore(
+    checkpoints: Checkpointer, layout: Layout, first_step: int = 0, begins: bool = False
+) -> tuple[TrainState, dict[str, Any]]:
     """The newest checkpoint, in the shards of this mesh, and its `extra`. The base of LoRA is not in it.
 
     The residual of compressed gradients follows the options: without compression it is left out;
@@ -71,18 +76,28 @@ def restore(checkpoints: Checkpointer, layout: Layout) -> tuple[TrainState, dict
     optimizer begins anew for all of them, and the residual: moments of weights that have just begun to
     learn would need a correction of their own. The learning rate goes on where it was.
 
+    So does a stage of a run, at its first step, with its schedule: whatever learnt before it. The scale of
+    the loss in float16 goes on as it was found.
+
+    Args:
+      layout: of the state.
+      first_step: steps that were done before the stage of this layout.
+      begins: whether the checkpoint is that of the end of the stage before.
+
     Raises:
       UserError: as `Checkpointer.restore`.
     """
     abstract = saved(layout.abstract_sharded())
     stored = checkpoints.shapes()
     residual = abstract.residual
-    if _others_learn(checkpoints, stored, layout):
+    if begins or _others_learn(checkpoints, stored, layout):
         read = abstract._replace(opt_state=None, residual=None, esft=None)
         state = _begin(layout, from_tree(checkpoints.restore_params(to_tree(read)), read))
-        opt_state = _fresh_optimizer(layout, state.step - state.skipped_steps)
+        # Skipped steps of a stage are not told from those before it: its schedule may be ahead by as many.
+        updates = jnp.minimum(state.step - state.skipped_steps, state.step - first_step)
+        opt_state = _fresh_optimizer(layout, updates)
         residual = None if residual is None else _residual_of(None, residual)
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not begins:
             print(
                 f"{'optimizer':<17}begins anew: other weights learn than in the checkpoint "
                 "(config.optimizer.lr_multipliers, config.esft.experts)"

@@ -26,6 +26,7 @@ from deepseek_jax.hf.provenance import FOLDER
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.run import base, init_from, resume
 from deepseek_jax.run.progress import Progress
+from deepseek_jax.run.stages import Stage
 from deepseek_jax.run.teacher import Teacher
 from deepseek_jax.train.state import Layout, TrainState, init_state, saved, to_tree
 
@@ -42,6 +43,7 @@ class Start:
       progress: up to `step`.
       teacher: of a distillation.
       other_teacher: whether its weights are not those that the run had so far.
+      stage: that begins or goes on, of a run with stages.
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Start:
     step: int | None
     progress: Progress
     teacher: Teacher | None = None
+    stage: Stage | None = None
 
     def __post_init__(self) -> None:
         """The base of LoRA is looked at before anything is compiled.
@@ -110,8 +113,15 @@ class Start:
             ) from e
 
     def _state(self, step: int | None) -> tuple[TrainState, Progress]:
+        first = self.stage.first_step if self.stage else 0
+        if (step or 0) < first:  # as a rollback in the first steps of a stage may find
+            raise UserError(
+                f"The checkpoint of step {first}, with which config.distill.stages goes on, is damaged. Run "
+                f"the same command again: it goes on after step {step or 0}, in the stage before."
+            )
         if step is not None:
-            state, _ = resume.restore(self.checkpoints, self.layout)
+            begins = bool(first) and step == first
+            state, _ = resume.restore(self.checkpoints, self.layout, first, begins)
             progress = self.continuation.progress(int(state.step))
             return self._with_base(state), self._with_identity(progress)
         if self.config.init_from:
@@ -121,8 +131,11 @@ class Start:
         return state, self._with_identity(self.continuation.progress(None))
 
     def _with_identity(self, progress: Progress) -> Progress:
-        """The progress with what the base of LoRA and a teacher are known by."""
-        return progress._replace(base=self.progress.base, teacher=self.progress.teacher)
+        """The progress with what the base of LoRA and a teacher are known by, and the stages so far."""
+        of_start = self.progress
+        return progress._replace(
+            base=of_start.base, teacher=of_start.teacher, stages=of_start.stages
+        )
 
     def _with_base(self, state: TrainState) -> TrainState:
         """A restored state with the base of LoRA, which its checkpoint does not hold."""

@@ -19,6 +19,7 @@ from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.run import answers
 from deepseek_jax.run.loop import Result
 from deepseek_jax.run.report import held_out_text
+from deepseek_jax.run.stages import Stage
 from deepseek_jax.run.teacher import Teacher
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.history import History
@@ -36,6 +37,7 @@ class Run:
       changed: a line for each option that differs from the last start's.
       compiler_options: of XLA.
       history: which rows of the data every step reads.
+      stages: the table of config.distill.stages. stage: the one that begins or goes on.
     """
 
     config: Config
@@ -49,14 +51,23 @@ class Run:
     teacher: Teacher | None
     compiler_options: dict[str, Any]
     history: History
+    stages: list[str] = dataclasses.field(default_factory=list)
+    stage: Stage | None = None
 
 
-def show(run: Run) -> None:
-    """Prints model, mesh, memory, data. In process 0 only."""
+def show(run: Run, brief: bool = False) -> None:
+    """Prints model, mesh, memory, data. In process 0 only.
+
+    Args:
+      brief: all that is not known from a stage before.
+    """
     if jax.process_index() != 0:
         return
     console = Console(highlight=False, soft_wrap=True)
-    for name, text in (*_model(run), *_devices(run), *_training(run), *_going_on(run)):
+    lines = [*_model(run), *_devices(run), *_training(run), *_going_on(run)]
+    if brief:
+        lines = [*_stage(run), *_learning(run), *_memory(run)]
+    for name, text in lines:
         console.print(f"{name:<17}{text}", markup=False)
 
 
@@ -128,14 +139,17 @@ def _devices(run: Run) -> Lines:
         lines.append(("XLA options", " ".join(options)))
     notes = xla_options.notes(config, mesh.devices.flat[0].platform)
     lines += [("prefetch", note) for note in notes]
-    state_bytes = run.layout.bytes_per_device(mesh)
+    return [*lines, *_memory(run)]
+
+
+def _memory(run: Run) -> Lines:
+    state_bytes = run.layout.bytes_per_device(run.mesh)
     host = state_bytes.pop("host", 0)
     parts = " + ".join(f"{human(n)} {name.replace('_', ' ')}" for name, n in state_bytes.items())
     memory = f"{parts} = {human(sum(state_bytes.values()))}"
     if host:
         memory += f", and {human(host)} in the memory of its host"
-    lines.append(("bytes per device", memory))
-    return lines
+    return [("bytes per device", memory)]
 
 
 def _training(run: Run) -> Lines:
@@ -148,6 +162,8 @@ def _training(run: Run) -> Lines:
         *[("", note) for note in run.data.notes],
         *_scored(run.data),
         *_router(run.config),
+        *zip(["stages", *[""] * len(run.stages)], run.stages, strict=False),
+        *_stage(run),
         *_learning(run),
         (
             "training",
@@ -158,9 +174,20 @@ def _training(run: Run) -> Lines:
     ]
 
 
+def _stage(run: Run) -> Lines:
+    """The stage that begins or goes on."""
+    if (s := run.stage) is None:
+        return []
+    goes_on = s.first_step < (run.resume_step or 0)
+    how = "goes on" if goes_on else "begins, with a schedule of its own and fresh moments"
+    return [("stage", f"{s.title}: {s.steps} steps, up to step {s.last_step}; {how}")]
+
+
 def _not_asked(run: Run, passes: float) -> str:
     """Whether config.train.steps wins over epochs that were named, too."""
     t = run.config.train
+    if run.stages:
+        return ""
     too_far = abs(passes - t.epochs) * run.data.num_train_rows > t.batch_size
     if not t.epochs or not too_far:
         return ""

@@ -21,7 +21,8 @@ V3_TOKENS = 14.8  # trillions; the V3 schedule below is in shares of them
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Step -> learning rate. All schedules start with a linear warmup from 0.
+    """Updates made -> learning rate, over optimizer.schedule_steps, or all steps of the run. All schedules
+    start with a linear warmup from 0.
 
     cosine: to `final_fraction` of the peak. wsd: constant, then linear to `final_fraction` over the last
       `decay_fraction`.
@@ -30,7 +31,8 @@ def learning_rate(config: Config) -> optax.Schedule:
     deepseek_v3: constant to 10T of 14.8T tokens, cosine to a tenth over 4.3T, constant for 333B, then x
       7.3/22 for 167B.
     """
-    o, steps, peak = config.optimizer, config.train.steps, config.optimizer.learning_rate
+    o, peak = config.optimizer, config.optimizer.learning_rate
+    steps = o.schedule_steps or config.train.steps
     warm = min(o.warmup_steps, steps)
     rest = max(steps - warm, 1)
     end = peak * o.final_fraction

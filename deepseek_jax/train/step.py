@@ -77,13 +77,24 @@ def make_train_step(config: Config, layout: Layout, objective: Objective) -> Cal
             residual, bias = _if(ok, (residual, bias), (state.residual, state.bias))
         bad, new_scale = _after(config, state, ok, parts["loss"], grad_norm)
         skipped = state.skipped_steps + jnp.where(ok, 0, 1)
-        lr = schedule(state.step - state.skipped_steps)  # the optimizer counts the updates it made
+        lr = schedule(_updates_made(state))
         done = state.step + 1, params, bias, opt_state, bad, skipped, residual, new_scale
         state = TrainState(*done, frozen, state.esft)
         tokens = totals.routing.tokens
         return state, StepMetrics(parts, lr, grad_norm, load, tokens, bad, skipped, scale)
 
     return train_step
+
+
+def _updates_made(state: TrainState) -> jax.Array:
+    """int32: the updates that the optimizer has counted, those of its stage alone (run/stages.py)."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    nodes = jax.tree.leaves(state.opt_state, is_leaf=is_schedule)
+    counts = (node.count for node in nodes if is_schedule(node))
+    return next(counts, state.step - state.skipped_steps)
 
 
 def _if(ok: jax.Array, new: Any, old: Any) -> Any:

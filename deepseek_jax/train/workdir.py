@@ -25,7 +25,8 @@ from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.train import history
 
 RUN, HISTORY = "run", "data_history"  # in config.json: the name of the run, and what its steps read
-LAST_STEP = "last_step"  # in config.json: config.train.steps, or what config.train.epochs came to
+# in config.json: config.train.steps, or what config.train.epochs or the stages came to
+LAST_STEP = "last_step"
 # in config.json: what followed from the options, and what is known of the run
 _NOT_OPTIONS = ("xla_options", RUN, HISTORY, LAST_STEP)
 
@@ -245,7 +246,8 @@ def has_checkpoints(workdir: str, config: Config) -> bool:
 
 
 def read_config(workdir: str) -> dict[str, Any]:
-    """The options of the run in a folder, as nested dicts; train.steps is what config.train.epochs came to.
+    """The options of the run in a folder, as nested dicts; train.steps is what config.train.epochs, or the
+    stages, came to.
 
     Raises:
       UserError: there is no run, or its config.json is damaged.
@@ -257,7 +259,7 @@ def read_config(workdir: str) -> dict[str, Any]:
         )
     out = _read(path, everything=True)
     last_step, train = out.get(LAST_STEP), out.get("train")
-    if isinstance(train, dict) and train.get("steps") == 0 and last_step:
+    if isinstance(train, dict) and last_step:
         out["train"] = train | {"steps": last_step}
     return {k: v for k, v in out.items() if k not in _NOT_OPTIONS}
 

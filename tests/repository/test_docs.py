@@ -75,14 +75,18 @@ def test_the_picture_of_a_run(tmp_path):
         picture.drawn([{"step": 1, "eval_loss": 3.0}], "")
 
 
-def test_every_defect_in_the_wild_names_the_tests_that_forbid_it():
-    """docs/finetuning.md: seventeen rows, each with tests that there are, named after their row."""
-    page = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) \|(.*)\|$", page, flags=re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 18))
+@pytest.mark.parametrize(
+    ("page", "count", "name"),
+    [("finetuning.md", 17, r"test_bug_0?{}_"), ("guide_words.md", 13, "test_")],
+)
+def test_every_defect_in_the_wild_names_the_tests_that_forbid_it(page, count, name):
+    """Rows with tests that there are; in docs/finetuning.md they are named after their row."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", text, flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, count + 1))
     for number, row in rows:
         tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
         assert tests, f"row {number} names no test"
         for file, test in tests:
-            assert re.match(rf"test_bug_0?{number}_", test), f"{test} is in row {number}"
+            assert re.match(name.format(number), test), f"{test} is in row {number}"
             assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"

@@ -29,7 +29,7 @@ from deepseek_jax.hf import __main__ as commands
 from deepseek_jax.inference.opener import open_model
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import init_from
-from deepseek_jax.run.job import train
+from deepseek_jax.run.call import train
 from deepseek_jax.tensorfile.arrays import flatten
 from deepseek_jax.train.state import make_layout
 from tests.support import chat_folders, conversion, hf_folders

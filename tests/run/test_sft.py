@@ -311,9 +311,9 @@ def test_another_batch_size_reads_as_many_passes():
     first = History().resumed(0, config, contents)
     larger = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=8))
     then = first.resumed(10, larger, contents)
-    assert passes._first_step_after(first, 120) == 30
-    assert passes._first_step_after(then, 120) == 20 and then.first_row(20) == 120
-    assert passes._first_step_after(then, 30) == 8  # done before
+    assert passes.first_step_after(first, 120) == 30
+    assert passes.first_step_after(then, 120) == 20 and then.first_row(20) == 120
+    assert passes.first_step_after(then, 30) == 8  # done before
 
 
 # -------------------------------------------------------------------------------------- processes

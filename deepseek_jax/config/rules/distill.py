@@ -13,7 +13,7 @@ def check(config: Config) -> None:
     if config.objective != "distill":
         without_effect(
             config,
-            [name for name in OPTIONS if name.startswith("distill.")],
+            [n for n in OPTIONS if n.startswith("distill.") and n != "distill.stages"],
             f"with config.objective={config.objective}",
             "config.objective=distill",
         )

@@ -27,8 +27,19 @@ def check(config: Config) -> None:
                 f"with config.optimizer.name={o.name}",
                 f"config.optimizer.name={readers[0]}",
             )
+    if o.schedule == "constant":
+        without_effect(
+            config,
+            ["optimizer.schedule_steps"],
+            "with config.optimizer.schedule=constant",
+            "config.optimizer.schedule=cosine",
+        )
     rules = multipliers.parse(o.lr_multipliers)
-    if not o.default_lr_multiplier and not any(factor for _, factor in rules):
+    if (
+        not config.distill.stages
+        and not o.default_lr_multiplier
+        and not any(factor for _, factor in rules)
+    ):
         raise UserError(
             f"config.optimizer.default_lr_multiplier={o.default_lr_multiplier:g} and "
             f"{multipliers.OPTION}={o.lr_multipliers!r} freeze every weight. Give a weight a factor above 0."

@@ -15,7 +15,7 @@ OF_DYNAMIC_SCALE = (
 def check(config: Config) -> None:
     """Raises UserError: the first options that do not go together."""
     t = config.train
-    if not t.steps and not t.epochs:
+    if not t.steps and not t.epochs and not config.distill.stages:
         raise UserError(
             "config.train.steps=0 and config.train.epochs=0.0: a run needs an end. Set "
             "config.train.steps, or config.train.epochs to the passes over the data."
@@ -42,7 +42,7 @@ def check(config: Config) -> None:
             "which has none that text could spell. "
             "Set config.data.tokenizer to a tokenizer.json, or special_tokens=False."
         )
-    if t.steps and config.profile.start > t.steps:
+    if t.steps and config.profile.start > t.steps and not config.distill.stages:
         raise UserError(
             f"config.profile.start={config.profile.start} is after the last step, "
             f"config.train.steps={t.steps}. Lower it."

@@ -25,7 +25,10 @@ class DistillConfig:
         "checkpoint is taken.",
         path=True,
         on_resume="free",
-        aliases={"hf": ("teacher_model_name_or_path", "teacher_model")},
+        aliases={
+            "hf": ("teacher_model_name_or_path", "teacher_model"),
+            "mfc": "teacher.model_path",
+        },
     )
     teacher_dtype: str = option(
         "",
@@ -44,6 +47,13 @@ class DistillConfig:
         "teacher.",
         path=True,
         on_resume="free",
+        aliases=[
+            Alias(
+                mfc=("teacher.cache_dir", "teacher.use_cached_logits"),
+                note="made by a command of its own; one of other data, tokenizer or packing is refused "
+                "(there it is known by row numbers alone)",
+            )
+        ],
     )
     data: str = option(
         "auto",
@@ -65,7 +75,10 @@ class DistillConfig:
         special={0: "cross-entropy alone"},
         example=0.5,
         on_resume="free",
-        aliases=[Alias(nemo="kd_loss_scale", note="there added to the whole cross-entropy")],
+        aliases=[
+            Alias(nemo="kd_loss_scale", note="there added to the whole cross-entropy"),
+            Alias(mfc="loss.alpha"),
+        ],
     )
     alpha_schedule: str = option(
         "constant", "How alpha changes over the steps.", choices=SCHEDULES, on_resume="free"
@@ -84,7 +97,8 @@ class DistillConfig:
                 nemo="logit_kl_temperature",
                 hf="temperature",
                 note="TRL leaves the square out: there multiply alpha's share by it",
-            )
+            ),
+            Alias(mfc="loss.temperature"),
         ],
     )
     temperature_schedule: str = option(
@@ -122,7 +136,14 @@ class DistillConfig:
         special={0: "the full vocabulary; of a cache: all that it has"},
         example=64,
         on_resume="free",
-        aliases={"nemo": "logit_kl_topk", "hf": "loss_top_k"},
+        aliases=[
+            Alias(nemo="logit_kl_topk", hf="loss_top_k"),
+            Alias(
+                mfc="teacher.generation.top_k",
+                note="the rest of the vocabulary is one word more (`tail`); there it has logits of -1e4, "
+                "which makes the teacher surer than it is",
+            ),
+        ],
     )
     tail: str = option(
         "bucket",
@@ -179,11 +200,20 @@ class DistillConfig:
     # ---- one after the other
     stages: str = option(
         "",
-        'Stages of the run, as JSON or the path of a file with it: [{"name": "experts", "epochs": 1, '
-        '"lr_multipliers": "experts=1.0"}, ...]; empty: one.',
+        "Stages of the run, one after the other, with any objective: a JSON list of {name, epochs or steps, "
+        "lr_multipliers, learning_rate}, as text, the path of a file, or dicts in a config file. Each has "
+        "weights that learn, a schedule and an optimizer of its own; how long they are is how long the run "
+        "is, whatever train.steps and train.epochs say. Empty: one.",
         path=True,
         or_text=True,
-        on_resume="free",
+        json=True,
+        aliases=[
+            Alias(
+                mfc=("stages.configs", "stages.enabled", "stage_name", "num_epochs"),
+                note="each with a schedule over its own steps (there the second has none, and what the first "
+                "froze stays frozen); a run resumes inside them",
+            )
+        ],
     )
 
     @property

@@ -140,6 +140,18 @@ class OptimizerConfig:
             ),
         ],
     )
+    schedule_steps: int = option(
+        0,
+        "Steps that the schedule spans, its warmup among them; after them the last learning rate stays.",
+        unit="steps",
+        at_least=0,
+        special={0: "as many as the run has"},
+        on_resume="free",
+        aliases={
+            "deepspeed": "scheduler.params.total_num_steps",
+            "nemo": ("lr_decay_iters", "sched.max_steps"),
+        },
+    )
     warmup_steps: int = option(
         100,
         "Linear warmup from 0, at most all steps (V2 and V3: 2000).",
@@ -174,14 +186,17 @@ class OptimizerConfig:
         "state (and a router's selection bias stays).",
         example="experts=1.0,embed|lm_head=0.1,norm=0",
         on_resume="free",
-        aliases={
-            "hf": (
-                "parameter_lr_multipliers",
-                "param.requires_grad = False",
-                "optimizer_grouped_parameters",
+        aliases=[
+            Alias(
+                hf=("param.requires_grad = False", "optimizer_grouped_parameters"),
+                nemo="scale_lr_cond",
             ),
-            "nemo": "scale_lr_cond",
-        },
+            Alias(
+                mfc="parameter_lr_multipliers",
+                note="one line of PATTERN=FACTOR. A pattern that matches nothing is an error, and what "
+                "each matches is printed: its `.*gate.*` is gate_proj too; write `mlp.gate.weight`",
+            ),
+        ],
     )
     default_lr_multiplier: float = option(
         1.0,
@@ -189,5 +204,5 @@ class OptimizerConfig:
         at_least=0,
         example=1.0,
         on_resume="free",
-        aliases={"hf": "default_lr_multiplier"},
+        aliases={"mfc": "default_lr_multiplier"},
     )

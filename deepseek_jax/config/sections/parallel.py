@@ -104,6 +104,7 @@ class ShardingConfig:
                 fsdp="FULL_SHARD",
                 deepspeed="zero_optimization.stage: 3",
                 hf=("fsdp: full_shard", "fsdp_sharding_strategy: FULL_SHARD", "zero_stage: 3"),
+                mfc="training.fsdp: full_shard",
                 note="the default; also `zero3`",
             ),
             Alias(
