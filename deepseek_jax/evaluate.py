@@ -41,7 +41,7 @@ from deepseek_jax.errors import UserError, stopped_by
 from deepseek_jax.hf.provenance import model_files
 from deepseek_jax.hf.tensors import read_config
 from deepseek_jax.inference.evaluation import choices, perplexity, watch
-from deepseek_jax.inference.evaluation.measurement import Measurement
+from deepseek_jax.inference.evaluation.measurement import Measurement, check_tasks
 from deepseek_jax.inference.opener import open_model, parse_mesh
 from deepseek_jax.runtime import compile_cache
 
@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 *map(model_files, filter(None, [args.model, args.adapter])),
             ),
         )
+    check_tasks(args.tasks.split(",") if args.tasks else ())
     compile_cache.use_cache(
         CompileConfig().cache_dir, warn=lambda line: print(line, file=sys.stderr)
     )

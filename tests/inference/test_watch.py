@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.config.options import Config, TrainConfig
 from deepseek_jax.inference import opener
-from deepseek_jax.inference.evaluation import perplexity, scorer, watch
+from deepseek_jax.inference.evaluation import measurement, perplexity, scorer, watch
 from deepseek_jax.inference.evaluation.scorer import Scorer
 from deepseek_jax.run import importer
 from deepseek_jax.train.state import to_tree
@@ -136,8 +137,9 @@ def start_writer(stored, run, keep=9, pause=0.0):
 
 
 def command(run, *options):
+    window = () if any("--tasks" in o for o in options) else ("--window=32",)
     argv = [
-        str(run), "--watch", "--watch-interval=0.05", "--watch-timeout=20", "--window=32",
+        str(run), "--watch", "--watch-interval=0.05", "--watch-timeout=20", *window,
         "--batch-size=4", *options,
     ]  # fmt: skip
     return exit_code("evaluate", lambda: evaluate.main(argv))
@@ -242,6 +244,35 @@ def test_timeout_and_a_run_that_has_not_begun(tmp_path, run, stub, capsys):
     assert command(folder, "--watch-timeout=0.3") == 0
     assert "nothing new for" in capsys.readouterr().err
     assert [r["step"] for r in rows_of(folder / watch.ROWS)] == [0, 2]
+
+
+def test_tasks_of_the_harness(run, capsys, monkeypatch):
+    """Each checkpoint goes to lm-evaluation-harness by its step; without the harness one line says so."""
+    folder, stored = run
+    assert start_writer(stored, folder).wait(20) == 0
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "deepseek_jax.inference.lm_eval", raising=False)
+    assert command(folder, "--tasks=a,b") == 2
+    err = capsys.readouterr().err
+    assert "--tasks=a,b: lm-evaluation-harness cannot be imported" in err and err.count("\n") == 1
+    asked = []
+
+    def simple_evaluate(model, tasks, limit):
+        asked.append((*model[:2], tasks, limit))
+        return {"results": {t: {"acc,none": 0.25, "alias": t} for t in tasks}}
+
+    harness = types.SimpleNamespace(
+        DeepseekJaxLM=lambda *given: given,
+        lm_eval=types.SimpleNamespace(simple_evaluate=simple_evaluate),
+    )
+    monkeypatch.setattr(measurement, "_harness", lambda tasks: harness)
+    argv = [str(folder), "--watch", "--watch-interval=0.05", "--tasks=a,b", "--limit=7"]
+    assert exit_code("evaluate", lambda: evaluate.main(argv)) == 0
+    paths = [str(folder / "hf"), *[str(folder)] * 3]
+    steps = [None, *STEPS]
+    assert asked == [(p, s, ["a", "b"], 7) for p, s in zip(paths, steps, strict=True)]
+    assert "acc,none 0.2500" in capsys.readouterr().out
+    assert rows_of(folder / watch.ROWS)[3]["results"]["b"]["acc,none"] == 0.25
 
 
 def test_two_watchers_of_one_file(run, stub, capsys):

@@ -4,6 +4,7 @@ Models of the same options share what is compiled, and one of them is in memory 
 """
 
 import dataclasses
+import importlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -104,16 +105,27 @@ class Measurement:
         return opened
 
     def _of_tasks(self, path: str, step: int | None) -> dict[str, Any]:
-        try:
-            import lm_eval
-
-            from deepseek_jax.inference.lm_eval import DeepseekJaxLM
-        except ImportError as e:
-            raise UserError(f"--tasks={','.join(self.tasks)}: {e}") from None
+        harness = _harness(self.tasks)
         axes = {a: n for a, n in self.mesh.shape.items() if n > 1} if self.mesh is not None else {}
-        model = DeepseekJaxLM(path, step, self.dtype, self.batch_size, **axes)
-        found = lm_eval.simple_evaluate(model=model, tasks=list(self.tasks), limit=self.limit)
+        model = harness.DeepseekJaxLM(path, step, self.dtype, self.batch_size, **axes)
+        found = harness.lm_eval.simple_evaluate(
+            model=model, tasks=list(self.tasks), limit=self.limit
+        )
         return {"results": found["results"]}
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises UserError where there are tasks and no lm-evaluation-harness to run them."""
+    if tasks:
+        _harness(tasks)
+
+
+def _harness(tasks: Sequence[str]) -> Any:
+    """inference/lm_eval.py, which needs the harness."""
+    try:
+        return importlib.import_module("deepseek_jax.inference.lm_eval")
+    except ImportError as e:
+        raise UserError(f"--tasks={','.join(tasks)}: {e}") from None
 
 
 def _as_run(opened: Opened, run: str) -> Opened:
