@@ -6,7 +6,8 @@ lora_v2_lite: LoRA of rank 16 on every expert of DeepSeek-V2-Lite, on one GPU of
 base is held in. distil_qwen3_30b: Qwen3-30B-A3B teaches a student of half its experts on 8 H200s, by
 what the teacher is held in, with the full vocabulary, and beside it the student alone. Only shapes
 are needed, no weights. Each row takes some minutes and some GB of memory; a row that --out=FILE has
-already is not compiled again, and says of which commit it is. Needs JAX's GPU compiler (make plan installs it).
+already is not compiled again, and says of which commit it is. Needs JAX's GPU compiler (make plan
+installs it).
 """
 
 import dataclasses
