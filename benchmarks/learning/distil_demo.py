@@ -36,7 +36,7 @@ from deepseek_jax.train import workdir as workdirs
 CONFIG, TINY = "configs/post/distil.py", "configs/tiny.py"
 MADE_BY_TRAIN = "runs/tiny"  # where `make train` leaves the teacher
 EXPERTS = 4  # that are kept, of 8
-CALIBRATION_TOKENS = 200_000
+CALIBRATION_TOKENS = 100_000
 CALIBRATION = "calibration.jsonl"
 EVALUATIONS = 8  # along a run
 # Of every run: those of configs/tiny.py, but for the learning rate.
@@ -122,6 +122,7 @@ class Demo(Stages):
         self._tiny = config_of(f"--config={TINY}")
         self._teacher_steps = scaled(self._tiny.train.steps, scale)
         self._steps = scaled(steps, scale)
+        self._calibration_tokens = scaled(CALIBRATION_TOKENS, scale)
         self._seeds = range(1, seeds + 1)  # 0 is the teacher's
         found = self.find_teacher(teacher, folder / "teacher")
         super().__init__(folder, {"steps": steps, "seeds": seeds, "scale": scale})
@@ -210,7 +211,9 @@ class Demo(Stages):
                 "--method=reap",
                 f"--experts={EXPERTS}",
                 f"--text={self.folder / CALIBRATION}",
-                f"--tokens={CALIBRATION_TOKENS}",
+                f"--tokens={self._calibration_tokens}",
+                f"--sequence-length={self._tiny.train.sequence_length}",
+                "--dtype=float32",
             ),
         )
 
@@ -219,7 +222,7 @@ class Demo(Stages):
         tokenizer = load_tokenizer("bytes")
         (corpus,) = open_corpora(self._tiny, tokenizer)
         train, _ = split(corpus, self._tiny.data.eval_fraction)
-        every = max(1, train.size // (2 * CALIBRATION_TOKENS))
+        every = max(1, train.size // (4 * self._calibration_tokens))
         with open(self.folder / CALIBRATION, "w", encoding="utf-8") as f:
             for start, length in zip(train.starts[::every], train.lengths[::every], strict=True):
                 ids = train.tokens[int(start) : int(start + length) - 1]  # without its eos
