@@ -32,7 +32,8 @@ from deepseek_jax.cli.command import exit_code
 from deepseek_jax.cluster import gpus
 from deepseek_jax.errors import ExitCode, UserError, exit_codes
 from deepseek_jax.run import commandline
-from deepseek_jax.run.job import Job, ending_together
+from deepseek_jax.run.job import Job
+from deepseek_jax.run.processes import ending_together
 from deepseek_jax.train.state import make_layout
 from deepseek_jax.train.step import make_train_step
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "hf": ("Hugging Face checkpoints in and out", "deepseek_jax.hf"),
     "data": ("prepare and show training data", "deepseek_jax.data"),
     "esft": ("find the experts that a task uses", "deepseek_jax.esft"),
+    "distill": ("keep a teacher's logits for training", "deepseek_jax.distill"),
     "checkpoint": ("list, verify, convert checkpoints", "deepseek_jax.checkpoint"),
 }
 

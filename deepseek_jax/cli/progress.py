@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from rich.console import Console
@@ -11,13 +12,33 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
+
+from deepseek_jax.cli.texts import human
 
 PATIENCE = 1.0  # seconds of silence before a bar appears
+
+
+class TokensColumn(ProgressColumn):
+    """How many tokens are done of how many, and how many a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = f", {human(task.speed)}/s" if task.speed else ""
+        return Text(f"{human(task.completed)} of {human(task.total or 0)} tokens{speed}")
+
+
+HOW_MUCH: dict[str, Callable[[], tuple[ProgressColumn, ...]]] = {
+    "bytes": lambda: (DownloadColumn(), TransferSpeedColumn()),
+    "items": lambda: (MofNCompleteColumn(),),
+    "tokens": lambda: (TokensColumn(),),
+}
 
 
 class Bar:
@@ -33,7 +54,11 @@ class Bar:
     """
 
     def __init__(
-        self, title: str, total: float, show: bool, unit: Literal["bytes", "items"] = "bytes"
+        self,
+        title: str,
+        total: float,
+        show: bool,
+        unit: Literal["bytes", "items", "tokens"] = "bytes",
     ):
         self._title = title
         self._total = total
@@ -55,15 +80,10 @@ class Bar:
         self._bar.update(self._task, completed=min(self._done, self._total))
 
     def _start(self) -> Progress:
-        how_much = (
-            (DownloadColumn(), TransferSpeedColumn())
-            if self._unit == "bytes"
-            else (MofNCompleteColumn(),)
-        )
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            *how_much,
+            *HOW_MUCH[self._unit](),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,

@@ -13,7 +13,15 @@ from deepseek_jax.data import contents, example_choice
 from deepseek_jax.data.documents import DataNotes, split_paths
 from deepseek_jax.data.example_packing import ExampleRows, Piece
 from deepseek_jax.data.examples import Encoder, open_examples
-from deepseek_jax.data.fields import EXAMPLES, Fields, Rows, padding_row, stack_rows
+from deepseek_jax.data.fields import (
+    EXAMPLES,
+    RECORD,
+    Fields,
+    Rows,
+    join_rows,
+    padding_row,
+    stack_rows,
+)
 from deepseek_jax.data.loader import (
     EVAL_SEED,
     PACK,
@@ -68,10 +76,11 @@ class ExampleLoader:
         self.encoder = encoder
         self._config = config
         self._fields = fields
-        if missing := [name for name in fields if name not in EXAMPLES]:
+        known = EXAMPLES | RECORD
+        if missing := [name for name in fields if name not in known]:
             raise UserError(
                 f"config.data.path={config.data.path!r} gives no {', '.join(missing)}, which the objective "
-                f"of this run reads: rows of examples have {', '.join(EXAMPLES)}."
+                f"of this run reads: rows of examples have {', '.join(known)}."
             )
         weights = parse_weights(config)  # before the reading, which may take long
         _check_epochs(config)
@@ -102,6 +111,7 @@ class ExampleLoader:
         self._order = in_global_order(
             [Places(i, len(rows)) for i, rows in enumerate(self._rows)], self._weights, config.seed
         )
+        self._firsts = np.cumsum([0, *map(len, self._rows)]).tolist()  # records of each source
         self._eval_order = interleave([len(rows) for rows in self._eval])
         # In the order of packing the longest examples would come first, and evaluation may read a part only.
         self._eval_shuffles = [
@@ -121,22 +131,36 @@ class ExampleLoader:
         """
         rows = []
         for i in range(start, start + count):
-            source, row = self._order[i]
-            rows.append(self._rows[source].row(row) | {"row": np.array(i, np.int32)})
+            rows.append(self._row(*self._order[i]) | {"row": np.array(i, np.int32)})
         return self._stack(rows)
+
+    def record_rows(self, start: int, count: int) -> Rows:
+        """As `Loader.record_rows`; `row` is -1."""
+        nothing = padding_row(EXAMPLES, self._config.train.sequence_length)
+        rows = []
+        for i in range(start, min(start + count, self.num_train_rows)):
+            source = int(np.searchsorted(self._firsts, i, "right")) - 1
+            rows.append(self._row(source, i - self._firsts[source]) | {"row": nothing["row"]})
+        held_out = max(start - self.num_train_rows, 0)
+        return join_rows(self._stack(rows), self.eval_rows(held_out, count - len(rows)))
 
     def eval_rows(self, start: int, count: int) -> Rows:
         """Held-out rows start to start + count - 1, [count, ...] each; beyond the last, rows of padding."""
-        nothing = padding_row(EXAMPLES, self._config.train.sequence_length)
+        nothing = padding_row(EXAMPLES | RECORD, self._config.train.sequence_length)
         rows = []
         for i in range(start, start + count):
             if i < self.num_eval_rows:
                 source, place = self._eval_order[i]
-                row = int(self._eval_shuffles[source][place])
-                rows.append(self._eval[source].row(row) | {"row": nothing["row"]})
+                row = self._eval[source].row(int(self._eval_shuffles[source][place]))
+                record = np.array(self.num_train_rows + i, np.int32)
+                rows.append(row | {"row": nothing["row"], "record": record})
             else:
                 rows.append(nothing)
         return self._stack(rows)
+
+    def _row(self, source: int, row: int) -> Rows:
+        record = np.array(self._firsts[source] + row, np.int32)
+        return self._rows[source].row(row) | {"record": record}
 
     def eval_examples(self, count: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
         """The first held-out examples, or all of them, whole: (ids int32 [n], scored bool [n]) of each."""

@@ -56,6 +56,9 @@ TEXT = INPUTS | {
 # training, by which noise can be drawn; -1 for held-out rows and padding.
 EXAMPLES = TEXT | {"row": Field(np.int32, per="sequence", padding=-1)}
 
+# Which row of all that there are a sequence is, in whatever order it comes: training rows as they are packed,
+# then held-out ones. A cached teacher is read by it (distill/). -1 for padding.
+RECORD = {"record": Field(np.int32, per="sequence", padding=-1)}
 
 # Of a teacher of which the K likeliest words are known; no data hold them, they are made for each batch
 # (objectives/distill.py). teacher_ids: these words. teacher_values: their logits, but for a constant of the
@@ -95,6 +98,11 @@ def stack_rows(rows: list[Rows], fields: Fields, length: int) -> Rows:
         arrays = [row[name] for row in rows]
         out[name] = np.stack(arrays) if rows else np.zeros((0, *shape), field.dtype)
     return out
+
+
+def join_rows(first: Rows, second: Rows) -> Rows:
+    """Sequences after sequences, of the same fields."""
+    return {name: np.concatenate([a, second[name]]) for name, a in first.items()}
 
 
 def check_batch(batch: Mapping[str, Any], fields: Fields) -> None:

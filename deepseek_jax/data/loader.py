@@ -12,7 +12,15 @@ from deepseek_jax.cli.texts import human
 from deepseek_jax.config.options import Config
 from deepseek_jax.data import contents
 from deepseek_jax.data.documents import DataNotes
-from deepseek_jax.data.fields import TEXT, Fields, Rows, padding_row, stack_rows
+from deepseek_jax.data.fields import (
+    RECORD,
+    TEXT,
+    Fields,
+    Rows,
+    join_rows,
+    padding_row,
+    stack_rows,
+)
 from deepseek_jax.data.order import derive_seed
 from deepseek_jax.data.packing import PackedRows
 from deepseek_jax.data.sources import Corpus, Documents, open_corpora, parse_weights, split
@@ -107,6 +115,7 @@ class Loader:
       description: the data in a few words. contents: what a later start compares.
       notes: lines about what was left out or changed.
 
+
     Raises:
       UserError: a source is missing, empty, unreadable or not what its name says, or all together are too
         short.
@@ -123,10 +132,11 @@ class Loader:
         self.tokenizer = tokenizer
         self._config = config
         self._fields = fields
-        if missing := [name for name in fields if name not in PackedRows.fields]:
+        known = PackedRows.fields | RECORD
+        if missing := [name for name in fields if name not in known]:
             raise UserError(
                 f"config.data.path={config.data.path!r} gives no {', '.join(missing)}, which the objective "
-                f"of this run reads: packed text has {', '.join(PackedRows.fields)}."
+                f"of this run reads: packed text has {', '.join(known)}."
             )
         weights = parse_weights(config)  # before the reading, which may take long
         notes = DataNotes()
@@ -152,8 +162,10 @@ class Loader:
         self._eval_order = interleave([len(rows) for rows in self._eval])
         self._sources = corpora
         self._rows = train
-        self._weights = weights
-        self._train = self._ordered(train)
+        self._order = in_global_order(
+            [Places(i, len(rows)) for i, rows in enumerate(train)], weights, c.seed
+        )
+        self._firsts = np.cumsum([0, *map(len, train)]).tolist()  # records of each source
 
     def train_rows(self, start: int, count: int) -> Rows:
         """Rows start to start + count - 1 of the infinite global training order.
@@ -164,13 +176,22 @@ class Loader:
         Raises:
           UserError: a token file has ids that the tokenizer has not.
         """
-        return self._stack([self._train[i] for i in range(start, start + count)])
+        return self._stack([self._row(*self._order[i]) for i in range(start, start + count)])
+
+    def record_rows(self, start: int, count: int) -> Rows:
+        """Rows whose `record` is start to start + count - 1: each once, in an order that nothing changes; see
+        data/fields.py RECORD. Beyond the last, rows of padding.
+        """
+        rows = []
+        for i in range(start, min(start + count, self.num_train_rows)):
+            source = int(np.searchsorted(self._firsts, i, "right")) - 1
+            rows.append(self._row(source, i - self._firsts[source]))
+        held_out = max(start - self.num_train_rows, 0)
+        return join_rows(self._stack(rows), self.eval_rows(held_out, count - len(rows)))
 
     def origin(self, index: int) -> list[Span]:
         """Where the inputs of row `index` of the global training order come from, document by document."""
-        source, row = self._ordered([Places(i, len(rows)) for i, rows in enumerate(self._rows)])[
-            index
-        ]
+        source, row = self._order[index]
         corpus, out = self._sources[source], []
         for start, count, into in self._rows[source].spans(row):
             document = int(np.searchsorted(corpus.offsets, start, "right")) - 1
@@ -187,13 +208,15 @@ class Loader:
         for i in range(start, start + count):
             if i < self.num_eval_rows:
                 source, row = self._eval_order[i]
-                rows.append(self._eval[source].row(int(row)))
+                record = np.array(self.num_train_rows + i, np.int32)
+                rows.append(self._eval[source].row(int(row)) | {"record": record})
             else:
                 rows.append(padding_row(self._fields, self._config.train.sequence_length))
         return self._stack(rows)
 
-    def _ordered(self, sources: Sequence[Any]) -> grain.MapDataset:
-        return in_global_order(sources, self._weights, self._config.seed)
+    def _row(self, source: int, row: int) -> Rows:
+        record = np.array(self._firsts[source] + row, np.int32)
+        return self._rows[source].row(row) | {"record": record}
 
     def _stack(self, rows: list[Rows]) -> Rows:
         size = self.tokenizer.vocab_size

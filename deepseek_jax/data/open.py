@@ -9,7 +9,7 @@ from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.conversations import find_format
 from deepseek_jax.data.documents import find_files, split_paths
 from deepseek_jax.data.example_loader import ExampleLoader
-from deepseek_jax.data.fields import EXAMPLES, OF_TEACHER, TEXT, Fields
+from deepseek_jax.data.fields import EXAMPLES, OF_TEACHER, RECORD, TEXT, Fields
 from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.records import read_records
 from deepseek_jax.data.scoring import ExampleEncoder
@@ -39,7 +39,10 @@ def open_data(
     """
     config = settled(config)
     if fields is not None:
-        fields = {name: field for name, field in fields.items() if name not in OF_TEACHER}
+        given = {name: field for name, field in fields.items() if name not in OF_TEACHER}
+        # A cached teacher says what it does by the number of a row.
+        cached = config.objective == "distill" and config.distill.cache and given != fields
+        fields = given | (RECORD if cached else {})
     if not config.reads_examples:
         return Loader(config, tokenizer, progress, TEXT if fields is None else fields)
     size = config.model.vocab_size

@@ -6,7 +6,7 @@ divergence from a teacher, log-probability, entropy) is a function of logit_func
 
 `scan_vocab_sum` adds the values up over all tokens and makes the gradients on the way, with the logits at
 hand. `scan_vocab` returns each token's values and makes the logits again in backward: for losses that are not
-a sum over tokens.
+a sum over tokens. `scan_vocab_top` keeps a token's likeliest words.
 
 Shape letters: layers.py, and C tokens of a chunk; inside `per_device` T and V are this device's.
 """
@@ -22,6 +22,7 @@ from flax import nnx
 from jax import lax
 
 from deepseek_jax.config.options import IGNORE
+from deepseek_jax.model import logit_functions
 from deepseek_jax.model.logit_functions import Logits
 from deepseek_jax.parallel.mesh import TOKEN_AXES, TOKENS, per_device
 from deepseek_jax.parallel.sharding import without_stage
@@ -90,6 +91,28 @@ def scan_vocab(
 
     args, in_specs, specs = _arguments(hidden_BSD, head, inputs, frozen)
     return per_device(one_device, in_specs, TOKENS)(*args)
+
+
+def scan_vocab_top(
+    hidden_BSD: jax.Array, head: Head, count: int, words: int, temperatures_N: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The likeliest words of each token: as `logit_functions.top`, [B, S, K] and [B, S, N]. Not
+    differentiated.
+    """
+
+    def one_device(temperatures_N, *args):
+        hidden_TD, kernel_DV, _, _ = _values_of_device(args, (), (), specs)
+
+        def step(_, hidden_CD):
+            logits = _logits(hidden_CD, kernel_DV)
+            return None, logit_functions.top(logits, count, words, temperatures_N)
+
+        _, found = lax.scan(step, None, _in_chunks(hidden_TD))
+        leading = args[0].shape[:2]
+        return tuple(_joined(a, hidden_TD.shape[0]).reshape(*leading, a.shape[-1]) for a in found)
+
+    args, in_specs, specs = _arguments(hidden_BSD, head, (), ())
+    return per_device(one_device, (jax.P(), *in_specs), TOKENS)(temperatures_N, *args)
 
 
 def _arguments(hidden_BSD, head: Head, inputs, frozen) -> tuple[list, tuple, list]:

@@ -177,6 +177,41 @@ def entropy(logits: Logits, valid_C: jax.Array):
     return _counted(valid_C, entropy_C1, dlogits_CV)
 
 
+def top(
+    logits: Logits, count: int, words: int, temperatures_N: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The likeliest words of each token, of the whole vocabulary. Not differentiated.
+
+    Args:
+      count: K, at most `words`.
+      words: those with a lower id; the others are padding.
+      temperatures_N: float32.
+
+    Returns:
+      int32 [C, K] ids, by falling logit, of equal ones the lowest first; float32 [C, K] their logits less the
+      largest; float32 [C, N] log-sum-exp of all logits, less the largest, / temperature.
+    """
+    logit_CV = logits.cut(words).logit_CV
+    values_CH, places_CH = lax.top_k(logit_CV, min(count, logits.words))
+    values_CH, ids_CH = _from_all(values_CH), _from_all(places_CH + logits.first)
+    # Words of a lower id come first on a device and among devices: of equal logits top_k takes the first.
+    values_CK, places_CK = lax.top_k(values_CH, count)
+    ids_CK = jnp.take_along_axis(ids_CH, places_CK, axis=1)
+    most_C1 = values_CK[:, :1]
+    above_CV = logit_CV - most_C1
+    sums = [sum_words(jnp.exp(above_CV / temperature)) for temperature in temperatures_N]
+    return ids_CK, values_CK - most_C1, jnp.log(jnp.concatenate(sums, axis=1))
+
+
+def _from_all(a_CH: jax.Array) -> jax.Array:
+    """[C, devices * H]: what every device of the tensor axis has, and known to be the same on all of them,
+    which all_gather's result is not: each adds zeros to the others' parts.
+    """
+    whole = jnp.zeros((len(a_CH), lax.axis_size("tensor"), a_CH.shape[1]), a_CH.dtype)
+    whole = whole.at[:, lax.axis_index("tensor")].set(a_CH)
+    return lax.psum(whole, "tensor").reshape(len(a_CH), -1)
+
+
 def weighted(function: Callable) -> Callable:
     """A chunk function times a weight of each token: its last input, float32 [C], which has no gradient."""
     return _Weighted(function)

@@ -13,6 +13,7 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.data.fields import Rows
 from deepseek_jax.data.prefetch import read_ahead
 from deepseek_jax.data.windows import Skipping, TrainRows, Window
+from deepseek_jax.distill.reader import CachedTeacher
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.train.batch import put_batch
 
@@ -44,12 +45,20 @@ class LoaderBatches:
       config: of the run; nothing is read for steps beyond its last.
       source: has `train_rows(start, count)`.
       mesh: batches are laid out over it.
+      cached: what a teacher has said of the rows, which is read with them; None: there is none.
     """
 
-    def __init__(self, config: Config, source: TrainRows, mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        config: Config,
+        source: TrainRows,
+        mesh: jax.sharding.Mesh,
+        cached: CachedTeacher | None = None,
+    ):
         self._config = config
         self._source = source
         self._mesh = mesh
+        self._cached = cached
         self._progress = Progress()
         self._next = 0  # the step whose rows come next out of `_ahead`
         self._ahead: Generator[Rows, None, None] | None = None
@@ -78,6 +87,7 @@ class LoaderBatches:
         source = Skipping(self._source, self._progress.skipped)
 
         def read(step: int) -> Rows:
-            return source.train_rows(history.first_row(step), history.count(step))
+            rows = source.train_rows(history.first_row(step), history.count(step))
+            return rows if self._cached is None else self._cached.add_to(rows)
 
         return read_ahead(read, step, self._config.train.steps)

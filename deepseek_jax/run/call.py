@@ -9,9 +9,9 @@ from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import Config
 from deepseek_jax.config.validation import validate
 from deepseek_jax.run import init_from
-from deepseek_jax.run.job import Job, Processes, ending_together
+from deepseek_jax.run.job import Job
 from deepseek_jax.run.loop import Result
-from deepseek_jax.run.processes import here
+from deepseek_jax.run.processes import Processes, ending_together, here
 from deepseek_jax.train.state import make_layout
 from deepseek_jax.train.step import make_train_step
 

@@ -12,6 +12,7 @@ from deepseek_jax.data.loader import Loader
 from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Objective
 from deepseek_jax.run.answers import Answering
+from deepseek_jax.run.teacher_records import TeacherRecords
 from deepseek_jax.run.watchdog import Watchdog
 from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import TrainState
@@ -28,9 +29,11 @@ class Evaluator:
 
     Attributes:
       answering: answers held-out prompts besides; None: nothing does.
+      records: adds to batches what a teacher says; None: nothing does.
     """
 
     answering: Answering | None = None
+    records: TeacherRecords | None = None
 
     def __init__(
         self,
@@ -60,7 +63,12 @@ class Evaluator:
         sums = {"targets": 0.0, "text_bytes": 0.0}
         for start in range(0, self._rows, self._micro_batch):
             rows = self._loader.eval_rows(start, self._micro_batch)
-            batch = jax.tree.map(lambda a: a[0], put_batch(rows, self._micro_batch, self._mesh))
+            if self.records is not None:
+                rows = self.records.add_to_rows(rows)
+            batch = put_batch(rows, self._micro_batch, self._mesh)
+            if self.records is not None:
+                batch = self.records.add_to_batch(batch, int(state.step))
+            batch = jax.tree.map(lambda a: a[0], batch)
             with contextlib.nullcontext() if self._compiled else watchdog.paused():
                 found = self._step(*state.weights(), batch, self._frozen)
                 for name, value in found.items():

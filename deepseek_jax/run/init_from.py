@@ -16,6 +16,7 @@ from flax import nnx
 from deepseek_jax.config import lora_targets, paths, stages
 from deepseek_jax.config.options import Config, LoraConfig, RopeScaling, changes_shapes
 from deepseek_jax.data import hub_cache, tokenizer_folder
+from deepseek_jax.distill import checks
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import adapter, names, peft, reader
 from deepseek_jax.hf.configuration import find_family
@@ -40,8 +41,8 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
       argv: the command line.
 
     Raises:
-      UserError: as `with_model_of_source`; or the checkpoint has a tokenizer, but no
-      tokenizer.json.
+      UserError: as `with_model_of_source` and `checks.with_cache`; or the checkpoint has a tokenizer, but no
+        tokenizer.json.
     """
     before = workdirs.options(workdir) if workdir else {}
     if (
@@ -59,7 +60,7 @@ def with_what_is_known(config: Config, workdir: str | None, argv: Sequence[str] 
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, tokenizer=tokenizer)
         )
-    config = stages.read(config)
+    config = checks.with_cache(stages.read(config))
     return paths.absolute_config(config)  # runs of earlier versions kept paths as they were given
 
 

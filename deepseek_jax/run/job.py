@@ -13,7 +13,6 @@ import jax
 
 from deepseek_jax import objectives
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.cluster.processes import Cluster
 from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import Config
 from deepseek_jax.data import contents
@@ -30,39 +29,25 @@ from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import answers, init_from, lock, passes, summary
-from deepseek_jax.run.batches import Batch, LoaderBatches
+from deepseek_jax.run.batches import Batch
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
-from deepseek_jax.run.processes import JoinedElsewhere
+from deepseek_jax.run.processes import Processes
 from deepseek_jax.run.profile import make_profiler
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
 from deepseek_jax.run.resume import Continuation
 from deepseek_jax.run.staged import StagedRun
 from deepseek_jax.run.start import Start
-from deepseek_jax.run.teacher import Teacher, open_teacher
+from deepseek_jax.run.teacher import Teacher
+from deepseek_jax.run.teacher_records import TeacherRecords
 from deepseek_jax.run.watchdog import Watchdog, end_alone
-from deepseek_jax.runtime import compile_cache, environment
+from deepseek_jax.runtime import compile_cache
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.batch import abstract_batch
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import Layout, TrainState, saved, to_tree
 from deepseek_jax.train.step import StepMetrics, make_eval_step
-
-Processes = Cluster | JoinedElsewhere
-
-
-@contextlib.contextmanager
-def ending_together(processes: Processes) -> Iterator[None]:
-    """What ends one process inside ends all: a mistake with one line, however many found it."""
-    environment.check()
-    with (
-        contextlib.closing(processes),
-        processes.failures(BadNumbers, SaveFailed),
-        processes.mistakes(),
-        environment.mistakes(),
-    ):
-        yield
 
 
 class Job:
@@ -107,6 +92,7 @@ class Job:
         self._objective: Objective
         self._data: Loader | ExampleLoader
         self._prompts: list[answers.Prompt]  # that evaluations answer
+        self._records: TeacherRecords
         self._checkpoints: Checkpointer
         self._compiler_options: dict[str, Any]
         self._count: Count
@@ -147,7 +133,8 @@ class Job:
         self._prompts = answers.prompts_of_run(config, self._data)
         if config.init_from or config.lora.r:
             self._source = init_from.open_for_training(config, self._workdir)
-        self.teacher = open_teacher(config, self._workdir, progress=first)
+        self._records = TeacherRecords(config, self._workdir, self._data, self._mesh, first)
+        self.teacher = self._records.teacher
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"
         self._processes.agree("data files", {"what config.data reads": what})
@@ -285,6 +272,7 @@ class Job:
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some
         # processes longer to compile: all wait here instead.
         step.program(state, self._abstract_batch(done), self._frozen)
+        self._records.load()
         self._processes.agree("command", {"steps done": done})
         result = self._make_loop(step, start, progress, self._frozen).run(state, progress)
         earlier = self._result.losses if self._result else {}  # of stages before
@@ -313,6 +301,7 @@ class Job:
         last = start.stage.last_step if start.stage else config.train.steps
         eval_step = make_eval_step(start.layout, self._objective)
         evaluator = Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen)
+        evaluator.records = self._records
         if self._prompts:
             evaluator.answering = answers.Answering(
                 config, self._workdir, start.layout.model, self._mesh, self._data, self._prompts
@@ -328,7 +317,7 @@ class Job:
             config=config,
             workdir=self._workdir,
             step=train_step,
-            batches=LoaderBatches(config, self._data, self._mesh),
+            batches=self._records.batches(self._data),
             evaluate=evaluator,
             checkpointer=self._checkpoints,
             report=Report(

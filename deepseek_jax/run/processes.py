@@ -9,7 +9,8 @@ import jax
 
 from deepseek_jax.cluster.exchange import exchange
 from deepseek_jax.cluster.processes import Cluster, difference
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import BadNumbers, SaveFailed, UserError
+from deepseek_jax.runtime import environment
 
 
 class JoinedElsewhere:
@@ -68,7 +69,23 @@ class JoinedElsewhere:
             raise UserError(text)
 
 
-def here() -> Cluster | JoinedElsewhere:
+Processes = Cluster | JoinedElsewhere
+
+
+@contextlib.contextmanager
+def ending_together(processes: Processes) -> Iterator[None]:
+    """What ends one process inside ends all: a mistake with one line, however many found it."""
+    environment.check()
+    with (
+        contextlib.closing(processes),
+        processes.failures(BadNumbers, SaveFailed),
+        processes.mistakes(),
+        environment.mistakes(),
+    ):
+        yield
+
+
+def here() -> Processes:
     """The processes that this one is among already; alone, if it is among none."""
     if jax.distributed.is_initialized():
         return JoinedElsewhere()

@@ -83,6 +83,11 @@ class Teacher:
         self.config = dataclasses.replace(
             config, model=model, lora=LoraConfig(base_dtype=held), offload=OffloadConfig()
         )
+        if config.distill.top_k:
+            # The other methods add up a token's experts in an order that follows from the rows beside it,
+            # which for a record must not count (distill/program.py).
+            moe = dataclasses.replace(config.moe, dispatch="all_to_all")
+            self.config = dataclasses.replace(self.config, moe=moe)
         self.vocab_size = found.model.vocab_size
         self.identity = weights.identity if weights else ""
         self._step = weights.step if weights else None
@@ -239,7 +244,8 @@ def find(config: Config) -> Found:
 
 def planned(config: Config) -> Teacher | None:
     """The teacher of a run that is only planned: a config.json is enough, and `load` is not for it."""
-    return Teacher(config, find(config)) if config.distill.teacher else None
+    d = config.distill
+    return Teacher(config, find(config)) if d.teacher and not d.cache else None
 
 
 def open_teacher(config: Config, workdir: str, progress: bool = False) -> Teacher | None:

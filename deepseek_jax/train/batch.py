@@ -41,6 +41,15 @@ def put_batch(rows: Rows, micro_batch: int, mesh: jax.sharding.Mesh) -> dict[str
     return {k: put(v) for k, v in rows.items()}
 
 
+def rows_here(micro_batch: int, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """bool [micro_batch]: which of a micro-batch's sequences `put_batch` takes from this process."""
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    out = np.zeros(micro_batch, bool)
+    for (rows,) in sharding.addressable_devices_indices_map((micro_batch,)).values():
+        out[rows] = True
+    return out
+
+
 def abstract_batch(
     fields: Fields, config: Config, mesh: jax.sharding.Mesh, step: int
 ) -> dict[str, jax.ShapeDtypeStruct]:

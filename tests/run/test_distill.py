@@ -39,7 +39,9 @@ from deepseek_jax.run import teacher as teachers
 from tests.run.test_sft import StopAfter, rows
 from tests.support import chat_folders, hf_folders
 
-STUDENT = dataclasses.replace(hf_folders.MODEL, num_hidden_layers=1, num_nextn_predict_layers=1)
+STUDENT = dataclasses.replace(
+    hf_folders.MODEL, num_hidden_layers=1, num_nextn_predict_layers=1, aux_loss_alpha=0.0
+)
 
 
 @pytest.fixture(scope="module")

@@ -44,11 +44,6 @@ def _check_teacher(config: Config) -> None:
         )
     if not d.cache:
         return
-    if d.teacher:
-        raise UserError(
-            f"config.distill.teacher={d.teacher} and config.distill.cache={d.cache}: a cache takes the "
-            "teacher's place. Set one of them to ''."
-        )
     without_effect(
         config,
         ["distill.teacher_dtype", *OF_LAYERS],
