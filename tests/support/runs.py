@@ -51,7 +51,10 @@ def command(workdir, corpus, *more: str) -> list[str]:
 
 
 def run(
-    args: list[str], devices: int = 2, module: Sequence[str] = ("train.py",)
+    args: list[str],
+    devices: int = 2,
+    module: Sequence[str] = ("train.py",),
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     return subprocess.run(
@@ -60,7 +63,7 @@ def run(
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
 
 
