@@ -133,8 +133,6 @@ class Job:
         self._prompts = answers.prompts_of_run(config, self._data)
         if config.init_from or config.lora.r:
             self._source = init_from.open_for_training(config, self._workdir)
-        self._records = TeacherRecords(config, self._workdir, self._data, self._mesh, first)
-        self.teacher = self._records.teacher
         digest = contents.digest(self._data.contents)
         what = f"{self._data.description}, sha256 {digest[:12]}"
         self._processes.agree("data files", {"what config.data reads": what})
@@ -155,6 +153,11 @@ class Job:
             self._processes.agree("stages", {"config.distill.stages": config.distill.stages})
             self._staged = StagedRun(config, self._mesh, self._checkpoints, self._data)
             self._config = self._staged.config
+        # A schedule of the temperature is over all steps.
+        self._records = TeacherRecords(
+            self._config, self._workdir, self._data, self._mesh, progress=first
+        )
+        self.teacher = self._records.teacher
         return self._mesh, self._config
 
     def stages(self) -> Iterator[Config]:

@@ -144,6 +144,8 @@ def _devices(run: Run) -> Lines:
 
 def _memory(run: Run) -> Lines:
     state_bytes = run.layout.bytes_per_device(run.mesh)
+    if run.teacher is not None and run.layout.frozen is None:  # asked before the step, not in it
+        state_bytes["teacher"] = run.teacher.place(run.mesh).bytes_per_device()
     host = state_bytes.pop("host", 0)
     parts = " + ".join(f"{human(n)} {name.replace('_', ' ')}" for name, n in state_bytes.items())
     memory = f"{parts} = {human(sum(state_bytes.values()))}"

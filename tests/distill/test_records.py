@@ -38,8 +38,8 @@ def expected(logits: np.ndarray, top: int, words: int) -> tuple[np.ndarray, ...]
 @pytest.mark.parametrize(
     ("mesh", "top", "words"),
     [
-        ({"fsdp": 2}, 5, V),
-        ({"fsdp": 2, "tensor": 2}, 5, V),
+        pytest.param({"fsdp": 2}, 5, V, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "tensor": 2}, 5, V, marks=pytest.mark.slow),
         ({"tensor": 4}, 12, V),  # more than a device has
         ({"fsdp": 2, "tensor": 2}, 23, 23),  # all words but padding
     ],
@@ -107,11 +107,12 @@ MESHES = [
     {"fsdp": 4},
     {"fsdp": 4, "expert": 2},
     {"fsdp": 2, "tensor": 2},
-    {"fsdp": 2, "expert": 2, "capacity_factor": 0.5},
+    {"fsdp": 2, "expert": 2, "capacity_factor": 0.5},  # several rounds
     {"fsdp": 2, "expert": 2, "dtype": "bfloat16"},
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_a_record_does_not_depend_on_its_neighbours(mesh):
     """Rows in another order, in other micro-batches, among padding: bit for bit the same."""

@@ -81,13 +81,10 @@ def plain(a: dict, hidden, kernel) -> dict[str, jax.Array]:
         "log_probability": log_target,
         "entropy": -jnp.sum(jnp.exp(log_p) * log_p, axis=-1),
         "kl": T**2 * divergence(log_t, log_s),
-        "reverse_kl": T**2 * divergence(log_s, log_t),
         "mixture": -0.4 * log_target + 0.6 * T**2 * mixture(log_t, log_s),
         "kl_to_top": T**2 * divergence(with_tail(inside_t), with_tail(inside_s)),
-        "reverse_kl_to_top": T**2 * divergence(with_tail(inside_s), with_tail(inside_t)),
         "mixture_of_top": -0.4 * log_target
         + 0.6 * T**2 * mixture(with_tail(inside_t), with_tail(inside_s)),
-        "renormalised": T**2 * mixture(jax.nn.log_softmax(inside_t), jax.nn.log_softmax(inside_s)),
         "kl_to_all": T**2 * divergence(log_t, log_s),
     }
     return {name: jnp.where(a["valid"], v, 0.0) for name, v in values.items()}
@@ -110,12 +107,9 @@ def ours(a: dict, hidden, weight: head.Head, teacher: head.Head, scan) -> dict[s
         "log_probability": walk(logit_functions.log_probability, targets),
         "entropy": walk(logit_functions.entropy, valid),
         "kl": walk(WholeTeacher("forward"), targets, *alone, frozen=frozen),
-        "reverse_kl": walk(WholeTeacher("reverse"), targets, *alone, frozen=frozen),
         "mixture": walk(WholeTeacher("mixture"), targets, *mixed, frozen=frozen),
         "kl_to_top": walk(TopTeacher("forward"), *top, *alone),
-        "reverse_kl_to_top": walk(TopTeacher("reverse"), *top, *alone),
         "mixture_of_top": walk(TopTeacher("mixture"), *top, *mixed),
-        "renormalised": walk(TopTeacher("mixture", "renormalise"), *top, 1.0, T, BETA),
         "kl_to_all": walk(
             TopTeacher("forward"), a["all_ids"], a["all_values"], a["lse"], targets, *alone
         ),

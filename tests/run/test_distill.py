@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 
 from deepseek_jax import run
+from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import (
     CheckpointConfig,
     Config,
@@ -34,9 +35,9 @@ from deepseek_jax.hf import reader
 from deepseek_jax.model.layout import place_model
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.quantized import QuantizedWeight
+from deepseek_jax.plan import topology
 from deepseek_jax.run import job, metrics
 from deepseek_jax.run import teacher as teachers
-from tests.run.test_sft import StopAfter, rows
 from tests.support import chat_folders, hf_folders
 
 STUDENT = dataclasses.replace(
@@ -77,6 +78,22 @@ def whole(config, tmp_path_factory):
     """(workdir, result) of a run that nobody disturbed."""
     workdir = str(tmp_path_factory.mktemp("whole") / "run")
     return workdir, run.train(config, workdir)
+
+
+class StopAfter(Stopper):
+    """As if a signal came during a step."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self._step = step
+
+    def after(self, step: int) -> int | None:
+        return 15 if step == self._step else None
+
+
+def rows(workdir) -> list[dict]:
+    with open(os.path.join(workdir, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
 
 
 @pytest.mark.slow
@@ -238,8 +255,12 @@ def test_bad_teachers_are_refused_in_a_line(config, tmp_path):
 
     os.remove(os.path.join(copy, "model.safetensors"))
     refused("model.safetensors is missing", distill__teacher=copy)
-    planned = teachers.planned(replaced(config, "distill.teacher", copy))  # a config.json is enough
-    assert planned.vocab_size == 320
+    # To plan with, a config.json is enough.
+    of_plan = replaced(config, "distill.teacher", copy)
+    mesh, layout = topology.lay_out(of_plan, jax.devices()[:1])
+    numbers = sum(w.size for w in own_weights(config).values())
+    bias = sum(a.size for a in jax.tree.leaves(layout.frozen.model.abstract.bias))
+    assert layout.bytes_per_device(mesh)["frozen"] == 4 * (numbers + bias)
 
 
 def test_a_teacher_that_the_mesh_does_not_divide(config):

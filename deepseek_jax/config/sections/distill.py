@@ -191,8 +191,8 @@ class DistillConfig:
     )
     map: str = option(
         "",
-        "compression.json, which says what of the teacher the student's layers and experts are; empty: that "
-        "of init_from, if it has one.",
+        "Path of compression.json, which says what of the teacher the student's layers and experts are; "
+        "empty: that of init_from, if it has one.",
         path=True,
         on_resume="free",
     )
