@@ -186,7 +186,9 @@ class Job:
         step = (
             staged.newest
             if staged
-            else self._checkpoints.newest_good(to_tree(saved(model.abstract_sharded())))
+            else self._checkpoints.newest_good(
+                to_tree(saved(model.abstract_sharded(), config.lora))
+            )
         )
         seen: dict[str, Any] = {"the newest checkpoint in --workdir": step}
         seen |= {"the last step": config.train.steps, "config.esft": model.multipliers.digest}

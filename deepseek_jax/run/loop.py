@@ -167,7 +167,9 @@ class Loop:
         extra["model"] = dataclasses.asdict(self.config.model)
         eval_loss = evaluation.get("eval_loss") if evaluation.get("step") == step else None
         with self.watchdog.paused():
-            self.checkpointer.save(step, to_tree(saved(state)), extra, eval_loss, final=final)
+            self.checkpointer.save(
+                step, to_tree(saved(state, self.config.lora)), extra, eval_loss, final=final
+            )
 
     def _finished(self, step: int, step_metrics: StepMetrics) -> bool:
         """Logs a finished step; True if its update was made.

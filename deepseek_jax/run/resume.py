@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from deepseek_jax.checkpoint.checkpoint import Checkpointer
-from deepseek_jax.config.options import Config
+from deepseek_jax.config.options import Config, LoraConfig
 from deepseek_jax.config.stages import of_config
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.parallel import offload
@@ -21,6 +21,8 @@ from deepseek_jax.tensorfile.arrays import Tree, flatten
 from deepseek_jax.train import projection, trainable
 from deepseek_jax.train import workdir as workdirs
 from deepseek_jax.train.state import Layout, TrainState, from_tree, saved, to_tree, zero_params
+
+NO_LORA = LoraConfig()
 
 
 class Continuation:
@@ -65,7 +67,11 @@ class Continuation:
 
 
 def restore(
-    checkpoints: Checkpointer, layout: Layout, first_step: int = 0, begins: bool = False
+    checkpoints: Checkpointer,
+    layout: Layout,
+    first_step: int = 0,
+    begins: bool = False,
+    lora: LoraConfig = NO_LORA,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The newest checkpoint, in the shards of this mesh, and its `extra`. The base of LoRA is not in it.
 
@@ -85,11 +91,12 @@ def restore(
       layout: of the state.
       first_step: steps that were done before the stage of this layout.
       begins: whether the checkpoint is that of the end of the stage before.
+      lora: the options of the run.
 
     Raises:
       UserError: as `Checkpointer.restore`.
     """
-    abstract = saved(layout.abstract_sharded())
+    abstract = saved(layout.abstract_sharded(), lora)
     stored = checkpoints.shapes()
     residual = abstract.residual
     same_projection = _same_projection(stored, layout)

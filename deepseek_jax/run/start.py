@@ -28,6 +28,7 @@ from deepseek_jax.run import base, init_from, resume
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.stages import Stage
 from deepseek_jax.run.teacher import Teacher
+from deepseek_jax.train import trainable
 from deepseek_jax.train.state import Layout, TrainState, init_state, saved, to_tree
 
 
@@ -81,7 +82,7 @@ class Start:
 
     def after_bad_numbers(self) -> tuple[TrainState, Progress]:
         """The same once more, from what is the newest good checkpoint by now."""
-        abstract = to_tree(saved(self.layout.abstract_sharded()))
+        abstract = to_tree(saved(self.layout.abstract_sharded(), self.config.lora))
         return self._state(self.checkpoints.newest_good(abstract))
 
     def write_files(self, data: Loader | ExampleLoader) -> None:
@@ -121,7 +122,9 @@ class Start:
             )
         if step is not None:
             begins = bool(first) and step == first
-            state, _ = resume.restore(self.checkpoints, self.layout, first, begins)
+            state, _ = resume.restore(
+                self.checkpoints, self.layout, first, begins, self.config.lora
+            )
             progress = self.continuation.progress(int(state.step))
             return self._with_base(state), self._with_identity(progress)
         if self.config.init_from:
@@ -145,4 +148,5 @@ class Start:
         family = family_of(self.source.config)
         weights = base.read(self.source, self.config, family, self.layout.model, everything=False)
         self.source.close()
-        return state._replace(frozen=weights.params)
+        # Factors that lr_multipliers freezes are of the checkpoint.
+        return state._replace(frozen=trainable.join(weights.params, state.frozen))

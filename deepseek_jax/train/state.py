@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from deepseek_jax.config.options import Config
+from deepseek_jax.config.options import Config, LoraConfig
 from deepseek_jax.model import lora, transformer
 from deepseek_jax.model.layout import ModelWeights, PlacedModel, place_model
 from deepseek_jax.model.moe import SelectionBias
@@ -273,10 +273,15 @@ def state_around(config: Config, layout: Layout, params: nnx.State, bias: nnx.St
     return rest._replace(params=params, bias=bias, frozen=frozen)
 
 
-def saved(state: TrainState) -> TrainState:
-    """What a checkpoint holds of a state: with LoRA the base is not in it, which nothing changes."""
-    factors = any(lora.is_factor(path) for path, _ in nnx.to_flat_state(state.params))
-    return state._replace(frozen=trainable.NONE) if factors else state
+def saved(state: TrainState, options: LoraConfig) -> TrainState:
+    """What a checkpoint holds of a state: with LoRA the base is not in it, which nothing changes. Factors
+    that a multiplier of 0 freezes are.
+    """
+    if not options.r:
+        return state
+    flat = nnx.to_flat_state(state.frozen)
+    adapter = [(path, v) for path, v in flat if lora.learns(path, options)]
+    return state._replace(frozen=nnx.from_flat_state(adapter))
 
 
 def zero_params(layout: Layout) -> nnx.State:

@@ -33,6 +33,7 @@ from deepseek_jax.run.call import train
 from deepseek_jax.tensorfile.arrays import flatten
 from deepseek_jax.train.state import make_layout
 from tests.support import chat_folders, conversion, hf_folders
+from tests.support.stopped_runs import StopAfter
 
 LORA = LoraConfig(
     r=4,
@@ -121,6 +122,30 @@ def test_resumed_is_uninterrupted(run, source, corpus, tmp_path):
     resumed = train(options(source, corpus), again)
     assert resumed.losses == {step: loss for step, loss in result.losses.items() if step > 2}
     same(resumed.state, result.state)
+
+
+@pytest.mark.slow
+def test_frozen_factors_are_of_the_checkpoint(source, corpus, tmp_path):
+    """With A frozen, as LoRA-FA has it (arXiv:2308.03303): A is where it began, in the checkpoint, in what
+    reads the run and after a restart, which goes on to the last bit."""
+    config = options(source, corpus, LORA)
+    o = dataclasses.replace(config.optimizer, lr_multipliers="lora_A=0")
+    config = dataclasses.replace(config, optimizer=o)
+    whole = train(config, str(tmp_path / "whole"))
+    parts = str(tmp_path / "parts")
+    train(config, parts, stopper=StopAfter(2))
+    again = train(config, parts)
+    same(again.state, whole.state)
+    checkpoints = Checkpointer(str(tmp_path / "whole" / "checkpoints"), read_only=True)
+    held = flatten(checkpoints.shapes())
+    checkpoints.close()
+    frozen = {"/".join(map(str, p)) for p, _ in nnx.to_flat_state(whole.state.frozen)}
+    factors = {name for name in frozen if name.endswith("lora_A")}
+    assert factors and {f"params/{name}" for name in factors} <= held.keys()
+    assert not {f"params/{name}" for name in frozen - factors} & held.keys()
+    commands.export_adapter(str(tmp_path / "whole"), str(tmp_path / "adapter"))
+    written = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(".lora_A." in name and np.any(a) for name, a in written.items())
 
 
 def test_what_reads_the_run(run, source, tmp_path):
