@@ -351,23 +351,23 @@ def test_beside_a_training_process(tmp_path):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     watcher = [
         sys.executable, "-m", "deepseek_jax.evaluate", str(work), "--watch", "--watch-interval=0.2",
-        "--watch-timeout=120", "--limit=20", "--window=64",
+        "--watch-timeout=600", "--limit=20", "--window=64",
     ]  # fmt: skip
     training = subprocess.Popen(
         [sys.executable, "train.py", *argv], cwd=ROOT, env=env, stdout=subprocess.DEVNULL
     )
     first = subprocess.Popen(watcher, cwd=ROOT, env=env)
-    timer = threading.Timer(240, training.kill)
+    timer = threading.Timer(1200, training.kill)
     timer.start()
     try:
         rows = work / watch.ROWS
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 900
         while time.monotonic() < deadline and not (rows.exists() and rows.stat().st_size):
             time.sleep(0.1)
         first.send_signal(signal.SIGKILL)
         first.wait()
         found = subprocess.run(
-            watcher, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+            watcher, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
         )
         assert training.wait(10) == 0 and found.returncode == 0, found.stderr
     finally:
