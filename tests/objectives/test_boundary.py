@@ -332,9 +332,9 @@ def test_taps_cost_nothing_when_nobody_asks():
 
         plain, tapped = lowered(()), lowered(("router_scores",))
         with pytest.MonkeyPatch.context() as patch:
-            from deepseek_jax.model import moe, transformer
+            from deepseek_jax.model import decoder, moe
 
-            patch.setattr(moe, "ROUTER", ())
-            patch.setattr(transformer, "tap", lambda *_: None)
+            patch.setattr(moe, "ROUTED", ())
+            patch.setattr(decoder, "tap", lambda *_: None)
             without = lowered(())
     assert plain == without and len(tapped) > len(plain)

@@ -264,7 +264,6 @@ def test_a_teacher_that_the_mesh_does_not_divide(config):
     "options,why",
     [
         (dict(distill=DistillConfig()), "there is no teacher"),
-        (dict(distill__cache="C"), "takes the teacher's place"),
         (dict(distill__alpha_final=0.1), "no effect with config.distill.alpha_schedule=constant"),
         (dict(distill__tail="renormalise"), "no effect with config.distill.top_k=0"),
         (dict(distill__top_k=321), "above config.model.vocab_size=320"),

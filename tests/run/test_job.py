@@ -30,7 +30,7 @@ from deepseek_jax.config.options import (
     TrainConfig,
 )
 from deepseek_jax.errors import BadNumbers, ExitCode, UserError, stopped_by
-from deepseek_jax.run import job, metrics
+from deepseek_jax.run import call, metrics
 from tests.support import ROOT
 from tests.support.small_runs import ADAMW, TINY
 from tests.support.stopped_runs import StopAfter
@@ -136,7 +136,7 @@ def test_train_py_goes_through_the_same_stages():
         return [line.removeprefix("return ").removeprefix("result = ") for line in calls]
 
     ours = stages(train_py.main)
-    assert ours == stages(job.train) and len(ours) >= 5
+    assert ours == stages(call.train) and len(ours) >= 5
 
 
 @pytest.mark.slow

@@ -147,7 +147,13 @@ def hub_config(variant):
     included)."""
     model_type, options = VARIANTS[variant]
     m = ModelConfig(**{**SHAPES, **options})
-    not_deepseeks = ("head_dim", "attention_out_bias", "use_qk_norm", "partial_rotary_factor")
+    not_deepseeks = (
+        "head_dim",
+        "attention_out_bias",
+        "use_qk_norm",
+        "partial_rotary_factor",
+        "shared_core_rank",
+    )
     skip = ("rope_scaling", "rope_interleave", *not_deepseeks)
     c = {name: getattr(m, name) for name in m.__dataclass_fields__ if name not in skip}
     c.update(
