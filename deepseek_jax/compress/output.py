@@ -1,10 +1,12 @@
 """Writes what a compression made: a Hugging Face folder with compression.json, whole or not at all."""
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from deepseek_jax.cli.progress import Bar
 from deepseek_jax.compress.source import Source, leaves_of
 from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.errors import UserError
@@ -22,7 +24,7 @@ class Compressed:
 
     Attributes:
       model: its options.
-      parts: an array of it in parts, each made when it is asked for (source.copied; hf/exporter.py).
+      parts: an array of it in parts, each made when it is asked for (parts.py).
       map: its layers and experts, of the first source: `source.document.map` after the operation.
       operation: what compression.json says of the operation: `kind` and more, of JSON's types.
       family: that it is saved as; "": the source's.
@@ -89,14 +91,22 @@ def write(
                 f.flush()
                 os.fsync(f.fileno())
 
-    what = exporter.Export(
-        model=made.model,
-        family=family,
-        leaves=leaves_of(made.model, family),
-        get=made.parts,
-        companions=source.companions,
-        notes=source.notes,
-        finish=finish,
-    )
-    exporter.export(out, what)
+    leaves = leaves_of(made.model, family)
+    with Bar("Writing", sum(math.prod(leaf.shape) for leaf in leaves), True, "items") as bar:
+        what = exporter.Export(
+            model=made.model,
+            family=family,
+            leaves=leaves,
+            get=lambda leaf: _counted(made.parts(leaf), bar),
+            companions=source.companions,
+            notes=source.notes,
+            finish=finish,
+        )
+        exporter.export(out, what)
     return operation
+
+
+def _counted(parts: Iterable[Part], bar: Bar) -> Iterator[Part]:
+    for array, index in parts:
+        yield array, index
+        bar.advance(array.size)

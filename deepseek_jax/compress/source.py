@@ -38,7 +38,6 @@ from deepseek_jax.model.layout import abstract_model
 from deepseek_jax.tensorfile import regions
 from deepseek_jax.train import workdir as workdirs
 
-BYTES = 1 << 28  # of a part, about
 FLOAT32 = np.dtype(np.float32)
 
 Read = Callable[[Leaf, regions.Index], np.ndarray]
@@ -169,18 +168,6 @@ def leaves_of(model: ModelConfig, family: str) -> list[Leaf]:
     with jax.set_mesh(mesh):
         _, params, bias = abstract_model(run)
     return [leaf for state in (params, bias) for leaf in names.leaves(state, family, model)]
-
-
-def groups(count: int, nbytes: int) -> Iterator[slice]:
-    """Neighbouring experts that are read together.
-
-    Args:
-      count: of experts.
-      nbytes: of one.
-    """
-    step = max(1, BYTES // max(1, nbytes))
-    for begin in range(0, count, step):
-        yield slice(begin, min(begin + step, count))
 
 
 def copied(source: Source, model: ModelConfig, leaf: Leaf, layers: Sequence[int]) -> Iterator[Part]:

@@ -195,10 +195,17 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        return self.down_proj(checkpoint_name(self._units(x_BSD), "mlp_hidden"))
+
+    def _units(self, x_BSD: jax.Array) -> jax.Array:
         gate_BSF = checkpoint_name(self.gate_proj(x_BSD), "mlp_gate_up")
         up_BSF = checkpoint_name(self.up_proj(x_BSD), "mlp_gate_up")
-        h_BSF = jax.nn.silu(gate_BSF) * up_BSF
-        return self.down_proj(checkpoint_name(h_BSF, "mlp_hidden"))
+        return jax.nn.silu(gate_BSF) * up_BSF
+
+    def unit_sums(self, x_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
+        """float32 [F]: the sum of |silu(gate) * up| of the inner units over valid tokens, for a tap."""
+        units_BSF = jnp.abs(self._units(x_BSD).astype(jnp.float32))
+        return jnp.sum(jnp.where(valid_BS[:, :, None], units_BSF, 0.0), axis=(0, 1))
 
 
 class Embedding(nnx.Module):

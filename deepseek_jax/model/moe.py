@@ -14,6 +14,7 @@ from deepseek_jax.config.options import ModelConfig, MoeConfig
 from deepseek_jax.experts import cpu_unstacked, dispatch
 from deepseek_jax.experts.cpu_unstacked import UnstackedExperts
 from deepseek_jax.experts.low_rank import ExpertWeights, Pair
+from deepseek_jax.model import expert_taps
 from deepseek_jax.model.layers import MLP, LowRank, param
 from deepseek_jax.model.moe_statistics import (
     MoEStats,
@@ -22,7 +23,7 @@ from deepseek_jax.model.moe_statistics import (
     statistics_of,
 )
 from deepseek_jax.model.router import route
-from deepseek_jax.model.taps import ROUTER, Taps, tap, wanted
+from deepseek_jax.model.taps import PER_TOKEN, ROUTED, Taps, tap, wanted
 from deepseek_jax.parallel.mesh import TOKENS, per_device
 from deepseek_jax.parallel.quantized import QuantizedWeight
 from deepseek_jax.parallel.weights import gather_for_use, gather_on_device, stored_arrays
@@ -153,7 +154,7 @@ class MoE(nnx.Module):
         # the transpose of that gather is a reduce-scatter.
         weights, specs = self.experts.stored()
         kernel = gather_for_use(self.gate.kernel, jnp.float32)
-        taps = tuple(name for name in ROUTER if wanted(name))
+        taps = tuple(name for name in ROUTED if wanted(name))
         routed = per_device(
             functools.partial(self._routed, specs=specs, taps=taps),
             in_specs=(
@@ -166,7 +167,7 @@ class MoE(nnx.Module):
             out_specs=(
                 TOKENS,
                 MoEStats(*[P()] * len(MoEStats._fields)),
-                dict.fromkeys(taps, TOKENS),
+                {name: TOKENS if name in PER_TOKEN else P() for name in taps},
             ),
         )
         y_BSD, stats, found = routed(x_BSD, valid_BS, kernel, bias_E, *weights)
@@ -174,6 +175,8 @@ class MoE(nnx.Module):
             tap(name, value)
         if self.config.n_shared_experts:
             y_BSD = y_BSD + self.shared_experts(x_BSD)
+            if wanted("shared_units"):
+                tap("shared_units", self.shared_experts.unit_sums(x_BSD, valid_BS))
         return y_BSD, stats
 
     def _unstacked(self, x_BSD: jax.Array, valid_BS: jax.Array, bias_E: jax.Array) -> jax.Array:
@@ -240,34 +243,18 @@ class MoE(nnx.Module):
         )
         y_BSD = y_TD.reshape(b, s, d)
         stats = statistics_of(routing, count_BE, valid_BS, load_of(chosen_E, kept_E, rounds), m)
+        alone = functools.cache(lambda: expert_taps.outputs(moe, x_TD, chosen_TK, experts))
         found = {
             "router_scores": lambda: routing.score_TE,
             "router_logits": lambda: routing.logit_TE,
             "router_choices": lambda: chosen_TK,
             "router_weights": lambda: routing.weight_TK,
-            "expert_norms": lambda: _expert_norms(moe, x_TD, chosen_TK, experts),
+            "expert_norms": lambda: alone()[0],
+            "expert_peaks": lambda: alone()[1],
         }
-        return y_BSD, stats, {n: found[n]().reshape(b, s, -1) for n in taps}
-
-
-def _expert_norms(
-    moe: MoeConfig, x_TD: jax.Array, chosen_TK: jax.Array, experts: ExpertWeights
-) -> jax.Array:
-    """float32 [T, K]: the norm of each chosen expert's output, 0 for padding. Without gradient.
-
-    The dispatch adds up the outputs of a token's experts, so each choice goes through it alone, with
-    weight 1.
-    """
-    x_TD, experts = lax.stop_gradient((x_TD, experts))
-    one_T1 = jnp.ones_like(x_TD, jnp.float32, shape=(x_TD.shape[0], 1))
-
-    def norm(_, chosen_T):
-        y_TD, _ = dispatch.dispatch(
-            moe.dispatch,
-            dispatch.Tokens(x_TD, one_T1, chosen_T[:, None]),
-            experts,
-            moe.capacity_factor,
-        )
-        return None, jnp.linalg.norm(lax.psum(y_TD, "tensor").astype(jnp.float32), axis=-1)
-
-    return lax.scan(norm, None, chosen_TK.T)[1].T
+        out = {n: found[n]().reshape(b, s, -1) for n in taps if n in found}
+        if "expert_units" in taps:
+            out["expert_units"] = expert_taps.unit_sums(
+                moe, x_TD, chosen_TK, experts, m.n_routed_experts
+            )
+        return y_BSD, stats, out

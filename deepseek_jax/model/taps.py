@@ -12,12 +12,17 @@ model/moe.py shows how.
 `Tap("hidden", layers)` in place of a name asks for these layers alone: no more than their arrays is held.
 
     hidden           [B, S, D] compute dtype: output of the layer, all layers
+    layer_cosines    [B, S] float32: cosine of the angle between the layer's input and output, all layers
     router_scores    [B, S, E] float32: scores without the selection bias, MoE layers and MTP layers
     router_logits    [B, S, E] float32: what the scores are made of, MoE layers and MTP layers
     router_choices   [B, S, K] int32: chosen experts, E for padding
     router_weights   [B, S, K] float32: their weights, normalised and scaled as applied
     expert_norms     [B, S, K] float32: L2 norm of each chosen expert's output before its weight,
                      without gradient, at the cost of running the experts once more
+    expert_peaks     [B, S, K] float32: largest absolute value of that output, likewise
+    expert_units     [E, F] float32: sum of |silu(gate) * up| of each expert's inner units over all tokens
+                     of the batch that chose it, likewise
+    shared_units     [F] float32: the same of the shared experts, over all tokens but padding
 """
 
 import contextlib
@@ -31,8 +36,17 @@ from jax import lax
 
 Taps = dict[str, jax.Array]
 
-ROUTER = ("router_scores", "router_logits", "router_choices", "router_weights", "expert_norms")
-NAMES = ("hidden", *ROUTER)
+# Of routed experts: for each token, and for the whole batch.
+PER_TOKEN = (
+    "router_scores",
+    "router_logits",
+    "router_choices",
+    "router_weights",
+    "expert_norms",
+    "expert_peaks",
+)
+ROUTED = (*PER_TOKEN, "expert_units")
+NAMES = ("hidden", "layer_cosines", *ROUTED, "shared_units")
 
 
 class Tap(NamedTuple):
@@ -83,6 +97,13 @@ def join(*parts: Taps) -> Taps:
     """Taps [L, ...] of some layers and of those after them."""
     names = dict.fromkeys(name for taps in parts for name in taps)
     return {n: jnp.concatenate([taps[n] for taps in parts if n in taps]) for n in names}
+
+
+def cosines(a_BSD: jax.Array, b_BSD: jax.Array) -> jax.Array:
+    """float32 [B, S]: the cosine of the angle between two vectors of each token."""
+    a_BSD, b_BSD = a_BSD.astype(jnp.float32), b_BSD.astype(jnp.float32)
+    norms_BS = jnp.linalg.norm(a_BSD, axis=-1) * jnp.linalg.norm(b_BSD, axis=-1)
+    return jnp.sum(a_BSD * b_BSD, axis=-1) / (norms_BS + 1e-30)
 
 
 def of_layers(asked: Asked, start: int, stop: int) -> Asked:

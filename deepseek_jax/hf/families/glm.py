@@ -30,10 +30,14 @@ def read_layer_types(given: dict[str, Any], options: Options) -> None:
         set_dense_layers(sparse, "mlp_layer_types", options)
 
 
-def write_layer_types(model: ModelConfig) -> dict[str, Any]:
+def extra_keys(model: ModelConfig) -> dict[str, Any]:
+    """transformers repeats keys and values for num_key_value_heads, of which its default is the release's."""
     dense = model.first_k_dense_replace
     layers = range(model.num_hidden_layers)
-    return {"mlp_layer_types": ["dense" if i < dense else "sparse" for i in layers]}
+    return {
+        "mlp_layer_types": ["dense" if i < dense else "sparse" for i in layers],
+        "num_key_value_heads": model.num_attention_heads,
+    }
 
 
 MOE_LITE = Family(
@@ -70,7 +74,7 @@ MOE_LITE = Family(
     only=ONLY_SIGMOID | dict(attention_bias=(False,)),
     harmless=("num_key_value_heads", "mlp_layer_types"),
     complete=read_layer_types,
-    extra_keys=write_layer_types,
+    extra_keys=extra_keys,
 )
 
 MOE = Family(
