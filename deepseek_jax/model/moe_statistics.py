@@ -60,6 +60,13 @@ def merge_stats(stats: MoEStats | None, axis: int) -> MoEStats | None:
     )
 
 
+def join_layers(stats: MoEStats | None, more: MoEStats | None) -> MoEStats | None:
+    """Statistics [L, ...] of layers and of those after them; either may be None."""
+    if stats is None or more is None:
+        return more if stats is None else stats
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, more)
+
+
 def load_of(chosen_E: jax.Array, kept_E: jax.Array, rounds: jax.Array) -> Load:
     """The global load.
 

@@ -16,11 +16,11 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.model.moe_statistics import MoEStats, merge_stats
+from deepseek_jax.model.moe_statistics import MoEStats, join_layers, merge_stats
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.model.taps import Asked, chosen, collect, join, of_layers
-from deepseek_jax.model.transformer import Output, Transformer, join_layers
+from deepseek_jax.model.transformer import Output, Transformer
 from deepseek_jax.parallel.pipeline import Schedule, run, to_stages
 from deepseek_jax.parallel.sharding import without_stage
 from deepseek_jax.runtime.jax_private import keep_explicit_axes_through_shard_map

@@ -20,7 +20,7 @@ from deepseek_jax.model.embedding_noise import EmbeddingNoise
 from deepseek_jax.model.head import Head
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm
 from deepseek_jax.model.lora import adapt
-from deepseek_jax.model.moe_statistics import MoEStats
+from deepseek_jax.model.moe_statistics import MoEStats, join_layers
 from deepseek_jax.model.remat import rematerialise
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.model.taps import (
@@ -157,10 +157,8 @@ class Transformer(nnx.Module):
 
     def layers_of(self, stack: DecoderLayer) -> range:
         """The numbers of a stack's layers."""
-        m = self.config
-        dense = stack is self.dense_layers
-        layers = range(m.num_hidden_layers)
-        return layers[: m.first_k_dense_replace] if dense else layers[m.first_k_dense_replace :]
+        dense, layers = self.config.first_k_dense_replace, range(self.config.num_hidden_layers)
+        return layers[:dense] if stack is self.dense_layers else layers[dense:]
 
     @property
     def head(self) -> Head:
@@ -179,16 +177,16 @@ class Transformer(nnx.Module):
     def _scan(self, stack, x_BSD, rope, segment_ids_BS, taps, row_B=None):
         """(x, (statistics, taps)), the latter [L, ...] over the layers of the stack."""
         graphdef, state = nnx.split(stack)
-        numbers = None if row_B is None else self._numbers_of_layers(stack)
         here = self.layers_of(stack)
+        # By its number a layer draws what dropout drops.
+        seed = None if row_B is None else self.dropout_seed
+        numbers = None if seed is None else jnp.asarray(here, jnp.int32)
         taps = of_layers(taps, here.start, here.stop)
         some = Held(taps, len(here))
 
         def layer(x_BSD, layer_state):
             layer_state, number = layer_state
-            place = None
-            if number is not None and self.dropout_seed is not None:
-                place = noise.Place(self.dropout_seed, row_B, number)
+            place = None if seed is None else noise.Place(seed, row_B, number)
             with collect(taps) as found, noise.of_layer(place):
                 # Weights in the host's memory come one layer at a time, and again in the backward
                 # pass, because this is inside of what is rematerialised.
@@ -206,10 +204,6 @@ class Transformer(nnx.Module):
         start = x_BSD, some.start(x_BSD)
         (x_BSD, held), (stats, found) = jax.lax.scan(body, start, ((state, numbers), some.places))
         return x_BSD, (stats, found | some.taps(held))
-
-    def _numbers_of_layers(self, stack: DecoderLayer) -> jax.Array | None:
-        """int32 [L] of a stack's layers, by which they draw what dropout drops; None without it."""
-        return None if self.dropout_seed is None else jnp.asarray(self.layers_of(stack), jnp.int32)
 
     def _predict_ahead(self, hidden_BSD, next_tokens_BS, rope, segment_ids_BS, taps):
         """At position i, depth d reads the embedding of token i+d and the normed state of the depth before.
@@ -239,13 +233,6 @@ class Transformer(nnx.Module):
             layers.append(jax.tree.map(lambda a: a[None], extra))
             next_tokens_BS = tokens_ahead(next_tokens_BS, segment_ids_BS, 1, missing=-1)
         return tuple(outs), layers
-
-
-def join_layers(stats: MoEStats | None, more: MoEStats | None) -> MoEStats | None:
-    """Statistics [L, ...] of layers and of those after them; either may be None."""
-    if stats is None or more is None:
-        return more if stats is None else stats
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, more)
 
 
 def tokens_ahead(
