@@ -253,11 +253,10 @@ def reading(cache: pathlib.Path, top: int) -> dict[str, float]:
 
 def flags(config: Config, path: pathlib.Path, steps: int) -> list[str]:
     """Of train.py, for these options on this text."""
-    model = [
+    model = [  # all that have a value: the file's own must not show through
         f"--config.model.{field.name}={value}"
         for field in dataclasses.fields(ModelConfig)
-        if (value := getattr(config.model, field.name)) != field.default
-        and isinstance(value, (int, float, str))
+        if isinstance(value := getattr(config.model, field.name), (int, float, str))
     ]
     t = config.train
     given = {
