@@ -22,10 +22,10 @@ from jax.experimental import topologies
 from deepseek_jax import objectives
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
+from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.xla_options import with_known_options
-from deepseek_jax.run import teacher
 from deepseek_jax.runtime import jax_private
 from deepseek_jax.runtime.threads import enough_threads
 from deepseek_jax.train.batch import abstract_batch
@@ -131,7 +131,7 @@ def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layo
     # A sharding over devices that are not here loses its memory kind; over a mesh without devices
     # it keeps it.
     place = mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh
-    objective = objectives.make(config, teacher.planned(config))
+    objective = _objective(config)
     return mesh, make_layout(config, place, objective.frozen(place))
 
 
@@ -163,7 +163,7 @@ def compile_step(
         options = xla_options.xla_options(config, mesh.devices.flat[0].platform, layer_bytes)
     started = time.perf_counter()
     try:
-        objective = objectives.make(config, teacher.planned(config))
+        objective = _objective(config)
         train_step = jax.jit(make_train_step(config, layout, objective), donate_argnums=0)
         frozen = () if layout.frozen is None else (layout.abstract_frozen(),)
         batch_of = functools.partial(
@@ -227,3 +227,13 @@ def devices_per_host(mesh: jax.sharding.Mesh, gpus_per_host: int) -> dict[str, i
             line = np.moveaxis(host, i, 0).reshape(size, -1)[:, 0]
             out[axis] = int(np.sum(line == line[0]))
     return out
+
+
+def _objective(config: Config) -> Objective:
+    """What is learnt, with the teacher as far as its config.json says what it is."""
+    if config.objective != "distill":
+        return objectives.make(config)
+    # here: what reads checkpoints wants packages that a benchmark of a step does without
+    from deepseek_jax.run import teacher
+
+    return objectives.make(config, teacher.planned(config))

@@ -35,7 +35,7 @@ from deepseek_jax.experts import dispatch
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.moe_statistics import Load, load_of, merge_loads
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, per_device
-from deepseek_jax.run import metrics
+from deepseek_jax.run.figures import routing
 from deepseek_jax.train.gradients import NO_LOAD
 from tests.support import conversion
 from tests.support import reference as ref
@@ -745,7 +745,7 @@ def test_figures_of_a_row():
         dropped_from=np.array([[0, 2], [0, 0]]),
         left=np.array([3, 4]),
     )
-    figures = metrics.routing(load, drop=True)
+    figures = routing(load, drop=True)
     first = (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(4)
     assert figures == {
         "max_violation": 2.0,
@@ -761,7 +761,7 @@ def test_figures_of_a_row():
         jax.tree.map(np.zeros_like, load),
         NO_LOAD,
     ):  # padding only; a model without experts
-        nothing = metrics.routing(empty, drop=False)
+        nothing = routing(empty, drop=False)
         assert (
             set(nothing) == set(figures) - {"dropped_by_device"}
             and not any(nothing.pop("received_by_device"))

@@ -215,7 +215,9 @@ def test_against_whole_logits():
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(dict(model=SMALL, stage=2, accumulation=4), id="stages"),
+        pytest.param(
+            dict(model=SMALL, stage=2, accumulation=4), id="stages", marks=pytest.mark.slow
+        ),
         pytest.param(dict(stage=2, accumulation=4), id="whole, stages", marks=pytest.mark.slow),
         pytest.param(dict(fsdp=4, expert=2), id="4x2", marks=pytest.mark.slow),
         pytest.param(dict(fsdp=2, tensor=2), id="tensor", marks=pytest.mark.slow),

@@ -13,7 +13,7 @@ import numpy as np
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.moe_statistics import Load
-from deepseek_jax.run import metrics, trackers
+from deepseek_jax.run import figures, metrics, trackers
 from tests.support import ROOT
 from tests.support.runs import CONTRACT_KEYS
 
@@ -55,7 +55,7 @@ def test_what_is_written(tmp_path):
         np.array([3, 0]),
     )
     writer = trackers.Trackers(str(tmp_path), Config(), 6)
-    writer.write({"step": 7} | metrics.routing(load, drop=True), load)
+    writer.write({"step": 7} | figures.routing(load, drop=True), load)
     writer.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["received_by_device"] == [6, 0] and row["dropped_by_device"] == [[0, 2], [0, 0]]
