@@ -54,4 +54,4 @@ def test_all_of_it(own, tmp_path):
     assert cache["bytes_per_token"] == 8 * 4 + 8 and cache["times"] > 0
     result = {"shape": "small", "dtype": "float32", "remat": "none", "bar": distill.BAR}
     result |= {"rows": rows, "cache": cache}
-    assert "40 bytes a token" in distill.text(result) and "top_k=8" in figures.distill(result)
+    assert "40 bytes per token" in distill.text(result) and "top_k=8" in figures.distill(result)
