@@ -290,7 +290,8 @@ def text(r: dict[str, Any]) -> str:
     if c := r["cache"]:
         lines.append(
             f"  from a cache: {c['seconds']:.3f} s a step of a run, by cross-entropy "
-            f"{c['plain_seconds']:.3f} s: {c['times']:.2f} times; {c['bytes_per_token']:.0f} bytes per token, "
+            f"{c['plain_seconds']:.3f} s: {c['times']:.2f} times; "
+            f"{c['bytes_per_token']:.0f} bytes per token, "
             f"{texts.gb(c['used_bytes_per_second'])} per second used, "
             f"{texts.gb(c['read_bytes_per_second'])} per second when nothing else is done"
         )
