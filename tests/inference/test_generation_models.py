@@ -170,9 +170,10 @@ SAMPLED = Sampling(0.9, 3, 0.95, seed=3)
     "options",
     [
         pytest.param(Sampling(), id="greedy"),
-        pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow),
+        pytest.param(SAMPLED, id="sampled"),
     ],
 )
+@pytest.mark.slow
 def test_drafts_change_nothing(mtp, options):
     """As many drafts as depths, and more; rows end at different steps, by a stop token and by their
     length."""
@@ -194,6 +195,7 @@ def test_drafts_change_nothing(mtp, options):
         assert run.generate(prompts, 20, options, stop_ids=[stop], draft_tokens=count) == cut
 
 
+@pytest.mark.slow
 def test_a_draw_depends_on_its_prompt_alone(mtp):
     """A prompt alone, with its number, gives what it gave in a batch; another number or seed gives
     something else."""

@@ -374,7 +374,8 @@ def test_two_processes_then_one_then_two(corpus, assert_as_one_process, tmp_path
     assert_as_one_process(tmp_path)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.slow
 def test_processes_stopped_by_the_launcher(processes, corpus, assert_as_one_process, tmp_path):
     """By SIGUSR1, as SLURM announces the end of a job. Of four, the expert axis spans pairs of processes."""
     command = [

@@ -141,10 +141,11 @@ def expected():
 @pytest.mark.parametrize(
     "mesh,chunk,tied",
     [
-        pytest.param({}, 1024, False, id="one device", marks=pytest.mark.slow),
+        pytest.param({}, 1024, False, id="one device"),
         pytest.param(dict(fsdp=2, tensor=2), 5, True, id="2x2"),
     ],
 )
+@pytest.mark.slow
 def test_functions_of_the_head(mesh, chunk, tied, monkeypatch):
     monkeypatch.setattr(head, "CHUNK_TOKENS", chunk)
     a = arrays()

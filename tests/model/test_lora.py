@@ -251,6 +251,7 @@ def assert_the_base_stays(run, options):
     assert np.isfinite(run.losses).all() and run.losses[0] != run.losses[1]
 
 
+@pytest.mark.slow
 def test_the_base_stays():
     """Steps with weight decay: the base is bit for bit what it was, the rest moves, and nothing of the
     optimizer's state is of the base."""
@@ -278,10 +279,10 @@ def test_other_bases_stay(base_dtype):
                 accumulation=2,
                 remat="full",
             ),
-            marks=pytest.mark.slow,
         ),
     ],
 )
+@pytest.mark.slow
 def test_meshes(mesh):
     """Losses and gradients of one device, to rounding; the same choices of experts."""
     loss, gradient, name, counts = invariance.differences(trained(INT8, **mesh), one_device())

@@ -202,7 +202,7 @@ def first_step(config: Config):
     "options",
     [
         pytest.param(dict(fsdp=4, expert=2), id="4x2", marks=pytest.mark.slow),
-        pytest.param(dict(stage=2, accumulation=4), id="stages"),
+        pytest.param(dict(stage=2, accumulation=4), id="stages", marks=pytest.mark.slow),
         pytest.param(
             dict(accumulation=4, offload=True),
             id="accumulation, offloaded",
@@ -242,6 +242,7 @@ def test_bug_02_a_distillation_loss_adds_up_over_accumulation():
     assert len(set(tokens.tolist())) > 1 and whole.tokens == tokens.sum()
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_last_bit(tmp_path):
     """Nothing of the frozen model is saved, and the step does not give its memory away."""
     t = job(config_of(fsdp=4, expert=2))

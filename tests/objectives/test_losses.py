@@ -245,9 +245,10 @@ def one_step(seq_aux: bool, accumulation: int):
     "seq_aux",
     [
         pytest.param(True, id="per sequence"),
-        pytest.param(False, id="per batch", marks=pytest.mark.slow),
+        pytest.param(False, id="per batch"),
     ],
 )
+@pytest.mark.slow
 def test_loss_and_gradients_match_the_reference(seq_aux):
     weights, model, grads, metrics, bias = one_step(seq_aux, 1)
     expected = reference_losses(weights, model, MOE)

@@ -265,19 +265,15 @@ NOISY = {"neftune_noise_alpha": 5.0, "label_smoothing": SMOOTHING}
     "mesh",
     [
         pytest.param(dict(fsdp=4, expert=2, accumulation=2), id="4x2, 2 micro-batches"),
-        pytest.param(
-            dict(accumulation=4, remat="full"), id="4 micro-batches", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            dict(stage=2, fsdp=2, expert=2, accumulation=2), id="stages", marks=pytest.mark.slow
-        ),
+        pytest.param(dict(accumulation=4, remat="full"), id="4 micro-batches"),
+        pytest.param(dict(stage=2, fsdp=2, expert=2, accumulation=2), id="stages"),
         pytest.param(
             dict(fsdp=2, expert=2, tensor=2, accumulation=2, dispatch="ring"),
             id="2x2x2",
-            marks=pytest.mark.slow,
         ),
     ],
 )
+@pytest.mark.slow
 def test_bug_01_the_same_on_every_mesh_and_accumulation(mesh, monkeypatch):
     """Losses, gradients, statistics and the noise on the embeddings, in float32 to 1e-5."""
     monkeypatch.setattr(invariance, "rows", rows_of_examples)

@@ -307,6 +307,7 @@ def test_a_checkpoint_holds_the_residual(tmp_path):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 def test_a_skipped_update_leaves_the_residual():
     run = run_of("int8")
     with jax.set_mesh(run.mesh):
@@ -318,6 +319,7 @@ def test_a_skipped_update_leaves_the_residual():
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_replicas_or_another_method(tmp_path):
     """What is owed is the residuals' sum: it is kept when the number of replicas changes. Compression can be
     switched on and off.

@@ -74,8 +74,8 @@ def test_the_bias_is_the_same_on_all_devices_after_20_steps():
         assert len(copies) == 8 and all(np.array_equal(c, copies[0]) for c in copies)
 
 
-# The others have nothing that is in none of these; tests/invariance.py has the whole product.
-QUICK = ("2x4", "data 2 expert 2 tensor 2 hybrid_shard ring")
+# The others run in `make test-slow`; tests/support/invariance.py has the whole product.
+QUICK = ("data 2 expert 2 tensor 2 hybrid_shard ring",)
 
 
 @pytest.mark.parametrize(

@@ -119,12 +119,13 @@ def run(config: Config) -> tuple[list[float], list[float], state.TrainState]:
 @pytest.mark.parametrize(
     "offload, mesh, accumulation",
     [
-        pytest.param(OffloadConfig(optimizer_state=True), ALONE, 1, marks=pytest.mark.slow),
+        pytest.param(OffloadConfig(optimizer_state=True), ALONE, 1),
         (EVERYTHING, ALONE, 1),
-        pytest.param(EVERYTHING, MESH, 2, marks=pytest.mark.slow),
+        pytest.param(EVERYTHING, MESH, 2),
     ],
     ids=["optimizer_state", "everything", "everything on a mesh"],
 )
+@pytest.mark.slow
 def test_the_numbers_stay(offload, mesh, accumulation):
     ours, plain = (
         run(config_of(offload, accumulation, **mesh)),
@@ -171,6 +172,7 @@ def lowered_for_gpus(config: Config) -> str:
         )
 
 
+@pytest.mark.slow
 def test_the_program_for_gpus():
     """It takes and gives what is offloaded in the host's memory, and brings one layer of it at a time: no
     whole stack goes to the device.

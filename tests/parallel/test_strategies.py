@@ -82,7 +82,9 @@ EXPECTED = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=[pytest.mark.slow] if n in ("zero1", "no_shard") else [])
+        pytest.param(
+            n, marks=[pytest.mark.slow] if n in ("shard_grad_op", "zero1", "no_shard") else []
+        )
         for n in EXPECTED
     ],
 )
@@ -167,6 +169,7 @@ def test_hybrid_shard_repeats_along_data():
     assert any("data" in c.axes for c in found if c.kind == "all-reduce")
 
 
+@pytest.mark.slow
 def test_one_layer_is_whole_at_a_time():
     """Eight more layers: temporaries grow by the gradients' shards and the saved inputs, far from the layers'
     whole weights.
@@ -239,6 +242,7 @@ def test_small_weights_stay_whole():
             assert divided == ("norm" not in name and a_layer >= least), name
 
 
+@pytest.mark.slow
 def test_further_rounds_are_a_loop():
     """The program is compiled without data, so its memory cannot depend on the routing; what depends on it is
     how often this loop runs.

@@ -282,6 +282,7 @@ def test_a_skipped_update_is_skipped_on_all_devices(trainer):
             )
 
 
+@pytest.mark.slow
 def test_the_program_rolls_back_and_shows_its_data(corpus, tmp_path):
     """A learning rate that no data can help: two rollbacks, then exit code 3; and the documents of a step."""
     more = [

@@ -63,6 +63,7 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in rows if "loss" in r}
 
 
+@pytest.mark.slow
 def test_in_a_thread_and_again(config, tmp_path, monkeypatch, capsys):
     """A run that is stopped and goes on, in other threads, is the run that was not stopped.
 

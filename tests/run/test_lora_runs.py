@@ -111,6 +111,7 @@ def test_checkpoints_hold_the_adapter_alone(run):
     assert len(extra["base"]) == 64
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted(run, source, corpus, tmp_path):
     """From step 2 on, with packing, epochs and dropout: all bit for bit; the base is read anew."""
     workdir, result = run

@@ -147,7 +147,7 @@ def figures(workdir) -> list[dict]:
     ]
 
 
-@pytest.mark.slow  # test_train.py resumes the program itself, test_boundary.py an objective with everything
+@pytest.mark.slow  # test_train.py resumes the program itself
 @pytest.mark.parametrize("at", [1, 3, 7, 11])
 def test_any_step_with_everything(whole, at, tmp_path):
     train, folder, expected = whole
@@ -164,6 +164,7 @@ def test_any_step_with_everything(whole, at, tmp_path):
     assert len({r["lr"] for r in rows}) > 4
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_with_the_next_row(whole, tmp_path):
     """Twice, the second time from a checkpoint that the first wrote.
 
@@ -265,12 +266,8 @@ def shared(tmp_path_factory):
     return tmp_path_factory.mktemp("moves")
 
 
-SLOW_MOVES = ("8 devices to 4", "full_shard to hybrid_shard", "1 device to 8")
-
-
-@pytest.mark.parametrize(
-    "move", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW_MOVES else []) for m in MOVES]
-)
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.slow
 def test_another_mesh(move, shared):
     """20 steps, the second half on another mesh: within 1e-5, well above what other orders of sums do."""
     there, here = MOVES[move]

@@ -103,6 +103,7 @@ def test_metrics(whole):
     assert 0 <= result.evaluation["eval_token_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(config, whole, tmp_path):
     """With epochs, packing and noise: state and losses are those of a run that was not stopped."""
     workdir, result = whole
@@ -124,6 +125,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, whole, tmp_path):
     assert losses(parts) == losses(workdir)
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_generate(config, whole):
     """Prompts as the template writes them, answers as the command's, by the cache and without one."""
     workdir, result = whole

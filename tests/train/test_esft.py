@@ -319,6 +319,7 @@ def check(config: Config, table: dict) -> None:
 MESH = MeshConfig(fsdp=2, expert=4)
 
 
+@pytest.mark.slow
 def test_training_is_that_of_masked_gradients():
     """On two by four devices: each has one expert, and the stack of those that learn lies over all."""
     config = esft(mesh=MESH)

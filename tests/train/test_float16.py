@@ -102,6 +102,7 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else():
     assert int(after.bad_steps) == 1 and float(after.loss_scale.scale) == scale
 
 
+@pytest.mark.slow
 def test_float16_resumes_exactly(tmp_path):
     t = trainer(FLOAT16)
     s, _ = t.run(t.start(), 5)

@@ -242,6 +242,7 @@ def run_of(config: Config, steps: int = 3):
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_masked_gradients():
     """Losses and weights of three steps in float32 on eight devices, against one device that differentiates
     all weights and optax.multi_transform; what is frozen keeps its bits.
