@@ -118,7 +118,7 @@ def step(r: dict[str, Any]) -> str:
     )
     if p := r.get("peer"):
         said += (
-            f"; {p['ratio']:.1f} times {p['name']} ({p['ratio_by_cpu_seconds']:.1f} by CPU seconds), "
+            f"; {p['ratio']:.2f} times {p['name']} ({p['ratio_by_cpu_seconds']:.2f} by CPU seconds), "
             f"which takes {texts.gb(p['peak_memory'])}"
         )
     return said
@@ -296,8 +296,8 @@ def fits(r: dict[str, Any]) -> str:
 
 
 FIGURES = [
-    Figure("step_mid", "step --shape=mid --peer=SCRIPT", step),
-    Figure("step_fine", "step --shape=fine --peer=SCRIPT", step),
+    Figure("step_mid", "step --shape=mid --peer=benchmarks/speed/hf_torch.py", step),
+    Figure("step_fine", "step --shape=fine --peer=benchmarks/speed/hf_torch.py", step),
     Figure("floor_mid", "floor --shape=mid", floor),
     Figure("floor_fine", "floor --shape=fine", floor),
     Figure("moe", "moe", moe),

@@ -2,7 +2,7 @@
 this machine's matmuls reach.
 
   python -m benchmarks step [--shape=mid] [--steps=6] [--turns=3] [--dtype=float32] [--remat=dots]
-                            [--peer=SCRIPT] [--json]
+                            [--peer=benchmarks/speed/hf_torch.py] [--json]
 
 Shapes: benchmarks/support/shapes.py. Each turn is a process of its own: it compiles the step, makes
 one step that does not count, times `steps` steps (with the copy of their rows to the device), and
@@ -10,28 +10,34 @@ then times square matmuls of the compute dtype: the best size is the peak. Model
 per active matmul weight (embedding look-up, norms, router and recomputation not counted; the head
 counted) plus causal attention, counted once: 3 * layers * heads * (query width + value width) *
 sequence_length (deepseek_jax/model/count.py). With --peer, SCRIPT runs in turns with ours on the
-same shape: transformers' DeepseekV3 in PyTorch (../shared/peers/bench_hf_torch.py; it needs torch
-and transformers, which the extra `test` installs). Ratios are medians over the pairs of turns;
-tokens per CPU second are the steadier figure on a busy machine.
+same shape and tokens: transformers' DeepseekV3 in PyTorch (it needs torch and transformers, which the
+extra `test` installs). Ratios are medians over the pairs of turns. They count only on an idle
+machine, as PyTorch's threads spin while they wait: what other programs used meanwhile is said, and the
+CPU is named, as a ratio is one of program and CPU.
 """
 
+import argparse
 import json
 import os
+import pathlib
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import ROOT
-from benchmarks.support import shapes
-from benchmarks.support.report import Parser, report
+from benchmarks.support import idle, shapes
+from benchmarks.support.report import Parser, cpu_name, report
 from deepseek_jax.cli import arguments
 from deepseek_jax.errors import UserError
+from deepseek_jax.hf import configuration
 from deepseek_jax.model.count import count
 from deepseek_jax.plan import topology
 from deepseek_jax.train.batch import put_batch
@@ -58,7 +64,7 @@ def main() -> int:
         "--peer",
         type=arguments.path,
         metavar="SCRIPT",
-        help="Timed in turns with ours. It takes --preset, --steps, --warmup, --threads, --dtype.",
+        help="Timed in turns with ours: benchmarks/speed/hf_torch.py, or what takes its options.",
     )
     parser.add_argument("--once", action="store_true", help="One turn, in this process.")
     own = parser.parse_args()
@@ -69,25 +75,36 @@ def main() -> int:
         raise UserError(
             f"--peer={own.peer} does not exist. Name the script that times the other program."
         )
-    turns = []
-    for turn in range(own.turns):
-        print(f"turn {turn + 1} of {own.turns} ...", file=sys.stderr)
-        again = [f"--{name}={getattr(own, name)}" for name in ("shape", "steps", "dtype", "remat")]
-        ours = run_json(["-m", "benchmarks", "step", "--once", *again])
-        theirs = own.peer and run_json(
-            [
-                own.peer,
-                f"--preset={own.shape}",
-                f"--steps={own.steps + PEER_STEPS_BEFORE}",
-                f"--warmup={PEER_STEPS_BEFORE}",
-                f"--threads={os.cpu_count()}",
-                f"--dtype={ {'float32': 'fp32', 'bfloat16': 'bf16'}[own.dtype] }",
+    turns, others = [], idle.Others()
+    with tempfile.TemporaryDirectory() as scratch:
+        theirs = peer_command(own, pathlib.Path(scratch)) if own.peer else None
+        for turn in range(own.turns):
+            print(f"turn {turn + 1} of {own.turns} ...", file=sys.stderr)
+            again = [
+                f"--{name}={getattr(own, name)}" for name in ("shape", "steps", "dtype", "remat")
             ]
-        )
-        turns.append((ours, theirs))
-    result = summary(turns)
+            ours = run_json(["-m", "benchmarks", "step", "--once", *again])
+            turns.append((ours, theirs and run_json(theirs)))
+    result = summary(turns) | {"cpu": cpu_name(), "other_cores": others.cores()}
     report(own, result, text)
     return 0
+
+
+def peer_command(own: argparse.Namespace, folder: pathlib.Path) -> list[str]:
+    """Writes the model's config.json and the tokens into the folder; the command that trains on them."""
+    config = shapes.config(own.shape)
+    keys = configuration.from_model(config.model, "deepseek_v3")
+    (folder / "config.json").write_text(json.dumps(keys), encoding="utf-8")
+    rows = shapes.batches(config, own.steps + PEER_STEPS_BEFORE)
+    np.save(folder / "tokens.npy", np.stack([batch["tokens"] for batch in rows]))
+    return [
+        own.peer,
+        f"--model_config={folder / 'config.json'}",
+        f"--tokens={folder / 'tokens.npy'}",
+        f"--warmup={PEER_STEPS_BEFORE}",
+        f"--threads={os.cpu_count()}",
+        f"--dtype={ {'float32': 'fp32', 'bfloat16': 'bf16'}[own.dtype] }",
+    ]
 
 
 def run_json(arguments: list[str], **environment: str) -> dict[str, Any]:
@@ -184,21 +201,25 @@ def summary(turns: list[tuple[dict, dict | None]]) -> dict[str, Any]:
     }
     if peer := turns[0][1]:
         pairs = [
-            (statistics.median(ours["seconds"]), statistics.median(ours["cpu_seconds"]), theirs)
+            {
+                key: (statistics.median(ours[key]), statistics.median(theirs[key]))
+                for key in ("seconds", "cpu_seconds")
+            }
             for ours, theirs in turns
             if theirs
         ]
+        seconds = [s for _, theirs in turns if theirs for s in theirs["seconds"]]
+        their_median = statistics.median(seconds)
         out["peer"] = {
-            "name": f"{peer['peer']} {peer['experts_impl']}",
-            "tokens_per_second": statistics.median(p["tokens_per_s_median"] for _, _, p in pairs),
-            "share_of_matmul": statistics.median(p["model_gflops_per_s"] for _, _, p in pairs)
-            * 1e9
-            / peak,
-            "peak_memory": max(p["peak_rss_mb"] for _, _, p in pairs) * 2**20,
-            "ratio": statistics.median(p["step_s_median"] / s for s, _, p in pairs),
+            "name": peer["peer"],
+            "tokens_per_second": tokens / their_median,
+            "share_of_matmul": first["flops_per_token"] * tokens / their_median / peak,
+            "peak_memory": max(theirs["peak_memory"] for _, theirs in turns if theirs),
+            "ratio": statistics.median(b / a for a, b in (p["seconds"] for p in pairs)),
             "ratio_by_cpu_seconds": statistics.median(
-                p["cpu_s_per_step_median"] / c for _, c, p in pairs
+                b / a for a, b in (p["cpu_seconds"] for p in pairs)
             ),
+            "losses": peer["losses"],
         }
     return out
 
@@ -222,4 +243,5 @@ def text(r: dict[str, Any]) -> str:
             f"  ours is {p['ratio']:.2f}x as fast, {p['ratio_by_cpu_seconds']:.2f}x by CPU "
             "seconds (medians over pairs of turns)",
         ]
+    lines += [f"{r['cpu']}; {idle.said(r['other_cores'])}"]
     return "\n".join(lines)
