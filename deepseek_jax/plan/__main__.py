@@ -26,7 +26,7 @@ from rich.console import Console
 
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
-from deepseek_jax.plan import options, report, staged, topology
+from deepseek_jax.plan import asked, options, report, staged, topology
 from deepseek_jax.run import commandline
 
 CPU = topology.Hardware("CPU device", None, "")
@@ -62,6 +62,9 @@ def main(argv: list[str]) -> int:
     config, mesh, layout, stages = staged.lay_out(config, devices)
     result = report.of_layout(config, mesh, layout, hardware, own.gpus_per_host)
     result["stages"] = stages
+    teacher = asked.find(config, mesh)
+    if teacher is not None:
+        result["layout_bytes"]["frozen"] = teacher.bytes
     if own.hardware != "cpu" and not on_gpus:
         result["missing"] = (
             "for temporaries and collectives, install JAX's GPU compiler: make plan CONFIG=... "
@@ -72,7 +75,7 @@ def main(argv: list[str]) -> int:
             f"compiling the train step for {own.devices} x {hardware.name}", quiet=own.json
         ):
             step = topology.compile_step(config, mesh, layout)
-        result["program"] = report.of_program(step, mesh, hardware)
+            result["program"] = report.of_program(step, mesh, hardware, teacher)
     print(json.dumps(result, indent=2) if own.json else report.text(result))
     return 0
 

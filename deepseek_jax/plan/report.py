@@ -12,7 +12,7 @@ from deepseek_jax.cluster.gpus import FRACTION, memory_fraction
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.count import count
 from deepseek_jax.parallel.pipeline import make_schedule
-from deepseek_jax.plan import exchange, topology
+from deepseek_jax.plan import asked, exchange, topology
 from deepseek_jax.train.state import Layout
 from deepseek_jax.xla import program
 
@@ -75,19 +75,24 @@ def of_layout(
 
 
 def of_program(
-    step: topology.PlannedStep, mesh: jax.sharding.Mesh, hardware: topology.Hardware
+    step: topology.PlannedStep,
+    mesh: jax.sharding.Mesh,
+    hardware: topology.Hardware,
+    teacher: asked.Asked | None = None,
 ) -> dict[str, Any]:
-    """What the compiled program says."""
+    """What the compiled program says, and that of a teacher that is asked between the steps."""
     memory = program.memory(step.compiled)
+    needs: dict[str, Any] = memory._asdict() | {"total": memory.total}
+    if teacher is not None:
+        needs |= asked.beside(memory, teacher.bytes, teacher.memory())
     found = program.collectives(step.compiled.as_text(), mesh.shape)
     once, further = [c for c in found if not c.further], [c for c in found if c.further]
     total = sum(c.bytes_per_step for c in once)
     return {
-        "memory": memory._asdict()
+        "memory": needs
         | {
-            "total": memory.total,
             "available": hardware.memory,
-            "fits": hardware.memory is None or memory.total <= hardware.memory,
+            "fits": hardware.memory is None or needs["total"] <= hardware.memory,
         },
         "collectives": by_kind(once),
         "further_round": by_kind(further),
@@ -249,11 +254,14 @@ def _memory_of_program(m: dict[str, Any], several: bool) -> list[tuple[str, str]
     verdict = ": fits" if available else ""
     if too_much > 0:
         verdict = f": does not fit, {gb(too_much)} too much"
+    teacher = " ="
+    if "teacher" in m:  # the total is then the larger of two sums (asked.py)
+        teacher = f", {gb(m['teacher'])} of the teacher's weights beside; with its own program"
     out = [
         (
             "memory",
             f"{gb(m['arguments'])} of arguments + {gb(m['temporaries'])} of temporaries + "
-            f"{gb(m['results'] + m['code'])} other = {gb(m['total'])}{of_memory(available)}{verdict}",
+            f"{gb(m['results'] + m['code'])} other{teacher} {gb(m['total'])}{of_memory(available)}{verdict}",
         )
     ]
     share = memory_fraction(several)

@@ -34,9 +34,10 @@ from deepseek_jax.hf import reader
 from deepseek_jax.model.layout import place_model
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.quantized import QuantizedWeight
-from deepseek_jax.plan import topology
+from deepseek_jax.plan import asked, topology
 from deepseek_jax.run import job, metrics
 from deepseek_jax.run import teacher as teachers
+from deepseek_jax.xla import program
 from tests.support import chat_folders, hf_folders
 from tests.support.stopped_runs import StopAfter, rows
 
@@ -171,6 +172,25 @@ def test_what_is_held(config, dtype):
             "int8": {"float32", "bfloat16", "int8"},
         }[dtype]
     )
+
+
+def test_plan_counts_a_teacher_that_is_asked(config):
+    """Its weights, as they are read, lie beside the state; its program needs memory between the steps."""
+    options = replaced(config, "distill.top_k", 4)
+    options = replaced(options, "distill.teacher_dtype", "int8")
+    validate(options)
+    _, _, weights = loaded(options)
+    mesh = make_mesh(options, jax.devices()[:1])
+    teacher = asked.find(options, mesh)
+    arrays = jax.tree.leaves((weights.params, weights.bias))
+    memory = teacher.memory()
+    assert teacher.bytes == sum(a.nbytes for a in arrays) <= memory.arguments
+    step = program.Memory(arguments=100, results=10, temporaries=10**9, code=1)
+    needs = asked.beside(step, teacher.bytes, memory)
+    assert needs["total"] == step.total + teacher.bytes
+    small = asked.beside(step._replace(temporaries=0), teacher.bytes, memory)
+    assert small["total"] == 100 + memory.total > 111 + teacher.bytes
+    assert asked.find(config, mesh) is None  # inside the step: the layout counts it
 
 
 @pytest.mark.parametrize("size", [280, 352])
