@@ -6,13 +6,13 @@ the mesh divides.
 
 Sources: Muon: Jordan et al. 2024 (github.com/KellerJordan/Muon), scaled to AdamW's update size as in
   Moonlight (arXiv:2502.16982);
-Adafactor: Shazeer & Stern 2018 (arXiv:1804.04235).
+Adafactor: Shazeer & Stern 2018 (arXiv:1804.04235), with the options of transformers.optimization.Adafactor.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from flax import nnx
 from jax import lax
 from optax.contrib import MuonDimensionNumbers
 
+from deepseek_jax.config.options import OptimizerConfig
 from deepseek_jax.parallel.mesh import per_device
 from deepseek_jax.parallel.sharding import logical_axes
 
@@ -33,8 +34,7 @@ STACKED_AXES = (
 # root mean square of Muon's update of a matrix, as AdamW's usually is: both then take the same learning rate
 # and weight decay
 MUON_RMS = 0.2
-# Adafactor keeps rows and columns of matrices whose sides are both at least this; optax's default
-FACTORED_FROM = 128
+LEAST_SCALE = 1e-3  # of a weight that Adafactor's learning rate is relative to
 # elements of the matrices that a device orthogonalises at a time: 64 MiB in each of some five arrays; a
 # larger matrix alone
 CHUNK = 2**24
@@ -188,7 +188,84 @@ def _divided_as(stacked: Stacked, weight: jax.Array, statistic: jax.Array) -> ja
     )
 
 
-def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.GradientTransformation:
+def adafactor(
+    options: OptimizerConfig, params: nnx.State, rate: optax.Schedule, mask: Any
+) -> optax.GradientTransformation:
+    """Adafactor whole. With `scale_parameter` the weight decay of a matrix is relative to its root mean
+    square, as its learning rate is; with `first_moment` a mean of the updates, learning rate among them, is
+    applied in their place, and the decay beside it.
+
+    Args:
+      params: they give structure and logical axes only.
+      rate: the learning rate of an update. mask: True for each weight that is decayed.
+    """
+    o = options
+    scale = scale_by_adafactor(params, o)
+    if o.scale_parameter and o.weight_decay:
+        decay = add_relative_decay(params, o.weight_decay, mask)
+    else:
+        decay = optax.add_decayed_weights(o.weight_decay, mask)
+    if o.first_moment:
+        return optax.chain(scale, with_first_moment(o.first_moment, rate, decay))
+    return optax.chain(scale, decay, optax.scale_by_learning_rate(rate))
+
+
+def add_relative_decay(
+    params: nnx.State, weight_decay: float, mask: Any
+) -> optax.GradientTransformation:
+    """Adds the decay of each matrix times its root mean square, which is taken for LEAST_SCALE at least."""
+    stacked, decayed = jax.tree.leaves(stacked_dimensions(params)), jax.tree.leaves(mask)
+
+    def update(updates, state, params):
+        def of_one(u, p):
+            rms = jnp.sqrt(jnp.mean(jnp.square(p)))
+            return u + weight_decay * jnp.maximum(rms, LEAST_SCALE) * p
+
+        leaves, tree = jax.tree.flatten(updates)
+        triples = zip(stacked, decayed, leaves, jax.tree.leaves(params), strict=True)
+        out = [
+            s.back(s.each(of_one)(s.first(u), s.first(p))) if chosen else u
+            for s, chosen, u, p in triples
+        ]
+        return jax.tree.unflatten(tree, out), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+class FirstMoment(NamedTuple):
+    """Attributes:
+    schedule: how many updates there were. mean: of the updates, float32, in the weights' shapes.
+    """
+
+    schedule: optax.ScaleByScheduleState
+    mean: Any
+
+
+def with_first_moment(
+    b1: float, rate: optax.Schedule, decay: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The last part of an optimizer: -(mean of lr * update, and lr * decay).
+
+    Args:
+      decay: without state, adds the weight decay to updates.
+    """
+
+    def init(params):
+        count = optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+        return FirstMoment(count, jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates, state, params):
+        lr, count = rate(state.schedule.count), optax.safe_increment(state.schedule.count)
+        mean = jax.tree.map(lambda m, u: b1 * m + (1 - b1) * lr * u, state.mean, updates)
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        decayed, _ = decay.update(zeros, decay.init(params), params)
+        out = jax.tree.map(lambda m, d: -(m + lr * d), mean, decayed)
+        return out, FirstMoment(optax.ScaleByScheduleState(count), mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_adafactor(params: nnx.State, options: OptimizerConfig) -> optax.GradientTransformation:
     """Adafactor's update, without momentum, learning rate and decay: for each matrix or vector of a stacked
     weight by itself.
 
@@ -197,10 +274,12 @@ def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.Gradie
     matrix.
     """
     parts = [
-        optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED_FROM),
-        optax.clip_by_block_rms(1.0),
+        optax.scale_by_factored_rms(min_dim_size_to_factor=options.min_dim_size_to_factor),
+        optax.clip_by_block_rms(options.clip_threshold),
     ]
-    one = optax.chain(*parts, *([optax.scale_by_param_block_rms()] if scale_parameter else []))
+    if options.scale_parameter:
+        parts.append(optax.scale_by_param_block_rms(LEAST_SCALE))
+    one = optax.chain(*parts)
     stacked = jax.tree.leaves(stacked_dimensions(params))
 
     def state_of(count, statistics, tree):
@@ -222,7 +301,7 @@ def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.Gradie
 
     def update(updates, state, params):
         def of_one(g, p, *statistics):
-            others = (optax.EmptyState(),) * (len(parts) - 1 + scale_parameter)
+            others = (optax.EmptyState(),) * (len(parts) - 1)
             new, (factored, *_) = one.update(
                 g, (optax.FactoredState(state.count, *statistics), *others), p
             )
