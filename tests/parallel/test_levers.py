@@ -248,6 +248,9 @@ def test_a_mesh_changes_nothing_and_a_checkpoint_neither(name, tmp_path):
     on, (a,) = t.run(s, 1, 5)
     again, (b,) = t.run(restored(t, s, tmp_path), 1, 5)
     assert same(on, again) and same(a, b)
+    other = trainer(config_of(optimizer, MeshConfig(fsdp=4, tensor=2)))
+    _, (c,) = other.run(restored(other, s, tmp_path / "other"), 1, 5)
+    np.testing.assert_allclose(losses_of([c]), losses_of([a]), rtol=1e-5)
     # What the mesh divides of a weight it divides of its statistics too.
     held = t.layout.bytes_per_device(t.mesh)["optimizer"]
     whole = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(t.layout.abstract.opt_state))

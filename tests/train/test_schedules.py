@@ -76,6 +76,21 @@ TRANSFORMERS = [
     ),
     ("cosine_with_min_lr", dict(min_lr_rate=0.2), 20, "cosine", dict(final_fraction=0.2)),
     ("cosine_with_min_lr", dict(min_lr=3e-5), 20, "cosine", dict(final_fraction=0.1)),
+    # one step ahead of the others: their warmup ends at 1 a step before its last
+    (
+        "cosine_warmup_with_min_lr",
+        dict(min_lr_rate=0.1),
+        20,
+        "cosine",
+        dict(warmup_steps=19, warmup_init_fraction=1 / 20, schedule_steps=STEPS - 1),
+    ),
+    (
+        "cosine_warmup_with_min_lr",
+        dict(min_lr_rate=0.1, warmup_lr_rate=0.3),
+        20,
+        "cosine",
+        dict(warmup_steps=19, warmup_init_fraction=0.3, schedule_steps=STEPS - 1),
+    ),
     *[
         (
             "warmup_stable_decay",
@@ -106,7 +121,7 @@ def test_transformers(name, arguments, warmup, schedule, options):
     factor = scheduler.lr_lambdas[0]
     expected = np.array([PEAK * factor(step) for step in range(STEPS)])
     assert expected[0] == scheduler.get_last_lr()[0]
-    check(config_of(schedule, warmup_steps=warmup, **options), expected)
+    check(config_of(schedule, **{"warmup_steps": warmup} | options), expected)
 
 
 def test_a_share_of_the_steps_is_that_of_transformers():
