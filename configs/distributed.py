@@ -25,8 +25,8 @@ Parameters: 5.0B in all, 0.79B active, embedding and output head (0.05B each) in
 As published: the file's values above; its experts are chosen by the softmax of all of them, whose values
   weight the top 2 as they are, and balanced by the loss alone. By DeepSeek-V2 and V3, init 0.006.
 Chosen here: attention widths (64 + 32 and 64 per head: 16 heads are 1024 there, too), the balance loss of
-  each sequence (the file's is of micro-batches of two). The file names no shared expert and no dense layer: there
-  are none.
+  each sequence (the file's is of micro-batches of two). The file names no shared expert and no dense layer:
+  there are none.
 """
 
 from ml_collections import ConfigDict
