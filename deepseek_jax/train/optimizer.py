@@ -15,7 +15,8 @@ import optax
 from flax import nnx
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.train.muon_adafactor import adafactor, scale_by_muon
+from deepseek_jax.train.adafactor import adafactor
+from deepseek_jax.train.muon import scale_by_muon
 from deepseek_jax.train.schedules import learning_rate
 from deepseek_jax.train.trainable import Multipliers
 

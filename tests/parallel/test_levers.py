@@ -19,7 +19,8 @@ from deepseek_jax.config.options import Config, Fp16Config, MeshConfig, Optimize
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.train import muon_adafactor, state, step
+from deepseek_jax.train import muon as muon_module
+from deepseek_jax.train import state, step
 from deepseek_jax.train.optimizer import learning_rate
 from deepseek_jax.xla import program
 from tests.support import conversion
@@ -161,7 +162,7 @@ def test_updates_are_those_of_each_matrix_alone(of, optimizer, mesh, monkeypatch
     rounding of small singular values, 1e-7, by up to 3.44^5.
     """
     monkeypatch.setattr(
-        muon_adafactor, "CHUNK", 256
+        muon_module, "CHUNK", 256
     )  # two matrices of gate_up_proj at a time, and some filling up
     config = config_of(
         dataclasses.replace(
