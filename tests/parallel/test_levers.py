@@ -156,8 +156,8 @@ FACTORED = OptimizerConfig("adafactor", min_dim_size_to_factor=8)
     ],
 )
 def test_updates_are_those_of_each_matrix_alone(of, optimizer, mesh, monkeypatch):
-    """On 8 devices, where they are divided; on one device test_optimizers_of_others.py has the others. Weights of 0.3, updates of 0.01 a step. Newton-Schulz multiplies float32's
-    rounding of small singular values, 1e-7, by up to 3.44^5.
+    """On 8 devices; train/test_optimizers_of_others.py has all but Muon on one. Weights of 0.3, updates of
+    0.01 a step. Newton-Schulz multiplies float32's rounding of small singular values, 1e-7, by up to 3.44^5.
     """
     monkeypatch.setattr(
         muon_module, "CHUNK", 256

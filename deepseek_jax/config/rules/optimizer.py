@@ -73,8 +73,7 @@ def check_length(config: Config) -> None:
     if o.hold_steps and warm + o.hold_steps >= steps:
         raise UserError(
             f"config.optimizer.hold_steps={o.hold_steps} and a warmup of {warm} steps leave nothing of "
-            f"config.{option}={steps} for the learning rate to fall in. Lower config.optimizer.hold_steps, or "
-            "set it to 0."
+            f"config.{option}={steps} for the learning rate to fall in. Lower hold_steps, or set it to 0."
         )
     if o.cycles * steps >= 2**31:  # they are counted in int32
         raise UserError(
