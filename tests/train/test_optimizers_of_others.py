@@ -101,7 +101,13 @@ def theirs(config: Config, name: str, arguments: dict) -> dict[str, np.ndarray]:
     return out
 
 
-@pytest.mark.parametrize("name", CASES)
+# The others are further options of these.
+QUICK = ("adamw", "sgd nesterov", "adafactor", "adafactor relative warmup")
+
+
+@pytest.mark.parametrize(
+    "name", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_ten_steps(name):
     optimizer, there, arguments = CASES[name]
     config = config_of(optimizer)
