@@ -1,0 +1,69 @@
+"""From sources to options: every entry to its handler, then the arithmetic."""
+
+from collections.abc import Sequence
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.migrate import arithmetic
+from deepseek_jax.migrate.detect import Assigned, assign
+from deepseek_jax.migrate.migration import Migration, Reading
+from deepseek_jax.migrate.source import Source
+
+
+def migrate(
+    sources: Sequence[Source], wanted: Sequence[str] = (), into: Migration | None = None
+) -> Migration:
+    """Reads the sources of one run.
+
+    Args:
+      sources: all of them: recipe, Accelerate's file, DeepSpeed's, launcher, flags.
+      wanted: names of tools, of --from.
+      into: with what the command line says; None: nothing.
+
+    Returns:
+      `into`, with settings and a verdict on every entry.
+
+    Raises:
+      UserError: no tool recognises a source.
+    """
+    m = Migration() if into is None else into
+    assigned = assign(sources, wanted)
+    _say_guesses(m, assigned)
+    m.recipe = any(not a.tool.companion for a in assigned)
+    m.readings = [Reading(a.source, a.tool.title, a.tool.kin, a.tool.key) for a in assigned]
+    for reading, found in zip(m.readings, assigned, strict=True):
+        m.begin(reading)
+        _read(m, found)
+    finished = set()
+    for reading, found in zip(m.readings, assigned, strict=True):
+        if found.tool.name not in finished:
+            finished.add(found.tool.name)
+            m.begin(reading)
+            found.tool.finish(m)
+    m.settle()
+    arithmetic.settle(m)
+    m.set_told_options()
+    return m
+
+
+def _read(m: Migration, found: Assigned) -> None:
+    for earlier, later in found.source.duplicates:
+        m.no_effect(earlier, f"the same key stands again at {later.where}, and the last one counts")
+    for entry in found.source.entries:
+        handler = found.tool.handler(found.tool.key(entry.key))
+        if handler is None:
+            continue  # unknown: Migration.verdict
+        if entry.value == "???":
+            m.refuse(entry, "??? stands for a value that must be given", "Write it there")
+            continue
+        try:
+            handler(m, entry)
+        except UserError as e:
+            m.refuse(entry, str(e).rstrip("."))
+
+
+def _say_guesses(m: Migration, assigned: Sequence[Assigned]) -> None:
+    for found in assigned:
+        if found.guessed:
+            m.note(
+                f"{found.source.name} was read as of {found.tool.title}, by its keys; --from= says otherwise."
+            )
