@@ -1,4 +1,4 @@
-"""What tools say about a run, in words that none of them owns: the facts that `arithmetic/` turns into options.
+"""What tools say about a run, in words that none of them owns: the facts that `arithmetic/` makes options of.
 
 A handler tells a fact where our option follows from several keys, perhaps of several files; where one key is
 one option of ours, it tells the option itself.

@@ -247,7 +247,7 @@ class Migration:
         return entry.key
 
     def allowed(self, entry: Entry, allow: Iterable[str]) -> bool:
-        """Whether one of the patterns of --allow names an entry: its key, its canonical key, or the last part."""
+        """Whether a pattern of --allow names an entry: its key, its canonical key, or the last part."""
         names = {entry.key, self.canonical(entry), entry.key.rpartition(".")[2]}
         return any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in allow)
 
