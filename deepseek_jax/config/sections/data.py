@@ -54,6 +54,19 @@ class DataConfig:
         special={0: "no evaluation"},
         on_resume="new pass",
     )
+    split: str = option(
+        "",
+        'Shares of documents in their order, "969,30,1", in place of eval_fraction: those that train, those '
+        "held out, and those that nothing reads; of each source.",
+        on_resume="new pass",
+        example="969,30,1",
+        aliases=[
+            Alias(
+                nemo=("data.splits_string", "split"),
+                note="the same documents as Megatron's; empty: `data.eval_fraction`, spread over the data",
+            )
+        ],
+    )
     bin_dtype: str = option(
         "uint16",
         "Dtype of raw .bin token files without a sidecar.",
@@ -84,6 +97,23 @@ class EvalConfig:
         special={0: "only at the end"},
         on_resume="free",
         aliases={"nemo": "val_check_interval", "hf": "eval_steps"},
+    )
+    every_epochs: float = option(
+        0.0,
+        "Also at the first step after each so many passes over the training data.",
+        unit="passes",
+        at_least=0,
+        special={0: "only by steps"},
+        example=1.0,
+        on_resume="free",
+        aliases=[
+            Alias(
+                1.0,
+                hf=("eval_strategy: epoch", "evaluation_strategy: epoch"),
+                also={"eval.every_steps": 0},
+                note="of axolotl's `evals_per_epoch` the inverse",
+            )
+        ],
     )
     batches: int = option(
         16,

@@ -1,148 +1,83 @@
-"""The optimizer and its learning rate."""
+"""The optimizer: its update (update.py), its learning rate and their schedule."""
 
 from dataclasses import dataclass
 
 from deepseek_jax.config.option import Alias, option
+from deepseek_jax.config.sections.update import UpdateOptions
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(UpdateOptions):
     """The update, its learning rate and their schedule."""
 
-    name: str = option(
-        "adamw",
-        "Which optimizer.",
-        choices={
-            "adamw": "",
-            "adafactor": "row and column means, no moments",
-            "muon": "orthogonalised momentum; norms, embedding and head: adamw",
-        },
-        aliases=[
-            Alias("adamw", deepspeed="optimizer.type: AdamW", hf="optim: adamw_torch"),
-            Alias(
-                "adafactor",
-                hf="optim: adafactor",
-                also={"optimizer.scale_parameter": False},
-                note="the default of `scale_parameter`, True, takes the learning rate relative to each "
-                "weight",
-            ),
-            Alias("muon", deepspeed="optimizer.type: Muon"),
-        ],
-    )
-    learning_rate: float = option(
-        1e-3,
-        "Peak learning rate.",
-        above=0,
-        example=1e-3,
-        on_resume="free",
-        aliases={
-            "deepspeed": "optimizer.params.lr",
-            "nemo": ("lr", "optim.lr"),
-            "hf": "learning_rate",
-        },
-    )
-    b1: float = option(
-        0.9,
-        "adamw's decay of the first moment.",
-        at_least=0,
-        below=1,
-        example=0.9,
-        on_resume="free",
-        aliases={"deepspeed": "optimizer.params.betas", "nemo": "adam_beta1", "hf": "adam_beta1"},
-    )
-    b2: float = option(
-        0.95,
-        "adamw's decay of the second moment.",
-        at_least=0,
-        below=1,
-        example=0.95,
-        on_resume="free",
-        aliases={"deepspeed": "optimizer.params.betas", "nemo": "adam_beta2", "hf": "adam_beta2"},
-    )
-    eps: float = option(
-        1e-8,
-        "adamw's term in the denominator.",
-        at_least=0,
-        on_resume="free",
-        aliases={"deepspeed": "optimizer.params.eps", "nemo": "adam_eps", "hf": "adam_epsilon"},
-    )
-    moment_dtype: str = option(
-        "float32",
-        "What adamw's and muon's moments are stored in; they are computed in float32.",
-        choices={"float32": "", "bfloat16": "half the state (V3)"},
-        aliases=[
-            Alias(
-                "bfloat16",
-                deepspeed="bf16.bf16_optimizer_states: true",
-                note="for AdamW and Muon",
-            )
-        ],
-    )
-    momentum: float = option(
-        0.95,
-        "muon's momentum (Nesterov).",
-        at_least=0,
-        below=1,
-        example=0.95,
-        on_resume="free",
-    )
-    scale_parameter: bool = option(
-        True,
-        "adafactor: learning_rate is relative to a weight's root mean square (1e-2); False: absolute, as "
-        "adamw's.",
-        aliases={"hf": "scale_parameter"},
-    )
-    weight_decay: float = option(
-        0.1,
-        "Weight decay of matrices; norms and the selection bias are never decayed.",
-        at_least=0,
-        on_resume="free",
-        aliases={
-            "deepspeed": "optimizer.params.weight_decay",
-            "nemo": "optim.weight_decay",
-            "hf": "weight_decay",
-        },
-    )
-    grad_clip: float = option(
-        1.0,
-        "Largest global gradient norm.",
-        at_least=0,
-        special={0: "no clipping"},
-        on_resume="free",
-        aliases={
-            "deepspeed": "gradient_clipping",
-            "nemo": ("gradient_clip_val", "clip_grad"),
-            "hf": "max_grad_norm",
-        },
-    )
     schedule: str = option(
         "cosine",
         "Learning rate over the steps, after the warmup.",
         choices={
             "constant": "",
             "cosine": "",
+            "linear": "",
+            "polynomial": "linear, to the power of optimizer.power",
+            "inverse_sqrt": "1 / sqrt(step / timescale), not below final_fraction",
+            "cosine_with_restarts": "optimizer.cycles cosines, each from the peak",
             "wsd": "warmup, stable, decay",
             "deepseek_v2": "drops of 0.316",
             "deepseek_v3": "constant, cosine, then two constants",
         },
         on_resume="free",
         aliases=[
-            Alias("cosine", hf="lr_scheduler_type: cosine", nemo="lr_decay_style: cosine"),
+            Alias(
+                "cosine",
+                deepspeed="scheduler.type: WarmupCosineLR",
+                hf="lr_scheduler_type: cosine",
+                nemo=("lr_decay_style: cosine", "sched.name: CosineAnnealing"),
+                note="Hugging Face's ends at 0: `optimizer.final_fraction=0`",
+            ),
             Alias(
                 "constant",
+                deepspeed="scheduler.type: WarmupLR",
                 hf="lr_scheduler_type: constant_with_warmup",
                 nemo="lr_decay_style: constant",
+            ),
+            Alias(
+                "linear",
+                deepspeed="scheduler.type: WarmupDecayLR",
+                hf="lr_scheduler_type: linear",
+                nemo="lr_decay_style: linear",
+                also={"optimizer.final_fraction": 0.0},
+            ),
+            Alias(
+                "polynomial",
+                hf="lr_scheduler_type: polynomial",
+                nemo="sched.name: PolynomialDecayAnnealing",
+                note="their `lr_end` or `min_lr` is `optimizer.final_fraction` x the peak",
+            ),
+            Alias(
+                "inverse_sqrt",
+                hf="lr_scheduler_type: inverse_sqrt",
+                nemo=(
+                    "lr_decay_style: inverse-square-root",
+                    "sched.name: InverseSquareRootAnnealing",
+                ),
+                also={"optimizer.final_fraction": 0.0},
+                note="Megatron's `min_lr` is `optimizer.final_fraction` x the peak",
+            ),
+            Alias(
+                "cosine_with_restarts",
+                hf="lr_scheduler_type: cosine_with_restarts",
+                also={"optimizer.final_fraction": 0.0},
             ),
             Alias(
                 "wsd",
                 hf="lr_scheduler_type: warmup_stable_decay",
                 nemo="lr_decay_style: WSD",
+                note="theirs decay by a cosine and exponentially: `optimizer.decay_shape`",
             ),
         ],
     )
     schedule_steps: int = option(
         0,
-        "Steps that the schedule spans, its warmup among them; after them the last learning rate stays.",
+        "Steps that the schedule spans, warmup and hold among them; after them the last learning rate stays.",
         unit="steps",
         at_least=0,
         special={0: "as many as the run has"},
@@ -154,7 +89,7 @@ class OptimizerConfig:
     )
     warmup_steps: int = option(
         100,
-        "Linear warmup from 0, at most all steps (V2 and V3: 2000).",
+        "Warmup to the peak, at most all steps (V2 and V3: 2000).",
         unit="steps",
         at_least=0,
         on_resume="free",
@@ -164,19 +99,129 @@ class OptimizerConfig:
             "hf": "warmup_steps",
         },
     )
-    final_fraction: float = option(
-        0.1,
-        "Last learning rate / peak, for cosine and wsd.",
+    warmup_fraction: float = option(
+        0.0,
+        "The warmup as a share of the schedule's steps, rounded up.",
+        at_least=0,
+        at_most=1,
+        special={0: "by warmup_steps"},
+        on_resume="free",
+        aliases={
+            "nemo": ("lr_warmup_fraction", "sched.warmup_ratio"),
+            "hf": "warmup_ratio",
+        },
+    )
+    warmup_shape: str = option(
+        "linear",
+        "How the learning rate rises.",
+        choices={
+            "linear": "",
+            "log": "log(step + 1) / log(steps): the peak one step earlier",
+        },
+        on_resume="free",
+        aliases=[
+            Alias(
+                "log",
+                deepspeed="scheduler.params.warmup_type: log",
+                note="its default; `linear` is `linear`",
+            )
+        ],
+    )
+    warmup_init_fraction: float = option(
+        0.0,
+        "First learning rate / peak, where there is a warmup.",
         at_least=0,
         at_most=1,
         on_resume="free",
+        aliases=[
+            Alias(
+                deepspeed=("scheduler.params.warmup_min_lr", "scheduler.params.warmup_min_ratio"),
+                nemo="lr_warmup_init",
+                note="divided by the peak, where it is a learning rate",
+            )
+        ],
+    )
+    final_fraction: float = option(
+        0.1,
+        "Last learning rate / peak; inverse_sqrt: the least.",
+        at_least=0,
+        at_most=1,
+        on_resume="free",
+        aliases=[
+            Alias(
+                deepspeed="scheduler.params.cos_min_ratio",
+                hf=("min_lr_rate", "min_lr_ratio"),
+                nemo=("min_lr", "sched.min_lr"),
+                note="NeMo's divided by the peak",
+            )
+        ],
+    )
+    hold_steps: int = option(
+        0,
+        "Steps at the end that keep the last learning rate: the schedule comes to it so many steps earlier.",
+        unit="steps",
+        at_least=0,
+        on_resume="free",
+        aliases={"nemo": "sched.constant_steps"},
     )
     decay_fraction: float = option(
         0.2,
-        "Share of the steps that wsd decays over, linearly; for deepseek_v2, that follow the first drop.",
+        "Share of the steps (without hold_steps) that wsd decays over; for deepseek_v2, that follow the "
+        "first drop.",
         at_least=0,
         at_most=1,
         on_resume="free",
+        aliases=[
+            Alias(
+                hf="num_decay_steps",
+                nemo="lr_wsd_decay_iters",
+                note="divided by the steps",
+            )
+        ],
+    )
+    decay_shape: str = option(
+        "linear",
+        "How wsd decays, over the share p of its decay.",
+        choices={
+            "linear": "1 - p",
+            "cosine": "(1 + cos(pi p)) / 2",
+            "sqrt": "1 - sqrt(p)",
+            "exponential": "2 x 0.5^p - 1",
+        },
+        on_resume="free",
+        aliases=[
+            Alias(
+                "cosine",
+                hf="decay_type: cosine",
+                nemo="lr_wsd_decay_style: cosine",
+            ),
+            Alias("sqrt", hf="decay_type: 1-sqrt", nemo="lr_wsd_decay_style: minus_sqrt"),
+            Alias("exponential", nemo="lr_wsd_decay_style: exponential"),
+        ],
+    )
+    power: float = option(
+        1.0,
+        "polynomial: the power of the share of steps that is left.",
+        above=0,
+        example=2.0,
+        on_resume="free",
+        aliases={"hf": "power", "nemo": "sched.power"},
+    )
+    cycles: int = option(
+        1,
+        "cosine_with_restarts: how many cosines.",
+        at_least=1,
+        on_resume="free",
+        aliases={"hf": "num_cycles"},
+    )
+    timescale: int = option(
+        0,
+        "inverse_sqrt: how soon it falls; after 3 times as many steps it is half the peak.",
+        unit="steps",
+        at_least=0,
+        special={0: "the warmup's, or 10,000 without one"},
+        on_resume="free",
+        aliases={"hf": "timescale"},
     )
     lr_multipliers: str = option(
         "",

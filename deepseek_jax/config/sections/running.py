@@ -27,6 +27,23 @@ class CheckpointConfig:
         on_resume="free",
         aliases={"nemo": "train_time_interval"},
     )
+    every_epochs: float = option(
+        0.0,
+        "Also at the first step after each so many passes over the training data.",
+        unit="passes",
+        at_least=0,
+        special={0: "only by steps"},
+        example=1.0,
+        on_resume="free",
+        aliases=[
+            Alias(
+                1.0,
+                hf="save_strategy: epoch",
+                also={"checkpoint.every_steps": 0},
+                note="of axolotl's `saves_per_epoch` the inverse",
+            )
+        ],
+    )
     keep: int = option(
         3,
         "Newest checkpoints kept.",
