@@ -1,4 +1,4 @@
-"""Command lines as sources: what starts a script (torchrun, accelerate, deepspeed), and the script's own flags.
+"""Command lines as sources: what starts a script (torchrun, accelerate, deepspeed), and the script's flags.
 
     NCCL_DEBUG=INFO torchrun --nproc_per_node=8 --nnodes=2 sft.py --config recipe.yaml --learning_rate 1e-5
 

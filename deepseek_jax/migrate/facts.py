@@ -29,6 +29,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
         # ---- length of the run
         "steps": "optimizer steps; 0 or less: not said",
         "epochs": "passes over the data; steps win",
+        "epoch_interval": "epochs between checkpoints, where save_when is epoch; 1 unless told",
         "samples": "sequences in all, in place of steps",
         # ---- learning rate: see arithmetic/schedule.py
         "learning_rate": "its peak",

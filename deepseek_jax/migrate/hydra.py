@@ -163,8 +163,8 @@ def _whole(entry: Entry) -> str | None:
 
 
 def _known(name: str, values: Mapping[str, Any]) -> str:
-    """The key that a reference means. A file of a config group (NeMo's launcher: training/mixtral.yaml) names its
-    own keys from the root of the whole: training.model.seq_length.
+    """The key that a reference means. A file of a config group (NeMo's launcher: training/mixtral.yaml) names
+    its own keys from the root of the whole: training.model.seq_length.
     """
     if name not in values:
         group, _, rest = name.partition(".")
