@@ -41,7 +41,6 @@ def migrate(
             found.tool.finish(m)
     m.settle()
     arithmetic.settle(m)
-    m.set_told_options()
     return m
 
 

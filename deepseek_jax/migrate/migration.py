@@ -65,7 +65,10 @@ class Migration:
       recipe: whether a source says what is trained (a tool that is no companion).
       gpus_per_node: of --gpus_per_node; None: as the sources say, else 8 at most.
       match_tokens: keep tokens per step, and not sequences (--match=tokens).
-      mean_length: tokens of an example on average, of --match=tokens:N.
+      mean_length: tokens of an example on average, of --mean_length.
+      settings: the options of the new config.
+      flags: of the launch command, beside them: "--workdir".
+      downloads: folder -> command that fills it from the hub.
     """
 
     devices: int | None = None
@@ -77,10 +80,13 @@ class Migration:
     told: dict[str, list[Told]] = field(default_factory=dict)
     verdicts: dict[Entry, Verdict] = field(default_factory=dict)
     settings: dict[str, Setting] = field(default_factory=dict)
+    flags: dict[str, Setting] = field(default_factory=dict)
+    downloads: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _at: Reading | None = None  # whose entries are read now
     _settled: dict[str, tuple[Told, ...]] = field(default_factory=dict)
     _lost: dict[Entry, str] = field(default_factory=dict)
+    _dropped: set[str] = field(default_factory=set)
 
     # ---- what handlers call
 
@@ -167,9 +173,22 @@ class Migration:
                 if told.entry:
                     self.refuse(told.entry, f"it needs config.{option}, which this version lacks")
             return
+        if option in self._dropped:
+            return
         kind = OPTIONS[option].type
         value = float(value) if kind is float and isinstance(value, int) else value
         self.settings[option] = Setting(value, because, how)
+
+    def set_flag(self, flag: str, value: Any, *names: str) -> None:
+        """Sets a flag of train.py's command line, as `set` does an option."""
+        because = tuple(t for name in names for t in self._settled.get(name, ()))
+        self.flags[flag] = Setting(value, because)
+
+    def drop(self, option: str, why: str) -> None:
+        """Takes an option out of the new config: nothing there reads it."""
+        self.settings.pop(option, None)
+        self._dropped.add(option)
+        self.without_effect(option, why)
 
     def refuse_fact(self, name: str, why: str, repair: str = "") -> None:
         """Refuses the entries that told a fact; of a default a note says so."""
@@ -221,7 +240,7 @@ class Migration:
         """The options that follow from an entry."""
         return {
             name: setting
-            for name, setting in self.settings.items()
+            for name, setting in (*self.settings.items(), *self.flags.items())
             if any(t.entry is entry for t in setting.because)
         }
 
