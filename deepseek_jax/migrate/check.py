@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from deepseek_jax.config.options import Config, ModelConfig
+from deepseek_jax.config.options import Config
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.migrate.arithmetic import devices
@@ -18,14 +18,13 @@ def check(m: Migration) -> Config:
       UserError: the first mistake.
     """
     config = as_config(m)
-    known = config
-    if config.init_from and os.path.isdir(os.path.expanduser(config.init_from)):
-        known = _with_model(config)
-    elif config.init_from:
-        known = _without_model(config)
-    validate(known)
     count = m.devices or devices.world(m)
-    if count and (known.model != ModelConfig() or not config.init_from):
+    if config.init_from and not os.path.isdir(os.path.expanduser(config.init_from)):
+        validate(_without_model(config))
+        return config
+    known = _with_model(config) if config.init_from else config
+    validate(known)
+    if count:
         _check_mesh(known, count)
     return config
 

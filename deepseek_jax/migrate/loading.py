@@ -45,7 +45,10 @@ def _add(
         return
     there[real] = path
     folder = os.path.dirname(path) or "."
-    source = hydra.resolved(hydra.composed(read_file(path), folder), environ)
+    name = os.path.basename(path)
+    if any(s.name == name for s in sources):
+        name = path
+    source = hydra.resolved(hydra.composed(read_file(path, name), folder), environ)
     sources.append(source)
     for entry in source.entries:
         value = entry.value

@@ -9,6 +9,8 @@ from deepseek_jax.config.options import OPTIONS
 from deepseek_jax.migrate.facts import FACTS
 from deepseek_jax.migrate.source import Entry, Rank, Source
 
+AUTO = "auto"  # of DeepSpeed: the value that others tell
+
 
 @dataclass(frozen=True)
 class Told:
@@ -99,9 +101,13 @@ class Migration:
         """
         self._tell(name, value, entry, entry.rank if rank is None else rank)
 
-    def default(self, name: str, value: Any) -> None:
-        """What the tool does where its files are silent: the lowest rank."""
-        self._tell(name, value, None, Rank.DEFAULT)
+    def tell_auto(self, entry: Entry, name: str) -> None:
+        """An entry takes the value that others tell; alone it is refused."""
+        self._tell(name, AUTO, entry, entry.rank)
+
+    def default(self, name: str, value: Any, rank: Rank = Rank.DEFAULT) -> None:
+        """What the tool does where its files are silent: of the lowest rank, if not said otherwise."""
+        self._tell(name, value, None, rank)
 
     def no_effect(self, entry: Entry, why: str) -> None:
         """An entry that changes nothing here, and why: "every device reads its own shards"."""
@@ -214,7 +220,10 @@ class Migration:
         """Decides each fact: the highest rank wins, and two of the same rank that differ are refused."""
         for name, all_told in self.told.items():
             told = [t for t in all_told if not (t.entry and self._is_refused(t.entry))]
+            takers = [t for t in told if t.value == AUTO]
+            told = [t for t in told if t.value != AUTO]
             if not told:
+                self._refuse_auto(name, takers)
                 continue
             best = max(t.rank for t in told)
             top = [t for t in told if t.rank == best]
@@ -222,9 +231,8 @@ class Migration:
                 self._refuse_different(name, top)
                 continue
             agreeing = [t for t in told if t.value == top[0].value and t.rank != Rank.DEFAULT]
-            self._settled[name] = tuple(
-                top + [t for t in agreeing if t not in top] if best else top[-1:]
-            )
+            winners = [*top, *(t for t in agreeing if t not in top)] if best else top[-1:]
+            self._settled[name] = (*winners, *takers)
             for lower in told:
                 if lower.entry and lower.value != top[0].value:
                     self._lost[lower.entry] = f"{top[0].origin} wins"
@@ -272,6 +280,13 @@ class Migration:
 
     def _is_refused(self, entry: Entry) -> bool:
         return entry in self.verdicts and self.verdicts[entry].refused
+
+    def _refuse_auto(self, name: str, takers: list[Told]) -> None:
+        for told in takers:
+            if told.entry:
+                self.refuse(
+                    told.entry, f"no file says what {name} is", "Give the recipe beside this file"
+                )
 
     def _refuse_different(self, name: str, top: list[Told]) -> None:
         first = top[0]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from deepseek_jax.migrate.tool import Tool
-from deepseek_jax.migrate.tools import hf, launchers
+from deepseek_jax.migrate.tools import accelerate, deepspeed, hf, launchers
 
 TOOLS: Mapping[str, Tool] = {
     tool.name: tool
@@ -14,6 +14,8 @@ TOOLS: Mapping[str, Tool] = {
         hf.TRL,
         hf.OPEN_R1,
         # beside a recipe
+        accelerate.TOOL,
+        deepspeed.TOOL,
         launchers.TOOL,
     )
 }

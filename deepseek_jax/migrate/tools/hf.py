@@ -286,5 +286,5 @@ def _tool(name: str, title: str, version: int, trl: bool) -> Tool:
 
 HF4 = _tool("hf4", "transformers 4", 4, False)
 HF5 = _tool("hf5", "transformers 5", 5, False)
-TRL = _tool("trl", "TRL 1 (transformers 5)", 5, True)
-OPEN_R1 = _tool("open-r1", "TRL 0 (transformers 4, as open-r1 has it)", 4, True)
+TRL = _tool("trl", "TRL 1", 5, True)
+OPEN_R1 = _tool("open-r1", "TRL 0", 4, True)

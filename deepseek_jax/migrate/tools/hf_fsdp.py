@@ -1,7 +1,8 @@
 """`fsdp` and `fsdp_config` of TrainingArguments, which transformers 4 and 5 read differently.
 
-transformers 4.57: sharding follows from the words in `fsdp`; of fsdp_config only prefetching, wrapping and loading
-are read. transformers 5.24: `fsdp` switches FSDP2 on, and fsdp_config says how (`reshard_after_forward`).
+transformers 4.57: sharding follows from the words in `fsdp`; of fsdp_config only prefetching, wrapping and
+loading are read. transformers 5.24: `fsdp` switches FSDP2 on, and fsdp_config says how
+(`reshard_after_forward`).
 """
 
 from collections.abc import Mapping
@@ -93,8 +94,8 @@ def fsdp4(m: Migration, entry: Entry) -> None:
             m.refuse(entry, f"{word!r} is no word of fsdp")
     if found and "auto_wrap" not in found:
         m.note(
-            f"{entry.where} {entry.text}: without auto_wrap transformers 4 wraps the model as one unit; here one "
-            f"layer is gathered at a time, with the same numbers."
+            f"{entry.where} {entry.text}: without auto_wrap transformers 4 wraps the model as one unit; "
+            f"here one layer is gathered at a time, with the same numbers."
         )
 
 
