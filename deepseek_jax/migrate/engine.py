@@ -1,12 +1,13 @@
 """From sources to options: every entry to its handler, then the arithmetic."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.migrate import arithmetic
 from deepseek_jax.migrate.detect import Assigned, assign
 from deepseek_jax.migrate.migration import Migration, Reading
-from deepseek_jax.migrate.source import Source
+from deepseek_jax.migrate.source import Entry, Rank, Source
 
 
 def migrate(
@@ -26,7 +27,7 @@ def migrate(
       UserError: no tool recognises a source.
     """
     m = Migration() if into is None else into
-    assigned = assign(sources, wanted)
+    assigned = [_ranked(a) for a in assign(sources, wanted)]
     _say_guesses(m, assigned)
     m.recipe = any(not a.tool.companion for a in assigned)
     m.readings = [Reading(a.source, a.tool.title, a.tool.kin, a.tool.key) for a in assigned]
@@ -41,7 +42,6 @@ def migrate(
             found.tool.finish(m)
     m.settle()
     arithmetic.settle(m)
-    m.set_told_options()
     return m
 
 
@@ -59,6 +59,17 @@ def _read(m: Migration, found: Assigned) -> None:
             handler(m, entry)
         except UserError as e:
             m.refuse(entry, str(e).rstrip("."))
+
+
+def _ranked(found: Assigned) -> Assigned:
+    """A source whose entries have the rank of its tool."""
+    rank = found.tool.rank
+    if rank is None or found.source.form == "flags":
+        return found
+    if found.source.form == "launcher":
+        rank = Rank.LAUNCHER_FLAG
+    entries = tuple(Entry(e.key, e.value, e.where, rank) for e in found.source.entries)
+    return found._replace(source=dataclasses.replace(found.source, entries=entries))
 
 
 def _say_guesses(m: Migration, assigned: Sequence[Assigned]) -> None:

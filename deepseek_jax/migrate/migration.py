@@ -9,6 +9,8 @@ from deepseek_jax.config.options import OPTIONS
 from deepseek_jax.migrate.facts import FACTS
 from deepseek_jax.migrate.source import Entry, Rank, Source
 
+AUTO = "auto"  # of DeepSpeed: the value that others tell
+
 
 @dataclass(frozen=True)
 class Told:
@@ -65,7 +67,10 @@ class Migration:
       recipe: whether a source says what is trained (a tool that is no companion).
       gpus_per_node: of --gpus_per_node; None: as the sources say, else 8 at most.
       match_tokens: keep tokens per step, and not sequences (--match=tokens).
-      mean_length: tokens of an example on average, of --match=tokens:N.
+      mean_length: tokens of an example on average, of --mean_length.
+      settings: the options of the new config.
+      flags: of the launch command, beside them: "--workdir".
+      downloads: folder -> command that fills it from the hub.
     """
 
     devices: int | None = None
@@ -77,10 +82,13 @@ class Migration:
     told: dict[str, list[Told]] = field(default_factory=dict)
     verdicts: dict[Entry, Verdict] = field(default_factory=dict)
     settings: dict[str, Setting] = field(default_factory=dict)
+    flags: dict[str, Setting] = field(default_factory=dict)
+    downloads: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _at: Reading | None = None  # whose entries are read now
     _settled: dict[str, tuple[Told, ...]] = field(default_factory=dict)
     _lost: dict[Entry, str] = field(default_factory=dict)
+    _dropped: set[str] = field(default_factory=set)
 
     # ---- what handlers call
 
@@ -93,9 +101,13 @@ class Migration:
         """
         self._tell(name, value, entry, entry.rank if rank is None else rank)
 
-    def default(self, name: str, value: Any) -> None:
-        """What the tool does where its files are silent: the lowest rank."""
-        self._tell(name, value, None, Rank.DEFAULT)
+    def tell_auto(self, entry: Entry, name: str) -> None:
+        """An entry takes the value that others tell; alone it is refused."""
+        self._tell(name, AUTO, entry, entry.rank)
+
+    def default(self, name: str, value: Any, rank: Rank = Rank.DEFAULT) -> None:
+        """What the tool does where its files are silent: of the lowest rank, if not said otherwise."""
+        self._tell(name, value, None, rank)
 
     def no_effect(self, entry: Entry, why: str) -> None:
         """An entry that changes nothing here, and why: "every device reads its own shards"."""
@@ -167,9 +179,22 @@ class Migration:
                 if told.entry:
                     self.refuse(told.entry, f"it needs config.{option}, which this version lacks")
             return
+        if option in self._dropped:
+            return
         kind = OPTIONS[option].type
         value = float(value) if kind is float and isinstance(value, int) else value
         self.settings[option] = Setting(value, because, how)
+
+    def set_flag(self, flag: str, value: Any, *names: str) -> None:
+        """Sets a flag of train.py's command line, as `set` does an option."""
+        because = tuple(t for name in names for t in self._settled.get(name, ()))
+        self.flags[flag] = Setting(value, because)
+
+    def drop(self, option: str, why: str) -> None:
+        """Takes an option out of the new config: nothing there reads it."""
+        self.settings.pop(option, None)
+        self._dropped.add(option)
+        self.without_effect(option, why)
 
     def refuse_fact(self, name: str, why: str, repair: str = "") -> None:
         """Refuses the entries that told a fact; of a default a note says so."""
@@ -195,7 +220,10 @@ class Migration:
         """Decides each fact: the highest rank wins, and two of the same rank that differ are refused."""
         for name, all_told in self.told.items():
             told = [t for t in all_told if not (t.entry and self._is_refused(t.entry))]
+            takers = [t for t in told if t.value == AUTO]
+            told = [t for t in told if t.value != AUTO]
             if not told:
+                self._refuse_auto(name, takers)
                 continue
             best = max(t.rank for t in told)
             top = [t for t in told if t.rank == best]
@@ -203,9 +231,8 @@ class Migration:
                 self._refuse_different(name, top)
                 continue
             agreeing = [t for t in told if t.value == top[0].value and t.rank != Rank.DEFAULT]
-            self._settled[name] = tuple(
-                top + [t for t in agreeing if t not in top] if best else top[-1:]
-            )
+            winners = [*top, *(t for t in agreeing if t not in top)] if best else top[-1:]
+            self._settled[name] = (*winners, *takers)
             for lower in told:
                 if lower.entry and lower.value != top[0].value:
                     self._lost[lower.entry] = f"{top[0].origin} wins"
@@ -221,7 +248,7 @@ class Migration:
         """The options that follow from an entry."""
         return {
             name: setting
-            for name, setting in self.settings.items()
+            for name, setting in (*self.settings.items(), *self.flags.items())
             if any(t.entry is entry for t in setting.because)
         }
 
@@ -253,6 +280,13 @@ class Migration:
 
     def _is_refused(self, entry: Entry) -> bool:
         return entry in self.verdicts and self.verdicts[entry].refused
+
+    def _refuse_auto(self, name: str, takers: list[Told]) -> None:
+        for told in takers:
+            if told.entry:
+                self.refuse(
+                    told.entry, f"no file says what {name} is", "Give the recipe beside this file"
+                )
 
     def _refuse_different(self, name: str, top: list[Told]) -> None:
         first = top[0]

@@ -11,9 +11,10 @@ class Rank(enum.IntEnum):
 
     DEFAULT = 0  # of the tool, where its files are silent
     LAUNCHER = 1  # Accelerate's file
-    RECIPE = 2
-    FLAG = 3
-    ABOVE = 4  # wins over all: the scheduler and optimizer of a DeepSpeed file
+    LAUNCHER_FLAG = 2  # of accelerate launch
+    RECIPE = 3
+    FLAG = 4
+    ABOVE = 5  # wins over all: the scheduler and optimizer of a DeepSpeed file
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from deepseek_jax.migrate.migration import Migration
-from deepseek_jax.migrate.source import Entry, Source
+from deepseek_jax.migrate.source import Entry, Rank, Source
 
 Handler = Callable[[Migration, Entry], None]
 
@@ -41,6 +41,7 @@ class Tool:
     finish: Callable[[Migration], None] = nothing
     # A file beside a recipe (Accelerate, DeepSpeed, a launcher): it does not say what is trained.
     companion: bool = False
+    rank: Rank | None = None  # of the entries of its files, in place of RECIPE
 
     @property
     def kin(self) -> str:

@@ -1,6 +1,6 @@
 """Facts become options: devices, batch, steps, schedule. One arithmetic for all tools."""
 
-from deepseek_jax.migrate.arithmetic import batch, devices, length, model, schedule
+from deepseek_jax.migrate.arithmetic import batch, devices, length, model, schedule, together
 from deepseek_jax.migrate.migration import Migration
 
 
@@ -15,3 +15,5 @@ def settle(m: Migration) -> None:
     length.settle(m)
     schedule.settle(m)
     model.settle(m)
+    m.set_told_options()
+    together.settle(m)

@@ -55,8 +55,8 @@ def theirs(m: Migration, layout: Layout) -> tuple[int | None, str]:
                 )
             if whole % (each * d):
                 raise UserError(
-                    f"a step of {whole} sequences is no multiple of {each} a device x {d} data parallel GPUs. "
-                    f"Correct one of them, or give --devices."
+                    f"a step of {whole} sequences is no multiple of {each} a device x {d} data parallel "
+                    f"GPUs. Correct one of them, or give --devices."
                 )
         return whole, f"{whole} in all"
     if each is None:
@@ -87,7 +87,7 @@ def _matched(m: Migration, size: int, how: str, layout: Layout) -> tuple[int, st
 
 
 def _micro_batches(m: Migration, size: int, layout: Layout) -> int:
-    """Micro-batches here: theirs on as many devices; else the fewest that hold no more a device than theirs."""
+    """Micro-batches here: theirs on as many devices; else so few that a device holds no more than there."""
     each, times = m.fact("per_device_batch"), m.fact("accumulation")
     if each is None:
         wanted = int(times or 1)

@@ -47,13 +47,13 @@ def settle(m: Migration) -> Layout:
     for count, what in ((theirs, "their"), (ours, "your")):
         if count % per_sequence:
             raise UserError(
-                f"tensor x pipeline x context parallel sizes are {per_sequence}, which does not divide {what} "
-                f"{count} GPUs. Give another --devices."
+                f"tensor x pipeline x context parallel sizes are {per_sequence}, which does not divide "
+                f"{what} {count} GPUs. Give another --devices."
             )
     if theirs != ours:
         m.note(
-            f"Their run has {theirs} GPUs and yours {ours} (--devices): the batch of a step is theirs, in other "
-            f"micro-batches."
+            f"Their run has {theirs} GPUs and yours {ours} (--devices): the batch of a step is theirs, in "
+            f"other micro-batches."
         )
     out = Layout(theirs, ours, per_sequence)
     if int(m.fact("context", 1)) > 1:

@@ -16,8 +16,8 @@ def settle(m: Migration) -> None:
     if not layers or not per_token:
         m.refuse_fact(
             "hf_aux_coef",
-            "transformers counts experts over all layers at once: config.model.aux_loss_alpha is about this x "
-            "experts per token / MoE layers, which the model's config.json has",
+            "transformers counts experts over all layers at once: config.model.aux_loss_alpha is about this "
+            "x experts per token / MoE layers, which the model's config.json has",
             "Set config.model.aux_loss_alpha yourself",
         )
         return

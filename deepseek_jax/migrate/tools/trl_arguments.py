@@ -1,0 +1,348 @@
+"""What TRL, open-r1 and alignment-handbook add to TrainingArguments: model, data, fine-tuning.
+
+Read: SFTConfig, ModelConfig and ScriptArguments of TRL 0.18 and 1.16; the recipes of open-r1.
+"""
+
+import os
+from collections.abc import Mapping
+
+from deepseek_jax.migrate.handlers import (
+    as_bool,
+    as_float,
+    as_int,
+    as_text,
+    fact,
+    is_off,
+    neutral,
+    no_effect,
+    one_of,
+    option,
+    refuse,
+)
+from deepseek_jax.migrate.migration import Migration
+from deepseek_jax.migrate.source import Entry
+from deepseek_jax.migrate.tool import Handler
+from deepseek_jax.migrate.tools.hf_arguments import model_dtype, switch
+from deepseek_jax.migrate.tracking import if_there
+
+OF_THE_HUB = "what is downloaded decides"
+ONE_KERNEL = "train.attention=auto takes what the device has"
+PREPARED = "text is tokenised by all cores at most once"
+OTHER_OBJECTIVE = "learning from preferences or rewards is not in this version"
+ALL_ROWS = "it takes a share of the rows"
+
+
+def model(m: Migration, entry: Entry) -> None:
+    """A folder, or a name on the hub, of which the folder is named that a download fills."""
+    name = as_text(entry)
+    if os.path.isdir(os.path.expanduser(name)) or name.startswith((".", "/", "~")):
+        m.tell(entry, "init_from", name)
+        return
+    folder = f"models/{name.rpartition('/')[2]}"
+    m.downloads[folder] = f"hf download {name} --local-dir {folder}"
+    m.tell(entry, "init_from", folder)
+
+
+def teacher(m: Migration, entry: Entry) -> None:
+    """The same of GKD's teacher."""
+    name = as_text(entry)
+    folder = name
+    if not (os.path.isdir(os.path.expanduser(name)) or name.startswith((".", "/", "~"))):
+        folder = f"models/{name.rpartition('/')[2]}"
+        m.downloads[folder] = f"hf download {name} --local-dir {folder}"
+    m.tell(entry, "distill.teacher", folder)
+
+
+def data_folder(m: Migration, name: str) -> str:
+    """Where a data set of the hub is after its download; a file as it is."""
+    if os.path.exists(os.path.expanduser(name)) or name.startswith((".", "/", "~")):
+        return name
+    if name.endswith((".json", ".jsonl", ".parquet", ".txt")):
+        return name
+    folder = f"data/{name.rpartition('/')[2]}"
+    m.downloads[folder] = f"hf download --repo-type=dataset {name} --local-dir {folder}"
+    return folder
+
+
+def dataset(m: Migration, entry: Entry) -> None:
+    """dataset_name."""
+    if is_off(entry.value):
+        m.no_effect(entry, "it is empty")
+    else:
+        m.tell(entry, "data.path", data_folder(m, as_text(entry)))
+
+
+def mixture(m: Migration, entry: Entry) -> None:
+    """One of dataset_mixture.datasets: all of them together are data.path."""
+    section, _, name = m.canonical(entry).rpartition(".")
+    kind = section.rpartition(".")[0]
+    found = [
+        e
+        for r in m.readings
+        for e in r.source.entries
+        if (key := r.key(e.key)).startswith(f"{kind}.") and key.endswith(f".{name}")
+    ]
+    m.tell(entry, "data.path", ",".join(data_folder(m, as_text(e)) for e in found))
+
+
+def weight(m: Migration, entry: Entry) -> None:
+    """A share of a data set's rows."""
+    if as_float(entry) == 1.0:
+        m.no_effect(entry, "all rows are read")
+    else:
+        m.refuse(entry, ALL_ROWS, "Cut the file to so many rows")
+
+
+def packing(m: Migration, entry: Entry) -> None:
+    """packing, with packing_strategy beside it."""
+    if entry.value is not None and as_bool(entry):
+        strategy = str(m.value("packing_strategy", "bfd")).lower()
+        m.tell(entry, "sft.packing", "bfd" if strategy in ("ffd", "bfd") else strategy)
+        m.tell(entry, "unpacked", False)
+    else:
+        m.tell(entry, "sft.packing", "none")
+        m.tell(entry, "unpacked", True)
+
+
+def packing_strategy(m: Migration, entry: Entry) -> None:
+    """Which, where packing is on."""
+    known = {"bfd", "ffd", "wrapped", "bfd_split", "bfd-requeue", "bfd_requeue"}
+    if not as_bool(m.entry("packing") or Entry("packing", False, "")):
+        m.no_effect(entry, "packing is off")
+    elif str(entry.value).lower() not in known:
+        m.refuse(entry, "there is no such packing", "Set it to bfd or wrapped")
+    else:
+        m.tell(entry, "sft.packing", "bfd" if entry.value in ("ffd", "bfd") else entry.value)
+
+
+def max_length(m: Migration, entry: Entry) -> None:
+    """Longer examples are cut; null cuts none."""
+    if entry.value is None:
+        m.refuse(entry, "rows have a length here, and null cuts no example", "Write the longest")
+    else:
+        m.tell(entry, "sequence_length", as_int(entry))
+
+
+def with_lora(handler: Handler) -> Handler:
+    """A key of LoRA, which use_peft switches on."""
+
+    def handle(m: Migration, entry: Entry) -> None:
+        if uses_lora(m):
+            handler(m, entry)
+        else:
+            m.no_effect(entry, "use_peft is not set: all weights are trained")
+
+    return handle
+
+
+def uses_lora(m: Migration) -> bool:
+    """Whether an adapter is trained."""
+    found = m.entry("use_peft")
+    return found is not None and as_bool(found)
+
+
+def bits(dtype: str) -> Handler:
+    """load_in_4bit, load_in_8bit: of the base of an adapter."""
+
+    def handle(m: Migration, entry: Entry) -> None:
+        if not as_bool(entry):
+            m.no_effect(entry, "it is off")
+        elif uses_lora(m):
+            m.tell(entry, "lora.base_dtype", dtype)
+        else:
+            m.refuse(entry, "weights in few bits are the base of an adapter only", "Set use_peft")
+
+    return handle
+
+
+def fine_tuning(name: str) -> Handler:
+    """A number of the loss that only fine-tuning on examples has."""
+
+    def handle(m: Migration, entry: Entry) -> None:
+        if is_off(entry.value) or not as_float(entry):
+            m.no_effect(entry, "it is off")
+        elif is_fine_tuning(m):
+            m.tell(entry, name, as_float(entry))
+        else:
+            m.refuse(
+                entry, f"config.{name} is of objective=sft", "Train with TRL's SFTTrainer's words"
+            )
+
+    return handle
+
+
+KEYS_OF_TRL = (
+    "dataset_name",
+    "dataset_mixture",
+    "max_seq_length",
+    "max_length",
+    "packing",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "dataset_text_field",
+    "dataset_train_split",
+    "chat_template",
+    "chat_template_path",
+    "model_revision",
+    "dataset_num_proc",
+    "use_peft",
+)
+
+
+def is_fine_tuning(m: Migration) -> bool:
+    """Whether the words are TRL's, whose SFTTrainer reads examples."""
+    return any(m.entry(key) for key in KEYS_OF_TRL) or any(
+        e.key.startswith("dataset_mixture") for r in m.readings for e in r.source.entries
+    )
+
+
+MODEL: Mapping[str, Handler] = {
+    "model_name_or_path": model,
+    "model_revision": no_effect(OF_THE_HUB),
+    "torch_dtype": model_dtype,
+    "dtype": model_dtype,
+    "attn_implementation": no_effect(ONE_KERNEL),
+    "trust_remote_code": no_effect("no code of a checkpoint is run"),
+    "use_peft": switch("lora.r", 16),
+    "lora_r": with_lora(option("lora.r", as_int)),
+    "lora_alpha": with_lora(option("lora.alpha", as_float)),
+    "lora_dropout": with_lora(option("lora.dropout", as_float)),
+    "lora_target_modules": with_lora(option("lora.target_modules")),
+    "lora_modules_to_save": with_lora(option("lora.modules_to_save")),
+    "lora_target_parameters": with_lora(
+        refuse(
+            "experts are adapted by their names here", "Name them in lora_target_modules: experts"
+        )
+    ),
+    "lora_task_type": no_effect("next words are predicted"),
+    "use_rslora": with_lora(switch("lora.use_rslora", True)),
+    "use_dora": with_lora(refuse("there is no DoRA", "Set use_rslora, or leave it out")),
+    "load_in_8bit": bits("int8"),
+    "load_in_4bit": bits("nf4"),
+    "bnb_4bit_quant_type": neutral(
+        {"nf4": "4 bits here are nf4"}, "4 bits here are nf4", "Set it to nf4"
+    ),
+    "bnb_4bit_*": no_effect("numbers are in train.dtype while they are used"),
+    "use_bnb_nested_quant": no_effect("scales of nf4 always have 8 bits"),
+    "model_init_kwargs": no_effect("it is empty"),
+    "model_init_kwargs.torch_dtype": model_dtype,
+    "model_init_kwargs.dtype": model_dtype,
+    "model_init_kwargs.attn_implementation": no_effect(ONE_KERNEL),
+    "model_init_kwargs.use_cache": no_effect("training keeps no cache"),
+    "model_init_kwargs.trust_remote_code": no_effect("no code of a checkpoint is run"),
+    "model_init_kwargs.revision": no_effect(OF_THE_HUB),
+    "router_aux_loss_coef": fact("hf_aux_coef"),
+    "neftune_noise_alpha": fine_tuning("sft.neftune_noise_alpha"),
+    "label_smoothing_factor": fine_tuning("sft.label_smoothing"),
+}
+DATA: Mapping[str, Handler] = {
+    "dataset_name": dataset,
+    "train_file": dataset,
+    "dataset_config": no_effect(OF_THE_HUB),
+    "dataset_train_split": no_effect(OF_THE_HUB),
+    "dataset_test_split": no_effect("held out is data.eval_fraction of the training data"),
+    "dataset_streaming": no_effect("no more than an index of a data set is held"),
+    "dataset_num_proc": no_effect(PREPARED),
+    "preprocessing_num_workers": no_effect(PREPARED),
+    "dataset_kwargs": no_effect("it is empty"),
+    "dataset_kwargs.add_special_tokens": no_effect("a chat has the special tokens of its template"),
+    "dataset_kwargs.append_concat_token": no_effect(
+        "a chat has the special tokens of its template"
+    ),
+    "shuffle_dataset": no_effect("every epoch has an order of its own"),
+    "dataset_text_field": neutral(
+        {
+            "text": "the column is found",
+            "content": "the column is found",
+            "messages": "it is found",
+        },
+        "the column is found where it is named text or content",
+        "Rename the column",
+    ),
+    "dataset_mixture.datasets.*.id": mixture,
+    "dataset_mixture.datasets.*.path": mixture,
+    "dataset_mixture.datasets.*.config": no_effect(OF_THE_HUB),
+    "dataset_mixture.datasets.*.name": no_effect(OF_THE_HUB),
+    "dataset_mixture.datasets.*.split": no_effect(OF_THE_HUB),
+    "dataset_mixture.datasets.*.data_dir": no_effect(OF_THE_HUB),
+    "dataset_mixture.datasets.*.data_files": no_effect(OF_THE_HUB),
+    "dataset_mixture.datasets.*.columns": no_effect(
+        "columns are found; others are named before training"
+    ),
+    "dataset_mixture.datasets.*.weight": weight,
+    "dataset_mixture.datasets.*.fraction": weight,
+    "dataset_mixture.seed": no_effect("rows are shuffled by config.seed"),
+    "dataset_mixture.streaming": no_effect("no more than an index of a data set is held"),
+    "dataset_mixture.test_split_size": no_effect(
+        "held out is data.eval_fraction of the training data"
+    ),
+    "max_length": max_length,
+    "max_seq_length": max_length,
+    "block_size": max_length,
+    "packing": packing,
+    "packing_strategy": packing_strategy,
+    "padding_free": no_effect("attention never crosses examples"),
+    "eval_packing": no_effect("held-out rows are made as those of training"),
+    "pad_to_multiple_of": no_effect("a row has train.sequence_length tokens"),
+    "pad_token": no_effect("padding is no token here"),
+    "truncation_mode": one_of(
+        {"keep_start": {"sft.truncation": "keep_start"}}, "what is too long is cut at its end"
+    ),
+    "completion_only_loss": option("sft.completion_only_loss", lambda e: str(as_bool(e)).lower()),
+    "assistant_only_loss": option("sft.assistant_only_loss", lambda e: str(as_bool(e)).lower()),
+    "loss_type": one_of(
+        {
+            "nll": {"sft.loss_type": "nll"},
+            "chunked_nll": {"sft.loss_type": "nll"},
+            "dft": {"sft.loss_type": "dft"},
+        },
+        "there is no such loss",
+        "Set it to nll or dft",
+    ),
+    "eos_token": option("sft.eos_token"),
+    "chat_template": option("sft.chat_template"),
+    "chat_template_path": option("sft.chat_template"),
+    "system_prompt": option("sft.system_prompt"),
+    "activation_offloading": switch("offload.activations", "layer_input"),
+    "ignore_bias_buffers": no_effect("there are none"),
+    # open-r1
+    "benchmarks": no_effect("python -m deepseek_jax.hf.lm_eval runs them"),
+    "callbacks": no_effect("there are no callbacks"),
+    "wandb_entity": no_effect("WANDB_ENTITY says so"),
+    "wandb_project": if_there("log.project", "no tracker asks for a project"),
+    "wandb_run_group": no_effect("WANDB_RUN_GROUP says so"),
+}
+_OTHER = refuse(OTHER_OBJECTIVE, "Train it with SFT", unless=())
+OTHER: Mapping[str, Handler] = {
+    key: _OTHER
+    for key in (
+        "reward_funcs",
+        "reward_weights",
+        "num_generations",
+        "max_prompt_length",
+        "max_completion_length",
+        "use_vllm",
+        "vllm_*",
+        "log_completions",
+        "num_completions_to_print",
+        "scale_rewards",
+        "epsilon*",
+        "cosine_*",
+        "repetition_*",
+        "beta",
+        "temperature",
+        "dataset_prompt_column",
+        "loss_weights",
+        "code_language",
+        "reference_free",
+        "ref_model*",
+    )
+}
+DISTILLATION: Mapping[str, Handler] = {  # GKDConfig
+    "teacher_model_name_or_path": teacher,
+    "teacher_model_init_kwargs*": no_effect("distill.teacher_dtype says what it is held in"),
+    "lmbda": neutral({"0": "", "0.0": ""}, "no answers are sampled while training", "Set it to 0"),
+    "seq_kd": neutral({False: ""}, "answers are sampled by another command", "Set it to false"),
+    "disable_dropout": no_effect("there is no dropout"),
+    "max_new_tokens": no_effect("no answers are sampled while training"),
+}
