@@ -19,10 +19,11 @@ from deepseek_jax.migrate.handlers import (
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
+from deepseek_jax.migrate.tools import megatron_data as md
 from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools import trl_arguments
-from deepseek_jax.migrate.tools.models import hub_data
 from deepseek_jax.migrate.tools.nemo_words import betas
+from deepseek_jax.migrate.tools.shared import hub_data
 from deepseek_jax.migrate.tracking import if_there
 
 CLASS = "the class of what stands beside it"
@@ -60,7 +61,11 @@ def optimizer(m: Migration, entry: Entry) -> None:
     if name not in OPTIMIZERS:
         m.refuse(entry, "there is no such optimizer", f"Choose of {', '.join(OPTIMIZERS)}")
     elif name == "Adam" and decay is not None and as_float(decay):
-        m.refuse(entry, "weight decay is AdamW's here, and not in the gradient", "Set it to torch.optim.AdamW")
+        m.refuse(
+            entry,
+            "weight decay is AdamW's here, and not in the gradient",
+            "Set it to torch.optim.AdamW",
+        )
     else:
         m.tell(entry, "optimizer.name", OPTIMIZERS[name])
 
@@ -149,10 +154,16 @@ TABLE: dict[str, Handler] = {
     "distributed.cp_size": fact("context", as_int),
     "distributed.dp_size": no_effect("it is what the other sizes leave"),
     "distributed.dp_replicate_size": fact("replicas", as_int),
-    "distributed.sequence_parallel": no_effect("XLA divides what lies between tensor parallel maps"),
+    "distributed.sequence_parallel": no_effect(
+        "XLA divides what lies between tensor parallel maps"
+    ),
     "distributed.activation_checkpointing": recompute,
-    "distributed.moe.*": no_effect("experts are divided over mesh.expert, and recomputed as the rest"),
-    "distributed.pipeline.*": no_effect("stages are visited in turn, by the micro-batches of a step"),
+    "distributed.moe.*": no_effect(
+        "experts are divided over mesh.expert, and recomputed as the rest"
+    ),
+    "distributed.pipeline.*": no_effect(
+        "stages are visited in turn, by the micro-batches of a step"
+    ),
     "distributed.*": no_effect(mt.OVERLAP),
     "dist_env.*": no_effect("train.py finds the processes and waits --cluster_timeout seconds"),
     "model._target_": one_of(
@@ -170,7 +181,8 @@ TABLE: dict[str, Handler] = {
     "model.config.pretrained_model_name_or_path": trl_arguments.model,
     "model.config._target_": no_effect(CLASS),
     "model.backend.fake_balanced_gate": refuse(
-        "the router decides here; a benchmark may not", "Set it to false, or use python -m benchmarks"
+        "the router decides here; a benchmark may not",
+        "Set it to false, or use python -m benchmarks",
     ),
     "model.backend.*": no_effect(mt.XLA),
     "model.torch_dtype": no_effect("weights are float32, and computation has train.dtype"),
@@ -178,7 +190,9 @@ TABLE: dict[str, Handler] = {
     "model.*": no_effect(mt.XLA),
     "checkpoint.enabled": checkpointing,
     "checkpoint.checkpoint_dir": fact("workdir", str),
-    "checkpoint.restore_from": refuse("a checkpoint of AutoModel's is not read", "Export it, and set init_from"),
+    "checkpoint.restore_from": refuse(
+        "a checkpoint of AutoModel's is not read", "Export it, and set init_from"
+    ),
     "checkpoint.*": no_effect("checkpoints are whole and sharded, and restore on any mesh"),
     "loss_fn._target_": loss,
     "loss_fn.*": no_effect("the loss is computed in float32"),
@@ -188,7 +202,9 @@ TABLE: dict[str, Handler] = {
     "optimizer.betas": betas,
     "optimizer.eps": option("optimizer.eps"),
     "optimizer.weight_decay": option("optimizer.weight_decay"),
-    "optimizer.*": no_effect("moments are float32, or bfloat16 with --config.optimizer.moment_dtype"),
+    "optimizer.*": no_effect(
+        "moments are float32, or bfloat16 with --config.optimizer.moment_dtype"
+    ),
     **{f"lr_scheduler.{key}": handler for key, handler in mt.SCHEDULE.items()},
     "lr_scheduler.init_lr": fact("warmup_init"),
     "lr_scheduler.max_lr": fact("learning_rate"),
@@ -197,7 +213,7 @@ TABLE: dict[str, Handler] = {
     "lr_scheduler.lr_decay_steps": fact("schedule_steps", as_int),
     "lr_scheduler._target_": no_effect(CLASS),
     "dataset._target_": data_class,
-    "dataset.paths": mt.prefixes,
+    "dataset.paths": md.prefixes,
     "dataset.file_pattern": data_paths,
     "dataset.path_or_dataset_id": data_paths,
     "dataset.dataset_name": data_paths,
@@ -213,7 +229,9 @@ TABLE: dict[str, Handler] = {
     "peft.dim": option("lora.r"),
     "peft.alpha": option("lora.alpha"),
     "peft.dropout": option("lora.dropout"),
-    "peft.match_all_linear": neutral({True: ""}, "name the weights with --config.lora.target_modules"),
+    "peft.match_all_linear": neutral(
+        {True: ""}, "name the weights with --config.lora.target_modules"
+    ),
     "peft.target_modules": option("lora.target_modules"),
     "peft.*": no_effect("A begins random and B at zero, as in PEFT"),
     "wandb.project": if_there("log.project", "W&B reads WANDB_PROJECT"),
@@ -228,13 +246,16 @@ TABLE: dict[str, Handler] = {
     "ci.*": no_effect("it is of AutoModel's tests"),
     "nvtx": no_effect("traces are taken with --config.profile.start"),
     "slurm.*": no_effect("see python -m deepseek_jax.launch"),
-}  # fmt: skip
+}
 
 
 def finish(m: Migration) -> None:
     """Its defaults."""
     if "from_config" in str(m.value("model._target_")):
-        m.note("Their model begins with random weights: leave config.init_from out and give config.model its sizes.")
+        m.note(
+            "Their model begins with random weights: leave config.init_from out, and give config.model its "
+            "sizes."
+        )
     scheduled = any(m.entry(key) for key in TABLE if key.startswith("lr_scheduler."))
     peak, steps = m.told_of("learning_rate"), m.told_of("steps")
     if scheduled:
@@ -260,7 +281,11 @@ def finish(m: Migration) -> None:
         "log_every": 1,
         "moe.bias_update_rate": 0.0,
         "hf_aux_coef": 0.0,
-        "log.trackers": "mlflow" if m.entry("mlflow.experiment_name") else "wandb" if m.entry("wandb.project") else "",
+        "log.trackers": "mlflow"
+        if m.entry("mlflow.experiment_name")
+        else "wandb"
+        if m.entry("wandb.project")
+        else "",
     }.items():
         m.default(name, value)
     if m.told_of("eval_every") is None:

@@ -18,12 +18,13 @@ from deepseek_jax.migrate.handlers import (
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
+from deepseek_jax.migrate.tools import megatron_data as md
 from deepseek_jax.migrate.tools import megatron_lm
 from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools.megatron_handlers import flag, has_experts, whole, yes_no
 from deepseek_jax.migrate.tools.megatron_model import NO_DROPOUT, padded_vocabulary
 from deepseek_jax.migrate.tools.nemo_words import betas
-from deepseek_jax.migrate.tools.models import need
+from deepseek_jax.migrate.tools.shared import because, need
 from deepseek_jax.migrate.tracking import if_there, trackers
 
 UNASKED = (
@@ -38,15 +39,27 @@ STAGES = {0: "no_shard", 1: "zero1", 2: "shard_grad_op", 3: "full_shard"}
 
 
 def canonical(key: str) -> str:
-    """"pipe-parallel-size" -> "pipe_parallel_size"."""
+    """ "pipe-parallel-size" -> "pipe_parallel_size"."""
     return key.replace("-", "_")
 
 
 def recognise(source: Source) -> int:
     """Its own words beside Megatron's."""
     keys = {canonical(k) for k in source.keys()}
-    own = {"pipe_parallel_size", "model_parallel_size", "pos_emb", "no_weight_tying", "rotary_pct", "gpt_j_residual"}
-    own |= {"checkpoint_factor", "num_kv_heads", "output_layer_init_method", "partition_activations"}
+    own = {
+        "pipe_parallel_size",
+        "model_parallel_size",
+        "pos_emb",
+        "no_weight_tying",
+        "rotary_pct",
+        "gpt_j_residual",
+    }
+    own |= {
+        "checkpoint_factor",
+        "num_kv_heads",
+        "output_layer_init_method",
+        "partition_activations",
+    }
     return min(25 * len(keys & own), 95)
 
 
@@ -128,7 +141,9 @@ TABLE: dict[str, Handler] = {
     "gpt_j_residual": PLAIN,
     "gpt_j_tied": PLAIN,
     "init_method": no_effect("weights begin at config.model.initializer_range; see the note"),
-    "output_layer_init_method": no_effect("weights begin at config.model.initializer_range; see the note"),
+    "output_layer_init_method": no_effect(
+        "weights begin at config.model.initializer_range; see the note"
+    ),
     "init_method_std": option("model.initializer_range"),
     "use_mup": refuse("there is no muP here", "Set it to false"),
     "hidden_dropout": NO_DROPOUT,
@@ -136,7 +151,9 @@ TABLE: dict[str, Handler] = {
     "moe_num_experts": option("model.n_routed_experts"),
     "moe_top_k": option("model.num_experts_per_tok"),
     "moe_router_type": router,
-    "moe_expert_interval": neutral({1: ""}, "all layers have experts but the first ones here", "Set it to 1"),
+    "moe_expert_interval": neutral(
+        {1: ""}, "all layers have experts but the first ones here", "Set it to 1"
+    ),
     "moe_jitter_eps": refuse("the router's input is not noised here", "Leave it out", (None, 0)),
     "moe_lbl_in_fp32": no_effect("the balance loss is in float32"),
     "moe_*": no_effect(mt.XLA),
@@ -146,7 +163,9 @@ TABLE: dict[str, Handler] = {
     "optimizer.params.betas": betas,
     "optimizer.params.eps": option("optimizer.eps"),
     "optimizer.params.weight_decay": option("optimizer.weight_decay"),
-    "scheduler*": no_effect("lr_decay_style says so: DeepSpeed's scheduler is for 1-bit Adam alone"),
+    "scheduler*": no_effect(
+        "lr_decay_style says so: DeepSpeed's scheduler is for 1-bit Adam alone"
+    ),
     "lr_decay_fraction": refuse("the schedule's length is in steps here", "Write lr_decay_iters"),
     "warmup": fact("warmup_fraction"),
     "zero_optimization.stage": stage_of_zero,
@@ -165,16 +184,23 @@ TABLE: dict[str, Handler] = {
     "fp16.min_loss_scale": mt.of_float16("fp16.min_loss_scale"),
     "fp16.type": no_effect("precision says so"),
     "data_types.grad_accum_dtype": one_of(
-        {"fp32": {"train.accumulation_dtype": "float32"}, "bf16": {"train.accumulation_dtype": "bfloat16"}},
+        {
+            "fp32": {"train.accumulation_dtype": "float32"},
+            "bf16": {"train.accumulation_dtype": "bfloat16"},
+        },
         "gradients are summed in float32 or bfloat16",
     ),
     "checkpoint_activations": remat,
     "checkpoint_factor": fact("save_every", as_int),
-    "checkpoint_scale": neutral({"linear": ""}, "checkpoints are a number of steps apart", "Set it to linear"),
-    "keep_last_n_checkpoints": option("checkpoint.keep", lambda e: 0 if is_off(e.value) else as_int(e)),
+    "checkpoint_scale": neutral(
+        {"linear": ""}, "checkpoints are a number of steps apart", "Set it to linear"
+    ),
+    "keep_last_n_checkpoints": option(
+        "checkpoint.keep", lambda e: 0 if is_off(e.value) else as_int(e)
+    ),
     "train_epochs": fact("epochs"),
-    "data_path": mt.prefixes,
-    "train_data_paths": mt.prefixes,
+    "data_path": md.prefixes,
+    "train_data_paths": md.prefixes,
     "train_data_weights": option("data.weights", as_text),
     "valid_data_paths": no_effect("a share of the data is held out (config.data.eval_fraction)"),
     "test_data_paths": no_effect("a run does not test"),
@@ -183,32 +209,35 @@ TABLE: dict[str, Handler] = {
     "wandb_run_name": if_there("log.run_name", "the run is its workdir"),
     "tensorboard_dir": no_effect("events are in WORKDIR/tensorboard"),
     "steps_per_print": no_effect("log_interval says how often"),
-    **{
-        key: no_effect(why)
-        for why, keys in {
-            "W&B reads its own environment variables": ("wandb_*",),
+    **because(
+        {
+            "W&B reads its own environment variables": ("wandb_*"),
             "every layer is recomputed alike": (
-                "checkpoint_num_layers", "partition_activations", "synchronize_each_layer", "contiguous_checkpointing",
-                "deepspeed_activation_checkpointing", "profile_backward", "activation_checkpointing*",
+                "checkpoint_num_layers partition_activations synchronize_each_layer "
+                "contiguous_checkpointing deepspeed_activation_checkpointing profile_backward "
+                "activation_checkpointing*"
             ),
-            "gradients are summed in float32": ("fp32_allreduce", "prescale_gradients", "gradient_predivide_factor"),
+            "gradients are summed in float32": (
+                "fp32_allreduce prescale_gradients gradient_predivide_factor"
+            ),
             "processes find each other, or python -m deepseek_jax.launch starts them": (
-                "hostfile", "include", "exclude", "launcher", "master_port", "master_addr", "deepspeed*", "user_script",
+                "hostfile include exclude launcher master_port master_addr deepspeed* user_script"
             ),
             "the log has loss, gradient norm, rates, memory and times": (
-                "wall_clock_breakdown", "dump_state", "log_dir", "memory_profiling*", "git_hash", "flops_profiler*",
+                "wall_clock_breakdown dump_state log_dir memory_profiling* git_hash flops_profiler*"
             ),
-            "files of token ids are mapped into memory": ("data_impl", "mmap_warmup", "use_shared_fs", "pack_impl"),
-        }.items()
-        for key in keys
-    },
+            "files of token ids are mapped into memory": (
+                "data_impl mmap_warmup use_shared_fs pack_impl"
+            ),
+        }
+    ),
     "scaled_*_softmax_fusion": no_effect(mt.XLA),
     "checkpoint_in_cpu": mt.flagged({"offload.activations": "layer_input"}),
     "autotuning*": refuse("see python -m deepseek_jax.plan advise", "Leave it out"),
     "curriculum_*": refuse("sequences have one length here", "Leave it out"),
     "train_impl": neutral({"normal": ""}, "it trains the next token", "Set it to normal"),
     "soft_prompt_tuning*": refuse("there are no soft prompts here", "Leave it out"),
-}  # fmt: skip
+}
 
 
 def finish(m: Migration) -> None:
@@ -234,7 +263,12 @@ def finish(m: Migration) -> None:
         m.default("model.routed_scaling_factor", 1.0)
         m.default("model.norm_topk_prob", False)
         if m.value("moe_router_type") is None:
-            m.refuse_absent("moe_router_type", "sinkhorn", "experts are chosen by the highest scores here", "Set topk")
+            m.refuse_absent(
+                "moe_router_type",
+                "sinkhorn",
+                "experts are chosen by the highest scores here",
+                "Set topk",
+            )
     else:
         m.default("model.first_k_dense_replace", whole(m, "num_layers"))
     m.default("model.aux_loss_alpha", 0.0)
@@ -244,7 +278,11 @@ def finish(m: Migration) -> None:
     if kind in VOCABULARIES:
         padded_vocabulary(m, None, VOCABULARIES[kind], multiple)
     else:
-        need(m, "model.vocab_size", f"the size of the tokenizer, rounded up to a multiple of {multiple}")
+        need(
+            m,
+            "model.vocab_size",
+            f"the size of the tokenizer, rounded up to a multiple of {multiple}",
+        )
     megatron_lm.defaults_of_training(m)
     for name, value in {
         "schedule": "linear",

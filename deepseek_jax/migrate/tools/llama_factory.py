@@ -1,4 +1,4 @@
-"""LLaMA-Factory: TrainingArguments' words, its own for model, data and method, and Megatron's for its mcore way.
+"""LLaMA-Factory: TrainingArguments' words, its own for model, data and method, Megatron's for its mcore way.
 
 Sources: src/llamafactory/hparams, snapshot of 2026-08.
 """
@@ -21,7 +21,7 @@ from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import hf, megatron_model
 from deepseek_jax.migrate.tools import megatron_training as mt
-from deepseek_jax.migrate.tools.models import lora_modules, need, tell_defaults
+from deepseek_jax.migrate.tools.shared import because, lora_modules, need, tell_defaults
 
 KERNELS = "XLA chooses and fuses kernels"
 OF_METHOD = "it is of a method that is not chosen"
@@ -31,7 +31,15 @@ MCORE = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_m
 
 def recognise(source: Source) -> int:
     """Its words for method, stage, template and length."""
-    own = ("finetuning_type", "stage", "template", "cutoff_len", "dataset_dir", "plot_loss", "overwrite_cache")
+    own = (
+        "finetuning_type",
+        "stage",
+        "template",
+        "cutoff_len",
+        "dataset_dir",
+        "plot_loss",
+        "overwrite_cache",
+    )
     return min(30 * source.has(*own), 100)
 
 
@@ -48,7 +56,9 @@ def method(m: Migration, entry: Entry) -> None:
     elif name == "lora":
         m.tell(entry, "lora.r", as_int(m.entry("lora_rank") or Entry("lora_rank", 8, "")))
     else:
-        m.refuse(entry, "weights are all trained here, or adapted by LoRA", "Set it to full or lora")
+        m.refuse(
+            entry, "weights are all trained here, or adapted by LoRA", "Set it to full or lora"
+        )
 
 
 def of_lora(handler: Handler) -> Handler:
@@ -78,7 +88,11 @@ def dataset(m: Migration, entry: Entry) -> None:
     folder = str(m.value("dataset_dir", "data"))
     folder = "data" if ":" in folder else folder
     m.tell(entry, "data.path", ",".join(f"{folder}/{name}.jsonl" for name in names))
-    rows = "texts, a column text" if str(m.value("stage", "sft")) == "pt" else "chats, a column messages"
+    rows = (
+        "texts, a column text"
+        if str(m.value("stage", "sft")) == "pt"
+        else "chats, a column messages"
+    )
     most = f", {m.value('max_samples')} rows of each at most" if m.value("max_samples") else ""
     need(m, "data.path", f"write {', '.join(names)} as JSONL of {rows}{most} (docs/data.md)")
 
@@ -89,7 +103,11 @@ def template(m: Migration, entry: Entry) -> None:
         m.no_effect(entry, "texts have no template")
         return
     m.no_effect(entry, "a model brings its template: see what is to be given")
-    need(m, "sft.chat_template", f"LLaMA-Factory's {as_text(entry)}, where the model has no template or another one")
+    need(
+        m,
+        "sft.chat_template",
+        f"LLaMA-Factory's {as_text(entry)}, where the model has no template or another one",
+    )
 
 
 def thinking(m: Migration, entry: Entry) -> None:
@@ -117,7 +135,9 @@ def packing(m: Migration, entry: Entry) -> None:
     m.tell(entry, "sft.packing", "bfd" if on or flag_of(m, "neat_packing") else "none")
     m.tell(entry, "unpacked", not (on or flag_of(m, "neat_packing")))
     if on and not flag_of(m, "neat_packing"):
-        m.note("Without neat_packing attention crosses the examples of a row there; here it never does.")
+        m.note(
+            "Without neat_packing attention crosses the examples of a row there; here it never does."
+        )
 
 
 def flag_of(m: Migration, key: str) -> bool:
@@ -129,7 +149,9 @@ def held_out(m: Migration, entry: Entry) -> None:
     """val_size: a share, or a number of rows."""
     size = as_float(entry)
     if size >= 1:
-        m.refuse(entry, "a share is held out here, and not a number of rows", "Write a share, as 0.01")
+        m.refuse(
+            entry, "a share is held out here, and not a number of rows", "Write a share, as 0.01"
+        )
     elif size:
         m.tell(entry, "data.eval_fraction", size)
     else:
@@ -179,10 +201,14 @@ TABLE: dict[str, Handler] = {
     "rope_scaling": refuse("a model is what its config.json says", "Write it there"),
     "shift_attn": refuse("attention is over the whole sequence here", "Set it to false"),
     "mixture_of_depths": refuse("every layer works on every token here", "Leave it out"),
-    "train_from_scratch": refuse("init_from brings weights", "Give config.model its sizes, and no init_from"),
+    "train_from_scratch": refuse(
+        "init_from brings weights", "Give config.model its sizes, and no init_from"
+    ),
     "resize_vocab": refuse("a tokenizer is taken as it is", "Set it to false"),
     "add_tokens": refuse("a tokenizer is taken as it is", "Add them to the tokenizer first"),
-    "add_special_tokens": refuse("a tokenizer is taken as it is", "Add them to the tokenizer first"),
+    "add_special_tokens": refuse(
+        "a tokenizer is taken as it is", "Add them to the tokenizer first"
+    ),
     "quantization_bit": of_lora(bits),
     "quantization_*": of_lora(no_effect("4 bits are nf4 here, 8 are int8")),
     "double_quantization": no_effect("scales of nf4 always have 8 bits"),
@@ -219,10 +245,14 @@ TABLE: dict[str, Handler] = {
     "template": template,
     "cutoff_len": fact("sequence_length", as_int),
     "max_samples": no_effect("take so many rows of each file: see what is to be given"),
-    "mix_strategy": neutral({"concat": ""}, "files are mixed by data.weights here", "Set it to concat"),
+    "mix_strategy": neutral(
+        {"concat": ""}, "files are mixed by data.weights here", "Set it to concat"
+    ),
     "interleave_probs": option("data.weights"),
     "train_on_prompt": prompts,
-    "mask_history": refuse('a message is left out of the loss by "mask": 1', "Write that into the data"),
+    "mask_history": refuse(
+        'a message is left out of the loss by "mask": 1', "Write that into the data"
+    ),
     "packing": packing,
     "neat_packing": packing,
     "val_size": held_out,
@@ -231,36 +261,42 @@ TABLE: dict[str, Handler] = {
     "disable_shuffling": refuse("every pass has an order of its own here", "Set it to false"),
     "ray_num_workers": workers,
     "fp8*": refuse("train.dtype is float32, bfloat16 or float16 here", "Leave fp8 out"),
-    **{
-        key: no_effect(why)
-        for why, keys in {
+    **because(
+        {
             KERNELS: (
-                "use_v1_kernels", "enable_liger_kernel", "use_unsloth*", "use_reentrant_gc", "upcast_*", "use_kv_cache",
-                "device_map", "low_cpu_mem_usage", "infer_*", "vllm_*", "sglang_*", "use_kt", "offload_folder",
+                "use_v1_kernels enable_liger_kernel use_unsloth* use_reentrant_gc upcast_* "
+                "use_kv_cache device_map low_cpu_mem_usage infer_* vllm_* sglang_* use_kt "
+                "offload_folder"
             ),
             OF_METHOD: (
-                "freeze_*", "oft_*", "galore_*", "apollo_*", "badam_*", "pref_*", "dpo_*", "kto_*", "simpo_*", "ppo_*",
-                "reward_model*", "asft_alpha", "eaft_alpha", "ref_model*", "lora_ga_*",
+                "freeze_* oft_* galore_* apollo_* badam_* pref_* dpo_* kto_* simpo_* ppo_* "
+                "reward_model* asft_alpha eaft_alpha ref_model* lora_ga_*"
             ),
             "data are read where they lie, and tokenised once": (
-                "dataset_dir", "media_dir", "overwrite_cache", "preprocessing_*", "tokenized_path", "streaming",
-                "buffer_size", "data_shared_file_system", "cache_dir", "tool_format", "ignore_pad_token_for_loss",
-                "split_special_tokens", "use_fast_tokenizer", "preserve_thinking", "eval_on_each_dataset",
+                "dataset_dir media_dir overwrite_cache preprocessing_* tokenized_path streaming "
+                "buffer_size data_shared_file_system cache_dir tool_format "
+                "ignore_pad_token_for_loss split_special_tokens use_fast_tokenizer "
+                "preserve_thinking eval_on_each_dataset"
             ),
-            "a share of the data is held out (config.data.eval_fraction)": ("eval_dataset",),
+            "a share of the data is held out (config.data.eval_fraction)": ("eval_dataset"),
             "the log has losses and times": (
-                "plot_loss", "include_effective_*", "compute_accuracy", "print_param_status", "enable_torch_profiler",
-                "profiler_*", "predict_with_generate", "swanlab_*",
+                "plot_loss include_effective_* compute_accuracy print_param_status "
+                "enable_torch_profiler profiler_* predict_with_generate swanlab_*"
             ),
-            "python -m deepseek_jax.launch ray starts it": ("ray_*", "master_addr", "master_port", "resources_per_worker*"),
-            "python -m deepseek_jax.hf export writes the model": ("export_*", "hf_hub_token", "ms_hub_token"),
-            "the mesh says so": ("use_mca", "use_megatron_bridge", "nproc_per_node"),
-        }.items()
-        for key in keys
-    },
-    "use_swanlab": one_of({"false": "it is off"}, "there is no tracker for SwanLab", "Set report_to"),
+            "python -m deepseek_jax.launch ray starts it": (
+                "ray_* master_addr master_port resources_per_worker*"
+            ),
+            "python -m deepseek_jax.hf export writes the model": (
+                "export_* hf_hub_token ms_hub_token"
+            ),
+            "the mesh says so": ("use_mca use_megatron_bridge nproc_per_node"),
+        }
+    ),
+    "use_swanlab": one_of(
+        {"false": "it is off"}, "there is no tracker for SwanLab", "Set report_to"
+    ),
     "bias_activation_fusion": no_effect(KERNELS),
-}  # fmt: skip
+}
 
 
 def finish(m: Migration) -> None:

@@ -1,8 +1,8 @@
 """Megatron-Bridge: overrides of a recipe in Python, by its sections.
 
 A file says what differs from the recipe that its script takes, and the recipe is not in the file: the model
-is config.init_from, and the rest the recipes' common defaults. Sources: src/megatron/bridge/training/config.py and
-recipes/common.py, snapshot of 2026-08.
+is config.init_from, and the rest the recipes' common defaults. Sources: training/config.py and recipes/common.py
+of src/megatron/bridge, snapshot of 2026-08.
 """
 
 from deepseek_jax.migrate.handlers import as_bool, as_float, fact, no_effect, one_of, option, refuse
@@ -12,15 +12,35 @@ from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools.megatron_lm import AROUND, defaults_of_training
 from deepseek_jax.migrate.tools.megatron_model import MODEL
-from deepseek_jax.migrate.tools.models import need
+from deepseek_jax.migrate.tools.shared import need
 from deepseek_jax.migrate.tracking import if_there
 
-SECTIONS = ("model", "train", "validation", "optimizer", "scheduler", "ddp", "dist", "dataset", "logger", "tokenizer")
-SECTIONS += ("checkpoint", "rng", "mixed_precision", "comm_overlap", "profiling", "ft", "peft", "env_vars")
+SECTIONS = (
+    "model",
+    "train",
+    "validation",
+    "optimizer",
+    "scheduler",
+    "ddp",
+    "dist",
+    "dataset",
+    "logger",
+    "tokenizer",
+)
+SECTIONS += (
+    "checkpoint",
+    "rng",
+    "mixed_precision",
+    "comm_overlap",
+    "profiling",
+    "ft",
+    "peft",
+    "env_vars",
+)
 
 
 def canonical(key: str) -> str:
-    """"train.train_iters" -> "train_iters"; the teacher and its loss keep their sections."""
+    """ "train.train_iters" -> "train_iters"; the teacher and its loss keep their sections."""
     if key == "model.kd_config" or key.startswith(("model.teacher", "model.kd_config.")):
         return key.removeprefix("model.")
     section, _, rest = key.partition(".")
@@ -31,7 +51,15 @@ def canonical(key: str) -> str:
 
 def recognise(source: Source) -> int:
     """A train block in Megatron's words beside other sections."""
-    known = ("train.train_iters", "train.global_batch_size", "scheduler", "ddp", "rng", "dist", "logger.log_interval")
+    known = (
+        "train.train_iters",
+        "train.global_batch_size",
+        "scheduler",
+        "ddp",
+        "rng",
+        "dist",
+        "logger.log_interval",
+    )
     found = source.has(*known)
     return 30 + 14 * found if source.has("train") and found >= 2 else 0
 
@@ -42,7 +70,9 @@ def teachers_own(m: Migration, entry: Entry) -> None:
     if key in MODEL or key in mt.PARALLEL:
         m.no_effect(entry, "the teacher is laid out over the mesh as the student is")
     else:
-        m.refuse(entry, "a teacher is what its folder says", "Name it with --config.distill.teacher")
+        m.refuse(
+            entry, "a teacher is what its folder says", "Name it with --config.distill.teacher"
+        )
 
 
 def without_cross_entropy(m: Migration, entry: Entry) -> None:
@@ -60,10 +90,15 @@ def scale(m: Migration, entry: Entry) -> None:
         if as_float(entry) == 1.0:
             m.no_effect(entry, "the divergence is the whole loss")
         else:
-            m.refuse(entry, "the divergence is the whole loss, weighted by 1", "Scale the learning rate")
+            m.refuse(
+                entry, "the divergence is the whole loss, weighted by 1", "Scale the learning rate"
+            )
         return
-    m.tell(entry, "distill.alpha", as_float(entry) / (1 + as_float(entry)))
-    m.note("Their loss is cross-entropy + kd_loss_scale x divergence; ours is the same, divided by 1 + kd_loss_scale.")
+    m.refuse(
+        entry,
+        "the divergence is scaled to the cross-entropy at every step there, and by a constant here",
+        "Set skip_lm_loss to true, or leave this out and set --config.distill.alpha",
+    )
 
 
 TABLE: dict[str, Handler] = {
@@ -76,10 +111,14 @@ TABLE: dict[str, Handler] = {
     "kd_config.logit_kl_temperature": option("distill.temperature"),
     "kd_config.logit_kl_topk": option("distill.top_k"),
     "kd_config.logit_layers": one_of(
-        {"['output_layer', 'output_layer']": "logits are compared"}, "the heads' logits are compared here", ""
+        {"['output_layer', 'output_layer']": "logits are compared"},
+        "the heads' logits are compared here",
+        "",
     ),
     "kd_config.intermediate_layer_pairs": refuse(
-        "pairs of layers are config.distill.hidden_layers here", "Set that, and leave this out", (None, "[]")
+        "pairs of layers are config.distill.hidden_layers here",
+        "Set that, and leave this out",
+        (None, "[]"),
     ),
     "mixed_precision": mt.precision,
     "num_epochs": fact("epochs", as_float),

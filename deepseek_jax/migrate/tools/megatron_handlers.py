@@ -1,4 +1,4 @@
-"""What keys of Megatron-core's TransformerConfig say that hang together: attention, layers with experts, routing.
+"""What keys of Megatron-core's TransformerConfig say that hang together: attention, experts, routing.
 
 Sources: megatron/core/transformer/transformer_config.py, moe/moe_utils.py and multi_latent_attention.py of
 Megatron-LM.
@@ -6,7 +6,6 @@ Megatron-LM.
 
 import ast
 
-from deepseek_jax.errors import UserError
 from deepseek_jax.migrate.handlers import (
     as_bool,
     as_float,
@@ -19,6 +18,7 @@ from deepseek_jax.migrate.handlers import (
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
+
 
 def whole(m: Migration, key: str, default: int = 0) -> int:
     """A whole number that the sources give to a canonical key; `default`: they do not."""
@@ -97,7 +97,9 @@ def layer_pattern(entry: Entry, layers: int) -> list[int]:
       UserError: it is none of these.
     """
     if isinstance(entry.value, int):
-        return [int(i % entry.value == 0) for i in range(layers)] if entry.value > 0 else [0] * layers
+        return (
+            [int(i % entry.value == 0) for i in range(layers)] if entry.value > 0 else [0] * layers
+        )
     try:
         found = _items(ast.parse(as_text(entry).strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError):
@@ -115,9 +117,13 @@ def _items(node: ast.expr) -> list[int] | int:
         case ast.Constant(value=int(value)):
             return value
         case ast.List(elts=elts):
-            return [e.value for e in elts if isinstance(e, ast.Constant) and isinstance(e.value, int)]
+            return [
+                e.value for e in elts if isinstance(e, ast.Constant) and isinstance(e.value, int)
+            ]
         case ast.Tuple(elts=elts):
-            return [e.value for e in elts if isinstance(e, ast.Constant) and isinstance(e.value, int)]
+            return [
+                e.value for e in elts if isinstance(e, ast.Constant) and isinstance(e.value, int)
+            ]
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             first, second = _items(left), _items(right)
             if isinstance(first, list) and isinstance(second, list):
@@ -179,7 +185,7 @@ def drop_policy(m: Migration, entry: Entry) -> None:
 
 
 def score_before_choice(m: Migration, entry: Entry) -> None:
-    """moe_router_pre_softmax: the softmax is over all experts, and the chosen weights are left as they are."""
+    """moe_router_pre_softmax: the softmax is over all experts, and the chosen weights stay as they are."""
     if m.value("moe_router_score_function", "softmax") != "softmax":
         m.no_effect(entry, "it is of softmax scores")
     else:
@@ -203,7 +209,10 @@ def bias_update_rate(m: Migration, entry: Entry) -> None:
 
 
 def groups(m: Migration, entry: Entry) -> None:
-    """moe_router_group_topk. Megatron scores a group by its best topk / group_topk experts; V3 by two, V2 by one."""
+    """moe_router_group_topk: how many groups.
+
+    Megatron scores a group by its best topk / group_topk experts; V3 by two, V2 by one.
+    """
     if entry.value is None:
         m.no_effect(entry, "null is the default")
         return

@@ -7,20 +7,38 @@ from deepseek_jax.migrate.handlers import as_int, fact, is_off, no_effect, optio
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
+from deepseek_jax.migrate.tools import megatron_data as md
 from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools.megatron_handlers import flag, query_groups, whole
 from deepseek_jax.migrate.tools.megatron_model import MODEL, finish_model, padded_vocabulary
-from deepseek_jax.migrate.tools.models import need
+from deepseek_jax.migrate.tools.shared import because, need
 from deepseek_jax.migrate.tracking import if_there, trackers
 
 SECTIONS = ("MODEL_ARGS.", "language_model.", "model_parallel.")
-SIZES = ("num_layers", "hidden_size", "num_attention_heads", "micro_batch_size", "train_iters", "lr")
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "micro_batch_size",
+    "train_iters",
+    "lr",
+)
 CONVERT = "Convert it to the form of Hugging Face, and name it with --config.init_from"
 # What the file does not set, and what this trainer lacks (arguments.py, TransformerConfig).
 UNASKED = (
-    ("normalization", "LayerNorm", "layers are normed by RMSNorm here", "Set --normalization RMSNorm"),
+    (
+        "normalization",
+        "LayerNorm",
+        "layers are normed by RMSNorm here",
+        "Set --normalization RMSNorm",
+    ),
     ("swiglu", "GELU", "MLPs are SwiGLU here", "Set --swiglu"),
-    ("disable_bias_linear", "False", "linear maps have no biases here", "Set --disable-bias-linear"),
+    (
+        "disable_bias_linear",
+        "False",
+        "linear maps have no biases here",
+        "Set --disable-bias-linear",
+    ),
     ("position_embedding_type", "learned_absolute", "positions are rotary here", "Set it to rope"),
     ("attention_dropout", "0.1", "there is no dropout here", "Set --attention-dropout 0"),
     ("hidden_dropout", "0.1", "there is no dropout here", "Set --hidden-dropout 0"),
@@ -29,13 +47,15 @@ VOCABULARIES = {"GPT2BPETokenizer": 50257}
 
 
 def canonical(key: str) -> str:
-    """"MODEL_ARGS.--num-layers" -> "num_layers"."""
+    """ "MODEL_ARGS.--num-layers" -> "num_layers"."""
     for section in SECTIONS:
         key = key.removeprefix(section)
     if key.startswith("ENV_VARS."):
         return key
     key = key.lstrip("-").replace("-", "_")
-    return {"norm_epsilon": "layernorm_epsilon", "use_rotary_position_embeddings": "use_rope"}.get(key, key)
+    return {"norm_epsilon": "layernorm_epsilon", "use_rotary_position_embeddings": "use_rope"}.get(
+        key, key
+    )
 
 
 def recognise(source: Source) -> int:
@@ -75,9 +95,13 @@ def begins_with_theirs(m: Migration, entry: Entry) -> None:
 
 def ends_early(m: Migration, entry: Entry) -> None:
     """--exit-interval: a job ends there, and another goes on."""
-    steps = whole(m, "train_iters") or whole(m, "train_samples") // max(whole(m, "global_batch_size", 1), 1)
+    steps = whole(m, "train_iters") or whole(m, "train_samples") // max(
+        whole(m, "global_batch_size", 1), 1
+    )
     if entry.value and as_int(entry) < steps:
-        m.note(f"{entry.text} ends a job before the last step, {steps}: limit the job's time instead.")
+        m.note(
+            f"{entry.text} ends a job before the last step, {steps}: limit the job's time instead."
+        )
     m.no_effect(entry, "a job may end at any step: the same command goes on")
 
 
@@ -144,12 +168,14 @@ AROUND: dict[str, Handler] = {
     "use_checkpoint_args": refuse("the model's sizes are in a checkpoint of Megatron's", CONVERT),
     "async_save": option("checkpoint.async_checkpointing"),
     "exit_interval": ends_early,
-    "exit_duration_in_mins": no_effect("at the end of a job's time SIGTERM saves, and the next one goes on"),
+    "exit_duration_in_mins": no_effect(
+        "at the end of a job's time SIGTERM saves, and the next one goes on"
+    ),
     "exit_signal*": no_effect("SIGTERM saves, always"),
     "seed": option("seed"),
     "random_seed": option("seed"),
-    "data_path": mt.prefixes,
-    "split": mt.splits,
+    "data_path": md.prefixes,
+    "split": md.splits,
     "mock_data": refuse("there are no made-up data", "Name files with --data-path"),
     "reset_attention_mask": document_mask,
     "reset_position_ids": document_mask,
@@ -159,38 +185,39 @@ AROUND: dict[str, Handler] = {
     "wandb_exp_name": if_there("log.run_name", "the run is its workdir"),
     "wandb_entity": no_effect("W&B reads WANDB_ENTITY"),
     "wandb_save_dir": no_effect("its files are in WORKDIR/wandb"),
-    "tokenizer_*": no_effect(mt.TOKENS_ARE_READ),
-    "vocab_file": no_effect(mt.TOKENS_ARE_READ),
-    "merge_file": no_effect(mt.TOKENS_ARE_READ),
-    "vocab_extra_ids": no_effect(mt.TOKENS_ARE_READ),
+    "tokenizer_*": no_effect(md.TOKENS_ARE_READ),
+    "vocab_file": no_effect(md.TOKENS_ARE_READ),
+    "merge_file": no_effect(md.TOKENS_ARE_READ),
+    "vocab_extra_ids": no_effect(md.TOKENS_ARE_READ),
     "make_vocab_size_divisible_by": no_effect("the vocabulary's size below is padded by it"),
-    **{
-        key: no_effect(why)
-        for why, keys in {
+    **because(
+        {
             "batches are read ahead, the same ones on any number of workers": (
-                "num_workers", "data_cache_path", "no_mmap_bin_files", "mmap_bin_files", "dataloader_*",
-                "num_dataset_builder_threads", "no_create_attention_mask*", "create_attention_mask*", "data_sharding",
-                "skip_getting_attention_mask*", "persistent_workers", "pin_memory",
+                "num_workers data_cache_path no_mmap_bin_files mmap_bin_files dataloader_* "
+                "num_dataset_builder_threads no_create_attention_mask* create_attention_mask* "
+                "data_sharding skip_getting_attention_mask* persistent_workers pin_memory"
             ),
             "the log has loss, gradient norm, rates, memory and times": (
-                "log_*", "timing_*", "logging_level", "tensorboard_*", "no_one_logger", "one_logger_*", "record_memory*",
+                "log_* timing_* logging_level tensorboard_* no_one_logger one_logger_* "
+                "record_memory*"
             ),
             "checkpoints are whole and sharded, and restore on any mesh": (
-                "ckpt_*", "no_ckpt_*", "dist_ckpt_*", "auto_detect_ckpt_format", "use_persistent_ckpt_worker",
-                "no_save_*", "no_load_*", "fully_parallel_save", "fully_parallel_load", "use_dist_ckpt",
-                "async_strategy", "save_optim", "save_rng", "load_optim", "load_rng",
+                "ckpt_* no_ckpt_* dist_ckpt_* auto_detect_ckpt_format use_persistent_ckpt_worker "
+                "no_save_* no_load_* fully_parallel_save fully_parallel_load use_dist_ckpt "
+                "async_strategy save_optim save_rng load_optim load_rng"
             ),
             "updates that are not finite are skipped, always": (
-                "*check_for_nan_in_loss*", "check_for_large_grads", "check_for_nan_in_grad",
+                "*check_for_nan_in_loss* check_for_large_grads check_for_nan_in_grad"
             ),
-            "Python's garbage collector is no matter here": ("manual_gc*", "empty_unused_memory_level"),
+            "Python's garbage collector is no matter here": (
+                "manual_gc* empty_unused_memory_level"
+            ),
             "gradients are summed in float32": (
-                "accumulate_allreduce_grads_in_fp32", "grad_reduce_in_fp32", "grad_reduce_in_bf16",
+                "accumulate_allreduce_grads_in_fp32 grad_reduce_in_fp32 grad_reduce_in_bf16"
             ),
-        }.items()
-        for key in keys
-    },
-}  # fmt: skip
+        }
+    ),
+}
 
 TABLE: dict[str, Handler] = {
     **MODEL,
@@ -215,7 +242,7 @@ TABLE: dict[str, Handler] = {
     "TEST_TYPE": no_effect("it is of Megatron's tests"),
     "LAUNCHER": no_effect("it is of Megatron's tests"),
     "METRICS*": no_effect("it is of Megatron's tests"),
-}  # fmt: skip
+}
 
 
 def vocabulary(m: Migration, tokenizers: dict[str, int], multiple: int) -> None:
@@ -227,7 +254,11 @@ def vocabulary(m: Migration, tokenizers: dict[str, int], multiple: int) -> None:
     elif (name := str(m.value("tokenizer_type"))) in tokenizers:
         padded_vocabulary(m, None, tokenizers[name], multiple)
     else:
-        need(m, "model.vocab_size", f"the size of the tokenizer, rounded up to a multiple of {multiple}")
+        need(
+            m,
+            "model.vocab_size",
+            f"the size of the tokenizer, rounded up to a multiple of {multiple}",
+        )
 
 
 def defaults_of_training(m: Migration) -> None:
@@ -260,7 +291,9 @@ def finish(m: Migration) -> None:
         m.default("model.v_head_dim", 128)
         m.default("model.rope_scaling.mscale", 1.0)
         if not flag(m, "qk_layernorm"):
-            m.refuse_absent("qk_layernorm", "False", "latents are normed here", "Set --qk-layernorm")
+            m.refuse_absent(
+                "qk_layernorm", "False", "latents are normed here", "Set --qk-layernorm"
+            )
     m.default("schedule", "linear")
     m.default("optimizer.b2", 0.999)
     m.default("optimizer.weight_decay", 0.01)

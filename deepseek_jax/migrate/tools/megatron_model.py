@@ -12,7 +12,13 @@ from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
 from deepseek_jax.migrate.tools import megatron_handlers as mh
-from deepseek_jax.migrate.tools.megatron_handlers import flag, has_experts, of_experts, whole, yes_no
+from deepseek_jax.migrate.tools.megatron_handlers import (
+    flag,
+    has_experts,
+    of_experts,
+    whole,
+    yes_no,
+)
 
 NO_DROPOUT = refuse("there is no dropout here", "Set it to 0", unless=(None, False, 0, 0.0))
 GATED_SILU = {"swiglu": "", "fast-swiglu": ""}
@@ -30,7 +36,9 @@ ATTENTION: dict[str, Handler] = {
     "qk_layernorm": mh.norm_of_queries,
     "add_qkv_bias": yes_no("model.attention_bias"),
     "window_size": refuse("there is no sliding window here", "Leave it out"),
-    "attention_type": neutral({"multihead": ""}, "attention is multi-head here", "Set it to multihead"),
+    "attention_type": neutral(
+        {"multihead": ""}, "attention is multi-head here", "Set it to multihead"
+    ),
     "position_embedding_type": neutral(
         {"rope": ""}, "positions are rotary here", "Set it to rope, and train anew"
     ),
@@ -48,7 +56,9 @@ ATTENTION: dict[str, Handler] = {
     ),
     "rope_type": no_effect("rotary_scaling_factor says so"),
     "apply_query_key_layer_scaling": no_effect("it guards float16's range and changes no result"),
-    "normalize_attention_scores": neutral({True: ""}, "scores are divided by sqrt(head width) here"),
+    "normalize_attention_scores": neutral(
+        {True: ""}, "scores are divided by sqrt(head width) here"
+    ),
     "attention_softmax_in_fp32": no_effect("softmax is in float32 here"),
 }
 
@@ -63,7 +73,9 @@ BLOCKS: dict[str, Handler] = {
     "init_method_std": option("model.initializer_range"),
     "untie_embeddings_and_output_weights": yes_no("model.tie_word_embeddings", inverted=True),
     "share_embeddings_and_output_weights": yes_no("model.tie_word_embeddings"),
-    "normalization": neutral({"rmsnorm": ""}, "layers are normed by RMSNorm here", "Set it to RMSNorm"),
+    "normalization": neutral(
+        {"rmsnorm": ""}, "layers are normed by RMSNorm here", "Set it to RMSNorm"
+    ),
     "activation": neutral(GATED_SILU, "MLPs are SwiGLU here", "Set it to fast-swiglu"),
     "swiglu": neutral({True: ""}, "MLPs are SwiGLU here", "Set it to true"),
     "gated_linear_unit": neutral({True: ""}, "MLPs are SwiGLU here", "Set it to true"),
@@ -79,7 +91,9 @@ BLOCKS: dict[str, Handler] = {
     "transformer_block_type": neutral({"pre_ln": ""}, "norms stand before attention and MLP here"),
     "headscale": refuse("heads are not scaled here", "Set it to false"),
     "fp32_residual_connection": no_effect("the residual stream has the compute dtype"),
-    "mtp_num_layers": option("model.num_nextn_predict_layers", lambda e: as_int(e) if e.value else 0),
+    "mtp_num_layers": option(
+        "model.num_nextn_predict_layers", lambda e: as_int(e) if e.value else 0
+    ),
     "mtp_loss_scaling_factor": mh.mtp_weight,
 }
 
@@ -125,8 +139,12 @@ ROUTING: dict[str, Handler] = {
     ),
     "moe_expert_capacity_factor": of_experts(mh.capacity),
     "moe_token_drop_policy": of_experts(mh.drop_policy),
-    "moe_input_jitter_eps": refuse("the router's input is not noised here", "Leave it out", (None, 0)),
-    "moe_router_topk_limited_devices": refuse("experts are not limited to devices here", "Use groups"),
+    "moe_input_jitter_eps": refuse(
+        "the router's input is not noised here", "Leave it out", (None, 0)
+    ),
+    "moe_router_topk_limited_devices": refuse(
+        "experts are not limited to devices here", "Use groups"
+    ),
     "moe_router_force_load_balancing": refuse("the router decides here", "Leave it out"),
     "moe_shared_expert_gate": refuse("shared experts are not gated here", "Leave it out"),
     "moe_latent_size": refuse("experts work on the residual stream here", "Leave it out"),
@@ -156,7 +174,9 @@ def finish_model(m: Migration, unasked: Sequence[tuple[str, str, str, str]]) -> 
     """
     for key in ("num_layers", "hidden_size", "num_attention_heads"):
         if m.value(key) is None:
-            raise UserError(f"{key} is in none of the files: the model has no size. Add the file that has it.")
+            raise UserError(
+                f"{key} is in none of the files: the model has no size. Add the file that has it."
+            )
     for key, value, why, repair in unasked:
         if m.value(key) is None:
             m.refuse_absent(key, value, why, repair)

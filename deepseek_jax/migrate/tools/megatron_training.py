@@ -23,14 +23,15 @@ from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
 from deepseek_jax.migrate.tools.megatron_handlers import flag, whole
-from deepseek_jax.migrate.tools.models import need
+from deepseek_jax.migrate.tools.shared import because
 
 XLA = "XLA chooses and fuses kernels"
 OVERLAP = "XLA overlaps communication with computation"
 ANY_STAGES = "stages may hold any number of layers here"
-OWN_WORKDIR = "the same command goes on from its --workdir; a checkpoint of theirs is not read: convert it to the "
-OWN_WORKDIR += "form of Hugging Face, and name it with --config.init_from"
-TOKENS_ARE_READ = "the .bin files hold token ids; --config.data.tokenizer names a tokenizer for samples"
+OWN_WORKDIR = (
+    "the same command goes on from its --workdir; a checkpoint of theirs is not read: convert it to the form "
+    "of Hugging Face, and name it with --config.init_from"
+)
 STRATEGIES = {
     "no_shard": "no_shard",
     "optim": "zero1",
@@ -112,7 +113,9 @@ def ramp(m: Migration, entry: Entry) -> None:
     full = whole(m, "global_batch_size", start)
     m.tell(entry, "train.batch_ramp_start", start)
     m.tell(entry, "train.batch_ramp_steps", max(1, round(2 * samples / (start + full))))
-    m.note("The batch grows evenly here, in whole micro-batches, and there by an increment at a time.")
+    m.note(
+        "The batch grows evenly here, in whole micro-batches, and there by an increment at a time."
+    )
 
 
 def of_float16(name: str, power: bool = False) -> Handler:
@@ -170,39 +173,6 @@ def flagged(told: dict[str, object], otherwise: str = "it is off") -> Handler:
     return handle
 
 
-def splits(m: Migration, entry: Entry) -> None:
-    """splits_string: shares of training, validation and test; the last two are held out here."""
-    parts = entry.value if isinstance(entry.value, list) else as_text(entry).split(",")
-    try:
-        shares = [float(p) for p in parts]
-        m.tell(entry, "data.eval_fraction", round(1 - shares[0] / sum(shares), 6))
-    except (ValueError, ZeroDivisionError, IndexError):
-        m.refuse(entry, "it is not three shares", "Write it as 99,1,0")
-
-
-def prefixes(m: Migration, entry: Entry) -> None:
-    """data_path: prefixes of .bin and .idx files, each with a weight before it or none."""
-    words = entry.value if isinstance(entry.value, list) else as_text(entry).split()
-    paths = [str(w) for w in words if not _is_number(w)]
-    weights = [str(w) for w in words if _is_number(w)]
-    if not paths:
-        m.no_effect(entry, "null is the default")
-        return
-    m.tell(entry, "data.path", ",".join(paths))
-    if len(weights) == len(paths) > 1:
-        m.tell(entry, "data.weights", ",".join(weights))
-    if any("$" in p for p in paths):
-        need(m, "data.path", f"{entry.text} is a variable of the shell")
-
-
-def _is_number(word: object) -> bool:
-    try:
-        float(str(word))
-    except ValueError:
-        return False
-    return True
-
-
 SCHEDULE: dict[str, Handler] = {
     "lr": fact("learning_rate"),
     "min_lr": fact("min_lr"),
@@ -256,9 +226,14 @@ OPTIMIZER: dict[str, Handler] = {
     "clip_grad": option("optimizer.grad_clip"),
     "muon_momentum": option("optimizer.momentum"),
     "muon_*": no_effect("muon is orthogonalised as its authors do"),
-    "decoupled_lr": refuse("embedding and head have the learning rate of the rest", "See lr_multipliers"),
+    "decoupled_lr": refuse(
+        "embedding and head have the learning rate of the rest", "See lr_multipliers"
+    ),
     "exp_avg_dtype": one_of(
-        {"fp32": {"optimizer.moment_dtype": "float32"}, "bf16": {"optimizer.moment_dtype": "bfloat16"}},
+        {
+            "fp32": {"optimizer.moment_dtype": "float32"},
+            "bf16": {"optimizer.moment_dtype": "bfloat16"},
+        },
         "moments are float32 or bfloat16 here",
         "Set it to bf16",
     ),
@@ -273,7 +248,9 @@ OPTIMIZER: dict[str, Handler] = {
     ),
     "main_params_dtype": neutral({"fp32": ""}, "weights are float32 here", "Set it to fp32"),
     "optimizer_cpu_offload": flagged({"offload.optimizer_state": True}),
-    "optimizer_offload_fraction": neutral({1: "", 1.0: ""}, "all of the optimizer's state is offloaded here"),
+    "optimizer_offload_fraction": neutral(
+        {1: "", "1.0": ""}, "all of the optimizer's state is offloaded here"
+    ),
     "use_precision_aware_optimizer": no_effect("exp_avg_dtype says so"),
     "overlap_cpu_optimizer_d2h_h2d": no_effect(OVERLAP),
 }
@@ -292,7 +269,9 @@ PARALLEL: dict[str, Handler] = {
     "num_layers_in_last_pipeline_stage": no_effect(ANY_STAGES),
     "decoder_*_pipeline_num_layers": no_effect(ANY_STAGES),
     "account_for_*_in_pipeline_split": no_effect(ANY_STAGES),
-    "sequence_parallel": no_effect("norms between tensor parallel maps need no switch: XLA divides them"),
+    "sequence_parallel": no_effect(
+        "norms between tensor parallel maps need no switch: XLA divides them"
+    ),
     "use_distributed_optimizer": divided_optimizer,
     "use_megatron_fsdp": fsdp,
     "use_torch_fsdp2": fsdp,
@@ -306,28 +285,34 @@ PARALLEL: dict[str, Handler] = {
     "cpu_offloading": flagged({"offload.activations": "layer_input"}),
     "distributed_timeout_minutes": no_effect("train.py waits --cluster_timeout seconds"),
     "distributed_backend": no_effect("XLA brings its own"),
-    "calculate_per_token_loss": no_effect("the loss is the mean over all scored tokens of a step, always"),
-    **{
-        key: no_effect(OVERLAP)
-        for key in (
-            "overlap_*", "no_overlap_*", "align_*", "no_align_*", "delay_*", "batch_p2p_*", "tp_comm_*", "ub_tp_*",
-            "defer_embedding_*", "ddp_*", "gradient_as_bucket_view", "nccl_*", "use_sharp", "sharp", "average_in_*",
-        )
-    },
-}  # fmt: skip
+    "calculate_per_token_loss": no_effect(
+        "the loss is the mean over all scored tokens of a step, always"
+    ),
+    **because(
+        {
+            OVERLAP: (
+                "overlap_* no_overlap_* align_* no_align_* delay_* batch_p2p_* tp_comm_* ub_tp_* "
+                "defer_embedding_* ddp_* gradient_as_bucket_view nccl_* use_sharp sharp "
+                "average_in_*"
+            )
+        }
+    ),
+}
 
 KERNELS: dict[str, Handler] = {
-    **{
-        key: no_effect(XLA)
-        for key in (
-            "*_fusion", "no_*_fusion", "use_flash_att*", "attention_backend", "transformer_impl", "persist_layer_norm",
-            "no_persist_layer_norm", "memory_efficient_layer_norm", "moe_grouped_gemm", "moe_permute_*",
-            "moe_shared_expert_overlap", "moe_layer_recompute", "moe_pad_expert_input_to_capacity", "moe_*deepep*",
-            "moe_flex_dispatcher_backend", "moe_*hybridep*", "moe_token_dropping", "moe_use_legacy_grouped_gemm",
-            "enable_cuda_graph", "cuda_graph_*", "external_cuda_graph", "cross_entropy_fusion_impl", "fused_*",
-            "use_te_*", "te_rng_tracker", "deallocate_pipeline_outputs", "barrier_with_L1_time", "disable_jit_fuser",
-        )
-    },
+    **because(
+        {
+            XLA: (
+                "*_fusion no_*_fusion use_flash_att* attention_backend transformer_impl "
+                "persist_layer_norm no_persist_layer_norm memory_efficient_layer_norm "
+                "moe_grouped_gemm moe_permute_* moe_shared_expert_overlap moe_layer_recompute "
+                "moe_pad_expert_input_to_capacity moe_*deepep* moe_flex_dispatcher_backend "
+                "moe_*hybridep* moe_token_dropping moe_use_legacy_grouped_gemm enable_cuda_graph "
+                "cuda_graph_* external_cuda_graph cross_entropy_fusion_impl fused_* use_te_* "
+                "te_rng_tracker deallocate_pipeline_outputs barrier_with_L1_time disable_jit_fuser"
+            )
+        }
+    ),
     "moe_router_dtype": no_effect("the router computes in float32"),
     "deterministic_mode": no_effect("runs are deterministic here, always"),
     "fp8*": refuse("train.dtype is float32, bfloat16 or float16 here", "Leave fp8 out"),
@@ -338,6 +323,6 @@ KERNELS: dict[str, Handler] = {
     "use_cpu_initialization": no_effect("weights are made where they lie"),
     "perform_initialization": no_effect("weights are made where they lie"),
     "init_model_with_meta_device": no_effect("weights are made where they lie"),
-}  # fmt: skip
+}
 
 TRAINING: dict[str, Handler] = {**SCHEDULE, **OPTIMIZER, **PARALLEL, **KERNELS}

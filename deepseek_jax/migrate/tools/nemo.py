@@ -1,33 +1,30 @@
 """NeMo 1 (megatron_gpt_config.yaml and its kin), and the launcher's files around it.
 
-Keys lose their leading "model."; the model's words are Megatron-core's. Sources: examples/nlp/language_modeling/
-conf and nemo/core/optim/lr_scheduler.py of NeMo 1 and 2, launcher_scripts/conf of NeMo-Framework-Launcher.
+Keys lose their leading "model."; the model's words are Megatron-core's. Sources:
+examples/nlp/language_modeling/conf and nemo/core/optim/lr_scheduler.py of NeMo, and launcher_scripts/conf of
+NeMo-Framework-Launcher.
 """
 
 from collections.abc import Mapping
 
 from deepseek_jax.migrate.handlers import (
-    as_float,
     as_int,
-    as_text,
     fact,
-    is_off,
     neutral,
     no_effect,
-    one_of,
     option,
     refuse,
 )
 from deepseek_jax.migrate.migration import Migration
-from deepseek_jax.migrate.source import Entry, Source
+from deepseek_jax.migrate.source import Source
 from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools import nemo_finetuning as tuning
-from deepseek_jax.migrate.tools.megatron_handlers import flag, whole
 from deepseek_jax.migrate.tools import nemo_words as words
+from deepseek_jax.migrate.tools.megatron_handlers import flag, whole
 from deepseek_jax.migrate.tools.megatron_lm import CONVERT
 from deepseek_jax.migrate.tools.megatron_model import MODEL, finish_model, padded_vocabulary
-from deepseek_jax.migrate.tools.models import need
+from deepseek_jax.migrate.tools.shared import because, need
 
 UNASKED = (
     ("normalization", "layernorm", "layers are normed by RMSNorm here", "Set it to rmsnorm"),
@@ -47,7 +44,7 @@ VOCABULARIES = {
 
 
 def canonical(key: str) -> str:
-    """"model.optim.lr" -> "optim.lr"."""
+    """ "model.optim.lr" -> "optim.lr"."""
     return key.removeprefix("model.")
 
 
@@ -55,7 +52,12 @@ def recognise(source: Source) -> int:
     """A block of Lightning's trainer beside a model."""
     if not source.has("trainer") or source.has("model._target_"):
         return 0
-    known = ("exp_manager", "model.optim", "model.micro_batch_size", "model.tensor_model_parallel_size")
+    known = (
+        "exp_manager",
+        "model.optim",
+        "model.micro_batch_size",
+        "model.tensor_model_parallel_size",
+    )
     return 40 + 20 * sum(bool(source.has(key)) for key in known)
 
 
@@ -67,7 +69,9 @@ MODEL_OF_NEMO: Mapping[str, Handler] = {
     "seq_len_interpolation_factor": MODEL["rotary_seq_len_interpolation_factor"],
     "activations_checkpoint_granularity": mt.recompute,
     "activations_checkpoint_*": no_effect("every layer is recomputed alike"),
-    "num_micro_batches_with_partial_activation_checkpoints": no_effect("every layer is recomputed alike"),
+    "num_micro_batches_with_partial_activation_checkpoints": no_effect(
+        "every layer is recomputed alike"
+    ),
     "native_amp_init_scale": mt.of_float16("fp16.initial_scale_power", power=True),
     "native_amp_growth_interval": mt.of_float16("fp16.loss_scale_window"),
     "hysteresis": mt.of_float16("fp16.hysteresis"),
@@ -84,30 +88,34 @@ MODEL_OF_NEMO: Mapping[str, Handler] = {
     "nsys_profile.*": no_effect("traces are taken with --config.profile.start"),
     "mcore_gpt": neutral({True: ""}, "the model is that of Megatron-core"),
     "skip_train": refuse("a run trains", "Set it to false"),
-    "drop_layers": refuse("layers are dropped by python -m deepseek_jax.compress", "", (None, [], "[]")),
+    "drop_layers": refuse(
+        "layers are dropped by python -m deepseek_jax.compress", "", (None, [], "[]")
+    ),
     "do_layer_norm_weight_decay": refuse("norms are never decayed here", "Set it to false"),
-    "use_scaled_init_method": mt.flagged({}, "it is off"),
+    "use_scaled_init_method": no_effect("weights begin at initializer_range: see the note"),
     "make_vocab_size_divisible_by": no_effect("the vocabulary's size below is padded by it"),
     "vocab_size": no_effect("it is padded below"),
-    "mcore_customization_config.*": refuse("there is no other block", "Set it to false", (False, None)),
+    "mcore_customization_config.*": refuse(
+        "there is no other block", "Set it to false", (False, None)
+    ),
     "scale_positional_embedding": refuse("embeddings are not scaled here", "Set it to false"),
     "gc_interval": no_effect("Python's garbage collector is no matter here"),
-    **{
-        key: no_effect(why)
-        for why, keys in {
+    **because(
+        {
             "it changes no number": (
-                "pre_process", "post_process", "onnx_safe", "apex_transformer_log_level", "sync_batch_comm",
-                "megatron_amp_O2", "fp16_lm_cross_entropy", "grad_allreduce_chunk_size_mb", "grad_div_ar_fusion",
-                "transformer_engine", "get_attention_mask_from_fusion", "use_emha", "enable_megatron_timers",
-                "megatron_timer_kwargs.*", "validation_param_sync_overlap", "reset_lr", "reset_lr_steps",
-                "seconds_to_sleep", "save_nemo_on_validation_end", "mcore_bert",
+                "pre_process post_process onnx_safe apex_transformer_log_level sync_batch_comm "
+                "megatron_amp_O2 fp16_lm_cross_entropy grad_allreduce_chunk_size_mb "
+                "grad_div_ar_fusion transformer_engine get_attention_mask_from_fusion use_emha "
+                "enable_megatron_timers megatron_timer_kwargs.* validation_param_sync_overlap "
+                "reset_lr reset_lr_steps seconds_to_sleep save_nemo_on_validation_end mcore_bert"
             ),
-            "checkpoints are sharded, whole, and restore on any mesh": ("dist_ckpt_*", "s3_checkpointing.*"),
-            "names in the launcher's files": ("name", "run.*", "defaults", "defaults.*", "hydra.*"),
-        }.items()
-        for key in keys
-    },
-}  # fmt: skip
+            "checkpoints are sharded, whole, and restore on any mesh": (
+                "dist_ckpt_* s3_checkpointing.*"
+            ),
+            "names in the launcher's files": ("name run.* defaults defaults.* hydra.*"),
+        }
+    ),
+}
 
 TABLE: dict[str, Handler] = {
     **MODEL,
@@ -136,12 +144,14 @@ def finish(m: Migration) -> None:
             need(m, "data.path", "model.data.data_prefix is not given")
     if flag(m, "use_scaled_init_method", default=True) and not tuning.is_on(m):
         m.note(
-            "use_scaled_init_method begins output layers at init_method_std / sqrt(2 layers); here all weights "
-            "begin at config.model.initializer_range."
+            "use_scaled_init_method begins output layers at init_method_std / sqrt(2 layers); here all "
+            "weights begin at config.model.initializer_range."
         )
     warmup, peak = whole(m, "optim.sched.warmup_steps"), m.told_of("learning_rate")
     if warmup and peak and not whole(m, "optim.sched.constant_steps"):
-        m.default("warmup_init", peak / (warmup + 1))  # its warmup is (step + 1) / (warmup_steps + 1)
+        m.default(
+            "warmup_init", peak / (warmup + 1)
+        )  # its warmup is (step + 1) / (warmup_steps + 1)
     m.default("learning_rate", 2e-4)
     m.default("schedule", "cosine")
     m.default("min_lr", 0.0)
@@ -170,7 +180,11 @@ def _vocabulary(m: Migration) -> None:
     elif kind in VOCABULARIES:
         padded_vocabulary(m, m.entry("tokenizer.type"), VOCABULARIES[kind], multiple)
     else:
-        need(m, "model.vocab_size", f"the size of the tokenizer, rounded up to a multiple of {multiple}")
+        need(
+            m,
+            "model.vocab_size",
+            f"the size of the tokenizer, rounded up to a multiple of {multiple}",
+        )
 
 
 TOOL = Tool(

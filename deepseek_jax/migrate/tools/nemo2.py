@@ -9,11 +9,12 @@ from deepseek_jax.migrate.handlers import as_int, as_text, fact, no_effect, opti
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
+from deepseek_jax.migrate.tools import megatron_data as md
 from deepseek_jax.migrate.tools import megatron_lm, nemo
 from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools.megatron_handlers import flag, whole
 from deepseek_jax.migrate.tools.megatron_model import MODEL, finish_model
-from deepseek_jax.migrate.tools.models import need
+from deepseek_jax.migrate.tools.shared import need
 
 SECTIONS = ("model.config.", "trainer.strategy.ddp.", "trainer.strategy.", "optim.config.")
 UNASKED = tuple(u for u in nemo.UNASKED if u[0] in ("hidden_dropout", "attention_dropout")) + (
@@ -25,7 +26,7 @@ UNASKED = tuple(u for u in nemo.UNASKED if u[0] in ("hidden_dropout", "attention
 
 
 def canonical(key: str) -> str:
-    """"trainer.plugins.0.precision" -> "trainer.plugins.precision"; without sections."""
+    """ "trainer.plugins.0.precision" -> "trainer.plugins.precision"; without sections."""
     for section in SECTIONS:
         key = key.removeprefix(section)
     return re.sub(r"\.\d+(?=\.|$)", "", key)
@@ -34,12 +35,12 @@ def canonical(key: str) -> str:
 def recognise(source: Source) -> int:
     """A trainer and a model that are classes of NeMo's."""
     classes = str(source.value("trainer._target_", "")) + str(source.value("model._target_", ""))
-    return 100 if "nemo" in classes or "lightning" in classes else 0
+    return 100 if "nemo.collections" in classes or "nemo.lightning" in classes else 0
 
 
 def paths(m: Migration, entry: Entry) -> None:
     """data.paths: as Megatron's data_path."""
-    mt.prefixes(m, entry)
+    md.prefixes(m, entry)
 
 
 def checkpoint(m: Migration, entry: Entry) -> None:
@@ -76,13 +77,13 @@ TABLE: dict[str, Handler] = {
     "optim.lr_scheduler.*": no_effect("the schedule steps with the optimizer"),
     "data._target_": data_class,
     "data.paths": paths,
-    "data.split": mt.splits,
+    "data.split": md.splits,
     "data.seq_length": fact("sequence_length", as_int),
     "data.micro_batch_size": fact("per_device_batch", as_int),
     "data.global_batch_size": fact("global_batch", as_int),
     "data.seed": option("seed"),
     "data.*": no_effect("batches are read ahead, in an order that follows from the seed"),
-    "tokenizer": no_effect(mt.TOKENS_ARE_READ),
+    "tokenizer": no_effect(md.TOKENS_ARE_READ),
     "resume.restore_config.path": checkpoint,
     "resume.restore_config*": no_effect("resume.restore_config.path says so"),
     "resume.*": no_effect("the same command goes on from --workdir"),

@@ -97,7 +97,9 @@ def modules(m: Migration, entry: Entry) -> None:
     names = entry.value if isinstance(entry.value, list) else [as_text(entry)]
     unknown = [str(n) for n in names if n not in MODULES]
     if unknown:
-        m.refuse(entry, f"{', '.join(unknown)} is no part of a layer", f"Choose of {', '.join(MODULES)}")
+        m.refuse(
+            entry, f"{', '.join(unknown)} is no part of a layer", f"Choose of {', '.join(MODULES)}"
+        )
         return
     told = ",".join(MODULES[n] for n in names)
     m.tell(entry, "lora.target_modules", "all-linear" if "all-linear" in told else told)
@@ -105,7 +107,9 @@ def modules(m: Migration, entry: Entry) -> None:
 
 TABLE: dict[str, Handler] = {
     "answer_only_loss": scored,
-    "data.chat": refuse("chats are messages with roles here", "Write them as messages (docs/data.md)"),
+    "data.chat": refuse(
+        "chats are messages with roles here", "Write them as messages (docs/data.md)"
+    ),
     "data.chat_prompt_tokens.*": no_effect("the model's chat template has its own"),
     "data.train_ds.file_names": files,
     "data.train_ds.concat_sampling_probabilities": shares,
@@ -114,12 +118,18 @@ TABLE: dict[str, Handler] = {
     "data.train_ds.micro_batch_size": fact("per_device_batch", as_int),
     "data.train_ds.prompt_template": template,
     "data.train_ds.add_eos": neutral({True: ""}, "an answer ends with the tokenizer's eos here"),
-    "data.train_ds.add_bos": neutral({False: ""}, "bos is what the chat template says", "Set it to false"),
+    "data.train_ds.add_bos": neutral(
+        {False: ""}, "bos is what the chat template says", "Set it to false"
+    ),
     "data.train_ds.add_sep": neutral({False: ""}, "there is no token between prompt and answer"),
     "data.train_ds.shuffle": neutral({True: ""}, "every pass has an order of its own here"),
-    "data.train_ds.truncation_*": no_effect("what is longer than a row is cut at its end, or left out"),
+    "data.train_ds.truncation_*": no_effect(
+        "what is longer than a row is cut at its end, or left out"
+    ),
     "data.train_ds.*": no_effect(WORKERS),
-    "data.validation_ds.*": no_effect("a share of the training data is held out (config.data.eval_fraction)"),
+    "data.validation_ds.*": no_effect(
+        "a share of the training data is held out (config.data.eval_fraction)"
+    ),
     "data.test_ds.*": no_effect("a run does not test: see python -m deepseek_jax.evaluate"),
     "peft.peft_scheme": scheme,
     "peft.restore_from_path": refuse("an adapter of NeMo's is not read", "", (None, "")),
@@ -127,7 +137,9 @@ TABLE: dict[str, Handler] = {
     "peft.lora_tuning.alpha": of_lora(option("lora.alpha", as_float)),
     "peft.lora_tuning.adapter_dropout": of_lora(option("lora.dropout")),
     "peft.lora_tuning.target_modules": of_lora(modules),
-    "peft.lora_tuning.layer_selection": of_lora(refuse("LoRA is in all layers here", "Set it to null")),
+    "peft.lora_tuning.layer_selection": of_lora(
+        refuse("LoRA is in all layers here", "Set it to null")
+    ),
     "peft.lora_tuning.*": no_effect("A begins random and B at zero, as in PEFT"),
     "peft.*": no_effect("it is of a scheme that is not chosen"),
 }

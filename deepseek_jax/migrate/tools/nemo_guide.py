@@ -1,7 +1,7 @@
 """The "DeepSeek V3 NeMo Migration Guide": NeMo's sections with words of its own for the model.
 
-The guide's model is DeepSeek's, so that RMSNorm, SwiGLU and latent attention need not be said. What it does not
-give is as in configs/distributed.py.
+The guide's model is DeepSeek's, so that RMSNorm, SwiGLU and latent attention need not be said. What it does
+not give is as in configs/distributed.py.
 """
 
 from deepseek_jax.migrate.handlers import option
@@ -9,7 +9,7 @@ from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Source
 from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import nemo
-from deepseek_jax.migrate.tools.models import need
+from deepseek_jax.migrate.tools.shared import need
 
 WORDS = ("model.emb_dim", "model.n_layers", "model.expert_dim", "model.top_k", "model.num_heads")
 SIZES: dict[str, int | float | bool | str] = {

@@ -20,6 +20,7 @@ from deepseek_jax.migrate.handlers import (
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
+from deepseek_jax.migrate.tools import megatron_data as md
 from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools.megatron_lm import CONVERT, document_mask, end_of_document_loss
 from deepseek_jax.migrate.tracking import if_there, trackers
@@ -49,7 +50,9 @@ def evaluation_batches(m: Migration, entry: Entry) -> None:
     value = as_float(entry)
     if isinstance(entry.value, float) and value <= 1.0:
         if value < 1.0:
-            m.note(f"{entry.text} is a share of the held-out batches: here it is eval.batches at most.")
+            m.note(
+                f"{entry.text} is a share of the held-out batches: here it is eval.batches at most."
+            )
         m.no_effect(entry, "config.eval.batches is a number of batches")
     else:
         m.tell(entry, "eval.batches", int(value))
@@ -98,7 +101,9 @@ def best(m: Migration, entry: Entry) -> None:
     if count < 0:
         m.tell(entry, "checkpoint.keep", 0)
     elif "loss" not in monitor.replace("${", "loss"):
-        m.refuse(entry, f"the best are those of lowest held-out loss here, and not of {monitor}", "")
+        m.refuse(
+            entry, f"the best are those of lowest held-out loss here, and not of {monitor}", ""
+        )
     else:
         m.tell(entry, "checkpoint.keep_best", count)
 
@@ -144,7 +149,9 @@ def fsdp(m: Migration, entry: Entry) -> None:
         m.no_effect(entry, "it is off")
         return
     kinds = {"full": "full_shard", "hybrid": "hybrid_shard", "grad": "shard_grad_op"}
-    m.tell(entry, "strategy", kinds.get(str(m.value("fsdp_sharding_strategy", "full")), "full_shard"))
+    m.tell(
+        entry, "strategy", kinds.get(str(m.value("fsdp_sharding_strategy", "full")), "full_shard")
+    )
 
 
 TRAINER: Mapping[str, Handler] = {
@@ -161,27 +168,37 @@ TRAINER: Mapping[str, Handler] = {
     "trainer.log_every_n_steps": fact("log_every"),
     "trainer.gradient_clip_val": option("optimizer.grad_clip"),
     "trainer.accumulate_grad_batches": micro_batches_by_itself,
-    "trainer.accelerator": neutral({"gpu": "", "auto": "", "cuda": "", "cpu": "set JAX_PLATFORMS=cpu"}, "no such device"),
+    "trainer.accelerator": neutral(
+        {"gpu": "", "auto": "", "cuda": "", "cpu": "set JAX_PLATFORMS=cpu"}, "no such device"
+    ),
     "trainer.*": no_effect(LIGHTNING),
-}  # fmt: skip
+}
 
 EXPERIMENT: Mapping[str, Handler] = {
     "exp_manager.explicit_log_dir": fact("workdir", str),
     "exp_manager.exp_dir": fact("workdir", str),
     "exp_manager.name": no_effect("--workdir names the run"),
-    "exp_manager.resume_from_checkpoint": refuse("a checkpoint of NeMo's is not read", CONVERT, (None, "")),
+    "exp_manager.resume_from_checkpoint": refuse(
+        "a checkpoint of NeMo's is not read", CONVERT, (None, "")
+    ),
     **{key: tracker for key in TRACKERS},
     "exp_manager.wandb_logger_kwargs.project": of_tracker(
-        "exp_manager.create_wandb_logger", if_there("log.project", "the tracker has a project of its own")
+        "exp_manager.create_wandb_logger",
+        if_there("log.project", "the tracker has a project of its own"),
     ),
     "exp_manager.wandb_logger_kwargs.name": of_tracker(
         "exp_manager.create_wandb_logger", if_there("log.run_name", "the run is its workdir")
     ),
     "exp_manager.mlflow_logger_kwargs.experiment_name": of_tracker(
-        "exp_manager.create_mlflow_logger", if_there("log.project", "the tracker has a project of its own")
+        "exp_manager.create_mlflow_logger",
+        if_there("log.project", "the tracker has a project of its own"),
     ),
-    "exp_manager.*_logger_kwargs.*": no_effect("the tracker's own environment variables say the rest"),
-    "exp_manager.create_neptune_logger": refuse("there is no tracker for Neptune", "Set it to false"),
+    "exp_manager.*_logger_kwargs.*": no_effect(
+        "the tracker's own environment variables say the rest"
+    ),
+    "exp_manager.create_neptune_logger": refuse(
+        "there is no tracker for Neptune", "Set it to false"
+    ),
     "exp_manager.create_dllogger_logger": refuse("there is no DLLogger", "Set it to false"),
     "exp_manager.create_early_stopping_callback": refuse(
         "a run ends after its steps", "Set it to false, and watch the held-out loss"
@@ -190,7 +207,9 @@ EXPERIMENT: Mapping[str, Handler] = {
     "exp_manager.checkpoint_callback_params.save_top_k": best,
     "exp_manager.checkpoint_callback_params.every_n_train_steps": fact("save_every", as_int),
     "exp_manager.checkpoint_callback_params.async_save": option("checkpoint.async_checkpointing"),
-    "exp_manager.checkpoint_callback_params.mode": neutral({"min": ""}, "the best have the lowest loss"),
+    "exp_manager.checkpoint_callback_params.mode": neutral(
+        {"min": ""}, "the best have the lowest loss"
+    ),
     "exp_manager.checkpoint_callback_params.*": no_effect("checkpoints are named by their step"),
     "exp_manager.*": no_effect("the same command goes on from --workdir"),
 }
@@ -211,20 +230,23 @@ OPTIM: Mapping[str, Handler] = {
     "optim.sched.last_epoch": neutral({-1: ""}, "a schedule begins at step 0"),
     "optim.sched.reduce_on_plateau": refuse("schedules do not look at the loss", "Set it to false"),
     "optim.sched.monitor": no_effect("schedules do not look at the loss"),
-    "optim.grad_sync_dtype": no_effect("gradients are reduced in the compute dtype, and summed in float32"),
+    "optim.grad_sync_dtype": no_effect(
+        "gradients are reduced in the compute dtype, and summed in float32"
+    ),
     "optim.*": no_effect(mt.OVERLAP),
 }
 
 DATA: Mapping[str, Handler] = {
-    "data.data_prefix": mt.prefixes,
-    "data.splits_string": mt.splits,
+    "data.data_prefix": md.prefixes,
+    "data.splits_string": md.splits,
     "data.seq_length": fact("sequence_length", as_int),
     "data.reset_attention_mask": document_mask,
     "data.reset_position_ids": document_mask,
     "data.eod_mask_loss": end_of_document_loss,
     "data.data_impl": one_of(
-        {"mmap": "files of token ids are mapped into memory", "mock": {"data.path": ""}}, "no such data"
+        {"mmap": "files of token ids are mapped into memory", "mock": {"data.path": ""}},
+        "no such data",
     ),
     "data.*": no_effect("batches are read ahead, in an order that follows from the seed"),
-    "tokenizer.*": no_effect(mt.TOKENS_ARE_READ),
+    "tokenizer.*": no_effect(md.TOKENS_ARE_READ),
 }

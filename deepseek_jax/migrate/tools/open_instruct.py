@@ -3,14 +3,30 @@
 Source: open_instruct/finetune.py, snapshot of 2026-08.
 """
 
-from deepseek_jax.migrate.handlers import as_bool, as_float, as_int, as_text, fact, is_off, no_effect, option, refuse
+from deepseek_jax.migrate.handlers import (
+    as_bool,
+    as_float,
+    as_int,
+    as_text,
+    fact,
+    is_off,
+    no_effect,
+    option,
+    refuse,
+)
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import hf, trl_arguments
-from deepseek_jax.migrate.tools.models import hub_data, need, tell_defaults
+from deepseek_jax.migrate.tools.shared import because, hub_data, need, tell_defaults
 
-OWN = ("dataset_mixer", "dataset_mixer_list", "with_tracking", "checkpointing_steps", "keep_last_n_checkpoints")
+OWN = (
+    "dataset_mixer",
+    "dataset_mixer_list",
+    "with_tracking",
+    "checkpointing_steps",
+    "keep_last_n_checkpoints",
+)
 OWN += ("load_balancing_loss", "exp_name", "try_launch_beaker_eval_jobs")
 
 
@@ -35,17 +51,27 @@ def mixer(m: Migration, entry: Entry) -> None:
     shares = _mixture(m)
     own = as_float(entry)
     if own != 1.0:
-        m.refuse(entry, "it takes a share of the rows, or a number of them", "Cut the file to so many rows")
+        m.refuse(
+            entry,
+            "it takes a share of the rows, or a number of them",
+            "Cut the file to so many rows",
+        )
     else:
         hub_data(m, entry, list(shares))
 
 
 def mixer_list(m: Migration, entry: Entry) -> None:
     """dataset_mixer_list: names and shares in turn."""
-    words = [str(w) for w in entry.value] if isinstance(entry.value, list) else as_text(entry).split()
+    words = (
+        [str(w) for w in entry.value] if isinstance(entry.value, list) else as_text(entry).split()
+    )
     names, shares = words[::2], words[1::2]
     if any(float(s) != 1.0 for s in shares):
-        m.refuse(entry, "it takes a share of the rows, or a number of them", "Cut the files to so many rows")
+        m.refuse(
+            entry,
+            "it takes a share of the rows, or a number of them",
+            "Cut the files to so many rows",
+        )
     else:
         hub_data(m, entry, names)
 
@@ -133,18 +159,22 @@ TABLE: dict[str, Handler] = {
     "reduce_loss": no_effect("the loss is a mean over the scored tokens of a step"),
     "chat_template_name": no_effect("a model brings its template: see what is to be given"),
     "wandb_project_name": trl_arguments.DATA["wandb_project"],
-    **{
-        key: no_effect("it is of Ai2's cluster and of the hub")
-        for key in (
-            "try_*", "push_to_hub", "hf_*", "gs_bucket_path", "oe_eval_*", "save_to_hub", "exp_name", "wandb_entity",
-            "do_not_randomize_output_dir", "clean_checkpoints_at_end", "cache_dataset_only", "sync_each_batch",
-        )
-    },
+    **because(
+        {
+            "it is of Ai2's cluster and of the hub": (
+                "try_* push_to_hub hf_* gs_bucket_path oe_eval_* save_to_hub exp_name wandb_entity "
+                "do_not_randomize_output_dir clean_checkpoints_at_end cache_dataset_only "
+                "sync_each_batch"
+            )
+        }
+    ),
     "timeout": no_effect("train.py waits --cluster_timeout seconds"),
     "config_name": no_effect("the model's folder has its config.json"),
-    "additional_model_arguments*": refuse("a model is what its config.json says", "Write it there", (None, "{}")),
+    "additional_model_arguments*": refuse(
+        "a model is what its config.json says", "Write it there", (None, "{}")
+    ),
     "low_cpu_mem_usage": no_effect("every device reads its own shards"),
-}  # fmt: skip
+}
 
 
 def finish(m: Migration) -> None:
@@ -174,7 +204,11 @@ def finish(m: Migration) -> None:
         m.default("lora.target_modules", "q_proj,o_proj,v_proj,k_proj,gate_proj,up_proj,down_proj")
     if not m.told_of("sequence_length"):
         need(m, "train.sequence_length", "max_seq_length is not given")
-    need(m, "sft.chat_template", "open-instruct's template of chats (tulu), where the model has another one")
+    need(
+        m,
+        "sft.chat_template",
+        "open-instruct's template of chats (tulu), where the model has another one",
+    )
 
 
 TOOL = Tool(

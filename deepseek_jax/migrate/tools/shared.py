@@ -1,10 +1,12 @@
-"""What front ends of transformers share: models and data on a hub, LoRA's names, defaults of TrainingArguments."""
+"""What several tools share: keys of one reason, data of a hub, names of LoRA, TrainingArguments' defaults."""
 
 import re
+from collections.abc import Mapping
 
-from deepseek_jax.migrate.handlers import as_text, is_off
+from deepseek_jax.migrate.handlers import as_text, is_off, no_effect
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry
+from deepseek_jax.migrate.tool import Handler
 from deepseek_jax.migrate.tools.trl_arguments import data_folder
 
 # Of TrainingArguments, whoever builds them; what a front end has otherwise, it tells before.
@@ -30,6 +32,11 @@ DEFAULTS = {
     "eval.sample_prompt": "",
     "log.trackers": "",
 }
+
+
+def because(reasons: Mapping[str, str]) -> dict[str, Handler]:
+    """Rows of a table for keys without an effect: why -> keys and patterns, separated by spaces."""
+    return {key: no_effect(why) for why, keys in reasons.items() for key in keys.split()}
 
 
 def need(m: Migration, option: str, why: str) -> None:
