@@ -27,7 +27,7 @@ class Told:
         """For comments: "recipe.yaml:12 learning_rate=5e-05"; "transformers 5 by default"."""
         if self.entry is None:
             return f"{self.tool} by default"
-        return f"{self.entry.where} {self.entry.text}"
+        return self.entry.label
 
 
 @dataclass(frozen=True)

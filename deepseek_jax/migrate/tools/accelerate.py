@@ -144,7 +144,7 @@ def sharding_strategy(m: Migration, entry: Entry) -> None:
         m.refuse(entry, "there is no such sharding strategy", "Set it to FULL_SHARD")
         return
     if text in ("5", "hybrid_shard_zero2"):
-        m.note(f"{entry.where} {entry.text}: weights are divided within a host between steps, too.")
+        m.note(f"{entry.label}: weights are divided within a host between steps, too.")
     m.tell(entry, "strategy", name)
 
 

@@ -365,7 +365,8 @@ def finish(m: Migration) -> None:
         m.default("accumulation", 1)
     m.note(
         "DeepSpeed's file does not say what is trained, nor how long: give the recipe as well, or set "
-        "data.path and train.steps. Weight decay there is of all parameters that the script names; here not of norms."
+        "data.path and train.steps. Weight decay there is of all parameters that the script names; here "
+        "not of norms."
     )
 
 

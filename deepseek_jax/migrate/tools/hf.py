@@ -9,7 +9,7 @@ from deepseek_jax.migrate.handlers import as_int, fact, is_off, no_effect, optio
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
-from deepseek_jax.migrate.tools import hf_schedule, trl_arguments
+from deepseek_jax.migrate.tools import distillation_words, hf_schedule, trl_arguments
 from deepseek_jax.migrate.tools.hf_arguments import ARGUMENTS, HUB, LINES, canonical, switch, when
 from deepseek_jax.migrate.tools.hf_fsdp import FSDP4, FSDP5, fsdp_is_on
 
@@ -70,6 +70,8 @@ COMMON: Mapping[str, Handler] = {
     **trl_arguments.DISTILLATION,
     **trl_arguments.MODEL,
     **trl_arguments.DATA,
+    **distillation_words.WORDS,
+    **distillation_words.FINETUNE,
     "use_slow_tokenizer": no_effect("tokenizer.json is read"),
     "tokenizer_name": option("data.tokenizer"),
     "tokenizer_name_or_path": option("data.tokenizer"),
@@ -253,13 +255,23 @@ def _tell_fine_tuning(m: Migration) -> None:
 
 
 def _tell_objective(m: Migration, trl: bool) -> None:
-    if m.told_of("distill.teacher"):
+    if m.entry("teacher_model_name_or_path"):
         m.default("objective", "distill")
         m.default("distill.alpha", 1.0)
         m.default("distill.temperature", 0.9)
         m.default("distill.beta", 0.5)
+    elif distillation_words.is_distillation(m):
+        m.default("objective", "distill")
+        m.default("distill.teacher", "TEACHER")
+        if m.told_of("distill.teacher") == "TEACHER":
+            m.note("No file names the teacher: set distill.teacher to its folder.")
     elif trl:
         m.default("objective", "sft")
+    elif distillation_words.is_finetune_py(m):
+        m.default("objective", "sft")
+        m.default("sft.format", "instruction_output")
+        m.default("sft.packing", "none")
+        m.default("unpacked", True)
     else:
         m.note(
             "TrainingArguments do not say what is trained: the next tokens of documents here. For chats set "

@@ -329,8 +329,6 @@ OTHER: Mapping[str, Handler] = {
         "epsilon*",
         "cosine_*",
         "repetition_*",
-        "beta",
-        "temperature",
         "dataset_prompt_column",
         "loss_weights",
         "code_language",
@@ -338,7 +336,23 @@ OTHER: Mapping[str, Handler] = {
         "ref_model*",
     )
 }
+
+
+def of_gkd(name: str) -> Handler:
+    """A word that GKD, DPO and GRPO share: of a teacher, or refused."""
+
+    def handle(m: Migration, entry: Entry) -> None:
+        if m.entry("teacher_model_name_or_path"):
+            m.tell(entry, name, as_float(entry))
+        else:
+            _OTHER(m, entry)
+
+    return handle
+
+
 DISTILLATION: Mapping[str, Handler] = {  # GKDConfig
+    "beta": of_gkd("distill.beta"),
+    "temperature": of_gkd("distill.temperature"),
     "teacher_model_name_or_path": teacher,
     "teacher_model_init_kwargs*": no_effect("distill.teacher_dtype says what it is held in"),
     "lmbda": neutral({"0": "", "0.0": ""}, "no answers are sampled while training", "Set it to 0"),
