@@ -35,12 +35,10 @@ def assign(sources: Sequence[Source], wanted: Sequence[str] = ()) -> list[Assign
     out = [Assigned(s, *_best(s, named)) for s in sources if s.form != "flags"]
     recipe = next((a for a in out if not a.tool.companion), None)
     for source in sources:
-        if source.form == "flags":  # of a script: they are of the recipe's tool
-            out.append(
-                Assigned(source, recipe.tool, False)
-                if recipe
-                else Assigned(source, *_best(source, named))
-            )
+        if source.form == "flags" and recipe:  # of a script: they are of the recipe's tool
+            out.append(Assigned(source, recipe.tool, False))
+        elif source.form == "flags" and source.entries:
+            out.append(Assigned(source, *_best(source, named)))
     return out
 
 

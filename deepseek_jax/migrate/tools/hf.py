@@ -140,12 +140,15 @@ def _recognise(version: int, trl: bool) -> Callable[[Source], int]:
             return 0
         keys = [canonical(k) for k in source.keys()]
         known = sum(any(k == s or k.startswith(f"{s}.") for k in keys) for s in OF_TRAINER)
+        if source.form == "flags":
+            known += sum(k in ("max_steps", "deepspeed", "seed", "config") for k in keys)
         of_trl = sum(
             any(k == s or k.startswith(f"{s}.") for k in keys) for s in trl_arguments.KEYS_OF_TRL
         )
         if known + of_trl < 1 or source.has(*OF_OTHERS):
             return 0
-        four = sum(k in SIGNS_OF_4 for k in keys) + _words_of_4(source)
+        of_trl += trl_arguments.is_script(source)
+        four = sum(k in SIGNS_OF_4 for k in keys) + _words_of_4(source) + ("open_r1" in source.name)
         five = sum(k in SIGNS_OF_5 for k in keys) + _share(source)
         base = min(2 * (known + of_trl), 80)
         if trl != (of_trl > 0):

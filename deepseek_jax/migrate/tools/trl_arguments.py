@@ -4,6 +4,7 @@ Read: SFTConfig, ModelConfig and ScriptArguments of TRL 0.18 and 1.16; the recip
 """
 
 import os
+import re
 from collections.abc import Mapping
 
 from deepseek_jax.migrate.handlers import (
@@ -20,7 +21,7 @@ from deepseek_jax.migrate.handlers import (
     refuse,
 )
 from deepseek_jax.migrate.migration import Migration
-from deepseek_jax.migrate.source import Entry
+from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler
 from deepseek_jax.migrate.tools.hf_arguments import model_dtype, switch
 from deepseek_jax.migrate.tracking import if_there
@@ -189,11 +190,17 @@ KEYS_OF_TRL = (
 )
 
 
+def is_script(source: Source) -> bool:
+    """Whether flags are of an SFT script: open_r1/sft.py, `trl sft`."""
+    name = re.split(r"[/ ]", source.name)[-1].removesuffix(".py")
+    return source.form == "flags" and re.search(r"(^|_)sft($|_)", name) is not None
+
+
 def is_fine_tuning(m: Migration) -> bool:
     """Whether the words are TRL's, whose SFTTrainer reads examples."""
-    return any(m.entry(key) for key in KEYS_OF_TRL) or any(
-        e.key.startswith("dataset_mixture") for r in m.readings for e in r.source.entries
-    )
+    if any(m.entry(key) for key in KEYS_OF_TRL) or any(is_script(r.source) for r in m.readings):
+        return True
+    return any(e.key.startswith("dataset_mixture") for r in m.readings for e in r.source.entries)
 
 
 MODEL: Mapping[str, Handler] = {
