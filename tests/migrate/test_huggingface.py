@@ -1,4 +1,4 @@
-"""Trainer of transformers 4 and 5, TRL, open-r1: what keys mean by version, what is refused, what is written."""
+"""Trainer of transformers 4 and 5, TRL, open-r1: what keys mean by version, what is refused and written."""
 
 import pytest
 
@@ -18,7 +18,7 @@ CHATS = "model_name_or_path: org/model\ndataset_name: org/chats\nmax_steps: 10\n
 
 
 def test_the_same_file_by_two_versions():
-    """transformers 4 reads backward_prefetch and neither offload nor state_dict_type; 5 the other way round."""
+    """transformers 4 reads backward_prefetch, but not offload and state_dict_type; 5 the other way round."""
     four = migrate(TRAINER + FSDP, tools="hf4", devices=8)
     five = migrate(TRAINER + FSDP, tools="hf5", devices=8)
     assert four.config != five.config

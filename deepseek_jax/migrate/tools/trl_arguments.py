@@ -142,6 +142,14 @@ def uses_lora(m: Migration) -> bool:
     return found is not None and as_bool(found)
 
 
+def use_peft(m: Migration, entry: Entry) -> None:
+    """An adapter of rank lora_r."""
+    if as_bool(entry):
+        m.tell(entry, "lora.r", as_int(m.entry("lora_r") or Entry("lora_r", 16, "")))
+    else:
+        m.no_effect(entry, "all weights are trained")
+
+
 def bits(dtype: str) -> Handler:
     """load_in_4bit, load_in_8bit: of the base of an adapter."""
 
@@ -210,7 +218,7 @@ MODEL: Mapping[str, Handler] = {
     "dtype": model_dtype,
     "attn_implementation": no_effect(ONE_KERNEL),
     "trust_remote_code": no_effect("no code of a checkpoint is run"),
-    "use_peft": switch("lora.r", 16),
+    "use_peft": use_peft,
     "lora_r": with_lora(option("lora.r", as_int)),
     "lora_alpha": with_lora(option("lora.alpha", as_float)),
     "lora_dropout": with_lora(option("lora.dropout", as_float)),
