@@ -285,7 +285,9 @@ class Migration:
         for told in takers:
             if told.entry:
                 self.refuse(
-                    told.entry, f"no file says what {name} is", "Give the recipe beside this file"
+                    told.entry,
+                    f"auto is what the recipe says ({name}), and none says it",
+                    "Give the recipe beside this file",
                 )
 
     def _refuse_different(self, name: str, top: list[Told]) -> None:

@@ -9,7 +9,12 @@ from deepseek_jax.migrate.handlers import as_int, fact, is_off, no_effect, optio
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
-from deepseek_jax.migrate.tools import distillation_words, hf_schedule, trl_arguments
+from deepseek_jax.migrate.tools import (
+    distillation_words,
+    hf_schedule,
+    lora_arguments,
+    trl_arguments,
+)
 from deepseek_jax.migrate.tools.hf_arguments import ARGUMENTS, HUB, LINES, canonical, switch, when
 from deepseek_jax.migrate.tools.hf_fsdp import FSDP4, FSDP5, fsdp_is_on
 
@@ -246,7 +251,7 @@ def _tell_fine_tuning(m: Migration) -> None:
         m.default(name, value)
     if m.told_of("data.path") == "chats.jsonl":
         m.note("No file names the data: set data.path.")
-    if trl_arguments.uses_lora(m):
+    if lora_arguments.uses_lora(m):
         m.default("lora.alpha", 32.0)
         m.default("lora.dropout", 0.05)
         m.default("lora.base_dtype", "bfloat16")
