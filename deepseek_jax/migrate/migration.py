@@ -85,6 +85,7 @@ class Migration:
     flags: dict[str, Setting] = field(default_factory=dict)
     downloads: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    absent: list[Entry] = field(default_factory=list)  # refused though no source has them
     _at: Reading | None = None  # whose entries are read now
     _settled: dict[str, tuple[Told, ...]] = field(default_factory=dict)
     _lost: dict[Entry, str] = field(default_factory=dict)
@@ -121,6 +122,18 @@ class Migration:
           repair: what else can be done: "Set it to 0".
         """
         self.verdicts[entry] = Verdict(True, why, repair)
+
+    def refuse_absent(self, key: str, value: str, why: str, repair: str = "") -> None:
+        """Refuses what the tool does where its files are silent. --allow=KEY counts here, too.
+
+        Args:
+          key: what would have to be set.
+          value: what silence means: "LayerNorm".
+        """
+        title = self._at.title if self._at else ""
+        entry = Entry(key, value, f"{title} by default", Rank.DEFAULT)
+        self.absent.append(entry)
+        self.refuse(entry, why, repair)
 
     def note(self, text: str) -> None:
         """A sentence below the lists: what differs though every key has its place."""

@@ -44,6 +44,13 @@ def lists(m: Migration, allow: Iterable[str] = ()) -> Lists:
                 out.left_out.append((entry, f"left out on request: {verdict.why}"))
             else:
                 out.refused.append((entry, verdict))
+    for entry in m.absent:
+        verdict = m.verdicts[entry]
+        if named := [p for p in allow if m.allowed(entry, [p])]:
+            unused -= set(named)
+            out.left_out.append((entry, f"left out on request: {verdict.why}"))
+        else:
+            out.refused.append((entry, verdict))
     if unused:
         raise UserError(
             f"--allow={sorted(unused)[0]} names no key that is refused here. Refused are: "

@@ -1,0 +1,319 @@
+"""Megatron-LM: command lines of pretrain_gpt.py, and the YAML in which its own tests keep them.
+
+Source: megatron/training/arguments.py and training/config/*.py, snapshot of 2026-08.
+"""
+
+from deepseek_jax.migrate.handlers import as_int, fact, is_off, no_effect, option, refuse
+from deepseek_jax.migrate.migration import Migration
+from deepseek_jax.migrate.source import Entry, Source
+from deepseek_jax.migrate.tool import Handler, Tool
+from deepseek_jax.migrate.tools import megatron_data as md
+from deepseek_jax.migrate.tools import megatron_training as mt
+from deepseek_jax.migrate.tools.megatron_handlers import flag, query_groups, whole
+from deepseek_jax.migrate.tools.megatron_model import MODEL, finish_model, padded_vocabulary
+from deepseek_jax.migrate.tools.shared import because, need
+from deepseek_jax.migrate.tracking import if_there, trackers
+
+SECTIONS = ("MODEL_ARGS.", "language_model.", "model_parallel.")
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "micro_batch_size",
+    "train_iters",
+    "lr",
+)
+CONVERT = "Convert it to the form of Hugging Face, and name it with --config.init_from"
+# What the file does not set, and what this trainer lacks (arguments.py, TransformerConfig).
+UNASKED = (
+    (
+        "normalization",
+        "LayerNorm",
+        "layers are normed by RMSNorm here",
+        "Set --normalization RMSNorm",
+    ),
+    ("swiglu", "GELU", "MLPs are SwiGLU here", "Set --swiglu"),
+    (
+        "disable_bias_linear",
+        "False",
+        "linear maps have no biases here",
+        "Set --disable-bias-linear",
+    ),
+    ("position_embedding_type", "learned_absolute", "positions are rotary here", "Set it to rope"),
+    ("attention_dropout", "0.1", "there is no dropout here", "Set --attention-dropout 0"),
+    ("hidden_dropout", "0.1", "there is no dropout here", "Set --hidden-dropout 0"),
+)
+VOCABULARIES = {"GPT2BPETokenizer": 50257}
+
+
+def canonical(key: str) -> str:
+    """ "MODEL_ARGS.--num-layers" -> "num_layers"."""
+    for section in SECTIONS:
+        key = key.removeprefix(section)
+    if key.startswith("ENV_VARS."):
+        return key
+    key = key.lstrip("-").replace("-", "_")
+    return {"norm_epsilon": "layernorm_epsilon", "use_rotary_position_embeddings": "use_rope"}.get(
+        key, key
+    )
+
+
+def recognise(source: Source) -> int:
+    """Its tests' YAML has a block of arguments; a command line has its flags."""
+    if source.has("MODEL_ARGS"):
+        return 100
+    keys = {canonical(k) for k in source.keys()}
+    if source.form == "flags" or source.has("language_model"):
+        return 12 * len(keys & set(SIZES))
+    return 0
+
+
+def groups(m: Migration, entry: Entry) -> None:
+    """--num-query-groups counts with --group-query-attention alone."""
+    if flag(m, "group_query_attention"):
+        query_groups(m, entry)
+    else:
+        m.no_effect(entry, "without --group-query-attention nothing reads it")
+
+
+def environment(m: Migration, entry: Entry) -> None:
+    """Variables that NCCL reads here as well, and those of torch and Transformer Engine."""
+    name = entry.key.rpartition(".")[2]
+    if name.startswith("NCCL_"):
+        m.no_effect(entry, "NCCL reads it here as well: export it")
+    else:
+        m.no_effect(entry, "no library here reads this variable")
+
+
+def begins_with_theirs(m: Migration, entry: Entry) -> None:
+    """--finetune: the weights of --load, at step 0."""
+    if is_off(entry.value):
+        m.no_effect(entry, "it is off")
+    else:
+        m.refuse(entry, "a checkpoint of Megatron's is not read", CONVERT)
+
+
+def ends_early(m: Migration, entry: Entry) -> None:
+    """--exit-interval: a job ends there, and another goes on."""
+    steps = whole(m, "train_iters") or whole(m, "train_samples") // max(
+        whole(m, "global_batch_size", 1), 1
+    )
+    if entry.value and as_int(entry) < steps:
+        m.note(
+            f"{entry.text} ends a job before the last step, {steps}: limit the job's time instead."
+        )
+    m.no_effect(entry, "a job may end at any step: the same command goes on")
+
+
+def retained(m: Migration, entry: Entry) -> None:
+    """--save-retain-interval: others are deleted but for the last."""
+    m.tell(entry, "checkpoint.keep_every", as_int(entry))
+    m.tell(entry, "checkpoint.keep", 1)
+
+
+def document_mask(m: Migration, entry: Entry) -> None:
+    """--reset-attention-mask and --reset-position-ids, which go together here."""
+    mask, positions = (flag(m, k) for k in ("reset_attention_mask", "reset_position_ids"))
+    if mask != positions:
+        m.refuse(
+            entry,
+            "attention and positions both end with a document here, or neither",
+            "Set both --reset-attention-mask and --reset-position-ids, or none",
+        )
+    else:
+        m.tell(entry, "data.document_mask", mask)
+
+
+def end_of_document_loss(m: Migration, entry: Entry) -> None:
+    """--eod-mask-loss."""
+    if not is_off(entry.value):
+        m.note(f"{entry.text}: the token that ends a document is scored here, too.")
+    m.no_effect(entry, "every token is scored")
+
+
+def weights_and_biases(m: Migration, entry: Entry) -> None:
+    """--wandb-project turns it on."""
+    if is_off(entry.value):
+        m.no_effect(entry, "it is off")
+        return
+    trackers(m, entry, ["tensorboard", "wandb"] if m.value("tensorboard_dir") else ["wandb"])
+    if_there("log.project", "the tracker has a project of its own")(m, entry)
+
+
+def tensorboard(m: Migration, entry: Entry) -> None:
+    """--tensorboard-dir turns it on."""
+    if m.value("wandb_project"):
+        m.no_effect(entry, "events are in WORKDIR/tensorboard")
+    else:
+        trackers(m, entry, ["tensorboard"])
+
+
+# Data, checkpoints and the log, which Megatron-Bridge has in the same words.
+AROUND: dict[str, Handler] = {
+    "micro_batch_size": fact("per_device_batch", as_int),
+    "global_batch_size": fact("global_batch", as_int),
+    "rampup_batch_size": mt.ramp,
+    "train_iters": fact("steps", as_int),
+    "train_samples": fact("samples", as_int),
+    "eval_interval": fact("eval_every", as_int),
+    "eval_iters": option("eval.batches"),
+    "log_interval": fact("log_every", as_int),
+    "save": fact("workdir", str),
+    "save_interval": fact("save_every", as_int),
+    "save_retain_interval": retained,
+    "most_recent_k": option("checkpoint.keep", lambda e: max(as_int(e), 0)),
+    "load": no_effect(mt.OWN_WORKDIR),
+    "finetune": begins_with_theirs,
+    "pretrained_checkpoint": refuse("a checkpoint of Megatron's is not read", CONVERT),
+    "use_checkpoint_args": refuse("the model's sizes are in a checkpoint of Megatron's", CONVERT),
+    "async_save": option("checkpoint.async_checkpointing"),
+    "exit_interval": ends_early,
+    "exit_duration_in_mins": no_effect(
+        "at the end of a job's time SIGTERM saves, and the next one goes on"
+    ),
+    "exit_signal*": no_effect("SIGTERM saves, always"),
+    "seed": option("seed"),
+    "random_seed": option("seed"),
+    "data_path": md.prefixes,
+    "split": md.splits,
+    "mock_data": refuse("there are no made-up data", "Name files with --data-path"),
+    "reset_attention_mask": document_mask,
+    "reset_position_ids": document_mask,
+    "eod_mask_loss": end_of_document_loss,
+    "tensorboard_dir": tensorboard,
+    "wandb_project": weights_and_biases,
+    "wandb_exp_name": if_there("log.run_name", "the run is its workdir"),
+    "wandb_entity": no_effect("W&B reads WANDB_ENTITY"),
+    "wandb_save_dir": no_effect("its files are in WORKDIR/wandb"),
+    "tokenizer_*": no_effect(md.TOKENS_ARE_READ),
+    "vocab_file": no_effect(md.TOKENS_ARE_READ),
+    "merge_file": no_effect(md.TOKENS_ARE_READ),
+    "vocab_extra_ids": no_effect(md.TOKENS_ARE_READ),
+    "make_vocab_size_divisible_by": no_effect("the vocabulary's size below is padded by it"),
+    **because(
+        {
+            "batches are read ahead, the same ones on any number of workers": (
+                "num_workers data_cache_path no_mmap_bin_files mmap_bin_files dataloader_* "
+                "num_dataset_builder_threads no_create_attention_mask* create_attention_mask* "
+                "data_sharding skip_getting_attention_mask* persistent_workers pin_memory"
+            ),
+            "the log has loss, gradient norm, rates, memory and times": (
+                "log_* timing_* logging_level tensorboard_* no_one_logger one_logger_* "
+                "record_memory*"
+            ),
+            "checkpoints are whole and sharded, and restore on any mesh": (
+                "ckpt_* no_ckpt_* dist_ckpt_* auto_detect_ckpt_format use_persistent_ckpt_worker "
+                "no_save_* no_load_* fully_parallel_save fully_parallel_load use_dist_ckpt "
+                "async_strategy save_optim save_rng load_optim load_rng"
+            ),
+            "updates that are not finite are skipped, always": (
+                "*check_for_nan_in_loss* check_for_large_grads check_for_nan_in_grad"
+            ),
+            "Python's garbage collector is no matter here": (
+                "manual_gc* empty_unused_memory_level"
+            ),
+            "gradients are summed in float32": (
+                "accumulate_allreduce_grads_in_fp32 grad_reduce_in_fp32 grad_reduce_in_bf16"
+            ),
+        }
+    ),
+}
+
+TABLE: dict[str, Handler] = {
+    **MODEL,
+    **mt.TRAINING,
+    **AROUND,
+    "num_query_groups": groups,
+    "group_query_attention": no_effect("--num-query-groups says how many"),
+    "use_rope": no_effect("positions are rotary here"),
+    "bf16": mt.flagged({"train.dtype": "bfloat16"}),
+    "fp16": mt.flagged({"train.dtype": "float16"}),
+    "loss_scale": mt.of_float16("fp16.loss_scale"),
+    "initial_loss_scale": mt.of_float16("fp16.initial_scale_power", power=True),
+    "min_loss_scale": mt.of_float16("fp16.min_loss_scale"),
+    "loss_scale_window": mt.of_float16("fp16.loss_scale_window"),
+    "hysteresis": mt.of_float16("fp16.hysteresis"),
+    "vocab_size": no_effect("it is padded below"),
+    "padded_vocab_size": no_effect("it is the vocabulary's size below"),
+    "use_mcore_models": no_effect("there is one implementation"),
+    "enable_experimental": no_effect("nothing here is experimental by a flag"),
+    "sft": refuse("its fine-tuning reads a format of its own", "Use configs/post/sft.py"),
+    "ENV_VARS.*": environment,
+    "TEST_TYPE": no_effect("it is of Megatron's tests"),
+    "LAUNCHER": no_effect("it is of Megatron's tests"),
+    "METRICS*": no_effect("it is of Megatron's tests"),
+}
+
+
+def vocabulary(m: Migration, tokenizers: dict[str, int], multiple: int) -> None:
+    """The vocabulary's size: as it is given, or of a tokenizer that everybody knows, or to be given."""
+    if entry := m.entry("padded_vocab_size"):
+        m.tell(entry, "model.vocab_size", as_int(entry))
+    elif (entry := m.entry("vocab_size")) and entry.value:
+        padded_vocabulary(m, entry, as_int(entry), multiple)
+    elif (name := str(m.value("tokenizer_type"))) in tokenizers:
+        padded_vocabulary(m, None, tokenizers[name], multiple)
+    else:
+        need(
+            m,
+            "model.vocab_size",
+            f"the size of the tokenizer, rounded up to a multiple of {multiple}",
+        )
+
+
+def defaults_of_training(m: Migration) -> None:
+    """What Megatron does where nothing says otherwise, whoever starts it."""
+    m.default("optimizer.name", "adamw")
+    m.default("optimizer.b1", 0.9)
+    m.default("optimizer.eps", 1e-8)
+    m.default("optimizer.grad_clip", 1.0)
+    m.default("decay_shape", "exponential")
+    m.default("warmup_steps", 0)
+    m.default("min_lr", 0.0)
+    m.default("strategy", "no_shard")
+    m.default("train.remat", "none")
+    m.default("data.document_mask", False)
+    m.default("checkpoint.keep", 0)
+    m.default("log.trackers", "")
+
+
+def finish(m: Migration) -> None:
+    """Its defaults."""
+    finish_model(m, UNASKED)
+    vocabulary(m, VOCABULARIES, whole(m, "make_vocab_size_divisible_by", 128))
+    defaults_of_training(m)
+    m.default("model.tie_word_embeddings", True)
+    m.default("model.max_position_embeddings", whole(m, "seq_length", 4096))
+    if flag(m, "multi_latent_attention"):
+        m.default("model.kv_lora_rank", 32)
+        m.default("model.qk_nope_head_dim", 128)
+        m.default("model.qk_rope_head_dim", 64)
+        m.default("model.v_head_dim", 128)
+        m.default("model.rope_scaling.mscale", 1.0)
+        if not flag(m, "qk_layernorm"):
+            m.refuse_absent(
+                "qk_layernorm", "False", "latents are normed here", "Set --qk-layernorm"
+            )
+    m.default("schedule", "linear")
+    m.default("optimizer.b2", 0.999)
+    m.default("optimizer.weight_decay", 0.01)
+    m.default("train.dtype", "float32")
+    m.default("seed", 1234)
+    m.default("save_when", "steps" if m.value("save_interval") else "no")
+    m.default("eval_when", "steps" if m.value("eval_interval") else "no")
+    m.default("eval.batches", 100)
+    m.default("log_every", 100)
+    m.default("train.mtp_loss_weight", 0.1)
+    m.default("train.mtp_loss_weight_final", 0.1)
+    if not m.value("data_path"):
+        need(m, "data.path", "files of the data")
+
+
+TOOL = Tool(
+    name="megatron",
+    title="Megatron-LM",
+    recognise=recognise,
+    table=TABLE,
+    key=canonical,
+    finish=finish,
+)
