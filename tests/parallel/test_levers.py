@@ -138,7 +138,6 @@ FACTORED = OptimizerConfig("adafactor", min_dim_size_to_factor=8)
     [
         (muon_step, OptimizerConfig("muon"), ONE),
         (muon_step, OptimizerConfig("muon"), EIGHT),
-        (adafactor, FACTORED, ONE),
         (adafactor, FACTORED, EIGHT),
         (adafactor, dataclasses.replace(FACTORED, scale_parameter=False), EIGHT),
         (
@@ -150,16 +149,15 @@ FACTORED = OptimizerConfig("adafactor", min_dim_size_to_factor=8)
         ),
         (lion, OptimizerConfig("lion", b2=0.99), EIGHT),
         (sgd, OptimizerConfig("sgd", momentum=0.9, nesterov=True), EIGHT),
-        (sgd, OptimizerConfig("sgd", momentum=0.0), ONE),
     ],
     ids=[
-        *("muon", "muon 8", "adafactor", "adafactor 8", "adafactor absolute 8"),
-        *("adafactor moment 8", "lion 8", "sgd nesterov 8", "sgd"),
+        *("muon", "muon 8", "adafactor 8", "adafactor absolute 8"),
+        *("adafactor moment 8", "lion 8", "sgd nesterov 8"),
     ],
 )
 def test_updates_are_those_of_each_matrix_alone(of, optimizer, mesh, monkeypatch):
-    """On one device, and on 8. Weights of 0.3, updates of 0.01 a step. Newton-Schulz multiplies float32's
-    rounding of small singular values, 1e-7, by up to 3.44^5.
+    """On 8 devices; train/test_optimizers_of_others.py has all but Muon on one. Weights of 0.3, updates of
+    0.01 a step. Newton-Schulz multiplies float32's rounding of small singular values, 1e-7, by up to 3.44^5.
     """
     monkeypatch.setattr(
         muon_module, "CHUNK", 256
@@ -434,8 +432,12 @@ def test_bfloat16_accumulation_halves_the_buffer():
             "warmup_shape=log has no effect without a warmup",
         ),
         (
-            {"optimizer": {"hold_steps": 40}},
-            "config.optimizer.hold_steps=40 leaves nothing of config.train.steps=40",
+            {"optimizer": {"hold_steps": 1000}},
+            "hold_steps=1000 and a warmup of 100 steps leave nothing of config.train.steps=1000",
+        ),
+        (
+            {"optimizer": {"hold_steps": 100, "warmup_fraction": 0.95}},
+            "hold_steps=100 and a warmup of 950 steps leave nothing of config.train.steps=1000",
         ),
         (
             {"optimizer": {"schedule": "constant", "hold_steps": 4}},
@@ -443,7 +445,7 @@ def test_bfloat16_accumulation_halves_the_buffer():
         ),
         (
             {"optimizer": {"schedule": "cosine_with_restarts", "cycles": 2**26}},
-            "config.optimizer.cycles=67108864 x config.train.steps=40 is 2^31 or more",
+            "config.optimizer.cycles=67108864 x config.train.steps=1000 is 2^31 or more",
         ),
         (
             {"optimizer": {"moment_dtype": "float16"}},

@@ -92,17 +92,23 @@ class Recorded:
 
 
 def run(config: Config, begin: int, progress: Progress) -> Recorded:
-    recorded = Recorded()
-    Loop(
+    recorded: Any = Recorded()
+
+    def step(state, batch) -> Any:
+        return State(state.step + 1), None
+
+    loop = Loop(
         config=config,
         workdir="",
-        step=lambda state, batch: (State(state.step + 1), None),
+        step=step,
         batches=recorded,
         evaluate=lambda state, watchdog: {"eval_loss": 1.0},
         checkpointer=recorded,
         report=recorded,
         rows_of_pass=20,
-    ).run(State(begin), progress)
+    )
+    state: Any = State(begin)
+    loop.run(state, progress)
     return recorded
 
 
@@ -129,8 +135,9 @@ def test_a_loop_saves_and_evaluates_there():
 def test_a_hold_that_is_longer_than_the_passes_is_refused(tmp_path):
     config = replaced(replaced(config_of(), "train.steps", 0), "train.epochs", 1.0)
     contents: Any = {"tokenizer": "", "sources": [], "weights": []}
+    config = replaced(config, "optimizer.warmup_steps", 1)
     held = replaced(config, "optimizer.hold_steps", 3)
     assert passes.with_steps(held, str(tmp_path), 37, contents).train.steps == 5
     held = replaced(config, "optimizer.hold_steps", 5)
-    with pytest.raises(UserError, match="hold_steps=5 leaves nothing of config.train.steps=5"):
+    with pytest.raises(UserError, match="hold_steps=5 and a warmup of 1 steps leave nothing"):
         passes.with_steps(held, str(tmp_path), 37, contents)

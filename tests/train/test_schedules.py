@@ -335,7 +335,7 @@ def drawn(schedule: str, seed: int) -> Config:
         options |= dict(
             warmup_shape=pick("linear", "log"), warmup_init_fraction=pick(0.0, 0.1, 1.0)
         )
-    if schedule != "constant":
+    if schedule != "constant" and options["warmup_steps"] < steps // 2:
         options["hold_steps"] = pick(0, 0, steps // 4)
     own = {
         "polynomial": dict(power=pick(0.5, 1.0, 3.0)),
@@ -354,7 +354,7 @@ def test_every_schedule_stays_between_its_ends(schedule):
     for seed in range(12):
         config = drawn(schedule, seed)
         o, end = config.optimizer, decay_end(config)
-        ours = np.asarray(learning_rate(config)(jnp.arange(end + 40, dtype=jnp.int32)))
+        ours = np.asarray(learning_rate(config)(jnp.arange(540, dtype=jnp.int32)))
         assert ours.dtype == np.float32 and np.isfinite(ours).all()
         assert ours.min() >= 0 and ours.max() <= PEAK * (1 + 1e-6), config
         warm = min(warmup_steps(config), end)
@@ -363,7 +363,9 @@ def test_every_schedule_stays_between_its_ends(schedule):
         falls = np.diff(ours[warm:])
         assert (falls > CLOSE).sum() <= o.cycles - 1, config
         if warm < end:
-            assert ours[warm] == pytest.approx(PEAK, rel=1e-6) or schedule.startswith("deepseek")
+            assert ours[warm] == pytest.approx(PEAK, rel=1e-6)
+        if warm == end:  # a run that is all warmup
+            continue
         assert (ours[end:] == ours[end]).all(), config
         last = {
             "constant": 1.0,
@@ -371,7 +373,7 @@ def test_every_schedule_stays_between_its_ends(schedule):
             "deepseek_v3": 0.1 * 7.3 / 22,
             "inverse_sqrt": None,
         }.get(schedule, o.final_fraction)
-        if last is not None and warm < end - 4:
+        if last is not None and end - warm > 4:
             np.testing.assert_allclose(ours[end], np.float32(PEAK * last), rtol=2e-6)
 
 

@@ -1,5 +1,7 @@
 """Rules between the options of the optimizer."""
 
+import math
+
 from deepseek_jax.config import multipliers
 from deepseek_jax.config.options import Config, of
 from deepseek_jax.config.rules.common import without_effect
@@ -61,16 +63,17 @@ def check_length(config: Config) -> None:
     """Checks a schedule whose steps are known.
 
     Raises:
-      UserError: nothing is left of them before the hold, or they are too many to count restarts.
+      UserError: warmup and hold leave nothing of them, or they are too many to count restarts.
     """
     o = config.optimizer
     steps, option = o.schedule_steps, "optimizer.schedule_steps"
     if not steps:
         steps, option = config.train.steps, "train.steps"
-    if o.hold_steps >= steps:
+    warm = math.ceil(steps * o.warmup_fraction) if o.warmup_fraction else o.warmup_steps
+    if o.hold_steps and warm + o.hold_steps >= steps:
         raise UserError(
-            f"config.optimizer.hold_steps={o.hold_steps} leaves nothing of config.{option}={steps} for the "
-            f"learning rate to come to its last value in. Set config.optimizer.hold_steps below {steps}."
+            f"config.optimizer.hold_steps={o.hold_steps} and a warmup of {warm} steps leave nothing of "
+            f"config.{option}={steps} for the learning rate to fall in. Lower hold_steps, or set it to 0."
         )
     if o.cycles * steps >= 2**31:  # they are counted in int32
         raise UserError(
