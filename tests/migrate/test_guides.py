@@ -378,3 +378,56 @@ def test_cpu_offloading():
         allow=["zero_optimization.offload_*.device"],
     )
     assert allowed.config and len(allowed.lists.left_out) == 2
+
+
+# ---- NeMo
+NEMO = """\
+model:
+  vocab_size: 50257
+  emb_dim: 1024
+  n_layers: 24
+  num_experts: 16
+  top_k: 2
+  expert_dim: 4096
+  expert_model_parallel_size: 4  # Distribute experts across 4 GPUs
+  tensor_model_parallel_size: 1
+  pipeline_model_parallel_size: 1
+trainer:
+  devices: 4
+  precision: bf16
+  strategy: ddp
+  max_steps: 10000
+"""
+
+
+def test_its_distributed_configuration():
+    """16 experts over 4 GPUs. What the guide does not give is as in its file: batch 32 by 2, 1e-4 to 1e-5."""
+    done = migrate(
+        NEMO, command="python scripts/train_deepseek.py --config deepseek_v3_distributed"
+    )
+    c = done.config
+    m = c.model
+    assert (m.vocab_size, m.hidden_size, m.num_hidden_layers) == (50257, 1024, 24)
+    assert (m.n_routed_experts, m.num_experts_per_tok, m.moe_intermediate_size) == (16, 2, 4096)
+    assert (c.mesh.expert, c.mesh.tensor, c.mesh.stage) == (4, 1, 1)
+    assert (c.sharding.strategy, c.train.dtype, c.train.steps) == ("no_shard", "bfloat16", 10_000)
+    assert (c.train.batch_size, c.train.accumulation) == (32, 4)
+    assert "is read for it" in done.why("config")
+
+
+def test_its_multi_node_training():
+    """32 GPUs by file or by torchrun, which wins over the file's devices."""
+    file = NEMO.replace("devices: 4", "devices: 8\n  num_nodes: 4")
+    line = "torchrun --nproc_per_node=8 --nnodes=4 scripts/train_deepseek.py"
+    both = migrate(file, command=line)
+    flags = migrate(NEMO, command=line)
+    assert both.config == flags.config and both.config.train.batch_size % 32 == 0
+    assert "on each of 4 hosts" in both.launch
+    assert "wins" in flags.why("trainer.devices")
+
+
+def test_a_config_that_is_not_given():
+    line = "python scripts/train_deepseek.py --config deepseek_v3_base"
+    with pytest.raises(UserError, match="--from="):
+        migrate(command=line, devices=1)
+    assert migrate(command=line, tools="nemo_guide", devices=1).refused() == {"config"}

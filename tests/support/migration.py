@@ -66,7 +66,7 @@ def of_files(files, command: str = "", tools: str = "", allow=(), **options) -> 
 def finished(sources, tools="", allow=(), **options) -> Migrated:
     m = engine.migrate(sources, [t for t in tools.split(",") if t], Migration(**options))
     found = report.lists(m, allow)
-    keys = sum(len(r.source.all_keys()) for r in m.readings)
+    keys = sum(len(r.source.all_keys()) for r in m.readings) + len(m.absent)
     in_lists = (found.became, found.no_effect, found.refused, found.left_out)
     assert keys == sum(len(part) for part in in_lists)  # every key is in exactly one list
     config = None if found.refused else check.check(m)

@@ -146,7 +146,7 @@ def _recognise(version: int, trl: bool) -> Callable[[Source], int]:
         keys = [canonical(k) for k in source.keys()]
         known = sum(any(k == s or k.startswith(f"{s}.") for k in keys) for s in OF_TRAINER)
         if source.form == "flags":
-            known += sum(k in ("max_steps", "deepspeed", "seed", "config") for k in keys)
+            known += sum(k in ("max_steps", "deepspeed", "seed") for k in keys)
         of_trl = sum(
             any(k == s or k.startswith(f"{s}.") for k in keys) for s in trl_arguments.KEYS_OF_TRL
         )
