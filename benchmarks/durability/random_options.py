@@ -24,6 +24,7 @@ from deepseek_jax.config.options import (
     RopeScaling,
     ShardingConfig,
     TrainConfig,
+    of,
 )
 from deepseek_jax.parallel.mesh import AXES
 
@@ -166,14 +167,22 @@ def draw(seed: int, case: int) -> Config:
         else "none",
     )
     optimizer = OptimizerConfig(
-        name=pick("adamw", "adafactor", "muon"),
+        name=pick("adamw", "adafactor", "muon", "lion", "sgd"),
         grad_clip=pick(0.0, 1.0),
         weight_decay=pick(0.0, 0.1),
-        schedule=pick("constant", "cosine", "wsd", "deepseek_v2", "deepseek_v3"),
+        schedule=pick(*of("optimizer.schedule").choices),
         warmup_steps=pick(0, 100),
     )
-    if optimizer.name != "adafactor":
-        optimizer = dataclasses.replace(optimizer, moment_dtype=pick("float32", "bfloat16"))
+    own: dict[str, Any] = {"moment_dtype": pick("float32", "bfloat16")}
+    if optimizer.name == "adafactor":
+        own = {
+            "scale_parameter": chance(0.5),
+            "first_moment": pick(0.0, 0.9),
+            "min_dim_size_to_factor": pick(1, 8, 128),
+        }
+    elif optimizer.name == "sgd":
+        own = {"momentum": pick(0.0, 0.9)}
+    optimizer = dataclasses.replace(optimizer, **own)
     fp16 = Fp16Config(loss_scale=pick(0.0, 128.0)) if dtype == "float16" else Fp16Config()
     return Config(
         seed=case,

@@ -43,6 +43,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     "optimizer.moment_dtype=bfloat16": {"optimizer.moment_dtype": "bfloat16"},
     "optimizer.name=adafactor": {"optimizer.name": "adafactor"},
     "optimizer.name=muon": {"optimizer.name": "muon"},
+    "optimizer.name=lion": {"optimizer.name": "lion"},
+    "optimizer.name=sgd": {"optimizer.name": "sgd"},
     "train.accumulation=4": {"train.accumulation": 4},
     "train.accumulation=4 accumulation_dtype=bfloat16": {
         "train.accumulation": 4,

@@ -1,5 +1,6 @@
 """Everything that can be checked without looking at devices, data or the workdir."""
 
+from deepseek_jax.config import held_out
 from deepseek_jax.config.options import OPTIONS, Config, value_of
 from deepseek_jax.config.rules import (
     checkpoint,
@@ -22,5 +23,16 @@ def validate(config: Config) -> None:
     """
     for name, option in OPTIONS.items():
         option.check(value_of(config, name))
-    for rules in (model, training, sft, distill, memory, optimizer, lora, stages, checkpoint):
+    for rules in (
+        model,
+        training,
+        held_out,
+        sft,
+        distill,
+        memory,
+        optimizer,
+        lora,
+        stages,
+        checkpoint,
+    ):
         rules.check(config)

@@ -45,6 +45,25 @@ NO_OPTION = (
         f"{NOTHING} a layer's gradients are reduced in `train.dtype` and kept in float32",
     ),
     Word(
+        (
+            "zero_optimization.offload_optimizer.device: nvme",
+            "zero_optimization.offload_param.device: nvme",
+            "NVMe offloading",
+        ),
+        "`offload.optimizer_state=True`, `offload.parameters=True`: the host's memory in place of its disks, "
+        "from where one layer at a time is streamed to the device. A step reads and writes all of the "
+        "state, 12 bytes a parameter and more: minutes at what a disk gives, and it wears out. If the "
+        "memory of the hosts is too small, divide over more of them, or use `optimizer.name=adafactor`",
+        ("nvme_path", "offload_optimizer_nvme_path", "offload_param_nvme_path", "nvme"),
+    ),
+    Word(
+        ("move unused experts to CPU", "expert offloading"),
+        "`offload.parameters=True`: all experts of all layers lie in the host's memory, and one layer at a "
+        "time is on the device. In a training batch no expert is unused: with thousands of tokens each is "
+        "chosen by some, and which ones are is known when the layer has begun, too late to fetch them",
+        ("offload_experts", "cpu_offload_experts", "expert_offload", "offload_unused_experts"),
+    ),
+    Word(
         ("dist.all_reduce(expert_usage)",),
         f"{NOTHING} the layer sums by `psum`; `max_violation` and `routing_entropy` are in the metrics",
     ),

@@ -8,7 +8,7 @@ which examples a step reads follows from the numbers of its rows.
 import numpy as np
 
 from deepseek_jax.cli.texts import human
-from deepseek_jax.config.options import Config
+from deepseek_jax.config.options import Config, value_of
 from deepseek_jax.data import contents, example_choice
 from deepseek_jax.data.documents import DataNotes, split_paths
 from deepseek_jax.data.example_packing import ExampleRows, Piece
@@ -262,9 +262,16 @@ class ExampleLoader:
 
 
 def _check_epochs(config: Config) -> None:
-    if config.data.weights.strip() and config.train.epochs and not config.train.steps:
-        raise UserError(
-            f"config.train.epochs={config.train.epochs} counts passes over the examples, and "
-            f"config.data.weights={config.data.weights!r} mixes sources that end at different times. Set "
-            "config.train.steps, or config.data.weights=''."
-        )
+    if not config.data.weights.strip():
+        return
+    for option, instead in (
+        ("train.epochs", "" if config.train.steps else "config.train.steps"),
+        ("checkpoint.every_epochs", "config.checkpoint.every_steps"),
+        ("eval.every_epochs", "config.eval.every_steps"),
+    ):
+        if value_of(config, option) and instead:
+            raise UserError(
+                f"config.{option}={value_of(config, option)} counts passes over the examples, and "
+                f"config.data.weights={config.data.weights!r} mixes sources that end at different times. Set "
+                f"{instead}, or config.data.weights=''."
+            )

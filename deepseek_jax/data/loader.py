@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from deepseek_jax.cli.texts import human
+from deepseek_jax.cli.texts import human, plural
+from deepseek_jax.config import held_out
 from deepseek_jax.config.options import Config
 from deepseek_jax.data import contents
 from deepseek_jax.data.documents import DataNotes
@@ -23,7 +24,7 @@ from deepseek_jax.data.fields import (
 )
 from deepseek_jax.data.order import derive_seed
 from deepseek_jax.data.packing import PackedRows
-from deepseek_jax.data.sources import Corpus, Documents, open_corpora, parse_weights, split
+from deepseek_jax.data.sources import Corpus, Documents, divided, open_corpora, parse_weights
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.errors import UserError
 
@@ -141,8 +142,8 @@ class Loader:
         weights = parse_weights(config)  # before the reading, which may take long
         notes = DataNotes()
         corpora = open_corpora(config, tokenizer, progress, notes)
-        self.notes = notes.lines()
-        sides = [split(corpus, c.data.eval_fraction) for corpus in corpora]
+        sides = [divided(corpus, c.data) for corpus in corpora]
+        self.notes = notes.lines() + _unread(config, corpora, sides)
         train = [
             PackedRows(t, length, derive_seed(c.seed, PACK, i), mask)
             for i, (t, _) in enumerate(sides)
@@ -152,7 +153,7 @@ class Loader:
             for i, (_, e) in enumerate(sides)
         ]
         self.train_tokens = sum(train.size for train, _ in sides)
-        self.eval_tokens = sum(held_out.size for _, held_out in sides)
+        self.eval_tokens = sum(out.size for _, out in sides)
         self.num_train_rows = sum(map(len, train))
         self.num_eval_rows = sum(map(len, self._eval))
         self._check_size(corpora, sides, train)
@@ -186,8 +187,8 @@ class Loader:
         for i in range(start, min(start + count, self.num_train_rows)):
             source = int(np.searchsorted(self._firsts, i, "right")) - 1
             rows.append(self._row(source, i - self._firsts[source]))
-        held_out = max(start - self.num_train_rows, 0)
-        return join_rows(self._stack(rows), self.eval_rows(held_out, count - len(rows)))
+        first = max(start - self.num_train_rows, 0)
+        return join_rows(self._stack(rows), self.eval_rows(first, count - len(rows)))
 
     def origin(self, index: int) -> list[Span]:
         """Where the inputs of row `index` of the global training order come from, document by document."""
@@ -241,10 +242,7 @@ class Loader:
             self._config.train.batch_size,
             self._config.train.sequence_length,
         )
-        held = (
-            f"besides the {self.eval_tokens} held out with "
-            f"config.data.eval_fraction={c.data.eval_fraction}"
-        )
+        held = f"besides the {self.eval_tokens} held out with {held_out.option(c.data)}"
         repair = "Give more text, or lower config.train.batch_size or config.train.sequence_length."
         for corpus, (documents, _), rows in zip(corpora, sides, train, strict=True):
             if not len(rows):
@@ -261,6 +259,17 @@ class Loader:
             )
 
 
+def _unread(
+    config: Config, corpora: list[Corpus], sides: list[tuple[Documents, Documents]]
+) -> list[str]:
+    """What config.data.split leaves to neither side."""
+    every = sum(np.count_nonzero(np.diff(corpus.offsets)) for corpus in corpora)
+    left = every - sum(len(side.starts) for pair in sides for side in pair)
+    if not config.data.split or not left:
+        return []
+    return [f"{held_out.option(config.data)}: {plural(int(left), 'document')} that nothing reads"]
+
+
 def _describe(
     corpora: list[Corpus],
     sides: list[tuple[Documents, Documents]],
@@ -268,15 +277,15 @@ def _describe(
     tokenizer: Tokenizer,
 ) -> str:
     texts = []
-    for corpus, (train, held_out), weight in zip(corpora, sides, weights, strict=True):
-        total, count = train.size + held_out.size, len(train.starts) + len(held_out.starts)
+    for corpus, (train, out), weight in zip(corpora, sides, weights, strict=True):
+        total, count = train.size + out.size, len(train.starts) + len(out.starts)
         share = f"{weight:.0%} " if len(corpora) > 1 else ""
         if len(corpus.offsets) == 2:
-            held = f"the last {human(held_out.size)} held out" if held_out.size else "none held out"
+            held = f"the last {human(out.size)} held out" if out.size else "none held out"
             texts.append(f"{share}{corpus.name}: 1 document, {human(total)} tokens ({held})")
         else:
             texts.append(
                 f"{share}{corpus.name}: {count:,} documents, {human(total)} tokens "
-                f"({len(held_out.starts):,} documents, {human(held_out.size)} tokens held out)"
+                f"({len(out.starts):,} documents, {human(out.size)} tokens held out)"
             )
     return "; ".join(texts) + f"; tokenizer {tokenizer.name[:14]}, {tokenizer.vocab_size:,} ids"

@@ -1,5 +1,6 @@
 """Corpora: token ids and document boundaries behind `config.data.path`, and which documents are held out."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -7,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.cli.progress import Bar
-from deepseek_jax.config.options import Config
+from deepseek_jax.config import held_out
+from deepseek_jax.config.options import Config, DataConfig
 from deepseek_jax.data.documents import DataNotes, SourceFile, find_files, no_text, split_paths
 from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.order import mix64
@@ -205,6 +207,26 @@ def encoded(
         yield batch()
 
 
+def divided(corpus: Corpus, data: DataConfig) -> tuple[Documents, Documents]:
+    """(training documents, held-out documents) of a corpus: in their order by `data.split`, at the places
+    where Megatron-Core's BlendedMegatronDatasetBuilder divides an index; or as `split` does.
+    """
+    if not data.split:
+        return split(corpus, data.eval_fraction)
+    train, valid, _ = held_out.shares(data.split)
+    count = len(corpus.offsets) - 1
+    ends = [round(share * count) for share in (0.0, train, train + valid)]
+    kept, held = (_documents(corpus, a, b) for a, b in itertools.pairwise(ends))
+    return kept, held
+
+
+def _documents(corpus: Corpus, begin: int, end: int) -> Documents:
+    """Documents begin to end - 1, but for empty ones."""
+    starts, ends = corpus.offsets[begin:end], corpus.offsets[begin + 1 : end + 1]
+    some = ends > starts
+    return Documents(corpus.tokens, starts[some], (ends - starts)[some])
+
+
 def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
     """Divides a corpus by document into training and held-out documents.
 
@@ -226,8 +248,8 @@ def split(corpus: Corpus, fraction: float) -> tuple[Documents, Documents]:
         return Documents(corpus.tokens, starts, cut), Documents(
             corpus.tokens, starts + cut, lengths - cut
         )
-    held_out = held_out_of(len(starts), fraction)
-    kept, held = (Documents(corpus.tokens, starts[m], lengths[m]) for m in (~held_out, held_out))
+    out = held_out_of(len(starts), fraction)
+    kept, held = (Documents(corpus.tokens, starts[m], lengths[m]) for m in (~out, out))
     return kept, held
 
 

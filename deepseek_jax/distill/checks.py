@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.config.options import Config, value_of
+from deepseek_jax.config.options import OPTIONS, Config, value_of
 from deepseek_jax.data import contents as contents_
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
@@ -21,7 +21,13 @@ from deepseek_jax.train.batch import rows_here
 
 OPTION = "config.distill.cache"
 # Other values make other rows of the same data; what contents.py knows of examples besides.
-OF_ROWS = ("seed", "train.sequence_length", "data.eval_fraction", "data.document_mask")
+OF_ROWS = (
+    "seed",
+    "train.sequence_length",
+    "data.eval_fraction",
+    "data.split",
+    "data.document_mask",
+)
 PACKED_APART = "sources_apart"  # of examples: by data.weights each source has rows of its own
 
 
@@ -113,7 +119,8 @@ def check_rows(found: Manifest, config: Config, data: Loader | ExampleLoader) ->
             "with this one."
         )
     for name, now in options_of_rows(config, data).items():
-        was = found.options.get(name)
+        # caches of earlier versions do not name all of these
+        was = found.options.get(name, OPTIONS[name].default if name in OPTIONS else None)
         if was != now and name == PACKED_APART:
             raise UserError(
                 f"config.data.weights={config.data.weights!r} packs the sources "

@@ -88,8 +88,7 @@ def parse(text: str) -> Command:
         entries = [*environment, *launcher]
         out.sources.append(Source(launched or "the environment", tuple(entries), "launcher"))
     entries = list(_script_flags(words))
-    if entries:
-        out.sources.append(Source(name, tuple(entries), "flags"))
+    out.sources.append(Source(name, tuple(entries), "flags"))
     out.files = [
         e
         for e in (*launcher, *entries)

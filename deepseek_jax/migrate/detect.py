@@ -33,15 +33,23 @@ def assign(sources: Sequence[Source], wanted: Sequence[str] = ()) -> list[Assign
             raise UserError(f"--from={name} is not known. Choose of {', '.join(TOOLS)}.")
     named = [TOOLS[name] for name in wanted]
     out = [Assigned(s, *_best(s, named)) for s in sources if s.form != "flags"]
+    out = [_with_its_kin(a, out) for a in out]
     recipe = next((a for a in out if not a.tool.companion), None)
     for source in sources:
-        if source.form == "flags":  # of a script: they are of the recipe's tool
-            out.append(
-                Assigned(source, recipe.tool, False)
-                if recipe
-                else Assigned(source, *_best(source, named))
-            )
+        if source.form == "flags" and recipe:  # of a script: they are of the recipe's tool
+            out.append(Assigned(source, recipe.tool, False))
+        elif source.form == "flags" and source.entries:
+            out.append(Assigned(source, *_best(source, named)))
     return out
+
+
+def _with_its_kin(one: Assigned, others: Sequence[Assigned]) -> Assigned:
+    """Files of one family are of one tool: a part of a recipe says less of its version than the rest."""
+    kin = [a for a in others if a.tool.kin == one.tool.kin and not a.tool.companion]
+    if one.tool.companion or len(kin) < 2:
+        return one
+    surest = max(kin, key=lambda a: a.tool.recognise(a.source))
+    return one._replace(tool=surest.tool)
 
 
 def _best(source: Source, named: Sequence[Tool]) -> tuple[Tool, bool]:

@@ -1,13 +1,17 @@
 """From sources to options: every entry to its handler, then the arithmetic."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.migrate import arithmetic
+from deepseek_jax.migrate import arithmetic, command
 from deepseek_jax.migrate.detect import Assigned, assign
 from deepseek_jax.migrate.migration import Migration, Reading
 from deepseek_jax.migrate.source import Entry, Rank, Source
+
+# Flags whose value is a recipe, or its name in a folder of configs.
+NAMING = ("config", "config_file", "config_name", "config_path")
 
 
 def migrate(
@@ -49,6 +53,8 @@ def _read(m: Migration, found: Assigned) -> None:
     for earlier, later in found.source.duplicates:
         m.no_effect(earlier, f"the same key stands again at {later.where}, and the last one counts")
     for entry in found.source.entries:
+        if found.source.form in ("flags", "launcher") and _names_a_file(m, entry):
+            continue
         handler = found.tool.handler(found.tool.key(entry.key))
         if handler is None:
             continue  # unknown: Migration.verdict
@@ -59,6 +65,25 @@ def _read(m: Migration, found: Assigned) -> None:
             handler(m, entry)
         except UserError as e:
             m.refuse(entry, str(e).rstrip("."))
+
+
+def _names_a_file(m: Migration, entry: Entry) -> bool:
+    """Whether a flag names a recipe: read beside it, by its path or as a name of Hydra's."""
+    plain = entry.key.startswith("argument ")
+    value = str(entry.value)
+    named = entry.key.replace("-", "_") in NAMING or (plain and value.endswith(command.ENDINGS))
+    if not named or not isinstance(entry.value, str):
+        return False
+    files = [r.source.name for r in m.readings if r.source.form in ("yaml", "json")]
+    wanted = os.path.basename(value)
+    here = any(
+        os.path.splitext(os.path.basename(f))[0] == os.path.splitext(wanted)[0] for f in files
+    )
+    if here or (files and not value.endswith(command.ENDINGS)):
+        m.no_effect(entry, "the file is read beside it" if here else f"{files[0]} is read for it")
+    else:
+        m.refuse(entry, "it names a file that is not here", "Give the file as well")
+    return True
 
 
 def _ranked(found: Assigned) -> Assigned:

@@ -16,7 +16,7 @@ def command(m: Migration, config: str) -> str:
       m: the migration, done.
       config: path of the new file.
     """
-    lines = [f"{line}  # into {folder}" for folder, line in m.downloads.items()]
+    lines = [_wrapped(line.split()) for line in m.downloads.values()]
     words = ["python train.py", f"--config={shlex.quote(config)}"]
     workdir = m.flags.get("--workdir")
     words.append(f"--workdir={shlex.quote(str(workdir.value if workdir else 'runs/migrated'))}")

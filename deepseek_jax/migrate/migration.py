@@ -27,7 +27,7 @@ class Told:
         """For comments: "recipe.yaml:12 learning_rate=5e-05"; "transformers 5 by default"."""
         if self.entry is None:
             return f"{self.tool} by default"
-        return f"{self.entry.where} {self.entry.text}"
+        return self.entry.label
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,9 @@ class Migration:
         for told in takers:
             if told.entry:
                 self.refuse(
-                    told.entry, f"no file says what {name} is", "Give the recipe beside this file"
+                    told.entry,
+                    f"auto is what the recipe says ({name}), and none says it",
+                    "Give the recipe beside this file",
                 )
 
     def _refuse_different(self, name: str, top: list[Told]) -> None:

@@ -162,11 +162,11 @@ def refusal(found: Lists) -> str:
     )
     repair = f"{verdict.repair}, or" if verdict.repair else "Take it out, or"
     allow = f"{repair} give --allow={first.key} to leave it out."
-    return f"{first.where}: {first.text}: {verdict.why}. {allow}{rest}"
+    return f"{first.label}: {verdict.why}. {allow}{rest}"
 
 
 def _list(title: str, rows: Iterable[tuple[Entry, str]]) -> str:
-    return _table(title, [(f"{e.where} {e.text}", why) for e, why in rows])
+    return _table(title, [(e.label, why) for e, why in rows])
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> str:

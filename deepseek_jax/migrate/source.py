@@ -34,6 +34,13 @@ class Entry:
         value = " ".join(str(self.value).split())
         return f"{self.key}={value[:57] + '...' if len(value) > 60 else value}"
 
+    @property
+    def label(self) -> str:
+        """Where it stands, and what: "recipe.yaml:12 learning_rate=5e-05"; "--learning_rate=5e-05"."""
+        if self.rank in (Rank.FLAG, Rank.LAUNCHER_FLAG):
+            return f"{self.where}={self.text.partition('=')[2]}"
+        return f"{self.where} {self.text}"
+
 
 @dataclass(frozen=True)
 class Source:

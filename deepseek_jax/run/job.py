@@ -332,6 +332,7 @@ class Job:
             ),
             restore=start.after_bad_numbers,
             last=last,
+            rows_of_pass=self._data.num_train_rows,
             profiler=make_profiler(config, self._workdir, step, last),
             stopper=self._stopper,
             watchdog=watchdog,

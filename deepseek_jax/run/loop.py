@@ -11,6 +11,7 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import BadNumbers, ExitCode, stopped_by
+from deepseek_jax.run import passes
 from deepseek_jax.run.batches import Batch, Batches
 from deepseek_jax.run.profile import NoProfiler, Profiler
 from deepseek_jax.run.progress import Progress
@@ -58,6 +59,7 @@ class Loop:
       restore: reads the newest good checkpoint, or makes the first state where there is none;
         without it a run is not rolled back.
       last: the step after which it ends; None: the last of the run. Stages of a run end before.
+      rows_of_pass: of the training data, for what is done after passes over them.
       profiler, stopper, watchdog: as they are by default, they do nothing.
     """
 
@@ -70,6 +72,7 @@ class Loop:
     report: Report
     restore: Callable[[], tuple[TrainState, Progress]] | None = None
     last: int | None = None
+    rows_of_pass: int = 0
     profiler: Profiler | NoProfiler = dataclasses.field(default_factory=NoProfiler)
     stopper: Stopper = dataclasses.field(default_factory=Stopper)
     watchdog: Watchdog = dataclasses.field(default_factory=lambda: Watchdog(0))
@@ -124,7 +127,7 @@ class Loop:
             pending = (step, step_metrics)
             stopping = self.stopper.after(step)
             saving = self._save_is_due(step)
-            evaluating = step == last or self._is_every(self.config.eval.every_steps, step)
+            evaluating = step == last or self._evaluation_is_due(step)
             if not (saving or evaluating or stopping or self.profiler.due(step)):
                 continue
             updated = self._finished(*pending)
@@ -150,17 +153,22 @@ class Loop:
             checkpoint=self.checkpointer.path(step),
         )
 
-    @staticmethod
-    def _is_every(interval: int, step: int) -> bool:
-        return bool(interval) and step % interval == 0
+    def _ends_pass(self, every: float, step: int) -> bool:
+        return passes.ends_pass(every, self.rows_of_pass, self._progress.history, step)
 
     def _profile(self, step: int, state: TrainState) -> None:
         if self.profiler.due(step) and (text := self.profiler.turn(step, state)):
             self.report.say(text)
 
+    def _evaluation_is_due(self, step: int) -> bool:
+        e = self.config.eval
+        by_steps = bool(e.every_steps) and step % e.every_steps == 0
+        return by_steps or self._ends_pass(e.every_epochs, step)
+
     def _save_is_due(self, step: int) -> bool:
         c = self.config.checkpoint
-        return self.checkpointer.due(step, c.every_steps, c.every_minutes)
+        due = self.checkpointer.due(step, c.every_steps, c.every_minutes)
+        return due or self._ends_pass(c.every_epochs, step)
 
     def _save(self, step: int, state: TrainState, evaluation: dict[str, Any], final: bool) -> None:
         extra = self._progress._replace(tokens_seen=self.report.tokens_seen).to_extra()

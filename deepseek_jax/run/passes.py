@@ -1,9 +1,12 @@
-"""From config.train.epochs to steps: where a run ends that is told how often it reads its data."""
+"""From passes over the data to steps: where a run ends (config.train.epochs), and after which steps it saves
+and evaluates (checkpoint.every_epochs, eval.every_epochs).
+"""
 
 import math
 from fractions import Fraction
 
 from deepseek_jax.config.options import Config, replaced
+from deepseek_jax.config.rules import optimizer
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.errors import UserError
 from deepseek_jax.train import workdir as workdirs
@@ -23,19 +26,42 @@ def with_steps(config: Config, workdir: str, rows: int, contents: Contents) -> C
       contents: of the data.
 
     Raises:
-      UserError: the data are others than those of the run's checkpoint, or the profile begins after the end.
+      UserError: the data are others than those of the run's checkpoint, or the profile begins after the end,
+        or the learning rate's last part is longer than the run.
     """
     if config.train.steps:
         return config
-    wanted = math.ceil(Fraction(repr(config.train.epochs)) * rows)  # 0.1 is a tenth
+    wanted = rows_of(config.train.epochs, rows)
     steps = first_step_after(_history(config, workdir, contents), wanted)
     out = replaced(config, "train.steps", steps)
+    optimizer.check_length(out)
     if config.profile.start > steps:
         raise UserError(
             f"config.profile.start={config.profile.start} is after the last step, {steps}, which "
             f"config.train.epochs={config.train.epochs} comes to. Lower it."
         )
     return out
+
+
+def rows_of(passes: float, rows: int) -> int:
+    """The least number of rows that are so many passes. 0.1 of them is a tenth."""
+    return math.ceil(Fraction(repr(passes)) * rows)
+
+
+def ends_pass(every: float, rows: int, history: History, step: int) -> bool:
+    """Whether the last of `step` finished steps was the first to come to another multiple of `every` passes.
+
+    A pure function of the options, the data and the step: a run that goes on has it where it would have been.
+
+    Args:
+      every: passes; 0: never.
+      rows: of one pass over the training data.
+      history: which rows each step reads.
+    """
+    if not every or not step:
+        return False
+    one, before = Fraction(repr(every)) * rows, history.first_row(step - 1)
+    return (before + history.count(step - 1)) // one > before // one
 
 
 def _history(config: Config, workdir: str, contents: Contents) -> History:

@@ -160,7 +160,15 @@ def _others_learn(checkpoints: Checkpointer, stored: Tree, layout: Layout) -> bo
         cut = [min((i for end, i in e.items() if end in weights), default=len(e)) for e in ends]
         return {"/".join(p[:i]) for p, i in zip(parts, cut, strict=True)}
 
-    return kinds(there) <= kinds(here) or kinds(here) <= kinds(there)
+    def is_of_part(kind: str) -> bool:
+        """Whether it is there only where some of the weights learn: muon's, of matrices and of the rest."""
+        return "inner_states" in kind.split("/")
+
+    before, now = kinds(there), kinds(here)
+    parts = [set(filter(is_of_part, k)) for k in (before, now)]
+    if before - parts[0] != now - parts[1] or bool(parts[0]) != bool(parts[1]):
+        return False  # lion has what adamw has, but for the second moment
+    return parts[0] <= parts[1] or parts[1] <= parts[0]
 
 
 def _same_projection(stored: Tree, layout: Layout) -> bool:

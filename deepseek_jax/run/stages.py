@@ -14,10 +14,8 @@ were given; a later start may change those to come.
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from fractions import Fraction
 from typing import Any
 
 from flax import nnx
@@ -25,6 +23,7 @@ from flax import nnx
 from deepseek_jax.cli.texts import human, table
 from deepseek_jax.config import stages as given
 from deepseek_jax.config.options import Config, replaced
+from deepseek_jax.config.rules import optimizer
 from deepseek_jax.config.stages import OPTION, StageOptions
 from deepseek_jax.data.contents import Contents
 from deepseek_jax.errors import UserError
@@ -104,8 +103,8 @@ def resolved(
       contents: of the data.
 
     Raises:
-      UserError: stages that have begun are others than those of the checkpoint; the data are others; or the
-        profile begins after the end.
+      UserError: stages that have begun are others than those of the checkpoint; the data are others; the
+        profile begins after the end; or a stage is shorter than config.optimizer.hold_steps.
     """
     wanted = given.of_config(config)
     done = extra.get("stages", [])
@@ -121,8 +120,7 @@ def resolved(
         elif one.steps:
             end = begin + one.steps
         else:
-            passed = math.ceil(Fraction(repr(one.epochs)) * rows)  # 0.1 is a tenth
-            end = passes.first_step_after(history, passed, begin)
+            end = passes.first_step_after(history, passes.rows_of(one.epochs, rows), begin)
         if i < len(done) and begin < step < done[i]["last_step"] and end <= step:
             raise UserError(
                 f"{given.title(i + 1, one)}: {one.length} end after step {end}, and the run is at step "
@@ -134,7 +132,10 @@ def resolved(
             f"config.profile.start={config.profile.start} is after the last step, {ends[-1]}, which the "
             f"stages of {OPTION} come to. Lower it."
         )
-    return with_steps(config, wanted, ends)
+    found = with_steps(config, wanted, ends)
+    for stage in found:
+        optimizer.check_length(stage.options)
+    return found
 
 
 def planned(config: Config) -> Stages:

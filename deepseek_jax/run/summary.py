@@ -17,12 +17,12 @@ from deepseek_jax.objectives.features import features_of
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import axes_across_hosts
 from deepseek_jax.parallel.pipeline import make_schedule
-from deepseek_jax.run import answers
+from deepseek_jax.run import answers, passes
 from deepseek_jax.run.loop import Result
 from deepseek_jax.run.report import held_out_text
 from deepseek_jax.run.stages import Stage
 from deepseek_jax.run.teacher import Teacher
-from deepseek_jax.train import projection
+from deepseek_jax.train import projection, schedules
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.history import History
 from deepseek_jax.train.state import Layout
@@ -191,8 +191,22 @@ def _training(run: Run) -> Lines:
             f"{t.steps} steps of {t.batch_size} x {t.sequence_length} tokens = {human(tokens)} tokens "
             f"({passes:.2f} passes over the data{_not_asked(run, passes)})",
         ),
+        *_shares_of_steps(run),
         ("compute", f"{human(flops)} FLOPs per token, {human(flops * tokens)} in all"),
     ]
+
+
+def _shares_of_steps(run: Run) -> Lines:
+    """The steps that shares of them and passes over the data come to."""
+    c, rows, lines = run.config, run.data.num_train_rows, []
+    if c.optimizer.warmup_fraction and run.stage is None:
+        lines.append(("", f"the first {schedules.warmup_steps(c)} steps warm up"))
+    for what, every in (("saved", c.checkpoint.every_epochs), ("evaluated", c.eval.every_epochs)):
+        if every:
+            first = passes.first_step_after(run.history, passes.rows_of(every, rows))
+            unit = "pass" if every == 1 else f"{every:g} passes"
+            lines.append(("", f"{what} after every {unit}, first after step {first}"))
+    return lines
 
 
 def _stage(run: Run) -> Lines:

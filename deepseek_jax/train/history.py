@@ -177,9 +177,10 @@ def _difference(last: Stretch, now: Config, contents: Contents | None) -> str:
         ("seed", before.seed, now.seed),
         ("train.sequence_length", before.train.sequence_length, now.train.sequence_length),
         ("data.eval_fraction", before.data.eval_fraction, now.data.eval_fraction),
+        ("data.split", before.data.split, now.data.split),
     ):
         if was != is_now:
-            return f"config.{name}={is_now} differs from {was}"
+            return f"config.{name}={is_now} differs from {was or repr(was)}"
     if what := contents_.difference(
         last.contents, contents, split_paths(now.data.path, "config.data.path")
     ):

@@ -16,7 +16,7 @@ from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.count import count
 from deepseek_jax.model.layout import abstract_model
-from deepseek_jax.train.optimizer import sequences_at
+from deepseek_jax.train.optimizer import learning_rate, sequences_at
 from tests.support import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -224,6 +224,29 @@ def test_docstring_and_hardware_agree_with_the_options(name):
     # float32 parameters, gradients and two moments; at least 40% of the memory is left for everything else.
     state = 16 * (analytic_count(m)[0] + analytic_mtp(m)) / shards
     assert state < 0.6 * gigabytes * 1e9, f"{state / 1e9:.1f} GB of state per GPU"
+
+
+def test_distributed_has_the_numbers_of_the_guides_file():
+    """deepseek_v3_distributed.yaml of the NeMo guide, with what it inherits of deepseek_v3_base.yaml; the
+    vocabulary is the guide's own. The rates by NeMo's CosineAnnealing.
+    """
+    c = load("distributed")
+    m, t, o = c.model, c.train, c.optimizer
+    assert (m.vocab_size, m.hidden_size, m.num_hidden_layers) == (50257, 1024, 24)
+    assert (m.num_attention_heads, t.sequence_length) == (16, 2048)
+    assert (m.n_routed_experts, m.num_experts_per_tok, m.moe_intermediate_size) == (16, 2, 4096)
+    assert (m.aux_loss_alpha, c.moe.router_z_loss_coef, c.mesh.expert) == (0.01, 0.001, 4)
+    micro, devices = 2, 4
+    assert (t.batch_size, t.accumulation) == (32, 32 // (micro * devices))
+    assert (t.steps, t.dtype, t.remat) == (10_000, "bfloat16", "full")
+    assert (o.name, o.b1, o.b2, o.weight_decay, o.grad_clip) == ("adamw", 0.9, 0.95, 0.1, 1.0)
+    assert (c.eval.every_steps, c.eval.batches, c.log.every_steps) == (500, 50, 50)
+    assert (c.checkpoint.keep_best, c.data.eval_fraction, c.data.document_mask) == (5, 0.01, False)
+    rate = learning_rate(c)
+    middle = 1e-5 + 9e-5 * 0.5 * (1 + math.cos(math.pi * 3500 / 7000))
+    expected = {0: 0, 1000: 5e-5, 2000: 1e-4, 5500: middle, 9000: 1e-5, 9999: 1e-5}
+    for step, wanted in expected.items():
+        assert float(rate(step)) == pytest.approx(wanted, abs=1e-10), step
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from deepseek_jax.config import __main__ as command
-from deepseek_jax.config import words
+from deepseek_jax.config import suggestions, words
 from deepseek_jax.config.option import SYSTEMS
 from deepseek_jax.config.options import OPTIONS, Config, replaced
 from tests.support import ROOT
@@ -62,8 +62,30 @@ def test_what_the_words_stand_for_can_be_set():
             "lm_eval",
             "torchrun --max_restarts",
             "YAML files",
+            "device: nvme",
+            "move unused experts to CPU",
         ),
     ],
 )
 def test_the_words_people_come_with(word):
     assert word in words.table()
+
+
+@pytest.mark.parametrize(
+    "key, said",
+    [
+        ("zero_optimization.offload_param.nvme_path", "offload.parameters=True: the host's memory"),
+        ("offload_optimizer_nvme_path", "offload.optimizer_state=True"),
+        (
+            "zero_optimization.offload_optimizer.device",
+            "cpu (DeepSpeed) is config.offload.optimizer_state here",
+        ),
+        ("model.offload_unused_experts", "one layer at a time is on the device"),
+        ("optimizer.lr_scheduler_type", "is config.optimizer.schedule here"),
+        ("train.warmup_ratio", "is config.optimizer.warmup_fraction here"),
+        ("optimizer.beta1", "beta1 (Hugging Face) is config.optimizer.first_moment here"),
+        ("train.save_strategy", "is config.checkpoint.every_epochs=1.0 here"),
+    ],
+)
+def test_what_a_word_typed_as_an_option_says(key, said):
+    assert said in suggestions.suggestion(key)

@@ -3,6 +3,7 @@ what is left out is said."""
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -23,6 +24,7 @@ from deepseek_jax.config.options import (
     DataConfig,
     ModelConfig,
     TrainConfig,
+    replaced,
 )
 from deepseek_jax.config.validation import validate
 from deepseek_jax.data import formats
@@ -30,7 +32,7 @@ from deepseek_jax.data.__main__ import main
 from deepseek_jax.data.documents import DataNotes, find_files
 from deepseek_jax.data.formats import read_text
 from deepseek_jax.data.loader import Loader
-from deepseek_jax.data.sources import open_corpora
+from deepseek_jax.data.sources import divided, open_corpora
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.run import commandline
@@ -38,6 +40,7 @@ from deepseek_jax.train.workdir import write_config
 from tests.support import FILES, ROOT
 
 FORMATS = os.path.join(FILES, "formats")
+MEGATRON = os.path.join(FILES, "megatron")
 CHATML = os.path.join(FORMATS, "chatml_tokenizer.json")
 TEXTS = ["one é", 'two\nlines [ ] { } " \\', "", "three 漢字 😀", "x" * 300]
 ROWS = [{"id": i, "text": t, "meta": {"text": ["no"]}} for i, t in enumerate(TEXTS)]
@@ -324,6 +327,76 @@ def test_megatron_indexes_that_cannot_be_right(changes, wanted, tmp_path):
     write_megatron(tmp_path / "a", SEQUENCES, **given)
     with pytest.raises(UserError, match=wanted):
         open_corpora(config_of(tmp_path / "a.bin"), load_tokenizer("bytes"))
+
+
+def in_megatrons_words(split: str, count: int) -> list[tuple[int, int]]:
+    """Where Megatron-Core divides `count` sequences (blended_megatron_dataset_config.py and _builder.py)."""
+    given = [float(n) for n in split.split(",")] + [0.0, 0.0]
+    shares = [n / sum(given) for n in given[:3]]
+    bounds = [0.0, shares[0], shares[0] + shares[1]]
+    return [(int(round(a * count)), int(round(b * count))) for a, b in itertools.pairwise(bounds)]
+
+
+@pytest.mark.parametrize("split", ["969,30,1", "99,1,0", "900,50,50", "90,10", "1", "1,0,1"])
+@pytest.mark.parametrize("count", [1, 7, 25, 100])
+def test_megatrons_split(split, count, tmp_path):
+    """The same documents on each side, in their order; of every source."""
+    documents = [np.arange(1 + i % 5) + 7 * i % 200 for i in range(count)]
+    for name in "ab":
+        write_megatron(tmp_path / name, documents, [*range(count + 1)])
+    config = config_of(f"{tmp_path}/a,{tmp_path}/b", split=split)
+    for corpus in open_corpora(config, load_tokenizer("bytes")):
+        for side, (begin, end) in zip(
+            divided(corpus, config.data), in_megatrons_words(split, count), strict=True
+        ):
+            assert side.starts.tolist() == corpus.offsets[begin:end].tolist()
+            assert side.lengths.tolist() == [1 + i % 5 for i in range(begin, end)]
+
+
+@pytest.mark.parametrize("name", ["core_uint16", "core_int32"])
+def test_what_megatron_core_wrote(name):
+    """25 documents, of which every fifth is two sequences."""
+    (corpus,) = open_corpora(config_of(f"{MEGATRON}/{name}"), load_tokenizer("bytes"))
+    assert corpus.tokens.dtype == name.removeprefix("core_") and len(corpus.offsets) == 26
+    assert documents(f"{MEGATRON}/{name}") == [
+        f"document {i} of {name}. " * (1 + i % 3) for i in range(25)
+    ]
+
+
+def test_megatrons_blend(tmp_path):
+    """--data-path 0.3 A 0.7 B --split 90,10,0: weights of prefixes, and a split of each."""
+    prefixes = [f"{MEGATRON}/core_uint16", f"{MEGATRON}/core_int32"]
+    config = config_of(",".join(prefixes), weights="0.3,0.7", split="80,10,10")
+    loader = Loader(config, load_tokenizer("bytes"))
+    assert "30% " in loader.description and "70% " in loader.description
+    assert loader.notes == ["config.data.split=80,10,10: 5 documents that nothing reads"]
+    lengths = [
+        [len(f"document {i} of {os.path.basename(p)}. ") * (1 + i % 3) + 1 for i in range(25)]
+        for p in prefixes
+    ]
+    assert loader.train_tokens == sum(sum(n[:20]) for n in lengths)
+    assert loader.eval_tokens == sum(sum(n[20:22]) for n in lengths)
+
+
+def test_a_split_that_is_none():
+    for split, wanted in (
+        ("a,b", "is no list of the shares"),
+        ("0,1", "is no list of the shares"),
+        ("1,2,3,4", "is no list of the shares"),
+        ("-1,2", "is no list of the shares"),
+        ("nan", "is no list of the shares"),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            validate(replaced(Config(), "data.split", split))
+    both = replaced(replaced(Config(), "data.split", "9,1"), "data.eval_fraction", 0.1)
+    with pytest.raises(UserError, match="data.split=9,1 and config.data.eval_fraction=0.1 both"):
+        validate(both)
+    examples = replaced(replaced(Config(), "data.split", "9,1"), "objective", "sft")
+    with pytest.raises(UserError, match="divides documents, and config.objective=sft reads exam"):
+        validate(examples)
+    best = replaced(replaced(Config(), "data.split", "9,0,1"), "checkpoint.keep_best", 1)
+    with pytest.raises(UserError, match="keep_best=1 needs held-out text, but config.data.split=9"):
+        validate(best)
 
 
 def test_ids_are_checked_against_the_tokenizer_before_training(tmp_path):

@@ -91,11 +91,16 @@ def test_an_overflow_leaves_what_compression_owes():
 OPTIMIZERS = {
     "muon": OptimizerConfig("muon", learning_rate=1e-2, warmup_steps=2),
     "adafactor": OptimizerConfig("adafactor", learning_rate=3e-2, warmup_steps=2),
+    "adafactor moment": OptimizerConfig(
+        "adafactor", learning_rate=3e-2, warmup_steps=2, first_moment=0.9, min_dim_size_to_factor=1
+    ),
+    "lion": OptimizerConfig("lion", learning_rate=1e-3, warmup_steps=2),
+    "sgd": OptimizerConfig("sgd", learning_rate=3e-2, warmup_steps=2, momentum=0.9),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_streamed_updates_of_every_optimizer(name):
     """The update layer by layer, from the host's memory, against that of the whole state. Float32 rounding;
     muon's Newton-Schulz steps enlarge that of small directions.

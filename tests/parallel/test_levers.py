@@ -7,26 +7,23 @@ or before a checkpoint. Float16 has a file of its own.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 
 from deepseek_jax import objectives
 from deepseek_jax.config.options import Config, Fp16Config, MeshConfig, OptimizerConfig, TrainConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
-from deepseek_jax.model.layers import param
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.train import muon_adafactor, state, step
-from deepseek_jax.train.optimizer import learning_rate, make_optimizer
+from deepseek_jax.train import muon as muon_module
+from deepseek_jax.train import state, step
+from deepseek_jax.train.optimizer import learning_rate
 from deepseek_jax.xla import program
-from tests.support import conversion, invariance
+from tests.support import conversion
 from tests.support.small_runs import (
     ADAMW,
     TINY,
@@ -37,99 +34,21 @@ from tests.support.small_runs import (
     same,
     trainer,
 )
+from tests.support.updates import Step, numbers, parts_of, reference, updated
 
 # ------------------------------------------------------------------------------ updates, one matrix at a time
 
-SHAPES = {
-    "q_proj": ((3, 16, 24), ("layers", "embed", "heads")),
-    "gate_up_proj": ((3, 4, 16, 2, 8), ("layers", "experts", "expert_embed", "pair", "expert_mlp")),
-    "down_proj": ((4, 8, 16), ("experts", "expert_mlp", "expert_embed")),
-    "router": ((16, 4), ("embed", "router")),
-    "norm": ((3, 16), ("layers", "norm")),
-    "embed_tokens": ((20, 16), ("vocab", "embed")),
-}
 STEPS = 4
 
 
-class Weights(nnx.Module):
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        for name, (shape, axes) in SHAPES.items():
-            setattr(self, name, param(rngs, nnx.initializers.zeros, shape, axes))
+def decoupled(config: Config, one_update) -> Step:
+    """A step of `one_update(name, gradient, weight, memory, t)`, without rate and decay."""
+    rate = learning_rate(config)
 
+    def step(name, g, w, memory, t, decay):
+        return float(rate(t - 1)) * (one_update(name, g, w, memory, t) + decay * w)
 
-def numbers(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {
-        name: rng.standard_normal(shape).astype(np.float32) * 0.3
-        for name, (shape, _) in SHAPES.items()
-    }
-
-
-def parts_of(name: str) -> list[tuple[Any, ...]]:
-    """The indices of a weight's matrices or vectors."""
-    every = slice(None)
-    parts: dict[str, list[tuple[Any, ...]]] = {
-        "q_proj": [(i,) for i in range(3)],
-        "gate_up_proj": [(i, e, every, p) for i in range(3) for e in range(4) for p in range(2)],
-        "down_proj": [(e,) for e in range(4)],
-        "norm": [(i,) for i in range(3)],
-    }
-    return parts.get(name, [()])
-
-
-def updated(config: Config) -> tuple[dict[str, np.ndarray], tuple]:
-    """The weights after STEPS updates by the optimizer of a config, on its mesh, and its last state."""
-    abstract = nnx.split(nnx.eval_shape(Weights), nnx.Param)[1]
-
-    def fill(values: dict[str, np.ndarray]):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: values[conversion.path_of(path)], abstract
-        )
-
-    mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
-    with jax.set_mesh(mesh):
-        params = conversion.place(fill(numbers(0)), config)
-        optimizer = make_optimizer(config, abstract)
-        opt_state = conversion.jit(optimizer.init)(params)
-
-        @conversion.jit
-        def update(params, opt_state, grads):
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        for i in range(1, STEPS + 1):
-            params, opt_state = update(
-                params, opt_state, conversion.place(fill(numbers(i)), config)
-            )
-    return {
-        conversion.path_of(path): np.asarray(a)
-        for path, a in jax.tree_util.tree_leaves_with_path(params)
-    }, opt_state
-
-
-def reference(config: Config, one_update) -> dict[str, np.ndarray]:
-    """The same in float64: `one_update(name, gradient, weight, memory, step)` of one matrix or vector,
-    without rate and decay.
-    """
-    o, rate = config.optimizer, learning_rate(config)
-    weights = {name: a.astype(np.float64) for name, a in numbers(0).items()}
-    memory = {(name, i): {} for name in weights for i in range(len(parts_of(name)))}
-    for t in range(1, STEPS + 1):
-        grads = {name: a.astype(np.float64) for name, a in numbers(t).items()}
-        norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
-        for name, g in grads.items():
-            for i, part in enumerate(parts_of(name)):
-                u = one_update(
-                    name,
-                    g[part] * min(1, o.grad_clip / norm),
-                    weights[name][part],
-                    memory[name, i],
-                    t,
-                )
-                decay = 0.0 if name == "norm" else o.weight_decay
-                weights[name][part] -= float(rate(t - 1)) * (u + decay * weights[name][part])
-    return weights
+    return step
 
 
 def adamw(o: OptimizerConfig, g, memory, t, store=lambda a: a):
@@ -151,45 +70,97 @@ def muon(o: OptimizerConfig, name, g, w, memory, t):
     return 0.2 * np.sqrt(max(x.shape)) * x
 
 
-def adafactor(o: OptimizerConfig, name, g, w, memory, t):
-    """Shazeer & Stern 2018, algorithms 4 and 5, factored from sides of 8 on."""
-    keep, square = 1 - t**-0.8, g**2 + 1e-30
+def root_mean_square(a: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(a**2)))
 
-    def mean(key, value):
-        memory[key] = keep * memory.get(key, 0) + (1 - keep) * value
-        return memory[key]
 
-    if g.ndim == 2 and min(g.shape) >= 8:
-        row, column = mean("row", square.mean(axis=1)), mean("column", square.mean(axis=0))
-        v = np.outer(row, column) / row.mean()
-    else:
-        v = mean("v", square)
-    u = g / np.sqrt(v)
-    u = u / max(1, np.sqrt(np.mean(u**2)))
-    return u * max(1e-3, np.sqrt(np.mean(w**2))) if o.scale_parameter else u
+def adafactor(config: Config) -> Step:
+    """Shazeer & Stern 2018, algorithms 4 and 5; the options of transformers.optimization.Adafactor."""
+    o, rate = config.optimizer, learning_rate(config)
+
+    def step(name, g, w, memory, t, decay):
+        keep, square = 1 - t**-0.8, g**2 + 1e-30
+
+        def mean(key, value):
+            memory[key] = keep * memory.get(key, 0) + (1 - keep) * value
+            return memory[key]
+
+        if g.ndim == 2 and min(g.shape) >= o.min_dim_size_to_factor:
+            row, column = mean("row", square.mean(axis=1)), mean("column", square.mean(axis=0))
+            v = np.outer(row, column) / row.mean()
+        else:
+            v = mean("v", square)
+        u = g / np.sqrt(v)
+        lr = float(rate(t - 1)) * (max(1e-3, root_mean_square(w)) if o.scale_parameter else 1)
+        u = lr * u / max(1, root_mean_square(u) / o.clip_threshold)
+        if o.first_moment:
+            u = o.first_moment * memory.get("m", 0) + (1 - o.first_moment) * u
+            memory["m"] = u
+        return u + lr * decay * w
+
+    return step
+
+
+def lion(config: Config) -> Step:
+    """Chen et al. 2023, algorithm 2."""
+    o = config.optimizer
+
+    def update(name, g, w, memory, t):
+        m = memory.get("m", 0)
+        memory["m"] = o.b2 * m + (1 - o.b2) * g
+        return np.sign(o.b1 * m + (1 - o.b1) * g)
+
+    return decoupled(config, update)
+
+
+def sgd(config: Config) -> Step:
+    """Sutskever et al. 2013 as torch.optim.SGD has it: the decay is part of the gradient."""
+    o, rate = config.optimizer, learning_rate(config)
+
+    def step(name, g, w, memory, t, decay):
+        g = g + decay * w
+        m = memory["m"] = o.momentum * memory.get("m", 0) + g
+        return float(rate(t - 1)) * (g + o.momentum * m if o.nesterov else m)
+
+    return step
+
+
+def muon_step(config: Config) -> Step:
+    return decoupled(config, functools.partial(muon, config.optimizer))
+
+
+ONE, EIGHT = MeshConfig(fsdp=1), MeshConfig(fsdp=2, expert=2, tensor=2)
+FACTORED = OptimizerConfig("adafactor", min_dim_size_to_factor=8)
 
 
 @pytest.mark.parametrize(
-    "mesh",
-    [MeshConfig(fsdp=1), MeshConfig(fsdp=2, expert=2, tensor=2)],
-    ids=["one device", "8 devices"],
-)
-@pytest.mark.parametrize(
-    "optimizer",
+    "of, optimizer, mesh",
     [
-        OptimizerConfig("muon"),
-        OptimizerConfig("adafactor"),
-        OptimizerConfig("adafactor", scale_parameter=False),
+        (muon_step, OptimizerConfig("muon"), ONE),
+        (muon_step, OptimizerConfig("muon"), EIGHT),
+        (adafactor, FACTORED, EIGHT),
+        (adafactor, dataclasses.replace(FACTORED, scale_parameter=False), EIGHT),
+        (
+            adafactor,
+            dataclasses.replace(
+                FACTORED, first_moment=0.9, clip_threshold=0.7, min_dim_size_to_factor=1
+            ),
+            EIGHT,
+        ),
+        (lion, OptimizerConfig("lion", b2=0.99), EIGHT),
+        (sgd, OptimizerConfig("sgd", momentum=0.9, nesterov=True), EIGHT),
     ],
-    ids=["muon", "adafactor", "adafactor absolute"],
+    ids=[
+        *("muon", "muon 8", "adafactor 8", "adafactor absolute 8"),
+        *("adafactor moment 8", "lion 8", "sgd nesterov 8"),
+    ],
 )
-def test_updates_are_those_of_each_matrix_alone(optimizer, mesh, monkeypatch):
-    """Weights of 0.3, updates of 0.01 a step. Newton-Schulz multiplies float32's rounding of small singular
-    values, 1e-7, by up to 3.44^5.
+def test_updates_are_those_of_each_matrix_alone(of, optimizer, mesh, monkeypatch):
+    """On 8 devices; train/test_optimizers_of_others.py has all but Muon on one. Weights of 0.3, updates of
+    0.01 a step. Newton-Schulz multiplies float32's rounding of small singular values, 1e-7, by up to 3.44^5.
     """
-    monkeypatch.setattr(muon_adafactor, "FACTORED_FROM", 8)
     monkeypatch.setattr(
-        muon_adafactor, "CHUNK", 256
+        muon_module, "CHUNK", 256
     )  # two matrices of gate_up_proj at a time, and some filling up
     config = config_of(
         dataclasses.replace(
@@ -197,9 +168,8 @@ def test_updates_are_those_of_each_matrix_alone(optimizer, mesh, monkeypatch):
         ),
         mesh,
     )
-    ours, opt_state = updated(config)
-    of = {"muon": muon, "adafactor": adafactor}[optimizer.name]
-    expected, before = reference(config, functools.partial(of, config.optimizer)), numbers(0)
+    ours, opt_state = updated(config, STEPS)
+    expected, before = reference(config, of(config), STEPS), numbers(0)
     for name, weight in expected.items():
         moved = weight - before[name]
         conversion.assert_close(ours[name] - before[name], moved, 2e-4, name)
@@ -217,17 +187,21 @@ def test_bfloat16_moments_are_rounded_once_a_step():
     than float32's rounding.
     """
     config = config_of(dataclasses.replace(ADAMW, moment_dtype="bfloat16"))
-    ours, opt_state = updated(config)
+    ours, opt_state = updated(config, STEPS)
     dtypes = {a.dtype for a in jax.tree.leaves(opt_state)}
     assert dtypes == {jnp.dtype("bfloat16"), jnp.dtype("int32")}
 
     def store(a: np.ndarray) -> np.ndarray:
         return a.astype(ml_dtypes.bfloat16).astype(np.float64)
 
-    expected = reference(
-        config, lambda name, g, w, memory, t: adamw(config.optimizer, g, memory, t, store)
-    )
-    exact = reference(config, lambda name, g, w, memory, t: adamw(config.optimizer, g, memory, t))
+    def step(store):
+        def update(name, g, w, memory, t):
+            return adamw(config.optimizer, g, memory, t, store)
+
+        return decoupled(config, update)
+
+    expected = reference(config, step(store), STEPS)
+    exact = reference(config, step(np.asarray), STEPS)
     for name, weight in expected.items():
         scale = np.abs(weight - numbers(0)[name]).max()
         close = np.abs(ours[name] - weight) / scale
@@ -250,14 +224,22 @@ def on_mesh(
     return t, s, losses_of(metrics)
 
 
+# By name, and how much smaller 8 devices make its state at least.
+OTHERS = {
+    "muon": (dict(learning_rate=1e-2), 6),
+    "adafactor": (dict(learning_rate=1e-1, min_dim_size_to_factor=8), 2),
+    "adafactor moment": (dict(learning_rate=1e-1, min_dim_size_to_factor=8, first_moment=0.9), 4),
+    "lion": (dict(learning_rate=2e-3), 6),
+    "sgd": (dict(learning_rate=1e-1, momentum=0.9), 6),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
-def test_a_mesh_changes_nothing_and_a_checkpoint_neither(name, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_mesh_changes_nothing_and_a_checkpoint_neither(name, tmp_path):
     """1e-5 of the loss, as for AdamW: the same float32 sums in another order."""
-    monkeypatch.setattr(muon_adafactor, "FACTORED_FROM", 8)
-    optimizer = dataclasses.replace(
-        ADAMW, name=name, learning_rate=1e-2 if name == "muon" else 1e-1
-    )
+    options, smaller = OTHERS[name]
+    optimizer = dataclasses.replace(ADAMW, name=name.split()[0], **options)
     _, one, expected = on_mesh(optimizer, MeshConfig(fsdp=1))
     t, s, ours = on_mesh(optimizer, MeshConfig(fsdp=2, expert=4))
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
@@ -265,13 +247,16 @@ def test_a_mesh_changes_nothing_and_a_checkpoint_neither(name, monkeypatch, tmp_
     on, (a,) = t.run(s, 1, 5)
     again, (b,) = t.run(restored(t, s, tmp_path), 1, 5)
     assert same(on, again) and same(a, b)
+    other = trainer(config_of(optimizer, MeshConfig(fsdp=4, tensor=2)))
+    _, (c,) = other.run(restored(other, s, tmp_path / "other"), 1, 5)
+    np.testing.assert_allclose(losses_of([c]), losses_of([a]), rtol=1e-5)
     # What the mesh divides of a weight it divides of its statistics too.
     held = t.layout.bytes_per_device(t.mesh)["optimizer"]
     whole = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(t.layout.abstract.opt_state))
-    assert held < whole / (6 if name == "muon" else 2), (held, whole)
+    assert held < whole / smaller, (held, whole)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "lion", "sgd"])
 def test_the_layout_is_the_same_where_no_mesh_is_set(name):
     """deepseek_jax.plan lays out for devices that are not here. Adafactor does not factor such small weights:
     what they do not use is constant.
@@ -296,7 +281,7 @@ def test_the_layout_is_the_same_where_no_mesh_is_set(name):
 
 def test_bytes_of_the_optimizer_state():
     """In bytes a parameter: AdamW 8, in bfloat16 4, Muon 4 but for norms, embedding and head, Adafactor some
-    hundredths of large matrices.
+    hundredths of large matrices, Lion and SGD 4, SGD without momentum nothing.
     """
     model = dataclasses.replace(
         TINY, hidden_size=256, intermediate_size=512, moe_intermediate_size=256
@@ -316,6 +301,13 @@ def test_bytes_of_the_optimizer_state():
         name="muon", moment_dtype="bfloat16"
     ) == pytest.approx(held(name="muon") / 2, rel=0.01)
     assert held(name="adafactor") < 0.3
+    assert held(name="adafactor", first_moment=0.9) == pytest.approx(
+        4 + held(name="adafactor"), abs=0.01
+    )
+    for name in ("lion", "sgd"):
+        assert held(name=name) == pytest.approx(4, abs=0.01)
+        assert held(name=name, moment_dtype="bfloat16") == pytest.approx(2, abs=0.01)
+    assert held(name="sgd", momentum=0.0) < 1e-3
 
 
 def test_the_state_of_other_runs_has_its_old_names():
@@ -402,7 +394,59 @@ def test_bfloat16_accumulation_halves_the_buffer():
             {"optimizer": {"name": "muon", "momentum": 1.0}},
             "config.optimizer.momentum=1.0 is not below 1",
         ),
-        ({"optimizer": {"name": "lion"}}, "config.optimizer.name='lion' is not known"),
+        ({"optimizer": {"name": "lamb"}}, "config.optimizer.name='lamb' is not known"),
+        (
+            {"optimizer": {"name": "lion", "eps": 1e-6}},
+            "config.optimizer.eps=1e-06 has no effect with config.optimizer.name=lion",
+        ),
+        (
+            {"optimizer": {"name": "lion", "moment_dtype": "bfloat16", "b2": 0.999}},
+            "config.optimizer.b2=0.999 and config.optimizer.moment_dtype=bfloat16",
+        ),
+        (
+            {"optimizer": {"name": "sgd", "momentum": 0.0, "nesterov": True}},
+            "nesterov=True has no effect with config.optimizer.name=sgd and config.optimizer.momentum=0.0",
+        ),
+        (
+            {"optimizer": {"clip_threshold": 2.0}},
+            "clip_threshold=2.0 has no effect with config.optimizer.name=adamw",
+        ),
+        (
+            {"optimizer": {"name": "adafactor", "warmup_init": True}},
+            "warmup_init=True has no effect with config.optimizer.relative_step=False",
+        ),
+        (
+            {"optimizer": {"name": "adafactor", "relative_step": True, "learning_rate": 0.1}},
+            "learning_rate=0.1 has no effect with config.optimizer.relative_step=True. Set it to 0.001",
+        ),
+        (
+            {"optimizer": {"schedule": "linear", "power": 2.0}},
+            "power=2.0 has no effect with config.optimizer.schedule=linear",
+        ),
+        (
+            {"optimizer": {"warmup_fraction": 0.1, "warmup_steps": 5}},
+            "warmup_fraction=0.1 and config.optimizer.warmup_steps=5 are two warmups",
+        ),
+        (
+            {"optimizer": {"warmup_steps": 0, "warmup_shape": "log"}},
+            "warmup_shape=log has no effect without a warmup",
+        ),
+        (
+            {"optimizer": {"hold_steps": 1000}},
+            "hold_steps=1000 and a warmup of 100 steps leave nothing of config.train.steps=1000",
+        ),
+        (
+            {"optimizer": {"hold_steps": 100, "warmup_fraction": 0.95}},
+            "hold_steps=100 and a warmup of 950 steps leave nothing of config.train.steps=1000",
+        ),
+        (
+            {"optimizer": {"schedule": "constant", "hold_steps": 4}},
+            "hold_steps=4 has no effect with config.optimizer.schedule=constant",
+        ),
+        (
+            {"optimizer": {"schedule": "cosine_with_restarts", "cycles": 2**26}},
+            "config.optimizer.cycles=67108864 x config.train.steps=1000 is 2^31 or more",
+        ),
         (
             {"optimizer": {"moment_dtype": "float16"}},
             "config.optimizer.moment_dtype='float16' is not known",

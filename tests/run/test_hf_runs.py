@@ -164,7 +164,7 @@ def test_what_is_known_wins_over_defaults(source, tmp_path):
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "lion", "sgd"])
 def test_the_state_that_training_begins_with(optimizer, source, tmp_path):
     """On a mesh: the checkpoint's weights; moments and counters are zero."""
     model = hf.load(source)
@@ -191,7 +191,7 @@ def test_the_state_that_training_begins_with(optimizer, source, tmp_path):
     same((state.params, state.bias), (model.params, model.bias))
     assert not any(
         np.any(np.asarray(a)) for a in jax.tree.leaves(state._replace(params=None, bias=None))
-    )  # as all three begin
+    )  # as all of them begin
 
 
 def test_imported_run(source, tmp_path):

@@ -350,6 +350,8 @@ def test_compressed_gradients_have_no_residual_of_frozen_weights():
     [
         dict(name="muon", learning_rate=1e-3),
         dict(name="adafactor", learning_rate=1e-3),
+        dict(name="lion", learning_rate=1e-3),
+        dict(name="sgd", learning_rate=1e-3),
         dict(moment_dtype="bfloat16", b2=0.95),
     ],
 )
@@ -429,9 +431,10 @@ def test_other_multipliers_begin_the_optimizer_anew(tmp_path, capsys):
             0,
             2,
         ]  # Adam's count; the schedule's
-        # Another optimizer is still another optimizer.
-        muon = options("experts=1", 0.0, name="muon")
-        muon = state.make_layout(config_of(muon, MESH), t.mesh)
-        with pytest.raises(UserError, match="of another model or optimizer"):
-            resume.restore(checkpoints, muon)
+        # Another optimizer is still another optimizer, also one whose state is a part of this one's.
+        for name in ("muon", "lion", "sgd"):
+            other = options("experts=1", 0.0, name=name)
+            other = state.make_layout(config_of(other, MESH), t.mesh)
+            with pytest.raises(UserError, match="of another model or optimizer"):
+                resume.restore(checkpoints, other)
         checkpoints.close()

@@ -1,5 +1,6 @@
 """Rules between the options of checkpoints."""
 
+from deepseek_jax.config import held_out
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
 
@@ -14,10 +15,10 @@ def check(config: Config) -> None:
                 "config.checkpoint.keep=0, which keeps all. "
                 f"Set config.checkpoint.keep to how many of the newest stay, or {name}=0."
             )
-    if c.keep_best and not (config.data.eval_fraction and config.eval.batches):
+    if c.keep_best and not (held_out.is_any(config.data) and config.eval.batches):
         raise UserError(
-            f"config.checkpoint.keep_best={c.keep_best} needs held-out text, but config.data.eval_fraction="
-            f"{config.data.eval_fraction} and config.eval.batches={config.eval.batches}. "
+            f"config.checkpoint.keep_best={c.keep_best} needs held-out text, but "
+            f"{held_out.option(config.data)} and config.eval.batches={config.eval.batches}. "
             f"Set both above 0, or keep_best=0."
         )
     if c.kind == "local" and not c.local_dir:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepseek_jax.cli.progress import Bar
+from deepseek_jax.config import held_out
 from deepseek_jax.data import contents
 from deepseek_jax.data.documents import DataNotes, find_files, split_paths
 from deepseek_jax.data.formats import read_text
-from deepseek_jax.data.sources import BATCH_CHARACTERS, open_corpora, split
+from deepseek_jax.data.sources import BATCH_CHARACTERS, divided, open_corpora
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.inference.evaluation import held_out_examples
@@ -115,9 +116,9 @@ def of_held_out(
     assert run is not None
     if run.reads_examples:
         return held_out_examples.evaluate(opened, scorer, limit, progress)
-    if run.data.eval_fraction == 0:
+    if not held_out.is_any(run.data):
         raise UserError(
-            "--text is missing, and this run holds no documents out: config.data.eval_fraction=0. Name a "
+            f"--text is missing, and this run holds no documents out: {held_out.option(run.data)}. Name a "
             "text."
         )
     tokenizer = load_tokenizer(
@@ -133,7 +134,7 @@ def of_held_out(
             f"{what}, that the run read: what it held out is no longer known. Put the data back, "
             "or name a text with --text."
         )
-    sides = [split(corpus, run.data.eval_fraction)[1] for corpus in corpora]
+    sides = [divided(corpus, run.data)[1] for corpus in corpora]
 
     def size(ids: np.ndarray, after: np.ndarray) -> int:
         # The file beside the tokens that describes them may be wrong.

@@ -1,7 +1,7 @@
 """Options that others leave without effect, or need: so that validation takes what was told by many keys."""
 
 from deepseek_jax.config.options import OPTIONS
-from deepseek_jax.config.rules.optimizer import READ_BY
+from deepseek_jax.config.rules.optimizer import OF_SCHEDULE, OF_WARMUP, READ_BY
 from deepseek_jax.migrate.migration import Migration
 
 DYNAMIC = (
@@ -37,9 +37,21 @@ def _optimizer(m: Migration) -> None:
     for option, readers in READ_BY.items():
         if name not in readers:
             m.drop(f"optimizer.{option}", f"{name} does not read it")
+    share = _value(m, "optimizer.warmup_fraction")
     if _value(m, "optimizer.schedule") == "constant":
-        m.drop("optimizer.schedule_steps", "a constant rate has no end")
+        if not share:
+            m.drop("optimizer.schedule_steps", "a constant rate has no end")
+        m.drop("optimizer.hold_steps", "a constant rate has no end")
         m.drop("optimizer.final_fraction", "a constant rate has no end")
+    if not share and not _value(m, "optimizer.warmup_steps"):
+        for option in OF_WARMUP:
+            m.drop(option, "there is no warmup")
+    for option, schedule in OF_SCHEDULE.items():
+        if _value(m, "optimizer.schedule") != schedule:
+            m.drop(
+                f"optimizer.{option}",
+                f"schedule {_value(m, 'optimizer.schedule')} does not read it",
+            )
 
 
 def _loss_scale(m: Migration) -> None:

@@ -115,7 +115,7 @@ def group(m: Migration, entry: Entry) -> None:
     else:
         m.tell(entry, "shards", as_int(entry))
         m.note(
-            f"{entry.where} {entry.text}: the whole state is divided over so many GPUs here (hybrid_shard); "
+            f"{entry.label}: the whole state is divided over so many GPUs here (hybrid_shard); "
             f"there the optimizer's is divided over all."
         )
 

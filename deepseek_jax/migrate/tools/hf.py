@@ -9,7 +9,12 @@ from deepseek_jax.migrate.handlers import as_int, fact, is_off, no_effect, optio
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
-from deepseek_jax.migrate.tools import hf_schedule, trl_arguments
+from deepseek_jax.migrate.tools import (
+    distillation_words,
+    hf_schedule,
+    lora_arguments,
+    trl_arguments,
+)
 from deepseek_jax.migrate.tools.hf_arguments import ARGUMENTS, HUB, LINES, canonical, switch, when
 from deepseek_jax.migrate.tools.hf_fsdp import FSDP4, FSDP5, fsdp_is_on
 
@@ -70,6 +75,8 @@ COMMON: Mapping[str, Handler] = {
     **trl_arguments.DISTILLATION,
     **trl_arguments.MODEL,
     **trl_arguments.DATA,
+    **distillation_words.WORDS,
+    **distillation_words.FINETUNE,
     "use_slow_tokenizer": no_effect("tokenizer.json is read"),
     "tokenizer_name": option("data.tokenizer"),
     "tokenizer_name_or_path": option("data.tokenizer"),
@@ -138,12 +145,15 @@ def _recognise(version: int, trl: bool) -> Callable[[Source], int]:
             return 0
         keys = [canonical(k) for k in source.keys()]
         known = sum(any(k == s or k.startswith(f"{s}.") for k in keys) for s in OF_TRAINER)
+        if source.form == "flags":
+            known += sum(k in ("max_steps", "deepspeed", "seed") for k in keys)
         of_trl = sum(
             any(k == s or k.startswith(f"{s}.") for k in keys) for s in trl_arguments.KEYS_OF_TRL
         )
         if known + of_trl < 1 or source.has(*OF_OTHERS):
             return 0
-        four = sum(k in SIGNS_OF_4 for k in keys) + _words_of_4(source)
+        of_trl += trl_arguments.is_script(source)
+        four = sum(k in SIGNS_OF_4 for k in keys) + _words_of_4(source) + ("open_r1" in source.name)
         five = sum(k in SIGNS_OF_5 for k in keys) + _share(source)
         base = min(2 * (known + of_trl), 80)
         if trl != (of_trl > 0):
@@ -241,7 +251,7 @@ def _tell_fine_tuning(m: Migration) -> None:
         m.default(name, value)
     if m.told_of("data.path") == "chats.jsonl":
         m.note("No file names the data: set data.path.")
-    if trl_arguments.uses_lora(m):
+    if lora_arguments.uses_lora(m):
         m.default("lora.alpha", 32.0)
         m.default("lora.dropout", 0.05)
         m.default("lora.base_dtype", "bfloat16")
@@ -253,13 +263,23 @@ def _tell_fine_tuning(m: Migration) -> None:
 
 
 def _tell_objective(m: Migration, trl: bool) -> None:
-    if m.told_of("distill.teacher"):
+    if m.entry("teacher_model_name_or_path"):
         m.default("objective", "distill")
         m.default("distill.alpha", 1.0)
         m.default("distill.temperature", 0.9)
         m.default("distill.beta", 0.5)
+    elif distillation_words.is_distillation(m):
+        m.default("objective", "distill")
+        m.default("distill.teacher", "TEACHER")
+        if m.told_of("distill.teacher") == "TEACHER":
+            m.note("No file names the teacher: set distill.teacher to its folder.")
     elif trl:
         m.default("objective", "sft")
+    elif distillation_words.is_finetune_py(m):
+        m.default("objective", "sft")
+        m.default("sft.format", "instruction_output")
+        m.default("sft.packing", "none")
+        m.default("unpacked", True)
     else:
         m.note(
             "TrainingArguments do not say what is trained: the next tokens of documents here. For chats set "

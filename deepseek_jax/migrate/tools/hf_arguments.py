@@ -177,7 +177,7 @@ def optimizer(m: Migration, entry: Entry) -> None:
     """`optim`: moments in few bits are said."""
     name = str(entry.value).lower()
     if name in OPTIMIZERS and ("bit" in name or "paged" in name) and "32" not in name:
-        m.note(f"{entry.where} {entry.text}: {FLOAT32}.")
+        m.note(f"{entry.label}: {FLOAT32}.")
     one_of(OPTIMIZERS, OTHER_OPTIMIZER, "Set optim to adamw_torch, adafactor, lion_32bit or sgd")(
         m, entry
     )

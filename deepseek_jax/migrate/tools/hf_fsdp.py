@@ -94,7 +94,7 @@ def fsdp4(m: Migration, entry: Entry) -> None:
             m.refuse(entry, f"{word!r} is no word of fsdp")
     if found and "auto_wrap" not in found:
         m.note(
-            f"{entry.where} {entry.text}: without auto_wrap transformers 4 wraps the model as one unit; "
+            f"{entry.label}: without auto_wrap transformers 4 wraps the model as one unit; "
             f"here one layer is gathered at a time, with the same numbers."
         )
 

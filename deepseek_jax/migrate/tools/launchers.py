@@ -26,7 +26,7 @@ def nodes(m: Migration, entry: Entry) -> None:
     text = str(entry.value)
     if ":" in text:
         m.note(
-            f"{entry.where} {entry.text}: several hosts are needed all; start again on fewer, and it resumes."
+            f"{entry.label}: several hosts are needed all; start again on fewer, and it resumes."
         )
         text = text.rpartition(":")[2]
     m.tell(entry, "nodes", as_int(Entry(entry.key, text, entry.where)))

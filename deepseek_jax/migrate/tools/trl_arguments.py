@@ -4,6 +4,7 @@ Read: SFTConfig, ModelConfig and ScriptArguments of TRL 0.18 and 1.16; the recip
 """
 
 import os
+import re
 from collections.abc import Mapping
 
 from deepseek_jax.migrate.handlers import (
@@ -20,8 +21,9 @@ from deepseek_jax.migrate.handlers import (
     refuse,
 )
 from deepseek_jax.migrate.migration import Migration
-from deepseek_jax.migrate.source import Entry
+from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler
+from deepseek_jax.migrate.tools import lora_arguments
 from deepseek_jax.migrate.tools.hf_arguments import model_dtype, switch
 from deepseek_jax.migrate.tracking import if_there
 
@@ -123,38 +125,6 @@ def max_length(m: Migration, entry: Entry) -> None:
         m.tell(entry, "sequence_length", as_int(entry))
 
 
-def with_lora(handler: Handler) -> Handler:
-    """A key of LoRA, which use_peft switches on."""
-
-    def handle(m: Migration, entry: Entry) -> None:
-        if uses_lora(m):
-            handler(m, entry)
-        else:
-            m.no_effect(entry, "use_peft is not set: all weights are trained")
-
-    return handle
-
-
-def uses_lora(m: Migration) -> bool:
-    """Whether an adapter is trained."""
-    found = m.entry("use_peft")
-    return found is not None and as_bool(found)
-
-
-def bits(dtype: str) -> Handler:
-    """load_in_4bit, load_in_8bit: of the base of an adapter."""
-
-    def handle(m: Migration, entry: Entry) -> None:
-        if not as_bool(entry):
-            m.no_effect(entry, "it is off")
-        elif uses_lora(m):
-            m.tell(entry, "lora.base_dtype", dtype)
-        else:
-            m.refuse(entry, "weights in few bits are the base of an adapter only", "Set use_peft")
-
-    return handle
-
-
 def fine_tuning(name: str) -> Handler:
     """A number of the loss that only fine-tuning on examples has."""
 
@@ -189,11 +159,17 @@ KEYS_OF_TRL = (
 )
 
 
+def is_script(source: Source) -> bool:
+    """Whether flags are of an SFT script: open_r1/sft.py, `trl sft`."""
+    name = re.split(r"[/ ]", source.name)[-1].removesuffix(".py")
+    return source.form == "flags" and re.search(r"(^|_)sft($|_)", name) is not None
+
+
 def is_fine_tuning(m: Migration) -> bool:
     """Whether the words are TRL's, whose SFTTrainer reads examples."""
-    return any(m.entry(key) for key in KEYS_OF_TRL) or any(
-        e.key.startswith("dataset_mixture") for r in m.readings for e in r.source.entries
-    )
+    if any(m.entry(key) for key in KEYS_OF_TRL) or any(is_script(r.source) for r in m.readings):
+        return True
+    return any(e.key.startswith("dataset_mixture") for r in m.readings for e in r.source.entries)
 
 
 MODEL: Mapping[str, Handler] = {
@@ -203,27 +179,7 @@ MODEL: Mapping[str, Handler] = {
     "dtype": model_dtype,
     "attn_implementation": no_effect(ONE_KERNEL),
     "trust_remote_code": no_effect("no code of a checkpoint is run"),
-    "use_peft": switch("lora.r", 16),
-    "lora_r": with_lora(option("lora.r", as_int)),
-    "lora_alpha": with_lora(option("lora.alpha", as_float)),
-    "lora_dropout": with_lora(option("lora.dropout", as_float)),
-    "lora_target_modules": with_lora(option("lora.target_modules")),
-    "lora_modules_to_save": with_lora(option("lora.modules_to_save")),
-    "lora_target_parameters": with_lora(
-        refuse(
-            "experts are adapted by their names here", "Name them in lora_target_modules: experts"
-        )
-    ),
-    "lora_task_type": no_effect("next words are predicted"),
-    "use_rslora": with_lora(switch("lora.use_rslora", True)),
-    "use_dora": with_lora(refuse("there is no DoRA", "Set use_rslora, or leave it out")),
-    "load_in_8bit": bits("int8"),
-    "load_in_4bit": bits("nf4"),
-    "bnb_4bit_quant_type": neutral(
-        {"nf4": "4 bits here are nf4"}, "4 bits here are nf4", "Set it to nf4"
-    ),
-    "bnb_4bit_*": no_effect("numbers are in train.dtype while they are used"),
-    "use_bnb_nested_quant": no_effect("scales of nf4 always have 8 bits"),
+    **lora_arguments.TABLE,
     "model_init_kwargs": no_effect("it is empty"),
     "model_init_kwargs.torch_dtype": model_dtype,
     "model_init_kwargs.dtype": model_dtype,
@@ -329,8 +285,6 @@ OTHER: Mapping[str, Handler] = {
         "epsilon*",
         "cosine_*",
         "repetition_*",
-        "beta",
-        "temperature",
         "dataset_prompt_column",
         "loss_weights",
         "code_language",
@@ -338,7 +292,23 @@ OTHER: Mapping[str, Handler] = {
         "ref_model*",
     )
 }
+
+
+def of_gkd(name: str) -> Handler:
+    """A word that GKD, DPO and GRPO share: of a teacher, or refused."""
+
+    def handle(m: Migration, entry: Entry) -> None:
+        if m.entry("teacher_model_name_or_path"):
+            m.tell(entry, name, as_float(entry))
+        else:
+            _OTHER(m, entry)
+
+    return handle
+
+
 DISTILLATION: Mapping[str, Handler] = {  # GKDConfig
+    "beta": of_gkd("distill.beta"),
+    "temperature": of_gkd("distill.temperature"),
     "teacher_model_name_or_path": teacher,
     "teacher_model_init_kwargs*": no_effect("distill.teacher_dtype says what it is held in"),
     "lmbda": neutral({"0": "", "0.0": ""}, "no answers are sampled while training", "Set it to 0"),

@@ -1,17 +1,10 @@
-"""Optimizers that see matrices: Muon and Adafactor, by optax, one matrix of a stacked weight at a time.
+"""Muon, by optax, one matrix of a stacked weight at a time.
 
-Weights are stacked over layers, experts and the pair of gate and up projections: `[L, in, out]`, `[L, E, D,
-2, F]`. An optimizer that looks at rows, columns or singular values must see each `[in, out]` alone, whatever
-the mesh divides.
-
-Sources: Muon: Jordan et al. 2024 (github.com/KellerJordan/Muon), scaled to AdamW's update size as in
-  Moonlight (arXiv:2502.16982);
-Adafactor: Shazeer & Stern 2018 (arXiv:1804.04235).
+Sources: Jordan et al. 2024 (github.com/KellerJordan/Muon), scaled to AdamW's update size as in Moonlight
+  (arXiv:2502.16982).
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,50 +16,14 @@ from optax.contrib import MuonDimensionNumbers
 
 from deepseek_jax.parallel.mesh import per_device
 from deepseek_jax.parallel.sharding import logical_axes
+from deepseek_jax.train.stacked import STACKED_AXES, Stacked, stacked_dimensions
 
-STACKED_AXES = (
-    "layers",
-    "experts",
-    "some_experts",
-    "pair",
-)  # logical axes along which a weight holds matrices, or vectors, of their own
 # root mean square of Muon's update of a matrix, as AdamW's usually is: both then take the same learning rate
 # and weight decay
 MUON_RMS = 0.2
-# Adafactor keeps rows and columns of matrices whose sides are both at least this; optax's default
-FACTORED_FROM = 128
 # elements of the matrices that a device orthogonalises at a time: 64 MiB in each of some five arrays; a
 # larger matrix alone
 CHUNK = 2**24
-
-
-def stacked_dimensions(params: nnx.State) -> Any:
-    """For each variable a `Stacked`: a tree of the state's structure."""
-    return jax.tree.map(
-        lambda v: v.replace(Stacked(logical_axes(v))),
-        params,
-        is_leaf=lambda v: isinstance(v, nnx.Variable),
-    )
-
-
-class Stacked:
-    """Which dimensions of a weight tell its matrices apart. No pytree, so that it is a leaf of one."""
-
-    def __init__(self, axes: tuple[str | None, ...]):
-        self.dimensions = tuple(d for d, name in enumerate(axes) if name in STACKED_AXES)
-
-    def first(self, a: jax.Array) -> jax.Array:
-        """The array with these dimensions before all others."""
-        return jnp.moveaxis(a, self.dimensions, range(len(self.dimensions)))
-
-    def back(self, a: jax.Array) -> jax.Array:
-        return jnp.moveaxis(a, range(len(self.dimensions)), self.dimensions)
-
-    def each(self, f: Callable) -> Callable:
-        """f of one matrix to f of all, these dimensions first in every argument and result."""
-        for _ in self.dimensions:
-            f = jax.vmap(f)
-        return f
 
 
 def muon_labels(params: nnx.State) -> Any:
@@ -172,71 +129,3 @@ def _orthogonalised(matrix: jax.Array) -> jax.Array:
         beta=0.0, nesterov=False, weight_dimension_numbers=MuonDimensionNumbers(0, 1)
     )
     return muon.update(matrix, muon.init(matrix))[0]
-
-
-def _divided_as(stacked: Stacked, weight: jax.Array, statistic: jax.Array) -> jax.Array:
-    """A statistic with its stacked dimensions in the layout of the weight's, which a constant has only where
-    a mesh is set.
-    """
-    count = len(stacked.dimensions)
-    of_weight, own = ((*jax.typeof(a).sharding.spec, *[None] * a.ndim) for a in (weight, statistic))
-    if of_weight[:count] == own[:count]:
-        return statistic
-    wanted = jax.P(*of_weight[:count], *own[count : statistic.ndim])
-    return jax.sharding.reshard(
-        statistic, jax.NamedSharding(jax.typeof(weight).sharding.mesh, wanted)
-    )
-
-
-def scale_by_adafactor(params: nnx.State, scale_parameter: bool) -> optax.GradientTransformation:
-    """Adafactor's update, without momentum, learning rate and decay: for each matrix or vector of a stacked
-    weight by itself.
-
-    The state is optax's FactoredState: v_row and v_col have a weight's stacked dimensions first, then the one
-    that is left; v is that of weights too small to be factored. What a weight has no use for is one zero a
-    matrix.
-    """
-    parts = [
-        optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED_FROM),
-        optax.clip_by_block_rms(1.0),
-    ]
-    one = optax.chain(*parts, *([optax.scale_by_param_block_rms()] if scale_parameter else []))
-    stacked = jax.tree.leaves(stacked_dimensions(params))
-
-    def state_of(count, statistics, tree):
-        return optax.FactoredState(
-            count, *(jax.tree.unflatten(tree, s) for s in zip(*statistics, strict=True))
-        )
-
-    def init(params):
-        leaves, tree = jax.tree.flatten(params)
-
-        def of_one(p):
-            return tuple(one.init(p)[0])[1:]
-
-        statistics = [
-            jax.tree.map(functools.partial(_divided_as, s, s.first(p)), s.each(of_one)(s.first(p)))
-            for s, p in zip(stacked, leaves, strict=True)
-        ]
-        return state_of(jnp.zeros((), jnp.int32), statistics, tree)
-
-    def update(updates, state, params):
-        def of_one(g, p, *statistics):
-            others = (optax.EmptyState(),) * (len(parts) - 1 + scale_parameter)
-            new, (factored, *_) = one.update(
-                g, (optax.FactoredState(state.count, *statistics), *others), p
-            )
-            return new, tuple(factored)[1:]
-
-        leaves, tree = jax.tree.flatten(updates)
-        rest = (jax.tree.leaves(t) for t in (params, state.v_row, state.v_col, state.v))
-        out, statistics = [], []
-        for s, g, p, *old in zip(stacked, leaves, *rest, strict=True):
-            new, kept = s.each(of_one)(s.first(g), s.first(p), *old)
-            out.append(s.back(new))
-            statistics.append(kept)
-        return jax.tree.unflatten(tree, out), state_of(
-            optax.safe_increment(state.count), statistics, tree
-        )
-
-    return optax.GradientTransformation(init, update)
