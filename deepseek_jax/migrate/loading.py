@@ -1,5 +1,6 @@
 """All sources of one run: the files that were named, command lines, and the files that these name."""
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -58,7 +59,15 @@ def _add(
             if value.endswith(command.ENDINGS) and os.path.isfile(beside):
                 if not _is_known(value, there):
                     _add(beside, sources, there, environ)
+                    if entry.key.endswith("fsdp_config"):
+                        sources[-1] = _inside(sources[-1], "fsdp_config")
                 break
+
+
+def _inside(source: Source, section: str) -> Source:
+    """A file that holds one section of a recipe."""
+    entries = tuple(Entry(f"{section}.{e.key}", e.value, e.where, e.rank) for e in source.entries)
+    return dataclasses.replace(source, entries=entries)
 
 
 def _is_known(value: str, there: Mapping[str, str]) -> bool:

@@ -103,7 +103,11 @@ class Migration:
         self._tell(name, value, entry, entry.rank if rank is None else rank)
 
     def tell_auto(self, entry: Entry, name: str) -> None:
-        """An entry takes the value that others tell; alone it is refused."""
+        """An entry takes the value that a recipe tells; without one it is refused."""
+        if not self.recipe:
+            self.refuse(
+                entry, "auto is what the recipe says, and there is none", "Give the recipe as well"
+            )
         self._tell(name, AUTO, entry, entry.rank)
 
     def default(self, name: str, value: Any, rank: Rank = Rank.DEFAULT) -> None:

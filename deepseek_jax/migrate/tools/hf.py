@@ -226,6 +226,12 @@ def _tell_trainer(m: Migration, newest: bool, trl: bool) -> None:
         m.default("train.remat", "full" if newest else "none")
     if m.told_of("eval_when") != "no":
         m.default("eval_every", m.told_of("log_every"))
+        if not m.told_of("data.eval_fraction"):
+            m.default("data.eval_fraction", 0.01)
+            m.note(
+                "Their held-out data are a split of their own; here data.eval_fraction of the training data, "
+                "0.01, is held out, and not trained."
+            )
 
 
 def _tell_fsdp(m: Migration, version: int) -> None:
