@@ -189,7 +189,7 @@ TABLE: dict[str, Handler] = {
     "model.trust_remote_code": no_effect("no code of a checkpoint's is run"),
     "model.*": no_effect(mt.XLA),
     "checkpoint.enabled": checkpointing,
-    "checkpoint.checkpoint_dir": fact("workdir", str),
+    "checkpoint.checkpoint_dir": fact("workdir", as_text),
     "checkpoint.restore_from": refuse(
         "a checkpoint of AutoModel's is not read", "Export it, and set init_from"
     ),

@@ -114,8 +114,8 @@ TABLE: dict[str, Handler] = {
     "batch_size": refuse("axolotl no longer reads it", "Set gradient_accumulation_steps"),
     "eval_batch_size": no_effect("held-out batches are micro-batches of training"),
     "sequence_len": fact("sequence_length", as_int),
-    "saves_per_epoch": words.times_a_pass("save_every", "save_when"),
-    "evals_per_epoch": words.times_a_pass("eval_every", "eval_when"),
+    "saves_per_epoch": words.times_a_pass("save_when", "save_every", "epoch"),
+    "evals_per_epoch": words.times_a_pass("eval_when", "eval_every", "no"),
     "bf16": one_of(
         {
             "auto": {"train.dtype": "bfloat16"},
@@ -260,7 +260,7 @@ def finish(m: Migration) -> None:
         train__dtype="bfloat16",
         train__remat="none",
         save_when="epoch",
-        eval_when="steps" if m.told_of("data.eval_fraction") else "no",
+        eval_when="steps" if m.told_of("eval_every") else "no",
         checkpoint__keep=4,
         log_every=10,
     )

@@ -97,6 +97,7 @@ def packing(m: Migration, entry: Entry) -> None:
     """sample_packing: whole examples, attention inside each."""
     if as_bool(entry):
         m.tell(entry, "sft.packing", "bfd")
+        m.tell(entry, "unpacked", False)
     else:
         m.tell(entry, "sft.packing", "none")
         m.tell(entry, "unpacked", True)
@@ -120,18 +121,24 @@ def plugin(m: Migration, entry: Entry) -> None:
 # ---- length, devices
 
 
-def times_a_pass(fact_name: str, switch: str) -> Handler:
-    """saves_per_epoch, evals_per_epoch: as a share of all steps, which is what axolotl makes of them."""
+def times_a_pass(when: str, every: str, otherwise: str) -> Handler:
+    """saves_per_epoch, evals_per_epoch: a share of all steps, which axolotl sets where it is below 1.
+
+    Args:
+      otherwise: what axolotl does where it is not: "epoch", "no".
+    """
 
     def handle(m: Migration, entry: Entry) -> None:
         if entry.value is None:
             m.no_effect(entry, "null is the default")
-        elif not as_float(entry):
-            m.tell(entry, switch, "no")
+            return
+        passes = m.entry("num_epochs")
+        times = as_float(entry) * (as_float(passes) if passes else 1.0)
+        if times > 1:
+            m.tell(entry, when, "steps")
+            m.tell(entry, every, 1 / times)
         else:
-            passes = m.entry("num_epochs")
-            share = 1 / (as_float(entry) * (as_float(passes) if passes else 1.0))
-            m.tell(entry, fact_name, share if share < 1 else 0.999999)
+            m.tell(entry, when, otherwise)
 
     return handle
 

@@ -282,6 +282,7 @@ def finish(m: Migration) -> None:
             m,
             "model.vocab_size",
             f"the size of the tokenizer, rounded up to a multiple of {multiple}",
+            "SIZE",
         )
     megatron_lm.defaults_of_training(m)
     for name, value in {
@@ -300,7 +301,7 @@ def finish(m: Migration) -> None:
     }.items():
         m.default(name, value)
     if not m.value("data_path") and not m.value("train_data_paths"):
-        need(m, "data.path", "data_path is not given")
+        need(m, "data.path", "data_path is not given", "FILES")
 
 
 TOOL = Tool(

@@ -1,8 +1,8 @@
 """Megatron-Bridge: overrides of a recipe in Python, by its sections.
 
 A file says what differs from the recipe that its script takes, and the recipe is not in the file: the model
-is config.init_from, and the rest the recipes' common defaults. Sources: training/config.py and recipes/common.py
-of src/megatron/bridge, snapshot of 2026-08.
+is config.init_from, and the rest the recipes' common defaults. Sources: training/config.py and
+recipes/common.py of src/megatron/bridge, snapshot of 2026-08.
 """
 
 from deepseek_jax.migrate.handlers import as_bool, as_float, fact, no_effect, one_of, option, refuse
@@ -143,9 +143,9 @@ def finish(m: Migration) -> None:
         m.default("objective", "distill")
         m.default("distill.alpha", 0.5)
         m.default("distill.temperature", 1.0)
-        need(m, "distill.teacher", "the script names the teacher")
-    need(m, "init_from", "the script or its recipe names the model")
-    need(m, "data.path", "the recipe's data are made up; name yours")
+        need(m, "distill.teacher", "the script names the teacher", "TEACHER")
+    need(m, "init_from", "the script or its recipe names the model", "MODEL")
+    need(m, "data.path", "the recipe's data are made up; name yours", "FILES")
     defaults_of_training(m)
     for name, value in {
         "global_batch": 32,

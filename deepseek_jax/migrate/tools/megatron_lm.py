@@ -3,7 +3,7 @@
 Source: megatron/training/arguments.py and training/config/*.py, snapshot of 2026-08.
 """
 
-from deepseek_jax.migrate.handlers import as_int, fact, is_off, no_effect, option, refuse
+from deepseek_jax.migrate.handlers import as_int, as_text, fact, is_off, no_effect, option, refuse
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
@@ -158,7 +158,7 @@ AROUND: dict[str, Handler] = {
     "eval_interval": fact("eval_every", as_int),
     "eval_iters": option("eval.batches"),
     "log_interval": fact("log_every", as_int),
-    "save": fact("workdir", str),
+    "save": fact("workdir", as_text),
     "save_interval": fact("save_every", as_int),
     "save_retain_interval": retained,
     "most_recent_k": option("checkpoint.keep", lambda e: max(as_int(e), 0)),
@@ -189,7 +189,7 @@ AROUND: dict[str, Handler] = {
     "vocab_file": no_effect(md.TOKENS_ARE_READ),
     "merge_file": no_effect(md.TOKENS_ARE_READ),
     "vocab_extra_ids": no_effect(md.TOKENS_ARE_READ),
-    "make_vocab_size_divisible_by": no_effect("the vocabulary's size below is padded by it"),
+    "make_vocab_size_divisible_by": no_effect("config.model.vocab_size is padded by it"),
     **because(
         {
             "batches are read ahead, the same ones on any number of workers": (
@@ -233,8 +233,8 @@ TABLE: dict[str, Handler] = {
     "min_loss_scale": mt.of_float16("fp16.min_loss_scale"),
     "loss_scale_window": mt.of_float16("fp16.loss_scale_window"),
     "hysteresis": mt.of_float16("fp16.hysteresis"),
-    "vocab_size": no_effect("it is padded below"),
-    "padded_vocab_size": no_effect("it is the vocabulary's size below"),
+    "vocab_size": no_effect("it is padded in config.model.vocab_size"),
+    "padded_vocab_size": no_effect("it is config.model.vocab_size"),
     "use_mcore_models": no_effect("there is one implementation"),
     "enable_experimental": no_effect("nothing here is experimental by a flag"),
     "sft": refuse("its fine-tuning reads a format of its own", "Use configs/post/sft.py"),
@@ -258,6 +258,7 @@ def vocabulary(m: Migration, tokenizers: dict[str, int], multiple: int) -> None:
             m,
             "model.vocab_size",
             f"the size of the tokenizer, rounded up to a multiple of {multiple}",
+            "SIZE",
         )
 
 
@@ -306,7 +307,7 @@ def finish(m: Migration) -> None:
     m.default("train.mtp_loss_weight", 0.1)
     m.default("train.mtp_loss_weight_final", 0.1)
     if not m.value("data_path"):
-        need(m, "data.path", "files of the data")
+        need(m, "data.path", "files of the data", "FILES")
 
 
 TOOL = Tool(

@@ -54,7 +54,7 @@ def recognise(source: Source) -> int:
 
 # Model, data, template and LoRA, which both ways share.
 COMMON: dict[str, Handler] = {
-    "model": trl_arguments.model,
+    "model": words.model,
     "tuner_type": words.method,
     "train_type": words.method,
     "sft_type": words.method,

@@ -93,8 +93,8 @@ MODEL_OF_NEMO: Mapping[str, Handler] = {
     ),
     "do_layer_norm_weight_decay": refuse("norms are never decayed here", "Set it to false"),
     "use_scaled_init_method": no_effect("weights begin at initializer_range: see the note"),
-    "make_vocab_size_divisible_by": no_effect("the vocabulary's size below is padded by it"),
-    "vocab_size": no_effect("it is padded below"),
+    "make_vocab_size_divisible_by": no_effect("config.model.vocab_size is padded by it"),
+    "vocab_size": no_effect("it is padded in config.model.vocab_size"),
     "mcore_customization_config.*": refuse(
         "there is no other block", "Set it to false", (False, None)
     ),
@@ -141,7 +141,7 @@ def finish(m: Migration) -> None:
         m.default("data.document_mask", False)
         m.default("data.eval_fraction", 0.1)
         if not m.value("data.data_prefix"):
-            need(m, "data.path", "model.data.data_prefix is not given")
+            need(m, "data.path", "model.data.data_prefix is not given", "FILES")
     if flag(m, "use_scaled_init_method", default=True) and not tuning.is_on(m):
         m.note(
             "use_scaled_init_method begins output layers at init_method_std / sqrt(2 layers); here all "
@@ -169,6 +169,7 @@ def finish(m: Migration) -> None:
     m.default("eval_every", 100)
     m.default("log_every", 10)
     m.default("checkpoint.keep_best", 3)
+    m.default("checkpoint.keep", 1)
     m.default("log.trackers", "tensorboard")
 
 
@@ -184,6 +185,7 @@ def _vocabulary(m: Migration) -> None:
             m,
             "model.vocab_size",
             f"the size of the tokenizer, rounded up to a multiple of {multiple}",
+            "SIZE",
         )
 
 

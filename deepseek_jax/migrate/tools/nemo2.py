@@ -87,7 +87,7 @@ TABLE: dict[str, Handler] = {
     "resume.restore_config.path": checkpoint,
     "resume.restore_config*": no_effect("resume.restore_config.path says so"),
     "resume.*": no_effect("the same command goes on from --workdir"),
-    "log.log_dir": fact("workdir", str),
+    "log.log_dir": fact("workdir", as_text),
     "log.ckpt.save_top_k": option("checkpoint.keep_best", lambda e: max(as_int(e), 0)),
     "log.ckpt.every_n_train_steps": fact("save_every", as_int),
     "log.ckpt.*": no_effect("checkpoints are named by their step"),
@@ -116,7 +116,7 @@ def finish(m: Migration) -> None:
     m.default("seed", 1234)
     m.default("log.trackers", "tensorboard")
     if not m.value("data.paths"):
-        need(m, "data.path", "data.paths is not given")
+        need(m, "data.path", "data.paths is not given", "FILES")
 
 
 TOOL = Tool(

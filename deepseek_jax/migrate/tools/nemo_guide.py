@@ -85,7 +85,7 @@ def finish(m: Migration) -> None:
     m.default("seed", 1234)
     m.default("log.trackers", "tensorboard")
     if not m.value("data.data_prefix"):
-        need(m, "data.path", "the guide's file names no data")
+        need(m, "data.path", "the guide's file names no data", "FILES")
 
 
 TOOL = Tool(

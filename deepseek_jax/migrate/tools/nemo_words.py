@@ -175,8 +175,8 @@ TRAINER: Mapping[str, Handler] = {
 }
 
 EXPERIMENT: Mapping[str, Handler] = {
-    "exp_manager.explicit_log_dir": fact("workdir", str),
-    "exp_manager.exp_dir": fact("workdir", str),
+    "exp_manager.explicit_log_dir": fact("workdir", as_text),
+    "exp_manager.exp_dir": fact("workdir", as_text),
     "exp_manager.name": no_effect("--workdir names the run"),
     "exp_manager.resume_from_checkpoint": refuse(
         "a checkpoint of NeMo's is not read", CONVERT, (None, "")

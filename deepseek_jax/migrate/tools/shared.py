@@ -3,8 +3,9 @@
 import re
 from collections.abc import Mapping
 
+from deepseek_jax.config.options import OPTIONS
 from deepseek_jax.migrate.handlers import as_text, is_off, no_effect
-from deepseek_jax.migrate.migration import Migration
+from deepseek_jax.migrate.migration import Migration, Setting
 from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
 from deepseek_jax.migrate.tools.trl_arguments import data_folder
@@ -39,9 +40,18 @@ def because(reasons: Mapping[str, str]) -> dict[str, Handler]:
     return {key: no_effect(why) for why, keys in reasons.items() for key in keys.split()}
 
 
-def need(m: Migration, option: str, why: str) -> None:
-    """An option that the files do not hold: it must be given before the run."""
+def need(m: Migration, option: str, why: str, like: str = "") -> None:
+    """An option that the files do not hold: it must be given before the run.
+
+    Args:
+      like: what stands in its place until it is given: a text in the config, a number on the command line,
+        where it starts no run. "": the config has a value.
+    """
     m.note(f"To be given: config.{option}: {why}.")
+    if like and OPTIONS[option].type is str:
+        m.default(option, like)
+    elif like:
+        m.flags[f"--config.{option}"] = Setting(like, ())
 
 
 def gathered(m: Migration, pattern: str) -> list[str]:
@@ -72,5 +82,9 @@ def lora_modules(m: Migration, entry: Entry) -> None:
 def tell_defaults(m: Migration, **own: object) -> None:
     """DEFAULTS, with what this front end has otherwise: `__` stands for a dot."""
     others = {name.replace("__", "."): value for name, value in own.items()}
-    for name, value in {**DEFAULTS, **others}.items():
+    defaults = {**DEFAULTS, **others}
+    if m.told_of("model.aux_loss_alpha") is not None:  # as Megatron has it, of each layer
+        del defaults["hf_aux_coef"]
+        m.default("model.seq_aux", False)
+    for name, value in defaults.items():
         m.default(name, value)

@@ -1,10 +1,10 @@
 """What ms-swift's keys say that hang together: method, data, template, DeepSpeed by name."""
 
-from deepseek_jax.migrate.handlers import as_bool, as_float, as_int, as_text
+from deepseek_jax.migrate.handlers import as_bool, as_float, as_int, as_text, is_off
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
-from deepseek_jax.migrate.tools import hf
+from deepseek_jax.migrate.tools import hf, trl_arguments
 from deepseek_jax.migrate.tools.shared import hub_data, need
 
 # Its own files of DeepSpeed's options, by name.
@@ -54,11 +54,27 @@ def of_lora(handler: Handler) -> Handler:
     return handle
 
 
+def model(m: Migration, entry: Entry) -> None:
+    """model: a folder, or a name on ModelScope unless use_hf is on."""
+    trl_arguments.model(m, entry)
+    _from_modelscope(m, "--model", [as_text(entry)])
+
+
+def _from_modelscope(m: Migration, kind: str, names: list[str]) -> None:
+    if not is_off(m.value("use_hf")):
+        return
+    for folder, command in m.downloads.items():
+        for name in names:
+            if command.endswith(f" {name} --local-dir {folder}"):
+                m.downloads[folder] = f"modelscope download {kind} {name} --local_dir {folder}"
+
+
 def dataset(m: Migration, entry: Entry) -> None:
     """dataset: names with :subset and #rows behind them."""
     words = entry.value if isinstance(entry.value, list) else as_text(entry).split(",")
-    names = [str(w).partition("#")[0].partition(":")[0] for w in words]
-    hub_data(m, entry, list(dict.fromkeys(names)))
+    names = list(dict.fromkeys(str(w).partition("#")[0].partition(":")[0] for w in words))
+    hub_data(m, entry, names)
+    _from_modelscope(m, "--dataset", names)
     cut = [str(w) for w in words if "#" in str(w)]
     if cut:
         need(m, "data.path", f"so many rows of each as stand behind #: {', '.join(cut)}")
