@@ -133,7 +133,10 @@ def test_defaults_of_trl():
             {"offload.activations": "layer_input", "train.remat": "full"},
         ),
         ("num_train_epochs: 2.5\nmax_steps: -1", {"train.epochs": 2.5, "train.steps": 0}),
-        ("optim: adafactor", {"optimizer.name": "adafactor", "optimizer.scale_parameter": False}),
+        (
+            "optim: adafactor",
+            {"optimizer.name": "adafactor", "optimizer.min_dim_size_to_factor": 1},
+        ),
         ("optim: lion_32bit", {"optimizer.name": "lion", "optimizer.b2": 0.999}),
         ("optim: paged_adamw_8bit", {"optimizer.name": "adamw"}),
         ("fp16: true", {"train.dtype": "float16"}),
