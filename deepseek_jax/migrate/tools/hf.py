@@ -128,6 +128,15 @@ OF_TRAINER = (
     "report_to",
     "bf16",
 )
+OF_TRAINER_ALONE = (
+    "save_strategy",
+    "eval_strategy",
+    "evaluation_strategy",
+    "logging_strategy",
+    "hub_model_id",
+    "push_to_hub",
+    "save_steps",
+)
 OF_OTHERS = (
     "base_model",
     "finetuning_type",
@@ -135,7 +144,6 @@ OF_OTHERS = (
     "tuner_type",
     "model_type",
     "trainer.devices",
-    "dataset_mixer",
 )
 
 
@@ -152,10 +160,13 @@ def _recognise(version: int, trl: bool) -> Callable[[Source], int]:
         )
         if known + of_trl < 1 or source.has(*OF_OTHERS):
             return 0
+        mixer = source.has("dataset_mixer")  # of alignment-handbook, and of open-instruct
+        if mixer and source.has(*OF_TRAINER_ALONE) < 2:
+            return 0
         of_trl += trl_arguments.is_script(source)
         four = sum(k in SIGNS_OF_4 for k in keys) + _words_of_4(source) + ("open_r1" in source.name)
         five = sum(k in SIGNS_OF_5 for k in keys) + _share(source)
-        base = min(2 * (known + of_trl), 80)
+        base = max(min(2 * (known + of_trl), 80), 60 * mixer)
         if trl != (of_trl > 0):
             base -= 1
         wins = four > five if version == 4 else five >= four
