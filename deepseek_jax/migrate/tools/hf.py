@@ -54,6 +54,11 @@ OF_4: Mapping[str, Handler] = {
     "ray_scope": no_effect("there is no search for hyperparameters"),
     "past_index": no_effect("training keeps no cache"),
     "tpu_*": no_effect("JAX takes the devices that it finds"),
+    "xpu_backend": no_effect("JAX takes the devices that it finds"),
+    "use_legacy_prediction_loop": no_effect("logits are never kept"),
+    "sharded_ddp": refuse(
+        "fairscale's sharding is gone", "Say fsdp: full_shard", (None, "", "False")
+    ),
     "mp_parameters": no_effect("it is of SageMaker"),
     "dispatch_batches": no_effect("every process makes the same batch"),
     "split_batches": no_effect("train.batch_size is of all devices"),

@@ -280,6 +280,12 @@ DATA: Mapping[str, Handler] = {
     "chat_template_path": option("sft.chat_template"),
     "system_prompt": option("sft.system_prompt"),
     "activation_offloading": switch("offload.activations", "layer_input"),
+    "use_liger": no_effect("the loss is never a whole tensor of logits"),
+    "dataset_batch_size": no_effect(PREPARED),
+    "num_of_sequences": no_effect(PREPARED),
+    "chars_per_token": no_effect(PREPARED),
+    "gradient_checkpointing_use_reentrant": no_effect("there is one kind of recomputation"),
+    "overwrite_hub_revision": no_effect("nothing is uploaded"),
     "ignore_bias_buffers": no_effect("there are none"),
     # open-r1
     "benchmarks": no_effect("python -m deepseek_jax.hf.lm_eval runs them"),
