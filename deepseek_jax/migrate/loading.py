@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from deepseek_jax.migrate import command, hydra
@@ -33,8 +34,30 @@ def load(files: Sequence[str], commands: Iterable[str], environ: Mapping[str, st
         for entry in taken.files:
             if not _is_known(str(entry.value), there) and os.path.isfile(str(entry.value)):
                 _add(str(entry.value), sources, there, environ)
+        for path in _by_name(taken):
+            _add(path, sources, there, environ)
         sources += taken.sources
     return [part for source in sources for part in _split(source)]
+
+
+def _by_name(taken: command.Command) -> list[str]:
+    """Files that Hydra finds by --config-path and --config-name, or in the usual folders beside a script."""
+    flags = next((s for s in taken.sources if s.form == "flags"), None)
+    if flags is None:
+        return []
+    given = {e.key.replace("-", "_"): str(e.value) for e in flags.entries}
+    name = given.get("config_name") or given.get("config", "")
+    if not re.fullmatch(r"[\w./-]+", name) or name.endswith(command.ENDINGS):
+        return []
+    script = os.path.dirname(flags.name)
+    folders = [given["config_path"]] if "config_path" in given else []
+    folders += [os.path.join(script, f) for f in (*folders, "conf", "configs", "../configs")]
+    for folder in folders:
+        for ending in command.ENDINGS[:2]:
+            path = os.path.join(folder, name + ending)
+            if os.path.isfile(path):
+                return [path]
+    return []
 
 
 def _add(
