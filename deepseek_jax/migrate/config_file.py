@@ -1,7 +1,7 @@
 """The new config: a Python file with one option a line, each with where it came from."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -165,8 +165,3 @@ def _assign(tree: ConfigDict, name: str, value: Any) -> None:
     for section in sections:
         tree = tree[section]
     tree[key] = value
-
-
-def of_section(settings: Iterable[str], section: str) -> list[str]:
-    """The options of one section."""
-    return [name for name in settings if name.rpartition(".")[0] == section]
