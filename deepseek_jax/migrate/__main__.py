@@ -27,7 +27,7 @@ from deepseek_jax.migrate.registry import TOOLS
 
 def parser() -> arguments.Parser:
     """The command line of this command."""
-    names = "\n".join(f"  {tool.name:<14}{tool.title}" for tool in TOOLS.values())
+    names = "\n".join(f"  {tool.name:<18}{tool.title}" for tool in TOOLS.values())
     out = arguments.Parser(
         prog="python -m deepseek_jax.migrate",
         description=__doc__,

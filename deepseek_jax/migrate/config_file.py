@@ -1,7 +1,7 @@
 """The new config: a Python file with one option a line, each with where it came from."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -102,10 +102,15 @@ def text(m: Migration, title: str, launch: str) -> str:
 def origins(setting: Setting) -> str:
     """Where an option came from, and the arithmetic: "recipe.yaml:3 max_steps=100"."""
     told = [t for t in setting.because if t.entry] or list(setting.because)
-    places = list(dict.fromkeys(" ".join(t.origin.split()) for t in told))
+    places = list(dict.fromkeys(_printable(t.origin) for t in told))
     if len(places) > 3:
         places = [*places[:3], "..."]
     return "; ".join(p for p in ("; ".join(places), setting.how) if p)
+
+
+def _printable(text: str) -> str:
+    """One line that a Python file can hold in a comment."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def _sections(settings: Mapping[str, Setting]) -> list[str]:
@@ -151,7 +156,8 @@ def _filled(line: str, indent: str = "", first: str = "") -> str:
 
 def _docstring(part: str) -> str:
     """Text that ends no docstring and escapes nothing."""
-    return part.replace("\\", "\\\\").replace('"""', "'''")
+    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in part)
+    return shown.replace("\\", "\\\\").replace('"""', "'''")
 
 
 def _assign(tree: ConfigDict, name: str, value: Any) -> None:
@@ -159,8 +165,3 @@ def _assign(tree: ConfigDict, name: str, value: Any) -> None:
     for section in sections:
         tree = tree[section]
     tree[key] = value
-
-
-def of_section(settings: Iterable[str], section: str) -> list[str]:
-    """The options of one section."""
-    return [name for name in settings if name.rpartition(".")[0] == section]

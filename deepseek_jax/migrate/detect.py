@@ -28,6 +28,7 @@ def assign(sources: Sequence[Source], wanted: Sequence[str] = ()) -> list[Assign
     Raises:
       UserError: an unknown name; or nothing recognises a source.
     """
+    wanted = [name.replace("-", "_").lower() for name in wanted]
     for name in wanted:
         if name not in TOOLS:
             raise UserError(f"--from={name} is not known. Choose of {', '.join(TOOLS)}.")

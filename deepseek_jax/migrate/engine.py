@@ -65,6 +65,8 @@ def _read(m: Migration, found: Assigned) -> None:
             handler(m, entry)
         except UserError as e:
             m.refuse(entry, str(e).rstrip("."))
+        except (TypeError, ValueError):  # a list where a number belongs, and the like
+            m.refuse(entry, "its value is not of the right kind", "Correct it there")
 
 
 def _names_a_file(m: Migration, entry: Entry) -> bool:

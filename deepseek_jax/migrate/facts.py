@@ -65,3 +65,8 @@ FACTS: Mapping[str, str] = MappingProxyType(
         "workdir": "folder that the run writes to",
     }
 )
+# Of these 0 and less are mistakes.
+COUNTS = frozenset(
+    "world nodes gpus_per_node tensor stage expert context replicas shards per_device_batch accumulation "
+    "global_batch sequence_length".split()
+)

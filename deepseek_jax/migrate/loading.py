@@ -1,6 +1,8 @@
 """All sources of one run: the files that were named, command lines, and the files that these name."""
 
+import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from deepseek_jax.migrate import command, hydra
@@ -32,8 +34,30 @@ def load(files: Sequence[str], commands: Iterable[str], environ: Mapping[str, st
         for entry in taken.files:
             if not _is_known(str(entry.value), there) and os.path.isfile(str(entry.value)):
                 _add(str(entry.value), sources, there, environ)
+        for path in _by_name(taken):
+            _add(path, sources, there, environ)
         sources += taken.sources
     return [part for source in sources for part in _split(source)]
+
+
+def _by_name(taken: command.Command) -> list[str]:
+    """Files that Hydra finds by --config-path and --config-name, or in the usual folders beside a script."""
+    flags = next((s for s in taken.sources if s.form == "flags"), None)
+    if flags is None:
+        return []
+    given = {e.key.replace("-", "_"): str(e.value) for e in flags.entries}
+    name = given.get("config_name") or given.get("config", "")
+    if not re.fullmatch(r"[\w./-]+", name) or name.endswith(command.ENDINGS):
+        return []
+    script = os.path.dirname(flags.name)
+    folders = [given["config_path"]] if "config_path" in given else []
+    folders += [os.path.join(script, f) for f in (*folders, "conf", "configs", "../configs")]
+    for folder in folders:
+        for ending in command.ENDINGS[:2]:
+            path = os.path.join(folder, name + ending)
+            if os.path.isfile(path):
+                return [path]
+    return []
 
 
 def _add(
@@ -58,7 +82,15 @@ def _add(
             if value.endswith(command.ENDINGS) and os.path.isfile(beside):
                 if not _is_known(value, there):
                     _add(beside, sources, there, environ)
+                    if entry.key.endswith("fsdp_config"):
+                        sources[-1] = _inside(sources[-1], "fsdp_config")
                 break
+
+
+def _inside(source: Source, section: str) -> Source:
+    """A file that holds one section of a recipe."""
+    entries = tuple(Entry(f"{section}.{e.key}", e.value, e.where, e.rank) for e in source.entries)
+    return dataclasses.replace(source, entries=entries)
 
 
 def _is_known(value: str, there: Mapping[str, str]) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepseek_jax.config.options import OPTIONS
-from deepseek_jax.migrate.facts import FACTS
+from deepseek_jax.migrate.facts import COUNTS, FACTS
 from deepseek_jax.migrate.source import Entry, Rank, Source
 
 AUTO = "auto"  # of DeepSpeed: the value that others tell
@@ -100,10 +100,17 @@ class Migration:
           name: a key of FACTS, or an option's full name: "optimizer.b1".
           rank: in place of the entry's own.
         """
+        if name in COUNTS and value < 1:
+            self.refuse(entry, "it is not 1 or more", "Correct it there")
+            return
         self._tell(name, value, entry, entry.rank if rank is None else rank)
 
     def tell_auto(self, entry: Entry, name: str) -> None:
-        """An entry takes the value that others tell; alone it is refused."""
+        """An entry takes the value that a recipe tells; without one it is refused."""
+        if not self.recipe:
+            self.refuse(
+                entry, "auto is what the recipe says, and there is none", "Give the recipe as well"
+            )
         self._tell(name, AUTO, entry, entry.rank)
 
     def default(self, name: str, value: Any, rank: Rank = Rank.DEFAULT) -> None:
@@ -313,6 +320,6 @@ class Migration:
 
     def _tell(self, name: str, value: Any, entry: Entry | None, rank: Rank) -> None:
         if "." not in name and name not in FACTS and name not in OPTIONS:
-            raise ValueError(f"{name} is no fact and no option")
+            raise LookupError(f"{name} is no fact and no option")
         tool = self._at.title if self._at else ""
         self.told.setdefault(name, []).append(Told(name, value, entry, rank, tool))

@@ -7,7 +7,7 @@ argparse, `float()`) makes numbers of them. Keys that stand twice in one mapping
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -106,20 +106,6 @@ def flattened(tree: Any, where: str, rank: Rank = Rank.RECIPE, key: str = "") ->
             yield from flattened(value, where, rank, f"{key}.{i}")
     else:
         yield Entry(key, tree, where, rank)
-
-
-def nested(entries: Iterable[Entry]) -> dict[str, Any]:
-    """The dicts that `flattened` took apart; items of lists are under their numbers."""
-    out: dict[str, Any] = {}
-    for entry in entries:
-        at, parts = out, entry.key.split(".")
-        for part in parts[:-1]:
-            below = at.setdefault(part, {})
-            if not isinstance(below, dict):
-                below = at[part] = {}
-            at = below
-        at[parts[-1]] = entry.value
-    return out
 
 
 class _Walk:

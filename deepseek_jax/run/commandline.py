@@ -217,7 +217,12 @@ def help_text(given: flags.FlagValues) -> str:
 
 def _config_file(argv: list[str]) -> str:
     """The value of --config, "" without one."""
-    return next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if re.match(r"--?config=", argument):
+            return argument.split("=", 1)[1]
+        if argument in ("--config", "-config"):
+            return following
+    return ""
 
 
 def _explain(error: Exception, argv: list[str]) -> str:

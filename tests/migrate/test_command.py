@@ -117,3 +117,5 @@ def test_a_mistake_is_one_line(recipe, argv, named, capsys):
 def test_train_py_says_to_migrate(name):
     with pytest.raises(UserError, match=f"python -m deepseek_jax.migrate {name} --devices=N"):
         commandline.parse(["train.py", f"--config={name}", "--workdir=run"])
+    with pytest.raises(UserError, match=f"python -m deepseek_jax.migrate {name}"):
+        commandline.parse(["train.py", "--config", name, "--workdir=run"])

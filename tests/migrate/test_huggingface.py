@@ -133,7 +133,10 @@ def test_defaults_of_trl():
             {"offload.activations": "layer_input", "train.remat": "full"},
         ),
         ("num_train_epochs: 2.5\nmax_steps: -1", {"train.epochs": 2.5, "train.steps": 0}),
-        ("optim: adafactor", {"optimizer.name": "adafactor", "optimizer.scale_parameter": False}),
+        (
+            "optim: adafactor",
+            {"optimizer.name": "adafactor", "optimizer.min_dim_size_to_factor": 1},
+        ),
         ("optim: lion_32bit", {"optimizer.name": "lion", "optimizer.b2": 0.999}),
         ("optim: paged_adamw_8bit", {"optimizer.name": "adamw"}),
         ("fp16: true", {"train.dtype": "float16"}),
@@ -273,3 +276,19 @@ def test_the_same_number_of_tokens():
         migrate(text, devices=8, match_tokens=True)
     with pytest.raises(UserError, match="packed"):
         migrate(text + "packing: true\n", devices=8, match_tokens=True, mean_length=256.0)
+
+
+def test_data_sets_by_name_and_share():
+    """alignment-handbook has dataset_mixer, as open-instruct has, and TrainingArguments beside it."""
+    text = (
+        "model_name_or_path: org/m\ndataset_mixer:\n  org/a-b.c: 1.0\n  org/d: 1.0\n"
+        "dataset_splits: [train_sft]\n"
+        "use_flash_attention_2: true\nsave_strategy: epoch\nevaluation_strategy: epoch\nwarmup_ratio: 0.1\n"
+    )
+    done = migrate(text, devices=8)
+    assert (
+        done.option("data.path") == "data/a-b.c,data/d"
+        and done.option("optimizer.grad_clip") == 1.0
+    )
+    assert any("TRL 0" in note for note in done.m.notes)
+    assert migrate(text.replace("d: 1.0", "d: 0.5"), devices=8).refused() == {"dataset_mixer.org/d"}

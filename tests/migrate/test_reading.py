@@ -193,6 +193,18 @@ def test_files_that_a_command_names(tmp_path, monkeypatch):
     assert [s.name for s in loading.load(["r.yaml"], [line], {})][:2] == ["r.yaml", "ds.json"]
 
 
+def test_configs_by_name(tmp_path, monkeypatch):
+    """As Hydra finds them; the flag is said to be read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts" / "conf").mkdir(parents=True)
+    (tmp_path / "scripts" / "conf" / "gpt.yaml").write_text("max_steps: 5\n")
+    for line in (
+        "python scripts/pretrain.py --config-path=conf --config-name=gpt trainer.devices=8",
+        "python scripts/pretrain.py --config gpt trainer.devices=8",
+    ):
+        assert [s.name for s in loading.load([], [line], {})] == ["gpt.yaml", "scripts/pretrain.py"]
+
+
 def test_a_command_that_cannot_be_read():
     for line in ("torchrun 'x", "  ", "A=1"):
         with pytest.raises(UserError, match="--command"):

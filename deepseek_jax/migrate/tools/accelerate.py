@@ -93,6 +93,8 @@ def canonical(key: str) -> str:
         return {"config_file": "config_file", "num_cpu_threads_per_process": "num_cpu_threads"}.get(
             key, key
         )
+    if not dot:
+        return key
     prefixes = {"fsdp_config": "fsdp_", "parallelism_config": "parallelism_config_"}
     prefixes |= {"megatron_lm_config": "megatron_lm_", "dynamo_config": "dynamo_"}
     return f"{section}.{name.removeprefix(prefixes.get(section, '~'))}"
@@ -220,6 +222,10 @@ TABLE: Mapping[str, Handler] = {
 def finish(m: Migration) -> None:
     """Its defaults: FULL_SHARD, ZeRO stage 2, no mixed precision."""
     kind = str(m.value("distributed_type", "")).upper()
+    if m.value("use_fsdp"):
+        kind = "FSDP"
+    elif m.value("use_deepspeed"):
+        kind = "DEEPSPEED"
     if kind == "FSDP":
         m.default("strategy", "full_shard")
     elif kind == "DEEPSPEED" and not any(r.kin == "deepspeed" for r in m.readings):

@@ -112,7 +112,7 @@ TABLE: Mapping[str, Handler] = {
     "optimizer.params.weight_decay": auto("optimizer.weight_decay", as_float),
     "optimizer.params.momentum": auto("optimizer.momentum", as_float),
     "optimizer.params.adam_w_mode": refuse(
-        "weight decay is decoupled", "Set it to true", ("true", "auto", None, "none")
+        "weight decay is decoupled", "Set it to true", ("true", "auto")
     ),
     "optimizer.params.bias_correction": refuse(
         "moments are corrected", "Set it to true", ("true", "auto")

@@ -54,6 +54,11 @@ OF_4: Mapping[str, Handler] = {
     "ray_scope": no_effect("there is no search for hyperparameters"),
     "past_index": no_effect("training keeps no cache"),
     "tpu_*": no_effect("JAX takes the devices that it finds"),
+    "xpu_backend": no_effect("JAX takes the devices that it finds"),
+    "use_legacy_prediction_loop": no_effect("logits are never kept"),
+    "sharded_ddp": refuse(
+        "fairscale's sharding is gone", "Say fsdp: full_shard", (None, "", "False")
+    ),
     "mp_parameters": no_effect("it is of SageMaker"),
     "dispatch_batches": no_effect("every process makes the same batch"),
     "split_batches": no_effect("train.batch_size is of all devices"),
@@ -128,6 +133,15 @@ OF_TRAINER = (
     "report_to",
     "bf16",
 )
+OF_TRAINER_ALONE = (
+    "save_strategy",
+    "eval_strategy",
+    "evaluation_strategy",
+    "logging_strategy",
+    "hub_model_id",
+    "push_to_hub",
+    "save_steps",
+)
 OF_OTHERS = (
     "base_model",
     "finetuning_type",
@@ -135,7 +149,6 @@ OF_OTHERS = (
     "tuner_type",
     "model_type",
     "trainer.devices",
-    "dataset_mixer",
 )
 
 
@@ -152,10 +165,13 @@ def _recognise(version: int, trl: bool) -> Callable[[Source], int]:
         )
         if known + of_trl < 1 or source.has(*OF_OTHERS):
             return 0
+        mixer = source.has("dataset_mixer")  # of alignment-handbook, and of open-instruct
+        if mixer and source.has(*OF_TRAINER_ALONE) < 2:
+            return 0
         of_trl += trl_arguments.is_script(source)
         four = sum(k in SIGNS_OF_4 for k in keys) + _words_of_4(source) + ("open_r1" in source.name)
         five = sum(k in SIGNS_OF_5 for k in keys) + _share(source)
-        base = min(2 * (known + of_trl), 80)
+        base = max(min(2 * (known + of_trl), 80), 60 * mixer)
         if trl != (of_trl > 0):
             base -= 1
         wins = four > five if version == 4 else five >= four
@@ -226,6 +242,12 @@ def _tell_trainer(m: Migration, newest: bool, trl: bool) -> None:
         m.default("train.remat", "full" if newest else "none")
     if m.told_of("eval_when") != "no":
         m.default("eval_every", m.told_of("log_every"))
+        if not m.told_of("data.eval_fraction"):
+            m.default("data.eval_fraction", 0.01)
+            m.note(
+                "Their held-out data are a split of their own; here data.eval_fraction of the training data, "
+                "0.01, is held out, and not trained."
+            )
 
 
 def _tell_fsdp(m: Migration, version: int) -> None:
@@ -307,4 +329,4 @@ def _tool(name: str, title: str, version: int, trl: bool) -> Tool:
 HF4 = _tool("hf4", "transformers 4", 4, False)
 HF5 = _tool("hf5", "transformers 5", 5, False)
 TRL = _tool("trl", "TRL 1", 5, True)
-OPEN_R1 = _tool("open-r1", "TRL 0", 4, True)
+OPEN_R1 = _tool("open_r1", "TRL 0", 4, True)

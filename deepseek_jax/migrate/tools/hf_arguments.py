@@ -163,7 +163,11 @@ OPTIMIZERS: Mapping[str, Mapping[str, object] | str] = {
             "paged_adamw_8bit",
         )
     },
-    "adafactor": {"optimizer.name": "adafactor", "optimizer.scale_parameter": False},
+    "adafactor": {
+        "optimizer.name": "adafactor",
+        "optimizer.scale_parameter": False,
+        "optimizer.min_dim_size_to_factor": 1,
+    },
     **{
         name: {"optimizer.name": "lion"}
         for name in ("lion", "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit")

@@ -87,6 +87,20 @@ def mixture(m: Migration, entry: Entry) -> None:
     m.tell(entry, "data.path", ",".join(data_folder(m, as_text(e)) for e in found))
 
 
+def mixer(m: Migration, entry: Entry) -> None:
+    """One of dataset_mixer, which has a name for each data set, and the share of its rows."""
+    if not isinstance(entry.value, (int, float)) or as_float(entry) != 1.0:
+        m.refuse(entry, ALL_ROWS, "Cut the file to so many rows")
+        return
+    found = [
+        e.key.partition("dataset_mixer.")[2]
+        for r in m.readings
+        for e in r.source.entries
+        if "dataset_mixer." in e.key
+    ]
+    m.tell(entry, "data.path", ",".join(data_folder(m, name) for name in found))
+
+
 def weight(m: Migration, entry: Entry) -> None:
     """A share of a data set's rows."""
     if as_float(entry) == 1.0:
@@ -144,6 +158,7 @@ def fine_tuning(name: str) -> Handler:
 KEYS_OF_TRL = (
     "dataset_name",
     "dataset_mixture",
+    "dataset_splits",
     "max_seq_length",
     "max_length",
     "packing",
@@ -178,6 +193,7 @@ MODEL: Mapping[str, Handler] = {
     "torch_dtype": model_dtype,
     "dtype": model_dtype,
     "attn_implementation": no_effect(ONE_KERNEL),
+    "use_flash_attention_2": no_effect(ONE_KERNEL),
     "trust_remote_code": no_effect("no code of a checkpoint is run"),
     **lora_arguments.TABLE,
     "model_init_kwargs": no_effect("it is empty"),
@@ -227,6 +243,10 @@ DATA: Mapping[str, Handler] = {
     ),
     "dataset_mixture.datasets.*.weight": weight,
     "dataset_mixture.datasets.*.fraction": weight,
+    "dataset_mixer.*": mixer,
+    "dataset_splits": no_effect(OF_THE_HUB),
+    "dataset_configs": no_effect(OF_THE_HUB),
+    "auto_insert_empty_system_msg": no_effect("a chat has the messages of its file"),
     "dataset_mixture.seed": no_effect("rows are shuffled by config.seed"),
     "dataset_mixture.streaming": no_effect("no more than an index of a data set is held"),
     "dataset_mixture.test_split_size": no_effect(
@@ -260,6 +280,12 @@ DATA: Mapping[str, Handler] = {
     "chat_template_path": option("sft.chat_template"),
     "system_prompt": option("sft.system_prompt"),
     "activation_offloading": switch("offload.activations", "layer_input"),
+    "use_liger": no_effect("the loss is never a whole tensor of logits"),
+    "dataset_batch_size": no_effect(PREPARED),
+    "num_of_sequences": no_effect(PREPARED),
+    "chars_per_token": no_effect(PREPARED),
+    "gradient_checkpointing_use_reentrant": no_effect("there is one kind of recomputation"),
+    "overwrite_hub_revision": no_effect("nothing is uploaded"),
     "ignore_bias_buffers": no_effect("there are none"),
     # open-r1
     "benchmarks": no_effect("python -m deepseek_jax.hf.lm_eval runs them"),
