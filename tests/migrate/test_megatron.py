@@ -1,4 +1,4 @@
-"""Megatron's, NeMo's and Megatron-Bridge's words: learning rates by their formulas, batch, mesh, experts, refusals."""
+"""Megatron, NeMo and Megatron-Bridge: learning rates by their formulas, batch, mesh, experts, refusals."""
 
 import math
 

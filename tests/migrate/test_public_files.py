@@ -1,4 +1,4 @@
-"""93 public files of thirteen trainers: each migrates to a config that can run, or is refused for a known reason."""
+"""93 public files: each migrates to a config that validates, or is refused for a known reason."""
 
 import csv
 import functools

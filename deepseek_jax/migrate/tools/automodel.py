@@ -253,6 +253,7 @@ TABLE: dict[str, Handler] = {
     "compile.*": no_effect("XLA compiles everything"),
     "benchmark.*": no_effect("python -m benchmarks measures"),
     "ci.*": no_effect("it is of AutoModel's tests"),
+    "_*": no_effect("what begins with _ is left out there as well"),
     "nvtx": no_effect("traces are taken with --config.profile.start"),
     "slurm.*": no_effect("see python -m deepseek_jax.launch"),
 }

@@ -5,6 +5,7 @@ Sources: megatron/neox_arguments/neox_args.py and arguments.py, snapshot of 2026
 
 from deepseek_jax.migrate.handlers import (
     as_bool,
+    as_float,
     as_int,
     as_text,
     fact,
@@ -97,6 +98,38 @@ def router(m: Migration, entry: Entry) -> None:
         m.refuse(entry, "experts are chosen by the highest scores here", "Set it to topk")
 
 
+def gated_width(m: Migration, whole_width: int) -> int:
+    """A gated MLP has a third of the width that is written, so that it has as many parameters as one without."""
+    multiple = whole(m, "mlp_multiple_of", 1)
+    return -(-(int(whole_width * 2 / 3) // 2) // multiple) * multiple
+
+
+def width(m: Migration, entry: Entry) -> None:
+    """intermediate_size."""
+    m.tell(entry, "model.intermediate_size", gated_width(m, as_int(entry)))
+
+
+def last_rate(m: Migration, entry: Entry) -> None:
+    """min_lr: a linear decay goes to 0 there, and no further than this."""
+    if as_float(entry) and m.value("lr_decay_style", "linear") == "linear":
+        m.refuse(
+            entry,
+            "a linear decay ends at this rate here; there it goes to 0 and stops on its way",
+            "Set it to 0, or lr_decay_style to cosine",
+        )
+    else:
+        m.tell(entry, "min_lr", as_float(entry))
+
+
+def kinds_of_attention(m: Migration, entry: Entry) -> None:
+    """attention_config: a kind and a number of layers, in turn."""
+    words = entry.value if isinstance(entry.value, list) else [entry.value]
+    if all(str(w).isdigit() or w in ("global", "flash", "all") for w in words):
+        m.no_effect(entry, "attention is over the whole sequence")
+    else:
+        m.refuse(entry, "attention is over the whole sequence here", "Set it to global")
+
+
 def weights_and_biases(m: Migration, entry: Entry) -> None:
     """use_wandb."""
     trackers(m, entry, [] if is_off(entry.value) else ["wandb"])
@@ -117,7 +150,8 @@ TABLE: dict[str, Handler] = {
     "num_gpus": fact("gpus_per_node", as_int),
     "num_layers": option("model.num_hidden_layers"),
     "hidden_size": option("model.hidden_size"),
-    "intermediate_size": option("model.intermediate_size"),
+    "intermediate_size": width,
+    "mlp_multiple_of": no_effect("config.model.intermediate_size is a multiple of it"),
     "num_attention_heads": option("model.num_attention_heads"),
     "num_kv_heads": option("model.num_key_value_heads"),
     "seq_length": fact("sequence_length", as_int),
@@ -136,7 +170,7 @@ TABLE: dict[str, Handler] = {
     "use_bias_in_norms": no_effect("RMSNorm has none"),
     "use_qk_layernorm": yes_no("model.use_qk_norm"),
     "sliding_window_width": refuse("there is no sliding window here", "Leave it out"),
-    "attention_config": refuse("attention is over the whole sequence here", "Leave it out"),
+    "attention_config*": kinds_of_attention,
     "sparsity_config*": refuse("attention is over the whole sequence here", "Leave it out"),
     "gpt_j_residual": PLAIN,
     "gpt_j_tied": PLAIN,
@@ -168,6 +202,7 @@ TABLE: dict[str, Handler] = {
     ),
     "lr_decay_fraction": refuse("the schedule's length is in steps here", "Write lr_decay_iters"),
     "warmup": fact("warmup_fraction"),
+    "min_lr": last_rate,
     "zero_optimization.stage": stage_of_zero,
     "zero_optimization.*": no_effect(mt.OVERLAP),
     "train_micro_batch_size_per_gpu": fact("per_device_batch", as_int),
@@ -233,6 +268,12 @@ TABLE: dict[str, Handler] = {
     ),
     "scaled_*_softmax_fusion": no_effect(mt.XLA),
     "checkpoint_in_cpu": mt.flagged({"offload.activations": "layer_input"}),
+    "fp16.fp16": mt.flagged({"train.dtype": "float16"}),
+    "fp16.auto_cast": no_effect("inputs are token ids"),
+    "extra_save_iters": no_effect("checkpoints are a number of steps apart"),
+    "te_fp8*": no_effect("it is of fp8"),
+    "te_*": no_effect(mt.XLA),
+    "gmlp_attn_dim": no_effect("it is of gMLP"),
     "autotuning*": refuse("see python -m deepseek_jax.plan advise", "Leave it out"),
     "curriculum_*": refuse("sequences have one length here", "Leave it out"),
     "train_impl": neutral({"normal": ""}, "it trains the next token", "Set it to normal"),
@@ -247,8 +288,8 @@ def finish(m: Migration) -> None:
         if m.value(key) is None:
             m.refuse_absent(key, value, why, repair)
     hidden, heads = whole(m, "hidden_size"), max(whole(m, "num_attention_heads", 1), 1)
-    width = whole(m, "intermediate_size", 4 * hidden)
-    m.default("model.intermediate_size", width)
+    wide = gated_width(m, whole(m, "intermediate_size", 4 * hidden))
+    m.default("model.intermediate_size", wide)
     m.default("model.num_key_value_heads", heads)
     m.default("model.head_dim", hidden // heads)
     m.default("model.rope_interleave", False)
@@ -256,7 +297,7 @@ def finish(m: Migration) -> None:
     m.default("model.initializer_range", 0.02)
     m.default("model.tie_word_embeddings", not flag(m, "no_weight_tying"))
     if whole(m, "moe_num_experts", 1) > 1 or has_experts(m):
-        m.default("model.moe_intermediate_size", width)
+        m.default("model.moe_intermediate_size", wide)
         m.default("model.first_k_dense_replace", 0)
         m.default("model.n_shared_experts", 0)
         m.default("model.topk_method", "greedy")
