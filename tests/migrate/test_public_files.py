@@ -23,10 +23,9 @@ def expected():
 
 
 def migrated(name, **options):
-    devices = expected()[name]["devices"]
-    return of_files(
-        [os.path.join(FOLDER, name)], devices=None if devices == "-" else int(devices), **options
-    )
+    asked = expected()[name]["devices"]
+    devices = None if asked == "-" else int(asked)
+    return of_files([os.path.join(FOLDER, name)], devices=devices, **options)
 
 
 def test_every_file_has_a_row():

@@ -4,8 +4,6 @@ Sources: megatron/neox_arguments/neox_args.py and arguments.py, snapshot of 2026
 """
 
 from deepseek_jax.migrate.handlers import (
-    as_bool,
-    as_float,
     as_int,
     as_text,
     fact,
@@ -17,8 +15,9 @@ from deepseek_jax.migrate.handlers import (
     refuse,
 )
 from deepseek_jax.migrate.migration import Migration
-from deepseek_jax.migrate.source import Entry, Source
+from deepseek_jax.migrate.source import Source
 from deepseek_jax.migrate.tool import Handler, Tool
+from deepseek_jax.migrate.tools import gpt_neox_words as words
 from deepseek_jax.migrate.tools import megatron_data as md
 from deepseek_jax.migrate.tools import megatron_lm
 from deepseek_jax.migrate.tools import megatron_training as mt
@@ -26,7 +25,7 @@ from deepseek_jax.migrate.tools.megatron_handlers import flag, has_experts, whol
 from deepseek_jax.migrate.tools.megatron_model import NO_DROPOUT, padded_vocabulary
 from deepseek_jax.migrate.tools.nemo_words import betas
 from deepseek_jax.migrate.tools.shared import because, need
-from deepseek_jax.migrate.tracking import if_there, trackers
+from deepseek_jax.migrate.tracking import if_there
 
 UNASKED = (
     ("norm", "layernorm", "layers are normed by RMSNorm here", "Set it to rmsnorm"),
@@ -36,7 +35,6 @@ UNASKED = (
     ("use_bias_in_mlp", "True", "linear maps have no biases here", "Set it to false"),
 )
 VOCABULARIES = {"GPT2BPETokenizer": 50257}
-STAGES = {0: "no_shard", 1: "zero1", 2: "shard_grad_op", 3: "full_shard"}
 
 
 def canonical(key: str) -> str:
@@ -64,83 +62,12 @@ def recognise(source: Source) -> int:
     return min(25 * len(keys & own), 95)
 
 
-def stage_of_zero(m: Migration, entry: Entry) -> None:
-    """zero_optimization.stage."""
-    m.tell(entry, "strategy", STAGES.get(as_int(entry), "full_shard"))
-
-
-def optimizer(m: Migration, entry: Entry) -> None:
-    """optimizer.type: Adam is decoupled there."""
-    name = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd", "lion": "lion", "muon": "muon"}.get(
-        as_text(entry).lower()
-    )
-    if name is None:
-        m.refuse(entry, "there is no such optimizer", "Set it to Adam")
-    else:
-        m.tell(entry, "optimizer.name", name)
-
-
-def stages(m: Migration, entry: Entry) -> None:
-    """pipe_parallel_size: 0 is one stage as well."""
-    m.tell(entry, "stage", max(as_int(entry), 1))
-
-
-def remat(m: Migration, entry: Entry) -> None:
-    """checkpoint_activations."""
-    m.tell(entry, "train.remat", "full" if as_bool(entry) else "none")
-
-
-def router(m: Migration, entry: Entry) -> None:
-    """moe_router_type."""
-    if as_text(entry) == "topk":
-        m.tell(entry, "model.scoring_func", "softmax")
-    else:
-        m.refuse(entry, "experts are chosen by the highest scores here", "Set it to topk")
-
-
-def gated_width(m: Migration, whole_width: int) -> int:
-    """A gated MLP has a third of the width that is written, so that it has as many parameters as one without."""
-    multiple = whole(m, "mlp_multiple_of", 1)
-    return -(-(int(whole_width * 2 / 3) // 2) // multiple) * multiple
-
-
-def width(m: Migration, entry: Entry) -> None:
-    """intermediate_size."""
-    m.tell(entry, "model.intermediate_size", gated_width(m, as_int(entry)))
-
-
-def last_rate(m: Migration, entry: Entry) -> None:
-    """min_lr: a linear decay goes to 0 there, and no further than this."""
-    if as_float(entry) and m.value("lr_decay_style", "linear") == "linear":
-        m.refuse(
-            entry,
-            "a linear decay ends at this rate here; there it goes to 0 and stops on its way",
-            "Set it to 0, or lr_decay_style to cosine",
-        )
-    else:
-        m.tell(entry, "min_lr", as_float(entry))
-
-
-def kinds_of_attention(m: Migration, entry: Entry) -> None:
-    """attention_config: a kind and a number of layers, in turn."""
-    words = entry.value if isinstance(entry.value, list) else [entry.value]
-    if all(str(w).isdigit() or w in ("global", "flash", "all") for w in words):
-        m.no_effect(entry, "attention is over the whole sequence")
-    else:
-        m.refuse(entry, "attention is over the whole sequence here", "Set it to global")
-
-
-def weights_and_biases(m: Migration, entry: Entry) -> None:
-    """use_wandb."""
-    trackers(m, entry, [] if is_off(entry.value) else ["wandb"])
-
-
 PLAIN = neutral({False: ""}, "blocks are attention, then MLP, here", "Set it to false")
 
 TABLE: dict[str, Handler] = {
     **mt.TRAINING,
     **megatron_lm.AROUND,
-    "pipe_parallel_size": stages,
+    "pipe_parallel_size": words.stages,
     "model_parallel_size": fact("tensor", as_int),
     "pipe_partition_method": no_effect(mt.ANY_STAGES),
     "is_pipe_parallel": no_effect("pipe_parallel_size says so"),
@@ -150,7 +77,7 @@ TABLE: dict[str, Handler] = {
     "num_gpus": fact("gpus_per_node", as_int),
     "num_layers": option("model.num_hidden_layers"),
     "hidden_size": option("model.hidden_size"),
-    "intermediate_size": width,
+    "intermediate_size": words.width,
     "mlp_multiple_of": no_effect("config.model.intermediate_size is a multiple of it"),
     "num_attention_heads": option("model.num_attention_heads"),
     "num_kv_heads": option("model.num_key_value_heads"),
@@ -170,7 +97,7 @@ TABLE: dict[str, Handler] = {
     "use_bias_in_norms": no_effect("RMSNorm has none"),
     "use_qk_layernorm": yes_no("model.use_qk_norm"),
     "sliding_window_width": refuse("there is no sliding window here", "Leave it out"),
-    "attention_config*": kinds_of_attention,
+    "attention_config*": words.kinds_of_attention,
     "sparsity_config*": refuse("attention is over the whole sequence here", "Leave it out"),
     "gpt_j_residual": PLAIN,
     "gpt_j_tied": PLAIN,
@@ -184,7 +111,7 @@ TABLE: dict[str, Handler] = {
     "attention_dropout": NO_DROPOUT,
     "moe_num_experts": option("model.n_routed_experts"),
     "moe_top_k": option("model.num_experts_per_tok"),
-    "moe_router_type": router,
+    "moe_router_type": words.router,
     "moe_expert_interval": neutral(
         {1: ""}, "all layers have experts but the first ones here", "Set it to 1"
     ),
@@ -192,7 +119,7 @@ TABLE: dict[str, Handler] = {
     "moe_lbl_in_fp32": no_effect("the balance loss is in float32"),
     "moe_*": no_effect(mt.XLA),
     "output_layer_parallelism": no_effect("the head is divided as the mesh says"),
-    "optimizer.type": optimizer,
+    "optimizer.type": words.optimizer,
     "optimizer.params.lr": fact("learning_rate"),
     "optimizer.params.betas": betas,
     "optimizer.params.eps": option("optimizer.eps"),
@@ -202,8 +129,8 @@ TABLE: dict[str, Handler] = {
     ),
     "lr_decay_fraction": refuse("the schedule's length is in steps here", "Write lr_decay_iters"),
     "warmup": fact("warmup_fraction"),
-    "min_lr": last_rate,
-    "zero_optimization.stage": stage_of_zero,
+    "min_lr": words.last_rate,
+    "zero_optimization.stage": words.stage_of_zero,
     "zero_optimization.*": no_effect(mt.OVERLAP),
     "train_micro_batch_size_per_gpu": fact("per_device_batch", as_int),
     "train_batch_size": fact("global_batch", as_int),
@@ -225,7 +152,7 @@ TABLE: dict[str, Handler] = {
         },
         "gradients are summed in float32 or bfloat16",
     ),
-    "checkpoint_activations": remat,
+    "checkpoint_activations": words.remat,
     "checkpoint_factor": fact("save_every", as_int),
     "checkpoint_scale": neutral(
         {"linear": ""}, "checkpoints are a number of steps apart", "Set it to linear"
@@ -239,7 +166,7 @@ TABLE: dict[str, Handler] = {
     "train_data_weights": option("data.weights", as_text),
     "valid_data_paths": no_effect("a share of the data is held out (config.data.eval_fraction)"),
     "test_data_paths": no_effect("a run does not test"),
-    "use_wandb": weights_and_biases,
+    "use_wandb": words.weights_and_biases,
     "wandb_project": if_there("log.project", "the tracker has a project of its own"),
     "wandb_run_name": if_there("log.run_name", "the run is its workdir"),
     "tensorboard_dir": no_effect("events are in WORKDIR/tensorboard"),
@@ -288,7 +215,7 @@ def finish(m: Migration) -> None:
         if m.value(key) is None:
             m.refuse_absent(key, value, why, repair)
     hidden, heads = whole(m, "hidden_size"), max(whole(m, "num_attention_heads", 1), 1)
-    wide = gated_width(m, whole(m, "intermediate_size", 4 * hidden))
+    wide = words.gated_width(m, whole(m, "intermediate_size", 4 * hidden))
     m.default("model.intermediate_size", wide)
     m.default("model.num_key_value_heads", heads)
     m.default("model.head_dim", hidden // heads)
