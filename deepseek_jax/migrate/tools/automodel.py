@@ -70,6 +70,25 @@ def optimizer(m: Migration, entry: Entry) -> None:
         m.tell(entry, "optimizer.name", OPTIMIZERS[name])
 
 
+def model_class(m: Migration, entry: Entry) -> None:
+    """model._target_: weights of a checkpoint, or random ones of its sizes."""
+    name = as_text(entry)
+    if name.endswith("from_pretrained"):
+        m.no_effect(entry, "the weights of config.init_from")
+    elif name.endswith("from_config"):
+        m.refuse(
+            entry,
+            "init_from brings weights, and theirs are random",
+            "Take the model's sizes from a config in configs/, or --allow it to begin with the weights",
+        )
+    else:
+        m.refuse(
+            entry,
+            "a model that is built in Python has no config.json",
+            "Name a folder with --config.init_from",
+        )
+
+
 def data_class(m: Migration, entry: Entry) -> None:
     """dataset._target_: what is read."""
     name = as_text(entry).rpartition(".")[2]
@@ -166,17 +185,7 @@ TABLE: dict[str, Handler] = {
     ),
     "distributed.*": no_effect(mt.OVERLAP),
     "dist_env.*": no_effect("train.py finds the processes and waits --cluster_timeout seconds"),
-    "model._target_": one_of(
-        {
-            f"nemo_automodel.NeMoAutoModelForCausalLM.{way}": f"{way}: {what}"
-            for way, what in {
-                "from_pretrained": "the weights of config.init_from",
-                "from_config": "the sizes of config.init_from; see the note on random weights",
-            }.items()
-        },
-        "a model that is built in Python has no config.json",
-        "Name a folder with --config.init_from",
-    ),
+    "model._target_": model_class,
     "model.pretrained_model_name_or_path": trl_arguments.model,
     "model.config.pretrained_model_name_or_path": trl_arguments.model,
     "model.config._target_": no_effect(CLASS),
@@ -251,11 +260,6 @@ TABLE: dict[str, Handler] = {
 
 def finish(m: Migration) -> None:
     """Its defaults."""
-    if "from_config" in str(m.value("model._target_")):
-        m.note(
-            "Their model begins with random weights: leave config.init_from out, and give config.model its "
-            "sizes."
-        )
     scheduled = any(m.entry(key) for key in TABLE if key.startswith("lr_scheduler."))
     peak, steps = m.told_of("learning_rate"), m.told_of("steps")
     if scheduled:
