@@ -81,10 +81,8 @@ def _after_warmup(o: OptimizerConfig, warm: int, steps: int) -> optax.Schedule:
         return optax.constant_schedule(peak)
     if o.schedule == "cosine":
         return optax.cosine_decay_schedule(peak, rest, o.final_fraction)
-    if o.schedule == "linear":
-        return optax.linear_schedule(peak, peak * o.final_fraction, rest)
-    if o.schedule == "polynomial":
-        return optax.polynomial_schedule(peak, peak * o.final_fraction, o.power, rest)
+    if o.schedule in ("linear", "polynomial"):
+        return _polynomial(o, rest)
     if o.schedule == "cosine_with_restarts":
         return _restarts(o, rest)
     if o.schedule == "inverse_sqrt":
@@ -130,9 +128,25 @@ def _decay(o: OptimizerConfig, steps: int) -> optax.Schedule:
         return optax.cosine_decay_schedule(peak, steps, o.final_fraction)
 
     def rate(count: jax.typing.ArrayLike) -> jax.Array:
-        p = jnp.clip(jnp.asarray(count, jnp.float32) / steps, 0.0, 1.0)
-        left = 1 - jnp.sqrt(p) if o.decay_shape == "sqrt" else 2 * 0.5**p - 1
-        return end + (peak - end) * left
+        p = 1 - _left(count, steps)
+        factor = 1 - jnp.sqrt(p) if o.decay_shape == "sqrt" else 2 * 0.5**p - 1
+        return end + (peak - end) * factor
+
+    return rate
+
+
+def _left(count: jax.typing.ArrayLike, steps: int) -> jax.Array:
+    """The share of the steps that is left, exactly 0 after the last: a quotient may round to just below 1."""
+    left = steps - jnp.clip(jnp.asarray(count, jnp.int32), 0, steps)
+    return left.astype(jnp.float32) / steps
+
+
+def _polynomial(o: OptimizerConfig, steps: int) -> optax.Schedule:
+    peak, end = o.learning_rate, o.learning_rate * o.final_fraction
+    power = o.power if o.schedule == "polynomial" else 1.0
+
+    def rate(count: jax.typing.ArrayLike) -> jax.Array:
+        return end + (peak - end) * _left(count, steps) ** power
 
     return rate
 

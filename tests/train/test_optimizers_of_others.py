@@ -1,7 +1,8 @@
 """Ten steps of each optimizer beside torch's and transformers', from the same weights and gradients.
 
 1e-6 of the largest weight: theirs computes in float64, ours in float32, where a weight of 1 is 6e-8 from the
-next one and is rounded ten times.
+next one and is rounded ten times. AdamW's bias correction besides: 1 - 0.999^t in float32 is 5e-5 off at the
+first step, of updates of 0.02: 3e-6.
 """
 
 import dataclasses
@@ -100,15 +101,21 @@ def theirs(config: Config, name: str, arguments: dict) -> dict[str, np.ndarray]:
     return out
 
 
-@pytest.mark.parametrize("name", CASES)
+# The others are further options of these.
+QUICK = ("adamw", "sgd nesterov", "adafactor", "adafactor relative warmup")
+
+
+@pytest.mark.parametrize(
+    "name", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_ten_steps(name):
     optimizer, there, arguments = CASES[name]
     config = config_of(optimizer)
     ours, _ = updated(config, STEPS)
-    before = numbers(0)
+    before, close = numbers(0), 3e-6 if name == "adamw" else 1e-6
     for weight, expected in theirs(config, there, arguments).items():
         np.testing.assert_allclose(
-            ours[weight], expected, rtol=0, atol=1e-6 * np.abs(expected).max(), err_msg=weight
+            ours[weight], expected, rtol=0, atol=close * np.abs(expected).max(), err_msg=weight
         )
         least = 1e-6 if optimizer.warmup_init else 1e-3
         assert np.abs(expected - before[weight]).max() > least, weight

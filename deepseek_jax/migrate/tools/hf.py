@@ -213,7 +213,6 @@ def _finish(version: int) -> Callable[[Migration], None]:
 
 def _tell_trainer(m: Migration, newest: bool, trl: bool) -> None:
     """Defaults of TrainingArguments, and TRL's where they differ."""
-    hf_schedule.defaults(m)
     for name, value in {
         "learning_rate": 2e-5 if trl else 5e-5,
         "optimizer.name": "adamw",
@@ -238,6 +237,7 @@ def _tell_trainer(m: Migration, newest: bool, trl: bool) -> None:
         "eval.sample_prompt": "",
     }.items():
         m.default(name, value)
+    hf_schedule.defaults(m)
     if not m.told_of("train.remat"):
         m.default("train.remat", "full" if newest else "none")
     if m.told_of("eval_when") != "no":

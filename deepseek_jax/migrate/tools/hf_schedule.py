@@ -61,5 +61,7 @@ def defaults(m: Migration) -> None:
     elif name == "wsd":
         m.default("decay_shape", "cosine")
         m.default("min_lr_fraction", 0.0)
+        # get_wsd_schedule rises from the last rate, and not from 0
+        m.default("warmup_init", m.told_of("min_lr_fraction") * m.told_of("learning_rate"))
     else:
         m.default("min_lr_fraction", 0.0)
