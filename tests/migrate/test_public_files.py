@@ -17,7 +17,7 @@ UNKNOWN = "no table knows this key"
 
 @functools.cache
 def expected():
-    """What each file ends in: devices ("-": as the file says), tool, outcome, keys or words of the refusal."""
+    """What each ends in: devices ("-": as the file says), tool, outcome, keys or words of the refusal."""
     with open(os.path.join(FOLDER, "expected.tsv"), encoding="utf-8", newline="") as f:
         return {row["file"]: row for row in csv.DictReader(f, delimiter="\t")}
 
