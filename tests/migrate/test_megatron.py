@@ -288,6 +288,15 @@ def test_nemo():
     assert "--workdir=runs/nemo" in found.launch
 
 
+def test_nemo_says_what_is_divided_in_three_places():
+    text = NEMO.replace("CONSTANT", "0").replace(
+        "precision: bf16", "precision: bf16, strategy: ddp"
+    )
+    assert migrate(text).config.sharding.strategy == "zero1"
+    fsdp = text.replace("model:\n  {", "model:\n  {fsdp: true, fsdp_sharding_strategy: grad, ")
+    assert migrate(fsdp).config.sharding.strategy == "shard_grad_op"
+
+
 def test_nemo_by_parts_of_the_launcher():
     """Files of the launcher name their own keys from the root of the whole: ${training.model.x}."""
     text = NEMO.replace("CONSTANT", "0").replace(

@@ -142,6 +142,7 @@ TABLE: dict[str, Handler] = {
     # data
     "datasets.*.path": words.data_path,
     "datasets.*.type": words.data_type,
+    "datasets.*.type.*": refuse("there is no such prompt here", "Write the rows as messages"),
     "datasets.*.split": no_effect(SPLIT),
     "datasets.*.name": no_effect(SPLIT),
     "datasets.*.data_files": no_effect(SPLIT),

@@ -241,7 +241,7 @@ def finish(m: Migration) -> None:
         m.default("model.first_k_dense_replace", whole(m, "num_layers"))
     m.default("model.aux_loss_alpha", 0.0)
     m.default("moe.bias_update_rate", 0.0)
-    multiple = whole(m, "make_vocab_size_divisible_by", 128)
+    multiple = whole(m, "make_vocab_size_divisible_by", 128) * whole(m, "model_parallel_size", 1)
     kind = str(m.value("tokenizer_type", "GPT2BPETokenizer"))
     if kind in VOCABULARIES:
         padded_vocabulary(m, None, VOCABULARIES[kind], multiple)
