@@ -73,3 +73,17 @@ def of_sources(name):
     from deepseek_jax.migrate import loading
 
     return loading.load([os.path.join(FOLDER, name)], [], {})
+
+
+def test_recipes_with_the_files_they_name():
+    """What alone is refused for a file that is not here, is migrated with it."""
+    factory = "hiyouga+LLaMA-Factory__examples__"
+    names = ("train_full__qwen3_full_sft.yaml", "deepspeed__ds_z3_config.json")
+    found = of_files([os.path.join(FOLDER, factory + name) for name in names], devices=8)
+    assert not found.refused()
+    assert found.option("sharding.strategy") == "full_shard"
+    assert found.option("train.batch_size") == 16
+    names = ("ascend__qwen3moe_full_sft_fsdp.yaml", "accelerate__fsdp_config.yaml")
+    found = of_files([os.path.join(FOLDER, factory + name) for name in names])
+    assert not found.refused()
+    assert found.option("sharding.strategy") == "full_shard"
