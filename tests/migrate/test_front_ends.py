@@ -253,7 +253,7 @@ def test_gpt_neox():
     assert (c.sharding.strategy, c.train.dtype) == ("zero1", "bfloat16")
     assert (c.optimizer.warmup_fraction, c.optimizer.final_fraction) == (0.1, pytest.approx(0.1))
     assert c.model.vocab_size == 50432  # GPT-2's 50,257, padded to a multiple of 128 x 2
-    assert c.data.eval_fraction == pytest.approx(0.031)
+    assert c.data.split == "969,30,1"
     assert c.model.intermediate_size == 128  # ParallelMLP: int(384 x 2 / 3) // 2, of a gated one
     linear = migrate(NEOX.replace("cosine", "linear"), devices=8)
     assert linear.refused() == {"min_lr"}

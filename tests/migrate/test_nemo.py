@@ -64,7 +64,7 @@ def test_nemo():
     assert (c.train.batch_size, c.train.accumulation) == (32, 32 // (2 * 4))
     assert (c.model.num_key_value_heads, c.model.head_dim) == (2, 16)
     assert (c.data.path, c.data.weights) == ("/data/a,/data/b", "1.0,2.0")
-    assert c.data.eval_fraction == pytest.approx(0.1)
+    assert c.data.split == "900,50,50"
     assert c.data.document_mask
     assert c.checkpoint.keep_best == 5
     assert "--workdir=runs/nemo" in found.launch

@@ -261,7 +261,7 @@ def finish(m: Migration) -> None:
         "train.dtype": "float32",
         "accumulation": 1,
         "seed": 1234,
-        "data.eval_fraction": 0.031,
+        "data.split": "969,30,1",
         "eval_every": 1000,
         "eval.batches": 100,
         "save_when": "steps" if m.value("checkpoint_factor") else "no",

@@ -325,6 +325,7 @@ def finish(m: Migration) -> None:
     m.default("optimizer.b2", 0.999)
     m.default("optimizer.weight_decay", 0.01)
     m.default("train.dtype", "float32")
+    m.default("data.split", "969,30,1")
     m.default("seed", 1234)
     m.default("save_when", "steps" if m.value("save_interval") else "no")
     m.default("eval_when", "steps" if m.value("eval_interval") else "no")
