@@ -5,6 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from configs import distributed
+from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.config.options import OPTIONS, value_of
 from deepseek_jax.train.schedules import learning_rate
 from tests.support.migration import migrate
 
@@ -106,3 +109,12 @@ def test_the_guides_excerpt():
     assert (c.model.n_routed_experts, c.model.num_experts_per_tok) == (16, 2)
     assert (c.mesh.expert, c.train.steps, c.sharding.strategy) == (4, 10_000, "no_shard")
     assert c.model.attention_kind == "mla"
+
+
+def test_the_guides_excerpt_is_our_distributed_config():
+    """What the guide's file has where its excerpt is silent, configs/distributed.py has as well."""
+    theirs = migrate(GUIDE).config
+    ours = from_config_dict(distributed.get_config())
+    names = set(OPTIONS) - {"sharding.strategy", "data.path"}  # ddp there; no data there
+    differ = {n: (value_of(ours, n), value_of(theirs, n)) for n in names}
+    assert {n for n, (a, b) in differ.items() if a != b} == set()
