@@ -113,7 +113,9 @@ def retained(m: Migration, entry: Entry) -> None:
 
 def document_mask(m: Migration, entry: Entry) -> None:
     """--reset-attention-mask and --reset-position-ids, which go together here."""
-    mask, positions = (flag(m, k) for k in ("reset_attention_mask", "reset_position_ids"))
+    section = m.canonical(entry).rpartition(".")[0]  # NeMo has them under data
+    keys = ("reset_attention_mask", "reset_position_ids")
+    mask, positions = (flag(m, f"{section}.{key}" if section else key) for key in keys)
     if mask != positions:
         m.refuse(
             entry,
