@@ -80,7 +80,8 @@ def from_text(text: str, name: str) -> Source:
       UserError: as `read_file`.
     """
     form = "yaml"
-    if text.lstrip().startswith(("{", "[")):
+    # gpt-neox writes YAML with braces, comments and commas at the end, in .yml
+    if text.lstrip().startswith(("{", "[")) and not name.endswith((".yml", ".yaml")):
         form, text = "json", _checked_json(text, name)
     try:
         documents = list(yaml.compose_all(text, Loader=_Loader))

@@ -1,4 +1,4 @@
-"""axolotl, LLaMA-Factory, ms-swift, open-instruct, AutoModel, gpt-neox: what their own keys and their silence mean."""
+"""axolotl, LLaMA-Factory, ms-swift, open-instruct, AutoModel, gpt-neox: their own keys, and their silence."""
 
 import pytest
 
@@ -56,7 +56,8 @@ def test_axolotl(more, option, value):
 def test_axolotl_fsdp_is_as_accelerate_reads_it():
     """axolotl hands fsdp_config over as Accelerate's variables, sharding_strategy not among them."""
     found = migrate(
-        f"{AXOLOTL}fsdp: [full_shard]\nfsdp_config: {{fsdp_offload_params: true, fsdp_sharding_strategy: NO_SHARD}}\n",
+        f"{AXOLOTL}fsdp: [full_shard]\n"
+        "fsdp_config: {fsdp_offload_params: true, fsdp_sharding_strategy: NO_SHARD}\n",
         devices=8,
     )
     c = found.config
@@ -67,7 +68,10 @@ def test_axolotl_fsdp_is_as_accelerate_reads_it():
 
 
 def test_axolotl_lora():
-    text = f"{AXOLOTL}adapter: qlora\nload_in_4bit: true\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
+    more = (
+        "adapter: qlora\nload_in_4bit: true\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
+    )
+    text = f"{AXOLOTL}{more}"
     c = migrate(text, devices=8).config
     assert (c.lora.r, c.lora.alpha, c.lora.base_dtype) == (8, 16.0, "nf4")
     assert c.lora.target_modules == "all-linear"
@@ -137,7 +141,8 @@ def test_llama_factory_refuses(key, refused):
 
 def test_llama_factory_v1_optimizer_has_a_rate_of_its_own():
     """create_muon_optimizer reads optim_config.lr (1e-3), and not learning_rate."""
-    text = "model: org/model\ndist_config: {name: fsdp2}\ntrain_dataset: d.yaml\nlearning_rate: 1.0e-5\nmax_steps: 5\n"
+    text = "model: org/model\ndist_config: {name: fsdp2}\ntrain_dataset: d.yaml\n"
+    text += "learning_rate: 1.0e-5\nmax_steps: 5\n"
     muon = migrate(text + "optim_config: {name: muon}\n", devices=2)
     assert muon.option("optimizer.learning_rate") == 1e-3
     plain = migrate(text, devices=2)
@@ -146,7 +151,13 @@ def test_llama_factory_v1_optimizer_has_a_rate_of_its_own():
     assert plain.option("optimizer.schedule") == "constant"
 
 
-SWIFT = "model: org/model\ntuner_type: full\ndataset: ['org/chats#500']\nmax_length: 1024\nsplit_dataset_ratio: 0.0\n"
+SWIFT = """
+model: org/model
+tuner_type: full
+dataset: ['org/chats#500']
+max_length: 1024
+split_dataset_ratio: 0.0
+"""
 
 
 def test_swift_fills_16_sequences():
@@ -174,7 +185,8 @@ def test_swift_names_deepspeeds_files_and_modelscopes_hub():
 
 
 def test_swift_by_megatron():
-    text = "model: org/model\ndataset: [org/chats]\nmax_length: 64\nmicro_batch_size: 1\nlr: 1e-5\nmoe_aux_loss_coeff: 1e-3\n"
+    text = "model: org/model\ndataset: [org/chats]\nmax_length: 64\n"
+    text += "micro_batch_size: 1\nlr: 1e-5\nmoe_aux_loss_coeff: 1e-3\n"
     c = migrate(text, devices=4).config
     assert (c.train.batch_size, c.train.accumulation) == (16, 4)  # global_batch_size is 16 there
     assert c.lora.r == 0  # megatron sft trains all weights unless told
@@ -201,9 +213,14 @@ def test_automodel():
     text = """
 recipe: TrainFinetuneRecipeForNextTokenPrediction
 step_scheduler: {global_batch_size: 64, local_batch_size: 2, max_steps: 100, ckpt_every_steps: 50}
-model: {_target_: nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained, pretrained_model_name_or_path: org/model}
+model:
+  _target_: nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained
+  pretrained_model_name_or_path: org/model
 distributed: {strategy: fsdp2, tp_size: 2, ep_size: 2}
-dataset: {_target_: nemo_automodel.components.datasets.llm.megatron_dataset.MegatronPretraining, paths: /data/x, seq_length: 64}
+dataset:
+  _target_: nemo_automodel.components.datasets.llm.megatron_dataset.MegatronPretraining
+  paths: /data/x
+  seq_length: 64
 optimizer: {_target_: torch.optim.AdamW, lr: 1.0e-4, weight_decay: 0.1}
 """
     c = migrate(text, devices=8).config
@@ -217,9 +234,12 @@ optimizer: {_target_: torch.optim.AdamW, lr: 1.0e-4, weight_decay: 0.1}
 
 
 NEOX = """{
-  "pipe_parallel_size": 1, "model_parallel_size": 2, "num_layers": 2, "hidden_size": 64, "intermediate_size": 128,
-  "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32, "norm": "rmsnorm", "pos_emb": "rotary",
-  "activation": "swiglu", "use_bias_in_attn_linear": false, "use_bias_in_mlp": false, "no_weight_tying": true,
+  "pipe_parallel_size": 1, "model_parallel_size": 2,
+  "num_layers": 2, "hidden_size": 64, "intermediate_size": 384,
+  "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32, "norm": "rmsnorm",
+  "pos_emb": "rotary",
+  "activation": "swiglu", "use_bias_in_attn_linear": false, "use_bias_in_mlp": false,
+  "no_weight_tying": true,
   "optimizer": {"type": "Adam", "params": {"lr": 0.0006, "betas": [0.9, 0.95]}}, "min_lr": 0.00006,
   "zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2,
   "precision": "bfloat16", "train_iters": 1000, "lr_decay_style": "cosine", "warmup": 0.1,
@@ -233,6 +253,9 @@ def test_gpt_neox():
     assert (c.sharding.strategy, c.train.dtype) == ("zero1", "bfloat16")
     assert (c.optimizer.warmup_fraction, c.optimizer.final_fraction) == (0.1, pytest.approx(0.1))
     assert c.model.vocab_size == 50432  # GPT-2's 50,257, padded to a multiple of 128 x 2
-    assert c.data.eval_fraction == pytest.approx(0.031)
-    plain = migrate(NEOX.replace('"use_bias_in_mlp": false, ', ""), devices=8)
+    assert c.data.split == "969,30,1"
+    assert c.model.intermediate_size == 128  # ParallelMLP: int(384 x 2 / 3) // 2, of a gated one
+    linear = migrate(NEOX.replace("cosine", "linear"), devices=8)
+    assert linear.refused() == {"min_lr"}
+    plain = migrate(NEOX.replace('"use_bias_in_mlp": false,', ""), devices=8)
     assert plain.refused() == {"use_bias_in_mlp"}

@@ -1,4 +1,4 @@
-"""Megatron's, NeMo's and Megatron-Bridge's words: learning rates by their formulas, batch, mesh, experts, refusals."""
+"""Megatron-LM and Megatron-Bridge: learning rates by their formulas, batch, mesh, experts, refusals."""
 
 import math
 
@@ -232,89 +232,6 @@ def test_refused(more, key):
 def test_a_batch_that_is_no_multiple_is_an_error():
     with pytest.raises(UserError, match="32 sequences is no multiple"):
         megatron(gpus=24)
-
-
-# ---- NeMo
-
-NEMO = f"""
-trainer: {{devices: 8, num_nodes: 1, precision: bf16, max_steps: {STEPS}, val_check_interval: 20,
-          limit_val_batches: 4, log_every_n_steps: 1, gradient_clip_val: 1.0}}
-exp_manager: {{exp_dir: runs/nemo, create_wandb_logger: false,
-              checkpoint_callback_params: {{monitor: val_loss, save_top_k: 5, mode: min}}}}
-model:
-  {{micro_batch_size: 2, global_batch_size: 32, encoder_seq_length: 32, max_position_embeddings: 32,
-   num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, num_query_groups: 2,
-   vocab_size: 256, hidden_dropout: 0.0, attention_dropout: 0.0, normalization: rmsnorm, bias: false,
-   activation: fast-swiglu, position_embedding_type: rope, tensor_model_parallel_size: 2,
-   optim: {{name: distributed_fused_adam, lr: {PEAK}, weight_decay: 0.1, betas: [0.9, 0.95],
-           sched: {{name: CosineAnnealing, warmup_steps: 6, constant_steps: CONSTANT, min_lr: {LAST}}}}},
-   data: {{data_prefix: [1.0, /data/a, 2.0, /data/b], splits_string: "900,50,50", seq_length: 32,
-          reset_position_ids: true, reset_attention_mask: true}}}}
-"""
-
-
-def nemos(step, constant):
-    """CosineAnnealing of nemo/core/optim/lr_scheduler.py, written out."""
-    if constant == 0:
-        if step <= 6:
-            return PEAK * (step + 1) / 7
-        share = 0.5 * (1 + math.cos(math.pi * (step - 6) / (STEPS - 6)))
-        return LAST + share * (PEAK - LAST)
-    decay = STEPS - constant - 6
-    if step <= 6:
-        return PEAK * step / 6
-    if step > 6 + decay:
-        return LAST
-    return LAST + 0.5 * (math.cos(math.pi * (step - 6) / decay) + 1) * (PEAK - LAST)
-
-
-@pytest.mark.parametrize("constant", [0, 20])
-def test_learning_rates_are_nemos(constant):
-    found = migrate(NEMO.replace("CONSTANT", str(constant)))
-    wanted = [nemos(i, constant) for i in range(STEPS)]
-    np.testing.assert_allclose(rates(found.config), wanted, rtol=0, atol=TOLERANCE)
-
-
-def test_nemo():
-    found = migrate(NEMO.replace("CONSTANT", "0"))
-    c = found.config
-    assert (c.mesh.tensor, c.mesh.fsdp, c.sharding.strategy) == (2, -1, "zero1")
-    assert (c.train.batch_size, c.train.accumulation) == (32, 32 // (2 * 4))
-    assert (c.model.num_key_value_heads, c.model.head_dim) == (2, 16)
-    assert (c.data.path, c.data.weights) == ("/data/a,/data/b", "1.0,2.0")
-    assert c.data.eval_fraction == pytest.approx(0.1)
-    assert c.data.document_mask
-    assert c.checkpoint.keep_best == 5
-    assert "--workdir=runs/nemo" in found.launch
-
-
-def test_nemo_by_parts_of_the_launcher():
-    """Files of the launcher name their own keys from the root of the whole: ${training.model.x}."""
-    text = NEMO.replace("CONSTANT", "0").replace(
-        "seq_length: 32,\n", "seq_length: ${training.model.encoder_seq_length},\n"
-    )
-    assert migrate(text).config.train.sequence_length == 32
-
-
-GUIDE = """
-trainer: {devices: 4, precision: bf16, strategy: ddp, max_steps: 10000}
-model: {vocab_size: 50257, emb_dim: 1024, n_layers: 24, num_experts: 16, top_k: 2, expert_dim: 4096,
-        expert_model_parallel_size: 4, tensor_model_parallel_size: 1, pipeline_model_parallel_size: 1}
-"""
-
-
-def test_the_guides_excerpt():
-    found = migrate(GUIDE)
-    c = found.config
-    assert found.m.readings[0].title == "the NeMo guide"
-    assert (c.model.hidden_size, c.model.num_hidden_layers, c.model.moe_intermediate_size) == (
-        1024,
-        24,
-        4096,
-    )
-    assert (c.model.n_routed_experts, c.model.num_experts_per_tok) == (16, 2)
-    assert (c.mesh.expert, c.train.steps, c.sharding.strategy) == (4, 10_000, "no_shard")
-    assert c.model.attention_kind == "mla"
 
 
 BRIDGE = """

@@ -1,4 +1,4 @@
-"""93 public files of thirteen trainers: each migrates to a config that can run, or is refused for a known reason."""
+"""93 public files: each migrates to a config that validates, or is refused for a known reason."""
 
 import csv
 import functools
@@ -17,16 +17,15 @@ UNKNOWN = "no table knows this key"
 
 @functools.cache
 def expected():
-    """What each file ends in: devices ("-": as the file says), tool, outcome, keys or words of the refusal."""
+    """What each ends in: devices ("-": as the file says), tool, outcome, keys or words of the refusal."""
     with open(os.path.join(FOLDER, "expected.tsv"), encoding="utf-8", newline="") as f:
         return {row["file"]: row for row in csv.DictReader(f, delimiter="\t")}
 
 
 def migrated(name, **options):
-    devices = expected()[name]["devices"]
-    return of_files(
-        [os.path.join(FOLDER, name)], devices=None if devices == "-" else int(devices), **options
-    )
+    asked = expected()[name]["devices"]
+    devices = None if asked == "-" else int(asked)
+    return of_files([os.path.join(FOLDER, name)], devices=devices, **options)
 
 
 def test_every_file_has_a_row():
@@ -74,3 +73,17 @@ def of_sources(name):
     from deepseek_jax.migrate import loading
 
     return loading.load([os.path.join(FOLDER, name)], [], {})
+
+
+def test_recipes_with_the_files_they_name():
+    """What alone is refused for a file that is not here, is migrated with it."""
+    factory = "hiyouga+LLaMA-Factory__examples__"
+    names = ("train_full__qwen3_full_sft.yaml", "deepspeed__ds_z3_config.json")
+    found = of_files([os.path.join(FOLDER, factory + name) for name in names], devices=8)
+    assert not found.refused()
+    assert found.option("sharding.strategy") == "full_shard"
+    assert found.option("train.batch_size") == 16
+    names = ("ascend__qwen3moe_full_sft_fsdp.yaml", "accelerate__fsdp_config.yaml")
+    found = of_files([os.path.join(FOLDER, factory + name) for name in names])
+    assert not found.refused()
+    assert found.option("sharding.strategy") == "full_shard"

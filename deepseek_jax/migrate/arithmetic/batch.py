@@ -43,7 +43,7 @@ def theirs(m: Migration, layout: Layout) -> tuple[int | None, str]:
     """Sequences of a step of their run, and the arithmetic; None: nobody says."""
     each, times, whole = (m.fact(n) for n in BATCH)
     d = layout.data_theirs
-    if whole and (m.said("global_batch") or not times):
+    if whole and (m.said("global_batch") or not m.said("accumulation")):
         whole = int(whole)
         if each and m.said("per_device_batch"):
             each = int(each)

@@ -107,6 +107,14 @@ def data_paths(m: Migration, entry: Entry) -> None:
     hub_data(m, entry, [as_text(entry)])
 
 
+def shares(m: Migration, entry: Entry) -> None:
+    """dataset.split: of Megatron's files shares of the documents; else a part of a data set."""
+    if "Megatron" in str(m.value("dataset._target_")):
+        md.splits(m, entry)
+    else:
+        m.no_effect(entry, "the files of config.data.path are what is trained on")
+
+
 def rows(m: Migration, entry: Entry) -> None:
     """packed_sequence.packed_sequence_size: 0 is one example a row."""
     size = as_int(entry) if entry.value is not None else 0
@@ -226,7 +234,7 @@ TABLE: dict[str, Handler] = {
     "dataset.file_pattern": data_paths,
     "dataset.path_or_dataset_id": data_paths,
     "dataset.dataset_name": data_paths,
-    "dataset.split": no_effect("the files of config.data.path are what is trained on"),
+    "dataset.split": shares,
     "dataset.seq_len": fact("sequence_length", as_int),
     "dataset.seq_length": fact("sequence_length", as_int),
     "dataset.*": no_effect("the files of config.data.path are what is trained on"),
@@ -253,6 +261,7 @@ TABLE: dict[str, Handler] = {
     "compile.*": no_effect("XLA compiles everything"),
     "benchmark.*": no_effect("python -m benchmarks measures"),
     "ci.*": no_effect("it is of AutoModel's tests"),
+    "_*": no_effect("what begins with _ is left out there as well"),
     "nvtx": no_effect("traces are taken with --config.profile.start"),
     "slurm.*": no_effect("see python -m deepseek_jax.launch"),
 }

@@ -142,6 +142,7 @@ TABLE: dict[str, Handler] = {
     # data
     "datasets.*.path": words.data_path,
     "datasets.*.type": words.data_type,
+    "datasets.*.type.*": refuse("there is no such prompt here", "Write the rows as messages"),
     "datasets.*.split": no_effect(SPLIT),
     "datasets.*.name": no_effect(SPLIT),
     "datasets.*.data_files": no_effect(SPLIT),
@@ -159,6 +160,11 @@ TABLE: dict[str, Handler] = {
     "pretraining_dataset.*.type": neutral({"pretrain": ""}, "documents are read as text"),
     "pretraining_dataset.*": no_effect(SPLIT),
     "test_datasets*": no_effect("a share of the data is held out (config.data.eval_fraction)"),
+    "datasets.*.field": neutral({"text": ""}, "texts are a column text here", "Rename it"),
+    "datasets.*.message_field_*": no_effect("sft.format says which columns are read"),
+    "datasets.*.field_thinking": no_effect("a template reads the keys of a message"),
+    "datasets.*.template_thinking_key": no_effect("a template reads the keys of a message"),
+    "eot_tokens": no_effect("what ends an answer in the template is scored"),
     "chat_template": words.template,
     "chat_template_jinja": option("sft.chat_template"),
     "default_system_message": option("sft.system_prompt"),
@@ -177,6 +183,7 @@ TABLE: dict[str, Handler] = {
     "use_ray": no_effect("python -m deepseek_jax.launch ray starts it"),
     "resources_per_worker*": no_effect("python -m deepseek_jax.launch ray asks for its GPUs"),
     "fsdp": no_effect("fsdp_config says what is divided"),
+    "fsdp_config": no_effect("it is empty"),
     "fsdp_version": no_effect("there is one implementation"),
     "fsdp_config.fsdp_version": no_effect("there is one implementation"),
     "fsdp_config.reshard_after_forward": words.reshard,
@@ -219,7 +226,24 @@ TABLE: dict[str, Handler] = {
     "mlflow_experiment_name": words.tracker("mlflow"),
     "mlflow_*": no_effect("MLflow reads its own environment variables"),
     "trackio_project_name": words.tracker("trackio"),
+    "trackio_*": no_effect("Trackio keeps its database here"),
+    "torchdistx_path": no_effect("it is of an optimizer that is not chosen"),
+    "bnb_config_kwargs*": no_effect("4 bits are nf4 here, with scales of 8 bits"),
+    "lora_fan_in_fan_out": no_effect("weights are read as the model has them"),
+    "experimental_*": no_effect("every device reads its own shards"),
     "use_*": no_effect("a tracker's project turns it on"),
+    "ebft.*": refuse(OTHER_AIM, "See configs/post for what there is"),
+    "trl.*": refuse(OTHER_AIM, "See configs/post for what there is"),
+    "early_stopping_patience": refuse("a run ends after its steps", "Leave it out"),
+    "max_packed_sequence_len": refuse("axolotl no longer reads it", "Set sample_packing"),
+    "lora_target_parameters": words.of_adapter(
+        refuse("experts are adapted by their names", "Name them in lora_target_modules: experts")
+    ),
+    "model_quantization_config*": refuse(
+        "a base in few bits is lora.base_dtype", "Set load_in_4bit"
+    ),
+    "gptq*": refuse("4 bits are nf4 here", "Set load_in_4bit"),
+    "quantize_moe_experts": no_effect("experts have the base's dtype"),
     "rl": refuse(OTHER_AIM, "See configs/post for what there is", (None,)),
     "reward_model": refuse(OTHER_AIM, "See configs/post for what there is"),
     **because(
@@ -227,7 +251,8 @@ TABLE: dict[str, Handler] = {
             words.KERNELS: (
                 "liger_* flash_att* attn_implementation sdp_attention xformers_attention "
                 "eager_attention flex_attention s2_attention experts_implementation unsloth_* "
-                "chunked_cross_entropy* cut_cross_entropy tiled_mlp* deepcompile sage_attention"
+                "chunked_cross_entropy* flex_attn_* gemma4_* llama4_* cut_cross_entropy tiled_mlp* "
+                "deepcompile sage_attention fused_attn_kernel"
             ),
             "batches are made in an order that follows from the seed": (
                 "dataset_* shuffle_merged_datasets group_by_length eval_sample_packing "

@@ -132,6 +132,10 @@ def times_a_pass(when: str, every: str, otherwise: str) -> Handler:
         if entry.value is None:
             m.no_effect(entry, "null is the default")
             return
+        held_out = m.entry("val_set_size")
+        if when == "eval_when" and not (held_out and held_out.value):
+            m.no_effect(entry, "nothing is held out: val_set_size is 0")
+            return
         passes = m.entry("num_epochs")
         times = as_float(entry) * (as_float(passes) if passes else 1.0)
         if times > 1:

@@ -4,7 +4,6 @@ Sources: megatron/neox_arguments/neox_args.py and arguments.py, snapshot of 2026
 """
 
 from deepseek_jax.migrate.handlers import (
-    as_bool,
     as_int,
     as_text,
     fact,
@@ -16,8 +15,9 @@ from deepseek_jax.migrate.handlers import (
     refuse,
 )
 from deepseek_jax.migrate.migration import Migration
-from deepseek_jax.migrate.source import Entry, Source
+from deepseek_jax.migrate.source import Source
 from deepseek_jax.migrate.tool import Handler, Tool
+from deepseek_jax.migrate.tools import gpt_neox_words as words
 from deepseek_jax.migrate.tools import megatron_data as md
 from deepseek_jax.migrate.tools import megatron_lm
 from deepseek_jax.migrate.tools import megatron_training as mt
@@ -25,7 +25,7 @@ from deepseek_jax.migrate.tools.megatron_handlers import flag, has_experts, whol
 from deepseek_jax.migrate.tools.megatron_model import NO_DROPOUT, padded_vocabulary
 from deepseek_jax.migrate.tools.nemo_words import betas
 from deepseek_jax.migrate.tools.shared import because, need
-from deepseek_jax.migrate.tracking import if_there, trackers
+from deepseek_jax.migrate.tracking import if_there
 
 UNASKED = (
     ("norm", "layernorm", "layers are normed by RMSNorm here", "Set it to rmsnorm"),
@@ -35,7 +35,6 @@ UNASKED = (
     ("use_bias_in_mlp", "True", "linear maps have no biases here", "Set it to false"),
 )
 VOCABULARIES = {"GPT2BPETokenizer": 50257}
-STAGES = {0: "no_shard", 1: "zero1", 2: "shard_grad_op", 3: "full_shard"}
 
 
 def canonical(key: str) -> str:
@@ -63,51 +62,12 @@ def recognise(source: Source) -> int:
     return min(25 * len(keys & own), 95)
 
 
-def stage_of_zero(m: Migration, entry: Entry) -> None:
-    """zero_optimization.stage."""
-    m.tell(entry, "strategy", STAGES.get(as_int(entry), "full_shard"))
-
-
-def optimizer(m: Migration, entry: Entry) -> None:
-    """optimizer.type: Adam is decoupled there."""
-    name = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd", "lion": "lion", "muon": "muon"}.get(
-        as_text(entry).lower()
-    )
-    if name is None:
-        m.refuse(entry, "there is no such optimizer", "Set it to Adam")
-    else:
-        m.tell(entry, "optimizer.name", name)
-
-
-def stages(m: Migration, entry: Entry) -> None:
-    """pipe_parallel_size: 0 is one stage as well."""
-    m.tell(entry, "stage", max(as_int(entry), 1))
-
-
-def remat(m: Migration, entry: Entry) -> None:
-    """checkpoint_activations."""
-    m.tell(entry, "train.remat", "full" if as_bool(entry) else "none")
-
-
-def router(m: Migration, entry: Entry) -> None:
-    """moe_router_type."""
-    if as_text(entry) == "topk":
-        m.tell(entry, "model.scoring_func", "softmax")
-    else:
-        m.refuse(entry, "experts are chosen by the highest scores here", "Set it to topk")
-
-
-def weights_and_biases(m: Migration, entry: Entry) -> None:
-    """use_wandb."""
-    trackers(m, entry, [] if is_off(entry.value) else ["wandb"])
-
-
 PLAIN = neutral({False: ""}, "blocks are attention, then MLP, here", "Set it to false")
 
 TABLE: dict[str, Handler] = {
     **mt.TRAINING,
     **megatron_lm.AROUND,
-    "pipe_parallel_size": stages,
+    "pipe_parallel_size": words.stages,
     "model_parallel_size": fact("tensor", as_int),
     "pipe_partition_method": no_effect(mt.ANY_STAGES),
     "is_pipe_parallel": no_effect("pipe_parallel_size says so"),
@@ -117,7 +77,8 @@ TABLE: dict[str, Handler] = {
     "num_gpus": fact("gpus_per_node", as_int),
     "num_layers": option("model.num_hidden_layers"),
     "hidden_size": option("model.hidden_size"),
-    "intermediate_size": option("model.intermediate_size"),
+    "intermediate_size": words.width,
+    "mlp_multiple_of": no_effect("config.model.intermediate_size is a multiple of it"),
     "num_attention_heads": option("model.num_attention_heads"),
     "num_kv_heads": option("model.num_key_value_heads"),
     "seq_length": fact("sequence_length", as_int),
@@ -136,7 +97,7 @@ TABLE: dict[str, Handler] = {
     "use_bias_in_norms": no_effect("RMSNorm has none"),
     "use_qk_layernorm": yes_no("model.use_qk_norm"),
     "sliding_window_width": refuse("there is no sliding window here", "Leave it out"),
-    "attention_config": refuse("attention is over the whole sequence here", "Leave it out"),
+    "attention_config*": words.kinds_of_attention,
     "sparsity_config*": refuse("attention is over the whole sequence here", "Leave it out"),
     "gpt_j_residual": PLAIN,
     "gpt_j_tied": PLAIN,
@@ -150,7 +111,7 @@ TABLE: dict[str, Handler] = {
     "attention_dropout": NO_DROPOUT,
     "moe_num_experts": option("model.n_routed_experts"),
     "moe_top_k": option("model.num_experts_per_tok"),
-    "moe_router_type": router,
+    "moe_router_type": words.router,
     "moe_expert_interval": neutral(
         {1: ""}, "all layers have experts but the first ones here", "Set it to 1"
     ),
@@ -158,7 +119,7 @@ TABLE: dict[str, Handler] = {
     "moe_lbl_in_fp32": no_effect("the balance loss is in float32"),
     "moe_*": no_effect(mt.XLA),
     "output_layer_parallelism": no_effect("the head is divided as the mesh says"),
-    "optimizer.type": optimizer,
+    "optimizer.type": words.optimizer,
     "optimizer.params.lr": fact("learning_rate"),
     "optimizer.params.betas": betas,
     "optimizer.params.eps": option("optimizer.eps"),
@@ -168,7 +129,8 @@ TABLE: dict[str, Handler] = {
     ),
     "lr_decay_fraction": refuse("the schedule's length is in steps here", "Write lr_decay_iters"),
     "warmup": fact("warmup_fraction"),
-    "zero_optimization.stage": stage_of_zero,
+    "min_lr": words.last_rate,
+    "zero_optimization.stage": words.stage_of_zero,
     "zero_optimization.*": no_effect(mt.OVERLAP),
     "train_micro_batch_size_per_gpu": fact("per_device_batch", as_int),
     "train_batch_size": fact("global_batch", as_int),
@@ -190,7 +152,7 @@ TABLE: dict[str, Handler] = {
         },
         "gradients are summed in float32 or bfloat16",
     ),
-    "checkpoint_activations": remat,
+    "checkpoint_activations": words.remat,
     "checkpoint_factor": fact("save_every", as_int),
     "checkpoint_scale": neutral(
         {"linear": ""}, "checkpoints are a number of steps apart", "Set it to linear"
@@ -204,7 +166,7 @@ TABLE: dict[str, Handler] = {
     "train_data_weights": option("data.weights", as_text),
     "valid_data_paths": no_effect("a share of the data is held out (config.data.eval_fraction)"),
     "test_data_paths": no_effect("a run does not test"),
-    "use_wandb": weights_and_biases,
+    "use_wandb": words.weights_and_biases,
     "wandb_project": if_there("log.project", "the tracker has a project of its own"),
     "wandb_run_name": if_there("log.run_name", "the run is its workdir"),
     "tensorboard_dir": no_effect("events are in WORKDIR/tensorboard"),
@@ -233,6 +195,12 @@ TABLE: dict[str, Handler] = {
     ),
     "scaled_*_softmax_fusion": no_effect(mt.XLA),
     "checkpoint_in_cpu": mt.flagged({"offload.activations": "layer_input"}),
+    "fp16.fp16": mt.flagged({"train.dtype": "float16"}),
+    "fp16.auto_cast": no_effect("inputs are token ids"),
+    "extra_save_iters": no_effect("checkpoints are a number of steps apart"),
+    "te_fp8*": no_effect("it is of fp8"),
+    "te_*": no_effect(mt.XLA),
+    "gmlp_attn_dim": no_effect("it is of gMLP"),
     "autotuning*": refuse("see python -m deepseek_jax.plan advise", "Leave it out"),
     "curriculum_*": refuse("sequences have one length here", "Leave it out"),
     "train_impl": neutral({"normal": ""}, "it trains the next token", "Set it to normal"),
@@ -247,8 +215,8 @@ def finish(m: Migration) -> None:
         if m.value(key) is None:
             m.refuse_absent(key, value, why, repair)
     hidden, heads = whole(m, "hidden_size"), max(whole(m, "num_attention_heads", 1), 1)
-    width = whole(m, "intermediate_size", 4 * hidden)
-    m.default("model.intermediate_size", width)
+    wide = words.gated_width(m, whole(m, "intermediate_size", 4 * hidden))
+    m.default("model.intermediate_size", wide)
     m.default("model.num_key_value_heads", heads)
     m.default("model.head_dim", hidden // heads)
     m.default("model.rope_interleave", False)
@@ -256,7 +224,7 @@ def finish(m: Migration) -> None:
     m.default("model.initializer_range", 0.02)
     m.default("model.tie_word_embeddings", not flag(m, "no_weight_tying"))
     if whole(m, "moe_num_experts", 1) > 1 or has_experts(m):
-        m.default("model.moe_intermediate_size", width)
+        m.default("model.moe_intermediate_size", wide)
         m.default("model.first_k_dense_replace", 0)
         m.default("model.n_shared_experts", 0)
         m.default("model.topk_method", "greedy")
@@ -273,7 +241,7 @@ def finish(m: Migration) -> None:
         m.default("model.first_k_dense_replace", whole(m, "num_layers"))
     m.default("model.aux_loss_alpha", 0.0)
     m.default("moe.bias_update_rate", 0.0)
-    multiple = whole(m, "make_vocab_size_divisible_by", 128)
+    multiple = whole(m, "make_vocab_size_divisible_by", 128) * whole(m, "model_parallel_size", 1)
     kind = str(m.value("tokenizer_type", "GPT2BPETokenizer"))
     if kind in VOCABULARIES:
         padded_vocabulary(m, None, VOCABULARIES[kind], multiple)
@@ -293,7 +261,7 @@ def finish(m: Migration) -> None:
         "train.dtype": "float32",
         "accumulation": 1,
         "seed": 1234,
-        "data.eval_fraction": 0.031,
+        "data.split": "969,30,1",
         "eval_every": 1000,
         "eval.batches": 100,
         "save_when": "steps" if m.value("checkpoint_factor") else "no",

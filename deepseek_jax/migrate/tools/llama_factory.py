@@ -295,6 +295,12 @@ TABLE: dict[str, Handler] = {
     "use_swanlab": one_of(
         {"false": "it is off"}, "there is no tracker for SwanLab", "Set report_to"
     ),
+    **because(
+        {
+            "it is of a model that sees or hears": "image_* video_* audio_* use_audio_* crop_to_patches"
+        }
+    ),
+    "kt_*": refuse("experts lie on the devices here", "Leave it out; see config.offload"),
     "bias_activation_fusion": no_effect(KERNELS),
 }
 

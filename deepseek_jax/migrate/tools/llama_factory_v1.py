@@ -113,6 +113,8 @@ TABLE: dict[str, Handler] = {
     "peft_config.lora_alpha": option("lora.alpha"),
     "peft_config.lora_dropout": option("lora.dropout"),
     "peft_config.target_modules": lora_modules,
+    "peft_config.adapter_name_or_path": option("lora.adapter"),
+    "peft_config.*": no_effect("python -m deepseek_jax.hf export writes it"),
     "dist_config": no_effect("it is empty"),
     "dist_config.name": sharding,
     "dist_config.ep_size": fact("expert", as_int),

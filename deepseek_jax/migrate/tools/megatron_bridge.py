@@ -164,7 +164,7 @@ def finish(m: Migration) -> None:
         "eval.batches": 32,
         "log_every": 10,
         "seed": 1234,
-        "data.eval_fraction": 0.001,
+        "data.split": "9999,8,2",
         "log.trackers": "tensorboard",
     }.items():
         m.default(name, value)

@@ -11,13 +11,13 @@ TOKENS_ARE_READ = (
 
 
 def splits(m: Migration, entry: Entry) -> None:
-    """splits_string: shares of training, validation and test; the last two are held out here."""
+    """split, splits_string: shares of the documents for training, validation and test, in their order."""
     parts = entry.value if isinstance(entry.value, list) else as_text(entry).split(",")
-    try:
-        shares = [float(p) for p in parts]
-        m.tell(entry, "data.eval_fraction", round(1 - shares[0] / sum(shares), 6))
-    except (ValueError, ZeroDivisionError, IndexError):
+    words = [str(p).strip() for p in parts if str(p).strip()]
+    if not words or not all(_is_number(w) for w in words):
         m.refuse(entry, "it is not three shares", "Write it as 99,1,0")
+    else:
+        m.tell(entry, "data.split", ",".join(words))
 
 
 def prefixes(m: Migration, entry: Entry) -> None:

@@ -188,6 +188,8 @@ AROUND: dict[str, Handler] = {
     "tokenizer_*": no_effect(md.TOKENS_ARE_READ),
     "vocab_file": no_effect(md.TOKENS_ARE_READ),
     "merge_file": no_effect(md.TOKENS_ARE_READ),
+    "tiktoken_*": no_effect(md.TOKENS_ARE_READ),
+    "no_use_tokenizer_model_*": no_effect(md.TOKENS_ARE_READ),
     "vocab_extra_ids": no_effect(md.TOKENS_ARE_READ),
     "make_vocab_size_divisible_by": no_effect("config.model.vocab_size is padded by it"),
     **because(
@@ -237,8 +239,32 @@ TABLE: dict[str, Handler] = {
     "padded_vocab_size": no_effect("it is config.model.vocab_size"),
     "use_mcore_models": no_effect("there is one implementation"),
     "enable_experimental": no_effect("nothing here is experimental by a flag"),
+    "step_batch_size_schedule": refuse("a batch grows evenly here", "Use --rampup-batch-size"),
+    "apply_layernorm_1p": refuse("norms multiply by their weight here", "Leave it out"),
+    "decoupled_min_lr": refuse("embedding and head have the rate of the rest", "Leave it out"),
+    "MODE": refuse("it is a test of something else than training", "Take one of training", ()),
     "sft": refuse("its fine-tuning reads a format of its own", "Use configs/post/sft.py"),
     "ENV_VARS.*": environment,
+    **because(
+        {
+            "it watches a run, and changes no number": (
+                "rerun_* error_injection_* calc_ft_timeouts enable_ft_package otel_* inprocess_* "
+                "straggler_* log_straggler disable_straggler* use_nsys_profiler nvtx_ranges "
+                "use_pytorch_profiler pytorch_profiler_*"
+            ),
+            "the mesh says so": "use_tp_pp_dp_mapping cp_comm_type hierarchical_context_parallel_sizes",
+            "held-out batches are micro-batches of training": (
+                "eval_global_batch_size eval_micro_batch_size full_validation"
+            ),
+            "it is of inference": (
+                "inference_* max_tokens_to_oom num_tokens_to_generate temperature top_k top_p prompts "
+                "return_log_probs"
+            ),
+            "it is of fp8": "first_last_layers_bf16 num_layers_at_*_in_bf16",
+        }
+    ),
+    "AFTER_SCRIPT": no_effect("it is of Megatron's tests"),
+    "BEFORE_SCRIPT": no_effect("it is of Megatron's tests"),
     "TEST_TYPE": no_effect("it is of Megatron's tests"),
     "LAUNCHER": no_effect("it is of Megatron's tests"),
     "METRICS*": no_effect("it is of Megatron's tests"),
@@ -299,6 +325,7 @@ def finish(m: Migration) -> None:
     m.default("optimizer.b2", 0.999)
     m.default("optimizer.weight_decay", 0.01)
     m.default("train.dtype", "float32")
+    m.default("data.split", "969,30,1")
     m.default("seed", 1234)
     m.default("save_when", "steps" if m.value("save_interval") else "no")
     m.default("eval_when", "steps" if m.value("eval_interval") else "no")

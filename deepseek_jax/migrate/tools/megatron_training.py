@@ -122,7 +122,8 @@ def of_float16(name: str, power: bool = False) -> Handler:
     """An option of the loss scale, which there is of float16 alone."""
 
     def handle(m: Migration, entry: Entry) -> None:
-        half = flag(m, "fp16") or as_precision(m) == "float16"
+        on = any(flag(m, key) for key in ("fp16", "fp16.enabled", "fp16.fp16"))
+        half = on or as_precision(m) == "float16"
         if not half or is_off(entry.value):
             m.no_effect(entry, "it is of float16")
         else:

@@ -139,7 +139,7 @@ def finish(m: Migration) -> None:
         _vocabulary(m)
         m.default("model.tie_word_embeddings", True)
         m.default("data.document_mask", False)
-        m.default("data.eval_fraction", 0.1)
+        m.default("data.split", "900,50,50")
         if not m.value("data.data_prefix"):
             need(m, "data.path", "model.data.data_prefix is not given", "FILES")
     if flag(m, "use_scaled_init_method", default=True) and not tuning.is_on(m):

@@ -26,6 +26,7 @@ from deepseek_jax.migrate.tools.megatron_lm import CONVERT, document_mask, end_o
 from deepseek_jax.migrate.tracking import if_there, trackers
 
 LIGHTNING = "it is Lightning's, and changes no number"
+DISTRIBUTED = ("distributed_fused_adam", "mcore_distributed_optim")
 TRACKERS = {
     "exp_manager.create_wandb_logger": "wandb",
     "exp_manager.create_mlflow_logger": "mlflow",
@@ -37,7 +38,9 @@ TRACKERS = {
 def strategy(m: Migration, entry: Entry) -> None:
     """trainer.strategy: ddp divides nothing; Megatron's strategies say so elsewhere."""
     name = as_text(entry).lower()
-    if name in ("ddp", "nlp_ddp", "megatron", "auto", ""):
+    if not is_off(m.value("fsdp")) or str(m.value("optim.name")) in DISTRIBUTED:
+        m.no_effect(entry, "model.fsdp and optim.name say what is divided")
+    elif name in ("ddp", "nlp_ddp", "megatron", "auto", ""):
         m.tell(entry, "strategy", "no_shard")
     elif name.startswith("fsdp"):
         m.tell(entry, "strategy", "full_shard")
@@ -123,6 +126,14 @@ def schedule_name(m: Migration, entry: Entry) -> None:
         m.tell(entry, "schedule", name)
 
 
+def folder(m: Migration, entry: Entry) -> None:
+    """exp_manager.exp_dir: unless explicit_log_dir names the folder itself."""
+    if is_off(entry.value) or not is_off(m.value("exp_manager.explicit_log_dir")):
+        m.no_effect(entry, "explicit_log_dir says so")
+    else:
+        m.tell(entry, "workdir", as_text(entry))
+
+
 def betas(m: Migration, entry: Entry) -> None:
     """optim.betas."""
     if isinstance(entry.value, list) and len(entry.value) == 2:
@@ -135,8 +146,9 @@ def betas(m: Migration, entry: Entry) -> None:
 def optimizer(m: Migration, entry: Entry) -> None:
     """optim.name: the distributed ones divide their state as ZeRO 1."""
     name = as_text(entry)
-    if name in ("distributed_fused_adam", "mcore_distributed_optim"):
-        m.tell(entry, "strategy", "zero1", rank=None)
+    if name in DISTRIBUTED:
+        if is_off(m.value("fsdp")):
+            m.tell(entry, "strategy", "zero1")
     elif name not in ("fused_adam", "adamw", "megatron_fused_adam"):
         m.refuse(entry, "there is no such optimizer", "Set it to fused_adam")
         return
@@ -176,7 +188,7 @@ TRAINER: Mapping[str, Handler] = {
 
 EXPERIMENT: Mapping[str, Handler] = {
     "exp_manager.explicit_log_dir": fact("workdir", as_text),
-    "exp_manager.exp_dir": fact("workdir", as_text),
+    "exp_manager.exp_dir": folder,
     "exp_manager.name": no_effect("--workdir names the run"),
     "exp_manager.resume_from_checkpoint": refuse(
         "a checkpoint of NeMo's is not read", CONVERT, (None, "")
@@ -244,8 +256,9 @@ DATA: Mapping[str, Handler] = {
     "data.reset_position_ids": document_mask,
     "data.eod_mask_loss": end_of_document_loss,
     "data.data_impl": one_of(
-        {"mmap": "files of token ids are mapped into memory", "mock": {"data.path": ""}},
-        "no such data",
+        {"mmap": "files of token ids are mapped into memory"},
+        "data are files of token ids here",
+        "Set it to mmap",
     ),
     "data.*": no_effect("batches are read ahead, in an order that follows from the seed"),
     "tokenizer.*": no_effect(md.TOKENS_ARE_READ),

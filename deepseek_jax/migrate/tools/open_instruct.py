@@ -156,6 +156,7 @@ TABLE: dict[str, Handler] = {
     "packing": trl_arguments.packing,
     "report_to": tracking,
     "with_tracking": no_effect("report_to says where"),
+    "add_bos": refuse("a chat has the special tokens of its template", "Set it to false"),
     "reduce_loss": no_effect("the loss is a mean over the scored tokens of a step"),
     "chat_template_name": no_effect("a model brings its template: see what is to be given"),
     "wandb_project_name": trl_arguments.DATA["wandb_project"],
