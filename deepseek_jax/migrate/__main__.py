@@ -33,7 +33,9 @@ def parser() -> arguments.Parser:
         description=__doc__,
         epilog=f"--from takes, separated by commas (guessed otherwise, and said):\n{names}",
     )
-    out.add_argument("files", nargs="*", type=arguments.path, metavar="FILE", help="YAML or JSON.")
+    out.add_argument(
+        "files", nargs="*", type=arguments.path, metavar="FILE", help="YAML, JSON; shell scripts."
+    )
     out.add_argument(
         "--command",
         action="append",

@@ -5,8 +5,8 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from deepseek_jax.migrate import command, hydra
-from deepseek_jax.migrate.reading import read_file
+from deepseek_jax.migrate import command, hydra, script
+from deepseek_jax.migrate.reading import read_file, read_text
 from deepseek_jax.migrate.source import Entry, Source
 
 # Keys whose value is another file of the same run, where it ends as one.
@@ -18,7 +18,7 @@ def load(files: Sequence[str], commands: Iterable[str], environ: Mapping[str, st
     """Reads them, follows references, and splits off what is of another tool.
 
     Args:
-      files: paths.
+      files: paths; a shell script is a command line.
       commands: command lines.
       environ: for ${oc.env:NAME}.
 
@@ -27,8 +27,14 @@ def load(files: Sequence[str], commands: Iterable[str], environ: Mapping[str, st
     """
     sources: list[Source] = []
     there: dict[str, str] = {}
+    commands = list(commands)
     for path in files:
-        _add(path, sources, there, environ)
+        if path.endswith(script.ENDINGS):
+            found = script.read(read_text(path, path), os.path.basename(path))
+            commands.append(found.command)
+            sources += [found.scheduler] if found.scheduler else []
+        else:
+            _add(path, sources, there, environ)
     for line in commands:
         taken = command.parse(line)
         for entry in taken.files:

@@ -47,18 +47,35 @@ def read_file(path: str, name: str = "") -> Source:
       UserError: it cannot be read, is too large, is not YAML or JSON, or holds tags that would run code.
     """
     name = name or path
+    if path.endswith((".py", ".ipynb")):
+        raise UserError(
+            f"{name} is a program, which is not run here. Give its settings: DeepSpeed's dict as a JSON file, "
+            f"arguments as --command='python {name} --learning_rate=...'."
+        )
+    return from_text(read_text(path, name), name)
+
+
+def read_text(path: str, name: str) -> str:
+    """The text of a file.
+
+    Args:
+      path: of the file.
+      name: what it is called in messages.
+
+    Raises:
+      UserError: it cannot be read, is too large, or no text.
+    """
     try:
         if os.path.isfile(path) and os.path.getsize(path) > LARGEST:
             raise UserError(
                 f"{name} has {os.path.getsize(path)} bytes, and a recipe at most {LARGEST}."
             )
         with open(path, encoding="utf-8-sig") as f:
-            text = f.read(LARGEST + 1)
+            return f.read(LARGEST + 1)
     except OSError as e:
         raise UserError(f"{name}: {e.strerror}. Name a YAML or JSON file.") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{name} is no text in UTF-8. Name a YAML or JSON file.") from e
-    return from_text(text, name)
 
 
 def from_text(text: str, name: str) -> Source:

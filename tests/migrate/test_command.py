@@ -94,6 +94,7 @@ def test_json(recipe, capsys):
     [
         ([], "nothing to migrate"),
         (["missing.yaml", "--devices=4"], "missing.yaml: No such file"),
+        (["train_ray.py", "--devices=4"], "is a program"),
         (["recipe.yaml"], "--devices"),
         (["recipe.yaml", "--devices=none"], "--devices"),
         (["recipe.yaml", "--devices=0"], "--devices"),

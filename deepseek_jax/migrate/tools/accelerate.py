@@ -17,6 +17,7 @@ from deepseek_jax.migrate.handlers import (
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Rank, Source
 from deepseek_jax.migrate.tool import Handler, Tool
+from deepseek_jax.migrate.tools import launchers
 from deepseek_jax.migrate.tools.accelerate_handlers import (
     NO_FP8,
     accumulation,
@@ -112,6 +113,7 @@ def recognise(source: Source) -> int:
 
 
 TABLE: Mapping[str, Handler] = {
+    **launchers.TABLE,  # of torchrun, to which accelerate launch hands them on
     "compute_environment": one_of(
         {"LOCAL_MACHINE": "train.py runs where it is started"},
         "it is of SageMaker",
@@ -152,7 +154,6 @@ TABLE: Mapping[str, Handler] = {
     "multi_gpu": no_effect("a run takes all GPUs that it sees"),
     "use_fsdp": no_effect("fsdp_config says what is divided"),
     "use_deepspeed": no_effect("deepspeed_config says what is divided"),
-    "env.*": no_effect("NCCL_* keep their meaning; others are of PyTorch"),
     # ---- FSDP
     "fsdp_config": no_effect("it is empty"),
     "fsdp_config.version": no_effect(ONE_KIND),
