@@ -120,3 +120,44 @@ def test_the_guides_excerpt_is_our_distributed_config():
     names = set(OPTIONS) - {"sharding.strategy", "data.path"}  # ddp there; no data there
     differ = {n: (value_of(ours, n), value_of(theirs, n)) for n in names}
     assert {n for n, (a, b) in differ.items() if a != b} == set()
+
+
+NEMO2 = """
+model:
+  _target_: nemo.collections.llm.gpt.model.base.GPTModel
+  config: {_target_: megatron.core.transformer.transformer_config.CLASS, num_layers: 2, hidden_size: 64,
+           ffn_hidden_size: 128, num_attention_heads: 4, multi_latent_attention: true, kv_lora_rank: 32,
+           q_lora_rank: 48, qk_head_dim: 16, qk_pos_emb_head_dim: 8, v_head_dim: 16, qk_layernorm: true,
+           normalization: RMSNorm, gated_linear_unit: true, add_bias_linear: false,
+           position_embedding_type: rope, hidden_dropout: 0.0, attention_dropout: 0.0, vocab_size: 256,
+           num_moe_experts: 4, moe_ffn_hidden_size: 32, moe_layer_freq: [0, 1]}
+trainer:
+  _target_: nemo.lightning.pytorch.trainer.Trainer
+  devices: 8
+  max_steps: 60
+  plugins: [{_target_: nemo.lightning.MegatronMixedPrecision, precision: bf16-mixed}]
+  strategy: {_target_: nemo.lightning.MegatronStrategy, expert_model_parallel_size: 2}
+data: {_target_: nemo.collections.llm.gpt.data.pre_training.PreTrainingDataModule, paths: [/data/a],
+       seq_length: 32, micro_batch_size: 1, global_batch_size: 16, split: "99,1,0"}
+optim:
+  config: {_target_: megatron.core.optimizer.optimizer_config.OptimizerConfig, lr: 3.0e-4, adam_beta2: 0.95}
+  lr_scheduler: {_target_: nemo.lightning.pytorch.optim.lr_scheduler.CosineAnnealingScheduler,
+                 warmup_steps: 6, constant_steps: 0, min_lr: 3.0e-5}
+"""
+
+
+def test_nemo_2():
+    found = migrate(NEMO2.replace("CLASS", "MLATransformerConfig"))
+    c = found.config
+    assert found.m.readings[0].title == "NeMo 2"
+    assert (c.mesh.expert, c.sharding.strategy, c.train.dtype) == (2, "zero1", "bfloat16")
+    assert (c.train.batch_size, c.train.accumulation) == (16, 2)
+    assert (c.model.first_k_dense_replace, c.model.n_routed_experts) == (1, 4)
+    assert (c.model.rope_scaling.type, c.model.rope_scaling.factor) == ("yarn", 40.0)
+    wanted = [nemos(i, 0) for i in range(STEPS)]
+    np.testing.assert_allclose(rates(c), wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_nemo_2_sizes_that_are_in_python():
+    found = migrate(NEMO2.replace("CLASS", "DeepSeekV3Config"))
+    assert found.refused() == {"model.config._target_"}

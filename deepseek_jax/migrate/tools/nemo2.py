@@ -27,6 +27,8 @@ UNASKED = tuple(u for u in nemo.UNASKED if u[0] in ("hidden_dropout", "attention
 
 def canonical(key: str) -> str:
     """ "trainer.plugins.0.precision" -> "trainer.plugins.precision"; without sections."""
+    if key == "model.config._target_":
+        return "_class_"
     for section in SECTIONS:
         key = key.removeprefix(section)
     return re.sub(r"\.\d+(?=\.|$)", "", key)
@@ -58,6 +60,27 @@ def data_class(m: Migration, entry: Entry) -> None:
         m.refuse(entry, "this data module is Python", "Write its examples as JSONL (docs/data.md)")
 
 
+def model_class(m: Migration, entry: Entry) -> None:
+    """model.config._target_: a class of one model has sizes of its own, in Python."""
+    name = as_text(entry).rpartition(".")[2]
+    if name in ("GPTConfig", "TransformerConfig", "MLATransformerConfig"):
+        m.no_effect(entry, "its fields stand beside it")
+    else:
+        m.refuse(
+            entry,
+            f"{name} has sizes and routing of its own, in Python",
+            "Write its fields beside it (or name a checkpoint by --config.init_from), and allow this",
+        )
+
+
+def scheduler_class(m: Migration, entry: Entry) -> None:
+    """optim.lr_scheduler._target_."""
+    if as_text(entry).endswith("CosineAnnealingScheduler"):
+        m.tell(entry, "schedule", "cosine")
+    else:
+        m.refuse(entry, "there is no such schedule", "Set it to CosineAnnealingScheduler")
+
+
 TABLE: dict[str, Handler] = {
     **MODEL,
     **mt.TRAINING,
@@ -70,6 +93,8 @@ TABLE: dict[str, Handler] = {
     "bf16": no_effect("trainer.plugins.precision says so"),
     "fp16": no_effect("trainer.plugins.precision says so"),
     "ddp": no_effect("use_distributed_optimizer says what is divided"),
+    "_class_": model_class,
+    "optim.lr_scheduler._target_": scheduler_class,
     "optim.lr_scheduler.warmup_steps": fact("warmup_steps"),
     "optim.lr_scheduler.constant_steps": fact("hold_steps", as_int),
     "optim.lr_scheduler.min_lr": fact("min_lr"),
@@ -108,6 +133,10 @@ def finish(m: Migration) -> None:
     warmup, peak = whole(m, "optim.lr_scheduler.warmup_steps"), m.told_of("learning_rate")
     if warmup and peak and not whole(m, "optim.lr_scheduler.constant_steps"):
         m.default("warmup_init", peak / (warmup + 1))
+    if flag(m, "multi_latent_attention") and m.value("rotary_scaling_factor") is None:
+        m.default("model.rope_scaling.type", "yarn")  # MLATransformerConfig's own
+        m.default("model.rope_scaling.factor", 40.0)
+        m.default("model.rope_scaling.mscale", 1.0)
     if flag(m, "use_distributed_optimizer", default=True):
         m.default("strategy", "zero1")
     m.default("model.tie_word_embeddings", True)
