@@ -149,6 +149,18 @@ def test_what_silence_means():
     assert c.seed == 1234
 
 
+def test_a_gated_width_that_nobody_gives():
+    """validate_args: int((4 h x 2 / 3) / 64) x 64 under --swiglu."""
+    found = megatron(without=("ffn-hidden-size",), hidden_size=256)
+    assert found.option("model.intermediate_size") == int(4 * 256 * 2 / 3 / 64) * 64
+
+
+def test_rotary_positions_as_of_llama_31():
+    scaling = megatron(use_rope_scaling="", rope_scaling_factor=16).config.model.rope_scaling
+    assert (scaling.type, scaling.factor) == ("llama3", 16.0)
+    assert (scaling.low_freq_factor, scaling.high_freq_factor) == (1.0, 4.0)
+
+
 @pytest.mark.parametrize(
     ("left_out", "key"),
     [

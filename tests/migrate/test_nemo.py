@@ -5,8 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from configs import distributed
+from deepseek_jax.config.configdict import from_config_dict
+from deepseek_jax.config.options import OPTIONS, value_of
 from deepseek_jax.train.schedules import learning_rate
-from tests.support.migration import migrate
+from tests.support.migration import migrate, of_files
 
 PEAK, LAST, STEPS = 3e-4, 3e-5, 60
 # 1e-6 of the peak: ours are float32, whose numbers are 6e-8 of themselves apart, and theirs float64.
@@ -79,12 +82,14 @@ def test_nemo_says_what_is_divided_in_three_places():
     assert migrate(fsdp).config.sharding.strategy == "shard_grad_op"
 
 
-def test_nemo_by_parts_of_the_launcher():
+def test_nemo_by_parts_of_the_launcher(tmp_path):
     """Files of the launcher name their own keys from the root of the whole: ${training.model.x}."""
     text = NEMO.replace("CONSTANT", "0").replace(
-        "seq_length: 32,\n", "seq_length: ${training.model.encoder_seq_length},\n"
+        "seq_length: 32,\n", 'seq_length: "${training.model.encoder_seq_length}",\n'
     )
-    assert migrate(text).config.train.sequence_length == 32
+    path = tmp_path / "training.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert of_files([str(path)]).config.train.sequence_length == 32
 
 
 GUIDE = """
@@ -106,3 +111,12 @@ def test_the_guides_excerpt():
     assert (c.model.n_routed_experts, c.model.num_experts_per_tok) == (16, 2)
     assert (c.mesh.expert, c.train.steps, c.sharding.strategy) == (4, 10_000, "no_shard")
     assert c.model.attention_kind == "mla"
+
+
+def test_the_guides_excerpt_is_our_distributed_config():
+    """What the guide's file has where its excerpt is silent, configs/distributed.py has as well."""
+    theirs = migrate(GUIDE).config
+    ours = from_config_dict(distributed.get_config())
+    names = set(OPTIONS) - {"sharding.strategy", "data.path"}  # ddp there; no data there
+    differ = {n: (value_of(ours, n), value_of(theirs, n)) for n in names}
+    assert {n for n, (a, b) in differ.items() if a != b} == set()

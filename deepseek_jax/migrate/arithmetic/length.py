@@ -24,7 +24,8 @@ def settle(m: Migration) -> None:
     _set_length(m)
     _set_event(m, SAVE)
     if m.fact("eval_when") == "no":
-        m.set("data.eval_fraction", 0.0, "eval_when", how="nothing is held out")
+        if not m.fact("data.split"):  # which keeps its documents from training all the same
+            m.set("data.eval_fraction", 0.0, "eval_when", how="nothing is held out")
         m.set("eval.every_steps", 0, "eval_when")
         m.without_effect("eval_every", "nothing is evaluated")
     else:

@@ -301,6 +301,13 @@ def finish(m: Migration) -> None:
         else "",
     }.items():
         m.default(name, value)
+    m.note(
+        "AutoModel trains weights of the dtype that they are loaded in, bfloat16 unless model.torch_dtype "
+        "says otherwise; here they are float32."
+    )
+    if m.told_of("objective") == "sft":
+        m.default("sft.packing", "none")
+        m.default("unpacked", True)
     if m.told_of("eval_every") is None:
         m.default("eval_when", "no")
     else:

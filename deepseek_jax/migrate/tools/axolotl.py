@@ -112,6 +112,7 @@ TABLE: dict[str, Handler] = {
     "num_epochs": fact("epochs"),
     "micro_batch_size": fact("per_device_batch", as_int),
     "batch_size": refuse("axolotl no longer reads it", "Set gradient_accumulation_steps"),
+    "evaluation_strategy": hf.ARGUMENTS["eval_strategy"],
     "eval_batch_size": no_effect("held-out batches are micro-batches of training"),
     "sequence_len": fact("sequence_length", as_int),
     "saves_per_epoch": words.times_a_pass("save_when", "save_every", "epoch"),

@@ -19,7 +19,7 @@ from deepseek_jax.migrate.source import Source
 from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import gpt_neox_words as words
 from deepseek_jax.migrate.tools import megatron_data as md
-from deepseek_jax.migrate.tools import megatron_lm
+from deepseek_jax.migrate.tools import megatron_lm, megatron_run
 from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools.megatron_handlers import flag, has_experts, whole, yes_no
 from deepseek_jax.migrate.tools.megatron_model import NO_DROPOUT, padded_vocabulary
@@ -66,7 +66,7 @@ PLAIN = neutral({False: ""}, "blocks are attention, then MLP, here", "Set it to 
 
 TABLE: dict[str, Handler] = {
     **mt.TRAINING,
-    **megatron_lm.AROUND,
+    **megatron_run.AROUND,
     "pipe_parallel_size": words.stages,
     "model_parallel_size": fact("tensor", as_int),
     "pipe_partition_method": no_effect(mt.ANY_STAGES),

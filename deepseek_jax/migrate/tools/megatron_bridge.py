@@ -10,8 +10,9 @@ from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import megatron_training as mt
-from deepseek_jax.migrate.tools.megatron_lm import AROUND, defaults_of_training
+from deepseek_jax.migrate.tools.megatron_lm import defaults_of_training
 from deepseek_jax.migrate.tools.megatron_model import MODEL
+from deepseek_jax.migrate.tools.megatron_run import AROUND
 from deepseek_jax.migrate.tools.shared import need
 from deepseek_jax.migrate.tracking import if_there
 
@@ -125,8 +126,6 @@ TABLE: dict[str, Handler] = {
     "skip_train": refuse("a run trains", "Set it to false"),
     "bf16": mt.flagged({"train.dtype": "bfloat16"}),
     "fp16": mt.flagged({"train.dtype": "float16"}),
-    "start_weight_decay": option("optimizer.weight_decay"),
-    "end_weight_decay": option("optimizer.weight_decay"),
     "weight_decay": no_effect("the scheduler's start_weight_decay and end_weight_decay win"),
     "mlflow_experiment": if_there("log.project", "the tracker has a project of its own"),
     "peft*": refuse("PEFT of Megatron-Bridge is Python", "Set --config.lora.r and its kin"),

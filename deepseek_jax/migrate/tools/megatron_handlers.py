@@ -246,6 +246,19 @@ def stretched(m: Migration, entry: Entry) -> None:
     m.tell(entry, "model.rope_scaling.factor", as_float(entry))
 
 
+def scaled_as_llama3(m: Migration, entry: Entry) -> None:
+    """use_rope_scaling: by wavelength, as of Llama 3.1 (RotaryEmbedding._apply_scaling)."""
+    if is_off(entry.value):
+        m.no_effect(entry, "it is off")
+        return
+    factor = m.entry("rope_scaling_factor")
+    m.tell(entry, "model.rope_scaling.type", "llama3")
+    m.tell(entry, "model.rope_scaling.factor", as_float(factor) if factor else 8.0)
+    m.tell(entry, "model.rope_scaling.low_freq_factor", 1.0)
+    m.tell(entry, "model.rope_scaling.high_freq_factor", 4.0)
+    m.tell(entry, "model.rope_scaling.original_max_position_embeddings", 8192)
+
+
 def query_groups(m: Migration, entry: Entry) -> None:
     """num_query_groups: heads of keys and values. NeMo's null: as many as of queries."""
     if flag(m, "multi_latent_attention"):

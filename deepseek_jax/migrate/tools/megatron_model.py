@@ -55,6 +55,8 @@ ATTENTION: dict[str, Handler] = {
         "model.rope_scaling.original_max_position_embeddings"
     ),
     "rope_type": no_effect("rotary_scaling_factor says so"),
+    "use_rope_scaling": mh.scaled_as_llama3,
+    "rope_scaling_factor": no_effect("use_rope_scaling takes it"),
     "apply_query_key_layer_scaling": no_effect("it guards float16's range and changes no result"),
     "normalize_attention_scores": neutral(
         {True: ""}, "scores are divided by sqrt(head width) here"
@@ -163,11 +165,14 @@ def padded_vocabulary(m: Migration, entry: Entry | None, size: int, multiple: in
         m.tell(entry, "model.vocab_size", rows)
 
 
-def finish_model(m: Migration, unasked: Sequence[tuple[str, str, str, str]]) -> None:
+def finish_model(
+    m: Migration, unasked: Sequence[tuple[str, str, str, str]], gated_third: bool = False
+) -> None:
     """What follows from several keys together, and what the tool does where its files are silent.
 
     Args:
       unasked: (key, its value where files are silent, why that is not to be had, repair).
+      gated_third: an MLP without a width has 8/3 of hidden_size, in 64s, and not 4 times that.
 
     Raises:
       UserError: a size is missing.
@@ -181,7 +186,8 @@ def finish_model(m: Migration, unasked: Sequence[tuple[str, str, str, str]]) -> 
         if m.value(key) is None:
             m.refuse_absent(key, value, why, repair)
     hidden, heads = whole(m, "hidden_size"), whole(m, "num_attention_heads")
-    width = whole(m, "ffn_hidden_size", 4 * hidden)
+    wide = int((4 * hidden * 2 / 3) / 64) * 64 if gated_third else 4 * hidden
+    width = whole(m, "ffn_hidden_size", wide)
     m.default("model.intermediate_size", width)
     m.default("model.rms_norm_eps", 1e-5)
     m.default("model.initializer_range", 0.02)

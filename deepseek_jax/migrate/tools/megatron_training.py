@@ -220,6 +220,8 @@ OPTIMIZER: dict[str, Handler] = {
         "there is no such optimizer",
     ),
     "weight_decay": option("optimizer.weight_decay"),
+    "start_weight_decay": option("optimizer.weight_decay"),
+    "end_weight_decay": option("optimizer.weight_decay"),
     "weight_decay_incr_style": neutral({"constant": ""}, "weight decay stays the same here"),
     "adam_beta1": option("optimizer.b1"),
     "adam_beta2": option("optimizer.b2"),

@@ -22,8 +22,8 @@ from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools import nemo_finetuning as tuning
 from deepseek_jax.migrate.tools import nemo_words as words
 from deepseek_jax.migrate.tools.megatron_handlers import flag, whole
-from deepseek_jax.migrate.tools.megatron_lm import CONVERT
 from deepseek_jax.migrate.tools.megatron_model import MODEL, finish_model, padded_vocabulary
+from deepseek_jax.migrate.tools.megatron_run import CONVERT
 from deepseek_jax.migrate.tools.shared import because, need
 
 UNASKED = (

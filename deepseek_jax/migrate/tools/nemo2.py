@@ -10,7 +10,7 @@ from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import megatron_data as md
-from deepseek_jax.migrate.tools import megatron_lm, nemo
+from deepseek_jax.migrate.tools import megatron_lm, megatron_run, nemo
 from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools.megatron_handlers import flag, whole
 from deepseek_jax.migrate.tools.megatron_model import MODEL, finish_model
@@ -45,7 +45,7 @@ def paths(m: Migration, entry: Entry) -> None:
 
 def checkpoint(m: Migration, entry: Entry) -> None:
     """resume.restore_config.path, and the like."""
-    m.refuse(entry, "a checkpoint of NeMo's is not read", megatron_lm.CONVERT)
+    m.refuse(entry, "a checkpoint of NeMo's is not read", megatron_run.CONVERT)
 
 
 def data_class(m: Migration, entry: Entry) -> None:
@@ -61,7 +61,7 @@ def data_class(m: Migration, entry: Entry) -> None:
 TABLE: dict[str, Handler] = {
     **MODEL,
     **mt.TRAINING,
-    **megatron_lm.AROUND,
+    **megatron_run.AROUND,
     **nemo.words.TRAINER,
     "trainer.plugins.precision": mt.precision,
     "trainer.plugins.*": no_effect("gradients are summed in float32"),

@@ -22,9 +22,13 @@ SIZES: dict[str, int | float | bool | str] = {
     "model.num_experts_per_tok": 2,
     "model.num_attention_heads": 16,
     "model.kv_lora_rank": 256,
-    "model.qk_nope_head_dim": 128,
-    "model.qk_rope_head_dim": 64,
-    "model.v_head_dim": 128,
+    "model.qk_nope_head_dim": 64,
+    "model.qk_rope_head_dim": 32,
+    "model.v_head_dim": 64,
+    "model.topk_method": "greedy",
+    "model.scoring_func": "softmax",
+    "model.norm_topk_prob": False,
+    "model.routed_scaling_factor": 1.0,
     "model.initializer_range": 0.006,
     "model.aux_loss_alpha": 0.01,
     "moe.router_z_loss_coef": 0.001,
@@ -35,6 +39,9 @@ SIZES: dict[str, int | float | bool | str] = {
     "optimizer.grad_clip": 1.0,
     "optimizer.name": "adamw",
     "checkpoint.keep_best": 5,
+    "eval.batches": 50,
+    "data.document_mask": False,
+    "data.eval_fraction": 0.01,
 }
 FACTS = {
     "per_device_batch": 2,
@@ -49,7 +56,7 @@ FACTS = {
     "strategy": "no_shard",
     "save_every": 500,
     "eval_every": 500,
-    "log_every": 10,
+    "log_every": 50,
 }
 
 
@@ -82,7 +89,7 @@ def finish(m: Migration) -> None:
     m.default("model.moe_intermediate_size", width)
     m.default("model.intermediate_size", width)
     m.default("train.dtype", "bfloat16")
-    m.default("seed", 1234)
+    m.default("seed", 0)
     m.default("log.trackers", "tensorboard")
     if not m.value("data.data_prefix"):
         need(m, "data.path", "the guide's file names no data", "FILES")

@@ -22,7 +22,7 @@ from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
 from deepseek_jax.migrate.tools import megatron_data as md
 from deepseek_jax.migrate.tools import megatron_training as mt
-from deepseek_jax.migrate.tools.megatron_lm import CONVERT, document_mask, end_of_document_loss
+from deepseek_jax.migrate.tools.megatron_run import CONVERT, document_mask, end_of_document_loss
 from deepseek_jax.migrate.tracking import if_there, trackers
 
 LIGHTNING = "it is Lightning's, and changes no number"
