@@ -61,7 +61,9 @@ def parser() -> arguments.Parser:
     out.add_argument(
         "--mean_length", type=float, metavar="TOKENS", help="Of an example, for --match=tokens."
     )
-    out.add_argument("--rows", type=_count, metavar="N", help="Examples, to say how many steps.")
+    out.add_argument(
+        "--rows", type=_count, metavar="N", help="Examples of the data: how many steps epochs are."
+    )
     out.add_argument("--out", type=arguments.path, metavar="FILE", help="The new config.")
     out.add_argument("--json", action="store_true", help="The lists as JSON.")
     return out
@@ -78,6 +80,7 @@ def main(argv: list[str]) -> int:
         gpus_per_node=args.gpus_per_node,
         match_tokens=args.match == "tokens",
         mean_length=args.mean_length,
+        rows=args.rows,
     )
     sources = loading.load(args.files, args.command, os.environ)
     engine.migrate(sources, [n for n in args.tools.split(",") if n], m)

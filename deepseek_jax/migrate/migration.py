@@ -68,6 +68,7 @@ class Migration:
       gpus_per_node: of --gpus_per_node; None: as the sources say, else 8 at most.
       match_tokens: keep tokens per step, and not sequences (--match=tokens).
       mean_length: tokens of an example on average, of --mean_length.
+      rows: examples of the data, of --rows.
       settings: the options of the new config.
       flags: of the launch command, beside them: "--workdir".
       downloads: folder -> command that fills it from the hub.
@@ -77,6 +78,7 @@ class Migration:
     gpus_per_node: int | None = None
     match_tokens: bool = False
     mean_length: float | None = None
+    rows: int | None = None
     recipe: bool = True
     readings: list[Reading] = field(default_factory=list)
     told: dict[str, list[Told]] = field(default_factory=dict)

@@ -49,7 +49,7 @@ def read_file(path: str, name: str = "") -> Source:
     name = name or path
     if path.endswith((".py", ".ipynb")):
         raise UserError(
-            f"{name} is a program, which is not run here. Give its settings: DeepSpeed's dict as a JSON file, "
+            f"{name} is a program, which is not run. Give its settings: DeepSpeed's dict as a JSON file, "
             f"arguments as --command='python {name} --learning_rate=...'."
         )
     return from_text(read_text(path, name), name)

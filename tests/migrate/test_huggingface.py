@@ -292,3 +292,13 @@ def test_data_sets_by_name_and_share():
     )
     assert any("TRL 0" in note for note in done.m.notes)
     assert migrate(text.replace("d: 1.0", "d: 0.5"), devices=8).refused() == {"dataset_mixer.org/d"}
+
+
+def test_a_decay_of_so_many_steps_of_epochs():
+    """Its share is known once the number of examples is: 2 epochs of 400 rows by 8 are 100 steps."""
+    text = (
+        "model_name_or_path: m\ndataset_name: d\nper_device_train_batch_size: 8\nnum_train_epochs: 2\n"
+        "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 25}\n"
+    )
+    assert migrate(text, tools="trl", devices=1).refused() == {"lr_scheduler_kwargs.num_decay_steps"}
+    assert migrate(text, tools="trl", devices=1, rows=400).option("optimizer.decay_fraction") == 0.25

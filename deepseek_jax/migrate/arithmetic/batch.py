@@ -62,7 +62,8 @@ def theirs(m: Migration, layout: Layout) -> tuple[int | None, str]:
     if each is None:
         return (int(whole), f"{int(whole)} in all") if whole else (None, "")
     each, times = int(each), int(times or 1)
-    return each * times * d, f"{each} a device x {times} micro-batches x {d} data parallel GPUs"
+    parts = f"{times} micro-batch{'es' if times != 1 else ''} x {d} data parallel GPU{'s' if d != 1 else ''}"
+    return each * times * d, f"{each} a device x {parts}"
 
 
 def _matched(m: Migration, size: int, how: str, layout: Layout) -> tuple[int, str]:

@@ -44,6 +44,14 @@ def steps(m: Migration) -> int:
     return int(found.value) if found else 0
 
 
+def estimated(m: Migration) -> int:
+    """Steps of the run, with --rows also where epochs are counted and a row is an example; 0: not known."""
+    epochs, size = m.fact("epochs"), m.settings["train.batch_size"].value
+    if steps(m) or not (m.rows and epochs and m.fact("unpacked", True)):
+        return steps(m)
+    return max(int(-(-m.rows // size) * float(epochs)), 1)
+
+
 def _set_length(m: Migration) -> None:
     total, samples, epochs = m.fact("steps"), m.fact("samples"), m.fact("epochs")
     if total and total > 0:

@@ -2,7 +2,7 @@
 
 import math
 
-from deepseek_jax.migrate.arithmetic.length import steps
+from deepseek_jax.migrate.arithmetic.length import estimated, steps
 from deepseek_jax.migrate.migration import Migration
 
 WARMUP = ("warmup_steps", "warmup_fraction", "warmup_samples")
@@ -138,7 +138,7 @@ def _set_decay(m: Migration) -> None:
     if m.fact("decay_samples") and not decay:
         decay = int(m.fact("decay_samples")) // m.settings["train.batch_size"].value
     total = int(m.settings["optimizer.schedule_steps"].value) if m.fact("schedule_steps") else 0
-    total = total or steps(m)
+    total = total or estimated(m)
     names = ("decay_steps", "decay_samples")
     if m.fact("stable_steps") and decay:
         total = (
@@ -161,5 +161,5 @@ def _set_decay(m: Migration) -> None:
             m.refuse_fact(
                 fact,
                 "its share of the steps is not known, as the run is counted in epochs",
-                "Set max_steps",
+                "Set max_steps, or say --rows",
             )
