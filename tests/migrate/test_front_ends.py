@@ -255,6 +255,8 @@ def test_gpt_neox():
     assert c.model.vocab_size == 50432  # GPT-2's 50,257, padded to a multiple of 128 x 2
     assert c.data.split == "969,30,1"
     assert c.model.intermediate_size == 128  # ParallelMLP: int(384 x 2 / 3) // 2, of a gated one
+    dense = migrate(NEOX.replace('"seq_length"', '"moe_num_experts": 1, "seq_length"'), devices=8)
+    assert not dense.config.model.has_experts
     linear = migrate(NEOX.replace("cosine", "linear"), devices=8)
     assert linear.refused() == {"min_lr"}
     plain = migrate(NEOX.replace('"use_bias_in_mlp": false,', ""), devices=8)

@@ -109,7 +109,7 @@ TABLE: dict[str, Handler] = {
     "use_mup": refuse("there is no muP here", "Set it to false"),
     "hidden_dropout": NO_DROPOUT,
     "attention_dropout": NO_DROPOUT,
-    "moe_num_experts": option("model.n_routed_experts"),
+    "moe_num_experts": words.experts,
     "moe_top_k": option("model.num_experts_per_tok"),
     "moe_router_type": words.router,
     "moe_expert_interval": neutral(
@@ -211,9 +211,9 @@ TABLE: dict[str, Handler] = {
 def finish(m: Migration) -> None:
     """Its defaults."""
     # moe_num_experts: 1 is a dense model.
-    for key, value, why, repair in UNASKED:
+    for key, unasked, why, repair in UNASKED:
         if m.value(key) is None:
-            m.refuse_absent(key, value, why, repair)
+            m.refuse_absent(key, unasked, why, repair)
     hidden, heads = whole(m, "hidden_size"), max(whole(m, "num_attention_heads", 1), 1)
     wide = words.gated_width(m, whole(m, "intermediate_size", 4 * hidden))
     m.default("model.intermediate_size", wide)

@@ -28,6 +28,14 @@ def optimizer(m: Migration, entry: Entry) -> None:
         m.tell(entry, "optimizer.name", name)
 
 
+def experts(m: Migration, entry: Entry) -> None:
+    """moe_num_experts: 1 is a dense model."""
+    if as_int(entry) > 1:
+        m.tell(entry, "model.n_routed_experts", as_int(entry))
+    else:
+        m.no_effect(entry, "the model has no experts")
+
+
 def stages(m: Migration, entry: Entry) -> None:
     """pipe_parallel_size: 0 is one stage as well."""
     m.tell(entry, "stage", max(as_int(entry), 1))

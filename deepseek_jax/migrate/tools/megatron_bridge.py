@@ -27,8 +27,6 @@ SECTIONS = (
     "dataset",
     "logger",
     "tokenizer",
-)
-SECTIONS += (
     "checkpoint",
     "rng",
     "mixed_precision",

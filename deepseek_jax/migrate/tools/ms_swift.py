@@ -32,8 +32,11 @@ OWN = (
     "model_author",
     "load_from_cache_file",
     "dataset_num_proc",
+    "truncation_strategy",
+    "torch_dtype",
+    "attn_impl",
+    "loss_scale",
 )
-OWN += ("truncation_strategy", "torch_dtype", "attn_impl", "loss_scale")
 OF_MEGATRON = (
     "micro_batch_size",
     "global_batch_size",

@@ -26,8 +26,10 @@ OWN = (
     "with_tracking",
     "checkpointing_steps",
     "keep_last_n_checkpoints",
+    "load_balancing_loss",
+    "exp_name",
+    "try_launch_beaker_eval_jobs",
 )
-OWN += ("load_balancing_loss", "exp_name", "try_launch_beaker_eval_jobs")
 
 
 def recognise(source: Source) -> int:

@@ -8,7 +8,7 @@ from deepseek_jax.migrate.tools import hf, trl_arguments
 from deepseek_jax.migrate.tools.shared import hub_data, need
 
 # Its own files of DeepSpeed's options, by name.
-ZERO = {
+ZERO: dict[str, dict[str, object]] = {
     "zero0": {"strategy": "no_shard"},
     "zero1": {"strategy": "zero1"},
     "zero2": {"strategy": "shard_grad_op"},
