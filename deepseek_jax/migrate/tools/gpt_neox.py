@@ -210,7 +210,6 @@ TABLE: dict[str, Handler] = {
 
 def finish(m: Migration) -> None:
     """Its defaults."""
-    # moe_num_experts: 1 is a dense model.
     for key, unasked, why, repair in UNASKED:
         if m.value(key) is None:
             m.refuse_absent(key, unasked, why, repair)
