@@ -364,12 +364,12 @@ def test_what_megatron_core_wrote(name):
 
 
 def test_megatrons_blend(tmp_path):
-    """--data-path 0.3 A 0.7 B --split 90,10,0: weights of prefixes, and a split of each."""
+    """--data-path 0.3 A 0.7 B --split 80,10,10: weights of prefixes, and a split of each."""
     prefixes = [f"{MEGATRON}/core_uint16", f"{MEGATRON}/core_int32"]
     config = config_of(",".join(prefixes), weights="0.3,0.7", split="80,10,10")
     loader = Loader(config, load_tokenizer("bytes"))
     assert "30% " in loader.description and "70% " in loader.description
-    assert loader.notes == ["config.data.split=80,10,10: 5 documents that nothing reads"]
+    assert loader.notes == ["config.data.split=80,10,10: 6 documents that nothing reads"]
     lengths = [
         [len(f"document {i} of {os.path.basename(p)}. ") * (1 + i % 3) + 1 for i in range(25)]
         for p in prefixes

@@ -228,9 +228,9 @@ def on_mesh(
 OTHERS = {
     "muon": (dict(learning_rate=1e-2), 6),
     "adafactor": (dict(learning_rate=1e-1, min_dim_size_to_factor=8), 2),
-    "adafactor moment": (dict(learning_rate=1e-1, min_dim_size_to_factor=8, first_moment=0.9), 4),
+    "adafactor moment": (dict(learning_rate=2e-1, min_dim_size_to_factor=8, first_moment=0.5), 4),
     "lion": (dict(learning_rate=2e-3), 6),
-    "sgd": (dict(learning_rate=1e-1, momentum=0.9), 6),
+    "sgd": (dict(learning_rate=1.0, momentum=0.9), 6),
 }
 
 
