@@ -300,5 +300,9 @@ def test_a_decay_of_so_many_steps_of_epochs():
         "model_name_or_path: m\ndataset_name: d\nper_device_train_batch_size: 8\nnum_train_epochs: 2\n"
         "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 25}\n"
     )
-    assert migrate(text, tools="trl", devices=1).refused() == {"lr_scheduler_kwargs.num_decay_steps"}
-    assert migrate(text, tools="trl", devices=1, rows=400).option("optimizer.decay_fraction") == 0.25
+    assert migrate(text, tools="trl", devices=1).refused() == {
+        "lr_scheduler_kwargs.num_decay_steps"
+    }
+    assert (
+        migrate(text, tools="trl", devices=1, rows=400).option("optimizer.decay_fraction") == 0.25
+    )
