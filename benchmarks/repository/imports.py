@@ -12,10 +12,10 @@ from benchmarks import ROOT
 
 # From the top. A module may import its own package and what stands below it.
 ORDER = (
-    "entries plan launch run compress distill esft inference train objectives hf checkpoint tensorfile "
-    "data model experts parallel cluster xla cli config runtime errors"
+    "entries plan launch migrate run compress distill esft inference train objectives hf "
+    "checkpoint tensorfile data model experts parallel cluster xla cli config runtime errors"
 ).split()
-SIDE_BY_SIDE = {"plan", "launch"}  # tools: none imports another
+SIDE_BY_SIDE = {"plan", "launch", "migrate"}  # tools: none imports another
 ENTRIES = ("train", "deepseek_jax.generate", "deepseek_jax.evaluate")  # besides every __main__
 OUTSIDE = ("benchmarks", "tests", "configs")  # they import the package, never the reverse
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": ("text from a checkpoint or a run", "deepseek_jax.generate"),
     "evaluate": ("perplexity and multiple choice", "deepseek_jax.evaluate"),
     "plan": ("whether a run fits, and what it communicates", "deepseek_jax.plan"),
+    "migrate": ("a config from the files of another trainer", "deepseek_jax.migrate"),
     "launch": ("start the processes of a run", "deepseek_jax.launch"),
     "hf": ("Hugging Face checkpoints in and out", "deepseek_jax.hf"),
     "data": ("prepare and show training data", "deepseek_jax.data"),

@@ -86,6 +86,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if HELP & set(argv[1:]):
         argv = [argv[0], "--help"]
     argv = [argv[0], *(_spelled_for_absl(a) for a in argv[1:])]
+    _check_config_file(_config_file(argv))
     for argument in argv[1:]:
         _check_name(argument)
     given = define_flags(argv)
@@ -124,6 +125,15 @@ def _spelled_for_absl(argument: str) -> str:
         if option is not None and option.optional:
             return f"--{name}=0"
     return argument
+
+
+def _check_config_file(path: str) -> None:
+    """Raises UserError: it is a recipe of another trainer."""
+    if path.lower().endswith((".yaml", ".yml", ".json")):
+        raise UserError(
+            f"--config={path} is of another trainer. Migrate it: python -m deepseek_jax.migrate {path} "
+            f"--devices=N --out=configs/mine.py, and then --config=configs/mine.py."
+        )
 
 
 def _check_name(argument: str) -> None:
@@ -207,7 +217,12 @@ def help_text(given: flags.FlagValues) -> str:
 
 def _config_file(argv: list[str]) -> str:
     """The value of --config, "" without one."""
-    return next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), "")
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if re.match(r"--?config=", argument):
+            return argument.split("=", 1)[1]
+        if argument in ("--config", "-config"):
+            return following
+    return ""
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
