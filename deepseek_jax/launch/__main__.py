@@ -4,6 +4,7 @@
   python -m deepseek_jax.launch --nproc_per_node=2 -m some.module ARGUMENTS
   python -m deepseek_jax.launch --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=host0 train.py ...
   python -m deepseek_jax.launch --nproc_per_node=4 --max_restarts=10 --min_processes=2 train.py ...
+  python -m deepseek_jax.launch template slurm|jobset|rayjob|ssh ...     # a file that starts it on a cluster
 
 One process drives all GPUs of its host, so one per host is the usual number; several are for hosts
 whose GPUs belong to different sockets, and for trying several hosts out on one. Each process gets
@@ -41,6 +42,10 @@ from deepseek_jax.launch.restarts import Restarts
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["template"]:
+        from deepseek_jax.launch.template import command  # its libraries take time to import
+
+        return command.main(argv[1:])
     options = parse(argv, __doc__)
     environments(options, os.environ)  # what is wrong with GPUs is said before anything starts
     count = options.nproc_per_node
