@@ -140,6 +140,12 @@ def _check_pods(job: Job, kind: str) -> None:
             f"--job_name={job.name} is no name for Kubernetes. Give at most {most} of a-z, 0-9 and -, a "
             "letter first."
         )
+    if kind == "rayjob" and job.command[0] != "-m" and not job.command[0].endswith(".py"):
+        raise UserError(
+            f"{job.command[0]} is no Python program. Give a .py file, or -m and a module, after --."
+        )
+    if kind == "rayjob" and "://" in job.workdir:
+        return
     if not job.workdir.startswith("/") or job.workdir.count("/") < 2:
         raise UserError(
             f"--workdir={job.workdir} does not lie in a volume. Give /VOLUME/FOLDER: --claim is mounted at "

@@ -246,14 +246,23 @@ class _Reader:
     def _environment(self) -> dict[str, Any]:
         variables: dict[str, str] = {}
         setup: list[str] = []
+        said: set[str] = set()
         for a in self._shell.assignments:
             meaning = a.meaning
-            if meaning is None:
-                if a.exported:
-                    why = "not known here; --env gives it to the program"
+            if meaning is None or not meaning.kept:
+                if a.name in said or (meaning is None and not a.exported):
+                    continue
+                said.add(a.name)
+                if meaning:
+                    self.no_effect.append(Line(a.line, a.shown, meaning.text))
+                else:
+                    own = self._shell.uses(a.name)
+                    why = (
+                        "the script's own"
+                        if own
+                        else "not known here; --env gives it to the program"
+                    )
                     self.left_out.append(Line(a.line, a.shown, why))
-            elif not meaning.kept:
-                self.no_effect.append(Line(a.line, a.shown, meaning.text))
             elif a.secret:
                 why = "a secret: export it before sbatch, which passes it on"
                 self.left_out.append(Line(a.line, f"{a.name}=...", why))

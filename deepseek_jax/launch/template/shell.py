@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from deepseek_jax.launch.template.variables import Meaning, meaning
 
-_ASSIGNMENT = re.compile(
-    r"""(?<![\w$'{.-])([A-Z][A-Z0-9_]*)=("(?:[^"\\]|\\.)*"|'[^']*'|\$\([^)]*\)|[^\s;&|"'`]*)"""
-)
+_WORD = r"""(?:"(?:[^"\\]|\\.)*"|'[^']*'|\$\(\(.*?\)\)|\$?\([^)]*\)|\$\{[^}]*\}|[^\s;&|"'`()])*"""
+_ASSIGNMENT = re.compile(rf"""(?<![\w$'{{.-])([A-Z][A-Z0-9_]*)=({_WORD})""")
 _REFERENCE = re.compile(r"\$(?:\{(\w+)(?::[-=]([^}$]*))?\}|(\w+))")
 _DEFAULTED = re.compile(r"^\s*:\s+(.*)$")  # : "${NAME:=value}"
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$")
@@ -33,14 +32,15 @@ class Assignment(NamedTuple):
 
     @property
     def shown(self) -> str:
-        return f"{self.name}={self.text if len(self.text) <= 50 else self.text[:47] + '...'}"
+        text = self.text or "..."
+        return f"{self.name}={text if len(text) <= 50 else text[:47] + '...'}"
 
 
 class Shell:
     """The lines of a script below its #SBATCH lines.
 
     Attributes:
-      assignments: in order, of each name the last that counts for all processes.
+      assignments: in order.
     """
 
     def __init__(self, text: str, first: int):
@@ -50,9 +50,8 @@ class Shell:
             for number, line in enumerate(text.splitlines(), 1)
             if number >= first and not line.lstrip().startswith("#")
         ]
-        found = list(self._found())
-        self._values = {a.name: a.text for a in found}
-        self.assignments = list({a.name: a for a in found}.values())
+        self.assignments = list(self._found())
+        self._values = {a.name: a.text for a in self.assignments}
 
     def _found(self) -> Iterator[Assignment]:
         for number, line in self._lines:
@@ -68,6 +67,10 @@ class Shell:
                 # Before a command, or in what a variable holds, it is exported too.
                 exported = bool(export) or (not before and bool(line[m.end() :].strip()))
                 yield Assignment(number, m[1], m[2], exported, line.strip() if alone else "")
+
+    def uses(self, name: str) -> bool:
+        """Whether the script itself reads a variable."""
+        return any(re.search(rf"\$\{{?{name}\b", line) for _, line in self._lines)
 
     def value(self, text: str, depth: int = 0) -> str | None:
         """The value of a word, where the script alone says it; None where it is made up at run time."""

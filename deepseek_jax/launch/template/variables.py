@@ -56,28 +56,20 @@ MEANINGS = (
         "of the system",
     ),
     Meaning(
-        (
-            "MASTER_ADDR",
-            "MASTER_PORT",
-            "WORLD_SIZE",
-            "RANK",
-            "LOCAL_RANK",
-            "LOCAL_WORLD_SIZE",
-            "GROUP_RANK",
-            "NODE_RANK",
-            "NNODES",
-            "NUM_NODES",
-            "NPROC_PER_NODE",
-            "GPUS_PER_NODE",
-            "NUM_GPUS",
-            "NUM_PROCESSES",
-            "MAIN_PROCESS_*",
-            "JAX_COORDINATOR_IP",
-            "JAX_COORDINATOR_PORT",
+        tuple(
+            "MASTER_ADDR MASTER_PORT RANK LOCAL_RANK GROUP_RANK NODE_RANK MAIN_PROCESS_* "
+            "JAX_COORDINATOR_IP JAX_COORDINATOR_PORT".split()
         ),
         False,
-        "the processes find each other by what the scheduler says; set for all alike, it would be "
-        "taken for the cluster",
+        "the processes find each other by the scheduler's variables, which these would override",
+    ),
+    Meaning(
+        tuple(
+            "WORLD_SIZE LOCAL_WORLD_SIZE NNODES NUM_NODES NPROC_PER_NODE GPUS_PER_NODE NUM_GPUS "
+            "NUM_PROCESSES NGPU".split()
+        ),
+        False,
+        "a count for the other launcher; --nodes and --gpus_per_node say it here",
     ),
     Meaning(
         ("PYTORCH_*", "TORCH_*", "TORCHINDUCTOR_*", "TORCHELASTIC_*", "GLOO_*"),

@@ -45,9 +45,14 @@ def write(kind: str, job: Job) -> str:
             own_node=_own(job, "--exclusive", "--mem-per-cpu"),
             own_memory=_own(job, "--mem"),
             own_output=_own(job, "--output"),
-            volume=os.path.join("/", job.workdir.split("/")[1]) if "/" in job.workdir else "",
+            volume=_volume(job),
         )
     )
+
+
+def _volume(job: Job) -> str:
+    """/runs of /runs/v3; "" of a workdir that needs none, s3://bucket/v3."""
+    return "/" + job.workdir.split("/")[1] if job.workdir.startswith("/") else ""
 
 
 def _own(job: Job, *options: str) -> bool:
