@@ -32,6 +32,7 @@ launchers of several hosts have none in common: export the same DEEPSEEK_JAX_TOK
 strangers from their ports.
 """
 
+import importlib
 import os
 import sys
 
@@ -40,12 +41,13 @@ from deepseek_jax.launch.launcher import Launcher
 from deepseek_jax.launch.options import environments, parse
 from deepseek_jax.launch.restarts import Restarts
 
+# Other ways to start a run, by first argument: modules with main(argv), imported when asked for.
+SUBCOMMANDS = {"template": "deepseek_jax.launch.template.command"}
+
 
 def main(argv: list[str]) -> int:
-    if argv[:1] == ["template"]:
-        from deepseek_jax.launch.template import command  # its libraries take time to import
-
-        return command.main(argv[1:])
+    if argv and argv[0] in SUBCOMMANDS:
+        return importlib.import_module(SUBCOMMANDS[argv[0]]).main(argv[1:])
     options = parse(argv, __doc__)
     environments(options, os.environ)  # what is wrong with GPUs is said before anything starts
     count = options.nproc_per_node

@@ -108,9 +108,7 @@ def from_script(text: str, command: Sequence[str] = ()) -> Script:
     """
     found, body = directives.read(text)
     reader = _Reader({d.name: d for d in found}, Shell(text, body))
-    fields = reader.fields()
-    known = {f.name for f in dataclasses.fields(Job)}
-    job = Job(command=tuple(command), **{k: v for k, v in fields.items() if k in known})
+    job = Job(command=tuple(command), **reader.fields())
     return Script(job, reader.became, reader.no_effect, reader.left_out, reader.missing)
 
 

@@ -34,9 +34,9 @@ MEANINGS = (
     ),
     Meaning(("CUDA_VISIBLE_DEVICES",), True, "which GPUs of a host are used, in this order"),
     Meaning(
-        ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+        ("JAX_COORDINATOR_*", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
         False,
-        "the processes of the cluster; the file that is written sets it, or the scheduler does",
+        "who the processes are; the file that is written, or the scheduler, says it anew",
     ),
     Meaning(("JAX_*", "XLA_*", "TF_CPP_*", "DEEPSEEK_JAX_*"), True, "JAX's, XLA's or ours"),
     Meaning(
@@ -57,8 +57,7 @@ MEANINGS = (
     ),
     Meaning(
         tuple(
-            "MASTER_ADDR MASTER_PORT RANK LOCAL_RANK GROUP_RANK NODE_RANK MAIN_PROCESS_* "
-            "JAX_COORDINATOR_IP JAX_COORDINATOR_PORT".split()
+            "MASTER_ADDR MASTER_PORT RANK LOCAL_RANK GROUP_RANK NODE_RANK MAIN_PROCESS_*".split()
         ),
         False,
         "the processes find each other by the scheduler's variables, which these would override",
