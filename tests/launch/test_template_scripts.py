@@ -136,7 +136,7 @@ def test_a_mistake_would_pass_for_a_stop(stand_ins):
     """Why the file has --kill-on-bad-exit=0: SLURM stops the others before they end with the mistake's
     code, and the highest code is what it reports."""
     job = Job(
-        command=("bash", "-c", 'trap "exit 143" TERM; ((SLURM_PROCID)) && sleep 1 & wait; exit 2')
+        command=("bash", "-c", 'trap "exit 143" TERM; ((SLURM_PROCID)) && sleep 0.5 & wait; exit 2')
     )
     text = write("slurm", job)
     assert "srun --kill-on-bad-exit=0 --wait=120 " in text
@@ -220,9 +220,9 @@ def test_what_does_not_stop_is_killed(stand_ins):
 
 
 def test_the_time_limit(stand_ins):
-    process = started("ssh", hosts_job("x", stop_before=2, seconds=4))
+    process = started("ssh", hosts_job("x", stop_before=2, seconds=3))
     out = process.communicate(timeout=60)[0]
-    assert process.returncode == 143 and "4 s are almost over" in out
+    assert process.returncode == 143 and "3 s are almost over" in out
 
 
 def test_without_the_script_the_processes_stop(stand_ins):
