@@ -119,6 +119,9 @@ def test_as_sbatch_reads():
     ):
         with pytest.raises(UserError, match=said):
             script("", wrong)
+    placeholder = script("", "--nodes=$NODES", "--gpus-per-node=4")
+    assert placeholder.missing == ["--nodes (1 is taken)"] and placeholder.job.gpus_per_node == 4
+    assert [line.text for line in placeholder.left_out] == ["sbatch does not expand variables"]
     with pytest.raises(UserError, match="line 2, --nodes=many: not a number"):
         script("", "--nodes=many")
     with pytest.raises(UserError, match="line 2, --time=soon: not a time"):
@@ -135,7 +138,10 @@ def test_variables_of_a_script():
             "export NCCL_IB_GID_INDEX=${NCCL_IB_GID_INDEX:-3}",
             "export NCCL_TOPO_FILE=$(find / -name topo.xml)",
             "export WANDB_API_KEY=abcdef",
-            "export MINE=1 OTHER=2",
+            "export MINE=1 OTHER=2 PYTHONPATH=/theirs",
+            "WANDB_PROJECT=this_script_alone",
+            "HF_HOME=/cache",
+            "export HF_HOME",
             "# export NCCL_P2P_DISABLE=1",
             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True srun torchrun --nproc_per_node=$GPUS train.py",
         ]
@@ -147,10 +153,18 @@ def test_variables_of_a_script():
         "NCCL_DEBUG": "INFO",
         "NCCL_IB_HCA": "mlx5",
         "NCCL_IB_GID_INDEX": "3",
+        "HF_HOME": "/cache",
     }
     assert found.job.setup == ("export NCCL_TOPO_FILE=$(find / -name topo.xml)",)
     left = {line.what for line in found.left_out}
-    assert {"WANDB_API_KEY=...", "MINE=1", "OTHER=2", "torchrun", "--array=0-3"} <= left
+    assert {
+        "WANDB_API_KEY=...",
+        "PYTHONPATH=/theirs",
+        "MINE=1",
+        "OTHER=2",
+        "torchrun",
+        "--array=0-3",
+    } <= left
     assert "abcdef" not in found.report() and "abcdef" not in write("slurm", found.job)
     assert [line.what for line in found.no_effect] == [
         "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"

@@ -180,7 +180,10 @@ class _Reader:
     def _number(self, d: Directive | None) -> int | None:
         if d is None:
             return None
-        value = re.match(r"\d+", self._shell.value(d.value or "") or "")
+        value = re.match(r"\d+", d.value or "")
+        if not value and "$" in (d.value or ""):
+            self.left_out.append(Line(d.line, str(d), "sbatch does not expand variables"))
+            return None
         if not value:
             raise UserError(
                 f"line {d.line}, {d}: not a number. Put one there, or leave the line out."
@@ -188,8 +191,10 @@ class _Reader:
         return int(value[0])
 
     def _nodes(self) -> int | None:
-        if d := self._take("nodes", "--nodes"):
-            return self._number(d)  # of MIN-MAX the first
+        d = self._options.pop("nodes", None)
+        if (nodes := self._number(d)) and d:  # of MIN-MAX the first
+            self.became.append(Line(d.line, str(d), f"--nodes={nodes}"))
+            return nodes
         tasks = self._number(self._options.get("ntasks"))
         each = self._number(self._options.get("ntasks-per-node"))
         return -(-tasks // each) if tasks and each else None
@@ -261,6 +266,10 @@ class _Reader:
                         else "not known here; --env gives it to the program"
                     )
                     self.left_out.append(Line(a.line, a.shown, why))
+            elif not a.exported:
+                continue
+            elif a.name == "PYTHONPATH":
+                self.left_out.append(Line(a.line, a.shown, "where the other trainer's code lies"))
             elif a.secret:
                 why = "a secret: export it before sbatch, which passes it on"
                 self.left_out.append(Line(a.line, f"{a.name}=...", why))

@@ -50,7 +50,11 @@ class Shell:
             for number, line in enumerate(text.splitlines(), 1)
             if number >= first and not line.lstrip().startswith("#")
         ]
-        self.assignments = list(self._found())
+        self._exported_later: set[str] = set()
+        self.assignments = [
+            a._replace(exported=a.exported or a.name in self._exported_later)
+            for a in list(self._found())
+        ]
         self._values = {a.name: a.text for a in self.assignments}
 
     def _found(self) -> Iterator[Assignment]:
@@ -60,12 +64,14 @@ class Shell:
                     yield Assignment(number, name, default, True, "")
                 continue
             export = re.match(r"\s*(?:export|declare -x)\s", line)
+            if export and "=" not in line:
+                self._exported_later |= set(line.split()[1:])
             matches = list(_ASSIGNMENT.finditer(line))
             alone = export and len(matches) == 1 and not line.rstrip().endswith("\\")
             for m in matches:
-                before = line[: m.start()].strip()
-                # Before a command, or in what a variable holds, it is exported too.
-                exported = bool(export) or (not before and bool(line[m.end() :].strip()))
+                # Before a command it is exported too, also inside of what a shell is given.
+                alone_there = not line[: m.start()].strip() and not line[m.end() :].strip(" \t\\;")
+                exported = bool(export) or not alone_there
                 yield Assignment(number, m[1], m[2], exported, line.strip() if alone else "")
 
     def uses(self, name: str) -> bool:
