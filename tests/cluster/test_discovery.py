@@ -72,7 +72,7 @@ def test_names_of_other_launchers(env, place, environment):
     assert find(None, None, None, 1, environment(env)) == place
 
 
-@pytest.mark.parametrize("first, then", itertools.combinations(range(len(PLACES)), 2))
+@pytest.mark.parametrize("first, then", [*itertools.combinations(range(len(PLACES)), 2)])
 def test_which_counts(first, then, environment):
     """Flags, JAX_*, MaxText's, XPK's, torchrun's, SLURM's, Open MPI's."""
     (env, place), (other, _) = PLACES[first], PLACES[then]
