@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shlex
 from typing import Any
 
@@ -88,6 +89,12 @@ def _ray(job: Job) -> list[str]:
     ]
 
 
+def _quoted(text: str) -> str:
+    """For bash; also where = or , could be taken for a comparison or a list, as shellcheck does."""
+    quoted = shlex.quote(text)
+    return f"'{text}'" if quoted == text and re.match("=|.*,", text) else quoted
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -100,7 +107,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     filters: dict[str, Any] = environment.filters
-    filters["sh"] = shlex.quote
+    filters["sh"] = _quoted
     filters["sh_all"] = shlex.join
     filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)  # YAML reads JSON
     filters["slurm_time"] = format_time
