@@ -26,7 +26,7 @@ SFT_STAMP := $(VENV)/.installed-sft-demo
 FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_crafted.py \
 	tests/checkpoint/test_durability_disk.py tests/checkpoint/test_durability_files.py \
 	tests/cli/test_arguments.py tests/cli/test_outputs.py tests/cli/test_terminal.py \
-	tests/cluster/test_cluster.py tests/cluster/test_monitor.py tests/config/test_paths.py \
+	tests/cluster/test_cluster.py tests/cluster/test_discovery.py tests/cluster/test_monitor.py tests/config/test_paths.py \
 	tests/data/test_data.py tests/data/test_data_commands.py tests/data/test_formats.py \
 	tests/data/test_hub_cache.py tests/data/test_text_inputs.py tests/data/test_tiktoken.py \
 	tests/hf/test_hf_configs.py tests/hf/test_hf_exports.py tests/parallel/test_levers.py \

@@ -1,5 +1,5 @@
-"""Which processes train together, and which of them this one is: from flags, JAX_* variables,
-torchrun, SLURM, Open MPI or Kubernetes."""
+"""Which processes train together, and which of them this one is: from flags, JAX_* variables, those
+of MaxText's launchers, torchrun, SLURM, Open MPI or Kubernetes; the first that says it counts."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,6 +9,10 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.runtime import jax_private
 
 FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
+# What scripts for MaxText export, for GPUs and, as XPK does, for CPUs (src/maxtext, max_utils.py).
+_MAXTEXT = ("JAX_COORDINATOR_IP", "JAX_COORDINATOR_PORT", "NNODES", "NODE_RANK")
+_XPK = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JOB_COMPLETION_INDEX")
+_XPK_PORT = 1234
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 # What names a job in all its processes alike. Kubernetes gives no such name to them.
 _JOB_NAMES = {
@@ -35,7 +39,8 @@ def find(
     address: str | None, count: int | None, index: int | None, timeout: int, env: Mapping[str, str]
 ) -> Membership | None:
     """The cluster that the flags name, else JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID, else torchrun, SLURM, Open MPI or Kubernetes; each may leave a part to the next.
+    JAX_PROCESS_ID, else MaxText's variables, torchrun, SLURM, Open MPI or Kubernetes; each may leave a
+    part to the next.
 
     Args:
       address: --coordinator_address, HOST:PORT of process 0.
@@ -53,7 +58,7 @@ def find(
     if count == 1:
         return None
     variables = (
-        env.get("JAX_COORDINATOR_ADDRESS"),
+        _with_port(env),
         _number(env, "JAX_NUM_PROCESSES"),
         _number(env, "JAX_PROCESS_ID"),
     )
@@ -103,6 +108,13 @@ def find(
     return Membership(host.strip("[]"), int(port), count, index, may_share, job)
 
 
+def _with_port(env: Mapping[str, str]) -> str | None:
+    """JAX_COORDINATOR_ADDRESS, unless it is XPK's, a host alone."""
+    address = env.get("JAX_COORDINATOR_ADDRESS")
+    host_alone = address and ":" not in address and all(env.get(name) for name in _XPK)
+    return None if host_alone else address
+
+
 def _number(env: Mapping[str, str], name: str) -> int | None:
     value = env.get(name)
     if value is not None and not value.isdecimal():
@@ -116,6 +128,10 @@ def _filled(first: tuple, then: tuple) -> tuple:
 
 def _starter(env: Mapping[str, str]) -> str:
     """The scheduler that started this process, perhaps beside others; empty if none did."""
+    if all(env.get(name) for name in _MAXTEXT):  # set but empty: unset
+        return "MaxText's launcher"
+    if all(env.get(name) for name in _XPK):
+        return "XPK"
     if all(name in env for name in _TORCHRUN):
         return "torchrun"
     if all(name in env for name in _SLURM):
@@ -130,6 +146,15 @@ def _starter(env: Mapping[str, str]) -> str:
 
 def _numbers(by: str, env: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
     """Address, count and index, as far as the scheduler has variables for them."""
+    if by == "MaxText's launcher":
+        address = f"{env['JAX_COORDINATOR_IP']}:{env['JAX_COORDINATOR_PORT']}"
+        return address, _number(env, "NNODES"), _number(env, "NODE_RANK")
+    if by == "XPK":  # its address has no port; several jobs of a JobSet count on
+        job, each = _number(env, "JOB_INDEX") or 0, _number(env, "PROCESSES_IN_JOB") or 0
+        index = _number(env, "JOB_COMPLETION_INDEX")
+        assert index is not None  # `_starter` has found it
+        address = f"{env['JAX_COORDINATOR_ADDRESS']}:{_XPK_PORT}"
+        return address, _number(env, "JAX_PROCESS_COUNT"), job * each + index
     if by == "torchrun":
         # Its agent may listen at MASTER_PORT itself.
         port = _number(env, "MASTER_PORT")

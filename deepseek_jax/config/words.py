@@ -107,6 +107,11 @@ NO_OPTION = (
         "launcher with these flags",
         ("nnodes", "node_rank", "master_addr"),
     ),
+    Word(
+        ("sbatch train.slurm with srun torchrun or accelerate launch",),
+        "`python -m deepseek_jax.launch template slurm --from=train.slurm -- train.py ...`; also `jobset`, "
+        "`rayjob`, `ssh` ([clusters.md](clusters.md))",
+    ),
     Word(("output_dir", "default_root_dir"), "`--workdir=DIR`"),
     Word(
         ("resume_from_checkpoint",),

@@ -3,5 +3,5 @@ Imports no JAX.
 
 In: options and a command. Out: its exit code. Read launcher.py first, which watches the processes;
 options.py reads the command line and makes environments, child.py is one process and its output,
-restarts.py decides what a failure means.
+restarts.py decides what a failure means. template/ writes files that start a run on a cluster.
 """
