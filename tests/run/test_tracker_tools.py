@@ -1,5 +1,5 @@
-"""W&B, MLflow, Trackio and ClearML, by stand-ins for their packages: what they are told, and what they cannot do
-to a run. test_tracker_packages.py has the packages.
+"""W&B, MLflow, Trackio and ClearML, by stand-ins for their packages: what they are told, and what they cannot
+do to a run. test_tracker_packages.py has the packages.
 """
 
 import dataclasses

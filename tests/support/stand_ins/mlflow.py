@@ -1,4 +1,6 @@
-"""A stand-in for mlflow: what deepseek_jax calls of it, with its signatures. Runs are in the file of calls."""
+"""A stand-in for mlflow: what deepseek_jax calls of it, with its signatures. Its runs are in the file of
+calls.
+"""
 
 import types
 

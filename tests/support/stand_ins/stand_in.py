@@ -13,7 +13,7 @@ from typing import Any
 _counts: dict[str, int] = {}
 
 
-def call(name: str, **values: Any) -> None:
+def call(name: str, /, **values: Any) -> None:
     """Writes down a call: "wandb.log" and what it got."""
     _counts[name] = _counts.get(name, 0) + 1
     wanted, _, how = os.environ.get("STAND_IN_FAILS", "").partition(":")
