@@ -248,7 +248,7 @@ def test_the_stand_ins_have_the_packages_signatures(tool, monkeypatch):
         if not inspect.isclass(made):
             pairs.append((name, made, real))
             continue
-        for method, function in vars(made).items():
+        for method in vars(made):
             if callable(getattr(made, method)) and not method.startswith("__"):
                 pairs.append((f"{name}.{method}", getattr(made, method), getattr(real, method)))
     assert len(pairs) >= 3
