@@ -44,6 +44,7 @@ class Outside:
         self._queue: queue.Queue = queue.Queue(self.QUEUED)
         self._process: subprocess.Popen | None = None
         self._ending = False
+        self._killed = False
         self._thread = threading.Thread(target=self._work, name=run.tool, daemon=True)
         self._thread.start()
 
@@ -77,6 +78,7 @@ class Outside:
         try:
             self._process.wait(max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
+            self._killed = True
             self._lost("it has not taken all rows in time")
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -130,7 +132,7 @@ class Outside:
                     base.say(answer["say"])
                 else:
                     self._lost(answer["lost"])
-        if process.wait() and not self._ending:
+        if process.wait() and not self._killed:
             self._lost(f"its process ended with {process.returncode}")
 
     def _lost(self, reason: str) -> None:
