@@ -3,9 +3,11 @@
 What arrived is read back by each tool's own reader, or from its file where it has none.
 """
 
+import errno
 import importlib.util
 import inspect
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -54,14 +56,8 @@ def read_wandb(home: pathlib.Path, workdir: pathlib.Path) -> dict[str, Rows]:
         tool = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
         text = subprocess.run(tool, capture_output=True, text=True, timeout=60, check=True).stdout
         rows = out.setdefault(file.stem.removeprefix("run-"), [])
-        for line in text.splitlines():
-            record = json.loads(line)
-            if record["type"] != "history":
-                continue
-            values = {
-                ".".join(i.get("nested_key") or [i.get("key", "")]): json.loads(i["value_json"])
-                for i in record["record"]["history"]["item"]
-            }
+        for record in map(json.loads, text.splitlines()):
+            values = record["history"]["item"] if record["type"] == "history" else {}
             if "loss" in values:
                 rows.append((values["step"], values["loss"]))
     return out
@@ -190,6 +186,17 @@ def test_a_dead_server_costs_nothing(home, tool, silent, silent_server, monkeypa
     assert len((home / "w" / "metrics.jsonl").read_text().splitlines()) == 100
 
 
+def _fill(path: pathlib.Path) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        while os.write(fd, bytes(1024)):
+            pass
+    except OSError as e:
+        assert e.errno == errno.ENOSPC
+    finally:
+        os.close(fd)
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_full_disk_costs_nothing(home, tool, monkeypatch, capsys):
     """The disk of the workdir and of all that the tools keep has 4 MiB, and is full after five rows."""
@@ -212,13 +219,7 @@ def test_a_full_disk_costs_nothing(home, tool, monkeypatch, capsys):
         while not (disk / "w" / "trackers" / f"{tool}.json").exists():
             assert time.monotonic() < deadline, (disk / f"w/trackers/{tool}.log").read_text()
             time.sleep(0.1)
-        with open(disk / "ballast", "wb") as f:
-            try:
-                while True:
-                    f.write(bytes(4096))
-                    f.flush()
-            except OSError:
-                pass
+        _fill(disk / "ballast")
         started = time.monotonic()
         for step in range(6, 300):
             writer.write({"step": step, "loss": 1.0})

@@ -11,8 +11,9 @@ import time
 import jax
 import pytest
 
-from deepseek_jax.config import from_config_dict, suggestions, validate
+from deepseek_jax.config import from_config_dict, suggestions
 from deepseek_jax.config.options import Config, LogConfig
+from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.run.trackers import child, every, names
 from deepseek_jax.run.trackers.destination import Run
