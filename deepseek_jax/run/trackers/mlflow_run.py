@@ -1,4 +1,4 @@
-"""MLflow. Written against mlflow 3.18; what it reads from the environment (MLFLOW_*) keeps its meaning.
+"""MLflow. Written against mlflow 3.17; what it reads from the environment (MLFLOW_*) keeps its meaning.
 
 Without MLFLOW_TRACKING_URI it writes the SQLite file mlflow.db of the folder that the run was started in, as
 MLflow does. A metric has any number of values at a step: those that are made again after a resume or a

@@ -62,6 +62,7 @@ class TensorBoard:
 
     def _work(self, first_step: int) -> None:
         writer: Any = None
+        item: Any
         written = flushed = time.monotonic()
         while True:
             try:
