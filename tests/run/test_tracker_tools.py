@@ -165,7 +165,11 @@ def test_a_tool_that_hangs_costs_one_line(tmp_path, calls, monkeypatch, capsys):
         ("wandb.log:exit@2", "its process ended with 9", [1]),
         ("wandb.finish:raise", "RuntimeError: the server is on fire", [1, 2, 3, 4]),
         # no account or no network: the same once more, offline
-        ("wandb.init:raise@1", "wandb: the server is on fire Rows are kept in ", [1, 2, 3, 4]),
+        (
+            "wandb.init:raise@1",
+            "wandb: the server is on fire. Rows are kept: `wandb sync /",
+            [1, 2, 3, 4],
+        ),
     ],
 )
 def test_a_tool_that_fails_costs_one_line(tmp_path, calls, monkeypatch, capsys, fails, said, rows):

@@ -48,10 +48,9 @@ class WandbRun:
             if environment.get("WANDB_MODE", "online") != "online":
                 raise
             self._wandb = wandb.init(mode="offline", **given)
-            reason = str(e).strip().partition("\n")[0]
-            self._say(
-                f"wandb: {reason} Rows are kept in {self._wandb.dir}: `wandb sync` of that folder sends them"
-            )
+            reason = str(e).strip().partition("\n")[0].rstrip(".")
+            folder = os.path.dirname(self._wandb.dir)  # of its files
+            self._say(f"wandb: {reason}. Rows are kept: `wandb sync {folder}` sends them")
         run.keep(where, self._wandb.id, self._say)
         self._wandb.define_metric(self._step)
         self._wandb.define_metric("*", step_metric=self._step, step_sync=True)

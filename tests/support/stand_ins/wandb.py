@@ -10,7 +10,7 @@ class Run:
 
     def __init__(self, id, dir):
         self.id = id
-        self.dir = os.path.join(dir, "wandb")
+        self.dir = os.path.join(dir, "wandb", "offline-run-1", "files")
 
     def define_metric(self, name, step_metric=None, step_sync=None):
         stand_in.call("wandb.define_metric", name=name, step_metric=step_metric)
