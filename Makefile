@@ -67,7 +67,7 @@ test-fast: $(FAST_STAMP) ## run a share of them in three minutes, without torch 
 test-slow: $(TEST_STAMP) ## run the tests that `make test` leaves out: whole runs, further meshes and combinations (15 minutes)
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
-test-trackers: $(TRACKERS)/.installed ## run the tests that need W&B, MLflow, Trackio and ClearML themselves, offline (4 minutes)
+test-trackers: $(TRACKERS)/.installed ## run the tests that need W&B, MLflow, Trackio and ClearML themselves, offline (5 minutes)
 	$(TRACKERS)/bin/python -m pytest -q -n 0 -m slow tests/run/test_tracker_packages.py $(ARGS)
 
 check: $(CHECK_STAMP) ## format, lint and types of every file, in a minute
