@@ -186,6 +186,27 @@ def test_a_dead_server_costs_nothing(home, tool, silent, silent_server, monkeypa
     assert len((home / "w" / "metrics.jsonl").read_text().splitlines()) == 100
 
 
+@pytest.mark.parametrize("key", ["0" * 40, None], ids=["no answer", "no account"])
+def test_rows_for_wandb_wait_on_the_disk(home, key, silent_server, monkeypatch, capsys):
+    """What cannot be sent is what `wandb sync` sends later, under the id of the run."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://{silent_server}")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setattr(Outside, "CLOSE_SECONDS", 120.0)
+    writer = opened(home / "w", "wandb", 0)
+    for step in range(1, 4):
+        writer.write({"step": step, "loss": 1.0})
+    writer.close()
+    error = capsys.readouterr().err
+    assert "Rows are kept: `wandb sync /" in error and "rows are missing" not in error, error
+    kept = json.loads((home / "w" / "trackers" / "wandb.json").read_text())["id"]
+    assert read_wandb(home, home / "w") == {kept: [(1, 1.0), (2, 1.0), (3, 1.0)]}
+
+
 def _fill(path: pathlib.Path) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT)
     try:

@@ -16,6 +16,9 @@ from deepseek_jax.run.trackers import names
 from deepseek_jax.run.trackers.base import LostRows, Row
 
 
+NOTHING: Any = ()  # in place of a row
+
+
 class TensorBoard:
     """Event files for TensorBoard, written by a thread of its own.
 
@@ -62,13 +65,12 @@ class TensorBoard:
 
     def _work(self, first_step: int) -> None:
         writer: Any = None
-        item: Any
         written = flushed = time.monotonic()
         while True:
             try:
                 item = self._queue.get(timeout=self.FLUSH_SECONDS)
             except queue.Empty:
-                item = ()
+                item = NOTHING
             with self._warning.about(self._folder):
                 if item and writer is None:
                     writer = _open_events(self._folder, first_step)

@@ -47,6 +47,7 @@ class WandbRun:
         except Exception as e:  # no account, no network
             if environment.get("WANDB_MODE", "online") != "online":
                 raise
+            wandb.teardown()  # its service holds the id of the run that did not begin
             self._wandb = wandb.init(mode="offline", **given)
             reason = str(e).strip().partition("\n")[0].rstrip(".")
             folder = os.path.dirname(self._wandb.dir)  # of its files

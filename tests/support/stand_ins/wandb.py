@@ -22,6 +22,10 @@ class Run:
         stand_in.call("wandb.finish", exit_code=exit_code)
 
 
+def teardown(exit_code=None):
+    stand_in.call("wandb.teardown")
+
+
 def init(
     project=None,
     dir=None,
