@@ -35,7 +35,7 @@ OPTIONS = {
     "checkpoint.every_steps": INTERVAL,
     "checkpoint.keep": 3,
     "log.every_steps": 1,
-    "log.tensorboard": False,
+    "log.trackers": "",
     "eval.every_steps": 0,
     "eval.sample_tokens": 0,
 }

@@ -268,7 +268,7 @@ def flags(config: Config, path: pathlib.Path, steps: int) -> list[str]:
         "train.dtype": t.dtype,
         "train.remat": t.remat,
         "log.every_steps": 1,
-        "log.tensorboard": False,
+        "log.trackers": "",
     }
     options = [f"--config.{name}={value}" for name, value in given.items()]
     return ["--config=configs/tiny.py", *model, *options]

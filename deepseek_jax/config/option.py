@@ -200,7 +200,7 @@ class Option:
             for system, word in alias.words():
                 theirs = word.rpartition(":")[2].strip().strip('"')
                 if alias.value is not None and theirs.lower() == text.lower():
-                    return f"{theirs} ({SYSTEMS[system]}) is {alias.value} here. "
+                    return f"{theirs} ({SYSTEMS[system]}) is {alias.value or repr('')} here. "
         near = difflib.get_close_matches(text, list(allowed), n=1)
         return f"Did you mean {near[0]}? " if near else ""
 

@@ -8,7 +8,8 @@ from deepseek_jax.config.options import OPTIONS
 
 # Options that had another name: old -> new, as "train.grad_clip": "optimizer.grad_clip". The old one is
 # refused by this name.
-RENAMED: Mapping[str, str] = {}
+RENAMED: Mapping[str, str] = {"log.tensorboard": "log.trackers"}
+VALUES = {"log.tensorboard": ": True is tensorboard, False is ''"}  # what the old values are now
 SEE_HELP = "See --help for all options."
 
 
@@ -38,7 +39,7 @@ def suggestion(name: str) -> str:
       name: "train.stepz".
     """
     if name in RENAMED:
-        return f"It is config.{RENAMED[name]} now."
+        return f"It is config.{RENAMED[name]} now{VALUES.get(name, '')}."
     if found := words.find_path(name):
         return found
     section, _, key = name.rpartition(".")

@@ -114,6 +114,28 @@ NO_OPTION = (
     ),
     Word(("output_dir", "default_root_dir"), "`--workdir=DIR`"),
     Word(
+        (
+            "wandb_entity",
+            "wandb_logger_kwargs.entity",
+            "--wandb-entity",
+            "wandb.team",
+            "wandb_run_id",
+        ),
+        "the tool's own environment: `WANDB_ENTITY`, `WANDB_RUN_ID`, `MLFLOW_TRACKING_URI`, "
+        "`CLEARML_API_HOST` (docs/tracking.md)",
+        ("mlflow_tracking_uri", "wandb_mode", "wandb_save_dir"),
+    ),
+    Word(
+        ("WANDB_LOG_MODEL", "WANDB_WATCH", "HF_MLFLOW_LOG_ARTIFACTS", "CLEARML_LOG_MODEL"),
+        f"{NOTHING} trackers get numbers and options, and no weights. `python -m deepseek_jax.hf export` "
+        "writes a folder to upload",
+        ("wandb_log_model", "wandb_watch", "hf_mlflow_log_artifacts"),
+    ),
+    Word(
+        ("logging_dir", "csv_monitor.enabled"),
+        f"{NOTHING} WORKDIR/tensorboard, and WORKDIR/metrics.jsonl with a JSON object per row",
+    ),
+    Word(
         ("resume_from_checkpoint",),
         f"{NOTHING} the same command resumes from the newest good checkpoint of its workdir",
     ),

@@ -129,7 +129,10 @@ def model_files(folder: str) -> Iterator[str]:
             or name.endswith((".safetensors", ".safetensors.index.json"))
         ):
             yield path
-        elif name in ("checkpoints", FOLDER, TEMPLATES, "tensorboard", "profile"):
+        elif name in (
+            *("checkpoints", FOLDER, TEMPLATES, "profile"),
+            *("tensorboard", "trackers", "wandb"),
+        ):
             yield from (
                 os.path.join(here, file) for here, _, files in os.walk(path) for file in files
             )

@@ -41,6 +41,7 @@ from deepseek_jax.run.staged import StagedRun
 from deepseek_jax.run.start import Start
 from deepseek_jax.run.teacher import Teacher
 from deepseek_jax.run.teacher_records import TeacherRecords
+from deepseek_jax.run.trackers.every import check_installed
 from deepseek_jax.run.watchdog import Watchdog, end_alone
 from deepseek_jax.runtime import compile_cache
 from deepseek_jax.train import workdir as workdirs
@@ -121,7 +122,8 @@ class Job:
           UserError: something is.
         """
         config = self._config = self._given = settled(self._config)
-        first = self._processes.index == 0
+        if first := self._processes.index == 0:
+            check_installed(config)
         self._mesh = make_mesh(config)
         tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
         check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)

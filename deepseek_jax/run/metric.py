@@ -26,6 +26,7 @@ class Measured:
     config: Config
     count: Count
     stage: Stage | None = None  # of a run with stages
+    samples_per_sec: float = 0.0
 
     @functools.cached_property
     def routing(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The metrics of a run: one table of names, units and meanings, and the rows that are made by it.
 
-metrics.jsonl, TensorBoard, the terminal, the tests and reports read `METRICS`. An objective may report
+metrics.jsonl, the trackers, the terminal, the tests and reports read `METRICS`. An objective may report
 further parts of its loss by names of its own.
 """
 
@@ -166,6 +166,14 @@ _TABLE = (
         contract=True,
         terminal="{:,.0f} tokens/s",
         of=lambda m: round(m.tokens_per_sec, 2),
+    ),
+    Metric(
+        "samples_per_sec",
+        "sequences per second",
+        "sequences of the global batch per second of training (Hugging Face: train_samples_per_second)",
+        over_steps="mean",
+        over_processes="first",
+        of=lambda m: round(m.samples_per_sec, 4),
     ),
     Metric(
         "tokens_seen",

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,8 +16,16 @@ from deepseek_jax.model.count import Count
 from deepseek_jax.run import metrics
 from deepseek_jax.run.figures import short
 from deepseek_jax.run.stages import Stage
-from deepseek_jax.run.trackers import Trackers
+from deepseek_jax.run.trackers.every import Trackers
 from deepseek_jax.train.step import StepMetrics
+
+
+class Speed(NamedTuple):
+    """Of training, over some steps."""
+
+    seconds_per_step: float
+    tokens_per_sec: float
+    samples_per_sec: float
 
 
 class Clock:
@@ -29,25 +37,26 @@ class Clock:
     def __init__(self) -> None:
         self._last = time.perf_counter()
         self._begun = False
-        # (seconds per step, tokens per second) of the first step: all that is known until the second.
-        self._first = (0.0, 0.0)
+        self._first = Speed(0.0, 0.0, 0.0)  # of the first step: all that is known until the second
         self._steps = 0
         self._tokens = 0
+        self._samples = 0
         self._seconds = 0.0
         self._all_steps = 0
         self._all_seconds = 0.0
 
-    def tick(self, tokens: int) -> None:
-        """A step of so many tokens has finished."""
+    def tick(self, tokens: int, samples: int) -> None:
+        """A step of so many tokens, in so many sequences, has finished."""
         now = time.perf_counter()
         seconds = now - self._last
         self._last = now
         if not self._begun:
             self._begun = True
-            self._first = (seconds, tokens / seconds)
+            self._first = Speed(seconds, tokens / seconds, samples / seconds)
             return
         self._steps += 1
         self._tokens += tokens
+        self._samples += samples
         self._seconds += seconds
         self._all_steps += 1
         self._all_seconds += seconds
@@ -60,13 +69,18 @@ class Clock:
         """Over the whole run so far."""
         return self._all_seconds / self._all_steps if self._all_steps else self._first[0]
 
-    def read(self) -> tuple[float, float]:
-        """(seconds per step, tokens per second) since the last call, at least one step ago."""
+    def read(self) -> Speed:
+        """Since the last call, at least one step ago."""
         if not self._steps:
             return self._first
-        out = (self._seconds / self._steps, self._tokens / self._seconds)
+        out = Speed(
+            seconds_per_step=self._seconds / self._steps,
+            tokens_per_sec=self._tokens / self._seconds,
+            samples_per_sec=self._samples / self._seconds,
+        )
         self._steps = 0
         self._tokens = 0
+        self._samples = 0
         self._seconds = 0.0
         return out
 
@@ -165,7 +179,7 @@ class Report:
         """
         m = jax.device_get(device_metrics)
         self.tokens_seen += int(m.tokens)
-        self.clock.tick(int(m.tokens))
+        self.clock.tick(int(m.tokens), sum(last - first for first, last in rows))
         if self._first_step:
             self.say(self._first_step())
             self._first_step = None
@@ -183,13 +197,14 @@ class Report:
         return m
 
     def _log(self, step: int, m: StepMetrics, rows: list[Window]) -> None:
-        seconds, tokens_per_sec = self.clock.read()
+        speed = self.clock.read()
         values = metrics.row(
             metrics.Measured(
                 step=step,
                 metrics=m,
-                step_time=seconds,
-                tokens_per_sec=tokens_per_sec,
+                step_time=speed.seconds_per_step,
+                tokens_per_sec=speed.tokens_per_sec,
+                samples_per_sec=speed.samples_per_sec,
                 tokens_seen=self.tokens_seen,
                 config=self._config,
                 count=self._count,

@@ -22,6 +22,7 @@ from deepseek_jax.run.loop import Result
 from deepseek_jax.run.report import held_out_text
 from deepseek_jax.run.stages import Stage
 from deepseek_jax.run.teacher import Teacher
+from deepseek_jax.run.trackers.every import TENSORBOARD, named
 from deepseek_jax.train import projection, schedules
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.history import History
@@ -305,10 +306,13 @@ def show_end(config: Config, workdir: str, result: Result, seconds: float) -> No
         console.rule("sample", align="left")
         console.print(result.sample, markup=False)
         console.rule()
+    events = ""
+    if TENSORBOARD in named(config):
+        events = f"  (tensorboard --logdir {workdir}/tensorboard)"
     lines = [
         ("took", f"{seconds / 60:.1f} min"),
         ("checkpoint", result.checkpoint),
-        ("metrics", f"{workdir}/metrics.jsonl  (tensorboard --logdir {workdir}/tensorboard)"),
+        ("metrics", f"{workdir}/metrics.jsonl{events}"),
     ]
     generate = f"python -m deepseek_jax.generate --workdir={workdir}"
     if config.reads_examples:

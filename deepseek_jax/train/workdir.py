@@ -288,12 +288,23 @@ def _read(path: str, everything: bool = False) -> dict[str, Any]:
             out = json.load(f)
         if not isinstance(out, dict) or not isinstance(out.get("model"), dict):
             raise ValueError("it has no section model")
+        out = _renamed(out)
         return out if everything else {k: v for k, v in out.items() if k not in _NOT_OPTIONS}
     except (OSError, ValueError) as e:
         raise UserError(
             f"{path} cannot be read as the config of a run ({e}). Restore it, or name another "
             f"--workdir."
         ) from e
+
+
+def _renamed(written: dict[str, Any]) -> dict[str, Any]:
+    """With the options of an earlier version under their names of today."""
+    log = written.get("log")
+    if not isinstance(log, dict) or "tensorboard" not in log:
+        return written
+    log = dict(log)
+    trackers = "tensorboard" if log.pop("tensorboard") else ""
+    return written | {"log": {"trackers": trackers, **log}}
 
 
 def _with_defaults(before: Any, defaults: Any) -> Any:

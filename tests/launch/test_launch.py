@@ -250,7 +250,7 @@ SMALL = {
     "data.eval_fraction": 0.0,
     "checkpoint.every_steps": 0,
     "log.every_steps": 1,
-    "log.tensorboard": False,
+    "log.trackers": "",
     "eval.sample_tokens": 0,
 }
 

@@ -132,7 +132,7 @@ def trainer():
     config = dataclasses.replace(
         config,
         checkpoint=CheckpointConfig(every_steps=4, keep=0),
-        log=LogConfig(every_steps=1, tensorboard=False),
+        log=LogConfig(every_steps=1, trackers=""),
         eval=EvalConfig(every_steps=0),
     )
     validate(config)

@@ -80,7 +80,7 @@ def options(source, corpus, lora=LORA):
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, schedule="constant"),
         checkpoint=CheckpointConfig(every_steps=2, keep=0),
         eval=EvalConfig(every_steps=0, batches=1, sample_prompt="1+1", sample_tokens=3),
-        log=LogConfig(every_steps=1, tensorboard=False),
+        log=LogConfig(every_steps=1, trackers=""),
     )
 
 

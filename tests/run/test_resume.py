@@ -64,7 +64,7 @@ EVERYTHING = Config(
     ),
     eval=EvalConfig(every_steps=0),
     checkpoint=CheckpointConfig(every_steps=1, keep=0),
-    log=LogConfig(every_steps=1, tensorboard=False),
+    log=LogConfig(every_steps=1, trackers=""),
 )
 
 

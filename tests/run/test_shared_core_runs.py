@@ -58,7 +58,7 @@ def test_from_checkpoint_0_to_transformers(source, tmp_path, monkeypatch):
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, schedule="constant"),
         checkpoint=CheckpointConfig(every_steps=2, keep=0),
         eval=EvalConfig(every_steps=0, batches=1, sample_prompt="hello", sample_tokens=3),
-        log=LogConfig(every_steps=1, tensorboard=False),
+        log=LogConfig(every_steps=1, trackers=""),
     )
     whole, again = str(tmp_path / "whole"), str(tmp_path / "again")
     result = train(options, whole)

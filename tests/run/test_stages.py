@@ -63,7 +63,7 @@ def options(folder, stages: list[dict], **more) -> Config:
         distill=DistillConfig(stages=json.dumps(stages)),
         eval=EvalConfig(every_steps=0, sample_tokens=0),
         checkpoint=CheckpointConfig(every_steps=1, keep=0),
-        log=LogConfig(every_steps=1, tensorboard=False),
+        log=LogConfig(every_steps=1, trackers=""),
         compile=CompileConfig(cache_dir=str(folder / "programs")),
         **more,
     )

@@ -13,7 +13,9 @@ import numpy as np
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.moe_statistics import Load
-from deepseek_jax.run import figures, metrics, trackers
+from deepseek_jax.run import figures, metrics
+from deepseek_jax.run.trackers import jsonl, tensorboard
+from deepseek_jax.run.trackers.every import Trackers
 from tests.support import ROOT
 from tests.support.runs import CONTRACT_KEYS
 
@@ -54,7 +56,7 @@ def test_what_is_written(tmp_path):
         np.array([[0, 2], [0, 0]]),
         np.array([3, 0]),
     )
-    writer = trackers.Trackers(str(tmp_path), Config(), 6)
+    writer = Trackers(str(tmp_path), Config(), 6)
     writer.write({"step": 7} | figures.routing(load, drop=True), load)
     writer.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -90,8 +92,8 @@ def test_a_slow_disk_costs_rows_of_tensorboard_and_not_the_run(tmp_path, monkeyp
         return write(self, event)
 
     monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", slow)
-    monkeypatch.setattr(trackers.TensorBoard, "QUEUED", 5)
-    writer = trackers.Trackers(str(tmp_path), Config(), 0)
+    monkeypatch.setattr(tensorboard.TensorBoard, "QUEUED", 5)
+    writer = Trackers(str(tmp_path), Config(), 0)
     for step in range(1, 100):
         writer.write({"step": step, "loss": 1.0})  # returns
     answers.set()
@@ -114,8 +116,8 @@ def test_a_full_disk_costs_rows_and_not_the_run(tmp_path, monkeypatch, capsys):
         count, room[0] = min(room[0], len(text)), max(room[0] - len(text), 0)
         return write(fd, text[:count])
 
-    monkeypatch.setattr(trackers.os, "write", limited)
-    writer = trackers.Trackers(str(tmp_path), Config(), 0)
+    monkeypatch.setattr(jsonl.os, "write", limited)
+    writer = Trackers(str(tmp_path), Config(), 0)
     for step in range(1, 40):
         if step == 5:
             room[:] = [30, False]  # some bytes of a row, then none
@@ -137,7 +139,7 @@ def test_tensorboard_on_a_full_disk(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", full)
-    writer = trackers.Trackers(str(tmp_path), Config(), 0)
+    writer = Trackers(str(tmp_path), Config(), 0)
     done = threading.Thread(
         target=lambda: (
             [writer.write({"step": i, "loss": 1.0}) for i in range(200)],
@@ -157,7 +159,7 @@ def test_tensorboard_on_a_full_disk(tmp_path, monkeypatch, capsys):
 def test_rows_cut_short_and_rows_to_come_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
-    writer = trackers.Trackers(str(tmp_path), Config(), 1)
+    writer = Trackers(str(tmp_path), Config(), 1)
     writer.write({"step": 2, "loss": 4.0})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 1.0},

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from deepseek_jax.config.option import Alias, option
+from deepseek_jax.config.option import NAMES, Alias, option
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "clearml")  # of log.trackers
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class WatchdogConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Rows of metrics.jsonl and TensorBoard."""
+    """Rows of metrics.jsonl, and where else they go (docs/tracking.md)."""
 
     every_steps: int = option(
         10,
@@ -173,8 +175,66 @@ class LogConfig:
         special={0: "none"},
         on_resume="free",
     )
-    tensorboard: bool = option(
-        True, "Write TensorBoard events to WORKDIR/tensorboard.", on_resume="free"
+    trackers: str = option(
+        "tensorboard",
+        "Where rows go besides metrics.jsonl. All but tensorboard are extras of these names to install.",
+        choices={"": "nowhere", NAMES: "one or more, separated by commas"},
+        names=TRACKERS,
+        on_resume="free",
+        aliases=[
+            Alias(
+                hf=("report_to", "log_with"),
+                note="names with commas; `all` is not taken: what happens to be installed decides nothing",
+            ),
+            Alias("", hf="report_to: none"),
+            Alias(
+                "wandb",
+                hf="report_to: wandb",
+                nemo="create_wandb_logger: true",
+                deepspeed="wandb.enabled: true",
+            ),
+            Alias("mlflow", hf="report_to: mlflow", nemo="create_mlflow_logger: true"),
+            Alias("trackio", hf="report_to: trackio"),
+            Alias("clearml", hf="report_to: clearml", nemo="create_clearml_logger: true"),
+            Alias(
+                "tensorboard",
+                hf="report_to: tensorboard",
+                nemo=("create_tensorboard_logger: true", "--tensorboard-dir"),
+                deepspeed="tensorboard.enabled: true",
+                note="the default; in WORKDIR/tensorboard",
+            ),
+        ],
+    )
+    project: str = option(
+        "",
+        "Of W&B, Trackio and ClearML, and the experiment of MLflow; empty: what the tool's environment says "
+        "(WANDB_PROJECT, ...), else deepseek_jax.",
+        on_resume="free",
+        aliases={
+            "hf": ("project", "wandb_project", "mlflow_experiment_name"),
+            "nemo": ("wandb_logger_kwargs.project", "--wandb-project"),
+            "deepspeed": "wandb.project",
+        },
+    )
+    run_name: str = option(
+        "",
+        "Of the run in these tools; empty: what the tool's environment says (WANDB_NAME, ...), else the "
+        "workdir's name.",
+        on_resume="free",
+        aliases={
+            "hf": ("run_name", "wandb_name"),
+            "nemo": ("wandb_logger_kwargs.name", "--wandb-exp-name"),
+            "deepspeed": "tensorboard.job_name",
+        },
+    )
+    names: str = option(
+        "own",
+        "What metrics are called there; metrics.jsonl keeps its names.",
+        choices={
+            "own": "as in metrics.jsonl: loss, lr, eval_loss",
+            "hf": "as on dashboards of Hugging Face's Trainer: train/loss, train/learning_rate, eval/loss",
+        },
+        on_resume="free",
     )
     peak_tflops: float = option(
         0.0,
