@@ -4,6 +4,7 @@
   python -m deepseek_jax.launch --nproc_per_node=2 -m some.module ARGUMENTS
   python -m deepseek_jax.launch --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=host0 train.py ...
   python -m deepseek_jax.launch --nproc_per_node=4 --max_restarts=10 --min_processes=2 train.py ...
+  python -m deepseek_jax.launch ray --num_workers=2 --gpus_per_worker=8 --storage_path=... train.py ...
 
 One process drives all GPUs of its host, so one per host is the usual number; several are for hosts
 whose GPUs belong to different sockets, and for trying several hosts out on one. Each process gets
@@ -31,6 +32,7 @@ launchers of several hosts have none in common: export the same DEEPSEEK_JAX_TOK
 strangers from their ports.
 """
 
+import importlib
 import os
 import sys
 
@@ -39,8 +41,13 @@ from deepseek_jax.launch.launcher import Launcher
 from deepseek_jax.launch.options import environments, parse
 from deepseek_jax.launch.restarts import Restarts
 
+# Other ways to start a run, by first argument: modules with main(argv), imported when asked for.
+SUBCOMMANDS = {"ray": "deepseek_jax.launch.ray.command"}
+
 
 def main(argv: list[str]) -> int:
+    if argv and argv[0] in SUBCOMMANDS:
+        return importlib.import_module(SUBCOMMANDS[argv[0]]).main(argv[1:])
     options = parse(argv, __doc__)
     environments(options, os.environ)  # what is wrong with GPUs is said before anything starts
     count = options.nproc_per_node

@@ -1,0 +1,93 @@
+"""train.py as a child of a Ray worker: started in the project's folder, told to stop, watched to its end.
+
+A process of its own, as a worker runs its function in a thread: there are no signal handlers there, the
+folder and the arguments are Ray's, and a program that leaves by os._exit would take the worker with it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+
+from deepseek_jax.runtime import libc
+
+_LONGEST = 2000  # characters of a line that is kept
+
+
+class Process:
+    """One process, in a session of its own. The kernel kills it when the worker ends (on Linux)."""
+
+    def __init__(self, command: list[str], folder: str, env: dict[str, str]):
+        """Starts it.
+
+        Args:
+          command: as for Python.
+          folder: where it works.
+          env: all of its environment.
+
+        Raises:
+          OSError: the folder is not there.
+        """
+        self._last: deque[str] = deque(maxlen=1)
+        # Of the thread that starts it the kernel says that it is the parent: the one that calls `end`.
+        self._popen = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=libc.die_with(os.getpid()),
+        )
+        self._reader = threading.Thread(target=self._pass_on, name="stderr", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, 128 + N for signal N; None while it runs."""
+        code = self._popen.poll()
+        return 128 - code if code is not None and code < 0 else code
+
+    @property
+    def said(self) -> str:
+        """Its last line on stderr, whole once the process has ended."""
+        if self.code is not None:
+            self._reader.join(timeout=5)
+        return self._last[0] if self._last else ""
+
+    def signal(self, number: int) -> None:
+        """Nothing happens where it has ended."""
+        if self.code is None:
+            self._popen.send_signal(number)
+
+    def end(self, grace: float) -> int:
+        """Waits for its end, kills it after `grace` seconds, and what it left in its session with it."""
+        until = time.monotonic() + grace
+        while self.code is None and time.monotonic() < until:
+            time.sleep(0.05)
+        try:
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        self._popen.wait()
+        code = self.code
+        assert code is not None
+        return code
+
+    def _pass_on(self) -> None:
+        assert self._popen.stderr is not None
+        for line in self._popen.stderr:
+            try:
+                sys.stderr.buffer.write(line)
+                sys.stderr.flush()
+            except (OSError, ValueError, AttributeError):  # nobody reads any more
+                pass
+            if text := line.decode(errors="replace").strip():
+                self._last.append(text[:_LONGEST])

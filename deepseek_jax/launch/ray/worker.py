@@ -1,0 +1,233 @@
+"""What Ray Train runs on every host: starts train.py, reports its checkpoints, says how it ended.
+
+Calls of ray.train.report and of its collectives are barriers: every worker must make as many as any
+other. So worker 0 decides at every tick what all do (`Order`), and all do that and nothing else.
+"""
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+from deepseek_jax.errors import ExitCode
+from deepseek_jax.launch.ray import job
+from deepseek_jax.launch.ray.job import Outcome, Plan
+from deepseek_jax.launch.ray.process import Process
+from deepseek_jax.launch.ray.storage import Storage, metrics_at
+
+SEND_SECONDS = 20.0  # between two copies of metrics and config to a bucket
+
+
+class WorkerFailed(Exception):
+    """A process ended in a way after which Ray starts all again, while max_failures lasts.
+
+    Attributes:
+      code: its exit code.
+      said: the line that explains it.
+    """
+
+    def __init__(self, code: int, said: str):
+        super().__init__(code, said)
+        self.code = code
+        self.said = said
+
+    def __str__(self) -> str:
+        return self.said
+
+
+class Order(NamedTuple):
+    """What all workers do at one tick; worker 0 decides."""
+
+    report: tuple[int, ...] = ()  # steps of checkpoints
+    end: int | None = None  # the exit code of process 0
+
+
+def work(config: dict[str, Any]) -> dict[str, Any]:
+    """One worker of a run.
+
+    Args:
+      config: "plan", a job.Plan, and "stop", an actor that knows of signals to the driver.
+
+    Returns:
+      A job.Outcome as a dict, the one of worker 0 counts.
+
+    Raises:
+      WorkerFailed: process ended, and the run is worth another try.
+    """
+    import ray
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    plan, context = Plan(**config["plan"]), ray.train.get_context()
+    rank, count = context.get_world_rank(), context.get_world_size()
+    kept = context.get_storage()
+    storage = Storage(kept.storage_filesystem, f"{kept.experiment_fs_path}/run")
+    workdir = _local_workdir(plan) if plan.remote else plan.workdir
+    if plan.remote and context.get_local_rank() == 0:
+        storage.fetch(workdir)
+    # Also a barrier: what has been fetched is there for all workers of a host.
+    meeting = broadcast_from_rank_zero(
+        job.meeting(ray.util.get_node_ip_address()) if rank == 0 else None
+    )
+    try:
+        process = Process(
+            [*plan.command, f"--workdir={workdir}"],
+            plan.folder,
+            job.environment(os.environ, plan, meeting, rank, count),
+        )
+    except OSError as e:
+        raise WorkerFailed(
+            ExitCode.MISTAKE,
+            f"{plan.folder} cannot be entered on host {socket.gethostname()} ({e.strerror}). Let all hosts "
+            "see the project there, or submit it with `ray job submit --working-dir=.`",
+        ) from e
+    chief = _Chief(plan, storage, workdir, process, config["stop"]) if rank == 0 else None
+    try:
+        code = _until_end(plan, storage, workdir, process, chief)
+    finally:
+        process.end(0)
+    where = f"process {rank} of {count} on {socket.gethostname()}:"
+    if not job.is_final(code):
+        own = process.code or code
+        raise WorkerFailed(own, job.explained(own, process.said, where))
+    step = chief.reported if chief else None
+    return Outcome(
+        code=code,
+        step=step,
+        checkpoint=None if step is None else f"{plan.workdir}/checkpoints/{step}",
+        metrics={} if step is None else metrics_at(workdir, step),
+        workdir=plan.workdir,
+        preempted=bool(chief and chief.preempted),
+        said=process.said,
+    )._asdict()
+
+
+def _until_end(
+    plan: Plan, storage: Storage, workdir: str, process: Process, chief: "_Chief | None"
+) -> int:
+    """Does what worker 0 says, until its process has ended. Returns that one's exit code.
+
+    Raises:
+      WorkerFailed: this worker's process has ended, and process 0 goes on without it.
+    """
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    ended: float | None = None
+    while True:
+        _wait(plan.tick, process if chief else None)
+        preempted = ray.train.get_preemption_info() is not None
+        order = Order(*broadcast_from_rank_zero(chief.decide(preempted) if chief else None))
+        for step in order.report:
+            ray.train.report(
+                metrics_at(workdir, step) if chief else {},
+                checkpoint=ray.train.Checkpoint(storage.checkpoint(step), storage.filesystem),
+                checkpoint_upload_mode=_no_upload(),
+            )
+        if order.end is not None:
+            process.end(plan.grace)
+            return order.end
+        if process.code is not None:
+            ended = ended or time.monotonic()
+            if not chief and time.monotonic() - ended > plan.grace:
+                raise WorkerFailed(process.code, job.explained(process.code, process.said))
+
+
+def _no_upload() -> Any:
+    from ray.train import CheckpointUploadMode
+
+    return CheckpointUploadMode.NO_UPLOAD
+
+
+def _wait(seconds: float, process: Process | None) -> None:
+    """Until the next tick; not so long where `process` ends."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and (process is None or process.code is None):
+        time.sleep(0.1)
+
+
+def _local_workdir(plan: Plan) -> str:
+    """Where this host keeps the files of a run whose storage is remote."""
+    top = plan.local_dir or os.path.join(tempfile.gettempdir(), f"deepseek_jax.{os.getuid()}")
+    return os.path.join(top, plan.workdir.replace("://", "/").removesuffix("/run"))
+
+
+class _Chief:
+    """What worker 0 knows beside its process.
+
+    Attributes:
+      reported: the step of the newest checkpoint that Ray knows of.
+      preempted: Ray takes a host away, so the processes were stopped.
+    """
+
+    def __init__(self, plan: Plan, storage: Storage, workdir: str, process: Process, stop: Any):
+        self._plan = plan
+        self._storage = storage
+        self._workdir = workdir
+        self._process = process
+        self._stop = stop
+        self._signalled = 0  # signals to the driver that were passed on
+        self._sent_at = time.monotonic()
+        self.preempted = False
+        self.reported = self._known_to_ray()
+        if (
+            self.reported is None
+        ):  # Ray's controller is new, the run may not be: its newest one is news
+            self.reported = max(storage.steps()[:-1], default=None)
+
+    def decide(self, preempted: bool) -> Order:
+        """Passes signals on, and says what all workers do now.
+
+        Args:
+          preempted: Ray takes a host away.
+        """
+        code = self._process.code  # before the checkpoints: none comes after the end
+        for number in self._asked():
+            self._process.signal(number)
+        if preempted and not self.preempted and code is None:
+            self.preempted = True
+            print("Ray takes a host away: train.py is told to save and stop.", file=sys.stderr)
+            self._process.signal(signal.SIGTERM)
+        after = -1 if self.reported is None else self.reported
+        steps = tuple(step for step in self._storage.steps() if step > after)
+        if self._plan.remote:
+            self._send(bool(steps) or code is not None)
+        if steps:
+            self.reported = steps[-1]
+        return Order(report=steps, end=code)
+
+    def _asked(self) -> list[int]:
+        """Signals to the driver that have not been passed on."""
+        import ray
+
+        try:
+            numbers = ray.get(self._stop.numbers.remote(), timeout=30)
+        except ray.exceptions.RayError:  # the driver is gone: Ray ends this worker, too
+            return []
+        new = numbers[self._signalled :]
+        self._signalled = len(numbers)
+        return new
+
+    def _send(self, now: bool) -> None:
+        """Copies metrics and config to the storage: before a checkpoint of theirs is reported, at the end,
+        and from time to time."""
+        if not now and time.monotonic() - self._sent_at < SEND_SECONDS:
+            return
+        self._sent_at = time.monotonic()
+        try:
+            self._storage.send(self._workdir)
+        except OSError as e:
+            text = (
+                f"{self._storage.folder} cannot be written ({e}): metrics there are not the newest."
+            )
+            print(text, file=sys.stderr)
+
+    def _known_to_ray(self) -> int | None:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        name = os.path.basename(checkpoint.path) if checkpoint else ""
+        return int(name) if name.isdigit() else None
