@@ -32,6 +32,7 @@ class Process:
           OSError: the folder is not there.
         """
         self._last: deque[str] = deque(maxlen=1)
+        self._code: int | None = None
         # Of the thread that starts it the kernel says that it is the parent: the one that calls `end`.
         self._popen = subprocess.Popen(
             [sys.executable, *command],
@@ -51,9 +52,13 @@ class Process:
 
     @property
     def code(self) -> int | None:
-        """Its exit code, 128 + N for signal N; None while it runs."""
-        code = self._popen.poll()
-        return 128 - code if code is not None and code < 0 else code
+        """Its exit code, 128 + N for signal N; None while it runs. What it left in its session is killed."""
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        if self._code is None and os.waitid(os.P_PID, self.pid, ended) is not None:
+            self._kill_session()  # before wait(), which lets another process have its number
+            code = self._popen.wait()
+            self._code = 128 - code if code < 0 else code
+        return self._code
 
     @property
     def said(self) -> str:
@@ -65,21 +70,23 @@ class Process:
     def signal(self, number: int) -> None:
         """Nothing happens where it has ended."""
         if self.code is None:
-            self._popen.send_signal(number)
+            # Popen.send_signal would reap a process that has ended, before `code` sees it.
+            os.kill(self.pid, number)
 
     def end(self, grace: float) -> int:
-        """Waits for its end, kills it after `grace` seconds, and what it left in its session with it."""
+        """Waits for its end, kills it after `grace` seconds."""
         until = time.monotonic() + grace
-        while self.code is None and time.monotonic() < until:
-            time.sleep(0.05)
-        try:
-            os.killpg(self._popen.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
-        self._popen.wait()
-        code = self.code
-        assert code is not None
+        while (code := self.code) is None:
+            if time.monotonic() >= until:
+                self._kill_session()
+            time.sleep(0.02)
         return code
+
+    def _kill_session(self) -> None:
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # nothing is left (macOS: the latter)
+            pass
 
     def _pass_on(self) -> None:
         assert self._popen.stderr is not None

@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from deepseek_jax.errors import ExitCode
@@ -55,7 +56,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
       A job.Outcome as a dict, the one of worker 0 counts.
 
     Raises:
-      WorkerFailed: process ended, and the run is worth another try.
+      WorkerFailed: the process ended in a way that is worth another try.
     """
     import ray
     import ray.train
@@ -84,7 +85,10 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             f"{plan.folder} cannot be entered on host {socket.gethostname()} ({e.strerror}). Let all hosts "
             "see the project there, or submit it with `ray job submit --working-dir=.`",
         ) from e
-    chief = _Chief(plan, storage, workdir, process, config["stop"]) if rank == 0 else None
+    chief = None
+    if rank == 0:
+        local = workdir if plan.remote else ""
+        chief = Chief(storage, process, lambda: _signals(config["stop"]), _known_to_ray(), local)
     try:
         code = _until_end(plan, storage, workdir, process, chief)
     finally:
@@ -100,13 +104,13 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         checkpoint=None if step is None else f"{plan.workdir}/checkpoints/{step}",
         metrics={} if step is None else metrics_at(workdir, step),
         workdir=plan.workdir,
-        preempted=bool(chief and chief.preempted),
+        preempted=bool(chief and chief.preempted and code),
         said=process.said,
     )._asdict()
 
 
 def _until_end(
-    plan: Plan, storage: Storage, workdir: str, process: Process, chief: "_Chief | None"
+    plan: Plan, storage: Storage, workdir: str, process: Process, chief: "Chief | None"
 ) -> int:
     """Does what worker 0 says, until its process has ended. Returns that one's exit code.
 
@@ -155,7 +159,25 @@ def _local_workdir(plan: Plan) -> str:
     return os.path.join(top, plan.workdir.replace("://", "/").removesuffix("/run"))
 
 
-class _Chief:
+def _signals(stop: Any) -> list[int]:
+    """All signals to the driver so far."""
+    import ray
+
+    try:
+        return ray.get(stop.numbers.remote(), timeout=30)
+    except ray.exceptions.RayError:  # the driver is gone: Ray ends this worker, too
+        return []
+
+
+def _known_to_ray() -> int | None:
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    name = os.path.basename(checkpoint.path) if checkpoint else ""
+    return int(name) if name.isdigit() else None
+
+
+class Chief:
     """What worker 0 knows beside its process.
 
     Attributes:
@@ -163,20 +185,31 @@ class _Chief:
       preempted: Ray takes a host away, so the processes were stopped.
     """
 
-    def __init__(self, plan: Plan, storage: Storage, workdir: str, process: Process, stop: Any):
-        self._plan = plan
+    def __init__(
+        self,
+        storage: Storage,
+        process: Process,
+        asked: Callable[[], list[int]],
+        known: int | None,
+        local: str = "",
+    ):
+        """
+        Args:
+          storage: of the run.
+          process: number 0.
+          asked: all signals to the driver so far.
+          known: step of the newest checkpoint that Ray's controller knows of; None: of none.
+          local: the folder of metrics and config where the storage is remote.
+        """
         self._storage = storage
-        self._workdir = workdir
         self._process = process
-        self._stop = stop
-        self._signalled = 0  # signals to the driver that were passed on
+        self._asked = asked
+        self._local = local
+        self._passed_on = 0  # signals
         self._sent_at = time.monotonic()
         self.preempted = False
-        self.reported = self._known_to_ray()
-        if (
-            self.reported is None
-        ):  # Ray's controller is new, the run may not be: its newest one is news
-            self.reported = max(storage.steps()[:-1], default=None)
+        # Ray's controller may be new where the run is not: the newest checkpoint is news to it.
+        self.reported = max(storage.steps()[:-1], default=None) if known is None else known
 
     def decide(self, preempted: bool) -> Order:
         """Passes signals on, and says what all workers do now.
@@ -185,31 +218,21 @@ class _Chief:
           preempted: Ray takes a host away.
         """
         code = self._process.code  # before the checkpoints: none comes after the end
-        for number in self._asked():
+        numbers = self._asked()
+        for number in numbers[self._passed_on :]:
             self._process.signal(number)
+        self._passed_on = max(self._passed_on, len(numbers))
         if preempted and not self.preempted and code is None:
             self.preempted = True
             print("Ray takes a host away: train.py is told to save and stop.", file=sys.stderr)
             self._process.signal(signal.SIGTERM)
         after = -1 if self.reported is None else self.reported
         steps = tuple(step for step in self._storage.steps() if step > after)
-        if self._plan.remote:
+        if self._local:
             self._send(bool(steps) or code is not None)
         if steps:
             self.reported = steps[-1]
         return Order(report=steps, end=code)
-
-    def _asked(self) -> list[int]:
-        """Signals to the driver that have not been passed on."""
-        import ray
-
-        try:
-            numbers = ray.get(self._stop.numbers.remote(), timeout=30)
-        except ray.exceptions.RayError:  # the driver is gone: Ray ends this worker, too
-            return []
-        new = numbers[self._signalled :]
-        self._signalled = len(numbers)
-        return new
 
     def _send(self, now: bool) -> None:
         """Copies metrics and config to the storage: before a checkpoint of theirs is reported, at the end,
@@ -218,16 +241,9 @@ class _Chief:
             return
         self._sent_at = time.monotonic()
         try:
-            self._storage.send(self._workdir)
+            self._storage.send(self._local)
         except OSError as e:
             text = (
                 f"{self._storage.folder} cannot be written ({e}): metrics there are not the newest."
             )
             print(text, file=sys.stderr)
-
-    def _known_to_ray(self) -> int | None:
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        name = os.path.basename(checkpoint.path) if checkpoint else ""
-        return int(name) if name.isdigit() else None
