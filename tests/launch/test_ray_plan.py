@@ -14,9 +14,10 @@ from pyarrow import fs
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.launch import __main__
-from deepseek_jax.launch.ray import driver, job, options, storage
+from deepseek_jax.launch.ray import cluster, driver, job, options, storage
+from deepseek_jax.launch.ray.link import Link, Output, show
 from deepseek_jax.launch.ray.process import Process
-from deepseek_jax.launch.ray.worker import Chief, Order
+from deepseek_jax.launch.ray.worker import Chief, Order, WorkerFailed
 from tests.support import ROOT
 
 COMMAND = ["train.py", "--config=configs/tiny.py"]
@@ -167,11 +168,11 @@ def test_what_is_not_tried_again():
 
 def test_room_in_a_cluster():
     hosts = [{"GPU": 8.0, "CPU": 64.0}, {"GPU": 8.0, "CPU": 64.0}, {"CPU": 64.0}]
-    assert driver.fitting(hosts, parse("--storage_path=s", "--gpus_per_worker=8")) == 2
+    assert cluster.fitting(hosts, parse("--storage_path=s", "--gpus_per_worker=8")) == 2
     four = ["--storage_path=s", "--gpus_per_worker=4"]
-    assert driver.fitting(hosts, parse(*four)) == 4
-    assert driver.fitting(hosts, parse(*four, "--placement_strategy=STRICT_SPREAD")) == 2
-    assert driver.fitting(hosts, parse("--storage_path=s", "--cpus_per_worker=64")) == 3
+    assert cluster.fitting(hosts, parse(*four)) == 4
+    assert cluster.fitting(hosts, parse(*four, "--placement_strategy=STRICT_SPREAD")) == 2
+    assert cluster.fitting(hosts, parse("--storage_path=s", "--cpus_per_worker=64")) == 3
 
 
 def make_run(folder, steps=(10, 20), rows=3):
@@ -262,33 +263,66 @@ def test_a_bucket_has_the_metrics_before_ray_has_the_checkpoint(tmp_path):
     assert storage.metrics_at(str(tmp_path / "bucket"), 20)["loss"] == 3.5
 
 
+def test_which_failure_is_said():
+    lost, killed = WorkerFailed(4, "one was lost"), WorkerFailed(137, "ended by SIGKILL")
+    assert driver._reason({0: lost, 1: killed}) == (137, "ended by SIGKILL")
+    assert driver._reason({0: lost, 1: OSError(5, "gone")}) == (1, "worker 1 was lost: gone")
+    assert driver._reason({0: lost}) == (4, "one was lost")
+
+
+def test_output_and_signals(capfd):
+    """Lines of a worker are in Ray's files as they are, and reach the command with their number."""
+    link, first, second = Link(), Output(0), Output(1)
+    first.add(False, b"step 1\n")
+    second.add(True, b"warning\r\n")
+    second.add(True, b"\n")
+    assert capfd.readouterr() == ("step 1\n", "warning\r\n\n")
+    link.began(2)
+    for output in (first, second, first):
+        output.send(link.put)
+    lines = link.take()
+    assert lines == [(False, "step 1"), (True, "[1] warning"), (True, "[1] ")] and not link.take()
+    assert first.last == "" and second.last == "warning"
+    show(lines)
+    assert capfd.readouterr() == ("step 1\n", "[1] warning\n[1] \n")
+    link.began(1)
+    assert link.take() == [(True, "deepseek_jax.launch: starting again, with 1 worker.")]
+    link.signal(15)
+    link.signal(15)
+    assert link.signals() == [15, 15]
+
+
 def test_a_process_and_its_last_words(tmp_path, capfd):
     program = (
         "import os, sys\nprint(os.getcwd())\nprint('one', file=sys.stderr)\n"
         "print('two', file=sys.stderr)\nsys.exit(2)\n"
     )
-    process = Process(["-c", program], str(tmp_path), dict(os.environ))
+
+    def start(program: str, folder=tmp_path) -> Process:
+        return Process(["-c", program], str(folder), dict(os.environ), Output(0))
+
+    process = start(program)
     assert process.end(60) == 2 and process.code == 2 and process.said == "two"
     assert capfd.readouterr().out.strip() == os.path.realpath(tmp_path)
     with pytest.raises(OSError):
-        Process(["-c", ""], str(tmp_path / "nowhere"), dict(os.environ))
-    stubborn = (
+        start("", tmp_path / "nowhere")
+    process = start(
         "import signal, sys, time\nsignal.signal(15, signal.SIG_IGN)\n"
         "print('on', file=sys.stderr, flush=True)\ntime.sleep(99)\n"
     )
-    process = Process(["-c", stubborn], str(tmp_path), dict(os.environ))
     while not process.said:
         time.sleep(0.02)
     process.signal(signal.SIGTERM)
     assert process.code is None and process.end(0.1) == 137
 
 
-def test_a_process_ends_with_its_worker(tmp_path):
+def test_a_process_ends_with_its_worker():
     """However the worker ends."""
     program = (
-        "import os, sys, time\nfrom deepseek_jax.launch.ray.process import Process\n"
-        "p = Process(['-c', 'import time; time.sleep(99)'], '.', dict(os.environ))\n"
-        "print(p.pid, flush=True)\ntime.sleep(99)\n"
+        "import os, time\nfrom deepseek_jax.launch.ray.link import Output\n"
+        "from deepseek_jax.launch.ray.process import Process\n"
+        "command = ['-c', 'import time; time.sleep(99)']\n"
+        "print(Process(command, '.', dict(os.environ), Output(0)).pid, flush=True)\ntime.sleep(99)\n"
     )
     worker = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     pid = int(worker.stdout.readline())

@@ -12,7 +12,8 @@ Ray places the workers, starts all of them again when one fails (--max_failures)
 (preemption), the run is saved and started again on others, as often as it happens.
 
 SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 and SIGUSR2 are passed on to train.py, which stops with a
-checkpoint; a second SIGTERM or SIGINT ends it at once. The exit code is train.py's.
+checkpoint; a second SIGTERM or SIGINT ends it at once. The exit code is train.py's. The output of process
+0 is left alone, lines of the others begin with their number; --ray_logs shows Ray's lines, too.
 
 Variables whose names begin with JAX_, XLA_ and NCCL_ go to all processes with the values that they have
 here; --env adds others. The project must be in the same folder on every host, or come with `ray job submit
@@ -20,8 +21,6 @@ here; --env adds others. The project must be in the same folder on every host, o
 extra `s3`. docs/ray.md has more.
 """
 
-from deepseek_jax.cluster.signals import SIGNALS
-from deepseek_jax.errors import ExitCode, stopped_by
 from deepseek_jax.launch.ray import driver, job, options
 
 
@@ -29,9 +28,7 @@ def main(argv: list[str]) -> int:
     """`python -m deepseek_jax.launch ray ARGV`."""
     given = options.parse(argv, __doc__)
     outcome = driver.run(given, driver.say)
-    if outcome.code in (ExitCode.DONE, *(stopped_by(s) for s in SIGNALS)):
-        newest = f", the newest checkpoint is {outcome.checkpoint}" if outcome.checkpoint else ""
-        driver.say(f"{job.explained(outcome.code, '')}{newest}")
-    else:
-        driver.say(job.explained(outcome.code, outcome.said))
+    how = job.explained(outcome.code, "")  # why, train.py has said itself
+    newest = f"; the newest checkpoint is {outcome.checkpoint}" if outcome.checkpoint else ""
+    driver.say(f"{how}{newest}.")
     return outcome.code

@@ -5,13 +5,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.cluster.signals import SIGNALS
-from deepseek_jax.errors import ExitCode, Failure, UserError, one_line
-from deepseek_jax.launch.ray import job, options, worker
+from deepseek_jax.errors import ExitCode, Failure, UserError, one_line, stopped_by
+from deepseek_jax.launch.ray import cluster, job, options, worker
 from deepseek_jax.launch.ray.job import Outcome
+from deepseek_jax.launch.ray.link import SPEAKER, Link, show
 from deepseek_jax.launch.ray.options import RayOptions
 
 # Ray's own file in the folder of a run, with the checkpoints that it knows of. A controller that finds
@@ -74,7 +75,7 @@ def fit(
     outcome = run(given)
     if outcome.code == ExitCode.MISTAKE:
         raise UserError(outcome.said)
-    if outcome.code in (ExitCode.DONE, *(128 + s for s in SIGNALS)):
+    if outcome.code in (ExitCode.DONE, *map(stopped_by, SIGNALS)):
         return outcome
     raise RunFailed(job.explained(outcome.code, outcome.said), outcome.code)
 
@@ -90,107 +91,25 @@ def run(o: RayOptions, say: Callable[[str], None] = lambda text: None) -> Outcom
       UserError: Ray is not installed, or no cluster is there.
       RunFailed: the last of the failures that Ray did not start again.
     """
-    with connected(o) as ray:
-        stop = ray.remote(num_cpus=0)(Stop).remote()
-        _check_room(ray, o, say)
+    with cluster.connected(o) as (ray, quiet):
+        link = ray.remote(num_cpus=0)(Link).remote()
+        cluster.check_room(ray, o, say)
         say(f"run {o.name} in {o.run_folder}, {_workers(o)}")
         plan = job.plan(o, os.getcwd(), os.environ)._asdict()
+
+        def meanwhile() -> None:
+            lines = ray.get(link.take.remote())
+            if quiet:  # else Ray prints them
+                show(lines)
+
         while True:
-            result = _fitted(o, {"plan": plan, "stop": stop}, lambda n: stop.add.remote(n))
+            trainer = _trainer(o, {"plan": plan, "link": link})
+            with _signals(lambda number: link.signal.remote(number)):
+                result = _fitted(trainer, meanwhile, o.max_failures)
             outcome = Outcome(**(result.return_value or {"code": ExitCode.ERROR}))
             if not outcome.preempted:
                 return outcome
             say(f"stopped at step {outcome.step}, as Ray takes a host away; starting again.")
-
-
-class Stop:
-    """An actor: the signals that the driver has got, for worker 0 to ask for."""
-
-    def __init__(self) -> None:
-        self._numbers: list[int] = []
-
-    def add(self, number: int) -> None:
-        self._numbers.append(number)
-
-    def numbers(self) -> list[int]:
-        return self._numbers
-
-
-@contextlib.contextmanager
-def connected(o: RayOptions) -> Iterator[Any]:
-    """Ray, connected to a cluster: as the caller left it, or until the end of the block.
-
-    Raises:
-      UserError: Ray is not installed, or no cluster answers at --address.
-    """
-    try:
-        import ray
-        import ray.train.v2.jax  # noqa: F401  the newest part of it that is used
-    except ImportError as e:
-        raise UserError(
-            f"Ray Train cannot be used ({one_line(e)}). Install it: pip install 'deepseek_jax[ray]'."
-        ) from e
-    if ray.is_initialized():
-        yield ray
-        return
-    try:
-        try:
-            ray.init(address=o.address or "auto")
-        except ConnectionError:
-            if o.address or os.environ.get("RAY_ADDRESS"):
-                raise
-            _start_here(ray, o)
-    except (ConnectionError, RuntimeError, ValueError) as e:
-        where = o.address or os.environ.get("RAY_ADDRESS") or "this host"
-        raise UserError(
-            f"--address={where}: Ray cannot be reached or started there ({one_line(e)}). Name the cluster's "
-            "HOST:PORT, or leave it out for one on this host."
-        ) from e
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _start_here(ray: Any, o: RayOptions) -> None:
-    """A cluster of this host alone. Nobody else needs to reach it."""
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=max(os.cpu_count() or 1, o.num_workers * o.cpus_per_worker),
-        _node_ip_address="127.0.0.1",
-    )
-
-
-def fitting(nodes: Sequence[dict[str, float]], o: RayOptions) -> int:
-    """How many workers the hosts of a cluster could hold.
-
-    Args:
-      nodes: resources of each host, as Ray names them.
-    """
-    each = [("GPU", o.gpus_per_worker), ("CPU", o.cpus_per_worker)]
-    counts = [
-        min((int(node.get(name, 0.0) // n) for name, n in each if n), default=o.num_workers)
-        for node in nodes
-    ]
-    return sum(min(c, 1) if o.placement_strategy == "STRICT_SPREAD" else c for c in counts)
-
-
-def _check_room(ray: Any, o: RayOptions, say: Callable[[str], None]) -> None:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    needed, found = o.min_workers or o.num_workers, fitting(nodes, o)
-    if found >= needed:
-        return
-    text = (
-        f"the cluster has room for {found} of {needed} workers with {o.gpus_per_worker} GPUs and "
-        f"{o.cpus_per_worker} CPUs each"
-    )
-    if len(nodes) == 1 and nodes[0].get("node:127.0.0.1"):  # of this host alone: no host will join
-        raise UserError(
-            f"--num_workers={o.num_workers} --gpus_per_worker={o.gpus_per_worker}: {text}. Name another "
-            "number, or a larger cluster by --address."
-        )
-    say(f"{text} now; waiting for hosts.")
 
 
 def _workers(o: RayOptions) -> str:
@@ -199,16 +118,19 @@ def _workers(o: RayOptions) -> str:
     return f"{count} worker{'s' * (count != '1')} {devices}"
 
 
-def _fitted(o: RayOptions, config: dict[str, Any], pass_on: Callable[[int], Any]) -> Any:
-    """The result of one trainer. It runs in a thread, as in the main thread it would take SIGINT, and end
-    the workers without a checkpoint.
+def _fitted(trainer: Any, meanwhile: Callable[[], None], max_failures: int) -> Any:
+    """The result of a trainer. It runs in a thread, as in the main thread it would take SIGINT, and end the
+    workers without a checkpoint.
+
+    Args:
+      meanwhile: is called now and then, and once when it has ended.
+      max_failures: of the options.
 
     Raises:
       RunFailed: it failed more often than max_failures.
     """
     from ray.train import TrainingFailedError
 
-    trainer = _trainer(o, config)
     result: list[Any] = []
     error: list[BaseException] = []
 
@@ -219,28 +141,46 @@ def _fitted(o: RayOptions, config: dict[str, Any], pass_on: Callable[[int], Any]
             error.append(e)
 
     thread = threading.Thread(target=target, name="ray.train", daemon=True)
-    with _signals(pass_on):
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.5)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.3)
+        meanwhile()
     if not error:
         return result[0]
     if isinstance(error[0], TrainingFailedError):
-        code, text = _reason(error[0])
-        raise RunFailed(text, code) from error[0]
+        failures = getattr(error[0], "worker_failures", {})
+        code, text = _reason(failures) if failures else (ExitCode.ERROR, one_line(error[0]))
+        raise RunFailed(f"no try is left (--max_failures={max_failures}): {text}", code) from error[
+            0
+        ]
     raise error[0]
 
 
-def _reason(error: Any) -> tuple[int, str]:
-    """Exit code and line of the failure that was one too many: that of the first process that was not
-    ended by the end of another."""
-    found = [
-        e
-        for _, e in sorted(getattr(error, "worker_failures", {}).items())
-        if isinstance(e, worker.WorkerFailed)
-    ]
-    own = [e for e in found if e.code != ExitCode.LOST] or found
-    return (own[0].code, own[0].said) if own else (ExitCode.ERROR, one_line(error))
+def _reason(failures: Mapping[int, BaseException]) -> tuple[int, str]:
+    """Exit code and line of a failure: those of the first process that was not ended by another's end.
+
+    Args:
+      failures: what each worker that failed has raised, by rank.
+    """
+    processes = [e for _, e in sorted(failures.items()) if isinstance(e, worker.WorkerFailed)]
+    for failed in processes:
+        if failed.code != ExitCode.LOST:
+            return failed.code, failed.said
+    for rank, error in sorted(failures.items()):
+        if error not in processes:
+            return ExitCode.ERROR, f"worker {rank} was lost: {one_line(error)}"
+    return processes[0].code, processes[0].said
+
+
+def _callback(link: Any) -> Any:
+    """Says of each failure, in Ray's controller, what it was. Ray's own lines are long, and not shown."""
+    from ray.train import UserCallback
+
+    class Failures(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
+            link.put.remote([(True, f"{SPEAKER}: {_reason(worker_exceptions)[1]}")])
+
+    return Failures()
 
 
 def _trainer(o: RayOptions, config: dict[str, Any]) -> Any:
@@ -253,6 +193,7 @@ def _trainer(o: RayOptions, config: dict[str, Any]) -> Any:
         name=o.name,
         storage_path=o.storage_path,
         failure_config=FailureConfig(max_failures=o.max_failures),
+        callbacks=[_callback(config["link"])],
     )
     try:
         kept = run_config.storage_context
@@ -302,4 +243,4 @@ def _signals(pass_on: Callable[[int], Any]) -> Iterator[None]:
 
 def say(text: str) -> None:
     """A line of `launch ray` on stderr."""
-    print(f"deepseek_jax.launch: {text}", file=sys.stderr, flush=True)
+    print(f"{SPEAKER}: {text}", file=sys.stderr, flush=True)

@@ -35,6 +35,7 @@ class RayOptions:
       local_dir: where a host keeps metrics and config of a run whose storage is remote; "": in its
         folder for temporary files.
       env: NAME=VALUE for every process.
+      ray_logs: show Ray's own lines too, and those of the processes as Ray shows them.
     """
 
     command: tuple[str, ...]
@@ -51,6 +52,7 @@ class RayOptions:
     grace: float = 120.0
     local_dir: str = ""
     env: tuple[str, ...] = ()
+    ray_logs: bool = False
 
     @property
     def remote(self) -> bool:
@@ -106,6 +108,9 @@ def parse(argv: list[str], about: str = "") -> RayOptions:
         default=[],
         metavar="NAME[=VALUE]",
         help="a variable of every process, with its value or with the one that it has here",
+    )
+    p.add_argument(
+        *("--ray_logs", "--ray-logs"), action="store_true", help="show Ray's own lines, too"
     )
     p.add_argument(
         "-m", "--module", action="store_true", help="the program is a module, as for python -m"

@@ -10,28 +10,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from typing import IO
 
+from deepseek_jax.launch.ray.link import Output
 from deepseek_jax.runtime import libc
-
-_LONGEST = 2000  # characters of a line that is kept
 
 
 class Process:
     """One process, in a session of its own. The kernel kills it when the worker ends (on Linux)."""
 
-    def __init__(self, command: list[str], folder: str, env: dict[str, str]):
+    def __init__(self, command: list[str], folder: str, env: dict[str, str], output: Output):
         """Starts it.
 
         Args:
           command: as for Python.
           folder: where it works.
           env: all of its environment.
+          output: takes its lines.
 
         Raises:
           OSError: the folder is not there.
         """
-        self._last: deque[str] = deque(maxlen=1)
+        self._output = output
         self._code: int | None = None
         # Of the thread that starts it the kernel says that it is the parent: the one that calls `end`.
         self._popen = subprocess.Popen(
@@ -39,12 +39,17 @@ class Process:
             cwd=folder,
             env=env,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
             preexec_fn=libc.die_with(os.getpid()),
         )
-        self._reader = threading.Thread(target=self._pass_on, name="stderr", daemon=True)
-        self._reader.start()
+        self._readers = [
+            threading.Thread(target=self._pass_on, args=(error, stream), daemon=True)
+            for error, stream in ((False, self._popen.stdout), (True, self._popen.stderr))
+        ]
+        for reader in self._readers:
+            reader.start()
 
     @property
     def pid(self) -> int:
@@ -62,10 +67,8 @@ class Process:
 
     @property
     def said(self) -> str:
-        """Its last line on stderr, whole once the process has ended."""
-        if self.code is not None:
-            self._reader.join(timeout=5)
-        return self._last[0] if self._last else ""
+        """Its last line on stderr so far."""
+        return self._output.last
 
     def signal(self, number: int) -> None:
         """Nothing happens where it has ended."""
@@ -74,12 +77,14 @@ class Process:
             os.kill(self.pid, number)
 
     def end(self, grace: float) -> int:
-        """Waits for its end, kills it after `grace` seconds."""
+        """Waits for its end and its last lines, kills it after `grace` seconds."""
         until = time.monotonic() + grace
         while (code := self.code) is None:
             if time.monotonic() >= until:
                 self._kill_session()
             time.sleep(0.02)
+        for reader in self._readers:
+            reader.join(timeout=5)
         return code
 
     def _kill_session(self) -> None:
@@ -88,13 +93,6 @@ class Process:
         except (ProcessLookupError, PermissionError):  # nothing is left (macOS: the latter)
             pass
 
-    def _pass_on(self) -> None:
-        assert self._popen.stderr is not None
-        for line in self._popen.stderr:
-            try:
-                sys.stderr.buffer.write(line)
-                sys.stderr.flush()
-            except (OSError, ValueError, AttributeError):  # nobody reads any more
-                pass
-            if text := line.decode(errors="replace").strip():
-                self._last.append(text[:_LONGEST])
+    def _pass_on(self, error: bool, stream: IO[bytes]) -> None:
+        for line in stream:
+            self._output.add(error, line)

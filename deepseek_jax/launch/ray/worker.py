@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from deepseek_jax.errors import ExitCode
 from deepseek_jax.launch.ray import job
 from deepseek_jax.launch.ray.job import Outcome, Plan
+from deepseek_jax.launch.ray.link import Output
 from deepseek_jax.launch.ray.process import Process
 from deepseek_jax.launch.ray.storage import Storage, metrics_at
 
@@ -50,7 +51,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """One worker of a run.
 
     Args:
-      config: "plan", a job.Plan, and "stop", an actor that knows of signals to the driver.
+      config: "plan", a job.Plan, and "link", an actor: link.Link.
 
     Returns:
       A job.Outcome as a dict, the one of worker 0 counts.
@@ -70,6 +71,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     if plan.remote and context.get_local_rank() == 0:
         storage.fetch(workdir)
     # Also a barrier: what has been fetched is there for all workers of a host.
+    link, output = config["link"], Output(rank)
     meeting = broadcast_from_rank_zero(
         job.meeting(ray.util.get_node_ip_address()) if rank == 0 else None
     )
@@ -78,6 +80,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             [*plan.command, f"--workdir={workdir}"],
             plan.folder,
             job.environment(os.environ, plan, meeting, rank, count),
+            output,
         )
     except OSError as e:
         raise WorkerFailed(
@@ -87,12 +90,16 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         ) from e
     chief = None
     if rank == 0:
+        link.began.remote(count)
         local = workdir if plan.remote else ""
-        chief = Chief(storage, process, lambda: _signals(config["stop"]), _known_to_ray(), local)
+        chief = Chief(storage, process, lambda: _signals(link), _known_to_ray(), local)
     try:
-        code = _until_end(plan, storage, workdir, process, chief)
+        code = _until_end(Run(plan, storage, workdir, process, output, link), chief)
     finally:
         process.end(0)
+        output.send(
+            lambda lines: ray.get(link.put.remote(lines))
+        )  # all of it, before Ray ends this worker
     where = f"process {rank} of {count} on {socket.gethostname()}:"
     if not job.is_final(code):
         own = process.code or code
@@ -109,9 +116,18 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     )._asdict()
 
 
-def _until_end(
-    plan: Plan, storage: Storage, workdir: str, process: Process, chief: "Chief | None"
-) -> int:
+class Run(NamedTuple):
+    """What a worker has in hand."""
+
+    plan: Plan
+    storage: Storage
+    workdir: str  # on this host
+    process: Process
+    output: Output
+    link: Any
+
+
+def _until_end(run: Run, chief: "Chief | None") -> int:
     """Does what worker 0 says, until its process has ended. Returns that one's exit code.
 
     Raises:
@@ -120,23 +136,27 @@ def _until_end(
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
+    process, grace = run.process, run.plan.grace
     ended: float | None = None
     while True:
-        _wait(plan.tick, process if chief else None)
+        _wait(run.plan.tick, process if chief else None)
+        run.output.send(run.link.put.remote)
         preempted = ray.train.get_preemption_info() is not None
         order = Order(*broadcast_from_rank_zero(chief.decide(preempted) if chief else None))
         for step in order.report:
             ray.train.report(
-                metrics_at(workdir, step) if chief else {},
-                checkpoint=ray.train.Checkpoint(storage.checkpoint(step), storage.filesystem),
+                metrics_at(run.workdir, step) if chief else {},
+                checkpoint=ray.train.Checkpoint(
+                    run.storage.checkpoint(step), run.storage.filesystem
+                ),
                 checkpoint_upload_mode=_no_upload(),
             )
         if order.end is not None:
-            process.end(plan.grace)
+            process.end(grace)
             return order.end
         if process.code is not None:
             ended = ended or time.monotonic()
-            if not chief and time.monotonic() - ended > plan.grace:
+            if not chief and time.monotonic() - ended > grace:
                 raise WorkerFailed(process.code, job.explained(process.code, process.said))
 
 
@@ -159,12 +179,12 @@ def _local_workdir(plan: Plan) -> str:
     return os.path.join(top, plan.workdir.replace("://", "/").removesuffix("/run"))
 
 
-def _signals(stop: Any) -> list[int]:
+def _signals(link: Any) -> list[int]:
     """All signals to the driver so far."""
     import ray
 
     try:
-        return ray.get(stop.numbers.remote(), timeout=30)
+        return ray.get(link.signals.remote(), timeout=30)
     except ray.exceptions.RayError:  # the driver is gone: Ray ends this worker, too
         return []
 
