@@ -17,6 +17,7 @@ import pytest
 from benchmarks.durability import faults
 from benchmarks.durability.faults import Process
 from deepseek_jax.cluster.ports import free_port
+from tests.support.runs import lives
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 LIMIT = 300.0
@@ -106,7 +107,7 @@ def test_a_killed_process_and_a_killed_worker(place, calm):
         train_0 = pid_of("killed", 0)
         os.kill(parent_of(train_0), signal.SIGKILL)
         assert p.wait(LIMIT) == 0, p.lines
-        assert not pathlib.Path(f"/proc/{train_0}").exists()
+        assert not lives(train_0)
     output = "\n".join(p.lines)
     assert len(re.findall(r"resuming after step \d+", output)) == 2
     assert f"the newest checkpoint is {workdir}/checkpoints/{STEPS}" in p.lines[-1]

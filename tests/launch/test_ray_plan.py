@@ -19,6 +19,7 @@ from deepseek_jax.launch.ray.link import Link, Output, show
 from deepseek_jax.launch.ray.process import Process
 from deepseek_jax.launch.ray.worker import Chief, Order, WorkerFailed
 from tests.support import ROOT
+from tests.support.runs import lives
 
 COMMAND = ["train.py", "--config=configs/tiny.py"]
 
@@ -329,6 +330,6 @@ def test_a_process_ends_with_its_worker():
     worker.kill()
     worker.wait()
     deadline = time.monotonic() + 10
-    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+    while lives(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not os.path.exists(f"/proc/{pid}")
+    assert not lives(pid)

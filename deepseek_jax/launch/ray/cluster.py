@@ -27,18 +27,13 @@ def connected(o: RayOptions) -> Iterator[tuple[Any, bool]]:
     if ray.is_initialized():
         yield ray, False
         return
+    where = o.address or os.environ.get("RAY_ADDRESS", "")
     try:
-        try:
-            ray.init(address=o.address or "auto", **_logging(o))
-        except ConnectionError:
-            if o.address or os.environ.get("RAY_ADDRESS"):
-                raise
-            _start_here(ray, o)
+        _connect(ray, o, where)
     except (ConnectionError, RuntimeError, ValueError) as e:
-        where = o.address or os.environ.get("RAY_ADDRESS") or "this host"
         raise UserError(
-            f"--address={where}: Ray cannot be reached or started there ({one_line(e)}). Name the cluster's "
-            "HOST:PORT, or leave it out for one on this host."
+            f"--address={where or 'this host'}: Ray cannot be reached or started there ({one_line(e)}). Name "
+            "the cluster's HOST:PORT, or leave it out for one on this host."
         ) from e
     try:
         yield ray, not o.ray_logs
@@ -46,19 +41,23 @@ def connected(o: RayOptions) -> Iterator[tuple[Any, bool]]:
         ray.shutdown()
 
 
-def _start_here(ray: Any, o: RayOptions) -> None:
-    """A cluster of this host alone. Nobody else needs to reach it."""
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        **_logging(o),
-        num_cpus=max(os.cpu_count() or 1, o.num_workers * o.cpus_per_worker),
-        _node_ip_address="127.0.0.1",
-    )
-
-
-def _logging(o: RayOptions) -> dict[str, Any]:
-    return {"log_to_driver": o.ray_logs, "logging_level": "info" if o.ray_logs else "error"}
+def _connect(ray: Any, o: RayOptions, where: str) -> None:
+    logging = {"log_to_driver": o.ray_logs, "logging_level": "info" if o.ray_logs else "error"}
+    if not where:
+        try:
+            # One of this host alone, which nobody else needs to reach; Ray refuses where `ray start` has
+            # started one already.
+            ray.init(
+                include_dashboard=False,
+                num_cpus=max(os.cpu_count() or 1, o.num_workers * o.cpus_per_worker),
+                _node_ip_address="127.0.0.1",
+                **logging,
+            )
+            return
+        except ValueError as e:
+            if "existing cluster" not in str(e):
+                raise
+    ray.init(address=where or None, **logging)
 
 
 def fitting(nodes: Sequence[dict[str, float]], o: RayOptions) -> int:
