@@ -50,6 +50,7 @@ def _connect(ray: Any, o: RayOptions, where: str) -> None:
             ray.init(
                 include_dashboard=False,
                 num_cpus=max(os.cpu_count() or 1, o.num_workers * o.cpus_per_worker),
+                object_store_memory=1 << 27,  # nothing but lines and signals goes through it
                 _node_ip_address="127.0.0.1",
                 **logging,
             )
