@@ -170,6 +170,50 @@ def test_fewer_hosts_than_asked_for(place, calm, tmp_path):
     assert [r[0] for r in rows.values()] == pytest.approx([calm[s][0] for s in rows], rel=1e-5)
 
 
+PREEMPTION = """
+import json, pathlib, sys, threading, time, ray
+from ray.cluster_utils import Cluster
+from deepseek_jax.launch.ray import fit
+here = {"node_ip_address": "127.0.0.1"}
+
+def take_a_host_away(address, checkpoints):
+    while not any(p.name.isdigit() for p in checkpoints.glob("*")):
+        time.sleep(0.05)
+    free = ray._private.state.available_resources_per_node()
+    busy = [n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU") and not free[n["NodeID"]].get("CPU")]
+    in_a_minute = int(1000 * (time.time() + 60))
+    print("DRAINED", ray._raylet.GcsClient(address=address).drain_node(busy[-1], 2, "a test", in_a_minute))
+
+def main():
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **here})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1, **here)
+    ray.init(address=cluster.address)
+    checkpoints = pathlib.Path(sys.argv[1], "preempted", "run", "checkpoints")
+    threading.Thread(target=take_a_host_away, args=(cluster.address, checkpoints), daemon=True).start()
+    outcome = fit(sys.argv[2:], storage_path=sys.argv[1], num_workers=2, name="preempted")
+    print("OUTCOME", json.dumps(outcome._asdict()))
+    ray.shutdown()
+    cluster.shutdown()
+main()
+"""
+
+
+def test_a_host_is_taken_away(place, calm, tmp_path):
+    """Ray says so a minute before: the run is saved and goes on on other hosts. No failure is counted."""
+    (tmp_path / "fit.py").write_text(PREEMPTION)
+    workdir = place / "store" / "preempted" / "run"
+    command = [str(tmp_path / "fit.py"), str(place / "store"), *train(place, 2000)]
+    with Process(command, environment(place)) as p:
+        assert p.wait(LIMIT) == 0, p.lines
+    output = "\n".join(p.lines)
+    assert "DRAINED (True" in output, output
+    assert re.search(r"stopped at step \d+, as Ray takes a host away; starting again", output)
+    rows, twice = faults.rows(workdir)
+    assert twice == 0 and sorted(rows) == list(range(1, 2001))
+    assert all(rows[step] == calm[step] for step in calm)
+
+
 @pytest.fixture(scope="module")
 def bucket():
     """A server of S3 on this host, with a bucket: (variables that lead there, what it holds)."""

@@ -27,7 +27,7 @@ from deepseek_jax.launch.ray import driver, job, options
 def main(argv: list[str]) -> int:
     """`python -m deepseek_jax.launch ray ARGV`."""
     given = options.parse(argv, __doc__)
-    outcome = driver.run(given, driver.say)
+    outcome = driver.run(given)
     how = job.explained(outcome.code, "")  # why, train.py has said itself
     newest = f"; the newest checkpoint is {outcome.checkpoint}" if outcome.checkpoint else ""
     driver.say(f"{how}{newest}.")

@@ -80,12 +80,8 @@ def fit(
     raise RunFailed(job.explained(outcome.code, outcome.said), outcome.code)
 
 
-def run(o: RayOptions, say: Callable[[str], None] = lambda text: None) -> Outcome:
+def run(o: RayOptions) -> Outcome:
     """Trains with checked options.
-
-    Args:
-      o: the options.
-      say: takes a line for the user.
 
     Raises:
       UserError: Ray is not installed, or no cluster is there.
