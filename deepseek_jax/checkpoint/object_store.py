@@ -60,6 +60,10 @@ def base(folder: epath.PathLike, env: Mapping[str, str] = os.environ) -> str | d
         out |= {"endpoint": endpoint.rstrip("/"), "aws_region": region or "us-east-1"}
     elif region:
         out["aws_region"] = region
+    if env.get(
+        "AWS_ACCESS_KEY_ID"
+    ):  # else all places are looked at, with a line about each that is missing
+        out["aws_credentials"] = {"type": "environment"}
     return out
 
 
@@ -109,12 +113,13 @@ def start(folder: epath.PathLike, state: Tree) -> Callable[[], None]:
 
 def merge(folder: epath.PathLike, processes: int) -> None:
     """Makes one database of those of the processes."""
+    context = ts.Context()  # the same for all: data are referred to within one connection alone
     parent = {"driver": "ocdbt", "base": base(folder), **_WRITTEN}
-    whole = ts.KvStore.open(parent).result()
+    whole = ts.KvStore.open(parent, context=context).result()
     transaction = ts.Transaction(atomic=True)
     for process in range(processes):
         child = {"driver": "ocdbt", "base": base(f"{os.fspath(folder)}/ocdbt.process_{process}")}
-        opened = ts.KvStore.open(child).result()
+        opened = ts.KvStore.open(child, context=context).result()
         if opened.list().result():  # else this process had no part of any array
             opened.experimental_copy_range_to(whole.with_transaction(transaction)).result()
     transaction.commit_async().result()

@@ -54,6 +54,8 @@ def test_the_server_of_a_bucket():
     }
     other = amazon | {"endpoint": "http://127.0.0.1:9", "aws_region": "us-east-1"}
     assert base("s3://bucket/a/b", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9/"}) == other
+    with_key = base("s3://bucket/a/b", {"AWS_ACCESS_KEY_ID": "key"})
+    assert with_key == amazon | {"aws_credentials": {"type": "environment"}}
 
 
 @pytest.mark.parametrize(

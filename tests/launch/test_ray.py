@@ -180,7 +180,8 @@ def take_a_host_away(address, checkpoints):
     while not any(p.name.isdigit() for p in checkpoints.glob("*")):
         time.sleep(0.05)
     free = ray._private.state.available_resources_per_node()
-    busy = [n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU") and not free[n["NodeID"]].get("CPU")]
+    hosts = [n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU")]
+    busy = [host for host in hosts if not free[host].get("CPU")]
     in_a_minute = int(1000 * (time.time() + 60))
     print("DRAINED", ray._raylet.GcsClient(address=address).drain_node(busy[-1], 2, "a test", in_a_minute))
 
