@@ -30,7 +30,7 @@ def connected(o: RayOptions) -> Iterator[tuple[Any, bool]]:
     where = o.address or os.environ.get("RAY_ADDRESS", "")
     try:
         _connect(ray, o, where)
-    except (ConnectionError, RuntimeError, ValueError) as e:
+    except Exception as e:  # whatever Ray raises where a process of its own does not start
         raise UserError(
             f"--address={where or 'this host'}: Ray cannot be reached or started there ({one_line(e)}). Name "
             "the cluster's HOST:PORT, or leave it out for one on this host."
