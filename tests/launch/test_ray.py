@@ -43,7 +43,10 @@ def calm(place) -> dict[int, faults.Row]:
 
 
 def environment(place: pathlib.Path, **more: str) -> dict[str, str]:
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_agent_register_timeout_ms": "300000"}  # a busy host
+    quiet = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_agent_register_timeout_ms": "300000",
+    }  # a busy host
     return faults.environment(place) | quiet | more
 
 

@@ -266,8 +266,20 @@ def test_a_bucket_has_the_metrics_before_ray_has_the_checkpoint(tmp_path):
 def test_which_failure_is_said():
     lost, killed = WorkerFailed(4, "one was lost"), WorkerFailed(137, "ended by SIGKILL")
     assert driver._reason({0: lost, 1: killed}) == (137, "ended by SIGKILL")
-    assert driver._reason({0: lost, 1: OSError(5, "gone")}) == (1, "worker 1 was lost: gone")
+    assert driver._reason({0: lost, 1: OSError(5, "gone")}) == (1, "worker 1: gone")
     assert driver._reason({0: lost}) == (4, "one was lost")
+
+
+def test_signals_to_the_command():
+    """They are passed on; the second urgent one ends it, wherever it waits."""
+    got = []
+    with pytest.raises(driver.RunFailed, match="ended at once by a second signal, 15") as error:
+        with driver._signals(got.append):
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+    assert error.value.code == 143 and got == [10, 15, 10]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_output_and_signals(capfd):

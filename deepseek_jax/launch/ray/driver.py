@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from deepseek_jax.cluster.signals import SIGNALS
+from deepseek_jax.cluster.signals import SIGNALS, URGENT
 from deepseek_jax.errors import ExitCode, Failure, UserError, one_line, stopped_by
 from deepseek_jax.launch.ray import cluster, job, options, worker
 from deepseek_jax.launch.ray.job import Outcome
@@ -88,7 +88,7 @@ def run(o: RayOptions) -> Outcome:
       RunFailed: the last of the failures that Ray did not start again.
     """
     with cluster.connected(o) as (ray, quiet):
-        link = ray.remote(num_cpus=0)(Link).remote()
+        link = _link(ray)
         cluster.check_room(ray, o, say)
         say(f"run {o.name} in {o.run_folder}, {_workers(o)}")
         plan = job.plan(o, os.getcwd(), os.environ)._asdict()
@@ -106,6 +106,14 @@ def run(o: RayOptions) -> Outcome:
             if not outcome.preempted:
                 return outcome
             say(f"stopped at step {outcome.step}, as Ray takes a host away; starting again.")
+
+
+def _link(ray: Any) -> Any:
+    """On this host, which lives as long as the command."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Link).remote()
 
 
 def _workers(o: RayOptions) -> str:
@@ -143,13 +151,12 @@ def _fitted(trainer: Any, meanwhile: Callable[[], None], max_failures: int) -> A
         meanwhile()
     if not error:
         return result[0]
-    if isinstance(error[0], TrainingFailedError):
-        failures = getattr(error[0], "worker_failures", {})
-        code, text = _reason(failures) if failures else (ExitCode.ERROR, one_line(error[0]))
-        raise RunFailed(f"no try is left (--max_failures={max_failures}): {text}", code) from error[
-            0
-        ]
-    raise error[0]
+    failed = error[0]
+    if not isinstance(failed, TrainingFailedError):
+        raise failed
+    failures = getattr(failed, "worker_failures", {})
+    code, text = _reason(failures) if failures else (ExitCode.ERROR, one_line(failed))
+    raise RunFailed(f"no try is left (--max_failures={max_failures}): {text}", code) from failed
 
 
 def _reason(failures: Mapping[int, BaseException]) -> tuple[int, str]:
@@ -164,7 +171,7 @@ def _reason(failures: Mapping[int, BaseException]) -> tuple[int, str]:
             return failed.code, failed.said
     for rank, error in sorted(failures.items()):
         if error not in processes:
-            return ExitCode.ERROR, f"worker {rank} was lost: {one_line(error)}"
+            return ExitCode.ERROR, f"worker {rank}: {one_line(error)}"
     return processes[0].code, processes[0].said
 
 
@@ -222,14 +229,27 @@ def _forget(filesystem: Any, file: str) -> None:
 
 @contextlib.contextmanager
 def _signals(pass_on: Callable[[int], Any]) -> Iterator[None]:
-    """Signals to this process go to train.py, which stops with a checkpoint; in the main thread only."""
+    """Signals to this process go to train.py, which stops with a checkpoint; in the main thread only.
+
+    Raises:
+      RunFailed: inside, by a second SIGINT or SIGTERM: there may be no process yet, or none any more.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    urgent: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if number in URGENT:
+            urgent.append(number)
+        if len(urgent) > 1:
+            raise RunFailed(f"ended at once by a second signal, {number}.", stopped_by(number))
+        pass_on(number)
+
     before = {}
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, lambda n, _: pass_on(n))
+            before[number] = signal.signal(number, handle)
     try:
         yield
     finally:

@@ -70,8 +70,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     workdir = _local_workdir(plan) if plan.remote else plan.workdir
     if plan.remote and context.get_local_rank() == 0:
         storage.fetch(workdir)
-    # Also a barrier: what has been fetched is there for all workers of a host.
     link, output = config["link"], Output(rank)
+    # Also a barrier: what has been fetched is there for all workers of a host.
     meeting = broadcast_from_rank_zero(
         job.meeting(ray.util.get_node_ip_address()) if rank == 0 else None
     )
@@ -97,9 +97,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         code = _until_end(Run(plan, storage, workdir, process, output, link), chief)
     finally:
         process.end(0)
-        output.send(
-            lambda lines: ray.get(link.put.remote(lines))
-        )  # all of it, before Ray ends this worker
+        # Waits, as Ray ends this worker after the function.
+        output.send(lambda lines: ray.get(link.put.remote(lines)))
     where = f"process {rank} of {count} on {socket.gethostname()}:"
     if not job.is_final(code):
         own = process.code or code
