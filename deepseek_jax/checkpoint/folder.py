@@ -66,10 +66,7 @@ class Folder:
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, in order."""
-        if self.remote and not self.path.exists():
-            return []
-        names = [p.name for p in self.path.iterdir()] if self.remote else os.listdir(self.path)
-        found = sorted(int(n) for n in names if is_step(n))
+        found = sorted(int(n) for n in self._names() if is_step(n))
         return (
             [s for s in found if (self.path / str(s) / manifest.NAME).exists()]
             if self.remote
@@ -129,11 +126,13 @@ class Folder:
 
     def damaged(self) -> list[str]:
         """Names of the checkpoints that were put aside."""
-        return sorted(
-            p.name
-            for p in self.path.iterdir()
-            if is_step(p.name.partition(DAMAGED)[0]) and DAMAGED in p.name
-        )
+        return sorted(n for n in self._names() if is_step(n.partition(DAMAGED)[0]) and DAMAGED in n)
+
+    def _names(self) -> list[str]:
+        if not self.remote:
+            return os.listdir(self.path)
+        # In a bucket a folder is there when something is in it.
+        return [p.name for p in self.path.iterdir()] if self.path.exists() else []
 
     def _is_foreign(self, name: str) -> bool:
         """Whether this is surely no checkpoint: a file, or a folder with other things in it."""
