@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 
+import fsspec
 from etils import epath
 
 from deepseek_jax.checkpoint import manifest
@@ -38,6 +39,9 @@ class Folder:
         self.path = epath.Path(path if self.remote else os.path.abspath(path))
         try:
             if self.remote:
+                # Other processes write there, and TensorStore does: a listing is never that of before.
+                for protocol in ("s3", "gcs"):
+                    fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
                 if not read_only:
                     self.path.mkdir(parents=True, exist_ok=True)
                 self.steps()
