@@ -122,7 +122,7 @@ class Folder:
             if not (self.path / name).exists():
                 break
         if self.remote:
-            self.at(step).rename(self.path / name)
+            _move(os.fspath(self.at(step)), os.fspath(self.path / name))
         else:
             os.rename(self.at(step), self.path / name)
             manifest.sync_folder(self.path)
@@ -155,6 +155,15 @@ class Folder:
             ours = (name.endswith(_TMP) or _OLD_TMP in name) and is_step(name.partition(".")[0])
             if ours and not self._is_foreign(name):
                 shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def _move(old: str, new: str) -> None:
+    """Moves a folder of a bucket, copied by its server. fsspec's own fails where folders are no objects."""
+    files, old = fsspec.core.url_to_fs(old)
+    _, new = fsspec.core.url_to_fs(new)
+    for file in files.find(old):
+        files.cp_file(file, new + file.removeprefix(old))
+    files.rm(old, recursive=True)
 
 
 def steps_in(path: str) -> list[int]:

@@ -16,6 +16,8 @@ import pytest
 
 from benchmarks.durability import faults
 from benchmarks.durability.faults import Process
+from deepseek_jax.checkpoint import manifest
+from deepseek_jax.checkpoint.folder import Folder, steps_in
 from deepseek_jax.cluster.ports import free_port
 from tests.support.runs import lives
 
@@ -253,6 +255,36 @@ def bucket():
 
     yield env, contents
     server.stop()
+
+
+def test_the_folder_of_checkpoints_in_a_bucket(bucket, monkeypatch):
+    """Half of a checkpoint does not count; a damaged one is put aside; what is not there is empty."""
+    for name, value in bucket[0].items():
+        monkeypatch.setenv(name, value)
+    folder = Folder("s3://bucket/folder/checkpoints", read_only=False)
+    assert folder.steps() == [] and folder.damaged() == []
+    for step in (10, 20):
+        folder.begin(step)
+        draft = folder.draft(step)
+        (draft / "state" / "x").write_bytes(b"abc" * 1000)
+        (draft / "extra").write_text("{}")
+        sums = manifest.checksums(draft, manifest.files_of(draft))
+        assert sums.keys() == {"state/x", "extra"} and folder.steps() == [10] * (step > 10)
+        manifest.write(draft, manifest.Manifest("full", step, sums, {}))
+        folder.commit(step)
+    assert folder.steps() == [10, 20] == steps_in("s3://bucket/folder/checkpoints")
+    assert manifest.check(folder.at(20), manifest.read(folder.at(20))) == []
+    (folder.at(20) / "state" / "x").write_bytes(b"abd" * 1000)
+    (bad,) = manifest.check(folder.at(20), manifest.read(folder.at(20)))
+    assert bad == ("state/x", "its bytes are not those that were written")
+    assert folder.put_aside(20) == "20.damaged" and folder.damaged() == ["20.damaged"]
+    assert folder.steps() == [10] and (folder.path / "20.damaged" / "state" / "x").exists()
+    folder.begin(30)
+    (folder.draft(30) / "extra").write_text("{}")
+    folder.begin(30)
+    assert not folder.draft(30).exists(), "what was left of a killed save is gone"
+    folder.delete(10)
+    assert folder.steps() == []
 
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
