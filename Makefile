@@ -17,6 +17,8 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 AOT := .venv-gpu-aot
 # So have the packages of log.trackers, which bring a hundred others.
 TRACKERS := .venv-trackers
+# Ray has many dependencies, which the rest shall not meet by chance.
+RAY := .venv-ray
 # One stamp for every set of extras, so that `make test` after `make train` installs what the tests need on top.
 STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 TEST_STAMP := $(VENV)/.installed-test
@@ -40,7 +42,7 @@ FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_cra
 	tests/parallel/test_strategies.py::test_what_a_layer_communicates tests/run/test_train.py::test_main_job \
 	tests/run/test_train.py::test_resume_is_bit_exact tests/parallel/test_mesh.py::test_same_numbers_on_every_mesh
 
-.PHONY: help venv remade train sft distil check measures docs test test-fast test-slow test-trackers prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
+.PHONY: help venv remade train sft distil check measures docs test test-fast test-slow test-ray test-trackers prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -64,8 +66,11 @@ test: $(TEST_STAMP) ## run the tests
 test-fast: $(FAST_STAMP) ## run a share of them in three minutes, without torch and transformers (PYTHON=python3.13 VENV=.venv-3.13)
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(FAST) $(ARGS)
 
-test-slow: $(TEST_STAMP) ## run the tests that `make test` leaves out: whole runs, further meshes and combinations (an hour)
-	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
+test-slow: $(TEST_STAMP) $(if $(ARGS),,test-ray) ## run the tests that `make test` leaves out: whole runs, further meshes, combinations, Ray (an hour)
+	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'slow and not ray' $(ARGS)
+
+test-ray: $(RAY)/.installed ## train on Ray and into a bucket of S3, both on this host (5 minutes)
+	$(RAY)/bin/python -m pytest -q -m ray tests/launch/test_ray.py $(ARGS)
 
 test-trackers: $(TRACKERS)/.installed ## run the tests that need W&B, MLflow, Trackio and ClearML themselves, offline (5 minutes)
 	$(TRACKERS)/bin/python -m pytest -q -n 0 -m slow tests/run/test_tracker_packages.py $(ARGS)
@@ -110,7 +115,7 @@ gpu-bench: $(STAMP) ## measure what a GPU reaches, in eight minutes, and write b
 	$(VENV)/bin/python -m benchmarks gpu_bench $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) $(AOT) $(TRACKERS) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(AOT) $(TRACKERS) $(RAY) .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Sets $$found to the interpreter for $(VENV), or says what to do and ends.
@@ -179,4 +184,10 @@ $(TRACKERS)/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing deepseek_jax, W&B, MLflow, Trackio and ClearML into $(TRACKERS), once: some minutes"
 	@$(VENV)/bin/python -m venv $(TRACKERS) && echo '*' > $(TRACKERS)/.gitignore
 	@$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test-fast,wandb,mlflow,trackio,clearml]'
+	@touch $@
+
+$(RAY)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing deepseek_jax, Ray and a server of S3 into $(RAY), once: some minutes"
+	@$(VENV)/bin/python -m venv $(RAY) && echo '*' > $(RAY)/.gitignore
+	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test-ray]'
 	@touch $@

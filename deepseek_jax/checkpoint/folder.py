@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 
+import fsspec
 from etils import epath
 
 from deepseek_jax.checkpoint import manifest
@@ -38,6 +39,9 @@ class Folder:
         self.path = epath.Path(path if self.remote else os.path.abspath(path))
         try:
             if self.remote:
+                # Other processes write there, and TensorStore does: a listing is never that of before.
+                for protocol in ("s3", "gcs"):
+                    fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
                 if not read_only:
                     self.path.mkdir(parents=True, exist_ok=True)
                 self.steps()
@@ -66,10 +70,7 @@ class Folder:
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, in order."""
-        if self.remote and not self.path.exists():
-            return []
-        names = [p.name for p in self.path.iterdir()] if self.remote else os.listdir(self.path)
-        found = sorted(int(n) for n in names if is_step(n))
+        found = sorted(int(n) for n in self._names() if is_step(n))
         return (
             [s for s in found if (self.path / str(s) / manifest.NAME).exists()]
             if self.remote
@@ -121,7 +122,7 @@ class Folder:
             if not (self.path / name).exists():
                 break
         if self.remote:
-            self.at(step).rename(self.path / name)
+            _move(os.fspath(self.at(step)), os.fspath(self.path / name))
         else:
             os.rename(self.at(step), self.path / name)
             manifest.sync_folder(self.path)
@@ -129,11 +130,13 @@ class Folder:
 
     def damaged(self) -> list[str]:
         """Names of the checkpoints that were put aside."""
-        return sorted(
-            p.name
-            for p in self.path.iterdir()
-            if is_step(p.name.partition(DAMAGED)[0]) and DAMAGED in p.name
-        )
+        return sorted(n for n in self._names() if is_step(n.partition(DAMAGED)[0]) and DAMAGED in n)
+
+    def _names(self) -> list[str]:
+        if not self.remote:
+            return os.listdir(self.path)
+        # In a bucket a folder is there when something is in it.
+        return [p.name for p in self.path.iterdir()] if self.path.exists() else []
 
     def _is_foreign(self, name: str) -> bool:
         """Whether this is surely no checkpoint: a file, or a folder with other things in it."""
@@ -152,6 +155,15 @@ class Folder:
             ours = (name.endswith(_TMP) or _OLD_TMP in name) and is_step(name.partition(".")[0])
             if ours and not self._is_foreign(name):
                 shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def _move(old: str, new: str) -> None:
+    """Moves a folder of a bucket, copied by its server. fsspec's own fails where folders are no objects."""
+    files, old = fsspec.core.url_to_fs(old)
+    _, new = fsspec.core.url_to_fs(new)
+    for file in files.find(old):
+        files.cp_file(file, new + file.removeprefix(old))
+    files.rm(old, recursive=True)
 
 
 def steps_in(path: str) -> list[int]:

@@ -11,17 +11,16 @@ steps of a run, and `state` in each of them.
 Of Orbax the handler alone is used, which writes the files, without its checkpointers and managers. Those
 could leave room for the manifest (CheckpointManagerOptions(temporary_path_class=) can write one before the
 rename), but their processes wait for each other at barriers, where one that failed is missed for twenty
-minutes, and their restore holds 1.6 times the state.
+minutes, and their restore holds 1.6 times the state. In a bucket of S3, where that handler does not write,
+object_store.py writes the same files.
 """
 
 import asyncio
 import itertools
-import json
 import logging
 import math
 import os
 import sys
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,14 +30,13 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from deepseek_jax.checkpoint import object_store
+from deepseek_jax.checkpoint.object_store import CHUNK_BYTES, INDEX
 from deepseek_jax.tensorfile import bounded_json, regions
 from deepseek_jax.tensorfile.arrays import NAMES, TensorSpec, Tree
 from deepseek_jax.tensorfile.bounded_json import BadFile
 
-INDEX = "_METADATA"
-_LIMIT = 1 << 25  # bytes of that file
-# What a reader of any part of an array holds, at most: one device may have had gigabytes of it.
-CHUNK_BYTES = 1 << 28
+_LIMIT = 1 << 25  # bytes of INDEX
 
 
 class ShardedKind:
@@ -50,6 +48,8 @@ class ShardedKind:
 
     def start(self, folder: epath.PathLike, state: Tree) -> Callable[[], None]:
         """Copies the shards to the host and begins to write them into `folder`."""
+        if object_store.is_needed(folder):
+            return object_store.start(folder, state)
         _hush()
         handler = _handler()
         chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
@@ -71,6 +71,9 @@ class ShardedKind:
         return finish
 
     def merge(self, folder: epath.PathLike) -> None:
+        if object_store.is_needed(folder):
+            object_store.merge(folder, jax.process_count())
+            return
         handler = _handler()
         handler.finalize(epath.Path(folder))
         handler.close()
@@ -96,7 +99,7 @@ class ShardedTensors:
         Raises:
           BadFile: a description is missing, or is not what this program writes.
         """
-        base = _url(folder)
+        base = object_store.base(folder)
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         opened = {}
         for name in _names(folder):
@@ -130,11 +133,6 @@ class ShardedTensors:
 
     def read(self, name: str, index: regions.Index) -> np.ndarray:
         return self._arrays[name][index].read().result()
-
-
-def _url(folder: epath.PathLike) -> str:
-    name = os.fspath(folder)
-    return (name if "://" in name else f"file://{urllib.parse.quote(os.path.abspath(name))}") + "/"
 
 
 def _names(folder: epath.PathLike) -> list[str]:
@@ -187,34 +185,14 @@ def write(
     """
     top = epath.Path(folder)
     top.mkdir(parents=True, exist_ok=True)
-    base = _url(folder)
-    tree = {}
+    database = {"driver": "ocdbt", "base": object_store.base(folder)}
+    chunks = {name: _chunk(spec, shards) for name, spec in specs.items()}
     for name, spec in specs.items():
-        parts, chunk = name.split("/"), _chunk(spec, shards)
-        store = {
-            "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(parts) + "/"},
-            "metadata": {"shape": spec.shape, "chunks": chunk, "compressor": None},
-            "store_data_equal_to_fill_value": True,
-        }
+        store = object_store.array_spec(database, name, spec.shape, chunks[name])
         array = ts.open(store, create=True, dtype=ts.dtype(spec.dtype)).result()
-        for index in _grid(spec.shape, chunk):
+        for index in _grid(spec.shape, chunks[name]):
             array[index].write(read(name, index)).result()
-        tree[str(tuple(parts))] = {
-            "key_metadata": [{"key": p, "key_type": 2} for p in parts],
-            "value_metadata": {
-                "value_type": "jax.Array",
-                "skip_deserialize": False,
-                "write_shape": chunk,
-            },
-        }
-    value = {
-        "tree_metadata": tree,
-        "use_zarr3": False,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    }
-    (top / INDEX).write_bytes(json.dumps(value).encode())
+    (top / INDEX).write_bytes(object_store.index(chunks))
 
 
 def _grid(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[regions.Index]:

@@ -1,6 +1,7 @@
-"""Words of MoE_Factorize_Compress's conf/ that are no option here: what to do instead, and why.
+"""Words of MoE_Factorize_Compress's conf/ and of Ray Train that are no option here: what to do instead.
 
-Those that an option stands for are with that option (`mfc=` in sections/). docs/guide_words.md has them all.
+Those that an option stands for are with that option (`mfc=` in sections/). docs/guide_words.md has all of the
+first, docs/ray.md those of Ray.
 """
 
 from deepseek_jax.config.option import Word
@@ -94,5 +95,51 @@ NO_OPTION = (
         f"{NOTHING} a run takes all devices that it sees (CUDA_VISIBLE_DEVICES), and lays teacher and "
         "student out over them by `config.mesh`",
         ("device_map", "gpu_ids"),
+    ),
+)
+
+RAY = (
+    Word(
+        ("TorchTrainer(train_func)", "JaxTrainer", "deepspeed.initialize(config=...)"),
+        "`python -m deepseek_jax.launch ray ... train.py --config=...`, or "
+        "`deepseek_jax.launch.ray.fit([...])`: train.py is the train_func",
+        ("train_func", "train_loop_per_worker"),
+    ),
+    Word(
+        ('train_loop_config={"epochs": 3}',),
+        "arguments of train.py: `--config.train.epochs=3`",
+        ("train_loop_config",),
+    ),
+    Word(
+        ("ScalingConfig(num_workers=8, use_gpu=True)",),
+        "`launch ray --num_workers=1 --gpus_per_worker=8`: a worker is a host with all its GPUs, and there a "
+        "GPU; num_workers=(4, 8) is `--num_workers=8 --min_workers=4`",
+        ("scaling_config", "num_workers", "use_gpu", "resources_per_worker", "ray_num_workers"),
+    ),
+    Word(
+        ("RunConfig(storage_path=..., name=...)",),
+        "`launch ray --storage_path=s3://bucket/checkpoints --name=...`: the run is in "
+        "STORAGE_PATH/NAME/run, which `--workdir` is elsewhere",
+        ("run_config", "storage_path"),
+    ),
+    Word(
+        ("FailureConfig(max_failures=3)",),
+        "`launch ray --max_failures=3`; not after a mistake, bad numbers or a signal",
+        ("failure_config", "max_failures"),
+    ),
+    Word(
+        ("CheckpointConfig(num_to_keep=3)", 'checkpoint_score_attribute="eval_loss"'),
+        "`checkpoint.keep=3`, `checkpoint.keep_best=1`",
+        ("checkpoint_config", "num_to_keep", "checkpoint_score_attribute"),
+    ),
+    Word(
+        ('ray.train.torch.prepare_model(parallel_strategy="fsdp")', "prepare_data_loader"),
+        f"{NOTHING} `sharding.strategy` and `config.mesh` say how the model is divided",
+        ("prepare_model", "parallel_strategy", "parallel_strategy_kwargs"),
+    ),
+    Word(
+        ("ray.train.report(metrics, checkpoint)", "ray.train.get_checkpoint()"),
+        f"{NOTHING} each checkpoint is reported where train.py wrote it, with the row of metrics.jsonl; the "
+        "same command goes on from the newest",
     ),
 )

@@ -90,11 +90,11 @@ NO_OPTION = (
         ("nproc_per_node",),
     ),
     Word(
-        ("torchrun --max_restarts=3", "Ray FailureConfig(max_failures=3)"),
+        ("torchrun --max_restarts=3",),
         "`python -m deepseek_jax.launch --max_restarts=3 ...`; with `--min_processes=2` it goes on with "
         "fewer processes of "
         "one host",
-        ("max_restarts", "max_failures"),
+        ("max_restarts",),
     ),
     Word(
         ("torchrun --nnodes=MIN:MAX",),
@@ -143,13 +143,15 @@ NO_OPTION = (
         ("YAML files",),
         "Python files in `configs/`; any key by flag: `--config.train.steps=100`; a typo is an error",
     ),
+    *guide_words.RAY,
     *guide_words.NO_OPTION,
 )
 
 HEAD = f"""# From your words to ours
 
-Words of PyTorch's FSDP and DDP, DeepSpeed, NeMo and Megatron, Hugging Face's Trainer and Accelerate, and
-MoE_Factorize_Compress ([its words](guide_words.md) in one place), and the option that means the same here.
+Words of PyTorch's FSDP and DDP, DeepSpeed, NeMo and Megatron, Hugging Face's Trainer and Accelerate, Ray
+Train ([its words](ray.md)) and MoE_Factorize_Compress ([its words](guide_words.md)), and the option that
+means the same here.
 The options of a model are keys of a Hugging Face `config.json` as they are, so that only the words of others
 are listed. `python train.py --help` has every option with its unit, limits and choices.
 

@@ -5,6 +5,7 @@
   python -m deepseek_jax.launch --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=host0 train.py ...
   python -m deepseek_jax.launch --nproc_per_node=4 --max_restarts=10 --min_processes=2 train.py ...
   python -m deepseek_jax.launch template slurm|jobset|rayjob|ssh ...     # a file that starts it on a cluster
+  python -m deepseek_jax.launch ray --num_workers=2 --gpus_per_worker=8 --storage_path=... train.py ...
 
 One process drives all GPUs of its host, so one per host is the usual number; several are for hosts
 whose GPUs belong to different sockets, and for trying several hosts out on one. Each process gets
@@ -42,7 +43,10 @@ from deepseek_jax.launch.options import environments, parse
 from deepseek_jax.launch.restarts import Restarts
 
 # Other ways to start a run, by first argument: modules with main(argv), imported when asked for.
-SUBCOMMANDS = {"template": "deepseek_jax.launch.template.command"}
+SUBCOMMANDS = {
+    "ray": "deepseek_jax.launch.ray.command",
+    "template": "deepseek_jax.launch.template.command",
+}
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,5 @@
-"""The words of MoE_Factorize_Compress's conf/, typed as options, and three faults of its code in small."""
+"""The words of MoE_Factorize_Compress's conf/ and of Ray Train, typed as options, and three faults of the
+former's code in small."""
 
 import re
 
@@ -6,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import suggestions
+from deepseek_jax.config import guide_words, suggestions
 from deepseek_jax.config.options import Config, ModelConfig, OptimizerConfig
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.divergences import divergence
@@ -100,6 +101,31 @@ def test_every_word_is_in_the_document():
         told = told or f"`{'.'.join(path[-2:-1])}.*`" in page
         told = told or f"`{'.'.join(path[:-1])}.*`" in page
         assert told, key
+
+
+@pytest.mark.parametrize(
+    ("key", "answer"),
+    [
+        ("scaling_config.num_workers", "launch ray --num_workers=1 --gpus_per_worker=8"),
+        ("run_config.storage_path", "launch ray --storage_path="),
+        ("failure_config.max_failures", "launch ray --max_failures=3"),
+        ("checkpoint_config.num_to_keep", "checkpoint.keep=3"),
+        ("train_loop_config", "--config.train.epochs=3"),
+        ("train_func", "deepseek_jax.launch.ray.fit"),
+        ("parallel_strategy", "sharding.strategy"),
+    ],
+)
+def test_rays_words_are_answered(key, answer):
+    with pytest.raises(UserError) as error:
+        commandline.parse(["train.py", "--config=configs/tiny.py", f"--config.{key}=1"])
+    assert answer in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+def test_rays_words_are_in_the_document():
+    page = (ROOT / "docs" / "ray.md").read_text(encoding="utf-8")
+    for word in guide_words.RAY:
+        for name in (re.sub(r"\(.*|=.*", "", w).split(".")[-1] for w in word.theirs):
+            assert name in page, name
 
 
 def test_an_override_of_hydra_is_answered():

@@ -78,3 +78,12 @@ def losses(workdir) -> dict[int, float]:
                 assert row["step"] not in out, "a step was logged twice"
                 out[row["step"]] = row["loss"]
     return out
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
