@@ -1,0 +1,210 @@
+"""What one instruction of a compiled program has to do: floating point operations, and bytes of
+device memory read and written.
+
+A fusion reads of its operands what its outputs need of them, and writes those; what is computed
+inside never leaves the chip. An update in place counts the update, not the array. Every operand is
+read once: caches that are too small for that are not seen, nor is what a cache still holds from the
+instruction before. Operations that are no matrix products count as bytes alone.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from deepseek_jax.xla import kernels
+from deepseek_jax.xla.hlo import Array, Instruction, Module, arrays
+
+# Names, views, ends of what was started, and what is known before the program runs.
+FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier "
+    "add-dependency domain".split()
+)
+# These need their operands whole, or as large a share of them as is needed of the result.
+WHOLE = frozenset(
+    "dot reduce scatter sort concatenate pad reduce-window convolution custom-call transpose reverse "
+    "select-and-scatter".split()
+)
+SORTED_AT_ONCE = 2**11  # keys that one block of a bitonic sort holds in shared memory
+
+
+class Work(NamedTuple):
+    """Of one run of an instruction.
+
+    Attributes:
+      flops: by kind (kernels.py): which unit of the device does them.
+      read, written: bytes of device memory.
+      launches: kernels.
+      unknown: the target of a custom call whose operations are not known; "" else.
+    """
+
+    flops: dict[str, float]
+    read: float
+    written: float
+    launches: int = 1
+    unknown: str = ""
+
+    @property
+    def bytes(self) -> float:
+        return self.read + self.written
+
+
+class Reader:
+    """Says what the instructions of a module have to do.
+
+    Attributes:
+      float32: the kind of float32 products that ask for no precision: "tf32" on a GPU, "f32" on a CPU.
+    """
+
+    def __init__(self, module: Module, float32: str = "tf32") -> None:
+        self.module = module
+        self.float32 = float32
+        self._fusions: dict[str, tuple[Counter[str], dict[int, float], float, int]] = {}
+
+    def of(self, computation: str, i: Instruction) -> Work:
+        """The work of an instruction that runs by itself: none of FREE, no loop, branch or call."""
+        here = self.module.computations[computation]
+        operands = [here[name] for name in i.operands if name in here]
+        read, written = float(sum(o.bytes for o in operands)), float(i.bytes)
+        if i.opcode == "fusion":
+            flops, share, written, passes = self._fusion(i.called["calls"][0])
+            return Work(dict(flops), passes * sum(share.values()), passes * written, passes)
+        if i.opcode == "dot":
+            kind, flops_of_dot = kernels.dot(i, _types(operands), self.float32)
+            return Work({kind: flops_of_dot}, read, written)
+        if i.opcode == "custom-call":
+            found = kernels.custom_call(i, _types(operands), self.float32)
+            if found is None:
+                return Work({}, read, written, unknown=kernels.target(i))
+            return Work(found.flops, read, written - found.workspace)
+        if i.opcode == "dynamic-update-slice":
+            return Work({}, operands[1].bytes, operands[1].bytes)
+        if i.opcode == "scatter":
+            updates = operands[len(operands) // 2 + 1 :]
+            touched = sum(o.bytes for o in updates)
+            return Work({}, 2 * touched + operands[len(operands) // 2].bytes, touched)
+        if i.opcode in ("dynamic-slice", "slice", "gather"):
+            return Work({}, written + sum(o.bytes for o in operands[1:]), written)
+        if i.opcode == "sort":
+            passes = _sort_passes(i)
+            return Work({}, passes * read, passes * written, passes)
+        return Work({}, read, written)
+
+    def products(self, computation: str, i: Instruction) -> Iterator[Instruction]:
+        """The matrix products in an instruction, those inside a fusion too."""
+        if i.opcode == "dot":
+            yield i
+        elif i.opcode == "fusion":
+            body = i.called["calls"][0]
+            for inner in self.module.computations[body].values():
+                yield from self.products(body, inner)
+
+    def opcodes(self, i: Instruction) -> set[str]:
+        """Of an instruction and all that is fused into it."""
+        if i.opcode != "fusion":
+            return {i.opcode}
+        body = self.module.computations[i.called["calls"][0]].values()
+        return set().union(*(self.opcodes(inner) for inner in body))
+
+    def _fusion(self, name: str) -> tuple[Counter[str], dict[int, float], float, int]:
+        """(FLOPs by kind, bytes read of each parameter, bytes written, passes) of a fused computation."""
+        if name not in self._fusions:
+            self._fusions[name] = self._read_fusion(name)
+        return self._fusions[name]
+
+    def _read_fusion(self, name: str) -> tuple[Counter[str], dict[int, float], float, int]:
+        body = self.module.computations[name]
+        types = {i.name: _first(i) for i in body.values()}
+        # Elements of each instruction that something needs. Slices of one array add up; other readers
+        # of it most likely need the same elements.
+        sliced: dict[str, float] = defaultdict(float)
+        needed: dict[str, float] = defaultdict(float)
+        written, flops, passes = 0.0, Counter[str](), 1
+        root = self.module.roots[name]
+        for output in [body[o] for o in root.operands] if root.opcode == "tuple" else [root]:
+            update = _in_place(body, output)
+            if update is None:
+                written += output.bytes
+                needed[output.name] = max(needed[output.name], types[output.name].size)
+                continue
+            for n, operand in enumerate(update.operands):
+                # Of an array that is updated in place nothing is read, unless numbers are added to it.
+                adds = update.opcode == "scatter"
+                size = types[operand].size if n else adds * types[update.operands[-1]].size
+                sliced[operand] += size
+            written += body[update.operands[-1 if update.opcode == "scatter" else 1]].bytes
+        for i in reversed(body.values()):
+            operands = [body[o] for o in i.operands if o in body]
+            if i.opcode == "dot":
+                kind, n = kernels.dot(i, _types(operands), self.float32)
+                flops[kind] += n
+            elif i.opcode == "sort":
+                passes = max(passes, _sort_passes(i))
+            inner: dict[int, float] = {}
+            if i.opcode == "fusion":
+                inner_flops, inner, _, inner_passes = self._fusion(i.called["calls"][0])
+                flops.update(inner_flops)
+                passes = max(passes, inner_passes)
+            size = types[i.name].size or 1
+            n = min(size, max(needed[i.name], sliced[i.name]))
+            if not n:
+                continue
+            for position, o in enumerate(operands):
+                whole = types[o.name].size
+                if i.opcode == "fusion":
+                    share = inner.get(position, 0.0) / (o.bytes or 1)
+                    needed[o.name] = max(needed[o.name], share * whole)
+                elif i.opcode in ("slice", "dynamic-slice", "gather"):
+                    sliced[o.name] += n if position == 0 else n / size * whole
+                elif i.opcode == "dynamic-update-slice" and position == 0:
+                    left = max(0, n - types[operands[1].name].size)
+                    needed[o.name] = max(needed[o.name], left)
+                elif i.opcode in WHOLE or whole > size or i.opcode == "dynamic-update-slice":
+                    needed[o.name] = max(needed[o.name], n / size * whole)
+                else:  # element by element, or spread over more of them
+                    needed[o.name] = max(needed[o.name], min(whole, n))
+        read = {
+            int(i.operands[0]): min(
+                1.0, max(needed[i.name], sliced[i.name]) / (types[i.name].size or 1)
+            )
+            * i.bytes
+            for i in body.values()
+            if i.opcode == "parameter"
+        }
+        return flops, read, written, passes
+
+
+def _in_place(body: dict[str, Instruction], output: Instruction) -> Instruction | None:
+    """The update that an output of a fusion writes into its operand's own memory, where it is one:
+    a slice or scatter into a parameter, with nothing but views around it."""
+
+    def behind(i: Instruction) -> Instruction:
+        while i.opcode in ("bitcast", "reshape") and i.operands[0] in body:
+            i = body[i.operands[0]]
+        return i
+
+    update = behind(output)
+    if update.opcode not in ("dynamic-update-slice", "scatter"):
+        return None
+    return update if behind(body[update.operands[0]]).opcode == "parameter" else None
+
+
+def _sort_passes(i: Instruction) -> int:
+    """Times that a sort reads and writes its keys: a bitonic sort, of which the stages that fit into
+    shared memory run at once."""
+    found = re.search(r"dimensions=\{(\d+)\}", i.attributes)
+    length = _first(i).dims[int(found[1]) if found else 0]
+    stages = math.ceil(math.log2(max(2, length)))
+    inside = min(stages, int(math.log2(SORTED_AT_ONCE)))
+    return 1 + sum(stage - inside + 1 for stage in range(inside + 1, stages + 1))
+
+
+def _first(i: Instruction) -> Array:
+    """The type of an instruction's result, of a tuple its first."""
+    found = arrays(i.shape)
+    return found[0] if found else Array("pred", (0,))
+
+
+def _types(operands: list[Instruction]) -> list[Array]:
+    return [_first(o) for o in operands]
