@@ -56,9 +56,11 @@ def predict(text: str, planned: Planned, speed: Speed, skew: str = "zipf") -> di
     config, mesh, layout, gpus_per_host = planned
     rounds = skews.rounds_at(skew, config, dict(mesh.shape))
     share = topology.devices_per_host(mesh, gpus_per_host)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    compiled = Program(text, mesh.shape, share, "f32" if on_cpu else "tf32")
     t = config.train
+    on_gpu = mesh.devices.flat[0].platform != "cpu"
+    of_a_device = config.micro_batch * t.sequence_length / mesh.size
+    assignments = of_a_device * config.model.num_experts_per_tok
+    compiled = Program(text, mesh.shape, share, on_gpu, assignments)
     tokens = t.batch_size * t.sequence_length / mesh.size
     flops = topology.count_of(config, layout).flops_per_token * tokens
     several = compiled.further_rounds
@@ -171,7 +173,8 @@ def largest(compiled: Program, spent: Spent, most: int = LARGEST) -> list[dict[s
 
 def _operation(compiled: Program, c: Cost) -> str:
     """The end of the operation's name, which tells lines apart that a custom gradient hides."""
-    named = next(compiled.reader.products(c.computation, c.instruction), c.instruction)
+    own = c.computation, c.instruction
+    _, named = next(compiled.reader.products(*own), own)
     return "/".join(named.op_name.split("/")[-2:])
 
 

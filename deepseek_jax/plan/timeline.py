@@ -76,7 +76,7 @@ class Program:
       text: `compiled.as_text()`.
       mesh_shape: `mesh.shape` of the mesh it was compiled for.
       share_a_host: of every axis longer than 1, how many devices along it share a host.
-      float32: as work.Reader has it.
+      on_gpu, assignments: as work.Reader has them.
 
     Attributes:
       unknown: custom calls of which only the bytes are known: target -> instructions.
@@ -88,10 +88,11 @@ class Program:
         text: str,
         mesh_shape: Mapping[str, int],
         share_a_host: Mapping[str, int],
-        float32: str = "tf32",
+        on_gpu: bool = True,
+        assignments: float | None = None,
     ) -> None:
         self.module = hlo.Module(text)
-        self.reader = work.Reader(self.module, float32)
+        self.reader = work.Reader(self.module, on_gpu, assignments)
         self.origin = origin.Origin(self.module)
         self.collectives = {c.name: c for c in program.collectives(text, mesh_shape)}
         self.share_a_host = share_a_host
@@ -114,7 +115,7 @@ class Program:
     def source(self, computation: str, i: hlo.Instruction) -> str:
         """The line of this package that an instruction was made for, "experts/rounds.py:184"; of a
         fusion with a matrix product the product's. "" if the text does not say."""
-        named = next(self.reader.products(computation, i), i)
+        _, named = next(self.reader.products(computation, i), (computation, i))
         for file, _, line in self.module.calls(named):
             _, found, path = file.rpartition("deepseek_jax/")
             if found:

@@ -24,6 +24,7 @@ ALGORITHMS = {
 }
 PRODUCTS_OF = {"dot_tf32_tf32_f32_x3": 3}  # products that stand for one
 PALLAS = ("xla.gpu.triton", "mosaic_gpu")
+BLOCK = 128  # rows of one expert that a grouped product takes at once
 # Kernels that XLA calls and that multiply nothing.
 WITHOUT_PRODUCTS = (
     "TopK",
@@ -73,8 +74,15 @@ def target(i: Instruction) -> str:
     return found[1] if found else ""
 
 
-def custom_call(i: Instruction, operands: list[Array], float32: str) -> Call | None:
-    """What a custom call does, as far as this program knows the kernel; None: not known."""
+def custom_call(
+    i: Instruction, operands: list[Array], float32: str, assignments: float | None = None
+) -> Call | None:
+    """What a custom call does, as far as this program knows the kernel; None: not known.
+
+    Args:
+      float32: kind of float32 products that ask for no precision.
+      assignments: as `grouped` has it.
+    """
     name = target(i)
     room = sum(a.bytes for a in arrays(i.shape) if a.dtype in ("s8", "u8"))
     if "cublas" in name or "matmul" in name:
@@ -85,7 +93,7 @@ def custom_call(i: Instruction, operands: list[Array], float32: str) -> Call | N
     if "fmha" in name:
         return Call(_attention(name, operands), room)
     if any(pallas in name for pallas in PALLAS):
-        flops = grouped(operands, arrays(i.shape))
+        flops = grouped(operands, arrays(i.shape), assignments)
         return Call({"grouped": flops}) if flops else None
     return Call({}) if any(known in name for known in WITHOUT_PRODUCTS) else None
 
@@ -104,18 +112,24 @@ def _attention(name: str, operands: list[Array]) -> dict[str, float]:
     return {"attention_forward": 2 * pairs * (h + v)}
 
 
-def grouped(operands: list[Array], results: list[Array]) -> float:
+def grouped(operands: list[Array], results: list[Array], assignments: float | None = None) -> float:
     """FLOPs of a grouped product by the shapes of its arrays; 0 if they are not those of one.
 
     The matrices of all experts are [E, I, O]; rows are [R, I] and [R, O]. Every row is multiplied
-    by one matrix, or, for the gradient of the matrices, adds one product to it. Rows of padding
-    count: how many there are depends on the routing.
+    by one matrix, or, for the gradient of the matrices, adds one product to it.
+
+    Args:
+      assignments: rows that are somebody's. The last block of an expert is half empty on average and
+        computed whole; blocks of no expert are skipped. None: all rows count.
     """
     matrices = [a for a in (*results, *operands) if len(a.dims) == 3]
     rows = [a for a in (*operands, *results) if len(a.dims) == 2]
     for m in matrices:
-        _, inner, outer = m.dims
+        experts, inner, outer = m.dims
         sizes = [a.dims[0] for a in rows if a.dims[1] in (inner, outer)]
         if sizes:
-            return 2.0 * max(sizes) * inner * outer
+            computed = float(max(sizes))
+            if assignments is not None:
+                computed = min(computed, assignments + experts * BLOCK / 2)
+            return 2.0 * computed * inner * outer
     return 0.0

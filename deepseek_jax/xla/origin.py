@@ -172,6 +172,20 @@ class Origin:
         return _innermost(AROUND, frames) or named
 
 
+def by_name(module: hlo.Module) -> dict[str, tuple[str, str, str]]:
+    """Name of an instruction -> (scope, phase, opcode), of all that a program runs: the events of a
+    profile have the names alone."""
+    sources = Origin(module)
+    out = {}
+    for computation, instruction, visit in loops.visits(module, lambda _: True):
+        if instruction.name not in out:
+            out[instruction.name] = (
+                *sources.scope(computation, instruction, visit),
+                instruction.opcode,
+            )
+    return out
+
+
 def _innermost(rules: tuple[Rule, ...], frames: list[tuple[str, str]]) -> str:
     for file, function in frames:
         for rule in rules:

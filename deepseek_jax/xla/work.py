@@ -53,13 +53,19 @@ class Work(NamedTuple):
 class Reader:
     """Says what the instructions of a module have to do.
 
-    Attributes:
-      float32: the kind of float32 products that ask for no precision: "tf32" on a GPU, "f32" on a CPU.
+    Args:
+      on_gpu: float32 products that ask for no precision are tf32, and a sort is bitonic.
+      assignments: rows that the routing gives this device, on average, in one call of a grouped product;
+        None: as many as there is room for.
     """
 
-    def __init__(self, module: Module, float32: str = "tf32") -> None:
+    def __init__(
+        self, module: Module, on_gpu: bool = True, assignments: float | None = None
+    ) -> None:
         self.module = module
-        self.float32 = float32
+        self.on_gpu = on_gpu
+        self.float32 = "tf32" if on_gpu else "f32"
+        self.assignments = assignments
         self._fusions: dict[str, tuple[Counter[str], dict[int, float], float, int]] = {}
 
     def of(self, computation: str, i: Instruction) -> Work:
@@ -74,7 +80,7 @@ class Reader:
             kind, flops_of_dot = kernels.dot(i, _types(operands), self.float32)
             return Work({kind: flops_of_dot}, read, written)
         if i.opcode == "custom-call":
-            found = kernels.custom_call(i, _types(operands), self.float32)
+            found = kernels.custom_call(i, _types(operands), self.float32, self.assignments)
             if found is None:
                 return Work({}, read, written, unknown=kernels.target(i))
             return Work(found.flops, read, written - found.workspace)
@@ -87,14 +93,14 @@ class Reader:
         if i.opcode in ("dynamic-slice", "slice", "gather"):
             return Work({}, written + sum(o.bytes for o in operands[1:]), written)
         if i.opcode == "sort":
-            passes = _sort_passes(i)
+            passes = self._passes(i)
             return Work({}, passes * read, passes * written, passes)
         return Work({}, read, written)
 
-    def products(self, computation: str, i: Instruction) -> Iterator[Instruction]:
-        """The matrix products in an instruction, those inside a fusion too."""
+    def products(self, computation: str, i: Instruction) -> Iterator[tuple[str, Instruction]]:
+        """(computation, dot) of the matrix products in an instruction, those inside a fusion too."""
         if i.opcode == "dot":
-            yield i
+            yield computation, i
         elif i.opcode == "fusion":
             body = i.called["calls"][0]
             for inner in self.module.computations[body].values():
@@ -106,6 +112,17 @@ class Reader:
             return {i.opcode}
         body = self.module.computations[i.called["calls"][0]].values()
         return set().union(*(self.opcodes(inner) for inner in body))
+
+    def _passes(self, i: Instruction) -> int:
+        """Times that a sort reads and writes its keys: on a GPU a bitonic sort, of which the stages that
+        fit into shared memory run at once."""
+        if not self.on_gpu:
+            return 1
+        found = re.search(r"dimensions=\{(\d+)\}", i.attributes)
+        length = _first(i).dims[int(found[1]) if found else 0]
+        stages = math.ceil(math.log2(max(2, length)))
+        inside = min(stages, int(math.log2(SORTED_AT_ONCE)))
+        return 1 + sum(stage - inside + 1 for stage in range(inside + 1, stages + 1))
 
     def _fusion(self, name: str) -> tuple[Counter[str], dict[int, float], float, int]:
         """(FLOPs by kind, bytes read of each parameter, bytes written, passes) of a fused computation."""
@@ -140,7 +157,7 @@ class Reader:
                 kind, n = kernels.dot(i, _types(operands), self.float32)
                 flops[kind] += n
             elif i.opcode == "sort":
-                passes = max(passes, _sort_passes(i))
+                passes = max(passes, self._passes(i))
             inner: dict[int, float] = {}
             if i.opcode == "fusion":
                 inner_flops, inner, _, inner_passes = self._fusion(i.called["calls"][0])
@@ -188,16 +205,6 @@ def _in_place(body: dict[str, Instruction], output: Instruction) -> Instruction 
     if update.opcode not in ("dynamic-update-slice", "scatter"):
         return None
     return update if behind(body[update.operands[0]]).opcode == "parameter" else None
-
-
-def _sort_passes(i: Instruction) -> int:
-    """Times that a sort reads and writes its keys: a bitonic sort, of which the stages that fit into
-    shared memory run at once."""
-    found = re.search(r"dimensions=\{(\d+)\}", i.attributes)
-    length = _first(i).dims[int(found[1]) if found else 0]
-    stages = math.ceil(math.log2(max(2, length)))
-    inside = min(stages, int(math.log2(SORTED_AT_ONCE)))
-    return 1 + sum(stage - inside + 1 for stage in range(inside + 1, stages + 1))
 
 
 def _first(i: Instruction) -> Array:

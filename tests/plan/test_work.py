@@ -253,3 +253,6 @@ def test_grouped_products():
     assert kernels.grouped([*groups, y, w], [x]) == flops
     assert kernels.grouped([*groups, x, y], [w]) == flops
     assert kernels.grouped([x, x], [x]) == 0
+    # 300 assignments and half a block of each expert are computed; never more than there is room for.
+    assert kernels.grouped([*groups, x, w], [y], 300) == 2 * (300 + 4 * 64) * inner * outer
+    assert kernels.grouped([*groups, x, w], [y], 600) == flops
