@@ -56,7 +56,8 @@ def text(rows: list[dict[str, Any]], bars: dict[str, Any]) -> str:
     )
     for row in of("train"):
         lines += [
-            f"Cost: {c['share']:.1%}, {c['ms']:.2f} ms per step: {c['instruction']} ({c['from']})\n"
+            f"Cost: {c['share']:.1%}, {c['ms']:.2f} ms per step, {c['part']}, {c['phase']}: "
+            f"{c['instruction']} ({c['from']})\n"
             for c in row.get("largest_costs", [])
         ]
     for row in of("peer"):

@@ -76,6 +76,7 @@ def predict(text: str, planned: Planned, speed: Speed, skew: str = "zipf") -> di
     spent = Timeline(compiled, speed.derated, numbers[-1]).run()
     cheapest = Timeline(compiled, speed.derated, numbers[-1], cheapest=True).run().seconds
     return {
+        "jax": jax.__version__,
         "rates": {kind: getattr(speed, kind)._asdict() for kind in ("ideal", "derated")},
         "sources": {"ideal": speed.sources, "derated": speed.reasons},
         "rounds": rounds._asdict() | {"in_the_program": several},
