@@ -10,7 +10,30 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.plan import rates, timeline
 from deepseek_jax.xla import hlo, origin
+
+
+def predicted(
+    text: str, mesh_shape: dict[str, int], device_kind: str, assignments: float, rounds: int
+) -> dict[str, Any]:
+    """Seconds that plan --roofline predicts for a program on this device, at the rounds that it took: to
+    stand beside what was measured. {} where the device's rates are not known.
+
+    Args:
+      assignments: of a micro-batch on one device, as work.Reader has them.
+    """
+    speed = rates.of_device(device_kind)
+    if speed is None:
+        return {}
+    try:
+        compiled = timeline.Program(text, mesh_shape, mesh_shape, assignments=assignments)
+        return {
+            f"predicted_{kind}_s": timeline.Timeline(compiled, rate, rounds).run().seconds
+            for kind, rate in (("ideal", speed.ideal), ("derated", speed.derated))
+        }
+    except Exception as e:  # what cannot be predicted has been measured all the same
+        return {"not_predicted": f"{type(e).__name__}: {e}"[:250]}
 
 
 def costs(run: Callable[[], Any], text: str, most: int = 3) -> list[dict[str, Any]]:

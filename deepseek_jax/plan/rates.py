@@ -169,6 +169,11 @@ def speed_of(hardware: str, given: str) -> Speed:
     return Speed(both, both, said, said)
 
 
+def of_device(kind: str) -> Speed | None:
+    """Of a device that is here, by its name for JAX ("NVIDIA H100 80GB HBM3"); None: not known."""
+    return next((speed for name, speed in SPEEDS.items() if name.upper() in kind), None)
+
+
 def _given(text: str) -> dict[str, float]:
     out = {}
     for item in filter(None, text.split(",")):
