@@ -8,6 +8,7 @@ the method, xla/work.py what an instruction does.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,7 +86,8 @@ def predict(text: str, planned: Planned, speed: Speed, skew: str = "zipf") -> di
         **main,
         "at_one_round": by_rounds[0] if len(by_rounds) > 1 else None,
         "largest": largest(compiled, spent),
-        "flops": _flops(spent),
+        "flops": _flops(spent, lambda c, kind: kind),
+        "flops_of_parts": _flops(spent, lambda c, kind: c.part),
         "memory_bytes_moved": sum(c.times * c.work.bytes for c in spent.costs),
         "with_the_cheapest_branches": cheapest,
         "not_known": {
@@ -179,10 +181,10 @@ def _operation(compiled: Program, c: Cost) -> str:
     return "/".join(named.op_name.split("/")[-2:])
 
 
-def _flops(spent: Spent) -> dict[str, float]:
-    """FLOPs of a step by kind."""
+def _flops(spent: Spent, key: Callable[[Cost, str], str]) -> dict[str, float]:
+    """FLOPs of a step by a key of instructions and kinds."""
     total: dict[str, float] = defaultdict(float)
     for c in spent.costs:
         for kind, n in c.work.flops.items():
-            total[kind] += c.times * n
+            total[key(c, kind)] += c.times * n
     return dict(total)
