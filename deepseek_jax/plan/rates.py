@@ -84,15 +84,15 @@ _ASSUMED = "assumed"
 
 
 def _sources(sheet: str) -> dict[str, str]:
-    dense = f"{sheet}; the sheet's figure is with sparsity, this is half of it"
+    dense = f"{sheet}: half of the figure with sparsity"
     return {
         "bf16": dense,
         "fp8": dense,
         "tf32": dense,
         "f32": sheet,
-        "attention_forward": f"as bf16: {dense}",
-        "attention_backward": f"as bf16: {dense}",
-        "grouped": f"as bf16: {dense}",
+        "attention_forward": "as bf16",
+        "attention_backward": "as bf16",
+        "grouped": "as bf16",
         "memory": sheet,
         "link": f"{sheet}: NVLink 900 GB/s, half of it each way",
         "network": _DGX,

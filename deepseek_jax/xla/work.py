@@ -24,8 +24,9 @@ FREE = frozenset(
 # These need their operands whole, or as large a share of them as is needed of the result.
 WHOLE = frozenset(
     "dot reduce scatter sort concatenate pad reduce-window convolution custom-call transpose reverse "
-    "select-and-scatter".split()
+    "select-and-scatter dynamic-update-slice".split()
 )
+SLICES = ("slice", "dynamic-slice", "gather")
 SORTED_AT_ONCE = 2**11  # keys that one block of a bitonic sort holds in shared memory
 
 
@@ -66,7 +67,7 @@ class Reader:
         self.on_gpu = on_gpu
         self.float32 = "tf32" if on_gpu else "f32"
         self.assignments = assignments
-        self._fusions: dict[str, tuple[Counter[str], dict[int, float], float, int]] = {}
+        self._fusions: dict[str, _Fused] = {}
 
     def of(self, computation: str, i: Instruction) -> Work:
         """The work of an instruction that runs by itself: none of FREE, no loop, branch or call."""
@@ -74,8 +75,8 @@ class Reader:
         operands = [here[name] for name in i.operands if name in here]
         read, written = float(sum(o.bytes for o in operands)), float(i.bytes)
         if i.opcode == "fusion":
-            flops, share, written, passes = self._fusion(i.called["calls"][0])
-            return Work(dict(flops), passes * sum(share.values()), passes * written, passes)
+            f = self._fusion(i.called["calls"][0])
+            return Work(dict(f.flops), f.passes * f.read, f.passes * f.written, f.passes)
         if i.opcode == "dot":
             kind, flops_of_dot = kernels.dot(i, _types(operands), self.float32)
             return Work({kind: flops_of_dot}, read, written)
@@ -90,7 +91,7 @@ class Reader:
             updates = operands[len(operands) // 2 + 1 :]
             touched = sum(o.bytes for o in updates)
             return Work({}, 2 * touched + operands[len(operands) // 2].bytes, touched)
-        if i.opcode in ("dynamic-slice", "slice", "gather"):
+        if i.opcode in SLICES:
             return Work({}, written + sum(o.bytes for o in operands[1:]), written)
         if i.opcode == "sort":
             passes = self._passes(i)
@@ -124,72 +125,107 @@ class Reader:
         inside = min(stages, int(math.log2(SORTED_AT_ONCE)))
         return 1 + sum(stage - inside + 1 for stage in range(inside + 1, stages + 1))
 
-    def _fusion(self, name: str) -> tuple[Counter[str], dict[int, float], float, int]:
-        """(FLOPs by kind, bytes read of each parameter, bytes written, passes) of a fused computation."""
+    def _fusion(self, name: str) -> "_Fused":
         if name not in self._fusions:
             self._fusions[name] = self._read_fusion(name)
         return self._fusions[name]
 
-    def _read_fusion(self, name: str) -> tuple[Counter[str], dict[int, float], float, int]:
+    def _read_fusion(self, name: str) -> "_Fused":
         body = self.module.computations[name]
-        types = {i.name: _first(i) for i in body.values()}
-        # Elements of each instruction that something needs. Slices of one array add up; other readers
-        # of it most likely need the same elements.
-        sliced: dict[str, float] = defaultdict(float)
-        needed: dict[str, float] = defaultdict(float)
-        written, flops, passes = 0.0, Counter[str](), 1
-        root = self.module.roots[name]
-        for output in [body[o] for o in root.operands] if root.opcode == "tuple" else [root]:
-            update = _in_place(body, output)
-            if update is None:
-                written += output.bytes
-                needed[output.name] = max(needed[output.name], types[output.name].size)
-                continue
-            for n, operand in enumerate(update.operands):
-                # Of an array that is updated in place nothing is read, unless numbers are added to it.
-                adds = update.opcode == "scatter"
-                size = types[operand].size if n else adds * types[update.operands[-1]].size
-                sliced[operand] += size
-            written += body[update.operands[-1 if update.opcode == "scatter" else 1]].bytes
+        needed = _Needed(body)
+        written = needed.by_outputs(self.module.roots[name])
+        flops, passes = Counter[str](), 1
         for i in reversed(body.values()):
-            operands = [body[o] for o in i.operands if o in body]
+            inner: _Fused | None = None
             if i.opcode == "dot":
+                operands = [body[o] for o in i.operands if o in body]
                 kind, n = kernels.dot(i, _types(operands), self.float32)
                 flops[kind] += n
             elif i.opcode == "sort":
                 passes = max(passes, self._passes(i))
-            inner: dict[int, float] = {}
-            if i.opcode == "fusion":
-                inner_flops, inner, _, inner_passes = self._fusion(i.called["calls"][0])
-                flops.update(inner_flops)
-                passes = max(passes, inner_passes)
-            size = types[i.name].size or 1
-            n = min(size, max(needed[i.name], sliced[i.name]))
-            if not n:
-                continue
-            for position, o in enumerate(operands):
-                whole = types[o.name].size
-                if i.opcode == "fusion":
-                    share = inner.get(position, 0.0) / (o.bytes or 1)
-                    needed[o.name] = max(needed[o.name], share * whole)
-                elif i.opcode in ("slice", "dynamic-slice", "gather"):
-                    sliced[o.name] += n if position == 0 else n / size * whole
-                elif i.opcode == "dynamic-update-slice" and position == 0:
-                    left = max(0, n - types[operands[1].name].size)
-                    needed[o.name] = max(needed[o.name], left)
-                elif i.opcode in WHOLE or whole > size or i.opcode == "dynamic-update-slice":
-                    needed[o.name] = max(needed[o.name], n / size * whole)
-                else:  # element by element, or spread over more of them
-                    needed[o.name] = max(needed[o.name], min(whole, n))
-        read = {
-            int(i.operands[0]): min(
-                1.0, max(needed[i.name], sliced[i.name]) / (types[i.name].size or 1)
-            )
-            * i.bytes
-            for i in body.values()
-            if i.opcode == "parameter"
+            elif i.opcode == "fusion":
+                inner = self._fusion(i.called["calls"][0])
+                flops.update(inner.flops)
+                passes = max(passes, inner.passes)
+            needed.by(i, inner)
+        read = sum(needed.share(i) * i.bytes for i in body.values() if i.opcode == "parameter")
+        by_number = {
+            int(i.operands[0]): needed.share(i) for i in body.values() if i.opcode == "parameter"
         }
-        return flops, read, written, passes
+        return _Fused(flops, by_number, read, written, passes)
+
+
+class _Fused(NamedTuple):
+    """What a fused computation does."""
+
+    flops: Counter[str]
+    shares: dict[int, float]  # of each parameter: how much of it is read
+    read: float
+    written: float
+    passes: int
+
+
+class _Needed:
+    """Elements of each instruction of a fused computation that its outputs need, from the end to the start.
+
+    Slices of an array add up; its other readers most likely need the same elements of it.
+    """
+
+    def __init__(self, body: dict[str, Instruction]) -> None:
+        self.body = body
+        self.sizes = {i.name: _first(i).size for i in body.values()}
+        self.sliced: dict[str, float] = defaultdict(float)
+        self.whole: dict[str, float] = defaultdict(float)
+
+    def of(self, i: Instruction) -> float:
+        return min(self.sizes[i.name], self.whole[i.name] + self.sliced[i.name])
+
+    def share(self, i: Instruction) -> float:
+        return self.of(i) / (self.sizes[i.name] or 1)
+
+    def by_outputs(self, root: Instruction) -> float:
+        """Notes what the outputs need; returns the bytes that they write."""
+        written = 0.0
+        outputs = [self.body[o] for o in root.operands] if root.opcode == "tuple" else [root]
+        for output in outputs:
+            update = _in_place(self.body, output)
+            if update is None:
+                written += output.bytes
+                self.whole[output.name] = self.sizes[output.name]
+                continue
+            new = update.operands[-1 if update.opcode == "scatter" else 1]
+            written += self.body[new].bytes
+            for operand in update.operands[1:]:
+                self.sliced[operand] += self.sizes[operand]
+            if update.opcode == "scatter":  # numbers are added to those that are there
+                self.sliced[update.operands[0]] += self.sizes[new]
+        return written
+
+    def by(self, i: Instruction, inner: _Fused | None) -> None:
+        """Notes what an instruction needs of its operands for what is needed of it.
+
+        Args:
+          inner: what it does, of a fusion in a fusion.
+        """
+        n, size = self.of(i), self.sizes[i.name] or 1
+        if not n:
+            return
+        for position, name in enumerate(i.operands):
+            if name not in self.body:
+                continue
+            whole = self.sizes[name]
+            if i.opcode in SLICES:
+                self.sliced[name] += n if position == 0 else n / size * whole
+                continue
+            if inner is not None:
+                wanted = inner.shares.get(position, 0.0) * whole
+            elif i.opcode == "dynamic-update-slice" and position == 0:
+                wanted = n * (1 - self.sizes[i.operands[1]] / size)
+            elif i.opcode in WHOLE or whole > size:
+                wanted = n / size * whole
+            else:  # element by element, or spread over more of them
+                wanted = min(whole, n)
+            self.whole[name] = max(self.whole[name], wanted)
 
 
 def _in_place(body: dict[str, Instruction], output: Instruction) -> Instruction | None:
