@@ -58,10 +58,9 @@ def predict(text: str, planned: Planned, speed: Speed, skew: str = "zipf") -> di
     rounds = skews.rounds_at(skew, config, dict(mesh.shape))
     share = topology.devices_per_host(mesh, gpus_per_host)
     t = config.train
-    on_gpu = mesh.devices.flat[0].platform != "cpu"
     of_a_device = config.micro_batch * t.sequence_length / mesh.size
     assignments = of_a_device * config.model.num_experts_per_tok
-    compiled = Program(text, mesh.shape, share, on_gpu, assignments)
+    compiled = Program(text, mesh.shape, share, is_gpu(mesh), assignments)
     tokens = t.batch_size * t.sequence_length / mesh.size
     flops = topology.count_of(config, layout).flops_per_token * tokens
     several = compiled.further_rounds
@@ -96,6 +95,11 @@ def predict(text: str, planned: Planned, speed: Speed, skew: str = "zipf") -> di
         },
         "assumed": list(ASSUMED),
     }
+
+
+def is_gpu(mesh: jax.sharding.Mesh) -> bool:
+    """Whether a mesh is of GPUs."""
+    return mesh.devices.flat[0].platform != "cpu"
 
 
 def _summary(

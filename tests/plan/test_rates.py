@@ -30,19 +30,19 @@ def test_rounds_at_a_violation(violation, rounds):
 
 
 def test_zipf_is_as_uneven_as_a_draw():
-    """Beside another generator and a plain loop: 200 draws of the experts of each word."""
-    vocabulary, experts, top_k = 500, 16, 2
+    """Beside another generator and a plain loop: 100 draws of the experts of each word."""
+    vocabulary, experts, top_k = 200, 16, 2
     share = 1 / np.arange(1, vocabulary + 1)
     share /= share.sum()
     rng = np.random.default_rng(12345)
     largest = []
-    for _ in range(200):
+    for _ in range(100):
         load = np.zeros(experts)
         for s in share:
             load[rng.choice(experts, top_k, replace=False)] += s
         largest.append(load.max() / (top_k / experts))
-    # Means of 32 and 200 draws: their standard errors, by the latter's deviation.
-    error = np.std(largest) * np.sqrt(1 / skew.DRAWS + 1 / 200)
+    # Means of 32 and 100 draws: their standard errors, by the latter's deviation.
+    error = np.std(largest) * np.sqrt(1 / skew.DRAWS + 1 / 100)
     assert skew.zipf_violation(vocabulary, experts, top_k) + 1 == pytest.approx(
         np.mean(largest), abs=4 * error
     )
