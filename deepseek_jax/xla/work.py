@@ -9,7 +9,7 @@ instruction before. Operations that are no matrix products count as bytes alone.
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -134,7 +134,8 @@ class Reader:
         body = self.module.computations[name]
         needed = _Needed(body)
         written = needed.by_outputs(self.module.roots[name])
-        flops, passes = Counter[str](), 1
+        flops: dict[str, float] = defaultdict(float)
+        passes = 1
         for i in reversed(body.values()):
             inner: _Fused | None = None
             if i.opcode == "dot":
@@ -145,7 +146,8 @@ class Reader:
                 passes = max(passes, self._passes(i))
             elif i.opcode == "fusion":
                 inner = self._fusion(i.called["calls"][0])
-                flops.update(inner.flops)
+                for kind, n in inner.flops.items():
+                    flops[kind] += n
                 passes = max(passes, inner.passes)
             needed.by(i, inner)
         read = sum(needed.share(i) * i.bytes for i in body.values() if i.opcode == "parameter")
@@ -158,7 +160,7 @@ class Reader:
 class _Fused(NamedTuple):
     """What a fused computation does."""
 
-    flops: Counter[str]
+    flops: dict[str, float]
     shares: dict[int, float]  # of each parameter: how much of it is read
     read: float
     written: float
