@@ -90,7 +90,7 @@ def plan(options: list[str]) -> dict[str, Any]:
 def cells(name: str, row: dict[str, Any]) -> list[list[str]]:
     """Of a table: name, memory, rounds, ideal, derated, tokens per second and GPU, exposed communication."""
     r = row["roofline"]
-    out = []
+    out: list[list[str]] = []
     for at in filter(None, (r["at_one_round"], r)):
         ideal, derated = (
             f"{at[k]['step_s'] * 1e3:,.0f} ms, {at[k]['mfu']:.1%}" for k in ("ideal", "derated")

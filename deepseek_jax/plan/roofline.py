@@ -113,11 +113,10 @@ def _summary(
         bound[c.bound] += c.seconds
     communication: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, wait in spent.waits.items():
-        c = compiled.collectives.get(name)
-        for phase, part, share in (
-            c.shares if c else (("other", "copies to or from the host", 1.0),)
-        ):
-            key = phase, part, c.kind if c else "copy"
+        found = compiled.collectives.get(name)
+        kind = found.kind if found else "copy to or from the host"
+        for phase, part, share in found.shares if found else (("other", "other", 1.0),):
+            key = phase, part, kind
             communication[key][0] += share * wait.busy
             communication[key][1] += share * wait.exposed
             if wait.exposed:
@@ -154,7 +153,7 @@ def largest(compiled: Program, spent: Spent, most: int = LARGEST) -> list[dict[s
         )
         groups[key].append(c)
     total = spent.seconds or 1.0
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (part, phase, source, operation, kind), costs in groups.items():
         first = max(costs, key=lambda c: c.seconds)
         seconds = sum(c.seconds for c in costs)
@@ -175,7 +174,7 @@ def largest(compiled: Program, spent: Spent, most: int = LARGEST) -> list[dict[s
                 "bytes": sum(c.times * c.work.bytes for c in costs),
             }
         )
-    return sorted(rows, key=lambda row: -row["seconds"])[:most]
+    return sorted(rows, key=lambda row: row["seconds"], reverse=True)[:most]
 
 
 def _operation(compiled: Program, c: Cost) -> str:
