@@ -26,9 +26,9 @@ def of(text: str, config: Config, mesh_shape: dict[str, int]) -> dict[str, Any]:
     spent = Timeline(compiled, SPEEDS["h200"].derated).run()
     grouped, batched = Counter[str](), Counter[str]()
     for c in spent.costs:
-        if c.part == "experts" and c.work.flops:
+        if c.of.part == "experts" and c.work.flops:
             kinds = grouped if "grouped" in c.work.flops else batched
-            kinds[c.phase] += round(c.times)
+            kinds[c.of.phase] += round(c.times)
     return {
         "further_rounds": compiled.further_rounds,
         "grouped": {phase: n / collectives.LAYERS for phase, n in grouped.items()},

@@ -86,7 +86,7 @@ def predict(text: str, planned: Planned, speed: Speed, skew: str = "zipf") -> di
         "at_one_round": by_rounds[0] if len(by_rounds) > 1 else None,
         "largest": largest(compiled, spent),
         "flops": _flops(spent, lambda c, kind: kind),
-        "flops_of_parts": _flops(spent, lambda c, kind: c.part),
+        "flops_of_parts": _flops(spent, lambda c, kind: c.of.part),
         "memory_bytes_moved": sum(c.times * c.work.bytes for c in spent.costs),
         "with_the_cheapest_branches": cheapest,
         "not_known": {
@@ -109,7 +109,7 @@ def _summary(
     parts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     bound: dict[str, float] = defaultdict(float)
     for c in spent.costs:
-        parts[c.part][c.phase] += c.seconds
+        parts[c.of.part][c.of.phase] += c.seconds
         bound[c.bound] += c.seconds
     communication: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, wait in spent.waits.items():
@@ -144,14 +144,8 @@ def largest(compiled: Program, spent: Spent, most: int = LARGEST) -> list[dict[s
     """The largest costs: kernels of one kind, for one line of the source and one pass, together."""
     groups: dict[tuple[str, ...], list[Cost]] = defaultdict(list)
     for c in spent.costs:
-        key = (
-            c.part,
-            c.phase,
-            compiled.source(c.computation, c.instruction),
-            _operation(compiled, c),
-            described(compiled.reader, c.computation, c.instruction),
-        )
-        groups[key].append(c)
+        what = described(compiled.reader, c.of.instruction)
+        groups[c.of.part, c.of.phase, c.of.source, c.of.operation, what].append(c)
     total = spent.seconds or 1.0
     rows: list[dict[str, Any]] = []
     for (part, phase, source, operation, kind), costs in groups.items():
@@ -166,8 +160,8 @@ def largest(compiled: Program, spent: Spent, most: int = LARGEST) -> list[dict[s
                 "what": kind,
                 "source": source,
                 "operation": operation,
-                "shape": first.instruction.shape.partition("{")[0].lstrip("("),
-                "instruction": first.instruction.name,
+                "shape": first.of.instruction.shape.partition("{")[0].lstrip("("),
+                "instruction": first.of.instruction.name,
                 "times": sum(c.times for c in costs),
                 "bound_by": first.bound,
                 "flops": sum(c.times * sum(c.work.flops.values()) for c in costs),
@@ -175,13 +169,6 @@ def largest(compiled: Program, spent: Spent, most: int = LARGEST) -> list[dict[s
             }
         )
     return sorted(rows, key=lambda row: row["seconds"], reverse=True)[:most]
-
-
-def _operation(compiled: Program, c: Cost) -> str:
-    """The end of the operation's name, which tells lines apart that a custom gradient hides."""
-    own = c.computation, c.instruction
-    _, named = next(compiled.reader.products(*own), own)
-    return "/".join(named.op_name.split("/")[-2:])
 
 
 def _flops(spent: Spent, key: Callable[[Cost, str], str]) -> dict[str, float]:

@@ -25,13 +25,21 @@ BLOCKS = "experts/cpu_grouped_matmul.py"  # whose loops depend on the routing an
 SHARED = ("all-gather", "reduce-scatter", "all-reduce")
 
 
-class Cost(NamedTuple):
-    """What an instruction takes in a step, all its runs together."""
+class Known(NamedTuple):
+    """What is known of an instruction."""
 
     computation: str
     instruction: hlo.Instruction
     part: str  # of the model, as xla/origin.py names it
     phase: str  # pass over the model
+    source: str  # line of this package, "experts/rounds.py:184"; "" if the text does not say
+    operation: str  # the end of the JAX operation's name: custom gradients hide lines
+
+
+class Cost(NamedTuple):
+    """What an instruction takes in a step, all its runs together."""
+
+    of: Known
     seconds: float
     times: float
     bound: str  # FLOPs | memory | launch | host: what takes most of it
@@ -98,25 +106,33 @@ class Program:
         self.share_a_host = share_a_host
         self.unknown: dict[str, set[str]] = defaultdict(set)
         self.uncounted: set[str] = set()
-        self._costs: dict[tuple[str, str], tuple[str, str, work.Work]] = {}
+        self._known: dict[tuple[str, str], Known] = {}
+        self._work: dict[tuple[str, str], work.Work] = {}
 
-    def cost(
-        self, computation: str, i: hlo.Instruction, visit: Visit
-    ) -> tuple[str, str, work.Work]:
-        """(part, phase, work) of an instruction."""
+    def known(self, computation: str, i: hlo.Instruction, visit: Visit) -> Known:
+        """Where an instruction comes from: a fusion with a matrix product from where the product does,
+        what the compiler made itself from where the nearest does that it reads."""
         key = computation, i.name
-        if key not in self._costs:
-            done = self.reader.of(computation, i)
+        if key not in self._known:
+            part, phase = self.origin.scope(computation, i, visit)
+            _, named = next(self.reader.products(computation, i), (computation, i))
+            if not self.module.calls(named):
+                named = self.origin.source(computation, i, visit) or named
+            operation = "/".join(named.op_name.split("/")[-2:])
+            self._known[key] = Known(computation, i, part, phase, self._line(named), operation)
+        return self._known[key]
+
+    def work(self, computation: str, i: hlo.Instruction) -> work.Work:
+        """What an instruction has to do."""
+        key = computation, i.name
+        if key not in self._work:
+            self._work[key] = done = self.reader.of(computation, i)
             if done.unknown:
                 self.unknown[done.unknown].add(i.name)
-            self._costs[key] = (*self.origin.scope(computation, i, visit), done)
-        return self._costs[key]
+        return self._work[key]
 
-    def source(self, computation: str, i: hlo.Instruction) -> str:
-        """The line of this package that an instruction was made for, "experts/rounds.py:184"; of a
-        fusion with a matrix product the product's. "" if the text does not say."""
-        _, named = next(self.reader.products(computation, i), (computation, i))
-        for file, _, line in self.module.calls(named):
+    def _line(self, i: hlo.Instruction) -> str:
+        for file, _, line in self.module.calls(i):
             _, found, path = file.rpartition("deepseek_jax/")
             if found:
                 return f"{path}:{line}" if line else path
@@ -235,7 +251,7 @@ class Timeline:
         return next((c for c in found if c is not None), None)
 
     def _kernel(self, spent: Spent, name: str, i: hlo.Instruction, visit: Visit) -> None:
-        part, phase, done = self.program.cost(name, i, visit)
+        done = self.program.work(name, i)
         multiply = sum(n / getattr(self.rates, kind) for kind, n in done.flops.items())
         move = done.bytes / self.rates.memory
         launch = done.launches * self.rates.launch
@@ -243,7 +259,7 @@ class Timeline:
         bound = "FLOPs" if multiply > move else "memory"
         if launch > max(multiply, move):
             bound = "launch"
-        spent.costs.append(Cost(name, i, part, phase, seconds, 1, bound, done))
+        spent.costs.append(Cost(self.program.known(name, i, visit), seconds, 1, bound, done))
         spent.seconds += seconds
 
     def _loop(self, spent: Spent, name: str, i: hlo.Instruction, visit: Visit) -> None:
@@ -252,7 +268,7 @@ class Timeline:
             turns = self.rounds - 1
             if not self.program.is_of_rounds(name, i, visit):
                 turns = 1
-                self.program.uncounted.add(self.program.source(name, i) or i.name)
+                self.program.uncounted.add(self.program.known(name, i, visit).source or i.name)
             self._host_reads(spent, name, i, visit, turns + 1)
         if turns:
             body = Visit((*visit.loops, known), (name, i), visit.conditional)
@@ -262,15 +278,14 @@ class Timeline:
         self, spent: Spent, name: str, i: hlo.Instruction, visit: Visit, times: int
     ) -> None:
         """The device idles until the host has read what it decides by."""
-        part, phase = self.program.origin.scope(name, i, visit)
         seconds = times * self.rates.host
         if seconds:
-            nothing = work.Work({}, 0.0, 0.0, 0)
-            spent.costs.append(Cost(name, i, part, phase, seconds, times, "host", nothing))
+            known, nothing = self.program.known(name, i, visit), work.Work({}, 0.0, 0.0, 0)
+            spent.costs.append(Cost(known, seconds, times, "host", nothing))
             spent.seconds += seconds
 
 
-def described(reader: work.Reader, computation: str, i: hlo.Instruction) -> str:
+def described(reader: work.Reader, i: hlo.Instruction) -> str:
     """What kind of kernel an instruction is, in a few words."""
     if i.opcode == "custom-call":
         found = re.search(r'custom_call_target="([^"]*)"', i.attributes)

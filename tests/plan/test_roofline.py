@@ -1,7 +1,7 @@
 """`plan --roofline`: FLOPs of compiled steps beside the model's own, what it says, what it refuses."""
 
-import gzip
 import json
+import lzma
 import unittest.mock
 
 import jax
@@ -87,11 +87,11 @@ def expected_flops(planned: roofline.Planned) -> dict[str, float]:
     }
 
 
-def check_flops(found: dict, planned: roofline.Planned) -> None:
-    """To a thousandth: elementwise work is in no product."""
+def check_flops(found: dict, planned: roofline.Planned, tolerance: float) -> None:
+    """Elementwise work is in no product, so that the numbers are the same."""
     expected = expected_flops(planned)
     for part, flops in expected.items():
-        assert found["flops_of_parts"][part] == pytest.approx(flops, rel=1e-3), part
+        assert found["flops_of_parts"][part] == pytest.approx(flops, rel=tolerance), part
     assert set(found["flops_of_parts"]) - set(expected) <= {"embed"}
     t = planned.config.train
     params = planned.layout.model.abstract.params
@@ -104,13 +104,13 @@ def check_flops(found: dict, planned: roofline.Planned) -> None:
 def test_flops_of_a_step_are_the_models_and_what_is_known_to_come_on_top(remat, capsys):
     argv = (*TWO[1:], f"--config.train.remat={remat}")
     found = json.loads(run(capsys, *ON_CPU, "--skew=0", "--json", "--devices=2", *argv))
-    check_flops(found["roofline"], of_tiny(*argv))
+    check_flops(found["roofline"], of_tiny(*argv), 1e-9)
 
 
 @pytest.fixture(scope="module")
 def for_two_h200s() -> tuple[str, roofline.Planned]:
     """The step of configs/tiny.py in bfloat16 that XLA made for two H200s (files/SOURCES.md)."""
-    text = gzip.decompress((ROOT / "tests/files/hlo/tiny_2_h200.hlo.gz").read_bytes()).decode()
+    text = lzma.decompress((ROOT / "tests/files/hlo/tiny_2_h200.hlo.xz").read_bytes()).decode()
     return text, of_tiny(*TWO[1:], "--config.train.dtype=bfloat16", "--config.train.remat=full")
 
 
@@ -123,7 +123,8 @@ def predicted(for_two_h200s, skew: str) -> dict:
 
 def test_a_program_for_gpus(for_two_h200s):
     found = predicted(for_two_h200s, "0")
-    check_flops(found, for_two_h200s[1])
+    # XLA pads one product of attention from 80 columns to 96: 0.6% of the part.
+    check_flops(found, for_two_h200s[1], 1e-2)
     assert not found["not_known"]["kernels"] and not found["not_known"]["loops_counted_once"]
     assert found["rounds"]["in_the_program"] and found["derated"]["rounds"] == 1
     for kind in ("ideal", "derated"):

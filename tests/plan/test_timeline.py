@@ -94,7 +94,7 @@ def test_nested_loops_multiply():
     # A product reads two operands and writes one, 192 bytes of one array counted twice, against 128 FLOPs.
     product, copy = max(192, 128), 128
     assert spent.seconds == 5 * 3 * (product + copy) + copy
-    by = {(c.part, c.phase): c for c in spent.costs if c.instruction.opcode != "copy"}
+    by = {(c.of.part, c.of.phase): c for c in spent.costs if c.of.instruction.opcode != "copy"}
     assert by["attention", "forward"].seconds == 15 * product
     assert by["attention", "forward"].times == 15 and by["mlp", "backward"].times == 15
     assert by["attention", "forward"].work.flops == {"tf32": 128}
