@@ -47,16 +47,13 @@ ONCE = ("assumed", "sources", "rates")
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--only", choices=list(ROWS), help="One row.")
+    parser.add_argument("--only", choices=list(ROWS), help="Compile this row, the others not.")
     own = parser.parse_args()
-    kept: dict[str, Any] = {}
+    result: dict[str, Any] = {"assumed": [], "rows": {}}
     if own.out and pathlib.Path(own.out).exists():
-        kept = json.loads(pathlib.Path(own.out).read_text(encoding="utf-8"))["result"]["rows"]
-    rows = {name: row for name, row in kept.items() if name in ROWS and not own.only}
-    said: dict[str, Any] = {}
-    for name in [own.only] if own.only else ROWS:
-        if name in rows:
-            continue
+        result = json.loads(pathlib.Path(own.out).read_text(encoding="utf-8"))["result"]
+    rows = result["rows"]
+    for name in [own.only] if own.only else [n for n in ROWS if n not in rows]:
         print(f"{name}: compiling ...", file=sys.stderr, flush=True)
         planned = plan([*MODEL, *ROWS[name]])
         prediction = planned["roofline"]
@@ -68,7 +65,8 @@ def main() -> int:
             "roofline": prediction,
             "rates": said["rates"],
         }
-    result = {"assumed": said.get("assumed", []), "rows": {n: rows[n] for n in ROWS if n in rows}}
+        result["assumed"] = said["assumed"]
+    result["rows"] = {name: rows[name] for name in ROWS if name in rows}
     report(own, result, text)
     return 0
 
