@@ -8,7 +8,7 @@ from benchmarks.memory import collectives
 from deepseek_jax.config.options import Config
 from deepseek_jax.plan.rates import SPEEDS
 from deepseek_jax.plan.timeline import Program, Timeline
-from deepseek_jax.xla import hlo, program
+from deepseek_jax.xla import hlo
 
 # Gate and up, down; and of each the gradients of rows and matrices.
 PRODUCTS = {"forward": 2, "backward": 4}
@@ -44,23 +44,19 @@ def wide_gathers(compiled: Program, config: Config) -> dict[str, list[str]]:
 
     The router's weight is float32 by design, and so small that it counts for nothing.
     """
-    router = config.model.hidden_size * config.model.n_routed_experts
+    m = config.model
     found: dict[str, list[str]] = {"layers": [], "embedding": []}
     for body in compiled.module.computations.values():
         for i in body.values():
             c = compiled.collectives.get(i.name)
             if c is None or c.kind != "all-gather" or c.phase == "optimizer":
                 continue
-            of_layer = c.part in collectives.WEIGHTS
-            if of_layer or c.part in ("embed", "loss"):
-                whose = found["layers" if of_layer else "embedding"]
-                whose += _wide(body, i, c, router)
+            if c.part not in (*collectives.WEIGHTS, "embed", "loss"):
+                continue
+            for a in [a for o in i.operands if o in body for a in hlo.arrays(body[o].shape)]:
+                # The compiler joins the gathers of the embedding and of the first layer.
+                of_words = {m.vocab_size, m.vocab_size // c.group} & set(a.dims)
+                if a.dtype == "f32" and a.size * c.group > m.hidden_size * m.n_routed_experts:
+                    said = f"f32[{','.join(map(str, a.dims))}] {i.name}"
+                    found["embedding" if of_words else "layers"].append(said)
     return found
-
-
-def _wide(
-    body: dict[str, hlo.Instruction], i: hlo.Instruction, c: program.Collective, least: int
-) -> list[str]:
-    operands = [a for o in i.operands if o in body for a in hlo.arrays(body[o].shape)]
-    wide = [a for a in operands if a.dtype == "f32" and a.size * c.group > least]
-    return [f"f32[{','.join(map(str, a.dims))}] {i.name}" for a in wide]

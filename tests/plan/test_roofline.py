@@ -7,6 +7,7 @@ import unittest.mock
 import jax
 import pytest
 
+from benchmarks.gpu import aot, facts
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.count import count
 from deepseek_jax.plan import __main__ as plan
@@ -184,3 +185,20 @@ def test_mistakes(argv, message, monkeypatch):
     with pytest.raises(UserError) as error:
         plan.main([TINY, "--devices=1", *argv])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_gpu_aot_counts(for_two_h200s, capsys):
+    """In the stored program: what is to come fails nothing, and everything else is a check."""
+    text, planned = for_two_h200s
+    found = facts.of(text, planned.config, dict(planned.mesh.shape))
+    assert found["further_rounds"] and not found["grouped"] and found["batched"]["forward"] > 0
+    # XLA joins the embedding's gather, the only one in float32, and those of the first layer.
+    assert not found["wide_gathers"]["layers"] and len(found["wide_gathers"]["embedding"]) == 1
+    check = aot.Checks()
+    aot.check_facts(check, found, lambda name: f"full_shard: {name}")
+    assert not check.failed and capsys.readouterr().out.count("to do ") == 3
+    assert "no further rounds in the program: holds in 0 of 1 programs" in check.summary()
+    aot.check_facts(check, found | {"wide_gathers": {"layers": ["f32[9] x"], "embedding": []}}, str)
+    assert check.failed == ["no float32 gather of a layer's weight"]
+    check("x: no further rounds in the program", True, "none")
+    assert "no further rounds in the program: holds in 1 of 3 programs" in check.summary()
