@@ -42,6 +42,7 @@ GROUPS = {
     },
     "gpu": {
         "gpu_bench": "what a GPU reaches: training, grouped expert products, attention (make gpu-bench)",
+        "gpu_roofline": "predicted speed of V2-Lite on 1 and 8 GPUs that are not here (plan --roofline)",
         "gpu_aot": "compiles steps for H200s and checks their collectives (make gpu-aot)",
     },
     "learning": {

@@ -6,8 +6,10 @@
 First four bfloat16 layers of 64 experts for 8 H200s, under every strategy and dispatch method, with
 the XLA options of train.py. Checked in each scheduled program: which weights are gathered, how
 gradients are reduced, that no more bytes move than the strategy needs, that tokens are exchanged
-twice a round in forward, that gathers and scatters have computation between start and end, and that
-no array holds every expert's work on every token, or attention scores of a whole sequence. Then
+twice a round in forward, that gathers and scatters have computation between start and end, that no
+layer's weight is gathered in float32, and that no array holds every expert's work on every token, or
+attention scores of a whole sequence. What is wanted and does not hold yet (TO_COME) is counted and
+fails nothing. Then
 configs/v3.py for 256 and 2,048 H200s and configs/deepseek_7b.py for 8: bytes per device beside 141
 GB. Takes 18 minutes on 2 cores and 4 GB of memory.
 
@@ -15,11 +17,14 @@ Exit code 1 if a check fails; it is named. Nothing is executed: times and NCCL's
 """
 
 import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from benchmarks import ROOT
+from benchmarks.gpu import facts
 from benchmarks.memory import arrays, collectives, strategies
 from deepseek_jax.cli import texts
 from deepseek_jax.config.configdict import from_config_dict
@@ -30,6 +35,14 @@ from deepseek_jax.xla import program
 
 HARDWARE = topology.HARDWARE["h200"]
 SLACK = 1.05  # bytes may be this multiple of the least
+# Wanted of every step, and not so yet. What has come to hold is taken out here, and is checked from then on.
+TO_COME = {
+    "no further rounds in the program",
+    "one grouped kernel per product of the experts",
+    "no float32 gather of the embedding",
+    "all-to-all: computation between start and end",
+    "collective-permute: computation between start and end",
+}
 CONFIGS = ROOT / "configs"
 
 # (config, devices, options of its own). One sequence a GPU in a micro-batch; the batch of 2,048 as
@@ -59,15 +72,36 @@ FULL_SIZE = (
 
 
 class Checks:
-    """Prints each check and counts those that fail."""
+    """Prints each check and counts those that fail.
+
+    Attributes:
+      failed: names of checks.
+      to_come: what TO_COME names -> of how many programs it holds, and of how many it does not.
+    """
 
     def __init__(self) -> None:
         self.failed: list[str] = []
+        self.to_come: dict[str, Counter[bool]] = defaultdict(Counter)
 
     def __call__(self, name: str, holds: bool, found: str) -> None:
-        print(f"  {'ok    ' if holds else 'FAILED'}  {name}: {found}")
-        if not holds:
+        wanted = next((w for w in TO_COME if name.endswith(w)), None)
+        if wanted:
+            self.to_come[wanted][holds] += 1
+        print(f"  {'ok    ' if holds else 'to do ' if wanted else 'FAILED'}  {name}: {found}")
+        if not (holds or wanted):
             self.failed.append(name)
+
+    def summary(self) -> str:
+        """Lines on what is to come, then on what has failed."""
+        lines = [
+            f"{name}: holds in {n[True]} of {n.total()} programs"
+            + ("" if n[False] else ", all: take it out of TO_COME")
+            for name, n in self.to_come.items()
+        ]
+        colon = ": " if self.failed else ""
+        return "\n".join(
+            [*lines, f"{len(self.failed)} checks failed{colon}{'; '.join(self.failed)}"]
+        )
 
 
 def main() -> int:
@@ -92,15 +126,13 @@ def main() -> int:
     for file, count, given in () if own.strategies_only else FULL_SIZE:
         print(f"\n{file} on {count} x {HARDWARE.name} {' '.join(given)}", flush=True)
         show_size(file, count, given)
-    print(
-        f"\n{len(check.failed)} checks failed{': ' if check.failed else ''}{'; '.join(check.failed)}"
-    )
+    print(f"\n{check.summary()}")
     return 1 if check.failed else 0
 
 
 def check_step(check: Checks, config: Config, devices: list[Any]) -> None:
     """Compiles one step and checks its collectives."""
-    r = collectives.measure(config, devices)
+    r = collectives.measure(config, devices, also=facts.of)
     strategy, method = r["strategy"], r["dispatch"]
     divided, reduced = r["parameters_divided"], r["gradients_divided"]
 
@@ -165,12 +197,41 @@ def check_step(check: Checks, config: Config, devices: list[Any]) -> None:
     ):
         check(named(name), not r["too_large"][what], arrays.said(r["too_large"], what))
     for kind, share in r["overlapped"].items():
-        if kind in ("all-gather", "reduce-scatter"):
+        if kind != "all-reduce":
             check(
                 named(f"{kind}: computation between start and end"),
                 share >= 0.9,
                 f"of {share:.0%} of the bytes",
             )
+    check_facts(check, r, named)
+
+
+def check_facts(check: Checks, r: dict[str, Any], named: Callable[[str], str]) -> None:
+    """What facts.py says of a step."""
+    for whose, name in (
+        ("layers", "no float32 gather of a layer's weight"),
+        ("embedding", "no float32 gather of the embedding"),
+    ):
+        check(named(name), not r["wide_gathers"][whose], arrays.said(r["wide_gathers"], whose))
+    check(
+        named("no further rounds in the program"),
+        not r["further_rounds"],
+        "loops for them are there" if r["further_rounds"] else "none",
+    )
+    grouped, batched = r["grouped"], r["batched"]
+    passes = ", ".join(
+        f"{grouped.get(phase, 0):g} grouped and {batched.get(phase, 0):g} other kernels {phase}"
+        for phase in ("forward", "recompute", "backward")
+    )
+    check(
+        named("one grouped kernel per product of the experts"),
+        not any(batched.values())
+        and all(grouped.get(p, 0) == n for p, n in facts.PRODUCTS.items()),
+        f"{passes} a layer",
+    )
+    print(
+        f"  predicted: collectives take {r['busy'] * 1e3:.2f} ms, {r['exposed'] * 1e3:.2f} of it exposed"
+    )
 
 
 def check_prefetch(check: Checks, base: Config, devices: list[Any]) -> None:

@@ -37,6 +37,8 @@ def text(rows: list[dict[str, Any]], bars: dict[str, Any]) -> str:
             "layers",
             "tokens/s",
             "of 989 TFLOP/s",
+            "ms a step",
+            "predicted, derated",
             "whole model's tokens/s",
             "bytes",
             "rounds",
@@ -49,6 +51,8 @@ def text(rows: list[dict[str, Any]], bars: dict[str, Any]) -> str:
             str(r["layers"]),
             f"{r['tokens_per_s']:,.0f}",
             f"{r['share_of_peak']:.1%}",
+            f"{r['step_s'] * 1e3:,.1f}",
+            f"{r['predicted_derated_s'] * 1e3:,.1f}" if "predicted_derated_s" in r else "",
             f"{r['tokens_per_s_of_the_whole_model']:,.0f}",
             f"{r['bytes'] / 1e9:,.1f} GB",
             str(r["dispatch_rounds"]),
@@ -56,7 +60,8 @@ def text(rows: list[dict[str, Any]], bars: dict[str, Any]) -> str:
     )
     for row in of("train"):
         lines += [
-            f"Cost: {c['share']:.1%}, {c['ms']:.2f} ms per step: {c['instruction']} ({c['from']})\n"
+            f"Cost: {c['share']:.1%}, {c['ms']:.2f} ms per step, {c['part']}, {c['phase']}: "
+            f"{c['instruction']} ({c['from']})\n"
             for c in row.get("largest_costs", [])
         ]
     for row in of("peer"):

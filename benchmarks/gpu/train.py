@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu.costs import costs
+from benchmarks.gpu.costs import costs, predicted
 from benchmarks.support import shapes
 from deepseek_jax.config.options import (
     IGNORE,
@@ -316,7 +316,12 @@ def train(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
             seconds, losses, metrics = run.steps(4 if toy else 10)
             a_step = statistics.median(seconds[2:])
             rate = t.batch_size * t.sequence_length / a_step
+            rounds = int(jnp.max(metrics.load.rounds))
+            assignments = t.batch_size * t.sequence_length * config.model.num_experts_per_tok
+            text = run.step.compiled.as_text()
+            shape = dict(run.mesh.shape)
             yield row | {
+                **predicted(text, shape, device.device_kind, assignments, rounds),
                 "batch_size": t.batch_size,
                 "sequence_length": t.sequence_length,
                 "tokens_per_s": rate,
@@ -324,7 +329,7 @@ def train(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
                 "compile_s": run.step.compile_seconds,
                 "bytes": program.memory(run.step.compiled).total,
                 "loss": losses[-1],
-                "dispatch_rounds": int(jnp.max(metrics.load.rounds)),
+                "dispatch_rounds": rounds,
                 "tflops": rate * run.flops_per_token / 1e12,
                 "share_of_peak": rate * run.flops_per_token / 1e12 / BF16_TFLOPS,
                 "tokens_per_s_of_the_whole_model": rate * run.flops_per_token / flops,
@@ -333,9 +338,7 @@ def train(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
                 profiled = True
                 yield {
                     "what": "profile",
-                    "largest_costs": costs(
-                        functools.partial(run.steps, 1), run.step.compiled.as_text()
-                    ),
+                    "largest_costs": costs(functools.partial(run.steps, 1), text),
                 }
         except Exception as e:  # what this GPU or cuDNN refuses must not hide what the others reach
             yield row | {"failed": why(e)}

@@ -35,6 +35,7 @@ all-reduces and slices: dense gradients are twice the least on CPU.
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -154,12 +155,20 @@ def other_methods(config: Config) -> list[Config]:
 
 
 def measure(
-    config: Config, devices: list[Any], compiler_options: dict[str, Any] | None = None
+    config: Config,
+    devices: list[Any],
+    compiler_options: dict[str, Any] | None = None,
+    also: Callable[[str, Config, dict[str, int]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """One layer's collectives by group, and how often tokens are exchanged."""
+    """One layer's collectives by group, and how often tokens are exchanged.
+
+    Args:
+      also: further facts, of the program's text, the config and the mesh's shape.
+    """
     mesh, layout = topology.lay_out(config, devices)
     compiled = topology.compile_step(config, mesh, layout, compiler_options).compiled
-    found = program.collectives(compiled.as_text(), mesh.shape)
+    text = compiled.as_text()
+    found = program.collectives(text, mesh.shape)
     least = least_bytes(config, mesh, layout)
     rows: dict[str, dict[str, Any]] = {
         group: {"collectives": {}, "bytes": 0.0, "least": least.get(group)} for group in GROUPS
@@ -186,13 +195,14 @@ def measure(
         "overlapped": _overlapped(found),
         "gathered_ahead": _gathered_ahead(found),
         "reduced_behind": _reduced_behind(found),
-        "in_flight": program.most_in_flight(compiled.as_text()),
+        "in_flight": program.most_in_flight(text),
         "groups": rows,
         "token_exchanges_forward": exchanges / LAYERS,
         "token_exchanges_further_round": again / LAYERS,
-        "too_large": arrays.too_large(compiled.as_text(), config, mesh.shape),
+        "too_large": arrays.too_large(text, config, mesh.shape),
         "exchange": buffers._asdict(),
         "temporaries": program.memory(compiled).temporaries,
+        **(also(text, config, dict(mesh.shape)) if also else {}),
     }
 
 

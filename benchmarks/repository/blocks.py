@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.gpu import roofline
 from benchmarks.learning import distil_figures
 from deepseek_jax.cli import texts
 
@@ -66,6 +67,7 @@ BLOCKS: dict[str, Callable[[Any, str], str]] = {
     "distil_demo": distil_demo_table,
     "lora_v2_lite": fits_table,
     "distil_qwen3_30b": fits_table,
+    "roofline_v2_lite": roofline.markdown,
 }
 
 # Pictures in docs/: by the name of the result, the file and what draws it.

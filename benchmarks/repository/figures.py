@@ -24,7 +24,7 @@ from deepseek_jax.plan import options
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- figures: make docs -->", "<!-- end of figures -->"
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("finetuning", "lora", "distillation")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("finetuning", "lora", "distillation", "gpu")]
 SHOWN = re.compile(r"(<!-- figure (\w+): make docs -->\n).*?(<!-- end of figure -->)", re.DOTALL)
 
 
@@ -295,6 +295,19 @@ def fits(r: dict[str, Any]) -> str:
     return f"{r['about']}: bytes per GPU by XLA's compiler for H200s: {', '.join(said)}"
 
 
+def gpu_roofline(r: dict[str, Any]) -> str:
+    said = [
+        f"{name} {row['roofline']['derated']['mfu']:.1%}"
+        + (
+            f" ({one['derated']['mfu']:.1%} at one round)"
+            if (one := row["roofline"]["at_one_round"])
+            else ""
+        )
+        for name, row in r["rows"].items()
+    ]
+    return f"DeepSeek-V2-Lite in bfloat16, predicted share of peak: {', '.join(said)}"
+
+
 FIGURES = [
     Figure("step_mid", "step --shape=mid --peer=benchmarks/speed/hf_torch.py", step),
     Figure("step_fine", "step --shape=fine --peer=benchmarks/speed/hf_torch.py", step),
@@ -320,4 +333,5 @@ FIGURES = [
     Figure("distill", "distill", distill),
     Figure("lora_v2_lite", "fits lora_v2_lite", fits),
     Figure("distil_qwen3_30b", "fits distil_qwen3_30b", fits),
+    Figure("roofline_v2_lite", "gpu_roofline", gpu_roofline),
 ]

@@ -35,7 +35,7 @@ from deepseek_jax.plan import topology
 from deepseek_jax.run import profile
 from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import init_state
-from deepseek_jax.xla import hlo, loops
+from deepseek_jax.xla import hlo, loops, work
 
 COPY_SIZES = [
     2**n for n in range(14, 29, 2)
@@ -145,8 +145,9 @@ def parts(
     module: hlo.Module, events: list[profile.Event], steps: int, dtype: str
 ) -> tuple[dict[str, Row], float]:
     """The rows by part, and the FLOP/s of the best square matmul."""
+    reader = work.Reader(module, on_gpu=False)
     least = {
-        i.name: of(module, computation, i)
+        i.name: of(reader, computation, i)
         for computation, i, _ in loops.visits(module, lambda _: True)
     }
     speed, peak = copy_speed(), matmul_peak(dtype)
@@ -165,59 +166,13 @@ def parts(
     return {n: Row(*(sums[n][f] / steps for f in Row._fields)) for n in dict.fromkeys(names)}, peak
 
 
-def of(module: hlo.Module, computation: str, instruction: hlo.Instruction) -> Least:
+def of(reader: work.Reader, computation: str, instruction: hlo.Instruction) -> Least:
     """What an instruction, with all that is fused into it, multiplies, reads and writes."""
-    here = module.computations[computation]
-    inside = (
-        [name for names in instruction.called.values() for name in names]
-        if instruction.opcode == "fusion"
-        else []
+    matmuls = tuple(
+        matmul(reader.module.computations[place], i)
+        for place, i in reader.products(computation, instruction)
     )
-    scopes = [(here, instruction)] + [
-        (module.computations[n], i) for n in inside for i in module.computations[n].values()
-    ]
-    matmuls = tuple(matmul(scope, i) for scope, i in scopes if i.opcode == "dot")
-    operands = [here[name] for name in instruction.operands if name in here]
-    if not inside:
-        return Least(
-            matmuls,
-            sum(moved(instruction, n, operand) for n, operand in enumerate(operands))
-            + written(here, instruction),
-        )
-    body = module.computations[inside[0]]
-    read = 0
-    for n, operand in enumerate(operands):
-        parameter = next(
-            (i.name for i in body.values() if i.opcode == "parameter" and i.operands == (str(n),)),
-            None,
-        )
-        users = [(i, i.operands.index(parameter)) for i in body.values() if parameter in i.operands]
-        read += max((moved(i, at, operand) for i, at in users), default=0)
-    return Least(matmuls, read + written(body, module.roots[inside[0]]))
-
-
-def moved(user: hlo.Instruction, position: int, operand: hlo.Instruction) -> int:
-    """Bytes that an instruction reads of one operand."""
-    if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
-        return user.bytes
-    return (
-        0 if user.opcode in ("dynamic-update-slice", "scatter") and position == 0 else operand.bytes
-    )
-
-
-def written(scope: dict[str, hlo.Instruction], root: hlo.Instruction) -> int:
-    """Bytes that a result writes; for an update in place, those of the new part."""
-    if (
-        root.opcode in ("bitcast", "copy")
-        and root.operands
-        and root.operands[0] in scope
-        and scope[root.operands[0]].bytes == root.bytes
-    ):
-        root = scope[root.operands[0]]
-    if root.opcode in ("dynamic-update-slice", "scatter") and len(root.operands) > 1:
-        update = scope.get(root.operands[1 if root.opcode == "dynamic-update-slice" else -1])
-        return update.bytes if update else root.bytes
-    return root.bytes
+    return Least(matmuls, round(reader.of(computation, instruction).bytes))
 
 
 def matmul(scope: dict[str, hlo.Instruction], dot: hlo.Instruction) -> Matmul:

@@ -11,6 +11,11 @@ plugin: `make plan CONFIG=... DEVICES=...` installs it apart, or pip install -e 
 it: what the layout alone says. --hardware=cpu compiles for as many CPU devices instead, as the tests
 run it: the collectives of another compiler, no plugin.
 
+--roofline says how fast that step could be: time by part and pass, ideal and derated, communication
+that is exposed, share of peak, the largest costs with their lines, and what all that assumes.
+--skew states how unevenly experts are loaded: zipf, or a max_violation as metrics.jsonl has it.
+--rates replaces the derated rates: --rates=bf16=750e12,memory=4.3e12; for --hardware=cpu it is needed.
+
 Any option of train.py can follow. Exit codes: 0, also if it does not fit ("fits" in --json says
 so); 2 a mistake in the options.
 """
@@ -26,7 +31,17 @@ from rich.console import Console
 
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
-from deepseek_jax.plan import asked, options, report, staged, topology
+from deepseek_jax.plan import (
+    asked,
+    options,
+    rates,
+    report,
+    roofline,
+    roofline_text,
+    skew,
+    staged,
+    topology,
+)
 from deepseek_jax.run import commandline
 
 CPU = topology.Hardware("CPU device", None, "")
@@ -42,8 +57,11 @@ def main(argv: list[str]) -> int:
         "--hardware",
         default="h200",
         choices=[*topology.HARDWARE, "cpu"],
-        help="What to plan for: h200, or cpu.",
+        help=f"What to plan for: {', '.join(topology.HARDWARE)}, or cpu.",
     )
+    parser.add_argument("--roofline", action="store_true", help="Predict the time of the step.")
+    parser.add_argument("--skew", help="With --roofline: zipf (the default), or a max_violation.")
+    parser.add_argument("--rates", help="With --roofline: derated rates, NAME=NUMBER,...")
     # On the CPU: a planner must not take the memory of a GPU that is at work.
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, argv)
@@ -52,6 +70,10 @@ def main(argv: list[str]) -> int:
             "--devices is missing. Say for how many GPUs to plan, for instance --devices=8."
         )
     topology.hosts_of(own.devices, own.gpus_per_host)
+    for flag in ("skew", "rates"):
+        if getattr(own, flag) is not None and not own.roofline:
+            raise UserError(f"--{flag}={getattr(own, flag)} is of the prediction. Add --roofline.")
+    speed = rates.speed_of(own.hardware, own.rates or "") if own.roofline else None
     hardware = CPU if own.hardware == "cpu" else topology.HARDWARE[own.hardware]
     on_gpus = own.hardware != "cpu" and topology.has_gpu_compiler()
     devices = (
@@ -59,7 +81,14 @@ def main(argv: list[str]) -> int:
         if on_gpus
         else topology.cpu_devices(own.devices)
     )
+    if own.roofline and not on_gpus and own.hardware != "cpu":
+        raise UserError(
+            "--roofline reads the compiled step, and JAX's GPU compiler is missing. Install it: "
+            f"{topology.INSTALL}, or make plan ARGS=--roofline."
+        )
     config, mesh, layout, stages = staged.lay_out(config, devices)
+    expected = own.skew or "zipf"
+    skew.rounds_at(expected, config, dict(mesh.shape))  # a mistake is said before anything is compiled
     result = report.of_layout(config, mesh, layout, hardware, own.gpus_per_host)
     result["stages"] = stages
     teacher = asked.find(config, mesh)
@@ -75,8 +104,20 @@ def main(argv: list[str]) -> int:
             f"compiling the train step for {own.devices} x {hardware.name}", quiet=own.json
         ):
             step = topology.compile_step(config, mesh, layout)
-            result["program"] = report.of_program(step, mesh, hardware, teacher)
-    print(json.dumps(result, indent=2) if own.json else report.text(result))
+        result["program"] = report.of_program(step, mesh, hardware, teacher)
+        if speed:
+            result["roofline"] = roofline.predict(
+                step.compiled.as_text(),
+                roofline.Planned(config, mesh, layout, own.gpus_per_host),
+                speed,
+                expected,
+            )
+    if own.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    print(report.text(result))
+    if speed:
+        print("\n" + roofline_text.text(result["roofline"], hardware.name))
     return 0
 
 

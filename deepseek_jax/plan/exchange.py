@@ -23,6 +23,7 @@ class Buffers(NamedTuple):
       ragged_rows: that a ragged exchange must be ready for: X*T*min(K, G), all tokens of the expert
         axis on one device.
       ragged_bytes: of these.
+      mean_load: rows of the mean expert that share its places, over all rounds.
     """
 
     places: int
@@ -31,6 +32,7 @@ class Buffers(NamedTuple):
     bytes: int
     ragged_rows: int
     ragged_bytes: int
+    mean_load: float
 
 
 def buffers(config: Config, mesh_shape: dict[str, int]) -> Buffers | None:
@@ -57,5 +59,11 @@ def buffers(config: Config, mesh_shape: dict[str, int]) -> Buffers | None:
     ragged = devices * tokens * min(m.num_experts_per_tok, local)
     row = m.hidden_size * ITEM_BYTES[config.train.dtype]
     return Buffers(
-        places, exchanged, expert_rows, (exchanged + expert_rows) * row, ragged, ragged * row
+        places,
+        exchanged,
+        expert_rows,
+        (exchanged + expert_rows) * row,
+        ragged,
+        ragged * row,
+        visiting * m.num_experts_per_tok / m.n_routed_experts,
     )

@@ -1,7 +1,7 @@
 """Compiling for machines that are not here: their devices, to lay a mesh over, and their compiler.
 
-JAX's CUDA plugin compiles for a GPU from its description alone (h200.txtpb): no GPU is needed, and
-nothing is executed.
+JAX's CUDA plugin compiles for a GPU from its description alone (h200.txtpb, h100.txtpb): no GPU is
+needed, and nothing is executed.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from jax.experimental import topologies
 from deepseek_jax import objectives
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
+from deepseek_jax.model.count import Count, count
 from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
@@ -41,9 +42,12 @@ class Hardware(NamedTuple):
     description: str  # file of this package: what XLA's GPU compiler wants to know
 
 
-# An H200 reports 150.8e9 bytes. What is above the 141 GB of its data sheet is left to CUDA, NCCL's
-# buffers and fragmentation.
-HARDWARE = {"h200": Hardware("NVIDIA H200", 141_000_000_000, "h200.txtpb")}
+# An H200 reports 150.8e9 bytes, an H100 84.9e9. What is above the 141 and 80 GB of their data sheets is left
+# to CUDA, NCCL's buffers and fragmentation.
+HARDWARE = {
+    "h200": Hardware("NVIDIA H200", 141_000_000_000, "h200.txtpb"),
+    "h100": Hardware("NVIDIA H100", 80_000_000_000, "h100.txtpb"),
+}
 
 # in a virtual environment of its own: JAX looks for a GPU wherever the plugin is
 INSTALL = "pip install -e '.[gpu-aot]'"
@@ -227,6 +231,17 @@ def devices_per_host(mesh: jax.sharding.Mesh, gpus_per_host: int) -> dict[str, i
             line = np.moveaxis(host, i, 0).reshape(size, -1)[:, 0]
             out[axis] = int(np.sum(line == line[0]))
     return out
+
+
+def count_of(config: Config, layout: Layout) -> Count:
+    """Parameters and FLOPs of what is trained, with the FLOPs of a teacher beside it."""
+    own = count(config.model, layout.model.abstract.params, config.train.sequence_length)
+    if layout.frozen is None or config.objective != "distill":
+        return own
+    from deepseek_jax.run import teacher
+
+    found = teacher.planned(config)
+    return own.beside(found.count) if found else own
 
 
 def _objective(config: Config) -> Objective:

@@ -16,7 +16,7 @@ import jax
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.train.compiled_step import CompiledStep
-from deepseek_jax.xla import hlo, loops, origin
+from deepseek_jax.xla import hlo, origin
 
 # What the table always shows, in the order of a step; other parts of origin.SCOPES follow if they
 # took time.
@@ -176,7 +176,7 @@ def instructions(folder: str, text: str) -> list[Event]:
     if not found:
         raise ValueError(f"{folder} holds no trace")
     module = hlo.Module(text)
-    sources = _sources(module)
+    sources = origin.by_name(module)
     out = []
     for device, name, start, duration in _events(max(found, key=os.path.getmtime), module.name):
         part, phase, opcode = sources.get(name, ("other", "other", ""))
@@ -184,19 +184,6 @@ def instructions(folder: str, text: str) -> list[Event]:
             out.append(Event(name, part, phase, device, start / 1e9, duration / 1e9))
     if not out:
         raise ValueError(f"no instruction of {module.name} is in the trace")
-    return out
-
-
-def _sources(module: hlo.Module) -> dict[str, tuple[str, str, str]]:
-    """Name of an instruction -> (part, phase, opcode)."""
-    sources = origin.Origin(module)
-    out = {}
-    for computation, instruction, visit in loops.visits(module, lambda _: True):
-        if instruction.name not in out:
-            out[instruction.name] = (
-                *sources.scope(computation, instruction, visit),
-                instruction.opcode,
-            )
     return out
 
 

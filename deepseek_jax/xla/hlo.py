@@ -57,6 +57,14 @@ class Instruction(NamedTuple):
         return int(found[1])
 
 
+class Frame(NamedTuple):
+    """A Python call."""
+
+    file: str
+    function: str  # its qualified name
+    line: int  # 0 if the text does not say
+
+
 class Module:
     """A parsed program.
 
@@ -101,10 +109,14 @@ class Module:
     def frames(self, instruction: Instruction) -> list[tuple[str, str]]:
         """(file, function) of the Python calls that made an instruction, innermost first; empty if
         the text does not say."""
-        found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
-        return self._frames(int(found[1])) if found else []
+        return [(frame.file, frame.function) for frame in self.calls(instruction)]
 
-    def _frames(self, frame: int) -> list[tuple[str, str]]:
+    def calls(self, instruction: Instruction) -> list[Frame]:
+        """The Python calls that made an instruction, innermost first; empty if the text does not say."""
+        found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        return self._calls(int(found[1])) if found else []
+
+    def _calls(self, frame: int) -> list[Frame]:
         def table(name: str, key: int) -> str:
             return self._tables.get(name, {}).get(key, "")
 
@@ -119,7 +131,13 @@ class Module:
         while row := table("StackFrames", frame):
             place = table("FileLocations", number(row, "file_location_id"))
             file, function = number(place, "file_name_id"), number(place, "function_name_id")
-            out.append((table("FileNames", file), table("FunctionNames", function)))
+            out.append(
+                Frame(
+                    table("FileNames", file),
+                    table("FunctionNames", function),
+                    number(place, "line"),
+                )
+            )
             parent = number(row, "parent_frame_id") - offset
             if parent >= frame:
                 break
@@ -149,14 +167,33 @@ class Module:
         return [(computation, i) for i in read]
 
 
+class Array(NamedTuple):
+    """An array type."""
+
+    dtype: str  # as XLA writes it: "bf16", "s32", "pred"
+    dims: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> float:
+        bits = re.match(r"(?:bf|[fsuc])(\d+)", self.dtype)
+        return self.size * (int(bits[1]) / 8 if bits else float(self.dtype == "pred"))
+
+
+def arrays(shape: str) -> list[Array]:
+    """The arrays of an array or tuple type as XLA writes it."""
+    return [
+        Array(dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d))
+        for dtype, dims in _ARRAY.findall(shape)
+    ]
+
+
 def shape_bytes(shape: str) -> int:
     """Bytes of an array or tuple type as XLA writes it."""
-    total = 0.0
-    for dtype, dims in _ARRAY.findall(shape):
-        size = math.prod(int(d.lstrip("<=")) for d in dims.split(",") if d)
-        bits = re.match(r"(?:bf|[fsuc])(\d+)", dtype)
-        total += size * (int(bits[1]) / 8 if bits else float(dtype == "pred"))
-    return math.ceil(total)
+    return math.ceil(sum(a.bytes for a in arrays(shape)))
 
 
 def _closing(text: str, start: int) -> int:

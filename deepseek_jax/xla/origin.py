@@ -116,13 +116,13 @@ class Origin:
     ) -> tuple[str, str]:
         """(scope, phase) of any instruction: one of SCOPES or another part, by the innermost scope
         in its name, or by its calls."""
-        source = self._source(computation, instruction, visit)
+        source = self.source(computation, instruction, visit)
         if source is None:
             return "other", "other"
         phase, part = phase_of(source.op_name), scope_of(source.op_name) or self._part(source)
         return _SCOPE_OF.get(part, part), phase
 
-    def _source(
+    def source(
         self, computation: str, instruction: hlo.Instruction, visit: loops.Visit
     ) -> hlo.Instruction | None:
         """The instruction that says where this one comes from."""
@@ -132,7 +132,7 @@ class Origin:
     def _of(
         self, computation: str, instruction: hlo.Instruction, visit: loops.Visit
     ) -> tuple[str, str]:
-        source = self._source(computation, instruction, visit)
+        source = self.source(computation, instruction, visit)
         if source is None:
             return "other", "other"
         phase = phase_of(source.op_name)
@@ -144,7 +144,7 @@ class Origin:
     ) -> bool:
         """Whether it is one layer's slice of stacked weights: the scan over layers makes it, before
         any code of the layer."""
-        source = self._source(computation, instruction, visit)
+        source = self.source(computation, instruction, visit)
         return source is not None and any(
             file.endswith("model/transformer.py") and re.search(r"\b_scan\b", function)
             for file, function in self.module.frames(source)[:1]
@@ -170,6 +170,20 @@ class Origin:
         if inside or named not in ("optimizer", "other"):
             return inside or named
         return _innermost(AROUND, frames) or named
+
+
+def by_name(module: hlo.Module) -> dict[str, tuple[str, str, str]]:
+    """Name of an instruction -> (scope, phase, opcode), of all that a program runs: the events of a
+    profile have the names alone."""
+    sources = Origin(module)
+    out = {}
+    for computation, instruction, visit in loops.visits(module, lambda _: True):
+        if instruction.name not in out:
+            out[instruction.name] = (
+                *sources.scope(computation, instruction, visit),
+                instruction.opcode,
+            )
+    return out
 
 
 def _innermost(rules: tuple[Rule, ...], frames: list[tuple[str, str]]) -> str:

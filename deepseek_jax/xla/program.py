@@ -130,7 +130,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     sources = origin.Origin(module)
     found = [
         _collective(module, sources, mesh_shape, *place)
-        for place in loops.visits(module, lambda i: _kind(i) is not None)
+        for place in loops.visits(module, lambda i: kind_of(i) is not None)
     ]
     return [c for c in found if c.group > 1]
 
@@ -166,8 +166,8 @@ def most_in_flight(text: str) -> int:
                 if i.opcode == "async-start"
                 else []
             )
-            if (_kind(i) and i.opcode.endswith("-start")) or any(
-                _kind(j) for c in called for j in module.computations.get(c, {}).values()
+            if (kind_of(i) and i.opcode.endswith("-start")) or any(
+                kind_of(j) for c in called for j in module.computations.get(c, {}).values()
             ):
                 in_flight.add(i.name)
                 most = max(most, len(in_flight))
@@ -176,7 +176,8 @@ def most_in_flight(text: str) -> int:
     return most
 
 
-def _kind(instruction: hlo.Instruction) -> str | None:
+def kind_of(instruction: hlo.Instruction) -> str | None:
+    """The kind of collective that an instruction is or starts; None if it is none."""
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in RECEIVED else None
 
@@ -189,7 +190,7 @@ def _collective(
     instruction: hlo.Instruction,
     visit: loops.Visit,
 ) -> Collective:
-    kind = _kind(instruction)
+    kind = kind_of(instruction)
     assert kind is not None  # the caller visits collectives only
     here = module.computations[computation]
     operand = sum(here[name].bytes for name in instruction.operands if name in here)

@@ -34,7 +34,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train.compiled_step import CompiledStep
 from deepseek_jax.train.state import make_layout
-from deepseek_jax.xla import hlo
+from deepseek_jax.xla import hlo, work
 from tests.support import conversion
 
 RESULT = {"machine": {"device": "cpu", "cores": 2}, "dtype": "float32"}
@@ -411,7 +411,8 @@ ENTRY %main (a: f32[48,64], b: f32[1000,64,80], s: f32[1000,256], r: f32[1,256],
 
 def test_the_floor_counts_what_an_instruction_must_do():
     module = hlo.Module(PROGRAM)
-    least = {name: floor.of(module, "main", i) for name, i in module.computations["main"].items()}
+    reader = work.Reader(module, on_gpu=False)
+    least = {name: floor.of(reader, "main", i) for name, i in module.computations["main"].items()}
     assert least["multiplied"].matmuls == (
         floor.Matmul("f32", (48, 64), (64, 80), (((1,), (0,)), ((), ()))),
     )

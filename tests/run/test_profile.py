@@ -263,7 +263,7 @@ def test_parts_where_tokens_are_exchanged(method, tmp_path):
         for phase in ("forward", "backward"):
             assert cost.part(part, phase) > 0, (part, phase, cost.seconds)
     module = hlo.Module(text)
-    sources = profile._sources(module)
+    sources = origin.by_name(module)
     found = {
         (sources[i.name][:2], i.opcode)
         for instructions in module.computations.values()

@@ -1,0 +1,161 @@
+"""Predicted speed of DeepSeek-V2-Lite on GPUs that are not here: what `plan --roofline` says of the
+program that XLA's compiler makes for them.
+
+  .venv-gpu-aot/bin/python -m benchmarks gpu_roofline [--only=NAME] [--json] [--out=FILE]
+
+Packed documents as users train on, Zipf's law, bfloat16, remat=full: 8 of the 27 layers on one H200 as
+gpu_bench measures them, 6 on an H100, and all 27 on 8 H200s, weights divided (full_shard) or experts.
+Each row is one `python -m deepseek_jax.plan`, which takes minutes; a row that --out=FILE has already is not
+compiled again, and says of which commit it is. Needs JAX's GPU compiler (make plan installs it).
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks import ROOT
+from benchmarks.support.report import Parser, report
+from deepseek_jax.cli.texts import gb, table
+from deepseek_jax.errors import UserError
+from deepseek_jax.plan.roofline_text import PHASES
+
+MODEL = (
+    "--config=configs/v2_lite.py",
+    "--config.mesh.data=1",
+    "--config.train.accumulation=1",
+    "--config.train.remat=full",
+)
+ALONE = (
+    "--devices=1",
+    "--config.mesh.expert=1",
+    "--config.sharding.strategy=no_shard",
+    "--config.train.batch_size=4",
+)
+EIGHT = ("--devices=8", "--config.sharding.strategy=full_shard", "--config.train.batch_size=32")
+# Name -> options of plan.
+ROWS = {
+    "1 H200, 8 layers": (*ALONE, "--config.model.num_hidden_layers=8"),
+    "1 H100, 6 layers": (*ALONE, "--hardware=h100", "--config.model.num_hidden_layers=6"),
+    "8 H200s, fsdp 8": (*EIGHT, "--config.mesh.fsdp=8", "--config.mesh.expert=1"),
+    "8 H200s, expert 8": (*EIGHT, "--config.mesh.fsdp=1", "--config.mesh.expert=8"),
+}
+# What is the same for every row of a kind of hardware, or long and of no further use.
+ONCE = ("assumed", "sources", "rates")
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--only", choices=list(ROWS), help="Compile this row, the others not.")
+    own = parser.parse_args()
+    result: dict[str, Any] = {"assumed": [], "rows": {}}
+    if own.out and pathlib.Path(own.out).exists():
+        result = json.loads(pathlib.Path(own.out).read_text(encoding="utf-8"))["result"]
+    rows = result["rows"]
+    for name in [own.only] if own.only else [n for n in ROWS if n not in rows]:
+        print(f"{name}: compiling ...", file=sys.stderr, flush=True)
+        planned = plan([*MODEL, *ROWS[name]])
+        prediction = planned["roofline"]
+        said = {key: prediction.pop(key) for key in ONCE}
+        rows[name] = {
+            "command": " ".join(["python -m deepseek_jax.plan --roofline", *MODEL, *ROWS[name]]),
+            "commit": own.commit,
+            "memory": planned["program"]["memory"],
+            "roofline": prediction,
+            "rates": said["rates"],
+        }
+        result["assumed"] = said["assumed"]
+    result["rows"] = {name: rows[name] for name in ROWS if name in rows}
+    report(own, result, text)
+    return 0
+
+
+def plan(options: list[str]) -> dict[str, Any]:
+    """What `python -m deepseek_jax.plan --roofline --json` prints.
+
+    Raises:
+      UserError: it fails; in its own words.
+    """
+    command = [sys.executable, "-m", "deepseek_jax.plan", "--roofline", "--json", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError((done.stderr.strip().splitlines() or ["plan failed"])[-1])
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def cells(name: str, row: dict[str, Any]) -> list[list[str]]:
+    """Of a table: name, memory, rounds, ideal, derated, tokens per second and GPU, exposed communication."""
+    r = row["roofline"]
+    out: list[list[str]] = []
+    for at in filter(None, (r["at_one_round"], r)):
+        ideal, derated = (
+            f"{at[k]['step_s'] * 1e3:,.0f} ms, {at[k]['mfu']:.1%}" for k in ("ideal", "derated")
+        )
+        c = at["derated"]["communication"]
+        exposed = (
+            f"{c['exposed_s'] * 1e3:,.0f} of {c['busy_s'] * 1e3:,.0f} ms" if c["busy_s"] else ""
+        )
+        speed = f"{at['derated']['tokens_per_s_per_device']:,.0f}"
+        first = [name, gb(row["memory"]["total"])] if not out else ["", ""]
+        out.append([*first, str(at["derated"]["rounds"]), ideal, derated, speed, exposed])
+    return out
+
+
+HEAD = ["", "memory", "rounds", "ideal", "derated", "tokens/s a GPU", "exposed communication"]
+
+
+def text(r: dict[str, Any]) -> str:
+    """The table for a person."""
+    return table([HEAD, *(line for name, row in r["rows"].items() for line in cells(name, row))])
+
+
+def markdown(r: dict[str, Any], link: str) -> str:
+    """For docs/: predicted steps; of the first row the time of parts and the largest costs."""
+    commits = ", ".join(sorted({row["commit"] for row in r["rows"].values()}))
+    name, first = next(iter(r["rows"].items()))
+    p = first["roofline"]
+    one = p["at_one_round"] or p
+    costs = [["ms derated", "part, pass", "what", "line"]]
+    for c in p["largest"]:
+        what = f"{c['what']} {c['shape']}"
+        costs.append([_ms(c["seconds"]), f"{c['part']}, {c['phase']}", what, c["source"]])
+    return "\n".join(
+        [
+            f"`python -m benchmarks gpu_roofline`, programs of {commits}, jax {p['jax']} ({link}). "
+            f"--skew={p['rounds']['skew']}:",
+            f"the most loaded expert has {1 + p['rounds']['violation']:.2f} times the mean.",
+            "",
+            *_table([HEAD, *(line for n, row in r["rows"].items() for line in cells(n, row))]),
+            "",
+            f"{name}, one round, ms derated by part and pass:",
+            "",
+            *_table(_parts(one)),
+            "",
+            f"Its ten largest costs at {p['derated']['rounds']} rounds:",
+            "",
+            *_table(costs),
+        ]
+    )
+
+
+def _parts(r: dict[str, Any]) -> list[list[str]]:
+    """Milliseconds of a part in each pass."""
+    derated, ideal = r["derated"]["parts"], r["ideal"]["parts"]
+    rows = [["part", *PHASES, "all", "ideal"]]
+    for part in sorted(derated, key=lambda part: -sum(derated[part].values())):
+        seconds = derated[part]
+        passes = (_ms(seconds[phase]) if seconds.get(phase) else "" for phase in PHASES)
+        sums = (sum(seconds.values()), sum(ideal.get(part, {}).values()))
+        rows.append([part, *passes, *map(_ms, sums)])
+    return rows
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f}"
