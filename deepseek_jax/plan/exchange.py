@@ -5,7 +5,7 @@ import math
 from typing import NamedTuple
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.experts.rounds import expert_capacity
+from deepseek_jax.experts.places import expert_capacity
 from deepseek_jax.parallel.mesh import TOKEN_AXES
 from deepseek_jax.parallel.xla_options import ITEM_BYTES
 
