@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
 
 
 class BlockRows(NamedTuple):
-    """Assignments as rows: sorted_rows.SortedRows, with the blocks."""
+    """Assignments as rows: sorted_rows.Rows, with the blocks."""
 
     row_TK: jax.Array  # int32: J where an assignment goes nowhere
     assignment_J: jax.Array  # int32: token * K + choice; M where a row is empty

@@ -9,7 +9,7 @@ Shape letters: swiglu.py; T tokens, K experts per token, M = T*K assignments.
 """
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from deepseek_jax.experts import swiglu
 from deepseek_jax.experts.low_rank import ExpertWeights
 
 
-class SortedRows(Protocol):
+class Rows(Protocol):
     """Where the assignments are among the rows."""
 
     @property
@@ -35,8 +35,8 @@ class SortedRows(Protocol):
 class Method(Protocol):
     """A way to multiply sorted rows; equal ones are one program."""
 
-    def products(self, rows: SortedRows) -> swiglu.Products:
-        """The products of these rows."""
+    def products(self, rows: Any) -> swiglu.Products:
+        """The products of these `Rows`, which were made for the method."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -44,7 +44,7 @@ def compute(
     x_TD: jax.Array,
     weight_TK: jax.Array,
     weights: ExpertWeights,
-    rows: SortedRows,
+    rows: Rows,
     method: Method,
 ) -> jax.Array:
     """The routed experts' output: sum over a token's choices of weight * expert(x), all experts being here.
@@ -95,12 +95,12 @@ def _backward(method, residuals, dy_TD):
 compute.defvjp(_forward, _backward)
 
 
-def take(a_TD: jax.Array, rows: SortedRows, top_k: int) -> jax.Array:
+def take(a_TD: jax.Array, rows: Rows, top_k: int) -> jax.Array:
     """[J, D]: the token of each row, zeros in empty ones."""
     return a_TD.at[rows.assignment_J // top_k].get(mode="fill", fill_value=0)
 
 
-def combine(rows_JD: jax.Array, rows: SortedRows, weight_TK: jax.Array | None) -> jax.Array:
+def combine(rows_JD: jax.Array, rows: Rows, weight_TK: jax.Array | None) -> jax.Array:
     """float32 [T, D]: the sum of each token's rows, times their weights; None: 1.
 
     Rows of no assignment are not read: kernels may leave anything in them.
