@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.experts.sorting import sort_by_expert
+from deepseek_jax.experts.sorting import SortedAssignments, sort_assignments
 
 BLOCK = 128
 
@@ -42,23 +42,38 @@ class ArrivedRows(NamedTuple):
 
 
 def sort_rows(expert_TK: jax.Array, experts: int) -> BlockRows:
-    """Rows of assignments, sorted by expert, and within an expert in token order.
+    """Rows of all assignments, sorted by expert, and within an expert in token order.
 
     Args:
       expert_TK: int32 in [0, experts]; `experts` itself means nowhere.
       experts: G.
     """
-    assignments = expert_TK.size
-    order_M, bound, rank_TK = sort_by_expert(expert_TK, experts)
-    count_G = jnp.diff(bound)
-    blocks = _blocks_of(count_G, assignments)
+    everything = sort_assignments(expert_TK, experts)
+    return some_rows(everything, jnp.zeros_like(everything.count_G[0]), expert_TK.size)
+
+
+def some_rows(sorted_: SortedAssignments, first: jax.Array, most: int) -> BlockRows:
+    """Rows of the assignments at sorted positions from `first` to `first + most`.
+
+    Args:
+      sorted_: all assignments.
+      first: int32 [].
+      most: rows that are there at most.
+    """
+    order_M, rank_TK, expert_TK, start_G, count_G = sorted_
+    end_G = start_G + count_G
+    begins_G, ends_G = (jnp.clip(a - first, 0, most) for a in (start_G, end_G))
+    here_G = ends_G - begins_G
+    before_G = jnp.clip(first - start_G, 0, count_G)  # ranks of assignments that came earlier
+    blocks = _blocks_of(here_G, most)
     size = len(blocks.expert_N) * BLOCK
-    first_TK = blocks.first_G1.at[expert_TK].get(mode="clip") * BLOCK
-    row_TK = jnp.where(expert_TK < experts, first_TK + rank_TK, size)
-    expert_J, rank_J, filled_J = _ranks(blocks, count_G)
-    position_J = bound.at[expert_J].get(mode="clip") + rank_J
+    nth_TK = rank_TK - before_G.at[expert_TK].get(mode="clip")
+    is_here_TK = (nth_TK >= 0) & (nth_TK < jnp.pad(here_G, (0, 1))[expert_TK])
+    row_TK = jnp.where(is_here_TK, blocks.first_G1[expert_TK] * BLOCK + nth_TK, size)
+    expert_J, nth_J, is_filled_J = _ranks(blocks, here_G)
+    position_J = (start_G + before_G).at[expert_J].get(mode="clip") + nth_J
     assignment_J = order_M.at[position_J].get(mode="clip")
-    return BlockRows(row_TK, jnp.where(filled_J, assignment_J, assignments), blocks)
+    return BlockRows(row_TK, jnp.where(is_filled_J, assignment_J, order_M.size), blocks)
 
 
 def rows_of_places(here_XG: jax.Array, capacity: int) -> ArrivedRows:
@@ -78,12 +93,12 @@ def rows_of_places(here_XG: jax.Array, capacity: int) -> ArrivedRows:
     nth_C = jnp.arange(capacity, dtype=jnp.int32)
     row_XGC = (before_XG + blocks.first_G1[:-1] * BLOCK)[:, :, None] + nth_C
     row_S = jnp.where(nth_C < here_XG[:, :, None], row_XGC, size).reshape(-1)
-    expert_J, rank_J, filled_J = _ranks(blocks, count_G)
+    expert_J, rank_J, is_filled_J = _ranks(blocks, count_G)
     through_XJ = through_XG.at[:, expert_J].get(mode="clip")
     source_J = jnp.sum(rank_J >= through_XJ, axis=0, dtype=jnp.int32)
     nth_J = rank_J - before_XG.at[source_J, expert_J].get(mode="clip")
     place_J = (source_J * experts + expert_J) * capacity + nth_J
-    return ArrivedRows(row_S, jnp.where(filled_J, place_J, places), blocks)
+    return ArrivedRows(row_S, jnp.where(is_filled_J, place_J, places), blocks)
 
 
 def block_count(rows: int, experts: int) -> int:

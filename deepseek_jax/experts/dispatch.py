@@ -146,7 +146,7 @@ def _all_to_all(tokens: Tokens, weights: ExpertWeights, how: How) -> tuple[jax.A
     devices = lax.axis_size("expert")
     capacity = how.capacity_of(tokens.x_TD.shape[0])
     experts = devices * weights.gate_up_GDPF.shape[0]
-    plan = make_plan(tokens.expert_TK, experts, capacity, devices)
+    plan = make_plan(tokens.expert_TK, experts, capacity, devices, how.kernels is not None)
     rounds = lax.pmax(plan.rounds, TOKEN_AXES)
     if devices > 1:
         # A round is a collective: every device must run as many as the one that needs most.
@@ -210,7 +210,7 @@ def _local_experts(tokens: Tokens, weights: ExpertWeights, how: How) -> tuple[ja
     here_TK = tokens.expert_TK - lax.axis_index("expert") * local
     here_TK = jnp.where((here_TK >= 0) & (here_TK < local), here_TK, local)
     capacity = how.capacity_of(tokens.x_TD.shape[0])
-    plan = make_plan(here_TK, local, capacity, 1)
+    plan = make_plan(here_TK, local, capacity, 1, how.kernels is not None)
     y_TD = exchange_and_compute(
         tokens.x_TD, tokens.weight_TK, weights, plan, capacity, 1, how.kernels
     )

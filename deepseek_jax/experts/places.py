@@ -6,7 +6,8 @@ its experts. What the products take of them depends on how they multiply:
 
     batched    the places themselves, expert by expert: empty ones are zeros, and cost as much as filled ones
     kernels    rows in blocks (block_rows.py), gathered from the places that are filled: empty ones cost bytes
-               on the way, and nothing here. Without an exchange they are gathered from the tokens at once.
+               on the way, and nothing here. Without an exchange there are no places: a round takes the next
+               G*C assignments, whosever they are, and gathers their rows from the tokens.
 
 Shape letters: rounds.py.
 """
@@ -20,20 +21,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.experts.block_rows import ArrivedRows, rows_of_places
+from deepseek_jax.experts.block_rows import ArrivedRows, BlockRows, rows_of_places, some_rows
 from deepseek_jax.experts.grouped_matmul import GroupedMatmul
-from deepseek_jax.experts.sorting import sort_by_expert
+from deepseek_jax.experts.sorting import SortedAssignments, sort_assignments
 from deepseek_jax.experts.swiglu import Products
 
 
 class Plan(NamedTuple):
-    """This device's assignments, sorted by expert, and within an expert in token order."""
+    """This device's assignments, to all experts, and their rounds."""
 
-    order_M: jax.Array  # int32: assignment (token * K + choice) at each sorted position
-    rank_TK: jax.Array  # int32: an assignment's rank among those of its expert
-    expert_TK: jax.Array  # int32: E for assignments that go nowhere: padding, dropped ones
-    start_E: jax.Array  # int32: first sorted position of each expert
-    count_E: jax.Array  # int32: assignments of each expert
+    assignments: SortedAssignments
     # int32 []: what this device needs; devices that exchange rows must agree on it
     rounds: jax.Array
     # int32: assignments that come from each device of the expert axis for each of this device's experts
@@ -46,7 +43,9 @@ def expert_capacity(tokens: int, top_k: int, experts: int, capacity_factor: floa
 
 
 @jax.named_scope("dispatch")
-def make_plan(expert_TK: jax.Array, experts: int, capacity: int, devices: int) -> Plan:
+def make_plan(
+    expert_TK: jax.Array, experts: int, capacity: int, devices: int, kernels: bool
+) -> Plan:
     """The plan of a device's assignments.
 
     Args:
@@ -54,12 +53,15 @@ def make_plan(expert_TK: jax.Array, experts: int, capacity: int, devices: int) -
       experts: E.
       capacity: C.
       devices: X, over which the experts are divided; 1 where all of them are here.
+      kernels: whether they multiply.
     """
-    order_M, bound, rank_TK = sort_by_expert(expert_TK, experts)
-    count_E = jnp.diff(bound)
-    rounds = (jnp.max(count_E) + capacity - 1) // capacity
-    count_XG = count_E.reshape(devices, experts // devices)
-    return Plan(order_M, rank_TK, expert_TK, bound[:-1], count_E, rounds, count_XG)
+    assignments = sort_assignments(expert_TK, experts)
+    count_E = assignments.count_G
+    if kernels and devices == 1:
+        rounds = -(-jnp.sum(count_E) // (experts * capacity))
+    else:
+        rounds = (jnp.max(count_E) + capacity - 1) // capacity
+    return Plan(assignments, rounds, count_E.reshape(devices, experts // devices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +77,30 @@ class Round:
     @property
     def top_k(self) -> int:
         """K."""
-        return self.plan.expert_TK.shape[1]
+        return self.plan.assignments.expert_TK.shape[1]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether rows are gathered from the tokens at once."""
+        return self.kernels is not None and self.devices == 1
+
+    @functools.cached_property
+    def local(self) -> BlockRows:
+        """The rows of this round, if it `is_local`."""
+        assignments = self.plan.assignments
+        most = min(len(assignments.count_G) * self.capacity, assignments.order_M.size)
+        return some_rows(assignments, self.number * most, most)
 
     @functools.cached_property
     def arrived(self) -> ArrivedRows:
-        """The rows of this round at the experts, for kernels."""
+        """The rows of this round at the experts, for kernels after an exchange."""
         left_XG = self.plan.count_XG - self.number * self.capacity
         return rows_of_places(jnp.clip(left_XG, 0, self.capacity), self.capacity)
 
     def products(self) -> Products:
         """Of the rows that `to_experts` gives."""
         if self.kernels:
-            return self.kernels.products(self.arrived)
+            return self.kernels.products(self.local if self.is_local else self.arrived)
         outer = functools.partial(_outer, self.plan.count_XG.shape[1])
         return Products(_multiply, outer, _multiply, outer)
 
@@ -94,12 +108,10 @@ class Round:
 @jax.named_scope("dispatch")
 def dispatch(x_TD: jax.Array, round_: Round) -> jax.Array:
     """The rows of the round's tokens at the experts: [J, D]. Zeros where there is no token."""
+    if round_.is_local:
+        token_J = round_.local.assignment_J // round_.top_k
+        return x_TD.at[token_J].get(mode="fill", fill_value=0)
     assignment_EC, filled_EC = _assignments(round_)
-    if round_.kernels and round_.devices == 1:
-        nowhere = round_.plan.order_M.size
-        assignment_S = jnp.where(filled_EC, assignment_EC, nowhere).reshape(-1)
-        assignment_J = assignment_S.at[round_.arrived.place_J].get(mode="fill", fill_value=nowhere)
-        return x_TD.at[assignment_J // round_.top_k].get(mode="fill", fill_value=0)
     rows_ECD = jnp.where(filled_EC[:, :, None], x_TD[assignment_EC // round_.top_k], 0)
     return _to_experts(rows_ECD, round_)
 
@@ -107,6 +119,9 @@ def dispatch(x_TD: jax.Array, round_: Round) -> jax.Array:
 @jax.named_scope("dispatch")
 def dispatch_weights(weight_TK: jax.Array, round_: Round) -> jax.Array:
     """The weight of each row at the experts, 0 where there is no token: [J, 1]."""
+    if round_.is_local:
+        weight_M = weight_TK.reshape(-1)
+        return weight_M.at[round_.local.assignment_J].get(mode="fill", fill_value=0)[:, None]
     assignment_EC, filled_EC = _assignments(round_)
     weight_EC = jnp.where(filled_EC, weight_TK.reshape(-1)[assignment_EC], 0.0)
     return _to_experts(weight_EC[:, :, None], round_)
@@ -139,19 +154,19 @@ def combine_weights(acc_TK: jax.Array, rows_J1: jax.Array, round_: Round) -> jax
 
 
 def _read(rows: jax.Array, index: jax.Array, round_: Round) -> jax.Array:
-    """Zeros beyond the last row, where kernels have rows of nobody: those may hold anything."""
-    if round_.kernels:
+    """Zeros beyond the last row. What kernels leave in rows of nobody is never read."""
+    if round_.is_local:
         return rows.at[index].get(mode="fill", fill_value=0)
     return rows[index]
 
 
 def _assignments(round_: Round) -> tuple[jax.Array, jax.Array]:
     """The assignment of each place of the round, int32 [E, C], and whether it has one, bool [E, C]."""
-    plan, capacity = round_.plan, round_.capacity
-    rank_C = round_.number * capacity + jnp.arange(capacity, dtype=jnp.int32)
-    filled_EC = rank_C[None] < plan.count_E[:, None]
-    position_EC = jnp.minimum(plan.start_E[:, None] + rank_C[None], plan.order_M.shape[0] - 1)
-    return plan.order_M[position_EC], filled_EC
+    order_M, _, _, start_E, count_E = round_.plan.assignments
+    rank_C = round_.number * round_.capacity + jnp.arange(round_.capacity, dtype=jnp.int32)
+    filled_EC = rank_C[None] < count_E[:, None]
+    position_EC = jnp.minimum(start_E[:, None] + rank_C[None], order_M.shape[0] - 1)
+    return order_M[position_EC], filled_EC
 
 
 def _to_experts(places_ECI: jax.Array, round_: Round) -> jax.Array:
@@ -159,8 +174,7 @@ def _to_experts(places_ECI: jax.Array, round_: Round) -> jax.Array:
     devices, width = round_.devices, places_ECI.shape[-1]
     if round_.kernels:
         places = places_ECI.reshape(devices, -1, width)
-        if devices > 1:
-            places = lax.all_to_all(places, "expert", split_axis=0, concat_axis=0)
+        places = lax.all_to_all(places, "expert", split_axis=0, concat_axis=0)
         places_SI = places.reshape(-1, width)
         return places_SI.at[round_.arrived.place_J].get(mode="fill", fill_value=0)
     if devices > 1:  # already grouped by expert: [G, X, C, I]
@@ -177,16 +191,17 @@ def _from_experts(rows_JI: jax.Array, round_: Round) -> tuple[jax.Array, jax.Arr
       Rows; the row of each assignment, int32 [T, K], possibly one beyond the last; whether the assignment is
       in this round, bool [T, K].
     """
-    plan, capacity, devices = round_.plan, round_.capacity, round_.devices
-    experts, width = plan.count_E.shape[0], rows_JI.shape[-1]
-    nth_TK = plan.rank_TK - round_.number * capacity
-    here_TK = (nth_TK >= 0) & (nth_TK < capacity) & (plan.expert_TK < experts)
-    place_TK = jnp.where(here_TK, plan.expert_TK * capacity + nth_TK, 0)
+    if round_.is_local:
+        row_TK = round_.local.row_TK
+        return rows_JI, row_TK, row_TK < len(rows_JI)
+    _, rank_TK, expert_TK, _, count_E = round_.plan.assignments
+    capacity, devices = round_.capacity, round_.devices
+    experts, width = len(count_E), rows_JI.shape[-1]
+    nth_TK = rank_TK - round_.number * capacity
+    here_TK = (nth_TK >= 0) & (nth_TK < capacity) & (expert_TK < experts)
+    place_TK = jnp.where(here_TK, expert_TK * capacity + nth_TK, 0)
     if round_.kernels:
-        row_S = round_.arrived.row_S
-        if devices == 1:
-            return rows_JI, row_S[place_TK], here_TK
-        places_SI = rows_JI.at[row_S].get(mode="fill", fill_value=0)
+        places_SI = rows_JI.at[round_.arrived.row_S].get(mode="fill", fill_value=0)
         places = places_SI.reshape(devices, -1, width)
         places = lax.all_to_all(places, "expert", split_axis=0, concat_axis=0)
         return places.reshape(-1, width), place_TK, here_TK

@@ -3,10 +3,28 @@
 Shape letters: T tokens, K experts per token, M = T*K assignments.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.parallel.mesh import on_cpu
+
+
+class SortedAssignments(NamedTuple):
+    """Assignments sorted by expert, and within an expert in token order; G experts."""
+
+    order_M: jax.Array  # int32: assignment (token * K + choice) at each sorted position
+    rank_TK: jax.Array  # int32: an assignment's rank among those of its expert
+    expert_TK: jax.Array  # int32: G for assignments that go nowhere: padding, dropped ones
+    start_G: jax.Array  # int32: first sorted position of each expert
+    count_G: jax.Array  # int32: assignments of each expert
+
+
+def sort_assignments(expert_TK: jax.Array, experts: int) -> SortedAssignments:
+    """Of int32 choices in [0, experts]; `experts` itself means nowhere."""
+    order_M, bound, rank_TK = sort_by_expert(expert_TK, experts)
+    return SortedAssignments(order_M, rank_TK, expert_TK, bound[:-1], jnp.diff(bound))
 
 
 def sort_by_expert(

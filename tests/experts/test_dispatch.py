@@ -151,6 +151,14 @@ def count(shape: Shape, chosen_BK, kept_BK) -> Load:
         if shape.expert == 1 and shape.implementation != "rounds"
         else math.ceil(fullest / capacity)
     )
+    if shape.implementation == "triton" and shape.expert > 1 and shape.method != "all_to_all":
+        # Kernels need no places: a round is as many assignments as a device has places for.
+        if shape.method == "all_gather":
+            kept_there = kept.reshape(-1, shape.expert, shape.experts).sum(axis=1)
+        else:
+            kept_there = kept
+        of_device = kept_there.reshape(-1, shape.expert, local).sum(axis=2)
+        rounds = math.ceil(of_device.max() / (local * capacity))
     dropped = chosen - kept
     return Load(
         chosen.sum(axis=0), rounds, dropped.sum(axis=0), received, dropped.sum(axis=1), left
