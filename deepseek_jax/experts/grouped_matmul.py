@@ -27,9 +27,9 @@ from deepseek_jax.experts.swiglu import Products
 
 MODULES = {name: f"deepseek_jax.experts.grouped_{name}" for name in ("mosaic", "triton")}
 NAMES = (*MODULES, "reference")
-# Widths are padded to a multiple of it, the least of a kernel's tiles. Those of real models are multiples;
-# the ranks of LoRA need not be.
-LEAST_WIDTH = {"mosaic": 64, "triton": 16}
+# (inner, outer): widths are padded to multiples of these, the least of a kernel's tiles. Those of real models
+# are multiples; the ranks of LoRA need not be.
+LEAST_WIDTHS = {"mosaic": (64, 128), "triton": (16, 16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +62,12 @@ def _multiply(
     """As swiglu.Products.multiply. A kernel writes while it reads, so that `into` is of no use."""
     if method.kernels == "reference":
         return _reference_multiply(rows_JI, weight_GIO, blocks, transpose)
-    width, unit = weight_GIO.shape[1 if transpose else 2], LEAST_WIDTH[method.kernels]
-    rows_JI = _padded(rows_JI, unit, 1)
-    weight_GIO = _padded(weight_GIO, unit, 1, 2)
-    like = jax.ShapeDtypeStruct((len(rows_JI), _multiple(width, unit)), rows_JI.dtype)
+    inner, outer = LEAST_WIDTHS[method.kernels]
+    width = weight_GIO.shape[1 if transpose else 2]
+    rows_JI = _padded(rows_JI, 1, inner)
+    units = (outer, inner) if transpose else (inner, outer)
+    weight_GIO = _padded(weight_GIO, 1, *units)
+    like = jax.ShapeDtypeStruct((len(rows_JI), _multiple(width, outer)), rows_JI.dtype)
     call = functools.partial(_module(method).multiply, transpose=transpose)
     out_JO = _call(call, method, like, rows_JI, weight_GIO, blocks)
     return out_JO[:, :width]
@@ -77,12 +79,13 @@ def _outer(
     """As swiglu.Products.outer."""
     if method.kernels == "reference":
         return _reference_outer(rows_JI, rows_JO, blocks)
-    inner, outer, unit = rows_JI.shape[1], rows_JO.shape[1], LEAST_WIDTH[method.kernels]
-    rows_JI, rows_JO = _padded(rows_JI, unit, 1), _padded(rows_JO, unit, 1)
-    sizes = (len(blocks.first_G1) - 1, _multiple(inner, unit), _multiple(outer, unit))
+    inner, outer = LEAST_WIDTHS[method.kernels]
+    widths = rows_JI.shape[1], rows_JO.shape[1]
+    rows_JI, rows_JO = _padded(rows_JI, 1, inner), _padded(rows_JO, 1, outer)
+    sizes = (len(blocks.first_G1) - 1, rows_JI.shape[1], rows_JO.shape[1])
     like = jax.ShapeDtypeStruct(sizes, jnp.float32)
     out_GIO = _call(_module(method).outer, method, like, rows_JI, rows_JO, blocks)
-    return out_GIO[:, :inner, :outer]
+    return out_GIO[:, : widths[0], : widths[1]]
 
 
 def _module(method: GroupedMatmul) -> Any:
@@ -117,9 +120,9 @@ def _multiple(width: int, unit: int) -> int:
     return -(-width // unit) * unit
 
 
-def _padded(a: jax.Array, unit: int, *axes: int) -> jax.Array:
-    """With zeros up to a multiple of `unit` along some axes."""
-    more = [(0, _multiple(n, unit) - n if i in axes else 0) for i, n in enumerate(a.shape)]
+def _padded(a: jax.Array, *units: int) -> jax.Array:
+    """With zeros up to a multiple of a unit along each axis."""
+    more = [(0, _multiple(n, unit) - n) for n, unit in zip(a.shape, units, strict=True)]
     return jnp.pad(a, more) if any(n for _, n in more) else a
 
 
