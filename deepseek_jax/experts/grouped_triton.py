@@ -1,7 +1,8 @@
 """The kernels of grouped_matmul.py in Pallas Triton, for GPUs that Mosaic's do not run on.
 
 JAX 0.11 and 0.12 announce the end of this backend; tests/experts/test_grouped.py notices when it is gone.
-Interpreted they run on any device. Shape letters: grouped_matmul.py.
+Interpreted they run on any device. The first axis of a grid changes fastest: neighbours share rows, and an
+expert's matrix stays in the second-level cache. Shape letters: grouped_matmul.py.
 """
 
 import functools
@@ -38,20 +39,20 @@ def multiply(
     return pl.pallas_call(
         kernel,
         out_shape=like,
-        grid=(len(blocks.expert_N), outer // tile),
+        grid=(outer // tile, len(blocks.expert_N)),
         in_specs=[
             _whole(blocks.expert_N),
-            pl.BlockSpec((BLOCK, inner), lambda n, o: (n, 0)),
+            pl.BlockSpec((BLOCK, inner), lambda o, n: (n, 0)),
             _whole(weight_GIO),
         ],
-        out_specs=pl.BlockSpec((BLOCK, tile), lambda n, o: (n, o)),
+        out_specs=pl.BlockSpec((BLOCK, tile), lambda o, n: (n, o)),
         name="grouped_matmul",
         **_options(interpret),
     )(blocks.expert_N, rows_JI, weight_GIO)
 
 
 def _multiply_kernel(expert_N, rows, weight, out, *, step, transpose):
-    expert, column = expert_N[pl.program_id(0)], pl.program_id(1)
+    column, expert = pl.program_id(0), expert_N[pl.program_id(1)]
     tile = out.shape[1]
 
     @pl.when(expert < weight.shape[0])
@@ -80,16 +81,16 @@ def outer(
     return pl.pallas_call(
         functools.partial(_outer_kernel, step=_step(rows_JI, BLOCK)),
         out_shape=like,
-        grid=(experts, inner // tiles[0], width // tiles[1]),
+        grid=(width // tiles[1], inner // tiles[0], experts),
         in_specs=[_whole(blocks.first_G1), _whole(rows_JI), _whole(rows_JO)],
-        out_specs=pl.BlockSpec((1, *tiles), lambda g, i, o: (g, i, o)),
+        out_specs=pl.BlockSpec((1, *tiles), lambda o, i, g: (g, i, o)),
         name="grouped_outer_product",
         **_options(interpret),
     )(blocks.first_G1, rows_JI, rows_JO)
 
 
 def _outer_kernel(first_G1, rows_JI, rows_JO, out, *, step):
-    expert, i, o = (pl.program_id(axis) for axis in range(3))
+    o, i, expert = (pl.program_id(axis) for axis in range(3))
     _, inner, width = out.shape
 
     def add(n, total):
