@@ -8,8 +8,9 @@ the XLA options of train.py. Checked in each scheduled program: which weights ar
 gradients are reduced, that no more bytes move than the strategy needs, that tokens are exchanged
 twice a round in forward, that gathers and scatters have computation between start and end, and that
 no array holds every expert's work on every token, or attention scores of a whole sequence. Then
+eight layers of V2-Lite for one H200: one kernel for all experts per product, and no rounds. Then
 configs/v3.py for 256 and 2,048 H200s and configs/deepseek_7b.py for 8: bytes per device beside 141
-GB. Takes 18 minutes on 2 cores and 4 GB of memory.
+GB. Takes 20 minutes on 2 cores and 4 GB of memory.
 
 Exit code 1 if a check fails; it is named. Nothing is executed: times and NCCL's own memory need GPUs.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 
 from benchmarks import ROOT
+from benchmarks.gpu.aot_grouped import check_grouped
 from benchmarks.memory import arrays, collectives, strategies
 from deepseek_jax.cli import texts
 from deepseek_jax.config.configdict import from_config_dict
@@ -89,6 +91,7 @@ def main() -> int:
         print(f"\n{config.sharding.strategy}, {config.moe.dispatch}", flush=True)
         check_step(check, config, devices)
     check_prefetch(check, base, devices)
+    check_grouped(check, devices)
     for file, count, given in () if own.strategies_only else FULL_SIZE:
         print(f"\n{file} on {count} x {HARDWARE.name} {' '.join(given)}", flush=True)
         show_size(file, count, given)
