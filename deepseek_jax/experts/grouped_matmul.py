@@ -13,7 +13,6 @@ cost nothing.
 Shape letters: block_rows.py; I inner and O outer width of any product.
 """
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -25,7 +24,6 @@ from jax import lax
 
 from deepseek_jax.experts.block_rows import BLOCK, ArrivedRows, BlockRows, Blocks
 from deepseek_jax.experts.swiglu import Products
-from deepseek_jax.runtime import jax_private
 
 MODULES = {name: f"deepseek_jax.experts.grouped_{name}" for name in ("mosaic", "triton")}
 NAMES = (*MODULES, "reference")
@@ -102,10 +100,7 @@ def _call(kernel: Any, method: GroupedMatmul, like: jax.ShapeDtypeStruct, *args:
     args = jax.tree.map(lambda a: _varying(a, axes), args)
     kind = next((jax.typeof(a).manual_axis_type for a in jax.tree.leaves(args)))
     like = jax.ShapeDtypeStruct(like.shape, like.dtype, manual_axis_type=kind)
-    unchecked = jax_private.without_varying_axes if method.interpret else contextlib.nullcontext
-    with unchecked():
-        out = kernel(*args, like=like, interpret=method.interpret)
-    return _varying(out, axes)
+    return _varying(kernel(*args, like=like, interpret=method.interpret), axes)
 
 
 def _axes(a: jax.Array) -> frozenset[str]:

@@ -9,7 +9,6 @@ Imports JAX inside the functions only: the environment is looked at before JAX i
 processes never import it.
 """
 
-import contextlib
 import importlib
 import inspect
 import os
@@ -145,15 +144,6 @@ def compile_for(lowered: Any, devices: Any, options: dict[str, Any]) -> Any:
     return compiler.backend_compile_and_load(
         client, module, pxla._create_device_list(tuple(devices)), made, []
     )
-
-
-def without_varying_axes() -> contextlib.AbstractContextManager[None]:
-    """A context in which values inside shard_map do not say over which mesh axes they vary.
-
-    Until Pallas' interpreter, which mixes those that do with those that do not, runs where shard_map checks
-    them. (jax 0.10.2 to 0.12 have the same for their own kernels.)
-    """
-    return importlib.import_module("jax._src.config")._check_vma(False)
 
 
 def cudnn_attention() -> Any:

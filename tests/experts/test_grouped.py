@@ -25,10 +25,17 @@ from deepseek_jax.experts.low_rank import ExpertWeights, Pair
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh, per_device
 from tests.experts import test_dispatch as plain
 from tests.model import test_lora
-from tests.support import conversion, invariance
+from tests.support import conversion, interpreted, invariance
 
+pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 SLOW = pytest.mark.slow
 TRITON = GroupedMatmul("triton", interpret=True)
+
+
+@pytest.fixture
+def interpreted_kernels():
+    with interpreted.kernels():
+        yield
 
 
 # --- rows in blocks ---
