@@ -96,7 +96,7 @@ def _call(kernel: Any, method: GroupedMatmul, like: jax.ShapeDtypeStruct, *args:
     """A kernel's result, which varies over the mesh axes that any of its arguments varies over: inside
     `per_device` a kernel must be told."""
     leaves = jax.tree.leaves(args)
-    axes = frozenset().union(*(_axes(a) for a in leaves))
+    axes: frozenset[str] = frozenset().union(*(_axes(a) for a in leaves))
     args = jax.tree.map(lambda a: _varying(a, axes), args)
     kind = next((jax.typeof(a).manual_axis_type for a in jax.tree.leaves(args)))
     like = jax.ShapeDtypeStruct(like.shape, like.dtype, manual_axis_type=kind)

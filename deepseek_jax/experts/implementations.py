@@ -102,10 +102,11 @@ def missing(name: str, dtype: str, major: int) -> str | None:
     # In a thread: it knows nothing of the mesh and the trace in which somebody asks.
     with concurrent.futures.ThreadPoolExecutor(1, "kernels") as executor:
         try:
-            return executor.submit(try_kernels, GroupedMatmul(name), dtype).result()
+            reason = executor.submit(try_kernels, GroupedMatmul(name), dtype).result()
         except Exception as error:  # whatever JAX, XLA, the compilers and the driver refuse it with
             said = (str(error).splitlines() or [""])[0][:200]
-            return f"a first call fails ({type(error).__name__}: {said})"
+            reason = f"a first call fails ({type(error).__name__}: {said})"
+    return reason
 
 
 def try_kernels(method: GroupedMatmul, dtype: str) -> str | None:
