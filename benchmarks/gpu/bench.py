@@ -13,8 +13,8 @@ train      DeepSeek-V2-Lite with as many layers as the card's memory is known to
 peer       transformers' DeepseekV2 in PyTorch, the same layers and tokens on the same card (if torch with
            CUDA is installed)
 attention  cuDNN against blocks and plain softmax at query width 192, value width 128
-experts    the grouped product in bfloat16 at V2-Lite's and V3's shapes: dense, equal slots, tokamax and
-           Pallas where installed, ragged_dot
+experts    the grouped product in bfloat16 at V2-Lite's and V3's shapes: dense, equal slots, the kernels that
+           train, tokamax and Pallas where installed, ragged_dot
 
 Each result is a line of JSON on stdout at once, and in FOLDER (benchmarks/results/gpu_bench), where
 results.json, results.jsonl and results.md are written anew after each. FOLDER/cache keeps compiled programs

@@ -21,6 +21,10 @@ from benchmarks.gpu.train import Row, tiny, train, why
 from benchmarks.speed import attention as attention_bench
 from benchmarks.support import turns
 from deepseek_jax.errors import UserError
+from deepseek_jax.experts import implementations
+from deepseek_jax.experts.block_rows import BLOCK, BlockRows, Blocks
+from deepseek_jax.experts.grouped_matmul import GroupedMatmul
+from deepseek_jax.experts.swiglu import Products
 from deepseek_jax.model.attention import causal, cudnn
 from deepseek_jax.runtime import compile_cache, jax_private
 
@@ -66,7 +70,7 @@ PRODUCTS = {  # experts on the device, rows of all, hidden size, expert width
 def experts(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
     """[rows, D] x [E, D, F], each row by its expert: forward, and both gradients. Equal loads, rows sorted by
     expert."""
-    for shape, (e, rows, d, f) in ({"toy": (4, 64, 16, 8)} if toy else PRODUCTS).items():
+    for shape, (e, rows, d, f) in ({"toy": (4, 512, 16, 8)} if toy else PRODUCTS).items():
         keys = jax.random.split(jax.random.key(0), 3)
         x, w, dy = (
             jax.random.normal(k, s, jnp.bfloat16)
@@ -135,17 +139,62 @@ def products(rows: int, e: int) -> dict[str, Callable]:
             grid_block_n=2,
         )
 
+    def kernels(name: str) -> Callable:
+        """Those that train: a kernel of their own for each gradient, that of the matrices in float32."""
+
+        def call(x, w, sizes):
+            capability = str(
+                getattr(jax.devices()[0], "compute_capability", implementations.AMPERE)
+            )
+            major = int(capability.split(".")[0])
+            if reason := implementations.missing(name, x.dtype.name, major):
+                raise UserError(reason)
+            method = GroupedMatmul(name, interpret=jax.default_backend() == "cpu")
+            filled = sizes // BLOCK
+            first = jnp.pad(jnp.cumsum(filled), (1, 0)).astype(jnp.int32)
+            expert = jnp.repeat(jnp.arange(e, dtype=jnp.int32), rows // e // BLOCK)
+            return by_kernels(method, x, w, Blocks(expert, first))
+
+        return call
+
     def dense(x, w, sizes):
         return x @ w[0]  # the same FLOPs in one product: what cannot be beaten
 
     return {
         "dense": dense,
         "equal slots": equal_slots,
+        "our Mosaic kernels": kernels("mosaic"),
+        "our Triton kernels": kernels("triton"),
         "tokamax": tokamax,
         "tokamax Pallas-Triton": tokamax_triton,
         "jax.experimental Pallas-Mosaic": mosaic,
         "ragged_dot": jax.lax.ragged_dot,
     }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def by_kernels(method: GroupedMatmul, x: jax.Array, w: jax.Array, blocks: Blocks) -> jax.Array:
+    """[rows, F]: x [rows, D] times w [E, D, F], by the kernels of experts/grouped_matmul.py, where each
+    expert has whole blocks of rows."""
+    return _kernels_forward(method, x, w, blocks)[0]
+
+
+def _kernels_forward(method, x, w, blocks):
+    return _products(method, blocks).multiply(x, w), (x, w, blocks)
+
+
+def _kernels_backward(method, kept, dy):
+    x, w, blocks = kept
+    made = _products(method, blocks)
+    return made.multiply(dy, w, transpose=True), made.outer(x, dy).astype(w.dtype), None
+
+
+def _products(method: GroupedMatmul, blocks: Blocks) -> Products:
+    none = jnp.zeros(0, jnp.int32)
+    return method.products(BlockRows(none, none, blocks))
+
+
+by_kernels.defvjp(_kernels_forward, _kernels_backward)
 
 
 # ---------------------------------------------------------------------------------------- attention

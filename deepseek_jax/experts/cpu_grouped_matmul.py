@@ -1,17 +1,16 @@
-"""Experts on a CPU that has all of them: a grouped matmul over rows sorted by expert.
+"""Experts on a CPU that has all of them: a grouped matmul over rows sorted by expert (sorted_rows.py).
 
-There are no rounds, and no capacity to pad to. The assignments are sorted by expert into one array
-of rows without gaps. A matmul walks over it expert by expert, in whole blocks. The last block of an
-expert also covers rows of the next one, which writes them again; only sums over rows have to leave
-them out. So work follows the routing, however skewed, and memory does not depend on it. On CPUs
-XLA's `ragged_dot` would multiply every row by every expert, and batched matmuls over equal
-capacities (rounds.py) work on empty places too.
+The assignments are sorted by expert into one array of rows without gaps. A matmul walks over it
+expert by expert, in whole blocks. The last block of an expert also covers rows of the next one,
+which writes them again; only sums over rows have to leave them out. On CPUs XLA's `ragged_dot`
+would multiply every row by every expert, and batched matmuls over equal capacities (rounds.py) work
+on empty places too.
 
 Shape letters: T tokens, K experts per token, M = T*K assignments, G experts here, J = M + block
-rows, the last of which are zeros; D hidden_size, F expert width, P gate and up; I inner and O outer
-width of any matmul.
+rows, the last of which are zeros; I inner and O outer width of any matmul.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -19,11 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.experts import low_rank
-from deepseek_jax.experts.low_rank import ExpertWeights
-from deepseek_jax.experts.rounds import sort_by_expert
+from deepseek_jax.experts.sorting import sort_by_expert
+from deepseek_jax.experts.swiglu import Products
 
 # A product takes so many blocks at once, where an expert has rows in all of them.
 BLOCKS_PER_PRODUCT = (4, 2, 1)
@@ -160,122 +157,19 @@ def weight_gradient(
     return lax.scan(expert, None, (rows.start_G, rows.count_G))[1]
 
 
-def take(a_TD: jax.Array, rows: SortedRows, top_k: int) -> jax.Array:
-    """[J, D]: the token of each row, zeros in empty ones."""
-    return a_TD.at[rows.assignment_J // top_k].get(mode="fill", fill_value=0)
+@dataclasses.dataclass(frozen=True)
+class CpuGroupedMatmul:
+    """The method of sorted_rows.py for rows of `sort_rows`."""
+
+    block: int  # rows per block, as the rows have it
+
+    def products(self, rows: SortedRows) -> Products:
+        """Those of these rows. LoRA's factors have few FLOPs, so that one size of product does."""
+        multiply = functools.partial(_multiply, rows, self.block, BLOCKS_PER_PRODUCT)
+        narrow = functools.partial(_multiply, rows, self.block, (1,))
+        outer = functools.partial(weight_gradient, rows=rows, block=self.block)
+        return Products(multiply, outer, narrow, functools.partial(outer, blocks=1))
 
 
-def combine(rows_JD: jax.Array, rows: SortedRows, weight_TK: jax.Array | None) -> jax.Array:
-    """float32 [T, D]: the sum of each token's rows, times their weights; None: 1."""
-    total = 0.0
-    for k in range(rows.row_TK.shape[1]):
-        here_TD = rows_JD.at[rows.row_TK[:, k]].get(mode="fill", fill_value=0).astype(jnp.float32)
-        total = total + (here_TD if weight_TK is None else here_TD * weight_TK[:, k, None])
-    return total
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def compute(
-    x_TD: jax.Array,
-    weight_TK: jax.Array,
-    weights: ExpertWeights,
-    rows: SortedRows,
-    block: int,
-) -> jax.Array:
-    """The routed experts' output: sum over a token's choices of weight * expert(x), all experts being here.
-
-    Args:
-      x_TD: the tokens, in the compute dtype.
-      weight_TK: float32 weights of the choices.
-      weights: of all experts.
-      rows: from `sort_rows`, with the same block.
-      block: rows per block.
-
-    Returns:
-      [T, D] in the dtype of x_TD.
-    """
-    return _forward(x_TD, weight_TK, weights, rows, block)[0]
-
-
-def _flat(gate_up_GDPF: jax.Array) -> jax.Array:
-    """[G, D, 2F]."""
-    return gate_up_GDPF.reshape(*gate_up_GDPF.shape[:2], -1)
-
-
-def _products(rows: SortedRows, block: int) -> tuple[low_rank.Multiply, low_rank.Outer]:
-    """As low_rank.py wants them: few FLOPs each, so that one size of product does."""
-
-    def multiply(rows_JI, weight_GIO, transpose=False):
-        return matmul(rows_JI, weight_GIO, rows, block, transpose, blocks=(1,))
-
-    def outer(rows_JI, rows_JO):
-        return weight_gradient(rows_JI, rows_JO, rows, block, blocks=1)
-
-    return multiply, outer
-
-
-def _forward(x_TD, weight_TK, weights, rows, block):
-    top_k = weight_TK.shape[1]
-    multiply, _ = _products(rows, block)
-    with jax.named_scope("dispatch"):
-        x_JD = take(x_TD, rows, top_k)
-    with jax.named_scope("experts"):
-        hidden = matmul(x_JD, _flat(weights.gate_up_GDPF), rows, block)
-        if weights.gate_up_lora:
-            hidden = hidden + low_rank.gate_up(multiply, x_JD, weights.gate_up_lora)
-        hidden = checkpoint_name(hidden, "experts_hidden")
-        gate_JF, up_JF = jnp.split(hidden, 2, axis=1)
-        act_JF = jax.nn.silu(gate_JF) * up_JF
-        out_JD = matmul(act_JF, weights.down_GFD, rows, block, into=x_JD)
-        if weights.down_lora:
-            out_JD = out_JD + low_rank.down(multiply, act_JF, weights.down_lora)
-    with jax.named_scope("combine"):
-        y_TD = combine(out_JD, rows, weight_TK).astype(x_TD.dtype)
-    return y_TD, (x_TD, weight_TK, weights, rows, hidden)
-
-
-def _backward(block, residuals, dy_TD):
-    x_TD, weight_TK, weights, rows, hidden = residuals
-    gate_up, down, gate_up_lora, down_lora = weights
-    top_k = weight_TK.shape[1]
-    multiply, outer = _products(rows, block)
-    with jax.named_scope("dispatch"):
-        x_JD, dy_JD = take(x_TD, rows, top_k), take(dy_TD, rows, top_k)
-        w_J1 = weight_TK.reshape(-1).at[rows.assignment_J].get(mode="fill", fill_value=0)[:, None]
-    with jax.named_scope("experts"):
-        gate_JF, up_JF = jnp.split(hidden.astype(jnp.float32), 2, axis=1)
-        sig_JF = jax.nn.sigmoid(gate_JF)
-        act_JF = gate_JF * sig_JF * up_JF
-        dact_JF = matmul(dy_JD, down, rows, block, transpose=True).astype(jnp.float32)
-        if down_lora:
-            more_JF, dlow_JR = low_rank.down_transposed(multiply, dy_JD, down_lora)
-            dact_JF = dact_JF + more_JF
-        dw_J = jnp.sum(dact_JF * act_JF, axis=1)
-        dact_JF = dact_JF * w_J1
-        dgate_JF = dact_JF * up_JF * sig_JF * (1 + gate_JF * (1 - sig_JF))
-        dup_JF = dact_JF * gate_JF * sig_JF
-        dhidden = jnp.concatenate([dgate_JF, dup_JF], axis=1).astype(x_TD.dtype)
-        weighted_JF = (act_JF * w_J1).astype(x_TD.dtype)
-        ddown = weight_gradient(weighted_JF, dy_JD, rows, block)
-        dgate_up = weight_gradient(x_JD, dhidden, rows, block).reshape(gate_up.shape)
-        dweights = ExpertWeights(dgate_up, ddown)
-        if down_lora:
-            args = weighted_JF, dy_JD, dlow_JR, down_lora
-            dweights = dweights._replace(down_lora=low_rank.down_gradients(multiply, outer, *args))
-        dx_JD = matmul(dhidden, _flat(gate_up), rows, block, transpose=True, into=dy_JD)
-        if gate_up_lora:
-            more_JD, dpair = low_rank.gate_up_gradients(
-                multiply, outer, x_JD, dhidden, gate_up_lora
-            )
-            dx_JD = dx_JD + more_JD
-            dweights = dweights._replace(gate_up_lora=dpair)
-    with jax.named_scope("combine"):
-        dx_TD = combine(dx_JD, rows, None).astype(x_TD.dtype)
-        dw_TK = dw_J.at[rows.row_TK].get(mode="fill", fill_value=0).astype(weight_TK.dtype)
-    # Integers have no gradient.
-    drows = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), rows)
-    dweights = jax.tree.map(lambda g, w: g.astype(w.dtype), dweights, weights)
-    return dx_TD, dw_TK, dweights, drows
-
-
-compute.defvjp(_forward, _backward)
+def _multiply(rows, block, blocks, rows_JI, weight_GIO, transpose=False, into=None):
+    return matmul(rows_JI, weight_GIO, rows, block, transpose, into, blocks)

@@ -9,7 +9,8 @@ Three methods, the same numbers (`config.moe.dispatch`):
 
 All work by the rounds of rounds.py, so none ever drops a token or lets memory depend on the
 routing. Tokens that visit other devices bring their choices: the experts of other devices are
-nowhere there, and the rounds exchange nothing.
+nowhere there, and the rounds exchange nothing. Where a device has all experts, and there are grouped
+products for it, there is no exchange and there are no rounds (sorted_rows.py).
 
 Shape letters: rounds.py.
 """
@@ -24,14 +25,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.experts import cpu_grouped_matmul
+from deepseek_jax.experts import block_rows, cpu_grouped_matmul, implementations, sorted_rows
+from deepseek_jax.experts.grouped_matmul import GroupedMatmul
 from deepseek_jax.experts.low_rank import ExpertWeights
-from deepseek_jax.experts.rounds import (
-    exchange_and_compute,
-    expert_capacity,
-    make_plan,
-    sort_by_expert,
-)
+from deepseek_jax.experts.places import expert_capacity, make_plan
+from deepseek_jax.experts.rounds import exchange_and_compute
+from deepseek_jax.experts.sorting import sort_by_expert
 from deepseek_jax.parallel.mesh import TOKEN_AXES, on_cpu
 
 
@@ -64,8 +63,19 @@ def drop(
     return jnp.where(rank_TK < capacity, expert_TK, experts)
 
 
+class How(NamedTuple):
+    """How a device computes its experts."""
+
+    capacity_of: Callable[[int], int]  # capacity of a round, by the number of tokens
+    kernels: GroupedMatmul | None  # None: batched products of all places
+
+
 def dispatch(
-    method: str, tokens: Tokens, weights: ExpertWeights, capacity_factor: float
+    method: str,
+    tokens: Tokens,
+    weights: ExpertWeights,
+    capacity_factor: float,
+    implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over each token's choices of weight * expert(x), wherever on the expert axis the experts are.
 
@@ -77,17 +87,25 @@ def dispatch(
       tokens: of this device.
       weights: of this device's experts.
       capacity_factor: capacity of a round, as a multiple of the mean load.
+      implementation: `config.moe.experts_implementation`; the same numbers.
 
     Returns:
       [T, D] in the dtype of x_TD; int32 [], the most rounds that any device ran (in the ring: for one
       device's tokens).
+
+    Raises:
+      UserError: kernels were asked for that do not run here.
     """
     chex.assert_rank([*tokens, *weights[:2]], [2, 2, 2, 4, 3])
     chex.assert_equal_shape([tokens.weight_TK, tokens.expert_TK])
     chex.assert_type([tokens.weight_TK, tokens.expert_TK], [jnp.float32, jnp.int32])
     devices = lax.axis_size("expert")
-    if devices == 1 and on_cpu():
-        return _on_one_cpu(tokens, weights)
+    kernels = implementations.kernels(implementation, tokens.x_TD.dtype)
+    if devices == 1:
+        if kernels:
+            return _by_kernels(tokens, weights, kernels)
+        if implementation == "auto" and on_cpu():
+            return _on_one_cpu(tokens, weights)
     capacity_of = functools.partial(
         expert_capacity,
         top_k=tokens.expert_TK.shape[1],
@@ -95,50 +113,66 @@ def dispatch(
         capacity_factor=capacity_factor,
     )
     exchange = METHODS[method if devices > 1 else "all_to_all"]
-    return exchange(tokens, weights, capacity_of)
+    return exchange(tokens, weights, How(capacity_of, kernels))
+
+
+def _by_kernels(
+    tokens: Tokens, weights: ExpertWeights, kernels: GroupedMatmul
+) -> tuple[jax.Array, jax.Array]:
+    """All experts are here: no exchange, no rounds."""
+    with jax.named_scope("dispatch"):
+        rows = block_rows.sort_rows(tokens.expert_TK, weights.gate_up_GDPF.shape[0])
+    rounds = _one_if_any(rows.blocks.first_G1[-1])
+    return sorted_rows.compute(tokens.x_TD, tokens.weight_TK, weights, rows, kernels), rounds
 
 
 def _on_one_cpu(tokens: Tokens, weights: ExpertWeights) -> tuple[jax.Array, jax.Array]:
-    """All experts are here: no exchange, no rounds."""
+    """The same with rows that fit a CPU."""
     experts = weights.gate_up_GDPF.shape[0]
     count, top_k = tokens.expert_TK.shape
     block = cpu_grouped_matmul.block_size(count, top_k, experts)
     rows = cpu_grouped_matmul.sort_rows(tokens.expert_TK, experts, block)
-    rounds = lax.pmax(jnp.any(rows.count_G > 0).astype(jnp.int32), TOKEN_AXES)
-    y_TD = cpu_grouped_matmul.compute(tokens.x_TD, tokens.weight_TK, weights, rows, block)
-    return y_TD, rounds
+    rounds = _one_if_any(rows.count_G)
+    by_blocks = cpu_grouped_matmul.CpuGroupedMatmul(block)
+    return sorted_rows.compute(tokens.x_TD, tokens.weight_TK, weights, rows, by_blocks), rounds
 
 
-def _all_to_all(
-    tokens: Tokens, weights: ExpertWeights, capacity_of: Callable[[int], int]
-) -> tuple[jax.Array, jax.Array]:
+def _one_if_any(counts: jax.Array) -> jax.Array:
+    """The number of rounds where there are none to run: 1, or 0 if no device has an assignment."""
+    return lax.pmax(jnp.any(counts > 0).astype(jnp.int32), TOKEN_AXES)
+
+
+def _all_to_all(tokens: Tokens, weights: ExpertWeights, how: How) -> tuple[jax.Array, jax.Array]:
     devices = lax.axis_size("expert")
-    capacity = capacity_of(tokens.x_TD.shape[0])
-    plan = make_plan(tokens.expert_TK, devices * weights.gate_up_GDPF.shape[0], capacity)
+    capacity = how.capacity_of(tokens.x_TD.shape[0])
+    experts = devices * weights.gate_up_GDPF.shape[0]
+    plan = make_plan(tokens.expert_TK, experts, capacity, devices, how.kernels is not None)
     rounds = lax.pmax(plan.rounds, TOKEN_AXES)
     if devices > 1:
         # A round is a collective: every device must run as many as the one that needs most.
         plan = plan._replace(rounds=rounds)
-    y_TD = exchange_and_compute(tokens.x_TD, tokens.weight_TK, weights, plan, capacity, devices)
+        if how.kernels:  # they skip places that are empty
+            with jax.named_scope("dispatch"):
+                count_XG = lax.all_to_all(plan.count_XG, "expert", split_axis=0, concat_axis=0)
+            plan = plan._replace(count_XG=count_XG)
+    y_TD = exchange_and_compute(
+        tokens.x_TD, tokens.weight_TK, weights, plan, capacity, devices, how.kernels
+    )
     return y_TD, rounds
 
 
-def _all_gather(
-    tokens: Tokens, weights: ExpertWeights, capacity_of: Callable[[int], int]
-) -> tuple[jax.Array, jax.Array]:
+def _all_gather(tokens: Tokens, weights: ExpertWeights, how: How) -> tuple[jax.Array, jax.Array]:
     with jax.named_scope("dispatch"):
         visiting = Tokens(
             *(checkpoint_name(lax.all_gather(a, "expert", tiled=True), "exchange") for a in tokens)
         )
-    y_TD, rounds = _local_experts(visiting, weights, capacity_of)
+    y_TD, rounds = _local_experts(visiting, weights, how)
     with jax.named_scope("combine"):
         y_TD = lax.psum_scatter(y_TD, "expert", tiled=True)
     return y_TD, lax.pmax(rounds, TOKEN_AXES)
 
 
-def _ring(
-    tokens: Tokens, weights: ExpertWeights, capacity_of: Callable[[int], int]
-) -> tuple[jax.Array, jax.Array]:
+def _ring(tokens: Tokens, weights: ExpertWeights, how: How) -> tuple[jax.Array, jax.Array]:
     # In float32, because the scan adds up the weights' gradients over its steps in the dtype it
     # holds them in.
     held = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
@@ -146,7 +180,7 @@ def _ring(
     def visit(travelling, _):
         visiting, y_TD = travelling
         here = jax.tree.map(lambda w: w.astype(visiting.x_TD.dtype), held)
-        more_TD, rounds = _local_experts(visiting, here, capacity_of)
+        more_TD, rounds = _local_experts(visiting, here, how)
         with jax.named_scope("dispatch"):
             visiting = Tokens(*(checkpoint_name(_to_next(a), "exchange") for a in visiting))
         with jax.named_scope("combine"):
@@ -167,9 +201,7 @@ def _to_next(a: jax.Array) -> jax.Array:
     return lax.ppermute(a, "expert", [(i, (i + 1) % devices) for i in range(devices)])
 
 
-def _local_experts(
-    tokens: Tokens, weights: ExpertWeights, capacity_of: Callable[[int], int]
-) -> tuple[jax.Array, jax.Array]:
+def _local_experts(tokens: Tokens, weights: ExpertWeights, how: How) -> tuple[jax.Array, jax.Array]:
     """What this device's experts add to tokens from anywhere, and the rounds they took.
 
     Nothing is exchanged in these rounds, so devices need not agree on their number.
@@ -177,7 +209,9 @@ def _local_experts(
     local = weights.gate_up_GDPF.shape[0]
     here_TK = tokens.expert_TK - lax.axis_index("expert") * local
     here_TK = jnp.where((here_TK >= 0) & (here_TK < local), here_TK, local)
-    capacity = capacity_of(tokens.x_TD.shape[0])
-    plan = make_plan(here_TK, local, capacity)
-    y_TD = exchange_and_compute(tokens.x_TD, tokens.weight_TK, weights, plan, capacity, 1)
+    capacity = how.capacity_of(tokens.x_TD.shape[0])
+    plan = make_plan(here_TK, local, capacity, 1, how.kernels is not None)
+    y_TD = exchange_and_compute(
+        tokens.x_TD, tokens.weight_TK, weights, plan, capacity, 1, how.kernels
+    )
     return y_TD, plan.rounds

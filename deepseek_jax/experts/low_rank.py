@@ -6,13 +6,13 @@ of an expert's training FLOPs, is not made at all, since nobody asks for it. Mul
 numbers and 2 E R D F FLOPs per layer and pass, whatever the tokens, and the gradient of the product as large
 as full training's.
 
-Both ways that experts are computed on a device (rounds.py, cpu_grouped_matmul.py) hand in their own products,
-so that the formulas stand here once:
+Every way that experts are computed on a device (swiglu.py says which) hands in its own products, so that the
+formulas stand here once:
 
     mul(rows, weights [G, I, O], transpose)   rows times the matrix of their expert, or its transpose
     outer(rows, other rows)                   float32 [G, I, O]: the sum of an expert's outer products
 
-Shape letters: rounds.py, and R the rank.
+Shape letters: swiglu.py, and R the rank.
 """
 
 from collections.abc import Callable

@@ -105,7 +105,9 @@ def _runner(moe: MoeConfig, x_TD: jax.Array) -> Callable[[jax.Array, ExpertWeigh
     def run(chosen_T: jax.Array, weights: ExpertWeights) -> jax.Array:
         tokens = dispatch.Tokens(x_TD, one_T1, chosen_T[:, None])
         weights = lax.stop_gradient(weights)
-        y_TD, _ = dispatch.dispatch(moe.dispatch, tokens, weights, moe.capacity_factor)
+        y_TD, _ = dispatch.dispatch(
+            moe.dispatch, tokens, weights, moe.capacity_factor, moe.experts_implementation
+        )
         return lax.psum(y_TD, "tensor").astype(jnp.float32)
 
     return run

@@ -241,7 +241,9 @@ class MoE(nnx.Module):
         # Every device of the tensor axis computes a slice of each expert's width, and so a part of every sum.
         x_TD, weight_TK = (lax.pcast(a, "tensor", to="varying") for a in (x_TD, routing.weight_TK))
         tokens = dispatch.Tokens(x_TD, weight_TK, kept_TK)
-        y_TD, rounds = dispatch.dispatch(moe.dispatch, tokens, experts, moe.capacity_factor)
+        y_TD, rounds = dispatch.dispatch(
+            moe.dispatch, tokens, experts, moe.capacity_factor, moe.experts_implementation
+        )
         y_TD = lax.psum(y_TD, "tensor")
         count_BE = count_per_sequence(chosen_TK.reshape(b, -1), m.n_routed_experts)
         chosen_E = jnp.sum(count_BE, axis=0)

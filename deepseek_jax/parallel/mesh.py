@@ -40,11 +40,15 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sh
     """
     with environment.mistakes():
         devices = jax.devices() if devices is None else devices
-    if config.train.attention == "cudnn" and devices[0].platform not in ("gpu", "cuda"):
-        raise UserError(
-            f"config.train.attention=cudnn needs NVIDIA GPUs, and these are {devices[0].platform} devices. "
-            f"Set config.train.attention=auto."
-        )
+    for option, value, on_gpus in (
+        ("train.attention", config.train.attention, ("cudnn",)),
+        ("moe.experts_implementation", config.moe.experts_implementation, ("mosaic", "triton")),
+    ):
+        if value in on_gpus and devices[0].platform not in ("gpu", "cuda"):
+            raise UserError(
+                f"config.{option}={value} needs NVIDIA GPUs, and these are {devices[0].platform} devices. "
+                f"Set config.{option}=auto."
+            )
     shape = _resolve(config, len(devices))
     check_model(config, shape)
     by_host = sorted(

@@ -5,7 +5,8 @@ import math
 from typing import NamedTuple
 
 from deepseek_jax.config.options import Config
-from deepseek_jax.experts.rounds import expert_capacity
+from deepseek_jax.experts.block_rows import BLOCK, block_count
+from deepseek_jax.experts.places import expert_capacity
 from deepseek_jax.parallel.mesh import TOKEN_AXES
 from deepseek_jax.parallel.xla_options import ITEM_BYTES
 
@@ -16,9 +17,10 @@ class Buffers(NamedTuple):
 
     Attributes:
       places: C, the capacity: rows per expert and round, for the tokens of one device (all_gather:
-        of the expert axis).
+        of the expert axis). 0 where a device has all experts and multiplies by groups.
       exchanged_rows: per round: G*X*C (all_to_all), X*T (all_gather), T at a time (ring).
-      expert_rows: that the device's experts compute per round: G*X*C (all_to_all), G*C (all_gather, ring).
+      expert_rows: that the device's experts compute per round: G*X*C (all_to_all), G*C (all_gather, ring);
+        without places whole blocks of each expert, as GPUs have them.
       bytes: of both, in the compute dtype; fixed when the step is compiled.
       ragged_rows: that a ragged exchange must be ready for: X*T*min(K, G), all tokens of the expert
         axis on one device.
@@ -56,6 +58,9 @@ def buffers(config: Config, mesh_shape: dict[str, int]) -> Buffers | None:
     exchanged = expert_rows if method == "all_to_all" else visiting
     if devices == 1:
         exchanged = 0
+        if config.moe.experts_implementation != "rounds":
+            places = 0
+            expert_rows = block_count(tokens * m.num_experts_per_tok, local) * BLOCK
     ragged = devices * tokens * min(m.num_experts_per_tok, local)
     row = m.hidden_size * ITEM_BYTES[config.train.dtype]
     return Buffers(

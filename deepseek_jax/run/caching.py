@@ -143,6 +143,7 @@ def _manifest(
 
 def _program(config: Config, mesh: jax.sharding.Mesh, rows: int) -> dict[str, Any]:
     """What decides on the last bit of a record."""
+    asked = config.moe.experts_implementation
     return {
         "rows_per_call": rows,
         "mesh": dict(mesh.shape),
@@ -151,6 +152,8 @@ def _program(config: Config, mesh: jax.sharding.Mesh, rows: int) -> dict[str, An
         "attention": config.train.attention,
         "capacity_factor": config.moe.capacity_factor,
         "strategy": config.sharding.strategy,
+        # Records from before there was this option are of `auto`.
+        **({} if asked == "auto" else {"experts_implementation": asked}),
     }
 
 

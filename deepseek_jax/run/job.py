@@ -21,6 +21,7 @@ from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.open import open_data, settled
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import BadNumbers, SaveFailed
+from deepseek_jax.experts import implementations
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.inference.generation.sample import check_prompt
 from deepseek_jax.model.count import Count, count
@@ -125,6 +126,9 @@ class Job:
         if first := self._processes.index == 0:
             check_installed(config)
         self._mesh = make_mesh(config)
+        if config.model.has_experts:  # kernels that do not work here are found out now
+            found = implementations.kernels(config.moe.experts_implementation, config.train.dtype)
+            self._processes.agree("kernels", {implementations.OPTION: str(found)})
         tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
         check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)
         self._changed = workdirs.prepare(self._workdir, config, tokenizer.name)

@@ -37,6 +37,7 @@ class Rule(NamedTuple):
 INSIDE = (
     Rule("experts/dispatch.py", "", "dispatch"),  # tokens to experts and back, number of rounds
     Rule("experts/rounds.py", "", "dispatch"),
+    Rule("experts/places.py", "", "dispatch"),
     Rule("model/moe_statistics.py", "", "statistics"),
     Rule("model/layers.py", "RMSNorm", "norm"),
 )

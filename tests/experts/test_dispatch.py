@@ -17,7 +17,6 @@ import functools
 import math
 import re
 from collections import Counter
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +61,8 @@ class Shape:
     expert: int = 1
     tensor: int = 1
     stage: int = 1
-    # where expert is 1: the experts' rows in blocks, as on CPUs, or in rounds, as on GPUs
-    blocks: bool = True
+    # where expert is 1: the experts' rows in blocks, as on CPUs, or in rounds
+    implementation: str = "auto"
 
     @property
     def devices(self) -> int:
@@ -148,8 +147,18 @@ def count(shape: Shape, chosen_BK, kept_BK) -> Load:
     else:
         capacity, fullest = shape.capacity, kept.max()
     rounds = (
-        int(kept.any()) if shape.expert == 1 and shape.blocks else math.ceil(fullest / capacity)
+        int(kept.any())
+        if shape.expert == 1 and shape.implementation != "rounds"
+        else math.ceil(fullest / capacity)
     )
+    if shape.implementation == "triton" and shape.expert > 1 and shape.method != "all_to_all":
+        # Kernels need no places: a round is as many assignments as a device has places for.
+        if shape.method == "all_gather":
+            kept_there = kept.reshape(-1, shape.expert, shape.experts).sum(axis=1)
+        else:
+            kept_there = kept
+        of_device = kept_there.reshape(-1, shape.expert, local).sum(axis=2)
+        rounds = math.ceil(of_device.max() / (local * capacity))
     dropped = chosen - kept
     return Load(
         chosen.sum(axis=0), rounds, dropped.sum(axis=0), received, dropped.sum(axis=1), left
@@ -173,10 +182,11 @@ def of_device(shape: Shape):
         )
         x, weight = (lax.pcast(a, "tensor", to="varying") for a in (x, weight))
         gate_up, down = (lax.pcast(a, ("data", "fsdp"), to="varying") for a in (gate_up, down))
-        with mock.patch.object(dispatch, "on_cpu", lambda: shape.blocks):
-            tokens = dispatch.Tokens(x, weight, kept)
-            weights = dispatch.ExpertWeights(gate_up, down)
-            y, rounds = dispatch.dispatch(shape.method, tokens, weights, shape.capacity_factor)
+        tokens = dispatch.Tokens(x, weight, kept)
+        weights = dispatch.ExpertWeights(gate_up, down)
+        y, rounds = dispatch.dispatch(
+            shape.method, tokens, weights, shape.capacity_factor, shape.implementation
+        )
         counts = (jnp.bincount(a.reshape(-1), length=shape.experts) for a in (chosen, kept))
         return lax.psum(y, "tensor"), load_of(*counts, rounds)
 
@@ -290,7 +300,7 @@ def draw(seed: int) -> tuple[Shape, np.ndarray]:
         capacity_factor=pick(0.1, 0.5, 1.0, 1.25, 3.0),
         dtype=dtype,
         policy=policy,
-        blocks=seed % 2 == 0,
+        implementation=("auto", "rounds")[seed % 2],
         **mesh,
     )
     chosen = np.empty((shape.tokens * shape.devices, shape.k), int)
@@ -402,22 +412,22 @@ def test_every_expert_chosen(method, changes):
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "rounds"])
-def test_one_device(blocks, dtype):
+@pytest.mark.parametrize("implementation", ["auto", "rounds"], ids=["blocks", "rounds"])
+def test_one_device(implementation, dtype):
     """All methods are one where all experts are here. 80 tokens: several blocks an expert; and the
     attacks on both."""
     for shape in (
-        Shape("all_to_all", capacity_factor=0.7, blocks=blocks, dtype=dtype),
-        Shape("ring", tokens=80, blocks=blocks, dtype=dtype),
+        Shape("all_to_all", capacity_factor=0.7, implementation=implementation, dtype=dtype),
+        Shape("ring", tokens=80, implementation=implementation, dtype=dtype),
     ):
         check(shape, spread(shape))
     for chosen in attacks(shape).values():
         check(shape, chosen)
 
 
-@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "rounds"])
-def test_one_expert(blocks):
-    shape = Shape("ring", experts=1, k=1, data=2, fsdp=2, blocks=blocks)
+@pytest.mark.parametrize("implementation", ["auto", "rounds"], ids=["blocks", "rounds"])
+def test_one_expert(implementation):
+    shape = Shape("ring", experts=1, k=1, data=2, fsdp=2, implementation=implementation)
     load = check(shape, with_padding(np.zeros((24, 1), int), np.arange(24) % 5 > 0, 1))
     assert int(load.left) == 0 and int(load.rounds) == 1
     validate(Config(model=ModelConfig(n_routed_experts=1, num_experts_per_tok=1)))

@@ -286,6 +286,9 @@ def test_exchange_buffers():
     assert (b.places, b.exchanged_rows, b.expert_rows) == (16, 8 * 4 * 16, 8 * 4 * 16)
     assert b.bytes == 2 * 512 * 64 * 2
     assert (b.ragged_rows, b.ragged_bytes) == (4 * 100 * 4, 4 * 100 * 4 * 64 * 2)
+    b = exchange.buffers(config, {"data": 1, "fsdp": 2, "expert": 1})
+    # 1,600 rows in blocks of 128, the last of each of 32 experts not full: (1600 + 32 x 127) / 128 = 44.
+    assert (b.places, b.exchanged_rows, b.expert_rows) == (0, 0, 44 * 128)
     dense = dataclasses.replace(
         config, model=dataclasses.replace(model, num_hidden_layers=2, first_k_dense_replace=2)
     )

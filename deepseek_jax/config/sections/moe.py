@@ -35,8 +35,8 @@ class MoeConfig:
     )
     capacity_factor: float = option(
         1.25,
-        "Capacity per round = this x the mean load; overflow costs a round (none on a CPU with all experts), "
-        "no token.",
+        "Capacity per round = this x the mean load; overflow costs a round (none where a device has all "
+        "experts and multiplies by groups), no token.",
         above=0,
         example=1.25,
         on_resume="free",
@@ -47,6 +47,31 @@ class MoeConfig:
                 note="there it drops tokens; here it sizes a dispatch round, and without `moe.drop` "
                 "drops none",
             )
+        ],
+    )
+    experts_implementation: str = option(
+        "auto",
+        "What multiplies tokens by the matrices of their experts; every value gives the same numbers.",
+        choices={
+            "auto": "grouped products: on GPUs by kernels that pass a test at start, on a CPU with all "
+            "experts by its own; rounds where neither is",
+            "mosaic": "grouped products by kernels for Hopper GPUs, in numbers of 16 bits",
+            "triton": "grouped products by kernels for GPUs from Ampere on; JAX announces their end",
+            "rounds": "batched products over the places of a round, on any device",
+        },
+        on_resume="free",
+        aliases=[
+            Alias(
+                "auto",
+                nemo="moe_grouped_gemm: true",
+                hf="experts_implementation: grouped_mm",
+                note="the default",
+            ),
+            Alias(
+                "rounds",
+                nemo="moe_grouped_gemm: false",
+                note="experts of equal capacity at once, not one after the other",
+            ),
         ],
     )
     drop: bool = option(

@@ -1,0 +1,158 @@
+"""Which implementation computes the experts: `config.moe.experts_implementation`, and what works here.
+
+Kernels for GPUs are experimental parts of JAX, and a GPU may be of a kind that nobody has tried. So before
+`auto` takes any, a tiny product of each kind is compiled, run and compared with NumPy; where that fails, the
+next kernels are tried, and then the rounds run, after one printed line. Where a program is compiled for GPUs
+that are not here, nothing can be tried: the kernels that their kind should have are taken.
+"""
+
+import concurrent.futures
+import functools
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.experts import grouped_matmul
+from deepseek_jax.experts.block_rows import BLOCK, BlockRows, Blocks
+from deepseek_jax.experts.grouped_matmul import GroupedMatmul
+from deepseek_jax.parallel.mesh import on_cpu
+
+OPTION = "config.moe.experts_implementation"
+HOPPER = 9  # major compute capability
+HOPPER_NAME = re.compile(r"\bG?H\d{2,3}\b")  # NVIDIA H100 80GB HBM3, H200, H20, GH200 480GB
+AMPERE = 8
+TOLERANCE = 0.02  # of the largest number: bfloat16 has 2^-8, and TF32 2^-11
+
+
+def kernels(asked: str, dtype: Any) -> GroupedMatmul | None:
+    """The kernels that multiply; None: batched products, or those of CPUs.
+
+    Args:
+      asked: auto, rounds, or the name of kernels (grouped_matmul.NAMES). On CPUs these are interpreted, which
+        serves tests: `check` refuses them to users.
+      dtype: of the products.
+
+    Raises:
+      UserError: the kernels that were asked for do not run here.
+    """
+    if asked == "rounds" or (asked == "auto" and on_cpu()):
+        return None
+    if on_cpu() or asked == "reference":
+        return GroupedMatmul(asked, interpret=on_cpu())
+    kind = np.dtype(dtype).name
+    if asked != "auto":
+        if reason := missing(asked, kind, _major()):
+            raise UserError(
+                f"{OPTION}={asked}: {reason}. Set {OPTION}=auto, which takes what works, or rounds."
+            )
+        return GroupedMatmul(asked)
+    return _best(kind, _major())
+
+
+@functools.cache
+def _best(dtype: str, major: int) -> GroupedMatmul | None:
+    """The first kernels that work; if none does, says why in one line, once."""
+    reasons = []
+    for name in candidates(major):
+        reason = missing(name, dtype, major)
+        if reason is None:
+            return GroupedMatmul(name)
+        reasons.append(f"{name}: {reason}")
+    if jax.process_index() == 0:
+        print(
+            f"{OPTION}=auto: {'; '.join(reasons)}. Experts are computed in rounds instead.",
+            file=sys.stderr,
+        )
+    return None
+
+
+def candidates(major: int) -> Sequence[str]:
+    """Names of kernels, the fastest first, for GPUs of a compute capability."""
+    return ("mosaic", "triton") if major == HOPPER else ("triton",)
+
+
+@functools.cache
+def missing(name: str, dtype: str, major: int) -> str | None:
+    """Why kernels cannot compute experts here, or None.
+
+    Args:
+      name: mosaic or triton.
+      dtype: of the products.
+      major: compute capability of the GPUs, before the dot.
+    """
+    if name == "mosaic" and major != HOPPER:
+        return f"it multiplies by wgmma, which GPUs of compute capability 9 have, and these have {major}"
+    if name == "mosaic" and np.dtype(dtype).itemsize != 2:
+        return f"it multiplies numbers of 16 bits, and config.train.dtype={dtype}"
+    if major < AMPERE:
+        return f"it needs a GPU of compute capability {AMPERE} or newer, and these have {major}"
+    try:
+        importlib.import_module(grouped_matmul.MODULES[name])
+    except (ImportError, AttributeError) as error:
+        return f"jax {jax.__version__} has not what it is made of ({error})"
+    if jax.default_backend() != "gpu":
+        return None
+    # In a thread: it knows nothing of the mesh and the trace in which somebody asks.
+    with concurrent.futures.ThreadPoolExecutor(1, "kernels") as executor:
+        try:
+            reason = executor.submit(try_kernels, GroupedMatmul(name), dtype).result()
+        except Exception as error:  # whatever JAX, XLA, the compilers and the driver refuse it with
+            said = (str(error).splitlines() or [""])[0][:200]
+            reason = f"a first call fails ({type(error).__name__}: {said})"
+    return reason
+
+
+def try_kernels(method: GroupedMatmul, dtype: str) -> str | None:
+    """Runs each kernel once, on this process's first device; None, or which gives wrong numbers.
+
+    Four blocks: two experts with one and two, between them one without rows, and a block of nobody.
+    """
+    expert_N, first_G1 = [0, 2, 2, 3], [0, 1, 1, 3]
+    inner, outer, experts = 128, 256, 3
+    rng = np.random.default_rng(0)
+    rows_JI, rows_JO, weight_GIO = (
+        np.asarray(jnp.asarray(rng.standard_normal(size), dtype).astype(jnp.float32))
+        for size in ((4 * BLOCK, inner), (4 * BLOCK, outer), (experts, inner, outer))
+    )
+    nowhere = jnp.zeros(0, jnp.int32)
+    blocks = Blocks(jnp.asarray(expert_N, jnp.int32), jnp.asarray(first_G1, jnp.int32))
+    products = method.products(BlockRows(nowhere, nowhere, blocks))
+
+    @jax.jit
+    def run(rows_JI, rows_JO, weight_GIO):
+        forward = products.multiply(rows_JI, weight_GIO)
+        transposed = products.multiply(rows_JO, weight_GIO, transpose=True)
+        return forward, transposed, products.outer(rows_JI, rows_JO)
+
+    given = (jnp.asarray(a, dtype) for a in (rows_JI, rows_JO, weight_GIO))
+    found = [np.asarray(a.astype(jnp.float32)) for a in run(*given)]
+    of_J = np.repeat(expert_N[:3], BLOCK)
+    used = len(of_J)
+    wanted = (
+        np.einsum("ji,jio->jo", rows_JI[:used], weight_GIO[of_J]),
+        np.einsum("jo,jio->ji", rows_JO[:used], weight_GIO[of_J]),
+        np.stack([rows_JI[:used][of_J == g].T @ rows_JO[:used][of_J == g] for g in range(experts)]),
+    )
+    names = ("product", "transposed product", "weight gradient")
+    for name, ours, theirs in zip(names, found, wanted, strict=True):
+        ours = ours[:used] if ours.ndim == 2 else ours
+        error = np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
+        if not error < TOLERANCE:
+            return f"its {name} is wrong by {error:.2g} of the largest number"
+    return None
+
+
+def _major() -> int:
+    """Compute capability, before the dot, of the GPUs of the current mesh, which need not be here."""
+    if jax.default_backend() == "gpu":
+        capability = str(getattr(jax.local_devices()[0], "compute_capability", "0.0"))
+        return int(capability.split(".")[0])
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return HOPPER if device and HOPPER_NAME.search(device.device_kind) else AMPERE
