@@ -88,7 +88,9 @@ def main(argv: list[str]) -> int:
         )
     config, mesh, layout, stages = staged.lay_out(config, devices)
     expected = own.skew or "zipf"
-    skew.rounds_at(expected, config, dict(mesh.shape))  # a mistake is said before anything is compiled
+    skew.rounds_at(
+        expected, config, dict(mesh.shape)
+    )  # a mistake is said before anything is compiled
     result = report.of_layout(config, mesh, layout, hardware, own.gpus_per_host)
     result["stages"] = stages
     teacher = asked.find(config, mesh)
