@@ -75,7 +75,8 @@ def main() -> int:
         raise UserError(
             f"--peer={own.peer} does not exist. Name the script that times the other program."
         )
-    turns, others = [], idle.Others()
+    turns: list[tuple[dict, dict | None]] = []
+    others = idle.Others()
     with tempfile.TemporaryDirectory() as scratch:
         theirs = peer_command(own, pathlib.Path(scratch)) if own.peer else None
         for turn in range(own.turns):
@@ -84,7 +85,7 @@ def main() -> int:
                 f"--{name}={getattr(own, name)}" for name in ("shape", "steps", "dtype", "remat")
             ]
             ours = run_json(["-m", "benchmarks", "step", "--once", *again])
-            turns.append((ours, theirs and run_json(theirs)))
+            turns.append((ours, run_json(theirs) if theirs else None))
     result = summary(turns) | {"cpu": cpu_name(), "other_cores": others.cores()}
     report(own, result, text)
     return 0

@@ -74,7 +74,8 @@ class TensorBoard:
                 if item and writer is None:
                     writer = _open_events(self._folder, first_step)
                 if item:
-                    for event in _events(*item, self._naming):
+                    wall_time, row, load = item
+                    for event in _events(wall_time, row, load, self._naming):
                         writer.write_event(event)
                     written = time.monotonic()
                 now = time.monotonic()
