@@ -71,7 +71,8 @@ def parse(text: str) -> Command:
         words = shlex.split(text.replace("\\\n", " "), comments=True)
     except ValueError as e:
         raise UserError(f"--command={text[:60]!r}... cannot be read: {e}. Quote it whole.") from e
-    out, environment = Command(), []
+    out = Command()
+    environment: list[Entry] = []
     launcher: list[Entry] = []
     name, words = _skip_to_program(words, environment)
     launched = ""

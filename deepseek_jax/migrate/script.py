@@ -131,7 +131,7 @@ def _known(scheduler: Source | None) -> dict[str, str]:
     gpus = gpus_of(
         str(scheduler.value("sbatch.gres") or scheduler.value("sbatch.gpus_per_node") or "")
     )
-    out = {}
+    out: dict[str, str] = {}
     if nodes:
         out |= {"SLURM_NNODES": str(nodes), "SLURM_JOB_NUM_NODES": str(nodes)}
     if gpus:

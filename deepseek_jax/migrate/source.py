@@ -1,7 +1,7 @@
 """What is migrated: files and flags, as dotted keys with their values and places."""
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,6 @@ class Source:
         """How many of these dotted keys, or of sections so named, there are."""
         return sum(any(k == key or k.startswith(f"{key}.") for k in self.keys()) for key in keys)
 
-    def all_keys(self) -> Iterable[Entry]:
+    def all_keys(self) -> tuple[Entry, ...]:
         """Every entry that must be accounted for, those that were set again among them."""
         return (*self.entries, *(earlier for earlier, _ in self.duplicates))

@@ -108,7 +108,8 @@ def _set_mesh(m: Migration, layout: Layout) -> None:
     strategy = m.fact("strategy", "full_shard")
     if m.fact("strategy"):
         m.set("sharding.strategy", strategy, "strategy")
-    replicas, names = 1, ("strategy", *WORLD)
+    replicas = 1
+    names: tuple[str, ...] = ("strategy", *WORLD)
     if m.fact("replicas") or m.fact("shards"):
         names = ("replicas", "shards")
         replicas = int(m.fact("replicas") or layout.data_ours // int(m.fact("shards")))
