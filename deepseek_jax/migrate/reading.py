@@ -135,7 +135,7 @@ class _Walk:
         self.duplicates: list[tuple[Entry, Entry]] = []
 
     def mapping(self, node: yaml.MappingNode, prefix: str, depth: int) -> None:
-        own: dict[Any, None] = {}
+        own: dict[str, None] = {}
         for key_node, _ in node.value:
             if key_node.tag != "tag:yaml.org,2002:merge":
                 own[self._key(key_node)] = None
