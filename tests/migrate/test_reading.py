@@ -81,9 +81,15 @@ def test_anchors_and_merges():
     ],
 )  # fmt: skip
 def test_what_is_no_recipe_is_one_line(text, named):
+    name = "a.json" if text.startswith("{") else "a.yaml"
     with pytest.raises(UserError, match=named) as error:
-        from_text(text, "a.yaml")
-    assert "\n" not in str(error.value) and "a.yaml" in str(error.value)
+        from_text(text, name)
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_yaml_with_braces():
+    """gpt-neox writes it, with commas at the end and comments."""
+    assert values('{\n  # sizes\n  "a": 1e-3,\n}\n') == {"a": 1e-3}
 
 
 def test_json_keeps_lines_and_duplicates():
