@@ -91,11 +91,14 @@ def start(folder: epath.PathLike, state: Tree) -> Callable[[], None]:
     def finish() -> None:
         own = base(f"{os.fspath(folder)}/ocdbt.process_{process}")
         database = {"driver": "ocdbt", "base": own, **_WRITTEN}
+        context = (
+            ts.Context()
+        )  # one connection: the arrays' own would write the database's root in turn
         opened = {}
         for name in dict.fromkeys(name for name, _, _ in pieces):
             shape, dtype = types[name]
             spec = array_spec(database, name, shape, chunks[name])
-            opened[name] = ts.open(spec, create=True, dtype=ts.dtype(dtype))
+            opened[name] = ts.open(spec, create=True, dtype=ts.dtype(dtype), context=context)
         writes = [
             opened[name].result()[place].write(part, can_reference_source_data_indefinitely=True)
             for name, place, part in pieces

@@ -45,11 +45,11 @@ def calm(place) -> dict[int, faults.Row]:
 
 
 def environment(place: pathlib.Path, **more: str) -> dict[str, str]:
-    quiet = {
-        "RAY_USAGE_STATS_ENABLED": "0",
+    slow = {
         "RAY_agent_register_timeout_ms": "300000",
+        "RAY_USAGE_STATS_ENABLED": "0",
     }  # a busy host
-    return faults.environment(place) | quiet | more
+    return faults.environment(place) | slow | more
 
 
 def train(place: pathlib.Path, steps: int = STEPS, **options) -> list[str]:
@@ -152,7 +152,7 @@ FIT = """
 import json, os, sys, ray
 from deepseek_jax.launch.ray import fit
 def main():
-    ray.init(address="local", num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1")
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
     outcome = fit(sys.argv[2:], storage_path=sys.argv[1], num_workers=2, min_workers=1, name="elastic")
     print("OUTCOME", json.dumps(outcome._asdict()))
 main()
@@ -180,7 +180,6 @@ PREEMPTION = """
 import json, pathlib, sys, threading, time, ray
 from ray.cluster_utils import Cluster
 from deepseek_jax.launch.ray import fit
-here = {"node_ip_address": "127.0.0.1"}
 
 def take_a_host_away(address, checkpoints):
     while not any(p.name.isdigit() for p in checkpoints.glob("*")):
@@ -192,9 +191,9 @@ def take_a_host_away(address, checkpoints):
     print("DRAINED", ray._raylet.GcsClient(address=address).drain_node(busy[-1], 2, "a test", in_a_minute))
 
 def main():
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **here})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(3):
-        cluster.add_node(num_cpus=1, **here)
+        cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address)
     checkpoints = pathlib.Path(sys.argv[1], "preempted", "run", "checkpoints")
     threading.Thread(target=take_a_host_away, args=(cluster.address, checkpoints), daemon=True).start()

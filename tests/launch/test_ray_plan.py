@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from pyarrow import fs
@@ -111,6 +112,56 @@ def test_neither_ray_nor_jax_is_imported():
     program = f"import sys, deepseek_jax.launch.ray.command as c; print({heavy}, c.main and '')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "[] \n"), done.stderr
+
+
+class FakeRay(types.ModuleType):
+    """Ray as it is imported: `fails` are raised by the next calls of init."""
+
+    def __init__(self, monkeypatch, *fails: Exception, hosts=({"CPU": 2.0},)):
+        super().__init__("ray")
+        for name in ("ray.train", "ray.train.v2", "ray.train.v2.jax"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, "ray", self)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        self.fails, self.hosts, self.calls = list(fails), hosts, []
+
+    def is_initialized(self):
+        return False
+
+    def init(self, **options):
+        self.calls.append(options)
+        if self.fails:
+            raise self.fails.pop(0)
+
+    def shutdown(self):
+        self.calls.append("shutdown")
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": host} for host in self.hosts]
+
+
+def test_a_cluster_of_this_host(monkeypatch):
+    """It is tried twice; one that `ray start` has made comes first; a named one is the only one."""
+    ray, given = FakeRay(monkeypatch, RuntimeError("timed out")), parse("--storage_path=s")
+    with cluster.connected(given) as to:
+        assert to == (ray, True, True) and len(ray.calls) == 3 and ray.calls[1] == "shutdown"
+        assert ray.calls[0] == ray.calls[2] and ray.calls[2]["include_dashboard"] is False
+        with pytest.raises(UserError, match="the cluster has room for 2 of 9 workers"):
+            cluster.check_room(to, parse("--storage_path=s", "--num_workers=9"), print)
+    assert ray.calls[3:] == ["shutdown"]
+    said, existing = [], ValueError("When connecting to an existing cluster, num_cpus ...")
+    ray = FakeRay(monkeypatch, existing)
+    with cluster.connected(given) as to:
+        assert not to.alone and ray.calls[1]["address"] is None
+        cluster.check_room(to, parse("--storage_path=s", "--num_workers=9"), said.append)
+    assert said[0].startswith(
+        "the cluster has room for 2 of 9 workers with 0 GPUs and 1 CPUs each now"
+    )
+    ray = FakeRay(monkeypatch, ConnectionError("nobody there"))
+    with pytest.raises(UserError, match="--address=h:1: Ray cannot be reached or started there"):
+        with cluster.connected(parse("--storage_path=s", "--address=h:1")):
+            pass
+    assert [call["address"] for call in ray.calls] == ["h:1"]
 
 
 def test_what_a_process_is_given():

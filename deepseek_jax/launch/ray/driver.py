@@ -87,15 +87,15 @@ def run(o: RayOptions) -> Outcome:
       UserError: Ray is not installed, or no cluster is there.
       RunFailed: the last of the failures that Ray did not start again.
     """
-    with cluster.connected(o) as (ray, quiet):
-        link = _link(ray)
-        cluster.check_room(ray, o, say)
+    with cluster.connected(o) as to:
+        ray, link = to.ray, _link(to.ray)
+        cluster.check_room(to, o, say)
         say(f"run {o.name} in {o.run_folder}, {_workers(o)}")
         plan = job.plan(o, os.getcwd(), os.environ)._asdict()
 
         def meanwhile() -> None:
             lines = ray.get(link.take.remote())
-            if quiet:  # else Ray prints them
+            if to.quiet:  # else Ray prints them
                 show(lines)
 
         while True:
