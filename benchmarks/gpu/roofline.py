@@ -124,7 +124,7 @@ def markdown(r: dict[str, Any], link: str) -> str:
     return "\n".join(
         [
             f"`python -m benchmarks gpu_roofline`, programs of {commits}, jax {p['jax']} ({link}). "
-            f"--skew={p['rounds']['skew']}:",
+            f"`--skew={p['rounds']['skew']}`:",
             f"the most loaded expert has {1 + p['rounds']['violation']:.2f} times the mean.",
             "",
             *_table([HEAD, *(line for n, row in r["rows"].items() for line in cells(n, row))]),
