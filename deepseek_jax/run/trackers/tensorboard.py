@@ -15,7 +15,6 @@ from deepseek_jax.model.moe_statistics import Load
 from deepseek_jax.run.trackers import names
 from deepseek_jax.run.trackers.base import LostRows, Row
 
-
 NOTHING: Any = ()  # in place of a row
 
 
