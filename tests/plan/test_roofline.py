@@ -7,7 +7,7 @@ import unittest.mock
 import jax
 import pytest
 
-from benchmarks.gpu import aot, facts
+from benchmarks.gpu import aot, costs, facts
 from deepseek_jax.errors import UserError
 from deepseek_jax.model.count import count
 from deepseek_jax.plan import __main__ as plan
@@ -202,3 +202,16 @@ def test_what_gpu_aot_counts(for_two_h200s, capsys):
     assert check.failed == ["no float32 gather of a layer's weight"]
     check("x: no further rounds in the program", True, "none")
     assert "no further rounds in the program: holds in 1 of 3 programs" in check.summary()
+
+
+def test_beside_a_measured_step_stands_the_same_prediction(for_two_h200s):
+    """What gpu_bench prints of a card whose rates are known, at the rounds that it took."""
+    text, planned = for_two_h200s
+    shape = dict(planned.mesh.shape)
+    row = costs.predicted(text, shape, "NVIDIA H200", 512.0, 2)
+    found = predicted(for_two_h200s, "1.6")
+    assert row == {
+        f"predicted_{kind}_s": pytest.approx(found[kind]["step_s"]) for kind in ("ideal", "derated")
+    }
+    assert costs.predicted(text, shape, "cpu", 512.0, 2) == {}
+    assert list(costs.predicted("no program", shape, "NVIDIA H200", 512.0, 2)) == ["not_predicted"]
