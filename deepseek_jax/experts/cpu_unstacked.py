@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.experts import cpu_grouped_matmul
+from deepseek_jax.experts import cpu_grouped_matmul, sorted_rows
 
 # up to so many tokens each chosen expert computes all of them: reading it takes longer than the
 # products
@@ -95,7 +95,7 @@ def _block_by_block(x_TD, weight_TK, expert_TK, branches):
     (tokens, top_k), experts = expert_TK.shape, len(branches)
     block = min(BLOCK, max(8, 1 << (tokens * top_k // experts).bit_length()))
     rows = cpu_grouped_matmul.sort_rows(expert_TK, experts, block)
-    x_JD = cpu_grouped_matmul.take(x_TD, rows, top_k)
+    x_JD = sorted_rows.take(x_TD, rows, top_k)
     end_E = jnp.cumsum(-(-rows.count_G // block))  # blocks of each expert and those before it
 
     def multiply(carry):
@@ -108,4 +108,4 @@ def _block_by_block(x_TD, weight_TK, expert_TK, branches):
 
     start = jnp.zeros_like(end_E[-1]), jnp.zeros_like(x_JD)
     out_JD = lax.while_loop(lambda carry: carry[0] < end_E[-1], multiply, start)[1]
-    return cpu_grouped_matmul.combine(out_JD, rows, weight_TK)
+    return sorted_rows.combine(out_JD, rows, weight_TK)
