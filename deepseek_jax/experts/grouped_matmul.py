@@ -25,7 +25,10 @@ from jax import lax
 from deepseek_jax.experts.block_rows import BLOCK, ArrivedRows, BlockRows, Blocks
 from deepseek_jax.experts.swiglu import Products
 
-MODULES = {name: f"deepseek_jax.experts.grouped_{name}" for name in ("mosaic", "triton")}
+MODULES = {
+    "mosaic": "deepseek_jax.experts.grouped_mosaic",
+    "triton": "deepseek_jax.experts.grouped_triton",
+}
 NAMES = (*MODULES, "reference")
 # (inner, outer): widths are padded to multiples of these, the least of a kernel's tiles. Those of real models
 # are multiples; the ranks of LoRA need not be.
