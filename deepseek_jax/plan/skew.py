@@ -56,6 +56,10 @@ def rounds_at(skew: str, config: Config, mesh_shape: dict[str, int]) -> Rounds:
         said = "the same in every layer and on every device"
     if buffers is None:
         return Rounds(skew, violation, 1, "the model has no routed experts")
+    if not buffers.places:
+        return Rounds(
+            skew, violation, 1, f"{said}; experts are computed as they are loaded, without rounds"
+        )
     # Tokens of a device, or with all_gather of the expert axis, that share an expert's places.
     mean = buffers.mean_load
     rounds = max(1, math.ceil(round((1 + violation) * mean / buffers.places, 9)))

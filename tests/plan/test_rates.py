@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from deepseek_jax.config.options import Config, ModelConfig, TrainConfig
+from deepseek_jax.config.options import Config, ModelConfig, MoeConfig, TrainConfig
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import exchange, rates, skew
 
@@ -14,6 +14,7 @@ def moe(**given) -> Config:
     model = ModelConfig(vocab_size=1000, n_routed_experts=64, num_experts_per_tok=6)
     return Config(
         model=dataclasses.replace(model, **given),
+        moe=MoeConfig(experts_implementation="rounds"),
         train=TrainConfig(batch_size=8, sequence_length=1024),
     )
 
@@ -27,6 +28,12 @@ def test_rounds_at_a_violation(violation, rounds):
     assert found.rounds == rounds and found.violation == violation
     places = exchange.buffers(moe(), {"data": 1, "fsdp": 8, "expert": 1}).places
     assert rounds == np.ceil((1 + violation) * 1024 * 6 / 64 / places)
+
+
+def test_experts_without_places_have_no_rounds():
+    grouped = dataclasses.replace(moe(), moe=MoeConfig(experts_implementation="auto"))
+    found = skew.rounds_at("7.438", grouped, {"data": 1, "fsdp": 8, "expert": 1})
+    assert found.rounds == 1 and found.violation == 7.438 and "without rounds" in found.said
 
 
 def test_zipf_is_as_uneven_as_a_draw():
