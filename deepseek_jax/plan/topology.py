@@ -109,8 +109,9 @@ def cpu_devices(devices: int) -> list[jax.Device]:
       UserError: JAX has started with fewer.
     """
     enough_threads(devices)
+    # Never fewer than JAX_NUM_CPU_DEVICES says: who runs this in a process of theirs counts on them.
     with contextlib.suppress(RuntimeError):  # JAX has started
-        jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_num_cpu_devices", max(devices, jax.config.jax_num_cpu_devices))
     found = jax.devices("cpu")
     if len(found) < devices:
         raise UserError(
