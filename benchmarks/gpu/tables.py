@@ -37,7 +37,7 @@ def text(rows: list[dict[str, Any]], bars: dict[str, Any]) -> str:
             "layers",
             "tokens/s",
             "of 989 TFLOP/s",
-            "ms a step",
+            "ms per step",
             "predicted, derated",
             "whole model's tokens/s",
             "bytes",

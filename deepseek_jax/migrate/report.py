@@ -126,10 +126,10 @@ def amounts(m: Migration, rows: int | None = None) -> list[str]:
     if length:
         unpacked = m.fact("unpacked")
         at_most = "at most " if unpacked else ""
-        out.append(f"tokens a step: {at_most}{size * length:,} here, rows of {length}")
+        out.append(f"tokens per step: {at_most}{size * length:,} here, rows of {length}")
         if unpacked and "sft.packing" not in m.settings:
             out.append(
-                "theirs are padded, one example a row: fewer tokens a step by mean length / row; "
+                "theirs are padded, one example a row: fewer tokens per step by mean length / row; "
                 "--match=tokens keeps their number"
             )
     steps = m.settings["train.steps"].value

@@ -56,7 +56,7 @@ torchrun \\
 
 
 def test_the_complete_fsdp_example(tmp_path):
-    """8 A100: 2 x 8 x 8 sequences a step, 5e-5 falling linearly to 0, AdamW as the Trainer has it."""
+    """8 A100: 2 x 8 x 8 sequences per step, 5e-5 falling linearly to 0, AdamW as the Trainer has it."""
     done = migrate(DISTILLATION, command=ONE_NODE)
     c = loaded(str(tmp_path / "distillation.py"), done)
     assert c == done.config
@@ -344,7 +344,7 @@ RAY = {
 
 
 def test_the_dict_of_deepspeed_initialize():
-    """8 workers, 2 x 4 x 8 sequences a step; no scheduler: a constant rate; AdamW as DeepSpeed has it."""
+    """8 workers, 2 x 4 x 8 sequences per step; no scheduler: a constant rate; AdamW as DeepSpeed has it."""
     done = migrate(json.dumps(RAY), devices=8)
     c = done.config
     assert (c.train.batch_size, c.train.accumulation, c.train.dtype) == (64, 4, "float16")

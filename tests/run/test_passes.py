@@ -113,7 +113,7 @@ def run(config: Config, begin: int, progress: Progress) -> Recorded:
 
 
 def test_a_loop_saves_and_evaluates_there():
-    """8 rows a step of 20 a pass; beside what is done by steps, and the same after a start in between."""
+    """8 rows per step, 20 per pass; beside what is done by steps, and the same after a start in between."""
     config = dataclasses.replace(
         config_of(),
         train=TrainConfig(steps=10, batch_size=8),

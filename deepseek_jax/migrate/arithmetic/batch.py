@@ -20,7 +20,7 @@ def settle(m: Migration, layout: Layout) -> None:
         size = layout.data_ours * -(-8 // layout.data_ours)
         m.set("train.batch_size", size, how="no file says; 8 at least, as here by default")
         m.set("train.accumulation", 1)
-        m.note("No file says how many sequences a step has: set train.batch_size.")
+        m.note("No file says how many sequences there are per step: set train.batch_size.")
         return
     names = BATCH + WORLD
     size, how = _matched(m, size, how, layout)
@@ -50,12 +50,12 @@ def theirs(m: Migration, layout: Layout) -> tuple[int | None, str]:
             expected = each * int(times) * d if times and m.said("accumulation") else None
             if expected is not None and expected != whole:
                 raise UserError(
-                    f"a step of {whole} sequences is not {each} a device x {int(times)} micro-batches x {d} "
+                    f"a step of {whole} sequences is not {each} per device x {int(times)} micro-batches x {d} "
                     f"data parallel GPUs, which is {expected}. Correct one of them, or give --devices."
                 )
             if whole % (each * d):
                 raise UserError(
-                    f"a step of {whole} sequences is no multiple of {each} a device x {d} data parallel "
+                    f"a step of {whole} sequences is no multiple of {each} per device x {d} data parallel "
                     f"GPUs. Correct one of them, or give --devices."
                 )
         return whole, f"{whole} in all"
@@ -63,7 +63,7 @@ def theirs(m: Migration, layout: Layout) -> tuple[int | None, str]:
         return (int(whole), f"{int(whole)} in all") if whole else (None, "")
     each, times = int(each), int(times or 1)
     parts = f"{times} micro-batch{'es' if times != 1 else ''} x {d} data parallel GPU{'s' if d != 1 else ''}"
-    return each * times * d, f"{each} a device x {parts}"
+    return each * times * d, f"{each} per device x {parts}"
 
 
 def _matched(m: Migration, size: int, how: str, layout: Layout) -> tuple[int, str]:

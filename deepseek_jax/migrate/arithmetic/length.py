@@ -67,7 +67,7 @@ def _set_length(m: Migration) -> None:
             "train.steps",
             max(int(samples) // size, 1),
             "samples",
-            how=f"{int(samples)} sequences / {size} a step",
+            how=f"{int(samples)} sequences / {size} per step",
         )
         m.set("train.epochs", 0.0)
     elif epochs:
