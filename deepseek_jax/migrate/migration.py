@@ -36,7 +36,7 @@ class Setting:
 
     value: Any
     because: tuple[Told, ...]
-    how: str = ""  # the arithmetic: "2 a device x 8 micro-batches x 8 devices"
+    how: str = ""  # the arithmetic: "2 per device x 8 micro-batches x 8 devices"
 
 
 @dataclass

@@ -47,7 +47,7 @@ def test_the_config_is_printed_or_written(recipe, capsys, tmp_path):
         "mine.py",
     ):
         assert part in report, report
-    assert "a step has 8 sequences: 2 a device x 1 micro-batch x 4 data parallel GPUs" in report
+    assert "a step has 8 sequences: 2 per device x 1 micro-batch x 4 data parallel GPUs" in report
     assert (tmp_path / "mine.py").read_text().replace("mine.py", "migrated.py") == printed.replace(
         "configs/migrated.py", "migrated.py"
     )

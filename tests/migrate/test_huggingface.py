@@ -256,7 +256,7 @@ def test_devices_are_asked_for():
 
 
 def test_other_devices_keep_the_batch_of_a_step():
-    """4 a device x 8 GPUs; on 2 here: the same 32 sequences, in 4 micro-batches of as many a device."""
+    """4 per device x 8 GPUs; on 2 here: the same 32 sequences, in 4 micro-batches of as many per device."""
     line = "torchrun --nproc_per_node=8 train.py"
     same = migrate(TRAINER, command=line, tools="hf5")
     fewer = migrate(TRAINER, command=line, tools="hf5", devices=2)

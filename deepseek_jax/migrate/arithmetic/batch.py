@@ -50,8 +50,8 @@ def theirs(m: Migration, layout: Layout) -> tuple[int | None, str]:
             expected = each * int(times) * d if times and m.said("accumulation") else None
             if expected is not None and expected != whole:
                 raise UserError(
-                    f"a step of {whole} sequences is not {each} per device x {int(times)} micro-batches x {d} "
-                    f"data parallel GPUs, which is {expected}. Correct one of them, or give --devices."
+                    f"a step of {whole} sequences is not {each} per device x {int(times)} micro-batches x "
+                    f"{d} data parallel GPUs, which is {expected}. Correct one of them, or give --devices."
                 )
             if whole % (each * d):
                 raise UserError(
