@@ -1,10 +1,11 @@
-"""Predicted speed of DeepSeek-V2-Lite on GPUs that are not here: what `plan --roofline` says of the
-program that XLA's compiler makes for them.
+"""Predicted speed of DeepSeek-V2-Lite on GPUs that are not here: what `plan --roofline` says of the program
+that XLA's compiler makes for them.
 
   .venv-gpu-aot/bin/python -m benchmarks gpu_roofline [--only=NAME] [--again] [--json] [--out=FILE]
 
 Packed documents as users train on, Zipf's law, bfloat16, remat=auto: 8 of the 27 layers on one H200 as
-gpu_bench measures them, 6 on an H100, and all 27 on 8 H200s, weights divided (full_shard) or experts.
+gpu_bench measures them, 6 on an H100, and all 27 on 8 H200s, weights divided (full_shard) or experts, with 8
+sequences of a GPU; Moonlight-16B; a dense and two MoE layers of V3, with 2.
 Each row is one `python -m deepseek_jax.plan`, which takes minutes; a row that --out=FILE has already is not
 compiled again without --again, and says of which commit it is. One that is stays there, as what was before.
 Needs JAX's GPU compiler (make plan installs it).
@@ -22,26 +23,38 @@ from deepseek_jax.cli.texts import gb, table
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan.roofline_text import PHASES
 
-MODEL = (
-    "--config=configs/v2_lite.py",
+COMMON = (
     "--config.mesh.data=1",
     "--config.train.accumulation=1",
+    "--config.train.sequence_length=4096",
+    "--config.data.document_mask=True",
 )
-ALONE = (
-    "--devices=1",
-    "--config.mesh.expert=1",
-    "--config.sharding.strategy=no_shard",
+V2_LITE = ("--config=configs/v2_lite.py", *COMMON)
+# What a micro-batch grows by is of no step of one micro-batch.
+NO_RAMP = ("--config.train.batch_ramp_start=0", "--config.train.batch_ramp_steps=0")
+MOONLIGHT = ("--config=configs/moonlight.py", *COMMON, *NO_RAMP)
+V3 = (
+    "--config=configs/v3.py",
+    *COMMON,
+    *NO_RAMP,
+    "--config.model.num_hidden_layers=3",
+    "--config.model.first_k_dense_replace=1",
+    "--config.model.num_nextn_predict_layers=0",
 )
-EIGHT = ("--devices=8", "--config.sharding.strategy=full_shard", "--config.train.batch_size=64")
-FOUR, TWICE = "--config.train.batch_size=4", "--config.train.batch_size=8"
-LAYERS = "--config.model.num_hidden_layers="
+BATCH, LAYERS = "--config.train.batch_size=", "--config.model.num_hidden_layers="
+ALONE = ("--devices=1", "--config.mesh.expert=1", "--config.sharding.strategy=no_shard")
+EIGHT = ("--devices=8", "--config.sharding.strategy=full_shard")
+FSDP = (*EIGHT, "--config.mesh.fsdp=8", "--config.mesh.expert=1")
+EXPERT = (*EIGHT, "--config.mesh.fsdp=1", "--config.mesh.expert=8")
 # Name -> options of plan.
 ROWS = {
-    "1 H200, 8 layers": (*ALONE, FOUR, f"{LAYERS}8"),
-    "1 H200, 8 layers, 8 sequences": (*ALONE, TWICE, f"{LAYERS}8"),
-    "1 H100, 6 layers": (*ALONE, FOUR, "--hardware=h100", f"{LAYERS}6"),
-    "8 H200s, fsdp 8": (*EIGHT, "--config.mesh.fsdp=8", "--config.mesh.expert=1"),
-    "8 H200s, expert 8": (*EIGHT, "--config.mesh.fsdp=1", "--config.mesh.expert=8"),
+    "1 H200, 8 layers": (*V2_LITE, *ALONE, f"{BATCH}4", f"{LAYERS}8"),
+    "1 H200, 8 layers, 8 sequences": (*V2_LITE, *ALONE, f"{BATCH}8", f"{LAYERS}8"),
+    "1 H100, 6 layers": (*V2_LITE, *ALONE, f"{BATCH}4", f"{LAYERS}6", "--hardware=h100"),
+    "8 H200s, fsdp 8": (*V2_LITE, *FSDP, f"{BATCH}64"),
+    "8 H200s, expert 8": (*V2_LITE, *EXPERT, f"{BATCH}64"),
+    "Moonlight, 8 H200s, fsdp 8": (*MOONLIGHT, *FSDP, f"{BATCH}64"),
+    "V3, 3 layers, 8 H200s, expert 8": (*V3, *EXPERT, f"{BATCH}16"),
 }
 # What is the same for every row of a kind of hardware, or long and of no further use.
 ONCE = ("assumed", "sources", "rates")
@@ -58,13 +71,13 @@ def main() -> int:
     rows, before = result["rows"], result.setdefault("before", {})
     for name in [own.only] if own.only else [n for n in ROWS if own.again or n not in rows]:
         print(f"{name}: compiling ...", file=sys.stderr, flush=True)
-        planned = plan([*MODEL, *ROWS[name]])
+        planned = plan(list(ROWS[name]))
         prediction = planned["roofline"]
         said = {key: prediction.pop(key) for key in ONCE}
         if name in rows and rows[name]["commit"] != own.commit:
             before[name] = trimmed(rows[name])
         rows[name] = {
-            "command": " ".join(["python -m deepseek_jax.plan --roofline", *MODEL, *ROWS[name]]),
+            "command": " ".join(["python -m deepseek_jax.plan --roofline", *ROWS[name]]),
             "commit": own.commit,
             "remat": planned["remat_choice"],
             "memory": planned["program"]["memory"],
