@@ -289,7 +289,7 @@ def least_bytes(config: Config, mesh: jax.sharding.Mesh, layout: Layout) -> dict
         gather = used_size * (1 - stored / used_size)
         reduce = used_size * (1 - 1 / divided) + 2 * used_size / divided * (1 - divided / parts)
         if name.startswith(("embed_tokens/", "lm_head/")):
-            ends += (gather + reduce) * (4 if name.startswith("embed") else item)
+            ends += gather * item + reduce * (4 if name.startswith("embed") else item)
         if name.startswith("layers/"):
             size = (4 if "norm" in name or "gate/" in name else item) / leaf.shape[0]
             forward, gradients = forward + gather * size, gradients + reduce * size
