@@ -23,7 +23,7 @@ The least, with every byte moved once and all devices of a collective sharing th
                         T tokens per device, K experts per token, X devices on the expert axis,
                         rows of hidden_size in the compute dtype
     tokens, backward    as many, and those to the experts again unless remat keeps them
-    embedding and head  as weights, forward, and gradients, once per step; the embedding in float32
+    embedding and head  as weights, forward, and gradients, once per step; of the embedding in float32
     after the update    sum over all weights of v (1 - 1/u)
                         v float32 bytes, u devices over which only the optimizer divides them
 
