@@ -264,12 +264,11 @@ def _all_gather(w: jax.Array, spec: P, held: tuple[str, ...] = ()) -> jax.Array:
     if missing := tuple(a for a in TOKEN_AXES if a not in varies):
         w = lax.pcast(w, missing, to="varying")
     for dimension, axes in named:
-        # Experts and the tensor axis are divided in use too. Where `expert` divides dense weights, it is with
-        # others; `tensor` is the outermost of several, so that its part stays in one piece.
-        axes = axes[1:] if axes[0] == "tensor" else axes
-        divided_in_use = axes in (("expert",), ())
+        # Experts and the tensor axis are divided in use too. They are the outermost of several, so that their
+        # part stays in one piece; where `expert` divides dense weights, it is not.
+        axes = axes[1:] if axes[0] in ("tensor", "expert") else axes
         # A gather over one device would only give the weight a layout that others must copy.
-        if not divided_in_use and lax.axis_size(axes) > 1:
+        if axes and lax.axis_size(axes) > 1:
             w = lax.all_gather(w, axes, axis=dimension, tiled=True)
     return w
 
