@@ -44,7 +44,6 @@ from deepseek_jax.plan import (
     topology,
 )
 from deepseek_jax.run import commandline
-from deepseek_jax.train import kept
 
 CPU = topology.Hardware("CPU device", None, "")
 
@@ -91,9 +90,8 @@ def main(argv: list[str]) -> int:
     config, mesh, layout, stages = staged.lay_out(config, devices)
     teacher = asked.find(config, mesh)
     room = hardware.memory and int(hardware.memory * memory_fraction(mesh.size > 1))
-    config, remat = kept.chosen(config, mesh, layout, room, teacher.bytes if teacher else 0)
-    if remat:
-        mesh, layout = topology.lay_out(config, devices)
+    beside = teacher.bytes if teacher else 0
+    config, mesh, layout, remat = topology.settle(config, mesh, layout, room, beside)
     expected = own.skew or "zipf"
     skew.rounds_at(
         expected, config, dict(mesh.shape)
