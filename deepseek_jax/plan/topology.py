@@ -161,7 +161,7 @@ def settle(
     """
     config, said = kept.chosen(config, mesh, layout, room, beside)
     if said:
-        mesh, layout = lay_out(config, list(mesh.devices.flat))
+        mesh, layout = lay_out(config, sorted(mesh.devices.flat, key=lambda d: d.id))
     return Settled(config, mesh, layout, said)
 
 
