@@ -164,16 +164,13 @@ class Job:
 
     def stages(self) -> Iterator[Config]:
         """The options of each stage that is left (stages.py); of a run without stages its own."""
-
-        def with_remat(config: Config) -> Config:
-            return remat.settled(config, self._mesh, self.teacher, self._processes)
-
+        where = self._mesh, self.teacher, self._processes
         if self._staged is None:
-            self._config = with_remat(self._config)
+            self._config = remat.settled(self._config, *where)
             yield self._config
             return
         while self._staged.begin(self._result):
-            yield with_remat(self._staged.stage.options)
+            yield remat.settled(self._staged.stage.options, *where)
 
     def find_start(self, model: Layout, objective: Objective) -> Start:
         """Where the state comes from (start.py). Says what is about to happen.

@@ -46,9 +46,7 @@ def in_compute_dtype(config: Config, params: nnx.State) -> nnx.State:
         w = variable.get_value()
         return variable.replace(w.astype(dtype)) if is_cast(config, path, variable) else variable
 
-    with jax.named_scope("cast"):
-        flat = [(path, cast(path, v)) for path, v in nnx.to_flat_state(params)]
-    return nnx.from_flat_state(flat)
+    return nnx.from_flat_state([(path, cast(path, v)) for path, v in nnx.to_flat_state(params)])
 
 
 def is_cast(config: Config, path: tuple[Any, ...], variable: nnx.Variable) -> bool:

@@ -57,7 +57,9 @@ MESH_4X2 = MeshConfig(fsdp=4, expert=2)
 
 def of(model: str = "plain", lora: LoraConfig | None = None, **options: Any) -> Config:
     small = config_of(**{"dtype": "bfloat16"} | options)
-    config = dataclasses.replace(small, model=MODELS[model], lora=lora or small.lora)
+    # An adapter has no place for the selection bias.
+    moe = dataclasses.replace(small.moe, bias_update_rate=0.0) if lora else small.moe
+    config = dataclasses.replace(small, model=MODELS[model], lora=lora or small.lora, moe=moe)
     validate(config)
     return config
 
@@ -171,23 +173,24 @@ def test_gradients_are_those_of_weights_cast_in_use(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config",
+    "options",
     [
-        of("mtp"),
-        of("grouped"),
-        of("shared core"),
-        of(lora=LoraConfig(r=4), accumulation=2),
-        of(mesh=MESH_4X2, accumulation=2),
-        of(mesh=MESH_4X2, sharding=ShardingConfig("shard_grad_op", 0)),
-        of(mesh=MESH_4X2, sharding=ShardingConfig("zero1", 0), accumulation=2),
-        of(mesh=MeshConfig(data=2, fsdp=2, tensor=2), sharding=ShardingConfig("hybrid_shard", 0)),
-        of(mesh=MeshConfig(stage=2, fsdp=2), accumulation=4),
-        of(offload=OffloadConfig(parameters=True), remat="full", accumulation=2),
+        dict(model="mtp"),
+        dict(model="grouped"),
+        dict(model="shared core"),
+        dict(lora=LoraConfig(r=4), accumulation=2),
+        dict(mesh=MESH_4X2, accumulation=2),
+        dict(mesh=MESH_4X2, sharding=ShardingConfig("shard_grad_op", 0)),
+        dict(mesh=MESH_4X2, sharding=ShardingConfig("zero1", 0), accumulation=2),
+        dict(mesh=MeshConfig(data=2, fsdp=2, tensor=2), sharding=ShardingConfig("hybrid_shard", 0)),
+        dict(mesh=MeshConfig(stage=2, fsdp=2), accumulation=4),
+        dict(offload=OffloadConfig(parameters=True), remat="full", accumulation=2),
     ],
-    ids=lambda c: f"{c.sharding.strategy}-{c.train.accumulation}",
+    ids=lambda o: "-".join(o),
 )
-def test_gradients_everywhere(monkeypatch, config):
+def test_gradients_everywhere(monkeypatch, options):
     """The same for other models, strategies and meshes."""
+    config = of(**options)
     micro = range(config.train.accumulation)
     now = Small(config).gradients(micro)[0]
     cast_in_use(monkeypatch)
@@ -208,7 +211,7 @@ def test_gradients_everywhere(monkeypatch, config):
         dict(offload=OffloadConfig(optimizer_state=True)),
         dict(offload=OffloadConfig(optimizer_state=True, parameters=True), remat="full"),
     ],
-    ids=str,
+    ids=lambda o: "-".join(o),
 )
 def test_losses_of_whole_steps(monkeypatch, options):
     config = of(**options)
