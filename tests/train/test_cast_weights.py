@@ -36,7 +36,7 @@ from deepseek_jax.train.gradients import Learner
 from tests.support import conversion, invariance
 from tests.support.small_runs import TINY, Trainer, config_of, losses_of
 
-EXACT = {"xla_allow_excess_precision": False}
+EXACT = conversion.quick_options() | {"xla_allow_excess_precision": False}
 SLOW = pytest.mark.slow
 MODELS = {
     "plain": TINY,
