@@ -225,7 +225,7 @@ def test_losses_of_whole_steps(monkeypatch, options):
 
 def test_float32_and_stages_are_left_as_they_are():
     """Not a copy: the program of a float32 run is the one that it was."""
-    for config in (of(dtype="float32"), of(mesh=MeshConfig(stage=2), accumulation=2)):
+    for config in (of(dtype="float32"), of(mesh=MeshConfig(fsdp=1, stage=2), accumulation=2)):
         small = Small(config)
         with jax.set_mesh(small.mesh):
             params = small.state.params
@@ -245,7 +245,7 @@ def test_nothing_is_cast_inside_the_loops():
         v.get_value().shape[1:]
         for path, v in nnx.to_flat_state(small.layout.abstract.params)
         if path[0] == "layers" and cast_weights.is_cast(config, path, v)
-    }
+    } - {(invariance.LENGTH, invariance.LENGTH)}  # attention's weights have this shape
     casts, moved = [], []
     for eqn, loops in equations(jaxpr.jaxpr):
         a = eqn.invars[0].aval if eqn.invars else None
