@@ -264,11 +264,12 @@ def test_nothing_is_cast_inside_the_loops():
 
 def equations(jaxpr, loops: int = 0) -> Iterator[tuple[Any, int]]:
     """All of a jaxpr but those whose results nobody reads, with the number of loops around each."""
-    read = {v for eqn in jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
-    read |= {v for v in jaxpr.outvars if not hasattr(v, "val")}
-    for eqn in jaxpr.eqns:
-        if not read & set(eqn.outvars):
-            continue
+    read, alive = {v for v in jaxpr.outvars if not hasattr(v, "val")}, []
+    for eqn in reversed(jaxpr.eqns):
+        if read & set(eqn.outvars):
+            alive.append(eqn)
+            read |= {v for v in eqn.invars if not hasattr(v, "val")}
+    for eqn in reversed(alive):
         yield eqn, loops
         inside = loops + (eqn.primitive.name in ("scan", "while"))
         for inner in jax.tree.leaves(
