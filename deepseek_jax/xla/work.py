@@ -33,6 +33,11 @@ FUSIONS = ("fusion", "fusion-start")
 SORTED_AT_ONCE = 2**11  # keys that one block of a bitonic sort holds in shared memory
 
 
+def is_fusion(i: Instruction) -> bool:
+    """Whether an instruction runs a fused computation."""
+    return i.opcode in FUSIONS and "calls" in i.called
+
+
 class Work(NamedTuple):
     """Of one run of an instruction.
 
@@ -77,7 +82,7 @@ class Reader:
         here = self.module.computations[computation]
         operands = [here[name] for name in i.operands if name in here]
         read, written = float(sum(o.bytes for o in operands)), float(i.bytes)
-        if i.opcode in FUSIONS:
+        if is_fusion(i):
             f = self._fusion(i.called["calls"][0])
             return Work(dict(f.flops), f.passes * f.read, f.passes * f.written, f.passes)
         if i.opcode == "dot":
@@ -105,14 +110,14 @@ class Reader:
         """(computation, dot) of the matrix products in an instruction, those inside a fusion too."""
         if i.opcode == "dot":
             yield computation, i
-        elif i.opcode in FUSIONS:
+        elif is_fusion(i):
             body = i.called["calls"][0]
             for inner in self.module.computations[body].values():
                 yield from self.products(body, inner)
 
     def opcodes(self, i: Instruction) -> set[str]:
         """Of an instruction and all that is fused into it."""
-        if i.opcode not in FUSIONS:
+        if not is_fusion(i):
             return {i.opcode}
         body = self.module.computations[i.called["calls"][0]].values()
         return set().union(*(self.opcodes(inner) for inner in body))

@@ -109,6 +109,30 @@ UPDATED = """%body (stack: f32[61,100,10], x: bf16[100,10], n: s32[]) -> f32[61,
 """
 
 
+def test_a_slice_that_is_started_and_waited_for():
+    """As one that is not: the layer is read and written, whatever of the stack is in the start's type."""
+    found = work_of(
+        """ENTRY %main (stack: f32[12,64,64], i: s32[]) -> f32[1,64,64] {
+  %stack = f32[12,64,64] parameter(0)
+  %i = s32[] parameter(1)
+  %start = ((f32[12,64,64], s32[]), f32[1,64,64], u32[]) fusion-start(%stack, %i), kind=kLoop, calls=%take
+  ROOT %done = f32[1,64,64] fusion-done(%start)
+}
+""",
+        "start",
+        """%take (s: f32[12,64,64], n: s32[]) -> f32[1,64,64] {
+  %s = f32[12,64,64] parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,64,64] dynamic-slice(%s, %n, %zero, %zero), dynamic_slice_sizes={1,64,64}
+}
+
+""",
+    )
+    layer = 64 * 64 * 4
+    assert (found.read, found.written) == (pytest.approx(layer, abs=8), layer)
+
+
 def test_an_update_in_place_is_its_own_size():
     found = work_of(
         """ENTRY %main (stack: f32[61,100,10], x: bf16[100,10], n: s32[]) -> f32[61,100,10] {
