@@ -63,8 +63,8 @@ LAYERS = ((85e9, 8), (66e9, 6), (47e9, 4), (36e9, 3), (28e9, 2))
 # that something is measured soon.
 VARIANTS = (
     ("one document", "natural", "cudnn", "save:attention"),
-    ("packed documents", "natural", "auto", "full"),
-    ("packed documents", "balanced", "auto", "full"),
+    ("packed documents", "natural", "auto", "auto"),
+    ("packed documents", "balanced", "auto", "auto"),
 )
 
 
@@ -178,9 +178,10 @@ class Run:
     out: pathlib.Path | None = None
 
     def __post_init__(self) -> None:
-        config = self.config
-        self.mesh, self.layout = topology.lay_out(config, [self.device])
-        layout = self.layout
+        placed = topology.lay_out(self.config, [self.device])
+        room = (self.device.memory_stats() or {}).get("bytes_limit")
+        self.config, self.mesh, self.layout, _ = topology.settle(self.config, *placed, room)
+        config, layout = self.config, self.layout
         options = xla_options.xla_options(
             config,
             self.device.platform,
@@ -322,6 +323,7 @@ def train(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
             shape = dict(run.mesh.shape)
             yield row | {
                 **predicted(text, shape, device.device_kind, assignments, rounds),
+                "remat": run.config.train.remat,
                 "batch_size": t.batch_size,
                 "sequence_length": t.sequence_length,
                 "tokens_per_s": rate,

@@ -23,7 +23,7 @@ The least, with every byte moved once and all devices of a collective sharing th
                         T tokens per device, K experts per token, X devices on the expert axis,
                         rows of hidden_size in the compute dtype
     tokens, backward    as many, and those to the experts again unless remat keeps them
-    embedding and head  as weights, forward, and gradients, once per step; the embedding in float32
+    embedding and head  as weights, forward, and gradients, once per step; of the embedding in float32
     after the update    sum over all weights of v (1 - 1/u)
                         v float32 bytes, u devices over which only the optimizer divides them
 
@@ -289,7 +289,7 @@ def least_bytes(config: Config, mesh: jax.sharding.Mesh, layout: Layout) -> dict
         gather = used_size * (1 - stored / used_size)
         reduce = used_size * (1 - 1 / divided) + 2 * used_size / divided * (1 - divided / parts)
         if name.startswith(("embed_tokens/", "lm_head/")):
-            ends += (gather + reduce) * (4 if name.startswith("embed") else item)
+            ends += gather * item + reduce * (4 if name.startswith("embed") else item)
         if name.startswith("layers/"):
             size = (4 if "norm" in name or "gate/" in name else item) / leaf.shape[0]
             forward, gradients = forward + gather * size, gradients + reduce * size

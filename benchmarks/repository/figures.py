@@ -305,7 +305,7 @@ def gpu_roofline(r: dict[str, Any]) -> str:
         )
         for name, row in r["rows"].items()
     ]
-    return f"DeepSeek-V2-Lite in bfloat16, predicted share of peak: {', '.join(said)}"
+    return f"DeepSeek-V2-Lite if not named, bfloat16, predicted share of peak: {', '.join(said)}"
 
 
 FIGURES = [

@@ -1,6 +1,6 @@
 """The output head: logits over the vocabulary, walked in chunks, for any function of a token's logits.
 
-The logits of a whole batch never exist: a device holds those of CHUNK_TOKENS tokens at a time, and of its
+The logits of a whole batch never exist: a device holds those of `chunk_tokens` tokens at a time, and of its
 part of the vocabulary where the tensor axis divides it. What an objective wants of them (cross-entropy,
 divergence from a teacher, log-probability, entropy) is a function of logit_functions.py.
 
@@ -24,11 +24,26 @@ from jax import lax
 from deepseek_jax.config.options import IGNORE
 from deepseek_jax.model import logit_functions
 from deepseek_jax.model.logit_functions import Logits
-from deepseek_jax.parallel.mesh import TOKEN_AXES, TOKENS, per_device
+from deepseek_jax.parallel.mesh import TOKEN_AXES, TOKENS, on_cpu, per_device
 from deepseek_jax.parallel.sharding import without_stage
 from deepseek_jax.parallel.weights import gather_on_device, stored_arrays
 
-CHUNK_TOKENS = 1024  # tokens of a device whose logits are alive at a time
+# Tokens of a device whose logits are alive at a time: on a CPU, where they should stay in its caches.
+CHUNK_TOKENS = 1024
+# On a GPU, which reads and writes the head's float32 gradient once a chunk (at 1,024 tokens and a width of
+# 2,048 as many bytes as four passes over the logits): as many tokens as have logits of LOGIT_BYTES.
+MOST_CHUNK_TOKENS = 4096
+LOGIT_BYTES = 2 << 30
+TILE = 128  # rows of a GPU's matrix product
+
+
+def chunk_tokens(tokens: int, words: int) -> int:
+    """Tokens of a chunk, of so many tokens and words of one device of the current mesh."""
+    if on_cpu():
+        return min(CHUNK_TOKENS, tokens)
+    most = max(CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, LOGIT_BYTES // (4 * words)))
+    even = -(-tokens // -(-tokens // most))  # the last chunk is as full as the others
+    return min(tokens, -(-even // TILE) * TILE)
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +122,8 @@ def scan_vocab_top(
             logits = _logits(hidden_CD, kernel_DV)
             return None, logit_functions.top(logits, count, words, temperatures_N)
 
-        _, found = lax.scan(step, None, _in_chunks(hidden_TD))
+        size = _size(hidden_TD, kernel_DV)
+        _, found = lax.scan(step, None, _in_chunks(hidden_TD, size))
         leading = args[0].shape[:2]
         return tuple(_joined(a, hidden_TD.shape[0]).reshape(*leading, a.shape[-1]) for a in found)
 
@@ -159,7 +175,7 @@ def _sums(function, hidden_TD, kernel_DV, frozen, inputs):
         return tuple(t + jnp.sum(v) for t, v in zip(totals, values, strict=True)), None
 
     zeros = _zeros(function, hidden_TD, kernel_DV, frozen, inputs)
-    return lax.scan(step, zeros, _chunks(hidden_TD, frozen, inputs))[0]
+    return lax.scan(step, zeros, _chunks(hidden_TD, kernel_DV, frozen, inputs))[0]
 
 
 def _sums_forward(function, hidden_TD, kernel_DV, frozen, inputs):
@@ -177,7 +193,7 @@ def _sums_forward(function, hidden_TD, kernel_DV, frozen, inputs):
 
     zero_DV = jnp.zeros_like(kernel_DV, jnp.float32)
     zeros = _zeros(function, hidden_TD, kernel_DV, frozen, inputs)
-    chunks = _chunks(hidden_TD, frozen, inputs)
+    chunks = _chunks(hidden_TD, kernel_DV, frozen, inputs)
     (totals, dkernel_DV), dhidden = lax.scan(step, (zeros, zero_DV), chunks)
     # Float16 would overflow: this is the sum over all tokens, not yet divided by their number.
     if kernel_DV.dtype != jnp.float16:
@@ -200,7 +216,7 @@ def _each(function, hidden_TD, kernel_DV, frozen, inputs):
     def step(_, chunk):
         return None, function(*_of_chunk(chunk, kernel_DV, frozen, inputs))[0]
 
-    _, values = lax.scan(step, None, _chunks(hidden_TD, frozen, inputs))
+    _, values = lax.scan(step, None, _chunks(hidden_TD, kernel_DV, frozen, inputs))
     return tuple(_joined(v, hidden_TD.shape[0]) for v in values)
 
 
@@ -219,7 +235,8 @@ def _each_backward(function, args, cotangents):
         return dkernel_DV + more_DV, dhidden_CD
 
     zero_DV = jnp.zeros_like(kernel_DV, jnp.float32)
-    chunks = _in_chunks(cotangents[0]), _chunks(hidden_TD, frozen, inputs)
+    size = _size(hidden_TD, kernel_DV, frozen)
+    chunks = _in_chunks(cotangents[0], size), _chunks(hidden_TD, kernel_DV, frozen, inputs)
     dkernel_DV, dhidden = lax.scan(step, zero_DV, chunks)
     dhidden_TD = _joined(dhidden, hidden_TD.shape[0]).astype(hidden_TD.dtype)
     return dhidden_TD, dkernel_DV.astype(kernel_DV.dtype), None, None
@@ -249,19 +266,25 @@ def _logits(hidden_CD: jax.Array, kernel_DV: jax.Array) -> Logits:
     return Logits(logit_CV)
 
 
-def _chunks(hidden_TD, frozen, inputs) -> tuple[jax.Array, tuple, tuple]:
+def _chunks(hidden_TD, kernel_DV, frozen, inputs) -> tuple[jax.Array, tuple, tuple]:
     """(hidden states, those of frozen models, inputs of each token) in chunks."""
+    size = _size(hidden_TD, kernel_DV, frozen)
     return (
-        _in_chunks(hidden_TD),
-        tuple(_in_chunks(h) for h, _ in frozen),
-        tuple(_in_chunks(a) for a in inputs if a.ndim),
+        _in_chunks(hidden_TD, size),
+        tuple(_in_chunks(h, size) for h, _ in frozen),
+        tuple(_in_chunks(a, size) for a in inputs if a.ndim),
     )
 
 
-def _in_chunks(a: jax.Array) -> jax.Array:
-    """[T, ...] to [chunks, C, ...], the last one filled up with tokens that count for nothing."""
+def _size(hidden_TD, kernel_DV, frozen=()) -> int:
+    """Tokens of a chunk; the logits of frozen models are alive with those of the first."""
+    words = kernel_DV.shape[1] + sum(kernel.shape[1] for _, kernel in frozen)
+    return chunk_tokens(hidden_TD.shape[0], words)
+
+
+def _in_chunks(a: jax.Array, size: int) -> jax.Array:
+    """[T, ...] to [chunks, size, ...], the last one filled up with tokens that count for nothing."""
     tokens = a.shape[0]
-    size = min(CHUNK_TOKENS, tokens)
     filler = IGNORE if jnp.issubdtype(a.dtype, jnp.signedinteger) else 0
     padding = [(0, -tokens % size)] + [(0, 0)] * (a.ndim - 1)
     return jnp.pad(a, padding, constant_values=filler).reshape(-1, size, *a.shape[1:])
@@ -281,7 +304,7 @@ def _zeros(function, hidden_TD, kernel_DV, frozen, inputs) -> tuple[jax.Array, .
     """A float32 0 for each sum, which differs between devices of the batch, not of the tensor axis."""
 
     def values():
-        chunk = jax.tree.map(lambda a: a[0], _chunks(hidden_TD, frozen, inputs))
+        chunk = jax.tree.map(lambda a: a[0], _chunks(hidden_TD, kernel_DV, frozen, inputs))
         return function(*_of_chunk(chunk, kernel_DV, frozen, inputs))[0]
 
     zero = lax.pmax(jnp.zeros_like(hidden_TD, jnp.float32, shape=()), "tensor")

@@ -26,7 +26,7 @@ from deepseek_jax.parallel.quantized import QuantizedWeight
 from deepseek_jax.parallel.weights import (
     apply_weight,
     gather_for_use,
-    gather_on_device,
+    gather_rounded,
     stored_arrays,
 )
 
@@ -232,7 +232,7 @@ class Embedding(nnx.Module):
 
         def one_device(ids_BS, *arrays):
             """Rows that this device holds, zeros for the others, summed over the tensor axis."""
-            weight_VD = gather_on_device(arrays, specs, jnp.float32)
+            weight_VD = gather_rounded(arrays, specs, dtype)
             rows = weight_VD.shape[0]
             local_BS = ids_BS - jax.lax.axis_index("tensor") * rows
             here_BS1 = ((local_BS >= 0) & (local_BS < rows))[..., None]

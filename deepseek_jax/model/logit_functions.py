@@ -59,6 +59,18 @@ class Logits(NamedTuple):
         """bool [C, V]: which word here is the token's."""
         return (ids_C - self.first)[:, None] == jnp.arange(self.words)
 
+    def at(self, ids_C: jax.Array) -> jax.Array:
+        """float32 [C]: the logit of each token's word, 0 of an id that is no word. It is gathered: a sum over
+        the words that are its own or 0 would be one more pass over all logits.
+        """
+        local_C = ids_C - self.first
+        here_C = (local_C >= 0) & (local_C < self.words)
+        place_C1 = jnp.where(here_C, local_C, 0)[:, None]
+        found_C = jnp.take_along_axis(self.logit_CV, place_C1, axis=1, mode="promise_in_bounds")[
+            :, 0
+        ]
+        return lax.psum(jnp.where(here_C, found_C, 0.0), "tensor")
+
     def softmax(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(largest logit [C, 1], exp(logit - largest) [C, V], its sum over all words [C, 1])."""
         most_C1 = lax.pmax(jnp.max(self.logit_CV, axis=-1, keepdims=True), "tensor")
@@ -140,8 +152,7 @@ class Targets(NamedTuple):
 def of_targets(logits: Logits, targets_C: jax.Array) -> Targets:
     counts_C = targets_C != IGNORE
     most_C1, exp_CV, total_C1 = logits.softmax()
-    here_CV = logits.is_word(targets_C)
-    target_C = lax.psum(jnp.sum(jnp.where(here_CV, logits.logit_CV, 0.0), axis=-1), "tensor")
+    here_CV, target_C = logits.is_word(targets_C), logits.at(targets_C)
     log_total_C = jnp.log(total_C1[:, 0]) + most_C1[:, 0]
     return Targets(
         counts_C,

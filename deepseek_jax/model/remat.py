@@ -13,14 +13,14 @@ def rematerialise(f: Callable, remat: str, offload: str = "") -> Callable:
 
     Args:
       f: the forward pass of a layer.
-      remat: `config.train.remat`.
+      remat: `config.train.remat`; `auto`, where nobody has said what it stands for, is `full`.
       offload: `config.offload.activations`.
     """
     if remat == "none":
         return jax.checkpoint(f, policy=_all_but_weights)
     if remat == "dots":
         return jax.checkpoint(f, policy=_dots)
-    if remat == "full":
+    if remat in ("full", "auto"):
         names: tuple[str, ...] = ()
     elif remat == "exchange":
         names = ("exchange",)

@@ -18,8 +18,9 @@ from deepseek_jax.parallel.quantized import QuantizedWeight
 
 Rules = dict[str, tuple[str, ...] | str | None]
 
-# Axes of parameters. `embed` is the axis of a dense weight that FULL_SHARD divides; an expert weight has
-# `expert_embed` there, because its experts already lie on the expert axis; a stack of some experts
+# Axes of parameters. `embed` is the axis of a dense weight that FULL_SHARD divides. An expert weight has
+# `expert_embed` there, because its experts already lie on the expert axis; it is divided further by experts
+# where their number allows it (`_by_experts`), along that axis else. A stack of some experts
 # (expert_rows.py) is divided as a dense weight. `lora_heads` is the output of a low-rank projection, which
 # has no embed axis, and `lora_expert_mlp` the side of an expert's adapter that has none. Heads, feed-forward
 # widths and the vocabulary lie on the
@@ -43,6 +44,8 @@ COMPUTE_RULES: Rules = {
     "heads_bias": "tensor",
     "embed_bias": None,
 }
+
+BY_EXPERTS = "by experts"  # no axis: the mesh axes that may divide experts further
 
 # strategy -> what is divided: over data x fsdp x expert, under hybrid_shard over fsdp x expert with replicas
 # along data. ZeRO-1 is the last column alone, ZeRO-2 the last two, ZeRO-3 all three.
@@ -73,6 +76,8 @@ def storage_rules(config: Config) -> tuple[Rules, Rules, Rules]:
             "lora_heads": ("tensor", *dense, "stage"),
             "expert_embed": (*experts, "stage"),
             "lora_expert_mlp": ("tensor", *experts, "stage"),
+            # Experts of which some learn are found by the expert axis alone (expert_rows.py).
+            BY_EXPERTS: () if config.esft.experts else experts,
         }
 
     divided, undivided = rules((*axes, "expert"), axes), rules((), ())
@@ -132,12 +137,29 @@ def specs(state: nnx.State, rules: Rules, min_weight_size: int = 0) -> nnx.State
         axes, w = logical_axes(v), v.get_value()
         size = math.prod(w.shape) // (w.shape[0] if axes[0] == "layers" else 1)
         chosen = COMPUTE_RULES if size < min_weight_size else rules
+        if "experts" in axes:
+            chosen = _by_experts(chosen, w.shape[axes.index("experts")])
         if isinstance(w, QuantizedWeight):
             _, structure = jax.tree.flatten(w)
             return v.replace(structure.unflatten([spec(a, chosen) for a in w.axes(axes)]))
         return v.replace(spec(axes, chosen))
 
     return jax.tree.map(of, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def _by_experts(rules: Rules, experts: int) -> Rules:
+    """The rules for weights of so many experts on the mesh in context: what divides an expert's matrices
+    takes whole experts instead, if it can. Their gather is one piece then; along the embed axis every expert
+    comes in slices, and both passes copy all of them to where the products want them.
+    """
+    further, mesh = rules.get(BY_EXPERTS), jax.sharding.get_abstract_mesh()
+    if not further or mesh.empty:
+        return rules
+    sizes = [mesh.shape[a] for a in further]
+    if math.prod(sizes) == 1 or experts % (mesh.shape["expert"] * math.prod(sizes)):
+        return rules
+    moved = {"experts": ("expert", *further), "expert_embed": ("stage",)}
+    return rules | moved | {"lora_expert_mlp": ("tensor", "stage")}
 
 
 def shardings(spec_tree: Any, mesh: jax.sharding.Mesh) -> Any:

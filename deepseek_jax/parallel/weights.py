@@ -17,7 +17,8 @@ A layer uses any of them in one of two ways. The gradient goes back by the trans
     outside `per_device`  gather_for_use(variable) or       norms, linear maps, the router: the all-gather
                           apply_weight(f, variable, ...)    of FULL_SHARD, one layer at a time
     inside `per_device`   stored_arrays(variable) outside,  experts, embedding, output head: this device's
-                          gather_on_device(arrays) inside   experts, heads or words, else the whole weight
+                          gather_on_device(arrays) inside,  experts, heads or words, else the whole weight
+                          or gather_rounded(arrays)
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -113,7 +115,7 @@ def per_replica_weights(copies: nnx.State) -> nnx.State:
     def value(v: nnx.Variable) -> nnx.Variable:
         w = v.get_value()
         stacked = v.get_metadata()["out_sharding"][0] == "layers"
-        return v.replace(PerReplicaWeight(jax.numpy.moveaxis(w, 0, 1) if stacked else w))
+        return v.replace(PerReplicaWeight(jnp.moveaxis(w, 0, 1) if stacked else w))
 
     return jax.tree.map(value, copies, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
@@ -235,6 +237,20 @@ def gather_on_device(arrays: Sequence[jax.Array], specs: list[P], dtype: Any) ->
     return checkpoint_name(w, WEIGHTS)
 
 
+def gather_rounded(arrays: Sequence[jax.Array], specs: list[P], dtype: Any) -> jax.Array:
+    """As `gather_on_device` in float32, of numbers rounded to `dtype`, in which they travel: for weights of
+    which a gradient is a sum of many, which stays float32 on its way back too.
+    """
+    if is_quantized(arrays) or arrays[0].dtype != jnp.float32 or dtype == jnp.float32:
+        return gather_on_device(arrays, specs, jnp.float32)
+
+    def gather(part: jax.Array) -> jax.Array:
+        return gather_on_device([part], specs[:1], jnp.float32)
+
+    rounded = gather_on_device(lax.stop_gradient(arrays), specs, dtype).astype(jnp.float32)
+    return checkpoint_name(_with_gradient_of(gather, arrays[0], rounded), WEIGHTS)
+
+
 def _all_gather(w: jax.Array, spec: P, held: tuple[str, ...] = ()) -> jax.Array:
     """`held`: axes that w varies over already, besides those of its spec."""
     named = [
@@ -248,12 +264,11 @@ def _all_gather(w: jax.Array, spec: P, held: tuple[str, ...] = ()) -> jax.Array:
     if missing := tuple(a for a in TOKEN_AXES if a not in varies):
         w = lax.pcast(w, missing, to="varying")
     for dimension, axes in named:
-        # Experts and the tensor axis are divided in use too. Where `expert` divides dense weights, it is with
-        # others; `tensor` is the outermost of several, so that its part stays in one piece.
-        axes = axes[1:] if axes[0] == "tensor" else axes
-        divided_in_use = axes in (("expert",), ())
+        # Experts and the tensor axis are divided in use too. They are the outermost of several, so that their
+        # part stays in one piece; where `expert` divides dense weights, it is not.
+        axes = axes[1:] if axes[0] in ("tensor", "expert") else axes
         # A gather over one device would only give the weight a layout that others must copy.
-        if not divided_in_use and lax.axis_size(axes) > 1:
+        if axes and lax.axis_size(axes) > 1:
             w = lax.all_gather(w, axes, axis=dimension, tiled=True)
     return w
 

@@ -30,6 +30,7 @@ import jax
 from rich.console import Console
 
 from deepseek_jax.cli.command import exit_code
+from deepseek_jax.cluster.gpus import memory_fraction
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import (
     asked,
@@ -87,13 +88,17 @@ def main(argv: list[str]) -> int:
             f"{topology.INSTALL}, or make plan ARGS=--roofline."
         )
     config, mesh, layout, stages = staged.lay_out(config, devices)
+    teacher = asked.find(config, mesh)
+    room = hardware.memory and int(hardware.memory * memory_fraction(mesh.size > 1))
+    beside = teacher.bytes if teacher else 0
+    config, mesh, layout, remat = topology.settle(config, mesh, layout, room, beside)
     expected = own.skew or "zipf"
     skew.rounds_at(
         expected, config, dict(mesh.shape)
     )  # a mistake is said before anything is compiled
     result = report.of_layout(config, mesh, layout, hardware, own.gpus_per_host)
     result["stages"] = stages
-    teacher = asked.find(config, mesh)
+    result["remat_choice"] = remat
     if teacher is not None:
         result["layout_bytes"]["frozen"] = teacher.bytes
     if own.hardware != "cpu" and not on_gpus:

@@ -130,7 +130,8 @@ def of_memory(available: int | None) -> str:
 
 def text(r: dict[str, Any]) -> str:
     """The report for a person."""
-    lines = [*_model(r), *_stages(r), *_mesh(r), *_memory_of_layout(r)]
+    remat = [("", r["remat_choice"])] if r.get("remat_choice") else []
+    lines = [*_model(r), *remat, *_stages(r), *_mesh(r), *_memory_of_layout(r)]
     if e := r["exchange"]:
         rows = f"{e['exchanged_rows']} exchanged and {e['expert_rows']} computed rows"
         lines += [

@@ -297,4 +297,4 @@ def described(reader: work.Reader, i: hlo.Instruction) -> str:
         "sort scatter gather reduce transpose dynamic-update-slice concatenate exponential copy convert"
     ).split()
     found_in = [opcode for opcode in telling if opcode in opcodes][:3]
-    return " + ".join(found_in) or (i.opcode if i.opcode != "fusion" else "elementwise")
+    return " + ".join(found_in) or (i.opcode if i.opcode not in work.FUSIONS else "elementwise")

@@ -29,6 +29,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.xla_options import with_known_options
 from deepseek_jax.runtime import jax_private
 from deepseek_jax.runtime.threads import enough_threads
+from deepseek_jax.train import kept
 from deepseek_jax.train.batch import abstract_batch
 from deepseek_jax.train.state import Layout, make_layout
 from deepseek_jax.train.step import make_train_step
@@ -138,6 +139,30 @@ def lay_out(config: Config, devices: list[Any]) -> tuple[jax.sharding.Mesh, Layo
     place = mesh.abstract_mesh if _offloads(config) and _is_elsewhere(mesh) else mesh
     objective = _objective(config)
     return mesh, make_layout(config, place, objective.frozen(place))
+
+
+class Settled(NamedTuple):
+    """A run laid out with what train.remat=auto stands for."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    layout: Layout
+    said: str  # a line on that choice; "" where there was none
+
+
+def settle(
+    config: Config, mesh: jax.sharding.Mesh, layout: Layout, room: int | None, beside: int = 0
+) -> Settled:
+    """What backward keeps, by the bytes of a device that a program may use.
+
+    Args:
+      mesh, layout: as `lay_out` has them.
+      room, beside: as kept.chosen has them.
+    """
+    config, said = kept.chosen(config, mesh, layout, room, beside)
+    if said:
+        mesh, layout = lay_out(config, sorted(mesh.devices.flat, key=lambda d: d.id))
+    return Settled(config, mesh, layout, said)
 
 
 def _offloads(config: Config) -> bool:

@@ -29,7 +29,7 @@ from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.run import answers, init_from, lock, passes, summary
+from deepseek_jax.run import answers, init_from, lock, passes, remat, summary
 from deepseek_jax.run.batches import Batch
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
@@ -164,11 +164,13 @@ class Job:
 
     def stages(self) -> Iterator[Config]:
         """The options of each stage that is left (stages.py); of a run without stages its own."""
+        where = self._mesh, self.teacher, self._processes
         if self._staged is None:
+            self._config = remat.settled(self._config, *where)
             yield self._config
             return
         while self._staged.begin(self._result):
-            yield self._staged.stage.options
+            yield remat.settled(self._staged.stage.options, *where)
 
     def find_start(self, model: Layout, objective: Objective) -> Start:
         """Where the state comes from (start.py). Says what is about to happen.

@@ -22,7 +22,7 @@ from deepseek_jax.parallel.weights import (
     per_replica_weights,
     replicated_weights,
 )
-from deepseek_jax.train import projection, some_experts
+from deepseek_jax.train import cast_weights, projection, some_experts
 from deepseek_jax.train.state import Layout, TrainState
 
 # Of a model without experts.
@@ -62,13 +62,17 @@ class Learner(NamedTuple):
           to be summed.
         """
 
+        # Here, and not in `_gradients`: the scan below would cast them again for every micro-batch.
+        state = state._replace(params=cast_weights.in_compute_dtype(self.config, state.params))
+
         def one(batch: Batch):
             return self._gradients(state, frozen, batch, totals, scale)
 
         if jax.sharding.get_abstract_mesh().shape["stage"] > 1:
             return one(batch)
         if batch["tokens"].shape[0] == 1:
-            return one(jax.tree.map(lambda a: a[0], batch))
+            grads, parts, load = one(jax.tree.map(lambda a: a[0], batch))
+            return cast_weights.widened(grads), parts, load
 
         def more(carry, micro):
             new = one(micro)
@@ -134,4 +138,5 @@ class Learner(NamedTuple):
 
 
 def _add_to(buffer: jax.Array, g: jax.Array) -> jax.Array:
+    """A micro-batch's gradient, in float32 or the compute dtype, added in the wider dtype of the two."""
     return jnp.add(buffer, g).astype(buffer.dtype)

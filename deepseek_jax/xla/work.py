@@ -27,6 +27,9 @@ WHOLE = frozenset(
     "select-and-scatter dynamic-update-slice".split()
 )
 SLICES = ("slice", "dynamic-slice", "gather")
+# From jax 0.11 on a slice of a stack, or an update of one, may be a kernel on a stream beside the others. It
+# counts as one among them: what else runs then wants the memory's bytes too.
+FUSIONS = ("fusion", "fusion-start")
 SORTED_AT_ONCE = 2**11  # keys that one block of a bitonic sort holds in shared memory
 
 
@@ -74,7 +77,7 @@ class Reader:
         here = self.module.computations[computation]
         operands = [here[name] for name in i.operands if name in here]
         read, written = float(sum(o.bytes for o in operands)), float(i.bytes)
-        if i.opcode == "fusion":
+        if i.opcode in FUSIONS:
             f = self._fusion(i.called["calls"][0])
             return Work(dict(f.flops), f.passes * f.read, f.passes * f.written, f.passes)
         if i.opcode == "dot":
@@ -102,14 +105,14 @@ class Reader:
         """(computation, dot) of the matrix products in an instruction, those inside a fusion too."""
         if i.opcode == "dot":
             yield computation, i
-        elif i.opcode == "fusion":
+        elif i.opcode in FUSIONS:
             body = i.called["calls"][0]
             for inner in self.module.computations[body].values():
                 yield from self.products(body, inner)
 
     def opcodes(self, i: Instruction) -> set[str]:
         """Of an instruction and all that is fused into it."""
-        if i.opcode != "fusion":
+        if i.opcode not in FUSIONS:
             return {i.opcode}
         body = self.module.computations[i.called["calls"][0]].values()
         return set().union(*(self.opcodes(inner) for inner in body))

@@ -18,7 +18,7 @@ from deepseek_jax.config.options import IGNORE, MeshConfig, ModelConfig
 from deepseek_jax.model import head, logit_functions
 from deepseek_jax.model.divergences import TopTeacher, WholeTeacher
 from deepseek_jax.parallel import sharding
-from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.mesh import make_mesh, per_device
 from tests.support import conversion
 
 B, S, D, TEACHER_D, V, K, T, BETA = 2, 13, 16, 12, 40, 5, 2.0, 0.3
@@ -197,6 +197,48 @@ def test_functions_of_the_head(mesh, chunk, tied, monkeypatch):
             (dhidden, dkernel), (hidden, kernel) = found[name], wanted[name]
             conversion.assert_close(dhidden, hidden, what=f"{name}: hidden states")
             conversion.assert_close(dkernel.T if tied else dkernel, kernel, what=f"{name}: head")
+
+
+def test_the_logit_of_a_target():
+    """First and last words of each device's part, and tokens without a target: the float64 value, 0 there."""
+    logits = np.random.default_rng(1).standard_normal((6, V))
+    ids = np.asarray([0, V // 2 - 1, V // 2, V - 1, IGNORE, 7], np.int32)
+    config = dataclasses.replace(
+        conversion.config_of(ModelConfig()), mesh=MeshConfig(fsdp=1, tensor=2)
+    )
+
+    def one_device(logits_CV, ids_C):
+        found = logit_functions.of_targets(logit_functions.Logits(logits_CV), ids_C)
+        return found.nll_C, found.likeliest_C
+
+    with jax.set_mesh(make_mesh(config, jax.devices()[:2])):
+        specs = jax.P(None, "tensor"), jax.P()
+        f = conversion.jit(per_device(one_device, specs, (jax.P(), jax.P())))
+        nll, likeliest = f(jax.device_put(jnp.float32(logits), specs[0]), ids)
+    wanted = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(6), ids % V]
+    conversion.assert_close(nll, np.where(ids == IGNORE, 0, wanted))
+    best = logits.argmax(axis=1) == ids
+    assert np.array_equal(np.asarray(likeliest)[ids != IGNORE], best[ids != IGNORE])
+
+
+def test_tokens_of_a_chunk(monkeypatch):
+    """On a CPU 1,024; on a GPU up to 4,096, fewer of a large vocabulary, and the last chunk is no less full
+    than a tile of the others.
+    """
+    with conversion.on_mesh(conversion.config_of(ModelConfig())):
+        assert head.chunk_tokens(16384, 102400) == 1024 and head.chunk_tokens(100, 8) == 100
+    monkeypatch.setattr(head, "on_cpu", lambda: False)
+    assert [head.chunk_tokens(16384, words) for words in (32000, 102400, 256000, 10**7)] == [
+        4096,
+        4096,
+        2048,
+        1024,
+    ]
+    assert head.chunk_tokens(100, 8) == 100
+    for tokens in range(1, 20000, 331):
+        size = head.chunk_tokens(tokens, 102400)
+        padding = -(-tokens // size) * size - tokens
+        assert size <= 4096 and padding < head.TILE * -(-tokens // size)
 
 
 @pytest.mark.parametrize("kind,beta", [("forward", 0), ("reverse", 1), ("mixture", 0.3)])

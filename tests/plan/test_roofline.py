@@ -154,8 +154,9 @@ def test_a_further_round_makes_the_experts_products_again(for_two_h200s):
 
 
 def test_what_it_says(capsys):
-    text = run(capsys, *ON_CPU, *TWO, "--skew=1.6", "--config.train.remat=full")
+    text = run(capsys, *ON_CPU, *TWO, "--skew=1.6", "--config.train.remat=auto")
     for said in (
+        "remat auto: full, as on CPUs",
         "2 rounds of the dispatch at --skew=1.6: largest load 2.60 x the mean",
         "with one round ",
         "part, ms derated",

@@ -119,9 +119,10 @@ class TrainConfig:
         aliases=[Alias("bfloat16", deepspeed="data_types.grad_accum_dtype: bf16")],
     )
     remat: str = option(
-        "full",
+        "auto",
         "What a layer keeps for backward; the rest is computed again.",
         choices={
+            "auto": "what fits a GPU's memory, said at the start; full on CPUs and with stages",
             "none": "all but weights",
             "dots": "matmul results",
             "full": "nothing but its input",

@@ -22,7 +22,7 @@ def settle(m: Migration) -> None:
         m.drop("train.accumulation_dtype", "a step has one micro-batch")
     if _value(m, "offload.parameters") and _value(m, "train.remat") == "none":
         m.set("train.remat", "full", "offload.parameters", how="weights on the host need it")
-    if _value(m, "offload.activations") and _value(m, "train.remat") not in ("full",):
+    if _value(m, "offload.activations") and _value(m, "train.remat") not in ("full", "auto"):
         m.set("train.remat", "full", "offload.activations", how="what is offloaded needs it")
     if m.fact("workdir"):
         m.set_flag("--workdir", m.fact("workdir"), "workdir")
