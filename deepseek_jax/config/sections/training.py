@@ -146,8 +146,10 @@ class TrainConfig:
         "auto",
         "Which attention kernel.",
         choices={
-            "auto": "blocks",
+            "auto": "mosaic on Hopper GPUs, if it works there; else blocks",
             "blocks": "any device",
+            "mosaic": "fused kernels for Hopper GPUs, bfloat16 or float16",
+            "triton": "fused kernels for NVIDIA GPUs from Ampere on",
             "cudnn": "NVIDIA GPUs from Hopper on, bfloat16; blocks for packed sequences, or if cuDNN is "
             "too old",
         },
