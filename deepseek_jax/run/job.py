@@ -127,7 +127,8 @@ class Job:
             check_installed(config)
         self._mesh = make_mesh(config)
         if config.model.has_experts:  # kernels that do not work here are found out now
-            found = implementations.kernels(config.moe.experts_implementation, config.train.dtype)
+            asked, t = config.moe.experts_implementation, config.train
+            found = implementations.choose(asked, t.dtype, t.fp8)
             self._processes.agree("kernels", {implementations.OPTION: str(found)})
         tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
         check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)

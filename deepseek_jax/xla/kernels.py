@@ -5,7 +5,7 @@ Kinds say which unit of a device does the work, at which rate (plan/hardware.py)
     bf16, fp8, tf32, f32    matrix products, by the type of their operands and the precision asked
                             for: float32 without one is tf32 on a GPU
     attention_forward, attention_backward    fused attention, causal: cuDNN's, or in Pallas
-    grouped                 a product of rows by the matrix of their expert, in Pallas
+    grouped, grouped_fp8    a product of rows by the matrix of their expert, in Pallas
 """
 
 import math
@@ -14,7 +14,16 @@ from typing import NamedTuple
 
 from deepseek_jax.xla.hlo import Array, Instruction, arrays
 
-KINDS = ("bf16", "fp8", "tf32", "f32", "attention_forward", "attention_backward", "grouped")
+KINDS = (
+    "bf16",
+    "fp8",
+    "tf32",
+    "f32",
+    "attention_forward",
+    "attention_backward",
+    "grouped",
+    "grouped_fp8",
+)
 # Precisions that XLA may be told to take instead of what the operands' type says.
 ALGORITHMS = {
     "dot_bf16_bf16_f32": "bf16",
@@ -96,7 +105,8 @@ def custom_call(
         if found := fused_attention(operands, arrays(i.shape)):
             return Call(found)
         flops = grouped(operands, arrays(i.shape), assignments)
-        return Call({"grouped": flops}) if flops else None
+        kind = "grouped_fp8" if any(a.dtype.startswith("f8") for a in operands) else "grouped"
+        return Call({kind: flops}) if flops else None
     return Call({}) if any(known in name for known in WITHOUT_PRODUCTS) else None
 
 

@@ -111,6 +111,23 @@ class TrainConfig:
             ),
         ],
     )
+    fp8: str = option(
+        "none",
+        "Products of the routed experts in FP8; all else, and the weights, as without it.",
+        choices={
+            "none": "in train.dtype",
+            "row": "a scale for each row and each column of a product; e4m3, gradients in e5m2. On devices "
+            "without FP8 (GPUs before Ada, CPUs) the same numbers, slower",
+        },
+        on_resume="free",
+        aliases=[
+            Alias(
+                "row",
+                nemo=("fp8: hybrid", "fp8_format: hybrid"),
+                note="routed experts alone; scales of rows and columns, not of tensors",
+            )
+        ],
+    )
     accumulation_dtype: str = option(
         "float32",
         "Dtype of the micro-batches' summed gradients.",

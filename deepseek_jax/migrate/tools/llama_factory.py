@@ -21,7 +21,7 @@ from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import hf, megatron_model
 from deepseek_jax.migrate.tools import megatron_training as mt
-from deepseek_jax.migrate.tools.shared import because, lora_modules, need, tell_defaults
+from deepseek_jax.migrate.tools.shared import NO_FP8, because, lora_modules, need, tell_defaults
 
 KERNELS = "XLA chooses and fuses kernels"
 OF_METHOD = "it is of a method that is not chosen"
@@ -260,7 +260,7 @@ TABLE: dict[str, Handler] = {
     "enable_thinking": thinking,
     "disable_shuffling": refuse("every pass has an order of its own here", "Set it to false"),
     "ray_num_workers": workers,
-    "fp8*": refuse("train.dtype is float32, bfloat16 or float16 here", "Leave fp8 out"),
+    "fp8*": refuse(NO_FP8, "Leave fp8 out"),
     **because(
         {
             KERNELS: (

@@ -24,7 +24,7 @@ from deepseek_jax.migrate.tools import nemo_words as words
 from deepseek_jax.migrate.tools.megatron_handlers import flag, whole
 from deepseek_jax.migrate.tools.megatron_model import MODEL, finish_model, padded_vocabulary
 from deepseek_jax.migrate.tools.megatron_run import CONVERT
-from deepseek_jax.migrate.tools.shared import because, need
+from deepseek_jax.migrate.tools.shared import NO_FP8, because, need
 
 UNASKED = (
     ("normalization", "layernorm", "layers are normed by RMSNorm here", "Set it to rmsnorm"),
@@ -77,7 +77,7 @@ MODEL_OF_NEMO: Mapping[str, Handler] = {
     "hysteresis": mt.of_float16("fp16.hysteresis"),
     "fsdp": words.fsdp,
     "fsdp_*": no_effect("model.fsdp says what is divided"),
-    "fp8": refuse("train.dtype is float32, bfloat16 or float16 here", "Set it to false"),
+    "fp8": refuse(NO_FP8, "Set it to false"),
     "fp8_*": no_effect("they are of fp8"),
     "reduce_amax": no_effect("it is of fp8"),
     "cpu_offloading_*": no_effect("cpu_offloading says so"),

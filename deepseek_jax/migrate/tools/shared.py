@@ -34,6 +34,8 @@ DEFAULTS = {
     "log.trackers": "",
 }
 
+NO_FP8 = "FP8 is of routed experts alone here, and an option of its own, config.train.fp8=row"
+
 
 def because(reasons: Mapping[str, str]) -> dict[str, Handler]:
     """Rows of a table for keys without an effect: why -> keys and patterns, separated by spaces."""
