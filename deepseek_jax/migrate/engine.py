@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 
 from deepseek_jax.errors import UserError
@@ -57,6 +58,8 @@ def _read(m: Migration, found: Assigned) -> None:
             continue
         handler = found.tool.handler(found.tool.key(entry.key))
         if handler is None:
+            if re.match(r"(defaults|hydra)(\.|$)", entry.key):
+                m.no_effect(entry, "it is Hydra's: what defaults name is read")
             continue  # unknown: Migration.verdict
         if entry.value == "???":
             m.refuse(entry, "??? stands for a value that must be given", "Write it there")
@@ -65,7 +68,12 @@ def _read(m: Migration, found: Assigned) -> None:
             handler(m, entry)
         except UserError as e:
             m.refuse(entry, str(e).rstrip("."))
-        except (TypeError, ValueError):  # a list where a number belongs, and the like
+        except (
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            AttributeError,
+        ):  # a list for a number, and so on
             m.refuse(entry, "its value is not of the right kind", "Correct it there")
 
 

@@ -9,6 +9,7 @@ from deepseek_jax.config.options import OPTIONS
 from deepseek_jax.migrate.facts import COUNTS, FACTS
 from deepseek_jax.migrate.source import Entry, Rank, Source
 
+MOST = 1 << 30  # of what is counted: sequences of a step, devices
 AUTO = "auto"  # of DeepSpeed: the value that others tell
 
 
@@ -71,7 +72,7 @@ class Migration:
       rows: examples of the data, of --rows.
       settings: the options of the new config.
       flags: of the launch command, beside them: "--workdir".
-      downloads: folder -> command that fills it from the hub.
+      downloads: folder -> the words of the command that fills it from the hub.
     """
 
     devices: int | None = None
@@ -85,7 +86,7 @@ class Migration:
     verdicts: dict[Entry, Verdict] = field(default_factory=dict)
     settings: dict[str, Setting] = field(default_factory=dict)
     flags: dict[str, Setting] = field(default_factory=dict)
-    downloads: dict[str, str] = field(default_factory=dict)
+    downloads: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     absent: list[Entry] = field(default_factory=list)  # refused though no source has them
     _at: Reading | None = None  # whose entries are read now
@@ -102,8 +103,8 @@ class Migration:
           name: a key of FACTS, or an option's full name: "optimizer.b1".
           rank: in place of the entry's own.
         """
-        if name in COUNTS and value < 1:
-            self.refuse(entry, "it is not 1 or more", "Correct it there")
+        if name in COUNTS and not 1 <= value <= MOST:
+            self.refuse(entry, f"it is not between 1 and {MOST}", "Correct it there")
             return
         self._tell(name, value, entry, entry.rank if rank is None else rank)
 

@@ -1,5 +1,7 @@
 """Sequences of a step: what a device takes at once, micro-batches, and their product over the devices."""
 
+import math
+
 from deepseek_jax.errors import UserError
 from deepseek_jax.migrate.arithmetic.devices import WORLD, Layout
 from deepseek_jax.migrate.migration import Migration
@@ -94,5 +96,6 @@ def _micro_batches(m: Migration, size: int, layout: Layout) -> int:
         wanted = int(times or 1)
         each = max(size // (wanted * layout.data_theirs), 1)
     rows = size // layout.data_ours  # of a device, in a step
-    fewest = -(-rows // int(each))
-    return next(n for n in range(min(fewest, rows), rows + 1) if rows % n == 0)
+    fewest = min(-(-rows // int(each)), rows)
+    small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
+    return min(n for d in small for n in (d, rows // d) if n >= fewest)

@@ -328,5 +328,5 @@ def _tool(name: str, title: str, version: int, trl: bool) -> Tool:
 
 HF4 = _tool("hf4", "transformers 4", 4, False)
 HF5 = _tool("hf5", "transformers 5", 5, False)
-TRL = _tool("trl", "TRL 1", 5, True)
-OPEN_R1 = _tool("open_r1", "TRL 0", 4, True)
+TRL = _tool("trl", "TRL 1.x", 5, True)
+OPEN_R1 = _tool("open_r1", "TRL 0.x", 4, True)

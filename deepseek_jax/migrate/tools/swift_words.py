@@ -65,8 +65,8 @@ def _from_modelscope(m: Migration, kind: str, names: list[str]) -> None:
         return
     for folder, command in m.downloads.items():
         for name in names:
-            if command.endswith(f" {name} --local-dir {folder}"):
-                m.downloads[folder] = f"modelscope download {kind} {name} --local_dir {folder}"
+            if command[-3:] == [name, "--local-dir", folder]:
+                m.downloads[folder] = ["modelscope", "download", kind, name, "--local_dir", folder]
 
 
 def dataset(m: Migration, entry: Entry) -> None:
