@@ -83,6 +83,11 @@ def main(argv: list[str]) -> int:
         raise UserError("nothing to migrate. Name a recipe, or give --command. See --help.")
     if args.out:
         paths.check_output("--out", args.out, args.files)
+        stem, ending = os.path.splitext(args.out)
+        if ending != ".py" and (os.path.isfile(args.out) or not os.path.exists(args.out)):
+            raise UserError(
+                f"--out={args.out} will be a Python file, as train.py reads it. Name it {stem}.py."
+            )
     elif args.template is not None:
         raise UserError(
             f"--template={args.template!r} starts a config that is written. Give --out=configs/NAME.py too."

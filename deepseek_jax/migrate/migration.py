@@ -1,6 +1,7 @@
 """One migration under way: what was told, what each entry became, the options that follow."""
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,14 @@ from deepseek_jax.migrate.facts import COUNTS, FACTS
 from deepseek_jax.migrate.source import Entry, Rank, Source
 
 MOST = 1 << 30  # of what is counted: sequences of a step, devices
+# A variable or a reference that nothing has filled in, and where one cannot stay.
+OPEN = re.compile(r"\$\{|\$\w")
+NAMES = {
+    "workdir": "--workdir",
+    "log.run_name": "config.log.run_name",
+    "log.project": "config.log.project",
+}
+PATHS = ("data.path", "init_from", "distill.teacher", "data.tokenizer")
 AUTO = "auto"  # of DeepSpeed: the value that others tell
 
 
@@ -106,6 +115,15 @@ class Migration:
         if name in COUNTS and not 1 <= value <= MOST:
             self.refuse(entry, f"it is not between 1 and {MOST}", "Correct it there")
             return
+        if isinstance(value, str) and OPEN.search(value):
+            if name in NAMES:
+                ours = NAMES[name]
+                self.no_effect(entry, f"it has a variable that is not known here: {ours} sets it")
+                return
+            if name in PATHS:
+                self.note(
+                    f"To be given: config.{name}: {entry.text} has a variable that is not known here."
+                )
         self._tell(name, value, entry, entry.rank if rank is None else rank)
 
     def tell_auto(self, entry: Entry, name: str) -> None:

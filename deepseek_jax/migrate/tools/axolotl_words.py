@@ -41,7 +41,8 @@ def data_type(m: Migration, entry: Entry) -> None:
         need(
             m,
             "data.path",
-            f"write its rows as prompt and completion, with the words that {kind} puts around them",
+            f"write its rows as prompt and completion, with the words that {kind} puts around them "
+            f"(docs/migrate.md, Data sets by name)",
         )
     elif kind.startswith("sharegpt"):
         m.tell(entry, "sft.format", "conversations")

@@ -257,6 +257,11 @@ def _tell_fsdp(m: Migration, version: int) -> None:
             m.default("checkpoint.kind", "full")
     elif not any(r.kin in ("accelerate", "deepspeed") for r in m.readings):
         m.default("strategy", "no_shard")
+        if m.told_of("world") != 1:
+            m.note(
+                "No file of Accelerate or DeepSpeed and no fsdp: every GPU holds the whole state, as theirs "
+                "does then. Give the file that they launch with as well."
+            )
 
 
 def _tell_fine_tuning(m: Migration) -> None:

@@ -94,7 +94,11 @@ def dataset(m: Migration, entry: Entry) -> None:
         else "chats, a column messages"
     )
     most = f", {m.value('max_samples')} rows of each at most" if m.value("max_samples") else ""
-    need(m, "data.path", f"write {', '.join(names)} as JSONL of {rows}{most} (docs/data.md)")
+    need(
+        m,
+        "data.path",
+        f"write {', '.join(names)} as JSONL of {rows}{most} (docs/migrate.md, Data sets by name)",
+    )
 
 
 def template(m: Migration, entry: Entry) -> None:

@@ -22,7 +22,12 @@ from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools import nemo_finetuning as tuning
 from deepseek_jax.migrate.tools import nemo_words as words
 from deepseek_jax.migrate.tools.megatron_handlers import flag, whole
-from deepseek_jax.migrate.tools.megatron_model import MODEL, finish_model, padded_vocabulary
+from deepseek_jax.migrate.tools.megatron_model import (
+    MODEL,
+    ask_vocabulary,
+    finish_model,
+    padded_vocabulary,
+)
 from deepseek_jax.migrate.tools.megatron_run import CONVERT
 from deepseek_jax.migrate.tools.shared import because, need
 
@@ -181,12 +186,7 @@ def _vocabulary(m: Migration) -> None:
     elif kind in VOCABULARIES:
         padded_vocabulary(m, m.entry("tokenizer.type"), VOCABULARIES[kind], multiple)
     else:
-        need(
-            m,
-            "model.vocab_size",
-            f"the size of the tokenizer, rounded up to a multiple of {multiple}",
-            "SIZE",
-        )
+        ask_vocabulary(m, multiple)
 
 
 TOOL = Tool(

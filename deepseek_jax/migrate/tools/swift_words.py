@@ -75,10 +75,13 @@ def dataset(m: Migration, entry: Entry) -> None:
     names = list(dict.fromkeys(str(w).partition("#")[0].partition(":")[0] for w in words))
     hub_data(m, entry, names)
     _from_modelscope(m, "--dataset", names)
-    cut = [str(w) for w in words if "#" in str(w)]
-    if cut:
-        need(m, "data.path", f"so many rows of each as stand behind #: {', '.join(cut)}")
-    need(m, "data.path", "rows as chats, a column messages (docs/data.md)")
+    cut = [str(w).partition("#") for w in words if "#" in str(w)]
+    most = "".join(f", {count} rows of {name}" for name, _, count in cut)
+    need(
+        m,
+        "data.path",
+        f"write their rows as chats, a column messages{most} (docs/migrate.md, Data sets by name)",
+    )
 
 
 def held_out(m: Migration, entry: Entry) -> None:
