@@ -11,6 +11,8 @@ from deepseek_jax.migrate.detect import Assigned, assign
 from deepseek_jax.migrate.migration import Migration, Reading
 from deepseek_jax.migrate.source import Entry, Rank, Source
 
+# What handlers raise where a list stands for a number, and the like.
+WRONG_KIND = (TypeError, ValueError, ArithmeticError, AttributeError)
 # Flags whose value is a recipe, or its name in a folder of configs.
 NAMING = ("config", "config_file", "config_name", "config_path")
 
@@ -68,12 +70,7 @@ def _read(m: Migration, found: Assigned) -> None:
             handler(m, entry)
         except UserError as e:
             m.refuse(entry, str(e).rstrip("."))
-        except (
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            AttributeError,
-        ):  # a list for a number, and so on
+        except WRONG_KIND:
             m.refuse(entry, "its value is not of the right kind", "Correct it there")
 
 

@@ -154,9 +154,8 @@ def finish(m: Migration) -> None:
         )
     warmup, peak = whole(m, "optim.sched.warmup_steps"), m.told_of("learning_rate")
     if warmup and peak and not whole(m, "optim.sched.constant_steps"):
-        m.default(
-            "warmup_init", peak / (warmup + 1)
-        )  # its warmup is (step + 1) / (warmup_steps + 1)
+        # its warmup is (step + 1) / (warmup_steps + 1)
+        m.default("warmup_init", peak / (warmup + 1))
     m.default("learning_rate", 2e-4)
     m.default("schedule", "cosine")
     m.default("min_lr", 0.0)
