@@ -1,12 +1,11 @@
 """What a GPU that is not here would hold: bytes of steps as XLA's compiler for an H200 allots them.
 
-  .venv-gpu-aot/bin/python -m benchmarks fits lora_v2_lite|distil_qwen3_30b|distributed [--only=int8] [--json]
+  .venv-gpu-aot/bin/python -m benchmarks fits lora_v2_lite|distil_qwen3_30b [--only=int8] [--json]
 
 lora_v2_lite: LoRA of rank 16 on every expert of DeepSeek-V2-Lite, on one GPU of 80 GB, by what its
 base is held in. distil_qwen3_30b: Qwen3-30B-A3B teaches a student of half its experts on 8 H200s, by
-what the teacher is held in, with the full vocabulary, and beside it the student alone. distributed:
-configs/distributed.py on 4 H200s, as it is and as the guide's file has it (ddp). Only shapes are
-needed, no weights. Each row takes some minutes and some GB of memory; a row that --out=FILE has
+what the teacher is held in, with the full vocabulary, and beside it the student alone. Only shapes
+are needed, no weights. Each row takes some minutes and some GB of memory; a row that --out=FILE has
 already is not compiled again, and says of which commit it is. Needs JAX's GPU compiler (make plan
 installs it).
 """
@@ -95,14 +94,6 @@ CASES = {
             "--config.lora.r=16",
         ),
         {name: (f"--config.lora.base_dtype={name}",) for name in ("bfloat16", "int8", "nf4")},
-    ),
-    "distributed": Case(
-        "configs/distributed.py: 16 experts, 24 layers of 1024, 32 x 2,048 tokens in 4 micro-batches",
-        4,
-        141_000_000_000,
-        "configs/distributed.py",
-        ("--config.data.path=stdlib",),
-        {"full_shard": (), "ddp": ("--config.sharding.strategy=ddp",)},
     ),
     "distil_qwen3_30b": Case(
         "Qwen3-30B-A3B teaches a student with 64 of its 128 experts, 16 x 2,048 tokens in 2 micro-batches",
