@@ -93,10 +93,8 @@ def _words(given: str) -> list[str]:
 
 def _kubernetes(name: str) -> str:
     """A name that Kubernetes takes."""
-    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower()).strip(
-        "-0123456789"
-    )
-    return kept[:40].rstrip("-") or "train"
+    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower())
+    return kept.lstrip("-0123456789")[:40].rstrip("-") or "train"
 
 
 def _is_of_slurm(file: str) -> bool:

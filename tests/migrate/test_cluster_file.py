@@ -14,6 +14,7 @@ model_name_or_path: org/model
 dataset_name: org/chats
 per_device_train_batch_size: 2
 num_train_epochs: 2
+warmup_ratio: 0.1
 output_dir: out/My_Run.1
 """
 SCRIPT = """\

@@ -203,7 +203,6 @@ def test_groups_of_groups(tmp_path):
         "",
         "\n",
         "; ; ;",
-        "$(rm -rf x)",
         "--learning_rate=1",
     ],
 )
