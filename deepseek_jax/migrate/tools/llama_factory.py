@@ -21,7 +21,7 @@ from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import hf, megatron_model
 from deepseek_jax.migrate.tools import megatron_training as mt
-from deepseek_jax.migrate.tools.shared import because, lora_modules, need, tell_defaults
+from deepseek_jax.migrate.tools.shared import BY_NAME, because, lora_modules, need, tell_defaults
 
 KERNELS = "XLA chooses and fuses kernels"
 OF_METHOD = "it is of a method that is not chosen"
@@ -94,11 +94,7 @@ def dataset(m: Migration, entry: Entry) -> None:
         else "chats, a column messages"
     )
     most = f", {m.value('max_samples')} rows of each at most" if m.value("max_samples") else ""
-    need(
-        m,
-        "data.path",
-        f"write {', '.join(names)} as JSONL of {rows}{most} (docs/migrate.md, Data sets by name)",
-    )
+    need(m, "data.path", f"write {', '.join(names)} as JSONL of {rows}{most} {BY_NAME}")
 
 
 def template(m: Migration, entry: Entry) -> None:

@@ -5,7 +5,7 @@ from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
 from deepseek_jax.migrate.tools import hf, trl_arguments
-from deepseek_jax.migrate.tools.shared import hub_data, need
+from deepseek_jax.migrate.tools.shared import BY_NAME, hub_data, need
 
 # Its own files of DeepSpeed's options, by name.
 ZERO: dict[str, dict[str, object]] = {
@@ -80,7 +80,7 @@ def dataset(m: Migration, entry: Entry) -> None:
     need(
         m,
         "data.path",
-        f"write their rows as chats, a column messages{most} (docs/migrate.md, Data sets by name)",
+        f"write their rows as chats, a column messages{most} {BY_NAME}",
     )
 
 
