@@ -7,7 +7,9 @@ import pytest
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
 from deepseek_jax.migrate import __main__ as command
+from deepseek_jax.migrate.tools import shared
 from deepseek_jax.run import commandline
+from tests.support import ROOT
 
 RECIPE = """\
 model_name_or_path: org/model
@@ -120,3 +122,8 @@ def test_train_py_says_to_migrate(name):
         commandline.parse(["train.py", f"--config={name}", "--workdir=run"])
     with pytest.raises(UserError, match=f"python -m deepseek_jax.migrate {name}"):
         commandline.parse(["train.py", "--config", name, "--workdir=run"])
+
+
+def test_the_page_that_messages_name():
+    page, _, heading = shared.BY_NAME.strip("()").partition(", ")
+    assert f"\n## {heading}\n" in (ROOT / page).read_text(encoding="utf-8")
