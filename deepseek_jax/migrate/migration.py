@@ -191,8 +191,9 @@ class Migration:
         return max(found, key=lambda e: e.rank, default=None)
 
     def told_of(self, name: str) -> Any:
-        """The value of a fact so far, of the highest rank; None: nobody said so."""
-        best = max(self.told.get(name, ()), key=lambda t: t.rank, default=None)
+        """The value of a fact so far, of the highest rank; None: nobody said so, or auto alone."""
+        told = [t for t in self.told.get(name, ()) if t.value != AUTO]
+        best = max(told, key=lambda t: t.rank, default=None)
         return None if best is None else best.value
 
     # ---- what arithmetic calls, after `settle`

@@ -1,5 +1,6 @@
 """Files and command lines that nobody should have written: each ends in one line, soon, and harms nothing."""
 
+import json
 import time
 
 import pytest
@@ -265,3 +266,23 @@ def test_micro_batches_of_any_number(size, each, theirs, ours):
     assert rows % times == 0 and rows // times <= each
     if rows < 1000:
         assert times == next(n for n in range(1, rows + 1) if rows % n == 0 and rows / n <= each)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "model: a\ntuner_type: full\ndataset: b\nmax_length: 128\n",
+        "trainer: {devices: 8}\nmodel: {encoder_seq_length: 128, optim: {sched: {warmup_steps: 5}}}\n",
+    ],
+)
+def test_auto_beside_other_recipes(recipe):
+    """DeepSpeed's auto is no number, whoever wrote the recipe."""
+    auto = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    auto |= {
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+    }
+    try:
+        migrate(recipe, json.dumps(auto), devices=8)
+    except UserError as error:
+        assert "\n" not in str(error)
