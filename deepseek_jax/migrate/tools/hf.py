@@ -257,7 +257,7 @@ def _tell_fsdp(m: Migration, version: int) -> None:
             m.default("checkpoint.kind", "full")
     elif not any(r.kin in ("accelerate", "deepspeed") for r in m.readings):
         m.default("strategy", "no_shard")
-        if m.told_of("world") != 1:
+        if 1 not in (m.devices, m.told_of("world")):
             m.note(
                 "No file of Accelerate or DeepSpeed and no fsdp: every GPU holds the whole state, as theirs "
                 "does then. Give the file that they launch with as well."
