@@ -42,7 +42,7 @@ from deepseek_jax.run.staged import StagedRun
 from deepseek_jax.run.start import Start
 from deepseek_jax.run.teacher import Teacher
 from deepseek_jax.run.teacher_records import TeacherRecords
-from deepseek_jax.run.trackers.every import check_installed
+from deepseek_jax.run.trackers.every import Trackers, check_installed
 from deepseek_jax.run.watchdog import Watchdog, end_alone
 from deepseek_jax.runtime import compile_cache
 from deepseek_jax.train import workdir as workdirs
@@ -89,6 +89,7 @@ class Job:
         self._staged: StagedRun | None = None  # with config.distill.stages
         self._frozen: ModelWeights | None = None  # the objective's: read once for all stages
         self._result: Result | None = None  # of the last loop
+        self._trackers: Trackers | None = None  # opened once for all stages
         # Set on the way.
         self._mesh: jax.sharding.Mesh
         self._objective: Objective
@@ -309,6 +310,12 @@ class Job:
         watchdog = Watchdog(config.watchdog.step_timeout, monitor.hung if monitor else end_alone)
         step.compiling = watchdog.paused
         last = start.stage.last_step if start.stage else config.train.steps
+        done = start.step or 0
+        if self._trackers is None:
+            made = Trackers(self._workdir, self._config, done)
+            self._trackers = self._stack.enter_context(contextlib.closing(made))
+        else:
+            self._trackers.rewind(done)
         eval_step = make_eval_step(start.layout, self._objective)
         evaluator = Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen)
         evaluator.records = self._records
@@ -320,6 +327,10 @@ class Job:
         def first_step() -> str:
             return summary.first_step(step, time.perf_counter() - self._started)
 
+        report = Report(
+            config, self._trackers, done, progress.tokens_seen, self._count, first_step, start.stage
+        )
+
         def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
             return step(state, batch, frozen)
 
@@ -330,15 +341,7 @@ class Job:
             batches=self._records.batches(self._data),
             evaluate=evaluator,
             checkpointer=self._checkpoints,
-            report=Report(
-                config,
-                self._workdir,
-                start.step or 0,
-                progress.tokens_seen,
-                self._count,
-                first_step,
-                start.stage,
-            ),
+            report=report,
             restore=start.after_bad_numbers,
             last=last,
             rows_of_pass=self._data.num_train_rows,

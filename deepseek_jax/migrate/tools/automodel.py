@@ -79,7 +79,7 @@ def model_class(m: Migration, entry: Entry) -> None:
         m.refuse(
             entry,
             "init_from brings weights, and theirs are random",
-            "Take the model's sizes from a config in configs/, or --allow it to begin with the weights",
+            "Take the model's sizes from a config in configs/ to train anew",
         )
     else:
         m.refuse(

@@ -21,7 +21,14 @@ from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import hf, megatron_model
 from deepseek_jax.migrate.tools import megatron_training as mt
-from deepseek_jax.migrate.tools.shared import NO_FP8, because, lora_modules, need, tell_defaults
+from deepseek_jax.migrate.tools.shared import (
+    BY_NAME,
+    NO_FP8,
+    because,
+    lora_modules,
+    need,
+    tell_defaults,
+)
 
 KERNELS = "XLA chooses and fuses kernels"
 OF_METHOD = "it is of a method that is not chosen"
@@ -94,7 +101,7 @@ def dataset(m: Migration, entry: Entry) -> None:
         else "chats, a column messages"
     )
     most = f", {m.value('max_samples')} rows of each at most" if m.value("max_samples") else ""
-    need(m, "data.path", f"write {', '.join(names)} as JSONL of {rows}{most} (docs/data.md)")
+    need(m, "data.path", f"write {', '.join(names)} as JSONL of {rows}{most} {BY_NAME}")
 
 
 def template(m: Migration, entry: Entry) -> None:

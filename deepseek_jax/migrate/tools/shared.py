@@ -10,6 +10,7 @@ from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
 from deepseek_jax.migrate.tools.trl_arguments import data_folder
 
+BY_NAME = "(docs/migrate.md, Data sets by name)"
 # Of TrainingArguments, whoever builds them; what a front end has otherwise, it tells before.
 DEFAULTS = {
     "warmup_steps": 0,
