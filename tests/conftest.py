@@ -1,6 +1,7 @@
 """Every test sees eight CPU devices and a compiler in a hurry."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ def share_programs() -> None:
     has a part in what is tested."""
     folder = tempfile.mkdtemp(prefix="deepseek_jax-programs-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     first = os.getpid()
 
     def remove() -> None:
@@ -55,7 +56,7 @@ FIRST = (
     "test_mesh.py",
     "test_launch.py",
     "test_profile.py",
-    "test_compression.py",
+    "test_offload.py",
     "test_resume.py",
     "test_strategies.py",
     "test_train.py",
@@ -66,3 +67,9 @@ def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
     )
+
+
+def pytest_collection_finish():
+    """Modules and tests stay: the collector need not go through them again and again."""
+    gc.collect()
+    gc.freeze()
