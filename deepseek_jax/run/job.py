@@ -21,7 +21,6 @@ from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.open import open_data, settled
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import BadNumbers, SaveFailed
-from deepseek_jax.experts import implementations
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.inference.generation.sample import check_prompt
 from deepseek_jax.model.count import Count, count
@@ -29,7 +28,7 @@ from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.run import answers, init_from, lock, passes, remat, summary
+from deepseek_jax.run import answers, init_from, kernels, lock, passes, remat, summary
 from deepseek_jax.run.batches import Batch
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
@@ -127,10 +126,7 @@ class Job:
         if first := self._processes.index == 0:
             check_installed(config)
         self._mesh = make_mesh(config)
-        if config.model.has_experts:  # kernels that do not work here are found out now
-            asked, t = config.moe.experts_implementation, config.train
-            found = implementations.choose(asked, t.dtype, t.fp8)
-            self._processes.agree("kernels", {implementations.OPTION: str(found)})
+        kernels.agree(config, self._processes)
         tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
         check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)
         self._changed = workdirs.prepare(self._workdir, config, tokenizer.name)

@@ -102,8 +102,8 @@ def custom_call(
     if "fmha" in name:
         return Call(_attention(name, operands), room)
     if any(pallas in name for pallas in PALLAS):
-        if found := fused_attention(operands, arrays(i.shape)):
-            return Call(found)
+        if fused := fused_attention(operands, arrays(i.shape)):
+            return Call(fused)
         flops = grouped(operands, arrays(i.shape), assignments)
         kind = "grouped_fp8" if any(a.dtype.startswith("f8") for a in operands) else "grouped"
         return Call({kind: flops}) if flops else None

@@ -19,16 +19,9 @@ from deepseek_jax.migrate.handlers import (
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
-from deepseek_jax.migrate.tools import hf, megatron_model
+from deepseek_jax.migrate.tools import hf, megatron_model, shared
 from deepseek_jax.migrate.tools import megatron_training as mt
-from deepseek_jax.migrate.tools.shared import (
-    BY_NAME,
-    NO_FP8,
-    because,
-    lora_modules,
-    need,
-    tell_defaults,
-)
+from deepseek_jax.migrate.tools.shared import BY_NAME, because, lora_modules, need, tell_defaults
 
 KERNELS = "XLA chooses and fuses kernels"
 OF_METHOD = "it is of a method that is not chosen"
@@ -267,7 +260,7 @@ TABLE: dict[str, Handler] = {
     "enable_thinking": thinking,
     "disable_shuffling": refuse("every pass has an order of its own here", "Set it to false"),
     "ray_num_workers": workers,
-    "fp8*": refuse(NO_FP8, "Leave fp8 out"),
+    "fp8*": refuse(shared.NO_FP8, "Leave fp8 out"),
     **because(
         {
             KERNELS: (

@@ -83,7 +83,10 @@ def _attention_forward(method, q, k, v, queries, keys, scale):
 
 
 def _attention_backward(method, scale, kept, cotangents):
-    return (*backward(method, *kept, cotangents[0], scale, cotangents[1]), None, None)
+    q, k, v, queries, keys, out, lse = kept
+    dout, dlse = cotangents
+    grads = backward(method, q, k, v, queries, keys, out, lse, dout, scale, dlse)
+    return (*grads, None, None)
 
 
 attention.defvjp(_attention_forward, _attention_backward)
@@ -175,11 +178,11 @@ def _operands(
 ) -> Operands:
     k, v = (a.astype(q.dtype) for a in (k, v))
     lengths = (module.QUERIES, module.KEYS, module.KEYS)
-    padded = [
+    q, k, v = (
         _padded(_padded(a, 1, n), 3, module.WIDTH) for a, n in zip((q, k, v), lengths, strict=True)
-    ]
+    )
     of_queries = packed(queries, module.QUERIES, BEFORE_ALL)
-    return Operands(*padded, of_queries, packed(keys, module.KEYS, AFTER_ALL))
+    return Operands(q, k, v, of_queries, packed(keys, module.KEYS, AFTER_ALL))
 
 
 def _padded(a: jax.Array, axis: int, unit: int) -> jax.Array:
