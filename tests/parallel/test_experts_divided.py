@@ -65,7 +65,7 @@ def test_a_gather_brings_a_device_its_experts():
         def used(w):
             v = nnx.Param(w, out_sharding=AXES, eager_sharding=False)
             arrays, specs = stored_arrays(v)
-            out = jax.P(("data", "fsdp", "expert"))
+            out = jax.P(("data", "fsdp", "expert"), None, None, None, "tensor")
 
             def one_device(*arrays):
                 mine = gather_on_device(arrays, specs, jnp.float32)

@@ -36,10 +36,11 @@ from deepseek_jax.train.gradients import Learner
 from tests.support import conversion, invariance
 from tests.support.small_runs import TINY, Trainer, config_of, losses_of
 
-EXACT = {"xla_allow_excess_precision": False}
+EXACT = conversion.quick_options() | {"xla_allow_excess_precision": False}
 SLOW = pytest.mark.slow
 MODELS = {
     "plain": TINY,
+    "dense": dataclasses.replace(TINY, first_k_dense_replace=TINY.num_hidden_layers),
     "mtp": dataclasses.replace(TINY, num_nextn_predict_layers=1, first_k_dense_replace=1),
     "grouped": dataclasses.replace(
         TINY,
@@ -120,7 +121,9 @@ def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], bou
         assert error < bound, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("model", ["mtp", "grouped", pytest.param("shared core", marks=SLOW)])
+@pytest.mark.parametrize(
+    "model", ["grouped", *(pytest.param(m, marks=SLOW) for m in ("mtp", "shared core"))]
+)
 def test_what_is_cast_is_used_in_the_compute_dtype(model):
     """Rounded beforehand, these weights change no bit of the loss."""
     small = Small(of(model))
@@ -160,21 +163,20 @@ def test_what_is_cast_is_used_in_the_compute_dtype(model):
     assert ("lm_head" in ends) == (model == "mtp")
 
 
-def test_gradients_are_those_of_weights_cast_in_use(monkeypatch):
-    """Four micro-batches: gradients as before, which are the float64 sum of the micro-batches' own to
-    float32's rounding. In bfloat16 that sum would be off by 2^-9.
+def test_micro_batches_add_up_in_float32():
+    """Gradients of four are the float64 sum of the micro-batches' own, to float32's rounding. In bfloat16
+    that sum would be off by 2^-9.
     """
-    small = Small(of(accumulation=4))
+    small = Small(of("dense", accumulation=4))
     whole, *single = small.gradients(range(4), *(range(i, i + 1) for i in range(4)))
     assert_same(whole, {name: sum(g[name] for g in single) for name in whole}, 1e-6)
-    cast_in_use(monkeypatch)
-    assert_same(whole, small.gradients(range(4))[0], 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
+        dict(accumulation=4),
         dict(model="mtp"),
         dict(model="grouped"),
         dict(model="shared core"),
@@ -188,8 +190,8 @@ def test_gradients_are_those_of_weights_cast_in_use(monkeypatch):
     ],
     ids=lambda o: "-".join(o),
 )
-def test_gradients_everywhere(monkeypatch, options):
-    """The same for other models, strategies and meshes."""
+def test_gradients_are_those_of_weights_cast_in_use(monkeypatch, options):
+    """Of other models, strategies and meshes too."""
     config = of(**options)
     micro = range(config.train.accumulation)
     now = Small(config).gradients(micro)[0]
@@ -225,7 +227,7 @@ def test_losses_of_whole_steps(monkeypatch, options):
 
 def test_float32_and_stages_are_left_as_they_are():
     """Not a copy: the program of a float32 run is the one that it was."""
-    for config in (of(dtype="float32"), of(mesh=MeshConfig(stage=2), accumulation=2)):
+    for config in (of(dtype="float32"), of(mesh=MeshConfig(fsdp=1, stage=2), accumulation=2)):
         small = Small(config)
         with jax.set_mesh(small.mesh):
             params = small.state.params
@@ -245,7 +247,7 @@ def test_nothing_is_cast_inside_the_loops():
         v.get_value().shape[1:]
         for path, v in nnx.to_flat_state(small.layout.abstract.params)
         if path[0] == "layers" and cast_weights.is_cast(config, path, v)
-    }
+    } - {(invariance.LENGTH, invariance.LENGTH)}  # attention's weights have this shape
     casts, moved = [], []
     for eqn, loops in equations(jaxpr.jaxpr):
         a = eqn.invars[0].aval if eqn.invars else None
@@ -261,8 +263,13 @@ def test_nothing_is_cast_inside_the_loops():
 
 
 def equations(jaxpr, loops: int = 0) -> Iterator[tuple[Any, int]]:
-    """All of a jaxpr, with the number of loops around each."""
-    for eqn in jaxpr.eqns:
+    """All of a jaxpr but those whose results nobody reads, with the number of loops around each."""
+    read, alive = {v for v in jaxpr.outvars if not hasattr(v, "val")}, []
+    for eqn in reversed(jaxpr.eqns):
+        if read & set(eqn.outvars):
+            alive.append(eqn)
+            read |= {v for v in eqn.invars if not hasattr(v, "val")}
+    for eqn in reversed(alive):
         yield eqn, loops
         inside = loops + (eqn.primitive.name in ("scan", "while"))
         for inner in jax.tree.leaves(

@@ -60,7 +60,7 @@ def test_what_fits_is_kept():
 def test_where_auto_is_full():
     """On CPUs, where a run is told nothing; with stages; where it was not asked for nothing is said."""
     assert Config().train.remat == TrainConfig().remat == "auto"
-    config = of(remat="auto", mesh=MeshConfig(stage=2), accumulation=2)
+    config = of(remat="auto", mesh=MeshConfig(fsdp=1, stage=2), accumulation=2)
     assert chosen(config, 10**15)[0] == "full"
     assert chosen(of(remat="dots"), 10**15) == ("dots", "")
     mesh = make_mesh(of(), jax.devices()[:1])
