@@ -27,7 +27,8 @@ WANTED = {
     ("grouped_matmul", "backward"): 2,
     ("grouped_outer_product", "backward"): 2,
 }
-# Rows by weights; gradients of rows, gradients of weights. Further rounds multiply rows by weights in backward too.
+# Rows by weights; gradients of rows, gradients of weights. Backward multiplies rows by weights, too, in
+# further rounds.
 FP8_WANTED = {
     ("forward", "f8e4m3fn by f8e4m3fn"),
     ("recompute", "f8e4m3fn by f8e4m3fn"),
