@@ -27,7 +27,8 @@ WANTED = {
     ("grouped_matmul", "backward"): 2,
     ("grouped_outer_product", "backward"): 2,
 }
-# Rows by weights; gradients of rows, gradients of weights.
+# Rows by weights; gradients of rows, gradients of weights. Backward multiplies rows by weights, too, in
+# further rounds.
 FP8_WANTED = {
     ("forward", "f8e4m3fn by f8e4m3fn"),
     ("recompute", "f8e4m3fn by f8e4m3fn"),
@@ -72,7 +73,7 @@ def check_fp8(check: Callable[[str, bool, str], None], devices: list[Any]) -> No
         said = ", ".join(
             f"{n} of {kinds} in {phase}" for (phase, kinds), n in sorted(found.items())
         )
-        check(f"{kernels}: products in FP8", set(found) == FP8_WANTED, said or "none")
+        check(f"{kernels}: products in FP8", set(found) >= FP8_WANTED, said or "none")
 
 
 def fp8_products(module: hlo.Module) -> Counter[tuple[str, str]]:

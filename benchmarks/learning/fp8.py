@@ -11,6 +11,7 @@ computed in and how long a step takes, which on a device without FP8 is no measu
 Exit code 1 if a window, the first excepted, or the held-out loss is more than 0.25% apart.
 """
 
+import functools
 import json
 import pathlib
 import statistics
@@ -44,7 +45,7 @@ def main() -> int:
         for fp8 in RUNS:
             where = str(folder / fp8)
             more = [f"--workdir={where}", f"--config.train.fp8={fp8}", "--config.log.every_steps=1"]
-            runs.stage(fp8, lambda more=more: runs.command("train.py", *given, *more))
+            runs.stage(fp8, functools.partial(runs.command, "train.py", *given, *more))
     except CommandFailed as failed:
         print(f"fp8: {failed}", file=sys.stderr)
         return failed.ended_with

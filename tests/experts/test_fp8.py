@@ -2,13 +2,16 @@
 float64 sums of rounded numbers.
 
 Products of two numbers in FP8 are exact in float32, so that what differs are float32 sums of a few terms,
-1e-6 of an array's scale. In a whole layer a number that is rounded after a product may be next to the middle
-of two numbers in FP8, and fall to the other one; with these seeds none does (1e-5, test_dispatch.py).
+1e-6 of an array's scale. In a whole layer a number that is rounded after a product may be so near to the
+middle of two numbers in FP8 that the order of a sum decides to which it goes: a few in a million, and none of
+them with these seeds where they were chosen. One turns a row or a column of a result by up to 1/8 of one
+term; so 95% of the numbers must agree to 1e-5 (test_dispatch.py), and all to 0.05.
 """
 
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +30,14 @@ from deepseek_jax.config.options import (
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.experts import cpu_grouped_matmul, fp8, grouped_matmul, implementations
+from deepseek_jax.experts import places as places_module
 from deepseek_jax.experts.block_rows import BLOCK, BlockRows, Blocks
 from deepseek_jax.experts.fp8 import FORWARD, GRADIENT, Fp8, InFp8
 from deepseek_jax.experts.grouped_matmul import GroupedMatmul
+from deepseek_jax.experts.swiglu import Products
+from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.plan import exchange, report
+from deepseek_jax.run import summary
 from tests.experts import test_dispatch as plain
 from tests.support import conversion, interpreted, invariance, small_runs
 from tests.support import reference as ref
@@ -89,8 +97,13 @@ def check(shape: plain.Shape, chosen, seed: int = 0) -> list[np.ndarray]:
     wanted = loop(shape, *args)
     found, _ = plain.run(shape, *args)
     for name, ours, theirs in zip(plain.NAMES, found, wanted, strict=True):
-        conversion.assert_close(ours, theirs, 1e-5, what=name)
+        assert_nearly_all(ours, theirs, name)
     return found
+
+
+def assert_nearly_all(ours, theirs, name: str) -> None:
+    error = np.abs(np.asarray(ours, np.float64) - theirs) / np.max(np.abs(theirs))
+    assert np.mean(error < 1e-5) > 0.95 and error.max() < 0.05, (name, np.sort(error.ravel())[-9:])
 
 
 # --- rounding ---
@@ -164,9 +177,9 @@ def sorted_by_expert(method: str, counts):
     experts = len(counts)
     if method == "cpu":
         chosen = np.repeat(np.arange(experts), counts)[:, None]
-        rows = cpu_grouped_matmul.sort_rows(jnp.asarray(chosen, jnp.int32), experts, 8)
+        packed = cpu_grouped_matmul.sort_rows(jnp.asarray(chosen, jnp.int32), experts, 8)
         of_J = np.concatenate([chosen[:, 0], np.full(8, -1)])
-        return InFp8(cpu_grouped_matmul.CpuGroupedMatmul(8), ROW).products(rows), of_J
+        return InFp8(cpu_grouped_matmul.CpuGroupedMatmul(8), ROW).products(packed), of_J
     needed = -(-np.asarray(counts) // BLOCK)
     first = jnp.asarray(np.cumsum([0, *needed]), jnp.int32)
     of_N = np.repeat(np.arange(experts + 1), [*needed, 1])
@@ -177,7 +190,7 @@ def sorted_by_expert(method: str, counts):
     return InFp8(GroupedMatmul(method), ROW).products(rows), of_J
 
 
-@pytest.mark.parametrize("method", ["cpu", "reference"])
+@pytest.mark.parametrize("method", ["reference", pytest.param("cpu", marks=SLOW)])
 def test_products(method):
     """An expert without rows, one with a single row; columns of an expert share their scale with no other."""
     counts, inner, outer = (100, 0, 1, 30), 12, 20
@@ -229,7 +242,8 @@ def test_mosaic_products():
 # --- the layer ---
 @pytest.mark.parametrize("implementation", ["auto", "rounds"])
 def test_the_layer(implementation):
-    """One device: grouped products, and rounds of which there are several."""
+    """One device: grouped products, and rounds of which there are several. Outputs and all gradients point
+    where those without FP8 point, to a cosine of 0.99."""
     shape = plain.Shape(
         "all_to_all",
         tokens=24,
@@ -239,7 +253,17 @@ def test_the_layer(implementation):
         implementation=implementation,
         fp8="row",
     )
-    check(shape, plain.spread(shape))
+    chosen = plain.spread(shape)
+    found = check(shape, chosen)
+    x, weight, *rest = plain.numbers(shape, 0)
+    exact = plain.loop(shape, x, weight, chosen, *rest)
+    for name, a, b in zip(plain.NAMES, found, exact, strict=True):
+        assert cosine(a, b) > 0.99, f"{name}: {cosine(a, b)}"
+
+
+def cosine(a, b) -> float:
+    a, b = (np.asarray(g, np.float64).ravel() for g in (a, b))
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 @pytest.mark.slow
@@ -252,7 +276,9 @@ def test_kernels(expert):
         check(shape, plain.spread(shape))
 
 
-@pytest.mark.parametrize("method", plain.METHODS)
+@pytest.mark.parametrize(
+    "method", ["all_to_all", *(pytest.param(m, marks=SLOW) for m in plain.METHODS[1:])]
+)
 def test_tokens_in_fp8(method):
     """An expert axis and a tensor axis. Tokens that travel in FP8 give the same outputs, bit for bit.
 
@@ -267,7 +293,7 @@ def test_tokens_in_fp8(method):
     whole = check(shape, chosen)
     np.testing.assert_array_equal(found[0], whole[0])
     for name, ours, theirs in zip(plain.NAMES, found, whole, strict=True):
-        conversion.assert_close(ours, theirs.astype(np.float64), 1e-5, what=name)
+        assert_nearly_all(ours, theirs.astype(np.float64), name)
 
 
 def test_bytes_that_travel():
@@ -286,9 +312,36 @@ def test_bytes_that_travel():
         assert "ui8" not in sizes[False] and "ui8" in sizes[True], sizes
 
 
+def test_products_that_take_fp8():
+    """Those of rounds on a GPU, by XLA on the CPU: the same numbers as products of float32."""
+    experts, places, inner, outer = 3, 8, 16, 12
+    of_rounds = (
+        functools.partial(places_module._outer, experts),
+        functools.partial(places_module._largest, experts),
+        functools.partial(jnp.repeat, repeats=places, axis=0),
+    )
+    multiply = places_module._multiply
+    raw = Products(multiply, of_rounds[0], multiply, of_rounds[0], *of_rounds[1:])
+    rng = np.random.default_rng(0)
+    left, right, weight = (
+        rng.standard_normal(size).astype(np.float32)
+        for size in ((experts * places, inner), (experts * places, outer), (experts, inner, outer))
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(native, left, right, weight):
+        products = Fp8(native).products(raw)
+        transposed = products.multiply(right, weight, transpose=True)
+        return products.multiply(left, weight), transposed, products.outer(left, right)
+
+    for ours, theirs in zip(*(run(n, left, right, weight) for n in (True, False)), strict=True):
+        conversion.assert_close(np.asarray(ours), np.asarray(theirs, np.float64), 1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_that_take_fp8(dtype, monkeypatch):
-    """What a GPU multiplies in rounds, e4m3 by e4m3 and e5m2, here by XLA on the CPU: the same numbers."""
+def test_a_layer_of_products_that_take_fp8(dtype, monkeypatch):
+    """Forward and backward multiply e4m3 by e4m3 and e5m2, and nothing else."""
     shape = plain.Shape(
         "all_to_all", tokens=24, d=16, f=12, implementation="rounds", fp8="row", dtype=dtype
     )
@@ -310,8 +363,6 @@ def test_products_that_take_fp8(dtype, monkeypatch):
     products = re.findall(
         r"stablehlo\.dot_general.*tensor<[\dx]*x(f8\w+)>, tensor<[\dx]*x(f8\w+)>", text
     )
-    # Two forward, and gate and up again for further rounds; two gradients of rows, two of weights, and the
-    # same for further rounds.
     assert set(products) == {
         ("f8E4M3FN", "f8E4M3FN"),
         ("f8E5M2", "f8E4M3FN"),
@@ -338,8 +389,9 @@ def one_device() -> invariance.Run:
     return invariance.train(with_fp8(invariance.variant()), 2)
 
 
+@pytest.mark.slow
 def test_gradients_point_the_same_way():
-    """Of every weight, the cosine with the gradient in float32; issue: above 0.99."""
+    """Of every weight, the cosine with the gradient without FP8: above 0.99."""
     exact = invariance.one_device(steps=2)
     for (name, ours), (_, theirs) in zip(one_device().gradients, exact.gradients, strict=True):
         a, b = (np.asarray(g, np.float64).ravel() for g in (ours, theirs))
@@ -399,6 +451,30 @@ def test_options():
         with pytest.raises(UserError, match=re.escape(said)) as error:
             validate(config)
         assert "\n" not in str(error.value) and "Set " in str(error.value)
+
+
+def test_what_is_said(monkeypatch):
+    """By the summary of a run: which numbers are FP8, and that a CPU does not multiply them. By plan: too."""
+    config = with_fp8(small_runs.config_of(), fp8_dispatch=True)
+    shape = {axis: 1 for axis in AXES} | {"expert": 2}
+    mesh = types.SimpleNamespace(shape=shape, devices=np.array(jax.devices()[:2]))
+    run = types.SimpleNamespace(config=config, mesh=mesh)
+    first, slower = summary._fp8(run)
+    assert "row: e4m3, gradients e5m2" in first and "on their way" in first
+    assert "cpu devices do not multiply FP8" in slower and "slower than" in slower
+    monkeypatch.setattr(implementations, "has_fp8", lambda: True)
+    assert summary._fp8(run) == [first]
+    assert summary._fp8(types.SimpleNamespace(config=small_runs.config_of(), mesh=mesh)) == []
+    assert report._fp8("row") == " with experts in FP8 (row)" and report._fp8("none") == ""
+    bfloat16 = dataclasses.replace(config.train, dtype="bfloat16")
+    config = dataclasses.replace(config, train=bfloat16)
+    sent, whole = (
+        exchange.buffers(dataclasses.replace(config, moe=MoeConfig(fp8_dispatch=f)), shape)
+        for f in (True, False)
+    )
+    width = config.model.hidden_size
+    saved = whole.exchanged_rows * (2 * width - (width + fp8.SCALE_BYTES))
+    assert whole.bytes - sent.bytes == saved
 
 
 def test_what_a_gpu_takes(monkeypatch):
