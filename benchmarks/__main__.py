@@ -47,6 +47,7 @@ GROUPS = {
     },
     "learning": {
         "tiny": "trains configs/tiny.py whole and checks its loss (make prove)",
+        "fp8": "the loss with experts in FP8 beside the same run without",
         "distil_demo": "half of the experts pruned, and won back: cross-entropy, distillation (make distil)",
         "sft_demo": "a real chat model learns sums, whole and by LoRA: marks before and after (make sft)",
         "picture": "draws the loss and the expert load of a run from its metrics.jsonl",

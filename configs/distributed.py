@@ -5,8 +5,7 @@
 
 Hardware: 8 GPUs of 80 GB, or 4: parameters are divided over what the expert axis of 4 leaves. On several
   hosts run the same command on each (train.py --help).
-Compiled for 4 H200s, a step takes 28.5 GB per GPU: 15.1 of state, the rest temporaries (make plan; it has not
-  been run there).
+Memory: make plan CONFIG=configs/distributed.py DEVICES=4 says what a step takes, compiled for so many GPUs.
 Source: "DeepSeek V3 NeMo Migration Guide" and the deepseek_v3_distributed.yaml that it names. Their words and
   ours: vocab_size 50257 (the guide), emb_dim 1024 = hidden_size, n_layers 24 = num_hidden_layers, num_heads
   16 = num_attention_heads, seq_len 2048 = train.sequence_length, num_experts 16 = n_routed_experts, top_k 2 =

@@ -1,7 +1,11 @@
 """Every test sees eight CPU devices and a compiler in a hurry."""
 
+import atexit
+import gc
 import os
+import shutil
 import signal
+import tempfile
 
 # A suite that a shell runs in the background, or nohup, inherits ignored signals, and so would the
 # runs that it starts and stops by them.
@@ -16,6 +20,26 @@ for number, default in (
 # start. The passes over the program and the partitioning are as ever.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+
+def share_programs() -> None:
+    """Lets all workers, and the processes that tests start, read what one of them has compiled: from a
+    folder that the first process makes and removes, so that no earlier run and no cache of the user's
+    has a part in what is tested."""
+    folder = tempfile.mkdtemp(prefix="deepseek_jax-programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    first = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == first:  # and not a child that leaves by sys.exit
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    share_programs()
 
 import jax  # noqa: E402  it reads the environment when it is imported
 
@@ -32,7 +56,7 @@ FIRST = (
     "test_mesh.py",
     "test_launch.py",
     "test_profile.py",
-    "test_compression.py",
+    "test_offload.py",
     "test_resume.py",
     "test_strategies.py",
     "test_train.py",
@@ -43,3 +67,9 @@ def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
     )
+
+
+def pytest_collection_finish():
+    """Modules and tests stay: the collector need not go through them again and again."""
+    gc.collect()
+    gc.freeze()

@@ -10,7 +10,8 @@ twice a round in forward, that gathers and scatters have computation between sta
 layer's weight is gathered in float32, and that no array holds every expert's work on every token, or
 attention scores of a whole sequence. What is wanted and does not hold yet (TO_COME) is counted and
 fails nothing. Then
-eight layers of V2-Lite for one H200: one kernel for all experts per product, and no rounds. Then
+eight layers of V2-Lite for one H200: one kernel for all experts per product, and no rounds; attention of
+packed documents by one kernel forward and two backward; with experts in FP8, products of numbers in FP8. Then
 configs/v3.py for 256 and 2,048 H200s and configs/deepseek_7b.py for 8: bytes per device beside 141
 GB. Takes 20 minutes on 2 cores and 4 GB of memory.
 
@@ -26,7 +27,8 @@ import jax
 
 from benchmarks import ROOT
 from benchmarks.gpu import facts
-from benchmarks.gpu.aot_grouped import check_grouped
+from benchmarks.gpu.aot_attention import check_attention
+from benchmarks.gpu.aot_grouped import check_fp8, check_grouped
 from benchmarks.memory import arrays, collectives, strategies
 from deepseek_jax.cli import texts
 from deepseek_jax.config.configdict import from_config_dict
@@ -126,6 +128,8 @@ def main() -> int:
         check_step(check, config, devices)
     check_prefetch(check, base, devices)
     check_grouped(check, devices)
+    check_attention(check, devices)
+    check_fp8(check, devices)
     for file, count, given in () if own.strategies_only else FULL_SIZE:
         print(f"\n{file} on {count} x {HARDWARE.name} {' '.join(given)}", flush=True)
         show_size(file, count, given)

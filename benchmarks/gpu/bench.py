@@ -12,7 +12,8 @@ train      DeepSeek-V2-Lite with as many layers as the card's memory is known to
            the profile; then packed documents; then the same with balanced routing
 peer       transformers' DeepseekV2 in PyTorch, the same layers and tokens on the same card (if torch with
            CUDA is installed)
-attention  cuDNN against blocks and plain softmax at query width 192, value width 128
+attention  the fused kernels, cuDNN and blocks against plain softmax at query width 192, value width 128, in
+           rows of one document and of eight
 experts    the grouped product in bfloat16 at V2-Lite's and V3's shapes: dense, equal slots, the kernels that
            train, tokamax and Pallas where installed, ragged_dot
 

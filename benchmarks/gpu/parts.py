@@ -200,45 +200,68 @@ by_kernels.defvjp(_kernels_forward, _kernels_backward)
 # ---------------------------------------------------------------------------------------- attention
 
 
+# (tokens of a row, documents in it). What eight cost less than one shows whether blocks are skipped.
+ROWS = ((4096, 1), (4096, 8), (8192, 1))
+
+
 def attentions(toy: bool, out: pathlib.Path | None) -> Iterator[Row]:
-    """Attention of V2-Lite's heads: plain softmax, cuDNN (on GPUs) and blocks, and how far these are from the
-    first. Blocks compile for the longest time, so they come last."""
-    own = argparse.Namespace(
-        heads=2 if toy else 16, qk=24 if toy else 192, v=16 if toy else 128, documents=1
-    )
-    methods = {"plain": attention_bench.plain}
-    if jax.default_backend() != "cpu":
-        methods["cudnn"] = functools.partial(causal.causal_attention, method="cudnn")
-    methods["blocks"] = functools.partial(causal.causal_attention, method="blocks")
-    for length in (64,) if toy else (4096, 2048, 8192):
-        gradients = {}
-        for method, f in methods.items():
-            row = {"length": length, "heads": own.heads, "qk": own.qk, "v": own.v, "method": method}
+    """Attention of V2-Lite's heads: plain softmax, fused kernels and cuDNN (on GPUs), and blocks, and how far
+    these are from the first. Blocks compile for the longest time, so they come last.
+
+    TFLOP/s count visible pairs, two products forward and five backward, whatever is computed again.
+    """
+    own = argparse.Namespace(heads=2 if toy else 16, qk=24 if toy else 192, v=16 if toy else 128)
+    for length, documents in ((64, 2),) if toy else ROWS:
+        own.documents = documents
+        sequences = 1 if toy else max(1, 8192 // length)
+        pairs = sequences * own.heads * length * length / documents / 2
+        flops = {"forward": 2 * pairs * (own.qk + own.v)}
+        flops["both"] = flops["forward"] + 2 * pairs * (3 * own.qk + 2 * own.v)
+        wanted = None
+        for method in attention_methods(documents):
+            row: Row = {"length": length, "documents": documents, "heads": own.heads}
+            row |= {"qk": own.qk, "v": own.v, "method": method}
             try:
-                if method == "cudnn" and (reason := cudnn.missing(own.qk, own.v)):
-                    raise UserError(reason)
-                built = attention_bench.core_programs(
-                    f, max(1, 8192 // length) if not toy else 1, length, own
-                )
-                row |= {
-                    f"{name}_s": turns.queued(program, *CALLS[toy])
-                    for name, program in built.items()
-                }
+                built = attention_bench.core_programs(attention_by(method), sequences, length, own)
+                for name, program in built.items():
+                    row[f"{name}_s"] = turns.queued(program, *CALLS[toy])
+                    row[f"{name}_tflops"] = flops[name] / row[f"{name}_s"] / 1e12
                 row |= {
                     "custom_calls": built["both"].compiled.as_text().count("__cudnn$fmha"),
                     "temporaries": built["both"].temporaries,
                 }
-                gradients[method] = built["both"]()
-                if method != "plain" and "plain" in gradients:
+                gradients = built["both"]()
+                wanted = gradients if method == "plain" else wanted
+                if method != "plain" and wanted is not None:
 
                     def largest(a: jax.Array) -> jax.Array:
                         return jnp.max(jnp.abs(a)).astype(jnp.float32)
 
-                    pairs = zip(gradients[method], gradients["plain"], strict=True)
-                    row["is_from_plain"] = max(float(largest(a - b) / largest(b)) for a, b in pairs)
+                    both = zip(gradients, wanted, strict=True)
+                    row["is_from_plain"] = max(float(largest(a - b) / largest(b)) for a, b in both)
             except Exception as e:
                 row["failed"] = why(e)
             yield row
+
+
+def attention_methods(documents: int) -> list[str]:
+    """Those to compare at so many documents a row; cuDNN knows of one."""
+    if jax.default_backend() == "cpu":
+        return ["plain", "blocks"]
+    return ["plain", "mosaic", *["cudnn"] * (documents == 1), "triton", "blocks"]
+
+
+def attention_by(method: str) -> Callable:
+    """causal_attention by a method; raises when called where it does not run."""
+    if method == "plain":
+        return attention_bench.plain
+
+    def call(q, k, v, segments, scale):
+        if method == "cudnn" and (reason := cudnn.missing(q.shape[-1], v.shape[-1])):
+            raise UserError(reason)
+        return causal.causal_attention(q, k, v, segments, scale, method)
+
+    return call
 
 
 def cached(part: Callable[..., Iterator[Row]]) -> Callable[..., Iterator[Row]]:

@@ -88,9 +88,15 @@ def text(rows: list[dict[str, Any]], bars: dict[str, Any]) -> str:
 
     lines += _table(
         of("attention"),
-        ["attention, length", "method", "forward", "forward + backward"],
+        ["attention, length, documents", "method", "forward", "forward + backward", "TFLOP/s"],
         "forward_s",
-        lambda r: [f"{r['length']:,}", r["method"], ms(r["forward_s"]), ms(r.get("both_s"))],
+        lambda r: [
+            f"{r['length']:,}, {r.get('documents', 1)}",
+            r["method"],
+            ms(r["forward_s"]),
+            ms(r.get("both_s")),
+            " and ".join(rate(r[k]) for k in ("forward_tflops", "both_tflops") if k in r),
+        ],
     )
     for row in rows:
         if "failed" in row:

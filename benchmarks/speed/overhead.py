@@ -24,6 +24,7 @@ already, is run in turns: its wall time and the CPU time of the process. These d
 where other programs run on the machine.
 """
 
+import contextlib
 import dataclasses
 import os
 import queue
@@ -53,6 +54,7 @@ from deepseek_jax.run.batches import LoaderBatches
 from deepseek_jax.run.loop import Loop
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
+from deepseek_jax.run.trackers.every import Trackers
 from deepseek_jax.runtime.compile_cache import use_cache
 from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.compiled_step import CompiledStep
@@ -247,7 +249,8 @@ def _loop(
         log=dataclasses.replace(config.log, every_steps=1),
     )
     cpu = time.process_time()
-    with open(os.devnull, "w") as quiet:
+    trackers = Trackers(workdir, config, first)
+    with open(os.devnull, "w") as quiet, contextlib.closing(trackers):
         before, sys.stdout = sys.stdout, quiet
         try:
             result = Loop(
@@ -257,7 +260,7 @@ def _loop(
                 batches=LoaderBatches(config, loader, mesh),
                 evaluate=lambda state, _: {},
                 checkpointer=checkpoints,
-                report=Report(config, workdir, first, 0, sizes),
+                report=Report(config, trackers, first, 0, sizes),
             ).run(state, Progress())
         finally:
             sys.stdout = before

@@ -60,9 +60,8 @@ def base(folder: epath.PathLike, env: Mapping[str, str] = os.environ) -> str | d
         out |= {"endpoint": endpoint.rstrip("/"), "aws_region": region or "us-east-1"}
     elif region:
         out["aws_region"] = region
-    if env.get(
-        "AWS_ACCESS_KEY_ID"
-    ):  # else all places are looked at, with a line about each that is missing
+    # Without it all places are looked at, with a line about each that is missing.
+    if env.get("AWS_ACCESS_KEY_ID"):
         out["aws_credentials"] = {"type": "environment"}
     return out
 
@@ -91,9 +90,8 @@ def start(folder: epath.PathLike, state: Tree) -> Callable[[], None]:
     def finish() -> None:
         own = base(f"{os.fspath(folder)}/ocdbt.process_{process}")
         database = {"driver": "ocdbt", "base": own, **_WRITTEN}
-        context = (
-            ts.Context()
-        )  # one connection: the arrays' own would write the database's root in turn
+        # One connection: the arrays' own would write the database's root in turn.
+        context = ts.Context()
         opened = {}
         for name in dict.fromkeys(name for name, _, _ in pieces):
             shape, dtype = types[name]
@@ -104,9 +102,8 @@ def start(folder: epath.PathLike, state: Tree) -> Callable[[], None]:
             for name, place, part in pieces
         ]
         errors = [error for write in writes if (error := write.exception()) is not None]
-        if (
-            errors
-        ):  # after all of them: one that still writes would do so into what is being removed
+        # After all of them: one that still writes would do so into what is being removed.
+        if errors:
             raise OSError(" ".join(str(errors[0]).split())[:200])
         if process == 0:
             (epath.Path(folder) / INDEX).write_bytes(index(chunks))

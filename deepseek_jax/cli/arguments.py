@@ -66,6 +66,21 @@ def _expanded(expand: Callable[[str, str], str], text: str) -> str:
         raise argparse.ArgumentTypeError(str(e).rstrip(".")) from None
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number, `least` or more."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return number
+
+    return read
+
+
 def numbers(text: str) -> list[int]:
     """The type of an option that takes whole numbers: "512,1024"."""
     try:

@@ -20,6 +20,13 @@ def listen(host: str, port: int, backlog: int = 1) -> socket.socket:
     )
 
 
+def loopback(host: str) -> str:
+    """Where to listen so that this host alone is heard, if `host` means that; "" if it does not."""
+    if host == "localhost":
+        return "127.0.0.1"
+    return host if host.startswith("127.") else ""
+
+
 def free_port() -> int:
     """A port of this host that nobody listens on.
 

@@ -29,6 +29,7 @@ from deepseek_jax.cluster.agreement import (
 from deepseek_jax.cluster.discovery import Membership
 from deepseek_jax.cluster.gpus import Claim, divide, visible_gpus
 from deepseek_jax.cluster.monitor import GRACE, Monitor
+from deepseek_jax.cluster.ports import loopback
 from deepseek_jax.cluster.signals import Stopper
 from deepseek_jax.cluster.wire import TOKEN, job_token
 from deepseek_jax.errors import UserError, one_line
@@ -328,4 +329,4 @@ def _bind(member: Membership) -> tuple[str, int]:
     host, _, port = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")
     if port.isdecimal():
         return host, int(port)
-    return "127.0.0.1" if member.host in ("localhost", "127.0.0.1") else "", member.port
+    return loopback(member.host), member.port

@@ -64,7 +64,9 @@ def parser() -> arguments.Parser:
             "model", type=arguments.path, metavar="MODEL", help="folder with the model"
         )
         one.add_argument("out", type=arguments.path, metavar="OUT", help="what is written")
-        one.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
+        one.add_argument(
+            "--step", type=arguments.whole(0), help="checkpoint of a run (default: the newest)"
+        )
         module.add_options(one)
     return top
 

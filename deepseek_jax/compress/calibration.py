@@ -89,12 +89,19 @@ def add_options(parser: arguments.Parser) -> None:
         help="that are read, drawn at random; 0: all (default %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of what is random (default %(default)s)"
+        "--seed",
+        type=arguments.whole(0),
+        default=0,
+        help="of what is random (default %(default)s)",
     )
     parser.add_argument(
-        "--sequence-length", type=int, help=f"tokens of a sequence (default: {SEQUENCE})"
+        "--sequence-length",
+        type=arguments.whole(2),
+        help=f"tokens of a sequence (default: {SEQUENCE})",
     )
-    parser.add_argument("--batch-size", type=int, help="sequences of a batch, over the whole mesh")
+    parser.add_argument(
+        "--batch-size", type=arguments.whole(1), help="sequences of a batch, over the whole mesh"
+    )
     parser.add_argument("--mesh", help="devices, as fsdp=2,expert=4 (default: one)")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=DTYPES, help="of computation (default %(default)s)"

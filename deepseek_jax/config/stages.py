@@ -60,7 +60,7 @@ def parse(text: str) -> tuple[StageOptions, ...]:
     if not text.strip():
         return ()
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{OPTION} is neither a file nor JSON ({e}). {_EXAMPLE}") from e
     if not isinstance(found, list) or not found or not all(isinstance(s, dict) for s in found):
@@ -161,6 +161,15 @@ def _stage(number: int, given: Mapping[str, Any]) -> StageOptions:
         lr_multipliers=rules.strip(),
         learning_rate=float(given.get("learning_rate", 0.0)),
     )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in a stage")
+    return out
 
 
 def title(number: int, stage: StageOptions) -> str:

@@ -66,7 +66,7 @@ class RowFile:
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise ValueError("no object")
-                except ValueError as e:
+                except (ValueError, RecursionError) as e:
                     raise UserError(
                         f"{self._option}: line {number} of {self.path} is not a row ({e}). Remove that line, "
                         f"or name another file."

@@ -101,6 +101,8 @@ def number(text: str) -> fractions.Fraction | None:
     """A text as a number: 1,000; -0.5; 3/4; \\frac{3}{4}; 12%; None where it is none."""
     text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text).replace(",", "")
     text = re.sub(r"\s*\\?%$", "", text)
+    if re.search(r"[eE][-+]?\d{4}", text):
+        return None  # as a fraction 1e999999999 would take all memory, and a model may say that
     try:
         return fractions.Fraction(re.sub(r"\s*/\s*", "/", text))
     except (ValueError, ZeroDivisionError):
@@ -199,7 +201,7 @@ def score(
     completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
 ) -> list[float | None]:
-    """What a verifier says of some rows. NaN counts as None.
+    """What a verifier says of some rows. NaN and infinities count as None.
 
     Args:
       verifier: is given those of the columns that it takes.
@@ -222,7 +224,7 @@ def score(
         raise UserError(f"--verifier={name} failed ({one_line(e)}). Correct it.") from e
     try:
         values = [None if v is None else float(v) for v in found]
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise UserError(
             f"--verifier={name} gave {one_line(e)}: not a list with a number or None for each row."
         ) from e
@@ -230,4 +232,4 @@ def score(
         raise UserError(
             f"--verifier={name} gave {len(values)} scores for {len(completions)} rows. Give one for each."
         )
-    return [None if v is None or math.isnan(v) else v for v in values]
+    return [v if v is not None and math.isfinite(v) else None for v in values]

@@ -26,11 +26,12 @@ if __name__ == "__main__":
     use_huge_pages()  # before all other work: it starts the program again
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from deepseek_jax.cli import arguments
@@ -57,7 +58,11 @@ def parser() -> arguments.Parser:
     p = of.add_parser("cache", description=__doc__)
     p.add_argument("--teacher", type=arguments.path, required=True, metavar="DIR", help="the model")
     p.add_argument(
-        "--top-k", type=int, default=64, metavar="K", help="words per token (default %(default)s)"
+        "--top-k",
+        type=arguments.whole(1),
+        default=64,
+        metavar="K",
+        help="words per token (default %(default)s)",
     )
     p.add_argument(
         "--temperatures",
@@ -76,13 +81,16 @@ def parser() -> arguments.Parser:
     )
     p.add_argument(
         "--rows-per-call",
-        type=int,
+        type=arguments.whole(1),
         metavar="N",
         help="rows of a forward pass, over the whole mesh (default: one for each device of the batch axes, "
         "as training does; more are faster where rows are short, and records differ in rounding then)",
     )
     p.add_argument(
-        "--rows-per-shard", type=int, metavar="N", help="rows of a file (default: 64 MiB of them)"
+        "--rows-per-shard",
+        type=arguments.whole(1),
+        metavar="N",
+        help="rows of a file (default: 64 MiB of them)",
     )
     for name, text in (("show", "what a cache is of"), ("verify", "whether it is whole")):
         p = of.add_parser(name, description=text)
@@ -139,7 +147,7 @@ def cache(args: argparse.Namespace, rest: Sequence[str], command: str, stopper: 
       UserError: about an argument, the config, data or teacher.
     """
     processes = commandline.find_cluster(["distill", *rest])
-    with ending_together(processes):
+    with ending_together(processes), _naming():
         of_config = {"distill.teacher": args.teacher, "distill.top_k": args.top_k}
         overrides = {"objective": "distill", "distill.cache": ""} | of_config
         given = commandline.parse(
@@ -162,6 +170,18 @@ def cache(args: argparse.Namespace, rest: Sequence[str], command: str, stopper: 
             given.workdir,
         )
         caching.cache_teacher(config, request, processes)
+
+
+@contextlib.contextmanager
+def _naming() -> Iterator[None]:
+    """A mistake inside that names an option of the training is one of this command's, and says so."""
+    try:
+        yield
+    except UserError as e:
+        text = str(e).replace(", or to 0 for the full vocabulary", "")  # a cache has none
+        for theirs, ours in (("top_k", "--top-k"), ("teacher", "--teacher")):
+            text = re.sub(rf"config\.distill\.{theirs}\b", ours, text)
+        raise UserError(text) from e
 
 
 def _has_config(arguments: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -184,6 +185,8 @@ def parse(raw: bytes) -> Manifest:
     names = {f.name for f in dataclasses.fields(Manifest)}
     if value.keys() != names | {"checksum", "format"}:
         raise BadFile(NAME, "not a manifest of this format")
+    if not _has_types(value):
+        raise BadFile(NAME, "a value is of another type than a cache has")
     out = Manifest(
         **{k: v for k, v in value.items() if k in names}
         | {"temperatures": tuple(value["temperatures"])}
@@ -192,6 +195,27 @@ def parse(raw: bytes) -> Manifest:
     if min(counts) < 1 or out.train_rows < 0 or out.eval_rows < 0 or out.top > out.vocab_size:
         raise BadFile(NAME, "its sizes are none of a cache")
     return out
+
+
+def _has_types(value: Mapping[str, Any]) -> bool:
+    """Whether the values that are read have the types that `to_bytes` gives them."""
+    counts = ("top", "vocab_size", "train_rows", "eval_rows", "rows_per_shard")
+    program, options, contents = (value[k] for k in ("program", "options", "contents"))
+    if not all(isinstance(v, dict) for v in (program, options, contents)):
+        return False
+    whole = (*(value[k] for k in counts), options.get("train.sequence_length"))
+    texts = (value["teacher"], value["dtype"], value["command"], contents.get("tokenizer"))
+    mesh, scales = program.get("mesh"), value["temperatures"]
+    return (
+        all(type(v) is int for v in whole)
+        and all(isinstance(v, str) for v in texts)
+        and isinstance(contents.get("sources"), list)
+        and isinstance(mesh, dict)
+        and all(type(n) is int for n in mesh.values())
+        and {"rows_per_call", "platform"} <= program.keys()
+        and isinstance(scales, list)
+        and all(isinstance(t, (int, float)) and 0 < t < math.inf for t in scales)
+    )
 
 
 def _sealed(value: dict[str, Any]) -> bytes:

@@ -110,7 +110,9 @@ def missing(folder: str, manifest: Manifest) -> list[int]:
     sizes = {}
     with os.scandir(folder) as entries:
         for entry in entries:
-            sizes[entry.name] = entry.stat().st_size
+            # Another worker gives a file its name, and the one that it had is gone.
+            with contextlib.suppress(FileNotFoundError):
+                sizes[entry.name] = entry.stat().st_size
     return [
         i
         for i in range(manifest.shards)

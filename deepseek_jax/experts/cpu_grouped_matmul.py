@@ -168,8 +168,31 @@ class CpuGroupedMatmul:
         multiply = functools.partial(_multiply, rows, self.block, BLOCKS_PER_PRODUCT)
         narrow = functools.partial(_multiply, rows, self.block, (1,))
         outer = functools.partial(weight_gradient, rows=rows, block=self.block)
-        return Products(multiply, outer, narrow, functools.partial(outer, blocks=1))
+        return Products(
+            multiply,
+            outer,
+            narrow,
+            functools.partial(outer, blocks=1),
+            functools.partial(_largest, rows),
+            functools.partial(_of_expert, rows),
+        )
 
 
 def _multiply(rows, block, blocks, rows_JI, weight_GIO, transpose=False, into=None):
     return matmul(rows_JI, weight_GIO, rows, block, transpose, into, blocks)
+
+
+def _largest(rows: SortedRows, rows_JI: jax.Array) -> jax.Array:
+    zeros_GI = jnp.zeros_like(rows_JI, shape=(len(rows.count_G), rows_JI.shape[1]))
+    return zeros_GI.at[_expert(rows, len(rows_JI))].max(jnp.abs(rows_JI), mode="drop")
+
+
+def _of_expert(rows: SortedRows, of_GI: jax.Array) -> jax.Array:
+    return of_GI.at[_expert(rows, len(rows.assignment_J))].get(mode="clip")
+
+
+def _expert(rows: SortedRows, size: int) -> jax.Array:
+    """int32 [J]: the expert of each row; G where it is nobody's."""
+    end_G = rows.start_G + rows.count_G
+    row_J = jnp.arange(size, dtype=jnp.int32)
+    return jnp.searchsorted(end_G, row_J, side="right").astype(jnp.int32)

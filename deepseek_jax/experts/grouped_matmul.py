@@ -5,7 +5,7 @@ rows), and the sum of an expert's outer products (the gradient of its matrix, in
 cost nothing.
 
     kernels     for                                                              numbers
-    mosaic      Hopper GPUs, compute capability 9 (Pallas Mosaic GPU: wgmma)     bfloat16, float16
+    mosaic      Hopper GPUs, compute capability 9 (Pallas Mosaic GPU: wgmma)     bfloat16, float16, FP8
     triton      GPUs from Ampere on (Pallas Triton, which JAX is to remove)      float32 too
     reference   any device, plain JAX: what tests compare with; it copies a      any
                 matrix for every block
@@ -33,6 +33,7 @@ NAMES = (*MODULES, "reference")
 # (inner, outer): widths are padded to multiples of these, the least of a kernel's tiles. Those of real models
 # are multiples; the ranks of LoRA need not be.
 LEAST_WIDTHS = {"mosaic": (64, 128), "triton": (16, 16)}
+LEAST_WIDTH_IN_FP8 = 128  # inner and outer, of Mosaic's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,8 @@ class GroupedMatmul:
         """Those of these rows."""
         multiply = functools.partial(_multiply, self, rows.blocks)
         outer = functools.partial(_outer, self, rows.blocks)
-        return Products(multiply, outer, multiply, outer)
+        of_columns = (functools.partial(f, rows.blocks) for f in (_largest, _of_expert))
+        return Products(multiply, outer, multiply, outer, *of_columns)
 
 
 def _multiply(
@@ -61,16 +63,20 @@ def _multiply(
     weight_GIO: jax.Array,
     transpose: bool = False,
     into: jax.Array | None = None,
+    dtype: Any = None,
 ) -> jax.Array:
     """As swiglu.Products.multiply. A kernel writes while it reads, so that `into` is of no use."""
     if method.kernels == "reference":
         return _reference_multiply(rows_JI, weight_GIO, blocks, transpose)
     inner, outer = LEAST_WIDTHS[method.kernels]
+    if dtype is not None:
+        inner = outer = LEAST_WIDTH_IN_FP8
+        weight_GIO, transpose = (weight_GIO if transpose else jnp.swapaxes(weight_GIO, 1, 2)), True
     width = weight_GIO.shape[1 if transpose else 2]
     rows_JI = _padded(rows_JI, 1, inner)
     units = (outer, inner) if transpose else (inner, outer)
     weight_GIO = _padded(weight_GIO, 1, *units)
-    like = jax.ShapeDtypeStruct((len(rows_JI), _multiple(width, outer)), rows_JI.dtype)
+    like = jax.ShapeDtypeStruct((len(rows_JI), _multiple(width, outer)), dtype or rows_JI.dtype)
     call = functools.partial(_module(method).multiply, transpose=transpose)
     out_JO = _call(call, method, like, rows_JI, weight_GIO, blocks)
     return out_JO[:, :width]
@@ -83,12 +89,31 @@ def _outer(
     if method.kernels == "reference":
         return _reference_outer(rows_JI, rows_JO, blocks)
     inner, outer = LEAST_WIDTHS[method.kernels]
+    if in_fp8 := rows_JI.dtype.itemsize == 1:
+        inner = outer = LEAST_WIDTH_IN_FP8
     widths = rows_JI.shape[1], rows_JO.shape[1]
     rows_JI, rows_JO = _padded(rows_JI, 1, inner), _padded(rows_JO, 1, outer)
     sizes = (len(blocks.first_G1) - 1, rows_JI.shape[1], rows_JO.shape[1])
     like = jax.ShapeDtypeStruct(sizes, jnp.float32)
-    out_GIO = _call(_module(method).outer, method, like, rows_JI, rows_JO, blocks)
+    if in_fp8:
+        call, rows_JI, rows_JO = _module(method).outer_of_columns, rows_JI.T, rows_JO.T
+    else:
+        call = _module(method).outer
+    out_GIO = _call(call, method, like, rows_JI, rows_JO, blocks)
     return out_GIO[:, : widths[0], : widths[1]]
+
+
+def _largest(blocks: Blocks, rows_JI: jax.Array) -> jax.Array:
+    """As swiglu.Products.largest."""
+    of_blocks_NI = jnp.max(jnp.abs(rows_JI.reshape(-1, BLOCK, rows_JI.shape[1])), axis=1)
+    zeros_GI = jnp.zeros_like(rows_JI, shape=(len(blocks.first_G1) - 1, rows_JI.shape[1]))
+    return zeros_GI.at[blocks.expert_N].max(of_blocks_NI, mode="drop")
+
+
+def _of_expert(blocks: Blocks, of_GI: jax.Array) -> jax.Array:
+    """As swiglu.Products.of_expert."""
+    of_NI = of_GI.at[blocks.expert_N].get(mode="clip")
+    return jnp.repeat(of_NI, BLOCK, axis=0)
 
 
 def _module(method: GroupedMatmul) -> Any:

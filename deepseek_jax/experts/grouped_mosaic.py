@@ -6,6 +6,10 @@ half of the columns, and write what they have summed up. Tiles come in the order
 block of rows before the next, so that neighbours share rows and an expert's matrix stays in the second-level
 cache.
 
+In FP8 both operands lie with the inner width last, as wgmma wants numbers of 8 bits, and the warpgroups
+divide the rows of a tile: half of the registers hold the sums of one step, which wgmma keeps in fewer bits
+than float32, and the other half, to which these are added, the whole.
+
 Shape letters: grouped_matmul.py.
 """
 
@@ -35,15 +39,20 @@ DEFAULT_PROCESSORS = 132  # of an H100 SXM, an H200
 
 
 class Tile(NamedTuple):
-    """The sizes of a product's tiles: rows x MULTIPLIERS * columns, `step` of the inner width at a time."""
+    """The sizes of a product's tiles."""
 
-    rows: int
-    columns: int
-    step: int
+    rows: int  # of a warpgroup
+    columns: int  # of a warpgroup
+    step: int  # of the inner width at a time
+    in_fp8: bool = False  # the warpgroups divide the rows; else the columns
+
+    @property
+    def height(self) -> int:
+        return self.rows * (MULTIPLIERS if self.in_fp8 else 1)
 
     @property
     def width(self) -> int:
-        return MULTIPLIERS * self.columns
+        return self.columns * (1 if self.in_fp8 else MULTIPLIERS)
 
 
 def multiply(
@@ -55,9 +64,12 @@ def multiply(
     like: jax.ShapeDtypeStruct,
     interpret: bool,
 ) -> jax.Array:
-    """Each row times the matrix of its expert: `like`, undefined in blocks of nobody."""
+    """Each row times the matrix of its expert: `like`, undefined in blocks of nobody. FP8: `transpose`."""
     inner, width = rows_JI.shape[1], like.shape[1]
     tile = Tile(BLOCK, _columns(width), tile_of(inner, STEP))
+    if in_fp8 := rows_JI.dtype.itemsize == 1:
+        assert transpose
+        tile = Tile(BLOCK // MULTIPLIERS, COLUMNS, tile_of(inner, 2 * STEP), True)
     steps = inner // tile.step
 
     def kernel(expert_N, first_G1, rows, weight, out):
@@ -78,6 +90,9 @@ def multiply(
                 run(steps, specs(block, column), (rows, weight.at[expert_N[block]]), there)
 
         def add(total, left, right, mine):
+            if in_fp8:
+                mosaic.wgmma(total, left.at[mine, :], right.transpose((1, 0)))
+                return
             matrix = right.at[mine, :].transpose((1, 0)) if transpose else right.at[:, mine]
             mosaic.wgmma(total, left, matrix)
 
@@ -86,6 +101,43 @@ def multiply(
 
     args = (blocks.expert_N, blocks.first_G1, rows_JI, weight_GIO)
     return _kernel(kernel, "grouped_matmul", like, interpret)(*args)
+
+
+def outer_of_columns(
+    rows_IJ: jax.Array,
+    rows_OJ: jax.Array,
+    blocks: Blocks,
+    *,
+    like: jax.ShapeDtypeStruct,
+    interpret: bool,
+) -> jax.Array:
+    """As `outer`, in FP8, of rows that lie as columns."""
+    experts, inner, width = like.shape
+    tile = Tile(BLOCK // MULTIPLIERS, COLUMNS, BLOCK, True)
+
+    def kernel(first_G1, rows_IJ, rows_OJ, out):
+        def specs(first, i, o):
+            left = _spec((tile.height, tile.step), lambda n: (i, first + n), rows_IJ)
+            return left, _spec((tile.width, tile.step), lambda n: (o, first + n), rows_OJ)
+
+        def each_tile(run):
+            grid = (experts, inner // tile.height, width // tile.width)
+
+            @mosaic.nd_loop(grid, collective_axes=MULTIPROCESSOR)
+            def _(info):
+                expert, i, o = info.index
+                first, end = first_G1[expert], first_G1[expert + 1]
+                there = out.at[expert, _part(i, tile.height), _part(o, tile.width)]
+                run(end - first, specs(first, i, o), (rows_IJ, rows_OJ), there)
+
+        def add(total, left, right, mine):
+            mosaic.wgmma(total, left.at[mine, :], right.transpose((1, 0)))
+
+        example = (jnp.int32(1), specs(0, 0, 0), (rows_IJ, rows_OJ))
+        _tiles(tile, out, add, each_tile, example)
+
+    args = (blocks.first_G1, rows_IJ, rows_OJ)
+    return _kernel(kernel, "grouped_outer_product", like, interpret)(*args)
 
 
 def outer(
@@ -138,7 +190,7 @@ def _tiles(
     Args:
       tile: sizes.
       out: the whole result.
-      add: (sums, left, right, columns of right): adds one step's product.
+      add: (sums, left, right, columns of right, in FP8 rows of left): adds one step's product.
       each_tile: calls a function for each tile of this block, with the number of steps, how both operands
         come into shared memory, the operands, and the tile's part of the result.
       example: the first three of these, for what is allocated.
@@ -172,21 +224,39 @@ def _tiles(
     )
     def _(allocations, results):
         me = lax.axis_index(WARPGROUP)
-        mine = _part(me, tile.columns)
+        mine = _part(me, tile.rows if tile.in_fp8 else tile.columns)
+        size = tile.rows, tile.columns
 
         def run(steps, specs, operands, there):
+            there = there.at[mine, :] if tile.in_fp8 else there.at[:, mine]
+
+            def write(sums):
+                _write(sums.astype(out.dtype), results, there, part, me)
+
             def context(run_pipeline):
-                @functools.partial(
-                    pl.run_scoped, total=mosaic.ACC((tile.rows, tile.columns), jnp.float32)
-                )
+                if tile.in_fp8:
+                    write(run_pipeline(jnp.zeros(size, jnp.float32)))
+                    return
+
+                @functools.partial(pl.run_scoped, total=mosaic.ACC(size, jnp.float32))
                 def _(total):
                     run_pipeline(total)
-                    _write(total[...].astype(out.dtype), results, there.at[:, mine], part, me)
+                    write(total[...])
 
             def step(_, left, right, total):
+                if tile.in_fp8:
+                    return total + of_step(left, right)
                 add(total, left, right, mine)
                 mosaic.wgmma_wait(0)
                 return total
+
+            def of_step(left, right):
+                @functools.partial(pl.run_scoped, sums=mosaic.ACC(size, jnp.float32))
+                def found(sums):
+                    add(sums, left, right, mine)
+                    return sums[...]
+
+                return found
 
             pipeline(steps, specs, step, context)(*operands, allocations=allocations)
 

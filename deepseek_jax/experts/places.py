@@ -15,16 +15,21 @@ Shape letters: rounds.py.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.experts.block_rows import ArrivedRows, BlockRows, rows_of_places, some_rows
+from deepseek_jax.experts.fp8 import Fp8
 from deepseek_jax.experts.grouped_matmul import GroupedMatmul
 from deepseek_jax.experts.sorting import SortedAssignments, sort_assignments
 from deepseek_jax.experts.swiglu import Products
+
+# Of gradients in FP8: XLA then adds up a few products at a time in float32, where a matrix unit alone keeps
+# fewer bits of a sum.
+EXACT_SUMS = lax.Precision.HIGHEST
 
 
 class Plan(NamedTuple):
@@ -35,6 +40,15 @@ class Plan(NamedTuple):
     rounds: jax.Array
     # int32: assignments that come from each device of the expert axis for each of this device's experts
     count_XG: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How a device computes its experts; equal ones are one program."""
+
+    kernels: GroupedMatmul | None = None  # None: batched products of all places
+    fp8: Fp8 | None = None  # None: products in the compute dtype
+    fp8_tokens: bool = False  # tokens travel to their experts in FP8
 
 
 def expert_capacity(tokens: int, top_k: int, experts: int, capacity_factor: float) -> int:
@@ -72,7 +86,7 @@ class Round:
     number: jax.Array  # int32 []
     capacity: int
     devices: int  # X
-    kernels: GroupedMatmul | None  # None: batched
+    how: How
 
     @property
     def top_k(self) -> int:
@@ -82,7 +96,7 @@ class Round:
     @property
     def is_local(self) -> bool:
         """Whether rows are gathered from the tokens at once."""
-        return self.kernels is not None and self.devices == 1
+        return self.how.kernels is not None and self.devices == 1
 
     @functools.cached_property
     def local(self) -> BlockRows:
@@ -99,15 +113,24 @@ class Round:
 
     def products(self) -> Products:
         """Of the rows that `to_experts` gives."""
-        if self.kernels:
-            return self.kernels.products(self.local if self.is_local else self.arrived)
-        outer = functools.partial(_outer, self.plan.count_XG.shape[1])
-        return Products(_multiply, outer, _multiply, outer)
+        raw = self._batched()
+        if self.how.kernels:
+            raw = self.how.kernels.products(self.local if self.is_local else self.arrived)
+        return self.how.fp8.products(raw) if self.how.fp8 else raw
+
+    def _batched(self) -> Products:
+        experts = self.plan.count_XG.shape[1]
+        outer = functools.partial(_outer, experts)
+        largest = functools.partial(_largest, experts)
+        # Places lie expert by expert, as many for each.
+        places = self.devices * self.capacity
+        of_expert = functools.partial(jnp.repeat, repeats=places, axis=0)
+        return Products(_multiply, outer, _multiply, outer, largest, of_expert)
 
 
 @jax.named_scope("dispatch")
 def dispatch(x_TD: jax.Array, round_: Round) -> jax.Array:
-    """The rows of the round's tokens at the experts: [J, D]. Zeros where there is no token."""
+    """The rows of the round's tokens at the experts: [J, D]. Zeros where there is no token. In any dtype."""
     if round_.is_local:
         token_J = round_.local.assignment_J // round_.top_k
         return x_TD.at[token_J].get(mode="fill", fill_value=0)
@@ -172,7 +195,7 @@ def _assignments(round_: Round) -> tuple[jax.Array, jax.Array]:
 def _to_experts(places_ECI: jax.Array, round_: Round) -> jax.Array:
     """[E, C, I] on every device to [J, I] on the experts' devices."""
     devices, width = round_.devices, places_ECI.shape[-1]
-    if round_.kernels:
+    if round_.how.kernels:
         places = places_ECI.reshape(devices, -1, width)
         places = lax.all_to_all(places, "expert", split_axis=0, concat_axis=0)
         places_SI = places.reshape(-1, width)
@@ -200,7 +223,7 @@ def _from_experts(rows_JI: jax.Array, round_: Round) -> tuple[jax.Array, jax.Arr
     nth_TK = rank_TK - round_.number * capacity
     here_TK = (nth_TK >= 0) & (nth_TK < capacity) & (expert_TK < experts)
     place_TK = jnp.where(here_TK, expert_TK * capacity + nth_TK, 0)
-    if round_.kernels:
+    if round_.how.kernels:
         places_SI = rows_JI.at[round_.arrived.row_S].get(mode="fill", fill_value=0)
         places = places_SI.reshape(devices, -1, width)
         places = lax.all_to_all(places, "expert", split_axis=0, concat_axis=0)
@@ -216,9 +239,16 @@ def _multiply(
     weight_GIO: jax.Array,
     transpose: bool = False,
     into: jax.Array | None = None,
+    dtype: Any = None,
 ) -> jax.Array:
     """As swiglu.Products.multiply, of all places."""
     rows_GJI = rows_JI.reshape(len(weight_GIO), -1, rows_JI.shape[1])
+    if dtype is not None:
+        precision = EXACT_SUMS if transpose else None
+        inner = 2 if transpose else 1
+        numbers = (((2,), (inner,)), ((0,), (0,)))
+        out_GJO = lax.dot_general(rows_GJI, weight_GIO, numbers, precision, dtype)
+        return out_GJO.reshape(len(rows_JI), -1)
     formula = "gji,goi->gjo" if transpose else "gji,gio->gjo"
     out_GJO = jnp.einsum(formula, rows_GJI, weight_GIO)
     return out_GJO.reshape(len(rows_JI), -1)
@@ -227,4 +257,12 @@ def _multiply(
 def _outer(experts: int, rows_JI: jax.Array, rows_JO: jax.Array) -> jax.Array:
     """As swiglu.Products.outer, of all places."""
     left_GJI, right_GJO = (a.reshape(experts, -1, a.shape[1]) for a in (rows_JI, rows_JO))
+    if rows_JI.dtype != rows_JO.dtype:  # both are FP8
+        numbers = (((1,), (1,)), ((0,), (0,)))
+        return lax.dot_general(left_GJI, right_GJO, numbers, EXACT_SUMS, jnp.float32)
     return jnp.einsum("gji,gjo->gio", left_GJI, right_GJO, preferred_element_type=jnp.float32)
+
+
+def _largest(experts: int, rows_JI: jax.Array) -> jax.Array:
+    """As swiglu.Products.largest, of all places."""
+    return jnp.max(jnp.abs(rows_JI.reshape(experts, -1, rows_JI.shape[1])), axis=1)

@@ -26,10 +26,9 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.experts import places, swiglu
-from deepseek_jax.experts.grouped_matmul import GroupedMatmul
+from deepseek_jax.experts import fp8, places, swiglu
 from deepseek_jax.experts.low_rank import ExpertWeights
-from deepseek_jax.experts.places import Plan, Round
+from deepseek_jax.experts.places import How, Plan, Round
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -40,7 +39,7 @@ def exchange_and_compute(
     plan: Plan,
     capacity: int,
     devices: int,
-    kernels: GroupedMatmul | None,
+    how: How,
 ) -> jax.Array:
     """The routed experts' output: sum over a token's choices of weight * expert(x).
 
@@ -54,22 +53,25 @@ def exchange_and_compute(
       plan: from `places.make_plan`, with the same capacity and devices.
       capacity: C.
       devices: X, over which the experts of the plan are divided; 1 where all of them are here.
-      kernels: what multiplies what arrived; None: batched products of all places.
+      how: what multiplies, and in which numbers.
 
     Returns:
       [T, D] in the dtype of x_TD.
     """
-    return _forward(x_TD, weight_TK, weights, plan, capacity, devices, kernels)[0]
+    return _forward(x_TD, weight_TK, weights, plan, capacity, devices, how)[0]
 
 
-def _forward(x_TD, weight_TK, weights, plan, capacity, devices, kernels):
+def _forward(x_TD, weight_TK, weights, plan, capacity, devices, how):
+    travelling = _travelling(x_TD, devices, how)
+
     def one_round(number, y_TD):
         """dispatch > experts > combine; also what backward reads."""
-        round_ = Round(plan, number, capacity, devices, kernels)
+        round_ = Round(plan, number, capacity, devices, how)
         products = round_.products()
-        rows_JD = places.dispatch(x_TD, round_)
+        rows = places.dispatch(travelling, round_)
         if devices > 1:  # rows that did not travel are cheaper to gather again than to keep
-            rows_JD = checkpoint_name(rows_JD, "exchange")
+            rows = checkpoint_name(rows, "exchange")
+        rows_JD = _arrived(rows, x_TD)
         with jax.named_scope("experts"):
             hidden = checkpoint_name(swiglu.hidden(products, rows_JD, weights), "experts_hidden")
             out_JD = swiglu.output(products, hidden, weights)
@@ -85,7 +87,7 @@ def _forward(x_TD, weight_TK, weights, plan, capacity, devices, kernels):
     return y_TD.astype(x_TD.dtype), (x_TD, weight_TK, weights, plan, rows_JD, hidden)
 
 
-def _backward(capacity, devices, kernels, residuals, dy_TD):
+def _backward(capacity, devices, how, residuals, dy_TD):
     x_TD, weight_TK, weights, plan, rows_JD, hidden = residuals
 
     def one_round(round_, rows_JD, hidden, dx_TD, dw_TK):
@@ -101,7 +103,7 @@ def _backward(capacity, devices, kernels, residuals, dy_TD):
         return dx_TD, places.combine_weights(dw_TK, dw_J1, round_), dweights
 
     def round_of(number):
-        return Round(plan, number, capacity, devices, kernels)
+        return Round(plan, number, capacity, devices, how)
 
     zeros = jnp.zeros_like(x_TD, jnp.float32), jnp.zeros_like(weight_TK)
     grads = one_round(round_of(jnp.int32(0)), rows_JD, hidden, *zeros)
@@ -109,7 +111,8 @@ def _backward(capacity, devices, kernels, residuals, dy_TD):
     def more(carry):
         number, (dx, dw, dweights) = carry
         round_ = round_of(number)
-        rows = places.dispatch(x_TD, round_)
+        rows = places.dispatch(_travelling(x_TD, devices, how), round_)
+        rows = _arrived(rows, x_TD)
         with jax.named_scope("experts"):
             again = swiglu.hidden(round_.products(), rows, weights)
         dx, dw, dweights_r = one_round(round_, rows, again, dx, dw)
@@ -130,6 +133,18 @@ def _backward(capacity, devices, kernels, residuals, dy_TD):
 
 
 exchange_and_compute.defvjp(_forward, _backward)
+
+
+@jax.named_scope("dispatch")
+def _travelling(x_TD: jax.Array, devices: int, how: How) -> jax.Array:
+    """Tokens as they are sent."""
+    return fp8.encode(x_TD) if devices > 1 and how.fp8_tokens else x_TD
+
+
+@jax.named_scope("dispatch")
+def _arrived(rows: jax.Array, x_TD: jax.Array) -> jax.Array:
+    """[J, D]: rows of what `_travelling` made, in the dtype of the tokens."""
+    return rows if rows.dtype == x_TD.dtype else fp8.decode(rows, x_TD.dtype)
 
 
 def _second(plan: Plan) -> jax.Array:

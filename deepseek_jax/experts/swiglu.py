@@ -23,17 +23,22 @@ class Products(NamedTuple):
     """Products of rows and experts.
 
     Attributes:
-      multiply: (rows [J, I], weights [G, I, O], transpose=False, into=None) -> [J, O]: each row times the
-        matrix of its expert, or, of weights [G, O, I], times the transposed one. `into`: an array [J, O] that
-        is not needed afterwards; its memory may be used.
-      outer: (rows [J, I], other rows [J, O]) -> float32 [G, I, O]: the sum of an expert's outer products.
+      multiply: (rows [J, I], weights [G, I, O], transpose=False, into=None, dtype=None) -> [J, O]: each row
+        times the matrix of its expert, or, of gradients and weights [G, O, I], times the transposed one.
+        `into`: an array [J, O] that is not needed afterwards; its memory may be used. `dtype`: of the result,
+        where rows and weights are FP8.
+      outer: (rows [J, I], gradients [J, O]) -> float32 [G, I, O]: the sum of an expert's outer products.
       low_multiply, low_outer: the same, for the narrow factors of LoRA.
+      largest: rows [J, I] -> [G, I], the largest magnitude of each column among the rows of an expert.
+      of_expert: [G, I] -> [J, I], those of each row's expert; anything in rows of nobody.
     """
 
     multiply: Callable[..., jax.Array]
     outer: low_rank.Outer
     low_multiply: low_rank.Multiply
     low_outer: low_rank.Outer
+    largest: Callable[[jax.Array], jax.Array]
+    of_expert: Callable[[jax.Array], jax.Array]
 
 
 def hidden(products: Products, x_JD: jax.Array, weights: ExpertWeights) -> jax.Array:

@@ -4,7 +4,7 @@ In: recipes (YAML, JSON) and command lines. Out: a config file, each line with w
 command; and of every key what became of it. Read in this order:
 
 1. `source.py`: a *source* is a file or the flags of a command line: *entries*, that is dotted keys with
-   values and places ("recipe.yaml:12"). `reading.py`, `hydra.py` and `command.py` make them.
+   values and places ("recipe.yaml:12"). `reading.py`, `hydra.py`, `references.py` and `command.py` make them.
 2. `tool.py`: a *tool* (Trainer of transformers 5, Accelerate, NeMo 1, ...) recognises its sources, and has a
    table: dotted key or pattern -> handler. `tools/` has one module for each; `registry.py` lists them;
    `handlers.py` has the handlers that most keys need.

@@ -12,6 +12,7 @@ ours, and beside each option where it came from. Without --out it is printed.
 Exit codes: 0; 2 where something is refused or wrong, and then nothing is written.
 """
 
+import functools
 import json
 import os
 import sys
@@ -20,7 +21,8 @@ from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.config import paths
 from deepseek_jax.errors import ExitCode, UserError
-from deepseek_jax.migrate import check, config_file, engine, launch, loading, report
+from deepseek_jax.launch.template import command as template
+from deepseek_jax.migrate import check, cluster_file, config_file, engine, launch, loading, report
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.registry import TOOLS
 
@@ -59,12 +61,18 @@ def parser() -> arguments.Parser:
         help="Of one example a row, padded: keep the sequences of a step, or its tokens in packed rows.",
     )
     out.add_argument(
-        "--mean_length", type=float, metavar="TOKENS", help="Of an example, for --match=tokens."
+        "--mean_length", type=_length, metavar="TOKENS", help="Of an example, for --match=tokens."
     )
     out.add_argument(
         "--rows", type=_count, metavar="N", help="Examples of the data: how many steps epochs are."
     )
     out.add_argument("--out", type=arguments.path, metavar="FILE", help="The new config.")
+    out.add_argument(
+        "--template",
+        metavar="'KIND ...'",
+        help="With --out: also a file that starts the run on a cluster: slurm, jobset, rayjob or ssh, and "
+        "behind it options of `launch template`: --template='slurm --partition=h100 --time=1-0'.",
+    )
     out.add_argument("--json", action="store_true", help="The lists as JSON.")
     return out
 
@@ -75,6 +83,15 @@ def main(argv: list[str]) -> int:
         raise UserError("nothing to migrate. Name a recipe, or give --command. See --help.")
     if args.out:
         paths.check_output("--out", args.out, args.files)
+        stem, ending = os.path.splitext(args.out)
+        if ending != ".py" and (os.path.isfile(args.out) or not os.path.exists(args.out)):
+            raise UserError(
+                f"--out={args.out} will be a Python file, as train.py reads it. Name it {stem}.py."
+            )
+    elif args.template is not None:
+        raise UserError(
+            f"--template={args.template!r} starts a config that is written. Give --out=configs/NAME.py too."
+        )
     m = Migration(
         devices=args.devices,
         gpus_per_node=args.gpus_per_node,
@@ -96,9 +113,18 @@ def main(argv: list[str]) -> int:
     check.check(m)
     title = f"The run of {', '.join(s.name for s in sources)}, migrated."
     written = config_file.text(m, title, command)
+    made = None
+    if args.template is not None:
+        made = cluster_file.make(m, args.template, args.out, args.files)
     if args.out:
         write(args.out, written)
-        print(f"\nWritten: {args.out}", file=sys.stderr if args.json else sys.stdout)
+        say = functools.partial(print, file=sys.stderr if args.json else sys.stdout)
+        say(f"\nWritten: {args.out}")
+        if made:
+            template.save(made)
+            say(f"Written: {made.path}, to be started by: {cluster_file.submitted(made)}")
+            if made.report:
+                print(made.report, file=sys.stderr)
     elif not args.check and not args.json:
         print(written, end="")
     return ExitCode.DONE
@@ -120,6 +146,13 @@ def write(path: str, content: str) -> None:
 
 def _count(text: str) -> int:
     number = int(text)
+    if not 1 <= number <= 1 << 24:
+        raise ValueError(text)
+    return number
+
+
+def _length(text: str) -> float:
+    number = float(text)
     if not 1 <= number <= 1 << 24:
         raise ValueError(text)
     return number

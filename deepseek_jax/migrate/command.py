@@ -199,10 +199,9 @@ def _flag(flag: str, values: list[str]) -> list[Entry]:
 def _entries(key: str, values: list[str], where: str) -> list[Entry]:
     if len(values) == 1 and values[0].lstrip().startswith(("{", "[")):
         try:
-            tree = json.loads(values[0])
-        except ValueError:
-            tree = values[0]
-        return list(flattened(tree, where, Rank.FLAG, key))
+            return list(flattened(json.loads(values[0]), where, Rank.FLAG, key))
+        except (ValueError, RecursionError):  # no JSON: the text itself
+            return [Entry(key, values[0], where, Rank.FLAG)]
     value = scalar(values[0]) if len(values) == 1 else [scalar(v) for v in values]
     return [Entry(key, value, where, Rank.FLAG)]
 

@@ -10,6 +10,7 @@ from deepseek_jax.config import base_config
 from deepseek_jax.config.configdict import from_config_dict
 from deepseek_jax.config.options import OPTIONS, Config
 from deepseek_jax.migrate.migration import Migration, Setting
+from deepseek_jax.migrate.source import shown
 
 WIDTH = 110
 TITLES = {
@@ -102,15 +103,10 @@ def text(m: Migration, title: str, launch: str) -> str:
 def origins(setting: Setting) -> str:
     """Where an option came from, and the arithmetic: "recipe.yaml:3 max_steps=100"."""
     told = [t for t in setting.because if t.entry] or list(setting.because)
-    places = list(dict.fromkeys(_printable(t.origin) for t in told))
+    places = list(dict.fromkeys(shown(t.origin) for t in told))
     if len(places) > 3:
         places = [*places[:3], "..."]
     return "; ".join(p for p in ("; ".join(places), setting.how) if p)
-
-
-def _printable(text: str) -> str:
-    """One line that a Python file can hold in a comment."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def _sections(settings: Mapping[str, Setting]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 
 from deepseek_jax.errors import UserError
@@ -10,6 +11,8 @@ from deepseek_jax.migrate.detect import Assigned, assign
 from deepseek_jax.migrate.migration import Migration, Reading
 from deepseek_jax.migrate.source import Entry, Rank, Source
 
+# What handlers raise where a list stands for a number, and the like.
+WRONG_KIND = (TypeError, ValueError, ArithmeticError, AttributeError)
 # Flags whose value is a recipe, or its name in a folder of configs.
 NAMING = ("config", "config_file", "config_name", "config_path")
 
@@ -57,6 +60,8 @@ def _read(m: Migration, found: Assigned) -> None:
             continue
         handler = found.tool.handler(found.tool.key(entry.key))
         if handler is None:
+            if re.match(r"(defaults|hydra)(\.|$)", entry.key):
+                m.no_effect(entry, "it is Hydra's: what defaults name is read")
             continue  # unknown: Migration.verdict
         if entry.value == "???":
             m.refuse(entry, "??? stands for a value that must be given", "Write it there")
@@ -65,7 +70,7 @@ def _read(m: Migration, found: Assigned) -> None:
             handler(m, entry)
         except UserError as e:
             m.refuse(entry, str(e).rstrip("."))
-        except (TypeError, ValueError):  # a list where a number belongs, and the like
+        except WRONG_KIND:
             m.refuse(entry, "its value is not of the right kind", "Correct it there")
 
 

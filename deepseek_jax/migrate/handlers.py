@@ -43,7 +43,7 @@ def as_float(entry: Entry) -> float:
         raise wrong(entry, "a number")
     try:
         number = float(entry.value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong(entry, "a number") from None
     if number != number or number in (float("inf"), float("-inf")):
         raise wrong(entry, "a finite number")

@@ -1,112 +1,92 @@
-"""`${...}` and `defaults:` as OmegaConf and Hydra have them, by a small resolver of our own.
+"""Hydra's `defaults:` list: config groups, read from the folder of the file."""
 
-References, absolute and relative; oc.env, oc.select, oc.decode; multiply, sum and the like, which NeMo
-registers. Config groups are read from the folder of the file.
-"""
-
-import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.migrate.reading import read_file, scalar
+from deepseek_jax.migrate.reading import read_file
 from deepseek_jax.migrate.source import Entry, Source
 
-REFERENCE = re.compile(r"\$\{([^${}]*)\}")
-SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_KEY", re.IGNORECASE)
-DEEPEST = 20
-
-ARITHMETIC: Mapping[str, Callable[..., Any]] = {
-    "multiply": lambda *a: math.prod(a),
-    "mul": lambda *a: math.prod(a),
-    "sum": lambda *a: sum(a),
-    "add": lambda *a: sum(a),
-    "sub": lambda a, b: a - b,
-    "subtract": lambda a, b: a - b,
-    "divide": lambda a, b: a / b,
-    "div": lambda a, b: a / b,
-    "int_div": lambda a, b: a // b,
-    "divide_floor": lambda a, b: a // b,
-    "divide_ceil": lambda a, b: -(-a // b),
-    "not": lambda a: not a,
-}
+MOST_FILES = 200
 
 
-class Unresolved(Exception):
-    """A reference that cannot be followed, and why."""
-
-
-def resolved(source: Source, environ: Mapping[str, str]) -> Source:
-    """A source with every `${...}` that can be followed replaced by its value.
-
-    What cannot be followed stays as it is: its handler, or the check of its value, says so.
+def composed(path: str, name: str) -> Source:
+    """A file with the config groups of its `defaults:` list, which lie in folders beside it, and theirs.
 
     Args:
-      source: as it was read.
-      environ: for ${oc.env:NAME}; names that look like secrets are not read.
-    """
-    if not any(isinstance(e.value, str) and "${" in e.value for e in source.entries):
-        return source
-    values = {e.key: e.value for e in source.entries}
-    out: list[Entry] = []
-    for entry in source.entries:
-        whole = _whole(entry)
-        below = [k for k in values if whole and k.startswith(f"{whole}.")]
-        if below and whole not in values:  # a reference to a section: its keys, here as well
-            for key in below:
-                full = entry.key + key.removeprefix(whole or "")
-                out.append(
-                    _value(Entry(full, values[key], entry.where, entry.rank), values, environ)
-                )
-        else:
-            out.append(_value(entry, values, environ))
-    return Source(source.name, tuple(out), source.form, source.duplicates, source.files)
-
-
-def composed(source: Source, folder: str) -> Source:
-    """A file with the config groups of its `defaults:` list, which lie in folders beside it.
-
-    Args:
-      source: as it was read.
-      folder: of its file.
+      path: of the file.
+      name: what it is called in messages.
 
     Raises:
-      UserError: a file of the list is not there.
+      UserError: it, or a file of a list, cannot be read or is not there; or the lists lead in a circle.
     """
-    chosen = _defaults(source)
-    if not chosen:
+    return _Composition(os.path.dirname(path) or ".").of(path, name)
+
+
+class _Composition:
+    """The files of one recipe. `root`: the folder from which groups with a slash before them are named."""
+
+    def __init__(self, root: str):
+        self._root = root
+        self._open: list[str] = []  # the files that lead to the one that is read now
+        self._read = 0
+
+    def of(self, path: str, name: str = "") -> Source:
+        real = os.path.realpath(path)
+        if real in self._open:
+            circle = " -> ".join(os.path.basename(p) for p in (*self._open, real))
+            raise UserError(f"defaults lead in a circle: {circle}. Take one of them out.")
+        self._read += 1
+        if self._read > MOST_FILES:
+            raise UserError(
+                f"{self._open[0]}: its defaults name more than {MOST_FILES} files. Give one file of all keys."
+            )
+        self._open.append(real)
+        source = self._with_groups(read_file(path, name), os.path.dirname(path) or ".")
+        self._open.pop()
         return source
-    layers: list[tuple[Entry, ...]] = []
-    files: list[str] = []
-    own = tuple(e for e in source.entries if not _of_defaults(e))
-    listed = tuple(e for e in source.entries if _of_defaults(e))
-    after_self = False
-    for group, name in chosen:
-        if (group, name) == ("", "_self_"):
+
+    def _with_groups(self, source: Source, folder: str) -> Source:
+        chosen = _defaults(source)
+        if not chosen:
+            return source
+        own = tuple(e for e in source.entries if not _of_defaults(e))
+        listed = tuple(e for e in source.entries if _of_defaults(e))
+        layers: list[tuple[Entry, ...]] = []
+        duplicates = list(source.duplicates)
+        files: list[str] = []
+        after_self = False
+        for group, name in chosen:
+            if (group, name) == ("", "_self_"):
+                layers.append(own)
+                after_self = True
+                continue
+            path, prefix = _place(group, name)
+            top = self._root if (group or name).startswith("/") else folder
+            file = _find(top, path, source, (group or name).startswith("optional "))
+            if file is None:
+                continue
+            found = self.of(file)
+            files += [file, *found.files]
+            listed += tuple(e for e in found.entries if _of_defaults(e))
+            duplicates += found.duplicates
+            layers.append(
+                tuple(
+                    Entry(prefix + e.key, e.value, e.where, e.rank)
+                    for e in found.entries
+                    if not _of_defaults(e)
+                )
+            )
+        if not after_self:
             layers.append(own)
-            after_self = True
-            continue
-        path, prefix = _place(group, name)
-        file = _find(folder, path, source, group)
-        if file is None:
-            continue
-        files.append(file)
-        found = read_file(file)
-        layers.append(tuple(Entry(prefix + e.key, e.value, e.where, e.rank) for e in found.entries))
-    if not after_self:
-        layers.append(own)
-    winners: dict[str, Entry] = {}
-    duplicates = list(source.duplicates)
-    for layer in layers:
-        for entry in layer:
+        winners: dict[str, Entry] = {}
+        for entry in (e for layer in layers for e in layer):
             if entry.key in winners:
                 duplicates.append((winners[entry.key], entry))
             winners[entry.key] = entry
-    return Source(
-        source.name, (*listed, *winners.values()), source.form, tuple(duplicates), tuple(files)
-    )
+        return Source(
+            source.name, (*listed, *winners.values()), source.form, tuple(duplicates), tuple(files)
+        )
 
 
 def _of_defaults(entry: Entry) -> bool:
@@ -140,102 +120,15 @@ def _place(group: str, name: str) -> tuple[str, str]:
     return path, f"{section}." if section not in ("", "_global_") else ""
 
 
-def _find(folder: str, path: str, source: Source, group: str) -> str | None:
+def _find(folder: str, path: str, source: Source, optional: bool) -> str | None:
     inside = os.path.realpath(folder)
     for ending in (".yaml", ".yml"):
         file = os.path.join(folder, path + ending)
         if os.path.isfile(file) and os.path.realpath(file).startswith(inside + os.sep):
             return file
-    if group.startswith("optional "):
+    if optional:
         return None
     raise UserError(
         f"{source.name}: its defaults name {path}.yaml, which is not in {folder}. Put it there, or take the "
         f"line out of defaults."
     )
-
-
-def _whole(entry: Entry) -> str | None:
-    """The absolute key of a value that is one reference and nothing else."""
-    if not isinstance(entry.value, str):
-        return None
-    found = REFERENCE.fullmatch(entry.value.strip())
-    return _absolute(found[1], entry.key) if found and ":" not in found[1] else None
-
-
-def _known(name: str, values: Mapping[str, Any]) -> str:
-    """The key that a reference means. A file of a config group (NeMo's launcher: training/mixtral.yaml) names
-    its own keys from the root of the whole: training.model.seq_length.
-    """
-    if name not in values:
-        group, _, rest = name.partition(".")
-        if rest in values and not any(k.startswith(f"{group}.") for k in values):
-            return rest
-    return name
-
-
-def _absolute(name: str, key: str) -> str:
-    """A reference from the root: `${.x}` is beside `key`, `${..x}` one section up."""
-    up = len(name) - len(name.lstrip("."))
-    if not up:
-        return name
-    parts = key.split(".")[:-up]
-    return ".".join([*parts, name.lstrip(".")])
-
-
-def _value(entry: Entry, values: Mapping[str, Any], environ: Mapping[str, str]) -> Entry:
-    try:
-        value = _follow(entry.value, entry.key, values, environ, 0)
-    except (Unresolved, TypeError, ValueError, ZeroDivisionError):
-        return entry
-    return Entry(entry.key, value, entry.where, entry.rank) if value is not entry.value else entry
-
-
-def _follow(
-    value: Any, key: str, values: Mapping[str, Any], environ: Mapping[str, str], depth: int
-) -> Any:
-    """The value of what may have references in it.
-
-    Raises:
-      Unresolved: one leads nowhere, or in a circle.
-    """
-    if depth > DEEPEST:
-        raise Unresolved("in a circle")
-    if isinstance(value, list):
-        return [_follow(v, key, values, environ, depth + 1) for v in value]
-    while isinstance(value, str) and (found := REFERENCE.search(value)):
-        new = _one(found[1].strip(), key, values, environ, depth)
-        if found[0] == value.strip():
-            return _follow(new, key, values, environ, depth + 1)
-        value = value[: found.start()] + str(new) + value[found.end() :]
-        depth += 1
-        if depth > DEEPEST:
-            raise Unresolved("in a circle")
-    return value
-
-
-def _one(
-    inside: str, key: str, values: Mapping[str, Any], environ: Mapping[str, str], depth: int
-) -> Any:
-    """What one `${...}` stands for."""
-    name, colon, rest = inside.partition(":")
-    if not colon:
-        full = _known(_absolute(name, key), values)
-        if full not in values:
-            raise Unresolved(full)
-        return _follow(values[full], full, values, environ, depth + 1)
-    arguments = [a.strip().strip("'\"") for a in rest.split(",")] if rest else []
-    if name in ("oc.env", "env") and arguments:
-        if arguments[0] in environ and not SECRET.search(arguments[0]):
-            return scalar(environ[arguments[0]])
-        if len(arguments) > 1:
-            return scalar(arguments[1])
-    elif name == "oc.select" and arguments:
-        full = _absolute(arguments[0], key)
-        if full in values:
-            return _follow(values[full], full, values, environ, depth + 1)
-        return scalar(arguments[1]) if len(arguments) > 1 else None
-    elif name == "oc.decode" and arguments:
-        return scalar(arguments[0])
-    elif name in ARITHMETIC:
-        return ARITHMETIC[name](*(scalar(a) for a in arguments))
-    raise Unresolved(inside)

@@ -5,8 +5,8 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from deepseek_jax.migrate import command, hydra, script
-from deepseek_jax.migrate.reading import read_file, read_text
+from deepseek_jax.migrate import command, hydra, references, script
+from deepseek_jax.migrate.reading import read_text
 from deepseek_jax.migrate.source import Entry, Source
 
 # Keys whose value is another file of the same run, where it ends as one.
@@ -78,7 +78,7 @@ def _add(
     name = os.path.basename(path)
     if any(s.name == name for s in sources):
         name = path
-    source = hydra.resolved(hydra.composed(read_file(path, name), folder), environ)
+    source = references.resolved(hydra.composed(path, name), environ)
     sources.append(source)
     for entry in source.entries:
         value = entry.value

@@ -1,6 +1,7 @@
 """One migration under way: what was told, what each entry became, the options that follow."""
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,15 @@ from deepseek_jax.config.options import OPTIONS
 from deepseek_jax.migrate.facts import COUNTS, FACTS
 from deepseek_jax.migrate.source import Entry, Rank, Source
 
+MOST = 1 << 30  # of what is counted: sequences of a step, devices
+# A variable or a reference that nothing has filled in, and where one cannot stay.
+OPEN = re.compile(r"\$\{|\$\w")
+NAMES = {
+    "workdir": "--workdir",
+    "log.run_name": "config.log.run_name",
+    "log.project": "config.log.project",
+}
+PATHS = ("data.path", "init_from", "distill.teacher", "data.tokenizer")
 AUTO = "auto"  # of DeepSpeed: the value that others tell
 
 
@@ -71,7 +81,7 @@ class Migration:
       rows: examples of the data, of --rows.
       settings: the options of the new config.
       flags: of the launch command, beside them: "--workdir".
-      downloads: folder -> command that fills it from the hub.
+      downloads: folder -> the words of the command that fills it from the hub.
     """
 
     devices: int | None = None
@@ -85,7 +95,7 @@ class Migration:
     verdicts: dict[Entry, Verdict] = field(default_factory=dict)
     settings: dict[str, Setting] = field(default_factory=dict)
     flags: dict[str, Setting] = field(default_factory=dict)
-    downloads: dict[str, str] = field(default_factory=dict)
+    downloads: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     absent: list[Entry] = field(default_factory=list)  # refused though no source has them
     _at: Reading | None = None  # whose entries are read now
@@ -102,9 +112,18 @@ class Migration:
           name: a key of FACTS, or an option's full name: "optimizer.b1".
           rank: in place of the entry's own.
         """
-        if name in COUNTS and value < 1:
-            self.refuse(entry, "it is not 1 or more", "Correct it there")
+        if name in COUNTS and not 1 <= value <= MOST:
+            self.refuse(entry, f"it is not between 1 and {MOST}", "Correct it there")
             return
+        if isinstance(value, str) and OPEN.search(value):
+            if name in NAMES:
+                ours = NAMES[name]
+                self.no_effect(entry, f"it has a variable that is not known here: {ours} sets it")
+                return
+            if name in PATHS:
+                self.note(
+                    f"To be given: config.{name}: {entry.text} has a variable that is not known here."
+                )
         self._tell(name, value, entry, entry.rank if rank is None else rank)
 
     def tell_auto(self, entry: Entry, name: str) -> None:
@@ -172,8 +191,9 @@ class Migration:
         return max(found, key=lambda e: e.rank, default=None)
 
     def told_of(self, name: str) -> Any:
-        """The value of a fact so far, of the highest rank; None: nobody said so."""
-        best = max(self.told.get(name, ()), key=lambda t: t.rank, default=None)
+        """The value of a fact so far, of the highest rank; None: nobody said so, or auto alone."""
+        told = [t for t in self.told.get(name, ()) if t.value != AUTO]
+        best = max(told, key=lambda t: t.rank, default=None)
         return None if best is None else best.value
 
     # ---- what arithmetic calls, after `settle`

@@ -15,9 +15,10 @@ import yaml
 from deepseek_jax.errors import UserError
 from deepseek_jax.migrate.source import Entry, Rank, Source
 
-LARGEST = 4 << 20  # bytes of a file: recipes are small
-MOST = 20_000  # keys; aliases of YAML can multiply
+LARGEST = 1 << 20  # bytes of a file: recipes are small
+MOST = 20_000  # keys and items of a file, as aliases multiply them
 DEEPEST = 60
+MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,7 +72,10 @@ def read_text(path: str, name: str) -> str:
                 f"{name} has {os.path.getsize(path)} bytes, and a recipe at most {LARGEST}."
             )
         with open(path, encoding="utf-8-sig") as f:
-            return f.read(LARGEST + 1)
+            text = f.read(LARGEST + 1)  # of a pipe nobody knows how much comes
+        if len(text) > LARGEST:
+            raise UserError(f"{name} has more than {LARGEST} characters, the most of a recipe.")
+        return text
     except OSError as e:
         raise UserError(f"{name}: {e.strerror}. Name a YAML or JSON file.") from e
     except UnicodeDecodeError as e:
@@ -95,12 +99,16 @@ def from_text(text: str, name: str) -> Source:
         where = f"{name}:{mark.line + 1}" if mark else name
         problem = " ".join(str(getattr(e, "problem", None) or e).split())
         raise UserError(f"{where} is not YAML: {problem}. Correct it there.") from e
-    except (RecursionError, ValueError) as e:
+    except RecursionError as e:
+        raise UserError(f"{name} has keys or lists that lie too deep for a recipe.") from e
+    except ValueError as e:
         raise UserError(f"{name} is not YAML that can be read: {e}.") from e
     documents = [d for d in documents if d is not None]
     if len(documents) != 1 or not isinstance(documents[0], yaml.MappingNode):
-        what = f"{len(documents)} documents" if len(documents) != 1 else "no mapping of keys"
-        raise UserError(f"{name} holds {what}. A recipe is one mapping of keys to values.")
+        what = {0: "is empty", 1: "holds no mapping of keys"}.get(
+            len(documents), f"holds {len(documents)} documents"
+        )
+        raise UserError(f"{name} {what}. A recipe is one mapping of keys to values.")
     walk = _Walk(name)
     walk.mapping(documents[0], "", 0)
     return Source(name, tuple(walk.entries), form, tuple(walk.duplicates))
@@ -108,7 +116,10 @@ def from_text(text: str, name: str) -> Source:
 
 def scalar(text: str) -> Any:
     """A plain value as a file would hold it: "5e-5" is a number, "no" is False."""
-    node = _Loader(text).get_single_node() if _one_line(text) else None
+    try:
+        node = _Loader(text).get_single_node() if _one_line(text) else None
+    except yaml.YAMLError:  # a quotation mark alone
+        return text
     if not isinstance(node, yaml.ScalarNode) or node.tag not in PLAIN or node.style:
         return text
     return _scalar_value(node)
@@ -126,46 +137,74 @@ def flattened(tree: Any, where: str, rank: Rank = Rank.RECIPE, key: str = "") ->
         yield Entry(key, tree, where, rank)
 
 
-class _Walk:
-    """Entries and duplicates, collected."""
+Pairs = list[tuple[yaml.Node, yaml.Node]]
 
-    def __init__(self, name: str) -> None:
+
+class _Walk:
+    """Entries and duplicates, collected.
+
+    Args:
+      name: of the file.
+      budget: how many keys and items may still be seen; shared by walks of one file.
+    """
+
+    def __init__(self, name: str, budget: list[int] | None = None) -> None:
         self.name = name
         self.entries: list[Entry] = []
         self.duplicates: list[tuple[Entry, Entry]] = []
+        self._budget = [MOST] if budget is None else budget
 
     def mapping(self, node: yaml.MappingNode, prefix: str, depth: int) -> None:
-        own: dict[str, None] = {}
-        for key_node, _ in node.value:
-            if key_node.tag != "tag:yaml.org,2002:merge":
-                own[self._key(key_node)] = None
-        for key_node, value in node.value:  # <<: what an anchor has, where the mapping has no own
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    pairs = [p for p in base.value if self._key(p[0]) not in own]
-                    own.update((self._key(k), None) for k, _ in pairs)
-                    self._pairs(pairs, prefix, depth)
-        self._pairs([p for p in node.value if p[0].tag != "tag:yaml.org,2002:merge"], prefix, depth)
-
-    def _pairs(self, pairs: list[tuple[yaml.Node, yaml.Node]], prefix: str, depth: int) -> None:
+        pairs = self._merged(node, depth)
+        if not pairs and prefix:  # << of an empty mapping
+            self.entries.append(Entry(prefix, {}, f"{self.name}:{node.start_mark.line + 1}"))
         last = {self._key(k): i for i, (k, _) in enumerate(pairs)}
         earlier: list[tuple[str, list[Entry]]] = []
+        begins: dict[str, int] = {}  # key -> place of its first entry
         for i, (key_node, value) in enumerate(pairs):
             key = self._key(key_node)
             full = f"{prefix}.{key}" if prefix else key
             if last[key] != i:
-                aside = _Walk(self.name)
+                aside = _Walk(self.name, self._budget)
                 aside.value(value, full, key_node, depth + 1)
                 earlier.append((full, aside.entries))
             else:
+                begins[full] = len(self.entries)
                 self.value(value, full, key_node, depth + 1)
         for full, found in earlier:
-            later = next(e for e in self.entries if e.key == full or e.key.startswith(f"{full}."))
-            self.duplicates += [(e, later) for e in found]
+            if begins[full] < len(self.entries):
+                self.duplicates += [(e, self.entries[begins[full]]) for e in found]
+
+    def _merged(self, node: yaml.MappingNode, depth: int) -> Pairs:
+        """The pairs of a mapping; before them what `<<` brings from others and it does not have itself."""
+        self._spend(1, depth)
+        own = [pair for pair in node.value if pair[0].tag != MERGE]
+        names = {self._key(key) for key, _ in own}
+        brought: Pairs = []
+        for key_node, value in node.value:
+            if key_node.tag != MERGE:
+                continue
+            for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(base, yaml.MappingNode):
+                    raise UserError(
+                        f"{self.name}:{key_node.start_mark.line + 1} has << with no mapping. Write "
+                        f"<<: *NAME, of an anchor before it."
+                    )
+                found = {self._key(key): (key, v) for key, v in self._merged(base, depth + 1)}
+                brought += [pair for name, pair in found.items() if name not in names]
+                names |= found.keys()
+        return brought + own
+
+    def _spend(self, count: int, depth: int) -> None:
+        self._budget[0] -= count
+        if depth > DEEPEST or self._budget[0] < 0:
+            raise UserError(
+                f"{self.name} has more than {MOST} keys and items, or they lie too deep."
+            )
 
     def value(self, node: yaml.Node, key: str, at: yaml.Node, depth: int) -> None:
-        if depth > DEEPEST or len(self.entries) > MOST:
-            raise UserError(f"{self.name} has more than {MOST} keys, or they lie too deep.")
+        items = len(node.value) if isinstance(node, yaml.SequenceNode) else 0
+        self._spend(1 + items, depth)
         where = f"{self.name}:{at.start_mark.line + 1}"
         if isinstance(node, yaml.MappingNode) and node.value:
             self._check_tag(node, where)
@@ -199,20 +238,27 @@ class _Walk:
             raise UserError(
                 f"{self.name}:{node.start_mark.line + 1} has a key that is no plain text."
             )
-        return str(node.value)
+        return _whole_characters(str(node.value))
 
 
 def _scalar_value(node: yaml.ScalarNode) -> Any:
-    if node.tag.endswith(":float"):
-        return float(node.value.replace("_", "")) if ":" not in node.value else node.value
-    if node.tag.endswith(":str"):
-        return node.value
-    if node.tag.endswith(":int") and ":" in node.value:
-        return node.value  # 00:03:30:00 is a time, and not a number to the base of 60
+    text = _whole_characters(node.value)
+    kind = node.tag.rpartition(":")[2]
+    if kind == "str" or (kind in ("int", "float") and ":" in text):
+        return text  # 00:03:30:00 is a time, and not a number to the base of 60
     try:
+        if kind == "float" and "e" in text.lower():
+            return float(text.replace("_", ""))  # also where YAML 1.1 has a text
         return _Loader("").construct_object(node)
-    except (yaml.YAMLError, ValueError):
-        return node.value
+    except (yaml.YAMLError, ValueError, KeyError):  # thousands of digits; `!!bool x`
+        return text
+
+
+def _whole_characters(text: str) -> str:
+    """JSON writes a character beyond the first 65,536 as two escapes, which YAML reads as two halves."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _checked_json(text: str, name: str) -> str:
@@ -222,6 +268,8 @@ def _checked_json(text: str, name: str) -> str:
     except (ValueError, RecursionError) as e:
         if text.lstrip().startswith("{{"):
             raise UserError(f"{name} is a template and no JSON. Fill it in first.") from e
+        if isinstance(e, RecursionError):
+            raise UserError(f"{name} has keys or lists that lie too deep for a recipe.") from e
         where = f"{name}:{e.lineno}" if isinstance(e, json.JSONDecodeError) else name
         why = e.msg if isinstance(e, json.JSONDecodeError) else str(e)
         raise UserError(f"{where} is not JSON: {why}. Correct it there.") from e

@@ -136,12 +136,12 @@ def amounts(m: Migration, rows: int | None = None) -> list[str]:
     if steps:
         out.append(f"steps: {steps} theirs and here")
         if length:
-            out.append(f"tokens of the run: at most {steps * size * length:,}")
+            at_most = "at most " if m.fact("unpacked") else ""
+            out.append(f"tokens of the run: {at_most}{steps * size * length:,}")
     else:
         epochs = m.settings["train.epochs"].value
-        out.append(
-            f"{epochs:g} epochs: steps follow from the data and are in the first lines of the run"
-        )
+        passes = f"{epochs:g} epoch{'s' * (epochs != 1)}"
+        out.append(f"{passes}: steps follow from the data and are in the first lines of the run")
         if rows:
             each = -(-rows // size)
             out.append(

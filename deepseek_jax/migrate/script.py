@@ -26,6 +26,7 @@ ARRAY = re.compile(
 ASSIGNMENT = re.compile(r"^(\w+)=(.*)$", re.DOTALL)
 VARIABLE = re.compile(r"\$(?:\{(\w+)(?:\[[@*]\])?(?::-([^}]*))?\}|(\w+))")
 SBATCH = re.compile(r"^#SBATCH\s+(--?[\w-]+)(?:[= \t][ \t]*(\S+))?", re.MULTILINE)
+LONGEST = 1 << 17  # characters of a command line, as Linux has it
 SHORT = {"N": "nodes", "n": "ntasks", "G": "gpus", "J": "job_name", "t": "time", "p": "partition"}
 
 
@@ -78,11 +79,16 @@ def read(text: str, name: str) -> Script:
 
 
 def expanded(line: str, values: dict[str, str]) -> str:
-    """A line with its variables, as far as they are known, filled in; `${NAME:-other}` where NAME is not."""
+    """A line with its variables, as far as they are known, filled in; `${NAME:-other}` where NAME is not. A
+    line that would be longer than any command keeps its variables."""
+    room = LONGEST
 
     def value(found: re.Match[str]) -> str:
+        nonlocal room
         name, other = found[1] or found[3], found[2]
-        return values.get(name, found[0] if other is None else other)
+        new = values.get(name, found[0] if other is None else other)
+        room -= len(new)
+        return new if room >= 0 else found[0]
 
     for _ in range(4):  # variables of variables
         line = VARIABLE.sub(value, re.sub(r"\"(\$\{\w+\[[@*]\]\})\"", r"\1", line))

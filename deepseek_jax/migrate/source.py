@@ -31,15 +31,24 @@ class Entry:
     @property
     def text(self) -> str:
         """As it is quoted in messages: "learning_rate=5e-05"."""
-        value = " ".join(str(self.value).split())
-        return f"{self.key}={value[:57] + '...' if len(value) > 60 else value}"
+        return f"{shown(self.key)}={self._value}"
 
     @property
     def label(self) -> str:
         """Where it stands, and what: "recipe.yaml:12 learning_rate=5e-05"; "--learning_rate=5e-05"."""
         if self.rank in (Rank.FLAG, Rank.LAUNCHER_FLAG):
-            return f"{self.where}={self.text.partition('=')[2]}"
-        return f"{self.where} {self.text}"
+            return f"{shown(self.where)}={self._value}"
+        return f"{shown(self.where)} {self.text}"
+
+    @property
+    def _value(self) -> str:
+        value = shown(str(self.value)[:1000])
+        return f"{value[:57]}..." if len(value) > 60 else value
+
+
+def shown(text: str) -> str:
+    """One line without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,12 @@ class Tool:
 
     name: str  # as --from has it: "hf5"
     title: str  # for people: "transformers 5"
-    recognise: Callable[
-        [Source], int
-    ]  # 0: not its file; the highest of all takes it. 100: no doubt
+    # 0: not its file; the highest of all takes it. 100: no doubt
+    recognise: Callable[[Source], int]
     table: Mapping[str, Handler]
     family: str = ""  # tools of which only the version differs: hf4 and hf5 are "hf"; "": its name
-    key: Callable[[str], str] = (
-        unchanged  # a key as the table has it: without prefix, dashes, sections
-    )
+    # a key as the table has it: without prefix, dashes, sections
+    key: Callable[[str], str] = unchanged
     # After all entries: defaults (`m.default`), and what follows from several keys together.
     finish: Callable[[Migration], None] = nothing
     # A file beside a recipe (Accelerate, DeepSpeed, a launcher): it does not say what is trained.

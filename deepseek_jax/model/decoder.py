@@ -27,11 +27,14 @@ class DecoderLayer(nnx.Module):
         is_moe: bool,
         rngs: nnx.Rngs,
         attention: str = "auto",
+        fp8: str = "none",
     ):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
         self.self_attn = make_attention(config, rngs, attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
-        self.mlp = MoE(config, moe, rngs) if is_moe else MLP(config, config.intermediate_size, rngs)
+        self.mlp = (
+            MoE(config, moe, rngs, fp8) if is_moe else MLP(config, config.intermediate_size, rngs)
+        )
 
     def __call__(
         self,
@@ -74,14 +77,19 @@ class MTPLayer(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs, attention: str = "auto"
+        self,
+        config: ModelConfig,
+        moe: MoeConfig,
+        rngs: nnx.Rngs,
+        attention: str = "auto",
+        fp8: str = "none",
     ):
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
         self.eh_proj = Linear(
             config, 2 * config.hidden_size, config.hidden_size, ("embed", "lora"), rngs
         )
-        self.layer = DecoderLayer(config, moe, True, rngs, attention)
+        self.layer = DecoderLayer(config, moe, True, rngs, attention, fp8)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
 
     def __call__(

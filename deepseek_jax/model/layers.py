@@ -148,8 +148,18 @@ def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     The gradient is written by hand: JAX's own gradient of the kernel is a transposed product, for
     which XLA on CPUs transposes the output's gradient one element at a time.
     """
+    return _product(x, kernel)
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     out = jax.P(*jax.typeof(x).sharding.spec[:-1], jax.typeof(kernel).sharding.spec[1])
     return jnp.einsum("...i,io->...o", x, kernel, out_sharding=out)
+
+
+def _linear_forward(x, kernel):
+    # Not `linear`: a policy of jax.checkpoint would see a custom_vjp_call instead of the product, and
+    # compute it again in backward.
+    return _product(x, kernel), (x, kernel)
 
 
 def _linear_backward(residuals, dy):
@@ -169,7 +179,7 @@ def _tokens(a: jax.Array) -> jax.Array:
     return jax.lax.reshape(a, shape, out_sharding=jax.P(spec[0], spec[-1]))
 
 
-linear.defvjp(lambda x, kernel: (linear(x, kernel), (x, kernel)), _linear_backward)
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 class RMSNorm(nnx.Module):

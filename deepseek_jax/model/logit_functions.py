@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config.options import IGNORE
+from deepseek_jax.model.largest import largest
 
 NEVER = (
     -1e30
@@ -203,11 +204,12 @@ def top(
       largest; float32 [C, N] log-sum-exp of all logits, less the largest, / temperature.
     """
     logit_CV = logits.cut(words).logit_CV
-    values_CH, places_CH = lax.top_k(logit_CV, min(count, logits.words))
-    values_CH, ids_CH = _from_all(values_CH), _from_all(places_CH + logits.first)
-    # Words of a lower id come first on a device and among devices: of equal logits top_k takes the first.
-    values_CK, places_CK = lax.top_k(values_CH, count)
-    ids_CK = jnp.take_along_axis(ids_CH, places_CK, axis=1)
+    values_CH, places_CH = largest(logit_CV, min(count, logits.words))
+    values_CK, ids_CK = _from_all(values_CH), _from_all(places_CH + logits.first)
+    if lax.axis_size("tensor") > 1:
+        # Words of a lower id come first on a device and among devices: of equal logits top_k takes the first.
+        values_CK, places_CK = lax.top_k(values_CK, count)
+        ids_CK = jnp.take_along_axis(ids_CK, places_CK, axis=1)
     most_C1 = values_CK[:, :1]
     above_CV = logit_CV - most_C1
     sums = [sum_words(jnp.exp(above_CV / temperature)) for temperature in temperatures_N]

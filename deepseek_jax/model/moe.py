@@ -126,9 +126,10 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """Routed experts plus shared experts (DeepSeekMoE, arXiv:2401.06066)."""
 
-    def __init__(self, config: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, moe: MoeConfig, rngs: nnx.Rngs, fp8: str = "none"):
         self.config = config
         self.moe = moe
+        self.fp8 = fp8
         self.gate = Gate(config, rngs)
         self.experts: Experts | SharedCoreExperts = (
             SharedCoreExperts if config.shared_core_rank else Experts
@@ -242,7 +243,13 @@ class MoE(nnx.Module):
         x_TD, weight_TK = (lax.pcast(a, "tensor", to="varying") for a in (x_TD, routing.weight_TK))
         tokens = dispatch.Tokens(x_TD, weight_TK, kept_TK)
         y_TD, rounds = dispatch.dispatch(
-            moe.dispatch, tokens, experts, moe.capacity_factor, moe.experts_implementation
+            moe.dispatch,
+            tokens,
+            experts,
+            moe.capacity_factor,
+            moe.experts_implementation,
+            self.fp8,
+            moe.fp8_dispatch,
         )
         y_TD = lax.psum(y_TD, "tensor")
         count_BE = count_per_sequence(chosen_TK.reshape(b, -1), m.n_routed_experts)

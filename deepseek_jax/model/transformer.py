@@ -53,6 +53,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, options: Config, rngs: nnx.Rngs):
         config, moe, attention = options.model, options.moe, options.train.attention
+        fp8 = options.train.fp8
         self.config = config
         self.remat = options.train.remat
         self.offload = options.offload.activations
@@ -71,7 +72,10 @@ class Transformer(nnx.Module):
                 config, config.hidden_size, config.vocab_size, ("embed", "vocab"), rngs
             )
         self.mtp = nnx.List(
-            [MTPLayer(config, moe, rngs, attention) for _ in range(config.num_nextn_predict_layers)]
+            [
+                MTPLayer(config, moe, rngs, attention, fp8)
+                for _ in range(config.num_nextn_predict_layers)
+            ]
         )
 
     def __call__(
@@ -260,7 +264,7 @@ def _stack(options: Config, is_moe: bool, count: int, rngs: nnx.Rngs) -> Decoder
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
     def create(rngs: nnx.Rngs) -> DecoderLayer:
-        layer = DecoderLayer(config, moe, is_moe, rngs, attention)
+        layer = DecoderLayer(config, moe, is_moe, rngs, attention, options.train.fp8)
         adapt(layer, config, options.lora, rngs)
         return layer
 

@@ -41,7 +41,7 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sh
     with environment.mistakes():
         devices = jax.devices() if devices is None else devices
     for option, value, on_gpus in (
-        ("train.attention", config.train.attention, ("cudnn",)),
+        ("train.attention", config.train.attention, ("cudnn", "mosaic", "triton")),
         ("moe.experts_implementation", config.moe.experts_implementation, ("mosaic", "triton")),
     ):
         if value in on_gpus and devices[0].platform not in ("gpu", "cuda"):

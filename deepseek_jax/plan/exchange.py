@@ -4,8 +4,12 @@ alone could need."""
 import math
 from typing import NamedTuple
 
+import jax
+
 from deepseek_jax.config.options import Config
 from deepseek_jax.experts.block_rows import BLOCK, block_count
+from deepseek_jax.experts.fp8 import SCALE_BYTES
+from deepseek_jax.experts.implementations import MIXED_FP8
 from deepseek_jax.experts.places import expert_capacity
 from deepseek_jax.parallel.mesh import TOKEN_AXES
 from deepseek_jax.parallel.xla_options import ITEM_BYTES
@@ -21,7 +25,7 @@ class Buffers(NamedTuple):
       exchanged_rows: per round: G*X*C (all_to_all), X*T (all_gather), T at a time (ring).
       expert_rows: that the device's experts compute per round: G*X*C (all_to_all), G*C (all_gather, ring);
         without places whole blocks of each expert, as GPUs have them.
-      bytes: of both, in the compute dtype; fixed when the step is compiled.
+      bytes: of both, in the dtype that they have; fixed when the step is compiled.
       ragged_rows: that a ragged exchange must be ready for: X*T*min(K, G), all tokens of the expert
         axis on one device.
       ragged_bytes: of these.
@@ -58,16 +62,18 @@ def buffers(config: Config, mesh_shape: dict[str, int]) -> Buffers | None:
     exchanged = expert_rows if method == "all_to_all" else visiting
     if devices == 1:
         exchanged = 0
-        if config.moe.experts_implementation != "rounds":
+        old = jax.__version_info__ < MIXED_FP8 and config.train.fp8 != "none"  # no kernels for it
+        if config.moe.experts_implementation != "rounds" and not old:
             places = 0
             expert_rows = block_count(tokens * m.num_experts_per_tok, local) * BLOCK
     ragged = devices * tokens * min(m.num_experts_per_tok, local)
     row = m.hidden_size * ITEM_BYTES[config.train.dtype]
+    sent = m.hidden_size + SCALE_BYTES if config.moe.fp8_dispatch else row
     return Buffers(
         places,
         exchanged,
         expert_rows,
-        (exchanged + expert_rows) * row,
+        exchanged * sent + expert_rows * row,
         ragged,
         ragged * row,
         visiting * m.num_experts_per_tok / m.n_routed_experts,

@@ -25,6 +25,7 @@ class Rates(NamedTuple):
     attention_forward: float
     attention_backward: float
     grouped: float
+    grouped_fp8: float
     memory: float  # bytes/s read or written
     link: float  # bytes/s received from devices of the same host
     network: float  # bytes/s received from other hosts
@@ -57,6 +58,7 @@ _HOPPER = {
     "attention_forward": 989e12,
     "attention_backward": 989e12,
     "grouped": 989e12,
+    "grouped_fp8": 1979e12,
     "link": 450e9,
     "network": 50e9,
     "host_link": 64e9,
@@ -72,6 +74,7 @@ _HOPPER_DERATED = {
     "attention_forward": 560e12,
     "attention_backward": 450e12,
     "grouped": 550e12,
+    "grouped_fp8": 825e12,
     "link": 360e9,
     "network": 40e9,
     "host_link": 50e9,
@@ -93,6 +96,7 @@ def _sources(sheet: str) -> dict[str, str]:
         "attention_forward": "as bf16",
         "attention_backward": "as bf16",
         "grouped": "as bf16",
+        "grouped_fp8": "as fp8",
         "memory": sheet,
         "link": f"{sheet}: NVLink 900 GB/s, half of it each way",
         "network": _DGX,
@@ -111,6 +115,7 @@ _REASONS = {
     "attention_forward": "assumed for head widths of 192 and 128",
     "attention_backward": "assumed for head widths of 192 and 128",
     "grouped": f"assumed; 474 TFLOP/s measured on an H200 forward with jax.experimental's kernel, {_SHARED}",
+    "grouped_fp8": "assumed, 1.5 times grouped; never measured",
     "memory": "assumed, 83% of peak",
     "link": "assumed, 80% of peak",
     "network": "assumed, 80% of peak",
@@ -159,7 +164,15 @@ def speed_of(hardware: str, given: str) -> Speed:
             "measured. Give them, for instance --rates=f32=150e9,memory=20e9 (FLOP/s and bytes/s)."
         )
     products = dict.fromkeys(
-        ("bf16", "fp8", "tf32", "attention_forward", "attention_backward", "grouped")
+        (
+            "bf16",
+            "fp8",
+            "tf32",
+            "attention_forward",
+            "attention_backward",
+            "grouped",
+            "grouped_fp8",
+        )
     )
     known: dict[str, Any] = {name: rates["f32"] for name in products}
     known |= dict.fromkeys(("link", "network", "host_link"), rates["memory"])

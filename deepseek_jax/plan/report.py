@@ -55,6 +55,7 @@ def of_layout(
         "strategy": config.sharding.canonical,
         "dispatch": config.moe.dispatch,
         "dtype": t.dtype,
+        "fp8": t.fp8,
         "remat": t.remat,
         "batch": {
             "sequences": t.batch_size,
@@ -185,9 +186,13 @@ def _model(r: dict[str, Any]) -> list[tuple[str, str]]:
             "step",
             f"{b['sequences']} x {b['sequence_length']} tokens in "
             f"{plural(b['accumulation'], 'micro-batch')}, {r['strategy']}, dispatch "
-            f"{r['dispatch']}, {r['dtype']}, remat {r['remat']}",
+            f"{r['dispatch']}, {r['dtype']}{_fp8(r['fp8'])}, remat {r['remat']}",
         ),
     ]
+
+
+def _fp8(fp8: str) -> str:
+    return "" if fp8 == "none" else f" with experts in FP8 ({fp8})"
 
 
 def _stages(r: dict[str, Any]) -> list[tuple[str, str]]:

@@ -164,6 +164,13 @@ def _about(request: Request, wanted: Manifest, config: Config) -> list[str]:
     lines = [*describe(wanted), f"{'disk':<15}{maker.check_room(request.out, wanted)}"]
     of = f"{request.worker.number} of {request.worker.workers}"
     lines.append(f"{'worker':<15}{of}: {plural(len(mine), 'shard')}, {done} of them there already")
+    at = config.distill.temperature
+    if at not in wanted.temperatures:
+        every = ",".join(f"{t:g}" for t in sorted({*wanted.temperatures, at}))
+        lines.append(
+            f"{'note':<15}training with config.distill.temperature={at:g}, which these options have, cannot "
+            f"read it: that needs --temperatures={every}"
+        )
     return lines
 
 

@@ -21,7 +21,6 @@ from deepseek_jax.data.loader import Loader
 from deepseek_jax.data.open import open_data, settled
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import BadNumbers, SaveFailed
-from deepseek_jax.experts import implementations
 from deepseek_jax.hf.tensors import HfTensors
 from deepseek_jax.inference.generation.sample import check_prompt
 from deepseek_jax.model.count import Count, count
@@ -29,7 +28,7 @@ from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.run import answers, init_from, lock, passes, remat, summary
+from deepseek_jax.run import answers, init_from, kernels, lock, passes, remat, summary
 from deepseek_jax.run.batches import Batch
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
@@ -42,7 +41,7 @@ from deepseek_jax.run.staged import StagedRun
 from deepseek_jax.run.start import Start
 from deepseek_jax.run.teacher import Teacher
 from deepseek_jax.run.teacher_records import TeacherRecords
-from deepseek_jax.run.trackers.every import check_installed
+from deepseek_jax.run.trackers.every import Trackers, check_installed
 from deepseek_jax.run.watchdog import Watchdog, end_alone
 from deepseek_jax.runtime import compile_cache
 from deepseek_jax.train import workdir as workdirs
@@ -89,6 +88,7 @@ class Job:
         self._staged: StagedRun | None = None  # with config.distill.stages
         self._frozen: ModelWeights | None = None  # the objective's: read once for all stages
         self._result: Result | None = None  # of the last loop
+        self._trackers: Trackers | None = None  # opened once for all stages
         # Set on the way.
         self._mesh: jax.sharding.Mesh
         self._objective: Objective
@@ -126,9 +126,7 @@ class Job:
         if first := self._processes.index == 0:
             check_installed(config)
         self._mesh = make_mesh(config)
-        if config.model.has_experts:  # kernels that do not work here are found out now
-            found = implementations.kernels(config.moe.experts_implementation, config.train.dtype)
-            self._processes.agree("kernels", {implementations.OPTION: str(found)})
+        kernels.agree(config, self._processes)
         tokenizer = load_tokenizer(config.data.tokenizer, special_tokens=config.data.special_tokens)
         check_prompt(config.eval.sample_prompt, "config.eval.sample_prompt", tokenizer, config)
         self._changed = workdirs.prepare(self._workdir, config, tokenizer.name)
@@ -308,6 +306,12 @@ class Job:
         watchdog = Watchdog(config.watchdog.step_timeout, monitor.hung if monitor else end_alone)
         step.compiling = watchdog.paused
         last = start.stage.last_step if start.stage else config.train.steps
+        done = start.step or 0
+        if self._trackers is None:
+            made = Trackers(self._workdir, self._config, done)
+            self._trackers = self._stack.enter_context(contextlib.closing(made))
+        else:
+            self._trackers.rewind(done)
         eval_step = make_eval_step(start.layout, self._objective)
         evaluator = Evaluator(config, self._mesh, self._data, eval_step, self._objective, frozen)
         evaluator.records = self._records
@@ -319,6 +323,10 @@ class Job:
         def first_step() -> str:
             return summary.first_step(step, time.perf_counter() - self._started)
 
+        report = Report(
+            config, self._trackers, done, progress.tokens_seen, self._count, first_step, start.stage
+        )
+
         def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
             return step(state, batch, frozen)
 
@@ -329,15 +337,7 @@ class Job:
             batches=self._records.batches(self._data),
             evaluate=evaluator,
             checkpointer=self._checkpoints,
-            report=Report(
-                config,
-                self._workdir,
-                start.step or 0,
-                progress.tokens_seen,
-                self._count,
-                first_step,
-                start.stage,
-            ),
+            report=report,
             restore=start.after_bad_numbers,
             last=last,
             rows_of_pass=self._data.num_train_rows,

@@ -129,6 +129,7 @@ class Report:
     """Takes the metrics of every step, in order.
 
     Args:
+      trackers: get the rows. Whoever made them closes them: stages share one set.
       step, tokens_seen: of the state that the run begins with.
       count: parameters and FLOPs of the model.
       first_step: makes the line that is said after the first step.
@@ -143,7 +144,7 @@ class Report:
     def __init__(
         self,
         config: Config,
-        workdir: str,
+        trackers: Trackers,
         step: int,
         tokens_seen: int,
         count: Count,
@@ -154,11 +155,10 @@ class Report:
         self.clock = Clock()
         self.losses: dict[int, float] = {}
         self._config = config
-        self._workdir = workdir
         self._count = count
         self._first_step = first_step
         self._stage = stage
-        self._trackers = Trackers(workdir, config, step)
+        self._trackers = trackers
         self._bar = StepBar(config.train.steps, step, show=jax.process_index() == 0)
         self._find_spikes()
 
@@ -237,7 +237,7 @@ class Report:
         self.say(
             f"step {step}: the loss {float(m.loss):.4f} is a spike, {above:.0f} deviations above the "
             f"median {median:.4f}. Its text: python -m deepseek_jax.data show "
-            f"--workdir={self._workdir} --step={step}"
+            f"--workdir={self._trackers.workdir} --step={step}"
         )
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +265,6 @@ class Report:
 
     def close(self) -> None:
         self._bar.close()
-        self._trackers.close()
 
 
 def held_out_text(figures: dict[str, Any]) -> str:

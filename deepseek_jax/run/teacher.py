@@ -70,14 +70,20 @@ class Teacher:
         model = dataclasses.replace(
             found.model, vocab_size=config.model.vocab_size, num_nextn_predict_layers=0
         )
+        # What it says is not to depend on how the student is trained.
         self.config = dataclasses.replace(
-            config, model=model, lora=LoraConfig(base_dtype=held), offload=OffloadConfig()
+            config,
+            model=model,
+            train=dataclasses.replace(config.train, fp8="none"),
+            moe=dataclasses.replace(config.moe, fp8_dispatch=False),
+            lora=LoraConfig(base_dtype=held),
+            offload=OffloadConfig(),
         )
         self.map = found.map
         if config.distill.top_k:
             # The other methods add up a token's experts in an order that follows from the rows beside it,
             # which for a record must not count (distill/program.py).
-            moe = dataclasses.replace(config.moe, dispatch="all_to_all")
+            moe = dataclasses.replace(self.config.moe, dispatch="all_to_all")
             self.config = dataclasses.replace(self.config, moe=moe)
         self.vocab_size = found.model.vocab_size
         self.identity = weights.identity if weights else ""

@@ -4,8 +4,8 @@ Kinds say which unit of a device does the work, at which rate (plan/hardware.py)
 
     bf16, fp8, tf32, f32    matrix products, by the type of their operands and the precision asked
                             for: float32 without one is tf32 on a GPU
-    attention_forward, attention_backward    fused attention, causal
-    grouped                 a product of rows by the matrix of their expert, in Pallas
+    attention_forward, attention_backward    fused attention, causal: cuDNN's, or in Pallas
+    grouped, grouped_fp8    a product of rows by the matrix of their expert, in Pallas
 """
 
 import math
@@ -14,7 +14,16 @@ from typing import NamedTuple
 
 from deepseek_jax.xla.hlo import Array, Instruction, arrays
 
-KINDS = ("bf16", "fp8", "tf32", "f32", "attention_forward", "attention_backward", "grouped")
+KINDS = (
+    "bf16",
+    "fp8",
+    "tf32",
+    "f32",
+    "attention_forward",
+    "attention_backward",
+    "grouped",
+    "grouped_fp8",
+)
 # Precisions that XLA may be told to take instead of what the operands' type says.
 ALGORITHMS = {
     "dot_bf16_bf16_f32": "bf16",
@@ -93,8 +102,11 @@ def custom_call(
     if "fmha" in name:
         return Call(_attention(name, operands), room)
     if any(pallas in name for pallas in PALLAS):
+        if fused := fused_attention(operands, arrays(i.shape)):
+            return Call(fused)
         flops = grouped(operands, arrays(i.shape), assignments)
-        return Call({"grouped": flops}) if flops else None
+        kind = "grouped_fp8" if any(a.dtype.startswith("f8") for a in operands) else "grouped"
+        return Call({kind: flops}) if flops else None
     return Call({}) if any(known in name for known in WITHOUT_PRODUCTS) else None
 
 
@@ -110,6 +122,23 @@ def _attention(name: str, operands: list[Array]) -> dict[str, float]:
     if "Backward" in name:
         return {"attention_backward": 2 * pairs * (3 * h + 2 * v)}
     return {"attention_forward": 2 * pairs * (h + v)}
+
+
+def fused_attention(operands: list[Array], results: list[Array]) -> dict[str, float]:
+    """Attention in Pallas (model/attention/fused.py), of queries [B, Q, N, H], keys, values and more: half of
+    all pairs, as of one document a row. Nothing if the arrays are not those of one.
+
+    Forward two products. The gradient of queries takes three, scores, those of the weights and its own;
+    that of keys and values one more.
+    """
+    if len(operands) < 3 or any(len(a.dims) != 4 for a in operands[:3]):
+        return {}
+    (b, q, n, h), keys, v = operands[0].dims, operands[1].dims[1], operands[2].dims[3]
+    pairs = b * n * q * keys / 2
+    given, made = (sum(len(a.dims) == 4 for a in some) for some in (operands, results))
+    if given == 3:
+        return {"attention_forward": 2 * pairs * (h + v)}
+    return {"attention_backward": 2 * pairs * (2 * h + (2 * v if made == 2 else v))}
 
 
 def grouped(operands: list[Array], results: list[Array], assignments: float | None = None) -> float:

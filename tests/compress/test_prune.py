@@ -259,6 +259,10 @@ def test_experts_are_made_narrower(tmp_path):
         (["--experts=4", "--text=none.jsonl"], "none.jsonl"),
         (["--experts=4", "--scores=none.safetensors"], "--scores=none.safetensors cannot be read"),
         (["--experts=4", "--method=best"], "invalid choice"),
+        (["--experts=4", "--seed=-1"], "--seed: '-1' is not a whole number of 0 or more"),
+        (["--experts=4", "--batch-size=0"], "--batch-size: '0' is not a whole number of 1 or more"),
+        (["--experts=4", "--sequence-length=0"], "--sequence-length: '0' is not a whole number of"),
+        (["--experts=4", "--step=-1"], "--step: '-1' is not a whole number of 0 or more"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(tmp_path, sigmoid, args, said):

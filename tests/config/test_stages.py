@@ -86,6 +86,7 @@ def one(**keys) -> str:
         (json.dumps([{"name": "a", "epochs": 0}]), "epochs=0 is not a number of passes above 0"),
         ('[{"name": "a", "epochs": NaN}]', "epochs=nan is not a number of passes"),
         ('[{"name": "a", "epochs": Infinity}]', "epochs=inf is not a number of passes"),
+        ('[{"name": "a", "steps": 1, "steps": 2}]', "the key 'steps' occurs twice in a stage"),
         (one(lr=1), "stage 1 (a): 'lr' is not known. A stage has name, epochs, steps, lr_multi"),
         (one(learning_rate=0), "learning_rate=0 is no number above 0"),
         (one(lr_multipliers="experts"), "stage 1 (a): lr_multipliers='experts': 'experts' has no"),

@@ -7,6 +7,7 @@ import pytest
 
 from deepseek_jax.data import __main__ as data
 from deepseek_jax.data import verifiers
+from deepseek_jax.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "2+2?"}]
 
@@ -31,6 +32,8 @@ MESSAGES = [{"role": "user", "content": "2+2?"}]
         ("12%", "about 12 %", 1.0),
         ("0.1", r"\boxed{.1}", 1.0),
         ("1/0", r"\boxed{1/0}", 1.0),  # no number: compared as text
+        ("1e99999999999", r"\boxed{1e99999999999}", 1.0),  # nor this, which would take all memory
+        ("1", r"\boxed{-1E-99999999999}", 0.0),
         ("", "1", None),
         (None, "1", None),
     ],
@@ -41,6 +44,18 @@ def test_accuracy(gold, answer, right):
     assert verifiers.accuracy(as_messages, solution=[gold], answer=["wrong"]) == (
         [right] if gold is not None else [0.0]
     )
+
+
+def test_scores_are_finite():
+    """A number that JSON does not have would make a file that nothing reads."""
+
+    def judge(completions):
+        return [float("inf"), float("-inf"), float("nan"), 1]
+
+    answers = ["a", "b", "c", "d"]
+    assert verifiers.score(judge, "judge", answers, answers, {}) == [None, None, None, 1.0]
+    with pytest.raises(UserError, match="--verifier=huge gave OverflowError"):
+        verifiers.score(lambda completions: [10**400], "huge", ["a"], ["a"], {})
 
 
 def test_accuracy_without_a_right_answer():

@@ -46,6 +46,7 @@ from deepseek_jax.run.teacher_records import TeacherRecords
 from deepseek_jax.train.batch import put_batch
 from tests.support import ROOT, chat_folders, hf_folders, runs
 
+TINY = ("--config=configs/tiny.py", "--config.data.path=deepseek_jax/errors.py")
 STUDENT = dataclasses.replace(hf_folders.MODEL, num_hidden_layers=1)
 TOP = 6
 
@@ -307,6 +308,12 @@ def test_workers_share_the_work(config, made, tmp_path, capsys):
             "not a list of numbers above 0",
         ),
         (["cache", "--teacher=T", "--out=O"], "--config and --workdir are missing"),
+        (["cache", "--teacher=T", "--out=O", "--top-k=0"], "--top-k: '0' is not a whole number of"),
+        (
+            ["cache", "--teacher=T", "--out=O", "--top-k=400", *TINY],
+            "^--top-k=400 is above config.model.vocab_size=320. Set it to 320 or less.$",
+        ),
+        (["cache", "--teacher=nowhere", "--out=O", *TINY], "^--teacher: nowhere holds no model"),
         (["verify", "nowhere"], "nowhere has no manifest.json"),
         (["show", "nowhere", "--more"], "unrecognized arguments: --more"),
     ],

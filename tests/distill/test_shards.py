@@ -14,6 +14,7 @@ from deepseek_jax.distill import commands, maker, manifest, reader, shards
 from deepseek_jax.distill.maker import Worker
 from deepseek_jax.distill.manifest import Manifest
 from deepseek_jax.errors import UserError
+from deepseek_jax.tensorfile.bounded_json import BadFile
 from tests.support import ROOT, cache_kills
 
 LENGTH, TOP = 24, 5
@@ -145,6 +146,40 @@ def test_a_damaged_manifest_is_refused(cache):
         manifest.read(folder, "DIR")
     with pytest.raises(UserError, match=r"no manifest\.json of a cached teacher"):
         manifest.read(os.path.dirname(folder), "DIR")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperatures", 1.0),
+        ("temperatures", [1.0, "2"]),
+        ("temperatures", [0.0]),
+        ("top", "5"),
+        ("top", 301),
+        ("train_rows", -1),
+        ("options", []),
+        ("options", {"seed": 0}),
+        ("program", {"rows_per_call": 2, "platform": "cpu"}),
+        ("program", {"rows_per_call": 2, "platform": "cpu", "mesh": {"fsdp": "2"}}),
+        ("contents", {"tokenizer": None, "sources": []}),
+        ("contents", {"tokenizer": "bytes"}),
+        ("teacher", None),
+    ],
+    ids=str,
+)
+def test_a_manifest_of_other_values_is_refused(name, value):
+    """Its checksum is right: somebody has written it, or another program."""
+    m = manifest_of()
+    assert manifest.parse(m.to_bytes()) == m
+    with pytest.raises(BadFile, match="than a cache has|are none of a cache"):
+        manifest.parse(dataclasses.replace(m, **{name: value}).to_bytes())
+
+
+def test_a_file_that_goes_while_the_folder_is_read(cache):
+    """As another worker's does when it gets its name: the list has a file that is not there any more."""
+    folder, m, _ = cache
+    os.symlink("gone", os.path.join(folder, "shard-00009.bin.tmp"))
+    assert not shards.missing(folder, m)
 
 
 def test_another_cache_is_not_overwritten(cache, tmp_path):

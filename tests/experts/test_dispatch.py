@@ -63,6 +63,8 @@ class Shape:
     stage: int = 1
     # where expert is 1: the experts' rows in blocks, as on CPUs, or in rounds
     implementation: str = "auto"
+    fp8: str = "none"
+    fp8_tokens: bool = False
 
     @property
     def devices(self) -> int:
@@ -185,7 +187,13 @@ def of_device(shape: Shape):
         tokens = dispatch.Tokens(x, weight, kept)
         weights = dispatch.ExpertWeights(gate_up, down)
         y, rounds = dispatch.dispatch(
-            shape.method, tokens, weights, shape.capacity_factor, shape.implementation
+            shape.method,
+            tokens,
+            weights,
+            shape.capacity_factor,
+            shape.implementation,
+            shape.fp8,
+            shape.fp8_tokens,
         )
         counts = (jnp.bincount(a.reshape(-1), length=shape.experts) for a in (chosen, kept))
         return lax.psum(y, "tensor"), load_of(*counts, rounds)

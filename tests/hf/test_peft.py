@@ -9,7 +9,6 @@ import types
 import jax
 import numpy as np
 import optax
-import peft
 import pytest
 import safetensors.numpy
 import torch
@@ -36,6 +35,8 @@ R, ALPHA = 4, 6.0
 )
 def case(request, tmp_path_factory):
     """A checkpoint, an adapter of it that we wrote, and the model of PEFT with both."""
+    import peft
+
     folder = tmp_path_factory.mktemp(request.param)
     hf_families.save(request.param, folder)
     source, model, family = reader.open_source(str(folder))
@@ -179,6 +180,8 @@ def test_logits_and_gradients_over_a_step(case):
 
 
 def test_merged_weights(case):
+    import peft
+
     theirs = peft.PeftModel.from_pretrained(base_of(case.folder), case.written).merge_and_unload()
     wanted = hub_of(theirs)
     given = files.read(str(case.written), case.model, case.family)
@@ -204,6 +207,8 @@ def test_what_peft_saves_of_ours_is_ours(case, tmp_path):
 
 def test_param_wrapper(case, tmp_path):
     """An adapter that PEFT made for transformers 5: gate and up share A; patterns of rank and alpha."""
+    import peft
+
     options = peft.LoraConfig(
         r=R,
         lora_alpha=7,
@@ -255,6 +260,8 @@ def test_param_wrapper_of_an_old_peft(case, tmp_path):
 
 def test_rank_stabilised_is_written_without(case, tmp_path):
     """PEFT makes sqrt(2 r) of the rank of gate and up together, and so another scale."""
+    import peft
+
     lora = LoraConfig(r=R, alpha=ALPHA, use_rslora=True)
     given = adapter.of_run(case.arrays, lora, case.model, case.family)
     files.write(str(tmp_path), given, case.model)
@@ -266,6 +273,8 @@ def test_rank_stabilised_is_written_without(case, tmp_path):
 
 def test_modules_to_save(case, tmp_path):
     """Embedding and head go into the file whole, and PEFT takes them from there."""
+    import peft
+
     rng = np.random.default_rng(1)
     shape = case.model.vocab_size, case.model.hidden_size
     embed, head = (rng.standard_normal(s).astype(np.float32) for s in (shape, shape[::-1]))

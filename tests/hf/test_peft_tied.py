@@ -1,7 +1,6 @@
 """Adapters of models whose output head is their embedding, which PEFT holds as two."""
 
 import numpy as np
-import peft
 import pytest
 import safetensors.numpy
 import transformers
@@ -14,6 +13,8 @@ from tests.support import adapters
 
 def test_an_embedding_that_is_the_head_too(tmp_path):
     """PEFT would leave the head as it was."""
+    import peft
+
     save = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
     save |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)
     theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**save))

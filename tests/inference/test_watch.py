@@ -286,6 +286,14 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     folder, _ = run
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    names = "text questions tasks window stride limit dtype".split()
+    measured = dict.fromkeys(names) | {"dtype": "float32"}
+
+    def watched(line: str) -> list[str]:
+        path = tmp_path / f"{abs(hash(line))}.jsonl"
+        path.write_text(line + "\n")
+        return [str(folder), "--watch", f"--output={path}"]
+
     for argv, message in (
         ([f"{tmp_path}/model", "--watch"], "--watch is for the folder of a run"),
         ([f"{tmp_path}/nothing", "--watch"], "there is no folder"),
@@ -295,6 +303,10 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         ([str(folder), "--watch", "--watch-interval=0"], "must be above 0"),
         ([str(folder), "--watch", "--watch-timeout=-1"], "--watch-timeout=-1 must be above 0"),
         ([str(folder), "--tasks=a", "--window=3"], "--window=3 is for text, and --tasks has none"),
+        (watched("nonsense"), "is not a row ("),
+        (watched("[" * 100_000), "is not a row ("),
+        (watched('{"step": 1}'), "holds rows of other figures, None and not"),
+        (watched(json.dumps({"measured": measured})), "line 1 has the step None, which is no num"),
     ):
         code = exit_code("evaluate", lambda: evaluate.main(argv))  # noqa: B023
         err = capsys.readouterr().err

@@ -14,14 +14,15 @@ import pytest
 from benchmarks.durability import faults, storm, storm_processes
 from benchmarks.durability.faults import Process
 from benchmarks.durability.storm_processes import Fault, launched
+from tests.support.runs import with_own_cache
 
 LIMIT = 400.0
 
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory):
-    """Of processes that share their compiled programs."""
-    return faults.environment(tmp_path_factory.mktemp("cache"))
+    """Of processes that share their compiled programs, and with no others: a kill may damage them."""
+    return with_own_cache(faults.environment(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.mark.slow
@@ -220,7 +221,8 @@ def test_a_signal_while_it_compiles(tmp_path, count, number):
         model__num_hidden_layers=4,
         model__num_nextn_predict_layers=2,
     )  # a program of some seconds
-    with Process(launched(count, arguments), faults.environment(tmp_path)) as p:
+    env = with_own_cache(faults.environment(tmp_path))
+    with Process(launched(count, arguments), env) as p:
         assert p.wait_for("^workdir ", LIMIT), p.lines
         p.kill(number)
         assert p.wait(LIMIT) == 128 + number

@@ -146,6 +146,8 @@ def test_a_cluster_of_this_host(monkeypatch):
     with cluster.connected(given) as to:
         assert to == (ray, True, True) and len(ray.calls) == 3 and ray.calls[1] == "shutdown"
         assert ray.calls[0] == ray.calls[2] and ray.calls[2]["include_dashboard"] is False
+        if sys.platform == "linux":  # Ray would take the host's own address for 127.0.0.1
+            assert ray.calls[2]["_node_ip_address"] == "127.0.0.2"
         with pytest.raises(UserError, match="the cluster has room for 2 of 9 workers"):
             cluster.check_room(to, parse("--storage_path=s", "--num_workers=9"), print)
     assert ray.calls[3:] == ["shutdown"]
@@ -198,8 +200,9 @@ def test_what_a_process_is_given():
     }
     threads = job.plan(given, "/project", {"OMP_NUM_THREADS": "8"})
     assert job.environment(ray, threads, here, 0, 2)["OMP_NUM_THREADS"] == "8"
-    alone = job.environment({}, plan, job.meeting("127.0.0.1"), 0, 2)
-    assert alone["JAX_COORDINATOR_BIND_ADDRESS"] == alone["JAX_COORDINATOR_ADDRESS"]
+    for host in ("127.0.0.1", "127.0.0.2"):
+        alone = job.environment({}, plan, job.meeting(host), 0, 2)
+        assert alone["JAX_COORDINATOR_BIND_ADDRESS"] == alone["JAX_COORDINATOR_ADDRESS"]
     assert len(alone["DEEPSEEK_JAX_TOKEN"]) == 32
     folder = job.plan(parse("--storage_path=store"), "/project", {})
     assert not folder.remote and folder.command == ["-u", *COMMAND]

@@ -7,7 +7,9 @@ import pytest
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
 from deepseek_jax.migrate import __main__ as command
+from deepseek_jax.migrate.tools import shared
 from deepseek_jax.run import commandline
+from tests.support import ROOT
 
 RECIPE = """\
 model_name_or_path: org/model
@@ -35,7 +37,7 @@ def test_the_config_is_printed_or_written(recipe, capsys, tmp_path):
     assert call("recipe.yaml", "--devices=4") == 0
     printed = capsys.readouterr().out
     assert "c.optimizer.learning_rate = 5e-05  # recipe.yaml:4 learning_rate=5e-05" in printed
-    assert "c.optimizer.b2 = 0.999  # TRL 0 by default" in printed
+    assert "c.optimizer.b2 = 0.999  # TRL 0.x by default" in printed
     assert call("recipe.yaml", "--devices=4", "--out=mine.py") == 0
     report = capsys.readouterr().out
     for part in (
@@ -120,3 +122,8 @@ def test_train_py_says_to_migrate(name):
         commandline.parse(["train.py", f"--config={name}", "--workdir=run"])
     with pytest.raises(UserError, match=f"python -m deepseek_jax.migrate {name}"):
         commandline.parse(["train.py", "--config", name, "--workdir=run"])
+
+
+def test_the_page_that_messages_name():
+    page, _, heading = shared.BY_NAME.strip("()").partition(", ")
+    assert f"\n## {heading}\n" in (ROOT / page).read_text(encoding="utf-8")

@@ -91,7 +91,7 @@ def test_two_nodes():
     done = migrate(DISTILLATION, command=NODE_0)
     assert done.config.train.batch_size == 2 * 8 * 16 and done.config.mesh.data == 1
     assert "on each of 2 hosts, one process for its 8 GPUs" in done.launch
-    assert "keeps its meaning" in done.why("env.NCCL_DEBUG")
+    assert "means the same" in done.why("env.NCCL_DEBUG")
     assert "--coordinator_address" in done.why("master_addr")
     # the form with a place to fill in
     line = NODE_0.replace("192.168.1.100", "<NODE0_IP>").replace("export NCCL_DEBUG=INFO\n", "")

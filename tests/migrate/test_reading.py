@@ -3,7 +3,7 @@
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.migrate import hydra, loading
+from deepseek_jax.migrate import loading, references
 from deepseek_jax.migrate.command import parse
 from deepseek_jax.migrate.reading import from_text, scalar
 
@@ -73,7 +73,7 @@ def test_anchors_and_merges():
         ("a: [1, 2\n", "not YAML"),
         ("{\"a\": 1,}", "not JSON"),
         ("a: 1\n---\nb: 2\n", "2 documents"),
-        ("", "0 documents"),
+        ("", "is empty"),
         ("- 1\n", "no mapping"),
         ("a: &a [*a]\n", "too deep"),
         (LAUGHS, "more than"),
@@ -108,7 +108,7 @@ def test_references():
         "h: {i: '${..g}', j: '${a.name}-run'}\nk: ${a}\nl: ${nowhere}\nm: ${m}\nn: ${oc.env:HOME_X,3}\n"
         "o: ${oc.env:SET}\np: ${oc.env:MY_TOKEN}\nq: ${divide_ceil:7,2}\nr: ${oc.select:no.such,5}\n"
     )
-    source = hydra.resolved(from_text(text, "a.yaml"), {"SET": "1e-3", "MY_TOKEN": "secret"})
+    source = references.resolved(from_text(text, "a.yaml"), {"SET": "1e-3", "MY_TOKEN": "secret"})
     found = {e.key: e.value for e in source.entries}
     assert (found["d"], found["e"], found["f"]) == (4, 16, 7)
     assert (found["h.i"], found["h.j"], found["k.b"], found["k.c"]) == (7, "x-run", 4, 2e-4)

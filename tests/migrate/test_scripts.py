@@ -51,7 +51,7 @@ def test_a_script_of_slurm(tmp_path, monkeypatch):
     assert done.option("train.batch_size") == 2 * 16
     assert "on each of 2 hosts, one process for its 8 GPUs" in done.launch
     assert "the scheduler reads it" in done.why("sbatch.job_name")
-    assert done.became("sbatch.nodes") and "keeps its meaning" in done.why("env.NCCL_DEBUG")
+    assert done.became("sbatch.nodes") and "means the same" in done.why("env.NCCL_DEBUG")
 
 
 def test_variables_and_arrays():

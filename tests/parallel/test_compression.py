@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +190,7 @@ def test_what_is_not_finite_stays_so(method):
 
 
 class Run:
-    """A compiled step on eight devices, or on as many as the mesh has."""
+    """A step, compiled when it is asked for, on eight devices, or on as many as the mesh has."""
 
     def __init__(self, config: Config):
         validate(config)
@@ -197,11 +198,19 @@ class Run:
         self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
         with jax.set_mesh(self.mesh):
             self.layout = state.make_layout(config, self.mesh)
+
+    @functools.cached_property
+    def step(self) -> Any:
+        with jax.set_mesh(self.mesh):
             train_step = conversion.jit(
-                step.make_train_step(config, self.layout, objectives.make(config)), config
+                step.make_train_step(self.config, self.layout, objectives.make(self.config)),
+                self.config,
             )
-            self.step = train_step.lower(self.layout.abstract_sharded(), self.batch(0)).compile()
-        self.found = program.collectives(self.step.as_text(), self.mesh.shape)
+            return train_step.lower(self.layout.abstract_sharded(), self.batch(0)).compile()
+
+    @property
+    def found(self) -> list[program.Collective]:
+        return program.collectives(self.step.as_text(), self.mesh.shape)
 
     def batch(self, i: int) -> dict[str, jax.Array]:
         return put_batch(
@@ -380,7 +389,9 @@ def test_the_benchmark(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
         topology,
         "compile_step",
-        lambda config, mesh, layout: compile_step(config, mesh, layout, conversion.quick_options()),
+        lambda config, mesh, layout: compile_step(
+            config, mesh, layout, conversion.options_of(config)
+        ),
     )
     monkeypatch.setattr(benchmark, "GRADIENT_COMPRESSIONS", ("int8",))
     (tmp_path / "text.txt").write_text("a text of no great length\n" * 1000)

@@ -13,6 +13,7 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.config.options import (
     Config,
     MeshConfig,
+    ModelConfig,
     OffloadConfig,
     ShardingConfig,
     TrainConfig,
@@ -69,9 +70,9 @@ def compiled(config: Config):
 
 
 @functools.cache
-def fresh(mesh_axes: tuple) -> state.TrainState:
+def fresh(model: ModelConfig = SMALL) -> state.TrainState:
     """A state as init_state makes it, held on the host."""
-    config = config_of(EVERYTHING, **dict(mesh_axes))
+    config = dataclasses.replace(config_of(EVERYTHING), model=model)
     with jax.set_mesh(mesh_of(config)):
         made = state.init_state(config, state.make_layout(config, mesh_of(config)))
         assert kinds(made.params) == expected_kinds(made.params, True) and kinds(
@@ -104,7 +105,7 @@ def run(config: Config) -> tuple[list[float], list[float], state.TrainState]:
     """(losses, gradient norms, last state) of STEPS steps from the same start."""
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):
-        s = jax.device_put(fresh(()), layout.shardings)
+        s = jax.device_put(fresh(config.model), layout.shardings)
         losses, norms = [], []
         for i in range(STEPS):
             s, m = train_step(s, put_batch(rows(i), config.micro_batch, mesh))
@@ -140,23 +141,32 @@ def test_the_numbers_stay(offload, mesh, accumulation):
 
 
 @pytest.mark.parametrize(
-    "offload",
-    [OffloadConfig(optimizer_state=True), EVERYTHING],
+    "offload, layers",
+    [
+        # What makes no difference to where a stack lies is left out, as it takes long to compile.
+        (OffloadConfig(optimizer_state=True), dict(num_hidden_layers=2, first_k_dense_replace=2)),
+        (EVERYTHING, {}),
+    ],
     ids=["optimizer_state", "everything"],
 )
-def test_where_the_state_is_after_a_step(offload):
-    s = run(config_of(offload))[2]
+def test_where_the_state_is_after_a_step(offload, layers):
+    config = config_of(offload)
+    config = dataclasses.replace(config, model=dataclasses.replace(SMALL, **layers))
+    s = run(config)[2]
     assert kinds(s.opt_state) == expected_kinds(s.opt_state, False)
     assert kinds(s.params) == (
         expected_kinds(s.params, True)
         if offload.parameters
         else dict.fromkeys(kinds(s.params), "device")
     )
-    assert (
-        {*kinds(s.bias).values()}
-        == {"device"}
-        == {*kinds(run(config_of(OffloadConfig()))[2]).values()}
-    )
+    assert {*kinds(s.bias).values()} <= {"device"}
+    assert kinds(s.bias) or layers
+
+
+@pytest.mark.slow
+def test_where_the_state_is_without_offloading():
+    s = run(config_of(OffloadConfig()))[2]
+    assert {*kinds(s).values()} == {"device"}
 
 
 def lowered_for_gpus(config: Config) -> str:
@@ -313,7 +323,7 @@ def test_evaluation_reads_offloaded_parameters():
         nll = [
             float(evaluate(placed)(s.params, s.bias, batch)["nll"])
             for placed in (layout, plain)
-            for s in [jax.device_put(fresh(()), placed.shardings)]
+            for s in [jax.device_put(fresh(), placed.shardings)]
         ]
     assert nll[0] == nll[1]
 

@@ -74,7 +74,7 @@ def test_every_rule_and_scope_is_found_in_a_compiled_step():
             sharding=sharding,
         )
         mesh, layout = topology.lay_out(config, jax.devices())
-        step = topology.compile_step(config, mesh, layout, conversion.quick_options())
+        step = topology.compile_step(config, mesh, layout, conversion.quick_options(float32=True))
         module = hlo.Module(step.compiled.as_text())
         source = Origin(module)
         for _, instruction, _ in loops.visits(module, lambda i: bool(i.op_name)):

@@ -32,11 +32,11 @@ BYTES = ROWS * 32 * 4
 @pytest.fixture(autouse=True)
 def compiled_quickly(monkeypatch):
     """Whole steps, compiled as the other tests compile theirs: LLVM optimises less, the collectives
-    are the same."""
+    are the same. None of them runs, so that its dtypes do not matter."""
     compile_step = topology.compile_step
 
     def quick(config, mesh, layout, options=None):
-        return compile_step(config, mesh, layout, options or conversion.quick_options())
+        return compile_step(config, mesh, layout, options or conversion.quick_options(float32=True))
 
     monkeypatch.setattr(topology, "compile_step", quick)
 

@@ -35,7 +35,7 @@ def compiled_quickly(monkeypatch):
 
     def quick(config, mesh, layout, options=None):
         if (key := str(config)) not in COMPILED:
-            quickly = options or conversion.quick_options()
+            quickly = options or conversion.quick_options(float32=True)
             COMPILED[key] = compile_step(config, mesh, layout, quickly)
         return COMPILED[key]
 

@@ -301,6 +301,25 @@ bf16[{b},{s},{n},{v}] {{
     assert back.flops == {"attention_backward": 2 * b * n * (s * s / 2) * (3 * h + 2 * v)}
 
 
+def test_attention_in_pallas():
+    """Of 4 heads that share 2 of keys; the rows of packed documents are not known to the program."""
+    b, q, k, n, m, h, v = 2, 64, 128, 4, 2, 24, 16
+    given = hlo.arrays(
+        f"bf16[{b},{q},{n},{h}] bf16[{b},{k},{m},{h}] bf16[{b},{k},{m},{v}] bf16[{b},{q},{n},{v}] "
+        f"f32[{b},{n},2,{q}] s32[{b},2,{q}] s32[{b},2,{k}] s32[{b},1,4] f32[{b},{n},{q}]"
+    )
+    heads, dout, statistics, ids, lse = given[:3], given[3], given[4], given[5:8], given[8]
+    pairs = b * n * q * k / 2
+    found = kernels.fused_attention([*heads, *ids], [dout, lse])
+    assert found == {"attention_forward": 2 * pairs * (h + v)}
+    backward = [*heads, dout, statistics, *ids]
+    of_queries = kernels.fused_attention(backward, [given[0]])
+    assert of_queries == {"attention_backward": 2 * pairs * (2 * h + v)}
+    of_keys = kernels.fused_attention(backward, given[1:3])
+    assert of_keys == {"attention_backward": 2 * pairs * (2 * h + 2 * v)}
+    assert kernels.fused_attention(ids, [lse]) == {}
+
+
 def test_grouped_products():
     """Forward and both gradients have the same FLOPs: each row meets one matrix."""
     rows, experts, inner, outer = 640, 4, 32, 48

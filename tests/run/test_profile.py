@@ -20,15 +20,16 @@ from deepseek_jax.run import profile
 from deepseek_jax.runtime import compile_cache
 from deepseek_jax.xla import hlo, origin
 from tests.support import ROOT, small_runs
-from tests.support.runs import command, losses
+from tests.support.runs import SHARED_CACHE, command, losses, with_own_cache
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process whose cache is its own."""
+    return with_own_cache(os.environ) | {"JAX_PLATFORMS": "cpu"} | more
 
 
 def run(args: list[str], cache, devices: int = 1) -> subprocess.CompletedProcess:
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "XDG_CACHE_HOME": str(cache),
-    }
+    env = environment(JAX_NUM_CPU_DEVICES=str(devices), XDG_CACHE_HOME=str(cache))
     return subprocess.run(
         [sys.executable, "train.py", *args],
         cwd=ROOT,
@@ -93,7 +94,7 @@ def test_a_damaged_cache_stops_nothing(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", program, str(tmp_path)],
             cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=environment(),
             capture_output=True,
             text=True,
             timeout=120,
@@ -136,7 +137,7 @@ print("\\nFOUND", float(total), getattr(compilation._this_thread, "hits", 0))
             subprocess.Popen(
                 args(i),
                 cwd=ROOT,
-                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                env=environment(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -178,6 +179,8 @@ def test_use_cache(tmp_path, monkeypatch):
         "jax_persistent_cache_min_entry_size_bytes",
     )
     before, warned = {name: getattr(jax.config, name) for name in names}, []
+    for name in SHARED_CACHE:
+        monkeypatch.delenv(name, raising=False)
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))

@@ -186,6 +186,21 @@ def test_rows_name_their_stage(small_run):
     assert found == [(i, 1, "experts") for i in (1, 2, 3)] + [(i, 2, "all") for i in (4, 5, 6, 7)]
 
 
+def test_trackers_are_opened_once(small, tmp_path, monkeypatch):
+    """One process per tool for the whole run, and one run there."""
+    calls = tmp_path / "calls.jsonl"
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "support" / "stand_ins"))
+    monkeypatch.setenv("STAND_IN_CALLS", str(calls))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    train(replaced(small, "log.trackers", "wandb"), tmp_path / "run")
+    made = [json.loads(line) for line in calls.read_text().splitlines()]
+    assert [c["call"] for c in made if c["call"] in ("wandb.init", "wandb.finish")] == [
+        "wandb.init",
+        "wandb.finish",
+    ]
+    assert [c["data"]["step"] for c in made if c["call"] == "wandb.log"] == list(range(1, 8))
+
+
 def test_what_a_checkpoint_says_of_stages(small, small_run):
     """Those that have begun: at the boundary, the finished one alone."""
     workdir, _ = small_run

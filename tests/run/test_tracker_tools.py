@@ -3,6 +3,7 @@ do to a run. test_tracker_packages.py has the packages.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -185,6 +186,36 @@ def test_a_tool_that_fails_costs_one_line(tmp_path, calls, monkeypatch, capsys, 
         assert calls("wandb.init")[0]["mode"] == "offline"
 
 
+def until(found) -> None:
+    deadline = time.monotonic() + 60
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_tool_out_of_reach_is_not_waited_for(tmp_path, calls, monkeypatch, capsys):
+    """One that has not opened its run, and says so; one that says nothing; one that has stopped logging."""
+    seconds = {}
+    for fails in ("mlflow.start_run:raise", "wandb.init:hang", "mlflow.log_metrics:raise"):
+        monkeypatch.setenv("STAND_IN_FAILS", fails)
+        tool = fails.partition(".")[0]
+        writer = opened(tmp_path / tool, tool)
+        writer.write({"step": 1, **ROW})
+        one = writer._outside[0]
+        if fails.endswith("hang"):
+            until(lambda one=one: one._process)
+            monkeypatch.setattr(Outside, "STUCK_SECONDS", 0.0)
+        else:
+            until(lambda one=one: one._failing)
+        started = time.monotonic()
+        writer.close()
+        seconds[fails] = time.monotonic() - started
+        assert one._process.poll() is not None
+    assert max(seconds.values()) < Outside.FAILING_SECONDS + 2, seconds
+    error = capsys.readouterr().err
+    assert error.count("\n") == error.count("rows are missing there") == 3, error
+
+
 def test_no_room_for_ids_and_logs(tmp_path, calls, capsys):
     """WORKDIR/trackers cannot be made: rows arrive all the same."""
     (tmp_path / "trackers").write_text("")
@@ -220,14 +251,16 @@ class Flaky:
 def test_rows_wait_for_a_server(monkeypatch, orderly):
     """What cannot be opened is tried again, and then has the rows that came meanwhile."""
     monkeypatch.setattr(child, "AGAIN_SECONDS", 0.0)
-    tool, lost, ended = Flaky(), [], []
+    tool, lost, taken, ended = Flaky(), [], [], []
     run = Run("wandb", "/w", "", "", "own", {}, {}, 1)
     lines = [json.dumps(dataclasses.asdict(run)).encode()]
     lines += [json.dumps({"row": {"step": i}, "time": 0}).encode() for i in range(1, 5)]
     lines += [b'{"end": true}'] if orderly else [b'{"row": {"st']  # a kill cuts the last line
-    child.serve(lines, lambda *_: tool, print, lost.append, lambda: ended.append(True))
+    at_end = functools.partial(ended.append, True)
+    child.serve(lines, lambda *_: tool, print, lost.append, taken.append, at_end)
     assert tool.steps == [1, 2, 4] and tool.failed is not orderly
     assert lost == ["ConnectionError: refused", "ValueError"] and ended == [True]
+    assert taken == [True, True, True, False, True]  # the run, and four rows
 
 
 def test_what_is_known_of_the_checkout(tmp_path, monkeypatch):

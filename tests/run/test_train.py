@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import train
+from deepseek_jax import generate
 from deepseek_jax.errors import UserError
 from tests.support import ROOT
-from tests.support.runs import command, losses, run
+from tests.support.runs import command, environment, losses, run
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +79,7 @@ def test_resume_is_bit_exact(whole_run, corpus, tmp_path):
         "--config.checkpoint.every_steps=4",
         "--config.mesh.expert=2",
     )
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "2",
-        "PYTHONIOENCODING": "ascii",
-    }
+    env = environment(first) | {"PYTHONIOENCODING": "ascii"}
     p = subprocess.Popen(
         [sys.executable, "train.py", *first], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
     )
@@ -137,17 +134,16 @@ def test_damage_costs_one_interval(whole_run, corpus, tmp_path):
     assert (workdir / "checkpoints" / "12" / "state" / "state.safetensors.index.json").exists()
 
 
-def test_generate(whole_run):
+def test_generate(whole_run, capsys):
     args = [f"--workdir={whole_run[0]}", "--prompt=token ", "--max-tokens=12", "--seed=3"]
-    outs = [
-        run([*args, *more], devices=1, module=("-m", "deepseek_jax.generate"))
-        for more in ([], [], ["--temperature=0"])
-    ]
+    outs = [run(args, devices=1, module=("-m", "deepseek_jax.generate")) for _ in range(2)]
     assert all(o.returncode == 0 and o.stdout.startswith("token ") for o in outs), outs[0].stderr
     assert outs[0].stdout == outs[1].stdout
-    missing = run(["--workdir=/nonexistent"], module=("-m", "deepseek_jax.generate"))
-    assert missing.returncode == 2 and "/nonexistent is not a folder" in missing.stderr
-    assert "Traceback" not in missing.stderr
+    assert generate.main([*args, "--temperature=0"]) == 0
+    assert capsys.readouterr().out.startswith("token ")
+    assert generate.main(["--workdir=/nonexistent"]) == 2
+    missing = capsys.readouterr().err
+    assert "/nonexistent is not a folder" in missing and "Traceback" not in missing
 
 
 @pytest.mark.slow

@@ -39,46 +39,11 @@ from deepseek_jax.objectives.forward import loss_of_batch, step_totals
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from tests.support import reference as ref
+from tests.support.quick import jit as jit
+from tests.support.quick import options_of as options_of
+from tests.support.quick import quick_options as quick_options
 
 Weights = dict[str, np.ndarray]  # Hugging Face names, [out, in], one entry an expert
-
-
-@functools.cache
-def quick_options(float32: bool = False) -> dict[str, Any]:
-    """XLA options, as far as this XLA knows them, that compile quickly: conftest.py's, for programs
-    without it.
-
-    Args: float32: the program has no narrower floats. Then fused loops may be emitted the older
-      way, which compiles in half of the time; in one
-        program of bfloat16 that wrote outside of its arrays.
-    """
-    known = {}
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    wanted = quick | ({"xla_cpu_use_fusion_emitters": False} if float32 else {})
-    for name, value in wanted.items():
-        try:
-            jax.jit(lambda: jnp.zeros(()), compiler_options={name: value}).lower().compile()
-            known[name] = value
-        except jax.errors.JaxRuntimeError:
-            pass
-    return known
-
-
-def jit(f: Callable, config: Config | None = None, **options: Any) -> Any:
-    """jax.jit, compiled quickly; more so where `config`, of the run that `f` is of, has nothing
-    narrower than float32."""
-    c = config
-    dtypes = (
-        (
-            c.train.dtype,
-            c.train.accumulation_dtype,
-            c.optimizer.moment_dtype,
-            c.sharding.gradient_compression,
-        )
-        if c
-        else ("unknown",)
-    )
-    return jax.jit(f, compiler_options=quick_options(set(dtypes) <= {"float32", "none"}), **options)
 
 
 NEVER_DROPPED = MoeConfig()

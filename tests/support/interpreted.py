@@ -1,7 +1,7 @@
 """Pallas kernels, interpreted inside shard_map.
 
 Pallas' interpreter mixes values that say over which mesh axes they vary with others that do not, which
-shard_map refuses. So a kernel is one primitive there, whose result varies over what its arguments vary over,
+shard_map refuses. So a kernel is one primitive there, whose results vary over what its arguments vary over,
 and is interpreted when that is lowered, of arrays that say nothing.
 """
 
@@ -15,33 +15,46 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from deepseek_jax.experts import grouped_matmul
+from deepseek_jax.model.attention import fused
 
 _kernel_p = Primitive("interpreted_kernel")
+_kernel_p.multiple_results = True
 
 
 @contextlib.contextmanager
 def kernels() -> Iterator[None]:
-    """A context in which the kernels of experts/grouped_matmul.py are interpreted in this way."""
-    original = grouped_matmul._call
+    """A context in which the kernels of experts/grouped_matmul.py and of model/attention/fused.py are
+    interpreted in this way."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (grouped_matmul, fused):
+            patch.setattr(module, "_call", _as_a_primitive(module._call))
+        yield
 
+
+def _as_a_primitive(original: Any) -> Any:
     def call(kernel, method, like, *args):
         leaves, tree = jax.tree.flatten(args)
 
-        def interpret(*leaves: jax.Array) -> jax.Array:
-            return original(kernel, method, like, *jax.tree.unflatten(tree, leaves))
+        def interpret(*leaves: jax.Array) -> list[jax.Array]:
+            found = original(kernel, method, like, *jax.tree.unflatten(tree, leaves))
+            return jax.tree.leaves(found)
 
-        return _kernel_p.bind(*leaves, interpret=interpret, like=like)
+        shapes, results = jax.tree.flatten(like)
+        found = _kernel_p.bind(*leaves, interpret=interpret, like=tuple(shapes))
+        return jax.tree.unflatten(results, found)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped_matmul, "_call", call)
-        yield
+    return call
 
 
 @_kernel_p.def_abstract_eval
 def _(*avals: Any, interpret, like) -> Any:
     varying = max(avals, key=lambda a: len(a.manual_axis_type.varying))
-    sharding = varying.sharding.update(spec=jax.P(*[None] * len(like.shape)))
-    return varying.update(shape=like.shape, dtype=like.dtype, sharding=sharding, weak_type=False)
+
+    def result(a):
+        sharding = varying.sharding.update(spec=jax.P(*[None] * len(a.shape)))
+        return varying.update(shape=a.shape, dtype=a.dtype, sharding=sharding, weak_type=False)
+
+    return [result(a) for a in like]
 
 
 def _lower(ctx, *args, interpret, like):
@@ -51,7 +64,7 @@ def _lower(ctx, *args, interpret, like):
     inner = ctx.replace(
         avals_in=[plain(a) for a in ctx.avals_in], avals_out=[plain(a) for a in ctx.avals_out]
     )
-    return mlir.lower_fun(interpret, multiple_results=False)(inner, *args)
+    return mlir.lower_fun(interpret, multiple_results=True)(inner, *args)
 
 
 mlir.register_lowering(_kernel_p, _lower)

@@ -199,7 +199,7 @@ def train(config: Config, steps: int = STEPS) -> Run:
 
 @functools.cache
 def one_device(model: ModelConfig = MODEL, steps: int = STEPS) -> Run:
-    return train(dataclasses.replace(variant(), model=model), steps)
+    return train(dataclasses.replace(variant(remat="none"), model=model), steps)
 
 
 def differences(run: Run, one: Run) -> tuple[float, float, str, bool]:

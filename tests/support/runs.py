@@ -5,9 +5,10 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tests.support import ROOT
+from tests.support.quick import quick_options
 
 SMALL = [
     "--config.model.hidden_size=32",
@@ -50,17 +51,37 @@ def command(workdir, corpus, *more: str) -> list[str]:
     ]
 
 
+# By these all tests share compiled programs (conftest.py); tests of the product's cache do without.
+SHARED_CACHE = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+
+
+def with_own_cache(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the folder in which all tests share programs."""
+    return {name: value for name, value in environ.items() if name not in SHARED_CACHE}
+
+
+def environment(args: Sequence[str] = (), devices: int = 2) -> dict[str, str]:
+    """Of a process with these arguments: CPU devices, and a compiler in as much of a hurry as its dtypes
+    allow (quick.py); configs/tiny.py is of float32."""
+    float32 = not any("dtype=" in a for a in args)
+    flags = [f"--{name}={value}".lower() for name, value in quick_options(float32).items()]
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "XLA_FLAGS": " ".join([*flags, os.environ.get("XLA_FLAGS", "")]),
+    }
+
+
 def run(
     args: list[str],
     devices: int = 2,
     module: Sequence[str] = ("train.py",),
     timeout: float = 300,
 ) -> subprocess.CompletedProcess:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     return subprocess.run(
         [sys.executable, *module, *args],
         cwd=ROOT,
-        env=env,
+        env=environment(args, devices),
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -11,6 +11,7 @@ from deepseek_jax.run.batches import LoaderBatches
 from deepseek_jax.run.loop import Loop
 from deepseek_jax.run.progress import Progress
 from deepseek_jax.run.report import Report
+from deepseek_jax.run.trackers.every import Trackers
 from deepseek_jax.train.state import TrainState
 
 
@@ -30,6 +31,7 @@ def make_loop(
 ) -> Loop:
     """A loop over rows of `source.train_rows`, for `run(*begins)`."""
     state, progress = begins
+    done = int(state.step)
     count = Count(total=1, active=1, mtp=0, flops_per_token=1.0)
     return Loop(
         config=config,
@@ -38,6 +40,6 @@ def make_loop(
         batches=LoaderBatches(config, source, mesh),
         evaluate=no_evaluation,
         checkpointer=checkpoints,
-        report=Report(config, workdir, int(state.step), progress.tokens_seen, count),
+        report=Report(config, Trackers(workdir, config, done), done, progress.tokens_seen, count),
         **more,
     )

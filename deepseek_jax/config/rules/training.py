@@ -36,6 +36,7 @@ def check(config: Config) -> None:
     _check_loss_scale(config)
     _check_accumulation_dtype(config)
     _check_attention(config)
+    _check_fp8(config)
     if config.data.special_tokens and config.data.tokenizer == "bytes":
         raise UserError(
             "config.data.special_tokens=True has no effect with config.data.tokenizer=bytes, "
@@ -130,6 +131,35 @@ def _check_accumulation_dtype(config: Config) -> None:
             f"config.train.accumulation_dtype={t.accumulation_dtype} has no effect with config.mesh.stage="
             f"{config.mesh.stage}: stages add up the gradients of micro-batches in their backward pass. "
             f"Set config.train.accumulation_dtype=float32."
+        )
+
+
+def _check_fp8(config: Config) -> None:
+    fp8, dtype = config.train.fp8, config.train.dtype
+    if fp8 == "none":
+        without_effect(
+            config,
+            ["moe.fp8_dispatch"],
+            "with config.train.fp8=none: tokens would lose bits that products keep",
+            "config.train.fp8=row",
+        )
+        return
+    if not config.model.has_experts:
+        without_effect(
+            config,
+            ["train.fp8"],
+            "on a model without routed experts",
+            "config.model.n_routed_experts",
+        )
+    if dtype == "float16":
+        raise UserError(
+            f"config.train.fp8={fp8} and config.train.dtype=float16: a row's scale does not fit the range of "
+            f"float16. Set config.train.dtype=bfloat16, or config.train.fp8=none."
+        )
+    if config.lora.r and config.lora.base_dtype in ("int8", "nf4"):
+        raise UserError(
+            f"config.train.fp8={fp8} and config.lora.base_dtype={config.lora.base_dtype}: weights would be "
+            f"rounded twice. Set config.lora.base_dtype=bfloat16, or config.train.fp8=none."
         )
 
 

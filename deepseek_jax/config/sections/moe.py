@@ -74,6 +74,12 @@ class MoeConfig:
             ),
         ],
     )
+    fp8_dispatch: bool = option(
+        False,
+        "With train.fp8, tokens travel to their experts in FP8, half the bytes of bfloat16; results and "
+        "gradients travel as without it.",
+        on_resume="free",
+    )
     drop: bool = option(
         False,
         "Drop what overflows the capacity of one round on its device, instead of running more rounds.",

@@ -111,6 +111,23 @@ class TrainConfig:
             ),
         ],
     )
+    fp8: str = option(
+        "none",
+        "Products of the routed experts in FP8; all else, and the weights, as without it.",
+        choices={
+            "none": "in train.dtype",
+            "row": "a scale for each row and each column of a product; e4m3, gradients in e5m2. On devices "
+            "without FP8 (GPUs before Ada, CPUs) the same numbers, slower",
+        },
+        on_resume="free",
+        aliases=[
+            Alias(
+                "row",
+                nemo=("fp8: hybrid", "fp8_format: hybrid"),
+                note="routed experts alone; scales of rows and columns, not of tensors",
+            )
+        ],
+    )
     accumulation_dtype: str = option(
         "float32",
         "Dtype of the micro-batches' summed gradients.",
@@ -146,8 +163,10 @@ class TrainConfig:
         "auto",
         "Which attention kernel.",
         choices={
-            "auto": "blocks",
+            "auto": "mosaic on Hopper GPUs, if it works there; else blocks",
             "blocks": "any device",
+            "mosaic": "fused kernels for Hopper GPUs, bfloat16 or float16",
+            "triton": "fused kernels for NVIDIA GPUs from Ampere on",
             "cudnn": "NVIDIA GPUs from Hopper on, bfloat16; blocks for packed sequences, or if cuDNN is "
             "too old",
         },

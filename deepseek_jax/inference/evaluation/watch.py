@@ -80,13 +80,18 @@ class Watch(NamedTuple):
 
     def _done(self, rows: RowFile) -> set[int]:
         done = set()
-        for row in rows.rows():
+        for number, row in enumerate(rows.rows(), 1):
             if row.get("measured") != dict(self.measured):
                 raise UserError(
                     f"--output={rows.path} holds rows of other figures, {row.get('measured')} and not "
                     f"{dict(self.measured)}. Name another --output."
                 )
-            done.add(int(row["step"]))
+            if type(step := row.get("step")) is not int:
+                raise UserError(
+                    f"--output={rows.path}: line {number} has the step {step!r}, which is no number. Remove "
+                    "that line, or name another file."
+                )
+            done.add(step)
         return done
 
     def _baseline(self, rows: RowFile) -> None:

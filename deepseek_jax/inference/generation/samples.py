@@ -145,7 +145,7 @@ class Output:
                 value = json.load(f)
             if not isinstance(value, dict) or "version" not in value:
                 raise ValueError("it names no version")
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise UserError(
                 f"--out={self.path}: {self._file} cannot be read ({e}). Name another --out, or move that "
                 f"file away."

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from deepseek_jax.cluster.ports import free_port
+from deepseek_jax.cluster.ports import free_port, loopback
 from deepseek_jax.cluster.wire import TOKEN
 from deepseek_jax.errors import ExitCode
 from deepseek_jax.launch.ray.options import RayOptions
@@ -131,7 +131,7 @@ def environment(
         "JAX_PROCESS_ID": str(rank),
         TOKEN: meeting["token"],
     }
-    if meeting["address"].startswith("127.0.0.1:"):
+    if loopback(meeting["address"]):
         out["JAX_COORDINATOR_BIND_ADDRESS"] = meeting["address"]  # JAX would take all interfaces
     return out
 

@@ -18,7 +18,9 @@ import dataclasses
 import os
 import sys
 import tempfile
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from deepseek_jax.cli import arguments
 from deepseek_jax.errors import ExitCode, UserError
@@ -68,14 +70,53 @@ _INSTEAD = {
 }
 
 
+class File(NamedTuple):
+    """A file that is made, and not yet written.
+
+    Attributes:
+      kind: one of KINDS.
+      path: of --out; "": none was given.
+      job: what it starts.
+      text: of the file.
+      report: what became of the script of --from; "": there was none.
+    """
+
+    kind: str
+    path: str
+    job: Job
+    text: str
+    report: str
+
+
 def main(argv: list[str]) -> int:
     """Writes a file, to stdout or --out.
 
     Raises:
       UserError: an option is wrong, missing, or cannot act in this kind of file.
     """
+    made = make(argv)
+    if made.report:
+        print(made.report, file=sys.stderr)
+    if made.path:
+        save(made)
+    else:
+        print(made.text, end="")
+    return ExitCode.DONE
+
+
+def make(argv: list[str], known: Mapping[str, Any] = MappingProxyType({})) -> File:
+    """A file by the options of this command.
+
+    Args:
+      argv: without the command's name.
+      known: attributes of the job that count where no option says another; they win over --from.
+
+    Raises:
+      UserError: as `main`.
+    """
     args = _parse(argv)
     fields: dict[str, Any] = {}
+    report = ""
     if args.from_:
         try:
             with open(args.from_, encoding="utf-8", errors="replace") as f:
@@ -85,17 +126,13 @@ def main(argv: list[str]) -> int:
         script = from_script(text)
         if args.kind != "slurm":
             script = script.without_slurm()
-        print(f"{args.from_}\n{script.report()}", file=sys.stderr)
+        report = f"{args.from_}\n{script.report()}"
         fields = {f.name: getattr(script.job, f.name) for f in dataclasses.fields(Job)}
     given = {_FLAGS[name][0]: value for name, value in vars(args).items() if name in _FLAGS}
+    fields |= known
     fields |= {name: value for name, value in given.items() if value is not None}
     job = _job(args, fields)
-    out = write(args.kind, job)
-    if args.out:
-        _replace(args.out, out, program=args.kind == "ssh")
-    else:
-        print(out, end="")
-    return ExitCode.DONE
+    return File(args.kind, args.out or "", job, write(args.kind, job), report)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -177,17 +214,22 @@ def _variables(args: argparse.Namespace) -> dict[str, str]:
     return out
 
 
-def _replace(path: str, text: str, program: bool) -> None:
-    """A whole file or none; one that bash runs may be executed."""
+def save(made: File) -> None:
+    """Writes it to its path: a whole file or none; one that bash runs may be executed.
+
+    Raises:
+      UserError: it cannot be written there.
+    """
+    path = made.path
     folder = os.path.dirname(path) or "."
     try:
         descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as f:
-                f.write(text)
+                f.write(made.text)
                 f.flush()
                 os.fsync(f.fileno())
-            os.chmod(temporary, 0o755 if program else 0o644)
+            os.chmod(temporary, 0o755 if made.kind == "ssh" else 0o644)
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)

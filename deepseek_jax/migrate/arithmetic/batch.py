@@ -1,5 +1,7 @@
 """Sequences of a step: what a device takes at once, micro-batches, and their product over the devices."""
 
+import math
+
 from deepseek_jax.errors import UserError
 from deepseek_jax.migrate.arithmetic.devices import WORLD, Layout
 from deepseek_jax.migrate.migration import Migration
@@ -31,18 +33,15 @@ def settle(m: Migration, layout: Layout) -> None:
         )
     m.set("train.batch_size", size, *names, how=how)
     times = _micro_batches(m, size, layout)
-    m.set(
-        "train.accumulation",
-        times,
-        "accumulation",
-        *(names if layout.theirs != layout.ours else ()),
-    )
+    all_of_them = layout.theirs != layout.ours or not m.said("accumulation")
+    m.set("train.accumulation", times, *(names if all_of_them else ("accumulation",)))
 
 
 def theirs(m: Migration, layout: Layout) -> tuple[int | None, str]:
     """Sequences of a step of their run, and the arithmetic; None: nobody says."""
     each, times, whole = (m.fact(n) for n in BATCH)
     d = layout.data_theirs
+    gpus = f"{d} data parallel GPU{'s' if d != 1 else ''}"
     if whole and (m.said("global_batch") or not m.said("accumulation")):
         whole = int(whole)
         if each and m.said("per_device_batch"):
@@ -55,15 +54,19 @@ def theirs(m: Migration, layout: Layout) -> tuple[int | None, str]:
                 )
             if whole % (each * d):
                 raise UserError(
-                    f"a step of {whole} sequences is no multiple of {each} per device x {d} data parallel "
-                    f"GPUs. Correct one of them, or give --devices."
+                    f"a step of {whole} sequences is no multiple of {each} per device x {gpus}. Correct one "
+                    f"of them, or give --devices={max(whole // each, 1) * layout.per_sequence} or a divisor."
                 )
+            return whole, f"{whole} = {_product(each, whole // (each * d))} x {gpus}"
         return whole, f"{whole} in all"
     if each is None:
         return (int(whole), f"{int(whole)} in all") if whole else (None, "")
     each, times = int(each), int(times or 1)
-    parts = f"{times} micro-batch{'es' if times != 1 else ''} x {d} data parallel GPU{'s' if d != 1 else ''}"
-    return each * times * d, f"{each} per device x {parts}"
+    return each * times * d, f"{_product(each, times)} x {gpus}"
+
+
+def _product(each: int, times: int) -> str:
+    return f"{each} per device x {times} micro-batch{'es' if times != 1 else ''}"
 
 
 def _matched(m: Migration, size: int, how: str, layout: Layout) -> tuple[int, str]:
@@ -94,5 +97,6 @@ def _micro_batches(m: Migration, size: int, layout: Layout) -> int:
         wanted = int(times or 1)
         each = max(size // (wanted * layout.data_theirs), 1)
     rows = size // layout.data_ours  # of a device, in a step
-    fewest = -(-rows // int(each))
-    return next(n for n in range(min(fewest, rows), rows + 1) if rows % n == 0)
+    fewest = min(-(-rows // int(each)), rows)
+    small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
+    return min(n for d in small for n in (d, rows // d) if n >= fewest)

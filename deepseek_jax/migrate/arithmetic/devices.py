@@ -15,7 +15,8 @@ class Layout:
 
     theirs: int  # GPUs of their run
     ours: int  # of --devices, else the same
-    per_sequence: int  # devices that work on one sequence: tensor x stage (x context)
+    per_sequence: int  # theirs that work on one sequence: tensor x stage x context
+    per_sequence_ours: int  # tensor x stage
 
     @property
     def data_theirs(self) -> int:
@@ -25,7 +26,7 @@ class Layout:
     @property
     def data_ours(self) -> int:
         """Our devices of data, fsdp and expert."""
-        return self.ours // self.per_sequence
+        return self.ours // self.per_sequence_ours
 
 
 def settle(m: Migration) -> Layout:
@@ -55,8 +56,9 @@ def settle(m: Migration) -> Layout:
             f"Their run has {theirs} GPUs and yours {ours} (--devices): the batch of a step is theirs, in "
             f"other micro-batches."
         )
-    out = Layout(theirs, ours, per_sequence)
-    if int(m.fact("context", 1)) > 1:
+    context = int(m.fact("context", 1))
+    out = Layout(theirs, ours, per_sequence, per_sequence // context)
+    if context > 1:
         m.refuse_fact(
             "context",
             "sequences are not divided over devices in this version (config.mesh.context)",
@@ -100,7 +102,7 @@ def _set_mesh(m: Migration, layout: Layout) -> None:
         m.refuse_fact(
             "expert",
             f"it does not divide the {layout.data_ours} data parallel devices",
-            "Give another --devices",
+            f"Give --devices of which {expert * layout.per_sequence_ours} is a divisor",
         )
         expert = 1
     elif m.fact("expert"):

@@ -56,7 +56,7 @@ def _set_length(m: Migration) -> None:
     total, samples, epochs = m.fact("steps"), m.fact("samples"), m.fact("epochs")
     if total and total > 0:
         m.set("train.steps", int(total), "steps")
-        m.set("train.epochs", 0.0)
+        m.set("train.epochs", 0.0, how="steps count")
         m.without_effect("epochs", f"{int(total)} steps win")
         m.without_effect("samples", f"{int(total)} steps win")
         return
@@ -69,7 +69,7 @@ def _set_length(m: Migration) -> None:
             "samples",
             how=f"{int(samples)} sequences / {size} per step",
         )
-        m.set("train.epochs", 0.0)
+        m.set("train.epochs", 0.0, how="steps count")
     elif epochs:
         m.set("train.steps", 0, "epochs", how="by the data")
         m.set("train.epochs", float(epochs), "epochs")

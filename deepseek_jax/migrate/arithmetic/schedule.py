@@ -112,6 +112,8 @@ def _set_span(m: Migration, name: str) -> None:
         m.set("optimizer.schedule_steps", 0 if same else int(span), *SPAN, how=how)
     if m.fact("hold_steps"):
         m.set("optimizer.hold_steps", int(m.fact("hold_steps")), "hold_steps")
+    else:
+        m.without_effect("hold_steps", "it is 0, as here")
 
 
 def _set_last(m: Migration, name: str) -> None:

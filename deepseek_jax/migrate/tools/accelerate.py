@@ -19,7 +19,6 @@ from deepseek_jax.migrate.source import Rank, Source
 from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import launchers
 from deepseek_jax.migrate.tools.accelerate_handlers import (
-    NO_FP8,
     accumulation,
     backward,
     checkpointing,
@@ -44,6 +43,7 @@ from deepseek_jax.migrate.tools.hf_fsdp import (
     OWN_SHARDS,
     state_dict_type,
 )
+from deepseek_jax.migrate.tools.shared import NO_FP8
 
 FOUND = "processes find each other, or train.py's --coordinator_address says where"
 XLA = "everything here is compiled by XLA"

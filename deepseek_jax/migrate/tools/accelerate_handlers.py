@@ -18,8 +18,8 @@ from deepseek_jax.migrate.tools.hf_fsdp import (
     reshard_strategy,
     tell_offload,
 )
+from deepseek_jax.migrate.tools.shared import NO_FP8
 
-NO_FP8 = "products in 8 bits are not in this version"
 # Names of sharding strategies, by number
 NUMBERS = ("full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard")
 

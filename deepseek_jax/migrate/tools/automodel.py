@@ -23,7 +23,7 @@ from deepseek_jax.migrate.tools import megatron_data as md
 from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools import trl_arguments
 from deepseek_jax.migrate.tools.nemo_words import betas
-from deepseek_jax.migrate.tools.shared import hub_data
+from deepseek_jax.migrate.tools.shared import NO_FP8, hub_data
 from deepseek_jax.migrate.tracking import if_there
 
 CLASS = "the class of what stands beside it"
@@ -79,7 +79,7 @@ def model_class(m: Migration, entry: Entry) -> None:
         m.refuse(
             entry,
             "init_from brings weights, and theirs are random",
-            "Take the model's sizes from a config in configs/, or --allow it to begin with the weights",
+            "Take the model's sizes from a config in configs/ to train anew",
         )
     else:
         m.refuse(
@@ -256,7 +256,7 @@ TABLE: dict[str, Handler] = {
     "wandb.*": no_effect("W&B reads its own environment variables"),
     "mlflow.experiment_name": if_there("log.project", "MLflow reads MLFLOW_EXPERIMENT_NAME"),
     "mlflow.*": no_effect("MLflow reads its own environment variables"),
-    "fp8*": refuse("train.dtype is float32, bfloat16 or float16 here", "Leave fp8 out"),
+    "fp8*": refuse(NO_FP8, "Leave fp8 out"),
     "quantization*": refuse("a base in few bits is --config.lora.base_dtype here", "Leave it out"),
     "compile.*": no_effect("XLA compiles everything"),
     "benchmark.*": no_effect("python -m benchmarks measures"),

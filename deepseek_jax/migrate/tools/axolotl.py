@@ -19,7 +19,7 @@ from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import axolotl_words as words
 from deepseek_jax.migrate.tools import hf_arguments as hf
 from deepseek_jax.migrate.tools import hf_schedule, trl_arguments
-from deepseek_jax.migrate.tools.shared import because, lora_modules, need, tell_defaults
+from deepseek_jax.migrate.tools.shared import NO_FP8, because, lora_modules, need, tell_defaults
 from deepseek_jax.migrate.tracking import if_there
 
 LEFT_OUT = "it says what becomes of the model after training"
@@ -130,7 +130,7 @@ TABLE: dict[str, Handler] = {
     "bfloat16": hf.switch("train.dtype", "bfloat16"),
     "fp16": hf.switch("train.dtype", "float16"),
     "float32": hf.switch("train.dtype", "float32"),
-    "fp8*": refuse("train.dtype is float32, bfloat16 or float16 here", "Leave fp8 out"),
+    "fp8*": refuse(NO_FP8, "Leave fp8 out"),
     # model
     "base_model": trl_arguments.model,
     "reinit_weights": refuse(

@@ -4,7 +4,7 @@ from deepseek_jax.migrate.handlers import as_bool, as_float, as_int, as_text, is
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
-from deepseek_jax.migrate.tools.shared import gathered, hub_data, need
+from deepseek_jax.migrate.tools.shared import BY_NAME, gathered, hub_data, need
 from deepseek_jax.migrate.tracking import if_there, trackers
 
 KERNELS = "XLA chooses and fuses kernels"
@@ -41,7 +41,8 @@ def data_type(m: Migration, entry: Entry) -> None:
         need(
             m,
             "data.path",
-            f"write its rows as prompt and completion, with the words that {kind} puts around them",
+            f"write its rows as prompt and completion, with the words that {kind} puts around them "
+            f"{BY_NAME}",
         )
     elif kind.startswith("sharegpt"):
         m.tell(entry, "sft.format", "conversations")

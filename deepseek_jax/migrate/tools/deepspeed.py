@@ -238,7 +238,7 @@ def finish(m: Migration) -> None:
         "moe.bias_update_rate": 0.0,
     }.items():
         m.default(name, value)
-    if m.told_of("global_batch") is None or m.told_of("global_batch") == "auto":
+    if m.told_of("global_batch") is None:
         m.default("accumulation", 1)
     m.note(
         "DeepSpeed's file does not say what is trained, nor how long: give the recipe as well, or set "

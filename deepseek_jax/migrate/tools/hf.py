@@ -257,6 +257,11 @@ def _tell_fsdp(m: Migration, version: int) -> None:
             m.default("checkpoint.kind", "full")
     elif not any(r.kin in ("accelerate", "deepspeed") for r in m.readings):
         m.default("strategy", "no_shard")
+        if 1 not in (m.devices, m.told_of("world")):
+            m.note(
+                "No file of Accelerate or DeepSpeed and no fsdp: every GPU holds the whole state, as theirs "
+                "does then. Give the file that they launch with as well."
+            )
 
 
 def _tell_fine_tuning(m: Migration) -> None:
@@ -328,5 +333,5 @@ def _tool(name: str, title: str, version: int, trl: bool) -> Tool:
 
 HF4 = _tool("hf4", "transformers 4", 4, False)
 HF5 = _tool("hf5", "transformers 5", 5, False)
-TRL = _tool("trl", "TRL 1", 5, True)
-OPEN_R1 = _tool("open_r1", "TRL 0", 4, True)
+TRL = _tool("trl", "TRL 1.x", 5, True)
+OPEN_R1 = _tool("open_r1", "TRL 0.x", 4, True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from deepseek_jax.launch.template.variables import meaning
 from deepseek_jax.migrate.handlers import as_int, fact, no_effect
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.script import gpus_of
@@ -55,6 +56,17 @@ def visible(m: Migration, entry: Entry) -> None:
         m.tell(entry, "gpus_per_node", len(named))
 
 
+def variable(m: Migration, entry: Entry) -> None:
+    """One of the environment: what launch/template says of it."""
+    found = meaning(entry.key.partition(".")[2])
+    if found is None:
+        m.no_effect(entry, "nothing here reads it")
+    elif found.kept:
+        m.no_effect(entry, f"{found.text}. Export it as well")
+    else:
+        m.no_effect(entry, found.text)
+
+
 TABLE: Mapping[str, Handler] = {
     # torchrun
     "nproc_per_node": processes,
@@ -91,18 +103,12 @@ TABLE: Mapping[str, Handler] = {
     "sbatch.nodes": nodes,
     "sbatch.gres": gpus,
     "sbatch.gpus_per_node": gpus,
-    "sbatch.*": no_effect("the scheduler reads it"),
+    "sbatch.*": no_effect("the scheduler reads it: --template=slurm writes it down again"),
     # the environment
     "env.CUDA_VISIBLE_DEVICES": visible,
     "env.NPROC_PER_NODE": fact("gpus_per_node", as_int),
     "env.NNODES": fact("nodes", as_int),
-    "env.NODE_RANK": no_effect(ADDRESS),
-    "env.MASTER_*": no_effect(ADDRESS),
-    "env.NCCL_ASYNC_ERROR_HANDLING": no_effect("config.watchdog ends a step that hangs"),
-    "env.NCCL_*": no_effect("it keeps its meaning: XLA uses NCCL. Export it as well"),
-    "env.FI_PROVIDER": no_effect("it keeps its meaning. Export it as well"),
-    "env.WANDB_*": no_effect("it keeps its meaning. Export it as well"),
-    "env.*": no_effect("it is of PyTorch or the shell"),
+    "env.*": variable,
 }
 
 TOOL = Tool(

@@ -19,9 +19,9 @@ from deepseek_jax.migrate.handlers import (
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry, Source
 from deepseek_jax.migrate.tool import Handler, Tool
-from deepseek_jax.migrate.tools import hf, megatron_model
+from deepseek_jax.migrate.tools import hf, megatron_model, shared
 from deepseek_jax.migrate.tools import megatron_training as mt
-from deepseek_jax.migrate.tools.shared import because, lora_modules, need, tell_defaults
+from deepseek_jax.migrate.tools.shared import BY_NAME, because, lora_modules, need, tell_defaults
 
 KERNELS = "XLA chooses and fuses kernels"
 OF_METHOD = "it is of a method that is not chosen"
@@ -94,7 +94,7 @@ def dataset(m: Migration, entry: Entry) -> None:
         else "chats, a column messages"
     )
     most = f", {m.value('max_samples')} rows of each at most" if m.value("max_samples") else ""
-    need(m, "data.path", f"write {', '.join(names)} as JSONL of {rows}{most} (docs/data.md)")
+    need(m, "data.path", f"write {', '.join(names)} as JSONL of {rows}{most} {BY_NAME}")
 
 
 def template(m: Migration, entry: Entry) -> None:
@@ -260,7 +260,7 @@ TABLE: dict[str, Handler] = {
     "enable_thinking": thinking,
     "disable_shuffling": refuse("every pass has an order of its own here", "Set it to false"),
     "ray_num_workers": workers,
-    "fp8*": refuse("train.dtype is float32, bfloat16 or float16 here", "Leave fp8 out"),
+    "fp8*": refuse(shared.NO_FP8, "Leave fp8 out"),
     **because(
         {
             KERNELS: (

@@ -3,7 +3,6 @@
 from deepseek_jax.migrate.handlers import as_text
 from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry
-from deepseek_jax.migrate.tools.shared import need
 
 TOKENS_ARE_READ = (
     "the .bin files hold token ids; --config.data.tokenizer names a tokenizer for samples"
@@ -31,8 +30,6 @@ def prefixes(m: Migration, entry: Entry) -> None:
     m.tell(entry, "data.path", ",".join(paths))
     if len(weights) == len(paths) > 1:
         m.tell(entry, "data.weights", ",".join(weights))
-    if any("$" in p for p in paths):
-        need(m, "data.path", f"{entry.text} is a variable of the shell")
 
 
 def _is_number(word: object) -> bool:

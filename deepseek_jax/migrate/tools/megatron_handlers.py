@@ -6,6 +6,7 @@ Megatron-LM.
 
 import ast
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.migrate.handlers import (
     as_bool,
     as_float,
@@ -90,19 +91,25 @@ def of_experts(handler: Handler) -> Handler:
     return handle
 
 
+MOST_LAYERS = 10_000
+
+
 def layer_pattern(entry: Entry, layers: int) -> list[int]:
     """Which layers have experts, of "([0]*3+[1]*11)", [0, 1, 1] or 1.
 
     Raises:
       UserError: it is none of these.
     """
+    if layers > MOST_LAYERS:
+        raise UserError(f"num_layers={layers} is not at most {MOST_LAYERS}. Correct it there.")
     if isinstance(entry.value, int):
         return (
             [int(i % entry.value == 0) for i in range(layers)] if entry.value > 0 else [0] * layers
         )
+    text = as_text(entry).strip()
     try:
-        found = _items(ast.parse(as_text(entry).strip(), mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError):
+        found = _items(ast.parse(text, mode="eval").body) if len(text) <= MOST_LAYERS else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         found = None
     if isinstance(found, int):
         return [int(i % found == 0) for i in range(layers)]
@@ -130,8 +137,9 @@ def _items(node: ast.expr) -> list[int] | int:
                 return first + second
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             first, second = _items(left), _items(right)
-            if isinstance(first, list) and isinstance(second, int) and second <= 10_000:
-                return first * second
+            if isinstance(first, list) and isinstance(second, int):
+                if len(first) * second <= MOST_LAYERS:
+                    return first * second
     raise ValueError("no pattern")
 
 

@@ -10,7 +10,12 @@ from deepseek_jax.migrate.tool import Handler, Tool
 from deepseek_jax.migrate.tools import megatron_run
 from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools.megatron_handlers import flag, query_groups, whole
-from deepseek_jax.migrate.tools.megatron_model import MODEL, finish_model, padded_vocabulary
+from deepseek_jax.migrate.tools.megatron_model import (
+    MODEL,
+    ask_vocabulary,
+    finish_model,
+    padded_vocabulary,
+)
 from deepseek_jax.migrate.tools.shared import because, need
 
 SECTIONS = ("MODEL_ARGS.", "language_model.", "model_parallel.")
@@ -142,12 +147,7 @@ def vocabulary(m: Migration, tokenizers: dict[str, int], multiple: int) -> None:
     elif (name := str(m.value("tokenizer_type"))) in tokenizers:
         padded_vocabulary(m, None, tokenizers[name], multiple)
     else:
-        need(
-            m,
-            "model.vocab_size",
-            f"the size of the tokenizer, rounded up to a multiple of {multiple}",
-            "SIZE",
-        )
+        ask_vocabulary(m, multiple)
 
 
 def defaults_of_training(m: Migration) -> None:

@@ -19,6 +19,7 @@ from deepseek_jax.migrate.tools.megatron_handlers import (
     whole,
     yes_no,
 )
+from deepseek_jax.migrate.tools.shared import need
 
 NO_DROPOUT = refuse("there is no dropout here", "Set it to 0", unless=(None, False, 0, 0.0))
 GATED_SILU = {"swiglu": "", "fast-swiglu": ""}
@@ -163,6 +164,17 @@ def padded_vocabulary(m: Migration, entry: Entry | None, size: int, multiple: in
         m.default("model.vocab_size", rows)
     else:
         m.tell(entry, "model.vocab_size", rows)
+
+
+def ask_vocabulary(m: Migration, multiple: int) -> None:
+    """Where no file says how large the tokenizer is."""
+    step = max(multiple, 1) * max(whole(m, "tensor_model_parallel_size", 1), 1)
+    keys = ("tokenizer_model", "tokenizer.type", "tokenizer.model", "tokenizer_type")
+    named = next((e.text for key in keys if (e := m.entry(key)) and e.value), "the tokenizer")
+    why = f"how many ids {named} has, rounded up to a multiple of {step}"
+    need(
+        m, "model.vocab_size", f"{why}; a log of theirs says it: padded vocab ... new size", "SIZE"
+    )
 
 
 def finish_model(

@@ -23,7 +23,7 @@ from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
 from deepseek_jax.migrate.tools.megatron_handlers import flag, whole
-from deepseek_jax.migrate.tools.shared import because
+from deepseek_jax.migrate.tools.shared import NO_FP8, because
 
 XLA = "XLA chooses and fuses kernels"
 OVERLAP = "XLA overlaps communication with computation"
@@ -318,7 +318,7 @@ KERNELS: dict[str, Handler] = {
     ),
     "moe_router_dtype": no_effect("the router computes in float32"),
     "deterministic_mode": no_effect("runs are deterministic here, always"),
-    "fp8*": refuse("train.dtype is float32, bfloat16 or float16 here", "Leave fp8 out"),
+    "fp8*": refuse(NO_FP8, "Leave fp8 out"),
     "fp4*": refuse("train.dtype is float32, bfloat16 or float16 here", "Leave fp4 out"),
     "params_dtype": no_effect("weights are float32, and computation has train.dtype"),
     "pipeline_dtype": no_effect("stages exchange the compute dtype"),

@@ -22,9 +22,14 @@ from deepseek_jax.migrate.tools import megatron_training as mt
 from deepseek_jax.migrate.tools import nemo_finetuning as tuning
 from deepseek_jax.migrate.tools import nemo_words as words
 from deepseek_jax.migrate.tools.megatron_handlers import flag, whole
-from deepseek_jax.migrate.tools.megatron_model import MODEL, finish_model, padded_vocabulary
+from deepseek_jax.migrate.tools.megatron_model import (
+    MODEL,
+    ask_vocabulary,
+    finish_model,
+    padded_vocabulary,
+)
 from deepseek_jax.migrate.tools.megatron_run import CONVERT
-from deepseek_jax.migrate.tools.shared import because, need
+from deepseek_jax.migrate.tools.shared import NO_FP8, because, need
 
 UNASKED = (
     ("normalization", "layernorm", "layers are normed by RMSNorm here", "Set it to rmsnorm"),
@@ -77,7 +82,7 @@ MODEL_OF_NEMO: Mapping[str, Handler] = {
     "hysteresis": mt.of_float16("fp16.hysteresis"),
     "fsdp": words.fsdp,
     "fsdp_*": no_effect("model.fsdp says what is divided"),
-    "fp8": refuse("train.dtype is float32, bfloat16 or float16 here", "Set it to false"),
+    "fp8": refuse(NO_FP8, "Set it to false"),
     "fp8_*": no_effect("they are of fp8"),
     "reduce_amax": no_effect("it is of fp8"),
     "cpu_offloading_*": no_effect("cpu_offloading says so"),
@@ -149,9 +154,8 @@ def finish(m: Migration) -> None:
         )
     warmup, peak = whole(m, "optim.sched.warmup_steps"), m.told_of("learning_rate")
     if warmup and peak and not whole(m, "optim.sched.constant_steps"):
-        m.default(
-            "warmup_init", peak / (warmup + 1)
-        )  # its warmup is (step + 1) / (warmup_steps + 1)
+        # its warmup is (step + 1) / (warmup_steps + 1)
+        m.default("warmup_init", peak / (warmup + 1))
     m.default("learning_rate", 2e-4)
     m.default("schedule", "cosine")
     m.default("min_lr", 0.0)
@@ -181,12 +185,7 @@ def _vocabulary(m: Migration) -> None:
     elif kind in VOCABULARIES:
         padded_vocabulary(m, m.entry("tokenizer.type"), VOCABULARIES[kind], multiple)
     else:
-        need(
-            m,
-            "model.vocab_size",
-            f"the size of the tokenizer, rounded up to a multiple of {multiple}",
-            "SIZE",
-        )
+        ask_vocabulary(m, multiple)
 
 
 TOOL = Tool(

@@ -10,6 +10,7 @@ from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
 from deepseek_jax.migrate.tools.trl_arguments import data_folder
 
+BY_NAME = "(docs/migrate.md, Data sets by name)"
 # Of TrainingArguments, whoever builds them; what a front end has otherwise, it tells before.
 DEFAULTS = {
     "warmup_steps": 0,
@@ -33,6 +34,8 @@ DEFAULTS = {
     "eval.sample_prompt": "",
     "log.trackers": "",
 }
+
+NO_FP8 = "FP8 is of routed experts alone here, and an option of its own, config.train.fp8=row"
 
 
 def because(reasons: Mapping[str, str]) -> dict[str, Handler]:

@@ -5,7 +5,7 @@ from deepseek_jax.migrate.migration import Migration
 from deepseek_jax.migrate.source import Entry
 from deepseek_jax.migrate.tool import Handler
 from deepseek_jax.migrate.tools import hf, trl_arguments
-from deepseek_jax.migrate.tools.shared import hub_data, need
+from deepseek_jax.migrate.tools.shared import BY_NAME, hub_data, need
 
 # Its own files of DeepSpeed's options, by name.
 ZERO: dict[str, dict[str, object]] = {
@@ -65,8 +65,8 @@ def _from_modelscope(m: Migration, kind: str, names: list[str]) -> None:
         return
     for folder, command in m.downloads.items():
         for name in names:
-            if command.endswith(f" {name} --local-dir {folder}"):
-                m.downloads[folder] = f"modelscope download {kind} {name} --local_dir {folder}"
+            if command[-3:] == [name, "--local-dir", folder]:
+                m.downloads[folder] = ["modelscope", "download", kind, name, "--local_dir", folder]
 
 
 def dataset(m: Migration, entry: Entry) -> None:
@@ -75,10 +75,13 @@ def dataset(m: Migration, entry: Entry) -> None:
     names = list(dict.fromkeys(str(w).partition("#")[0].partition(":")[0] for w in words))
     hub_data(m, entry, names)
     _from_modelscope(m, "--dataset", names)
-    cut = [str(w) for w in words if "#" in str(w)]
-    if cut:
-        need(m, "data.path", f"so many rows of each as stand behind #: {', '.join(cut)}")
-    need(m, "data.path", "rows as chats, a column messages (docs/data.md)")
+    cut = [str(w).partition("#") for w in words if "#" in str(w)]
+    most = "".join(f", {count} rows of {name}" for name, _, count in cut)
+    need(
+        m,
+        "data.path",
+        f"write their rows as chats, a column messages{most} {BY_NAME}",
+    )
 
 
 def held_out(m: Migration, entry: Entry) -> None:

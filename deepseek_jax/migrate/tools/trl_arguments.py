@@ -41,7 +41,7 @@ def model(m: Migration, entry: Entry) -> None:
         m.tell(entry, "init_from", name)
         return
     folder = f"models/{name.rpartition('/')[2]}"
-    m.downloads[folder] = f"hf download {name} --local-dir {folder}"
+    m.downloads[folder] = ["hf", "download", name, "--local-dir", folder]
     m.tell(entry, "init_from", folder)
 
 
@@ -51,7 +51,7 @@ def teacher(m: Migration, entry: Entry) -> None:
     folder = name
     if not (os.path.isdir(os.path.expanduser(name)) or name.startswith((".", "/", "~"))):
         folder = f"models/{name.rpartition('/')[2]}"
-        m.downloads[folder] = f"hf download {name} --local-dir {folder}"
+        m.downloads[folder] = ["hf", "download", name, "--local-dir", folder]
     m.tell(entry, "distill.teacher", folder)
 
 
@@ -62,7 +62,7 @@ def data_folder(m: Migration, name: str) -> str:
     if name.endswith((".json", ".jsonl", ".parquet", ".txt")):
         return name
     folder = f"data/{name.rpartition('/')[2]}"
-    m.downloads[folder] = f"hf download --repo-type=dataset {name} --local-dir {folder}"
+    m.downloads[folder] = ["hf", "download", "--repo-type=dataset", name, "--local-dir", folder]
     return folder
 
 

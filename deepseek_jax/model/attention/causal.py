@@ -1,7 +1,7 @@
 """Causal softmax attention of whole sequences, as every kind of attention computes it.
 
-It runs in blocks (blockwise.py), so that memory is linear in the sequence length, or by cuDNN's
-kernels (cudnn.py). Shape letters: layers.py.
+It runs in blocks (blockwise.py), so that memory is linear in the sequence length, by fused kernels (fused.py;
+implementations.py says which), or by cuDNN's (cudnn.py). Shape letters: layers.py.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.model.attention import blockwise, cudnn
+from deepseek_jax.model.attention import blockwise, cudnn, fused, implementations
 from deepseek_jax.parallel.mesh import on_cpu, per_device
 
 QUERY_BLOCK = (
@@ -40,9 +40,10 @@ def causal_attention(
       v_BSNV: values, of any width V.
       segment_ids_BS: int32; a position sees earlier positions with its own id only.
       scale: multiplies the scores.
-      method: `config.train.attention`: auto or blocks (blockwise.py). cudnn: on NVIDIA GPUs where all
-        sequences of a device are one segment each, else blocks, and the program holds both; where
-        cuDNN cannot (cudnn.py), blocks alone, after one printed line.
+      method: `config.train.attention`: blocks (blockwise.py), mosaic or triton (fused.py), auto, which takes
+        what works here (implementations.py). cudnn: on NVIDIA GPUs where all sequences of a device are
+        one segment each, else blocks, and the program holds both; where cuDNN cannot (cudnn.py), blocks
+        alone, after one printed line.
 
     Returns:
       [B, S, N, V] in the values' dtype. Under `jax.checkpoint` what backward needs of it has the name
@@ -62,17 +63,20 @@ def _attention(q, k, v, segments, scale, method):
 
 def _forward(q, k, v, segments, scale, method):
     def run(q, k, v, segments):
+        if kernels := implementations.kernels(method, q.dtype, q.shape[-1], v.shape[-1]):
+            ids = fused.causal_ids(segments)
+            return fused.forward(kernels, q, k, v, ids, ids, scale)
         blocks = functools.partial(blockwise.forward, scale=scale, sizes=_sizes(q.shape[1]))
         if method != "cudnn" or not cudnn.usable(q.shape[-1], v.shape[-1]):
             return blocks(q, k, v, segments)
 
-        def fused(q, k, v, segments):
+        def by_cudnn(q, k, v, segments):
             del segments
             return cudnn.forward(q, k, v, scale)
 
         return jax.lax.cond(
             _one_segment_each(segments),
-            fused,
+            by_cudnn,
             blocks,
             q,
             k,
@@ -90,16 +94,19 @@ def _forward(q, k, v, segments, scale, method):
 
 def _backward(scale, method, kept, dout):
     def run(q, k, v, segments, out, lse, dout):
+        if kernels := implementations.kernels(method, q.dtype, q.shape[-1], v.shape[-1]):
+            ids = fused.causal_ids(segments)
+            return fused.backward(kernels, q, k, v, ids, ids, out, lse, dout, scale)
         blocks = functools.partial(blockwise.backward, scale=scale, sizes=_sizes(q.shape[1]))
         if method != "cudnn" or not cudnn.usable(q.shape[-1], v.shape[-1]):
             return blocks(q, k, v, segments, out, lse, dout)
 
-        def fused(q, k, v, segments, out, lse, dout):
+        def by_cudnn(q, k, v, segments, out, lse, dout):
             del segments
             return cudnn.backward(q, k, v, out, lse, dout, scale)
 
         return jax.lax.cond(
-            _one_segment_each(segments), fused, blocks, q, k, v, segments, out, lse, dout
+            _one_segment_each(segments), by_cudnn, blocks, q, k, v, segments, out, lse, dout
         )
 
     heads, rows = _specs(kept[0])

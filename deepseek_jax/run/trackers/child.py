@@ -1,7 +1,8 @@
 """The process of one tool: rows in, the tool's calls out. It imports the tool's package, and no JAX.
 
     stdin    JSON lines: a `Run`; {"row": ..., "time": ...} each; {"end": true} where the run ends in order
-    stdout   JSON lines: {"say": text}, and {"lost": reason} where rows are being lost
+    stdout   JSON lines: {"say": text}; {"lost": reason} where rows are being lost; {"taken": true} when the
+             run is open and for each row that is logged, {"taken": false} for one that is not
 
 It outlives the signals that stop the training process, and ends soon after that process, whatever its tool
 does.
@@ -21,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
-from typing import Any, TextIO
+from typing import Any
 
 from deepseek_jax.run.trackers.destination import Destination, Run, Say
 
@@ -46,11 +47,13 @@ class Sender:
 
     Args:
       lost: takes the reason why rows are being lost.
+      taken: is called when the run is open, and for each row with whether it has arrived.
     """
 
-    def __init__(self, destination: Destination, lost: Say):
+    def __init__(self, destination: Destination, lost: Say, taken: Callable[[bool], None]):
         self._destination = destination
         self._lost = lost
+        self._taken = taken
         self._rows: collections.deque[dict[str, Any]] = collections.deque(maxlen=QUEUED)
         self._opened = False
         self._again = 0.0
@@ -61,19 +64,24 @@ class Sender:
         try:
             self._destination.open()
             self._opened = True
+            self._taken(True)
         except Exception as e:
             self._lost(explained(e))
             self._again = time.monotonic() + AGAIN_SECONDS
 
     def send(self, row: dict[str, Any]) -> None:
+        if len(self._rows) == QUEUED:
+            self._taken(False)  # the oldest, which has to go
         self._rows.append(row)
         self.open()
         while self._opened and self._rows:
             item = self._rows.popleft()
             try:
                 self._destination.log(item["row"], item["time"])
+                self._taken(True)
             except Exception as e:
                 self._lost(explained(e))
+                self._taken(False)
 
     def close(self, failed: bool) -> None:
         if not self._opened:
@@ -89,6 +97,7 @@ def serve(
     make: Callable[[Run, Say], Destination],
     say: Say,
     lost: Say,
+    taken: Callable[[bool], None],
     at_end: Callable[[], None],
 ) -> None:
     """Everything from the first line to the end of `lines`, where `at_end` is called, in another thread."""
@@ -100,6 +109,7 @@ def serve(
                 items.put_nowait(json.loads(line))
             except queue.Full:
                 lost("it does not keep up")
+                taken(False)
             except ValueError:  # cut short: the training process was killed
                 continue
         at_end()
@@ -109,7 +119,7 @@ def serve(
     if (first := items.get()) is None:
         return
     run = Run(**first)
-    sender = Sender(make(run, say), lost)
+    sender = Sender(make(run, say), lost, taken)
     sender.open()
     failed = True
     while (item := items.get()) is not None:
@@ -169,19 +179,24 @@ def main() -> None:
     os.dup2(nothing, 0)  # a tool that asks for a password gets none
     os.dup2(2, 1)  # what tools print goes to the log, with their errors
 
-    def tell(kind: str) -> Say:
-        return lambda text: _answer(answers, {kind: text})
+    writing = threading.Lock()
 
-    serve(lines, make, tell("say"), tell("lost"), _end_soon)
+    def answer(value: dict[str, Any]) -> None:
+        with writing, contextlib.suppress(OSError, ValueError):
+            answers.write(json.dumps(value) + "\n")
+            answers.flush()
+
+    serve(
+        lines,
+        make,
+        lambda text: answer({"say": text}),
+        lambda text: answer({"lost": text}),
+        lambda arrived: answer({"taken": arrived}),
+        _end_soon,
+    )
 
 
 def _end_soon() -> None:
     timer = threading.Timer(END_SECONDS, os._exit, (1,))
     timer.daemon = True
     timer.start()
-
-
-def _answer(answers: TextIO, value: dict[str, str]) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()

@@ -29,9 +29,13 @@ class Trackers:
     Args:
       workdir: gets metrics.jsonl, and what the destinations of config.log.trackers keep there.
       step: finished steps of the state that the run begins with. Rows of later steps are dropped.
+
+    Attributes:
+      workdir: as it was given.
     """
 
     def __init__(self, workdir: str, config: Config, step: int):
+        self.workdir = workdir
         self._path = os.path.join(workdir, "metrics.jsonl")
         self._trackers: list[Tracker] = []
         self._outside: list[Outside] = []

@@ -35,7 +35,9 @@ class Outside:
     """
 
     QUEUED = 1000  # rows that may wait for the process
-    CLOSE_SECONDS = 30.0
+    CLOSE_SECONDS = 30.0  # for a tool that works
+    FAILING_SECONDS = 5.0  # for one that did not log the last row
+    STUCK_SECONDS = 60.0  # one that has taken nothing for so long is waited for no longer
 
     def __init__(self, run: Run):
         self._run = run
@@ -45,6 +47,11 @@ class Outside:
         self._process: subprocess.Popen | None = None
         self._ending = False
         self._killed = False
+        self._counting = threading.Lock()
+        self._waiting = 1  # the run, and rows, that the tool has not taken
+        self._moved = time.monotonic()  # when it took the last one, or when the first of them came
+        self._opened = False
+        self._failing = False
         self._thread = threading.Thread(target=self._work, name=run.tool, daemon=True)
         self._thread.start()
 
@@ -52,7 +59,10 @@ class Outside:
         try:
             self._queue.put_nowait({"row": row, "time": time.time()})
         except queue.Full:
-            self._lost("it does not keep up")
+            return self._lost("it does not keep up")
+        with self._counting:
+            self._moved = self._moved if self._waiting > 0 else time.monotonic()
+            self._waiting += 1
 
     def rewind(self, step: int) -> None:
         """None of these tools takes rows back: those that are made again stand beside them."""
@@ -68,7 +78,9 @@ class Outside:
                     self._queue.get_nowait()
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Waits until the tool has all rows; for so many seconds at most, and then ends its process."""
+        """Waits until the tool has all rows; for so many seconds at most, and then ends its process. One that
+        is out of reach, or has stopped taking rows, is not waited for."""
+        seconds = min(seconds, self._patience())
         deadline = time.monotonic() + seconds
         if not self._ending:
             self.end()
@@ -84,6 +96,12 @@ class Outside:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._listener.join(1)
+
+    def _patience(self) -> float:
+        if self._failing:
+            return self.FAILING_SECONDS if self._opened else 0.0
+        stuck = time.monotonic() - self._moved if self._waiting > 0 else 0.0
+        return max(self.STUCK_SECONDS - stuck, 0.0)
 
     def _work(self) -> None:
         try:
@@ -130,10 +148,20 @@ class Outside:
                 answer = json.loads(line)
                 if "say" in answer:
                     base.say(answer["say"])
+                elif "taken" in answer:
+                    self._took(answer["taken"])
                 else:
+                    self._failing = True
                     self._lost(answer["lost"])
         if process.wait() and not self._killed:
             self._lost(f"its process ended with {process.returncode}")
+
+    def _took(self, arrived: bool) -> None:
+        with self._counting:
+            self._waiting -= 1
+            self._moved = time.monotonic()
+            if arrived:
+                self._opened, self._failing = True, False
 
     def _lost(self, reason: str) -> None:
         self._warning.say(
