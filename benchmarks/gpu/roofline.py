@@ -48,8 +48,8 @@ FSDP = (*EIGHT, "--config.mesh.fsdp=8", "--config.mesh.expert=1")
 EXPERT = (*EIGHT, "--config.mesh.fsdp=1", "--config.mesh.expert=8")
 # Name -> options of plan.
 ROWS = {
-    "1 H200, 8 layers": (*V2_LITE, *ALONE, f"{BATCH}4", f"{LAYERS}8"),
     "1 H200, 8 layers, 8 sequences": (*V2_LITE, *ALONE, f"{BATCH}8", f"{LAYERS}8"),
+    "1 H200, 8 layers": (*V2_LITE, *ALONE, f"{BATCH}4", f"{LAYERS}8"),
     "1 H100, 6 layers": (*V2_LITE, *ALONE, f"{BATCH}4", f"{LAYERS}6", "--hardware=h100"),
     "8 H200s, fsdp 8": (*V2_LITE, *FSDP, f"{BATCH}64"),
     "8 H200s, expert 8": (*V2_LITE, *EXPERT, f"{BATCH}64"),
@@ -150,7 +150,8 @@ def lines(rows: dict[str, Any], prefix: str = "") -> list[list[str]]:
 
 def markdown(r: dict[str, Any], link: str) -> str:
     """For docs/: predicted steps; of the first row the time of parts and the largest costs."""
-    commits = ", ".join(sorted({row["commit"] for row in r["rows"].values()}))
+    of = {(row["commit"], row["roofline"]["jax"]) for row in r["rows"].values()}
+    commits = ", ".join(f"{commit} (jax {jax})" for commit, jax in sorted(of))
     name, first = next(iter(r["rows"].items()))
     p = first["roofline"]
     one = p["at_one_round"] or p
@@ -160,7 +161,7 @@ def markdown(r: dict[str, Any], link: str) -> str:
         costs.append([_ms(c["seconds"]), f"{c['part']}, {c['phase']}", what, c["source"]])
     return "\n".join(
         [
-            f"`python -m benchmarks gpu_roofline`, programs of {commits}, jax {p['jax']} ({link}). "
+            f"`python -m benchmarks gpu_roofline`, programs of {commits} ({link}). "
             f"`--skew={p['rounds']['skew']}`:",
             f"the most loaded expert has {1 + p['rounds']['violation']:.2f} times the mean.",
             "",
