@@ -27,7 +27,7 @@ def check_attention(check: Callable[[str, bool, str], None], devices: list[Any])
       check: takes a name, whether it holds, and what was found.
       devices: to compile for, of which the first is used.
     """
-    for method in ("auto", "triton"):
+    for method in ("mosaic", "triton"):
         config = train.training_config(False, LAYERS, method, "save:attention")
         mesh, layout = topology.lay_out(config, devices[:1])
         step = topology.compile_step(config, mesh, layout)

@@ -5,11 +5,9 @@ in. So each device of the batch axes has one row in a call: nothing that a row's
 their places among the rows of an expert nor the order of any sum, then follows from other rows.
 """
 
-import concurrent.futures
 import functools
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +18,10 @@ from deepseek_jax.data.fields import INPUTS, Rows
 from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Batch, Frozen
 from deepseek_jax.objectives.teacher_record import teacher_record
-from deepseek_jax.parallel.mesh import BATCH_AXES, TOKENS, on_cpu, per_device
+from deepseek_jax.parallel.mesh import BATCH_AXES, TOKENS, per_device
 from deepseek_jax.parallel.sharding import reshard
 from deepseek_jax.train.batch import put_batch
 
-THREADS = min(8, os.cpu_count() or 1)  # rows that are asked at a time, each a call
 STEP = P(None, BATCH_AXES)  # of an array [A, B, ...]
 
 
@@ -68,11 +65,6 @@ class RecordProgram:
         jitted = jax.jit(functools.partial(teacher_record, frozen, top, words))
         self._lowered = jitted.lower(frozen.model.abstract_sharded(), batch, scales)
         self._compiled: jax.stages.Compiled | None = None
-        self._rows_at_once: Callable[..., Iterable[Batch]] = map
-        if mesh.size == 1 and on_cpu():
-            # Of a row some is work of one core, its top-k above all; one device has no collectives, which
-            # two programs at a time would mix up.
-            self._rows_at_once = concurrent.futures.ThreadPoolExecutor(THREADS, "record").map
 
     def compile(self) -> jax.stages.Compiled:
         """The program, compiled when it is asked for first."""
@@ -84,12 +76,7 @@ class RecordProgram:
         given = {name: batch[name] for name in INPUTS}
         scales = self._temperatures(temperatures)
         program = self.compile()
-
-        def ask(group: Batch) -> Batch:
-            with jax.set_mesh(self._mesh):
-                return program(weights, group, scales)
-
-        found = list(self._rows_at_once(ask, _groups(given)))
+        found = [program(weights, group, scales) for group in _groups(given)]
         return _joined(found, len(batch["tokens"]))
 
     def of_rows(self, weights: ModelWeights, rows: Rows, temperatures: Sequence[float]) -> Batch:

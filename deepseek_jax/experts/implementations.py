@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
 from deepseek_jax.experts import grouped_matmul
 from deepseek_jax.experts.block_rows import BLOCK, BlockRows, Blocks
@@ -59,6 +60,23 @@ def choose(asked: str, dtype: Any, fp8: str = "none") -> Chosen:
         return Chosen(kernels(asked, dtype), None)
     native = has_fp8()
     return Chosen(kernels(asked, FORWARD if native else dtype), Fp8(native))
+
+
+def fp8_notes(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
+    """What a run says of FP8 before it starts: which numbers are, and whether that can save time."""
+    t = config.train
+    if t.fp8 == "none":
+        return []
+    said = f"products of routed experts ({t.fp8}: e4m3, gradients e5m2)"
+    if config.moe.fp8_dispatch and mesh.shape["expert"] > 1:
+        said += ", and tokens on their way to them"
+    if has_fp8():
+        return [said]
+    return [
+        said,
+        f"{mesh.devices.flat[0].device_kind} devices do not multiply FP8: the same numbers are multiplied in "
+        f"{t.dtype}, slower than with config.train.fp8=none",
+    ]
 
 
 def has_fp8() -> bool:

@@ -19,7 +19,7 @@ FEW = 128  # numbers for each that is wanted: of fewer a CPU's heap is as fast i
 
 def largest(a_CV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The `count` largest numbers of each row and their places, as `lax.top_k`: by falling size, of equal
-    ones the first.
+    ones the first (of 0.0 and -0.0, either).
 
     Returns:
       [C, K] in the dtype of a_CV; int32 [C, K].

@@ -154,7 +154,7 @@ def _devices(run: Run) -> Lines:
             f"remat {config.train.remat}",
         )
     )
-    lines += [("fp8", text) for text in _fp8(run)]
+    lines += [("fp8", text) for text in implementations.fp8_notes(config, mesh)]
     if run.compiler_options:
         given = run.compiler_options.items()
         options = [f"{name.removeprefix('xla_')}={str(value).lower()}" for name, value in given]
@@ -162,24 +162,6 @@ def _devices(run: Run) -> Lines:
     notes = xla_options.notes(config, mesh.devices.flat[0].platform)
     lines += [("prefetch", note) for note in notes]
     return [*lines, *_memory(run)]
-
-
-def _fp8(run: Run) -> list[str]:
-    """Which numbers are FP8, and whether that saves any time."""
-    t, devices = run.config.train, run.mesh.devices.flat
-    if t.fp8 == "none":
-        return []
-    said = f"products of routed experts ({t.fp8}: e4m3, gradients e5m2)"
-    if run.config.moe.fp8_dispatch and run.mesh.shape["expert"] > 1:
-        said += ", and tokens on their way to them"
-    if implementations.has_fp8():
-        return [said]
-    kind = devices[0].device_kind
-    return [
-        said,
-        f"{kind} devices do not multiply FP8: the same numbers are multiplied in {t.dtype}, slower than with "
-        f"config.train.fp8=none",
-    ]
 
 
 def _memory(run: Run) -> Lines:

@@ -313,7 +313,7 @@ def test_workers_share_the_work(config, made, tmp_path, capsys):
             ["cache", "--teacher=T", "--out=O", "--top-k=400", *TINY],
             "^--top-k=400 is above config.model.vocab_size=320. Set it to 320 or less.$",
         ),
-        (["cache", "--teacher=nowhere", "--out=O", *TINY], "^--teacher: nowhere holds no model"),
+        (["cache", "--teacher=nowhere", "--out=O", *TINY], "^--teacher: nowhere is not a folder"),
         (["verify", "nowhere"], "nowhere has no manifest.json"),
         (["show", "nowhere", "--more"], "unrecognized arguments: --more"),
     ],

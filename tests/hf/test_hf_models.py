@@ -231,7 +231,7 @@ def test_a_mesh_has_the_same_weights(folder_of):
         np.testing.assert_array_equal(a, b)
     assert spread.params["layers"]["mlp"]["experts"]["down_proj"].get_value().sharding.shard_shape(
         (2, 8, 28, 48)
-    ) == (2, 4, 14, 24)
+    ) == (2, 2, 14, 48)  # experts over expert and fsdp, the width over tensor
 
 
 def test_calling_a_model(folder_of):

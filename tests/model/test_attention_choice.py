@@ -28,17 +28,21 @@ def test_what_a_kind_of_gpu_takes(monkeypatch):
     assert "capability 8" in missing("triton", "bfloat16", 7, 64, 64)
     assert implementations.kernels("auto", jnp.bfloat16, 192, 128) is None  # a CPU
     monkeypatch.setattr(implementations, "on_cpu", lambda: False)
+    monkeypatch.setattr(implementations, "DEFAULTS", {9: "mosaic"})
+    implementations._default.cache_clear()
     for major, wanted in ((8, None), (9, FusedAttention("mosaic")), (10, None)):
         monkeypatch.setattr(implementations, "_major", lambda major=major: major)
         assert implementations.kernels("auto", jnp.bfloat16, 192, 128) == wanted
         assert implementations.kernels("blocks", jnp.bfloat16, 192, 128) is None
         assert implementations.kernels("cudnn", jnp.bfloat16, 192, 128) is None
+    implementations._default.cache_clear()
 
 
 def test_blocks_where_no_kernels_work(monkeypatch, capsys):
     """One line says why, once; kernels that were asked for by name are refused."""
     monkeypatch.setattr(implementations, "on_cpu", lambda: False)
     monkeypatch.setattr(implementations, "_major", lambda: 9)
+    monkeypatch.setattr(implementations, "DEFAULTS", {9: "mosaic"})
     monkeypatch.setattr(implementations, "missing", lambda name, *_: f"no {name} today")
     implementations._default.cache_clear()
     for _ in range(2):
@@ -50,6 +54,7 @@ def test_blocks_where_no_kernels_work(monkeypatch, capsys):
         implementations.kernels("triton", jnp.bfloat16, 192, 128)
 
 
+@pytest.mark.slow
 def test_kernels_are_tried(monkeypatch):
     """Forward and all gradients against NumPy; wrong ones are found."""
     assert implementations.try_kernels(TRITON, "bfloat16", 24, 16, length=128) is None

@@ -79,6 +79,10 @@ CASES = {
 }
 
 
+QUICK = ("grouped heads", "fewer keys")
+EVERY = [name if name in QUICK else pytest.param(name, marks=SLOW) for name in CASES]
+
+
 def inputs(case: Case, dtype: Any) -> tuple[jax.Array, ...]:
     """q, k, v, and the gradients of output and logsumexp."""
     (b, q), k = case.queries.segment.shape, case.keys.segment.shape[1]
@@ -151,11 +155,12 @@ def check(method: FusedAttention, case: Case, dtype: Any, tolerance: float) -> N
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 def test_results_and_gradients(name):
     check(TRITON, CASES[name], jnp.float32, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 def test_bfloat16():
     case = CASES["grouped heads"]._replace(width=48)
@@ -169,6 +174,7 @@ def test_real_widths(widths):
     check(TRITON, Case(row, row, 2, 1, *widths), jnp.bfloat16, 2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 def test_parts_of_the_keys():
     """What two devices that have half of the keys each compute, combined by logsumexp, and its gradients,
@@ -204,10 +210,17 @@ def test_ranges(name):
     """No visible pair is left out; what counts as whole is; ranges are of the least length where documents
     follow one another."""
     case = CASES[name]
-    queries = visible_blocks.packed(case.queries, 16, BEFORE_ALL)
-    keys = visible_blocks.packed(case.keys, 16, AFTER_ALL)
-    found = visible_blocks.ranges(queries, keys, 16, 8)
-    queries, keys = np.asarray(queries), np.asarray(keys)
+
+    @conversion.jit
+    def of_ids(queries, keys):
+        packed = (
+            visible_blocks.packed(queries, 16, BEFORE_ALL),
+            visible_blocks.packed(keys, 16, AFTER_ALL),
+        )
+        return packed, visible_blocks.ranges(*packed, 16, 8)
+
+    packed, found = of_ids(case.queries, case.keys)
+    queries, keys = map(np.asarray, packed)
     seen = (queries[:, 1, :, None] == keys[:, 1, None]) & (
         keys[:, 0, None] <= queries[:, 0, :, None]
     )
@@ -233,15 +246,19 @@ def test_ranges(name):
 
 def test_other_documents_are_skipped():
     """32 documents of 128 tokens in blocks of 128: one block each, where all earlier ones would be 528."""
-    row = ids([(i, 128) for i in range(32)])
-    packed = visible_blocks.packed(row, 128, BEFORE_ALL)
-    for ranges in visible_blocks.ranges(packed, packed, 128, 128):
-        assert int(jnp.sum(ranges[..., 1] - ranges[..., 0])) == 32
-    one = visible_blocks.packed(ids([(1, 4096)]), 128, BEFORE_ALL)
-    for ranges in visible_blocks.ranges(one, one, 128, 128):
-        first, end, whole_first, whole_end = jnp.moveaxis(ranges, -1, 0)
-        assert int(jnp.sum(end - first)) == 528
-        assert int(jnp.sum(whole_end - whole_first)) == 528 - 32  # the diagonal needs a mask
+
+    @conversion.jit
+    def of_row(row):
+        packed = visible_blocks.packed(row, 128, BEFORE_ALL)
+        return visible_blocks.ranges(packed, packed, 128, 128)
+
+    for ranges in of_row(ids([(i, 128) for i in range(32)])):
+        first, end, *_ = np.moveaxis(np.asarray(ranges), -1, 0)
+        assert np.sum(end - first) == 32
+    for ranges in of_row(ids([(1, 4096)])):
+        first, end, whole_first, whole_end = np.moveaxis(np.asarray(ranges), -1, 0)
+        assert np.sum(end - first) == 528
+        assert np.sum(whole_end - whole_first) == 528 - 32  # the diagonal needs a mask
 
 
 # --- in the model ---
@@ -253,7 +270,9 @@ def causal_inputs():
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("mesh", [None, dict(fsdp=4, tensor=2)], ids=["1", "4x2"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(None, marks=SLOW), dict(fsdp=4, tensor=2)], ids=["1", "4x2"]
+)
 def test_as_the_model_calls_it(mesh):
     """causal_attention: NumPy's numbers, in the layout of the queries, without communication."""
     case = causal_inputs()

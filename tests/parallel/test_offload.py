@@ -70,7 +70,7 @@ def compiled(config: Config):
 
 
 @functools.cache
-def fresh(model: ModelConfig = SMALL) -> state.TrainState:
+def fresh(model: ModelConfig) -> state.TrainState:
     """A state as init_state makes it, held on the host."""
     config = dataclasses.replace(config_of(EVERYTHING), model=model)
     with jax.set_mesh(mesh_of(config)):
@@ -323,7 +323,7 @@ def test_evaluation_reads_offloaded_parameters():
         nll = [
             float(evaluate(placed)(s.params, s.bias, batch)["nll"])
             for placed in (layout, plain)
-            for s in [jax.device_put(fresh(), placed.shardings)]
+            for s in [jax.device_put(fresh(SMALL), placed.shardings)]
         ]
     assert nll[0] == nll[1]
 

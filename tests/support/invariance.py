@@ -176,7 +176,7 @@ def train(config: Config, steps: int = STEPS) -> Run:
         start = initial_state(config.model, config.lora)
         s = jax.device_put(start, layout.shardings)
         kept = jax.device_put(
-            jax.tree.map(jnp.zeros_like, start.params),
+            jax.tree.map(np.zeros_like, start.params),
             jax.tree.map(
                 lambda spec: jax.NamedSharding(mesh, spec),
                 layout.opt_specs,

@@ -163,7 +163,7 @@ class TrainConfig:
         "auto",
         "Which attention kernel.",
         choices={
-            "auto": "mosaic on Hopper GPUs, if it works there; else blocks",
+            "auto": "blocks",
             "blocks": "any device",
             "mosaic": "fused kernels for Hopper GPUs, bfloat16 or float16",
             "triton": "fused kernels for NVIDIA GPUs from Ampere on",

@@ -1,9 +1,9 @@
 """Which fused kernels compute attention: `config.train.attention`, and what works here.
 
 Kernels for GPUs are experimental parts of JAX, and a GPU may be of a kind that nobody has tried. So before
-`auto` takes any, a small attention of the same widths is computed, forward and backward, and compared with
-NumPy; where that fails, attention runs in blocks, after one printed line. Where a program is compiled for
-GPUs that are not here, nothing can be tried: the kernels that their kind should have are taken.
+any are taken, a small attention of the same widths is computed, forward and backward, and compared with
+NumPy. Where that fails, kernels that were asked for are refused, and `auto` takes blocks after one printed
+line. Where a program is compiled for GPUs that are not here, nothing can be tried.
 """
 
 import concurrent.futures
@@ -25,6 +25,9 @@ from deepseek_jax.parallel.mesh import on_cpu
 
 OPTION = "config.train.attention"
 HOPPER = 9  # major compute capability
+# Major compute capability -> kernels that `auto` takes. Mosaic's are for HOPPER; they come in here when
+# docs/attention.md can say that they have been shown to be right.
+DEFAULTS: dict[int, str] = {}
 HOPPER_NAME = re.compile(r"\bG?H\d{2,3}\b")  # NVIDIA H100 80GB HBM3, H200, H20, GH200 480GB
 AMPERE = 8
 # Widths whose tiles fit the shared memory and the registers of a Hopper GPU, padded to multiples of 64: of
@@ -62,15 +65,16 @@ def kernels(asked: str, dtype: Any, qk_width: int, v_width: int) -> FusedAttenti
 
 @functools.cache
 def _default(dtype: str, major: int, qk_width: int, v_width: int) -> FusedAttention | None:
-    """Mosaic's kernels on Hopper GPUs; if they do not work, says why in one line, once."""
-    if major != HOPPER:
+    """The kernels of DEFAULTS; if they do not work, says why in one line, once."""
+    name = DEFAULTS.get(major)
+    if name is None:
         return None
-    reason = missing("mosaic", dtype, major, qk_width, v_width)
+    reason = missing(name, dtype, major, qk_width, v_width)
     if reason is None:
-        return FusedAttention("mosaic")
+        return FusedAttention(name)
     if jax.process_index() == 0:
         print(
-            f"{OPTION}=auto: mosaic: {reason}. Attention runs in blocks instead.", file=sys.stderr
+            f"{OPTION}=auto: {name}: {reason}. Attention runs in blocks instead.", file=sys.stderr
         )
     return None
 
