@@ -69,6 +69,10 @@ def add_options(parser: arguments.Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     output.check(args.out)
+    if not args.output_tokens:
+        raise UserError(
+            "--output-tokens=0: experts are compared by their mean outputs. Name 1 token or more."
+        )
     if not args.text:
         raise UserError(f"merge needs calibration text. Give it with {calibration.OPTION}=FILE.")
     calibration.find(args.text)

@@ -6,6 +6,7 @@ picture of --method by layer. `prune --scores=OUT.safetensors` needs no second p
 
 import argparse
 import os
+import pathlib
 
 import numpy as np
 
@@ -43,8 +44,13 @@ def run(args: argparse.Namespace) -> None:
     if line := found.warning():
         print(f"warning: {line}")
     if found.layers:
-        with open(drawing, "w", encoding="utf-8") as f:
-            f.write(picture.of_scores(found.of(args.method), found.layers, None, args.method))
+        shown = picture.of_scores(found.of(args.method), found.layers, None, args.method)
+        try:
+            pathlib.Path(drawing).write_text(shown, encoding="utf-8")
+        except OSError as e:
+            raise UserError(
+                f"OUT={args.out}: {drawing} cannot be written ({e.strerror}). Name another file."
+            ) from e
     scores.write(args.out, found)
     print(table(found, args.method))
     print(f"wrote          {os.path.abspath(args.out)}")

@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import os
 from typing import Any
 
@@ -255,7 +256,7 @@ def read(path: str, source: Source) -> Scores:
         scores = Scores(
             {name: arrays[name] for name in (*SUMS, "router_norm")},
             influence,
-            tuple(value["layers"]),
+            tuple(map(operator.index, value["layers"])),
             int(value["tokens"]),
             dict(value["notes"]),
         )

@@ -230,3 +230,10 @@ def test_bad_options_are_refused(argv, said, grouped, tmp_path):
     with pytest.raises(UserError, match=said):
         compression.run("merge", folder, tmp_path / "out", *argv)
     assert not (tmp_path / "out").exists()
+
+
+def test_outputs_of_no_token_are_refused(tmp_path):
+    folder = compression.folder(tmp_path / "model", compression.SIGMOID)
+    with pytest.raises(UserError, match="--output-tokens=0"):
+        compression.run("merge", folder, tmp_path / "out", "--experts=2", "--output-tokens=0")
+    assert not (tmp_path / "out").exists()

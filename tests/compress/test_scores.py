@@ -1,6 +1,7 @@
 """Scores of experts, layers and inner units against a loop over tokens in float64 (support/reference.py)."""
 
 import dataclasses
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -253,6 +254,12 @@ def test_scores_are_written_and_read(tmp_path, capsys):
         np.testing.assert_allclose(found.arrays[name], a, rtol=1e-6, err_msg=name)
     assert {m for m in METHODS if not np.isfinite(found.of(m)).all()} == set()
 
+    beside = tmp_path / "scores.json"
+    good = beside.read_text()
+    beside.write_text(json.dumps(json.loads(good) | {"layers": ["a", "b"]}))
+    with pytest.raises(UserError, match="cannot be read"):
+        scores.read(str(out), source)
+    beside.write_text(good)
     other = compression.folder(tmp_path / "other", SOFTMAX, seed=2)
     with pytest.raises(UserError, match="is of another model"):
         scores.read(str(out), open_source(other))
