@@ -5,7 +5,6 @@ host is taken away, a bucket of S3 takes the place of the folder: losses are tho
 disturbed, bit for bit, as in two processes on the same mesh the same programs run on the same numbers.
 """
 
-import ipaddress
 import json
 import os
 import pathlib
@@ -21,12 +20,10 @@ from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.folder import Folder, steps_in
 from deepseek_jax.cluster.ports import free_port
 from tests.support.runs import lives
-from tests.support.sockets import descendants, listened_at, parent_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 LIMIT = 300.0
 STEPS = 240
-HERE = "127.0.0.2"  # of the clusters that the tests themselves make
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +80,11 @@ def pid_of(name: str, rank: int) -> int:
     raise AssertionError(f"process {rank} of {name} does not run")
 
 
+def parent_of(pid: int) -> int:
+    text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    return int(text.rpartition(")")[2].split()[1])
+
+
 def wait_for_step(workdir: pathlib.Path, step: int, p: Process) -> None:
     deadline = time.monotonic() + LIMIT
     while max(faults.rows(workdir)[0], default=0) < step:
@@ -104,8 +106,6 @@ def test_a_killed_process_and_a_killed_worker(place, calm):
         [*ray(place, "killed", "--max_failures=2"), *train(place)], environment(place)
     ) as p:
         wait_for_step(workdir, 25, p)
-        everywhere = listened_at(descendants(p.popen.pid))
-        assert everywhere and all(ipaddress.ip_address(a).is_loopback for a in everywhere)
         os.kill(pid_of("killed", 1), signal.SIGKILL)
         assert p.wait_for(r"process 1 \(.*\) was lost after step \d+", LIMIT), p.lines
         assert p.wait_for(r"resuming after step \d+", LIMIT), p.lines
@@ -152,7 +152,7 @@ FIT = """
 import json, os, sys, ray
 from deepseek_jax.launch.ray import fit
 def main():
-    ray.init(address="local", num_cpus=1, include_dashboard=False, _node_ip_address="HERE")
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
     outcome = fit(sys.argv[2:], storage_path=sys.argv[1], num_workers=2, min_workers=1, name="elastic")
     print("OUTCOME", json.dumps(outcome._asdict()))
 main()
@@ -161,7 +161,7 @@ main()
 
 def test_fewer_hosts_than_asked_for(place, calm, tmp_path):
     """From Python, on a cluster with room for one of two workers: it trains the same in one process."""
-    (tmp_path / "fit.py").write_text(FIT.replace("HERE", HERE))
+    (tmp_path / "fit.py").write_text(FIT)
     command = [str(tmp_path / "fit.py"), str(place / "store"), *train(place, 40)]
     with Process(command, environment(place)) as p:
         assert p.wait(LIMIT) == 0, p.lines
@@ -191,11 +191,10 @@ def take_a_host_away(address, checkpoints):
     print("DRAINED", ray._raylet.GcsClient(address=address).drain_node(busy[-1], 2, "a test", in_a_minute))
 
 def main():
-    here = {"node_ip_address": "HERE"}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **here})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(3):
-        cluster.add_node(num_cpus=1, **here)
-    ray.init(address=cluster.address, _node_ip_address="HERE")
+        cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address)
     checkpoints = pathlib.Path(sys.argv[1], "preempted", "run", "checkpoints")
     threading.Thread(target=take_a_host_away, args=(cluster.address, checkpoints), daemon=True).start()
     outcome = fit(sys.argv[2:], storage_path=sys.argv[1], num_workers=2, name="preempted")
@@ -208,7 +207,7 @@ main()
 
 def test_a_host_is_taken_away(place, calm, tmp_path):
     """Ray says so a minute before: the run is saved and goes on on other hosts. No failure is counted."""
-    (tmp_path / "fit.py").write_text(PREEMPTION.replace("HERE", HERE))
+    (tmp_path / "fit.py").write_text(PREEMPTION)
     workdir = place / "store" / "preempted" / "run"
     command = [str(tmp_path / "fit.py"), str(place / "store"), *train(place, 2000)]
     with Process(command, environment(place)) as p:

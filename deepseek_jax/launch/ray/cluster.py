@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -58,20 +57,17 @@ def connected(o: RayOptions) -> Iterator[Connection]:
 
 
 def _start_here(ray: Any, o: RayOptions) -> bool:
-    """Starts a cluster of this host alone, which no other host reaches.
+    """Starts a cluster of this host alone. Ray takes no loopback address, and asks whoever comes for a token.
 
     Returns:
       False where `ray start` has started one already.
     """
-    # For 127.0.0.1 and localhost Ray takes the host's own address. macOS has no other one of loopback.
-    where = {"_node_ip_address": "127.0.0.2"} if sys.platform == "linux" else {}
     for last in (False, True):
         try:
             ray.init(
                 include_dashboard=False,
                 num_cpus=max(os.cpu_count() or 1, o.num_workers * o.cpus_per_worker),
                 object_store_memory=1 << 27,  # nothing but lines and signals goes through it
-                **where,
                 **_logging(o),
             )
             return True
