@@ -146,8 +146,9 @@ def test_the_numbers_stay(offload, mesh, accumulation):
         # What makes no difference to where a stack lies is left out, as it takes long to compile.
         (OffloadConfig(optimizer_state=True), dict(num_hidden_layers=2, first_k_dense_replace=2)),
         (EVERYTHING, {}),
+        pytest.param(OffloadConfig(optimizer_state=True), {}, marks=pytest.mark.slow),
     ],
-    ids=["optimizer_state", "everything"],
+    ids=["optimizer_state", "everything", "optimizer_state, with experts"],
 )
 def test_where_the_state_is_after_a_step(offload, layers):
     config = config_of(offload)
