@@ -463,11 +463,11 @@ def test_a_mistake_is_said_once(tmp_path):
 
 
 def test_a_process_that_does_not_come(tmp_path):
-    codes, out, err = agree(tmp_path, "10", "10", "10", started=2, timeout=2)
+    codes, out, err = agree(tmp_path, "10", "10", "10", started=2, timeout=6)
     assert codes == [2, 2] and not out and len(err) == 1
     for text in (
         "1 of 3 processes did not come to 127.0.0.1:",
-        "within 2 s: number 2.",
+        "within 6 s: number 2.",
         "--cluster_timeout",
     ):
         assert text in err[0]
