@@ -56,8 +56,8 @@ TRAINING: dict[str, Any] = {
     "eval.batches": 16,
 }
 # From the teacher to the text: a student that is near its teacher has more to learn from the text, and this
-# teacher has seen little of it. With alpha constant the teacher's loss is a bound, which cross-entropy passes
-# in twice as many steps.
+# teacher has seen little of it. With alpha constant the teacher's loss is a bound, and cross-entropy on
+# enough text passes it.
 DISTILLED: dict[str, Any] = {
     "objective": "distill",
     "distill.alpha": 0.9,
