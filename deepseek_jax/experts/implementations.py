@@ -9,9 +9,7 @@ The same is decided of FP8 (`config.train.fp8`, fp8.py): products that take it w
 else the same numbers in the compute dtype.
 """
 
-import concurrent.futures
 import functools
-import importlib
 import re
 import sys
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ from deepseek_jax.experts.block_rows import BLOCK, BlockRows, Blocks
 from deepseek_jax.experts.fp8 import FORWARD, GRADIENT, Fp8
 from deepseek_jax.experts.grouped_matmul import GroupedMatmul
 from deepseek_jax.parallel.mesh import on_cpu
+from deepseek_jax.runtime import kernel_trial
 
 OPTION = "config.moe.experts_implementation"
 HOPPER = 9  # major compute capability
@@ -152,20 +151,8 @@ def missing(name: str, dtype: str, major: int) -> str | None:
         return f"it multiplies numbers of 16 bits, and config.train.dtype={dtype}"
     if major < AMPERE:
         return f"it needs a GPU of compute capability {AMPERE} or newer, and these have {major}"
-    try:
-        importlib.import_module(grouped_matmul.MODULES[name])
-    except (ImportError, AttributeError) as error:
-        return f"jax {jax.__version__} has not what it is made of ({error})"
-    if jax.default_backend() != "gpu":
-        return None
-    # In a thread: it knows nothing of the mesh and the trace in which somebody asks.
-    with concurrent.futures.ThreadPoolExecutor(1, "kernels") as executor:
-        try:
-            reason = executor.submit(try_kernels, GroupedMatmul(name), dtype).result()
-        except Exception as error:  # whatever JAX, XLA, the compilers and the driver refuse it with
-            said = (str(error).splitlines() or [""])[0][:200]
-            reason = f"a first call fails ({type(error).__name__}: {said})"
-    return reason
+    module = grouped_matmul.MODULES[name]
+    return kernel_trial.trouble(module, lambda: try_kernels(GroupedMatmul(name), dtype))
 
 
 def try_kernels(method: GroupedMatmul, dtype: str) -> str | None:

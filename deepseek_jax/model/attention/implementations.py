@@ -6,9 +6,7 @@ NumPy. Where that fails, kernels that were asked for are refused, and `auto` tak
 line. Where a program is compiled for GPUs that are not here, nothing can be tried.
 """
 
-import concurrent.futures
 import functools
-import importlib
 import re
 import sys
 from typing import Any
@@ -22,6 +20,7 @@ from deepseek_jax.model.attention import fused
 from deepseek_jax.model.attention.fused import FusedAttention
 from deepseek_jax.model.attention.visible_blocks import Ids
 from deepseek_jax.parallel.mesh import on_cpu
+from deepseek_jax.runtime import kernel_trial
 
 OPTION = "config.train.attention"
 HOPPER = 9  # major compute capability
@@ -103,20 +102,10 @@ def missing(name: str, dtype: str, major: int, qk_width: int, v_width: int) -> s
             )
     if major < AMPERE:
         return f"it needs a GPU of compute capability {AMPERE} or newer, and these have {major}"
-    try:
-        importlib.import_module(fused.MODULES[name])
-    except (ImportError, AttributeError) as error:
-        return f"jax {jax.__version__} has not what it is made of ({error})"
-    if jax.default_backend() != "gpu":
-        return None
-    # In a thread: it knows nothing of the mesh and the trace in which somebody asks.
-    with concurrent.futures.ThreadPoolExecutor(1, "kernels") as executor:
-        try:
-            method = FusedAttention(name)
-            return executor.submit(try_kernels, method, dtype, qk_width, v_width).result()
-        except Exception as error:  # whatever JAX, XLA, the compilers and the driver refuse it with
-            said = (str(error).splitlines() or [""])[0][:200]
-            return f"a first call fails ({type(error).__name__}: {said})"
+    method = FusedAttention(name)
+    return kernel_trial.trouble(
+        fused.MODULES[name], lambda: try_kernels(method, dtype, qk_width, v_width)
+    )
 
 
 def try_kernels(
