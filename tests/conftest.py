@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 # A suite that a shell runs in the background, or nohup, inherits ignored signals, and so would the
@@ -16,10 +17,20 @@ for number, default in (
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, default)
 
-# Compiling is most of what the tests do: LLVM optimises less, here and in the processes that tests
-# start. The passes over the program and the partitioning are as ever.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Compiling is most of what the tests do: LLVM optimises less, in one piece per program, and no
+# instruction names the Python lines that it came from, here and in the processes that tests start. The
+# passes over the program and the partitioning are as ever.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# Tracing makes millions of objects that live on in JAX's caches; the collector finds nothing among them.
+gc.set_threshold(200_000, 50, 1000)
+# Without bytecode each process that a test starts would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 def share_programs() -> None:
