@@ -28,8 +28,9 @@ from deepseek_jax.plan import topology
 from deepseek_jax.train import workdir as workdirs
 
 MODEL = "SmolLM2-135M-Instruct"
-LEARN, HELD_OUT = "learn.jsonl", "held_out.jsonl"
-ANSWER_TOKENS = 96  # the longest worked answer has 53
+LEARN, HELD_OUT, CHECKED = "learn.jsonl", "held_out.jsonl", "checked.jsonl"
+ANSWER_TOKENS = 64  # the longest worked answer has 53
+BATCH = 48  # questions that are answered at once: generation pads to 2^n or 3 * 2^n
 TRAINING = {
     "train.sequence_length": 512,
     "train.batch_size": 2,
@@ -99,6 +100,7 @@ class Demo(Stages):
             "held_out": len(self.problems),
             "rows": rows,
             "exports_answer_the_same": self.exports(),
+            "answers_compared": min(BATCH, len(self.problems)),
             "chat": self.chat(),
             "minutes": self.minutes,
         }
@@ -123,8 +125,9 @@ class Demo(Stages):
             tokens += length
             chats.append({"messages": messages})
         write_lines(self.folder / LEARN, chats)
-        questions = ({"messages": p.asked()} for p in self.problems)
+        questions = [{"messages": p.asked()} for p in self.problems]
         write_lines(self.folder / HELD_OUT, questions)
+        write_lines(self.folder / CHECKED, questions[:BATCH])
         return len(chats), tokens
 
     def train(self, name: str) -> None:
@@ -144,12 +147,13 @@ class Demo(Stages):
             ),
         )
 
-    def answers(self, name: str, *model: str) -> list[dict[str, Any]]:
-        """What a model says to the held-out questions, by its likeliest tokens.
+    def answers(self, name: str, *model: str, file: str = HELD_OUT) -> list[dict[str, Any]]:
+        """What a model says to held-out questions, by its likeliest tokens.
 
         Args:
           name: of the answers.
           model: flags of generate.
+          file: the questions.
         """
         out = self.folder / f"{name}.jsonl"
         if not out.exists():
@@ -161,20 +165,20 @@ class Demo(Stages):
                     "-m",
                     "deepseek_jax.generate",
                     *model,
-                    f"--prompts={self.folder / HELD_OUT}",
+                    f"--prompts={self.folder / file}",
                     f"--output={part}",
                     "--temperature=0",
                     f"--max-tokens={ANSWER_TOKENS}",
-                    "--batch-size=25",
+                    f"--batch-size={BATCH}",
                     grows=part,
-                    lines=len(self.problems),
+                    lines=len((self.folder / file).read_text(encoding="utf-8").splitlines()),
                 ),
             )
             part.rename(out)
         return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
     def exports(self) -> dict[str, bool]:
-        """Whether what is exported gives the answers that the runs give, to every held-out question."""
+        """Whether what is exported gives the answers that the runs give, to the first held-out questions."""
         adapter = self.folder / "lora-adapter"
         made = {
             "full-export": ("full", [], [f"--model={self.folder / 'full-export'}"]),
@@ -191,7 +195,8 @@ class Demo(Stages):
             if not any((to / file).exists() for file in ("config.json", "adapter_config.json")):
                 words = ["-m", "deepseek_jax.hf", "export", str(self.folder / run), str(to), *flags]
                 self.stage(f"export {target}", functools.partial(self.command, *words))
-            ours, theirs = self.answers(run), self.answers(target, *model)
+            theirs = self.answers(target, *model, file=CHECKED)
+            ours = self.answers(run)[: len(theirs)]
             same[target] = [a["text"] for a in ours] == [a["text"] for a in theirs]
         return same
 
@@ -255,5 +260,6 @@ def text(r: dict[str, Any]) -> str:
     for name, answer in r["chat"]["answers"].items():
         lines += [f"{name}:", *("  " + line for line in answer.splitlines())]
     for name, same in r["exports_answer_the_same"].items():
-        lines.append(f"{name}: {'the same answers' if same else 'OTHER ANSWERS'}")
+        what = "the same answers" if same else "OTHER ANSWERS"
+        lines.append(f"{name}: {what} to {r['answers_compared']} questions")
     return "\n".join([*lines, f"{r['minutes']:.0f} minutes in all"])
