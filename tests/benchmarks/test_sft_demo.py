@@ -194,7 +194,9 @@ class Recorded(sft_demo.Demo):
         pass
 
     def make_data(self):
-        sft_demo.write_lines(self.folder / sft_demo.HELD_OUT, [{} for _ in self.problems])
+        questions = [{} for _ in self.problems]
+        sft_demo.write_lines(self.folder / sft_demo.HELD_OUT, questions)
+        sft_demo.write_lines(self.folder / sft_demo.CHECKED, questions[: sft_demo.BATCH])
         return 7, 1234
 
     def figures(self, name):
@@ -206,7 +208,8 @@ class Recorded(sft_demo.Demo):
             raise sft_demo.CommandFailed("it failed", 3)
         if "deepseek_jax.generate" in words:
             learnt = not words[2].endswith(sft_demo.MODEL) or "--adapter" in words[3]
-            said = [arithmetic.worked(p) if learnt else f"It is {p.answer}" for p in self.problems]
+            asked = self.problems[:lines]
+            said = [arithmetic.worked(p) if learnt else f"It is {p.answer}" for p in asked]
             said[0] = "?"
             rows = [{"text": t, "finish_reason": "stop" if learnt else "length"} for t in said]
             sft_demo.write_lines(grows, rows)
@@ -217,7 +220,8 @@ class Recorded(sft_demo.Demo):
             (folder / ("adapter_config.json" if adapter else "config.json")).touch()
 
 
-def test_the_stages_go_on_where_they_were_stopped(package, tmp_path):
+def test_the_stages_go_on_where_they_were_stopped(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft_demo, "BATCH", 4)
     Recorded.commands, Recorded.fails = [], "lora"
     with pytest.raises(sft_demo.CommandFailed) as failed:
         Recorded(tmp_path / "run", 1000, 10).run()
@@ -237,7 +241,7 @@ def test_the_stages_go_on_where_they_were_stopped(package, tmp_path):
     assert same == {"full-export": True, "lora-export": True, "lora-adapter": True}
     assert result["minutes"] > 0 and full["seconds"] > 0
     text = sft_demo.text(result)
-    assert "90%" in text and text.count("the same answers") == 3
+    assert "90%" in text and text.count("the same answers to 4 questions") == 3
     table = blocks.sft_demo_table(result, "[here](there)")
     assert table.count("\n| ") == 4 and "90% full" in figures.sft_demo(result)
     json.dumps(result)
