@@ -32,8 +32,8 @@ LEARN, HELD_OUT, CHECKED = "learn.jsonl", "held_out.jsonl", "checked.jsonl"
 ANSWER_TOKENS = 64  # the longest worked answer has 53
 BATCH = 48  # questions that are answered at once: generation pads to 2^n or 3 * 2^n
 TRAINING = {
-    "train.sequence_length": 512,
-    "train.batch_size": 2,
+    "train.sequence_length": 256,  # three chats of about 80
+    "train.batch_size": 4,
     "train.epochs": 1,
     "train.dtype": "float32",
     "train.remat": "none",
