@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,20 +16,55 @@ from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.inference.generation import answers, programs, sampling, text
+from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.run import importer
 from tests.support import conversion
 from tests.support import hf_families as families
 
 
+@pytest.fixture(scope="module")
+def engine_again():
+    """Engine, with the programs of an earlier one of the same model and mesh."""
+    compiled: dict = {}
+
+    def make(bound, **options):
+        key = bound.model.inference_graphdef, bound.mesh, options["vocab"]
+        engine = Engine(bound, programs=compiled.get(key), **options)
+        compiled[key] = engine.programs
+        return engine
+
+    return make
+
+
 @pytest.fixture(autouse=True)
-def compiled_quickly(monkeypatch, tmp_path):
+def compiled_quickly(monkeypatch, engine_again):
     monkeypatch.setattr(programs, "jit", conversion.jit)
+    monkeypatch.setattr(generate, "Engine", engine_again)
     monkeypatch.setattr(generate.compile_cache, "use_cache", lambda *_, **__: "")
+
+
+DRAWS = 20_000
+
+
+@conversion.jit
+def drawn(logits_V, drawing):
+    """-> (tokens [DRAWS], the logits that they may be drawn from)."""
+    logits_BSV = jnp.broadcast_to(logits_V, (1, DRAWS, len(logits_V)))
+    tokens = sampling.choose(logits_BSV, jnp.arange(DRAWS)[None], drawing)[0]
+    limits = drawing.temperature, drawing.top_k, drawing.top_p
+    return tokens, sampling.allowed(logits_V[None], *limits)[0]
 
 
 @pytest.mark.parametrize(
     "temperature, top_k, top_p",
-    [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.6), (0.9, 12, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-6)],
+    [
+        pytest.param(1.0, 0, 1.0, marks=pytest.mark.slow),
+        (0.7, 5, 1.0),
+        (1.3, 0, 0.6),
+        (0.9, 12, 0.8),
+        pytest.param(1.0, 1, 1.0, marks=pytest.mark.slow),
+        (1.0, 0, 1e-6),
+    ],
 )
 def test_distribution(temperature, top_k, top_p):
     """The tokens that may be drawn, and how often 20,000 draws take each: within 5 standard deviations."""
@@ -42,22 +76,12 @@ def test_distribution(temperature, top_k, top_p):
     kept = kept[np.cumsum(share) - share < top_p]
     wanted = np.zeros(40)
     wanted[kept] = p[kept] / p[kept].sum()
-    n = 20_000
     options = sampling.Sampling(temperature, top_k, top_p, 7)
-
-    @jax.jit
-    def draws(logits_V):
-        drawing = sampling.drawing(options, jnp.zeros(1, jnp.int32))
-        return sampling.choose(
-            jnp.broadcast_to(logits_V, (1, n, 40)), jnp.arange(n)[None], drawing
-        )[0]
-
-    counts = np.bincount(draws(logits), minlength=40)
+    drawing = sampling.drawing(options, np.zeros(1, np.int32))
+    tokens, allowed = drawn(logits, drawing)
+    counts, mean = np.bincount(tokens, minlength=40), DRAWS * wanted
     assert set(np.flatnonzero(counts)) <= set(kept)
-    assert np.all(np.abs(counts - n * wanted) <= 5 * np.sqrt(n * wanted * (1 - wanted)) + 1e-9)
-    allowed = sampling.allowed(
-        jnp.asarray(logits)[None], temperature, top_k, None if top_p == 1 else top_p
-    )[0]
+    assert np.all(np.abs(counts - mean) <= 5 * np.sqrt(mean * (1 - wanted)) + 1e-9)
     np.testing.assert_array_equal(np.isfinite(allowed), wanted > 0)
 
 
@@ -104,9 +128,8 @@ def folder(tmp_path_factory):
         families.build("llama").save_pretrained(out)
         (out / "config.json").write_text(json.dumps(families.hub_config("llama")))
     inner.save(str(out / "tokenizer.json"))
-    template = (
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    )
+    # Short: conversations fit the width of few programs.
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% endfor %}a:"
     (out / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template})
     )
