@@ -228,7 +228,9 @@ def test_runs(made, opened, tmp_path, capsys, monkeypatch):
     assert opener.open_model(work).encoder().chat.encode("hello") == tokenizer("hello").input_ids
 
     ids = np.arange(20)[None]
-    halved = jax.tree.map(lambda a: a / 2, opened.model.params)
+    halved = jax.tree.map(
+        lambda a: jax.device_put(np.asarray(a) / 2, a.sharding), opened.model.params
+    )
     checkpoints = Checkpointer(os.path.join(work, "checkpoints"))
     with jax.set_mesh(opened.model.mesh):
         nothing = {n: None for n in opened.model.layout.abstract._fields}

@@ -150,7 +150,7 @@ def test_prompt_stop_and_seed(folder, capsys):
         and out.startswith("token ")
         and "cache: 48 numbers per token and layer, 2 layers, 24.6 kB for 1 x 64 tokens" in err
     )
-    assert run(capsys, *args)[1] == out and run(capsys, *args[:3], "--seed=4")[1] != out
+    assert run(capsys, *args)[1] == out and run(capsys, *args, "--seed=4")[1] != out
     answer = out.removeprefix("token ").removesuffix("\n")
     stop = answer[len(answer) // 2 :][:2]
     assert (
@@ -167,7 +167,7 @@ def test_prompts_of_a_file(folder, capsys, tmp_path):
     objects.write_text(
         "\n".join(json.dumps({"prompt": p, "id": p[0]}) for p in ("one", "two and more", "three"))
     )
-    common = [f"--model={folder}", "--max-tokens=9", "--seed=1"]
+    common = [f"--model={folder}", "--max-tokens=9", "--seed=1", "--top-k=50"]
     code, out, _ = run(capsys, *common, f"--prompts={lines}", "--batch-size=2")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [(r["index"], r["prompt"]) for r in rows] == [
@@ -180,13 +180,14 @@ def test_prompts_of_a_file(folder, capsys, tmp_path):
         and (r["tokens"] == 9) >= (r["finish_reason"] == "length")
         for r in rows
     )
-    code, out, _ = run(capsys, *common, f"--prompts={objects}", f"--output={tmp_path / 'out'}")
+    one_by_one = [f"--prompts={objects}", "--batch-size=1", f"--output={tmp_path / 'out'}"]
+    code, out, _ = run(capsys, *common, *one_by_one)
     again = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert (
         code == 0 and not out and [r.pop("id") for r in again] == ["o", "t", "t"] and again == rows
     )
     stop = next(r["text"] for r in rows if len(r["text"]) > 2)[1:3]
-    _, out, _ = run(capsys, *common, f"--prompts={lines}", f"--stop={stop}")
+    _, out, _ = run(capsys, *common, f"--prompts={lines}", "--batch-size=2", f"--stop={stop}")
     for row, cut in zip(rows, map(json.loads, out.splitlines()), strict=True):
         assert cut["text"] == row["text"].split(stop)[0]
         assert (cut["finish_reason"] == "stop") == (
@@ -203,7 +204,8 @@ def test_chat_through_a_pipe(folder, capsys, monkeypatch):
         lambda self, messages: seen.append([dict(m) for m in messages]) or encode(self, messages),
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nMore?\n"))
-    code, out, _ = run(capsys, f"--model={folder}", "--chat", "--system=Be kind.", "--max-tokens=5")
+    options = ["--chat", "--system=Be kind.", "--max-tokens=5", "--top-k=50"]
+    code, out, _ = run(capsys, f"--model={folder}", *options)
     assert code == 0
     system, user = (
         {"role": "system", "content": "Be kind."},
@@ -233,7 +235,7 @@ def test_interrupted(folder, capsys, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(answers.Stream, "add", interrupt)
-    code, _, err = run(capsys, f"--model={folder}", "--prompt=x")
+    code, _, err = run(capsys, f"--model={folder}", "--prompt=x", "--max-tokens=9")
     assert code == 130 and err.endswith("\ngenerate: stopped by Ctrl-C.\n")
 
 
