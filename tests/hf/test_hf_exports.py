@@ -6,7 +6,6 @@ import json
 import os
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
@@ -42,9 +41,8 @@ TEXTS = [
 def trained():
     """What a checkpoint holds, as far as export reads it: halves."""
     _, params, bias = abstract_model(config_for(MODEL, None)[0])
-    return to_tree(
-        jax.tree.map(lambda a: jnp.full(a.shape, 0.5, a.dtype), {"params": params, "bias": bias})
-    )
+    state = {"params": params, "bias": bias}
+    return to_tree(jax.tree.map(lambda a: jax.device_put(np.full(a.shape, 0.5, a.dtype)), state))
 
 
 def save(workdir, data=None):
