@@ -174,7 +174,13 @@ def test_bug_9_a_stock_template_and_the_training_template_of_it(name, folders):
     assert same or name != "qwen2_5"
 
 
-@pytest.mark.parametrize("name", [*STOCK, *TRAINING])
+# Thoughts, headers, stop tokens that come with the next message, no system message.
+TRAINED = ("deepseekv3_training", "glm4moe_training", "gemma3_training")
+QUICK = ("qwen3", "llama3_1", "gptoss", *TRAINED)
+OTHERS = [pytest.param(n, marks=pytest.mark.slow) for n in STOCK | TRAINING if n not in QUICK]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *OTHERS])
 def test_prompt_and_completion_of_messages(name, folders):
     """The last answer of a chat, by default and with the prompt, and, where the template marks it, with both
     masks at once."""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config.options import (
     Config,
@@ -35,7 +36,7 @@ from deepseek_jax.experts.block_rows import BLOCK, BlockRows, Blocks
 from deepseek_jax.experts.fp8 import FORWARD, GRADIENT, Fp8, InFp8
 from deepseek_jax.experts.grouped_matmul import GroupedMatmul
 from deepseek_jax.experts.swiglu import Products
-from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.parallel.mesh import AXES, BATCH_AXES
 from deepseek_jax.plan import exchange, report
 from tests.experts import test_dispatch as plain
 from tests.support import conversion, interpreted, invariance, small_runs
@@ -139,25 +140,29 @@ def test_rounds_as_numpy_does(kind, axis):
     assert (mantissa == 0.5).all()
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def rows_in(a, kind):
+    """-> the rounded numbers in float32 and in bfloat16."""
+    found = fp8.quantize(a, kind, 1)
+    return found.numbers(jnp.float32), found.numbers(jnp.bfloat16)
+
+
 @pytest.mark.parametrize("kind", [FORWARD, GRADIENT])
 def test_twice_is_once_and_exact_in_bfloat16(kind):
-    a = numbers_of_all_sizes()[5:30]
-    once = fp8.quantize(a, kind, 1).numbers(jnp.float32)
-    np.testing.assert_array_equal(fp8.quantize(once, kind, 1).numbers(jnp.float32), once)
-    few = fp8.quantize(a[5:], kind, 1)
-    np.testing.assert_array_equal(
-        few.numbers(jnp.bfloat16).astype(jnp.float32), few.numbers(jnp.float32)
-    )
+    once, narrow = map(np.asarray, rows_in(numbers_of_all_sizes()[5:30], kind))
+    np.testing.assert_array_equal(rows_in(once, kind)[0], once)
+    np.testing.assert_array_equal(narrow[5:].astype(np.float32), once[5:])
 
 
 def test_rows_that_travel():
-    a = jnp.asarray(numbers_of_all_sizes(), jnp.bfloat16)
+    a = numbers_of_all_sizes().astype(jnp.bfloat16)
     sent = jax.jit(fp8.encode)(a)
     assert sent.dtype == jnp.uint8 and sent.shape == (40, 64 + fp8.SCALE_BYTES)
-    found = jax.jit(fp8.decode, static_argnums=1)(sent, jnp.bfloat16)
-    wanted = fp8.quantize(a, FORWARD, 1).numbers(jnp.bfloat16)
-    assert found.dtype == jnp.bfloat16 and jnp.array_equal(found, wanted)
-    assert not fp8.decode(jnp.zeros_like(sent), jnp.float32).any()
+    decode = jax.jit(fp8.decode, static_argnums=1)
+    found, wanted = decode(sent, jnp.bfloat16), rows_in(a, FORWARD)[1]
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
+    assert not np.asarray(decode(np.zeros(sent.shape, np.uint8), jnp.float32)).any()
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
@@ -166,7 +171,7 @@ def test_what_is_no_number_stays_none(bad):
     a = np.ones((2, 8), np.float32)
     a[0, 3] = bad
     for kind in (FORWARD, GRADIENT):
-        found = np.asarray(fp8.quantize(a, kind, 1).numbers(jnp.float32))
+        found = np.asarray(rows_in(a, kind)[0])
         assert not np.isfinite(found[0, 3]) and (found[1] == 1).all()
 
 
@@ -239,7 +244,7 @@ def test_mosaic_products():
 
 
 # --- the layer ---
-@pytest.mark.parametrize("implementation", ["auto", "rounds"])
+@pytest.mark.parametrize("implementation", ["auto", pytest.param("rounds", marks=SLOW)])
 def test_the_layer(implementation):
     """One device: grouped products, and rounds of which there are several. Outputs and all gradients point
     where those without FP8 point, to a cosine of 0.99."""
@@ -275,17 +280,36 @@ def test_kernels(expert):
         check(shape, plain.spread(shape))
 
 
-@pytest.mark.parametrize(
-    "method", ["all_to_all", *(pytest.param(m, marks=SLOW) for m in plain.METHODS[1:])]
-)
-def test_tokens_in_fp8(method):
-    """An expert axis and a tensor axis. Tokens that travel in FP8 give the same outputs, bit for bit.
+def divided(method: str) -> plain.Shape:
+    """An expert axis and a tensor axis."""
+    return plain.Shape(
+        method, d=16, f=12, fsdp=2, expert=2, tensor=2, capacity_factor=0.5, fp8="row"
+    )
+
+
+def test_tokens_in_fp8():
+    """Tokens that travel in FP8, several rounds: outputs bit for bit those of tokens that do not."""
+    shape = divided("all_to_all")
+    chosen = plain.spread(shape)
+    sent = dataclasses.replace(shape, fp8_tokens=True)
+    found = check(sent, chosen)
+    x, weight, gate_up, down, c = plain.numbers(shape, 0)
+    with jax.set_mesh(shape.mesh):
+        args = x, weight, chosen.astype(np.int32), gate_up, down, c
+        specs = *plain.specs(shape), P(BATCH_AXES)
+        args = [jax.device_put(a, spec) for a, spec in zip(args, specs, strict=True)]
+        _, (y, _) = conversion.jit(plain.objective(shape))(*args)
+    np.testing.assert_array_equal(found[0], y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", plain.METHODS)
+def test_gradients_of_tokens_in_fp8(method):
+    """Outputs the same bit for bit.
 
     Where the tensor axis divides an expert's width, each part of a row has a scale of its own, and columns
     have one on each device: other bits only in numbers that are small beside their row or column."""
-    shape = plain.Shape(
-        method, d=16, f=12, fsdp=2, expert=2, tensor=2, capacity_factor=0.5, fp8="row"
-    )
+    shape = divided(method)
     chosen = plain.spread(shape)
     sent = dataclasses.replace(shape, fp8_tokens=True)
     found = check(sent, chosen)

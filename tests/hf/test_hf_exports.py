@@ -1,11 +1,11 @@
 """What an export says beside the weights: nothing that the run or its checkpoint knew is forgotten, in no
 reader's words."""
 
+import functools
 import json
 import os
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
@@ -37,16 +37,20 @@ TEXTS = [
 ]
 
 
-def save(workdir, data=None):
-    """A checkpoint of a run, as far as export reads it."""
-    data = data or DataConfig()
+@functools.cache
+def trained():
+    """What a checkpoint holds, as far as export reads it: halves."""
     _, params, bias = abstract_model(config_for(MODEL, None)[0])
-    state = jax.tree.map(
-        lambda a: jnp.full(a.shape, 0.5, a.dtype), {"params": params, "bias": bias}
-    )
+    state = {"params": params, "bias": bias}
+    return to_tree(jax.tree.map(lambda a: jax.device_put(np.full(a.shape, 0.5, a.dtype)), state))
+
+
+def save(workdir, data=None):
+    """A checkpoint of a run."""
+    data = data or DataConfig()
     if not os.path.exists(os.path.join(workdir, "checkpoints")):
         checkpoints = Checkpointer(os.path.join(workdir, "checkpoints"))
-        checkpoints.save(1, to_tree(state), {})
+        checkpoints.save(1, trained(), {})
         checkpoints.close()
     workdirs.write_config(str(workdir), Config(model=MODEL, mesh=MeshConfig(fsdp=1), data=data))
 
@@ -309,10 +313,8 @@ def test_a_run_whose_checkpoints_are_local(tmp_path):
     importer.import_(imported, str(tmp_path / "w"))
     local = CheckpointConfig(kind="local", local_dir=str(tmp_path / "local"))
     assert provenance.is_untrained(str(tmp_path / "w"), str(tmp_path / "w" / "checkpoints"))
-    _, params, bias = abstract_model(config_for(MODEL, None)[0])
-    half = jax.tree.map(lambda a: jnp.full(a.shape, 0.5, a.dtype), {"params": params, "bias": bias})
     checkpoints = Checkpointer(str(tmp_path / "w" / "checkpoints"), options=local)
-    checkpoints.save(1, to_tree(half), {})
+    checkpoints.save(1, trained(), {})
     checkpoints.close()
     saved = Config(model=MODEL, mesh=MeshConfig(fsdp=1), checkpoint=local)
     workdirs.write_config(str(tmp_path / "w"), saved)

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from deepseek_jax import hf
+from deepseek_jax.config.options import ModelConfig
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration, exporter, names
 from deepseek_jax.hf.tokenizer_files import Companions
@@ -82,6 +83,7 @@ WITHOUT_GRADIENTS = (
 )  # compiling takes long; others have all their parts
 SLOW = (
     "mistral",
+    "qwen3",  # in test_hf_small_widths.py
     "seed_oss",
     "solar_open",
     "mixtral",
@@ -138,25 +140,50 @@ def test_logits_experts_loss_and_every_gradient(variant, folder_of, monkeypatch)
         assert abs(np.linalg.norm(ours[name]) - norm) <= 1e-3 * norm, name
 
 
+def assert_same_options(found, expected):
+    differ = {f for f in expected.__dataclass_fields__ if getattr(expected, f) != getattr(found, f)}
+    assert all(not configuration.computes(expected, f) for f in differ), differ
+
+
 @pytest.mark.parametrize("variant", deepseek.VARIANTS)
+def test_deepseek_options(variant):
+    expected = ModelConfig(**deepseek.SHAPES | deepseek.VARIANTS[variant][1])
+    assert_same_options(configuration.to_model(deepseek.hub_config(variant)), expected)
+
+
+# The others' weights have names and shapes of these.
+OF_ALL_SHAPES = ("deepseek_v2-lite", "deepseek_v3", "deepseek_v3-tied", "deepseek_v3-mtp")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        v if v in OF_ALL_SHAPES else pytest.param(v, marks=pytest.mark.slow)
+        for v in deepseek.VARIANTS
+    ],
+)
 def test_deepseek_weights_and_options(variant, folder_of):
     """test_transformers.py shows that these weights and options give transformers' numbers."""
     theirs, folder = folder_of(variant)
     _, expected, weights = deepseek.build(variant)
     model = hf.load(folder)
-    differ = {
-        f for f in expected.__dataclass_fields__ if getattr(expected, f) != getattr(model.config, f)
-    }
-    assert all(not configuration.computes(expected, f) for f in differ), differ
+    assert_same_options(model.config, expected)
     params, bias = conversion.to_state(weights, expected)
     for ours, theirs_ in ((model.params, params), (model.bias, bias)):
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs_), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
+# Of a family that has another variant here.
+AGAIN = ("glm4_moe", "qwen3_moe-nonorm", "moonlight", "deepseek_v3-tied")
+
+
 @pytest.mark.parametrize(
     "variant",
-    [*families.VARIANTS, "deepseek_v2-lite", "deepseek_v3-yarn", "moonlight", "deepseek_v3-tied"],
+    [
+        pytest.param(v, marks=pytest.mark.slow) if v in AGAIN else v
+        for v in (*families.VARIANTS, "deepseek_v2-lite", "deepseek_v3-yarn", *AGAIN[2:])
+    ],
 )
 def test_transformers_loads_what_is_saved(variant, folder_of, tmp_path):
     theirs, folder = folder_of(variant)
@@ -249,7 +276,7 @@ def test_calling_a_model(folder_of):
             model(wrong)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_round_trip_is_exact_in_the_stored_dtype(dtype, folder_of, tmp_path):
     """Files with an index, from a mesh that divides rows, columns and experts; MTP layers with copies."""
     _, folder = folder_of("deepseek_v3-mtp")

@@ -74,7 +74,11 @@ MODELS = {
         ),
     ),
 }
-SLOW = ("deepseek_v3, rope 2, halves", "glm4_moe, one head, 2 of 4 rotated")
+SLOW = (
+    "llama, one key-value head",  # qwen3 has one, too
+    "deepseek_v3, rope 2, halves",
+    "glm4_moe, one head, 2 of 4 rotated",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from deepseek_jax.inference.generation import cache_sizes, programs
 from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.inference.generation.sampling import Sampling
-from tests.support import conversion
+from tests.support import conversion, hf_variants
 from tests.support import hf_families as families
 
 TOKENS = 8
@@ -43,12 +43,16 @@ def compiled_quickly(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """variant -> (transformers model, folder of its checkpoint)."""
+    """variant -> (transformers model, folder of its checkpoint). Two layers, of models with experts one of
+    each kind; before multi-token prediction three."""
 
     @functools.cache
     def make(variant):
         folder = tmp_path_factory.mktemp(variant)
-        return families.save(variant, folder), str(folder)
+        with pytest.MonkeyPatch.context() as m:
+            for shapes in (families.SHAPES, hf_variants.SHAPES) if variant != MTP else ():
+                m.setitem(shapes, "num_hidden_layers", 2)
+            return families.save(variant, folder), str(folder)
 
     return make
 
@@ -76,7 +80,8 @@ def expected(theirs, prompt, count):
     return out[0, len(prompt) :].tolist()
 
 
-SLOW = ("qwen3", "qwen2-tied", "mixtral")
+# test_hf_small_widths.py has V3's attention and router.
+SLOW = ("qwen3", "qwen2-tied", "mixtral", "deepseek_v3-yarn", "qwen3_moe-nonorm")
 
 
 @pytest.mark.parametrize(
@@ -126,8 +131,15 @@ def test_what_the_cache_holds(folder_of):
     ]
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("variant", ["deepseek_v2-lite", "llama"])
+@pytest.mark.parametrize(
+    "variant, rows",
+    [
+        pytest.param("deepseek_v2-lite", 1, marks=pytest.mark.slow),
+        ("deepseek_v2-lite", 2),
+        ("llama", 1),
+        pytest.param("llama", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_copies_no_cache(variant, rows, folder_of):
     """In the compiled program: the memory of the cache that goes in is that of the one that comes out."""
     model = hf.load(folder_of(variant)[1])
@@ -237,7 +249,15 @@ def test_python_refuses(folder_of):
             model.generate(tokens, **options)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, cpu_unstacked.FEW + 1, 300])
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        5,
+        cpu_unstacked.FEW + 1,
+        pytest.param(300, marks=pytest.mark.slow),
+    ],
+)
 def test_unstacked_experts(tokens):
     """Against NumPy in float64; some tokens go nowhere, some experts have none. Float32 rounding of
     sums of 24 and 32 terms."""

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,20 +16,55 @@ from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.data.tokenizer import ByteTokenizer
 from deepseek_jax.inference.generation import answers, programs, sampling, text
+from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.run import importer
 from tests.support import conversion
 from tests.support import hf_families as families
 
 
+@pytest.fixture(scope="module")
+def engine_again():
+    """Engine, with the programs of an earlier one of the same model and mesh."""
+    compiled: dict = {}
+
+    def make(bound, **options):
+        key = bound.model.inference_graphdef, bound.mesh, options["vocab"]
+        engine = Engine(bound, programs=compiled.get(key), **options)
+        compiled[key] = engine.programs
+        return engine
+
+    return make
+
+
 @pytest.fixture(autouse=True)
-def compiled_quickly(monkeypatch, tmp_path):
+def compiled_quickly(monkeypatch, engine_again):
     monkeypatch.setattr(programs, "jit", conversion.jit)
+    monkeypatch.setattr(generate, "Engine", engine_again)
     monkeypatch.setattr(generate.compile_cache, "use_cache", lambda *_, **__: "")
+
+
+DRAWS = 20_000
+
+
+@conversion.jit
+def drawn(logits_V, drawing):
+    """-> (tokens [DRAWS], the logits that they may be drawn from)."""
+    logits_BSV = jnp.broadcast_to(logits_V, (1, DRAWS, len(logits_V)))
+    tokens = sampling.choose(logits_BSV, jnp.arange(DRAWS)[None], drawing)[0]
+    limits = drawing.temperature, drawing.top_k, drawing.top_p
+    return tokens, sampling.allowed(logits_V[None], *limits)[0]
 
 
 @pytest.mark.parametrize(
     "temperature, top_k, top_p",
-    [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.6), (0.9, 12, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-6)],
+    [
+        pytest.param(1.0, 0, 1.0, marks=pytest.mark.slow),
+        (0.7, 5, 1.0),
+        (1.3, 0, 0.6),
+        (0.9, 12, 0.8),
+        pytest.param(1.0, 1, 1.0, marks=pytest.mark.slow),
+        (1.0, 0, 1e-6),
+    ],
 )
 def test_distribution(temperature, top_k, top_p):
     """The tokens that may be drawn, and how often 20,000 draws take each: within 5 standard deviations."""
@@ -42,22 +76,12 @@ def test_distribution(temperature, top_k, top_p):
     kept = kept[np.cumsum(share) - share < top_p]
     wanted = np.zeros(40)
     wanted[kept] = p[kept] / p[kept].sum()
-    n = 20_000
     options = sampling.Sampling(temperature, top_k, top_p, 7)
-
-    @jax.jit
-    def draws(logits_V):
-        drawing = sampling.drawing(options, jnp.zeros(1, jnp.int32))
-        return sampling.choose(
-            jnp.broadcast_to(logits_V, (1, n, 40)), jnp.arange(n)[None], drawing
-        )[0]
-
-    counts = np.bincount(draws(logits), minlength=40)
+    drawing = sampling.drawing(options, np.zeros(1, np.int32))
+    tokens, allowed = drawn(logits, drawing)
+    counts, mean = np.bincount(tokens, minlength=40), DRAWS * wanted
     assert set(np.flatnonzero(counts)) <= set(kept)
-    assert np.all(np.abs(counts - n * wanted) <= 5 * np.sqrt(n * wanted * (1 - wanted)) + 1e-9)
-    allowed = sampling.allowed(
-        jnp.asarray(logits)[None], temperature, top_k, None if top_p == 1 else top_p
-    )[0]
+    assert np.all(np.abs(counts - mean) <= 5 * np.sqrt(mean * (1 - wanted)) + 1e-9)
     np.testing.assert_array_equal(np.isfinite(allowed), wanted > 0)
 
 
@@ -104,9 +128,8 @@ def folder(tmp_path_factory):
         families.build("llama").save_pretrained(out)
         (out / "config.json").write_text(json.dumps(families.hub_config("llama")))
     inner.save(str(out / "tokenizer.json"))
-    template = (
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    )
+    # Short: conversations fit the width of few programs.
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% endfor %}a:"
     (out / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template})
     )
@@ -127,7 +150,7 @@ def test_prompt_stop_and_seed(folder, capsys):
         and out.startswith("token ")
         and "cache: 48 numbers per token and layer, 2 layers, 24.6 kB for 1 x 64 tokens" in err
     )
-    assert run(capsys, *args)[1] == out and run(capsys, *args[:3], "--seed=4")[1] != out
+    assert run(capsys, *args)[1] == out and run(capsys, *args, "--seed=4")[1] != out
     answer = out.removeprefix("token ").removesuffix("\n")
     stop = answer[len(answer) // 2 :][:2]
     assert (
@@ -144,7 +167,7 @@ def test_prompts_of_a_file(folder, capsys, tmp_path):
     objects.write_text(
         "\n".join(json.dumps({"prompt": p, "id": p[0]}) for p in ("one", "two and more", "three"))
     )
-    common = [f"--model={folder}", "--max-tokens=9", "--seed=1"]
+    common = [f"--model={folder}", "--max-tokens=9", "--seed=1", "--top-k=50"]
     code, out, _ = run(capsys, *common, f"--prompts={lines}", "--batch-size=2")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [(r["index"], r["prompt"]) for r in rows] == [
@@ -157,13 +180,14 @@ def test_prompts_of_a_file(folder, capsys, tmp_path):
         and (r["tokens"] == 9) >= (r["finish_reason"] == "length")
         for r in rows
     )
-    code, out, _ = run(capsys, *common, f"--prompts={objects}", f"--output={tmp_path / 'out'}")
+    one_by_one = [f"--prompts={objects}", "--batch-size=1", f"--output={tmp_path / 'out'}"]
+    code, out, _ = run(capsys, *common, *one_by_one)
     again = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert (
         code == 0 and not out and [r.pop("id") for r in again] == ["o", "t", "t"] and again == rows
     )
     stop = next(r["text"] for r in rows if len(r["text"]) > 2)[1:3]
-    _, out, _ = run(capsys, *common, f"--prompts={lines}", f"--stop={stop}")
+    _, out, _ = run(capsys, *common, f"--prompts={lines}", "--batch-size=2", f"--stop={stop}")
     for row, cut in zip(rows, map(json.loads, out.splitlines()), strict=True):
         assert cut["text"] == row["text"].split(stop)[0]
         assert (cut["finish_reason"] == "stop") == (
@@ -180,7 +204,8 @@ def test_chat_through_a_pipe(folder, capsys, monkeypatch):
         lambda self, messages: seen.append([dict(m) for m in messages]) or encode(self, messages),
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nMore?\n"))
-    code, out, _ = run(capsys, f"--model={folder}", "--chat", "--system=Be kind.", "--max-tokens=5")
+    options = ["--chat", "--system=Be kind.", "--max-tokens=5", "--top-k=50"]
+    code, out, _ = run(capsys, f"--model={folder}", *options)
     assert code == 0
     system, user = (
         {"role": "system", "content": "Be kind."},
@@ -210,7 +235,7 @@ def test_interrupted(folder, capsys, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(answers.Stream, "add", interrupt)
-    code, _, err = run(capsys, f"--model={folder}", "--prompt=x")
+    code, _, err = run(capsys, f"--model={folder}", "--prompt=x", "--max-tokens=9")
     assert code == 130 and err.endswith("\ngenerate: stopped by Ctrl-C.\n")
 
 

@@ -6,6 +6,7 @@ measured is below 2e-6. A wrong term shows as 1e-3 or more.
 """
 
 import functools
+import itertools
 import math
 import re
 
@@ -49,6 +50,7 @@ MODEL = ModelConfig(
     topk_group=2,
 )
 LAYER_DENSE, LAYER_MOE = 0, 1
+SLOW = pytest.mark.slow
 SEGMENTS = np.array(
     [[1] * 13, [1] * 4 + [2] * 6 + [0] * 3]
 )  # one document; two documents and padding
@@ -164,7 +166,10 @@ def test_embedding(on_cpu, mesh, monkeypatch):
     conversion.assert_close(conversion.names_of(grads)["weight"], expected)
 
 
-@pytest.mark.parametrize("rows, size", [(1, 1), (7, 3), (256, 5), (700, 3), (1000, 400)])
+@pytest.mark.parametrize(
+    "rows, size",
+    [(1, 1), *(pytest.param(*s, marks=SLOW) for s in ((7, 3), (256, 5))), (700, 3), (1000, 400)],
+)
 def test_summed_rows(rows, size):
     """Of one index, of indices that occur often, once and never; and no addition is left to a scatter, whose
     order on a GPU is any."""
@@ -215,14 +220,17 @@ def test_apply_rope(interleave):
     x, c = normal(2, 13, 3, 6), normal(2, 13, 3, 6, seed=1)
     tables = [ref.rope_tables(MODEL, p) for p in POSITIONS]
     cos, sin = (np.stack([t[i] for t in tables]).astype(np.float32) for i in (0, 1))
-    y, back = jax.vjp(
-        lambda x: rope.apply_rope(x, jnp.asarray(cos), jnp.asarray(sin), interleave), jnp.asarray(x)
-    )
+
+    @conversion.jit
+    def rotate(x, c, cos, sin):
+        y, back = jax.vjp(lambda x: rope.apply_rope(x, cos, sin, interleave), x)
+        return y, back(c)[0]
+
+    y, back = map(np.asarray, rotate(x, c, cos, sin))
     for b in range(2):
         conversion.assert_close(y[b], ref.apply_rope(x[b], *tables[b], interleave))
         conversion.assert_close(
-            back(jnp.asarray(c))[0][b],
-            ref.apply_rope(c[b], tables[b][0], -tables[b][1], interleave),
+            back[b], ref.apply_rope(c[b], tables[b][0], -tables[b][1], interleave)
         )
 
 
@@ -238,8 +246,16 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("block", [512, 5])  # 13 positions: one block; blocks of 5, 5 and 3
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(
+    "name, block",  # 13 positions: one block; blocks of 5, 5 and 3
+    [
+        (name, block)
+        if (block == 512) == (name == "plain")
+        else pytest.param(name, block, marks=SLOW)
+        for name in ATTENTION
+        for block in (512, 5)
+    ],
+)
 def test_attention(name, block, monkeypatch):
     """Two sequences, one of them packed with two documents and padding."""
     monkeypatch.setattr(causal, "QUERY_BLOCK", block)
@@ -478,8 +494,13 @@ def moe_case(model, seed=0):
     return weights, x.reshape(SEQUENCES, LENGTH, 16), bias
 
 
-@pytest.mark.parametrize("capacity_factor", [0.1, pytest.param(1.25, marks=pytest.mark.slow), 8.0])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh, capacity_factor",
+    [
+        case if case in (("1x2x2", 8.0), ("2x1x4", 0.1)) else pytest.param(*case, marks=SLOW)
+        for case in itertools.product(MESHES, (0.1, 1.25, 8.0))
+    ],
+)
 def test_experts(mesh, capacity_factor):
     """The same results for every mesh and capacity: even and skewed routing, padding, whole
     sequences of padding."""
@@ -527,7 +548,13 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+# test_dispatch.py has a layer without shared experts, and every expert chosen.
+QUICK = ("v2", "one expert")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=SLOW) for n in EXPERTS]
+)
 def test_other_experts(name):
     model, mesh = EXPERTS[name]
     weights, x, bias = moe_case(model)
@@ -543,7 +570,9 @@ def test_expert_capacity():
 
 
 # --- blocks and the model ---
-@pytest.mark.parametrize("layer", [LAYER_DENSE, LAYER_MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "layer", [pytest.param(LAYER_DENSE, marks=SLOW), LAYER_MOE], ids=["dense", "moe"]
+)
 def test_decoder_layer(layer):
     dense = layer == LAYER_DENSE
     weights = ref.layer_weights(conversion.random_weights(MODEL, 0), layer)

@@ -311,9 +311,10 @@ def test_few_bits_on_a_mesh():
     kind, w = "nf4", matrix((2, 256, 2, 64))
     axes = ("experts", "expert_embed", "pair", "expert_mlp")
     config = variant(fsdp=2, expert=2, tensor=2)
-    whole = quantized.quantize(kind, jnp.asarray(w), -3)
-    wanted = np.asarray(quantized.dequantized(whole.parts, jnp.float32))
-    kernel = quantized.quantize(kind, jnp.asarray(w[0, :, 0]), -2)
+    quantize = jax.jit(quantized.quantize, static_argnums=(0, 2))
+    dequantized = jax.jit(lambda q: quantized.dequantized(q.parts, jnp.float32))
+    whole, kernel = quantize(kind, w, -3), quantize(kind, w[0, :, 0], -2)
+    wanted = np.asarray(dequantized(whole))
     with jax.set_mesh(make_mesh(config, jax.devices())):
         held = nnx.State(
             {
@@ -340,7 +341,7 @@ def test_few_bits_on_a_mesh():
         gathered, used = use(placed)
     by_fsdp = np.asarray(gathered).reshape(2, 2, *w.shape[1:])  # each has this device's expert
     np.testing.assert_array_equal(by_fsdp[:, :, :].reshape(2, *w.shape), np.stack([wanted] * 2))
-    np.testing.assert_array_equal(used, quantized.dequantized(kernel.parts, jnp.float32))
+    np.testing.assert_array_equal(used, dequantized(kernel))
 
 
 @pytest.mark.slow

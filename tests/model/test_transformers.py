@@ -20,19 +20,25 @@ MESHES = {
     "deepseek_v2": dict(fsdp=2),
     "deepseek_v3-noqlora": dict(expert=2),
 }  # the others on one device
+# A dense layer, and one depth of multi-token prediction, which has experts: two layers to compile.
+SMALL_MTP = "deepseek_v3-mtp, small"
 WITH_GRADIENTS = (
     "deepseek_v2-lite",
     "deepseek_v3",
     "moonlight",
     "deepseek_v3-tied",
     "deepseek_v3-mtp",
+    SMALL_MTP,
 )
 
 
 @functools.cache
 def case(variant):
     """-> (transformers model, Model without balance loss, weights, ids [B, S])."""
-    theirs, model, weights = hf.build(variant, seed=0)
+    small = dict(hf.V3, num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=1)
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(hf.VARIANTS, SMALL_MTP, ("deepseek_v3", small))
+        theirs, model, weights = hf.build(variant, seed=0)
     return theirs, conversion.smaller(model, aux_loss_alpha=0.0), weights, hf.pick_ids(theirs)
 
 
@@ -63,7 +69,11 @@ def test_weights_survive_the_bridge():
         np.testing.assert_array_equal(a, weights[name])
 
 
+# test_layers.py has their routers, rotations and scales, with gradients.
 SLOW = (
+    "deepseek_v2",
+    "deepseek_v3-halfrope",
+    "deepseek_v3-yarn",
     "deepseek_v3-yarn-mscale",
     "deepseek_v3-yarn-plain",
     "deepseek_v3-nonorm",
@@ -91,7 +101,7 @@ def test_logits(variant):
     np.testing.assert_array_equal(out.stats.load.expert_counts, counts)
 
 
-LONGER = ("moonlight", "deepseek_v3-tied", "deepseek_v3")  # deepseek_v3-mtp has all of the last
+LONGER = ("moonlight", "deepseek_v3-tied", "deepseek_v3", "deepseek_v3-mtp")
 
 
 @pytest.mark.parametrize(
