@@ -242,13 +242,13 @@ KILLED_WHILE_SAVING = """
     import jax
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    import jax.numpy as jnp
+    import jax.numpy as jnp, numpy as np
     from deepseek_jax.checkpoint.checkpoint import Checkpointer
     directory = sys.argv[1]
     checkpointer = Checkpointer(directory)
     checkpointer.save(1, {"a": jnp.zeros((4, 4))}, {})
     checkpointer.wait()
-    big = {"a": jax.random.normal(jax.random.key(0), (2**24,))}
+    big = {"a": jnp.asarray(np.random.default_rng(0).random(2**24, np.float32))}
     jax.block_until_ready(big)
     checkpointer.save(2, big, {})
     while not any("tmp" in name for name in os.listdir(directory)):

@@ -1,6 +1,7 @@
 """Files of checkpoints of every kind, damaged in every way: nothing wrong is restored in silence."""
 
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -114,17 +115,27 @@ def test_nothing_is_deleted_before_the_next_is_durable(tmp_path, monkeypatch):
 # Torn and rotten files.
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A function of a kind: the folder of its checkpoints, of which copies are damaged, and their states."""
+
+    @functools.cache
+    def saved(kind: str) -> tuple[str, dict[int, dict]]:
+        folder = str(tmp_path_factory.mktemp("template") / kind)
+        return folder, corruption.save(folder, kind)
+
+    return saved
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fault", corruption.FAULTS)
-def test_every_fault_in_every_file_is_found(tmp_path, kind, fault):
-    want = corruption.save(str(tmp_path / "template"), kind)
+def test_every_fault_in_every_file_is_found(template, tmp_path, kind, fault):
+    saved, want = template(kind)
     counts = dict.fromkeys(corruption.COUNTS, 0)
-    top = pathlib.Path(corruption.steps_folder(str(tmp_path / "template"), kind)) / str(
-        corruption.STEPS[-1]
-    )
+    top = pathlib.Path(corruption.steps_folder(saved, kind)) / str(corruption.STEPS[-1])
     for file in files_in(top):
         corruption.attempt(
-            str(tmp_path / "template"),
+            saved,
             kind,
             fault,
             file,

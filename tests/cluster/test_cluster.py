@@ -2,13 +2,16 @@
 that needs no training."""
 
 import contextlib
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 import types
+from typing import NamedTuple
 
 import pytest
 
@@ -401,42 +404,64 @@ def test_tokens():
 
 
 PROGRAM = """
-import sys
+import json, sys
 from deepseek_jax.cluster import processes as cluster
 from deepseek_jax.run.commandline import find_cluster
 from deepseek_jax.errors import UserError
-c = find_cluster(sys.argv[:1] + [a for a in sys.argv[1:] if a.startswith("--")])
-with c.mistakes():
-    for a in sys.argv[1:]:
-        if a.startswith("wrong"):
-            raise UserError(a)
-    c.agree("command", {"config.train.steps": sys.argv[-1]})
-print("agreed")
+
+def agrees(flags, last):
+    c = find_cluster(["program.py", *flags])
+    with c.mistakes():
+        if last.startswith("wrong"):
+            raise UserError(last)
+        c.agree("command", {"config.train.steps": last})
+    print("agreed")
+
+for flags, last in json.loads(sys.argv[1]):
+    code = 0
+    try:
+        agrees(flags, last)
+    except SystemExit as e:
+        code = e.code
+    print(f"exit {code}", flush=True)
+    print("exit", file=sys.stderr, flush=True)
+sys.exit(code)
 """
 
 
-def agree(
-    tmp_path, *last: str, started: int | None = None, timeout: int = 100
-) -> tuple[list[int], list[str], list[str]]:
-    """Exit codes, and lines on stdout and stderr, of processes with these last arguments."""
-    address = f"127.0.0.1:{free_port()}"
+class Job(NamedTuple):
+    """Processes, each with its last argument, of which the first two are started."""
+
+    last: tuple[str, ...]
+    timeout: int = 100
+
+
+Said = tuple[list[int], list[str], list[str]]  # exit codes, lines on stdout, lines on stderr
+
+
+def agree(tmp_path, *jobs: Job) -> list[Said]:
+    """What two processes, which are in one job after the other, end and say in each."""
     (tmp_path / "program.py").write_text(PROGRAM)
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT}
-    flags = [
-        f"--coordinator_address={address}",
-        f"--num_processes={len(last)}",
-        f"--cluster_timeout={timeout}",
-    ]
+    rounds: tuple[list, list] = ([], [])
+    for job in jobs:
+        flags = [
+            f"--coordinator_address=127.0.0.1:{free_port()}",
+            f"--num_processes={len(job.last)}",
+            f"--cluster_timeout={job.timeout}",
+        ]
+        for i in range(2):
+            rounds[i].append(([*flags, f"--process_id={i}"], job.last[i]))
     began = time.monotonic()
     ps = [
         subprocess.Popen(
-            [sys.executable, tmp_path / "program.py", *flags, f"--process_id={i}", a],
+            [sys.executable, tmp_path / "program.py", json.dumps(mine)],
             env=env,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for i, a in enumerate(last[:started])
+        for mine in rounds
     ]
     try:
         outs = [p.communicate(timeout=150) for p in ps]
@@ -444,26 +469,44 @@ def agree(
         for p in ps:
             p.kill()
     assert time.monotonic() - began < 90, "the processes waited for each other"
-    return (
-        [p.returncode for p in ps],
-        "".join(o for o, _ in outs).splitlines(),
-        "".join(e for _, e in outs).splitlines(),
-    )
+    found: list[Said] = [([], [], []) for _ in jobs]
+    for p, (out, err) in zip(ps, outs, strict=True):
+        codes = [int(n) for n in re.findall(r"^exit (\d+)$", out, re.MULTILINE)]
+        assert codes and p.returncode == codes[-1], out + err
+        parts = re.split(r"^exit \d+\n", out, flags=re.MULTILINE), err.split("exit\n")
+        for said, code, text, errors in zip(
+            found, codes, *(part[:-1] for part in parts), strict=True
+        ):
+            said[0].append(code)
+            said[1].extend(text.splitlines())
+            said[2].extend(errors.splitlines())
+    return found
 
 
-def test_a_mistake_is_said_once(tmp_path):
+JOBS = (
+    Job(("wrong a", "wrong a")),
+    Job(("wrong a", "10")),
+    Job(("10", "wrong b")),
+    Job(("10", "10", "10"), timeout=6),
+)
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict[Job, Said]:
+    """Of JOBS, in the same two processes: their imports take longer than all that they say."""
+    return dict(zip(JOBS, agree(tmp_path_factory.mktemp("jobs"), *JOBS), strict=True))
+
+
+def test_a_mistake_is_said_once(said):
+    both, first, second, _ = JOBS
+    assert said[both] == ([2, 2], [], ["program.py: wrong a"])
+    assert said[first] == ([2, 2], [], ["program.py: wrong a"])
     host = socket.gethostname()
-    assert agree(tmp_path, "wrong a", "wrong a") == ([2, 2], [], ["program.py: wrong a"])
-    assert agree(tmp_path, "wrong a", "10") == ([2, 2], [], ["program.py: wrong a"])
-    assert agree(tmp_path, "10", "wrong b") == (
-        [2, 2],
-        [],
-        [f"program.py: process 1 ({host}): wrong b"],
-    )
+    assert said[second] == ([2, 2], [], [f"program.py: process 1 ({host}): wrong b"])
 
 
-def test_a_process_that_does_not_come(tmp_path):
-    codes, out, err = agree(tmp_path, "10", "10", "10", started=2, timeout=6)
+def test_a_process_that_does_not_come(said):
+    codes, out, err = said[JOBS[-1]]
     assert codes == [2, 2] and not out and len(err) == 1
     for text in (
         "1 of 3 processes did not come to 127.0.0.1:",
@@ -478,10 +521,11 @@ def test_a_process_with_another_token_is_told_so(tmp_path, monkeypatch):
     """Both end, each with a line; the one that is refused need not wait for the other."""
     tokens = tmp_path / "sitecustomize.py"
     tokens.write_text(
-        "import os, sys\nif '--process_id=1' in sys.argv:\n    os.environ['DEEPSEEK_JAX_TOKEN'] = 'b'\n"
+        "import os, sys\n"
+        "if '--process_id=1' in sys.argv[-1]:\n    os.environ['DEEPSEEK_JAX_TOKEN'] = 'b'\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "ROOT", f"{tmp_path}{os.pathsep}{ROOT}")
-    codes, out, err = agree(tmp_path, "10", "10", timeout=15)
+    ((codes, out, err),) = agree(tmp_path, Job(("10", "10"), timeout=15))
     assert codes == [2, 2] and not out and len(err) == 2
     absent, refused = sorted(err)
     assert "1 of 2 processes did not come" in absent and "were refused, from 127.0.0.1." in absent

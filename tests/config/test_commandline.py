@@ -77,12 +77,14 @@ def test_an_argument_that_a_config_does_not_know():
 
 
 def test_a_config_file_that_makes_a_mistake(tmp_path):
-    for text, said in (
+    mistakes = (
         ("c.train.stepz = 3", "config.train.stepz is not an option. Did you mean steps?"),
         ("c.trian.steps = 3", "cannot be used: AttributeError"),
         ("c.train.steps = -1", "config.train.steps=-1 is below 0. Set it to 0 or more."),
-    ):
-        file = tmp_path / "mine.py"
+    )
+    # Each in a file of its own: of one that is as long and as old as its bytecode Python reads that.
+    for i, (text, said) in enumerate(mistakes):
+        file = tmp_path / f"mine{i}.py"
         file.write_text(
             "from deepseek_jax.configdict import base_config\n"
             f"def get_config():\n  c = base_config()\n  {text}\n  return c\n"

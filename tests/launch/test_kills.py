@@ -209,7 +209,10 @@ def test_what_is_started_again(tmp_path, code, starts):
     assert done.returncode == code and len(list(tmp_path.glob("start.*"))) == starts
 
 
-@pytest.mark.parametrize("count, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "count, number",
+    [pytest.param(1, signal.SIGINT, marks=pytest.mark.slow), (2, signal.SIGTERM)],
+)
 def test_a_signal_while_it_compiles(tmp_path, count, number):
     """Ends all processes at once, with one line: there is nothing to save."""
     arguments = faults.train(

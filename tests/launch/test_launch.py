@@ -396,47 +396,60 @@ def test_processes_stopped_by_the_launcher(processes, corpus, assert_as_one_proc
     assert_as_one_process(tmp_path)
 
 
+# The program itself, one command line after another: its imports take longer than what is asked of it.
+ONE_AFTER_ANOTHER = """
+import json, runpy, sys
+program, *commands = json.loads(sys.argv[1])
+for command in commands:
+    sys.argv = [program, *command]
+    code = 0
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as e:
+        code = e.code
+    print("exit", code, file=sys.stderr, flush=True)
+sys.exit(code)
+"""
+
+
 def test_processes_that_disagree(corpus, tmp_path):
     """In an option before anything is made, in what one of them finds afterwards: one line, exit
     code 2, soon."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "text").symlink_to(corpus)
     (tmp_path / "there").mkdir()
-    flags = ["--num_processes=2", "--cluster_timeout=60"]
-
-    def run(folders, *options) -> list[str]:
-        more = [*flags, f"--coordinator_address=127.0.0.1:{free_port()}"]
-        shared = [
-            a.replace("configs/", f"{ROOT}/configs/")
-            for a in arguments(tmp_path / "run", "text", mesh__fsdp=2)[1:]
-        ]
-        with contextlib.ExitStack() as stack:
-            ps = [
-                stack.enter_context(
-                    started(
-                        [
-                            sys.executable,
-                            f"{ROOT}/train.py",
-                            *shared,
-                            *more,
-                            f"--process_id={i}",
-                            *option,
-                        ],
-                        cwd=tmp_path / folders[i],
-                        env=ENV | {"JAX_NUM_CPU_DEVICES": "1"},
-                    )
+    (tmp_path / "program.py").write_text(ONE_AFTER_ANOTHER)
+    shared = [
+        a.replace("configs/", f"{ROOT}/configs/")
+        for a in arguments(tmp_path / "run", "text", mesh__fsdp=2)[1:]
+    ]
+    commands: list[list] = [[f"{ROOT}/train.py"] for _ in range(2)]
+    for both in ["--config.train.steps=10", "--config.train.steps=20"], ["", ""]:
+        address = f"--coordinator_address=127.0.0.1:{free_port()}"
+        for i, option in enumerate(both):
+            more = [address, "--num_processes=2", "--cluster_timeout=60", f"--process_id={i}"]
+            commands[i].append([*shared, *more, *filter(None, [option])])
+    with contextlib.ExitStack() as stack:
+        ps = [
+            stack.enter_context(
+                started(
+                    [sys.executable, str(tmp_path / "program.py"), json.dumps(mine)],
+                    cwd=tmp_path / folder,
+                    env=ENV | {"JAX_NUM_CPU_DEVICES": "1"},
                 )
-                for i, option in enumerate(options)
-            ]
-            outs = [p.communicate(timeout=60) for p in ps]
-        assert [p.returncode for p in ps] == [2, 2] and "".join(o for o, _ in outs) == "", outs
-        return "".join(e for _, e in outs).splitlines()
-
-    assert run(["here", "here"], ["--config.train.steps=10"], ["--config.train.steps=20"]) == [
+            )
+            for folder, mine in zip(("here", "there"), commands, strict=True)
+        ]
+        outs = [p.communicate(timeout=120) for p in ps]
+    assert [p.returncode for p in ps] == [2, 2] and "".join(o for o, _ in outs) == "", outs
+    errors = [err.split("exit 2\n") for _, err in outs]
+    assert [len(parts) for parts in errors] == [3, 3], outs
+    different, missing, rest = ("".join(parts).splitlines() for parts in zip(*errors, strict=True))
+    assert different == [
         "train.py: config.train.steps differs between processes: 10 (process 0), 20 (process 1). "
         "Give every process the same command."
     ]
-    missing = run(["here", "there"], [], [])
     assert len(missing) == 1 and re.match(
         r"train.py: process 1 \(.*\): config.data.path='.*/there/text' does not exist", missing[0]
     )
+    assert not rest

@@ -39,9 +39,9 @@ def multiplied(first: str, times: int, levels: int, of: str) -> str:
         (multiplied("{<<: {}}", 9, 30, "[{}]"), "more than"),  # no leaf in it
         (multiplied("{k: 1}", 9, 30, "{{<<: [{}]}}"), "more than"),
         (f"x: &x {list(range(5000))}\n" + "".join(f"y{i}: *x\n" for i in range(9)), "more than"),
-        ("x: &x {a: 1, b: 2}\n" + "y: *x\n" * 20_000, "more than"),
+        ("x: &x {a: 1, b: 2}\n" + "y: *x\n" * 7_000, "more than"),
         ("a: &x {<<: *x, b: 1}\n", "too deep"),
-        ("a: " + "[" * 3000, "too deep"),
+        ("a: " + "[" * 1200, "too deep"),
         ("".join(" " * i + "a:\n" for i in range(500)), "too deep"),
         ("a: {<<: words}\n", "<< with no mapping"),
         ("a: {<<: [1]}\n", "<< with no mapping"),

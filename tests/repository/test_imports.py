@@ -1,11 +1,14 @@
-"""Imports point one way: down the list of BUILD.md ("Layout"), in every form that Python has."""
+"""Imports point one way: down the list of BUILD.md ("Layout"), in every form that Python has.
+
+And the other measures that `python -m benchmarks measures` prints: here every file is parsed once.
+"""
 
 import importlib
 import re
 
 import pytest
 
-from benchmarks.repository import imports
+from benchmarks.repository import imports, measures
 from tests.support import ROOT
 
 
@@ -56,6 +59,20 @@ def test_the_root_holds_entries_only():
 
 def test_tests_share_by_way_of_support():
     """No test file imports another: what they share lies in tests/support/ or a conftest.py."""
+    # Parsing all files would take seconds; support has no tests to import.
+    some = re.compile(r"^\s*(from\s+\.|(from|import)\s+tests(?!\.support\b))", re.MULTILINE)
     for file in sorted((ROOT / "tests").rglob("*.py")):
+        if not some.search(file.read_text(encoding="utf-8")):
+            continue
         shared = [m for m in imports.named(file) if re.match(r"tests\..*\btest_", m)]
         assert not shared, f"{file.relative_to(ROOT)}: {shared}"
+    assert not list((ROOT / "tests" / "support").rglob("test_*.py"))
+
+
+@pytest.mark.parametrize(
+    "name", ["width", "wide", "parameters", "longest", "private", "token_axes"]
+)
+def test_measure(name):
+    """At its bar or better. The tests above are of the other measures."""
+    m = measures.MEASURES[name]()
+    assert m.met, f"{m.name}: {m.value:g}, at most {m.bar:g}\n" + "\n".join(m.found[:40])

@@ -1,17 +1,8 @@
-"""The measures of the repository, each at its bar or better: `python -m benchmarks measures` prints them."""
+"""What the measures of the repository count; that they are met: test_imports.py, which parses the files."""
 
 import pytest
 
 from benchmarks.repository import imports, measures
-
-
-# test_imports.py has the others.
-@pytest.mark.parametrize(
-    "name", ["width", "wide", "parameters", "longest", "private", "token_axes"]
-)
-def test_measure(name):
-    m = measures.MEASURES[name]()
-    assert m.met, f"{m.name}: {m.value:g}, at most {m.bar:g}\n" + "\n".join(m.found[:40])
 
 
 def test_what_is_counted(tmp_path, monkeypatch):

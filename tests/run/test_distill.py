@@ -114,6 +114,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, whole, tmp_path):
     assert second.evaluation == result.evaluation
 
 
+@functools.cache
 def loaded(config: Config, **options):
     """(teacher, where its weights lie, weights) on one device."""
     for name, value in options.items():
@@ -132,6 +133,7 @@ def flat(params) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): a for path, a in found}
 
 
+@functools.cache
 def own_weights(config: Config) -> dict[str, np.ndarray]:
     """The teacher's, as the reader of checkpoints makes them, float32."""
     source, model, family = reader.open_source(config.distill.teacher)
@@ -179,7 +181,8 @@ def test_plan_counts_a_teacher_that_is_asked(config):
     options = replaced(config, "distill.top_k", 4)
     options = replaced(options, "distill.teacher_dtype", "int8")
     validate(options)
-    _, _, weights = loaded(options)
+    # As test_what_is_held has them: what is asked does not change how they are held.
+    _, _, weights = loaded(config, distill__teacher_dtype="int8")
     mesh = make_mesh(options, jax.devices()[:1])
     teacher = asked.find(options, mesh)
     arrays = jax.tree.leaves((weights.params, weights.bias))

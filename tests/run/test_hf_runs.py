@@ -164,7 +164,14 @@ def test_what_is_known_wins_over_defaults(source, tmp_path):
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "lion", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "muon",
+        "adafactor",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("adamw", "lion", "sgd")),
+    ],
+)
 def test_the_state_that_training_begins_with(optimizer, source, tmp_path):
     """On a mesh: the checkpoint's weights; moments and counters are zero."""
     model = hf.load(source)

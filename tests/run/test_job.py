@@ -4,6 +4,7 @@ import ast
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -30,7 +31,8 @@ from deepseek_jax.config.options import (
     TrainConfig,
 )
 from deepseek_jax.errors import BadNumbers, ExitCode, UserError, stopped_by
-from deepseek_jax.run import call, metrics
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.run import call, job, metrics
 from tests.support import ROOT
 from tests.support.small_runs import ADAMW, TINY
 from tests.support.stopped_runs import StopAfter
@@ -97,15 +99,21 @@ def test_in_a_thread_and_again(config, tmp_path, monkeypatch, capsys):
     assert jax.sharding.get_abstract_mesh().empty, "the mesh of a run outlives it"
 
 
-def test_mistakes_and_failures_are_raised(config, tmp_path):
-    """In one line, with the exit code that train.py would have; the workdir is free again afterwards."""
+def test_mistakes_and_failures_are_raised(config, tmp_path, monkeypatch):
+    """In one line, with the exit code that train.py would have; the workdir is free again afterwards.
+
+    The failure is of one dense layer on one device: experts and a mesh are of test_bad_numbers.py.
+    """
     workdir = str(tmp_path / "run")
     wrong = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=7))
     with pytest.raises(UserError, match="config.train.batch_size") as error:
         run.train(wrong, workdir)
     assert error.value.code == ExitCode.MISTAKE
+    model = dataclasses.replace(config.model, num_hidden_layers=1, first_k_dense_replace=1)
+    monkeypatch.setattr(job, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
     bad = dataclasses.replace(
         config,
+        model=model,
         train=dataclasses.replace(config.train, max_bad_steps=1),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e38, grad_clip=0.0),
     )

@@ -88,10 +88,22 @@ def small(corpus, tmp_path_factory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def small_run(small, tmp_path_factory):
-    """(workdir, result) of a run that nobody disturbed."""
-    workdir = tmp_path_factory.mktemp("small_run") / "run"
-    return workdir, train(small, workdir)
+def tracked(small, tmp_path_factory):
+    """(workdir, result, calls of W&B) of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("small_run")
+    calls = folder / "calls.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tests" / "support" / "stand_ins"))
+        patch.setenv("STAND_IN_CALLS", str(calls))
+        patch.delenv("WANDB_MODE", raising=False)
+        result = train(replaced(small, "log.trackers", "wandb"), folder / "run")
+    return folder / "run", result, [json.loads(line) for line in calls.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def small_run(tracked):
+    """(workdir, result)."""
+    return tracked[:2]
 
 
 @pytest.fixture(scope="module")
@@ -186,14 +198,9 @@ def test_rows_name_their_stage(small_run):
     assert found == [(i, 1, "experts") for i in (1, 2, 3)] + [(i, 2, "all") for i in (4, 5, 6, 7)]
 
 
-def test_trackers_are_opened_once(small, tmp_path, monkeypatch):
+def test_trackers_are_opened_once(tracked):
     """One process per tool for the whole run, and one run there."""
-    calls = tmp_path / "calls.jsonl"
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "support" / "stand_ins"))
-    monkeypatch.setenv("STAND_IN_CALLS", str(calls))
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    train(replaced(small, "log.trackers", "wandb"), tmp_path / "run")
-    made = [json.loads(line) for line in calls.read_text().splitlines()]
+    *_, made = tracked
     assert [c["call"] for c in made if c["call"] in ("wandb.init", "wandb.finish")] == [
         "wandb.init",
         "wandb.finish",

@@ -13,23 +13,27 @@ import pytest
 
 import train
 from deepseek_jax import generate
+from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
 from tests.support import ROOT
 from tests.support.runs import command, environment, losses, run
+
+# One stack of layers, on 4 x 2 devices: dense layers and prediction of further tokens would double the
+# program. The slow runs have them.
+DEVICES = 8
+OPTIONS = [
+    "--config.train.steps=12",
+    "--config.checkpoint.every_steps=4",
+    "--config.mesh.expert=2",
+    "--config.model.first_k_dense_replace=0",
+    "--config.model.num_nextn_predict_layers=0",
+]
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, corpus):
     workdir = tmp_path_factory.mktemp("whole")
-    done = run(
-        command(
-            workdir,
-            corpus,
-            "--config.train.steps=12",
-            "--config.checkpoint.every_steps=4",
-            "--config.mesh.expert=2",
-        )
-    )
+    done = run(command(workdir, corpus, *OPTIONS), DEVICES)
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 
@@ -42,6 +46,7 @@ def test_main_job(whole_run):
     for words in (
         "parameters",
         "active",
+        "fsdp 4",
         "expert 2",
         "full_shard",
         "bytes per device",
@@ -67,19 +72,13 @@ def test_main_job(whole_run):
     assert evals and evals[-1]["step"] == 12 and 0 < evals[-1]["eval_bits_per_byte"] < 9
 
 
-def test_resume_is_bit_exact(whole_run, corpus, tmp_path):
+def test_resume_is_bit_exact(whole_run, corpus, tmp_path, monkeypatch, capsys):
     """Stopped after 5 steps by a signal: the same losses as the run that was not stopped.
 
     Its stdout is ASCII only, and nobody reads it to the end.
     """
-    first = command(
-        tmp_path,
-        corpus,
-        "--config.train.steps=12",
-        "--config.checkpoint.every_steps=4",
-        "--config.mesh.expert=2",
-    )
-    env = environment(first) | {"PYTHONIOENCODING": "ascii"}
+    first = command(tmp_path, corpus, *OPTIONS, "--config.eval.sample_tokens=0")
+    env = environment(first, DEVICES) | {"PYTHONIOENCODING": "ascii"}
     p = subprocess.Popen(
         [sys.executable, "train.py", *first], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
     )
@@ -93,11 +92,12 @@ def test_resume_is_bit_exact(whole_run, corpus, tmp_path):
         time.sleep(0.01)
     p.send_signal(signal.SIGUSR1)
     assert p.wait(timeout=120) == 128 + signal.SIGUSR1
-    again = run(first)
+    again = run(first, DEVICES)
     assert again.returncode == 0 and "resuming after step" in again.stdout, again.stderr
     assert losses(tmp_path) == losses(whole_run[0])
-    finished = run(first)
-    assert finished.returncode == 0 and "is done already" in finished.stdout
+    monkeypatch.chdir(ROOT)
+    assert train.main(["train.py", *first]) == 0
+    assert "is done already" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -117,13 +117,12 @@ def test_damage_costs_one_interval(whole_run, corpus, tmp_path):
         command(
             workdir,
             corpus,
-            "--config.train.steps=12",
-            "--config.checkpoint.every_steps=4",
-            "--config.mesh.expert=2",
+            *OPTIONS,
             "--config.checkpoint.kind=full",
             "--config.checkpoint.keep=1",
             "--config.checkpoint.keep_best=1",
-        )
+        ),
+        DEVICES,
     )
     assert again.returncode == 0 and "resuming after step 8" in again.stdout, again.stderr
     assert f"{file.relative_to(top)}: its bytes are not those that were written" in again.stderr
@@ -134,16 +133,29 @@ def test_damage_costs_one_interval(whole_run, corpus, tmp_path):
     assert (workdir / "checkpoints" / "12" / "state" / "state.safetensors.index.json").exists()
 
 
+ASKED = ("--prompt=token ", "--max-tokens=12", "--seed=3")
+GENERATE = ("-m", "deepseek_jax.generate")
+
+
 def test_generate(whole_run, capsys):
-    args = [f"--workdir={whole_run[0]}", "--prompt=token ", "--max-tokens=12", "--seed=3"]
-    outs = [run(args, devices=1, module=("-m", "deepseek_jax.generate")) for _ in range(2)]
+    """From the folder of a run; that a seed gives the same text: tests/inference/test_generation_text.py."""
+    assert generate.main([f"--workdir={whole_run[0]}", *ASKED]) == 0
+    assert capsys.readouterr().out.startswith("token ")
+    missing = run(["--workdir=/nonexistent"], devices=1, module=GENERATE)
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+    assert "/nonexistent is not a folder" in missing.stderr and "Traceback" not in missing.stderr
+
+
+@pytest.mark.slow
+def test_generate_in_a_process(whole_run, capsys):
+    """Twice the same text, which is also the text of this process."""
+    args = [f"--workdir={whole_run[0]}", *ASKED]
+    outs = [run(args, devices=1, module=GENERATE) for _ in range(2)]
     assert all(o.returncode == 0 and o.stdout.startswith("token ") for o in outs), outs[0].stderr
-    assert outs[0].stdout == outs[1].stdout
+    assert generate.main(args) == 0
+    assert outs[0].stdout == outs[1].stdout == capsys.readouterr().out
     assert generate.main([*args, "--temperature=0"]) == 0
     assert capsys.readouterr().out.startswith("token ")
-    assert generate.main(["--workdir=/nonexistent"]) == 2
-    missing = capsys.readouterr().err
-    assert "/nonexistent is not a folder" in missing and "Traceback" not in missing
 
 
 @pytest.mark.slow
@@ -351,9 +363,16 @@ def test_bad_input(args, message, tmp_path, monkeypatch):
     assert time.perf_counter() - started < 60
 
 
-def test_a_mistake_is_one_line_and_exit_code_2():
-    done = run([TINY, "--config.train.stepz=3"])
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
-    shown = run(["--help"])
-    assert shown.returncode == 0 and "--config.model.kv_lora_rank" in shown.stdout
-    assert "--workdir" in shown.stdout and "143 SIGTERM" in shown.stdout
+def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    """As train.py ends; of processes that end so: tests/cli/test_terminal.py, test_installed.py."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        code = exit_code("train.py", lambda: train.main(["train.py", *args]), "log")
+        return code, *capsys.readouterr()
+
+    monkeypatch.chdir(ROOT)
+    code, out, err = call(TINY, "--config.train.stepz=3")
+    assert code == 2 and err.count("\n") == 1 and out == ""
+    code, out, err = call("--help")
+    assert code == 0 and "--config.model.kv_lora_rank" in out
+    assert "--workdir" in out and "143 SIGTERM" in out
