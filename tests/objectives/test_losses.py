@@ -478,7 +478,9 @@ def test_a_parameter_without_logical_axes_is_an_error():
         param(nnx.Rngs(0), nnx.initializers.ones, (2, 3), ("embed",))
 
 
-@pytest.mark.parametrize("strategy", ["full_shard", "no_shard"])
+@pytest.mark.parametrize(
+    "strategy", ["full_shard", pytest.param("no_shard", marks=pytest.mark.slow)]
+)
 def test_gradients_keep_their_parameters_specs(strategy):
     """In the types of the traced program, where Explicit axes put them: no compilation needed."""
     config = conversion.config_of(
