@@ -69,7 +69,7 @@ class Everything:
         placed = place_model(self.teacher, mesh, jnp.bfloat16)
 
         def load() -> ModelWeights:
-            s = invariance.initial_state(TEACHER)
+            s = invariance.drawn_state(TEACHER)
             params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), s.params)
             return jax.device_put(ModelWeights(params, s.bias), placed.shardings)
 
@@ -204,7 +204,7 @@ class Job:
             of_batch = loss_of_batch(self.objective, self.config, model, batch, totals, given)
             return of_batch[1][0], totals.routing.tokens
 
-        fresh = invariance.initial_state(self.config.model)
+        fresh = invariance.drawn_state(self.config.model)
         with jax.set_mesh(self.mesh):
             weights = jax.device_put(
                 (fresh.params, fresh.bias),
@@ -214,7 +214,7 @@ class Job:
             return conversion.jit(forward, self.config)(*weights, batch, self.frozen)
 
     def start(self) -> state.TrainState:
-        fresh = invariance.initial_state(self.config.model)
+        fresh = invariance.drawn_state(self.config.model)
         zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), self.layout.abstract.opt_state)
         return jax.device_put(fresh._replace(opt_state=zeros), self.layout.shardings)
 

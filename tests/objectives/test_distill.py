@@ -83,7 +83,7 @@ class InMemory:
         return place_model(self.config, mesh, frozen=True)
 
     def load(self, placed) -> ModelWeights:
-        s = invariance.initial_state(self.config.model)
+        s = invariance.drawn_state(self.config.model)
         return jax.device_put(ModelWeights(s.params, s.bias), placed.shardings)
 
 
@@ -124,7 +124,7 @@ class Job:
             ).compile()
 
     def start(self) -> state.TrainState:
-        fresh = invariance.initial_state(self.config.model)
+        fresh = invariance.drawn_state(self.config.model)
         zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), self.layout.abstract.opt_state)
         return jax.device_put(fresh._replace(opt_state=zeros), self.layout.shardings)
 

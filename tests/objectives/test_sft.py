@@ -353,7 +353,7 @@ def test_held_out_figures_are_without_noise_and_smoothing():
         objective = objectives.make(config)
         with jax.set_mesh(mesh):
             layout = state.make_layout(config, mesh)
-            s = jax.device_put(invariance.initial_state(MODEL), layout.shardings)
+            s = jax.device_put(invariance.drawn_state(MODEL), layout.shardings)
             batch = put_batch({k: rows[k] for k in objective.fields}, 16, mesh)
             micro = jax.tree.map(lambda a: a[0], batch)
             sums = conversion.jit(step.make_eval_step(layout, objective))(s.params, s.bias, micro)

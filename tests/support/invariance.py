@@ -131,42 +131,43 @@ NO_LORA = LoraConfig()
 
 
 @functools.cache
-def created_state(model: ModelConfig = MODEL, lora: LoraConfig = NO_LORA) -> state.TrainState:
-    """As a run begins, created on one device and held on the host."""
+def initial_state(model: ModelConfig = MODEL, lora: LoraConfig = NO_LORA) -> state.TrainState:
+    """Created on one device and held on the host: compiling its creation anew for every mesh would
+    take half of the time. With LoRA, or a shared core, no factor is zero."""
     config = dataclasses.replace(variant(), model=model, lora=lora)
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return jax.device_get(state.init_state(config, state.make_layout(config, mesh)))
-
-
-@functools.cache
-def initial_state(model: ModelConfig = MODEL, lora: LoraConfig = NO_LORA) -> state.TrainState:
-    """Weights distributed as those of `created_state`, but drawn by NumPy: compiling the creation of
-    every model would take as long as a step's forward pass. With LoRA, or a shared core, no factor is
-    zero."""
-    rng = np.random.default_rng(0)
+        start = jax.device_get(state.init_state(config, state.make_layout(config, mesh)))
     if not lora.r and not model.shared_core_rank:
-        config = dataclasses.replace(variant(), model=model)
-        mesh = make_mesh(config, jax.devices()[:1])
-        with jax.set_mesh(mesh):
-            abstract = state.make_layout(config, mesh).abstract
-
-        def drawn(path, a) -> np.ndarray:
-            *_, module, name = ("", *conversion.path_of(path).split("/"))
-            if name == "bias":
-                return np.zeros(a.shape, a.dtype)
-            if module.endswith("norm"):
-                return np.ones(a.shape, a.dtype)
-            return (rng.standard_normal(a.shape) * model.initializer_range).astype(a.dtype)
-
-        zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)
-        return zeros._replace(params=jax.tree_util.tree_map_with_path(drawn, abstract.params))
-    start = created_state(model, lora)
+        return start
+    rng = np.random.default_rng(0)
 
     def filled(a: np.ndarray) -> np.ndarray:
         return a if a.any() else (rng.standard_normal(a.shape) * 0.1).astype(a.dtype)
 
     return start._replace(params=jax.tree.map(filled, start.params))
+
+
+@functools.cache
+def drawn_state(model: ModelConfig) -> state.TrainState:
+    """Weights distributed as those of `initial_state`, but drawn by NumPy: for tests of a model of their
+    own, of which the creation would take as long to compile as a forward pass."""
+    config = dataclasses.replace(variant(), model=model)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        abstract = state.make_layout(config, mesh).abstract
+    rng = np.random.default_rng(0)
+
+    def drawn(path, a) -> np.ndarray:
+        *_, module, name = ("", *conversion.path_of(path).split("/"))
+        if name == "bias":
+            return np.zeros(a.shape, a.dtype)
+        if module.endswith("norm"):
+            return np.ones(a.shape, a.dtype)
+        return (rng.standard_normal(a.shape) * model.initializer_range).astype(a.dtype)
+
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)
+    return zeros._replace(params=jax.tree_util.tree_map_with_path(drawn, abstract.params))
 
 
 def keeping_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
