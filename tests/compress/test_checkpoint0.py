@@ -32,6 +32,19 @@ def student(tmp_path_factory):
     return model, folder
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """As `student`, of the layer with experts alone: half of the program."""
+    folder = tmp_path_factory.mktemp("alone")
+    model = evaluation.write_model(folder)
+    model.model.layers = model.model.layers[1:]
+    model.config.num_hidden_layers, model.config.mlp_only_layers = 1, []
+    model = checkpoint0.build(model, RANK, 0)
+    model.config.save_pretrained(folder)
+    checkpoint0.write(model, folder)
+    return model, folder
+
+
 def logits_of(model, ids=IDS):
     with torch.no_grad():
         return model(input_ids=torch.as_tensor(ids), use_cache=False).logits.numpy()
@@ -88,10 +101,13 @@ def hub_arrays(model, params=None):
     return out
 
 
-def test_logits_and_gradients_are_those_of_the_formula_in_float64(student, loaded):
+@pytest.mark.parametrize("name", ["alone", pytest.param("student", marks=pytest.mark.slow)])
+def test_logits_and_gradients_are_those_of_the_formula_in_float64(name, request):
     """Core, U and V of every projection and expert, and all other weights."""
+    model, folder = request.getfixturevalue(name)
+    loaded = hf.load(str(folder))
     assert loaded.config.shared_core_rank == RANK
-    exact = copy.deepcopy(student[0]).double()
+    exact = copy.deepcopy(model).double()
     ids = torch.as_tensor(IDS)
     out = exact(input_ids=ids, labels=ids, use_cache=False)
     out.loss.backward()

@@ -22,11 +22,10 @@ from deepseek_jax.data.fields import Field
 from deepseek_jax.model import divergences, head, logit_functions
 from deepseek_jax.model.layout import ModelWeights, place_model
 from deepseek_jax.objectives.base import Frozen
-from deepseek_jax.objectives.forward import run_model, step_totals
+from deepseek_jax.objectives.forward import frozen_outputs, loss_of_batch, run_model, step_totals
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
 from deepseek_jax.train.batch import abstract_batch, put_batch
-from deepseek_jax.train.gradients import Learner
 from tests.support import conversion, invariance, small_runs
 
 K, LENGTH, SEQUENCES = 3, 16, 16
@@ -55,6 +54,7 @@ class Everything:
     """Weighted cross-entropy, divergence from a frozen model, log-probabilities times advantages, taps."""
 
     taps = ("router_scores", "hidden")
+    frozen_taps = ("hidden",)
     fields = fields.TEXT | {
         "loss_weight": Field(np.float32),
         "channel": Field(np.float32, trailing=(K,)),
@@ -69,11 +69,11 @@ class Everything:
         placed = place_model(self.teacher, mesh, jnp.bfloat16)
 
         def load() -> ModelWeights:
-            s = invariance.initial_state(TEACHER)
+            s = invariance.drawn_state(TEACHER)
             params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), s.params)
             return jax.device_put(ModelWeights(params, s.bias), placed.shardings)
 
-        return Frozen(placed, load, taps=("hidden",))
+        return Frozen(placed, load, taps=self.frozen_taps)
 
     def totals(self, batch, step):
         return {
@@ -94,16 +94,6 @@ class Everything:
             batch["targets"],
             batch["loss_weight"],
         )
-        _, _, kl, *_ = head.scan_vocab_sum(
-            divergences.WholeTeacher("forward"),
-            out.hidden_BSD,
-            model.head,
-            jnp.where(valid, 0, -100),
-            1.0,
-            jnp.float32(2),
-            0.0,
-            frozen=((frozen_out.out.hidden_BSD, frozen_out.head),),
-        )
         (log_p,) = head.scan_vocab(
             logit_functions.log_probability, out.hidden_BSD, model.head, batch["targets"]
         )
@@ -113,7 +103,7 @@ class Everything:
         gain = batch["advantage"][:, None] + of_document + batch["channel"].sum(-1)
         parts = {
             "ce": ce / totals["weight"],
-            "kl": kl / totals["tokens"],
+            "kl": self.divergence(model, out, batch, frozen_out) / totals["tokens"],
             "gain": mean(jnp.exp(0.1 * log_p) * gain),
             "scores": mean(jnp.sum(out.taps["router_scores"] ** 2, axis=(0, -1))),
             # Residual streams of the student's layers against the only one of the frozen model.
@@ -130,6 +120,19 @@ class Everything:
         assert out.taps["hidden"].shape[0] == m.num_hidden_layers + m.num_nextn_predict_layers
         return sum(parts.values()), parts
 
+    def divergence(self, model, out, batch, frozen_out):
+        _, _, kl, *_ = head.scan_vocab_sum(
+            divergences.WholeTeacher("forward"),
+            out.hidden_BSD,
+            model.head,
+            jnp.where(batch["segment_ids"] > 0, 0, -100),
+            1.0,
+            jnp.float32(2),
+            0.0,
+            frozen=((frozen_out.out.hidden_BSD, frozen_out.head),),
+        )
+        return kl
+
     def measure(self, model, out, batch, frozen_out):
         (nll,) = head.scan_vocab_sum(
             logit_functions.cross_entropy, out.hidden_BSD, model.head, batch["targets"]
@@ -138,6 +141,16 @@ class Everything:
 
     def figures(self, sums):
         return {"eval_loss": sums["nll"] / sums["targets"]}
+
+
+class Divergence(Everything):
+    """That from the frozen model alone."""
+
+    taps = frozen_taps = ()
+
+    def loss(self, model, out, batch, totals, frozen_out):
+        kl = self.divergence(model, out, batch, frozen_out) / totals["tokens"]
+        return kl, {"kl": kl}
 
 
 def rows(i: int) -> dict[str, np.ndarray]:
@@ -154,12 +167,12 @@ def rows(i: int) -> dict[str, np.ndarray]:
 
 
 class Job:
-    """Two steps of `Everything` on a mesh."""
+    """Two steps of `Everything`, or of another objective, on a mesh."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, objective: type[Everything] = Everything):
         self.config = config
         self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
-        self.objective = Everything(config)
+        self.objective = objective(config)
         with jax.set_mesh(self.mesh):
             self.layout = state.make_layout(config, self.mesh, self.objective.frozen(self.mesh))
             self.frozen = self.layout.frozen.load()
@@ -178,17 +191,20 @@ class Job:
             ).compile()
 
     def parts(self, i: int) -> tuple[dict[str, jax.Array], jax.Array]:
-        """(the loss's parts, tokens) of a step, added up over its micro-batches as the step does, without
-        the rest of it: a program of forward alone, which compiles in a fraction of the time."""
-        learner = Learner(self.config, self.layout, self.objective)
+        """(the loss's parts, tokens) of a step of one micro-batch, or of several that go through stages,
+        without the rest of it: a program of forward alone, which is made in a fraction of the time."""
+        assert (self.config.train.accumulation > 1) == (self.config.mesh.stage > 1)
 
         def forward(params, bias, batch, frozen):
-            zero = jnp.int32(0)
-            totals = step_totals(self.objective, self.config, batch, zero)
-            held = state.TrainState(zero, params, bias, None, zero, zero)
-            return learner.gradients(held, frozen, batch, totals, None)[1], totals.routing.tokens
+            totals = step_totals(self.objective, self.config, batch, jnp.int32(0))
+            if self.config.train.accumulation == 1:
+                batch = jax.tree.map(lambda a: a[0], batch)
+            model = self.layout.model.merge(params, bias)
+            given = frozen_outputs(self.layout.frozen, frozen, batch)
+            of_batch = loss_of_batch(self.objective, self.config, model, batch, totals, given)
+            return of_batch[1][0], totals.routing.tokens
 
-        fresh = invariance.initial_state(self.config.model)
+        fresh = invariance.drawn_state(self.config.model)
         with jax.set_mesh(self.mesh):
             weights = jax.device_put(
                 (fresh.params, fresh.bias),
@@ -198,7 +214,7 @@ class Job:
             return conversion.jit(forward, self.config)(*weights, batch, self.frozen)
 
     def start(self) -> state.TrainState:
-        fresh = invariance.initial_state(self.config.model)
+        fresh = invariance.drawn_state(self.config.model)
         zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), self.layout.abstract.opt_state)
         return jax.device_put(fresh._replace(opt_state=zeros), self.layout.shardings)
 
@@ -264,10 +280,10 @@ def test_bug_02_a_distillation_loss_adds_up_over_accumulation():
     """The divergence from a frozen model, whose micro-batches have different numbers of tokens, is divided
     by those of the whole step; a mean over the means of micro-batches is another number.
     """
-    whole, counted = job(config_of()).parts(0)
+    whole, counted = Job(config_of(), Divergence).parts(0)
     tokens = (rows(0)["segment_ids"] > 0).reshape(4, -1).sum(1)
     assert len(set(tokens.tolist())) > 1 and counted == tokens.sum()
-    ours, _ = job(config_of(stage=2, accumulation=4)).parts(0)
+    ours, _ = Job(config_of(stage=2, accumulation=4), Divergence).parts(0)
     conversion.assert_close(ours["kl"], whole["kl"])
 
 
@@ -301,19 +317,19 @@ def test_a_batch_of_the_wrong_shape_is_an_error():
     assert put_batch(good, 4, mesh)["advantage"].shape == (4, 4)
 
 
-def test_a_masked_prompt_changes_no_hidden_state():
-    """Targets of -100 take the prompt out of the loss; what the model reads, and predicts further on, stays
-    the same to the last bit.
-    """
-    config = config_of(model=WHOLE)
+AHEAD = dataclasses.replace(MODEL, num_nextn_predict_layers=1)
+
+
+def forward_of(targets_of_rows: list[np.ndarray], **axes: int) -> list[list[np.ndarray]]:
+    """(hidden states, those of the layer that predicts ahead, its cross-entropy, numbers of tokens of
+    experts) of rows(0) with each of these targets."""
+    config = config_of(model=AHEAD, **axes)
     objective = objectives.make(config)
-    mesh = make_mesh(config, jax.devices()[:1])
-    whole = {k: rows(0)[k] for k in objective.fields}
-    masked = whole | {"targets": whole["targets"].copy()}
-    masked["targets"][:, :8] = -100
+    mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
+    text = {k: rows(0)[k] for k in objective.fields}
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
-        weights = conversion.to_state(conversion.random_weights(WHOLE, 0), WHOLE)
+        weights = conversion.to_state(conversion.random_weights(AHEAD, 0), AHEAD)
         params, bias = jax.device_put(ModelWeights(*weights), layout.model.shardings)
 
         @conversion.jit
@@ -325,18 +341,32 @@ def test_a_masked_prompt_changes_no_hidden_state():
             )
             return out.hidden_BSD, out.mtp_hidden_BSD[0], mtp[0], out.stats.load.expert_counts
 
-        outs = [
-            run(params, bias, jax.tree.map(lambda a: a[0], put_batch(r, 16, mesh)))
-            for r in (whole, masked)
-        ]
-    (hidden, mtp_hidden, mtp, counts), (hidden_m, mtp_hidden_m, mtp_m, counts_m) = (
-        jax.tree.map(np.asarray, o) for o in outs
-    )
+        batches = [put_batch(text | {"targets": t}, 16, mesh) for t in targets_of_rows]
+        outs = [run(params, bias, jax.tree.map(lambda a: a[0], batch)) for batch in batches]
+    return [[np.asarray(a) for a in out] for out in outs]
+
+
+def test_a_masked_prompt_changes_no_hidden_state():
+    """Targets of -100 take the prompt out of the loss; what the model reads, and predicts further on, stays
+    the same to the last bit, and on a mesh it is what one device computes.
+    """
+    text = rows(0)
+    masked = text["targets"].copy()
+    masked[:, :8] = -100
+    one, of_masked = forward_of([text["targets"], masked])
+    (hidden, mtp_hidden, mtp, counts), (hidden_m, mtp_hidden_m, mtp_m, counts_m) = one, of_masked
     np.testing.assert_array_equal(hidden, hidden_m)
     np.testing.assert_array_equal(mtp_hidden, mtp_hidden_m)
     np.testing.assert_array_equal(counts, counts_m)
     np.testing.assert_array_equal(mtp[:, 8:], mtp_m[:, 8:])
     assert mtp[:, :8].any() and not mtp_m[:, :8].any()
+    tokens, ahead = (int(n.sum()) for n in (text["segment_ids"] > 0, text["next_tokens"] >= 0))
+    expected = [tokens] * AHEAD.num_hidden_layers + [ahead]
+    np.testing.assert_array_equal(counts.sum(1), np.array(expected) * AHEAD.num_experts_per_tok)
+    ((*spread, counts_on_mesh),) = forward_of([masked], fsdp=2, expert=2)
+    np.testing.assert_array_equal(counts_on_mesh, counts)
+    for a, b in zip(spread, (hidden, mtp_hidden, mtp_m), strict=True):
+        conversion.assert_close(a, b)
 
 
 def test_taps_cost_nothing_when_nobody_asks():

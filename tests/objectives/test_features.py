@@ -24,6 +24,16 @@ def rng_of(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def with_gradient(f, x: np.ndarray):
+    """(f(x), the gradient of its sum), in one program."""
+
+    def run(x):
+        value, pull = jax.vjp(f, x)
+        return value, pull(jnp.ones_like(value))[0]
+
+    return jax.jit(run)(x)
+
+
 # ---- the losses themselves, against PyTorch
 
 
@@ -34,8 +44,7 @@ def test_distances_are_pytorchs(kind):
     a, b = (rng_of(i).standard_normal((TOKENS, WIDTH)).astype(np.float32) for i in (0, 1))
     b[2] = a[2] * (1 + 1e-4)  # nearly the same direction
     b[3] = -a[3]
-    ours, pull = jax.vjp(lambda a: features.DISTANCES[kind](a, jnp.asarray(b)), jnp.asarray(a))
-    (ours_grad,) = pull(jnp.ones_like(ours))
+    ours, ours_grad = with_gradient(lambda a: features.DISTANCES[kind](a, jnp.asarray(b)), a)
     x, y = torch.tensor(a, dtype=torch.float64, requires_grad=True), torch.tensor(b).double()
     theirs = {
         "cosine": lambda: 1 - torch.cosine_similarity(x, y, dim=-1),
@@ -53,9 +62,9 @@ def test_cosine_keeps_its_digits_near_0_and_is_finite_at_the_origin():
     x, y = a.astype(np.float64), b.astype(np.float64)
     exact = 1 - (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
     # Around 1e-9: 1 - cos in float32 would be 0 or 6e-8.
-    np.testing.assert_allclose(features.cosine_distance(a, b), exact, rtol=1e-2)
-    value, grad = jax.value_and_grad(lambda v: jnp.sum(features.cosine_distance(v, b)))(a * 0)
-    assert np.isfinite(value) and np.isfinite(grad).all()
+    np.testing.assert_allclose(jax.jit(features.cosine_distance)(a, b), exact, rtol=1e-2)
+    value, grad = with_gradient(lambda v: features.cosine_distance(v, b), a * 0)
+    assert np.isfinite(value).all() and np.isfinite(grad).all()
 
 
 EXPERTS = 8
@@ -95,8 +104,7 @@ def test_router_divergence_is_pytorchs(scoring, members):
         kept = features.kept_scores(features.log_scores(jnp.asarray(teacher), scoring), groups)
         return features.router_divergence(features.log_scores(logits, scoring), kept)
 
-    value, pull = jax.vjp(ours, jnp.asarray(student))
-    (grad,) = pull(jnp.ones_like(value))
+    value, grad = with_gradient(ours, student)
     x = torch.tensor(student, dtype=torch.float64, requires_grad=True)
     theirs = torch_router(x, torch.tensor(teacher).double(), scoring, scoring, experts)
     theirs.sum().backward()
@@ -120,6 +128,7 @@ def test_the_same_router_costs_exactly_nothing(scoring):
     def ours(logits):
         return jnp.sum(features.router_divergence(features.log_scores(logits, scoring), held))
 
+    # Op by op: in one program XLA would round the student's scores otherwise than the constants are.
     value, grad = jax.value_and_grad(ours)(jnp.asarray(logits))
     assert value == 0 and not np.any(grad)
 
@@ -139,7 +148,7 @@ def test_experts_that_never_score_are_finite():
     def total(student):
         return jnp.sum(features.router_divergence(student, teacher))
 
-    value, grad = jax.value_and_grad(total)(student)
+    value, grad = jax.jit(jax.value_and_grad(total))(student)
     # The second token: half of the teacher's probability on what the student gives e^-200.
     assert value == pytest.approx(0.5 * (200 + 2 * np.log(0.5)), rel=1e-6)
     assert np.isfinite(grad).all()

@@ -80,11 +80,18 @@ def batch_rows() -> dict[str, np.ndarray]:
 
 # ---------------------------------------------------------------------------------------------- single losses
 
+FSDP, FSDP_TENSOR = dict(fsdp=2), dict(fsdp=2, tensor=2)
+
 
 @pytest.mark.parametrize(
-    "chunk", [1024, 5]
-)  # 26 tokens, or 13 of each of two devices: one chunk; chunks of 5 and a rest
-@pytest.mark.parametrize("mesh", [{}, dict(fsdp=2), dict(fsdp=2, tensor=2)], ids=str)
+    "mesh, chunk",  # 26 tokens, or 13 of each of two devices: one chunk; chunks of 5 and a rest
+    [
+        ({}, 1024),
+        *(pytest.param(m, 1024, marks=pytest.mark.slow) for m in (FSDP, FSDP_TENSOR)),
+        *((m, 5) for m in ({}, FSDP, FSDP_TENSOR)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 def test_cross_entropy_in_chunks(chunk, mesh, tied, monkeypatch):
     monkeypatch.setattr(head, "CHUNK_TOKENS", chunk)
@@ -131,7 +138,8 @@ def test_targets_and_totals():
     rows = {k: jnp.asarray(a) for k, a in batch_rows().items()}
     counts = []
     for depth in range(4):
-        ours = tokens_ahead(rows["targets"], rows["segment_ids"], depth, ref.IGNORE)
+        ahead = jax.jit(tokens_ahead, static_argnums=(2, 3))
+        ours = ahead(rows["targets"], rows["segment_ids"], depth, ref.IGNORE)
         expected = ref.targets_ahead(IDS, 1 + depth, SEGMENTS)[:, :LENGTH]
         np.testing.assert_array_equal(ours, expected)
         counts.append(np.sum(expected != ref.IGNORE))
@@ -139,7 +147,8 @@ def test_targets_and_totals():
     split = {k: a.reshape(2, 2, LENGTH) for k, a in rows.items()}
     for batch in (rows, split):  # with and without an axis of micro-batches
         objective, config = of_depth(3)
-        total, routing = step_totals(objective, config, batch, jnp.int32(0))
+        of_step = functools.partial(step_totals, objective, config)
+        total, routing = jax.jit(of_step)(batch, jnp.int32(0))
         assert (float(total.targets), total.mtp_targets.tolist()) == (counts[0], counts[1:])
         # A row of padding is no sequence.
         assert (float(routing.tokens), float(routing.sequences)) == (12 + 8 + 12, 3)
@@ -203,7 +212,8 @@ def start(config: Config, mesh, weights, optimizer=None) -> tuple[state.Layout, 
         conversion.place(bias, config, sharding.COMPUTE_RULES),
     )
     zero = jnp.zeros((), jnp.int32)
-    return layout, state.TrainState(zero, params, bias, layout.optimizer.init(params), zero, zero)
+    opt_state = jax.jit(layout.optimizer.init)(params)  # one program, not one for every shape
+    return layout, state.TrainState(zero, params, bias, opt_state, zero, zero)
 
 
 @functools.cache
@@ -354,14 +364,14 @@ def test_a_non_finite_step_changes_nothing():
             bad = jnp.where(kind == NAN_LOSS, jnp.nan, jnp.where(kind == INF_LOSS, jnp.inf, 1.0))
             return value * bad, {}
 
-    model = dataclasses.replace(UNBALANCED, num_nextn_predict_layers=0)
-    config = conversion.config_of(
-        model,
-        train=TrainConfig(steps=10, dtype="float32", batch_size=ROWS, sequence_length=LENGTH),
-        optimizer=OptimizerConfig(warmup_steps=4),
+    model = dataclasses.replace(UNBALANCED, num_nextn_predict_layers=0, q_lora_rank=None)
+    train = TrainConfig(
+        steps=10, dtype="float32", remat="none", batch_size=ROWS, sequence_length=LENGTH
     )
+    config = conversion.config_of(model, train=train, optimizer=OptimizerConfig(warmup_steps=4))
     with conversion.on_mesh(config) as mesh:
         layout, s0 = start(config, mesh, conversion.random_weights(model, 0))
+        s0 = jax.device_put(s0, layout.shardings)  # as the step gives it: one program for all calls
         run = conversion.jit(step.make_train_step(config, layout, Numbers(config)), config)
 
         def after(s, kind):
@@ -404,7 +414,7 @@ def test_a_non_finite_step_changes_nothing():
 
 @pytest.mark.parametrize("centre", [False, True], ids=["", "centred"])
 @pytest.mark.parametrize(
-    "experts", [8, 12]
+    "experts", [pytest.param(8, marks=pytest.mark.slow), 12]
 )  # 1/12 is not exact in binary: an expert at the mean load must still not move
 def test_bias_update(experts, centre):
     model = conversion.smaller(
@@ -468,11 +478,16 @@ def test_a_parameter_without_logical_axes_is_an_error():
         param(nnx.Rngs(0), nnx.initializers.ones, (2, 3), ("embed",))
 
 
-@pytest.mark.parametrize("strategy", ["full_shard", "no_shard"])
+@pytest.mark.parametrize(
+    "strategy", ["full_shard", pytest.param("no_shard", marks=pytest.mark.slow)]
+)
 def test_gradients_keep_their_parameters_specs(strategy):
     """In the types of the traced program, where Explicit axes put them: no compilation needed."""
     config = conversion.config_of(
-        MODEL, fsdp=2, expert=2, sharding=ShardingConfig(strategy, min_weight_size=0)
+        conversion.smaller(MODEL, num_nextn_predict_layers=1),
+        fsdp=2,
+        expert=2,
+        sharding=ShardingConfig(strategy, min_weight_size=0),
     )
     with conversion.on_mesh(config) as mesh:
         layout = state.make_layout(config, mesh)
@@ -511,7 +526,7 @@ def test_gradients_keep_their_parameters_specs(strategy):
 
 SHAPES = {  # changes, accumulation, shape of the counts
     "no experts": (dict(first_k_dense_replace=1, num_nextn_predict_layers=0), 2, (0, 0)),
-    "dense with MTP": (dict(first_k_dense_replace=1), 1, (2, 8)),
+    "dense with MTP": (dict(first_k_dense_replace=1, num_nextn_predict_layers=1), 1, (1, 8)),
     "V2": (
         dict(
             num_hidden_layers=3,
@@ -533,13 +548,21 @@ def spec_of(a) -> tuple:
     return tuple(a.sharding.spec) + (None,) * (a.ndim - len(a.sharding.spec))
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n in ("no experts", "no balance loss") else [])
+        for n in SHAPES
+    ],
+)
 def test_the_step_keeps_the_layout_of_the_state(name):
     """Traced only: state in, the same state out, in shapes, dtypes and shardings, for models without one part
     or another.
     """
     changes, accumulation, counts = SHAPES[name]
-    train = TrainConfig(batch_size=8, accumulation=accumulation, sequence_length=LENGTH)
+    train = TrainConfig(
+        batch_size=8, accumulation=accumulation, sequence_length=LENGTH, remat="none"
+    )
     config = conversion.config_of(
         conversion.smaller(MODEL, **changes), fsdp=2, expert=2, train=train
     )

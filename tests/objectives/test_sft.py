@@ -29,7 +29,7 @@ from deepseek_jax.objectives.forward import loss_of_batch, step_totals
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
 from deepseek_jax.train.batch import put_batch
-from tests.support import conversion, invariance, small_runs
+from tests.support import conversion, hf_variants, invariance, small_runs
 from tests.support import hf_families as families
 
 plain_rows = invariance.rows
@@ -180,12 +180,18 @@ def their_loss_and_gradients(theirs, ids):
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "deepseek_v3"]
+    "variant",
+    [
+        *(pytest.param(v, marks=pytest.mark.slow) for v in ("qwen3_moe", "deepseek_v3")),
+        "deepseek_v3, MoE alone",
+    ],
 )
-def test_bug_06_packed_is_the_sum_of_transformers_unpacked(variant, tmp_path):
+def test_bug_06_packed_is_the_sum_of_transformers_unpacked(variant, tmp_path, monkeypatch):
     """The loss of packed rows in two micro-batches, and its gradients, are transformers' of each example
     alone with num_items_in_batch; what lies beside an example in its row does not matter.
     """
+    alone = dict(hf_variants.V3, num_hidden_layers=2, first_k_dense_replace=0)
+    monkeypatch.setitem(hf_variants.VARIANTS, "deepseek_v3, MoE alone", ("deepseek_v3", alone))
     theirs = families.save(variant, tmp_path)
     ids = families.pick_ids(theirs, batch=4, seq=S)
     loss, grads = their_loss_and_gradients(theirs, ids)
@@ -334,7 +340,7 @@ def test_noise_is_a_function_of_seed_row_and_place():
 def test_lengths_of_segments():
     segments = np.array([[1, 1, 1, 2, 0, 0], [1, 2, 3, 3, 3, 3], [0] * 6, [5] * 6], np.int32)
     expected = [[3, 3, 3, 1, 0, 0], [1, 1, 4, 4, 4, 4], [0] * 6, [6] * 6]
-    np.testing.assert_array_equal(embedding_noise.lengths(jnp.asarray(segments)), expected)
+    np.testing.assert_array_equal(jax.jit(embedding_noise.lengths)(segments), expected)
 
 
 def test_held_out_figures_are_without_noise_and_smoothing():
@@ -347,7 +353,7 @@ def test_held_out_figures_are_without_noise_and_smoothing():
         objective = objectives.make(config)
         with jax.set_mesh(mesh):
             layout = state.make_layout(config, mesh)
-            s = jax.device_put(invariance.initial_state(MODEL), layout.shardings)
+            s = jax.device_put(invariance.drawn_state(MODEL), layout.shardings)
             batch = put_batch({k: rows[k] for k in objective.fields}, 16, mesh)
             micro = jax.tree.map(lambda a: a[0], batch)
             sums = conversion.jit(step.make_eval_step(layout, objective))(s.params, s.bias, micro)

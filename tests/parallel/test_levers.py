@@ -136,10 +136,15 @@ FACTORED = OptimizerConfig("adafactor", min_dim_size_to_factor=8)
 @pytest.mark.parametrize(
     "of, optimizer, mesh",
     [
-        (muon_step, OptimizerConfig("muon"), ONE),
+        pytest.param(muon_step, OptimizerConfig("muon"), ONE, marks=pytest.mark.slow),
         (muon_step, OptimizerConfig("muon"), EIGHT),
-        (adafactor, FACTORED, EIGHT),
-        (adafactor, dataclasses.replace(FACTORED, scale_parameter=False), EIGHT),
+        pytest.param(adafactor, FACTORED, EIGHT, marks=pytest.mark.slow),
+        pytest.param(
+            adafactor,
+            dataclasses.replace(FACTORED, scale_parameter=False),
+            EIGHT,
+            marks=pytest.mark.slow,
+        ),
         (
             adafactor,
             dataclasses.replace(
@@ -156,8 +161,9 @@ FACTORED = OptimizerConfig("adafactor", min_dim_size_to_factor=8)
     ],
 )
 def test_updates_are_those_of_each_matrix_alone(of, optimizer, mesh, monkeypatch):
-    """On 8 devices; train/test_optimizers_of_others.py has all but Muon on one. Weights of 0.3, updates of
-    0.01 a step. Newton-Schulz multiplies float32's rounding of small singular values, 1e-7, by up to 3.44^5.
+    """On 8 devices, Muon on one as well; train/test_optimizers_of_others.py has the others on one. Weights
+    of 0.3, updates of 0.01 a step. Newton-Schulz multiplies float32's rounding of small singular values,
+    1e-7, by up to 3.44^5.
     """
     monkeypatch.setattr(
         muon_module, "CHUNK", 256

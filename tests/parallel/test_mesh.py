@@ -30,7 +30,9 @@ from tests.support.invariance import (
     variant,
 )
 
-MOE_ALONE = dataclasses.replace(MODEL, num_hidden_layers=2, first_k_dense_replace=0)
+MOE_ALONE = dataclasses.replace(
+    MODEL, num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=0
+)
 VARIANTS = {
     "2x4": variant(fsdp=2, expert=4, remat="exchange"),
     "8x1": variant(fsdp=8),
@@ -50,7 +52,8 @@ VARIANTS = {
     "data 2 expert 2 tensor 2 hybrid_shard ring": variant(
         "hybrid_shard", "ring", data=2, expert=2, tensor=2
     ),
-    # What `make test` runs: without dense layers and recomputation, which take as long again to compile.
+    # What `make test` runs: without dense layers, prediction of further tokens and recomputation, each of
+    # which takes half as long again to compile.
     "data 2 expert 2 tensor 2 hybrid_shard ring, MoE alone": dataclasses.replace(
         variant("hybrid_shard", "ring", remat="none", data=2, expert=2, tensor=2), model=MOE_ALONE
     ),
@@ -107,14 +110,15 @@ def test_no_sum_of_floats_is_left_to_a_scatter(monkeypatch):
     every number of the scores is met by one choice at most."""
     monkeypatch.setattr(lookup, "on_cpu", lambda: False)
     monkeypatch.setattr(dispatch, "on_cpu", lambda: False)
-    mesh = make_mesh(BASE, jax.devices()[:1])
+    config = variant(remat="none")  # what recomputes repeats sums that are there already
+    mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        layout = state.make_layout(BASE, mesh)
-        objective = objectives.make(BASE)
-        traced = jax.make_jaxpr(step.make_train_step(BASE, layout, objective))
-        batch = abstract_batch(objective.fields, BASE, mesh, 0)
+        layout = state.make_layout(config, mesh)
+        objective = objectives.make(config)
+        traced = jax.make_jaxpr(step.make_train_step(config, layout, objective))
+        batch = abstract_batch(objective.fields, config, mesh, 0)
         program = str(traced(layout.abstract_sharded(), batch))
-    tokens = BASE.train.batch_size * BASE.train.sequence_length
+    tokens = config.train.batch_size * config.train.sequence_length
     sums = set(re.findall(r":(f\w+\[[^\]]*\])\S* = scatter-add\[", program))
     assert sums == {f"f32[{tokens},{MODEL.n_routed_experts}]"}
 
@@ -172,15 +176,19 @@ def test_the_same_initial_state_on_every_mesh(name):
         assert a.sharding == sharding
 
 
-def test_counts_are_of_the_global_batch():
-    for i, counts in enumerate(one_device(MOE_ALONE).counts):
+@pytest.mark.parametrize("model", [MOE_ALONE, pytest.param(MODEL, marks=pytest.mark.slow)])
+def test_counts_are_of_the_global_batch(model):
+    """Those of a layer that predicts ahead: test_boundary.py, from a forward pass."""
+    layers = model.num_hidden_layers - model.first_k_dense_replace
+    for i, counts in enumerate(one_device(model).counts):
         r = rows(i)
         tokens = int((r["segment_ids"] > 0).sum())
         ahead = int(
             (r["targets"] >= 0).sum()
         )  # the MTP layer routes positions that have a next token
+        expected = [tokens] * layers + [ahead] * model.num_nextn_predict_layers
         np.testing.assert_array_equal(
-            counts.sum(axis=1), np.array([tokens] * 2 + [ahead]) * MODEL.num_experts_per_tok
+            counts.sum(axis=1), np.array(expected) * model.num_experts_per_tok
         )
 
 

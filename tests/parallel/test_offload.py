@@ -26,12 +26,15 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
 from deepseek_jax.train.batch import abstract_batch, put_batch
 from tests.support import conversion
-from tests.support.invariance import MODEL, rows, variant
+from tests.support.invariance import MODEL, drawn_state, rows, variant
 
 STEPS = 3
 SMALL = dataclasses.replace(
     MODEL, num_hidden_layers=4, n_group=1, topk_group=1, num_nextn_predict_layers=0
 )
+# One stack instead of two: half of the program.
+STACK = dataclasses.replace(SMALL, num_hidden_layers=3, first_k_dense_replace=0)
+DENSE = dataclasses.replace(SMALL, num_hidden_layers=2, first_k_dense_replace=2)
 EVERYTHING = OffloadConfig(
     optimizer_state=True, parameters=True, activations="layer_input,attention"
 )
@@ -39,10 +42,17 @@ ALONE, MESH = dict(), dict(fsdp=2, expert=2)
 
 
 def config_of(
-    offload: OffloadConfig, accumulation: int = 1, strategy: str = "full_shard", **mesh: int
+    offload: OffloadConfig,
+    accumulation: int = 1,
+    strategy: str = "full_shard",
+    model: ModelConfig = SMALL,
+    remat: str = "full",
+    **mesh: int,
 ) -> Config:
     config = dataclasses.replace(
-        variant(strategy, accumulation=accumulation, **mesh), model=SMALL, offload=offload
+        variant(strategy, accumulation=accumulation, remat=remat, **mesh),
+        model=model,
+        offload=offload,
     )
     validate(config)
     return config
@@ -69,18 +79,6 @@ def compiled(config: Config):
     )
 
 
-@functools.cache
-def fresh(model: ModelConfig) -> state.TrainState:
-    """A state as init_state makes it, held on the host."""
-    config = dataclasses.replace(config_of(EVERYTHING), model=model)
-    with jax.set_mesh(mesh_of(config)):
-        made = state.init_state(config, state.make_layout(config, mesh_of(config)))
-        assert kinds(made.params) == expected_kinds(made.params, True) and kinds(
-            made.opt_state
-        ) == expected_kinds(made.opt_state, False)
-    return jax.device_get(made)
-
-
 def kinds(tree) -> dict[str, str]:
     return {
         conversion.path_of(path): a.sharding.memory_kind
@@ -105,7 +103,7 @@ def run(config: Config) -> tuple[list[float], list[float], state.TrainState]:
     """(losses, gradient norms, last state) of STEPS steps from the same start."""
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):
-        s = jax.device_put(fresh(config.model), layout.shardings)
+        s = jax.device_put(drawn_state(config.model), layout.shardings)
         losses, norms = [], []
         for i in range(STEPS):
             s, m = train_step(s, put_batch(rows(i), config.micro_batch, mesh))
@@ -140,20 +138,29 @@ def test_the_numbers_stay(offload, mesh, accumulation):
         conversion.assert_close(a, b, 2e-5, conversion.path_of(path))
 
 
+def test_where_a_fresh_state_is():
+    # Few weights: each is a random generator to compile.
+    few = dataclasses.replace(STACK, q_lora_rank=None, n_shared_experts=0)
+    config = config_of(EVERYTHING, model=few)
+    with jax.set_mesh(mesh_of(config)):
+        made = state.init_state(config, state.make_layout(config, mesh_of(config)))
+    assert kinds(made.params) == expected_kinds(made.params, True)
+    assert kinds(made.opt_state) == expected_kinds(made.opt_state, False)
+
+
 @pytest.mark.parametrize(
-    "offload, layers",
+    "offload, options",
     [
         # What makes no difference to where a stack lies is left out, as it takes long to compile.
-        (OffloadConfig(optimizer_state=True), dict(num_hidden_layers=2, first_k_dense_replace=2)),
-        (EVERYTHING, {}),
+        (OffloadConfig(optimizer_state=True), dict(model=DENSE, remat="none")),
+        (EVERYTHING, dict(model=STACK)),
         pytest.param(OffloadConfig(optimizer_state=True), {}, marks=pytest.mark.slow),
+        pytest.param(EVERYTHING, {}, marks=pytest.mark.slow),
     ],
-    ids=["optimizer_state", "everything", "optimizer_state, with experts"],
+    ids=["optimizer_state", "everything", "optimizer_state, two stacks", "everything, two stacks"],
 )
-def test_where_the_state_is_after_a_step(offload, layers):
-    config = config_of(offload)
-    config = dataclasses.replace(config, model=dataclasses.replace(SMALL, **layers))
-    s = run(config)[2]
+def test_where_the_state_is_after_a_step(offload, options):
+    s = run(config_of(offload, **options))[2]
     assert kinds(s.opt_state) == expected_kinds(s.opt_state, False)
     assert kinds(s.params) == (
         expected_kinds(s.params, True)
@@ -161,7 +168,7 @@ def test_where_the_state_is_after_a_step(offload, layers):
         else dict.fromkeys(kinds(s.params), "device")
     )
     assert {*kinds(s.bias).values()} <= {"device"}
-    assert kinds(s.bias) or layers
+    assert kinds(s.bias) or options["model"] == DENSE
 
 
 @pytest.mark.slow
@@ -236,9 +243,9 @@ def test_activations_are_offloaded_by_name():
     assert kept("save:attention", "layer_input,mlp_hidden") == (2, 2)
 
 
-def matmuls(remat: str) -> int:
-    config = config_of(OffloadConfig())
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
+@functools.cache
+def matmuls(model: ModelConfig, remat: str) -> int:
+    config = config_of(OffloadConfig(), model=model, remat=remat)
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):
         return (
@@ -251,28 +258,29 @@ def matmuls(remat: str) -> int:
         )
 
 
+@pytest.mark.parametrize("model", [STACK, pytest.param(SMALL, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name, spared",
     [
-        ("mla_latent", 2),
+        pytest.param("mla_latent", 2, marks=pytest.mark.slow),
         ("attention", 2),
-        ("mlp_gate_up", 2),
+        pytest.param("mlp_gate_up", 2, marks=pytest.mark.slow),
         ("experts_hidden", len(cpu_grouped_matmul.BLOCKS_PER_PRODUCT)),
     ],
 )
-def test_what_a_kept_name_spares(name, spared):
+def test_what_a_kept_name_spares(name, spared, model):
     """Matmuls that backward does not do again, in the loops over dense and over MoE layers. Gate and up of
     the routed experts are one, in blocks of several sizes.
     """
-    loops = 1 if name == "experts_hidden" else 2
-    assert matmuls("full") - matmuls(f"save:{name}") == loops * spared
+    loops = 1 if name == "experts_hidden" or model == STACK else 2
+    assert matmuls(model, "full") - matmuls(model, f"save:{name}") == loops * spared
 
 
 def test_checkpoints(tmp_path):
     """Saved from the host's memory, restored into it bit by bit, on another mesh too; the run goes on as if
     it had not stopped.
     """
-    config = config_of(EVERYTHING)
+    config = config_of(EVERYTHING, model=STACK)
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):
         batch = put_batch(rows(7), config.micro_batch, mesh)
@@ -294,7 +302,7 @@ def test_checkpoints(tmp_path):
             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
         )
     for offload, axes in ((EVERYTHING, MESH), (OffloadConfig(), ALONE)):
-        elsewhere = config_of(offload, **axes)
+        elsewhere = config_of(offload, model=STACK, **axes)
         with jax.set_mesh(mesh_of(elsewhere)):
             wanted = state.make_layout(elsewhere, mesh_of(elsewhere)).abstract_sharded()
             tree, _ = checkpointer.restore(state.to_tree(wanted))
@@ -311,20 +319,22 @@ def test_checkpoints(tmp_path):
 
 
 def evaluate(layout):
-    return conversion.jit(step.make_eval_step(layout, objectives.make(config_of(EVERYTHING))))
+    return conversion.jit(
+        step.make_eval_step(layout, objectives.make(config_of(EVERYTHING, model=STACK)))
+    )
 
 
 def test_evaluation_reads_offloaded_parameters():
     (mesh, layout, _), (_, plain, _) = (
-        compiled(config_of(EVERYTHING)),
-        compiled(config_of(OffloadConfig())),
+        compiled(config_of(EVERYTHING, model=STACK)),
+        compiled(config_of(OffloadConfig(), model=STACK)),
     )
     with jax.set_mesh(mesh):
         batch = jax.tree.map(lambda a: a[0], put_batch(rows(0), 16, mesh))
         nll = [
             float(evaluate(placed)(s.params, s.bias, batch)["nll"])
             for placed in (layout, plain)
-            for s in [jax.device_put(fresh(SMALL), placed.shardings)]
+            for s in [jax.device_put(drawn_state(STACK), placed.shardings)]
         ]
     assert nll[0] == nll[1]
 

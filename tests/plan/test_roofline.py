@@ -1,8 +1,10 @@
 """`plan --roofline`: FLOPs of compiled steps beside the model's own, what it says, what it refuses."""
 
+import functools
 import json
 import lzma
 import unittest.mock
+from collections.abc import Callable
 
 import jax
 import pytest
@@ -23,6 +25,8 @@ TWO = (
     "--config.train.accumulation=1",
     "--config.train.sequence_length=64",  # one block of queries: attention meets all keys
 )
+# One stack: the stored program has the dense one as well.
+MOE_ALONE = "--config.model.first_k_dense_replace=0"
 
 
 COMPILED: dict[str, topology.PlannedStep] = {}
@@ -30,8 +34,11 @@ COMPILED: dict[str, topology.PlannedStep] = {}
 
 @pytest.fixture(autouse=True)
 def compiled_quickly(monkeypatch):
-    """As in test_plan.py; each config once."""
-    compile_step = topology.compile_step
+    """As in test_plan.py; each config once. Its instructions name their Python lines, which conftest.py
+    leaves out: by them a loop is known as that of further rounds."""
+    limit = "jax_traceback_in_locations_limit"
+    before, compile_step = getattr(jax.config, limit), topology.compile_step
+    jax.config.update(limit, 10)
 
     def quick(config, mesh, layout, options=None):
         if (key := str(config)) not in COMPILED:
@@ -40,6 +47,8 @@ def compiled_quickly(monkeypatch):
         return COMPILED[key]
 
     monkeypatch.setattr(topology, "compile_step", quick)
+    yield
+    jax.config.update(limit, before)
 
 
 def run(capsys, *argv: str) -> str:
@@ -47,6 +56,7 @@ def run(capsys, *argv: str) -> str:
     return capsys.readouterr().out
 
 
+@functools.cache
 def of_tiny(*argv: str) -> roofline.Planned:
     """configs/tiny.py on two devices, laid out."""
     _, config = options.read(options.Parser(), [TINY, *argv])
@@ -103,7 +113,7 @@ def check_flops(found: dict, planned: roofline.Planned, tolerance: float) -> Non
 
 @pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.slow)])
 def test_flops_of_a_step_are_the_models_and_what_is_known_to_come_on_top(remat, capsys):
-    argv = (*TWO[1:], f"--config.train.remat={remat}")
+    argv = (*TWO[1:], MOE_ALONE, f"--config.train.remat={remat}")
     found = json.loads(run(capsys, *ON_CPU, "--skew=0", "--json", "--devices=2", *argv))
     check_flops(found["roofline"], of_tiny(*argv), 1e-9)
 
@@ -115,15 +125,21 @@ def for_two_h200s() -> tuple[str, roofline.Planned]:
     return text, of_tiny(*TWO[1:], "--config.train.dtype=bfloat16", "--config.train.remat=full")
 
 
-def predicted(for_two_h200s, skew: str) -> dict:
-    """For the stored program. Its devices are no CPUs, which the mesh here is made of."""
+@pytest.fixture(scope="module")
+def predicted(for_two_h200s) -> Callable[[str], dict]:
+    """Of a skew, for the stored program. Its devices are no CPUs, which the mesh here is made of."""
     text, planned = for_two_h200s
-    with unittest.mock.patch.object(roofline, "is_gpu", lambda mesh: True):
-        return roofline.predict(text, planned, rates.speed_of("h200", ""), skew)
+
+    @functools.cache
+    def of(skew: str) -> dict:
+        with unittest.mock.patch.object(roofline, "is_gpu", lambda mesh: True):
+            return roofline.predict(text, planned, rates.speed_of("h200", ""), skew)
+
+    return of
 
 
-def test_a_program_for_gpus(for_two_h200s):
-    found = predicted(for_two_h200s, "0")
+def test_a_program_for_gpus(for_two_h200s, predicted):
+    found = predicted("0")
     # XLA pads one product of attention from 80 columns to 96: 0.6% of the part.
     check_flops(found, for_two_h200s[1], 1e-2)
     assert not found["not_known"]["kernels"] and not found["not_known"]["loops_counted_once"]
@@ -140,9 +156,9 @@ def test_a_program_for_gpus(for_two_h200s):
     assert all((ROOT / "deepseek_jax" / s.split(":")[0]).is_file() for s in sources), sources
 
 
-def test_a_further_round_makes_the_experts_products_again(for_two_h200s):
+def test_a_further_round_makes_the_experts_products_again(for_two_h200s, predicted):
     """Forward once, and backward with what it needs of forward: 3 + 2 + 6 of the 11 matrices' products."""
-    one, three = (predicted(for_two_h200s, skew) for skew in ("0", "1.6"))
+    one, three = (predicted(skew) for skew in ("0", "1.6"))
     assert three["derated"]["rounds"] == 2 and three["at_one_round"]["derated"] == one["derated"]
     more = {
         part: flops - one["flops_of_parts"][part]
@@ -154,7 +170,7 @@ def test_a_further_round_makes_the_experts_products_again(for_two_h200s):
 
 
 def test_what_it_says(capsys):
-    text = run(capsys, *ON_CPU, *TWO, "--skew=1.6", "--config.train.remat=auto")
+    text = run(capsys, *ON_CPU, *TWO, MOE_ALONE, "--skew=1.6", "--config.train.remat=auto")
     for said in (
         "remat auto: full, as on CPUs",
         "2 rounds of the dispatch at --skew=1.6: largest load 2.60 x the mean",
@@ -205,12 +221,12 @@ def test_what_gpu_aot_counts(for_two_h200s, capsys):
     assert "no further rounds in the program: holds in 1 of 3 programs" in check.summary()
 
 
-def test_beside_a_measured_step_stands_the_same_prediction(for_two_h200s):
+def test_beside_a_measured_step_stands_the_same_prediction(for_two_h200s, predicted):
     """What gpu_bench prints of a card whose rates are known, at the rounds that it took."""
     text, planned = for_two_h200s
     shape = dict(planned.mesh.shape)
     row = costs.predicted(text, shape, "NVIDIA H200", 512.0, 2)
-    found = predicted(for_two_h200s, "1.6")
+    found = predicted("1.6")
     assert row == {
         f"predicted_{kind}_s": pytest.approx(found[kind]["step_s"]) for kind in ("ideal", "derated")
     }

@@ -148,6 +148,28 @@ def initial_state(model: ModelConfig = MODEL, lora: LoraConfig = NO_LORA) -> sta
     return start._replace(params=jax.tree.map(filled, start.params))
 
 
+@functools.cache
+def drawn_state(model: ModelConfig) -> state.TrainState:
+    """Weights distributed as those of `initial_state`, but drawn by NumPy: for tests of a model of their
+    own, of which the creation would take as long to compile as a forward pass."""
+    config = dataclasses.replace(variant(), model=model)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        abstract = state.make_layout(config, mesh).abstract
+    rng = np.random.default_rng(0)
+
+    def drawn(path, a) -> np.ndarray:
+        *_, module, name = ("", *conversion.path_of(path).split("/"))
+        if name == "bias":
+            return np.zeros(a.shape, a.dtype)
+        if module.endswith("norm"):
+            return np.ones(a.shape, a.dtype)
+        return (rng.standard_normal(a.shape) * model.initializer_range).astype(a.dtype)
+
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)
+    return zeros._replace(params=jax.tree_util.tree_map_with_path(drawn, abstract.params))
+
+
 def keeping_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer, with the last gradients as the first part of its state."""
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)

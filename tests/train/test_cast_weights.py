@@ -86,7 +86,7 @@ class Small:
         self.batch = put_batch(invariance.rows(0), config.micro_batch, self.mesh)
 
     def gradients(self, *parts: range) -> list[dict[str, np.ndarray]]:
-        """Of these micro-batches of the batch, by parameter, in float64."""
+        """Of these micro-batches of the batch, the others being padding, by parameter, in float64."""
         learner = Learner(self.config, self.layout, self.objective)
 
         @functools.partial(jax.jit, compiler_options=EXACT)
@@ -100,8 +100,16 @@ class Small:
             return {conversion.path_of(p): np.asarray(g, np.float64) for p, g in leaves}
 
         with jax.set_mesh(self.mesh):
-            some = [jax.tree.map(lambda a, p=p: a[p.start : p.stop], self.batch) for p in parts]
-            return [by_name(of_some(self.state, self.batch, part)) for part in some]
+            found = []
+            for part in parts:
+                rows = invariance.rows(0)
+                size = self.config.micro_batch
+                away = np.isin(np.arange(len(rows["tokens"])) // size, part, invert=True)
+                for name, padding in (("segment_ids", 0), ("targets", -100), ("next_tokens", -1)):
+                    rows[name][away] = padding
+                some = put_batch(rows, size, self.mesh)
+                found.append(by_name(of_some(self.state, self.batch, some)))
+            return found
 
 
 def cast_in_use(monkeypatch) -> None:
@@ -138,8 +146,11 @@ def test_what_is_cast_is_used_in_the_compute_dtype(model):
 
     def rounded(params, which):
         def one(path, v):
-            w = v.get_value()
-            return v.replace(w.astype(jnp.bfloat16).astype(jnp.float32)) if which(path, v) else v
+            if not which(path, v):
+                return v
+            w = v.get_value()  # by NumPy: no program for each shape
+            on_host = np.asarray(w).astype(jnp.bfloat16).astype(np.float32)
+            return v.replace(jax.device_put(on_host, w.sharding))
 
         return nnx.from_flat_state([(p, one(p, v)) for p, v in nnx.to_flat_state(params)])
 

@@ -156,7 +156,7 @@ def theirs_of(model, rows: dict[str, np.ndarray]) -> np.ndarray:
     return out
 
 
-def test_scores_are_of_the_models_own_router(tmp_path, capsys):
+def test_scores_are_of_the_models_own_router(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "model"
     folder.mkdir()
     theirs = evaluation.write_model(folder)
@@ -166,6 +166,13 @@ def test_scores_are_of_the_models_own_router(tmp_path, capsys):
     )
     out = str(tmp_path / "experts.json")
     args = ["score", str(folder), f"--data={data}", f"--out={out}", "--dtype=float32"]
+    usage, found = scores.usage, []
+
+    def recorded(*args):
+        found.append(usage(*args))
+        return found[-1]
+
+    monkeypatch.setattr(scores, "usage", recorded)
     assert command.main([*args, "--sequence-length=48", "--tokens=0", "--batch-size=3"]) == 0
     assert "experts" in capsys.readouterr().out
     table = json.loads(pathlib.Path(out).read_text())
@@ -178,7 +185,7 @@ def test_scores_are_of_the_models_own_router(tmp_path, capsys):
     )
     batches = list(scores.packed(config, tokenizer, 0, 2))
     weights, choices = sum(theirs_of(theirs, rows) for rows in batches)
-    used = scores.usage(model, batches)
+    (used,) = found
     # norm_topk_prob is False there: weights are the probabilities themselves.
     np.testing.assert_allclose(used.weights_LE[0], weights, rtol=1e-5)
     np.testing.assert_array_equal(used.choices_LE[0], choices)

@@ -1,6 +1,7 @@
 """train.remat=auto: what is kept by the memory of a device, beside what compiled steps keep."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -26,14 +27,18 @@ def of(**options) -> Config:
     return dataclasses.replace(config_of(**{"dtype": "bfloat16"} | options), model=MODEL)
 
 
-def sizes(config: Config) -> kept.Sizes:
+@functools.cache
+def laid_out(config: Config) -> tuple[jax.sharding.Mesh, state.Layout]:
     mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
-    return kept.sizes_of(config, mesh, state.make_layout(config, mesh))
+    return mesh, state.make_layout(config, mesh)
+
+
+def sizes(config: Config) -> kept.Sizes:
+    return kept.sizes_of(config, *laid_out(config))
 
 
 def chosen(config: Config, room: int | None, beside: int = 0) -> tuple[str, str]:
-    mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
-    found, said = kept.chosen(config, mesh, state.make_layout(config, mesh), room, beside)
+    found, said = kept.chosen(config, *laid_out(config), room, beside)
     assert dataclasses.replace(found, train=config.train) == config
     return found.train.remat, said
 
