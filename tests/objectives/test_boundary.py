@@ -53,8 +53,8 @@ def config_of(accumulation: int = 1, offload: bool = False, model=MODEL, **mesh)
 class Everything:
     """Weighted cross-entropy, divergence from a frozen model, log-probabilities times advantages, taps."""
 
-    taps = ("router_scores", "hidden")
-    frozen_taps = ("hidden",)
+    taps: tuple[str, ...] = ("router_scores", "hidden")
+    frozen_taps: tuple[str, ...] = ("hidden",)
     fields = fields.TEXT | {
         "loss_weight": Field(np.float32),
         "channel": Field(np.float32, trailing=(K,)),
@@ -146,7 +146,8 @@ class Everything:
 class Divergence(Everything):
     """That from the frozen model alone."""
 
-    taps = frozen_taps = ()
+    taps = ()
+    frozen_taps = ()
 
     def loss(self, model, out, batch, totals, frozen_out):
         kl = self.divergence(model, out, batch, frozen_out) / totals["tokens"]
@@ -320,7 +321,7 @@ def test_a_batch_of_the_wrong_shape_is_an_error():
 AHEAD = dataclasses.replace(MODEL, num_nextn_predict_layers=1)
 
 
-def forward_of(targets_of_rows: list[np.ndarray], **axes: int) -> list[list[np.ndarray]]:
+def forward_of(targets_of_rows: list[np.ndarray], **axes: Any) -> list[list[np.ndarray]]:
     """(hidden states, those of the layer that predicts ahead, its cross-entropy, numbers of tokens of
     experts) of rows(0) with each of these targets."""
     config = config_of(model=AHEAD, **axes)
