@@ -110,6 +110,8 @@ def main(argv: list[str]) -> int:
         with _waiting(
             f"compiling the train step for {own.devices} x {hardware.name}", quiet=own.json
         ):
+            if speed:
+                roofline.keep_source_lines()
             step = topology.compile_step(config, mesh, layout)
         result["program"] = report.of_program(step, mesh, hardware, teacher)
         if speed:

@@ -21,6 +21,7 @@ from deepseek_jax.plan.timeline import Cost, Program, Spent, Timeline, described
 from deepseek_jax.train.state import Layout
 
 LARGEST = 10
+FRAMES = 10  # of Python, that JAX keeps of an instruction by default
 ASSUMED = (
     "a kernel takes the longest of its FLOPs at their rate and its bytes at the memory's, and a launch",
     "every operand is read once: nothing is left in a cache by the kernel before, nothing is read twice",
@@ -41,6 +42,15 @@ class Planned(NamedTuple):
     mesh: jax.sharding.Mesh
     layout: Layout
     gpus_per_host: int = 8
+
+
+def keep_source_lines() -> None:
+    """Has JAX write into programs which Python lines made an instruction. Loops of further rounds are known
+    by them, and a variable of the environment may have turned them off.
+    """
+    limit = "jax_traceback_in_locations_limit"
+    if 0 <= getattr(jax.config, limit) < FRAMES:  # below 0: all frames
+        jax.config.update(limit, FRAMES)
 
 
 def predict(text: str, planned: Planned, speed: Speed, skew: str = "zipf") -> dict[str, Any]:

@@ -29,16 +29,16 @@ TWO = (
 MOE_ALONE = "--config.model.first_k_dense_replace=0"
 
 
+LIMIT = "jax_traceback_in_locations_limit"
 COMPILED: dict[str, topology.PlannedStep] = {}
 
 
 @pytest.fixture(autouse=True)
 def compiled_quickly(monkeypatch):
     """As in test_plan.py; each config once. Its instructions name their Python lines, which conftest.py
-    leaves out: by them a loop is known as that of further rounds."""
-    limit = "jax_traceback_in_locations_limit"
-    before, compile_step = getattr(jax.config, limit), topology.compile_step
-    jax.config.update(limit, 10)
+    leaves out."""
+    before, compile_step = getattr(jax.config, LIMIT), topology.compile_step
+    roofline.keep_source_lines()
 
     def quick(config, mesh, layout, options=None):
         if (key := str(config)) not in COMPILED:
@@ -48,7 +48,7 @@ def compiled_quickly(monkeypatch):
 
     monkeypatch.setattr(topology, "compile_step", quick)
     yield
-    jax.config.update(limit, before)
+    jax.config.update(LIMIT, before)
 
 
 def run(capsys, *argv: str) -> str:
@@ -170,6 +170,8 @@ def test_a_further_round_makes_the_experts_products_again(for_two_h200s, predict
 
 
 def test_what_it_says(capsys):
+    """Also where the environment has turned the lines of programs off."""
+    jax.config.update(LIMIT, 0)
     text = run(capsys, *ON_CPU, *TWO, MOE_ALONE, "--skew=1.6", "--config.train.remat=auto")
     for said in (
         "remat auto: full, as on CPUs",
@@ -182,6 +184,7 @@ def test_what_it_says(capsys):
         "given by --rates",
     ):
         assert said in text, said
+    assert getattr(jax.config, LIMIT) == roofline.FRAMES
 
 
 MISTAKES = [
