@@ -264,6 +264,7 @@ def test_methods_of_moe_agree(load):
         assert all(seconds > 0 for seconds in moe.least_of(built["ours"], runs=1).values())
 
 
+@pytest.mark.slow
 def test_vocabulary():
     """Both losses and their gradients agree (`measure` raises where they do not), and only the
     plain one holds the logits of all tokens."""

@@ -244,7 +244,8 @@ def test_mosaic_products():
 
 
 # --- the layer ---
-@pytest.mark.parametrize("implementation", ["auto", pytest.param("rounds", marks=SLOW)])
+@SLOW  # gradients of what travels in fp8, in the fast set, are of the same products
+@pytest.mark.parametrize("implementation", ["auto", "rounds"])
 def test_the_layer(implementation):
     """One device: grouped products, and rounds of which there are several. Outputs and all gradients point
     where those without FP8 point, to a cosine of 0.99."""

@@ -93,7 +93,7 @@ class Inside(Pretraining):
         placed = place_model(self.teacher, mesh, jnp.float32)
 
         def load() -> ModelWeights:
-            s = invariance.initial_state(TEACHER)
+            s = invariance.drawn_state(TEACHER)
             return jax.device_put(ModelWeights(s.params, s.bias), placed.shardings)
 
         return FEATURES.ask(Frozen(placed, load), config_of().seed)
@@ -146,7 +146,7 @@ class Job:
 
     def start(self) -> state.TrainState:
         """From the same weights on every mesh, which the host has."""
-        fresh = invariance.initial_state(self.config.model)
+        fresh = invariance.drawn_state(self.config.model)
         abstract = self.layout.abstract
         zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract.opt_state)
         residual = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract.residual)

@@ -5,6 +5,7 @@ s, metrics = t.run(t.start(), 5)
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,10 +80,17 @@ def config_of(
 
 
 class Trainer:
-    """A compiled step of one config, and its state from the weights that all of these tests begin with."""
+    """A compiled step of one config, and its state from the weights that all of these tests begin with, or
+    from those that `weights` makes of the model."""
 
-    def __init__(self, config: Config, objective: objectives.Objective | None = None):
+    def __init__(
+        self,
+        config: Config,
+        objective: objectives.Objective | None = None,
+        weights: Callable[[ModelConfig], state.TrainState] = invariance.initial_state,
+    ):
         self.config = config
+        self._weights = weights
         self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
         self.objective = objective or objectives.make(config)
         with jax.set_mesh(self.mesh):
@@ -100,7 +108,7 @@ class Trainer:
 
     def start(self) -> state.TrainState:
         with jax.set_mesh(self.mesh):
-            same = invariance.initial_state(TINY)._replace(opt_state=self.layout.abstract.opt_state)
+            same = self._weights(TINY)._replace(opt_state=self.layout.abstract.opt_state)
 
             def zeros(tree):
                 return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), tree)

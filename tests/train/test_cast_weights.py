@@ -230,7 +230,7 @@ def test_losses_of_whole_steps(monkeypatch, options):
     config = of(**options)
     found = []
     for _ in range(2):
-        t = Trainer(config)
+        t = Trainer(config, weights=invariance.drawn_state)
         found.append(losses_of(t.run(t.start(), 4)[1]))
         cast_in_use(monkeypatch)
     assert np.abs(found[0] / found[1] - 1).max() < 0.01, found
