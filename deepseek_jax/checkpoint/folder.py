@@ -9,6 +9,7 @@ written last and deleted first.
 import os
 import shutil
 import tempfile
+import time
 
 import fsspec
 from etils import epath
@@ -103,7 +104,7 @@ class Folder:
             if draft.exists():
                 draft.rmtree()
         else:
-            shutil.rmtree(draft, ignore_errors=True)
+            _remove(draft)
 
     def delete(self, step: int) -> None:
         """Deletes a checkpoint, in an order that never leaves a part of it under its name."""
@@ -112,9 +113,9 @@ class Folder:
             self.at(step).rmtree()
             return
         trash = self.path / f"{step}.old{_TMP}"
-        shutil.rmtree(trash, ignore_errors=True)
+        _remove(trash)
         os.rename(self.at(step), trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        _remove(trash)
 
     def put_aside(self, step: int) -> str:
         """Renames a damaged checkpoint, so that it no longer counts; returns its new name."""
@@ -154,7 +155,18 @@ class Folder:
         for name in [] if self.remote else os.listdir(self.path):
             ours = (name.endswith(_TMP) or _OLD_TMP in name) and is_step(name.partition(".")[0])
             if ours and not self._is_foreign(name):
-                shutil.rmtree(self.path / name, ignore_errors=True)
+                _remove(self.path / name)
+
+
+def _remove(folder: epath.Path) -> None:
+    """Deletes a folder, if it can be. After a failed save TensorStore's threads still end what they had
+    begun: a file that one of them made since the folder was listed would let it stay, on a full disk.
+    """
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _move(old: str, new: str) -> None:

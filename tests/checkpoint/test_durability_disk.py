@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.checkpoint import checkpoint, integrity, kinds, manifest
+from deepseek_jax.checkpoint import checkpoint, folder, integrity, kinds, manifest
 from deepseek_jax.checkpoint.checkpoint import SaveFailed
 from tests.support.checkpoints import (
     KINDS,
@@ -157,3 +157,20 @@ def test_a_disk_that_is_really_full(tmp_path, kind):
             c.close()
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_late_writer_leaves_no_draft(tmp_path, monkeypatch):
+    """A thread that still writes makes a file between the listing of a folder and its deletion."""
+    checkpoints, late = folder.Folder(str(tmp_path), read_only=False), ["a", "b"]
+    checkpoints.begin(2)
+    (tmp_path / "2.tmp" / "state").mkdir()
+    rmdir = os.rmdir
+
+    def written_to(path, *args, **options):
+        if late and os.path.basename(path) == "state":
+            (tmp_path / "2.tmp" / "state" / late.pop()).touch()
+        rmdir(path, *args, **options)
+
+    monkeypatch.setattr(os, "rmdir", written_to)
+    checkpoints.discard(2)
+    assert not late and not os.listdir(tmp_path)
