@@ -66,7 +66,7 @@ test: $(TEST_STAMP) ## run the tests
 test-fast: $(FAST_STAMP) ## run a share of them in three minutes, without torch and transformers (PYTHON=python3.13 VENV=.venv-3.13)
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(FAST) $(ARGS)
 
-test-slow: $(TEST_STAMP) $(if $(ARGS),,test-ray) ## run the tests that `make test` leaves out: whole runs, further meshes, combinations, Ray (an hour)
+test-slow: $(TEST_STAMP) $(if $(ARGS),,test-ray) ## run the tests that `make test` leaves out: whole runs, further meshes, combinations, Ray (two hours)
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'slow and not ray' $(ARGS)
 
 test-ray: $(RAY)/.installed ## train on Ray and into a bucket of S3, both on this host (5 minutes)
