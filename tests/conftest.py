@@ -55,8 +55,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax  # noqa: E402  it reads the environment when it is imported
 
 from deepseek_jax.runtime.threads import enough_threads  # noqa: E402  as JAX
+from tests.support.quick import compile_quickly  # noqa: E402
 
 enough_threads(8)
+compile_quickly()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -114,7 +114,7 @@ def test_logits_and_gradients_are_those_of_the_formula_in_float64(name, request)
     batch = {k: a.astype(np.int32) for k, a in conversion.batch_of(IDS).items()}
     with jax.set_mesh(loaded.mesh):
 
-        @conversion.jit
+        @jax.jit
         def gradients(params, bias, batch):
             def loss_of(params):
                 net = conversion.Recorder(loaded.layout.merge(params, bias))

@@ -203,7 +203,7 @@ def test_mean_outputs_are_those_of_every_expert_on_every_token(tmp_path):
 
         with jax.set_mesh(model.mesh):
             placed = {k: jax.device_put(a, jax.P(BATCH_AXES)) for k, a in batch.items()}
-            found = np.asarray(conversion.jit(taps)(model.params, model.bias, placed))
+            found = np.asarray(jax.jit(taps)(model.params, model.bias, placed))
         conversion.assert_close(found[0], np.stack(wanted), 1e-5, str(mesh))
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -329,6 +330,8 @@ def test_the_command_killed_20_times(config, on_text, tmp_path):
     """The program as a user runs it, killed at random instants after it has written something: the bytes of
     one that nobody disturbed. Then verify and show.
     """
+    text = tmp_path / "text.jsonl"  # long enough that work is left after 20 rounds of it
+    text.write_bytes(Path(on_text.data.path).read_bytes() * 6)
 
     def command(out, *more: str) -> list[str]:
         return [
@@ -336,7 +339,7 @@ def test_the_command_killed_20_times(config, on_text, tmp_path):
             f"--teacher={config.distill.teacher}",
             f"--out={out}",
             *("--top-k=4", "--temperatures=2", "--rows-per-shard=1"),
-            f"--config.data.path={on_text.data.path}",
+            f"--config.data.path={text}",
             f"--config.data.tokenizer={config.data.tokenizer}",
             *("--config.model.vocab_size=320", "--config.train.sequence_length=16"),
             *("--config.train.dtype=float32", "--config.mesh.fsdp=1", *more),

@@ -63,7 +63,7 @@ def test_the_likeliest_words_of_a_sharded_vocabulary(mesh, top, words, monkeypat
             scales = jnp.float32(TEMPERATURES)
             return head.scan_vocab_top(hidden, head.Head(one, tied=False), top, words, scales)
 
-        found = conversion.jit(run)(conversion.put(hidden), weight)
+        found = jax.jit(run)(conversion.put(hidden), weight)
     ids, values, lse = expected(hidden @ kernel, top, words)
     np.testing.assert_array_equal(found[0], ids)
     np.testing.assert_array_equal(found[1], values)

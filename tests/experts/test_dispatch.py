@@ -216,7 +216,7 @@ def objective(shape: Shape, remat=None):
 
 @functools.cache
 def compiled(shape: Shape):
-    return conversion.jit(jax.value_and_grad(objective(shape), argnums=(0, 1, 3, 4), has_aux=True))
+    return jax.jit(jax.value_and_grad(objective(shape), argnums=(0, 1, 3, 4), has_aux=True))
 
 
 def numbers(shape: Shape, seed: int):
@@ -561,7 +561,7 @@ def layer_on(mesh: str, moe: MoeConfig):
     def layer(params, biases, x, valid):
         return nnx.merge(graphdef, params, biases)(x, valid)
 
-    return config, conversion.jit(layer)
+    return config, jax.jit(layer)
 
 
 def run_layer(mesh: str, moe: MoeConfig, weights, bias, x_BSD, valid_BS):

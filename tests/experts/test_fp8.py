@@ -207,7 +207,7 @@ def test_products(method):
     )
     weight_GIO = rng.standard_normal((len(counts), inner, outer)).astype(np.float32)
 
-    @conversion.jit
+    @jax.jit
     def run(left, right, weight):
         return (
             products.multiply(left, weight),
@@ -299,7 +299,7 @@ def test_tokens_in_fp8():
         args = x, weight, chosen.astype(np.int32), gate_up, down, c
         specs = *plain.specs(shape), P(BATCH_AXES)
         args = [jax.device_put(a, spec) for a, spec in zip(args, specs, strict=True)]
-        _, (y, _) = conversion.jit(plain.objective(shape))(*args)
+        _, (y, _) = jax.jit(plain.objective(shape))(*args)
     np.testing.assert_array_equal(found[0], y)
 
 

@@ -113,7 +113,7 @@ def products_of(method: GroupedMatmul, dtype, counts, inner, outer):
     nowhere = jnp.zeros(0, jnp.int32)
     blocks = Blocks(jnp.asarray(expert_N, jnp.int32), jnp.asarray(first_G1, jnp.int32))
 
-    @conversion.jit
+    @jax.jit
     def run(left, right, weight):
         products = method.products(BlockRows(nowhere, nowhere, blocks))
         return (
@@ -252,7 +252,7 @@ def test_low_rank_factors(expert):
                 return jnp.sum(y * placed_c), y
 
             gradient = jax.value_and_grad(loss, argnums=tuple(range(8)), has_aux=True)
-            (_, y), grads = conversion.jit(gradient)(*placed)
+            (_, y), grads = jax.jit(gradient)(*placed)
             found.append([np.asarray(a) for a in (y, *grads)])
     for ours, theirs in zip(*found, strict=True):
         conversion.assert_close(ours, theirs.astype(np.float64), 1e-5)

@@ -106,7 +106,7 @@ def test_logits_experts_loss_and_every_gradient(variant, folder_of, monkeypatch)
     batch = {k: a.astype(np.int32) for k, a in conversion.batch_of(ids).items()}
     with jax.set_mesh(model.mesh), chosen_experts(monkeypatch) as seen:
 
-        @conversion.jit
+        @jax.jit
         def run(params, bias, batch):
             def loss_of(params):
                 net = conversion.Recorder(model.layout.merge(params, bias))

@@ -6,7 +6,6 @@ import pytest
 
 from deepseek_jax import hf
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference.generation import programs
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -79,11 +78,6 @@ SLOW = (
     "deepseek_v3, rope 2, halves",
     "glm4_moe, one head, 2 of 4 rotated",
 )
-
-
-@pytest.fixture(autouse=True)
-def compiled_quickly(monkeypatch):
-    monkeypatch.setattr(programs, "jit", conversion.jit)
 
 
 def saved(name, folder):

@@ -20,7 +20,6 @@ from deepseek_jax.inference.evaluation import choices, perplexity, scorer
 from deepseek_jax.inference.evaluation.scorer import Scorer, windows
 from deepseek_jax.run import importer
 from deepseek_jax.train.state import to_tree
-from tests.support import conversion
 from tests.support.evaluation import log_p, write_tokenizer
 
 RTOL = (
@@ -45,15 +44,15 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Programs compile quickly, and once for all that are of the same model."""
+def compiled_once():
+    """Programs, for all that are of the same model."""
     with pytest.MonkeyPatch.context() as m:
         program, compiled = scorer._program, {}
 
         def once(layout):
             graphdef = layout.inference_graphdef
             if graphdef not in compiled:
-                compiled[graphdef] = conversion.jit(program(layout).__wrapped__)
+                compiled[graphdef] = program(layout)
             return compiled[graphdef]
 
         m.setattr(scorer, "_program", once)

@@ -13,7 +13,7 @@ import torch
 from deepseek_jax import hf
 from deepseek_jax.errors import UserError
 from deepseek_jax.experts import cpu_unstacked
-from deepseek_jax.inference.generation import cache_sizes, programs
+from deepseek_jax.inference.generation import cache_sizes
 from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.inference.generation.sampling import Sampling
@@ -34,11 +34,6 @@ VARIANTS = (
     "qwen3_moe-nonorm",
 )
 MTP = "deepseek_v3-mtp"
-
-
-@pytest.fixture(autouse=True)
-def compiled_quickly(monkeypatch):
-    monkeypatch.setattr(programs, "jit", conversion.jit)
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +165,7 @@ def mtp(folder_of):
     tokens, so that some drafts are right."""
     _, folder = folder_of(MTP)
     model = hf.load(folder)
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(programs, "jit", conversion.jit)
-        return folder, Engine(placed(model), vocab=4)
+    return folder, Engine(placed(model), vocab=4)
 
 
 SAMPLED = Sampling(0.9, 3, 0.95, seed=3)
@@ -276,7 +269,7 @@ def test_unstacked_experts(tokens):
         cpu_unstacked.UnstackedExperts(tuple(jnp.asarray(w, jnp.float32) for w in a))
         for a in (gate_up, down)
     ]
-    found = conversion.jit(cpu_unstacked.compute)(
+    found = jax.jit(cpu_unstacked.compute)(
         jnp.asarray(x, jnp.float32),
         jnp.asarray(weight, jnp.float32),
         jnp.asarray(expert, jnp.int32),

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,10 +16,9 @@ from deepseek_jax import generate
 from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.encoder import Encoder
 from deepseek_jax.data.tokenizer import ByteTokenizer
-from deepseek_jax.inference.generation import answers, programs, sampling, text
+from deepseek_jax.inference.generation import answers, sampling, text
 from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.run import importer
-from tests.support import conversion
 from tests.support import hf_families as families
 
 
@@ -37,8 +37,7 @@ def engine_again():
 
 
 @pytest.fixture(autouse=True)
-def compiled_quickly(monkeypatch, engine_again):
-    monkeypatch.setattr(programs, "jit", conversion.jit)
+def compiled_once(monkeypatch, engine_again):
     monkeypatch.setattr(generate, "Engine", engine_again)
     monkeypatch.setattr(generate.compile_cache, "use_cache", lambda *_, **__: "")
 
@@ -46,7 +45,7 @@ def compiled_quickly(monkeypatch, engine_again):
 DRAWS = 20_000
 
 
-@conversion.jit
+@jax.jit
 def drawn(logits_V, drawing):
     """-> (tokens [DRAWS], the logits that they may be drawn from)."""
     logits_BSV = jnp.broadcast_to(logits_V, (1, DRAWS, len(logits_V)))

@@ -16,8 +16,7 @@ import pytest
 import transformers
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference.evaluation import scorer
-from tests.support import conversion, lm_eval_stub
+from tests.support import lm_eval_stub
 from tests.support.evaluation import log_p
 
 
@@ -29,8 +28,6 @@ def request(*arguments):
 def adapter(made):
     with pytest.MonkeyPatch.context() as m:
         lm_eval_stub.install(m)
-        program = scorer._program
-        m.setattr(scorer, "_program", lambda layout: conversion.jit(program(layout).__wrapped__))
         m.delitem(sys.modules, "deepseek_jax.inference.lm_eval", raising=False)
         module = importlib.import_module("deepseek_jax.inference.lm_eval")
         yield (

@@ -16,13 +16,13 @@ import pytest
 from deepseek_jax import generate
 from deepseek_jax.data.conversations import find_format, normalise
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference.generation import answers, programs, samples
+from deepseek_jax.inference.generation import answers, samples
 from deepseek_jax.inference.generation import prompts as prompts_
 from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.inference.opener import open_model, parse_mesh
-from tests.support import ROOT, chat_folders, conversion, hf_folders
+from tests.support import ROOT, chat_folders, hf_folders
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
+def without_a_cache():
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(programs, "jit", conversion.jit)
         m.setattr(generate.compile_cache, "use_cache", lambda *_, **__: "")
         yield
 

@@ -19,11 +19,11 @@ from deepseek_jax.checkpoint.checkpoint import Checkpointer
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.config.options import Config, TrainConfig
 from deepseek_jax.inference import opener
-from deepseek_jax.inference.evaluation import measurement, perplexity, scorer, watch
+from deepseek_jax.inference.evaluation import measurement, perplexity, watch
 from deepseek_jax.inference.evaluation.scorer import Scorer
 from deepseek_jax.run import importer
 from deepseek_jax.train.state import to_tree
-from tests.support import ROOT, conversion
+from tests.support import ROOT
 
 STEPS = (2, 4, 6)
 # Puts whole checkpoints into a run's folder as a run does, by rename, and deletes old ones.
@@ -42,11 +42,7 @@ for step in sorted(map(int, os.listdir(source))):
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    program = scorer._program
-    monkeypatch.setattr(
-        scorer, "_program", lambda layout: conversion.jit(program(layout).__wrapped__)
-    )
+def without_a_cache(monkeypatch):
     monkeypatch.setattr(evaluate.compile_cache, "use_cache", lambda *_, **__: None)
 
 

@@ -82,7 +82,7 @@ QUICK = ("one block", "two heads at a time")
 def test_results_and_gradients(sizes, monkeypatch):
     monkeypatch.setattr(causal, "_sizes", lambda length: blockwise.Sizes(*SIZES[sizes]))
     arrays = inputs()
-    actual = conversion.jit(ours())(*arrays, jnp.asarray(SEGMENTS))
+    actual = jax.jit(ours())(*arrays, jnp.asarray(SEGMENTS))
     for name, a, expected in zip(
         ("out", "dq", "dk", "dv"), actual, reference(*arrays), strict=True
     ):
@@ -92,7 +92,7 @@ def test_results_and_gradients(sizes, monkeypatch):
 def test_bfloat16(monkeypatch):
     monkeypatch.setattr(causal, "_sizes", lambda length: blockwise.Sizes(16, 16 * S * 4))
     arrays = inputs(jnp.bfloat16)
-    actual = conversion.jit(ours())(*arrays, jnp.asarray(SEGMENTS))
+    actual = jax.jit(ours())(*arrays, jnp.asarray(SEGMENTS))
     for name, a, expected in zip(
         ("out", "dq", "dk", "dv"), actual, reference(*arrays), strict=True
     ):
@@ -111,9 +111,7 @@ def test_on_a_mesh(monkeypatch):
     with jax.set_mesh(make_mesh(config)):
         layout = P(BATCH_AXES, None, "tensor", None)
         arrays = [jax.device_put(np.asarray(a), layout) for a in inputs()]
-        program = (
-            conversion.jit(ours()).lower(*arrays, jax.device_put(SEGMENTS, P(BATCH_AXES))).compile()
-        )
+        program = jax.jit(ours()).lower(*arrays, jax.device_put(SEGMENTS, P(BATCH_AXES))).compile()
         actual = program(*arrays, jax.device_put(SEGMENTS, P(BATCH_AXES)))
     assert not any(
         name in program.as_text()
@@ -157,13 +155,7 @@ def test_memory_is_linear_in_the_length(levels, monkeypatch):
             )
 
         segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        return (
-            conversion.jit(f)
-            .lower(q, q, v, v, segments)
-            .compile()
-            .memory_analysis()
-            .temp_size_in_bytes
-        )
+        return jax.jit(f).lower(q, q, v, v, segments).compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporaries(4096), temporaries(8192)
     assert long <= 1.1 * 2 * short

@@ -137,7 +137,7 @@ def compute(method: FusedAttention, case: Case, *arrays: jax.Array) -> tuple[jax
         )
         return (*results, *back((dout, dlse)))
 
-    return conversion.jit(f)(*arrays)
+    return jax.jit(f)(*arrays)
 
 
 def check(method: FusedAttention, case: Case, dtype: Any, tolerance: float) -> None:
@@ -183,7 +183,7 @@ def test_parts_of_the_keys():
     *arrays, dlse = inputs(case, jnp.float32)
     half = case.keys.segment.shape[1] // 2
 
-    @conversion.jit
+    @jax.jit
     def by_halves(q, k, v, dout):
         def f(q, k, v):
             parts = []
@@ -213,7 +213,7 @@ def test_ranges(name):
     follow one another."""
     case = CASES[name]
 
-    @conversion.jit
+    @jax.jit
     def of_ids(queries, keys):
         packed = (
             visible_blocks.packed(queries, 16, BEFORE_ALL),
@@ -249,7 +249,7 @@ def test_ranges(name):
 def test_other_documents_are_skipped():
     """32 documents of 128 tokens in blocks of 128: one block each, where all earlier ones would be 528."""
 
-    @conversion.jit
+    @jax.jit
     def of_row(row):
         packed = visible_blocks.packed(row, 128, BEFORE_ALL)
         return visible_blocks.ranges(packed, packed, 128, 128)
@@ -289,7 +289,7 @@ def test_as_the_model_calls_it(mesh):
         return (out, *back(dout))
 
     if mesh is None:
-        found = conversion.jit(f)(*arrays, case.queries.segment)
+        found = jax.jit(f)(*arrays, case.queries.segment)
     else:
         model = ModelConfig(num_attention_heads=4, n_routed_experts=4)
         config = Config(model=model, mesh=MeshConfig(**mesh))
@@ -297,7 +297,7 @@ def test_as_the_model_calls_it(mesh):
         with jax.set_mesh(make_mesh(config)), interpreted.kernels():
             placed = [jax.device_put(np.asarray(a), layout) for a in arrays]
             segments = jax.device_put(np.asarray(case.queries.segment), P(BATCH_AXES))
-            program = conversion.jit(f).lower(*placed, segments).compile()
+            program = jax.jit(f).lower(*placed, segments).compile()
             found = program(*placed, segments)
         assert all(a.sharding.spec == layout for a in found)
         kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute")

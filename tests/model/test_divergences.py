@@ -46,7 +46,7 @@ def program(function, has_teacher: bool):
         each = head.scan_vocab(function, z_BSV, one, *inputs, frozen=frozen)
         return each, jax.grad(total)(z_BSV)
 
-    return conversion.jit(run)
+    return jax.jit(run)
 
 
 def walk(function, student_BSV, *inputs, teacher=None):

@@ -186,7 +186,7 @@ def test_functions_of_the_head(mesh, chunk, tied, monkeypatch):
             return jax.device_put(jnp.float32(kernel_DV.T if tied else kernel_DV), spec)
 
         on_mesh = {k: conversion.put(v) for k, v in a.items() if "kernel" not in k}
-        each, sums, of_sums, of_sines = conversion.jit(run)(
+        each, sums, of_sums, of_sines = jax.jit(run)(
             on_mesh, put(a["kernel"]), put(a["teacher_kernel"])
         )
     values, plain_sums, plain_sines = expected()
@@ -213,7 +213,7 @@ def test_the_logit_of_a_target():
 
     with jax.set_mesh(make_mesh(config, jax.devices()[:2])):
         specs = jax.P(None, "tensor"), jax.P()
-        f = conversion.jit(per_device(one_device, specs, (jax.P(), jax.P())))
+        f = jax.jit(per_device(one_device, specs, (jax.P(), jax.P())))
         nll, likeliest = f(jax.device_put(jnp.float32(logits), specs[0]), ids)
     wanted = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(6), ids % V]
     conversion.assert_close(nll, np.where(ids == IGNORE, 0, wanted))
@@ -257,5 +257,5 @@ def test_a_student_that_is_its_teacher(kind, beta):
                 WholeTeacher(kind), h, one, targets, 1.0, T, beta, frozen=((hidden, one),)
             )[0]
 
-        value, gradient = conversion.jit(jax.value_and_grad(loss))(hidden, hidden, kernel)
+        value, gradient = jax.jit(jax.value_and_grad(loss))(hidden, hidden, kernel)
     assert float(value) == 0 and not np.asarray(gradient).any()

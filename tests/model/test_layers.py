@@ -80,7 +80,7 @@ def evaluate(create, weights, config, prefix, call, x, cotangent):
             y = call(module(params, bias), x)
             return jnp.sum(y * c), y
 
-        f = conversion.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
+        f = jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
         (_, y), (dparams, dx) = f(params, conversion.put(x), conversion.put(cotangent))
         return np.asarray(y), conversion.names_of(dparams, prefix) | {"x": np.asarray(dx)}
 
@@ -157,7 +157,7 @@ def test_embedding(on_cpu, mesh, monkeypatch):
             y = embed(params, bias)(ids, jnp.float32)
             return jnp.sum(y * c), y
 
-        (_, y), grads = conversion.jit(jax.value_and_grad(f, has_aux=True))(
+        (_, y), grads = jax.jit(jax.value_and_grad(f, has_aux=True))(
             params, conversion.put(ids), conversion.put(c)
         )
     np.testing.assert_array_equal(y, table[ids])
@@ -221,7 +221,7 @@ def test_apply_rope(interleave):
     tables = [ref.rope_tables(MODEL, p) for p in POSITIONS]
     cos, sin = (np.stack([t[i] for t in tables]).astype(np.float32) for i in (0, 1))
 
-    @conversion.jit
+    @jax.jit
     def rotate(x, c, cos, sin):
         y, back = jax.vjp(lambda x: rope.apply_rope(x, cos, sin, interleave), x)
         return y, back(c)[0]
@@ -300,7 +300,7 @@ ROUTERS = {
 
 @functools.cache
 def jit_route(model):
-    return conversion.jit(functools.partial(router.route, config=model))
+    return jax.jit(functools.partial(router.route, config=model))
 
 
 def bias_of(model, seed, shift=0.0):
@@ -431,7 +431,7 @@ def moe_on(model, mesh, capacity_factor):
             (y, stats.sequence_balance, stats.score_sum, stats.z_sum), c, jnp.sum
         ), (y, stats)
 
-    return config, conversion.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
+    return config, jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
 
 
 def check_moe(model, mesh, capacity_factor, weights, x, bias, valid):
@@ -628,7 +628,7 @@ def test_multi_token_prediction():
             total = sum(jnp.sum(h * ci) for h, ci in zip(hidden, c, strict=True))
             return total, (hidden, [net.logits(h) for h in hidden], out.stats)
 
-        f = conversion.jit(jax.value_and_grad(f, has_aux=True))
+        f = jax.jit(jax.value_and_grad(f, has_aux=True))
         (_, (hidden, logits, stats)), grads = f(params, bias, batch, [conversion.put(a) for a in c])
     outputs = [expected, *expected.mtp]
     for depth, mask in enumerate(masks):

@@ -192,7 +192,7 @@ def test_initial_factors():
         return lora.factors_of(nnx.state(Transformer(variant(), nnx.Rngs(0)), nnx.Param))
 
     with jax.set_mesh(one_mesh()):
-        start = flat(jax.device_get(conversion.jit(create, variant())()))
+        start = flat(jax.device_get(jax.jit(create)()))
     for path, w in start.items():
         if path.endswith("lora_B"):
             assert not w.any(), path
@@ -327,7 +327,7 @@ def test_few_bits_on_a_mesh():
         largest = jax.tree.leaves(placed["experts"])[0]
         assert largest.addressable_shards[0].data.size * 8 == largest.size
 
-        @conversion.jit
+        @jax.jit
         def use(placed):
             arrays, specs = weights.stored_arrays(placed["experts"])
 
@@ -372,7 +372,7 @@ def test_dropout_follows_from_row_layer_map_and_place():
     def dropped(x, rows, layer=3, site=1, **mesh):
         with conversion.on_mesh(conversion.config_of(MODEL, **mesh)):
 
-            @conversion.jit
+            @jax.jit
             def run(x, rows):
                 with noise.of_layer(noise.Place(0, rows, jnp.int32(layer))):
                     return noise.dropped(x, rate, site)
@@ -399,7 +399,7 @@ def matrix(shape, seed=0):
 
 
 def held(kind, w, inputs):
-    @conversion.jit
+    @jax.jit
     def through(w):
         out = quantized.quantize(kind, w, inputs)
         assert out.shape == w.shape and out.ndim == w.ndim

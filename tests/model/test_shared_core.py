@@ -51,7 +51,7 @@ def test_product_and_gradient_are_those_of_the_formula(inputs, outputs):
     )
     weight = np.random.default_rng(1).standard_normal(wanted.shape)
 
-    @conversion.jit
+    @jax.jit
     def run(*given):
         def weighted(*given):
             out = shared_core.product(*given)

@@ -124,7 +124,7 @@ def test_logits_loss_and_every_gradient(variant):
         )
         make = conversion.model_of(config)
 
-        @conversion.jit
+        @jax.jit
         def run(params, bias, batch):
             def loss_of(params):
                 net = conversion.Recorder(make(params, bias))

@@ -24,9 +24,10 @@ from deepseek_jax.model.layout import ModelWeights, place_model
 from deepseek_jax.objectives.base import Frozen
 from deepseek_jax.objectives.forward import frozen_outputs, loss_of_batch, run_model, step_totals
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.train import state, step
+from deepseek_jax.train import state
 from deepseek_jax.train.batch import abstract_batch, put_batch
-from tests.support import conversion, invariance, small_runs
+from tests.support import conversion, invariance, objective_steps, small_runs
+from tests.support.objective_steps import Steps
 
 K, LENGTH, SEQUENCES = 3, 16, 16
 MODEL = dataclasses.replace(small_runs.TINY, aux_loss_alpha=0.01)
@@ -69,7 +70,7 @@ class Everything:
         placed = place_model(self.teacher, mesh, jnp.bfloat16)
 
         def load() -> ModelWeights:
-            s = invariance.drawn_state(TEACHER)
+            s = invariance.initial_state(TEACHER)
             params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), s.params)
             return jax.device_put(ModelWeights(params, s.bias), placed.shardings)
 
@@ -156,9 +157,7 @@ class Divergence(Everything):
 
 def rows(i: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(i)
-    text = {k: a[:, :LENGTH] for k, a in invariance.rows(i).items()}
-    for name, nothing in (("segment_ids", 0), ("targets", -100), ("next_tokens", -1)):
-        text[name][[0, 1, 2, 5], 12:] = nothing  # micro-batches have different numbers of tokens
+    text = objective_steps.padded_rows(i, LENGTH)
 
     def number(*shape) -> np.ndarray:
         return rng.random((SEQUENCES, *shape), np.float32)
@@ -167,29 +166,11 @@ def rows(i: int) -> dict[str, np.ndarray]:
     return text | dict(loss_weight=number(LENGTH) * (text["targets"] >= 0))
 
 
-class Job:
+class Job(Steps):
     """Two steps of `Everything`, or of another objective, on a mesh."""
 
     def __init__(self, config: Config, objective: type[Everything] = Everything):
-        self.config = config
-        self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
-        self.objective = objective(config)
-        with jax.set_mesh(self.mesh):
-            self.layout = state.make_layout(config, self.mesh, self.objective.frozen(self.mesh))
-            self.frozen = self.layout.frozen.load()
-
-    @functools.cached_property
-    def program(self) -> Any:
-        train_step = conversion.jit(
-            step.make_train_step(self.config, self.layout, self.objective),
-            self.config,
-            donate_argnums=0,
-        )
-        with jax.set_mesh(self.mesh):
-            batch = abstract_batch(self.objective.fields, self.config, self.mesh, 0)
-            return train_step.lower(
-                self.layout.abstract_sharded(), batch, self.layout.abstract_frozen()
-            ).compile()
+        super().__init__(config, objective(config), rows)
 
     def parts(self, i: int) -> tuple[dict[str, jax.Array], jax.Array]:
         """(the loss's parts, tokens) of a step of one micro-batch, or of several that go through stages,
@@ -205,25 +186,14 @@ class Job:
             of_batch = loss_of_batch(self.objective, self.config, model, batch, totals, given)
             return of_batch[1][0], totals.routing.tokens
 
-        fresh = invariance.drawn_state(self.config.model)
+        fresh = invariance.initial_state(self.config.model)
         with jax.set_mesh(self.mesh):
             weights = jax.device_put(
                 (fresh.params, fresh.bias),
                 (self.layout.shardings.params, self.layout.shardings.bias),
             )
             batch = put_batch(rows(i), self.config.micro_batch, self.mesh)
-            return conversion.jit(forward, self.config)(*weights, batch, self.frozen)
-
-    def start(self) -> state.TrainState:
-        fresh = invariance.drawn_state(self.config.model)
-        zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), self.layout.abstract.opt_state)
-        return jax.device_put(fresh._replace(opt_state=zeros), self.layout.shardings)
-
-    def run(self, s: state.TrainState, i: int) -> tuple[state.TrainState, step.StepMetrics]:
-        with jax.set_mesh(self.mesh):
-            return self.program(
-                s, put_batch(rows(i), self.config.micro_batch, self.mesh), self.frozen
-            )
+            return jax.jit(forward)(*weights, batch, self.frozen)
 
 
 @functools.cache
@@ -234,13 +204,7 @@ def job(config: Config) -> Job:
 @functools.cache
 def first_step(config: Config):
     """(metrics, Adam's first moments: the clipped gradients times a constant), on the host."""
-    s, metrics = job(config).run(job(config).start(), 0)
-    moments = [
-        (conversion.path_of(path), np.asarray(a))
-        for path, a in jax.tree_util.tree_leaves_with_path(s.opt_state)
-        if ".mu" in jax.tree_util.keystr(path)
-    ]
-    return jax.tree.map(np.asarray, metrics), moments
+    return job(config).first()
 
 
 @pytest.mark.parametrize(
@@ -333,7 +297,7 @@ def forward_of(targets_of_rows: list[np.ndarray], **axes: Any) -> list[list[np.n
         weights = conversion.to_state(conversion.random_weights(AHEAD, 0), AHEAD)
         params, bias = jax.device_put(ModelWeights(*weights), layout.model.shardings)
 
-        @conversion.jit
+        @jax.jit
         def run(params, bias, batch):
             model = layout.model.merge(params, bias)
             out = run_model(model, batch)

@@ -27,10 +27,10 @@ from deepseek_jax.model.layout import ModelWeights, place_model
 from deepseek_jax.model.transformer import tokens_ahead
 from deepseek_jax.objectives import distill
 from deepseek_jax.objectives.forward import frozen_outputs, loss_of_batch, run_model, step_totals
-from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.train import state, step
-from deepseek_jax.train.batch import abstract_batch, put_batch
-from tests.support import conversion, invariance, small_runs
+from deepseek_jax.train import step
+from deepseek_jax.train.batch import put_batch
+from tests.support import conversion, invariance, objective_steps, small_runs
+from tests.support.objective_steps import Steps, moments
 
 LENGTH, SEQUENCES, K = 16, 16, 5
 # All kinds of layers: a dense one, MoE layers that two stages do not divide, one that predicts ahead.
@@ -83,78 +83,27 @@ class InMemory:
         return place_model(self.config, mesh, frozen=True)
 
     def load(self, placed) -> ModelWeights:
-        s = invariance.drawn_state(self.config.model)
+        s = invariance.initial_state(self.config.model)
         return jax.device_put(ModelWeights(s.params, s.bias), placed.shardings)
 
 
 def rows(i: int) -> dict[str, np.ndarray]:
     """Two documents a sequence; prompts that are not scored, of other lengths in each; padding."""
-    text = {k: a[:, :LENGTH] for k, a in invariance.rows(i).items()}
-    for name, nothing in (("segment_ids", 0), ("targets", IGNORE), ("next_tokens", -1)):
-        text[name] = text[name].copy()
-        text[name][[0, 1, 2, 5], 12:] = nothing
+    text = objective_steps.padded_rows(i, LENGTH)
     for sequence in range(SEQUENCES):
         text["targets"][sequence, : sequence % 5] = IGNORE
     return text
 
 
-class Job:
-    """Steps of distillation on a mesh."""
-
-    def __init__(self, config: Config, teacher_model=TEACHER):
-        self.config = config
-        self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
-        teacher = InMemory(config, teacher_model) if config.objective == "distill" else None
-        self.objective = objectives.make(config, teacher)
-        with jax.set_mesh(self.mesh):
-            self.layout = state.make_layout(config, self.mesh, self.objective.frozen(self.mesh))
-            self.frozen = self.layout.frozen.load() if self.layout.frozen else None
-
-    @functools.cached_property
-    def program(self):
-        train_step = conversion.jit(
-            step.make_train_step(self.config, self.layout, self.objective),
-            self.config,
-            donate_argnums=0,
-        )
-        with jax.set_mesh(self.mesh):
-            batch = abstract_batch(self.objective.fields, self.config, self.mesh, 0)
-            return train_step.lower(
-                self.layout.abstract_sharded(), batch, self.layout.abstract_frozen()
-            ).compile()
-
-    def start(self) -> state.TrainState:
-        fresh = invariance.drawn_state(self.config.model)
-        zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), self.layout.abstract.opt_state)
-        return jax.device_put(fresh._replace(opt_state=zeros), self.layout.shardings)
-
-    def batch(self, i: int):
-        used = {name: rows(i)[name] for name in self.objective.fields}
-        return put_batch(used, self.config.micro_batch, self.mesh)
-
-    def run(self, s: state.TrainState, i: int) -> tuple[state.TrainState, step.StepMetrics]:
-        with jax.set_mesh(self.mesh):
-            return self.program(s, self.batch(i), self.frozen)
-
-
 @functools.cache
-def job(config: Config, teacher_model=TEACHER) -> Job:
-    return Job(config, teacher_model)
-
-
-def moments(s: state.TrainState) -> list[tuple[str, np.ndarray]]:
-    """Adam's first moments: the clipped gradients times a constant."""
-    return [
-        (conversion.path_of(path), np.asarray(a))
-        for path, a in jax.tree_util.tree_leaves_with_path(s.opt_state)
-        if ".mu" in jax.tree_util.keystr(path)
-    ]
+def job(config: Config, teacher_model=TEACHER) -> Steps:
+    teacher = InMemory(config, teacher_model) if config.objective == "distill" else None
+    return Steps(config, objectives.make(config, teacher), rows)
 
 
 @functools.cache
 def first_step(config: Config):
-    s, metrics = job(config).run(job(config).start(), 0)
-    return jax.tree.map(np.asarray, metrics), moments(s)
+    return job(config).first()
 
 
 def plain_loss(config: Config, model, teacher, batch, scalars):
@@ -206,7 +155,7 @@ def test_against_whole_logits():
             model = t.layout.model.merge(params, s.bias)
             return plain_loss(config, model, teacher, batch, (0.6, 2.0, 0.9))
 
-        (_, parts), grads = conversion.jit(jax.value_and_grad(loss, has_aux=True))(s.params)
+        (_, parts), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(s.params)
     for name, value in parts.items():
         conversion.assert_close(metrics.parts[name], value, what=name)
     norm = math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
@@ -280,7 +229,7 @@ def test_masked_tokens_count_nothing():
     """What stands where nothing is scored, nor read from there, changes no part of the loss."""
     t = job(config_of(model=SMALL))
 
-    @conversion.jit  # forward alone: half of a step
+    @jax.jit  # forward alone: half of a step
     def parts_of(params, bias, batch, frozen):
         totals = step_totals(t.objective, t.config, batch, jnp.int32(0))
         micro = jax.tree.map(lambda a: a[0], batch)
@@ -330,7 +279,7 @@ def test_schedules():
     assert ends == [np.float32(0.9), np.float32(0.5)]
 
 
-def record(t: Job, batch: dict, k: int, temperature: float) -> dict[str, jax.Array]:
+def record(t: Steps, batch: dict, k: int, temperature: float) -> dict[str, jax.Array]:
     """What a teacher says of each token, of its k likeliest words, as fields of a batch [A, B, S]."""
     model = InMemory(t.config)
     with jax.set_mesh(t.mesh):
@@ -377,7 +326,7 @@ def test_held_out_figures():
     with jax.set_mesh(t.mesh):
         batch = jax.tree.map(lambda a: a[0], t.batch(0))
         s = t.start()
-        eval_step = conversion.jit(step.make_eval_step(t.layout, t.objective))
+        eval_step = jax.jit(step.make_eval_step(t.layout, t.objective))
         sums = {n: float(v) for n, v in eval_step(s.params, s.bias, batch, t.frozen).items()}
         net, teacher = (
             t.layout.model.merge(s.params, s.bias),

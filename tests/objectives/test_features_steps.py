@@ -22,9 +22,10 @@ from deepseek_jax.objectives.base import Frozen
 from deepseek_jax.objectives.forward import run_frozen, run_model
 from deepseek_jax.objectives.pretrain import Pretraining
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.train import projection, state, step
-from deepseek_jax.train.batch import abstract_batch, put_batch
-from tests.support import conversion, invariance, small_runs
+from deepseek_jax.train import projection, state
+from deepseek_jax.train.batch import put_batch
+from tests.support import conversion, invariance, objective_steps, small_runs
+from tests.support.objective_steps import Steps
 
 LENGTH, SEQUENCES = 16, 16
 # A dense layer in front, two MoE layers, one that predicts ahead; sigmoids with a bias, in groups.
@@ -93,7 +94,7 @@ class Inside(Pretraining):
         placed = place_model(self.teacher, mesh, jnp.float32)
 
         def load() -> ModelWeights:
-            s = invariance.drawn_state(TEACHER)
+            s = invariance.initial_state(TEACHER)
             return jax.device_put(ModelWeights(s.params, s.bias), placed.shardings)
 
         return FEATURES.ask(Frozen(placed, load), config_of().seed)
@@ -108,61 +109,9 @@ class Inside(Pretraining):
 
 
 def rows(i: int) -> dict[str, np.ndarray]:
-    text = {k: a[:, :LENGTH].copy() for k, a in invariance.rows(i).items()}
-    for name, nothing in (("segment_ids", 0), ("targets", -100), ("next_tokens", -1)):
-        text[name][[0, 1, 2, 5], 12:] = nothing  # micro-batches have different numbers of tokens
+    text = objective_steps.padded_rows(i, LENGTH)
     text["targets"][:, :3] = -100  # a prompt
     return text
-
-
-class Job:
-    """Steps of `Inside` on a mesh."""
-
-    def __init__(self, config: Config, objective=None):
-        self.config = config
-        self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
-        self.objective = objective or Inside(config)
-        with jax.set_mesh(self.mesh):
-            frozen = self.objective.frozen(self.mesh)
-            self.layout = state.make_layout(config, self.mesh, frozen)
-            self.frozen = frozen and frozen.load()
-
-    @functools.cached_property
-    def lowered(self):
-        with jax.set_mesh(self.mesh):
-            train_step = conversion.jit(
-                step.make_train_step(self.config, self.layout, self.objective),
-                self.config,
-                donate_argnums=0,
-            )
-            batch = abstract_batch(self.objective.fields, self.config, self.mesh, 0)
-            args = self.layout.abstract_sharded(), batch
-            return train_step.lower(*args, self.layout.abstract_frozen())
-
-    @functools.cached_property
-    def program(self):
-        with jax.set_mesh(self.mesh):
-            return self.lowered.compile()
-
-    def start(self) -> state.TrainState:
-        """From the same weights on every mesh, which the host has."""
-        fresh = invariance.drawn_state(self.config.model)
-        abstract = self.layout.abstract
-        zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract.opt_state)
-        residual = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract.residual)
-        params = nnx.merge_state(fresh.params, own())
-        return jax.device_put(
-            fresh._replace(params=params, opt_state=zeros, residual=residual), self.layout.shardings
-        )
-
-    def batch(self, i: int):
-        return put_batch(
-            {k: rows(i)[k] for k in self.objective.fields}, self.config.micro_batch, self.mesh
-        )
-
-    def run(self, s: state.TrainState, i: int):
-        with jax.set_mesh(self.mesh):
-            return self.program(s, self.batch(i), self.frozen)
 
 
 @functools.cache
@@ -176,20 +125,14 @@ def own() -> nnx.State:
 
 
 @functools.cache
-def job(config: Config) -> Job:
-    return Job(config)
+def job(config: Config) -> Steps:
+    return Steps(config, Inside(config), rows, own)
 
 
 @functools.cache
 def first_step(config: Config):
     """(metrics, Adam's first moments: the clipped gradients times a constant), on the host."""
-    s, metrics = job(config).run(job(config).start(), 0)
-    moments = [
-        (conversion.path_of(path), np.asarray(a))
-        for path, a in jax.tree_util.tree_leaves_with_path(s.opt_state)
-        if ".mu" in jax.tree_util.keystr(path)
-    ]
-    return jax.tree.map(np.asarray, metrics), moments
+    return job(config).first()
 
 
 def forward():
@@ -209,7 +152,7 @@ def forward():
         batch = put_batch({k: rows(0)[k] for k in objective.fields}, SEQUENCES, mesh)
         batch = jax.tree.map(lambda a: a[0], batch)
 
-        @conversion.jit
+        @jax.jit
         def run(weights, given, own, batch):
             everything = ("hidden", "router_logits")
             all_taps = [

@@ -115,7 +115,7 @@ def test_cross_entropy_in_chunks(chunk, mesh, tied, monkeypatch):
             jnp.float32(kernel.T if tied else kernel),
             sharding.spec(axes, sharding.storage_rules(config)[0]),
         )
-        value, (dhidden, dweight) = conversion.jit(jax.value_and_grad(f, argnums=(0, 1)))(
+        value, (dhidden, dweight) = jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(
             conversion.put(hidden), weight, conversion.put(targets)
         )
         assert spec_of(dweight) == spec_of(weight)
@@ -239,9 +239,9 @@ def one_step(seq_aux: bool, accumulation: int):
         layout, s = start(config, mesh, weights, keep_gradients())
         batch = put_batch(batch_rows(), config.micro_batch, mesh)
         assert batch["tokens"].shape == (accumulation, ROWS // accumulation, LENGTH)
-        s, metrics = conversion.jit(
-            step.make_train_step(config, layout, objectives.make(config)), config
-        )(s, batch)
+        s, metrics = jax.jit(step.make_train_step(config, layout, objectives.make(config)))(
+            s, batch
+        )
     return (
         weights,
         model,
@@ -332,11 +332,11 @@ def test_mtp_weight_switches():
 
     with conversion.on_mesh(config) as mesh:
         layout, s = start(config, mesh, weights)
-        run = conversion.jit(step.make_train_step(config, layout, Weight(config)), config)
+        run = jax.jit(step.make_train_step(config, layout, Weight(config)))
         batch = put_batch(batch_rows(), config.micro_batch, mesh)
         for i in (0, 4, 5, 9):
             seen.append(float(run(s._replace(step=jnp.int32(i)), batch)[1].loss))
-        evaluated = conversion.jit(step.make_eval_step(layout, objectives.make(config)))(
+        evaluated = jax.jit(step.make_eval_step(layout, objectives.make(config)))(
             s.params, s.bias, {k: a[0] for k, a in batch.items()}
         )
     np.testing.assert_allclose(seen, [0.3, 0.3, 0.1, 0.1], rtol=1e-6)
@@ -372,7 +372,7 @@ def test_a_non_finite_step_changes_nothing():
     with conversion.on_mesh(config) as mesh:
         layout, s0 = start(config, mesh, conversion.random_weights(model, 0))
         s0 = jax.device_put(s0, layout.shardings)  # as the step gives it: one program for all calls
-        run = conversion.jit(step.make_train_step(config, layout, Numbers(config)), config)
+        run = jax.jit(step.make_train_step(config, layout, Numbers(config)))
 
         def after(s, kind):
             rows = batch_rows()
@@ -430,7 +430,7 @@ def test_bias_update(experts, centre):
     counts[:, -1] += experts * 14 - counts.sum(axis=1)  # a mean of 14, which several experts have
     assert (counts.mean(axis=1) == 14).all() and (counts == 14).any(axis=1).all()
     bias = conversion.to_state(weights, model)[1]
-    update = conversion.jit(lambda bias, counts, i: update_bias(bias, counts, i, config))
+    update = jax.jit(lambda bias, counts, i: update_bias(bias, counts, i, config))
     moved = update(jax.tree.map(jnp.asarray, bias), jnp.asarray(counts), jnp.int32(4))
     ours, fixed = (
         conversion.to_hf(moved, model),
@@ -600,9 +600,8 @@ def test_bfloat16_gradients_are_near_those_of_float32():
         config = conversion.config_of(model, train=train)
         with conversion.on_mesh(config) as mesh:
             layout, s = start(config, mesh, weights, keep_gradients())
-            s, _ = conversion.jit(
-                step.make_train_step(config, layout, objectives.make(config)), config
-            )(s, put_batch(rows, 16, mesh))
+            run = jax.jit(step.make_train_step(config, layout, objectives.make(config)))
+            s, _ = run(s, put_batch(rows, 16, mesh))
         grads[dtype] = conversion.names_of(s.opt_state)
     for name, exact in grads["float32"].items():
         error = np.linalg.norm(np.asarray(grads["bfloat16"][name]) - exact) / np.linalg.norm(exact)

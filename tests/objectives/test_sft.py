@@ -70,7 +70,7 @@ def losses_of(function, hidden, kernel, targets, *inputs):
             values = head.scan_vocab_sum(function, hidden, one, conversion.put(targets), *inputs)
             return values[0], values
 
-        run = conversion.jit(jax.value_and_grad(first, argnums=(0, 1), has_aux=True))
+        run = jax.jit(jax.value_and_grad(first, argnums=(0, 1), has_aux=True))
         (_, values), grads = run(conversion.put(hidden), variable)
         return np.asarray(values), [np.asarray(g) for g in grads]
 
@@ -203,7 +203,7 @@ def test_bug_06_packed_is_the_sum_of_transformers_unpacked(variant, tmp_path, mo
     objective = objectives.make(config)
     with jax.set_mesh(model.mesh):
 
-        @conversion.jit
+        @jax.jit
         def run(params, bias, batch):
             totals = step_totals(objective, config, batch, jnp.int32(0))
 
@@ -297,7 +297,7 @@ def noise_of(segments, rows, alpha=5.0, seed=0, devices=1):
     segments = np.asarray(segments, np.int32)
     with jax.set_mesh(make_mesh(config, jax.devices()[:devices])):
         x = conversion.put(np.zeros((*segments.shape, D), np.float32))
-        add = conversion.jit(embedding_noise.EmbeddingNoise(alpha, seed).add)
+        add = jax.jit(embedding_noise.EmbeddingNoise(alpha, seed).add)
         return np.asarray(add(x, conversion.put(segments), conversion.put(np.asarray(rows))))
 
 
@@ -353,10 +353,10 @@ def test_held_out_figures_are_without_noise_and_smoothing():
         objective = objectives.make(config)
         with jax.set_mesh(mesh):
             layout = state.make_layout(config, mesh)
-            s = jax.device_put(invariance.drawn_state(MODEL), layout.shardings)
+            s = jax.device_put(invariance.initial_state(MODEL), layout.shardings)
             batch = put_batch({k: rows[k] for k in objective.fields}, 16, mesh)
             micro = jax.tree.map(lambda a: a[0], batch)
-            sums = conversion.jit(step.make_eval_step(layout, objective))(s.params, s.bias, micro)
+            sums = jax.jit(step.make_eval_step(layout, objective))(s.params, s.bias, micro)
         scored = int((rows["targets"] != -100).sum())
         sums = {k: float(v) for k, v in sums.items()} | {"targets": scored, "text_bytes": 0}
         figures.append(objective.figures(sums))

@@ -167,7 +167,7 @@ def test_generate_from_a_float16_run(tmp_path):
         train = dataclasses.replace(c.train, dtype="float32")
         exact = place_model(dataclasses.replace(c, train=train), model.mesh)
 
-        @conversion.jit
+        @jax.jit
         def logits(params, bias, tokens):
             net: Transformer = exact.merge_for_inference(params, bias)
             place = jnp.arange(tokens.shape[1])[None]

@@ -31,7 +31,6 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.objectives.forward import step_totals
 from deepseek_jax.parallel import compression
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.plan import topology
 from deepseek_jax.run import resume
 from deepseek_jax.train import state, step
 from deepseek_jax.train.batch import put_batch
@@ -128,7 +127,7 @@ def test_error_of_one_sum_and_of_many(method, replicas, size):
         return jax.device_put(a.astype(np.float32), NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh):
-        reduce = conversion.jit(lambda g, e: compression.summed(method, {"w": g}, {"w": e}))
+        reduce = jax.jit(lambda g, e: compression.summed(method, {"w": g}, {"w": e}))
         residual, applied, true = put(np.zeros((replicas, *shape))), [], []
         for g in gradients:
             out, new = reduce(put(g), residual)
@@ -178,7 +177,7 @@ def test_what_is_not_finite_stays_so(method):
         for bad in (np.nan, np.inf, -np.inf):
             g = np.ones((2, 600), np.float32)
             g[1, 3] = bad
-            out, _ = conversion.jit(functools.partial(compression.summed, method))(
+            out, _ = jax.jit(functools.partial(compression.summed, method))(
                 [put(g)], [put(np.zeros_like(g))]
             )
             assert not np.isfinite(np.asarray(out[0])).all() and np.isfinite(
@@ -202,9 +201,8 @@ class Run:
     @functools.cached_property
     def step(self) -> Any:
         with jax.set_mesh(self.mesh):
-            train_step = conversion.jit(
-                step.make_train_step(self.config, self.layout, objectives.make(self.config)),
-                self.config,
+            train_step = jax.jit(
+                step.make_train_step(self.config, self.layout, objectives.make(self.config))
             )
             return train_step.lower(self.layout.abstract_sharded(), self.batch(0)).compile()
 
@@ -385,14 +383,6 @@ def test_a_checkpoint_of_other_replicas_or_another_method(tmp_path):
 @pytest.mark.slow
 def test_the_benchmark(capsys, monkeypatch, tmp_path):
     """One layer, two steps, one method."""
-    compile_step = topology.compile_step
-    monkeypatch.setattr(
-        topology,
-        "compile_step",
-        lambda config, mesh, layout: compile_step(
-            config, mesh, layout, conversion.options_of(config)
-        ),
-    )
     monkeypatch.setattr(benchmark, "GRADIENT_COMPRESSIONS", ("int8",))
     (tmp_path / "text.txt").write_text("a text of no great length\n" * 1000)
     small = {
@@ -453,7 +443,7 @@ def gradients_of(config: Config):
             return learner.gradients(held, None, batch, totals, None)[0]
 
         batch = put_batch(invariance.rows(0), config.micro_batch, mesh)
-        out = conversion.jit(gradients)(params, bias, batch, counts)
+        out = jax.jit(gradients)(params, bias, batch, counts)
         return [
             (conversion.path_of(path), np.asarray(g))
             for path, g in jax.tree_util.tree_leaves_with_path(out)

@@ -22,8 +22,8 @@ from deepseek_jax.train.batch import abstract_batch, put_batch
 from tests.support.invariance import (
     BASE,
     MODEL,
+    created_state,
     differences,
-    initial_state,
     one_device,
     rows,
     train,
@@ -166,7 +166,7 @@ def test_the_same_initial_state_on_every_mesh(name):
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
         s = state.init_state(config, layout)
-    expected = zip(jax.tree.leaves(initial_state()), jax.tree.leaves(layout.shardings), strict=True)
+    expected = zip(jax.tree.leaves(created_state()), jax.tree.leaves(layout.shardings), strict=True)
     for (path, a), (b, sharding) in zip(
         jax.tree_util.tree_leaves_with_path(s), expected, strict=True
     ):

@@ -26,7 +26,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
 from deepseek_jax.train.batch import abstract_batch, put_batch
 from tests.support import conversion
-from tests.support.invariance import MODEL, drawn_state, rows, variant
+from tests.support.invariance import MODEL, initial_state, rows, variant
 
 STEPS = 3
 SMALL = dataclasses.replace(
@@ -73,9 +73,7 @@ def compiled(config: Config):
     return (
         mesh,
         layout,
-        conversion.jit(
-            step.make_train_step(config, layout, objectives.make(config)), config, donate_argnums=0
-        ),
+        jax.jit(step.make_train_step(config, layout, objectives.make(config)), donate_argnums=0),
     )
 
 
@@ -103,7 +101,7 @@ def run(config: Config) -> tuple[list[float], list[float], state.TrainState]:
     """(losses, gradient norms, last state) of STEPS steps from the same start."""
     mesh, layout, train_step = compiled(config)
     with jax.set_mesh(mesh):
-        s = jax.device_put(drawn_state(config.model), layout.shardings)
+        s = jax.device_put(initial_state(config.model), layout.shardings)
         losses, norms = [], []
         for i in range(STEPS):
             s, m = train_step(s, put_batch(rows(i), config.micro_batch, mesh))
@@ -319,9 +317,7 @@ def test_checkpoints(tmp_path):
 
 
 def evaluate(layout):
-    return conversion.jit(
-        step.make_eval_step(layout, objectives.make(config_of(EVERYTHING, model=STACK)))
-    )
+    return jax.jit(step.make_eval_step(layout, objectives.make(config_of(EVERYTHING, model=STACK))))
 
 
 def test_evaluation_reads_offloaded_parameters():
@@ -334,7 +330,7 @@ def test_evaluation_reads_offloaded_parameters():
         nll = [
             float(evaluate(placed)(s.params, s.bias, batch)["nll"])
             for placed in (layout, plain)
-            for s in [jax.device_put(drawn_state(STACK), placed.shardings)]
+            for s in [jax.device_put(initial_state(STACK), placed.shardings)]
         ]
     assert nll[0] == nll[1]
 

@@ -16,14 +16,13 @@ from deepseek_jax import objectives
 from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
-from deepseek_jax.inference.generation import programs, sample
+from deepseek_jax.inference.generation import sample
 from deepseek_jax.inference.generation.bound import BoundModel
 from deepseek_jax.inference.generation.engine import Engine
 from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.train import state, step
 from deepseek_jax.train.batch import abstract_batch
-from tests.support import conversion
 from tests.support.small_runs import config_of as trainer_config
 from tests.support.small_runs import losses_of, trainer
 
@@ -253,9 +252,8 @@ def test_min_weight_size_changes_no_number(least):
     ],
     ids=["latent", "grouped"],
 )
-def test_generates(model, monkeypatch):
+def test_generates(model):
     """One row, token and head, halves of one number: with the cache what whole forward passes give."""
-    monkeypatch.setattr(programs, "jit", conversion.jit)
     config = config_of(dict(model, num_hidden_layers=1, initializer_range=0.5), {})
     mesh = fuzz_options.accepted(config)
     with jax.set_mesh(mesh):

@@ -36,8 +36,8 @@ def compiled(config: Config) -> tuple[list[program.Collective], program.Memory, 
     with jax.set_mesh(mesh):
         layout = state.make_layout(config, mesh)
         batch = put_batch({k: a[:, :8] for k, a in rows(0).items()}, config.micro_batch, mesh)
-        done = conversion.jit(
-            step.make_train_step(config, layout, objectives.make(config)), config, donate_argnums=0
+        done = jax.jit(
+            step.make_train_step(config, layout, objectives.make(config)), donate_argnums=0
         )
         done = done.lower(layout.abstract_sharded(), batch).compile()
         return program.collectives(done.as_text(), mesh.shape), program.memory(done), layout

@@ -10,7 +10,7 @@ from deepseek_jax.config.options import Config, MeshConfig, ModelConfig, Shardin
 from deepseek_jax.plan import topology
 from deepseek_jax.xla import hlo, loops
 from deepseek_jax.xla.origin import AROUND, INSIDE, NAMED, Origin, scope_of
-from tests.support import ROOT, conversion
+from tests.support import ROOT, quick
 
 PACKAGE = ROOT / "deepseek_jax"
 RULES = (*INSIDE, *AROUND)
@@ -74,7 +74,7 @@ def test_every_rule_and_scope_is_found_in_a_compiled_step():
             sharding=sharding,
         )
         mesh, layout = topology.lay_out(config, jax.devices())
-        step = topology.compile_step(config, mesh, layout, conversion.quick_options(float32=True))
+        step = topology.compile_step(config, mesh, layout, quick.older_loops())
         module = hlo.Module(step.compiled.as_text())
         source = Origin(module)
         for _, instruction, _ in loops.visits(module, lambda i: bool(i.op_name)):

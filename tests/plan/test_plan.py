@@ -22,7 +22,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.plan import __main__ as plan
 from deepseek_jax.plan import exchange, options, topology
 from deepseek_jax.xla import hlo, program, replica_groups
-from tests.support import ROOT, conversion
+from tests.support import ROOT, quick
 
 SHAPE = {"data": 1, "fsdp": 4, "expert": 2}
 ROWS = 16  # of 32 float32 numbers: 2,048 bytes on each device
@@ -31,14 +31,13 @@ BYTES = ROWS * 32 * 4
 
 @pytest.fixture(autouse=True)
 def compiled_quickly(monkeypatch):
-    """Whole steps, compiled as the other tests compile theirs: LLVM optimises less, the collectives
-    are the same. None of them runs, so that its dtypes do not matter."""
+    """Whole steps in bfloat16 too as quick.py has those of float32: none of them runs."""
     compile_step = topology.compile_step
 
-    def quick(config, mesh, layout, options=None):
-        return compile_step(config, mesh, layout, options or conversion.quick_options(float32=True))
+    def compile_(config, mesh, layout, options=None):
+        return compile_step(config, mesh, layout, options or quick.older_loops())
 
-    monkeypatch.setattr(topology, "compile_step", quick)
+    monkeypatch.setattr(topology, "compile_step", compile_)
 
 
 def text_of(per_device) -> str:

@@ -14,7 +14,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.model.count import count
 from deepseek_jax.plan import __main__ as plan
 from deepseek_jax.plan import exchange, options, rates, roofline, topology
-from tests.support import ROOT, conversion
+from tests.support import ROOT, quick
 
 TINY = f"--config={ROOT}/configs/tiny.py"
 ON_CPU = ("--roofline", "--hardware=cpu", "--rates=f32=1e9,memory=1e9")
@@ -40,13 +40,13 @@ def compiled_quickly(monkeypatch):
     before, compile_step = getattr(jax.config, LIMIT), topology.compile_step
     roofline.keep_source_lines()
 
-    def quick(config, mesh, layout, options=None):
+    def compile_(config, mesh, layout, options=None):
         if (key := str(config)) not in COMPILED:
-            quickly = options or conversion.quick_options(float32=True)
+            quickly = options or quick.older_loops()
             COMPILED[key] = compile_step(config, mesh, layout, quickly)
         return COMPILED[key]
 
-    monkeypatch.setattr(topology, "compile_step", quick)
+    monkeypatch.setattr(topology, "compile_step", compile_)
     yield
     jax.config.update(LIMIT, before)
 

@@ -136,7 +136,7 @@ def trainer():
         eval=EvalConfig(every_steps=0),
     )
     validate(config)
-    return Trainer(config, Poisoned(config), invariance.drawn_state)
+    return Trainer(config, Poisoned(config))
 
 
 def train(t: Trainer, folder, texts, steps: int | None = None, **options) -> Result:

@@ -33,7 +33,6 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.run import resume
 from deepseek_jax.train import state, step
 from deepseek_jax.train.compiled_step import CompiledStep
-from tests.support import conversion
 from tests.support.small_loops import make_loop
 from tests.support.small_runs import ADAMW, TINY, Trainer, config_of, losses_of, same, trainer
 
@@ -111,7 +110,7 @@ def whole(tmp_path_factory):
         train_step = CompiledStep(
             step.make_train_step(config, layout, objectives.make(config)),
             mesh,
-            conversion.quick_options(),
+            {},
         )
 
     def train(workdir, read=None, **changed) -> state.TrainState:

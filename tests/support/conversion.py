@@ -39,9 +39,6 @@ from deepseek_jax.objectives.forward import loss_of_batch, step_totals
 from deepseek_jax.parallel import sharding
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from tests.support import reference as ref
-from tests.support.quick import jit as jit
-from tests.support.quick import options_of as options_of
-from tests.support.quick import quick_options as quick_options
 
 Weights = dict[str, np.ndarray]  # Hugging Face names, [out, in], one entry an expert
 
@@ -299,7 +296,7 @@ def run(
         params, bias = place(params, config), place(bias, config, sharding.COMPUTE_RULES)
         make = model_of(config)
 
-        @jit
+        @jax.jit
         def forward(params, bias, batch):
             net = make(params, bias)
             out = net(

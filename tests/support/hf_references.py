@@ -43,7 +43,7 @@ def check(folder: str) -> tuple[bool, str]:
             }
             config = conversion.config_of(conversion.smaller(model.config, aux_loss_alpha=0.0))
 
-            @conversion.jit
+            @jax.jit
             def run(params, bias, batch):
                 def loss_of(params):
                     net = conversion.Recorder(model.layout.merge(params, bias))

@@ -132,31 +132,17 @@ NO_LORA = LoraConfig()
 
 @functools.cache
 def initial_state(model: ModelConfig = MODEL, lora: LoraConfig = NO_LORA) -> state.TrainState:
-    """Created on one device and held on the host: compiling its creation anew for every mesh would
-    take half of the time. With LoRA, or a shared core, no factor is zero."""
-    config = dataclasses.replace(variant(), model=model, lora=lora)
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        start = jax.device_get(state.init_state(config, state.make_layout(config, mesh)))
-    if not lora.r and not model.shared_core_rank:
-        return start
+    """What all runs of a model begin with, on the host: weights distributed as those of `created_state`,
+    but drawn by NumPy, as compiling their creation would take as long as compiling a forward pass. With
+    LoRA, or a shared core, they are created, and no factor is zero."""
     rng = np.random.default_rng(0)
+    if lora.r or model.shared_core_rank:
+        created = created_state(model, lora)
 
-    def filled(a: np.ndarray) -> np.ndarray:
-        return a if a.any() else (rng.standard_normal(a.shape) * 0.1).astype(a.dtype)
+        def filled(a: np.ndarray) -> np.ndarray:
+            return a if a.any() else (rng.standard_normal(a.shape) * 0.1).astype(a.dtype)
 
-    return start._replace(params=jax.tree.map(filled, start.params))
-
-
-@functools.cache
-def drawn_state(model: ModelConfig) -> state.TrainState:
-    """Weights distributed as those of `initial_state`, but drawn by NumPy: for tests of a model of their
-    own, of which the creation would take as long to compile as a forward pass."""
-    config = dataclasses.replace(variant(), model=model)
-    mesh = make_mesh(config, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        abstract = state.make_layout(config, mesh).abstract
-    rng = np.random.default_rng(0)
+        return created._replace(params=jax.tree.map(filled, created.params))
 
     def drawn(path, a) -> np.ndarray:
         *_, module, name = ("", *conversion.path_of(path).split("/"))
@@ -166,8 +152,20 @@ def drawn_state(model: ModelConfig) -> state.TrainState:
             return np.ones(a.shape, a.dtype)
         return (rng.standard_normal(a.shape) * model.initializer_range).astype(a.dtype)
 
+    config = dataclasses.replace(variant(), model=model)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        abstract = state.make_layout(config, mesh).abstract
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)
     return zeros._replace(params=jax.tree_util.tree_map_with_path(drawn, abstract.params))
+
+
+def created_state(model: ModelConfig = MODEL, lora: LoraConfig = NO_LORA) -> state.TrainState:
+    """The state as a run creates it, on one device, held on the host."""
+    config = dataclasses.replace(variant(), model=model, lora=lora)
+    mesh = make_mesh(config, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return jax.device_get(state.init_state(config, state.make_layout(config, mesh)))
 
 
 def keeping_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -187,7 +185,7 @@ def program(config: Config) -> tuple[jax.sharding.Mesh, state.Layout, Callable]:
         return (
             mesh,
             layout,
-            conversion.jit(step.make_train_step(config, layout, objectives.make(config)), config),
+            jax.jit(step.make_train_step(config, layout, objectives.make(config))),
         )
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from tests.support import ROOT
-from tests.support.quick import quick_options
+from tests.support.quick import older_loops
 
 SMALL = [
     "--config.model.hidden_size=32",
@@ -64,7 +64,8 @@ def environment(args: Sequence[str] = (), devices: int = 2) -> dict[str, str]:
     """Of a process with these arguments: CPU devices, and a compiler in as much of a hurry as its dtypes
     allow (quick.py); configs/tiny.py is of float32."""
     float32 = not any("dtype=" in a for a in args)
-    flags = [f"--{name}={value}".lower() for name, value in quick_options(float32).items()]
+    options = older_loops() if float32 else {}
+    flags = [f"--{name}={value}".lower() for name, value in options.items()]
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),

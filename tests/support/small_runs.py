@@ -5,7 +5,6 @@ s, metrics = t.run(t.start(), 5)
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from deepseek_jax.config.validation import validate
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.train import state, step
 from deepseek_jax.train.batch import put_batch
-from tests.support import conversion, invariance
+from tests.support import invariance
 
 TINY = ModelConfig(
     vocab_size=128,
@@ -80,17 +79,14 @@ def config_of(
 
 
 class Trainer:
-    """A compiled step of one config, and its state from the weights that all of these tests begin with, or
-    from those that `weights` makes of the model."""
+    """A compiled step of one config, and its state from the weights that all of these tests begin with."""
 
     def __init__(
         self,
         config: Config,
         objective: objectives.Objective | None = None,
-        weights: Callable[[ModelConfig], state.TrainState] = invariance.initial_state,
     ):
         self.config = config
-        self._weights = weights
         self.mesh = make_mesh(config, jax.devices()[: invariance.devices_of(config)])
         self.objective = objective or objectives.make(config)
         with jax.set_mesh(self.mesh):
@@ -100,7 +96,7 @@ class Trainer:
     def compiled(self) -> Any:
         with jax.set_mesh(self.mesh):
             train_step = step.make_train_step(self.config, self.layout, self.objective)
-            step_ = conversion.jit(train_step, self.config)
+            step_ = jax.jit(train_step)
             return step_.lower(self.layout.abstract_sharded(), self.batch(0)).compile()
 
     def batch(self, i: int):
@@ -108,7 +104,7 @@ class Trainer:
 
     def start(self) -> state.TrainState:
         with jax.set_mesh(self.mesh):
-            same = self._weights(TINY)._replace(opt_state=self.layout.abstract.opt_state)
+            same = invariance.initial_state(TINY)._replace(opt_state=self.layout.abstract.opt_state)
 
             def zeros(tree):
                 return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), tree)

@@ -71,9 +71,9 @@ def updated(config: Config, steps: int) -> tuple[dict[str, np.ndarray], tuple]:
     with jax.set_mesh(mesh):
         params = conversion.place(fill(numbers(0)), config)
         optimizer = make_optimizer(config, abstract)
-        opt_state = conversion.jit(optimizer.init)(params)
+        opt_state = jax.jit(optimizer.init)(params)
 
-        @conversion.jit
+        @jax.jit
         def update(params, opt_state, grads):
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state

@@ -294,9 +294,7 @@ def masked_run(table: str):
     )
     losses = []
     with jax.set_mesh(t.mesh):
-        program = conversion.jit(
-            step.make_train_step(config, layout, objectives.make(config)), config
-        )
+        program = jax.jit(step.make_train_step(config, layout, objectives.make(config)))
         s = t.start()
         s = s._replace(opt_state=jax.jit(layout.optimizer.init)(s.params))
         for i in range(3):

@@ -193,7 +193,7 @@ def test_the_heads_gradient_does_not_overflow_before_it_is_divided():
             jax.device_put(hidden.reshape(8, -1, width), jax.P(BATCH_AXES)),
             jax.device_put(kernel, jax.P(None, "tensor")),
         )
-        dhidden, dkernel = conversion.jit(jax.grad(loss, argnums=(0, 1)))(*on_devices)
+        dhidden, dkernel = jax.jit(jax.grad(loss, argnums=(0, 1)))(*on_devices)
     logits = hidden.astype(np.float64) @ kernel
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     dlogits = (p / p.sum(axis=1, keepdims=True) - np.eye(words)[target]) / tokens * scale

@@ -14,7 +14,7 @@ from deepseek_jax.plan import topology
 from deepseek_jax.run import remat
 from deepseek_jax.train import kept, state
 from deepseek_jax.xla import program
-from tests.support import conversion, invariance
+from tests.support import invariance
 from tests.support.small_runs import TINY, config_of
 
 # Wide and short, so that what layers keep is most of a step's memory.
@@ -87,7 +87,7 @@ def test_bytes_of_each_name_beside_compiled_steps(mesh):
     def temporaries(choice: str) -> int:
         config = dataclasses.replace(base, train=dataclasses.replace(base.train, remat=choice))
         placed, layout = topology.lay_out(config, jax.devices()[: invariance.devices_of(config)])
-        step = topology.compile_step(config, placed, layout, conversion.quick_options())
+        step = topology.compile_step(config, placed, layout, {})
         return program.memory(step.compiled).temporaries
 
     full = temporaries("full")

@@ -22,8 +22,6 @@ from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import BATCH_AXES, per_device
 
-jit = jax.jit  # a name for tests, which compile quickly
-
 
 class AnswerState(NamedTuple):
     """The answers of a batch between two steps."""
@@ -57,8 +55,8 @@ class Programs:
         self.config = config
         self.dtype = dtype
         self.vocab = vocab
-        self.embed = jit(self._embed)
-        self.choose = jit(self._choose)
+        self.embed = jax.jit(self._embed)
+        self.choose = jax.jit(self._choose)
         self._compiled: dict[Any, Callable] = {}
 
     def cached(self, key: Any, make: Callable[[], Callable]) -> Callable:
@@ -93,7 +91,7 @@ class Programs:
         group = group.bare()
 
         def make():
-            @functools.partial(jit, static_argnames="slots")
+            @functools.partial(jax.jit, static_argnames="slots")
             def run(leaves, x_BSD, rope, length_B, slots):
                 caches: list[LayerCache] = []
                 segments_BS = (jnp.arange(x_BSD.shape[1]) < length_B[:, None]).astype(jnp.int32)
@@ -116,7 +114,7 @@ class Programs:
         group = group.bare()
 
         def make():
-            @functools.partial(jit, donate_argnums=1)
+            @functools.partial(jax.jit, donate_argnums=1)
             def run(leaves, caches, x_BSD, rope, start_B, active_B):
                 new_caches: list[LayerCache] = []
                 segments_BS = jnp.broadcast_to(active_B[:, None], x_BSD.shape[:2]).astype(jnp.int32)

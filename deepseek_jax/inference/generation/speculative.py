@@ -58,7 +58,7 @@ class Drafter:
 
         def make():
             draft = _DraftProgram(compiled, self._depths, count).run
-            return programs.jit(draft, static_argnames="slots", donate_argnames="caches")
+            return jax.jit(draft, static_argnames="slots", donate_argnames="caches")
 
         self._program = functools.partial(compiled.cached(("draft", count), make), slots=slots)
 
