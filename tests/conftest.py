@@ -84,5 +84,4 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """Modules and tests stay: the collector need not go through them again and again."""
-    gc.collect()
     gc.freeze()

@@ -181,9 +181,10 @@ def test_devices_that_jax_does_not_find(monkeypatch, capsys):
             ["train.py", "--config=configs/tiny.py", "--workdir=/nonexistent"],
             {"JAX_PLATFORMS": "cuda"},
         ),
-        (
+        pytest.param(
             ["-m", "benchmarks", "attention", "--lengths=64"],
             {"JAX_PLATFORMS": "cuda"},
+            marks=pytest.mark.slow,
         ),  # inside jit: JAX cuts its frames from the traceback
         (
             ["-m", "benchmarks", "step"],

@@ -14,10 +14,6 @@ from deepseek_jax.data.chat import Chat
 from deepseek_jax.data.scoring import ExampleEncoder
 from tests.support import chats
 
-datasets = pytest.importorskip("datasets")
-trl_templates = pytest.importorskip("trl.chat_template_utils")
-trl_sft = pytest.importorskip("trl.trainer.sft_trainer")
-
 IGNORE = -100
 # Template -> eos. Those of DeepSeek and of the families that this program reads, and of as many forms as
 # there are: contents stripped, think blocks, roles renamed, stop tokens that come with the next message.
@@ -46,7 +42,12 @@ TRAINING = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet():
+def trl():
+    """TRL and datasets, which only the process that runs this file takes the seconds to import."""
+    global datasets, trl_templates, trl_sft
+    datasets = pytest.importorskip("datasets")
+    trl_templates = pytest.importorskip("trl.chat_template_utils")
+    trl_sft = pytest.importorskip("trl.trainer.sft_trainer")
     datasets.disable_progress_bars()
 
 

@@ -10,11 +10,11 @@ from tests.support import quick
 @pytest.mark.parametrize(
     "dtype, narrow",
     [
-        *((d, False) for d in ("float32", "int32", "uint32", "bool")),
-        *((d, True) for d in ("bfloat16", "float16", "float8_e4m3fn", "int8", "uint8", "int16")),
+        *((d, False) for d in ("float32", "int32", "bool", "int8", "uint16")),
+        *((d, True) for d in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")),
     ],
 )
-def test_narrow_numbers_are_found(dtype, narrow):
+def test_narrow_floats_are_found(dtype, narrow):
     """Anywhere in a program: as an argument, a result, and between float32 ones."""
     programs = (
         (lambda x: (x > 0, x.astype(jnp.float32)), dtype),

@@ -18,9 +18,9 @@ from deepseek_jax.errors import UserError
 from tests.support import ROOT
 from tests.support.runs import command, environment, losses, run
 
-# One stack of layers, on 4 x 2 devices: dense layers and prediction of further tokens would double the
+# One stack of layers, on 2 x 2 devices: dense layers and prediction of further tokens would double the
 # program. The slow runs have them.
-DEVICES = 8
+DEVICES = 4
 OPTIONS = [
     "--config.train.steps=12",
     "--config.checkpoint.every_steps=4",
@@ -46,7 +46,7 @@ def test_main_job(whole_run):
     for words in (
         "parameters",
         "active",
-        "fsdp 4",
+        "fsdp 2",
         "expert 2",
         "full_shard",
         "bytes per device",
@@ -77,7 +77,7 @@ def test_resume_is_bit_exact(whole_run, corpus, tmp_path, monkeypatch, capsys):
 
     Its stdout is ASCII only, and nobody reads it to the end.
     """
-    first = command(tmp_path, corpus, *OPTIONS, "--config.eval.sample_tokens=0")
+    first = command(tmp_path, corpus, *OPTIONS, "--config.eval.every_steps=0")
     env = environment(first, DEVICES) | {"PYTHONIOENCODING": "ascii"}
     p = subprocess.Popen(
         [sys.executable, "train.py", *first], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True

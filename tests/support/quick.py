@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Numbers narrower than 32 bits in a program's text; bools, i1, are none.
-_NARROW = re.compile(r"[<x](?:bf16|f(?:16|[468]E\w+)|u?i(?:2|4|8|16))>")
+# Floats narrower than 32 bits in a program's text.
+_NARROW = re.compile(r"[<x](?:bf16|f(?:16|[468]E\w+))>")
 _OPTION = "xla_cpu_use_fusion_emitters"
 
 
@@ -27,7 +27,7 @@ def older_loops() -> dict[str, bool]:
 
 def compile_quickly() -> None:
     """Has JAX compile by `older_loops` what this process compiles for CPUs from now on and what has no
-    number narrower than 32 bits.
+    floats narrower than 32 bits.
 
     JAX has no setting for it: an option of XLA is of the whole process, by XLA_FLAGS, or of one jit.
     Where JAX compiles otherwise than in 0.10.2 to 0.12 the tests take longer.
@@ -48,5 +48,5 @@ def compile_quickly() -> None:
 
 
 def is_narrow(computation: Any) -> bool:
-    """Whether a program, an MLIR module, has numbers narrower than 32 bits."""
+    """Whether a program, an MLIR module, has floats narrower than 32 bits."""
     return bool(_NARROW.search(computation.operation.get_asm(large_elements_limit=4)))

@@ -93,11 +93,15 @@ class Trainer:
             self.layout = state.make_layout(config, self.mesh)
 
     @functools.cached_property
-    def compiled(self) -> Any:
+    def lowered(self) -> Any:
         with jax.set_mesh(self.mesh):
             train_step = step.make_train_step(self.config, self.layout, self.objective)
-            step_ = jax.jit(train_step)
-            return step_.lower(self.layout.abstract_sharded(), self.batch(0)).compile()
+            return jax.jit(train_step).lower(self.layout.abstract_sharded(), self.batch(0))
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.lowered.compile()
 
     def batch(self, i: int):
         return put_batch(invariance.rows(i), self.config.micro_batch, self.mesh)
