@@ -125,7 +125,7 @@ def test_a_lost_place_is_mended(tmp_path):
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         "if count == 2 and me == 1 and not os.path.exists('mended'): sys.exit(9)\n"
         "print(f'{me} of {count}', flush=True)\n"
-        "time.sleep(100)\n"
+        "for _ in range(1000): time.sleep(0.1)\n"  # a signal just before a sleep does not end it
     )
     command = [
         "-m",

@@ -50,8 +50,8 @@ if action == "killed" and me == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 if action in ("exit", "stubborn") and me == 1:
     sys.exit(7)
-if action != "done":
-    time.sleep(600)
+for _ in range(0 if action == "done" else 6000):
+    time.sleep(0.1)  # not once for long: a signal just before a sleep does not end it
 """
 
 
