@@ -289,6 +289,8 @@ def record(t: Steps, batch: dict, k: int, temperature: float) -> dict[str, jax.A
         def of_micro(micro):
             inputs = {n: micro[n] for n in ("tokens", "segment_ids", "positions")}
             z_BSV = net.logits(run_model(net, inputs).hidden_BSD)
+            # top_k wants all words of a token in one place; the axis has one device here.
+            z_BSV = jax.sharding.reshard(z_BSV, jax.P(*jax.typeof(z_BSV).sharding.spec[:-1], None))
             z_BSV = z_BSV - jnp.max(z_BSV, axis=-1, keepdims=True)
             values, ids = jax.lax.top_k(z_BSV, k)
             lse = [jax.nn.logsumexp(z_BSV / t, axis=-1) for t in (1.0, temperature)]
