@@ -58,6 +58,7 @@ def made_run(made, tmp_path_factory):
     config = json.loads((work / "config.json").read_text())
     config["data"] |= {"path": str(text), "eval_fraction": 0.25}
     config["train"] |= {"steps": STEPS[-1]}
+    config["last_step"] = STEPS[-1]
     (work / "config.json").write_text(json.dumps(config))
     opened = opener.open_model(str(made[1]))
     checkpoints = Checkpointer(str(stored))

@@ -520,7 +520,7 @@ def test_killed_on_a_mesh(corpus, tmp_path, kind):
     calm = runs.run(runs.command(tmp_path / "calm", corpus, *more), devices=8, timeout=1200)
     assert calm.returncode == 0, calm.stderr
     args = runs.command(tmp_path / "run", corpus, *more)
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    env = runs.environment(args, 8)  # the compiler's options too: bits are compared
     for kill_at in (2, 3, 5):
         process = subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, env=env)
         deadline = time.monotonic() + 1200
