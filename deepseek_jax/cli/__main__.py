@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("train a model, or go on with a run", "train.py"),
     "generate": ("text from a checkpoint or a run", "deepseek_jax.generate"),
     "evaluate": ("perplexity and multiple choice", "deepseek_jax.evaluate"),
+    "top": ("watch a run in the terminal", "deepseek_jax.top"),
     "plan": ("whether a run fits, and what it communicates", "deepseek_jax.plan"),
     "migrate": ("a config from the files of another trainer", "deepseek_jax.migrate"),
     "launch": ("start the processes of a run", "deepseek_jax.launch"),

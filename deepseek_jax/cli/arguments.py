@@ -81,6 +81,21 @@ def whole(least: int) -> Callable[[str], int]:
     return read
 
 
+def number(above: float) -> Callable[[str], float]:
+    """The type of an option that takes a number above another one."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = above
+        if not above < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above {above:g}")
+        return value
+
+    return read
+
+
 def numbers(text: str) -> list[int]:
     """The type of an option that takes whole numbers: "512,1024"."""
     try:

@@ -14,7 +14,8 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.data.windows import Window
 from deepseek_jax.model.count import Count
 from deepseek_jax.run import metrics
-from deepseek_jax.run.figures import short
+from deepseek_jax.run.figures import memory_gb, short
+from deepseek_jax.run.process_state import ProcessState
 from deepseek_jax.run.stages import Stage
 from deepseek_jax.run.trackers.every import Trackers
 from deepseek_jax.train.step import StepMetrics
@@ -159,6 +160,11 @@ class Report:
         self._first_step = first_step
         self._stage = stage
         self._trackers = trackers
+        self._step = step
+        self._state = ProcessState(
+            trackers.workdir, jax.process_index(), jax.process_count(), memory_gb
+        )
+        self._state.write(step)
         self._bar = StepBar(config.train.steps, step, show=jax.process_index() == 0)
         self._find_spikes()
 
@@ -191,6 +197,8 @@ class Report:
         last = self._config.train.steps
         if step % self._config.log.every_steps == 0 or step == last or m.bad_steps:
             self._log(step, m, rows)
+        self._step = step
+        self._state.write(step)
         self._bar.advance(step)
         if spike := self._spikes.add(float(m.loss)):
             self._log_spike(step, m, rows, *spike)
@@ -264,6 +272,7 @@ class Report:
         self._bar.say(text)
 
     def close(self) -> None:
+        self._state.write(self._step, "ended")
         self._bar.close()
 
 

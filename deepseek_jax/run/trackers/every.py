@@ -14,6 +14,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.model.moe_statistics import Load
 from deepseek_jax.run.trackers.base import LostRows, Row, Tracker
 from deepseek_jax.run.trackers.destination import Run
+from deepseek_jax.run.trackers.expert_load import ExpertLoad
 from deepseek_jax.run.trackers.jsonl import JsonLines
 from deepseek_jax.run.trackers.outside import Outside
 from deepseek_jax.run.trackers.tensorboard import TensorBoard
@@ -27,7 +28,8 @@ class Trackers:
     """All destinations of a run; none in processes other than 0.
 
     Args:
-      workdir: gets metrics.jsonl, and what the destinations of config.log.trackers keep there.
+      workdir: gets metrics.jsonl, expert_load.npy, and what the destinations of config.log.trackers keep
+        there.
       step: finished steps of the state that the run begins with. Rows of later steps are dropped.
 
     Attributes:
@@ -43,6 +45,7 @@ class Trackers:
             return
         warning = LostRows()
         self._trackers.append(JsonLines(self._path, step, warning))
+        self._trackers.append(ExpertLoad(workdir, config, step, warning))
         for name in named(config):
             if name == TENSORBOARD:
                 folder = os.path.join(workdir, "tensorboard")

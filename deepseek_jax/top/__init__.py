@@ -1,0 +1,1 @@
+"""A live view of a run in the terminal, read from its folder."""
