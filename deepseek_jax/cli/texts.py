@@ -16,6 +16,11 @@ def clean_text(text: str) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """The text with ? in place of what steers a terminal or cannot be seen."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def clean(value: Any) -> Any:
     """A value of JSON's types with every text and key in it cleaned."""
     if isinstance(value, str):

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from deepseek_jax.cli.texts import printable
+
 
 class Rank(enum.IntEnum):
     """Who wins where several say the same."""
@@ -48,7 +50,7 @@ class Entry:
 
 def shown(text: str) -> str:
     """One line without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return printable(" ".join(text.split()))
 
 
 @dataclass(frozen=True)

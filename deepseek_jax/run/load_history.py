@@ -55,7 +55,9 @@ class LoadHistory:
         """Keeps the counts of a step, if it is one to keep."""
         if step % self._every:
             return
-        if self._fd is None:  # a disk that was full may have room by now
+        if self._count >= MOST:  # of a run that was made longer
+            self.close()
+        if self._fd is None:  # or a disk that was full may have room by now
             self._begin(step - 1)
         made = np.zeros(1, self._kind)
         made["step"], made["counts"] = step, counts_LE
@@ -80,7 +82,7 @@ class LoadHistory:
             found = _records(self._path)
             if found is not None and found.dtype == self._kind:
                 kept = np.array(found[found["step"] <= step])
-        while len(kept) >= MOST:  # of a run whose options were others
+        while len(kept) >= MOST:
             kept = kept[1::2]
         with open(self._path + ".tmp", "wb") as f:
             f.write(_header(self._kind, len(kept)) + kept.tobytes())

@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from deepseek_jax.cli.texts import printable
 from deepseek_jax.run.metrics import terminal_text
 from deepseek_jax.top.run_files import Look
 
@@ -98,7 +99,7 @@ def _head(look: Look) -> RenderableType:
             f"lowest {best['eval_loss']:.4f} at step {best['step']:,}"
         )
     lines.extend(_event(row) for row in look.events[-3:])
-    return Panel(_text(lines), title=_clean(look.workdir))
+    return Panel(_text(lines), title=printable(look.workdir))
 
 
 def _event(row: dict[str, Any]) -> str:
@@ -136,9 +137,9 @@ def _processes(look: Look) -> RenderableType:
         late = p["state"] == "training" and ago > LATE
         row = (
             str(p["process"]),
-            _clean(p["host"]),
+            printable(p["host"]),
             str(p["pid"]),
-            _clean(p["state"]),
+            printable(p["state"]),
             f"step {p['step']:,}",
             f"{p['memory_gb']:.3g} GB",
             f"{_duration(ago)} ago" + (": late" if late else ""),
@@ -155,8 +156,4 @@ def _duration(seconds: float) -> str:
 
 def _text(lines: list[str]) -> Text:
     """As it is: nothing in it is markup, and no character of it steers the terminal."""
-    return Text("\n".join(map(_clean, lines)), no_wrap=True, overflow="ellipsis")
-
-
-def _clean(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return Text("\n".join(map(printable, lines)), no_wrap=True, overflow="ellipsis")
