@@ -12,7 +12,7 @@ from benchmarks import ROOT
 
 # From the top. A module may import its own package and what stands below it.
 ORDER = (
-    "entries top plan migrate launch run compress distill esft inference train objectives hf "
+    "entries top plan migrate launch run report compress distill esft inference train objectives hf "
     "checkpoint tensorfile data model experts parallel cluster xla cli config runtime errors"
 ).split()
 # tools that do not know of each other; migrate writes launch's files

@@ -28,7 +28,7 @@ from deepseek_jax.model.layout import ModelWeights
 from deepseek_jax.objectives.base import Objective
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.run import answers, init_from, kernels, lock, passes, remat, summary
+from deepseek_jax.run import answers, init_from, kernels, lock, passes, remat, started, summary
 from deepseek_jax.run.batches import Batch
 from deepseek_jax.run.evaluator import Evaluator
 from deepseek_jax.run.loop import Loop, Result
@@ -98,6 +98,7 @@ class Job:
         self._checkpoints: Checkpointer
         self._compiler_options: dict[str, Any]
         self._count: Count
+        self._about: summary.Run
 
     def __enter__(self) -> "Job":
         return self
@@ -214,24 +215,22 @@ class Job:
         )
         if start.other_teacher:
             self._changed.append("the teacher has other weights than it had before")
-        summary.show(
-            summary.Run(
-                config=config,
-                mesh=mesh,
-                layout=model,
-                count=self._count,
-                data=self._data,
-                workdir=self._workdir,
-                resume_step=step,
-                changed=self._changed,
-                teacher=self.teacher,
-                compiler_options=self._compiler_options,
-                history=start.progress.history,
-                stages=staged.lines if staged else [],
-                stage=start.stage,
-            ),
-            brief=self._result is not None,
+        self._about = summary.Run(
+            config=config,
+            mesh=mesh,
+            layout=model,
+            count=self._count,
+            data=self._data,
+            workdir=self._workdir,
+            resume_step=step,
+            changed=self._changed,
+            teacher=self.teacher,
+            compiler_options=self._compiler_options,
+            history=start.progress.history,
+            stages=staged.lines if staged else [],
+            stage=start.stage,
         )
+        summary.show(self._about, brief=self._result is not None)
         return start
 
     def compile(self, train_step: Callable, start: Start) -> CompiledStep:
@@ -276,6 +275,7 @@ class Job:
             progress.history.to_json(),
             config.train.steps,
         )
+        started.write(self._about)
         # Collectives wait 30 s for each other to begin (gloo's limit), and programs may take some
         # processes longer to compile: all wait here instead.
         step.program(state, self._abstract_batch(done), self._frozen)
@@ -310,6 +310,7 @@ class Job:
         if self._trackers is None:
             made = Trackers(self._workdir, self._config, done)
             self._trackers = self._stack.enter_context(contextlib.closing(made))
+            self._stack.callback(started.report, self._workdir)
         else:
             self._trackers.rewind(done)
         eval_step = make_eval_step(start.layout, self._objective)

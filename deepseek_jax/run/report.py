@@ -15,9 +15,9 @@ from deepseek_jax.data.windows import Window
 from deepseek_jax.model.count import Count
 from deepseek_jax.run import metrics
 from deepseek_jax.run.figures import memory_gb, short
-from deepseek_jax.run.process_state import ProcessState
 from deepseek_jax.run.stages import Stage
 from deepseek_jax.run.trackers.every import Trackers
+from deepseek_jax.train.process_state import ProcessState
 from deepseek_jax.train.step import StepMetrics
 
 

@@ -18,8 +18,8 @@ from rich.live import Live
 
 from deepseek_jax.cli import arguments
 from deepseek_jax.cli.command import exit_code
+from deepseek_jax.report.run_files import RunFiles
 from deepseek_jax.top import view
-from deepseek_jax.top.run_files import RunFiles
 
 
 def main(argv: list[str] | None = None) -> int:

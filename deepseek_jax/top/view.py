@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek_jax.cli.texts import printable
+from deepseek_jax.report.run_files import Look
 from deepseek_jax.run.metrics import terminal_text
-from deepseek_jax.top.run_files import Look
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 CURVE_LINES = 8
@@ -119,9 +119,7 @@ def _experts(look: Look, width: int, lines: int | None) -> RenderableType:
         shown = np.sort(np.argsort(-worst_L, kind="stable")[:lines])
     table = Table.grid(padding=(0, 1))
     for i in shown:
-        number = look.first_layer + int(i)
-        ahead = number - look.layers + 1
-        name = f"layer {number}" if ahead < 1 else f"predicts {ahead + 1} ahead"
+        name = look.layer_name(int(i))
         idle = int((counts_LE[i] == 0).sum())
         said = f"fullest {worst_L[i]:.2f}" + (f", {idle} idle" if idle else "")
         style = "red" if worst_L[i] >= 3 else "yellow" if worst_L[i] >= 1.5 else "green"

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.run import load_history, process_state
-from deepseek_jax.run.process_state import ProcessState
+from deepseek_jax.report.run_files import RunFiles
 from deepseek_jax.top import __main__, view
-from deepseek_jax.top.run_files import RunFiles
+from deepseek_jax.train import load_history, process_state
+from deepseek_jax.train.process_state import ProcessState
 
 
 def row(step: int, **more) -> dict:

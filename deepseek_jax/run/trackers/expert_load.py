@@ -6,9 +6,9 @@ import numpy as np
 
 from deepseek_jax.config.options import Config
 from deepseek_jax.model.moe_statistics import Load
-from deepseek_jax.run import load_history
-from deepseek_jax.run.load_history import LoadHistory
 from deepseek_jax.run.trackers.base import LostRows, Row
+from deepseek_jax.train import load_history
+from deepseek_jax.train.load_history import LoadHistory
 
 
 class ExpertLoad:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.run import load_history
-from deepseek_jax.run.load_history import LoadHistory, interval, read, record
+from deepseek_jax.train import load_history
+from deepseek_jax.train.load_history import LoadHistory, interval, read, record
 
 KIND = record(2, 3)
 

@@ -1,4 +1,4 @@
-"""WORKDIR/processes/NNNNN.json: where each process of a run is, for who watches it (deepseek_jax.top)."""
+"""WORKDIR/processes/NNNNN.json: where each process of a run is, for `top` and `report`."""
 
 import contextlib
 import json

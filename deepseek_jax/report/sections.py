@@ -1,0 +1,246 @@
+"""The parts of a page that are text and tables: they need no script."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deepseek_jax.cli.texts import gb, human
+from deepseek_jax.config.options import OPTIONS, Config
+from deepseek_jax.report.events import KINDS
+from deepseek_jax.report.markup import Child, Markup, joined, table, tag
+from deepseek_jax.report.run_data import RunData
+from deepseek_jax.report.series import number
+
+EVENTS = 200  # rows of the table at most; marks of all are in the charts
+_RANGES = 6  # of sequences, in a cell
+
+
+def summary(run: RunData) -> Markup:
+    """The figures that one looks for first, as the last rows have them."""
+    steps, evaluations = run.rows.steps, run.rows.evaluations
+    last = steps[-1] if steps else {}
+    tiles: list[tuple[str, str, str]] = [("step", _step(run), _state(run))]
+    if "loss" in last:
+        tiles.append(("training loss", f"{last['loss']}", "nats per token"))
+    held = [r for r in evaluations if "eval_loss" in r]
+    if held:
+        best = min(held, key=lambda r: number(r["eval_loss"]))
+        lowest = f"lowest {best['eval_loss']:.4f} at step {best['step']:,}"
+        tiles.append(("held-out loss", f"{held[-1]['eval_loss']}", f"nats per token; {lowest}"))
+        if "eval_bits_per_byte" in held[-1]:
+            tiles.append(("held-out", f"{held[-1]['eval_bits_per_byte']}", "bits per byte"))
+    if "tokens_seen" in last:
+        tiles.append(("tokens seen", human(last["tokens_seen"]), f"{last['tokens_seen']:,}"))
+    speeds = [number(r["tokens_per_sec"]) for r in steps if "tokens_per_sec" in r]
+    if speeds:
+        times = statistics.median(number(r.get("step_time_s")) for r in steps)
+        tiles.append(
+            (
+                "throughput",
+                human(statistics.median(speeds)),
+                f"tokens/s, median; {times:.3g} s a step",
+            )
+        )
+    shares = [number(r["utilisation"]) for r in steps if "utilisation" in r]
+    if shares:
+        tiles.append(("share of peak", f"{statistics.median(shares):.1%}", "median"))
+    if "memory_gb" in last:
+        tiles.append(("peak memory", f"{last['memory_gb']:.4g} GB", "of the fullest device"))
+    if run.load is not None and "max_violation" in last:
+        tiles.append(("max violation", f"{last['max_violation']}", "fullest expert / mean - 1"))
+    skipped = last.get("skipped_steps")
+    if skipped:
+        tiles.append(("skipped updates", f"{skipped:,}", "not finite"))
+    if "parameters" in run.start:
+        active = f"{human(run.start['active'])} active per token"
+        tiles.append(("parameters", human(run.start["parameters"]), active))
+    return tag(
+        "dl",
+        [
+            tag("div", tag("dt", name), tag("dd", value), tag("dd", note, class_="note"))
+            for name, value, note in tiles
+        ],
+        class_="tiles",
+    )
+
+
+def _step(run: RunData) -> str:
+    last = run.rows.steps[-1]["step"] if run.rows.steps else 0
+    return f"{last:,}"
+
+
+def _state(run: RunData) -> str:
+    last = run.rows.steps[-1]["step"] if run.rows.steps else 0
+    of = f"of {run.look.steps:,}"
+    if not run.rows.steps:
+        return f"{of}: no step has been logged yet"
+    if last >= run.look.steps:
+        return f"{of}: finished"
+    training = any(p["state"] == "training" for p in run.look.processes)
+    return f"{of}: {'was training when this page was written' if training else 'stopped'}"
+
+
+def events(run: RunData) -> Markup:
+    """What happened, as a table; "" where only the first start did."""
+    found = run.events
+    if not [e for e in found if e.kind != "start" or e.step]:
+        return Markup("")
+    shown = found[:EVENTS]
+    rows: list[list[Child]] = [
+        [f"{e.step:,}", KINDS[e.kind][0], e.text, _sequences(e.sequences)] for e in shown
+    ]
+    left = len(found) - len(shown)
+    return joined(
+        table(("step", "what", "", "sequences of the data"), rows, "Events"),
+        tag("p", f"{left:,} more are marked in the charts.") if left else None,
+    )
+
+
+def _sequences(ranges: Sequence[tuple[int, int]]) -> str:
+    texts = [f"{a:,} to {b - 1:,}" for a, b in ranges[:_RANGES]]
+    if len(ranges) > _RANGES:
+        texts.append(f"and {len(ranges) - _RANGES} more")
+    return ", ".join(texts)
+
+
+def checkpoints(run: RunData) -> Markup:
+    """Those that are there, by names and sizes of their files."""
+    if run.checkpoints is None:
+        return tag("p", f"In {run.where}, which this page does not look into.")
+    if not run.checkpoints:
+        return Markup("")
+    rows: list[list[Child]] = []
+    for c in run.checkpoints:
+        loss = c["eval_loss"]
+        rows.append(
+            [
+                c["name"],
+                c["kind"],
+                gb(c["bytes"]),
+                f"{c['files']:,}",
+                c["mesh"],
+                f"{loss:.4f}" if isinstance(loss, float) else "",
+                c["time"],
+                joined(c["state"], [f": {c['problems'][0]}"] if c["problems"] else None),
+            ]
+        )
+    heads = ("step", "kind", "bytes", "files", "mesh", "held-out loss", "saved", "check")
+    return table(heads, rows, "Checkpoints: names and sizes compared with their manifest")
+
+
+def experts(run: RunData) -> Markup:
+    """The table beside the map of layers."""
+    if run.load is None:
+        return Markup("")
+    rows = [
+        [
+            load.name,
+            f"{load.last:.3f}",
+            f"{load.mean:.3f}",
+            f"{load.worst:.3f}",
+            f"{load.worst_step:,}",
+            f"{load.idle}",
+            f"{load.entropy:.4f}",
+        ]
+        for load in run.load.table
+    ]
+    heads = ("layer", "last", "mean", "highest", "at step", "idle experts", "entropy")
+    return table(heads, rows, "The fullest expert of each layer / the mean of the layer")
+
+
+def answers(run: RunData) -> Markup:
+    """What the model answered at each evaluation, the newest first."""
+    parts = []
+    for i, (step, rows) in enumerate(reversed(run.answers)):
+        texts = [
+            tag(
+                "dl",
+                [
+                    (tag("dt", name), tag("dd", tag("pre", row[name])))
+                    for name in ("prompt", "answer", "reference")
+                    if row[name]
+                ],
+                class_="answer",
+            )
+            for row in rows
+        ]
+        parts.append(
+            tag("details", tag("summary", f"step {step:,}"), texts, open=True if not i else None)
+        )
+    return joined(parts)
+
+
+def flat(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """{"train.steps": 100}"""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{where}{key}.")
+        else:
+            out[f"{where}{key}"] = value
+    return out
+
+
+def options(run: RunData) -> Markup:
+    """Every option by section, those that are not at their default marked."""
+    values, base = flat(run.look.config), flat(Config().to_json())
+    sections: dict[str, list[Markup]] = {}
+    changed = 0
+    for name, value in values.items():
+        differs = name not in base or base[name] != value
+        changed += differs
+        option = OPTIONS.get(name)
+        cells: list[Child] = [
+            tag("th", name, scope="row"),
+            tag(
+                "td",
+                "\u25cf" if differs else "",
+                class_="mark",
+                aria_label="changed" if differs else None,
+            ),
+            tag("td", _value(value)),
+            tag("td", _value(base[name]) if differs and name in base else ""),
+            tag("td", option.unit if option else ""),
+            tag("td", option.help if option else ""),
+        ]
+        row = tag("tr", cells, class_="changed" if differs else "same")
+        sections.setdefault(name.partition(".")[0] if "." in name else "", []).append(row)
+    heads = ("option", "", "value", "by default", "unit", "")
+    parts = []
+    for section, rows in sections.items():
+        own = sum('class="changed"' in row for row in rows)
+        head = f"{section or 'top level'}: {own} of {len(rows)} not at their default"
+        whole = tag(
+            "table",
+            tag("thead", tag("tr", [tag("th", h, scope="col") for h in heads])),
+            tag("tbody", rows),
+        )
+        parts.append(
+            tag(
+                "details",
+                tag("summary", head),
+                tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=head),
+                open=True if own else None,
+                class_="options",
+            )
+        )
+    note = f"{changed} of {len(values)} options are not at their default; these are marked \u25cf."
+    return joined(tag("p", note), parts)
+
+
+def differences(runs: Sequence[RunData]) -> Markup:
+    """Of the options of several runs, those that are not the same in all."""
+    every = [flat(run.look.config) for run in runs]
+    names = list(dict.fromkeys(name for values in every for name in values))
+    rows: list[list[Child]] = [
+        [name, *(_value(v[name]) if name in v else "\u2013" for v in every)]
+        for name in names
+        if len({_value(v.get(name)) for v in every}) > 1
+    ]
+    if not rows:
+        return tag("p", "The runs have the same options.")
+    return table(("option", *(run.name for run in runs)), rows, "Options that differ")
+
+
+def _value(value: Any) -> str:
+    return '""' if value == "" else str(value)
