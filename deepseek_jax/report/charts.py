@@ -38,7 +38,6 @@ CHARTS = (
     Chart(("loss", "eval_loss"), "Loss", "learning", log=True, smooth=True),
     Chart(("eval_bits_per_byte",), "Held-out bits per byte", "learning", log=True),
     Chart(("token_accuracy", "eval_token_accuracy"), "Accuracy", "learning", smooth=True),
-    Chart(("lm_loss", "mtp_loss"), "Cross-entropy", "learning", log=True, smooth=True),
     Chart(("kl", "eval_kl"), "Divergence from the teacher", "learning", log=True, smooth=True),
     Chart(("teacher_loss", "eval_teacher_loss"), "The teacher's loss", "learning", smooth=True),
     Chart(("lr",), "Learning rate", "learning"),
@@ -54,6 +53,15 @@ CHARTS = (
     Chart(("device_imbalance",), "Imbalance of devices", "experts", smooth=True),
     Chart(("left_device_share",), "Assignments that leave their device", "experts"),
     Chart(("balance_loss",), "Balance loss", "experts", smooth=True),
+    Chart(("lm_loss", "mtp_loss"), "Cross-entropy", "further", log=True, smooth=True),
+)
+QUIET = (  # whose chart says nothing where they are the same all the time
+    "dispatch_rounds",
+    "dropped_tokens",
+    "device_imbalance",
+    "left_device_share",
+    "teacher_loss",
+    "loss_scale",
 )
 OTHERS = 12  # further charts at most, of metrics that no chart names
 # Counters, settings and text; what is an event; what stands in another chart or says the same.
@@ -97,11 +105,21 @@ def packed(rows: Rows, most: int) -> Packed:
     return out
 
 
+def constant(runs: Sequence[Packed]) -> dict[str, float]:
+    """{name: value} of the metrics of QUIET that have one value in all runs, everywhere."""
+    out = {}
+    for name in QUIET:
+        values = {v for run in runs if name in run.series for v in run.series[name][1]}
+        if len(values) == 1 and None not in values:
+            out[name] = values.pop()
+    return out
+
+
 def charts(names: Sequence[str], described: Mapping[str, Described]) -> list[dict[str, Any]]:
     """The charts of a page, in its order, as report.js reads them.
 
     Args:
-      names: of the series that some run of the page has.
+      names: of the series that they show.
       described: what is known of them.
     """
     known = {m for chart in CHARTS for m in chart.metrics}

@@ -247,6 +247,5 @@ def _bar(title: str, parts: Sequence[tuple[str, float, str]], label: str) -> Mar
         role="img",
         aria_label=f"{label}: {title}",
         class_="bar",
-        preserveAspectRatio="none",
     )
     return tag("figure", tag("figcaption", title), svg, tag("ul", legend, class_="legend"))

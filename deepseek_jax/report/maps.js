@@ -9,7 +9,7 @@ function addMaps({ runs, box, live, state, element, css, indexAt }) {
   const BELOW = 20;
   const loads = runs.filter((run) => run.load).map((run) => ({ name: run.name, ...decoded(run.load) }));
   let load = loads[0];
-  let layer = 0;
+  let layer = 0; // whose experts are shown
 
   function bytes(text) {
     const raw = atob(text);
@@ -180,7 +180,9 @@ function addMaps({ runs, box, live, state, element, css, indexAt }) {
   });
 
   function fill() {
-    layer = Math.min(layer, load.layers.length - 1);
+    const count = load.steps.length;
+    const last = load.layers.map((_, row) => load.fullest[(row + 1) * count - 1]);
+    layer = last.indexOf(Math.max(...last));
     select.replaceChildren(...load.layers.map((name, i) => element("option", { value: i }, name)));
     select.value = layer;
     layersMap.draw();

@@ -41,7 +41,8 @@ def build(workdirs: Sequence[str], described: Mapping[str, Described]) -> str:
     names = _names(workdirs)
     runs = [run_data.read(w, n, len(workdirs)) for w, n in zip(workdirs, names, strict=True)]
     there = list(dict.fromkeys(name for run in runs for name in run.series.series))
-    drawn = charts.charts(there, described)
+    constant = charts.constant([run.series for run in runs])
+    drawn = charts.charts([name for name in there if name not in constant], described)
     data = {
         "charts": drawn,
         "kinds": {k: list(v) for k, v in KINDS.items()},
@@ -51,7 +52,7 @@ def build(workdirs: Sequence[str], described: Mapping[str, Described]) -> str:
     body = joined(
         tag("a", "Skip to the charts", href="#learning", class_="skip"),
         _header(names),
-        tag("main", _parts(runs, {c["section"] for c in drawn})),
+        tag("main", _parts(runs, {c["section"] for c in drawn}, constant)),
         tag("p", "", id="live", aria_live="polite", class_="hidden"),
         data_block("data", data),
         [tag("script", _asset(name)) for name in SCRIPTS],
@@ -158,18 +159,29 @@ def _header(names: Sequence[str]) -> Markup:
     )
 
 
-def _parts(runs: Sequence[RunData], drawn: set[str]) -> Markup:
-    """All parts that have something in them."""
+def _parts(runs: Sequence[RunData], drawn: set[str], constant: Mapping[str, float]) -> Markup:
+    """All parts that have something in them.
+
+    Args:
+      drawn: ids of those that have charts.
+      constant: charts.constant.
+    """
     run = runs[0]
+    same = ", ".join(f"{name} {value}" for name, value in constant.items())
     heat = tag("div", id="heat") if any(r.load for r in runs) else Markup("")
     found = [
-        ("summary", "Summary", sections.summary(run)),
+        ("summary", "Summary", joined(sections.about(run), sections.summary(run))),
         ("compared", "Options that differ", sections.differences(runs) if runs[1:] else ""),
         ("learning", "Learning", _holder("learning", drawn)),
         (
             "experts",
             "Load of the experts",
-            joined(heat, sections.experts(run), _holder("experts", drawn)),
+            joined(
+                heat,
+                sections.experts(run),
+                _holder("experts", drawn),
+                tag("p", f"The same in every row: {same}.", class_="about") if same else None,
+            ),
         ),
         ("speed", "Speed and memory", _holder("speed", drawn)),
         ("step", "Where a step's time goes", machine.profile(run)),

@@ -15,6 +15,7 @@
 
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const color = (i) => css(`--c${i % 8}`);
+  const figure = (v) => (v == null ? "–" : Number.isInteger(v) ? v.toLocaleString("en") : String(+v.toPrecision(6)));
   const exact = (v) => (v == null ? "–" : Number.isInteger(v) ? v.toLocaleString("en") : String(v));
   const short = (v) => {
     const a = Math.abs(v);
@@ -131,7 +132,7 @@
     const legend = element("ul", { class: "legend" });
     const table = element("details", {}, element("summary", {}, `${spec.title} as a table`));
     find(`charts-${spec.section}`).append(
-      element("figure", { id: spec.id },
+      element("figure", { id: spec.id, class: spec.series[0].name === "loss" ? "wide" : "" },
         element("div", { class: "head" }, element("h3", {}, spec.title), element("span", { class: "unit" }, spec.unit)),
         element("figcaption", {}, spec.help), place, readout, legend, table),
     );
@@ -176,7 +177,8 @@
       plot.setScale("x", { min: state.view[0], max: state.view[1] });
       chart.plot = plot;
       readout.textContent = text(null);
-      legend.replaceChildren(...lines.map(key), ...(chart === charts[0] || !charts.length ? markKeys() : []));
+      const keys = lines.length > 1 || many ? lines.map(key) : [];
+      legend.replaceChildren(...keys, ...(chart === charts[0] ? markKeys() : []));
     }
 
     function padded(low, high) {
@@ -203,7 +205,7 @@
       const values = lines.map((line) => {
         const i = indexAt(line.xs, at);
         if (i < 0) return `${line.label} –`;
-        return `${line.label} ${exact(line.ys[i])}${line.xs[i] === step ? "" : ` at step ${exact(line.xs[i])}`}`;
+        return `${line.label} ${figure(line.ys[i])}${line.xs[i] === step ? "" : ` at step ${exact(line.xs[i])}`}`;
       });
       const near = step == null ? [] : marks.filter((m) => Math.abs(m.step - step) <= (state.view[1] - state.view[0]) / 200);
       const events = near.slice(0, 3).map((m) => `${GLYPHS[m.kind]} ${data.kinds[m.kind][0]} at step ${exact(m.step)}: ${m.text}`);
@@ -237,7 +239,6 @@
       table.append(element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `${spec.title} as a table` },
         element("table", {}, caption, element("thead", {}, head), element("tbody", {}, ...body))));
     });
-    draw();
     charts.push(chart);
   }
 
@@ -262,6 +263,7 @@
   }
   reset.addEventListener("click", () => setView(whole));
   for (const spec of data.charts) addChart(spec);
+  for (const chart of charts) chart.draw(); // when all figures are there: they share the width
   if (find("heat")) maps.push(...addMaps({ runs: data.runs, box: find("heat"), live, state, element, css, indexAt }));
   let width = root.clientWidth;
   addEventListener("resize", () => {

@@ -1,10 +1,11 @@
 """The parts of a page that are text and tables: they need no script."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepseek_jax.cli.texts import gb, human
+from deepseek_jax.cli.texts import gb, human, plural
 from deepseek_jax.config.options import OPTIONS, Config
 from deepseek_jax.report.events import KINDS
 from deepseek_jax.report.markup import Child, Markup, joined, table, tag
@@ -19,18 +20,18 @@ def summary(run: RunData) -> Markup:
     """The figures that one looks for first, as the last rows have them."""
     steps, evaluations = run.rows.steps, run.rows.evaluations
     last = steps[-1] if steps else {}
-    tiles: list[tuple[str, str, str]] = [("step", _step(run), _state(run))]
+    tiles: list[tuple[str, Child, str]] = [("step", _exact(last.get("step", 0)), _state(run))]
     if "loss" in last:
-        tiles.append(("training loss", f"{last['loss']}", "nats per token"))
-    held = [r for r in evaluations if "eval_loss" in r]
+        tiles.append(("training loss", _exact(last["loss"]), "nats per token"))
+    held = [r for r in evaluations if number(r.get("eval_loss")) == number(r.get("eval_loss"))]
     if held:
         best = min(held, key=lambda r: number(r["eval_loss"]))
         lowest = f"lowest {best['eval_loss']:.4f} at step {best['step']:,}"
-        tiles.append(("held-out loss", f"{held[-1]['eval_loss']}", f"nats per token; {lowest}"))
+        tiles.append(("held-out loss", _exact(held[-1]["eval_loss"]), f"nats per token; {lowest}"))
         if "eval_bits_per_byte" in held[-1]:
-            tiles.append(("held-out", f"{held[-1]['eval_bits_per_byte']}", "bits per byte"))
+            tiles.append(("held-out", _exact(held[-1]["eval_bits_per_byte"]), "bits per byte"))
     if "tokens_seen" in last:
-        tiles.append(("tokens seen", human(last["tokens_seen"]), f"{last['tokens_seen']:,}"))
+        tiles.append(("tokens seen", _exact(last["tokens_seen"]), "padding left out"))
     speeds = [number(r["tokens_per_sec"]) for r in steps if "tokens_per_sec" in r]
     if speeds:
         times = statistics.median(number(r.get("step_time_s")) for r in steps)
@@ -45,15 +46,15 @@ def summary(run: RunData) -> Markup:
     if shares:
         tiles.append(("share of peak", f"{statistics.median(shares):.1%}", "median"))
     if "memory_gb" in last:
-        tiles.append(("peak memory", f"{last['memory_gb']:.4g} GB", "of the fullest device"))
+        tiles.append(("peak memory", _exact(last["memory_gb"]), "GB, of the fullest device"))
     if run.load is not None and "max_violation" in last:
-        tiles.append(("max violation", f"{last['max_violation']}", "fullest expert / mean - 1"))
+        tiles.append(("max violation", _exact(last["max_violation"]), "fullest expert / mean - 1"))
     skipped = last.get("skipped_steps")
     if skipped:
-        tiles.append(("skipped updates", f"{skipped:,}", "not finite"))
+        tiles.append(("skipped updates", _exact(skipped), "not finite"))
     if "parameters" in run.start:
-        active = f"{human(run.start['active'])} active per token"
-        tiles.append(("parameters", human(run.start["parameters"]), active))
+        active = f"{human(number(run.start.get('active')))} active per token"
+        tiles.append(("parameters", human(number(run.start["parameters"])), active))
     return tag(
         "dl",
         [
@@ -64,9 +65,22 @@ def summary(run: RunData) -> Markup:
     )
 
 
-def _step(run: RunData) -> str:
-    last = run.rows.steps[-1]["step"] if run.rows.steps else 0
-    return f"{last:,}"
+def _exact(value: Any) -> Markup:
+    """A number for people, and for programs as metrics.jsonl has it."""
+    as_text = f"{value:,}" if isinstance(value, int) else f"{number(value):.6g}"
+    return tag("data", as_text, value=json.dumps(value), title=f"{value}")
+
+
+def about(run: RunData) -> Markup:
+    """What was trained, on what and with what."""
+    s, versions = run.start, run.start.get("versions")
+    parts = [str(s.get("data", ""))]
+    if isinstance(s.get("processes"), list):
+        parts.append(f"{plural(len(s['processes']), 'device')} ({s.get('device_kind')})")
+    if isinstance(versions, dict):
+        parts.append(", ".join(f"{name} {v}" for name, v in versions.items()))
+    text = " \u00b7 ".join([run.look.workdir, *filter(None, parts)])
+    return tag("p", text, class_="about")
 
 
 def _state(run: RunData) -> str:
@@ -182,50 +196,38 @@ def flat(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def options(run: RunData) -> Markup:
-    """Every option by section, those that are not at their default marked."""
+    """Those that are not at their default, and all by section."""
     values, base = flat(run.look.config), flat(Config().to_json())
-    sections: dict[str, list[Markup]] = {}
-    changed = 0
+    changed = {n: v for n, v in values.items() if n not in base or base[n] != v}
+    rows = [
+        [n, _value(v), _value(base[n]) if n in base else "", *_known(n)] for n, v in changed.items()
+    ]
+    sections: dict[str, list[list[Child]]] = {}
     for name, value in values.items():
-        differs = name not in base or base[name] != value
-        changed += differs
-        option = OPTIONS.get(name)
-        cells: list[Child] = [
-            tag("th", name, scope="row"),
-            tag(
-                "td",
-                "\u25cf" if differs else "",
-                class_="mark",
-                aria_label="changed" if differs else None,
-            ),
-            tag("td", _value(value)),
-            tag("td", _value(base[name]) if differs and name in base else ""),
-            tag("td", option.unit if option else ""),
-            tag("td", option.help if option else ""),
-        ]
-        row = tag("tr", cells, class_="changed" if differs else "same")
-        sections.setdefault(name.partition(".")[0] if "." in name else "", []).append(row)
-    heads = ("option", "", "value", "by default", "unit", "")
-    parts = []
-    for section, rows in sections.items():
-        own = sum('class="changed"' in row for row in rows)
-        head = f"{section or 'top level'}: {own} of {len(rows)} not at their default"
-        whole = tag(
-            "table",
-            tag("thead", tag("tr", [tag("th", h, scope="col") for h in heads])),
-            tag("tbody", rows),
-        )
-        parts.append(
-            tag(
-                "details",
-                tag("summary", head),
-                tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=head),
-                open=True if own else None,
-                class_="options",
-            )
-        )
-    note = f"{changed} of {len(values)} options are not at their default; these are marked \u25cf."
-    return joined(tag("p", note), parts)
+        of = name.partition(".")[0] if "." in name else "of the run"
+        note = "changed" if name in changed else ""
+        sections.setdefault(of, []).append([name, _value(value), note, *_known(name)])
+    title = f"{len(changed)} of {len(values)} options are not at their default"
+    every = [
+        tag("details", tag("summary", f"{of}: {len(own)} options"), table(_HEADS_OF_ALL, own, of))
+        for of, own in sections.items()
+    ]
+    first = table(("option", "value", "by default", "unit", "what it is"), rows, title)
+    return tag(
+        "div",
+        tag("div", first, class_="changed"),
+        tag("details", tag("summary", "All options"), every),
+        class_="options",
+    )
+
+
+_HEADS_OF_ALL = ("option", "value", "", "unit", "what it is")
+
+
+def _known(name: str) -> tuple[str, str]:
+    """(unit, help) of an option; of one that this version does not know nothing."""
+    option = OPTIONS.get(name)
+    return (option.unit, option.help) if option else ("", "")
 
 
 def differences(runs: Sequence[RunData]) -> Markup:

@@ -7,6 +7,7 @@ instruction was made for.
 """
 
 import glob
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from deepseek_jax.xla import hlo, origin
 # What the table always shows, in the order of a step; other parts of origin.SCOPES follow if they
 # took time.
 PARTS = ("embed", "attention", "route", "dispatch", "experts", "combine", "loss", "optimizer")
+SUMMARY = os.path.join(
+    "profile", "summary.json"
+)  # in a workdir: seconds per device and step, by part
 # Their events contain those of the computations that they run.
 CONTAINERS = ("while", "conditional", "call", "async-start", "async-update", "async-done")
 
@@ -81,6 +85,7 @@ class Profiler:
         self._last = min(first + config.profile.steps - 1, last or config.train.steps)
         self._step = step
         self._active = False
+        self._workdir = workdir
         self._folder = os.path.join(workdir, "profile")
         # A trace is named after its host, which may have several processes.
         if jax.process_count() > 1:
@@ -116,9 +121,22 @@ class Profiler:
         assert program is not None, "no step has run"
         try:
             cost = read(self._folder, program.compiled.as_text(), steps)
+            self._keep(cost, f"{self._before + 1} to {done}")
             return f"{table(cost)}\n{where}"
         except (OSError, ValueError) as e:  # no reason to stop training
             return f"{where}; the time of each part is not known ({e})"
+
+    def _keep(self, cost: Cost, steps: str) -> None:
+        """Writes what the table says to WORKDIR/profile/summary.json, for the run's report."""
+        if jax.process_index() != 0:
+            return
+        parts: dict[str, dict[str, float]] = {name: {} for name in cost.shares()}
+        for part, phase in sorted(cost.seconds):
+            parts.setdefault(part, {})[phase] = cost.part(part, phase)
+        path = os.path.join(self._workdir, SUMMARY)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            json.dump({"steps": steps, "parts": parts}, f)
+        os.replace(path + ".tmp", path)
 
     def close(self) -> None:
         """Ends a trace that is under way."""
