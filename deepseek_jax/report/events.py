@@ -61,7 +61,7 @@ def seen(history: History, first: int, last: int) -> list[tuple[int, int]]:
 def _starts(records: list[dict[str, Any]], rows: Rows, history: History | None) -> list[Event]:
     if not records:
         return [
-            Event("start", step, f"goes on after step {step - 1:,}; {before:,} was reached", [])
+            Event("start", step - 1, f"goes on after step {step - 1:,}; {before:,} was reached", [])
             for step, before in rows.went_back
         ]
     out = []

@@ -6,7 +6,7 @@ from typing import Union
 
 from deepseek_jax.cli.texts import clean_text
 
-_VOID = ("br", "col", "meta")
+_VOID = ("br", "col", "input", "meta")
 
 
 class Markup(str):

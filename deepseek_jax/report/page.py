@@ -23,6 +23,7 @@ from deepseek_jax.report.run_data import RunData
 NAME = "report.html"  # in a workdir
 SCRIPTS = ("uplot/uPlot.iife.min.js", "maps.js", "report.js")
 STYLES = ("uplot/uPlot.min.css", "report.css")
+LICENSE = "uplot/LICENSE"  # asks to go along with every copy
 _HERE = pathlib.Path(__file__).parent
 
 
@@ -54,6 +55,11 @@ def build(workdirs: Sequence[str], described: Mapping[str, Described]) -> str:
         _header(names),
         tag("main", _parts(runs, {c["section"] for c in drawn}, constant)),
         tag("p", "", id="live", aria_live="polite", class_="hidden"),
+        tag(
+            "footer",
+            tag("p", "Written by deepseek_jax.report; curves drawn by uPlot 1.6.32."),
+            tag("details", tag("summary", "Licence of uPlot"), tag("pre", str(_asset(LICENSE)))),
+        ),
         data_block("data", data),
         [tag("script", _asset(name)) for name in SCRIPTS],
     )

@@ -10,7 +10,7 @@
   const GLYPHS = { start: "●", spike: "▲", skipped: "✕", rollback: "◀", stage: "■", checkpoint: "◆" };
   const MARK_COLORS = { start: 2, spike: 1, skipped: 7, rollback: 3, stage: 4, checkpoint: 6 };
   const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [5, 2], [1, 5], [12, 6], [8, 2, 2, 2, 2, 2]];
-  const ROWS = 50; // of a chart's table
+  const ROWS = 50; // of a curve in its chart's table
   const HEIGHT = 230; // of a chart, in pixels
 
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
@@ -19,7 +19,7 @@
   const exact = (v) => (v == null ? "–" : Number.isInteger(v) ? v.toLocaleString("en") : String(v));
   const short = (v) => {
     const a = Math.abs(v);
-    if (a >= 1e4) {
+    if (a >= 1e4 || (a >= 1e3 && a % 1e3 === 0)) {
       const power = Math.min(Math.floor(Math.log10(a) / 3), 4);
       return `${+(v / 1000 ** power).toPrecision(4)}${["", "k", "M", "B", "T"][power]}`;
     }
@@ -222,7 +222,7 @@
       if (to === undefined) return;
       event.preventDefault();
       chart.at = xs[Math.min(Math.max(to, low), high)];
-      chart.plot.setCursor({ left: chart.plot.valToPos(chart.at, "x"), top: HEIGHT / 2 });
+      for (const { plot } of charts) plot.setCursor({ left: plot.valToPos(chart.at, "x"), top: HEIGHT / 2 });
       readout.textContent = text(chart.at);
       live.textContent = `${spec.title}: ${readout.textContent}`;
     });
@@ -231,7 +231,11 @@
       if (!table.open || table.children.length > 1) return;
       const every = uPlot.join(lines.map((line) => [line.xs, line.ys]));
       const count = every[0].length;
-      const rows = Array.from({ length: Math.min(count, ROWS) }, (_, i) => Math.round((i * (count - 1)) / Math.max(Math.min(count, ROWS) - 1, 1)));
+      const kept = lines.flatMap(({ xs }) => {
+        const most = Math.min(xs.length, ROWS);
+        return Array.from({ length: most }, (_, i) => indexAt(every[0], xs[Math.round((i * (xs.length - 1)) / Math.max(most - 1, 1))]));
+      });
+      const rows = [...new Set(kept)].sort((a, b) => a - b);
       const head = element("tr", {}, ...["step", ...lines.map((line) => line.label)].map((t) => element("th", { scope: "col" }, t)));
       const body = rows.map((i) => element("tr", {}, element("th", { scope: "row" }, exact(every[0][i])),
         ...lines.map((_, s) => element("td", { class: "n" }, every[s + 1][i] === undefined ? "" : exact(every[s + 1][i])))));

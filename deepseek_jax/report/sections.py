@@ -1,16 +1,18 @@
 """The parts of a page that are text and tables: they need no script."""
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from deepseek_jax.cli.texts import gb, human, plural
 from deepseek_jax.config.options import OPTIONS, Config
 from deepseek_jax.report.events import KINDS
 from deepseek_jax.report.markup import Child, Markup, joined, table, tag
 from deepseek_jax.report.run_data import RunData
-from deepseek_jax.report.series import number
+from deepseek_jax.report.run_files import Row
+from deepseek_jax.report.series import number, points
 
 EVENTS = 200  # rows of the table at most; marks of all are in the charts
 _RANGES = 6  # of sequences, in a cell
@@ -32,19 +34,12 @@ def summary(run: RunData) -> Markup:
             tiles.append(("held-out", _exact(held[-1]["eval_bits_per_byte"]), "bits per byte"))
     if "tokens_seen" in last:
         tiles.append(("tokens seen", _exact(last["tokens_seen"]), "padding left out"))
-    speeds = [number(r["tokens_per_sec"]) for r in steps if "tokens_per_sec" in r]
-    if speeds:
-        times = statistics.median(number(r.get("step_time_s")) for r in steps)
-        tiles.append(
-            (
-                "throughput",
-                human(statistics.median(speeds)),
-                f"tokens/s, median; {times:.3g} s a step",
-            )
-        )
-    shares = [number(r["utilisation"]) for r in steps if "utilisation" in r]
-    if shares:
-        tiles.append(("share of peak", f"{statistics.median(shares):.1%}", "median"))
+    speed, seconds, share = (_median(steps, name) for name in _MEDIANS)
+    if speed is not None:
+        note = "tokens/s, median" + (f"; {seconds:.3g} s a step" if seconds else "")
+        tiles.append(("throughput", human(speed), note))
+    if share is not None:
+        tiles.append(("share of peak", f"{share:.1%}", "median"))
     if "memory_gb" in last:
         tiles.append(("peak memory", _exact(last["memory_gb"]), "GB, of the fullest device"))
     if run.load is not None and "max_violation" in last:
@@ -63,6 +58,14 @@ def summary(run: RunData) -> Markup:
         ],
         class_="tiles",
     )
+
+
+_MEDIANS = ("tokens_per_sec", "step_time_s", "utilisation")
+
+
+def _median(steps: Sequence[Row], name: str) -> float | None:
+    values = points(steps, name)[1]
+    return float(np.nanmedian(values)) if len(values) else None
 
 
 def _exact(value: Any) -> Markup:

@@ -47,6 +47,8 @@ def by_kind(rows: Sequence[Row]) -> Rows:
 
 
 def _kind(row: Row, rows: Rows) -> list[Row]:
+    if "lr" in row:
+        return rows.steps
     if "rollback" in row:
         return rows.rollbacks
     if "spike_loss" in row:
@@ -64,7 +66,13 @@ def number(value: Any) -> float:
 def points(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
     """-> (steps int64 [N], values float64 [N]) of a metric, NaN where a row lacks it or has no finite number;
     N = 0 where no row has one."""
-    values_N = np.array([number(row.get(name)) for row in rows], np.float64)
+    found = [row.get(name) for row in rows]
+    kinds = set(map(type, found))
+    if not kinds & {int, float}:
+        return np.zeros(0, np.int64), np.zeros(0)
+    if not kinds <= {int, float, type(None)}:
+        found = [number(value) for value in found]
+    values_N = np.array(found, np.float64)  # NaN for None
     values_N[~np.isfinite(values_N)] = math.nan
     if not np.isfinite(values_N).any():
         return np.zeros(0, np.int64), np.zeros(0)

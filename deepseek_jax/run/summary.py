@@ -315,6 +315,7 @@ def show_end(config: Config, workdir: str, result: Result, seconds: float) -> No
         ("took", f"{seconds / 60:.1f} min"),
         ("checkpoint", result.checkpoint),
         ("metrics", f"{workdir}/metrics.jsonl{events}"),
+        ("report", f"{workdir}/report.html"),
     ]
     generate = f"python -m deepseek_jax.generate --workdir={workdir}"
     if config.reads_examples:

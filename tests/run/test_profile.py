@@ -245,6 +245,13 @@ def test_the_trace_and_its_table(runs):
     ]
     assert order == [str(n) for n in range(1, 7)], "a step was lost around the profile"
     assert f"profile of steps 3 to 4: {folder}" in done.stdout
+    kept = json.loads((workdir / profile.SUMMARY).read_text())
+    times = {name: sum(phases.values()) * 1e3 for name, phases in kept["parts"].items()}
+    for name, cells in rows.items():
+        if name != "all":
+            assert abs(times[name] - float(cells[0])) <= 0.0051, name  # printed with two decimals
+    assert kept["steps"] == "3 to 4"
+    assert "Where a step's time goes" in (workdir / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

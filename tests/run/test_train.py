@@ -15,7 +15,9 @@ import train
 from deepseek_jax import generate
 from deepseek_jax.cli.command import exit_code
 from deepseek_jax.errors import UserError
+from deepseek_jax.train import starts
 from tests.support import ROOT
+from tests.support.report_pages import Page
 from tests.support.runs import command, environment, losses, run
 
 # One stack of layers, on 2 x 2 devices: dense layers and prediction of further tokens would double the
@@ -70,6 +72,13 @@ def test_main_job(whole_run):
         if "eval_loss" in line
     ]
     assert evals and evals[-1]["step"] == 12 and 0 < evals[-1]["eval_bits_per_byte"] < 9
+    [start] = starts.read(str(workdir))
+    assert start["processes"] == [0] * DEVICES and ["expert", 2] in start["mesh"]
+    page = Page((workdir / "report.html").read_text(encoding="utf-8"))
+    steps, loss = page.series("loss")
+    assert dict(zip(steps.tolist(), loss.tolist(), strict=True)) == values
+    assert "of 12: finished" in page.text and "device 3: fsdp 1, expert 1" in page.text
+    assert [s for kind, s in page.marks() if kind == "checkpoint"] == [4, 8, 12]
 
 
 def test_resume_is_bit_exact(whole_run, corpus, tmp_path, monkeypatch, capsys):
@@ -92,9 +101,13 @@ def test_resume_is_bit_exact(whole_run, corpus, tmp_path, monkeypatch, capsys):
         time.sleep(0.01)
     p.send_signal(signal.SIGUSR1)
     assert p.wait(timeout=120) == 128 + signal.SIGUSR1
+    assert "of 12: stopped" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
     again = run(first, DEVICES)
     assert again.returncode == 0 and "resuming after step" in again.stdout, again.stderr
     assert losses(tmp_path) == losses(whole_run[0])
+    stopped = starts.read(str(tmp_path))[1]["step"]
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert stopped >= 5 and ("start", stopped) in page.marks() and "of 12: finished" in page.text
     monkeypatch.chdir(ROOT)
     assert train.main(["train.py", *first]) == 0
     assert "is done already" in capsys.readouterr().out
@@ -125,6 +138,11 @@ def test_damage_costs_one_interval(whole_run, corpus, tmp_path):
         DEVICES,
     )
     assert again.returncode == 0 and "resuming after step 8" in again.stdout, again.stderr
+    page = Page((workdir / "report.html").read_text(encoding="utf-8"))
+    assert (
+        "goes on after step 8 on 4 devices; 12 was reached before: 4 steps made again" in page.text
+    )
+    assert "12.damaged" in page.text
     assert f"{file.relative_to(top)}: its bytes are not those that were written" in again.stderr
     assert "kept aside as 12.damaged" in again.stderr
     assert losses(workdir) == losses(whole_run[0])
