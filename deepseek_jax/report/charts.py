@@ -122,8 +122,8 @@ def charts(names: Sequence[str], described: Mapping[str, Described]) -> list[dic
     """
     known = {m for chart in CHARTS for m in chart.metrics}
     others = [n for n in names if n not in known][:OTHERS]
+    out: list[dict[str, Any]] = []
     further = (Chart((n,), n, "further", log=True, smooth=True) for n in others)
-    out = []
     for chart in (*CHARTS, *further):
         there = [m for m in chart.metrics if m in names]
         if not there:

@@ -67,12 +67,14 @@ def _starts(records: list[dict[str, Any]], rows: Rows, history: History | None) 
     out = []
     for r in records:
         step, reached = r["step"], _whole(r.get("reached"))
-        sizes = r.get("processes")
+        of_devices = starts.processes(r)
         text = "the run begins" if not step else f"goes on after step {step:,}"
-        if isinstance(sizes, list) and sizes:
-            processes = len(set(map(str, sizes)))
+        if of_devices:
+            processes = len(set(of_devices))
             hosts = f" of {processes} processes" if processes > 1 else ""
-            text += f" on {plural(len(sizes), 'device')}{hosts}"
+            text += f" on {plural(len(of_devices), 'device')}{hosts}"
+        if step and "sequence" in r:
+            text += f", with sequence {_whole(r['sequence']):,}"
         if reached > step:
             text += f"; {reached:,} was reached before: {plural(reached - step, 'step')} made again"
         if stage := r.get("stage"):

@@ -8,6 +8,7 @@ from deepseek_jax.cli.texts import gb, plural
 from deepseek_jax.report.markup import Child, Markup, joined, table, tag
 from deepseek_jax.report.run_data import RunData
 from deepseek_jax.report.series import number
+from deepseek_jax.train import starts
 
 DRAWN = 512  # devices at most; of a larger mesh one index of the outer axes is drawn
 HUES = 8  # of report.css: .hue0 ... .hue7
@@ -33,12 +34,10 @@ class Axis(NamedTuple):
 
 def mesh(run: RunData) -> Markup:
     """The devices as a grid by the axes of the mesh; "" where the run has not said."""
-    axes, processes = _axes(run.start), run.start.get("processes")
-    if not axes or not isinstance(processes, list):
+    axes, processes = _axes(run.start), starts.processes(run.start)
+    if not axes or math.prod(a.size for a in axes) != len(processes):
         return Markup("")
-    if math.prod(a.size for a in axes) != len(processes):
-        return Markup("")
-    count = len(set(map(str, processes)))
+    count = len(set(processes))
     kind = run.start.get("device_kind", "")
     said = f"{plural(len(processes), 'device')} ({kind}), {count} process{'es' * (count > 1)}"
     across = run.start.get("across") or []
@@ -58,6 +57,8 @@ def mesh(run: RunData) -> Markup:
     strategy = f"Strategy {run.start.get('strategy', '')}"
     if run.start.get("dispatch"):
         strategy += f", dispatch {run.start['dispatch']}"
+    if len(processes) == 1:
+        return tag("p", f"{said}. {strategy}.")
     return joined(
         tag("p", said + "."),
         _picture(inner, processes, experts, said),
@@ -86,14 +87,15 @@ def _each(axis: Axis, experts: int) -> str:
     return ""
 
 
-def _picture(axes: list[Axis], processes: Sequence[Any], experts: int, said: str) -> Markup:
+def _picture(axes: list[Axis], processes: Sequence[int], experts: int, said: str) -> Markup:
     columns = math.prod(a.size for a in axes[::-2])  # the innermost axis runs to the right
     gaps = (math.prod(a.size for a in axes[-3::-2]) - 1) * _GAP if len(axes) > 2 else 0
     width = min(max((WIDTH - gaps) / columns, _CELL[0]), _CELL[1])
     height = min(width, _CELL[2])
     cells: list[Markup] = []
     for index in range(math.prod(a.size for a in axes)):
-        place, rest = [], index
+        place: list[int] = []
+        rest = index
         for a in reversed(axes):
             place.insert(0, rest % a.size)
             rest //= a.size
@@ -106,7 +108,7 @@ def _picture(axes: list[Axis], processes: Sequence[Any], experts: int, said: str
             each = experts // size
             first = at.get("expert", 0) * each
             text += f"; experts {first} to {first + each - 1}"
-        hue = processes[index] % HUES if isinstance(processes[index], int) else 0
+        hue = processes[index] % HUES
         shape = {
             "x": f"{x:.1f}",
             "y": f"{y:.1f}",

@@ -18,12 +18,14 @@ Child = Union[str, None, "Iterable[Child]"]
 
 def visible(text: str) -> str:
     """The text with U+FFFD in place of what cannot be seen, or turns the order of the text around it."""
+    if text.isascii() and text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in clean_text(text))
 
 
 def joined(*children: Child) -> Markup:
     """One after the other; lists are taken apart, None is nothing."""
-    out = []
+    out: list[str] = []
     for child in children:
         if isinstance(child, Markup):
             out.append(child)

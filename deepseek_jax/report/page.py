@@ -23,6 +23,7 @@ from deepseek_jax.report.run_data import RunData
 NAME = "report.html"  # in a workdir
 SCRIPTS = ("uplot/uPlot.iife.min.js", "maps.js", "report.js")
 STYLES = ("uplot/uPlot.min.css", "report.css")
+MARKS = 400  # of a kind in the charts; of more every second, third, ...
 LICENSE = "uplot/LICENSE"  # asks to go along with every copy
 _HERE = pathlib.Path(__file__).parent
 
@@ -138,6 +139,10 @@ def _of_run(run: RunData) -> dict[str, Any]:
     marks += [
         ["checkpoint", c["step"], str(c["state"])] for c in run.checkpoints or [] if c["step"] > 0
     ]
+    for kind in KINDS:
+        if (count := sum(m[0] == kind for m in marks)) > MARKS:
+            some = [m for m in marks if m[0] == kind][:: -(-count // MARKS)]
+            marks = [m for m in marks if m[0] != kind] + some
     return {
         "name": visible(run.name),
         "steps": run.series.steps,

@@ -13,9 +13,11 @@ from deepseek_jax.report.markup import Child, Markup, joined, table, tag
 from deepseek_jax.report.run_data import RunData
 from deepseek_jax.report.run_files import Row
 from deepseek_jax.report.series import number, points
+from deepseek_jax.train import starts
 
 EVENTS = 200  # rows of the table at most; marks of all are in the charts
 _RANGES = 6  # of sequences, in a cell
+_LONG = 400  # characters of an option's value that are shown: some hold a whole template
 
 
 def summary(run: RunData) -> Markup:
@@ -78,8 +80,8 @@ def about(run: RunData) -> Markup:
     """What was trained, on what and with what."""
     s, versions = run.start, run.start.get("versions")
     parts = [str(s.get("data", ""))]
-    if isinstance(s.get("processes"), list):
-        parts.append(f"{plural(len(s['processes']), 'device')} ({s.get('device_kind')})")
+    if devices := len(starts.processes(s)):
+        parts.append(f"{plural(devices, 'device')} ({s.get('device_kind')})")
     if isinstance(versions, dict):
         parts.append(", ".join(f"{name} {v}" for name, v in versions.items()))
     text = " \u00b7 ".join([run.look.workdir, *filter(None, parts)])
@@ -109,7 +111,7 @@ def events(run: RunData) -> Markup:
     left = len(found) - len(shown)
     return joined(
         table(("step", "what", "", "sequences of the data"), rows, "Events"),
-        tag("p", f"{left:,} more are marked in the charts.") if left else None,
+        tag("p", f"{left:,} more are not in this table.") if left else None,
     )
 
 
@@ -248,4 +250,5 @@ def differences(runs: Sequence[RunData]) -> Markup:
 
 
 def _value(value: Any) -> str:
-    return '""' if value == "" else str(value)
+    text = '""' if value == "" else str(value)
+    return text if len(text) <= _LONG else f"{text[:_LONG]} ... ({len(text):,} characters)"

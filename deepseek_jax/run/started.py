@@ -39,7 +39,7 @@ def _record(run: Run) -> dict[str, Any]:
         "changed": run.changed,
         "stage": run.stage.title if run.stage else "",
         "mesh": [[axis, size] for axis, size in mesh.shape.items()],
-        "processes": [d.process_index for d in mesh.devices.flat],  # of its devices
+        "processes": starts.in_runs([d.process_index for d in mesh.devices.flat]),
         "across": list(axes_across_hosts(mesh)),
         "device_kind": mesh.devices.flat[0].device_kind,
         "strategy": config.sharding.canonical,

@@ -2,12 +2,15 @@
 changed. metrics.jsonl does not tell: the rows that a start makes again replace those before."""
 
 import contextlib
+import itertools
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NAME = "starts.jsonl"
 MOST = 1000  # that are kept
+DEVICES = 1 << 20  # more in a file are not believed
 
 
 def add(workdir: str, record: dict[str, Any]) -> None:
@@ -37,4 +40,24 @@ def read(workdir: str) -> list[dict[str, Any]]:
                         out.append(record)
     except OSError:
         return []
+    return out
+
+
+def in_runs(processes: Sequence[int]) -> list[list[int]]:
+    """[0, 0, 1, 1] -> [[0, 2], [1, 2]]: as a record has the processes of a mesh's devices."""
+    return [[process, len(list(same))] for process, same in itertools.groupby(processes)]
+
+
+def processes(record: Mapping[str, Any]) -> list[int]:
+    """The process of each device of the mesh, in its order; [] where a record does not say."""
+    out: list[int] = []
+    found = record.get("processes")
+    for run in found if isinstance(found, list) else []:
+        try:
+            process, count = run
+        except (TypeError, ValueError):
+            return []
+        if type(process) is not int or type(count) is not int or len(out) + count > DEVICES:
+            return []
+        out += [process] * count
     return out

@@ -59,6 +59,7 @@ def runs(tmp_path_factory):
     report_runs.whole(top / "hostile", text=report_runs.HOSTILE)
     other = report_runs.folder(top / "other", 300)
     report_runs.append(other, report_runs.rows_of(300, seed=3))
+    report_runs.write_load(other, 300, 2, 8)
     short = report_runs.folder(top / "short", 300)
     report_runs.append(short, report_runs.rows_of(300)[:1])
     report_runs.folder(top / "empty")
@@ -90,15 +91,21 @@ class Tab:
         self.page = page = self._context.new_page()
         page.on("console", lambda m: self.said.append(f"{m.type}: {m.text}"))
         page.on("pageerror", lambda e: self.said.append(f"error: {e}"))
-        page.on("dialog", lambda d: (self.said.append(f"dialog: {d.message}"), d.dismiss()))
-        page.on(
-            "request", lambda r: r.url == path.as_uri() or self.said.append(f"asks for {r.url}")
-        )
+        page.on("dialog", self._dialog)
+        page.on("request", lambda r: self._asked(r.url, path.as_uri()))
         begun = time.monotonic()
         page.goto(path.as_uri())
         page.wait_for_function("window.report && report.charts.every((c) => c.plot)")
         page.wait_for_timeout(100)
         self.seconds = time.monotonic() - begun
+
+    def _dialog(self, dialog) -> None:
+        self.said.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def _asked(self, url: str, own: str) -> None:
+        if url != own:
+            self.said.append(f"asks for {url}")
 
     def __enter__(self):
         return self
@@ -228,6 +235,15 @@ def test_the_keyboard_moves_over_the_maps(tab):
     assert re.search(r"layer 4, expert 0, step 4\d\d · \d\.\d\d times the mean", tab.live()), (
         tab.live()
     )
+
+
+def test_the_maps_of_another_run(browser, runs):
+    with Tab(browser, runs / "whole other.html") as tab:
+        before = tab.plot("The fullest expert of each layer").screenshot()
+        tab.page.locator("#load-run").select_option(label="other")
+        assert tab.page.locator("#layer option").count() == 2
+        assert tab.plot("The fullest expert of each layer").screenshot() != before
+        assert tab.said == []
 
 
 def test_smooth_log_and_marks(tab):

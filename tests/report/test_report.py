@@ -14,7 +14,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.report import __main__, load_map, page, run_data, series
 from deepseek_jax.report.run_files import Look
 from deepseek_jax.run import metrics, started
-from deepseek_jax.train import load_history
+from deepseek_jax.train import load_history, starts
 from tests.support import report_runs
 from tests.support.report_pages import Page
 
@@ -134,6 +134,32 @@ def test_a_hundred_thousand_steps_fit_into_two_megabytes(tmp_path, monkeypatch):
     assert len(found.data["runs"][0]["load"]["expert_steps"]) == 200
 
 
+def test_starts(tmp_path):
+    """Kept whole, the newest thousand; what is no record is left out, and damage is no reason to end."""
+    devices = [0] * 8 + [1] * 8 + [0]
+    record = {"step": 3, "processes": starts.in_runs(devices)}
+    assert record["processes"] == [[0, 8], [1, 8], [0, 1]] and starts.processes(record) == devices
+    for bad in (3, [[0, 2**40]], [["0", 1]], [1], None):
+        assert starts.processes({"processes": bad}) == []
+    path = tmp_path / starts.NAME
+    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1200)) + '{"step": 1')
+    starts.add(str(tmp_path), record)
+    assert [r["step"] for r in starts.read(str(tmp_path))] == [*range(201, 1200), 3]
+    assert os.listdir(tmp_path) == [starts.NAME]
+    starts.add(str(tmp_path / "nowhere"), record)
+
+
+def test_thousands_of_events_are_thinned(tmp_path):
+    """Every second update of float16 overflows: the page stays small."""
+    folder = report_runs.folder(tmp_path / "run", 9000)
+    rows = [{"step": s, "loss": 1.0, "lr": 1.0, "skipped_steps": s // 2} for s in range(1, 9001)]
+    report_runs.append(folder, rows)
+    source = built(folder)
+    assert len(source) < 600_000
+    assert len(Page(source).marks()) == 4500 // -(-4500 // page.MARKS)
+    assert "4,300 more are not in this table." in source
+
+
 def test_the_same_files_make_the_same_page(whole):
     assert built(whole) == built(whole)
 
@@ -201,7 +227,8 @@ def test_what_happened(whole_page):
     text = whole_page.text
     for said in (
         "the run begins on 8 devices of 2 processes",
-        "goes on after step 200 on 8 devices of 2 processes; 237 was reached before: 37 steps made again",
+        "goes on after step 200 on 8 devices of 2 processes, with sequence 1,600; 237 was reached",
+        "before: 37 steps made again",
         "changed: config.log.run_name: a -> cluster-3",
         "loss 4.25, 31.5 deviations above the median 1.8",
         "no update in steps 280 to 282: not finite",

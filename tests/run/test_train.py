@@ -73,7 +73,7 @@ def test_main_job(whole_run):
     ]
     assert evals and evals[-1]["step"] == 12 and 0 < evals[-1]["eval_bits_per_byte"] < 9
     [start] = starts.read(str(workdir))
-    assert start["processes"] == [0] * DEVICES and ["expert", 2] in start["mesh"]
+    assert starts.processes(start) == [0] * DEVICES and ["expert", 2] in start["mesh"]
     page = Page((workdir / "report.html").read_text(encoding="utf-8"))
     steps, loss = page.series("loss")
     assert dict(zip(steps.tolist(), loss.tolist(), strict=True)) == values

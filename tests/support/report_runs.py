@@ -132,7 +132,7 @@ def whole(path: pathlib.Path, steps: int = 400, text: str = "cluster-3") -> path
             ["context", 1],
             ["tensor", 1],
         ],
-        "processes": [0, 0, 0, 0, 1, 1, 1, 1],
+        "processes": starts.in_runs([0, 0, 0, 0, 1, 1, 1, 1]),
         "across": ["fsdp"],
         "device_kind": "NVIDIA H200",
         "strategy": "full_shard",
@@ -145,7 +145,10 @@ def whole(path: pathlib.Path, steps: int = 400, text: str = "cluster-3") -> path
     }
     starts.add(str(path), about | {"step": 0, "reached": 0})
     changed = [f"config.log.run_name: a -> {text}"]
-    starts.add(str(path), about | {"step": half, "reached": half + 37, "changed": changed})
+    starts.add(
+        str(path),
+        about | {"step": half, "reached": half + 37, "sequence": 8 * half, "changed": changed},
+    )
     (path / "processes").mkdir()
     for number in range(2):
         said = {
