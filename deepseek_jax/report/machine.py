@@ -13,6 +13,7 @@ from deepseek_jax.train import starts
 DRAWN = 512  # devices at most; of a larger mesh one index of the outer axes is drawn
 HUES = 8  # of report.css: .hue0 ... .hue7
 WIDTH = 720.0  # of pictures, in their own units
+PHASES = ("forward", "recompute", "backward", "optimizer")  # of a step, in order; others follow
 _GAP = 10.0  # between blocks of devices
 _CELL = (14.0, 84.0, 40.0)  # the smallest and largest width of a device, and the largest height
 _WITH_TEXT = 34.0  # the width from which a device has its process written in it
@@ -205,7 +206,8 @@ def profile(run: RunData) -> Markup:
     total = sum(sums.values())
     if not total > 0:
         return Markup("")
-    phases = list(dict.fromkeys(k for p in parts.values() for k in p))
+    phases = list(dict.fromkeys([*PHASES, *(k for p in parts.values() for k in p)]))
+    phases = [k for k in phases if any(p.get(k) for p in parts.values())]
     rows: list[list[Child]] = [
         [
             name,

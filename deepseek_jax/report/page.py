@@ -182,7 +182,7 @@ def _parts(runs: Sequence[RunData], drawn: set[str], constant: Mapping[str, floa
     heat = tag("div", id="heat") if any(r.load for r in runs) else Markup("")
     found = [
         ("summary", "Summary", joined(sections.about(run), sections.summary(run))),
-        ("compared", "Options that differ", sections.differences(runs) if runs[1:] else ""),
+        ("compared", "The runs beside each other", sections.compared(runs) if runs[1:] else ""),
         ("learning", "Learning", _holder("learning", drawn)),
         (
             "experts",
@@ -204,7 +204,7 @@ def _parts(runs: Sequence[RunData], drawn: set[str], constant: Mapping[str, floa
             "Where it ran",
             joined(machine.mesh(run), machine.memory(run), machine.processes(run)),
         ),
-        ("answers", "Answers at evaluations", sections.answers(run)),
+        ("answers", "Samples and answers", sections.answers(run)),
         ("options", "Options", sections.options(run)),
     ]
     shown = [(id, title, part) for id, title, part in found if part]
@@ -213,14 +213,14 @@ def _parts(runs: Sequence[RunData], drawn: set[str], constant: Mapping[str, floa
         [tag("a", title, href=f"#{id}") for id, title, _ in shown],
         aria_label="Parts of this page",
     )
-    of_first = f"Figures and tables below are of {run.name}; charts show all." if runs[1:] else None
+    of_first = f"Figures and tables are those of {run.name}; charts show all runs."
     return joined(
         contents,
         tag(
             "noscript",
             tag("p", "The charts of this page are drawn by its own script, which is off here."),
         ),
-        tag("p", of_first) if of_first else None,
+        tag("p", of_first, class_="about") if runs[1:] else None,
         [
             tag(
                 "section",

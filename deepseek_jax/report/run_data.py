@@ -17,7 +17,7 @@ from deepseek_jax.tensorfile.bounded_json import BadFile
 from deepseek_jax.train import starts
 
 POINTS = 2000  # of a series; with several runs on a page fewer
-ANSWERS = "answers"  # run/answers.py writes this folder
+ANSWERS, SAMPLES = "answers", "samples.jsonl"  # of run/answers.py
 PROFILE = os.path.join("profile", "summary.json")  # run/profile.py
 _EVALUATIONS = 20  # of which answers are shown: the first and the last ones
 _PROMPTS = 4  # of each
@@ -31,6 +31,7 @@ class RunData(NamedTuple):
     checkpoints: of StoredCheckpoint.describe; None: they are elsewhere, or cannot be read.
     where: folder of checkpoints, as config.checkpoint.dir has it; "" in the workdir.
     answers: [(step, rows of run/answers.py)].
+    samples: [(step, text)] that the run printed at its end.
     profile: of run/profile.py; None without.
     """
 
@@ -44,6 +45,7 @@ class RunData(NamedTuple):
     checkpoints: list[dict[str, Any]] | None
     where: str
     answers: list[tuple[int, list[dict[str, Any]]]]
+    samples: list[tuple[int, str]]
     profile: dict[str, Any] | None
 
 
@@ -71,6 +73,7 @@ def read(workdir: str, name: str, runs: int) -> RunData:
         checkpoints=_checkpoints(where or workdir),
         where=where,
         answers=_answers(os.path.join(workdir, ANSWERS)),
+        samples=_samples(os.path.join(workdir, SAMPLES)),
         profile=_profile(os.path.join(workdir, PROFILE)),
     )
 
@@ -111,6 +114,16 @@ def _answers_of(path: str) -> list[dict[str, Any]]:
             if len(out) == _PROMPTS:
                 break
     return out
+
+
+def _samples(path: str) -> list[tuple[int, str]]:
+    out: list[tuple[int, str]] = []
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                out.append((int(row["step"]), _shortened(str(row["text"]))))
+    return out[-_PROMPTS:]
 
 
 def _shortened(text: str) -> str:

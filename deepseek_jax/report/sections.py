@@ -1,7 +1,7 @@
 """The parts of a page that are text and tables: they need no script."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from deepseek_jax.report.events import KINDS
 from deepseek_jax.report.markup import Child, Markup, joined, table, tag
 from deepseek_jax.report.run_data import RunData
 from deepseek_jax.report.run_files import Row
-from deepseek_jax.report.series import number, points
+from deepseek_jax.report.series import as_json, number, points
 from deepseek_jax.train import starts
 
 EVENTS = 200  # rows of the table at most; marks of all are in the charts
@@ -168,8 +168,11 @@ def experts(run: RunData) -> Markup:
 
 
 def answers(run: RunData) -> Markup:
-    """What the model answered at each evaluation, the newest first."""
-    parts = []
+    """What the model answered at each evaluation, and wrote at its end, the newest first."""
+    parts = [
+        tag("dl", tag("dt", f"step {step:,}"), tag("dd", tag("pre", text)), class_="answer")
+        for step, text in reversed(run.samples)
+    ]
     for i, (step, rows) in enumerate(reversed(run.answers)):
         texts = [
             tag(
@@ -235,8 +238,45 @@ def _known(name: str) -> tuple[str, str]:
     return (option.unit, option.help) if option else ("", "")
 
 
-def differences(runs: Sequence[RunData]) -> Markup:
-    """Of the options of several runs, those that are not the same in all."""
+def compared(runs: Sequence[RunData]) -> Markup:
+    """The last figures of several runs, and their options that are not the same in all."""
+    figures: list[list[Child]] = []
+    for name, evaluated, best in _COMPARED:
+        cells: list[Child] = []
+        for run in runs:
+            values = points(run.rows.evaluations if evaluated else run.rows.steps, name)[1]
+            values = values[np.isfinite(values)]
+            value = best(values) if len(values) else None
+            cells.append("\u2013" if value is None else _exact(as_json(float(value))))
+        if any(c != "\u2013" for c in cells):
+            how = _HOW.get(best, "")
+            figures.append([f"{name}{how}", *cells])
+    return joined(
+        table(("", *(run.name for run in runs)), figures, "Figures") if figures else None,
+        _differences(runs),
+    )
+
+
+def _last(values: np.ndarray) -> float:
+    return values[-1]
+
+
+# (metric, whether evaluations have it, how one number stands for a run)
+_COMPARED: tuple[tuple[str, bool, Callable[[np.ndarray], Any]], ...] = (
+    ("step", False, _last),
+    ("tokens_seen", False, _last),
+    ("loss", False, _last),
+    ("eval_loss", True, _last),
+    ("eval_loss", True, np.min),
+    ("tokens_per_sec", False, np.median),
+    ("utilisation", False, np.median),
+    ("memory_gb", False, np.max),
+    ("max_violation", False, _last),
+)
+_HOW = {np.min: ", lowest", np.median: ", median", np.max: ", highest", _last: ", last"}
+
+
+def _differences(runs: Sequence[RunData]) -> Markup:
     every = [flat(run.look.config) for run in runs]
     names = list(dict.fromkeys(name for values in every for name in values))
     rows: list[list[Child]] = [

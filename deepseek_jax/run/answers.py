@@ -1,5 +1,9 @@
-"""What a model in training answers to held-out prompts: WORKDIR/answers/STEP.jsonl."""
+"""What a model in training answers to held-out prompts, and a sample of its text.
 
+Answers are in WORKDIR/answers/STEP.jsonl, samples in WORKDIR/samples.jsonl.
+"""
+
+import contextlib
 import json
 import os
 import sys
@@ -9,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from deepseek_jax.cli.texts import clean_text
 from deepseek_jax.config.options import Config
 from deepseek_jax.data.example_loader import ExampleLoader
 from deepseek_jax.data.loader import Loader
@@ -23,7 +28,7 @@ from deepseek_jax.inference.generation.sampling import Sampling
 from deepseek_jax.model.layout import ModelWeights, PlacedModel
 from deepseek_jax.train.state import TrainState
 
-FOLDER = "answers"  # in WORKDIR
+FOLDER, SAMPLES = "answers", "samples.jsonl"  # in WORKDIR
 GREEDY = Sampling()
 
 
@@ -177,3 +182,19 @@ def sample_text(
     bound = BoundModel(model, *state.weights(), mesh)
     options = Sampling(temperature=0.7, top_p=0.95, seed=config.seed)
     return sample.sample(bound, tokenizer, c.sample_prompt, c.sample_tokens, options)
+
+
+def keep_sample(workdir: str, step: int, text: str) -> None:
+    """Adds a sample that was printed to WORKDIR/samples.jsonl, for the run's report; process 0 does. Samples
+    of this step and later ones, of an earlier start, go. A disk that is full costs the sample."""
+    if not text or jax.process_index() != 0:
+        return
+    path = os.path.join(workdir, SAMPLES)
+    kept = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with open(path, encoding="utf-8") as f:
+            kept = [line for line in f if json.loads(line)["step"] < step]
+    with contextlib.suppress(OSError):
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.writelines([*kept, json.dumps({"step": step, "text": clean_text(text)}) + "\n"])
+        os.replace(path + ".tmp", path)

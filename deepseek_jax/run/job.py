@@ -296,6 +296,7 @@ class Job:
             config, start.layout.model, self._mesh, result.state, self._data.tokenizer
         )
         result = result._replace(sample=sample)
+        answers.keep_sample(self._workdir, result.step, sample)
         summary.show_end(config, self._workdir, result, time.perf_counter() - self._started)
         return result
 

@@ -241,6 +241,7 @@ def test_what_happened(whole_page):
         "State per device: 12.4 GB",
         "experts: 31.00 ms, 50.8%",
         "cluster-3 of step 400",
+        "def cluster-3(): return",
         "3 of 213 options are not at their default".partition(" of ")[0] + " of",
     ):
         assert said in text, said
@@ -341,6 +342,8 @@ def test_runs_over_each_other(whole, tmp_path):
     names = [run["name"] for run in found.data["runs"]]
     assert names == [f"{whole.parent.name}/whole", f"{tmp_path.name}/whole"]
     assert found.series("loss", 1)[0][-1] == 300
+    held = min(r["eval_loss"] for r in lines(other) if "eval_loss" in r)
+    assert f"{held:.6g}" in found.text and "tokens_seen, last 6,553,600 4,915,200" in found.text
     assert "train.steps 400 300" in found.text and "model.num_hidden_layers 6 3" in found.text
     with pytest.raises(UserError, match="named twice"):
         built(whole, whole)

@@ -79,6 +79,8 @@ def test_main_job(whole_run):
     assert dict(zip(steps.tolist(), loss.tolist(), strict=True)) == values
     assert "of 12: finished" in page.text and "device 3: fsdp 1, expert 1" in page.text
     assert [s for kind, s in page.marks() if kind == "checkpoint"] == [4, 8, 12]
+    [sample] = map(json.loads, (workdir / "samples.jsonl").read_text().splitlines())
+    assert sample["step"] == 12 and " ".join(sample["text"].split()) in page.text
 
 
 def test_resume_is_bit_exact(whole_run, corpus, tmp_path, monkeypatch, capsys):

@@ -179,6 +179,8 @@ def whole(path: pathlib.Path, steps: int = 400, text: str = "cluster-3") -> path
             "reference": "2",
         }
         (path / "answers" / f"{step}.jsonl").write_text(json.dumps(answer) + "\n")
+    sample = json.dumps({"step": steps, "text": f"def {text}():\n    return"})
+    (path / "samples.jsonl").write_text(sample + "\nnot JSON\n")
     for step in (half, steps):
         state = path / "checkpoints" / str(step) / "state"
         state.mkdir(parents=True)
