@@ -14,7 +14,6 @@ from deepseek_jax.report import page as pages
 from deepseek_jax.run import metrics
 from tests.support import report_runs
 
-api = pytest.importorskip("playwright.sync_api", reason="make test-report installs it")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
@@ -73,7 +72,8 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="make test-report installs it")
     with api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield browser
