@@ -251,7 +251,7 @@ def test_the_trace_and_its_table(runs):
         if name != "all":
             assert abs(times[name] - float(cells[0])) <= 0.0051, name  # printed with two decimals
     assert kept["steps"] == "3 to 4"
-    assert "Where a step's time goes" in (workdir / "report.html").read_text(encoding="utf-8")
+    assert f"per device; steps {kept['steps']}" in (workdir / "report.html").read_text()
 
 
 @pytest.mark.slow
