@@ -1,9 +1,11 @@
 """What the folder of a run says of it, read again and again: only what is new of metrics.jsonl."""
 
+import dataclasses
+import functools
 import json
 import os
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,8 @@ from deepseek_jax.train import workdir as workdirs
 Row = dict[str, Any]
 
 
-class Look(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Look:
     """A run at one moment.
 
     Attributes:
@@ -48,17 +51,17 @@ class Look(NamedTuple):
         """Of the model, without those that predict further tokens."""
         return self.config["model"]["num_hidden_layers"]
 
-    @property
+    @functools.cached_property
     def rows(self) -> list[Row]:
         """Those that have a loss."""
         return [r for r in self.all_rows if "loss" in r]
 
-    @property
+    @functools.cached_property
     def evaluations(self) -> list[Row]:
         """Rows with held-out figures."""
         return [r for r in self.all_rows if "eval_loss" in r]
 
-    @property
+    @functools.cached_property
     def events(self) -> list[Row]:
         """Rows of spikes and rollbacks."""
         return [r for r in self.all_rows if "spike_loss" in r or "rollback" in r]
@@ -68,7 +71,7 @@ class Look(NamedTuple):
         """Of `counts_LE`."""
         return int(self.load_steps_N[-1]) if len(self.load_steps_N) else 0
 
-    @property
+    @functools.cached_property
     def counts_LE(self) -> np.ndarray:
         """The newest record of load_history; no rows without experts."""
         return np.array(self.counts_NLE[-1]) if len(self.counts_NLE) else np.zeros((0, 0))

@@ -95,7 +95,8 @@ def _state(run: RunData) -> str:
         return f"{of}: no step has been logged yet"
     if last >= run.look.steps:
         return f"{of}: finished"
-    training = any(p["state"] == "training" for p in run.look.processes)
+    # Process 0 says that it ended before it writes this page, others around that time.
+    training = any(p["state"] == "training" for p in run.look.processes[:1])
     return f"{of}: {'was training when this page was written' if training else 'stopped'}"
 
 

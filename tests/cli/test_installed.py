@@ -104,6 +104,9 @@ def test_the_wheel_trains_where_there_is_no_checkout(tmp_path):
     assert trained.returncode == 0, trained.stdout + trained.stderr
     rows = [json.loads(line) for line in (empty / "run/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if "loss" in r] == [1, 2]
+    assert (empty / "run/report.html").stat().st_size > 100_000 and not trained.stderr.count(
+        "report"
+    )
     shown = run(command, "checkpoint", "ls", "run", cwd=empty, env=env)
     assert shown.returncode == 0 and "2" in shown.stdout, shown.stdout + shown.stderr
     where = "import deepseek_jax; print(deepseek_jax.__file__)"

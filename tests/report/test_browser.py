@@ -192,8 +192,10 @@ def test_the_tables_have_the_figures_of_metrics_jsonl(tab, runs):
 
 
 def test_the_keyboard_moves_the_cursor_and_says_the_figures(tab, runs):
+    tab.page.mouse.move(2, 2)  # a page that scrolls moves charts away from under a mouse, too
     plot = tab.plot("Loss")
     plot.focus()
+    tab.page.wait_for_timeout(100)
     plot.press("Home")
     rows = {r["step"]: r for r in report_runs.rows_of(400) if "lr" in r}
     assert tab.live().startswith(f"Loss: step 1 · training {rows[1]['loss']:g}")
