@@ -248,7 +248,12 @@ def test_the_maps_of_another_run(browser, runs):
         assert tab.said == []
 
 
-def test_smooth_log_and_marks(tab):
+def test_smooth_log_and_marks(browser, runs):
+    with Tab(browser, runs / "whole.html") as tab:
+        check_toggles(tab)
+
+
+def check_toggles(tab) -> None:
     def drawn() -> bytes:
         return tab.plot("Loss").screenshot()
 
@@ -256,9 +261,8 @@ def test_smooth_log_and_marks(tab):
     for name in ("smooth", "log", "marks"):
         tab.page.locator(f"#{name}").click()
         assert drawn() != before, name
-    assert (
-        tab.page.evaluate("report.charts[0].plot.series.length") == 4
-    )  # x, raw, smoothed, held-out
+    # x, the curve, its average, the held-out loss
+    assert tab.page.evaluate("report.charts[0].plot.series.length") == 4
     assert tab.page.evaluate("report.charts[0].plot.scales.y.distr") == 3
     for name in ("smooth", "log", "marks"):
         tab.page.locator(f"#{name}").click()
