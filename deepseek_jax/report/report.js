@@ -15,6 +15,7 @@
 
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const color = (i) => css(`--c${i % 8}`);
+  const dashes = (i) => DASHES[(i + (i >> 3)) % 8]; // with the next colours other ones
   const figure = (v) => (v == null ? "–" : Number.isInteger(v) ? v.toLocaleString("en") : String(+v.toPrecision(6)));
   const exact = (v) => (v == null ? "–" : Number.isInteger(v) ? v.toLocaleString("en") : String(v));
   const short = (v) => {
@@ -55,6 +56,12 @@
     for (const map of maps) map.draw();
   }
 
+  function zoom(step, factor) {
+    const half = Math.max(((state.view[1] - state.view[0]) / 2) * factor, 1);
+    const low = Math.max(Math.min(step - half, whole[1] - 2 * half), whole[0]);
+    setView([low, Math.min(low + 2 * half, whole[1])]);
+  }
+
   // The last point at or before a step; -1 before the first.
   function indexAt(xs, step) {
     let low = 0;
@@ -81,7 +88,7 @@
   }
 
   const marksOf = (lines) =>
-    [...new Set(lines.map((line) => line.run))].flatMap((run) => run.marks.map(([kind, step, text]) => ({ kind, step, text })));
+    [...new Set(lines.map((line) => line.run))].flatMap((run) => run.marks.map(([kind, step, text]) => ({ kind, step, text: data.runs.length > 1 ? `${run.name}, ${text}` : text })));
 
   function drawMarks(u, marks) {
     if (!state.marks) return;
@@ -126,7 +133,7 @@
     const marks = marksOf(lines);
     const place = element("div", {
       class: "plot", tabindex: 0, role: "application", "aria-roledescription": "chart",
-      "aria-label": `${spec.title}, ${spec.unit || "no unit"}. Arrow keys move from point to point, Home and End to the ends, Escape shows the whole run.`,
+      "aria-label": `${spec.title}, ${spec.unit || "no unit"}. Arrow keys move from point to point, Home and End to the ends, plus and minus zoom, Escape shows the whole run.`,
     });
     const readout = element("p", { class: "readout" });
     const legend = element("ul", { class: "legend" });
@@ -152,7 +159,7 @@
           series.push({ stroke, alpha: 0.3, width: 1, points: { show: false } });
         }
         tables.push([line.xs, soft ? smoothed(ys) : ys]);
-        series.push({ stroke, width: 1.8, dash: DASHES[line.style % 8], points: { show: line.dots, size: 6, fill: stroke } });
+        series.push({ stroke, width: 1.8, dash: dashes(line.style), points: { show: line.dots, size: 6, fill: stroke } });
       }
       const axis = { stroke: css("--soft"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 } };
       const values = (_, splits) => splits.map((v) => (v == null ? "" : short(v)));
@@ -189,7 +196,7 @@
 
     function key(line) {
       const sample = element("svg", { width: 34, height: 12, "aria-hidden": "true" },
-        element("path", { d: "M1 6H33", stroke: color(line.style), "stroke-width": 2.2, "stroke-dasharray": DASHES[line.style % 8].join(" ") }));
+        element("path", { d: "M1 6H33", stroke: color(line.style), "stroke-width": 2.2, "stroke-dasharray": dashes(line.style).join(" ") }));
       if (line.dots) sample.append(element("circle", { cx: 17, cy: 6, r: 3.4, fill: color(line.style) }));
       return element("li", {}, sample, ` ${line.label}`);
     }
@@ -219,6 +226,7 @@
       const now = chart.at == null ? high + 1 : indexAt(xs, chart.at);
       const to = { ArrowLeft: now - 1, ArrowRight: now + 1, PageUp: now - 10, PageDown: now + 10, Home: low, End: high }[event.key];
       if (event.key === "Escape") setView(whole);
+      if (event.key === "+" || event.key === "-") zoom(chart.at ?? xs[high], event.key === "+" ? 0.5 : 2);
       if (to === undefined) return;
       event.preventDefault();
       chart.at = xs[Math.min(Math.max(to, low), high)];

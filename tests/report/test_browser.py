@@ -295,6 +295,11 @@ def test_dragging_zooms_all_and_a_button_goes_back(tab):
     tab.page.locator("#reset").click()
     assert all(view == [1, 400] for view in views())
     assert tab.page.locator("#reset").is_disabled()
+    plot.focus()
+    for keys, wanted in (("Home + +", [1, 100.75]), ("End", [1, 100.75]), ("- -", [1, 400])):
+        for key in keys.split():
+            plot.press(key)
+        assert all(view == pytest.approx(wanted) for view in views()), keys
 
 
 def test_what_is_not_the_pages_own_does_not_run(browser, runs):

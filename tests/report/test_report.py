@@ -211,6 +211,9 @@ def test_uplot_is_as_it_was_released():
         p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (ASSETS / "uplot").iterdir()
     }
     assert found == UPLOT
+    for name in (*page.SCRIPTS, *page.STYLES):  # nothing that an HTML parser takes for its own
+        text = (ASSETS / name).read_text(encoding="utf-8").lower()
+        assert not [w for w in ("<!--", "<script", "</script", "</style") if w in text], name
     for name in ("report.js", "maps.js"):
         text = (ASSETS / name).read_text()
         assert text.count("\n") < 300
