@@ -18,6 +18,7 @@ that is exposed, share of peak, the largest costs with their lines, and what all
 numbers, --rates=bf16=750e12,memory=4.3e12; for --hardware=cpu it is needed.
 
   python -m deepseek_jax.plan calibrate --out=rates.json     how fast the devices of this machine are
+  python -m deepseek_jax.plan tune batch --config=...        what fits and what is fastest, run here
 
 Any option of train.py can follow. Exit codes: 0, also if it does not fit ("fits" in --json says
 so); 2 a mistake in the options.
@@ -53,6 +54,7 @@ CPU = topology.Hardware("CPU device", None, "")
 # Commands of their own, which run something on this machine or search: the module of each.
 SUBCOMMANDS = {
     "calibrate": "deepseek_jax.plan.calibrate.command",
+    "tune": "deepseek_jax.plan.tune.command",
 }
 
 

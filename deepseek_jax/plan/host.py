@@ -70,3 +70,21 @@ def cpu_name() -> str:
     # Hypervisors may hide the product's number: family and model still tell generations apart.
     numbers = f"family {found.get('cpu family', '?')} model {found.get('model', '?')}"
     return f"{found['model name']} ({numbers})" if "model name" in found else platform.processor()
+
+
+def memory() -> int | None:
+    """Bytes of memory that this process may have: the machine's, or less where its control group says so;
+    None where the system does not say.
+    """
+    try:
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = pathlib.Path(file).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if limit.isdecimal():  # else "max"
+            found = min(found, int(limit))
+    return found

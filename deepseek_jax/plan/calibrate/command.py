@@ -85,4 +85,4 @@ def said(rate: str, value: float) -> str:
     if rate in rates_file.SECONDS:
         return f"{value * 1e6:.3g} us"
     unit = "B/s" if rate in rates_file.OF_BYTES else "FLOP/s"
-    return f"{human(value)}{unit}" if human(value)[-1:].isalpha() else f"{human(value)} {unit}"
+    return human(value, tuple(f" {prefix}{unit}" for prefix in ("", "k", "M", "G", "T")))

@@ -1,0 +1,184 @@
+"""Predicted step times beside measured ones, on virtual devices of this CPU.
+
+  python -m benchmarks predicted [--config=configs/tiny.py] [--devices=8] [--steps=8] [--seconds=20]
+                                 [--only=fsdp,stage] [--json] [--config.KEY=...]
+
+Compiles the train step of every row of ROWS, measures this machine's rates as `plan calibrate` does,
+times the steps in turns, and predicts each from its compiled program and those rates, as `plan
+--roofline --rates=FILE` does. Then the pairs: where two measured medians are more than 10% apart the
+predicted order should be the measured one. Rounds of the dispatch are those that the steps took.
+Rows that the mesh or the config refuses are said, with the reason.
+
+Tokens are drawn by Zipf's law. Unless options say otherwise a step has 32 sequences of 64 tokens.
+Compiled programs are kept (compile.cache_dir), so that a second run of this command is short.
+"""
+
+import itertools
+import statistics
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from benchmarks.support.report import Parser, machine, report
+from deepseek_jax.cli import texts
+from deepseek_jax.config.options import Config
+from deepseek_jax.errors import UserError
+from deepseek_jax.plan import host, options, rates, roofline, topology
+from deepseek_jax.plan.calibrate import measure
+from deepseek_jax.plan.timeline import Program, Timeline
+from deepseek_jax.plan.tune.changes import checked, with_options
+from deepseek_jax.plan.tune.steps import Step
+from deepseek_jax.runtime.compile_cache import use_cache
+
+GIVEN = {"train.batch_size": 32, "train.sequence_length": 64}
+APART = 1.1  # of two medians: nearer ones may change places from run to run
+EXPERT_8 = {"mesh.expert": 8, "mesh.fsdp": 1}
+ROWS: dict[str, dict[str, Any]] = {
+    "fsdp 8": {},
+    "data 8, no_shard": {"mesh.data": 8, "mesh.fsdp": 1, "sharding.strategy": "no_shard"},
+    "data 2 x fsdp 4, hybrid_shard": {"mesh.data": 2, "sharding.strategy": "hybrid_shard"},
+    "expert 8": EXPERT_8,
+    "expert 8, all_gather": EXPERT_8 | {"moe.dispatch": "all_gather"},
+    "expert 8, ring": EXPERT_8 | {"moe.dispatch": "ring"},
+    "fsdp 4 x expert 2": {"mesh.expert": 2},
+    "tensor 2 x fsdp 4": {"mesh.tensor": 2},
+    "stage 2 x fsdp 4, 4 micro-batches": {"mesh.stage": 2, "train.accumulation": 4},
+    "fsdp 8, remat full": {"train.remat": "full"},
+    "fsdp 8, 4 micro-batches": {"train.accumulation": 4},
+    "expert 8, 4 micro-batches": EXPERT_8 | {"train.accumulation": 4},
+}
+
+
+class Row(NamedTuple):
+    """A configuration that runs here."""
+
+    step: Step
+    text: str  # of the compiled program
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--devices", type=int, default=8, help="Virtual devices of this CPU.")
+    parser.add_argument("--steps", type=int, default=8, help="Steps of each row that count.")
+    parser.add_argument("--seconds", type=float, default=20.0, help="Of measuring rates.")
+    parser.add_argument("--only", default="", help="Rows with one of these words, by commas.")
+    jax.config.update("jax_platforms", "cpu")
+    own, config = options.read(parser, sys.argv[1:], "configs/tiny.py")
+    devices = topology.cpu_devices(own.devices)
+    use_cache(config.compile.cache_dir, warn=lambda line: print(line, file=sys.stderr))
+    roofline.keep_source_lines()
+    named = {a.partition("=")[0] for a in sys.argv[1:]}
+    changes = {k: v for k, v in GIVEN.items() if f"--config.{k}" not in named}
+    config = with_options(config, changes)
+    rows, refused = build(config, devices, [w for w in own.only.split(",") if w])
+    print("measuring ...", file=sys.stderr, flush=True)
+    others = host.Others()
+    found = measure.calibrated(devices, own.seconds, show=False)
+    times, rounds = timed(rows, own.steps)
+    cores = others.cores()
+    speed = rates.of_measured(None, found.as_json())
+    result = {
+        "machine": machine(),
+        "other_cores": cores,
+        "calibration": found.as_json(),
+        "rows": {
+            name: {
+                "measured_s": statistics.median(times[name]),
+                "fastest_s": min(times[name]),
+                "slowest_s": max(times[name]),
+                "rounds": rounds[name],
+                "predicted_s": predicted(row, speed, rounds[name]),
+            }
+            for name, row in rows.items()
+        },
+        "refused": refused,
+    }
+    result |= pairs(result["rows"])
+    report(own, result, text)
+    return 0
+
+
+def build(
+    config: Config, devices: list[jax.Device], words: list[str]
+) -> tuple[dict[str, Row], dict[str, str]]:
+    """The rows that run here, compiled, and why the others do not."""
+    rows: dict[str, Row] = {}
+    refused: dict[str, str] = {}
+    for name, changes in ROWS.items():
+        if words and not any(w in name for w in words):
+            continue
+        started = time.perf_counter()
+        try:
+            step = Step(checked(config, changes), devices)
+            step.begin()
+            rows[name] = Row(step, step.compiled.as_text())
+            said = f"{time.perf_counter() - started:.0f} s"
+        except UserError as e:
+            refused[name] = said = str(e)
+        print(f"{name}: {said}", file=sys.stderr, flush=True)
+    return rows, refused
+
+
+def timed(rows: dict[str, Row], steps: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of the steps that count, all rows in turns, and the most rounds that a layer took."""
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    rounds = dict.fromkeys(rows, 1)
+    for turn in range(steps + 1):
+        for name, row in rows.items():
+            seconds = row.step.run()
+            if turn:
+                times[name].append(seconds)
+                rounds[name] = max(rounds[name], row.step.rounds())
+    return times, rounds
+
+
+def predicted(row: Row, speed: rates.Speed, rounds: int) -> float:
+    """Seconds of a step, by its program and the rates."""
+    shape = dict(row.step.mesh.shape)
+    program = Program(row.text, shape, shape, on_gpu=False)
+    return Timeline(program, speed.derated, rounds).run().seconds
+
+
+def pairs(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How many pairs of rows that are apart are in the predicted order, and which are not."""
+    right, wrong = 0, []
+    for (a, x), (b, y) in itertools.combinations(rows.items(), 2):
+        fast, slow = sorted((x, y), key=lambda r: r["measured_s"])
+        if slow["measured_s"] <= APART * fast["measured_s"]:
+            continue
+        if fast["predicted_s"] < slow["predicted_s"]:
+            right += 1
+        else:
+            wrong.append([a, b])
+    return {"pairs_apart": right + len(wrong), "in_order": right, "out_of_order": wrong}
+
+
+def text(r: dict[str, Any]) -> str:
+    """The table for a person."""
+    lines = [["configuration", "measured", "fastest to slowest", "predicted", "ratio", "rounds"]]
+    for name, row in sorted(r["rows"].items(), key=lambda item: item[1]["measured_s"]):
+        measured, guess = row["measured_s"], row["predicted_s"]
+        lines.append(
+            [
+                name,
+                f"{measured * 1e3:,.0f} ms",
+                f"{row['fastest_s'] * 1e3:,.0f} to {row['slowest_s'] * 1e3:,.0f}",
+                f"{guess * 1e3:,.0f} ms",
+                f"{guess / measured:.2f}",
+                str(row["rounds"]),
+            ]
+        )
+    said = [
+        f"{r['machine']['devices']} devices on {r['machine']['cores']} cores; "
+        f"{host.said(r['other_cores'])}",
+        "",
+        texts.table(lines),
+        "",
+        f"{r['in_order']} of {r['pairs_apart']} pairs that are more than {APART - 1:.0%} apart are in "
+        "the predicted order",
+    ]
+    said += [f"not so: {a}, {b}" for a, b in r["out_of_order"]]
+    said += [f"refused: {name}: {why}" for name, why in r["refused"].items()]
+    return "\n".join(said)
