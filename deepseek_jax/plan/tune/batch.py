@@ -10,6 +10,9 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.parallel.mesh import BATCH_AXES
 
 MOST = 1024  # sequences of a device
+GUESSES = (
+    2  # by a line, one after the other: where it meets the room, and that one more does not fit
+)
 
 
 class Found(NamedTuple):
@@ -27,9 +30,9 @@ class Found(NamedTuple):
 def search(bytes_of: Callable[[int], int], room: int, most: int = MOST) -> Found:
     """The largest number from 1 to `most` whose bytes fit into `room`, where more never need less.
 
-    Sizes double, but stop short where the line through the last two says that the double would not fit; what
-    is left between the largest that fits and the smallest that does not is halved, at the line's guess where
-    it has one. So nothing is compiled that is more than twice as large as what fits, but for 1.
+    Sizes double. Where the line through the two largest says that the double would not fit, its guess is tried
+    and then the next size; what is left between the largest that fits and the smallest that does not is
+    halved. So nothing is compiled that is more than twice as large as what fits, but for 1.
 
     Args:
       bytes_of: compiles a size.
@@ -41,21 +44,19 @@ def search(bytes_of: Callable[[int], int], room: int, most: int = MOST) -> Found
         return seen[size] <= room
 
     low, high = 0, most + 1  # the largest that fits, the smallest that does not
-    size = 1
+    size, guesses = 1, 0
     while high - low > 1:
         if fits(size):
             low = size
         else:
             high = size
+        size = min(2 * low, most) if high > most else (low + high) // 2
         guess = _by_line(seen, room)
-        if high <= most:
-            size = guess if guess is not None and low < guess < high else (low + high) // 2
-            if seen.keys() >= {size}:
-                size = (low + high) // 2
+        # Not for ever: where memory rises by steps the line may be wrong by one each time.
+        if guess is None or guesses >= GUESSES or (high > most and guess >= size):
+            guesses = 0
         else:
-            size = min(2 * low, most)
-            if guess is not None and low < guess < size:
-                size = guess
+            size, guesses = min(max(guess, low + 1), high - 1), guesses + 1
     return Found(low, seen, low == most)
 
 

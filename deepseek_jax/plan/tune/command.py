@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
         "cores": host.cores(),
         "jax": jax.__version__,
         "room": setting.room,
-        "config": next((a.partition("=")[2] for a in rest if a.startswith("--config=")), ""),
+        "flags": parser.parse_known_args(rest)[1],
         "tokens": "random, by Zipf's law",
         "exercises": {},
     }

@@ -1,6 +1,7 @@
 """What `plan tune` found, for a person: a table for each exercise, and the command line of its best row."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.cli.texts import gb, table
@@ -15,13 +16,13 @@ def text(r: Mapping[str, Any]) -> str:
         f"{gb(r['room'])} of a device; tokens: {r['tokens']}; {host.said(r['other_cores'])}"
     ]
     for name, found in r["exercises"].items():
-        lines += ["", *_exercise(name, found, r["config"])]
+        lines += ["", *_exercise(name, found, r["flags"])]
     if r.get("interrupted"):
         lines += ["", "Interrupted: this is what there is."]
     return "\n".join(lines)
 
 
-def _exercise(name: str, found: Mapping[str, Any], config: str) -> list[str]:
+def _exercise(name: str, found: Mapping[str, Any], flags: Sequence[str]) -> list[str]:
     rows = found["rows"]
     head = ["sequences a device" if name == exercises.BATCH else name, "bytes of a device", "fits"]
     head += ["a step", "sequences/s", "tokens/s", "ratio"]
@@ -33,7 +34,7 @@ def _exercise(name: str, found: Mapping[str, Any], config: str) -> list[str]:
         cells.append(_cells(r, first, with_rounds))
     lines = [f"{name}: {exercises.ABOUT[name]}", table(cells, "  ")]
     lines += [f"  {r['name']}: {r['refused']}" for r in rows if r.get("refused")]
-    return lines + _best(name, found, config)
+    return lines + _best(name, found, flags)
 
 
 def _cells(r: Mapping[str, Any], first: Mapping[str, Any] | None, with_rounds: bool) -> list[str]:
@@ -61,25 +62,28 @@ def best(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return max(ran, key=lambda r: r["tokens_per_second"], default=None)
 
 
-def _best(name: str, found: Mapping[str, Any], config: str) -> list[str]:
+def _best(name: str, found: Mapping[str, Any], flags: Sequence[str]) -> list[str]:
     """The command lines to go on with."""
     lines = []
     if name == exercises.BATCH and "largest" in found:
-        lines.append(_largest(found, config))
+        lines.append(_largest(found, flags))
     row = best(found)
     if row is not None:
-        lines.append(f"  most tokens a second: {row['name']}: {_command(row, config)}")
+        lines.append(f"  most tokens a second: {row['name']}: {_command(row, flags)}")
     return lines
 
 
-def _largest(found: Mapping[str, Any], config: str) -> str:
+def _largest(found: Mapping[str, Any], flags: Sequence[str]) -> str:
     size = found["largest"]
     if not size:
         return "  not even one sequence of a device fits: divide the state over more devices, or offload it"
     row = next(r for r in found["rows"] if r["micro_batch"] == size)
     more = " (no more were tried: --most)" if found["ended"] else ""
-    return f"  the largest that fits: {size}{more}: {_command(row, config)}"
+    return f"  the largest that fits: {size}{more}: {_command(row, flags)}"
 
 
-def _command(row: Mapping[str, Any], config: str) -> str:
-    return f"python train.py --config={config} {changes.said(row['options'])}".rstrip()
+def _command(row: Mapping[str, Any], flags: Sequence[str]) -> str:
+    """Of a run with the row's options: the flags as they were given, without those that the row sets."""
+    new = {f"--config.{name}" for name in row["options"]}
+    kept = [shlex.quote(flag) for flag in flags if flag.partition("=")[0] not in new]
+    return " ".join(["python train.py", *kept, changes.said(row["options"])]).rstrip()
