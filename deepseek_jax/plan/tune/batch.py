@@ -30,9 +30,9 @@ class Found(NamedTuple):
 def search(bytes_of: Callable[[int], int], room: int, most: int = MOST) -> Found:
     """The largest number from 1 to `most` whose bytes fit into `room`, where more never need less.
 
-    Sizes double. Where the line through the two largest says that the double would not fit, its guess is tried
-    and then the next size; what is left between the largest that fits and the smallest that does not is
-    halved. So nothing is compiled that is more than twice as large as what fits, but for 1.
+    Sizes double. Where the line through the two largest says that the double would not fit, its guess is
+    tried and then the next size; what is left between the largest that fits and the smallest that does not
+    is halved. So nothing is compiled that is more than twice as large as what fits, but for 1.
 
     Args:
       bytes_of: compiles a size.
