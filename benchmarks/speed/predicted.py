@@ -79,23 +79,24 @@ def main() -> int:
     times, rounds = timed(rows, own.steps)
     cores = others.cores()
     speed = rates.of_measured(None, found.as_json())
+    by_name = {
+        name: {
+            "measured_s": statistics.median(times[name]),
+            "fastest_s": min(times[name]),
+            "slowest_s": max(times[name]),
+            "rounds": rounds[name],
+            "predicted_s": predicted(row, speed, rounds[name]),
+        }
+        for name, row in rows.items()
+    }
     result = {
         "machine": machine(),
         "other_cores": cores,
         "calibration": found.as_json(),
-        "rows": {
-            name: {
-                "measured_s": statistics.median(times[name]),
-                "fastest_s": min(times[name]),
-                "slowest_s": max(times[name]),
-                "rounds": rounds[name],
-                "predicted_s": predicted(row, speed, rounds[name]),
-            }
-            for name, row in rows.items()
-        },
+        "rows": by_name,
         "refused": refused,
+        **pairs(by_name),
     }
-    result |= pairs(result["rows"])
     report(own, result, text)
     return 0
 
@@ -155,12 +156,14 @@ def pairs(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"pairs_apart": right + len(wrong), "in_order": right, "out_of_order": wrong}
 
 
-def text(r: dict[str, Any]) -> str:
-    """The table for a person."""
-    lines = [["configuration", "measured", "fastest to slowest", "predicted", "ratio", "rounds"]]
+def lines_of(r: dict[str, Any]) -> list[list[str]]:
+    """A heading and a line for each row, fastest first."""
+    out = [
+        ["configuration", "measured", "fastest to slowest", "predicted", "of measured", "rounds"]
+    ]
     for name, row in sorted(r["rows"].items(), key=lambda item: item[1]["measured_s"]):
         measured, guess = row["measured_s"], row["predicted_s"]
-        lines.append(
+        out.append(
             [
                 name,
                 f"{measured * 1e3:,.0f} ms",
@@ -170,14 +173,44 @@ def text(r: dict[str, Any]) -> str:
                 str(row["rounds"]),
             ]
         )
+    return out
+
+
+def sentence(r: dict[str, Any]) -> str:
+    """Of docs/speed.md."""
+    found = [row["predicted_s"] / row["measured_s"] for row in r["rows"].values()]
+    return (
+        f"{len(found)} configurations of `tiny` on {r['machine']['devices']} virtual devices: predicted are "
+        f"{min(found):.2f} to {max(found):.2f} of the measured step times; {in_order(r)}"
+    )
+
+
+def in_order(r: dict[str, Any]) -> str:
+    """How many pairs are."""
+    return (
+        f"{r['in_order']} of {r['pairs_apart']} pairs that are more than {APART - 1:.0%} apart are in the "
+        "predicted order"
+    )
+
+
+def markdown(r: dict[str, Any], link: str) -> str:
+    """The table of docs/planning.md."""
+    rows = [f"| {' | '.join(line)} |" for line in lines_of(r)]
+    rows.insert(1, "|---" * len(lines_of(r)[0]) + "|")
+    wrong = "; ".join(f"{a} and {b}" for a, b in r["out_of_order"])
+    said = f"{in_order(r)}{f'. Not so: {wrong}' if wrong else ''} ({link})."
+    return "\n".join([*rows, "", said[0].upper() + said[1:]])
+
+
+def text(r: dict[str, Any]) -> str:
+    """The table for a person."""
     said = [
         f"{r['machine']['devices']} devices on {r['machine']['cores']} cores; "
         f"{host.said(r['other_cores'])}",
         "",
-        texts.table(lines),
+        texts.table(lines_of(r)),
         "",
-        f"{r['in_order']} of {r['pairs_apart']} pairs that are more than {APART - 1:.0%} apart are in "
-        "the predicted order",
+        in_order(r),
     ]
     said += [f"not so: {a}, {b}" for a, b in r["out_of_order"]]
     said += [f"refused: {name}: {why}" for name, why in r["refused"].items()]

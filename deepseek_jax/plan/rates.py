@@ -209,7 +209,7 @@ def _whole(rates: Mapping[str, float], reason: str) -> Speed:
     )
     known: dict[str, float] = dict.fromkeys(products, rates["f32"])
     known |= dict.fromkeys(("link", "network", "host_link"), rates["memory"])
-    known |= {"launch": 0.0, "collective": 0.0, "host": 0.0} | rates
+    known |= {"launch": 0.0, "collective": 0.0, "host": 0.0} | dict(rates)
     both = Rates(**known)
     follows = "follows from f32 or memory" if reason != GIVEN else "follows from --rates"
     said = {name: reason if name in rates else follows for name in known}

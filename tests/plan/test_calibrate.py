@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from deepseek_jax.plan.rates import Rates
 from deepseek_jax.plan.timeline import Program, Timeline
 from deepseek_jax.xla import program
 
-FOUND = {
+FOUND: dict[str, Any] = {
     "format": rates_file.FORMAT,
     "platform": "cpu",
     "device": "Some CPU",

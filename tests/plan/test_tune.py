@@ -14,6 +14,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.plan import __main__ as plan
 from deepseek_jax.plan import host, topology
 from deepseek_jax.plan.tune import batch, changes, command, compare, exercises, rows, steps, tables
+from deepseek_jax.xla import program
 from tests.support import ROOT
 from tests.support.small_runs import TINY
 
@@ -154,8 +155,7 @@ class FakeStep:
         if config.train.batch_size == 6:
             raise UserError("train.batch_size=6 is refused here.")
         self.config, self.mesh = config, jax.make_mesh(tuple(SHAPE.values()), tuple(SHAPE))
-        self.memory = type("Memory", (), {"total": 100 * config.train.batch_size, "arguments": 1})
-        self.memory.temporaries = 2
+        self.memory = program.Memory(1, 0, 100 * config.train.batch_size - 1, 0)
         self.compile_seconds = 0.0
         self.ran = self.freed = 0
         self.made.append(self)
