@@ -6,8 +6,8 @@
 Compiles the train step of every row of ROWS, measures this machine's rates as `plan calibrate` does,
 times the steps in turns, and predicts each from its compiled program and those rates, as `plan
 --roofline --rates=FILE` does. Then the pairs: where two measured medians are more than 10% apart the
-predicted order should be the measured one. Rounds of the dispatch are those that the steps took.
-Rows that the mesh or the config refuses are said, with the reason.
+predicted order should be the measured one. Rounds of the dispatch are those that the steps took, the
+mean over layers. Rows that the mesh or the config refuses are said, with the reason.
 
 Tokens are drawn by Zipf's law. Unless options say otherwise a step has 32 sequences of 64 tokens.
 Compiled programs are kept (compile.cache_dir), so that a second run of this command is short.
@@ -58,6 +58,18 @@ class Row(NamedTuple):
     text: str  # of the compiled program
 
 
+class Times(NamedTuple):
+    """Of every step that counts; rounds of every layer in each."""
+
+    seconds: list[float]
+    cpu_seconds: list[float]
+    rounds: list[int]
+
+    @property
+    def mean_rounds(self) -> float:
+        return statistics.fmean(self.rounds) if self.rounds else 1.0
+
+
 def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("--devices", type=int, default=8, help="Virtual devices of this CPU.")
@@ -76,16 +88,17 @@ def main() -> int:
     print("measuring ...", file=sys.stderr, flush=True)
     others = host.Others()
     found = measure.calibrated(devices, own.seconds, show=False)
-    times, rounds = timed(rows, own.steps)
+    times = timed(rows, own.steps)
     cores = others.cores()
     speed = rates.of_measured(None, found.as_json())
     by_name = {
         name: {
-            "measured_s": statistics.median(times[name]),
-            "fastest_s": min(times[name]),
-            "slowest_s": max(times[name]),
-            "rounds": rounds[name],
-            "predicted_s": predicted(row, speed, rounds[name]),
+            "measured_s": statistics.median(times[name].seconds),
+            "fastest_s": min(times[name].seconds),
+            "slowest_s": max(times[name].seconds),
+            "cpu_s": statistics.median(times[name].cpu_seconds),
+            "rounds": times[name].mean_rounds,
+            "predicted_s": predicted(row, speed, times[name].mean_rounds),
         }
         for name, row in rows.items()
     }
@@ -122,20 +135,22 @@ def build(
     return rows, refused
 
 
-def timed(rows: dict[str, Row], steps: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of the steps that count, all rows in turns, and the most rounds that a layer took."""
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    rounds = dict.fromkeys(rows, 1)
+def timed(rows: dict[str, Row], steps: int) -> dict[str, Times]:
+    """The steps that count, all rows in turns."""
+    found = {name: Times([], [], []) for name in rows}
     for turn in range(steps + 1):
         for name, row in rows.items():
+            cpu = time.process_time()
             seconds = row.step.run()
+            cpu = time.process_time() - cpu
             if turn:
-                times[name].append(seconds)
-                rounds[name] = max(rounds[name], row.step.rounds())
-    return times, rounds
+                found[name].seconds.append(seconds)
+                found[name].cpu_seconds.append(cpu)
+                found[name].rounds.extend(row.step.rounds())
+    return found
 
 
-def predicted(row: Row, speed: rates.Speed, rounds: int) -> float:
+def predicted(row: Row, speed: rates.Speed, rounds: float) -> float:
     """Seconds of a step, by its program and the rates."""
     shape = dict(row.step.mesh.shape)
     program = Program(row.text, shape, shape, on_gpu=False)
@@ -170,7 +185,7 @@ def lines_of(r: dict[str, Any]) -> list[list[str]]:
                 f"{row['fastest_s'] * 1e3:,.0f} to {row['slowest_s'] * 1e3:,.0f}",
                 f"{guess * 1e3:,.0f} ms",
                 f"{guess / measured:.2f}",
-                str(row["rounds"]),
+                f"{row['rounds']:.2g}",
             ]
         )
     return out

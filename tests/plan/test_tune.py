@@ -164,8 +164,8 @@ class FakeStep:
         self.ran += 1
         return float(self.config.train.batch_size) + self.ran  # the first does not count
 
-    def rounds(self) -> int:
-        return 1
+    def rounds(self) -> list[int]:
+        return [1]
 
     def free(self) -> None:
         self.freed += 1

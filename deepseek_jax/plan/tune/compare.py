@@ -141,7 +141,7 @@ def measured(step: Step, seconds: list[float]) -> dict[str, Any]:
         "steps": len(seconds),
         "samples_per_second": t.batch_size / median,
         "tokens_per_second": t.batch_size * t.sequence_length / median,
-        "rounds": step.rounds(),
+        "rounds": max(step.rounds(), default=1),
     }
 
 

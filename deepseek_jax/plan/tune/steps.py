@@ -75,10 +75,10 @@ class Step:
             raise FloatingPointError(f"the loss is {self._metrics.loss}")
         return seconds
 
-    def rounds(self) -> int:
-        """The most rounds of the dispatch that a layer took in the last step."""
+    def rounds(self) -> list[int]:
+        """Rounds of the dispatch that each MoE layer took in the last step; none without experts."""
         load = self._metrics.load
-        return 1 if load is None else max(1, int(jnp.max(load.rounds)))
+        return [] if load is None else [int(n) for n in np.ravel(load.rounds)]
 
     def free(self) -> None:
         """Gives back what lies on the devices."""
