@@ -37,6 +37,9 @@ class Rates(NamedTuple):
     launch: float  # s from one kernel to the next
     collective: float  # s of a collective beside its bytes
     host: float  # s until the host has read a number and gone on
+    vector: float = (
+        0.0  # operations/s outside products, of a CPU (xla/work.py); 0: hidden behind bytes
+    )
 
 
 class Speed(NamedTuple):

@@ -10,7 +10,7 @@ from deepseek_jax.errors import UserError
 
 FORMAT = "deepseek_jax rates 1"
 SECONDS = ("launch", "collective", "host")  # these may be 0
-OF_BYTES = ("memory", "cached", "link", "network", "host_link")
+OF_BYTES = ("memory", "link", "network", "host_link")
 _MEASURE = "Write it by: python -m deepseek_jax.plan calibrate --out={}"
 
 

@@ -253,9 +253,13 @@ class Timeline:
     def _kernel(self, spent: Spent, name: str, i: hlo.Instruction, visit: Visit) -> None:
         done = self.program.work(name, i)
         multiply = sum(n / getattr(self.rates, kind) for kind, n in done.flops.items())
+        if self.rates.vector:
+            multiply += done.vector / self.rates.vector
         move = done.bytes / self.rates.memory
         launch = done.launches * self.rates.launch
-        seconds = max(multiply, move) + launch
+        # A core of a CPU does one after the other.
+        busy = max(multiply, move) if self.program.reader.on_gpu else multiply + move
+        seconds = busy + launch
         bound = "FLOPs" if multiply > move else "memory"
         if launch > max(multiply, move):
             bound = "launch"

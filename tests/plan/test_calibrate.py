@@ -113,11 +113,11 @@ def test_flops_of_products(one_device, what):
     probe = probes.product(one_device, what, jnp.float32)
     flops, _, _ = of_one_turn(probe.call)
     d, f = getattr(SMALL, what)
-    assert flops == probe.amount == 2 * 2 * 16 * d * f
+    assert flops == probe.amount == 6 * 2 * 16 * d * f
 
 
 def test_bytes_of_the_triad(one_device):
-    probe = probes.triad(one_device, "memory")
+    probe = probes.triad(one_device)
     _, moved, _ = of_one_turn(probe.call)
     # Beside it the loop counts its turns: some numbers of 4 bytes.
     assert probe.amount == 3 * 2**16 <= moved <= probe.amount + 64
@@ -223,7 +223,7 @@ def test_everything_is_measured(devices):
     """On virtual devices of this CPU: finite and positive, every field that a CPU has."""
     found = measure.calibrated(jax.devices()[:devices], seconds=1.0, show=False)
     has = {"f32", "bf16", "attention_forward", "attention_backward", "grouped"}
-    has |= {"memory", "cached", "launch", "host"} | (
+    has |= {"memory", "vector", "launch", "host"} | (
         {"link", "collective"} if devices > 1 else set()
     )
     assert has <= found.rates.keys(), found.missing

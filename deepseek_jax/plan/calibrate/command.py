@@ -84,5 +84,5 @@ def said(rate: str, value: float) -> str:
     """A rate with its unit."""
     if rate in rates_file.SECONDS:
         return f"{value * 1e6:.3g} us"
-    unit = "B/s" if rate in rates_file.OF_BYTES else "FLOP/s"
+    unit = "B/s" if rate in rates_file.OF_BYTES else "op/s" if rate == "vector" else "FLOP/s"
     return human(value, tuple(f" {prefix}{unit}" for prefix in ("", "k", "M", "G", "T")))

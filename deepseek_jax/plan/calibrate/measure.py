@@ -139,8 +139,8 @@ class _Work:
             "float8": ("fp8", self._fp8),
             "attention": ("attention_forward", lambda: self._attention(compute)),
             "experts": ("grouped", lambda: self._one("grouped", probes.grouped, compute)),
-            "memory": ("memory", lambda: self._one("memory", probes.triad, "memory")),
-            "caches": ("cached", lambda: self._one("cached", probes.triad, "cached")),
+            "memory": ("memory", lambda: self._one("memory", probes.triad)),
+            "elementwise": ("vector", self._elementwise),
             "launches": ("launch", lambda: self._cost("launch", probes.launches(machine))),
             "collectives": ("link", self._collectives),
             "host link": ("host_link", self._host_link),
@@ -179,6 +179,11 @@ class _Work:
             for what in ("large", "narrow")
         ]
         self.rates[field] = len(found) / sum(1 / value for value in found)
+
+    def _elementwise(self) -> None:
+        if not self.machine.on_cpu:
+            raise ValueError("on a GPU they are hidden behind their bytes")
+        self._one("vector", probes.elementwise)
 
     def _tf32(self) -> None:
         if self.machine.on_cpu:

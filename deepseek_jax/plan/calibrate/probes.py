@@ -6,6 +6,7 @@ rows, D hidden size, F width of a feed-forward layer, E experts. Turns depend on
 behind the next one takes, so that the compiler cannot take any out of the loop.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from deepseek_jax.experts.block_rows import BLOCK, BlockRows, Blocks
 from deepseek_jax.model.attention.causal import causal_attention
 from deepseek_jax.parallel.mesh import BATCH_AXES, make_mesh
 from deepseek_jax.plan.calibrate.timing import Probe
+from deepseek_jax.xla import hlo, loops, work
 
 SPEC = jax.P(BATCH_AXES)  # of arrays [devices, ...]: one row for each
 LAUNCHES = 32  # of a turn
@@ -32,10 +34,11 @@ class Sizes(NamedTuple):
     """Of the arrays of a device.
 
     Attributes:
-      rows: tokens of a product. large, narrow: (hidden size, width): a dense layer and a fine expert.
+      rows: tokens of a product.
+      large, narrow: (hidden size, width): a dense layer and a fine expert.
       heads, length, qk, v: of attention.
       experts, expert_rows: of a grouped product, all of the device's.
-      memory, cached: bytes of an array that no cache holds, and of one that it does.
+      memory: bytes of an array that no cache holds.
       messages: bytes that collectives receive.
       host: bytes that travel to the host.
     """
@@ -50,7 +53,6 @@ class Sizes(NamedTuple):
     experts: int
     expert_rows: int
     memory: int
-    cached: int
     messages: tuple[int, ...]
     host: int
 
@@ -66,7 +68,6 @@ ON_CPU = Sizes(
     experts=8,
     expert_rows=512,
     memory=2**24,
-    cached=2**17,
     messages=(2**10, 2**16, 2**20),
     host=2**22,
 )
@@ -81,7 +82,6 @@ ON_GPU = Sizes(
     experts=32,
     expert_rows=32768,
     memory=2**30,
-    cached=2**23,
     messages=(2**16, 2**22, 2**26),
     host=2**28,
 )
@@ -121,22 +121,23 @@ class Repeated:
     Args:
       turn: (carry, *fixed) -> carry. of_each: it sees the arrays of one device without their first axis, else
         those of the mesh.
-      carry, fixed: arrays [devices, ...].
+      carry, fixed: arrays [devices, ...]; `carry` may be a tuple of them.
     """
 
     def __init__(
         self,
         machine: Machine,
-        turn: Callable[..., jax.Array],
-        carry: jax.Array,
+        turn: Callable[..., Any],
+        carry: Any,
         *fixed: jax.Array,
         of_each: bool = True,
     ) -> None:
-        def turns_of(turns: jax.Array, carry: jax.Array, *fixed: jax.Array) -> jax.Array:
+        def turns_of(turns: jax.Array, carry: Any, *fixed: jax.Array) -> Any:
             return lax.fori_loop(0, turns, lambda _, c: turn(c, *fixed), carry)
 
-        def on_each(turns: jax.Array, carry: jax.Array, *fixed: jax.Array) -> jax.Array:
-            return turns_of(turns, carry[0], *(a[0] for a in fixed))[None]
+        def on_each(turns: jax.Array, carry: Any, *fixed: jax.Array) -> Any:
+            carry, fixed = jax.tree.map(lambda a: a[0], (carry, fixed))
+            return jax.tree.map(lambda a: a[None], turns_of(turns, carry, *fixed))
 
         specs = (jax.P(), SPEC, *(SPEC for _ in fixed))
         mapped = jax.shard_map(
@@ -157,7 +158,7 @@ class Repeated:
 
 
 def product(machine: Machine, what: str, dtype: Any, precision: str | None = None) -> Probe:
-    """[T, D] x [D, F] x [F, D], as a feed-forward layer has them.
+    """[T, D] x [D, F] x [F, D] and their gradients, as a feed-forward layer has them: six products.
 
     Args:
       what: large or narrow.
@@ -167,14 +168,20 @@ def product(machine: Machine, what: str, dtype: Any, precision: str | None = Non
     x = machine.array((rows, d), dtype)
     up = machine.array((d, f), dtype, d**-0.5, seed=1)
     down = machine.array((f, d), dtype, f**-0.5, seed=2)
+    multiply = functools.partial(jnp.matmul, precision=precision)
 
-    def turn(x_TD: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
-        for w in (up_DF, down_FD):
-            x_TD = jnp.matmul(x_TD, w.astype(x_TD.dtype), precision=precision)
-        return x_TD
+    def turn(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        x_TD, up_DF, down_FD = carry
+        h_TF = multiply(x_TD, up_DF)
+        y_TD = multiply(h_TF, down_FD)
+        dh_TF = multiply(y_TD, down_FD.T)
+        dx_TD = multiply(dh_TF, up_DF.T)
+        up_DF += 1e-6 * multiply(x_TD.T, dh_TF)
+        down_FD += 1e-6 * multiply(h_TF.T, y_TD)
+        return jnp.clip(dx_TD, -2, 2), up_DF, down_FD  # numbers stay numbers
 
     name = f"{jnp.dtype(dtype).name} products, {what} ({rows} x {d} x {f})"
-    return Probe(name, 4.0 * rows * d * f, Repeated(machine, turn, x, up, down))
+    return Probe(name, 12.0 * rows * d * f, Repeated(machine, turn, (x, up, down)))
 
 
 def fp8_product(machine: Machine) -> Probe:
@@ -268,19 +275,44 @@ def grouped(machine: Machine, dtype: Any) -> Probe:
     return Probe(name, 4.0 * rows * d * f, Repeated(machine, turn, x, up, down))
 
 
-def triad(machine: Machine, what: str) -> Probe:
-    """a <- b + 0.5 a: bytes of two arrays read and one written.
-
-    Args:
-      what: memory or cached, of Sizes.
-    """
-    size = getattr(machine.sizes, what)
+def triad(machine: Machine) -> Probe:
+    """a <- b + 0.5 a: bytes of two arrays read and one written."""
+    size = machine.sizes.memory
     a, b = (machine.array((size // 4,), jnp.float32, seed=seed) for seed in (0, 1))
 
     def turn(a: jax.Array, b: jax.Array) -> jax.Array:
         return b + 0.5 * a
 
     return Probe(f"a + 0.5 b of {gb(size)}", 3.0 * size, Repeated(machine, turn, a, b))
+
+
+def elementwise(machine: Machine) -> Probe:
+    """What a decoder layer computes between its products: a norm, SwiGLU's gate, softmax, a rotation, heads
+    to the front and back. Counted by what xla/work.py says of the program."""
+    rows, width = machine.sizes.rows, machine.sizes.large[0]
+    x = machine.array((rows, width), jnp.float32)
+
+    def turn(x_TD: jax.Array) -> jax.Array:
+        x_TD *= lax.rsqrt(jnp.mean(x_TD * x_TD, axis=1, keepdims=True) + 1e-6)
+        x_TD = jax.nn.silu(x_TD) + jax.nn.softmax(x_TD, axis=1)
+        left_TC, right_TC = jnp.split(x_TD, 2, axis=1)
+        x_TD = jnp.concatenate([-right_TC, left_TC], axis=1)
+        x_NTH = x_TD.reshape(rows, 8, -1).transpose(1, 0, 2)
+        return lax.optimization_barrier(x_NTH).transpose(1, 0, 2).reshape(rows, width)
+
+    run = Repeated(machine, turn, x)
+    module = hlo.Module(run.text())
+    reader = work.Reader(module, on_gpu=not machine.on_cpu)
+    inside = loops.visits(module, lambda i: i.opcode not in work.FREE | {"while"})
+    counted = sum(
+        reader.of(name, i).vector for name, i, visit in inside if visit.loops and not _inner(visit)
+    )
+    return Probe(f"norm, gate, softmax, rotation ({rows} x {width})", counted, run)
+
+
+def _inner(visit: loops.Visit) -> bool:
+    """Whether a computation is that of a fusion or call, which counts where it is called."""
+    return visit.caller is not None and visit.caller[1].opcode != "while"
 
 
 def launches(machine: Machine) -> Probe:
