@@ -9,6 +9,9 @@ times the steps in turns, and predicts each from its compiled program and those 
 predicted order should be the measured one. Rounds of the dispatch are those that the steps took, the
 mean over layers. Rows that the mesh or the config refuses are said, with the reason.
 
+Where other programs use the machine as well, --clock=cpu times steps and rates by the CPU seconds of
+this process over the cores: what an idle machine would take, as virtual devices keep all cores busy.
+
 Tokens are drawn by Zipf's law. Unless options say otherwise a step has 32 sequences of 64 tokens.
 Compiled programs are kept (compile.cache_dir), so that a second run of this command is short.
 """
@@ -26,7 +29,7 @@ from deepseek_jax.cli import texts
 from deepseek_jax.config.options import Config
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import host, options, rates, roofline, topology
-from deepseek_jax.plan.calibrate import measure
+from deepseek_jax.plan.calibrate import measure, timing
 from deepseek_jax.plan.timeline import Program, Timeline
 from deepseek_jax.plan.tune.changes import checked, with_options
 from deepseek_jax.plan.tune.steps import Step
@@ -59,11 +62,14 @@ class Row(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Of every step that counts; rounds of every layer in each."""
+    """Of every step that counts, by both clocks; rounds of every layer in each."""
 
     seconds: list[float]
     cpu_seconds: list[float]
     rounds: list[int]
+
+    def by(self, clock: str) -> list[float]:
+        return self.seconds if clock == "wall" else self.cpu_seconds
 
     @property
     def mean_rounds(self) -> float:
@@ -75,6 +81,9 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=8, help="Virtual devices of this CPU.")
     parser.add_argument("--steps", type=int, default=8, help="Steps of each row that count.")
     parser.add_argument("--seconds", type=float, default=20.0, help="Of measuring rates.")
+    parser.add_argument(
+        "--clock", choices=list(timing.CLOCKS), default="wall", help="wall, or cpu."
+    )
     parser.add_argument("--only", default="", help="Rows with one of these words, by commas.")
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, sys.argv[1:], "configs/tiny.py")
@@ -87,16 +96,16 @@ def main() -> int:
     rows, refused = build(config, devices, [w for w in own.only.split(",") if w])
     print("measuring ...", file=sys.stderr, flush=True)
     others = host.Others()
-    found = measure.calibrated(devices, own.seconds, show=False)
+    found = measure.calibrated(devices, own.seconds, show=False, clock=own.clock)
     times = timed(rows, own.steps)
     cores = others.cores()
     speed = rates.of_measured(None, found.as_json())
     by_name = {
         name: {
-            "measured_s": statistics.median(times[name].seconds),
-            "fastest_s": min(times[name].seconds),
-            "slowest_s": max(times[name].seconds),
-            "cpu_s": statistics.median(times[name].cpu_seconds),
+            "measured_s": statistics.median(times[name].by(own.clock)),
+            "fastest_s": min(times[name].by(own.clock)),
+            "slowest_s": max(times[name].by(own.clock)),
+            **{f"{clock}_s": statistics.median(times[name].by(clock)) for clock in timing.CLOCKS},
             "rounds": times[name].mean_rounds,
             "predicted_s": predicted(row, speed, times[name].mean_rounds),
         }
@@ -104,6 +113,7 @@ def main() -> int:
     }
     result = {
         "machine": machine(),
+        "clock": own.clock,
         "other_cores": cores,
         "calibration": found.as_json(),
         "rows": by_name,
@@ -140,9 +150,9 @@ def timed(rows: dict[str, Row], steps: int) -> dict[str, Times]:
     found = {name: Times([], [], []) for name in rows}
     for turn in range(steps + 1):
         for name, row in rows.items():
-            cpu = time.process_time()
+            cpu = timing.cpu_seconds()
             seconds = row.step.run()
-            cpu = time.process_time() - cpu
+            cpu = timing.cpu_seconds() - cpu
             if turn:
                 found[name].seconds.append(seconds)
                 found[name].cpu_seconds.append(cpu)
@@ -220,7 +230,7 @@ def markdown(r: dict[str, Any], link: str) -> str:
 def text(r: dict[str, Any]) -> str:
     """The table for a person."""
     said = [
-        f"{r['machine']['devices']} devices on {r['machine']['cores']} cores; "
+        f"{r['machine']['devices']} devices on {r['machine']['cores']} cores, by the {r['clock']} clock; "
         f"{host.said(r['other_cores'])}",
         "",
         texts.table(lines_of(r)),

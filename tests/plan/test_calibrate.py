@@ -159,7 +159,7 @@ def test_the_line_through_sizes():
     assert line.latency >= 0 and 1e9 < line.rate < 5e9
 
 
-def test_times_are_of_a_turn_alone(monkeypatch):
+def test_times_are_of_a_turn_alone():
     """A clock that moves by 2 s for a call and 10 ms for a turn: the call's own cost is taken off."""
     now = 0.0
 
@@ -167,8 +167,7 @@ def test_times_are_of_a_turn_alone(monkeypatch):
         nonlocal now
         now += 2.0 + 0.01 * turns
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
-    found = timing.time_of(timing.Probe("sleep", 1.0, call), budget=1.0)
+    found = timing.time_of(timing.Probe("sleep", 1.0, call), budget=1.0, clock=lambda: now)
     assert found.seconds == pytest.approx(0.01) and found.spread == pytest.approx(0, abs=1e-9)
     assert found.turns == 14 and found.repetitions == timing.REPETITIONS  # 1 s / 7 calls / 10 ms
 
@@ -183,6 +182,7 @@ def made_up() -> measure.Calibration:
         "0.10.2",
         "2026-01-01",
         3.0,
+        "wall",
         0.0,
         FOUND["rates"],
         [row],
@@ -193,7 +193,7 @@ def made_up() -> measure.Calibration:
 def test_the_command(tmp_path, monkeypatch, capsys):
     seen = {}
 
-    def calibrated(devices, seconds, show):
+    def calibrated(devices, seconds, show, clock):
         seen.update(devices=len(devices), seconds=seconds)
         return made_up()
 
@@ -212,6 +212,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (["--seconds=0"], "not a number above 0"),
         (["--devices=0"], "whole number of 1 or more"),
         (["--hardware=h200"], "unrecognized"),
+        (["--clock=sun"], "invalid choice"),
     ):
         with pytest.raises(UserError, match=why):
             command.main(flags)

@@ -23,7 +23,7 @@ from deepseek_jax.cli.texts import human, table
 from deepseek_jax.config.paths import check_output
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import host, options, present, rates_file
-from deepseek_jax.plan.calibrate import measure
+from deepseek_jax.plan.calibrate import measure, timing
 
 
 def main(argv: list[str]) -> int:
@@ -38,6 +38,13 @@ def main(argv: list[str]) -> int:
         help="Of timing; compiling comes on top.",
     )
     parser.add_argument(
+        "--clock",
+        choices=list(timing.CLOCKS),
+        default="wall",
+        help="wall, or cpu: CPU seconds of this process over the cores, for virtual devices of a CPU "
+        "that other programs use as well.",
+    )
+    parser.add_argument(
         "--out", type=arguments.path, metavar="FILE.json", help="Where to keep the rates."
     )
     own = parser.parse_args(argv)
@@ -49,7 +56,7 @@ def main(argv: list[str]) -> int:
     if own.out:
         check_output("--out", own.out)
     devices = present.devices(own.devices)
-    found = measure.calibrated(devices, own.seconds, show=not own.json).as_json()
+    found = measure.calibrated(devices, own.seconds, show=not own.json, clock=own.clock).as_json()
     if own.out:
         rates_file.write(own.out, found)
     print(json.dumps(found, indent=1) if own.json else text(found, own.out))
@@ -65,7 +72,7 @@ def text(found: dict[str, Any], out: str | None) -> str:
     rates += [[name, said(name, value)] for name, value in found["rates"].items()]
     lines = [
         f"{found['devices']} x {found['device']}, {found['cores']} cores, jax {found['jax']}, "
-        f"{found['took']:.0f} s; {host.said(found['other_cores'])}",
+        f"{found['took']:.0f} s by the {found['clock']} clock; {host.said(found['other_cores'])}",
         "",
         table(rows, right=False),
         "",

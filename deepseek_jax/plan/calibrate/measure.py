@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 from deepseek_jax.cli.progress import Bar
 from deepseek_jax.cli.texts import gb
-from deepseek_jax.errors import one_line
+from deepseek_jax.errors import UserError, one_line
 from deepseek_jax.experts import implementations
 from deepseek_jax.plan import host, rates, rates_file
 from deepseek_jax.plan.calibrate import links, probes
 from deepseek_jax.plan.calibrate.probes import Machine
-from deepseek_jax.plan.calibrate.timing import Probe, time_of
+from deepseek_jax.plan.calibrate.timing import CLOCKS, Probe, time_of
 
 SECONDS = 20.0  # of timing, if nobody says
 
@@ -53,6 +53,7 @@ class Calibration:
 
     Attributes:
       took: seconds, with compiling.
+      clock: one of timing.CLOCKS.
       other_cores: that other programs used meanwhile; None: this system does not say.
       rates: by field of Rates, of one device while all work.
       rows: every probe.
@@ -66,6 +67,7 @@ class Calibration:
     jax: str
     date: str
     took: float
+    clock: str
     other_cores: float | None
     rates: dict[str, float]
     rows: list[Row]
@@ -89,16 +91,26 @@ def measure(devices: Sequence[jax.Device], seconds: float = SECONDS) -> rates.Sp
 
 
 def calibrated(
-    devices: Sequence[jax.Device], seconds: float = SECONDS, show: bool = True
+    devices: Sequence[jax.Device], seconds: float = SECONDS, show: bool = True, clock: str = "wall"
 ) -> Calibration:
     """The same with all that was seen.
 
     Args:
       show: progress, on stderr.
+      clock: one of timing.CLOCKS.
+
+    Raises:
+      UserError: the clock says nothing of these devices.
     """
+    if clock == "cpu" and (devices[0].platform != "cpu" or len(devices) < host.cores()):
+        raise UserError(
+            f"--clock=cpu is of CPU devices that keep all {host.cores()} cores busy, and there are "
+            f"{len(devices)} {devices[0].platform} devices. Set --devices={host.cores()} or more, or "
+            "--clock=wall."
+        )
     machine = probes.machine_of(list(devices))
     others, started = host.Others(), time.perf_counter()
-    work = _Work(machine, seconds)
+    work = _Work(machine, seconds, CLOCKS[clock])
     with Bar("calibrating", len(work.steps), show, unit="items") as bar:
         for name, step in work.steps.items():
             work.take(step)
@@ -111,6 +123,7 @@ def calibrated(
         jax=jax.__version__,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         took=time.perf_counter() - started,
+        clock=clock,
         other_cores=others.cores(),
         rates=work.rates,
         rows=work.rows,
@@ -126,8 +139,9 @@ def device_name(device: jax.Device) -> str:
 class _Work:
     """The steps of a calibration and what they have found so far."""
 
-    def __init__(self, machine: Machine, seconds: float) -> None:
+    def __init__(self, machine: Machine, seconds: float, clock: Callable[[], float]) -> None:
         self.machine = machine
+        self.clock = clock
         self.rates: dict[str, float] = {}
         self.rows: list[Row] = []
         self.missing: dict[str, str] = {}
@@ -158,7 +172,7 @@ class _Work:
             self.missing[field] = one_line(e)
 
     def _time(self, probe: Probe, field: str, seconds_are_it: bool = False) -> Row:
-        t = time_of(probe, self.budget)
+        t = time_of(probe, self.budget, self.clock)
         value = t.seconds / probe.amount if seconds_are_it else probe.amount / t.seconds
         row = Row(
             probe.what, field, value, t.spread, t.repetitions, t.turns, probe.amount, t.seconds

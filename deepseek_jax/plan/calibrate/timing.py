@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from deepseek_jax.plan import host
+
 REPETITIONS = 5
 LONGEST = 4096  # turns of one call
 EMPTY = 3  # calls without a turn: what starting a program costs
@@ -43,28 +45,39 @@ class Time(NamedTuple):
     repetitions: int
 
 
-def time_of(probe: Probe, budget: float) -> Time:
+def cpu_seconds() -> float:
+    """CPU seconds of this process over the cores: on devices of a CPU that keep all cores busy, what a clock on
+    the wall would show if no other program ran.
+    """
+    return time.process_time() / host.cores()
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_seconds}
+
+
+def time_of(probe: Probe, budget: float, clock: Callable[[], float] = time.perf_counter) -> Time:
     """Seconds of a turn, without what a call costs that makes none.
 
     Args:
       budget: seconds that it should take, compiling not counted.
+      clock: seconds so far, one of CLOCKS.
     """
-    _wait(probe, 1)
-    empty = min(_wait(probe, 0) for _ in range(EMPTY))
+
+    def wait(turns: int) -> float:
+        started = clock()
+        jax.block_until_ready(probe.call(turns))
+        return clock() - started
+
+    wait(1)
+    empty = min(wait(0) for _ in range(EMPTY))
     turns, one = 1, 0.0
     while turns < LONGEST:  # a call that is too short to tell makes more turns
-        one = max(_wait(probe, turns) - empty, 1e-9)
+        one = max(wait(turns) - empty, 1e-9)
         wanted = budget / (REPETITIONS + 2)
         if one >= wanted / 4:
             turns = max(1, min(LONGEST, round(turns * wanted / one)))
             break
         turns = min(LONGEST, turns * 8)
-    taken = sorted(max(_wait(probe, turns) - empty, 1e-9) / turns for _ in range(REPETITIONS))
+    taken = sorted(max(wait(turns) - empty, 1e-9) / turns for _ in range(REPETITIONS))
     median = statistics.median(taken)
     return Time(median, (taken[-2] - taken[1]) / 2 / median, turns, REPETITIONS)
-
-
-def _wait(probe: Probe, turns: int) -> float:
-    started = time.perf_counter()
-    jax.block_until_ready(probe.call(turns))
-    return time.perf_counter() - started
