@@ -46,8 +46,8 @@ class Time(NamedTuple):
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process over the cores: on devices of a CPU that keep all cores busy, what a clock on
-    the wall would show if no other program ran.
+    """CPU seconds of this process over the cores: on devices of a CPU that keep all cores busy, what a clock
+    on the wall would show if no other program ran.
     """
     return time.process_time() / host.cores()
 
