@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.config.options import IGNORE, STRATEGIES, Config, MoeConfig, TrainConfig
+from deepseek_jax.config.options import IGNORE, STRATEGIES, Config, MoeConfig, TrainConfig, value_of
 from deepseek_jax.data import fields
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import __main__ as plan
@@ -115,7 +115,7 @@ def test_every_row_names_options_that_there_are():
     for exercise, platform in itertools.product(exercises.EXERCISES.values(), ("cpu", "gpu")):
         for row in exercise.rows(SMALL, SHAPE | {"expert": 2}, platform):
             changed = changes.with_options(SMALL, row.changes)
-            assert changes.differing(changed, changed, row.changes) == {}
+            assert all(value_of(changed, n) == value for n, value in row.changes.items())
     with pytest.raises(TypeError):
         changes.with_options(SMALL, {"train.no_such": 1})
     with pytest.raises(UserError, match="offload.activations"):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.config.options import Config, replaced, value_of
+from deepseek_jax.config.options import Config, replaced
 from deepseek_jax.config.validation import validate
 
 
@@ -32,8 +32,3 @@ def checked(config: Config, changes: Mapping[str, Any]) -> Config:
 def said(changes: Mapping[str, Any]) -> str:
     """As one would write them on a command line."""
     return " ".join(f"--config.{name}={value}" for name, value in changes.items())
-
-
-def differing(config: Config, base: Config, names: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some options whose values differ from a config's."""
-    return {n: value_of(config, n) for n in names if value_of(config, n) != value_of(base, n)}
