@@ -267,9 +267,9 @@ class Timeline:
         spent.seconds += seconds
 
     def _loop(self, spent: Spent, name: str, i: hlo.Instruction, visit: Visit) -> None:
-        turns = known = loops.trip_count(self.module, name, i)
-        if turns is None:
-            turns = self.rounds - 1
+        known = loops.trip_count(self.module, name, i)
+        turns: float = self.rounds - 1 if known is None else known
+        if known is None:
             if not self.program.is_of_rounds(name, i, visit):
                 turns = 1
                 self.program.uncounted.add(self.program.known(name, i, visit).source or i.name)
