@@ -206,8 +206,15 @@ def sentence(r: dict[str, Any]) -> str:
     found = [row["predicted_s"] / row["measured_s"] for row in r["rows"].values()]
     return (
         f"{len(found)} configurations of `tiny` on {r['machine']['devices']} virtual devices: predicted are "
-        f"{min(found):.2f} to {max(found):.2f} of the measured step times; {in_order(r)}"
+        f"{min(found):.2f} to {max(found):.2f} of the measured step times{by_clock(r)}; {in_order(r)}"
     )
+
+
+def by_clock(r: dict[str, Any]) -> str:
+    """How these were taken, where it was not from a clock on the wall."""
+    if r["clock"] == "wall":
+        return ""
+    return f" (CPU seconds over cores: other programs used {r['other_cores']:.1f} cores meanwhile)"
 
 
 def in_order(r: dict[str, Any]) -> str:
@@ -223,7 +230,7 @@ def markdown(r: dict[str, Any], link: str) -> str:
     rows = [f"| {' | '.join(line)} |" for line in lines_of(r)]
     rows.insert(1, "|---" * len(lines_of(r)[0]) + "|")
     wrong = "; ".join(f"{a} and {b}" for a, b in r["out_of_order"])
-    said = f"{in_order(r)}{f'. Not so: {wrong}' if wrong else ''} ({link})."
+    said = f"{in_order(r)}{f'. Not so: {wrong}' if wrong else ''}{by_clock(r)}, {link}."
     return "\n".join([*rows, "", said[0].upper() + said[1:]])
 
 

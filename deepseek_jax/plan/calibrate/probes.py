@@ -209,10 +209,9 @@ def attention(machine: Machine, dtype: Any) -> tuple[Probe, Probe]:
     FLOPs are those of causal attention, half of all pairs: two products forward and five backward.
     """
     s = machine.sizes
-    of_qk, of_v = ((1, s.length, s.heads, width) for width in (s.qk, s.v))
     q, k, v, dout = (
-        machine.array(shape, dtype, seed=seed).reshape(machine.mesh.size, *shape[1:])
-        for seed, shape in enumerate((of_qk, of_qk, of_v, of_v))
+        machine.array((s.length, s.heads, width), dtype, seed=seed)
+        for seed, width in enumerate((s.qk, s.qk, s.v, s.v))
     )
     segments = machine.array((s.length,), jnp.int32, 0.0)
 
