@@ -315,7 +315,7 @@ def gpu_roofline(r: dict[str, Any]) -> str:
 FIGURES = [
     Figure("step_mid", "step --shape=mid --peer=benchmarks/speed/hf_torch.py", step),
     Figure("step_fine", "step --shape=fine --peer=benchmarks/speed/hf_torch.py", step),
-    Figure("predicted_cpu", "predicted --clock=cpu", predicted.sentence),
+    Figure("predicted_cpu", "predicted", predicted.sentence),
     Figure("floor_mid", "floor --shape=mid", floor),
     Figure("floor_fine", "floor --shape=fine", floor),
     Figure("moe", "moe", moe),

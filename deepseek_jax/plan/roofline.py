@@ -38,7 +38,8 @@ ON_CPU = (
     "a kernel takes the sum of its FLOPs, of what it computes outside products (VECTOR of xla/work.py) and "
     "of its bytes, each at its rate, and a launch",
     "rates are of so many devices at once, which share the cores: who waits leaves them to the others",
-    "loops over the blocks of an expert are counted as one turn of each length",
+    "loops over the blocks of an expert are counted as one turn of each length, and experts in a pipeline's "
+    "ticks without work as in the others, though nothing is routed to them",
     *ASSUMED[4:5],
     *ASSUMED[6:],
 )
