@@ -11,7 +11,6 @@ has no replicas, because without them it is full_shard. XLA's CPU partitioner ha
 of its own: where a GPU would reduce-scatter a dense weight's gradient, it all-reduces and slices.
 """
 
-import dataclasses
 import statistics
 import sys
 import time
@@ -22,10 +21,11 @@ import numpy as np
 
 from benchmarks.support.report import Parser, report
 from deepseek_jax.cli import texts
-from deepseek_jax.config.options import STRATEGIES, Config, MeshConfig
-from deepseek_jax.config.validation import validate
+from deepseek_jax.config.options import Config
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import options, topology
+from deepseek_jax.plan.tune import exercises
+from deepseek_jax.plan.tune.changes import checked
 from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import Layout, init_state
 from deepseek_jax.xla import program
@@ -55,19 +55,8 @@ def variants(config: Config, devices: list[Any]) -> list[Config]:
     Raises:
       UserError: the mesh does not fit.
     """
-    out = []
-    for name in STRATEGIES:
-        variant = dataclasses.replace(
-            config, sharding=dataclasses.replace(config.sharding, strategy=name)
-        )
-        shape = make_mesh(variant, devices).shape
-        if name == "hybrid_shard" and shape["data"] == 1 and shape["fsdp"] % 2 == 0:
-            variant = dataclasses.replace(
-                variant, mesh=MeshConfig(**{**shape, "data": 2, "fsdp": shape["fsdp"] // 2})
-            )
-        validate(variant)
-        out.append(variant)
-    return out
+    shape = make_mesh(config, devices).shape
+    return [checked(config, row.changes) for row in exercises.strategies(config, shape, "cpu")]
 
 
 def measure(config: Config, devices: list[Any], steps: int) -> dict[str, Any]:

@@ -34,6 +34,16 @@ ASSUMED = (
     "data loading, evaluation and checkpoints take no time of the device",
 )
 
+ON_CPU = (
+    "a kernel takes the sum of its FLOPs, of what it computes outside products (VECTOR of xla/work.py) and "
+    "of its bytes, each at its rate, and a launch",
+    "rates are of so many devices at once, which share the cores: who waits leaves them to the others",
+    "loops over the blocks of an expert are counted as one turn of each length, and experts in a pipeline's "
+    "ticks without work as in the others, though nothing is routed to them",
+    *ASSUMED[4:5],
+    *ASSUMED[6:],
+)
+
 
 class Planned(NamedTuple):
     """What a program was compiled for."""
@@ -103,7 +113,7 @@ def predict(text: str, planned: Planned, speed: Speed, skew: str = "zipf") -> di
             "kernels": {name: len(found) for name, found in sorted(compiled.unknown.items())},
             "loops_counted_once": sorted(compiled.uncounted),
         },
-        "assumed": list(ASSUMED),
+        "assumed": list(ASSUMED if is_gpu(mesh) else ON_CPU),
     }
 
 

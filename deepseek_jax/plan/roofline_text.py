@@ -139,6 +139,8 @@ def _not_known(r: Mapping[str, Any]) -> list[str]:
 def _rates(r: Mapping[str, Any]) -> str:
     rows = [["rate", "ideal", "derated", "ideal from", "derated"]]
     for name, value in r["rates"]["ideal"].items():
+        if name not in r["sources"]["derated"]:
+            continue  # of a CPU, and not measured
         derated = r["rates"]["derated"][name]
         sources = (r["sources"][kind].get(name, "none") for kind in ("ideal", "derated"))
         rows.append([name, f"{value:.4g}", f"{derated:.4g}", *sources])

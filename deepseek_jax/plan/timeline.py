@@ -160,12 +160,12 @@ class Timeline:
     """The time of a program on one device.
 
     Args:
-      rounds: of the dispatch, in every MoE layer.
+      rounds: of the dispatch, in every MoE layer, or their mean.
       cheapest: of a conditional the cheapest branch runs, not the dearest.
     """
 
     def __init__(
-        self, compiled: Program, rates: Rates, rounds: int = 1, cheapest: bool = False
+        self, compiled: Program, rates: Rates, rounds: float = 1, cheapest: bool = False
     ) -> None:
         self.program = compiled
         self.module = compiled.module
@@ -253,9 +253,13 @@ class Timeline:
     def _kernel(self, spent: Spent, name: str, i: hlo.Instruction, visit: Visit) -> None:
         done = self.program.work(name, i)
         multiply = sum(n / getattr(self.rates, kind) for kind, n in done.flops.items())
+        if self.rates.vector:
+            multiply += done.vector / self.rates.vector
         move = done.bytes / self.rates.memory
         launch = done.launches * self.rates.launch
-        seconds = max(multiply, move) + launch
+        # A core of a CPU does one after the other.
+        busy = max(multiply, move) if self.program.reader.on_gpu else multiply + move
+        seconds = busy + launch
         bound = "FLOPs" if multiply > move else "memory"
         if launch > max(multiply, move):
             bound = "launch"
@@ -263,9 +267,9 @@ class Timeline:
         spent.seconds += seconds
 
     def _loop(self, spent: Spent, name: str, i: hlo.Instruction, visit: Visit) -> None:
-        turns = known = loops.trip_count(self.module, name, i)
-        if turns is None:
-            turns = self.rounds - 1
+        known = loops.trip_count(self.module, name, i)
+        turns: float = self.rounds - 1 if known is None else known
+        if known is None:
             if not self.program.is_of_rounds(name, i, visit):
                 turns = 1
                 self.program.uncounted.add(self.program.known(name, i, visit).source or i.name)
@@ -275,10 +279,10 @@ class Timeline:
             spent.add(self._run(i.called["body"][0], body), turns)
 
     def _host_reads(
-        self, spent: Spent, name: str, i: hlo.Instruction, visit: Visit, times: int
+        self, spent: Spent, name: str, i: hlo.Instruction, visit: Visit, times: float
     ) -> None:
-        """The device idles until the host has read what it decides by."""
-        seconds = times * self.rates.host
+        """A GPU idles until the host has read what it decides by. A CPU is its host."""
+        seconds = times * self.rates.host if self.program.reader.on_gpu else 0.0
         if seconds:
             known, nothing = self.program.known(name, i, visit), work.Work({}, 0.0, 0.0, 0)
             spent.costs.append(Cost(known, seconds, times, "host", nothing))

@@ -30,6 +30,29 @@ SLICES = ("slice", "dynamic-slice", "gather")
 # From jax 0.11 on a slice of a stack, or an update of one, may be a kernel on a stream beside the others. It
 # counts as one among them: what else runs then wants the memory's bytes too.
 FUSIONS = ("fusion", "fusion-start")
+# What an element of the result costs a CPU beside its bytes, relative to each other: measured on one (x86
+# with AVX-512), good to a factor of two. `plan calibrate` measures how many of them a second; all else costs
+# its bytes alone.
+VECTOR = {
+    "exponential": 4.0,
+    "exponential-minus-one": 4.0,
+    "log": 4.0,
+    "log-plus-one": 4.0,
+    "tanh": 3.0,
+    "logistic": 4.0,
+    "sine": 6.0,
+    "cosine": 6.0,
+    "power": 6.0,
+    "divide": 0.5,
+    "sqrt": 0.5,
+    "rsqrt": 0.5,
+    "concatenate": 4.0,
+    "transpose": 6.0,
+    "gather": 2.0,
+    "scatter": 2.0,
+}
+REDUCED = 4.0  # of an element that is added up
+SORTED = 50.0  # of an element and each halving of the keys
 SORTED_AT_ONCE = 2**11  # keys that one block of a bitonic sort holds in shared memory
 
 
@@ -46,6 +69,7 @@ class Work(NamedTuple):
       read, written: bytes of device memory.
       launches: kernels.
       unknown: the target of a custom call whose operations are not known; "" else.
+      vector: operations outside products by VECTOR, of a CPU; a GPU hides them behind their bytes.
     """
 
     flops: dict[str, float]
@@ -53,6 +77,7 @@ class Work(NamedTuple):
     written: float
     launches: int = 1
     unknown: str = ""
+    vector: float = 0.0
 
     @property
     def bytes(self) -> float:
@@ -79,12 +104,28 @@ class Reader:
 
     def of(self, computation: str, i: Instruction) -> Work:
         """The work of an instruction that runs by itself: none of FREE, no loop, branch or call."""
+        done = self._of(computation, i)
+        if self.on_gpu or is_fusion(i):
+            return done
+        return done._replace(vector=self._vector(self.module.computations[computation], i))
+
+    def _vector(self, here: dict[str, Instruction], i: Instruction) -> float:
+        """Operations outside products of one instruction, by VECTOR."""
+        size = _first(i).size
+        if i.opcode in ("reduce", "reduce-window") and i.operands[0] in here:
+            return REDUCED * _first(here[i.operands[0]]).size
+        if i.opcode == "sort":
+            return SORTED * size * math.log2(max(2, _first(i).dims[-1]))
+        return VECTOR.get(i.opcode, 0.0) * size
+
+    def _of(self, computation: str, i: Instruction) -> Work:
         here = self.module.computations[computation]
         operands = [here[name] for name in i.operands if name in here]
         read, written = float(sum(o.bytes for o in operands)), float(i.bytes)
         if is_fusion(i):
             f = self._fusion(i.called["calls"][0])
-            return Work(dict(f.flops), f.passes * f.read, f.passes * f.written, f.passes)
+            read, written = f.passes * f.read, f.passes * f.written
+            return Work(dict(f.flops), read, written, f.passes, vector=f.vector)
         if i.opcode == "dot":
             kind, flops_of_dot = kernels.dot(i, _types(operands), self.float32)
             return Work({kind: flops_of_dot}, read, written)
@@ -143,8 +184,9 @@ class Reader:
         needed = _Needed(body)
         written = needed.by_outputs(self.module.roots[name])
         flops: dict[str, float] = defaultdict(float)
-        passes = 1
+        passes, vector = 1, 0.0
         for i in reversed(body.values()):
+            vector += 0.0 if self.on_gpu else self._vector(body, i)
             inner: _Fused | None = None
             if i.opcode == "dot":
                 operands = [body[o] for o in i.operands if o in body]
@@ -157,12 +199,13 @@ class Reader:
                 for kind, n in inner.flops.items():
                     flops[kind] += n
                 passes = max(passes, inner.passes)
+                vector += inner.vector
             needed.by(i, inner)
         read = sum(needed.share(i) * i.bytes for i in body.values() if i.opcode == "parameter")
         by_number = {
             int(i.operands[0]): needed.share(i) for i in body.values() if i.opcode == "parameter"
         }
-        return _Fused(flops, by_number, read, written, passes)
+        return _Fused(flops, by_number, read, written, passes, vector)
 
 
 class _Fused(NamedTuple):
@@ -173,6 +216,7 @@ class _Fused(NamedTuple):
     read: float
     written: float
     passes: int
+    vector: float
 
 
 class _Needed:

@@ -180,7 +180,7 @@ def test_what_it_says(capsys):
         "part, ms derated",
         "collectives, exposed",
         "largest costs, derated:",
-        "assumed: a kernel takes the longest of",
+        "assumed: a kernel takes the sum of",
         "given by --rates",
     ):
         assert said in text, said
@@ -193,7 +193,7 @@ MISTAKES = [
     (["--roofline"], "--roofline reads the compiled step, and JAX's GPU compiler is missing."),
     (["--roofline", "--hardware=cpu"], "--hardware=cpu has no rates of its own for --roofline"),
     ([*ON_CPU, "--skew=much"], "--skew=much is no skew. Set it to zipf, or to a max_violation"),
-    (["--roofline", "--rates=speed=1"], "names 'speed', which is no rate. Choose from: bf16"),
+    (["--roofline", "--rates=speed=1"], "names 'speed', which is no rate and no file of them"),
 ]
 
 

@@ -231,3 +231,14 @@ def test_copies_to_the_host_have_a_stream_of_their_own():
     )
     spent = Timeline(Program(text, MESH, INSIDE), UNIT._replace(host_link=0.25)).run()
     assert spent.waits["start"] == (256, 128) and spent.seconds == 128 + 128 + 128
+
+
+def test_a_cpu_does_one_after_the_other_and_reads_nothing_back():
+    """A product of 128 FLOPs and 192 bytes takes the sum there, on a GPU the longest; loops of further rounds
+    wait for no host."""
+    rates_of_cpu = UNIT._replace(host=1000.0, vector=2.0)
+    on_cpu = Program(nested(None), MESH, INSIDE, on_gpu=False)
+    spent = Timeline(on_cpu, rates_of_cpu, 2).run()
+    assert spent.seconds == 5 * (192 + 128 + 128) + 128
+    # Half of the layers take a second round.
+    assert Timeline(on_cpu, rates_of_cpu, 1.5).run().seconds == 2.5 * (192 + 128 + 128) + 128

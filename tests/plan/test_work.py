@@ -1,5 +1,7 @@
 """FLOPs and bytes of single instructions, worked out by hand here."""
 
+import math
+
 import pytest
 
 from deepseek_jax.xla import hlo, kernels, work
@@ -335,3 +337,39 @@ def test_grouped_products():
     # 300 assignments and half a block of each expert are computed; never more than there is room for.
     assert kernels.grouped([*groups, x, w], [y], 300) == 2 * (300 + 4 * 64) * inner * outer
     assert kernels.grouped([*groups, x, w], [y], 600) == flops
+
+
+ON_CPU = """%fused (a: f32[4,6]) -> f32[4] {
+  %a = f32[4,6]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %e = f32[4,6]{1,0} exponential(%a)
+  %d = f32[4,6]{1,0} divide(%e, %a)
+  ROOT %sum = f32[4]{0} reduce(%d, %zero), dimensions={1}, to_apply=%add
+}
+
+ENTRY %main (x: f32[4,6]) -> f32[4] {
+  %x = f32[4,6]{1,0} parameter(0)
+  %t = f32[6,4]{1,0} transpose(%x), dimensions={1,0}
+  %s = f32[4,6]{1,0} sort(%x), dimensions={1}, to_apply=%add
+  %n = f32[4,6]{1,0} negate(%x)
+  ROOT %f = f32[4]{0} fusion(%n), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_operations_outside_products_cost_a_cpu():
+    """By VECTOR, of elements of the result; of those that are summed; a GPU hides them behind their bytes."""
+    module = hlo.Module(HEAD + ADD + ON_CPU)
+    for on_gpu in (False, True):
+        reader = work.Reader(module, on_gpu)
+        found = {n: reader.of("main", module.computations["main"][n]) for n in ("t", "s", "n", "f")}
+        wanted = {
+            "t": 24 * 6.0,
+            "s": 24 * work.SORTED * math.log2(6),
+            "n": 0.0,
+            "f": 24 * (4.0 + 0.5 + work.REDUCED),
+        }
+        for name, vector in wanted.items():
+            assert found[name].vector == (0.0 if on_gpu else pytest.approx(vector))
+            assert found[name].flops == {}
+        assert found["f"].bytes == 24 * 4 + 4 * 4
