@@ -16,11 +16,15 @@ that is exposed, share of peak, the largest costs with their lines, and what all
 --skew states how unevenly experts are loaded: zipf, or a max_violation as metrics.jsonl has it.
 --rates replaces the derated rates: --rates=bf16=750e12,memory=4.3e12; for --hardware=cpu it is needed.
 
+  python -m deepseek_jax.plan advise --config=configs/v3.py --devices=2048
+                                     which mesh, strategy and levers to run with (advise --help)
+
 Any option of train.py can follow. Exit codes: 0, also if it does not fit ("fits" in --json says
 so); 2 a mistake in the options.
 """
 
 import contextlib
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -48,7 +52,12 @@ from deepseek_jax.run import commandline
 CPU = topology.Hardware("CPU device", None, "")
 
 
+SUBCOMMANDS = {"advise": "deepseek_jax.plan.advise.command"}
+
+
 def main(argv: list[str]) -> int:
+    if argv and argv[0] in SUBCOMMANDS:
+        return int(importlib.import_module(SUBCOMMANDS[argv[0]]).main(argv[1:]))
     parser = options.Parser(
         __doc__, further=lambda: commandline.help_text(commandline.define_flags())
     )
