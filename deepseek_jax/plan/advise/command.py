@@ -125,7 +125,7 @@ def _advise(
         print(f"compiling {text.named(plan.choice)} ...", file=sys.stderr)
         return compiler(plan)
 
-    ranked = search.rank(config, found.plans, machine, compiled, most, own.seconds)
+    ranked = search.rank(found.plans, machine, compiled, most, own.seconds)
     if not ranked.plans:
         raise UserError(
             f"what fits by arithmetic does not as compiled: {ranked.refused[-1][1]} "
@@ -188,8 +188,9 @@ def _this_machine(devices: int, given: str) -> hardware.Known:
     cpu = topology.Hardware("CPU device", None, "")
     if given:
         return hardware.Known("cpu", cpu, rates.speed_of("cpu", given), "")
-    from deepseek_jax.plan.calibrate import measure  # measuring imports what makes programs
+    # here: what measures imports what makes programs
+    from deepseek_jax.plan.calibrate.measure import measure
 
-    topology.cpu_devices(devices)
+    here = topology.cpu_devices(devices)
     print(f"measuring this machine, for about {CALIBRATION:.0f} s ...", file=sys.stderr)
-    return hardware.Known("cpu", cpu, measure(devices, CALIBRATION), "")
+    return hardware.Known("cpu", cpu, measure(here, CALIBRATION), "")

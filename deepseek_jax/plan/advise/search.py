@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from deepseek_jax.cli.texts import gb
 from deepseek_jax.config.options import Config
 from deepseek_jax.plan import skew as skews
 from deepseek_jax.plan.advise import candidates
@@ -203,7 +204,6 @@ class Ranked(NamedTuple):
 
 
 def rank(
-    config: Config,
     plans: list[Plan],
     machine: Machine,
     compile_plan: Callable[[Plan], Compiled | str],
@@ -214,54 +214,47 @@ def rank(
 
     Args:
       compile_plan: a plan's program, read; or why it has none.
-      most: how many to compile. seconds: after which none is begun that could not be done in twice of it.
+      most: how many to compile that fit.
+      seconds: none is begun that would not be done by then, if it took as long as the longest so far.
     """
     started = time.monotonic()
     done: dict[Choice, Plan] = {}
     refused: dict[Choice, tuple[Plan, str]] = {}
     corrections = Corrections()
     longest = 0.0
-    order = _in_order(config, plans, corrections, machine)
-    while len(done) < most:
-        spent = time.monotonic() - started
-        following = next(
-            (p for p in order if p.choice not in done and p.choice not in refused), None
-        )
-        if following is None or (longest and spent + longest > seconds):
-            break
+    order = _in_order(plans, corrections, machine)
+    while sum(choice not in refused for choice in done) < most:
+        following = next((p for p in order if p.compiled is None), None)
         began = time.monotonic()
+        if following is None or (longest and began - started + longest > seconds):
+            break
         result = compile_plan(following)
         longest = max(longest, time.monotonic() - began)
         if isinstance(result, str):
             refused[following.choice] = following, result
         else:
-            plan = following._replace(compiled=result)
+            plan = done[following.choice] = following._replace(compiled=result)
             if machine.room is not None and result.bytes > machine.room:
-                refused[following.choice] = plan, "does not fit, as compiled"
-            done[following.choice] = plan
+                said = f"takes {gb(result.bytes)} of {gb(machine.room)}, as compiled"
+                refused[following.choice] = plan, said
         corrections = Corrections(done.values())
         known = [done.get(p.choice, p) for p in plans if p.choice not in refused]
-        order = _in_order(config, known, corrections, machine)
-        best = order[0] if order else None
-        if best is not None and best.compiled is not None and len(done) >= most:
-            break
-    return Ranked(order, corrections, list(refused.values()))
+        order = _in_order(known, corrections, machine)
+    fitting = [p for p in order if not _is_too_large(p, corrections, machine)]
+    return Ranked(fitting, corrections, list(refused.values()))
 
 
-def _in_order(
-    config: Config, plans: list[Plan], corrections: Corrections, machine: Machine
-) -> list[Plan]:
-    """Those that the rules between options allow, the quickest first, the simplest of equals."""
-    room = machine.room
-    fitting = [p for p in plans if room is None or corrections.size(p) <= room]
+def _in_order(plans: list[Plan], corrections: Corrections, machine: Machine) -> list[Plan]:
+    """The quickest first, the simplest of equals; at the end those that may not fit, the smallest first."""
 
-    def key(plan: Plan) -> tuple[float, int, int, Choice]:
+    def key(plan: Plan) -> tuple[float, float, int, int, Choice]:
         axes = sum(n > 1 for n in plan.choice.mesh)
-        return (
-            float(f"{corrections.seconds(plan):.4g}"),
-            len(plan.choice.offload),
-            axes,
-            plan.choice,
-        )
+        large = corrections.size(plan) if _is_too_large(plan, corrections, machine) else 0
+        seconds = float(f"{corrections.seconds(plan):.4g}")
+        return large, seconds, len(plan.choice.offload), axes, plan.choice
 
-    return sorted(fitting, key=key)
+    return sorted(plans, key=key)
+
+
+def _is_too_large(plan: Plan, corrections: Corrections, machine: Machine) -> bool:
+    return machine.room is not None and corrections.size(plan) > machine.room

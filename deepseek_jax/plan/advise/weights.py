@@ -166,10 +166,11 @@ def _weights(tree: Any, learns: bool, state: dict[str, float]) -> Iterator[Weigh
     for path, variable in nnx.to_flat_state(tree) if tree else ():
         name = "/".join(map(str, path))
         axes, value = sharding.logical_axes(variable), variable.get_value()
-        arrays = [(value.shape, axes, value.dtype)]
         if isinstance(value, QuantizedWeight):
             pairs = zip(jax.tree.leaves(value), value.axes(axes), strict=True)
             arrays = [(a.shape, tuple(x), a.dtype) for a, x in pairs]
+        else:
+            arrays = [(value.shape, axes, value.dtype)]
         for i, (shape, of_array, dtype) in enumerate(arrays):
             layers = shape[0] if of_array[0] == "layers" else 1
             is_matrix = i == 0 and not (
