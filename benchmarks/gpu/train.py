@@ -18,7 +18,6 @@ import numpy as np
 from benchmarks.gpu.costs import costs, predicted
 from benchmarks.support import shapes
 from deepseek_jax.config.options import (
-    IGNORE,
     Config,
     MeshConfig,
     ModelConfig,
@@ -35,6 +34,7 @@ from deepseek_jax.model.router import route
 from deepseek_jax.parallel import xla_options
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan import topology
+from deepseek_jax.plan.tune.rows import packed
 from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import init_state, make_layout, to_tree
 from deepseek_jax.xla import program
@@ -117,39 +117,6 @@ def layers_for(memory: float) -> int:
         f"this card lets JAX use {memory / 1e9:.1f} GB, and two layers of V2-Lite need "
         f"{LAYERS[-1][0] / 1e9:.0f} GB"
     )
-
-
-def packed(
-    sequences: int, length: int, vocab: int, documents: bool = True, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """A batch of rows as the loader gives them: tokens drawn by Zipf's law (1 / rank), as words are, so that
-    experts are loaded unevenly.
-
-    Args:
-      documents: packed documents of random lengths, a fifth of a row on average; else one a row.
-
-    Returns:
-      tokens, targets, segment_ids, positions: int32 [sequences, length]. A document's last token predicts
-      nothing.
-    """
-    rng = np.random.default_rng(seed)
-    weight = 1 / np.arange(1, vocab + 1)
-    tokens = rng.permutation(vocab)[rng.choice(vocab, (sequences, length), p=weight / weight.sum())]
-    begins = rng.random((sequences, length)) < (5 / length if documents else 0)
-    begins[:, 0] = True
-    places = np.arange(length)
-    first = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
-    ends = np.concatenate([begins[:, 1:], np.ones((sequences, 1), bool)], axis=1)
-    targets = np.where(ends, IGNORE, np.roll(tokens, -1, axis=1))
-    return {
-        name: a.astype(np.int32)
-        for name, a in {
-            "tokens": tokens,
-            "targets": targets,
-            "segment_ids": np.cumsum(begins, axis=1),
-            "positions": places - first,
-        }.items()
-    }
 
 
 def balanced_route(x_TD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array, model: Any) -> Any:

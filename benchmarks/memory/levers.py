@@ -15,7 +15,6 @@ Without --config.mesh options the devices are on mesh.expert, by twos. Rows that
 have replicas instead, and a row of their own to compare with.
 """
 
-import dataclasses
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.config.validation import validate
 from deepseek_jax.errors import UserError
 from deepseek_jax.plan import options, topology
+from deepseek_jax.plan.tune.changes import with_options
 from deepseek_jax.runtime.threads import enough_threads
 from deepseek_jax.train.state import init_state
 from deepseek_jax.xla import program
@@ -147,20 +147,6 @@ def _devices(count: int, hardware: str) -> list[jax.Device]:
             f"--devices={count} is more than the {len(found)} devices here. Set it to {len(found)} or less."
         )
     return found[:count]
-
-
-def with_options(config: Config, changes: dict[str, Any]) -> Config:
-    """The config with other values of "section.option"s.
-
-    Raises:
-      TypeError: there is no such option.
-    """
-    for name, value in changes.items():
-        section, option = name.split(".")
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **{option: value})}
-        )
-    return config
 
 
 def rows_of(config: Config, devices: int, own_mesh: bool = False) -> dict[str, Config]:

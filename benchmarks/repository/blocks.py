@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks.gpu import roofline
 from benchmarks.learning import distil_figures
+from benchmarks.speed import predicted
 from deepseek_jax.cli import texts
 
 
@@ -68,6 +69,7 @@ BLOCKS: dict[str, Callable[[Any, str], str]] = {
     "lora_v2_lite": fits_table,
     "distil_qwen3_30b": fits_table,
     "roofline_v2_lite": roofline.markdown,
+    "predicted_cpu": predicted.markdown,
 }
 
 # Pictures in docs/: by the name of the result, the file and what draws it.

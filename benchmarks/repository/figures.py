@@ -18,13 +18,17 @@ from typing import Any, NamedTuple
 
 from benchmarks import ROOT
 from benchmarks.repository.blocks import BLOCKS, PICTURES
+from benchmarks.speed import predicted
 from deepseek_jax.cli import texts
 from deepseek_jax.plan import options
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- figures: make docs -->", "<!-- end of figures -->"
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("finetuning", "lora", "distillation", "gpu")]
+PAGES = [
+    ROOT / "docs" / f"{name}.md"
+    for name in ("finetuning", "lora", "distillation", "gpu", "planning")
+]
 SHOWN = re.compile(r"(<!-- figure (\w+): make docs -->\n).*?(<!-- end of figure -->)", re.DOTALL)
 
 
@@ -311,6 +315,7 @@ def gpu_roofline(r: dict[str, Any]) -> str:
 FIGURES = [
     Figure("step_mid", "step --shape=mid --peer=benchmarks/speed/hf_torch.py", step),
     Figure("step_fine", "step --shape=fine --peer=benchmarks/speed/hf_torch.py", step),
+    Figure("predicted_cpu", "predicted", predicted.sentence),
     Figure("floor_mid", "floor --shape=mid", floor),
     Figure("floor_fine", "floor --shape=fine", floor),
     Figure("moe", "moe", moe),

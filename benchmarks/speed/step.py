@@ -33,13 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import ROOT
-from benchmarks.support import idle, shapes
-from benchmarks.support.report import Parser, cpu_name, report
+from benchmarks.support import shapes
+from benchmarks.support.report import Parser, report
 from deepseek_jax.cli import arguments
 from deepseek_jax.errors import UserError
 from deepseek_jax.hf import configuration
 from deepseek_jax.model.count import count
-from deepseek_jax.plan import topology
+from deepseek_jax.plan import host, topology
 from deepseek_jax.train.batch import put_batch
 from deepseek_jax.train.state import init_state
 
@@ -76,7 +76,7 @@ def main() -> int:
             f"--peer={own.peer} does not exist. Name the script that times the other program."
         )
     turns: list[tuple[dict, dict | None]] = []
-    others = idle.Others()
+    others = host.Others()
     with tempfile.TemporaryDirectory() as scratch:
         theirs = peer_command(own, pathlib.Path(scratch)) if own.peer else None
         for turn in range(own.turns):
@@ -86,7 +86,7 @@ def main() -> int:
             ]
             ours = run_json(["-m", "benchmarks", "step", "--once", *again])
             turns.append((ours, run_json(theirs) if theirs else None))
-    result = summary(turns) | {"cpu": cpu_name(), "other_cores": others.cores()}
+    result = summary(turns) | {"cpu": host.cpu_name(), "other_cores": others.cores()}
     report(own, result, text)
     return 0
 
@@ -244,5 +244,5 @@ def text(r: dict[str, Any]) -> str:
             f"  ours is {p['ratio']:.2f}x as fast, {p['ratio_by_cpu_seconds']:.2f}x by CPU "
             "seconds (medians over pairs of turns)",
         ]
-    lines += [f"{r['cpu']}; {idle.said(r['other_cores'])}"]
+    lines += [f"{r['cpu']}; {host.said(r['other_cores'])}"]
     return "\n".join(lines)

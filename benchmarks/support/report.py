@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import shlex
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 from benchmarks import ROOT
 from deepseek_jax.cli import arguments
-from deepseek_jax.plan import options
+from deepseek_jax.plan import host, options
 
 
 class Parser(options.Parser):
@@ -69,24 +68,11 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def cpu_name() -> str:
-    """The model of the CPU, "" where the system does not say it: ratios of two programs depend on it."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    found = {name.strip(): value.strip() for name, _, value in (s.partition(":") for s in lines)}
-    # Hypervisors may hide the product's number: family and model still tell generations apart.
-    numbers = f"family {found.get('cpu family', '?')} model {found.get('model', '?')}"
-    return f"{found['model name']} ({numbers})" if "model name" in found else platform.processor()
-
-
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {
-        "cpu": cpu_name(),
-        "cores": cores,
+        "cpu": host.cpu_name(),
+        "cores": host.cores(),
         "python": sys.version.split()[0],
     }
     if jax := sys.modules.get("jax"):  # a benchmark that does not use it must not start it

@@ -14,10 +14,12 @@ run it: the collectives of another compiler, no plugin.
 --roofline says how fast that step could be: time by part and pass, ideal and derated, communication
 that is exposed, share of peak, the largest costs with their lines, and what all that assumes.
 --skew states how unevenly experts are loaded: zipf, or a max_violation as metrics.jsonl has it.
---rates replaces the derated rates: --rates=bf16=750e12,memory=4.3e12; for --hardware=cpu it is needed.
+--rates replaces the derated rates, by those that `calibrate` has measured, --rates=rates.json, or by
+numbers, --rates=bf16=750e12,memory=4.3e12; for --hardware=cpu it is needed.
 
-  python -m deepseek_jax.plan advise --config=configs/v3.py --devices=2048
-                                     which mesh, strategy and levers to run with (advise --help)
+  python -m deepseek_jax.plan advise --config=... --devices=N    which mesh, strategy and levers to take
+  python -m deepseek_jax.plan calibrate --out=rates.json         how fast the devices of this machine are
+  python -m deepseek_jax.plan tune batch --config=...            what fits and what is fastest, run here
 
 Any option of train.py can follow. Exit codes: 0, also if it does not fit ("fits" in --json says
 so); 2 a mistake in the options.
@@ -50,9 +52,12 @@ from deepseek_jax.plan import (
 from deepseek_jax.run import commandline
 
 CPU = topology.Hardware("CPU device", None, "")
-
-
-SUBCOMMANDS = {"advise": "deepseek_jax.plan.advise.command"}
+# Commands of their own, which run something on this machine or search: the module of each.
+SUBCOMMANDS = {
+    "advise": "deepseek_jax.plan.advise.command",
+    "calibrate": "deepseek_jax.plan.calibrate.command",
+    "tune": "deepseek_jax.plan.tune.command",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -71,7 +76,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--roofline", action="store_true", help="Predict the time of the step.")
     parser.add_argument("--skew", help="With --roofline: zipf (the default), or a max_violation.")
-    parser.add_argument("--rates", help="With --roofline: derated rates, NAME=NUMBER,...")
+    parser.add_argument(
+        "--rates", help="With --roofline: derated rates, FILE.json or NAME=NUMBER,..."
+    )
     # On the CPU: a planner must not take the memory of a GPU that is at work.
     jax.config.update("jax_platforms", "cpu")
     own, config = options.read(parser, argv)
@@ -83,7 +90,7 @@ def main(argv: list[str]) -> int:
     for flag in ("skew", "rates"):
         if getattr(own, flag) is not None and not own.roofline:
             raise UserError(f"--{flag}={getattr(own, flag)} is of the prediction. Add --roofline.")
-    speed = rates.speed_of(own.hardware, own.rates or "") if own.roofline else None
+    speed = rates.speed_of(own.hardware, own.rates or "", own.devices) if own.roofline else None
     hardware = CPU if own.hardware == "cpu" else topology.HARDWARE[own.hardware]
     on_gpus = own.hardware != "cpu" and topology.has_gpu_compiler()
     devices = (

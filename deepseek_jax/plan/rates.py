@@ -7,9 +7,13 @@ authors report such shares of an H100's peak for their own kernels.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.plan import rates_file
+
+GIVEN = "given by --rates"
 
 
 class Rates(NamedTuple):
@@ -141,62 +145,117 @@ SPEEDS = {
 }
 
 
-def speed_of(hardware: str, given: str) -> Speed:
+def speed_of(hardware: str, given: str, devices: int | None = None) -> Speed:
     """The rates of a kind of hardware, with those that the command line gives.
 
     Args:
       hardware: a key of SPEEDS, or another, of which every rate that is used must be given.
-      given: of --rates, "bf16=750e12,memory=4.3e12": in place of the derated figures; where nothing
-        is known of the hardware, of both.
+      given: of --rates, in place of the derated figures, and where nothing is known of the hardware, of
+        both: "bf16=750e12,memory=4.3e12", or files that `plan calibrate` has written. Numbers win over files.
+      devices: that are planned for; None: of no concern.
 
     Raises:
-      UserError: a name or number is none, or cpu is given no rates.
+      UserError: a name or number is none, a file is none or of other devices, or cpu is given no rates.
     """
-    rates = _given(given)
-    if hardware in SPEEDS:
-        speed = SPEEDS[hardware]
-        reasons = speed.reasons | dict.fromkeys(rates, "given by --rates")
-        return speed._replace(derated=speed.derated._replace(**rates), reasons=reasons)
+    items = list(filter(None, given.split(",")))
+    files = [item for item in items if "=" not in item and item.endswith(".json")]
+    speed = SPEEDS.get(hardware)
+    for path in files:
+        found = rates_file.read(path)
+        _check(path, found, hardware, devices)
+        speed = of_measured(hardware, found)
+    rates = _given(given, [item for item in items if item not in files])
+    if speed is not None:
+        reasons = speed.reasons | dict.fromkeys(rates, GIVEN)
+        derated = speed.derated._replace(**rates)
+        ideal = speed.ideal if hardware in SPEEDS else derated
+        return Speed(ideal, derated, speed.sources, reasons)
     missing = {"f32", "memory"} - rates.keys()
     if missing:
         raise UserError(
             f"--hardware={hardware} has no rates of its own for --roofline: how fast this machine is was not "
-            "measured. Give them, for instance --rates=f32=150e9,memory=20e9 (FLOP/s and bytes/s)."
+            "measured. Measure it, python -m deepseek_jax.plan calibrate --out=rates.json, and say "
+            "--rates=rates.json; or give them: --rates=f32=150e9,memory=20e9 (FLOP/s and bytes/s)."
         )
-    products = dict.fromkeys(
-        (
-            "bf16",
-            "fp8",
-            "tf32",
-            "attention_forward",
-            "attention_backward",
-            "grouped",
-            "grouped_fp8",
-        )
+    return _whole(rates, GIVEN)
+
+
+def of_measured(hardware: str | None, found: Mapping[str, Any]) -> Speed:
+    """Measured rates in place of the derated ones; of devices that are not in SPEEDS, of all.
+
+    Args:
+      hardware: a key of SPEEDS, or not.
+      found: what `plan calibrate` has written.
+    """
+    measured = {name: found["rates"][name] for name in Rates._fields if name in found["rates"]}
+    reason = f"measured by plan calibrate on {found['devices']} x {found['device']}"
+    speed = SPEEDS.get(hardware or "")
+    if speed is None:
+        return _whole(measured, reason)
+    reasons = speed.reasons | dict.fromkeys(measured, reason)
+    return speed._replace(derated=speed.derated._replace(**measured), reasons=reasons)
+
+
+def _whole(rates: Mapping[str, float], reason: str) -> Speed:
+    """A Speed of some rates, f32 and memory among them: the others follow from these."""
+    products = (
+        "bf16",
+        "fp8",
+        "tf32",
+        "attention_forward",
+        "attention_backward",
+        "grouped",
+        "grouped_fp8",
     )
-    known: dict[str, Any] = {name: rates["f32"] for name in products}
+    known: dict[str, float] = dict.fromkeys(products, rates["f32"])
     known |= dict.fromkeys(("link", "network", "host_link"), rates["memory"])
-    known |= {"launch": 0.0, "collective": 0.0, "host": 0.0} | rates
+    known |= {"launch": 0.0, "collective": 0.0, "host": 0.0} | dict(rates)
     both = Rates(**known)
-    said = {name: "given by --rates" if name in rates else "follows from --rates" for name in known}
+    follows = "follows from f32 or memory" if reason != GIVEN else "follows from --rates"
+    said = {name: reason if name in rates else follows for name in known}
     return Speed(both, both, said, said)
 
 
 def of_device(kind: str) -> Speed | None:
     """Of a device that is here, by its name for JAX ("NVIDIA H100 80GB HBM3"); None: not known."""
-    return next((speed for name, speed in SPEEDS.items() if name.upper() in kind), None)
+    return SPEEDS.get(hardware_of(kind) or "")
 
 
-def _given(text: str) -> dict[str, float]:
+def hardware_of(device: str) -> str | None:
+    """The key of SPEEDS of a device by its name for JAX; None: not known."""
+    return next((name for name in SPEEDS if name.upper() in device), None)
+
+
+def _check(path: str, found: Mapping[str, Any], hardware: str, devices: int | None) -> None:
+    """Raises UserError: the file is of other devices than those that are planned for."""
+    device, of = found["device"], hardware_of(found["device"])
+    on_cpu = found.get("platform") == "cpu"
+    if on_cpu != (hardware == "cpu") or (of is not None and of != hardware):
+        meant = "cpu" if on_cpu else (of or "that of its GPU")
+        raise UserError(
+            f"--rates={path} was measured on {device}, and --hardware={hardware} is another device. "
+            f"Set --hardware={meant}, or leave --rates out."
+        )
+    if on_cpu and devices is not None and devices != found["devices"]:
+        raise UserError(
+            f"--rates={path} was measured with {found['devices']} devices at once, which share this "
+            f"machine's cores, and --devices={devices}. Measure it again: python -m "
+            f"deepseek_jax.plan calibrate --devices={devices} --out={path}"
+        )
+
+
+def _given(text: str, items: list[str]) -> dict[str, float]:
+    """NAME=NUMBER of --rates."""
     out = {}
-    for item in filter(None, text.split(",")):
+    for item in items:
         name, _, value = item.partition("=")
         if name not in Rates._fields:
             raise UserError(
-                f"--rates={text} names {name!r}, which is no rate. Choose from: {', '.join(Rates._fields)}."
+                f"--rates={text} names {name!r}, which is no rate and no file of them (*.json). "
+                f"Choose from: {', '.join(Rates._fields)}."
             )
         is_number = re.fullmatch(r"\d+\.?\d*(?:e[+-]?\d+)?", value)
-        if not is_number or (float(value) <= 0 and name not in ("launch", "collective", "host")):
+        if not is_number or (float(value) <= 0 and name not in rates_file.SECONDS):
             raise UserError(
                 f"--rates={text} gives {name} the value {value!r}. Give a number above 0, such as 4e12."
             )

@@ -175,12 +175,12 @@ class Timeline:
     """The time of a program on one device.
 
     Args:
-      rounds: of the dispatch, in every MoE layer.
+      rounds: of the dispatch, in every MoE layer, or their mean.
       cheapest: of a conditional the cheapest branch runs, not the dearest.
     """
 
     def __init__(
-        self, compiled: Program, rates: Rates, rounds: int = 1, cheapest: bool = False
+        self, compiled: Program, rates: Rates, rounds: float = 1, cheapest: bool = False
     ) -> None:
         self.program = compiled
         self.module = compiled.module
@@ -284,10 +284,10 @@ class Timeline:
             spent.add(self._run(i.called["body"][0], body), turns)
 
     def _host_reads(
-        self, spent: Spent, name: str, i: hlo.Instruction, visit: Visit, times: int
+        self, spent: Spent, name: str, i: hlo.Instruction, visit: Visit, times: float
     ) -> None:
-        """The device idles until the host has read what it decides by."""
-        seconds = times * self.rates.host
+        """A GPU idles until the host has read what it decides by. A CPU is its host."""
+        seconds = times * self.rates.host if self.program.reader.on_gpu else 0.0
         if seconds:
             known, nothing = self.program.known(name, i, visit), work.Work({}, 0.0, 0.0, 0)
             spent.costs.append(Cost(known, seconds, times, "host", nothing))

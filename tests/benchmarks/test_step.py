@@ -9,20 +9,20 @@ import time
 import pytest
 
 from benchmarks.speed import step
-from benchmarks.support import idle
+from deepseek_jax.plan import host
 
 
-@pytest.mark.skipif(not idle.STAT.exists(), reason="only Linux says what other programs used")
+@pytest.mark.skipif(not host.STAT.exists(), reason="only Linux says what other programs used")
 def test_what_other_programs_use():
     """A program that is not a child that has ended is another; half a core of it is seen, to a quarter."""
     burn = "import time\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"
-    before = idle.Others()
+    before = host.Others()
     burning = subprocess.Popen([sys.executable, "-c", burn])
     time.sleep(1.0)
     seen = before.cores()
     burning.wait()
     assert seen > 0.25
-    assert "ratios may not be" in idle.said(seen) and "ratios" not in idle.said(0.01)
+    assert "ratios may not be" in host.said(seen) and "ratios" not in host.said(0.01)
 
 
 @pytest.mark.slow

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from deepseek_jax.config import validation
-from deepseek_jax.config.options import Config
+from deepseek_jax.config.options import Config, value_of
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import AXES, check_model
 from deepseek_jax.parallel.sharding import DIVIDED_BY
+from deepseek_jax.plan.tune.changes import with_options
 from deepseek_jax.train.kept import ORDER
 
 DISPATCH = ("all_to_all", "all_gather", "ring")
@@ -60,12 +61,7 @@ class Choice(NamedTuple):
 
 def configured(config: Config, choice: Choice) -> Config:
     """The config with a plan."""
-    changes: dict[str, dict[str, object]] = {}
-    for name, value in choice.options().items():
-        section, _, key = name.partition(".")
-        changes.setdefault(section, {})[key] = value
-    parts = {s: dataclasses.replace(getattr(config, s), **v) for s, v in changes.items()}
-    return dataclasses.replace(config, **parts)
+    return with_options(config, choice.options())
 
 
 class Refused(Exception):
@@ -182,14 +178,8 @@ def flags(config: Config, given: Sequence[str], choice: Choice) -> list[str]:
       config: as `given` make it.
       given: the flags of train.py that the advisor was given.
     """
-    changed = []
-    for name, value in choice.options().items():
-        section, _, key = name.partition(".")
-        if getattr(getattr(config, section), key) != value:
-            changed.append(f"--config.{name}={value}")
-    names = {_name(flag) for flag in changed}
-    return [*(flag for flag in given if _name(flag) not in names), *changed]
-
-
-def _name(flag: str) -> str:
-    return flag.partition("=")[0].lstrip("-")
+    options = choice.options()
+    changed = {n: v for n, v in options.items() if value_of(config, n) != v}
+    names = {f"config.{name}" for name in changed}
+    kept = [flag for flag in given if flag.partition("=")[0].lstrip("-") not in names]
+    return [*kept, *(f"--config.{name}={value}" for name, value in changed.items())]

@@ -187,7 +187,7 @@ def _this_machine(devices: int, given: str) -> hardware.Known:
     """CPU devices of this process, measured where no rates are given."""
     cpu = topology.Hardware("CPU device", None, "")
     if given:
-        return hardware.Known("cpu", cpu, rates.speed_of("cpu", given), "")
+        return hardware.Known("cpu", cpu, rates.speed_of("cpu", given, devices), "")
     # here: what measures imports what makes programs
     from deepseek_jax.plan.calibrate.measure import measure
 

@@ -1,8 +1,10 @@
-"""How much of the machine other programs used during a measurement: a ratio of two programs counts only
-where both had the machine to themselves (PyTorch's threads spin while they wait)."""
+"""The machine that is measured: its CPU, and how much of it other programs used meanwhile. A ratio of two
+programs counts only where both had the machine to themselves (PyTorch's threads spin while they wait).
+"""
 
 import os
 import pathlib
+import platform
 import resource
 import time
 
@@ -49,3 +51,40 @@ def said(cores: float | None) -> str:
         return "this system does not say what other programs used meanwhile"
     verdict = "" if cores <= ENOUGH else ": ratios may not be those of an idle machine"
     return f"other programs used {cores:.2f} cores meanwhile{verdict}"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The model of the CPU, "" where the system does not say it: ratios of two programs depend on it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    found = {name.strip(): value.strip() for name, _, value in (s.partition(":") for s in lines)}
+    # Hypervisors may hide the product's number: family and model still tell generations apart.
+    numbers = f"family {found.get('cpu family', '?')} model {found.get('model', '?')}"
+    return f"{found['model name']} ({numbers})" if "model name" in found else platform.processor()
+
+
+def memory() -> int | None:
+    """Bytes of memory that this process may have: the machine's, or less where its control group says so;
+    None where the system does not say.
+    """
+    try:
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = pathlib.Path(file).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if limit.isdecimal():  # else "max"
+            found = min(found, int(limit))
+    return found
