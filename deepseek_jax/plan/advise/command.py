@@ -37,6 +37,7 @@ from deepseek_jax.run import commandline
 
 MOST_DEVICES = 2**20  # of which a suggestion is looked for
 CALIBRATION = 20.0  # seconds
+CPU = topology.Hardware("CPU device", None, "")
 
 
 def main(argv: list[str]) -> int:
@@ -185,12 +186,11 @@ def _nothing_fits(
 
 def _this_machine(devices: int, given: str) -> hardware.Known:
     """CPU devices of this process, measured where no rates are given."""
-    cpu = topology.Hardware("CPU device", None, "")
     if given:
-        return hardware.Known("cpu", cpu, rates.speed_of("cpu", given, devices), "")
+        return hardware.Known("cpu", CPU, rates.speed_of("cpu", given, devices), "")
     # here: what measures imports what makes programs
     from deepseek_jax.plan.calibrate.measure import measure
 
     here = topology.cpu_devices(devices)
     print(f"measuring this machine, for about {CALIBRATION:.0f} s ...", file=sys.stderr)
-    return hardware.Known("cpu", cpu, measure(here, CALIBRATION), "")
+    return hardware.Known("cpu", CPU, measure(here, CALIBRATION), "")
