@@ -16,7 +16,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.mesh import AXES, make_mesh
 from deepseek_jax.parallel.xla_options import bytes_of_a_layer
 from deepseek_jax.plan import __main__ as plan
-from deepseek_jax.plan import rates, topology
+from deepseek_jax.plan import rates, report, topology
 from deepseek_jax.plan.advise import candidates, command, hardware, memory, search
 from deepseek_jax.plan.advise.candidates import Choice, configured
 from deepseek_jax.plan.advise.estimate import PARTS, Estimate, share_a_host
@@ -271,6 +271,26 @@ def test_numbers_are_hardware():
     assert hardware.find("h200", "") == hardware.Known(
         "h200", topology.HARDWARE["h200"], rates.SPEEDS["h200"], ""
     )
+
+
+@pytest.mark.slow  # a program each: 15 s
+@pytest.mark.parametrize("mesh", [(1, 1, 8, 1, 1, 1), (1, 1, 1, 8, 1, 1)])
+def test_bytes_received_are_those_of_the_program(mesh):
+    """Of weights and tokens, in float32: a CPU exchanges bfloat16 as float32, and sums dense gradients over
+    all devices before it divides them, which GPUs do not."""
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, dtype="float32"))
+    choice = Choice(mesh, "full_shard", 1, "all_to_all", "full")
+    config = configured(config, choice)
+    said = search.one_plan(config, choice, weights_of(config), machine(), "0.0")
+    placed, layout = topology.lay_out(config, topology.cpu_devices(8))
+    found = report.of_program(
+        topology.compile_step(config, placed, layout), placed, topology.Hardware("CPU", None, "")
+    )
+    by_kind = {row["kind"]: row["bytes"] for row in found["collectives"]}
+    # Counts and choices travel besides.
+    assert said.estimate.received["weights"] == pytest.approx(by_kind["all-gather"], rel=0.02)
+    if mesh[AXES.index("expert")] > 1:
+        assert said.estimate.received["tokens"] == pytest.approx(by_kind["all-to-all"], rel=0.02)
 
 
 @pytest.mark.slow  # two programs in processes of their own: 30 s

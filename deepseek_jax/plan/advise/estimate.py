@@ -250,6 +250,8 @@ class Work:
         for axes, numbers in self.divided.gathered.items():
             # Forward and backward: weights are never kept.
             add("weights", "all-gather", axes, numbers * self.item, 2 * micro, matrices)
+        for axes, numbers in self.divided.gathered_once.items():
+            add("weights", "all-gather", axes, numbers * self.item, micro, 2)
         for (kind, axes), numbers in self.divided.reduced.items():
             add("gradients", kind, axes, numbers * self.item, micro, matrices)
         for axes, numbers in self.divided.updated.items():

@@ -57,8 +57,10 @@ class Divided(NamedTuple):
       stored: by kind, as Layout.bytes_per_device has it.
       layer: of one layer's weights as it uses them.
       used: numbers as they are used, all layers together, by part; of weights that tokens are multiplied by.
-      gathered: numbers that a device holds after the gathers of a pass and not before, by axes.
-      reduced: numbers that a device receives when gradients are reduced, by (kind, axes).
+      gathered: numbers that a device receives when layers gather their weights in one pass, by axes.
+      gathered_once: those of embedding and head, which backward does not gather again.
+      reduced: numbers that a device receives when gradients are reduced, by (kind, axes): of the compute
+        dtype, those of the embedding, which are reduced in float32, counted as so many more.
       updated: numbers that a device receives after the update, by axes.
       held: numbers that learn, stored on the device while the optimizer works.
     """
@@ -67,6 +69,7 @@ class Divided(NamedTuple):
     layer: int
     used: dict[str, float]
     gathered: Counter[tuple[str, ...]]
+    gathered_once: Counter[tuple[str, ...]]
     reduced: Counter[tuple[str, tuple[str, ...]]]
     updated: Counter[tuple[str, ...]]
     held: float
@@ -97,6 +100,7 @@ class Weights:
         stored = Counter(optimizer=self.scalars)
         used: Counter[str] = Counter()
         gathered: Counter[tuple[str, ...]] = Counter()
+        gathered_once: Counter[tuple[str, ...]] = Counter()
         reduced: Counter[tuple[str, tuple[str, ...]]] = Counter()
         updated: Counter[tuple[str, ...]] = Counter()
         layers: Counter[str] = Counter()
@@ -106,7 +110,8 @@ class Weights:
             use = _ways(w, sharding.COMPUTE_RULES, mesh, self._min_size)
             param, grad, opt = (_ways(w, r, mesh, self._min_size) for r in rules)
             in_use = size // use.ways
-            item = 1 if w.item < 2 else self._item
+            item = w.item if w.item < 2 else self._item  # a base in 8 bits travels as it is held
+            wide = 4 / self._item if w.part == "embed" else 1
             if w.is_matrix:
                 used[w.part] += in_use
             if w.layers > 1 or w.path.startswith(("layers/", "dense_layers/")):
@@ -114,7 +119,8 @@ class Weights:
                 layers[w.path.partition("/")[0]] += bytes_used // w.layers
             axes = tuple(a for a in param.axes if a not in use.axes)
             if axes:
-                gathered[axes] += (in_use - size // param.ways) * item
+                whole = gathered_once if w.part in ("embed", "head") else gathered
+                whole[axes] += (in_use - size // param.ways) * item / self._item
             if not w.learns:
                 stored["frozen_parameters"] += size // param.ways * w.item
                 continue
@@ -125,13 +131,13 @@ class Weights:
             apart = tuple(a for a in grad.axes if a not in use.axes)
             ways = use_ways = math.prod(mesh[a] for a in apart)
             if ways > 1:
-                reduced["reduce-scatter", apart] += in_use * (1 - 1 / ways)
+                reduced["reduce-scatter", apart] += wide * in_use * (1 - 1 / ways)
             others = tuple(
                 a for a in BATCH_AXES if a not in apart and a not in use.axes and mesh[a] > 1
             )
             if others:
                 n = math.prod(mesh[a] for a in others)
-                reduced["all-reduce", others] += 2 * in_use / use_ways * (1 - 1 / n)
+                reduced["all-reduce", others] += wide * 2 * in_use / use_ways * (1 - 1 / n)
             after = tuple(a for a in opt.axes if a not in param.axes)
             if after:
                 n = math.prod(mesh[a] for a in after)
@@ -143,7 +149,7 @@ class Weights:
             stored["residual"] = stored["gradients"]  # of a replica (parallel/compression.py)
         kinds = {k: int(n) for k, n in stored.items()}
         layer = max(layers.values(), default=0)
-        return Divided(kinds, layer, dict(used), gathered, reduced, updated, held)
+        return Divided(kinds, layer, dict(used), gathered, gathered_once, reduced, updated, held)
 
 
 class _Ways(NamedTuple):
