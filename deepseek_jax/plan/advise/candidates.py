@@ -59,6 +59,14 @@ class Choice(NamedTuple):
         }
 
 
+def kept_names(remat: str) -> tuple[str, ...]:
+    """What a value of train.remat keeps for backward, of the names that have a size (train/kept.py)."""
+    if remat in ("none", "dots"):  # dots: all products
+        return ORDER
+    names = remat.removeprefix("save:").split(",")
+    return tuple(name for name in ORDER if name in names)
+
+
 def configured(config: Config, choice: Choice) -> Config:
     """The config with a plan."""
     return with_options(config, choice.options())

@@ -18,7 +18,7 @@ from deepseek_jax.parallel.mesh import AXES, TOKEN_AXES
 from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.parallel.xla_options import ITEM_BYTES
 from deepseek_jax.plan import exchange
-from deepseek_jax.plan.advise.candidates import Choice
+from deepseek_jax.plan.advise.candidates import Choice, kept_names
 from deepseek_jax.plan.advise.weights import Divided
 from deepseek_jax.plan.rates import Rates
 from deepseek_jax.plan.timeline import seconds_of_collective
@@ -111,11 +111,7 @@ class Work:
     def with_levers(self, choice: Choice, rates: Rates) -> Estimate:
         """At what a plan keeps for backward and offloads."""
         remat = choice.remat
-        kept = (
-            frozenset(remat.removeprefix("save:").split(","))
-            if remat.startswith("save:")
-            else frozenset()
-        )
+        kept = frozenset(kept_names(remat))
         again = remat != "none"
         accumulation = self.config.train.accumulation / self.shape["stage"] / (1 - self.bubble)
         micro = {

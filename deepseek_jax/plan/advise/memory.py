@@ -9,7 +9,7 @@ from deepseek_jax.config.options import Config
 from deepseek_jax.parallel.mesh import TOKEN_AXES
 from deepseek_jax.parallel.pipeline import make_schedule
 from deepseek_jax.parallel.xla_options import ITEM_BYTES
-from deepseek_jax.plan.advise.candidates import Choice
+from deepseek_jax.plan.advise.candidates import Choice, kept_names
 from deepseek_jax.plan.advise.weights import Divided
 from deepseek_jax.train import kept
 
@@ -50,12 +50,8 @@ class Memory:
         weights = 0 if "parameters" in choice.offload else sizes.weights
         if self._staged:
             return state + round(kept.SLACK * (weights + sizes.passing + self._staged))
-        names: tuple[str, ...] = ()
-        unnamed = 0
-        if choice.remat == "none":
-            names, unnamed = kept.ORDER, self._unnamed()
-        elif choice.remat != "full":
-            names = tuple(choice.remat.removeprefix("save:").split(","))
+        names = kept_names(choice.remat)
+        unnamed = self._unnamed() if choice.remat == "none" else 0
         rest = weights + sizes.passing + sizes.inputs + unnamed + sum(sizes.kept[n] for n in names)
         return state + round(kept.SLACK * rest)
 

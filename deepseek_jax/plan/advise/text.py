@@ -32,6 +32,13 @@ def mesh(choice: Choice) -> str:
     return " x ".join(f"{a} {n}" for a, n in choice.shape.items() if n > 1) or "1 device"
 
 
+def duration(seconds: float) -> str:
+    """'1.78 s', '12.3 ms', '2,490 s'."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
+
+
 def sized(plan: search.Plan) -> str:
     """'12.3 GB with fsdp 8, ...'."""
     return f"about {gb(plan.bytes)} of a device with {named(plan.choice)}"
@@ -121,7 +128,7 @@ def _row(advice: Advice, label: str, plan: search.Plan) -> list[str]:
         c.remat.removeprefix("save:"),
         ", ".join(c.offload),
         gb(advice.size(plan)) + too_much,
-        f"{seconds:.3g} s",
+        duration(seconds),
         human(advice.tokens / seconds),
         f"{advice.mfu(plan):.1%}",
         f"{largest[0]} {largest[1] / seconds:.0%}",
@@ -155,12 +162,15 @@ def _why(advice: Advice, plan: search.Plan, number: int) -> str:
         for p, s in differences(advice, plan, other)
         if abs(s) >= 0.001 * advice.seconds(other)
     ]
-    parts = ", ".join(f"{part} {seconds:+.3g} s" for part, seconds in found[:3])
+    parts = ", ".join(
+        f"{part} {'+' if seconds > 0 else '-'}{duration(abs(seconds))}"
+        for part, seconds in found[:3]
+    )
     word = "less" if gap < 0 else "more"
     room = advice.machine.room
     size = advice.size(other)
     fits = "" if room is None or size <= room else f" (which needs {gb(size)} and does not fit)"
-    said = f"{abs(gap):.3g} s {word} a step than {name}{fits}"
+    said = f"{duration(abs(gap))} {word} per step than {name}{fits}"
     return f"{said}: {parts}." if parts else f"{said}."
 
 
@@ -172,5 +182,5 @@ def _guides(advice: Advice) -> list[str]:
             continue
         seconds = advice.seconds(plan)
         ratio = f"{seconds / advice.seconds(advice.best):.2f} x"
-        rows.append([rule.asks, rule.says, named(plan.choice), f"{seconds:.3g} s", ratio])
+        rows.append([rule.asks, rule.says, named(plan.choice), duration(seconds), ratio])
     return [table(rows, right=False)]
